@@ -1,0 +1,1 @@
+"""plainsd: Stable Diffusion, written plainly."""
