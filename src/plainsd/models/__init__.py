@@ -1,0 +1,1 @@
+"""The three networks of Stable Diffusion. Plain tensors in, plain tensors out."""

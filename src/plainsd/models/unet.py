@@ -1,0 +1,185 @@
+"""The UNet: from a noisy latent, a time and a text to the noise (or v) in the latent.
+
+Ronneberger et al. 2015 (arXiv:1505.04597) in the form of Ho et al. 2020 (arXiv:2006.11239), Rombach et al. 2022
+(arXiv:2112.10752) and Podell et al. 2023 (SDXL, arXiv:2307.01952). Shape letters: B batch, C channels, H W latent height and
+width, N = H * W positions, D width, M text tokens, T text width, E time-embedding width, V width of SDXL's extra vector.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plainsd.models.layers import Attention, Downsample, ResBlock, Upsample, timestep_embedding
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """SD 1.x's numbers by default (859,520,964 parameters). Tuples have one entry a level; depth 0: no attention there."""
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    depth: tuple[int, ...] = (1, 1, 1, 0)     # transformer blocks after each ResBlock; SDXL (0, 2, 10)
+    heads: tuple[int, ...] = (8, 8, 8, 8)     # a count of heads, never a head size
+    mid_depth: int = 1                        # SDXL 10
+    layers: int = 2                           # ResBlocks a level going down; one more going up
+    context: int = 768                        # T; SD 2.x 1024, SDXL 2048
+    in_channels: int = 4                      # 9 for inpainting: latent, mask, masked picture
+    out_channels: int = 4
+    groups: int = 32
+    vector: int | None = None                 # V; SDXL 2816
+    guidance_dim: int | None = None           # embedding of the guidance scale in LCM distillations, 256
+
+
+class FeedForward(nn.Module):
+    """Gated linear unit with GELU, Shazeer 2020 (arXiv:2002.05202): one half of a projection gates the other."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.up(x).chunk(2, dim=-1)
+        return self.down(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Positions look at each other, then at the text, then each is transformed alone. (B, N, D), (B, M, T) -> (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.self_attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.cross_attn = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.self_attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, added to it. (B, C, H, W), (B, M, T) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, heads: int, depth: int, context_dim: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))        # (B, N, D)
+        for block in self.blocks:
+            h = block(h, context)
+        return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Block(nn.Module):
+    """One entry of the UNet's flat list: a ResBlock, then a Transformer, then a resampling; each may be absent."""
+
+    def __init__(self, res: nn.Module | None = None, attn: nn.Module | None = None, resample: nn.Module | None = None):
+        super().__init__()
+        self.res, self.attn, self.resample = res, attn, resample
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if self.res is not None:
+            x = self.res(x, emb)
+        if self.attn is not None:
+            x = self.attn(x, context)
+        if self.resample is not None:
+            x = self.resample(x) if size is None else self.resample(x, size)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, res1: nn.Module, attn: nn.Module | None, res2: nn.Module):
+        super().__init__()
+        self.res1, self.attn, self.res2 = res1, attn, res2
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        x = self.res1(x, emb)
+        if self.attn is not None:
+            x = self.attn(x, context)
+        return self.res2(x, emb)
+
+
+def embedding_mlp(dim_in: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim_in, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class UNet(nn.Module):
+    """x (B, C_in, H, W), timestep () or (B,), context (B, M, T), vector (B, V) -> (B, C_out, H, W). Any H and W."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        ch, emb_dim, levels = config.channels, 4 * config.channels[0], range(len(config.channels))
+
+        def res(c_in: int, c_out: int) -> ResBlock:
+            return ResBlock(c_in, c_out, emb_dim, groups=config.groups)
+
+        def attn(level: int, depth: int) -> Transformer | None:
+            return Transformer(ch[level], config.heads[level], depth, config.context, config.groups) if depth else None
+
+        self.time = embedding_mlp(ch[0], emb_dim)
+        self.vector = embedding_mlp(config.vector, emb_dim) if config.vector else None
+        self.guidance = nn.Linear(config.guidance_dim, ch[0], bias=False) if config.guidance_dim else None
+        self.conv_in = nn.Conv2d(config.in_channels, ch[0], 3, padding=1)
+
+        skips, width = [ch[0]], ch[0]                 # widths of what the way up gets handed over from the way down
+        self.down = nn.ModuleList()
+        for i in levels:
+            for _ in range(config.layers):
+                self.down.append(Block(res(width, ch[i]), attn(i, config.depth[i])))
+                width = ch[i]
+                skips.append(width)
+            if i != levels[-1]:
+                self.down.append(Block(resample=Downsample(width)))
+                skips.append(width)
+
+        self.mid = Middle(res(width, width), attn(-1, config.mid_depth), res(width, width))
+
+        self.up = nn.ModuleList()
+        for i in reversed(levels):
+            for j in range(config.layers + 1):
+                upsample = Upsample(ch[i]) if i and j == config.layers else None
+                self.up.append(Block(res(width + skips.pop(), ch[i]), attn(i, config.depth[i]), upsample))
+                width = ch[i]
+
+        self.norm_out = nn.GroupNorm(config.groups, ch[0])
+        self.conv_out = nn.Conv2d(ch[0], config.out_channels, 3, padding=1)
+
+    def embed(self, timestep: Tensor | float, batch: Tensor, vector: Tensor | None, guidance: Tensor | None) -> Tensor:
+        """Everything that is known of the whole picture, as one vector a picture: (B, E)."""
+        timestep = torch.as_tensor(timestep, device=batch.device).expand(len(batch))
+        emb = timestep_embedding(timestep, self.config.channels[0]).to(batch.dtype)
+        if self.guidance is not None and guidance is not None:
+            emb = emb + self.guidance(guidance)                          # (B, C)
+        emb = self.time(emb)
+        return emb if self.vector is None else emb + self.vector(vector)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | float,
+        context: Tensor,
+        vector: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        emb = self.embed(timestep, x, vector, guidance)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down:
+            x = block(x, emb, context)
+            skips.append(x)
+        x = self.mid(x, emb, context)
+        for block in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)
+            size = skips[-1].shape[-2:] if block.resample is not None else None
+            x = block(x, emb, context, size)
+        return self.conv_out(F.silu(self.norm_out(x)))
