@@ -1,0 +1,272 @@
+"""CLIP's byte-pair tokenizer: text to token ids and back (Sennrich et al. 2016; Radford et al. 2021).
+
+Text is put into Unicode's composed form, white space is squeezed to one space, letters become lower case; a regular
+expression cuts it into words, single digits and runs of signs; each word becomes the symbols of its UTF-8 bytes, the
+last one marked `</w>`; and the merges, in order, join neighbours as long as they can. So any text has ids.
+
+The ids are those of transformers' CLIPTokenizer 5.23. Two older behaviours differ from it, and are not followed:
+OpenAI's own code (and the old "slow" class where ftfy was installed) repaired garbled text and HTML entities first
+(`&amp;` to `&`, curly quotes to straight ones), and the old class without ftfy cut around Chinese characters and
+dropped control characters. Shared with transformers is a peculiarity of SD 2 and SDXL's second encoder: their padding
+token `!` is a special token, so a `!` in a prompt has the padding's id 0, and not that of the word `!`.
+"""
+
+import gzip
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+
+from .errors import UserError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}   # and what each is by default
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+CLIP_SIZE = 49_408
+CACHED = {                                       # hub repositories that hold CLIP's vocabulary, and where
+    "openai/clip-vit-large-patch14": "",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "tokenizer/",
+    "stabilityai/stable-diffusion-2-1": "tokenizer/",
+    "stabilityai/stable-diffusion-xl-base-1.0": "tokenizer/",
+}
+
+
+class Tokenizer:
+    """Byte-pair encoding by a vocabulary (symbol -> id) and a list of merges, in CLIP's file format.
+
+    `start`, `end` and `pad` are ids; SD 1.x pads with the end token, SD 2 and OpenCLIP with id 0 (`!`). `special` gives
+    each role its token. `added` are tokens on top of the vocabulary, in the order of their ids.
+    """
+
+    def __init__(self, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], *,
+                 special: dict[str, AddedToken | str] | None = None, added: Iterable[AddedToken] = (),
+                 max_length: int = 77):
+        self.vocabulary, self.merges, self.max_length = vocabulary, list(merges), max_length
+        self.special = ROLES | (special or {})
+        self._backend = _backend(vocabulary, self.merges, unknown=str(self.special["unk_token"]))
+        self._backend.add_tokens(list(added))
+        for role in ROLES:                       # a role given as plain text is matched before lower-casing
+            token = self.special[role]
+            self._backend.add_special_tokens([AddedToken(token, special=True) if isinstance(token, str) else token])
+        self.start, self.end, self.pad = (self._backend.token_to_id(str(self.special[role]))
+                                          for role in ("bos_token", "eos_token", "pad_token"))
+        self._runs = self._find_runs()           # first id of a learned token -> the ids of all its vectors
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, with the special tokens named beside them."""
+        folder = Path(folder)
+        added = {}
+        if (folder / "tokenizer.json").is_file():            # all that transformers 5 writes; first, as there
+            whole = _read_json(folder / "tokenizer.json")
+            vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
+            merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+            added = {token["id"]: _token(token) for token in whole["added_tokens"]}
+        else:
+            vocabulary, merges = _read_vocabulary(folder)
+        config = _read_json(folder / "tokenizer_config.json", missing={})
+        roles = {role: _token(config[role]) for role in ROLES if config.get(role)}
+        if "added_tokens_decoder" in config:                 # newer files describe each token here, older ones there
+            added |= {int(key): _token(token) for key, token in config["added_tokens_decoder"].items()}
+        else:
+            named = _read_json(folder / "special_tokens_map.json", missing={})
+            roles |= {role: _token(named[role]) for role in ROLES if named.get(role)}
+            extra = _read_json(folder / "added_tokens.json", missing={})
+            known = {str(token) for token in roles.values()}
+            added |= {key: AddedToken(text, normalized=text not in known, special=text in known)
+                      for text, key in extra.items()}
+        described = {str(token): token for token in added.values()}
+        roles = {role: described.get(str(token), token) for role, token in roles.items()}
+        length = config.get("model_max_length", 77)
+        return cls(vocabulary, merges, special=roles, added=[added[key] for key in sorted(added)],
+                   max_length=length if length < 1e6 else 77)   # "very large" is how transformers writes "not given"
+
+    @classmethod
+    def from_vocabulary(cls, path: str | Path, pad: str = END) -> "Tokenizer":
+        """CLIP's 49,408 tokens from its vocabulary file, or from a folder with `vocab.json` and `merges.txt`."""
+        path = Path(path)
+        if path.is_dir():
+            vocabulary, merges = _read_vocabulary(path)
+        else:
+            try:
+                lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+            except (OSError, EOFError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read the vocabulary {path}: {error}; fetch {VOCABULARY} again") from error
+            symbols = byte_symbols()
+            merges = [tuple(line.split()) for line in lines[1 : CLIP_SIZE - 2 * len(symbols) - 1]]
+            words = [*symbols, *(symbol + WORD_END for symbol in symbols), *map("".join, merges), START, END]
+            vocabulary = {word: key for key, word in enumerate(words)}
+        marks = {role: AddedToken(text, special=True, normalized=True) for role, text in ROLES.items()}
+        return cls(vocabulary, merges, special=marks | {"pad_token": pad})
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text of any length, without start, end and padding. A learned token gives all of its ids."""
+        try:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError) as error:
+            raise UserError(f"the prompt {text!r} is not valid text; write it in UTF-8") from error
+        return [key for first in ids for key in self._runs.get(first, (first,))]
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The tokens as readable text, `</w>` at the end of a word; bytes that are part of a sign as `\\xf0`."""
+        return [self._readable(self._backend.id_to_token(key)) for key in ids]
+
+    def add(self, token: str, count: int = 1) -> list[int]:
+        """Make `token` a word of its own with `count` new ids at the end of the vocabulary, as textual inversion needs.
+
+        A name such as `<cat>` is found anywhere in a text, a name of letters and digits only as a whole word.
+        """
+        names = [token, *(f"{token}_{index}" for index in range(1, count))]
+        taken = [name for name in names if self._backend.token_to_id(name) is not None]
+        if taken or not token.strip():
+            raise UserError(f"cannot learn the token {token!r}: {'it is empty' if not taken else f'{taken[0]!r} exists'}"
+                            f" in the vocabulary; choose another name, such as '<{token.strip() or 'name'}>'")
+        whole = token[0].isalnum() and token[-1].isalnum()
+        self._backend.add_tokens([AddedToken(name, single_word=whole, normalized=True) for name in names])
+        ids = [self._backend.token_to_id(name) for name in names]
+        self._runs[ids[0]] = ids
+        return ids
+
+    def save(self, folder: str | Path) -> None:
+        """Write `vocab.json`, `merges.txt`, `special_tokens_map.json` and `tokenizer_config.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        special = {role: str(token) for role, token in self.special.items()}
+        config = {
+            "added_tokens_decoder": {str(key): _fields(token)
+                                     for key, token in sorted(self._backend.get_added_tokens_decoder().items())},
+            "add_prefix_space": False, "do_lower_case": True, "errors": "replace",
+            "model_max_length": self.max_length, "tokenizer_class": "CLIPTokenizer", **special,
+        }
+        merges = "".join(f"{left} {right}\n" for left, right in self.merges)
+        _write(folder / "vocab.json", json.dumps(self.vocabulary, ensure_ascii=False))
+        _write(folder / "merges.txt", "#version: 0.2\n" + merges)
+        _write(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
+        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    def _find_runs(self) -> dict[int, list[int]]:
+        """Several vectors of one learned token are called `name`, `name_1`, `name_2`, ... in a saved folder."""
+        ids = {token.content: key for key, token in self._backend.get_added_tokens_decoder().items()}
+        runs = {}
+        for name, key in ids.items():
+            run = [key]
+            while f"{name}_{len(run)}" in ids:
+                run.append(ids[f"{name}_{len(run)}"])
+            if len(run) > 1:
+                runs[key] = run
+        return runs
+
+    def _readable(self, piece: str) -> str:
+        if piece in self.special.values() or piece not in self.vocabulary:
+            return piece
+        word, mark = (piece[: -len(WORD_END)], WORD_END) if piece.endswith(WORD_END) else (piece, "")
+        return bytes(SYMBOL_BYTES[symbol] for symbol in word).decode("utf-8", errors="backslashreplace") + mark
+
+
+def byte_symbols() -> list[str]:
+    """One visible character for each of the 256 bytes, in the order of CLIP's vocabulary.
+
+    Visible Latin-1 bytes stand for themselves and come first; the 68 others follow as the characters from 256 on.
+    """
+    return [chr(byte) for byte in VISIBLE] + [chr(256 + index) for index in range(256 - len(VISIBLE))]
+
+
+VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+SYMBOL_BYTES = dict(zip(byte_symbols(), VISIBLE + [byte for byte in range(256) if byte not in VISIBLE]))
+
+
+def find_vocabulary(beside: str | Path | None = None) -> Path:
+    """CLIP's vocabulary, as a path for `from_vocabulary`: beside a checkpoint, in a package, or in the hub's cache."""
+    folders = []
+    if beside is not None:
+        here = Path(beside) if Path(beside).is_dir() else Path(beside).parent
+        folders = [here, here / "tokenizer"]
+    for package in ("clip", "open_clip"):
+        spec = importlib.util.find_spec(package)             # finds the folder; imports nothing
+        folders += [Path(place) for place in (spec.submodule_search_locations if spec else None) or []]
+    for repository, place in CACHED.items():
+        found = [try_to_load_from_cache(repository, place + name) for name in ("vocab.json", "merges.txt")]
+        folders += [Path(name).parent for name in found[:1] if all(isinstance(name, str) for name in found)]
+    for folder in folders:
+        if (folder / VOCABULARY).is_file():
+            return folder / VOCABULARY
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return folder
+    where = f"beside {beside}, " if beside is not None else ""
+    raise UserError(f"CLIP's vocabulary is missing ({VOCABULARY}, or vocab.json and merges.txt): looked {where}in the "
+                    "packages clip and open_clip, and in the hub cache; `pip install openai-clip` brings it")
+
+
+def _backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], unknown: str) -> Backend:
+    try:
+        model = BPE(vocab=vocabulary, merges=list(merges), end_of_word_suffix=WORD_END, continuing_subword_prefix="",
+                    unk_token=unknown, fuse_unk=False)
+    except Exception as error:                               # the library raises a bare Exception
+        raise UserError(f"the vocabulary and the merges do not fit together: {error}; take both from one model"
+                        ) from error
+    backend = Backend(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return backend
+
+
+def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocabulary = _read_json(folder / "vocab.json")
+    lines = _read(folder / "merges.txt").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    if bad := next((pair for pair in merges if len(pair) != 2), None):
+        raise UserError(f"{folder / 'merges.txt'}: {' '.join(bad)!r} is not a pair of symbols; the file is damaged")
+    return vocabulary, merges
+
+
+def _token(value: str | dict) -> AddedToken | str:
+    """A token from a JSON file: plain text, or its text with the flags that say how it is found."""
+    if isinstance(value, str):
+        return value
+    flags = {name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
+    return AddedToken(value["content"], special=value.get("special", True), **flags)
+
+
+def _fields(token: AddedToken) -> dict:
+    return {"content": token.content, "lstrip": token.lstrip, "normalized": token.normalized, "rstrip": token.rstrip,
+            "single_word": token.single_word, "special": token.special}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer's file {path}: {error}") from error
+
+
+def _read_json(path: Path, missing: dict | None = None) -> dict:
+    if missing is not None and not path.is_file():
+        return missing
+    try:
+        return json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Under another name first, so that a file is whole or absent."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(draft, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
