@@ -6,7 +6,8 @@ longer side of that part is 60 to 95 % of the picture's side, and it lies anywhe
 The emoji are chosen by this rule, which has no randomness:
 1. candidates are single characters that the font draws, fully qualified in the `emoji` package, whose English name has
    at most three words, none of them in `LEFT_OUT` (clock faces, buttons, arrows, letters, signs, flags, moon phases...);
-2. the groups of `GROUPS` (food, animals, ...) are walked in turn, each by code point, each up to its share of the count;
+2. the groups of `GROUPS` (food, animals, ...) are walked in turn, shorter names (in words) first, then by code point,
+   each group up to its share of the count;
 3. a candidate nearer than `NEAR` to one already chosen is a near duplicate and passed over. The distance is the root
    mean square difference, 0..1, of the two glyphs as 24x24 pictures on mid grey, over the part where either is visible;
 4. shares that a group could not fill go to the last group (objects), then to the other groups in order.
@@ -28,11 +29,11 @@ STRIKE = 109                                   # the only size of the font's bit
 SMALLEST, LARGEST = 0.60, 0.95                 # longer side of the visible part, as a share of the picture's side
 NEAR = 0.13                                    # two glyphs nearer than this are near duplicates
 
-# Any two are at least 100 apart in RGB, so the nearest name is never in doubt.
+# Any two are at least 97 apart in RGB, so the nearest name is never in doubt.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40), "orange": (255, 140, 0), "yellow": (255, 235, 60), "green": (46, 160, 67),
     "cyan": (0, 200, 220), "blue": (30, 80, 220), "purple": (128, 40, 170), "pink": (255, 150, 200),
-    "white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0), "brown": (110, 66, 26),
+    "white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0), "brown": (104, 62, 26),
 }
 
 # {phrase}: the name with its article; {ground}: the colour with its article. The last one leaves the colour open.
@@ -54,19 +55,20 @@ LEFT_OUT = frozenset("""
     index pointing backhand hand hands fist thumbs thumb finger deaf restroom closet oncoming mobile off
     departure arrival railway weary confounded quarter gibbous crescent cigarette poo nose mouth ear tongue
     bust busts bra briefs bikini breast-feeding low medium high muted slash speaker station pistol syringe
-    front-facing middle volume claus wedding kiss
+    front-facing middle volume claus wedding kiss showing without savoring done foggy cinema meridians
+    locked unlocked star-struck
 """.split())
 
 GROUPS: tuple[tuple[str, float, str], ...] = (    # name, share of the count, code points in hexadecimal
-    ("food", 0.25, "1f32d-1f330 1f336 1f33d 1f344-1f37f 1f950-1f96f 1f9c0-1f9cb 1fad0-1fadd"),
+    ("food", 0.24, "1f32d-1f330 1f336 1f33d 1f344-1f37f 1f950-1f96f 1f9c0-1f9cb 1fad0-1fadd"),
     ("plants", 0.05, "1f331-1f335 1f337-1f33c 1f33e-1f343 2618 1f490 1f940 1fab4-1fab7 1fabb"),
-    ("animals", 0.25, "1f400-1f43f 1f54a 1f577 1f980-1f9ae 1fab0-1fab3 1fabc-1fabf 1facc-1facf"),
-    ("vehicles", 0.09, "2708 26f4-26f5 1f680-1f6a4 1f6b2 1f6f0-1f6fc 1f3cd-1f3ce"),
-    ("faces", 0.07, "1f600-1f644 1f47b-1f47e 1f480 1f910-1f92f 1f970-1f97a"),
-    ("sky and places", 0.07, "2600-2604 26c4 2744 2b50 1f300-1f320 1f3d4 1f3e0 1f3f0 1f525 1f4a7 26fa 1fa90"),
-    ("objects", 0.22, "2328 260e 2693-2699 26bd-26be 2702 270f 2764 231a-231b 23f0-23f3 1f380-1f3c0 1f3c6-1f3d3 1f3ee-1f3fa"
-     " 1f451-1f462 1f484-1f48e 1f493-1f49d 1f4a1-1f4a3 1f4b0-1f4ff 1f50b-1f516 1f526-1f52e 1f56f-1f579 1f5a4-1f5d1"
-     " 1f5dd-1f5e1 1f6aa 1f6bd-1f6c1 1f6cb-1f6d2 1f941-1f94f 1f9e0-1f9ff 1fa70-1faa9"),
+    ("animals", 0.24, "1f400-1f43f 1f54a 1f577 1f980-1f9ae 1fab0-1fab3 1fabc-1fabf 1facc-1facf"),
+    ("vehicles", 0.07, "2708 26f4-26f5 1f680-1f6a4 1f6b2 1f6f0-1f6fc 1f3cd-1f3ce"),
+    ("faces", 0.05, "1f600-1f644 1f47b-1f47e 1f480 1f910-1f92f 1f970-1f97a"),
+    ("sky and places", 0.05, "2600-2604 26c4 2744 2b50 1f300-1f320 1f3d4 1f3e0 1f3f0 1f525 1f4a7 26fa 1fa90"),
+    ("objects", 0.30, "2328 260e 2693-2699 26bd-26be 2702 270f 2764 231a-231b 23f0-23f3 1f380-1f3c0 1f3c6-1f3d3"
+     " 1f3ee-1f3fa 1f451-1f462 1f484-1f48e 1f493-1f49d 1f4a1-1f4a3 1f4b0-1f4ff 1f50b-1f516 1f526-1f52e 1f56f-1f579"
+     " 1f5a4-1f5d1 1f5dd-1f5e1 1f6aa 1f6bd-1f6c1 1f6cb-1f6d2 1f941-1f94f 1f9e0-1f9ff 1fa70-1faa9"),
 )
 
 # Words for stuff that is not counted, and plurals that do not end in s: said without "a".
@@ -74,9 +76,9 @@ UNCOUNTED = frozenset("""
     bread rice spaghetti oden sushi popcorn garlic bacon butter salt ice sake coral wood herb broccoli
     salad food tea milk yarn soap thread fire honey meat tennis bowling badminton lacrosse money fog liquid lightning
     camping corn shrimp dna mate foggy custard cooking luggage sparkles baseball volleyball softball bread
-    performing arts
+    arts racing hockey pong
 """.split())
-SINGULAR_S = ("ss", "us", "os", "is", "dress", "glass")    # words that end in s and yet are one thing: compass, octopus
+SINGULAR_S = ("ss", "us", "os")    # words that end in s and yet are one thing: compass, octopus
 AN = ("a", "e", "i", "o", "u", "hour", "x-ray")
 NOT_AN = ("uni", "ewe", "one-", "euro", "use", "uk")
 
@@ -90,7 +92,7 @@ class Concept:
 
     @property
     def phrase(self) -> str:
-        last = self.name.split(" ")[-1]
+        last = self.name.split(" of ")[0].split(" ")[-1]      # "glass of milk" counts glasses
         plural = last.endswith("s") and not last.endswith(SINGULAR_S)
         return self.name if plural or last in UNCOUNTED else with_article(self.name)
 
@@ -166,13 +168,15 @@ def split_pairs(concepts: int, backgrounds: int, share: float = 0.1,
                 seed: int = 0) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """All (concept, background) index pairs as (seen, held out): every concept and background stays among the seen ones.
 
-    The held-out pairs walk the shuffled concepts and the backgrounds in step, so both are hit evenly.
+    The held-out pairs walk the shuffled concepts and the backgrounds in step, so both are hit evenly. Both lists are
+    shuffled, so any stretch of them is a fair sample.
     """
     count = round(concepts * backgrounds * share)
     order = sorted(range(concepts), key=lambda i: random.Random(f"{seed}:concept:{i}").random())
     held = {(order[k % concepts], (k % concepts + k // concepts) % backgrounds) for k in range(count)}
-    everything = [(i, j) for j in range(backgrounds) for i in range(concepts)]
-    return [pair for pair in everything if pair not in held], sorted(held)
+    pairs = [(i, j) for i in range(concepts) for j in range(backgrounds)]
+    pairs.sort(key=lambda pair: random.Random(f"{seed}:pair:{pair[0]}:{pair[1]}").random())
+    return [pair for pair in pairs if pair not in held], [pair for pair in pairs if pair in held]
 
 
 # ---- choosing the emoji ----------------------------------------------------------------------------------------------
@@ -217,17 +221,18 @@ def distance(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.nda
 
 
 def choose(font: ImageFont.FreeTypeFont, count: int) -> list[Concept]:
-    """The emoji of the set by the rule at the top of this file, ordered by group and code point."""
+    """The emoji of the set by the rule at the top of this file, in the order of that rule."""
     found = candidates(font)
     chosen: dict[int, Concept] = {}
     thumbnails: list[tuple[np.ndarray, np.ndarray]] = []
     names = set()
 
     def take(code_points: tuple[int, ...], limit: int) -> None:
-        for code in code_points:
+        usable = [code for code in code_points if code in found and code not in chosen]
+        for code in sorted(usable, key=lambda code: (len(found[code].name.split(" ")), code)):
             if limit <= 0 or len(chosen) >= count:
                 return
-            if code not in found or code in chosen or found[code].name in names:
+            if found[code].name in names:
                 continue
             thumbnail = _thumbnail(draw_glyph(font, found[code].character))
             if all(distance(thumbnail, other) >= NEAR for other in thumbnails):

@@ -1,0 +1,173 @@
+"""Write the training set of the embedded model: captioned pictures of emoji, as an ordinary folder for `plainsd train`.
+
+    python recipes/emoji/data.py runs/emoji/data
+
+    OUT/metadata.jsonl   one line a picture: file name, captions, and how it was made; written last, so a folder has it or is unfinished
+    OUT/images/*.png     RGB pictures of the seen (emoji, background) pairs
+    OUT/heldout/         the same two things for pairs that are never trained on
+    OUT/tokenizer/       a byte-level BPE vocabulary of these captions, in CLIP's file format
+    OUT/concepts.json    names, characters, colours, templates and held-out pairs: all that a scorer needs beside the font
+
+Picture i is a pure function of (seed, i): its pair is entry i of the seen pairs, taken round and round, and its size and
+place are drawn from the text "seed:picture:i". Which emoji, and how they are drawn: `plainsd.train.emoji`.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from plainsd.errors import UserError
+from plainsd.train import emoji
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"      # how CLIP cuts text before the merges
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+def start_worker(font_path: Path, concepts: list[emoji.Concept], size: int) -> None:
+    """Each process draws the glyphs once."""
+    global glyphs, side
+    os.nice(10)
+    font = emoji.open_font(font_path)
+    glyphs, side = [emoji.draw_glyph(font, concept.character) for concept in concepts], size
+
+
+def make_picture(job: tuple[str, int, tuple[int, int, int], Path]) -> emoji.Place:
+    """Compose and write one picture; where the glyph lies in it."""
+    key, concept, colour, path = job
+    place = emoji.random_place(key, glyphs[concept].size, side)
+    emoji.compose(glyphs[concept], colour, side, place).save(path, compress_level=1)
+    return place
+
+
+def write_pictures(folder: Path, kind: str, count: int, pairs: list[tuple[int, int]], concepts: list[emoji.Concept],
+                   options: argparse.Namespace) -> None:
+    """`count` pictures of the pairs, taken round and round, and their metadata.jsonl, last."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    colours = list(emoji.BACKGROUNDS.items())
+    jobs, lines = [], []
+    for i in range(count):
+        concept, background = pairs[i % len(pairs)]
+        name, colour = colours[background]
+        file_name = f"images/{i:06d}.png"
+        jobs.append((f"{options.seed}:{kind}:{i}", concept, colour, folder / file_name))
+        captions = [emoji.caption(template, concepts[concept], name) for template in emoji.TEMPLATES]
+        lines.append({"file_name": file_name, "text": captions, "concept": concepts[concept].name, "background": name})
+    with multiprocessing.Pool(options.workers, start_worker, (options.font, concepts, options.size)) as pool:
+        for i, place in enumerate(pool.imap(make_picture, jobs, chunksize=64)):
+            lines[i] |= {"left": place.left, "top": place.top, "width": place.width, "height": place.height}
+            if (i + 1) % 5000 == 0:
+                print(f"{kind}: {i + 1} of {count} pictures", file=sys.stderr, flush=True)
+    write_whole(folder / "metadata.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+def byte_symbols() -> list[str]:
+    """The 256 printable characters that stand for the bytes, in CLIP's order: printable Latin-1 first, then the rest."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+
+
+def train_merges(captions: list[str], limit: int) -> list[tuple[str, str]]:
+    """Byte-pair merges of the captions, most frequent first, words ending in `</w>`."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "),
+                                           normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=limit, end_of_word_suffix="</w>", initial_alphabet=byte_symbols(),
+                                  show_progress=False)
+    bpe.train_from_iterator(captions, trainer)
+    return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+
+
+def write_tokenizer(folder: Path, captions: list[str], size: int) -> int:
+    """The four files of a CLIP tokenizer folder; the number of entries. All 256 bytes are there, so any text encodes."""
+    symbols = byte_symbols()
+    base = symbols + [symbol + "</w>" for symbol in symbols]
+    merges = train_merges(captions, size)[:size - len(base) - 2]
+    entries = list(dict.fromkeys([*base, *(left + right for left, right in merges)])) + [START, END]
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace",
+              "add_prefix_space": False, **special}
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    write_whole(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    write_whole(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    write_whole(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
+    write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    return len(entries)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+def describe(concepts: list[emoji.Concept], heldout: list[tuple[int, int]], options: argparse.Namespace) -> dict:
+    """What concepts.json says."""
+    names = list(emoji.BACKGROUNDS)
+    return {
+        "concepts": [{"name": c.name, "character": c.character, "phrase": c.phrase} for c in concepts],
+        "backgrounds": {name: list(colour) for name, colour in emoji.BACKGROUNDS.items()},
+        "templates": list(emoji.TEMPLATES),
+        "heldout": [[concepts[i].name, names[j]] for i, j in heldout],
+        "size": options.size, "seed": options.seed, "font": emoji.font_identity(options.font),
+    }
+
+
+def build(options: argparse.Namespace) -> None:
+    font = emoji.open_font(options.font)
+    concepts = emoji.choose(font, options.emoji)
+    seen, heldout = emoji.split_pairs(len(concepts), len(emoji.BACKGROUNDS), options.heldout_share, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    captions = [emoji.caption(template, concept, background)
+                for concept in concepts for background in emoji.BACKGROUNDS for template in emoji.TEMPLATES]
+    entries = write_tokenizer(options.out / "tokenizer", captions, options.vocabulary)
+    write_whole(options.out / "concepts.json",
+                json.dumps(describe(concepts, heldout, options), ensure_ascii=False, indent=1) + "\n")
+    if heldout:
+        write_pictures(options.out / "heldout", "heldout", options.heldout_count, heldout, concepts, options)
+    write_pictures(options.out, "picture", options.count, seen, concepts, options)
+    print(f"{options.out}: {options.count} pictures of {len(seen)} pairs, {len(heldout)} pairs held out, "
+          f"{len(concepts)} emoji, {entries} tokens")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=57_600, help="training pictures")
+    parser.add_argument("--heldout-count", type=int, default=500, help="pictures of held-out pairs")
+    parser.add_argument("--heldout-share", type=float, default=0.1, help="share of the pairs that is held out")
+    parser.add_argument("--emoji", type=int, default=400, help="how many emoji")
+    parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
+    parser.add_argument("--vocabulary", type=int, default=2000, help="most entries in the tokenizer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--font", type=Path, default=emoji.FONT)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    try:
+        build(parser.parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
