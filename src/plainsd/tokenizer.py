@@ -67,9 +67,12 @@ class Tokenizer:
         added = {}
         if (folder / "tokenizer.json").is_file():            # all that transformers 5 writes; first, as there
             whole = _read_json(folder / "tokenizer.json")
-            vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
-            merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
-            added = {token["id"]: _token(token) for token in whole["added_tokens"]}
+            model = whole.get("model", {})
+            if model.get("type", "BPE") != "BPE" or "vocab" not in model or "merges" not in model:
+                raise UserError(f"{folder / 'tokenizer.json'} holds no byte-pair vocabulary; take CLIP's tokenizer")
+            vocabulary = model["vocab"]
+            merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+            added = {token["id"]: _token(token) for token in whole.get("added_tokens", ())}
         else:
             vocabulary, merges = _read_vocabulary(folder)
         config = _read_json(folder / "tokenizer_config.json", missing={})
@@ -128,10 +131,11 @@ class Tokenizer:
         A name such as `<cat>` is found anywhere in a text, a name of letters and digits only as a whole word.
         """
         names = [token, *(f"{token}_{index}" for index in range(1, count))]
-        taken = [name for name in names if self._backend.token_to_id(name) is not None]
-        if taken or not token.strip():
-            raise UserError(f"cannot learn the token {token!r}: {'it is empty' if not taken else f'{taken[0]!r} exists'}"
-                            f" in the vocabulary; choose another name, such as '<{token.strip() or 'name'}>'")
+        if not token.strip() or count < 1:
+            raise UserError(f"cannot learn {count} vectors as {token!r}; give a name and at least one vector")
+        if taken := [name for name in names if self._backend.token_to_id(name) is not None]:
+            raise UserError(f"cannot learn the token {token!r}: the vocabulary has {taken[0]!r} already; "
+                            f"choose another name, such as '<my-{token.strip('<> ')}>'")
         whole = token[0].isalnum() and token[-1].isalnum()
         self._backend.add_tokens([AddedToken(name, single_word=whole, normalized=True) for name in names])
         ids = [self._backend.token_to_id(name) for name in names]
@@ -168,9 +172,9 @@ class Tokenizer:
         return runs
 
     def _readable(self, piece: str) -> str:
-        if piece in self.special.values() or piece not in self.vocabulary:
-            return piece
         word, mark = (piece[: -len(WORD_END)], WORD_END) if piece.endswith(WORD_END) else (piece, "")
+        if not SYMBOL_BYTES.keys() >= set(word):
+            return piece                         # a learned token may have any name
         return bytes(SYMBOL_BYTES[symbol] for symbol in word).decode("utf-8", errors="backslashreplace") + mark
 
 
@@ -257,9 +261,12 @@ def _read_json(path: Path, missing: dict | None = None) -> dict:
     if missing is not None and not path.is_file():
         return missing
     try:
-        return json.loads(_read(path))
+        content = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} where names with values are expected; fetch it again")
+    return content
 
 
 def _write(path: Path, text: str) -> None:
