@@ -1,0 +1,141 @@
+"""The noise schedule: how much noise each timestep of training means, and which levels a sampler visits.
+
+Training (Ho et al. 2020, "Denoising Diffusion Probabilistic Models") mixes a clean latent with noise,
+
+    x_t = sqrt(alpha_bar_t) * x0 + sqrt(1 - alpha_bar_t) * noise          t = 0 .. T-1, T = 1000
+
+Divided by sqrt(alpha_bar_t) this is x0 + sigma_t * noise with sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t). All
+sampling code works with that sigma, the noise level beside a clean latent of full size. `NoiseSchedule` is the table
+that translates; below it stand the spacings, the ways to choose a few levels out of the thousand.
+
+The table is float64, made once on the CPU. Levels and timesteps are plain Python floats, so no sampler ever waits for
+a device to tell it a number.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plainsd.errors import UserError
+
+TERMINAL_ALPHA_BAR = 2.0**-24  # stands for zero in zero-terminal-SNR tables: sigma is then 4096, not infinite
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The table alpha_bar over the training timesteps, and its other face, sigma.
+
+    Shapes: (T,) float64, alpha_bar falling from almost 1, sigma rising from almost 0.
+    """
+
+    alphas_cumprod: Tensor
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> "NoiseSchedule":
+        """The table of the forward process that mixes in a variance of beta_t at timestep t."""
+        return cls((1 - betas.double()).cumprod(0))
+
+    @classmethod
+    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, count: int = 1000) -> "NoiseSchedule":
+        """Stable Diffusion's: the square root of beta is linear in the timestep (Rombach et al. 2022)."""
+        return cls.from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, count, dtype=torch.float64) ** 2)
+
+    @classmethod
+    def linear(cls, beta_start: float = 0.0001, beta_end: float = 0.02, count: int = 1000) -> "NoiseSchedule":
+        """Beta is linear in the timestep (Ho et al. 2020)."""
+        return cls.from_betas(torch.linspace(beta_start, beta_end, count, dtype=torch.float64))
+
+    @classmethod
+    def cosine(cls, count: int = 1000) -> "NoiseSchedule":
+        """alpha_bar is a squared cosine, beta is capped at 0.999 (Nichol and Dhariwal 2021)."""
+        time = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+        alpha_bar = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+        return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
+
+    def zero_terminal_snr(self) -> "NoiseSchedule":
+        """The same table bent so that its last timestep is pure noise (Lin et al. 2023, algorithm 1).
+
+        Shifts and scales sqrt(alpha_bar): the first entry stays, the last becomes zero, here 2**-24.
+        """
+        root = self.alphas_cumprod.sqrt()
+        bent = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        bent[-1] = TERMINAL_ALPHA_BAR
+        return NoiseSchedule(bent)
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """Noise level of each timestep, (T,) float64, rising."""
+        return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+
+    @cached_property
+    def _log_sigmas(self) -> np.ndarray:
+        return self.sigmas.log().numpy()
+
+    def __len__(self) -> int:
+        """The number of training timesteps."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def sigma_min(self) -> float:
+        """The first and lowest level of the table, about 0.029 for Stable Diffusion."""
+        return self.sigmas[0].item()
+
+    @property
+    def sigma_max(self) -> float:
+        """The last and highest level of the table, about 14.6 for Stable Diffusion."""
+        return self.sigmas[-1].item()
+
+    def sigma(self, timestep: float) -> float:
+        """Noise level at a timestep, which may be fractional: log sigma is linear between entries."""
+        return math.exp(np.interp(timestep, np.arange(len(self)), self._log_sigmas))
+
+    def timestep(self, sigma: float) -> float:
+        """The fractional timestep with this noise level, the inverse of `sigma`; the table's end where it is outside."""
+        return float(np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self))))
+
+
+# Spacings. The first three choose timesteps (names from Lin et al. 2023, table 2), the last two choose levels.
+
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
+
+
+def leading(count: int, steps: int, offset: int = 1) -> list[float]:
+    """Multiples of count // steps, counted from the clean end: Stable Diffusion's own, with its offset of 1.
+
+    The highest timesteps are never visited: 50 steps of 1000 start at 981.
+    """
+    stride = count // steps
+    highest = (steps - 1) * stride
+    return [float(index * stride + min(offset, count - 1 - highest)) for index in reversed(range(steps))]
+
+
+def trailing(count: int, steps: int) -> list[float]:
+    """Equal strides counted from the noisy end: starts at the last timestep, as zero-terminal-SNR models need."""
+    return (np.arange(count, 0, -count / steps).round()[:steps] - 1).tolist()
+
+
+def linspace(count: int, steps: int) -> list[float]:
+    """Both ends of the table and equal, usually fractional, strides between them."""
+    return np.linspace(0, count - 1, steps)[::-1].tolist() if steps > 1 else [count - 1.0]
+
+
+def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> list[float]:
+    """Levels whose 1/rho-th power is linear: dense near the clean end (Karras et al. 2022, equation 5)."""
+    return (np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho).tolist()
+
+
+def exponential(sigma_min: float, sigma_max: float, steps: int) -> list[float]:
+    """Levels in a geometric row: equal strides in log sigma."""
+    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps)).tolist()
+
+
+def distilled(count: int, steps: int, taught: int = 50) -> list[float]:
+    """A subset of the 50 timesteps on which latent consistency models were taught (Luo et al. 2023)."""
+    if steps > taught:
+        raise UserError(f"steps {steps} is more than the {taught} that lcm models know; choose 1 to {taught}")
+    known = [float((index + 1) * (count // taught) - 1) for index in reversed(range(taught))]
+    return [known[int(index)] for index in np.linspace(0, taught, steps, endpoint=False)]
