@@ -1,0 +1,226 @@
+"""What each weight is called: our name, the diffusers folder's, the original single file's, side by side.
+
+The tables are data, and are read in both directions. A row names one module three times; `{i}` is a level, `{j}` a place
+in the level, `{n}` our flat count of blocks and `{m}` = n + 1, `{k}` a repeated block. Its weight and bias follow
+(`.weight`, `.bias`). A mark after `:` says how the file's tensor differs from ours:
+
+    conv        (o, i, 1, 1) where ours is (o, i): a 1x1 convolution that we compute as a linear layer
+    maybe-conv  conv or not, by the variant (SD 1.x has convolutions, SD 2.x and SDXL have not)
+    bare        the whole name: no `.weight` follows
+    transposed  bare, and the transpose of ours
+    third       one tensor, `_weight` or `_bias`, holds the q, k and v of three rows on top of each other
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.models.clip import TextEncoder
+from plainsd.models.unet import UNet
+from plainsd.models.vae import VAE
+
+Row = tuple[str, str, str]
+
+# --- the UNet: ours, diffusers, original -----------------------------------------------------------------------------
+
+UNET: tuple[Row, ...] = (
+    ("time.0",     "time_embedding.linear_1",   "time_embed.0"),
+    ("time.2",     "time_embedding.linear_2",   "time_embed.2"),
+    ("guidance",   "time_embedding.cond_proj",  "time_embed.cond_proj"),
+    ("vector.0",   "add_embedding.linear_1",    "label_emb.0.0"),
+    ("vector.2",   "add_embedding.linear_2",    "label_emb.0.2"),
+    ("conv_in",    "conv_in",                   "input_blocks.0.0"),
+    ("norm_out",   "conv_norm_out",             "out.0"),
+    ("conv_out",   "conv_out",                  "out.2"),
+)
+UNET_DOWN: tuple[Row, ...] = (
+    ("down.{n}.res",            "down_blocks.{i}.resnets.{j}",          "input_blocks.{m}.0"),
+    ("down.{n}.attn",           "down_blocks.{i}.attentions.{j}",       "input_blocks.{m}.1"),
+    ("down.{n}.resample.conv",  "down_blocks.{i}.downsamplers.0.conv",  "input_blocks.{m}.0.op"),
+)
+UNET_MID: tuple[Row, ...] = (
+    ("mid.res1",  "mid_block.resnets.0",     "middle_block.0"),
+    ("mid.attn",  "mid_block.attentions.0",  "middle_block.1"),
+    ("mid.res2",  "mid_block.resnets.1",     "middle_block.2"),
+)
+UNET_UP: tuple[Row, ...] = (
+    ("up.{n}.res",            "up_blocks.{i}.resnets.{j}",        "output_blocks.{n}.0"),
+    ("up.{n}.attn",           "up_blocks.{i}.attentions.{j}",     "output_blocks.{n}.1"),
+    ("up.{n}.resample.conv",  "up_blocks.{i}.upsamplers.0.conv",  "output_blocks.{n}.{last}.conv"),
+)
+UNET_RES: tuple[Row, ...] = (
+    ("norm1",  "norm1",          "in_layers.0"),
+    ("conv1",  "conv1",          "in_layers.2"),
+    ("emb",    "time_emb_proj",  "emb_layers.1"),
+    ("norm2",  "norm2",          "out_layers.0"),
+    ("conv2",  "conv2",          "out_layers.3"),
+    ("skip",   "conv_shortcut",  "skip_connection"),
+)
+TRANSFORMER: tuple[Row, ...] = (
+    ("norm",      "norm",                 "norm"),
+    ("proj_in",   "proj_in:maybe-conv",   "proj_in:maybe-conv"),
+    ("proj_out",  "proj_out:maybe-conv",  "proj_out:maybe-conv"),
+)
+TRANSFORMER_BLOCK = tuple((f"blocks.{{k}}.{ours}", *[f"transformer_blocks.{{k}}.{theirs}"] * 2) for ours, theirs in (
+    ("norm1",           "norm1"),
+    ("self_attn.q",     "attn1.to_q"),
+    ("self_attn.k",     "attn1.to_k"),
+    ("self_attn.v",     "attn1.to_v"),
+    ("self_attn.out",   "attn1.to_out.0"),
+    ("norm2",           "norm2"),
+    ("cross_attn.q",    "attn2.to_q"),
+    ("cross_attn.k",    "attn2.to_k"),
+    ("cross_attn.v",    "attn2.to_v"),
+    ("cross_attn.out",  "attn2.to_out.0"),
+    ("norm3",           "norm3"),
+    ("ff.up",           "ff.net.0.proj"),
+    ("ff.down",         "ff.net.2"),
+))
+
+# --- the VAE: ours, diffusers, original ------------------------------------------------------------------------------
+
+VAE_TOP: tuple[Row, ...] = (
+    ("encoder.conv_in",   "encoder.conv_in",        "encoder.conv_in"),
+    ("encoder.norm",      "encoder.conv_norm_out",  "encoder.norm_out"),
+    ("encoder.conv_out",  "encoder.conv_out",       "encoder.conv_out"),
+    ("quant",             "quant_conv",             "quant_conv"),
+    ("post_quant",        "post_quant_conv",        "post_quant_conv"),
+    ("decoder.conv_in",   "decoder.conv_in",        "decoder.conv_in"),
+    ("decoder.norm",      "decoder.conv_norm_out",  "decoder.norm_out"),
+    ("decoder.conv_out",  "decoder.conv_out",       "decoder.conv_out"),
+)
+VAE_LEVEL: tuple[Row, ...] = (        # {r}: the original counts the decoder's levels from the shallowest
+    ("encoder.levels.{i}.res.{j}",         "encoder.down_blocks.{i}.resnets.{j}",          "encoder.down.{i}.block.{j}"),
+    ("encoder.levels.{i}.resample.conv",   "encoder.down_blocks.{i}.downsamplers.0.conv",  "encoder.down.{i}.downsample.conv"),
+    ("decoder.levels.{i}.res.{j}",         "decoder.up_blocks.{i}.resnets.{j}",            "decoder.up.{r}.block.{j}"),
+    ("decoder.levels.{i}.resample.conv",   "decoder.up_blocks.{i}.upsamplers.0.conv",      "decoder.up.{r}.upsample.conv"),
+)
+VAE_MID = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}") for side in ("encoder", "decoder")
+                for ours, diffusers, original in (
+    ("mid.res1",  "mid_block.resnets.0",     "mid.block_1"),
+    ("mid.attn",  "mid_block.attentions.0",  "mid.attn_1"),
+    ("mid.res2",  "mid_block.resnets.1",     "mid.block_2"),
+))
+VAE_RES: tuple[Row, ...] = (
+    ("norm1",  "norm1",          "norm1"),
+    ("conv1",  "conv1",          "conv1"),
+    ("norm2",  "norm2",          "norm2"),
+    ("conv2",  "conv2",          "conv2"),
+    ("skip",   "conv_shortcut",  "nin_shortcut"),
+)
+VAE_ATTENTION: tuple[Row, ...] = (
+    ("norm",      "group_norm",  "norm"),
+    ("attn.q",    "to_q",        "q:conv"),
+    ("attn.k",    "to_k",        "k:conv"),
+    ("attn.v",    "to_v",        "v:conv"),
+    ("attn.out",  "to_out.0",    "proj_out:conv"),
+)
+
+# --- the text encoder: ours, transformers (SD 1.x also in single files), OpenCLIP (SD 2.x and SDXL in single files) --
+
+TEXT: tuple[Row, ...] = (
+    ("token",       "text_model.embeddings.token_embedding",     "token_embedding"),
+    ("position",    "text_model.embeddings.position_embedding",  "positional_embedding:bare"),
+    ("norm",        "text_model.final_layer_norm",               "ln_final"),
+    ("projection",  "text_projection",                           "text_projection:transposed"),
+)
+TEXT_BLOCK = tuple((f"blocks.{{k}}.{ours}", f"text_model.encoder.layers.{{k}}.{hugging}",
+                    f"transformer.resblocks.{{k}}.{openclip}") for ours, hugging, openclip in (
+    ("norm1",     "layer_norm1",         "ln_1"),
+    ("attn.q",    "self_attn.q_proj",    "attn.in_proj:third"),
+    ("attn.k",    "self_attn.k_proj",    "attn.in_proj:third"),
+    ("attn.v",    "self_attn.v_proj",    "attn.in_proj:third"),
+    ("attn.out",  "self_attn.out_proj",  "attn.out_proj"),
+    ("norm2",     "layer_norm2",         "ln_2"),
+    ("fc1",       "mlp.fc1",             "mlp.c_fc"),
+    ("fc2",       "mlp.fc2",             "mlp.c_proj"),
+))
+
+COLUMN = {"diffusers": 1, "original": 2, "transformers": 1, "openclip": 2}
+
+
+def under(row: Row, table: tuple[Row, ...]) -> list[Row]:
+    """The rows of `table` for the block that `row` names."""
+    return [tuple(f"{block}.{leaf}" for block, leaf in zip(row, leaves, strict=True)) for leaves in table]
+
+
+def filled(table: tuple[Row, ...], **numbers: int) -> list[Row]:
+    return [tuple(name.format(**numbers) for name in row) for row in table]
+
+
+def unet_rows(unet: UNet) -> Iterator[Row]:
+    """Every module with weights that a UNet of these sizes can have; some exist only at some levels."""
+    config = unet.config
+    depth, layers, levels = (*config.depth, config.mid_depth), config.layers, len(config.channels)
+    transformer = list(TRANSFORMER) + [row for k in range(max(depth)) for row in filled(TRANSFORMER_BLOCK, k=k)]
+    yield from UNET
+    blocks = list(UNET_MID)
+    for i, j in product(range(levels), range(layers + 1)):
+        n, last = i * (layers + 1) + j, 2 if depth[levels - 1 - i] else 1
+        blocks += filled(UNET_DOWN, i=i, j=j, n=n, m=n + 1) + filled(UNET_UP, i=i, j=j, n=n, last=last)
+    for row in blocks:
+        kind = row[0].rpartition(".")[2]
+        yield from under(row, transformer) if kind == "attn" else under(row, UNET_RES) if "res" in kind[:3] else [row]
+
+
+def vae_rows(vae: VAE) -> Iterator[Row]:
+    levels = len(vae.config.channels)
+    yield from VAE_TOP
+    for row in VAE_MID:
+        yield from under(row, VAE_ATTENTION if row[0].endswith("attn") else VAE_RES)
+    for i, j in product(range(levels), range(vae.config.layers + 1)):
+        for row in filled(VAE_LEVEL, i=i, j=j, r=levels - 1 - i):
+            yield from under(row, VAE_RES) if ".res." in row[0] else [row]
+
+
+def text_rows(encoder: TextEncoder) -> Iterator[Row]:
+    yield from TEXT
+    for k in range(encoder.config.layers):
+        yield from filled(TEXT_BLOCK, k=k)
+
+
+ROWS = {UNet: unet_rows, VAE: vae_rows, TextEncoder: text_rows}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of a file: its name there, which of our tensors it holds, and how it differs from them."""
+
+    name: str
+    ours: tuple[str, ...]
+    mark: str = ""
+
+    def to_ours(self, tensor: Tensor) -> list[Tensor]:
+        if self.mark == "third":
+            return list(tensor.chunk(3))
+        if self.mark == "transposed":
+            return [tensor.T]
+        if self.mark.endswith("conv") and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            return [tensor[:, :, 0, 0]]
+        return [tensor]
+
+    def to_theirs(self, tensors: list[Tensor]) -> Tensor:
+        if self.mark == "third":
+            return torch.cat(tensors)
+        tensor, = tensors
+        if self.mark == "transposed":
+            return tensor.T
+        return tensor[:, :, None, None] if self.mark == "conv" and tensor.ndim == 2 else tensor
+
+
+def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[Place]:
+    """All tensors of a network as a file in `layout` holds them, in our order; `conv` settles `maybe-conv`."""
+    names = {row[0]: row[COLUMN[layout]] for row in ROWS[type(network)](network)}
+    found: dict[str, Place] = {}
+    for ours in network.state_dict():
+        module, _, leaf = ours.rpartition(".")
+        theirs, _, mark = names[module].partition(":")
+        if mark == "maybe-conv":
+            mark = "conv" if conv else "maybe-conv"
+        name = theirs if mark in ("bare", "transposed") else f"{theirs}_{leaf}" if mark == "third" else f"{theirs}.{leaf}"
+        before = found[name].ours if name in found else ()
+        found[name] = Place(name, (*before, ours), mark)
+    return list(found.values())

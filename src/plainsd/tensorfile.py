@@ -1,0 +1,185 @@
+"""Files of named tensors: safetensors read and written one tensor at a time, and PyTorch's pickles read safely.
+
+A safetensors file is eight bytes with the length of a header, the header (JSON: name -> dtype, shape, two offsets), and
+the tensors' bytes. Reading by hand keeps one tensor in memory, where the library's memory map counts the whole file.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plainsd.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000            # bytes; the format's own limit
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, not read yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    path: Path
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str]
+
+
+def damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged: {what}; fetch or save it again")
+
+
+def read_header(path: Path) -> tuple[dict, int]:
+    """The JSON header of a safetensors file, and where the tensors' bytes begin."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            if start[:2] == b"PK" or start[:1] == b"\x80":
+                raise UserError(f"{path} is a pickle, not safetensors; rename it to .ckpt if you trust where it is from")
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 0 <= length <= min(size - 8, HEADER_LIMIT):
+                raise damaged(path, f"it has {size} bytes and claims a header of {length}" if length >= 0 else
+                              f"it has only {size} bytes")
+            header = json.loads(file.read(length).decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise damaged(path, "its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise damaged(path, "its header is not a table of names")
+    return header, 8 + length
+
+
+def check_entry(path: Path, name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """dtype, shape and the two offsets of one tensor, which must agree with each other."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError) as error:
+        raise damaged(path, f"the header's entry for {name!r} is incomplete") from error
+    if dtype not in DTYPES:
+        raise UserError(f"{path}: {name!r} has the type {dtype!r}, which is not supported; only {', '.join(DTYPES)} are")
+    if not numbers or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise damaged(path, f"{name!r} of shape {list(shape)} and type {dtype} cannot fill bytes {begin} to {end}")
+    return DTYPES[dtype], shape, begin, end
+
+
+def open_safetensors(path: Path) -> TensorFile:
+    """Reads and checks the header: every tensor lies inside the file, none over another, and no byte is left over."""
+    header, base = read_header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise damaged(path, "its metadata is not a table of names")
+    entries = {name: check_entry(path, name, entry) for name, entry in header.items()}
+    at = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != at:
+            raise damaged(path, f"{name!r} begins at byte {begin} where byte {at} is due")
+        at = end
+    size = path.stat().st_size - base
+    if at != size:
+        raise damaged(path, f"its tensors need {at} bytes and it has {size}" + (" (cut short)" if at > size else ""))
+    tensors = {name: Stored(dtype, shape, _reader(path, dtype, shape, base + begin, end - begin))
+               for name, (dtype, shape, begin, end) in entries.items()}
+    return TensorFile(path, tensors, {str(key): str(value) for key, value in metadata.items()})
+
+
+def _reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], start: int, count: int) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        if count:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(start)
+                view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                while view:                                  # the system reads at most 2 GiB at a time
+                    got = file.readinto(view)
+                    if not got:
+                        raise damaged(path, "it became shorter while it was read")
+                    view = view[got:]
+        return tensor
+
+    return read
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str] = {}) -> None:
+    """Writes tensors one at a time, in the order given. The caller names a temporary path and moves it into place."""
+    header, at = {"__metadata__": {"format": "pt", **metadata}}, 0
+    for name, stored in tensors.items():
+        header[name] = {"dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [at, at + stored.nbytes]}
+        at += stored.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)                          # so that the first tensor is aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for stored in tensors.values():
+            tensor = stored.read().detach().cpu().contiguous()
+            if tensor.numel():
+                file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_pickle(path: Path) -> TensorFile:
+    """A .ckpt, .bin or .pt: tensors by name, perhaps under `state_dict`. Nothing but plain data is ever unpickled."""
+    options = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            content = torch.load(path, mmap=True, **options)
+        except RuntimeError:                                 # files from before PyTorch 1.6 cannot be memory-mapped
+            content = torch.load(path, **options)
+    except FileNotFoundError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:                               # the unpickler fails in as many ways as files are broken
+        reason = str(error).strip().splitlines()
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UserError(f"{path} is a pickle that holds more than tensors, and could run code; it is not opened; "
+                            "use a .safetensors file of the model") from error
+        raise damaged(path, f"it is no PyTorch file ({reason[0] if reason else type(error).__name__})") from error
+    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors; it is not a checkpoint")
+    return TensorFile(path, {name: stored(tensor) for name, tensor in tensors.items()}, {})
+
+
+def stored(tensor: Tensor) -> Stored:
+    """A tensor that is in memory already."""
+    return Stored(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+def open_tensors(path: Path) -> TensorFile:
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+
+
+def merged(files: Iterable[TensorFile]) -> TensorFile:
+    """Several files that together hold one network."""
+    files = list(files)
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        if twice := next((name for name in file.tensors if name in tensors), None):
+            raise UserError(f"{file.path}: {twice!r} is in another file of the same model too; fetch them again")
+        tensors |= file.tensors
+    return TensorFile(files[0].path, tensors, files[0].metadata)
