@@ -1,0 +1,162 @@
+"""Every choice that makes a picture, and its text form: what stands in a PNG under `parameters`.
+
+The text is the one AUTOMATIC1111's web UI writes and most tools read:
+
+    a red apple
+    Negative prompt: blurred
+    Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: emoji, Version: plainsd 0.1.0
+
+This module needs no torch, so that the command line can read settings before it loads anything heavy.
+"""
+
+import json
+import re
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+
+from plainsd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One picture's settings. None takes the default of the model, the sampler or the task."""
+
+    prompt: str = ""
+    negative: str = ""
+    size: tuple[int, int] | None = None            # width, height in pixels; with a picture given, the picture's own
+    steps: int | None = None
+    guidance: float | None = None                  # 1: no second pass, and the negative prompt has no effect
+    sampler: str | None = None
+    spacing: str | None = None
+    seed: int = 0
+    clip_skip: int | None = None                   # 1: the text encoder's last layer, 2: the last but one, ...
+    eta: float | None = None                       # share of fresh noise a step, for samplers that have the choice
+    strength: float | None = None                  # share of the steps that run on a given or upscaled picture
+    variation_seed: int | None = None              # a second seed, towards which the first noise is turned ...
+    variation_strength: float = 0.0                # ... by this share, 0 to 1
+    hires: float | None = None                     # second pass on the picture enlarged this many times
+    upscaler: str = "latent"                       # how it is enlarged: "latent" or "lanczos"
+    rescale: float = 0.0                           # Lin et al. 2023 (arXiv:2305.08891), 0 to 1
+    interval: tuple[float, float] | None = None    # sigmas between which guidance acts (arXiv:2404.07724)
+    perturbed: float = 0.0                         # scale of perturbed-attention guidance (arXiv:2403.17377)
+    threshold: float | None = None                 # percentile of dynamic thresholding, such as 0.995 (arXiv:2205.11487)
+    model: str | None = None                       # its name, for the text; which model draws is said elsewhere
+    other: tuple[tuple[str, str], ...] = ()        # what a text said beside these; nothing here acts on it
+
+
+# plainsd's names and A1111's. The second column is also what its drop-down shows.
+SAMPLERS = {
+    "ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
+    "dpm2": "DPM2", "dpm2_a": "DPM2 a", "dpmpp_2m": "DPM++ 2M", "dpmpp_2s_a": "DPM++ 2S a", "dpmpp_sde": "DPM++ SDE",
+    "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m_sde": "DPM++ 3M SDE", "lms": "LMS", "unipc": "UniPC", "lcm": "LCM",
+}  # fmt: skip
+SPACINGS = {
+    "karras": "Karras", "exponential": "Exponential", "linspace": "Uniform", "trailing": "SGM Uniform", "leading": "DDIM",
+}  # fmt: skip
+SUFFIXES = ("karras", "exponential")               # these stand behind the sampler's name, the others as "Schedule type"
+
+
+def number(value: float) -> str:
+    """7.0 -> "7", 0.1 -> "0.1": no digit is lost."""
+    return repr(value).removesuffix(".0")
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, high = text.split(" to ")
+    return float(low), float(high)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+# A1111's key, our field, text -> value, value -> text; in the order in which they are written
+FIELDS = (
+    ("Steps", "steps", int, str),
+    ("CFG scale", "guidance", float, number),
+    ("Seed", "seed", int, str),
+    ("Size", "size", _size, lambda size: f"{size[0]}x{size[1]}"),
+    ("Model", "model", str, str),
+    ("Denoising strength", "strength", float, number),
+    ("Clip skip", "clip_skip", int, str),
+    ("Eta", "eta", float, number),
+    ("Variation seed", "variation_seed", int, str),
+    ("Variation seed strength", "variation_strength", float, number),
+    ("Hires upscale", "hires", float, number),
+    ("Hires upscaler", "upscaler", str.lower, str.capitalize),
+    ("CFG rescale", "rescale", float, number),
+    ("CFG interval", "interval", _interval, lambda pair: f"{number(pair[0])} to {number(pair[1])}"),
+    ("PAG scale", "perturbed", float, number),
+    ("Threshold percentile", "threshold", float, number),
+)
+DEFAULTS = {field.name: field.default for field in fields(Settings)}
+ALWAYS = ("seed",)                                 # written even where they have their default value
+
+
+def quote(text: str) -> str:
+    """A value with a comma, a colon, a quote or a line break is written as a JSON string; others bare."""
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
+
+
+def unquote(text: str) -> str:
+    try:
+        return json.loads(text) if text.startswith('"') else text
+    except ValueError:                             # a bare value of some other program that happens to start with a quote
+        return text
+
+
+def format_settings(settings: Settings) -> str:
+    """Settings -> A1111's text, three parts: the prompt, the negative prompt, one line of `key: value`."""
+    entries = []
+    for key, name, _, write in FIELDS:
+        value = getattr(settings, name)
+        if value != DEFAULTS[name] or name in ALWAYS:
+            entries.append(f"{key}: {quote(write(value))}")
+    sampler = SAMPLERS.get(settings.sampler, settings.sampler)
+    if settings.spacing in SUFFIXES:
+        sampler = f"{sampler} {SPACINGS[settings.spacing]}"
+    elif settings.spacing:
+        entries.insert(1, f"Schedule type: {SPACINGS[settings.spacing]}")
+    if sampler:
+        entries.insert(1, f"Sampler: {sampler}")
+    entries.append(f"Version: plainsd {version('plainsd')}")
+    parts = [settings.prompt] if settings.prompt else []
+    parts += [f"Negative prompt: {settings.negative}"] if settings.negative else []
+    return "\n".join([*parts, ", ".join(entries)])
+
+
+ENTRY = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def _sampler(said: dict[str, str]) -> dict[str, str | None]:
+    """"DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays as it is."""
+    name, schedule = said.pop("Sampler", None), said.pop("Schedule type", "Automatic")
+    spacing = {text: ours for ours, text in SPACINGS.items()}.get(schedule)
+    if schedule not in ("Automatic", *SPACINGS.values()):
+        said["Schedule type"] = schedule
+    for suffix in SUFFIXES:
+        if name and name.endswith(" " + SPACINGS[suffix]):
+            name, spacing = name.removesuffix(" " + SPACINGS[suffix]), suffix
+    return {"sampler": {text: ours for ours, text in SAMPLERS.items()}.get(name, name), "spacing": spacing}
+
+
+def parse_settings(text: str) -> Settings:
+    """A1111's text -> Settings; what has no meaning here is kept in `other`. UserError where this is no such text."""
+    *lines, last = text.rstrip("\n").split("\n")
+    said = {key: unquote(value.strip()) for key, value in ENTRY.findall(last)}
+    if len(said) < 3:                              # A1111's own rule: fewer, and the line belongs to the prompt
+        raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: ..., Sampler: ..., ...'")
+    negative = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    found = {
+        "prompt": "\n".join(lines[:negative]),
+        "negative": "\n".join(lines[negative:]).removeprefix("Negative prompt:").removeprefix(" "),
+        **_sampler(said),
+    }
+    for key, name, read, _ in FIELDS:
+        if key in said:
+            try:
+                found[name] = read(said.pop(key))
+            except ValueError as error:
+                raise UserError(f"settings text: {key!r} has a value that cannot be read ({error})") from None
+    return replace(Settings(**found), other=tuple((k, v) for k, v in said.items() if k != "Version"))

@@ -1,0 +1,84 @@
+"""A1111's text of settings: what it looks like, what comes back, what strangers' texts become."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plainsd.errors import UserError
+from plainsd.settings import SAMPLERS, SPACINGS, Settings, format_settings, parse_settings
+
+TYPICAL = Settings("a red apple", "blurred", (512, 512), 20, 7.0, "dpmpp_2m", "karras", 1, model="emoji")
+
+
+def test_text_is_a1111s():
+    assert format_settings(TYPICAL) == (
+        "a red apple\nNegative prompt: blurred\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, "
+        "Size: 512x512, Model: emoji, Version: plainsd 0.1.0"
+    )
+
+
+def test_values_with_commas_and_colons_are_quoted():
+    text = format_settings(Settings("x", model='C:\\a, "b"', steps=1))
+    assert 'Model: "C:\\\\a, \\"b\\""' in text
+    assert parse_settings(text).model == 'C:\\a, "b"'
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spacing", [None, *SPACINGS])
+def test_every_sampler_and_spacing_comes_back(sampler, spacing):
+    made = Settings("x", steps=5, sampler=sampler, spacing=spacing)
+    assert parse_settings(format_settings(made)) == made
+
+
+prompts = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "Negative prompt:" not in text)
+floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
+
+
+@given(
+    st.builds(
+        Settings,
+        prompt=prompts,
+        negative=prompts,
+        size=st.tuples(st.integers(8, 4096), st.integers(8, 4096)),
+        steps=st.integers(1, 1000),
+        guidance=floats,
+        seed=st.integers(0, 2**63),
+        strength=st.none() | floats,
+        interval=st.none() | st.tuples(floats, floats),
+        threshold=st.none() | floats,
+        clip_skip=st.none() | st.integers(1, 12),
+        model=st.none() | st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1),
+    )
+)
+def test_whatever_is_written_comes_back(made):
+    assert parse_settings(format_settings(made)) == made
+
+
+def test_a_text_by_a1111_itself():
+    text = (
+        "photo of (a cat:1.2),\non a mat\nNegative prompt: dog,\nbird\nSteps: 30, Sampler: DPM++ 2M SDE, Schedule type: "
+        'Karras, CFG scale: 7.5, Seed: 12, Size: 512x768, Model hash: 6ce0161689, Model: v1-5, Clip skip: 2, '
+        'Lora hashes: "a: 1, b: 2", Version: v1.10.1'
+    )
+    read = parse_settings(text)
+    assert read.prompt == "photo of (a cat:1.2),\non a mat"
+    assert read.negative == "dog,\nbird"
+    assert (read.sampler, read.spacing, read.steps, read.guidance) == ("dpmpp_2m_sde", "karras", 30, 7.5)
+    assert (read.seed, read.size, read.model, read.clip_skip) == (12, (512, 768), "v1-5", 2)
+    assert read.other == (("Model hash", "6ce0161689"), ("Lora hashes", "a: 1, b: 2"))
+
+
+def test_a_schedule_of_a1111_that_we_lack_is_kept_apart():
+    read = parse_settings("x\nSteps: 30, Sampler: Euler, Schedule type: Beta, Seed: 1")
+    assert (read.sampler, read.spacing, read.other) == ("euler", None, (("Schedule type", "Beta"),))
+
+
+@pytest.mark.parametrize("text", ["", "a red apple", "two\nlines: of, text", "\n\n"])
+def test_a_text_without_settings_is_refused(text):
+    with pytest.raises(UserError, match="no settings"):
+        parse_settings(text)
+
+
+def test_a_broken_number_is_named():
+    with pytest.raises(UserError, match="'Steps'.*'many'"):
+        parse_settings("x\nSteps: many, Seed: 1, Size: 8x8")
