@@ -20,7 +20,7 @@ from torch import nn
 
 from plainsd.errors import UserError, unknown
 from plainsd.generate import StableDiffusion
-from plainsd.layouts import Place, places
+from plainsd.layouts import Place, places, spelled
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
@@ -32,6 +32,7 @@ from plainsd.variants import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SETTINGS = ("name", "context", "size", "guidance", "sampler", "steps", "spacing")   # of a Variant, kept beside a model
+IGNORED = ("embeddings.position_ids",)                    # 0, 1, 2, ...: a buffer in older text encoders
 NOTE = "_plainsd"                     # where in model_index.json; diffusers passes over names that begin with _
 
 
@@ -158,10 +159,11 @@ def empty(kind: type[nn.Module], settings: Any) -> nn.Module:
 def fill(network: nn.Module, file: TensorFile, layout: str, *, conv: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Reads a network's weights, each cast as soon as it is read."""
     wanted, shapes = places(network, layout, conv=conv), {name: t.shape for name, t in network.state_dict().items()}
-    check_names([place.name for place in wanted], file)
+    actual = {place.name: spelled(place.name, file.tensors) for place in wanted}
+    check_names(list(actual.values()), file)
     state = {}
     for place in wanted:
-        tensor = file.tensors[place.name].read().to(device, dtype)
+        tensor = file.tensors[actual[place.name]].read().to(device, dtype)
         for ours, part in zip(place.ours, place.to_ours(tensor), strict=True):
             if part.shape != shapes[ours]:
                 raise UserError(f"{file.path}: {place.name!r} has shape {list(tensor.shape)}, and the config calls for "
@@ -178,7 +180,7 @@ def place_shape(place: Place, shapes: Mapping[str, torch.Size]) -> torch.Size:
 
 def check_names(wanted: list[str], file: TensorFile) -> None:
     missing = [name for name in wanted if name not in file.tensors]
-    unexpected = sorted(set(file.tensors) - set(wanted))
+    unexpected = sorted(name for name in set(file.tensors) - set(wanted) if not name.endswith(IGNORED))
     if missing or unexpected:
         raise UserError(f"{file.path} does not fit: {len(missing)} names missing ({first(missing)}), "
                         f"{len(unexpected)} unexpected ({first(unexpected)})")

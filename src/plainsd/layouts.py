@@ -11,7 +11,7 @@ in the level, `{n}` our flat count of blocks and `{m}` = n + 1, `{k}` a repeated
     third       one tensor, `_weight` or `_bias`, holds the q, k and v of three rows on top of each other
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -93,10 +93,10 @@ VAE_TOP: tuple[Row, ...] = (
     ("decoder.conv_out",  "decoder.conv_out",       "decoder.conv_out"),
 )
 VAE_LEVEL: tuple[Row, ...] = (        # {r}: the original counts the decoder's levels from the shallowest
-    ("encoder.levels.{i}.res.{j}",         "encoder.down_blocks.{i}.resnets.{j}",          "encoder.down.{i}.block.{j}"),
-    ("encoder.levels.{i}.resample.conv",   "encoder.down_blocks.{i}.downsamplers.0.conv",  "encoder.down.{i}.downsample.conv"),
-    ("decoder.levels.{i}.res.{j}",         "decoder.up_blocks.{i}.resnets.{j}",            "decoder.up.{r}.block.{j}"),
-    ("decoder.levels.{i}.resample.conv",   "decoder.up_blocks.{i}.upsamplers.0.conv",      "decoder.up.{r}.upsample.conv"),
+    ("encoder.levels.{i}.res.{j}", "encoder.down_blocks.{i}.resnets.{j}", "encoder.down.{i}.block.{j}"),
+    ("encoder.levels.{i}.resample.conv", "encoder.down_blocks.{i}.downsamplers.0.conv", "encoder.down.{i}.downsample.conv"),
+    ("decoder.levels.{i}.res.{j}", "decoder.up_blocks.{i}.resnets.{j}", "decoder.up.{r}.block.{j}"),
+    ("decoder.levels.{i}.resample.conv", "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{r}.upsample.conv"),
 )
 VAE_MID = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}") for side in ("encoder", "decoder")
                 for ours, diffusers, original in (
@@ -139,6 +139,16 @@ TEXT_BLOCK = tuple((f"blocks.{{k}}.{ours}", f"text_model.encoder.layers.{{k}}.{h
     ("fc2",       "mlp.fc2",             "mlp.c_proj"),
 ))
 
+# --- the same names, spelled otherwise -------------------------------------------------------------------------------
+
+SPELLINGS = (                         # as the tables have it, as some diffusers folders have it
+    ("text_model.",  ""),             # transformers 5.6 and later write text encoders without the prefix
+    (".to_q.",       ".query."),      # and VAE folders of 2022 have the old names of attention
+    (".to_k.",       ".key."),
+    (".to_v.",       ".value."),
+    (".to_out.0.",   ".proj_attn."),
+)
+
 COLUMN = {"diffusers": 1, "original": 2, "transformers": 1, "openclip": 2}
 
 
@@ -163,7 +173,8 @@ def unet_rows(unet: UNet) -> Iterator[Row]:
         blocks += filled(UNET_DOWN, i=i, j=j, n=n, m=n + 1) + filled(UNET_UP, i=i, j=j, n=n, last=last)
     for row in blocks:
         kind = row[0].rpartition(".")[2]
-        yield from under(row, transformer) if kind == "attn" else under(row, UNET_RES) if "res" in kind[:3] else [row]
+        table = transformer if kind == "attn" else UNET_RES if kind.startswith("res") else ()
+        yield from under(row, table) if table else [row]
 
 
 def vae_rows(vae: VAE) -> Iterator[Row]:
@@ -220,7 +231,13 @@ def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[Place]
         theirs, _, mark = names[module].partition(":")
         if mark == "maybe-conv":
             mark = "conv" if conv else "maybe-conv"
-        name = theirs if mark in ("bare", "transposed") else f"{theirs}_{leaf}" if mark == "third" else f"{theirs}.{leaf}"
+        name = theirs if mark in ("bare", "transposed") else theirs + ("_" if mark == "third" else ".") + leaf
         before = found[name].ours if name in found else ()
         found[name] = Place(name, (*before, ours), mark)
     return list(found.values())
+
+
+def spelled(name: str, names: Container[str]) -> str:
+    """A tensor's name as a file that holds `names` spells it; the table's spelling where the file has none."""
+    others = (name.replace(ours, theirs, 1) for ours, theirs in SPELLINGS if ours in name)
+    return name if name in names else next((other for other in others if other in names), name)

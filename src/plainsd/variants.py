@@ -269,7 +269,7 @@ def write_schedule(variant: Variant) -> dict[str, Any]:
         "prediction_type": variant.prediction,
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "set_alpha_to_one": False,
-        "steps_offset": 1 if spacing == "leading" else 0,
+        "steps_offset": 1,
         "timestep_spacing": spacing,
         "trained_betas": None,
     }
