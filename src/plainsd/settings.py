@@ -12,8 +12,8 @@ This module needs no torch, so that the command line can read settings before it
 import json
 import re
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 
+from plainsd import __version__
 from plainsd.errors import UserError
 
 
@@ -120,7 +120,7 @@ def format_settings(settings: Settings) -> str:
         entries.insert(1, f"Schedule type: {SPACINGS[settings.spacing]}")
     if sampler:
         entries.insert(1, f"Sampler: {sampler}")
-    entries.append(f"Version: plainsd {version('plainsd')}")
+    entries.append(f"Version: plainsd {__version__}")
     parts = [settings.prompt] if settings.prompt else []
     parts += [f"Negative prompt: {settings.negative}"] if settings.negative else []
     return "\n".join([*parts, ", ".join(entries)])

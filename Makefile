@@ -1,0 +1,38 @@
+# make demo                 sets everything up, once, and makes a picture
+# make demo PROMPT="..."    ... of whatever you like
+# make test                 what each change must pass; minutes
+# make test-full            all tests that this machine can run; longer
+# No environment needs to be activated: everything runs in .venv, which is made here.
+
+PROMPT ?= a red apple on a yellow background
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+export PROMPT
+
+.PHONY: demo test test-full
+
+demo: .venv/installed
+	@.venv/bin/plainsd generate "$$PROMPT"
+
+test: .venv/installed-test
+	.venv/bin/python -m pytest -m "not full and not gpu"
+
+test-full: .venv/installed-test
+	.venv/bin/python -m pytest
+
+.venv/installed: pyproject.toml constraints.txt | .venv
+	@echo "installing plainsd and what it needs into .venv"
+	@$(PIP) --editable . && touch $@
+
+.venv/installed-test: .venv/installed
+	@echo "installing what the tests need into .venv"
+	@$(PIP) --editable ".[test]" && touch $@
+
+# Where Python comes without ensurepip, the pip outside puts one inside.
+.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "plainsd needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv 2>/dev/null || \
+		{ $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --quiet --python .venv/bin/python install pip; } || \
+		{ rm -rf .venv; echo "cannot make .venv; install Python's venv and pip (Debian: apt install python3-venv)" >&2; exit 2; }

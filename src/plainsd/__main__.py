@@ -1,0 +1,7 @@
+"""`python -m plainsd` is the `plainsd` command."""
+
+import sys
+
+from plainsd.cli import main
+
+sys.exit(main())
