@@ -15,9 +15,9 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 SCRIPTS = [0x100, 0x370, 0x400, 0x530, 0x590, 0x600, 0x900, 0xE00, 0x1100, 0x13A0, 0x2000, 0x2200, 0x3040, 0x4E00,
            0xAC00, 0xFB00, 0xFF00, 0x10000, 0x12000, 0x1D400, 0x1F300, 0x1F600, 0xE0000]
-WORDS = ["it's", "DON'T", "we'LL", "'s", START, END, "<|StartOfText|>", "!", "!!!", "a", "cat", "ﬁ", "İstanbul", "ß",
-         "é", "e\u0301", "한국", "漢字", "ไทย", "العربية", "👩‍👩‍👧", "🏳️‍🌈", "\t", "\x00", "\x07", "\u200b", "\u3000", "\r\n",
-         "1234", "½", "²", "(a:1.2)", "&amp;", "“quoted”", "a,b", "...", "x" * 40, "Σς", "ſ", "\u212b"]
+WORDS = ["it's", "DON'T", "we'LL", "'s", START, END, "<|StartOfText|>", "!", "!!!", "a", "cat", "ﬁ", "İstanbul",
+         "ß", "é", "e\u0301", "한국", "漢字", "ไทย", "العربية", "👩‍👩‍👧", "🏳️‍🌈", "\t", "\x00", "\x07", "\u200b", "\u3000",
+         "\r\n", "1234", "½", "²", "(a:1.2)", "&amp;", "“quoted”", "a,b", "...", "x" * 40, "Σς", "ſ", "\u212b"]
 
 
 def generated(count: int, seed: int) -> list[str]:

@@ -1,0 +1,226 @@
+"""Prompts as people write them: the notation of AUTOMATIC1111's web UI, read into plain data. No tokens, no tensors.
+
+    (a) ((a)) (a:1.3) [a]     weight times 1.1, 1.21, 1.3, 1/1.1
+    \\( \\) \\[ \\] \\\\           the sign itself; a lone backslash is a backslash
+    a BREAK b                 b starts a new chunk of 75 tokens
+    [a:b:0.5] [a:b:10]        prompt editing: a until half of the steps (or until step 10), then b
+    [b:0.5] [a::0.5]          b from then on; a until then
+    [a|b|c]                   alternation: another one each step
+    a AND b:1.2               composition: each is denoised by itself, with its weight
+    <lora:name:0.8>           a LoRA with its strength
+
+A prompt is read in this order: `lora_tags`, `compose`, `schedule`, and `parse` for each text that comes out. A bracket
+without its partner is taken as A1111 takes it: an edit or alternation that is not closed is plain text, an opening
+bracket that is left over still weighs what follows it, a closing one is plain text. A few accidents of A1111 are not
+followed: it forgets a lone backslash, takes a BREAK inside weighted brackets for a word, may leave a whole edit
+unread beside a stray bracket or `|`, and reads a prompt that ends in `:2` as an AND of one part.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import UserError
+
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+PIECES = re.compile(rf"\\[()\[\]\\]|:\s*({NUMBER})\s*\)|[()\[\]:\\]|[^()\[\]:\\]+")
+SIGNS = re.compile(r"\\.|[()\[\]:|\\]|[^()\[\]:|\\]+", re.DOTALL)
+WHEN = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?\d+)?)\s*")
+LORA = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
+ROUND, SQUARE = 1.1, 1 / 1.1                     # what a pair of brackets multiplies by
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A stretch of text and the weight of its tokens."""
+
+    text: str
+    weight: float = 1.0
+
+
+BREAK = Weighted("BREAK", 0.0)                   # told from a text by `is`
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`before` until the step, or share of all steps, that `when` says; `after` from the next step on."""
+
+    before: tuple
+    after: tuple
+    when: str
+
+
+@dataclass(frozen=True)
+class Alternate:
+    options: tuple
+
+
+def parse(prompt: str) -> list[Weighted]:
+    """Stretches of text with their weights, and `BREAK` between chunks; neighbours of equal weight are joined."""
+    pieces: list[tuple[str, float] | None] = []              # None is a BREAK
+    opened: dict[str, list[int]] = {"(": [], "[": []}        # where in `pieces` a bracket that is still open began
+
+    def close(start: int, factor: float) -> None:
+        pieces[start:] = [piece and (piece[0], piece[1] * factor) for piece in pieces[start:]]
+
+    for match in PIECES.finditer(prompt):
+        sign = match[0]
+        if len(sign) == 2 and sign[0] == "\\":
+            pieces.append((sign[1], 1.0))
+        elif sign in opened:
+            opened[sign].append(len(pieces))
+        elif opened["("] and match[1]:
+            close(opened["("].pop(), float(match[1]))
+        elif opened["("] and sign == ")":
+            close(opened["("].pop(), ROUND)
+        elif opened["["] and sign == "]":
+            close(opened["["].pop(), SQUARE)
+        else:
+            for index, text in enumerate(re.split(r"\s*\bBREAK\b\s*", sign)):
+                pieces += [None, (text, 1.0)] if index else [(text, 1.0)]
+    for start in opened["("]:
+        close(start, ROUND)
+    for start in opened["["]:
+        close(start, SQUARE)
+    return _joined(pieces)
+
+
+def _joined(pieces: Sequence[tuple[str, float] | None]) -> list[Weighted]:
+    result: list[Weighted] = []
+    for piece in pieces:
+        if piece is None:
+            result.append(BREAK)
+        elif piece[0]:
+            text, weight = piece
+            if result and result[-1] is not BREAK and result[-1].weight == weight:
+                text = result.pop().text + text
+            result.append(Weighted(text, weight))
+    return result or [Weighted("")]
+
+
+def escape(text: str) -> str:
+    """The prompt whose only meaning is this text (its BREAK and AND aside)."""
+    return re.sub(r"([()\[\]\\])", r"\\\1", text)
+
+
+def schedule(prompt: str, steps: int, first_pass: int | None = None) -> list[tuple[int, str]]:
+    """The text of each span of steps, as (last step of the span, counted from 1; text), editing and alternation done.
+
+    A number with a point is a share of `steps`, one without a count of steps. In the second of two passes,
+    `first_pass` is the number of steps of the first: its steps and the share 1.0 are then behind already.
+    """
+    try:
+        tree = _tree(prompt)
+        texts = [_at(tree, step, steps, first_pass) for step in range(1, steps + 1)]
+    except RecursionError as error:
+        raise UserError("the prompt has too many edits inside each other; write fewer of [a:b:0.5] in one") from error
+    last = [step for step in range(1, steps) if texts[step] != texts[step - 1]]
+    return [(step, texts[step - 1]) for step in [*last, steps]]
+
+
+def _at(tree: Sequence, step: int, steps: int, first_pass: int | None) -> str:
+    text = ""
+    for node in tree:
+        if isinstance(node, Edit):
+            done = step > _last_step(node.when, steps, first_pass)
+            node = _at(node.after if done else node.before, step, steps, first_pass)
+        elif isinstance(node, Alternate):
+            node = _at(node.options[(step - 1) % len(node.options)], step, steps, first_pass)
+        text += node
+    return text
+
+
+def _last_step(when: str, steps: int, first_pass: int | None) -> int:
+    """The last step, counted from 1, before an edit; shares of the steps are rounded down."""
+    value = float(when)
+    if "." in when:
+        value = (value - (first_pass is not None)) * steps
+    else:
+        value -= first_pass or 0
+    return int(max(0, min(steps, value)))
+
+
+class _Group:
+    """A bracket that is still open: its parts, and the `:` and `|` between them."""
+
+    def __init__(self, bracket: str = ""):
+        self.bracket, self.parts, self.separators = bracket, [[]], ""
+
+    def literal(self) -> list:
+        nodes = [self.bracket, *self.parts[0]]
+        for separator, part in zip(self.separators, self.parts[1:]):
+            nodes += [separator, *part]
+        return nodes
+
+    def closed(self) -> list | None:
+        """What a whole group stands for; None where it means nothing as a group."""
+        if self.separators == "" or (self.bracket == "(" and self.separators == ":"):
+            return [*self.literal(), PAIRS[self.bracket]]            # a weight: left to `parse`
+        if self.bracket == "[" and set(self.separators) == {"|"}:
+            return [Alternate(tuple(map(tuple, self.parts)))]
+        number = WHEN.fullmatch("".join(map(str, self.parts[-1])))
+        if self.bracket == "[" and self.separators in (":", "::") and number:
+            before = self.parts[0] if len(self.parts) == 3 else ()
+            return [Edit(tuple(before), tuple(self.parts[-2]), number[1])]
+        return None
+
+
+PAIRS = {"(": ")", "[": "]"}
+
+
+def _tree(prompt: str) -> list:
+    """Strings, `Edit`s and `Alternate`s in order. Whatever makes no whole group is plain text, up to the outermost."""
+    stack = [_Group()]
+
+    def give_up() -> None:
+        while len(stack) > 1:
+            inner = stack.pop()
+            stack[-1].parts[-1] += inner.literal()
+
+    for sign in SIGNS.findall(prompt):
+        top = stack[-1]
+        if sign in PAIRS:
+            stack.append(_Group(sign))
+        elif sign in (":", "|") and top.bracket:
+            top.separators += sign
+            top.parts.append([])
+        elif sign in PAIRS.values():
+            nodes = top.closed() if PAIRS.get(top.bracket) == sign else None
+            if nodes is None:
+                give_up()
+                nodes = [sign]
+            else:
+                stack.pop()
+            stack[-1].parts[-1] += nodes
+        else:
+            top.parts[-1].append(sign)
+    give_up()
+    return stack[0].parts[0]
+
+
+def compose(prompt: str) -> list[tuple[str, float]]:
+    """The prompts that `AND` joins, each with its weight: `a AND b:1.2` (Liu et al. 2022, arXiv:2206.01714).
+
+    A prompt without AND is one prompt of weight 1, whatever it ends with.
+    """
+    texts = re.split(r"\bAND\b", prompt)
+    if len(texts) == 1:
+        return [(prompt, 1.0)]
+    parts = []
+    for text in texts:
+        weighted = re.fullmatch(rf"(.*?)\s*:\s*({NUMBER})\s*", text, re.DOTALL)
+        parts.append((weighted[1].strip(), float(weighted[2])) if weighted else (text.strip(), 1.0))
+    return parts
+
+
+def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """The prompt without its `<lora:name:strength>` tags, and the LoRAs that they name; no strength means 1."""
+    loras = []
+    for kind, content in LORA.findall(prompt):
+        name, *strengths = content.split(":")
+        if kind == "hypernet":
+            raise UserError(f"<hypernet:{content}>: hypernetworks are not supported; take the tag out of the prompt")
+        if not name.strip() or len(strengths) > 1 or not all(re.fullmatch(rf"\s*{NUMBER}\s*", s) for s in strengths):
+            raise UserError(f"<{kind}:{content}> is not a LoRA with one strength; write it as <lora:name:0.8>")
+        loras.append((name.strip(), float(strengths[0]) if strengths else 1.0))
+    return LORA.sub("", prompt), loras
