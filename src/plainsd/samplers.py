@@ -113,6 +113,12 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> 
         yield Step(index, sigma_next, x, denoised)
 
 
+def halfway(sigma: float, sigma_down: float) -> float:
+    """The level in the middle, in log sigma. With eta = 1 that is sigma_next, but the network must be told its exact
+    timestep, not the rounded one that may be kept for sigma_next: the last factor keeps the two numbers apart."""
+    return math.sqrt(sigma * sigma_down) * (1 - 1e-13)
+
+
 def dpm2(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0
 ) -> Iterator[Step]:
@@ -121,7 +127,7 @@ def dpm2(
         denoised = aim = denoise(x, sigma)
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
         if sigma_down > 0:
-            middle = math.sqrt(sigma * sigma_down)
+            middle = halfway(sigma, sigma_down)
             second = denoise(toward(x, denoised, sigma, middle), middle)
             aim = denoised + (second - denoised) * (sigma / middle)
         x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
@@ -136,7 +142,7 @@ def dpmpp_2s_a(
         denoised = aim = denoise(x, sigma)
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
         if sigma_down > 0:
-            middle = math.sqrt(sigma * sigma_down)
+            middle = halfway(sigma, sigma_down)
             aim = denoise(toward(x, denoised, sigma, middle), middle)
         x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
         yield Step(index, sigma_next, x, denoised)
@@ -213,11 +219,12 @@ def dpmpp_3m_sde(
 def plms(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, prediction: str = "epsilon"
 ) -> Iterator[Step]:
-    """Fourth order on even timesteps: Adams-Bashforth on the network's output (PNDM, Liu et al. 2022, without its
-    Runge-Kutta start).
+    """Adams-Bashforth on the network's output, with the weights for even steps of sigma: fourth order there, second on
+    a table's timesteps (PNDM, Liu et al. 2022, as Stable Diffusion's original uses it, without the Runge-Kutta start).
 
-    The first step is taken twice: with the output at its start, then from there with the mean of both ends. `prediction`
-    says which output is extrapolated; the original always takes epsilon, diffusers v for networks that predict v.
+    The first step is taken twice: with the output at its start, then from there with the mean of both ends.
+    `prediction` says which output is extrapolated. The original always takes epsilon; diffusers takes v where the
+    network predicts v, which is only of first order.
     """
     outputs: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -241,7 +248,8 @@ ADAMS_BASHFORTH = {  # number of known outputs, newest first -> their weights
 
 
 def lms(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
-    """Fourth order at any levels: Adams-Bashforth on the slope dx / dsigma, its weights integrated for the levels."""
+    """Adams-Bashforth on the slope dx / dsigma, its weights integrated for the levels at hand: fourth order once four
+    slopes are known (the linear multistep sampler of k-diffusion)."""
     slopes: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
