@@ -2,14 +2,14 @@
 
     python recipes/emoji/data.py runs/emoji/data
 
-    OUT/metadata.jsonl   one line a picture: file name, captions, and how it was made; written last, so a folder has it or is unfinished
+    OUT/metadata.jsonl   one line a picture: file name, captions, how it was made; written last
     OUT/images/*.png     RGB pictures of the seen (emoji, background) pairs
     OUT/heldout/         the same two things for pairs that are never trained on
     OUT/tokenizer/       a byte-level BPE vocabulary of these captions, in CLIP's file format
-    OUT/concepts.json    names, characters, colours, templates and held-out pairs: all that a scorer needs beside the font
+    OUT/concepts.json    names, characters, colours, templates and held-out pairs: what a scorer needs
 
-Picture i is a pure function of (seed, i): its pair is entry i of the seen pairs, taken round and round, and its size and
-place are drawn from the text "seed:picture:i". Which emoji, and how they are drawn: `plainsd.train.emoji`.
+Picture i is a pure function of (seed, i): its pair is entry i of the seen pairs, taken round and round, and its size
+and place are drawn from the text "seed:picture:i". Which emoji, and how they are drawn: `plainsd.train.emoji`.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from plainsd.errors import UserError
+from plainsd.images import written_whole
 from plainsd.train import emoji
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -30,12 +31,8 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"      # how 
 
 def write_whole(path: Path, text: str) -> None:
     """The file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -81,7 +78,7 @@ def write_pictures(folder: Path, kind: str, count: int, pairs: list[tuple[int, i
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 def byte_symbols() -> list[str]:
-    """The 256 printable characters that stand for the bytes, in CLIP's order: printable Latin-1 first, then the rest."""
+    """The 256 printable characters that stand for the bytes, in CLIP's order: printable Latin-1, then the rest."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
@@ -94,14 +91,15 @@ def train_merges(captions: list[str], limit: int) -> list[tuple[str, str]]:
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
+    # Ties between pairs are broken by the symbols' numbers; named here, they do not depend on the order of a hash map.
     trainer = trainers.BpeTrainer(vocab_size=limit, end_of_word_suffix="</w>", initial_alphabet=byte_symbols(),
-                                  show_progress=False)
+                                  special_tokens=[symbol + "</w>" for symbol in byte_symbols()], show_progress=False)
     bpe.train_from_iterator(captions, trainer)
     return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
 
 def write_tokenizer(folder: Path, captions: list[str], size: int) -> int:
-    """The four files of a CLIP tokenizer folder; the number of entries. All 256 bytes are there, so any text encodes."""
+    """The four files of a CLIP tokenizer folder; the number of entries. With all 256 bytes in it any text encodes."""
     symbols = byte_symbols()
     base = symbols + [symbol + "</w>" for symbol in symbols]
     merges = train_merges(captions, size)[:size - len(base) - 2]

@@ -1,11 +1,11 @@
-"""Captioned emoji: which ones, how they are drawn, what is said of them. Shared by `recipes/emoji/data.py` and `evaluate`.
+"""Captioned emoji: which ones, how they are drawn, what is said of them. For `recipes/emoji/data.py` and `evaluate`.
 
 A picture shows one emoji (the concept) on one flat background colour. The glyph is cropped to its visible part; the
 longer side of that part is 60 to 95 % of the picture's side, and it lies anywhere wholly inside the frame.
 
 The emoji are chosen by this rule, which has no randomness:
 1. candidates are single characters that the font draws, fully qualified in the `emoji` package, whose English name has
-   at most three words, none of them in `LEFT_OUT` (clock faces, buttons, arrows, letters, signs, flags, moon phases...);
+   at most three words, none of them in `LEFT_OUT` (clock faces, buttons, arrows, letters, signs, flags, moons...);
 2. the groups of `GROUPS` (food, animals, ...) are walked in turn, shorter names (in words) first, then by code point,
    each group up to its share of the count;
 3. a candidate nearer than `NEAR` to one already chosen is a near duplicate and passed over. The distance is the root
@@ -16,7 +16,6 @@ The emoji are chosen by this rule, which has no randomness:
 import hashlib
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +156,7 @@ def compose(glyph: Image.Image, colour: tuple[int, int, int], size: int, place: 
 
 
 def random_place(key: str, glyph_size: tuple[int, int], size: int) -> Place:
-    """Size and place as a pure function of the key: `random.Random` keeps its stream for a text seed across versions."""
+    """Size and place as a pure function of the key: `random.Random` keeps its stream for a text across versions."""
     draw = random.Random(key).random
     longer = size * (SMALLEST + (LARGEST - SMALLEST) * draw())
     width, height = (max(1, round(side * longer / max(glyph_size))) for side in glyph_size)
@@ -166,7 +165,7 @@ def random_place(key: str, glyph_size: tuple[int, int], size: int) -> Place:
 
 def split_pairs(concepts: int, backgrounds: int, share: float = 0.1,
                 seed: int = 0) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """All (concept, background) index pairs as (seen, held out): every concept and background stays among the seen ones.
+    """All (concept, background) index pairs as (seen, held out): every concept and background is among the seen ones.
 
     The held-out pairs walk the shuffled concepts and the backgrounds in step, so both are hit evenly. Both lists are
     shuffled, so any stretch of them is a fair sample.
@@ -186,7 +185,7 @@ def candidates(font: ImageFont.FreeTypeFont) -> dict[int, Concept]:
     try:
         import emoji
     except ImportError:
-        raise UserError("the emoji package gives the names and is not installed; pip install 'plainsd[emoji]'") from None
+        raise UserError("the emoji package, which gives the names, is missing; pip install 'plainsd[emoji]'") from None
     found = {}
     for text, entry in emoji.EMOJI_DATA.items():
         character = text.replace("\ufe0f", "")
@@ -198,13 +197,12 @@ def candidates(font: ImageFont.FreeTypeFont) -> dict[int, Concept]:
     return found
 
 
-@lru_cache(maxsize=None)
 def _code_points(text: str) -> tuple[int, ...]:
     ends = [[int(end, 16) for end in part.split("-")] for part in text.split()]
     return tuple(code for end in ends for code in range(end[0], end[-1] + 1))
 
 
-def _thumbnail(glyph: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+def thumbnail_of(glyph: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """24x24 on mid grey in 0..1, and where it is visible."""
     small = fitted(glyph, 24)
     canvas = Image.new("RGBA", (24, 24))
@@ -234,7 +232,7 @@ def choose(font: ImageFont.FreeTypeFont, count: int) -> list[Concept]:
                 return
             if found[code].name in names:
                 continue
-            thumbnail = _thumbnail(draw_glyph(font, found[code].character))
+            thumbnail = thumbnail_of(draw_glyph(font, found[code].character))
             if all(distance(thumbnail, other) >= NEAR for other in thumbnails):
                 chosen[code] = found[code]
                 names.add(found[code].name)

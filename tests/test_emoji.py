@@ -1,0 +1,320 @@
+"""The emoji set, its folder, and the scorer. Parts that draw with the font are skipped where it is not installed."""
+
+import json
+import runpy
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from plainsd import evaluate, generate
+from plainsd.errors import UserError
+from plainsd.train import emoji
+from plainsd.train.emoji_scorer import Drawn, Scorer, best_errors, border_colour, nearest_name
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "emoji" / "data.py"
+needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason=f"no font at {emoji.FONT} (fonts-noto-color-emoji)")
+
+
+def shape(kind: str, colour: str, size: tuple[int, int] = (100, 80)) -> Image.Image:
+    """A glyph made without a font."""
+    glyph = Image.new("RGBA", size)
+    getattr(ImageDraw.Draw(glyph), kind)((0, 0, size[0] - 1, size[1] - 1), fill=colour)
+    return glyph
+
+
+SHAPES = [shape("ellipse", "crimson"), shape("rectangle", "crimson"), shape("ellipse", "navy"),
+          shape("ellipse", "crimson", (50, 120)), shape("rectangle", "gold", (120, 60))]
+CONCEPTS = {
+    "concepts": [{"name": name, "character": "?"} for name in ("red apple", "owl", "grapes", "bread", "unicorn")],
+    "backgrounds": {name: list(colour) for name, colour in emoji.BACKGROUNDS.items()},
+    "templates": list(emoji.TEMPLATES), "size": 64,
+    "heldout": [["owl", "red"], ["bread", "blue"], ["grapes", "white"]],
+}
+
+
+# ---- words and pairs -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, phrase", [
+    ("red apple", "a red apple"), ("orange", "an orange"), ("unicorn", "a unicorn"), ("ewe", "a ewe"),
+    ("hourglass", "an hourglass"), ("x-ray", "an x-ray"), ("octopus", "an octopus"), ("grapes", "grapes"),
+    ("french fries", "french fries"), ("bread", "bread"), ("glass of milk", "a glass of milk"), ("dress", "a dress"),
+    ("rhinoceros", "a rhinoceros"), ("skis", "skis"),
+])
+def test_articles(name, phrase):
+    assert emoji.Concept(name, "?").phrase == phrase
+
+
+def test_captions_say_article_and_colour():
+    made = [emoji.caption(template, emoji.Concept("owl", "?"), "orange") for template in emoji.TEMPLATES]
+    assert made[0] == "an owl on an orange background"
+    assert "owl, orange background" in made and made[-1] == "an owl"
+    assert len(set(made)) == len(made)
+
+
+def test_backgrounds_lie_well_apart():
+    colours = [np.asarray(colour) for colour in emoji.BACKGROUNDS.values()]
+    assert min(np.linalg.norm(a - b) for i, a in enumerate(colours) for b in colours[:i]) > 97
+
+
+@pytest.mark.parametrize("concepts, backgrounds", [(400, 12), (11, 12), (24, 12), (7, 3)])
+def test_split_is_whole_even_and_fixed(concepts, backgrounds):
+    seen, held = emoji.split_pairs(concepts, backgrounds, 0.1, seed=3)
+    assert len(held) == round(0.1 * concepts * backgrounds)
+    assert set(seen) | set(held) == {(i, j) for i in range(concepts) for j in range(backgrounds)}
+    assert not set(seen) & set(held)
+    for axis, count in ((0, concepts), (1, backgrounds)):
+        assert {pair[axis] for pair in seen} == set(range(count))
+        hits = Counter(pair[axis] for pair in held)
+        assert max(hits.values()) - min(hits[i] for i in range(count)) <= 1 + (axis == 1)
+    assert emoji.split_pairs(concepts, backgrounds, 0.1, seed=3) == (seen, held)
+    assert emoji.split_pairs(concepts, backgrounds, 0.1, seed=4) != (seen, held)
+
+
+def test_places_lie_inside_and_depend_on_the_key_alone():
+    places = [emoji.random_place(f"0:picture:{i}", (120, 60), 128) for i in range(500)]
+    for place in places:
+        assert 0 <= place.left <= 128 - place.width and 0 <= place.top <= 128 - place.height
+        assert round(0.6 * 128) <= place.width <= round(0.95 * 128) and abs(place.width - 2 * place.height) <= 1
+    assert min(p.left for p in places) == 0 and max(p.left + p.width for p in places) == 128
+    assert places[7] == emoji.random_place("0:picture:7", (120, 60), 128)
+    assert len(set(places)) > 450
+
+
+# ---- the scorer ------------------------------------------------------------------------------------------------------
+
+def test_border_colour_ignores_a_glyph_on_two_sides():
+    pixels = np.full((128, 128, 3), 0.25, np.float32)
+    pixels[:121, :121] = 1.0
+    assert np.allclose(border_colour(pixels), 0.25)
+
+
+def test_nearest_name():
+    assert nearest_name(np.array([0.9, 0.1, 0.1]), emoji.BACKGROUNDS) == "red"
+    assert nearest_name(np.array([0.95, 0.97, 0.95]), emoji.BACKGROUNDS) == "white"
+
+
+def test_search_error_equals_the_error_written_out():
+    """Every place tried one by one, with the composed picture itself, against the correlation."""
+    generator = torch.Generator().manual_seed(0)
+    scorer = Scorer([SHAPES[3]], emoji.BACKGROUNDS, 32)
+    glyph = emoji.fitted(SHAPES[3], 22)
+    scaled = torch.from_numpy(np.asarray(glyph, np.float32) / 255)
+    picture, ground = torch.rand(3, 32, 32, generator=generator), torch.tensor([0.2, 0.5, 0.7])
+    least = float("inf")
+    for top in range(32 - glyph.height + 1):
+        for left in range(32 - glyph.width + 1):
+            drawn = ground[:, None, None].repeat(1, 32, 32)
+            here = (slice(None), slice(top, top + glyph.height), slice(left, left + glyph.width))
+            alpha = scaled[..., 3]
+            drawn[here] = scaled[..., :3].permute(2, 0, 1) * alpha + drawn[here] * (1 - alpha)
+            least = min(least, float(((picture - drawn) ** 2).mean()))
+    drawn = scorer.draw(SHAPES[3], 22, 32)
+    found = best_errors((picture - ground[:, None, None])[None], ground, drawn, 32)
+    assert isinstance(drawn, Drawn) and found.item() == pytest.approx(least, rel=1e-4)
+
+
+def test_scorer_finds_synthetic_shapes():
+    scorer = Scorer(SHAPES, emoji.BACKGROUNDS, 64)
+    for k in range(40):
+        concept, name = k % len(SHAPES), ["white", "green", "cyan", "black"][k % 4]
+        place = emoji.random_place(f"test:{k}", SHAPES[concept].size, 64)
+        score = scorer(emoji.compose(SHAPES[concept], emoji.BACKGROUNDS[name], 64, place))
+        assert (score.background, score.objects[0]) == (name, concept)
+        assert sorted(score.objects) == list(range(len(SHAPES))) and score.error < 4e-3
+
+
+def test_scorer_sees_a_wrong_object_and_a_wrong_background():
+    asked = evaluate.questions(CONCEPTS, 12)
+    scorer = Scorer(SHAPES, emoji.BACKGROUNDS, 64)
+    right = evaluate.real_pictures(asked, SHAPES, CONCEPTS, 0)
+    wrong = right[3:] + right[:3]
+    good, bad = (evaluate.summary(asked, [scorer(p) for p in pictures]) for pictures in (right, wrong))
+    assert good["seen"]["background"] == good["heldout"]["background"] == 1
+    assert bad["seen"]["background"] < 0.7 and bad["seen"]["top1"] < good["seen"]["top1"]
+    assert bad["seen"]["top5"] == 1                       # of five emoji, every one is among the first five
+
+
+# ---- questions and the whole evaluation ------------------------------------------------------------------------------
+
+def test_questions_are_half_held_out_and_name_both():
+    asked = evaluate.questions(CONCEPTS, 40, seed=1)
+    assert [question.seen for question in asked] == [True, False] * 20
+    names = [entry["name"] for entry in CONCEPTS["concepts"]]
+    for question in asked:
+        assert question.background in question.prompt and names[question.concept] in question.prompt
+        assert question.seen == ([names[question.concept], question.background] not in CONCEPTS["heldout"])
+    assert asked == evaluate.questions(CONCEPTS, 40, seed=1) != evaluate.questions(CONCEPTS, 40, seed=2)
+
+
+def test_questions_refuse_a_set_without_held_out_pairs():
+    with pytest.raises(UserError, match="no held-out pairs"):
+        evaluate.questions(CONCEPTS | {"heldout": []}, 4)
+    with pytest.raises(UserError, match="lacks templates"):
+        evaluate.questions({key: value for key, value in CONCEPTS.items() if key != "templates"}, 4)
+
+
+class LosslessVAE(torch.nn.Module):
+    """Stands for a VAE that keeps everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def encode(self, pixels):
+        return SimpleNamespace(mean=pixels)
+
+    def decode(self, latents):
+        return latents
+
+
+def test_evaluate_writes_rows_table_and_sheet(monkeypatch, tmp_path):
+    """A model that paints the right picture when guided, and only the background when not."""
+    asked = evaluate.questions(CONCEPTS, 70)
+    real = evaluate.real_pictures(asked, SHAPES, CONCEPTS, 0)
+    calls = []
+
+    def paint(sd, prompts, *, seed, guidance, steps, sampler):
+        calls.append((len(prompts), seed, guidance))
+        assert prompts == [question.prompt for question in asked[seed:seed + len(prompts)]]
+        grounds = [Image.new("RGB", (64, 64), emoji.BACKGROUNDS[q.background]) for q in asked]
+        return (real if guidance > 1 else grounds)[seed:seed + len(prompts)]
+
+    monkeypatch.setattr(evaluate, "draw_all", lambda concepts, font: SHAPES)
+    monkeypatch.setattr(emoji, "font_identity", lambda font: {"file": "none", "sha256": "0"})
+    monkeypatch.setattr(generate, "text_to_image", paint, raising=False)
+    monkeypatch.setattr(generate, "final", lambda events: events, raising=False)
+    model = SimpleNamespace(vae=LosslessVAE(), variant=SimpleNamespace(guidance=3.0))
+    told = []
+    result = evaluate.evaluate(model, CONCEPTS, prompts=70, out=tmp_path, progress=lambda *news: told.append(news))
+    rows = result["rows"]
+    assert list(rows) == ["real pictures", "real pictures through the VAE", "generated, no guidance",
+                          "generated, guidance 3"]
+    assert rows["real pictures"] == rows["real pictures through the VAE"] == rows["generated, guidance 3"]
+    assert rows["real pictures"]["heldout"]["background"] == rows["generated, no guidance"]["seen"]["background"] == 1
+    assert rows["generated, no guidance"]["seen"]["top1"] < 0.5 < rows["real pictures"]["seen"]["top1"]
+    assert calls == [(32, 0, 1.0), (32, 32, 1.0), (6, 64, 1.0), (32, 0, 3.0), (32, 32, 3.0), (6, 64, 3.0)]
+    assert told[-1] == ("generated, guidance 3", 70, 70)
+    assert json.loads((tmp_path / "scores.json").read_text()) == result
+    text = (tmp_path / "scores.txt").read_text()
+    assert text == evaluate.table(result) and "| real pictures | 100.0 / 100.0 |" in text and "may differ" in text
+    assert Image.open(tmp_path / "contact-sheet.png").size == (8 * 140, 8 * 176)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["contact-sheet.png", "scores.json", "scores.txt"]
+
+
+def test_evaluate_refuses_one_prompt_and_an_unwritable_place(tmp_path):
+    with pytest.raises(UserError, match="prompts is 1"):
+        evaluate.evaluate(SimpleNamespace(), CONCEPTS, prompts=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        evaluate.save("text", tmp_path / "file" / "scores.txt")
+
+
+def test_missing_and_wrong_font_are_one_line_with_a_remedy(tmp_path):
+    with pytest.raises(UserError, match="no emoji font at .*fonts-noto-color-emoji"):
+        emoji.open_font(tmp_path / "none.ttf")
+    (tmp_path / "text.ttf").write_text("not a font")
+    with pytest.raises(UserError, match="is not the bitmap Noto Color Emoji font"):
+        emoji.open_font(tmp_path / "text.ttf")
+
+
+# ---- with the font ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def chosen():
+    pytest.importorskip("emoji", reason="the emoji package gives the names")
+    return emoji.choose(emoji.open_font(), 400)
+
+
+@needs_font
+def test_chosen_set_has_what_people_ask_for_and_leaves_the_rest_out(chosen):
+    names = [concept.name for concept in chosen]
+    assert len(set(names)) == len(set(concept.character for concept in chosen)) == 400
+    assert {"red apple", "green apple", "dog", "cat", "pizza", "rocket", "rose", "ghost"} <= set(names)
+    for name in names:
+        assert len(name.split(" ")) <= 3 and name == name.lower() and ":" not in name and "_" not in name
+        assert not {"button", "flag", "arrow", "o'clock", "moon", "aries"} & set(name.split(" "))
+    thumbnails = [emoji.thumbnail_of(emoji.draw_glyph(emoji.open_font(), concept.character)) for concept in chosen[::8]]
+    assert all(emoji.distance(a, b) >= emoji.NEAR for i, a in enumerate(thumbnails) for b in thumbnails[:i])
+
+
+@needs_font
+def test_choose_refuses_more_than_there_are(monkeypatch):
+    pytest.importorskip("emoji", reason="the emoji package gives the names")
+    monkeypatch.setattr(emoji, "GROUPS", (("fruit", 1.0, "1f347-1f353"),))
+    with pytest.raises(UserError, match="asked for 14 emoji, the rule finds 13 "):
+        emoji.choose(emoji.open_font(), 14)
+
+
+@needs_font
+@pytest.mark.parametrize("count", [40, pytest.param(512, marks=pytest.mark.full)])
+def test_scorer_knows_real_pictures_among_400(chosen, count):
+    seen, held = emoji.split_pairs(len(chosen), len(emoji.BACKGROUNDS))
+    names = list(emoji.BACKGROUNDS)
+    concepts = CONCEPTS | {"concepts": [{"name": c.name, "character": c.character} for c in chosen], "size": 128,
+                           "heldout": [[chosen[i].name, names[j]] for i, j in held]}
+    glyphs = evaluate.draw_all(concepts, None)
+    scorer, asked = Scorer(glyphs, emoji.BACKGROUNDS, 128), evaluate.questions(concepts, count)
+    scores = [scorer(picture) for picture in evaluate.real_pictures(asked, glyphs, concepts, 0)]
+    assert sum(q.background == s.background for q, s in zip(asked, scores)) == count
+    assert sum(q.concept == s.objects[0] for q, s in zip(asked, scores)) >= 0.99 * count
+
+
+@needs_font
+def test_recipe_writes_the_folder_twice_the_same(tmp_path):
+    pytest.importorskip("emoji", reason="the emoji package gives the names")
+    options = ["--count", "30", "--heldout-count", "5", "--emoji", "20", "--size", "64", "--workers", "2"]
+    for name in ("one", "two"):
+        done = subprocess.run([sys.executable, RECIPE, tmp_path / name, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = tmp_path / "one", tmp_path / "two"
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert len(files) == 30 + 5 + 2 + 4 + 1
+    assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
+    lines = [json.loads(line) for line in (one / "metadata.jsonl").read_text().splitlines()]
+    described = json.loads((one / "concepts.json").read_text())
+    held = {tuple(pair) for pair in described["heldout"]}
+    assert len(lines) == 30 and not held & {(line["concept"], line["background"]) for line in lines}
+    outside = [json.loads(line) for line in (one / "heldout" / "metadata.jsonl").read_text().splitlines()]
+    assert {(line["concept"], line["background"]) for line in outside} <= held
+    for line in lines:
+        picture = Image.open(one / line["file_name"])
+        assert picture.mode == "RGB" and picture.size == (64, 64)
+        assert nearest_name(border_colour(np.asarray(picture) / 255), emoji.BACKGROUNDS) == line["background"]
+        assert line["concept"] in line["text"][0] and line["background"] in line["text"][0]
+    check_tokenizer(one / "tokenizer", [text for line in lines for text in line["text"]])
+
+
+def test_recipe_breaks_ties_between_merges_the_same_way_each_time():
+    merges = runpy.run_path(str(RECIPE))["train_merges"]
+    captions = ["ox fox box", "taco on a cyan background", "a pie, a pear", "yarn zebra quince", "kiwi lemon"]
+    assert all(merges(captions, 600) == merges(captions, 600) for _ in range(5))
+
+
+def check_tokenizer(folder: Path, captions: list[str]) -> None:
+    """transformers reads it, and every text comes back from its ids."""
+    tokenizer = pytest.importorskip("transformers").CLIPTokenizer.from_pretrained(folder)
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    assert sorted(vocabulary.values()) == list(range(len(vocabulary))) and len(vocabulary) <= 2000
+    assert list(vocabulary)[-2:] == ["<|startoftext|>", "<|endoftext|>"] and list(vocabulary)[256] == "!</w>"
+    for text in [*captions[:40], "piñata", "日本語 \U0001f600", "\x01 ~`"]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == vocabulary["<|startoftext|>"] and ids[-1] == vocabulary["<|endoftext|>"]
+        assert all(0 <= i < len(vocabulary) - 2 for i in ids[1:-1])
+        assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.replace(" ", "")
+    whole = tokenizer("a red background")["input_ids"]
+    assert len(whole) == 5                                  # the common words are one token each
+
+
+def test_recipe_says_what_is_missing(tmp_path, capsys):
+    main = runpy.run_path(str(RECIPE))["main"]
+    assert main([str(tmp_path / "out"), "--font", str(tmp_path / "none.ttf")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "fonts-noto-color-emoji" in error and not (tmp_path / "out").exists()
