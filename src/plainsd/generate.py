@@ -1,15 +1,32 @@
-"""From a prompt to pictures: the parts of a model, and the three tasks on it.
+"""From a prompt to pictures: the parts of a model, and the tasks on it.
 
-Rombach et al. 2022 (arXiv:2112.10752). Shape letters: B pictures at once, C latent channels, H W latent height and width.
+Rombach et al. 2022 (arXiv:2112.10752). Every task checks its input at once and returns a generator: a `Step` for each
+step of the sampler, and at the end `Pictures`. What they share, the way through the networks, is in latents.py.
+
+Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from plainsd.errors import UserError, unknown
+from plainsd.guidance import check_guidance
+from plainsd.images import to_mask, to_pil, to_rgb, to_tensor
+from plainsd.latents import Draw, Known, decode, encode, first_noise, noise_of_each, sample, steps_of_strength
+from plainsd.prompts import lora_tags
+from plainsd.samplers import SAMPLERS, Step, sampler_sigmas
+from plainsd.settings import SIZES, Settings
 
 if TYPE_CHECKING:
     from plainsd.models.clip import TextEncoder
@@ -18,6 +35,9 @@ if TYPE_CHECKING:
     from plainsd.schedule import NoiseSchedule
     from plainsd.tokenizer import Tokenizer
     from plainsd.variants import Variant
+
+MULTIPLE = 8                          # sides of pictures, in pixels; also where a VAE's own factor is less
+HIRES_STRENGTH = 0.7                  # of the second pass, where none is given
 
 
 @dataclass
@@ -46,3 +66,269 @@ class StableDiffusion:
         for network in (*self.text_encoders, self.unet, self.vae):
             network.to(device=device, dtype=dtype)
         return self
+
+
+class Pictures(NamedTuple):
+    """The last event of every task."""
+
+    images: list[Image.Image]
+    settings: list[Settings]          # one a picture, with nothing left open: the same call makes it again
+    latents: Tensor                   # (B, L, h, w), as the UNet sees them, clean
+
+
+Events = Iterator[Step | Pictures]
+
+
+def final(events: Events) -> list[Image.Image]:
+    """Runs a task to its end; the pictures."""
+    for event in events:
+        last = event
+    return last.images
+
+
+def in_inference_mode(events: Events) -> Events:
+    """Runs a generator's own code in inference mode; the code of who asks it for the next event stays as it is."""
+    try:
+        while True:
+            with torch.inference_mode():
+                event = next(events, None)
+            if event is None:
+                return
+            yield event
+    finally:
+        events.close()
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
+    """Nothing left open: the model's defaults in place of None. UserError where a value cannot be."""
+    settings.check()
+    check_guidance(sd, settings)
+    variant = sd.variant
+    sampler = settings.sampler or variant.sampler
+    if sampler not in SAMPLERS:
+        raise unknown("sampler", sampler, SAMPLERS)
+    own = SAMPLERS[sampler].spacing
+    spacing = settings.spacing or (own if own == "distilled" else variant.spacing or own)
+    steps = settings.steps or variant.steps
+    sampler_sigmas(sd.schedule, sampler, steps, spacing)                 # raises where they do not go together
+    if settings.eta is not None and "eta" not in inspect.signature(SAMPLERS[sampler].run).parameters:
+        raise UserError(f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'")
+    if settings.variation_strength and settings.variation_seed is None:
+        raise UserError(f"variation strength {settings.variation_strength} without a variation seed; give both")
+    guidance = variant.guidance if settings.guidance is None else settings.guidance
+    return replace(
+        settings, sampler=sampler, spacing=spacing, steps=steps, guidance=float(guidance),
+        clip_skip=settings.clip_skip or 1, model=sd.path.name if sd.path else variant.name,
+    )
+
+
+def settings_of_each(settings: Settings, prompt: str | Sequence[str], negative: str | Sequence[str], count: int) -> list[Settings]:
+    """One for each picture: each prompt `count` times, and one seed after the other."""
+    if count < 1:
+        raise UserError(f"count {count} is out of range; choose 1 or more")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if not prompts or len(prompts) != len(negatives):
+        raise UserError(f"{len(prompts)} prompts and {len(negatives)} negative prompts; give at least one, and as many of both")
+    pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(count)]
+    each = []
+    for i, (p, n) in enumerate(pairs):
+        seeds = {"seed": settings.seed + i}
+        if settings.variation_strength:                                  # the first seed stays, its variation changes
+            seeds = {"variation_seed": settings.variation_seed + i}
+        each.append(replace(settings, prompt=p, negative=n, **seeds))
+    return each
+
+
+def check_size(size: tuple[int, int]) -> tuple[int, int]:
+    if any(side % MULTIPLE or not SIZES[0] <= side <= SIZES[1] for side in size):
+        width, height = (min(max(round(side / MULTIPLE), 1), SIZES[1] // MULTIPLE) * MULTIPLE for side in size)
+        raise UserError(
+            f"size {size[0]}x{size[1]}: both sides must be multiples of {MULTIPLE} from {SIZES[0]} to {SIZES[1]}; "
+            f"try {width}x{height}"
+        )
+    return size
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def text_to_image(
+    sd: StableDiffusion,
+    prompt: str | Sequence[str],
+    negative: str | Sequence[str] = "",
+    *,
+    size: tuple[int, int] | int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    spacing: str | None = None,
+    seed: int = 0,
+    count: int = 1,
+    **more,
+) -> Events:
+    """Pictures of a prompt, `count` of each; picture i has seed + i. None takes the model's own default.
+
+    `size` is (width, height) in pixels, multiples of 8. `more`: the other fields of `Settings`. With `hires`, a second
+    pass runs on the enlarged picture, and its steps follow those of the first.
+    """
+    if sd.unet.config.in_channels != sd.vae.config.latent_channels:
+        raise UserError("this is an inpainting model; it needs a picture and a mask (inpaint, or --image and --mask)")
+    size = check_size((size, size) if isinstance(size, int) else size or (sd.variant.size, sd.variant.size))
+    settings = Settings(
+        size=size, steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, seed=seed, **more
+    )
+    if settings.hires:
+        check_size(enlarged_size(settings))
+        settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
+    settings = resolved(sd, settings)
+    if settings.hires:
+        steps_of_strength(settings.steps, settings.strength)
+    return in_inference_mode(_from_text(sd, settings_of_each(settings, prompt, negative, count)))
+
+
+def _from_text(sd: StableDiffusion, each: list[Settings]) -> Events:
+    one, draw = each[0], noise_of_each(each, sd.device)
+    latents = yield from sample(sd, each, one.size, first_noise(sd, each, one.size, draw), draw)
+    if one.hires:
+        size = enlarged_size(one)
+        known = Known(_enlarged(sd, latents, size, one.upscaler, draw))
+        noise = first_noise(sd, each, size, draw)
+        latents = yield from sample(sd, each, size, noise, draw, known, first_pass=one.steps)
+    yield Pictures(to_pil(decode(sd, latents)), each, latents)
+
+
+def enlarged_size(settings: Settings) -> tuple[int, int]:
+    """The size of the second pass, in multiples of 8."""
+    width, height = (round(side * settings.hires / MULTIPLE) * MULTIPLE for side in settings.size)
+    return width, height
+
+
+def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], upscaler: str, draw: Draw) -> Tensor:
+    if upscaler == "latent":
+        width, height = (side // sd.vae.config.factor for side in size)
+        return F.interpolate(latents, (height, width), mode="bilinear")
+    pictures = [image.resize(size, Image.Resampling.LANCZOS) for image in to_pil(decode(sd, latents))]
+    return encode(sd, torch.cat([to_tensor(picture) for picture in pictures]), draw)
+
+
+def image_to_image(
+    sd: StableDiffusion,
+    prompt: str | Sequence[str],
+    image: Image.Image,
+    strength: float = 0.75,
+    negative: str | Sequence[str] = "",
+    *,
+    size: tuple[int, int] | None = None,
+    count: int = 1,
+    **choices,
+) -> Events:
+    """A picture drawn over (Meng et al. 2021, "SDEdit"): noise is added to it, and the last steps are run from there.
+
+    Of the steps, min(int(steps * strength), steps) run. The picture may have any size from 8 to 4096; it is padded
+    inside. With `size` it is scaled first. `choices` as for `text_to_image`.
+    """
+    if sd.unet.config.in_channels != sd.vae.config.latent_channels:
+        raise UserError("this is an inpainting model; it needs a mask (inpaint, or --mask)")
+    image = _fitted(image, size)
+    settings = _with_picture(sd, image, strength, choices)
+    return in_inference_mode(_from_picture(sd, settings_of_each(settings, prompt, negative, count), image))
+
+
+def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> Settings:
+    settings = resolved(sd, Settings(size=image.size, strength=strength, **choices))
+    if settings.hires:
+        raise UserError("hires works on pictures made from text alone; leave it out, or scale the picture with size")
+    steps_of_strength(settings.steps, strength)
+    return settings
+
+
+def _from_picture(sd: StableDiffusion, each: list[Settings], image: Image.Image) -> Events:
+    draw, pixels = noise_of_each(each, sd.device), _padded(to_tensor(image))
+    size = (pixels.shape[3], pixels.shape[2])
+    known = Known(encode(sd, pixels, draw))
+    latents = yield from sample(sd, each, size, first_noise(sd, each, size, draw), draw, known)
+    yield Pictures([picture.crop((0, 0, *image.size)) for picture in to_pil(decode(sd, latents))], each, latents)
+
+
+def _fitted(image: Image.Image, size: tuple[int, int] | int | None) -> Image.Image:
+    """The picture at the wanted size, in RGB."""
+    width, height = (size, size) if isinstance(size, int) else size or image.size
+    if not all(SIZES[0] <= side <= SIZES[1] for side in (width, height)):
+        raise UserError(f"size {width}x{height}: both sides must be from {SIZES[0]} to {SIZES[1]}; choose another with size")
+    image = to_rgb(image)
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _padded(pixels: Tensor) -> Tensor:
+    """Its last row and column repeated until both sides are multiples of 8."""
+    height, width = pixels.shape[2:]
+    return F.pad(pixels, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
+
+
+def inpaint(
+    sd: StableDiffusion,
+    prompt: str | Sequence[str],
+    image: Image.Image,
+    mask: Image.Image,
+    strength: float = 1.0,
+    negative: str | Sequence[str] = "",
+    *,
+    size: tuple[int, int] | None = None,
+    count: int = 1,
+    **choices,
+) -> Events:
+    """The light part of the mask is drawn anew, in the picture's own surroundings; every other pixel stays as it is.
+
+    Models trained for it read mask and picture beside the latents; with others, the known part is put back at every
+    step (Lugmayr et al. 2022, "RePaint"). At strength 1 the drawing starts from noise alone. Otherwise as `image_to_image`.
+    """
+    if mask.size != image.size:
+        raise UserError(f"the mask is {mask.width}x{mask.height} and the picture {image.width}x{image.height}; make them the same size")
+    image, light = _fitted(image, size), to_mask(mask)
+    light = F.interpolate(light, image.size[::-1])                       # (1, 1, H, W)
+    if not light.any():
+        raise UserError("the mask is dark everywhere, so nothing would be drawn; make it white where the picture is to change")
+    settings = _with_picture(sd, image, strength, choices)
+    return in_inference_mode(_repainted(sd, settings_of_each(settings, prompt, negative, count), image, light))
+
+
+def _repainted(sd: StableDiffusion, each: list[Settings], image: Image.Image, light: Tensor) -> Events:
+    draw, pixels, light_padded = noise_of_each(each, sd.device), _padded(to_tensor(image)), _padded(light)
+    size = (pixels.shape[3], pixels.shape[2])
+    mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)    # a latent is anew if any of its pixels is
+    reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
+    latents = None if reads_mask and each[0].strength == 1 else encode(sd, pixels, draw)
+    noise = first_noise(sd, each, size, draw)
+    if reads_mask:
+        around = encode(sd, pixels * (1 - light_padded), draw)               # the hole is mid-grey
+        known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))
+    else:
+        known = Known(latents, mask)
+    latents = yield from sample(sd, each, size, noise, draw, known)
+    paint = to_pil(light.expand(-1, 3, -1, -1) * 2 - 1)[0].convert("L")
+    pictures = [picture.crop((0, 0, *image.size)) for picture in to_pil(decode(sd, latents))]
+    yield Pictures([Image.composite(picture, image, paint) for picture in pictures], each, latents)
+
+
+def outpaint(
+    sd: StableDiffusion,
+    prompt: str | Sequence[str],
+    image: Image.Image,
+    left: int = 0,
+    top: int = 0,
+    right: int = 0,
+    bottom: int = 0,
+    **choices,
+) -> Events:
+    """A picture continued past its edges, by so many pixels on each side. Otherwise as `inpaint`."""
+    if min(left, top, right, bottom) < 0 or not any((left, top, right, bottom)):
+        raise UserError(f"outpaint {left} {top} {right} {bottom}: give pixels to add on each side, at least one above 0")
+    pixels = np.pad(np.array(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    canvas = Image.fromarray(pixels)
+    mask = Image.new("L", canvas.size, "white")
+    mask.paste("black", (left, top, left + image.width, top + image.height))
+    return inpaint(sd, prompt, canvas, mask, **choices)

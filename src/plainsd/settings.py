@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, fields, replace
 
 from plainsd import __version__
-from plainsd.errors import UserError
+from plainsd.errors import UserError, unknown
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,27 @@ class Settings:
     model: str | None = None                       # its name, for the text; which model draws is said elsewhere
     other: tuple[tuple[str, str], ...] = ()        # what a text said beside these; nothing here acts on it
 
+    def check(self) -> None:
+        """UserError for the first number that is out of its range."""
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            for entry in value if isinstance(value, tuple) else (value,):
+                if entry is not None and not low <= entry <= high:
+                    raise UserError(f"{name.replace('_', ' ')} {entry} is out of range; choose {low} to {high}")
+        if self.interval is not None and self.interval[0] >= self.interval[1]:
+            raise UserError(f"interval {self.interval} is empty; give its lower sigma first")
+        if self.upscaler not in UPSCALERS:
+            raise unknown("upscaler", self.upscaler, UPSCALERS)
+
+
+UPSCALERS = ("latent", "lanczos")
+SIZES = (8, 4096)                                  # pixels, of either side
+RANGES = {
+    "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**63 - 1), "clip_skip": (1, 48), "eta": (0, 1),
+    "strength": (0, 1), "variation_seed": (0, 2**63 - 1), "variation_strength": (0, 1), "hires": (1, 8),
+    "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
+}  # fmt: skip
+
 
 # plainsd's names and A1111's. The second column is also what its drop-down shows.
 SAMPLERS = {
@@ -52,6 +73,7 @@ SAMPLERS = {
 }  # fmt: skip
 SPACINGS = {
     "karras": "Karras", "exponential": "Exponential", "linspace": "Uniform", "trailing": "SGM Uniform", "leading": "DDIM",
+    "distilled": "Distilled",                      # lcm's own
 }  # fmt: skip
 SUFFIXES = ("karras", "exponential")               # these stand behind the sampler's name, the others as "Schedule type"
 

@@ -1,0 +1,167 @@
+"""From a model and its prompts to one `Denoise`: which rows the network is asked, and how its answers are mixed.
+
+All that one step needs goes through the network as one batch: each picture with its prompt, without it (Ho and Salimans
+2022, arXiv:2207.12598), and, for perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377), with its prompt while
+the middle's self-attention looks at nothing but itself. Guidance 1 needs no second row and asks for none.
+
+Shape letters: B pictures, R rows of the batch, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plainsd.conditioning import Conditioning, PromptPlan, stack
+from plainsd.denoiser import Denoise, denoiser, guided, interval, perturbed, rescaled, thresholded
+from plainsd.errors import UserError
+from plainsd.settings import Settings
+
+if TYPE_CHECKING:
+    from plainsd.generate import StableDiffusion
+    from plainsd.models.unet import UNet
+
+PROMPTED, PLAIN, PERTURBED = range(3)                # kinds of rows
+Ask = Callable[..., list[Tensor]]                    # (x, sigma, *kinds) -> one estimate of x0 for each kind, (B, C, H, W)
+
+
+class Row(NamedTuple):
+    kind: int
+    picture: int                                     # which of the batch
+    told: Conditioning                               # one row
+    weight: float                                    # of this part of the prompt
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+
+def guidance_embedding(scale: float, dim: int) -> Tensor:
+    """The guidance scale as distilled models are told it (Meng et al. 2023, arXiv:2210.03142; Luo et al. 2023): (1, dim)."""
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(dim // 2) / (dim // 2 - 1))
+    angle = 1000.0 * (scale - 1) * frequencies
+    return torch.cat([angle.sin(), angle.cos()])[None]
+
+
+@contextmanager
+def blind_attention(unet: UNet, rows: int) -> Iterator[None]:
+    """The middle's self-attention gives each position its own value, as if its map were an identity, in the last rows."""
+
+    def replace(attention, args, output):
+        blind = attention.out(attention.v(args[0][-rows:]))
+        return torch.cat([output[:-rows], blind])
+
+    handles = [block.self_attn.register_forward_hook(replace) for block in unet.mid.attn.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def predict(sd: StableDiffusion, rows: Sequence[Row], guidance: float, x: Tensor, timestep: float) -> Tensor:
+    """One call of the UNet. Latents are float32 outside and of the network's precision inside: (R, C, H, W)."""
+    told = stack([row.told for row in rows]).each(lambda part: part.to(sd.device, sd.dtype))
+    x = x.to(sd.dtype)
+    if told.concat is not None:
+        x = torch.cat([x, told.concat], dim=1)                           # (R, 9, H, W)
+    dim = sd.unet.config.guidance_dim
+    embedding = {"guidance": guidance_embedding(guidance, dim).to(x)} if dim else {}
+    blind = sum(row.kind == PERTURBED for row in rows)
+    with blind_attention(sd.unet, blind) if blind else nullcontext():
+        return sd.unet(x, timestep, told.context, told.vector, **embedding).float()
+
+
+def asker(
+    sd: StableDiffusion,
+    plans: Sequence[PromptPlan],
+    concat: Tensor | None,
+    sigmas: Sequence[float],
+    timesteps: Mapping[float, float],
+    guidance: float,
+) -> Ask:
+    """The network as a function of x, sigma and the kinds of estimates that are wanted.
+
+    Rows with contexts of different lengths go in separate calls, so that a picture never depends on its neighbours'
+    prompts. The step, for prompts that change on the way, is the one that begins at sigma or above.
+    """
+    levels = [-sigma for sigma in sigmas]
+
+    def ask(x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
+        step = min(max(bisect_right(levels, -sigma) - 1, 0), len(sigmas) - 2)
+        rows = [row for kind in kinds for i, plan in enumerate(plans) for row in _rows(plan, kind, i, step, concat)]
+        calls = defaultdict(list)
+        for row in rows:
+            calls[row.told.context.shape[1]].append(row)
+        estimates: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
+        for together in calls.values():
+            inputs = torch.cat([x[row.picture : row.picture + 1] for row in together])       # (R, C, H, W)
+            network = denoiser(partial(predict, sd, together, guidance), sd.schedule, sd.prediction, timesteps)
+            for row, x0 in zip(together, network(inputs, sigma).split(1), strict=True):
+                estimates[row.kind, row.picture].append((x0, row.weight))
+        return [torch.cat([_composed(estimates, kind, i) for i in range(len(plans))]) for kind in kinds]
+
+    return ask
+
+
+def _rows(plan: PromptPlan, kind: int, picture: int, step: int, concat: Tensor | None) -> list[Row]:
+    parts = [(plan.negative(step), 1.0)] if kind == PLAIN else plan.positive(step)
+    if concat is not None:
+        parts = [(Conditioning(told.context, told.vector, concat[picture : picture + 1]), w) for told, w in parts]
+    return [Row(kind, picture, told, weight) for told, weight in parts]
+
+
+def _composed(estimates: Mapping, kind: int, picture: int) -> Tensor:
+    """Prompts joined by AND: each pulls away from the plain estimate by its weight (Liu et al. 2022, arXiv:2206.01714)."""
+    parts = estimates[kind, picture]
+    if len(parts) == 1:
+        return parts[0][0]
+    plain = estimates[PLAIN, picture][0][0]
+    return plain + sum(weight * (x0 - plain) for x0, weight in parts)
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
+
+
+def check_guidance(sd: StableDiffusion, settings: Settings) -> None:
+    chosen = [name for name in ("rescale", "perturbed", "threshold") if getattr(settings, name)]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} do not go together; choose one of them")
+    if settings.perturbed and sd.unet.mid.attn is None:
+        raise UserError("perturbed guidance needs attention in the middle of the UNet, which this model lacks; leave it out")
+
+
+def guided_denoise(ask: Ask, settings: Settings, prediction: str, *, composed: bool, distilled: bool) -> Denoise:
+    """The wrappers that the settings ask for, around the network.
+
+    `composed`: some prompt is joined by AND. `distilled`: the network is told the scale, and needs no second row.
+    """
+    scale = 1.0 if distilled else settings.guidance
+
+    def prompted(x: Tensor, sigma: float) -> Tensor:
+        return ask(x, sigma, PROMPTED, PLAIN)[0] if composed else ask(x, sigma, PROMPTED)[0]
+
+    def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        return tuple(ask(x, sigma, PROMPTED, PLAIN))
+
+    if settings.perturbed and scale == 1 and not composed:
+        # away from the perturbed estimate alone: prompted + s (prompted - blurred)
+        denoise = guided(lambda x, sigma: tuple(ask(x, sigma, PROMPTED, PERTURBED)), 1 + settings.perturbed)
+    elif settings.perturbed:
+        denoise = perturbed(lambda x, sigma: tuple(ask(x, sigma, PROMPTED, PLAIN, PERTURBED)), scale, settings.perturbed)
+    elif scale == 1:
+        denoise = prompted
+    elif settings.rescale:
+        denoise = rescaled(pair, scale, settings.rescale, prediction)
+    elif settings.threshold:
+        denoise = thresholded(pair, scale, settings.threshold)
+    else:
+        denoise = guided(pair, scale)
+    return interval(denoise, prompted, *settings.interval) if settings.interval else denoise

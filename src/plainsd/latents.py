@@ -1,0 +1,171 @@
+"""What every task shares: repeatable noise, the VAE on both sides, and the one loop from noise to clean latents.
+
+Precision changes in two places: around the UNet (`guidance.predict`) and around the VAE (`through_vae`). Everything else
+is float32. Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from plainsd import conditioning
+from plainsd.denoiser import Denoise, add_noise, inpainting
+from plainsd.errors import UserError
+from plainsd.guidance import asker, guided_denoise
+from plainsd.samplers import SAMPLERS, Step, first_scale, sampler_sigmas, sampler_timesteps
+from plainsd.settings import Settings
+
+if TYPE_CHECKING:
+    from plainsd.generate import StableDiffusion
+    from plainsd.models.vae import VAE
+
+DECODED_AT_ONCE = 2**20               # pixels
+
+Draw = Callable[[tuple[int, ...]], Tensor]                               # shape (L, h, w) -> unit noise (B, L, h, w)
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+def noise_of_each(each: Sequence[Settings], device: torch.device) -> Draw:
+    """Unit noise of a given shape. Each picture draws from a generator of its own, on the CPU,
+    so that it gets the same numbers alone, in any batch and on any device."""
+    generators = [torch.Generator().manual_seed(one.seed) for one in each]
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+    return draw
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a towards b on the sphere through both, so that a mix of two noises has the length of one (Shoemake 1985)."""
+    cosine = torch.dot(a.flatten() / a.norm(), b.flatten() / b.norm()).clamp(-1, 1)
+    angle = torch.acos(cosine)
+    if angle < 1e-4:
+        return a + share * (b - a)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+
+
+def varied(noise: Tensor, each: Sequence[Settings]) -> Tensor:
+    """The first noise, turned towards that of another seed where a variation is wanted."""
+    rows = list(noise)
+    for i, one in enumerate(each):
+        if one.variation_strength:
+            other = torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(one.variation_seed))
+            rows[i] = slerp(rows[i], other.to(noise), one.variation_strength)
+    return torch.stack(rows)
+
+
+# --- the VAE ---------------------------------------------------------------------------------------------------------
+
+
+def through_vae(sd: StableDiffusion, run: Callable[[VAE, Tensor], Tensor], x: Tensor) -> Tensor:
+    """`run` of the VAE on x, in the VAE's precision; float32 outside. What overflows there is done again in float32."""
+    y = run(sd.vae, x.to(next(sd.vae.parameters()))).float()
+    if y.isfinite().all():
+        return y
+    if x.isfinite().all():
+        warnings.warn(f"the VAE overflowed in {next(sd.vae.parameters()).dtype}; done again in float32", stacklevel=2)
+        y = run(deepcopy(sd.vae).float(), x.to(sd.device)).float()
+    if not y.isfinite().all():
+        raise UserError("the model computed numbers that are not finite; try --dtype float32, or a lower guidance")
+    return y
+
+
+def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw) -> Tensor:
+    """One picture, or one each (1 or B, 3, H, W) -> a latent for each of the batch, (B, L, h, w), drawn from what the encoder gives."""
+    moments = through_vae(sd, lambda vae, x: torch.stack([(g := vae.encode(x)).mean, g.logvar]), pixels)
+    mean, logvar = moments                                               # (1 or B, L, h, w)
+    return (mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:])) * sd.vae.config.scaling_factor
+
+
+def decode(sd: StableDiffusion, latents: Tensor) -> Tensor:
+    """(B, L, h, w) -> pixels (B, 3, H, W), a few pictures at a time."""
+    unscaled = latents / sd.vae.config.scaling_factor
+    area = latents.shape[-1] * latents.shape[-2] * sd.vae.config.factor**2
+    pieces = unscaled.split(max(1, DECODED_AT_ONCE // area))
+    return torch.cat([through_vae(sd, lambda vae, z: vae.decode(z), piece) for piece in pieces])
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a task knows of the picture beforehand."""
+
+    latents: Tensor | None            # (B, L, h, w), clean; None: the drawing starts from noise alone
+    mask: Tensor | None = None        # (1, 1, h, w), 1 where it is drawn anew; elsewhere the latents are put back
+    concat: Tensor | None = None      # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
+
+
+def steps_of_strength(steps: int, strength: float) -> int:
+    """How many of the steps run on a given picture, as diffusers counts them."""
+    running = min(int(steps * strength), steps)
+    if not running:
+        raise UserError(f"strength {strength} of {steps} steps leaves none to run; give at least {1 / steps:.2g}")
+    return running
+
+
+def first_noise(sd: StableDiffusion, each: Sequence[Settings], size: tuple[int, int], draw: Draw) -> Tensor:
+    """What the drawing of a picture of this size, width and height in pixels, begins with: (B, L, h, w)."""
+    width, height = (side // sd.vae.config.factor for side in size)
+    return varied(draw((sd.vae.config.latent_channels, height, width)), each)
+
+
+def sample(
+    sd: StableDiffusion,
+    each: Sequence[Settings],
+    size: tuple[int, int],
+    noise: Tensor,
+    draw: Draw,
+    known: Known | None = None,
+    first_pass: int | None = None,
+) -> Generator[Step, None, Tensor]:
+    """Yields the sampler's steps; returns clean latents (B, L, h, w).
+
+    `each` differ in prompts and seeds only; `size` is the picture's, as SDXL is told it; `noise` is the first one, and
+    `draw` gives more; `first_pass` counts the steps of a pass before this one, for prompts that change on the way.
+    """
+    one, shape = each[0], noise.shape[1:]
+    sigmas = sampler_sigmas(sd.schedule, one.sampler, one.steps, one.spacing)
+    timesteps = sampler_timesteps(sd.schedule, one.sampler, one.steps, one.spacing)
+    if known is not None:
+        sigmas = sigmas[-1 - steps_of_strength(one.steps, one.strength) :]
+    from_noise = known is None or known.latents is None or (known.mask is not None and one.strength == 1)
+    x = noise * first_scale(sigmas, one.sampler, one.spacing) if from_noise else add_noise(known.latents, noise, sigmas[0])
+    denoise = _denoise(sd, each, size, sigmas, timesteps, known.concat if known else None, first_pass)
+    if known is not None and known.mask is not None:
+        denoise = inpainting(denoise, known.latents, known.mask, noise, start=sigmas[0] if from_noise else math.inf)
+    sampler = SAMPLERS[one.sampler].run
+    options = {"eta": one.eta, "prediction": sd.prediction}
+    options = {k: v for k, v in options.items() if v is not None and k in inspect.signature(sampler).parameters}
+    for step in sampler(denoise, x, sigmas, lambda: draw(shape), **options):
+        yield step
+    clean = step.x / math.sqrt(1 + step.sigma**2)                        # what little noise some samplers leave stays in
+    if known is not None and known.mask is not None:
+        clean = known.mask * clean + (1 - known.mask) * known.latents
+    return clean
+
+
+def _denoise(sd, each, size, sigmas, timesteps, concat, first_pass) -> Denoise:
+    """The network with its prompts and guidance."""
+    one, steps = each[0], len(sigmas) - 1
+    planned = {
+        pair: conditioning.plan(sd, *pair, steps, clip_skip=one.clip_skip, first_pass=first_pass, size=size)
+        for pair in dict.fromkeys((s.prompt, s.negative) for s in each)
+    }
+    plans = [planned[s.prompt, s.negative] for s in each]
+    ask = asker(sd, plans, concat, sigmas, timesteps, one.guidance)
+    composed = any(len(plan.parts) > 1 for plan in plans)
+    return guided_denoise(ask, one, sd.prediction, composed=composed, distilled=sd.unet.config.guidance_dim is not None)
