@@ -20,15 +20,14 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
-from plainsd import schedule as spacings
 from plainsd.denoiser import Denoise, output_from, x0_from
-from plainsd.errors import UserError, unknown
-from plainsd.schedule import SPACINGS, NoiseSchedule
+from plainsd.errors import unknown
+from plainsd.schedule import SPACINGS, NoiseSchedule, spaced
 
-Noise = Callable[[], Tensor]
+Noise = Callable[[], Tensor]  # unit noise, shaped like x
+Levels = Sequence[float]  # noise levels, falling
 
 
 class Step(NamedTuple):
@@ -65,7 +64,7 @@ def renoised(x: Tensor, noise: Noise, sigma_up: float) -> Tensor:
 # One call of the model a step, no memory.
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
+def euler(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
     """First order, noise-free (Karras et al. 2022, algorithm 1 without churn)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
@@ -73,9 +72,7 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) ->
         yield Step(index, sigma_next, x, denoised)
 
 
-def ddim(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0
-) -> Iterator[Step]:
+def ddim(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
     """Song et al. 2020, "Denoising Diffusion Implicit Models", equation 12: from Euler (eta 0) to DDPM (eta 1)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
@@ -84,7 +81,7 @@ def ddim(
         yield Step(index, sigma_next, x, denoised)
 
 
-def lcm(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
+def lcm(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
     """Jump to the estimate and add all the noise anew, for models taught to be right at once (Luo et al. 2023).
 
     Their c_skip, 7e-6 of x at the lowest timestep they know and less above, is left out.
@@ -98,7 +95,7 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> I
 # Two calls a step: the second one tells how the estimate changes along the way.
 
 
-def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
+def heun(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
     """Second order: the mean of the slopes at both ends of the step (Karras et al. 2022, algorithm 1).
 
     The slope at the end, met by a line from x, aims at denoised + (second - denoised) * sigma / sigma_next; so the
@@ -119,9 +116,7 @@ def halfway(sigma: float, sigma_down: float) -> float:
     return math.sqrt(sigma * sigma_down) * (1 - 1e-13)
 
 
-def dpm2(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0
-) -> Iterator[Step]:
+def dpm2(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
     """Second order: the slope in the middle of the step, in log sigma (DPM-Solver-2, Lu et al. 2022a)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
@@ -134,9 +129,7 @@ def dpm2(
         yield Step(index, sigma_next, x, denoised)
 
 
-def dpmpp_2s_a(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0
-) -> Iterator[Step]:
+def dpmpp_2s_a(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
     """Second order: the estimate in the middle of the step (DPM-Solver++(2S), Lu et al. 2022b, algorithm 1)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
@@ -148,9 +141,7 @@ def dpmpp_2s_a(
         yield Step(index, sigma_next, x, denoised)
 
 
-def dpmpp_sde(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0
-) -> Iterator[Step]:
+def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
     """As `dpmpp_2s_a`, with noise on the way to the middle too: one Brownian path over sigma, seen twice.
 
     The noise of the whole step is that of its first part and that of the rest, by their shares of the step.
@@ -174,9 +165,7 @@ def dpmpp_sde(
 # One call a step, remembering the calls before: the change of the estimate comes free.
 
 
-def dpmpp_2m(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0
-) -> Iterator[Step]:
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
     """Second order: extrapolate the last two estimates to the middle of the step (DPM-Solver++(2M), Lu et al. 2022b).
 
     With eta = 1 its stochastic form, SDE-DPM-Solver++(2M). The first step and one to level 0 are of first order.
@@ -193,9 +182,7 @@ def dpmpp_2m(
         yield Step(index, sigma_next, x, denoised)
 
 
-def dpmpp_3m_sde(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0
-) -> Iterator[Step]:
+def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
     """A parabola through the last three estimates, integrated over the step (SDE-DPM-Solver++(3M) of k-diffusion).
 
     As published it counts the parabola's curvature by half, which makes its order 2 and not 3.
@@ -216,9 +203,7 @@ def dpmpp_3m_sde(
         yield Step(index, sigma_next, x, denoised)
 
 
-def plms(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, prediction: str = "epsilon"
-) -> Iterator[Step]:
+def plms(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, prediction: str = "epsilon") -> Iterator[Step]:
     """Adams-Bashforth on the network's output, with the weights for even steps of sigma: fourth order there, second on
     a table's timesteps (PNDM, Liu et al. 2022, as Stable Diffusion's original uses it, without the Runge-Kutta start).
 
@@ -247,7 +232,7 @@ ADAMS_BASHFORTH = {  # number of known outputs, newest first -> their weights
 }
 
 
-def lms(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
+def lms(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
     """Adams-Bashforth on the slope dx / dsigma, its weights integrated for the levels at hand: fourth order once four
     slopes are known (the linear multistep sampler of k-diffusion)."""
     slopes: list[Tensor] = []  # newest first
@@ -259,7 +244,7 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> I
         yield Step(index, sigma_next, x, denoised)
 
 
-def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
+def unipc(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
     """Third order: `dpmpp_2m`, and each step is taken once more when the estimate at its end is known, at the cost of
     no call (UniPC-2 with B(h) = exp(h) - 1, Zhao et al. 2023). The last step, to level 0, is of first order."""
     start, estimates = x, []  # where the step before began; estimates, newest first
@@ -278,7 +263,7 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) ->
 # The weights which they use.
 
 
-def newest_first(sigmas: Sequence[float], index: int, most: int) -> Sequence[float]:
+def newest_first(sigmas: Levels, index: int, most: int) -> Levels:
     """The levels of the current and the last steps, `most` of them where there are as many."""
     return sigmas[max(0, index + 1 - most) : index + 1][::-1]
 
@@ -287,7 +272,7 @@ def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
 
 
-def _lagrange_means(known: Sequence[float], sigma: float, sigma_next: float) -> list[float]:
+def _lagrange_means(known: Levels, sigma: float, sigma_next: float) -> list[float]:
     """Weights that turn values at the known levels into the mean of their polynomial between sigma and sigma_next.
 
     Gauss's rule with two points is exact for the cubics that four values make.
@@ -301,7 +286,7 @@ def _lagrange_means(known: Sequence[float], sigma: float, sigma_next: float) -> 
     return [sum(basis(own, point) for point in points) / 2 for own in known]
 
 
-def _parabola(estimates: Sequence[Tensor], sigmas: Sequence[float]) -> tuple[Tensor, Tensor | float]:
+def _parabola(estimates: Sequence[Tensor], sigmas: Levels) -> tuple[Tensor, Tensor | float]:
     """Slope and curvature, over -log sigma at the newest, of the line or parabola through two or three estimates."""
     near = (estimates[0] - estimates[1]) / math.log(sigmas[1] / sigmas[0])
     if len(estimates) == 2:
@@ -311,7 +296,7 @@ def _parabola(estimates: Sequence[Tensor], sigmas: Sequence[float]) -> tuple[Ten
     return near + curve * math.log(sigmas[1] / sigmas[0]), curve
 
 
-def _corrected(estimates: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
+def _corrected(estimates: Sequence[Tensor], sigmas: Levels) -> Tensor:
     """The aim of UniC for the step from sigmas[1] to sigmas[0], from the estimates at its end, its start and before."""
     end, start, *earlier = estimates
     if not earlier:
@@ -326,36 +311,34 @@ def _corrected(estimates: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
 
 # The table.
 
-Rounding = Mapping[str, Callable[[float], float]]
-
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler and the levels it visits. The defaults are those of the samplers that came with k-diffusion.
+    """A sampler and the levels it visits: those of diffusers' scheduler of the same name, oddities included.
 
-    Spacings follow diffusers' scheduler of the same name, and so do the oddities: what is rounded, and where one
-    more point than steps is spaced out and the one at the clean end then left out.
+    The defaults are those of the samplers that came with k-diffusion.
     """
 
     run: Callable[..., Iterator[Step]]  # (denoise, x, sigmas, noise)
-    spacing: str = "linspace"  # the default, as Stable Diffusion 1.5 gets it
+    spacing: str = "linspace"  # used when none is asked for, as Stable Diffusion 1.5 gets it from diffusers
     ends_at_zero: bool = True  # else at the table's first level, as the original DDIM and PLMS
-    unit_first: bool = False  # first latent at leading's scale whatever the spacing: see `first_scale`
-    spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points to leave out
-    rounding: Rounding = field(default_factory=dict)  # spacing -> how the timestep told to the network is rounded
+    unit_first: bool = False  # the first latent counts a clean latent's own spread: see `first_scale`
+    rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> for timesteps
+    spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
 
 
-TO_FIRST = {"unit_first": True, "rounding": {"linspace": round}, "spare": {"karras": 1, "exponential": 1}}
+WHOLE = {"linspace": round}
+TO_FIRST = {"ends_at_zero": False, "unit_first": True, "rounding": WHOLE, "spare": {"karras": 1, "exponential": 1}}
 SOLVER = {
     "unit_first": True,
-    "spare": {"leading": 1, "linspace": 1},
     "rounding": {"linspace": round, "karras": round, "exponential": math.floor},
+    "spare": {"linspace": 1, "leading": 1},
 }
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding={"linspace": round}),
-    "ddim": Sampler(ddim, "leading", ends_at_zero=False, **TO_FIRST),
-    "plms": Sampler(plms, "leading", ends_at_zero=False, **TO_FIRST),
+    "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding=WHOLE),
+    "ddim": Sampler(ddim, "leading", **TO_FIRST),
+    "plms": Sampler(plms, "leading", **TO_FIRST),
     "euler": Sampler(euler),
     "euler_a": Sampler(partial(ddim, eta=1.0)),
     "heun": Sampler(heun),
@@ -378,42 +361,27 @@ def sampler_sigmas(schedule: NoiseSchedule, name: str, steps: int, spacing: str 
     return [*sigmas, 0.0 if SAMPLERS[name].ends_at_zero else schedule.sigma_min]
 
 
-def sampler_timesteps(
-    schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None
-) -> dict[float, float]:
-    """The timestep to tell the network at each of those levels, for `denoiser`; other levels look theirs up."""
+def sampler_timesteps(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> dict[float, float]:
+    """The timestep to tell the network at each of those levels, for `denoiser`; it looks up that of any other level."""
     timesteps, sigmas = _visited(schedule, name, steps, spacing)
     return dict(zip(sigmas, timesteps, strict=True))
 
 
-def first_scale(sigmas: Sequence[float], name: str, spacing: str | None = None) -> float:
-    """Unit noise times this is the first latent: sqrt(1 + sigma^2), the scale of a clean latent and its noise.
+def first_scale(sigmas: Levels, name: str, spacing: str | None = None) -> float:
+    """Unit noise times this is the first latent: sqrt(1 + sigma^2), the spread of a clean latent and its noise.
 
-    The k-diffusion samplers leave the 1 out, except with leading spacing; diffusers does the same.
+    The k-diffusion samplers leave out the 1 unless spacing is leading, and so it is in diffusers.
     """
     sampler = SAMPLERS[name]
     with_latent = sampler.unit_first or (spacing or sampler.spacing) == "leading"
     return math.sqrt(1 + sigmas[0] ** 2) if with_latent else sigmas[0]
 
 
-def _visited(
-    schedule: NoiseSchedule, name: str, steps: int, spacing: str | None
-) -> tuple[list[float], list[float]]:
-    """Timesteps and levels of all calls of the model that begin a step."""
+def _visited(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None) -> tuple[list[float], list[float]]:
     if name not in SAMPLERS:
         raise unknown("sampler", name, SAMPLERS)
     sampler = SAMPLERS[name]
     spacing = spacing or sampler.spacing
     if spacing not in (*SPACINGS, sampler.spacing):
         raise unknown("spacing", spacing, SPACINGS)
-    count, points = len(schedule), steps + sampler.spare.get(spacing, 0)
-    if not 1 <= steps <= points <= count:
-        raise UserError(f"steps {steps} is out of range; choose 1 to {count - sampler.spare.get(spacing, 0)}")
-    rounded = sampler.rounding.get(spacing, float)
-    rule = getattr(spacings, spacing)
-    if spacing in ("karras", "exponential"):
-        sigmas = rule(schedule.sigma_min, schedule.sigma_max, points)[:steps]
-        return [float(rounded(schedule.timestep(sigma))) for sigma in sigmas], sigmas
-    timesteps = [float(rounded(timestep)) for timestep in rule(count, points)[:steps]]
-    # Between the table's entries sigma itself is taken as linear here, as in diffusers.
-    return timesteps, np.interp(timesteps, np.arange(count), schedule.sigmas.numpy()).tolist()
+    return spaced(schedule, spacing, steps, sampler.spare.get(spacing, 0), sampler.rounding.get(spacing, float))

@@ -13,6 +13,7 @@ a device to tell it a number.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,9 +99,7 @@ class NoiseSchedule:
         return float(np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self))))
 
 
-# Spacings. The first three choose timesteps (names from Lin et al. 2023, table 2), the last two choose levels.
-
-SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
+# Spacings: rules that choose timesteps, named by Lin et al. 2023 in their table 2, and rules that choose levels.
 
 
 def leading(count: int, steps: int, offset: int = 1) -> list[float]:
@@ -109,8 +108,8 @@ def leading(count: int, steps: int, offset: int = 1) -> list[float]:
     The highest timesteps are never visited: 50 steps of 1000 start at 981.
     """
     stride = count // steps
-    highest = (steps - 1) * stride
-    return [float(index * stride + min(offset, count - 1 - highest)) for index in reversed(range(steps))]
+    offset = min(offset, count - 1 - (steps - 1) * stride)
+    return [float(index * stride + offset) for index in reversed(range(steps))]
 
 
 def trailing(count: int, steps: int) -> list[float]:
@@ -119,23 +118,47 @@ def trailing(count: int, steps: int) -> list[float]:
 
 
 def linspace(count: int, steps: int) -> list[float]:
-    """Both ends of the table and equal, usually fractional, strides between them."""
+    """Both ends of the table, with equal and usually fractional strides; a single step is at the noisy end."""
     return np.linspace(0, count - 1, steps)[::-1].tolist() if steps > 1 else [count - 1.0]
 
 
-def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> list[float]:
-    """Levels whose 1/rho-th power is linear: dense near the clean end (Karras et al. 2022, equation 5)."""
-    return (np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho).tolist()
-
-
-def exponential(sigma_min: float, sigma_max: float, steps: int) -> list[float]:
-    """Levels in a geometric row: equal strides in log sigma."""
-    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps)).tolist()
-
-
 def distilled(count: int, steps: int, taught: int = 50) -> list[float]:
-    """A subset of the 50 timesteps on which latent consistency models were taught (Luo et al. 2023)."""
+    """Some of the 50 timesteps at which latent consistency models were taught (Luo et al. 2023)."""
     if steps > taught:
         raise UserError(f"steps {steps} is more than the {taught} that lcm models know; choose 1 to {taught}")
     known = [float((index + 1) * (count // taught) - 1) for index in reversed(range(taught))]
     return [known[int(index)] for index in np.linspace(0, taught, steps, endpoint=False)]
+
+
+def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> list[float]:
+    """Levels whose rho-th root falls evenly: dense near the clean end (Karras et al. 2022, equation 5)."""
+    return (np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho).tolist()
+
+
+def exponential(sigma_min: float, sigma_max: float, steps: int) -> list[float]:
+    """Levels in a geometric row: log sigma falls evenly."""
+    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps)).tolist()
+
+
+OF_TIMESTEPS = {"leading": leading, "trailing": trailing, "linspace": linspace, "distilled": distilled}
+OF_LEVELS = {"karras": karras, "exponential": exponential}
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")  # those that users may name
+
+
+def spaced(
+    schedule: NoiseSchedule, spacing: str, steps: int, spare: int = 0, rounded: Callable[[float], float] = float
+) -> tuple[list[float], list[float]]:
+    """Timesteps and levels, both falling, at which a sampler's steps begin.
+
+    steps + spare points are spaced out and the spare ones at the clean end left out. `rounded` is applied to timesteps
+    before their level is looked up; where the spacing chooses levels these stay, and only the timestep is rounded.
+    """
+    count, points = len(schedule), steps + spare
+    if not 1 <= steps <= count - spare:
+        raise UserError(f"steps {steps} is out of range; choose 1 to {count - spare}")
+    if spacing in OF_LEVELS:
+        sigmas = OF_LEVELS[spacing](schedule.sigma_min, schedule.sigma_max, points)[:steps]
+        return [float(rounded(schedule.timestep(sigma))) for sigma in sigmas], sigmas
+    timesteps = [float(rounded(timestep)) for timestep in OF_TIMESTEPS[spacing](count, points)[:steps]]
+    # Between entries sigma itself is linear here, not its logarithm: so do the samplers from which these rules come.
+    return timesteps, np.interp(timesteps, np.arange(count), schedule.sigmas.numpy()).tolist()
