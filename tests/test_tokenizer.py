@@ -146,6 +146,7 @@ def test_learned_tokens(tmp_path):
     ids = tokenizer.encode(text)
     assert ids[1:4] == [49408, 49409, 49410]
     assert ids.count(49411) == 1                               # a bare name only as a whole word
+    assert tokenizer.units("a <cat>") == [[320], [49408, 49409, 49410]]
     assert tokenizer.pieces([49409]) == ["<cat>_1"]
     tokenizer.save(tmp_path)
     again = Tokenizer.from_folder(tmp_path)

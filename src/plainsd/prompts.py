@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import UserError
+from plainsd.errors import UserError
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 PIECES = re.compile(rf"\\[()\[\]\\]|:\s*({NUMBER})\s*\)|[()\[\]:\\]|[^()\[\]:\\]+")

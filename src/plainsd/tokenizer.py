@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from .errors import UserError
+from plainsd.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -115,11 +115,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text of any length, without start, end and padding. A learned token gives all of its ids."""
+        return [key for unit in self.units(text) for key in unit]
+
+    def units(self, text: str) -> list[list[int]]:
+        """The same ids in units that belong together: all vectors of one learned token, else each id by itself."""
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
             raise UserError(f"the prompt {text!r} is not valid text; write it in UTF-8") from error
-        return [key for first in ids for key in self._runs.get(first, (first,))]
+        return [self._runs.get(key, [key]) for key in ids]
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The tokens as readable text, `</w>` at the end of a word; bytes that are part of a sign as `\\xf0`."""
