@@ -16,7 +16,7 @@ from plainsd.models.unet import UNetConfig
 from plainsd.prompts import Weighted, parse
 from plainsd.tensorfile import TensorFile, stored
 from plainsd.tokenizer import Tokenizer, find_vocabulary
-from plainsd.variants import read_text
+from plainsd.configs import read_text
 
 PROMPT = "a photo of a Cat, it's 100% fluffy! and more"
 START, END = 49406, 49407

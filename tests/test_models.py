@@ -7,20 +7,20 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from plainsd.checkpoint import empty, fill
+from plainsd.configs import read_text, read_unet, read_vae
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.layers import timestep_embedding
 from plainsd.models.unet import UNet, UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
 from plainsd.tensorfile import TensorFile, stored
-from plainsd.variants import read_text, read_unet, read_vae
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "float64"])
 
 
-def strong(network: nn.Module, seed: int = 0) -> nn.Module:
+def strong(network: nn.Module, sharp: float = 2.5) -> nn.Module:
     """Random weights with which everything matters: sharp attention, norms away from 1 and 0."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -29,9 +29,8 @@ def strong(network: nn.Module, seed: int = 0) -> nn.Module:
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * noise)
             else:
-                fan_in = parameter[0].numel()
-                sharp = 2.5 if any(part in name for part in ("to_q", "to_k", "q_proj", "k_proj")) else 1.0
-                parameter.copy_(sharp * noise / fan_in**0.5)
+                scale = sharp if any(part in name for part in ("to_q", "to_k", "q_proj", "k_proj")) else 1.0
+                parameter.copy_(scale * noise / parameter[0].numel() ** 0.5)
     return network.eval()
 
 
@@ -60,7 +59,8 @@ UNETS = {
     "emoji": dict(block_out_channels=(24, 32, 48), down_block_types=(PLAIN, ATTN, ATTN), attention_head_dim=(3, 2, 4),
                   cross_attention_dim=20, norm_num_groups=8, in_channels=16, out_channels=16),
     "sdxl": dict(block_out_channels=(32, 64, 64), down_block_types=(PLAIN, ATTN, ATTN), attention_head_dim=(1, 2, 4),
-                 transformer_layers_per_block=(1, 2, 3), use_linear_projection=True, cross_attention_dim=32,
+                 transformer_layers_per_block=(1, 1, 2), layers_per_block=1, use_linear_projection=True,
+                 cross_attention_dim=32,
                  addition_embed_type="text_time", addition_time_embed_dim=256, norm_num_groups=8,
                  projection_class_embeddings_input_dim=6 * 256 + 40),
     "refiner": dict(block_out_channels=(32, 32, 64, 64), down_block_types=(PLAIN, ATTN, ATTN, PLAIN),
@@ -218,7 +218,7 @@ def test_every_weight_matters():
     """With the weights of these tests, any one tensor halved moves the output by far more than the tolerance."""
     reference = unet_reference("sdxl", torch.float64)
     unet = ours(UNet, read_unet(dict(reference.config), "sdxl")[0], reference, conv=False)
-    inputs, _ = unet_inputs(unet.config, (8, 8), torch.float64)
+    inputs = {name: value[1:2] for name, value in unet_inputs(unet.config, (8, 8), torch.float64)[0].items()}
     reference = vae_reference("one layer", torch.float64)
     vae = ours(VAE, read_vae(dict(reference.config), "one layer"), reference)
     pixels = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(4)).double()
@@ -243,28 +243,31 @@ def test_every_weight_matters():
 # --- full size -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.full
+@pytest.mark.parametrize("dtype,size", [(torch.float32, 64), (torch.float64, 24)], ids=["float32", "float64"])
 @torch.no_grad()
-def test_sd15_at_full_size():
-    """The public configuration of SD 1.5, float32: sizes and parity of all three networks."""
+def test_sd15_at_full_size(dtype, size):
+    """The public configuration of SD 1.5: sizes and parity of all three networks."""
     generator = torch.Generator().manual_seed(5)
-    reference = strong(UNet2DConditionModel(cross_attention_dim=768))
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)   # noqa: E731
+    reference = strong(UNet2DConditionModel(cross_attention_dim=768).to(dtype), sharp=1.0)
     unet = ours(UNet, UNetConfig(), reference)
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
-    inputs = {"timestep": torch.tensor([1, 801])}
-    x, context = torch.randn(2, 4, 64, 64, generator=generator), torch.randn(2, 77, 768, generator=generator)
-    theirs = reference(x, **inputs, encoder_hidden_states=context).sample
-    assert error(unet(x, **inputs, context=context), theirs) < 1e-5
+    x, context, timestep = draw(2, 4, size, size), draw(2, 77, 768), torch.tensor([1, 801])
+    theirs = reference(x, timestep, encoder_hidden_states=context).sample
+    assert error(unet(x, timestep, context), theirs) < TOLERANCE[dtype]
     del unet, reference
     types = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    reference = strong(AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **types))
+    channels = (128, 256, 512, 512)
+    reference = strong(AutoencoderKL(block_out_channels=channels, layers_per_block=2, **types).to(dtype), sharp=1.0)
     vae = ours(VAE, VAEConfig(), reference)
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
-    pixels = 2 * torch.rand(1, 3, 256, 256, generator=generator) - 1
-    assert error(vae.encode(pixels).mean, reference.encode(pixels).latent_dist.mean) < 1e-5
-    assert error(vae.decode(x[:1, :, :32, :32]), reference.decode(x[:1, :, :32, :32]).sample) < 1e-5
+    pixels, latents = draw(1, 3, 8 * size // 2, 128).clamp(-1, 1), draw(1, 4, size // 2, 16)
+    assert error(vae.encode(pixels).mean, reference.encode(pixels).latent_dist.mean) < TOLERANCE[dtype]
+    assert error(vae.decode(latents), reference.decode(latents).sample) < TOLERANCE[dtype]
     del vae, reference
-    reference = strong(CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)))
+    settings = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    reference = strong(CLIPTextModel(settings).to(dtype), sharp=1.0)
     encoder = ours(TextEncoder, TextConfig(), reference)
     assert sum(p.numel() for p in encoder.parameters()) == 123_060_480
     ids = torch.randint(0, 49_408, (2, 77), generator=generator)
-    assert error(encoder(ids).final, reference(ids).last_hidden_state) < 1e-5
+    assert error(encoder(ids).final, reference(ids).last_hidden_state) < TOLERANCE[dtype]

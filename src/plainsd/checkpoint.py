@@ -26,9 +26,10 @@ from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
 from plainsd.tensorfile import Stored, TensorFile, merged, open_tensors, stored, write_safetensors
 from plainsd.tokenizer import Tokenizer
-from plainsd.variants import (
-    Variant, read_schedule, read_text, read_unet, read_vae, write_schedule, write_text, write_unet, write_vae,
+from plainsd.configs import (
+    read_schedule, read_text, read_unet, read_vae, write_schedule, write_text, write_unet, write_vae,
 )
+from plainsd.variants import Variant, encoder_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SETTINGS = ("name", "context", "size", "guidance", "sampler", "steps", "spacing")   # of a Variant, kept beside a model
@@ -224,12 +225,6 @@ def save_folder(sd: StableDiffusion, folder: Path, dtype: torch.dtype | None) ->
         save_part(folder / name, encoder, settings, variant, dtype)
         tokenizer.save(folder / name.replace("text_encoder", "tokenizer"))
     write_json(folder / "model_index.json", index)
-
-
-def encoder_names(variant: Variant) -> list[str]:
-    """SDXL's refiner has the second encoder alone."""
-    names = ["text_encoder", "text_encoder_2"]
-    return names[1:] if variant.unet.vector and len(variant.text) == 1 else names[: len(variant.text)]
 
 
 def save_part(folder: Path, network: nn.Module, settings: dict, variant: Variant, dtype: torch.dtype | None) -> None:
