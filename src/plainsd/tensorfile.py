@@ -56,7 +56,7 @@ def read_header(path: Path) -> tuple[dict, int]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(8)
-            if start[:2] == b"PK" or start[:1] == b"\x80":
+            if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[4:] != bytes(4)):   # no length of a header
                 raise UserError(f"{path} is a pickle, not safetensors; rename it to .ckpt if you trust where it is from")
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 <= length <= min(size - 8, HEADER_LIMIT):
