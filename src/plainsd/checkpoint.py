@@ -1,52 +1,41 @@
-"""A model from its files and back: the diffusers folder, and the original single file.
+"""A model from its files and back: load, save, convert, and the autoencoder alone."""
 
-Loading is lazy (networks are made without memory, tensors are read and cast one by one) and strict (every tensor of the
-file must have its place and every place its tensor). Saving is whole or not at all.
-"""
-
-import json
-import os
-import shutil
+import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from importlib.resources import files
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from plainsd.configs import read_vae, write_variant
+from plainsd.contents import Contents, Network, check_names, empty, located, parts, unpack
+from plainsd.detect import seems
 from plainsd.errors import UserError, unknown
+from plainsd.folder import open_part, read_folder, read_json, read_network, whole_folder, write_folder, write_weights
 from plainsd.generate import StableDiffusion
-from plainsd.layouts import Place, places, spelled
-from plainsd.models.clip import TextEncoder
-from plainsd.models.unet import UNet
-from plainsd.models.vae import VAE
-from plainsd.tensorfile import Stored, TensorFile, merged, open_tensors, stored, write_safetensors
-from plainsd.tokenizer import Tokenizer
-from plainsd.configs import (
-    read_schedule, read_text, read_unet, read_vae, write_schedule, write_text, write_unet, write_vae,
-)
-from plainsd.variants import Variant, encoder_names
+from plainsd.hub import find
+from plainsd.models.vae import VAE, VAEConfig
+from plainsd.single import read_single, write_single
+from plainsd.tensorfile import TensorFile, open_tensors, stored
+from plainsd.tokenizer import Tokenizer, find_vocabulary
+from plainsd.variants import SD_VAE, Variant, encoder_names
 
+LAYOUTS = ("diffusers", "single-file")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SETTINGS = ("name", "context", "size", "guidance", "sampler", "steps", "spacing")   # of a Variant, kept beside a model
-IGNORED = ("embeddings.position_ids",)                    # 0, 1, 2, ...: a buffer in older text encoders
-NOTE = "_plainsd"                     # where in model_index.json; diffusers passes over names that begin with _
+CLIP_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"   # SHA-256 of CLIP's, one a line
 
 
 # --- where, and how precisely ----------------------------------------------------------------------------------------
 
 def choose_device(device: str | torch.device) -> torch.device:
+    """auto: the accelerator where there is one, else the CPU."""
     if str(device) != "auto":
         try:
             return torch.device(device)
         except RuntimeError as error:
             raise UserError(f"unknown device {device!r}; try auto, cpu or cuda") from error
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -65,7 +54,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- the three things to do ------------------------------------------------------------------------------------------
 
 def load(
     source: str | Path | None = None,
@@ -73,201 +62,157 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     variant_file: str | None = None,
+    family: str | None = None,
+    vae: str | Path | None = None,
 ) -> StableDiffusion:
-    """The embedded model, or the one in a folder. `variant_file`: "fp16" reads `*.fp16.safetensors`."""
-    path = Path(source) if source is not None else Path(str(files("plainsd") / "assets" / "emoji"))
-    if not path.is_dir():
-        raise UserError(f"there is no model folder {str(path)!r}; give a folder with model_index.json")
+    """The embedded model, or the one in a folder, in a single file, or on the hub.
+
+    `variant_file`: "fp16" reads `*.fp16.safetensors` of a folder. `family`: a name in VARIANTS, for a single file that
+    does not tell. `vae`: another autoencoder, a folder or a file, in place of the model's own.
+    """
     device = choose_device(device)
-    return load_folder(path, device, choose_dtype(dtype, device), variant_file)
-
-
-def load_folder(folder: Path, device: torch.device, dtype: torch.dtype, variant_file: str | None) -> StableDiffusion:
-    """A diffusers folder of any sizes: everything is taken from the config files in it."""
-    index = read_json(folder / "model_index.json")
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if present(index, name)]
-    unet_config, conv = read_unet(*config(folder, "unet"))
-    vae_config = read_vae(*config(folder, "vae"))
-    text_configs = tuple(read_text(*config(folder, name)) for name in encoders)
-    schedule, prediction, spacing = read_schedule(*config(folder, "scheduler", "scheduler_config.json"))
-    sample = config(folder, "unet")[0].get("sample_size") or 64
-    variant = Variant(
-        "custom", unet_config, vae_config, text_configs, schedule, prediction,
-        context="penultimate" if unet_config.vector else "final", conv_projections=conv,
-        size=(max(sample) if isinstance(sample, list) else sample) * vae_config.factor, spacing=spacing,
-    )
-    variant = replace(variant, **{name: value for name, value in index.get(NOTE, {}).items() if name in SETTINGS})
-    options = {"device": device, "dtype": dtype}
-
-    def network(kind: type[nn.Module], name: str, settings: Any) -> nn.Module:
-        return fill(empty(kind, settings), open_part(folder / name, variant_file), "diffusers", conv=conv, **options)
-
+    dtype = choose_dtype(dtype, device)
+    path = find(source, variant_file)
+    contents = read(path, variant_file, family, vae=vae is None)
+    variant = contents.variant
+    networks = {name: network.build(device, dtype) for name, network in contents.networks.items()
+                if name != "vae" or vae is None}
+    if vae is not None:
+        networks["vae"] = load_vae(vae, device=device, dtype=dtype, like=variant.vae)
+        variant = replace(variant, vae=networks["vae"].config)
     return StableDiffusion(
-        tokenizers=[Tokenizer.from_folder(folder / name.replace("text_encoder", "tokenizer")) for name in encoders],
-        text_encoders=[network(TextEncoder, *pair) for pair in zip(encoders, text_configs, strict=True)],
-        unet=network(UNet, "unet", unet_config),
-        vae=network(VAE, "vae", vae_config),
-        schedule=schedule.build(),
-        prediction=prediction,
+        tokenizers=tokenizers(contents, path),
+        text_encoders=[networks[name] for name in encoder_names(variant)],
+        unet=networks["unet"],
+        vae=networks["vae"],
+        schedule=variant.schedule.build(),
+        prediction=variant.prediction,
         variant=variant,
-        path=folder,
+        path=path,
     )
 
 
-def present(index: Mapping[str, Any], name: str) -> bool:
-    return isinstance(index.get(name), list) and None not in index[name]
+def save(
+    sd: StableDiffusion, path: str | Path, layout: str = "diffusers", dtype: str | torch.dtype | None = None
+) -> None:
+    """Writes a model as a diffusers folder or a single file. `dtype`: what it shall hold; None: what the networks have."""
+    networks = [sd.unet, sd.vae, *sd.text_encoders]
+    variant = replace(sd.variant, unet=sd.unet.config, vae=sd.vae.config, prediction=sd.prediction,
+                      text=tuple(encoder.config for encoder in sd.text_encoders))
+    if not torch.equal(variant.schedule.build().alphas_cumprod, sd.schedule.alphas_cumprod):
+        raise UserError("the model's noise schedule is not the one that its variant describes; set sd.variant.schedule")
+    packed = {name: Network(kind, config, {key: stored(tensor) for key, tensor in network.state_dict().items()})
+              for (name, (kind, config)), network in zip(parts(variant).items(), networks, strict=True)}
+    texts = write_variant(variant) | tokenizer_texts(sd.tokenizers, variant)
+    write(Contents(variant, packed, texts), Path(path), layout, None if dtype is None else choose_dtype(dtype, sd.device))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; a model folder needs this file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a table of settings; fetch it again")
-    return content
+def convert(
+    source: str | Path, target: str | Path, layout: str, *, variant_file: str | None = None, family: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> None:
+    """From one layout to the other, a tensor at a time. There and back again is bit-identical, names included."""
+    path = find(source, variant_file)
+    contents = read(path, variant_file, family)
+    if not any(name.startswith("tokenizer") for name in contents.texts):
+        texts = tokenizer_texts(tokenizers(contents, path), contents.variant)
+        contents = replace(contents, texts=contents.texts | texts)
+    write(contents, Path(target), layout, None if dtype is None else choose_dtype(dtype, torch.device("cpu")))
 
 
-def config(folder: Path, part: str, name: str = "config.json") -> tuple[dict[str, Any], str]:
-    """The settings of one part, and the file's name for messages."""
-    path = folder / part / name
-    return read_json(path), str(path)
+def read(path: Path, variant_file: str | None = None, family: str | None = None, *, vae: bool = True) -> Contents:
+    if path.is_dir():
+        return read_folder(path, variant_file)
+    return read_single(path, family, vae=vae)
 
 
-def open_part(folder: Path, variant_file: str | None) -> TensorFile:
-    """The weights in one folder: one file, or shards listed in an index. Safetensors before pickles."""
-    middle = f".{variant_file}" if variant_file else ""
-    for stem, ending in (("diffusion_pytorch_model", "safetensors"), ("model", "safetensors"),
-                         ("diffusion_pytorch_model", "bin"), ("pytorch_model", "bin")):
-        whole, index = folder / f"{stem}{middle}.{ending}", folder / f"{stem}.{ending}.index{middle}.json"
-        if whole.is_file():
-            return open_tensors(whole)
-        if index.is_file():
-            names = read_json(index).get("weight_map", {}).values()
-            return merged(open_tensors(folder / name) for name in dict.fromkeys(names))
-    kind = f" of the variant {variant_file!r}" if variant_file else ""
-    raise UserError(f"{folder} holds no weights{kind}; expected diffusion_pytorch_model.safetensors or model.safetensors")
+def write(contents: Contents, target: Path, layout: str, dtype: torch.dtype | None) -> None:
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    if layout == "diffusers":
+        return write_folder(contents, target, dtype)
+    own = {path: text for path, text in contents.texts.items() if path.startswith("tokenizer")}
+    if all(is_clip(tokenizer) for tokenizer in read_tokenizers(own, contents.variant)):
+        contents = replace(contents, texts={path: text for path, text in contents.texts.items() if path not in own})
+    return write_single(contents, target, dtype)
 
 
-def empty(kind: type[nn.Module], settings: Any) -> nn.Module:
-    """A network without memory for its weights."""
-    with torch.device("meta"):
-        return kind(settings).eval()
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+def tokenizer_names(variant: Variant) -> list[str]:
+    return [name.replace("text_encoder", "tokenizer") for name in encoder_names(variant)]
 
 
-def fill(network: nn.Module, file: TensorFile, layout: str, *, conv: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Reads a network's weights, each cast as soon as it is read."""
-    wanted, shapes = places(network, layout, conv=conv), {name: t.shape for name, t in network.state_dict().items()}
-    actual = {place.name: spelled(place.name, file.tensors) for place in wanted}
-    check_names(list(actual.values()), file)
-    state = {}
-    for place in wanted:
-        tensor = file.tensors[actual[place.name]].read().to(device, dtype)
-        for ours, part in zip(place.ours, place.to_ours(tensor), strict=True):
-            if part.shape != shapes[ours]:
-                raise UserError(f"{file.path}: {place.name!r} has shape {list(tensor.shape)}, and the config calls for "
-                                f"{list(place_shape(place, shapes))}")
-            state[ours] = part.contiguous()
-    network.load_state_dict(state, assign=True)
+def tokenizers(contents: Contents, path: Path) -> list[Tokenizer]:
+    """One a text encoder: those that came with the model; for a single file, CLIP's, if the vocabulary is found."""
+    if any(name.startswith("tokenizer") for name in contents.texts):
+        return read_tokenizers(contents.texts, contents.variant)
+    vocabulary = find_vocabulary(path)
+    pads = ["<|endoftext|>" if text.activation == "quick_gelu" else "!" for text in contents.variant.text]
+    return [Tokenizer.from_vocabulary(vocabulary, pad=pad) for pad in pads]
+
+
+def read_tokenizers(texts: dict[str, str], variant: Variant) -> list[Tokenizer]:
+    with tempfile.TemporaryDirectory() as folder:
+        for path, text in texts.items():
+            if path.startswith("tokenizer"):
+                (Path(folder) / path).parent.mkdir(exist_ok=True)
+                (Path(folder) / path).write_text(text, encoding="utf-8")
+        return [Tokenizer.from_folder(Path(folder) / name) for name in tokenizer_names(variant)]
+
+
+def tokenizer_texts(tokenizers: list[Tokenizer], variant: Variant) -> dict[str, str]:
+    texts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tokenizer in zip(tokenizer_names(variant), tokenizers, strict=True):
+            tokenizer.save(Path(folder) / name)
+            texts |= {f"{name}/{path.name}": path.read_text("utf-8") for path in sorted((Path(folder) / name).iterdir())}
+    return texts
+
+
+def is_clip(tokenizer: Tokenizer) -> bool:
+    """Whether it has CLIP's own tokens and no others, so that a single file can do without it."""
+    merges = "\n".join(" ".join(pair) for pair in tokenizer.merges)
+    return len(tokenizer) == 49_408 and hashlib.sha256(merges.encode()).hexdigest() == CLIP_MERGES
+
+
+# --- one network -----------------------------------------------------------------------------------------------------
+
+def fill(network: nn.Module, file: TensorFile, layout: str, *, conv: bool, device: torch.device, dtype: torch.dtype
+         ) -> nn.Module:
+    """Gives an empty network the weights of a file that holds nothing else."""
+    wanted = located(network, layout, file.tensors, conv=conv)
+    check_names([place.name for place in wanted], file, seems(file.tensors))
+    tensors = unpack(file, wanted, {name: tensor.shape for name, tensor in network.state_dict().items()})
+    network.load_state_dict({name: tensor.read().to(device, dtype).contiguous() for name, tensor in tensors.items()},
+                            assign=True)
     return network
 
 
-def place_shape(place: Place, shapes: Mapping[str, torch.Size]) -> torch.Size:
-    """The shape that a tensor of the file should have."""
-    return place.to_theirs([torch.empty(shapes[name], device="meta") for name in place.ours]).shape
+def load_vae(path: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
+             like: VAEConfig = SD_VAE, variant_file: str | None = None) -> VAE:
+    """An autoencoder alone: a folder with config.json, the `vae` folder of a model, or a file in either naming.
+
+    A file has no settings; it must have the sizes of `like`, and gets its scaling factor.
+    """
+    device = choose_device(device)
+    dtype, path = choose_dtype(dtype, device), find(path, variant_file)
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    if path.is_dir():
+        config = read_vae(read_json(folder / "config.json"), str(folder / "config.json"))
+        return read_network(open_part(folder, variant_file), VAE, config, conv=False).build(device, dtype)
+    whole = open_tensors(path)
+    tensors = {name.removeprefix("first_stage_model."): tensor for name, tensor in whole.tensors.items()
+               if not name.startswith(("loss.", "model_ema.", "first_stage_model.loss."))}
+    layout = "diffusers" if any(".resnets." in name for name in tensors) else "original"
+    file = TensorFile(path, tensors, whole.metadata)
+    return fill(empty(VAE, like), file, layout, conv=False, device=device, dtype=dtype)
 
 
-def check_names(wanted: list[str], file: TensorFile) -> None:
-    missing = [name for name in wanted if name not in file.tensors]
-    unexpected = sorted(name for name in set(file.tensors) - set(wanted) if not name.endswith(IGNORED))
-    if missing or unexpected:
-        raise UserError(f"{file.path} does not fit: {len(missing)} names missing ({first(missing)}), "
-                        f"{len(unexpected)} unexpected ({first(unexpected)})")
-
-
-def first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-def save(sd: StableDiffusion, path: str | Path, layout: str = "diffusers", dtype: str | torch.dtype | None = None) -> None:
-    """Writes a model as a diffusers folder. `dtype`: what the files hold; None keeps what the networks have."""
-    if layout != "diffusers":
-        raise unknown("layout", layout, ["diffusers"])
-    if isinstance(dtype, str):
-        dtype = choose_dtype(dtype, sd.device)
+def save_vae(vae: VAE, path: str | Path, variant: Variant, dtype: torch.dtype | None = None) -> None:
+    """An autoencoder alone, as the `vae` folder of a diffusers model."""
+    text = write_variant(replace(variant, vae=vae.config))["vae/config.json"]
     with whole_folder(Path(path)) as folder:
-        save_folder(sd, folder, dtype)
-
-
-def save_folder(sd: StableDiffusion, folder: Path, dtype: torch.dtype | None) -> None:
-    variant = sd.variant
-    names = encoder_names(variant)
-    index = {
-        "_class_name": "StableDiffusionXLPipeline" if variant.unet.vector else "StableDiffusionPipeline",
-        NOTE: {name: value for name, value in asdict(variant).items() if name in SETTINGS},
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if not variant.unet.vector:
-        index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
-    write_json(folder / "scheduler" / "scheduler_config.json", write_schedule(variant))
-    save_part(folder / "unet", sd.unet, write_unet(variant), variant, dtype)
-    save_part(folder / "vae", sd.vae, write_vae(variant), variant, dtype)
-    for name, tokenizer, encoder in zip(names, sd.tokenizers, sd.text_encoders, strict=True):
-        settings = write_text(encoder.config)
-        index |= {name: ["transformers", settings["architectures"][0]]}
-        index |= {name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"]}
-        save_part(folder / name, encoder, settings, variant, dtype)
-        tokenizer.save(folder / name.replace("text_encoder", "tokenizer"))
-    write_json(folder / "model_index.json", index)
-
-
-def save_part(folder: Path, network: nn.Module, settings: dict, variant: Variant, dtype: torch.dtype | None) -> None:
-    state = network.state_dict()
-
-    def lazily(place: Place) -> Stored:
-        tensors = [state[name] for name in place.ours]
-        shape = tuple(place_shape(place, {name: t.shape for name, t in zip(place.ours, tensors, strict=True)}))
-        kind = dtype or tensors[0].dtype
-        return Stored(kind, shape, lambda: place.to_theirs(tensors).to(kind))
-
-    stem = "model" if isinstance(network, TextEncoder) else "diffusion_pytorch_model"
-    write_json(folder / "config.json", settings)
-    tensors = {place.name: lazily(place) for place in places(network, "diffusers", conv=variant.conv_projections)}
-    write_safetensors(folder / f"{stem}.safetensors", tensors)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` when all went well, and vanishes if not."""
-    if target.exists() and not (target / "model_index.json").is_file() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not a model folder; choose another place")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error
-    old = draft.with_name(draft.name + ".old")
-    try:
-        yield draft
-        draft.chmod(0o755)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(draft, target)
-    except BaseException:
-        if old.exists():
-            os.replace(old, target)
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        tensors = {name: stored(tensor) for name, tensor in vae.state_dict().items()}
+        write_weights(folder, Network(VAE, vae.config, tensors), dtype=dtype)

@@ -1,0 +1,58 @@
+"""Where a model lies: the embedded one, a path, or a repository of the Hugging Face hub, downloaded once and cached."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from plainsd.errors import UserError
+
+SETTINGS = ("model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*", "*.index*.json")
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find(source: str | Path | None, variant_file: str | None = None) -> Path:
+    """The file or folder that `source` names; None is the embedded model."""
+    if source is None:
+        return Path(str(files("plainsd") / "assets" / "emoji"))
+    if Path(source).exists():
+        return Path(source)
+    name = str(source)
+    if NAME.fullmatch(name):
+        return snapshot(name, variant_file)
+    if NAME.match(name) and len(name.split("/")) > 2 and name.endswith((".safetensors", ".ckpt")) and name[0] not in "./":
+        return Path(fetched(name, lambda: hf_hub_download("/".join(name.split("/")[:2]), "/".join(name.split("/")[2:]))))
+    raise UserError(f"there is no model at {name!r}; give a model's folder, a .safetensors or .ckpt file, or a name on "
+                    "the hub such as stable-diffusion-v1-5/stable-diffusion-v1-5")
+
+
+def snapshot(name: str, variant_file: str | None) -> Path:
+    """The folder of a repository, with one kind of weights only: safetensors, or pickles where there are no others."""
+    middle = f".{variant_file}" if variant_file else ""
+    for ending in ("safetensors", "bin"):
+        weights = [f"{part}/*model{middle}{shard}.{ending}" for part in PARTS for shard in ("", "-?????-of-?????")]
+        weights += [f"{part}/*model-?????-of-?????{middle}.{ending}" for part in PARTS if middle]
+        folder = Path(fetched(name, lambda: snapshot_download(name, allow_patterns=[*SETTINGS, *weights])))
+        if any(folder.glob(f"unet/*.{ending}")):
+            break
+    return folder
+
+
+def fetched(name: str, fetch) -> str:
+    try:
+        return fetch()
+    except GatedRepoError as error:
+        raise UserError(f"{name} on the hub asks for an agreement: accept it there, then log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"there is no folder {name!r} here, and no public repository of that name on the hub") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(f"there is no folder {name!r} here, the hub's cache does not hold it, and the hub cannot be "
+                        "reached; connect, or copy the model here") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"cannot fetch {name!r} from the hub: {str(error).splitlines()[0]}") from error
