@@ -75,8 +75,9 @@ def sd1(tokenizers):
 @pytest.fixture(scope="module")
 def sdxl(tokenizers):
     first, second = text_pair(16, 3), text_pair(24, 4, 20, "gelu")
-    pipe = StableDiffusionXLPipeline(vae=None, unet=None, scheduler=None, text_encoder=first[0], tokenizer=tokenizers[0][1],
-                                     text_encoder_2=second[0], tokenizer_2=tokenizers[1][1])
+    pipe = StableDiffusionXLPipeline(
+        vae=None, unet=None, scheduler=None, text_encoder=first[0], tokenizer=tokenizers[0][1],
+        text_encoder_2=second[0], tokenizer_2=tokenizers[1][1])
     encoders = [first[1], second[1]]
     return parts([ours for ours, _ in tokenizers], encoders, "penultimate", 20 + 6 * 256), pipe
 
@@ -259,6 +260,16 @@ def test_weights_multiply_and_the_mean_is_restored():
     assert not torch.allclose(weighted[0], states[0])
     half = states.bfloat16()
     assert torch.equal(weigh(half, weights), weigh(half.float(), weights).bfloat16())
+
+
+def test_weights_where_the_mean_says_nothing():
+    states = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
+    states -= states.mean(dim=2, keepdim=True)                   # as after a final norm that was hardly trained
+    weights = torch.tensor([1, 1.2, 1, 0.9, 1.5, 1])
+    for noise in (0, 1e-7, -1e-7):
+        weighted = weigh(states + noise, [weights.tolist()])
+        scale = (weighted / ((states + noise) * weights[:, None])).mean()
+        assert 1 / 1.5 <= scale <= 1.5
 
 
 @torch.no_grad()

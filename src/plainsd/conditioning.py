@@ -158,13 +158,21 @@ def _layer(sd: StableDiffusion, encoder: TextEncoder, states, clip_skip: int) ->
 
 
 def weigh(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
-    """Each token's states times its weight, then each row scaled to have its mean again. (R, N, D), R rows of N."""
+    """Each token's states times its weight, then each row scaled to have its mean again. (R, N, D), R rows of N.
+
+    This is A1111's original emphasis. The mean is a measure of size only where the tokens' means do not cancel out, as
+    in CLIP; a small encoder may have a mean of nearly 0. So a row is not scaled by more than its weights could ask for.
+    """
     changed = [row for row, line in enumerate(weights) if any(weight != 1 for weight in line)]
     if not changed:
         return states
+    lines = [weights[row] for row in changed]
+    factors = torch.tensor(lines, device=states.device)[..., None]                       # (rows changed, N, 1)
+    most = torch.maximum(factors.amax(dim=1, keepdim=True), 1 / factors.amin(dim=1, keepdim=True).clamp(min=0.1))
     before = states[changed].float()
-    after = before * torch.tensor([weights[row] for row in changed], device=states.device)[..., None]
-    after = after * (before.mean(dim=(1, 2), keepdim=True) / after.mean(dim=(1, 2), keepdim=True))
+    after = before * factors
+    ratio = before.mean(dim=(1, 2), keepdim=True) / after.mean(dim=(1, 2), keepdim=True)
+    after = after * torch.where((ratio >= 1 / most) & (ratio <= most), ratio, 1.0)
     return states.index_put((torch.tensor(changed, device=states.device),), after.to(states.dtype))
 
 
