@@ -1,0 +1,1 @@
+"""Training: what is trained (a method), what it is trained on (data), and one loop for all of them."""

@@ -1,0 +1,379 @@
+"""The training loop and the two methods that begin from nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from plainsd.errors import UserError
+from plainsd.models.clip import TextConfig, TextEncoder
+from plainsd.models.unet import UNet, UNetConfig
+from plainsd.models.vae import VAE, VAEConfig
+from plainsd.schedule import NoiseSchedule
+from plainsd.train.cli import init_weights, read_variant
+from plainsd.train.data import Order, random, read_folder
+from plainsd.train.loop import FitOptions, Trainer, checkpoints, fit, learning_rate, save_checkpoint
+from plainsd.train.run import Log, Rhythm, read_log, run
+from plainsd.train.scratch import ScratchMethod, cache_latents, token_rows
+from plainsd.train.vae import VaeMethod, init_vae, measure_scaling, psnr, validate
+
+TINY_VAE = VAEConfig(channels=(8, 8), layers=1, latent_channels=4, groups=2)
+TINY_UNET = UNetConfig(channels=(16, 16), depth=(0, 1), heads=(2, 2), mid_depth=1, layers=1, context=16, groups=4)
+TINY_TEXT = TextConfig(vocab=600, width=16, layers=2, heads=2, mlp=32, positions=12, eos=599)
+
+
+class Words:
+    """Enough of a tokenizer: one id a character."""
+
+    start, end, pad = 598, 599, 599
+
+    def encode(self, text):
+        return [ord(c) % 590 for c in text]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve captioned pictures of 16x16 pixels: one colour each."""
+    place = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(12):
+        Image.new("RGB", (20, 16), tuple(rng.integers(0, 256, 3).tolist())).save(place / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": [f"colour {i}", f"number {i}"]})
+    (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def make_scratch(folder, tmp_path, seed=0):
+    pictures = read_folder(folder, 16)
+    torch.manual_seed(0)
+    vae = VAE(TINY_VAE)
+    torch.manual_seed(seed)
+    unet, text = UNet(TINY_UNET), TextEncoder(TINY_TEXT)
+    init_weights(unet, text)
+    latents = cache_latents(vae, pictures, tmp_path / "cache")
+    schedule = NoiseSchedule.scaled_linear().zero_terminal_snr()
+    return ScratchMethod(unet, text, Words(), schedule, "v_prediction", latents, pictures)
+
+
+def weights(method):
+    return torch.cat([p.detach().flatten() for p in method.modules.parameters()])
+
+
+# ---- data
+
+
+def test_every_epoch_shows_every_picture_once_in_another_order():
+    order = Order(10, seed=3)
+    epochs = [[order(p) for p in range(e * 10, e * 10 + 10)] for e in range(3)]
+    assert all(sorted(e) == list(range(10)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert Order(10, seed=3)(25) == epochs[2][5]               # a function of the position alone
+    assert [Order(10, seed=4)(p) for p in range(10)] != epochs[0]
+
+
+def test_random_numbers_belong_to_seed_purpose_and_position():
+    def draw(*key):
+        return torch.randn(4, generator=random(*key)).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({tuple(draw(s, p, i)) for s in range(4) for p in range(4) for i in range(40)}) == 640
+    first = torch.tensor([draw(0, 2, i)[0] for i in range(2000)])
+    assert abs(first.mean()) < 0.1 and abs(first.std() - 1) < 0.1
+    assert abs((first[1:] * first[:-1]).mean()) < 0.1           # neighbouring positions are unrelated
+
+
+def test_pictures_are_resized_and_cut_to_a_square(folder):
+    pixels = read_folder(folder, 16).pixels([0, 5])
+    assert pixels.shape == (2, 3, 16, 16)
+    assert pixels.std(dim=(2, 3)).max() < 1e-6                  # one colour each, still
+
+
+def test_pairs_of_picture_and_text(folder, tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"caption of {name}\n")
+    items = read_folder(tmp_path, 16).items
+    assert [(i.path.name, i.texts) for i in items] == [("a.png", ("caption of a",)), ("b.png", ("caption of b",))]
+
+
+def test_broken_pictures_and_empty_captions_are_listed_and_left_out(folder, tmp_path):
+    for i in range(8):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a caption" if i else " \n")
+    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    said = []
+    assert len(read_folder(tmp_path, 16, bad_share=0.5, say=said.append)) == 6
+    assert "left out 2 of 8" in said[0] and "0.png: no caption" in said[0] and "1.png" in said[0]
+    with pytest.raises(UserError, match="2 of 8 pictures cannot be used"):
+        read_folder(tmp_path, 16, say=said.append)
+
+
+def test_a_folder_that_is_not_there_or_empty(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        read_folder(tmp_path / "nowhere", 16)
+    with pytest.raises(UserError, match="no pictures"):
+        read_folder(tmp_path, 16)
+
+
+# ---- the loop
+
+
+def test_twenty_steps_equal_ten_and_ten_bit_for_bit(folder, tmp_path):
+    options = FitOptions(steps=20, batch=4, lr=1e-2, warmup=3, save_every=10)
+    whole = make_scratch(folder, tmp_path)
+    losses = [r.loss for r in fit(whole, 12, options)]
+
+    first, states = make_scratch(folder, tmp_path), tmp_path / "states"
+    for report in fit(first, 12, options, states):
+        if report.step == 13:                                   # killed; the state is that of step 10
+            break
+    second = make_scratch(folder, tmp_path, seed=99)            # other weights, all to be replaced
+    trainer = Trainer(second, options)
+    rest = [r.loss for r in fit(second, 12, options, states, trainer)]
+    assert len(rest) == 10 and rest == losses[10:]
+    assert torch.equal(weights(whole), weights(second))
+    assert len(checkpoints(states)) == 2
+
+
+def test_accumulated_micro_batches_equal_the_big_batch(folder, tmp_path):
+    a, b = make_scratch(folder, tmp_path), make_scratch(folder, tmp_path)
+    gradients = []
+    for method, options in ((a, FitOptions(steps=1, batch=12)), (b, FitOptions(steps=1, batch=3, accumulate=4))):
+        trainer = Trainer(method, options)
+        trainer.optimizer.step = lambda: None
+        trainer.optimizer.zero_grad = lambda set_to_none: None
+        for _ in fit(method, 12, options, trainer=trainer):
+            gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]))
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    options = FitOptions(steps=110, lr=1.0, warmup=10)
+    rates = [learning_rate(options, s) for s in range(110)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[60] == pytest.approx(0.505)
+    assert rates[109] == pytest.approx(0.01, abs=1e-3)
+    assert learning_rate(replace(options, cosine=False), 100) == 1.0
+
+
+class Fragile:
+    """A method whose loss is not finite on the picture with index `bad`."""
+
+    def __init__(self, bad=None):
+        self.modules, self.bad = nn.ModuleDict({"line": nn.Linear(2, 1)}), bad
+        nn.init.ones_(self.modules["line"].weight)
+
+    def loss(self, picks):
+        x = torch.tensor([[1.0, float(p.index)] for p in picks])
+        loss = self.modules["line"](x).square().mean()
+        return (loss * float("nan") if self.bad in [p.index for p in picks] else loss), {}
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
+    method = Fragile(bad=3)
+    reports = list(fit(method, 4, FitOptions(steps=12, batch=1, lr=0.01)))
+    assert reports[-1].skipped == 3 and torch.isfinite(weights(method)).all()
+    assert sum(r.loss != r.loss for r in reports) == 3
+
+
+def test_a_run_that_is_never_finite_stops_with_advice(tmp_path):
+    method = Fragile(bad=0)
+    before = weights(method).clone()
+    with pytest.raises(UserError, match="not finite 5 steps in a row.*lower the learning rate"):
+        list(fit(method, 1, FitOptions(steps=50, batch=1, max_skipped=5, save_every=1), tmp_path))
+    assert torch.equal(weights(method), before) and not checkpoints(tmp_path)
+
+
+def test_the_average_follows_the_weights_and_steps_aside():
+    method = Fragile()
+    trainer = Trainer(method, FitOptions(steps=30, batch=2, lr=0.1, ema=0.9))
+    list(fit(method, 4, trainer.options, trainer=trainer))
+    now = weights(method).clone()
+    with trainer.ema:
+        averaged = weights(method).clone()
+    assert not torch.equal(now, averaged) and torch.equal(weights(method), now)
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder, tmp_path):
+    options = FitOptions(steps=1, batch=1)
+    list(fit(Fragile(), 4, options, tmp_path / "s"))
+    with pytest.raises(UserError, match="another model"):
+        list(fit(make_scratch(folder, tmp_path), 12, FitOptions(steps=2, batch=1), tmp_path / "s"))
+
+
+def test_checkpoints_are_whole_or_absent_and_the_newest_are_kept(tmp_path, monkeypatch):
+    trainer = Trainer(Fragile(), FitOptions(steps=1, keep=2))
+    for trainer.step in (1, 2, 3):
+        save_checkpoint(trainer, tmp_path)
+    assert [c.name for c in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    trainer.step = 4
+    with pytest.raises(OSError):
+        save_checkpoint(trainer, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+# ---- a run in a folder
+
+
+def test_the_log_drops_lines_that_are_done_again(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    for step in (1, 2, 3):
+        log.write({"step": step})
+    with open(log.path, "a") as file:
+        file.write('{"step": 4, "lo')                            # cut short by a crash
+    log.rewind(2)
+    assert read_log(log.path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_logs_validates_samples_and_draws(folder, tmp_path):
+    method, drawn = make_scratch(folder, tmp_path), []
+    held = cache_latents(VAE(TINY_VAE), method.pictures, tmp_path / "cache")
+    run(method, 12, FitOptions(steps=4, batch=4), tmp_path / "run", Rhythm(2, 2, 2),
+        lambda: method.validate(held, method.pictures), drawn.append)
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4]
+    assert [line["samples"] for line in lines if "loss" in line] == [8, 16]
+    assert [line["step"] for line in lines if "validation" in line] == [2, 4]
+    assert [path.name for path in drawn] == ["step-00000002.png", "step-00000004.png"]
+    assert Image.open(tmp_path / "run" / "curve.png").size[0] > 300
+
+
+SLOW_RUN = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_train import Fragile
+from plainsd.train.loop import FitOptions
+from plainsd.train.run import run
+method = Fragile()
+loss = method.loss
+def slow(picks):
+    time.sleep(0.02)
+    return loss(picks)
+method.loss = slow
+sys.exit(0 if run(method, 4, FitOptions(steps=5000, batch=1, save_every=5000), Path({out!r})) is None else 3)
+"""
+
+
+def test_sigterm_saves_and_leaves_with_0(tmp_path):
+    code = SLOW_RUN.format(tests=os.path.dirname(__file__), out=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(read_log(tmp_path / "log.jsonl")) < 2 and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    (state,) = checkpoints(tmp_path / "checkpoints")
+    assert 0 < torch.load(state / "state.pt", weights_only=True)["step"] < 5000
+
+
+# ---- the methods
+
+
+def test_one_timestep_and_one_caption_for_each_sample(folder, tmp_path, monkeypatch):
+    method, seen = make_scratch(folder, tmp_path), []
+    monkeypatch.setattr(method, "_errors", lambda *a: seen.append(a) or torch.zeros(len(a[0]), requires_grad=True))
+    list(fit(method, 12, FitOptions(steps=40, batch=12)))
+    captions = [c for a in seen for c in a[0]]
+    timesteps = torch.cat([a[1] for a in seen])
+    assert all(len(set(a[1].tolist())) > 6 for a in seen)
+    assert timesteps.min() < 30 and timesteps.max() > 970
+    assert 0.05 < captions.count("") / len(captions) < 0.16     # a tenth is dropped
+    assert {c.split()[0] for c in captions if c} == {"colour", "number"}
+
+
+def test_scratch_learns(folder, tmp_path):
+    method = make_scratch(folder, tmp_path)
+    before = method.validate(method.latents, method.pictures)["validation"]
+    list(fit(method, 12, FitOptions(steps=60, batch=12, lr=5e-3, warmup=5)))
+    assert method.validate(method.latents, method.pictures)["validation"] < 0.8 * before
+
+
+def test_latents_are_cached_once_and_anew_for_another_autoencoder(folder, tmp_path, monkeypatch):
+    pictures, vae = read_folder(folder, 16), VAE(TINY_VAE)
+    first = cache_latents(vae, pictures, tmp_path)
+    monkeypatch.setattr(VAE, "encode", None)                    # a second encoding would fail
+    assert torch.equal(first.moments, cache_latents(vae, pictures, tmp_path).moments)
+    monkeypatch.undo()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.add_(1)
+    assert not torch.equal(first.moments, cache_latents(vae, pictures, tmp_path).moments)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_cached_latents_are_the_autoencoders(folder, tmp_path):
+    pictures, vae = read_folder(folder, 16), VAE(TINY_VAE)
+    q = vae.encode(pictures.pixels([4]))
+    mean, std = cache_latents(vae, pictures, tmp_path).moments[4:5].float().chunk(2, dim=1)
+    torch.testing.assert_close(mean, q.mean, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(std, (0.5 * q.logvar).exp(), rtol=2e-3, atol=2e-3)
+
+
+def test_token_rows():
+    rows = token_rows(Words(), ["ab", "", "abcdefghijkl"], 6)
+    assert rows.tolist() == [[598, 97, 98, 599, 599, 599], [598, 599, 599, 599, 599, 599], [598, 97, 98, 99, 100, 599]]
+
+
+@pytest.mark.parametrize("patch_weight", [0.0, 0.002])
+def test_the_autoencoder_learns(folder, patch_weight):
+    torch.manual_seed(0)
+    pictures = read_folder(folder, 16)
+    vae = VAE(TINY_VAE)
+    init_vae(vae)
+    before = validate(vae, pictures)["psnr"]
+    method = VaeMethod(vae, pictures, patch_weight=patch_weight, patch_after=120)
+    reports = list(fit(method, 12, FitOptions(steps=60, batch=12, lr=1e-2, warmup=5)))
+    assert validate(vae, pictures)["psnr"] > before + 3
+    assert ("catch" in reports[-1].metrics) == bool(patch_weight)
+
+
+def test_the_discriminator_is_fooled_and_taught_by_one_sum(folder):
+    method = VaeMethod(VAE(TINY_VAE), read_folder(folder, 16), patch_weight=1.0)
+    judge = method.modules["discriminator"]
+    real, fake = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16, requires_grad=True)
+    method._adversarial(real, fake, {}, joined=True).backward()
+    assert fake.grad.abs().sum() > 0
+    alone = torch.relu(1 - judge(real)).mean() + torch.relu(1 + judge(fake.detach())).mean()
+    expected = torch.autograd.grad(alone, list(judge.parameters()))
+    for p, g in zip(judge.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g)                   # the part that fools leaves the judge's weights alone
+    fake.grad = None
+    method._adversarial(real, fake, {}, joined=False).backward()
+    assert fake.grad.abs().sum() == 0
+
+
+def test_scaling_makes_latents_unit_sized(folder):
+    vae, pictures = VAE(TINY_VAE), read_folder(folder, 16)
+    q = vae.encode(pictures.pixels(range(12)))
+    drawn = q.sample(torch.randn(q.mean.shape))
+    assert measure_scaling(vae, pictures) * drawn.std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_psnr():
+    a = torch.zeros(1, 3, 4, 4)
+    assert psnr(a, a + 0.2).item() == pytest.approx(20)          # a tenth of the range is 20 dB
+
+
+def test_a_model_file_is_read_strictly(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text('{"name": "x", "unet": {"channels": [8, 8], "depth": [0, 1]}, "vae": {}, "text": [{"vocab": 9}]}')
+    variant = read_variant(path)
+    assert variant.unet.channels == (8, 8) and variant.text == (TextConfig(vocab=9),)
+    path.write_text('{"name": "x", "unet": {"chanels": [8]}, "vae": {}, "text": []}')
+    with pytest.raises(UserError, match="UNetConfig has no field 'chanels'"):
+        read_variant(path)
