@@ -95,7 +95,7 @@ def load(
 def save(
     sd: StableDiffusion, path: str | Path, layout: str = "diffusers", dtype: str | torch.dtype | None = None
 ) -> None:
-    """Writes a model as a diffusers folder or a single file. `dtype`: what it shall hold; None: what the networks have."""
+    """Writes a model as a diffusers folder or a single file. `dtype`: what it shall hold; None: the networks' own."""
     networks = [sd.unet, sd.vae, *sd.text_encoders]
     variant = replace(sd.variant, unet=sd.unet.config, vae=sd.vae.config, prediction=sd.prediction,
                       text=tuple(encoder.config for encoder in sd.text_encoders))
@@ -104,7 +104,7 @@ def save(
     packed = {name: Network(kind, config, {key: stored(tensor) for key, tensor in network.state_dict().items()})
               for (name, (kind, config)), network in zip(parts(variant).items(), networks, strict=True)}
     texts = write_variant(variant) | tokenizer_texts(sd.tokenizers, variant)
-    write(Contents(variant, packed, texts), Path(path), layout, None if dtype is None else choose_dtype(dtype, sd.device))
+    write(Contents(variant, packed, texts), Path(path), layout, dtype and choose_dtype(dtype, sd.device))
 
 
 def convert(
@@ -117,7 +117,7 @@ def convert(
     if not any(name.startswith("tokenizer") for name in contents.texts):
         texts = tokenizer_texts(tokenizers(contents, path), contents.variant)
         contents = replace(contents, texts=contents.texts | texts)
-    write(contents, Path(target), layout, None if dtype is None else choose_dtype(dtype, torch.device("cpu")))
+    write(contents, Path(target), layout, dtype and choose_dtype(dtype, torch.device("cpu")))
 
 
 def read(path: Path, variant_file: str | None = None, family: str | None = None, *, vae: bool = True) -> Contents:
@@ -165,8 +165,8 @@ def tokenizer_texts(tokenizers: list[Tokenizer], variant: Variant) -> dict[str, 
     texts = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, tokenizer in zip(tokenizer_names(variant), tokenizers, strict=True):
-            tokenizer.save(Path(folder) / name)
-            texts |= {f"{name}/{path.name}": path.read_text("utf-8") for path in sorted((Path(folder) / name).iterdir())}
+            tokenizer.save(place := Path(folder) / name)
+            texts |= {f"{name}/{path.name}": path.read_text("utf-8") for path in sorted(place.iterdir())}
     return texts
 
 

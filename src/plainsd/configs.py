@@ -42,7 +42,7 @@ def _check(config: Config, fixed: Config, where: str) -> None:
     for name, value in fixed.items():
         found = config.get(name, value)
         if found != value and not (found in (None, False) and value in (None, False)):
-            raise UserError(f"{where}: {name} is {found!r}, and only {value!r} is supported; this model cannot be loaded")
+            raise UserError(f"{where}: {name} is {found!r}, and only {value!r} is supported")
 
 
 def _need(config: Config, name: str, where: str) -> Any:
@@ -67,7 +67,8 @@ def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
     known = {"DownBlock2D": 0, "CrossAttnDownBlock2D": 1}
     mirrored = tuple(kind.replace("Down", "Up") for kind in reversed(kinds))
     if len(kinds) != count or not set(kinds) <= set(known) or tuple(config.get("up_block_types", mirrored)) != mirrored:
-        raise UserError(f"{where}: blocks {kinds} going down and {config.get('up_block_types')} going up are not supported")
+        up = config.get("up_block_types")
+        raise UserError(f"{where}: blocks {kinds} going down and {up} going up are not supported")
     depth = _levels(config.get("transformer_layers_per_block", 1), count, f"{where}: transformer_layers_per_block")
     layers = set(_levels(config.get("layers_per_block", 2), count, f"{where}: layers_per_block"))
     context = set(_levels(config.get("cross_attention_dim", 1280), count, f"{where}: cross_attention_dim"))

@@ -1,7 +1,7 @@
-"""What every layout of files is read into, and written from: settings, and tensors under our names that are not read yet.
+"""What every layout of files is read into and written from: settings, and tensors by our names, not read yet.
 
-A tensor is read when it is asked for, so that a model passes from file to network, or from file to file, one tensor at a
-time. Names and shapes are checked strictly before the first byte of a tensor is read.
+A tensor is read when it is asked for, so that a model passes from file to network, or from file to file, one tensor at
+a time. Names and shapes are checked strictly before the first byte of a tensor is read.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -93,8 +93,8 @@ def unpack(file: TensorFile, wanted: list[Place], shapes: Mapping[str, torch.Siz
         linear = shapes[place.ours[0]]
         either = {tuple(linear), (*linear, 1, 1)} if place.mark.endswith("conv") else {tuple(expected)}
         if stored.shape not in either:
-            raise UserError(f"{file.path}: {place.name!r} has shape {list(stored.shape)}, and the model's settings call "
-                            f"for {list(expected)}; the file and its settings belong to different models")
+            raise UserError(f"{file.path}: {place.name!r} has shape {list(stored.shape)} where the settings call for "
+                            f"{list(expected)}; the file and its settings belong to different models")
         for index, ours in enumerate(place.ours):
             def read(place: Place = place, stored: Stored = stored, index: int = index) -> torch.Tensor:
                 return place.to_ours(stored.read())[index]

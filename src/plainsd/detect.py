@@ -79,8 +79,8 @@ def detect(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
         fitting = [variant for variant in fitting if variant.name == family]
     if not fitting:
         wanted = f"the family {family}" if family else "any known family"
-        raise UserError(f"{file.path} does not fit {wanted}: its UNet has "
-                        + ", ".join(f"{name} {value}" for name, value in found.items()) + f"; it seems to be {seems(file.tensors)}")
+        has = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise UserError(f"{file.path} does not fit {wanted}: its UNet has {has}; it seems to be {seems(file.tensors)}")
     variant, told = fitting[0], prediction_told(file)
     if "ztsnr" in file.tensors:
         variant = replace(variant, schedule=ScheduleConfig(zero_terminal_snr=True), spacing="trailing")

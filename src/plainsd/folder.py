@@ -21,7 +21,7 @@ from plainsd.models.clip import TextEncoder
 from plainsd.tensorfile import TensorFile, merged, open_tensors, write_safetensors
 
 LEFTOVERS = "leftovers.safetensors"   # tensors of a single file that have no place in a folder, kept for the way back
-SAFETY = ("safety_checker", "feature_extractor", "image_encoder")   # parts of public folders that are no part of the model
+SAFETY = ("safety_checker", "feature_extractor", "image_encoder")   # in public folders, and no part of the model
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = ("diffusion_pytorch_model", "pytorch_model")
 
@@ -56,15 +56,13 @@ def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool) -> Ne
 
 def read_texts(folder: Path, names: dict) -> dict[str, str]:
     """The settings and tokenizers of a folder as they stand."""
-    texts = {"model_index.json": "", "scheduler/scheduler_config.json": ""} | {f"{name}/config.json": "" for name in names}
-    for name in names:
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        if tokenizer != name and not (folder / tokenizer).is_dir():
-            raise UserError(f"{folder} has no folder {tokenizer!r}, which model_index.json calls for; fetch it again")
-        if tokenizer != name:
-            texts |= {f"{tokenizer}/{path.name}": "" for path in sorted((folder / tokenizer).iterdir())
-                      if path.suffix in (".json", ".txt")}
-    return {path: read_text_file(folder / path) for path in texts}
+    paths = ["model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in names)]
+    for tokenizer in (name.replace("text_encoder", "tokenizer") for name in names if "text" in name):
+        if not (folder / tokenizer).is_dir():
+            raise UserError(f"{folder} has no folder {tokenizer!r}, which a model needs; fetch it again")
+        paths += [f"{tokenizer}/{path.name}" for path in sorted((folder / tokenizer).iterdir())
+                  if path.suffix in (".json", ".txt")]
+    return {path: read_text_file(folder / path) for path in paths}
 
 
 def read_text_file(path: Path) -> str:
@@ -152,7 +150,8 @@ def index_text(text: str, contents: Contents) -> str:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `target` when all went well, and vanishes if not."""
     ours = ("model_index.json", "config.json")               # a model's folder, or a part's, may be replaced
-    if target.is_file() or target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in ours):
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not any((target / name).is_file() for name in ours):
         raise UserError(f"{target} exists and is no folder of a model; choose another place")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from plainsd.errors import UserError
 
 SETTINGS = ("model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*", "*.index*.json")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-NAME = re.compile(r"[\w.-]+/[\w.-]+")
+NAME = re.compile(r"\w[\w.-]*/[\w.-]+")                      # owner/name
+FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?:safetensors|ckpt))")
 
 
 def find(source: str | Path | None, variant_file: str | None = None) -> Path:
@@ -26,8 +27,8 @@ def find(source: str | Path | None, variant_file: str | None = None) -> Path:
     name = str(source)
     if NAME.fullmatch(name):
         return snapshot(name, variant_file)
-    if NAME.match(name) and len(name.split("/")) > 2 and name.endswith((".safetensors", ".ckpt")) and name[0] not in "./":
-        return Path(fetched(name, lambda: hf_hub_download("/".join(name.split("/")[:2]), "/".join(name.split("/")[2:]))))
+    if file := FILE.fullmatch(name):
+        return Path(fetched(name, lambda: hf_hub_download(*file.groups())))
     raise UserError(f"there is no model at {name!r}; give a model's folder, a .safetensors or .ckpt file, or a name on "
                     "the hub such as stable-diffusion-v1-5/stable-diffusion-v1-5")
 
@@ -48,9 +49,11 @@ def fetched(name: str, fetch) -> str:
     try:
         return fetch()
     except GatedRepoError as error:
-        raise UserError(f"{name} on the hub asks for an agreement: accept it there, then log in with `hf auth login`") from error
+        raise UserError(f"{name} asks for an agreement: accept it on the hub, then log in with `hf auth login`"
+                        ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"there is no folder {name!r} here, and no public repository of that name on the hub") from error
+        raise UserError(f"there is no folder {name!r} here, and no public repository of that name on the hub"
+                        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(f"there is no folder {name!r} here, the hub's cache does not hold it, and the hub cannot be "
                         "reached; connect, or copy the model here") from error

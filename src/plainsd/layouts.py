@@ -1,7 +1,7 @@
 """What each weight is called: our name, the diffusers folder's, the original single file's, side by side.
 
-The tables are data, and are read in both directions. A row names one module three times; `{i}` is a level, `{j}` a place
-in the level, `{n}` our flat count of blocks and `{m}` = n + 1, `{k}` a repeated block. Its weight and bias follow
+The tables are data, and are read in both directions. A row names one module three times; `{i}` is a level, `{j}` a
+place in the level, `{n}` our flat count of blocks and `{m}` = n + 1, `{k}` a repeated block. Its weight and bias follow
 (`.weight`, `.bias`). A mark after `:` says how the file's tensor differs from ours:
 
     conv        (o, i, 1, 1) where ours is (o, i): a 1x1 convolution that we compute as a linear layer
@@ -94,9 +94,11 @@ VAE_TOP: tuple[Row, ...] = (
 )
 VAE_LEVEL: tuple[Row, ...] = (        # {r}: the original counts the decoder's levels from the shallowest
     ("encoder.levels.{i}.res.{j}", "encoder.down_blocks.{i}.resnets.{j}", "encoder.down.{i}.block.{j}"),
-    ("encoder.levels.{i}.resample.conv", "encoder.down_blocks.{i}.downsamplers.0.conv", "encoder.down.{i}.downsample.conv"),
     ("decoder.levels.{i}.res.{j}", "decoder.up_blocks.{i}.resnets.{j}", "decoder.up.{r}.block.{j}"),
-    ("decoder.levels.{i}.resample.conv", "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{r}.upsample.conv"),
+    ("encoder.levels.{i}.resample.conv",
+     "encoder.down_blocks.{i}.downsamplers.0.conv", "encoder.down.{i}.downsample.conv"),
+    ("decoder.levels.{i}.resample.conv",
+     "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{r}.upsample.conv"),
 )
 VAE_MID = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}") for side in ("encoder", "decoder")
                 for ours, diffusers, original in (

@@ -19,7 +19,7 @@ from plainsd.folder import spelling
 from plainsd.tensorfile import Stored, TensorFile, damaged, open_tensors, write_safetensors
 from plainsd.variants import Variant
 
-FILES, SPELLED = "plainsd.files", "plainsd.spellings"        # in the metadata: JSON of a folder's settings; of our notes
+FILES, SPELLED = "plainsd.files", "plainsd.spellings"        # in the metadata, as JSON: a folder's settings; our notes
 KEPT = "leftovers."                                          # before a folder's tensors that single files do not have
 
 # Names beside the networks' own: averaged copies, buffers, training losses, and parts that no picture needs.
@@ -30,7 +30,7 @@ BESIDE = re.compile("|".join((
     r".*\.position_ids$", r".*\.logit_scale$", re.escape(KEPT),
     r"cond_stage_model\.transformer\.text_projection\.weight$",
     r"conditioner\.embedders\.0\.transformer\.text_projection\.weight$",
-    r"cond_stage_model\.model\.(text_projection$|visual\.|transformer\.resblocks\.23\.)",   # SD 2 stops one block earlier
+    r"cond_stage_model\.model\.(text_projection$|visual\.|transformer\.resblocks\.23\.)",   # SD 2 stops before it
 )))
 
 
@@ -52,16 +52,12 @@ def prefixes(variant: Variant) -> dict[str, tuple[str, str]]:
 def read_single(path: Path, family: str | None = None, *, vae: bool = True) -> Contents:
     """`family`: a name in VARIANTS, where shapes cannot tell. `vae` False: the file's own is not wanted."""
     file = open_tensors(path)
-    texts, spellings = noted(file, FILES, {}), noted(file, SPELLED, [])
-    if texts:
-        variant, certain = read_variant(lambda name: json.loads(texts[name]), str(path)), True
-    else:
-        variant, certain = detect(file, family)
-    variant = replace(variant, conv_projections=has_convolutions(file))
+    variant, certain = told(file, family)
     networks = read_networks(file, variant, [name for name in parts(variant) if vae or name != "vae"])
     if not certain:
         asked = probe(networks["unet"].build(torch.device("cpu"), torch.bfloat16))
         variant = predicting(variant, asked)
+    texts, spellings = noted(file, FILES, {}), noted(file, SPELLED, [])
     extras = {name for network in networks.values() for name in network.extras}
     leftovers = {name: stored for name, stored in file.tensors.items() if BESIDE.match(name) and not any(
         name.endswith(extra) for extra in extras)}
@@ -69,6 +65,20 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True) -> C
         found = fragments(empty(*parts(variant)[name]), layout, file.tensors, prefix) if name in networks else ()
         spellings += [f"single-file {name} {fragment}" for fragment in found]
     return Contents(variant, networks, texts or write_variant(variant), leftovers, tuple(spellings))
+
+
+def told(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
+    """What model is in a file, by our notes or by its shapes, and whether what it predicts is certain."""
+    texts = noted(file, FILES, {})
+
+    def get(name: str) -> dict:
+        try:
+            return json.loads(texts[name])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise damaged(file.path, f"the settings {name!r} in its metadata are incomplete") from error
+
+    variant, certain = (read_variant(get, str(file.path)), True) if texts else detect(file, family)
+    return replace(variant, conv_projections=has_convolutions(file)), certain
 
 
 def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[str, Network]:

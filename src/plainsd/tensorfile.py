@@ -7,6 +7,8 @@ the tensors' bytes. Reading by hand keeps one tensor in memory, where the librar
 import json
 import math
 import os
+import pickle
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -57,11 +59,12 @@ def read_header(path: Path) -> tuple[dict, int]:
         with open(path, "rb") as file:
             start = file.read(8)
             if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[4:] != bytes(4)):   # no length of a header
-                raise UserError(f"{path} is a pickle, not safetensors; rename it to .ckpt if you trust where it is from")
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-            if not 0 <= length <= min(size - 8, HEADER_LIMIT):
-                raise damaged(path, f"it has {size} bytes and claims a header of {length}" if length >= 0 else
-                              f"it has only {size} bytes")
+                raise UserError(f"{path} is a pickle, not safetensors; give it the ending .ckpt, or fetch it again")
+            if len(start) < 8:
+                raise damaged(path, f"it has only {size} bytes")
+            length, = struct.unpack("<Q", start)
+            if length > min(size - 8, HEADER_LIMIT):
+                raise damaged(path, f"it has {size} bytes and claims a header of {length}")
             header = json.loads(file.read(length).decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
@@ -75,12 +78,12 @@ def read_header(path: Path) -> tuple[dict, int]:
 def check_entry(path: Path, name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     """dtype, shape and the two offsets of one tensor, which must agree with each other."""
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         numbers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
         raise damaged(path, f"the header's entry for {name!r} is incomplete") from error
     if dtype not in DTYPES:
-        raise UserError(f"{path}: {name!r} has the type {dtype!r}, which is not supported; only {', '.join(DTYPES)} are")
+        raise UserError(f"{path}: {name!r} has the type {dtype!r}, which is not supported; known: {', '.join(DTYPES)}")
     if not numbers or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise damaged(path, f"{name!r} of shape {list(shape)} and type {dtype} cannot fill bytes {begin} to {end}")
     return DTYPES[dtype], shape, begin, end
@@ -127,8 +130,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
     """Writes tensors one at a time, in the order given. The caller names a temporary path and moves it into place."""
     header, at = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name, stored in tensors.items():
-        header[name] = {"dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [at, at + stored.nbytes]}
-        at += stored.nbytes
+        end = at + stored.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)                          # so that the first tensor is aligned
     with open(path, "wb") as file:
@@ -141,28 +145,42 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
         os.fsync(file.fileno())
 
 
+class Ignored:
+    """Takes the place of a class that training code left in a checkpoint, and of whatever it is called with."""
+
+    def __init__(self, *args: object, **named: object):
+        pass
+
+
+# What old checkpoints hold beside tensors. The unpickler is given these names and no others, and they do nothing.
+HARMLESS = [(Ignored, name) for name in (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar", "numpy.dtype",
+)]
+
+
 def open_pickle(path: Path) -> TensorFile:
     """A .ckpt, .bin or .pt: tensors by name, perhaps under `state_dict`. Nothing but plain data is ever unpickled."""
     options = {"map_location": "cpu", "weights_only": True}
     try:
-        try:
-            content = torch.load(path, mmap=True, **options)
-        except RuntimeError:                                 # files from before PyTorch 1.6 cannot be memory-mapped
-            content = torch.load(path, **options)
-    except FileNotFoundError as error:
+        with torch.serialization.safe_globals(HARMLESS):
+            with open(path, "rb") as file:
+                zipped = file.read(2) == b"PK"
+            content = torch.load(path, mmap=zipped, **options)           # only the newer, zipped files can be mapped
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:                               # the unpickler fails in as many ways as files are broken
-        reason = str(error).strip().splitlines()
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise UserError(f"{path} is a pickle that holds more than tensors, and could run code; it is not opened; "
-                            "use a .safetensors file of the model") from error
-        raise damaged(path, f"it is no PyTorch file ({reason[0] if reason else type(error).__name__})") from error
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and asked:
+            raise UserError(f"{path} is a pickle that asks for {asked[1]} and could run code; it is not opened; look "
+                            "for a .safetensors file of the model") from error
+        raise damaged(path, f"it is no PyTorch file ({type(error).__name__})") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    table = content.items() if isinstance(content, dict) else ()
+    tensors = {str(name): stored(value) for name, value in table if isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(f"{path} holds no tensors; it is not a checkpoint")
-    return TensorFile(path, {name: stored(tensor) for name, tensor in tensors.items()}, {})
+        raise UserError(f"{path} holds no tensors by name; it is no checkpoint")
+    return TensorFile(path, tensors, {})
 
 
 def stored(tensor: Tensor) -> Stored:
@@ -171,7 +189,13 @@ def stored(tensor: Tensor) -> Stored:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+    """By what the file holds; but a pickle is opened only under a name that says so."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return open_safetensors(path) if path.suffix == ".safetensors" or start[8:] == b"{" else open_pickle(path)
 
 
 def merged(files: Iterable[TensorFile]) -> TensorFile:

@@ -1,7 +1,7 @@
 """Every known model as data: the sizes of its networks, and the settings that suit it when the user gives none.
 
-SD 1.x and 2.x: Rombach et al. 2022 (arXiv:2112.10752). SDXL: Podell et al. 2023 (arXiv:2307.01952). Distillations: Turbo,
-Sauer et al. 2023 (arXiv:2311.17042); LCM, Luo et al. 2023 (arXiv:2310.04378).
+SD 1.x and 2.x: Rombach et al. 2022 (arXiv:2112.10752). SDXL: Podell et al. 2023 (arXiv:2307.01952). Distillations:
+Turbo, Sauer et al. 2023 (arXiv:2311.17042); LCM, Luo et al. 2023 (arXiv:2310.04378).
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +53,7 @@ class Variant:
 # --- the parts that models share -------------------------------------------------------------------------------------
 
 VIT_L = TextConfig()
-VIT_H = TextConfig(width=1024, layers=23, heads=16, mlp=4096, activation="gelu")      # of 24: SD 2 reads the last but one
+VIT_H = TextConfig(width=1024, layers=23, heads=16, mlp=4096, activation="gelu")   # of 24: SD 2 stops before the last
 VIT_BIGG = TextConfig(width=1280, layers=32, heads=20, mlp=5120, activation="gelu", projection=1280)
 
 SD_VAE = VAEConfig()

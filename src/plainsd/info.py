@@ -1,0 +1,151 @@
+"""What a file or a folder is, told without reading its weights: `plainsd info`."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from plainsd.contents import Network
+from plainsd.detect import seems
+from plainsd.folder import read_folder
+from plainsd.hub import find
+from plainsd.single import BESIDE, prefixes, read_networks, told
+from plainsd.tensorfile import Stored, TensorFile, open_tensors
+from plainsd.variants import VARIANTS, Variant, encoder_names
+
+LORA = re.compile(r"(.+?)[._](lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|"
+                  r"lora_linear_layer\.up)(?:\.default)?\.weight$")
+LORA_PARTS = (                        # the first that fits the beginning of a module's name
+    (r"lora_te2_|text_encoder_2\.", "text_encoder_2"),
+    (r"lora_te1?_|text_encoder\.", "text_encoder"),
+    (r"", "unet"),
+)
+CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}     # the UNet's context tells whom a LoRA was made for
+LONGEST = 200                         # characters of a note
+
+
+def info(source: str | Path | None = None, variant_file: str | None = None) -> str:
+    """Lines for a reader: the kind of model or adapter, its sizes, its notes."""
+    path = find(source, variant_file)
+    if path.is_dir():
+        contents = read_folder(path, variant_file)
+        return "\n".join([f"{path}: {title(contents.variant)}, a diffusers folder",
+                          *model_lines(contents.variant, contents.networks, certain=True)])
+    file = open_tensors(path)
+    if any(LORA.match(name) for name in file.tensors):
+        lines = [f"{path}: a LoRA", *lora_lines(file)]
+    elif any(name.startswith("model.diffusion_model.") for name in file.tensors):
+        variant, certain = told(file)
+        with_vae = any(name.startswith(prefixes(variant)["vae"][0]) for name in file.tensors)
+        names = ["unet", *(["vae"] if with_vae else []), *encoder_names(variant)]
+        lines = [f"{path}: {title(variant)}, a single file{'' if with_vae else ' without VAE (give one with --vae)'}",
+                 *model_lines(variant, read_networks(file, variant, names), certain=certain),
+                 *beside_lines(file)]
+    else:
+        lines = [f"{path}: {seems(file.tensors)}", row("tensors", sizes(file.tensors.values()))]
+    return "\n".join(lines + note_lines(file.metadata))
+
+
+def row(name: str, text: str) -> str:
+    return f"  {name:<15} {text}"
+
+
+def sizes(tensors: Iterable[Stored]) -> str:
+    """Count of numbers, their types, and bytes."""
+    tensors = list(tensors)
+    kinds = Counter()
+    for stored in tensors:
+        kinds[str(stored.dtype).removeprefix("torch.")] += math.prod(stored.shape)
+    number, total = sum(kinds.values()), sum(stored.nbytes for stored in tensors)
+    return f"{number:>13,} numbers, {' and '.join(kind for kind, _ in kinds.most_common())}, {total / 1e6:,.1f} MB"
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+def title(variant: Variant) -> str:
+    known = variant.name in VARIANTS
+    return f"{variant.name}" if known else f"a model of sizes of its own ({variant.name})"
+
+
+def model_lines(variant: Variant, networks: Mapping[str, Network], *, certain: bool) -> list[str]:
+    prediction = variant.prediction if certain else (
+        "epsilon or v_prediction: the file does not tell; it is found out by a trial when the model is loaded")
+    table = variant.schedule
+    schedule = f"{table.count} levels, {table.curve}" + (", zero terminal SNR" if table.zero_terminal_snr else "")
+    unet = variant.unet
+    traits = [f"channels {'-'.join(map(str, unet.channels))}", f"context {unet.context}", f"{unet.in_channels} in"]
+    traits += [f"vector {unet.vector}"] if unet.vector else []
+    traits += ["guidance embedded"] if unet.guidance_dim else []
+    lines = [row("predicts", prediction), row("noise", schedule), row("native size", f"{variant.size} px"),
+             row("defaults", f"{variant.sampler}, {variant.steps} steps, guidance {variant.guidance:g}")]
+    for name, network in networks.items():
+        lines.append(row(name, sizes(network.tensors.values())))
+    return [*lines, row("the UNet", ", ".join(traits)),
+            row("the VAE", f"{variant.vae.latent_channels} latent channels of 1/{variant.vae.factor}, "
+                           f"scaling factor {variant.vae.scaling_factor:g}")]
+
+
+def beside_lines(file: TensorFile) -> list[str]:
+    beside = [stored for name, stored in file.tensors.items() if BESIDE.match(name)]
+    return [row("not used", sizes(beside))] if beside else []
+
+
+# --- LoRAs -----------------------------------------------------------------------------------------------------------
+
+def lora_lines(file: TensorFile) -> list[str]:
+    ranks, alphas, targets, contexts = Counter(), Counter(), {}, set()
+    for name, stored in file.tensors.items():
+        found = LORA.match(name)
+        if not found or not found[2].endswith(("down", "lora_A")):
+            continue
+        module = found[1]
+        ranks[stored.shape[0]] += 1
+        part = next(part for start, part in LORA_PARTS if re.match(start, module))
+        kind = "convolution" if len(stored.shape) == 4 and max(stored.shape[2:]) > 1 else "linear"
+        targets.setdefault(part, Counter())[kind] += 1
+        if re.search(r"attn2[._](processor[._])?to_[kv]$", module):
+            contexts.add(stored.shape[1])
+    for name, stored in file.tensors.items():
+        if name.endswith(".alpha") and stored.shape in ((), (1,)):
+            alphas[float(stored.read().float())] += 1
+    family = CONTEXTS.get(min(contexts), "a model of another width") if contexts else "not told by its shapes"
+    lines = [row("made for", family), row("rank", counted(ranks)),
+             row("alpha", counted(alphas) if alphas else "none: the same as the rank")]
+    lines += [row(part, ", ".join(f"{count} {kind} modules" for kind, count in kinds.items()))
+              for part, kinds in targets.items()]
+    return [*lines, row("tensors", sizes(file.tensors.values()))]
+
+
+def counted(counter: Counter) -> str:
+    if len(counter) == 1:
+        return f"{next(iter(counter)):g}"
+    return ", ".join(f"{value:g} ({count} modules)" for value, count in counter.most_common())
+
+
+# --- notes in the metadata -------------------------------------------------------------------------------------------
+
+def note_lines(metadata: Mapping[str, str]) -> list[str]:
+    """Whoever trained or merged a model often leaves notes: kohya's `ss_...`, `modelspec....`, and others."""
+    notes = {name: text for name, text in metadata.items() if name != "format" and not name.startswith("plainsd.")}
+    tags = most_frequent(notes.pop("ss_tag_frequency", ""))
+    notes = {name: text for name, text in sorted(notes.items()) if text not in ("", "None")}
+    lines = [f"    {printable(name)}: {printable(text)}" for name, text in notes.items()]
+    lines += [f"    most frequent tags: {printable(tags)}"] if tags else []
+    return ["  notes", *lines] if lines else []
+
+
+def most_frequent(text: str, count: int = 20) -> str:
+    """kohya's table of tags, {folder: {tag: count}}, as its most frequent ones."""
+    try:
+        total = sum((Counter(table) for table in json.loads(text).values()), Counter())
+        return ", ".join(f"{tag.strip()} ({number})" for tag, number in total.most_common(count))
+    except (ValueError, AttributeError, TypeError):
+        return ""                                            # notes are free text: what has another form is not a table
+
+
+def printable(text: str) -> str:
+    """One line that cannot steer a terminal."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
