@@ -234,13 +234,17 @@ ADAMS_BASHFORTH = {  # number of known outputs, newest first -> their weights
 
 def lms(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
     """Adams-Bashforth on the slope dx / dsigma, its weights integrated for the levels at hand: fourth order once four
-    slopes are known (the linear multistep sampler of k-diffusion)."""
+    slopes are known (the linear multistep sampler of k-diffusion).
+
+    The weights add to 1, so only differences of slopes enter the aim: where sigma is huge nothing cancels.
+    """
     slopes: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[:3]]
-        mean = _weighted(slopes, _lagrange_means(newest_first(sigmas, index, 4), sigma, sigma_next))
-        x = toward(x, x - sigma * mean, sigma, sigma_next)
+        weights = _lagrange_means(newest_first(sigmas, index, 4), sigma, sigma_next)
+        aim = denoised + _weighted([sigma * (slopes[0] - slope) for slope in slopes], weights)
+        x = toward(x, aim, sigma, sigma_next)
         yield Step(index, sigma_next, x, denoised)
 
 
@@ -327,11 +331,16 @@ class Sampler:
     spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
 
 
+def cut(timestep: float) -> float:
+    """Its whole part; the last digits of a whole number do not count against it."""
+    return math.floor(timestep + 1e-9)
+
+
 WHOLE = {"linspace": round}
 TO_FIRST = {"ends_at_zero": False, "unit_first": True, "rounding": WHOLE, "spare": {"karras": 1, "exponential": 1}}
 SOLVER = {
     "unit_first": True,
-    "rounding": {"linspace": round, "karras": round, "exponential": math.floor},
+    "rounding": {"linspace": round, "karras": round, "exponential": cut},
     "spare": {"linspace": 1, "leading": 1},
 }
 
