@@ -208,6 +208,7 @@ def test_vectors_of_a_learned_token_stay_together():
     tokenizer = Tokenizer.from_vocabulary(find_vocabulary())
     tokenizer.add("<style>", 8)
     assert sizes(tokenizer, "a " * 70 + "<style> b") == [70, 9]
+    assert sizes(tokenizer, "a " * 60 + ", " + "b " * 11 + "<style> " + "c " * 80) == [72, 75, 13]
     with pytest.raises(UserError, match="<style>.*8 vectors"):
         cut(tokenizer, parse("<style>"), 7)
 
