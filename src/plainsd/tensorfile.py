@@ -169,10 +169,10 @@ def open_pickle(path: Path) -> TensorFile:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:                               # the unpickler fails in as many ways as files are broken
-        asked = re.search(r"GLOBAL (\S+)", str(error))
+        asked = re.search(r"GLOBAL (\S+)|nsupported (operand \d+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and asked:
-            raise UserError(f"{path} is a pickle that asks for {asked[1]} and could run code; it is not opened; look "
-                            "for a .safetensors file of the model") from error
+            raise UserError(f"{path} is a pickle that asks for {asked[1] or asked[2]} and could run code; it is not "
+                            "opened; look for a .safetensors file of the model") from error
         raise damaged(path, f"it is no PyTorch file ({type(error).__name__})") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

@@ -1,0 +1,207 @@
+"""Files of tensors: equal to the safetensors library's, and every kind of damage told in one line."""
+
+import json
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from plainsd.errors import UserError
+from plainsd.tensorfile import DTYPES, open_tensors, stored, write_safetensors
+
+TENSORS = {
+    "a.weight": torch.arange(12.0).reshape(3, 4),
+    "half": torch.tensor([0.5, -2.0], dtype=torch.float16),
+    "brain": torch.randn(2, 1, 3).bfloat16(),
+    "double": torch.tensor(3.25, dtype=torch.float64),
+    "ids": torch.arange(5)[None],
+    "flags": torch.tensor([True, False, True]),
+    "nothing": torch.empty(0, 3),
+    "bytes": torch.arange(7, dtype=torch.uint8),
+    "eight": torch.randn(4).to(torch.float8_e4m3fn),
+}
+
+
+def same(state: dict, reference: dict) -> bool:
+    return state.keys() == reference.keys() and all(
+        state[name].dtype == tensor.dtype and state[name].shape == tensor.shape
+        and torch.equal(state[name].contiguous().view(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        for name, tensor in reference.items())
+
+
+def read_all(path) -> dict:
+    return {name: tensor.read() for name, tensor in open_tensors(path).tensors.items()}
+
+
+def test_reads_what_the_library_writes(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors", metadata={"note": "grüß"})
+    assert same(read_all(tmp_path / "x.safetensors"), TENSORS)
+    assert open_tensors(tmp_path / "x.safetensors").metadata == {"note": "grüß"}
+
+
+def test_the_library_reads_what_we_write(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {name: stored(tensor) for name, tensor in TENSORS.items()}, {"k": "v"})
+    assert same(load_file(tmp_path / "x.safetensors"), TENSORS)
+
+
+def test_strided_tensors_are_written_in_order(tmp_path):
+    tensor = torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last)
+    write_safetensors(tmp_path / "x.safetensors", {"x": stored(tensor), "t": stored(TENSORS["a.weight"].T)})
+    assert same(load_file(tmp_path / "x.safetensors"), {"x": tensor, "t": TENSORS["a.weight"].T.contiguous()})
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_pickles(tmp_path, old, nested):
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name != "eight"}    # the old form is older than float8
+    content = {"state_dict": tensors, "epoch": 3, "callbacks": {"a": 1.5}} if nested else tensors
+    torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not old)
+    assert same(read_all(tmp_path / "x.ckpt"), tensors)
+
+
+def test_safetensors_under_another_name(tmp_path):
+    save_file(TENSORS, tmp_path / "x.ckpt")
+    assert same(read_all(tmp_path / "x.ckpt"), TENSORS)
+
+
+def test_classes_left_by_training_code_do_nothing(tmp_path, monkeypatch):
+    """The first public checkpoints name a class of the trainer; nothing of it is imported."""
+    import sys
+    import types
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module if name == module.__name__ else types.ModuleType(name))
+    torch.save({"state_dict": TENSORS, "callbacks": {module.ModelCheckpoint: 1}}, tmp_path / "x.ckpt")
+    monkeypatch.undo()
+    assert same(read_all(tmp_path / "x.ckpt"), TENSORS)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+def header(entries: dict, data: bytes, length: int | None = None) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+BAD = {
+    "empty": (b"", "only 0 bytes"),
+    "short": (b"\x01\x00\x00", "only 3 bytes"),
+    "absurd header length": (header({}, b"", 2**62), "claims a header of 4611686018427387904"),
+    "header past the end": (header({"a": entry([1], 0, 4)}, b"1234", 5000), "claims a header of 5000"),
+    "header is no JSON": (struct.pack("<Q", 8) + b"{]{]{]{]", "its header is not JSON"),
+    "header is no text": (struct.pack("<Q", 4) + b"\xff\xfe\xff\xfe", "its header is not JSON"),
+    "header is a list": (struct.pack("<Q", 2) + b"[]", "not a table"),
+    "deep header": (struct.pack("<Q", 100_000) + b"[" * 100_000, "its header is not JSON"),
+    "truncated": (header({"a": entry([4], 0, 16)}, b"x" * 9), "cut short"),
+    "too long": (header({"a": entry([1], 0, 4)}, b"x" * 9), "need 4 bytes and it has 9"),
+    "shape lies": (header({"a": entry([5], 0, 16)}, b"x" * 16), "'a' of shape [5]"),
+    "dtype lies": (header({"a": entry([4], 0, 16, "F64")}, b"x" * 16), "'a' of shape [4] and type F64"),
+    "overlap": (header({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, b"x" * 12), "'b' begins at byte 4"),
+    "hole": (header({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, b"x" * 12), "'b' begins at byte 8"),
+    "out of range": (header({"a": entry([1], 0, 4), "b": entry([2**40], 4, 4 + 2**42)}, b"x" * 12), "cut short"),
+    "negative offset": (header({"a": entry([1], -4, 0)}, b"x" * 4), "'a' of shape [1]"),
+    "negative shape": (header({"a": entry([-1, -1], 0, 4)}, b"x" * 4), "'a' of shape"),
+    "huge shape": (header({"a": entry([2**63, 2**63], 0, 4)}, b"x" * 4), "'a' of shape"),
+    "offsets are no numbers": (header({"a": entry([1], "0", 4)}, b"x" * 4), "'a' of shape"),
+    "three offsets": (header({"a": entry([1], 0, 4) | {"data_offsets": [0, 2, 4]}}, b"x" * 4), "entry for 'a'"),
+    "no dtype": (header({"a": {"shape": [1], "data_offsets": [0, 4]}}, b"x" * 4), "entry for 'a'"),
+    "entry is a number": (header({"a": 7}, b""), "entry for 'a'"),
+    "unknown dtype": (header({"a": entry([1], 0, 4, "Q4")}, b"x" * 4), "type 'Q4'"),
+    "metadata is a list": (header({"__metadata__": [], "a": entry([1], 0, 4)}, b"x" * 4), "metadata is not a table"),
+}
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_safetensors(tmp_path, kind):
+    content, message = BAD[kind]
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_tensors(tmp_path / "x.safetensors")
+    assert message in one_line(error) and "x.safetensors" in str(error.value)
+
+
+def test_every_truncation_of_a_file_is_noticed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.arange(6.0), "b": torch.arange(3)}, path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError):
+            open_tensors(path)
+
+
+def test_file_that_shrinks_while_it_is_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.arange(1000.0)}, path)
+    file = open_tensors(path)
+    os.truncate(path, 1000)
+    with pytest.raises(UserError, match="became shorter"):
+        file.tensors["a"].read()
+
+
+def test_missing_file_and_folder(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(UserError, match="cannot read") as error:
+            open_tensors(path)
+        one_line(error)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/plainsd-was-here",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("save", [lambda content, path: path.write_bytes(pickle.dumps(content, 4)),
+                                  lambda content, path: path.write_bytes(pickle.dumps(content, 2)),
+                                  lambda content, path: torch.save(content, path)], ids=["4", "2", "torch"])
+def test_a_pickle_that_would_run_code(tmp_path, save):
+    save({"state_dict": {"a": Evil()}}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="could run code; it is not opened") as error:
+        open_tensors(tmp_path / "x.ckpt")
+    assert "system" in one_line(error) or "operand" in str(error.value)
+    assert not os.path.exists("/tmp/plainsd-was-here")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+def test_a_pickle_where_safetensors_is_expected(tmp_path, old):
+    torch.save(TENSORS, tmp_path / "x.safetensors", _use_new_zipfile_serialization=not old)
+    with pytest.raises(UserError, match="is a pickle, not safetensors") as error:
+        open_tensors(tmp_path / "x.safetensors")
+    one_line(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and then nothing", b"\x80\x02}q\x00."])
+def test_broken_pickles(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_tensors(tmp_path / "x.ckpt")
+    assert "x.ckpt" in one_line(error)
+
+
+def test_truncated_pickle(tmp_path):
+    torch.save(TENSORS, tmp_path / "x.ckpt")
+    whole = (tmp_path / "x.ckpt").read_bytes()
+    (tmp_path / "x.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is damaged"):
+        open_tensors(tmp_path / "x.ckpt")
+
+
+def test_all_types_are_named_as_in_the_format(tmp_path):
+    for name, dtype in DTYPES.items():
+        save_file({"x": torch.zeros(2).to(dtype)}, tmp_path / f"{name}.safetensors")
+        with open(tmp_path / f"{name}.safetensors", "rb") as file:
+            assert f'"dtype":"{name}"' in file.read(200).decode("utf-8", "replace")
