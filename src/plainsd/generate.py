@@ -9,7 +9,7 @@ Shape letters: B pictures at once, L latent channels, H W height and width in pi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from plainsd.errors import UserError, unknown
+from plainsd.errors import UserError
 from plainsd.guidance import check_guidance
 from plainsd.images import to_mask, to_pil, to_rgb, to_tensor
 from plainsd.latents import Draw, Known, decode, encode, first_noise, noise_of_each, sample, steps_of_strength
@@ -76,27 +76,29 @@ class Pictures(NamedTuple):
     latents: Tensor                   # (B, L, h, w), as the UNet sees them, clean
 
 
-Events = Iterator[Step | Pictures]
+class Events:
+    """A task under way: an iterator over its events. Its own code runs in inference mode, the caller's stays as it is."""
+
+    def __init__(self, events: Generator[Step | Pictures], settings: list[Settings], steps: int):
+        self._events, self.settings, self.steps = events, settings, steps      # steps: how many there will be
+
+    def __iter__(self) -> Events:
+        return self
+
+    def __next__(self) -> Step | Pictures:
+        with torch.inference_mode():
+            return next(self._events)
+
+    def close(self) -> None:
+        """Stops the task; nothing more comes."""
+        self._events.close()
 
 
-def final(events: Events) -> list[Image.Image]:
+def final(events: Iterable[Step | Pictures]) -> list[Image.Image]:
     """Runs a task to its end; the pictures."""
     for event in events:
         last = event
     return last.images
-
-
-def in_inference_mode(events: Events) -> Events:
-    """Runs a generator's own code in inference mode; the code of who asks it for the next event stays as it is."""
-    try:
-        while True:
-            with torch.inference_mode():
-                event = next(events, None)
-            if event is None:
-                return
-            yield event
-    finally:
-        events.close()
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -108,8 +110,6 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
     check_guidance(sd, settings)
     variant = sd.variant
     sampler = settings.sampler or variant.sampler
-    if sampler not in SAMPLERS:
-        raise unknown("sampler", sampler, SAMPLERS)
     own = SAMPLERS[sampler].spacing
     spacing = settings.spacing or (own if own == "distilled" else variant.spacing or own)
     steps = settings.steps or variant.steps
@@ -121,8 +121,17 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
     guidance = variant.guidance if settings.guidance is None else settings.guidance
     return replace(
         settings, sampler=sampler, spacing=spacing, steps=steps, guidance=float(guidance),
-        clip_skip=settings.clip_skip or 1, model=sd.path.name if sd.path else variant.name,
+        clip_skip=settings.clip_skip or 1, model=model_name(sd),
     )
+
+
+def model_name(sd: StableDiffusion) -> str:
+    """What stands in a picture's settings: the model's own name, and nothing of where it lies on this machine."""
+    if sd.path is None:
+        return sd.variant.name
+    if sd.path.parent.name == "snapshots":                               # the hub's cache: models--owner--name/snapshots/hash
+        return sd.path.parents[1].name.split("--")[-1]
+    return sd.path.stem if sd.path.suffix in (".safetensors", ".ckpt") else sd.path.name
 
 
 def settings_of_each(settings: Settings, prompt: str | Sequence[str], negative: str | Sequence[str], count: int) -> list[Settings]:
@@ -185,12 +194,12 @@ def text_to_image(
         check_size(enlarged_size(settings))
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     settings = resolved(sd, settings)
-    if settings.hires:
-        steps_of_strength(settings.steps, settings.strength)
-    return in_inference_mode(_from_text(sd, settings_of_each(settings, prompt, negative, count)))
+    second = steps_of_strength(settings.steps, settings.strength) if settings.hires else 0
+    each = settings_of_each(settings, prompt, negative, count)
+    return Events(_from_text(sd, each), each, settings.steps + second)
 
 
-def _from_text(sd: StableDiffusion, each: list[Settings]) -> Events:
+def _from_text(sd: StableDiffusion, each: list[Settings]) -> Generator[Step | Pictures]:
     one, draw = each[0], noise_of_each(each, sd.device)
     latents = yield from sample(sd, each, one.size, first_noise(sd, each, one.size, draw), draw)
     if one.hires:
@@ -234,19 +243,20 @@ def image_to_image(
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
         raise UserError("this is an inpainting model; it needs a mask (inpaint, or --mask)")
     image = _fitted(image, size)
-    settings = _with_picture(sd, image, strength, choices)
-    return in_inference_mode(_from_picture(sd, settings_of_each(settings, prompt, negative, count), image))
+    settings, steps = _with_picture(sd, image, strength, choices)
+    each = settings_of_each(settings, prompt, negative, count)
+    return Events(_from_picture(sd, each, image), each, steps)
 
 
-def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> Settings:
+def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> tuple[Settings, int]:
+    """The settings, and how many steps will run."""
     settings = resolved(sd, Settings(size=image.size, strength=strength, **choices))
     if settings.hires:
         raise UserError("hires works on pictures made from text alone; leave it out, or scale the picture with size")
-    steps_of_strength(settings.steps, strength)
-    return settings
+    return settings, steps_of_strength(settings.steps, strength)
 
 
-def _from_picture(sd: StableDiffusion, each: list[Settings], image: Image.Image) -> Events:
+def _from_picture(sd: StableDiffusion, each: list[Settings], image: Image.Image) -> Generator[Step | Pictures]:
     draw, pixels = noise_of_each(each, sd.device), _padded(to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
     known = Known(encode(sd, pixels, draw))
@@ -292,11 +302,14 @@ def inpaint(
     light = F.interpolate(light, image.size[::-1])                       # (1, 1, H, W)
     if not light.any():
         raise UserError("the mask is dark everywhere, so nothing would be drawn; make it white where the picture is to change")
-    settings = _with_picture(sd, image, strength, choices)
-    return in_inference_mode(_repainted(sd, settings_of_each(settings, prompt, negative, count), image, light))
+    settings, steps = _with_picture(sd, image, strength, choices)
+    each = settings_of_each(settings, prompt, negative, count)
+    return Events(_repainted(sd, each, image, light), each, steps)
 
 
-def _repainted(sd: StableDiffusion, each: list[Settings], image: Image.Image, light: Tensor) -> Events:
+def _repainted(
+    sd: StableDiffusion, each: list[Settings], image: Image.Image, light: Tensor
+) -> Generator[Step | Pictures]:
     draw, pixels, light_padded = noise_of_each(each, sd.device), _padded(to_tensor(image)), _padded(light)
     size = (pixels.shape[3], pixels.shape[2])
     mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)    # a latent is anew if any of its pixels is

@@ -148,10 +148,26 @@ def write_png(image: Image.Image, path: str | Path, settings: Settings | None = 
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def free_name(path: Path) -> Path:
-    """`path`, or where that is taken the first free one of `name-2.png`, `name-3.png`, ..."""
-    names = chain([path], (path.with_stem(f"{path.stem}-{n}") for n in count(2)))
-    return next(name for name in names if not name.exists())
+def write_new_png(image: Image.Image, path: Path, settings: Settings | None = None) -> Path:
+    """As `write_png`, but never over another file: under the first free name of `x.png`, `x-2.png`, `x-3.png`, ...
+
+    A hard link fails where the name is taken, so that two programs writing at once keep both their pictures.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
+    write_png(image, draft, settings)
+    try:
+        for name in chain([path], (path.with_stem(f"{path.stem}-{n}") for n in count(2))):
+            try:
+                os.link(draft, name)
+            except FileExistsError:
+                continue
+            except OSError:                                    # a file system without links
+                if name.exists():
+                    continue
+                os.replace(draft, name)
+            return name
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------

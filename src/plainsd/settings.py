@@ -44,7 +44,7 @@ class Settings:
     other: tuple[tuple[str, str], ...] = ()        # what a text said beside these; nothing here acts on it
 
     def check(self) -> None:
-        """UserError for the first number that is out of its range."""
+        """UserError for the first number that is out of its range, or the first name that is unknown."""
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             for entry in value if isinstance(value, tuple) else (value,):
@@ -52,8 +52,10 @@ class Settings:
                     raise UserError(f"{name.replace('_', ' ')} {entry} is out of range; choose {low} to {high}")
         if self.interval is not None and self.interval[0] >= self.interval[1]:
             raise UserError(f"interval {self.interval} is empty; give its lower sigma first")
-        if self.upscaler not in UPSCALERS:
-            raise unknown("upscaler", self.upscaler, UPSCALERS)
+        for name, choices in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("upscaler", UPSCALERS)):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise unknown(name, value, choices)
 
 
 UPSCALERS = ("latent", "lanczos")

@@ -1,0 +1,98 @@
+"""The `plainsd` command: finds the sub-command, reads its flags, and turns errors into one line and an exit code.
+
+0 done; 2 wrong input, an unreadable or an unwritable file; 130 interrupted. PLAINSD_DEBUG=1 shows the traceback.
+
+A sub-command is a dataclass with a `run()` that returns an exit code, or None for 0. It is imported only when it is
+called, and imports torch only in `run()`, so that help comes at once.
+"""
+
+import io
+import os
+import re
+import sys
+import textwrap
+import traceback
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from importlib import import_module
+
+from plainsd import __version__
+from plainsd.errors import UserError, unknown
+
+COMMANDS = {                          # name: module, class, what it does
+    "generate": ("plainsd.commands.generate", "Generate", "pictures of a prompt, from nothing or from a picture"),
+    "info": ("plainsd.commands.inspect", "Info", "what a model or adapter is, without reading its weights"),
+    "convert": ("plainsd.commands.inspect", "Convert", "a model from one file layout to another"),
+    "tokens": ("plainsd.commands.inspect", "Tokens", "how a prompt is cut and weighted"),
+    "eval": ("plainsd.commands.evaluate", "Evaluate", "how well a model trained on emoji draws them"),
+    "train": ("plainsd.train.cli", "Train", "train a model, from nothing or from another"),
+}  # fmt: skip
+HELP = ("-h", "--help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place, **more: print(f"plainsd: {message}", file=sys.stderr)
+        try:
+            return run(arguments)
+        except UserError as error:
+            return complain(str(error))
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            return complain(f"{place}{error.strerror or error}; choose another place, or make room")
+        except KeyboardInterrupt:
+            print("plainsd: interrupted", file=sys.stderr)
+            return 130
+
+
+def complain(message: str) -> int:
+    if os.environ.get("PLAINSD_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"plainsd: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def run(arguments: list[str]) -> int:
+    name, *rest = arguments or ["--help"]
+    if name in HELP:
+        print(overview())
+        return 0
+    if name == "--version":
+        print(f"plainsd {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    module, kind, _ = COMMANDS[name]
+    command = parsed(getattr(import_module(module), kind), name, rest)
+    return 0 if command is None else command.run() or 0
+
+
+def overview() -> str:
+    lines = ["usage: plainsd COMMAND ...", "", "Stable Diffusion, written plainly.", "", "commands"]
+    lines += [f"  {name:10}{says}" for name, (_, _, says) in COMMANDS.items()]
+    return "\n".join([*lines, "", "plainsd COMMAND --help shows the flags of one. plainsd --version shows the version."])
+
+
+def parsed(kind: type, name: str, arguments: list[str]):
+    """The flags as an instance of the command's dataclass; None where help was asked for. Wrong ones in one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(kind, prog=f"plainsd {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        raise UserError(f"{in_one_line(said.getvalue())}; see plainsd {name} --help") from None
+
+
+def in_one_line(box: str) -> str:
+    """What tyro says in a framed box, up to its first rule: `Error parsing --steps: ...`."""
+    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()[1:]]
+    upto = next((i for i, line in enumerate(lines) if line.startswith("──") or line == "Got errors:"), len(lines))
+    line = re.sub(r"no type matching \S+ could be instantiated from", "cannot read", " ".join(lines[:upto]))
+    return textwrap.shorten(line, 300).rstrip(".")

@@ -1,0 +1,54 @@
+"""`plainsd eval`: scores of a model that was trained on captioned emoji."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+
+@dataclass
+class Evaluate:
+    """Draws prompts of trained and of held-out pairs, and says how often background and object are right."""
+
+    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
+    """folder of a model with its concepts.json; the embedded one if not given"""
+    concepts: Annotated[Path | None, arg(metavar="FILE")] = None
+    """concepts.json, if it does not lie beside the model"""
+    prompts: int = 512
+    """how many, at least 500 for the figures to mean much"""
+    steps: int = 20
+    guidance: Annotated[float | None, arg(metavar="SCALE")] = None
+    sampler: Annotated[str | None, arg(metavar="NAME")] = None
+    seed: int = 0
+    out: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """scores.json, scores.txt and contact-sheet.png are written there"""
+    font: Annotated[Path | None, arg(metavar="FILE")] = None
+    """the Noto Color Emoji font, if it is not where Debian puts it"""
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def run(self) -> None:
+        from tqdm import tqdm
+
+        from plainsd.checkpoint import load
+        from plainsd.folder import read_json
+        from plainsd.evaluate import evaluate, table
+
+        sd = load(self.model, device=self.device, dtype=self.dtype)
+        concepts = read_json(self.concepts or sd.path / "concepts.json")
+        with tqdm(unit="picture", disable=None, dynamic_ncols=True) as bar:
+
+            def progress(row: str, done: int, count: int) -> None:
+                if bar.desc != f"{row}: ":
+                    bar.reset(total=count)
+                    bar.set_description(row)
+                bar.update(done - bar.n)
+
+            result = evaluate(
+                sd, concepts, prompts=self.prompts, steps=self.steps, guidance=self.guidance, sampler=self.sampler,
+                seed=self.seed, out=self.out, font=self.font, progress=progress,
+            )
+        print(table(result), end="")

@@ -1,0 +1,344 @@
+"""`plainsd generate`: flags to settings, settings to batches, batches to files."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from plainsd.errors import UserError, unknown
+from plainsd.settings import DEFAULTS, FIELDS, Settings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from plainsd.generate import Pictures, StableDiffusion
+
+OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+PREVIEW_EVERY = 0.2                   # seconds
+Batch = tuple[list[str], dict]        # prompts, and the choices that all of them share
+
+
+def flag(metavar: str, name: str | None = None):
+    return arg(metavar=metavar, name=name)
+
+
+@dataclass
+class Generate:
+    """Pictures of a prompt, written as PNG files that know how they were made.
+
+    Flags that are not given take the model's own defaults; with --from, those of the picture.
+    """
+
+    prompt: Annotated[Positional[str], flag("PROMPT")] = ""
+    """what to draw"""
+    model: Annotated[str | None, flag("MODEL")] = None
+    """folder, single file or hub name of a model; the embedded one if not given"""
+    vae: Annotated[Path | None, flag("PATH")] = None
+    """another autoencoder, a folder or a file, in place of the model's own"""
+    negative: Annotated[str | None, flag("TEXT")] = None
+    """what to keep away from"""
+    size: Annotated[tuple[int, int] | None, flag("W H")] = None
+    """pixels, multiples of 8; with --image any, and the picture is scaled"""
+    steps: Annotated[int | None, flag("N")] = None
+    """steps of the sampler"""
+    guidance: Annotated[float | None, flag("SCALE")] = None
+    """how strictly the prompt is followed; 1 ignores --negative and is twice as fast"""
+    sampler: Annotated[str | None, flag("NAME")] = None
+    """ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms unipc lcm"""
+    spacing: Annotated[str | None, flag("NAME")] = None
+    """of the noise levels: leading trailing linspace karras exponential"""
+    seed: Annotated[int | None, flag("N")] = None
+    """of the first picture (default 0); the following ones have the next seeds"""
+    count: Annotated[int, flag("N")] = 1
+    """pictures a prompt"""
+    batch: Annotated[int, flag("N")] = 4
+    """pictures at once; fewer need less memory"""
+    prompts: Annotated[Path | None, flag("FILE")] = None
+    """a text file with one prompt a line, in place of PROMPT"""
+    out: Annotated[Path, flag("FILE-OR-FOLDER")] = Path("out")
+    """where pictures go; nothing is overwritten, files are numbered"""
+    from_: Annotated[Path | None, flag("PNG", "from")] = None
+    """make this picture again; other flags change single settings"""
+
+    image: Annotated[Path | None, flag("FILE")] = None
+    """a picture to start from"""
+    strength: Annotated[float | None, flag("SHARE")] = None
+    """how far from it: the share of the steps that run (default 0.75; 1 with a mask)"""
+    mask: Annotated[Path | None, flag("FILE")] = None
+    """a picture of the same size; only where it is light is --image drawn anew"""
+    outpaint: Annotated[tuple[int, int, int, int] | None, flag("L T R B")] = None
+    """continue --image by so many pixels at its left, top, right, bottom"""
+    hires: Annotated[float | None, flag("TIMES")] = None
+    """a second pass on the picture enlarged so many times"""
+    upscaler: Annotated[str | None, flag("NAME")] = None
+    """how it is enlarged: latent or lanczos"""
+    variation_seed: Annotated[int | None, flag("N")] = None
+    """a second seed, to vary a picture"""
+    variation_strength: Annotated[float | None, flag("SHARE")] = None
+    """how far towards the second seed, 0 to 1"""
+    grid: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME=A,B,C")] = ()
+    """one sheet over several values of a setting; twice for columns and rows"""
+
+    clip_skip: Annotated[int | None, flag("N")] = None
+    """layer of the text encoder that is read: 1 the last, 2 the one before"""
+    eta: Annotated[float | None, flag("SHARE")] = None
+    """fresh noise a step, 0 to 1, for samplers that have the choice"""
+    rescale: Annotated[float | None, flag("SHARE")] = None
+    """guidance keeps the contrast of the prompted estimate by this share, such as 0.7"""
+    interval: Annotated[tuple[float, float] | None, flag("LOW HIGH")] = None
+    """noise levels (sigma) between which guidance acts"""
+    perturbed: Annotated[float | None, flag("SCALE")] = None
+    """perturbed-attention guidance, such as 3"""
+    threshold: Annotated[float | None, flag("PERCENTILE")] = None
+    """dynamic thresholding, such as 0.995"""
+
+    preview: Annotated[Path | None, flag("FILE")] = None
+    """a PNG file that shows the picture while it is drawn"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16"""
+
+    def run(self) -> None:
+        prompts, choices = self.wanted()
+        target = Target(self.out)                # says at once where nothing can be written
+        if self.preview:
+            check_writable(self.preview.parent)
+        axes = [axis(text) for text in self.grid]
+        if len(axes) > 2 or (axes and self.count * len(prompts) > 1):
+            raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
+        task = self.task(choices)
+
+        from tqdm import tqdm
+
+        from plainsd.checkpoint import load      # torch comes in here
+
+        began = time.perf_counter()
+        sd = load(self.model, device=self.device, dtype=self.dtype, vae=self.vae)
+        self.check_model(sd, choices.pop("model", None))
+        loaded = time.perf_counter()
+        batches = grid_cells(prompts[0], choices, axes) if axes else cut(prompts, choices, self.batch)
+        images: list[Image.Image] = []
+        say = partial(tqdm.write, file=sys.stdout)               # keeps clear of the progress bar
+        for pictures in draw(sd, task, list(batches), self.preview):
+            images += pictures.images
+            if not axes:
+                for image, settings in zip(pictures.images, pictures.settings, strict=True):
+                    say(str(target.write(image, settings)))
+        if axes:
+            say(str(target.write(sheet(images, axes), None)))
+        steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
+        print(
+            f"{len(images)} picture{'s' * (len(images) > 1)} in {time.perf_counter() - loaded:.1f} s ({steps} steps of "
+            f"{sampler}); the model was loaded in {loaded - began:.1f} s", file=sys.stderr,
+        )
+
+    # --- what is wanted ---------------------------------------------------------------------------------------------
+
+    def wanted(self) -> tuple[list[str], dict]:
+        """The prompts, and every other choice: those of --from under those of the flags."""
+        choices: dict = {}
+        prompts = [self.prompt] if self.prompt else []
+        if self.from_:
+            from plainsd.images import read_settings
+
+            old = read_settings(self.from_)
+            if old.other:
+                print(f"no effect here: {', '.join(key for key, _ in old.other)}", file=sys.stderr)
+            choices = {k: v for k, v in asdict(replace(old, other=())).items() if v != DEFAULTS[k]}
+            prompts = prompts or [choices.pop("prompt", "")]
+            choices.pop("prompt", None)
+        if self.prompts:
+            prompts = read_prompts(self.prompts)
+        if not prompts:
+            raise UserError("there is no prompt; give one, or a picture with --from, or a file with --prompts")
+        given = {k: v for k, v in asdict(self).items() if k in DEFAULTS and k not in ("prompt", "model") and v is not None}
+        if self.count < 1 or self.batch < 1:
+            raise UserError(f"count {self.count} and batch {self.batch} must be 1 or more")
+        choices |= given
+        Settings(**choices).check()
+        return [prompt for prompt in prompts for _ in range(self.count)], choices
+
+    def task(self, choices: dict) -> Callable:
+        """(sd, prompts, **choices) -> events."""
+        if (self.mask or self.outpaint) and not self.image:
+            raise UserError(f"{'--mask' if self.mask else '--outpaint'} needs the picture; give it with --image")
+        if self.mask and self.outpaint:
+            raise UserError("--mask and --outpaint do not go together; choose one of them")
+        if not self.image:
+            if choices.get("strength") is not None and not choices.get("hires"):
+                raise UserError(f"strength {choices['strength']} means a picture was drawn over; give it with --image")
+            return lambda sd, prompts, **more: generate().text_to_image(sd, prompts, **more)
+
+        from plainsd.images import open_picture
+
+        image = open_picture(self.image)
+        if self.mask:
+            mask = open_picture(self.mask, background="black")
+            return lambda sd, prompts, **more: generate().inpaint(sd, prompts, image, mask, **more)
+        if self.outpaint:
+            return lambda sd, prompts, **more: generate().outpaint(sd, prompts, image, *self.outpaint, **more)
+        return lambda sd, prompts, **more: generate().image_to_image(sd, prompts, image, **more)
+
+    def check_model(self, sd: StableDiffusion, recorded: str | None) -> None:
+        name = generate().model_name(sd)
+        if recorded not in (None, name) and self.model is None:
+            raise UserError(f"'{self.from_}' was made with the model {recorded!r}, and this is {name!r}; say where with --model")
+
+
+def generate():
+    from plainsd import generate as module
+
+    return module
+
+
+def read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in '{path}' ({error}); give a text file in UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"'{path}' has no prompts; write one a line")
+    return prompts
+
+
+def cut(prompts: list[str], choices: dict, size: int) -> Iterator[Batch]:
+    """Batches of at most `size` prompts; the seeds go on from batch to batch."""
+    varied = choices.get("variation_strength") and choices.get("variation_seed") is not None
+    counted = "variation_seed" if varied else "seed"
+    first = choices.get(counted, 0)
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size], choices | {counted: first + start}
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    name: str
+    values: list
+
+
+def axis(text: str) -> Axis:
+    """`guidance=3,5,7` -> the setting and its values."""
+    readers = {name: read for _, name, read, _ in FIELDS if name not in ("size", "interval", "model")}
+    readers |= {"sampler": str, "spacing": str}
+    key, equals, values = text.partition("=")
+    name = key.strip().replace("-", "_")
+    if name not in readers:
+        raise unknown("grid setting", key, readers)
+    try:
+        parsed = [readers[name](value.strip()) for value in values.split(",")]
+    except ValueError:
+        raise UserError(f"grid {text!r} has a value that cannot be read; write it as guidance=3,5,7") from None
+    if not equals or not values:
+        raise UserError(f"grid {text!r} has no values; write it as guidance=3,5,7")
+    return Axis(name, parsed)
+
+
+def grid_cells(prompt: str, choices: dict, axes: list[Axis]) -> Iterator[Batch]:
+    """One picture a cell, row by row: the first axis runs across, the second down."""
+    for values in product(*(one.values for one in reversed(axes))):
+        yield [prompt], choices | dict(zip((one.name for one in reversed(axes)), values, strict=True))
+
+
+def sheet(images: list[Image.Image], axes: list[Axis]) -> Image.Image:
+    from plainsd.images import grid
+
+    labels = [[f"{one.name.replace('_', ' ')} {value}" for value in one.values] for one in axes]
+    return grid(images, len(labels[0]), *labels)
+
+
+# --- drawing and writing ---------------------------------------------------------------------------------------------
+
+
+def draw(sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Path | None) -> Iterator[Pictures]:
+    """Runs all batches under one progress bar."""
+    import torch
+    from tqdm import tqdm
+
+    from plainsd.samplers import Step
+
+    runs = [task(sd, prompts, **choices) for prompts, choices in batches]             # wrong input shows here
+    one = runs[0].settings[0]
+    if one.strength is not None:
+        print(f"{runs[0].steps} of {one.steps} steps run at strength {one.strength}", file=sys.stderr)
+    show = Preview(sd, preview) if preview else None
+    with tqdm(total=sum(run.steps for run in runs), unit="step", disable=None, dynamic_ncols=True) as bar:
+        for run in runs:
+            try:
+                for event in run:
+                    if not isinstance(event, Step):
+                        yield event
+                        continue
+                    bar.update()
+                    if show:
+                        show(event)
+            except torch.OutOfMemoryError:
+                raise UserError(f"{len(run.settings)} pictures at once need more memory than there is; try --batch 1") from None
+
+
+class Preview:
+    """A PNG file that follows the drawing: the current estimate, without the VAE, a few times a second."""
+
+    def __init__(self, sd: StableDiffusion, path: Path):
+        from plainsd.images import fit_latent_rgb
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.factor, self.last = path, sd.vae.config.factor, 0.0
+        self.latent_rgb = fit_latent_rgb(sd.vae)
+
+    def __call__(self, step) -> None:
+        from plainsd.images import grid, preview, write_png
+
+        now = time.perf_counter()
+        if now - self.last >= PREVIEW_EVERY:
+            images = preview(step.denoised, self.latent_rgb, self.factor)
+            write_png(grid(images, math.ceil(math.sqrt(len(images)))), self.path)
+            self.last = now
+
+
+class Target:
+    """Where pictures go: a .png file, or a folder in which they are numbered. Nothing is overwritten."""
+
+    def __init__(self, out: Path):
+        suffix = out.suffix.lower()
+        if suffix in OTHER_FORMATS:
+            raise UserError(f"--out '{out}': pictures are written as PNG, which keeps their settings; name it {out.stem}.png")
+        self.file = out if suffix == ".png" and not out.is_dir() else None
+        self.folder = out.parent if self.file else out
+        check_writable(self.folder)
+
+    def write(self, image: Image.Image, settings: Settings | None) -> Path:
+        from plainsd.images import write_new_png
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.file or self.folder / f"{self.next_number():05d}-{settings.seed if settings else 'grid'}.png"
+            return write_new_png(image, path, settings)
+        except OSError as error:
+            raise UserError(f"cannot write into '{self.folder}': {error.strerror}; choose another place with --out") from error
+
+    def next_number(self) -> int:
+        numbers = [int(path.name[:5]) for path in self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+        return max(numbers, default=0) + 1
+
+
+def check_writable(folder: Path) -> None:
+    """Before the work, not after it. The nearest folder that exists decides."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        kind = "may not be written" if nearest.is_dir() else "is not a folder"
+        raise UserError(f"cannot write into '{folder}': '{nearest}' {kind}; choose another place with --out")

@@ -1,0 +1,67 @@
+"""Commands that look at models and prompts, and draw nothing: info, convert, tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+
+@dataclass
+class Info:
+    """What a model or an adapter is: its family, networks, sizes and notes, without reading its weights."""
+
+    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
+    """folder, file or hub name; the embedded model if not given"""
+    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    """fp16 looks at the files *.fp16.safetensors of a folder"""
+
+    def run(self) -> None:
+        from plainsd.info import info
+
+        print(info(self.model, self.variant_file))
+
+
+@dataclass
+class Convert:
+    """Writes a model in another file layout, a tensor at a time; there and back again is bit-identical."""
+
+    source: Annotated[Positional[str], arg(metavar="SRC")]
+    """folder, file or hub name of a model"""
+    target: Annotated[Positional[Path], arg(metavar="DST")]
+    """where to write it"""
+    layout: str
+    """diffusers (a folder) or single-file"""
+    dtype: Annotated[str | None, arg(metavar="NAME")] = None
+    """float32, bfloat16 or float16; as it is if not given"""
+    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    """fp16 reads the files *.fp16.safetensors of a folder"""
+    family: Annotated[str | None, arg(metavar="NAME")] = None
+    """what a single file is, where it does not tell"""
+
+    def run(self) -> None:
+        from plainsd.checkpoint import convert
+
+        convert(
+            self.source, self.target, self.layout, dtype=self.dtype, variant_file=self.variant_file, family=self.family
+        )
+        print(self.target)
+
+
+@dataclass
+class Tokens:
+    """How a prompt is cut into chunks of 75 tokens, and what each of them weighs."""
+
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
+    model: Annotated[str | None, arg(metavar="MODEL")] = None
+    """folder, file or hub name of the model whose tokenizer is used; the embedded one if not given"""
+    steps: int = 20
+    """for prompts that change from step to step"""
+
+    def run(self) -> None:
+        from plainsd.checkpoint import load
+        from plainsd.conditioning import describe
+
+        print(describe(load(self.model, device="cpu"), self.prompt, self.steps))

@@ -1,0 +1,267 @@
+"""The command line, in this process: what is written, what is said, and the exit codes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_sd
+from PIL import Image
+
+import plainsd
+from plainsd.cli import COMMANDS, main
+from plainsd.images import read_settings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    plainsd.save(tiny_sd(), path)
+    return str(path)
+
+
+@pytest.fixture
+def generate(model, tmp_path, capsys):
+    """`plainsd generate` of the tiny model into tmp_path/out: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        code = main(["generate", "--model", model, "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "out"),
+                     "--steps", "2", *map(str, arguments)])  # fmt: skip
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+# --- what works ------------------------------------------------------------------------------------------------------
+
+
+def test_help_comes_at_once_and_without_torch():
+    code = "import sys, plainsd.cli; plainsd.cli.main(['--help']); print('torch' in sys.modules, 'tyro' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith("False False\n")
+    assert all(f"  {name} " in said for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])
+def test_help_of_each_command_needs_no_torch(name):
+    code = f"import sys, plainsd.cli; print(plainsd.cli.main([{name!r}, '--help']), 'torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"usage: plainsd {name}" in said and said.endswith("0 False\n")
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"plainsd {plainsd.__version__}\n"
+
+
+def test_pictures_are_numbered_and_made_again(generate, tmp_path):
+    code, out, err = generate("a red apple", "--negative", "bad, (worse:1.2)", "--count", 3, "--batch", 2, "--seed", 5)
+    assert code == 0
+    names = ["00001-5.png", "00002-6.png", "00003-7.png"]
+    assert out.split() == [str(tmp_path / "out" / name) for name in names]
+    assert "3 pictures in" in err and "2 steps of ddim" in err
+    second = tmp_path / "out" / names[1]
+    settings = read_settings(second)
+    assert (settings.prompt, settings.negative, settings.seed, settings.steps) == ("a red apple", "bad, (worse:1.2)", 6, 2)
+    assert settings.model == "tiny"
+    code, out, _ = generate("--from", second, "--out", tmp_path / "again.png")
+    assert code == 0 and out.strip() == str(tmp_path / "again.png")
+    assert np.abs(pixels(second) - pixels(tmp_path / "again.png")).max() <= 1
+    assert read_settings(tmp_path / "again.png") == settings
+    generate("--from", second, "--seed", 7, "--out", tmp_path / "again.png")
+    assert np.abs(pixels(tmp_path / "again-2.png") - pixels(tmp_path / "out" / names[2])).max() <= 1
+    assert generate("x")[1].strip().endswith("00004-0.png")
+    assert sorted(os.listdir(tmp_path)) == ["again-2.png", "again.png", "out"]
+
+
+def test_a_file_of_prompts(generate, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red apple\n\n  a green pear\n")
+    code, out, _ = generate("--prompts", tmp_path / "prompts.txt", "--count", 2)
+    assert code == 0
+    made = [read_settings(path) for path in out.split()]
+    assert [(one.prompt, one.seed) for one in made] == [
+        ("a red apple", 0), ("a red apple", 1), ("a green pear", 2), ("a green pear", 3)
+    ]  # fmt: skip
+
+
+def test_variations_count_their_own_seed(generate):
+    _, out, _ = generate("x", "--count", 3, "--batch", 2, "--variation-seed", 9, "--variation-strength", 0.2)
+    made = [read_settings(path) for path in out.split()]
+    assert [(one.seed, one.variation_seed) for one in made] == [(0, 9), (0, 10), (0, 11)]
+
+
+def test_image_to_image_says_how_many_steps_run(generate, photo):
+    code, out, err = generate("x", "--image", photo, "--steps", 7, "--strength", 0.6)
+    assert code == 0 and "4 of 7 steps run at strength 0.6" in err
+    assert Image.open(out.strip()).size == (52, 40)
+    assert read_settings(out.strip()).strength == 0.6
+
+
+def test_inpainting_and_outpainting(generate, photo, tmp_path):
+    Image.new("L", (52, 40)).save(tmp_path / "mask.png")
+    mask = Image.new("L", (52, 40))
+    mask.paste(255, (8, 8, 24, 24))
+    mask.save(tmp_path / "mask.png")
+    _, out, _ = generate("x", "--image", photo, "--mask", tmp_path / "mask.png")
+    changed = (pixels(out.strip()) != pixels(photo)).any(axis=-1)
+    assert changed[8:24, 8:24].mean() > 0.9 and changed.sum() == changed[8:24, 8:24].sum()
+    _, out, _ = generate("x", "--image", photo, "--outpaint", 4, 0, 8, 0)
+    assert pixels(out.strip()).shape == (40, 64, 3)
+    assert (pixels(out.strip())[:, 4:56] == pixels(photo)).all()
+
+
+def test_a_grid_is_one_labelled_sheet(generate):
+    code, out, _ = generate("x", "--grid", "guidance=1,7.5", "--grid", "sampler=ddim,euler,lms")
+    assert code == 0 and out.strip().endswith("00001-grid.png")
+    sheet = Image.open(out.strip())
+    assert sheet.width > 2 * 64 and sheet.height > 3 * 64
+    _, single, _ = generate("x", "--guidance", 7.5, "--sampler", "euler")
+    cell = sheet.crop((sheet.width - 64, sheet.height - 128, sheet.width, sheet.height - 64))
+    assert np.abs(np.asarray(cell).astype(int) - pixels(single.strip())).max() <= 1
+
+
+def test_preview_is_a_rough_picture_of_the_right_size(generate, tmp_path):
+    assert generate("x", "--preview", tmp_path / "deep" / "p.png", "--size", 72, 64)[0] == 0
+    assert Image.open(tmp_path / "deep" / "p.png").size == (72, 64)
+    assert os.listdir(tmp_path / "deep") == ["p.png"]
+
+
+def test_tokens_and_info_and_convert(model, tmp_path, capsys):
+    assert main(["tokens", "(ab:1.5)", "--model", model]) == 0
+    said = capsys.readouterr().out
+    assert "chunk 1 of 1" in said and "1.500" in said
+    assert main(["info", model]) == 0
+    assert "diffusers folder" in capsys.readouterr().out
+    assert main(["convert", model, str(tmp_path / "copy"), "--layout", "diffusers"]) == 0
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "copy" / weights).read_bytes() == (Path(model) / weights).read_bytes()
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "no prompt": ([], "there is no prompt"),
+    "sampler": (["x", "--sampler", "eular"], "unknown sampler 'eular'; did you mean 'euler'?"),
+    "spacing": (["x", "--spacing", "karas"], "unknown spacing 'karas'; did you mean 'karras'?"),
+    "size": (["x", "--size", "100", "64"], "size 100x64: both sides must be multiples of 8 from 8 to 4096; try 96x64"),
+    "huge": (["x", "--size", "64", "80000"], "out of range"),
+    "steps": (["x", "--steps", "0"], "steps 0 is out of range"),
+    "too many steps": (["x", "--steps", "1001"], "steps 1001 is out of range"),
+    "no number": (["x", "--steps", "many"], "--steps: cannot read ['many']"),
+    "unknown flag": (["x", "--sped", "3"], "--sped"),
+    "two prompts": (["x", "y"], "Unrecognized options: y"),
+    "seed": (["x", "--seed", "-1"], "seed -1 is out of range"),
+    "guidance": (["x", "--guidance", "nan"], "guidance nan is out of range"),
+    "count": (["x", "--count", "0"], "count 0"),
+    "clip skip": (["x", "--clip-skip", "9"], "clip skip 9"),
+    "eta": (["x", "--eta", "0.5", "--sampler", "lms"], "sampler 'lms' has no eta"),
+    "variation": (["x", "--variation-strength", "0.5"], "variation seed"),
+    "two kinds of guidance": (["x", "--rescale", "0.5", "--threshold", "0.9"], "rescale and threshold do not go together"),
+    "model": (["x", "--model", "/nowhere/at all"], "there is no model"),
+    "device": (["x", "--device", "gpu9"], "device"),
+    "dtype": (["x", "--dtype", "float8"], "unknown dtype 'float8'"),
+    "from nothing": (["--from", "/nowhere.png"], "does not exist"),
+    "from a photo": (["--from", "PHOTO"], "carries no settings"),
+    "image": (["x", "--image", "/nowhere.png"], "does not exist"),
+    "mask alone": (["x", "--mask", "PHOTO"], "--mask needs the picture"),
+    "mask of another size": (["x", "--image", "PHOTO", "--mask", "SMALL"], "the mask is 8x8 and the picture 52x40"),
+    "dark mask": (["x", "--image", "SMALL", "--mask", "SMALL"], "the mask is dark everywhere"),
+    "strength alone": (["x", "--strength", "0.5"], "give it with --image"),
+    "strength": (["x", "--image", "PHOTO", "--strength", "1.5"], "strength 1.5 is out of range"),
+    "no step left": (["x", "--image", "PHOTO", "--strength", "0.1"], "leaves none to run"),
+    "hires": (["x", "--hires", "2", "--size", "4096", "4096"], "size 8192x8192"),
+    "upscaler": (["x", "--hires", "2", "--upscaler", "esrgan"], "unknown upscaler 'esrgan'"),
+    "grid setting": (["x", "--grid", "speed=1"], "unknown grid setting 'speed'"),
+    "grid value": (["x", "--grid", "guidance=high"], "cannot be read"),
+    "three axes": (["x", *["--grid", "steps=1"] * 3], "one or two axes"),
+    "jpg": (["x", "--out", "x.jpg"], "written as PNG"),
+    "file in the way": (["x", "--out", "PHOTO/sub"], "is not a folder"),
+    "prompts": (["--prompts", "PHOTO"], "cannot read the prompts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_is_one_line_and_code_2(generate, photo, tmp_path, what):
+    Image.new("L", (8, 8)).save(tmp_path / "small.png")
+    arguments, message = WRONG[what]
+    paths = {"PHOTO": str(photo), "SMALL": str(tmp_path / "small.png"), "PHOTO/sub": f"{photo}/sub"}
+    code, out, err = generate(*(paths.get(argument, argument) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("plainsd: ") and err.count("\n") == 1 and message in err
+    assert sorted(os.listdir(tmp_path)) == ["photo.png", "small.png"]
+
+
+def test_an_unknown_command(capsys):
+    assert main(["genrate"]) == 2
+    assert capsys.readouterr().err.startswith("plainsd: unknown command 'genrate'; did you mean 'generate'?")
+
+
+def test_debug_shows_the_traceback(generate, monkeypatch):
+    monkeypatch.setenv("PLAINSD_DEBUG", "1")
+    code, _, err = generate("x", "--sampler", "eular")
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("plainsd: unknown sampler")
+
+
+def test_a_picture_of_another_model(generate, model, photo, tmp_path, monkeypatch, capsys):
+    _, out, _ = generate("x")
+    monkeypatch.setattr("plainsd.checkpoint.find", lambda source, variant_file: Path(model).rename(tmp_path / "other"))
+    assert main(["generate", "--from", out.strip(), "--out", str(tmp_path / "y")]) == 2
+    (tmp_path / "other").rename(model)
+    assert "was made with the model 'tiny', and this is 'other'" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(generate, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = generate("x")
+    assert code == 2 and "No space left on device" in err.splitlines()[-1]
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_ctrl_c_keeps_what_is_done_and_nothing_half_written(generate, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    import plainsd.generate as module
+
+    real = module.decode
+    monkeypatch.setattr(module, "decode", interrupted)
+    code, out, err = generate("x", "--count", 4, "--batch", 1)
+    assert code == 130 and "interrupted" in err and "Traceback" not in err
+    assert os.listdir(tmp_path / "out") == ["00001-0.png"] and out.split() == [str(tmp_path / "out" / "00001-0.png")]
+
+
+@pytest.mark.full
+def test_a_real_interrupt(model, tmp_path):
+    """SIGINT to the installed command, in the middle of its steps."""
+    import signal
+
+    command = [sys.executable, "-m", "plainsd", "generate", "x", "--model", model, "--steps", "900", "--out", tmp_path / "o"]
+    process = subprocess.Popen([*command, "--preview", tmp_path / "p.png"], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "p.png").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert "Traceback" not in process.stderr.read()
+    assert sorted(os.listdir(tmp_path)) == ["p.png"]
