@@ -267,6 +267,7 @@ def write_variant(variant: Variant) -> dict[str, str]:
     """The settings files of a diffusers folder, by their paths within it."""
     index = {
         "_class_name": pipeline(variant),
+        "_diffusers_version": "0.42.1",          # whose layout this is; its inpainting classes refuse a folder without
         NOTE: {name: value for name, value in asdict(variant).items() if name in NOTED},
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
