@@ -29,7 +29,7 @@ TINY = Variant(
 
 @torch.no_grad()
 def tiny_sd(variant: Variant = TINY, seed: int = 0, **unet) -> StableDiffusion:
-    """A model of a few hundred kilobytes. Its last layers are scaled so that pictures have contrast, and depend on the
+    """A model of a million weights. Its last layers are scaled so that pictures have contrast, and depend on the
     prompt. `unet` changes single numbers of the UNet's configuration."""
     variant = replace(variant, unet=replace(variant.unet, **unet))
     torch.manual_seed(seed)

@@ -142,6 +142,9 @@ def settings_of_each(settings: Settings, prompt: str | Sequence[str], negative: 
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts or len(prompts) != len(negatives):
         raise UserError(f"{len(prompts)} prompts and {len(negatives)} negative prompts; give at least one, and as many of both")
+    for text in (*prompts, *negatives):
+        if loras := lora_tags(text)[1]:
+            raise UserError(f"<lora:{loras[0][0]}> in the prompt: take the tag out, and load the LoRA with the model")
     pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(count)]
     each = []
     for i, (p, n) in enumerate(pairs):

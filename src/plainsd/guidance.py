@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 def guidance_embedding(scale: float, dim: int) -> Tensor:
     """The guidance scale as distilled models are told it (Meng et al. 2023, arXiv:2210.03142; Luo et al. 2023): (1, dim)."""
-    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(dim // 2) / (dim // 2 - 1))
+    frequencies = torch.exp(torch.arange(dim // 2) * -(math.log(10_000.0) / (dim // 2 - 1)))
     angle = 1000.0 * (scale - 1) * frequencies
     return torch.cat([angle.sin(), angle.cos()])[None]
 

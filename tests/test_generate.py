@@ -1,0 +1,373 @@
+"""From prompts to pictures: equal to diffusers' pipelines, repeatable in any batch, and each option does what it says."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_sd
+from PIL import Image
+
+import plainsd
+from plainsd import guidance
+from plainsd.errors import UserError
+from plainsd.generate import StableDiffusion, final, image_to_image, inpaint, outpaint, text_to_image
+from plainsd.latents import slerp
+from plainsd.samplers import SAMPLERS, Step
+
+LONG = "a red apple on a table, " * 5                # 120 byte tokens: two chunks
+
+
+@pytest.fixture(scope="module")
+def sd() -> StableDiffusion:
+    return tiny_sd()
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """Smooth shapes, 64x64."""
+    y, x = np.mgrid[:64, :64] / 64
+    return Image.fromarray((np.stack([x, y, (x - y) ** 2], axis=-1) * 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def mask() -> Image.Image:
+    light = Image.new("L", (64, 64))
+    light.paste(255, (16, 8, 48, 40))
+    return light
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    """Largest difference of any pixel, in 1/255."""
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+def x_of(events) -> list[torch.Tensor]:
+    return [event.x for event in events if isinstance(event, Step)]
+
+
+# --- equal to diffusers ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, sd):
+    """The tiny models as diffusers folders: the ordinary one, and one of nine channels for inpainting."""
+    place = tmp_path_factory.mktemp("models")
+    plainsd.save(sd, place / "tiny")
+    plainsd.save(tiny_sd(in_channels=9), place / "nine")
+    return place
+
+
+def pipeline(name: str, folder, scheduler: str, **options):
+    import diffusers
+
+    made = getattr(diffusers, name).from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    made.scheduler = getattr(diffusers, scheduler).from_config(made.scheduler.config, **options)
+    return made
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_original_default_is_diffusers_picture(sd, folders):
+    """50 steps of PLMS at guidance 7.5, two prompts, each with its own seed."""
+    pipe = pipeline("StableDiffusionPipeline", folders / "tiny", "PNDMScheduler", skip_prk_steps=True)
+    prompts = ["a red apple", "a green pear on a table"]
+    theirs = pipe(prompts, negative_prompt=["blurred"] * 2, num_inference_steps=50, guidance_scale=7.5, height=64, width=72,
+                  generator=[seeded(3), seeded(4)]).images  # fmt: skip
+    ours = final(text_to_image(sd, prompts, "blurred", sampler="plms", steps=50, guidance=7.5, size=(72, 64), seed=3))
+    assert all(difference(a, b) <= 1 for a, b in zip(ours, theirs, strict=True))
+    assert difference(ours[0], ours[1]) > 50 and np.asarray(ours[0]).std() > 20
+
+
+SCHEDULERS = [
+    ("ddim", "leading", "DDIMScheduler", {}),
+    ("euler", "linspace", "EulerDiscreteScheduler", {"timestep_spacing": "linspace"}),
+    ("dpmpp_2m", "karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+]
+
+
+@pytest.mark.parametrize("sampler, spacing, scheduler, options", SCHEDULERS)
+def test_image_to_image_is_diffusers_picture(sd, folders, photo, sampler, spacing, scheduler, options):
+    pipe = pipeline("StableDiffusionImg2ImgPipeline", folders / "tiny", scheduler, **options)
+    theirs = pipe("a red apple", photo, strength=0.6, num_inference_steps=9, generator=seeded(3)).images[0]
+    ours = final(image_to_image(sd, "a red apple", photo, 0.6, steps=9, sampler=sampler, spacing=spacing, seed=3))[0]
+    assert difference(ours, theirs) <= 1
+    assert difference(ours, photo) > 50
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("folder, channels", [("tiny", 4), ("nine", 9)])
+def test_inpainting_is_diffusers_picture(folders, photo, mask, folder, channels, strength):
+    pipe = pipeline("StableDiffusionInpaintPipeline", folders / folder, "DDIMScheduler")
+    theirs = pipe("a red apple", photo, mask, strength=strength, num_inference_steps=8, height=64, width=64,
+                  generator=seeded(3)).images[0]  # fmt: skip
+    ours = final(inpaint(tiny_sd(in_channels=channels), "a red apple", photo, mask, strength, steps=8, sampler="ddim",
+                         spacing="leading", seed=3))[0]  # fmt: skip
+    hole = (16, 8, 48, 40)
+    assert difference(ours.crop(hole), theirs.crop(hole)) <= 1
+    assert difference(ours.crop(hole), photo.crop(hole)) > 50
+    assert difference(Image.composite(photo, ours, mask), photo) == 0                  # bit-exact outside
+
+
+# --- repeatable --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["plms", "euler_a", "dpmpp_sde", "lcm"])
+def test_a_picture_of_a_batch_equals_the_picture_alone(sd, sampler):
+    prompts = ["a red apple", LONG, "a (green:1.3) [pear:plum:0.5]"]
+    together = list(text_to_image(sd, prompts, ["", "bad", LONG], seed=5, sampler=sampler))
+    for i, (prompt, negative) in enumerate(zip(prompts, ["", "bad", LONG], strict=True)):
+        alone = list(text_to_image(sd, prompt, negative, seed=5 + i, sampler=sampler))
+        assert torch.allclose(alone[0].x[0], together[0].x[i], atol=1e-4)
+        assert difference(alone[-1].images[0], together[-1].images[i]) <= 1
+        assert alone[-1].settings[0] == together[-1].settings[i]
+
+
+def test_count_repeats_each_prompt_and_counts_seeds(sd):
+    *_, (images, settings, latents) = text_to_image(sd, ["a", "b"], seed=5, count=2)
+    assert [(one.prompt, one.seed) for one in settings] == [("a", 5), ("a", 6), ("b", 7), ("b", 8)]
+    assert len(images) == len(latents) == 4 and latents.shape == (4, 4, 8, 8)
+
+
+def test_settings_make_the_picture_again(sd, photo):
+    options = {"guidance": 3, "sampler": "dpmpp_2m_sde", "spacing": "karras", "eta": 0.5, "clip_skip": 2, "rescale": 0.3}
+    *_, first = text_to_image(sd, "a [b|c]", "d", seed=5, steps=5, size=(72, 64), **options)
+    again = {k: v for k, v in vars(first.settings[0]).items() if k not in ("model", "other")}
+    assert difference(final(text_to_image(sd, **again))[0], first.images[0]) == 0
+
+
+def test_the_first_latent_is_unit_noise_at_the_first_level(sd):
+    """The estimate of a network that answers nothing is x itself: one Euler step from the first latent shows it."""
+    silent = tiny_sd()
+    torch.nn.init.zeros_(silent.unet.conv_out.weight)
+    torch.nn.init.zeros_(silent.unet.conv_out.bias)
+    first = next(text_to_image(silent, "x", seed=5, sampler="ddim", steps=10, guidance=1))
+    sigma = silent.schedule.sigma(901)
+    assert torch.allclose(first.x[0], torch.randn(4, 8, 8, generator=seeded(5)) * (1 + sigma**2) ** 0.5, rtol=1e-5)
+
+
+# --- calls and precision -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batches(sd):
+    """The batch sizes with which the UNet is called."""
+    sizes = []
+    handle = sd.unet.register_forward_pre_hook(lambda unet, args: sizes.append(len(args[0])))
+    yield sizes
+    handle.remove()
+
+
+def test_one_call_a_step_and_none_without_need(sd, batches):
+    final(text_to_image(sd, "x", steps=3, count=2))
+    final(text_to_image(sd, "x", steps=3, count=2, guidance=1))
+    final(text_to_image(sd, "x", steps=1, guidance=1, perturbed=2.0))
+    final(text_to_image(sd, "x", steps=1, perturbed=2.0))
+    assert batches == [4] * 3 + [2] * 3 + [2] + [3]
+
+
+def test_inference_mode_stays_inside(sd):
+    events = text_to_image(sd, "x")
+    assert next(events).x.is_inference() and not torch.is_inference_mode_enabled()
+    events.close()
+    with pytest.raises(StopIteration):
+        next(events)
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_steps_foretell_the_events(sd, photo):
+    two_passes, over = text_to_image(sd, "x", steps=5, hires=1.5), image_to_image(sd, "x", photo, steps=5, sampler="heun")
+    assert (two_passes.steps, over.steps) == (8, 3)
+    assert len(x_of(two_passes)) == 8 and len(x_of(over)) == 3
+
+
+def test_latents_stay_float32_around_a_bfloat16_network(sd):
+    low = tiny_sd().to(dtype=torch.bfloat16)
+    events = list(text_to_image(low, "x", steps=2, guidance=2))
+    assert low.dtype == torch.bfloat16 and events[0].x.dtype == events[-1].latents.dtype == torch.float32
+    exact = list(text_to_image(sd, "x", steps=2, guidance=2))
+    assert 0 < (events[-1].latents - exact[-1].latents).abs().mean() < 0.2
+
+
+def test_a_decode_that_overflows_is_done_again_and_said(sd):
+    hot = tiny_sd()
+    with torch.no_grad():
+        hot.vae.decoder.conv_in.weight *= 3e4                            # a GroupNorm follows: harmless in float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exact = final(text_to_image(hot, "x", steps=1))[0]
+    hot.vae.to(torch.float16)
+    with pytest.warns(UserWarning, match="overflowed in torch.float16; done again in float32"):
+        again = final(text_to_image(hot, "x", steps=1))[0]
+    assert difference(exact, again) <= 3
+
+
+def test_latents_that_are_not_finite_are_an_error():
+    broken = tiny_sd()
+    torch.nn.init.constant_(broken.unet.conv_out.bias, float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        final(text_to_image(broken, "x", steps=1))
+
+
+# --- guidance ----------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_and_its_interval(sd):
+    def x(**options):
+        return x_of(text_to_image(sd, "a red apple", seed=1, **options))[-1]
+
+    strong, plain = x(guidance=7.5), x(guidance=1)
+    assert (strong - plain).abs().mean() > 0.1
+    assert torch.allclose(x(guidance=7.5, interval=(0, 1000)), strong, atol=1e-4)
+    assert torch.allclose(x(guidance=7.5, interval=(100, 1000)), plain, atol=1e-4)
+    partly = x(guidance=7.5, interval=(0.1, 2))
+    assert min((partly - strong).abs().mean(), (partly - plain).abs().mean()) > 0.01
+
+
+@pytest.mark.parametrize("options", [{"rescale": 0.7}, {"threshold": 0.9}, {"perturbed": 3.0}])
+def test_each_kind_of_guidance_changes_the_picture(sd, options):
+    usual = final(text_to_image(sd, "a red apple", seed=1))[0]
+    assert difference(final(text_to_image(sd, "a red apple", seed=1, **options))[0], usual) > 5
+
+
+def test_perturbed_guidance_without_guidance_is_the_limit_of_that_with_it(sd):
+    alone = x_of(text_to_image(sd, "a", guidance=1, perturbed=3.0))[-1]
+    nearly = x_of(text_to_image(sd, "a", guidance=1 + 1e-7, perturbed=3.0))[-1]
+    assert torch.allclose(alone, nearly, atol=1e-3)
+
+
+def test_blind_attention_sees_itself_only(sd):
+    """With an identity for the softmax of q k^T, only in the rows that are meant, and only inside the `with`."""
+    attention = sd.unet.mid.attn.blocks[0].self_attn
+    x = torch.randn(3, 10, 64, generator=seeded(0))
+    plain = attention(x)
+    with guidance.blind_attention(sd.unet, 1):
+        blind = attention(x)
+    assert torch.equal(blind[:2], plain[:2]) and torch.equal(attention(x), plain)
+    weight = torch.eye(10).expand(3, 4, 10, 10)
+    values = attention.v(x).unflatten(-1, (4, -1)).transpose(1, 2)
+    assert torch.allclose(blind[2], attention.out((weight @ values).transpose(1, 2).flatten(2))[2], atol=1e-6)
+    assert (blind[2] - plain[2]).abs().max() > 0.01
+
+
+def test_composition_by_and(sd):
+    """A part of weight 0 pulls nowhere; two equal halves are the whole; two wholes pull twice as far."""
+    one = x_of(text_to_image(sd, "a red apple", seed=1, guidance=2))[-1]
+    for same in ("a red apple AND a pear:0", "a red apple:0.5 AND a red apple:0.5"):
+        assert torch.allclose(x_of(text_to_image(sd, same, seed=1, guidance=2))[-1], one, atol=1e-3)
+    twice = x_of(text_to_image(sd, "a red apple AND a red apple", seed=1, guidance=2))[-1]
+    assert torch.allclose(twice, x_of(text_to_image(sd, "a red apple", seed=1, guidance=4))[-1], atol=1e-3)
+
+
+def test_prompts_that_change_on_the_way(sd):
+    steps = {p: x_of(text_to_image(sd, p, seed=1, steps=6, sampler="euler")) for p in ("[ab:xy:0.5]", "ab", "[ab|xy]")}
+    edited, plain, alternating = steps.values()
+    assert [torch.allclose(a, b, atol=1e-4) for a, b in zip(edited, plain, strict=True)] == [True] * 3 + [False] * 3
+    assert torch.allclose(alternating[0], plain[0], atol=1e-4) and not torch.allclose(alternating[1], plain[1], atol=1e-4)
+
+
+def test_distilled_models_are_told_the_scale_and_asked_once():
+    from diffusers import LatentConsistencyModelPipeline as Pipeline
+
+    theirs = Pipeline.get_guidance_scale_embedding(None, torch.tensor([7.5 - 1]), embedding_dim=32)
+    assert torch.allclose(guidance.guidance_embedding(7.5, 32), theirs, atol=1e-4)
+    taught = tiny_sd(guidance_dim=32)
+    sizes = []
+    taught.unet.register_forward_pre_hook(lambda unet, args: sizes.append(len(args[0])))
+    low, high = (final(text_to_image(taught, "x", sampler="lcm", steps=2, guidance=g))[0] for g in (2, 9))
+    assert sizes == [1] * 4 and difference(low, high) > 1
+
+
+# --- variations, hires ---------------------------------------------------------------------------------------------------
+
+
+def test_variations_lead_from_one_seed_to_the_other(sd):
+    def picture(**options):
+        return final(text_to_image(sd, "x", **options))[0]
+
+    start, end = picture(seed=1), picture(seed=2)
+    assert difference(picture(seed=1, variation_seed=2), start) == 0
+    assert difference(picture(seed=1, variation_seed=2, variation_strength=1), end) <= 1
+    nearer = [np.abs(np.asarray(picture(seed=1, variation_seed=2, variation_strength=s)).astype(int) - start).mean()
+              for s in (0.1, 0.3, 0.6)]  # fmt: skip
+    assert 0 < nearer[0] < nearer[1] < nearer[2]
+
+
+def test_slerp_keeps_the_length_of_noise():
+    a, b = torch.randn(2, 4, 16, 16, generator=seeded(0))
+    assert torch.allclose(slerp(a, b, 0.0), a) and torch.allclose(slerp(a, b, 1.0), b, atol=1e-5)
+    assert slerp(a, b, 0.5).norm() == pytest.approx((a.norm() + b.norm()).item() / 2, rel=0.02)
+    assert torch.allclose(slerp(a, a, 0.5), a)
+
+
+@pytest.mark.parametrize("upscaler", ["latent", "lanczos"])
+def test_hires_draws_over_the_enlarged_picture(sd, upscaler):
+    plain = list(text_to_image(sd, "x", steps=5, seed=1))
+    events = list(text_to_image(sd, "x", steps=5, seed=1, hires=1.4, upscaler=upscaler, strength=0.4))
+    assert all(torch.equal(a.x, b.x) for a, b in zip(plain[:-1], events[:5], strict=True))
+    assert len(events) == 5 + 2 + 1 and events[-1].images[0].size == (88, 88)
+    if upscaler == "lanczos":
+        return                        # a random encoder does not undo its decoder; nothing of the picture is left
+    small = events[-1].images[0].resize((64, 64), Image.Resampling.BOX)
+    like, other = (np.corrcoef(np.asarray(small).ravel(), np.asarray(image).ravel())[0, 1]
+                   for image in (plain[-1].images[0], final(text_to_image(sd, "x", steps=5, seed=2))[0]))  # fmt: skip
+    assert like > other + 0.2
+
+
+# --- pictures of any size ------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_any_size_keep_it(sd):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (37, 51, 3), dtype=np.uint8))
+    assert final(image_to_image(sd, "x", image))[0].size == (51, 37)
+    assert final(image_to_image(sd, "x", image, size=(70, 30)))[0].size == (70, 30)
+    light = Image.new("L", image.size)
+    light.paste(255, (50, 30, 51, 31))                                   # a single pixel in the padded corner block
+    drawn = np.asarray(final(inpaint(sd, "x", image, light))[0])
+    assert (drawn != np.asarray(image)).any(axis=-1).sum() <= 1
+    wide = np.asarray(final(outpaint(sd, "x", image, left=5, bottom=9))[0])
+    assert wide.shape == (46, 56, 3) and (wide[:37, 5:] == np.asarray(image)).all()
+
+
+def test_the_mask_lets_the_hole_change_and_nothing_else(sd, photo, mask):
+    for sampler in SAMPLERS:
+        drawn = final(inpaint(sd, "x", photo, mask, 0.8, steps=4, sampler=sampler))[0]
+        assert difference(Image.composite(photo, drawn, mask), photo) == 0, sampler
+        assert difference(drawn, photo) > 30, sampler
+
+
+# --- wrong input ---------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_calls_fail_at_once(sd, photo, mask):
+    nine = tiny_sd(in_channels=9)
+    for call, message in [
+        (lambda: text_to_image(sd, []), "0 prompts"),
+        (lambda: text_to_image(sd, ["a", "b"], ["c"]), "2 prompts and 1 negative"),
+        (lambda: text_to_image(sd, "a", count=0), "count 0"),
+        (lambda: text_to_image(sd, "a", size=60), "size 60x60.*try 64x64"),
+        (lambda: text_to_image(sd, "a <lora:style:0.8>"), "lora:style"),
+        (lambda: text_to_image(nine, "a"), "inpainting model"),
+        (lambda: image_to_image(nine, "a", photo), "inpainting model"),
+        (lambda: image_to_image(sd, "a", photo, hires=2), "hires"),
+        (lambda: image_to_image(sd, "a", photo, 0.0), "leaves none"),
+        (lambda: inpaint(sd, "a", photo, mask.resize((32, 32))), "the mask is 32x32"),
+        (lambda: outpaint(sd, "a", photo), "at least one above 0"),
+        (lambda: outpaint(sd, "a", photo, left=-8, right=9), "give pixels to add"),
+        (lambda: outpaint(sd, "a", photo, left=5000), "size 5064x64"),
+        (lambda: text_to_image(tiny_sd(mid_depth=0), "a", perturbed=1.0), "attention in the middle"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            call()
+    with pytest.raises(TypeError):
+        text_to_image(sd, "a", speed=3)
+
+
+def test_the_public_face():
+    assert set(plainsd.__all__) <= set(dir(plainsd))
+    assert all(callable(getattr(plainsd, name)) for name in plainsd.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'text2image'"):
+        plainsd.text2image  # noqa: B018
