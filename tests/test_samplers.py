@@ -165,17 +165,18 @@ def spaced_as(spacing: str | None) -> dict:
 
 
 class Stride:
-    """Stands for a scheduler's number of steps where it divides the number of timesteps, and gives the true stride.
+    """Stands for a scheduler's number of steps where 1000 is divided by it, and gives the stride to its next timestep.
 
-    diffusers' DDIM and PLMS step from t to t - 1000 // steps. That is not their own next timestep where steps does not
-    divide 1000 or where spacing is linspace; the noise left in x and the noise it is told of then differ.
+    diffusers' DDIM and PLMS step from t to t - 1000 // steps. With linspace spacing, and with trailing where steps does
+    not divide 1000, that is not the timestep they go on from: x then holds another noise level than it is said to. We
+    differ there, and only there, on purpose; this stand-in shows that nothing else differs.
     """
 
     def __rfloordiv__(self, _count):
         return self.stride
 
 
-def run_theirs(module, scheduler, schedule, name, prediction, steps, noises, true_stride=False, **options) -> Tensor:
+def run_theirs(module, scheduler, schedule, name, prediction, steps, noises, own_stride=False, **options) -> Tensor:
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):  # else it looks timesteps up, and fails where two are rounded to one
         scheduler.set_begin_index(0)
@@ -185,10 +186,10 @@ def run_theirs(module, scheduler, schedule, name, prediction, steps, noises, tru
         scheduler.noise_sampler = BrownianPath(rest)
     predict, x = network(schedule, prediction), noises[0] * scheduler.init_noise_sigma
     order = [*scheduler.timesteps.tolist(), -1]
-    if true_stride:
+    if own_stride:
         scheduler.num_inference_steps = Stride()
     for index, timestep in enumerate(scheduler.timesteps):
-        if true_stride and (name == "ddim" or index != 1):  # PLMS takes its first step twice
+        if own_stride and (name == "ddim" or index != 1):  # PLMS takes its first step twice
             scheduler.num_inference_steps.stride = order[index] - order[index + 1]
         output = predict(scheduler.scale_model_input(x, timestep), timestep)
         x = scheduler.step(output, timestep, x, **options).prev_sample
@@ -219,13 +220,14 @@ TOLERANCE = {"ddpm": 1e-9, "lcm": 1e-5}  # DDPM ends with noise of 1e-10 there; 
 def test_whole_trajectory_equals_diffusers(in_double, monkeypatch, name, spacing):
     module = in_double(SCHEDULERS[name][0])
     monkeypatch.setattr(module, "randn_tensor", None, raising=False)
-    options = {"true_stride": True} if name in ("ddim", "plms") and spacing != "leading" else {}
+    uneven = name in ("ddim", "plms") and spacing != "leading"
     for schedule in (SD, ZERO_SNR):
         for prediction in ("epsilon", "v_prediction"):
             scheduler = build(module, name, schedule, prediction, spacing)
             for steps in (7, 20, 50):
                 noises = draws(2 * steps + 1)
-                expected = run_theirs(module, scheduler, schedule, name, prediction, steps, noises, **options)
+                own_stride = uneven and (spacing == "linspace" or 1000 % steps)
+                expected = run_theirs(module, scheduler, schedule, name, prediction, steps, noises, own_stride)
                 found = run_ours(schedule, name, prediction, steps, spacing, noises)
                 case = f"{'zero SNR ' if schedule is ZERO_SNR else ''}{prediction}, {steps} steps"
                 assert relative(found, expected) < TOLERANCE.get(name, 1e-10), case
@@ -397,7 +399,7 @@ def test_order_of_convergence(name, options, order):
 
 
 def test_order_of_plms_is_higher_where_levels_are_even():
-    assert measured_order(SAMPLERS["plms"].run, even, counts=(1000, 2000, 4000)) > 2.8
+    assert measured_order(SAMPLERS["plms"].run, even, counts=(500, 1000, 2000)) > 2.8
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "euler_a", "dpmpp_2s_a", "dpm2_a"])

@@ -318,8 +318,10 @@ def _corrected(estimates: Sequence[Tensor], sigmas: Levels) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler and the levels it visits: those of diffusers' scheduler of the same name, oddities included.
+    """A sampler and the levels it visits: those of diffusers' scheduler of the same name, with what that rounds.
 
+    One difference is meant: diffusers' DDIM and PLMS step from t to t - 1000 // steps, which is not the timestep they
+    go on from where steps does not divide 1000 or spacing is linspace. Here each step ends where the next one begins.
     The defaults are those of the samplers that came with k-diffusion.
     """
 
