@@ -26,6 +26,22 @@ TINY = Variant(
     steps=4,
 )
 
+TEXT = TINY.text[0]
+TINY_REFINER = replace(
+    TINY,
+    name="tiny-refiner",
+    unet=replace(TINY.unet, context=32, vector=16 + 5 * 256),
+    text=(replace(TEXT, activation="gelu", projection=16),),
+    context="penultimate",
+    conv_projections=False,
+)
+TINY_XL = replace(
+    TINY_REFINER,
+    name="tiny-xl",
+    unet=UNetConfig(channels=(32, 64), depth=(0, 2), heads=(2, 4), mid_depth=2, layers=1, context=64, vector=16 + 6 * 256),
+    text=(TEXT, *TINY_REFINER.text),
+)
+
 
 @torch.no_grad()
 def tiny_sd(variant: Variant = TINY, seed: int = 0, **unet) -> StableDiffusion:

@@ -111,6 +111,12 @@ def test_image_to_image_says_how_many_steps_run(generate, photo):
     assert read_settings(out.strip()).strength == 0.6
 
 
+def test_hires_says_so_too(generate):
+    code, out, err = generate("x", "--hires", 1.5, "--steps", 4, "--strength", 0.5)
+    assert code == 0 and "2 of 4 steps run at strength 0.5" in err
+    assert Image.open(out.strip()).size == (96, 96) and read_settings(out.strip()).hires == 1.5
+
+
 def test_inpainting_and_outpainting(generate, photo, tmp_path):
     Image.new("L", (52, 40)).save(tmp_path / "mask.png")
     mask = Image.new("L", (52, 40))
@@ -208,6 +214,11 @@ def test_wrong_input_is_one_line_and_code_2(generate, photo, tmp_path, what):
 def test_an_unknown_command(capsys):
     assert main(["genrate"]) == 2
     assert capsys.readouterr().err.startswith("plainsd: unknown command 'genrate'; did you mean 'generate'?")
+
+
+def test_eval_of_a_model_without_concepts(model, capsys):
+    assert main(["eval", model]) == 2
+    assert "concepts.json" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(generate, monkeypatch):

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_sd
+from conftest import TINY_REFINER, TINY_XL, tiny_sd
 from PIL import Image
 
 import plainsd
@@ -55,13 +55,16 @@ def folders(tmp_path_factory, sd):
     place = tmp_path_factory.mktemp("models")
     plainsd.save(sd, place / "tiny")
     plainsd.save(tiny_sd(in_channels=9), place / "nine")
+    plainsd.save(tiny_sd(TINY_XL), place / "xl")
+    plainsd.save(tiny_sd(TINY_REFINER), place / "refiner")
     return place
 
 
 def pipeline(name: str, folder, scheduler: str, **options):
     import diffusers
 
-    made = getattr(diffusers, name).from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    unsafe = {} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
+    made = getattr(diffusers, name).from_pretrained(folder, **unsafe)
     made.set_progress_bar_config(disable=True)
     made.scheduler = getattr(diffusers, scheduler).from_config(made.scheduler.config, **options)
     return made
@@ -110,6 +113,26 @@ def test_inpainting_is_diffusers_picture(folders, photo, mask, folder, channels,
     assert difference(ours.crop(hole), theirs.crop(hole)) <= 1
     assert difference(ours.crop(hole), photo.crop(hole)) > 50
     assert difference(Image.composite(photo, ours, mask), photo) == 0                  # bit-exact outside
+
+
+@pytest.mark.parametrize("negative", ["", "blurred"])
+def test_sdxl_is_diffusers_picture(folders, negative):
+    """Its sizes are told to the network; an empty negative prompt is all zeros."""
+    pipe = pipeline("StableDiffusionXLPipeline", folders / "xl", "DDIMScheduler")
+    theirs = pipe("a red apple", negative_prompt=negative or None, num_inference_steps=5, guidance_scale=5.0, height=64,
+                  width=96, generator=seeded(3)).images[0]  # fmt: skip
+    ours = final(text_to_image(tiny_sd(TINY_XL), "a red apple", negative, steps=5, guidance=5, size=(96, 64), seed=3,
+                               sampler="ddim", spacing="leading"))[0]  # fmt: skip
+    assert difference(ours, theirs) <= 1 and np.asarray(ours).std() > 20
+
+
+def test_the_refiner_is_diffusers_picture(folders, photo):
+    pipe = pipeline("StableDiffusionXLImg2ImgPipeline", folders / "refiner", "DDIMScheduler")
+    theirs = pipe("a red apple", image=photo, strength=0.6, num_inference_steps=5, guidance_scale=5.0,
+                  generator=seeded(3)).images[0]  # fmt: skip
+    ours = final(image_to_image(tiny_sd(TINY_REFINER), "a red apple", photo, 0.6, steps=5, guidance=5, seed=3,
+                                sampler="ddim", spacing="leading"))[0]  # fmt: skip
+    assert difference(ours, theirs) <= 1 and difference(ours, photo) > 50
 
 
 # --- repeatable --------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
         strength=st.none() | floats,
         interval=st.none() | st.tuples(floats, floats),
         threshold=st.none() | floats,
-        clip_skip=st.none() | st.integers(1, 12),
+        clip_skip=st.integers(1, 12),
         model=st.none() | st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1),
     )
 )

@@ -276,7 +276,8 @@ def write_variant(variant: Variant) -> dict[str, str]:
     if not variant.unet.vector:
         index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
     elif len(variant.text) == 1:
-        index |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True,
+                  "force_zeros_for_empty_prompt": False}
     files = {"unet/config.json": write_unet(variant), "vae/config.json": write_vae(variant),
              "scheduler/scheduler_config.json": write_schedule(variant)}
     for name, text in zip(encoder_names(variant), variant.text, strict=True):

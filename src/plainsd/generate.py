@@ -120,8 +120,7 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
         raise UserError(f"variation strength {settings.variation_strength} without a variation seed; give both")
     guidance = variant.guidance if settings.guidance is None else settings.guidance
     return replace(
-        settings, sampler=sampler, spacing=spacing, steps=steps, guidance=float(guidance),
-        clip_skip=settings.clip_skip or 1, model=model_name(sd),
+        settings, sampler=sampler, spacing=spacing, steps=steps, guidance=float(guidance), model=model_name(sd)
     )
 
 
@@ -348,3 +347,24 @@ def outpaint(
     mask = Image.new("L", canvas.size, "white")
     mask.paste("black", (left, top, left + image.width, top + image.height))
     return inpaint(sd, prompt, canvas, mask, **choices)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batch(
+    sd: StableDiffusion, each: Sequence[Settings], image: Image.Image | None = None, mask: Image.Image | None = None
+) -> Events:
+    """Pictures of settings that leave nothing open, such as those of `Events.settings`, drawn together.
+
+    They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, and a mask, are
+    the same for all and have the size of the settings.
+    """
+    each, one = list(each), each[0]
+    if image is None:
+        second = steps_of_strength(one.steps, one.strength) if one.hires else 0
+        return Events(_from_text(sd, each), each, one.steps + second)
+    steps = steps_of_strength(one.steps, one.strength)
+    if mask is None:
+        return Events(_from_picture(sd, each, image), each, steps)
+    return Events(_repainted(sd, each, image, to_mask(mask)), each, steps)

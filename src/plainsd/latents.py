@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from plainsd.generate import StableDiffusion
     from plainsd.models.vae import VAE
 
-DECODED_AT_ONCE = 2**20               # pixels
+DECODED_AT_ONCE = 2**18               # pixels: one picture of 512x512, which takes about 2 GB
 
 Draw = Callable[[tuple[int, ...]], Tensor]                               # shape (L, h, w) -> unit noise (B, L, h, w)
 

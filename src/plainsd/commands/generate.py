@@ -274,7 +274,8 @@ def draw(sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Pat
     runs = [task(sd, prompts, **choices) for prompts, choices in batches]             # wrong input shows here
     one = runs[0].settings[0]
     if one.strength is not None:
-        print(f"{runs[0].steps} of {one.steps} steps run at strength {one.strength}", file=sys.stderr)
+        again = runs[0].steps - one.steps if one.hires else runs[0].steps
+        print(f"{again} of {one.steps} steps run at strength {one.strength}", file=sys.stderr)
     show = Preview(sd, preview) if preview else None
     with tqdm(total=sum(run.steps for run in runs), unit="step", disable=None, dynamic_ncols=True) as bar:
         for run in runs:
