@@ -69,6 +69,8 @@ class Train:
     ema: float = 0.999
     dropout: float = 0.1
     """scratch: share of captions left empty"""
+    timestep_power: float = 1.0
+    """scratch: below 1, noisy timesteps come more often; there the caption decides, elsewhere it hardly matters"""
     kl_weight: float = 1e-4
     """vae: pull of the latents towards the unit normal"""
     edge_weight: float = 1.0
@@ -181,6 +183,7 @@ class Train:
         method = ScratchMethod(
             unet, encoder, tokenizer, schedule, variant.prediction,
             cache_latents(vae, pictures, cache, dtype=self._dtype), pictures, self.dropout,
+            self.timestep_power,
         )
         sd = StableDiffusion([tokenizer], [encoder], unet, vae, schedule, variant.prediction, variant)
         check = None

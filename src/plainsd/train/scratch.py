@@ -90,6 +90,7 @@ class ScratchMethod:
     latents: Latents
     pictures: Pictures
     dropout: float = 0.1             # share of captions left empty
+    timestep_power: float = 1.0      # timesteps are count * chance ** power: below 1, noisy ones come more often
     modules: nn.ModuleDict = field(init=False)
 
     def __post_init__(self):
@@ -97,9 +98,9 @@ class ScratchMethod:
 
     def loss(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
         captions = [self._caption(p) for p in picks]
-        timesteps = torch.tensor(
-            [int(torch.randint(len(self.schedule.alphas_cumprod), (), generator=p.generator)) for p in picks]
-        )
+        count = len(self.schedule.alphas_cumprod)
+        chances = [float(torch.rand((), generator=p.generator)) for p in picks]
+        timesteps = torch.tensor([int(count * chance**self.timestep_power) for chance in chances])
         x0 = self.latents.draw(picks)
         noise = torch.stack([torch.randn(x0.shape[1:], generator=p.generator) for p in picks])
         return self._errors(captions, timesteps, x0, noise).mean(), {}
