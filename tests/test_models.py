@@ -249,7 +249,7 @@ def test_sd15_at_full_size(dtype, size):
     """The public configuration of SD 1.5: sizes and parity of all three networks."""
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)   # noqa: E731
-    reference = strong(UNet2DConditionModel(cross_attention_dim=768).to(dtype))
+    reference = strong(UNet2DConditionModel(cross_attention_dim=768).to(dtype), sharp=1.0)
     unet = ours(UNet, UNetConfig(), reference)
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     x, context, timestep = draw(2, 4, size, size), draw(2, 77, 768), torch.tensor([1, 801])
@@ -258,7 +258,7 @@ def test_sd15_at_full_size(dtype, size):
     del unet, reference
     types = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     channels = (128, 256, 512, 512)
-    reference = strong(AutoencoderKL(block_out_channels=channels, layers_per_block=2, **types).to(dtype))
+    reference = strong(AutoencoderKL(block_out_channels=channels, layers_per_block=2, **types).to(dtype), sharp=1.0)
     vae = ours(VAE, VAEConfig(), reference)
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
     pixels, latents = draw(1, 3, 8 * size // 2, 128).clamp(-1, 1), draw(1, 4, size // 2, 16)
@@ -266,7 +266,7 @@ def test_sd15_at_full_size(dtype, size):
     assert error(vae.decode(latents), reference.decode(latents).sample) < TOLERANCE[dtype]
     del vae, reference
     settings = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    reference = strong(CLIPTextModel(settings).to(dtype))
+    reference = strong(CLIPTextModel(settings).to(dtype), sharp=1.0)
     encoder = ours(TextEncoder, TextConfig(), reference)
     assert sum(p.numel() for p in encoder.parameters()) == 123_060_480
     ids = torch.randint(0, 49_408, (2, 77), generator=generator)

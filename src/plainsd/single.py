@@ -147,9 +147,10 @@ def write_whole(target: Path, tensors: dict[str, Stored], metadata: dict[str, st
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(draft, tensors, metadata)
-        os.replace(draft, target)
+        try:
+            write_safetensors(draft, tensors, metadata)
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error
-    finally:
-        draft.unlink(missing_ok=True)

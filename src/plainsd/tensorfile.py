@@ -126,8 +126,8 @@ def _reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], start: int, 
     return read
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str] = {}) -> None:
-    """Writes tensors one at a time, in the order given. The caller names a temporary path and moves it into place."""
+def header_bytes(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the tensors' bytes."""
     header, at = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name, stored in tensors.items():
         end = at + stored.nbytes
@@ -135,8 +135,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
         at = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)                          # so that the first tensor is aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str] = {}) -> None:
+    """Writes tensors one at a time, in the order given. The caller names a temporary path and moves it into place."""
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header_bytes(tensors, metadata))
         for stored in tensors.values():
             tensor = stored.read().detach().cpu().contiguous()
             if tensor.numel():
