@@ -38,7 +38,7 @@ TINY_REFINER = replace(
 TINY_XL = replace(
     TINY_REFINER,
     name="tiny-xl",
-    unet=UNetConfig(channels=(32, 64), depth=(0, 2), heads=(2, 4), mid_depth=2, layers=1, context=64, vector=16 + 6 * 256),
+    unet=replace(TINY.unet, depth=(0, 2), mid_depth=2, context=64, vector=16 + 6 * 256),
     text=(TEXT, *TINY_REFINER.text),
 )
 

@@ -44,7 +44,7 @@ def test_to_pil_cuts_off_what_lies_outside():
     assert image.getpixel((0, 0)) == (0, 128, 255)
 
 
-# --- kinds of files that are read --------------------------------------------------------------------------------------
+# --- kinds of files that are read -------------------------------------------------------------------------------------
 
 
 def test_alpha_shows_the_background(tmp_path):
@@ -119,7 +119,7 @@ def test_other_modes_become_rgb(photo, mode):
     assert images.to_rgb(photo.convert(mode)).mode == "RGB"
 
 
-# --- files that are refused ----------------------------------------------------------------------------------------------
+# --- files that are refused -------------------------------------------------------------------------------------------
 
 
 def animation(path, photo):
@@ -144,7 +144,8 @@ def test_truncated_pictures_are_refused(tmp_path, kind):
 
 def bomb(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13)
+    return start + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
 
 
 @pytest.mark.parametrize("side", [10_000, 60_000])
@@ -237,7 +238,7 @@ def test_nothing_is_overwritten(photo, tmp_path, monkeypatch, links):
     assert difference(Image.open(tmp_path / "a-2.png"), photo.rotate(90)) == 0
 
 
-# --- grids and previews ------------------------------------------------------------------------------------------------
+# --- grids and previews -----------------------------------------------------------------------------------------------
 
 
 def test_grid_places_pictures_row_by_row():

@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
 def overview() -> str:
     lines = ["usage: plainsd COMMAND ...", "", "Stable Diffusion, written plainly.", "", "commands"]
     lines += [f"  {name:10}{says}" for name, (_, _, says) in COMMANDS.items()]
-    return "\n".join([*lines, "", "plainsd COMMAND --help shows the flags of one. plainsd --version shows the version."])
+    return "\n".join([*lines, "", "plainsd COMMAND --help shows a command's flags, plainsd --version the version."])
 
 
 def parsed(kind: type, name: str, arguments: list[str]):

@@ -8,7 +8,6 @@ Shape letters: B pictures at once, L latent channels, H W height and width in pi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +19,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from plainsd.choices import MULTIPLE, check_size, enlarged_size, model_name, resolved, settings_of_each
 from plainsd.errors import UserError
-from plainsd.guidance import check_guidance
 from plainsd.images import to_mask, to_pil, to_rgb, to_tensor
 from plainsd.latents import Draw, Known, decode, encode, first_noise, noise_of_each, sample, steps_of_strength
-from plainsd.prompts import lora_tags
-from plainsd.samplers import SAMPLERS, Step, sampler_sigmas
+from plainsd.samplers import Step
 from plainsd.settings import SIZES, Settings
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from plainsd.tokenizer import Tokenizer
     from plainsd.variants import Variant
 
-MULTIPLE = 8                          # sides of pictures, in pixels; also where a VAE's own factor is less
 HIRES_STRENGTH = 0.7                  # of the second pass, where none is given
 
 
@@ -77,7 +74,7 @@ class Pictures(NamedTuple):
 
 
 class Events:
-    """A task under way: an iterator over its events. Its own code runs in inference mode, the caller's stays as it is."""
+    """A task under way: an iterator over its events. Its own code runs in inference mode, the caller's as before."""
 
     def __init__(self, events: Generator[Step | Pictures], settings: list[Settings], steps: int):
         self._events, self.settings, self.steps = events, settings, steps      # steps: how many there will be
@@ -99,69 +96,6 @@ def final(events: Iterable[Step | Pictures]) -> list[Image.Image]:
     for event in events:
         last = event
     return last.images
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
-def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
-    """Nothing left open: the model's defaults in place of None. UserError where a value cannot be."""
-    settings.check()
-    check_guidance(sd, settings)
-    variant = sd.variant
-    sampler = settings.sampler or variant.sampler
-    own = SAMPLERS[sampler].spacing
-    spacing = settings.spacing or (own if own == "distilled" else variant.spacing or own)
-    steps = settings.steps or variant.steps
-    sampler_sigmas(sd.schedule, sampler, steps, spacing)                 # raises where they do not go together
-    if settings.eta is not None and "eta" not in inspect.signature(SAMPLERS[sampler].run).parameters:
-        raise UserError(f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'")
-    if settings.variation_strength and settings.variation_seed is None:
-        raise UserError(f"variation strength {settings.variation_strength} without a variation seed; give both")
-    guidance = variant.guidance if settings.guidance is None else settings.guidance
-    return replace(
-        settings, sampler=sampler, spacing=spacing, steps=steps, guidance=float(guidance), model=model_name(sd)
-    )
-
-
-def model_name(sd: StableDiffusion) -> str:
-    """What stands in a picture's settings: the model's own name, and nothing of where it lies on this machine."""
-    if sd.path is None:
-        return sd.variant.name
-    if sd.path.parent.name == "snapshots":                               # the hub's cache: models--owner--name/snapshots/hash
-        return sd.path.parents[1].name.split("--")[-1]
-    return sd.path.stem if sd.path.suffix in (".safetensors", ".ckpt") else sd.path.name
-
-
-def settings_of_each(settings: Settings, prompt: str | Sequence[str], negative: str | Sequence[str], count: int) -> list[Settings]:
-    """One for each picture: each prompt `count` times, and one seed after the other."""
-    if count < 1:
-        raise UserError(f"count {count} is out of range; choose 1 or more")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    if not prompts or len(prompts) != len(negatives):
-        raise UserError(f"{len(prompts)} prompts and {len(negatives)} negative prompts; give at least one, and as many of both")
-    for text in (*prompts, *negatives):
-        if loras := lora_tags(text)[1]:
-            raise UserError(f"<lora:{loras[0][0]}> in the prompt: take the tag out, and load the LoRA with the model")
-    pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(count)]
-    each = []
-    for i, (p, n) in enumerate(pairs):
-        seeds = {"seed": settings.seed + i}
-        if settings.variation_strength:                                  # the first seed stays, its variation changes
-            seeds = {"variation_seed": settings.variation_seed + i}
-        each.append(replace(settings, prompt=p, negative=n, **seeds))
-    return each
-
-
-def check_size(size: tuple[int, int]) -> tuple[int, int]:
-    if any(side % MULTIPLE or not SIZES[0] <= side <= SIZES[1] for side in size):
-        width, height = (min(max(round(side / MULTIPLE), 1), SIZES[1] // MULTIPLE) * MULTIPLE for side in size)
-        raise UserError(
-            f"size {size[0]}x{size[1]}: both sides must be multiples of {MULTIPLE} from {SIZES[0]} to {SIZES[1]}; "
-            f"try {width}x{height}"
-        )
-    return size
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -210,12 +144,6 @@ def _from_text(sd: StableDiffusion, each: list[Settings]) -> Generator[Step | Pi
         noise = first_noise(sd, each, size, draw)
         latents = yield from sample(sd, each, size, noise, draw, known, first_pass=one.steps)
     yield Pictures(to_pil(decode(sd, latents)), each, latents)
-
-
-def enlarged_size(settings: Settings) -> tuple[int, int]:
-    """The size of the second pass, in multiples of 8."""
-    width, height = (round(side * settings.hires / MULTIPLE) * MULTIPLE for side in settings.size)
-    return width, height
 
 
 def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], upscaler: str, draw: Draw) -> Tensor:
@@ -270,7 +198,8 @@ def _fitted(image: Image.Image, size: tuple[int, int] | int | None) -> Image.Ima
     """The picture at the wanted size, in RGB."""
     width, height = (size, size) if isinstance(size, int) else size or image.size
     if not all(SIZES[0] <= side <= SIZES[1] for side in (width, height)):
-        raise UserError(f"size {width}x{height}: both sides must be from {SIZES[0]} to {SIZES[1]}; choose another with size")
+        low, high = SIZES
+        raise UserError(f"size {width}x{height}: both sides must be from {low} to {high}; choose another with size")
     image = to_rgb(image)
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
@@ -296,14 +225,16 @@ def inpaint(
     """The light part of the mask is drawn anew, in the picture's own surroundings; every other pixel stays as it is.
 
     Models trained for it read mask and picture beside the latents; with others, the known part is put back at every
-    step (Lugmayr et al. 2022, "RePaint"). At strength 1 the drawing starts from noise alone. Otherwise as `image_to_image`.
+    step (Lugmayr et al. 2022, "RePaint"). At strength 1 the drawing starts from noise alone. Otherwise as
+    `image_to_image`.
     """
     if mask.size != image.size:
-        raise UserError(f"the mask is {mask.width}x{mask.height} and the picture {image.width}x{image.height}; make them the same size")
+        sizes = f"the mask is {mask.width}x{mask.height} and the picture {image.width}x{image.height}"
+        raise UserError(f"{sizes}; make them the same size")
     image, light = _fitted(image, size), to_mask(mask)
     light = F.interpolate(light, image.size[::-1])                       # (1, 1, H, W)
     if not light.any():
-        raise UserError("the mask is dark everywhere, so nothing would be drawn; make it white where the picture is to change")
+        raise UserError("the mask is dark everywhere, so nothing would be drawn; make it white where you want a change")
     settings, steps = _with_picture(sd, image, strength, choices)
     each = settings_of_each(settings, prompt, negative, count)
     return Events(_repainted(sd, each, image, light), each, steps)
@@ -341,7 +272,8 @@ def outpaint(
 ) -> Events:
     """A picture continued past its edges, by so many pixels on each side. Otherwise as `inpaint`."""
     if min(left, top, right, bottom) < 0 or not any((left, top, right, bottom)):
-        raise UserError(f"outpaint {left} {top} {right} {bottom}: give pixels to add on each side, at least one above 0")
+        sides = f"{left} {top} {right} {bottom}"
+        raise UserError(f"outpaint {sides}: give pixels to add on each side, at least one above 0")
     pixels = np.pad(np.array(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge")
     canvas = Image.fromarray(pixels)
     mask = Image.new("L", canvas.size, "white")
@@ -357,8 +289,8 @@ def batch(
 ) -> Events:
     """Pictures of settings that leave nothing open, such as those of `Events.settings`, drawn together.
 
-    They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, and a mask, are
-    the same for all and have the size of the settings.
+    They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, and a mask,
+    are the same for all and have the size of the settings.
     """
     each, one = list(each), each[0]
     if image is None:

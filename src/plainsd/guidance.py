@@ -1,8 +1,8 @@
 """From a model and its prompts to one `Denoise`: which rows the network is asked, and how its answers are mixed.
 
 All that one step needs goes through the network as one batch: each picture with its prompt, without it (Ho and Salimans
-2022, arXiv:2207.12598), and, for perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377), with its prompt while
-the middle's self-attention looks at nothing but itself. Guidance 1 needs no second row and asks for none.
+2022, arXiv:2207.12598), and, for perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377), with its prompt
+while the middle's self-attention looks at nothing but itself. Guidance 1 needs no second row and asks for none.
 
 Shape letters: B pictures, R rows of the batch, C channels, H W latent height and width.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from plainsd.models.unet import UNet
 
 PROMPTED, PLAIN, PERTURBED = range(3)                # kinds of rows
-Ask = Callable[..., list[Tensor]]                    # (x, sigma, *kinds) -> one estimate of x0 for each kind, (B, C, H, W)
+Ask = Callable[..., list[Tensor]]                    # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
 
 
 class Row(NamedTuple):
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def guidance_embedding(scale: float, dim: int) -> Tensor:
-    """The guidance scale as distilled models are told it (Meng et al. 2023, arXiv:2210.03142; Luo et al. 2023): (1, dim)."""
+    """The guidance scale as distilled models are told it (Meng et al. 2023, arXiv:2210.03142): (1, dim)."""
     frequencies = torch.exp(torch.arange(dim // 2) * -(math.log(10_000.0) / (dim // 2 - 1)))
     angle = 1000.0 * (scale - 1) * frequencies
     return torch.cat([angle.sin(), angle.cos()])[None]
@@ -52,7 +52,7 @@ def guidance_embedding(scale: float, dim: int) -> Tensor:
 
 @contextmanager
 def blind_attention(unet: UNet, rows: int) -> Iterator[None]:
-    """The middle's self-attention gives each position its own value, as if its map were an identity, in the last rows."""
+    """In the last rows, the middle's self-attention gives each position its own value: its map is an identity."""
 
     def replace(attention, args, output):
         blind = attention.out(attention.v(args[0][-rows:]))
@@ -119,7 +119,7 @@ def _rows(plan: PromptPlan, kind: int, picture: int, step: int, concat: Tensor |
 
 
 def _composed(estimates: Mapping, kind: int, picture: int) -> Tensor:
-    """Prompts joined by AND: each pulls away from the plain estimate by its weight (Liu et al. 2022, arXiv:2206.01714)."""
+    """Prompts joined by AND: each pulls from the plain estimate by its weight (Liu et al. 2022, arXiv:2206.01714)."""
     parts = estimates[kind, picture]
     if len(parts) == 1:
         return parts[0][0]
@@ -135,7 +135,7 @@ def check_guidance(sd: StableDiffusion, settings: Settings) -> None:
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} do not go together; choose one of them")
     if settings.perturbed and sd.unet.mid.attn is None:
-        raise UserError("perturbed guidance needs attention in the middle of the UNet, which this model lacks; leave it out")
+        raise UserError("perturbed guidance needs attention in the UNet's middle, which this model lacks; leave it out")
 
 
 def guided_denoise(ask: Ask, settings: Settings, prediction: str, *, composed: bool, distilled: bool) -> Denoise:
@@ -151,11 +151,14 @@ def guided_denoise(ask: Ask, settings: Settings, prediction: str, *, composed: b
     def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         return tuple(ask(x, sigma, PROMPTED, PLAIN))
 
+    def triple(x: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(ask(x, sigma, PROMPTED, PLAIN, PERTURBED))
+
     if settings.perturbed and scale == 1 and not composed:
         # away from the perturbed estimate alone: prompted + s (prompted - blurred)
         denoise = guided(lambda x, sigma: tuple(ask(x, sigma, PROMPTED, PERTURBED)), 1 + settings.perturbed)
     elif settings.perturbed:
-        denoise = perturbed(lambda x, sigma: tuple(ask(x, sigma, PROMPTED, PLAIN, PERTURBED)), scale, settings.perturbed)
+        denoise = perturbed(triple, scale, settings.perturbed)
     elif scale == 1:
         denoise = prompted
     elif settings.rescale:

@@ -48,7 +48,7 @@ def to_mask(image: Image.Image) -> Tensor:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey levels -> 8-bit ones, dividing by 257, so that white stays white. Pillow's own conversion clips them."""
+    """16-bit grey levels -> 8-bit ones, divided by 257, so that white stays white. Pillow itself would clip them."""
     if not image.mode.startswith("I"):
         return image
     levels = np.asarray(image)
@@ -83,7 +83,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def open_picture(path: str | Path, background: str = "white") -> Image.Image:
-    """A picture file -> RGB, turned as its EXIF data says. UserError, with the reason, for anything that is not whole."""
+    """A picture file -> RGB, turned as its EXIF data says. UserError, with the reason, for what is not whole."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > LARGEST:
@@ -128,7 +128,7 @@ def read_settings(path: str | Path) -> Settings:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, to be written; it becomes `path` in one step at the end, or vanishes on an error."""
+    """A temporary name beside `path`, to be written; at the end it becomes `path` in one step, or it vanishes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -173,7 +173,9 @@ def write_new_png(image: Image.Image, path: Path, settings: Settings | None = No
 # --- grids -----------------------------------------------------------------------------------------------------------
 
 
-def grid(images: Sequence[Image.Image], columns: int, across: Sequence[str] = (), down: Sequence[str] = ()) -> Image.Image:
+def grid(
+    images: Sequence[Image.Image], columns: int, across: Sequence[str] = (), down: Sequence[str] = ()
+) -> Image.Image:
     """Pictures row by row on one sheet, with a label over each column (`across`) and left of each row (`down`)."""
     width, height = (max(size) for size in zip(*(image.size for image in images), strict=True))
     rows = -(-len(images) // columns)
@@ -200,8 +202,8 @@ def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> 
     """A matrix that turns a latent into one rough pixel: (L + 1, 3), its last row the constant.
 
     Least squares over random latents and what the VAE decodes them to, averaged over each latent's patch of pixels. The
-    latents are noise of several coarsenesses, because a picture's latents are smooth for the most part. This is made anew
-    whenever a preview is asked for: it takes an eighth of the work of decoding one 512x512 picture.
+    latents are noise of several coarsenesses, because a picture's latents are smooth for the most part. This is made
+    anew whenever a preview is asked for: it takes an eighth of the work of decoding one 512x512 picture.
     """
     generator = torch.Generator().manual_seed(seed)
     channels, weight = vae.config.latent_channels, next(vae.parameters())
@@ -209,7 +211,7 @@ def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> 
     latents = torch.cat([F.interpolate(c, (side, side), mode="nearest") for c in coarse])          # (S, L, side, side)
     pixels = vae.decode(latents.to(weight) / vae.config.scaling_factor).float().cpu()
     patches = F.avg_pool2d(pixels.clamp(-1, 1), vae.config.factor)                                 # (S, 3, side, side)
-    inputs = F.pad(latents.movedim(1, -1).reshape(-1, channels), (0, 1), value=1.0)                # (S*side*side, L + 1)
+    inputs = F.pad(latents.movedim(1, -1).reshape(-1, channels), (0, 1), value=1.0)               # (S side side, L + 1)
     return torch.linalg.lstsq(inputs, patches.movedim(1, -1).reshape(-1, 3)).solution
 
 

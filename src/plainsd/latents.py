@@ -1,7 +1,9 @@
 """What every task shares: repeatable noise, the VAE on both sides, and the one loop from noise to clean latents.
 
-Precision changes in two places: around the UNet (`guidance.predict`) and around the VAE (`through_vae`). Everything else
-is float32. Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
+Precision changes in two places: around the UNet (`guidance.predict`) and around the VAE (`through_vae`). Everything
+else is float32.
+
+Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def noise_of_each(each: Sequence[Settings], device: torch.device) -> Draw:
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From a towards b on the sphere through both, so that a mix of two noises has the length of one (Shoemake 1985)."""
+    """From a towards b on the sphere through both: a mix of two noises as long as each of them (Shoemake 1985)."""
     cosine = torch.dot(a.flatten() / a.norm(), b.flatten() / b.norm()).clamp(-1, 1)
     angle = torch.acos(cosine)
     if angle < 1e-4:
@@ -83,7 +85,7 @@ def through_vae(sd: StableDiffusion, run: Callable[[VAE, Tensor], Tensor], x: Te
 
 
 def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw) -> Tensor:
-    """One picture, or one each (1 or B, 3, H, W) -> a latent for each of the batch, (B, L, h, w), drawn from what the encoder gives."""
+    """One picture, or one each (1 or B, 3, H, W) -> a latent each (B, L, h, w), drawn from what the encoder gives."""
     moments = through_vae(sd, lambda vae, x: torch.stack([(g := vae.encode(x)).mean, g.logvar]), pixels)
     mean, logvar = moments                                               # (1 or B, L, h, w)
     return (mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:])) * sd.vae.config.scaling_factor
@@ -143,7 +145,10 @@ def sample(
     if known is not None:
         sigmas = sigmas[-1 - steps_of_strength(one.steps, one.strength) :]
     from_noise = known is None or known.latents is None or (known.mask is not None and one.strength == 1)
-    x = noise * first_scale(sigmas, one.sampler, one.spacing) if from_noise else add_noise(known.latents, noise, sigmas[0])
+    if from_noise:
+        x = noise * first_scale(sigmas, one.sampler, one.spacing)
+    else:
+        x = add_noise(known.latents, noise, sigmas[0])
     denoise = _denoise(sd, each, size, sigmas, timesteps, known.concat if known else None, first_pass)
     if known is not None and known.mask is not None:
         denoise = inpainting(denoise, known.latents, known.mask, noise, start=sigmas[0] if from_noise else math.inf)
@@ -152,7 +157,7 @@ def sample(
     options = {k: v for k, v in options.items() if v is not None and k in inspect.signature(sampler).parameters}
     for step in sampler(denoise, x, sigmas, lambda: draw(shape), **options):
         yield step
-    clean = step.x / math.sqrt(1 + step.sigma**2)                        # what little noise some samplers leave stays in
+    clean = step.x / math.sqrt(1 + step.sigma**2)                        # some samplers leave a little noise; it stays
     if known is not None and known.mask is not None:
         clean = known.mask * clean + (1 - known.mask) * known.latents
     return clean

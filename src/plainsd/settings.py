@@ -39,7 +39,7 @@ class Settings:
     rescale: float = 0.0                           # Lin et al. 2023 (arXiv:2305.08891), 0 to 1
     interval: tuple[float, float] | None = None    # sigmas between which guidance acts (arXiv:2404.07724)
     perturbed: float = 0.0                         # scale of perturbed-attention guidance (arXiv:2403.17377)
-    threshold: float | None = None                 # percentile of dynamic thresholding, such as 0.995 (arXiv:2205.11487)
+    threshold: float | None = None                 # percentile of dynamic thresholding, .995 (arXiv:2205.11487)
     model: str | None = None                       # its name, for the text; which model draws is said elsewhere
     other: tuple[tuple[str, str], ...] = ()        # what a text said beside these; nothing here acts on it
 
@@ -61,8 +61,8 @@ class Settings:
 UPSCALERS = ("latent", "lanczos")
 SIZES = (8, 4096)                                  # pixels, of either side
 RANGES = {
-    "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**63 - 1), "clip_skip": (1, 48), "eta": (0, 1),
-    "strength": (0, 1), "variation_seed": (0, 2**63 - 1), "variation_strength": (0, 1), "hires": (1, 8),
+    "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**63 - 1), "clip_skip": (1, 48),
+    "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**63 - 1), "variation_strength": (0, 1), "hires": (1, 8),
     "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
 }  # fmt: skip
 
@@ -74,10 +74,11 @@ SAMPLERS = {
     "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m_sde": "DPM++ 3M SDE", "lms": "LMS", "unipc": "UniPC", "lcm": "LCM",
 }  # fmt: skip
 SPACINGS = {
-    "karras": "Karras", "exponential": "Exponential", "linspace": "Uniform", "trailing": "SGM Uniform", "leading": "DDIM",
+    "karras": "Karras", "exponential": "Exponential", "linspace": "Uniform", "trailing": "SGM Uniform",
+    "leading": "DDIM",
     "distilled": "Distilled",                      # lcm's own
 }  # fmt: skip
-SUFFIXES = ("karras", "exponential")               # these stand behind the sampler's name, the others as "Schedule type"
+SUFFIXES = ("karras", "exponential")               # written behind the sampler's name; the others as "Schedule type"
 
 
 def number(value: float) -> str:
@@ -126,7 +127,7 @@ def quote(text: str) -> str:
 def unquote(text: str) -> str:
     try:
         return json.loads(text) if text.startswith('"') else text
-    except ValueError:                             # a bare value of some other program that happens to start with a quote
+    except ValueError:                             # another program's bare value that starts with a quote
         return text
 
 
@@ -154,7 +155,7 @@ ENTRY = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 def _sampler(said: dict[str, str]) -> dict[str, str | None]:
-    """"DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays as it is."""
+    """"DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays."""
     name, schedule = said.pop("Sampler", None), said.pop("Schedule type", "Automatic")
     spacing = {text: ours for ours, text in SPACINGS.items()}.get(schedule)
     if schedule not in ("Automatic", *SPACINGS.values()):
@@ -170,7 +171,7 @@ def parse_settings(text: str) -> Settings:
     *lines, last = text.rstrip("\n").split("\n")
     said = {key: unquote(value.strip()) for key, value in ENTRY.findall(last)}
     if len(said) < 3:                              # A1111's own rule: fewer, and the line belongs to the prompt
-        raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: ..., Sampler: ..., ...'")
+        raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: 20, Sampler: ...'")
     negative = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
     found = {
         "prompt": "\n".join(lines[:negative]),

@@ -1,1 +1,1 @@
-"""The sub-commands of `plainsd`: one small dataclass each, whose fields are its flags. torch is imported in `run()` only."""
+"""The sub-commands of `plainsd`: small dataclasses whose fields are the flags. torch is imported in `run()` only."""

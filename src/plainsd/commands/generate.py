@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from plainsd.commands.output import Preview, Target, check_writable
 from plainsd.errors import UserError, unknown
 from plainsd.settings import DEFAULTS, FIELDS, Settings
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
     from plainsd.generate import Pictures, StableDiffusion
 
-OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-PREVIEW_EVERY = 0.2                   # seconds
 Batch = tuple[list[str], dict]        # prompts, and the choices that all of them share
 
 
@@ -54,7 +51,8 @@ class Generate:
     guidance: Annotated[float | None, flag("SCALE")] = None
     """how strictly the prompt is followed; 1 ignores --negative and is twice as fast"""
     sampler: Annotated[str | None, flag("NAME")] = None
-    """ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms unipc lcm"""
+    """ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms unipc
+    lcm"""
     spacing: Annotated[str | None, flag("NAME")] = None
     """of the noise levels: leading trailing linspace karras exponential"""
     seed: Annotated[int | None, flag("N")] = None
@@ -162,7 +160,8 @@ class Generate:
             prompts = read_prompts(self.prompts)
         if not prompts:
             raise UserError("there is no prompt; give one, or a picture with --from, or a file with --prompts")
-        given = {k: v for k, v in asdict(self).items() if k in DEFAULTS and k not in ("prompt", "model") and v is not None}
+        choosable = DEFAULTS.keys() - {"prompt", "model"}
+        given = {name: value for name, value in asdict(self).items() if name in choosable and value is not None}
         if self.count < 1 or self.batch < 1:
             raise UserError(f"count {self.count} and batch {self.batch} must be 1 or more")
         choices |= given
@@ -191,9 +190,14 @@ class Generate:
         return lambda sd, prompts, **more: generate().image_to_image(sd, prompts, image, **more)
 
     def check_model(self, sd: StableDiffusion, recorded: str | None) -> None:
-        name = generate().model_name(sd)
+        from plainsd.choices import model_name
+
+        name = model_name(sd)
         if recorded not in (None, name) and self.model is None:
-            raise UserError(f"'{self.from_}' was made with the model {recorded!r}, and this is {name!r}; say where with --model")
+            raise UserError(
+                f"'{self.from_}' was made with the model {recorded!r}, and this is {name!r}; "
+                "say where that is with --model"
+            )
 
 
 def generate():
@@ -261,7 +265,7 @@ def sheet(images: list[Image.Image], axes: list[Axis]) -> Image.Image:
     return grid(images, len(labels[0]), *labels)
 
 
-# --- drawing and writing ---------------------------------------------------------------------------------------------
+# --- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def draw(sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Path | None) -> Iterator[Pictures]:
@@ -288,58 +292,5 @@ def draw(sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Pat
                     if show:
                         show(event)
             except torch.OutOfMemoryError:
-                raise UserError(f"{len(run.settings)} pictures at once need more memory than there is; try --batch 1") from None
-
-
-class Preview:
-    """A PNG file that follows the drawing: the current estimate, without the VAE, a few times a second."""
-
-    def __init__(self, sd: StableDiffusion, path: Path):
-        from plainsd.images import fit_latent_rgb
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.factor, self.last = path, sd.vae.config.factor, 0.0
-        self.latent_rgb = fit_latent_rgb(sd.vae)
-
-    def __call__(self, step) -> None:
-        from plainsd.images import grid, preview, write_png
-
-        now = time.perf_counter()
-        if now - self.last >= PREVIEW_EVERY:
-            images = preview(step.denoised, self.latent_rgb, self.factor)
-            write_png(grid(images, math.ceil(math.sqrt(len(images)))), self.path)
-            self.last = now
-
-
-class Target:
-    """Where pictures go: a .png file, or a folder in which they are numbered. Nothing is overwritten."""
-
-    def __init__(self, out: Path):
-        suffix = out.suffix.lower()
-        if suffix in OTHER_FORMATS:
-            raise UserError(f"--out '{out}': pictures are written as PNG, which keeps their settings; name it {out.stem}.png")
-        self.file = out if suffix == ".png" and not out.is_dir() else None
-        self.folder = out.parent if self.file else out
-        check_writable(self.folder)
-
-    def write(self, image: Image.Image, settings: Settings | None) -> Path:
-        from plainsd.images import write_new_png
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.file or self.folder / f"{self.next_number():05d}-{settings.seed if settings else 'grid'}.png"
-            return write_new_png(image, path, settings)
-        except OSError as error:
-            raise UserError(f"cannot write into '{self.folder}': {error.strerror}; choose another place with --out") from error
-
-    def next_number(self) -> int:
-        numbers = [int(path.name[:5]) for path in self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
-        return max(numbers, default=0) + 1
-
-
-def check_writable(folder: Path) -> None:
-    """Before the work, not after it. The nearest folder that exists decides."""
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        kind = "may not be written" if nearest.is_dir() else "is not a folder"
-        raise UserError(f"cannot write into '{folder}': '{nearest}' {kind}; choose another place with --out")
+                many = len(run.settings)
+                raise UserError(f"{many} pictures at once need more memory than there is; try --batch 1") from None

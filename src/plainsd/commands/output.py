@@ -1,0 +1,76 @@
+"""Where pictures go: numbered files, and a file that shows the picture while it is drawn."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plainsd.errors import UserError
+from plainsd.settings import Settings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from plainsd.generate import StableDiffusion
+    from plainsd.samplers import Step
+
+OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+PREVIEW_EVERY = 0.2                   # seconds
+
+
+class Preview:
+    """A PNG file that follows the drawing: the current estimate, without the VAE, a few times a second."""
+
+    def __init__(self, sd: StableDiffusion, path: Path):
+        from plainsd.images import fit_latent_rgb
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.factor, self.last = path, sd.vae.config.factor, 0.0
+        self.latent_rgb = fit_latent_rgb(sd.vae)
+
+    def __call__(self, step: Step) -> None:
+        from plainsd.images import grid, preview, write_png
+
+        now = time.perf_counter()
+        if now - self.last >= PREVIEW_EVERY:
+            images = preview(step.denoised, self.latent_rgb, self.factor)
+            write_png(grid(images, math.ceil(math.sqrt(len(images)))), self.path)
+            self.last = now
+
+
+class Target:
+    """Where pictures go: a .png file, or a folder in which they are numbered. Nothing is overwritten."""
+
+    def __init__(self, out: Path):
+        suffix = out.suffix.lower()
+        if suffix in OTHER_FORMATS:
+            raise UserError(f"--out '{out}': pictures are written as PNG, with their settings; name it {out.stem}.png")
+        self.file = out if suffix == ".png" and not out.is_dir() else None
+        self.folder = out.parent if self.file else out
+        check_writable(self.folder)
+
+    def write(self, image: Image.Image, settings: Settings | None) -> Path:
+        from plainsd.images import write_new_png
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.file or self.folder / f"{self.next_number():05d}-{settings.seed if settings else 'grid'}.png"
+            return write_new_png(image, path, settings)
+        except OSError as error:
+            place, reason = self.folder, error.strerror
+            raise UserError(f"cannot write into '{place}': {reason}; choose another place with --out") from error
+
+    def next_number(self) -> int:
+        numbers = [int(path.name[:5]) for path in self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+        return max(numbers, default=0) + 1
+
+
+def check_writable(folder: Path) -> None:
+    """Before the work, not after it. The nearest folder that exists decides."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        kind = "may not be written" if nearest.is_dir() else "is not a folder"
+        raise UserError(f"cannot write into '{folder}': '{nearest}' {kind}; choose another place with --out")
