@@ -1,5 +1,7 @@
 # make demo                 sets everything up, once, and makes a picture
 # make demo PROMPT="..."    ... of whatever you like
+# make serve                sets everything up, once, and serves a page at http://127.0.0.1:7860
+# make serve SERVE="--port 8000 --model some/folder"
 # make test                 what each change must pass; minutes
 # make test-full            all tests that this machine can run; longer
 # No environment needs to be activated: everything runs in .venv, which is made here.
@@ -10,10 +12,13 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo test test-full
+.PHONY: demo serve test test-full
 
 demo: .venv/installed
 	@.venv/bin/plainsd generate "$$PROMPT"
+
+serve: .venv/installed-serve
+	@.venv/bin/plainsd serve $(SERVE)
 
 test: .venv/installed-test
 	.venv/bin/python -m pytest -m "not full and not gpu"
@@ -24,6 +29,10 @@ test-full: .venv/installed-test
 .venv/installed: pyproject.toml constraints.txt | .venv
 	@echo "installing plainsd and what it needs into .venv"
 	@$(PIP) --editable . && touch $@
+
+.venv/installed-serve: .venv/installed
+	@echo "installing what serving needs into .venv"
+	@$(PIP) --editable ".[serve]" && touch $@
 
 .venv/installed-test: .venv/installed
 	@echo "installing what the tests need into .venv"

@@ -27,6 +27,7 @@ COMMANDS = {                          # name: module, class, what it does
     "tokens": ("plainsd.commands.inspect", "Tokens", "how a prompt is cut and weighted"),
     "eval": ("plainsd.commands.evaluate", "Evaluate", "how well a model trained on emoji draws them"),
     "train": ("plainsd.train.cli", "Train", "train a model, from nothing or from another"),
+    "serve": ("plainsd.server.command", "Serve", "a page and three APIs in the browser and for programs"),
 }  # fmt: skip
 HELP = ("-h", "--help")
 

@@ -1,0 +1,15 @@
+"""`plainsd serve`: a page and three APIs over one worker. fastapi and uvicorn are imported only when serving.
+
+    refusals.py    errors a client can put right, in each API's form
+    security.py    who may ask: hosts, origins, token, content types, sizes
+    store.py       the data folder: SQLite for jobs and history, PNG files for pictures
+    jobs.py        the queue: fair, bounded, batching what agrees, nothing lost
+    models.py      models by name, loaded when wanted, least recently used out first
+    worker.py      the one thread that draws
+    uploads.py     pictures that come in: checked, masked, cropped, pasted back
+    requests.py    from a request to a job, checked at the door by the very code that will draw
+    app.py         routes of our own API and the page; openai.py and a1111.py: those of the other two
+    metrics.py     Prometheus' text form
+    client.py      the other end: `plainsd generate --server`
+    command.py     `plainsd serve`
+"""

@@ -1,0 +1,120 @@
+"""The models that the server knows by name: loaded when a job wants them, kept as long as memory allows."""
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plainsd.checkpoint import choose_device, choose_dtype, load, read
+from plainsd.contents import empty, parts
+from plainsd.errors import UserError, unknown
+from plainsd.generate import StableDiffusion, model_name
+from plainsd.hub import find
+from plainsd.images import fit_latent_rgb
+from plainsd.server.refusals import Refused
+
+
+@dataclass
+class Model:
+    """One model; its networks are there while it is resident."""
+
+    name: str
+    source: str | None                # None: the embedded one
+    bare: StableDiffusion             # all of it but the weights: enough to check a request
+    bytes: int                        # in memory
+    sd: StableDiffusion | None = None
+    latent_rgb: Tensor | None = None  # for previews
+    used: float = field(default_factory=time.monotonic)
+
+
+class Models:
+    """All models by name; the first is the default. Only the worker's thread loads and drops."""
+
+    def __init__(self, sources: Sequence[str | None], device: str = "auto", dtype: str = "auto", budget: float | None = None,
+                 loras: Path | None = None):
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.budget = budget_of(self.device) if budget is None else budget
+        self.lock, self.loads, self.lora_folder = threading.Lock(), 0, loras
+        self.known: dict[str, Model] = {}
+        for source in sources or [None]:
+            model = self.described(source)
+            if model.name in self.known:
+                raise UserError(f"two models are called {model.name!r}; rename the folder or file of one")
+            self.known[model.name] = model
+        self.default = next(iter(self.known))
+
+    def described(self, source: str | None) -> Model:
+        """What a model is, without reading its weights."""
+        path = find(source)
+        variant = read(path).variant
+        networks = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
+        bare = StableDiffusion(
+            tokenizers=[], text_encoders=[net for name, net in networks.items() if name.startswith("text")],
+            unet=networks["unet"], vae=networks["vae"], schedule=variant.schedule.build(), prediction=variant.prediction,
+            variant=variant, path=path,
+        )  # fmt: skip
+        numbers = sum(prod(tensor.shape) for network in networks.values() for tensor in network.state_dict().values())
+        return Model(model_name(bare), source, bare, numbers * self.dtype.itemsize)
+
+    def __getitem__(self, name: str | None) -> Model:
+        """By name; None is the default. 404 where there is none such."""
+        name = self.default if name is None else name
+        if name not in self.known:
+            raise Refused(404, str(unknown("model", name, self.known)), "model", name)
+        return self.known[name]
+
+    def loras(self) -> dict[str, Path]:
+        """The LoRAs in their folder, by name."""
+        if self.lora_folder is None:
+            return {}
+        return {path.stem: path for path in sorted(self.lora_folder.rglob("*.safetensors")) if path.is_file()}
+
+    def check_loras(self, wanted: Sequence[tuple[str, float]]) -> None:
+        known = self.loras()
+        for name, _ in wanted:
+            if name not in known:
+                place = "start the server with --loras FOLDER" if self.lora_folder is None else f"choose from {', '.join(known) or 'none'}"
+                raise UserError(f"loras: there is none called {name!r}; {place}")
+
+    def resident(self, name: str) -> Model:
+        """The model with its networks, loaded if need be; others make room, least recently used first."""
+        if name not in self.known:
+            raise UserError(f"model {name!r} is not served any more; start the server with --model for it")
+        model = self.known[name]
+        model.used = time.monotonic()
+        if model.sd is None:
+            while self.bytes() + model.bytes > self.budget and (oldest := self.oldest()) is not None:
+                self.drop(oldest)
+            sd = load(model.source, device=self.device, dtype=self.dtype)
+            with self.lock:
+                model.sd, model.latent_rgb = sd, fit_latent_rgb(sd.vae)
+                self.loads += 1
+        return model
+
+    def oldest(self) -> Model | None:
+        resident = [model for model in self.known.values() if model.sd is not None]
+        return min(resident, key=lambda model: model.used, default=None)
+
+    def drop(self, model: Model) -> None:
+        with self.lock:
+            model.sd = model.latent_rgb = None
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+    def bytes(self) -> int:
+        """What the resident ones take."""
+        return sum(model.bytes for model in self.known.values() if model.sd is not None)
+
+
+def budget_of(device: torch.device) -> float:
+    """Bytes for models where none is given: three quarters of a GPU's memory, half of the machine's."""
+    if device.type == "cuda":
+        return 0.75 * torch.cuda.get_device_properties(device).total_memory
+    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

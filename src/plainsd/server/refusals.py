@@ -1,0 +1,61 @@
+"""What a client did wrong, as one JSON error: what, which value, what to do. Each API has its own form of it."""
+
+import math
+import re
+from typing import Any
+
+from plainsd.errors import UserError
+
+FIELDS = (                            # a message that begins with one of these is about that field
+    "prompt", "negative", "size", "steps", "guidance", "sampler", "spacing", "seed", "clip skip", "eta", "strength",
+    "variation seed", "variation strength", "hires", "upscaler", "rescale", "interval", "perturbed", "threshold", "model",
+    "count", "image", "mask", "loras", "grid",
+)  # fmt: skip
+ABOUT = re.compile(rf"(?:unknown |the )?({'|'.join(sorted(FIELDS, key=len, reverse=True))})\b")
+LONGEST = 1000                        # characters of a message
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Refused(Exception):
+    """A request that is answered with an error. The message is one line: what, which value; what to do."""
+
+    def __init__(
+        self, status: int, message: str, field: str | None = None, value: Any = None, headers: dict[str, str] | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.field, self.headers = status, printable(message), field, headers or {}
+        self.value = shown(value)
+
+    @classmethod
+    def from_user_error(cls, error: UserError, values: dict[str, Any] | None = None) -> "Refused":
+        """The field is told by the first words of the message."""
+        message = str(error)
+        found = ABOUT.match(message)
+        field = found[1].replace(" ", "_") if found else None
+        return cls(422, message, field, (values or {}).get(field))
+
+    def body(self, path: str) -> dict:
+        """The error as the API of that path puts it."""
+        what, _, remedy = self.message.partition("; ")
+        if path.startswith("/v1/"):
+            kind = OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+            code = "model_not_found" if (self.status, self.field) == (404, "model") else None
+            return {"error": {"message": self.message, "type": kind, "param": self.field, "code": code}}
+        if path.startswith("/sdapi/"):
+            return {"error": "HTTPException", "detail": self.message, "body": "", "errors": self.message}
+        whole = {"message": self.message, "what": what, "field": self.field, "value": self.value, "remedy": remedy or None}
+        return {"error": whole}
+
+
+def printable(text: str) -> str:
+    """One line of sound Unicode, however hostile the input that it quotes."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())[:LONGEST]
+
+
+def shown(value: Any) -> Any:
+    """A value as it can stand in JSON."""
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, (list, tuple)) and len(value) <= 16:
+        return [shown(one) for one in value]
+    return printable(str(value))[:200]

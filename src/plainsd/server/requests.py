@@ -1,0 +1,231 @@
+"""From a request to a job. It is checked at the door, by the very functions that will draw, on a model without weights."""
+
+import hashlib
+import secrets
+import time
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Any
+
+from PIL import Image
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from plainsd.errors import UserError, unknown
+from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
+from plainsd.prompts import lora_tags
+from plainsd.server.jobs import Job, Sheet, Source
+from plainsd.server.models import Model, Models
+from plainsd.server.refusals import Refused
+from plainsd.server.security import Limits
+from plainsd.server.store import new_id, new_place
+from plainsd.server.uploads import Box, alpha_of, hole_of, picture, png, resized
+from plainsd.settings import FIELDS, Settings
+
+CELLS = tuple(name for _, name, _, _ in FIELDS if name not in ("size", "interval", "model", "upscaler")) + ("sampler", "spacing")
+
+
+def clean(text: str) -> str:
+    """Text that can be written anywhere: no lone halves of characters, no control characters but line breaks and tabs."""
+    if any(0xD800 <= ord(sign) < 0xE000 or (ord(sign) < 32 and sign not in "\n\r\t") for sign in text):
+        raise ValueError("has control characters or broken Unicode; take them out")
+    return text
+
+
+Text = Annotated[str, AfterValidator(clean)]
+
+
+class LoRA(BaseModel):
+    """An adapter out of the server's folder, and how strongly it acts."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Text
+    strength: float = Field(1.0, ge=-10, le=10)
+
+
+class Axis(BaseModel):
+    """One side of an X/Y grid."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Text = Field(description="a setting, such as guidance, steps, seed or sampler")
+    values: list[int | float | Text] = Field(min_length=1)
+
+
+class JobRequest(BaseModel):
+    """Pictures to be drawn. What is left out takes the model's own default."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a red apple", "count": 2}]})
+
+    prompt: Text = Field("", description="what to draw")
+    negative: Text = Field("", description="what to keep away from")
+    model: Text | None = Field(None, description="one of GET /api/models")
+    size: tuple[int, int] | None = Field(None, description="width and height in pixels, multiples of 8")
+    steps: int | None = None
+    guidance: float | None = Field(None, description="how strictly the prompt is followed; 1 ignores the negative prompt")
+    sampler: Text | None = None
+    spacing: Text | None = Field(None, description="of the noise levels")
+    seed: int | None = Field(None, description="of the first picture, the following have the next; none: a random one")
+    count: int = Field(1, description="pictures")
+    loras: list[LoRA] = []
+    image: Text | None = Field(None, description="a PNG, JPEG or WebP file in base64, to draw over")
+    strength: float | None = Field(None, description="how far from the picture: the share of the steps that run")
+    mask: Text | None = Field(None, description="a picture of the same size in base64; only its light part is drawn anew")
+    mask_blur: float = Field(0, ge=0, le=64, description="softness of the mask's edge, in pixels")
+    hires: float | None = Field(None, description="a second pass on the picture enlarged so many times")
+    upscaler: Text | None = Field(None, description="how it is enlarged: latent or lanczos")
+    variation_seed: int | None = None
+    variation_strength: float | None = None
+    clip_skip: int | None = None
+    eta: float | None = None
+    rescale: float | None = None
+    interval: tuple[float, float] | None = None
+    perturbed: float | None = None
+    threshold: float | None = None
+    grid: list[Axis] | None = Field(None, min_length=1, max_length=2, description="one picture for each pair of values, and a sheet of them all")
+
+    def choices(self) -> dict[str, Any]:
+        """What is not left open of the settings that the tasks know."""
+        names = ("size", "steps", "guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler", "variation_seed",
+                 "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed", "threshold")  # fmt: skip
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def job_request(**fields: Any) -> JobRequest:
+    """For the other APIs, whose fields have been given other names already."""
+    try:
+        return JobRequest(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        raise Refused(422, f"{field}: {first['msg']}; see /docs for what it takes", field, first["input"]) from None
+
+
+@dataclass(frozen=True)
+class Base:
+    """Pictures to draw on, ready: see `Source`."""
+
+    image: Image.Image
+    hole: Image.Image | None = None
+    base: Image.Image | None = None
+    alpha: Image.Image | None = None
+    box: Box | None = None
+
+    def kept(self) -> tuple[Source, dict[str, bytes]]:
+        """The names under which they will lie among the inputs, and their files."""
+        files = {name: png(image) for name in ("image", "hole", "base", "alpha") if (image := getattr(self, name))}
+        names = {name: f"{hashlib.sha256(content).hexdigest()[:32]}.png" for name, content in files.items()}
+        return Source(**names, box=self.box), {names[name]: content for name, content in files.items()}
+
+
+def base_of(request: JobRequest, limits: Limits) -> Base | None:
+    """The pictures of a request, decoded, at the size at which they are drawn on."""
+    if request.image is None:
+        if request.mask is not None:
+            raise Refused(422, "mask without an image; send the picture that it belongs to", "mask")
+        return None
+    image = picture(request.image, "image", limits)
+    size = request.size or image.size
+    if min(size) < 8 or size[0] * size[1] > limits.pixels:
+        what = "size" if request.size else "image"
+        raise Refused(422, f"{what} {size[0]}x{size[1]} is out of range; choose a size from 8x8 to {limits.pixels} pixels in "
+                      "all", what, list(size))
+    if request.mask is None:
+        return Base(resized(image, size))
+    mask = picture(request.mask, "mask", limits, "black")
+    if mask.size != image.size:
+        raise Refused(422, f"mask {mask.width}x{mask.height} and image {image.width}x{image.height} differ in size; make them "
+                      "the same", "mask", list(mask.size))
+    image, alpha = resized(image, size), alpha_of(mask.resize(size), request.mask_blur)
+    return Base(image, hole_of(alpha), image, alpha) if request.mask_blur else Base(image, alpha)
+
+
+def checked(model: Model, request: JobRequest, base: Base | None, prompt: str, negative: str, **cell: Any) -> list[Settings]:
+    """The settings of each picture, nothing left open. UserError where the model cannot do it."""
+    choices = request.choices() | cell
+    if base is None:
+        if "strength" in choices and "hires" not in choices:
+            raise UserError(f"strength {choices['strength']} without an image; send one, or leave strength out")
+        return text_to_image(model.bare, prompt, negative, count=request.count, **choices).settings
+    choices |= {"size": base.image.size, "count": request.count, "negative": negative}
+    if base.hole is None:
+        return image_to_image(model.bare, prompt, base.image, choices.pop("strength", 0.75), **choices).settings
+    return inpaint(model.bare, prompt, base.image, base.hole, choices.pop("strength", 1.0), **choices).settings
+
+
+def cells(request: JobRequest) -> list[dict[str, Any]]:
+    """The settings in which the pictures of a grid differ, row by row; one empty set without a grid."""
+    readers = {name: read for _, name, read, _ in FIELDS} | {"sampler": str, "spacing": str}
+    axes = []
+    for axis in request.grid or []:
+        name = axis.name.strip().replace(" ", "_")
+        if name not in CELLS:
+            raise Refused(422, str(unknown("grid setting", axis.name, CELLS)), "grid", axis.name)
+        try:
+            axes.append([(name, readers[name](str(value).strip())) for value in axis.values])
+        except (ValueError, OverflowError):
+            raise Refused(422, f"grid {axis.name} has a value that cannot be read; give numbers such as 3, 5, 7", "grid",
+                          axis.values) from None
+    return [dict(pairs) for pairs in product(*reversed(axes))]
+
+
+def check_limits(request: JobRequest, limits: Limits) -> None:
+    for name in ("prompt", "negative"):
+        length = len(getattr(request, name))
+        if length > limits.prompt:
+            raise Refused(422, f"{name} has {length} characters; at most {limits.prompt} are taken", name, length)
+    pictures = request.count
+    for axis in request.grid or []:
+        pictures *= len(axis.values)
+    if not 1 <= request.count <= limits.count:
+        raise Refused(422, f"count {request.count} is out of range; choose 1 to {limits.count}", "count", request.count)
+    if pictures > limits.count:
+        raise Refused(422, f"grid has {pictures} pictures; at most {limits.count} are drawn at once", "grid", pictures)
+    if request.grid and request.count > 1:
+        raise Refused(422, f"count {request.count} with a grid; leave count out", "count", request.count)
+
+
+def check_work(each: list[Settings], limits: Limits) -> None:
+    for one in each:
+        width, height = enlarged_size(one) if one.hires else one.size
+        if width * height > limits.pixels:
+            raise Refused(422, f"size {width}x{height} is out of range; this server draws up to {limits.pixels} pixels a "
+                          "picture", "size", [width, height])
+        if one.steps > limits.steps:
+            raise Refused(422, f"steps {one.steps} is out of range; choose 1 to {limits.steps}", "steps", one.steps)
+
+
+def new_job(request: JobRequest, models: Models, limits: Limits, client: str, api: str, base: Base | None = None) -> Job:
+    """A request, checked to the last field, as a job; it is not in the queue yet. Refused where something is wrong."""
+    model = models[request.model]
+    check_limits(request, limits)
+    if request.seed is None:
+        request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
+    try:
+        prompt, loras = lora_tags(request.prompt)
+        loras += [(lora.name, lora.strength) for lora in request.loras]
+        models.check_loras(loras)
+        base = base or base_of(request, limits)
+        each = [one for cell in cells(request) for one in checked(model, request, base, prompt, request.negative, **cell)]
+        check_clip_skip(model, each)
+    except UserError as error:
+        raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask"})) from None
+    check_work(each, limits)
+    source, inputs = base.kept() if base else (None, {})
+    id, created = new_id(), time.time()
+    return Job(
+        id=id, client=client, api=api, model=model.name, loras=loras, created=created, place=new_place(prompt, id, created),
+        each=each, source=source, inputs=inputs, sheet=sheet_of(request),
+    )  # fmt: skip
+
+
+def check_clip_skip(model: Model, each: list[Settings]) -> None:
+    layers = min(text.layers for text in model.bare.variant.text)
+    for one in each:
+        if (one.clip_skip or 1) > layers:
+            raise UserError(f"clip skip {one.clip_skip} is out of range; this model has {layers} layers")
+
+
+def sheet_of(request: JobRequest) -> Sheet | None:
+    if not request.grid:
+        return None
+    labels = [[f"{axis.name.replace('_', ' ')} {value}" for value in axis.values] for axis in request.grid]
+    return Sheet(labels[0], labels[1] if len(labels) > 1 else [])

@@ -1,0 +1,165 @@
+"""What every route works on: models, store, queue, worker, limits; and how a job is told to a client."""
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from plainsd.server.jobs import DONE, FAILED, QUEUED, Job, Queue
+from plainsd.server.models import Models
+from plainsd.server.refusals import Refused
+from plainsd.server.requests import Base, JobRequest, new_job
+from plainsd.server.security import Limits
+from plainsd.server.store import Picture, Store
+from plainsd.server.worker import Worker
+from plainsd.settings import format_settings
+
+HEARTBEAT = 15.0                      # seconds between signs of life on an event stream
+LAST_STEP = 30.0                      # seconds that a stopping server waits for the step under way
+SAFE_INTEGER = 2**53 - 1              # JavaScript's
+
+
+@dataclass
+class Service:
+    """One server."""
+
+    models: Models
+    store: Store
+    queue: Queue
+    worker: Worker
+    limits: Limits
+
+    @classmethod
+    def open(
+        cls, sources: Sequence[str | None], data: Path, limits: Limits = Limits(), *, batch: int = 4, device: str = "auto",
+        dtype: str = "auto", memory: float | None = None, loras: Path | None = None,
+    ) -> "Service":  # fmt: skip
+        """All of it, with nothing drawn yet. UserError where a model or the data folder cannot be used."""
+        models = Models(sources, device, dtype, memory, loras)
+        store = Store(data)
+        queue = Queue(store, limits.queue)
+        return cls(models, store, queue, Worker(queue, models, store, limits, batch), limits)
+
+    def close(self) -> None:
+        """Stops after the step under way; what was running is queued again for the next start."""
+        self.queue.stop()
+        if self.worker.is_alive():
+            self.worker.join(LAST_STEP)
+        self.store.put_back()
+        self.store.close()
+
+    # --- jobs --------------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: JobRequest, client: str, api: str, base: Base | None = None) -> Job:
+        """Checked, written down, queued."""
+        def enter() -> Job:
+            job = new_job(request, self.models, self.limits, client, api, base)
+            self.queue.add(job)
+            return job
+
+        return await run_in_threadpool(enter)
+
+    async def outcome(self, job: Job, request: Request) -> Job:
+        """Waits for the end of a job. It is cancelled when the client hangs up, for then nobody is waiting."""
+        heard = 0
+        while job.active:
+            heard = await job.bell.wait(heard, 0.5)
+            if job.active and await request.is_disconnected():
+                self.abandon(job)
+        return job
+
+    def abandon(self, job: Job) -> None:
+        try:
+            self.queue.cancel(job.id)
+        except Refused:               # it has ended meanwhile
+            pass
+
+    def told(self, job: Job) -> dict[str, Any]:
+        """A job as JSON."""
+        return {
+            "id": job.id, "state": job.state, "api": job.api, "model": job.model, "prompt": job.each[0].prompt,
+            "count": len(job.places), "done": len(job.done), "progress": round(job.progress(), 4),
+            "step": job.step, "steps": job.steps, "seconds_left": job.seconds_left(),
+            "position": self.queue.position(job) if job.state == QUEUED else None,
+            "seeds": [exact(one.seed) for one in job.each], "images": [job.picture_id(place) for place in sorted(job.done)],
+            "error": job.error, "created": job.created, "started": job.started, "finished": job.finished,
+        }  # fmt: skip
+
+    async def events(self, job: Job) -> AsyncIterator[tuple[str, dict]]:
+        """`progress` whenever something has changed, `beat` where nothing has for long, `end` at the end."""
+        heard, shown = -1, {}
+        while True:
+            if not job.active:
+                yield "end", await run_in_threadpool(self.told, job)
+                return
+            fresh = {place: image for place, image in list(job.previews.items()) if shown.get(place) is not image}
+            shown |= fresh
+            previews = {str(place): data_url(image) for place, image in fresh.items()}
+            yield "progress", await run_in_threadpool(self.told, job) | {"previews": previews}
+            while (rings := await job.bell.wait(heard, HEARTBEAT)) == heard:
+                yield "beat", {}
+            heard = rings
+            await asyncio.sleep(0.05)                    # steps that come faster are told together
+
+    # --- pictures ----------------------------------------------------------------------------------------------------
+
+    def picture(self, id: str) -> Picture:
+        found = self.store.picture(id)
+        if found is None:
+            raise Refused(404, f"there is no picture {id!r}; GET /api/images lists them")
+        return found
+
+    def files(self, job: Job) -> list[tuple[Picture, bytes]]:
+        """The pictures of a job that is done, with their files, in order."""
+        rows = sorted(self.store.pictures(job=job.id, limit=len(job.places)), key=lambda row: row.place)
+        return [(row, self.store.path(row).read_bytes()) for row in rows]
+
+
+def pictures_told(rows: Sequence[Picture]) -> list[dict[str, Any]]:
+    return [picture_told(row) for row in rows]
+
+
+def picture_told(row: Picture) -> dict[str, Any]:
+    """A picture of the history as JSON: what it is, and the settings that make it again."""
+    settings = row.settings
+    fields = {name: value for name, value in vars(settings).items() if name != "other"} | {"seed": exact(settings.seed)}
+    return {
+        "id": row.id, "number": row.number, "job": row.job, "url": f"/api/images/{row.id}.png",
+        "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height, "created": row.created,
+        "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
+        "parameters": format_settings(settings),
+    }  # fmt: skip
+
+
+def exact(seed: int) -> int | str:
+    """A seed that JavaScript could not hold goes as a string."""
+    return seed if seed <= SAFE_INTEGER else str(seed)
+
+
+def data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def why_not(job: Job) -> Refused | None:
+    """For APIs that wait: the error in place of pictures."""
+    if job.state == DONE:
+        return None
+    if job.state == FAILED:
+        return Refused(422 if job.at_fault else 500, job.error)
+    return Refused(409, f"job {job.id} was {job.state}; ask again")
+
+
+def client_of(request: Request, user: str | None = None) -> str:
+    """Whose turn it is counted as: the address, and the user that a program behind it names."""
+    address = request.client.host if request.client else "unknown"
+    return f"{address}/{user}" if user else address
+
+
+def now() -> int:
+    return int(time.time())

@@ -1,0 +1,143 @@
+"""The one thread that owns the models and the device: takes batches, draws them, keeps what comes out."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+
+from PIL import Image
+
+from plainsd.errors import UserError
+from plainsd.generate import Pictures, batch
+from plainsd.images import grid, preview
+from plainsd.samplers import Step
+from plainsd.server.jobs import FAILED, Job, Queue, Unit
+from plainsd.server.models import Model, Models
+from plainsd.server.security import Limits
+from plainsd.server.store import Store
+from plainsd.server.uploads import pasted, png
+
+PREVIEW_EVERY = 0.25                  # seconds
+log = logging.getLogger("plainsd.server")
+
+
+class Stopped(Exception):
+    """The server stops; the batch is given up and will be drawn again."""
+
+
+class Worker(threading.Thread):
+    """Draws until the queue is stopped. An error ends a job, never the thread."""
+
+    def __init__(self, queue: Queue, models: Models, store: Store, limits: Limits, size: int):
+        super().__init__(name="plainsd-worker", daemon=True)
+        self.queue, self.models, self.store, self.limits, self.size = queue, models, store, limits, size
+        self.pictures, self.failures, self.seconds, self.batches = 0, 0, 0.0, Counter()
+
+    def run(self) -> None:
+        while units := self.queue.take(self.size):
+            began = time.monotonic()
+            try:
+                self.draw(units)
+            except Stopped:
+                self.queue.put_back(units)
+            except Exception as error:
+                self.failed(units, error)
+            self.seconds += time.monotonic() - began
+            self.batches[len(units)] += 1
+
+    def draw(self, units: list[Unit]) -> None:
+        if units[0].is_sheet:
+            return self.keep(units[0], self.sheet(units[0].job))
+        model = self.models.resident(units[0].job.model)
+        began = time.monotonic()
+        pictures = self.sampled(model, units)
+        if pictures is None:
+            return
+        for unit, image in zip(units, pictures.images, strict=True):
+            if unit.job.active:
+                self.keep(unit, self.finished(unit.job, image))
+        self.queue.pace += 0.2 * ((time.monotonic() - began) / len(units) - self.queue.pace)
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def sampled(self, model: Model, units: list[Unit]) -> Pictures | None:
+        """Runs the batch as long as anybody wants it."""
+        source = units[0].job.source
+        image, hole = (self.store.input(name) if name else None for name in (source.image, source.hole)) if source else (None, None)
+        events = batch(model.sd, [unit.settings for unit in units], image, hole)
+        watch = Watch(self, model, units, events.steps)
+        with closing(events):
+            for event in events:
+                if isinstance(event, Pictures):
+                    return event
+                watch(event)
+                if self.queue.stopping:
+                    raise Stopped
+                if not any(unit.job.active for unit in units):
+                    return None
+
+    # --- keeping -----------------------------------------------------------------------------------------------------
+
+    def finished(self, job: Job, image: Image.Image) -> Image.Image:
+        """As it is shown: pasted into the old picture where the job says so."""
+        source = job.source
+        if source is None or source.base is None:
+            return image
+        return pasted(image, self.store.input(source.base), self.store.input(source.alpha), source.box)
+
+    def sheet(self, job: Job) -> Image.Image:
+        """The X/Y grid, from the files of its pictures."""
+        images = []
+        for place in range(len(job.each)):
+            row = self.store.picture(job.picture_id(place))
+            if row is None:
+                raise UserError("a picture of the grid was deleted before its sheet was made; draw the grid again")
+            with Image.open(self.store.path(row)) as image:
+                images.append(image.convert("RGB"))
+        return grid(images, len(job.sheet.across), job.sheet.across, job.sheet.down)
+
+    def keep(self, unit: Unit, image: Image.Image) -> None:
+        file = self.store.write(unit.job, unit.place, image)
+        if self.queue.entered(unit, file, image.size):
+            self.pictures += 1
+        else:                                                      # cancelled while it was written
+            (self.store.folder / file).unlink(missing_ok=True)
+
+    def failed(self, units: list[Unit], error: Exception) -> None:
+        """One job alone has failed; of several, each is tried again by itself, so that nobody pays for a neighbour."""
+        jobs = dict.fromkeys(unit.job for unit in units)
+        if len(units) > 1:
+            return self.queue.put_back(units, alone=True)
+        self.failures += 1
+        if not isinstance(error, UserError):
+            log.error("job %s failed", units[0].job.id, exc_info=error)
+        for job in jobs:
+            said = str(error) if isinstance(error, UserError) else f"drawing failed ({type(error).__name__}: {error}); see the server's log"
+            self.queue.end(job, FAILED, said, at_fault=isinstance(error, UserError))
+
+
+class Watch:
+    """Sees each step of a batch: progress, a preview now and then, and the time that each job has used."""
+
+    def __init__(self, worker: Worker, model: Model, units: list[Unit], steps: int):
+        self.worker, self.model, self.units = worker, model, units
+        self.jobs = Counter(unit.job for unit in units)
+        self.shown, self.before = 0.0, time.monotonic()
+        for job in self.jobs:
+            job.step, job.steps = 0, steps
+
+    def __call__(self, event: Step) -> None:
+        now, limit = time.monotonic(), self.worker.limits.seconds
+        if now - self.shown >= PREVIEW_EVERY:
+            self.shown = now
+            for unit, rough in zip(self.units, preview(event.denoised, self.model.latent_rgb, 1), strict=True):
+                unit.job.previews[unit.place] = png(rough)
+        for job, count in self.jobs.items():
+            job.step += 1
+            job.seconds += (now - self.before) * count / len(self.units)
+            if job.seconds > limit:
+                self.worker.queue.end(job, FAILED, f"drawing took longer than {limit:g} s; ask for fewer steps, fewer or "
+                                                   "smaller pictures")
+            job.bell.ring()
+        self.before = now
