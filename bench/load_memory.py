@@ -53,7 +53,8 @@ def measure(family: str, kept: str, wanted: str) -> tuple[int, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         hollow_file(path, family, getattr(torch, kept))
-        done = subprocess.run([sys.executable, "-c", CHILD, path, wanted, family], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", CHILD, path, wanted, family]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     peak, size, largest = map(int, done.stdout.split())
     return peak, size, largest * getattr(torch, kept).itemsize
 

@@ -91,7 +91,7 @@ def test_text_encoder_names(name):
 
 
 COUNTS = {                            # tensors in the public single files, less what is not a network's
-    "sd1": 1145 - 14 - 1,             # v1-5-pruned-emaonly: the noise table and the averaging's two numbers; position_ids
+    "sd1": 1145 - 14 - 1,             # v1-5-pruned-emaonly: noise table, averaging's two numbers; position_ids
     "sdxl-base": 2515 - 1 - 1,        # sd_xl_base_1.0: position_ids, logit_scale
 }
 

@@ -43,7 +43,8 @@ def test_reads_what_the_library_writes(tmp_path):
 
 
 def test_the_library_reads_what_we_write(tmp_path):
-    write_safetensors(tmp_path / "x.safetensors", {name: stored(tensor) for name, tensor in TENSORS.items()}, {"k": "v"})
+    tensors = {name: stored(tensor) for name, tensor in TENSORS.items()}
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"k": "v"})
     assert same(load_file(tmp_path / "x.safetensors"), TENSORS)
 
 
@@ -56,7 +57,7 @@ def test_strided_tensors_are_written_in_order(tmp_path):
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_pickles(tmp_path, old, nested):
-    tensors = {name: tensor for name, tensor in TENSORS.items() if name != "eight"}    # the old form is older than float8
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name != "eight"}    # older than float8
     content = {"state_dict": tensors, "epoch": 3, "callbacks": {"a": 1.5}} if nested else tensors
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not old)
     assert same(read_all(tmp_path / "x.ckpt"), tensors)

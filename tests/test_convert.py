@@ -1,0 +1,184 @@
+"""From layout to layout and back, bit for bit; shards, variants, pickles, a VAE from elsewhere."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_sd
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from small_models import CPU, QUICK, BIG, FAMILIES, EACH, model, same_networks, same_tensors, weights, small_families
+
+from plainsd.checkpoint import convert, load, load_vae, save, save_vae
+from plainsd.errors import UserError
+from plainsd.tensorfile import open_tensors
+from plainsd.tokenizer import Tokenizer, find_vocabulary
+
+# --- from layout to layout -------------------------------------------------------------------------------------------
+
+def public_extras(name: str) -> dict[str, torch.Tensor]:
+    """Tensors that public single files of a family hold beside the networks."""
+    ids = torch.arange(77)[None]
+    if name.startswith("sd1"):
+        return {"betas": torch.rand(9), "alphas_cumprod": torch.rand(9), "model_ema.decay": torch.tensor(0.5),
+                "posterior_mean_coef1": torch.rand(9), "sqrt_recipm1_alphas_cumprod": torch.rand(9),
+                "model_ema.diffusion_modelout0weight": torch.rand(3),
+                "cond_stage_model.transformer.text_model.embeddings.position_ids": ids}
+    if name.startswith("sd2"):
+        block = "cond_stage_model.model.transformer.resblocks.23."
+        return {"cond_stage_model.model.text_projection": torch.rand(24, 24), block + "ln_1.weight": torch.rand(24),
+                "cond_stage_model.model.logit_scale": torch.tensor(4.6),
+                block + "attn.in_proj_weight": torch.rand(72, 24)}
+    if name == "sdxl-base":
+        return {"conditioner.embedders.0.transformer.text_model.embeddings.position_ids": ids,
+                "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6), "denoiser.sigmas": torch.rand(9)}
+    return {"conditioner.embedders.0.model.logit_scale": torch.tensor(4.6)}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "odd"])
+def test_single_file_to_folder_and_back(tmp_path, name, small_families, monkeypatch):
+    """A file as others write it: mixed types, and with the tensors that public files hold beside the networks."""
+    sd = model(name)
+    monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)      # in place of CLIP's vocabulary
+    save(sd, tmp_path / "a.safetensors", layout="single-file", dtype="float16")
+    tensors = load_file(tmp_path / "a.safetensors")
+    tensors = {key: t.float() if "out" in key and "attn" not in key else t for key, t in tensors.items()}
+    tensors |= public_extras(name)
+    save_file(tensors, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers", family=name)
+    convert(tmp_path / "b", tmp_path / "c.safetensors", "single-file")
+    assert same_tensors(load_file(tmp_path / "c.safetensors"), tensors)
+    assert same_networks(load(tmp_path / "b", **CPU), load(tmp_path / "a.safetensors", family=name, **CPU))
+    assert load(tmp_path / "c.safetensors", **CPU).variant == FAMILIES[name]
+
+
+OLD_ATTENTION = ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn."))
+
+
+def older(folder: Path, name: str) -> dict:
+    """A folder as public ones are: old names of attention in the VAE, position_ids, or text encoders without prefix."""
+    for path in sorted(folder.glob("*/*.safetensors")):
+        tensors = load_file(path)
+        for new, old in OLD_ATTENTION:
+            if path.parent.name == "vae" and name.startswith("sd1"):
+                tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
+        if path.parent.name.startswith("text_encoder"):
+            tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+            if name == "sd2-base":
+                tensors = {key.replace("text_model.", ""): tensor for key, tensor in tensors.items()}
+        save_file(tensors, path)
+    return weights(folder)
+
+
+@EACH
+def test_folder_to_single_file_and_back(tmp_path, name):
+    sd = model(name)
+    save(sd, tmp_path / "a")
+    before = older(tmp_path / "a", name)
+    assert ("vae/encoder.mid_block.attentions.0.query.weight" in before) == name.startswith("sd1")
+    convert(tmp_path / "a", tmp_path / "b.safetensors", "single-file")
+    convert(tmp_path / "b.safetensors", tmp_path / "c", "diffusers")
+    assert same_tensors(weights(tmp_path / "c"), before)
+    for path in sorted((tmp_path / "a").rglob("*.*")):                # settings and tokenizers come back as they were
+        if path.suffix != ".safetensors":
+            assert (tmp_path / "c" / path.relative_to(tmp_path / "a")).read_text("utf-8") == path.read_text("utf-8")
+    for folder in ("a", "c"):
+        assert same_networks(load(tmp_path / folder, **CPU), sd)
+    if not sd.unet.config.vector and sd.unet.config.in_channels != 9:
+        StableDiffusionPipeline.from_pretrained(tmp_path / "c")
+
+
+def test_converting_can_cast(tmp_path):
+    save(model("sd1"), tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", "diffusers", dtype="float16")
+    assert {t.dtype for t in weights(tmp_path / "b").values()} == {torch.float16}
+
+
+def test_clip_vocabulary_is_not_stored_in_a_single_file(tmp_path):
+    """A file with CLIP's own tokens needs none: they are found; with `!` as padding for OpenCLIP's encoders."""
+    clip = Tokenizer.from_vocabulary(find_vocabulary())
+    sd = tiny_sd(replace(FAMILIES["sdxl-base"], text=(replace(QUICK, vocab=49_408, eos=49_407),
+                                                      replace(BIG, vocab=49_408, eos=49_407))))
+    sd.tokenizers = [clip, Tokenizer.from_vocabulary(find_vocabulary(), pad="!")]
+    save(sd, tmp_path / "a.safetensors", layout="single-file")
+    assert "vocab.json" not in open_tensors(tmp_path / "a.safetensors").metadata["plainsd.files"]
+    again = load(tmp_path / "a.safetensors", **CPU)
+    assert [t.pad for t in again.tokenizers] == [49_407, 0]
+    assert again.tokenizers[0].encode("a photo of a cat") == clip.encode("a photo of a cat")
+
+
+# --- files of many shapes --------------------------------------------------------------------------------------------
+
+def test_pickled_checkpoint(tmp_path, small_families, monkeypatch):
+    sd = model("sd1")
+    monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
+    save(sd, tmp_path / "a.safetensors", layout="single-file")
+    torch.save({"state_dict": load_file(tmp_path / "a.safetensors"), "global_step": 7}, tmp_path / "a.ckpt")
+    assert same_networks(load(tmp_path / "a.ckpt", **CPU), sd)
+
+
+def test_shards_variants_and_pickles_in_a_folder(tmp_path):
+    sd = model("sd1")
+    save(sd, tmp_path / "m")
+    unet = tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(unet)
+    unet.unlink()
+    names = sorted(tensors)
+    shards = {"diffusion_pytorch_model-00001-of-00002.safetensors": names[:50],
+              "diffusion_pytorch_model-00002-of-00002.safetensors": names[50:]}
+    for file, keys in shards.items():
+        save_file({key: tensors[key] for key in keys}, unet.parent / file)
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in shards.items() for key in keys}}
+    (unet.parent / f"{unet.name}.index.json").write_text(json.dumps(index))
+    vae = tmp_path / "m" / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(vae), vae.with_suffix(".bin"))
+    vae.unlink()
+    text = tmp_path / "m" / "text_encoder" / "model.safetensors"
+    torch.save(load_file(text), text.with_name("pytorch_model.bin"))
+    text.unlink()
+    assert same_networks(load(tmp_path / "m", **CPU), sd)
+    with pytest.raises(UserError, match="no weights of the variant 'fp16'.*it holds config.json, diffusion_py"):
+        load(tmp_path / "m", variant_file="fp16", **CPU)
+    save(sd, tmp_path / "h", dtype="float16")
+    for path in (tmp_path / "h").glob("*/*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    assert load(tmp_path / "h", variant_file="fp16", device="cpu", dtype="float16").dtype == torch.float16
+    with pytest.raises(UserError, match="holds no weights"):
+        load(tmp_path / "h", **CPU)
+
+
+def test_another_vae(tmp_path):
+    sd, other = model("sd1"), model("sd1").vae
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 1
+    other.config = replace(other.config, scaling_factor=0.5)
+    save(sd, tmp_path / "m")
+    save_vae(other, tmp_path / "vae", sd.variant)
+    original = {key.removeprefix("first_stage_model."): t for key, t in _single(sd, other, tmp_path).items()
+                if key.startswith("first_stage_model.")}
+    beside = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
+    save_file(original | beside, tmp_path / "o.safetensors")
+    alone = "vae/diffusion_pytorch_model.safetensors"
+    for place, scale in (("vae", 0.5), ("o.safetensors", 0.18215), (alone, 0.18215)):
+        again = load(tmp_path / "m", vae=tmp_path / place, **CPU)
+        assert same_tensors(again.vae.state_dict(), other.state_dict())
+        assert again.vae.config.scaling_factor == again.variant.vae.scaling_factor == scale
+    assert same_tensors(load_vae(tmp_path / "m", **CPU).state_dict(), sd.vae.state_dict())
+
+
+def _single(sd, vae, folder: Path) -> dict:
+    save(replace(sd, vae=vae), folder / "s.safetensors", layout="single-file")
+    return load_file(folder / "s.safetensors")
+
+
+def test_single_file_without_vae(tmp_path, small_families, monkeypatch):
+    sd = model("sd1")
+    monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
+    save_vae(sd.vae, tmp_path / "vae", sd.variant)
+    tensors = {key: t for key, t in _single(sd, sd.vae, tmp_path).items() if not key.startswith("first_stage_model.")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="names missing .first_stage_model.encoder.conv_in.weight"):
+        load(tmp_path / "a.safetensors", **CPU)
+    assert same_networks(load(tmp_path / "a.safetensors", vae=tmp_path / "vae", **CPU), sd)
