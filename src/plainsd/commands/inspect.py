@@ -61,7 +61,18 @@ class Tokens:
     """for prompts that change from step to step"""
 
     def run(self) -> None:
-        from plainsd.checkpoint import load
+        from plainsd.checkpoint import find, read, tokenizers
         from plainsd.conditioning import describe
+        from plainsd.contents import empty, parts
+        from plainsd.generate import StableDiffusion
 
-        print(describe(load(self.model, device="cpu"), self.prompt, self.steps))
+        path = find(self.model)
+        contents = read(path)
+        variant = contents.variant
+        bare = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}     # no weights are read
+        encoders = [network for name, network in bare.items() if name.startswith("text")]
+        words = tokenizers(contents, path)
+        sd = StableDiffusion(
+            words, encoders, bare["unet"], bare["vae"], variant.schedule.build(), variant.prediction, variant, path
+        )
+        print(describe(sd, self.prompt, self.steps))
