@@ -97,6 +97,8 @@ def test_a_profile_is_applied_unless_it_is_srgb(tmp_path):
     swapped = swapped.replace("sRGB".encode("utf-16-be"), "gRBx".encode("utf-16-be"))      # red and green exchanged
     path = saved(image, tmp_path / "x.png", icc_profile=swapped)
     assert difference(images.open_picture(path), Image.new("RGB", (4, 4), (30, 200, 60))) <= 1
+    path = saved(image.convert("RGBA"), tmp_path / "a.png", icc_profile=swapped)
+    assert difference(images.open_picture(path), Image.new("RGB", (4, 4), (30, 200, 60))) <= 1
     path = saved(image, tmp_path / "b.png", icc_profile=b"no profile at all")
     assert images.open_picture(path).getpixel((0, 0)) == (200, 30, 60)
 

@@ -57,9 +57,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((levels / 257).round().astype(np.uint8))
 
 
-def _srgb(image: Image.Image) -> Image.Image:
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Pixels in another colour space (a printer's CMYK, a phone's Display P3) -> sRGB, by the profile in the file."""
-    profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "CMYK"):
         return image
     try:
@@ -75,11 +74,12 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Any mode -> RGB; transparent parts show the background."""
     if image.mode == "F":
         raise UserError("has floating-point pixels of unknown range; save it with 8 or 16 bits")
-    image = _srgb(_eight_bits(image))
+    profile = image.info.get("icc_profile")
+    image = _eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return _srgb(image, profile).convert("RGB")
 
 
 def open_picture(path: str | Path, background: str = "white") -> Image.Image:
