@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import CPU, model, weights, without_notes, small_families
+from small_models import CPU, model, small_families, without_notes
 
 from plainsd.checkpoint import load, save
 from plainsd.errors import UserError

@@ -4,15 +4,17 @@ import importlib.util
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from small_models import CPU, EACH, model, same_networks, same_tensors, weights
 
 from plainsd.checkpoint import choose_device, choose_dtype, load, save
 from plainsd.conditioning import size_vector
 from plainsd.errors import UserError
+from plainsd.generate import final, text_to_image
 from plainsd.tensorfile import write_safetensors
 
 # --- saved and loaded ------------------------------------------------------------------------------------------------
@@ -78,6 +80,27 @@ def test_diffusers_opens_sdxl(tmp_path):
     ids = torch.tensor([[64, 64, 0, 0, 64, 64]])
     theirs = pipeline.unet(x, 5, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
     assert torch.allclose(sd.unet(x, 5, context, size_vector(pooled, ids.float())), theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name,sampler,scheduler", [("sd1", "plms", PNDMScheduler), ("sd1", "ddim", DDIMScheduler),
+                                                    ("sd2-768", "ddim", DDIMScheduler), ("odd", "ddim", DDIMScheduler)])
+def test_diffusers_draws_the_same_picture(tmp_path, name, sampler, scheduler):
+    """From the folder that we saved, by the same noise: to one step of 255."""
+    sd = model(name)
+    save(sd, tmp_path / "m")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "m", safety_checker=None)
+    config = pipeline.scheduler.config
+    pipeline.scheduler = scheduler.from_config(config, **({"skip_prk_steps": True} if sampler == "plms" else {}))
+    side = sd.variant.size // sd.vae.config.factor
+    noise = torch.randn(1, sd.vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(7))
+    prompts = {"prompt": "hello", "negative_prompt": "bad"}
+    theirs = pipeline(**prompts, latents=noise, num_inference_steps=10, guidance_scale=6.0, height=sd.variant.size,
+                      width=sd.variant.size, output_type="np").images[0]
+    spacing = "trailing" if config.timestep_spacing == "trailing" else "leading"
+    mine, = final(text_to_image(load(tmp_path / "m", **CPU), "hello", "bad", steps=10, guidance=6.0, sampler=sampler,
+                                spacing=spacing, seed=7))
+    difference = np.abs(np.asarray(mine, dtype=float) - 255 * theirs)
+    assert theirs.std() > 0.05 and difference.max() < 1.5
 
 
 def test_types_are_kept_or_cast(tmp_path):
