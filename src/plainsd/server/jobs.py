@@ -279,8 +279,10 @@ class Queue:
         with self.changed:
             if not job.active:
                 return
-            job.state, job.error, job.finished, job.at_fault = state, error, time.time(), at_fault
-            self.store.ended(job)
+            finished = time.time()
+            self.store.ended(job, state, error, finished)
+            job.error, job.finished, job.at_fault = error, finished, at_fault
+            job.state = state
             del self.jobs[job.id]
             if all(other.client != job.client for other in self.jobs.values()):
                 del self.served[job.client]

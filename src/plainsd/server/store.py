@@ -118,11 +118,10 @@ class Store:
             db.execute("UPDATE jobs SET state = ?, started = ?, attempts = attempts + 1 WHERE id = ?",
                        (RUNNING, job.started, job.id))
 
-    def ended(self, job: Job) -> None:
+    def ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
         """Its last state. What it was drawn on is no longer kept, unless another job needs it."""
         with self.transaction() as db:
-            db.execute("UPDATE jobs SET state = ?, error = ?, finished = ? WHERE id = ?",
-                       (job.state, job.error, job.finished, job.id))
+            db.execute("UPDATE jobs SET state = ?, error = ?, finished = ? WHERE id = ?", (state, error, finished, job.id))
         if job.source:
             self.tidy(job.source.files())
 

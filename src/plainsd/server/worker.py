@@ -37,6 +37,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         while units := self.queue.take(self.size):
             began = time.monotonic()
+            self.batches[len(units)] += 1
             try:
                 self.draw(units)
             except Stopped:
@@ -44,7 +45,6 @@ class Worker(threading.Thread):
             except Exception as error:
                 self.failed(units, error)
             self.seconds += time.monotonic() - began
-            self.batches[len(units)] += 1
 
     def draw(self, units: list[Unit]) -> None:
         if units[0].is_sheet:

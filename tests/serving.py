@@ -1,0 +1,155 @@
+"""What the server's tests share: a model's folder, a server in a thread, and a brake on its worker."""
+
+import base64
+import queue
+import threading
+import time
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import requests
+import torch
+import uvicorn
+from conftest import tiny_sd
+from PIL import Image
+
+import plainsd
+from plainsd.server import worker
+from plainsd.server.app import create_app
+from plainsd.server.command import bound
+from plainsd.server.security import Hosts, Limits
+from plainsd.server.service import Service
+
+
+def model_folder(folder: Path, name: str = "tiny", seed: int = 0, **unet) -> str:
+    path = folder / name
+    if not path.exists():
+        plainsd.save(tiny_sd(seed=seed, **unet), path)
+    return str(path)
+
+
+def open_service(models: list[str], data: Path, limits: Limits = Limits(), **more) -> Service:
+    return Service.open(models, data, limits, device="cpu", dtype="float32", **more)
+
+
+class Server:
+    """A running server, and requests to it."""
+
+    def __init__(self, service: Service, url: str):
+        self.service, self.url, self.session = service, url, requests.Session()
+        self.session.trust_env = False
+
+    def get(self, path: str, **more) -> requests.Response:
+        return self.session.get(self.url + path, timeout=60, **more)
+
+    def post(self, path: str, body=None, **more) -> requests.Response:
+        return self.session.post(self.url + path, json=body, timeout=60, **more)
+
+    def job(self, **body) -> dict:
+        answer = self.post("/api/jobs", body)
+        assert answer.status_code == 202, answer.text
+        return answer.json()
+
+    def wait(self, id: str, seconds: float = 60) -> dict:
+        """The job when it has ended."""
+        end = time.monotonic() + seconds
+        while (job := self.get(f"/api/jobs/{id}").json())["state"] in ("queued", "running"):
+            assert time.monotonic() < end, job
+            time.sleep(0.02)
+        return job
+
+    def drawn(self, **body) -> dict:
+        job = self.wait(self.job(**body)["id"])
+        assert job["state"] == "done", job
+        return job
+
+    def picture(self, id: str) -> Image.Image:
+        return Image.open(BytesIO(self.get(f"/api/images/{id}.png").content))
+
+
+@contextmanager
+def served(service: Service, token: str | None = None, hosts: Hosts | None = None):
+    sock = bound("127.0.0.1", 0)
+    app = create_app(service, hosts or Hosts("127.0.0.1"), token)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        yield Server(service, f"http://127.0.0.1:{sock.getsockname()[1]}")
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        sock.close()
+        assert not thread.is_alive()
+
+
+class Brake:
+    """Lets the worker take one step for each `step()`; `off()` lets it run."""
+
+    def __init__(self, monkeypatch):
+        self.steps, self.batches, self.free = queue.Queue(), [], threading.Event()
+        self.began, original = queue.Queue(), worker.batch
+
+        def slowed(sd, each, *pictures):
+            events = original(sd, each, *pictures)
+            self.batches.append(list(each))
+            self.began.put(len(each))
+            return Slowed(self, events)
+
+        monkeypatch.setattr(worker, "batch", slowed)
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.steps.put(None)
+
+    def off(self) -> None:
+        self.free.set()
+        self.step()
+
+    def wait(self) -> int:
+        """Until the next batch has begun; how many pictures it has."""
+        return self.began.get(timeout=60)
+
+
+class Slowed:
+    def __init__(self, brake: Brake, events):
+        self.brake, self.events, self.steps = brake, events, events.steps
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.brake.free.is_set():
+            self.brake.steps.get(timeout=60)
+        return next(self.events)
+
+    def close(self):
+        self.events.close()
+
+
+def until(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def png_bytes(image: Image.Image, **more) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format="PNG", **more)
+    return buffer.getvalue()
+
+
+def base64_of(image: Image.Image) -> str:
+    return base64.b64encode(png_bytes(image)).decode()
+
+
+def from_base64(text: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(text)))
+
+
+def alike(a: Image.Image, b: Image.Image, most: int = 1) -> bool:
+    """Equal to `most` grey levels a pixel."""
+    a, b = (torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).int() for image in (a, b))
+    return a.shape == b.shape and int((a - b).abs().max()) <= most

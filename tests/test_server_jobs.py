@@ -1,0 +1,347 @@
+"""Queue, store and worker, without HTTP."""
+
+import errno
+import time
+
+import pytest
+import torch
+from PIL import Image
+from serving import Brake, alike, base64_of, model_folder, open_service, until
+
+import plainsd
+from plainsd.errors import UserError
+from plainsd.images import read_settings
+from plainsd.server import store as store_module
+from plainsd.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING
+from plainsd.server.refusals import Refused
+from plainsd.server.requests import JobRequest, new_job
+from plainsd.server.security import Limits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def opened(folder, tmp_path):
+    """Makes services; what is open at the end is closed."""
+    services = []
+
+    def make(*models, data="data", limits=Limits(), start=True, **more):
+        service = open_service(list(models) or [model_folder(folder)], tmp_path / data, limits, **more)
+        services.append(service)
+        if start:
+            service.worker.start()
+        return service
+
+    yield make
+    for service in services:
+        service.close()
+
+
+@pytest.fixture
+def brake(monkeypatch):
+    brake = Brake(monkeypatch)
+    yield brake
+    brake.off()
+
+
+def ask(service, prompt="a red apple", client="me", **more):
+    job = new_job(JobRequest(prompt=prompt, **more), service.models, service.limits, client, "jobs")
+    service.queue.add(job)
+    return job
+
+
+def ended(job):
+    until(lambda: not job.active, 60)
+    return job
+
+
+def stop(service):
+    """As a crash leaves it: nothing is put back, nothing is closed properly."""
+    service.queue.stop()
+    if service.worker.is_alive():
+        service.worker.join(30)
+    service.store.close()
+    service.close = lambda: None
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_requests_that_agree_run_as_one_batch_and_each_picture_is_as_alone(opened, folder):
+    service = opened(start=False, batch=8)
+    wanted = [("a red apple", 7, "anna"), ("a (blue:1.2) pear [x|y]", 100, "bert"), ("", 2**40, "carl"), ("word " * 120, 5, "anna")]
+    jobs = [ask(service, prompt, client, seed=seed) for prompt, seed, client in wanted]
+    other = ask(service, "a red apple", steps=3, seed=7)
+    service.worker.start()
+    for job in [*jobs, other]:
+        assert ended(job).state == DONE, job.error
+    assert service.worker.batches == {4: 1, 1: 1}
+    sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32")
+    for job, (prompt, seed, _) in zip(jobs, wanted, strict=True):
+        row = service.store.picture(job.picture_id(0))
+        alone = plainsd.final(plainsd.text_to_image(sd, prompt, seed=seed))[0]
+        path = service.store.path(row)
+        assert alike(Image.open(path), alone), prompt
+        assert read_settings(path).seed == seed and read_settings(path).prompt == prompt
+    assert not alike(Image.open(service.store.path(service.store.picture(jobs[0].picture_id(0)))),
+                     Image.open(service.store.path(service.store.picture(other.picture_id(0)))), 8)
+
+
+def test_a_count_has_one_seed_after_the_other(opened):
+    service = opened()
+    job = ended(ask(service, count=3, seed=11))
+    assert [service.store.picture(job.picture_id(i)).settings.seed for i in range(3)] == [11, 12, 13]
+    one = ended(ask(service, seed=12))
+    files = [service.store.path(service.store.picture(id)) for id in (job.picture_id(1), one.picture_id(0))]
+    assert alike(*(Image.open(file) for file in files))
+
+
+def test_without_a_seed_each_job_draws_one_and_keeps_it(opened):
+    service = opened(start=False)
+    assert ask(service).each[0].seed != ask(service).each[0].seed
+
+
+def test_a_grid_is_its_cells_and_a_sheet(opened):
+    service = opened(batch=3)
+    job = ended(ask(service, seed=4, grid=[{"name": "guidance", "values": [1, 3, "7.5"]}, {"name": "steps", "values": [2, 3]}]))
+    assert job.state == DONE, job.error
+    rows = sorted(service.store.pictures(job=job.id), key=lambda row: row.place)
+    assert [(row.settings.guidance, row.settings.steps) for row in rows[:6]] == [(1, 2), (3, 2), (7.5, 2), (1, 3), (3, 3), (7.5, 3)]
+    sheet = Image.open(service.store.path(rows[6]))
+    assert len(rows) == 7 and sheet.width > 3 * 64 and sheet.height > 2 * 64
+    assert alike(sheet.crop((sheet.width - 64, sheet.height - 64, *sheet.size)), Image.open(service.store.path(rows[5])), 0)
+
+
+def test_names_of_files_come_from_nothing_dangerous(opened):
+    service = opened()
+    job = ended(ask(service, "../../etc/passwd <script>\n\u202e.exe \N{SNOWMAN} a\\b:c", seed=1))
+    row = service.store.picture(job.picture_id(0))
+    path = service.store.path(row)
+    assert path.is_relative_to(service.store.folder / "pictures")
+    assert path.parent.name == time.strftime("%Y-%m-%d", time.localtime(job.created))
+    assert set(path.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.") and path.name.count(".") == 1
+    with service.store.transaction() as db:
+        db.execute("UPDATE images SET file = 'pictures/../../../outside.png' WHERE id = ?", (row.id,))
+    with pytest.raises(FileNotFoundError):
+        service.store.path(service.store.picture(row.id))
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+def test_clients_take_turns_picture_by_picture(opened, brake):
+    service = opened(batch=2)
+    greedy = ask(service, "greedy", "greedy", count=6, seed=0)
+    assert brake.wait() == 2
+    modest = ask(service, "modest", "modest", seed=0)
+    brake.step(5)
+    brake.wait()
+    brake.off()
+    ended(greedy), ended(modest)
+    assert {one.prompt for one in brake.batches[1]} == {"modest", "greedy"}
+    assert modest.finished < greedy.finished
+
+
+def test_the_queue_is_bounded_and_no_client_fills_it_alone(opened):
+    service = opened(limits=Limits(queue=4), start=False)
+    ask(service), ask(service)
+    with pytest.raises(Refused, match="queue is full with 2 jobs, 2 of them yours; try again in") as refused:
+        ask(service)
+    assert refused.value.status == 429 and int(refused.value.headers["Retry-After"]) >= 1
+    ask(service, client="b"), ask(service, client="c")
+    with pytest.raises(Refused, match="none of them yours"):
+        ask(service, client="d")
+    assert len(service.store.unfinished()) == 4
+
+
+# --- cancelling, failing ---------------------------------------------------------------------------------------------
+
+
+def test_cancel_while_queued_and_while_running(opened, brake):
+    service = opened(batch=1)
+    running, queued = ask(service, count=2), ask(service, "never drawn")
+    brake.wait()
+    assert service.queue.cancel(queued.id).state == CANCELLED
+    brake.step(5)                                        # the first picture is finished
+    brake.wait()
+    brake.step()
+    assert service.queue.cancel(running.id).state == CANCELLED
+    brake.off()
+    until(lambda: not running.drawing or service.queue.waiting() == [])
+    assert [row.id for row in service.store.pictures()] == [running.picture_id(0)]
+    assert service.store.job(running.id).state == CANCELLED
+    with pytest.raises(Refused, match="is cancelled already") as refused:
+        service.queue.cancel(running.id)
+    assert refused.value.status == 409 and service.queue.cancel("nobody") is None
+    assert ended(ask(service)).state == DONE             # the worker goes on
+
+
+def test_one_job_of_a_batch_is_cancelled_and_the_others_are_not(opened, brake):
+    service = opened(start=False)
+    jobs = [ask(service, f"apple {i}", seed=i) for i in range(3)]
+    service.worker.start()
+    assert brake.wait() == 3
+    brake.step(2)
+    service.queue.cancel(jobs[1].id)
+    brake.off()
+    assert [ended(job).state for job in jobs] == [DONE, CANCELLED, DONE]
+    assert {row.job for row in service.store.pictures()} == {jobs[0].id, jobs[2].id}
+    assert len(list(service.store.folder.rglob("pictures/*/*.png"))) == 2
+
+
+def test_a_failure_is_the_failure_of_one(opened):
+    service = opened(start=False)
+    good, bad, fine = ask(service, seed=1), ask(service, "a (big:1000000000) apple"), ask(service, "fine", seed=2)
+    service.worker.start()
+    assert [ended(job).state for job in (good, bad, fine)] == [DONE, FAILED, DONE]
+    assert "weight 1e+09" in bad.error and bad.at_fault
+    assert service.worker.failures == 1 and service.worker.pictures == 2
+
+
+def test_a_full_disk_fails_the_job_and_not_the_server(opened, monkeypatch):
+    service = opened()
+    write = store_module.write_png
+    monkeypatch.setattr(store_module, "write_png", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    job = ended(ask(service))
+    assert (job.state, job.at_fault) == (FAILED, False) and "No space left" in job.error
+    monkeypatch.setattr(store_module, "write_png", write)
+    assert ended(ask(service)).state == DONE
+
+
+def test_a_job_has_a_time_limit(opened, brake):
+    service = opened(limits=Limits(seconds=0.2))
+    job = ask(service)
+    brake.wait()
+    time.sleep(0.3)
+    brake.off()
+    assert ended(job).state == FAILED and "longer than 0.2 s; ask for fewer steps" in job.error
+    assert service.store.pictures() == []
+
+
+# --- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def test_after_a_crash_everything_is_drawn_exactly_once(opened, brake):
+    service = opened(batch=1)
+    first, second = ask(service, count=3, seed=5), ask(service, "second", client="b", seed=9)
+    brake.wait()
+    brake.step(5)
+    brake.wait()                                         # one picture is finished, another begun
+    before = {row.id: service.store.path(row).read_bytes() for row in service.store.pictures()}
+    assert len(before) == 1
+    service.queue.stopping = True
+    brake.step()
+    stop(service)
+
+    again = opened(batch=4)
+    jobs = {job.id: job for job in again.queue.jobs.values()}
+    assert set(jobs) == {first.id, second.id} and jobs[first.id].attempts == 1
+    brake.off()
+    for job in jobs.values():
+        assert ended(job).state == DONE
+    rows = again.store.pictures()
+    assert sorted(row.id for row in rows) == sorted([*(first.picture_id(i) for i in range(3)), second.picture_id(0)])
+    assert all(again.store.path(again.store.picture(id)).read_bytes() == content for id, content in before.items())
+    assert sum(len(each) for each in brake.batches) == 1 + 1 + 3      # drawn, given up, the rest
+    assert len(list(again.store.folder.rglob("pictures/*/*"))) == 4
+
+
+def test_a_job_that_ends_the_server_again_and_again_is_given_up(opened):
+    service = opened(start=False)
+    job = ask(service)
+    for _ in range(3):
+        service.store.started(job)
+    stop(service)
+    again = opened(start=False)
+    found = again.store.job(job.id)
+    assert found.state == FAILED and "ended 3 times" in found.error and not again.queue.jobs
+
+
+def test_a_proper_stop_counts_no_attempt(opened, brake):
+    service = opened()
+    job = ask(service)
+    brake.wait()
+    brake.step()
+    service.queue.stop()
+    brake.step()
+    service.close()
+    service.close = lambda: None
+    again = opened(start=False)
+    assert again.store.job(job.id).state == QUEUED and again.queue.jobs[job.id].attempts == 0
+
+
+def test_inputs_live_as_long_as_their_jobs(opened, brake):
+    service = opened(batch=1)
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    inputs = service.store.folder / "inputs"
+    jobs = [ask(service, image=base64_of(image), strength=0.9, seed=i) for i in range(2)]
+    assert len(list(inputs.iterdir())) == 1              # the same picture lies there once
+    brake.wait()
+    service.queue.cancel(jobs[1].id)
+    assert len(list(inputs.iterdir())) == 1
+    brake.off()
+    assert ended(jobs[0]).state == DONE
+    assert list(inputs.iterdir()) == []
+
+
+def test_two_servers_do_not_share_a_data_folder(opened):
+    opened(start=False)
+    with pytest.raises(UserError, match="another server uses it; stop that one, or choose another place with --data"):
+        opened(start=False)
+
+
+def test_an_unusable_data_folder_is_one_line(opened, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot use the data folder .*choose another place with --data"):
+        opened(data="file", start=False)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_share_a_budget_and_the_least_recently_used_goes_first(opened, folder):
+    paths = [model_folder(folder, name, seed) for seed, name in enumerate(("one", "two", "three"))]
+    probe = opened(*paths, data="probe", start=False)
+    room = 2.5 * probe.models["one"].bytes
+    service = opened(*paths, memory=room)
+    for name in ("one", "two", "one", "three", "one", "two"):
+        job = ended(ask(service, model=name, seed=3))
+        assert job.state == DONE and service.models.bytes() <= room
+    assert service.models.loads == 4                     # "two" made room for "three", and comes back
+    assert [model.name for model in service.models.known.values() if model.sd] == ["one", "two"]
+    sd = plainsd.load(paths[1], device="cpu", dtype=torch.float32)
+    assert alike(Image.open(service.store.path(service.store.pictures()[0])), plainsd.final(plainsd.text_to_image(sd, "a red apple", seed=3))[0])
+
+
+def test_a_job_of_a_model_that_is_gone_says_so(opened, folder):
+    service = opened(model_folder(folder, "one"), model_folder(folder, "two", 1), start=False)
+    job = ask(service, model="two")
+    service.close()
+    service.close = lambda: None
+    again = opened(model_folder(folder, "one"))
+    until(lambda: again.store.job(job.id).state == FAILED)
+    assert "model 'two' is not served any more" in again.store.job(job.id).error
+
+
+def test_unknown_models_and_two_of_one_name(opened, folder, tmp_path):
+    with pytest.raises(Refused, match="unknown model 'tinny'; did you mean 'tiny'") as refused:
+        ask(opened(start=False), model="tinny")
+    assert refused.value.status == 404
+    with pytest.raises(UserError, match="two models are called 'tiny'"):
+        opened(model_folder(folder), model_folder(folder), data="other", start=False)
+    with pytest.raises(UserError, match="no model"):
+        opened("nowhere at all", data="other", start=False)
+
+
+def test_states_are_written_before_they_are_told(opened, brake):
+    service = opened()
+    job = ask(service)
+    assert service.store.job(job.id).state in (QUEUED, RUNNING)
+    brake.wait()
+    assert service.store.job(job.id).state == RUNNING
+    brake.off()
+    ended(job)
+    assert service.store.job(job.id).state == DONE and service.store.job(job.id).done == {0}
