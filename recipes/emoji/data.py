@@ -130,6 +130,17 @@ def describe(concepts: list[emoji.Concept], heldout: list[tuple[int, int]], opti
     }
 
 
+def restricted(concepts: list[emoji.Concept], seen: list[tuple[int, int]], heldout: list[tuple[int, int]],
+               path: Path) -> tuple[list[emoji.Concept], list[tuple[int, int]], list[tuple[int, int]]]:
+    """Only the emoji named in a file, one a line, and their pairs."""
+    wanted = {line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()}
+    if strangers := sorted(wanted - {concept.name for concept in concepts}):
+        raise UserError(f"{path}: {strangers[0]!r} is not among the {len(concepts)} emoji of the set; take it out")
+    new = {old: i for i, old in enumerate(i for i, concept in enumerate(concepts) if concept.name in wanted)}
+    pairs = [[(new[concept], background) for concept, background in some if concept in new] for some in (seen, heldout)]
+    return [concepts[old] for old in new], *pairs
+
+
 def build(options: argparse.Namespace) -> None:
     font = emoji.open_font(options.font)
     concepts = emoji.choose(font, options.emoji)
@@ -138,6 +149,8 @@ def build(options: argparse.Namespace) -> None:
     captions = [emoji.caption(template, concept, background)
                 for concept in concepts for background in emoji.BACKGROUNDS for template in emoji.TEMPLATES]
     entries = write_tokenizer(options.out / "tokenizer", captions, options.vocabulary)
+    if options.names:                 # the vocabulary and the split stay those of the whole set
+        concepts, seen, heldout = restricted(concepts, seen, heldout, options.names)
     write_whole(options.out / "concepts.json",
                 json.dumps(describe(concepts, heldout, options), ensure_ascii=False, indent=1) + "\n")
     if heldout:
@@ -154,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heldout-count", type=int, default=500, help="pictures of held-out pairs")
     parser.add_argument("--heldout-share", type=float, default=0.1, help="share of the pairs that is held out")
     parser.add_argument("--emoji", type=int, default=400, help="how many emoji")
+    parser.add_argument("--names", type=Path, help="file of the emoji to draw, one name a line; all if not given")
     parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
     parser.add_argument("--vocabulary", type=int, default=2000, help="most entries in the tokenizer")
     parser.add_argument("--seed", type=int, default=0)
