@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import CPU, EACH, model, same_networks, same_tensors, weights
 
 from plainsd.checkpoint import choose_device, choose_dtype, load, save
@@ -111,6 +111,33 @@ def test_types_are_kept_or_cast(tmp_path):
     sd.to(dtype=torch.bfloat16)
     save(sd, tmp_path / "own.safetensors", layout="single-file")
     assert {t.dtype for t in load_file(tmp_path / "own.safetensors").values()} == {torch.bfloat16}
+
+
+def test_loras_at_load(tmp_path):
+    """With their strengths, and an error where they do not fit."""
+    sd = model("sd1")
+    save(sd, tmp_path / "m")
+    weight = sd.unet.mid.attn.proj_in.weight
+    down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "l.safetensors")
+    again = load(tmp_path / "m", loras=[(tmp_path / "l.safetensors", 0.5)], **CPU)
+    x = torch.randn(3, weight.shape[1])
+    expected = torch.nn.functional.linear(x, weight + 0.5 * (1 / 2) * up @ down, sd.unet.mid.attn.proj_in.bias)
+    assert torch.allclose(again.unet.mid.attn.proj_in(x), expected, atol=1e-4)
+    save_file(tensors | {"lora_unet_x.lora_down.weight": down.clone()}, tmp_path / "n.safetensors")
+    with pytest.raises(UserError, match="lora_unet_x"):
+        load(tmp_path / "m", loras=[(tmp_path / "n.safetensors", 1.0)], **CPU)
+    load(tmp_path / "m", loras=[(tmp_path / "n.safetensors", 1.0)], lora_partial=True, **CPU)
+
+
+def test_a_model_with_something_attached_is_not_saved_without_it(tmp_path):
+    sd = model("sd1")
+    sd.unet.mid.attn.proj_in.adapters = torch.nn.ModuleDict({"style": torch.nn.Linear(2, 3)})
+    with pytest.raises(UserError, match="carries 2 tensors that no layout has a place for .mid.attn.proj_in.adapters"):
+        save(sd, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_replaces_a_model_whole(tmp_path):

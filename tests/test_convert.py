@@ -54,6 +54,22 @@ def test_single_file_to_folder_and_back(tmp_path, name, small_families, monkeypa
     assert load(tmp_path / "c.safetensors", **CPU).variant == FAMILIES[name]
 
 
+def test_single_file_with_other_spellings(tmp_path, small_families, monkeypatch):
+    """Files of 2022 that were merged by hand have the text encoder's names without `text_model.`."""
+    sd = model("sd1")
+    monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
+    save(sd, tmp_path / "a.safetensors", layout="single-file")
+    tensors = {key.replace("transformer.text_model.", "transformer."): t
+               for key, t in load_file(tmp_path / "a.safetensors").items()}
+    tensors["cond_stage_model.transformer.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers")
+    assert "text_encoder/text_model.final_layer_norm.bias" in weights(tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c.safetensors", "single-file")
+    assert same_tensors(load_file(tmp_path / "c.safetensors"), tensors)
+    assert same_networks(load(tmp_path / "a.safetensors", **CPU), sd)
+
+
 OLD_ATTENTION = ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn."))
 
 

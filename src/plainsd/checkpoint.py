@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 from torch import nn
 
 from plainsd.configs import read_vae, write_variant
-from plainsd.contents import Contents, Network, check_names, empty, located, parts, unpack
+from plainsd.contents import Contents, Network, check_names, empty, first, located, parts, unpack
 from plainsd.detect import seems
 from plainsd.errors import UserError, unknown
 from plainsd.folder import open_part, read_folder, read_json, read_network, whole_folder, write_folder, write_weights
 from plainsd.generate import StableDiffusion
 from plainsd.hub import find
+from plainsd.lora import add_lora
 from plainsd.models.vae import VAE, VAEConfig
 from plainsd.single import read_single, write_single
 from plainsd.tensorfile import TensorFile, open_tensors, stored
@@ -64,11 +66,14 @@ def load(
     variant_file: str | None = None,
     family: str | None = None,
     vae: str | Path | None = None,
+    loras: Iterable[tuple[str | Path, float]] = (),
+    lora_partial: bool = False,
 ) -> StableDiffusion:
     """The embedded model, or the one in a folder, in a single file, or on the hub.
 
     `variant_file`: "fp16" reads `*.fp16.safetensors` of a folder. `family`: a name in VARIANTS, for a single file that
-    does not tell. `vae`: another autoencoder, a folder or a file, in place of the model's own.
+    does not tell. `vae`: another autoencoder, a folder or a file, in place of the model's own. `loras`: files and
+    strengths; with `lora_partial`, names in them that have no place are left out.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
@@ -80,7 +85,7 @@ def load(
     if vae is not None:
         networks["vae"] = load_vae(vae, device=device, dtype=dtype, like=variant.vae)
         variant = replace(variant, vae=networks["vae"].config)
-    return StableDiffusion(
+    sd = StableDiffusion(
         tokenizers=tokenizers(contents, path),
         text_encoders=[networks[name] for name in encoder_names(variant)],
         unet=networks["unet"],
@@ -90,6 +95,9 @@ def load(
         variant=variant,
         path=path,
     )
+    for file, strength in loras:
+        add_lora(sd, file, strength, partial=lora_partial)
+    return sd
 
 
 def save(
@@ -101,8 +109,7 @@ def save(
                       text=tuple(encoder.config for encoder in sd.text_encoders))
     if not torch.equal(variant.schedule.build().alphas_cumprod, sd.schedule.alphas_cumprod):
         raise UserError("the model's noise schedule is not the one that its variant describes; set sd.variant.schedule")
-    packed = {name: Network(kind, config, {key: stored(tensor) for key, tensor in network.state_dict().items()})
-              for (name, (kind, config)), network in zip(parts(variant).items(), networks, strict=True)}
+    packed = {name: packed_network(network) for name, network in zip(parts(variant), networks, strict=True)}
     texts = write_variant(variant) | tokenizer_texts(sd.tokenizers, variant)
     write(Contents(variant, packed, texts), Path(path), layout, dtype and choose_dtype(dtype, sd.device))
 
@@ -178,6 +185,15 @@ def is_clip(tokenizer: Tokenizer) -> bool:
 
 # --- one network -----------------------------------------------------------------------------------------------------
 
+def packed_network(network: nn.Module) -> Network:
+    """A network in memory, ready to be written."""
+    state, bare = network.state_dict(), empty(type(network), network.config).state_dict()
+    if extra := [name for name in state if name not in bare]:
+        raise UserError(f"the model carries {len(extra)} tensors that no layout has a place for ({first(extra)}); "
+                        "merge its LoRAs into it before it is saved, or save them alone")
+    return Network(type(network), network.config, {name: stored(state[name]) for name in bare})
+
+
 def fill(network: nn.Module, file: TensorFile, layout: str, *, conv: bool, device: torch.device, dtype: torch.dtype
          ) -> nn.Module:
     """Gives an empty network the weights of a file that holds nothing else."""
@@ -214,5 +230,4 @@ def save_vae(vae: VAE, path: str | Path, variant: Variant, dtype: torch.dtype | 
     text = write_variant(replace(variant, vae=vae.config))["vae/config.json"]
     with whole_folder(Path(path)) as folder:
         (folder / "config.json").write_text(text, encoding="utf-8")
-        tensors = {name: stored(tensor) for name, tensor in vae.state_dict().items()}
-        write_weights(folder, Network(VAE, vae.config, tensors), dtype=dtype)
+        write_weights(folder, packed_network(vae), dtype=dtype)

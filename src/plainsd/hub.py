@@ -21,7 +21,10 @@ FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?:safetensors|ckpt))")
 def find(source: str | Path | None, variant_file: str | None = None) -> Path:
     """The file or folder that `source` names; None is the embedded model."""
     if source is None:
-        return Path(str(files("plainsd") / "assets" / "emoji"))
+        embedded = Path(str(files("plainsd") / "assets" / "emoji"))
+        if not embedded.is_dir():
+            raise UserError("this installation of plainsd lacks the embedded model; install it again, or give a model")
+        return embedded
     if Path(source).exists():
         return Path(source)
     name = str(source)

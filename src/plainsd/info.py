@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,18 +10,12 @@ from plainsd.contents import Network
 from plainsd.detect import seems
 from plainsd.folder import read_folder
 from plainsd.hub import find
+from plainsd.lora_files import made_for
+from plainsd.lora_names import split
 from plainsd.single import BESIDE, prefixes, read_networks, told
 from plainsd.tensorfile import Stored, TensorFile, open_tensors
 from plainsd.variants import VARIANTS, Variant, encoder_names
 
-LORA = re.compile(r"(.+?)[._](lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|"
-                  r"lora_linear_layer\.up)(?:\.default)?\.weight$")
-LORA_PARTS = (                        # the first that fits the beginning of a module's name
-    (r"lora_te2_|text_encoder_2\.", "text_encoder_2"),
-    (r"lora_te1?_|text_encoder\.", "text_encoder"),
-    (r"", "unet"),
-)
-CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}     # the UNet's context tells whom a LoRA was made for
 LONGEST = 200                         # characters of a note
 
 
@@ -34,7 +27,7 @@ def info(source: str | Path | None = None, variant_file: str | None = None) -> s
         return "\n".join([f"{path}: {title(contents.variant)}, a diffusers folder",
                           *model_lines(contents.variant, contents.networks, certain=True)])
     file = open_tensors(path)
-    if any(LORA.match(name) for name in file.tensors):
+    if any((pair := split(name)) and pair[1] == "down" for name in file.tensors):
         lines = [f"{path}: a LoRA", *lora_lines(file)]
     elif any(name.startswith("model.diffusion_model.") for name in file.tensors):
         variant, certain = told(file)
@@ -94,26 +87,24 @@ def beside_lines(file: TensorFile) -> list[str]:
 
 # --- LoRAs -----------------------------------------------------------------------------------------------------------
 
+PARTS = (("lora_te2_", "text_encoder_2"), ("text_encoder_2.", "text_encoder_2"), ("lora_te", "text_encoder"),
+         ("text_encoder.", "text_encoder"), ("", "unet"))      # of a module's name the first beginning that fits
+
+
 def lora_lines(file: TensorFile) -> list[str]:
-    ranks, alphas, targets, contexts = Counter(), Counter(), {}, set()
+    ranks, alphas, targets = Counter(), Counter(), {}
     for name, stored in file.tensors.items():
-        found = LORA.match(name)
-        if not found or not found[2].endswith(("down", "lora_A")):
-            continue
-        module = found[1]
-        ranks[stored.shape[0]] += 1
-        part = next(part for start, part in LORA_PARTS if re.match(start, module))
-        kind = "convolution" if len(stored.shape) == 4 and max(stored.shape[2:]) > 1 else "linear"
-        targets.setdefault(part, Counter())[kind] += 1
-        if re.search(r"attn2[._](processor[._])?to_[kv]$", module):
-            contexts.add(stored.shape[1])
-    for name, stored in file.tensors.items():
-        if name.endswith(".alpha") and stored.shape in ((), (1,)):
+        module, kind = split(name) or (name, "")
+        if kind == "alpha" and stored.shape in ((), (1,)):
             alphas[float(stored.read().float())] += 1
-    family = CONTEXTS.get(min(contexts), "a model of another width") if contexts else "not told by its shapes"
-    lines = [row("made for", family), row("rank", counted(ranks)),
+        elif kind == "down":
+            ranks[stored.shape[0]] += 1
+            part = next(part for start, part in PARTS if module.startswith(start))
+            wide = len(stored.shape) == 4 and max(stored.shape[2:]) > 1
+            targets.setdefault(part, Counter())["convolutions" if wide else "linear layers"] += 1
+    lines = [row("made for", made_for(file) or "not told by its names"), row("rank", counted(ranks)),
              row("alpha", counted(alphas) if alphas else "none: the same as the rank")]
-    lines += [row(part, ", ".join(f"{count} {kind} modules" for kind, count in kinds.items()))
+    lines += [row(part, ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
               for part, kinds in targets.items()]
     return [*lines, row("tensors", sizes(file.tensors.values()))]
 

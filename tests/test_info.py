@@ -1,0 +1,88 @@
+"""What `plainsd info` says, and that it reads no weights to say it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import FAMILIES, model, small_families
+
+from plainsd import tensorfile
+from plainsd.checkpoint import save, save_vae
+from plainsd.errors import UserError
+from plainsd.info import info
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch):
+    """Only single numbers, such as a LoRA's alphas, may be read."""
+    reader = tensorfile._reader
+
+    def watched(path, dtype, shape, start, count):
+        return reader(path, dtype, shape, start, count) if count <= 8 else lambda: pytest.fail("weights are read")
+
+    monkeypatch.setattr(tensorfile, "_reader", watched)
+
+
+def test_a_folder(tmp_path):
+    save(model("odd"), tmp_path / "m", dtype="float16")
+    said = info(tmp_path / "m")
+    for part in ("a model of sizes of its own (odd), a diffusers folder", "v_prediction", "zero terminal SNR", "64 px",
+                 "ddim, 12 steps, guidance 3.5", "float16", "channels 16-24-32, context 16, 12 in",
+                 "12 latent channels of 1/4, scaling factor 0.61"):
+        assert part in said
+    numbers = sum(p.numel() for p in model("odd").unet.parameters())
+    assert f"{numbers:,} numbers, float16, {2 * numbers / 1e6:,.1f} MB" in said
+
+
+def test_a_single_file(tmp_path, small_families):
+    sd = model("sd2-768")
+    save(sd, tmp_path / "a.safetensors", layout="single-file")
+    assert "v_prediction" in info(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors") | {"betas": torch.rand(50)}
+    save_file(tensors, tmp_path / "b.safetensors", metadata={"modelspec.title": "A \x1b[31mmodel\nof mine"})
+    said = info(tmp_path / "b.safetensors")
+    assert "the file does not tell" in said and "not used" in said and "50 numbers" in said
+    assert "modelspec.title: A  [31mmodel of mine" in said
+    less = {key: tensor for key, tensor in tensors.items() if not key.startswith("first_stage_model.")}
+    save_file(less, tmp_path / "c.safetensors")
+    assert "without VAE (give one with --vae)" in info(tmp_path / "c.safetensors")
+    torch.save({"state_dict": tensors}, tmp_path / "d.ckpt")
+    assert "text_encoder" in info(tmp_path / "d.ckpt")
+
+
+def lora(width: int) -> dict[str, torch.Tensor]:
+    start = "lora_unet_down_blocks_0_attentions_0_"
+    return {f"{start}proj_in.lora_down.weight": torch.zeros(8, 320, 1, 1),
+            f"{start}proj_in.lora_up.weight": torch.zeros(320, 8, 1, 1), f"{start}proj_in.alpha": torch.tensor(4.0),
+            f"{start}transformer_blocks_0_attn2_to_k.lora_down.weight": torch.zeros(16, width),
+            f"{start}transformer_blocks_0_attn2_to_k.lora_up.weight": torch.zeros(320, 16),
+            "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": torch.zeros(8, 320, 3, 3),
+            "lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": torch.zeros(320, 8, 1, 1),
+            "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(8, 768),
+            "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(3072, 8)}
+
+
+@pytest.mark.parametrize("width,family", [(768, "SD 1.x"), (1024, "SD 2.x"), (2048, "SDXL")])
+def test_a_lora(tmp_path, width, family):
+    tags = {"10_cat": {"cat": 10, "grass": 3}, "5_dog": {"dog": 7, "grass": 4}}
+    notes = {"ss_network_dim": "16", "ss_learning_rate": "1e-4", "ss_tag_frequency": json.dumps(tags), "empty": "None"}
+    save_file(lora(width), tmp_path / "l.safetensors", metadata=notes)
+    said = info(tmp_path / "l.safetensors").splitlines()
+    assert said[0].endswith("l.safetensors: a LoRA")
+    table = {line[2:17].strip(): line[18:] for line in said[1:]}
+    assert table["made for"] == family
+    assert table["rank"] == "8 (3 modules), 16 (1 modules)" and table["alpha"] == "4"
+    assert table["unet"] == "2 linear layers, 1 convolutions" and table["text_encoder"] == "1 linear layers"
+    assert "    ss_learning_rate: 1e-4" in said and "    ss_network_dim: 16" in said
+    assert "    most frequent tags: cat (10), grass (7), dog (7)" in said
+    assert not any("empty" in line for line in said)
+
+
+def test_other_files(tmp_path):
+    save_vae(model("sd1").vae, tmp_path / "vae", FAMILIES["sd1"])
+    assert "a VAE" in info(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors", metadata={"ss_tag_frequency": "no table"})
+    assert "no kind of file known here" in info(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="there is no model at"):
+        info(tmp_path / "none")
