@@ -14,30 +14,27 @@ import torch
 from PIL import Image
 from torch import nn
 
+from conftest import VOCABULARY
 from plainsd.errors import UserError
-from plainsd.models.clip import TextConfig, TextEncoder
-from plainsd.models.unet import UNet, UNetConfig
+from plainsd.models.clip import TextConfig
+from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.schedule import NoiseSchedule
-from plainsd.train.cli import init_weights, read_variant
-from plainsd.train.data import Order, random, read_folder
-from plainsd.train.loop import FitOptions, Trainer, checkpoints, fit, learning_rate, save_checkpoint
+from plainsd.tokenizer import Tokenizer
+from plainsd.train.cache import cache_latents
+from plainsd.train.checkpoints import checkpoints, save_checkpoint
+from plainsd.train.data import read_folder
+from plainsd.train.examples import Examples
+from plainsd.train.full import full
+from plainsd.train.loop import FitOptions, Trainer, fit, learning_rate
+from plainsd.train.order import Order, random
 from plainsd.train.run import Log, Rhythm, read_log, run
-from plainsd.train.scratch import ScratchMethod, cache_latents, token_rows
+from plainsd.train.scratch import from_scratch, read_variant
 from plainsd.train.vae import VaeMethod, init_vae, measure_scaling, psnr, validate
+from plainsd.variants import ScheduleConfig, Variant
 
 TINY_VAE = VAEConfig(channels=(8, 8), layers=1, latent_channels=4, groups=2)
 TINY_UNET = UNetConfig(channels=(16, 16), depth=(0, 1), heads=(2, 2), mid_depth=1, layers=1, context=16, groups=4)
-TINY_TEXT = TextConfig(vocab=600, width=16, layers=2, heads=2, mlp=32, positions=12, eos=599)
-
-
-class Words:
-    """Enough of a tokenizer: one id a character."""
-
-    start, end, pad = 598, 599, 599
-
-    def encode(self, text):
-        return [ord(c) % 590 for c in text]
+TINY_TEXT = TextConfig(width=16, layers=2, heads=2, mlp=32, positions=12)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +55,9 @@ def make_scratch(folder, tmp_path, seed=0):
     torch.manual_seed(0)
     vae = VAE(TINY_VAE)
     torch.manual_seed(seed)
-    unet, text = UNet(TINY_UNET), TextEncoder(TINY_TEXT)
-    init_weights(unet, text)
-    latents = cache_latents(vae, pictures, tmp_path / "cache")
-    schedule = NoiseSchedule.scaled_linear().zero_terminal_snr()
-    return ScratchMethod(unet, text, Words(), schedule, "v_prediction", latents, pictures)
+    variant = Variant("tiny", TINY_UNET, TINY_VAE, (TINY_TEXT,), ScheduleConfig(zero_terminal_snr=True), "v_prediction")
+    sd = from_scratch(variant, vae, Tokenizer({word: i for i, word in enumerate(VOCABULARY)}, []))
+    return full(sd, Examples(pictures, cache_latents(vae, pictures, tmp_path / "cache")), text_encoder=True)
 
 
 def weights(method):
@@ -242,9 +237,8 @@ def test_the_log_drops_lines_that_are_done_again(tmp_path):
 
 def test_a_run_logs_validates_samples_and_draws(folder, tmp_path):
     method, drawn = make_scratch(folder, tmp_path), []
-    held = cache_latents(VAE(TINY_VAE), method.pictures, tmp_path / "cache")
     run(method, 12, FitOptions(steps=4, batch=4), tmp_path / "run", Rhythm(2, 2, 2),
-        lambda: method.validate(held, method.pictures), drawn.append)
+        lambda: method.validate(method.examples), drawn.append)
     lines = read_log(tmp_path / "run" / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [2, 4]
     assert [line["samples"] for line in lines if "loss" in line] == [8, 16]
@@ -287,11 +281,11 @@ def test_sigterm_saves_and_leaves_with_0(tmp_path):
 
 def test_one_timestep_and_one_caption_for_each_sample(folder, tmp_path, monkeypatch):
     method, seen = make_scratch(folder, tmp_path), []
-    monkeypatch.setattr(method, "_errors", lambda *a: seen.append(a) or torch.zeros(len(a[0]), requires_grad=True))
+    monkeypatch.setattr(method, "errors", lambda batch, _: seen.append(batch) or torch.zeros(12, requires_grad=True))
     list(fit(method, 12, FitOptions(steps=40, batch=12)))
-    captions = [c for a in seen for c in a[0]]
-    timesteps = torch.cat([a[1] for a in seen])
-    assert all(len(set(a[1].tolist())) > 6 for a in seen)
+    captions = [caption for batch in seen for caption in batch.captions]
+    timesteps = torch.cat([batch.timesteps for batch in seen])
+    assert all(len(set(batch.timesteps.tolist())) > 6 for batch in seen)
     assert timesteps.min() < 30 and timesteps.max() > 970
     assert 0.05 < captions.count("") / len(captions) < 0.16     # a tenth is dropped
     assert {c.split()[0] for c in captions if c} == {"colour", "number"}
@@ -299,34 +293,29 @@ def test_one_timestep_and_one_caption_for_each_sample(folder, tmp_path, monkeypa
 
 def test_scratch_learns(folder, tmp_path):
     method = make_scratch(folder, tmp_path)
-    before = method.validate(method.latents, method.pictures)["validation"]
+    before = method.validate(method.examples)["validation"]
     list(fit(method, 12, FitOptions(steps=60, batch=12, lr=5e-3, warmup=5)))
-    assert method.validate(method.latents, method.pictures)["validation"] < 0.8 * before
+    assert method.validate(method.examples)["validation"] < 0.8 * before
 
 
 def test_latents_are_cached_once_and_anew_for_another_autoencoder(folder, tmp_path, monkeypatch):
     pictures, vae = read_folder(folder, 16), VAE(TINY_VAE)
     first = cache_latents(vae, pictures, tmp_path)
     monkeypatch.setattr(VAE, "encode", None)                    # a second encoding would fail
-    assert torch.equal(first.moments, cache_latents(vae, pictures, tmp_path).moments)
+    assert torch.equal(first.data, cache_latents(vae, pictures, tmp_path).data)
     monkeypatch.undo()
     with torch.no_grad():
         vae.encoder.conv_in.weight.add_(1)
-    assert not torch.equal(first.moments, cache_latents(vae, pictures, tmp_path).moments)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert not torch.equal(first.data, cache_latents(vae, pictures, tmp_path).data)
+    assert len(list(tmp_path.glob("*.f16"))) == 2
 
 
 def test_cached_latents_are_the_autoencoders(folder, tmp_path):
     pictures, vae = read_folder(folder, 16), VAE(TINY_VAE)
     q = vae.encode(pictures.pixels([4]))
-    mean, std = cache_latents(vae, pictures, tmp_path).moments[4:5].float().chunk(2, dim=1)
+    mean, std = cache_latents(vae, pictures, tmp_path).moments(4)[None].float().chunk(2, dim=1)
     torch.testing.assert_close(mean, q.mean, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(std, (0.5 * q.logvar).exp(), rtol=2e-3, atol=2e-3)
-
-
-def test_token_rows():
-    rows = token_rows(Words(), ["ab", "", "abcdefghijkl"], 6)
-    assert rows.tolist() == [[598, 97, 98, 599, 599, 599], [598, 599, 599, 599, 599, 599], [598, 97, 98, 99, 100, 599]]
 
 
 @pytest.mark.parametrize("patch_weight", [0.0, 0.002])

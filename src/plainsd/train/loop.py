@@ -6,10 +6,8 @@ so a run that was killed goes on from its last checkpoint as if nothing had happ
 """
 
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +18,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plainsd.errors import UserError
-from plainsd.train.data import Order, random
+from plainsd.train.checkpoints import checkpoints, restore, save_checkpoint, sweep
+from plainsd.train.optimizer import make_optimizer, set_rate
+from plainsd.train.order import Order, random
+from plainsd.train.world import World
 
 
 @dataclass(frozen=True)
 class FitOptions:
     steps: int
     batch: int = 64                  # pictures a micro-batch
-    accumulate: int = 1              # micro-batches a step
+    accumulate: int = 1              # micro-batches a step, over all processes
     lr: float = 1e-4
     warmup: int = 200                # steps of linear warm-up
     cosine: bool = True              # then down to 1 % of lr along a cosine; else constant
@@ -37,6 +38,8 @@ class FitOptions:
     clip: float = 1.0                # largest norm of the whole gradient
     ema: float = 0.999               # 0: no average
     bf16: bool = False               # autocast; the weights and their update stay float32
+    adam8bit: bool = False           # AdamW's moments in 8 bits, by torchao
+    long_attention: bool = False     # on a CPU: attention maps that are never whole in memory, for large pictures
     seed: int = 0
     save_every: int = 1000
     keep: int = 2                    # checkpoints kept
@@ -110,18 +113,26 @@ def learning_rate(options: FitOptions, step: int) -> float:
     return options.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
+class Loss(nn.Module):
+    """A method's loss as a module, whose parameters are those that move."""
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.modules_that_move, self.loss = method.modules, method.loss
+
+    def forward(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(picks)
+
+
 class Trainer:
     """The state of a run: parameters, their average, the optimizer, the step."""
 
-    def __init__(self, method: Method, options: FitOptions):
-        self.method, self.options = method, options
+    def __init__(self, method: Method, options: FitOptions, world: World = World()):
+        world.check(options.batch, options.accumulate)
+        self.method, self.options, self.world = method, options, world
         self.parameters = [p for p in method.modules.parameters() if p.requires_grad]
-        decayed = [p for p in self.parameters if p.ndim > 1]
-        plain = [p for p in self.parameters if p.ndim <= 1]         # norms and biases are not pulled to zero
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=options.lr, betas=options.betas, eps=options.eps,
-        )
+        self.optimizer = make_optimizer(self.parameters, options)
+        self.loss = world.replicated(Loss(method))
         self.ema = Ema(self.parameters, options.ema) if options.ema else None
         self.step = self.skipped = 0
 
@@ -136,7 +147,8 @@ class Trainer:
 
     def restore(self, state: dict) -> None:
         shapes = [tuple(p.shape) for p in self.parameters]
-        if [tuple(p.shape) for p in state["parameters"]] != shapes:
+        averaged = state["ema"] is not None
+        if [tuple(p.shape) for p in state["parameters"]] != shapes or averaged != (self.ema is not None):
             raise UserError("the checkpoint to resume is of another model; give a fresh --out or the same options")
         with torch.no_grad():
             for p, value in zip(self.parameters, state["parameters"], strict=True):
@@ -149,44 +161,56 @@ class Trainer:
 
     def update(self, picks: list[Pick]) -> tuple[float, dict[str, float], float] | None:
         """One optimizer step over all picks, micro-batch by micro-batch. None if the numbers were not finite."""
-        options, total, metrics = self.options, 0.0, {}
-        for start in range(0, len(picks), options.batch):
-            part = picks[start : start + options.batch]
+        options, sums = self.options, {"": 0.0}
+        parts = self.world.share([picks[start : start + options.batch] for start in range(0, len(picks), options.batch)])
+        for number, part in enumerate(parts, 1):
             share = len(part) / len(picks)
-            with autocast(self.parameters[0].device.type, options.bf16):
-                loss, numbers = self.method.loss(part)
-                (loss * share).backward()
-            total += loss.item() * share
-            for name, value in numbers.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value) * share
+            with self.world.silent(self.loss, number == len(parts)), self._arithmetic():
+                loss, numbers = self.loss(part)
+                (loss * (share * self.world.size)).backward()
+            for name, value in {"": loss, **numbers}.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * share
+        total, *others = self.world.total(list(sums.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(options, self.step)
+            set_rate(self.optimizer, learning_rate(options, self.step))
             self.optimizer.step()
             if self.ema:
                 self.ema.update(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        return (total, metrics, norm) if finite else None
+        return (total, dict(zip([*sums][1:], others, strict=True)), norm) if finite else None
+
+    def _arithmetic(self) -> ExitStack:
+        options = self.options
+        return autocast(self.parameters[0].device.type, options.bf16, long_attention=options.long_attention)
 
 
-def autocast(device: str, bf16: bool) -> ExitStack:
-    """bf16 arithmetic where asked for. On a CPU attention is written out: the flash kernel's backward pass is slower."""
+def autocast(device: str, bf16: bool, *, long_attention: bool = False) -> ExitStack:
+    """bf16 arithmetic where asked for. On a CPU attention is written out: the flash kernel's backward pass is slower,
+    and is worth it only where attention maps of N x N positions would fill the memory."""
     stack = ExitStack()
     stack.enter_context(torch.autocast(device, torch.bfloat16, enabled=bf16))
-    if device == "cpu":
+    if device == "cpu" and not long_attention:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
     return stack
 
 
-def fit(method: Method, count: int, options: FitOptions, folder: Path | None = None,
+def fit(method: Method, pictures: int | Callable[[int], int], options: FitOptions, folder: Path | None = None,
         trainer: Trainer | None = None) -> Iterator[Report]:
-    """Train `method` on pictures 0 .. count - 1 until `options.steps`. Resumes from, and saves to, `folder`."""
+    """Train `method` until `options.steps`. Resumes from, and saves to, `folder`.
+
+    `pictures`: how many there are, which are then shown in a new order every epoch; or an order, a function from position
+    to picture.
+    """
     trainer = trainer or Trainer(method, options)
-    if folder and (latest := checkpoints(folder)):
-        trainer.restore(torch.load(latest[-1] / "state.pt", map_location="cpu", weights_only=True))
-    order, size, in_a_row = Order(count, options.seed), options.batch * options.accumulate, 0
+    folder, writes = Path(folder) if folder else None, trainer.world.first
+    if folder:
+        if writes:
+            sweep(folder)
+        restore(trainer, folder)
+    order = pictures if callable(pictures) else Order(pictures, options.seed)
+    size, in_a_row = options.batch * options.accumulate, 0
     while trainer.step < options.steps:
         began = time.perf_counter()
         positions = range(trainer.step * size, (trainer.step + 1) * size)
@@ -195,40 +219,12 @@ def fit(method: Method, count: int, options: FitOptions, folder: Path | None = N
         trainer.skipped += done is None
         in_a_row = in_a_row + 1 if done is None else 0
         if in_a_row >= options.max_skipped:
+            kept = "; the last good state is kept" if folder and checkpoints(folder) else ""
             raise UserError(f"the loss was not finite {in_a_row} steps in a row, up to step {trainer.step}; lower the "
-                            f"learning rate (now {options.lr:g}); the last good checkpoint is kept")
+                            f"learning rate (now {options.lr:g}){kept}")
         total, metrics, norm = done or (math.nan, {}, math.nan)
         last = trainer.step == options.steps
-        if folder and not in_a_row and (last or trainer.step % options.save_every == 0):
+        if folder and writes and not in_a_row and (last or trainer.step % options.save_every == 0):
             save_checkpoint(trainer, folder)
         yield Report(trainer.step, total, metrics, learning_rate(options, trainer.step - 1), norm, trainer.skipped,
                      trainer.step * size, time.perf_counter() - began)
-
-
-# ---- checkpoints: a folder each, whole or absent
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first. A folder gets its name only after all its bytes are on the disk."""
-    return sorted(folder.glob("step-*[0-9]"))
-
-
-def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
-    place = folder / f"step-{trainer.step:08d}"
-    if place.exists():
-        return place
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".saving-{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        with open(unfinished / "state.pt", "wb") as file:
-            torch.save(trainer.state(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, place)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    for old in checkpoints(folder)[: -trainer.options.keep]:
-        shutil.rmtree(old)
-    return place

@@ -2,11 +2,14 @@
 
     RUN/log.jsonl          one line every `log_every` steps, and one a validation
     RUN/curve.png          loss and validation over steps
+    RUN/tensorboard/       the same numbers for TensorBoard, if asked for
     RUN/samples/           sample grids
     RUN/checkpoints/       the newest `keep` states
 """
 
+import importlib.util
 import json
+import math
 import resource
 import signal
 import statistics
@@ -16,10 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
+from plainsd.errors import UserError
 from plainsd.images import written_whole
-from plainsd.train.loop import FitOptions, Method, Report, Trainer, fit, save_checkpoint
+from plainsd.train.checkpoints import checkpoints, save_checkpoint, saving
+from plainsd.train.loop import FitOptions, Method, Report, Trainer, fit
+from plainsd.train.world import World
 
 
 class Rhythm(NamedTuple):
@@ -27,48 +34,106 @@ class Rhythm(NamedTuple):
     validate: int = 500
     sample: int = 1000
 
+    def due(self, what: str, step: int, last: int) -> bool:
+        return step == last or step % getattr(self, what) == 0
+
 
 def run(
     method: Method,
-    count: int,
+    pictures: int | Callable[[int], int],
     options: FitOptions,
     folder: Path,
     rhythm: Rhythm = Rhythm(),
     validate: Callable[[], dict[str, float]] | None = None,
     sample: Callable[[Path], None] | None = None,
+    *,
+    before: bool = False,
+    tensorboard: bool = False,
+    world: World = World(),
 ) -> Trainer | None:
     """Train to the end and return the Trainer; None when SIGTERM stopped the run early (its state is saved).
 
-    `validate` and `sample` are called with the averaged weights in place.
+    `validate` and `sample` are called with the averaged weights in place, by the first process alone; with `before` also
+    at step 0.
     """
-    trainer = Trainer(method, options)
-    log, states = Log(folder / "log.jsonl"), folder / "checkpoints"
-    window: list[Report] = []
-    first = True
-    with stopped_by_sigterm() as stop, tqdm(total=options.steps, unit="step", dynamic_ncols=True) as bar:
-        for report in fit(method, count, options, states, trainer):
-            if first:
-                log.rewind(report.step - 1)
-                bar.n = bar.initial = report.step - 1
-                first = False
-            bar.update()
-            window.append(report)
-            if report.step % rhythm.log == 0 or report.step == options.steps:
-                line = summary(window)
-                log.write(line)
-                bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['samples_per_s']:.0f}/s, {peak_memory():.1f} GB")
-                window.clear()
-            due = report.step == options.steps or report.step % rhythm.validate == 0
-            if validate and due:
-                log.write({"step": report.step} | with_average(trainer, validate))
-                draw_curve(log.path, folder / "curve.png")
-            if sample and (report.step == options.steps or report.step % rhythm.sample == 0):
-                (folder / "samples").mkdir(parents=True, exist_ok=True)
-                with_average(trainer, lambda: sample(folder / "samples" / f"step-{report.step:08d}.png"))
-            if stop():
-                save_checkpoint(trainer, states)
+    trainer = Trainer(method, options, world)
+    diary = Diary(folder, rhythm, options.steps, tensorboard, world.device) if world.first else None
+
+    def look(step: int) -> None:
+        if validate and rhythm.due("validate", step, options.steps):
+            diary.write({"step": step} | with_average(trainer, validate))
+        if step and rhythm.due("validate", step, options.steps):
+            diary.draw()
+        if sample and rhythm.due("sample", step, options.steps):
+            with saving("a sample grid"):
+                (folder / "samples").mkdir(exist_ok=True)
+                with_average(trainer, lambda: sample(folder / "samples" / f"step-{step:08d}.png"))
+
+    with stopped_by_sigterm() as stop:
+        if diary and before and not checkpoints(folder / "checkpoints"):
+            diary.begin(0)
+            look(0)
+        for report in fit(method, pictures, options, folder / "checkpoints", trainer):
+            if diary:
+                diary.note(report)
+                look(report.step)
+            if world.any(stop()):
+                if world.first:
+                    save_checkpoint(trainer, folder / "checkpoints")
                 return None
     return trainer
+
+
+class Diary:
+    """What a run tells of itself: the bar, the log, TensorBoard, the curve."""
+
+    def __init__(self, folder: Path, rhythm: Rhythm, steps: int, tensorboard: bool, device: torch.device):
+        with saving("the log"):
+            self.log = Log(folder / "log.jsonl")
+        self.curve, self.rhythm, self.steps, self.device = folder / "curve.png", rhythm, steps, device
+        self.board_folder = folder / "tensorboard" if tensorboard else None
+        self.board, self.window, self.bar = None, [], None
+        if tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise UserError("TensorBoard is not installed; pip install 'plainsd[train]', or leave --tensorboard out")
+        if not importlib.util.find_spec("matplotlib"):
+            print("matplotlib is not installed, so there will be no curve.png; pip install 'plainsd[train]'", file=sys.stderr)
+            self.curve = None
+
+    def note(self, report: Report) -> None:
+        if self.bar is None:
+            self.begin(report.step - 1)
+        self.bar.update()
+        self.window.append(report)
+        if self.rhythm.due("log", report.step, self.steps):
+            line = summary(self.window, self.device)
+            self.write(line)
+            self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['samples_per_s']:.3g}/s, {line['peak_gb']:.1f} GB")
+            self.window.clear()
+        if report.step == self.steps:
+            self.bar.close()
+
+    def begin(self, done: int) -> None:
+        """After a resume the log forgets the steps that are done again."""
+        self.log.rewind(done)
+        self.bar = tqdm(total=self.steps, initial=done, unit="step", dynamic_ncols=True)
+        if self.board_folder:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.board_folder), purge_step=done + 1)
+
+    def write(self, line: dict[str, float]) -> None:
+        with saving("the log"):
+            self.log.write(line)
+            if self.board:
+                for name, value in line.items():
+                    if name not in ("step", "samples"):
+                        self.board.add_scalar(name, value, line["step"])
+                self.board.flush()
+
+    def draw(self) -> None:
+        if self.curve:
+            with saving("the curve"):
+                draw_curve(self.log.path, self.curve)
 
 
 def with_average(trainer: Trainer, task: Callable):
@@ -94,7 +159,7 @@ def stopped_by_sigterm() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, old)
 
 
-def summary(window: list[Report]) -> dict[str, float]:
+def summary(window: list[Report], device: torch.device) -> dict[str, float]:
     """One log line: honest means over the window's steps, each of as many pictures."""
     last, good = window[-1], [r for r in window if r.loss == r.loss]
     names = good[-1].metrics if good else {}
@@ -109,12 +174,14 @@ def summary(window: list[Report]) -> dict[str, float]:
         "skipped": last.skipped,
         "samples": last.samples,
         "samples_per_s": (last.samples - before) / seconds,
-        "peak_gb": peak_memory(),
+        "peak_gb": peak_memory(device),
     }
 
 
-def peak_memory() -> float:
-    """Largest resident size of this process so far, in GB (10^9 bytes)."""
+def peak_memory(device: torch.device = torch.device("cpu")) -> float:
+    """Most memory held at once so far, in GB (10^9 bytes): of the GPU, or the resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -127,6 +194,8 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, line: dict) -> None:
+        """JSON has no numbers that are not finite; they become null."""
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -153,11 +222,10 @@ def draw_curve(log: Path, path: Path) -> None:
 
     lines = read_log(log)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=110)
-    for name in ("loss", "validation", "psnr"):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if name == "psnr" or not points:
-            continue
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+    for name in ("loss", "validation"):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
     axes.set(xlabel="step", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3, which="both")

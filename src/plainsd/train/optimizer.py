@@ -1,0 +1,40 @@
+"""AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), with moments in float32 or, through torchao, in 8 bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.errors import UserError
+
+if TYPE_CHECKING:
+    from plainsd.train.loop import FitOptions
+
+
+def make_optimizer(parameters: list[nn.Parameter], options: FitOptions) -> torch.optim.Optimizer:
+    """Norms, biases and DoRA's magnitudes, all single rows of numbers, are not pulled to zero by the weight decay."""
+    kind = adam8bit() if options.adam8bit else torch.optim.AdamW
+    plain = [p for p in parameters if p.ndim == 0 or p.numel() == max(p.shape)]
+    decayed = [p for p in parameters if not any(p is other for other in plain)]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]] if options.adam8bit else groups
+    return kind(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+
+
+def adam8bit() -> type[torch.optim.Optimizer]:
+    """Dettmers et al. 2021 (arXiv:2110.02861): blocks of 256 numbers share a scale. A quarter of the memory."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError("8-bit AdamW needs torchao; pip install torchao") from None
+    return AdamW8bit
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):                  # torchao's, which is compiled and would be anew for each value
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -1,0 +1,217 @@
+"""What can be chosen about a training run, by the part that it belongs to. `Train` in cli.py puts the parts together.
+
+Numbers that suit one method and not another are None here, and come from DEFAULTS.
+"""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from plainsd.errors import UserError
+
+FROM_NOTHING = {"steps": 10_000, "batch": 64, "accumulate": 1, "lr": 1e-3, "warmup": 200, "decline": "cosine"}
+RECIPE = {"batch": 1, "accumulate": 4, "warmup": 0, "decline": "constant"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "vae": FROM_NOTHING,
+    "scratch": FROM_NOTHING,
+    "full": RECIPE | {"epochs": 400, "lr": 1e-5},
+    "lora": RECIPE | {"epochs": 100, "lr": 1e-4},
+    "inversion": RECIPE | {"epochs": 100, "lr": 5e-3, "weight_decay": 0.0},
+}
+
+
+@dataclass
+class Data:
+    """How pictures are read, cut and captioned."""
+
+    heldout: Path | None = None
+    """folder of captioned pictures that are only used to measure"""
+    hold_out: float = 0.0
+    """share of the data that is held out instead"""
+    size: int | None = None
+    """pixels, width and height of the training pictures; the model's own if not given"""
+    buckets: bool = False
+    """each picture keeps about its own shape, at about size x size pixels"""
+    crop: Literal["centre", "random"] = "centre"
+    """which part is cut out of a picture of another shape"""
+    places: int = 4
+    """with --crop random: how many places each picture is cut at; they are drawn once"""
+    flip: bool = False
+    """each picture also mirrored"""
+    caption: str | None = None
+    """for pictures that have none, such as "a photo of <cat>" """
+    shuffle_tags: int | None = None
+    """captions are lists with commas: all but the first N entries are shuffled each time"""
+    chunks: int = 1
+    """how much of a long caption is read, in chunks of 75 tokens (77 with start and end)"""
+    picture_column: str | None = None
+    """of parquet files and datasets; found by itself where it has a usual name"""
+    text_column: str | None = None
+    """likewise"""
+    split: str = "train"
+    """of a dataset on the hub"""
+    stream: bool = False
+    """fetch only the first --limit pictures of a dataset, one after the other"""
+    limit: int | None = None
+    """only the first N pictures of each source"""
+    bad_share: float = 0.01
+    """largest share of broken pictures and empty captions that is left out silently but for a line; more is an error"""
+    workers: int = 2
+    """threads that read pictures ahead while they are encoded"""
+
+
+@dataclass
+class Steps:
+    """How long, how fast, with what precision."""
+
+    steps: int | None = None
+    """optimizer steps; from nothing 10,000"""
+    epochs: int | None = None
+    """instead of steps: how often each picture is seen; full 400, lora and inversion 100"""
+    batch: int | None = None
+    """pictures a micro-batch; from nothing 64, else 1"""
+    accumulate: int | None = None
+    """micro-batches a step, over all processes; from nothing 1, else 4"""
+    lr: float | None = None
+    """learning rate; from nothing 1e-3, full 1e-5, lora 1e-4, inversion 5e-3"""
+    warmup: int | None = None
+    """steps in which the learning rate rises to its value; from nothing 200, else 0"""
+    decline: Literal["cosine", "constant"] | None = None
+    """after that: down to 1 percent along a cosine (from nothing), or constant (else)"""
+    weight_decay: float | None = None
+    """0.01; for inversion 0"""
+    beta2: float = 0.999
+    """memory of AdamW's second moment; 0.99 suits short runs"""
+    clip: float = 1.0
+    """largest norm of the whole gradient"""
+    ema: float = 0.999
+    """decay of the averaged weights, which are those that are saved; 0: no average"""
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    """arithmetic: bfloat16 (autocast, weights stay float32) or float32; auto asks the processor"""
+    checkpointing: bool = False
+    """less memory, a third more time: what the backward pass needs is computed again"""
+    adam8bit: bool = False
+    """AdamW's moments in 8 bits; needs torchao"""
+    shard: bool = False
+    """with torchrun: weights, gradients and moments spread over the processes (FSDP2)"""
+
+
+@dataclass
+class Telling:
+    """What is saved and shown on the way."""
+
+    prompts: Path | None = None
+    """file with one prompt a line, for the sample pictures"""
+    save_every: int = 500
+    keep: int = 2
+    """states kept"""
+    log_every: int = 20
+    validate_every: int = 500
+    sample_every: int = 1000
+    tensorboard: bool = False
+    """the log for TensorBoard too"""
+    save_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """what the finished weights are saved in"""
+
+
+@dataclass
+class Loss:
+    """What counts as an error."""
+
+    dropout: float = 0.1
+    """share of captions left empty"""
+    timestep_power: float = 1.0
+    """below 1, noisy timesteps come more often; there the caption decides, elsewhere it hardly matters"""
+    min_snr: float | None = None
+    """timesteps with little noise count no more than those at this signal-to-noise ratio; 5 is usual"""
+    offset_noise: float = 0.0
+    """noise that shifts whole channels, for very dark and very light pictures; 0.05 to 0.1"""
+    perturbation: float = 0.0
+    """surplus noise in the input; 0.1"""
+    huber: float | None = None
+    """errors beyond this size count linearly"""
+
+
+@dataclass
+class Prior:
+    """DreamBooth: pictures of the kind in general, beside those of the one thing."""
+
+    prior: Path | None = None
+    """folder with them; where it is missing or not given, --prior-count pictures of --prior-prompt are made first"""
+    prior_prompt: str | None = None
+    """such as "a photo of a dog", where the captions say "a photo of sks dog" """
+    prior_weight: float = 1.0
+    prior_count: int = 200
+
+
+@dataclass
+class Lora:
+    """Methods full and lora."""
+
+    text_encoder: bool = False
+    """train the text encoders too"""
+    rank: int = 16
+    alpha: float | None = None
+    """the LoRA's change is scaled by alpha / rank; the rank if not given"""
+    targets: str = "attention"
+    """attention, transformers, all-linear, all, or a pattern such as '*.cross_attn.*'"""
+    conv: bool = False
+    """convolutions too"""
+    dora: bool = False
+    """weight-decomposed (DoRA)"""
+    half_base: bool = False
+    """the frozen weights in bfloat16: half the memory"""
+
+
+@dataclass
+class Inversion:
+    """Method inversion."""
+
+    token: str | None = None
+    """the new word, such as '<cat>', which the captions use"""
+    vectors: int = 1
+    """how many vectors it stands for"""
+    initial: str | None = None
+    """a known word to begin from, such as 'cat'"""
+
+
+@dataclass
+class FromNothing:
+    """Methods vae and scratch."""
+
+    model: Path | None = None
+    """JSON file that describes the networks: the fields of plainsd.variants.Variant"""
+    vae: Path | None = None
+    """scratch: folder of the trained autoencoder"""
+    tokenizer: Path | None = None
+    """scratch: folder with vocab.json and merges.txt"""
+    carry: tuple[Path, ...] = ()
+    """scratch: files to put beside the finished model's weights"""
+    kl_weight: float = 1e-4
+    """vae: pull of the latents towards the unit normal"""
+    edge_weight: float = 1.0
+    """vae: weight of the error in pixel differences"""
+    patch_weight: float = 0.0
+    """vae: weight of the patch discriminator"""
+    patch_after: int = 0
+    """vae: pictures seen before the discriminator counts"""
+
+
+def with_defaults(method: str, steps: Steps) -> Steps:
+    """The method's own numbers where none are given."""
+    if steps.steps is not None and steps.epochs is not None:
+        raise UserError(f"--steps {steps.steps} and --epochs {steps.epochs} both say how long to train; give one")
+    own = {"weight_decay": 0.01} | DEFAULTS[method]
+    own = {name: value for name, value in own.items() if getattr(steps, name) is None}
+    if steps.steps is not None or steps.epochs is not None:
+        own = {name: value for name, value in own.items() if name not in ("steps", "epochs")}
+    filled = replace(steps, **own)
+    for field in fields(filled):
+        value = getattr(filled, field.name)
+        if field.name in ("steps", "epochs", "batch", "accumulate") and value is not None and value < 1:
+            raise UserError(f"--{field.name} {value} is out of range; give 1 or more")
+    if not 0 < filled.lr < float("inf"):
+        raise UserError(f"--lr {filled.lr:g} is out of range; give a number above 0, such as {DEFAULTS[method]['lr']:g}")
+    return filled

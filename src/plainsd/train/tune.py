@@ -1,0 +1,104 @@
+"""The methods that begin from a loaded model, as jobs: `full`, `lora`."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+
+from plainsd.checkpoint import load, save
+from plainsd.errors import UserError
+from plainsd.generate import StableDiffusion
+from plainsd.lora import save_lora
+from plainsd.train.checkpoints import saving
+from plainsd.train.data import Pictures, read_folder
+from plainsd.train.examples import Examples
+from plainsd.train.finetune import FineTune
+from plainsd.train.full import full
+from plainsd.train.jobs import Job
+from plainsd.train.lora import lora
+from plainsd.train.memory import checkpointing
+from plainsd.train.prior import make_prior
+from plainsd.train.text import cut_captions
+
+Make = Callable[[StableDiffusion, Examples, dict], FineTune]
+
+
+def train_full(job: Job) -> None:
+    def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
+        return full(sd, examples, text_encoder=job.options.lora.text_encoder, **shared)
+
+    if sd := tuned(job, make):
+        with saving("the model"):
+            save(sd, job.out / "model", dtype=job.save_dtype)
+        job.say(f"model in {job.out / 'model'}")
+
+
+def train_lora(job: Job) -> None:
+    own = job.options.lora
+
+    def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
+        return lora(sd, examples, rank=own.rank, alpha=own.alpha, targets=own.targets, conv=own.conv, dora=own.dora,
+                    text_encoder=own.text_encoder, seed=job.options.pace.seed, **shared)
+
+    if sd := tuned(job, make):
+        for naming, name in (("kohya", "lora.safetensors"), ("peft", "lora-peft.safetensors")):
+            with saving("the LoRA"):
+                save_lora(sd, job.out / name, naming, dtype=job.save_dtype)
+        job.say(f"LoRA in {job.out / 'lora.safetensors'} (kohya's names) and lora-peft.safetensors (diffusers')")
+
+
+def tuned(job: Job, make: Make) -> StableDiffusion | None:
+    """The trained model; None where the run was stopped before its end, or where another process will save it."""
+    sd = load(job.options.base, device=job.world.device, dtype=torch.float32)
+    job.keep_options(base_weights=weights_digest(sd))
+    for network in (sd.unet, sd.vae, *sd.text_encoders):
+        network.to(memory_format=torch.channels_last)
+    pictures, heldout = job.pictures(sd.variant.size)
+    examples, held = job.examples(sd.vae, pictures), job.examples(sd.vae, heldout) if heldout else None
+    warn_of_long_captions(job, sd, pictures)
+    shared = {"objective": job.objective(), "chunks": job.options.reading.chunks, "prior": prior_set(job, sd, pictures.size),
+              "prior_weight": job.options.prior.prior_weight}
+    if job.options.lora.half_base:
+        halve(job, sd)
+    method = make(sd, examples, shared)
+    check = (lambda: method.validate(held)) if held else None
+    with checkpointing(sd.unet, job.options.pace.checkpointing):
+        done = job.train(method, pictures, check, job.sampler(sd), before=True)
+    return sd if done and job.world.first else None
+
+
+def halve(job: Job, sd: StableDiffusion) -> None:
+    if job.options.method == "full" or job.dtype != torch.bfloat16:
+        raise UserError("--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method full")
+    sd.unet.to(torch.bfloat16)
+
+
+def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:
+    """DreamBooth's pictures of the kind in general: read, or made first."""
+    own = job.options.prior
+    if own.prior is None and own.prior_prompt is None:
+        return None
+    folder = own.prior or job.out / "prior"
+    with job.world.first_goes_ahead():
+        if own.prior is None or not own.prior.is_dir():
+            if own.prior_prompt is None:
+                raise UserError(f"no folder {str(own.prior)!r}; give --prior-prompt, and the model makes the pictures")
+            make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
+        pictures = read_folder(folder, size, caption=own.prior_prompt, known=job.out / "cache" / "scanned.json", say=job.say)
+    return job.examples(sd.vae, pictures)
+
+
+def warn_of_long_captions(job: Job, sd: StableDiffusion, pictures: Pictures) -> None:
+    captions = {text for item in pictures.items for text in item.texts}
+    if cut := cut_captions(sd, sorted(captions), job.options.reading.chunks):
+        job.say(f"{cut} of {len(captions)} captions are longer than what is read of them; raise --chunks to read more")
+
+
+def weights_digest(sd: StableDiffusion) -> str:
+    """Sixteen hexadecimal digits that another model does not have: of up to 16 numbers of each tensor."""
+    digest = hashlib.sha256()
+    for network in (sd.unet, sd.vae, *sd.text_encoders):
+        for name, tensor in network.state_dict().items():
+            some = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

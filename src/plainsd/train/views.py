@@ -1,0 +1,97 @@
+"""Which part of a picture is trained on: its size, its place, mirrored or not.
+
+A picture is scaled until it covers its box, and the box is cut out. The box is a square, or, with buckets, the one of
+about the same area whose shape is nearest to the picture's, so that little is cut off (NovelAI 2022, "aspect ratio
+bucketing"). Each picture has a fixed number of views, so that every view's latent can be made once and kept.
+
+All sizes are (width, height) in pixels.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+
+from plainsd.errors import UserError
+
+Size = tuple[int, int]
+MULTIPLE = 8                          # of every box's sides, in pixels
+
+
+class View(NamedTuple):
+    """The picture is scaled to `scaled`, mirrored or not, and the box of `size` cut out at (left, top)."""
+
+    scaled: Size
+    left: int
+    top: int
+    size: Size
+    mirrored: bool = False
+
+
+def view_of(original: Size, size: Size, across: float = 0.5, down: float = 0.5, mirrored: bool = False) -> View:
+    """A view of the given size, at a place between 0 (left, top) and 1 (right, bottom) of what is to spare."""
+    scale = max(box / side for box, side in zip(size, original, strict=True))
+    scaled = tuple(max(box, round(side * scale)) for box, side in zip(size, original, strict=True))
+    left, top = int((scaled[0] - size[0]) * across), int((scaled[1] - size[1]) * down)
+    return View(scaled, left, top, size, mirrored)
+
+
+def cut_out(picture: Image.Image, view: View) -> Image.Image:
+    if picture.size != view.scaled:
+        picture = picture.resize(view.scaled, Image.Resampling.LANCZOS)
+    if view.mirrored:
+        picture = ImageOps.mirror(picture)
+    return picture.crop((view.left, view.top, view.left + view.size[0], view.top + view.size[1]))
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How views are chosen. The default is one: the middle square."""
+
+    buckets: bool = False
+    crop: Literal["centre", "random"] = "centre"
+    places: int = 4                   # with random crops: how many of them each picture has
+    flip: bool = False                # each also mirrored
+
+    def __post_init__(self):
+        if self.crop not in ("centre", "random"):
+            raise UserError(f"unknown crop {self.crop!r}; choose centre or random")
+        if self.places < 1:
+            raise UserError(f"{self.places} places for random crops; give at least 1")
+
+    @property
+    def count(self) -> int:
+        """Views a picture."""
+        return (self.places if self.crop == "random" else 1) * (1 + self.flip)
+
+    def views(self, name: str, original: Size, size: int) -> list[View]:
+        """All views of a picture. Random places are drawn from its name, so that they are the same in every run."""
+        box = nearest_box(original, size) if self.buckets else (size, size)
+        places = [(0.5, 0.5)]
+        if self.crop == "random":
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            places = torch.rand(self.places, 2, generator=generator, dtype=torch.float64).tolist()
+        flips = (False, True) if self.flip else (False,)
+        return [view_of(original, box, *place, mirrored) for place in places for mirrored in flips]
+
+
+@lru_cache
+def boxes(size: int) -> list[Size]:
+    """The boxes of about size x size pixels, from half as wide to twice as wide, none larger in area."""
+    step = 64 if size >= 512 else max(MULTIPLE, size // 64 * MULTIPLE)
+    found = set()
+    for side in range(max(step, size // 2 // step * step), 2 * size + 1, step):
+        other = size * size // side // step * step
+        if other:
+            found |= {(side, other), (other, side)}
+    return sorted(found)
+
+
+def nearest_box(original: Size, size: int) -> Size:
+    """The box whose shape is nearest to the picture's; of equals, the larger."""
+    shape = math.log(original[0] / original[1])
+    return min(boxes(size), key=lambda box: (abs(math.log(box[0] / box[1]) - shape), -box[0] * box[1]))

@@ -1,0 +1,88 @@
+"""One run on several processes, as torchrun starts them: each takes its share of every step's pictures.
+
+The pictures of a step, and all random numbers, are those of the same run on one process; so is the result, but for the
+order in which numbers are added. Only the first process writes.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from plainsd.errors import UserError
+
+PATIENCE = timedelta(hours=6)         # for the first process, while it encodes, validates, draws or saves
+
+
+class World(NamedTuple):
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")           # where numbers are added up
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def check(self, batch: int, accumulate: int) -> None:
+        if accumulate % self.size and batch % self.size:
+            raise UserError(f"{self.size} processes cannot share {accumulate} micro-batches of {batch}; make --accumulate or "
+                            f"--batch a multiple of {self.size}")
+
+    def share(self, parts: list[list]) -> list[list]:
+        """This process's micro-batches: every size-th one, or a slice of each."""
+        if len(parts) % self.size == 0:
+            return parts[self.rank :: self.size]
+        return [part[self.rank * len(part) // self.size : (self.rank + 1) * len(part) // self.size] for part in parts]
+
+    def total(self, numbers: list[float]) -> list[float]:
+        """Each number added up over all processes."""
+        if self.size == 1:
+            return numbers
+        together = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(together)
+        return together.tolist()
+
+    def any(self, flag: bool) -> bool:
+        return self.total([float(flag)])[0] > 0
+
+    def replicated(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over all processes, as they are made."""
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(module, find_unused_parameters=True)
+
+    def silent(self, module: nn.Module, last: bool):
+        """Gradients are averaged with the last micro-batch of a step; before it nothing is sent."""
+        return nullcontext() if self.size == 1 or last else module.no_sync()
+
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """What is inside is done by the first process, then by the others, who find its files."""
+        if self.size > 1 and not self.first:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.first:
+            dist.barrier()
+
+
+@contextmanager
+def world_of_torchrun(device: torch.device) -> Iterator[World]:
+    """The processes that torchrun started, or this one alone. Each process gets a GPU of its own, where there are any."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield World(device=device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
