@@ -513,7 +513,7 @@ def test_half_precision(tmp_path, two_files):
 
 def test_a_model_with_loras_is_not_saved_without_them(sd, tmp_path):
     lora = trained(sd)
-    with pytest.raises(UserError, match="trained.*merge"):
+    with pytest.raises(UserError, match="merge its LoRAs"):
         plainsd.save(sd, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     lora.merge()

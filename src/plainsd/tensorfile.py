@@ -163,14 +163,15 @@ HARMLESS = [(Ignored, name) for name in (
 )]
 
 
-def open_pickle(path: Path) -> TensorFile:
-    """A .ckpt, .bin or .pt: tensors by name, perhaps under `state_dict`. Nothing but plain data is ever unpickled."""
+def unpickled(path: Path, harmless: Iterable[tuple[type, str]] = HARMLESS) -> object:
+    """What a PyTorch pickle holds, if that is plain data and tensors; the names of other classes only if they are
+    among `harmless`, which gives each a stand-in."""
     options = {"map_location": "cpu", "weights_only": True}
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(list(harmless)):
             with open(path, "rb") as file:
                 zipped = file.read(2) == b"PK"
-            content = torch.load(path, mmap=zipped, **options)           # only the newer, zipped files can be mapped
+            return torch.load(path, mmap=zipped, **options)              # only the newer, zipped files can be mapped
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:                               # the unpickler fails in as many ways as files are broken
@@ -179,6 +180,11 @@ def open_pickle(path: Path) -> TensorFile:
             raise UserError(f"{path} is a pickle that asks for {asked[1] or asked[2]} and could run code; it is not "
                             "opened; look for a .safetensors file of the model") from error
         raise damaged(path, f"it is no PyTorch file ({type(error).__name__})") from error
+
+
+def open_pickle(path: Path) -> TensorFile:
+    """A .ckpt, .bin or .pt: tensors by name, perhaps under `state_dict`. Nothing but plain data is ever unpickled."""
+    content = unpickled(path)
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     table = content.items() if isinstance(content, dict) else ()
