@@ -132,6 +132,34 @@ def test_inpainting_and_outpainting(generate, photo, tmp_path):
     assert (pixels(out.strip())[:, 4:56] == pixels(photo)).all()
 
 
+def test_loras_by_flag_and_by_tag(generate, model, tmp_path):
+    import torch
+
+    from plainsd.lora import inject, save_lora
+
+    (tmp_path / "loras").mkdir()
+    sd = plainsd.load(model, device="cpu", dtype="float32")
+    lora = inject(sd.unet, rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter += 0.3
+    save_lora(sd, tmp_path / "loras" / "style.safetensors")
+
+    def made(*arguments):
+        code, out, err = generate(*arguments)
+        assert code == 0, err
+        return Path(out.strip())
+
+    plain, styled = made("x"), made("x", "--lora", f"{tmp_path}/loras/style.safetensors:0.5")
+    assert np.abs(pixels(plain) - pixels(styled)).max() > 5
+    assert read_settings(styled).prompt == "x <lora:style:0.5>"
+    for place in (["--lora-folder", tmp_path / "loras"], ["--lora", tmp_path / "loras" / "style.safetensors"]):
+        again = made("--from", styled, *place)
+        assert np.abs(pixels(again) - pixels(styled)).max() <= 1
+        assert read_settings(again) == read_settings(styled)
+    assert "names the LoRA 'style'" in generate("--from", styled)[2]
+
+
 def test_a_grid_is_one_labelled_sheet(generate):
     code, out, _ = generate("x", "--grid", "guidance=1,7.5", "--grid", "sampler=ddim,euler,lms")
     assert code == 0 and out.strip().endswith("00001-grid.png")
@@ -182,6 +210,9 @@ WRONG = {
     "model": (["x", "--model", "/nowhere/at all"], "there is no model"),
     "device": (["x", "--device", "gpu9"], "device"),
     "dtype": (["x", "--dtype", "float8"], "unknown dtype 'float8'"),
+    "lora": (["x", "--lora", "/nowhere.safetensors:0.5"], "/nowhere.safetensors"),
+    "lora's strength": (["x", "--lora", "/nowhere:strong"], "'strong' is no strength"),
+    "lora by tag": (["x <lora:style:1>"], "names the LoRA 'style'"),
     "from nothing": (["--from", "/nowhere.png"], "does not exist"),
     "from a photo": (["--from", "PHOTO"], "carries no settings"),
     "image": (["x", "--image", "/nowhere.png"], "does not exist"),

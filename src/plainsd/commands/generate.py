@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from plainsd.commands.loras import chosen, tags_of, without_tags
 from plainsd.commands.output import Preview, Target, check_writable
 from plainsd.errors import UserError, unknown
 from plainsd.settings import DEFAULTS, FIELDS, Settings
@@ -42,6 +43,12 @@ class Generate:
     """folder, single file or hub name of a model; the embedded one if not given"""
     vae: Annotated[Path | None, flag("PATH")] = None
     """another autoencoder, a folder or a file, in place of the model's own"""
+    lora: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
+    """a LoRA, such as style.safetensors:0.8; more than once for several"""
+    lora_folder: Annotated[Path | None, flag("FOLDER")] = None
+    """where the LoRAs lie that a prompt names as <lora:style:0.8>"""
+    lora_partial: bool = False
+    """leave out what of a LoRA does not fit the model"""
     negative: Annotated[str | None, flag("TEXT")] = None
     """what to keep away from"""
     size: Annotated[tuple[int, int] | None, flag("W H")] = None
@@ -109,6 +116,7 @@ class Generate:
 
     def run(self) -> None:
         prompts, choices = self.wanted()
+        prompts, tags = without_tags(prompts)
         target = Target(self.out)                # says at once where nothing can be written
         if self.preview:
             check_writable(self.preview.parent)
@@ -122,7 +130,10 @@ class Generate:
         from plainsd.checkpoint import load      # torch comes in here
 
         began = time.perf_counter()
-        sd = load(self.model, device=self.device, dtype=self.dtype, vae=self.vae)
+        loras = chosen(self.lora, tags, self.lora_folder)
+        sd = load(
+            self.model, device=self.device, dtype=self.dtype, vae=self.vae, loras=loras, lora_partial=self.lora_partial
+        )
         self.check_model(sd, choices.pop("model", None))
         loaded = time.perf_counter()
         batches = grid_cells(prompts[0], choices, axes) if axes else cut(prompts, choices, self.batch)
@@ -132,7 +143,7 @@ class Generate:
             images += pictures.images
             if not axes:
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
-                    say(str(target.write(image, settings)))
+                    say(str(target.write(image, replace(settings, prompt=settings.prompt + tags_of(loras)))))
         if axes:
             say(str(target.write(sheet(images, axes), None)))
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
