@@ -14,9 +14,9 @@ from plainsd.train import options
 class Train:
     """Train on captioned pictures. Started again with the same --out, it goes on where it was."""
 
-    method: Literal["vae", "scratch", "full", "lora"]
+    method: Literal["vae", "scratch", "full", "lora", "inversion"]
     """vae: an autoencoder from nothing. scratch: text encoder and UNet from nothing, on a trained autoencoder. full: all
-    weights of a model's UNet. lora: low-rank changes to a model"""
+    weights of a model's UNet. lora: low-rank changes to a model. inversion: a new word for prompts"""
     data: tuple[str, ...]
     """folders of captioned pictures (metadata.jsonl, or pairs name.png and name.txt), parquet files, tar shards, or datasets
     on the hub (owner/name); cats:10 is shown ten times an epoch"""
@@ -28,6 +28,7 @@ class Train:
     pace: OmitArgPrefixes[options.Steps] = field(default_factory=options.Steps)
     loss: OmitArgPrefixes[options.Loss] = field(default_factory=options.Loss)
     lora: OmitArgPrefixes[options.Lora] = field(default_factory=options.Lora)
+    inversion: OmitArgPrefixes[options.Inversion] = field(default_factory=options.Inversion)
     prior: OmitArgPrefixes[options.Prior] = field(default_factory=options.Prior)
     telling: OmitArgPrefixes[options.Telling] = field(default_factory=options.Telling)
     nothing: OmitArgPrefixes[options.FromNothing] = field(default_factory=options.FromNothing)
@@ -37,10 +38,11 @@ class Train:
         from plainsd.train.begin import train_scratch, train_vae
         from plainsd.train.checkpoints import SaveError, checkpoints
         from plainsd.train.jobs import Job
-        from plainsd.train.tune import train_full, train_lora
+        from plainsd.train.tune import train_full, train_inversion, train_lora
         from plainsd.train.world import world_of_torchrun
 
-        task = {"vae": train_vae, "scratch": train_scratch, "full": train_full, "lora": train_lora}[self.method]
+        task = {"vae": train_vae, "scratch": train_scratch, "full": train_full, "lora": train_lora,
+                "inversion": train_inversion}[self.method]
         filled = replace(self, pace=options.with_defaults(self.method, self.pace))
         device = choose_device(self.pace.device)
         with world_of_torchrun(device) as world:

@@ -1,4 +1,4 @@
-"""The methods that begin from a loaded model, as jobs: `full`, `lora`."""
+"""The methods that begin from a loaded model, as jobs: `full`, `lora`, `inversion`."""
 
 import hashlib
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from plainsd.checkpoint import load, save
+from plainsd.embeddings import save_embedding
 from plainsd.errors import UserError
 from plainsd.generate import StableDiffusion
 from plainsd.lora import save_lora
@@ -14,6 +15,7 @@ from plainsd.train.data import Pictures, read_folder
 from plainsd.train.examples import Examples
 from plainsd.train.finetune import FineTune
 from plainsd.train.full import full
+from plainsd.train.inversion import inversion, settle
 from plainsd.train.jobs import Job
 from plainsd.train.lora import lora
 from plainsd.train.memory import checkpointing
@@ -45,6 +47,29 @@ def train_lora(job: Job) -> None:
             with saving("the LoRA"):
                 save_lora(sd, job.out / name, naming, dtype=job.save_dtype)
         job.say(f"LoRA in {job.out / 'lora.safetensors'} (kohya's names) and lora-peft.safetensors (diffusers')")
+
+
+def train_inversion(job: Job) -> None:
+    own = job.options.inversion
+    if not own.token:
+        raise UserError("method inversion needs --token, the new word that the captions use, such as '<cat>'")
+
+    def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
+        texts = [text for item in examples.pictures.items for text in item.texts]
+        without = sum(own.token.lower() not in text.lower() for text in texts)
+        if without:
+            raise UserError(f"{without} of {len(texts)} captions do not have the word {own.token!r}; write it into them, or give "
+                            f"--caption \"a photo of {own.token}\" and pictures without captions")
+        return inversion(sd, examples, own.token, vectors=own.vectors, initial=own.initial, seed=job.options.pace.seed,
+                         **shared)
+
+    if sd := tuned(job, make):
+        settle(sd)
+        for dialect, name in (("a1111", f"{own.token.strip('<> ')}.safetensors"), ("diffusers", "learned_embeds.safetensors")):
+            with saving("the word"):
+                save_embedding(sd, own.token, job.out / name, dialect)
+        job.say(f"{own.token} in {job.out}: {own.token.strip('<> ')}.safetensors for A1111, learned_embeds.safetensors for "
+                "diffusers")
 
 
 def tuned(job: Job, make: Make) -> StableDiffusion | None:

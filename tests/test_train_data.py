@@ -1,0 +1,347 @@
+"""What training is fed: sources of every kind, checks, views, buckets, captions, the latent cache."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from plainsd.errors import UserError
+from plainsd.models.vae import VAE, VAEConfig
+from plainsd.train.cache import cache_latents
+from plainsd.train.data import Item, Pictures, described, read_folder, shuffled
+from plainsd.train.examples import Examples
+from plainsd.train.loop import Pick
+from plainsd.train.order import Bucketed, Repeated, random
+from plainsd.train.sources import Reading, read_source
+from plainsd.train.views import Framing, boxes, cut_out, nearest_box, view_of
+
+SIZES = [(24, 16), (16, 24), (16, 16), (40, 20), (17, 16)]
+
+
+def picture(number, size):
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def png(number, size):
+    file = io.BytesIO()
+    picture(number, size).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five pictures of different shapes."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    lines = []
+    for i, size in enumerate(SIZES):
+        picture(i, size).save(place / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}, tag a, tag b"}) + "\n")
+    (place / "metadata.jsonl").write_text("".join(lines))
+    return place
+
+
+def tiny_vae(seed=0):
+    torch.manual_seed(seed)
+    return VAE(VAEConfig(channels=(8, 8), layers=1, latent_channels=4, groups=2))
+
+
+def quiet(*_):
+    pass
+
+
+# ---- sources
+
+
+def written(kind, place):
+    """The five pictures as that kind of source; its name."""
+    place.mkdir()
+    rows = [(png(i, size), f"picture {i}, tag a, tag b") for i, size in enumerate(SIZES)]
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        table = {"image": [{"bytes": content, "path": None} for content, _ in rows], "text": [text for _, text in rows]}
+        pyarrow.parquet.write_table(pyarrow.table(table), place / "train.parquet")
+    elif kind == "tar":
+        for shard, part in enumerate((rows[:3], rows[3:])):
+            with tarfile.open(place / f"{shard}.tar", "w") as tar:
+                for i, (content, text) in enumerate(part):
+                    for ending, data in (("png", content), ("txt", text.encode())):
+                        info = tarfile.TarInfo(f"{shard}{i:03d}.{ending}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+    else:
+        for i, (content, _) in enumerate(rows):
+            (place / f"{i}.png").write_bytes(content)
+        lines = "".join(f'{i}.png,"{text}"\n' for i, (_, text) in enumerate(rows))
+        (place / "metadata.csv").write_text("file_name,text\n" + lines)
+    return str(place)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "csv"])
+def test_every_source_gives_the_same_pictures(folder, tmp_path, kind):
+    plain = read_source(str(folder), 16, tmp_path / "cache")
+    other = read_source(written(kind, tmp_path / kind) + ":3", 16, tmp_path / "cache")
+    assert [item.texts for item in other.items] == [item.texts for item in plain.items]
+    assert [item.size for item in other.items] == SIZES
+    assert [item.repeats for item in other.items] == [3] * 5
+    assert torch.equal(other.pixels(range(5)), plain.pixels(range(5)))
+    assert len({item.mark() for item in other.items}) == 5
+    again = read_source(str(tmp_path / kind), 16, tmp_path / "cache")
+    assert [item.mark() for item in again.items] == [item.mark() for item in other.items]
+
+
+def test_a_stream_keeps_the_first_rows_and_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    source, cache = written("tar", tmp_path / "tar"), tmp_path / "cache"
+    reading = Reading(stream=True, limit=4)
+    first = read_source(source, 16, cache, reading)
+    assert torch.equal(first.pixels(range(4)), read_folder(folder, 16).pixels(range(4)))
+    kept = next(cache.glob("stream-*"))
+    lines = (kept / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (kept / "whole").unlink()
+    (kept / "metadata.jsonl").write_text("".join(lines[:2]) + lines[2][:9])       # as a kill would leave it
+    (kept / "00000003.png").unlink()
+    assert torch.equal(read_source(source, 16, cache, reading).pixels(range(4)), first.pixels(range(4)))
+    monkeypatch.setattr("plainsd.train.sources._opened", None)                     # whole: nothing is opened any more
+    assert len(read_source(source, 16, cache, reading)) == 4
+    with pytest.raises(UserError, match="streaming needs --limit"):
+        read_source(source, 16, tmp_path / "other", Reading(stream=True))
+
+
+def test_columns_by_name_and_captions_for_all(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {"photo": [png(i, (16, 16)) for i in range(3)], "words": [["one", "two"], ["three"], ["four"]]}
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(table), file)
+    with pytest.raises(UserError, match="no picture column; it has photo, words; name one with --picture-column"):
+        read_source(str(file), 16, tmp_path / "cache")
+    with pytest.raises(UserError, match="no text column 'wrods'"):
+        read_source(str(file), 16, tmp_path / "cache", Reading(picture_column="photo", text_column="wrods"))
+    found = read_source(str(file), 16, tmp_path / "cache", Reading(picture_column="photo", text_column="words"))
+    assert [item.texts for item in found.items] == [("one", "two"), ("three",), ("four",)]
+    found = read_source(str(file), 16, tmp_path / "cache", Reading("a cat", picture_column="photo", limit=2))
+    assert [item.texts for item in found.items] == [("a cat",)] * 2
+
+
+def test_a_hub_name_is_fetched_by_the_library(folder, tmp_path, monkeypatch):
+    import datasets
+
+    table, asked = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=tmp_path), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **more: asked.append((name, more)) or table)
+    found = read_source("someone/drawings@v2:4", 16, tmp_path / "cache", Reading(split="test"))
+    assert len(found) == 5 and found.items[0].repeats == 4
+    (name, more), = asked
+    assert (name, more["revision"], more["split"], more["streaming"]) == ("someone/drawings", "v2", "test", False)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("nowhere/at/all", "there is no folder or file 'nowhere/at/all'"),
+    ("{tmp}/empty", "no pictures; put metadata.jsonl there, or pairs"),
+    ("{tmp}/notes.txt", "is no source of pictures"),
+    ("{tmp}/broken.parquet", "cannot read"),
+])
+def test_sources_that_are_none(tmp_path, source, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=message) as caught:
+        read_source(source.format(tmp=tmp_path), 16, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_library_only_folders_are_read(folder, tmp_path, monkeypatch):
+    source = written("tar", tmp_path / "tar")
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    assert len(read_source(str(folder), 16, tmp_path / "cache")) == 5
+    with pytest.raises(UserError, match=r"pip install 'plainsd\[train\]'"):
+        read_source(source, 16, tmp_path / "cache")
+
+
+# ---- checks
+
+
+def test_faults_are_told_one_by_one(tmp_path):
+    for name, size in (("small", (20, 7)), ("good", (20, 20)), ("latin", (20, 20)), ("bare", (20, 20)), ("off", (20, 20))):
+        picture(0, size).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a caption")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "bare.txt").unlink()
+    Image.new("L", (10, 10)).save(tmp_path / "off.mask.png")
+    said = []
+    assert len(read_folder(tmp_path, 16, bad_share=0.9, say=said.append)) == 1
+    for fault in ("left out 4 of 5", "small.png: only 20x7 pixels", "latin.png: its caption is not text in UTF-8",
+                  "bare.png: no caption", "off.png: its mask is of another size"):
+        assert fault in said[0]
+    assert {item.texts for item in read_folder(tmp_path, 16, caption="it", bad_share=0.9, say=quiet).items} == {
+        ("a caption",), ("it",)}
+
+
+def test_pictures_that_were_whole_are_not_opened_again(folder, tmp_path, monkeypatch):
+    known = tmp_path / "scanned.json"
+    first = read_folder(folder, 16, known=known)
+    monkeypatch.setattr(Item, "open", None)
+    assert read_folder(folder, 16, known=known).items == first.items
+    monkeypatch.undo()
+    (folder / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")               # changed since
+    with pytest.raises(UserError, match="1 of 5 pictures cannot be used"):
+        read_folder(folder, 16, known=known, say=quiet)
+
+
+def test_the_report(folder):
+    pictures = Pictures(read_folder(folder, 24, repeats=2).items, 24, Framing(buckets=True))
+    lines = described(pictures).splitlines()
+    assert lines[0] == "5 pictures, 10 an epoch, 5 captions; shorter sides 16 to 20 px, median 16; 5 are enlarged to 24"
+    assert lines[1].startswith("sizes: ") and "24x24 2" in lines[1]
+
+
+def test_a_share_is_held_out(folder):
+    pictures = read_folder(folder, 16)
+    rest, held = pictures.split(0.4)
+    assert len(held) == 2 and len(rest) == 3
+    assert {i.name for i in rest.items} | {i.name for i in held.items} == {i.name for i in pictures.items}
+    assert pictures.split(0.4)[1].items == held.items
+    with pytest.raises(UserError, match="cannot hold out"):
+        pictures.split(1.5)
+
+
+# ---- views
+
+
+def test_a_view_covers_its_box():
+    view = view_of((100, 50), (32, 32))
+    assert view.scaled == (64, 32) and (view.left, view.top) == (16, 0)
+    assert view_of((100, 50), (32, 32), across=1.0).left == 32 and view_of((100, 50), (32, 32), across=0.0).left == 0
+    image = Image.new("RGB", (4, 2), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    plain = cut_out(image, view_of((4, 2), (2, 2), across=0.0))
+    mirrored = cut_out(image, view_of((4, 2), (2, 2), across=1.0, mirrored=True))
+    assert plain.getpixel((0, 0)) == mirrored.getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_random_places_are_the_pictures_own():
+    framing = Framing(crop="random", places=3, flip=True)
+    views = framing.views("a.png", (100, 50), 32)
+    assert len(views) == framing.count == 6 and len({view.left for view in views}) == 3
+    assert framing.views("a.png", (100, 50), 32) == views != framing.views("b.png", (100, 50), 32)
+
+
+@pytest.mark.parametrize("size", [16, 64, 96, 128, 512, 1024])
+def test_boxes_are_of_about_one_area(size):
+    found = boxes(size)
+    assert (size, size) in found and all((h, w) in found for w, h in found)
+    assert all(w * h <= size * size and w * h > 0.6 * size * size and w % 8 == 0 == h % 8 for w, h in found)
+    assert nearest_box((3000, 1500), size)[0] > size > nearest_box((3000, 1500), size)[1]
+    assert nearest_box((700, 700), size) == (size, size)
+    assert nearest_box((1, 9), size)[1] == max(h for _, h in found)
+
+
+# ---- order
+
+
+def test_repeats_come_as_often_as_told():
+    order = Repeated([1, 3, 0, 2], seed=1)
+    assert order.count == 6
+    assert sorted(order(p) for p in range(6)) == sorted(order(p) for p in range(6, 12)) == [0, 1, 1, 1, 3, 3]
+
+
+def test_buckets_give_micro_batches_of_one_shape():
+    shapes = ["wide"] * 5 + ["tall"] * 3 + ["square"]
+    order = Bucketed(shapes, [1] * 9, batch=2, seed=4)
+    assert order.count == 6 + 4 + 2 and order.surplus == 3
+    epochs = [[order(e * order.count + p) for p in range(order.count)] for e in range(3)]
+    for epoch in epochs:
+        batches = [epoch[i : i + 2] for i in range(0, len(epoch), 2)]
+        assert all(len({shapes[i] for i in batch}) == 1 for batch in batches)
+        assert set(epoch) == set(range(9))
+    assert epochs[0] != epochs[1]
+    assert Bucketed(shapes, [1] * 9, batch=2, seed=4)(30) == epochs[2][6]           # a function of the position alone
+
+
+# ---- captions
+
+
+def test_tags_are_shuffled_behind_the_first(folder):
+    seen = {shuffled("a, b , c,d", 1, random(0, 0, i)) for i in range(60)}
+    assert len(seen) == 6 and all(text.startswith("a, ") for text in seen)
+    assert all(sorted(text.split(", ")) == ["a", "b", "c", "d"] for text in seen)
+    pictures = Pictures(read_folder(folder, 16).items, 16, tags=1)
+    assert {pictures.caption(2, random(0, 0, i)) for i in range(20)} == {
+        "picture 2, tag a, tag b", "picture 2, tag b, tag a"}
+
+
+# ---- the latent cache
+
+
+def framed(folder, **framing):
+    return Pictures(read_folder(folder, 16).items, 16, Framing(**framing))
+
+
+def test_every_view_of_every_picture_is_cached(folder, tmp_path):
+    pictures, vae = framed(folder, buckets=True, crop="random", places=2, flip=True), tiny_vae()
+    latents = cache_latents(vae, pictures, tmp_path, batch=2)
+    assert latents.views == 4 and len({*latents.shapes}) > 1
+    for index in range(5):
+        for number, view in enumerate(pictures.views(index)):
+            pixels = np.asarray(cut_out(pictures.items[index].open(), view), dtype=np.float32)
+            q = vae.encode(torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1)
+            mean, std = latents.moments(index, number).float().chunk(2)
+            torch.testing.assert_close(mean, q.mean[0], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(std, (0.5 * q.logvar[0]).exp(), rtol=2e-3, atol=2e-3)
+
+
+def test_workers_change_nothing(folder, tmp_path):
+    pictures = framed(folder, buckets=True, flip=True)
+    alone = cache_latents(tiny_vae(), pictures, tmp_path / "a", batch=2, workers=0)
+    helped = cache_latents(tiny_vae(), pictures, tmp_path / "b", batch=2, workers=3)
+    assert torch.equal(alone.data, helped.data)
+
+
+def test_a_new_picture_costs_one_encoding(folder, tmp_path, monkeypatch):
+    vae, encode, seen = tiny_vae(), VAE.encode, []
+    monkeypatch.setattr(VAE, "encode", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels))
+    first = cache_latents(vae, framed(folder), tmp_path)
+    picture(9, (16, 16)).save(folder / "9.png")
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "9.png", "text": "new"}\n')
+    second = cache_latents(vae, framed(folder), tmp_path)
+    assert seen == [5, 1]
+    assert torch.equal(first.data, second.data[: len(first.data)])
+    cache_latents(vae, framed(folder, flip=True), tmp_path)
+    assert sum(seen) == 12                                       # the mirrored ones alone
+    cache_latents(tiny_vae(1), framed(folder), tmp_path)
+    assert sum(seen) == 18                                       # another autoencoder: all
+
+
+def test_masks_lie_beside_the_latents(folder, tmp_path):
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(folder / "half.mask.png")
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines[2]["mask"] = "half.mask.png"
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    latents = cache_latents(tiny_vae(), framed(folder), tmp_path / "cache")
+    picks = [Pick(i, i, random(0, 0, i)) for i in (2, 3)]
+    masks = latents.masks(picks)
+    assert masks.shape == (2, 1, 8, 8) and masks[1].min() == 1
+    assert masks[0, 0, :, :4].min() == 1 and masks[0, 0, :, 4:].max() == 0
+    assert latents.draw(picks).shape == (2, 4, 8, 8)
+
+
+def test_sizes_are_told_as_sdxl_wants_them(folder, tmp_path):
+    pictures = framed(folder, crop="random", places=3)
+    examples = Examples(pictures, cache_latents(tiny_vae(), pictures, tmp_path), dropout=0.0)
+    seen = set()
+    for position in range(30):
+        batch = examples.draw([Pick(3, position, random(0, 2, position))], 1000)
+        height, width, top, left, *target = batch.sizes[0].tolist()
+        assert (height, width, top, target) == (20, 40, 0, [16, 16])
+        seen.add(left)
+    assert seen == {float(view.left) for view in pictures.views(3)} and len(seen) == 3
