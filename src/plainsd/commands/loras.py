@@ -33,7 +33,7 @@ def from_flag(text: str) -> tuple[Path, float | None]:
     try:
         return Path(path), float(strength)
     except ValueError:
-        raise UserError(f"--lora {text!r} is no file, and {strength!r} is no strength; write FILE or FILE:0.8") from None
+        raise UserError(f"--lora {text!r} is no file, and {strength!r} is no strength; write FILE:0.8") from None
 
 
 def chosen(flags: Sequence[str], tags: dict[str, float], folder: Path | None) -> Loras:
