@@ -23,7 +23,7 @@ from plainsd import conditioning
 from plainsd.denoiser import Denoise, add_noise, inpainting
 from plainsd.errors import UserError
 from plainsd.guidance import asker, guided_denoise
-from plainsd.samplers import SAMPLERS, Step, first_scale, sampler_sigmas, sampler_timesteps
+from plainsd.samplers import SAMPLERS, Step, first_scale, sampler_sigmas, sampler_strides, sampler_timesteps
 from plainsd.settings import Settings
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def sample(
 ) -> Generator[Step, None, Tensor]:
     """Yields the sampler's steps; returns clean latents (B, L, h, w).
 
-    `each` differ in prompts and seeds only; `size` is the picture's, as SDXL is told it; `noise` is the first one, and
+    `each` differ in prompts, seeds and scale of guidance only; `size` is the picture's, as SDXL is told it; `noise` is the first one, and
     `draw` gives more; `first_pass` counts the steps of a pass before this one, for prompts that change on the way.
     """
     one, shape = each[0], noise.shape[1:]
@@ -153,7 +153,8 @@ def sample(
     if known is not None and known.mask is not None:
         denoise = inpainting(denoise, known.latents, known.mask, noise, start=sigmas[0] if from_noise else math.inf)
     sampler = SAMPLERS[one.sampler].run
-    options = {"eta": one.eta, "prediction": sd.prediction}
+    strides = sampler_strides(sd.schedule, one.sampler, one.steps, one.spacing)
+    options = {"eta": one.eta, "prediction": sd.prediction, "strides": strides}
     options = {k: v for k, v in options.items() if v is not None and k in inspect.signature(sampler).parameters}
     for step in sampler(denoise, x, sigmas, lambda: draw(shape), **options):
         yield step
@@ -171,6 +172,7 @@ def _denoise(sd, each, size, sigmas, timesteps, concat, first_pass) -> Denoise:
         for pair in dict.fromkeys((s.prompt, s.negative) for s in each)
     }
     plans = [planned[s.prompt, s.negative] for s in each]
-    ask = asker(sd, plans, concat, sigmas, timesteps, one.guidance)
+    ask = asker(sd, plans, concat, sigmas, timesteps, [s.guidance for s in each])
     composed = any(len(plan.parts) > 1 for plan in plans)
-    return guided_denoise(ask, one, sd.prediction, composed=composed, distilled=sd.unet.config.guidance_dim is not None)
+    distilled = sd.unet.config.guidance_dim is not None
+    return guided_denoise(ask, each, sd.prediction, composed=composed, distilled=distilled, device=sd.device)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from plainsd.denoiser import Denoise, output_from, x0_from
 from plainsd.errors import unknown
-from plainsd.schedule import SPACINGS, NoiseSchedule, spaced
+from plainsd.schedule import OF_LEVELS, SPACINGS, NoiseSchedule, spaced
 
 Noise = Callable[[], Tensor]  # unit noise, shaped like x
 Levels = Sequence[float]  # noise levels, falling
@@ -37,6 +37,16 @@ class Step(NamedTuple):
     sigma: float  # noise level that x has now
     x: Tensor  # the latents, at that level; after the last step the result
     denoised: Tensor  # the model's estimate of the clean latent, made at the level before
+
+
+class Stride(NamedTuple):
+    """The levels that lie one stride of 1000 // steps timesteps above and below a level: see `renamed`."""
+
+    above: float
+    below: float
+
+
+Strides = Mapping[float, Stride]
 
 
 def toward(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
@@ -61,6 +71,16 @@ def renoised(x: Tensor, noise: Noise, sigma_up: float) -> Tensor:
     return x + sigma_up * noise() if sigma_up > 0 else x
 
 
+def renamed(x: Tensor, sigma: float, other: float) -> Tensor:
+    """x at one level, said to be at another: what the network is shown, x / sqrt(1 + sigma^2), stays as it is.
+
+    Only DDIM and PLMS need it, to follow diffusers. There all their steps are 1000 // steps timesteps long. With
+    leading spacing each ends where the next begins; with linspace, and with trailing where steps does not divide 1000,
+    it ends a little above, and x is simply taken for one at the next level. `strides` says where such steps end.
+    """
+    return x * math.sqrt((1 + other**2) / (1 + sigma**2))
+
+
 # One call of the model a step, no memory.
 
 
@@ -72,12 +92,16 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator
         yield Step(index, sigma_next, x, denoised)
 
 
-def ddim(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
+def ddim(
+    denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0, strides: Strides = {}
+) -> Iterator[Step]:
     """Song et al. 2020, "Denoising Diffusion Implicit Models", equation 12: from Euler (eta 0) to DDPM (eta 1)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        end = strides[sigma].below if strides else sigma_next
+        sigma_down, sigma_up = ancestral(sigma, end, eta)
         x = renoised(toward(x, denoised, sigma, sigma_down), noise, sigma_up)
+        x = renamed(x, end, sigma_next)
         yield Step(index, sigma_next, x, denoised)
 
 
@@ -203,11 +227,14 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, e
         yield Step(index, sigma_next, x, denoised)
 
 
-def plms(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, prediction: str = "epsilon") -> Iterator[Step]:
+def plms(
+    denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, prediction: str = "epsilon", strides: Strides = {}
+) -> Iterator[Step]:
     """Adams-Bashforth on the network's output, with the weights for even steps of sigma: fourth order there, second on
     a table's timesteps (PNDM, Liu et al. 2022, as Stable Diffusion's original uses it, without the Runge-Kutta start).
 
-    The first step is taken twice: with the output at its start, then from there with the mean of both ends.
+    The first step is taken twice: with the output at its start, then from there with the mean of both ends; the second
+    time it is one stride that ends where the next step begins (see `renamed`).
     `prediction` says which output is extrapolated. The original always takes epsilon; diffusers takes v where the
     network predicts v, which is only of first order.
     """
@@ -215,13 +242,16 @@ def plms(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, predictio
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         outputs = [output_from(prediction, x, denoised, sigma), *outputs[:3]]
+        start, end = sigma, strides[sigma].below if strides else sigma_next
         if index == 0:
-            trial = toward(x, denoised, sigma, sigma_next)
+            trial = renamed(toward(x, denoised, start, end), end, sigma_next)
             at_end = output_from(prediction, trial, denoise(trial, sigma_next), sigma_next)
             mean = (outputs[0] + at_end) / 2
+            start, end = strides[sigma_next].above if sigma_next in strides else sigma, sigma_next
+            x = renamed(x, sigma, start)
         else:
             mean = _weighted(outputs, ADAMS_BASHFORTH[len(outputs)])
-        x = toward(x, x0_from(prediction, x, mean, sigma), sigma, sigma_next)
+        x = renamed(toward(x, x0_from(prediction, x, mean, start), start, end), end, sigma_next)
         yield Step(index, sigma_next, x, denoised)
 
 
@@ -320,14 +350,13 @@ def _corrected(estimates: Sequence[Tensor], sigmas: Levels) -> Tensor:
 class Sampler:
     """A sampler and the levels it visits: those of diffusers' scheduler of the same name, with what that rounds.
 
-    One difference is meant: diffusers' DDIM and PLMS step from t to t - 1000 // steps, which is not the timestep they
-    go on from where steps does not divide 1000 or spacing is linspace. Here each step ends where the next one begins.
     The defaults are those of the samplers that came with k-diffusion.
     """
 
     run: Callable[..., Iterator[Step]]  # (denoise, x, sigmas, noise)
     spacing: str = "linspace"  # used when none is asked for, as Stable Diffusion 1.5 gets it from diffusers
     ends_at_zero: bool = True  # else at the table's first level, as the original DDIM and PLMS
+    same_stride: bool = False  # all its steps are 1000 // steps timesteps long: see `renamed`
     unit_first: bool = False  # the first latent counts a clean latent's own spread: see `first_scale`
     rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> for timesteps
     spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
@@ -339,7 +368,13 @@ def cut(timestep: float) -> float:
 
 
 WHOLE = {"linspace": round}
-TO_FIRST = {"ends_at_zero": False, "unit_first": True, "rounding": WHOLE, "spare": {"karras": 1, "exponential": 1}}
+TO_FIRST = {
+    "ends_at_zero": False,
+    "same_stride": True,
+    "unit_first": True,
+    "rounding": WHOLE,
+    "spare": {"karras": 1, "exponential": 1},
+}
 SOLVER = {
     "unit_first": True,
     "rounding": {"linspace": round, "karras": round, "exponential": cut},
@@ -376,6 +411,20 @@ def sampler_timesteps(schedule: NoiseSchedule, name: str, steps: int, spacing: s
     """The timestep to tell the network at each of those levels, for `denoiser`; it looks up that of any other level."""
     timesteps, sigmas = _visited(schedule, name, steps, spacing)
     return dict(zip(sigmas, timesteps, strict=True))
+
+
+def sampler_strides(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> Strides:
+    """For samplers that take `strides`: the levels one stride above and below each of those levels, within the table.
+
+    Empty where each step is to end where the next one begins, as with all spacings that choose levels.
+    """
+    timesteps, sigmas = _visited(schedule, name, steps, spacing)
+    sampler, stride, top = SAMPLERS[name], len(schedule) // steps, len(schedule) - 1
+    if not sampler.same_stride or (spacing or sampler.spacing) in OF_LEVELS:
+        return {}
+    table = schedule.sigmas.tolist()
+    around = [Stride(table[min(int(t) + stride, top)], table[max(int(t) - stride, 0)]) for t in timesteps]
+    return dict(zip(sigmas, around, strict=True))
 
 
 def first_scale(sigmas: Levels, name: str, spacing: str | None = None) -> float:
