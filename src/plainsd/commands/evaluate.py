@@ -42,7 +42,7 @@ class Evaluate:
         with tqdm(unit="picture", disable=None, dynamic_ncols=True) as bar:
 
             def progress(row: str, done: int, count: int) -> None:
-                if bar.desc != f"{row}: ":
+                if done < bar.n or not bar.n:            # another row begins
                     bar.reset(total=count)
                     bar.set_description(row)
                 bar.update(done - bar.n)
