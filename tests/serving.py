@@ -17,7 +17,7 @@ from PIL import Image
 import plainsd
 from plainsd.server import worker
 from plainsd.server.app import create_app
-from plainsd.server.command import bound
+from plainsd.server.command import bound, config
 from plainsd.server.security import Hosts, Limits
 from plainsd.server.service import Service
 
@@ -72,7 +72,7 @@ class Server:
 def served(service: Service, token: str | None = None, hosts: Hosts | None = None):
     sock = bound("127.0.0.1", 0)
     app = create_app(service, hosts or Hosts("127.0.0.1"), token)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(config(app, 1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:

@@ -11,11 +11,13 @@ from serving import Brake, alike, base64_of, model_folder, open_service, until
 import plainsd
 from plainsd.errors import UserError
 from plainsd.images import read_settings
+from plainsd.lora import inject, save_lora
 from plainsd.server import store as store_module
 from plainsd.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING
 from plainsd.server.refusals import Refused
 from plainsd.server.requests import JobRequest, new_job
 from plainsd.server.security import Limits
+from plainsd.server.uploads import settings_inside
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +74,18 @@ def stop(service):
 
 def test_requests_that_agree_run_as_one_batch_and_each_picture_is_as_alone(opened, folder):
     service = opened(start=False, batch=8)
-    wanted = [("a red apple", 7, "anna"), ("a (blue:1.2) pear [x|y]", 100, "bert"), ("", 2**40, "carl"), ("word " * 120, 5, "anna")]
-    jobs = [ask(service, prompt, client, seed=seed) for prompt, seed, client in wanted]
-    other = ask(service, "a red apple", steps=3, seed=7)
+    wanted = [("a red apple", 7, "anna", {}), ("a (blue:1.2) pear [x|y]", 100, "bert", {}), ("", 2**40, "carl", {}),
+              ("word " * 120, 5, "anna", {"negative": "blue"}), ("weak", 8, "bert", {"guidance": 2})]  # fmt: skip
+    jobs = [ask(service, prompt, client, seed=seed, **more) for prompt, seed, client, more in wanted]
+    other, unguided = ask(service, "a red apple", steps=3, seed=7), ask(service, "a red apple", guidance=1, seed=7)
     service.worker.start()
-    for job in [*jobs, other]:
+    for job in [*jobs, other, unguided]:
         assert ended(job).state == DONE, job.error
-    assert service.worker.batches == {4: 1, 1: 1}
+    assert service.worker.batches == {5: 1, 1: 2}
     sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32")
-    for job, (prompt, seed, _) in zip(jobs, wanted, strict=True):
+    for job, (prompt, seed, _, more) in zip(jobs, wanted, strict=True):
         row = service.store.picture(job.picture_id(0))
-        alone = plainsd.final(plainsd.text_to_image(sd, prompt, seed=seed))[0]
+        alone = plainsd.final(plainsd.text_to_image(sd, prompt, seed=seed, **more))[0]
         path = service.store.path(row)
         assert alike(Image.open(path), alone), prompt
         assert read_settings(path).seed == seed and read_settings(path).prompt == prompt
@@ -345,3 +348,54 @@ def test_states_are_written_before_they_are_told(opened, brake):
     brake.off()
     ended(job)
     assert service.store.job(job.id).state == DONE and service.store.job(job.id).done == {0}
+
+
+# --- LoRAs -----------------------------------------------------------------------------------------------------------
+
+
+def lora_file(model: str, path, seed: int):
+    """A LoRA with random weights for a model."""
+    sd = plainsd.load(model, device="cpu", dtype="float32")
+    lora = inject(sd, rank=2)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    save_lora(sd, path)
+
+
+def test_loras_come_and_go_with_their_jobs(opened, folder, tmp_path):
+    (tmp_path / "loras" / "sub").mkdir(parents=True)
+    for seed, name in enumerate(("paper", "sub/ink")):
+        lora_file(model_folder(folder), tmp_path / "loras" / f"{name}.safetensors", seed)
+    service = opened(loras=tmp_path / "loras", start=False)
+    assert sorted(service.models.loras()) == ["ink", "paper"]
+    wanted = [("", []), ("<lora:paper:0.8>", [("paper", 0.8)]), ("<lora:ink>", [("ink", 1.0)]), ("", [])]
+    jobs = [ask(service, f"a boat {tags}", seed=3) for tags, _ in wanted]
+    jobs.append(ask(service, "a boat", seed=3, loras=[{"name": "paper", "strength": 0.8}]))
+    service.worker.start()
+    assert [ended(job).state for job in jobs] == [DONE] * 5, [job.error for job in jobs]
+    assert service.worker.batches == {2: 2, 1: 1}                # those with the same LoRAs together
+    rows = [service.store.picture(job.picture_id(0)) for job in jobs]
+    pictures = [Image.open(service.store.path(row)) for row in rows]
+    for (_, loras), picture, row in zip(wanted, pictures, rows):
+        sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32",
+                          loras=[(service.models.lora(name), strength) for name, strength in loras])  # fmt: skip
+        assert alike(picture, plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3))[0]) and row.loras == loras
+    assert not alike(pictures[0], pictures[1], 8) and alike(pictures[1], pictures[4])
+    told = settings_inside(service.store.path(rows[4]).read_bytes(), service.limits)
+    assert told["prompt"] == "a boat" and told["loras"] == [{"name": "paper", "strength": 0.8}]
+    assert "<lora:paper:0.8>" in pictures[4].info["parameters"]
+
+
+def test_a_lora_that_is_not_there_or_does_not_fit_is_refused_at_the_door(opened, folder, tmp_path):
+    (tmp_path / "loras").mkdir()
+    wide = model_folder(folder, "wide", depth=(2, 1))
+    lora_file(wide, tmp_path / "loras" / "wide.safetensors", 0)
+    (tmp_path / "loras" / "broken.safetensors").write_bytes(b"no such thing")
+    (tmp_path / "loras" / "pickle.pt").write_bytes(b"")
+    service = opened(loras=tmp_path / "loras", start=False)
+    for name, says in (("wild", "did you mean 'wide'"), ("wide", "wide"), ("broken", "broken"), ("pickle", "unknown LoRA 'pickle'")):
+        with pytest.raises(Refused, match=says) as refused:
+            ask(service, f"a boat <lora:{name}:1>")
+        assert refused.value.status == 422
+    assert service.queue.jobs == {}

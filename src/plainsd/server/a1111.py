@@ -20,8 +20,9 @@ from plainsd.generate import check_size
 from plainsd.server.jobs import CANCELLED, Job
 from plainsd.server.refusals import Refused, printable
 from plainsd.server.requests import Base, JobRequest, Text, clean, job_request
-from plainsd.server.service import Service, client_of, exact, why_not
-from plainsd.server.uploads import alpha_of, box_around, decoded, filled, hole_of, opened, picture, resized
+from plainsd.server.service import Service, client_of, why_not
+from plainsd.server.store import tagged
+from plainsd.server.uploads import alpha_of, box_around, decoded, exact, filled, hole_of, opened, picture, resized
 from plainsd.settings import ENTRY, SAMPLERS, SPACINGS, format_settings, parse_settings, unquote
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")      # there too
@@ -317,18 +318,18 @@ def answer(service: Service, body: Common, job: Job) -> dict:
 
 
 def info_of(job: Job) -> dict:
-    one = job.each[0]
-    texts = [format_settings(settings) for settings in job.each]
+    shown = [tagged(settings, job.loras) for settings in job.each]
+    one = shown[0]
     varied = one.variation_seed if one.variation_strength else one.seed
     return {
-        "prompt": one.prompt, "all_prompts": [s.prompt for s in job.each], "negative_prompt": one.negative,
-        "all_negative_prompts": [s.negative for s in job.each], "seed": exact(one.seed),
+        "prompt": one.prompt, "all_prompts": [s.prompt for s in shown], "negative_prompt": one.negative,
+        "all_negative_prompts": [s.negative for s in shown], "seed": exact(one.seed),
         "all_seeds": [exact(s.seed) for s in job.each], "subseed": exact(varied), "subseed_strength": one.variation_strength,
         "all_subseeds": [exact(s.variation_seed if s.variation_strength else s.seed) for s in job.each],
         "width": one.size[0], "height": one.size[1], "sampler_name": SAMPLERS[one.sampler], "cfg_scale": one.guidance,
         "steps": one.steps, "batch_size": len(job.each), "restore_faces": False, "sd_model_name": job.model,
         "sd_model_hash": None, "denoising_strength": one.strength, "extra_generation_params": {"Schedule type": SPACINGS[one.spacing]},
-        "index_of_first_image": 0, "infotexts": texts, "styles": [], "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
+        "index_of_first_image": 0, "infotexts": [format_settings(s) for s in shown], "styles": [], "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
         "clip_skip": one.clip_skip or 1, "is_using_inpainting_conditioning": False,
     }  # fmt: skip
 

@@ -75,8 +75,7 @@ class Serve:
         service = Service.open(self.model, self.data, limits, batch=self.batch, device=self.device, dtype=self.dtype, memory=memory,
                                loras=self.loras)  # fmt: skip
         app = create_app(service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token))
-        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5, limit_concurrency=1000)
-        uvicorn.Server(config).run(sockets=[sock])
+        uvicorn.Server(config(app)).run(sockets=[sock])
 
     def check(self) -> None:
         for field in fields(self):
@@ -104,6 +103,13 @@ class Serve:
         if waiting := sum(service.queue.counts().values()):
             print(f"going on with {waiting} unfinished jobs", file=sys.stderr)
         print(f"http://{host}:{port}/{f'?token={token}' if token else ''}", flush=True)
+
+
+def config(app, grace: int = 5):
+    """How uvicorn runs it. Streams that are still open after `grace` seconds of stopping are cut."""
+    import uvicorn
+
+    return uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=1000)
 
 
 def bound(host: str, port: int):

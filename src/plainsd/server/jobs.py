@@ -1,7 +1,7 @@
 """Jobs and their queue: bounded, fair to every client, cut into batches that agree.
 
 A job is a list of pictures. The unit of work is one picture; a batch takes pictures from one job or from several whose
-settings differ in nothing but prompts and seeds. Clients take turns picture by picture, so that somebody who asks for
+settings differ in nothing but prompts, seeds and scale of guidance. Clients take turns picture by picture, so that somebody who asks for
 one waits for one batch, not for another's hundred.
 """
 
@@ -143,8 +143,10 @@ class Job:
 
     @cached_property
     def alike(self) -> list[Settings]:
-        """What pictures must have in common to be drawn together: all but prompts and seeds."""
-        return [replace(one, prompt="", negative="", seed=0, variation_seed=None) for one in self.each]
+        """What pictures must have in common to be drawn together: all but prompts, seeds, and the scale of guidance where
+        there is any."""
+        own = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None}
+        return [replace(one, **own, guidance=float(one.guidance == 1)) for one in self.each]
 
 
 class Unit(NamedTuple):

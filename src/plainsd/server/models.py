@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -17,7 +18,12 @@ from plainsd.errors import UserError, unknown
 from plainsd.generate import StableDiffusion, model_name
 from plainsd.hub import find
 from plainsd.images import fit_latent_rgb
+from plainsd.lora import add_lora, attached
+from plainsd.lora_files import located, open_lora
+from plainsd.prompts import lora_tags
 from plainsd.server.refusals import Refused
+
+Loras = Sequence[tuple[str, float]]
 
 
 @dataclass
@@ -30,6 +36,7 @@ class Model:
     bytes: int                        # in memory
     sd: StableDiffusion | None = None
     latent_rgb: Tensor | None = None  # for previews
+    loras: tuple[tuple[str, float], ...] | None = None   # those on it
     used: float = field(default_factory=time.monotonic)
 
 
@@ -70,21 +77,9 @@ class Models:
             raise Refused(404, str(unknown("model", name, self.known)), "model", name)
         return self.known[name]
 
-    def loras(self) -> dict[str, Path]:
-        """The LoRAs in their folder, by name."""
-        if self.lora_folder is None:
-            return {}
-        return {path.stem: path for path in sorted(self.lora_folder.rglob("*.safetensors")) if path.is_file()}
-
-    def check_loras(self, wanted: Sequence[tuple[str, float]]) -> None:
-        known = self.loras()
-        for name, _ in wanted:
-            if name not in known:
-                place = "start the server with --loras FOLDER" if self.lora_folder is None else f"choose from {', '.join(known) or 'none'}"
-                raise UserError(f"loras: there is none called {name!r}; {place}")
-
-    def resident(self, name: str) -> Model:
-        """The model with its networks, loaded if need be; others make room, least recently used first."""
+    def resident(self, name: str, loras: Loras = ()) -> Model:
+        """The model with its networks, and just these LoRAs on it. What is not loaded is; others make room for it, the
+        least recently used first."""
         if name not in self.known:
             raise UserError(f"model {name!r} is not served any more; start the server with --model for it")
         model = self.known[name]
@@ -94,9 +89,50 @@ class Models:
                 self.drop(oldest)
             sd = load(model.source, device=self.device, dtype=self.dtype)
             with self.lock:
-                model.sd, model.latent_rgb = sd, fit_latent_rgb(sd.vae)
+                model.sd, model.latent_rgb, model.loras = sd, fit_latent_rgb(sd.vae), ()
                 self.loads += 1
+        if model.loras != tuple(loras):
+            for lora in attached(model.sd):
+                lora.remove()
+            model.loras = None                           # neither the old nor the new, should one of these fail
+            for lora, strength in loras:
+                add_lora(model.sd, self.lora(lora), strength)
+            model.loras = tuple(loras)
         return model
+
+    # --- LoRAs -------------------------------------------------------------------------------------------------------
+
+    def loras(self) -> dict[str, Path]:
+        """Those in their folder, looked for anew each time, by the name that a `<lora:name:1>` tag has for them: the
+        file's, or its place below the folder where two files have one name. Safetensors only."""
+        if self.lora_folder is None:
+            return {}
+        paths = [path for path in sorted(self.lora_folder.rglob("*.safetensors")) if path.is_file()]
+        stems = Counter(path.stem for path in paths)
+        named = {path.stem if stems[path.stem] == 1 else path.relative_to(self.lora_folder).with_suffix("").as_posix(): path
+                 for path in paths}  # fmt: skip
+        return {name: path for name, path in named.items() if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
+
+    def lora(self, name: str) -> Path:
+        known = self.loras()
+        if name in known:
+            return known[name]
+        if self.lora_folder is None:
+            raise UserError(f"loras: there is none called {name!r}; start the server with --loras FOLDER")
+        if not known:
+            raise UserError(f"loras: there is none called {name!r}; put .safetensors files into the folder of --loras")
+        raise UserError(f"loras: {unknown('LoRA', name, known)}")
+
+    def check_loras(self, model: Model, wanted: Loras) -> None:
+        """UserError where one is not there, or was made for another kind of model."""
+        for name, _ in wanted:
+            path = self.lora(name)
+            try:
+                located(open_lora(path), model.bare, partial=False)
+            except UserError as error:                   # clients need not know where it lies
+                raise UserError(f"loras: {str(error).replace(str(path), name)}") from None
+
+    # --- memory ------------------------------------------------------------------------------------------------------
 
     def oldest(self) -> Model | None:
         resident = [model for model in self.known.values() if model.sd is not None]
@@ -104,7 +140,7 @@ class Models:
 
     def drop(self, model: Model) -> None:
         with self.lock:
-            model.sd = model.latent_rgb = None
+            model.sd = model.latent_rgb = model.loras = None
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
 

@@ -21,9 +21,9 @@ from plainsd.server.jobs import Job
 from plainsd.server.models import Model
 from plainsd.server.refusals import Refused
 from plainsd.server.requests import Base, JobRequest, Text, job_request
-from plainsd.server.service import Service, client_of, exact, now, why_not
+from plainsd.server.service import Service, client_of, now, why_not
 from plainsd.server.store import Picture
-from plainsd.server.uploads import opened, resized
+from plainsd.server.uploads import exact, opened, resized
 
 OURS = ("negative", "steps", "guidance", "sampler", "spacing", "seed", "strength")      # taken beside OpenAI's own fields
 

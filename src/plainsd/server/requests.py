@@ -12,13 +12,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
-from plainsd.prompts import lora_tags
 from plainsd.server.jobs import Job, Sheet, Source
 from plainsd.server.models import Model, Models
 from plainsd.server.refusals import Refused
 from plainsd.server.security import Limits
 from plainsd.server.store import new_id, new_place
-from plainsd.server.uploads import Box, alpha_of, hole_of, picture, png, resized
+from plainsd.server.uploads import Box, alpha_of, hole_of, picture, png, resized, without_tags
 from plainsd.settings import FIELDS, Settings
 
 CELLS = tuple(name for _, name, _, _ in FIELDS if name not in ("size", "interval", "model", "upscaler")) + ("sampler", "spacing")
@@ -200,9 +199,9 @@ def new_job(request: JobRequest, models: Models, limits: Limits, client: str, ap
     if request.seed is None:
         request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
     try:
-        prompt, loras = lora_tags(request.prompt)
+        prompt, loras = without_tags(request.prompt)
         loras += [(lora.name, lora.strength) for lora in request.loras]
-        models.check_loras(loras)
+        models.check_loras(model, loras)
         base = base or base_of(request, limits)
         each = [one for cell in cells(request) for one in checked(model, request, base, prompt, request.negative, **cell)]
         check_clip_skip(model, each)

@@ -16,13 +16,13 @@ from plainsd.server.models import Models
 from plainsd.server.refusals import Refused
 from plainsd.server.requests import Base, JobRequest, new_job
 from plainsd.server.security import Limits
-from plainsd.server.store import Picture, Store
+from plainsd.server.store import Picture, Store, tagged
+from plainsd.server.uploads import exact
 from plainsd.server.worker import Worker
 from plainsd.settings import format_settings
 
 HEARTBEAT = 15.0                      # seconds between signs of life on an event stream
 LAST_STEP = 30.0                      # seconds that a stopping server waits for the step under way
-SAFE_INTEGER = 2**53 - 1              # JavaScript's
 
 
 @dataclass
@@ -133,13 +133,8 @@ def picture_told(row: Picture) -> dict[str, Any]:
         "id": row.id, "number": row.number, "job": row.job, "url": f"/api/images/{row.id}.png",
         "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height, "created": row.created,
         "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
-        "parameters": format_settings(settings),
+        "parameters": format_settings(tagged(settings, row.loras)),
     }  # fmt: skip
-
-
-def exact(seed: int) -> int | str:
-    """A seed that JavaScript could not hold goes as a string."""
-    return seed if seed <= SAFE_INTEGER else str(seed)
 
 
 def data_url(png: bytes) -> str:

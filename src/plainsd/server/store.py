@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from PIL import Image
@@ -25,7 +25,7 @@ from PIL import Image
 from plainsd.errors import UserError
 from plainsd.images import write_png, written_whole
 from plainsd.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Sheet, Source
-from plainsd.settings import Settings
+from plainsd.settings import Settings, number
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -48,6 +48,12 @@ def settings_from(data: dict) -> Settings:
     pairs = {name: tuple(data[name]) for name in ("size", "interval") if data.get(name) is not None}
     other = tuple((key, value) for key, value in data.get("other", ()))
     return Settings(**{**data, **pairs, "other": other})
+
+
+def tagged(settings: Settings, loras: list[tuple[str, float]]) -> Settings:
+    """As it is written into a picture: with its LoRAs in the prompt, where every program looks for them."""
+    tags = [f"<lora:{name}:{number(strength)}>" for name, strength in loras]
+    return replace(settings, prompt=" ".join(filter(None, [settings.prompt, *tags])))
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ class Store:
         file = f"pictures/{job.place}-{place}.png"
         path = self.folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(image, path, job.settings_of(place))
+        write_png(image, path, tagged(job.settings_of(place), job.loras))
         return file
 
     def enter(self, job: Job, place: int, file: str, size: tuple[int, int]) -> None:

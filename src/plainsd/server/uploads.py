@@ -6,6 +6,7 @@ Only PNG, JPEG and WebP are decoded. A picture is never fetched from an address.
 import binascii
 import re
 from base64 import b64decode
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -22,7 +23,13 @@ from plainsd.settings import DEFAULTS
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=-]+)*;base64,")
+SAFE_INTEGER = 2**53 - 1              # JavaScript's
 Box = tuple[int, int, int, int]       # left, top, right, bottom
+
+
+def exact(seed: int) -> int | str:
+    """A seed that JavaScript could not hold goes as a string."""
+    return seed if seed <= SAFE_INTEGER else str(seed)
 
 
 class Named(BytesIO):
@@ -81,10 +88,17 @@ def settings_inside(content: bytes, limits: Limits) -> dict:
         settings = read_settings(Named(content, "image"))
     except UserError as error:
         raise Refused(422, str(error), "image") from None
-    prompt, loras = lora_tags(settings.prompt)
+    prompt, loras = without_tags(settings.prompt)
+    settings = replace(settings, seed=exact(settings.seed))
     fields = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name not in ("other", "prompt")}
     return {"prompt": prompt, **fields, "loras": [{"name": name, "strength": strength} for name, strength in loras],
             "unused": [f"{key}: {value}" for key, value in settings.other]}
+
+
+def without_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """The prompt that is left when its LoRAs are taken out, and these."""
+    rest, loras = lora_tags(prompt)
+    return (rest.strip() if loras else prompt), loras
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Worker(threading.Thread):
     def draw(self, units: list[Unit]) -> None:
         if units[0].is_sheet:
             return self.keep(units[0], self.sheet(units[0].job))
-        model = self.models.resident(units[0].job.model)
+        model = self.models.resident(units[0].job.model, units[0].job.loras)
         began = time.monotonic()
         pictures = self.sampled(model, units)
         if pictures is None:

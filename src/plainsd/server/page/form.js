@@ -1,0 +1,181 @@
+// The form: from fields to a request and back, and errors beside the field they are about.
+
+import { $, element } from "./api.js";
+import * as paint from "./paint.js";
+
+const NUMBERS = ["steps", "guidance", "count", "strength", "mask_blur", "hires", "variation_strength", "clip_skip", "eta",
+  "rescale", "perturbed", "threshold"];
+const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "upscaler", "variation_seed"];
+const WITH_PICTURE = ["strength", "mask_blur"];
+const DRAFT = "plainsd.draft";
+let info;
+let lastSeed = null;
+
+const modelOf = (name) => info.models.find((model) => model.name === name) ?? info.models[0];
+const options = (pairs) => pairs.map(([value, text]) => element("option", { value, textContent: text }));
+
+export function setUp(told) {
+  info = told;
+  $("model").replaceChildren(...options(info.models.map((model) => [model.name, model.name])));
+  $("model").value = info.default;
+  $("model-field").hidden = info.models.length < 2;
+  $("spacing").replaceChildren(...options([["", "Automatic"], ...Object.entries(info.spacings)]));
+  $("upscaler").replaceChildren(...options([["", "latent"], ...info.upscalers.filter((name) => name !== "latent").map((name) => [name, name])]));
+  for (const side of ["x", "y"]) {
+    $(`${side}-name`).replaceChildren(...options([["", "–"], ...info.grid.map((name) => [name, name.replaceAll("_", " ")])]));
+  }
+  $("count").max = info.limits.count;
+  $("steps").max = info.limits.steps;
+  $("steps-range").max = Math.min(60, info.limits.steps);
+  $("no-loras").hidden = info.loras.length > 0;
+  $("add-lora").hidden = info.loras.length === 0;
+  takeDefaults();
+  restoreDraft();
+  wire();
+}
+
+function wire() {
+  for (const name of ["steps", "guidance"]) {
+    $(`${name}-range`).oninput = () => ($(name).value = $(`${name}-range`).value);
+    $(name).addEventListener("input", () => ($(`${name}-range`).value = $(name).value));
+  }
+  $("model").onchange = takeDefaults;
+  $("swap").onclick = () => ([$("width").value, $("height").value] = [$("height").value, $("width").value]);
+  $("random-seed").onclick = () => ($("seed").value = "");
+  $("last-seed").onclick = () => ($("seed").value = lastSeed);
+  $("add-lora").onclick = () => addLora(info.loras[0], 1);
+  $("form").addEventListener("input", () => {
+    clearErrors();
+    localStorage.setItem(DRAFT, JSON.stringify(draft()));
+  });
+}
+
+// What suits the model, in place of what suited the one before.
+function takeDefaults() {
+  const { size, steps, guidance, sampler } = modelOf($("model").value).defaults;
+  [$("width").value, $("height").value] = size;
+  paint.setNative(size[0]);
+  set("steps", steps);
+  set("guidance", guidance);
+  const names = Object.entries(info.samplers).map(([name, label]) => [name, label]);
+  $("sampler").replaceChildren(...options([["", `${info.samplers[sampler]} (default)`], ...names]));
+}
+
+function set(name, value) {
+  $(name).value = value ?? "";
+  if ($(`${name}-range`)) $(`${name}-range`).value = $(name).value;
+}
+
+export function usedSeed(seed) {
+  lastSeed = String(seed);
+  $("last-seed").disabled = false;
+  $("last-seed").title = lastSeed;
+}
+
+// --- to the server ------------------------------------------------------------------------------------------------
+
+function draft() {
+  const fields = {};
+  for (const name of TEXTS) if ($(name).value.trim() !== "") fields[name] = $(name).value;
+  for (const name of NUMBERS) if ($(name).value !== "") fields[name] = Number($(name).value);
+  const [low, high] = $("interval").value.split(",").map((part) => part.trim());
+  if (low && high) fields.interval = [low, high];
+  fields.size = [Number($("width").value), Number($("height").value)];
+  const loras = [...$("loras").children].map((row) => ({
+    name: row.querySelector("select").value, strength: Number(row.querySelector("input").value),
+  }));
+  if (loras.length) fields.loras = loras;
+  return fields;
+}
+
+function grid() {
+  const axes = ["x", "y"].map((side) => ({
+    name: $(`${side}-name`).value,
+    values: $(`${side}-values`).value.split(",").map((value) => value.trim()).filter((value) => value !== ""),
+  }));
+  return axes.filter((axis) => axis.name);
+}
+
+export async function request() {
+  const fields = draft();
+  if (paint.hasPicture()) Object.assign(fields, await paint.pictures(...fields.size));
+  else if (!fields.hires) delete fields.strength;
+  if (!fields.mask) delete fields.mask_blur;
+  const axes = grid();
+  if (axes.length) {
+    fields.grid = axes;
+    delete fields.count;
+  }
+  return fields;
+}
+
+// --- back into the form -------------------------------------------------------------------------------------------
+
+export function fill(settings, loras = []) {
+  const known = modelOf(settings.model);
+  if ($("model").value !== known.name) $("model").value = known.name;
+  takeDefaults();
+  for (const name of [...TEXTS, ...NUMBERS]) {
+    if (name in settings) set(name, settings[name]);
+    else if (!["model", "steps", "guidance", "count", ...WITH_PICTURE].includes(name)) set(name, "");
+  }
+  $("model").value = known.name;
+  if (!info.samplers[$("sampler").value]) $("sampler").value = "";
+  if (!info.spacings[$("spacing").value]) $("spacing").value = "";
+  for (const [name, none] of [["variation_strength", 0], ["rescale", 0], ["perturbed", 0], ["upscaler", "latent"], ["clip_skip", 1]]) {
+    if (settings[name] === none) set(name, "");
+  }
+  $("interval").value = settings.interval?.join(", ") ?? "";
+  if (settings.size) [$("width").value, $("height").value] = settings.size;
+  $("loras").replaceChildren();
+  for (const { name, strength } of loras) addLora(name, strength);
+  $("lora-section").open = loras.length > 0;
+  for (const side of ["x", "y"]) $(`${side}-name`).value = $(`${side}-values`).value = "";
+  clearErrors();
+  localStorage.setItem(DRAFT, JSON.stringify(draft()));
+}
+
+function addLora(name, strength) {
+  const names = info.loras.includes(name) ? info.loras : [name, ...info.loras];
+  const choice = element("select", { ariaLabel: "LoRA" }, ...options(names.map((one) => [one, one])));
+  choice.value = name;
+  const amount = element("input", { type: "number", step: "0.1", min: "-10", max: "10", value: strength, ariaLabel: "Strength" });
+  const remove = element("button", { type: "button", className: "small", textContent: "×", ariaLabel: "Remove this LoRA" });
+  const row = element("div", { className: "lora" }, choice, amount, remove);
+  remove.onclick = () => row.remove();
+  $("loras").append(row);
+}
+
+function restoreDraft() {
+  try {
+    const kept = JSON.parse(localStorage.getItem(DRAFT));
+    if (kept) fill(kept, kept.loras);
+  } catch {
+    localStorage.removeItem(DRAFT);
+  }
+}
+
+// --- errors -------------------------------------------------------------------------------------------------------
+
+export function clearErrors() {
+  $("form-error").textContent = "";
+  for (const old of document.querySelectorAll("[data-field] .error")) old.remove();
+  for (const field of document.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+}
+
+// Beside the field if the error is about one, else below the button.
+export function showError(error) {
+  clearErrors();
+  const place = error.field && document.querySelector(`[data-field="${CSS.escape(error.field)}"]`);
+  if (!place) {
+    $("form-error").textContent = error.message;
+    return;
+  }
+  for (let inside = place; inside; inside = inside.parentElement) if (inside.tagName === "DETAILS") inside.open = true;
+  const id = `error-${error.field}`;
+  place.append(element("p", { className: "error", id, textContent: error.message, role: "alert" }));
+  const input = place.querySelector("input:not([type=file]), textarea, select");
+  input?.setAttribute("aria-invalid", "true");
+  input?.setAttribute("aria-describedby", id);
+  input?.focus();
+}

@@ -1,0 +1,117 @@
+// Everything made, newest first; and one picture at a time, with what made it.
+
+import { $, call, element, toast } from "./api.js";
+import * as form from "./form.js";
+import * as paint from "./paint.js";
+
+let shown = []; // pictures, newest first
+let next = null;
+let current = -1;
+let loading = 0;
+
+export async function load(more = false) {
+  const turn = ++loading;
+  const query = new URLSearchParams({ search: $("search").value, limit: 48 });
+  if (more && next !== null) query.set("before", next);
+  const told = await call(`/api/images?${query}`);
+  if (turn !== loading) return; // a later search has overtaken this one
+  shown = more ? [...shown, ...told.images] : told.images;
+  next = told.next;
+  $("gallery").replaceChildren(...shown.map(tile));
+  $("more").hidden = next === null;
+  $("empty").hidden = shown.length > 0;
+  $("empty").textContent = $("search").value ? "No prompt here has all of these words." : "Nothing here yet. Say what to draw, and press Draw.";
+}
+
+function tile(picture, place) {
+  const image = element("img", { src: picture.thumbnail, alt: picture.settings.prompt || "picture without a prompt", loading: "lazy" });
+  const button = element("button", { type: "button", className: "tile", title: picture.settings.prompt }, image);
+  button.dataset.id = picture.id;
+  button.onclick = () => view(place);
+  return button;
+}
+
+export function open(id) {
+  const place = shown.findIndex((picture) => picture.id === id);
+  if (place >= 0) view(place);
+}
+
+// --- one picture --------------------------------------------------------------------------------------------------
+
+const LABELS = {
+  model: "Model", size: "Size", steps: "Steps", sampler: "Sampler", spacing: "Spacing", guidance: "Guidance", seed: "Seed",
+  strength: "Strength", negative: "Without", clip_skip: "Clip skip", eta: "Eta", hires: "Enlarged", upscaler: "By",
+  variation_seed: "Variation seed", variation_strength: "Variation", rescale: "Rescale", interval: "Guidance from, to",
+  perturbed: "Perturbed", threshold: "Threshold",
+};
+const PLAIN = { clip_skip: 1, upscaler: "latent", variation_strength: 0, rescale: 0, perturbed: 0, negative: "" };
+
+function view(place) {
+  current = place;
+  const picture = shown[place];
+  const { settings } = picture;
+  $("viewer-image").src = picture.url;
+  $("viewer-image").alt = settings.prompt;
+  $("viewer-prompt").textContent = settings.prompt || "(no prompt)";
+  const rows = Object.entries(LABELS).filter(([name]) => settings[name] !== null && settings[name] !== PLAIN[name]);
+  const loras = picture.loras.map(({ name, strength }) => `${name} ${strength}`).join(", ");
+  $("viewer-settings").replaceChildren(
+    ...rows.flatMap(([name, label]) => pair(label, name === "size" ? settings.size.join(" × ") : [settings[name]].flat().join(", "))),
+    ...(loras ? pair("LoRAs", loras) : []), ...pair("Made", new Date(1000 * picture.created).toLocaleString()));
+  $("download").href = picture.url;
+  $("download").download = `${picture.id}.png`;
+  $("newer").disabled = place === 0;
+  $("older").disabled = place === shown.length - 1;
+  if (!$("viewer").open) $("viewer").showModal();
+}
+
+const pair = (label, value) => [element("dt", { textContent: label }), element("dd", { textContent: value })];
+
+function move(by) {
+  if (shown[current + by]) view(current + by);
+}
+
+function use(withSeed) {
+  const { settings, loras } = shown[current];
+  form.fill(withSeed ? settings : { ...settings, seed: "" }, loras);
+  $("viewer").close();
+  $("prompt").focus();
+  toast(withSeed ? "Settings restored, with the seed." : "Settings restored, with a new seed each time.");
+}
+
+async function usePicture() {
+  const blob = await (await fetch(shown[current].url)).blob();
+  await paint.take(blob, Math.sqrt(shown[current].width * shown[current].height));
+  $("viewer").close();
+  $("start").scrollIntoView({ block: "nearest" });
+}
+
+async function remove() {
+  const picture = shown[current];
+  if (!confirm("Delete this picture and its file?")) return;
+  await call(`/api/images/${picture.id}`, undefined, "DELETE");
+  $("viewer").close();
+  await load();
+}
+
+export function setUp() {
+  let waiting;
+  $("search").oninput = () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(load, 200);
+  };
+  $("more").onclick = () => load(true);
+  $("use").onclick = () => use(true);
+  $("use-new-seed").onclick = () => use(false);
+  $("use-picture").onclick = usePicture;
+  $("delete").onclick = () => remove().catch((error) => toast(error.message));
+  $("newer").onclick = () => move(-1);
+  $("older").onclick = () => move(1);
+  $("close").onclick = () => $("viewer").close();
+  $("viewer").onclick = (event) => event.target === $("viewer") && $("viewer").close();
+  $("viewer").onkeydown = (event) => {
+    if (event.key === "ArrowLeft") move(-1);
+    if (event.key === "ArrowRight") move(1);
+  };
+  $("stage").onclick = (event) => event.target.dataset.id && open(event.target.dataset.id);
+}

@@ -1,0 +1,170 @@
+// The picture to start from, and the brush that marks what is to be drawn anew.
+
+import { $, base64Of } from "./api.js";
+
+const LONGEST = 768; // of the mask's canvas; it is scaled down when it is sent
+const COLOUR = "#ff3d7f";
+let source = null; // ImageBitmap
+let painted = false;
+let past = [];
+let cursor = null; // of the keyboard, in canvas pixels
+let last = null;
+let native = 512;
+
+export const hasPicture = () => source !== null;
+export const setNative = (side) => (native = side);
+
+// Takes a file. The form's size becomes that of the picture's shape with about as many pixels as the model draws best.
+export async function take(file, side = native) {
+  source = await createImageBitmap(file);
+  const ratio = Math.sqrt(source.width / source.height);
+  const round = (pixels) => Math.max(8, Math.round(pixels / 8) * 8);
+  [$("width").value, $("height").value] = [round(side * ratio), round(side / ratio)];
+  show();
+}
+
+export function remove() {
+  source = null;
+  painted = false;
+  $("canvas-tools").hidden = true;
+  $("drop").hidden = false;
+  $("file").value = "";
+}
+
+function show() {
+  const scale = LONGEST / Math.max(source.width, source.height);
+  for (const canvas of [$("picture"), $("mask")]) {
+    canvas.width = Math.max(1, Math.round(source.width * scale));
+    canvas.height = Math.max(1, Math.round(source.height * scale));
+  }
+  const context = $("picture").getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(source, 0, 0, $("picture").width, $("picture").height);
+  painted = false;
+  past = [];
+  cursor = null;
+  $("drop").hidden = true;
+  $("canvas-tools").hidden = false;
+}
+
+// The fields of a request: the picture at its size, and the mask where something is painted.
+export async function pictures(width, height) {
+  const fields = { image: await base64Of(await scaled(width, height, (context) => context.drawImage(source, 0, 0, width, height))) };
+  if (painted) {
+    fields.mask = await base64Of(await scaled(width, height, (context) => {
+      context.drawImage($("mask"), 0, 0, width, height);
+      const pixels = context.getImageData(0, 0, width, height);
+      for (let i = 0; i < pixels.data.length; i += 4) {
+        pixels.data.fill(pixels.data[i + 3] >= 96 ? 255 : 0, i, i + 3);
+        pixels.data[i + 3] = 255;
+      }
+      context.putImageData(pixels, 0, 0);
+    }));
+  }
+  return fields;
+}
+
+function scaled(width, height, draw) {
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.imageSmoothingQuality = "high";
+  draw(context);
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+}
+
+// --- the brush ----------------------------------------------------------------------------------------------------
+
+const drawing = () => $("mask").getContext("2d", { willReadFrequently: true });
+const erasing = () => $("erase").ariaPressed === "true";
+const width = () => (Number($("brush").value) * $("mask").width) / 400;
+
+function remember() {
+  past.push(drawing().getImageData(0, 0, $("mask").width, $("mask").height));
+  past = past.slice(-20);
+}
+
+function stroke(from, to, erase) {
+  const context = drawing();
+  context.globalCompositeOperation = erase ? "destination-out" : "source-over";
+  context.strokeStyle = COLOUR;
+  context.lineCap = context.lineJoin = "round";
+  context.lineWidth = width();
+  context.beginPath();
+  context.moveTo(from.x, from.y);
+  context.lineTo(to.x + 0.01, to.y);
+  context.stroke();
+  painted = true;
+}
+
+function place(event) {
+  const box = $("mask").getBoundingClientRect();
+  return { x: ((event.clientX - box.left) / box.width) * $("mask").width, y: ((event.clientY - box.top) / box.height) * $("mask").height };
+}
+
+function anythingPainted() {
+  const { data } = drawing().getImageData(0, 0, $("mask").width, $("mask").height);
+  for (let i = 3; i < data.length; i += 4) if (data[i]) return true;
+  return false;
+}
+
+function keyed(event) {
+  const step = Math.max(4, width() / 3);
+  const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
+  cursor ??= { x: $("mask").width / 2, y: $("mask").height / 2 };
+  if (event.key in moves) {
+    const [x, y] = moves[event.key];
+    const next = { x: clamp(cursor.x + x, $("mask").width), y: clamp(cursor.y + y, $("mask").height) };
+    if (event.shiftKey) stroke(cursor, next, erasing());
+    cursor = next;
+  } else if (event.key === " ") {
+    remember();
+    stroke(cursor, cursor, erasing());
+  } else if (event.key.toLowerCase() === "e" && !event.ctrlKey) {
+    $("erase").click();
+  } else {
+    return;
+  }
+  event.preventDefault();
+  const share = (value, whole) => `${Math.round((100 * value) / whole)}%`;
+  $("canvas-hint").textContent =
+    `Brush at ${share(cursor.x, $("mask").width)} across, ${share(cursor.y, $("mask").height)} down. Space paints; shift and arrows draw a line.`;
+}
+
+const clamp = (value, most) => Math.min(Math.max(0, value), most);
+
+export function setUp() {
+  const mask = $("mask");
+  mask.onpointerdown = (event) => {
+    if (event.button > 2) return;
+    mask.setPointerCapture(event.pointerId);
+    remember();
+    last = place(event);
+    stroke(last, last, erasing() || event.button === 2);
+  };
+  mask.onpointermove = (event) => {
+    if (!last) return;
+    for (const one of event.getCoalescedEvents?.() ?? [event]) {
+      const next = place(one);
+      stroke(last, next, erasing() || Boolean(event.buttons & 2));
+      last = next;
+    }
+  };
+  mask.onpointerup = mask.onpointercancel = () => {
+    last = null;
+    painted = anythingPainted();
+  };
+  mask.oncontextmenu = (event) => event.preventDefault();
+  mask.onkeydown = keyed;
+  $("erase").onclick = () => ($("erase").ariaPressed = String(!erasing()));
+  $("undo").onclick = () => {
+    const before = past.pop();
+    if (before) drawing().putImageData(before, 0, 0);
+    painted = anythingPainted();
+  };
+  $("clear").onclick = () => {
+    remember();
+    drawing().clearRect(0, 0, mask.width, mask.height);
+    painted = false;
+  };
+  $("remove").onclick = remove;
+}

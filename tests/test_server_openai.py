@@ -1,0 +1,144 @@
+"""OpenAI's images API, spoken by OpenAI's own Python client."""
+
+import base64
+from io import BytesIO
+
+import openai
+import pytest
+from PIL import Image
+from serving import Brake, alike, from_base64, model_folder, open_service, png_bytes, served, until
+
+import plainsd
+from plainsd.server.security import Limits
+
+TOKEN = "a-token-for-openai"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with served(open_service([model], tmp_path_factory.mktemp("data"), Limits(queue=8, pixels=128 * 128)), TOKEN) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key=TOKEN, max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def sd(model):
+    return plainsd.load(model, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def brake(monkeypatch):
+    brake = Brake(monkeypatch)
+    yield brake
+    brake.off()
+
+
+def test_generate(client, sd):
+    answer = client.images.generate(prompt="a red apple", model="tiny", n=2, size="64x72", response_format="b64_json", extra_body={"seed": 5, "steps": 3})
+    expected = plainsd.final(plainsd.text_to_image(sd, "a red apple", size=(64, 72), seed=5, steps=3, count=2))
+    pictures = [from_base64(one.b64_json) for one in answer.data]
+    assert len(pictures) == 2 and all(alike(a, b) for a, b in zip(pictures, expected, strict=True))
+    assert answer.created > 1.7e9 and answer.data[0].url is None
+
+
+def test_generate_with_nothing_but_a_prompt_gives_address_and_bytes(client, server):
+    one = client.images.generate(prompt="a pear").data[0]
+    file = server.get(one.url.removeprefix(server.url), headers={"Authorization": f"Bearer {TOKEN}"})
+    assert file.content == base64.b64decode(one.b64_json)
+    assert Image.open(BytesIO(file.content)).info["parameters"].startswith("a pear\n")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_other_file_formats(client, kind):
+    one = client.images.generate(prompt="p", output_format=kind, output_compression=80, response_format="b64_json", extra_body={"steps": 1}).data[0]
+    assert from_base64(one.b64_json).format == kind.upper()
+
+
+def test_edit_inside_the_transparent_part(client, sd):
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    window = Image.new("RGBA", (64, 64), "black")
+    window.paste((0, 0, 0, 0), (16, 16, 48, 48))
+    hole = Image.new("L", (64, 64), 0)
+    hole.paste(255, (16, 16, 48, 48))
+    expected = plainsd.final(plainsd.inpaint(sd, "a hat", image, hole, seed=4))[0]
+    one = client.images.edit(image=("a.png", png_bytes(image)), mask=("m.png", png_bytes(window)), prompt="a hat",
+                             response_format="b64_json", extra_body={"seed": 4}).data[0]  # fmt: skip
+    assert alike(from_base64(one.b64_json), expected)
+    holed = image.copy()
+    holed.putalpha(Image.eval(hole, lambda level: 255 - level))
+    same = client.images.edit(image=[("a.png", png_bytes(holed))], prompt="a hat", extra_body={"seed": 4}).data[0]
+    assert from_base64(same.b64_json).crop((0, 0, 64, 16)).tobytes() == image.crop((0, 0, 64, 16)).tobytes()
+    whole = client.images.edit(image=("a.png", png_bytes(image)), prompt="a hat", extra_body={"seed": 4, "strength": 0.5}).data[0]
+    assert alike(from_base64(whole.b64_json), plainsd.final(plainsd.image_to_image(sd, "a hat", image, 0.5, seed=4))[0])
+
+
+def test_streaming_with_partial_pictures(client, server, brake):
+    stream = client.images.generate(prompt="slow", stream=True, partial_images=2, extra_body={"steps": 8})
+    brake.wait()
+    events = []
+    job = next(iter(server.service.queue.jobs.values()))
+    for steps in (4, 3):
+        brake.step(steps)
+        until(lambda: job.step in (4, 7))
+        events.append(next(stream))
+    brake.off()
+    events += list(stream)
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    assert from_base64(events[-1].b64_json).size == (64, 64) and events[-1].size == "64x64"
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "plainsd"
+
+
+def test_errors_are_those_that_the_client_knows(client, server, brake):
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong-token-here").models.list()
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.images.generate(prompt="p", model="dall-e-3")
+    assert missing.value.code == "model_not_found" and "unknown model 'dall-e-3'" in str(missing.value)
+    wrong = {
+        "size": {"size": "big"}, "n": {"n": 99}, "steps": {"extra_body": {"steps": 0}}, "sampler": {"extra_body": {"sampler": "x"}},
+        "stepps": {"extra_body": {"stepps": 1}}, "background": {"background": "transparent"},
+    }  # fmt: skip
+    for field, more in wrong.items():
+        with pytest.raises(openai.UnprocessableEntityError) as refused:
+            client.images.generate(prompt="p", **more)
+        assert refused.value.param == {"n": "count"}.get(field, field), refused.value
+    with pytest.raises(openai.UnprocessableEntityError, match="no PNG, JPEG or WebP"):
+        client.images.edit(image=("a.svg", b"<svg/>"), prompt="p")
+    with pytest.raises(openai.UnprocessableEntityError, match="0 files were sent|2 files were sent"):
+        client.images.edit(image=[("a.png", png_bytes(Image.new("L", (8, 8))))] * 2, prompt="p")
+    mask = ("m.png", png_bytes(Image.new("RGB", (64, 64))))
+    with pytest.raises(openai.UnprocessableEntityError, match="no transparent part"):
+        client.images.edit(image=mask, mask=mask, prompt="p")
+    failing = client.with_options(timeout=60)
+    brake.off()
+    with pytest.raises(openai.UnprocessableEntityError, match="weight 1e\\+09"):
+        failing.images.generate(prompt="(a:1000000000)")
+
+
+def test_a_full_queue_is_a_rate_limit_and_a_client_that_hangs_up_cancels(client, server, brake):
+    impatient = client.with_options(timeout=0.3)
+    with pytest.raises(openai.APITimeoutError):
+        impatient.images.generate(prompt="nobody waits for this")
+    until(lambda: not server.service.queue.jobs)
+    assert server.service.store.jobs(("cancelled",), 1)[0].each[0].prompt == "nobody waits for this"
+    jobs = [server.session.post(server.url + "/api/jobs", json={"prompt": "p"}, headers={"Authorization": f"Bearer {TOKEN}"}).json() for _ in range(4)]
+    with pytest.raises(openai.RateLimitError) as refused:
+        client.images.generate(prompt="p")
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    for job in jobs:
+        server.service.queue.cancel(job["id"])

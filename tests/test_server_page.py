@@ -1,0 +1,353 @@
+"""The page, as people use it: headless Chromium clicks through it."""
+
+import base64
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from serving import base64_of, model_folder, open_service, served, until
+
+import plainsd
+from plainsd.images import write_png
+from plainsd.server.security import Limits
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium-driver)")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--force-prefers-reduced-motion", "--window-size=1280,1000")  # fmt: skip
+DROP = """
+const [target, name, data] = arguments;
+const bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt(0));
+const transfer = new DataTransfer();
+transfer.items.add(new File([bytes], name, { type: "image/png" }));
+for (const kind of ["dragenter", "dragover", "drop"])
+  target.dispatchEvent(new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer }));
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    models = [model_folder(folder), model_folder(folder, "other", 1)]
+    with served(open_service(models, tmp_path_factory.mktemp("data"), Limits(steps=120))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    os.environ["SE_OFFLINE"] = "true"
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The page in the browser, by the names that a reader sees."""
+
+    def __init__(self, driver, server):
+        self.driver, self.server = driver, server
+        driver.get(server.url)
+        driver.execute_script("localStorage.clear()")
+        self.load()
+
+    def load(self):
+        self.driver.get(self.server.url)
+        self.until("document.documentElement.dataset.ready === 'yes'")
+
+    def js(self, code, *arguments):
+        return self.driver.execute_script(code, *arguments)
+
+    def until(self, condition, seconds=60):
+        until(lambda: self.js(f"return Boolean({condition})"), seconds)
+
+    def find(self, css):
+        return self.driver.find_element("css selector", css)
+
+    def all(self, css):
+        return self.driver.find_elements("css selector", css)
+
+    def set(self, id, value):
+        self.js("const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+                "field.dispatchEvent(new Event('input', { bubbles: true })); field.dispatchEvent(new Event('change', { bubbles: true }));",
+                id, str(value))  # fmt: skip
+
+    def value(self, id):
+        return self.js("return document.getElementById(arguments[0]).value", id)
+
+    def draw(self):
+        self.find("#generate").click()
+
+    def drawn(self):
+        """Presses Draw, waits for the end; the job."""
+        known = {row["id"] for row in self.server.get("/api/jobs").json()["ended"]}
+        self.draw()
+        self.until("document.querySelector('.card.over')")
+        return next(row for row in reversed(self.server.get("/api/jobs").json()["ended"]) if row["id"] not in known)
+
+    def settings(self, job):
+        return self.server.get(f"/api/images/{job['images'][0]}").json()["settings"]
+
+
+@pytest.fixture
+def page(chromium, server):
+    page = Page(chromium, server)
+    yield page
+    errors = [line["message"] for line in chromium.get_log("browser") if line["level"] == "SEVERE"]
+    expected = ("status of 422", "status of 429", "status of 409", "status of 401")        # answers that the page shows
+    assert [line for line in errors if not any(part in line for part in expected)] == []
+    asked = [line["message"] for line in chromium.get_log("performance") if '"Network.requestWillBeSent"' in line["message"]]
+    foreign = [line for line in asked if '"url":"http' in line and f'"url":"{server.url}' not in line]
+    assert foreign == []                                         # no outside requests
+
+
+def test_text_to_image_from_the_keyboard_to_the_gallery(page):
+    from selenium.webdriver.common.keys import Keys
+
+    assert page.value("steps") == "4" and page.value("width") == "64" and not page.all(".tile")
+    prompt = page.driver.switch_to.active_element
+    assert prompt.get_attribute("id") == "prompt"
+    prompt.send_keys("a red apple")
+    page.set("seed", "123")
+    page.set("count", "2")
+    prompt.send_keys(Keys.CONTROL, Keys.ENTER)
+    page.until("document.querySelectorAll('.tile').length === 2")
+    page.until("[...document.querySelectorAll('.tile img')].every((image) => image.complete && image.naturalWidth)")
+    assert "seed 123, 124" in page.find(".card .status").text
+    newest = page.server.get("/api/images").json()["images"][0]
+    assert newest["settings"]["seed"] == 124 and newest["settings"]["prompt"] == "a red apple"
+    page.find("#random-seed").click()
+    assert page.value("seed") == ""
+    page.find("#last-seed").click()
+    assert page.value("seed") == "123"
+
+
+def test_progress_preview_and_cancel(page):
+    page.set("prompt", "a very slow one")
+    page.set("steps", 120)
+    page.set("count", 4)
+    before = len(page.server.get("/api/images").json()["images"])
+    page.draw()
+    page.until("document.querySelector('.card img.rough')")
+    assert page.js("return document.querySelector('.card img.rough').src").startswith("data:image/png")
+    page.until("/Step \\d+ of 120 · 0 of 4 pictures · .* left/.test(document.querySelector('.card .status').textContent)")
+    assert 0 < float(page.find(".card progress").get_attribute("value")) < 1
+    assert "% · plainsd" in page.driver.title
+    page.find(".card .card-foot button").click()
+    page.until("!document.querySelector('.card')")
+    assert page.server.get("/api/jobs").json()["ended"][-1]["state"] == "cancelled"
+    assert len(page.server.get("/api/images").json()["images"]) == before
+    assert page.driver.title == "plainsd"
+
+
+def test_a_job_survives_a_reload_of_the_page(page):
+    page.set("prompt", "goes on without the page")
+    page.set("steps", 60)
+    page.draw()
+    page.until("document.querySelector('.card progress')")
+    page.load()
+    page.until("document.querySelector('.card-prompt')?.textContent === 'goes on without the page'")
+    page.until("document.querySelector('.tile')?.title === 'goes on without the page'")
+    assert page.value("prompt") == "goes on without the page"    # the form is kept, too
+
+
+def test_gallery_search_viewer_and_settings_back_in_the_form(page):
+    for prompt in ("green <b>pear</b>", "blue boat"):
+        page.server.drawn(prompt=prompt, negative="rain", seed=77, steps=3, sampler="heun", spacing="karras", guidance=3.5,
+                          rescale=0.4, model="other", size=[72, 64])  # fmt: skip
+    page.load()
+    page.set("search", "PEAR green")
+    page.until("document.querySelectorAll('.tile').length === 1 && document.querySelector('.tile').title === 'green <b>pear</b>'")
+    page.find(".tile").click()
+    assert page.find("#viewer-prompt").text == "green <b>pear</b>"       # as text, not as HTML
+    shown = page.find("#viewer-settings").text
+    assert "72 × 64" in shown and "heun" in shown and "77" in shown and "rain" in shown
+    assert page.find("#download").get_attribute("href").endswith(".png")
+    page.find("#use").click()
+    got = {name: page.value(name) for name in ("prompt", "negative", "steps", "sampler", "spacing", "guidance", "seed", "rescale", "model", "width", "height")}
+    assert got == {"prompt": "green <b>pear</b>", "negative": "rain", "steps": "3", "sampler": "heun", "spacing": "karras", "guidance": "3.5",
+                   "seed": "77", "rescale": "0.4", "model": "other", "width": "72", "height": "64"}  # fmt: skip
+    old = page.server.get("/api/images", params={"search": "pear"}).json()["images"][0]
+    again = page.drawn()
+    assert page.server.picture(old["id"]).tobytes() == page.server.picture(again["images"][0]).tobytes()
+
+    page.set("search", "")
+    page.until("document.querySelectorAll('.tile').length > 2")
+    page.all(".tile")[0].click()
+    page.find("#older").click()
+    page.until("!document.getElementById('newer').disabled")
+    page.find("#use-new-seed").click()
+    assert page.value("seed") == "" and not page.js("return document.getElementById('viewer').open")
+
+
+def test_a_picture_is_deleted_after_a_question(page):
+    page.server.drawn(prompt="to be deleted", steps=1)
+    page.load()
+    page.find(".tile").click()
+    page.find("#delete").click()
+    page.driver.switch_to.alert.accept()
+    page.until("document.querySelector('.tile')?.title !== 'to be deleted'")
+    assert page.server.get("/api/images", params={"search": "to be deleted"}).json()["images"] == []
+
+
+def test_a_dropped_png_restores_its_settings(page, tmp_path):
+    path = tmp_path / "apple.png"
+    settings = plainsd.Settings(prompt="a dropped apple", negative="grey", size=(72, 80), steps=6, guidance=2.5, sampler="dpmpp_2m",
+                                spacing="karras", seed=2**60 + 1, other=(("Face restoration", "CodeFormer"),))  # fmt: skip
+    write_png(Image.new("RGB", (72, 80), "green"), path, settings)
+
+    page.set("steps", 50)
+    page.js(DROP, page.find("#gallery"), path.name, base64.b64encode(path.read_bytes()).decode())
+    page.until("document.getElementById('prompt').value === 'a dropped apple'")
+    got = [page.value(name) for name in ("negative", "steps", "guidance", "sampler", "spacing", "seed", "width", "height")]
+    assert got == ["grey", "6", "2.5", "dpmpp_2m", "karras", str(2**60 + 1), "72", "80"]
+    assert "Settings restored from apple.png" in page.find("#toast").text
+    page.find("#toast-button").click()                           # and it may be the start of another
+    page.until("!document.getElementById('canvas-tools').hidden")
+    page.find("#remove").click()
+    assert page.settings(page.drawn())["seed"] == str(2**60 + 1)
+
+
+def test_image_to_image_with_a_dropped_picture(page):
+    image = Image.effect_noise((128, 64), 90).convert("RGB")
+    page.js(DROP, page.find("#drop"), "noise.png", base64_of(image))
+    page.until("!document.getElementById('canvas-tools').hidden")
+    assert (page.value("width"), page.value("height")) == ("88", "48")   # its shape, at the model's number of pixels
+    page.set("prompt", "over it")
+    page.set("strength", 0.5)
+    settings = page.settings(page.drawn())
+    assert settings["size"] == [88, 48] and settings["strength"] == 0.5
+
+
+def test_inpainting_with_the_brush(page):
+    from selenium.webdriver import ActionChains
+
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    page.js(DROP, page.find("#drop"), "noise.png", base64_of(image))
+    page.until("!document.getElementById('canvas-tools').hidden")
+    mask = page.find("#mask")
+    page.js("arguments[0].scrollIntoView({ block: 'center' })", mask)
+    side = mask.size["width"]
+
+    def stroke():
+        move = ActionChains(page.driver).move_to_element_with_offset(mask, -side // 4, -side // 4).click_and_hold()
+        for _ in range(5):
+            move.move_by_offset(side // 10, 0)
+        move.release().perform()
+        return page.js("return [...document.getElementById('mask').getContext('2d').getImageData(0, 0, 768, 768).data].some(Boolean)")
+
+    assert stroke()
+    page.find("#undo").click()
+    assert not page.js("return [...document.getElementById('mask').getContext('2d').getImageData(0, 0, 768, 768).data].some(Boolean)")
+    assert stroke()
+    page.set("prompt", "in the hole")
+    page.set("seed", 9)
+    job = page.drawn()
+    picture = page.server.picture(job["images"][0])
+    assert picture.size == (64, 64) and page.settings(job)["strength"] == 1
+    changed = [sum(a != b for a, b in zip(picture.crop(box).tobytes(), image.crop(box).tobytes(), strict=True))
+               for box in ((0, 8, 64, 24), (0, 40, 64, 64))]  # fmt: skip
+    assert changed[0] > 300 and changed[1] == 0                  # drawn anew under the brush, as it was elsewhere
+
+
+def test_the_brush_works_from_the_keyboard(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.js(DROP, page.find("#drop"), "grey.png", base64_of(Image.new("RGB", (64, 64), "grey")))
+    page.until("!document.getElementById('canvas-tools').hidden")
+    mask = page.find("#mask")
+    mask.send_keys(Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.SPACE)
+    assert page.js("return document.getElementById('mask').getContext('2d').getImageData(360, 360, 1, 1).data[3]") > 0
+    assert "across" in page.find("#canvas-hint").text
+    mask.send_keys("e", Keys.SPACE)
+    assert page.find("#erase").get_attribute("aria-pressed") == "true"
+    assert page.js("return document.getElementById('mask').getContext('2d').getImageData(360, 360, 1, 1).data[3]") == 0
+
+
+def test_an_error_stands_beside_its_field(page):
+    page.set("width", 60)
+    page.draw()
+    page.until("document.querySelector('[data-field=size] .error')")
+    assert "multiples of 8" in page.find("[data-field=size] .error").text
+    assert page.find("#width").get_attribute("aria-describedby") == "error-size"
+    assert page.driver.switch_to.active_element.get_attribute("id") == "width"
+    page.set("width", 64)
+    assert not page.all("[data-field] .error")
+    page.set("rescale", 7)
+    page.draw()
+    page.until("document.querySelector('[data-field=rescale] .error')")
+    assert page.js("return document.getElementById('more-section').open")
+
+
+def test_an_x_y_grid(page):
+    page.js("document.getElementById('grid-section').open = true")
+    page.set("prompt", "compared")
+    page.set("x-name", "guidance")
+    page.set("x-values", "1, 4")
+    page.set("y-name", "sampler")
+    page.set("y-values", "euler, ddim, wrong")
+    page.draw()
+    page.until("document.querySelector('[data-field=sampler] .error, [data-field=grid] .error')")
+    page.set("y-values", "euler, ddim")
+    job = page.drawn()
+    assert job["count"] == 5 and job["done"] == 5
+
+
+def test_light_dark_and_a_phone(page):
+    page.find("#theme").click()
+    first = page.js("return getComputedStyle(document.body).backgroundColor")
+    page.find("#theme").click()
+    assert page.js("return getComputedStyle(document.body).backgroundColor") != first
+    for width in (360, 800, 1280):
+        page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+        try:
+            assert page.js("return document.documentElement.scrollWidth <= innerWidth")      # nothing to scroll sideways
+            assert page.find("#generate").is_displayed()
+        finally:
+            page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_everything_has_a_name_for_screen_readers(page):
+    tree = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    roles = ("button", "textbox", "combobox", "slider", "spinbutton", "searchbox", "img", "image", "link", "application")
+    nameless = [node for node in tree if node.get("role", {}).get("value") in roles and not node.get("ignored")
+                and not node.get("name", {}).get("value")]  # fmt: skip
+    assert nameless == []
+    page.find("h1").click()
+    assert page.find(".skip").get_attribute("href").endswith("#results")
+
+
+def test_the_api_page_lists_and_tries_routes(page):
+    page.driver.get(page.server.url + "/docs")
+    page.until("document.querySelectorAll('.route').length > 20")
+    page.js("[...document.querySelectorAll('.route')].find((one) => one.textContent.includes('/api/models')).open = true")
+    page.js("document.querySelector('.route[open] button').click()")
+    page.until("document.querySelector('.route[open] pre').textContent.includes('\"default\": \"tiny\"')")
+
+
+def test_a_token_is_asked_for_once(chromium, tmp_path, server):
+    token = "a-token-for-the-page"
+    folder = Path(server.service.models.known["tiny"].source)
+    with served(open_service([str(folder)], tmp_path / "data"), token) as guarded:
+        chromium.get(guarded.url)
+        page = Page.__new__(Page)
+        page.driver, page.server = chromium, guarded
+        page.until("document.getElementById('login').open")
+        page.find("#token").send_keys("wrong-token-here")
+        page.find("#login-form button").click()
+        page.until("document.getElementById('login-error').textContent.includes('wrong')")
+        page.find("#token").clear()
+        page.find("#token").send_keys(token)
+        page.find("#login-form button").click()
+        page.until("document.documentElement.dataset.ready === 'yes'")
+        page.load()                                              # the cookie is kept
+    chromium.get_log("browser"), chromium.get_log("performance")
