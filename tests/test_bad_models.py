@@ -1,5 +1,6 @@
 """What goes wrong with a model's files: one line each, and nothing half-written."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -7,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import CPU, model, small_families, without_notes
+from small_models import CPU, FAMILIES, model, small_families, without_notes
 
-from plainsd.checkpoint import load, save
+from plainsd.checkpoint import convert, load, save
+from plainsd.configs import read_variant
+from plainsd.contents import empty, parts
+from plainsd.describe import write_variant
 from plainsd.errors import UserError
 from plainsd.folder import whole_folder
+from plainsd.tensorfile import open_tensors
 
 
 def damage(folder: Path, change) -> None:
@@ -86,6 +91,43 @@ def test_bad_single_files(tmp_path, small_families):
     save_file(tensors, tmp_path / "d.safetensors", metadata={"plainsd.files": '{"unet/config.json": "{}"}'})
     with pytest.raises(UserError, match="settings 'model_index.json' in its metadata are incomplete"):
         load(tmp_path / "d.safetensors", **CPU)
+
+
+@pytest.mark.parametrize("path", ["../x.json", "tokenizer/../../x.json", "/tmp/x.json", "unet/.hidden.json",
+                                  "unet/x.py", "tokenizer/a/b.json", "tokenizer/x\n.json"])
+def test_metadata_cannot_name_files_elsewhere(tmp_path, path):
+    save(model("sd1"), tmp_path / "a.safetensors", layout="single-file")
+    texts = json.loads(open_tensors(tmp_path / "a.safetensors").metadata["plainsd.files"])
+    tensors = load_file(tmp_path / "a.safetensors")
+    for strange in ({path: "{}"}, {"unet/x.json": 7}):
+        save_file(tensors, tmp_path / "b.safetensors", metadata={"plainsd.files": json.dumps(texts | strange)})
+        with pytest.raises(UserError, match="which no model has"):
+            convert(tmp_path / "b.safetensors", tmp_path / "m", "diffusers")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+ODD = (None, "", "x", -1, 0, 3, 1.5, 10**12, 1e999, float("nan"), True, [], [7], [[1]], [None] * 3, {}, {"a": 1})
+
+
+FILES = {path: json.loads(text) for path, text in write_variant(FAMILIES["sd1"]).items()}
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_any_setting_of_any_value(path):
+    """Each either describes a network that can be made, or is refused in one line."""
+    refused, settings = 0, FILES[path]
+    for name in [*settings, *settings.get("_plainsd", ())]:
+        for value in ODD:
+            within = settings if name in settings else settings["_plainsd"]
+            changed = within | {name: value}
+            files = FILES | {path: changed if within is settings else settings | {"_plainsd": changed}}
+            try:
+                for kind, config in parts(read_variant(files.__getitem__, "m")).values():
+                    empty(kind, config)
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 20
 
 
 def test_places_that_cannot_be_written(tmp_path):

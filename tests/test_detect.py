@@ -9,8 +9,9 @@ import torch
 from small_models import CPU, model, without_notes, small_families
 
 from plainsd.checkpoint import load, save
-from plainsd.configs import read_unet, read_variant, write_variant
+from plainsd.configs import read_unet, read_variant
 from plainsd.contents import empty, parts, place_shape
+from plainsd.describe import write_variant
 from plainsd.detect import detect, probe
 from plainsd.errors import UserError
 from plainsd.layouts import places

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as oracle
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from plainsd.configs import write_text, write_unet, write_vae
 from plainsd.contents import empty, parts, place_shape
+from plainsd.describe import write_text, write_unet, write_vae
 from plainsd.layouts import places, spelled
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.unet import UNet, UNetConfig

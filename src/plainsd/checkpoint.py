@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from plainsd.configs import read_vae, write_variant
+from plainsd.configs import read_vae
 from plainsd.contents import Contents, Network, check_names, empty, first, located, parts, unpack
+from plainsd.describe import write_variant
 from plainsd.detect import seems
 from plainsd.errors import UserError, unknown
 from plainsd.folder import open_part, read_folder, read_json, read_network, whole_folder, write_folder, write_weights

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from plainsd.configs import read_variant, write_variant
+from plainsd.configs import read_variant
 from plainsd.contents import Contents, Network, check_names, empty, fragments, located, pack, parts, unpack
+from plainsd.describe import write_variant
 from plainsd.detect import UNET_PREFIX, detect, predicting, probe, seems
 from plainsd.errors import UserError
 from plainsd.folder import spelling
@@ -21,6 +22,8 @@ from plainsd.variants import Variant
 
 FILES, SPELLED = "plainsd.files", "plainsd.spellings"        # in the metadata, as JSON: a folder's settings; our notes
 KEPT = "leftovers."                                          # before a folder's tensors that single files do not have
+
+PATH = re.compile(r"(model_index|(unet|vae|scheduler|(text_encoder|tokenizer)(_2)?)/\w[\w.-]*)\.(json|txt)")
 
 # Names beside the networks' own: averaged copies, buffers, training losses, and parts that no picture needs.
 BESIDE = re.compile("|".join((
@@ -58,18 +61,20 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True) -> C
         asked = probe(networks["unet"].build(torch.device("cpu"), torch.bfloat16))
         variant = predicting(variant, asked)
     texts, spellings = noted(file, FILES, {}), noted(file, SPELLED, [])
-    extras = {name for network in networks.values() for name in network.extras}
-    leftovers = {name: stored for name, stored in file.tensors.items() if BESIDE.match(name) and not any(
-        name.endswith(extra) for extra in extras)}
-    for name, (prefix, layout) in prefixes(variant).items():
-        found = fragments(empty(*parts(variant)[name]), layout, file.tensors, prefix) if name in networks else ()
-        spellings += [f"single-file {name} {fragment}" for fragment in found]
+    extras = {name for part in networks for name in extra_names(file, part, *prefixes(variant)[part])}
+    leftovers = {name: stored for name, stored in file.tensors.items() if BESIDE.match(name) and name not in extras}
+    for part, network in networks.items():
+        prefix, layout = prefixes(variant)[part]
+        found = fragments(empty(network.kind, network.config), layout, file.tensors, prefix)
+        spellings += [f"single-file {part} {fragment}" for fragment in found]
     return Contents(variant, networks, texts or write_variant(variant), leftovers, tuple(spellings))
 
 
 def told(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
     """What model is in a file, by our notes or by its shapes, and whether what it predicts is certain."""
     texts = noted(file, FILES, {})
+    if strange := [name for name, text in texts.items() if not PATH.fullmatch(name) or not isinstance(text, str)]:
+        raise damaged(file.path, f"its metadata names the file {strange[0]!r}, which no model has")
 
     def get(name: str) -> dict:
         try:
@@ -94,18 +99,19 @@ def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[
     networks = {}
     for name, network in bare.items():
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
-        tensors = unpack(file, wanted[name], shapes)
-        networks[name] = Network(*parts(variant)[name], tensors, extras_of(file, name, *prefixes(variant)[name]))
+        extras = {theirs: file.tensors[key]
+                  for key, theirs in extra_names(file, name, *prefixes(variant)[name]).items()}
+        networks[name] = Network(*parts(variant)[name], unpack(file, wanted[name], shapes), extras)
     return networks
 
 
-def extras_of(file: TensorFile, name: str, prefix: str, layout: str) -> dict[str, Stored]:
-    """What a network's own file in a folder would hold beside its weights: `position_ids`, under the name there."""
-    kept = {key.removeprefix(f"{KEPT}{name}."): stored for key, stored in file.tensors.items()
-            if key.startswith(f"{KEPT}{name}.")}
-    public = {key.removeprefix(prefix): stored for key, stored in file.tensors.items()
-              if layout == "transformers" and key.startswith(prefix) and key.endswith(".position_ids")}
-    return kept | public
+def extra_names(file: TensorFile, part: str, prefix: str, layout: str) -> dict[str, str]:
+    """What a network's own file in a folder would hold beside its weights, `position_ids`: the names here and there."""
+    kept = f"{KEPT}{part}."
+    public = [name for name in file.tensors
+              if layout == "transformers" and name.startswith(prefix) and name.endswith(".position_ids")]
+    return {name: name.removeprefix(kept) for name in file.tensors if name.startswith(kept)} | {
+        name: name.removeprefix(prefix) for name in public}
 
 
 def noted(file: TensorFile, name: str, default: dict | list) -> dict | list:
