@@ -201,7 +201,7 @@ def fit(method: Method, pictures: int | Callable[[int], int], options: FitOption
     """Train `method` until `options.steps`. Resumes from, and saves to, `folder`.
 
     `pictures`: how many there are, which are then shown in a new order every epoch; or an order, a function from position
-    to picture.
+    to picture. A step's state is saved after its report has been taken.
     """
     trainer = trainer or Trainer(method, options)
     folder, writes = Path(folder) if folder else None, trainer.world.first
@@ -223,8 +223,8 @@ def fit(method: Method, pictures: int | Callable[[int], int], options: FitOption
             raise UserError(f"the loss was not finite {in_a_row} steps in a row, up to step {trainer.step}; lower the "
                             f"learning rate (now {options.lr:g}){kept}")
         total, metrics, norm = done or (math.nan, {}, math.nan)
-        last = trainer.step == options.steps
-        if folder and writes and not in_a_row and (last or trainer.step % options.save_every == 0):
-            save_checkpoint(trainer, folder)
         yield Report(trainer.step, total, metrics, learning_rate(options, trainer.step - 1), norm, trainer.skipped,
                      trainer.step * size, time.perf_counter() - began)
+        last = trainer.step == options.steps
+        if folder and writes and not in_a_row and (last or trainer.step % options.save_every == 0):
+            save_checkpoint(trainer, folder)                 # after the report, so that no log lacks a step that is saved

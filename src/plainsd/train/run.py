@@ -15,7 +15,7 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +69,7 @@ def run(
                 (folder / "samples").mkdir(exist_ok=True)
                 with_average(trainer, lambda: sample(folder / "samples" / f"step-{step:08d}.png"))
 
-    with stopped_by_sigterm() as stop:
+    with stopped_by_sigterm() as stop, closing(diary) if diary else nullcontext():
         if diary and before and not checkpoints(folder / "checkpoints"):
             diary.begin(0)
             look(0)
@@ -109,8 +109,6 @@ class Diary:
             self.write(line)
             self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['samples_per_s']:.3g}/s, {line['peak_gb']:.1f} GB")
             self.window.clear()
-        if report.step == self.steps:
-            self.bar.close()
 
     def begin(self, done: int) -> None:
         """After a resume the log forgets the steps that are done again."""
@@ -129,6 +127,13 @@ class Diary:
                     if name not in ("step", "samples"):
                         self.board.add_scalar(name, value, line["step"])
                 self.board.flush()
+
+    def close(self) -> None:
+        """Ends the bar's line, so that what is said next begins a new one."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.board:
+            self.board.close()
 
     def draw(self) -> None:
         if self.curve:

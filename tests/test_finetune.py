@@ -1,0 +1,400 @@
+"""Fine-tuning: objectives, text states, methods, resuming after a kill, the command."""
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
+from PIL import Image
+from torch import nn
+
+import plainsd
+from plainsd.cli import main
+from plainsd.conditioning import encode_prompts
+from plainsd.denoiser import min_snr_weight
+from plainsd.embeddings import add_embedding
+from plainsd.errors import UserError
+from plainsd.lora import add_lora, attached
+from plainsd.prompts import Weighted
+from plainsd.schedule import NoiseSchedule
+from plainsd.train.cache import cache_latents
+from plainsd.train.checkpoints import checkpoints
+from plainsd.train.data import Pictures, read_folder
+from plainsd.train.examples import Examples
+from plainsd.train.full import full
+from plainsd.train.inversion import inversion, settle
+from plainsd.train.lora import lora
+from plainsd.train.loop import FitOptions, Pick, Trainer, fit
+from plainsd.train.objective import Noise, Objective, draw_noise, errors
+from plainsd.train.order import random
+from plainsd.train.prior import make_prior
+from plainsd.train.run import Log, Rhythm, read_log, run
+from plainsd.train.text import Reader, cut_captions
+
+SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+
+
+def write_pictures(place, count=6, side=64):
+    place.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.new("RGB", (side, side), tuple(rng.integers(0, 256, 3).tolist())).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(f"colour {i}")
+    return place
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def examples(folder, tmp_path_factory):
+    pictures = read_folder(folder, 64)
+    return Examples(pictures, cache_latents(tiny_sd().vae, pictures, tmp_path_factory.mktemp("cache")))
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+# ---- objectives
+
+
+class Echo(nn.Module):
+    """Instead of a UNet: answers with its input times a number."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(float(factor)))
+
+    def forward(self, x, timesteps, context, vector):
+        return x * self.factor
+
+
+def measured(objective=Objective(), *, mask=None, prediction="epsilon", scale=1.0, timesteps=(50, 900)):
+    """The errors of a network that always answers 0; and the noise, the x0 and alpha_bar they come from."""
+    picks = [Pick(i, i, random(0, 0, i)) for i in range(2)]
+    x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = draw_noise(picks, (4, 8, 8), objective)
+    noise = Noise(noise.target * scale, noise.shown * scale)
+    schedule, timesteps = NoiseSchedule.scaled_linear(), torch.tensor(timesteps)
+    found = errors(Echo(0.0), schedule, prediction, x0, noise, timesteps, torch.zeros(2, 1, 1), objective=objective, mask=mask)
+    return found, noise, x0, schedule.alphas_cumprod[timesteps]
+
+
+def test_the_plain_objective_is_the_mean_squared_error():
+    found, noise, _, _ = measured()
+    torch.testing.assert_close(found, noise.target.square().mean(dim=(1, 2, 3)))
+    assert torch.equal(noise.shown, noise.target)
+
+
+def test_min_snr_weighs_each_picture():
+    plain, weighed = measured()[0], measured(Objective(min_snr=5.0))[0]
+    alpha_bar = measured()[3]
+    expected = (5 * (1 - alpha_bar) / alpha_bar).clamp(max=1)
+    assert expected[0] < 0.4 and expected[1] == 1
+    torch.testing.assert_close(weighed, plain * expected.float())
+    velocity = measured(Objective(min_snr=5.0), prediction="v_prediction")[0] / measured(prediction="v_prediction")[0]
+    torch.testing.assert_close(velocity, min_snr_weight("v_prediction", alpha_bar, 5.0).float())
+
+
+def test_huber_is_plain_for_small_errors_and_linear_for_large_ones():
+    small = Objective(huber=100.0)
+    torch.testing.assert_close(measured(small)[0], measured()[0])
+    large = Objective(huber=1e-3)
+    torch.testing.assert_close(measured(large, scale=20.0)[0], 10 * measured(large, scale=2.0)[0], rtol=1e-2, atol=0)
+
+
+def test_offset_noise_shifts_whole_channels():
+    picks = [Pick(i, i, random(0, 1, i)) for i in range(400)]
+    noise = draw_noise(picks, (4, 8, 8), Objective(offset_noise=0.5))
+    again = [Pick(i, i, random(0, 1, i)) for i in range(400)]
+    shift = noise.target - draw_noise(again, (4, 8, 8)).target
+    assert shift.flatten(2).std(dim=2).max() < 1e-6                # the same all over a channel
+    assert shift[..., 0, 0].std() == pytest.approx(0.5, rel=0.1)
+    assert noise.shown is noise.target                             # and to be found
+
+
+def test_input_perturbation_is_not_to_be_found():
+    objective = Objective(perturbation=0.1)
+    picks = [Pick(i, i, random(0, 1, i)) for i in range(50)]
+    noise = draw_noise(picks, (4, 8, 8), objective)
+    surplus = noise.shown - noise.target
+    assert surplus.std() == pytest.approx(0.1, rel=0.05)
+    assert abs((surplus * noise.target).mean()) < 0.01
+
+
+def test_what_is_masked_does_not_count():
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., :2] = 1
+    found, noise, _, _ = measured(mask=mask)
+    torch.testing.assert_close(found, noise.target[..., :2].square().mean(dim=(1, 2, 3)) / 4)
+
+
+@pytest.mark.parametrize("wrong", [{"min_snr": 0.0}, {"huber": -1.0}, {"offset_noise": 2.0}, {"perturbation": float("nan")}])
+def test_objectives_out_of_range(wrong):
+    with pytest.raises(UserError, match="out of range"):
+        Objective(**wrong)
+
+
+# ---- text states
+
+
+def test_states_are_those_of_the_prompt_and_made_once(monkeypatch):
+    sd = tiny_sd()
+    reader, asked = Reader(sd), []
+    forward = sd.text_encoders[0].forward
+    monkeypatch.setattr(sd.text_encoders[0], "forward", lambda ids: asked.append(len(ids)) or forward(ids))
+    context, vector = reader(["a (red) cat", "", "a (red) cat"], SIZES.expand(3, 6))
+    assert asked == [1, 1] and vector is None                      # each caption once, and alone
+    reader(["a (red) cat"], SIZES)
+    assert asked == [1, 1]
+    expected = encode_prompts(sd, [[Weighted("a (red) cat")]]).context
+    assert torch.equal(context[:1], expected) and torch.equal(context[2:], expected)
+    assert not torch.equal(expected, encode_prompts(sd, ["a (red) cat"]).context)     # notation has no meaning here
+
+
+def test_remembered_states_do_not_depend_on_autocast():
+    sd = tiny_sd()
+    with torch.autocast("cpu", torch.bfloat16):
+        early = Reader(sd)(["x"], SIZES)[0]
+    assert torch.equal(early, Reader(sd)(["x"], SIZES)[0])
+
+
+def test_captions_have_a_fixed_length():
+    sd, long = tiny_sd(), "word, " * 60
+    one, two = Reader(sd), Reader(sd, chunks=2)
+    assert one([long], SIZES)[0].shape[1] == one(["x"], SIZES)[0].shape[1] == 77
+    assert two([long], SIZES)[0].shape[1] == two(["x"], SIZES)[0].shape[1] == 154
+    torch.testing.assert_close(two(["x"], SIZES)[0], encode_prompts(sd, [[Weighted("x")], [Weighted(long)]]).context[:1, :154])
+    assert cut_captions(sd, ["x", long], 1) == 1 and cut_captions(sd, ["x", long], 9) == 0
+
+
+def test_what_is_remembered_has_a_limit():
+    reader = Reader(tiny_sd(), room=3 * 77 * 32 * 4)
+    for word in "abcd":
+        reader([word], SIZES)
+    assert list(reader._known) == ["b", "c", "d"] and reader._bytes == reader.room
+    assert torch.equal(reader(["a"], SIZES)[0], Reader(tiny_sd())(["a"], SIZES)[0])
+
+
+@pytest.mark.parametrize("variant", [TINY_XL, TINY_REFINER], ids=["base", "refiner"])
+@torch.no_grad()
+def test_sdxl_is_told_the_sizes(variant):
+    sd = tiny_sd(variant)
+    sizes = torch.tensor([[80.0, 96, 8, 16, 64, 64]])
+    context, vector = Reader(sd)(["a cat"], sizes)
+    expected = encode_prompts(sd, [[Weighted("a cat")]], size=(64, 64), original=(96, 80), crop=(16, 8))
+    assert torch.equal(context, expected.context) and torch.equal(vector, expected.vector)
+
+
+def test_an_empty_caption_is_zeros_to_sdxl():
+    context, vector = Reader(tiny_sd(TINY_XL))(["", "x"], SIZES.expand(2, 6))
+    assert context[0].abs().max() == 0 == vector[0, :16].abs().max() and context[1].abs().max() > 0
+
+
+# ---- methods
+
+
+OPTIONS = FitOptions(steps=8, batch=3, lr=3e-3, warmup=0, cosine=False, ema=0)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "text lora", "inversion"])
+def test_a_method_learns_and_moves_nothing_else(examples, method):
+    sd = tiny_sd()
+    before = [weights(network) for network in (sd.unet, *sd.text_encoders, sd.vae)]
+    made = {
+        "full": lambda: full(sd, examples),
+        "lora": lambda: lora(sd, examples, rank=4, targets="all-linear"),
+        "text lora": lambda: lora(sd, examples, rank=4, text_encoder=True),
+        "inversion": lambda: inversion(sd, examples, "colour", vectors=2, initial="x"),
+    }[method]()
+    start = made.validate(examples)["validation"]
+    list(fit(made, 6, replace(OPTIONS, lr=0.3 if method == "inversion" else 3e-3)))
+    assert made.validate(examples)["validation"] < start
+    if method != "full":
+        for adapter in attached(sd):
+            adapter.remove()
+        settle(sd)
+        sd.text_encoders[0].token.weight = nn.Parameter(sd.text_encoders[0].token.weight[: TINY.text[0].vocab])
+        assert torch.equal(weights(sd.unet), before[0])
+    assert torch.equal(weights(sd.text_encoders[0]), before[1]) and torch.equal(weights(sd.vae), before[2])
+
+
+def test_full_moves_the_text_encoder_if_asked(examples):
+    sd = tiny_sd()
+    before = weights(sd.text_encoders[0])
+    list(fit(full(sd, examples, text_encoder=True), 6, replace(OPTIONS, steps=1)))
+    assert not torch.equal(weights(sd.text_encoders[0]), before)
+
+
+def test_accumulated_micro_batches_equal_the_big_batch(examples):
+    gradients = []
+    for options in (replace(OPTIONS, steps=1, batch=4), replace(OPTIONS, steps=1, batch=1, accumulate=4)):
+        method = full(tiny_sd(), examples)
+        trainer = Trainer(method, options)
+        trainer.optimizer.step = lambda: None
+        trainer.optimizer.zero_grad = lambda set_to_none: None
+        list(fit(method, 6, options, trainer=trainer))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]))
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_resumed_training_is_the_same_bit_for_bit(examples, tmp_path):
+    options = replace(OPTIONS, steps=6, save_every=3, ema=0.9)
+    whole = lora(tiny_sd(), examples, rank=2, text_encoder=True)
+    losses = [report.loss for report in fit(whole, 6, options)]
+    for report in fit(lora(tiny_sd(), examples, rank=2, text_encoder=True), 6, options, tmp_path):
+        if report.step == 4:
+            break
+    second = lora(tiny_sd(), examples, rank=2, text_encoder=True, seed=9)
+    assert [report.loss for report in fit(second, 6, options, tmp_path)] == losses[3:]
+    assert torch.equal(weights(whole.modules), weights(second.modules))
+
+
+def test_half_the_base_in_bfloat16(examples):
+    sd = tiny_sd()
+    method = lora(sd, examples, rank=2)
+    sd.unet.to(torch.bfloat16)
+    for adapter in method.modules["lora"]:
+        adapter.float()
+    reports = list(fit(method, 6, replace(OPTIONS, bf16=True)))
+    assert all(np.isfinite(report.loss) for report in reports)
+    assert {p.dtype for p in method.modules.parameters()} == {torch.float32}
+
+
+def test_the_prior_counts_with_its_weight(examples):
+    def loss(prior, weight=1.0):
+        method = full(tiny_sd(), examples, prior=prior, prior_weight=weight)
+        with torch.no_grad():
+            return method.loss([Pick(i, i, random(0, 2, i)) for i in range(2)])
+
+    alone, both, double = loss(None)[0], loss(examples), loss(examples, 2.0)
+    assert both[1]["own"] == pytest.approx(alone.item()) and both[1]["prior"] > 0
+    assert double[0].item() == pytest.approx(alone.item() + 2 * both[1]["prior"].item())
+
+
+def test_a_prior_set_is_made_once(tmp_path, monkeypatch):
+    sd = tiny_sd()
+    make_prior(sd, tmp_path, "a dog", 6, say=lambda _: None)
+    assert len(read_folder(tmp_path, 64)) == 6
+    content = (tmp_path / "00005.png").read_bytes()
+    (tmp_path / "00005.txt").unlink()                              # as a kill would leave it
+    make_prior(sd, tmp_path, "a dog", 6, say=lambda _: None)
+    assert (tmp_path / "00005.png").read_bytes() == content
+    monkeypatch.setattr("plainsd.train.prior.text_to_image", None)
+    make_prior(sd, tmp_path, "a dog", 6)
+
+
+def test_an_inpainting_model_is_refused(examples):
+    with pytest.raises(UserError, match="inpainting model"):
+        full(tiny_sd(in_channels=9), examples)
+
+
+# ---- killed at any moment
+
+
+class Line:
+    """A method small enough to be trained in no time."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.modules = nn.ModuleDict({"line": nn.Linear(3, 1)})
+
+    def loss(self, picks):
+        x = torch.stack([torch.randn(3, generator=p.generator) for p in picks])
+        return self.modules["line"](x).square().mean(), {}
+
+
+LINE = FitOptions(steps=9, batch=2, lr=0.05, warmup=0, save_every=2, ema=0.9, keep=2)
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trained_until_killed(place, moment):
+    """In a process of its own: trains, and dies the third time that it comes to the moment."""
+    import shutil
+
+    left, replaced, removed, saved = [3], os.replace, shutil.rmtree, torch.save
+
+    def third(then):
+        left[0] -= 1
+        if left[0] == 0:
+            then()
+
+    def half(state, file):
+        def cut():
+            saved(state, file)
+            file.flush()
+            os.truncate(file.name, 200)
+            die()
+        third(cut)
+        saved(state, file)
+
+    def rename(old, new):
+        if "step-" in str(new) and moment == "before the name" and ".removing" not in str(new):
+            third(die)
+        replaced(old, new)
+        if moment == "after the name" and ".removing" not in str(new) and "step-" in str(new):
+            third(die)
+
+    def remove(path, **more):
+        if moment == "amid removing" and ".removing" in str(path):
+            left[0] = 0
+            os.truncate(Path(path) / "state.pt", 10)
+            die()
+        removed(path, **more)
+
+    if moment == "amid writing":
+        torch.save = half
+    os.replace, shutil.rmtree = rename, remove
+    method = Line()
+    if moment == "amid a step":
+        loss = method.loss
+        method.loss = lambda picks: die() if picks[0].position == 10 else loss(picks)
+    if moment == "amid the log":
+        write = Log.write
+
+        def cut(self, line):
+            if line["step"] == 5:
+                with open(self.path, "a") as file:
+                    file.write('{"step": 5, "lo')
+                die()
+            write(self, line)
+        Log.write = cut
+    run(method, 4, LINE, Path(place), rhythm=RHYTHM)
+
+
+RHYTHM = Rhythm(log=1, validate=100, sample=100)
+MOMENTS = ["amid writing", "before the name", "after the name", "amid removing", "amid a step", "amid the log", "never"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, moment):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["plainsd.train.run", "test_finetune"])
+    process = context.Process(target=trained_until_killed, args=(str(tmp_path / "run"), moment))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == (0 if moment == "never" else -signal.SIGKILL)
+    states = checkpoints(tmp_path / "run" / "checkpoints")
+    assert all(torch.load(state / "state.pt", weights_only=True)["step"] == int(state.name[5:]) for state in states)
+    assert states
+    resumed = run(Line(), 4, LINE, tmp_path / "run", rhythm=RHYTHM)
+    whole = run(Line(), 4, LINE, tmp_path / "whole", rhythm=RHYTHM)
+    assert torch.equal(weights(resumed.method.modules), weights(whole.method.modules))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.ema.values, whole.ema.values, strict=True))
+    kept = [sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in ("run", "whole")]
+    assert kept[0] == kept[1] == ["step-00000008", "step-00000009"]
+    logs = [[(line["step"], line["loss"]) for line in read_log(tmp_path / name / "log.jsonl")] for name in ("run", "whole")]
+    assert logs[0] == logs[1]

@@ -1,0 +1,215 @@
+"""`plainsd train` from the command line: what each method leaves behind, and how it fails."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_sd
+from PIL import Image
+from test_finetune import write_pictures
+
+import plainsd
+from plainsd.cli import main
+from plainsd.embeddings import add_embedding
+from plainsd.generate import final, text_to_image
+from plainsd.lora import add_lora
+from plainsd.train.checkpoints import checkpoints
+from plainsd.train.options import Steps, with_defaults
+from plainsd.train.run import read_log
+
+FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "base"
+    plainsd.save(tiny_sd(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures", count=4)
+
+
+@pytest.fixture
+def train(base, pictures, tmp_path, capsys):
+    """Runs the command with a few usual options; the exit code, and what stands on stderr beside the bars."""
+
+    def run(method, *more, base=base, out=tmp_path / "run"):
+        code = main(["train", "--method", method, "--base", str(base), "--data", str(pictures), "--out", str(out), *FAST, *more])
+        lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        return code, [line for line in lines if line.startswith("plainsd:")]
+
+    return run
+
+
+def drawn(sd, prompt="colour 1"):
+    return np.asarray(final(text_to_image(sd, prompt, seed=3, steps=2))[0], dtype=float)
+
+
+def test_full(train, base, pictures, tmp_path):
+    (tmp_path / "prompts.txt").write_text("colour 1\ncolour 2\n")
+    code, _ = train("full", "--epochs", "2", "--lr", "1e-3", "--heldout", str(pictures), "--prompts", str(tmp_path / "prompts.txt"),
+                    "--validate-every", "1", "--sample-every", "1", "--flip", "--crop", "random", "--text-encoder")
+    assert code == 0
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert [line["step"] for line in lines if "validation" in line] == [0, 1, 2]   # 2 epochs of 4 pictures, 4 a step
+    assert lines[0]["validation"] != lines[-1]["validation"]
+    assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == [f"step-{i:08d}.png" for i in range(3)]
+    assert (tmp_path / "run" / "curve.png").is_file()
+    trained, before = plainsd.load(tmp_path / "run" / "model", device="cpu"), plainsd.load(base, device="cpu")
+    assert not np.array_equal(drawn(trained), drawn(before))
+    assert not torch.equal(trained.text_encoders[0].token.weight, before.text_encoders[0].token.weight)
+    assert torch.equal(trained.vae.quant.weight, before.vae.quant.weight)
+
+
+def test_lora(train, base, tmp_path):
+    code, _ = train("lora", "--steps", "2", "--lr", "1e-2", "--rank", "2", "--alpha", "4", "--checkpointing", "--hold-out", "0.3",
+                    "--tensorboard", "--buckets", "--min-snr", "5", "--huber", "0.5")
+    assert code == 0
+    kohya, peft = (plainsd.load(base, device="cpu") for _ in range(2))
+    add_lora(kohya, tmp_path / "run" / "lora.safetensors")
+    add_lora(peft, tmp_path / "run" / "lora-peft.safetensors")
+    assert np.array_equal(drawn(kohya), drawn(peft))
+    assert not np.array_equal(drawn(kohya), drawn(plainsd.load(base, device="cpu")))
+    assert any(p.name.startswith("events.") for p in (tmp_path / "run" / "tensorboard").iterdir())
+    assert len([line for line in read_log(tmp_path / "run" / "log.jsonl") if "validation" in line]) == 2
+
+
+def test_inversion(train, base, pictures, tmp_path):
+    assert train("inversion", "--steps", "1", "--token", "<cat>")[1][0].startswith(
+        "plainsd: 4 of 4 captions do not have the word '<cat>'")
+    assert train("inversion", "--steps", "1")[1] == [
+        "plainsd: method inversion needs --token, the new word that the captions use, such as '<cat>'"]
+    code, _ = train("inversion", "--steps", "2", "--lr", "0.1", "--token", "colour", "--vectors", "2", "--initial", "x",
+                    out=tmp_path / "other")
+    assert code == 0
+    for name in ("colour.safetensors", "learned_embeds.safetensors"):
+        sd = plainsd.load(base, device="cpu")
+        assert add_embedding(sd, tmp_path / "other" / name, "colour") == "colour"
+        assert sd.text_encoders[0].config.vocab == TINY.text[0].vocab + 2
+        assert not np.array_equal(drawn(sd), drawn(plainsd.load(base, device="cpu")))
+
+
+def test_dreambooth_makes_its_prior(train, tmp_path):
+    code, _ = train("lora", "--steps", "1", "--rank", "1", "--prior-prompt", "a dog", "--prior-count", "3", "--prior-weight", "0.5")
+    assert code == 0
+    assert sorted(p.name for p in (tmp_path / "run" / "prior").iterdir()) == [
+        f"{i:05d}.{ending}" for i in range(3) for ending in ("png", "txt")]
+    (line,) = read_log(tmp_path / "run" / "log.jsonl")
+    assert line["loss"] == pytest.approx(line["own"] + 0.5 * line["prior"])
+
+
+def test_vae_and_scratch(pictures, base, tmp_path):
+    model = {"name": "tiny", "size": 16, "vae": {"channels": [8, 8], "layers": 1, "groups": 2},
+             "unet": {"channels": [32, 32], "depth": [0, 1], "heads": [2, 2], "layers": 1, "context": 16},
+             "text": [{"width": 16, "layers": 1, "heads": 2, "mlp": 32}]}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    shared = ["--model", str(tmp_path / "model.json"), "--data", str(pictures), "--heldout", str(pictures), "--steps", "2",
+              "--batch", "2", *FAST]
+    assert main(["train", "--method", "vae", "--out", str(tmp_path / "vae"), *shared]) == 0
+    assert main(["train", "--method", "scratch", "--out", str(tmp_path / "run"), "--vae", str(tmp_path / "vae" / "vae"),
+                 "--tokenizer", str(base / "tokenizer"), "--carry", str(tmp_path / "model.json"), *shared]) == 0
+    assert drawn(plainsd.load(tmp_path / "run" / "model", device="cpu")).shape == (16, 16, 3)
+    assert (tmp_path / "run" / "model" / "model.json").is_file()
+    assert read_log(tmp_path / "vae" / "log.jsonl")[-1].keys() >= {"psnr", "step"}
+
+
+# ---- going on, and what stands against it
+
+
+def test_the_same_command_goes_on(train, tmp_path):
+    assert train("lora", "--steps", "1", "--rank", "1")[0] == 0
+    written = (tmp_path / "run" / "lora.safetensors").read_bytes()
+    assert train("lora", "--steps", "1", "--rank", "1", "--log-every", "7")[0] == 0          # nothing is left to do
+    assert (tmp_path / "run" / "lora.safetensors").read_bytes() == written
+    code, said = train("lora", "--steps", "1", "--rank", "2")
+    assert code == 2 and len(said) == 1 and "holds a run with another --rank (1, now 2)" in said[0]
+
+
+def test_a_run_of_another_model_is_not_gone_on_with(train, base, tmp_path):
+    assert train("lora", "--steps", "1", "--rank", "1", base=base)[0] == 0
+    plainsd.save(tiny_sd(seed=5), base)                              # another model in the same place
+    code, said = train("lora", "--steps", "1", "--rank", "1", base=base)
+    plainsd.save(tiny_sd(), base)
+    assert code == 2 and len(said) == 1 and "holds a run with a model with other weights" in said[0]
+
+
+def test_a_full_disk_leaves_the_last_good_state(train, tmp_path, monkeypatch):
+    saved, left = torch.save, [2]
+
+    def full(state, file):
+        left[0] -= 1
+        saved(state, file)
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    code, said = train("lora", "--steps", "5", "--rank", "1", "--save-every", "1")
+    assert code == 1
+    assert said == ["plainsd: cannot write the state of step 3: No space left on device; the state of step 2 is kept; make room, "
+                    "and the same command goes on from there"]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] != []
+    monkeypatch.undo()
+    assert train("lora", "--steps", "5", "--rank", "1", "--save-every", "1")[0] == 0
+    assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_when_the_result_is_written(train, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("plainsd.train.tune.save", full)
+    code, said = train("full", "--steps", "1")
+    assert code == 1 and said[0].startswith("plainsd: cannot write the model: No space left on device; the state of step 1 is")
+
+
+def test_a_learning_rate_that_is_too_high(train, tmp_path):
+    code, said = train("full", "--steps", "60", "--lr", "1e30", "--clip", "1e30", "--save-every", "1")
+    assert code == 2 and len(said) == 1
+    assert "not finite 20 steps in a row" in said[0] and "lower the learning rate (now 1e+30)" in said[0]
+    assert [torch.load(s / "state.pt", weights_only=True)["step"] for s in checkpoints(tmp_path / "run" / "checkpoints")] == [1]
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("empty", "no pictures; put metadata.jsonl there"),
+    ("bare", "2 of 2 pictures cannot be used, more than 1% (first: 0.png: no caption)"),
+    ("small", "1 of 2 pictures cannot be used, more than 1% (first: 0.png: only 7x64 pixels)"),
+])
+def test_pictures_that_cannot_be_used(base, tmp_path, capsys, kind, message):
+    place = write_pictures(tmp_path / kind, 0 if kind == "empty" else 2)
+    if kind == "bare":
+        for text in place.glob("*.txt"):
+            text.unlink()
+    if kind == "small":
+        Image.new("RGB", (7, 64)).save(place / "0.png")
+    assert main(["train", "--method", "full", "--base", str(base), "--data", str(place), "--out", str(tmp_path / "run"), *FAST]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("plainsd:")]
+    assert message in line
+
+
+@pytest.mark.parametrize("steps, message", [
+    (Steps(steps=5, epochs=2), "both say how long"), (Steps(batch=0), "--batch 0 is out of range"),
+    (Steps(lr=-1.0), "--lr -1 is out of range"),
+])
+def test_numbers_that_cannot_be(steps, message):
+    with pytest.raises(plainsd.UserError, match=message):
+        with_defaults("full", steps)
+
+
+def test_the_original_recipe_is_the_default():
+    steps = with_defaults("full", Steps())
+    assert (steps.lr, steps.batch, steps.accumulate, steps.epochs, steps.weight_decay, steps.clip, steps.beta2) == (
+        1e-5, 1, 4, 400, 0.01, 1.0, 0.999)
+    assert steps.decline == "constant" and steps.warmup == 0 and steps.steps is None
+    assert with_defaults("full", replace(Steps(), steps=7)).epochs is None
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from plainsd.train.cli import Train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
