@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,8 +161,10 @@ def read_adapter(file: TensorFile, parts: Mapping[str, str], settings: Mapping[s
     sides = (1, 1) if isinstance(base, nn.Conv2d) else ()
     tensors = {part: file.tensors[name].read() for part, name in parts.items()}
     rank = len(tensors["down"])
-    alpha = float(tensors.pop("alpha")) if "alpha" in tensors else \
-        peft_alpha(file, settings, split(parts["down"])[0], rank)
+    if "alpha" in tensors:
+        alpha = float(tensors.pop("alpha"))
+    else:
+        alpha = peft_alpha(file, settings, split(parts["down"])[0], rank)
     for part in ("down", "up"):
         if tensors[part].ndim == 2 or not sides:
             tensors[part] = tensors[part].flatten(1).unflatten(1, (-1, *sides))
@@ -171,4 +174,6 @@ def read_adapter(file: TensorFile, parts: Mapping[str, str], settings: Mapping[s
         by_column = lengths.ndim > 1 and len(lengths) == 1
         tensors["magnitude"] = lengths.reshape((1, -1, *sides) if by_column else (-1, 1, *sides))
     placed = {part: tensor.to(base.weight.device, base.weight.dtype).contiguous() for part, tensor in tensors.items()}
+    if not (math.isfinite(alpha) and all(tensor.isfinite().all() for tensor in placed.values())):
+        raise damaged(file.path, f"{parts['down']!r} or what belongs to it has values that are not finite numbers")
     return LowRank(**placed, alpha=alpha, strength=strength)

@@ -47,7 +47,8 @@ def write_lora(sd: StableDiffusion, adapters: Mapping[Place, LowRank], path: Pat
     for (part, module), adapter in adapters.items():
         tensors |= named_tensors(sd, part, known[part][module], adapter, naming)
     notes = {"kohya": kohya_notes, "peft": peft_notes}.get(naming, lambda *_: {})(sd, adapters)
-    packed = {name: stored(tensor.detach().to(dtype or tensor.dtype)) for name, tensor in tensors.items()}
+    packed = {name: stored(tensor.detach() if tensor.ndim == 0 else tensor.detach().to(dtype or tensor.dtype))
+              for name, tensor in tensors.items()}           # an alpha of 1.7 in bfloat16 would be 1.703
     write_whole(path, packed, notes | dict(metadata))
 
 
@@ -62,7 +63,7 @@ def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: LowRank
         factors["lora_mid.weight"] = adapter.mid
     tensors = {end: factor[:, :, None, None] if conv and factor.ndim == 2 else factor for end, factor in factors.items()}
     if naming == "kohya":
-        tensors["alpha"] = torch.tensor(adapter.alpha, dtype=adapter.down.dtype)
+        tensors["alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
     if adapter.magnitude is not None:
         sides = [1, 1] if conv or adapter.magnitude.ndim == 4 else []
         shape = {"kohya": [*adapter.magnitude.shape[:2], *sides]}.get(naming, [1, -1, 1, 1] if sides else [-1])
