@@ -13,6 +13,7 @@ from small_models import CPU, EACH, model, same_networks, same_tensors, weights
 
 from plainsd.checkpoint import choose_device, choose_dtype, load, save
 from plainsd.conditioning import size_vector
+from plainsd.detect import probe
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.tensorfile import write_safetensors
@@ -169,6 +170,18 @@ def test_a_failed_save_leaves_things_as_they_were(tmp_path, monkeypatch):
         save(model("odd"), tmp_path / "m.safetensors", layout="single-file")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     assert same_tensors(weights(tmp_path / "m"), before)
+
+
+@torch.no_grad()
+def test_the_embedded_model():
+    """It is found without a name, opened by diffusers, and answers rightly what it predicts."""
+    sd = load(**CPU)
+    assert (sd.path / "concepts.json").is_file() and sd.variant.name == "emoji"
+    assert probe(sd.unet) == sd.prediction == "v_prediction"
+    pipeline = StableDiffusionPipeline.from_pretrained(sd.path, safety_checker=None, torch_dtype=torch.float32)
+    x, context = torch.randn(1, sd.unet.config.in_channels, 8, 8), torch.randn(1, 5, sd.unet.config.context)
+    theirs = pipeline.unet(x, 500, context).sample
+    assert (sd.unet(x, 500, context) - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
 # --- where models lie ------------------------------------------------------------------------------------------------
