@@ -178,7 +178,7 @@ def test_the_embedded_model():
     sd = load(**CPU)
     assert (sd.path / "concepts.json").is_file() and sd.variant.name == "emoji"
     assert probe(sd.unet) == sd.prediction == "v_prediction"
-    pipeline = StableDiffusionPipeline.from_pretrained(sd.path, safety_checker=None, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(sd.path, safety_checker=None, dtype=torch.float32)
     x, context = torch.randn(1, sd.unet.config.in_channels, 8, 8), torch.randn(1, 5, sd.unet.config.context)
     theirs = pipeline.unet(x, 500, context).sample
     assert (sd.unet(x, 500, context) - theirs).abs().max() < 1e-5 * theirs.abs().max()
