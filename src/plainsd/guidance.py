@@ -66,14 +66,17 @@ def blind_attention(unet: UNet, rows: int) -> Iterator[None]:
             handle.remove()
 
 
-def predict(sd: StableDiffusion, rows: Sequence[Row], guidance: float, x: Tensor, timestep: float) -> Tensor:
+def predict(sd: StableDiffusion, rows: Sequence[Row], guidances: Sequence[float], x: Tensor, timestep: float) -> Tensor:
     """One call of the UNet. Latents are float32 outside and of the network's precision inside: (R, C, H, W)."""
     told = stack([row.told for row in rows]).each(lambda part: part.to(sd.device, sd.dtype))
     x = x.to(sd.dtype)
     if told.concat is not None:
         x = torch.cat([x, told.concat], dim=1)                           # (R, 9, H, W)
     dim = sd.unet.config.guidance_dim
-    embedding = {"guidance": guidance_embedding(guidance, dim).to(x)} if dim else {}
+    embedding = {}
+    if dim:
+        told_scales = [guidance_embedding(guidances[row.picture], dim) for row in rows]
+        embedding = {"guidance": torch.cat(told_scales).to(x)}           # (R, dim)
     blind = sum(row.kind == PERTURBED for row in rows)
     with blind_attention(sd.unet, blind) if blind else nullcontext():
         return sd.unet(x, timestep, told.context, told.vector, **embedding).float()
@@ -85,7 +88,7 @@ def asker(
     concat: Tensor | None,
     sigmas: Sequence[float],
     timesteps: Mapping[float, float],
-    guidance: float,
+    guidances: Sequence[float],
 ) -> Ask:
     """The network as a function of x, sigma and the kinds of estimates that are wanted.
 
@@ -103,7 +106,7 @@ def asker(
         estimates: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
         for together in calls.values():
             inputs = torch.cat([x[row.picture : row.picture + 1] for row in together])       # (R, C, H, W)
-            network = denoiser(partial(predict, sd, together, guidance), sd.schedule, sd.prediction, timesteps)
+            network = denoiser(partial(predict, sd, together, guidances), sd.schedule, sd.prediction, timesteps)
             for row, x0 in zip(together, network(inputs, sigma).split(1), strict=True):
                 estimates[row.kind, row.picture].append((x0, row.weight))
         return [torch.cat([_composed(estimates, kind, i) for i in range(len(plans))]) for kind in kinds]
@@ -138,12 +141,17 @@ def check_guidance(sd: StableDiffusion, settings: Settings) -> None:
         raise UserError("perturbed guidance needs attention in the UNet's middle, which this model lacks; leave it out")
 
 
-def guided_denoise(ask: Ask, settings: Settings, prediction: str, *, composed: bool, distilled: bool) -> Denoise:
-    """The wrappers that the settings ask for, around the network.
+def guided_denoise(
+    ask: Ask, each: Sequence[Settings], prediction: str, *, composed: bool, distilled: bool, device: torch.device
+) -> Denoise:
+    """The wrappers that the settings ask for, around the network. They may differ in scale, but not in whether it is 1.
 
     `composed`: some prompt is joined by AND. `distilled`: the network is told the scale, and needs no second row.
     """
-    scale = 1.0 if distilled else settings.guidance
+    settings, scales = each[0], [1.0 if distilled else one.guidance for one in each]
+    unguided, scale = scales[0] == 1, scales[0]
+    if len(set(scales)) > 1:
+        scale = torch.tensor(scales, device=device).view(-1, 1, 1, 1)    # (B, 1, 1, 1)
 
     def prompted(x: Tensor, sigma: float) -> Tensor:
         return ask(x, sigma, PROMPTED, PLAIN)[0] if composed else ask(x, sigma, PROMPTED)[0]
@@ -154,12 +162,12 @@ def guided_denoise(ask: Ask, settings: Settings, prediction: str, *, composed: b
     def triple(x: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(ask(x, sigma, PROMPTED, PLAIN, PERTURBED))
 
-    if settings.perturbed and scale == 1 and not composed:
+    if settings.perturbed and unguided and not composed:
         # away from the perturbed estimate alone: prompted + s (prompted - blurred)
         denoise = guided(lambda x, sigma: tuple(ask(x, sigma, PROMPTED, PERTURBED)), 1 + settings.perturbed)
     elif settings.perturbed:
         denoise = perturbed(triple, scale, settings.perturbed)
-    elif scale == 1:
+    elif unguided:
         denoise = prompted
     elif settings.rescale:
         denoise = rescaled(pair, scale, settings.rescale, prediction)

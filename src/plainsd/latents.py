@@ -136,8 +136,9 @@ def sample(
 ) -> Generator[Step, None, Tensor]:
     """Yields the sampler's steps; returns clean latents (B, L, h, w).
 
-    `each` differ in prompts and seeds only; `size` is the picture's, as SDXL is told it; `noise` is the first one, and
-    `draw` gives more; `first_pass` counts the steps of a pass before this one, for prompts that change on the way.
+    `each` differ in prompts, seeds and scale of guidance only; `size` is the picture's, as SDXL is told it; `noise` is
+    the first one, and `draw` gives more; `first_pass` counts the steps of a pass before this one, for prompts that
+    change on the way.
     """
     one, shape = each[0], noise.shape[1:]
     sigmas = sampler_sigmas(sd.schedule, one.sampler, one.steps, one.spacing)
@@ -172,6 +173,7 @@ def _denoise(sd, each, size, sigmas, timesteps, concat, first_pass) -> Denoise:
         for pair in dict.fromkeys((s.prompt, s.negative) for s in each)
     }
     plans = [planned[s.prompt, s.negative] for s in each]
-    ask = asker(sd, plans, concat, sigmas, timesteps, one.guidance)
+    ask = asker(sd, plans, concat, sigmas, timesteps, [s.guidance for s in each])
     composed = any(len(plan.parts) > 1 for plan in plans)
-    return guided_denoise(ask, one, sd.prediction, composed=composed, distilled=sd.unet.config.guidance_dim is not None)
+    distilled = sd.unet.config.guidance_dim is not None
+    return guided_denoise(ask, each, sd.prediction, composed=composed, distilled=distilled, device=sd.device)
