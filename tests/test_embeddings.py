@@ -39,8 +39,8 @@ def context(sd, prompt):
 
 
 def a1111(rows):
-    return {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "cat", "step": 10, "sd_checkpoint": None,
-            "sd_checkpoint_name": None}
+    return {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "cat", "step": 10,
+            "sd_checkpoint": None, "sd_checkpoint_name": None}
 
 
 FILES = {                             # dialect: file name, what to write there, the word that it makes
@@ -78,8 +78,9 @@ def test_sdxl_equals_diffusers(folders, tmp_path, name):
     content = {"clip_l": vectors(2, seed=1), "clip_g": vectors(2, seed=2)}
     path, sd, pipe = write(tmp_path / name, content), tiny_sd(TINY_XL), pipeline(folders / "xl")
     assert add_embedding(sd, path) == "kitty"
-    pipe.load_textual_inversion(content["clip_l"], token="kitty", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
-    pipe.load_textual_inversion(content["clip_g"], token="kitty", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+    for key, encoder, tokenizer in (("clip_l", pipe.text_encoder, pipe.tokenizer),
+                                    ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2)):
+        pipe.load_textual_inversion(content[key], token="kitty", text_encoder=encoder, tokenizer=tokenizer)
     prompt = PROMPT.replace("NAME", "kitty")
     theirs = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
     with torch.no_grad():
@@ -89,7 +90,8 @@ def test_sdxl_equals_diffusers(folders, tmp_path, name):
 
 
 def test_the_refiner_takes_its_half(tmp_path):
-    path, sd = write(tmp_path / "kitty.safetensors", {"clip_l": vectors(2, 24), "clip_g": vectors(2, seed=2)}), tiny_sd(TINY_REFINER)
+    sd = tiny_sd(TINY_REFINER)
+    path = write(tmp_path / "kitty.safetensors", {"clip_l": vectors(2, 24), "clip_g": vectors(2, seed=2)})
     add_embedding(sd, path)
     assert torch.equal(vectors_of(sd, "kitty")[0], vectors(2, seed=2))
 
@@ -98,7 +100,7 @@ def test_other_forms(tmp_path):
     """PyTorch's ParameterDict, as the first programs pickled it; a bare tensor; one vector without its first side."""
     sd, rows = tiny_sd(), vectors(2)
     for name, content, wanted in (
-        ("dict", {"string_to_param": nn.ParameterDict({"*": nn.Parameter(rows)}), "string_to_token": {"*": torch.tensor(265)}}, rows),
+        ("dict", a1111(rows) | {"string_to_param": nn.ParameterDict({"*": nn.Parameter(rows)})}, rows),
         ("bare", rows, rows), ("flat", {"*": rows[0]}, rows[:1]),
     ):  # fmt: skip
         torch.save(content, tmp_path / f"{name}word.pt")
@@ -161,17 +163,20 @@ class Trap:
 
 
 BAD = {
-    "of SD 1, for another width": (".safetensors", {"emb_params": torch.zeros(2, 768)}, r"768 numbers for SD 1.x.* \(tiny\) needs 32"),
-    "of SDXL": (".safetensors", {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)}, "768 and 1280 numbers for SDXL.*needs 32"),
-    "of SDXL, of our width": (".safetensors", {"clip_l": torch.zeros(2, 32), "clip_g": torch.zeros(2, 32)}, "32 and 32.*needs 32"),
+    "of SD 1, for another width": (".safetensors", {"emb_params": torch.zeros(2, 768)},
+                                  r"768 numbers for SD 1.x.* \(tiny\) needs 32"),
+    "of SDXL": (".safetensors", {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)},
+                "768 and 1280 numbers for SDXL.*needs 32"),
+    "of SDXL, of our width": (".safetensors", {"clip_l": torch.zeros(2, 32), "clip_g": torch.zeros(2, 32)},
+                              "32 and 32.*needs 32"),
     "no vectors": (".safetensors", {"emb_params": torch.zeros(0, 32)}, "has 0 vectors"),
     "too many": (".safetensors", {"emb_params": torch.zeros(76, 32)}, "has 76 vectors.*1 to 75"),
     "three sides": (".safetensors", {"emb_params": torch.zeros(1, 2, 32)}, "no usable vectors"),
     "not a number": (".safetensors", {"emb_params": torch.full((1, 32), float("nan"))}, "no usable vectors"),
     "whole numbers": (".safetensors", {"emb_params": torch.zeros(1, 32, dtype=torch.int64)}, "no usable vectors"),
-    "a LoRA": (".safetensors", {"lora_unet_x.lora_up.weight": torch.zeros(2), "lora_unet_x.lora_down.weight": torch.zeros(2)},
+    "a LoRA": (".safetensors", {f"lora_unet_x.lora_{end}.weight": torch.zeros(2) for end in ("up", "down")},
                "no textual-inversion embedding: it seems to be a LoRA"),
-    "two words": (".pt", a1111(torch.zeros(1, 32)) | {"string_to_param": {"*": torch.zeros(1, 32), "+": torch.zeros(1, 32)}}, "no textual-inv"),
+    "two words": (".pt", a1111(None) | {"string_to_param": dict.fromkeys("*+", torch.zeros(1, 32))}, "no textual-inv"),
     "a list": (".pt", [1, 2], "no textual-inversion"),
     "a trap": (".pt", {"string_to_param": Trap()}, "could run code"),
     "a module": (".pt", {"string_to_param": nn.Linear(2, 2)}, "could run code"),

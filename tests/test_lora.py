@@ -1,4 +1,4 @@
-"""LoRAs: every dialect against W + s * alpha/r * B A in float64, to diffusers and back, strengths, training, bad files."""
+"""LoRAs: every dialect against W + s * alpha/r * B A in float64, to diffusers and back, training, bad files."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from plainsd.conditioning import size_vector
 from plainsd.contents import empty
 from plainsd.errors import UserError
 from plainsd.lora import (
-    add_lora, attached, find_lora, inject, load_lora_state, lora_state, merge, save_lora, targeted,
+    TARGETS, add_lora, attached, find_lora, inject, load_lora_state, lora_state, merge, save_lora, targeted,
 )
 from plainsd.lora_layers import LoraConv, LoraLinear, LowRank, attach
 from plainsd.lora_names import dotted_name, known_names, kohya_name, modules_of, networks
@@ -78,12 +78,14 @@ def ours(sd):
 def theirs(pipe):
     unet, dtype = pipe.unet, pipe.unet.dtype
     told = {"text_embeds": randn(2, 16, seed=2, dtype=dtype), "time_ids": SIZES.to(dtype)}
-    out = [unet(randn(2, 4, 8, 8, dtype=dtype), 500.0, randn(2, 5, unet.config.cross_attention_dim, seed=1, dtype=dtype),
+    context = randn(2, 5, unet.config.cross_attention_dim, seed=1, dtype=dtype)
+    out = [unet(randn(2, 4, 8, 8, dtype=dtype), 500.0, context,
                 added_cond_kwargs=told if hasattr(pipe, "text_encoder_2") else None).sample]
     for name in ("text_encoder", "text_encoder_2"):
         if hasattr(pipe, name):
             states = getattr(pipe, name)(IDS)
-            out += [states.last_hidden_state, states.text_embeds if hasattr(states, "text_embeds") else states.pooler_output]
+            pooled = states.text_embeds if hasattr(states, "text_embeds") else states.pooler_output
+            out += [states.last_hidden_state, pooled]
     return [tensor.flatten() for tensor in out]
 
 
@@ -176,7 +178,8 @@ def peft_file(made):
     tensors, _ = dotted_file(made, *(".lora_A.weight", ".lora_B.weight") * 2, alphas=False)
     settings = {}
     for part in ("unet", "text_encoder"):
-        own = {name.removeprefix(f"{part}."): alpha for name, (_, _, alpha, _) in made.items() if name.startswith(f"{part}.")}
+        own = {name.removeprefix(f"{part}."): alpha for name, (_, _, alpha, _) in made.items()
+               if name.startswith(f"{part}.")}
         settings |= {f"{part}.lora_alpha": 3, f"{part}.r": 2,
                      f"{part}.alpha_pattern": {f"^{name}": alpha for name, alpha in own.items() if alpha != 3}}
     return tensors, {"lora_adapter_metadata": json.dumps(settings)}
@@ -185,8 +188,9 @@ def peft_file(made):
 DIALECTS = {                          # how to write it; which modules it can hold
     "kohya": (kohya_file, lambda name: True),
     "kohya, flat": (flat_file, lambda name: True),
-    "diffusers": (lambda made: dotted_file(made, ".lora.down.weight", ".lora.up.weight", ".lora_linear_layer.down.weight",
-                                           ".lora_linear_layer.up.weight"), lambda name: True),
+    "diffusers": (lambda made: dotted_file(made, ".lora.down.weight", ".lora.up.weight",
+                                           ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+                  lambda name: True),
     "diffusers, 2023": (old_file, is_attention),
     "PEFT": (peft_file, lambda name: True),
     "PEFT, adapter named": (lambda made: dotted_file(made, *(".lora_A.default.weight", ".lora_B.default.weight") * 2),
@@ -274,7 +278,8 @@ def test_names_in_public_files():
 
 
 @pytest.mark.parametrize("network, xl", [(empty(UNet, SD2_UNET), False), (empty(UNet, XL_UNET), True),
-                                         (empty(UNet, VARIANTS["sdxl-refiner"].unet), True), (empty(TextEncoder, VIT_BIGG), True)])
+                                         (empty(UNet, VARIANTS["sdxl-refiner"].unet), True),
+                                         (empty(TextEncoder, VIT_BIGG), True)])
 def test_what_we_write_is_read_as_the_same_module(network, xl):
     """At full size; no two modules share a name."""
     part = "unet" if isinstance(network, UNet) else "text_encoder"
@@ -350,8 +355,9 @@ def test_diffusers_files_load_in_ours(folders, tmp_path, family, dora):
     pipe, sd = pipeline(folders / family), load(folders / family)
     bare = ours(sd)
     settings = {
-        "unet": LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_out.0", "conv1", "conv2", "proj_in", "linear_1"],
-                           rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 5, "conv2": 1}, use_dora=dora),
+        "unet": LoraConfig(r=4, lora_alpha=6, rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 5, "conv2": 1},
+                           use_dora=dora,
+                           target_modules=["to_q", "to_k", "to_out.0", "conv1", "conv2", "proj_in", "linear_1"]),
         "text_encoder": LoraConfig(r=3, lora_alpha=1, target_modules=["q_proj", "out_proj", "fc1"], use_dora=dora),
         "text_encoder_2": LoraConfig(r=2, lora_alpha=3, target_modules=["v_proj", "k_proj"], use_dora=dora),
     }
@@ -365,7 +371,8 @@ def test_diffusers_files_load_in_ours(folders, tmp_path, family, dora):
                 parameter.data += 0.3 * randn(*parameter.shape, seed=index)
             layers[f"{name}_lora_layers"] = {key.replace(".default", ""): value for key, value in own.items()}
             notes[f"{name}_lora_adapter_metadata"] = {
-                key: value for key, value in config.to_dict().items() if isinstance(value, (int, dict, list, set)) and value}
+                key: value for key, value in config.to_dict().items()
+                if isinstance(value, (int, dict, list, set)) and value}
     pipe.save_lora_weights(tmp_path, **layers, **notes)
     lora = add_lora(sd, tmp_path)
     assert {part for part, _ in lora.adapters} == {name for name in settings if hasattr(pipe, name)}
@@ -377,8 +384,9 @@ def test_diffusers_files_load_in_ours(folders, tmp_path, family, dora):
 def test_peft_folders_load_in_ours(folders, sd, tmp_path, rslora):
     """PEFT's own format: its settings lie beside the file, and its names begin with base_model.model."""
     pipe = pipeline(folders / "sd")
-    network = get_peft_model(pipe.unet, LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "conv1"], use_rslora=rslora,
-                                                   alpha_pattern={r"mid_block\.resnets\.0\.conv1": 3}))
+    network = get_peft_model(pipe.unet, LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "conv1"], use_rslora=rslora,
+        alpha_pattern={r"mid_block\.resnets\.0\.conv1": 3}))
     for index, (name, parameter) in enumerate(network.named_parameters()):
         if "lora_" in name:
             parameter.data += 0.3 * randn(*parameter.shape, seed=index)
@@ -411,7 +419,8 @@ def test_an_adapter_computes_with_the_changed_weight(kind, lengths):
     mid = randn(2, 2, *sides, seed=3) if kind == "convolution" else None
     down = randn(2, 6, *(sides if mid is None else (1, 1)), seed=1)
     up = randn(8, 2, *[1] * len(sides), seed=2)
-    magnitude = {"none": None, "rows": randn(8, 1, *[1] * len(sides), seed=4), "columns": randn(1, 6, *[1] * len(sides), seed=4)}[lengths]
+    shapes = {"rows": (8, 1), "columns": (1, 6)}
+    magnitude = None if lengths == "none" else randn(*shapes[lengths], *[1] * len(sides), seed=4)
     attach(base, "one", LowRank(down, up, 3.0, mid=mid, magnitude=magnitude, strength=0.5))
     assert type(base) is (LoraConv if sides else LoraLinear)
 
@@ -509,7 +518,8 @@ def test_half_precision(tmp_path, two_files):
     lora = add_lora(sd, two_files[0])
     assert all(parameter.dtype == torch.bfloat16 and not parameter.requires_grad for parameter in lora.parameters())
     adapter = lora.adapters["unet", "conv_in"]
-    expected = (weight.float() + adapter.scale * weight_change(adapter.down.float(), adapter.up.float(), None, weight.shape))
+    change = weight_change(adapter.down.float(), adapter.up.float(), None, weight.shape)
+    expected = weight.float() + adapter.scale * change
     assert all(tensor.dtype == torch.bfloat16 and tensor.isfinite().all() for tensor in ours(sd))
     lora.merge()
     assert torch.equal(sd.unet.conv_in.weight, expected.bfloat16())
@@ -558,8 +568,9 @@ def test_targets():
     """How many modules of SD 1.x: 16 transformers, 22 ResBlocks (14 with a skip), 6 resamplings, 12 layers of text."""
     unet, text = empty(UNet, VARIANTS["sd1"].unet), empty(TextEncoder, VIT_L)
     linear = 16 * 12 + 22 + 2
-    count = {targets: len(targeted(unet, targets, conv=False)) for targets in ("attention", "transformers", "all-linear", "all")}
-    assert count == {"attention": 16 * 8, "transformers": 16 * 12, "all-linear": linear, "all": linear + 2 * 22 + 14 + 6 + 2}
+    count = {targets: len(targeted(unet, targets, conv=False)) for targets in TARGETS}
+    assert count == {"attention": 16 * 8, "transformers": 16 * 12, "all-linear": linear,
+                     "all": linear + 2 * 22 + 14 + 6 + 2}
     assert len(targeted(unet, "transformers", conv=True)) == 16 * 12 + 2 * 22 + 14 + 6
     assert len(targeted(text, "attention", conv=True)) == 12 * 4
     assert len(targeted(text, "transformers", conv=False)) == 12 * 6
@@ -597,7 +608,9 @@ def test_only_the_adapter_learns(sd):
         network.requires_grad_(False)
     for parameter in lora.parameters():
         parameter.requires_grad_(True)
-    target, weights = ours(tiny_sd(seed=3).to(dtype=torch.float64))[0], [p.clone() for p in sd.unet.parameters() if not p.requires_grad]
+    target = ours(tiny_sd(seed=3).to(dtype=torch.float64))[0]
+    frozen = [parameter for parameter in sd.unet.parameters() if not parameter.requires_grad]
+    weights = [parameter.clone() for parameter in frozen]
     optimizer, losses = torch.optim.Adam(lora.parameters(), 1e-2), []
     for _ in range(5):
         out = sd.unet(randn(2, 4, 8, 8), 500.0, randn(2, 5, 32, seed=1)).flatten()
@@ -606,7 +619,7 @@ def test_only_the_adapter_learns(sd):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    assert all(torch.equal(a, b) for a, b in zip(weights, [p for p in sd.unet.parameters() if not p.requires_grad], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, frozen, strict=True))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -642,7 +655,8 @@ def test_find_lora(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert find_lora(tmp_path, "ink") == tmp_path / "ink.safetensors"
-    assert find_lora(tmp_path, "Oil.v2") == find_lora(tmp_path, "styles/Oil.v2") == tmp_path / "styles/Oil.v2.safetensors"
+    for name in ("Oil.v2", "styles/Oil.v2"):
+        assert find_lora(tmp_path, name) == tmp_path / "styles/Oil.v2.safetensors"
     assert find_lora(tmp_path, "b/twin") == tmp_path / "b/twin.safetensors"
     with pytest.raises(UserError, match="2 times"):
         find_lora(tmp_path, "twin")
@@ -671,18 +685,22 @@ BAD = {
     "no LoRA": ({"model.diffusion_model.x": torch.zeros(1)}, "holds no LoRA: it seems to be a UNet"),
     "LoHa": ({f"{KEY}.hada_w1_a": torch.zeros(2, 2)}, "holds no LoRA.*LoHa"),
     "of SD 2": (factors_of(KEY, i=1024), r"has shape \[4, 1024\].*\[32, 32\]; it seems to be made for SD 2.x; take"),
-    "of SDXL": (renamed("lora_unet_input_blocks_40_1_transformer_blocks_9_"), r"14 of its 14 names have no place.*, \.\.\.\).*SDXL; take"),
+    "of SDXL": (renamed("lora_unet_input_blocks_40_1_transformer_blocks_9_"),
+                r"14 of its 14 names have no place.*, \.\.\.\).*SDXL; take"),
     "of FLUX": (renamed("lora_unet_double_blocks_"), "made for FLUX"),
-    "one name too many": (factors_of(KEY) | factors_of(f"{KEY}_x"), r"2 of its 4 names have no place \(.*to_k_x.*--lora-partial"),
+    "one name too many": (factors_of(KEY) | factors_of(f"{KEY}_x"),
+                          r"2 of its 4 names have no place \(.*to_k_x.*--lora-partial"),
     "half a module": ({f"{KEY}.lora_down.weight": torch.zeros(4, 32)}, "1 of its 1 names have no place"),
     "a bias": (factors_of(KEY) | {f"{KEY}.lora_up.bias": torch.zeros(32)}, "lora_up.bias"),
-    "ranks that differ": (factors_of(KEY) | {f"{KEY}.lora_up.weight": torch.zeros(32, 5)}, r"lora_up.* has shape \[32, 5\]"),
+    "ranks that differ": (factors_of(KEY) | {f"{KEY}.lora_up.weight": torch.zeros(32, 5)},
+                          r"lora_up.* has shape \[32, 5\]"),
     "rank 0": (factors_of(KEY, r=0), r"has shape \[0, 32\]"),
     "an alpha of two": (factors_of(KEY) | {f"{KEY}.alpha": torch.zeros(2)}, r"alpha' has shape \[2\]"),
     "a middle for a linear layer": (factors_of(KEY) | {f"{KEY}.lora_mid.weight": torch.zeros(4, 4, 3, 3)}, "lora_mid"),
     "not a number": (factors_of(KEY) | {f"{KEY}.lora_up.weight": torch.full((32, 4), float("nan"))}, "not finite"),
     "an endless alpha": (factors_of(KEY) | {f"{KEY}.alpha": torch.tensor(float("inf"))}, "not finite"),
-    "a scalar": ({f"{KEY}.lora_down.weight": torch.tensor(1.0), f"{KEY}.lora_up.weight": torch.zeros(32, 4)}, r"has shape \[\]"),
+    "a scalar": ({f"{KEY}.lora_down.weight": torch.tensor(1.0), f"{KEY}.lora_up.weight": torch.zeros(32, 4)},
+                 r"has shape \[\]"),
 }
 
 

@@ -56,12 +56,12 @@ def add_word(sd: StableDiffusion, token: str, vectors: Sequence[Tensor]) -> list
     counts = {len(rows) for rows in vectors}
     room = min(encoder.config.positions for encoder in sd.text_encoders) - 2
     if len(counts) != 1 or not 1 <= min(counts) <= room:
-        raise UserError(f"{token!r} has {' and '.join(map(str, sorted(counts)))} vectors; each text encoder needs equally "
-                        f"many, from 1 to {room}")
+        raise UserError(f"{token!r} has {' and '.join(map(str, sorted(counts)))} vectors; each text encoder needs "
+                        f"equally many, from 1 to {room}")
     for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
         if len(tokenizer) > len(encoder.token.weight):
-            raise UserError(f"the tokenizer knows {len(tokenizer)} tokens and the text encoder {len(encoder.token.weight)}; "
-                            "they belong to different models")
+            raise UserError(f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
+                            f"{len(encoder.token.weight)}; they belong to different models")
     for tokenizer, encoder, rows in zip(sd.tokenizers, sd.text_encoders, vectors, strict=True):
         ids = tokenizer.add(token, len(rows))
         write_rows(encoder, ids, rows)
@@ -117,7 +117,8 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     name, found = parsed(content)
     for vectors in found.values():
         if vectors.ndim not in (1, 2) or not vectors.is_floating_point() or not vectors.isfinite().all():
-            raise UserError(f"{path} holds no usable vectors: shape {list(vectors.shape)}, {vectors.dtype}; fetch it again")
+            raise UserError(f"{path} holds no usable vectors: shape {list(vectors.shape)}, {vectors.dtype}, or values "
+                            "that are not finite; fetch it again")
     if not found:
         names = list(content) if isinstance(content, dict) else []
         raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
@@ -167,17 +168,18 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
         raise unknown("embedding dialect", dialect, DIALECTS)
     path, pickled = Path(path), {"a1111": ".pt", "diffusers": ".bin"}[dialect]
     if path.suffix not in (".safetensors", pickled):
-        raise UserError(f"{path}: an embedding in the dialect {dialect!r} is written as .safetensors or {pickled}; give it "
-                        "that ending")
+        raise UserError(f"{path}: an embedding in the dialect {dialect!r} is written as .safetensors or {pickled}; "
+                        "give it that ending")
     vectors = [rows.cpu() for rows in vectors_of(sd, token)]
     xl = sd.unet.config.vector is not None
-    keys = [XL_KEYS[name] for name in encoder_names(sd.variant)] if xl else [token if dialect == "diffusers" else "emb_params"]
+    own = token if dialect == "diffusers" else "emb_params"
+    keys = [XL_KEYS[name] for name in encoder_names(sd.variant)] if xl else [own]
     table = dict(zip(keys, vectors, strict=True))
     if path.suffix == ".safetensors":
         write_whole(path, {key: stored(rows) for key, rows in table.items()}, {})
     elif "emb_params" in table:
-        write_pickle(path, {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors[0]}, "name": token, "step": 0,
-                            "sd_checkpoint": None, "sd_checkpoint_name": None})
+        write_pickle(path, {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors[0]}, "name": token,
+                            "step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None})
     else:
         write_pickle(path, table)
 

@@ -54,13 +54,14 @@ class Lora:
 
     @property
     def adapters(self) -> dict[Place, LowRank]:
-        return {place: base.adapters[self.name] for place, base in bases(self.model).items() if self.name in base.adapters}
+        return {place: base.adapters[self.name] for place, base in bases(self.model).items()
+                if self.name in base.adapters}
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
 
     def set_strength(self, strength: float, text_strength: float | None = None) -> None:
-        """0 leaves the model as it is without, 1 is the LoRA as it was trained. On text encoders the same, if not given."""
+        """0 is the model without, 1 the LoRA as it was trained. For text encoders the same, if not given."""
         text_strength = strength if text_strength is None else text_strength
         check_strengths(strength, text_strength)
         for (part, _), adapter in self.adapters.items():
@@ -181,8 +182,8 @@ def inject(model: Model, rank: int, alpha: float | None = None, targets: str | S
             for module in targeted(network, targets, conv=conv):
                 made[part, module] = fresh(network.get_submodule(module), rank, alpha, dora=dora, generator=generator)
     if not made:
-        raise UserError(f"no module of the model fits the LoRA targets {targets!r}; choose from {', '.join(TARGETS)}, or "
-                        "give patterns such as '*.cross_attn.*'")
+        raise UserError(f"no module of the model fits the LoRA targets {targets!r}; choose from {', '.join(TARGETS)}, "
+                        "or give patterns such as '*.cross_attn.*'")
     return put(model, name, made)
 
 
@@ -206,7 +207,8 @@ def targeted(network: nn.Module, targets: str | Sequence[str], *, conv: bool) ->
 
 
 @torch.no_grad()
-def fresh(base: nn.Linear | nn.Conv2d, rank: int, alpha: float, *, dora: bool, generator: torch.Generator | None) -> LowRank:
+def fresh(base: nn.Linear | nn.Conv2d, rank: int, alpha: float, *, dora: bool,
+          generator: torch.Generator | None) -> LowRank:
     weight = base.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     down = torch.empty(rank, *weight.shape[1:], dtype=dtype)
@@ -217,7 +219,7 @@ def fresh(base: nn.Linear | nn.Conv2d, rank: int, alpha: float, *, dora: bool, g
 
 
 def lora_state(model: Model, lora: Lora | None = None) -> dict[str, Tensor]:
-    """A LoRA's parameters by our names, such as `unet.mid.attn.proj_in.down`. `lora`: which one, if there are several."""
+    """A LoRA's parameters by our names, such as `unet.mid.attn.proj_in.down`. `lora`: which one of several."""
     return {f"{part}.{module}.{name}": parameter.detach()
             for (part, module), adapter in the_one(model, lora).adapters.items()
             for name, parameter in adapter.named_parameters()}
@@ -229,14 +231,17 @@ def load_lora_state(model: Model, state: Mapping[str, Tensor], lora: Lora | None
     own = lora_state(model, lora)
     different = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
     if different:
-        raise UserError(f"these values are of another LoRA: {len(different)} names or shapes differ, {different[0]!r} for one; "
-                        "resume with the rank and targets of that run")
+        raise UserError(f"these values are of another LoRA: {len(different)} names or shapes differ, {different[0]!r} "
+                        "for one; resume with the rank and targets of that run")
     for name, tensor in own.items():
         tensor.copy_(state[name])
 
 
-def save_lora(sd: StableDiffusion, path: str | Path, naming: str = "kohya", metadata: Mapping[str, str] | None = None, *,
-              lora: Lora | None = None, dtype: torch.dtype | None = None) -> None:
+def save_lora(sd: StableDiffusion, path: str | Path, naming: str = "kohya", metadata: Mapping[str, str] | None = None,
+              *, lora: Lora | None = None, dtype: torch.dtype | None = None) -> None:
     """Writes a LoRA in "kohya" naming (A1111, ComfyUI, diffusers), "peft" or "diffusers". `metadata`: texts to add to
-    the notes on rank, alpha and base model, such as {"ss_output_name": "ink"}. `dtype` None keeps that of the LoRA."""
+    the notes on rank, alpha and base model, such as {"ss_output_name": "ink"}. `dtype` None keeps that of the LoRA.
+
+    Where alphas differ from module to module, diffusers 0.42 reads kohya's naming wrongly; give it one of the others.
+    """
     write_lora(sd, the_one(sd, lora).adapters, Path(path), naming, metadata or {}, dtype)

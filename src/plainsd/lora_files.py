@@ -20,16 +20,17 @@ from plainsd.tensorfile import TensorFile, damaged, open_tensors
 
 NOTE = "lora_adapter_metadata"        # where diffusers keeps PEFT's settings, as JSON, in a file's metadata
 SETTINGS = "adapter_config.json"      # where PEFT keeps them, in the folder of its adapter_model
-IN_FOLDER = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
+IN_FOLDER = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors",
+             "pytorch_lora_weights.bin", "adapter_model.bin")
 PLAIN = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")              # a pattern in PEFT's settings that is no more than a name
 
 FOREIGN = (                           # what in a tensor's name tells of another kind of adapter, or of another model
-    (r"\.(hada|lokr|oft|boft|glora|ia3)_|\.on_input$", "an adapter of a kind that is not supported (LoHa, LoKr, OFT, IA3)"),
+    (r"\.(hada|lokr|oft|boft|glora|ia3)_|\.on_input$", "an adapter of an unsupported kind (LoHa, LoKr, OFT, IA3)"),
     (r"double_blocks|single_blocks|single_transformer_blocks", "FLUX"),
     (r"joint_blocks|joint_transformer_blocks|lora_te3_", "Stable Diffusion 3"),
     (r"motion_modules|temporal_", "a video model"),
 )
-CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}     # by the width of the UNet's context
+CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}     # by the width of the text
 CROSS = re.compile(r"attn2[._]to_[kv]$")
 XL_ONLY = re.compile(r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|(input|output)_blocks[._]\d")
 

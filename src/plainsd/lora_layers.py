@@ -47,7 +47,8 @@ class LowRank(nn.Module):
 
     def lengths(self, full: Tensor) -> Tensor:
         """Of each row of a weight, or of each column."""
-        return torch.linalg.vector_norm(full, dim=[axis for axis in range(full.ndim) if axis != self.by_column], keepdim=True)
+        others = [axis for axis in range(full.ndim) if axis != self.by_column]
+        return torch.linalg.vector_norm(full, dim=others, keepdim=True)
 
     @torch.no_grad()
     def change(self, weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A tensor's name is a module's name and an ending. The ending tells which factor of W + s * alpha/r * B A it is; the
 module's name is one of the columns of layouts.py, with a prefix for the network, and spelled by the dialect:
 
-    kohya      lora_unet_down_blocks_0_attentions_0_proj_in     every dot an underscore; SDXL mostly by the original's names
+    kohya      lora_unet_down_blocks_0_attentions_0_proj_in     dots are underscores; SDXL by the original's names
     dotted     unet.down_blocks.0.attentions.0.proj_in          diffusers, PEFT
     ComfyUI    diffusion_model.input_blocks.1.1.proj_in
 """

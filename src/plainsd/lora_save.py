@@ -61,7 +61,8 @@ def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: LowRank
     factors = {down: adapter.down, up: adapter.up * adapter.scale if naming == "diffusers" else adapter.up}
     if adapter.mid is not None:
         factors["lora_mid.weight"] = adapter.mid
-    tensors = {end: factor[:, :, None, None] if conv and factor.ndim == 2 else factor for end, factor in factors.items()}
+    tensors = {end: factor[:, :, None, None] if conv and factor.ndim == 2 else factor
+               for end, factor in factors.items()}
     if naming == "kohya":
         tensors["alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
     if adapter.magnitude is not None:
