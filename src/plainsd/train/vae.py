@@ -32,7 +32,7 @@ def init_vae(vae: VAE) -> None:
     """First weights that keep every layer's output unit-sized, and residual branches that begin at zero.
 
     He et al. 2015 (arXiv:1502.01852). The log variance begins at -4, so that pictures get through the bottleneck from the
-    first step on. From PyTorch's own first weights the same autoencoder needs six times as many pictures to 17 dB.
+    first step on. After 2,900 pictures of the emoji recipe: 17.6 dB, and 12.8 dB from PyTorch's own (one run each).
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
