@@ -1,9 +1,11 @@
-"""What tests share: a tiny model with random weights, and marks for what a machine lacks."""
+"""What tests share: tiny models with random weights, diffusers' pipelines over them, marks for what a machine lacks."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from plainsd.generate import StableDiffusion
 from plainsd.models.clip import TextConfig, TextEncoder
@@ -69,6 +71,34 @@ def tiny_sd(variant: Variant = TINY, seed: int = 0, **unet) -> StableDiffusion:
     sd.unet.conv_out.weight /= sd.unet(noisy, 500.0, context, vector).std()
     sd.vae.decoder.conv_out.weight *= 0.5 / sd.vae.decode(latents / variant.vae.scaling_factor).std()
     return sd
+
+
+# --- against diffusers -----------------------------------------------------------------------------------------------
+
+
+def pipeline(name: str, folder, scheduler: str, **options):
+    import diffusers
+
+    unsafe = {} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
+    made = getattr(diffusers, name).from_pretrained(folder, **unsafe)
+    made.set_progress_bar_config(disable=True)
+    made.scheduler = getattr(diffusers, scheduler).from_config(made.scheduler.config, **options)
+    return made
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    """Largest difference of any pixel, in 1/255."""
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+def smooth_picture(size: int) -> Image.Image:
+    """Smooth shapes, square."""
+    y, x = np.mgrid[:size, :size] / size
+    return Image.fromarray((np.stack([x, y, (x - y) ** 2], axis=-1) * 255).astype(np.uint8))
 
 
 def pytest_collection_modifyitems(items):

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_REFINER, TINY_XL, tiny_sd
+from conftest import TINY_REFINER, TINY_XL, difference, pipeline, seeded, smooth_picture, tiny_sd
 from PIL import Image
 
 import plainsd
@@ -25,9 +25,7 @@ def sd() -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """Smooth shapes, 64x64."""
-    y, x = np.mgrid[:64, :64] / 64
-    return Image.fromarray((np.stack([x, y, (x - y) ** 2], axis=-1) * 255).astype(np.uint8))
+    return smooth_picture(64)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +33,6 @@ def mask() -> Image.Image:
     light = Image.new("L", (64, 64))
     light.paste(255, (16, 8, 48, 40))
     return light
-
-
-def difference(a: Image.Image, b: Image.Image) -> int:
-    """Largest difference of any pixel, in 1/255."""
-    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
 
 
 def x_of(events) -> list[torch.Tensor]:
@@ -58,20 +51,6 @@ def folders(tmp_path_factory, sd):
     plainsd.save(tiny_sd(TINY_XL), place / "xl")
     plainsd.save(tiny_sd(TINY_REFINER), place / "refiner")
     return place
-
-
-def pipeline(name: str, folder, scheduler: str, **options):
-    import diffusers
-
-    unsafe = {} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
-    made = getattr(diffusers, name).from_pretrained(folder, **unsafe)
-    made.set_progress_bar_config(disable=True)
-    made.scheduler = getattr(diffusers, scheduler).from_config(made.scheduler.config, **options)
-    return made
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_the_original_default_is_diffusers_picture(sd, folders):

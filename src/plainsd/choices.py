@@ -19,6 +19,7 @@ from plainsd.settings import SIZES, Settings
 if TYPE_CHECKING:
     from plainsd.generate import StableDiffusion
 
+HANDOVER = 0.8                        # where a refiner takes over, if nothing is said
 MULTIPLE = 8                          # sides of pictures, in pixels; also where a VAE's own factor is less
 
 
@@ -26,6 +27,7 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
     """Nothing left open: the model's defaults in place of None. UserError where a value cannot be."""
     settings.check()
     check_guidance(sd, settings)
+    refined = check_refiner(sd, settings)
     variant = sd.variant
     sampler = settings.sampler or variant.sampler
     own = SAMPLERS[sampler].spacing
@@ -38,8 +40,21 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
         raise UserError(f"variation strength {settings.variation_strength} without a variation seed; give both")
     guidance = variant.guidance if settings.guidance is None else settings.guidance
     return replace(
-        settings, sampler=sampler, spacing=spacing, steps=steps, guidance=float(guidance), model=model_name(sd)
+        settings, sampler=sampler, spacing=spacing, steps=steps, guidance=float(guidance), model=model_name(sd), **refined
     )
+
+
+def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
+    """The refiner's name, and where it takes over."""
+    if sd.refiner is None:
+        if settings.handover is not None:
+            raise UserError(f"handover {settings.handover} needs a refiner; load one with --refiner, or leave it out")
+        return {"refiner": None}
+    ours, its = sd.vae.config, sd.refiner.vae.config
+    if (ours.latent_channels, ours.scaling_factor) != (sd.refiner.unet.config.in_channels, its.scaling_factor):
+        names = f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws"
+        raise UserError(f"{names}: their latents differ; choose a refiner of the same family")
+    return {"refiner": model_name(sd.refiner), "handover": HANDOVER if settings.handover is None else settings.handover}
 
 
 def model_name(sd: StableDiffusion) -> str:

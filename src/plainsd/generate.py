@@ -49,6 +49,7 @@ class StableDiffusion:
     prediction: str                   # what the network predicts: "epsilon" or "v_prediction"
     variant: Variant
     path: Path | None = None          # where it was loaded from
+    refiner: StableDiffusion | None = None     # draws at the lowest noise levels, see `latents.turns`
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +63,8 @@ class StableDiffusion:
         """Moves and casts the networks in place; returns itself."""
         for network in (*self.text_encoders, self.unet, self.vae):
             network.to(device=device, dtype=dtype)
+        if self.refiner is not None:
+            self.refiner.to(device, dtype)
         return self
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -142,7 +143,6 @@ def sample(
     """
     one, shape = each[0], noise.shape[1:]
     sigmas = sampler_sigmas(sd.schedule, one.sampler, one.steps, one.spacing)
-    timesteps = sampler_timesteps(sd.schedule, one.sampler, one.steps, one.spacing)
     if known is not None:
         sigmas = sigmas[-1 - steps_of_strength(one.steps, one.strength) :]
     from_noise = known is None or known.latents is None or (known.mask is not None and one.strength == 1)
@@ -150,24 +150,47 @@ def sample(
         x = noise * first_scale(sigmas, one.sampler, one.spacing)
     else:
         x = add_noise(known.latents, noise, sigmas[0])
-    denoise = _denoise(sd, each, size, sigmas, timesteps, known.concat if known else None, first_pass)
-    if known is not None and known.mask is not None:
-        denoise = inpainting(denoise, known.latents, known.mask, noise, start=sigmas[0] if from_noise else math.inf)
-    sampler = SAMPLERS[one.sampler].run
-    strides = sampler_strides(sd.schedule, one.sampler, one.steps, one.spacing)
-    options = {"eta": one.eta, "prediction": sd.prediction, "strides": strides}
-    options = {k: v for k, v in options.items() if v is not None and k in inspect.signature(sampler).parameters}
-    for step in sampler(denoise, x, sigmas, lambda: draw(shape), **options):
-        yield step
+    done = 0
+    for model, levels in turns(sd, one, sigmas):
+        denoise = _denoise(model, each, size, sigmas, known.concat if known else None, first_pass)
+        if known is not None and known.mask is not None:
+            start = sigmas[0] if from_noise else math.inf
+            denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
+        for step in _sampler(model, one)(denoise, x, levels, lambda: draw(shape)):
+            yield step._replace(index=done + step.index)
+        x, done = step.x, done + len(levels) - 1
     clean = step.x / math.sqrt(1 + step.sigma**2)                        # some samplers leave a little noise; it stays
     if known is not None and known.mask is not None:
         clean = known.mask * clean + (1 - known.mask) * known.latents
     return clean
 
 
-def _denoise(sd, each, size, sigmas, timesteps, concat, first_pass) -> Denoise:
+def turns(sd: StableDiffusion, one: Settings, sigmas: list[float]) -> list[tuple[StableDiffusion, list[float]]]:
+    """Who draws between which levels: the model, and below the share `handover` of the timesteps its refiner, if it has
+    one (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each runs the sampler anew, as two pipelines would."""
+    if sd.refiner is None:
+        return [(sd, sigmas)]
+    timesteps, count = sampler_timesteps(sd.schedule, one.sampler, one.steps, one.spacing), len(sd.schedule)
+    own = sum(timesteps[sigma] >= round(count - one.handover * count) for sigma in sigmas[:-1])
+    both = ((sd, sigmas[: own + 1]), (sd.refiner, sigmas[own:]))
+    return [(model, levels) for model, levels in both if len(levels) > 1]
+
+
+def _sampler(sd: StableDiffusion, one: Settings) -> Callable:
+    """The sampler, with those options that it knows of."""
+    run = SAMPLERS[one.sampler].run
+    strides = sampler_strides(sd.schedule, one.sampler, one.steps, one.spacing)
+    options = {"eta": one.eta, "prediction": sd.prediction, "strides": strides}
+    known = inspect.signature(run).parameters
+    return partial(run, **{k: v for k, v in options.items() if v is not None and k in known})
+
+
+def _denoise(sd, each, size, sigmas, concat, first_pass) -> Denoise:
     """The network with its prompts and guidance."""
     one, steps = each[0], len(sigmas) - 1
+    timesteps = sampler_timesteps(sd.schedule, one.sampler, one.steps, one.spacing)
+    if sd.unet.config.in_channels == sd.vae.config.latent_channels:
+        concat = None                                                    # a refiner after an inpainting model
     planned = {
         pair: conditioning.plan(sd, *pair, steps, clip_skip=one.clip_skip, first_pass=first_pass, size=size)
         for pair in dict.fromkeys((s.prompt, s.negative) for s in each)

@@ -36,6 +36,8 @@ class Settings:
     variation_strength: float = 0.0                # ... by this share, 0 to 1
     hires: float | None = None                     # second pass on the picture enlarged this many times
     upscaler: str = "latent"                       # how it is enlarged: "latent" or "lanczos"
+    handover: float | None = None                  # share of the timesteps after which the refiner draws
+    refiner: str | None = None                     # its name, for the text, as for `model`
     rescale: float = 0.0                           # Lin et al. 2023 (arXiv:2305.08891), 0 to 1
     interval: tuple[float, float] | None = None    # sigmas between which guidance acts (arXiv:2404.07724)
     perturbed: float = 0.0                         # scale of perturbed-attention guidance (arXiv:2403.17377)
@@ -63,6 +65,7 @@ SIZES = (8, 4096)                                  # pixels, of either side
 RANGES = {
     "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**63 - 1), "clip_skip": (1, 48),
     "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**63 - 1), "variation_strength": (0, 1), "hires": (1, 8),
+    "handover": (0, 1),
     "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
 }  # fmt: skip
 
@@ -110,6 +113,8 @@ FIELDS = (
     ("Variation seed strength", "variation_strength", float, number),
     ("Hires upscale", "hires", float, number),
     ("Hires upscaler", "upscaler", str.lower, str.capitalize),
+    ("Refiner", "refiner", str, str),
+    ("Refiner switch at", "handover", float, number),
     ("CFG rescale", "rescale", float, number),
     ("CFG interval", "interval", _interval, lambda pair: f"{number(pair[0])} to {number(pair[1])}"),
     ("PAG scale", "perturbed", float, number),
