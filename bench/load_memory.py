@@ -22,13 +22,13 @@ from plainsd.variants import VARIANTS
 
 CASES = ("sd1", "float32", "bfloat16", "sd1", "float16", "float32", "sdxl-base", "float16", "bfloat16")
 CHILD = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from plainsd.checkpoint import load
-def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-before = resident()
+def status(name): return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = status("VmRSS")
 sd = load(sys.argv[1], device="cpu", dtype=sys.argv[2], family=sys.argv[3])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = status("VmHWM")                # not getrusage: that is no less than the parent's at the start
 tensors = [p for network in (sd.unet, sd.vae, *sd.text_encoders) for p in network.parameters()]
 print(peak - before, sum(p.nbytes for p in tensors), max(p.numel() for p in tensors))
 """

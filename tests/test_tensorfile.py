@@ -48,6 +48,15 @@ def test_the_library_reads_what_we_write(tmp_path):
     assert same(load_file(tmp_path / "x.safetensors"), TENSORS)
 
 
+def test_casting_while_reading(tmp_path, monkeypatch):
+    """Piece by piece the same numbers as at once."""
+    monkeypatch.setattr("plainsd.tensorfile.PIECE", 5)
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    assert same(read_all(tmp_path / "x.safetensors"), TENSORS)
+    for name, tensor in open_tensors(tmp_path / "x.safetensors").tensors.items():
+        assert torch.equal(tensor.read(torch.bfloat16), TENSORS[name].bfloat16())
+
+
 def test_strided_tensors_are_written_in_order(tmp_path):
     tensor = torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last)
     write_safetensors(tmp_path / "x.safetensors", {"x": stored(tensor), "t": stored(TENSORS["a.weight"].T)})

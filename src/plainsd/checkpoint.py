@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from plainsd.configs import read_vae
-from plainsd.contents import Contents, Network, check_names, empty, first, located, parts, unpack
+from plainsd.contents import Contents, Network, assigned, check_names, empty, first, located, parts, unpack
 from plainsd.describe import write_variant
 from plainsd.detect import seems
 from plainsd.errors import UserError, unknown
@@ -201,9 +201,7 @@ def fill(network: nn.Module, file: TensorFile, layout: str, *, conv: bool, devic
     wanted = located(network, layout, file.tensors, conv=conv)
     check_names([place.name for place in wanted], file, seems(file.tensors))
     tensors = unpack(file, wanted, {name: tensor.shape for name, tensor in network.state_dict().items()})
-    network.load_state_dict({name: tensor.read().to(device, dtype).contiguous() for name, tensor in tensors.items()},
-                            assign=True)
-    return network
+    return assigned(network, tensors, device, dtype)
 
 
 def load_vae(path: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",

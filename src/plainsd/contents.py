@@ -6,6 +6,7 @@ a time. Names and shapes are checked strictly before the first byte of a tensor 
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +33,8 @@ class Network:
     extras: dict[str, Stored] = field(default_factory=dict)  # what a file holds beside them, by its name there
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network itself. Each tensor is cast as soon as it is read."""
-        network = empty(self.kind, self.config)
-        state = {name: stored.read().to(device, dtype).contiguous() for name, stored in self.tensors.items()}
-        network.load_state_dict(state, assign=True)
-        return network
+        """The network itself. Each tensor is cast while it is read."""
+        return assigned(empty(self.kind, self.config), self.tensors, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,22 @@ def unpack(file: TensorFile, wanted: list[Place], shapes: Mapping[str, torch.Siz
             raise UserError(f"{file.path}: {place.name!r} has shape {list(stored.shape)} where the settings call for "
                             f"{list(expected)}; the file and its settings belong to different models")
         for index, ours in enumerate(place.ours):
-            def read(place: Place = place, stored: Stored = stored, index: int = index) -> torch.Tensor:
-                return place.to_ours(stored.read())[index]
-
+            read = partial(part_of, place, stored, index)
             found[ours] = Stored(stored.dtype, tuple(shapes[ours]), read)
     return found
+
+
+def part_of(place: Place, stored: Stored, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One of our tensors from a tensor of the file; of a third only, so that the whole does not stay in memory."""
+    part = place.to_ours(stored.read(dtype))[index]
+    return part.clone() if len(place.ours) > 1 else part
+
+
+def assigned(network: nn.Module, tensors: Mapping[str, Stored], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Gives an empty network its weights, one tensor at a time."""
+    state = {name: stored.read(dtype).to(device).contiguous() for name, stored in tensors.items()}
+    network.load_state_dict(state, assign=True)
+    return network
 
 
 def pack(network: Network, layout: str, *, conv: bool, prefix: str = "", dtype: torch.dtype | None = None,
@@ -111,12 +120,14 @@ def pack(network: Network, layout: str, *, conv: bool, prefix: str = "", dtype: 
     for place in places(bare, layout, conv=conv):
         sources = [network.tensors[name] for name in place.ours]
         kind = dtype or sources[0].dtype
-
-        def read(place: Place = place, sources: list[Stored] = sources, kind: torch.dtype = kind) -> torch.Tensor:
-            return place.to_theirs([stored.read() for stored in sources]).to(kind)
-
+        read = partial(whole_of, place, sources, kind)
         packed[respelled(prefix + place.name, spelling)] = Stored(kind, tuple(place_shape(place, shapes)), read)
     return packed
+
+
+def whole_of(place: Place, sources: list[Stored], kind: torch.dtype) -> torch.Tensor:
+    """A tensor of the file from ours."""
+    return place.to_theirs([stored.read(kind) for stored in sources])
 
 
 def place_shape(place: Place, shapes: Mapping[str, torch.Size]) -> torch.Size:

@@ -26,15 +26,16 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000            # bytes; the format's own limit
+PIECE = 2**22                         # numbers that are read at once
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, not read yet."""
+    """A tensor in a file, not read yet. `read()` gives it as it is, `read(dtype)` cast while it is read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[..., Tensor]
 
     @property
     def nbytes(self) -> int:
@@ -104,23 +105,27 @@ def open_safetensors(path: Path) -> TensorFile:
     size = path.stat().st_size - base
     if at != size:
         raise damaged(path, f"its tensors need {at} bytes and it has {size}" + (" (cut short)" if at > size else ""))
-    tensors = {name: Stored(dtype, shape, _reader(path, dtype, shape, base + begin, end - begin))
-               for name, (dtype, shape, begin, end) in entries.items()}
+    tensors = {name: Stored(dtype, shape, _reader(path, dtype, shape, base + begin))
+               for name, (dtype, shape, begin, _) in entries.items()}
     return TensorFile(path, tensors, {str(key): str(value) for key, value in metadata.items()})
 
 
-def _reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], start: int, count: int) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        if count:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(start)
-                view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-                while view:                                  # the system reads at most 2 GiB at a time
+def _reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Callable[..., Tensor]:
+    """Reads piece by piece, so that a tensor that is cast is never in memory twice."""
+    def read(wanted: torch.dtype | None = None) -> Tensor:
+        tensor = torch.empty(shape, dtype=wanted or dtype)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            for target in tensor.view(-1).split(PIECE):
+                piece = target if target.dtype == dtype else torch.empty(len(target), dtype=dtype)
+                view = memoryview(piece.view(torch.uint8).numpy())
+                while view:
                     got = file.readinto(view)
                     if not got:
                         raise damaged(path, "it became shorter while it was read")
                     view = view[got:]
+                if piece is not target:
+                    target.copy_(piece)
         return tensor
 
     return read
@@ -196,7 +201,7 @@ def open_pickle(path: Path) -> TensorFile:
 
 def stored(tensor: Tensor) -> Stored:
     """A tensor that is in memory already."""
-    return Stored(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+    return Stored(tensor.dtype, tuple(tensor.shape), lambda dtype=None: tensor.to(dtype or tensor.dtype))
 
 
 def open_tensors(path: Path) -> TensorFile:
