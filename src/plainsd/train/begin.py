@@ -15,6 +15,7 @@ from plainsd.train.checkpoints import saving
 from plainsd.train.full import full
 from plainsd.train.jobs import Job
 from plainsd.train.scratch import from_scratch, read_variant
+from plainsd.train.shard import gather
 from plainsd.train.vae import VaeMethod, init_vae, measure_scaling, validate
 from plainsd.train.views import Framing
 from plainsd.variants import Variant
@@ -30,6 +31,8 @@ def described_variant(job: Job) -> Variant:
 
 def train_vae(job: Job) -> None:
     variant, own = described_variant(job), job.options.nothing
+    if job.world.sharded:
+        raise UserError("method vae has no --shard: an autoencoder fits on one GPU")
     torch.manual_seed(job.options.pace.seed)            # the networks' first weights
     job.keep_options()
     pictures, heldout = job.pictures(variant.size)
@@ -71,8 +74,13 @@ def train_scratch(job: Job) -> None:
     vae.requires_grad_(False)
     method = full(sd, job.examples(vae, pictures), text_encoder=True, objective=job.objective())
     held = job.examples(vae, heldout) if heldout else None
+    parts = job.spread(sd)
     check = (lambda: method.validate(held, 64)) if held else None
-    if not job.train(method, pictures, check, job.sampler(sd)) or not job.world.first:
+    if not job.train(method, pictures, check, job.sampler(sd)):
+        return
+    for network in parts:
+        gather(network)
+    if not job.world.first:
         return
     with saving("the model"):
         save(sd, job.out / "model", dtype=job.save_dtype)

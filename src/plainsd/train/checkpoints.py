@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from plainsd.errors import UserError
+from plainsd.train.shard import load_shards, save_shards
 
 if TYPE_CHECKING:
     from plainsd.train.loop import Trainer
@@ -33,39 +34,59 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
-    place = folder / f"step-{trainer.step:08d}"
-    if place.exists():
+    """Called by every process. The first one writes; with sharded weights all do, and the first one gives the name."""
+    place, world = folder / f"step-{trainer.step:08d}", trainer.world
+    unfinished = folder / f"{UNFINISHED}{trainer.step}"
+    if (not world.first and not world.sharded) or place.exists():
         return place
-    unfinished = folder / f"{UNFINISHED}{os.getpid()}"
     with saving(f"the state of step {trainer.step}"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
         try:
-            with open(unfinished / "state.pt", "wb") as file:
-                torch.save(trainer.state(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            flush_folder(unfinished)
-            os.replace(unfinished, place)
+            if world.first:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+            if world.sharded:
+                world.wait()
+                save_shards(trainer, unfinished)
+            else:
+                save_whole(trainer, unfinished / "state.pt")
+            if world.first:
+                flush_folder(unfinished)
+                os.replace(unfinished, place)
+                flush_folder(folder)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        flush_folder(folder)
-        for old in checkpoints(folder)[: -trainer.options.keep]:
-            os.replace(old, folder / f"{UNWANTED}{old.name}")
-            shutil.rmtree(folder / f"{UNWANTED}{old.name}")
+            if world.first:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        if world.first:
+            for old in checkpoints(folder)[: -trainer.options.keep]:
+                os.replace(old, folder / f"{UNWANTED}{old.name}")
+                shutil.rmtree(folder / f"{UNWANTED}{old.name}")
+        if world.sharded:
+            world.wait()
     return place
+
+
+def save_whole(trainer: Trainer, path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save(trainer.state(), file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def restore(trainer: Trainer, folder: Path) -> None:
     """The newest state, if there is one."""
-    if latest := checkpoints(folder):
-        file = latest[-1] / "state.pt"
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
-            raise UserError(f"cannot read {file} ({str(error).splitlines()[0]}); remove {latest[-1]} to go on from the "
-                            "state before") from error
-        trainer.restore(state)
+    found = checkpoints(folder)
+    if not found:
+        return
+    if trainer.world.sharded != (not (found[-1] / "state.pt").is_file()):
+        raise UserError(f"{found[-1]} was saved {'without' if trainer.world.sharded else 'with'} --shard; go on as the run began")
+    if trainer.world.sharded:
+        return load_shards(trainer, found[-1])
+    try:
+        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(f"cannot read {found[-1] / 'state.pt'} ({str(error).splitlines()[0]}); remove {found[-1]} to go on from "
+                        "the state before") from error
+    trainer.restore(state)
 
 
 def sweep(folder: Path) -> None:

@@ -45,7 +45,7 @@ class Train:
                 "inversion": train_inversion}[self.method]
         filled = replace(self, pace=options.with_defaults(self.method, self.pace))
         device = choose_device(self.pace.device)
-        with world_of_torchrun(device) as world:
+        with world_of_torchrun(device, self.pace.shard) as world:
             try:
                 task(Job(filled, world, choose_dtype(self.pace.dtype, world.device)))
             except SaveError as error:

@@ -22,6 +22,7 @@ from plainsd.train.loop import FitOptions, Method
 from plainsd.train.objective import Objective
 from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.run import Rhythm, run
+from plainsd.train.shard import spread
 from plainsd.train.sources import Reading, read_source
 from plainsd.train.views import Framing
 from plainsd.train.world import World
@@ -117,6 +118,15 @@ class Job:
 
     # ---- the run
 
+    def spread(self, sd: "StableDiffusion") -> list[nn.Module]:
+        """With --shard, spreads the networks that have something to learn over the processes, and the UNet in any case."""
+        if not self.world.sharded:
+            return []
+        learning = [network for network in sd.text_encoders if any(p.requires_grad for p in network.parameters())]
+        for network in (sd.unet, *learning):
+            spread(network)
+        return [sd.unet, *learning]
+
     def order(self, pictures: Pictures) -> Repeated | Bucketed:
         repeats, pace = [item.repeats for item in pictures.items], self.options.pace
         if not pictures.framing.buckets:
@@ -165,8 +175,9 @@ class Job:
         def sample(path: Path) -> None:
             from plainsd.generate import final, text_to_image
 
-            size = self.options.reading.size
-            write_png(grid(final(text_to_image(sd, prompts, seed=0, size=size)), min(8, len(prompts))), path)
+            images = final(text_to_image(sd, prompts, seed=0, size=self.options.reading.size))
+            if self.world.first:
+                write_png(grid(images, min(8, len(images))), path)
 
         return sample
 

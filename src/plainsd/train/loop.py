@@ -21,6 +21,7 @@ from plainsd.errors import UserError
 from plainsd.train.checkpoints import checkpoints, restore, save_checkpoint, sweep
 from plainsd.train.optimizer import make_optimizer, set_rate
 from plainsd.train.order import Order, random
+from plainsd.train.shard import whole
 from plainsd.train.world import World
 
 
@@ -92,15 +93,18 @@ class Ema:
 
     def __enter__(self) -> "Ema":
         """Within `with ema:` the parameters hold their averages."""
-        self._kept = [p.data for p in self.parameters]
-        for p, value in zip(self.parameters, self.values, strict=True):
-            p.data = value
+        self._exchange()
         return self
 
     def __exit__(self, *_) -> None:
-        for p, kept in zip(self.parameters, self._kept, strict=True):
-            p.data = kept
-        del self._kept
+        self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for p, value in zip(self.parameters, self.values, strict=True):
+            kept = p.detach().clone()
+            p.copy_(value)
+            value.copy_(kept)
 
 
 def learning_rate(options: FitOptions, step: int) -> float:
@@ -171,7 +175,7 @@ class Trainer:
             for name, value in {"": loss, **numbers}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * share
         total, *others = self.world.total(list(sums.values()))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, options.clip)).item()
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite:
             set_rate(self.optimizer, learning_rate(options, self.step))
@@ -204,9 +208,9 @@ def fit(method: Method, pictures: int | Callable[[int], int], options: FitOption
     to picture. A step's state is saved after its report has been taken.
     """
     trainer = trainer or Trainer(method, options)
-    folder, writes = Path(folder) if folder else None, trainer.world.first
+    folder = Path(folder) if folder else None
     if folder:
-        if writes:
+        if trainer.world.first:
             sweep(folder)
         restore(trainer, folder)
     order = pictures if callable(pictures) else Order(pictures, options.seed)
@@ -226,5 +230,5 @@ def fit(method: Method, pictures: int | Callable[[int], int], options: FitOption
         yield Report(trainer.step, total, metrics, learning_rate(options, trainer.step - 1), norm, trainer.skipped,
                      trainer.step * size, time.perf_counter() - began)
         last = trainer.step == options.steps
-        if folder and writes and not in_a_row and (last or trainer.step % options.save_every == 0):
+        if folder and not in_a_row and (last or trainer.step % options.save_every == 0):
             save_checkpoint(trainer, folder)                 # after the report, so that no log lacks a step that is saved

@@ -53,16 +53,20 @@ def run(
 ) -> Trainer | None:
     """Train to the end and return the Trainer; None when SIGTERM stopped the run early (its state is saved).
 
-    `validate` and `sample` are called with the averaged weights in place, by the first process alone; with `before` also
-    at step 0.
+    `validate` and `sample` are called with the averaged weights in place, by the first process alone unless the weights are
+    sharded; with `before` also at step 0.
     """
     trainer = Trainer(method, options, world)
     diary = Diary(folder, rhythm, options.steps, tensorboard, world.device) if world.first else None
 
     def look(step: int) -> None:
+        if not diary and not world.sharded:                  # only with its weights in parts does it take all processes
+            return
         if validate and rhythm.due("validate", step, options.steps):
-            diary.write({"step": step} | with_average(trainer, validate))
-        if step and rhythm.due("validate", step, options.steps):
+            found = with_average(trainer, validate)
+            if diary:
+                diary.write({"step": step} | found)
+        if diary and step and rhythm.due("validate", step, options.steps):
             diary.draw()
         if sample and rhythm.due("sample", step, options.steps):
             with saving("a sample grid"):
@@ -70,16 +74,16 @@ def run(
                 with_average(trainer, lambda: sample(folder / "samples" / f"step-{step:08d}.png"))
 
     with stopped_by_sigterm() as stop, closing(diary) if diary else nullcontext():
-        if diary and before and not checkpoints(folder / "checkpoints"):
-            diary.begin(0)
+        if before and not checkpoints(folder / "checkpoints"):
+            if diary:
+                diary.begin(0)
             look(0)
         for report in fit(method, pictures, options, folder / "checkpoints", trainer):
             if diary:
                 diary.note(report)
-                look(report.step)
+            look(report.step)
             if world.any(stop()):
-                if world.first:
-                    save_checkpoint(trainer, folder / "checkpoints")
+                save_checkpoint(trainer, folder / "checkpoints")
                 return None
     return trainer
 

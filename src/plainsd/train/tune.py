@@ -20,6 +20,7 @@ from plainsd.train.jobs import Job
 from plainsd.train.lora import lora
 from plainsd.train.memory import checkpointing
 from plainsd.train.prior import make_prior
+from plainsd.train.shard import gather
 from plainsd.train.text import cut_captions
 
 Make = Callable[[StableDiffusion, Examples, dict], FineTune]
@@ -51,6 +52,8 @@ def train_lora(job: Job) -> None:
 
 def train_inversion(job: Job) -> None:
     own = job.options.inversion
+    if job.world.sharded:
+        raise UserError("method inversion learns a few numbers; leave out --shard")
     if not own.token:
         raise UserError("method inversion needs --token, the new word that the captions use, such as '<cat>'")
 
@@ -86,9 +89,12 @@ def tuned(job: Job, make: Make) -> StableDiffusion | None:
     if job.options.lora.half_base:
         halve(job, sd)
     method = make(sd, examples, shared)
+    parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
     with checkpointing(sd.unet, job.options.pace.checkpointing):
         done = job.train(method, pictures, check, job.sampler(sd), before=True)
+    for network in parts if done else []:
+        gather(network)
     return sd if done and job.world.first else None
 
 

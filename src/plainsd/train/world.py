@@ -24,6 +24,7 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")           # where numbers are added up
+    sharded: bool = False                                # each process holds a part of the weights: see shard.py
 
     @property
     def first(self) -> bool:
@@ -54,13 +55,17 @@ class World(NamedTuple):
 
     def replicated(self, module: nn.Module) -> nn.Module:
         """A module whose gradients are averaged over all processes, as they are made."""
-        if self.size == 1:
+        if self.size == 1 or self.sharded:
             return module
         return DistributedDataParallel(module, find_unused_parameters=True)
 
     def silent(self, module: nn.Module, last: bool):
         """Gradients are averaged with the last micro-batch of a step; before it nothing is sent."""
-        return nullcontext() if self.size == 1 or last else module.no_sync()
+        return nullcontext() if self.size == 1 or self.sharded or last else module.no_sync()
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
@@ -73,9 +78,11 @@ class World(NamedTuple):
 
 
 @contextmanager
-def world_of_torchrun(device: torch.device) -> Iterator[World]:
+def world_of_torchrun(device: torch.device, shard: bool = False) -> Iterator[World]:
     """The processes that torchrun started, or this one alone. Each process gets a GPU of its own, where there are any."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if shard:
+            raise UserError("--shard spreads a model over several processes; start them with torchrun --nproc-per-node N")
         yield World(device=device)
         return
     if device.type == "cuda":
@@ -83,6 +90,6 @@ def world_of_torchrun(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield World(dist.get_rank(), dist.get_world_size(), device, shard)
     finally:
         dist.destroy_process_group()

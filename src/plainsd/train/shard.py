@@ -1,0 +1,86 @@
+"""Weights, gradients and moments spread over the processes (PyTorch's FSDP2; Rajbhandari et al. 2019, "ZeRO",
+arXiv:1910.02054), for models that one GPU cannot train. Each process holds a part of every tensor, and a network's block
+is put together only while it computes.
+
+A state is then a folder of shards, written by all processes, and can be read by another number of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from plainsd.errors import UserError
+from plainsd.models.unet import UNet
+
+if TYPE_CHECKING:
+    from plainsd.train.loop import Trainer
+
+
+def spread(network: nn.Module) -> None:
+    """Shards a UNet or a text encoder in place, block by block. Do so before an optimizer is made."""
+    network.to(memory_format=torch.contiguous_format)        # FSDP2 takes no other
+    blocks = [*network.down, network.mid, *network.up] if isinstance(network, UNet) else list(network.blocks)
+    mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
+    for module in (*blocks, network):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for module in (*blocks, network):                        # buffers are made now, and not in the inference mode of a sample
+        module.unshard()
+        module.reshard()
+
+
+@torch.no_grad()
+def gather(network: nn.Module) -> None:
+    """Whole weights again, on every process, to be saved; the network is not to be run after this."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.__class__ = type(module).__bases__[1]     # FSDP2 has made it a subclass of what it was
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                module.register_parameter(name, nn.Parameter(parameter.full_tensor(), parameter.requires_grad))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- states
+
+
+def save_shards(trainer: Trainer, folder: Path) -> None:
+    """By all processes together."""
+    try:
+        dcp.save(_state(trainer) | {"skipped": trainer.skipped}, checkpoint_id=folder)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def load_shards(trainer: Trainer, folder: Path) -> None:
+    """Into the trainer's own tensors."""
+    state = _state(trainer) | {"skipped": 0}
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        raise UserError(f"cannot read the state {folder} ({reason}); it may be of another model, or damaged: give another "
+                        "--out, or remove it to go on from the state before") from error
+    set_optimizer_state_dict(trainer.loss, trainer.optimizer, state["optimizer"])
+    trainer.step, trainer.skipped = int(folder.name.removeprefix("step-")), state["skipped"]
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "parameters": {str(i): p.detach() for i, p in enumerate(trainer.parameters)},
+        "ema": {str(i): value for i, value in enumerate(trainer.ema.values if trainer.ema else [])},
+        "optimizer": get_optimizer_state_dict(trainer.loss, trainer.optimizer),
+    }
