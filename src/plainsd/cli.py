@@ -1,6 +1,6 @@
 """The `plainsd` command: finds the sub-command, reads its flags, and turns errors into one line and an exit code.
 
-0 done; 2 wrong input, an unreadable or an unwritable file; 130 interrupted. PLAINSD_DEBUG=1 shows the traceback.
+0 done (verify: 1 where something differs); 2 wrong input, an unreadable or an unwritable file; 130 interrupted. PLAINSD_DEBUG=1 shows the traceback.
 
 A sub-command is a dataclass with a `run()` that returns an exit code, or None for 0. It is imported only when it is
 called, and imports torch only in `run()`, so that help comes at once.
@@ -25,6 +25,7 @@ COMMANDS = {                          # name: module, class, what it does
     "info": ("plainsd.commands.inspect", "Info", "what a model or adapter is, without reading its weights"),
     "convert": ("plainsd.commands.inspect", "Convert", "a model from one file layout to another"),
     "tokens": ("plainsd.commands.inspect", "Tokens", "how a prompt is cut and weighted"),
+    "verify": ("plainsd.commands.inspect", "Verify", "a model beside diffusers and transformers, digit by digit"),
     "eval": ("plainsd.commands.evaluate", "Evaluate", "how well a model trained on emoji draws them"),
     "train": ("plainsd.train.cli", "Train", "train a model, from nothing or from another"),
     "serve": ("plainsd.server.command", "Serve", "a page and three APIs in the browser and for programs"),

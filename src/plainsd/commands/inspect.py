@@ -1,4 +1,4 @@
-"""Commands that look at models and prompts, and draw nothing: info, convert, tokens."""
+"""Commands about models and prompts: info, convert, tokens, verify."""
 
 from __future__ import annotations
 
@@ -76,3 +76,30 @@ class Tokens:
             words, encoders, bare["unet"], bare["vae"], variant.schedule.build(), variant.prediction, variant, path
         )
         print(describe(sd, self.prompt, self.steps))
+
+
+@dataclass
+class Verify:
+    """Each network, and a picture of five steps, beside diffusers and transformers on the same weights.
+
+    Prints a table of errors with tolerances; exit code 1 where one is exceeded. Needs pip install 'plainsd[verify]'.
+    """
+
+    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
+    """folder, file or hub name; the embedded model if not given"""
+    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    """fp16 reads the files *.fp16.safetensors of a folder"""
+    family: Annotated[str | None, arg(metavar="NAME")] = None
+    """what a single file is, where it does not tell"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ...; float32 everywhere"""
+
+    def run(self) -> int:
+        from plainsd.verify import check_packages, lines, verify
+
+        check_packages()
+        failed = []
+        rows = verify(self.model, variant_file=self.variant_file, family=self.family, device=self.device)
+        for line in lines(rows, failed):
+            print(line, flush=True)
+        return 1 if failed else 0
