@@ -25,9 +25,9 @@ from plainsd.train.checkpoints import checkpoints, save_checkpoint
 from plainsd.train.data import read_folder
 from plainsd.train.examples import Examples
 from plainsd.train.full import full
-from plainsd.train.loop import FitOptions, Trainer, fit, learning_rate
+from plainsd.train.loop import FitOptions, Report, Trainer, fit, learning_rate
 from plainsd.train.order import Order, random
-from plainsd.train.run import Log, Rhythm, read_log, run
+from plainsd.train.run import Diary, Log, Rhythm, read_log, run
 from plainsd.train.scratch import from_scratch, read_variant
 from plainsd.train.vae import VaeMethod, init_vae, measure_scaling, psnr, validate
 from plainsd.variants import ScheduleConfig, Variant
@@ -245,6 +245,20 @@ def test_a_run_logs_validates_samples_and_draws(folder, tmp_path):
     assert [line["step"] for line in lines if "validation" in line] == [2, 4]
     assert [path.name for path in drawn] == ["step-00000002.png", "step-00000004.png"]
     assert Image.open(tmp_path / "run" / "curve.png").size[0] > 300
+
+
+def test_after_a_resume_the_bar_tells_this_runs_speed(tmp_path):
+    diary = Diary(tmp_path, Rhythm(log=2), steps=1000, tensorboard=False, device=torch.device("cpu"))
+    for step in (901, 902):
+        if step == 902:
+            time.sleep(0.3)
+        diary.note(Report(step, 1.0, {}, 1e-3, 1.0, 0, 4 * step, 0.3))
+    told = diary.bar.format_dict
+    diary.close()
+    assert told["initial"] == 900 and told["n"] == 902 and told["total"] == 1000
+    left = (told["total"] - told["n"]) / told["rate"]
+    assert told["elapsed"] >= 0.6 and 28 < left < 45             # 98 steps of 0.3 seconds, and not of 0.3 / 902
+    assert read_log(tmp_path / "log.jsonl")[-1]["samples_per_s"] == pytest.approx(4 / 0.3)
 
 
 SLOW_RUN = """

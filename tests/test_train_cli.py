@@ -105,16 +105,17 @@ def test_dreambooth_makes_its_prior(train, tmp_path):
     assert line["loss"] == pytest.approx(line["own"] + 0.5 * line["prior"])
 
 
-def test_vae_and_scratch(pictures, base, tmp_path):
+def test_vae_and_scratch(pictures, base, tmp_path, capsys):
     model = {"name": "tiny", "size": 16, "vae": {"channels": [8, 8], "layers": 1, "groups": 2},
              "unet": {"channels": [32, 32], "depth": [0, 1], "heads": [2, 2], "layers": 1, "context": 16},
-             "text": [{"width": 16, "layers": 1, "heads": 2, "mlp": 32}]}
+             "text": [{"width": 16, "layers": 1, "heads": 2, "mlp": 32, "positions": 3}]}
     (tmp_path / "model.json").write_text(json.dumps(model))
     shared = ["--model", str(tmp_path / "model.json"), "--data", str(pictures), "--heldout", str(pictures), "--steps", "2",
               "--batch", "2", *FAST]
     assert main(["train", "--method", "vae", "--out", str(tmp_path / "vae"), *shared]) == 0
     assert main(["train", "--method", "scratch", "--out", str(tmp_path / "run"), "--vae", str(tmp_path / "vae" / "vae"),
                  "--tokenizer", str(base / "tokenizer"), "--carry", str(tmp_path / "model.json"), *shared]) == 0
+    assert "4 of 4 captions are longer than what is read of them (1 tokens)" in capsys.readouterr().out
     assert drawn(plainsd.load(tmp_path / "run" / "model", device="cpu")).shape == (16, 16, 3)
     assert (tmp_path / "run" / "model" / "model.json").is_file()
     assert read_log(tmp_path / "vae" / "log.jsonl")[-1].keys() >= {"psnr", "step"}

@@ -72,7 +72,8 @@ def train_scratch(job: Job) -> None:
     for network in (sd.unet, *sd.text_encoders):
         job.on_device(network)
     vae.requires_grad_(False)
-    method = full(sd, job.examples(vae, pictures), text_encoder=True, objective=job.objective())
+    job.count_long_captions(sd, pictures)
+    method = full(sd, job.examples(vae, pictures), text_encoder=True, objective=job.objective(), chunks=job.options.reading.chunks)
     held = job.examples(vae, heldout) if heldout else None
     parts = job.spread(sd)
     check = (lambda: method.validate(held, 64)) if held else None

@@ -24,6 +24,7 @@ from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.run import Rhythm, run
 from plainsd.train.shard import spread
 from plainsd.train.sources import Reading, read_source
+from plainsd.train.text import cut_captions
 from plainsd.train.views import Framing
 from plainsd.train.world import World
 
@@ -111,6 +112,14 @@ class Job:
         batch = max(1, min(64, ENCODED_AT_ONCE // pictures.size**2)) if pictures.size > 128 else 64
         loss = self.options.loss
         return Examples(pictures, self.latents(vae, pictures, batch=batch), loss.dropout, loss.timestep_power)
+
+    def count_long_captions(self, sd: "StableDiffusion", pictures: Pictures) -> None:
+        """Says how many captions are cut off, if any."""
+        captions, chunks = {text for item in pictures.items for text in item.texts}, self.options.reading.chunks
+        if count := cut_captions(sd, sorted(captions), chunks):
+            room = min(encoder.config.positions - 2 for encoder in sd.text_encoders) * chunks
+            self.say(f"{count} of {len(captions)} captions are longer than what is read of them ({room} tokens); raise "
+                     "--chunks to read more")
 
     def objective(self) -> Objective:
         loss = self.options.loss

@@ -43,7 +43,7 @@ class Data:
     shuffle_tags: int | None = None
     """captions are lists with commas: all but the first N entries are shuffled each time"""
     chunks: int = 1
-    """how much of a long caption is read, in chunks of 75 tokens (77 with start and end)"""
+    """how much of a long caption is read, in chunks of as many tokens as the text encoder sees at once (CLIP: 75)"""
     picture_column: str | None = None
     """of parquet files and datasets; found by itself where it has a usual name"""
     text_column: str | None = None

@@ -105,7 +105,7 @@ class Diary:
 
     def note(self, report: Report) -> None:
         if self.bar is None:
-            self.begin(report.step - 1)
+            self.begin(report.step - 1, report.seconds)
         self.bar.update()
         self.window.append(report)
         if self.rhythm.due("log", report.step, self.steps):
@@ -114,10 +114,11 @@ class Diary:
             self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['samples_per_s']:.3g}/s, {line['peak_gb']:.1f} GB")
             self.window.clear()
 
-    def begin(self, done: int) -> None:
-        """After a resume the log forgets the steps that are done again."""
+    def begin(self, done: int, spent: float = 0.0) -> None:
+        """After a resume the log forgets the steps that are done again. `spent`: seconds that the first step has taken."""
         self.log.rewind(done)
         self.bar = tqdm(total=self.steps, initial=done, unit="step", dynamic_ncols=True)
+        self.bar.start_t, self.bar.last_print_t = self.bar.start_t - spent, self.bar.last_print_t - spent
         if self.board_folder:
             from torch.utils.tensorboard import SummaryWriter
 

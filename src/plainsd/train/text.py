@@ -3,7 +3,7 @@
 A fixed length makes a picture's error independent of its neighbours in the batch. Encoders that do not learn see every
 caption once, alone and in float32, so that its states are the same numbers in every run and after every resume.
 
-Shape letters: B captions, M = 77 * chunks, D width of the states, P of the pooled state, V of SDXL's vector.
+Shape letters: B captions, M = positions * chunks (77 with CLIP), D width of the states, P of the pooled state, V of SDXL's vector.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from plainsd.conditioning import SINUSOID, encode_prompts, size_vector
+from plainsd.conditioning import SINUSOID, cut, encode_prompts, size_vector
 from plainsd.errors import UserError
 from plainsd.generate import StableDiffusion
 from plainsd.prompts import Weighted
@@ -27,14 +27,14 @@ class Reader:
 
     sd: StableDiffusion
     learns: bool = False             # the text encoders train: nothing is remembered, and gradients flow
-    chunks: int = 1                  # of 75 tokens each; what a caption has more is cut off
+    chunks: int = 1                  # of 75 tokens each with CLIP; what a caption has more is cut off
     room: int = 2**30
     _known: OrderedDict[str, tuple[Tensor, Tensor | None]] = field(default_factory=OrderedDict)
     _bytes: int = 0
 
     def __post_init__(self):
         if self.chunks < 1:
-            raise UserError(f"{self.chunks} chunks of caption; give at least 1, which is 75 tokens")
+            raise UserError(f"{self.chunks} chunks of caption; give at least 1")
 
     def __call__(self, captions: Sequence[str], sizes: Tensor) -> tuple[Tensor, Tensor | None]:
         """Context (B, M, D) and SDXL's vector (B, V). `sizes` (B, 6) is what SDXL is told of each picture."""
@@ -97,6 +97,7 @@ def _size(states: tuple[Tensor, Tensor | None]) -> int:
 
 def cut_captions(sd: StableDiffusion, captions: Sequence[str], chunks: int) -> int:
     """How many captions are longer than what is read of them."""
-    room = [(tokenizer, (encoder.config.positions - 2) * chunks)
-            for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True)]
-    return sum(any(len(tokenizer.encode(caption)) > most for tokenizer, most in room) for caption in captions)
+    encoders = [(tokenizer, encoder.config.positions - 2)
+                for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True)]
+    return sum(any(len(cut(tokenizer, [Weighted(caption)], room)) > chunks for tokenizer, room in encoders)
+               for caption in captions)

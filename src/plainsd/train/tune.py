@@ -11,7 +11,7 @@ from plainsd.errors import UserError
 from plainsd.generate import StableDiffusion
 from plainsd.lora import save_lora
 from plainsd.train.checkpoints import saving
-from plainsd.train.data import Pictures, read_folder
+from plainsd.train.data import read_folder
 from plainsd.train.examples import Examples
 from plainsd.train.finetune import FineTune
 from plainsd.train.full import full
@@ -21,7 +21,6 @@ from plainsd.train.lora import lora
 from plainsd.train.memory import checkpointing
 from plainsd.train.prior import make_prior
 from plainsd.train.shard import gather
-from plainsd.train.text import cut_captions
 
 Make = Callable[[StableDiffusion, Examples, dict], FineTune]
 
@@ -83,7 +82,7 @@ def tuned(job: Job, make: Make) -> StableDiffusion | None:
         network.to(memory_format=torch.channels_last)
     pictures, heldout = job.pictures(sd.variant.size)
     examples, held = job.examples(sd.vae, pictures), job.examples(sd.vae, heldout) if heldout else None
-    warn_of_long_captions(job, sd, pictures)
+    job.count_long_captions(sd, pictures)
     shared = {"objective": job.objective(), "chunks": job.options.reading.chunks, "prior": prior_set(job, sd, pictures.size),
               "prior_weight": job.options.prior.prior_weight}
     if job.options.lora.half_base:
@@ -117,12 +116,6 @@ def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:
             make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
         pictures = read_folder(folder, size, caption=own.prior_prompt, known=job.out / "cache" / "scanned.json", say=job.say)
     return job.examples(sd.vae, pictures)
-
-
-def warn_of_long_captions(job: Job, sd: StableDiffusion, pictures: Pictures) -> None:
-    captions = {text for item in pictures.items for text in item.texts}
-    if cut := cut_captions(sd, sorted(captions), job.options.reading.chunks):
-        job.say(f"{cut} of {len(captions)} captions are longer than what is read of them; raise --chunks to read more")
 
 
 def weights_digest(sd: StableDiffusion) -> str:
