@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_sd
+from conftest import TINY_REFINER, TINY_XL, tiny_sd
 from PIL import Image
 
 import plainsd
@@ -90,6 +90,13 @@ def test_pictures_are_numbered_and_made_again(generate, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["again-2.png", "again.png", "out"]
 
 
+def test_the_prompt_may_follow_several_numbers(generate):
+    code, out, err = generate("--interval", 0.1, 20, "--size", 72, 64, "a red apple")
+    assert code == 0, err
+    settings = read_settings(out.strip())
+    assert (settings.prompt, settings.size, settings.interval) == ("a red apple", (72, 64), (0.1, 20.0))
+
+
 def test_a_file_of_prompts(generate, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red apple\n\n  a green pear\n")
     code, out, _ = generate("--prompts", tmp_path / "prompts.txt", "--count", 2)
@@ -160,6 +167,58 @@ def test_loras_by_flag_and_by_tag(generate, model, tmp_path):
     assert "names the LoRA 'style'" in generate("--from", styled)[2]
 
 
+def test_embeddings_by_flag(generate, model, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) * 3
+    save_file({"emb_params": rows}, tmp_path / "kitty.safetensors")
+    save_file({"emb_params": -rows}, tmp_path / "other.safetensors")
+    file = tmp_path / "kitty.safetensors"
+
+    def made(*arguments):
+        code, out, err = generate(*arguments)
+        assert code == 0, err
+        return Path(out.strip())
+
+    plain = made("a kitty")
+    learned = made("a kitty", "--embedding", file, "--embedding", tmp_path / "other.safetensors")
+    assert np.abs(pixels(plain) - pixels(learned)).max() > 5
+    assert read_settings(plain).embeddings == () and read_settings(learned).embeddings == ("kitty",)
+    renamed = made("a <cat>", "--embedding", f"{file}:<cat>")
+    assert read_settings(renamed).embeddings == ("<cat>",)
+    code, out, err = generate("--from", renamed)
+    assert (code, out) == (2, "") and "made with the embedding '<cat>'; give it with --embedding FILE:<cat>" in err
+    again = made("--from", renamed, "--embedding", f"{file}:<cat>")
+    assert np.abs(pixels(again) - pixels(renamed)).max() <= 1 and read_settings(again) == read_settings(renamed)
+    assert read_settings(made("--from", renamed, "a dog")).embeddings == ()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_refiner_takes_over_and_is_asked_for_again(tmp_path, capsys):
+    for name, variant in (("base", TINY_XL), ("refiner", TINY_REFINER)):
+        plainsd.save(tiny_sd(variant), tmp_path / name)
+    common = ["--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "out"), "--model", f"{tmp_path}/base"]
+    common += ["--size", "32", "32"]
+
+    def made(*arguments):
+        code = main(["generate", *common, *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out.strip(), err
+
+    refined = made("x", "--steps", 4, "--refiner", tmp_path / "refiner", "--handover", 0.6)[1]
+    settings = read_settings(refined)
+    assert (settings.refiner, settings.handover) == ("refiner", 0.6)
+    plain = made("x", "--steps", 4)[1]
+    assert np.abs(pixels(refined) - pixels(plain)).max() > 5
+    code, out, err = made("--from", refined)
+    assert (code, out) == (2, "") and "made with the refiner 'refiner'; say where that is with --refiner" in err
+    again = made("--from", refined, "--refiner", tmp_path / "refiner")[1]
+    assert np.abs(pixels(again) - pixels(refined)).max() <= 1 and read_settings(again) == settings
+    code, out, err = made("x", "--handover", 0.5)
+    assert (code, out) == (2, "") and "needs a refiner" in err
+
+
 def test_a_grid_is_one_labelled_sheet(generate):
     code, out, _ = generate("x", "--grid", "guidance=1,7.5", "--grid", "sampler=ddim,euler,lms")
     assert code == 0 and out.strip().endswith("00001-grid.png")
@@ -198,7 +257,10 @@ WRONG = {
     "steps": (["x", "--steps", "0"], "steps 0 is out of range"),
     "too many steps": (["x", "--steps", "1001"], "steps 1001 is out of range"),
     "no number": (["x", "--steps", "many"], "--steps: cannot read ['many']"),
+    "a word as size": (["--size", "64", "x", "--steps", "2"], "--size: 'x' is no whole number"),
+    "half a size": (["x", "--size", "64"], "--size"),
     "unknown flag": (["x", "--sped", "3"], "--sped"),
+    "misspelled flag": (["x", "--stepz", "3"], "--stepz, 3; did you mean --steps?"),
     "two prompts": (["x", "y"], "Unrecognized options: y"),
     "seed": (["x", "--seed", "-1"], "seed -1 is out of range"),
     "guidance": (["x", "--guidance", "nan"], "guidance nan is out of range"),
@@ -213,6 +275,11 @@ WRONG = {
     "lora": (["x", "--lora", "/nowhere.safetensors:0.5"], "/nowhere.safetensors"),
     "lora's strength": (["x", "--lora", "/nowhere:strong"], "'strong' is no strength"),
     "lora by tag": (["x <lora:style:1>"], "names the LoRA 'style'"),
+    "embedding": (["x", "--embedding", "/nowhere.pt:<cat>"], "there is no file '/nowhere.pt'"),
+    "embedding that is none": (["x", "--embedding", "PHOTO"], "photo.png"),
+    "handover": (["x", "--handover", "2"], "handover 2.0 is out of range"),
+    "handover alone": (["x", "--handover", "0.5"], "needs a refiner"),
+    "refiner": (["x", "--refiner", "/nowhere/at all"], "there is no model"),
     "from nothing": (["--from", "/nowhere.png"], "does not exist"),
     "from a photo": (["--from", "PHOTO"], "carries no settings"),
     "image": (["x", "--image", "/nowhere.png"], "does not exist"),

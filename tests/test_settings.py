@@ -47,6 +47,9 @@ floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
         interval=st.none() | st.tuples(floats, floats),
         threshold=st.none() | floats,
         clip_skip=st.integers(1, 12),
+        handover=st.none() | floats,
+        refiner=st.none() | st.sampled_from(["refiner", "xl, refiner: 1.0"]),
+        embeddings=st.lists(st.sampled_from(["kitty", "<cat>", 'a "b"', "Größe: 猫"])).map(tuple),
         model=st.none() | st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1),
     )
 )

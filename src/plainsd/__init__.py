@@ -16,6 +16,7 @@ _HOME = {
     "load": "checkpoint", "save": "checkpoint",
     "StableDiffusion": "generate", "text_to_image": "generate", "image_to_image": "generate", "inpaint": "generate",
     "outpaint": "generate", "final": "generate", "Pictures": "generate",
+    "add_lora": "lora", "save_lora": "lora", "add_embedding": "embeddings", "save_embedding": "embeddings",
     "Step": "samplers", "Settings": "settings", "UserError": "errors",
 }  # fmt: skip
 __all__ = list(_HOME)

@@ -39,9 +39,8 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
     if settings.variation_strength and settings.variation_seed is None:
         raise UserError(f"variation strength {settings.variation_strength} without a variation seed; give both")
     guidance = variant.guidance if settings.guidance is None else settings.guidance
-    return replace(
-        settings, sampler=sampler, spacing=spacing, steps=steps, guidance=float(guidance), model=model_name(sd), **refined
-    )
+    choices = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
+    return replace(settings, **choices, model=model_name(sd), **refined)
 
 
 def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:

@@ -1,6 +1,7 @@
 """The `plainsd` command: finds the sub-command, reads its flags, and turns errors into one line and an exit code.
 
-0 done (verify: 1 where something differs); 2 wrong input, an unreadable or an unwritable file; 130 interrupted. PLAINSD_DEBUG=1 shows the traceback.
+0 done; 1 from verify alone: something differs; 2 wrong input, an unreadable or an unwritable file; 130 interrupted.
+PLAINSD_DEBUG=1 shows the traceback.
 
 A sub-command is a dataclass with a `run()` that returns an exit code, or None for 0. It is imported only when it is
 called, and imports torch only in `run()`, so that help comes at once.
@@ -31,6 +32,11 @@ COMMANDS = {                          # name: module, class, what it does
     "serve": ("plainsd.server.command", "Serve", "a page and three APIs in the browser and for programs"),
 }  # fmt: skip
 HELP = ("-h", "--help")
+PLAINLY = (
+    (r"no type matching .+ could be instantiated from", "cannot read"),
+    (r"invalid literal for int\(\) with base 10: (.+)", r"\1 is no whole number"),
+    (r"could not convert string to float: (.+)", r"\1 is no number"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,8 +99,13 @@ def parsed(kind: type, name: str, arguments: list[str]):
 
 
 def in_one_line(box: str) -> str:
-    """What tyro says in a framed box, up to its first rule: `Error parsing --steps: ...`."""
-    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()[1:]]
-    upto = next((i for i, line in enumerate(lines) if line.startswith("──") or line == "Got errors:"), len(lines))
-    line = re.sub(r"no type matching \S+ could be instantiated from", "cannot read", " ".join(lines[:upto]))
+    """What tyro says in a framed box under a title, up to its next rule: `Error parsing --steps: ...`."""
+    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()[1:]]
+    lines = lines[1:] if lines and not lines[0].strip("-─") else lines           # the frame where there is only ASCII
+    upto = next((i for i, line in enumerate(lines) if line[:2] in ("──", "--") or line == "Got errors:"), len(lines))
+    line = " ".join(lines[:upto])
+    for pattern, plainly in PLAINLY:
+        line = re.sub(pattern, plainly, line)
+    if "Perhaps you meant:" in lines:
+        line += f"; did you mean {lines[lines.index('Perhaps you meant:') + 1].split()[0]}?"
     return textwrap.shorten(line, 300).rstrip(".")

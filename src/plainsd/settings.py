@@ -42,6 +42,7 @@ class Settings:
     interval: tuple[float, float] | None = None    # sigmas between which guidance acts (arXiv:2404.07724)
     perturbed: float = 0.0                         # scale of perturbed-attention guidance (arXiv:2403.17377)
     threshold: float | None = None                 # percentile of dynamic thresholding, .995 (arXiv:2205.11487)
+    embeddings: tuple[str, ...] = ()               # learned words in the prompts, for the text
     model: str | None = None                       # its name, for the text; which model draws is said elsewhere
     other: tuple[tuple[str, str], ...] = ()        # what a text said beside these; nothing here acts on it
 
@@ -94,6 +95,10 @@ def _interval(text: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(", "))
+
+
 def _size(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     return int(width), int(height)
@@ -119,6 +124,7 @@ FIELDS = (
     ("CFG interval", "interval", _interval, lambda pair: f"{number(pair[0])} to {number(pair[1])}"),
     ("PAG scale", "perturbed", float, number),
     ("Threshold percentile", "threshold", float, number),
+    ("Embeddings", "embeddings", _words, ", ".join),
 )
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
 ALWAYS = ("seed",)                                 # written even where they have their default value

@@ -38,7 +38,7 @@ from plainsd.tensorfile import open_tensors
 from plainsd.variants import Variant, encoder_names
 
 TOLERANCE = 1e-4                      # relative, of one network; float32 rounding gives 1e-7 to 1e-5
-DRAWN = 2e-3                          # of the latents after five steps; the first is at sigma 4096 with zero terminal SNR
+DRAWN = 2e-3                          # of the latents after five steps; with zero terminal SNR they begin at sigma 4096
 STEPS = 5
 WIDEST = 256                          # pixels: the arithmetic is the same at any size
 WORDS = ("a red apple", "blurred")       # short: diffusers cuts off what is longer than the text encoder
@@ -279,8 +279,8 @@ def tokenizers_there(contents: Contents, path: Path) -> list:
 
 def tokenizer_rows(contents: Contents, path: Path) -> Iterator[Row]:
     """How many of some texts are cut otherwise."""
-    ours = tokenizers(contents, path)
-    for name, mine, other in zip(tokenizer_names(contents.variant), ours, tokenizers_there(contents, path), strict=True):
+    names, ours = tokenizer_names(contents.variant), tokenizers(contents, path)
+    for name, mine, other in zip(names, ours, tokenizers_there(contents, path), strict=True):
         wrong = sum([mine.start, *mine.encode(text), mine.end] != other(text).input_ids for text in TEXTS)
         yield Row(name.replace("_", " "), wrong, 0)
 

@@ -7,27 +7,44 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
-from plainsd.commands.loras import chosen, tags_of, without_tags
+from plainsd.commands.grid import axis, grid_cells, sheet
+from plainsd.commands.loras import chosen, learned, tags_of, without_tags
 from plainsd.commands.output import Preview, Target, check_writable
-from plainsd.errors import UserError, unknown
-from plainsd.settings import DEFAULTS, FIELDS, Settings
+from plainsd.errors import UserError
+from plainsd.settings import DEFAULTS, Settings
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from plainsd.generate import Pictures, StableDiffusion
 
+ELSEWHERE = ("model", "refiner", "embeddings")       # settings that a picture's text names, and flags give
 Batch = tuple[list[str], dict]        # prompts, and the choices that all of them share
 
 
 def flag(metavar: str, name: str | None = None):
-    return arg(metavar=metavar, name=name)
+    return arg(metavar=metavar, name=name, help_behavior_hint=default_hint)
+
+
+def several(kind: type, count: int):
+    """Exactly so many numbers, or None. tyro by itself takes whatever follows, and with it the prompt."""
+    return PrimitiveConstructorSpec(
+        nargs=count,
+        metavar="",
+        instance_from_str=lambda texts: tuple(map(kind, texts)),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [] if value is None else list(map(str, value)),
+    )
+
+
+def default_hint(default: str) -> str:
+    return "" if default in ("", "None", "''") else f"(default: {default})"
 
 
 @dataclass
@@ -49,9 +66,15 @@ class Generate:
     """where the LoRAs lie that a prompt names as <lora:style:0.8>"""
     lora_partial: bool = False
     """leave out what of a LoRA does not fit the model"""
+    embedding: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:WORD")] = ()
+    """a learned word (textual inversion), such as cat.pt:<cat>, or FILE alone; more than once for several"""
+    refiner: Annotated[str | None, flag("MODEL")] = None
+    """folder, file or hub name of a model that draws the last part, such as SDXL's refiner"""
+    handover: Annotated[float | None, flag("SHARE")] = None
+    """of the timesteps, after which the refiner draws (default 0.8)"""
     negative: Annotated[str | None, flag("TEXT")] = None
     """what to keep away from"""
-    size: Annotated[tuple[int, int] | None, flag("W H")] = None
+    size: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
     """pixels, multiples of 8; with --image any, and the picture is scaled"""
     steps: Annotated[int | None, flag("N")] = None
     """steps of the sampler"""
@@ -81,7 +104,7 @@ class Generate:
     """how far from it: the share of the steps that run (default 0.75; 1 with a mask)"""
     mask: Annotated[Path | None, flag("FILE")] = None
     """a picture of the same size; only where it is light is --image drawn anew"""
-    outpaint: Annotated[tuple[int, int, int, int] | None, flag("L T R B")] = None
+    outpaint: Annotated[tuple[int, int, int, int] | None, flag("L T R B"), several(int, 4)] = None
     """continue --image by so many pixels at its left, top, right, bottom"""
     hires: Annotated[float | None, flag("TIMES")] = None
     """a second pass on the picture enlarged so many times"""
@@ -100,7 +123,7 @@ class Generate:
     """fresh noise a step, 0 to 1, for samplers that have the choice"""
     rescale: Annotated[float | None, flag("SHARE")] = None
     """guidance keeps the contrast of the prompted estimate by this share, such as 0.7"""
-    interval: Annotated[tuple[float, float] | None, flag("LOW HIGH")] = None
+    interval: Annotated[tuple[float, float] | None, flag("LOW HIGH"), several(float, 2)] = None
     """noise levels (sigma) between which guidance acts"""
     perturbed: Annotated[float | None, flag("SCALE")] = None
     """perturbed-attention guidance, such as 3"""
@@ -128,13 +151,18 @@ class Generate:
         from tqdm import tqdm
 
         from plainsd.checkpoint import load      # torch comes in here
+        from plainsd.embeddings import add_embedding
 
         began = time.perf_counter()
         loras = chosen(self.lora, tags, self.lora_folder)
+        files = [learned(text) for text in self.embedding]
         sd = load(
             self.model, device=self.device, dtype=self.dtype, vae=self.vae, loras=loras, lora_partial=self.lora_partial
         )
-        self.check_model(sd, choices.pop("model", None))
+        words = [add_embedding(sd, file, word or None) for file, word in files]
+        self.check_recorded(sd, prompts, words, choices)
+        if self.refiner:
+            sd.refiner = load(self.refiner, device=self.device, dtype=self.dtype)
         loaded = time.perf_counter()
         batches = grid_cells(prompts[0], choices, axes) if axes else cut(prompts, choices, self.batch)
         images: list[Image.Image] = []
@@ -143,7 +171,7 @@ class Generate:
             images += pictures.images
             if not axes:
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
-                    say(str(target.write(image, replace(settings, prompt=settings.prompt + tags_of(loras)))))
+                    say(str(target.write(image, noted(settings, tags_of(loras), words))))
         if axes:
             say(str(target.write(sheet(images, axes), None)))
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
@@ -171,7 +199,7 @@ class Generate:
             prompts = read_prompts(self.prompts)
         if not prompts:
             raise UserError("there is no prompt; give one, or a picture with --from, or a file with --prompts")
-        choosable = DEFAULTS.keys() - {"prompt", "model"}
+        choosable = DEFAULTS.keys() - {"prompt", *ELSEWHERE}
         given = {name: value for name, value in asdict(self).items() if name in choosable and value is not None}
         if self.count < 1 or self.batch < 1:
             raise UserError(f"count {self.count} and batch {self.batch} must be 1 or more")
@@ -200,21 +228,31 @@ class Generate:
             return lambda sd, prompts, **more: generate().outpaint(sd, prompts, image, *self.outpaint, **more)
         return lambda sd, prompts, **more: generate().image_to_image(sd, prompts, image, **more)
 
-    def check_model(self, sd: StableDiffusion, recorded: str | None) -> None:
+    def check_recorded(self, sd: StableDiffusion, prompts: list[str], words: list[str], choices: dict) -> None:
+        """What --from was made with, and its text only names, must be given. Takes the names out of the choices."""
         from plainsd.choices import model_name
 
-        name = model_name(sd)
-        if recorded not in (None, name) and self.model is None:
-            raise UserError(
-                f"'{self.from_}' was made with the model {recorded!r}, and this is {name!r}; "
-                "say where that is with --model"
-            )
+        model, refiner, learned = (choices.pop(name, None) for name in ELSEWHERE)
+        made = f"'{self.from_}' was made with the"
+        if model not in (None, model_name(sd)) and self.model is None:
+            raise UserError(f"{made} model {model!r}, and this is {model_name(sd)!r}; say where that is with --model")
+        if refiner and self.refiner is None:
+            raise UserError(f"{made} refiner {refiner!r}; say where that is with --refiner")
+        texts = " ".join([*prompts, choices.get("negative", "")])
+        if missing := [word for word in learned or () if word in texts and word not in words]:
+            raise UserError(f"{made} embedding {missing[0]!r}; give it with --embedding FILE:{missing[0]}")
 
 
 def generate():
     from plainsd import generate as module
 
     return module
+
+
+def noted(settings: Settings, tags: str, words: list[str]) -> Settings:
+    """With the adapters that came by flags."""
+    used = tuple(word for word in words if word in settings.prompt or word in settings.negative)
+    return replace(settings, prompt=settings.prompt + tags, embeddings=used)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -235,45 +273,6 @@ def cut(prompts: list[str], choices: dict, size: int) -> Iterator[Batch]:
     first = choices.get(counted, 0)
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size], choices | {counted: first + start}
-
-
-# --- grids -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Axis:
-    name: str
-    values: list
-
-
-def axis(text: str) -> Axis:
-    """`guidance=3,5,7` -> the setting and its values."""
-    readers = {name: read for _, name, read, _ in FIELDS if name not in ("size", "interval", "model")}
-    readers |= {"sampler": str, "spacing": str}
-    key, equals, values = text.partition("=")
-    name = key.strip().replace("-", "_")
-    if name not in readers:
-        raise unknown("grid setting", key, readers)
-    try:
-        parsed = [readers[name](value.strip()) for value in values.split(",")]
-    except ValueError:
-        raise UserError(f"grid {text!r} has a value that cannot be read; write it as guidance=3,5,7") from None
-    if not equals or not values:
-        raise UserError(f"grid {text!r} has no values; write it as guidance=3,5,7")
-    return Axis(name, parsed)
-
-
-def grid_cells(prompt: str, choices: dict, axes: list[Axis]) -> Iterator[Batch]:
-    """One picture a cell, row by row: the first axis runs across, the second down."""
-    for values in product(*(one.values for one in reversed(axes))):
-        yield [prompt], choices | dict(zip((one.name for one in reversed(axes)), values, strict=True))
-
-
-def sheet(images: list[Image.Image], axes: list[Axis]) -> Image.Image:
-    from plainsd.images import grid
-
-    labels = [[f"{one.name.replace('_', ' ')} {value}" for value in one.values] for one in axes]
-    return grid(images, len(labels[0]), *labels)
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------

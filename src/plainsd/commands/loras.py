@@ -1,6 +1,7 @@
-"""LoRAs on the command line: `--lora FILE:0.8`, and A1111's `<lora:name:0.8>` in a prompt.
+"""Adapters on the command line: `--lora FILE:0.8`, A1111's `<lora:name:0.8>` in a prompt, `--embedding FILE:word`.
 
-The text that a picture carries always has the tags, whichever way the LoRAs came, so that --from finds them again.
+The text that a picture carries always has the tags, whichever way the LoRAs came, so that --from finds them again; and
+the learned words that its prompts use, so that --from can ask for them.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,15 @@ def from_flag(text: str) -> tuple[Path, float | None]:
         return Path(path), float(strength)
     except ValueError:
         raise UserError(f"--lora {text!r} is no file, and {strength!r} is no strength; write FILE:0.8") from None
+
+
+def learned(text: str) -> tuple[Path, str]:
+    """`cat.safetensors:<cat>` -> file and word; without a word, the file's own is to be asked for: empty."""
+    path, colon, word = text.rpartition(":")
+    file, word = (Path(text), "") if not colon or Path(text).exists() else (Path(path), word)
+    if not file.exists():
+        raise UserError(f"--embedding {text!r}: there is no file {str(file)!r}; write FILE, or FILE:word")
+    return file, word
 
 
 def chosen(flags: Sequence[str], tags: dict[str, float], folder: Path | None) -> Loras:
