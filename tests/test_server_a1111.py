@@ -9,7 +9,7 @@ from serving import Brake, alike, base64_of, from_base64, model_folder, open_ser
 from webuiapi import HiResUpscaler, WebUIApi
 
 import plainsd
-from plainsd.server.a1111 import sampler_of
+from plainsd.server.a1111_fields import sampler_of
 from plainsd.server.refusals import Refused
 from plainsd.server.security import Limits
 from plainsd.server.uploads import box_around, filled
@@ -51,13 +51,20 @@ def drawing():
 
 
 def test_txt2img(api, sd):
-    result = api.txt2img(prompt="a red apple", negative_prompt="blue", seed=7, cfg_scale=4, width=64, height=72, batch_size=2,
+    result = api.txt2img(prompt="a red apple", negative_prompt="blue", seed=7, cfg_scale=4, width=64, height=72,
+                         batch_size=2,
                          n_iter=2, sampler_name="DPM++ 2M", scheduler="Karras")  # fmt: skip
-    expected = plainsd.final(plainsd.text_to_image(sd, "a red apple", "blue", seed=7, guidance=4, size=(64, 72), steps=3, count=4,
+    expected = plainsd.final(plainsd.text_to_image(sd, "a red apple", "blue", seed=7, guidance=4, size=(64, 72),
+                                                   steps=3, count=4,
                                                    sampler="dpmpp_2m", spacing="karras"))  # fmt: skip
     assert len(result.images) == 4 and all(alike(a, b) for a, b in zip(result.images, expected, strict=True))
     info = result.info
-    assert (info["seed"], info["all_seeds"], info["sampler_name"], info["cfg_scale"]) == (7, [7, 8, 9, 10], "DPM++ 2M", 4)
+    assert (info["seed"], info["all_seeds"], info["sampler_name"], info["cfg_scale"]) == (
+        7,
+        [7, 8, 9, 10],
+        "DPM++ 2M",
+        4,
+    )
     assert (info["width"], info["height"], info["steps"], info["sd_model_name"]) == (64, 72, 3, "tiny")
     assert info["infotexts"][1] == result.images[1].info["parameters"] and "Seed: 8" in info["infotexts"][1]
     assert result.parameters["prompt"] == "a red apple" and result.parameters["cfg_scale"] == 4
@@ -65,18 +72,41 @@ def test_txt2img(api, sd):
 
 def test_older_sampler_names_eta_and_a_random_seed(api, sd):
     one = api.txt2img(prompt="p", seed=1, sampler_name="DPM++ 2M Karras", width=64, height=64)
-    assert alike(one.image, plainsd.final(plainsd.text_to_image(sd, "p", seed=1, steps=3, guidance=7, sampler="dpmpp_2m", spacing="karras"))[0])
+    assert alike(
+        one.image,
+        plainsd.final(
+            plainsd.text_to_image(sd, "p", seed=1, steps=3, guidance=7, sampler="dpmpp_2m", spacing="karras")
+        )[0],
+    )
     half = api.txt2img(prompt="p", seed=1, sampler_name="DDIM", eta=0.5, width=64, height=64)
-    assert alike(half.image, plainsd.final(plainsd.text_to_image(sd, "p", seed=1, steps=3, guidance=7, sampler="ddim", eta=0.5))[0])
+    assert alike(
+        half.image,
+        plainsd.final(plainsd.text_to_image(sd, "p", seed=1, steps=3, guidance=7, sampler="ddim", eta=0.5))[0],
+    )
     seeds = {api.txt2img(prompt="p", width=64, height=64, steps=1).info["seed"] for _ in range(2)}
     assert len(seeds) == 2 and -1 not in seeds
 
 
 def test_hires_and_variations(api, sd):
-    large = api.txt2img(prompt="p", seed=2, width=64, height=64, enable_hr=True, hr_scale=1.5, hr_upscaler=HiResUpscaler.Latent, denoising_strength=0.6)
-    assert alike(large.image, plainsd.final(plainsd.text_to_image(sd, "p", seed=2, steps=3, guidance=7, sampler="euler_a", hires=1.5, strength=0.6))[0])
+    large = api.txt2img(
+        prompt="p",
+        seed=2,
+        width=64,
+        height=64,
+        enable_hr=True,
+        hr_scale=1.5,
+        hr_upscaler=HiResUpscaler.Latent,
+        denoising_strength=0.6,
+    )
+    assert alike(
+        large.image,
+        plainsd.final(
+            plainsd.text_to_image(sd, "p", seed=2, steps=3, guidance=7, sampler="euler_a", hires=1.5, strength=0.6)
+        )[0],
+    )
     varied = api.txt2img(prompt="p", seed=2, subseed=5, subseed_strength=0.3, width=64, height=64, batch_size=2)
-    expected = plainsd.final(plainsd.text_to_image(sd, "p", seed=2, steps=3, guidance=7, sampler="euler_a", eta=1.0, count=2,
+    expected = plainsd.final(plainsd.text_to_image(sd, "p", seed=2, steps=3, guidance=7, sampler="euler_a", eta=1.0,
+                                                   count=2,
                                                    variation_seed=5, variation_strength=0.3))  # fmt: skip
     assert all(alike(a, b) for a, b in zip(varied.images, expected, strict=True))
     assert varied.info["all_seeds"] == [2, 2] and varied.info["all_subseeds"] == [5, 6]
@@ -84,12 +114,17 @@ def test_hires_and_variations(api, sd):
 
 def test_img2img(api, sd, drawing):
     result = api.img2img(images=[drawing], prompt="p", denoising_strength=0.7, seed=3, width=72, height=64)
-    expected = plainsd.final(plainsd.image_to_image(sd, "p", drawing, 0.7, seed=3, steps=3, guidance=7, sampler="euler_a", size=(72, 64)))[0]
+    expected = plainsd.final(
+        plainsd.image_to_image(sd, "p", drawing, 0.7, seed=3, steps=3, guidance=7, sampler="euler_a", size=(72, 64))
+    )[0]
     assert alike(result.image, expected) and result.info["denoising_strength"] == 0.7
     wide = Image.new("RGB", (128, 64), "red")
     wide.paste("blue", (0, 0, 32, 64))
     for mode in (1, 2):
-        assert api.img2img(images=[wide], resize_mode=mode, denoising_strength=0.4, width=64, height=64).image.size == (64, 64)
+        assert api.img2img(images=[wide], resize_mode=mode, denoising_strength=0.4, width=64, height=64).image.size == (
+            64,
+            64,
+        )
 
 
 def mask_of(*box, size=(64, 64)):
@@ -100,9 +135,12 @@ def mask_of(*box, size=(64, 64)):
 
 def test_inpainting_the_whole_picture(api, sd, drawing):
     mask = mask_of(16, 16, 48, 48)
-    result = api.img2img(images=[drawing], mask_image=mask, mask_blur=0, inpainting_fill=1, inpaint_full_res=False, prompt="p",
+    result = api.img2img(images=[drawing], mask_image=mask, mask_blur=0, inpainting_fill=1, inpaint_full_res=False,
+                         prompt="p",
                          denoising_strength=0.9, seed=3, width=64, height=64)  # fmt: skip
-    expected = plainsd.final(plainsd.inpaint(sd, "p", drawing, mask, 0.9, seed=3, steps=3, guidance=7, sampler="euler_a"))[0]
+    expected = plainsd.final(
+        plainsd.inpaint(sd, "p", drawing, mask, 0.9, seed=3, steps=3, guidance=7, sampler="euler_a")
+    )[0]
     assert alike(result.image, expected)
     inverted = api.img2img(images=[drawing], mask_image=mask, mask_blur=0, inpainting_fill=1, inpaint_full_res=False,
                            inpainting_mask_invert=1, denoising_strength=0.9, seed=3, width=64, height=64)  # fmt: skip
@@ -111,7 +149,8 @@ def test_inpainting_the_whole_picture(api, sd, drawing):
 
 def test_inpainting_only_around_the_mask(api):
     large = Image.effect_noise((256, 192), 90).convert("RGB")
-    result = api.img2img(images=[large], mask_image=mask_of(100, 80, 140, 110, size=(256, 192)), mask_blur=4, inpaint_full_res=True,
+    result = api.img2img(images=[large], mask_image=mask_of(100, 80, 140, 110, size=(256, 192)), mask_blur=4,
+                         inpaint_full_res=True,
                          inpaint_full_res_padding=16, denoising_strength=1.0, seed=3, width=64, height=64)  # fmt: skip
     picture = result.image
     assert picture.size == (256, 192)                    # pasted back into the whole
@@ -137,7 +176,9 @@ def test_boxes_keep_the_proportions_and_holes_take_the_colours_around():
 def test_progress_and_interrupt(api, server, brake):
     assert api.get_progress()["progress"] == 0 and api.get_progress()["state"]["job_count"] == 0
     results = []
-    thread = threading.Thread(target=lambda: results.append(api.txt2img(prompt="slow", batch_size=2, steps=10, width=64, height=64)))
+    thread = threading.Thread(
+        target=lambda: results.append(api.txt2img(prompt="slow", batch_size=2, steps=10, width=64, height=64))
+    )
     thread.start()
     brake.wait()
     brake.step(4)
@@ -160,25 +201,43 @@ def test_png_info(api, server, drawing):
     result = api.png_info(made)
     assert result.info == made.info["parameters"]
     parameters = result.parameters
-    assert parameters["Prompt"] == "known, later" and parameters["Negative prompt"] == "rain" and parameters["Seed"] == "5"
+    assert (
+        parameters["Prompt"] == "known, later" and parameters["Negative prompt"] == "rain" and parameters["Seed"] == "5"
+    )
     assert parameters["Size-1"] == 64 and parameters["Sampler"] == "Euler a"
     assert api.png_info(drawing).info == ""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "no settings at all")
-    assert server.post("/sdapi/v1/png-info", {"image": base64.b64encode(png_bytes(drawing, pnginfo=info)).decode()}).json()["info"] == ""
+    assert (
+        server.post(
+            "/sdapi/v1/png-info", {"image": base64.b64encode(png_bytes(drawing, pnginfo=info)).decode()}
+        ).json()["info"]
+        == ""
+    )
 
 
 def test_lists_and_options(api, server):
     assert api.util_get_model_names() == ["other", "tiny"] and "DPM++ 2M" in api.util_get_sampler_names()
-    assert "karras" in api.util_get_scheduler_names() and api.get_loras() == [] and api.get_scripts() == {"txt2img": [], "img2img": []}
+    assert (
+        "karras" in api.util_get_scheduler_names()
+        and api.get_loras() == []
+        and api.get_scripts() == {"txt2img": [], "img2img": []}
+    )
     assert api.util_get_current_model() == "tiny"
     try:
         api.util_set_model("other")
         assert api.txt2img(prompt="p", width=64, height=64).info["sd_model_name"] == "other"
-        once = api.txt2img(prompt="p", width=64, height=64, override_settings={"sd_model_checkpoint": "tiny [0123abcd]", "CLIP_stop_at_last_layers": 2})
+        once = api.txt2img(
+            prompt="p",
+            width=64,
+            height=64,
+            override_settings={"sd_model_checkpoint": "tiny [0123abcd]", "CLIP_stop_at_last_layers": 2},
+        )
         assert (once.info["sd_model_name"], once.info["clip_skip"]) == ("tiny", 2)
         assert api.util_get_current_model() == "other"
-        api.set_options({"CLIP_stop_at_last_layers": 2, "samples_format": "png", "save_images_before_highres_fix": True})
+        api.set_options(
+            {"CLIP_stop_at_last_layers": 2, "samples_format": "png", "save_images_before_highres_fix": True}
+        )
         assert api.get_options()["CLIP_stop_at_last_layers"] == 2
         assert server.post("/sdapi/v1/options", {"sd_model_checkpoint": "none such"}).status_code == 404
         assert server.post("/sdapi/v1/options", {"CLIP_stop_at_last_layers": "two"}).status_code == 422
@@ -190,9 +249,11 @@ def test_lists_and_options(api, server):
 
 
 @pytest.mark.parametrize(("name", "scheduler", "ours"), [
-    ("Euler a", None, ("euler_a", None)), ("euler_a", "Automatic", ("euler_a", None)), ("k_euler_a", "automatic", ("euler_a", None)),
+    ("Euler a", None, ("euler_a", None)), ("euler_a", "Automatic", ("euler_a", None)),
+    ("k_euler_a", "automatic", ("euler_a", None)),
     ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")), ("DPM++ 2M SDE", "exponential", ("dpmpp_2m_sde", "exponential")),
-    ("DPM++ SDE", "SGM Uniform", ("dpmpp_sde", "trailing")), ("UniPC", "Uniform", ("unipc", "linspace")), (None, "karras", (None, "karras")),
+    ("DPM++ SDE", "SGM Uniform", ("dpmpp_sde", "trailing")), ("UniPC", "Uniform", ("unipc", "linspace")),
+    (None, "karras", (None, "karras")),
 ])  # fmt: skip
 def test_sampler_names(name, scheduler, ours):
     assert sampler_of(name, scheduler) == ours
@@ -204,9 +265,12 @@ def test_unknown_names_and_what_is_not_had(server, drawing):
     wrong = [
         ("txt2img", {"sampler_name": "Restart"}, 404), ("txt2img", {"scheduler": "Beta"}, 404), ("img2img", {}, 404),
         ("img2img", {"init_images": [base64_of(drawing)] * 2}, 422), ("txt2img", {"tiling": True}, 422),
-        ("txt2img", {"restore_faces": True}, 422), ("txt2img", {"script_name": "x/y/z plot"}, 422), ("txt2img", {"width": 65}, 422),
-        ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"model": "canny"}]}}}, 422), ("txt2img", {"steps": 0}, 422),
-        ("txt2img", {"override_settings": {"sd_vae": "some.vae.pt"}}, 422), ("txt2img", {"enable_hr": True, "hr_upscaler": "ESRGAN_4x"}, 422),
+        ("txt2img", {"restore_faces": True}, 422), ("txt2img", {"script_name": "x/y/z plot"}, 422),
+        ("txt2img", {"width": 65}, 422),
+        ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"model": "canny"}]}}}, 422),
+        ("txt2img", {"steps": 0}, 422),
+        ("txt2img", {"override_settings": {"sd_vae": "some.vae.pt"}}, 422),
+        ("txt2img", {"enable_hr": True, "hr_upscaler": "ESRGAN_4x"}, 422),
         ("img2img", {"init_images": [base64_of(drawing)], "mask": base64_of(drawing), "inpainting_fill": 2}, 422),
         ("img2img", {"init_images": [base64_of(drawing)], "mask": base64_of(Image.new("L", (64, 64)))}, 422),
         ("img2img", {"init_images": ["http://example.com/a.png"]}, 422), ("png-info", {"image": "AAAA"}, 422),

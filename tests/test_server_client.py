@@ -32,11 +32,15 @@ def test_pictures_come_home(server):
     pictures = [event for event in events if isinstance(event, Finished)]
     sd = plainsd.load(server.service.models.known["tiny"].source, device="cpu", dtype="float32")
     expected = plainsd.final(plainsd.text_to_image(sd, "a red apple", seed=3, count=2, steps=4))
-    assert all(alike(Image.open(BytesIO(event.png)), picture) for event, picture in zip(pictures, expected, strict=True))
+    assert all(
+        alike(Image.open(BytesIO(event.png)), picture) for event, picture in zip(pictures, expected, strict=True)
+    )
     assert [event.settings["seed"] for event in pictures] == [3, 4]
     assert isinstance(events[0], Progress) and events[0].share < 1
     image = Image.effect_noise((64, 64), 90).convert("RGB")
-    over = [event for event in Remote(server.url, TOKEN).draw(prompt="p", image=base64_of(image), strength=0.5, seed=1)][-1]
+    over = [
+        event for event in Remote(server.url, TOKEN).draw(prompt="p", image=base64_of(image), strength=0.5, seed=1)
+    ][-1]
     assert over.settings["strength"] == 0.5
 
 

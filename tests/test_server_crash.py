@@ -46,7 +46,9 @@ class Process:
     def __init__(self, model, data, pause=0.0):
         code = CODE.format(tests=os.path.dirname(__file__), model=model, data=str(data), pause=pause)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+        )
         port = self.process.stdout.readline().strip()
         assert port, "the server did not start"
         self.server = Server(None, f"http://127.0.0.1:{port}")
@@ -58,7 +60,7 @@ class Process:
 
 
 def test_killed_and_restarted_everything_is_drawn_exactly_once(model, tmp_path):
-    first = Process(model, tmp_path, pause=0.02)
+    first = Process(model, tmp_path, pause=0.1)
     jobs = [first.server.job(prompt=f"picture {i}", count=3, seed=10 * i) for i in range(4)]
     until(lambda: len(first.server.get("/api/images").json()["images"]) >= 3, 60)
     first.end(signal.SIGKILL)
@@ -74,7 +76,7 @@ def test_killed_and_restarted_everything_is_drawn_exactly_once(model, tmp_path):
         alone = plainsd.final(plainsd.text_to_image(sd, f"picture {i}", seed=10 * i, count=3))
         assert all(alike(second.server.picture(f"{job['id']}-{j}"), alone[j]) for j in range(3))
     files = sorted(path.name for path in tmp_path.rglob("pictures/*/*"))
-    assert len(files) == 12 and all(name.endswith(".png") for name in files)             # nothing half-written, nothing twice
+    assert len(files) == 12 and all(name.endswith(".png") for name in files)  # nothing half-written, nothing twice
     second.end(signal.SIGTERM)
 
 

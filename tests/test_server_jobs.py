@@ -1,6 +1,8 @@
 """Queue, store and worker, without HTTP."""
 
 import errno
+import shutil
+import sqlite3
 import time
 
 import pytest
@@ -13,6 +15,7 @@ from plainsd.errors import UserError
 from plainsd.images import read_settings
 from plainsd.lora import inject, save_lora
 from plainsd.server import store as store_module
+from plainsd.server import worker as worker_module
 from plainsd.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING
 from plainsd.server.refusals import Refused
 from plainsd.server.requests import JobRequest, new_job
@@ -72,7 +75,6 @@ def stop(service):
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.full                     # failed on a busy machine; not yet understood
 def test_requests_that_agree_run_as_one_batch_and_each_picture_is_as_alone(opened, folder):
     service = opened(start=False, batch=8)
     wanted = [("a red apple", 7, "anna", {}), ("a (blue:1.2) pear [x|y]", 100, "bert", {}), ("", 2**40, "carl", {}),
@@ -110,13 +112,24 @@ def test_without_a_seed_each_job_draws_one_and_keeps_it(opened):
 
 def test_a_grid_is_its_cells_and_a_sheet(opened):
     service = opened(batch=3)
-    job = ended(ask(service, seed=4, grid=[{"name": "guidance", "values": [1, 3, "7.5"]}, {"name": "steps", "values": [2, 3]}]))
+    job = ended(
+        ask(service, seed=4, grid=[{"name": "guidance", "values": [1, 3, "7.5"]}, {"name": "steps", "values": [2, 3]}])
+    )
     assert job.state == DONE, job.error
     rows = sorted(service.store.pictures(job=job.id), key=lambda row: row.place)
-    assert [(row.settings.guidance, row.settings.steps) for row in rows[:6]] == [(1, 2), (3, 2), (7.5, 2), (1, 3), (3, 3), (7.5, 3)]
+    assert [(row.settings.guidance, row.settings.steps) for row in rows[:6]] == [
+        (1, 2),
+        (3, 2),
+        (7.5, 2),
+        (1, 3),
+        (3, 3),
+        (7.5, 3),
+    ]
     sheet = Image.open(service.store.path(rows[6]))
     assert len(rows) == 7 and sheet.width > 3 * 64 and sheet.height > 2 * 64
-    assert alike(sheet.crop((sheet.width - 64, sheet.height - 64, *sheet.size)), Image.open(service.store.path(rows[5])), 0)
+    assert alike(
+        sheet.crop((sheet.width - 64, sheet.height - 64, *sheet.size)), Image.open(service.store.path(rows[5])), 0
+    )
 
 
 def test_names_of_files_come_from_nothing_dangerous(opened):
@@ -208,11 +221,30 @@ def test_a_failure_is_the_failure_of_one(opened):
 def test_a_full_disk_fails_the_job_and_not_the_server(opened, monkeypatch):
     service = opened()
     write = store_module.write_png
-    monkeypatch.setattr(store_module, "write_png", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        store_module, "write_png", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
     job = ended(ask(service))
     assert (job.state, job.at_fault) == (FAILED, False) and "No space left" in job.error
     monkeypatch.setattr(store_module, "write_png", write)
     assert ended(ask(service)).state == DONE
+
+
+def test_a_history_that_cannot_be_written_holds_the_worker_up_and_loses_nothing(opened, monkeypatch):
+    monkeypatch.setattr(worker_module, "RETRY", 0.01)
+    service = opened(start=False)
+    job, refusals = ask(service), []
+
+    def full(*given):
+        refusals.append(1)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service.store, "started", full)
+        service.worker.start()
+        until(lambda: len(refusals) >= 2)
+        assert service.worker.is_alive() and job.state == QUEUED
+    assert ended(job).state == DONE
 
 
 def test_a_job_has_a_time_limit(opened, brake):
@@ -257,7 +289,7 @@ def test_a_job_that_ends_the_server_again_and_again_is_given_up(opened):
     service = opened(start=False)
     job = ask(service)
     for _ in range(3):
-        service.store.started(job)
+        service.store.started(job, 1.0)
     stop(service)
     again = opened(start=False)
     found = again.store.job(job.id)
@@ -317,7 +349,10 @@ def test_models_share_a_budget_and_the_least_recently_used_goes_first(opened, fo
     assert service.models.loads == 4                     # "two" made room for "three", and comes back
     assert [model.name for model in service.models.known.values() if model.sd] == ["one", "two"]
     sd = plainsd.load(paths[1], device="cpu", dtype=torch.float32)
-    assert alike(Image.open(service.store.path(service.store.pictures()[0])), plainsd.final(plainsd.text_to_image(sd, "a red apple", seed=3))[0])
+    assert alike(
+        Image.open(service.store.path(service.store.pictures()[0])),
+        plainsd.final(plainsd.text_to_image(sd, "a red apple", seed=3))[0],
+    )
 
 
 def test_a_job_of_a_model_that_is_gone_says_so(opened, folder):
@@ -328,6 +363,18 @@ def test_a_job_of_a_model_that_is_gone_says_so(opened, folder):
     again = opened(model_folder(folder, "one"))
     until(lambda: again.store.job(job.id).state == FAILED)
     assert "model 'two' is not served any more" in again.store.job(job.id).error
+
+
+def test_a_model_that_says_what_it_was_trained_on_gives_ideas(opened, folder, tmp_path):
+    path = tmp_path / "taught"
+    shutil.copytree(model_folder(folder), path)
+    (path / "concepts.json").write_text(
+        '{"concepts": [{"phrase": "a taco"}, {"phrase": "grapes"}], "backgrounds": {"red": [1, 2, 3], "orange": [1, 2, 3]}}'
+    )
+    assert opened(str(path), start=False).models["taught"].ideas == [
+        "a taco on a red background", "grapes on an orange background"]  # fmt: skip
+    (path / "concepts.json").write_text('{"concepts": [{}], "backgrounds": []}')
+    assert opened(str(path), data="other", start=False).models["taught"].ideas == []
 
 
 def test_unknown_models_and_two_of_one_name(opened, folder, tmp_path):
@@ -395,7 +442,12 @@ def test_a_lora_that_is_not_there_or_does_not_fit_is_refused_at_the_door(opened,
     (tmp_path / "loras" / "broken.safetensors").write_bytes(b"no such thing")
     (tmp_path / "loras" / "pickle.pt").write_bytes(b"")
     service = opened(loras=tmp_path / "loras", start=False)
-    for name, says in (("wild", "did you mean 'wide'"), ("wide", "wide"), ("broken", "broken"), ("pickle", "unknown LoRA 'pickle'")):
+    for name, says in (
+        ("wild", "did you mean 'wide'"),
+        ("wide", "wide"),
+        ("broken", "broken"),
+        ("pickle", "unknown LoRA 'pickle'"),
+    ):
         with pytest.raises(Refused, match=says) as refused:
             ask(service, f"a boat <lora:{name}:1>")
         assert refused.value.status == 422

@@ -42,7 +42,10 @@ def test_only_known_hosts_are_answered(server, host, status):
 
 
 def test_a_request_with_no_host_or_two_is_refused(server):
-    for head in (b"GET /api/info HTTP/1.0\r\n\r\n", b"GET /api/info HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n"):
+    for head in (
+        b"GET /api/info HTTP/1.0\r\n\r\n",
+        b"GET /api/info HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+    ):
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30) as connection:
             connection.sendall(head)
             assert connection.recv(200).split()[1] in (b"400", b"403")
@@ -54,9 +57,14 @@ def test_on_all_addresses_any_bare_address_will_do_but_no_strange_name():
     assert "evil.example" not in hosts and "192.168.1.7.evil.example" not in hosts
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost", "file://"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost", "file://"]
+)
 def test_foreign_origins_are_refused_also_for_reading(server, origin):
-    for answer in (server.get("/api/images", headers={"Origin": origin}), server.post("/api/jobs", {"prompt": "p"}, headers={"Origin": origin})):
+    for answer in (
+        server.get("/api/images", headers={"Origin": origin}),
+        server.post("/api/jobs", {"prompt": "p"}, headers={"Origin": origin}),
+    ):
         assert answer.status_code == 403 and "is foreign" in answer.json()["error"]["message"]
     assert server.get("/api/images", headers={"Origin": server.url}).status_code == 200
 
@@ -67,13 +75,17 @@ def test_what_a_browser_calls_cross_site_is_refused(server, site):
     assert server.get("/api/images", headers={"Sec-Fetch-Site": site}).status_code == 403
     assert server.get("/api/images", headers=navigation).status_code == 403
     assert server.post("/api/jobs", {"prompt": "p"}, headers=navigation).status_code == 403
-    assert server.get("/", headers=navigation).status_code == 200                      # a link to the page may be followed
+    assert server.get("/", headers=navigation).status_code == 200  # a link to the page may be followed
     assert server.get("/", headers=navigation | {"Sec-Fetch-Dest": "iframe"}).status_code == 403
     assert server.get("/api/images", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
 
 
 def test_no_answer_allows_another_origin(server):
-    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    asked = {
+        "Origin": "http://evil.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
     answer = server.session.options(server.url + "/api/jobs", headers=asked)
     assert answer.status_code == 403
     for answer in (answer, server.get("/api/info", headers={"Origin": server.url})):
@@ -100,7 +112,11 @@ def test_every_answer_has_the_headers_that_keep_browsers_honest(server):
 
 
 def test_content_types_are_fixed(server):
-    kinds = {"/": "text/html; charset=utf-8", "/page/app.js": "text/javascript; charset=utf-8", "/page/style.css": "text/css; charset=utf-8"}
+    kinds = {
+        "/": "text/html; charset=utf-8",
+        "/page/app.js": "text/javascript; charset=utf-8",
+        "/page/style.css": "text/css; charset=utf-8",
+    }
     for path, kind in kinds.items():
         assert server.get(path).headers["content-type"] == kind
 
@@ -119,7 +135,14 @@ def test_with_a_token_nothing_else_opens(guarded):
         refused = guarded.get(path)
         assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer", path
         assert TOKEN not in refused.text
-        for given in ("Bearer wrong", "Bearer", f"Bearer {TOKEN}x", "Basic !!!", "Basic " + base64.b64encode(b"a:b").decode(), TOKEN):
+        for given in (
+            "Bearer wrong",
+            "Bearer",
+            f"Bearer {TOKEN}x",
+            "Basic !!!",
+            "Basic " + base64.b64encode(b"a:b").decode(),
+            TOKEN,
+        ):
             assert guarded.get(path, headers={"Authorization": given}).status_code == 401, given
         for given in (f"Bearer {TOKEN}", f"bearer {TOKEN}", basic):
             assert guarded.get(path, headers={"Authorization": given}).status_code == 200, given
@@ -158,8 +181,10 @@ def test_wrong_flags_are_one_line_and_code_2(model, tmp_path, capsys, monkeypatc
         taken.listen()
         wrong = {
             "must have 12 characters": ["--token", "short"], "port 99999 is out of range": ["--port", "99999"],
-            "there is no folder": ["--loras", str(tmp_path / "none")], "no model at": ["--model", "no/such/model/here", "--port", "0"],
-            "choose others with --host and --port": ["--port", str(taken.getsockname()[1])], "batch 0": ["--batch", "0"],
+            "there is no folder": ["--loras", str(tmp_path / "none")],
+            "no model at": ["--model", "no/such/model/here", "--port", "0"],
+            "choose others with --host and --port": ["--port", str(taken.getsockname()[1])],
+            "batch 0": ["--batch", "0"],
         }  # fmt: skip
         for says, flags in wrong.items():
             assert main(["serve", "--data", str(tmp_path / "data"), *flags]) == 2
@@ -171,5 +196,7 @@ def test_wrong_flags_are_one_line_and_code_2(model, tmp_path, capsys, monkeypatc
 
 
 def test_fastapi_is_imported_only_when_serving():
-    code = "import sys, plainsd.cli, plainsd.server.command; sys.exit('fastapi' in sys.modules or 'torch' in sys.modules)"
+    code = (
+        "import sys, plainsd.cli, plainsd.server.command; sys.exit('fastapi' in sys.modules or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

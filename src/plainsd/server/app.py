@@ -5,37 +5,33 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 from plainsd import __version__
-from plainsd.errors import UserError
 from plainsd.server import a1111, metrics, openai
 from plainsd.server.jobs import CANCELLED, DONE, FAILED
 from plainsd.server.models import Model
-from plainsd.server.refusals import Refused
+from plainsd.server.pictures import picture_told
+from plainsd.server.refusals import ERRORS, Refused, add_errors
 from plainsd.server.requests import CELLS, JobRequest, Text
 from plainsd.server.security import Gate, Hosts
-from plainsd.server.service import Service, client_of, picture_told, pictures_told
+from plainsd.server.service import Service, client_of
 from plainsd.server.uploads import decoded, settings_inside
 from plainsd.settings import RANGES, SAMPLERS, SPACINGS, UPSCALERS
 
 PAGE = Path(str(files("plainsd.server") / "page"))
-TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8",
-         ".png": "image/png"}  # fmt: skip
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".png": "image/png",
+}
 PICTURE_HEADERS = {"Cache-Control": "private, max-age=31536000, immutable"}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
-    for code, text in {400: "not JSON", 401: "the token is missing or wrong", 403: "a foreign host or origin",
-                       404: "no such thing", 409: "not in this state", 413: "too large", 415: "not JSON",
-                       422: "a field is wrong", 429: "the queue is full"}.items()
-}  # fmt: skip
 
 
 class Login(BaseModel):
@@ -56,8 +52,15 @@ def create_app(service: Service, hosts: Hosts, token: str | None = None, on_star
         yield
         await run_in_threadpool(service.close)
 
-    app = FastAPI(title="plainsd", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERRORS,
-                  description="Jobs, pictures and models of this server, and the APIs of OpenAI and A1111.")
+    app = FastAPI(
+        title="plainsd",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=ERRORS,
+        description="Jobs, pictures and models of this server, and the APIs of OpenAI and A1111.",
+    )
     app.state.service = service
     add_errors(app)
     add_jobs(app, service)
@@ -78,43 +81,6 @@ def create_app(service: Service, hosts: Hosts, token: str | None = None, on_star
     app.include_router(a1111.routes(service))
     app.add_middleware(Gate, hosts=hosts, token=token, limits=service.limits)
     return app
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def add_errors(app: FastAPI) -> None:
-    """Every error in the one form of its API."""
-
-    @app.exception_handler(Refused)
-    def refused(request: Request, error: Refused) -> JSONResponse:
-        return JSONResponse(error.body(request.url.path), error.status, error.headers)
-
-    @app.exception_handler(UserError)
-    def wrong(request: Request, error: UserError) -> JSONResponse:
-        return refused(request, Refused.from_user_error(error))
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return refused(request, Refused(400, "the body is not JSON; send one object"))
-        place = [str(part) for part in first["loc"][1:]]
-        said = first["msg"].removeprefix("Value error, ")
-        what = f"{'.'.join(place) or 'the body'}: {said[:1].lower()}{said[1:]}"
-        remedy = "see /docs for what it takes" if ";" not in said else ""
-        return refused(request, Refused(422, "; ".join(filter(None, (what, remedy))), place[0] if place else None, first.get("input")))
-
-    @app.exception_handler(HTTPException)
-    def plain(request: Request, error: HTTPException) -> JSONResponse:
-        says = {404: f"there is no {request.url.path}; see /docs for what there is",
-                405: f"{request.method} is not for {request.url.path}; see /docs for what is"}  # fmt: skip
-        message = says.get(error.status_code, f"{error.detail}; see /docs")
-        return refused(request, Refused(error.status_code, message, headers=dict(error.headers or {})))
-
-    @app.exception_handler(OSError)
-    def disk(request: Request, error: OSError) -> JSONResponse:
-        return refused(request, Refused(507, f"the server cannot write ({error.strerror}); make room in its data folder"))
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
@@ -171,13 +137,21 @@ def add_jobs(app: FastAPI, service: Service) -> None:
 
 def add_pictures(app: FastAPI, service: Service) -> None:
     @app.get("/api/images", tags=["pictures"])
-    def images(search: Annotated[Text, Query(max_length=500)] = "", before: Annotated[int | None, Query(ge=0, lt=2**62)] = None,
-               limit: Annotated[int, Query(ge=1, le=200)] = 48) -> dict:
+    def images(
+        search: Annotated[Text, Query(max_length=500)] = "",
+        before: Annotated[int | None, Query(ge=0, lt=2**62)] = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 48,
+    ) -> dict:
         """The history, newest first. `before` is the `next` of the answer before."""
         rows = service.store.pictures(search, before, limit)
-        return {"images": pictures_told(rows), "next": rows[-1].number if len(rows) == limit else None}
+        return {"images": [picture_told(row) for row in rows], "next": rows[-1].number if len(rows) == limit else None}
 
-    @app.get("/api/images/{id}.png", tags=["pictures"], response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
+    @app.get(
+        "/api/images/{id}.png",
+        tags=["pictures"],
+        response_class=FileResponse,
+        responses={200: {"content": {"image/png": {}}}},
+    )
     def image(id: Text) -> FileResponse:
         return sent(service.store.path(service.picture(id)), "image/png")
 
@@ -232,13 +206,17 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/models", tags=["models"])
     def models() -> dict:
-        return {"models": [model_told(model) for model in service.models.known.values()], "default": service.models.default}
+        return {
+            "models": [model_told(model) for model in service.models.known.values()],
+            "default": service.models.default,
+        }
 
     @app.get("/api/info", tags=["models"])
     def info() -> dict:
         """All that a form needs: models, LoRAs, samplers, spacings, limits."""
         return models() | {
-            "version": __version__, "samplers": SAMPLERS, "spacings": {k: v for k, v in SPACINGS.items() if k != "distilled"},
+            "version": __version__, "samplers": SAMPLERS,
+            "spacings": {k: v for k, v in SPACINGS.items() if k != "distilled"},
             "upscalers": UPSCALERS, "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
             "loras": sorted(service.models.loras()),
         }  # fmt: skip
@@ -246,7 +224,9 @@ def add_page(app: FastAPI, service: Service) -> None:
     @app.get("/healthz", tags=["service"])
     def healthz() -> JSONResponse:
         alive = service.worker.is_alive()
-        return JSONResponse({"status": "ok" if alive else "the worker has ended; restart the server"}, 200 if alive else 503)
+        return JSONResponse(
+            {"status": "ok" if alive else "the worker has ended; restart the server"}, 200 if alive else 503
+        )
 
     @app.get("/metrics", tags=["service"], response_class=PlainTextResponse)
     def prometheus() -> PlainTextResponse:
@@ -257,6 +237,7 @@ def model_told(model: Model) -> dict:
     variant = model.bare.variant
     return {
         "name": model.name, "kind": variant.name, "resident": model.sd is not None, "bytes": model.bytes,
+        "ideas": model.ideas,
         "inpainting_only": variant.unet.in_channels != variant.vae.latent_channels,
         "defaults": {"size": [variant.size, variant.size], "steps": variant.steps, "guidance": variant.guidance,
                      "sampler": variant.sampler, "spacing": variant.spacing},

@@ -52,7 +52,9 @@ class Remote:
                 if name == "end":
                     job = data
                     break
-                previews = {int(place): base64.b64decode(url.partition(",")[2]) for place, url in data["previews"].items()}
+                previews = {
+                    int(place): base64.b64decode(url.partition(",")[2]) for place, url in data["previews"].items()
+                }
                 yield Progress(data["step"], data["steps"], data["progress"], data["position"], previews)
         except GeneratorExit:
             self.call(f"/api/jobs/{job['id']}/cancel", {})
@@ -88,7 +90,9 @@ class Remote:
         except urllib.error.HTTPError as error:
             raise UserError(f"{self.url}: {message_of(error)}") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot reach {self.url} ({getattr(error, 'reason', error)}); is `plainsd serve` running there?") from None
+            raise UserError(
+                f"cannot reach {self.url} ({getattr(error, 'reason', error)}); is `plainsd serve` running there?"
+            ) from None
 
 
 def message_of(error: urllib.error.HTTPError) -> str:

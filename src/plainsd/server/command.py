@@ -25,7 +25,7 @@ class Serve:
     """A page and three APIs on one model or several: jobs, pictures and their settings outlive the server."""
 
     model: Annotated[UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
-    """folder, file or hub name; several times for several models, the first is the default. The embedded one if not given"""
+    """folder, file or hub name; several times for several, the first is the default. The embedded one if not given"""
     host: Annotated[str, flag("ADDRESS")] = "127.0.0.1"
     """where to listen; anything but this machine needs a token"""
     port: Annotated[int, flag("N")] = 7860
@@ -61,20 +61,31 @@ class Serve:
             import python_multipart  # noqa: F401
             import uvicorn
         except ImportError as error:
-            raise UserError(f"serving needs {error.name}, which is not installed; pip install 'plainsd[serve]'") from None
+            raise UserError(
+                f"serving needs {error.name}, which is not installed; pip install 'plainsd[serve]'"
+            ) from None
         from plainsd.server.app import create_app
         from plainsd.server.security import Hosts, Limits
         from plainsd.server.service import Service
 
         self.check()
         token = self.wanted_token()
-        limits = Limits(queue=self.queue, pixels=self.max_pixels, steps=self.max_steps, count=self.max_count, seconds=self.max_seconds)
+        limits = Limits(
+            queue=self.queue,
+            pixels=self.max_pixels,
+            steps=self.max_steps,
+            count=self.max_count,
+            seconds=self.max_seconds,
+        )
         sock = bound(self.host, self.port)
         print("reading what the models are ...", file=sys.stderr)
         memory = None if self.memory is None else self.memory * 1e9
-        service = Service.open(self.model, self.data, limits, batch=self.batch, device=self.device, dtype=self.dtype, memory=memory,
+        service = Service.open(self.model, self.data, limits, batch=self.batch, device=self.device, dtype=self.dtype,
+                               memory=memory,
                                loras=self.loras)  # fmt: skip
-        app = create_app(service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token))
+        app = create_app(
+            service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
+        )
         uvicorn.Server(config(app)).run(sockets=[sock])
 
     def check(self) -> None:
@@ -91,14 +102,22 @@ class Serve:
         from plainsd.server.security import is_loopback
 
         token = self.token or os.environ.get("PLAINSD_TOKEN") or None
-        if token is not None and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
-            raise UserError(f"the token must have {SHORTEST_TOKEN} characters or more, ASCII and without spaces; choose another, or none, and one is made up")
+        if token is not None and (
+            len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token
+        ):
+            raise UserError(
+                f"the token must have {SHORTEST_TOKEN} characters or more, ASCII and without spaces; "
+                "choose another, or none, and one is made up"
+            )
         return token if token is not None or is_loopback(self.host) else secrets.token_urlsafe(18)
 
     def greet(self, service, port: int, token: str | None) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host
         models = service.models
-        print(f"models: {', '.join(models.known)} ({models.device}, {str(models.dtype).removeprefix('torch.')})", file=sys.stderr)
+        print(
+            f"models: {', '.join(models.known)} ({models.device}, {str(models.dtype).removeprefix('torch.')})",
+            file=sys.stderr,
+        )
         print(f"pictures go to {service.store.folder / 'pictures'}", file=sys.stderr)
         if waiting := sum(service.queue.counts().values()):
             print(f"going on with {waiting} unfinished jobs", file=sys.stderr)
@@ -109,7 +128,9 @@ def config(app, grace: int = 5):
     """How uvicorn runs it. Streams that are still open after `grace` seconds of stopping are cut."""
     import uvicorn
 
-    return uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=1000)
+    return uvicorn.Config(
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=1000
+    )
 
 
 def bound(host: str, port: int):
@@ -117,11 +138,15 @@ def bound(host: str, port: int):
     import socket
 
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(512)
         return sock
     except OSError as error:
-        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); choose others with --host and --port") from None
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error.strerror}); choose others with --host and --port"
+        ) from None

@@ -1,11 +1,13 @@
 """The models that the server knows by name: loaded when a job wants them, kept as long as memory allows."""
 
+import json
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from math import prod
 from pathlib import Path
 
@@ -37,14 +39,21 @@ class Model:
     sd: StableDiffusion | None = None
     latent_rgb: Tensor | None = None  # for previews
     loras: tuple[tuple[str, float], ...] | None = None   # those on it
+    ideas: list[str] = field(default_factory=list)       # prompts that it was trained for, where it says so
     used: float = field(default_factory=time.monotonic)
 
 
 class Models:
     """All models by name; the first is the default. Only the worker's thread loads and drops."""
 
-    def __init__(self, sources: Sequence[str | None], device: str = "auto", dtype: str = "auto", budget: float | None = None,
-                 loras: Path | None = None):
+    def __init__(
+        self,
+        sources: Sequence[str | None],
+        device: str = "auto",
+        dtype: str = "auto",
+        budget: float | None = None,
+        loras: Path | None = None,
+    ):
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.budget = budget_of(self.device) if budget is None else budget
@@ -64,11 +73,12 @@ class Models:
         networks = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
         bare = StableDiffusion(
             tokenizers=[], text_encoders=[net for name, net in networks.items() if name.startswith("text")],
-            unet=networks["unet"], vae=networks["vae"], schedule=variant.schedule.build(), prediction=variant.prediction,
+            unet=networks["unet"], vae=networks["vae"], schedule=variant.schedule.build(),
+            prediction=variant.prediction,
             variant=variant, path=path,
         )  # fmt: skip
         numbers = sum(prod(tensor.shape) for network in networks.values() for tensor in network.state_dict().values())
-        return Model(model_name(bare), source, bare, numbers * self.dtype.itemsize)
+        return Model(model_name(bare), source, bare, numbers * self.dtype.itemsize, ideas=ideas(path))
 
     def __getitem__(self, name: str | None) -> Model:
         """By name; None is the default. 404 where there is none such."""
@@ -109,8 +119,10 @@ class Models:
             return {}
         paths = [path for path in sorted(self.lora_folder.rglob("*.safetensors")) if path.is_file()]
         stems = Counter(path.stem for path in paths)
-        named = {path.stem if stems[path.stem] == 1 else path.relative_to(self.lora_folder).with_suffix("").as_posix(): path
-                 for path in paths}  # fmt: skip
+        named = {}
+        for path in paths:
+            place = path.relative_to(self.lora_folder).with_suffix("").as_posix()
+            named[path.stem if stems[path.stem] == 1 else place] = path
         return {name: path for name, path in named.items() if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
 
     def lora(self, name: str) -> Path:
@@ -147,6 +159,17 @@ class Models:
     def bytes(self) -> int:
         """What the resident ones take."""
         return sum(model.bytes for model in self.known.values() if model.sd is not None)
+
+
+def ideas(path: Path) -> list[str]:
+    """Prompts out of the `concepts.json` that lies beside a model trained by recipes/emoji; none for other models."""
+    try:
+        told = json.loads((path / "concepts.json").read_text("utf-8"))
+        phrases, colours = [concept["phrase"] for concept in told["concepts"]], list(told["backgrounds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    grounds = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} background" for colour in colours]
+    return [f"{phrase} on {ground}" for phrase, ground in zip(phrases, cycle(grounds))]
 
 
 def budget_of(device: torch.device) -> float:

@@ -19,13 +19,13 @@ from starlette.datastructures import UploadFile
 
 from plainsd.server.jobs import Job
 from plainsd.server.models import Model
+from plainsd.server.pictures import Picture, exact
 from plainsd.server.refusals import Refused
 from plainsd.server.requests import Base, JobRequest, Text, job_request
 from plainsd.server.service import Service, client_of, now, why_not
-from plainsd.server.store import Picture
-from plainsd.server.uploads import exact, opened, resized
+from plainsd.server.uploads import opened, resized
 
-OURS = ("negative", "steps", "guidance", "sampler", "spacing", "seed", "strength")      # taken beside OpenAI's own fields
+OURS = ("negative", "steps", "guidance", "sampler", "spacing", "seed", "strength")  # taken beside OpenAI's own fields
 
 
 class ImagesRequest(BaseModel):
@@ -58,7 +58,9 @@ class ImagesRequest(BaseModel):
 
     def job(self) -> JobRequest:
         given = {name: value for name in OURS if (value := getattr(self, name)) is not None}
-        return job_request(prompt=self.prompt, model=self.model, count=1 if self.n is None else self.n, size=self.pixels(), **given)
+        return job_request(
+            prompt=self.prompt, model=self.model, count=1 if self.n is None else self.n, size=self.pixels(), **given
+        )
 
     def pixels(self) -> tuple[int, int] | None:
         if self.size in (None, "auto"):
@@ -119,7 +121,12 @@ async def edit_of(form: Any) -> tuple[ImagesRequest, bytes, bytes | None]:
     images = [part for name in ("image", "image[]") for part in form.getlist(name)]
     masks = form.getlist("mask")
     if len(images) != 1 or len(masks) > 1 or not all(isinstance(part, UploadFile) for part in images + masks):
-        raise Refused(422, f"image: {len(images)} files were sent; send one as 'image', and at most one as 'mask'", "image", len(images))
+        raise Refused(
+            422,
+            f"image: {len(images)} files were sent; send one as 'image', and at most one as 'mask'",
+            "image",
+            len(images),
+        )
     try:
         text = {name: value for name, value in form.items() if name not in ("image", "image[]", "mask")}
         body = ImagesRequest.model_validate(text)
@@ -131,22 +138,35 @@ async def edit_of(form: Any) -> tuple[ImagesRequest, bytes, bytes | None]:
 
 
 def edited(wanted: JobRequest, content: bytes, mask: bytes | None, service: Service) -> Base:
-    """What is transparent, in the mask or else in the picture, is drawn anew; with nothing transparent the whole is drawn over."""
+    """What is transparent, in the mask or else in the picture, is drawn anew; if nothing is, all is drawn over."""
     image = opened(content, "image", service.limits, None)
     window = opened(mask, "mask", service.limits, None) if mask is not None else image
     if window.size != image.size:
-        raise Refused(422, f"mask {window.width}x{window.height} and image {image.width}x{image.height} differ in size; make "
-                      "them the same", "mask", list(window.size))
+        raise Refused(
+            422,
+            f"mask {window.width}x{window.height} and image {image.width}x{image.height} differ in size; make "
+            "them the same",
+            "mask",
+            list(window.size),
+        )
     size = wanted.size or image.size
     if min(size) < 8 or size[0] * size[1] > service.limits.pixels:
-        raise Refused(422, f"size {size[0]}x{size[1]} is out of range; choose one of at most {service.limits.pixels} pixels in "
-                      "all", "size", list(size))
+        raise Refused(
+            422,
+            f"size {size[0]}x{size[1]} is out of range; choose one of at most {service.limits.pixels} pixels in all",
+            "size",
+            list(size),
+        )
     hole = ImageChops.invert(window.getchannel("A")).point(lambda level: 255 if level >= 128 else 0)
     whole = resized(image.convert("RGB"), size)
     if hole.getbbox() is None:
         if mask is not None:
-            raise Refused(422, "mask has no transparent part, so nothing would be drawn; make it transparent where the picture "
-                          "is to change", "mask")
+            raise Refused(
+                422,
+                "mask has no transparent part, so nothing would be drawn; make it transparent where the picture "
+                "is to change",
+                "mask",
+            )
         return Base(whole)
     wanted.strength = wanted.strength or 1.0
     return Base(whole, hole.resize(size))
@@ -155,7 +175,9 @@ def edited(wanted: JobRequest, content: bytes, mask: bytes | None, service: Serv
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-async def answered(service: Service, job: Job, body: ImagesRequest, request: Request, kind: str) -> JSONResponse | StreamingResponse:
+async def answered(
+    service: Service, job: Job, body: ImagesRequest, request: Request, kind: str
+) -> JSONResponse | StreamingResponse:
     if body.stream:
         return StreamingResponse(streamed(service, job, body, kind), media_type="text/event-stream")
     await service.outcome(job, request)
@@ -166,7 +188,9 @@ async def answered(service: Service, job: Job, body: ImagesRequest, request: Req
     def told() -> list[dict]:
         return [image_told(row, content, body, url) for row, content in service.files(job)]
 
-    return JSONResponse({"created": now(), "data": await run_in_threadpool(told), "output_format": body.output_format or "png"})
+    return JSONResponse(
+        {"created": now(), "data": await run_in_threadpool(told), "output_format": body.output_format or "png"}
+    )
 
 
 def image_told(row: Picture, content: bytes, body: ImagesRequest, url: str) -> dict:
@@ -183,19 +207,26 @@ def recoded(png: bytes, body: ImagesRequest) -> bytes:
         return png
     buffer = BytesIO()
     with Image.open(BytesIO(png)) as image:
-        image.save(buffer, format=body.output_format.upper(), quality=100 if body.output_compression is None else body.output_compression)
+        image.save(
+            buffer,
+            format=body.output_format.upper(),
+            quality=100 if body.output_compression is None else body.output_compression,
+        )
     return buffer.getvalue()
 
 
 async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -> AsyncIterator[str]:
     """Partial pictures while they are drawn, then the whole ones."""
-    wanted, sent = body.partial_images or 0, 0
+    wanted, sent, rough = body.partial_images or 0, 0, None
     try:
         async for name, data in service.events(job):
             if name == "beat":
                 yield ": alive\n\n"
-            elif name == "progress" and data["previews"] and sent < wanted and data["progress"] * (wanted + 1) >= sent + 1:
-                rough = next(iter(data["previews"].values())).partition(",")[2]
+            if name != "progress":
+                continue
+            for preview in data["previews"].values():    # the newest, however long ago it was made
+                rough = preview.partition(",")[2]
+            if rough is not None and sent < wanted and data["progress"] * (wanted + 1) >= sent + 1:
                 yield event(f"{kind}.partial_image", body, rough, partial_image_index=sent)
                 sent += 1
         if (refused := why_not(job)) is not None:
@@ -203,7 +234,9 @@ async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -
             return
         for row, content in await run_in_threadpool(service.files, job):
             whole = base64.b64encode(await run_in_threadpool(recoded, content, body)).decode()
-            yield event(f"{kind}.completed", body, whole, size=f"{row.width}x{row.height}", seed=exact(row.settings.seed))
+            yield event(
+                f"{kind}.completed", body, whole, size=f"{row.width}x{row.height}", seed=exact(row.settings.seed)
+            )
     finally:
         if job.active:                # the client hung up
             service.abandon(job)
@@ -211,7 +244,8 @@ async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -
 
 def event(name: str, body: ImagesRequest, picture: str, **more: Any) -> str:
     data = {
-        "type": name, "b64_json": picture, "created_at": now(), "size": body.size or "auto", "quality": body.quality or "auto",
+        "type": name, "b64_json": picture, "created_at": now(), "size": body.size or "auto",
+        "quality": body.quality or "auto",
         "background": "opaque", "output_format": body.output_format or "png", **more,
     }  # fmt: skip
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"

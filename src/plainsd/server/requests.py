@@ -1,4 +1,4 @@
-"""From a request to a job. It is checked at the door, by the very functions that will draw, on a model without weights."""
+"""From a request to a job. It is checked at the door by the functions that will draw, on a model without weights."""
 
 import hashlib
 import secrets
@@ -14,17 +14,18 @@ from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
 from plainsd.server.jobs import Job, Sheet, Source
 from plainsd.server.models import Model, Models
+from plainsd.server.pictures import UNTAKEN, new_id, new_place
 from plainsd.server.refusals import Refused
 from plainsd.server.security import Limits
-from plainsd.server.store import new_id, new_place
 from plainsd.server.uploads import Box, alpha_of, hole_of, picture, png, resized, without_tags
 from plainsd.settings import FIELDS, Settings
 
-CELLS = tuple(name for _, name, _, _ in FIELDS if name not in ("size", "interval", "model", "upscaler")) + ("sampler", "spacing")
+NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", *UNTAKEN)
+CELLS = (*(name for _, name, _, _ in FIELDS if name not in NOT_IN_GRIDS), "sampler", "spacing")
 
 
 def clean(text: str) -> str:
-    """Text that can be written anywhere: no lone halves of characters, no control characters but line breaks and tabs."""
+    """Text that can be written anywhere: no lone surrogates, no control characters but line breaks and tabs."""
     if any(0xD800 <= ord(sign) < 0xE000 or (ord(sign) < 32 and sign not in "\n\r\t") for sign in text):
         raise ValueError("has control characters or broken Unicode; take them out")
     return text
@@ -59,7 +60,9 @@ class JobRequest(BaseModel):
     model: Text | None = Field(None, description="one of GET /api/models")
     size: tuple[int, int] | None = Field(None, description="width and height in pixels, multiples of 8")
     steps: int | None = None
-    guidance: float | None = Field(None, description="how strictly the prompt is followed; 1 ignores the negative prompt")
+    guidance: float | None = Field(
+        None, description="how strictly the prompt is followed; 1 ignores the negative prompt"
+    )
     sampler: Text | None = None
     spacing: Text | None = Field(None, description="of the noise levels")
     seed: int | None = Field(None, description="of the first picture, the following have the next; none: a random one")
@@ -67,7 +70,9 @@ class JobRequest(BaseModel):
     loras: list[LoRA] = []
     image: Text | None = Field(None, description="a PNG, JPEG or WebP file in base64, to draw over")
     strength: float | None = Field(None, description="how far from the picture: the share of the steps that run")
-    mask: Text | None = Field(None, description="a picture of the same size in base64; only its light part is drawn anew")
+    mask: Text | None = Field(
+        None, description="a picture of the same size in base64; only its light part is drawn anew"
+    )
     mask_blur: float = Field(0, ge=0, le=64, description="softness of the mask's edge, in pixels")
     hires: float | None = Field(None, description="a second pass on the picture enlarged so many times")
     upscaler: Text | None = Field(None, description="how it is enlarged: latent or lanczos")
@@ -79,11 +84,14 @@ class JobRequest(BaseModel):
     interval: tuple[float, float] | None = None
     perturbed: float | None = None
     threshold: float | None = None
-    grid: list[Axis] | None = Field(None, min_length=1, max_length=2, description="one picture for each pair of values, and a sheet of them all")
+    grid: list[Axis] | None = Field(
+        None, min_length=1, max_length=2, description="one picture for each pair of values, and a sheet of them all"
+    )
 
     def choices(self) -> dict[str, Any]:
         """What is not left open of the settings that the tasks know."""
-        names = ("size", "steps", "guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler", "variation_seed",
+        names = ("size", "steps", "guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler",
+                 "variation_seed",
                  "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed", "threshold")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -125,19 +133,30 @@ def base_of(request: JobRequest, limits: Limits) -> Base | None:
     size = request.size or image.size
     if min(size) < 8 or size[0] * size[1] > limits.pixels:
         what = "size" if request.size else "image"
-        raise Refused(422, f"{what} {size[0]}x{size[1]} is out of range; choose a size from 8x8 to {limits.pixels} pixels in "
-                      "all", what, list(size))
+        raise Refused(
+            422,
+            f"{what} {size[0]}x{size[1]} is out of range; choose a size from 8x8 to {limits.pixels} pixels in all",
+            what,
+            list(size),
+        )
     if request.mask is None:
         return Base(resized(image, size))
     mask = picture(request.mask, "mask", limits, "black")
     if mask.size != image.size:
-        raise Refused(422, f"mask {mask.width}x{mask.height} and image {image.width}x{image.height} differ in size; make them "
-                      "the same", "mask", list(mask.size))
+        raise Refused(
+            422,
+            f"mask {mask.width}x{mask.height} and image {image.width}x{image.height} differ in size; make them "
+            "the same",
+            "mask",
+            list(mask.size),
+        )
     image, alpha = resized(image, size), alpha_of(mask.resize(size), request.mask_blur)
     return Base(image, hole_of(alpha), image, alpha) if request.mask_blur else Base(image, alpha)
 
 
-def checked(model: Model, request: JobRequest, base: Base | None, prompt: str, negative: str, **cell: Any) -> list[Settings]:
+def checked(
+    model: Model, request: JobRequest, base: Base | None, prompt: str, negative: str, **cell: Any
+) -> list[Settings]:
     """The settings of each picture, nothing left open. UserError where the model cannot do it."""
     choices = request.choices() | cell
     if base is None:
@@ -161,8 +180,12 @@ def cells(request: JobRequest) -> list[dict[str, Any]]:
         try:
             axes.append([(name, readers[name](str(value).strip())) for value in axis.values])
         except (ValueError, OverflowError):
-            raise Refused(422, f"grid {axis.name} has a value that cannot be read; give numbers such as 3, 5, 7", "grid",
-                          axis.values) from None
+            raise Refused(
+                422,
+                f"grid {axis.name} has a value that cannot be read; give numbers such as 3, 5, 7",
+                "grid",
+                axis.values,
+            ) from None
     return [dict(pairs) for pairs in product(*reversed(axes))]
 
 
@@ -186,13 +209,19 @@ def check_work(each: list[Settings], limits: Limits) -> None:
     for one in each:
         width, height = enlarged_size(one) if one.hires else one.size
         if width * height > limits.pixels:
-            raise Refused(422, f"size {width}x{height} is out of range; this server draws up to {limits.pixels} pixels a "
-                          "picture", "size", [width, height])
+            raise Refused(
+                422,
+                f"size {width}x{height} is out of range; this server draws up to {limits.pixels} pixels a picture",
+                "size",
+                [width, height],
+            )
         if one.steps > limits.steps:
             raise Refused(422, f"steps {one.steps} is out of range; choose 1 to {limits.steps}", "steps", one.steps)
 
 
-def new_job(request: JobRequest, models: Models, limits: Limits, client: str, api: str, base: Base | None = None) -> Job:
+def new_job(
+    request: JobRequest, models: Models, limits: Limits, client: str, api: str, base: Base | None = None
+) -> Job:
     """A request, checked to the last field, as a job; it is not in the queue yet. Refused where something is wrong."""
     model = models[request.model]
     check_limits(request, limits)
@@ -203,7 +232,9 @@ def new_job(request: JobRequest, models: Models, limits: Limits, client: str, ap
         loras += [(lora.name, lora.strength) for lora in request.loras]
         models.check_loras(model, loras)
         base = base or base_of(request, limits)
-        each = [one for cell in cells(request) for one in checked(model, request, base, prompt, request.negative, **cell)]
+        each = [
+            one for cell in cells(request) for one in checked(model, request, base, prompt, request.negative, **cell)
+        ]
         check_clip_skip(model, each)
     except UserError as error:
         raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask"})) from None
@@ -211,7 +242,8 @@ def new_job(request: JobRequest, models: Models, limits: Limits, client: str, ap
     source, inputs = base.kept() if base else (None, {})
     id, created = new_id(), time.time()
     return Job(
-        id=id, client=client, api=api, model=model.name, loras=loras, created=created, place=new_place(prompt, id, created),
+        id=id, client=client, api=api, model=model.name, loras=loras, created=created,
+        place=new_place(prompt, id, created),
         each=each, source=source, inputs=inputs, sheet=sheet_of(request),
     )  # fmt: skip
 

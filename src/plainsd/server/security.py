@@ -135,7 +135,9 @@ class Gate:
             return
         if len(hosts) != 1 or hosts[0] not in self.hosts:
             said = ", ".join(hosts) or "none"
-            raise Refused(403, f"host {said!r} is not a name of this server; start it with --allow-host NAME to add one")
+            raise Refused(
+                403, f"host {said!r} is not a name of this server; start it with --allow-host NAME to add one"
+            )
 
     def check_origin(self, scope: Scope, headers: Headers) -> None:
         for origin in headers.getlist("origin"):

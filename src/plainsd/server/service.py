@@ -11,15 +11,15 @@ from typing import Any
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from plainsd.server.jobs import DONE, FAILED, QUEUED, Job, Queue
+from plainsd.server.jobs import DONE, FAILED, QUEUED, Job
 from plainsd.server.models import Models
+from plainsd.server.pictures import Picture, exact
+from plainsd.server.queue import Queue
 from plainsd.server.refusals import Refused
 from plainsd.server.requests import Base, JobRequest, new_job
 from plainsd.server.security import Limits
-from plainsd.server.store import Picture, Store, tagged
-from plainsd.server.uploads import exact
+from plainsd.server.store import Store
 from plainsd.server.worker import Worker
-from plainsd.settings import format_settings
 
 HEARTBEAT = 15.0                      # seconds between signs of life on an event stream
 LAST_STEP = 30.0                      # seconds that a stopping server waits for the step under way
@@ -37,7 +37,8 @@ class Service:
 
     @classmethod
     def open(
-        cls, sources: Sequence[str | None], data: Path, limits: Limits = Limits(), *, batch: int = 4, device: str = "auto",
+        cls, sources: Sequence[str | None], data: Path, limits: Limits = Limits(), *, batch: int = 4,
+        device: str = "auto",
         dtype: str = "auto", memory: float | None = None, loras: Path | None = None,
     ) -> "Service":  # fmt: skip
         """All of it, with nothing drawn yet. UserError where a model or the data folder cannot be used."""
@@ -82,14 +83,16 @@ class Service:
 
     def told(self, job: Job) -> dict[str, Any]:
         """A job as JSON."""
-        return {
-            "id": job.id, "state": job.state, "api": job.api, "model": job.model, "prompt": job.each[0].prompt,
-            "count": len(job.places), "done": len(job.done), "progress": round(job.progress(), 4),
-            "step": job.step, "steps": job.steps, "seconds_left": job.seconds_left(),
-            "position": self.queue.position(job) if job.state == QUEUED else None,
-            "seeds": [exact(one.seed) for one in job.each], "images": [job.picture_id(place) for place in sorted(job.done)],
-            "error": job.error, "created": job.created, "started": job.started, "finished": job.finished,
-        }  # fmt: skip
+        with self.queue.changed:                         # between two changes, never amid one
+            return {
+                "id": job.id, "state": job.state, "api": job.api, "model": job.model, "prompt": job.each[0].prompt,
+                "count": len(job.places), "done": len(job.done), "progress": round(job.progress(), 4),
+                "step": job.step, "steps": job.steps, "seconds_left": job.seconds_left(),
+                "position": self.queue.position(job) if job.state == QUEUED else None,
+                "seeds": [exact(one.seed) for one in job.each],
+                "images": [job.picture_id(place) for place in sorted(job.done)],
+                "error": job.error, "created": job.created, "started": job.started, "finished": job.finished,
+            }  # fmt: skip
 
     async def events(self, job: Job) -> AsyncIterator[tuple[str, dict]]:
         """`progress` whenever something has changed, `beat` where nothing has for long, `end` at the end."""
@@ -119,22 +122,6 @@ class Service:
         """The pictures of a job that is done, with their files, in order."""
         rows = sorted(self.store.pictures(job=job.id, limit=len(job.places)), key=lambda row: row.place)
         return [(row, self.store.path(row).read_bytes()) for row in rows]
-
-
-def pictures_told(rows: Sequence[Picture]) -> list[dict[str, Any]]:
-    return [picture_told(row) for row in rows]
-
-
-def picture_told(row: Picture) -> dict[str, Any]:
-    """A picture of the history as JSON: what it is, and the settings that make it again."""
-    settings = row.settings
-    fields = {name: value for name, value in vars(settings).items() if name != "other"} | {"seed": exact(settings.seed)}
-    return {
-        "id": row.id, "number": row.number, "job": row.job, "url": f"/api/images/{row.id}.png",
-        "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height, "created": row.created,
-        "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
-        "parameters": format_settings(tagged(settings, row.loras)),
-    }  # fmt: skip
 
 
 def data_url(png: bytes) -> str:

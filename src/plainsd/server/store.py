@@ -10,28 +10,27 @@ before. Ids and file names follow from the job, so a job that runs again writes 
 """
 
 import json
-import re
-import secrets
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from PIL import Image
 
 from plainsd.errors import UserError
 from plainsd.images import write_png, written_whole
-from plainsd.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Sheet, Source
-from plainsd.settings import Settings, number
+from plainsd.server.jobs import DONE, QUEUED, RUNNING, Job, Sheet, Source
+from plainsd.server.pictures import Picture, settings_from, tagged
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, client TEXT NOT NULL, api TEXT NOT NULL,
     model TEXT NOT NULL, loras TEXT NOT NULL, pictures TEXT NOT NULL, source TEXT, sheet TEXT, place TEXT NOT NULL,
-    state TEXT NOT NULL, error TEXT, attempts INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, started REAL, finished REAL
+    state TEXT NOT NULL, error TEXT, attempts INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, started REAL,
+    finished REAL
 );
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state);
 CREATE TABLE IF NOT EXISTS images (
@@ -41,35 +40,6 @@ CREATE TABLE IF NOT EXISTS images (
 );
 """
 THUMBNAIL = 320                       # pixels, the longer side
-
-
-def settings_from(data: dict) -> Settings:
-    """What `asdict` and JSON made of Settings, back."""
-    pairs = {name: tuple(data[name]) for name in ("size", "interval") if data.get(name) is not None}
-    other = tuple((key, value) for key, value in data.get("other", ()))
-    return Settings(**{**data, **pairs, "other": other})
-
-
-def tagged(settings: Settings, loras: list[tuple[str, float]]) -> Settings:
-    """As it is written into a picture: with its LoRAs in the prompt, where every program looks for them."""
-    tags = [f"<lora:{name}:{number(strength)}>" for name, strength in loras]
-    return replace(settings, prompt=" ".join(filter(None, [settings.prompt, *tags])))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One row of the history."""
-
-    number: int                       # rises; the newest has the highest
-    id: str
-    job: str
-    place: int                        # in its job
-    file: str                         # below the data folder
-    width: int
-    height: int
-    settings: Settings
-    loras: list[tuple[str, float]]
-    created: float
 
 
 class Store:
@@ -87,10 +57,8 @@ class Store:
             self.db.executescript(TABLES)
         except (sqlite3.Error, OSError) as error:
             busy = "is locked" in str(error)
-            remedy = "another server uses it; stop that one, or choose another place with --data"
-            raise UserError(
-                f"cannot use the data folder '{folder}': {remedy if busy else f'{error}; choose another place with --data'}"
-            ) from None
+            why = "another server uses it; stop that one, or" if busy else f"{error};"
+            raise UserError(f"cannot use the data folder '{folder}': {why} choose another place with --data") from None
 
     def close(self) -> None:
         with self.lock:
@@ -119,15 +87,17 @@ class Store:
             holes = ", ".join(f":{name}" for name in values)
             job.number = db.execute(f"INSERT INTO jobs ({names}) VALUES ({holes})", values).lastrowid
 
-    def started(self, job: Job) -> None:
+    def started(self, job: Job, when: float) -> None:
         with self.transaction() as db:
             db.execute("UPDATE jobs SET state = ?, started = ?, attempts = attempts + 1 WHERE id = ?",
-                       (RUNNING, job.started, job.id))
+                       (RUNNING, when, job.id))
 
     def ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
         """Its last state. What it was drawn on is no longer kept, unless another job needs it."""
         with self.transaction() as db:
-            db.execute("UPDATE jobs SET state = ?, error = ?, finished = ? WHERE id = ?", (state, error, finished, job.id))
+            db.execute(
+                "UPDATE jobs SET state = ?, error = ?, finished = ? WHERE id = ?", (state, error, finished, job.id)
+            )
         if job.source:
             self.tidy(job.source.files())
 
@@ -183,7 +153,9 @@ class Store:
     def tidy(self, names: set[str]) -> None:
         """Removes those of these inputs that no unfinished job draws on."""
         with self.lock:
-            rows = self.db.execute("SELECT source FROM jobs WHERE source NOT NULL AND state IN (?, ?)", (QUEUED, RUNNING))
+            rows = self.db.execute(
+                "SELECT source FROM jobs WHERE source NOT NULL AND state IN (?, ?)", (QUEUED, RUNNING)
+            )
             needed = {name for (source,) in rows for name in json.loads(source).values() if isinstance(name, str)}
             for name in names - needed:
                 (self.folder / "inputs" / name).unlink(missing_ok=True)
@@ -215,7 +187,9 @@ class Store:
             row = self.db.execute("SELECT * FROM images WHERE id = ?", (id,)).fetchone()
         return self._picture(row) if row else None
 
-    def pictures(self, search: str = "", before: int | None = None, limit: int = 50, job: str | None = None) -> list[Picture]:
+    def pictures(
+        self, search: str = "", before: int | None = None, limit: int = 50, job: str | None = None
+    ) -> list[Picture]:
         """Newest first. Every word of `search` must be found in prompt, negative prompt, model or seed."""
         where, values = ["number < ?"], [before if before is not None else 2**62]
         for word in search.casefold().split():
@@ -259,17 +233,3 @@ class Store:
             db.execute("DELETE FROM images WHERE id = ?", (picture.id,))
         self.path(picture).unlink(missing_ok=True)
         (self.folder / "thumbnails" / f"{picture.id}.webp").unlink(missing_ok=True)
-
-
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
-def new_id() -> str:
-    return secrets.token_hex(8)
-
-
-def new_place(prompt: str, id: str, created: float) -> str:
-    """`2026-05-14/153012-a-red-apple-1f0c...`: nothing of a prompt reaches a file's name but letters and digits."""
-    when = time.localtime(created)
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower().encode("ascii", "ignore").decode())[:40].strip("-")
-    return "-".join(part for part in (time.strftime("%Y-%m-%d/%H%M%S", when), slug, id) if part)

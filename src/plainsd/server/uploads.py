@@ -17,19 +17,14 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 from plainsd.errors import UserError
 from plainsd.images import open_picture, read_settings
 from plainsd.prompts import lora_tags
+from plainsd.server.pictures import UNTAKEN, exact
 from plainsd.server.refusals import Refused
 from plainsd.server.security import Limits
-from plainsd.settings import DEFAULTS
+from plainsd.settings import DEFAULTS, FIELDS
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=-]+)*;base64,")
-SAFE_INTEGER = 2**53 - 1              # JavaScript's
 Box = tuple[int, int, int, int]       # left, top, right, bottom
-
-
-def exact(seed: int) -> int | str:
-    """A seed that JavaScript could not hold goes as a string."""
-    return seed if seed <= SAFE_INTEGER else str(seed)
 
 
 class Named(BytesIO):
@@ -51,7 +46,9 @@ def decoded(text: str, field: str) -> bytes:
     try:
         return b64decode("".join(text[found.end() if found else 0:].split()), validate=True)
     except (binascii.Error, ValueError):
-        raise Refused(422, f"{field} {text[:20]!r}... is not base64; send the bytes of a PNG, JPEG or WebP file so", field) from None
+        raise Refused(
+            422, f"{field} {text[:20]!r}... is not base64; send the bytes of a PNG, JPEG or WebP file so", field
+        ) from None
 
 
 def opened(content: bytes, field: str, limits: Limits, background: str | None = "white") -> Image.Image:
@@ -90,9 +87,11 @@ def settings_inside(content: bytes, limits: Limits) -> dict:
         raise Refused(422, str(error), "image") from None
     prompt, loras = without_tags(settings.prompt)
     settings = replace(settings, seed=exact(settings.seed))
-    fields = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name not in ("other", "prompt")}
+    said = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name != "prompt"}
+    unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in UNTAKEN and name in said]
+    fields = {name: value for name, value in said.items() if name not in UNTAKEN}
     return {"prompt": prompt, **fields, "loras": [{"name": name, "strength": strength} for name, strength in loras],
-            "unused": [f"{key}: {value}" for key, value in settings.other]}
+            "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)]}
 
 
 def without_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
@@ -118,7 +117,7 @@ def hole_of(alpha: Image.Image) -> Image.Image:
 
 
 def filled(image: Image.Image, hole: Image.Image) -> Image.Image:
-    """The hole filled with the colours around it, smoothly: means over ever coarser grids, until there is one to take."""
+    """The hole filled with the colours around it, smoothly: means over ever coarser grids, until there is one."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()             # (1, 3, H, W)
     known = torch.from_numpy(np.array(hole) == 0)[None, None].double()                     # (1, 1, H, W)
     result, weight, size = pixels * known, known, pixels.shape[2:]
@@ -127,7 +126,9 @@ def filled(image: Image.Image, hole: Image.Image) -> Image.Image:
         pad = (0, -size[1] % side, 0, -size[0] % side)
         share = F.avg_pool2d(F.pad(known, pad), side)
         means = F.avg_pool2d(F.pad(pixels * known, pad), side) / share.clamp(min=1e-12)
-        wide = F.interpolate(torch.cat([means * (share > 0), (share > 0).double()], 1), scale_factor=side, mode="nearest")
+        wide = F.interpolate(
+            torch.cat([means * (share > 0), (share > 0).double()], 1), scale_factor=side, mode="nearest"
+        )
         wide = wide[..., : size[0], : size[1]]
         fresh = (weight == 0) & (wide[:, 3:] > 0)
         result, weight = torch.where(fresh, wide[:, :3], result), torch.where(fresh, 1.0, weight)

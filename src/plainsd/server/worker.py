@@ -1,6 +1,7 @@
 """The one thread that owns the models and the device: takes batches, draws them, keeps what comes out."""
 
 import logging
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -12,13 +13,15 @@ from plainsd.errors import UserError
 from plainsd.generate import Pictures, batch
 from plainsd.images import grid, preview
 from plainsd.samplers import Step
-from plainsd.server.jobs import FAILED, Job, Queue, Unit
+from plainsd.server.jobs import FAILED, Job, Unit
 from plainsd.server.models import Model, Models
+from plainsd.server.queue import Queue
 from plainsd.server.security import Limits
 from plainsd.server.store import Store
 from plainsd.server.uploads import pasted, png
 
 PREVIEW_EVERY = 0.25                  # seconds
+RETRY = 1.0                           # seconds, where the history cannot be written
 log = logging.getLogger("plainsd.server")
 
 
@@ -35,16 +38,28 @@ class Worker(threading.Thread):
         self.pictures, self.failures, self.seconds, self.batches = 0, 0, 0.0, Counter()
 
     def run(self) -> None:
-        while units := self.queue.take(self.size):
-            began = time.monotonic()
-            self.batches[len(units)] += 1
+        while True:
+            units: list[Unit] = []
             try:
-                self.draw(units)
-            except Stopped:
+                units = self.queue.take(self.size)
+                if not units:
+                    return
+                self.serve(units)
+            except sqlite3.Error as error:               # the disk is full: nothing can be written, so nothing is lost
+                log.error("cannot write to the data folder (%s); trying again", error)
                 self.queue.put_back(units)
-            except Exception as error:
-                self.failed(units, error)
-            self.seconds += time.monotonic() - began
+                time.sleep(RETRY)
+
+    def serve(self, units: list[Unit]) -> None:
+        began = time.monotonic()
+        self.batches[len(units)] += 1
+        try:
+            self.draw(units)
+        except Stopped:
+            self.queue.put_back(units)
+        except Exception as error:
+            self.failed(units, error)
+        self.seconds += time.monotonic() - began
 
     def draw(self, units: list[Unit]) -> None:
         if units[0].is_sheet:
@@ -64,7 +79,11 @@ class Worker(threading.Thread):
     def sampled(self, model: Model, units: list[Unit]) -> Pictures | None:
         """Runs the batch as long as anybody wants it."""
         source = units[0].job.source
-        image, hole = (self.store.input(name) if name else None for name in (source.image, source.hole)) if source else (None, None)
+        image, hole = (
+            (self.store.input(name) if name else None for name in (source.image, source.hole))
+            if source
+            else (None, None)
+        )
         events = batch(model.sd, [unit.settings for unit in units], image, hole)
         watch = Watch(self, model, units, events.steps)
         with closing(events):
@@ -113,7 +132,11 @@ class Worker(threading.Thread):
         if not isinstance(error, UserError):
             log.error("job %s failed", units[0].job.id, exc_info=error)
         for job in jobs:
-            said = str(error) if isinstance(error, UserError) else f"drawing failed ({type(error).__name__}: {error}); see the server's log"
+            said = (
+                str(error)
+                if isinstance(error, UserError)
+                else f"drawing failed ({type(error).__name__}: {error}); see the server's log"
+            )
             self.queue.end(job, FAILED, said, at_fault=isinstance(error, UserError))
 
 
@@ -137,7 +160,8 @@ class Watch:
             job.step += 1
             job.seconds += (now - self.before) * count / len(self.units)
             if job.seconds > limit:
-                self.worker.queue.end(job, FAILED, f"drawing took longer than {limit:g} s; ask for fewer steps, fewer or "
-                                                   "smaller pictures")
+                self.worker.queue.end(
+                    job, FAILED, f"drawing took longer than {limit:g} s; ask for fewer steps, fewer or smaller pictures"
+                )
             job.bell.ring()
         self.before = now

@@ -40,6 +40,12 @@ function wire() {
     $(name).addEventListener("input", () => ($(`${name}-range`).value = $(name).value));
   }
   $("model").onchange = takeDefaults;
+  $("idea").onclick = () => {
+    const { ideas } = modelOf($("model").value);
+    $("prompt").value = ideas[Math.floor(Math.random() * ideas.length)];
+    $("prompt").dispatchEvent(new Event("input", { bubbles: true }));
+    $("prompt").focus();
+  };
   $("swap").onclick = () => ([$("width").value, $("height").value] = [$("height").value, $("width").value]);
   $("random-seed").onclick = () => ($("seed").value = "");
   $("last-seed").onclick = () => ($("seed").value = lastSeed);
@@ -52,7 +58,9 @@ function wire() {
 
 // What suits the model, in place of what suited the one before.
 function takeDefaults() {
-  const { size, steps, guidance, sampler } = modelOf($("model").value).defaults;
+  const { defaults, ideas } = modelOf($("model").value);
+  const { size, steps, guidance, sampler } = defaults;
+  $("idea").hidden = ideas.length === 0;
   [$("width").value, $("height").value] = size;
   paint.setNative(size[0]);
   set("steps", steps);
