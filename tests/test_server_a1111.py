@@ -1,6 +1,7 @@
 """A1111's API, spoken by a client that was written for A1111's web UI (webuiapi)."""
 
 import base64
+import json
 import threading
 
 import pytest
@@ -104,6 +105,9 @@ def test_hires_and_variations(api, sd):
             plainsd.text_to_image(sd, "p", seed=2, steps=3, guidance=7, sampler="euler_a", hires=1.5, strength=0.6)
         )[0],
     )
+    sized = api.txt2img(prompt="p", seed=2, width=64, height=64, enable_hr=True, hr_resize_x=96, hr_second_pass_steps=0,
+                        hr_upscaler=HiResUpscaler.Latent, denoising_strength=0.6)  # fmt: skip
+    assert alike(sized.image, large.image)
     varied = api.txt2img(prompt="p", seed=2, subseed=5, subseed_strength=0.3, width=64, height=64, batch_size=2)
     expected = plainsd.final(plainsd.text_to_image(sd, "p", seed=2, steps=3, guidance=7, sampler="euler_a", eta=1.0,
                                                    count=2,
@@ -223,6 +227,7 @@ def test_lists_and_options(api, server):
         and api.get_loras() == []
         and api.get_scripts() == {"txt2img": [], "img2img": []}
     )
+    assert api.get_embeddings() == {"loaded": {}, "skipped": {}} and api.get_prompt_styles() == api.get_sd_vae() == []
     assert api.util_get_current_model() == "tiny"
     try:
         api.util_set_model("other")
@@ -265,6 +270,9 @@ def test_unknown_names_and_what_is_not_had(server, drawing):
     wrong = [
         ("txt2img", {"sampler_name": "Restart"}, 404), ("txt2img", {"scheduler": "Beta"}, 404), ("img2img", {}, 404),
         ("img2img", {"init_images": [base64_of(drawing)] * 2}, 422), ("txt2img", {"tiling": True}, 422),
+        ("txt2img", {"s_churn": 1.5}, 422), ("txt2img", {"enable_hr": True, "hr_prompt": "else"}, 422),
+        ("txt2img", {"enable_hr": True, "hr_resize_x": 128, "hr_resize_y": 64, "width": 64, "height": 64}, 422),
+        ("txt2img", {"eta": float("nan")}, 422), ("txt2img", {"styles": ["my style"]}, 422),
         ("txt2img", {"restore_faces": True}, 422), ("txt2img", {"script_name": "x/y/z plot"}, 422),
         ("txt2img", {"width": 65}, 422),
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"model": "canny"}]}}}, 422),
@@ -276,7 +284,7 @@ def test_unknown_names_and_what_is_not_had(server, drawing):
         ("img2img", {"init_images": ["http://example.com/a.png"]}, 422), ("png-info", {"image": "AAAA"}, 422),
     ]  # fmt: skip
     for path, body, status in wrong:
-        answer = server.post(f"/sdapi/v1/{path}", body)
+        answer = server.post(f"/sdapi/v1/{path}", data=json.dumps(body), headers={"Content-Type": "application/json"})
         assert answer.status_code == status, (path, body, answer.text)
         assert answer.json()["detail"] and answer.json()["error"] == "HTTPException"
 

@@ -11,7 +11,7 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from plainsd.server.a1111_fields import (
-    SCHEDULERS, Common, Image2Image, PNGInfo, Text2Image, known_options, model_of, prepared, upscaler_of,
+    NONE_HERE, SCHEDULERS, Common, Image2Image, PNGInfo, Text2Image, known_options, model_of, prepared,
 )
 from plainsd.server.jobs import CANCELLED, Job
 from plainsd.server.pictures import exact, tagged
@@ -20,6 +20,9 @@ from plainsd.server.requests import Base, JobRequest, clean, job_request
 from plainsd.server.service import Service, client_of, why_not
 from plainsd.server.uploads import decoded, opened
 from plainsd.settings import ENTRY, SAMPLERS, SPACINGS, format_settings, parse_settings, unquote
+
+UNTOLD = ("init_images", "mask", "override_settings", "alwayson_scripts")         # of a request, in its answer
+
 
 # --- routes ----------------------------------------------------------------------------------------------------------
 
@@ -32,16 +35,11 @@ def routes(service: Service) -> APIRouter:
     async def txt2img(body: Text2Image, request: Request) -> dict:
         body.refuse_what_is_not_had()
         fields = body.wished(options)
-        if body.width or body.height:
-            native = service.models[fields["model"]].bare.variant.size
-            fields["size"] = (body.width or native, body.height or native)
-        if body.enable_hr:
-            fields |= {
-                "hires": body.hr_scale,
-                "upscaler": upscaler_of(body.hr_upscaler),
-                "strength": body.denoising_strength,
-            }
-        return await drawn(service, body, job_request(**fields), None, request)
+        native = service.models[fields["model"]].bare.variant.size
+        size = (body.width or native, body.height or native)
+        return await drawn(
+            service, body, job_request(**fields, size=size, **body.second_pass(size)), None, request
+        )
 
     @router.post("/img2img")
     async def img2img(body: Image2Image, request: Request) -> dict:
@@ -118,9 +116,8 @@ def routes(service: Service) -> APIRouter:
     def latent_upscale_modes() -> list:
         return [{"name": "Latent"}]
 
-    @router.get("/scripts")
-    def scripts() -> dict:
-        return {"txt2img": [], "img2img": []}
+    for name, empty in NONE_HERE.items():
+        router.add_api_route(f"/{name}", lambda empty=empty: empty, name=name, description="None are had here.")
 
     @router.post("/refresh-checkpoints")
     @router.post("/refresh-loras")
@@ -146,7 +143,7 @@ def answer(service: Service, body: Common, job: Job) -> dict:
     files = [content for _, content in service.files(job)]
     if job.state == CANCELLED and len(files) < len(job.each):
         files += [enlarged(rough, job.each[place].size) for place, rough in sorted(job.previews.items())]
-    given = body.model_dump(exclude={"init_images", "mask"})
+    given = {name: getattr(body, name) for name in type(body).model_fields if name not in UNTOLD}
     images = [base64.b64encode(content).decode() for content in files] if body.send_images is not False else []
     return {"images": images, "parameters": given, "info": json.dumps(info_of(job))}
 

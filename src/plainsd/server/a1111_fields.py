@@ -1,7 +1,7 @@
 """What clients of AUTOMATIC1111's web UI say, and what it means here: fields, names, pictures and masks.
 
 What a client leaves out takes the model's own defaults (there 512x512, 50 steps, Euler, scale 7). What would change the
-picture and is not had here (scripts, face restoration, tiling, styles, a refiner) is refused, not passed over.
+picture and is not had here (scripts, face restoration, tiling, styles, a refiner, ...) is refused, not passed over.
 """
 
 import secrets
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.errors import unknown
 from plainsd.generate import check_size
-from plainsd.server.refusals import Refused
+from plainsd.server.refusals import Refused, shown
 from plainsd.server.requests import Base, Text
 from plainsd.server.security import Limits
 from plainsd.server.uploads import alpha_of, box_around, filled, hole_of, picture, resized
@@ -19,21 +19,35 @@ from plainsd.settings import SAMPLERS, SPACINGS
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")      # there too
 SCHEDULERS = {name: label for name, label in SPACINGS.items() if name != "distilled"}
+NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
+    "sd-vae": [], "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
+    "prompt-styles": [], "script-info": [], "embeddings": {"loaded": {}, "skipped": {}},
+    "scripts": {"txt2img": [], "img2img": []},
+}  # fmt: skip
 RESIZE = ("stretch", "crop", "fill")                     # resize_mode 0, 1, 2
 OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
 HARMLESS = ("save", "samples", "grid", "return", "do_not", "show", "live_preview", "outdir")       # options about files
-NOTHING = (None, "", "None", "Automatic", 0, False)
+NOTHING = (None, "", "None", "none", "Automatic", 0, False, [], {})
+NOT_HAD: dict[str, tuple] = {         # fields that would change the picture; those of their values that would not
+    "restore_faces": (), "tiling": (), "styles": (), "script_name": (), "refiner_checkpoint": (),
+    "seed_resize_from_h": (-1,), "seed_resize_from_w": (-1,), "s_churn": (), "s_noise": (1,), "latent_mask": (),
+    "initial_noise_multiplier": (1,),
+}  # fmt: skip
+NOT_HAD_OF_HR: dict[str, tuple] = {   # only where a second pass is asked for
+    "hr_second_pass_steps": (), "hr_checkpoint_name": ("Use same checkpoint",), "hr_sampler_name": ("Use same sampler",),
+    "hr_scheduler": ("Use same scheduler",), "hr_prompt": (), "hr_negative_prompt": (), "firstphase_width": (),
+    "firstphase_height": (),
+}  # fmt: skip
 UPSCALERS = {"latent": "latent", "latent (bicubic)": "latent", "lanczos": "lanczos", "none": "lanczos"}
 
 
 class Common(BaseModel):
     """What txt2img and img2img share."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)        # extras are looked through for what is not had
 
     prompt: Text = ""
     negative_prompt: Text = ""
-    styles: list[Text] | None = None
     seed: int | None = Field(-1, description="-1: a random one")
     subseed: int | None = -1
     subseed_strength: float | None = 0.0
@@ -46,14 +60,10 @@ class Common(BaseModel):
     cfg_scale: float | None = None
     width: int | None = None
     height: int | None = None
-    restore_faces: bool | None = False
-    tiling: bool | None = False
     eta: float | None = None
     denoising_strength: float | None = None
     override_settings: dict[str, Any] | None = None
-    script_name: Text | None = None
     alwayson_scripts: dict[str, Any] | None = None
-    refiner_checkpoint: Text | None = None
     send_images: bool | None = True
 
     def wished(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -74,16 +84,14 @@ class Common(BaseModel):
             fields |= {"variation_strength": self.subseed_strength, "variation_seed": varied}
         return fields
 
-    def refuse_what_is_not_had(self) -> None:
-        scripts = {name: value for name,
-                   value in (self.alwayson_scripts or {}).items() if value and value != {"args": []}
-                   and value != {"args": [False]}}  # fmt: skip
-        for name, given in (("restore_faces", self.restore_faces), ("tiling", self.tiling),
-                            ("script_name", self.script_name),
-                            ("styles", self.styles), ("refiner_checkpoint", self.refiner_checkpoint),
-                            ("alwayson_scripts", ", ".join(scripts))):  # fmt: skip
-            if given and given != "None":
-                raise Refused(422, f"{name} {given!r} is not had here; leave it out", name, given)
+    def refuse_what_is_not_had(self, table: dict[str, tuple] = NOT_HAD) -> None:
+        given = dict(self.model_extra)
+        for name, value in (self.alwayson_scripts or {}).items():
+            if value not in ({"args": []}, {"args": [False]}):
+                given[name], table = value, {**table, name: ()}
+        for name, harmless in table.items():
+            if (value := given.get(name)) not in (*NOTHING, *harmless):
+                raise Refused(422, f"{name} {shown(value)!r} is not had here; leave it out", name, value)
 
 
 class Text2Image(Common):
@@ -91,8 +99,22 @@ class Text2Image(Common):
 
     enable_hr: bool | None = False
     hr_scale: float | None = 2.0
+    hr_resize_x: int | None = Field(0, description="the width wanted, in place of hr_scale")
+    hr_resize_y: int | None = Field(0, description="the height wanted")
     hr_upscaler: Text | None = None
-    hr_second_pass_steps: int | None = 0
+
+    def second_pass(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Its fields of a JobRequest; none where none is wanted."""
+        if not self.enable_hr:
+            return {}
+        self.refuse_what_is_not_had(NOT_HAD_OF_HR)
+        wanted = (self.hr_resize_x or 0, self.hr_resize_y or 0)
+        scales = {large / small for large, small in zip(wanted, size, strict=True) if large and small}
+        if len(scales) > 1:
+            raise Refused(422, f"hr_resize {wanted[0]}x{wanted[1]} has another shape than {size[0]}x{size[1]}; leave "
+                          "one of the two out", "hr_resize_x", list(wanted))
+        scale = scales.pop() if scales else self.hr_scale
+        return {"hires": scale, "upscaler": upscaler_of(self.hr_upscaler), "strength": self.denoising_strength}
 
 
 class Image2Image(Common):

@@ -129,8 +129,9 @@ def config(app, grace: int = 5):
     import uvicorn
 
     return uvicorn.Config(
-        app, log_level="warning", server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=1000
-    )
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=1000,
+        timeout_keep_alive=75,        # longer than most clients keep a connection, so that they are not cut off as they ask
+    )  # fmt: skip
 
 
 def bound(host: str, port: int):
