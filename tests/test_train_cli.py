@@ -81,6 +81,15 @@ def test_lora(train, base, tmp_path):
     assert len([line for line in read_log(tmp_path / "run" / "log.jsonl") if "validation" in line]) == 2
 
 
+def test_lora_on_half_a_base(train, tmp_path):
+    (tmp_path / "prompts.txt").write_text("colour 1\n")
+    code, said = train("lora", "--steps", "2", "--half-base")                # --dtype float32, see FAST
+    assert code == 2 and "goes with --dtype bfloat16" in said[0]
+    code, _ = train("lora", "--steps", "2", "--half-base", "--dtype", "bfloat16", "--prompts", str(tmp_path / "prompts.txt"))
+    assert code == 0 and (tmp_path / "run" / "lora.safetensors").is_file()
+    assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
+
+
 def test_inversion(train, base, pictures, tmp_path):
     assert train("inversion", "--steps", "1", "--token", "<cat>")[1][0].startswith(
         "plainsd: 4 of 4 captions do not have the word '<cat>'")

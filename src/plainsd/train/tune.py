@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import torch
 
-from plainsd.checkpoint import load, save
+from plainsd.checkpoint import read, save, tokenizers
 from plainsd.embeddings import save_embedding
 from plainsd.errors import UserError
 from plainsd.generate import StableDiffusion
+from plainsd.hub import find
 from plainsd.lora import save_lora
 from plainsd.train.checkpoints import saving
 from plainsd.train.data import read_folder
@@ -21,6 +22,7 @@ from plainsd.train.lora import lora
 from plainsd.train.memory import checkpointing
 from plainsd.train.prior import make_prior
 from plainsd.train.shard import gather
+from plainsd.variants import encoder_names
 
 Make = Callable[[StableDiffusion, Examples, dict], FineTune]
 
@@ -76,7 +78,7 @@ def train_inversion(job: Job) -> None:
 
 def tuned(job: Job, make: Make) -> StableDiffusion | None:
     """The trained model; None where the run was stopped before its end, or where another process will save it."""
-    sd = load(job.options.base, device=job.world.device, dtype=torch.float32)
+    sd = base_model(job)
     job.keep_options(base_weights=weights_digest(sd))
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)
@@ -85,8 +87,6 @@ def tuned(job: Job, make: Make) -> StableDiffusion | None:
     job.count_long_captions(sd, pictures)
     shared = {"objective": job.objective(), "chunks": job.options.reading.chunks, "prior": prior_set(job, sd, pictures.size),
               "prior_weight": job.options.prior.prior_weight}
-    if job.options.lora.half_base:
-        halve(job, sd)
     method = make(sd, examples, shared)
     parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
@@ -97,10 +97,18 @@ def tuned(job: Job, make: Make) -> StableDiffusion | None:
     return sd if done and job.world.first else None
 
 
-def halve(job: Job, sd: StableDiffusion) -> None:
-    if job.options.method == "full" or job.dtype != torch.bfloat16:
-        raise UserError("--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method full")
-    sd.unet.to(torch.bfloat16)
+def base_model(job: Job) -> StableDiffusion:
+    """In float32; with --half-base its UNet in bfloat16, which is then never in memory as float32."""
+    half, path = job.options.lora.half_base, find(job.options.base)
+    if half and (job.options.method == "full" or job.dtype != torch.bfloat16):
+        raise UserError("--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method "
+                        "full")
+    contents = read(path)
+    variant, built = contents.variant, {}
+    for name, network in contents.networks.items():
+        built[name] = network.build(job.world.device, torch.bfloat16 if half and name == "unet" else torch.float32)
+    return StableDiffusion(tokenizers(contents, path), [built[name] for name in encoder_names(variant)], built["unet"],
+                           built["vae"], variant.schedule.build(), variant.prediction, variant, path)
 
 
 def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:

@@ -1,0 +1,143 @@
+"""How much memory fine-tuning SD 1.5 by LoRA takes on a CPU: ours, and diffusers with peft on the same task.
+
+    python bench/train_memory.py [CASE]...               all cases, minutes each, if none is named
+
+Rank 16 on the UNet's attention, 512x512 pixels, batches of 1, bfloat16 arithmetic, AdamW, three steps. The model has SD
+1.5's shapes and random weights, and lies on the disk in float16, 2.1 GB, as the public one does. Each case is a process of
+its own that loads the model, encodes two pictures and their captions, and trains; what is printed is the largest resident
+memory of that whole process (VmHWM), mapped files included. Ours is `plainsd train` itself; diffusers and peft are called
+as diffusers' own example for LoRA training calls them, with latents and text states made once, as ours are.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+RANK, SIZE, STEPS = 16, 512, 3
+CAPTION = "a line drawing of an apple"
+OURS = {
+    "ours": (),
+    "ours, half base": ("--half-base",),
+    "ours, checkpointing": ("--checkpointing",),
+    "ours, half base, checkpointing": ("--half-base", "--checkpointing"),
+    "ours, half base, checkpointing, 8-bit Adam": ("--half-base", "--checkpointing", "--adam8bit"),
+}
+THEIRS = {                            # in the example: --mixed_precision, --gradient_checkpointing
+    "diffusers + peft": (torch.float32, False),
+    "diffusers + peft, half base": (torch.bfloat16, False),
+    "diffusers + peft, checkpointing": (torch.float32, True),
+    "diffusers + peft, half base, checkpointing": (torch.bfloat16, True),
+}
+
+
+def prepare(folder: Path) -> None:
+    """A model of SD 1.5's shapes, and two captioned pictures."""
+    from plainsd import StableDiffusion, save
+    from plainsd.models.clip import TextEncoder
+    from plainsd.models.unet import UNet
+    from plainsd.models.vae import VAE
+    from plainsd.tokenizer import Tokenizer, find_vocabulary
+    from plainsd.variants import VARIANTS
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    variant = VARIANTS["sd1"]
+    tokenizer = Tokenizer.from_vocabulary(find_vocabulary(None))
+    sd = StableDiffusion([tokenizer], [TextEncoder(variant.text[0])], UNet(variant.unet), VAE(variant.vae),
+                         variant.schedule.build(), variant.prediction, variant)
+    save(sd, folder / "model")
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+        (folder / "pictures" / f"{i}.txt").write_text(CAPTION)
+
+
+def train_ours(folder: Path, options: tuple[str, ...]) -> None:
+    from plainsd.cli import main as plainsd
+
+    with tempfile.TemporaryDirectory() as out:
+        code = plainsd(["train", "--method", "lora", "--base", str(folder / "model"), "--data", str(folder / "pictures"),
+                        "--out", out, "--rank", str(RANK), "--size", str(SIZE), "--steps", str(STEPS), "--accumulate", "1",
+                        "--device", "cpu", "--dtype", "bfloat16", "--ema", "0", "--save-every", "1000", *options])
+    assert code == 0
+
+
+def train_theirs(folder: Path, dtype: torch.dtype, checkpointing: bool) -> None:
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from peft import LoraConfig
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
+    networks = {name: kind.from_pretrained(folder / "model" / name, torch_dtype=dtype).requires_grad_(False)
+                for name, kind in parts.items()}
+    vae, text, unet = networks.values()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "model" / "tokenizer")
+    scheduler = DDPMScheduler.from_pretrained(folder / "model" / "scheduler")
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    learned = [p for p in unet.parameters() if p.requires_grad]
+    for p in learned:
+        p.data = p.data.float()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    optimizer = torch.optim.AdamW(learned, lr=1e-4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ids = tokenizer([CAPTION], padding="max_length", return_tensors="pt").input_ids
+        states = text(ids).last_hidden_state
+        latents = []
+        for path in sorted((folder / "pictures").glob("*.png")):
+            pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 127.5 - 1
+            latents.append(vae.encode(pixels.to(dtype)).latent_dist.mean * vae.config.scaling_factor)
+    for step in range(STEPS):
+        x0, noise, timestep = latents[step % 2].float(), torch.randn_like(latents[0].float()), torch.tensor([500])
+        with torch.autocast("cpu", torch.bfloat16):
+            noisy = scheduler.add_noise(x0, noise, timestep).to(dtype)
+            output = unet(noisy, timestep, states, return_dict=False)[0]
+            torch.nn.functional.mse_loss(output.float(), noise).backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def peak() -> int:
+    """Not getrusage's, which is no less than the parent's was when this process began."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def child(task: str, folder: Path) -> None:
+    if task == "prepare":
+        prepare(folder)
+    elif task in OURS:
+        train_ours(folder, OURS[task])
+    else:
+        train_theirs(folder, *THEIRS[task])
+    print(peak())
+
+
+def in_a_child(task: str, folder: str) -> int:
+    """The peak of a process that does this alone, in bytes."""
+    done = subprocess.run([sys.executable, __file__, "--child", task, folder], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{task}: {done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        return child(sys.argv[2], Path(sys.argv[3]))
+    with tempfile.TemporaryDirectory() as folder:
+        in_a_child("prepare", folder)
+        for case in sys.argv[1:] or (*OURS, *THEIRS):
+            print(f"{case:<48}{in_a_child(case, folder) / 1e9:>6.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Write a set of captioned line drawings: the things that the embedded model knows in colour, from a black-and-white font.
+
+    python recipes/finetune/data.py runs/finetune/data
+
+    OUT/drawings/NAME-0.png, .txt    black on white, 128x128 pixels, with captions; each thing at a few sizes and places
+    OUT/heldout/                     things that training never sees drawn: to measure with, and to ask for afterwards
+
+Which things: those of the model's concepts.json that the font has. Sizes, places and what is held out are pure functions
+of the names, so the same command with the same font writes the same files.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from plainsd.errors import UserError
+from plainsd.folder import read_json
+from plainsd.hub import find
+from plainsd.train import emoji
+
+FONT = Path("/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf")
+DRAWN, SIDE = 400, 128               # pixels: the font's size, and a picture's side, which training scales to the model's
+NOWHERE = "\U0010ffff"               # no font has this, so it shows what a font draws for what it lacks
+CAPTIONS = ("a line drawing of {phrase}", "{name}, line drawing")
+UNSEEN = ("octopus", "rocket", "guitar")              # in prompts.txt; held out in any case
+
+
+def glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
+    """Black, as opaque as the font says, cropped to what is visible; None where the font lacks it."""
+    mask, lacking = (Image.new("L", (3 * DRAWN, 3 * DRAWN)) for _ in range(2))
+    for canvas, text in ((mask, character), (lacking, NOWHERE)):
+        ImageDraw.Draw(canvas).text((DRAWN, DRAWN), text, font=font, fill=255)
+    box = mask.getbbox()
+    if box is None or mask.tobytes() == lacking.tobytes():
+        return None
+    picture = Image.new("RGBA", mask.size)
+    picture.putalpha(mask)
+    return picture.crop(box)
+
+
+def write_drawings(folder: Path, concept: emoji.Concept, drawing: Image.Image, views: int) -> None:
+    """Size and place are drawn from the name."""
+    for view in range(views):
+        place = emoji.random_place(f"line:{concept.name}:{view}", drawing.size, SIDE)
+        path = folder / f"{concept.name.replace(' ', '-')}-{view}.png"
+        emoji.compose(drawing, (255, 255, 255), SIDE, place).save(path)
+        path.with_suffix(".txt").write_text("".join(caption.format(name=concept.name, phrase=concept.phrase) + "\n"
+                                                    for caption in CAPTIONS))
+
+
+def build(options: argparse.Namespace) -> None:
+    if not options.font.is_file():
+        raise UserError(f"no font at {options.font}; apt-get install fonts-symbola, or give --font FILE")
+    font = ImageFont.truetype(str(options.font), DRAWN)
+    rows = read_json(find(options.model) / "concepts.json")["concepts"]
+    concepts = [emoji.Concept(row["name"], row["character"]) for row in rows]
+    drawings = {concept: drawing for concept in concepts if (drawing := glyph(font, concept.character))}
+    by_chance = sorted(drawings, key=lambda concept: random.Random(f"held out:{concept.name}").random())
+    count = round(options.heldout_share * len(drawings))
+    heldout = {concept for concept in drawings if concept.name in UNSEEN} | set(by_chance[:count])
+    for name in ("drawings", "heldout"):
+        (options.out / name).mkdir(parents=True)
+    for concept, drawing in drawings.items():
+        place, views = ("heldout", 1) if concept in heldout else ("drawings", options.views)
+        write_drawings(options.out / place, concept, drawing, views)
+    print(f"{options.out}: {len(drawings) - len(heldout)} things drawn {options.views} times, {len(heldout)} held out; "
+          f"the font lacks {len(concepts) - len(drawings)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", help="a model with concepts.json beside its weights; the embedded one if not given")
+    parser.add_argument("--views", type=int, default=4, help="how often each thing is drawn")
+    parser.add_argument("--heldout-share", type=float, default=0.1, help="share of the things that is held out")
+    parser.add_argument("--font", type=Path, default=FONT)
+    try:
+        build(parser.parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,81 @@
+"""Draw the prompts before and after fine-tuning, one labelled picture; print the validation loss of each run likewise.
+
+    python recipes/finetune/picture.py docs/finetune.png runs/finetune/full runs/finetune/lora
+
+A run is a folder of `plainsd train` that holds model/ or lora.safetensors. All pictures of a column begin with the same noise.
+"""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import plainsd
+from plainsd.errors import UserError
+from plainsd.images import write_png
+from plainsd.lora import add_lora
+from plainsd.train.jobs import read_lines
+from plainsd.train.run import read_log
+
+PROMPTS = Path(__file__).with_name("prompts.txt")
+SHOWN, GAP, LABEL, LETTERS = 128, 8, 44, 18          # pixels: side of a shown picture, gaps, height of labels; letters a line
+
+
+def trained(run: Path, base: str | None) -> plainsd.StableDiffusion:
+    """The model that a run has made."""
+    if (run / "model").is_dir():
+        return plainsd.load(run / "model", device="cpu", dtype="float32")
+    sd = plainsd.load(base, device="cpu", dtype="float32")
+    add_lora(sd, run / "lora.safetensors")
+    return sd
+
+
+def drawn(sd: plainsd.StableDiffusion, prompts: list[str], guidance: float | None) -> list[Image.Image]:
+    """Picture i has seed i."""
+    return [plainsd.final(plainsd.text_to_image(sd, prompt, seed=seed, guidance=guidance))[0]
+            for seed, prompt in enumerate(prompts)]
+
+
+def labelled(rows: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Image:
+    """A row for each entry, with its name on the left; prompts above."""
+    font, left, step = ImageFont.load_default(13), 70, SHOWN + GAP
+    picture = Image.new("RGB", (left + len(prompts) * step, LABEL + len(rows) * step), "white")
+    pen = ImageDraw.Draw(picture)
+    for column, prompt in enumerate(prompts):
+        pen.text((left + column * step, GAP // 2), textwrap.fill(prompt, LETTERS), "black", font)
+    for row, (name, images) in enumerate(rows.items()):
+        top = LABEL + row * step
+        pen.text((GAP, top + SHOWN // 2 - 8), name, "black", font)
+        for column, image in enumerate(images):
+            picture.paste(image.resize((SHOWN, SHOWN), Image.Resampling.NEAREST), (left + column * step, top))
+    return picture
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of plainsd train")
+    parser.add_argument("--base", help="the model that was fine-tuned; the embedded one if not given")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    parser.add_argument("--guidance", type=float, help="the model's own if not given")
+    options = parser.parse_args(argv)
+    try:
+        prompts = [line for line in read_lines(options.prompts) if line.strip()]
+        base = plainsd.load(options.base, device="cpu", dtype="float32")
+        rows = {"before": drawn(base, prompts, options.guidance)}
+        for run in options.runs:
+            rows[run.name] = drawn(trained(run, options.base), prompts, options.guidance)
+            found = [line for line in read_log(run / "log.jsonl") if line.get("validation") is not None]
+            print(f"{run.name}: validation loss {found[0]['validation']:.4f} at step {found[0]['step']}, "
+                  f"{found[-1]['validation']:.4f} at step {found[-1]['step']}")
+        write_png(labelled(rows, prompts), options.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
