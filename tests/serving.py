@@ -15,6 +15,7 @@ from conftest import tiny_sd
 from PIL import Image
 
 import plainsd
+from plainsd.lora import inject, save_lora
 from plainsd.server import worker
 from plainsd.server.app import create_app
 from plainsd.server.command import bound, config
@@ -27,6 +28,16 @@ def model_folder(folder: Path, name: str = "tiny", seed: int = 0, **unet) -> str
     if not path.exists():
         plainsd.save(tiny_sd(seed=seed, **unet), path)
     return str(path)
+
+
+def lora_file(model: str, path: Path, seed: int) -> None:
+    """A LoRA with random weights for a model."""
+    sd = plainsd.load(model, device="cpu", dtype="float32")
+    lora = inject(sd, rank=2)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    save_lora(sd, path)
 
 
 def open_service(models: list[str], data: Path, limits: Limits = Limits(), **more) -> Service:

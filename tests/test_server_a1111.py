@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from PIL import Image, PngImagePlugin
-from serving import Brake, alike, base64_of, from_base64, model_folder, open_service, png_bytes, served, until
+from serving import Brake, alike, base64_of, from_base64, lora_file, model_folder, open_service, png_bytes, served, until
 from webuiapi import HiResUpscaler, WebUIApi
 
 import plainsd
@@ -25,6 +25,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(models, tmp_path_factory):
     loras = tmp_path_factory.mktemp("loras")
+    lora_file(models[0], loras / "paper.safetensors", 1)
     with served(open_service(models, tmp_path_factory.mktemp("data"), Limits(pixels=256 * 256), loras=loras)) as server:
         yield server
 
@@ -114,6 +115,15 @@ def test_hires_and_variations(api, sd):
                                                    variation_seed=5, variation_strength=0.3))  # fmt: skip
     assert all(alike(a, b) for a, b in zip(varied.images, expected, strict=True))
     assert varied.info["all_seeds"] == [2, 2] and varied.info["all_subseeds"] == [5, 6]
+
+
+def test_a_lora_in_the_prompt(api, server):
+    result = api.txt2img(prompt="a boat <lora:paper:0.5>", seed=3, width=64, height=64)
+    assert "a boat <lora:paper:0.5>" in result.info["infotexts"][0]
+    files = [(server.service.models.lora("paper"), 0.5)]
+    sd = plainsd.load(server.service.models.known["tiny"].source, device="cpu", dtype="float32", loras=files)
+    expected = plainsd.text_to_image(sd, "a boat", seed=3, steps=3, guidance=7, sampler="euler_a")
+    assert alike(result.image, plainsd.final(expected)[0])
 
 
 def test_img2img(api, sd, drawing):
@@ -224,7 +234,7 @@ def test_lists_and_options(api, server):
     assert api.util_get_model_names() == ["other", "tiny"] and "DPM++ 2M" in api.util_get_sampler_names()
     assert (
         "karras" in api.util_get_scheduler_names()
-        and api.get_loras() == []
+        and [lora["name"] for lora in api.get_loras()] == ["paper"]
         and api.get_scripts() == {"txt2img": [], "img2img": []}
     )
     assert api.get_embeddings() == {"loaded": {}, "skipped": {}} and api.get_prompt_styles() == api.get_sd_vae() == []

@@ -8,12 +8,11 @@ import time
 import pytest
 import torch
 from PIL import Image
-from serving import Brake, alike, base64_of, model_folder, open_service, until
+from serving import Brake, alike, base64_of, lora_file, model_folder, open_service, until
 
 import plainsd
 from plainsd.errors import UserError
 from plainsd.images import read_settings
-from plainsd.lora import inject, save_lora
 from plainsd.server import store as store_module
 from plainsd.server import worker as worker_module
 from plainsd.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING
@@ -399,16 +398,6 @@ def test_states_are_written_before_they_are_told(opened, brake):
 
 
 # --- LoRAs -----------------------------------------------------------------------------------------------------------
-
-
-def lora_file(model: str, path, seed: int):
-    """A LoRA with random weights for a model."""
-    sd = plainsd.load(model, device="cpu", dtype="float32")
-    lora = inject(sd, rank=2)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in lora.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    save_lora(sd, path)
 
 
 def test_loras_come_and_go_with_their_jobs(opened, folder, tmp_path):

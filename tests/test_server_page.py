@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from serving import base64_of, model_folder, open_service, served, until
+from serving import base64_of, lora_file, model_folder, open_service, served, until
 
 import plainsd
 from plainsd.images import write_png
@@ -39,7 +39,10 @@ for (const kind of ["dragenter", "dragover", "drop"])
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     models = [model_folder(folder), model_folder(folder, "other", 1)]
-    with served(open_service(models, tmp_path_factory.mktemp("data"), Limits(steps=120))) as server:
+    loras = tmp_path_factory.mktemp("loras")
+    for seed, name in enumerate(("ink", "paper")):
+        lora_file(models[0], loras / f"{name}.safetensors", seed)
+    with served(open_service(models, tmp_path_factory.mktemp("data"), Limits(steps=120), loras=loras)) as server:
         yield server
 
 
@@ -185,7 +188,7 @@ def test_gallery_search_viewer_and_settings_back_in_the_form(page):
     page.find(".tile").click()
     assert page.find("#viewer-prompt").text == "green <b>pear</b>"       # as text, not as HTML
     shown = page.find("#viewer-settings").text
-    assert "72 × 64" in shown and "heun" in shown and "77" in shown and "rain" in shown
+    assert "72 × 64" in shown and "Heun" in shown and "Karras" in shown and "77" in shown and "rain" in shown
     assert page.find("#download").get_attribute("href").endswith(".png")
     page.find("#use").click()
     got = {
@@ -335,6 +338,29 @@ def test_an_x_y_grid(page):
     page.set("y-values", "euler, ddim")
     job = page.drawn()
     assert job["count"] == 5 and job["done"] == 5
+
+
+def test_loras_are_added_and_come_back_with_their_picture(page):
+    page.find("#lora-section summary").click()
+    for _ in range(2):
+        page.find("#add-lora").click()
+    page.js("const [name, strength] = document.querySelectorAll('.lora select, .lora input');"
+            "name.value = 'paper'; strength.value = 0.7")  # fmt: skip
+    page.all(".lora button")[1].click()
+    page.set("prompt", "a folded boat")
+    page.set("seed", 5)
+    job = page.drawn()
+    told = page.server.get(f"/api/images/{job['images'][0]}").json()
+    assert told["loras"] == [{"name": "paper", "strength": 0.7}]
+    assert "<lora:paper:0.7>" in told["parameters"]
+    page.find(".lora button").click()
+    assert not page.all(".lora")
+    page.find(".card .whole").click()
+    assert "paper 0.7" in page.find("#viewer-settings").text
+    page.find("#use").click()
+    row = page.find(".lora")
+    assert [row.find_element("css selector", tag).get_attribute("value") for tag in ("select", "input")] == [
+        "paper", "0.7"]  # fmt: skip
 
 
 def test_light_dark_and_a_phone(page):

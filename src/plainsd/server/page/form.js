@@ -74,6 +74,13 @@ function set(name, value) {
   if ($(`${name}-range`)) $(`${name}-range`).value = $(name).value;
 }
 
+// A setting as a reader sees it.
+export function worded(name, value) {
+  if (name === "size") return value.join(" × ");
+  const labels = { sampler: info.samplers, spacing: info.spacings }[name] ?? {};
+  return labels[value] ?? [value].flat().join(", ");
+}
+
 export function usedSeed(seed) {
   lastSeed = String(seed);
   $("last-seed").disabled = false;

@@ -17,17 +17,18 @@ export async function load(more = false) {
   if (turn !== loading) return; // a later search has overtaken this one
   shown = more ? [...shown, ...told.images] : told.images;
   next = told.next;
-  $("gallery").replaceChildren(...shown.map(tile));
+  const tiles = new Map([...$("gallery").children].map((old) => [old.dataset.id, old])); // those that stay do not blink
+  $("gallery").replaceChildren(...shown.map((picture) => tiles.get(picture.id) ?? tile(picture)));
   $("more").hidden = next === null;
   $("empty").hidden = shown.length > 0;
   $("empty").textContent = $("search").value ? "No prompt here has all of these words." : "Nothing here yet. Say what to draw, and press Draw.";
 }
 
-function tile(picture, place) {
+function tile(picture) {
   const image = element("img", { src: picture.thumbnail, alt: picture.settings.prompt || "picture without a prompt", loading: "lazy" });
   const button = element("button", { type: "button", className: "tile", title: picture.settings.prompt }, image);
   button.dataset.id = picture.id;
-  button.onclick = () => view(place);
+  button.onclick = () => open(picture.id);
   return button;
 }
 
@@ -56,7 +57,7 @@ function view(place) {
   const rows = Object.entries(LABELS).filter(([name]) => settings[name] !== null && settings[name] !== PLAIN[name]);
   const loras = picture.loras.map(({ name, strength }) => `${name} ${strength}`).join(", ");
   $("viewer-settings").replaceChildren(
-    ...rows.flatMap(([name, label]) => pair(label, name === "size" ? settings.size.join(" × ") : [settings[name]].flat().join(", "))),
+    ...rows.flatMap(([name, label]) => pair(label, form.worded(name, settings[name]))),
     ...(loras ? pair("LoRAs", loras) : []), ...pair("Made", new Date(1000 * picture.created).toLocaleString()));
   $("download").href = picture.url;
   $("download").download = `${picture.id}.png`;
