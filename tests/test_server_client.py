@@ -1,12 +1,14 @@
 """The other end of the API: what `plainsd generate --server` uses."""
 
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
-from serving import Brake, alike, base64_of, model_folder, open_service, served, until
+from serving import Brake, alike, base64_of, lora_file, model_folder, open_service, served, until
 
 import plainsd
+from plainsd.cli import main
 from plainsd.errors import UserError
 from plainsd.server.client import Finished, Progress, Remote
 
@@ -15,8 +17,9 @@ TOKEN = "a-token-for-clients"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    model = model_folder(tmp_path_factory.mktemp("models"))
-    with served(open_service([model], tmp_path_factory.mktemp("data")), TOKEN) as server:
+    model, loras = model_folder(tmp_path_factory.mktemp("models")), tmp_path_factory.mktemp("loras")
+    lora_file(model, loras / "paper.safetensors", 1)
+    with served(open_service([model], tmp_path_factory.mktemp("data"), loras=loras), TOKEN) as server:
         yield server
 
 
@@ -67,3 +70,79 @@ def test_errors_are_one_line(server):
     with pytest.raises(UserError, match="is no address"):
         Remote("ftp://x")
     assert Remote("localhost:7860/some/path").url == "http://localhost:7860"
+    assert Remote("http://localhost:7860/?token=abc").token == "abc"
+
+
+# --- plainsd generate --server ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generate(server, tmp_path, capsys, monkeypatch):
+    """The command there, and, with `here`, without --server: (code, files, stderr)."""
+    monkeypatch.setenv("PLAINSD_TOKEN", TOKEN)
+    model = server.service.models.known["tiny"].source
+
+    def run(*arguments, here=False):
+        where = ["--model", model, "--device", "cpu", "--dtype", "float32"] if here else ["--server", server.url]
+        out = tmp_path / ("here" if here else "there")
+        code = main(["generate", *map(str, arguments), *where, "--out", str(out)])
+        said = capsys.readouterr()
+        return code, said.out.split(), said.err
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [
+    ("a red apple", "--negative", "blue", "--count", 3, "--steps", 3, "--seed", 7, "--sampler", "euler_a"),
+    ("a boat", "--image", "PHOTO", "--strength", 0.6, "--steps", 4),
+    ("a boat", "--image", "PHOTO", "--mask", "MASK", "--steps", 3),
+    ("x", "--count", 2, "--variation-seed", 9, "--variation-strength", 0.2, "--steps", 2),
+    ("--prompts", "PROMPTS", "--count", 2, "--steps", 2, "--interval", 0.1, 20),
+    ("compared", "--grid", "guidance=1,3", "--grid", "steps=1,2"),
+])  # fmt: skip
+def test_the_same_command_draws_the_same_there_as_here(generate, tmp_path, arguments):
+    Image.effect_noise((72, 64), 90).convert("RGB").save(tmp_path / "PHOTO.png")
+    Image.new("L", (72, 64)).save(tmp_path / "MASK.png")
+    with Image.open(tmp_path / "MASK.png") as mask:
+        mask.paste(255, (16, 16, 48, 48))
+        mask.save(tmp_path / "MASK.png")
+    (tmp_path / "PROMPTS.txt").write_text("an owl\na fox\na robot\n")
+    files = {"PHOTO": tmp_path / "PHOTO.png", "MASK": tmp_path / "MASK.png", "PROMPTS": tmp_path / "PROMPTS.txt"}
+    arguments = [files.get(one, one) for one in arguments]
+    (code, there, err), (_, here, _) = generate(*arguments), generate(*arguments, here=True)
+    assert code == 0, err
+    assert [Path(path).name for path in there] == [Path(path).name for path in here] and there
+    for one, other in zip(there, here, strict=True):
+        with Image.open(one) as image, Image.open(other) as expected:
+            assert alike(image, expected) and image.info.get("parameters") == expected.info.get("parameters")
+
+
+def test_a_lora_a_preview_and_from(generate, server, tmp_path, brake):
+    brake.off()
+    code, (path,), _ = generate("a boat", "--lora", "paper.safetensors:0.7", "--preview", tmp_path / "p.png", "--steps", 3)
+    assert code == 0 and "<lora:paper:0.7>" in Image.open(path).info["parameters"]
+    assert Image.open(tmp_path / "p.png").size == (64, 64)
+    _, (again,), _ = generate("--from", path)
+    assert alike(Image.open(again), Image.open(path), 0)
+
+
+def test_what_a_server_does_not_take_is_one_line(generate):
+    for flags, says in (
+        (["--device", "cpu"], "--device is not sent to a server"), (["--model", "none"], "unknown model 'none'"),
+        (["--lora", "none.safetensors"], "unknown LoRA 'none'"), (["--image", "none.png"], "cannot read 'none.png'"),
+        (["--outpaint", 8, 8, 8, 8], "--outpaint is not sent"), (["--sampler", "eular"], "did you mean 'euler'"),
+    ):  # fmt: skip
+        code, _, err = generate("p", *flags)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+
+
+def test_an_interrupt_cancels_what_was_sent(generate, server, brake, monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("plainsd.server.errand.Remote.follow", interrupted)
+    assert generate("--prompts", tmp_path / "prompts.txt")[0] == 130
+    until(lambda: not server.service.queue.jobs)
+    assert {job.each[0].prompt for job in server.service.store.jobs(("cancelled",), 3)} == {"one", "two", "three"}

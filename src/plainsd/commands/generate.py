@@ -132,6 +132,8 @@ class Generate:
 
     preview: Annotated[Path | None, flag("FILE")] = None
     """a PNG file that shows the picture while it is drawn"""
+    server: Annotated[str | None, flag("URL")] = None
+    """draw on a running `plainsd serve`; its token comes with the URL, as ?token=..., or from $PLAINSD_TOKEN"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
@@ -139,6 +141,10 @@ class Generate:
 
     def run(self) -> None:
         prompts, choices = self.wanted()
+        if self.server:
+            from plainsd.server import errand
+
+            return errand.run(self, prompts, choices)
         prompts, tags = without_tags(prompts)
         target = Target(self.out)                # says at once where nothing can be written
         if self.preview:

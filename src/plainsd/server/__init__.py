@@ -13,6 +13,6 @@
     service.py     all of these together, and how a job is told to a client
     app.py         routes of our own API and the page; openai.py, a1111.py (and a1111_fields.py): the other two
     metrics.py     Prometheus' text form
-    client.py      the other end: `plainsd generate --server`
+    client.py      the other end; errand.py: `plainsd generate --server` by it
     command.py     `plainsd serve`
 """

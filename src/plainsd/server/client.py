@@ -5,9 +5,11 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from plainsd.errors import UserError
 
@@ -30,7 +32,7 @@ class Finished(NamedTuple):
 
 @dataclass
 class Remote:
-    """A server by its address, such as http://127.0.0.1:7860."""
+    """A server by its address, such as http://127.0.0.1:7860, or as it printed it: with `?token=...`."""
 
     url: str
     token: str | None = None
@@ -41,32 +43,46 @@ class Remote:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"server {self.url!r} is no address; write it as http://127.0.0.1:7860")
         self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        self.token = self.token or dict(parse_qsl(parts.query)).get("token")
         if parts.hostname in ("localhost", "127.0.0.1", "::1"):          # a proxy is of no use there
             self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def draw(self, **fields: Any) -> Iterator[Progress | Finished]:
-        """POST /api/jobs and all that follows. Whoever stops listening cancels the job."""
-        job = self.call("/api/jobs", fields)
+        """One job and all that follows. Whoever stops listening cancels it."""
+        id = self.submit(**fields)
         try:
-            for name, data in self.events(job["id"]):
-                if name == "end":
-                    job = data
-                    break
-                previews = {
-                    int(place): base64.b64decode(url.partition(",")[2]) for place, url in data["previews"].items()
-                }
-                yield Progress(data["step"], data["steps"], data["progress"], data["position"], previews)
-        except GeneratorExit:
-            self.call(f"/api/jobs/{job['id']}/cancel", {})
-            raise
+            yield from self.follow(id)
+        finally:
+            self.cancel(id)
+
+    def submit(self, **fields: Any) -> str:
+        """POST /api/jobs: its id."""
+        return self.call("/api/jobs", fields)["id"]
+
+    def follow(self, id: str) -> Iterator[Progress | Finished]:
+        """Until it has ended; then its pictures. UserError where there are none."""
+        name, job = "", {}
+        for name, job in self.events(id):
+            if name == "progress":
+                rough = {int(place): base64.b64decode(url.partition(",")[2]) for place, url in job["previews"].items()}
+                yield Progress(job["step"], job["steps"], job["progress"], job["position"], rough)
+        if name != "end":
+            raise UserError(f"{self.url} broke off; job {id} goes on when the server is there again, in its gallery")
         if job["state"] != "done":
-            raise UserError(f"the server's job {job['id']} {job['state']}: {job['error'] or 'somebody cancelled it'}")
-        for id in job["images"]:
-            yield Finished(id, self.bytes(f"/api/images/{id}.png"), self.call(f"/api/images/{id}")["settings"])
+            raise UserError(f"the server's job {id} {job['state']}: {job['error'] or 'somebody cancelled it'}")
+        for picture in job["images"]:
+            png, told = self.bytes(f"/api/images/{picture}.png"), self.call(f"/api/images/{picture}")
+            yield Finished(picture, png, told["settings"])
+
+    def cancel(self, id: str) -> None:
+        """Nothing, where it has ended already or the server is gone."""
+        with suppress(UserError):
+            self.call(f"/api/jobs/{id}/cancel", {})
 
     def events(self, id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What the server tells of a job, until it ends or the connection does."""
         name = ""
-        with self.open(f"/api/jobs/{id}/events") as stream:
+        with self.open(f"/api/jobs/{id}/events") as stream, suppress(OSError, HTTPException):
             for line in stream:
                 key, _, value = line.decode().rstrip("\n").partition(": ")
                 if key == "event":
