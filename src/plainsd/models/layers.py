@@ -36,6 +36,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
+        self.attend = F.scaled_dot_product_attention     # speed.py and training may put another form here
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, causal: bool = False) -> Tensor:
         context = x if context is None else context
@@ -43,7 +44,7 @@ class Attention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (B, heads, N or M, D / heads)
             for t in (self.q(x), self.k(context), self.v(context))
         )
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = self.attend(q, k, v, is_causal=causal)
         return self.out(x.transpose(1, 2).flatten(2))                    # (B, N, D)
 
 

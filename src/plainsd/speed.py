@@ -1,0 +1,167 @@
+"""Speed: functions that make a loaded model faster, and its pictures the same but for rounding.
+
+    pack               weights laid out once as the processor's matrix units read them, and not anew at each call;
+                       GEGLU's gate and product inside the two projections that they follow          (CPU)
+    block_attention    attention maps in pieces that stay in the cache                               (CPU without AMX)
+    compile_unet       fused kernels by torch.compile; minutes the first time                        (CPU, GPU)
+
+`faster` applies what pays on the model's own device. All of them work in place and are meant to come last: a packed
+model can no longer be trained or saved, or take up adapters. The plain forward passes stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.errors import UserError
+from plainsd.models.layers import Attention
+from plainsd.models.unet import FeedForward
+
+if TYPE_CHECKING:
+    from plainsd.generate import StableDiffusion
+
+PIECE = 512                           # queries whose attention maps are in memory at once
+LONG = 1024                           # queries from which on that pays
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def faster(sd: StableDiffusion, *, compiled: bool = False) -> StableDiffusion:
+    """The same model, in place, with what pays on its device. `compiled`: torch.compile too."""
+    if sd.refiner is not None:
+        faster(sd.refiner, compiled=compiled)
+    for network in networks(sd):
+        network.to(memory_format=torch.channels_last)
+    if sd.device.type == "cpu":
+        if sd.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+            block_attention(sd)
+        if sd.dtype in DTYPES and torch.backends.mkldnn.is_available():
+            pack(sd, unet=not compiled)
+    if compiled:
+        compile_unet(sd)
+    return sd
+
+
+def networks(sd: StableDiffusion) -> list[nn.Module]:
+    return [*sd.text_encoders, sd.unet, sd.vae]
+
+
+# ---- packed weights
+
+
+def pack(sd: StableDiffusion, *, unet: bool = True) -> None:
+    """Puts packed layers in place of every plain Linear, Conv2d and FeedForward. Layers that carry a LoRA stay.
+
+    `unet`: the UNet too; torch.compile packs for itself.
+    """
+    if sd.device.type != "cpu" or sd.dtype not in DTYPES or not torch.backends.mkldnn.is_available():
+        raise UserError(f"weights can be packed on a CPU, in float32 or bfloat16, by a PyTorch with oneDNN; "
+                        f"this model is {sd.dtype} on {sd.device}")
+    with torch.no_grad():
+        for network in networks(sd):
+            if unet or network is not sd.unet:
+                _pack_inside(network)
+
+
+def _pack_inside(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if type(child) is FeedForward and type(child.up) is nn.Linear and type(child.down) is nn.Linear:
+            setattr(module, name, PackedFeedForward(child))
+        elif type(child) is nn.Linear:
+            setattr(module, name, PackedLinear(child.weight, child.bias))
+        elif type(child) is nn.Conv2d:
+            setattr(module, name, PackedConv(child))
+        else:
+            _pack_inside(child)
+
+
+class PackedLinear(nn.Module):
+    """A Linear whose weight oneDNN has laid out for itself."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the output, before it leaves the cache."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """The output times another tensor, likewise."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
+
+
+class PackedConv(nn.Module):
+    """A Conv2d likewise, over channels-last maps."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
+        self.how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.how, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.how, "none", [], "")
+
+
+class PackedFeedForward(nn.Module):
+    """GEGLU in three calls: gate = GELU of one half of the projection, value * gate, down."""
+
+    def __init__(self, plain: FeedForward):
+        super().__init__()
+        (value, gate), biases = plain.up.weight.chunk(2), plain.up.bias.chunk(2)
+        self.value, self.gate = PackedLinear(value, biases[0]), PackedLinear(gate, biases[1])
+        self.down = PackedLinear(plain.down.weight, plain.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.value.times(x, self.gate.gelu(x)))
+
+
+# ---- attention
+
+
+def attentions(sd: StableDiffusion) -> Iterator[Attention]:
+    return (module for network in networks(sd) for module in network.modules() if isinstance(module, Attention))
+
+
+def block_attention(sd: StableDiffusion) -> None:
+    for attention in attentions(sd):
+        attention.attend = blocked_attention
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, head by head and PIECE queries at a time. q, k, v (B, heads, N or M, d) -> (B, heads, N, d).
+
+    Where few queries look at few keys, PyTorch's own.
+    """
+    if is_causal or q.shape[2] < LONG or k.shape[2] < LONG:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    scale, out = q.shape[-1] ** -0.5, torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            keys, values = (k[b, head] * scale).t(), v[b, head].contiguous()         # (d, M), (M, d)
+            for start in range(0, q.shape[2], PIECE):
+                piece = q[b, head, start : start + PIECE]
+                out[b, head, start : start + PIECE] = torch.softmax(piece @ keys, dim=-1) @ values
+    return out
+
+
+# ---- torch.compile
+
+
+def compile_unet(sd: StableDiffusion) -> None:
+    """Compiles the UNet for the shapes that it meets: on a GPU with CUDA graphs, on a CPU with its weights frozen in.
+
+    The first step of each shape takes a minute or two; later processes find most of it in torch's cache.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    options = {"triton.cudagraphs": True} if sd.device.type == "cuda" else {"freezing": True}
+    sd.unet.compile(dynamic=False, options=options)

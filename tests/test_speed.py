@@ -1,0 +1,92 @@
+"""What is faster gives the same pictures but for rounding."""
+
+import pytest
+import torch
+from conftest import TINY_XL, difference, tiny_sd
+
+from plainsd import speed
+from plainsd.errors import UserError
+from plainsd.generate import final, text_to_image
+from plainsd.lora_layers import LowRank, attach
+from plainsd.models.layers import Attention
+from plainsd.models.unet import FeedForward
+
+PROMPT = {"prompt": "a red apple", "steps": 3, "seed": 7, "guidance": 4.0, "size": 64}
+
+
+def latents(sd):
+    *_, last = text_to_image(sd, **PROMPT)
+    return last.latents
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("variant", [{}, {"variant": TINY_XL}], ids=["sd1", "sdxl"])
+def test_a_faster_model_draws_the_same(variant):
+    plain, fast = tiny_sd(**variant), speed.faster(tiny_sd(**variant))
+    kinds = {type(module) for network in speed.networks(fast) for module in network.modules()}
+    assert {speed.PackedLinear, speed.PackedConv, speed.PackedFeedForward} <= kinds
+    assert not kinds & {torch.nn.Linear, torch.nn.Conv2d, FeedForward}
+    assert relative(latents(fast), latents(plain)) < 1e-5
+    assert difference(final(text_to_image(fast, **PROMPT))[0], final(text_to_image(plain, **PROMPT))[0]) <= 1
+
+
+def test_faster_in_bfloat16_is_no_less_exact():
+    """The distance from float32 is that of the plain network in bfloat16, within a fifth."""
+    exact = latents(tiny_sd())
+    plain, fast = (relative(latents(sd), exact) for sd in (tiny_sd().to(dtype=torch.bfloat16),
+                                                            speed.faster(tiny_sd().to(dtype=torch.bfloat16))))
+    assert 1e-4 < plain and fast < 1.2 * plain
+
+
+def test_the_refiner_is_made_faster_too():
+    sd = tiny_sd()
+    sd.refiner = tiny_sd(seed=1)
+    speed.faster(sd)
+    assert isinstance(sd.refiner.unet.conv_in, speed.PackedConv)
+
+
+def test_layers_with_a_lora_stay_and_keep_it():
+    def adapted():
+        sd = tiny_sd()
+        layer = next(module for module in sd.unet.modules() if isinstance(module, Attention)).q
+        generator = torch.Generator().manual_seed(0)
+        down, up = (torch.randn(shape, generator=generator) for shape in ((2, layer.in_features), (layer.out_features, 2)))
+        attach(layer, "one", LowRank(down, up, 2.0))
+        return sd
+
+    plain, fast = latents(adapted()), latents(speed.faster(adapted()))
+    assert relative(fast, plain) < 1e-5
+    assert relative(plain, latents(tiny_sd())) > 1e-3
+
+
+@pytest.mark.parametrize("shape, keys", [((1, 2, 1100, 8), 1100), ((2, 1, 1024, 16), 1500), ((1, 2, 64, 8), 77)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_blocked_attention_is_attention(shape, keys, strided):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn((shape[0], shape[1], n, shape[3]), generator=generator, dtype=torch.float64)
+               for n in (shape[2], keys, keys))
+    if strided:
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert relative(speed.blocked_attention(q, k, v), expected) < 1e-12
+
+
+def test_blocked_attention_is_put_everywhere():
+    sd = tiny_sd()
+    speed.block_attention(sd)
+    assert all(attention.attend is speed.blocked_attention for attention in speed.attentions(sd))
+    assert len(list(speed.attentions(sd))) > 3
+
+
+def test_packing_what_cannot_be_packed():
+    with pytest.raises(UserError, match="float64"):
+        speed.pack(tiny_sd().to(dtype=torch.float64))
+
+
+@pytest.mark.full
+def test_a_compiled_model_draws_the_same():
+    plain, fast = tiny_sd(), speed.faster(tiny_sd(), compiled=True)
+    assert relative(latents(fast), latents(plain)) < 1e-5
