@@ -26,7 +26,6 @@ OURS = {
     "ours, half base": ("--half-base",),
     "ours, checkpointing": ("--checkpointing",),
     "ours, half base, checkpointing": ("--half-base", "--checkpointing"),
-    "ours, half base, checkpointing, 8-bit Adam": ("--half-base", "--checkpointing", "--adam8bit"),
 }
 THEIRS = {                            # in the example: --mixed_precision, --gradient_checkpointing
     "diffusers + peft": (torch.float32, False),

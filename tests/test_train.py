@@ -222,6 +222,35 @@ def test_checkpoints_are_whole_or_absent_and_the_newest_are_kept(tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+class Wide:
+    """A method with a matrix large enough for 8-bit moments, and a bias that is too small."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.modules = nn.ModuleDict({"line": nn.Linear(64, 64)})
+
+    def loss(self, picks):
+        x = torch.stack([torch.randn(64, generator=p.generator) for p in picks])
+        return (self.modules["line"](x) - x.flip(1)).square().mean(), {}
+
+
+def test_moments_in_8_bits(tmp_path):
+    pytest.importorskip("torchao")
+    options = FitOptions(steps=60, batch=8, lr=0.02, warmup=0, cosine=False, adam8bit=True, save_every=30)
+    whole, parts, plain = Wide(), Wide(), Wide()
+    trainer = Trainer(whole, options)
+    losses = [report.loss for report in fit(whole, 8, options, trainer=trainer)]
+    assert losses[-1] < 0.6 * losses[0]
+    moments = trainer.optimizer.state[whole.modules["line"].weight]
+    assert moments["exp_avg"].codes.dtype == torch.uint8
+    list(fit(parts, 8, replace(options, steps=30), tmp_path))
+    list(fit(parts, 8, options, tmp_path))
+    assert torch.equal(weights(whole), weights(parts))                # after a resume too, bit for bit
+    list(fit(plain, 8, replace(options, adam8bit=False)))
+    off = (weights(whole) - weights(plain)).norm() / (weights(plain) - weights(Wide())).norm()
+    assert 0 < off < 0.1
+
+
 # ---- a run in a folder
 
 

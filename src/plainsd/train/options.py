@@ -93,7 +93,7 @@ class Steps:
     checkpointing: bool = False
     """less memory, a third more time: what the backward pass needs is computed again"""
     adam8bit: bool = False
-    """AdamW's moments in 8 bits; needs torchao"""
+    """AdamW's moments in 8 bits; needs torchao, and on a CPU a C++ compiler"""
     shard: bool = False
     """with torchrun: weights, gradients and moments spread over the processes (FSDP2)"""
 
