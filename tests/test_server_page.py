@@ -1,37 +1,20 @@
 """The page, as people use it: headless Chromium clicks through it."""
 
-import base64
-import os
-import shutil
 from pathlib import Path
 
 import pytest
+from browser import Page, chromium, needed  # noqa: F401
 from PIL import Image
-from serving import base64_of, lora_file, model_folder, open_service, served, until
+from serving import Brake, lora_file, model_folder, open_service, png_bytes, served
 
 import plainsd
 from plainsd.images import write_png
 from plainsd.server.security import Limits
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium-driver)"
-)
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--force-prefers-reduced-motion",
-         "--window-size=1280,1000")  # fmt: skip
+pytestmark = needed
 PAINTED = """
 const mask = document.getElementById("mask");
 return mask.getContext("2d").getImageData(0, 0, mask.width, mask.height).data.some(Boolean);
-"""
-DROP = """
-const [target, name, data] = arguments;
-const bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt(0));
-const transfer = new DataTransfer();
-transfer.items.add(new File([bytes], name, { type: "image/png" }));
-for (const kind of ["dragenter", "dragover", "drop"])
-  target.dispatchEvent(new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer }));
 """
 
 
@@ -46,71 +29,15 @@ def server(tmp_path_factory):
         yield server
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    os.environ["SE_OFFLINE"] = "true"
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    driver.set_script_timeout(60)
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """The page in the browser, by the names that a reader sees."""
-
-    def __init__(self, driver, server):
-        self.driver, self.server = driver, server
-        driver.get(server.url)
-        driver.execute_script("localStorage.clear()")
-        self.load()
-
-    def load(self):
-        self.driver.get(self.server.url)
-        self.until("document.documentElement.dataset.ready === 'yes'")
-
-    def js(self, code, *arguments):
-        return self.driver.execute_script(code, *arguments)
-
-    def until(self, condition, seconds=60):
-        until(lambda: self.js(f"return Boolean({condition})"), seconds)
-
-    def find(self, css):
-        return self.driver.find_element("css selector", css)
-
-    def all(self, css):
-        return self.driver.find_elements("css selector", css)
-
-    def set(self, id, value):
-        self.js("const field = document.getElementById(arguments[0]); field.value = arguments[1];"
-                "for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind, { bubbles: true }));",
-                id, str(value))  # fmt: skip
-
-    def value(self, id):
-        return self.js("return document.getElementById(arguments[0]).value", id)
-
-    def draw(self):
-        self.find("#generate").click()
-
-    def drawn(self):
-        """Presses Draw, waits for the end; the job."""
-        self.js("for (const card of document.querySelectorAll('.card')) card.remove()")
-        self.draw()
-        self.until("document.querySelector('.card.over')")
-        return self.server.get(f"/api/jobs/{self.find('.card.over').get_attribute('data-job')}").json()
-
-    def settings(self, job):
-        return self.server.get(f"/api/images/{job['images'][0]}").json()["settings"]
+@pytest.fixture
+def brake(monkeypatch):
+    brake = Brake(monkeypatch)
+    yield brake
+    brake.off()
 
 
 @pytest.fixture
-def page(chromium, server):
+def page(chromium, server):  # noqa: F811
     page = Page(chromium, server)
     yield page
     errors = [line["message"] for line in chromium.get_log("browser") if line["level"] == "SEVERE"]
@@ -144,33 +71,35 @@ def test_text_to_image_from_the_keyboard_to_the_gallery(page):
     assert page.value("seed") == "123"
 
 
-def test_progress_preview_and_cancel(page):
+def test_progress_preview_and_cancel(page, brake):
     page.set("prompt", "a very slow one")
     page.set("steps", 120)
     page.set("count", 4)
     before = len(page.server.get("/api/images").json()["images"])
     page.draw()
+    brake.step(30)
     page.until("document.querySelector('.card img.rough')")
     assert page.js("return document.querySelector('.card img.rough').src").startswith("data:image/png")
     page.until(
-        "/Step \\d+ of 120 · 0 of 4 pictures · .* left/.test(document.querySelector('.card .status').textContent)"
+        "/Step 30 of 120 · 0 of 4 pictures · .* left/.test(document.querySelector('.card .status').textContent)"
     )
-    assert 0 < float(page.find(".card progress").get_attribute("value")) < 1
+    assert float(page.find(".card progress").get_attribute("value")) == 0.25
     assert "% · plainsd" in page.driver.title
     page.find(".card .card-foot button").click()
+    brake.off()
     page.until("!document.querySelector('.card')")
     assert page.server.get("/api/jobs").json()["ended"][-1]["state"] == "cancelled"
     assert len(page.server.get("/api/images").json()["images"]) == before
     assert page.driver.title == "plainsd"
 
 
-def test_a_job_survives_a_reload_of_the_page(page):
+def test_a_job_survives_a_reload_of_the_page(page, brake):
     page.set("prompt", "goes on without the page")
-    page.set("steps", 60)
     page.draw()
     page.until("document.querySelector('.card progress')")
     page.load()
     page.until("document.querySelector('.card-prompt')?.textContent === 'goes on without the page'")
+    brake.off()
     page.until("document.querySelector('.tile')?.title === 'goes on without the page'")
     assert page.value("prompt") == "goes on without the page"    # the form is kept, too
 
@@ -242,7 +171,7 @@ def test_a_dropped_png_restores_its_settings(page, tmp_path):
     write_png(Image.new("RGB", (72, 80), "green"), path, settings)
 
     page.set("steps", 50)
-    page.js(DROP, page.find("#gallery"), path.name, base64.b64encode(path.read_bytes()).decode())
+    page.drop("#gallery", path.name, path.read_bytes())
     page.until("document.getElementById('prompt').value === 'a dropped apple'")
     got = [
         page.value(name) for name in ("negative", "steps", "guidance", "sampler", "spacing", "seed", "width", "height")
@@ -257,7 +186,7 @@ def test_a_dropped_png_restores_its_settings(page, tmp_path):
 
 def test_image_to_image_with_a_dropped_picture(page):
     image = Image.effect_noise((128, 64), 90).convert("RGB")
-    page.js(DROP, page.find("#drop"), "noise.png", base64_of(image))
+    page.drop("#drop", "noise.png", png_bytes(image))
     page.until("!document.getElementById('canvas-tools').hidden")
     assert (page.value("width"), page.value("height")) == ("88", "48")   # its shape, at the model's number of pixels
     page.set("prompt", "over it")
@@ -270,7 +199,7 @@ def test_inpainting_with_the_brush(page):
     from selenium.webdriver import ActionChains
 
     image = Image.effect_noise((64, 64), 90).convert("RGB")
-    page.js(DROP, page.find("#drop"), "noise.png", base64_of(image))
+    page.drop("#drop", "noise.png", png_bytes(image))
     page.until("!document.getElementById('canvas-tools').hidden")
     mask = page.find("#mask")
     page.js("arguments[0].scrollIntoView({ block: 'center' })", mask)
@@ -300,7 +229,7 @@ def test_inpainting_with_the_brush(page):
 def test_the_brush_works_from_the_keyboard(page):
     from selenium.webdriver.common.keys import Keys
 
-    page.js(DROP, page.find("#drop"), "grey.png", base64_of(Image.new("RGB", (64, 64), "grey")))
+    page.drop("#drop", "grey.png", png_bytes(Image.new("RGB", (64, 64), "grey")))
     page.until("!document.getElementById('canvas-tools').hidden")
     mask = page.find("#mask")
     mask.send_keys(Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.SPACE)
@@ -412,7 +341,7 @@ def test_the_api_page_lists_and_tries_routes(page):
     page.until("document.querySelector('.route[open] pre').textContent.includes('\"default\": \"tiny\"')")
 
 
-def test_a_token_is_asked_for_once(chromium, tmp_path, server):
+def test_a_token_is_asked_for_once(chromium, tmp_path, server):  # noqa: F811
     token = "a-token-for-the-page"
     folder = Path(server.service.models.known["tiny"].source)
     with served(open_service([str(folder)], tmp_path / "data"), token) as guarded:

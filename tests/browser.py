@@ -1,0 +1,92 @@
+"""Headless Chromium, and the page in it by the names that a reader sees."""
+
+import base64
+import os
+import shutil
+
+import pytest
+from serving import until
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needed = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium-driver)"
+)
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--force-prefers-reduced-motion",
+         "--window-size=1280,1000")  # fmt: skip
+DROP = """
+const [target, name, data] = arguments;
+const bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt(0));
+const transfer = new DataTransfer();
+transfer.items.add(new File([bytes], name, { type: "image/png" }));
+for (const kind of ["dragenter", "dragover", "drop"])
+  target.dispatchEvent(new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer }));
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    os.environ["SE_OFFLINE"] = "true"
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The page in the browser, by the names that a reader sees."""
+
+    def __init__(self, driver, server):
+        self.driver, self.server = driver, server
+        driver.get(server.url)
+        driver.execute_script("localStorage.clear()")
+        self.load()
+
+    def load(self):
+        self.driver.get(self.server.url)
+        self.until("document.documentElement.dataset.ready === 'yes'")
+
+    def js(self, code, *arguments):
+        return self.driver.execute_script(code, *arguments)
+
+    def until(self, condition, seconds=60):
+        until(lambda: self.js(f"return Boolean({condition})"), seconds)
+
+    def drop(self, css, name, content):
+        """A file dropped there."""
+        self.js(DROP, self.find(css), name, base64.b64encode(content).decode())
+
+    def find(self, css):
+        return self.driver.find_element("css selector", css)
+
+    def all(self, css):
+        return self.driver.find_elements("css selector", css)
+
+    def set(self, id, value):
+        self.js("const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+                "for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind, { bubbles: true }));",
+                id, str(value))  # fmt: skip
+
+    def value(self, id):
+        return self.js("return document.getElementById(arguments[0]).value", id)
+
+    def draw(self):
+        self.find("#generate").click()
+
+    def drawn(self):
+        """Presses Draw, waits for the end; the job."""
+        self.js("for (const card of document.querySelectorAll('.card')) card.remove()")
+        self.draw()
+        self.until("document.querySelector('.card.over')")
+        return self.server.get(f"/api/jobs/{self.find('.card.over').get_attribute('data-job')}").json()
+
+    def settings(self, job):
+        return self.server.get(f"/api/images/{job['images'][0]}").json()["settings"]
