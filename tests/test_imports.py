@@ -1,6 +1,10 @@
-"""Who may import whom: mathematics and networks know nothing of files, commands and training."""
+"""Who may import whom: mathematics and networks know nothing of files, commands and training, and files nothing of
+training and commands. And what importing costs."""
 
 import ast
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,8 @@ ALLOWED = {                           # module -> the modules of ours that it ma
     "tokenizer": set(),
     "prompts": set(),
 }
-LEAVES = ("cli", "commands", "server", "evaluate")     # nothing but leaves imports these
+LEAVES = ("cli", "commands", "server", "evaluate", "verify")             # nothing but leaves imports these
+TOP = ("train", "__init__", "__main__", *LEAVES)       # what lies above files and pictures
 
 
 def imports(path: Path, *, lazy: bool) -> set[str]:
@@ -57,6 +62,40 @@ def name_of(path: Path) -> str:
 def test_mathematics_and_networks_import_only_what_comes_before_them(name):
     path = SOURCE / (name.replace(".", "/") + ".py")
     assert imports(path, lazy=True) - ALWAYS <= ALLOWED[name]
+
+
+def test_files_and_pictures_know_nothing_of_training():
+    for path in SOURCE.rglob("*.py"):
+        if name_of(path).split(".")[0] not in TOP:
+            upward = {name for name in imports(path, lazy=True) if name.split(".")[0] == "train"}
+            assert not upward, f"{name_of(path)} imports {upward}"
+
+
+def best_of_three(*arguments: str) -> float:
+    """Seconds that Python takes with these arguments, less those that it takes to do nothing."""
+    def best(*command):
+        return min(timed([sys.executable, *command]) for _ in range(3))
+
+    return best(*arguments) - best("-c", "")
+
+
+def timed(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def test_importing_costs_nothing():
+    """The names load what they need when they are used: torch, and a quarter of its time."""
+    assert best_of_three("-c", "import plainsd") < 0.2
+    code = "import sys, plainsd; assert not {'torch', 'numpy', 'PIL', 'tyro'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import plainsd; [getattr(plainsd, name) for name in plainsd.__all__]; assert not hasattr(plainsd, 'x')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_comes_at_once():
+    assert best_of_three("-m", "plainsd", "--help") < 0.3
 
 
 def test_nothing_builds_on_commands_and_server():

@@ -1,0 +1,90 @@
+"""README.md and the chapters in docs/: their Python runs and prints what they say, their commands exist, what they quote
+is in the sources, and their links lead somewhere."""
+
+import re
+import shlex
+from contextlib import redirect_stdout
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+
+from plainsd.cli import COMMANDS, parsed
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("recipes/*/README.md")])
+EACH = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+COMMAND = re.compile(r"^ *(?:\$ )?(?:\.venv/bin/)?(plainsd (?:.*\\\n)*.*)$", re.MULTILINE)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def promised(code: str) -> list[str]:
+    """What the block says that it prints: `# -> ...` beside or below a line."""
+    return re.findall(r"# -> (.*)$", code, re.MULTILINE)
+
+
+@EACH
+def test_python_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
+    """A page's blocks share their names, as they would in one interpreter."""
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    torch.manual_seed(0)
+    for code in blocks(page.read_text("utf-8"), "python"):
+        said = StringIO()
+        with redirect_stdout(said):
+            exec(compile(code, str(page), "exec"), names)
+        if promised(code):
+            assert said.getvalue().splitlines() == promised(code)
+
+
+@EACH
+def test_commands_exist_with_their_flags(page):
+    text = page.read_text("utf-8")
+    for line in COMMAND.findall(text):
+        words = shlex.split(line.replace("\\\n", " "), comments=True)
+        command, *flags = [word for word in words if word != "..."][1:]
+        if command.startswith("-"):
+            continue                                             # plainsd --help
+        module, kind, _ = COMMANDS[command]
+        made = parsed(getattr(import_module(module), kind), command, flags)
+        assert made is not None or "--help" in flags, line
+    named = re.findall(r"`make ([a-z-]+)", text) + re.findall(r"^    make ([a-z-]+)", text, re.MULTILINE)
+    assert set(named) <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+
+
+@EACH
+def test_quotes_are_in_the_sources(page):
+    for block in blocks(page.read_text("utf-8"), "py"):
+        file, quoted = block.split("\n", 1)
+        assert quoted in (ROOT / file.removeprefix("# ")).read_text("utf-8"), quoted
+
+
+@EACH
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_command_and_chapter_is_told():
+    readme, index = (path.read_text("utf-8") for path in (ROOT / "README.md", ROOT / "docs" / "README.md"))
+    chapters = "".join(path.read_text("utf-8") for path in ROOT.glob("docs/*.md"))
+    assert all(f"plainsd {name}" in readme + chapters for name in COMMANDS)
+    assert all(f"]({path.name})" in index for path in ROOT.glob("docs/[0-9]*.md"))
+
+
+def test_the_readers_of_pages_see_them(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nprint(1)  # -> 2\n```\n\n    plainsd generate x --sped 3\n\n[x](nowhere.md)\n"
+                    "```py\n# README.md\nnot there\n```\n")
+    for check in (test_commands_exist_with_their_flags, test_quotes_are_in_the_sources, test_links_lead_somewhere):
+        with pytest.raises((AssertionError, ValueError)):
+            check(page)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+        test_python_runs_and_prints_what_it_says(page, tmp_path, patch)
