@@ -316,6 +316,17 @@ def test_an_unknown_command(capsys):
     assert capsys.readouterr().err.startswith("plainsd: unknown command 'genrate'; did you mean 'generate'?")
 
 
+def test_what_is_missing_is_named(capsys):
+    assert main(["convert", "a"]) == 2
+    assert capsys.readouterr().err == "plainsd: missing: DST; see plainsd convert --help\n"
+
+
+def test_convert_takes_the_layout_from_the_name(model, tmp_path):
+    assert main(["convert", model, str(tmp_path / "a.safetensors")]) == 0
+    assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b")]) == 0
+    assert (tmp_path / "a.safetensors").is_file() and (tmp_path / "b" / "model_index.json").is_file()
+
+
 def test_eval_of_a_model_without_concepts(model, capsys):
     assert main(["eval", model]) == 2
     assert "concepts.json" in capsys.readouterr().err

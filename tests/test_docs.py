@@ -1,5 +1,5 @@
-"""README.md and the chapters in docs/: their Python runs and prints what they say, their commands exist, what they quote
-is in the sources, and their links lead somewhere."""
+"""README.md and the chapters in docs/: their Python runs and prints what they say, their commands exist, what they
+quote is in the sources, and their links lead somewhere."""
 
 import re
 import shlex

@@ -113,6 +113,12 @@ def test_the_command(sd1, monkeypatch, capsys):
     assert "unet" in next(line for line in capsys.readouterr().out.splitlines() if line.endswith("FAIL"))
 
 
+def test_a_broken_model_is_one_line(sd1, tmp_path, capsys):
+    assert main(["verify", str(sd1 / "unet")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+
+
 def test_without_diffusers_it_says_what_to_install(sd1, monkeypatch, capsys):
     import plainsd.verify
 

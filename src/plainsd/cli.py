@@ -102,8 +102,12 @@ def in_one_line(box: str) -> str:
     """What tyro says in a framed box under a title, up to its next rule: `Error parsing --steps: ...`."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()[1:]]
     lines = lines[1:] if lines and not lines[0].strip("-─") else lines           # the frame where there is only ASCII
-    upto = next((i for i, line in enumerate(lines) if line[:2] in ("──", "--") or line == "Got errors:"), len(lines))
+    ends = (i for i, line in enumerate(lines) if line[:2] in ("──", "--") or line == "Got errors:")
+    upto = next(ends, len(lines))
     line = " ".join(lines[:upto])
+    missing = re.findall(r"(?<= )(?:--[a-z-]+|[A-Z][A-Z-]+)(?= )", line)
+    if line.startswith("Missing from") and missing:
+        line = f"missing: {', '.join(missing)}"
     for pattern, plainly in PLAINLY:
         line = re.sub(pattern, plainly, line)
     if "Perhaps you meant:" in lines:

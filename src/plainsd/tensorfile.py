@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,11 @@ def read_header(path: Path) -> tuple[dict, int]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(8)
-            if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[4:] != bytes(4)):   # no length of a header
-                raise UserError(f"{path} is a pickle, not safetensors; give it the ending .ckpt, or fetch it again")
             if len(start) < 8:
                 raise damaged(path, f"it has only {size} bytes")
             length, = struct.unpack("<Q", start)
+            if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and length > HEADER_LIMIT):   # PyTorch's, new, old
+                raise UserError(f"{path} is a pickle, not safetensors; give it the ending .ckpt, or fetch it again")
             if length > min(size - 8, HEADER_LIMIT):
                 raise damaged(path, f"it has {size} bytes and claims a header of {length}")
             header = json.loads(file.read(length).decode("utf-8"))
@@ -182,17 +183,22 @@ def unpickled(path: Path, harmless: Iterable[tuple[type, str]] = HARMLESS) -> ob
     among `harmless`, which gives each a stand-in."""
     options = {"map_location": "cpu", "weights_only": True}
     try:
-        with torch.serialization.safe_globals(list(harmless)):
-            with open(path, "rb") as file:
-                zipped = file.read(2) == b"PK"
-            return torch.load(path, mmap=zipped, **options)              # only the newer, zipped files can be mapped
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start != b"PK" and start[:1] != b"\x80":
+            raise UserError(f"{path} is no PyTorch file, and no safetensors either; give a model's file or folder")
+        with torch.serialization.safe_globals(list(harmless)), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, mmap=start == b"PK", **options)      # only the newer, zipped files can be mapped
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:                               # the unpickler fails in as many ways as files are broken
-        asked = re.search(r"GLOBAL (\S+)|nsupported (operand \d+)", str(error))
+        asked = re.search(r"GLOBAL (\S+)|nsupported operand \d+", str(error))
         if isinstance(error, pickle.UnpicklingError) and asked:
-            raise UserError(f"{path} is a pickle that asks for {asked[1] or asked[2]} and could run code; it is not "
-                            "opened; look for a .safetensors file of the model") from error
+            name = f" asks for {asked[1]} and" if asked[1] else ""
+            raise UserError(f"{path} is a pickle that{name} could run code; it is not opened; look for a .safetensors "
+                            "file of the model") from error
         raise damaged(path, f"it is no PyTorch file ({type(error).__name__})") from error
 
 

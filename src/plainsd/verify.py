@@ -360,8 +360,9 @@ def pipe_there(contents: Contents, path: Path, variant_file: str | None, spacing
 
 def lines(rows: Iterable[Row], failed: list[Row]) -> Iterator[str]:
     """The table, a line as soon as its row is there. Rows beyond their tolerance are put into `failed`."""
-    yield f"{'':<24}{'error':>10}{'tolerance':>12}"
-    for row in rows:
+    for number, row in enumerate(rows):
+        if not number:
+            yield f"{'':<24}{'error':>10}{'tolerance':>12}"
         failed += [] if row.passed else [row]
         yield f"{row.name:<24}{written(row.error):>10}{written(row.tolerance):>12}  {'PASS' if row.passed else 'FAIL'}"
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from plainsd.errors import UserError
+
 
 @dataclass
 class Evaluate:
@@ -38,7 +40,11 @@ class Evaluate:
         from plainsd.evaluate import evaluate, table
 
         sd = load(self.model, device=self.device, dtype=self.dtype)
-        concepts = read_json(self.concepts or sd.path / "concepts.json")
+        file = self.concepts or sd.path / "concepts.json"
+        if not file.is_file():
+            raise UserError(f"there is no file {file}: eval scores models trained on emoji, by their concepts.json; "
+                            "say where it is with --concepts")
+        concepts = read_json(file)
         with tqdm(unit="picture", disable=None, dynamic_ncols=True) as bar:
 
             def progress(row: str, done: int, count: int) -> None:

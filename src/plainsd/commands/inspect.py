@@ -32,8 +32,8 @@ class Convert:
     """folder, file or hub name of a model"""
     target: Annotated[Positional[Path], arg(metavar="DST")]
     """where to write it"""
-    layout: str
-    """diffusers (a folder) or single-file"""
+    layout: Annotated[str | None, arg(metavar="NAME")] = None
+    """diffusers (a folder) or single-file; if not given, single-file where DST ends in .safetensors"""
     dtype: Annotated[str | None, arg(metavar="NAME")] = None
     """float32, bfloat16 or float16; as it is if not given"""
     variant_file: Annotated[str | None, arg(metavar="NAME")] = None
@@ -44,8 +44,9 @@ class Convert:
     def run(self) -> None:
         from plainsd.checkpoint import convert
 
+        layout = self.layout or ("single-file" if self.target.suffix == ".safetensors" else "diffusers")
         convert(
-            self.source, self.target, self.layout, dtype=self.dtype, variant_file=self.variant_file, family=self.family
+            self.source, self.target, layout, dtype=self.dtype, variant_file=self.variant_file, family=self.family
         )
         print(self.target)
 
