@@ -3,10 +3,10 @@
     python bench/train_memory.py [CASE]...               all cases, minutes each, if none is named
 
 Rank 16 on the UNet's attention, 512x512 pixels, batches of 1, bfloat16 arithmetic, AdamW, three steps. The model has SD
-1.5's shapes and random weights, and lies on the disk in float16, 2.1 GB, as the public one does. Each case is a process of
-its own that loads the model, encodes two pictures and their captions, and trains; what is printed is the largest resident
-memory of that whole process (VmHWM), mapped files included. Ours is `plainsd train` itself; diffusers and peft are called
-as diffusers' own example for LoRA training calls them, with latents and text states made once, as ours are.
+1.5's shapes and random weights, and lies on the disk in float16, 2.1 GB, as the public one does. Each case is a process
+of its own that loads the model, encodes two pictures and their captions, and trains; what is printed is the largest
+resident memory of that whole process (VmHWM), mapped files included. Ours is `plainsd train` itself; diffusers and peft
+are called as diffusers' own example for LoRA training calls them, with latents and text states made once, as ours are.
 """
 
 import re
@@ -63,9 +63,10 @@ def train_ours(folder: Path, options: tuple[str, ...]) -> None:
     from plainsd.cli import main as plainsd
 
     with tempfile.TemporaryDirectory() as out:
-        code = plainsd(["train", "--method", "lora", "--base", str(folder / "model"), "--data", str(folder / "pictures"),
-                        "--out", out, "--rank", str(RANK), "--size", str(SIZE), "--steps", str(STEPS), "--accumulate", "1",
-                        "--device", "cpu", "--dtype", "bfloat16", "--ema", "0", "--save-every", "1000", *options])
+        code = plainsd(["train", "--method", "lora", "--base", str(folder / "model"),
+                        "--data", str(folder / "pictures"), "--out", out, "--rank", str(RANK), "--size", str(SIZE),
+                        "--steps", str(STEPS), "--accumulate", "1", "--device", "cpu", "--dtype", "bfloat16",
+                        "--ema", "0", "--save-every", "1000", *options])
     assert code == 0
 
 

@@ -21,9 +21,9 @@ from plainsd.train.checkpoints import checkpoints
 from plainsd.train.data import read_folder
 from plainsd.train.examples import Examples
 from plainsd.train.full import full
+from plainsd.train.log import read_log
 from plainsd.train.loop import FitOptions, Trainer, fit
 from plainsd.train.objective import Noise
-from plainsd.train.run import read_log
 from plainsd.train.world import World
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
@@ -104,8 +104,8 @@ def float64_method(place):
 
 @pytest.mark.parametrize("batch, accumulate, shard", [(4, 1, False), (1, 4, False), (2, 2, True)])
 def test_two_processes_make_the_same_steps_as_one(place, tmp_path, batch, accumulate, shard):
-    script = SCRIPT.format(tests=os.path.dirname(__file__), place=str(place), batch=batch, accumulate=accumulate, shard=shard,
-                           out=str(tmp_path / "two.pt"))
+    script = SCRIPT.format(tests=os.path.dirname(__file__), place=str(place), batch=batch, accumulate=accumulate,
+                           shard=shard, out=str(tmp_path / "two.pt"))
     codes, outputs = finished(started(["-c", script], 2, module=()))
     assert codes == [0, 0], outputs
     losses, weights = torch.load(tmp_path / "two.pt", weights_only=True)
@@ -129,10 +129,10 @@ def finished(runs):
     ("full", (4, 1), ["--shard", "--text-encoder"]),
 ])
 def test_the_command_on_two_processes(place, tmp_path, method, batch, more):
-    arguments = ["train", "--method", method, "--base", str(place / "base"), "--data", str(place / "pictures"), "--heldout",
-                 str(place / "pictures"), "--prompts", str(place / "prompts.txt"), "--steps", "3", "--lr", "1e-4", "--batch",
-                 str(batch[0]), "--accumulate", str(batch[1]), *FAST]
-    if "--shard" in more:                                        # in two parts, the second of which goes on from the first
+    arguments = ["train", "--method", method, "--base", str(place / "base"), "--data", str(place / "pictures"),
+                 "--heldout", str(place / "pictures"), "--prompts", str(place / "prompts.txt"), "--steps", "3",
+                 "--lr", "1e-4", "--batch", str(batch[0]), "--accumulate", str(batch[1]), *FAST]
+    if "--shard" in more:                                        # in two parts; the second goes on from the first
         codes, outputs = finished(started([*arguments, *more, "--save-every", "2", "--out", str(tmp_path / "two")], 2))
         assert codes == [0, 0], outputs
         last = checkpoints(tmp_path / "two" / "checkpoints")[-1]

@@ -30,11 +30,12 @@ from plainsd.train.examples import Examples
 from plainsd.train.full import full
 from plainsd.train.inversion import inversion, settle
 from plainsd.train.lora import lora
+from plainsd.train.log import Log, read_log
 from plainsd.train.loop import FitOptions, Pick, Trainer, fit
 from plainsd.train.objective import Noise, Objective, draw_noise, errors
 from plainsd.train.order import random
 from plainsd.train.prior import make_prior
-from plainsd.train.run import Log, Rhythm, read_log, run
+from plainsd.train.run import Rhythm, run
 from plainsd.train.text import Reader, cut_captions
 
 SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
@@ -85,7 +86,8 @@ def measured(objective=Objective(), *, mask=None, prediction="epsilon", scale=1.
     noise = draw_noise(picks, (4, 8, 8), objective)
     noise = Noise(noise.target * scale, noise.shown * scale)
     schedule, timesteps = NoiseSchedule.scaled_linear(), torch.tensor(timesteps)
-    found = errors(Echo(0.0), schedule, prediction, x0, noise, timesteps, torch.zeros(2, 1, 1), objective=objective, mask=mask)
+    found = errors(Echo(0.0), schedule, prediction, x0, noise, timesteps, torch.zeros(2, 1, 1), objective=objective,
+                   mask=mask)
     return found, noise, x0, schedule.alphas_cumprod[timesteps]
 
 
@@ -138,7 +140,8 @@ def test_what_is_masked_does_not_count():
     torch.testing.assert_close(found, noise.target[..., :2].square().mean(dim=(1, 2, 3)) / 4)
 
 
-@pytest.mark.parametrize("wrong", [{"min_snr": 0.0}, {"huber": -1.0}, {"offset_noise": 2.0}, {"perturbation": float("nan")}])
+@pytest.mark.parametrize("wrong", [{"min_snr": 0.0}, {"huber": -1.0}, {"offset_noise": 2.0},
+                                   {"perturbation": float("nan")}])
 def test_objectives_out_of_range(wrong):
     with pytest.raises(UserError, match="out of range"):
         Objective(**wrong)
@@ -173,7 +176,8 @@ def test_captions_have_a_fixed_length():
     one, two = Reader(sd), Reader(sd, chunks=2)
     assert one([long], SIZES)[0].shape[1] == one(["x"], SIZES)[0].shape[1] == 77
     assert two([long], SIZES)[0].shape[1] == two(["x"], SIZES)[0].shape[1] == 154
-    torch.testing.assert_close(two(["x"], SIZES)[0], encode_prompts(sd, [[Weighted("x")], [Weighted(long)]]).context[:1, :154])
+    beside = encode_prompts(sd, [[Weighted("x")], [Weighted(long)]]).context[:1, :154]
+    torch.testing.assert_close(two(["x"], SIZES)[0], beside)
     assert cut_captions(sd, ["x", long], 1) == 1 and cut_captions(sd, ["x", long], 9) == 0
 
 
@@ -396,5 +400,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, moment):
     assert all(torch.equal(a, b) for a, b in zip(resumed.ema.values, whole.ema.values, strict=True))
     kept = [sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in ("run", "whole")]
     assert kept[0] == kept[1] == ["step-00000008", "step-00000009"]
-    logs = [[(line["step"], line["loss"]) for line in read_log(tmp_path / name / "log.jsonl")] for name in ("run", "whole")]
+    logs = [[(line["step"], line["loss"]) for line in read_log(tmp_path / name / "log.jsonl")]
+            for name in ("run", "whole")]
     assert logs[0] == logs[1]

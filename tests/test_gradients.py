@@ -137,7 +137,8 @@ def test_full(tmp_path, prediction):
     reference, before = Reference(sd, tmp_path), weights(sd.unet)
     reference.unet.requires_grad_(True)
     loss = one_step(full(sd, given))
-    assert loss == pytest.approx(reference.step(given, list(reference.unet.parameters()), prediction=prediction), rel=1e-12)
+    theirs = reference.step(given, list(reference.unet.parameters()), prediction=prediction)
+    assert loss == pytest.approx(theirs, rel=1e-12)
     assert_same(weights(sd.unet), weights(moved_over(sd.unet, reference.unet, conv=True)), before)
 
 
@@ -150,7 +151,8 @@ def test_full_with_min_snr(tmp_path):
 
     snr = compute_snr(Scheduler, TIMESTEPS).double()
     weight = torch.minimum(snr, torch.full_like(snr, 5)) / snr
-    torch.testing.assert_close(weight, min_snr_weight("epsilon", Scheduler.alphas_cumprod[TIMESTEPS]), rtol=1e-6, atol=0)
+    ours = min_snr_weight("epsilon", Scheduler.alphas_cumprod[TIMESTEPS])
+    torch.testing.assert_close(weight, ours, rtol=1e-6, atol=0)
     weight = min_snr_weight("epsilon", Scheduler.alphas_cumprod[TIMESTEPS])
     sd, given = model(), Given()
     reference, before = Reference(sd, tmp_path), weights(sd.unet)
@@ -192,7 +194,8 @@ def test_lora(tmp_path, kind):
     reference.step(given, [p for p in reference.unet.parameters() if p.requires_grad])
     save_lora(sd, tmp_path / "after.safetensors", "peft")
     theirs = {name.removesuffix(".weight"): p for name, p in get_peft_model_state_dict(reference.unet).items()}
-    assert_same({name.removesuffix(".weight"): p for name, p in unet_part(tmp_path / "after.safetensors").items()}, theirs,
+    mine = {name.removesuffix(".weight"): p for name, p in unet_part(tmp_path / "after.safetensors").items()}
+    assert_same(mine, theirs,
                 {name.removesuffix(".weight"): p for name, p in state.items()})
 
 

@@ -25,9 +25,10 @@ from plainsd.train.checkpoints import checkpoints, save_checkpoint
 from plainsd.train.data import read_folder
 from plainsd.train.examples import Examples
 from plainsd.train.full import full
+from plainsd.train.log import Log, read_log
 from plainsd.train.loop import FitOptions, Report, Trainer, fit, learning_rate
 from plainsd.train.order import Order, random
-from plainsd.train.run import Diary, Log, Rhythm, read_log, run
+from plainsd.train.run import Diary, Rhythm, run
 from plainsd.train.scratch import from_scratch, read_variant
 from plainsd.train.vae import VaeMethod, init_vae, measure_scaling, psnr, validate
 from plainsd.variants import ScheduleConfig, Variant

@@ -169,7 +169,8 @@ def test_without_the_library_only_folders_are_read(folder, tmp_path, monkeypatch
 
 
 def test_faults_are_told_one_by_one(tmp_path):
-    for name, size in (("small", (20, 7)), ("good", (20, 20)), ("latin", (20, 20)), ("bare", (20, 20)), ("off", (20, 20))):
+    sizes = {"small": (20, 7), "good": (20, 20), "latin": (20, 20), "bare": (20, 20), "off": (20, 20)}
+    for name, size in sizes.items():
         picture(0, size).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text("a caption")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))

@@ -1,12 +1,12 @@
-"""Write a set of captioned line drawings: the things that the embedded model knows in colour, from a black-and-white font.
+"""Write captioned line drawings: the things that the embedded model knows in colour, from a black-and-white font.
 
     python recipes/finetune/data.py runs/finetune/data
 
     OUT/drawings/NAME-0.png, .txt    black on white, 128x128 pixels, with captions; each thing at a few sizes and places
     OUT/heldout/                     things that training never sees drawn: to measure with, and to ask for afterwards
 
-Which things: those of the model's concepts.json that the font has. Sizes, places and what is held out are pure functions
-of the names, so the same command with the same font writes the same files.
+Which things: those of the model's concepts.json that the font has. Sizes, places and what is held out are pure
+functions of the names, so the same command with the same font writes the same files.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from plainsd.hub import find
 from plainsd.train import emoji
 
 FONT = Path("/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf")
-DRAWN, SIDE = 400, 128               # pixels: the font's size, and a picture's side, which training scales to the model's
+DRAWN, SIDE = 400, 128               # pixels: the font's size, and a picture's side (training scales it)
 NOWHERE = "\U0010ffff"               # no font has this, so it shows what a font draws for what it lacks
 CAPTIONS = ("a line drawing of {phrase}", "{name}, line drawing")
 UNSEEN = ("octopus", "rocket", "guitar")              # in prompts.txt; held out in any case

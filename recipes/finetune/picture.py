@@ -2,7 +2,8 @@
 
     python recipes/finetune/picture.py docs/finetune.png runs/finetune/full runs/finetune/lora
 
-A run is a folder of `plainsd train` that holds model/ or lora.safetensors. All pictures of a column begin with the same noise.
+A run is a folder of `plainsd train` that holds model/ or lora.safetensors. The pictures of a column begin with the same
+noise.
 """
 
 import argparse
@@ -17,10 +18,11 @@ from plainsd.errors import UserError
 from plainsd.images import write_png
 from plainsd.lora import add_lora
 from plainsd.train.jobs import read_lines
-from plainsd.train.run import read_log
+from plainsd.train.log import read_log
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
-SHOWN, GAP, LABEL, LETTERS = 128, 8, 44, 18          # pixels: side of a shown picture, gaps, height of labels; letters a line
+SHOWN, GAP, LABEL = 128, 8, 44       # pixels: side of a shown picture, gaps, height of the prompts
+LETTERS = 18                         # of a prompt, on a line
 
 
 def trained(run: Path, base: str | None) -> plainsd.StableDiffusion:

@@ -73,7 +73,8 @@ def train_scratch(job: Job) -> None:
         job.on_device(network)
     vae.requires_grad_(False)
     job.count_long_captions(sd, pictures)
-    method = full(sd, job.examples(vae, pictures), text_encoder=True, objective=job.objective(), chunks=job.options.reading.chunks)
+    method = full(sd, job.examples(vae, pictures), text_encoder=True, objective=job.objective(),
+                  chunks=job.options.reading.chunks)
     held = job.examples(vae, heldout) if heldout else None
     parts = job.spread(sd)
     check = (lambda: method.validate(held, 64)) if held else None

@@ -1,8 +1,8 @@
 """Latents made once and kept: a frozen autoencoder gives the same ones every epoch.
 
 One file a set of pictures: the Gaussian of every view of every picture, float16, one after the other. Beside it lies a
-file of keys, one a view, each a digest of the picture, the view and the autoencoder: what another set's file in the same
-folder has already is copied, so that a few new pictures cost a few encodings.
+file of keys, one a view, each a digest of the picture, the view and the autoencoder: what another set's file in the
+same folder has already is copied, so that a few new pictures cost a few encodings.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ class Latents:
 
 def cache_latents(vae: VAE, pictures: Pictures, folder: Path, *, batch: int = 64, dtype: torch.dtype = torch.float32,
                   workers: int = 0) -> Latents:
-    """Encodes every view of every picture once, into a file of `folder` that is named after them and the VAE, and mapped.
+    """Encodes every view of every picture once, into a file of `folder` that is named after them and the VAE.
 
     `workers` threads read pictures ahead. Their number changes nothing else.
     """

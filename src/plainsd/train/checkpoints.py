@@ -78,14 +78,16 @@ def restore(trainer: Trainer, folder: Path) -> None:
     if not found:
         return
     if trainer.world.sharded != (not (found[-1] / "state.pt").is_file()):
-        raise UserError(f"{found[-1]} was saved {'without' if trainer.world.sharded else 'with'} --shard; go on as the run began")
+        how = "without" if trainer.world.sharded else "with"
+        raise UserError(f"{found[-1]} was saved {how} --shard; go on as the run began")
     if trainer.world.sharded:
         return load_shards(trainer, found[-1])
+    file = found[-1] / "state.pt"
     try:
-        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"cannot read {found[-1] / 'state.pt'} ({str(error).splitlines()[0]}); remove {found[-1]} to go on from "
-                        "the state before") from error
+        raise UserError(f"cannot read {file} ({str(error).splitlines()[0]}); remove {found[-1]} to go on from the state "
+                        "before") from error
     trainer.restore(state)
 
 

@@ -15,11 +15,11 @@ class Train:
     """Train on captioned pictures. Started again with the same --out, it goes on where it was."""
 
     method: Literal["vae", "scratch", "full", "lora", "inversion"]
-    """vae: an autoencoder from nothing. scratch: text encoder and UNet from nothing, on a trained autoencoder. full: all
-    weights of a model's UNet. lora: low-rank changes to a model. inversion: a new word for prompts"""
+    """vae: an autoencoder from nothing. scratch: text encoder and UNet from nothing, on a trained autoencoder. full:
+    all weights of a model's UNet. lora: low-rank changes to a model. inversion: a new word for prompts"""
     data: tuple[str, ...]
-    """folders of captioned pictures (metadata.jsonl, or pairs name.png and name.txt), parquet files, tar shards, or datasets
-    on the hub (owner/name); cats:10 is shown ten times an epoch"""
+    """folders of captioned pictures (metadata.jsonl, or pairs name.png and name.txt), parquet files, tar shards, or
+    datasets on the hub (owner/name); cats:10 is shown ten times an epoch"""
     out: Path
     """folder of the run: log, curve, samples, states, and at the end the result"""
     base: str | None = None

@@ -1,8 +1,8 @@
 """Captioned pictures: from a folder, checked, cut to the sizes that are trained on.
 
-A folder holds `metadata.jsonl` (one line a picture: `file_name`, and `text`: a caption or a list of them; `mask`: a file
-whose dark parts do not count), or pairs `name.png` + `name.txt` (one caption a line; `name.mask.png`). Other sources are
-read by sources.py into the same `Pictures`.
+A folder holds `metadata.jsonl` (one line a picture: `file_name`, and `text`: a caption or a list of them; `mask`: a
+file whose dark parts do not count), or pairs `name.png` + `name.txt` (one caption a line; `name.mask.png`). Other
+sources are read by sources.py into the same `Pictures`.
 """
 
 import json
@@ -106,7 +106,7 @@ class Pictures:
     def split(self, share: float) -> tuple["Pictures", "Pictures"]:
         """(the others, a random share of the pictures, at least one), always the same ones."""
         if not 0 < share < 1 or len(self) < 2:
-            raise UserError(f"cannot hold out a share of {share:g} of {len(self)} pictures; give a share between 0 and 1")
+            raise UserError(f"cannot hold out a share of {share:g} of {len(self)} pictures; give one between 0 and 1")
         order = torch.randperm(len(self), generator=random(0, 4, len(self))).tolist()
         held = set(order[: min(len(self) - 1, max(1, round(share * len(self))))])
         parts = [tuple(item for i, item in enumerate(self.items) if (i in held) == wanted) for wanted in (False, True)]

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     x0: Tensor                       # (B, L, h, w), scaled latents
     noise: Noise
     mask: Tensor | None              # (B, 1, h, w)
-    sizes: Tensor                    # (B, 6): height and width of the original, top and left of the crop, height and width
+    sizes: Tensor                    # (B, 6): height and width of the original; top, left, height, width of the crop
 
 
 def draw_caption(pictures: Pictures, pick: Pick, dropout: float) -> str:

@@ -1,8 +1,8 @@
-"""Fine-tuning a loaded model: the loss that the methods `full`, `lora` and `inversion` share. They differ in what moves.
+"""Fine-tuning a loaded model: the loss of the methods `full`, `lora` and `inversion`, which differ in what moves.
 
-The VAE is frozen and has encoded every picture once; text encoders are frozen, and in eval, unless they are what learns.
-With a prior set (DreamBooth, Ruiz et al. 2022, arXiv:2208.12242, equation 2) each picture comes with one of the prior's,
-which reminds the model of what it knew.
+The VAE is frozen and has encoded every picture once; text encoders are frozen, and in eval, unless they are what
+learns. With a prior set (DreamBooth, Ruiz et al. 2022, arXiv:2208.12242, equation 2) each picture comes with one of the
+prior's, which reminds the model of what it knew.
 """
 
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ class FineTune:
     def errors(self, batch: Batch, objective: Objective = PLAIN) -> Tensor:
         """The error of each picture's prediction: (B,)."""
         context, vector = self.reader(batch.captions, batch.sizes)
-        return errors(self.sd.unet, self.sd.schedule, self.sd.prediction, batch.x0, batch.noise, batch.timesteps, context,
-                      vector, objective=objective, mask=batch.mask)
+        return errors(self.sd.unet, self.sd.schedule, self.sd.prediction, batch.x0, batch.noise, batch.timesteps,
+                      context, vector, objective=objective, mask=batch.mask)
 
     @torch.no_grad()
     def validate(self, held_out: Examples, batch: int = 8) -> dict[str, float]:
@@ -56,8 +56,8 @@ class FineTune:
 def frozen(sd: StableDiffusion) -> StableDiffusion:
     """Nothing of the model moves; where gradients are wanted, they are switched on afterwards."""
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
-        raise UserError("this is an inpainting model, which reads masks that the pictures do not have; fine-tune the model "
-                        "it was made from")
+        raise UserError("this is an inpainting model, which reads masks that the pictures do not have; fine-tune the "
+                        "model it was made from")
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.requires_grad_(False).eval()
     return sd

@@ -17,4 +17,5 @@ def full(sd: StableDiffusion, examples: Examples, *, text_encoder: bool = False,
     if text_encoder:
         modules.update({f"text_encoder_{i}": encoder for i, encoder in enumerate(sd.text_encoders)})
     modules.requires_grad_(True).train()
-    return FineTune(sd, examples, modules, Reader(sd, learns=text_encoder, chunks=chunks), objective, prior, prior_weight)
+    reader = Reader(sd, learns=text_encoder, chunks=chunks)
+    return FineTune(sd, examples, modules, reader, objective, prior, prior_weight)

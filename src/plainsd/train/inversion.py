@@ -1,5 +1,6 @@
 """Method `inversion`: the model stays, and a new word is learned as one vector or several (Gal et al. 2022,
-arXiv:2208.01618). Only the new vectors are parameters, so no others can move, decay or take up the optimizer's memory."""
+arXiv:2208.01618). Only the new vectors are parameters, so no others can move, decay or take up the optimizer's
+memory."""
 
 from collections.abc import Sequence
 
@@ -32,7 +33,8 @@ class Taught(nn.Embedding):
 def teach(encoder: TextEncoder, ids: Sequence[int]) -> nn.Parameter:
     """Makes a parameter of the rows of these ids, which follow each other."""
     table = encoder.token
-    table.rows = nn.Parameter(table.weight[list(ids)].detach().to(torch.promote_types(table.weight.dtype, torch.float32)))
+    rows = table.weight[list(ids)].detach()
+    table.rows = nn.Parameter(rows.to(torch.promote_types(rows.dtype, torch.float32)))
     table.first, table.__class__ = ids[0], Taught
     return table.rows
 

@@ -1,4 +1,4 @@
-"""What all methods of `plainsd train` share between the options and the loop: pictures, a folder's identity, the run."""
+"""What all methods of `plainsd train` share between options and loop: pictures, a folder's identity, the run."""
 
 import json
 import math
@@ -128,7 +128,7 @@ class Job:
     # ---- the run
 
     def spread(self, sd: "StableDiffusion") -> list[nn.Module]:
-        """With --shard, spreads the networks that have something to learn over the processes, and the UNet in any case."""
+        """With --shard, spreads the networks that have something to learn over the processes, and the UNet always."""
         if not self.world.sharded:
             return []
         learning = [network for network in sd.text_encoders if any(p.requires_grad for p in network.parameters())]
@@ -150,8 +150,9 @@ class Job:
         pace, telling = self.options.pace, self.options.telling
         return FitOptions(
             steps=pace.steps or math.ceil(pace.epochs * epoch / (pace.batch * pace.accumulate)),
-            batch=pace.batch, accumulate=pace.accumulate, lr=pace.lr, warmup=pace.warmup, cosine=pace.decline == "cosine",
-            betas=(0.9, pace.beta2), weight_decay=pace.weight_decay, clip=pace.clip, ema=pace.ema, seed=pace.seed,
+            batch=pace.batch, accumulate=pace.accumulate, lr=pace.lr, warmup=pace.warmup,
+            cosine=pace.decline == "cosine", betas=(0.9, pace.beta2), weight_decay=pace.weight_decay, clip=pace.clip,
+            ema=pace.ema, seed=pace.seed,
             save_every=telling.save_every, keep=telling.keep, bf16=self.dtype == torch.bfloat16, adam8bit=pace.adam8bit,
             long_attention=size >= 384,
         )

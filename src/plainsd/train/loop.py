@@ -1,8 +1,8 @@
 """The one training loop: accumulate, clip, step, average, save.
 
-`fit` is a generator that yields a Report a step; progress bars, sample pictures and stopping live outside it. All it needs
-of a method is `modules` (whose parameters move) and `loss(picks)`. Every random number is a function of (seed, position),
-so a run that was killed goes on from its last checkpoint as if nothing had happened, bit for bit.
+`fit` is a generator that yields a Report a step; progress bars, sample pictures and stopping live outside it. All it
+needs of a method is `modules` (whose parameters move) and `loss(picks)`. Every random number is a function of (seed,
+position), so a run that was killed goes on from its last checkpoint as if nothing had happened, bit for bit.
 """
 
 import math
@@ -166,7 +166,8 @@ class Trainer:
     def update(self, picks: list[Pick]) -> tuple[float, dict[str, float], float] | None:
         """One optimizer step over all picks, micro-batch by micro-batch. None if the numbers were not finite."""
         options, sums = self.options, {"": 0.0}
-        parts = self.world.share([picks[start : start + options.batch] for start in range(0, len(picks), options.batch)])
+        parts = [picks[start : start + options.batch] for start in range(0, len(picks), options.batch)]
+        parts = self.world.share(parts)
         for number, part in enumerate(parts, 1):
             share = len(part) / len(picks)
             with self.world.silent(self.loss, number == len(parts)), self._arithmetic():
@@ -204,8 +205,8 @@ def fit(method: Method, pictures: int | Callable[[int], int], options: FitOption
         trainer: Trainer | None = None) -> Iterator[Report]:
     """Train `method` until `options.steps`. Resumes from, and saves to, `folder`.
 
-    `pictures`: how many there are, which are then shown in a new order every epoch; or an order, a function from position
-    to picture. A step's state is saved after its report has been taken.
+    `pictures`: how many there are, which are then shown in a new order every epoch; or an order, a function from
+    position to picture. A step's state is saved after its report has been taken.
     """
     trainer = trainer or Trainer(method, options)
     folder = Path(folder) if folder else None
@@ -231,4 +232,4 @@ def fit(method: Method, pictures: int | Callable[[int], int], options: FitOption
                      trainer.step * size, time.perf_counter() - began)
         last = trainer.step == options.steps
         if folder and not in_a_row and (last or trainer.step % options.save_every == 0):
-            save_checkpoint(trainer, folder)                 # after the report, so that no log lacks a step that is saved
+            save_checkpoint(trainer, folder)                 # after the report: no log lacks a step that is saved

@@ -2,16 +2,16 @@
 
     plain          squared error of epsilon or v       Ho et al. 2020; Salimans and Ho 2022
     min_snr        weights over timesteps              Hang et al. 2023 (arXiv:2303.09556)
-    offset_noise   noise that is the same all over a   Guttenberg 2023, "Diffusion with offset noise": lets a model learn
-                   channel, on top of the ordinary     pictures much darker or lighter than the mean
+    offset_noise   noise that is the same all over a   Guttenberg 2023, "Diffusion with offset noise": lets a model
+                   channel, on top of the ordinary     learn pictures much darker or lighter than the mean
     perturbation   more noise in the input than in     Ning et al. 2023 (arXiv:2301.11706): training inputs as imperfect
                    the target                          as those that sampling makes
     huber          large errors count by their size,   Huber 1964: outliers, such as broken pictures, pull less
                    not their square
     mask           parts of a picture that do not count
 
-Shapes: x0, noise (B, L, h, w); timesteps (B,); mask (B, 1, h, w). Randomness comes from the picks' own generators, and a
-choice that is off draws nothing, so that turning one on leaves the other numbers as they were.
+Shapes: x0, noise (B, L, h, w); timesteps (B,); mask (B, 1, h, w). Randomness comes from the picks' own generators, and
+a choice that is off draws nothing, so that turning one on leaves the other numbers as they were.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def errors(
     objective: Objective = PLAIN,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The error of each picture's prediction, (B,), averaged over all its positions; those where the mask is 0 add 0."""
+    """The error of each picture's prediction, (B,): the mean over its positions; those where the mask is 0 add 0."""
     device = context.device
     alpha_bar = schedule.alphas_cumprod[timesteps]
     x = network_input(x0, noise.shown, alpha_bar.to(x0.dtype)).to(device).contiguous(memory_format=torch.channels_last)

@@ -213,5 +213,6 @@ def with_defaults(method: str, steps: Steps) -> Steps:
         if field.name in ("steps", "epochs", "batch", "accumulate") and value is not None and value < 1:
             raise UserError(f"--{field.name} {value} is out of range; give 1 or more")
     if not 0 < filled.lr < float("inf"):
-        raise UserError(f"--lr {filled.lr:g} is out of range; give a number above 0, such as {DEFAULTS[method]['lr']:g}")
+        usual = DEFAULTS[method]["lr"]
+        raise UserError(f"--lr {filled.lr:g} is out of range; give a number above 0, such as {usual:g}")
     return filled

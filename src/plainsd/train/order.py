@@ -1,4 +1,4 @@
-"""Which picture each position of a run shows, and which random numbers are its own: functions of (seed, position) alone.
+"""Which picture each position of a run shows, and which random numbers are its own: functions of seed and position.
 
 So it makes no difference how often a run was stopped, or how many processes share a step.
 """

@@ -1,5 +1,5 @@
-"""DreamBooth's prior set (Ruiz et al. 2022, arXiv:2208.12242, section 3.2): pictures of a kind of thing in general, made by
-the model itself before it learns one such thing, so that the kind does not come to look like the one."""
+"""DreamBooth's prior set (Ruiz et al. 2022, arXiv:2208.12242, section 3.2): pictures of a kind of thing in general,
+made by the model itself before it learns one such thing, so that the kind does not come to look like the one."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -8,14 +8,13 @@
 """
 
 import importlib.util
-import json
-import math
 import resource
 import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from plainsd.errors import UserError
-from plainsd.images import written_whole
 from plainsd.train.checkpoints import checkpoints, save_checkpoint, saving
+from plainsd.train.log import Log, draw_curve
 from plainsd.train.loop import FitOptions, Method, Report, Trainer, fit
 from plainsd.train.world import World
 
@@ -53,26 +52,12 @@ def run(
 ) -> Trainer | None:
     """Train to the end and return the Trainer; None when SIGTERM stopped the run early (its state is saved).
 
-    `validate` and `sample` are called with the averaged weights in place, by the first process alone unless the weights are
-    sharded; with `before` also at step 0.
+    `validate` and `sample` are called with the averaged weights in place, by the first process alone unless the weights
+    are sharded; with `before` also at step 0.
     """
     trainer = Trainer(method, options, world)
     diary = Diary(folder, rhythm, options.steps, tensorboard, world.device) if world.first else None
-
-    def look(step: int) -> None:
-        if not diary and not world.sharded:                  # only with its weights in parts does it take all processes
-            return
-        if validate and rhythm.due("validate", step, options.steps):
-            found = with_average(trainer, validate)
-            if diary:
-                diary.write({"step": step} | found)
-        if diary and step and rhythm.due("validate", step, options.steps):
-            diary.draw()
-        if sample and rhythm.due("sample", step, options.steps):
-            with saving("a sample grid"):
-                (folder / "samples").mkdir(exist_ok=True)
-                with_average(trainer, lambda: sample(folder / "samples" / f"step-{step:08d}.png"))
-
+    look = Look(trainer, folder, rhythm, diary, validate, sample)
     with stopped_by_sigterm() as stop, closing(diary) if diary else nullcontext():
         if before and not checkpoints(folder / "checkpoints"):
             if diary:
@@ -88,6 +73,33 @@ def run(
     return trainer
 
 
+@dataclass
+class Look:
+    """Measures the model and draws with it, where either is due: `look(step)`."""
+
+    trainer: Trainer
+    folder: Path
+    rhythm: Rhythm
+    diary: "Diary | None"
+    validate: Callable[[], dict[str, float]] | None
+    sample: Callable[[Path], None] | None
+
+    def __call__(self, step: int) -> None:
+        diary, trainer, last = self.diary, self.trainer, self.trainer.options.steps
+        if not diary and not trainer.world.sharded:          # only with its weights in parts does it take all processes
+            return
+        if self.validate and self.rhythm.due("validate", step, last):
+            found = with_average(trainer, self.validate)
+            if diary:
+                diary.write({"step": step} | found)
+        if diary and step and self.rhythm.due("validate", step, last):
+            diary.draw()
+        if self.sample and self.rhythm.due("sample", step, last):
+            with saving("a sample grid"):
+                (self.folder / "samples").mkdir(exist_ok=True)
+                with_average(trainer, lambda: self.sample(self.folder / "samples" / f"step-{step:08d}.png"))
+
+
 class Diary:
     """What a run tells of itself: the bar, the log, TensorBoard, the curve."""
 
@@ -100,7 +112,8 @@ class Diary:
         if tensorboard and not importlib.util.find_spec("tensorboard"):
             raise UserError("TensorBoard is not installed; pip install 'plainsd[train]', or leave --tensorboard out")
         if not importlib.util.find_spec("matplotlib"):
-            print("matplotlib is not installed, so there will be no curve.png; pip install 'plainsd[train]'", file=sys.stderr)
+            print("matplotlib is not installed, so there will be no curve.png; pip install 'plainsd[train]'",
+                  file=sys.stderr)
             self.curve = None
 
     def note(self, report: Report) -> None:
@@ -111,11 +124,12 @@ class Diary:
         if self.rhythm.due("log", report.step, self.steps):
             line = summary(self.window, self.device)
             self.write(line)
-            self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['samples_per_s']:.3g}/s, {line['peak_gb']:.1f} GB")
+            loss, speed, peak = line["loss"], line["samples_per_s"], line["peak_gb"]
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.3g}/s, {peak:.1f} GB")
             self.window.clear()
 
     def begin(self, done: int, spent: float = 0.0) -> None:
-        """After a resume the log forgets the steps that are done again. `spent`: seconds that the first step has taken."""
+        """After a resume the log forgets the steps that are done again. `spent`: seconds that the first step took."""
         self.log.rewind(done)
         self.bar = tqdm(total=self.steps, initial=done, unit="step", dynamic_ncols=True)
         self.bar.start_t, self.bar.last_print_t = self.bar.start_t - spent, self.bar.last_print_t - spent
@@ -160,7 +174,7 @@ def with_average(trainer: Trainer, task: Callable):
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM (what a cluster sends before it takes the machine away) only sets what the yielded function tells."""
+    """Inside, SIGTERM (what a cluster sends before it takes the machine away) sets what the yielded function tells."""
     asked = []
     old = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     try:
@@ -194,51 +208,3 @@ def peak_memory(device: torch.device = torch.device("cpu")) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-class Log:
-    """JSON lines. After a resume, lines of steps that are done again are dropped first."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(self, line: dict) -> None:
-        """JSON has no numbers that are not finite; they become null."""
-        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def rewind(self, step: int) -> None:
-        lines = [line for line in read_log(self.path) if line["step"] <= step]
-        with written_whole(self.path) as unfinished:
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def read_log(path: Path) -> list[dict]:
-    """Every whole line; a last line that a crash cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-
-
-def draw_curve(log: Path, path: Path) -> None:
-    """Training loss and validation over steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = read_log(log)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=110)
-    for name in ("loss", "validation"):
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
-    axes.set(xlabel="step", yscale="log")
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
-    with written_whole(path) as unfinished:
-        figure.savefig(unfinished, format="png", bbox_inches="tight")
-    pyplot.close(figure)

@@ -23,8 +23,8 @@ from plainsd.variants import Variant
 
 
 def from_scratch(variant: Variant, vae: VAE, tokenizer: Tokenizer) -> StableDiffusion:
-    """A model that has learned nothing yet, around a trained autoencoder. Its text encoder is as large as the tokenizer's
-    vocabulary. Random numbers come from PyTorch's own generator: seed it first."""
+    """A model that has learned nothing yet, around a trained autoencoder. Its text encoder is as large as the
+    tokenizer's vocabulary. Random numbers come from PyTorch's own generator: seed it first."""
     text = replace(variant.text[0], vocab=len(tokenizer), eos=tokenizer.end)
     tokenizer.max_length = text.positions
     variant = replace(variant, vae=vae.config, text=(text,))
@@ -36,7 +36,8 @@ def from_scratch(variant: Variant, vae: VAE, tokenizer: Tokenizer) -> StableDiff
 def init_weights(unet: UNet, encoder: TextEncoder) -> None:
     """Small text embeddings (as CLIP's), and a UNet whose residual branches and output begin at zero.
 
-    A branch that begins at zero lets the signal through unchanged, so that the first steps are not spent on undoing noise.
+    A branch that begins at zero lets the signal through unchanged, so that the first steps are not spent on undoing
+    noise.
     """
     nn.init.normal_(encoder.token.weight, std=0.02)
     nn.init.normal_(encoder.position.weight, std=0.01)

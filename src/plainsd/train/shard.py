@@ -1,6 +1,6 @@
 """Weights, gradients and moments spread over the processes (PyTorch's FSDP2; Rajbhandari et al. 2019, "ZeRO",
-arXiv:1910.02054), for models that one GPU cannot train. Each process holds a part of every tensor, and a network's block
-is put together only while it computes.
+arXiv:1910.02054), for models that one GPU cannot train. Each process holds a part of every tensor, and a network's
+block is put together only while it computes.
 
 A state is then a folder of shards, written by all processes, and can be read by another number of them.
 """
@@ -34,7 +34,7 @@ def spread(network: nn.Module) -> None:
     mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
     for module in (*blocks, network):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    for module in (*blocks, network):                        # buffers are made now, and not in the inference mode of a sample
+    for module in (*blocks, network):                        # buffers are made now, not in a sample's inference mode
         module.unshard()
         module.reshard()
 
@@ -72,8 +72,8 @@ def load_shards(trainer: Trainer, folder: Path) -> None:
         dcp.load(state, checkpoint_id=folder)
     except CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        raise UserError(f"cannot read the state {folder} ({reason}); it may be of another model, or damaged: give another "
-                        "--out, or remove it to go on from the state before") from error
+        raise UserError(f"cannot read the state {folder} ({reason}); it may be of another model, or damaged: give "
+                        "another --out, or remove it to go on from the state before") from error
     set_optimizer_state_dict(trainer.loss, trainer.optimizer, state["optimizer"])
     trainer.step, trainer.skipped = int(folder.name.removeprefix("step-")), state["skipped"]
 

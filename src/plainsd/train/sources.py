@@ -1,15 +1,15 @@
 """Captioned pictures from wherever they lie: a folder, parquet files, tar shards, a dataset on the hub.
 
-    cats                     a folder with metadata.jsonl, or with name.png + name.txt pairs; needs nothing beside plainsd
+    cats                     a folder with metadata.jsonl, or with name.png + name.txt pairs; needs nothing else
     cats:10                  any source: ten times an epoch
     shards/ or one.parquet   parquet files with a picture and a text column      }
     shards/ or one.tar       tar files in the webdataset form                    } these need the `datasets` library
     pictures/                pictures with metadata.csv or metadata.parquet      }
     owner/name[@revision]    a dataset on the hub                                }
 
-A picture column is one of that type, or with one of the names in PICTURE_COLUMNS; a text column has a caption, a list of
-them, or (tar) a table with one; a column `mask` holds pictures whose dark parts do not count. With `stream` a dataset is
-not fetched as a whole: its first `limit` rows are read one after the other and kept in the cache folder.
+A picture column is one of that type, or with one of the names in PICTURE_COLUMNS; a text column has a caption, a list
+of them, or (tar) a table with one; a column `mask` holds pictures whose dark parts do not count. With `stream` a
+dataset is not fetched as a whole: its first `limit` rows are read one after the other and kept in the cache folder.
 """
 
 import json
@@ -162,7 +162,8 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
         raise UserError(f"cannot read {place!r}: {' '.join(str(reason).split())[:200]}; check the name and the files"
                         ) from error
     picture = _column(table, place, "picture", reading.picture_column, [
-        *(name for name, feature in table.features.items() if isinstance(feature, datasets.Image) and name != MASK_COLUMN),
+        *(name for name, feature in table.features.items()
+          if isinstance(feature, datasets.Image) and name != MASK_COLUMN),
         *PICTURE_COLUMNS])
     text = None if reading.caption and not reading.text_column and not set(TEXT_COLUMNS) & set(table.features) else \
         _column(table, place, "text", reading.text_column, TEXT_COLUMNS)
@@ -222,7 +223,8 @@ def streamed(place: str, kind: str | None, files: list[str], cache: Path, readin
     with open(metadata, "a", encoding="utf-8") as file:
         for number, row in enumerate(tqdm(rows, "fetching pictures", leave=False, disable=None), len(lines)):
             line = {"text": list(_texts(row[text] if text else None, None))}
-            for key, column, stem in (("file_name", picture, f"{number:08d}"), ("mask", MASK_COLUMN, f"{number:08d}.mask")):
+            stem = f"{number:08d}"
+            for key, column, stem in (("file_name", picture, stem), ("mask", MASK_COLUMN, f"{stem}.mask")):
                 if cell := row.get(column):
                     line[key] = stem + (Path(cell.get("path") or "").suffix or ".png")
                     (folder / line[key]).write_bytes(cell.get("bytes") or _fetched(cell["path"]))

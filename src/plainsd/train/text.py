@@ -3,7 +3,8 @@
 A fixed length makes a picture's error independent of its neighbours in the batch. Encoders that do not learn see every
 caption once, alone and in float32, so that its states are the same numbers in every run and after every resume.
 
-Shape letters: B captions, M = positions * chunks (77 with CLIP), D width of the states, P of the pooled state, V of SDXL's vector.
+Shape letters: B captions, M = positions * chunks (77 with CLIP), D width of the states, P of the pooled state, V of
+SDXL's vector.
 """
 
 from collections import OrderedDict
@@ -23,7 +24,7 @@ SCORE = 6.0                           # what SDXL's refiner is told of how good 
 
 @dataclass
 class Reader:
-    """Captions to text states. What it remembers takes at most `room` bytes; the caption longest out of use goes first."""
+    """Captions to text states. What it remembers takes `room` bytes at most; the one longest out of use goes first."""
 
     sd: StableDiffusion
     learns: bool = False             # the text encoders train: nothing is remembered, and gradients flow

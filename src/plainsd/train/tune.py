@@ -62,18 +62,18 @@ def train_inversion(job: Job) -> None:
         texts = [text for item in examples.pictures.items for text in item.texts]
         without = sum(own.token.lower() not in text.lower() for text in texts)
         if without:
-            raise UserError(f"{without} of {len(texts)} captions do not have the word {own.token!r}; write it into them, or give "
-                            f"--caption \"a photo of {own.token}\" and pictures without captions")
+            raise UserError(f"{without} of {len(texts)} captions do not have the word {own.token!r}; write it into "
+                            f"them, or give --caption \"a photo of {own.token}\" and pictures without captions")
         return inversion(sd, examples, own.token, vectors=own.vectors, initial=own.initial, seed=job.options.pace.seed,
                          **shared)
 
     if sd := tuned(job, make):
         settle(sd)
-        for dialect, name in (("a1111", f"{own.token.strip('<> ')}.safetensors"), ("diffusers", "learned_embeds.safetensors")):
+        a1111, diffusers = f"{own.token.strip('<> ')}.safetensors", "learned_embeds.safetensors"
+        for dialect, name in (("a1111", a1111), ("diffusers", diffusers)):
             with saving("the word"):
                 save_embedding(sd, own.token, job.out / name, dialect)
-        job.say(f"{own.token} in {job.out}: {own.token.strip('<> ')}.safetensors for A1111, learned_embeds.safetensors for "
-                "diffusers")
+        job.say(f"{own.token} in {job.out}: {a1111} for A1111, {diffusers} for diffusers")
 
 
 def tuned(job: Job, make: Make) -> StableDiffusion | None:
@@ -85,8 +85,8 @@ def tuned(job: Job, make: Make) -> StableDiffusion | None:
     pictures, heldout = job.pictures(sd.variant.size)
     examples, held = job.examples(sd.vae, pictures), job.examples(sd.vae, heldout) if heldout else None
     job.count_long_captions(sd, pictures)
-    shared = {"objective": job.objective(), "chunks": job.options.reading.chunks, "prior": prior_set(job, sd, pictures.size),
-              "prior_weight": job.options.prior.prior_weight}
+    shared = {"objective": job.objective(), "chunks": job.options.reading.chunks,
+              "prior": prior_set(job, sd, pictures.size), "prior_weight": job.options.prior.prior_weight}
     method = make(sd, examples, shared)
     parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
@@ -101,8 +101,8 @@ def base_model(job: Job) -> StableDiffusion:
     """In float32; with --half-base its UNet in bfloat16, which is then never in memory as float32."""
     half, path = job.options.lora.half_base, find(job.options.base)
     if half and (job.options.method == "full" or job.dtype != torch.bfloat16):
-        raise UserError("--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method "
-                        "full")
+        raise UserError("--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with "
+                        "method full")
     contents = read(path)
     variant, built = contents.variant, {}
     for name, network in contents.networks.items():
@@ -122,7 +122,8 @@ def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:
             if own.prior_prompt is None:
                 raise UserError(f"no folder {str(own.prior)!r}; give --prior-prompt, and the model makes the pictures")
             make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
-        pictures = read_folder(folder, size, caption=own.prior_prompt, known=job.out / "cache" / "scanned.json", say=job.say)
+        known = job.out / "cache" / "scanned.json"
+        pictures = read_folder(folder, size, caption=own.prior_prompt, known=known, say=job.say)
     return job.examples(sd.vae, pictures)
 
 

@@ -1,8 +1,9 @@
 """Training the autoencoder (method `vae`).
 
 Kingma and Welling 2013 (arXiv:1312.6114) with the losses of Rombach et al. 2022 (arXiv:2112.10752): the absolute and
-squared error of pixels, the absolute error of their differences (edges), a little pull of the latents towards the unit normal, and, late and if asked for, a
-patch discriminator (Isola et al. 2016, arXiv:1611.07004; hinge loss, Lim and Ye 2017, arXiv:1705.02894).
+squared error of pixels, the absolute error of their differences (edges), a little pull of the latents towards the unit
+normal, and, late and if asked for, a patch discriminator (Isola et al. 2016, arXiv:1611.07004; hinge loss, Lim and Ye
+2017, arXiv:1705.02894).
 """
 
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def init_vae(vae: VAE) -> None:
     """First weights that keep every layer's output unit-sized, and residual branches that begin at zero.
 
-    He et al. 2015 (arXiv:1502.01852). The log variance begins at -4, so that pictures get through the bottleneck from the
-    first step on. After 2,900 pictures of the emoji recipe: 17.6 dB, and 12.8 dB from PyTorch's own (one run each).
+    He et al. 2015 (arXiv:1502.01852). The log variance begins at -4, so that pictures get through the bottleneck from
+    the first step on. After 2,900 pictures of the emoji recipe: 17.6 dB, and 12.8 dB from PyTorch's own (one run each).
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
@@ -86,7 +87,8 @@ class VaeMethod:
         l1, l2, edge = F.l1_loss(fake, real), F.mse_loss(fake, real), edges(fake, real)
         kl = latents.kl().float().mean() / shape.numel()
         loss = l1 + l2 + self.edge_weight * edge + self.kl_weight * kl
-        numbers = {"l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach(), "psnr": psnr(fake.detach(), real).mean()}
+        numbers = {"l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach(),
+                   "psnr": psnr(fake.detach(), real).mean()}
         if self.patch_weight:
             loss = loss + self._adversarial(real, fake, numbers, joined=picks[0].position >= self.patch_after)
         return loss, numbers
@@ -103,7 +105,7 @@ class VaeMethod:
 
 @torch.no_grad()
 def measure_scaling(vae: VAE, pictures: Pictures, count: int = 256) -> float:
-    """1 / standard deviation of sampled latents, over the first `count` pictures: what makes the UNet's input unit-sized."""
+    """1 / standard deviation of sampled latents, over the first `count` pictures; makes the UNet's input unit-sized."""
     device, values = next(vae.parameters()).device, []
     for start in range(0, min(count, len(pictures)), 32):
         q = vae.encode(pictures.pixels(range(start, min(start + 32, count, len(pictures)))).to(device))

@@ -33,8 +33,8 @@ class World(NamedTuple):
 
     def check(self, batch: int, accumulate: int) -> None:
         if accumulate % self.size and batch % self.size:
-            raise UserError(f"{self.size} processes cannot share {accumulate} micro-batches of {batch}; make --accumulate or "
-                            f"--batch a multiple of {self.size}")
+            raise UserError(f"{self.size} processes cannot share {accumulate} micro-batches of {batch}; make "
+                            f"--accumulate or --batch a multiple of {self.size}")
 
     def share(self, parts: list[list]) -> list[list]:
         """This process's micro-batches: every size-th one, or a slice of each."""
@@ -79,10 +79,11 @@ class World(NamedTuple):
 
 @contextmanager
 def world_of_torchrun(device: torch.device, shard: bool = False) -> Iterator[World]:
-    """The processes that torchrun started, or this one alone. Each process gets a GPU of its own, where there are any."""
+    """The processes that torchrun started, or this one alone. Each gets a GPU of its own, where there are any."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if shard:
-            raise UserError("--shard spreads a model over several processes; start them with torchrun --nproc-per-node N")
+            raise UserError("--shard spreads a model over several processes; start them with torchrun "
+                            "--nproc-per-node N")
         yield World(device=device)
         return
     if device.type == "cuda":
