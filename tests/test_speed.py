@@ -62,6 +62,18 @@ def test_layers_with_a_lora_stay_and_keep_it():
     assert relative(plain, latents(tiny_sd())) > 1e-3
 
 
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_packed_convolution_at_one_size_after_another(dtype, allowed):
+    """37 columns, two pictures, back again: the weight is laid out anew, and is still the weight."""
+    torch.manual_seed(0)
+    for stride, padding, kernel in ((1, 1, 3), (2, 0, 3), (1, 0, 1)):
+        conv = torch.nn.Conv2d(24, 40, kernel, stride=stride, padding=padding).to(dtype).requires_grad_(False)
+        packed = speed.PackedConv(conv)
+        for shape in ((2, 24, 16, 16), (1, 24, 9, 37), (2, 24, 9, 37), (2, 24, 16, 16), (4, 24, 64, 64)):
+            x = torch.randn(shape, dtype=dtype)
+            assert relative(packed(x).float(), conv(x).float()) < allowed
+
+
 @pytest.mark.parametrize("shape, keys", [((1, 2, 1100, 8), 1100), ((2, 1, 1024, 16), 1500), ((1, 2, 64, 8), 77)])
 @pytest.mark.parametrize("strided", [False, True])
 def test_blocked_attention_is_attention(shape, keys, strided):
@@ -90,3 +102,17 @@ def test_packing_what_cannot_be_packed():
 def test_a_compiled_model_draws_the_same():
     plain, fast = tiny_sd(), speed.faster(tiny_sd(), compiled=True)
     assert relative(latents(fast), latents(plain)) < 1e-5
+
+
+def test_the_flag_draws_the_same_picture(tmp_path):
+    import plainsd
+    from plainsd.cli import main
+    from plainsd.images import open_picture, read_settings
+
+    plainsd.save(tiny_sd(), tmp_path / "model")
+    command = ["generate", "a red apple", "--model", str(tmp_path / "model"), "--steps", "3", "--size", "64", "64", "--dtype",
+               "float32", "--device", "cpu", "--out"]
+    for name, flags in (("plain.png", []), ("fast.png", ["--fast"])):
+        assert main([*command, str(tmp_path / name), *flags]) == 0
+    assert difference(open_picture(tmp_path / "plain.png"), open_picture(tmp_path / "fast.png")) <= 1
+    assert read_settings(tmp_path / "plain.png") == read_settings(tmp_path / "fast.png")

@@ -99,16 +99,20 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A Conv2d likewise, over channels-last maps."""
+    """A Conv2d likewise, over channels-last maps. The best layout depends on the map's size: another size lays out anew."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
         self.how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.how, None)
+        self.weight, self.size = conv.weight.detach(), None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
+        if self.size != x.shape[2:]:
+            plain = self.weight if self.size is None else self.weight.to_dense()
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, *self.how, list(x.shape))
+            self.size = x.shape[2:]
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.how, "none", [], "")
 
 

@@ -1,0 +1,291 @@
+"""Benchmarks: the same work by us and by others, in one process, taking turns.
+
+Each row is a piece of work; its sides are functions that do it on the same weights. After a first call that does not
+count, rounds follow in which every side has its turn, so that what else the machine does hits all of them. Told are the
+least and the median of each side, and diffusers' least over ours. OpenVINO takes part where it is installed.
+
+Weights are random and have the shape of SD 1.5, which changes nothing in the time, unless a model is given.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from plainsd.checkpoint import load, save
+from plainsd.conditioning import encode_prompts
+from plainsd.errors import UserError
+from plainsd.generate import StableDiffusion, final, text_to_image
+from plainsd.models.clip import TextEncoder
+from plainsd.models.unet import UNet
+from plainsd.models.vae import VAE
+from plainsd.speed import faster
+from plainsd.tokenizer import Tokenizer, find_vocabulary
+from plainsd.variants import VARIANTS
+
+LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
+PROMPT = "a red apple on a blue background"
+Sides = dict[str, Callable[[], object]]
+
+
+@dataclass
+class Row:
+    """One piece of work: the seconds that each side took, round by round, and how far its result is from float32's."""
+
+    name: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+class Place(NamedTuple):
+    """Where the work is done, and on what."""
+
+    folder: Path                      # the model, a diffusers folder
+    dtype: torch.dtype
+    device: torch.device
+    rounds: int
+
+
+def race(name: str, sides: Sides, rounds: int) -> Row:
+    row = Row(name, {side: [] for side in sides})
+    with torch.inference_mode():
+        for work in sides.values():
+            work()
+        for _ in range(rounds):
+            for side, work in sides.items():
+                began = time.perf_counter()
+                work()
+                row.seconds[side].append(time.perf_counter() - began)
+    return row
+
+
+# ---- the model
+
+
+def random_folder(folder: Path, dtype: torch.dtype) -> Path:
+    """A model of SD 1.5's shape with random weights, as a diffusers folder."""
+    torch.manual_seed(0)
+    variant = VARIANTS["sd1"]
+    networks = [TextEncoder(variant.text[0]), UNet(variant.unet), VAE(variant.vae)]
+    text, unet, vae = (network.to(dtype).requires_grad_(False) for network in networks)
+    tokenizer = Tokenizer.from_vocabulary(find_vocabulary())
+    save(StableDiffusion([tokenizer], [text], unet, vae, variant.schedule.build(), variant.prediction, variant), folder)
+    return folder
+
+
+def theirs(place: Place, folder: Path | None = None):
+    """diffusers' pipeline on the same files."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder or place.folder, torch_dtype=place.dtype, safety_checker=None,
+                                                   requires_safety_checker=False).to(place.device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.vae.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def ours(place: Place, *, fast: bool, compiled: bool = False) -> StableDiffusion:
+    sd = load(place.folder, device=place.device, dtype=place.dtype)
+    return faster(sd, compiled=compiled) if fast else sd
+
+
+def both(place: Place, compiled: bool) -> dict[str, StableDiffusion]:
+    models = {"plainsd": ours(place, fast=False), "plainsd --fast": ours(place, fast=True)}
+    return models | ({"plainsd --compile": ours(place, fast=True, compiled=True)} if compiled else {})
+
+
+def openvino(place: Place, network: torch.nn.Module, *inputs: torch.Tensor) -> Callable | None:
+    """A network as OpenVINO runs it in the same precision; None where it is not installed, or for a GPU."""
+    if place.device.type != "cpu" or importlib.util.find_spec("openvino") is None:
+        return None
+    import openvino as ov
+
+    # no names and no checks of the trace: the network is theirs, with float32 weights, as their users export it
+    network, inputs = network.float(), [part.float() for part in inputs]
+    model = ov.convert_model(network, example_input=tuple(inputs))
+    wanted = "bf16" if place.dtype == torch.bfloat16 else "f32"
+    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": wanted, "PERFORMANCE_HINT": "LATENCY",
+                                               "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    arrays = [part.numpy() for part in inputs]
+    return lambda: torch.from_numpy(compiled(arrays)[0])
+
+
+def compared(row: Row, sides: Sides, exact: torch.Tensor) -> Row:
+    """Notes each side's distance from the exact result, relative, and refuses sides that did other work."""
+    with torch.inference_mode():
+        row.errors = {side: ((work().float() - exact).norm() / exact.norm()).item() for side, work in sides.items()}
+    for side, error in row.errors.items():
+        if not error < 0.2:
+            raise UserError(f"{row.name}: {side} gives another result (relative error {error:.2g}); nothing to compare")
+    return row
+
+
+# ---- rows
+
+
+def unet_row(place: Place, compiled: bool) -> Row:
+    """One guided step at 512 pixels: the UNet on two rows."""
+    config, generator = VARIANTS["sd1"], torch.Generator().manual_seed(0)
+    x = torch.randn((2, 4, 64, 64), generator=generator)
+    context = torch.randn((2, 77, config.unet.context), generator=generator)
+    with torch.inference_mode():
+        exact = load(place.folder, device=place.device, dtype="float32").unet(x.to(place.device), 500.0,
+                                                                              context.to(place.device)).float()
+    x, context = x.to(place.device, place.dtype), context.to(place.device, place.dtype)
+    pipe, time_step = theirs(place), torch.tensor(500.0, device=place.device)
+    sides: Sides = {"diffusers": lambda: pipe.unet(x, time_step, context, return_dict=False)[0]}
+
+    class Theirs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = theirs(place).unet
+
+        def forward(self, x, context):
+            return self.unet(x, torch.tensor(500.0), context, return_dict=False)[0]
+
+    if work := openvino(place, Theirs(), x, context):
+        sides["OpenVINO"] = work
+    for name, sd in both(place, compiled).items():
+        sides[name] = lambda sd=sd: sd.unet(x, 500.0, context)
+    return compared(race("UNet, guided step, 512 px", sides, place.rounds), sides, exact)
+
+
+def decode_row(place: Place, compiled: bool) -> Row:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn((1, 4, 64, 64), generator=generator)
+    with torch.inference_mode():
+        exact = load(place.folder, device=place.device, dtype="float32").vae.decode(z.to(place.device)).float()
+    z = z.to(place.device, place.dtype)
+    pipe = theirs(place)
+    sides: Sides = {"diffusers": lambda: pipe.vae.decode(z, return_dict=False)[0]}
+
+    class Theirs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = theirs(place).vae
+
+        def forward(self, z):
+            return self.vae.decode(z, return_dict=False)[0]
+
+    if work := openvino(place, Theirs(), z):
+        sides["OpenVINO"] = work
+    for name, sd in both(place, False).items():
+        sides[name] = lambda sd=sd: sd.vae.decode(z)
+    return compared(race("VAE decode, 512 px", sides, place.rounds), sides, exact)
+
+
+def picture_row(place: Place, compiled: bool) -> Row:
+    """From a prompt to a picture: 20 steps of DPM++ 2M at guidance 7.5, 512 pixels."""
+    pipe = theirs(place)
+    options = {"steps": 20, "guidance": 7.5, "sampler": "dpmpp_2m", "size": 512}
+    sides: Sides = {"diffusers": lambda: pipe(PROMPT, num_inference_steps=20, guidance_scale=7.5, height=512, width=512)}
+    for name, sd in both(place, compiled).items():
+        sides[name] = lambda sd=sd: final(text_to_image(sd, PROMPT, **options))
+    return race("a picture, 512 px, 20 steps of DPM++ 2M", sides, max(1, place.rounds // 3))
+
+
+def small_row(place: Place, compiled: bool) -> Row:
+    """The embedded model, 20 guided steps: mostly the cost of calls."""
+    embedded = load(device=place.device)
+    pipe, size = theirs(place, embedded.path), embedded.variant.size
+    options = {"steps": 20, "guidance": 2.0, "sampler": "dpmpp_2m"}
+    sides: Sides = {
+        "diffusers": lambda: pipe(PROMPT, num_inference_steps=20, guidance_scale=2.0, height=size, width=size)
+    }
+    place = place._replace(folder=embedded.path)
+    for name, sd in both(place, compiled).items():
+        sides[name] = lambda sd=sd: final(text_to_image(sd, PROMPT, **options))
+    return race(f"embedded model, {size} px, 20 steps of DPM++ 2M", sides, 3 * place.rounds)
+
+
+def start_row(place: Place, compiled: bool) -> Row:
+    """A new process, until it can be told what to do."""
+    def process(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.DEVNULL)
+
+    return race("start of a process", {
+        "import torch": process("-c", "import torch"),
+        "diffusers": process("-c", "from diffusers import StableDiffusionPipeline"),
+        "plainsd": process("-c", "import plainsd; plainsd.load"),
+        "plainsd --help": process("-m", "plainsd", "--help"),
+    }, place.rounds)
+
+
+ROWS: dict[str, Callable[[Place, bool], Row]] = {
+    "small": small_row, "unet": unet_row, "decode": decode_row, "picture": picture_row, "start": start_row,
+}
+
+
+# ---- telling
+
+
+def machine(place: Place) -> dict[str, object]:
+    def version(name: str) -> str | None:
+        return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+
+    on_cpu = place.device.type == "cpu"
+    return {
+        "device": processor() if on_cpu else torch.cuda.get_device_name(place.device),
+        "threads": torch.get_num_threads(), "dtype": str(place.dtype).removeprefix("torch."), "rounds": place.rounds,
+        **{name: version(name) for name in LIBRARIES}, "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    """The processor's name, and which of the instructions that count here it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in text.split("\n\n")[0].replace("\t", "").splitlines() if ":" in line)
+    had = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in facts.get("flags", "").split()]
+    return f"{facts.get('model name', '').strip()} ({', '.join(had)})"
+
+
+def table(rows: list[Row], about: dict[str, object]) -> str:
+    """As Markdown."""
+    lines = [", ".join(f"{name} {value}" for name, value in about.items()), "",
+             "| work | by | least s | median s | diffusers / this | relative error |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        base = min(row.seconds["diffusers"])
+        for side, seconds in row.seconds.items():
+            error = f"{row.errors[side]:.1e}" if side in row.errors else ""
+            lines.append(f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | "
+                         f"{base / min(seconds):.2f} | {error} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[Row], about: dict[str, object], path: Path) -> None:
+    """Bars: how many times diffusers' speed each side has."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the picture of the table needs matplotlib; pip install 'plainsd[bench]'") from None
+    figure = Figure(figsize=(9, 1 + 0.3 * sum(len(row.seconds) for row in rows)), layout="constrained")
+    axes = figure.subplots()
+    bars = [(f"{row.name}: {side}", min(row.seconds["diffusers"]) / min(seconds))
+            for row in reversed(rows) for side, seconds in reversed(row.seconds.items())]
+    axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("times diffusers' speed")
+    axes.set_title(f"{about['device']}, {about['threads']} threads, {about['dtype']}", fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def as_json(rows: list[Row], about: dict[str, object]) -> str:
+    return json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"

@@ -1,0 +1,55 @@
+"""The benchmark takes turns, does the same work on both sides, and refuses to compare what differs."""
+
+import json
+
+import pytest
+import torch
+
+from plainsd import bench
+from plainsd.cli import main
+from plainsd.errors import UserError
+
+PLACE = bench.Place(None, torch.float32, torch.device("cpu"), 2)
+
+
+def test_sides_take_turns():
+    calls = []
+    sides = {name: (lambda name=name: calls.append(name)) for name in ("diffusers", "plainsd")}
+    row = bench.race("work", sides, 2)
+    assert calls == ["diffusers", "plainsd"] * 3                         # the first turn does not count
+    assert {side: len(seconds) for side, seconds in row.seconds.items()} == {"diffusers": 2, "plainsd": 2}
+
+
+def test_other_work_is_not_compared():
+    exact = torch.ones(3)
+    same = bench.compared(bench.Row("work"), {"plainsd": lambda: exact * 1.01}, exact)
+    assert same.errors["plainsd"] == pytest.approx(0.01, rel=1e-3)
+    with pytest.raises(UserError, match="diffusers gives another result"):
+        bench.compared(bench.Row("work"), {"diffusers": lambda: exact * 2}, exact)
+
+
+def test_the_table_and_its_ratios():
+    row = bench.Row("work", {"diffusers": [2.0, 3.0, 2.5], "plainsd": [1.0, 1.5, 1.25]}, {"plainsd": 0.01})
+    text = bench.table([row], bench.machine(PLACE))
+    assert "| work | diffusers | 2.000 | 2.500 | 1.00 |  |" in text
+    assert "| work | plainsd | 1.000 | 1.250 | 2.00 | 1.0e-02 |" in text
+    assert f"torch {torch.__version__}" in text and "threads" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_on_the_embedded_model(tmp_path, capsys):
+    assert main(["bench", "small", "--rounds", "1", "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "plainsd --fast" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert list(row["seconds"]) == ["diffusers", "plainsd", "plainsd --fast"]
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_row(capsys):
+    assert main(["bench", "smal"]) == 2
+    assert "did you mean 'small'" in capsys.readouterr().err
+
+
+def test_no_rounds(capsys):
+    assert main(["bench", "--rounds", "0"]) == 2
+    assert "rounds 0" in capsys.readouterr().err
