@@ -27,11 +27,9 @@ OURS = {
     "ours, checkpointing": ("--checkpointing",),
     "ours, half base, checkpointing": ("--half-base", "--checkpointing"),
 }
-THEIRS = {                            # in the example: --mixed_precision, --gradient_checkpointing
-    "diffusers + peft": (torch.float32, False),
-    "diffusers + peft, half base": (torch.bfloat16, False),
-    "diffusers + peft, checkpointing": (torch.float32, True),
-    "diffusers + peft, half base, checkpointing": (torch.bfloat16, True),
+THEIRS = {                            # the example has its frozen weights in the arithmetic's precision; checkpointing
+    "diffusers + peft, half base": False,
+    "diffusers + peft, half base, checkpointing": True,
 }
 
 
@@ -70,13 +68,13 @@ def train_ours(folder: Path, options: tuple[str, ...]) -> None:
     assert code == 0
 
 
-def train_theirs(folder: Path, dtype: torch.dtype, checkpointing: bool) -> None:
+def train_theirs(folder: Path, checkpointing: bool) -> None:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
     from transformers import CLIPTextModel, CLIPTokenizer
 
     parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
-    networks = {name: kind.from_pretrained(folder / "model" / name, torch_dtype=dtype).requires_grad_(False)
+    networks = {name: kind.from_pretrained(folder / "model" / name, torch_dtype=torch.bfloat16).requires_grad_(False)
                 for name, kind in parts.items()}
     vae, text, unet = networks.values()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "model" / "tokenizer")
@@ -95,11 +93,11 @@ def train_theirs(folder: Path, dtype: torch.dtype, checkpointing: bool) -> None:
         latents = []
         for path in sorted((folder / "pictures").glob("*.png")):
             pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 127.5 - 1
-            latents.append(vae.encode(pixels.to(dtype)).latent_dist.mean * vae.config.scaling_factor)
+            latents.append(vae.encode(pixels.bfloat16()).latent_dist.mean * vae.config.scaling_factor)
     for step in range(STEPS):
         x0, noise, timestep = latents[step % 2].float(), torch.randn_like(latents[0].float()), torch.tensor([500])
         with torch.autocast("cpu", torch.bfloat16):
-            noisy = scheduler.add_noise(x0, noise, timestep).to(dtype)
+            noisy = scheduler.add_noise(x0, noise, timestep).bfloat16()
             output = unet(noisy, timestep, states, return_dict=False)[0]
             torch.nn.functional.mse_loss(output.float(), noise).backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -118,7 +116,7 @@ def child(task: str, folder: Path) -> None:
     elif task in OURS:
         train_ours(folder, OURS[task])
     else:
-        train_theirs(folder, *THEIRS[task])
+        train_theirs(folder, THEIRS[task])
     print(peak())
 
 

@@ -21,7 +21,8 @@ from plainsd.train.jobs import read_lines
 from plainsd.train.log import read_log
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
-SHOWN, GAP, LABEL = 128, 8, 44       # pixels: side of a shown picture, gaps, height of the prompts
+SHOWN, GAP = 128, 8                  # pixels: side of a shown picture, gaps
+LABEL, LEFT = 44, 70                 # pixels: height of the prompts, width of the rows' names
 LETTERS = 18                         # of a prompt, on a line
 
 
@@ -42,16 +43,16 @@ def drawn(sd: plainsd.StableDiffusion, prompts: list[str], guidance: float | Non
 
 def labelled(rows: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Image:
     """A row for each entry, with its name on the left; prompts above."""
-    font, left, step = ImageFont.load_default(13), 70, SHOWN + GAP
-    picture = Image.new("RGB", (left + len(prompts) * step, LABEL + len(rows) * step), "white")
+    font, step = ImageFont.load_default(13), SHOWN + GAP
+    picture = Image.new("RGB", (LEFT + len(prompts) * step, LABEL + len(rows) * step), "white")
     pen = ImageDraw.Draw(picture)
     for column, prompt in enumerate(prompts):
-        pen.text((left + column * step, GAP // 2), textwrap.fill(prompt, LETTERS), "black", font)
+        pen.text((LEFT + column * step, GAP // 2), textwrap.fill(prompt, LETTERS), "black", font)
     for row, (name, images) in enumerate(rows.items()):
         top = LABEL + row * step
         pen.text((GAP, top + SHOWN // 2 - 8), name, "black", font)
         for column, image in enumerate(images):
-            picture.paste(image.resize((SHOWN, SHOWN), Image.Resampling.NEAREST), (left + column * step, top))
+            picture.paste(image.resize((SHOWN, SHOWN), Image.Resampling.NEAREST), (LEFT + column * step, top))
     return picture
 
 
