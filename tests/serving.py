@@ -10,7 +10,6 @@ from pathlib import Path
 
 import requests
 import torch
-import uvicorn
 from conftest import tiny_sd
 from PIL import Image
 
@@ -18,7 +17,7 @@ import plainsd
 from plainsd.lora import inject, save_lora
 from plainsd.server import worker
 from plainsd.server.app import create_app
-from plainsd.server.command import bound, config
+from plainsd.server.command import bound, server_of
 from plainsd.server.security import Hosts, Limits
 from plainsd.server.service import Service
 
@@ -83,7 +82,7 @@ class Server:
 def served(service: Service, token: str | None = None, hosts: Hosts | None = None):
     sock = bound("127.0.0.1", 0)
     app = create_app(service, hosts or Hosts("127.0.0.1"), token)
-    server = uvicorn.Server(config(app, 1))
+    server = server_of(app, 1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:

@@ -6,7 +6,9 @@ import threading
 
 import pytest
 from PIL import Image, PngImagePlugin
-from serving import Brake, alike, base64_of, from_base64, lora_file, model_folder, open_service, png_bytes, served, until
+from serving import (
+    Brake, alike, base64_of, from_base64, lora_file, model_folder, open_service, png_bytes, served, until,
+)  # fmt: skip
 from webuiapi import HiResUpscaler, WebUIApi
 
 import plainsd

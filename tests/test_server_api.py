@@ -2,6 +2,7 @@
 
 import base64
 import json
+import threading
 import time
 
 import pytest
@@ -136,6 +137,30 @@ def test_events_tell_progress_with_previews_and_the_end(server, brake):
     assert [(name, event["state"]) for name, event in late] == [("end", "done")]
 
 
+def test_a_server_that_stops_lets_its_listeners_go_and_keeps_their_jobs(model, tmp_path, brake, caplog):
+    service, answers = open_service([model], tmp_path), []
+    with served(service) as stopping:
+        def wait():
+            answers.append(stopping.post("/v1/images/generations", {"prompt": "waited for"}))
+
+        job = stopping.job(prompt="listened to")
+        brake.wait()
+        stream = stopping.get(f"/api/jobs/{job['id']}/events", stream=True)
+        told = read_events(stream)
+        assert next(told)[0] == "progress"
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        until(lambda: len(service.queue.jobs) == 2)
+        threading.Thread(target=lambda: (until(lambda: service.queue.stopping), brake.off())).start()
+    assert "end" not in [name for name, _ in told]
+    waiting.join(30)
+    assert answers[0].status_code == 503 and "is drawn when it is there again" in answers[0].text
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    again = open_service([model], tmp_path)
+    assert {job.each[0].prompt for job in again.queue.jobs.values()} == {"listened to", "waited for"}
+    again.close()
+
+
 def read_events(stream):
     name = None
     for line in stream.iter_lines(decode_unicode=True):
@@ -249,7 +274,7 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
         ({"count": 9}, 422, "count", "count 9 is out of range; choose 1 to 8"),
         ({"count": 0}, 422, "count", "choose 1 to 8"),
         ({"size": [60, 64]}, 422, "size", "multiples of 8"),
-        ({"size": [136, 128]}, 422, "size", "up to 16384 pixels"),
+        ({"size": [136, 128]}, 422, "size", "8x8 to 16384 pixels"),
         ({"size": [64]}, 422, "size", "field required"),
         ({"hires": 2.5}, 422, "size", "size 160x160 is out of range"),
         ({"guidance": float("nan")}, 422, "guidance", "out of range"),

@@ -119,7 +119,8 @@ def test_the_same_command_draws_the_same_there_as_here(generate, tmp_path, argum
 
 def test_a_lora_a_preview_and_from(generate, server, tmp_path, brake):
     brake.off()
-    code, (path,), _ = generate("a boat", "--lora", "paper.safetensors:0.7", "--preview", tmp_path / "p.png", "--steps", 3)
+    flags = ("--lora", "paper.safetensors:0.7", "--preview", tmp_path / "p.png", "--steps", 3)
+    code, (path,), _ = generate("a boat", *flags)
     assert code == 0 and "<lora:paper:0.7>" in Image.open(path).info["parameters"]
     assert Image.open(tmp_path / "p.png").size == (64, 64)
     _, (again,), _ = generate("--from", path)

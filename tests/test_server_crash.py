@@ -19,9 +19,8 @@ from pathlib import Path
 from serving import open_service
 from plainsd.server import worker
 from plainsd.server.app import create_app
-from plainsd.server.command import bound, config
+from plainsd.server.command import bound, server_of
 from plainsd.server.security import Hosts
-import uvicorn
 keep = worker.Worker.keep
 def slowly(*given):                   # room for a kill between the file, the row and the next picture
     time.sleep({pause})
@@ -31,7 +30,7 @@ worker.Worker.keep = slowly
 service = open_service([{model!r}], Path({data!r}), batch=2)
 sock = bound("127.0.0.1", 0)
 app = create_app(service, Hosts("127.0.0.1"), None, lambda: print(sock.getsockname()[1], flush=True))
-uvicorn.Server(config(app, 1)).run(sockets=[sock])
+server_of(app, 1).run(sockets=[sock])
 """
 
 

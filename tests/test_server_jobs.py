@@ -368,7 +368,8 @@ def test_a_model_that_says_what_it_was_trained_on_gives_ideas(opened, folder, tm
     path = tmp_path / "taught"
     shutil.copytree(model_folder(folder), path)
     (path / "concepts.json").write_text(
-        '{"concepts": [{"phrase": "a taco"}, {"phrase": "grapes"}], "backgrounds": {"red": [1, 2, 3], "orange": [1, 2, 3]}}'
+        '{"concepts": [{"phrase": "a taco"}, {"phrase": "grapes"}], '
+        '"backgrounds": {"red": [1, 2, 3], "orange": [1, 2, 3]}}'
     )
     assert opened(str(path), start=False).models["taught"].ideas == [
         "a taco on a red background", "grapes on an orange background"]  # fmt: skip

@@ -31,7 +31,8 @@ class Client(threading.Thread):
 
     def ask(self, turn):
         body = {"prompt": f"client {self.number} turn {turn}", "seed": self.number, "steps": 1 + self.number % 2}
-        while (answer := self.server.post("/api/jobs", body, headers={"X-Client": str(self.number)})).status_code == 429:
+        headers = {"X-Client": str(self.number)}
+        while (answer := self.server.post("/api/jobs", body, headers=headers)).status_code == 429:
             assert int(answer.headers["Retry-After"]) >= 1
             time.sleep(0.2)
         assert answer.status_code == 202, answer.text

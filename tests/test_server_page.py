@@ -334,8 +334,8 @@ def test_the_api_page_lists_and_tries_routes(page):
     page.driver.get(page.server.url + "/docs")
     page.until("document.querySelectorAll('.route').length > 20")
     page.js(
-        "[...document.querySelectorAll('.route')].find((one) => one.querySelector('code').textContent === '/api/models')"
-        ".open = true"
+        "[...document.querySelectorAll('.route')]"
+        ".find((one) => one.querySelector('code').textContent === '/api/models').open = true"
     )
     page.js("document.querySelector('.route[open] button').click()")
     page.until("document.querySelector('.route[open] pre').textContent.includes('\"default\": \"tiny\"')")

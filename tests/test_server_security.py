@@ -184,7 +184,7 @@ def test_wrong_flags_are_one_line_and_code_2(model, tmp_path, capsys, monkeypatc
             "there is no folder": ["--loras", str(tmp_path / "none")],
             "no model at": ["--model", "no/such/model/here", "--port", "0"],
             "choose others with --host and --port": ["--port", str(taken.getsockname()[1])],
-            "batch 0": ["--batch", "0"],
+            "batch 0": ["--batch", "0"], "memory -1.0": ["--memory", "-1"],
         }  # fmt: skip
         for says, flags in wrong.items():
             assert main(["serve", "--data", str(tmp_path / "data"), *flags]) == 2

@@ -14,7 +14,7 @@ from plainsd.generate import check_size
 from plainsd.server.refusals import Refused, shown
 from plainsd.server.requests import Base, Text
 from plainsd.server.security import Limits
-from plainsd.server.uploads import alpha_of, box_around, filled, hole_of, picture, resized
+from plainsd.server.uploads import alpha_of, box_around, check_pixels, filled, hole_of, picture, resized
 from plainsd.settings import SAMPLERS, SPACINGS
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")      # there too
@@ -34,8 +34,8 @@ NOT_HAD: dict[str, tuple] = {         # fields that would change the picture; th
     "initial_noise_multiplier": (1,),
 }  # fmt: skip
 NOT_HAD_OF_HR: dict[str, tuple] = {   # only where a second pass is asked for
-    "hr_second_pass_steps": (), "hr_checkpoint_name": ("Use same checkpoint",), "hr_sampler_name": ("Use same sampler",),
-    "hr_scheduler": ("Use same scheduler",), "hr_prompt": (), "hr_negative_prompt": (), "firstphase_width": (),
+    "hr_second_pass_steps": (), "hr_checkpoint_name": ("Use same checkpoint",), "hr_scheduler": ("Use same scheduler",),
+    "hr_sampler_name": ("Use same sampler",), "hr_prompt": (), "hr_negative_prompt": (), "firstphase_width": (),
     "firstphase_height": (),
 }  # fmt: skip
 UPSCALERS = {"latent": "latent", "latent (bicubic)": "latent", "lanczos": "lanczos", "none": "lanczos"}
@@ -44,7 +44,7 @@ UPSCALERS = {"latent": "latent", "latent (bicubic)": "latent", "lanczos": "lancz
 class Common(BaseModel):
     """What txt2img and img2img share."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)        # extras are looked through for what is not had
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)        # extras: looked through for what is not had
 
     prompt: Text = ""
     negative_prompt: Text = ""
@@ -173,9 +173,8 @@ def sampler_of(name: str | None, scheduler: str | None) -> tuple[str | None, str
 def model_of(title: Any) -> str | None:
     """A title may carry a hash: `name [abcdef]`."""
     if title is not None and not isinstance(title, str):
-        raise Refused(
-            422, f"sd_model_checkpoint {title!r} is no name; GET /sdapi/v1/sd-models lists them", "model", title
-        )
+        message = f"sd_model_checkpoint {title!r} is no name; GET /sdapi/v1/sd-models lists them"
+        raise Refused(422, message, "model", title)
     return title.partition(" [")[0] if title else None
 
 
@@ -196,31 +195,18 @@ def prepared(body: Image2Image, limits: Limits) -> Base:
         raise Refused(404 if count == 0 else 422, f"init_images has {count} pictures; send one", "init_images", count)
     image = picture(body.init_images[0], "init_images", limits)
     size = check_size((body.width or image.width - image.width % 8, body.height or image.height - image.height % 8))
-    if size[0] * size[1] > limits.pixels:
-        raise Refused(
-            422,
-            f"size {size[0]}x{size[1]} is out of range; this server draws up to {limits.pixels} pixels a picture",
-            "width",
-            list(size),
-        )
+    check_pixels(size, limits)
     how = RESIZE[body.resize_mode or 0]
     if not body.mask:
         return Base(resized(image, size, how))
     if body.inpainting_fill in (2, 3):
-        raise Refused(
-            422,
-            f"inpainting_fill {body.inpainting_fill} is not had here; choose 0 or 1",
-            "inpainting_fill",
-            body.inpainting_fill,
-        )
+        given = body.inpainting_fill
+        raise Refused(422, f"inpainting_fill {given} is not had here; choose 0 or 1", "inpainting_fill", given)
     mask = picture(body.mask, "mask", limits, "black").resize(image.size)
     alpha = alpha_of(mask, body.mask_blur or 0, inverted=bool(body.inpainting_mask_invert))
     if alpha.getbbox() is None:
-        raise Refused(
-            422,
-            "mask is dark everywhere, so nothing would be drawn; make it white where the picture is to change",
-            "mask",
-        )
+        raise Refused(422, "mask is dark everywhere, so nothing would be drawn; make it white where the picture is to "
+                      "change", "mask")  # fmt: skip
     whole, box = image, None
     if body.inpaint_full_res:
         box = box_around(alpha, body.inpaint_full_res_padding or 0, size)

@@ -59,7 +59,7 @@ class Serve:
         try:
             import fastapi  # noqa: F401
             import python_multipart  # noqa: F401
-            import uvicorn
+            import uvicorn  # noqa: F401
         except ImportError as error:
             raise UserError(
                 f"serving needs {error.name}, which is not installed; pip install 'plainsd[serve]'"
@@ -86,13 +86,15 @@ class Serve:
         app = create_app(
             service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
         )
-        uvicorn.Server(config(app)).run(sockets=[sock])
+        server_of(app).run(sockets=[sock])
 
     def check(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and field.name not in ("port", "memory") and value < 1:
+            if isinstance(value, (int, float)) and field.name not in ("port", "memory") and not value >= 1:
                 raise UserError(f"{field.name.replace('_', ' ')} {value} is out of range; give 1 or more")
+        if self.memory is not None and not self.memory >= 0:
+            raise UserError(f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time")
         if not 0 <= self.port < 65536:
             raise UserError(f"port {self.port} is out of range; choose 1 to 65535, or 0 for any that is free")
         if self.loras is not None and not self.loras.is_dir():
@@ -124,14 +126,19 @@ class Serve:
         print(f"http://{host}:{port}/{f'?token={token}' if token else ''}", flush=True)
 
 
-def config(app, grace: int = 5):
-    """How uvicorn runs it. Streams that are still open after `grace` seconds of stopping are cut."""
+def server_of(app, grace: int = 5):
+    """How uvicorn runs it. Streams end as the stopping begins; what is still open after `grace` seconds is cut."""
     import uvicorn
 
-    return uvicorn.Config(
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None) -> None:
+            app.state.service.stop()
+            await super().shutdown(sockets)
+
+    return Server(uvicorn.Config(
         app, log_level="warning", server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=1000,
-        timeout_keep_alive=75,        # longer than most clients keep a connection, so that they are not cut off as they ask
-    )  # fmt: skip
+        timeout_keep_alive=75,        # longer than most clients keep a connection: they are not cut off as they ask
+    ))  # fmt: skip
 
 
 def bound(host: str, port: int):

@@ -23,7 +23,7 @@ from plainsd.server.pictures import Picture, exact
 from plainsd.server.refusals import Refused
 from plainsd.server.requests import Base, JobRequest, Text, job_request
 from plainsd.server.service import Service, client_of, now, why_not
-from plainsd.server.uploads import opened, resized
+from plainsd.server.uploads import check_pixels, differing, opened, resized
 
 OURS = ("negative", "steps", "guidance", "sampler", "spacing", "seed", "strength")  # taken beside OpenAI's own fields
 
@@ -121,12 +121,8 @@ async def edit_of(form: Any) -> tuple[ImagesRequest, bytes, bytes | None]:
     images = [part for name in ("image", "image[]") for part in form.getlist(name)]
     masks = form.getlist("mask")
     if len(images) != 1 or len(masks) > 1 or not all(isinstance(part, UploadFile) for part in images + masks):
-        raise Refused(
-            422,
-            f"image: {len(images)} files were sent; send one as 'image', and at most one as 'mask'",
-            "image",
-            len(images),
-        )
+        message = f"image: {len(images)} files were sent; send one as 'image', and at most one as 'mask'"
+        raise Refused(422, message, "image", len(images))
     try:
         text = {name: value for name, value in form.items() if name not in ("image", "image[]", "mask")}
         body = ImagesRequest.model_validate(text)
@@ -142,31 +138,15 @@ def edited(wanted: JobRequest, content: bytes, mask: bytes | None, service: Serv
     image = opened(content, "image", service.limits, None)
     window = opened(mask, "mask", service.limits, None) if mask is not None else image
     if window.size != image.size:
-        raise Refused(
-            422,
-            f"mask {window.width}x{window.height} and image {image.width}x{image.height} differ in size; make "
-            "them the same",
-            "mask",
-            list(window.size),
-        )
+        raise differing(window, image)
     size = wanted.size or image.size
-    if min(size) < 8 or size[0] * size[1] > service.limits.pixels:
-        raise Refused(
-            422,
-            f"size {size[0]}x{size[1]} is out of range; choose one of at most {service.limits.pixels} pixels in all",
-            "size",
-            list(size),
-        )
+    check_pixels(size, service.limits)
     hole = ImageChops.invert(window.getchannel("A")).point(lambda level: 255 if level >= 128 else 0)
     whole = resized(image.convert("RGB"), size)
     if hole.getbbox() is None:
         if mask is not None:
-            raise Refused(
-                422,
-                "mask has no transparent part, so nothing would be drawn; make it transparent where the picture "
-                "is to change",
-                "mask",
-            )
+            raise Refused(422, "mask has no transparent part, so nothing would be drawn; make it transparent where the "
+                          "picture is to change", "mask")  # fmt: skip
         return Base(whole)
     wanted.strength = wanted.strength or 1.0
     return Base(whole, hole.resize(size))

@@ -113,5 +113,7 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(OSError)
     @app.exception_handler(sqlite3.OperationalError)
     def disk(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, FileNotFoundError):
+            return refused(request, Refused(404, "the file of a picture is gone; delete it from the history"))
         why = getattr(error, "strerror", None) or error
         return refused(request, Refused(507, f"the server cannot write ({why}); make room in its data folder"))

@@ -17,7 +17,7 @@ from plainsd.server.models import Model, Models
 from plainsd.server.pictures import UNTAKEN, new_id, new_place
 from plainsd.server.refusals import Refused
 from plainsd.server.security import Limits
-from plainsd.server.uploads import Box, alpha_of, hole_of, picture, png, resized, without_tags
+from plainsd.server.uploads import Box, alpha_of, check_pixels, differing, hole_of, picture, png, resized, without_tags
 from plainsd.settings import FIELDS, Settings
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", *UNTAKEN)
@@ -67,7 +67,7 @@ class JobRequest(BaseModel):
     spacing: Text | None = Field(None, description="of the noise levels")
     seed: int | None = Field(None, description="of the first picture, the following have the next; none: a random one")
     count: int = Field(1, description="pictures")
-    loras: list[LoRA] = []
+    loras: list[LoRA] = Field([], max_length=32)
     image: Text | None = Field(None, description="a PNG, JPEG or WebP file in base64, to draw over")
     strength: float | None = Field(None, description="how far from the picture: the share of the steps that run")
     mask: Text | None = Field(
@@ -91,8 +91,8 @@ class JobRequest(BaseModel):
     def choices(self) -> dict[str, Any]:
         """What is not left open of the settings that the tasks know."""
         names = ("size", "steps", "guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler",
-                 "variation_seed",
-                 "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed", "threshold")  # fmt: skip
+                 "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed",
+                 "threshold")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -131,25 +131,12 @@ def base_of(request: JobRequest, limits: Limits) -> Base | None:
         return None
     image = picture(request.image, "image", limits)
     size = request.size or image.size
-    if min(size) < 8 or size[0] * size[1] > limits.pixels:
-        what = "size" if request.size else "image"
-        raise Refused(
-            422,
-            f"{what} {size[0]}x{size[1]} is out of range; choose a size from 8x8 to {limits.pixels} pixels in all",
-            what,
-            list(size),
-        )
+    check_pixels(size, limits, "size" if request.size else "image")
     if request.mask is None:
         return Base(resized(image, size))
     mask = picture(request.mask, "mask", limits, "black")
     if mask.size != image.size:
-        raise Refused(
-            422,
-            f"mask {mask.width}x{mask.height} and image {image.width}x{image.height} differ in size; make them "
-            "the same",
-            "mask",
-            list(mask.size),
-        )
+        raise differing(mask, image)
     image, alpha = resized(image, size), alpha_of(mask.resize(size), request.mask_blur)
     return Base(image, hole_of(alpha), image, alpha) if request.mask_blur else Base(image, alpha)
 
@@ -180,12 +167,8 @@ def cells(request: JobRequest) -> list[dict[str, Any]]:
         try:
             axes.append([(name, readers[name](str(value).strip())) for value in axis.values])
         except (ValueError, OverflowError):
-            raise Refused(
-                422,
-                f"grid {axis.name} has a value that cannot be read; give numbers such as 3, 5, 7",
-                "grid",
-                axis.values,
-            ) from None
+            message = f"grid {axis.name} has a value that cannot be read; give numbers such as 3, 5, 7"
+            raise Refused(422, message, "grid", axis.values) from None
     return [dict(pairs) for pairs in product(*reversed(axes))]
 
 
@@ -207,14 +190,7 @@ def check_limits(request: JobRequest, limits: Limits) -> None:
 
 def check_work(each: list[Settings], limits: Limits) -> None:
     for one in each:
-        width, height = enlarged_size(one) if one.hires else one.size
-        if width * height > limits.pixels:
-            raise Refused(
-                422,
-                f"size {width}x{height} is out of range; this server draws up to {limits.pixels} pixels a picture",
-                "size",
-                [width, height],
-            )
+        check_pixels(enlarged_size(one) if one.hires else one.size, limits)
         if one.steps > limits.steps:
             raise Refused(422, f"steps {one.steps} is out of range; choose 1 to {limits.steps}", "steps", one.steps)
 
@@ -242,9 +218,8 @@ def new_job(
     source, inputs = base.kept() if base else (None, {})
     id, created = new_id(), time.time()
     return Job(
-        id=id, client=client, api=api, model=model.name, loras=loras, created=created,
-        place=new_place(prompt, id, created),
-        each=each, source=source, inputs=inputs, sheet=sheet_of(request),
+        id=id, client=client, api=api, model=model.name, loras=loras, created=created, each=each,
+        place=new_place(prompt, id, created), source=source, inputs=inputs, sheet=sheet_of(request),
     )  # fmt: skip
 
 

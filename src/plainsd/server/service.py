@@ -4,6 +4,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,15 @@ class Service:
         queue = Queue(store, limits.queue)
         return cls(models, store, queue, Worker(queue, models, store, limits, batch), limits)
 
-    def close(self) -> None:
-        """Stops after the step under way; what was running is queued again for the next start."""
+    def stop(self) -> None:
+        """The worker stops after the step under way, and whoever listens or waits is let go."""
         self.queue.stop()
+        for job in list(self.queue.jobs.values()):
+            job.bell.ring()
+
+    def close(self) -> None:
+        """What was running is queued again for the next start."""
+        self.stop()
         if self.worker.is_alive():
             self.worker.join(LAST_STEP)
         self.store.put_back()
@@ -67,19 +74,19 @@ class Service:
         return await run_in_threadpool(enter)
 
     async def outcome(self, job: Job, request: Request) -> Job:
-        """Waits for the end of a job. It is cancelled when the client hangs up, for then nobody is waiting."""
+        """Waits for the end of a job, or of the server. It is cancelled when the client hangs up: nobody waits then."""
         heard = 0
-        while job.active:
+        while job.active and not self.queue.stopping:
             heard = await job.bell.wait(heard, 0.5)
-            if job.active and await request.is_disconnected():
+            if await request.is_disconnected():
                 self.abandon(job)
         return job
 
     def abandon(self, job: Job) -> None:
-        try:
-            self.queue.cancel(job.id)
-        except Refused:               # it has ended meanwhile
-            pass
+        """Its client is gone. A server that stops keeps it all the same."""
+        if not self.queue.stopping:
+            with suppress(Refused):   # it has ended meanwhile
+                self.queue.cancel(job.id)
 
     def told(self, job: Job) -> dict[str, Any]:
         """A job as JSON."""
@@ -95,9 +102,10 @@ class Service:
             }  # fmt: skip
 
     async def events(self, job: Job) -> AsyncIterator[tuple[str, dict]]:
-        """`progress` whenever something has changed, `beat` where nothing has for long, `end` at the end."""
+        """`progress` whenever something has changed, `beat` where nothing has for long, `end` at the job's end. When the
+        server stops nothing ends but the stream: a browser asks again by itself."""
         heard, shown = -1, {}
-        while True:
+        while not self.queue.stopping:
             if not job.active:
                 yield "end", await run_in_threadpool(self.told, job)
                 return
@@ -134,6 +142,8 @@ def why_not(job: Job) -> Refused | None:
         return None
     if job.state == FAILED:
         return Refused(422 if job.at_fault else 500, job.error)
+    if job.active:
+        return Refused(503, f"the server is stopping; job {job.id} is drawn when it is there again")
     return Refused(409, f"job {job.id} was {job.state}; ask again")
 
 

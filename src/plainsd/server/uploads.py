@@ -103,6 +103,11 @@ def without_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
+def differing(mask: Image.Image, image: Image.Image) -> Refused:
+    sizes = f"mask {mask.width}x{mask.height} and image {image.width}x{image.height}"
+    return Refused(422, f"{sizes} differ in size; make them the same", "mask", list(mask.size))
+
+
 def alpha_of(mask: Image.Image, blur: float = 0, *, inverted: bool = False) -> Image.Image:
     """A picture whose light parts are to be drawn anew -> opacity of the new, 0 to 255, with soft edges if blurred."""
     alpha = mask.convert("L").point(lambda level: 255 if level >= 128 else 0)
@@ -157,6 +162,14 @@ def widened(start: int, end: int, length: int, room: int) -> tuple[int, int]:
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def check_pixels(size: tuple[int, int], limits: Limits, field: str = "size") -> None:
+    """Refused for a picture that is larger than this server draws, or none at all."""
+    width, height = size
+    if min(size) < 8 or width * height > limits.pixels:
+        raise Refused(422, f"{field} {width}x{height} is out of range; choose a size from 8x8 to {limits.pixels} "
+                      "pixels in all", field, [width, height])  # fmt: skip
 
 
 def resized(image: Image.Image, size: tuple[int, int], how: str = "stretch") -> Image.Image:
