@@ -79,8 +79,8 @@ class Server:
 
 
 @contextmanager
-def served(service: Service, token: str | None = None, hosts: Hosts | None = None):
-    sock = bound("127.0.0.1", 0)
+def served(service: Service, token: str | None = None, hosts: Hosts | None = None, port: int = 0):
+    sock = bound("127.0.0.1", port)
     app = create_app(service, hosts or Hosts("127.0.0.1"), token)
     server = server_of(app, 1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

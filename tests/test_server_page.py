@@ -1,11 +1,12 @@
 """The page, as people use it: headless Chromium clicks through it."""
 
+import threading
 from pathlib import Path
 
 import pytest
 from browser import Page, chromium, needed  # noqa: F401
 from PIL import Image
-from serving import Brake, lora_file, model_folder, open_service, png_bytes, served
+from serving import Brake, lora_file, model_folder, open_service, png_bytes, served, until
 
 import plainsd
 from plainsd.images import write_png
@@ -102,6 +103,23 @@ def test_a_job_survives_a_reload_of_the_page(page, brake):
     brake.off()
     page.until("document.querySelector('.tile')?.title === 'goes on without the page'")
     assert page.value("prompt") == "goes on without the page"    # the form is kept, too
+
+
+def test_the_page_waits_for_a_server_that_restarts(chromium, server, tmp_path, brake):  # noqa: F811
+    source = server.service.models.known["tiny"].source
+    service = open_service([source], tmp_path)
+    with served(service) as first:
+        page = Page(chromium, first)
+        page.set("prompt", "outlives the server")
+        page.draw()
+        brake.wait()
+        page.until("document.querySelector('.card progress')")
+        threading.Thread(target=lambda: (until(lambda: service.queue.stopping), brake.off())).start()
+    page.until("document.querySelector('.card .status').textContent.includes('waiting for it')")
+    with served(open_service([source], tmp_path), port=int(first.url.rpartition(":")[2])):
+        page.until("document.querySelector('.card.over .whole')")
+        page.until("document.querySelector('.tile')?.title === 'outlives the server'")
+    chromium.get_log("browser"), chromium.get_log("performance")
 
 
 def test_gallery_search_viewer_and_settings_back_in_the_form(page):

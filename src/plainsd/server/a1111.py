@@ -116,8 +116,12 @@ def routes(service: Service) -> APIRouter:
     def latent_upscale_modes() -> list:
         return [{"name": "Latent"}]
 
-    for name, empty in NONE_HERE.items():
-        router.add_api_route(f"/{name}", lambda empty=empty: empty, name=name, description="None are had here.")
+    def nothing(request: Request) -> Any:
+        """None are had here."""
+        return NONE_HERE[request.url.path.rpartition("/")[2]]
+
+    for name in NONE_HERE:
+        router.add_api_route(f"/{name}", nothing, name=name)
 
     @router.post("/refresh-checkpoints")
     @router.post("/refresh-loras")

@@ -113,7 +113,7 @@ class Text2Image(Common):
         if len(scales) > 1:
             raise Refused(422, f"hr_resize {wanted[0]}x{wanted[1]} has another shape than {size[0]}x{size[1]}; leave "
                           "one of the two out", "hr_resize_x", list(wanted))
-        scale = scales.pop() if scales else self.hr_scale
+        scale = scales.pop() if scales else self.hr_scale or 2.0
         return {"hires": scale, "upscaler": upscaler_of(self.hr_upscaler), "strength": self.denoising_strength}
 
 

@@ -187,11 +187,8 @@ def recoded(png: bytes, body: ImagesRequest) -> bytes:
         return png
     buffer = BytesIO()
     with Image.open(BytesIO(png)) as image:
-        image.save(
-            buffer,
-            format=body.output_format.upper(),
-            quality=100 if body.output_compression is None else body.output_compression,
-        )
+        quality = 100 if body.output_compression is None else body.output_compression
+        image.save(buffer, format=body.output_format.upper(), quality=quality)
     return buffer.getvalue()
 
 

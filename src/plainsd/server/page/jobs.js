@@ -23,6 +23,10 @@ export function watch(job) {
   $("stage").prepend(card.root);
   const events = new EventSource(`/api/jobs/${job.id}/events`);
   events.addEventListener("progress", (event) => progress(card, JSON.parse(event.data)));
+  events.onerror = () => {
+    if (events.readyState === EventSource.CONNECTING) card.status.textContent = "The server is away; waiting for it";
+    else lost(card);
+  };
   events.addEventListener("end", (event) => {
     events.close();
     watched.delete(job.id);
@@ -84,6 +88,15 @@ function showFinished(card, job) {
     tile.className = "whole";
     tile.alt = job.prompt;
   }
+}
+
+// The server is there, and does not know the job or the reader any more.
+function lost(card) {
+  watched.delete(card.job.id);
+  card.root.classList.add("over");
+  card.bar.remove();
+  card.cancel.remove();
+  card.status.textContent = "The server says no more of this; load the page again.";
 }
 
 const ENDS = { done: "Done", cancelled: "Cancelled", failed: "Failed" };
