@@ -61,7 +61,7 @@ def tokenizers(tmp_path_factory):
 def parts(tokenizers, encoders, context="final", vector=None):
     """As much of a StableDiffusion as conditioning looks at."""
     variant, unet = SimpleNamespace(context=context, size=64), SimpleNamespace(config=UNetConfig(vector=vector))
-    return SimpleNamespace(tokenizers=tokenizers, text_encoders=encoders, variant=variant, unet=unet)
+    return SimpleNamespace(tokenizers=tokenizers, text_encoders=encoders, variant=variant, unet=unet, stage=None)
 
 
 @pytest.fixture(scope="module")

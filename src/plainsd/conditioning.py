@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from plainsd.errors import UserError
+from plainsd.memory import on_stage
 from plainsd.models.layers import timestep_embedding
 from plainsd.prompts import BREAK, Weighted, compose, lora_tags, parse, schedule
 from plainsd.tokenizer import WORD_END, Tokenizer
@@ -137,6 +138,7 @@ def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: i
     count = max(len(chunks) for chunked in cuts for chunks in chunked)
     contexts = []
     for (tokenizer, encoder), chunked in zip(parts, cuts):
+        on_stage(sd, encoder)
         rows = [_framed(tokenizer, chunk, encoder.config.positions)
                 for chunks in chunked for chunk in [*chunks, *[[]] * (count - len(chunks))]]
         device = encoder.token.weight.device

@@ -23,6 +23,7 @@ from plainsd.choices import MULTIPLE, check_size, enlarged_size, model_name, res
 from plainsd.errors import UserError
 from plainsd.images import to_mask, to_pil, to_rgb, to_tensor
 from plainsd.latents import Draw, Known, decode, encode, first_noise, noise_of_each, sample, steps_of_strength
+from plainsd.memory import Saving, Stage
 from plainsd.samplers import Step
 from plainsd.settings import SIZES, Settings
 
@@ -50,10 +51,12 @@ class StableDiffusion:
     variant: Variant
     path: Path | None = None          # where it was loaded from
     refiner: StableDiffusion | None = None     # draws at the lowest noise levels, see `latents.turns`
+    saving: Saving = Saving()         # what is done to need less memory
+    stage: Stage | None = None        # where networks have their turns, if they are not all on the device
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return self.stage.device if self.stage else next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +23,7 @@ from torch import Tensor
 from plainsd.conditioning import Conditioning, PromptPlan, stack
 from plainsd.denoiser import Denoise, denoiser, guided, interval, perturbed, rescaled, thresholded
 from plainsd.errors import UserError
+from plainsd.memory import on_stage, rows_at_once
 from plainsd.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from plainsd.models.unet import UNet
 
 PROMPTED, PLAIN, PERTURBED = range(3)                # kinds of rows
+Network = Callable[..., Tensor]                      # called as the UNet is
 Ask = Callable[..., list[Tensor]]                    # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
 
 
@@ -66,8 +68,11 @@ def blind_attention(unet: UNet, rows: int) -> Iterator[None]:
             handle.remove()
 
 
-def predict(sd: StableDiffusion, rows: Sequence[Row], guidances: Sequence[float], x: Tensor, timestep: float) -> Tensor:
+def predict(
+    sd: StableDiffusion, network: Network, rows: Sequence[Row], guidances: Sequence[float], x: Tensor, timestep: float
+) -> Tensor:
     """One call of the UNet. Latents are float32 outside and of the network's precision inside: (R, C, H, W)."""
+    on_stage(sd, sd.unet)
     told = stack([row.told for row in rows]).each(lambda part: part.to(sd.device, sd.dtype))
     x = x.to(sd.dtype)
     if told.concat is not None:
@@ -79,7 +84,7 @@ def predict(sd: StableDiffusion, rows: Sequence[Row], guidances: Sequence[float]
         embedding = {"guidance": torch.cat(told_scales).to(x)}           # (R, dim)
     blind = sum(row.kind == PERTURBED for row in rows)
     with blind_attention(sd.unet, blind) if blind else nullcontext():
-        return sd.unet(x, timestep, told.context, told.vector, **embedding).float()
+        return network(x, timestep, told.context, told.vector, **embedding).float()
 
 
 def asker(
@@ -89,13 +94,22 @@ def asker(
     sigmas: Sequence[float],
     timesteps: Mapping[float, float],
     guidances: Sequence[float],
+    network: Network,
 ) -> Ask:
-    """The network as a function of x, sigma and the kinds of estimates that are wanted.
+    """The network as a function of x, sigma and the kinds of estimates that are wanted. `network` is the UNet, or what
+    stands in for it.
 
     Rows with contexts of different lengths go in separate calls, so that a picture never depends on its neighbours'
     prompts. The step, for prompts that change on the way, is the one that begins at sigma or above.
     """
     levels = [-sigma for sigma in sigmas]
+    limits: dict[int, int] = {}                      # rows asked for: rows at once; the free memory is read only once
+
+    def few(calls: Iterable[list[Row]], x: Tensor) -> Iterator[list[Row]]:
+        for rows in calls:
+            if len(rows) not in limits:
+                limits[len(rows)] = rows_at_once(sd, x.shape[-2] * x.shape[-1], len(rows))
+            yield from (rows[i : i + limits[len(rows)]] for i in range(0, len(rows), limits[len(rows)]))
 
     def ask(x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
         step = min(max(bisect_right(levels, -sigma) - 1, 0), len(sigmas) - 2)
@@ -104,10 +118,10 @@ def asker(
         for row in rows:
             calls[row.told.context.shape[1]].append(row)
         estimates: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
-        for together in calls.values():
+        for together in few(calls.values(), x):
             inputs = torch.cat([x[row.picture : row.picture + 1] for row in together])       # (R, C, H, W)
-            network = denoiser(partial(predict, sd, together, guidances), sd.schedule, sd.prediction, timesteps)
-            for row, x0 in zip(together, network(inputs, sigma).split(1), strict=True):
+            denoise = denoiser(partial(predict, sd, network, together, guidances), sd.schedule, sd.prediction, timesteps)
+            for row, x0 in zip(together, denoise(inputs, sigma).split(1), strict=True):
                 estimates[row.kind, row.picture].append((x0, row.weight))
         return [torch.cat([_composed(estimates, kind, i) for i in range(len(plans))]) for kind in kinds]
 

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from plainsd import conditioning
+from plainsd import bands, conditioning
+from plainsd.approximate import DeepCache
 from plainsd.denoiser import Denoise, add_noise, inpainting
 from plainsd.errors import UserError
 from plainsd.guidance import asker, guided_denoise
+from plainsd.memory import in_bands, on_stage
 from plainsd.samplers import SAMPLERS, Step, first_scale, sampler_sigmas, sampler_strides, sampler_timesteps
 from plainsd.settings import Settings
 
@@ -74,7 +76,7 @@ def varied(noise: Tensor, each: Sequence[Settings]) -> Tensor:
 
 def through_vae(sd: StableDiffusion, run: Callable[[VAE, Tensor], Tensor], x: Tensor) -> Tensor:
     """`run` of the VAE on x, in the VAE's precision; float32 outside. What overflows there is done again in float32."""
-    y = run(sd.vae, x.to(next(sd.vae.parameters()))).float()
+    y = run(on_stage(sd, sd.vae), x.to(next(sd.vae.parameters()))).float()
     if y.isfinite().all():
         return y
     if x.isfinite().all():
@@ -87,8 +89,13 @@ def through_vae(sd: StableDiffusion, run: Callable[[VAE, Tensor], Tensor], x: Te
 
 def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw) -> Tensor:
     """One picture, or one each (1 or B, 3, H, W) -> a latent each (B, L, h, w), drawn from what the encoder gives."""
-    moments = through_vae(sd, lambda vae, x: torch.stack([(g := vae.encode(x)).mean, g.logvar]), pixels)
-    mean, logvar = moments                                               # (1 or B, L, h, w)
+    banded = in_bands(sd, pixels.shape[0] * pixels.shape[2] * pixels.shape[3])
+
+    def moments(vae: VAE, x: Tensor) -> Tensor:
+        gaussian = bands.encode(vae, x) if banded else vae.encode(x)
+        return torch.stack([gaussian.mean, gaussian.logvar])
+
+    mean, logvar = through_vae(sd, moments, pixels)                        # (1 or B, L, h, w)
     return (mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:])) * sd.vae.config.scaling_factor
 
 
@@ -97,7 +104,9 @@ def decode(sd: StableDiffusion, latents: Tensor) -> Tensor:
     unscaled = latents / sd.vae.config.scaling_factor
     area = latents.shape[-1] * latents.shape[-2] * sd.vae.config.factor**2
     pieces = unscaled.split(max(1, DECODED_AT_ONCE // area))
-    return torch.cat([through_vae(sd, lambda vae, z: vae.decode(z), piece) for piece in pieces])
+    banded = in_bands(sd, len(pieces[0]) * area)
+    run = bands.decode if banded else lambda vae, z: vae.decode(z)
+    return torch.cat([through_vae(sd, run, piece) for piece in pieces])
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -196,7 +205,8 @@ def _denoise(sd, each, size, sigmas, concat, first_pass) -> Denoise:
         for pair in dict.fromkeys((s.prompt, s.negative) for s in each)
     }
     plans = [planned[s.prompt, s.negative] for s in each]
-    ask = asker(sd, plans, concat, sigmas, timesteps, [s.guidance for s in each])
+    network = DeepCache(sd.unet, one.cache) if one.cache else sd.unet
+    ask = asker(sd, plans, concat, sigmas, timesteps, [s.guidance for s in each], network)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
     return guided_denoise(ask, each, sd.prediction, composed=composed, distilled=distilled, device=sd.device)

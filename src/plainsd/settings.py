@@ -42,6 +42,7 @@ class Settings:
     interval: tuple[float, float] | None = None    # sigmas between which guidance acts (arXiv:2404.07724)
     perturbed: float = 0.0                         # scale of perturbed-attention guidance (arXiv:2403.17377)
     threshold: float | None = None                 # percentile of dynamic thresholding, .995 (arXiv:2205.11487)
+    cache: int | None = None                       # deep layers run at every so many-th call only (arXiv:2312.00858)
     embeddings: tuple[str, ...] = ()               # learned words in the prompts, for the text
     model: str | None = None                       # its name, for the text; which model draws is said elsewhere
     other: tuple[tuple[str, str], ...] = ()        # what a text said beside these; nothing here acts on it
@@ -68,6 +69,7 @@ RANGES = {
     "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**63 - 1), "variation_strength": (0, 1), "hires": (1, 8),
     "handover": (0, 1),
     "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
+    "cache": (1, 100),
 }  # fmt: skip
 
 
@@ -124,6 +126,7 @@ FIELDS = (
     ("CFG interval", "interval", _interval, lambda pair: f"{number(pair[0])} to {number(pair[1])}"),
     ("PAG scale", "perturbed", float, number),
     ("Threshold percentile", "threshold", float, number),
+    ("Deep cache", "cache", int, str),
     ("Embeddings", "embeddings", _words, ", ".join),
 )
 DEFAULTS = {field.name: field.default for field in fields(Settings)}

@@ -146,7 +146,11 @@ class VAE(nn.Module):
 
     def encode(self, pixels: Tensor) -> Gaussian:
         """pixels (B, 3, H, W) -> a Gaussian over (B, L, H/f, W/f). Its log variance is kept within [-30, 20]."""
-        mean, logvar = self.quant(self.encoder(pixels)).chunk(2, dim=1)
+        return self.gaussian(self.encoder(pixels))
+
+    def gaussian(self, moments: Tensor) -> Gaussian:
+        """What the encoder gives (B, 2L, H/f, W/f), as a distribution."""
+        mean, logvar = self.quant(moments).chunk(2, dim=1)
         return Gaussian(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:

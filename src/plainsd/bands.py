@@ -1,0 +1,134 @@
+"""The autoencoder in bands of rows: the picture of the whole in a fraction of its memory.
+
+Tiles that go through all layers one after another show where they meet: in each tile GroupNorm has other statistics, and
+attention sees nothing but the tile. Here each layer passes over the whole map before the next begins, a band of rows at a
+time: statistics are those of the whole map, attention reads all positions, and a convolution reads one row beyond its
+band. What is left of a plain pass is at most three maps and the workspace of one band. On the CPU the result is that of a
+plain pass bit for bit; elsewhere, and with weights in channels_last, but for the order in which numbers are added.
+
+For inference only: maps are written over. Shape letters: B batch, C channels, H W height and width, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from plainsd.models.layers import ResBlock
+    from plainsd.models.vae import VAE, Gaussian, Level, Middle, SpatialAttention
+
+BAND = 2**15                          # positions in a band: at 256 channels in float32, 32 MB a map
+QUERIES = 2**12                       # positions that look at all others at once
+
+Run = Callable[[Tensor], Tensor]
+
+
+def bands(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """First row of each band, and the one after its last; both even, but for the end of the map."""
+    rows = max(2, BAND // width // 2 * 2)
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def by_bands(run: Run, x: Tensor, *, halo: int = 0, up: int = 1, onto: Tensor | None = None) -> Tensor:
+    """run(x), computed from bands of x that overlap by `halo` rows. `run` makes `up` rows of each row.
+
+    What lies beyond the map's edge is up to `run`, which sees the edge as it does in the whole map; the rows it makes
+    wrongly at the edges of a band are cut off. With `onto`, the result is added there.
+    """
+    out = onto
+    for top, bottom in bands(x.shape[2], up * x.shape[3]):
+        first = max(top - halo, 0)
+        y = run(x[:, :, first : bottom + halo])
+        form = torch.channels_last if y.stride(1) == 1 else torch.contiguous_format
+        y = y[:, :, up * (top - first) :][:, :, : up * (bottom - top)]   # (B, C, rows, W)
+        if out is None:
+            shape = (*y.shape[:2], up * x.shape[2], y.shape[3])
+            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=form)
+        rows = out[:, :, up * top : up * bottom]
+        rows.copy_(y) if onto is None else rows.add_(y)
+    return out
+
+
+def halved(downsample: nn.Module, x: Tensor) -> Tensor:
+    """The VAE's Downsample, which reads two rows and the one below for each row that it makes."""
+    parts = [downsample(x[:, :, top : bottom + 1])[:, :, : (bottom - top) // 2] for top, bottom in bands(*x.shape[2:])]
+    return torch.cat(parts, dim=2)
+
+
+def activated(norm: nn.GroupNorm, x: Tensor) -> Run:
+    """silu(norm(x)), as a function of any part of x: the statistics are those of the whole map.
+
+    They are torch's own, of a few groups at a time, and are used as torch does: (x - mean) / deviation * weight + bias
+    as one multiplication and addition in float32, with the same rounding.
+    """
+    width = norm.num_channels // norm.num_groups                         # C / G
+    some = max(1, 256 * BAND // (width * x.shape[2] * x.shape[3]))       # groups
+    moments = [_moments(x[:, i * width : (i + some) * width], width, norm.eps) for i in range(0, norm.num_groups, some)]
+    mean, inverse = (torch.cat(part, dim=1).repeat_interleave(width, dim=1) for part in zip(*moments))   # (B, C)
+    scale = inverse * norm.weight.float()
+    shift = torch.addcmul(norm.bias.float(), -scale, mean)[:, :, None, None]
+    scale = scale[:, :, None, None]
+    return lambda part: F.silu(torch.addcmul(shift, part.float(), scale).to(part.dtype), inplace=True)
+
+
+def _moments(x: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation of each group of `width` channels, float32: (B, channels / width)."""
+    count, channels, height, columns = x.shape
+    unit = x.new_ones(channels, dtype=torch.float32)                     # float32 weights: moments come in float32
+    groups = channels // width
+    return torch.native_group_norm(x, unit, 0 * unit, count, channels, height * columns, groups, eps)[1:]
+
+
+def resblock(block: ResBlock, x: Tensor) -> Tensor:
+    """As the block's own forward; without a skip convolution the result is written over x."""
+    first = activated(block.norm1, x)
+    h = by_bands(lambda part: block.conv1(first(part)), x, halo=1)
+    out = x if isinstance(block.skip, nn.Identity) else by_bands(block.skip, x)
+    second = activated(block.norm2, h)
+    return by_bands(lambda part: block.conv2(second(part)), h, halo=1, onto=out)
+
+
+def attention(block: SpatialAttention, x: Tensor) -> Tensor:
+    """As the block's own forward, some queries at a time."""
+    h = block.norm(x).flatten(2).transpose(1, 2)                         # (B, H*W, C)
+    out = torch.cat([block.attn(queries, h) for queries in h.split(QUERIES, dim=1)], dim=1)
+    return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def middle(block: Middle, x: Tensor) -> Tensor:
+    return resblock(block.res2, attention(block.attn, resblock(block.res1, x)))
+
+
+def levels(through: nn.ModuleList, x: Tensor, resample: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+    level: Level
+    for level in through:
+        for block in level.res:
+            x = resblock(block, x)
+        if level.resample is not None:
+            x = resample(level.resample, x)
+    return x
+
+
+@torch.no_grad()
+def decode(vae: VAE, latents: Tensor) -> Tensor:
+    """VAE.decode in bands: latents (B, L, H/f, W/f) -> pixels (B, 3, H, W)."""
+    decoder = vae.decoder
+    x = middle(decoder.mid, decoder.conv_in(vae.post_quant(latents)))
+    x = levels(decoder.levels, x, lambda upsample, x: by_bands(upsample, x, halo=1, up=2))
+    last = activated(decoder.norm, x)
+    return by_bands(lambda part: decoder.conv_out(last(part)), x, halo=1)
+
+
+@torch.no_grad()
+def encode(vae: VAE, pixels: Tensor) -> Gaussian:
+    """VAE.encode in bands: pixels (B, 3, H, W) -> a Gaussian over (B, L, H/f, W/f)."""
+    encoder = vae.encoder
+    x = by_bands(encoder.conv_in, pixels, halo=1)
+    x = middle(encoder.mid, levels(encoder.levels, x, halved))
+    return vae.gaussian(encoder.conv_out(activated(encoder.norm, x)(x)))
