@@ -17,6 +17,7 @@ from torch import nn
 from conftest import VOCABULARY
 from plainsd.errors import UserError
 from plainsd.models.clip import TextConfig
+from plainsd.models.layers import Attention
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
 from plainsd.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from plainsd.train.data import read_folder
 from plainsd.train.examples import Examples
 from plainsd.train.full import full
 from plainsd.train.log import Log, read_log
-from plainsd.train.loop import FitOptions, Report, Trainer, fit, learning_rate
+from plainsd.train.loop import FitOptions, Report, Trainer, autocast, fit, learning_rate
 from plainsd.train.order import Order, random
 from plainsd.train.run import Diary, Rhythm, run
 from plainsd.train.scratch import from_scratch, read_variant
@@ -410,3 +411,22 @@ def test_a_model_file_is_read_strictly(tmp_path):
     path.write_text('{"name": "x", "unet": {"chanels": [8]}, "vae": {}, "text": []}')
     with pytest.raises(UserError, match="UNetConfig has no field 'chanels'"):
         read_variant(path)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_written_out_attention_is_attention(causal, monkeypatch):
+    """Values and gradients; and the form that is meant to be used is used."""
+    torch.manual_seed(0)
+    layer = Attention(24, 3, 16).double()
+    x = torch.randn(2, 10, 24, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(2, 10, 16, dtype=torch.float64)
+    softmax, calls = torch.softmax, []
+    monkeypatch.setattr(torch, "softmax", lambda *a, **k: calls.append(a) or softmax(*a, **k))
+    outputs = []
+    for long in (True, False):
+        with autocast("cpu", False, long_attention=long):
+            out = layer(x, context, causal=causal)
+        outputs.append([out, *torch.autograd.grad(out.square().sum(), [x, layer.k.weight])])
+    for plain, written in zip(*outputs, strict=True):
+        torch.testing.assert_close(written, plain, rtol=1e-12, atol=1e-12)
+    assert len(calls) == (not causal)
