@@ -1,0 +1,145 @@
+"""What trades exactness for speed or memory: exact where it can be, near where it cannot, and never unasked."""
+
+import sys
+
+import pytest
+import torch
+from conftest import TINY, TINY_XL, difference, tiny_sd
+
+from plainsd.approximate import DeepCache, int8
+from plainsd.errors import UserError
+from plainsd.generate import final, text_to_image
+from plainsd.memory import Saving
+from plainsd.models.unet import UNet, UNetConfig
+from plainsd.settings import Settings, format_settings, parse_settings
+
+OPTIONS = {"size": 64, "steps": 6, "guidance": 4.0, "seed": 5}
+CONFIG = UNetConfig(channels=(16, 32, 32), depth=(1, 1, 0), heads=(2, 2, 2), layers=2, context=8, groups=8)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet(CONFIG).eval()
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def inputs(rows: int = 2, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rows, 4, size, size), torch.randn(rows, 5, 8)
+
+
+# --- deep-block caching ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [12, 10])                   # 10 is halved to 5 and 3
+@pytest.mark.parametrize("shallow", range(9))
+def test_with_nothing_to_take_again_it_is_the_unet(unet, shallow, size):
+    x, context = inputs(size=size)
+    cached = DeepCache(unet, every=1, shallow=shallow)
+    for timestep in (900.0, 500.5):
+        assert torch.equal(cached(x, timestep, context), unet(x, timestep, context))
+
+
+@pytest.mark.parametrize("shallow", range(9))
+def test_kept_features_that_are_right_give_the_right_answer(unet, shallow):
+    """The same input again, at a timestep that differs in nothing the network can see."""
+    x, context = inputs()
+    cached, first = DeepCache(unet, every=2, shallow=shallow), torch.tensor(500.0)
+    plain = cached(x, first, context)
+    ran = []
+    handle = unet.mid.register_forward_hook(lambda *_: ran.append(True))
+    cached.timestep = None                                   # a new step
+    assert torch.equal(cached(x, first, context), plain) and not ran
+    handle.remove()
+
+
+def test_deep_layers_run_at_every_nth_step_only(unet):
+    x, context = inputs()
+    cached, ran = DeepCache(unet, every=3), []
+    handle = unet.mid.register_forward_hook(lambda *_: ran.append(timestep))
+    for timestep in (900.0, 800.0, 700.0, 600.0, 500.0, 400.0, 300.0):
+        cached(x, timestep, context)
+    handle.remove()
+    assert ran == [900.0, 600.0, 300.0]
+
+
+def test_each_call_of_a_step_keeps_its_own(unet):
+    """Guidance in two calls is guidance in one."""
+    (x, context), (later, _) = inputs(), inputs()
+    together, apart = DeepCache(unet, every=2), DeepCache(unet, every=2)
+    for latents, timestep in ((x, 900.0), (later, 800.0)):
+        whole = together(latents, timestep, context)
+        rows = [apart(latents[i : i + 1], timestep, context[i : i + 1]) for i in range(2)]
+        torch.testing.assert_close(torch.cat(rows), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_were_not_there_before_run_through_all_layers(unet):
+    """Guidance that begins or ends on the way."""
+    (x, context), cached = inputs(), DeepCache(unet, every=5)
+    cached(x[:1], 900.0, context[:1])
+    assert torch.equal(cached(x, 800.0, context), unet(x, 800.0, context))
+    assert torch.equal(cached(x[1:], 700.0, context[1:]), unet(x[1:], 700.0, context[1:]))
+
+
+@pytest.mark.parametrize("variant", [TINY, TINY_XL], ids=lambda variant: variant.name)
+def test_pictures_with_a_cache(variant):
+    sd = tiny_sd(variant)
+    plain = final(text_to_image(sd, "a", **OPTIONS))[0]
+    assert difference(plain, final(text_to_image(sd, "a", cache=1, **OPTIONS))[0]) == 0
+    other = final(text_to_image(sd, "a", cache=3, **OPTIONS))[0]
+    assert difference(plain, other) > 0
+    assert difference(other, final(text_to_image(sd, "a", cache=3, **OPTIONS))[0]) == 0      # nothing is left over
+
+
+def test_a_cache_in_a_batch_and_in_two_calls_gives_the_same_picture():
+    sd = tiny_sd()
+    alone = final(text_to_image(sd, "a", cache=2, **OPTIONS))[0]
+    assert difference(alone, final(text_to_image(sd, "a", cache=2, count=2, **OPTIONS))[0]) <= 1
+    sd.saving = Saving(rows=1)
+    assert difference(alone, final(text_to_image(sd, "a", cache=2, **OPTIONS))[0]) <= 1
+
+
+def test_the_picture_tells_of_its_cache():
+    made = Settings("x", steps=5, sampler="euler", cache=3)
+    assert "Deep cache: 3" in format_settings(made) and parse_settings(format_settings(made)) == made
+    with pytest.raises(UserError, match="cache 0 is out of range; choose 1 to 100"):
+        text_to_image(tiny_sd(), "a", cache=0)
+
+
+# --- 8-bit weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activations", [False, True])
+def test_8_bits_are_near_and_take_less(activations):
+    pytest.importorskip("torchao")
+    sd = tiny_sd()
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, TINY.unet.context)
+    plain, size = sd.unet(x, 500.0, context), linear_bytes(sd.unet)
+    assert int8(sd, activations=activations) is sd
+    error = (sd.unet(x, 500.0, context) - plain).norm() / plain.norm()
+    assert 0 < error < 0.05
+    assert linear_bytes(sd.unet) < 0.35 * size               # a quarter, and a scale for each row
+
+
+def linear_bytes(unet) -> int:
+    """Of the Linear weights, as they lie in memory."""
+    total = 0
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight
+            names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else []
+            parts = [getattr(weight, name) for name in names] or [weight]
+            total += sum(part.numel() * part.itemsize for part in parts)
+    return total
+
+
+def test_8_bits_without_torchao_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match=r"need torchao; install it with: pip install 'plainsd\[int8\]'"):
+        int8(tiny_sd())
