@@ -79,6 +79,31 @@ def test_a_lora(tmp_path, width, family):
     assert not any("empty" in line for line in said)
 
 
+WORDS = {                             # file, what is in it, what is said
+    "cat.safetensors": ({"emb_params": torch.zeros(3, 768)}, "3 vectors of 768 numbers, SD 1.x"),
+    "learned_embeds.safetensors": ({"<cat>": torch.zeros(1024)}, "1 vectors of 1024 numbers, SD 2.x"),
+    "xl.safetensors": ({"clip_g": torch.zeros(2, 1280), "clip_l": torch.zeros(2, 768)},
+                       "2 vectors of 768 and 1280 numbers, SDXL"),
+    "cat.pt": ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(4, 20)}},
+               "4 vectors of 20 numbers"),
+    "learned_embeds.bin": ({"<cat>": torch.zeros(2, 768)}, "2 vectors of 768 numbers, SD 1.x"),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_an_embedding(tmp_path, name):
+    content, said = WORDS[name]
+    (save_file if name.endswith(".safetensors") else torch.save)(content, tmp_path / name)
+    assert info(tmp_path / name) == f"{tmp_path / name}: a textual-inversion embedding\n  a word of       {said}"
+    if name.startswith("learned"):
+        assert info(tmp_path) == info(tmp_path / name)
+
+
+def test_a_lora_in_a_folder(tmp_path):
+    save_file(lora(768), tmp_path / "pytorch_lora_weights.safetensors")
+    assert info(tmp_path) == info(tmp_path / "pytorch_lora_weights.safetensors")
+
+
 def test_other_files(tmp_path):
     save_vae(model("sd1").vae, tmp_path / "vae", FAMILIES["sd1"])
     assert "a VAE" in info(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")

@@ -12,11 +12,12 @@ from plainsd.variants import VARIANTS, ScheduleConfig, Variant
 
 UNET_PREFIX = "model.diffusion_model."
 
+EMBEDDING = "a textual-inversion embedding"
 SEEMS = (                             # the first pattern that fits any name tells what the file seems to be
     (r"lora_(down|up|A|B)\b|lora\.(down|up)\b|_lora\.", "a LoRA; give it with --lora"),
     (r"\.hada_w1_a$|\.lokr_w[12]|\.oft_", "a LyCORIS adapter of a kind that is not supported (LoHa, LoKr, OFT)"),
     (r"^(control_model\.|controlnet_cond_embedding\.|input_hint_block\.)", "a ControlNet"),
-    (r"^(string_to_param|emb_params|clip_[lg])\b|^<.*>$", "a textual-inversion embedding"),
+    (r"^(string_to_param|emb_params|clip_[lg])\b|^<.*>$", EMBEDDING),
     (r"joint_blocks\.", "Stable Diffusion 3"),
     (r"double_blocks\.", "FLUX or another rectified-flow transformer"),
     (r"^model\.diffusion_model\.transformer_blocks\.", "a diffusion transformer"),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from plainsd.detect import seems
+from plainsd.detect import EMBEDDING, seems
 from plainsd.errors import UserError, unknown
 from plainsd.single import write_whole
 from plainsd.tensorfile import HARMLESS, open_safetensors, stored, unpickled
@@ -111,7 +111,7 @@ def in_folder(path: Path) -> Path:
 def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     """The word, if the file tells it, and the vectors: under ONLY, or under clip_l and clip_g."""
     if path.suffix in PICKLES:
-        content = unpickled(path, [*HARMLESS, (Parameters, "torch.nn.modules.container.ParameterDict")])
+        content = pickled(path)
     else:
         content = {name: tensor.read() for name, tensor in open_safetensors(path).tensors.items()}
     name, found = parsed(content)
@@ -123,6 +123,25 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
         names = list(content) if isinstance(content, dict) else []
         raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
     return name, {key: vectors.detach().reshape(-1, vectors.shape[-1]) for key, vectors in found.items()}
+
+
+def pickled(path: Path) -> object:
+    return unpickled(path, [*HARMLESS, (Parameters, "torch.nn.modules.container.ParameterDict")])
+
+
+def told(path: Path) -> str:
+    """What an embedding's file holds, by names and shapes: `3 vectors of 768 numbers, SD 1.x`. Empty for other files."""
+    if path.suffix in PICKLES:
+        content = pickled(path)
+    else:
+        tensors = open_safetensors(path).tensors.items() if path.suffix == ".safetensors" else ()
+        content = {name: torch.empty(stored.shape, device="meta") for name, stored in tensors}
+    if not isinstance(content, dict) or seems(map(str, content)) != EMBEDDING:
+        return ""
+    found = [vectors for _, vectors in sorted(parsed(content)[1].items(), reverse=True)]                # clip_l first
+    widths, counts = tuple(v.shape[-1] for v in found), {v.shape[0] if v.ndim > 1 else 1 for v in found}
+    family = f", {FAMILIES[widths]}" if widths in FAMILIES else ""
+    return f"{' and '.join(map(str, counts))} vectors of {' and '.join(map(str, widths))} numbers{family}"
 
 
 def parsed(content: object) -> tuple[str | None, dict[str, Tensor]]:

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from plainsd import embeddings, lora_files
 from plainsd.contents import Network
-from plainsd.detect import seems
+from plainsd.detect import EMBEDDING, seems
 from plainsd.folder import read_folder
 from plainsd.hub import find
 from plainsd.lora_files import made_for
@@ -21,11 +22,14 @@ LONGEST = 200                         # characters of a note
 
 def info(source: str | Path | None = None, variant_file: str | None = None) -> str:
     """Lines for a reader: the kind of model or adapter, its sizes, its notes."""
-    path = find(source, variant_file)
+    path = adapter_in(find(source, variant_file))
     if path.is_dir():
         contents = read_folder(path, variant_file)
         return "\n".join([f"{path}: {title(contents.variant)}, a diffusers folder",
                           *model_lines(contents.variant, contents.networks, certain=True)])
+    if vectors := embeddings.told(path):
+        notes = note_lines(open_tensors(path).metadata) if path.suffix == ".safetensors" else []
+        return "\n".join([f"{path}: {EMBEDDING}", row("a word of", vectors), *notes])
     file = open_tensors(path)
     if any((pair := split(name)) and pair[1] == "down" for name in file.tensors):
         lines = [f"{path}: a LoRA", *lora_lines(file)]
@@ -39,6 +43,14 @@ def info(source: str | Path | None = None, variant_file: str | None = None) -> s
     else:
         lines = [f"{path}: {seems(file.tensors)}", row("tensors", sizes(file.tensors.values()))]
     return "\n".join(lines + note_lines(file.metadata))
+
+
+def adapter_in(path: Path) -> Path:
+    """LoRAs and embeddings may come as folders too."""
+    if path.is_dir() and not (path / "model_index.json").exists():
+        names = (*lora_files.IN_FOLDER, *embeddings.IN_FOLDER)
+        return next((path / name for name in names if (path / name).is_file()), path)
+    return path
 
 
 def row(name: str, text: str) -> str:
