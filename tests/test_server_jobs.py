@@ -18,8 +18,8 @@ from plainsd.server import worker as worker_module
 from plainsd.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING
 from plainsd.server.refusals import Refused
 from plainsd.server.requests import JobRequest, new_job
+from plainsd.server.restore import settings_inside
 from plainsd.server.security import Limits
-from plainsd.server.uploads import settings_inside
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +396,17 @@ def test_states_are_written_before_they_are_told(opened, brake):
     brake.off()
     ended(job)
     assert service.store.job(job.id).state == DONE and service.store.job(job.id).done == {0}
+
+
+def test_a_fast_server_draws_the_same(opened, folder, tmp_path):
+    service = opened(fast=True)
+    job = ended(ask(service, seed=3))
+    sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32")
+    drawn = Image.open(service.store.path(service.store.picture(job.picture_id(0))))
+    assert alike(drawn, plainsd.final(plainsd.text_to_image(sd, "a red apple", seed=3))[0])
+    assert "Packed" in repr(service.models.known["tiny"].sd.unet)
+    with pytest.raises(UserError, match="leave out --fast or --loras"):
+        open_service([model_folder(folder)], tmp_path / "other", fast=True, loras=tmp_path)
 
 
 # --- LoRAs -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
     jobs.py        a job, how far it has come, and a bell that rings when something changes
     queue.py       the jobs that wait: fair, bounded, batching what agrees, nothing lost
     pictures.py    rows of the history, names of files
+    restore.py     settings on their way back into a request
     models.py      models by name, loaded when wanted, least recently used out first
     worker.py      the one thread that draws
     uploads.py     pictures that come in: checked, masked, cropped, pasted back

@@ -16,12 +16,12 @@ from plainsd import __version__
 from plainsd.server import a1111, metrics, openai
 from plainsd.server.jobs import CANCELLED, DONE, FAILED
 from plainsd.server.models import Model
-from plainsd.server.pictures import picture_told
 from plainsd.server.refusals import ERRORS, Refused, add_errors
 from plainsd.server.requests import CELLS, JobRequest, Text
+from plainsd.server.restore import picture_told, settings_inside
 from plainsd.server.security import Gate, Hosts
 from plainsd.server.service import Service, client_of
-from plainsd.server.uploads import decoded, settings_inside
+from plainsd.server.uploads import decoded
 from plainsd.settings import RANGES, SAMPLERS, SPACINGS, UPSCALERS
 
 PAGE = Path(str(files("plainsd.server") / "page"))

@@ -50,6 +50,8 @@ class Serve:
     """pictures of one job"""
     max_seconds: Annotated[float, flag("S")] = 3600
     """of drawing, for one job"""
+    fast: bool = False
+    """weights packed for the processor, as in `plainsd generate --fast`; not together with --loras"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
@@ -81,8 +83,7 @@ class Serve:
         print("reading what the models are ...", file=sys.stderr)
         memory = None if self.memory is None else self.memory * 1e9
         service = Service.open(self.model, self.data, limits, batch=self.batch, device=self.device, dtype=self.dtype,
-                               memory=memory,
-                               loras=self.loras)  # fmt: skip
+                               memory=memory, loras=self.loras, fast=self.fast)  # fmt: skip
         app = create_app(
             service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
         )
@@ -91,7 +92,7 @@ class Serve:
     def check(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and field.name not in ("port", "memory") and not value >= 1:
+            if isinstance(value, (int, float)) and field.name not in ("port", "memory", "fast") and not value >= 1:
                 raise UserError(f"{field.name.replace('_', ' ')} {value} is out of range; give 1 or more")
         if self.memory is not None and not self.memory >= 0:
             raise UserError(f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time")

@@ -24,6 +24,7 @@ from plainsd.lora import add_lora, attached
 from plainsd.lora_files import located, open_lora
 from plainsd.prompts import lora_tags
 from plainsd.server.refusals import Refused
+from plainsd.speed import faster
 
 Loras = Sequence[tuple[str, float]]
 
@@ -53,7 +54,11 @@ class Models:
         dtype: str = "auto",
         budget: float | None = None,
         loras: Path | None = None,
+        fast: bool = False,
     ):
+        if fast and loras is not None:
+            raise UserError("--fast packs the weights, and LoRAs need them plain; leave out --fast or --loras")
+        self.fast = fast
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.budget = budget_of(self.device) if budget is None else budget
@@ -98,8 +103,11 @@ class Models:
             while self.bytes() + model.bytes > self.budget and (oldest := self.oldest()) is not None:
                 self.drop(oldest)
             sd = load(model.source, device=self.device, dtype=self.dtype)
+            latent_rgb = fit_latent_rgb(sd.vae)
+            if self.fast:
+                faster(sd)
             with self.lock:
-                model.sd, model.latent_rgb, model.loras = sd, fit_latent_rgb(sd.vae), ()
+                model.sd, model.latent_rgb, model.loras = sd, latent_rgb, ()
                 self.loads += 1
         if model.loras != tuple(loras):
             for lora in attached(model.sd):

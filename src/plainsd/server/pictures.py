@@ -1,15 +1,13 @@
-"""Pictures of the history: their rows, their names, and how they are told to a client."""
+"""Pictures of the history: their rows, their names, their settings in the forms that outlive a process."""
 
 import re
 import secrets
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
-from plainsd.settings import Settings, format_settings, number
+from plainsd.settings import Settings, number
 
 SAFE_INTEGER = 2**53 - 1              # JavaScript's
-UNTAKEN = ("refiner", "handover", "embeddings", "other")          # settings of a picture that jobs here do not take
 
 
 @dataclass(frozen=True)
@@ -52,23 +50,6 @@ def new_place(prompt: str, id: str, created: float) -> str:
     return "-".join(part for part in (time.strftime("%Y-%m-%d/%H%M%S", when), slug, id) if part)
 
 
-# --- as JSON ---------------------------------------------------------------------------------------------------------
-
-
 def exact(seed: int) -> int | str:
     """A seed that JavaScript could not hold goes as a string."""
     return seed if seed <= SAFE_INTEGER else str(seed)
-
-
-def picture_told(row: Picture) -> dict[str, Any]:
-    """A picture of the history as JSON: what it is, and the settings that make it again."""
-    settings = row.settings
-    fields = {name: value for name, value in vars(settings).items() if name not in UNTAKEN}
-    fields["seed"] = exact(settings.seed)
-    return {
-        "id": row.id, "number": row.number, "job": row.job, "url": f"/api/images/{row.id}.png",
-        "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height,
-        "created": row.created,
-        "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
-        "parameters": format_settings(tagged(settings, row.loras)),
-    }  # fmt: skip

@@ -14,15 +14,11 @@ from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
 from plainsd.server.jobs import Job, Sheet, Source
 from plainsd.server.models import Model, Models
-from plainsd.server.pictures import UNTAKEN, new_id, new_place
+from plainsd.server.pictures import new_id, new_place
 from plainsd.server.refusals import Refused
 from plainsd.server.security import Limits
 from plainsd.server.uploads import Box, alpha_of, check_pixels, differing, hole_of, picture, png, resized, without_tags
 from plainsd.settings import FIELDS, Settings
-
-NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", *UNTAKEN)
-CELLS = (*(name for _, name, _, _ in FIELDS if name not in NOT_IN_GRIDS), "sampler", "spacing")
-
 
 def clean(text: str) -> str:
     """Text that can be written anywhere: no lone surrogates, no control characters but line breaks and tabs."""
@@ -94,6 +90,11 @@ class JobRequest(BaseModel):
                  "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed",
                  "threshold")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+NOT_IN_GRIDS = ("size", "interval", "model", "upscaler")
+CELLS = [name for _, name, _, _ in FIELDS if name in JobRequest.model_fields and name not in NOT_IN_GRIDS]
+CELLS += ["sampler", "spacing"]
 
 
 def job_request(**fields: Any) -> JobRequest:

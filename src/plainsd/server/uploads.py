@@ -6,7 +6,6 @@ Only PNG, JPEG and WebP are decoded. A picture is never fetched from an address.
 import binascii
 import re
 from base64 import b64decode
-from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -15,12 +14,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from plainsd.errors import UserError
-from plainsd.images import open_picture, read_settings
+from plainsd.images import open_picture
 from plainsd.prompts import lora_tags
-from plainsd.server.pictures import UNTAKEN, exact
 from plainsd.server.refusals import Refused
 from plainsd.server.security import Limits
-from plainsd.settings import DEFAULTS, FIELDS
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=-]+)*;base64,")
@@ -76,22 +73,6 @@ def opened(content: bytes, field: str, limits: Limits, background: str | None = 
 
 def picture(text: str, field: str, limits: Limits, background: str | None = "white") -> Image.Image:
     return opened(decoded(text, field), field, limits, background)
-
-
-def settings_inside(content: bytes, limits: Limits) -> dict:
-    """The settings text of a PNG, as the fields of a request. What has no meaning here stands under `unused`."""
-    opened(content, "image", limits)
-    try:
-        settings = read_settings(Named(content, "image"))
-    except UserError as error:
-        raise Refused(422, str(error), "image") from None
-    prompt, loras = without_tags(settings.prompt)
-    settings = replace(settings, seed=exact(settings.seed))
-    said = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name != "prompt"}
-    unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in UNTAKEN and name in said]
-    fields = {name: value for name, value in said.items() if name not in UNTAKEN}
-    return {"prompt": prompt, **fields, "loras": [{"name": name, "strength": strength} for name, strength in loras],
-            "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)]}
 
 
 def without_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:

@@ -1,0 +1,45 @@
+"""Settings on their way back into a request: those of the history, and those that a file carries."""
+
+from dataclasses import replace
+from typing import Any
+
+from plainsd.errors import UserError
+from plainsd.images import read_settings
+from plainsd.server.pictures import Picture, exact, tagged
+from plainsd.server.refusals import Refused
+from plainsd.server.requests import JobRequest
+from plainsd.server.security import Limits
+from plainsd.server.uploads import Named, opened, without_tags
+from plainsd.settings import DEFAULTS, FIELDS, format_settings
+
+TAKEN = JobRequest.model_fields.keys()            # what stands in a file beside these has no effect here
+
+
+def picture_told(row: Picture) -> dict[str, Any]:
+    """A picture of the history as JSON: what it is, and the settings that make it again."""
+    settings = row.settings
+    fields = {name: value for name, value in vars(settings).items() if name in TAKEN}
+    fields["seed"] = exact(settings.seed)
+    return {
+        "id": row.id, "number": row.number, "job": row.job, "url": f"/api/images/{row.id}.png",
+        "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height,
+        "created": row.created,
+        "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
+        "parameters": format_settings(tagged(settings, row.loras)),
+    }  # fmt: skip
+
+
+def settings_inside(content: bytes, limits: Limits) -> dict:
+    """The settings text of a PNG, as the fields of a request. What has no meaning here stands under `unused`."""
+    opened(content, "image", limits)
+    try:
+        settings = read_settings(Named(content, "image"))
+    except UserError as error:
+        raise Refused(422, str(error), "image") from None
+    prompt, loras = without_tags(settings.prompt)
+    settings = replace(settings, seed=exact(settings.seed))
+    said = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name != "prompt"}
+    unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in TAKEN]
+    fields = {name: value for name, value in said.items() if name in TAKEN}
+    return {"prompt": prompt, **fields, "loras": [{"name": name, "strength": strength} for name, strength in loras],
+            "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)]}
