@@ -58,7 +58,9 @@ class Page:
         return self.driver.execute_script(code, *arguments)
 
     def until(self, condition, seconds=60):
-        until(lambda: self.js(f"return Boolean({condition})"), seconds)
+        """Waits for it; what it speaks of need not be there yet."""
+        code = f"try {{ return Boolean({condition}) }} catch (e) {{ if (e instanceof TypeError) return false; throw e }}"
+        until(lambda: self.js(code), seconds)
 
     def drop(self, css, name, content):
         """A file dropped there."""
