@@ -44,7 +44,7 @@ def test_drawings_are_black_on_white_with_captions(drawings):
         assert pixels.shape == (128, 128, 3) and np.ptp(pixels, axis=-1).max() == 0          # gray alone
         assert pixels.min() == 0 and pixels.max() == 255 and (pixels > 128).mean() > 0.5
     caption = (drawings / "one" / "drawings" / "red-apple-0.txt").read_text()
-    assert caption == "a line drawing of a red apple\nred apple, line drawing\n"
+    assert caption == "a red apple, line drawing\na line drawing of a red apple\n"
 
 
 def test_what_is_asked_for_unseen_is_held_out_and_what_the_font_lacks_left_out(drawings):

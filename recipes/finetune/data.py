@@ -24,7 +24,7 @@ from plainsd.train import emoji
 FONT = Path("/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf")
 DRAWN, SIDE = 400, 128               # pixels: the font's size, and a picture's side (training scales it)
 NOWHERE = "\U0010ffff"               # no font has this, so it shows what a font draws for what it lacks
-CAPTIONS = ("a line drawing of {phrase}", "{name}, line drawing")
+CAPTIONS = ("{phrase}, line drawing", "a line drawing of {phrase}")
 UNSEEN = ("octopus", "rocket", "guitar")              # in prompts.txt; held out in any case
 
 
@@ -47,8 +47,8 @@ def write_drawings(folder: Path, concept: emoji.Concept, drawing: Image.Image, v
         place = emoji.random_place(f"line:{concept.name}:{view}", drawing.size, SIDE)
         path = folder / f"{concept.name.replace(' ', '-')}-{view}.png"
         emoji.compose(drawing, (255, 255, 255), SIDE, place).save(path)
-        path.with_suffix(".txt").write_text("".join(caption.format(name=concept.name, phrase=concept.phrase) + "\n"
-                                                    for caption in CAPTIONS))
+        lines = [caption.format(phrase=concept.phrase) + "\n" for caption in CAPTIONS]
+        path.with_suffix(".txt").write_text("".join(lines))
 
 
 def build(options: argparse.Namespace) -> None:
