@@ -16,10 +16,12 @@ from tyro.constructors import PrimitiveConstructorSpec
 from plainsd.commands.grid import axis, grid_cells, sheet
 from plainsd.commands.loras import chosen, learned, tags_of, without_tags
 from plainsd.commands.output import Preview, Target, check_writable
+from plainsd.commands.scale import share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.settings import DEFAULTS, Settings
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from plainsd.generate import Pictures, StableDiffusion
@@ -129,6 +131,8 @@ class Generate:
     """perturbed-attention guidance, such as 3"""
     threshold: Annotated[float | None, flag("PERCENTILE")] = None
     """dynamic thresholding, such as 0.995"""
+    cache: Annotated[int | None, flag("N")] = None
+    """run the UNet's deep layers at every N-th step only: faster, and not quite the same picture"""
 
     preview: Annotated[Path | None, flag("FILE")] = None
     """a PNG file that shows the picture while it is drawn"""
@@ -142,9 +146,18 @@ class Generate:
     """weights packed for the processor: a second more at the start, less at every step; the same but for rounding"""
     compile: bool = False
     """torch.compile too, which takes minutes the first time that a size is drawn"""
+    int8: bool = False
+    """the UNet's weights in 8 bits: less memory, and not quite the same picture; needs torchao"""
+    low_memory: bool = False
+    """the least memory, for more time: done by itself, and said, where memory is short"""
 
     def run(self) -> None:
         prompts, choices = self.wanted()
+        share = share_of_torchrun()
+        if not share.alone and (self.server or self.grid):
+            raise UserError(f"{'--server' if self.server else '--grid'} is for one process; leave torchrun out")
+        if self.int8 and (self.fast or self.compile):
+            raise UserError("--int8 does not go with --fast or --compile; leave one of them out")
         if self.server:
             from plainsd.server import errand
 
@@ -156,32 +169,37 @@ class Generate:
         axes = [axis(text) for text in self.grid]
         if len(axes) > 2 or (axes and self.count * len(prompts) > 1):
             raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
-        task = self.task(choices)
+        task, part = self.task(choices), share.part(len(prompts))
+        target.number = None if share.alone else share.agreed(target.next_number()) + part.start
+        if not part:
+            return
 
         from tqdm import tqdm
 
-        from plainsd.checkpoint import load      # torch comes in here
+        from plainsd.checkpoint import choose_device         # torch comes in here
         from plainsd.embeddings import add_embedding
+        from plainsd.memory import fitted
 
         began = time.perf_counter()
         loras = chosen(self.lora, tags, self.lora_folder)
         files = [learned(text) for text in self.embedding]
-        sd = load(
-            self.model, device=self.device, dtype=self.dtype, vae=self.vae, loras=loras, lora_partial=self.lora_partial
-        )
+        device = choose_device(share.device(self.device))
+        sd = fitted(partial(self.loaded, device, loras), device, self.low_memory)
         words = [add_embedding(sd, file, word or None) for file, word in files]
         self.check_recorded(sd, prompts, words, choices)
-        if self.refiner:
-            sd.refiner = load(self.refiner, device=self.device, dtype=self.dtype)
+        if self.int8:
+            from plainsd.approximate import int8
+
+            int8(sd)
         if self.fast or self.compile:
             from plainsd.speed import faster
 
             faster(sd, compiled=self.compile)
         loaded = time.perf_counter()
-        batches = grid_cells(prompts[0], choices, axes) if axes else cut(prompts, choices, self.batch)
+        batches = grid_cells(prompts[0], choices, axes) if axes else cut(prompts, choices, self.batch, part)
         images: list[Image.Image] = []
         say = partial(tqdm.write, file=sys.stdout)               # keeps clear of the progress bar
-        for pictures in draw(sd, task, list(batches), self.preview):
+        for pictures in draw(sd, task, list(batches), None if share.rank else self.preview, hidden=share.rank > 0):
             images += pictures.images
             if not axes:
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
@@ -193,6 +211,16 @@ class Generate:
             f"{len(images)} picture{'s' * (len(images) > 1)} in {time.perf_counter() - loaded:.1f} s ({steps} steps of "
             f"{sampler}); the model was loaded in {loaded - began:.1f} s", file=sys.stderr,
         )
+
+    def loaded(self, device: torch.device, loras: list, place: torch.device) -> StableDiffusion:
+        """The model, and its refiner, at a place, in the precision of the device where it will draw."""
+        from plainsd.checkpoint import choose_dtype, load
+
+        where = {"device": place, "dtype": choose_dtype(self.dtype, device)}
+        sd = load(self.model, vae=self.vae, loras=loras, lora_partial=self.lora_partial, **where)
+        if self.refiner:
+            sd.refiner = load(self.refiner, **where)
+        return sd
 
     # --- what is wanted ---------------------------------------------------------------------------------------------
 
@@ -280,20 +308,22 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def cut(prompts: list[str], choices: dict, size: int) -> Iterator[Batch]:
-    """Batches of at most `size` prompts; the seeds go on from batch to batch."""
+def cut(prompts: list[str], choices: dict, size: int, part: range) -> Iterator[Batch]:
+    """Batches of at most `size` prompts, of those in `part`; the seeds go on from prompt to prompt."""
     varied = choices.get("variation_strength") and choices.get("variation_seed") is not None
     counted = "variation_seed" if varied else "seed"
     first = choices.get(counted, 0)
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size], choices | {counted: first + start}
+    for start in part[::size]:
+        yield prompts[start : min(start + size, part.stop)], choices | {counted: first + start}
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def draw(sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Path | None) -> Iterator[Pictures]:
-    """Runs all batches under one progress bar."""
+def draw(
+    sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Path | None, *, hidden: bool = False
+) -> Iterator[Pictures]:
+    """Runs all batches under one progress bar, which may be hidden."""
     import torch
     from tqdm import tqdm
 
@@ -305,7 +335,7 @@ def draw(sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Pat
         again = runs[0].steps - one.steps if one.hires else runs[0].steps
         print(f"{again} of {one.steps} steps run at strength {one.strength}", file=sys.stderr)
     show = Preview(sd, preview) if preview else None
-    with tqdm(total=sum(run.steps for run in runs), unit="step", disable=None, dynamic_ncols=True) as bar:
+    with tqdm(total=sum(run.steps for run in runs), unit="step", disable=hidden or None, dynamic_ncols=True) as bar:
         for run in runs:
             try:
                 for event in run:

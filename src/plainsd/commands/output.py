@@ -50,6 +50,7 @@ class Target:
             raise UserError(f"--out '{out}': pictures are written as PNG, with their settings; name it {out.stem}.png")
         self.file = out if suffix == ".png" and not out.is_dir() else None
         self.folder = out.parent if self.file else out
+        self.number: int | None = None           # of the next file, where other processes count too
         check_writable(self.folder)
 
     def write(self, image: Image.Image, settings: Settings | None) -> Path:
@@ -57,7 +58,9 @@ class Target:
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.file or self.folder / f"{self.next_number():05d}-{settings.seed if settings else 'grid'}.png"
+            number = self.next_number() if self.number is None else self.number
+            self.number = None if self.number is None else number + 1
+            path = self.file or self.folder / f"{number:05d}-{settings.seed if settings else 'grid'}.png"
             return write_new_png(image, path, settings)
         except OSError as error:
             place, reason = self.folder, error.strerror

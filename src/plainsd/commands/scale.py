@@ -1,0 +1,59 @@
+"""One command on several processes and devices: each draws its share of the prompts, and every picture is as alone.
+
+    torchrun --nproc-per-node 4 -m plainsd generate --prompts prompts.txt --out pictures
+
+torchrun tells each process its place by RANK, WORLD_SIZE and LOCAL_RANK. The processes meet once, at the start, where
+the first one says from which number on files are counted; after that none waits for another.
+"""
+
+import os
+from dataclasses import dataclass
+
+from plainsd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Share:
+    """The place of this process among those that were started together."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0                    # among those of this machine
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def part(self, count: int) -> range:
+        """Which of so many pictures are drawn here: neighbours, so that whole batches stay together."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def device(self, name: str) -> str:
+        """Of a name that leaves it open, the GPU that is this process's own."""
+        import torch
+
+        if self.alone or name not in ("auto", "cuda") or not torch.cuda.is_available():
+            return name
+        if self.local >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} GPUs cannot serve process {self.local + 1} of this machine; "
+                            "start torchrun with as many processes as there are GPUs")
+        return f"cuda:{self.local}"
+
+    def agreed(self, number: int) -> int:
+        """The first process's number, in all of them."""
+        if self.alone:
+            return number
+        import torch
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        told = torch.tensor([number])
+        dist.broadcast(told, 0)
+        dist.destroy_process_group()
+        return int(told)
+
+
+def share_of_torchrun() -> Share:
+    if "RANK" not in os.environ:
+        return Share()
+    return Share(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))

@@ -1,0 +1,80 @@
+"""Prompts drawn by several processes: all of them, once, under numbers of their own, and as one process draws them."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image, ImageChops
+
+from plainsd.cli import main
+from plainsd.commands.scale import Share, share_of_torchrun
+from plainsd.errors import UserError
+from plainsd.images import read_settings
+
+PROMPTS = ["a red apple", "a blue fish", "a green tree", "a dog", "a sun"]
+OPTIONS = ["--steps", "2", "--seed", "3", "--device", "cpu", "--dtype", "float32", "--batch", "2"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 6, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_shares_are_whole_and_even(count, size):
+    parts = [Share(rank, size).part(count) for rank in range(size)]
+    assert [i for part in parts for i in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_place_is_torchruns(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert share_of_torchrun() == Share() and Share().alone and Share().agreed(7) == 7
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert share_of_torchrun() == Share(5, 8, 1)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert Share(3, 4, 1).device("auto") == "cuda:1" and Share(3, 4, 1).device("cpu") == "cpu"
+    assert Share().device("auto") == "auto"
+    with pytest.raises(UserError, match="2 GPUs cannot serve process 3 of this machine"):
+        Share(2, 4, 2).device("cuda")
+
+
+def test_two_processes_draw_what_one_draws(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    asked = ["generate", "--prompts", str(tmp_path / "prompts.txt"), *OPTIONS]
+    assert main([*asked, "--out", str(tmp_path / "one")]) == 0
+    (tmp_path / "two").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "two" / "00007-0.png")      # files go on from there
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "plainsd"]
+    done = subprocess.run([*torchrun, *asked, "--out", str(tmp_path / "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (sorted((tmp_path / name).glob("*.png")) for name in ("one", "two"))
+    assert [path.name for path in one] == [f"0000{i + 1}-{i + 3}.png" for i in range(5)]
+    assert [path.name for path in two[1:]] == [f"{i + 8:05d}-{i + 3}.png" for i in range(5)]
+    for a, b in zip(one, two[1:], strict=True):
+        assert read_settings(a) == read_settings(b)
+        with Image.open(a) as first, Image.open(b) as second:
+            assert max(high for _, high in ImageChops.difference(first, second).getextrema()) <= 1
+
+
+@pytest.mark.parametrize("flag", [["--grid", "steps=1,2"], ["--server", "http://127.0.0.1:1"]])
+def test_what_is_for_one_process_says_so(flag, monkeypatch, capsys):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert main(["generate", "a", *flag]) == 2
+    assert f"{flag[0]} is for one process; leave torchrun out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--low-memory"], ["--cache", "2"], ["--int8"]])
+def test_flags_of_memory_and_speed_draw(flags, tmp_path, capsys):
+    if flags == ["--int8"]:
+        pytest.importorskip("torchao")
+    assert main(["generate", "a red apple", *OPTIONS, *flags, "--out", str(tmp_path / "x.png")]) == 0
+    assert read_settings(tmp_path / "x.png").cache == (2 if "--cache" in flags else None)
+
+
+def test_int8_and_fast_do_not_go_together(capsys):
+    assert main(["generate", "a", "--int8", "--fast"]) == 2
+    assert "--int8 does not go with --fast or --compile" in capsys.readouterr().err
