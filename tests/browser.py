@@ -59,8 +59,8 @@ class Page:
 
     def until(self, condition, seconds=60):
         """Waits for it; what it speaks of need not be there yet."""
-        code = f"try {{ return Boolean({condition}) }} catch (e) {{ if (e instanceof TypeError) return false; throw e }}"
-        until(lambda: self.js(code), seconds)
+        missing = "catch (error) { if (error instanceof TypeError) return false; throw error }"
+        until(lambda: self.js(f"try {{ return Boolean({condition}) }} {missing}"), seconds)
 
     def drop(self, css, name, content):
         """A file dropped there."""

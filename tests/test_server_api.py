@@ -82,6 +82,7 @@ def test_what_the_history_tells_makes_the_picture_again(server):
         steps=3,
         clip_skip=2,
         rescale=0.5,
+        cache=2,
     )
     told = server.get(f"/api/images/{first['images'][0]}").json()
     assert told["settings"]["seed"] == str(2**62)        # a number that JavaScript would round

@@ -80,6 +80,7 @@ class JobRequest(BaseModel):
     interval: tuple[float, float] | None = None
     perturbed: float | None = None
     threshold: float | None = None
+    cache: int | None = Field(None, description="deep layers run at every so many-th step only: faster, less exact")
     grid: list[Axis] | None = Field(
         None, min_length=1, max_length=2, description="one picture for each pair of values, and a sheet of them all"
     )
@@ -88,7 +89,7 @@ class JobRequest(BaseModel):
         """What is not left open of the settings that the tasks know."""
         names = ("size", "steps", "guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler",
                  "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed",
-                 "threshold")  # fmt: skip
+                 "threshold", "cache")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 

@@ -74,7 +74,7 @@ class Service:
         return await run_in_threadpool(enter)
 
     async def outcome(self, job: Job, request: Request) -> Job:
-        """Waits for the end of a job, or of the server. It is cancelled when the client hangs up: nobody waits then."""
+        """Waits for the end of a job, or of the server. It is cancelled when the client hangs up: nobody waits."""
         heard = 0
         while job.active and not self.queue.stopping:
             heard = await job.bell.wait(heard, 0.5)
@@ -102,8 +102,8 @@ class Service:
             }  # fmt: skip
 
     async def events(self, job: Job) -> AsyncIterator[tuple[str, dict]]:
-        """`progress` whenever something has changed, `beat` where nothing has for long, `end` at the job's end. When the
-        server stops nothing ends but the stream: a browser asks again by itself."""
+        """`progress` whenever something has changed, `beat` where nothing has for long, `end` at the job's end. When
+        the server stops, nothing ends but the stream: a browser asks again by itself."""
         heard, shown = -1, {}
         while not self.queue.stopping:
             if not job.active:

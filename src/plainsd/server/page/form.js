@@ -4,7 +4,7 @@ import { $, element } from "./api.js";
 import * as paint from "./paint.js";
 
 const NUMBERS = ["steps", "guidance", "count", "strength", "mask_blur", "hires", "variation_strength", "clip_skip", "eta",
-  "rescale", "perturbed", "threshold"];
+  "rescale", "perturbed", "threshold", "cache"];
 const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "upscaler", "variation_seed"];
 const WITH_PICTURE = ["strength", "mask_blur"];
 const DRAFT = "plainsd.draft";

@@ -43,7 +43,7 @@ const LABELS = {
   model: "Model", size: "Size", steps: "Steps", sampler: "Sampler", spacing: "Spacing", guidance: "Guidance", seed: "Seed",
   strength: "Strength", negative: "Without", clip_skip: "Clip skip", eta: "Eta", hires: "Enlarged", upscaler: "By",
   variation_seed: "Variation seed", variation_strength: "Variation", rescale: "Rescale", interval: "Guidance from, to",
-  perturbed: "Perturbed", threshold: "Threshold",
+  perturbed: "Perturbed", threshold: "Threshold", cache: "Deep cache",
 };
 const PLAIN = { clip_skip: 1, upscaler: "latent", variation_strength: 0, rescale: 0, perturbed: 0, negative: "" };
 
