@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 AHEAD = 4                             # jobs sent before the first of them has ended, so that the server can join them
 ROUGH = 8                             # times that a preview is enlarged
 NOT_SENT = ("vae", "lora_folder", "lora_partial", "embedding", "refiner", "handover", "outpaint", "device", "dtype",
-            "fast", "compile", "batch")  # fmt: skip
+            "fast", "compile", "int8", "low_memory", "batch")  # fmt: skip
 
 
 def run(command: Generate, prompts: list[str], choices: dict[str, Any]) -> None:
