@@ -108,15 +108,14 @@ def both(place: Place, compiled: bool) -> dict[str, StableDiffusion]:
     return models | ({"plainsd --compile": ours(place, fast=True, compiled=True)} if compiled else {})
 
 
-def openvino(place: Place, network: torch.nn.Module, *inputs: torch.Tensor) -> Callable | None:
-    """A network as OpenVINO runs it in the same precision; None where it is not installed, or for a GPU."""
+def openvino(place: Place, make: Callable[[], torch.nn.Module], *inputs: torch.Tensor) -> Callable | None:
+    """diffusers' network as OpenVINO runs it in the same precision; None where it is not installed, or for a GPU."""
     if place.device.type != "cpu" or importlib.util.find_spec("openvino") is None:
         return None
     import openvino as ov
 
-    # no names and no checks of the trace: the network is theirs, with float32 weights, as their users export it
-    network, inputs = network.float(), [part.float() for part in inputs]
-    model = ov.convert_model(network, example_input=tuple(inputs))
+    inputs = [part.float() for part in inputs]
+    model = ov.convert_model(make().float(), example_input=tuple(inputs))     # from float32, as their users export it
     wanted = "bf16" if place.dtype == torch.bfloat16 else "f32"
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": wanted, "PERFORMANCE_HINT": "LATENCY",
                                                "INFERENCE_NUM_THREADS": torch.get_num_threads()})
@@ -138,16 +137,16 @@ def compared(row: Row, sides: Sides, exact: torch.Tensor) -> Row:
 
 
 def unet_row(place: Place, compiled: bool) -> Row:
-    """One guided step at 512 pixels: the UNet on two rows."""
-    config, generator = VARIANTS["sd1"], torch.Generator().manual_seed(0)
-    x = torch.randn((2, 4, 64, 64), generator=generator)
-    context = torch.randn((2, 77, config.unet.context), generator=generator)
+    """One guided step: the UNet on two rows."""
     with torch.inference_mode():
-        exact = load(place.folder, device=place.device, dtype="float32").unet(x.to(place.device), 500.0,
-                                                                              context.to(place.device)).float()
-    x, context = x.to(place.device, place.dtype), context.to(place.device, place.dtype)
-    pipe, time_step = theirs(place), torch.tensor(500.0, device=place.device)
-    sides: Sides = {"diffusers": lambda: pipe.unet(x, time_step, context, return_dict=False)[0]}
+        sd = load(place.folder, device=place.device, dtype="float32")
+        x = torch.cat(2 * [noise(sd)]).to(place.device)
+        context = encode_prompts(sd, [PROMPT, ""]).context
+        exact = sd.unet(x, 500.0, context)
+    name = f"UNet, guided step, {sd.variant.size} px"
+    x, context = x.to(place.dtype), context.to(place.dtype)
+    unet, timestep = theirs(place).unet, torch.tensor(500.0, device=place.device)
+    sides: Sides = {"diffusers": lambda: unet(x, timestep, context, return_dict=False)[0]}
 
     class Theirs(torch.nn.Module):
         def __init__(self):
@@ -157,21 +156,23 @@ def unet_row(place: Place, compiled: bool) -> Row:
         def forward(self, x, context):
             return self.unet(x, torch.tensor(500.0), context, return_dict=False)[0]
 
-    if work := openvino(place, Theirs(), x, context):
+    del sd
+    if work := openvino(place, Theirs, x, context):
         sides["OpenVINO"] = work
-    for name, sd in both(place, compiled).items():
-        sides[name] = lambda sd=sd: sd.unet(x, 500.0, context)
-    return compared(race("UNet, guided step, 512 px", sides, place.rounds), sides, exact)
+    for side, sd in both(place, compiled).items():
+        sides[side] = lambda unet=sd.unet: unet(x, 500.0, context)
+    return compared(race(name, sides, place.rounds), sides, exact)
 
 
 def decode_row(place: Place, compiled: bool) -> Row:
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn((1, 4, 64, 64), generator=generator)
     with torch.inference_mode():
-        exact = load(place.folder, device=place.device, dtype="float32").vae.decode(z.to(place.device)).float()
-    z = z.to(place.device, place.dtype)
-    pipe = theirs(place)
-    sides: Sides = {"diffusers": lambda: pipe.vae.decode(z, return_dict=False)[0]}
+        sd = load(place.folder, device=place.device, dtype="float32")
+        z = noise(sd).to(place.device)
+        exact = sd.vae.decode(z)
+    name = f"VAE decode, {sd.variant.size} px"
+    z = z.to(place.dtype)
+    vae = theirs(place).vae
+    sides: Sides = {"diffusers": lambda: vae.decode(z, return_dict=False)[0]}
 
     class Theirs(torch.nn.Module):
         def __init__(self):
@@ -181,21 +182,31 @@ def decode_row(place: Place, compiled: bool) -> Row:
         def forward(self, z):
             return self.vae.decode(z, return_dict=False)[0]
 
-    if work := openvino(place, Theirs(), z):
+    del sd
+    if work := openvino(place, Theirs, z):
         sides["OpenVINO"] = work
-    for name, sd in both(place, False).items():
-        sides[name] = lambda sd=sd: sd.vae.decode(z)
-    return compared(race("VAE decode, 512 px", sides, place.rounds), sides, exact)
+    for side, sd in both(place, False).items():
+        sides[side] = lambda vae=sd.vae: vae.decode(z)
+    return compared(race(name, sides, place.rounds), sides, exact)
+
+
+def noise(sd: StableDiffusion) -> torch.Tensor:
+    """A latent of the model's own size, (1, L, h, w)."""
+    config, generator = sd.vae.config, torch.Generator().manual_seed(0)
+    side = sd.variant.size // config.factor
+    return torch.randn((1, config.latent_channels, side, side), generator=generator)
 
 
 def picture_row(place: Place, compiled: bool) -> Row:
-    """From a prompt to a picture: 20 steps of DPM++ 2M at guidance 7.5, 512 pixels."""
-    pipe = theirs(place)
-    options = {"steps": 20, "guidance": 7.5, "sampler": "dpmpp_2m", "size": 512}
-    sides: Sides = {"diffusers": lambda: pipe(PROMPT, num_inference_steps=20, guidance_scale=7.5, height=512, width=512)}
-    for name, sd in both(place, compiled).items():
-        sides[name] = lambda sd=sd: final(text_to_image(sd, PROMPT, **options))
-    return race("a picture, 512 px, 20 steps of DPM++ 2M", sides, max(1, place.rounds // 3))
+    """From a prompt to a picture: 20 steps of DPM++ 2M at guidance 7.5."""
+    pipe, models = theirs(place), both(place, compiled)
+    size = models["plainsd"].variant.size
+    sides: Sides = {
+        "diffusers": lambda: pipe(PROMPT, num_inference_steps=20, guidance_scale=7.5, height=size, width=size)
+    }
+    for side, sd in models.items():
+        sides[side] = lambda sd=sd: final(text_to_image(sd, PROMPT, steps=20, guidance=7.5, sampler="dpmpp_2m"))
+    return race(f"a picture, {size} px, 20 steps of DPM++ 2M", sides, max(1, place.rounds // 3))
 
 
 def small_row(place: Place, compiled: bool) -> Row:

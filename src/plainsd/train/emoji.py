@@ -25,7 +25,7 @@ from plainsd.errors import UserError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 STRIKE = 109                                   # the only size of the font's bitmaps, in Pillow's units
-SMALLEST, LARGEST = 0.60, 0.95                 # longer side of the visible part, as a share of the picture's side
+SMALLEST, LARGEST = 0.80, 0.95                 # longer side of the visible part, as a share of the picture's side
 NEAR = 0.13                                    # two glyphs nearer than this are near duplicates
 
 # Any two are at least 97 apart in RGB, so the nearest name is never in doubt.
