@@ -1,5 +1,6 @@
 """The other end of the API: what `plainsd generate --server` uses."""
 
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from serving import Brake, alike, base64_of, lora_file, model_folder, open_servi
 
 import plainsd
 from plainsd.cli import main
+from plainsd.commands.generate import Generate
 from plainsd.errors import UserError
 from plainsd.server.client import Finished, Progress, Remote
+from plainsd.server.errand import NOT_SENT
+from plainsd.server.requests import JobRequest
 
 TOKEN = "a-token-for-clients"
 
@@ -135,6 +139,12 @@ def test_what_a_server_does_not_take_is_one_line(generate):
     ):  # fmt: skip
         code, _, err = generate("p", *flags)
         assert code == 2 and says in err and err.count("\n") == 1, err
+
+
+def test_every_flag_is_sent_or_refused():
+    sent = {"prompts", "lora", "from_"} | JobRequest.model_fields.keys()
+    here = {"out", "preview", "server"}
+    assert {field.name for field in fields(Generate)} - sent - here == set(NOT_SENT)
 
 
 def test_an_interrupt_cancels_what_was_sent(generate, server, brake, monkeypatch, tmp_path):
