@@ -46,6 +46,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
         strength=st.none() | floats,
         interval=st.none() | st.tuples(floats, floats),
         threshold=st.none() | floats,
+        cache=st.none() | st.integers(1, 100),
         clip_skip=st.integers(1, 12),
         handover=st.none() | floats,
         refiner=st.none() | st.sampled_from(["refiner", "xl, refiner: 1.0"]),
