@@ -49,12 +49,14 @@ def test_every_family_as_a_single_file_of_others(tmp_path, small_families, name)
     save(model(name), tmp_path / "m.safetensors", layout="single-file")
     path = without_notes(tmp_path / "m.safetensors")
     import plainsd.checkpoint
+    import plainsd.oracle
     import plainsd.verify
 
     own = model(name).tokenizers
     with pytest.MonkeyPatch.context() as patch:              # such files have no tokenizer, and these are not CLIP's
         patch.setattr(plainsd.checkpoint, "tokenizers", lambda contents, path: own)
         patch.setattr(plainsd.verify, "tokenizers", lambda contents, path: own)
+        patch.setattr(plainsd.oracle, "tokenizers", lambda contents, path: own)
         found = rows(path, family=name)
     assert found.keys() == names_of(name)
     assert all(row.passed for row in found.values()), found

@@ -10,9 +10,7 @@ Shape letters: B batch, C channels, H W height and width in pixels, h w those of
 from __future__ import annotations
 
 import gc
-import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from plainsd.checkpoint import choose_device, load, read, tokenizer_names, tokenizer_texts, tokenizers
+from plainsd.checkpoint import choose_device, load, read, tokenizer_names, tokenizers
 from plainsd.conditioning import SINUSOID, size_vector
 from plainsd.contents import Contents
 from plainsd.describe import pipeline
@@ -33,8 +31,7 @@ from plainsd.hub import find
 from plainsd.images import to_pil, to_tensor
 from plainsd.latents import decode
 from plainsd.models.clip import TextEncoder
-from plainsd.single import BESIDE, prefixes
-from plainsd.tensorfile import open_tensors
+from plainsd.oracle import pipe_there, quiet, theirs, tokenizers_there
 from plainsd.variants import Variant, encoder_names
 
 TOLERANCE = 1e-4                      # relative, of one network; float32 rounding gives 1e-7 to 1e-5
@@ -88,25 +85,6 @@ def verify(source: str | Path | None = None, *, variant_file: str | None = None,
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Their notices about settings that do not matter here stay away."""
-    import diffusers
-    import transformers
-
-    libraries = [package.utils.logging for package in (diffusers, transformers)]
-    before = [library.get_verbosity() for library in libraries]
-    try:
-        for library in libraries:
-            library.set_verbosity_error()
-            library.disable_progress_bar()
-        yield
-    finally:
-        for library, level in zip(libraries, before, strict=True):
-            library.set_verbosity(level)
-            library.enable_progress_bar()
-
-
-@contextmanager
 def exact() -> Iterator[None]:
     """GPUs round float32 products to 10 bits for speed where nobody forbids it."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
@@ -118,62 +96,6 @@ def exact() -> Iterator[None]:
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.allow_tf32 = value
-
-
-# --- their networks --------------------------------------------------------------------------------------------------
-
-def kind_there(name: str, variant: Variant) -> type[nn.Module]:
-    import diffusers
-    import transformers
-
-    if name in ("unet", "vae"):
-        return {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[name]
-    text = variant.text[encoder_names(variant).index(name)]
-    return transformers.CLIPTextModelWithProjection if text.projection else transformers.CLIPTextModel
-
-
-def theirs(contents: Contents, path: Path, name: str, variant_file: str | None) -> nn.Module:
-    """A network of diffusers or transformers with the file's weights, in float32."""
-    kind = kind_there(name, contents.variant)
-    if path.is_dir():
-        dtype = {"torch_dtype" if name in ("unet", "vae") else "dtype": torch.float32}
-        return kind.from_pretrained(path / name, variant=variant_file, local_files_only=True, **dtype).eval()
-    from accelerate import init_empty_weights
-
-    config = json.loads(contents.texts[f"{name}/config.json"])
-    with init_empty_weights(include_buffers=False):
-        network = kind.from_config(config) if name in ("unet", "vae") else kind(kind.config_class(**config))
-    weights = converted(path, name, contents.variant, config, network)
-    network.load_state_dict(spelled_as(weights, network.state_dict()), assign=True)
-    return network.float().eval()
-
-
-def converted(path: Path, name: str, variant: Variant, config: dict, network: nn.Module) -> dict[str, Tensor]:
-    """A single file's tensors in diffusers' names, by diffusers' own conversion."""
-    from diffusers.loaders import single_file_utils as convert
-
-    prefix, layout = prefixes(variant)[name]
-    tensors = {key: stored.read(torch.float32) for key, stored in open_tensors(path).tensors.items()
-               if key.startswith(prefix) and not BESIDE.match(key)}
-    if name == "unet":
-        weights = convert.convert_ldm_unet_checkpoint(dict(tensors), config)
-        if variant.unet.guidance_dim:                # LCM's, which their conversion leaves out
-            weights["time_embedding.cond_proj.weight"] = tensors[f"{prefix}time_embed.cond_proj.weight"]
-        return weights
-    if name == "vae":
-        return convert.convert_ldm_vae_checkpoint(tensors, config)
-    if layout == "openclip":
-        return convert.convert_open_clip_checkpoint(network, tensors, prefix)
-    return convert.convert_ldm_clip_checkpoint(tensors, prefix)
-
-
-def spelled_as(weights: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With or without `text_model.`, as this version of transformers has it."""
-    def spelled(name: str) -> str:
-        without = name.removeprefix("text_model.")
-        return next((other for other in (name, without, f"text_model.{without}") if other in names), name)
-
-    return {spelled(name): tensor for name, tensor in weights.items()}
 
 
 # --- one network at a time -------------------------------------------------------------------------------------------
@@ -264,19 +186,6 @@ def unet_row(name: str, variant: Variant, device: torch.device, build: Callable,
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
-def tokenizers_there(contents: Contents, path: Path) -> list:
-    """transformers' tokenizers from the model's own files, or from ours where a single file has none."""
-    from transformers import CLIPTokenizer
-
-    texts = {at: text for at, text in contents.texts.items() if at.startswith("tokenizer")}
-    texts = texts or tokenizer_texts(tokenizers(contents, path), contents.variant)
-    with tempfile.TemporaryDirectory() as folder:
-        for at, text in texts.items():
-            (Path(folder) / at).parent.mkdir(exist_ok=True)
-            (Path(folder) / at).write_text(text, encoding="utf-8")
-        return [CLIPTokenizer.from_pretrained(Path(folder) / name) for name in tokenizer_names(contents.variant)]
-
-
 def tokenizer_rows(contents: Contents, path: Path) -> Iterator[Row]:
     """How many of some texts are cut otherwise."""
     names, ours = tokenizer_names(contents.variant), tokenizers(contents, path)
@@ -333,27 +242,6 @@ def picture_rows(contents: Contents, path: Path, variant_file: str | None, devic
 
 def bytes_of(pixels: Tensor) -> np.ndarray:
     return np.asarray(to_pil(pixels)[0]).astype(int)
-
-
-def pipe_there(contents: Contents, path: Path, variant_file: str | None, spacing: str, device: torch.device):
-    """Their pipeline over their networks, with the scheduler that our `ddim` is."""
-    import diffusers
-
-    variant, name = contents.variant, pipeline(contents.variant)
-    settings = json.loads(contents.texts["scheduler/scheduler_config.json"])
-    scheduler = diffusers.DDIMScheduler.from_config(settings, timestep_spacing=spacing, set_alpha_to_one=False,
-                                                    steps_offset=1, clip_sample=False)
-    parts = {part: theirs(contents, path, part, variant_file) for part in contents.networks}
-    parts |= dict(zip(tokenizer_names(variant), tokenizers_there(contents, path), strict=True))
-    if variant.unet.vector:
-        parts = {"text_encoder": None, "tokenizer": None, **parts, "add_watermarker": False}
-        if "Img2Img" in name or "Inpaint" in name:
-            parts["requires_aesthetics_score"] = len(variant.text) == 1
-    else:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = getattr(diffusers, name)(scheduler=scheduler, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
