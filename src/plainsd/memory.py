@@ -30,7 +30,7 @@ GIB = 2**30
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 SHARE = 0.8                           # of the free memory that a network may take; the rest is for what others do meanwhile
 VAE_MAPS = 6                          # maps of the widest full-size layer that a plain decode has in memory at its peak
-UNET_MAPS = 14                        # likewise of the widest level of the UNet, beside what the way up is handed
+UNET_MAPS = 36                        # likewise of the widest level of the UNet, beside what the way up is handed
 
 
 @dataclass(frozen=True)
