@@ -119,7 +119,7 @@ def test_two_processes_make_the_same_steps_as_one(place, tmp_path, batch, accumu
 
 
 def finished(runs):
-    outputs = [run.communicate(timeout=300) for run in runs]
+    outputs = [run.communicate(timeout=900) for run in runs]
     return [run.returncode for run in runs], outputs
 
 
