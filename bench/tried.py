@@ -1,0 +1,97 @@
+"""What was tried for speed on a CPU, piece by piece: forms of attention, layouts of convolution weights, the small UNet.
+
+    python bench/tried.py              a minute
+    python bench/tried.py --compile    also torch.compile on the small UNet; some minutes
+
+Each line: milliseconds, the least of several turns. Let the machine do nothing else meanwhile.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plainsd import bench, speed
+from plainsd.models.unet import UNet, UNetConfig
+
+SMALL = UNetConfig(channels=(64, 128, 192), depth=(1, 1, 1), heads=(2, 4, 6), layers=1, context=256, groups=16)
+ATTENTIONS = ((2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80), (2, 8, 4096, 77, 40), (2, 10, 4096, 4096, 64))
+CONVS = ((2, 2560, 1280, 8), (2, 1280, 1280, 16), (2, 640, 640, 32), (2, 320, 320, 64), (2, 64, 64, 16))
+
+
+def least(work: Callable[[], object], turns: int = 5) -> float:
+    """Milliseconds."""
+    work()
+    times = []
+    for _ in range(turns):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return 1000 * min(times)
+
+
+def all_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Blocks of queries, all heads at once."""
+    keys = (k * q.shape[-1] ** -0.5).transpose(-1, -2)
+    return torch.cat([torch.softmax(piece @ keys, dim=-1) @ v for piece in q.split(speed.PIECE, dim=2)], dim=2)
+
+
+def attention(dtype: torch.dtype) -> None:
+    for b, heads, n, m, d in ATTENTIONS:
+        q, k, v = (torch.randn(b, length, heads, d, dtype=dtype).transpose(1, 2) for length in (n, m, m))
+        forms = {
+            "PyTorch": lambda: F.scaled_dot_product_attention(q, k, v),
+            "PyTorch, contiguous": lambda: F.scaled_dot_product_attention(*contiguous),
+            "blocked, head by head": lambda: speed.blocked_attention(q, k, v),
+            "blocked, all heads": lambda: all_heads(*contiguous),
+        }
+        contiguous = [t.contiguous() for t in (q, k, v)]
+        tell(f"attention {b}x{heads} heads, {n} x {m}, {d} wide", dtype, forms)
+
+
+def convolution(dtype: torch.dtype) -> None:
+    for b, c_in, c_out, side in CONVS:
+        conv = nn.Conv2d(c_in, c_out, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
+        x = torch.randn(b, c_in, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        packed, how = speed.PackedConv(conv), ([1, 1], [1, 1], [1, 1], 1)
+        anyhow = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *how, None)
+        tell(f"3x3 convolution {c_in} -> {c_out} on {side}x{side}", dtype, {
+            "plain": lambda: conv(x),
+            "packed for this size": lambda: packed(x),
+            "packed for any size": lambda: torch.ops.mkldnn._convolution_pointwise(x, anyhow, conv.bias, *how, "none", [], ""),
+        })
+
+
+def small_unet(dtype: torch.dtype, compiled: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    context = torch.randn(2, 24, SMALL.context, dtype=dtype)
+
+    def network() -> UNet:
+        return UNet(SMALL).to(dtype).requires_grad_(False).to(memory_format=torch.channels_last)
+
+    packed, forms = network(), {}
+    speed._pack_inside(packed)
+    for name, unet in {"plain": network(), "packed": packed}.items():
+        forms[name] = lambda unet=unet: unet(x, 500.0, context)
+    if compiled:
+        fused, timestep = torch.compile(network(), dynamic=False, options={"freezing": True}), torch.tensor(500.0)
+        forms["compiled, weights frozen in"] = lambda: fused(x, timestep, context)
+    tell("small UNet, two rows of 16x16", dtype, forms)
+
+
+def tell(name: str, dtype: torch.dtype, forms: dict[str, Callable[[], object]]) -> None:
+    figures = ", ".join(f"{form} {least(work):.2f}" for form, work in forms.items())
+    print(f"{name}, {str(dtype).removeprefix('torch.')}: {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    print(f"{bench.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds")
+    with torch.inference_mode():
+        for dtype in (torch.bfloat16, torch.float32):
+            attention(dtype)
+            convolution(dtype)
+            small_unet(dtype, "--compile" in sys.argv)
