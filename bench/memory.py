@@ -41,14 +41,14 @@ def random_model(family: str) -> StableDiffusion:
                            variant.prediction, variant)
 
 
-def gigabytes(name: str) -> float:
+def gibibytes(name: str) -> float:
     return int(re.search(name + r":\s+(\d+) kB", STATUS.read_text())[1]) / 2**20
 
 
 def reset() -> float:
     """The highest mark starts again; what is in use now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return gigabytes("VmRSS")
+    return gibibytes("VmRSS")
 
 
 def one(family: str, size: int, way: str) -> None:
@@ -58,10 +58,10 @@ def one(family: str, size: int, way: str) -> None:
     began, before = time.perf_counter(), reset()
     events = text_to_image(sd, "a red apple", size=size, steps=1, sampler="euler")
     next(events)
-    unet, seconds = gigabytes("VmHWM"), time.perf_counter() - began
+    unet, seconds = gibibytes("VmHWM"), time.perf_counter() - began
     began, between = time.perf_counter(), reset()
     next(events)
-    vae, decoding = gigabytes("VmHWM"), time.perf_counter() - began
+    vae, decoding = gibibytes("VmHWM"), time.perf_counter() - began
     row = (unet - before, vae - between, max(unet, vae), seconds, decoding)
     print(f"{family:<11}{size:>5} {way:<7}{before:>9.2f}" + "".join(f"{number:>9.2f}" for number in row[:3]), flush=True)
     print(f"{family} {size} {way}: step {seconds:.0f} s, decode {decoding:.0f} s", file=sys.stderr, flush=True)
@@ -69,7 +69,7 @@ def one(family: str, size: int, way: str) -> None:
 
 def main() -> None:
     cases = sys.argv[1:] or CASES
-    print(f"{'GB':<11}{'pixels':>5} {'way':<7}{'weights':>9}{'UNet':>9}{'VAE':>9}{'process':>9}", flush=True)
+    print(f"{'GiB':<11}{'pixels':>5} {'way':<7}{'weights':>9}{'UNet':>9}{'VAE':>9}{'process':>9}", flush=True)
     for family, size in zip(cases[::2], cases[1::2], strict=True):
         for way in WAYS:
             subprocess.run([sys.executable, __file__, "--one", family, size, way], check=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from plainsd.models.unet import UNetConfig
     from plainsd.models.vae import VAEConfig
 
-GIB = 2**30
+GB = 10**9
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 SHARE = 0.8                           # of the free memory that a network may take; the rest is for what others do meanwhile
 VAE_MAPS = 6                          # maps of the widest full-size layer that a plain decode has in memory at its peak
@@ -92,7 +92,7 @@ def in_bands(sd: StableDiffusion, pixels: int) -> bool:
         return sd.saving.bands
     needed, had = vae_needs(sd.vae.config, pixels, next(sd.vae.parameters()).itemsize), free(sd.device)
     if short := needed > SHARE * had:
-        say(f"{had / GIB:.1f} GB of memory are free and the VAE would take {needed / GIB:.1f} GB: it works in bands")
+        say(f"{had / GB:.1f} GB of memory are free and the VAE would take {needed / GB:.1f} GB: it works in bands")
     return short
 
 
@@ -103,7 +103,7 @@ def rows_at_once(sd: StableDiffusion, positions: int, rows: int) -> int:
     each, had = unet_needs(sd.unet.config, positions, sd.dtype.itemsize), free(sd.device)
     most = min(rows, max(1, int(SHARE * had / each)))
     if most < rows:
-        say(f"{had / GIB:.1f} GB of memory are free and {rows} rows at once would take {rows * each / GIB:.1f} GB: "
+        say(f"{had / GB:.1f} GB of memory are free and {rows} rows at once would take {rows * each / GB:.1f} GB: "
             f"the UNet takes {most} at a time")
     return most
 
