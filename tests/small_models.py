@@ -32,6 +32,8 @@ FAMILIES = {                          # one of each kind, in sizes for a test
                        conv_projections=False, prediction="v_prediction"),
     "sdxl-base": Variant("sdxl-base", XL_UNET, SMALL_VAE, (QUICK, BIG), size=64, conv_projections=False,
                          context="penultimate", guidance=5.0),
+    "sdxl-inpainting": Variant("sdxl-inpainting", replace(XL_UNET, in_channels=9), SMALL_VAE, (QUICK, BIG), size=64,
+                               conv_projections=False, context="penultimate", guidance=5.0),
     "sdxl-refiner": Variant("sdxl-refiner", replace(XL_UNET, context=24, vector=24 + 5 * 256), SMALL_VAE, (BIG,),
                             size=64, conv_projections=False, context="penultimate"),
     "odd": Variant("odd", UNetConfig(channels=(16, 24, 32), depth=(0, 1, 1), heads=(1, 3, 4), layers=1, context=16,

@@ -24,7 +24,7 @@ def rows(path, **more) -> dict[str, Row]:
 def names_of(name: str) -> set[str]:
     if name == "sdxl-refiner":
         return XL_NAMES - {"tokenizer", "text encoder"}
-    return XL_NAMES if name == "sdxl-base" else NAMES
+    return XL_NAMES if name.startswith("sdxl") else NAMES
 
 
 @pytest.fixture(scope="module")
