@@ -17,8 +17,11 @@ from plainsd.errors import UserError, unknown
 from plainsd.folder import open_part, read_folder, read_json, read_network, whole_folder, write_folder, write_weights
 from plainsd.generate import StableDiffusion
 from plainsd.hub import find
+from plainsd.images import fit_latent_rgb, written_whole
 from plainsd.lora import add_lora
 from plainsd.models.vae import VAE, VAEConfig
+from plainsd.previews import FILE as PREVIEW
+from plainsd.previews import preview_text, read_preview
 from plainsd.single import read_single, write_single
 from plainsd.tensorfile import TensorFile, open_tensors, stored
 from plainsd.tokenizer import Tokenizer, find_vocabulary
@@ -95,6 +98,7 @@ def load(
         prediction=variant.prediction,
         variant=variant,
         path=path,
+        latent_rgb=read_preview(contents.texts, variant.vae.latent_channels, str(path)) if vae is None else None,
     )
     for file, strength in loras:
         add_lora(sd, file, strength, partial=lora_partial)
@@ -104,7 +108,7 @@ def load(
 def save(
     sd: StableDiffusion, path: str | Path, layout: str = "diffusers", dtype: str | torch.dtype | None = None
 ) -> None:
-    """Writes a model as a diffusers folder or a single file. `dtype`: what it shall hold; None: the networks' own."""
+    """Writes a model, and its projection for previews, as a diffusers folder or a single file. `dtype`: what it shall hold; None: the networks' own."""
     networks = [sd.unet, sd.vae, *sd.text_encoders]
     variant = replace(sd.variant, unet=sd.unet.config, vae=sd.vae.config, prediction=sd.prediction,
                       text=tuple(encoder.config for encoder in sd.text_encoders))
@@ -112,6 +116,7 @@ def save(
         raise UserError("the model's noise schedule is not the one that its variant describes; set sd.variant.schedule")
     packed = {name: packed_network(network) for name, network in zip(parts(variant), networks, strict=True)}
     texts = write_variant(variant) | tokenizer_texts(sd.tokenizers, variant)
+    texts[PREVIEW] = preview_text(fit_latent_rgb(sd.vae))
     write(Contents(variant, packed, texts), Path(path), layout, dtype and choose_dtype(dtype, sd.device))
 
 
@@ -230,3 +235,12 @@ def save_vae(vae: VAE, path: str | Path, variant: Variant, dtype: torch.dtype | 
     with whole_folder(Path(path)) as folder:
         (folder / "config.json").write_text(text, encoding="utf-8")
         write_weights(folder, packed_network(vae), dtype=dtype)
+
+
+def add_preview(folder: str | Path) -> None:
+    """Gives a model's folder the projection for previews that `save` would have written; see previews.py."""
+    if not (Path(folder) / "model_index.json").is_file():
+        raise UserError(f"{folder} is no folder of a model: it has no model_index.json; give one in diffusers' layout")
+    text = preview_text(fit_latent_rgb(load_vae(folder, device="cpu", dtype="float32")))
+    with written_whole(Path(folder) / PREVIEW) as draft:
+        draft.write_text(text, encoding="utf-8")

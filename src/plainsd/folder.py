@@ -18,6 +18,7 @@ from plainsd.contents import (
 from plainsd.detect import seems
 from plainsd.errors import UserError
 from plainsd.models.clip import TextEncoder
+from plainsd.previews import FILE as PREVIEW
 from plainsd.tensorfile import TensorFile, merged, open_tensors, write_safetensors
 
 LEFTOVERS = "leftovers.safetensors"   # tensors of a single file that have no place in a folder, kept for the way back
@@ -62,6 +63,7 @@ def read_texts(folder: Path, names: dict) -> dict[str, str]:
             raise UserError(f"{folder} has no folder {tokenizer!r}, which a model needs; fetch it again")
         paths += [f"{tokenizer}/{path.name}" for path in sorted((folder / tokenizer).iterdir())
                   if path.suffix in (".json", ".txt")]
+    paths += [PREVIEW] if (folder / PREVIEW).is_file() else []
     return {path: read_text_file(folder / path) for path in paths}
 
 

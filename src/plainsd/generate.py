@@ -53,6 +53,7 @@ class StableDiffusion:
     refiner: StableDiffusion | None = None     # draws at the lowest noise levels, see `latents.turns`
     saving: Saving = Saving()         # what is done to need less memory
     stage: Stage | None = None        # where networks have their turns, if they are not all on the device
+    latent_rgb: Tensor | None = None  # (L + 1, 3), as it was stored with the model, see previews.py
 
     @property
     def device(self) -> torch.device:
@@ -241,7 +242,7 @@ def inpaint(
     light = F.interpolate(light, image.size[::-1])                       # (1, 1, H, W)
     if not light.any():
         raise UserError("the mask is dark everywhere, so nothing would be drawn; make it white where you want a change")
-    settings, steps = _with_picture(sd, image, strength, choices)
+    settings, steps = _with_picture(sd, image, strength, {"masked": "outpaint" not in choices} | choices)
     each = settings_of_each(settings, prompt, negative, count)
     return Events(_repainted(sd, each, image, light), each, steps)
 
@@ -284,7 +285,7 @@ def outpaint(
     canvas = Image.fromarray(pixels)
     mask = Image.new("L", canvas.size, "white")
     mask.paste("black", (left, top, left + image.width, top + image.height))
-    return inpaint(sd, prompt, canvas, mask, **choices)
+    return inpaint(sd, prompt, canvas, mask, outpaint=(left, top, right, bottom), **choices)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

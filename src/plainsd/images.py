@@ -6,6 +6,7 @@ Pixels as tensors are float32 in [-1, 1], (B, 3, H, W).
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from io import BytesIO
 from itertools import chain, count
 from pathlib import Path
@@ -202,14 +203,16 @@ def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> 
     """A matrix that turns a latent into one rough pixel: (L + 1, 3), its last row the constant.
 
     Least squares over random latents and what the VAE decodes them to, averaged over each latent's patch of pixels. The
-    latents are noise of several coarsenesses, because a picture's latents are smooth for the most part. This is made
-    anew whenever a preview is asked for: it takes an eighth of the work of decoding one 512x512 picture.
+    latents are noise of several coarsenesses, because a picture's latents are smooth for the most part. It takes an
+    eighth of the work of decoding one 512x512 picture. A VAE that overflows in its precision is asked in float32.
     """
     generator = torch.Generator().manual_seed(seed)
     channels, weight = vae.config.latent_channels, next(vae.parameters())
     coarse = [torch.randn(samples // 4, channels, s, s, generator=generator) for s in (1, 2, side // 2, side)]
     latents = torch.cat([F.interpolate(c, (side, side), mode="nearest") for c in coarse])          # (S, L, side, side)
     pixels = vae.decode(latents.to(weight) / vae.config.scaling_factor).float().cpu()
+    if not pixels.isfinite().all():
+        pixels = deepcopy(vae).float().decode(latents.to(weight.device) / vae.config.scaling_factor).cpu()
     patches = F.avg_pool2d(pixels.clamp(-1, 1), vae.config.factor)                                 # (S, 3, side, side)
     inputs = F.pad(latents.movedim(1, -1).reshape(-1, channels), (0, 1), value=1.0)               # (S side side, L + 1)
     return torch.linalg.lstsq(inputs, patches.movedim(1, -1).reshape(-1, 3)).solution

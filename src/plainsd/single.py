@@ -23,7 +23,7 @@ from plainsd.variants import Variant
 FILES, SPELLED = "plainsd.files", "plainsd.spellings"        # in the metadata, as JSON: a folder's settings; our notes
 KEPT = "leftovers."                                          # before a folder's tensors that single files do not have
 
-PATH = re.compile(r"(model_index|(unet|vae|scheduler|(text_encoder|tokenizer)(_2)?)/\w[\w.-]*)\.(json|txt)")
+PATH = re.compile(r"(model_index|preview|(unet|vae|scheduler|(text_encoder|tokenizer)(_2)?)/\w[\w.-]*)\.(json|txt)")
 
 # Names beside the networks' own: averaged copies, buffers, training losses, and parts that no picture needs.
 BESIDE = re.compile("|".join((

@@ -25,11 +25,11 @@ class Preview:
     """A PNG file that follows the drawing: the current estimate, without the VAE, a few times a second."""
 
     def __init__(self, sd: StableDiffusion, path: Path):
-        from plainsd.images import fit_latent_rgb
+        from plainsd.previews import latent_rgb
 
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.factor, self.last = path, sd.vae.config.factor, 0.0
-        self.latent_rgb = fit_latent_rgb(sd.vae)
+        self.latent_rgb = latent_rgb(sd)
 
     def __call__(self, step: Step) -> None:
         from plainsd.images import grid, preview, write_png

@@ -19,9 +19,9 @@ from plainsd.contents import empty, parts
 from plainsd.errors import UserError, unknown
 from plainsd.generate import StableDiffusion, model_name
 from plainsd.hub import find
-from plainsd.images import fit_latent_rgb
 from plainsd.lora import add_lora, attached
 from plainsd.lora_files import located, open_lora
+from plainsd.previews import latent_rgb
 from plainsd.prompts import lora_tags
 from plainsd.server.refusals import Refused
 from plainsd.speed import faster
@@ -103,11 +103,11 @@ class Models:
             while self.bytes() + model.bytes > self.budget and (oldest := self.oldest()) is not None:
                 self.drop(oldest)
             sd = load(model.source, device=self.device, dtype=self.dtype)
-            latent_rgb = fit_latent_rgb(sd.vae)
+            projection = latent_rgb(sd)
             if self.fast:
                 faster(sd)
             with self.lock:
-                model.sd, model.latent_rgb, model.loras = sd, latent_rgb, ()
+                model.sd, model.latent_rgb, model.loras = sd, projection, ()
                 self.loads += 1
         if model.loras != tuple(loras):
             for lora in attached(model.sd):

@@ -1,0 +1,79 @@
+"""`preview.json`: the projection for previews is stored with the model, in every layout, and read from there."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_sd
+from serving import model_folder, open_service
+
+import plainsd
+from plainsd import previews
+from plainsd.checkpoint import add_preview, convert
+from plainsd.errors import UserError
+from plainsd.images import fit_latent_rgb
+from plainsd.server import models as server_models
+
+
+def test_save_writes_it_and_load_and_the_server_read_it(tmp_path, monkeypatch):
+    folder = model_folder(tmp_path)
+    table = json.loads((tmp_path / "tiny" / "preview.json").read_text())["latent_rgb"]
+    matrix, bias = torch.tensor(table["matrix"]), torch.tensor(table["bias"])
+    fitted = fit_latent_rgb(tiny_sd().vae)
+    assert matrix.shape == (3, 4) and torch.allclose(torch.cat([matrix.T, bias[None]]), fitted, atol=1e-4)
+
+    def never(vae):
+        raise AssertionError("fitted, though it is stored")
+
+    monkeypatch.setattr(previews, "fit_latent_rgb", never)
+    service = open_service([folder], tmp_path / "data")
+    assert torch.allclose(service.models.resident("tiny").latent_rgb, fitted, atol=1e-4)
+    service.close()
+    assert server_models.latent_rgb is previews.latent_rgb
+
+
+def test_it_goes_through_single_files_and_back_unchanged(tmp_path):
+    folder = model_folder(tmp_path)
+    convert(folder, tmp_path / "one.safetensors", "single-file")
+    convert(tmp_path / "one.safetensors", tmp_path / "back", "diffusers")
+    text = (tmp_path / "tiny" / "preview.json").read_text()
+    assert (tmp_path / "back" / "preview.json").read_text() == text
+    assert previews.preview_text(plainsd.load(tmp_path / "one.safetensors").latent_rgb) == text
+
+
+def test_a_folder_without_it_is_fitted_and_can_be_given_it(tmp_path):
+    folder = tmp_path / "tiny"
+    text = (shutil.copytree(model_folder(tmp_path, "first"), folder) / "preview.json").read_text()
+    (folder / "preview.json").unlink()
+    sd = plainsd.load(folder, device="cpu", dtype="float32")
+    assert sd.latent_rgb is None and previews.latent_rgb(sd).shape == (5, 3)
+    add_preview(folder)
+    assert (folder / "preview.json").read_text() == text
+    with pytest.raises(UserError, match="no model_index.json"):
+        add_preview(tmp_path)
+
+
+def test_another_autoencoder_has_another_projection(tmp_path):
+    folder = model_folder(tmp_path)
+    assert plainsd.load(folder, device="cpu", vae=tmp_path / "tiny" / "vae").latent_rgb is None
+
+
+@pytest.mark.parametrize("text", [
+    "no JSON", "[]", "{}", '{"latent_rgb": {"matrix": [[1], [2]], "bias": [1]}}',
+    '{"latent_rgb": {"matrix": [[1, 2, 3, 4]], "bias": [1, 2, 3]}}',
+    '{"latent_rgb": {"matrix": "x", "bias": {}}}',
+])  # fmt: skip
+def test_a_damaged_one_is_one_line(tmp_path, text):
+    folder = model_folder(tmp_path)
+    (tmp_path / "tiny" / "preview.json").write_text(text)
+    with pytest.raises(UserError, match="preview.json of .* is damaged: .*; delete it"):
+        plainsd.load(folder, device="cpu")
+
+
+def test_a_vae_that_overflows_in_half_precision_is_fitted_in_float32():
+    vae = tiny_sd().vae
+    expected = fit_latent_rgb(vae)
+    vae.decoder.conv_in.weight.data *= 3e5
+    vae.decoder.conv_in.bias.data *= 3e5                     # a normalisation follows, which undoes it in float32
+    assert fit_latent_rgb(vae.half()).isfinite().all() and expected.isfinite().all()
