@@ -10,8 +10,9 @@ from pathlib import Path
 
 import requests
 import torch
-from conftest import tiny_sd
+from conftest import TINY, tiny_sd
 from PIL import Image
+from safetensors.torch import save_file
 
 import plainsd
 from plainsd.lora import inject, save_lora
@@ -20,13 +21,20 @@ from plainsd.server.app import create_app
 from plainsd.server.command import bound, server_of
 from plainsd.server.security import Hosts, Limits
 from plainsd.server.service import Service
+from plainsd.variants import Variant
 
 
-def model_folder(folder: Path, name: str = "tiny", seed: int = 0, **unet) -> str:
+def model_folder(folder: Path, name: str = "tiny", seed: int = 0, variant: Variant = TINY, **unet) -> str:
     path = folder / name
     if not path.exists():
-        plainsd.save(tiny_sd(seed=seed, **unet), path)
+        plainsd.save(tiny_sd(variant, seed, **unet), path)
     return str(path)
+
+
+def embedding_file(path: Path, seed: int, word: str = "emb_params", width: int = TINY.text[0].width) -> None:
+    """An embedding of two random vectors: A1111's form, or with a word diffusers'."""
+    vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(seed))
+    save_file({word: vectors}, path)
 
 
 def lora_file(model: str, path: Path, seed: int) -> None:

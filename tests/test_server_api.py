@@ -44,6 +44,9 @@ def brake(monkeypatch):
     brake.off()
 
 
+PICTURE = base64_of(Image.new("RGB", (16, 16), "grey"))
+
+
 def refusal(server, status, **body):
     answer = server.post("/api/jobs", body)
     assert answer.status_code == status, answer.text
@@ -108,6 +111,17 @@ def test_over_a_picture_and_inside_a_mask(server, sd, drawing):
     )
     assert soft.crop((0, 0, 64, 4)).tobytes() == drawing.crop((0, 0, 64, 4)).tobytes()       # out of the blur's reach
     assert not alike(soft.crop((0, 12, 64, 16)), drawing.crop((0, 12, 64, 16)), 0)           # within it
+
+
+def test_a_picture_is_continued_past_its_edges(server, sd, drawing):
+    job = server.drawn(prompt="p", image=base64_of(drawing), outpaint=[16, 0, 8, 24], seed=3)
+    picture = server.picture(job["images"][0])
+    assert alike(picture, plainsd.final(plainsd.outpaint(sd, "p", drawing, 16, 0, 8, 24, seed=3))[0])
+    assert picture.size == (88, 88) and picture.crop((16, 0, 80, 64)).tobytes() == drawing.tobytes()
+    told = server.get(f"/api/images/{job['images'][0]}").json()
+    assert told["settings"]["outpaint"] == [16, 0, 8, 24] and told["settings"]["strength"] == 1
+    soft = server.drawn(prompt="p", image=base64_of(drawing), outpaint=[16, 0, 8, 24], mask_blur=4, size=[44, 44])
+    assert server.picture(soft["images"][0]).size == (44, 44)
 
 
 def test_a_picture_is_scaled_to_the_size_that_is_asked_for(server, drawing):
@@ -295,6 +309,15 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
         ({"promt": "typo"}, 422, "promt", "not permitted"),
         ({"strength": 0.5}, 422, "strength", "without an image"),
         ({"mask": "AAAA"}, 422, "mask", "without an image"),
+        ({"outpaint": [8, 8, 8, 8]}, 422, "outpaint", "without an image"),
+        ({"image": PICTURE, "outpaint": [0, 0, 0, 0]}, 422, "outpaint", "adds nothing"),
+        ({"image": PICTURE, "outpaint": [-8, 0, 0, 0]}, 422, "outpaint", "greater than or equal to 0"),
+        ({"image": PICTURE, "outpaint": [8, 8]}, 422, "outpaint", "field required"),
+        ({"image": PICTURE, "outpaint": [8, 0, 0, 0], "mask": PICTURE}, 422, "outpaint", "do not go together"),
+        ({"image": PICTURE, "outpaint": [65536, 65536, 65536, 65536]}, 422, "outpaint", "131088x131088 is out of range"),
+        ({"handover": 0.5}, 422, "handover", "without a refiner"),
+        ({"refiner": "none"}, 404, "refiner", "unknown refiner 'none'"),
+        ({"embeddings": ["none"]}, 422, "embeddings", "start the server with --embeddings"),
         ({"image": "https://example.com/a.png"}, 422, "image", "is an address; send the picture itself"),
         ({"image": "file:///etc/passwd"}, 422, "image", "is an address"),
         ({"image": "!!!"}, 422, "image", "is not base64"),

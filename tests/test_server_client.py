@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from serving import Brake, alike, base64_of, lora_file, model_folder, open_service, served, until
+from serving import (
+    Brake, alike, base64_of, embedding_file, lora_file, model_folder, open_service, served, until,
+)  # fmt: skip
 
 import plainsd
 from plainsd.cli import main
@@ -21,9 +23,13 @@ TOKEN = "a-token-for-clients"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    model, loras = model_folder(tmp_path_factory.mktemp("models")), tmp_path_factory.mktemp("loras")
-    lora_file(model, loras / "paper.safetensors", 1)
-    with served(open_service([model], tmp_path_factory.mktemp("data"), loras=loras), TOKEN) as server:
+    folder = tmp_path_factory.mktemp("models")
+    models, adapters = [model_folder(folder), model_folder(folder, "other", 1)], tmp_path_factory.mktemp("adapters")
+    lora_file(models[0], adapters / "paper.safetensors", 1)
+    embedding_file(adapters / "fluffy-one.safetensors", 1)
+    embedding_file(adapters / "cat.safetensors", 2, "<cat>")
+    service = open_service(models, tmp_path_factory.mktemp("data"), loras=adapters, embeddings=adapters)
+    with served(service, TOKEN) as server:
         yield server
 
 
@@ -103,17 +109,22 @@ def generate(server, tmp_path, capsys, monkeypatch):
     ("x", "--count", 2, "--variation-seed", 9, "--variation-strength", 0.2, "--steps", 2),
     ("--prompts", "PROMPTS", "--count", 2, "--steps", 2, "--interval", 0.1, 20),
     ("compared", "--grid", "guidance=1,3", "--grid", "steps=1,2"),
+    ("a boat", "--image", "PHOTO", "--outpaint", 8, 0, 16, 24, "--steps", 3),
+    ("a fluffy-one", "--embedding", "WORD", "--steps", 3),
+    ("a boat", "--refiner", "other", "--handover", 0.5, "--steps", 4),
 ])  # fmt: skip
-def test_the_same_command_draws_the_same_there_as_here(generate, tmp_path, arguments):
+def test_the_same_command_draws_the_same_there_as_here(generate, server, tmp_path, arguments):
     Image.effect_noise((72, 64), 90).convert("RGB").save(tmp_path / "PHOTO.png")
     Image.new("L", (72, 64)).save(tmp_path / "MASK.png")
     with Image.open(tmp_path / "MASK.png") as mask:
         mask.paste(255, (16, 16, 48, 48))
         mask.save(tmp_path / "MASK.png")
     (tmp_path / "PROMPTS.txt").write_text("an owl\na fox\na robot\n")
-    files = {"PHOTO": tmp_path / "PHOTO.png", "MASK": tmp_path / "MASK.png", "PROMPTS": tmp_path / "PROMPTS.txt"}
+    embedding_file(tmp_path / "fluffy-one.safetensors", 1)
+    files = {"WORD": tmp_path / "fluffy-one.safetensors", "PHOTO": tmp_path / "PHOTO.png", "MASK": tmp_path / "MASK.png", "PROMPTS": tmp_path / "PROMPTS.txt"}
     arguments = [files.get(one, one) for one in arguments]
-    (code, there, err), (_, here, _) = generate(*arguments), generate(*arguments, here=True)
+    places = [server.service.models.known[one].source if one == "other" else one for one in arguments]
+    (code, there, err), (_, here, _) = generate(*arguments), generate(*places, here=True)
     assert code == 0, err
     assert [Path(path).name for path in there] == [Path(path).name for path in here] and there
     for one, other in zip(there, here, strict=True):
@@ -131,18 +142,35 @@ def test_a_lora_a_preview_and_from(generate, server, tmp_path, brake):
     assert alike(Image.open(again), Image.open(path), 0)
 
 
+def test_from_asks_for_the_same_words_refiner_and_margins(generate, tmp_path):
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "photo.png")
+    drawing = ("--image", tmp_path / "photo.png", "--outpaint", 8, 8, 0, 0)
+    flags = ("--embedding", "any/where.pt:<cat>", "--refiner", "other", "--handover", 0.6, "--steps", 4, *drawing)
+    code, (path,), err = generate("a <cat>", *flags)
+    assert code == 0 and "Embeddings: <cat>" in Image.open(path).info["parameters"], err
+    code, (again,), err = generate("--from", path, "--image", tmp_path / "photo.png")
+    assert alike(Image.open(again), Image.open(path), 0)
+    assert Image.open(again).info == Image.open(path).info
+    code, _, err = generate("--from", path)
+    assert code == 2 and "outpaint without an image" in err
+    code, (other,), err = generate("a boat", "--from", path, *drawing)
+    assert code == 0 and "Embeddings" not in Image.open(other).info["parameters"]
+
+
 def test_what_a_server_does_not_take_is_one_line(generate):
     for flags, says in (
         (["--device", "cpu"], "--device is not sent to a server"), (["--model", "none"], "unknown model 'none'"),
         (["--lora", "none.safetensors"], "unknown LoRA 'none'"), (["--image", "none.png"], "cannot read 'none.png'"),
-        (["--outpaint", 8, 8, 8, 8], "--outpaint is not sent"), (["--sampler", "eular"], "did you mean 'euler'"),
+        (["--outpaint", 8, 8, 8, 8], "outpaint without an image"), (["--refiner", "none"], "unknown refiner 'none'"),
+        (["--embedding", "none.pt"], "unknown embedding 'none'"), (["--handover", 0.5], "without a refiner"),
+        (["--vae", "x"], "--vae is not sent"), (["--sampler", "eular"], "did you mean 'euler'"),
     ):  # fmt: skip
         code, _, err = generate("p", *flags)
         assert code == 2 and says in err and err.count("\n") == 1, err
 
 
 def test_every_flag_is_sent_or_refused():
-    sent = {"prompts", "lora", "from_"} | JobRequest.model_fields.keys()
+    sent = {"prompts", "lora", "embedding", "from_"} | JobRequest.model_fields.keys()
     here = {"out", "preview", "server"}
     assert {field.name for field in fields(Generate)} - sent - here == set(NOT_SENT)
 

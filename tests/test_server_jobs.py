@@ -431,7 +431,7 @@ def test_loras_come_and_go_with_their_jobs(opened, folder, tmp_path):
                           loras=[(service.models.lora(name), strength) for name, strength in loras])  # fmt: skip
         assert alike(picture, plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3))[0]) and row.loras == loras
     assert not alike(pictures[0], pictures[1], 8) and alike(pictures[1], pictures[4])
-    told = settings_inside(service.store.path(rows[4]).read_bytes(), service.limits)
+    told = settings_inside(service.store.path(rows[4]).read_bytes(), service.limits, service.models)
     assert told["prompt"] == "a boat" and told["loras"] == [{"name": "paper", "strength": 0.8}]
     assert "<lora:paper:0.8>" in pictures[4].info["parameters"]
 

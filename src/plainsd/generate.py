@@ -281,11 +281,19 @@ def outpaint(
     if min(left, top, right, bottom) < 0 or not any((left, top, right, bottom)):
         sides = f"{left} {top} {right} {bottom}"
         raise UserError(f"outpaint {sides}: give pixels to add on each side, at least one above 0")
+    canvas, mask = continued(image, (left, top, right, bottom))
+    return inpaint(sd, prompt, canvas, mask, outpaint=(left, top, right, bottom), **choices)
+
+
+def continued(image: Image.Image, sides: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
+    """The picture with so many pixels more at its left, top, right and bottom, in the colours of its edges; and a mask
+    that is light there."""
+    left, top, right, bottom = sides
     pixels = np.pad(np.array(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge")
     canvas = Image.fromarray(pixels)
     mask = Image.new("L", canvas.size, "white")
     mask.paste("black", (left, top, left + image.width, top + image.height))
-    return inpaint(sd, prompt, canvas, mask, outpaint=(left, top, right, bottom), **choices)
+    return canvas, mask
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

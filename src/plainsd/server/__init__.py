@@ -7,7 +7,9 @@
     queue.py       the jobs that wait: fair, bounded, batching what agrees, nothing lost
     pictures.py    rows of the history, names of files
     restore.py     settings on their way back into a request
+    bases.py       what a request is drawn on
     models.py      models by name, loaded when wanted, least recently used out first
+    words.py       embeddings: words that prompts may use; folders.py: files by name
     worker.py      the one thread that draws
     uploads.py     pictures that come in: checked, masked, cropped, pasted back
     requests.py    from a request to a job, checked at the door by the very code that will draw

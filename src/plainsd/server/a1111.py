@@ -13,12 +13,14 @@ from starlette.concurrency import run_in_threadpool
 from plainsd.server.a1111_fields import (
     NONE_HERE, SCHEDULERS, Common, Image2Image, PNGInfo, Text2Image, known_options, model_of, prepared,
 )
+from plainsd.server.bases import Base
 from plainsd.server.jobs import CANCELLED, Job
 from plainsd.server.pictures import exact, tagged
 from plainsd.server.refusals import printable
-from plainsd.server.requests import Base, JobRequest, clean, job_request
+from plainsd.server.requests import JobRequest, clean, job_request
 from plainsd.server.service import Service, client_of, why_not
 from plainsd.server.uploads import decoded, opened
+from plainsd.server.words import Word, problem
 from plainsd.settings import ENTRY, SAMPLERS, SPACINGS, format_settings, parse_settings, unquote
 
 UNTOLD = ("init_images", "mask", "override_settings", "alwayson_scripts")         # of a request, in its answer
@@ -116,6 +118,14 @@ def routes(service: Service) -> APIRouter:
     def latent_upscale_modes() -> list:
         return [{"name": "Latent"}]
 
+    @router.get("/embeddings")
+    def embeddings() -> dict:
+        """Those that fit the model of the options, and those that do not."""
+        known, bare = service.models.words.known(), service.models[options["sd_model_checkpoint"]].bare
+        told = [(problem(bare, word) is None, word) for word in known]
+        return {"loaded": {word.text: word_told(word) for fits, word in told if fits},
+                "skipped": {word.text: word_told(word) for fits, word in told if not fits}}
+
     def nothing(request: Request) -> Any:
         """None are had here."""
         return NONE_HERE[request.url.path.rpartition("/")[2]]
@@ -125,8 +135,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/refresh-checkpoints")
     @router.post("/refresh-loras")
+    @router.post("/refresh-embeddings")
     def refresh() -> None:
-        """Models are named at the start; LoRAs are looked for anew each time."""
+        """Models are named at the start; LoRAs and embeddings are looked for anew each time."""
 
     return router
 
@@ -152,6 +163,12 @@ def answer(service: Service, body: Common, job: Job) -> dict:
     return {"images": images, "parameters": given, "info": json.dumps(info_of(job))}
 
 
+def word_told(word: Word) -> dict:
+    vectors = word.vectors()
+    return {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None,
+            "shape": max(one.shape[1] for one in vectors), "vectors": max(one.shape[0] for one in vectors)}
+
+
 def info_of(job: Job) -> dict:
     shown = [tagged(settings, job.loras) for settings in job.each]
     one = shown[0]
@@ -165,7 +182,8 @@ def info_of(job: Job) -> dict:
         "width": one.size[0], "height": one.size[1], "sampler_name": SAMPLERS[one.sampler], "cfg_scale": one.guidance,
         "steps": one.steps, "batch_size": len(job.each), "restore_faces": False, "sd_model_name": job.model,
         "sd_model_hash": None, "denoising_strength": one.strength,
-        "extra_generation_params": {"Schedule type": SPACINGS[one.spacing]},
+        "extra_generation_params": {"Schedule type": SPACINGS[one.spacing]} | (
+            {"Refiner": one.refiner, "Refiner switch at": one.handover} if one.refiner else {}),
         "index_of_first_image": 0, "infotexts": [format_settings(s) for s in shown], "styles": [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
         "clip_skip": one.clip_skip or 1, "is_using_inpainting_conditioning": False,

@@ -1,7 +1,7 @@
 """What clients of AUTOMATIC1111's web UI say, and what it means here: fields, names, pictures and masks.
 
 What a client leaves out takes the model's own defaults (there 512x512, 50 steps, Euler, scale 7). What would change the
-picture and is not had here (scripts, face restoration, tiling, styles, a refiner, ...) is refused, not passed over.
+picture and is not had here (scripts, face restoration, tiling, styles, ...) is refused, not passed over.
 """
 
 import secrets
@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.errors import unknown
 from plainsd.generate import check_size
+from plainsd.server.bases import Base
 from plainsd.server.refusals import Refused, shown
-from plainsd.server.requests import Base, Text
+from plainsd.server.requests import Text
 from plainsd.server.security import Limits
 from plainsd.server.uploads import alpha_of, box_around, check_pixels, filled, hole_of, picture, resized
 from plainsd.settings import SAMPLERS, SPACINGS
@@ -21,7 +22,7 @@ WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sd
 SCHEDULERS = {name: label for name, label in SPACINGS.items() if name != "distilled"}
 NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
     "sd-vae": [], "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
-    "prompt-styles": [], "script-info": [], "embeddings": {"loaded": {}, "skipped": {}},
+    "prompt-styles": [], "script-info": [],
     "scripts": {"txt2img": [], "img2img": []},
 }  # fmt: skip
 RESIZE = ("stretch", "crop", "fill")                     # resize_mode 0, 1, 2
@@ -29,7 +30,7 @@ OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
 HARMLESS = ("save", "samples", "grid", "return", "do_not", "show", "live_preview", "outdir")       # options about files
 NOTHING = (None, "", "None", "none", "Automatic", 0, False, [], {})
 NOT_HAD: dict[str, tuple] = {         # fields that would change the picture; those of their values that would not
-    "restore_faces": (), "tiling": (), "styles": (), "script_name": (), "refiner_checkpoint": (),
+    "restore_faces": (), "tiling": (), "styles": (), "script_name": (),
     "seed_resize_from_h": (-1,), "seed_resize_from_w": (-1,), "s_churn": (), "s_noise": (1,), "latent_mask": (),
     "initial_noise_multiplier": (1,),
 }  # fmt: skip
@@ -64,6 +65,8 @@ class Common(BaseModel):
     denoising_strength: float | None = None
     override_settings: dict[str, Any] | None = None
     alwayson_scripts: dict[str, Any] | None = None
+    refiner_checkpoint: Text | None = None
+    refiner_switch_at: float | None = None
     send_images: bool | None = True
 
     def wished(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +82,10 @@ class Common(BaseModel):
             "clip_skip": options.get("CLIP_stop_at_last_layers"),
             "eta": self.eta if sampler in WITH_ETA else None,
         }  # fmt: skip
+        if self.refiner_checkpoint not in NOTHING:
+            refiner = model_of(self.refiner_checkpoint)
+            if refiner != fields["model"]:               # there, too, a model does not refine itself
+                fields |= {"refiner": refiner, "handover": self.refiner_switch_at}
         if self.subseed_strength:
             varied = secrets.randbelow(2**32) if self.subseed in (None, -1) else self.subseed
             fields |= {"variation_strength": self.subseed_strength, "variation_seed": varied}

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from plainsd import __version__
 from plainsd.server import a1111, metrics, openai
 from plainsd.server.jobs import CANCELLED, DONE, FAILED
-from plainsd.server.models import Model
+from plainsd.server.models import Model, Models
 from plainsd.server.refusals import ERRORS, Refused, add_errors
 from plainsd.server.requests import CELLS, JobRequest, Text
 from plainsd.server.restore import picture_told, settings_inside
@@ -173,7 +173,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
     @app.post("/api/settings", tags=["pictures"])
     def settings(body: Upload) -> dict:
         """The settings inside a PNG file of plainsd or A1111, as POST /api/jobs takes them."""
-        return settings_inside(decoded(body.image, "image"), service.limits)
+        return settings_inside(decoded(body.image, "image"), service.limits, service.models)
 
 
 def sent(path: Path, kind: str) -> FileResponse:
@@ -207,7 +207,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     @app.get("/api/models", tags=["models"])
     def models() -> dict:
         return {
-            "models": [model_told(model) for model in service.models.known.values()],
+            "models": [model_told(model, service.models) for model in service.models.known.values()],
             "default": service.models.default,
         }
 
@@ -233,11 +233,12 @@ def add_page(app: FastAPI, service: Service) -> None:
         return PlainTextResponse(metrics.text(service), media_type=metrics.CONTENT_TYPE)
 
 
-def model_told(model: Model) -> dict:
+def model_told(model: Model, models: Models) -> dict:
     variant = model.bare.variant
     return {
         "name": model.name, "kind": variant.name, "resident": model.sd is not None, "bytes": model.bytes,
-        "ideas": model.ideas,
+        "ideas": model.ideas, "refiners": models.refiners(model),
+        "embeddings": [word.text for word in models.words.fitting(model.bare)],
         "inpainting_only": variant.unet.in_channels != variant.vae.latent_channels,
         "defaults": {"size": [variant.size, variant.size], "steps": variant.steps, "guidance": variant.guidance,
                      "sampler": variant.sampler, "spacing": variant.spacing},

@@ -37,6 +37,8 @@ class Serve:
     """a further name under which the server may be called, such as that of a proxy"""
     loras: Annotated[Path | None, flag("FOLDER")] = None
     """LoRA files, used by name"""
+    embeddings: Annotated[Path | None, flag("FOLDER")] = None
+    """embeddings (textual inversion), each a word for prompts"""
     batch: Annotated[int, flag("N")] = 4
     """pictures drawn at once"""
     memory: Annotated[float | None, flag("GB")] = None
@@ -83,7 +85,8 @@ class Serve:
         print("reading what the models are ...", file=sys.stderr)
         memory = None if self.memory is None else self.memory * 1e9
         service = Service.open(self.model, self.data, limits, batch=self.batch, device=self.device, dtype=self.dtype,
-                               memory=memory, loras=self.loras, fast=self.fast)  # fmt: skip
+                               memory=memory, loras=self.loras, fast=self.fast,
+                               embeddings=self.embeddings)  # fmt: skip
         app = create_app(
             service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
         )
@@ -98,8 +101,9 @@ class Serve:
             raise UserError(f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time")
         if not 0 <= self.port < 65536:
             raise UserError(f"port {self.port} is out of range; choose 1 to 65535, or 0 for any that is free")
-        if self.loras is not None and not self.loras.is_dir():
-            raise UserError(f"loras: there is no folder '{self.loras}'; make it, or leave --loras out")
+        for name in ("loras", "embeddings"):
+            if (folder := getattr(self, name)) is not None and not folder.is_dir():
+                raise UserError(f"{name}: there is no folder '{folder}'; make it, or leave --{name} out")
 
     def wanted_token(self) -> str | None:
         from plainsd.server.security import is_loopback

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 AHEAD = 4                             # jobs sent before the first of them has ended, so that the server can join them
 ROUGH = 8                             # times that a preview is enlarged
-NOT_SENT = ("vae", "lora_folder", "lora_partial", "embedding", "refiner", "handover", "outpaint", "device", "dtype",
-            "fast", "compile", "int8", "low_memory", "batch")  # fmt: skip
+NOT_SENT = ("vae", "lora_folder", "lora_partial", "device", "dtype", "fast", "compile", "int8", "low_memory", "batch")
+NOT_FIELDS = ("embeddings", "masked", "vae")         # of what a picture's text says, no fields of a job
+SUFFIXES = (".safetensors", ".pt", ".bin")           # of embeddings
 
 
 def run(command: Generate, prompts: list[str], choices: dict[str, Any]) -> None:
@@ -55,10 +56,11 @@ def check_sent(command: Generate, choices: dict[str, Any]) -> None:
         if getattr(command, name) != getattr(type(command), name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is not sent to a server; leave it out, or draw here without --server")
-    for name in ("refiner", "embeddings", "handover"):
-        if choices.get(name):
-            raise UserError(f"'{command.from_}' was made with {name} {choices[name]!r}, which a server does not take; "
-                            "draw here without --server")  # fmt: skip
+    if choices.get("vae"):
+        raise UserError(f"'{command.from_}' was made with the VAE {choices['vae']!r}, which a server does not take; draw "
+                        "here without --server")  # fmt: skip
+    if choices.get("masked") and command.mask is None:
+        raise UserError(f"'{command.from_}' was made with a mask; give picture and mask with --image and --mask")
 
 
 def jobs_of(command: Generate, prompts: list[str], choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -66,14 +68,18 @@ def jobs_of(command: Generate, prompts: list[str], choices: dict[str, Any]) -> I
     from plainsd.commands.grid import axis
     from plainsd.commands.loras import from_flag
 
-    shared = {name: value for name, value in choices.items() if name not in ("refiner", "embeddings")}
-    shared["model"] = command.model or choices.get("model")
+    shared = {name: value for name, value in choices.items() if name not in NOT_FIELDS}
+    for name in ("model", "refiner", "outpaint"):
+        shared[name] = getattr(command, name) or choices.get(name)
     for name, path in (("image", command.image), ("mask", command.mask)):
         if path is not None:
             shared[name] = base64.b64encode(content_of(path)).decode()
     loras = [from_flag(text) for text in command.lora]
     shared["loras"] = [{"name": path.stem if path.suffix == ".safetensors" else str(path),
                         "strength": 1.0 if strength is None else strength} for path, strength in loras]  # fmt: skip
+    texts = " ".join([*prompts, choices.get("negative", "")])
+    recorded = [word for word in choices.get("embeddings", ()) if word in texts]
+    shared["embeddings"] = [*dict.fromkeys([*map(embedding_of, command.embedding), *recorded])]
     axes = [axis(text) for text in command.grid]
     if axes:
         shared["grid"] = [{"name": one.name, "values": one.values} for one in axes]
@@ -84,6 +90,15 @@ def jobs_of(command: Generate, prompts: list[str], choices: dict[str, Any]) -> I
         count = len(list(group))
         yield shared | {"prompt": prompt, "count": count, counted: first}
         first += count
+
+
+def embedding_of(flag: str) -> str:
+    """`cat.pt:<cat>` -> the word, `cat.pt` -> the file's name: a server knows an embedding by either."""
+    path, colon, word = flag.rpartition(":")
+    if colon and word and not Path(flag).exists():
+        return word
+    path = Path(flag)
+    return path.stem if path.suffix in SUFFIXES else str(path)
 
 
 def content_of(path: Path) -> bytes:

@@ -4,9 +4,8 @@ import json
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from math import prod
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plainsd.checkpoint import choose_device, choose_dtype, load, read
+from plainsd.checkpoint import choose_device, choose_dtype, load, read, tokenizers
+from plainsd.choices import check_refiner
 from plainsd.contents import empty, parts
 from plainsd.errors import UserError, unknown
 from plainsd.generate import StableDiffusion, model_name
@@ -23,7 +23,10 @@ from plainsd.lora import add_lora, attached
 from plainsd.lora_files import located, open_lora
 from plainsd.previews import latent_rgb
 from plainsd.prompts import lora_tags
+from plainsd.server.folders import named_files
 from plainsd.server.refusals import Refused
+from plainsd.server.words import Word, Words, taught
+from plainsd.settings import Settings
 from plainsd.speed import faster
 
 Loras = Sequence[tuple[str, float]]
@@ -40,6 +43,7 @@ class Model:
     sd: StableDiffusion | None = None
     latent_rgb: Tensor | None = None  # for previews
     loras: tuple[tuple[str, float], ...] | None = None   # those on it
+    taught: tuple[tuple[Word, ...], StableDiffusion] | None = None       # words learned last, and the model with them
     ideas: list[str] = field(default_factory=list)       # prompts that it was trained for, where it says so
     used: float = field(default_factory=time.monotonic)
 
@@ -55,10 +59,11 @@ class Models:
         budget: float | None = None,
         loras: Path | None = None,
         fast: bool = False,
+        embeddings: Path | None = None,
     ):
         if fast and loras is not None:
             raise UserError("--fast packs the weights, and LoRAs need them plain; leave out --fast or --loras")
-        self.fast = fast
+        self.fast, self.words = fast, Words(embeddings)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.budget = budget_of(self.device) if budget is None else budget
@@ -74,10 +79,12 @@ class Models:
     def described(self, source: str | None) -> Model:
         """What a model is, without reading its weights."""
         path = find(source)
-        variant = read(path).variant
+        contents = read(path)
+        variant = contents.variant
         networks = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
         bare = StableDiffusion(
-            tokenizers=[], text_encoders=[net for name, net in networks.items() if name.startswith("text")],
+            tokenizers=tokenizers(contents, path) if self.words.folder else [],
+            text_encoders=[net for name, net in networks.items() if name.startswith("text")],
             unet=networks["unet"], vae=networks["vae"], schedule=variant.schedule.build(),
             prediction=variant.prediction,
             variant=variant, path=path,
@@ -92,15 +99,27 @@ class Models:
             raise Refused(404, str(unknown("model", name, self.known)), "model", name)
         return self.known[name]
 
-    def resident(self, name: str, loras: Loras = ()) -> Model:
+    def ready(self, name: str, loras: Loras, one: Settings) -> tuple[Model, StableDiffusion]:
+        """A model, and all that draws a picture of these settings: its networks with just these LoRAs, the words that
+        the prompts use, the refiner."""
+        model = self.resident(name, loras)
+        words = tuple(self.words.word(text) for text in one.embeddings)
+        if model.taught is None or model.taught[0] != words:
+            model.taught = words, taught(model.sd, words)
+        sd = model.taught[1]
+        if one.refiner is not None:
+            sd = replace(sd, refiner=self.resident(one.refiner, beside=model).sd)
+        return model, sd
+
+    def resident(self, name: str, loras: Loras = (), beside: Model | None = None) -> Model:
         """The model with its networks, and just these LoRAs on it. What is not loaded is; others make room for it, the
-        least recently used first."""
+        least recently used first, but not the one that is needed beside it."""
         if name not in self.known:
             raise UserError(f"model {name!r} is not served any more; start the server with --model for it")
         model = self.known[name]
         model.used = time.monotonic()
         if model.sd is None:
-            while self.bytes() + model.bytes > self.budget and (oldest := self.oldest()) is not None:
+            while self.bytes() + model.bytes > self.budget and (oldest := self.oldest(beside)) is not None:
                 self.drop(oldest)
             sd = load(model.source, device=self.device, dtype=self.dtype)
             projection = latent_rgb(sd)
@@ -112,7 +131,7 @@ class Models:
         if model.loras != tuple(loras):
             for lora in attached(model.sd):
                 lora.remove()
-            model.loras = None                           # neither the old nor the new, should one of these fail
+            model.loras = model.taught = None            # neither the old nor the new, should one of these fail
             for lora, strength in loras:
                 add_lora(model.sd, self.lora(lora), strength)
             model.loras = tuple(loras)
@@ -121,16 +140,8 @@ class Models:
     # --- LoRAs -------------------------------------------------------------------------------------------------------
 
     def loras(self) -> dict[str, Path]:
-        """Those in their folder, looked for anew each time, by the name that a `<lora:name:1>` tag has for them: the
-        file's, or its place below the folder where two files have one name. Safetensors only."""
-        if self.lora_folder is None:
-            return {}
-        paths = [path for path in sorted(self.lora_folder.rglob("*.safetensors")) if path.is_file()]
-        stems = Counter(path.stem for path in paths)
-        named = {}
-        for path in paths:
-            place = path.relative_to(self.lora_folder).with_suffix("").as_posix()
-            named[path.stem if stems[path.stem] == 1 else place] = path
+        """Those in their folder, looked for anew each time, by the name that a `<lora:name:1>` tag has for them."""
+        named = named_files(self.lora_folder)
         return {name: path for name, path in named.items() if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
 
     def lora(self, name: str) -> Path:
@@ -152,15 +163,42 @@ class Models:
             except UserError as error:                   # clients need not know where it lies
                 raise UserError(f"loras: {str(error).replace(str(path), name)}") from None
 
+    # --- refiners ----------------------------------------------------------------------------------------------------
+
+    def refined(self, model: Model, refiner: str | None) -> StableDiffusion:
+        """The model without weights, with its refiner, which is another of those served. Refused where it cannot be."""
+        if refiner is None:
+            return model.bare
+        if refiner not in self.known:
+            raise Refused(404, str(unknown("refiner", refiner, self.known)), "refiner", refiner)
+        if refiner == model.name:
+            raise UserError(f"refiner {refiner!r} is the model itself; choose another, or leave it out")
+        refined = replace(model.bare, refiner=self.known[refiner].bare)
+        try:
+            check_refiner(refined, Settings())
+        except UserError as error:
+            raise Refused(422, f"refiner: {error}", "refiner", refiner) from None
+        return refined
+
+    def refiners(self, model: Model) -> list[str]:
+        """Those of the others that can refine what it draws."""
+        return [name for name in self.known if self.can_refine(name, model)]
+
+    def can_refine(self, name: str, model: Model) -> bool:
+        try:
+            return bool(self.refined(model, name))
+        except (Refused, UserError):
+            return False
+
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def oldest(self) -> Model | None:
-        resident = [model for model in self.known.values() if model.sd is not None]
+    def oldest(self, but: Model | None = None) -> Model | None:
+        resident = [model for model in self.known.values() if model.sd is not None and model is not but]
         return min(resident, key=lambda model: model.used, default=None)
 
     def drop(self, model: Model) -> None:
         with self.lock:
-            model.sd = model.latent_rgb = model.loras = None
+            model.sd = model.latent_rgb = model.loras = model.taught = None
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
 

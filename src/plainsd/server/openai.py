@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
+from plainsd.server.bases import Base
 from plainsd.server.jobs import Job
 from plainsd.server.models import Model
 from plainsd.server.pictures import Picture, exact
 from plainsd.server.refusals import Refused
-from plainsd.server.requests import Base, JobRequest, Text, job_request
+from plainsd.server.requests import JobRequest, Text, job_request
 from plainsd.server.service import Service, client_of, now, why_not
 from plainsd.server.uploads import check_pixels, differing, opened, resized
 

@@ -1,23 +1,22 @@
 """From a request to a job. It is checked at the door by the functions that will draw, on a model without weights."""
 
-import hashlib
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 from typing import Annotated, Any
 
-from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from plainsd.errors import UserError, unknown
-from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
-from plainsd.server.jobs import Job, Sheet, Source
-from plainsd.server.models import Model, Models
+from plainsd.generate import StableDiffusion, enlarged_size, image_to_image, inpaint, text_to_image
+from plainsd.server.bases import Base, base_of
+from plainsd.server.jobs import Job, Sheet
+from plainsd.server.models import Models
 from plainsd.server.pictures import new_id, new_place
 from plainsd.server.refusals import Refused
 from plainsd.server.security import Limits
-from plainsd.server.uploads import Box, alpha_of, check_pixels, differing, hole_of, picture, png, resized, without_tags
+from plainsd.server.uploads import check_pixels, without_tags
 from plainsd.settings import FIELDS, Settings
 
 def clean(text: str) -> str:
@@ -28,6 +27,9 @@ def clean(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(clean)]
+
+
+Side = Annotated[int, Field(ge=0, le=65536)]
 
 
 class LoRA(BaseModel):
@@ -64,10 +66,18 @@ class JobRequest(BaseModel):
     seed: int | None = Field(None, description="of the first picture, the following have the next; none: a random one")
     count: int = Field(1, description="pictures")
     loras: list[LoRA] = Field([], max_length=32)
+    embeddings: list[Text] = Field(
+        [], max_length=32, description="words of GET /api/models that the prompts rely on; others are found by themselves"
+    )
+    refiner: Text | None = Field(None, description="another model, which draws the last part")
+    handover: float | None = Field(None, description="the share of the timesteps after which it does")
     image: Text | None = Field(None, description="a PNG, JPEG or WebP file in base64, to draw over")
     strength: float | None = Field(None, description="how far from the picture: the share of the steps that run")
     mask: Text | None = Field(
         None, description="a picture of the same size in base64; only its light part is drawn anew"
+    )
+    outpaint: tuple[Side, Side, Side, Side] | None = Field(
+        None, description="so many pixels are added to the picture at its left, top, right, bottom"
     )
     mask_blur: float = Field(0, ge=0, le=64, description="softness of the mask's edge, in pixels")
     hires: float | None = Field(None, description="a second pass on the picture enlarged so many times")
@@ -89,11 +99,11 @@ class JobRequest(BaseModel):
         """What is not left open of the settings that the tasks know."""
         names = ("size", "steps", "guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler",
                  "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed",
-                 "threshold", "cache")  # fmt: skip
+                 "threshold", "cache", "handover", "outpaint")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-NOT_IN_GRIDS = ("size", "interval", "model", "upscaler")
+NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint")
 CELLS = [name for _, name, _, _ in FIELDS if name in JobRequest.model_fields and name not in NOT_IN_GRIDS]
 CELLS += ["sampler", "spacing"]
 
@@ -108,54 +118,19 @@ def job_request(**fields: Any) -> JobRequest:
         raise Refused(422, f"{field}: {first['msg']}; see /docs for what it takes", field, first["input"]) from None
 
 
-@dataclass(frozen=True)
-class Base:
-    """Pictures to draw on, ready: see `Source`."""
-
-    image: Image.Image
-    hole: Image.Image | None = None
-    base: Image.Image | None = None
-    alpha: Image.Image | None = None
-    box: Box | None = None
-
-    def kept(self) -> tuple[Source, dict[str, bytes]]:
-        """The names under which they will lie among the inputs, and their files."""
-        files = {name: png(image) for name in ("image", "hole", "base", "alpha") if (image := getattr(self, name))}
-        names = {name: f"{hashlib.sha256(content).hexdigest()[:32]}.png" for name, content in files.items()}
-        return Source(**names, box=self.box), {names[name]: content for name, content in files.items()}
-
-
-def base_of(request: JobRequest, limits: Limits) -> Base | None:
-    """The pictures of a request, decoded, at the size at which they are drawn on."""
-    if request.image is None:
-        if request.mask is not None:
-            raise Refused(422, "mask without an image; send the picture that it belongs to", "mask")
-        return None
-    image = picture(request.image, "image", limits)
-    size = request.size or image.size
-    check_pixels(size, limits, "size" if request.size else "image")
-    if request.mask is None:
-        return Base(resized(image, size))
-    mask = picture(request.mask, "mask", limits, "black")
-    if mask.size != image.size:
-        raise differing(mask, image)
-    image, alpha = resized(image, size), alpha_of(mask.resize(size), request.mask_blur)
-    return Base(image, hole_of(alpha), image, alpha) if request.mask_blur else Base(image, alpha)
-
-
 def checked(
-    model: Model, request: JobRequest, base: Base | None, prompt: str, negative: str, **cell: Any
+    bare: StableDiffusion, request: JobRequest, base: Base | None, prompt: str, negative: str, **cell: Any
 ) -> list[Settings]:
     """The settings of each picture, nothing left open. UserError where the model cannot do it."""
     choices = request.choices() | cell
     if base is None:
         if "strength" in choices and "hires" not in choices:
             raise UserError(f"strength {choices['strength']} without an image; send one, or leave strength out")
-        return text_to_image(model.bare, prompt, negative, count=request.count, **choices).settings
+        return text_to_image(bare, prompt, negative, count=request.count, **choices).settings
     choices |= {"size": base.image.size, "count": request.count, "negative": negative}
     if base.hole is None:
-        return image_to_image(model.bare, prompt, base.image, choices.pop("strength", 0.75), **choices).settings
-    return inpaint(model.bare, prompt, base.image, base.hole, choices.pop("strength", 1.0), **choices).settings
+        return image_to_image(bare, prompt, base.image, choices.pop("strength", 0.75), **choices).settings
+    return inpaint(bare, prompt, base.image, base.hole, choices.pop("strength", 1.0), **choices).settings
 
 
 def cells(request: JobRequest) -> list[dict[str, Any]]:
@@ -209,11 +184,16 @@ def new_job(
         prompt, loras = without_tags(request.prompt)
         loras += [(lora.name, lora.strength) for lora in request.loras]
         models.check_loras(model, loras)
+        bare = models.refined(model, request.refiner)
+        if bare.refiner is None and request.handover is not None:
+            raise UserError(f"handover {request.handover} without a refiner; name one, or leave handover out")
+        words = models.words.used(bare, request.embeddings, prompt, request.negative)
         base = base or base_of(request, limits)
         each = [
-            one for cell in cells(request) for one in checked(model, request, base, prompt, request.negative, **cell)
-        ]
-        check_clip_skip(model, each)
+            replace(one, embeddings=tuple(word.text for word in words))
+            for cell in cells(request) for one in checked(bare, request, base, prompt, request.negative, **cell)
+        ]  # fmt: skip
+        check_clip_skip(bare, each)
     except UserError as error:
         raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask"})) from None
     check_work(each, limits)
@@ -225,8 +205,8 @@ def new_job(
     )  # fmt: skip
 
 
-def check_clip_skip(model: Model, each: list[Settings]) -> None:
-    layers = min(text.layers for text in model.bare.variant.text)
+def check_clip_skip(bare: StableDiffusion, each: list[Settings]) -> None:
+    layers = min(text.layers for one in (bare, bare.refiner) if one for text in one.variant.text)
     for one in each:
         if (one.clip_skip or 1) > layers:
             raise UserError(f"clip skip {one.clip_skip} is out of range; this model has {layers} layers")

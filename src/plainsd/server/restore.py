@@ -5,6 +5,7 @@ from typing import Any
 
 from plainsd.errors import UserError
 from plainsd.images import read_settings
+from plainsd.server.models import Models
 from plainsd.server.pictures import Picture, exact, tagged
 from plainsd.server.refusals import Refused
 from plainsd.server.requests import JobRequest
@@ -29,7 +30,7 @@ def picture_told(row: Picture) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def settings_inside(content: bytes, limits: Limits) -> dict:
+def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
     """The settings text of a PNG, as the fields of a request. What has no meaning here stands under `unused`."""
     opened(content, "image", limits)
     try:
@@ -39,7 +40,11 @@ def settings_inside(content: bytes, limits: Limits) -> dict:
     prompt, loras = without_tags(settings.prompt)
     settings = replace(settings, seed=exact(settings.seed))
     said = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name != "prompt"}
-    unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in TAKEN]
-    fields = {name: value for name, value in said.items() if name in TAKEN}
+    missing = {"refiner", "handover"} if settings.refiner not in models.known else set()
+    words = {word.text for word in models.words.known()}
+    missing |= {"embeddings"} if not words.issuperset(settings.embeddings) else set()
+    taken = TAKEN - missing
+    unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in taken]
+    fields = {name: value for name, value in said.items() if name in taken}
     return {"prompt": prompt, **fields, "loras": [{"name": name, "strength": strength} for name, strength in loras],
             "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)]}

@@ -12,12 +12,13 @@ from typing import Any
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from plainsd.server.bases import Base
 from plainsd.server.jobs import DONE, FAILED, QUEUED, Job
 from plainsd.server.models import Models
 from plainsd.server.pictures import Picture, exact
 from plainsd.server.queue import Queue
 from plainsd.server.refusals import Refused
-from plainsd.server.requests import Base, JobRequest, new_job
+from plainsd.server.requests import JobRequest, new_job
 from plainsd.server.security import Limits
 from plainsd.server.store import Store
 from plainsd.server.worker import Worker
@@ -40,10 +41,10 @@ class Service:
     def open(
         cls, sources: Sequence[str | None], data: Path, limits: Limits = Limits(), *, batch: int = 4,
         device: str = "auto", dtype: str = "auto", memory: float | None = None, loras: Path | None = None,
-        fast: bool = False,
+        fast: bool = False, embeddings: Path | None = None,
     ) -> "Service":  # fmt: skip
         """All of it, with nothing drawn yet. UserError where a model or the data folder cannot be used."""
-        models = Models(sources, device, dtype, memory, loras, fast)
+        models = Models(sources, device, dtype, memory, loras, fast, embeddings)
         store = Store(data)
         queue = Queue(store, limits.queue)
         return cls(models, store, queue, Worker(queue, models, store, limits, batch), limits)

@@ -10,7 +10,7 @@ from contextlib import closing
 from PIL import Image
 
 from plainsd.errors import UserError
-from plainsd.generate import Pictures, batch
+from plainsd.generate import Pictures, StableDiffusion, batch
 from plainsd.images import grid, preview
 from plainsd.samplers import Step
 from plainsd.server.jobs import FAILED, Job, Unit
@@ -64,9 +64,9 @@ class Worker(threading.Thread):
     def draw(self, units: list[Unit]) -> None:
         if units[0].is_sheet:
             return self.keep(units[0], self.sheet(units[0].job))
-        model = self.models.resident(units[0].job.model, units[0].job.loras)
+        model, sd = self.models.ready(units[0].job.model, units[0].job.loras, units[0].settings)
         began = time.monotonic()
-        pictures = self.sampled(model, units)
+        pictures = self.sampled(model, sd, units)
         if pictures is None:
             return
         for unit, image in zip(units, pictures.images, strict=True):
@@ -76,7 +76,7 @@ class Worker(threading.Thread):
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
-    def sampled(self, model: Model, units: list[Unit]) -> Pictures | None:
+    def sampled(self, model: Model, sd: StableDiffusion, units: list[Unit]) -> Pictures | None:
         """Runs the batch as long as anybody wants it."""
         source = units[0].job.source
         image, hole = (
@@ -84,7 +84,7 @@ class Worker(threading.Thread):
             if source
             else (None, None)
         )
-        events = batch(model.sd, [unit.settings for unit in units], image, hole)
+        events = batch(sd, [unit.settings for unit in units], image, hole)
         watch = Watch(self, model, units, events.steps)
         with closing(events):
             for event in events:

@@ -4,8 +4,9 @@ import { $, element } from "./api.js";
 import * as paint from "./paint.js";
 
 const NUMBERS = ["steps", "guidance", "count", "strength", "mask_blur", "hires", "variation_strength", "clip_skip", "eta",
-  "rescale", "perturbed", "threshold", "cache"];
-const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "upscaler", "variation_seed"];
+  "rescale", "perturbed", "threshold", "cache", "handover"];
+const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "upscaler", "variation_seed", "refiner"];
+const SIDES = ["left", "top", "right", "bottom"].map((side) => `outpaint-${side}`);
 const WITH_PICTURE = ["strength", "mask_blur"];
 const DRAFT = "plainsd.draft";
 let info;
@@ -58,7 +59,7 @@ function wire() {
 
 // What suits the model, in place of what suited the one before.
 function takeDefaults() {
-  const { defaults, ideas } = modelOf($("model").value);
+  const { defaults, ideas, refiners, embeddings } = modelOf($("model").value);
   const { size, steps, guidance, sampler } = defaults;
   $("idea").hidden = ideas.length === 0;
   [$("width").value, $("height").value] = size;
@@ -67,6 +68,21 @@ function takeDefaults() {
   set("guidance", guidance);
   const names = Object.entries(info.samplers).map(([name, label]) => [name, label]);
   $("sampler").replaceChildren(...options([["", `${info.samplers[sampler]} (default)`], ...names]));
+  $("refiner").replaceChildren(...options([["", "none"], ...refiners.map((name) => [name, name])]));
+  for (const name of ["refiner", "handover"]) $(name).closest(".field").hidden = refiners.length === 0;
+  $("embeddings").replaceChildren(...embeddings.map((word) => {
+    const button = element("button", { type: "button", className: "small", textContent: word, ariaLabel: `Write ${word} into the prompt` });
+    button.onclick = () => write(word);
+    return button;
+  }));
+  $("no-embeddings").hidden = embeddings.length > 0;
+}
+
+// A learned word, at the end of the prompt.
+function write(word) {
+  $("prompt").value = `${$("prompt").value.trimEnd()} ${word}`.trimStart();
+  $("prompt").dispatchEvent(new Event("input", { bubbles: true }));
+  $("prompt").focus();
 }
 
 function set(name, value) {
@@ -96,6 +112,8 @@ function draft() {
   const [low, high] = $("interval").value.split(",").map((part) => part.trim());
   if (low && high) fields.interval = [low, high];
   fields.size = [Number($("width").value), Number($("height").value)];
+  const sides = SIDES.map((id) => Number($(id).value));
+  if (sides.some(Boolean)) fields.outpaint = sides;
   const loras = [...$("loras").children].map((row) => ({
     name: row.querySelector("select").value, strength: Number(row.querySelector("input").value),
   }));
@@ -114,8 +132,11 @@ function grid() {
 export async function request() {
   const fields = draft();
   if (paint.hasPicture()) Object.assign(fields, await paint.pictures(...fields.size));
-  else if (!fields.hires) delete fields.strength;
-  if (!fields.mask) delete fields.mask_blur;
+  else delete fields.outpaint;
+  if (!fields.image && !fields.hires) delete fields.strength;
+  if (!fields.mask && !fields.outpaint) delete fields.mask_blur;
+  if (fields.outpaint) delete fields.size; // the picture's own, and what is added
+  if (!fields.refiner) delete fields.handover;
   const axes = grid();
   if (axes.length) {
     fields.grid = axes;
@@ -141,7 +162,9 @@ export function fill(settings, loras = []) {
     if (settings[name] === none) set(name, "");
   }
   $("interval").value = settings.interval?.join(", ") ?? "";
-  if (settings.size) [$("width").value, $("height").value] = settings.size;
+  const sides = settings.outpaint ?? ["", "", "", ""];
+  SIDES.forEach((id, i) => set(id, sides[i]));
+  if (settings.size) [$("width").value, $("height").value] = [settings.size[0] - sides[0] - sides[2], settings.size[1] - sides[1] - sides[3]];
   $("loras").replaceChildren();
   for (const { name, strength } of loras) addLora(name, strength);
   $("lora-section").open = loras.length > 0;
@@ -165,6 +188,7 @@ function restoreDraft() {
   try {
     const kept = JSON.parse(localStorage.getItem(DRAFT));
     if (kept) fill(kept, kept.loras);
+    if (kept) [$("width").value, $("height").value] = kept.size;
   } catch {
     localStorage.removeItem(DRAFT);
   }

@@ -43,7 +43,8 @@ const LABELS = {
   model: "Model", size: "Size", steps: "Steps", sampler: "Sampler", spacing: "Spacing", guidance: "Guidance", seed: "Seed",
   strength: "Strength", negative: "Without", clip_skip: "Clip skip", eta: "Eta", hires: "Enlarged", upscaler: "By",
   variation_seed: "Variation seed", variation_strength: "Variation", rescale: "Rescale", interval: "Guidance from, to",
-  perturbed: "Perturbed", threshold: "Threshold", cache: "Deep cache",
+  perturbed: "Perturbed", threshold: "Threshold", cache: "Deep cache", refiner: "Refiner", handover: "Refiner from", embeddings: "Embeddings",
+  outpaint: "Continued",
 };
 const PLAIN = { clip_skip: 1, upscaler: "latent", variation_strength: 0, rescale: 0, perturbed: 0, negative: "" };
 
@@ -54,7 +55,8 @@ function view(place) {
   $("viewer-image").src = picture.url;
   $("viewer-image").alt = settings.prompt;
   $("viewer-prompt").textContent = settings.prompt || "(no prompt)";
-  const rows = Object.entries(LABELS).filter(([name]) => settings[name] !== null && settings[name] !== PLAIN[name]);
+  const told = (value, plain) => value !== null && value !== plain && value?.length !== 0;
+  const rows = Object.entries(LABELS).filter(([name]) => told(settings[name], PLAIN[name]));
   const loras = picture.loras.map(({ name, strength }) => `${name} ${strength}`).join(", ");
   $("viewer-settings").replaceChildren(
     ...rows.flatMap(([name, label]) => pair(label, form.worded(name, settings[name]))),

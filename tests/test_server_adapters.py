@@ -1,0 +1,213 @@
+"""Embeddings and refiners on the server: by name only, checked before queueing, each job with its own."""
+
+import time
+from dataclasses import replace
+from io import BytesIO
+
+import pytest
+from conftest import TINY, TINY_REFINER, TINY_XL
+from PIL import Image
+from serving import alike, embedding_file, lora_file, model_folder, open_service, served
+from webuiapi import WebUIApi
+
+import plainsd
+from plainsd.images import read_settings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    (words := folder / "words" / "sub").mkdir(parents=True)
+    embedding_file(words / "fluffy-one.safetensors", 1)
+    embedding_file(words.parent / "cat.safetensors", 2, "<cat>")
+    embedding_file(words.parent / "wide.safetensors", 3, width=48)
+    embedding_file(words.parent / "a, b.safetensors", 4)
+    embedding_file(words.parent / "x.safetensors", 5)                # a letter, which the vocabulary has
+    (words / "broken.safetensors").write_bytes(b"no such thing")
+    (words / "pickle.pt").write_bytes(b"")
+    lora_file(model_folder(folder), words / "lora.safetensors", 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    models = [
+        model_folder(folder), model_folder(folder, "other", 1),
+        model_folder(folder, "base", 2, TINY_XL), model_folder(folder, "refiner", 3, TINY_REFINER),
+    ]  # fmt: skip
+    (loras := folder / "loras").mkdir()
+    lora_file(models[0], loras / "paper.safetensors", 1)
+    service = open_service(models, tmp_path_factory.mktemp("data"), loras=loras, embeddings=folder / "words")
+    with served(service) as server:
+        yield server
+
+
+def refused(server, **body):
+    answer = server.post("/api/jobs", {"prompt": "p"} | body)
+    error = answer.json()["error"]
+    assert "\n" not in error["message"]
+    return answer.status_code, error["field"], error["message"]
+
+
+def picture_of(server, **body):
+    job = server.drawn(**({"seed": 3, "steps": 3} | body))
+    return server.picture(job["images"][0]), server.get(f"/api/images/{job['images'][0]}").json()
+
+
+def picture_file(server, told):
+    return BytesIO(server.get(told["url"]).content)
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+def test_a_word_in_a_prompt_is_used_and_only_there(server, folder):
+    plain, told = picture_of(server, prompt="a drawing of a cat")
+    assert told["settings"]["embeddings"] == []
+    words = {"<cat>": "cat.safetensors", "fluffy-one": "sub/fluffy-one.safetensors"}
+    for prompt, negative, used in (
+        ("a drawing of <cat>", "", ["<cat>"]), ("a Fluffy-One", "blue", ["fluffy-one"]), ("a", "<cat>", ["<cat>"]),
+        ("a not-fluffy-ones thing", "", []), ("fluffy-one, <cat>", "", ["<cat>", "fluffy-one"]),
+    ):  # fmt: skip
+        picture, told = picture_of(server, prompt=prompt, negative=negative, guidance=4)
+        assert told["settings"]["embeddings"] == used == list(read_settings(picture_file(server, told)).embeddings)
+        sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32")
+        for word in used:
+            plainsd.add_embedding(sd, folder / "words" / words[word], word)
+        again = plainsd.text_to_image(sd, prompt, negative, seed=3, steps=3, guidance=4)
+        assert alike(picture, plainsd.final(again)[0])
+        untaught = plainsd.load(model_folder(folder), device="cpu", dtype="float32")
+        same = plainsd.final(plainsd.text_to_image(untaught, prompt, negative, seed=3, steps=3, guidance=4))[0]
+        assert alike(picture, same) == (not used)
+    assert alike(picture_of(server, prompt="a drawing of a cat")[0], plain, 0)       # the model has forgotten them
+
+
+def test_words_together_with_a_lora(server, folder):
+    picture, told = picture_of(server, prompt="<cat> <lora:paper:0.8>")
+    sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32",
+                      loras=[(folder / "loras" / "paper.safetensors", 0.8)])  # fmt: skip
+    plainsd.add_embedding(sd, folder / "words" / "cat.safetensors")
+    assert alike(picture, plainsd.final(plainsd.text_to_image(sd, "<cat>", seed=3, steps=3))[0])
+    assert told["settings"]["embeddings"] == ["<cat>"] and told["loras"] == [{"name": "paper", "strength": 0.8}]
+
+
+def test_what_the_history_tells_of_words_makes_the_picture_again(server):
+    picture, told = picture_of(server, prompt="two <cat>")
+    wanted = {name: value for name, value in told["settings"].items() if value is not None}
+    assert wanted["embeddings"] == ["<cat>"] and alike(picture_of(server, **wanted)[0], picture, 0)
+
+
+@pytest.mark.parametrize(("names", "says"), [
+    (["dog"], "unknown embedding 'dog'; choose from"), (["../cat"], "unknown embedding"), (["cta"], "unknown embedding"),
+    (["/etc/passwd"], "unknown embedding"), (["wide"], "vectors of 48 numbers"), (["pickle"], "unknown embedding"),
+    (["broken"], "unknown embedding"), (["lora"], "unknown embedding"), (["x"], "is a word of this model already"),
+    (["a, b"], "unknown embedding"),
+])  # fmt: skip
+def test_a_word_that_is_not_there_or_does_not_fit_is_refused(server, names, says):
+    answer = server.post("/api/jobs", {"prompt": "p", "embeddings": names})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["field"]) == (422, "embeddings") and says in error["message"]
+    assert str(server.service.models.words.folder) not in error["message"]
+    assert not server.get("/api/jobs").json()["active"]
+
+
+def test_words_are_told_for_each_model(server):
+    told = {model["name"]: model["embeddings"] for model in server.get("/api/models").json()["models"]}
+    assert told["tiny"] == told["other"] == ["<cat>", "fluffy-one"] and told["base"] == []
+    api = WebUIApi(port=int(server.url.rpartition(":")[2]))
+    listed = api.get_embeddings()
+    assert listed["loaded"].keys() == {"<cat>", "fluffy-one"} and listed["skipped"].keys() == {"wide", "x"}
+    assert listed["loaded"]["<cat>"] == {
+        "step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 32, "vectors": 2}
+    assert server.post("/sdapi/v1/refresh-embeddings").status_code == 200
+
+
+def test_a_file_that_comes_later_is_a_word_and_one_that_went_is_none(server, folder):
+    path = folder / "words" / "late.safetensors"
+    before, _ = picture_of(server, prompt="late light")
+    embedding_file(path, 7)
+    first, told = picture_of(server, prompt="late light")
+    assert told["settings"]["embeddings"] == ["late"] and not alike(first, before)
+    time.sleep(0.01)
+    embedding_file(path, 8)
+    second, _ = picture_of(server, prompt="late light")
+    assert not alike(second, first)
+    path.unlink()
+    assert alike(picture_of(server, prompt="late light")[0], before, 0)
+
+
+def test_without_a_folder_there_are_none(folder, tmp_path):
+    with served(open_service([model_folder(folder)], tmp_path)) as server:
+        assert "start the server with --embeddings FOLDER" in refused(server, embeddings=["<cat>"])[2]
+        assert picture_of(server, prompt="<cat>")[1]["settings"]["embeddings"] == []
+
+
+# --- refiners --------------------------------------------------------------------------------------------------------
+
+
+def refined(folder, prompt, model="base", refiner="refiner", **more):
+    sd, sd.refiner = (sd := plainsd.load(folder / model, device="cpu", dtype="float32")), plainsd.load(
+        folder / refiner, device="cpu", dtype="float32")
+    return plainsd.final(plainsd.text_to_image(sd, prompt, seed=3, **more))[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_refiner_draws_the_last_part(server, folder):
+    wanted = {"prompt": "a boat", "model": "base", "size": [32, 32], "steps": 4, "seed": 3}
+    plain, told = picture_of(server, **wanted)
+    assert told["settings"]["refiner"] is None
+    picture, told = picture_of(server, **wanted, refiner="refiner", handover=0.6)
+    assert (told["settings"]["refiner"], told["settings"]["handover"]) == ("refiner", 0.6)
+    assert "Refiner: refiner, Refiner switch at: 0.6" in told["parameters"]
+    assert alike(picture, refined(folder, "a boat", size=(32, 32), steps=4, handover=0.6))
+    assert not alike(picture, plain)
+    again = {name: value for name, value in told["settings"].items() if value is not None}
+    assert alike(picture_of(server, **again)[0], picture, 0)
+    assert picture_of(server, **wanted, refiner="refiner")[1]["settings"]["handover"] == 0.8
+    assert alike(picture_of(server, **wanted)[0], plain, 0)
+
+
+def test_a_model_with_a_lora_and_another_to_refine_it(server, folder):
+    picture, _ = picture_of(server, prompt="a boat <lora:paper:1>", refiner="other", handover=0.5, steps=4)
+    swapped, _ = picture_of(server, prompt="a boat", model="other", refiner="tiny", handover=0.5, steps=4)
+    assert alike(swapped, refined(folder, "a boat", "other", "tiny", steps=4, handover=0.5))       # no LoRA is left on it
+    assert not alike(picture, swapped)
+
+
+def test_refiners_are_told_and_refused(server):
+    told = {model["name"]: model["refiners"] for model in server.get("/api/models").json()["models"]}
+    assert told["base"] == ["tiny", "other", "refiner"] and "base" not in told["base"]
+    assert refused(server, refiner="refinr")[:2] == (404, "refiner")
+    assert refused(server, refiner="../refiner")[:2] == (404, "refiner")
+    assert refused(server, refiner="tiny") == (
+        422, "refiner", "refiner 'tiny' is the model itself; choose another, or leave it out")
+    assert refused(server, handover=0.5)[:2] == (422, "handover")
+    assert refused(server, refiner="other", handover=2)[:2] == (422, "handover")
+    grid = [{"name": "handover", "values": [0.2, 0.8]}]
+    assert len(server.drawn(prompt="p", refiner="other", grid=grid, steps=3)["images"]) == 3
+    assert refused(server, grid=[{"name": "refiner", "values": ["other"]}])[:2] == (422, "grid")
+
+
+def test_a_refiner_through_a1111(server, folder):
+    asked = {"prompt": "a boat", "seed": 3, "steps": 4, "width": 64, "height": 64, "refiner_checkpoint": "other [0a1b]",
+             "refiner_switch_at": 0.5}  # fmt: skip
+    api = WebUIApi(port=int(server.url.rpartition(":")[2]))
+    answer = api.post_and_get_api_result(f"{api.baseurl}/txt2img", asked, False)
+    assert alike(answer.image, refined(folder, "a boat", "tiny", "other", steps=4, handover=0.5))
+    assert answer.info["extra_generation_params"]["Refiner"] == "other"
+    same = server.post("/sdapi/v1/txt2img", asked | {"refiner_checkpoint": "tiny"})
+    assert same.status_code == 200 and "Refiner" not in same.json()["info"]
+    assert server.post("/sdapi/v1/txt2img", asked | {"refiner_checkpoint": "none such"}).status_code == 404
+    assert server.post("/sdapi/v1/txt2img", asked | {"refiner_switch_at": 3}).status_code == 422
+
+
+def test_latents_that_differ_are_refused_and_memory_holds_two_at_a_time(folder, tmp_path):
+    strange = replace(TINY, vae=replace(TINY.vae, scaling_factor=0.5))
+    models = [model_folder(folder), model_folder(folder, "other", 1), model_folder(folder, "strange", 1, strange)]
+    with served(open_service(models, tmp_path, memory=0)) as server:
+        assert "their latents differ" in refused(server, refiner="strange")[2]
+        assert picture_of(server, prompt="p", refiner="other")[0].size == (64, 64)
+        known = server.service.models.known
+        assert known["tiny"].sd and known["other"].sd
+        assert isinstance(picture_of(server, prompt="p", model="strange")[0], Image.Image)
+        assert not known["tiny"].sd and not known["other"].sd
