@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from browser import Page, chromium, needed  # noqa: F401
 from PIL import Image
-from serving import Brake, lora_file, model_folder, open_service, png_bytes, served, until
+from serving import Brake, embedding_file, lora_file, model_folder, open_service, png_bytes, served, until
 
 import plainsd
 from plainsd.images import write_png
@@ -26,7 +26,11 @@ def server(tmp_path_factory):
     loras = tmp_path_factory.mktemp("loras")
     for seed, name in enumerate(("ink", "paper")):
         lora_file(models[0], loras / f"{name}.safetensors", seed)
-    with served(open_service(models, tmp_path_factory.mktemp("data"), Limits(steps=120), loras=loras)) as server:
+    words = tmp_path_factory.mktemp("words")
+    embedding_file(words / "fluffy-one.safetensors", 1)
+    embedding_file(words / "cat.safetensors", 2, "<b>cat</b>")
+    data = tmp_path_factory.mktemp("data")
+    with served(open_service(models, data, Limits(steps=120), loras=loras, embeddings=words)) as server:
         yield server
 
 
@@ -308,6 +312,68 @@ def test_loras_are_added_and_come_back_with_their_picture(page):
     row = page.find(".lora")
     assert [row.find_element("css selector", tag).get_attribute("value") for tag in ("select", "input")] == [
         "paper", "0.7"]  # fmt: skip
+
+
+def test_an_embedding_is_written_into_the_prompt_and_shown_with_its_picture(page):
+    page.find("#embedding-section summary").click()
+    assert [button.text for button in page.all("#embeddings button")] == ["<b>cat</b>", "fluffy-one"]     # as text
+    page.set("prompt", "a boat")
+    page.all("#embeddings button")[1].click()
+    assert page.value("prompt") == "a boat fluffy-one"
+    job = page.drawn()
+    assert page.settings(job)["embeddings"] == ["fluffy-one"]
+    page.find(".card .whole").click()
+    assert "fluffy-one" in page.find("#viewer-settings").text
+    page.find("#use").click()
+    again = page.drawn()
+    assert page.server.picture(again["images"][0]).tobytes() == page.server.picture(job["images"][0]).tobytes()
+
+
+def test_a_refiner_is_chosen_and_comes_back_with_its_picture(page):
+    page.js("document.getElementById('more-section').open = true")
+    page.set("handover", 0.5)                                    # of no effect by itself
+    assert page.settings(page.drawn())["refiner"] is None
+    page.set("refiner", "other")
+    page.set("handover", 7)
+    page.draw()
+    page.until("document.querySelector('[data-field=handover] .error')")
+    page.set("handover", 0.5)
+    settings = page.settings(page.drawn())
+    assert (settings["refiner"], settings["handover"]) == ("other", 0.5)
+    page.set("model", "other")
+    assert page.value("refiner") == "" and page.js("return document.getElementById('refiner').options[1].value") == "tiny"
+    page.find(".card .whole").click()
+    assert "Refiner" in page.find("#viewer-settings").text
+    page.find("#use").click()
+    assert (page.value("model"), page.value("refiner"), page.value("handover")) == ("tiny", "other", "0.5")
+
+
+def test_a_picture_is_continued_past_its_edges(page):
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    page.set("outpaint-left", 8)                                 # of no effect without a picture
+    assert page.settings(page.drawn())["size"] == [64, 64]
+    page.drop("#drop", "noise.png", png_bytes(image))
+    page.until("!document.getElementById('canvas-tools').hidden")
+    for side, pixels in (("left", 8), ("top", 0), ("right", 24), ("bottom", 16)):
+        page.set(f"outpaint-{side}", pixels)
+    page.set("prompt", "further")
+    job = page.drawn()
+    picture, settings = page.server.picture(job["images"][0]), page.settings(job)
+    assert picture.size == (96, 80) and settings["outpaint"] == [8, 0, 24, 16]
+    assert picture.crop((8, 0, 72, 64)).tobytes() == image.tobytes()
+    page.find(".card .whole").click()
+    page.find("#use").click()
+    sides = [page.value(f"outpaint-{side}") for side in ("left", "top", "right", "bottom")]
+    assert (sides, page.value("width"), page.value("height")) == (["8", "0", "24", "16"], "64", "64")
+    again = page.drawn()
+    assert page.server.picture(again["images"][0]).tobytes() == picture.tobytes()
+    page.load()
+    assert (page.value("outpaint-right"), page.value("width")) == ("24", "64")
+    page.drop("#drop", "noise.png", png_bytes(image))
+    page.until("!document.getElementById('canvas-tools').hidden")
+    page.set("outpaint-left", -8)
+    page.draw()
+    page.until("document.querySelector('[data-field=outpaint] .error')")
 
 
 def test_light_dark_and_a_phone(page):
