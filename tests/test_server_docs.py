@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 from PIL import Image
-from serving import model_folder, open_service, served, until
+from serving import embedding_file, model_folder, open_service, served, until
 
 from plainsd.server.command import Serve
 from plainsd.server.security import Limits
@@ -30,8 +30,10 @@ def blocks(kind):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with served(open_service([model_folder(tmp_path_factory.mktemp("models"), "emoji")],
-                             tmp_path_factory.mktemp("data"))) as server:  # fmt: skip
+    folder, words = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("words")
+    models = [model_folder(folder, name, seed) for seed, name in enumerate(("emoji", "sdxl-base", "sdxl-refiner"))]
+    embedding_file(words / "ink.safetensors", 1, "<ink>")
+    with served(open_service(models, tmp_path_factory.mktemp("data"), embeddings=words)) as server:
         yield server
 
 
@@ -70,7 +72,7 @@ def test_shell_examples(server, tmp_path, code):
 
 @pytest.mark.parametrize("code", blocks("sh serve"))
 def test_commands_that_serve(code):
-    name, command, *flags = shlex.split(code)
+    name, command, *flags = shlex.split(code.replace("\\\n", " "))
     assert (name, command) == ("plainsd", "serve")
     assert tyro.cli(Serve, args=flags) != Serve()
 
