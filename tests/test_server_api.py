@@ -270,6 +270,12 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
         "spacing": "karras", "seed": 77, "loras": [{"name": "paper", "strength": 0.6}],
         "unused": ["Refiner: xl", "Refiner switch at: 0.8", "Face restoration: CodeFormer"],
     }  # fmt: skip
+    strange = "a boat\nSteps: 12, Sampler: Restart, Hires upscale: 2, Hires upscaler: 4x-UltraSharp, Model: v1-5-pruned"
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", strange)
+    answer = server.post("/api/settings", {"image": base64.b64encode(png_bytes(drawing, pnginfo=info)).decode()}).json()
+    assert answer.pop("unused") == ["Model: v1-5-pruned", "Hires upscaler: 4x-ultrasharp", "Sampler: Restart"]
+    assert server.drawn(**answer, size=[32, 32])["state"] == "done"          # all of the others are what a job takes
     none = server.post("/api/settings", {"image": base64_of(drawing)})
     assert none.status_code == 422 and "carries no settings" in none.json()["error"]["message"]
 
@@ -302,6 +308,8 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
         ({"prompt": "p" * 501}, 422, "prompt", "501 characters; at most 500"),
         ({"negative": "p" * 501}, 422, "negative", "501 characters"),
         ({"prompt": "nul \0"}, 422, "prompt", "control characters"),
+        ({"prompt": "a (b:1000000000)"}, 422, "prompt", "prompt: the weight 1e+09 of 'b' is out of bounds"),
+        ({"negative": "[a:(b:99999):0.5]"}, 422, "negative", "the weight 99999 of 'b' is out of bounds"),
         ({"prompt": "half \ud800"}, 422, "prompt", "broken Unicode"),
         ({"prompt": "<lora:x>"}, 422, "loras", "start the server with --loras"),
         ({"prompt": "<lora:x:y>"}, 422, None, "is not a LoRA with one strength"),

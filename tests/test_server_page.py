@@ -10,6 +10,7 @@ from serving import Brake, embedding_file, lora_file, model_folder, open_service
 
 import plainsd
 from plainsd.images import write_png
+from plainsd.server.requests import JobRequest
 from plainsd.server.security import Limits
 
 pytestmark = needed
@@ -275,6 +276,19 @@ def test_an_error_stands_beside_its_field(page):
     page.draw()
     page.until("document.querySelector('[data-field=rescale] .error')")
     assert page.js("return document.getElementById('more-section').open")
+
+
+def test_every_field_has_its_place_for_errors(page):
+    placed = set(page.js("return [...document.querySelectorAll('[data-field]')].map((one) => one.dataset.field)"))
+    assert placed == JobRequest.model_fields.keys()
+    page.drop("#drop", "grey.png", png_bytes(Image.new("RGB", (64, 64), "grey")))
+    page.until("!document.getElementById('canvas-tools').hidden")
+    page.find("#mask").send_keys(" ")
+    page.find("#erase").click()
+    page.find("#mask").send_keys(" ")                            # painted, and nothing is left of it
+    page.draw()
+    page.until("document.querySelector('[data-field=mask] .error')")
+    assert "the mask is dark everywhere" in page.find("[data-field=mask] .error").text
 
 
 def test_an_x_y_grid(page):

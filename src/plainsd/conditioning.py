@@ -107,7 +107,8 @@ def _framed(tokenizer: Tokenizer, chunk: Chunk, positions: int) -> Chunk:
     return [(tokenizer.start, 1.0), *chunk, (tokenizer.end, 1.0), *padding]
 
 
-def _pieces(prompt: str | Sequence[Weighted]) -> Sequence[Weighted]:
+def weighted(prompt: str | Sequence[Weighted]) -> Sequence[Weighted]:
+    """A prompt's pieces. UserError for a weight that nobody means."""
     pieces = parse(prompt) if isinstance(prompt, str) else prompt
     for piece in pieces:
         if not abs(piece.weight) < 1e4:          # infinite weights and nan included
@@ -126,7 +127,7 @@ def encode_prompts(sd: StableDiffusion, prompts: Sequence[str | Sequence[Weighte
     SDXL is told the sizes (width, height) of the picture and of the original it was cut from, and the crop
     (left, top), in pixels; its refiner an aesthetic `score` (1 to 10) in place of the picture's size.
     """
-    context, pooled = _encode(sd, [_pieces(prompt) for prompt in prompts], clip_skip)
+    context, pooled = _encode(sd, [weighted(prompt) for prompt in prompts], clip_skip)
     return Conditioning(context, _vector(sd, pooled, size, original, crop, score))
 
 
@@ -239,7 +240,7 @@ def plan(sd: StableDiffusion, prompt: str, negative: str, steps: int, *, clip_sk
     negatives = _by_step(negative, steps, first_pass)
     wanted = list(dict.fromkeys(text for _, texts in parts for text in texts))
     unwanted = list(dict.fromkeys(negatives))
-    context, pooled = _encode(sd, [_pieces(text) for text in [*wanted, *unwanted]], clip_skip)
+    context, pooled = _encode(sd, [weighted(text) for text in [*wanted, *unwanted]], clip_skip)
     if sd.unet.config.vector is not None and _is_base(sd, pooled) and "" in unwanted:
         context[len(wanted) + unwanted.index("")] = 0
         pooled[len(wanted) + unwanted.index("")] = 0
@@ -286,7 +287,7 @@ def _chunk_lines(sd: StableDiffusion, text: str) -> list[str]:
     views = []
     for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
         room = encoder.config.positions - 2
-        chunks = cut(tokenizer, _pieces(text), room)
+        chunks = cut(tokenizer, weighted(text), room)
         lines = []
         for number, chunk in enumerate(chunks, 1):
             lines.append(f"chunk {number} of {len(chunks)}: {len(chunk)} of {room} tokens")

@@ -19,7 +19,7 @@ from plainsd.contents import empty, parts
 from plainsd.errors import UserError, unknown
 from plainsd.generate import StableDiffusion, model_name
 from plainsd.hub import find
-from plainsd.lora import add_lora, attached
+from plainsd.lora import add_lora, attached, check_strengths
 from plainsd.lora_files import located, open_lora
 from plainsd.previews import latent_rgb
 from plainsd.prompts import lora_tags
@@ -156,7 +156,11 @@ class Models:
 
     def check_loras(self, model: Model, wanted: Loras) -> None:
         """UserError where one is not there, or was made for another kind of model."""
-        for name, _ in wanted:
+        for name, strength in wanted:
+            try:
+                check_strengths(strength)
+            except UserError as error:
+                raise UserError(f"loras: {error}") from None
             path = self.lora(name)
             try:
                 located(open_lora(path), model.bare, partial=False)

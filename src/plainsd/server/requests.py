@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from plainsd.conditioning import weighted
 from plainsd.errors import UserError, unknown
 from plainsd.generate import StableDiffusion, enlarged_size, image_to_image, inpaint, text_to_image
+from plainsd.prompts import compose, schedule
 from plainsd.server.bases import Base, base_of
 from plainsd.server.jobs import Job, Sheet
 from plainsd.server.models import Models
@@ -194,9 +196,10 @@ def new_job(
             for cell in cells(request) for one in checked(bare, request, base, prompt, request.negative, **cell)
         ]  # fmt: skip
         check_clip_skip(bare, each)
+        check_work(each, limits)
+        check_prompts(each)
     except UserError as error:
         raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask"})) from None
-    check_work(each, limits)
     source, inputs = base.kept() if base else (None, {})
     id, created = new_id(), time.time()
     return Job(
@@ -210,6 +213,17 @@ def check_clip_skip(bare: StableDiffusion, each: list[Settings]) -> None:
     for one in each:
         if (one.clip_skip or 1) > layers:
             raise UserError(f"clip skip {one.clip_skip} is out of range; this model has {layers} layers")
+
+
+def check_prompts(each: list[Settings]) -> None:
+    """Every text that the prompts become on the way, by the functions that will read them."""
+    for prompt, negative, steps in dict.fromkeys((one.prompt, one.negative, one.steps) for one in each):
+        for name, whole, parts in (("prompt", prompt, compose(prompt)), ("negative", negative, [(negative, 1.0)])):
+            try:
+                for text in {text for part, _ in parts for _, text in schedule(part, steps)}:
+                    weighted(text)
+            except UserError as error:
+                raise Refused(422, f"{name}: {error}", name, whole) from None
 
 
 def sheet_of(request: JobRequest) -> Sheet | None:

@@ -11,7 +11,7 @@ from plainsd.server.refusals import Refused
 from plainsd.server.requests import JobRequest
 from plainsd.server.security import Limits
 from plainsd.server.uploads import Named, opened, without_tags
-from plainsd.settings import DEFAULTS, FIELDS, format_settings
+from plainsd.settings import DEFAULTS, FIELDS, SAMPLERS, UPSCALERS, Settings, format_settings
 
 TAKEN = JobRequest.model_fields.keys()            # what stands in a file beside these has no effect here
 
@@ -40,11 +40,20 @@ def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
     prompt, loras = without_tags(settings.prompt)
     settings = replace(settings, seed=exact(settings.seed))
     said = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name != "prompt"}
-    missing = {"refiner", "handover"} if settings.refiner not in models.known else set()
-    words = {word.text for word in models.words.known()}
-    missing |= {"embeddings"} if not words.issuperset(settings.embeddings) else set()
-    taken = TAKEN - missing
+    taken = TAKEN - missing_here(settings, models)
     unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in taken]
+    unused += [("Sampler", settings.sampler)] if settings.sampler and "sampler" not in taken else []
     fields = {name: value for name, value in said.items() if name in taken}
     return {"prompt": prompt, **fields, "loras": [{"name": name, "strength": strength} for name, strength in loras],
             "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)]}
+
+
+def missing_here(settings: Settings, models: Models) -> set[str]:
+    """The fields that name what this server does not have."""
+    words = {word.text for word in models.words.known()}
+    had = {
+        "model": settings.model in models.known, "sampler": settings.sampler in SAMPLERS,
+        "upscaler": settings.upscaler in UPSCALERS, "refiner": settings.refiner in models.known,
+        "handover": settings.refiner in models.known, "embeddings": words.issuperset(settings.embeddings),
+    }  # fmt: skip
+    return {name for name, is_had in had.items() if not is_had}

@@ -50,7 +50,10 @@ class Words:
     def known(self) -> list[Word]:
         found: dict[str, Word] = {}
         for name, path in named_files(self.folder).items():
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except OSError:           # gone meanwhile
+                continue
             if stat.st_size <= LARGEST and (held := content_of(path, stat.st_mtime_ns)) is not None:
                 text = held[0] or path.stem
                 if text.strip() == text != "" and text.isprintable() and "," not in text:        # a comma parts them

@@ -206,7 +206,7 @@ export function clearErrors() {
 export function showError(error) {
   clearErrors();
   const place = error.field && document.querySelector(`[data-field="${CSS.escape(error.field)}"]`);
-  if (!place) {
+  if (!place || place.closest("[hidden]")) {
     $("form-error").textContent = error.message;
     return;
   }
