@@ -1,5 +1,6 @@
 """Embeddings and refiners on the server: by name only, checked before queueing, each job with its own."""
 
+import threading
 import time
 from dataclasses import replace
 from io import BytesIO
@@ -7,7 +8,7 @@ from io import BytesIO
 import pytest
 from conftest import TINY, TINY_REFINER, TINY_XL
 from PIL import Image
-from serving import alike, embedding_file, lora_file, model_folder, open_service, served
+from serving import Brake, alike, embedding_file, lora_file, model_folder, open_service, served, until
 from webuiapi import WebUIApi
 
 import plainsd
@@ -98,7 +99,7 @@ def test_what_the_history_tells_of_words_makes_the_picture_again(server):
 
 
 @pytest.mark.parametrize(("names", "says"), [
-    (["dog"], "unknown embedding 'dog'; choose from"), (["../cat"], "unknown embedding"), (["cta"], "unknown embedding"),
+    (["dog"], "unknown embedding 'dog'; choose from"), (["../cat"], "unknown embedding"),
     (["/etc/passwd"], "unknown embedding"), (["wide"], "vectors of 48 numbers"), (["pickle"], "unknown embedding"),
     (["broken"], "unknown embedding"), (["lora"], "unknown embedding"), (["x"], "is a word of this model already"),
     (["a, b"], "unknown embedding"),
@@ -170,8 +171,29 @@ def test_a_refiner_draws_the_last_part(server, folder):
 def test_a_model_with_a_lora_and_another_to_refine_it(server, folder):
     picture, _ = picture_of(server, prompt="a boat <lora:paper:1>", refiner="other", handover=0.5, steps=4)
     swapped, _ = picture_of(server, prompt="a boat", model="other", refiner="tiny", handover=0.5, steps=4)
-    assert alike(swapped, refined(folder, "a boat", "other", "tiny", steps=4, handover=0.5))       # no LoRA is left on it
+    assert alike(swapped, refined(folder, "a boat", "other", "tiny", steps=4, handover=0.5))    # no LoRA is left
     assert not alike(picture, swapped)
+
+
+def test_words_and_refiners_in_one_batch_and_after_a_restart(folder, tmp_path, monkeypatch):
+    models = [model_folder(folder), model_folder(folder, "other", 1)]
+    wanted = [dict(prompt=prompt, seed=seed, steps=4, refiner="other", handover=0.5, guidance=4)
+              for seed, prompt in enumerate(("a <cat>", "two <cat>", "a boat", "<cat>"))]  # fmt: skip
+    brake = Brake(monkeypatch)
+    with served(open_service(models, tmp_path / "one", embeddings=folder / "words")) as server:
+        blocker = server.job(prompt="first")
+        brake.wait()
+        jobs = [server.job(**fields)["id"] for fields in wanted]
+        brake.step(2)
+        threading.Thread(target=lambda: (until(lambda: server.service.queue.stopping), brake.off())).start()
+    with served(open_service(models, tmp_path / "one", embeddings=folder / "words")) as server:
+        together = [server.wait(id) for id in (blocker["id"], *jobs)]
+        assert [job["state"] for job in together] == ["done"] * 5
+        assert server.service.worker.batches == {1: 2, 3: 1}             # the three with the word are one batch
+        pictures = [server.picture(job["images"][0]) for job in together[1:]]
+    with served(open_service(models, tmp_path / "two", embeddings=folder / "words")) as server:
+        for fields, picture in zip(wanted, pictures, strict=True):
+            assert alike(picture_of(server, **fields)[0], picture)
 
 
 def test_refiners_are_told_and_refused(server):

@@ -322,7 +322,7 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
         ({"image": PICTURE, "outpaint": [-8, 0, 0, 0]}, 422, "outpaint", "greater than or equal to 0"),
         ({"image": PICTURE, "outpaint": [8, 8]}, 422, "outpaint", "field required"),
         ({"image": PICTURE, "outpaint": [8, 0, 0, 0], "mask": PICTURE}, 422, "outpaint", "do not go together"),
-        ({"image": PICTURE, "outpaint": [65536, 65536, 65536, 65536]}, 422, "outpaint", "131088x131088 is out of range"),
+        ({"image": PICTURE, "outpaint": [65536, 65536, 65536, 65536]}, 422, "outpaint", "131088x131088 is out of"),
         ({"handover": 0.5}, 422, "handover", "without a refiner"),
         ({"refiner": "none"}, 404, "refiner", "unknown refiner 'none'"),
         ({"embeddings": ["none"]}, 422, "embeddings", "start the server with --embeddings"),

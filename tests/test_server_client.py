@@ -121,7 +121,9 @@ def test_the_same_command_draws_the_same_there_as_here(generate, server, tmp_pat
         mask.save(tmp_path / "MASK.png")
     (tmp_path / "PROMPTS.txt").write_text("an owl\na fox\na robot\n")
     embedding_file(tmp_path / "fluffy-one.safetensors", 1)
-    files = {"WORD": tmp_path / "fluffy-one.safetensors", "PHOTO": tmp_path / "PHOTO.png", "MASK": tmp_path / "MASK.png", "PROMPTS": tmp_path / "PROMPTS.txt"}
+    files = {"WORD": tmp_path / "fluffy-one.safetensors",
+             "PHOTO": tmp_path / "PHOTO.png", "MASK": tmp_path / "MASK.png",
+             "PROMPTS": tmp_path / "PROMPTS.txt"}  # fmt: skip
     arguments = [files.get(one, one) for one in arguments]
     places = [server.service.models.known[one].source if one == "other" else one for one in arguments]
     (code, there, err), (_, here, _) = generate(*arguments), generate(*places, here=True)

@@ -355,7 +355,8 @@ def test_a_refiner_is_chosen_and_comes_back_with_its_picture(page):
     settings = page.settings(page.drawn())
     assert (settings["refiner"], settings["handover"]) == ("other", 0.5)
     page.set("model", "other")
-    assert page.value("refiner") == "" and page.js("return document.getElementById('refiner').options[1].value") == "tiny"
+    assert page.value("refiner") == ""
+    assert page.js("return document.getElementById('refiner').options[1].value") == "tiny"
     page.find(".card .whole").click()
     assert "Refiner" in page.find("#viewer-settings").text
     page.find("#use").click()

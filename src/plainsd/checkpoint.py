@@ -108,7 +108,8 @@ def load(
 def save(
     sd: StableDiffusion, path: str | Path, layout: str = "diffusers", dtype: str | torch.dtype | None = None
 ) -> None:
-    """Writes a model, and its projection for previews, as a diffusers folder or a single file. `dtype`: what it shall hold; None: the networks' own."""
+    """Writes a model as a diffusers folder or a single file, with its projection for previews. `dtype`: what it shall
+    hold; None: the networks' own."""
     networks = [sd.unet, sd.vae, *sd.text_encoders]
     variant = replace(sd.variant, unet=sd.unet.config, vae=sd.vae.config, prediction=sd.prediction,
                       text=tuple(encoder.config for encoder in sd.text_encoders))

@@ -57,8 +57,8 @@ def check_sent(command: Generate, choices: dict[str, Any]) -> None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is not sent to a server; leave it out, or draw here without --server")
     if choices.get("vae"):
-        raise UserError(f"'{command.from_}' was made with the VAE {choices['vae']!r}, which a server does not take; draw "
-                        "here without --server")  # fmt: skip
+        raise UserError(f"'{command.from_}' was made with the VAE {choices['vae']!r}, which a server does not take; "
+                        "draw here without --server")  # fmt: skip
     if choices.get("masked") and command.mask is None:
         raise UserError(f"'{command.from_}' was made with a mask; give picture and mask with --image and --mask")
 

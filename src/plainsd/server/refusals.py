@@ -14,8 +14,8 @@ from plainsd.errors import UserError
 
 FIELDS = (                            # a message that begins with one of these is about that field
     "prompt", "negative", "size", "steps", "guidance", "sampler", "spacing", "seed", "clip skip", "eta", "strength",
-    "variation seed", "variation strength", "hires", "upscaler", "rescale", "interval", "perturbed", "threshold", "cache",
-    "model", "count", "image", "mask", "loras", "grid", "refiner", "handover", "embeddings", "outpaint",
+    "variation seed", "variation strength", "hires", "upscaler", "rescale", "interval", "perturbed", "threshold",
+    "cache", "model", "count", "image", "mask", "loras", "grid", "refiner", "handover", "embeddings", "outpaint",
 )  # fmt: skip
 ABOUT = re.compile(rf"(?:unknown |the )?({'|'.join(sorted(FIELDS, key=len, reverse=True))})\b")
 LONGEST = 1000                        # characters of a message

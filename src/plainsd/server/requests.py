@@ -69,7 +69,7 @@ class JobRequest(BaseModel):
     count: int = Field(1, description="pictures")
     loras: list[LoRA] = Field([], max_length=32)
     embeddings: list[Text] = Field(
-        [], max_length=32, description="words of GET /api/models that the prompts rely on; others are found by themselves"
+        [], max_length=32, description="words of GET /api/models that the prompts rely on; others are found anyway"
     )
     refiner: Text | None = Field(None, description="another model, which draws the last part")
     handover: float | None = Field(None, description="the share of the timesteps after which it does")
