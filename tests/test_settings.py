@@ -49,6 +49,9 @@ floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
         cache=st.none() | st.integers(1, 100),
         clip_skip=st.integers(1, 12),
         handover=st.none() | floats,
+        vae=st.none() | st.sampled_from(["sharp", "xl, vae: 1.safetensors"]),
+        masked=st.booleans(),
+        outpaint=st.none() | st.tuples(*[st.integers(0, 4096)] * 4),
         refiner=st.none() | st.sampled_from(["refiner", "xl, refiner: 1.0"]),
         embeddings=st.lists(st.sampled_from(["kitty", "<cat>", 'a "b"', "Größe: 猫"])).map(tuple),
         model=st.none() | st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1),
@@ -75,6 +78,16 @@ def test_a_text_by_a1111_itself():
 def test_a_schedule_of_a1111_that_we_lack_is_kept_apart():
     read = parse_settings("x\nSteps: 30, Sampler: Euler, Schedule type: Beta, Seed: 1")
     assert (read.sampler, read.spacing, read.other) == ("euler", None, (("Schedule type", "Beta"),))
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "hires"),
+    [("1024x1536", "512x768", 2.0), ("768x0", "512x768", 1.5), ("0x0", "512x768", None), ("1024x1024", "512x768", None),
+     ("big", "512x768", None), ("1024x1024", "0x0", None)],
+)  # fmt: skip
+def test_a1111s_size_of_the_second_pass(resize, size, hires):
+    read = parse_settings(f"x\nSteps: 30, Sampler: Euler, Size: {size}, Hires resize: {resize}, Seed: 1")
+    assert read.hires == hires and read.other == (() if hires else (("Hires resize", resize),))
 
 
 @pytest.mark.parametrize("text", ["", "a red apple", "two\nlines: of, text", "\n\n"])

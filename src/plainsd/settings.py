@@ -38,6 +38,9 @@ class Settings:
     upscaler: str = "latent"                       # how it is enlarged: "latent" or "lanczos"
     handover: float | None = None                  # share of the timesteps after which the refiner draws
     refiner: str | None = None                     # its name, for the text, as for `model`
+    vae: str | None = None                         # likewise, where it is not the model's own
+    masked: bool = False                           # inpainting: a mask came with the picture, for the text
+    outpaint: tuple[int, int, int, int] | None = None      # pixels added at left, top, right, bottom, for the text
     rescale: float = 0.0                           # Lin et al. 2023 (arXiv:2305.08891), 0 to 1
     interval: tuple[float, float] | None = None    # sigmas between which guidance acts (arXiv:2404.07724)
     perturbed: float = 0.0                         # scale of perturbed-attention guidance (arXiv:2403.17377)
@@ -106,6 +109,11 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def _sides(text: str) -> tuple[int, ...]:
+    left, top, right, bottom = text.split()
+    return int(left), int(top), int(right), int(bottom)
+
+
 # A1111's key, our field, text -> value, value -> text; in the order in which they are written
 FIELDS = (
     ("Steps", "steps", int, str),
@@ -113,7 +121,10 @@ FIELDS = (
     ("Seed", "seed", int, str),
     ("Size", "size", _size, lambda size: f"{size[0]}x{size[1]}"),
     ("Model", "model", str, str),
+    ("VAE", "vae", str, str),
     ("Denoising strength", "strength", float, number),
+    ("Mask", "masked", lambda text: text == "given", lambda masked: "given"),
+    ("Outpaint", "outpaint", _sides, lambda sides: " ".join(map(str, sides))),
     ("Clip skip", "clip_skip", int, str),
     ("Eta", "eta", float, number),
     ("Variation seed", "variation_seed", int, str),
@@ -180,12 +191,24 @@ def _sampler(said: dict[str, str]) -> dict[str, str | None]:
     return {"sampler": {text: ours for ours, text in SAMPLERS.items()}.get(name, name), "spacing": spacing}
 
 
+def _hires(said: dict[str, str]) -> None:
+    """A1111's "Hires resize: 1024x1024", one side perhaps 0, as the times that the picture is enlarged."""
+    try:
+        ratios = {to / side for to, side in zip(_size(said["Hires resize"]), _size(said["Size"]), strict=True) if to}
+    except (KeyError, ValueError, ZeroDivisionError):
+        return
+    if len(ratios) == 1:                           # another shape stays among what has no meaning here
+        said["Hires upscale"] = number(ratios.pop())
+        del said["Hires resize"]
+
+
 def parse_settings(text: str) -> Settings:
     """A1111's text -> Settings; what has no meaning here is kept in `other`. UserError where this is no such text."""
     *lines, last = text.rstrip("\n").split("\n")
     said = {key: unquote(value.strip()) for key, value in ENTRY.findall(last)}
     if len(said) < 3:                              # A1111's own rule: fewer, and the line belongs to the prompt
         raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: 20, Sampler: ...'")
+    _hires(said)
     negative = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
     found = {
         "prompt": "\n".join(lines[:negative]),

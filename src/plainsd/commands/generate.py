@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from plainsd.commands.again import ELSEWHERE, check_recorded, noted, recorded, say_unused
 from plainsd.commands.grid import axis, grid_cells, sheet
 from plainsd.commands.loras import chosen, learned, tags_of, without_tags
 from plainsd.commands.output import Preview, Target, check_writable
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from plainsd.generate import Pictures, StableDiffusion
 
-ELSEWHERE = ("model", "refiner", "embeddings")       # settings that a picture's text names, and flags give
 Batch = tuple[list[str], dict]        # prompts, and the choices that all of them share
 
 
@@ -153,6 +153,7 @@ class Generate:
 
     def run(self) -> None:
         prompts, choices = self.wanted()
+        besides = [key for key, _ in choices.pop("other", ())]
         share = share_of_torchrun()
         if not share.alone and (self.server or self.grid):
             raise UserError(f"{'--server' if self.server else '--grid'} is for one process; leave torchrun out")
@@ -161,6 +162,7 @@ class Generate:
         if self.server:
             from plainsd.server import errand
 
+            say_unused(besides)
             return errand.run(self, prompts, choices)
         prompts, tags = without_tags(prompts)
         target = Target(self.out)                # says at once where nothing can be written
@@ -186,7 +188,8 @@ class Generate:
         device = choose_device(share.device(self.device))
         sd = fitted(partial(self.loaded, device, loras), device, self.low_memory)
         words = [add_embedding(sd, file, word or None) for file, word in files]
-        self.check_recorded(sd, prompts, words, choices)
+        check_recorded(self, sd, prompts, words, choices)
+        say_unused(besides)
         if self.int8:
             from plainsd.approximate import int8
 
@@ -203,7 +206,7 @@ class Generate:
             images += pictures.images
             if not axes:
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
-                    say(str(target.write(image, noted(settings, tags_of(loras), words))))
+                    say(str(target.write(image, noted(settings, tags_of(loras), words, self.vae))))
         if axes:
             say(str(target.write(sheet(images, axes), None)))
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
@@ -225,16 +228,11 @@ class Generate:
     # --- what is wanted ---------------------------------------------------------------------------------------------
 
     def wanted(self) -> tuple[list[str], dict]:
-        """The prompts, and every other choice: those of --from under those of the flags."""
+        """The prompts, and every other choice: those of --from under those of the flags. `other`: no choice of ours."""
         choices: dict = {}
         prompts = [self.prompt] if self.prompt else []
         if self.from_:
-            from plainsd.images import read_settings
-
-            old = read_settings(self.from_)
-            if old.other:
-                print(f"no effect here: {', '.join(key for key, _ in old.other)}", file=sys.stderr)
-            choices = {k: v for k, v in asdict(replace(old, other=())).items() if v != DEFAULTS[k]}
+            choices = recorded(self.from_)
             prompts = prompts or [choices.pop("prompt", "")]
             choices.pop("prompt", None)
         if self.prompts:
@@ -245,16 +243,23 @@ class Generate:
         given = {name: value for name, value in asdict(self).items() if name in choosable and value is not None}
         if self.count < 1 or self.batch < 1:
             raise UserError(f"count {self.count} and batch {self.batch} must be 1 or more")
+        if self.outpaint:
+            choices.pop("size", None)                            # of another canvas
+        if self.mask:
+            choices.pop("outpaint", None)
+        if choices.pop("masked", False) and not (self.mask or self.outpaint):
+            raise UserError(f"'{self.from_}' was made with a mask; give picture and mask with --image and --mask")
         choices |= given
         Settings(**choices).check()
         return [prompt for prompt in prompts for _ in range(self.count)], choices
 
     def task(self, choices: dict) -> Callable:
         """(sd, prompts, **choices) -> events."""
-        if (self.mask or self.outpaint) and not self.image:
-            raise UserError(f"{'--mask' if self.mask else '--outpaint'} needs the picture; give it with --image")
         if self.mask and self.outpaint:
             raise UserError("--mask and --outpaint do not go together; choose one of them")
+        sides = choices.pop("outpaint", None)                    # of --from, too
+        if (self.mask or sides) and not self.image:
+            raise UserError(f"{'--mask' if self.mask else 'outpainting'} needs the picture; give it with --image")
         if not self.image:
             if choices.get("strength") is not None and not choices.get("hires"):
                 raise UserError(f"strength {choices['strength']} means a picture was drawn over; give it with --image")
@@ -266,35 +271,15 @@ class Generate:
         if self.mask:
             mask = open_picture(self.mask, background="black")
             return lambda sd, prompts, **more: generate().inpaint(sd, prompts, image, mask, **more)
-        if self.outpaint:
-            return lambda sd, prompts, **more: generate().outpaint(sd, prompts, image, *self.outpaint, **more)
+        if sides:
+            return lambda sd, prompts, **more: generate().outpaint(sd, prompts, image, *sides, **more)
         return lambda sd, prompts, **more: generate().image_to_image(sd, prompts, image, **more)
-
-    def check_recorded(self, sd: StableDiffusion, prompts: list[str], words: list[str], choices: dict) -> None:
-        """What --from was made with, and its text only names, must be given. Takes the names out of the choices."""
-        from plainsd.choices import model_name
-
-        model, refiner, learned = (choices.pop(name, None) for name in ELSEWHERE)
-        made = f"'{self.from_}' was made with the"
-        if model not in (None, model_name(sd)) and self.model is None:
-            raise UserError(f"{made} model {model!r}, and this is {model_name(sd)!r}; say where that is with --model")
-        if refiner and self.refiner is None:
-            raise UserError(f"{made} refiner {refiner!r}; say where that is with --refiner")
-        texts = " ".join([*prompts, choices.get("negative", "")])
-        if missing := [word for word in learned or () if word in texts and word not in words]:
-            raise UserError(f"{made} embedding {missing[0]!r}; give it with --embedding FILE:{missing[0]}")
 
 
 def generate():
     from plainsd import generate as module
 
     return module
-
-
-def noted(settings: Settings, tags: str, words: list[str]) -> Settings:
-    """With the adapters that came by flags."""
-    used = tuple(word for word in words if word in settings.prompt or word in settings.negative)
-    return replace(settings, prompt=settings.prompt + tags, embeddings=used)
 
 
 def read_prompts(path: Path) -> list[str]:

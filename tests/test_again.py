@@ -1,0 +1,216 @@
+"""`plainsd generate --from`: every kind of picture is made again, whoever wrote its text, or one line says what lacks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_sd
+from PIL import Image, PngImagePlugin
+
+import plainsd
+from plainsd.checkpoint import save_vae
+from plainsd.cli import main
+from plainsd.images import read_settings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    plainsd.save(tiny_sd(), path)
+    return str(path)
+
+
+@pytest.fixture
+def generate(model, tmp_path, capsys):
+    """`plainsd generate` of the tiny model into tmp_path/out: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        common = ["--model", model, "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "out")]
+        code = main(["generate", *common, *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def made(generate):
+    """The one picture that comes out."""
+
+    def run(*arguments) -> Path:
+        code, out, err = generate(*arguments)
+        assert code == 0, err
+        return Path(out.strip())
+
+    return run
+
+
+@pytest.fixture
+def refused(generate):
+    """The one line on stderr."""
+
+    def run(*arguments) -> str:
+        code, out, err = generate(*arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def mask(tmp_path) -> Path:
+    light = Image.new("L", (52, 40))
+    light.paste(255, (8, 8, 24, 24))
+    light.save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def same(a: Path, b: Path) -> bool:
+    return read_settings(a) == read_settings(b) and np.abs(pixels(a) - pixels(b)).max() <= 1
+
+
+# --- our own texts ---------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "plain": [],
+    "negative": ["--negative", "blurred, (bad:1.2)"],
+    "sampler and spacing": ["--sampler", "dpmpp_2m_sde", "--spacing", "karras"],
+    "spacing alone": ["--sampler", "euler_a", "--spacing", "trailing"],
+    "eta": ["--eta", "0.4"],
+    "hires": ["--hires", "1.5", "--strength", "0.5"],
+    "hires lanczos": ["--hires", "1.5", "--upscaler", "lanczos"],
+    "variation": ["--variation-seed", "9", "--variation-strength", "0.3"],
+    "clip skip": ["--clip-skip", "2"],
+    "rescale": ["--rescale", "0.7"],
+    "interval": ["--interval", "1", "2"],
+    "perturbed": ["--perturbed", "3"],
+    "threshold": ["--threshold", "0.9"],
+    "cache": ["--cache", "2"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_text_alone(made, kind):
+    first = made("a (red:1.2) apple [on:under:0.5] a table", "--steps", 4, "--seed", 3, *KINDS[kind])
+    assert same(made("--from", first), first)
+    if kind != "plain":
+        plain = made("a (red:1.2) apple [on:under:0.5] a table", "--steps", 4, "--seed", 3)
+        assert pixels(plain).shape != pixels(first).shape or np.abs(pixels(plain) - pixels(first)).max() > 1
+
+
+def test_a_picture_drawn_over(made, refused, photo):
+    first = made("x", "--steps", 4, "--image", photo, "--strength", 0.6)
+    assert same(made("--from", first, "--image", photo), first)
+    assert "means a picture was drawn over; give it with --image" in refused("--from", first)
+
+
+def test_a_masked_picture(made, refused, photo, mask):
+    first = made("x", "--steps", 4, "--image", photo, "--mask", mask)
+    assert read_settings(first).masked
+    assert same(made("--from", first, "--image", photo, "--mask", mask), first)
+    for arguments in ([], ["--image", photo]):
+        assert "was made with a mask; give picture and mask with --image and --mask" in refused(
+            "--from", first, *arguments)
+
+
+def test_a_picture_continued_past_its_edges(made, refused, photo, mask):
+    first = made("x", "--steps", 4, "--image", photo, "--outpaint", 4, 0, 8, 0)
+    assert read_settings(first).outpaint == (4, 0, 8, 0) and not read_settings(first).masked
+    assert same(made("--from", first, "--image", photo), first)
+    assert "outpainting needs the picture; give it with --image" in refused("--from", first)
+    other = made("--from", first, "--image", photo, "--outpaint", 0, 16, 0, 0)
+    assert pixels(other).shape == (56, 52, 3) and read_settings(other).outpaint == (0, 16, 0, 0)
+    assert (pixels(other)[16:] == pixels(photo)).all()
+    masked = read_settings(made("--from", first, "--image", photo, "--mask", mask))
+    assert masked.masked and masked.outpaint is None
+
+
+def test_another_vae_is_named_and_asked_for(made, refused, tmp_path):
+    other = tiny_sd(seed=1)
+    save_vae(other.vae, tmp_path / "sharp", other.variant)
+    first = made("x", "--steps", 2, "--vae", tmp_path / "sharp")
+    assert read_settings(first).vae == "sharp"
+    assert np.abs(pixels(made("x", "--steps", 2)) - pixels(first)).max() > 5
+    assert same(made("--from", first, "--vae", tmp_path / "sharp"), first)
+    assert "was made with the VAE 'sharp'; say where that is with --vae" in refused("--from", first)
+    assert "nowhere" in refused("--from", first, "--vae", tmp_path / "nowhere")
+
+
+# --- A1111's texts ---------------------------------------------------------------------------------------------------
+
+A1111 = (
+    "a (red:1.2) apple, [on|under] a table\nNegative prompt: blurred, ((bad))\nSteps: 4, Sampler: {sampler}, "
+    "CFG scale: 7, Seed: 1234, Size: 64x64, Model hash: 6ce0161689, Model: v1-5-pruned, {more}Version: v1.10.1"
+)
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A picture with a text of A1111."""
+
+    def write(sampler: str = "Euler a", more: str = "", prompt: str = "") -> Path:
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", prompt + A1111.format(sampler=sampler, more=more))
+        Image.new("RGB", (64, 64)).save(tmp_path / "theirs.png", pnginfo=info)
+        return tmp_path / "theirs.png"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("sampler", "more", "ours"),
+    [
+        ("DPM++ 2M Karras", "", ("dpmpp_2m", "karras")),
+        ("DPM++ 2M", "Schedule type: Karras, ", ("dpmpp_2m", "karras")),
+        ("DPM++ SDE", "Schedule type: Exponential, Clip skip: 2, ", ("dpmpp_sde", "exponential")),
+        ("Euler a", "Schedule type: Automatic, ENSD: 31337, ", ("euler_a", "linspace")),
+        ("DDIM", "Eta: 0.5, ", ("ddim", "leading")),
+        ("UniPC", "Schedule type: SGM Uniform, ", ("unipc", "trailing")),
+    ],
+)
+def test_a_picture_of_a1111(generate, theirs, sampler, more, ours):
+    code, out, err = generate("--from", theirs(sampler, more))
+    assert code == 0 and "no effect here: Model hash" in err
+    settings = read_settings(out.strip())
+    assert (settings.sampler, settings.spacing) == ours
+    assert (settings.seed, settings.steps, settings.guidance, settings.size) == (1234, 4, 7.0, (64, 64))
+    assert settings.clip_skip == (2 if "Clip skip" in more else 1)
+    assert settings.negative == "blurred, ((bad))" and settings.prompt == "a (red:1.2) apple, [on|under] a table"
+
+
+@pytest.mark.parametrize("how", ["Hires upscale: 1.5", "Hires resize: 96x96", "Hires resize: 96x0"])
+def test_a1111s_second_pass(made, theirs, how):
+    second = made("--from", theirs(more=f"Denoising strength: 0.5, {how}, Hires steps: 4, Hires upscaler: Latent, "))
+    settings = read_settings(second)
+    assert pixels(second).shape == (96, 96, 3) and (settings.hires, settings.strength) == (1.5, 0.5)
+
+
+def test_what_a1111_has_and_we_have_not(made, refused, theirs):
+    assert "unknown sampler 'Restart'" in refused("--from", theirs("Restart"))
+    assert read_settings(made("--from", theirs("Restart"), "--sampler", "euler")).sampler == "euler"
+    hires = theirs(more="Denoising strength: 0.5, Hires upscale: 2, Hires upscaler: R-ESRGAN 4x+, ")
+    assert "unknown upscaler 'r-esrgan 4x+'" in refused("--from", hires)
+    assert read_settings(made("--from", hires, "--upscaler", "lanczos")).upscaler == "lanczos"
+    vae = theirs(more="VAE hash: 735e4c3a44, VAE: vae-ft-mse-840000-ema-pruned.safetensors, ")
+    assert "was made with the VAE 'vae-ft-mse-840000-ema-pruned.safetensors'" in refused("--from", vae)
+    refined = theirs(more="Refiner: sd_xl_refiner_1.0 [7440042bbd], Refiner switch at: 0.8, ")
+    assert "was made with the refiner 'sd_xl_refiner_1.0 [7440042bbd]'" in refused("--from", refined)
+
+
+def test_loras_of_a1111s_prompts(refused, theirs, tmp_path):
+    (tmp_path / "loras").mkdir()
+    tagged = theirs(prompt="<lora:style:0.8> ", more='Lora hashes: "style: 1a2b3c", ')
+    assert "names the LoRA 'style'; give it with --lora FILE or --lora-folder FOLDER" in refused("--from", tagged)
+    assert "style" in refused("--from", tagged, "--lora-folder", tmp_path / "loras")
+    assert "hypernetworks are not supported" in refused("--from", theirs(prompt="<hypernet:anime:1> "))
+    assert "with one strength" in refused("--from", theirs(prompt="<lora:style:0.8:0.5> "))
