@@ -143,6 +143,26 @@ def test_rows_go_through_the_unet_a_few_at_a_time(rows, calls, monkeypatch):
 # --- what is free, and what is done about it -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("more", [{"guidance": 3.0}, {"guidance": 1.0}, {"hires": 2.0, "upscaler": "lanczos"}])
+def test_one_row_at_a_time_the_batch_makes_no_difference_in_bfloat16(more, monkeypatch):
+    """No network is given more than one row, so none can round it in another way than alone: equal bit for bit."""
+    sd, given = tiny_sd().to(dtype=torch.bfloat16), []
+    for kind in (type(sd.unet), type(sd.vae.encoder), type(sd.vae.decoder)):
+        plain = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, x, *rest, plain=plain, **others: (
+            given.append(len(x)) or plain(self, x, *rest, **others)))
+    choices = {"steps": 2, "size": 32} | more
+    final(text_to_image(sd, "a pear", count=3, **choices))
+    assert max(given) > 1
+    given.clear()
+    sd.saving = memory.Saving(rows=1)
+    together = final(text_to_image(sd, "a pear", count=3, **choices))
+    assert set(given) == {1}
+    for i, picture in enumerate(together):
+        alone, = final(text_to_image(sd, "a pear", seed=i, **choices))
+        assert alone.tobytes() == picture.tobytes()
+
+
 def test_nothing_is_said_where_there_is_room(recwarn, monkeypatch):
     sd = tiny_sd()
     monkeypatch.setattr(memory, "free", lambda device: 2**40)

@@ -95,15 +95,21 @@ def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw) -> Tensor:
         gaussian = bands.encode(vae, x) if banded else vae.encode(x)
         return torch.stack([gaussian.mean, gaussian.logvar])
 
-    mean, logvar = through_vae(sd, moments, pixels)                        # (1 or B, L, h, w)
+    pieces = [through_vae(sd, moments, piece) for piece in pixels.split(at_once(sd, len(pixels)))]
+    mean, logvar = torch.cat(pieces, dim=1)                                # (1 or B, L, h, w)
     return (mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:])) * sd.vae.config.scaling_factor
+
+
+def at_once(sd: StableDiffusion, most: int) -> int:
+    """How many pictures go through the VAE together."""
+    return most if sd.saving.rows is None else min(most, sd.saving.rows)
 
 
 def decode(sd: StableDiffusion, latents: Tensor) -> Tensor:
     """(B, L, h, w) -> pixels (B, 3, H, W), a few pictures at a time."""
     unscaled = latents / sd.vae.config.scaling_factor
     area = latents.shape[-1] * latents.shape[-2] * sd.vae.config.factor**2
-    pieces = unscaled.split(max(1, DECODED_AT_ONCE // area))
+    pieces = unscaled.split(at_once(sd, max(1, DECODED_AT_ONCE // area)))
     banded = in_bands(sd, len(pieces[0]) * area)
     run = bands.decode if banded else lambda vae, z: vae.decode(z)
     return torch.cat([through_vae(sd, run, piece) for piece in pieces])

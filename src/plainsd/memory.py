@@ -38,7 +38,7 @@ class Saving:
     """What is done to need less memory. None: where the free memory asks for it."""
 
     bands: bool | None = None
-    rows: int | None = None           # of a batch that go through the UNet at once, at most
+    rows: int | None = None           # of a batch that go through the UNet, or the VAE, at once, at most
 
 
 NOTHING = Saving(bands=False, rows=2**31)
