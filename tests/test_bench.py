@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from plainsd import bench
+from plainsd.checkpoint import load
 from plainsd.cli import main
 from plainsd.errors import UserError
 
@@ -29,10 +30,10 @@ def test_other_work_is_not_compared():
 
 
 def test_the_table_and_its_ratios():
-    row = bench.Row("work", {"diffusers": [2.0, 3.0, 2.5], "plainsd": [1.0, 1.5, 1.25]}, {"plainsd": 0.01})
+    row = bench.Row("work", {"diffusers": [2.0, 3.0, 2.5], "plainsd": [1.0, 1.5, 1.25]}, {"plainsd": 0.01}, {"diffusers": 3 * 10**9})
     text = bench.table([row], bench.machine(PLACE))
-    assert "| work | diffusers | 2.000 | 2.500 | 1.00 |  |" in text
-    assert "| work | plainsd | 1.000 | 1.250 | 2.00 | 1.0e-02 |" in text
+    assert "| work | diffusers | 2.000 | 2.500 | 1.00 |  | 3.00 GB |" in text
+    assert "| work | plainsd | 1.000 | 1.250 | 2.00 | 1.0e-02 |  |" in text
     assert f"torch {torch.__version__}" in text and "threads" in text
 
 
@@ -43,6 +44,15 @@ def test_the_command_on_the_embedded_model(tmp_path, capsys):
     (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert list(row["seconds"]) == ["diffusers", "plainsd", "plainsd --fast"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loading_in_new_processes(tmp_path):
+    place = PLACE._replace(folder=load(device="cpu").path, rounds=1)
+    row = bench.load_row(place, False)
+    assert [len(seconds) for seconds in row.seconds.values()] == [1, 1]
+    weights = sum(file.stat().st_size for file in place.folder.rglob("*.safetensors"))
+    assert all(peak > weights for peak in row.peaks.values())            # kept in float16, loaded as float32
 
 
 def test_an_unknown_row(capsys):

@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -42,11 +43,13 @@ Sides = dict[str, Callable[[], object]]
 
 @dataclass
 class Row:
-    """One piece of work: the seconds that each side took, round by round, and how far its result is from float32's."""
+    """One piece of work: the seconds that each side took, round by round; how far its result is from float32's; and the
+    most memory that it took, in bytes beside what its imports take."""
 
     name: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
 
 
 class Place(NamedTuple):
@@ -237,8 +240,43 @@ def start_row(place: Place, compiled: bool) -> Row:
     }, place.rounds)
 
 
+LOADING = """
+import re, sys, time, torch
+from {module} import {name} as kind
+def resident(name): return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+before, began = resident("VmRSS"), time.perf_counter()
+model = {call}
+print(time.perf_counter() - began, resident("VmHWM") - before)
+"""
+LOADERS = {
+    "diffusers": LOADING.format(module="diffusers", name="StableDiffusionPipeline", call=(
+        "kind.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]), safety_checker=None, "
+        "requires_safety_checker=False).to(sys.argv[3])")),
+    "plainsd": LOADING.format(module="plainsd.checkpoint", name="load", call=(
+        "kind(sys.argv[1], dtype=sys.argv[2], device=sys.argv[3])")),
+}
+
+
+def load_row(place: Place, compiled: bool) -> Row:
+    """The model from float32 files, each time in a new process, after the imports; the files are in the page cache."""
+    kept, row = str(place.dtype).removeprefix("torch."), Row("", {side: [] for side in LOADERS})
+    row.name = f"loading float32 files as {kept}"
+    with tempfile.TemporaryDirectory() as folder:
+        save(load(place.folder, device="cpu", dtype="float32"), Path(folder) / "model")
+        for number in range(place.rounds + 1):
+            for side, code in LOADERS.items():
+                command = [sys.executable, "-c", code, str(Path(folder) / "model"), kept, str(place.device)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                seconds, peak = done.stdout.split()[-2:]
+                if number:                                   # the first turn does not count
+                    row.seconds[side].append(float(seconds))
+                    row.peaks[side] = max(row.peaks.get(side, 0), int(peak))
+    return row
+
+
 ROWS: dict[str, Callable[[Place, bool], Row]] = {
-    "small": small_row, "unet": unet_row, "decode": decode_row, "picture": picture_row, "start": start_row,
+    "small": small_row, "unet": unet_row, "decode": decode_row, "picture": picture_row, "load": load_row,
+    "start": start_row,
 }
 
 
@@ -271,13 +309,15 @@ def processor() -> str:
 def table(rows: list[Row], about: dict[str, object]) -> str:
     """As Markdown."""
     lines = [", ".join(f"{name} {value}" for name, value in about.items()), "",
-             "| work | by | least s | median s | diffusers / this | relative error |", "|---|---|---|---|---|---|"]
+             "| work | by | least s | median s | diffusers / this | relative error | peak memory |",
+             "|---|---|---|---|---|---|---|"]
     for row in rows:
         base = min(row.seconds["diffusers"])
         for side, seconds in row.seconds.items():
             error = f"{row.errors[side]:.1e}" if side in row.errors else ""
+            peak = f"{row.peaks[side] / 1e9:.2f} GB" if side in row.peaks else ""
             lines.append(f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | "
-                         f"{base / min(seconds):.2f} | {error} |")
+                         f"{base / min(seconds):.2f} | {error} | {peak} |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,7 @@ class Bench:
     """
 
     rows: Annotated[Positional[tuple[str, ...]], arg(metavar="ROW")] = ()
-    """small, unet, decode, picture, start; all if none is given"""
+    """small, unet, decode, picture, load, start; all if none is given"""
     model: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """a diffusers folder of SD 1.x; random weights of that shape if not given"""
     rounds: Annotated[int, arg(metavar="N")] = 5
@@ -54,7 +54,7 @@ class Bench:
         dtype = choose_dtype(self.dtype, device)
         with tempfile.TemporaryDirectory() as temporary:
             wanted, rows, folder = self.rows or tuple(bench.ROWS), [], self.model or Path(temporary) / "random"
-            if self.model is None and set(wanted) & {"unet", "decode", "picture"}:
+            if self.model is None and set(wanted) & {"unet", "decode", "picture", "load"}:
                 print("making random weights of SD 1.5's shape", file=sys.stderr)
                 bench.random_folder(folder, dtype)
             place = bench.Place(folder, dtype, device, self.rounds)
