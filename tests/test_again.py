@@ -1,4 +1,4 @@
-"""`plainsd generate --from`: every kind of picture is made again, whoever wrote its text, or one line says what lacks."""
+"""`plainsd generate --from`: every kind of picture is made again, whoever wrote its text, or a line says what lacks."""
 
 from pathlib import Path
 

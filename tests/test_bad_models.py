@@ -109,6 +109,17 @@ def test_metadata_cannot_name_files_elsewhere(tmp_path, path):
 ODD = (None, "", "x", -1, 0, 3, 1.5, 10**12, 1e999, float("nan"), True, [], [7], [[1]], [None] * 3, {}, {"a": 1})
 
 
+def test_a_single_file_without_the_weight_that_tells_most(tmp_path):
+    """Its family cannot be told; the line says what lacks, and what is there."""
+    save(model("sd1"), tmp_path / "m.safetensors", layout="single-file")
+    tensors = load_file(tmp_path / "m.safetensors")
+    del tensors["model.diffusion_model.input_blocks.0.0.weight"]
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=r"incomplete: input_blocks.0.0.weight is not among the \d+ weights of its UNet "
+                                        r"\((\S+, ){5}\.\.\.\): it seems to be SD 1.x as a single file$"):
+        load(tmp_path / "m.safetensors", **CPU)
+
+
 FILES = {path: json.loads(text) for path, text in write_variant(FAMILIES["sd1"]).items()}
 
 

@@ -286,6 +286,8 @@ WRONG = {
     "mask alone": (["x", "--mask", "PHOTO"], "--mask needs the picture"),
     "mask of another size": (["x", "--image", "PHOTO", "--mask", "SMALL"], "the mask is 8x8 and the picture 52x40"),
     "dark mask": (["x", "--image", "SMALL", "--mask", "SMALL"], "the mask is dark everywhere"),
+    "outpaint alone": (["x", "--outpaint", "8", "0", "0", "0"], "outpainting needs the picture; give it with --image"),
+    "absurd outpaint": (["x", "--image", "PHOTO", "--outpaint", "0", "999999999", "0", "0"], "0 to 4096, at least one"),
     "strength alone": (["x", "--strength", "0.5"], "give it with --image"),
     "strength": (["x", "--image", "PHOTO", "--strength", "1.5"], "strength 1.5 is out of range"),
     "no step left": (["x", "--image", "PHOTO", "--strength", "0.1"], "leaves none to run"),
@@ -319,6 +321,14 @@ def test_an_unknown_command(capsys):
 def test_what_is_missing_is_named(capsys):
     assert main(["convert", "a"]) == 2
     assert capsys.readouterr().err == "plainsd: missing: DST; see plainsd convert --help\n"
+
+
+@pytest.mark.parametrize("command", [["convert", "MODEL", "COPY"], ["verify", "MODEL"]])
+def test_an_unknown_family(model, tmp_path, capsys, command):
+    arguments = [{"MODEL": model, "COPY": str(tmp_path / "copy")}.get(argument, argument) for argument in command]
+    assert main([*arguments, "--family", "sd1-inpaint"]) == 2
+    err = capsys.readouterr().err
+    assert "unknown model family 'sd1-inpaint'; did you mean 'sd1-inpainting'?" in err and not os.listdir(tmp_path)
 
 
 def test_convert_takes_the_layout_from_the_name(model, tmp_path):

@@ -362,7 +362,8 @@ def test_wrong_calls_fail_at_once(sd, photo, mask):
         (lambda: inpaint(sd, "a", photo, mask.resize((32, 32))), "the mask is 32x32"),
         (lambda: outpaint(sd, "a", photo), "at least one above 0"),
         (lambda: outpaint(sd, "a", photo, left=-8, right=9), "give pixels to add"),
-        (lambda: outpaint(sd, "a", photo, left=5000), "size 5064x64"),
+        (lambda: outpaint(sd, "a", photo, left=4096), "size 4160x64"),
+        (lambda: outpaint(sd, "a", photo, left=10**9), "give pixels to add"),
         (lambda: text_to_image(tiny_sd(mid_depth=0), "a", perturbed=1.0), "attention in the UNet.s middle"),
     ]:
         with pytest.raises(UserError, match=message):

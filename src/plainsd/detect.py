@@ -11,6 +11,7 @@ from plainsd.tensorfile import TensorFile
 from plainsd.variants import VARIANTS, ScheduleConfig, Variant
 
 UNET_PREFIX = "model.diffusion_model."
+FIRST = "input_blocks.0.0.weight"     # the UNet's first weight, whose shape tells most
 
 EMBEDDING = "a textual-inversion embedding"
 SEEMS = (                             # the first pattern that fits any name tells what the file seems to be
@@ -51,10 +52,14 @@ def traits(file: TensorFile) -> Traits:
     """Of the UNet in a single file."""
     shapes = {name.removeprefix(UNET_PREFIX): stored.shape for name, stored in file.tensors.items()
               if name.startswith(UNET_PREFIX)}
-    if "input_blocks.0.0.weight" not in shapes:
-        raise UserError(f"{file.path} is no single-file checkpoint: it seems to be {seems(file.tensors)}")
+    if FIRST not in shapes:
+        lacks = "is no single-file checkpoint"
+        if shapes:
+            some = ", ".join(list(shapes)[:5])
+            lacks = f"is incomplete: {FIRST} is not among the {len(shapes)} weights of its UNet ({some}, ...)"
+        raise UserError(f"{file.path} {lacks}: it seems to be {seems(file.tensors)}")
     contexts = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
-    width, channels = (*shapes["input_blocks.0.0.weight"], 0, 0)[:2]
+    width, channels = (*shapes[FIRST], 0, 0)[:2]
     return {
         "in_channels": channels,
         "channels": width,

@@ -278,11 +278,12 @@ def outpaint(
     **choices,
 ) -> Events:
     """A picture continued past its edges, by so many pixels on each side. Otherwise as `inpaint`."""
-    if min(left, top, right, bottom) < 0 or not any((left, top, right, bottom)):
-        sides = f"{left} {top} {right} {bottom}"
-        raise UserError(f"outpaint {sides}: give pixels to add on each side, at least one above 0")
-    canvas, mask = continued(image, (left, top, right, bottom))
-    return inpaint(sd, prompt, canvas, mask, outpaint=(left, top, right, bottom), **choices)
+    sides = (left, top, right, bottom)
+    if not all(0 <= side <= SIZES[1] for side in sides) or not any(sides):
+        wanted = f"give pixels to add on each side, 0 to {SIZES[1]}, at least one above 0"
+        raise UserError(f"outpaint {' '.join(map(str, sides))}: {wanted}")
+    canvas, mask = continued(image, sides)
+    return inpaint(sd, prompt, canvas, mask, outpaint=sides, **choices)
 
 
 def continued(image: Image.Image, sides: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:

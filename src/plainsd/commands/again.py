@@ -1,6 +1,6 @@
 """What a picture's text holds on the way in and out: `--from`, and the names of what only flags can give.
 
-A text names the model, the refiner, the VAE, learned words; where they lie is not in it. So a picture that was made with
+A text names the model, the refiner, the VAE, learned words; where they lie is not in it. A picture that was made with
 them is made again only where flags say so.
 """
 

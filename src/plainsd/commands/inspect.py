@@ -44,6 +44,7 @@ class Convert:
     def run(self) -> None:
         from plainsd.checkpoint import convert
 
+        check_family(self.family)
         layout = self.layout or ("single-file" if self.target.suffix == ".safetensors" else "diffusers")
         convert(
             self.source, self.target, layout, dtype=self.dtype, variant_file=self.variant_file, family=self.family
@@ -99,8 +100,17 @@ class Verify:
         from plainsd.verify import check_packages, lines, verify
 
         check_packages()
+        check_family(self.family)
         failed = []
         rows = verify(self.model, variant_file=self.variant_file, family=self.family, device=self.device)
         for line in lines(rows, failed):
             print(line, flush=True)
         return 1 if failed else 0
+
+
+def check_family(name: str | None) -> None:
+    from plainsd.errors import unknown
+    from plainsd.variants import VARIANTS
+
+    if name not in (None, *VARIANTS):
+        raise unknown("model family", name, VARIANTS)
