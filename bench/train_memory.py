@@ -1,18 +1,20 @@
-"""How much memory fine-tuning SD 1.5 by LoRA takes on a CPU: ours, and diffusers with peft on the same task.
+"""How much memory and time fine-tuning SD 1.5 by LoRA takes on a CPU: ours, and diffusers with peft on the same task.
 
     python bench/train_memory.py [CASE]...               all cases, minutes each, if none is named
 
 Rank 16 on the UNet's attention, 512x512 pixels, batches of 1, bfloat16 arithmetic, AdamW, three steps. The model has SD
 1.5's shapes and random weights, and lies on the disk in float16, 2.1 GB, as the public one does. Each case is a process
 of its own that loads the model, encodes two pictures and their captions, and trains; what is printed is the largest
-resident memory of that whole process (VmHWM), mapped files included. Ours is `plainsd train` itself; diffusers and peft
-are called as diffusers' own example for LoRA training calls them, with latents and text states made once, as ours are.
+resident memory of that whole process (VmHWM), mapped files included, and the seconds of its fastest step. Ours is
+`plainsd train` itself; diffusers and peft are called as diffusers' own example for LoRA training calls them, with latents
+and text states made once, as ours are.
 """
 
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,18 +59,21 @@ def prepare(folder: Path) -> None:
         (folder / "pictures" / f"{i}.txt").write_text(CAPTION)
 
 
-def train_ours(folder: Path, options: tuple[str, ...]) -> None:
+def train_ours(folder: Path, options: tuple[str, ...]) -> float:
+    """Seconds of the fastest step."""
     from plainsd.cli import main as plainsd
+    from plainsd.train.log import read_log
 
     with tempfile.TemporaryDirectory() as out:
         code = plainsd(["train", "--method", "lora", "--base", str(folder / "model"),
                         "--data", str(folder / "pictures"), "--out", out, "--rank", str(RANK), "--size", str(SIZE),
                         "--steps", str(STEPS), "--accumulate", "1", "--device", "cpu", "--dtype", "bfloat16",
-                        "--ema", "0", "--save-every", "1000", *options])
-    assert code == 0
+                        "--ema", "0", "--save-every", "1000", "--log-every", "1", *options])
+        assert code == 0
+        return min(1 / line["samples_per_s"] for line in read_log(Path(out) / "log.jsonl") if "samples_per_s" in line)
 
 
-def train_theirs(folder: Path, checkpointing: bool) -> None:
+def train_theirs(folder: Path, checkpointing: bool) -> float:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -94,7 +99,9 @@ def train_theirs(folder: Path, checkpointing: bool) -> None:
         for path in sorted((folder / "pictures").glob("*.png")):
             pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 127.5 - 1
             latents.append(vae.encode(pixels.bfloat16()).latent_dist.mean * vae.config.scaling_factor)
+    seconds = []
     for step in range(STEPS):
+        began = time.perf_counter()
         x0, noise, timestep = latents[step % 2].float(), torch.randn_like(latents[0].float()), torch.tensor([500])
         with torch.autocast("cpu", torch.bfloat16):
             noisy = scheduler.add_noise(x0, noise, timestep).bfloat16()
@@ -103,6 +110,8 @@ def train_theirs(folder: Path, checkpointing: bool) -> None:
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def peak() -> int:
@@ -112,20 +121,18 @@ def peak() -> int:
 
 def child(task: str, folder: Path) -> None:
     if task == "prepare":
-        prepare(folder)
-    elif task in OURS:
-        train_ours(folder, OURS[task])
+        seconds = prepare(folder)
     else:
-        train_theirs(folder, THEIRS[task])
-    print(peak())
+        seconds = train_ours(folder, OURS[task]) if task in OURS else train_theirs(folder, THEIRS[task])
+    print(peak(), seconds)
 
 
-def in_a_child(task: str, folder: str) -> int:
-    """The peak of a process that does this alone, in bytes."""
+def in_a_child(task: str, folder: str) -> list[str]:
+    """The peak in bytes of a process that does this alone, and the seconds of a step."""
     done = subprocess.run([sys.executable, __file__, "--child", task, folder], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{task}: {done.stderr}")
-    return int(done.stdout.split()[-1])
+    return done.stdout.split()[-2:]
 
 
 def main() -> None:
@@ -134,7 +141,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         in_a_child("prepare", folder)
         for case in sys.argv[1:] or (*OURS, *THEIRS):
-            print(f"{case:<48}{in_a_child(case, folder) / 1e9:>6.2f} GB", flush=True)
+            most, seconds = in_a_child(case, folder)
+            print(f"{case:<48}{int(most) / 1e9:>6.2f} GB{float(seconds):>8.2f} s a step", flush=True)
 
 
 if __name__ == "__main__":
