@@ -191,7 +191,7 @@ def test_evaluate_writes_rows_table_and_sheet(monkeypatch, tmp_path):
     monkeypatch.setattr(emoji, "font_identity", lambda font: {"file": "none", "sha256": "0"})
     monkeypatch.setattr(generate, "text_to_image", paint, raising=False)
     monkeypatch.setattr(generate, "final", lambda events: events, raising=False)
-    model = SimpleNamespace(vae=LosslessVAE(), variant=SimpleNamespace(guidance=3.0))
+    model = SimpleNamespace(vae=LosslessVAE(), variant=SimpleNamespace(guidance=3.0, size=64))
     told = []
     result = evaluate.evaluate(model, CONCEPTS, prompts=70, out=tmp_path, progress=lambda *news: told.append(news))
     rows = result["rows"]

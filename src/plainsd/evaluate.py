@@ -90,8 +90,9 @@ def real_pictures(asked: Sequence[Question], glyphs: Sequence[Image.Image], conc
 
 @torch.inference_mode()
 def through_vae(sd: generate.StableDiffusion, pictures: Sequence[Image.Image]) -> Iterable[Image.Image]:
-    """Encode to the mean and decode."""
-    weight = next(sd.vae.parameters())
+    """Scale to the model's own size, as for training; encode to the mean and decode."""
+    weight, side = next(sd.vae.parameters()), sd.variant.size
+    pictures = [picture.resize((side, side), Image.Resampling.LANCZOS) for picture in pictures]
     for start in range(0, len(pictures), BATCH):
         pixels = torch.cat([to_tensor(picture) for picture in pictures[start:start + BATCH]]).to(weight)
         yield from to_pil(sd.vae.decode(sd.vae.encode(pixels).mean))
