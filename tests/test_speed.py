@@ -27,7 +27,7 @@ def relative(a, b):
 def test_a_faster_model_draws_the_same(variant):
     plain, fast = tiny_sd(**variant), speed.faster(tiny_sd(**variant))
     kinds = {type(module) for network in speed.networks(fast) for module in network.modules()}
-    assert {speed.PackedLinear, speed.PackedConv, speed.PackedFeedForward} <= kinds
+    assert {speed.PackedLinear, speed.PackedConv, speed.PackedFeedForward, *speed.PACKED.values()} <= kinds
     assert not kinds & {torch.nn.Linear, torch.nn.Conv2d, FeedForward}
     assert relative(latents(fast), latents(plain)) < 1e-5
     assert difference(final(text_to_image(fast, **PROMPT))[0], final(text_to_image(plain, **PROMPT))[0]) <= 1
@@ -60,6 +60,28 @@ def test_layers_with_a_lora_stay_and_keep_it():
     plain, fast = latents(adapted()), latents(speed.faster(adapted()))
     assert relative(fast, plain) < 1e-5
     assert relative(plain, latents(tiny_sd())) > 1e-3
+
+
+@pytest.mark.parametrize("choices", [
+    {"prompt": "a [red apple:blue bird:0.5]"}, {"prompt": "a [red|blue] apple"}, {"perturbed": 2.0},
+    {"prompt": ["a red apple", "a blue bird " * 40]}, {"prompt": "a cat AND a dog:0.5", "cache": 2},
+], ids=str)
+def test_a_text_that_changes_on_the_way(choices):
+    """Keys and values are kept while the text is the same, and only then."""
+    plain, fast = tiny_sd(), speed.faster(tiny_sd())
+    for seed in (7, 8):                                                  # the second time with what the first has left
+        *_, expected = text_to_image(plain, **PROMPT | choices | {"seed": seed})
+        *_, found = text_to_image(fast, **PROMPT | choices | {"seed": seed})
+        assert relative(found.latents, expected.latents) < 1e-4          # another text: above 1e-2
+
+
+def test_keys_and_values_of_a_text_are_made_once(monkeypatch):
+    sd, calls = speed.faster(tiny_sd()), []
+    layers = [module for module in sd.unet.modules() if isinstance(module, speed.PackedCrossAttention)]
+    for layer in layers:
+        monkeypatch.setattr(layer.kv, "forward", lambda x, old=layer.kv.forward: (calls.append(1), old(x))[1])
+    latents(sd)                                                          # three steps
+    assert len(calls) == len(layers)
 
 
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

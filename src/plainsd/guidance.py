@@ -69,11 +69,11 @@ def blind_attention(unet: UNet, rows: int) -> Iterator[None]:
 
 
 def predict(
-    sd: StableDiffusion, network: Network, rows: Sequence[Row], guidances: Sequence[float], x: Tensor, timestep: float
+    sd: StableDiffusion, network: Network, rows: Sequence[Row], told: Conditioning, guidances: Sequence[float], x: Tensor,
+    timestep: float
 ) -> Tensor:
     """One call of the UNet. Latents are float32 outside and of the network's precision inside: (R, C, H, W)."""
     on_stage(sd, sd.unet)
-    told = stack([row.told for row in rows]).each(lambda part: part.to(sd.device, sd.dtype))
     x = x.to(sd.dtype)
     if told.concat is not None:
         x = torch.cat([x, told.concat], dim=1)                           # (R, 9, H, W)
@@ -104,6 +104,13 @@ def asker(
     """
     levels = [-sigma for sigma in sigmas]
     limits: dict[int, int] = {}                      # rows asked for: rows at once; the free memory is read only once
+    batches: dict[tuple, Conditioning] = {}          # what these rows are told, as one batch: the same tensors each step
+
+    def told(rows: list[Row]) -> Conditioning:
+        key = tuple((row.picture, id(row.told.context)) for row in rows)
+        if key not in batches:
+            batches[key] = stack([row.told for row in rows]).each(lambda part: part.to(sd.device, sd.dtype))
+        return batches[key]
 
     def few(calls: Iterable[list[Row]], x: Tensor) -> Iterator[list[Row]]:
         for rows in calls:
@@ -120,7 +127,8 @@ def asker(
         estimates: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
         for together in few(calls.values(), x):
             inputs = torch.cat([x[row.picture : row.picture + 1] for row in together])       # (R, C, H, W)
-            denoise = denoiser(partial(predict, sd, network, together, guidances), sd.schedule, sd.prediction, timesteps)
+            call = partial(predict, sd, network, together, told(together), guidances)
+            denoise = denoiser(call, sd.schedule, sd.prediction, timesteps)
             for row, x0 in zip(together, denoise(inputs, sigma).split(1), strict=True):
                 estimates[row.kind, row.picture].append((x0, row.weight))
         return [torch.cat([_composed(estimates, kind, i) for i in range(len(plans))]) for kind in kinds]
