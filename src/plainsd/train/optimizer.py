@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from plainsd.errors import UserError
 
@@ -14,13 +15,18 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: FitOptions) -> torch.optim.Optimizer:
-    """Norms, biases and DoRA's magnitudes, all single rows of numbers, are not pulled to zero by the weight decay."""
-    kind = adam8bit() if options.adam8bit else torch.optim.AdamW
+    """Norms, biases and DoRA's magnitudes, all single rows of numbers, are not pulled to zero by the weight decay.
+
+    PyTorch's fused step passes over each tensor once; it does not take weights that are spread over processes.
+    """
     plain = [p for p in parameters if p.ndim == 0 or p.numel() == max(p.shape)]
     decayed = [p for p in parameters if not any(p is other for other in plain)]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]] if options.adam8bit else groups
-    return kind(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+    numbers = {"lr": options.lr, "betas": options.betas, "eps": options.eps}
+    if options.adam8bit:
+        return adam8bit()(groups, **numbers)
+    return torch.optim.AdamW(groups, **numbers, fused=not any(isinstance(p, DTensor) for p in parameters))
 
 
 def adam8bit() -> type[torch.optim.Optimizer]:
