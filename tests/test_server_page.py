@@ -71,6 +71,10 @@ def test_text_to_image_from_the_keyboard_to_the_gallery(page):
     assert "seed 123, 124" in page.find(".card .status").text
     newest = page.server.get("/api/images").json()["images"][0]
     assert newest["settings"]["seed"] == 124 and newest["settings"]["prompt"] == "a red apple"
+    page.find(".card img.whole").send_keys(Keys.ENTER)           # a finished picture opens by keyboard as by mouse
+    page.until("document.getElementById('viewer').open")
+    page.find("#close").send_keys(Keys.ENTER)
+    page.until("!document.getElementById('viewer').open")
     page.find("#random-seed").click()
     assert page.value("seed") == ""
     page.find("#last-seed").click()

@@ -117,4 +117,9 @@ export function setUp() {
     if (event.key === "ArrowRight") move(1);
   };
   $("stage").onclick = (event) => event.target.dataset.id && open(event.target.dataset.id);
+  $("stage").onkeydown = (event) => {
+    if (!event.target.dataset.id || ![" ", "Enter"].includes(event.key) || event.ctrlKey || event.metaKey) return;
+    event.preventDefault(); // the space bar would scroll
+    open(event.target.dataset.id);
+  };
 }

@@ -87,6 +87,8 @@ function showFinished(card, job) {
     tile.src = `/api/images/${id}.png`;
     tile.className = "whole";
     tile.alt = job.prompt;
+    tile.tabIndex = 0; // the gallery opens it, by mouse and by keyboard
+    tile.setAttribute("role", "button");
   }
 }
 
