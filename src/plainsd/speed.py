@@ -3,7 +3,7 @@
     pack               weights laid out once as the processor's matrix units read them, and not anew at each call;
                        GEGLU's gate and product inside the two projections that they follow; queries, keys and
                        values in one call, and those of a text that stays the same only once         (CPU)
-    block_attention    attention maps in pieces that stay in the cache                               (CPU without AMX)
+    attend_faster      attention in pieces that stay in the cache                                    (CPU without AMX)
     compile_unet       fused kernels by torch.compile; minutes the first time                        (CPU, GPU)
 
 `faster` applies what pays on the model's own device. All of them work in place and are meant to come last: a packed
@@ -12,12 +12,14 @@ model can no longer be trained or saved, or take up adapters. The plain forward 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from plainsd import kernel
 from plainsd.errors import UserError
 from plainsd.models.layers import Attention
 from plainsd.models.unet import FeedForward
@@ -37,8 +39,7 @@ def faster(sd: StableDiffusion, *, compiled: bool = False) -> StableDiffusion:
     for network in networks(sd):
         network.to(memory_format=torch.channels_last)
     if sd.device.type == "cpu":
-        if sd.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
-            block_attention(sd)
+        attend_faster(sd)
         if sd.dtype in DTYPES and torch.backends.mkldnn.is_available():
             pack(sd, unet=not compiled)
     if compiled:
@@ -186,9 +187,20 @@ def attentions(sd: StableDiffusion) -> Iterator[nn.Module]:
     return (module for network in networks(sd) for module in network.modules() if isinstance(module, kinds))
 
 
-def block_attention(sd: StableDiffusion) -> None:
-    for attention in attentions(sd):
-        attention.attend = blocked_attention
+def attend_faster(sd: StableDiffusion) -> None:
+    """Puts the fastest form of attention that this processor and this precision have in place of PyTorch's, if it is faster."""
+    form = None
+    if kernel.suits(sd.dtype):
+        try:
+            kernel.library()
+            form = kernel.attention
+        except kernel.Unavailable as error:
+            warnings.warn(f"attention is slower than it could be: {error}", stacklevel=2)
+    if form is None and sd.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+        form = blocked_attention
+    if form is not None:
+        for attention in attentions(sd):
+            attention.attend = form
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
