@@ -1,5 +1,7 @@
 """What is faster gives the same pictures but for rounding."""
 
+import copy
+
 import pytest
 import torch
 from conftest import TINY_XL, difference, tiny_sd
@@ -8,7 +10,7 @@ from plainsd import kernel, speed
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.lora_layers import LowRank, attach
-from plainsd.models.layers import Attention
+from plainsd.models.layers import Attention, Upsample
 from plainsd.models.unet import FeedForward
 
 PROMPT = {"prompt": "a red apple", "steps": 3, "seed": 7, "guidance": 4.0, "size": 64}
@@ -23,13 +25,20 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def assert_as_exact(fast, make):
+    """The fast model's latents are as far from float64's as a plain model's, within a factor of 4."""
+    exact = latents(make().to(dtype=torch.float64))
+    plain = relative(latents(make()).double(), exact)
+    assert plain < 1e-5 and relative(latents(fast).double(), exact) < 4 * plain
+
+
 @pytest.mark.parametrize("variant", [{}, {"variant": TINY_XL}], ids=["sd1", "sdxl"])
 def test_a_faster_model_draws_the_same(variant):
     plain, fast = tiny_sd(**variant), speed.faster(tiny_sd(**variant))
     kinds = {type(module) for network in speed.networks(fast) for module in network.modules()}
-    assert {speed.PackedLinear, speed.PackedConv, speed.PackedFeedForward, *speed.PACKED.values()} <= kinds
+    assert {speed.PackedLinear, speed.PackedConv, speed.PackedFeedForward, speed.PackedUpsample, *speed.PACKED.values()} <= kinds
     assert not kinds & {torch.nn.Linear, torch.nn.Conv2d, FeedForward}
-    assert relative(latents(fast), latents(plain)) < 1e-5
+    assert_as_exact(fast, lambda: tiny_sd(**variant))
     assert difference(final(text_to_image(fast, **PROMPT))[0], final(text_to_image(plain, **PROMPT))[0]) <= 1
 
 
@@ -57,9 +66,8 @@ def test_layers_with_a_lora_stay_and_keep_it():
         attach(layer, "one", LowRank(down, up, 2.0))
         return sd
 
-    plain, fast = latents(adapted()), latents(speed.faster(adapted()))
-    assert relative(fast, plain) < 1e-5
-    assert relative(plain, latents(tiny_sd())) > 1e-3
+    assert_as_exact(speed.faster(adapted()), adapted)
+    assert relative(latents(adapted()), latents(tiny_sd())) > 1e-3
 
 
 @pytest.mark.parametrize("choices", [
@@ -94,6 +102,18 @@ def test_a_packed_convolution_at_one_size_after_another(dtype, allowed):
         for shape in ((2, 24, 16, 16), (1, 24, 9, 37), (2, 24, 9, 37), (2, 24, 16, 16), (4, 24, 64, 64)):
             x = torch.randn(shape, dtype=dtype)
             assert relative(packed(x).float(), conv(x).float()) < allowed
+
+
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_a_doubled_map_is_convolved_before_it_is_doubled(dtype, allowed):
+    """Also to odd sizes, in batches, and at its edges, where the convolution reads zeros."""
+    torch.manual_seed(0)
+    plain = Upsample(24).to(dtype).requires_grad_(False)
+    packed, exact = speed.PackedUpsample(plain), copy.deepcopy(plain).double()
+    for shape, size in (((2, 24, 8, 8), None), ((1, 24, 5, 7), (10, 14)), ((1, 24, 5, 7), (9, 14)), ((1, 24, 1, 3), None)):
+        x = torch.randn(shape, dtype=dtype)
+        found, expected = packed(x, size), exact(x.double(), size)
+        assert found.shape == expected.shape and relative(found.double(), expected) < allowed
 
 
 @pytest.mark.parametrize("shape, keys", [((1, 2, 1100, 8), 1100), ((2, 1, 1024, 16), 1500), ((1, 2, 64, 8), 77)])
@@ -161,12 +181,12 @@ def test_torch_compile_knows_the_kernel():
 @needs_kernel
 def test_the_kernel_draws_the_same(monkeypatch):
     """Which sizes are worth it aside, it is what `faster` puts everywhere."""
-    exact, fast = latents(tiny_sd().to(dtype=torch.float64)), speed.faster(tiny_sd())
+    fast = speed.faster(tiny_sd())
     assert {attention.attend for attention in speed.attentions(fast)} == {kernel.attention}
     monkeypatch.setattr(kernel, "FEW", 0)
     calls, found = [], kernel._attention
     monkeypatch.setattr(kernel, "_attention", lambda *tensors: (calls.append(1), found(*tensors))[1])
-    assert relative(latents(fast).double(), exact) < 2e-5                # the plain network: 4e-6
+    assert_as_exact(fast, tiny_sd)
     assert len(calls) > 10
 
 
@@ -199,8 +219,7 @@ def test_packing_what_cannot_be_packed():
 
 @pytest.mark.full
 def test_a_compiled_model_draws_the_same():
-    plain, fast = tiny_sd(), speed.faster(tiny_sd(), compiled=True)
-    assert relative(latents(fast), latents(plain)) < 1e-5
+    assert_as_exact(speed.faster(tiny_sd(), compiled=True), tiny_sd)
 
 
 def test_the_flag_draws_the_same_picture(tmp_path):

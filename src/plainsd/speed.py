@@ -2,7 +2,8 @@
 
     pack               weights laid out once as the processor's matrix units read them, and not anew at each call;
                        GEGLU's gate and product inside the two projections that they follow; queries, keys and
-                       values in one call, and those of a text that stays the same only once         (CPU)
+                       values in one call, and those of a text that stays the same only once; a doubled map and
+                       the 3x3 convolution after it as four 2x2 convolutions before it                (CPU)
     attend_faster      attention in pieces that stay in the cache                                    (CPU without AMX)
     compile_unet       fused kernels by torch.compile; minutes the first time                        (CPU, GPU)
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from plainsd import kernel
 from plainsd.errors import UserError
-from plainsd.models.layers import Attention
+from plainsd.models.layers import Attention, Upsample
 from plainsd.models.unet import FeedForward
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def _pack_inside(module: nn.Module) -> None:
     for name, child in module.named_children():
         if type(child) is FeedForward and type(child.up) is nn.Linear and type(child.down) is nn.Linear:
             setattr(module, name, PackedFeedForward(child))
+        elif type(child) is Upsample and type(child.conv) is nn.Conv2d:
+            setattr(module, name, PackedUpsample(child))
         elif name in PACKED and all(type(layer) is nn.Linear for layer in (child.q, child.k, child.v, child.out)):
             setattr(module, name, PACKED[name](child))
         elif type(child) is nn.Linear:
@@ -119,6 +122,45 @@ class PackedConv(nn.Module):
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, *self.how, list(x.shape))
             self.size = x.shape[2:]
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.how, "none", [], "")
+
+
+class PackedUpsample(nn.Module):
+    """Doubling and the 3x3 convolution after it, in 16 multiplications a pixel and channel instead of 36.
+
+    In the doubled map, the three rows that an even row reads are two of the small map: one of the three weights meets the
+    row above, two meet its own. So even rows are a convolution of the small map with two rows of weights, whose second is
+    the sum of two; odd rows likewise; and columns. One convolution for each of the four kinds of pixel then does. (Shi et
+    al. 2016, arXiv:1609.05158, have such a convolution learned.)
+    """
+
+    def __init__(self, plain: Upsample):
+        super().__init__()
+        self.whole, weight = PackedConv(plain.conv), plain.conv.weight
+        self.kinds = nn.ModuleDict()
+        for row, column in KINDS:
+            conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 2, padding=1, dtype=weight.dtype).requires_grad_(False)
+            conv.weight.copy_(_merged(_merged(weight.float(), 2, row), 3, column))
+            conv.bias.copy_(plain.conv.bias)
+            self.kinds[f"{row}{column}"] = PackedConv(conv)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        height, width = x.shape[2:]
+        if size is not None and tuple(size) != (2 * height, 2 * width):          # an odd side: not quite doubled
+            return self.whole(nn.functional.interpolate(x, size=size, mode="nearest"))
+        out = x.new_empty(len(x), 2 * height, 2 * width, len(self.whole.bias)).permute(0, 3, 1, 2)
+        for row, column in KINDS:
+            made = self.kinds[f"{row}{column}"](x)                               # (B, C, H + 1, W + 1), padded all around
+            out[:, :, row::2, column::2] = made[:, :, row : row + height, column : column + width]
+        return out
+
+
+KINDS = ((0, 0), (0, 1), (1, 0), (1, 1))          # even and odd rows and columns
+
+
+def _merged(weight: Tensor, dim: int, odd: int) -> Tensor:
+    """Three weights as the two that small-map rows meet: (above, own + own) or (own + own, below)."""
+    first, second, third = weight.unbind(dim)
+    return torch.stack([first + second, third] if odd else [first, second + third], dim)
 
 
 class PackedFeedForward(nn.Module):
