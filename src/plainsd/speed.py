@@ -272,4 +272,11 @@ def compile_unet(sd: StableDiffusion) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     options = {"triton.cudagraphs": True} if sd.device.type == "cuda" else {"freezing": True}
-    sd.unet.compile(dynamic=False, options=options)
+    compiled = torch.compile(sd.unet.forward, dynamic=False, options=options)
+
+    def forward(x: Tensor, timestep: Tensor | float, *rest: Tensor | None, **named: Tensor | None) -> Tensor:
+        if not isinstance(timestep, Tensor):              # a number would be compiled in, and each step anew
+            timestep = x.new_full((), timestep, dtype=torch.float32)
+        return compiled(x, timestep, *rest, **named)
+
+    sd.unet.forward = forward
