@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY_XL, difference, tiny_sd
 
-from plainsd import kernel, speed
+from plainsd import speed
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.lora_layers import LowRank, attach
@@ -37,7 +37,7 @@ def test_a_faster_model_draws_the_same(variant):
     plain, fast = tiny_sd(**variant), speed.faster(tiny_sd(**variant))
     kinds = {type(module) for network in speed.networks(fast) for module in network.modules()}
     assert {speed.PackedLinear, speed.PackedConv, speed.PackedFeedForward, speed.PackedUpsample, *speed.PACKED.values()} <= kinds
-    assert not kinds & {torch.nn.Linear, torch.nn.Conv2d, FeedForward}
+    assert not kinds & {torch.nn.Linear, torch.nn.Conv2d, FeedForward, Upsample}
     assert_as_exact(fast, lambda: tiny_sd(**variant))
     assert difference(final(text_to_image(fast, **PROMPT))[0], final(text_to_image(plain, **PROMPT))[0]) <= 1
 
@@ -126,90 +126,6 @@ def test_blocked_attention_is_attention(shape, keys, strided):
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert relative(speed.blocked_attention(q, k, v), expected) < 1e-12
-
-
-needs_kernel = pytest.mark.skipif(not kernel.suits(torch.float32), reason="attention.cpp is for AVX-512 without AMX")
-
-
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernel.library.cache_clear()
-    yield tmp_path / "plainsd"
-    kernel.library.cache_clear()
-
-
-@needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch, heads, n, m, d", [
-    (2, 3, 96, 512, 40), (1, 2, 1, 1, 8), (2, 2, 49, 77, 64), (1, 1, 100, 1100, 80), (1, 2, 47, 513, 160), (1, 1, 64, 65, 22),
-    (1, 1, 50, 63, 33), (2, 1, 7, 2000, 512),
-])
-def test_the_kernel_is_attention(dtype, batch, heads, n, m, d):
-    """Lengths and widths that fill their blocks and that do not; scores up to +-100, so that blocks are scaled anew. As far
-    from float64 as PyTorch's kernel, within a factor of 2.5 (512 wide, float32: 1.9; else 1)."""
-    if not kernel.suits(dtype) or (dtype == torch.bfloat16 and d % 2):
-        pytest.skip("not on this processor, or not a width of pairs")
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (5 * torch.randn((batch, heads, length, d), generator=generator).to(dtype) for length in (n, m, m))
-    theirs = torch.nn.functional.scaled_dot_product_attention
-    expected = theirs(q.double(), k.double(), v.double())
-    allowed = 2.5 * relative(theirs(q, k, v).double(), expected) + 1e-7
-    for form in (torch.Tensor.clone, strided, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
-        found = torch.ops.plainsd.attention(*(form(t) for t in (q, k, v)))
-        assert found.shape == q.shape and relative(found.double(), expected) < allowed
-
-
-def strided(x):
-    """The same as one of three parts of a projection's output."""
-    return torch.cat(3 * [x.transpose(1, 2)], dim=2)[:, :, : x.shape[1]].transpose(1, 2)
-
-
-@needs_kernel
-def test_the_kernel_passes_on_what_is_not_a_number():
-    q, k, v = torch.randn(3, 1, 2, 60, 16).unbind(0)
-    q[0, 1, 5, 3] = torch.nan
-    bad = torch.ops.plainsd.attention(q, k, v).isnan()
-    assert bad[0, 1, 5].all() and bad.sum() == 16
-
-
-@needs_kernel
-def test_torch_compile_knows_the_kernel():
-    torch.library.opcheck(torch.ops.plainsd.attention, tuple(torch.randn(3, 1, 2, 60, 16).unbind(0)))
-
-
-@needs_kernel
-def test_the_kernel_draws_the_same(monkeypatch):
-    """Which sizes are worth it aside, it is what `faster` puts everywhere."""
-    fast = speed.faster(tiny_sd())
-    assert {attention.attend for attention in speed.attentions(fast)} == {kernel.attention}
-    monkeypatch.setattr(kernel, "FEW", 0)
-    calls, found = [], kernel._attention
-    monkeypatch.setattr(kernel, "_attention", lambda *tensors: (calls.append(1), found(*tensors))[1])
-    assert_as_exact(fast, tiny_sd)
-    assert len(calls) > 10
-
-
-@needs_kernel
-def test_the_kernel_is_compiled_once(own_cache, monkeypatch):
-    kernel.library()
-    kernel.library.cache_clear()
-    monkeypatch.setattr(kernel, "_compile", None)
-    kernel.library()
-    assert [path.suffix for path in own_cache.iterdir()] == [".so"]
-
-
-@needs_kernel
-@pytest.mark.parametrize("compiler, told", [("no-such-compiler", "no C.. compiler .no-such-compiler."), ("false", "false: exit 1")])
-def test_without_a_compiler_the_plain_forms_are_used_and_that_is_said(own_cache, monkeypatch, compiler, told):
-    monkeypatch.setenv("CXX", compiler)
-    for dtype, form in ((torch.float32, torch.nn.functional.scaled_dot_product_attention), (torch.bfloat16, speed.blocked_attention)):
-        sd = tiny_sd().to(dtype=dtype)
-        if kernel.suits(dtype):
-            with pytest.warns(UserWarning, match=f"attention is slower than it could be: .*{told}"):
-                speed.attend_faster(sd)
-            assert {attention.attend for attention in speed.attentions(sd)} == {form}
-    assert not own_cache.exists() or not list(own_cache.iterdir())
 
 
 def test_packing_what_cannot_be_packed():

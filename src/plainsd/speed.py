@@ -4,7 +4,8 @@
                        GEGLU's gate and product inside the two projections that they follow; queries, keys and
                        values in one call, and those of a text that stays the same only once; a doubled map and
                        the 3x3 convolution after it as four 2x2 convolutions before it                (CPU)
-    attend_faster      attention in pieces that stay in the cache                                    (CPU without AMX)
+                       GroupNorm and SiLU in one; small linear layers without oneDNN's start          (CPU with AVX-512)
+    attend_faster      attention in pieces that stay in the cache                                     (CPU without AMX)
     compile_unet       fused kernels by torch.compile; minutes the first time                        (CPU, GPU)
 
 `faster` applies what pays on the model's own device. All of them work in place and are meant to come last: a packed
@@ -13,6 +14,7 @@ model can no longer be trained or saved, or take up adapters. The plain forward 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -20,9 +22,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from plainsd import kernel
+from plainsd import kernels
 from plainsd.errors import UserError
-from plainsd.models.layers import Attention, Upsample
+from plainsd.models.layers import Attention, ResBlock, Upsample
 from plainsd.models.unet import FeedForward
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 PIECE = 512                           # queries whose attention maps are in memory at once
 LONG = 1024                           # queries from which on that pays
+SMALL, SHORT = 2**18, 2**23           # numbers in a weight, and multiplications with it, up to which our kernel beats oneDNN's
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -72,6 +75,9 @@ def pack(sd: StableDiffusion, *, unet: bool = True) -> None:
 
 def _pack_inside(module: nn.Module) -> None:
     for name, child in module.named_children():
+        if type(child) is ResBlock and have_kernels(child.conv1.weight.dtype):
+            child = PackedResBlock(child)
+            setattr(module, name, child)
         if type(child) is FeedForward and type(child.up) is nn.Linear and type(child.down) is nn.Linear:
             setattr(module, name, PackedFeedForward(child))
         elif type(child) is Upsample and type(child.conv) is nn.Conv2d:
@@ -86,24 +92,46 @@ def _pack_inside(module: nn.Module) -> None:
             _pack_inside(child)
 
 
+@functools.cache
+def have_kernels(dtype: torch.dtype) -> bool:
+    """Whether kernels.cpp works here. If it cannot be compiled, a warning says why, once."""
+    try:
+        return kernels.suit(dtype) and bool(kernels.library())
+    except kernels.Unavailable as error:
+        warnings.warn(f"slower than it could be, without the kernels in kernels.cpp: {error}", stacklevel=2)
+        return False
+
+
 class PackedLinear(nn.Module):
-    """A Linear whose weight oneDNN has laid out for itself."""
+    """A Linear whose weight is laid out as the one that multiplies wants it: oneDNN, or for little work our own kernel."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.n, k = weight.shape
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        small = weight.numel() <= SMALL and k % 2 == 0 and have_kernels(weight.dtype)
+        self.small = kernels.pack(weight.detach()) if small else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.short(x):
+            return kernels.linear(x, self.small, self.n, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU of the output, before it leaves the cache."""
+        if self.short(x):
+            return kernels.linear(x, self.small, self.n, self.bias, "gelu")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """The output times another tensor, likewise."""
+        if self.short(x):
+            return kernels.linear(x, self.small, self.n, self.bias, "times", other)
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
+
+    def short(self, x: Tensor) -> bool:
+        return self.small is not None and x.numel() * self.n <= SHORT
 
 
 class PackedConv(nn.Module):
@@ -122,6 +150,22 @@ class PackedConv(nn.Module):
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, *self.how, list(x.shape))
             self.size = x.shape[2:]
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.how, "none", [], "")
+
+
+class PackedResBlock(nn.Module):
+    """A ResBlock whose normalisations, shift and SiLUs are one pass each."""
+
+    def __init__(self, plain: ResBlock):
+        super().__init__()
+        for name, child in plain.named_children():
+            setattr(self, name, child)
+        self.emb = plain.emb
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = self.conv1(kernels.norm_silu(self.norm1, x))
+        shift = None if self.emb is None else self.emb(nn.functional.silu(emb))
+        h = self.conv2(kernels.norm_silu(self.norm2, h, shift, over=True))
+        return h.add_(self.skip(x))
 
 
 class PackedUpsample(nn.Module):
@@ -231,15 +275,9 @@ def attentions(sd: StableDiffusion) -> Iterator[nn.Module]:
 
 def attend_faster(sd: StableDiffusion) -> None:
     """Puts the fastest form of attention that this processor and this precision have in place of PyTorch's, if it is faster."""
-    form = None
-    if kernel.suits(sd.dtype):
-        try:
-            kernel.library()
-            form = kernel.attention
-        except kernel.Unavailable as error:
-            warnings.warn(f"attention is slower than it could be: {error}", stacklevel=2)
-    if form is None and sd.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
-        form = blocked_attention
+    if torch.cpu._is_amx_tile_supported():
+        return
+    form = kernels.attention if have_kernels(sd.dtype) else blocked_attention if sd.dtype == torch.bfloat16 else None
     if form is not None:
         for attention in attentions(sd):
             attention.attend = form

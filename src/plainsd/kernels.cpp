@@ -1,0 +1,402 @@
+// Three kernels for processors with AVX-512, in float32, and in bfloat16 where they multiply it (AVX512_BF16). kernels.py
+// compiles this file and calls what stands at its end.
+//
+//     attend      softmax(q k^T * scale) v, in one pass over blocks that stay in the cache
+//     linear      x W^T + b for few rows, where oneDNN takes longer to start than to multiply
+//     norm_silu   GroupNorm and SiLU over channels-last maps, in two passes
+//
+// A "unit" is 32 bits: one float32, or two neighbouring bfloat16 numbers, which the processor multiplies and adds as a pair.
+// What stands on the right of a product is laid out in units first, so that it is the same loop (`tile`) in either precision.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr long LANES = 16;                  // units in a register
+constexpr long TILE = 6;                    // queries whose sums are in registers at once, with up to 4 registers each
+constexpr long ROWS = 8 * TILE;             // queries in a block
+constexpr long GROUP = 4 * LANES;           // keys in a tile
+constexpr long COLUMNS = 8 * GROUP;         // keys in a block
+constexpr long MUCH = 1 << 20;              // multiplications from which on a second thread pays
+
+constexpr long up(long n, long step) { return (n + step - 1) / step * step; }
+
+// acc + unit * vector, lane by lane.
+template <bool pairs>
+inline __m512 multiply_add(__m512 acc, uint32_t unit, const uint32_t* vector) {
+    const __m512i x = _mm512_set1_epi32(unit), y = _mm512_loadu_si512(vector);
+#ifdef __AVX512BF16__
+    if constexpr (pairs) return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)y);
+#endif
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), acc);
+}
+
+// out[rows][width * LANES] (+)= a[rows][depth] b[depth][width * LANES], a and b in units; the strides are those of rows.
+template <bool pairs, int width, int rows>
+void tile(const uint32_t* a, long a_stride, const uint32_t* b, long b_stride, long depth, float* out, long out_stride,
+          bool add) {
+    __m512 acc[rows][width];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < width; j++)
+            acc[i][j] = add ? _mm512_loadu_ps(out + i * out_stride + j * LANES) : _mm512_setzero_ps();
+    for (long t = 0; t < depth; t++)
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < width; j++)
+                acc[i][j] = multiply_add<pairs>(acc[i][j], a[i * a_stride + t], b + t * b_stride + j * LANES);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < width; j++) _mm512_storeu_ps(out + i * out_stride + j * LANES, acc[i][j]);
+}
+
+// The tile for `left` registers of columns, at most 4.
+template <bool pairs, int rows>
+auto tile_for(long left) {
+    return left >= 4   ? tile<pairs, 4, rows>
+           : left == 3 ? tile<pairs, 3, rows>
+           : left == 2 ? tile<pairs, 2, rows>
+                       : tile<pairs, 1, rows>;
+}
+
+// 2^x, to 2 in 10^7: 2^round(x) times a polynomial of the rest, in [-1/2, 1/2] (the Taylor series of e^(x ln 2)).
+inline __m512 exp2(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(1.5403530e-4f);
+    for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+        y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(y, whole);
+}
+
+// 16 numbers of either precision, from memory and to it; all, or those in a mask.
+template <bool pairs>
+inline __m512 load(const void* from, __mmask16 which = 0xffff) {
+    if constexpr (pairs)
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16));
+    return _mm512_maskz_loadu_ps(which, from);
+}
+
+template <bool pairs>
+inline void store(void* to, __m512 x, __mmask16 which = 0xffff) {
+#ifdef __AVX512BF16__
+    if constexpr (pairs) return _mm256_mask_storeu_epi16(to, which, (__m256i)_mm512_cvtneps_pbh(x));
+#endif
+    _mm512_mask_storeu_ps(to, which, x);
+}
+
+// The lanes of a register that starts `left` numbers before the end.
+inline __mmask16 lanes(long left) { return (__mmask16)((1u << std::clamp(left, 0L, LANES)) - 1); }
+
+// ---- attention
+//
+// The method is FlashAttention's (Dao et al. 2022, arXiv:2205.14135, algorithm 1): ROWS queries meet COLUMNS keys at a time;
+// beside the output so far stand, for each query, the largest score m and the sum l of exp(score - m). A block with a larger
+// score scales what is there by exp(m - m_new). Keys and values are laid out in units first:
+//     keys    unit (j, t) = numbers 2t, 2t+1 of key j               as [64 keys][t][j]
+//     values  unit (t, c) = number c of values 2t and 2t+1          as [t][c], c filled up to a multiple of 16
+
+// Scores of one query against `count` keys (a multiple of LANES) -> their exponentials, and m, l and the output so far to match.
+template <bool pairs>
+void exponentials(const float* scores, void* out, long count, float scale, float& m, float& l, float* sofar, long width) {
+    __m512 largest = _mm512_set1_ps(m);
+    for (long j = 0; j < count; j += LANES) largest = _mm512_max_ps(largest, _mm512_loadu_ps(scores + j));
+    const float before = m;
+    m = _mm512_reduce_max_ps(largest);
+    const __m512 by = _mm512_set1_ps(scale), shift = _mm512_set1_ps(m * scale);
+    __m512 sum = _mm512_setzero_ps();
+    for (long j = 0; j < count; j += LANES) {
+        const __m512 p = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j), by, shift));
+        sum = _mm512_add_ps(sum, p);
+        store<pairs>((char*)out + j * (pairs ? 2 : 4), p);
+    }
+    if (m > before) {
+        const float shrink = std::exp2((before - m) * scale);
+        l *= shrink;
+        for (long c = 0; c < width; c += LANES)
+            _mm512_storeu_ps(sofar + c, _mm512_mul_ps(_mm512_loadu_ps(sofar + c), _mm512_set1_ps(shrink)));
+    }
+    l += _mm512_reduce_add_ps(sum);
+}
+
+// A tensor (B, heads, length, d) whose last dimension lies together; strides count numbers.
+struct View {
+    char* data;
+    long batch, head, row;
+};
+
+template <bool pairs>
+struct Attention {
+    static constexpr long SIZE = pairs ? 2 : 4, STEP = pairs ? 2 : 1;            // bytes of a number, numbers in a unit
+
+    View q, k, v, out;
+    long heads, n, m, d;
+    float scale;                                                                // of the exponent in base 2
+    long depth = d / STEP, width = up(d, LANES), keys = up(m, GROUP);
+    std::vector<uint32_t> packed_k, packed_v;                                   // of all heads
+
+    char* at(const View& x, long which, long row) const {
+        return x.data + (which / heads * x.batch + which % heads * x.head + row * x.row) * SIZE;
+    }
+    uint32_t* k_of(long which) { return packed_k.data() + which * keys * depth; }
+    uint32_t* v_of(long which) { return packed_v.data() + which * keys / STEP * width; }
+
+    void pack(long which) {
+        uint32_t *to_k = k_of(which), *to_v = v_of(which);
+        for (long j = 0; j < m; j++) {
+            const char *key = at(k, which, j), *value = at(v, which, j);
+            for (long t = 0; t < depth; t++) std::memcpy(to_k + j / GROUP * depth * GROUP + t * GROUP + j % GROUP, key + 4 * t, 4);
+            char* row = (char*)(to_v + j / STEP * width) + j % STEP * SIZE;
+            for (long c = 0; c < d; c++) std::memcpy(row + 4 * c, value + SIZE * c, SIZE);
+        }
+    }
+
+    void block(long which, long first) {
+        thread_local std::vector<float> scores(ROWS * COLUMNS), weights(ROWS * COLUMNS), sofar;
+        thread_local std::vector<uint32_t> queries;
+        queries.assign(ROWS * depth, 0);
+        sofar.assign(ROWS * width, 0);
+        float largest[ROWS], sums[ROWS] = {};
+        const long rows = std::min(ROWS, n - first);
+        for (long i = 0; i < ROWS; i++) largest[i] = std::numeric_limits<float>::lowest();
+        for (long i = 0; i < rows; i++) std::memcpy(&queries[i * depth], at(q, which, first + i), d * SIZE);
+
+        for (long start = 0; start < m; start += COLUMNS) {
+            const long count = std::min(COLUMNS, keys - start), real = std::min(count, m - start);
+            for (long j = 0; j < count; j += GROUP)
+                for (long i = 0; i < rows; i += TILE)
+                    tile<pairs, 4, TILE>(&queries[i * depth], depth, k_of(which) + (start + j) * depth, GROUP, depth,
+                                         &scores[i * COLUMNS + j], COLUMNS, false);
+            for (long i = 0; i < up(rows, TILE); i++) {
+                for (long j = real; j < count; j++) scores[i * COLUMNS + j] = -std::numeric_limits<float>::infinity();
+                exponentials<pairs>(&scores[i * COLUMNS], &weights[i * COLUMNS / STEP], count, scale, largest[i], sums[i],
+                                    &sofar[i * width], width);
+            }
+            for (long c = 0; c < width; c += GROUP)
+                for (long i = 0; i < rows; i += TILE)
+                    tile_for<pairs, TILE>((width - c) / LANES)((uint32_t*)&weights[i * COLUMNS / STEP], COLUMNS / STEP,
+                                                               v_of(which) + start / STEP * width + c, width, count / STEP,
+                                                               &sofar[i * width + c], width, true);
+        }
+        for (long i = 0; i < rows; i++)
+            for (long c = 0; c < d; c += LANES) {
+                const __m512 x = _mm512_div_ps(_mm512_loadu_ps(&sofar[i * width + c]), _mm512_set1_ps(sums[i]));
+                store<pairs>(at(out, which, first + i) + c * SIZE, x, lanes(d - c));
+            }
+    }
+
+    void run(long batch, long threads) {
+        const long all = batch * heads, blocks = (n + ROWS - 1) / ROWS;
+        packed_k.assign(all * keys * depth, 0);
+        packed_v.assign(all * keys / STEP * width, 0);
+        const bool much = all * n * m * d >= MUCH / 8;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (much)
+        for (long i = 0; i < all; i++) pack(i);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (much)
+        for (long i = 0; i < all * blocks; i++) block(i / blocks, i % blocks * ROWS);
+    }
+};
+
+// ---- linear
+
+enum After { NOTHING, GELU, TIMES, PLUS };  // what happens to the output: GELU(y), y * other, y + other
+
+// x Phi(x), with Phi as in Abramowitz & Stegun 7.1.26: erf to 1.5 in 10^7.
+inline __m512 gelu(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f), z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
+    __m512 y = _mm512_set1_ps(1.061405429f);
+    for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
+    const __m512 tail = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504f)));
+    const __m512 erf = _mm512_fnmadd_ps(_mm512_mul_ps(y, t), tail, one);                       // of |x| / sqrt(2)
+    const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
+    return _mm512_fmadd_ps(_mm512_abs_ps(half), erf, half);                                    // x/2 (1 + erf(x / sqrt(2)))
+}
+
+// Rows of x (m, k) -> y (m, n). w: [k units][n filled up to a multiple of 16].
+template <bool pairs>
+struct Linear {
+    const char *x, *bias, *other;
+    const uint32_t* w;
+    char* y;
+    long m, k, n;
+    After after;
+
+    template <int rows>
+    void some(long row, long column) const {
+        constexpr long SIZE = pairs ? 2 : 4;
+        const long depth = k * SIZE / 4, width = up(n, LANES), end = std::min(column + GROUP, width);
+        float sums[rows * GROUP];
+        tile_for<pairs, rows>((end - column) / LANES)((const uint32_t*)(x + row * k * SIZE), depth, w + column, width, depth,
+                                                      sums, GROUP, false);
+        for (long i = 0; i < rows; i++)
+            for (long c = column; c < end; c += LANES) {
+                const __mmask16 which = lanes(n - c);
+                const long at = ((row + i) * n + c) * SIZE;
+                __m512 sum = _mm512_loadu_ps(sums + i * GROUP + c - column);
+                if (bias) sum = _mm512_add_ps(sum, load<pairs>(bias + c * SIZE, which));
+                if (after == GELU) sum = gelu(sum);
+                if (after == TIMES) sum = _mm512_mul_ps(sum, load<pairs>(other + at, which));
+                if (after == PLUS) sum = _mm512_add_ps(sum, load<pairs>(other + at, which));
+                store<pairs>(y + at, sum, which);
+            }
+    }
+
+    void run(long threads) const {
+        const long columns = (n + GROUP - 1) / GROUP, rows = (m + TILE - 1) / TILE;
+#pragma omp parallel for num_threads(threads) if (m * k * n >= MUCH)
+        for (long i = 0; i < columns * rows; i++) {
+            const long column = i / rows * GROUP, row = i % rows * TILE;
+            if (row + TILE <= m)
+                some<TILE>(row, column);
+            else
+                for (long last = row; last < m; last++) some<1>(last, column);
+        }
+    }
+};
+
+// ---- GroupNorm and SiLU
+
+// Maps (batch, positions, channels) -> the same, silu((x + shift - mean) / deviation * weight + bias). shift (batch, channels)
+// or null. Means and squares are of differences from the first position, channel by channel, in float32 over CHUNK positions
+// and in float64 over those.
+template <bool pairs>
+struct NormSilu {
+    static constexpr long SIZE = pairs ? 2 : 4, CHUNK = 256;
+    const char *x, *weight, *bias, *shift;
+    char* out;
+    long batch, positions, channels, groups;
+    double eps;
+
+    const char* at(long b, long position) const { return x + (b * positions + position) * channels * SIZE; }
+
+    // Adds up one chunk: sums and squares (channels).
+    void add(long b, long first, float* sums, float* squares) const {
+        for (long c = 0; c < channels; c += GROUP) {
+            __m512 origin[4], sum[4], square[4];
+            for (long j = 0; j < 4; j++) {
+                origin[j] = load<pairs>(at(b, 0) + (c + j * LANES) * SIZE, lanes(channels - c - j * LANES));
+                sum[j] = square[j] = _mm512_setzero_ps();
+            }
+            for (long i = first; i < std::min(first + CHUNK, positions); i++)
+                for (long j = 0; j < 4; j++) {
+                    const __m512 x = load<pairs>(at(b, i) + (c + j * LANES) * SIZE, lanes(channels - c - j * LANES));
+                    const __m512 d = _mm512_sub_ps(x, origin[j]);
+                    sum[j] = _mm512_add_ps(sum[j], d);
+                    square[j] = _mm512_fmadd_ps(d, d, square[j]);
+                }
+            for (long j = 0; j < 4; j++) {
+                _mm512_mask_storeu_ps(sums + c + j * LANES, lanes(channels - c - j * LANES), sum[j]);
+                _mm512_mask_storeu_ps(squares + c + j * LANES, lanes(channels - c - j * LANES), square[j]);
+            }
+        }
+    }
+
+    static float one(const char* of, long c) {
+        float number[LANES];
+        _mm512_storeu_ps(number, load<pairs>(of + c * SIZE, 1));
+        return number[0];
+    }
+
+    // From the chunks' sums and squares to what a number is multiplied by and what is added: scale and offset (channels).
+    void settle(long b, const float* sums, const float* squares, long chunks, float* scale, float* offset) const {
+        const long wide = channels / groups;
+        for (long group = 0; group < groups; group++) {
+            double mean = 0, variance = 0;
+            std::vector<double> means(wide), spreads(wide);
+            for (long j = 0; j < wide; j++) {
+                const long c = group * wide + j;
+                double sum = 0, square = 0;
+                for (long i = 0; i < chunks; i++) sum += sums[i * channels + c], square += squares[i * channels + c];
+                sum /= positions;
+                means[j] = one(at(b, 0), c) + sum + (shift ? one(shift + b * channels * SIZE, c) : 0.0f);
+                spreads[j] = square / positions - sum * sum;
+                mean += means[j] / wide;
+            }
+            for (long j = 0; j < wide; j++) variance += (spreads[j] + (means[j] - mean) * (means[j] - mean)) / wide;
+            for (long j = 0; j < wide; j++) {
+                const long c = group * wide + j;
+                const double by = one(weight, c) / std::sqrt(variance + eps);
+                scale[c] = by;
+                offset[c] = one(bias, c) + by * ((shift ? one(shift + b * channels * SIZE, c) : 0.0f) - mean);
+            }
+        }
+    }
+
+    void finish(long b, long first, const float* scale, const float* offset) const {
+        const __m512 one = _mm512_set1_ps(1.0f), log2e = _mm512_set1_ps(-1.44269504f);
+        for (long i = first; i < std::min(first + CHUNK, positions); i++)
+            for (long c = 0; c < channels; c += LANES) {
+                const __mmask16 which = lanes(channels - c);
+                const __m512 y = _mm512_fmadd_ps(load<pairs>(at(b, i) + c * SIZE, which), _mm512_maskz_loadu_ps(which, scale + c),
+                                                 _mm512_maskz_loadu_ps(which, offset + c));
+                const __m512 below = _mm512_add_ps(one, exp2(_mm512_mul_ps(y, log2e)));        // silu(y) = y / (1 + e^-y)
+                store<pairs>(out + (at(b, i) - x) + c * SIZE, _mm512_div_ps(y, below), which);
+            }
+    }
+
+    void run(long threads) const {
+        const long chunks = (positions + CHUNK - 1) / CHUNK, all = batch * chunks;
+        const bool much = batch * positions * channels >= (1 << 15);
+        std::vector<float> sums(all * channels), squares(all * channels), scale(batch * channels), offset(batch * channels);
+#pragma omp parallel for num_threads(threads) if (much)
+        for (long i = 0; i < all; i++) add(i / chunks, i % chunks * CHUNK, &sums[i * channels], &squares[i * channels]);
+        for (long b = 0; b < batch; b++)
+            settle(b, &sums[b * chunks * channels], &squares[b * chunks * channels], chunks, &scale[b * channels], &offset[b * channels]);
+#pragma omp parallel for num_threads(threads) if (much)
+        for (long i = 0; i < all; i++)
+            finish(i / chunks, i % chunks * CHUNK, &scale[i / chunks * channels], &offset[i / chunks * channels]);
+    }
+};
+
+}  // namespace
+
+// ---- called from Python. bits: 32 (float32) or 16 (bfloat16).
+
+// 1 if this was compiled for numbers of so many bits.
+extern "C" int knows(int bits) {
+#ifdef __AVX512BF16__
+    return bits == 32 || bits == 16;
+#else
+    return bits == 32;
+#endif
+}
+
+// strides: batch, head and row of q, k, v and out.
+extern "C" void attend(int bits, char* q, char* k, char* v, char* out, const long* strides, long batch, long heads, long n, long m,
+                       long d, double scale, long threads) {
+    const auto view = [&](char* data, int i) { return View{data, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
+    const auto run = [&](auto work) { work.run(batch, threads); };
+    const float in_base_2 = (float)(scale * 1.4426950408889634);
+    if (bits == 32)
+        run(Attention<false>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), heads, n, m, d, in_base_2});
+    else
+        run(Attention<true>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), heads, n, m, d, in_base_2});
+}
+
+// w (n, k) -> packed [k units][n filled up to a multiple of 16], which is zero before.
+extern "C" void pack(int bits, const char* w, uint32_t* packed, long k, long n) {
+    const long depth = k * bits / 32, width = up(n, LANES);
+    for (long j = 0; j < n; j++)
+        for (long t = 0; t < depth; t++) std::memcpy(packed + t * width + j, w + 4 * (j * depth + t), 4);
+}
+
+extern "C" void linear(int bits, const char* x, const uint32_t* w, const char* bias, const char* other, char* y, long m, long k,
+                       long n, int after, long threads) {
+    if (bits == 32)
+        Linear<false>{x, bias, other, w, y, m, k, n, (After)after}.run(threads);
+    else
+        Linear<true>{x, bias, other, w, y, m, k, n, (After)after}.run(threads);
+}
+
+extern "C" void norm_silu(int bits, const char* x, const char* weight, const char* bias, const char* shift, char* out, long batch,
+                          long positions, long channels, long groups, double eps, long threads) {
+    if (bits == 32)
+        NormSilu<false>{x, weight, bias, shift, out, batch, positions, channels, groups, eps}.run(threads);
+    else
+        NormSilu<true>{x, weight, bias, shift, out, batch, positions, channels, groups, eps}.run(threads);
+}

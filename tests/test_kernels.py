@@ -1,0 +1,176 @@
+"""The kernels in kernels.cpp give what PyTorch gives, no further from float64 than PyTorch's own."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_sd
+from test_speed import assert_as_exact, latents, relative
+
+from plainsd import kernels, speed
+
+pytestmark = pytest.mark.skipif(not kernels.suit(torch.float32), reason="kernels.cpp is for AVX-512")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def suits(request):
+    if "dtype" in request.fixturenames and not kernels.suit(request.getfixturevalue("dtype")):
+        pytest.skip("not in this precision on this processor")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in (kernels.library, speed.have_kernels):
+        cached.cache_clear()
+    yield tmp_path / "plainsd"
+    for cached in (kernels.library, speed.have_kernels):
+        cached.cache_clear()
+
+
+def strided(x):
+    """The same as one of three parts of a projection's output."""
+    return torch.cat(3 * [x.transpose(1, 2)], dim=2)[:, :, : x.shape[1]].transpose(1, 2)
+
+
+@DTYPES
+@pytest.mark.parametrize("batch, heads, n, m, d", [
+    (2, 3, 96, 512, 40), (1, 2, 1, 1, 8), (2, 2, 49, 77, 64), (1, 1, 100, 1100, 80), (1, 2, 47, 513, 160), (1, 1, 64, 65, 22),
+    (1, 1, 50, 63, 33), (2, 1, 7, 2000, 512),
+])
+def test_attention(dtype, batch, heads, n, m, d):
+    """Lengths and widths that fill their blocks and that do not; scores up to +-100, so that blocks are scaled anew. As far
+    from float64 as PyTorch's, within a factor of 2.5 (512 wide, float32: 1.9; else 1)."""
+    if dtype == torch.bfloat16 and d % 2:
+        pytest.skip("PyTorch's, by `attention`")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (5 * torch.randn((batch, heads, length, d), generator=generator).to(dtype) for length in (n, m, m))
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    allowed = 2.5 * relative(F.scaled_dot_product_attention(q, k, v).double(), expected) + 1e-7
+    for form in (torch.Tensor.clone, strided, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
+        found = kernels._attention(*(form(t) for t in (q, k, v)))
+        assert found.shape == q.shape and relative(found.double(), expected) < allowed
+
+
+def test_attention_passes_on_what_is_not_a_number():
+    q, k, v = torch.randn(3, 1, 2, 60, 16).unbind(0)
+    q[0, 1, 5, 3] = torch.nan
+    bad = kernels._attention(q, k, v).isnan()
+    assert bad[0, 1, 5].all() and bad.sum() == 16
+
+
+@pytest.mark.parametrize("case", ["causal", "gradient", "odd"])
+def test_where_attention_is_pytorchs(case, monkeypatch):
+    monkeypatch.setattr(kernels, "ENOUGH", {torch.float32: 0, torch.bfloat16: 0})
+    monkeypatch.setattr(kernels, "_attention", None)
+    q, k, v = torch.randn(3, 1, 2, 60, 15).to(torch.bfloat16 if case == "odd" else torch.float32).unbind(0)
+    q.requires_grad_(case == "gradient")
+    assert torch.equal(kernels.attention(q, k, v, is_causal=case == "causal"),
+                       F.scaled_dot_product_attention(q, k, v, is_causal=case == "causal"))
+
+
+def test_torch_compile_knows_attention():
+    torch.library.opcheck(torch.ops.plainsd.attention, tuple(torch.randn(3, 1, 2, 60, 16).unbind(0)))
+
+
+@DTYPES
+@pytest.mark.parametrize("m, k, n", [(1, 2, 1), (32, 160, 160), (7, 50, 37), (128, 96, 384), (300, 64, 65), (5, 1280, 640)])
+@pytest.mark.parametrize("after", ["none", "gelu", "times", "plus"])
+def test_linear(dtype, m, k, n, after):
+    torch.manual_seed(0)
+    layer, other = torch.nn.Linear(k, n).to(dtype).requires_grad_(False), torch.randn(2, m, n).to(dtype)
+    x, exact = torch.randn(2, m, 2 * k).to(dtype)[..., ::2], copy.deepcopy(layer).double()
+    outcome = {"none": lambda y, other: y, "gelu": lambda y, other: F.gelu(y), "times": torch.mul, "plus": torch.add}[after]
+    packed = kernels.pack(layer.weight)
+    for bias in (layer.bias, None):
+        expected = outcome(F.linear(x.double(), exact.weight, None if bias is None else exact.bias), other.double())
+        allowed = 1.2 * relative(outcome(F.linear(x, layer.weight, bias), other).double(), expected)
+        allowed += 3e-7 + k**0.5 * 2**-25                                # GELU, and a sum in order
+        assert relative(kernels.linear(x, packed, n, bias, after, other).double(), expected) < allowed
+
+
+def test_gelu_far_out():
+    """Also where its tail is nearly nothing, and where it is nearly x."""
+    x = torch.linspace(-12, 12, 2001).reshape(-1, 1).repeat(1, 2)
+    packed = kernels.pack(torch.eye(2))
+    assert (kernels.linear(x, packed, 2, None, "gelu").double() - F.gelu(x.double())).abs().max() < 2e-6
+
+
+@DTYPES
+@pytest.mark.parametrize("shape, groups", [((2, 96, 8, 8), 16), ((1, 24, 5, 7), 4), ((2, 20, 33, 17), 5), ((1, 128, 40, 64), 32),
+                                           ((3, 8, 1, 1), 2)], ids=str)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format], ids=["channels last", "contiguous"])
+def test_norm_silu(dtype, shape, groups, shifted, form):
+    """Means of several times the deviation, as in networks."""
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(groups, shape[1]).requires_grad_(False)
+    norm.weight.normal_(), norm.bias.normal_()
+    exact, norm = copy.deepcopy(norm).double(), norm.to(dtype)
+    exact.load_state_dict(norm.state_dict())
+    x = (torch.randn(shape) + 10 * torch.randn(1, shape[1], 1, 1)).to(dtype).contiguous(memory_format=form)
+    shift = torch.randn(shape[:2]).to(dtype) if shifted else None
+    plus = shift[:, :, None, None].double() if shifted else 0.0
+    expected = F.silu(exact(x.double() + plus))
+    allowed = 1e-6 if dtype == torch.float32 else 3e-3                   # bfloat16: PyTorch's is 2.6e-3
+    kept = x.clone()
+    assert relative(kernels.norm_silu(norm, x, shift).double(), expected) < allowed
+    assert torch.equal(x, kept)
+    assert relative(kernels.norm_silu(norm, x, shift, over=True).double(), expected) < allowed
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads):
+    torch.manual_seed(0)
+    norm, x = torch.nn.GroupNorm(4, 32).requires_grad_(False), torch.randn(2, 32, 40, 40)
+    q, k, v = torch.randn(3, 2, 4, 200, 40).unbind(0)
+    packed, rows = kernels.pack(torch.randn(96, 160)), torch.randn(100, 160)
+
+    def all_three():
+        return kernels.norm_silu(norm, x), kernels._attention(q, k, v), kernels.linear(rows, packed, 96, None)
+
+    before, expected = torch.get_num_threads(), all_three()
+    torch.set_num_threads(threads)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(all_three(), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_with_all_of_them_draws_the_same(monkeypatch):
+    fast, calls = speed.faster(tiny_sd()), []
+    assert {attention.attend for attention in speed.attentions(fast)} == {kernels.attention}
+    assert any(isinstance(module, speed.PackedResBlock) for module in fast.vae.modules())
+    monkeypatch.setattr(kernels, "ENOUGH", {torch.float32: 0})
+    for name in ("_attention", "linear", "norm_silu"):
+        def told(*args, run=getattr(kernels, name), name=name, **named):
+            calls.append(name)
+            return run(*args, **named)
+
+        monkeypatch.setattr(kernels, name, told)
+    assert_as_exact(fast, tiny_sd)
+    assert min(calls.count(name) for name in ("_attention", "linear", "norm_silu")) > 10
+
+
+def test_they_are_compiled_once(own_cache, monkeypatch):
+    kernels.library()
+    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels, "_compile", None)
+    kernels.library()
+    assert [path.suffix for path in own_cache.iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("compiler, told", [("no-such-compiler", "no C.. compiler .no-such-compiler."), ("false", "false: exit 1")])
+@DTYPES
+def test_without_a_compiler_the_plain_forms_are_used_and_that_is_said(own_cache, monkeypatch, dtype, compiler, told):
+    monkeypatch.setenv("CXX", compiler)
+    sd = tiny_sd().to(dtype=dtype)
+    with pytest.warns(UserWarning, match=f"slower than it could be.*{told}") as said:
+        speed.faster(sd)
+    assert len(said) == 1
+    form = speed.blocked_attention if dtype == torch.bfloat16 else F.scaled_dot_product_attention
+    assert {attention.attend for attention in speed.attentions(sd)} == {form}
+    assert latents(sd).isfinite().all()
+    assert not own_cache.exists() or not list(own_cache.iterdir())
