@@ -1,4 +1,5 @@
-"""What was tried for speed on a CPU, piece by piece: forms of attention, layouts of convolution weights, the small UNet.
+"""What was tried for speed on a CPU, piece by piece: forms of attention, layouts of convolution weights, doubling,
+GroupNorm with SiLU, small linear layers, the small UNet.
 
     python bench/tried.py              a minute
     python bench/tried.py --compile    also torch.compile on the small UNet; some minutes
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plainsd import bench, speed
+from plainsd import bench, kernels, speed
+from plainsd.models.layers import Upsample
 from plainsd.models.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(channels=(64, 128, 192), depth=(1, 1, 1), heads=(2, 4, 6), layers=1, context=256, groups=16)
@@ -48,6 +50,8 @@ def attention(dtype: torch.dtype) -> None:
             "blocked, head by head": lambda: speed.blocked_attention(q, k, v),
             "blocked, all heads": lambda: all_heads(*contiguous),
         }
+        if speed.have_kernels(dtype):
+            forms["our kernel"] = lambda: kernels._attention(q, k, v)
         contiguous = [t.contiguous() for t in (q, k, v)]
         tell(f"attention {b}x{heads} heads, {n} x {m}, {d} wide", dtype, forms)
 
@@ -62,6 +66,34 @@ def convolution(dtype: torch.dtype) -> None:
             "plain": lambda: conv(x),
             "packed for this size": lambda: packed(x),
             "packed for any size": lambda: torch.ops.mkldnn._convolution_pointwise(x, anyhow, conv.bias, *how, "none", [], ""),
+        })
+
+
+def doubling(dtype: torch.dtype) -> None:
+    for b, channels, side in ((1, 256, 256), (1, 512, 64), (2, 640, 32), (2, 1280, 8)):
+        plain = Upsample(channels).to(dtype).requires_grad_(False).to(memory_format=torch.channels_last)
+        x = torch.randn(b, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        after, before = speed.PackedConv(plain.conv), speed.PackedUpsample(plain)
+        tell(f"doubling {side}x{side} of {channels} channels, with its convolution", dtype, {
+            "plain": lambda: plain(x),
+            "packed": lambda: after(F.interpolate(x, scale_factor=2, mode="nearest")),
+            "convolved before": lambda: before(x),
+        })
+
+
+def own_kernels(dtype: torch.dtype) -> None:
+    for shape in ((2, 320, 64, 64), (1, 128, 512, 512), (2, 96, 8, 8)):
+        norm = nn.GroupNorm(32, shape[1]).to(dtype)
+        x = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        tell(f"GroupNorm and SiLU, {'x'.join(map(str, shape))}", dtype, {
+            "PyTorch": lambda: F.silu(norm(x)), "our kernel": lambda: kernels.norm_silu(norm, x)})
+    for rows, k, n in ((32, 160, 160), (128, 96, 384), (2, 1280, 320)):
+        layer, x = nn.Linear(k, n).to(dtype), torch.randn(rows, k, dtype=dtype)
+        packed, own = torch.ops.mkldnn._reorder_linear_weight(layer.weight, None), kernels.pack(layer.weight)
+        tell(f"linear layer {k} -> {n}, {rows} rows", dtype, {
+            "PyTorch": lambda: layer(x),
+            "oneDNN, packed": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], ""),
+            "our kernel": lambda: kernels.linear(x, own, n, layer.bias),
         })
 
 
@@ -84,7 +116,7 @@ def small_unet(dtype: torch.dtype, compiled: bool) -> None:
 
 
 def tell(name: str, dtype: torch.dtype, forms: dict[str, Callable[[], object]]) -> None:
-    figures = ", ".join(f"{form} {least(work):.2f}" for form, work in forms.items())
+    figures = ", ".join(f"{form} {least(work):.3f}" for form, work in forms.items())
     print(f"{name}, {str(dtype).removeprefix('torch.')}: {figures}", flush=True)
 
 
@@ -94,4 +126,7 @@ if __name__ == "__main__":
         for dtype in (torch.bfloat16, torch.float32):
             attention(dtype)
             convolution(dtype)
+            doubling(dtype)
+            if speed.have_kernels(dtype):
+                own_kernels(dtype)
             small_unet(dtype, "--compile" in sys.argv)

@@ -100,7 +100,7 @@ inline __mmask16 lanes(long left) { return (__mmask16)((1u << std::clamp(left, 0
 //     keys    unit (j, t) = numbers 2t, 2t+1 of key j               as [64 keys][t][j]
 //     values  unit (t, c) = number c of values 2t and 2t+1          as [t][c], c filled up to a multiple of 16
 
-// Scores of one query against `count` keys (a multiple of LANES) -> their exponentials, and m, l and the output so far to match.
+// Scores of one query against `count` keys (a multiple of LANES) -> their exponentials; m, l and the output so far to match.
 template <bool pairs>
 void exponentials(const float* scores, void* out, long count, float scale, float& m, float& l, float* sofar, long width) {
     __m512 largest = _mm512_set1_ps(m);
@@ -149,7 +149,8 @@ struct Attention {
         uint32_t *to_k = k_of(which), *to_v = v_of(which);
         for (long j = 0; j < m; j++) {
             const char *key = at(k, which, j), *value = at(v, which, j);
-            for (long t = 0; t < depth; t++) std::memcpy(to_k + j / GROUP * depth * GROUP + t * GROUP + j % GROUP, key + 4 * t, 4);
+            uint32_t* column = to_k + j / GROUP * depth * GROUP + j % GROUP;
+            for (long t = 0; t < depth; t++) std::memcpy(column + t * GROUP, key + 4 * t, 4);
             char* row = (char*)(to_v + j / STEP * width) + j % STEP * SIZE;
             for (long c = 0; c < d; c++) std::memcpy(row + 4 * c, value + SIZE * c, SIZE);
         }
@@ -210,7 +211,8 @@ inline __m512 gelu(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f), z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
     const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
     __m512 y = _mm512_set1_ps(1.061405429f);
-    for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
+    for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+        y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
     const __m512 tail = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504f)));
     const __m512 erf = _mm512_fnmadd_ps(_mm512_mul_ps(y, t), tail, one);                       // of |x| / sqrt(2)
     const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
@@ -332,8 +334,8 @@ struct NormSilu {
         for (long i = first; i < std::min(first + CHUNK, positions); i++)
             for (long c = 0; c < channels; c += LANES) {
                 const __mmask16 which = lanes(channels - c);
-                const __m512 y = _mm512_fmadd_ps(load<pairs>(at(b, i) + c * SIZE, which), _mm512_maskz_loadu_ps(which, scale + c),
-                                                 _mm512_maskz_loadu_ps(which, offset + c));
+                const __m512 y = _mm512_fmadd_ps(load<pairs>(at(b, i) + c * SIZE, which), load<false>(scale + c, which),
+                                                 load<false>(offset + c, which));
                 const __m512 below = _mm512_add_ps(one, exp2(_mm512_mul_ps(y, log2e)));        // silu(y) = y / (1 + e^-y)
                 store<pairs>(out + (at(b, i) - x) + c * SIZE, _mm512_div_ps(y, below), which);
             }
@@ -346,7 +348,8 @@ struct NormSilu {
 #pragma omp parallel for num_threads(threads) if (much)
         for (long i = 0; i < all; i++) add(i / chunks, i % chunks * CHUNK, &sums[i * channels], &squares[i * channels]);
         for (long b = 0; b < batch; b++)
-            settle(b, &sums[b * chunks * channels], &squares[b * chunks * channels], chunks, &scale[b * channels], &offset[b * channels]);
+            settle(b, &sums[b * chunks * channels], &squares[b * chunks * channels], chunks, &scale[b * channels],
+                   &offset[b * channels]);
 #pragma omp parallel for num_threads(threads) if (much)
         for (long i = 0; i < all; i++)
             finish(i / chunks, i % chunks * CHUNK, &scale[i / chunks * channels], &offset[i / chunks * channels]);
@@ -357,18 +360,9 @@ struct NormSilu {
 
 // ---- called from Python. bits: 32 (float32) or 16 (bfloat16).
 
-// 1 if this was compiled for numbers of so many bits.
-extern "C" int knows(int bits) {
-#ifdef __AVX512BF16__
-    return bits == 32 || bits == 16;
-#else
-    return bits == 32;
-#endif
-}
-
 // strides: batch, head and row of q, k, v and out.
-extern "C" void attend(int bits, char* q, char* k, char* v, char* out, const long* strides, long batch, long heads, long n, long m,
-                       long d, double scale, long threads) {
+extern "C" void attend(int bits, char* q, char* k, char* v, char* out, const long* strides, long batch, long heads, long n,
+                       long m, long d, double scale, long threads) {
     const auto view = [&](char* data, int i) { return View{data, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
     const auto run = [&](auto work) { work.run(batch, threads); };
     const float in_base_2 = (float)(scale * 1.4426950408889634);
@@ -393,8 +387,8 @@ extern "C" void linear(int bits, const char* x, const uint32_t* w, const char* b
         Linear<true>{x, bias, other, w, y, m, k, n, (After)after}.run(threads);
 }
 
-extern "C" void norm_silu(int bits, const char* x, const char* weight, const char* bias, const char* shift, char* out, long batch,
-                          long positions, long channels, long groups, double eps, long threads) {
+extern "C" void norm_silu(int bits, const char* x, const char* weight, const char* bias, const char* shift, char* out,
+                          long batch, long positions, long channels, long groups, double eps, long threads) {
     if (bits == 32)
         NormSilu<false>{x, weight, bias, shift, out, batch, positions, channels, groups, eps}.run(threads);
     else

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
-ENOUGH = {torch.float32: 2**24, torch.bfloat16: 2**18}   # multiplications of a picture's q k^T from which on it beats PyTorch's
+ENOUGH = {torch.float32: 2**24, torch.bfloat16: 2**18}   # multiplications of q k^T from which on it beats PyTorch's
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 AFTER = {"none": 0, "gelu": 1, "times": 2, "plus": 3}
 
