@@ -6,11 +6,12 @@ a time. Names and shapes are checked strictly before the first byte of a tensor 
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from plainsd.errors import UserError
 from plainsd.layouts import SPELLINGS, Place, places, spelled
@@ -55,10 +56,23 @@ def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:
     return {"unet": (UNet, variant.unet), "vae": (VAE, variant.vae), **encoders}
 
 
+class Undrawn(TorchFunctionMode):
+    """Draws no normal numbers: for tensors without memory, PyTorch would load its compiler to do that (1.5 s)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
 def empty(kind: type[nn.Module], config: Any) -> nn.Module:
     """A network without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         return kind(config).eval()
+
+
+@cache
+def blueprint(kind: type[nn.Module], config: Any) -> nn.Module:
+    """One for whoever asks for names and shapes only."""
+    return empty(kind, config)
 
 
 # --- from a file's names to ours -------------------------------------------------------------------------------------
@@ -115,7 +129,7 @@ def assigned(network: nn.Module, tensors: Mapping[str, Stored], device: torch.de
 def pack(network: Network, layout: str, *, conv: bool, prefix: str = "", dtype: torch.dtype | None = None,
          spelling: Collection[str] = ()) -> dict[str, Stored]:
     """Our tensors under the file's names. `dtype`: what the file shall hold; None keeps each tensor's own."""
-    bare, packed = empty(network.kind, network.config), {}
+    bare, packed = blueprint(network.kind, network.config), {}
     shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
     for place in places(bare, layout, conv=conv):
         sources = [network.tensors[name] for name in place.ours]

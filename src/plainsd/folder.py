@@ -13,7 +13,7 @@ import torch
 
 from plainsd.configs import NOTE, read_variant
 from plainsd.contents import (
-    POSITION_IDS, Contents, Network, check_names, empty, fragments, located, pack, parts, respelled, unpack,
+    POSITION_IDS, Contents, Network, blueprint, check_names, fragments, located, pack, parts, respelled, unpack,
 )
 from plainsd.detect import seems
 from plainsd.errors import UserError
@@ -37,7 +37,7 @@ def read_folder(folder: Path, variant_file: str | None = None) -> Contents:
     for name, (kind, config) in parts(variant).items():
         file = open_part(folder / name, variant_file)
         networks[name] = read_network(file, kind, config, conv=variant.conv_projections)
-        bare = empty(kind, config)
+        bare = blueprint(kind, config)
         spellings += [f"diffusers {name} {fragment}" for fragment in fragments(bare, "diffusers", file.tensors)]
     leftovers = open_tensors(folder / LEFTOVERS).tensors if (folder / LEFTOVERS).is_file() else {}
     return Contents(variant, networks, read_texts(folder, networks), dict(leftovers),
@@ -46,7 +46,7 @@ def read_folder(folder: Path, variant_file: str | None = None) -> Contents:
 
 def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool) -> Network:
     """A network in diffusers' names."""
-    bare = empty(kind, config)
+    bare = blueprint(kind, config)
     wanted = located(bare, "diffusers", file.tensors, conv=conv)
     extras = {name: file.tensors[name] for name in (POSITION_IDS, POSITION_IDS.removeprefix("text_model."))
               if kind is TextEncoder and name in file.tensors}

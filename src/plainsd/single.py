@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from plainsd.configs import read_variant
-from plainsd.contents import Contents, Network, check_names, empty, fragments, located, pack, parts, unpack
+from plainsd.contents import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
 from plainsd.describe import write_variant
 from plainsd.detect import UNET_PREFIX, detect, predicting, probe, seems
 from plainsd.errors import UserError
@@ -65,7 +65,7 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True) -> C
     leftovers = {name: stored for name, stored in file.tensors.items() if BESIDE.match(name) and name not in extras}
     for part, network in networks.items():
         prefix, layout = prefixes(variant)[part]
-        found = fragments(empty(network.kind, network.config), layout, file.tensors, prefix)
+        found = fragments(blueprint(network.kind, network.config), layout, file.tensors, prefix)
         spellings += [f"single-file {part} {fragment}" for fragment in found]
     return Contents(variant, networks, texts or write_variant(variant), leftovers, tuple(spellings))
 
@@ -88,7 +88,7 @@ def told(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
 
 def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[str, Network]:
     """The networks of those names; whatever else is in the file must be known by name."""
-    bare = {name: empty(*parts(variant)[name]) for name in names}
+    bare = {name: blueprint(*parts(variant)[name]) for name in names}
     wanted = {name: located(network, prefixes(variant)[name][1], file.tensors, conv=variant.conv_projections,
                             prefix=prefixes(variant)[name][0]) for name, network in bare.items()}
     beside = [name for name in file.tensors if BESIDE.match(name)]

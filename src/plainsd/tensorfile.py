@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000            # bytes; the format's own limit
-PIECE = 2**20                         # numbers that are read at once
+PIECE = 2**18                         # numbers that are read and cast at once, so that they are still in the cache
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,11 @@ def _reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], start: int) 
     """Reads piece by piece, so that a tensor that is cast is never in memory twice."""
     def read(wanted: torch.dtype | None = None) -> Tensor:
         tensor = torch.empty(shape, dtype=wanted or dtype)
-        cast = tensor.dtype != dtype and tensor.numel() > 0
-        room = passing(min(tensor.numel(), PIECE), dtype) if cast else None
+        cast = tensor.dtype != dtype
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            for target in tensor.view(-1).split(PIECE):
-                piece = room[: len(target)] if cast else target
+            for target in tensor.view(-1).split(PIECE if cast else max(tensor.numel(), 1)):
+                piece = passing(len(target), dtype) if cast else target
                 view = memoryview(piece.view(torch.uint8).numpy())
                 while view:
                     got = file.readinto(view)
@@ -135,10 +135,18 @@ def _reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], start: int) 
     return read
 
 
+class _Room(threading.local):
+    def __init__(self):
+        self.bytes = torch.frombuffer(mmap.mmap(-1, 8 * PIECE), dtype=torch.uint8)
+
+
+_room = _Room()
+
+
 def passing(count: int, dtype: torch.dtype) -> Tensor:
-    """Room for numbers on their way. It comes from the system and goes back there: malloc's heap, with room of many
-    sizes taken and given back between tensors that stay, would grow by a fifth of a model and more."""
-    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
+    """Room for at most PIECE numbers on their way, the same each time. It comes from the system: malloc's heap, with room of
+    many sizes taken and given back between tensors that stay, would grow by a fifth of a model and more."""
+    return _room.bytes[: count * dtype.itemsize].view(dtype)
 
 
 def header_bytes(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
