@@ -182,13 +182,13 @@ def test_vocabulary_is_found_beside_a_checkpoint_first(clip, tmp_path):
 
 def test_missing_vocabulary_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr("plainsd.tokenizer.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("plainsd.tokenizer.try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: None)
     with pytest.raises(UserError, match="pip install openai-clip"):
         find_vocabulary(tmp_path / "model.safetensors")
     cached = {name: str(tmp_path / name) for name in ("vocab.json", "merges.txt")}
     for name in cached:
         (tmp_path / name).touch()
-    monkeypatch.setattr("plainsd.tokenizer.try_to_load_from_cache", lambda repository, name: cached.get(name))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: cached.get(name))
     assert find_vocabulary() == tmp_path
 
 

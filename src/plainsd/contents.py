@@ -57,10 +57,15 @@ def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:
 
 
 class Undrawn(TorchFunctionMode):
-    """Draws no normal numbers: for tensors without memory, PyTorch would load its compiler to do that (1.5 s)."""
+    """Draws no first weights: for tensors without memory it would be in vain, and PyTorch would load its compiler for it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+        if func in DRAWN:
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+DRAWN = (nn.init.normal_, nn.init.kaiming_uniform_, torch.Tensor.uniform_, torch.Tensor.normal_)
 
 
 def empty(kind: type[nn.Module], config: Any) -> nn.Module:

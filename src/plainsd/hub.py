@@ -1,14 +1,11 @@
-"""Where a model lies: the embedded one, a path, or a repository of the Hugging Face hub, downloaded once and cached."""
+"""Where a model lies: the embedded one, a path, or a repository of the Hugging Face hub, downloaded once and cached.
+
+huggingface_hub is imported where it is needed: it takes as long to import as the rest of plainsd.
+"""
 
 import re
 from importlib.resources import files
 from pathlib import Path
-
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 
 from plainsd.errors import UserError
 
@@ -31,6 +28,8 @@ def find(source: str | Path | None, variant_file: str | None = None) -> Path:
     if NAME.fullmatch(name):
         return snapshot(name, variant_file)
     if file := FILE.fullmatch(name):
+        from huggingface_hub import hf_hub_download
+
         return Path(fetched(name, lambda: hf_hub_download(*file.groups())))
     raise UserError(f"there is no model at {name!r}; give a model's folder, a .safetensors or .ckpt file, or a name on "
                     "the hub such as stable-diffusion-v1-5/stable-diffusion-v1-5")
@@ -38,6 +37,8 @@ def find(source: str | Path | None, variant_file: str | None = None) -> Path:
 
 def snapshot(name: str, variant_file: str | None) -> Path:
     """The folder of a repository, with one kind of weights only: safetensors, or pickles where there are no others."""
+    from huggingface_hub import snapshot_download
+
     middle = f".{variant_file}" if variant_file else ""
     for ending in ("safetensors", "bin"):
         weights = [f"{part}/*model{middle}{shard}.{ending}" for part in PARTS for shard in ("", "-?????-of-?????")]
@@ -49,6 +50,10 @@ def snapshot(name: str, variant_file: str | None) -> Path:
 
 
 def fetched(name: str, fetch) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError,
+    )
+
     try:
         return fetch()
     except GatedRepoError as error:

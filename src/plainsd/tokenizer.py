@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
@@ -203,6 +202,8 @@ def find_vocabulary(beside: str | Path | None = None) -> Path:
     for package in ("clip", "open_clip"):
         spec = importlib.util.find_spec(package)             # finds the folder; imports nothing
         folders += [Path(place) for place in (spec.submodule_search_locations if spec else None) or []]
+    from huggingface_hub import try_to_load_from_cache       # takes long to import, and few need it
+
     for repository, place in CACHED.items():
         found = [try_to_load_from_cache(repository, place + name) for name in ("vocab.json", "merges.txt")]
         folders += [Path(name).parent for name in found[:1] if all(isinstance(name, str) for name in found)]
