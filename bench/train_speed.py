@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import plainsd
 from plainsd.bench import processor
 from plainsd.models.unet import UNet, UNetConfig
+from plainsd.speed import trained_faster
 from plainsd.train.loop import FitOptions, autocast
 from plainsd.train.optimizer import make_optimizer
 
@@ -59,7 +60,7 @@ def sides() -> dict[str, Callable[..., float]]:
     ours, theirs = (unet.train().to(memory_format=torch.channels_last) for unet in networks())
 
     def our_loss(x: Tensor, timesteps: Tensor, context: Tensor, target: Tensor) -> Tensor:
-        with autocast("cpu", True):
+        with autocast("cpu", True), trained_faster(ours):
             return F.mse_loss(ours(x, timesteps, context).float(), target)
 
     def their_loss(x: Tensor, timesteps: Tensor, context: Tensor, target: Tensor) -> Tensor:

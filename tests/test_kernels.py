@@ -9,6 +9,7 @@ from conftest import tiny_sd
 from test_speed import assert_as_exact, latents, relative
 
 from plainsd import kernels, speed
+from plainsd.models.layers import ResBlock, norm_silu
 
 pytestmark = pytest.mark.skipif(not kernels.suit(torch.float32), reason="kernels.cpp is for AVX-512")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,6 +120,40 @@ def test_norm_silu(dtype, shape, groups, shifted, form):
     assert relative(kernels.norm_silu(norm, x, shift).double(), expected) < allowed
     assert torch.equal(x, kept)
     assert relative(kernels.norm_silu(norm, x, shift, over=True).double(), expected) < allowed
+
+
+@DTYPES
+@pytest.mark.parametrize("shape, groups", [((2, 96, 8, 8), 16), ((3, 20, 33, 17), 5), ((1, 8, 1, 1), 2)], ids=str)
+def test_gradients_of_norm_silu(dtype, shape, groups):
+    """Also from maps that are not channels last, and means of several times the deviation."""
+    torch.manual_seed(0)
+    norm, x, dy = torch.nn.GroupNorm(groups, shape[1]), torch.randn(shape) + 5, torch.randn(shape)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x, dy = x.to(dtype).requires_grad_(), dy.to(dtype)
+    exact, wide = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
+    F.silu(exact(wide)).backward(dy.double())
+    kernels.trained_norm_silu(norm, x).backward(dy)
+    expected = (wide.grad, exact.weight.grad, exact.bias.grad)
+    for found, right in zip((x.grad, norm.weight.grad, norm.bias.grad), expected, strict=True):
+        assert relative(found.double(), right) < (2e-6 if dtype == torch.float32 or found.dtype == torch.float32 else 3e-3)
+
+
+def test_inside_trained_faster_a_network_learns_the_same():
+    torch.manual_seed(0)
+    unet, x, context = tiny_sd().unet, torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+
+    def gradients():
+        unet.zero_grad()
+        unet(x, torch.tensor([3.0, 700.0]), context).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in unet.parameters()])
+
+    plain = gradients()
+    with speed.trained_faster(unet):
+        blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
+        assert blocks and all(block.activate is kernels.trained_norm_silu for block in blocks)
+        assert 0 < relative(gradients(), plain) < 1e-5
+    assert all(block.activate is norm_silu for block in blocks)
+    assert torch.equal(gradients(), plain)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

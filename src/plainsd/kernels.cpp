@@ -3,7 +3,7 @@
 //
 //     attend      softmax(q k^T * scale) v, in one pass over blocks that stay in the cache
 //     linear      x W^T + b for few rows, where oneDNN takes longer to start than to multiply
-//     norm_silu   GroupNorm and SiLU over channels-last maps, in two passes
+//     norm_silu   GroupNorm and SiLU over channels-last maps, in two passes; norm_silu_back, its gradients, in two more
 //
 // A "unit" is 32 bits: one float32, or two neighbouring bfloat16 numbers, which the processor multiplies and adds as a pair.
 // What stands on the right of a product is laid out in units first, so that it is the same loop (`tile`) in either precision.
@@ -263,14 +263,18 @@ struct Linear {
 
 // ---- GroupNorm and SiLU
 
-// Maps (batch, positions, channels) -> the same, silu((x + shift - mean) / deviation * weight + bias). shift (batch, channels)
-// or null. Means and squares are of differences from the first position, channel by channel, in float32 over CHUNK positions
-// and in float64 over those.
+// Maps (batch, positions, channels) -> the same, silu((x + shift - mean) / deviation * weight + bias). weight, bias (channels)
+// are float32; shift (batch, channels) or null; kept (2, batch, channels), or null, takes means and 1 / deviations. Sums and
+// squares are of differences from the first position, channel by channel, in float32 over CHUNK positions and in float64 over
+// those, always in the same order.
 template <bool pairs>
 struct NormSilu {
     static constexpr long SIZE = pairs ? 2 : 4, CHUNK = 256;
-    const char *x, *weight, *bias, *shift;
+    const char* x;
+    const float *weight, *bias;
+    const char* shift;
     char* out;
+    float* kept;
     long batch, positions, channels, groups;
     double eps;
 
@@ -322,9 +326,10 @@ struct NormSilu {
             for (long j = 0; j < wide; j++) variance += (spreads[j] + (means[j] - mean) * (means[j] - mean)) / wide;
             for (long j = 0; j < wide; j++) {
                 const long c = group * wide + j;
-                const double by = one(weight, c) / std::sqrt(variance + eps);
+                const double by = weight[c] / std::sqrt(variance + eps);
                 scale[c] = by;
-                offset[c] = one(bias, c) + by * ((shift ? one(shift + b * channels * SIZE, c) : 0.0f) - mean);
+                offset[c] = bias[c] + by * ((shift ? one(shift + b * channels * SIZE, c) : 0.0f) - mean);
+                if (kept) kept[b * channels + c] = mean, kept[(batch + b) * channels + c] = 1 / std::sqrt(variance + eps);
             }
         }
     }
@@ -353,6 +358,84 @@ struct NormSilu {
 #pragma omp parallel for num_threads(threads) if (much)
         for (long i = 0; i < all; i++)
             finish(i / chunks, i % chunks * CHUNK, &scale[i / chunks * channels], &offset[i / chunks * channels]);
+    }
+};
+
+// Its gradients, without a shift: from dy to dx (maps), dweight and dbias (channels, float32).
+//     x^ = (x - mean) / deviation,  z = x^ weight + bias,  s = 1 / (1 + e^-z),  dz = dy s (1 + z (1 - s))
+//     dweight = sum dz x^,  dbias = sum dz,  dx = (weight dz - mean of weight dz - x^ mean of weight dz x^) / deviation
+// with means over a picture's group.
+template <bool pairs>
+struct NormSiluBack {
+    static constexpr long SIZE = pairs ? 2 : 4, CHUNK = 256;
+    const char *x, *dy;
+    const float *weight, *bias, *kept;
+    char* dx;
+    float *dweight, *dbias;
+    long batch, positions, channels, groups;
+
+    // x^ and dz of 16 channels of a picture at a position.
+    void at(long b, long i, long c, __mmask16 which, __m512& normal, __m512& dz) const {
+        const long where = ((b * positions + i) * channels + c) * SIZE;
+        const __m512 one = _mm512_set1_ps(1.0f), mean = load<false>(kept + b * channels + c, which);
+        normal = _mm512_mul_ps(_mm512_sub_ps(load<pairs>(x + where, which), mean),
+                               load<false>(kept + (batch + b) * channels + c, which));
+        const __m512 z = _mm512_fmadd_ps(normal, load<false>(weight + c, which), load<false>(bias + c, which));
+        const __m512 s = _mm512_div_ps(one, _mm512_add_ps(one, exp2(_mm512_mul_ps(z, _mm512_set1_ps(-1.44269504f)))));
+        const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(z, _mm512_sub_ps(one, s), one));
+        dz = _mm512_mul_ps(load<pairs>(dy + where, which), slope);
+    }
+
+    void add(long b, long first, float* sums, float* products) const {
+        for (long c = 0; c < channels; c += LANES) {
+            const __mmask16 which = lanes(channels - c);
+            __m512 sum = _mm512_setzero_ps(), product = sum, normal, dz;
+            for (long i = first; i < std::min(first + CHUNK, positions); i++) {
+                at(b, i, c, which, normal, dz);
+                sum = _mm512_add_ps(sum, dz);
+                product = _mm512_fmadd_ps(dz, normal, product);
+            }
+            _mm512_mask_storeu_ps(sums + c, which, sum);
+            _mm512_mask_storeu_ps(products + c, which, product);
+        }
+    }
+
+    void finish(long b, long first, const float* mean, const float* slope) const {
+        for (long i = first; i < std::min(first + CHUNK, positions); i++)
+            for (long c = 0; c < channels; c += LANES) {
+                const __mmask16 which = lanes(channels - c);
+                __m512 normal, dz;
+                at(b, i, c, which, normal, dz);
+                const __m512 rest = _mm512_fmadd_ps(normal, load<false>(slope + c, which), load<false>(mean + c, which));
+                const __m512 d = _mm512_fmsub_ps(load<false>(weight + c, which), dz, rest);
+                store<pairs>(dx + ((b * positions + i) * channels + c) * SIZE,
+                             _mm512_mul_ps(d, load<false>(kept + (batch + b) * channels + c, which)), which);
+            }
+    }
+
+    void run(long threads) const {
+        const long chunks = (positions + CHUNK - 1) / CHUNK, all = batch * chunks, wide = channels / groups;
+        std::vector<float> sums(all * channels), products(all * channels), mean(batch * channels), slope(batch * channels);
+        std::vector<double> dw(channels), db(channels);
+#pragma omp parallel for num_threads(threads)
+        for (long i = 0; i < all; i++) add(i / chunks, i % chunks * CHUNK, &sums[i * channels], &products[i * channels]);
+        for (long b = 0; b < batch; b++)
+            for (long group = 0; group < groups; group++) {
+                double means = 0, slopes = 0;
+                for (long c = group * wide; c < (group + 1) * wide; c++) {
+                    double sum = 0, product = 0;
+                    for (long i = b * chunks; i < (b + 1) * chunks; i++)
+                        sum += sums[i * channels + c], product += products[i * channels + c];
+                    db[c] += sum, dw[c] += product;
+                    means += weight[c] * sum, slopes += weight[c] * product;
+                }
+                for (long c = group * wide; c < (group + 1) * wide; c++)
+                    mean[b * channels + c] = means / (wide * positions), slope[b * channels + c] = slopes / (wide * positions);
+            }
+        for (long c = 0; c < channels; c++) dweight[c] = dw[c], dbias[c] = db[c];
+#pragma omp parallel for num_threads(threads)
+        for (long i = 0; i < all; i++)
+            finish(i / chunks, i % chunks * CHUNK, &mean[i / chunks * channels], &slope[i / chunks * channels]);
     }
 };
 
@@ -387,10 +470,19 @@ extern "C" void linear(int bits, const char* x, const uint32_t* w, const char* b
         Linear<true>{x, bias, other, w, y, m, k, n, (After)after}.run(threads);
 }
 
-extern "C" void norm_silu(int bits, const char* x, const char* weight, const char* bias, const char* shift, char* out,
-                          long batch, long positions, long channels, long groups, double eps, long threads) {
+extern "C" void norm_silu(int bits, const char* x, const float* weight, const float* bias, const char* shift, char* out,
+                          float* kept, long batch, long positions, long channels, long groups, double eps, long threads) {
     if (bits == 32)
-        NormSilu<false>{x, weight, bias, shift, out, batch, positions, channels, groups, eps}.run(threads);
+        NormSilu<false>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps}.run(threads);
     else
-        NormSilu<true>{x, weight, bias, shift, out, batch, positions, channels, groups, eps}.run(threads);
+        NormSilu<true>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps}.run(threads);
+}
+
+extern "C" void norm_silu_back(int bits, const char* x, const char* dy, const float* weight, const float* bias,
+                               const float* kept, char* dx, float* dweight, float* dbias, long batch, long positions,
+                               long channels, long groups, long threads) {
+    if (bits == 32)
+        NormSiluBack<false>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups}.run(threads);
+    else
+        NormSiluBack<true>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups}.run(threads);
 }

@@ -1,4 +1,4 @@
-"""The kernels in kernels.cpp, for inference: attention, small linear layers, GroupNorm with SiLU.
+"""The kernels in kernels.cpp: attention and small linear layers, for inference; GroupNorm with SiLU, for training too.
 
 They are compiled with the machine's own C++ compiler when first asked for, some three seconds, and kept in the user's cache
 folder (XDG_CACHE_HOME or ~/.cache, in plainsd/) for later processes.
@@ -42,11 +42,12 @@ def suit(dtype: torch.dtype) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. q (B, heads, N, d), k and v (B, heads, M, d), float32 or bfloat16 -> (B, heads, N, d).
 
-    PyTorch's own where that is little work, where is_causal, where gradients are asked for, or where d is odd in bfloat16.
+    PyTorch's own where that is little work, and for what the kernel is not made for: other precisions and devices, odd d in
+    bfloat16, is_causal, gradients.
     """
     (_, heads, n, d), m = q.shape, k.shape[2]
-    little = heads * n * m * d < ENOUGH[q.dtype]
-    if little or is_causal or q.requires_grad or k.requires_grad or (d % 2 and q.dtype == torch.bfloat16):
+    fits = q.is_cpu and q.dtype in BITS and d * BITS[q.dtype] % 32 == 0 and not is_causal
+    if not fits or heads * n * m * d < ENOUGH[q.dtype] or q.requires_grad or k.requires_grad or v.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     return (_compiled_attention if torch.compiler.is_compiling() else _attention)(q, k, v)
 
@@ -87,9 +88,8 @@ def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str = 
     out = x.new_empty(*x.shape[:-1], n)
     if other is not None:
         other = other.contiguous()
-    library().linear(BITS[x.dtype], x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(),
-                     None if other is None else other.data_ptr(), out.data_ptr(), x.numel() // k, k, n, AFTER[after],
-                     torch.get_num_threads())
+    library().linear(BITS[x.dtype], x.data_ptr(), packed.data_ptr(), _pointer(bias), _pointer(other), out.data_ptr(),
+                     x.numel() // k, k, n, AFTER[after], torch.get_num_threads())
     return out
 
 
@@ -99,13 +99,51 @@ def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str = 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, over: bool = False) -> Tensor:
     """silu(norm(x + shift)). x (B, C, H, W), shift (B, C) -> (B, C, H, W), channels last. `over`: x may be written over."""
     x = x.contiguous(memory_format=torch.channels_last)
-    out = x if over else torch.empty_like(x)
+    return _norm_silu(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, shift, x if over else None)
+
+
+def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None,
+               out: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+    out = torch.empty_like(x) if out is None else out
     if shift is not None:
         shift = shift.contiguous()
-    library().norm_silu(BITS[x.dtype], x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(),
-                        None if shift is None else shift.data_ptr(), out.data_ptr(), len(x), x.shape[2] * x.shape[3], x.shape[1],
-                        norm.num_groups, norm.eps, torch.get_num_threads())
+    library().norm_silu(BITS[x.dtype], x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(shift), out.data_ptr(),
+                        _pointer(kept), len(x), x.shape[2] * x.shape[3], x.shape[1], groups, eps, torch.get_num_threads())
     return out
+
+
+class _NormSilu(torch.autograd.Function):
+    """The same with gradients; weight and bias are float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        kept = torch.empty(2, len(x), x.shape[1])            # means and 1 / deviations
+        ctx.groups = groups
+        ctx.save_for_backward(x, weight, bias, kept)
+        return _norm_silu(x, weight, bias, groups, eps, kept=kept)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, kept = ctx.saved_tensors
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        pointers = (tensor.data_ptr() for tensor in (x, dy, weight, bias, kept, dx, dweight, dbias))
+        library().norm_silu_back(BITS[x.dtype], *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], ctx.groups,
+                                 torch.get_num_threads())
+        return dx, dweight, dbias, None, None
+
+
+def trained_norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)) for training. PyTorch's on another device, and for what is neither float32 nor bfloat16."""
+    if x.dtype not in BITS or x.device.type != "cpu":
+        return F.silu(norm(x))
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _NormSilu.apply(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 # ---- compiling
@@ -132,7 +170,8 @@ def library() -> ctypes.CDLL:
         "attend": [kind, *5 * [place], *5 * [number], real, number],
         "pack": [kind, *2 * [place], *2 * [number]],
         "linear": [kind, *5 * [place], *3 * [number], kind, number],
-        "norm_silu": [kind, *5 * [place], *4 * [number], real, number],
+        "norm_silu": [kind, *6 * [place], *4 * [number], real, number],
+        "norm_silu_back": [kind, *8 * [place], *5 * [number]],
     }.items():
         getattr(made, name).argtypes, getattr(made, name).restype = arguments, None
     return made

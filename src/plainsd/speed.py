@@ -6,6 +6,7 @@
                        the 3x3 convolution after it as four 2x2 convolutions before it                (CPU)
                        GroupNorm and SiLU in one; small linear layers without oneDNN's start          (CPU with AVX-512)
     attend_faster      attention in pieces that stay in the cache                                     (CPU without AMX)
+    trained_faster     GroupNorm and SiLU in one while training                                      (CPU with AVX-512)
     compile_unet       fused kernels by torch.compile; minutes the first time                        (CPU, GPU)
 
 `faster` applies what pays on the model's own device. All of them work in place and are meant to come last: a packed
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from plainsd import kernels
 from plainsd.errors import UserError
-from plainsd.models.layers import Attention, ResBlock, Upsample
+from plainsd.models.layers import Attention, ResBlock, Upsample, norm_silu
 from plainsd.models.unet import FeedForward
 
 if TYPE_CHECKING:
@@ -298,6 +300,24 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
                 piece = q[b, head, start : start + PIECE]
                 out[b, head, start : start + PIECE] = torch.softmax(piece @ keys, dim=-1) @ values
     return out
+
+
+# ---- training
+
+
+@contextmanager
+def trained_faster(network: nn.Module) -> Iterator[None]:
+    """Inside, the network's GroupNorms with SiLU are one pass each, and their gradients: on a CPU with AVX-512."""
+    device, blocks = next(network.parameters()).device.type, []
+    if device == "cpu" and have_kernels(torch.bfloat16):
+        blocks = [module for module in network.modules() if isinstance(module, ResBlock)]
+    for block in blocks:
+        block.activate = kernels.trained_norm_silu
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.activate = norm_silu
 
 
 # ---- torch.compile

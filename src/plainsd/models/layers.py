@@ -48,6 +48,10 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))                    # (B, N, D)
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return F.silu(norm(x))
+
+
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions around which the input is added back; the time embedding shifts the middle.
 
@@ -62,12 +66,13 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.activate = norm_silu                        # training may put another form here
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.activate(self.norm1, x))
         if self.emb is not None:
             h = h + self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.activate(self.norm2, h))
         return self.skip(x) + h
 
 

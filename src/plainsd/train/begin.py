@@ -10,6 +10,7 @@ from plainsd.checkpoint import load_vae, save, save_vae
 from plainsd.errors import UserError
 from plainsd.images import grid, to_pil, write_png
 from plainsd.models.vae import VAE
+from plainsd.speed import trained_faster
 from plainsd.tokenizer import Tokenizer
 from plainsd.train.checkpoints import saving
 from plainsd.train.full import full
@@ -50,7 +51,9 @@ def train_vae(job: Job) -> None:
         write_png(grid([i for pair in zip(to_pil(real), to_pil(fake), strict=True) for i in pair], 8), path)
 
     check = (lambda: validate(vae, heldout)) if heldout else None
-    if not job.train(method, pictures, check, sample) or not job.world.first:
+    with trained_faster(vae):
+        done = job.train(method, pictures, check, sample)
+    if not done or not job.world.first:
         return
     vae.config = replace(vae.config, scaling_factor=measure_scaling(vae, pictures))
     with saving("the autoencoder"):
@@ -78,7 +81,9 @@ def train_scratch(job: Job) -> None:
     held = job.examples(vae, heldout) if heldout else None
     parts = job.spread(sd)
     check = (lambda: method.validate(held, 64)) if held else None
-    if not job.train(method, pictures, check, job.sampler(sd)):
+    with trained_faster(sd.unet):
+        done = job.train(method, pictures, check, job.sampler(sd))
+    if not done:
         return
     for network in parts:
         gather(network)

@@ -11,6 +11,7 @@ from plainsd.errors import UserError
 from plainsd.generate import StableDiffusion
 from plainsd.hub import find
 from plainsd.lora import save_lora
+from plainsd.speed import trained_faster
 from plainsd.train.checkpoints import saving
 from plainsd.train.data import read_folder
 from plainsd.train.examples import Examples
@@ -90,7 +91,7 @@ def tuned(job: Job, make: Make) -> StableDiffusion | None:
     method = make(sd, examples, shared)
     parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
-    with checkpointing(sd.unet, job.options.pace.checkpointing):
+    with trained_faster(sd.unet), checkpointing(sd.unet, job.options.pace.checkpointing):
         done = job.train(method, pictures, check, job.sampler(sd), before=True)
     for network in parts if done else []:
         gather(network)
