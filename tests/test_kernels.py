@@ -10,6 +10,7 @@ from test_speed import assert_as_exact, latents, relative
 
 from plainsd import kernels, speed
 from plainsd.models.layers import ResBlock, norm_silu
+from plainsd.models.unet import geglu
 
 pytestmark = pytest.mark.skipif(not kernels.suit(torch.float32), reason="kernels.cpp is for AVX-512")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,18 +125,33 @@ def test_norm_silu(dtype, shape, groups, shifted, form):
 
 @DTYPES
 @pytest.mark.parametrize("shape, groups", [((2, 96, 8, 8), 16), ((3, 20, 33, 17), 5), ((1, 8, 1, 1), 2)], ids=str)
-def test_gradients_of_norm_silu(dtype, shape, groups):
+@pytest.mark.parametrize("silu", [True, False])
+def test_gradients_of_norm_silu(dtype, shape, groups, silu):
     """Also from maps that are not channels last, and means of several times the deviation."""
     torch.manual_seed(0)
     norm, x, dy = torch.nn.GroupNorm(groups, shape[1]), torch.randn(shape) + 5, torch.randn(shape)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     x, dy = x.to(dtype).requires_grad_(), dy.to(dtype)
     exact, wide = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
-    F.silu(exact(wide)).backward(dy.double())
-    kernels.trained_norm_silu(norm, x).backward(dy)
+    expected = F.silu(exact(wide)) if silu else exact(wide)
+    found = kernels.trained_norm(norm, x, silu)
+    assert relative(found.double(), expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+    expected.backward(dy.double()), found.backward(dy)
     expected = (wide.grad, exact.weight.grad, exact.bias.grad)
     for found, right in zip((x.grad, norm.weight.grad, norm.bias.grad), expected, strict=True):
         assert relative(found.double(), right) < (2e-6 if dtype == torch.float32 or found.dtype == torch.float32 else 3e-3)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(2, 5, 64), (3, 74)], ids=str)
+def test_geglu_and_its_gradients(dtype, shape):
+    torch.manual_seed(0)
+    x, dy = (3 * torch.randn(shape)).to(dtype).requires_grad_(), torch.randn(*shape[:-1], shape[-1] // 2).to(dtype)
+    wide = x.detach().double().requires_grad_()
+    expected, found = geglu(wide), kernels.trained_geglu(x)
+    expected.backward(dy.double()), found.backward(dy)
+    for one, right in ((found, expected), (x.grad, wide.grad)):
+        assert relative(one.double(), right) < (5e-7 if dtype == torch.float32 else 3e-3)
 
 
 def test_inside_trained_faster_a_network_learns_the_same():
@@ -151,6 +167,8 @@ def test_inside_trained_faster_a_network_learns_the_same():
     with speed.trained_faster(unet):
         blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         assert blocks and all(block.activate is kernels.trained_norm_silu for block in blocks)
+        assert any(getattr(module, "activate", None) is kernels.trained_geglu for module in unet.modules())
+        assert "forward" in vars(unet.norm_out)
         assert 0 < relative(gradients(), plain) < 1e-5
     assert all(block.activate is norm_silu for block in blocks)
     assert torch.equal(gradients(), plain)

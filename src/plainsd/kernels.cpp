@@ -1,9 +1,10 @@
-// Three kernels for processors with AVX-512, in float32, and in bfloat16 where they multiply it (AVX512_BF16). kernels.py
+// Kernels for processors with AVX-512, in float32, and in bfloat16 where they multiply it (AVX512_BF16). kernels.py
 // compiles this file and calls what stands at its end.
 //
 //     attend      softmax(q k^T * scale) v, in one pass over blocks that stay in the cache
 //     linear      x W^T + b for few rows, where oneDNN takes longer to start than to multiply
 //     norm_silu   GroupNorm and SiLU over channels-last maps, in two passes; norm_silu_back, its gradients, in two more
+//     geglu       value * GELU(gate), and its gradients
 //
 // A "unit" is 32 bits: one float32, or two neighbouring bfloat16 numbers, which the processor multiplies and adds as a pair.
 // What stands on the right of a product is laid out in units first, so that it is the same loop (`tile`) in either precision.
@@ -206,17 +207,23 @@ struct Attention {
 
 enum After { NOTHING, GELU, TIMES, PLUS };  // what happens to the output: GELU(y), y * other, y + other
 
-// x Phi(x), with Phi as in Abramowitz & Stegun 7.1.26: erf to 1.5 in 10^7.
-inline __m512 gelu(__m512 x) {
+// The normal distribution and its density: Abramowitz & Stegun 7.1.26, to 1.5 in 10^7.
+inline __m512 normal(__m512 x, __m512& density) {
     const __m512 one = _mm512_set1_ps(1.0f), z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
     const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
     __m512 y = _mm512_set1_ps(1.061405429f);
     for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
         y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
-    const __m512 tail = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504f)));
-    const __m512 erf = _mm512_fnmadd_ps(_mm512_mul_ps(y, t), tail, one);                       // of |x| / sqrt(2)
-    const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
-    return _mm512_fmadd_ps(_mm512_abs_ps(half), erf, half);                                    // x/2 (1 + erf(x / sqrt(2)))
+    const __m512 tail = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504f)));     // e^(-x^2 / 2)
+    const __m512 beyond = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), _mm512_mul_ps(y, t)), tail);  // of -|x|
+    density = _mm512_mul_ps(tail, _mm512_set1_ps(0.39894228f));
+    const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mask_sub_ps(beyond, above, one, beyond);
+}
+
+inline __m512 gelu(__m512 x) {
+    __m512 density;
+    return _mm512_mul_ps(x, normal(x, density));
 }
 
 // Rows of x (m, k) -> y (m, n). w: [k units][n filled up to a multiple of 16].
@@ -277,6 +284,7 @@ struct NormSilu {
     float* kept;
     long batch, positions, channels, groups;
     double eps;
+    bool silu;
 
     const char* at(long b, long position) const { return x + (b * positions + position) * channels * SIZE; }
 
@@ -341,7 +349,7 @@ struct NormSilu {
                 const __mmask16 which = lanes(channels - c);
                 const __m512 y = _mm512_fmadd_ps(load<pairs>(at(b, i) + c * SIZE, which), load<false>(scale + c, which),
                                                  load<false>(offset + c, which));
-                const __m512 below = _mm512_add_ps(one, exp2(_mm512_mul_ps(y, log2e)));        // silu(y) = y / (1 + e^-y)
+                const __m512 below = silu ? _mm512_add_ps(one, exp2(_mm512_mul_ps(y, log2e))) : one;   // y / (1 + e^-y)
                 store<pairs>(out + (at(b, i) - x) + c * SIZE, _mm512_div_ps(y, below), which);
             }
     }
@@ -373,6 +381,7 @@ struct NormSiluBack {
     char* dx;
     float *dweight, *dbias;
     long batch, positions, channels, groups;
+    bool silu;
 
     // x^ and dz of 16 channels of a picture at a position.
     void at(long b, long i, long c, __mmask16 which, __m512& normal, __m512& dz) const {
@@ -380,10 +389,12 @@ struct NormSiluBack {
         const __m512 one = _mm512_set1_ps(1.0f), mean = load<false>(kept + b * channels + c, which);
         normal = _mm512_mul_ps(_mm512_sub_ps(load<pairs>(x + where, which), mean),
                                load<false>(kept + (batch + b) * channels + c, which));
+        dz = load<pairs>(dy + where, which);
+        if (!silu) return;
         const __m512 z = _mm512_fmadd_ps(normal, load<false>(weight + c, which), load<false>(bias + c, which));
         const __m512 s = _mm512_div_ps(one, _mm512_add_ps(one, exp2(_mm512_mul_ps(z, _mm512_set1_ps(-1.44269504f)))));
         const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(z, _mm512_sub_ps(one, s), one));
-        dz = _mm512_mul_ps(load<pairs>(dy + where, which), slope);
+        dz = _mm512_mul_ps(dz, slope);
     }
 
     void add(long b, long first, float* sums, float* products) const {
@@ -439,6 +450,40 @@ struct NormSiluBack {
     }
 };
 
+// ---- GEGLU
+
+// x (rows, 2 d), values and gates side by side -> value * GELU(gate) (rows, d); given dy (rows, d), the gradient (rows, 2 d).
+template <bool pairs>
+struct Geglu {
+    static constexpr long SIZE = pairs ? 2 : 4;
+    const char *x, *dy;
+    char* out;
+    long rows, d;
+
+    void row(long i) const {
+        const char *values = x + 2 * i * d * SIZE, *gates = values + d * SIZE;
+        for (long c = 0; c < d; c += LANES) {
+            const __mmask16 which = lanes(d - c);
+            const __m512 value = load<pairs>(values + c * SIZE, which), gate = load<pairs>(gates + c * SIZE, which);
+            __m512 density;
+            const __m512 share = normal(gate, density), active = _mm512_mul_ps(gate, share);
+            if (!dy) {
+                store<pairs>(out + (i * d + c) * SIZE, _mm512_mul_ps(value, active), which);
+                continue;
+            }
+            const __m512 up = load<pairs>(dy + (i * d + c) * SIZE, which);
+            const __m512 slope = _mm512_fmadd_ps(gate, density, share);              // of x Phi(x): Phi(x) + x phi(x)
+            store<pairs>(out + (2 * i * d + c) * SIZE, _mm512_mul_ps(up, active), which);
+            store<pairs>(out + ((2 * i + 1) * d + c) * SIZE, _mm512_mul_ps(_mm512_mul_ps(up, value), slope), which);
+        }
+    }
+
+    void run(long threads) const {
+#pragma omp parallel for num_threads(threads)
+        for (long i = 0; i < rows; i++) row(i);
+    }
+};
+
 }  // namespace
 
 // ---- called from Python. bits: 32 (float32) or 16 (bfloat16).
@@ -471,18 +516,28 @@ extern "C" void linear(int bits, const char* x, const uint32_t* w, const char* b
 }
 
 extern "C" void norm_silu(int bits, const char* x, const float* weight, const float* bias, const char* shift, char* out,
-                          float* kept, long batch, long positions, long channels, long groups, double eps, long threads) {
+                          float* kept, long batch, long positions, long channels, long groups, double eps, int silu,
+                          long threads) {
     if (bits == 32)
-        NormSilu<false>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps}.run(threads);
+        NormSilu<false>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps, silu != 0}.run(threads);
     else
-        NormSilu<true>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps}.run(threads);
+        NormSilu<true>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps, silu != 0}.run(threads);
 }
 
 extern "C" void norm_silu_back(int bits, const char* x, const char* dy, const float* weight, const float* bias,
                                const float* kept, char* dx, float* dweight, float* dbias, long batch, long positions,
-                               long channels, long groups, long threads) {
+                               long channels, long groups, int silu, long threads) {
+    const auto run = [&](auto work) { work.run(threads); };
     if (bits == 32)
-        NormSiluBack<false>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups}.run(threads);
+        run(NormSiluBack<false>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups, silu != 0});
     else
-        NormSiluBack<true>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups}.run(threads);
+        run(NormSiluBack<true>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups, silu != 0});
+}
+
+// dy null: forward, out (rows, d). Otherwise backward, out (rows, 2 d).
+extern "C" void geglu(int bits, const char* x, const char* dy, char* out, long rows, long d, long threads) {
+    if (bits == 32)
+        Geglu<false>{x, dy, out, rows, d}.run(threads);
+    else
+        Geglu<true>{x, dy, out, rows, d}.run(threads);
 }

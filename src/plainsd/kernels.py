@@ -1,4 +1,4 @@
-"""The kernels in kernels.cpp: attention and small linear layers, for inference; GroupNorm with SiLU, for training too.
+"""The kernels in kernels.cpp: attention and small linear layers, for inference; GroupNorm, SiLU and GEGLU, for training too.
 
 They are compiled with the machine's own C++ compiler when first asked for, some three seconds, and kept in the user's cache
 folder (XDG_CACHE_HOME or ~/.cache, in plainsd/) for later processes.
@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from plainsd.models.unet import geglu
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 ENOUGH = {torch.float32: 2**24, torch.bfloat16: 2**18}   # multiplications of q k^T from which on it beats PyTorch's
@@ -93,34 +95,38 @@ def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str = 
     return out
 
 
-# ---- GroupNorm and SiLU
+# ---- GroupNorm and SiLU, GEGLU
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, over: bool = False) -> Tensor:
     """silu(norm(x + shift)). x (B, C, H, W), shift (B, C) -> (B, C, H, W), channels last. `over`: x may be written over."""
     x = x.contiguous(memory_format=torch.channels_last)
-    return _norm_silu(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, shift, x if over else None)
+    return _norm(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, True, shift, x if over else None)
 
 
-def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None,
-               out: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None,
+          out: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
     out = torch.empty_like(x) if out is None else out
     if shift is not None:
         shift = shift.contiguous()
     library().norm_silu(BITS[x.dtype], x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(shift), out.data_ptr(),
-                        _pointer(kept), len(x), x.shape[2] * x.shape[3], x.shape[1], groups, eps, torch.get_num_threads())
+                        _pointer(kept), len(x), x.shape[2] * x.shape[3], x.shape[1], groups, eps, silu, torch.get_num_threads())
     return out
 
 
-class _NormSilu(torch.autograd.Function):
-    """The same with gradients; weight and bias are float32."""
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _Norm(torch.autograd.Function):
+    """GroupNorm, or that and SiLU, with gradients; weight and bias are float32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         kept = torch.empty(2, len(x), x.shape[1])            # means and 1 / deviations
-        ctx.groups = groups
+        ctx.how = groups, silu
         ctx.save_for_backward(x, weight, bias, kept)
-        return _norm_silu(x, weight, bias, groups, eps, kept=kept)
+        return _norm(x, weight, bias, groups, eps, silu, kept=kept)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -129,21 +135,49 @@ class _NormSilu(torch.autograd.Function):
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         pointers = (tensor.data_ptr() for tensor in (x, dy, weight, bias, kept, dx, dweight, dbias))
-        library().norm_silu_back(BITS[x.dtype], *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], ctx.groups,
+        library().norm_silu_back(BITS[x.dtype], *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], *ctx.how,
                                  torch.get_num_threads())
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None, None
 
 
-def trained_norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)) for training. PyTorch's on another device, and for what is neither float32 nor bfloat16."""
-    if x.dtype not in BITS or x.device.type != "cpu":
-        return F.silu(norm(x))
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _Geglu.run(x, None, x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> Tensor:
+        x, = ctx.saved_tensors
+        return _Geglu.run(x, dy.to(x.dtype).contiguous(), torch.empty_like(x))
+
+    @staticmethod
+    def run(x: Tensor, dy: Tensor | None, out: Tensor) -> Tensor:
+        d = x.shape[-1] // 2
+        library().geglu(BITS[x.dtype], x.data_ptr(), _pointer(dy), out.data_ptr(), x.numel() // (2 * d), d,
+                        torch.get_num_threads())
+        return out
+
+
+# For training. On another device, and for what is neither float32 nor bfloat16, they are PyTorch's.
+
+
+def trained_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False) -> Tensor:
+    """norm(x), or silu(norm(x)). (B, C, H, W) -> the same, channels last."""
+    if x.dtype not in BITS or not x.is_cpu:
+        x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return F.silu(x) if silu else x
     x = x.contiguous(memory_format=torch.channels_last)
-    return _NormSilu.apply(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps)
+    return _Norm.apply(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, silu)
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+trained_norm_silu = functools.partial(trained_norm, silu=True)
+
+
+def trained_geglu(x: Tensor) -> Tensor:
+    """value * GELU(gate) of values and gates side by side: (..., 2 D) -> (..., D)."""
+    return _Geglu.apply(x.contiguous()) if x.dtype in BITS and x.is_cpu else geglu(x)
 
 
 # ---- compiling
@@ -170,8 +204,9 @@ def library() -> ctypes.CDLL:
         "attend": [kind, *5 * [place], *5 * [number], real, number],
         "pack": [kind, *2 * [place], *2 * [number]],
         "linear": [kind, *5 * [place], *3 * [number], kind, number],
-        "norm_silu": [kind, *6 * [place], *4 * [number], real, number],
-        "norm_silu_back": [kind, *8 * [place], *5 * [number]],
+        "norm_silu": [kind, *6 * [place], *4 * [number], real, kind, number],
+        "norm_silu_back": [kind, *8 * [place], *4 * [number], kind, number],
+        "geglu": [kind, *3 * [place], *3 * [number]],
     }.items():
         getattr(made, name).argtypes, getattr(made, name).restype = arguments, None
     return made

@@ -31,6 +31,12 @@ class UNetConfig:
     guidance_dim: int | None = None           # embedding of the guidance scale in LCM distillations, 256
 
 
+def geglu(x: Tensor) -> Tensor:
+    """(..., 2 D) -> (..., D)."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
 class FeedForward(nn.Module):
     """Gated linear unit with GELU, Shazeer 2020 (arXiv:2002.05202): one half of a projection gates the other."""
 
@@ -38,10 +44,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(dim, 2 * 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
+        self.activate = geglu                    # training may put another form here
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.up(x).chunk(2, dim=-1)
-        return self.down(value * F.gelu(gate))
+        return self.down(self.activate(self.up(x)))
 
 
 class TransformerBlock(nn.Module):
