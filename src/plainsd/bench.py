@@ -330,12 +330,14 @@ def plot(rows: list[Row], about: dict[str, object], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the picture of the table needs matplotlib; pip install 'plainsd[bench]'") from None
-    figure = Figure(figsize=(9, 1 + 0.3 * sum(len(row.seconds) for row in rows)), layout="constrained")
-    axes = figure.subplots()
     bars = [(f"{row.name}: {side}", min(row.seconds["diffusers"]) / min(seconds))
-            for row in reversed(rows) for side, seconds in reversed(row.seconds.items())]
-    axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
+            for row in reversed(rows) for side, seconds in reversed(row.seconds.items()) if side != "diffusers"]
+    figure = Figure(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
+    axes.bar_label(drawn, [f"{ratio:.2f}" for _, ratio in bars], padding=3)
     axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlim(0, min(4.0, 1.15 * max(ratio for _, ratio in bars)))           # what is far more runs out of the picture
     axes.set_xlabel("times diffusers' speed")
     axes.set_title(f"{about['device']}, {about['threads']} threads, {about['dtype']}", fontsize=8)
     figure.savefig(path, dpi=120, format="png")
