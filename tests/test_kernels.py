@@ -227,3 +227,13 @@ def test_without_a_compiler_the_plain_forms_are_used_and_that_is_said(own_cache,
     assert {attention.attend for attention in speed.attentions(sd)} == {form}
     assert latents(sd).isfinite().all()
     assert not own_cache.exists() or not list(own_cache.iterdir())
+
+
+@pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")
+def test_a_compiler_that_does_not_know_the_processor(own_cache, tmp_path, monkeypatch):
+    old = tmp_path / "old-c++"
+    old.write_text('#!/bin/sh\nexec c++ "$@" -mno-avx512bf16\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    with pytest.warns(UserWarning, match="slower than it could be.*does not know this processor's bfloat16"):
+        assert not speed.have_kernels(torch.bfloat16)

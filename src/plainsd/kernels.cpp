@@ -488,6 +488,15 @@ struct Geglu {
 
 // ---- called from Python. bits: 32 (float32) or 16 (bfloat16).
 
+// 1 if the compiler knew the processor's bfloat16 instructions; without them, nothing here is for 16 bits.
+extern "C" int knows_bfloat16() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // strides: batch, head and row of q, k, v and out.
 extern "C" void attend(int bits, char* q, char* k, char* v, char* out, const long* strides, long batch, long heads, long n,
                        long m, long d, double scale, long threads) {

@@ -190,15 +190,17 @@ def library() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise Unavailable(f"no C++ compiler ({os.environ.get('CXX', 'c++')}) is installed")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
-    path = folder / f"kernels-{_key(source, compiler)}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
+        path = folder / f"kernels-{_key(source, compiler)}.so"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             _compile(compiler, source, path)
         made = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:
-        raise Unavailable(f"{path}: {error}") from None
+        raise Unavailable(str(error)) from None
+    if suit(torch.bfloat16) and not made.knows_bfloat16():
+        raise Unavailable(f"{compiler} does not know this processor's bfloat16 instructions; a newer one does")
     kind, number, place, real = ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_double
     for name, arguments in {
         "attend": [kind, *5 * [place], *5 * [number], real, number],
