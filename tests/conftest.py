@@ -1,12 +1,15 @@
 """What tests share: tiny models with random weights, diffusers' pipelines over them, marks for what a machine lacks."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import plainsd
+from plainsd.cli import main
 from plainsd.generate import StableDiffusion
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.unet import UNet, UNetConfig
@@ -99,6 +102,35 @@ def smooth_picture(size: int) -> Image.Image:
     """Smooth shapes, square."""
     y, x = np.mgrid[:size, :size] / size
     return Image.fromarray((np.stack([x, y, (x - y) ** 2], axis=-1) * 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    plainsd.save(tiny_sd(), path)
+    return str(path)
+
+
+@pytest.fixture
+def generate(model, tmp_path, capsys):
+    """`plainsd generate` of the tiny model into tmp_path/out: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        common = ["--model", model, "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "out")]
+        code = main(["generate", *common, *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def pytest_collection_modifyitems(items):

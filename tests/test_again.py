@@ -4,32 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_sd
+from conftest import pixels, tiny_sd
 from PIL import Image, PngImagePlugin
 
 import plainsd
 from plainsd.checkpoint import save_vae
-from plainsd.cli import main
 from plainsd.images import read_settings
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    plainsd.save(tiny_sd(), path)
-    return str(path)
-
-
-@pytest.fixture
-def generate(model, tmp_path, capsys):
-    """`plainsd generate` of the tiny model into tmp_path/out: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        common = ["--model", model, "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "out")]
-        code = main(["generate", *common, *map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -57,22 +37,12 @@ def refused(generate):
 
 
 @pytest.fixture
-def photo(tmp_path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
-@pytest.fixture
 def mask(tmp_path) -> Path:
     light = Image.new("L", (52, 40))
     light.paste(255, (8, 8, 24, 24))
     light.save(tmp_path / "mask.png")
     return tmp_path / "mask.png"
 
-
-def pixels(path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
 
 
 def same(a: Path, b: Path) -> bool:

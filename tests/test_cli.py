@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_REFINER, TINY_XL, tiny_sd
+from conftest import TINY_REFINER, TINY_XL, pixels, tiny_sd
 from PIL import Image
 
 import plainsd
@@ -16,35 +16,9 @@ from plainsd.cli import COMMANDS, main
 from plainsd.images import read_settings
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    plainsd.save(tiny_sd(), path)
-    return str(path)
-
-
 @pytest.fixture
-def generate(model, tmp_path, capsys):
-    """`plainsd generate` of the tiny model into tmp_path/out: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        out = str(tmp_path / "out")
-        common = ["--model", model, "--device", "cpu", "--dtype", "float32", "--out", out, "--steps", "2"]
-        code = main(["generate", *common, *map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def photo(tmp_path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
-def pixels(path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
+def generate(generate):
+    return lambda *arguments: generate("--steps", "2", *arguments)
 
 
 # --- what works ------------------------------------------------------------------------------------------------------

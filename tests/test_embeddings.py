@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import plainsd

@@ -11,10 +11,8 @@ from conftest import TINY, TINY_REFINER, TINY_XL, difference, pipeline, seeded, 
 from PIL import Image
 
 import plainsd
-from plainsd.errors import UserError
 from plainsd.generate import StableDiffusion, batch, final, image_to_image, inpaint, outpaint, text_to_image
-from plainsd.samplers import SAMPLERS, sampler_timesteps
-from plainsd.settings import format_settings, parse_settings
+from plainsd.samplers import SAMPLERS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own, thousands of them
 SIZE = 32

@@ -15,17 +15,15 @@ from PIL import Image
 from torch import nn
 
 import plainsd
-from plainsd.cli import main
 from plainsd.conditioning import encode_prompts
 from plainsd.denoiser import min_snr_weight
-from plainsd.embeddings import add_embedding
 from plainsd.errors import UserError
-from plainsd.lora import add_lora, attached
+from plainsd.lora import attached
 from plainsd.prompts import Weighted
 from plainsd.schedule import NoiseSchedule
 from plainsd.train.cache import cache_latents
 from plainsd.train.checkpoints import checkpoints
-from plainsd.train.data import Pictures, read_folder
+from plainsd.train.data import read_folder
 from plainsd.train.examples import Examples
 from plainsd.train.full import full
 from plainsd.train.inversion import inversion, settle

@@ -3,7 +3,6 @@
 import os
 import struct
 import zlib
-from io import BytesIO
 
 import numpy as np
 import pytest

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from plainsd.choices import MULTIPLE, check_size, enlarged_size, model_name, resolved, settings_of_each
+from plainsd.choices import MULTIPLE, check_size, enlarged_size, resolved, settings_of_each
 from plainsd.errors import UserError
 from plainsd.images import to_mask, to_pil, to_rgb, to_tensor
 from plainsd.latents import Draw, Known, decode, encode, first_noise, noise_of_each, sample, steps_of_strength

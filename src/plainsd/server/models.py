@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from plainsd.checkpoint import choose_device, choose_dtype, load, read, tokenizers
-from plainsd.choices import check_refiner
+from plainsd.choices import check_refiner, model_name
 from plainsd.contents import empty, parts
 from plainsd.errors import UserError, unknown
-from plainsd.generate import StableDiffusion, model_name
+from plainsd.generate import StableDiffusion
 from plainsd.hub import find
 from plainsd.lora import add_lora, attached, check_strengths
 from plainsd.lora_files import located, open_lora
