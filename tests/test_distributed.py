@@ -69,7 +69,6 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from conftest import tiny_sd
 from plainsd.train.loop import FitOptions, Trainer, fit
 from plainsd.train.shard import gather, spread
 from plainsd.train.world import world_of_torchrun
@@ -89,10 +88,12 @@ with world_of_torchrun(torch.device("cpu"), shard={shard}) as world:
 
 
 def float64_method(place):
-    """Full training of a UNet in double precision, where rounding does not tell one process from two."""
-    sd = tiny_sd().to(dtype=torch.float64)
+    """Full training of a UNet in double precision, where rounding does not tell one process from two. The first weights come
+    from a file: `tiny_sd` scales them by norms, whose last digits depend on the number of threads."""
+    sd = plainsd.load(Path(place) / "base", device="cpu", dtype="float32").to(dtype=torch.float64)
     pictures = read_folder(Path(place) / "pictures", 64)
-    examples = Examples(pictures, cache_latents(tiny_sd().vae, pictures, Path(place) / "cache"))
+    vae = plainsd.load(Path(place) / "base", device="cpu", dtype="float32").vae
+    examples = Examples(pictures, cache_latents(vae, pictures, Path(place) / "cache"))
 
     class Wide:
         def draw(self, *arguments):
@@ -102,7 +103,6 @@ def float64_method(place):
     return full(sd, Wide())
 
 
-@pytest.mark.full                     # passes alone; failed once within the whole run, not yet understood
 @pytest.mark.parametrize("batch, accumulate, shard", [(4, 1, False), (1, 4, False), (2, 2, True)])
 def test_two_processes_make_the_same_steps_as_one(place, tmp_path, batch, accumulate, shard):
     script = SCRIPT.format(tests=os.path.dirname(__file__), place=str(place), batch=batch, accumulate=accumulate,
