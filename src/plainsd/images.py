@@ -204,15 +204,15 @@ def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> 
 
     Least squares over random latents and what the VAE decodes them to, averaged over each latent's patch of pixels. The
     latents are noise of several coarsenesses, because a picture's latents are smooth for the most part. It takes an
-    eighth of the work of decoding one 512x512 picture. A VAE that overflows in its precision is asked in float32.
+    eighth of the work of decoding one 512x512 picture. In float16 some VAEs overflow and CPUs crawl: that is asked in float32.
     """
+    if next(vae.parameters()).dtype == torch.float16:
+        vae = deepcopy(vae).float()
     generator = torch.Generator().manual_seed(seed)
     channels, weight = vae.config.latent_channels, next(vae.parameters())
     coarse = [torch.randn(samples // 4, channels, s, s, generator=generator) for s in (1, 2, side // 2, side)]
     latents = torch.cat([F.interpolate(c, (side, side), mode="nearest") for c in coarse])          # (S, L, side, side)
     pixels = vae.decode(latents.to(weight) / vae.config.scaling_factor).float().cpu()
-    if not pixels.isfinite().all():
-        pixels = deepcopy(vae).float().decode(latents.to(weight.device) / vae.config.scaling_factor).cpu()
     patches = F.avg_pool2d(pixels.clamp(-1, 1), vae.config.factor)                                 # (S, 3, side, side)
     inputs = F.pad(latents.movedim(1, -1).reshape(-1, channels), (0, 1), value=1.0)               # (S side side, L + 1)
     return torch.linalg.lstsq(inputs, patches.movedim(1, -1).reshape(-1, 3)).solution
