@@ -210,7 +210,8 @@ def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> 
         vae = deepcopy(vae).float()
     generator = torch.Generator().manual_seed(seed)
     channels, weight = vae.config.latent_channels, next(vae.parameters())
-    coarse = [torch.randn(samples // 4, channels, s, s, generator=generator) for s in (1, 2, side // 2, side)]
+    coarse = [torch.randn(samples // 4, channels, s, s, generator=generator, dtype=torch.float32)
+              for s in (1, 2, side // 2, side)]
     latents = torch.cat([F.interpolate(c, (side, side), mode="nearest") for c in coarse])          # (S, L, side, side)
     pixels = vae.decode(latents.to(weight) / vae.config.scaling_factor).float().cpu()
     patches = F.avg_pool2d(pixels.clamp(-1, 1), vae.config.factor)                                 # (S, 3, side, side)
