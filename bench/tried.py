@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from plainsd import bench, kernels, speed
 from plainsd.models.layers import Upsample
 from plainsd.models.unet import UNet, UNetConfig
+from plainsd.packed import PackedConv, PackedUpsample, pack_inside
 
 SMALL = UNetConfig(channels=(64, 128, 192), depth=(1, 1, 1), heads=(2, 4, 6), layers=1, context=256, groups=16)
 ATTENTIONS = ((2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80), (2, 8, 4096, 77, 40), (2, 10, 4096, 4096, 64))
@@ -50,7 +51,7 @@ def attention(dtype: torch.dtype) -> None:
             "blocked, head by head": lambda: speed.blocked_attention(q, k, v),
             "blocked, all heads": lambda: all_heads(*contiguous),
         }
-        if speed.have_kernels(dtype):
+        if kernels.have_kernels(dtype):
             forms["our kernel"] = lambda: kernels._attention(q, k, v)
         contiguous = [t.contiguous() for t in (q, k, v)]
         tell(f"attention {b}x{heads} heads, {n} x {m}, {d} wide", dtype, forms)
@@ -60,7 +61,7 @@ def convolution(dtype: torch.dtype) -> None:
     for b, c_in, c_out, side in CONVS:
         conv = nn.Conv2d(c_in, c_out, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
         x = torch.randn(b, c_in, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        packed, how = speed.PackedConv(conv), ([1, 1], [1, 1], [1, 1], 1)
+        packed, how = PackedConv(conv), ([1, 1], [1, 1], [1, 1], 1)
         anyhow = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *how, None)
         tell(f"3x3 convolution {c_in} -> {c_out} on {side}x{side}", dtype, {
             "plain": lambda: conv(x),
@@ -73,7 +74,7 @@ def doubling(dtype: torch.dtype) -> None:
     for b, channels, side in ((1, 256, 256), (1, 512, 64), (2, 640, 32), (2, 1280, 8)):
         plain = Upsample(channels).to(dtype).requires_grad_(False).to(memory_format=torch.channels_last)
         x = torch.randn(b, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        after, before = speed.PackedConv(plain.conv), speed.PackedUpsample(plain)
+        after, before = PackedConv(plain.conv), PackedUpsample(plain)
         tell(f"doubling {side}x{side} of {channels} channels, with its convolution", dtype, {
             "plain": lambda: plain(x),
             "packed": lambda: after(F.interpolate(x, scale_factor=2, mode="nearest")),
@@ -106,7 +107,7 @@ def small_unet(dtype: torch.dtype, compiled: bool) -> None:
         return UNet(SMALL).to(dtype).requires_grad_(False).to(memory_format=torch.channels_last)
 
     packed, forms = network(), {}
-    speed._pack_inside(packed)
+    pack_inside(packed)
     for name, unet in {"plain": network(), "packed": packed}.items():
         forms[name] = lambda unet=unet: unet(x, 500.0, context)
     if compiled:
@@ -127,6 +128,6 @@ if __name__ == "__main__":
             attention(dtype)
             convolution(dtype)
             doubling(dtype)
-            if speed.have_kernels(dtype):
+            if kernels.have_kernels(dtype):
                 own_kernels(dtype)
             small_unet(dtype, "--compile" in sys.argv)

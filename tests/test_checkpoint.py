@@ -1,6 +1,8 @@
 """Models saved and loaded: both layouts, diffusers reading ours, whole or not at all; where models lie."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -237,3 +239,10 @@ def test_memory_while_loading():
     peak, size, largest = bench.measure("sd1", "float32", "bfloat16")
     assert size == 2 * (859_520_964 + 83_653_863 + 123_060_480)
     assert size < peak < 1.15 * size + largest
+
+
+def test_loading_imports_nothing_that_takes_long():
+    """PyTorch's compiler, 1.5 s, and the hub's library, 0.2 s, are for those who need them."""
+    code = ("import sys, plainsd; plainsd.load(device='cpu'); "
+            "print([name for name in ('torch._dynamo', 'torch._inductor', 'huggingface_hub', 'diffusers') if name in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -12,6 +12,7 @@ from plainsd.generate import final, text_to_image
 from plainsd.lora_layers import LowRank, attach
 from plainsd.models.layers import Attention, Upsample
 from plainsd.models.unet import FeedForward
+from plainsd.packed import PACKED, PackedConv, PackedCrossAttention, PackedFeedForward, PackedLinear, PackedUpsample
 
 PROMPT = {"prompt": "a red apple", "steps": 3, "seed": 7, "guidance": 4.0, "size": 64}
 
@@ -36,7 +37,7 @@ def assert_as_exact(fast, make):
 def test_a_faster_model_draws_the_same(variant):
     plain, fast = tiny_sd(**variant), speed.faster(tiny_sd(**variant))
     kinds = {type(module) for network in speed.networks(fast) for module in network.modules()}
-    assert {speed.PackedLinear, speed.PackedConv, speed.PackedFeedForward, speed.PackedUpsample, *speed.PACKED.values()} <= kinds
+    assert {PackedLinear, PackedConv, PackedFeedForward, PackedUpsample, *PACKED.values()} <= kinds
     assert not kinds & {torch.nn.Linear, torch.nn.Conv2d, FeedForward, Upsample}
     assert_as_exact(fast, lambda: tiny_sd(**variant))
     assert difference(final(text_to_image(fast, **PROMPT))[0], final(text_to_image(plain, **PROMPT))[0]) <= 1
@@ -54,7 +55,7 @@ def test_the_refiner_is_made_faster_too():
     sd = tiny_sd()
     sd.refiner = tiny_sd(seed=1)
     speed.faster(sd)
-    assert isinstance(sd.refiner.unet.conv_in, speed.PackedConv)
+    assert isinstance(sd.refiner.unet.conv_in, PackedConv)
 
 
 def test_layers_with_a_lora_stay_and_keep_it():
@@ -85,7 +86,7 @@ def test_a_text_that_changes_on_the_way(choices):
 
 def test_keys_and_values_of_a_text_are_made_once(monkeypatch):
     sd, calls = speed.faster(tiny_sd()), []
-    layers = [module for module in sd.unet.modules() if isinstance(module, speed.PackedCrossAttention)]
+    layers = [module for module in sd.unet.modules() if isinstance(module, PackedCrossAttention)]
     for layer in layers:
         monkeypatch.setattr(layer.kv, "forward", lambda x, old=layer.kv.forward: (calls.append(1), old(x))[1])
     latents(sd)                                                          # three steps
@@ -98,7 +99,7 @@ def test_a_packed_convolution_at_one_size_after_another(dtype, allowed):
     torch.manual_seed(0)
     for stride, padding, kernel in ((1, 1, 3), (2, 0, 3), (1, 0, 1)):
         conv = torch.nn.Conv2d(24, 40, kernel, stride=stride, padding=padding).to(dtype).requires_grad_(False)
-        packed = speed.PackedConv(conv)
+        packed = PackedConv(conv)
         for shape in ((2, 24, 16, 16), (1, 24, 9, 37), (2, 24, 9, 37), (2, 24, 16, 16), (4, 24, 64, 64)):
             x = torch.randn(shape, dtype=dtype)
             assert relative(packed(x).float(), conv(x).float()) < allowed
@@ -109,7 +110,7 @@ def test_a_doubled_map_is_convolved_before_it_is_doubled(dtype, allowed):
     """Also to odd sizes, in batches, and at its edges, where the convolution reads zeros."""
     torch.manual_seed(0)
     plain = Upsample(24).to(dtype).requires_grad_(False)
-    packed, exact = speed.PackedUpsample(plain), copy.deepcopy(plain).double()
+    packed, exact = PackedUpsample(plain), copy.deepcopy(plain).double()
     for shape, size in (((2, 24, 8, 8), None), ((1, 24, 5, 7), (10, 14)), ((1, 24, 5, 7), (9, 14)), ((1, 24, 1, 3), None)):
         x = torch.randn(shape, dtype=dtype)
         found, expected = packed(x, size), exact(x.double(), size)

@@ -205,7 +205,7 @@ struct Attention {
 
 // ---- linear
 
-enum After { NOTHING, GELU, TIMES, PLUS };  // what happens to the output: GELU(y), y * other, y + other
+enum After { NOTHING, GELU, TIMES };        // what happens to the output: GELU(y), y * other
 
 // The normal distribution and its density: Abramowitz & Stegun 7.1.26, to 1.5 in 10^7.
 inline __m512 normal(__m512 x, __m512& density) {
@@ -250,7 +250,6 @@ struct Linear {
                 if (bias) sum = _mm512_add_ps(sum, load<pairs>(bias + c * SIZE, which));
                 if (after == GELU) sum = gelu(sum);
                 if (after == TIMES) sum = _mm512_mul_ps(sum, load<pairs>(other + at, which));
-                if (after == PLUS) sum = _mm512_add_ps(sum, load<pairs>(other + at, which));
                 store<pairs>(y + at, sum, which);
             }
     }

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from plainsd.models.unet import geglu
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 ENOUGH = {torch.float32: 2**24, torch.bfloat16: 2**18}   # multiplications of q k^T from which on it beats PyTorch's
 BITS = {torch.float32: 32, torch.bfloat16: 16}
-AFTER = {"none": 0, "gelu": 1, "times": 2, "plus": 3}
+AFTER = {"none": 0, "gelu": 1, "times": 2}
 
 
 class Unavailable(Exception):
@@ -36,6 +37,16 @@ def suit(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies in this precision as the kernels do."""
     return {torch.float32: torch.cpu._is_avx512_supported, torch.bfloat16: torch.cpu._is_avx512_bf16_supported}.get(
         dtype, lambda: False)()
+
+
+@functools.cache
+def have_kernels(dtype: torch.dtype) -> bool:
+    """Whether kernels.cpp works here. If it cannot be compiled, a warning says why, once."""
+    try:
+        return suit(dtype) and bool(library())
+    except Unavailable as error:
+        warnings.warn(f"slower than it could be, without the kernels in kernels.cpp: {error}", stacklevel=2)
+        return False
 
 
 # ---- attention
@@ -85,7 +96,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str = "none", other: Tensor | None = None) -> Tensor:
-    """x W^T + bias, then its GELU, or `times` or `plus` another tensor. x (..., k), other (..., n) -> (..., n)."""
+    """x W^T + bias, then its GELU, or `times` another tensor. x (..., k), other (..., n) -> (..., n)."""
     x, k = x.contiguous(), x.shape[-1]
     out = x.new_empty(*x.shape[:-1], n)
     if other is not None:
