@@ -1,5 +1,6 @@
 """`plainsd generate --from`: every kind of picture is made again, whoever wrote its text, or a line says what lacks."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,13 @@ import pytest
 from conftest import pixels, tiny_sd
 from PIL import Image, PngImagePlugin
 
+from serving import embedding_file, lora_file
+
 import plainsd
+from plainsd import hashes
 from plainsd.checkpoint import save_vae
 from plainsd.images import read_settings
+from plainsd.settings import parse_settings
 
 
 @pytest.fixture
@@ -150,7 +155,8 @@ def theirs(tmp_path):
 )
 def test_a_picture_of_a1111(generate, theirs, sampler, more, ours):
     code, out, err = generate("--from", theirs(sampler, more))
-    assert code == 0 and "no effect here: Model hash" in err
+    assert code == 0 and "was made with the weights 6ce0161689, and these are" in err
+    assert ("no effect here: ENSD" in err) == ("ENSD" in more)
     settings = read_settings(out.strip())
     assert (settings.sampler, settings.spacing) == ours
     assert (settings.seed, settings.steps, settings.guidance, settings.size) == (1234, 4, 7.0, (64, 64))
@@ -184,3 +190,61 @@ def test_loras_of_a1111s_prompts(refused, theirs, tmp_path):
     assert "style" in refused("--from", tagged, "--lora-folder", tmp_path / "loras")
     assert "hypernetworks are not supported" in refused("--from", theirs(prompt="<hypernet:anime:1> "))
     assert "with one strength" in refused("--from", theirs(prompt="<lora:style:0.8:0.5> "))
+
+
+# --- hashes: which weights, beyond doubt -----------------------------------------------------------------------------
+
+
+def test_a_picture_names_the_weights_that_drew_it(made, model, tmp_path):
+    """As A1111 and kohya would: SHA-256 of a model's, autoencoder's or word's file, of a LoRA's tensors alone."""
+    sd = plainsd.load(model, device="cpu", dtype="float32")
+    plainsd.save(sd, tmp_path / "one.safetensors")
+    save_vae(sd.vae, tmp_path / "sharp", sd.variant)
+    lora_file(Path(model), tmp_path / "style.safetensors", 1)
+    embedding_file(tmp_path / "cat.safetensors", 2)
+    picture = made("x cat", "--steps", 1, "--model", tmp_path / "one.safetensors", "--vae", tmp_path / "sharp",
+                   "--lora", tmp_path / "style.safetensors", "--embedding", tmp_path / "cat.safetensors:cat")
+    content = (tmp_path / "style.safetensors").read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    (vae_file,) = (tmp_path / "sharp").glob("*.safetensors")
+    expected = {
+        "Model hash": sha256(tmp_path / "one.safetensors")[:10], "VAE hash": sha256(vae_file)[:10],
+        "Lora hashes": f'"style: {hashlib.sha256(content[8 + header:]).hexdigest()[:12]}"',
+        "TI hashes": f'"cat: {sha256(tmp_path / "cat.safetensors")[:10]}"',
+    }
+    with Image.open(picture) as image:
+        text = image.info["parameters"]
+    for key, value in expected.items():
+        assert f"{key}: {value}, " in text
+    assert parse_settings(text) == read_settings(picture)
+
+
+def test_other_weights_under_the_same_name_are_told(made, generate, tmp_path):
+    first = made("x", "--steps", 1)
+    assert generate("--from", first)[2].count("note:") == 0
+    plainsd.save(tiny_sd(seed=7), tmp_path / "other" / Path(read_settings(first).model))
+    code, out, err = generate("--from", first, "--model", tmp_path / "other" / Path(read_settings(first).model))
+    assert code == 0 and "the picture will differ" in err
+    assert not same(Path(out.strip()), first)
+
+
+def test_hashes_of_large_files_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "LARGE", 8)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"0123456789")
+    assert hashes.file_hash(file) == sha256(file)
+    kept = tmp_path / "cache" / "plainsd" / "hashes.json"
+    kept.write_text(kept.read_text().replace(sha256(file), "known"))
+    hashes._file_hash.cache_clear()                                     # as in another process
+    assert hashes.file_hash(file) == "known"
+    file.write_bytes(b"another one")
+    assert hashes.file_hash(file) == sha256(file)
+    kept.write_text("damaged")
+    hashes._file_hash.cache_clear()
+    assert hashes.file_hash(file) == sha256(file) and len(hashes.read_json(kept)) == 1
+    hashes._file_hash.cache_clear()
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -72,7 +72,7 @@ def test_a_text_by_a1111_itself():
     assert read.negative == "dog,\nbird"
     assert (read.sampler, read.spacing, read.steps, read.guidance) == ("dpmpp_2m_sde", "karras", 30, 7.5)
     assert (read.seed, read.size, read.model, read.clip_skip) == (12, (512, 768), "v1-5", 2)
-    assert read.other == (("Model hash", "6ce0161689"), ("Lora hashes", "a: 1, b: 2"))
+    assert read.hashes == (("model", "6ce0161689"), ("lora:a", "1"), ("lora:b", "2")) and read.other == ()
 
 
 def test_a_schedule_of_a1111_that_we_lack_is_kept_apart():

@@ -1,18 +1,21 @@
 """`plainsd train` from the command line: what each method leaves behind, and how it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_sd
 from PIL import Image
+from safetensors.torch import load_file
 from test_finetune import write_pictures
 
 import plainsd
+from plainsd.checkpoint import load_vae, save_vae
 from plainsd.cli import main
 from plainsd.embeddings import add_embedding
 from plainsd.generate import final, text_to_image
@@ -134,7 +137,67 @@ def test_vae_and_scratch(pictures, base, tmp_path, capsys):
     assert read_log(tmp_path / "vae" / "log.jsonl")[-1].keys() >= {"psnr", "step"}
 
 
+def test_vae_goes_on_from_a_base(train, base, tmp_path):
+    """With --decoder-only its latents are, to the last bit, those that the UNet knows."""
+    shared = ["--steps", "2", "--batch", "2", "--lr", "1e-2"]
+    assert train("vae", *shared, "--size", "16", "--decoder-only", out=tmp_path / "decoder")[0] == 0
+    assert train("vae", *shared, "--size", "16", out=tmp_path / "both")[0] == 0
+    before = load_vae(base, device="cpu", dtype="float32")
+    decoder, both = (load_vae(tmp_path / name / "vae", device="cpu", dtype="float32") for name in ("decoder", "both"))
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = before.encode(pixels).mean
+    assert torch.equal(decoder.encode(pixels).mean, latents) and decoder.config == before.config
+    assert not torch.equal(decoder.decode(latents), before.decode(latents))
+    assert not torch.equal(both.encode(pixels).mean, latents)
+    assert both.config.scaling_factor != before.config.scaling_factor
+    step = 2 * 1e-2 * 1.1                                               # of AdamW, at most about the learning rate each
+    assert all(torch.allclose(a, b, atol=step) for a, b in zip(both.parameters(), before.parameters(), strict=True))
+    code, said = train("vae", "--steps", "2", "--base", str(tmp_path / "both" / "vae"), out=tmp_path / "both")
+    assert code == 2 and "holds a run with" in said[0]
+
+
+def test_decoder_only_needs_a_base(pictures, tmp_path, capsys):
+    assert main(["train", "--method", "vae", "--data", str(pictures), "--out", str(tmp_path), "--decoder-only"]) == 2
+    assert "it needs --base" in capsys.readouterr().err
+
+
+def test_scratch_goes_on_from_a_base(train, base, tmp_path):
+    """The first weights are the base's; other sizes, and another autoencoder at the same place, are refused."""
+    model = json.loads(json.dumps(asdict(plainsd.load(base, device="cpu", dtype="float32").variant)))
+    shapes = {name: model[name] for name in ("unet", "vae", "text", "size")}
+    (tmp_path / "model.json").write_text(json.dumps({"name": "tiny"} | shapes))
+    shutil.copytree(base / "vae", tmp_path / "vae")
+    more = ["--model", str(tmp_path / "model.json"), "--vae", str(tmp_path / "vae"), "--tokenizer",
+            str(base / "tokenizer"), "--batch", "2"]
+    assert train("scratch", "--steps", "1", "--lr", "1e-9", *more) == (0, [])
+    after, before = (plainsd.load(path, device="cpu", dtype="float32") for path in (tmp_path / "run" / "model", base))
+    for a, b in zip((after.unet, *after.text_encoders), (before.unet, *before.text_encoders), strict=True):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+    vae = load_vae(base, device="cpu", dtype="float32")
+    torch.nn.init.ones_(vae.quant.bias)
+    save_vae(vae, tmp_path / "vae", before.variant)
+    code, said = train("scratch", "--steps", "1", "--lr", "1e-9", *more)
+    assert code == 2 and "a model with other weights" in said[0]
+    shapes["unet"] = shapes["unet"] | {"channels": [64, 32]}
+    (tmp_path / "model.json").write_text(json.dumps({"name": "tiny"} | shapes))
+    code, said = train("scratch", "--steps", "1", *more, out=tmp_path / "other")
+    assert code == 2 and "has other networks than --model describes: conv_in.bias is (32,), and should be (64,)" in said[0]
+
+
 # ---- going on, and what stands against it
+
+
+def test_a_run_may_be_made_longer(train, tmp_path, capsys):
+    """At a constant rate it is then the run that was longer from the start."""
+    more = ["--lr", "1e-2", "--rank", "1"]
+    assert train("lora", "--steps", "2", *more) == (0, [])
+    assert train("lora", "--steps", "3", *more) == (0, [])
+    assert train("lora", "--steps", "3", *more, out=tmp_path / "straight") == (0, [])
+    longer, straight = (load_file(tmp_path / run / "lora.safetensors") for run in ("run", "straight"))
+    assert longer.keys() == straight.keys() and all(torch.equal(longer[name], straight[name]) for name in longer)
+    code, said = train("lora", "--steps", "2", *more)
+    assert code == 2 and "holds a run with another --steps (3, now 2)" in said[0]
 
 
 def test_the_same_command_goes_on(train, tmp_path):

@@ -106,10 +106,13 @@ def load(
 
 
 def save(
-    sd: StableDiffusion, path: str | Path, layout: str = "diffusers", dtype: str | torch.dtype | None = None
+    sd: StableDiffusion, path: str | Path, layout: str | None = None, dtype: str | torch.dtype | None = None
 ) -> None:
-    """Writes a model as a diffusers folder or a single file, with its projection for previews. `dtype`: what it shall
-    hold; None: the networks' own."""
+    """Writes a model as a diffusers folder or a single file, with its projection for previews.
+
+    `layout`: "diffusers" or "single-file"; None: a single file where the path ends in .safetensors. `dtype`: what it
+    shall hold; None: the networks' own.
+    """
     networks = [sd.unet, sd.vae, *sd.text_encoders]
     variant = replace(sd.variant, unet=sd.unet.config, vae=sd.vae.config, prediction=sd.prediction,
                       text=tuple(encoder.config for encoder in sd.text_encoders))
@@ -122,10 +125,11 @@ def save(
 
 
 def convert(
-    source: str | Path, target: str | Path, layout: str, *, variant_file: str | None = None, family: str | None = None,
+    source: str | Path, target: str | Path, layout: str | None = None, *, variant_file: str | None = None, family: str | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> None:
-    """From one layout to the other, a tensor at a time. There and back again is bit-identical, names included."""
+    """From one layout to the other, a tensor at a time. There and back again is bit-identical, names included. The
+    layout None is read off the target's name, as by `save`."""
     path = find(source, variant_file)
     contents = read(path, variant_file, family)
     if not any(name.startswith("tokenizer") for name in contents.texts):
@@ -140,7 +144,8 @@ def read(path: Path, variant_file: str | None = None, family: str | None = None,
     return read_single(path, family, vae=vae)
 
 
-def write(contents: Contents, target: Path, layout: str, dtype: torch.dtype | None) -> None:
+def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dtype | None) -> None:
+    layout = layout or ("single-file" if target.suffix == ".safetensors" else "diffusers")
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     if layout == "diffusers":

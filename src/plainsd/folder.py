@@ -76,6 +76,11 @@ def read_text_file(path: Path) -> str:
         raise UserError(f"{path} is damaged: it is not text; fetch it again") from error
 
 
+def cache_folder() -> Path:
+    """The user's own, for what can always be made again. It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text_file(path))

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plainsd.folder import cache_folder
 from plainsd.models.unet import geglu
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
@@ -202,7 +203,7 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise Unavailable(f"no C++ compiler ({os.environ.get('CXX', 'c++')}) is installed")
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
+        folder = cache_folder()
         path = folder / f"kernels-{_key(source, compiler)}.so"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,7 @@ class Settings:
     cache: int | None = None                       # deep layers run at every so many-th call only (arXiv:2312.00858)
     embeddings: tuple[str, ...] = ()               # learned words in the prompts, for the text
     model: str | None = None                       # its name, for the text; which model draws is said elsewhere
+    hashes: tuple[tuple[str, str], ...] = ()       # of the files of model, vae, lora:name, embed:word, for the text
     other: tuple[tuple[str, str], ...] = ()        # what a text said beside these; nothing here acts on it
 
     def check(self) -> None:
@@ -140,6 +141,8 @@ FIELDS = (
     ("Deep cache", "cache", int, str),
     ("Embeddings", "embeddings", _words, ", ".join),
 )
+HASHES = {"model": "Model hash", "vae": "VAE hash"}           # A1111's keys for one ...
+SEVERAL = {"lora:": "Lora hashes", "embed:": "TI hashes"}     # ... and for "name: hash, name: hash"
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
 ALWAYS = ("seed",)                                 # written even where they have their default value
 
@@ -170,10 +173,19 @@ def format_settings(settings: Settings) -> str:
         entries.insert(1, f"Schedule type: {SPACINGS[settings.spacing]}")
     if sampler:
         entries.insert(1, f"Sampler: {sampler}")
+    entries += _hash_entries(settings.hashes)
     entries.append(f"Version: plainsd {__version__}")
     parts = [settings.prompt] if settings.prompt else []
     parts += [f"Negative prompt: {settings.negative}"] if settings.negative else []
     return "\n".join([*parts, ", ".join(entries)])
+
+
+def _hash_entries(hashes: tuple[tuple[str, str], ...]) -> list[str]:
+    entries = [f"{key}: {dict(hashes)[name]}" for name, key in HASHES.items() if name in dict(hashes)]
+    for kind, key in SEVERAL.items():
+        if pairs := [f"{name.removeprefix(kind)}: {value}" for name, value in hashes if name.startswith(kind)]:
+            entries.append(f"{key}: {quote(', '.join(pairs))}")
+    return entries
 
 
 ENTRY = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -202,6 +214,14 @@ def _hires(said: dict[str, str]) -> None:
         del said["Hires resize"]
 
 
+def _hashes(said: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    found = [(name, said.pop(key)) for name, key in HASHES.items() if key in said]
+    for kind, key in SEVERAL.items():
+        pairs = [pair.rpartition(": ") for pair in said.pop(key, "").split(", ") if ": " in pair]
+        found += [(kind + name, value) for name, _, value in pairs]
+    return tuple(found)
+
+
 def parse_settings(text: str) -> Settings:
     """A1111's text -> Settings; what has no meaning here is kept in `other`. UserError where this is no such text."""
     *lines, last = text.rstrip("\n").split("\n")
@@ -214,6 +234,7 @@ def parse_settings(text: str) -> Settings:
         "prompt": "\n".join(lines[:negative]),
         "negative": "\n".join(lines[negative:]).removeprefix("Negative prompt:").removeprefix(" "),
         **_sampler(said),
+        "hashes": _hashes(said),
     }
     for key, name, read, _ in FIELDS:
         if key in said:

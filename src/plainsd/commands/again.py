@@ -7,10 +7,12 @@ them is made again only where flags say so.
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plainsd.commands.loras import Loras, tags_of
 from plainsd.errors import UserError
 from plainsd.settings import DEFAULTS, Settings
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from plainsd.commands.generate import Generate
     from plainsd.generate import StableDiffusion
 
-ELSEWHERE = ("model", "refiner", "vae", "embeddings")      # settings that a picture's text names, and flags give
+ELSEWHERE = ("model", "refiner", "vae", "embeddings", "hashes")      # settings that a picture's text names, and flags give
 
 
 def recorded(path: Path) -> dict:
@@ -29,12 +31,13 @@ def recorded(path: Path) -> dict:
 
 
 def check_recorded(
-    command: Generate, sd: StableDiffusion, prompts: list[str], words: list[str], choices: dict
+    command: Generate, sd: StableDiffusion, prompts: list[str], words: Collection[str], choices: dict
 ) -> None:
     """What --from was made with, and its text only names, must be given. Takes the names out of the choices."""
     from plainsd.choices import model_name
+    from plainsd.hashes import weights_hash
 
-    model, refiner, vae, learned = (choices.pop(name, None) for name in ELSEWHERE)
+    model, refiner, vae, learned, hashes = (choices.pop(name, None) for name in ELSEWHERE)
     made = f"'{command.from_}' was made with the"
     if model not in (None, model_name(sd)) and command.model is None:
         raise UserError(f"{made} model {model!r}, and this is {model_name(sd)!r}; say where that is with --model")
@@ -45,6 +48,10 @@ def check_recorded(
     texts = " ".join([*prompts, choices.get("negative", "")])
     if missing := [word for word in learned or () if word in texts and word not in words]:
         raise UserError(f"{made} embedding {missing[0]!r}; give it with --embedding FILE:{missing[0]}")
+    was, now = dict(hashes or ()).get("model"), weights_hash(sd.path, "unet")
+    if was not in (None, now):
+        print(f"note: {made} weights {was}, and these are {now} ({model_name(sd)}): the picture will differ",
+              file=sys.stderr)
 
 
 def say_unused(keys: list[str]) -> None:
@@ -53,8 +60,13 @@ def say_unused(keys: list[str]) -> None:
         print(f"no effect here: {', '.join(keys)}", file=sys.stderr)
 
 
-def noted(settings: Settings, tags: str, words: list[str], vae: Path | None) -> Settings:
-    """With the adapters and the VAE that came by flags."""
-    used = tuple(word for word in words if word in settings.prompt or word in settings.negative)
-    name = vae and vae.resolve().name
-    return replace(settings, prompt=settings.prompt + tags, embeddings=used, vae=name)
+def noted(
+    settings: Settings, sd: StableDiffusion, loras: Loras, words: dict[str, Path], vae: Path | None
+) -> Settings:
+    """With what came by flags, and the hashes of all its files."""
+    from plainsd.hashes import hashes
+
+    used = {word: path for word, path in words.items() if word in settings.prompt or word in settings.negative}
+    files = hashes(sd.path, vae, [(path.stem, path) for path, _ in loras], used.items())
+    return replace(settings, prompt=settings.prompt + tags_of(loras), embeddings=tuple(used),
+                   vae=vae and vae.resolve().name, hashes=files)

@@ -15,7 +15,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from plainsd.commands.again import ELSEWHERE, check_recorded, noted, recorded, say_unused
 from plainsd.commands.grid import axis, grid_cells, sheet
-from plainsd.commands.loras import chosen, learned, tags_of, without_tags
+from plainsd.commands.loras import chosen, learned, without_tags
 from plainsd.commands.output import Preview, Target, check_writable
 from plainsd.commands.scale import share_of_torchrun
 from plainsd.errors import UserError
@@ -187,7 +187,7 @@ class Generate:
         files = [learned(text) for text in self.embedding]
         device = choose_device(share.device(self.device))
         sd = fitted(partial(self.loaded, device, loras), device, self.low_memory)
-        words = [add_embedding(sd, file, word or None) for file, word in files]
+        words = {add_embedding(sd, file, word or None): file for file, word in files}
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
         if self.int8:
@@ -206,7 +206,7 @@ class Generate:
             images += pictures.images
             if not axes:
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
-                    say(str(target.write(image, noted(settings, tags_of(loras), words, self.vae))))
+                    say(str(target.write(image, noted(settings, sd, loras, words, self.vae))))
         if axes:
             say(str(target.write(sheet(images, axes), None)))
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler

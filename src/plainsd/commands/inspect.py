@@ -45,9 +45,8 @@ class Convert:
         from plainsd.checkpoint import convert
 
         check_family(self.family)
-        layout = self.layout or ("single-file" if self.target.suffix == ".safetensors" else "diffusers")
         convert(
-            self.source, self.target, layout, dtype=self.dtype, variant_file=self.variant_file, family=self.family
+            self.source, self.target, self.layout, dtype=self.dtype, variant_file=self.variant_file, family=self.family
         )
         print(self.target)
 

@@ -97,8 +97,8 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/sd-models")
     def sd_models() -> list:
-        return [{"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
-                for name in service.models.known]  # fmt: skip
+        return [{"title": name, "model_name": name, "hash": model.hash, "sha256": None, "filename": name, "config": None}
+                for name, model in service.models.known.items()]  # fmt: skip
 
     @router.get("/loras")
     def loras() -> list:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 AHEAD = 4                             # jobs sent before the first of them has ended, so that the server can join them
 ROUGH = 8                             # times that a preview is enlarged
 NOT_SENT = ("vae", "lora_folder", "lora_partial", "device", "dtype", "fast", "compile", "int8", "low_memory", "batch")
-NOT_FIELDS = ("embeddings", "masked", "vae")         # of what a picture's text says, no fields of a job
+NOT_FIELDS = ("embeddings", "masked", "vae", "hashes")         # of what a picture's text says, no fields of a job
 SUFFIXES = (".safetensors", ".pt", ".bin")           # of embeddings
 
 

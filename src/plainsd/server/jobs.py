@@ -139,7 +139,7 @@ class Job:
     def alike(self) -> list[Settings]:
         """What pictures must have in common to be drawn together: all but prompts, seeds, and the scale of guidance,
         where there is any."""
-        own = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None}
+        own = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None, "hashes": ()}
         return [replace(one, **own, guidance=float(one.guidance == 1)) for one in self.each]
 
 

@@ -18,6 +18,7 @@ from plainsd.choices import check_refiner, model_name
 from plainsd.contents import empty, parts
 from plainsd.errors import UserError, unknown
 from plainsd.generate import StableDiffusion
+from plainsd.hashes import Hashes, hashes, weights_hash
 from plainsd.hub import find
 from plainsd.lora import add_lora, attached, check_strengths
 from plainsd.lora_files import located, open_lora
@@ -40,6 +41,7 @@ class Model:
     source: str | None                # None: the embedded one
     bare: StableDiffusion             # all of it but the weights: enough to check a request
     bytes: int                        # in memory
+    hash: str | None = None           # of its weights, once they were loaded
     sd: StableDiffusion | None = None
     latent_rgb: Tensor | None = None  # for previews
     loras: tuple[tuple[str, float], ...] | None = None   # those on it
@@ -111,6 +113,11 @@ class Models:
             sd = replace(sd, refiner=self.resident(one.refiner, beside=model).sd)
         return model, sd
 
+    def hashes(self, model: Model, loras: Loras, one: Settings) -> Hashes:
+        """Of the files that drew a picture of these settings."""
+        words = {word.text: word.path for word in map(self.words.word, one.embeddings)}
+        return hashes(model.sd.path, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items())
+
     def resident(self, name: str, loras: Loras = (), beside: Model | None = None) -> Model:
         """The model with its networks, and just these LoRAs on it. What is not loaded is; others make room for it, the
         least recently used first, but not the one that is needed beside it."""
@@ -122,11 +129,11 @@ class Models:
             while self.bytes() + model.bytes > self.budget and (oldest := self.oldest(beside)) is not None:
                 self.drop(oldest)
             sd = load(model.source, device=self.device, dtype=self.dtype)
-            projection = latent_rgb(sd)
+            projection, digest = latent_rgb(sd), weights_hash(sd.path, "unet")
             if self.fast:
                 faster(sd)
             with self.lock:
-                model.sd, model.latent_rgb, model.loras = sd, projection, ()
+                model.sd, model.latent_rgb, model.loras, model.hash = sd, projection, (), digest
                 self.loads += 1
         if model.loras != tuple(loras):
             for lora in attached(model.sd):

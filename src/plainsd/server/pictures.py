@@ -29,8 +29,8 @@ class Picture:
 def settings_from(data: dict) -> Settings:
     """What `asdict` and JSON made of Settings, back."""
     tuples = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
-    other = tuple((key, value) for key, value in data.get("other", ()))
-    return Settings(**{**data, **tuples, "other": other})
+    pairs = {name: tuple(map(tuple, data.get(name, ()))) for name in ("hashes", "other")}
+    return Settings(**{**data, **tuples, **pairs})
 
 
 def tagged(settings: Settings, loras: list[tuple[str, float]]) -> Settings:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 
 from PIL import Image
 
@@ -69,8 +70,10 @@ class Worker(threading.Thread):
         pictures = self.sampled(model, sd, units)
         if pictures is None:
             return
+        files = self.models.hashes(model, units[0].job.loras, units[0].settings)
         for unit, image in zip(units, pictures.images, strict=True):
             if unit.job.active:
+                unit.job.each[unit.place] = replace(unit.settings, hashes=files)
                 self.keep(unit, self.finished(unit.job, image))
         self.queue.pace += 0.2 * ((time.monotonic() - began) / len(units) - self.queue.pace)
 

@@ -23,7 +23,8 @@ class Train:
     out: Path
     """folder of the run: log, curve, samples, states, and at the end the result"""
     base: str | None = None
-    """the model to fine-tune: a folder, a file or a name on the hub; the embedded one if not given"""
+    """the model to fine-tune: a folder, a file or a name on the hub; the embedded one if not given. Methods vae and
+    scratch begin with its weights, where it is given, and not from nothing"""
     reading: OmitArgPrefixes[options.Data] = field(default_factory=options.Data)
     pace: OmitArgPrefixes[options.Steps] = field(default_factory=options.Steps)
     loss: OmitArgPrefixes[options.Loss] = field(default_factory=options.Loss)

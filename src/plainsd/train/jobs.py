@@ -1,5 +1,6 @@
 """What all methods of `plainsd train` share between options and loop: pictures, a folder's identity, the run."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -63,12 +64,15 @@ class Job:
     # ---- what the run is
 
     def keep_options(self, **more: str) -> None:
-        """A run is one set of options: another set in the same folder is refused, but for those of no consequence."""
+        """A run is one set of options: another set in the same folder is refused, but for those of no consequence, and
+        for a longer way to go. That changes the learning rate from here on, where it declines along a cosine."""
         path, now = self.out / "options.json", flat(self.options) | more
         if path.is_file():
             old = read_json(path)
             for name in now:
-                if name not in FREE and old.get(name, now[name]) != now[name]:
+                if name in ("steps", "epochs") and longer(old.get(name), now[name]):
+                    self.say(f"{self.out} was to end after {old[name]} {name}; it goes on to {now[name]}")
+                elif name not in FREE and old.get(name, now[name]) != now[name]:
                     what = f"another --{name.replace('_', '-')}" if name not in more else "a model with other weights"
                     raise UserError(f"{self.out} holds a run with {what} ({old[name]}, now {now[name]}); give the same "
                                     "options to resume, or another --out")
@@ -199,6 +203,11 @@ def read_lines(file: Path) -> list[str]:
         raise UserError(f"cannot read {file}: {error}; give a text file in UTF-8") from error
 
 
+def longer(old: str | None, now: str) -> bool:
+    """Of two numbers of steps or epochs as text, None among them."""
+    return (old or "").isdigit() and now.isdigit() and int(now) > int(old)
+
+
 def flat(options) -> dict[str, str]:
     """Every option by its own name, as text."""
     found: dict[str, str] = {}
@@ -209,3 +218,13 @@ def flat(options) -> dict[str, str]:
         else:
             found[field.name] = " ".join(value) if field.name == "data" else str(value)
     return found
+
+
+def weights_digest(*networks: nn.Module) -> str:
+    """Sixteen hexadecimal digits that other weights do not have: of up to 16 numbers of each tensor."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            some = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -197,6 +197,8 @@ class FromNothing:
     """vae: weight of the patch discriminator"""
     patch_after: int = 0
     """vae: pictures seen before the discriminator counts"""
+    decoder_only: bool = False
+    """vae: the encoder of --base stays as it is, so that UNets go on to suit the autoencoder"""
 
 
 def with_defaults(method: str, steps: Steps) -> Steps:

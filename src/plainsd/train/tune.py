@@ -1,6 +1,5 @@
 """The methods that begin from a loaded model, as jobs: `full`, `lora`, `inversion`."""
 
-import hashlib
 from collections.abc import Callable
 
 import torch
@@ -18,7 +17,7 @@ from plainsd.train.examples import Examples
 from plainsd.train.finetune import FineTune
 from plainsd.train.full import full
 from plainsd.train.inversion import inversion, settle
-from plainsd.train.jobs import Job
+from plainsd.train.jobs import Job, weights_digest
 from plainsd.train.lora import lora
 from plainsd.train.memory import checkpointing
 from plainsd.train.prior import make_prior
@@ -80,7 +79,7 @@ def train_inversion(job: Job) -> None:
 def tuned(job: Job, make: Make) -> StableDiffusion | None:
     """The trained model; None where the run was stopped before its end, or where another process will save it."""
     sd = base_model(job)
-    job.keep_options(base_weights=weights_digest(sd))
+    job.keep_options(base_weights=weights_digest(sd.unet, sd.vae, *sd.text_encoders))
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)
     pictures, heldout = job.pictures(sd.variant.size)
@@ -126,13 +125,3 @@ def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:
         known = job.out / "cache" / "scanned.json"
         pictures = read_folder(folder, size, caption=own.prior_prompt, known=known, say=job.say)
     return job.examples(sd.vae, pictures)
-
-
-def weights_digest(sd: StableDiffusion) -> str:
-    """Sixteen hexadecimal digits that another model does not have: of up to 16 numbers of each tensor."""
-    digest = hashlib.sha256()
-    for network in (sd.unet, sd.vae, *sd.text_encoders):
-        for name, tensor in network.state_dict().items():
-            some = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
