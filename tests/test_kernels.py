@@ -9,7 +9,7 @@ from conftest import tiny_sd
 from test_speed import assert_as_exact, latents, relative
 
 from plainsd import kernels, speed
-from plainsd.models.layers import ResBlock, norm_silu
+from plainsd.models.layers import Attention, ResBlock, norm_silu
 from plainsd.models.unet import geglu
 from plainsd.packed import PackedResBlock
 
@@ -155,6 +155,39 @@ def test_geglu_and_its_gradients(dtype, shape):
         assert relative(one.double(), right) < (5e-7 if dtype == torch.float32 else 3e-3)
 
 
+@pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")
+@pytest.mark.parametrize("batch, heads, n, m, d", [
+    (1, 2, 512, 512, 40), (2, 3, 100, 77, 22), (1, 2, 257, 1100, 64), (1, 1, 63, 97, 160), (1, 2, 1, 2, 8), (2, 1, 1030, 5, 80),
+])
+@pytest.mark.parametrize("scale", [1, 6])
+def test_gradients_of_attention(batch, heads, n, m, d, scale, monkeypatch):
+    """No further from float64 than PyTorch's; `scale`: up to scores of +-200, at which most weights are nothing."""
+    monkeypatch.setattr(kernels, "LONG", 0)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn((batch, heads, length, d), generator=generator).bfloat16() for length in (n, m, m, n))
+    q, k = scale * q, scale * k
+
+    def outcome(attend, dtype, form=torch.Tensor.clone):
+        leaves = [form(x.to(dtype)).detach().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves)
+        out.backward(form(dout.to(dtype)))
+        return [out.detach().double(), *(leaf.grad.double() for leaf in leaves)]
+
+    exact, theirs = (outcome(F.scaled_dot_product_attention, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for form in (torch.Tensor.clone, strided, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
+        for ours, right, other in zip(outcome(kernels.trained_attention, torch.bfloat16, form), exact, theirs, strict=True):
+            assert relative(ours, right) < 1.2 * relative(other, right) + 1e-4
+
+
+def test_where_attention_in_training_is_pytorchs(monkeypatch):
+    monkeypatch.setattr(kernels, "_Attend", None)
+    for dtype, n, d, causal in ((torch.bfloat16, 255, 8, False), (torch.bfloat16, 256, 9, False), (torch.bfloat16, 256, 8, True),
+                                (torch.float32, 256, 8, False)):
+        q, k, v = torch.randn(3, 1, 1, n, d).to(dtype).requires_grad_().unbind(0)
+        assert torch.equal(kernels.trained_attention(q, k, v, is_causal=causal),
+                           F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+
+
 def test_inside_trained_faster_a_network_learns_the_same():
     torch.manual_seed(0)
     unet, x, context = tiny_sd().unet, torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
@@ -169,9 +202,13 @@ def test_inside_trained_faster_a_network_learns_the_same():
         blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         assert blocks and all(block.activate is kernels.trained_norm_silu for block in blocks)
         assert any(getattr(module, "activate", None) is kernels.trained_geglu for module in unet.modules())
+        attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+        form = F.scaled_dot_product_attention if torch.cpu._is_amx_tile_supported() else kernels.trained_attention
+        assert attentions and all(attention.attend is form for attention in attentions)
         assert "forward" in vars(unet.norm_out)
         assert 0 < relative(gradients(), plain) < 1e-5
-    assert all(block.activate is norm_silu for block in blocks)
+    assert all(block.activate is norm_silu for block in blocks) and "forward" not in vars(unet.norm_out)
+    assert all(attention.attend is F.scaled_dot_product_attention for attention in attentions)
     assert torch.equal(gradients(), plain)
 
 
@@ -182,13 +219,18 @@ def test_threads_change_nothing(threads):
     q, k, v = torch.randn(3, 2, 4, 200, 40).unbind(0)
     packed, rows = kernels.pack(torch.randn(96, 160)), torch.randn(100, 160)
 
-    def all_three():
-        return kernels.norm_silu(norm, x), kernels._attention(q, k, v), kernels.linear(rows, packed, 96, None)
+    def all_of_them():
+        outcome = [kernels.norm_silu(norm, x), kernels._attention(q, k, v), kernels.linear(rows, packed, 96, None)]
+        if kernels.suit(torch.bfloat16):
+            leaves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+            kernels._Attend.apply(*leaves).backward(v.bfloat16())
+            outcome += [leaf.grad for leaf in leaves]
+        return outcome
 
-    before, expected = torch.get_num_threads(), all_three()
+    before, expected = torch.get_num_threads(), all_of_them()
     torch.set_num_threads(threads)
     try:
-        assert all(torch.equal(a, b) for a, b in zip(all_three(), expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(all_of_them(), expected, strict=True))
     finally:
         torch.set_num_threads(before)
 

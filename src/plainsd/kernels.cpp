@@ -1,7 +1,7 @@
 // Kernels for processors with AVX-512, in float32, and in bfloat16 where they multiply it (AVX512_BF16). kernels.py
 // compiles this file and calls what stands at its end.
 //
-//     attend      softmax(q k^T * scale) v, in one pass over blocks that stay in the cache
+//     attend      softmax(q k^T * scale) v, in one pass over blocks that stay in the cache; attend_back, its gradients
 //     linear      x W^T + b for few rows, where oneDNN takes longer to start than to multiply
 //     norm_silu   GroupNorm and SiLU over channels-last maps, in two passes; norm_silu_back, its gradients, in two more
 //     geglu       value * GELU(gate), and its gradients
@@ -130,11 +130,25 @@ struct View {
     long batch, head, row;
 };
 
+// Row j of a matrix, of `depth` units, as column j: [64 rows][unit][j].
+inline void to_column(const char* row, long j, long depth, uint32_t* to) {
+    uint32_t* column = to + j / GROUP * depth * GROUP + j % GROUP;
+    for (long t = 0; t < depth; t++) std::memcpy(column + t * GROUP, row + 4 * t, 4);
+}
+
+// Row j, of d numbers, as one of the `step` that make a row of units: [j / step][number].
+inline void to_row(const char* row, long j, long d, long step, long width, uint32_t* to) {
+    const long size = 4 / step;
+    char* at = (char*)(to + j / step * width) + j % step * size;
+    for (long c = 0; c < d; c++) std::memcpy(at + 4 * c, row + size * c, size);
+}
+
 template <bool pairs>
 struct Attention {
     static constexpr long SIZE = pairs ? 2 : 4, STEP = pairs ? 2 : 1;            // bytes of a number, numbers in a unit
 
     View q, k, v, out;
+    float* kept;                                                                // (B, heads, n) or null: log2 of the sums
     long heads, n, m, d;
     float scale;                                                                // of the exponent in base 2
     long depth = d / STEP, width = up(d, LANES), keys = up(m, GROUP);
@@ -147,13 +161,9 @@ struct Attention {
     uint32_t* v_of(long which) { return packed_v.data() + which * keys / STEP * width; }
 
     void pack(long which) {
-        uint32_t *to_k = k_of(which), *to_v = v_of(which);
         for (long j = 0; j < m; j++) {
-            const char *key = at(k, which, j), *value = at(v, which, j);
-            uint32_t* column = to_k + j / GROUP * depth * GROUP + j % GROUP;
-            for (long t = 0; t < depth; t++) std::memcpy(column + t * GROUP, key + 4 * t, 4);
-            char* row = (char*)(to_v + j / STEP * width) + j % STEP * SIZE;
-            for (long c = 0; c < d; c++) std::memcpy(row + 4 * c, value + SIZE * c, SIZE);
+            to_column(at(k, which, j), j, depth, k_of(which));
+            to_row(at(v, which, j), j, d, STEP, width, v_of(which));
         }
     }
 
@@ -184,11 +194,13 @@ struct Attention {
                                                                v_of(which) + start / STEP * width + c, width, count / STEP,
                                                                &sofar[i * width + c], width, true);
         }
-        for (long i = 0; i < rows; i++)
+        for (long i = 0; i < rows; i++) {
+            if (kept) kept[which * n + first + i] = largest[i] * scale + std::log2(sums[i]);
             for (long c = 0; c < d; c += LANES) {
                 const __m512 x = _mm512_div_ps(_mm512_loadu_ps(&sofar[i * width + c]), _mm512_set1_ps(sums[i]));
                 store<pairs>(at(out, which, first + i) + c * SIZE, x, lanes(d - c));
             }
+        }
     }
 
     void run(long batch, long threads) {
@@ -200,6 +212,114 @@ struct Attention {
         for (long i = 0; i < all; i++) pack(i);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (much)
         for (long i = 0; i < all * blocks; i++) block(i / blocks, i % blocks * ROWS);
+    }
+};
+
+// The gradients of attention in bfloat16 (Dao 2023, arXiv:2307.08691, algorithm 2), one head after the other in a thread. With
+// S = Q K^T, P = 2^(S scale - kept), and D the sum over a query's numbers of dout * out:
+//     dV = P^T dO,  dP = dO V^T,  dS = P (dP - D),  dK = dS^T Q factor,  dQ = dS K factor
+// Scores are made transposed, a key a row and a query a lane. So P^T and dS^T stand on the left of dV and dK as they come, and
+// two rows of dS^T side by side on the right of dQ^T = K^T dS^T.
+struct AttentionBack {
+    static constexpr long KEYS = 16 * TILE, QUERIES = 4 * GROUP;                // in a block
+
+    View q, k, v, out, dout, dq, dk, dv;
+    const float* kept;
+    long heads, n, m, d;
+    float scale, factor;                                                        // of the exponent in base 2, and in base e
+    long depth = d / 2, width = up(d, LANES), high = up(d, TILE), queries = up(n, GROUP), keys = up(m, KEYS);
+
+    char* at(const View& x, long which, long row) const {
+        return x.data + (which / heads * x.batch + which % heads * x.head + row * x.row) * 2;
+    }
+
+    // P^T and dS^T of TILE keys from `row` on and GROUP queries, from their scores and dP^T; of keys that are none, zero.
+    void weigh(const float* scores, const float* dp, long row, const float* shift, const float* delta, uint16_t* p, uint16_t* ds,
+               uint32_t* ds_pairs) const {
+        const __m512 by = _mm512_set1_ps(scale);
+        for (long j = 0; j < GROUP; j += LANES)
+            for (long i = 0; i < TILE; i++) {
+                const __mmask16 real = row + i < m ? 0xffff : 0;
+                const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + i * GROUP + j), by, _mm512_loadu_ps(shift + j));
+                const __m512 weight = _mm512_maskz_mov_ps(real, exp2(x));
+                const __m512 slope = _mm512_sub_ps(_mm512_loadu_ps(dp + i * GROUP + j), _mm512_loadu_ps(delta + j));
+                store<true>(p + i * QUERIES + j, weight);
+                store<true>(ds + i * QUERIES + j, _mm512_mul_ps(weight, slope));
+                if (i % 2 == 0) continue;
+                const auto half = [&](long k) { return _mm512_cvtepu16_epi32(_mm256_loadu_epi16(ds + k * QUERIES + j)); };
+                _mm512_storeu_si512(ds_pairs + i / 2 * QUERIES + j,
+                                    _mm512_or_si512(half(i - 1), _mm512_slli_epi32(half(i), 16)));
+            }
+    }
+
+    void save(const View& to, long which, long first, long count, const float* sums, float by) const {
+        for (long i = 0; i < count; i++)
+            for (long c = 0; c < d; c += LANES)
+                store<true>(at(to, which, first + i) + 2 * c,
+                            _mm512_mul_ps(_mm512_loadu_ps(sums + i * width + c), _mm512_set1_ps(by)), lanes(d - c));
+    }
+
+    void head(long which) const {
+        std::vector<uint32_t> q_columns(queries * depth), do_columns(queries * depth), q_rows(queries / 2 * width),
+            do_rows(queries / 2 * width), k_units(keys * depth), v_units(keys * depth), k_turned(high * keys / 2),
+            p(KEYS * QUERIES / 2), ds(KEYS * QUERIES / 2), ds_pairs(KEYS * QUERIES / 2);
+        std::vector<float> shift(queries, 1e4f), delta(queries), dq_turned(high * queries), dk_sums(KEYS * width),
+            dv_sums(KEYS * width);                                               // 2^-10000: a query that is none has no weight
+        for (long i = 0; i < n; i++) {
+            const char *query = at(q, which, i), *up = at(dout, which, i), *y = at(out, which, i);
+            to_column(query, i, depth, q_columns.data()), to_column(up, i, depth, do_columns.data());
+            to_row(query, i, d, 2, width, q_rows.data()), to_row(up, i, d, 2, width, do_rows.data());
+            __m512 sum = _mm512_setzero_ps();
+            for (long c = 0; c < d; c += LANES)
+                sum = _mm512_fmadd_ps(load<true>(up + 2 * c, lanes(d - c)), load<true>(y + 2 * c, lanes(d - c)), sum);
+            delta[i] = _mm512_reduce_add_ps(sum), shift[i] = kept[which * n + i];
+        }
+        for (long j = 0; j < m; j++) {
+            std::memcpy(&k_units[j * depth], at(k, which, j), 2 * d);
+            std::memcpy(&v_units[j * depth], at(v, which, j), 2 * d);
+            for (long c = 0; c < d; c++) ((uint16_t*)k_turned.data())[c * keys + j] = ((uint16_t*)&k_units[j * depth])[c];
+        }
+        for (long first = 0; first < m; first += KEYS) {
+            const long rows = std::min(KEYS, up(m - first, TILE));
+            std::fill(dk_sums.begin(), dk_sums.end(), 0), std::fill(dv_sums.begin(), dv_sums.end(), 0);
+            for (long start = 0; start < queries; start += QUERIES) {
+                const long count = std::min(QUERIES, queries - start);
+                for (long i = 0; i < rows; i += TILE)
+                    for (long j = 0; j < count; j += GROUP) {
+                        float scores[TILE * GROUP], dp[TILE * GROUP];
+                        tile<true, 4, TILE>(&k_units[(first + i) * depth], depth, &q_columns[(start + j) * depth], GROUP, depth,
+                                            scores, GROUP, false);
+                        tile<true, 4, TILE>(&v_units[(first + i) * depth], depth, &do_columns[(start + j) * depth], GROUP,
+                                            depth, dp, GROUP, false);
+                        weigh(scores, dp, first + i, &shift[start + j], &delta[start + j],
+                              (uint16_t*)p.data() + i * QUERIES + j, (uint16_t*)ds.data() + i * QUERIES + j,
+                              &ds_pairs[i / 2 * QUERIES + j]);
+                    }
+                for (long c = 0; c < width; c += GROUP)
+                    for (long i = 0; i < rows; i += TILE) {
+                        const auto add = tile_for<true, TILE>((width - c) / LANES);
+                        const long from = start / 2 * width + c, to = i * width + c, row = i * QUERIES / 2;
+                        add(&p[row], QUERIES / 2, &do_rows[from], width, count / 2, &dv_sums[to], width, true);
+                        add(&ds[row], QUERIES / 2, &q_rows[from], width, count / 2, &dk_sums[to], width, true);
+                    }
+                for (long j = 0; j < count; j += GROUP)
+                    for (long c = 0; c < high; c += TILE)
+                        tile<true, 4, TILE>(&k_turned[(c * keys + first) / 2], keys / 2, &ds_pairs[j], QUERIES, rows / 2,
+                                            &dq_turned[c * queries + start + j], queries, true);
+            }
+            save(dk, which, first, std::min(KEYS, m - first), dk_sums.data(), factor);
+            save(dv, which, first, std::min(KEYS, m - first), dv_sums.data(), 1);
+        }
+        std::vector<float> row(width);
+        for (long i = 0; i < n; i++) {
+            for (long c = 0; c < d; c++) row[c] = dq_turned[c * queries + i];
+            save(dq, which, i, 1, row.data(), factor);
+        }
+    }
+
+    void run(long batch, long threads) const {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (batch * heads * n * m * d >= MUCH / 8)
+        for (long i = 0; i < batch * heads; i++) head(i);
     }
 };
 
@@ -496,16 +616,25 @@ extern "C" int knows_bfloat16() {
 #endif
 }
 
-// strides: batch, head and row of q, k, v and out.
-extern "C" void attend(int bits, char* q, char* k, char* v, char* out, const long* strides, long batch, long heads, long n,
-                       long m, long d, double scale, long threads) {
+// strides: batch, head and row of q, k, v and out. kept (batch, heads, n) or null takes what attend_back needs.
+extern "C" void attend(int bits, char* q, char* k, char* v, char* out, float* kept, const long* strides, long batch, long heads,
+                       long n, long m, long d, double scale, long threads) {
     const auto view = [&](char* data, int i) { return View{data, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
     const auto run = [&](auto work) { work.run(batch, threads); };
     const float in_base_2 = (float)(scale * 1.4426950408889634);
     if (bits == 32)
-        run(Attention<false>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), heads, n, m, d, in_base_2});
+        run(Attention<false>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
     else
-        run(Attention<true>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), heads, n, m, d, in_base_2});
+        run(Attention<true>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
+}
+
+// bfloat16 only. data and strides: of q, k, v, out, dout, dq, dk and dv.
+extern "C" void attend_back(char* const* data, const long* strides, const float* kept, long batch, long heads, long n, long m,
+                            long d, double scale, long threads) {
+    const auto view = [&](int i) { return View{data[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
+    AttentionBack{view(0), view(1), view(2), view(3), view(4), view(5), view(6), view(7), kept, heads, n, m, d,
+                  (float)(scale * 1.4426950408889634), (float)scale}
+        .run(batch, threads);
 }
 
 // w (n, k) -> packed [k units][n filled up to a multiple of 16], which is zero before.

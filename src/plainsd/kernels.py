@@ -26,6 +26,7 @@ from plainsd.models.unet import geglu
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 ENOUGH = {torch.float32: 2**24, torch.bfloat16: 2**18}   # multiplications of q k^T from which on it beats PyTorch's
+LONG = 2**16                                             # queries times keys from which on it does in training
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 AFTER = {"none": 0, "gelu": 1, "times": 2}
 
@@ -66,13 +67,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tenso
     return (_compiled_attention if torch.compiler.is_compiling() else _attention)(q, k, v)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
     (batch, heads, n, d), m, out = q.shape, k.shape[2], _empty(q)
-    tensors = [t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v)] + [out]
-    strides = (ctypes.c_long * 12)(*(stride for t in tensors for stride in t.stride()[:3]))
-    library().attend(BITS[q.dtype], *(t.data_ptr() for t in tensors), strides, batch, heads, n, m, d, d**-0.5,
+    tensors = [*map(_rows, (q, k, v)), out]
+    library().attend(BITS[q.dtype], *map(_pointer, tensors), _pointer(kept), _strides(tensors), batch, heads, n, m, d, d**-0.5,
                      torch.get_num_threads())
     return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With a row's numbers side by side."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _strides(tensors: list[Tensor]) -> ctypes.Array:
+    """Of batch, head and row."""
+    return (ctypes.c_long * (3 * len(tensors)))(*(stride for t in tensors for stride in t.stride()[:3]))
 
 
 def _empty(q: Tensor, *_: Tensor) -> Tensor:
@@ -83,6 +93,28 @@ def _empty(q: Tensor, *_: Tensor) -> Tensor:
 _compiled_attention = torch.library.custom_op("plainsd::attention", _attention, mutates_args=(),
                                               schema="(Tensor q, Tensor k, Tensor v) -> Tensor")
 _compiled_attention.register_fake(_empty)
+
+
+class _Attend(torch.autograd.Function):
+    """Attention in bfloat16, with gradients."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v, kept = _rows(q), _rows(k), _rows(v), torch.empty(q.shape[:3])
+        out = _attention(q, k, v, kept)
+        ctx.save_for_backward(q, k, v, out, kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, kept = ctx.saved_tensors
+        (batch, heads, n, d), gradients = q.shape, [*map(_empty, (q, k, v))]
+        tensors = [q, k, v, out, _rows(dout.to(q.dtype)), *gradients]
+        pointers = (ctypes.c_void_p * 8)(*map(_pointer, tensors))
+        library().attend_back(pointers, _strides(tensors), _pointer(kept), batch, heads, n, k.shape[2], d, d**-0.5,
+                              torch.get_num_threads())
+        return tuple(gradients)
 
 
 # ---- linear layers
@@ -184,6 +216,14 @@ def trained_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False) -> Tensor:
     return _Norm.apply(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, silu)
 
 
+def trained_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v; see `attention`."""
+    fits = q.is_cpu and q.dtype == torch.bfloat16 and q.shape[3] % 2 == 0 and not is_causal
+    if not fits or q.shape[2] * k.shape[2] < LONG:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    return _Attend.apply(q, k, v)
+
+
 trained_norm_silu = functools.partial(trained_norm, silu=True)
 
 
@@ -215,7 +255,8 @@ def library() -> ctypes.CDLL:
         raise Unavailable(f"{compiler} does not know this processor's bfloat16 instructions; a newer one does")
     kind, number, place, real = ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_double
     for name, arguments in {
-        "attend": [kind, *5 * [place], *5 * [number], real, number],
+        "attend": [kind, *6 * [place], *5 * [number], real, number],
+        "attend_back": [*3 * [place], *5 * [number], real, number],
         "pack": [kind, *2 * [place], *2 * [number]],
         "linear": [kind, *5 * [place], *3 * [number], kind, number],
         "norm_silu": [kind, *6 * [place], *4 * [number], real, kind, number],

@@ -6,7 +6,7 @@
                        the 3x3 convolution after it as four 2x2 convolutions before it                (CPU)
                        GroupNorm and SiLU in one; small linear layers without oneDNN's start          (CPU with AVX-512)
     attend_faster      attention in pieces that stay in the cache                                     (CPU without AMX)
-    trained_faster     GroupNorm and SiLU, and GEGLU, in one while training                          (CPU with AVX512_BF16)
+    trained_faster     GroupNorm and SiLU, and GEGLU, in one while training, and long attention       (CPU with AVX512_BF16)
     compile_unet       fused kernels by torch.compile; minutes the first time                        (CPU, GPU)
 
 `faster` applies what pays on the model's own device. All of them work in place and are meant to come last: a packed
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from plainsd import kernels
 from plainsd.errors import UserError
 from plainsd.kernels import have_kernels
-from plainsd.models.layers import Attention, ResBlock, norm_silu
-from plainsd.models.unet import FeedForward, geglu
+from plainsd.models.layers import Attention, ResBlock
+from plainsd.models.unet import FeedForward
 from plainsd.packed import PackedCrossAttention, PackedSelfAttention, pack_inside
 
 if TYPE_CHECKING:
@@ -115,27 +115,30 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
 
 @contextmanager
 def trained_faster(network: nn.Module) -> Iterator[None]:
-    """Inside, the network's GroupNorms, with the SiLU after them, and its GEGLUs are kernels of our own, and so are their
-    gradients: on a CPU with AVX512_BF16. Elsewhere nothing changes."""
+    """Inside, the network's GroupNorms, with the SiLU after them, its GEGLUs and its attention are kernels of our own, and so
+    are their gradients: on a CPU with AVX512_BF16. Elsewhere nothing changes."""
     works = next(network.parameters()).device.type == "cpu" and have_kernels(torch.bfloat16)
-    modules = list(network.modules()) if works else []
-    for module in modules:
+    changed = []                                         # of which object, which name
+    for module in network.modules() if works else []:
         if isinstance(module, ResBlock):
-            module.activate = kernels.trained_norm_silu
+            changed.append((module, "activate", kernels.trained_norm_silu))
         elif isinstance(module, FeedForward):
-            module.activate = kernels.trained_geglu
+            changed.append((module, "activate", kernels.trained_geglu))
+        elif isinstance(module, Attention) and not torch.cpu._is_amx_tile_supported():
+            changed.append((module, "attend", kernels.trained_attention))
         elif isinstance(module, nn.GroupNorm):
-            module.forward = functools.partial(kernels.trained_norm, module)
+            changed.append((module, "forward", functools.partial(kernels.trained_norm, module)))
+    before = [vars(module).get(name) for module, name, _ in changed]
+    for module, name, form in changed:
+        setattr(module, name, form)
     try:
         yield
     finally:
-        for module in modules:
-            if isinstance(module, ResBlock):
-                module.activate = norm_silu
-            elif isinstance(module, FeedForward):
-                module.activate = geglu
-            elif isinstance(module, nn.GroupNorm):
-                del module.forward                       # the class's own shows again
+        for (module, name, _), old in zip(changed, before, strict=True):
+            if old is None:
+                delattr(module, name)                    # the class's own shows again
+            else:
+                setattr(module, name, old)
 
 
 # ---- torch.compile
