@@ -5,6 +5,7 @@ a time. Names and shapes are checked strictly before the first byte of a tensor 
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -21,6 +22,7 @@ from plainsd.models.vae import VAE
 from plainsd.tensorfile import Stored, TensorFile
 from plainsd.variants import Variant, encoder_names
 
+READERS = 4                                                  # threads that read tensors
 POSITION_IDS = "text_model.embeddings.position_ids"          # 0, 1, 2, ...: a buffer that older text encoders carry
 
 
@@ -125,9 +127,10 @@ def part_of(place: Place, stored: Stored, index: int, dtype: torch.dtype | None 
 
 
 def assigned(network: nn.Module, tensors: Mapping[str, Stored], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Gives an empty network its weights, one tensor at a time."""
-    state = {name: stored.read(dtype).to(device).contiguous() for name, stored in tensors.items()}
-    network.load_state_dict(state, assign=True)
+    """Gives an empty network its weights: a few tensors at a time, each by a thread, for reading and casting take turns."""
+    with ThreadPoolExecutor(min(READERS, torch.get_num_threads())) as pool:
+        read = pool.map(lambda stored: stored.read(dtype).to(device).contiguous(), tensors.values())
+        network.load_state_dict(dict(zip(tensors, read, strict=True)), assign=True)
     return network
 
 
