@@ -3,6 +3,7 @@
 import hashlib
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,13 +85,15 @@ def load(
     path = find(source, variant_file)
     contents = read(path, variant_file, family, vae=vae is None)
     variant = contents.variant
-    networks = {name: network.build(device, dtype) for name, network in contents.networks.items()
-                if name != "vae" or vae is None}
+    with ThreadPoolExecutor(1) as pool:                      # beside the reading of weights
+        found = pool.submit(tokenizers, contents, path)
+        networks = {name: network.build(device, dtype) for name, network in contents.networks.items()
+                    if name != "vae" or vae is None}
     if vae is not None:
         networks["vae"] = load_vae(vae, device=device, dtype=dtype, like=variant.vae)
         variant = replace(variant, vae=networks["vae"].config)
     sd = StableDiffusion(
-        tokenizers=tokenizers(contents, path),
+        tokenizers=found.result(),
         text_encoders=[networks[name] for name in encoder_names(variant)],
         unet=networks["unet"],
         vae=networks["vae"],
