@@ -8,6 +8,7 @@ import torch
 from plainsd import bench
 from plainsd.checkpoint import load
 from plainsd.cli import main
+from plainsd.commands.bench import table
 from plainsd.errors import UserError
 
 PLACE = bench.Place(None, torch.float32, torch.device("cpu"), 2)
@@ -31,7 +32,7 @@ def test_other_work_is_not_compared():
 
 def test_the_table_and_its_ratios():
     row = bench.Row("work", {"diffusers": [2.0, 3.0, 2.5], "plainsd": [1.0, 1.5, 1.25]}, {"plainsd": 0.01}, {"diffusers": 3 * 10**9})
-    text = bench.table([row], bench.machine(PLACE))
+    text = table([row], bench.machine(PLACE))
     assert "| work | diffusers | 2.000 | 2.500 | 1.00 |  | 3.00 GB |" in text
     assert "| work | plainsd | 1.000 | 1.250 | 2.00 | 1.0e-02 |  |" in text
     assert f"torch {torch.__version__}" in text and "threads" in text

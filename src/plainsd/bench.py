@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -283,7 +281,7 @@ ROWS: dict[str, Callable[[Place, bool], Row]] = {
 }
 
 
-# ---- telling
+# ---- where it was measured
 
 
 def machine(place: Place) -> dict[str, object]:
@@ -307,41 +305,3 @@ def processor() -> str:
     facts = dict(line.split(":", 1) for line in text.split("\n\n")[0].replace("\t", "").splitlines() if ":" in line)
     had = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in facts.get("flags", "").split()]
     return f"{facts.get('model name', '').strip()} ({', '.join(had)})"
-
-
-def table(rows: list[Row], about: dict[str, object]) -> str:
-    """As Markdown."""
-    lines = [", ".join(f"{name} {value}" for name, value in about.items()), "",
-             "| work | by | least s | median s | diffusers / this | relative error | peak memory |",
-             "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        base = min(row.seconds["diffusers"])
-        for side, seconds in row.seconds.items():
-            error = f"{row.errors[side]:.1e}" if side in row.errors else ""
-            peak = f"{row.peaks[side] / 1e9:.2f} GB" if side in row.peaks else ""
-            lines.append(f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | "
-                         f"{base / min(seconds):.2f} | {error} | {peak} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[Row], about: dict[str, object], path: Path) -> None:
-    """Bars: how many times diffusers' speed each side has."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the picture of the table needs matplotlib; pip install 'plainsd[bench]'") from None
-    bars = [(f"{row.name}: {side}", min(row.seconds["diffusers"]) / min(seconds))
-            for row in reversed(rows) for side, seconds in reversed(row.seconds.items()) if side != "diffusers"]
-    figure = Figure(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    drawn = axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
-    axes.bar_label(drawn, [f"{ratio:.2f}" for _, ratio in bars], padding=3)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlim(0, min(4.0, 1.15 * max(ratio for _, ratio in bars)))           # what is far more runs out of the picture
-    axes.set_xlabel("times diffusers' speed")
-    axes.set_title(f"{about['device']}, {about['threads']} threads, {about['dtype']}", fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def as_json(rows: list[Row], about: dict[str, object]) -> str:
-    return json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"

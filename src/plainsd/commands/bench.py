@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from plainsd.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from plainsd.bench import Row
 
 
 @dataclass
@@ -62,12 +67,50 @@ class Bench:
                 print(f"timing {name}", file=sys.stderr)
                 rows.append(bench.ROWS[name](place, self.compile))
         about = bench.machine(place)
-        print(bench.table(rows, about), end="")
+        print(table(rows, about), end="")
         if self.out:
             from plainsd.images import written_whole
 
             self.out.mkdir(parents=True, exist_ok=True)
             with written_whole(self.out / "bench.json") as path:
-                path.write_text(bench.as_json(rows, about), encoding="utf-8")
+                path.write_text(as_json(rows, about), encoding="utf-8")
             with written_whole(self.out / "bench.png") as path:
-                bench.plot(rows, about, path)
+                plot(rows, about, path)
+
+
+def table(rows: list[Row], about: dict[str, object]) -> str:
+    """As Markdown."""
+    lines = [", ".join(f"{name} {value}" for name, value in about.items()), "",
+             "| work | by | least s | median s | diffusers / this | relative error | peak memory |",
+             "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        base = min(row.seconds["diffusers"])
+        for side, seconds in row.seconds.items():
+            error = f"{row.errors[side]:.1e}" if side in row.errors else ""
+            peak = f"{row.peaks[side] / 1e9:.2f} GB" if side in row.peaks else ""
+            lines.append(f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | "
+                         f"{base / min(seconds):.2f} | {error} | {peak} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[Row], about: dict[str, object], path: Path) -> None:
+    """Bars: how many times diffusers' speed each side has."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the picture of the table needs matplotlib; pip install 'plainsd[bench]'") from None
+    bars = [(f"{row.name}: {side}", min(row.seconds["diffusers"]) / min(seconds))
+            for row in reversed(rows) for side, seconds in reversed(row.seconds.items()) if side != "diffusers"]
+    figure = Figure(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
+    axes.bar_label(drawn, [f"{ratio:.2f}" for _, ratio in bars], padding=3)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlim(0, min(4.0, 1.15 * max(ratio for _, ratio in bars)))           # what is far more runs out of the picture
+    axes.set_xlabel("times diffusers' speed")
+    axes.set_title(f"{about['device']}, {about['threads']} threads, {about['dtype']}", fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def as_json(rows: list[Row], about: dict[str, object]) -> str:
+    return json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
