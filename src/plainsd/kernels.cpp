@@ -3,6 +3,7 @@
 //
 //     attend      softmax(q k^T * scale) v, in one pass over blocks that stay in the cache; attend_back, its gradients
 //     linear      x W^T + b for few rows, where oneDNN takes longer to start than to multiply
+//     layer_norm  LayerNorm of rows
 //     norm_silu   GroupNorm and SiLU over channels-last maps, in two passes; norm_silu_back, its gradients, in two more
 //     geglu       value * GELU(gate), and its gradients
 //
@@ -387,6 +388,42 @@ struct Linear {
     }
 };
 
+// ---- LayerNorm
+
+// Rows of x (rows, k) -> (x - mean) / deviation * weight + bias; weight and bias (k) are float32.
+template <bool pairs>
+struct LayerNorm {
+    static constexpr long SIZE = pairs ? 2 : 4;
+    const char* x;
+    const float *weight, *bias;
+    char* out;
+    long rows, k;
+    float eps;
+
+    void row(long i) const {
+        const char* from = x + i * k * SIZE;
+        __m512 sum = _mm512_setzero_ps(), square = sum;
+        for (long c = 0; c < k; c += LANES) sum = _mm512_add_ps(sum, load<pairs>(from + c * SIZE, lanes(k - c)));
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / k);
+        for (long c = 0; c < k; c += LANES) {
+            const __m512 d = _mm512_maskz_sub_ps(lanes(k - c), load<pairs>(from + c * SIZE, lanes(k - c)), mean);
+            square = _mm512_fmadd_ps(d, d, square);
+        }
+        const __m512 by = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(square) / k + eps));
+        for (long c = 0; c < k; c += LANES) {
+            const __mmask16 which = lanes(k - c);
+            const __m512 d = _mm512_mul_ps(_mm512_sub_ps(load<pairs>(from + c * SIZE, which), mean), by);
+            store<pairs>(out + (i * k + c) * SIZE,
+                         _mm512_fmadd_ps(d, load<false>(weight + c, which), load<false>(bias + c, which)), which);
+        }
+    }
+
+    void run(long threads) const {
+#pragma omp parallel for num_threads(threads) if (rows * k >= (1 << 16))
+        for (long i = 0; i < rows; i++) row(i);
+    }
+};
+
 // ---- GroupNorm and SiLU
 
 // Maps (batch, positions, channels) -> the same, silu((x + shift - mean) / deviation * weight + bias). weight, bias (channels)
@@ -650,6 +687,14 @@ extern "C" void linear(int bits, const char* x, const uint32_t* w, const char* b
         Linear<false>{x, bias, other, w, y, m, k, n, (After)after}.run(threads);
     else
         Linear<true>{x, bias, other, w, y, m, k, n, (After)after}.run(threads);
+}
+
+extern "C" void layer_norm(int bits, const char* x, const float* weight, const float* bias, char* out, long rows, long k,
+                           double eps, long threads) {
+    if (bits == 32)
+        LayerNorm<false>{x, weight, bias, out, rows, k, (float)eps}.run(threads);
+    else
+        LayerNorm<true>{x, weight, bias, out, rows, k, (float)eps}.run(threads);
 }
 
 extern "C" void norm_silu(int bits, const char* x, const float* weight, const float* bias, const char* shift, char* out,

@@ -139,7 +139,22 @@ def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str = 
     return out
 
 
-# ---- GroupNorm and SiLU, GEGLU
+# ---- LayerNorm, GroupNorm and SiLU, GEGLU
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """norm(x), whose weight and bias are float32. (..., k) -> (..., k)."""
+    x = x.contiguous()
+    out, k = torch.empty_like(x), x.shape[-1]
+    library().layer_norm(BITS[x.dtype], x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), out.data_ptr(),
+                         x.numel() // k, k, norm.eps, torch.get_num_threads())
+    return out
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """norm(x), whose weight and bias are float32. (B, C, H, W) -> the same, channels last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, False)
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, over: bool = False) -> Tensor:
@@ -259,6 +274,7 @@ def library() -> ctypes.CDLL:
         "attend_back": [*3 * [place], *5 * [number], real, number],
         "pack": [kind, *2 * [place], *2 * [number]],
         "linear": [kind, *5 * [place], *3 * [number], kind, number],
+        "layer_norm": [kind, *4 * [place], *2 * [number], real, number],
         "norm_silu": [kind, *6 * [place], *4 * [number], real, kind, number],
         "norm_silu_back": [kind, *8 * [place], *4 * [number], kind, number],
         "geglu": [kind, *3 * [place], *3 * [number]],

@@ -31,7 +31,9 @@ def pack_inside(module: nn.Module) -> None:
         elif type(child) is nn.Linear:
             setattr(module, name, PackedLinear(child.weight, child.bias))
         elif type(child) is nn.Conv2d:
-            setattr(module, name, PackedConv(child))
+            setattr(module, name, PackedPoint(child) if is_point(child) else PackedConv(child))
+        elif type(child) in NORMS and have_kernels(child.weight.dtype):
+            setattr(module, name, NORMS[type(child)](child))
         else:
             pack_inside(child)
 
@@ -86,15 +88,56 @@ class PackedConv(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.how, "none", [], "")
 
 
+def is_point(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+class PackedPoint(nn.Module):
+    """A 1x1 Conv2d as what it is, a Linear over the numbers of each position. (B, C, H, W) -> (B, C', H, W)."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.linear = PackedLinear(conv.weight.flatten(1), conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+
+class PackedLayerNorm(nn.LayerNorm):
+    """Its weight and bias are float32, as the kernel reads them."""
+
+    def __init__(self, plain: nn.LayerNorm):
+        super().__init__(plain.normalized_shape, plain.eps)
+        self.load_state_dict(plain.state_dict())
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(self, x)
+
+
+class PackedGroupNorm(nn.GroupNorm):
+    """Likewise. Its output is channels last."""
+
+    def __init__(self, plain: nn.GroupNorm):
+        super().__init__(plain.num_groups, plain.num_channels, plain.eps)
+        self.load_state_dict(plain.state_dict())
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.group_norm(self, x)
+
+
+NORMS = {nn.LayerNorm: PackedLayerNorm, nn.GroupNorm: PackedGroupNorm}
+
+
 class PackedResBlock(nn.Module):
     """A ResBlock whose normalisations, shift and SiLUs are one pass each."""
 
     def __init__(self, plain: ResBlock):
         super().__init__()
         for name, child in plain.named_children():
-            setattr(self, name, child)
+            setattr(self, name, PackedGroupNorm(child) if name in ("norm1", "norm2") else child)
         self.emb = plain.emb
-        self.norm1.float(), self.norm2.float()               # as the kernel reads them
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(kernels.norm_silu(self.norm1, x))
