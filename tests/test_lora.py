@@ -2,12 +2,13 @@
 
 import json
 import re
+from math import prod
 
 import pytest
 import torch
 from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -227,6 +228,102 @@ def test_a_lora_is_its_formula(folders, sd, tmp_path, dialect):
     merge([lora])
     assert not attached(sd)
     same(ours(sd), ours(load(tmp_path / "edited")), 1e-11)
+
+
+# LyCORIS: what a factor is called, and its shape for a weight (o, i) or (o, i, k, k); alpha; whether it is for convolutions
+def loha(o, i, sides, r=3):
+    return {f"hada_w{n}_{end}": shape for n in (1, 2) for end, shape in (("a", (o, r)), ("b", (r, i * prod(sides))))}
+
+
+def loha_tucker(o, i, sides, r=3):
+    if not sides:
+        return loha(o, i, sides, r)
+    return {f"hada_{name}": shape for n in (1, 2)
+            for name, shape in ((f"t{n}", (r, r, *sides)), (f"w{n}_a", (r, o)), (f"w{n}_b", (r, i)))}
+
+
+def lokr_whole(o, i, sides):
+    return {"lokr_w1": (2, 2), "lokr_w2": (o // 2, i // 2, *sides)}
+
+
+def lokr(o, i, sides, r=3):
+    return {"lokr_w1": (2, 2), "lokr_w2_a": (o // 2, r), "lokr_w2_b": (r, i // 2 * prod(sides))}
+
+
+def lokr_factors(o, i, sides, r=3):
+    return {"lokr_w1_a": (2, r), "lokr_w1_b": (r, 2)} | {name: s for name, s in lokr(o, i, sides).items() if "w2" in name}
+
+
+def lokr_tucker(o, i, sides, r=3):
+    if not sides:
+        return lokr(o, i, sides, r)
+    return {"lokr_w1": (2, 2), "lokr_t2": (r, r, *sides), "lokr_w2_a": (r, o // 2), "lokr_w2_b": (r, i // 2)}
+
+
+def by_hand(f, scale, shape):
+    """The change, number by number of the formulas in LyCORIS' paper."""
+    def side(n):
+        a, b, t = (f.get(f"{kind}{n}{end}") for kind, end in ((f"{family}w", "_a"), (f"{family}w", "_b"), (f"{family}t", "")))
+        return f[f"lokr_w{n}"] if a is None else a @ b if t is None else torch.einsum("ijkl,ip,jr->prkl", t, a, b)
+
+    family = "hada_" if "hada_w1_a" in f else "lokr_"
+    one, two = side(1), side(2)
+    if family == "hada_":
+        return scale * (one * two).reshape(shape)
+    blocks = [torch.cat([one[x, y] * two for y in range(one.shape[1])], dim=1) for x in range(len(one))]
+    return scale * torch.cat(blocks).reshape(shape)
+
+
+@pytest.mark.parametrize("kind", [loha, loha_tucker, lokr_whole, lokr, lokr_factors, lokr_tucker])
+@pytest.mark.parametrize("weighed", [False, True], ids=["", "DoRA"])
+def test_lycoris_is_its_formula(folders, sd, tmp_path, kind, weighed):
+    pipe, tensors, count = pipeline(folders / "sd"), {}, 0
+    for index, (name, module) in enumerate(some_modules(pipe).items()):
+        o, i, *sides = module.weight.shape
+        if o % 2 or i % 2:
+            continue
+        factors = {end: 0.5 * randn(*shape, seed=10 * index + n)
+                   for n, (end, shape) in enumerate(kind(o, i, tuple(sides)).items())}
+        scale = 1.0 if kind is lokr_whole else (1 + index % 4) / 3
+        change = by_hand(factors, scale, module.weight.shape)
+        extra = {"alpha": torch.tensor(float(1 + index % 4))}
+        if weighed:
+            extra["dora_scale"] = 1 + randn(o, 1, *[1] * len(sides), seed=index).abs()
+            full = module.weight.data + change
+            change = full * extra["dora_scale"] / full.flatten(1).norm(dim=1).view(-1, 1, *[1] * len(sides)) - module.weight.data
+        tensors |= {f"{kohya(name)}.{end}": tensor for end, tensor in (factors | extra).items()}
+        module.weight.data += (0.7 if name.startswith("unet.") else 0.4) * change
+        count += 1
+    save_file(tensors, tmp_path / "lycoris.safetensors")
+    pipe.save_pretrained(tmp_path / "edited")
+    bare, right = ours(sd), ours(load(tmp_path / "edited"))
+    lora = add_lora(sd, tmp_path / "lycoris.safetensors", 0.7, 0.4)
+    assert len(lora.adapters) == count > 30
+    same(ours(sd), right, 1e-10)
+    differ(ours(sd), bare)
+    with pytest.raises(UserError, match="only read here"):
+        save_lora(sd, tmp_path / "again.safetensors")
+    merge([lora])
+    same(ours(sd), right, 1e-10)
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
+@pytest.mark.parametrize("tucker", [False, True])
+def test_lycoris_of_peft(folders, sd, tmp_path, config, tucker):
+    """A folder that PEFT's own LoHa or LoKr saved, with alphas in its settings."""
+    torch.manual_seed(0)
+    unet = pipeline(folders / "sd").unet
+    adapted = get_peft_model(unet, config(r=4, alpha=3, target_modules=["to_q", "to_k", "proj_in", "conv1"], init_weights=False,
+                                          use_effective_conv2d=tucker))
+    adapted.to(torch.float64).save_pretrained(tmp_path)
+    config = sd.unet.config
+    inputs = randn(2, 4, 8, 8), 500.0, randn(2, 5, config.context, seed=1)
+    with torch.no_grad():
+        bare, right = sd.unet(*inputs), adapted(*inputs).sample
+        lora = add_lora(sd, tmp_path)
+        assert any("conv1" in module for _, module in lora.adapters)
+        same([sd.unet(*inputs).flatten()], [right.flatten()], 1e-11)
+        differ([bare], [right])
 
 
 def test_no_alpha_means_the_rank(folders, sd, tmp_path):
@@ -683,7 +780,15 @@ def renamed(prefix):
 
 BAD = {
     "no LoRA": ({"model.diffusion_model.x": torch.zeros(1)}, "holds no LoRA: it seems to be a UNet"),
-    "LoHa": ({f"{KEY}.hada_w1_a": torch.zeros(2, 2)}, "holds no LoRA.*LoHa"),
+    "OFT": ({f"{KEY}.oft_blocks": torch.zeros(2, 2)}, "holds no LoRA.*OFT"),
+    "half a LoHa": ({f"{KEY}.hada_w1_a": torch.zeros(2, 2)}, "1 of its 1 names have no place"),
+    "a LoHa for another": ({f"{KEY}.hada_{name}": torch.zeros(4, 4) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+                           r"hada_w1_a' and its like, of shapes \[4, 4\], .* do not make a change of the weight \[32, 32\]"),
+    "a LoHa of rank 0": ({f"{KEY}.hada_{name}": torch.zeros(32, 0) if name[-1] == "a" else torch.zeros(0, 32)
+                          for name in ("w1_a", "w1_b", "w2_a", "w2_b")}, "do not make a change"),
+    "a LoKr with the outputs of another": ({f"{KEY}.lokr_w1": torch.zeros(2, 8), f"{KEY}.lokr_w2": torch.zeros(8, 8)},
+                                           "do not make a change"),
+    "a LoHa and a LoRA in one": (factors_of(KEY) | {f"{KEY}.hada_w1_a": torch.zeros(32, 4)}, r"hada_w1_a' has shape"),
     "of SD 2": (factors_of(KEY, i=1024), r"has shape \[4, 1024\].*\[32, 32\]; it seems to be made for SD 2.x; take"),
     "of SDXL": (renamed("lora_unet_input_blocks_40_1_transformer_blocks_9_"),
                 r"14 of its 14 names have no place.*, \.\.\.\).*SDXL; take"),

@@ -12,6 +12,7 @@ from plainsd.detect import EMBEDDING, seems
 from plainsd.folder import read_folder
 from plainsd.hub import find
 from plainsd.lora_files import made_for
+from plainsd.lora_layers import Hadamard, Kronecker, LowRank
 from plainsd.lora_names import split
 from plainsd.single import BESIDE, prefixes, read_networks, told
 from plainsd.tensorfile import Stored, TensorFile, open_tensors
@@ -31,7 +32,7 @@ def info(source: str | Path | None = None, variant_file: str | None = None) -> s
         notes = note_lines(open_tensors(path).metadata) if path.suffix == ".safetensors" else []
         return "\n".join([f"{path}: {EMBEDDING}", row("a word of", vectors), *notes])
     file = open_tensors(path)
-    if any((pair := split(name)) and pair[1] == "down" for name in file.tensors):
+    if any((pair := split(name)) and pair[1] not in lora_files.BESIDE for name in file.tensors):
         lines = [f"{path}: a LoRA", *lora_lines(file)]
     elif any(name.startswith("model.diffusion_model.") for name in file.tensors):
         variant, certain = told(file)
@@ -103,28 +104,37 @@ PARTS = (("lora_te2_", "text_encoder_2"), ("text_encoder_2.", "text_encoder_2"),
          ("text_encoder.", "text_encoder"), ("", "unet"))      # of a module's name the first beginning that fits
 
 
+KINDS = {LowRank: "LoRA", Hadamard: "LoHa", Kronecker: "LoKr"}
+RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")       # factors with as many rows as the rank is
+
+
 def lora_lines(file: TensorFile) -> list[str]:
-    ranks, alphas, targets = Counter(), Counter(), {}
+    modules: dict[str, dict[str, Stored]] = {}
     for name, stored in file.tensors.items():
-        module, kind = split(name) or (name, "")
-        if kind == "alpha" and stored.shape in ((), (1,)):
-            alphas[float(stored.read().float())] += 1
-        elif kind == "down":
-            ranks[stored.shape[0]] += 1
-            part = next(part for start, part in PARTS if module.startswith(start))
-            wide = len(stored.shape) == 4 and max(stored.shape[2:]) > 1
-            targets.setdefault(part, Counter())["convolutions" if wide else "linear layers"] += 1
-    lines = [row("made for", made_for(file) or "not told by its names"), row("rank", counted(ranks)),
+        if pair := split(name):
+            modules.setdefault(pair[0], {})[pair[1]] = stored
+    kinds, ranks, alphas, targets = Counter(), Counter(), Counter(), {}
+    for module, parts in modules.items():
+        kinds[KINDS.get(lora_files.kind_of(parts), "incomplete")] += 1
+        ranks.update(parts[part].shape[0] for part in [part for part in RANKED if part in parts][:1])
+        if "alpha" in parts and parts["alpha"].shape in ((), (1,)):
+            alphas[float(parts["alpha"].read().float())] += 1
+        network = next(network for start, network in PARTS if module.startswith(start))
+        wide = any(len(stored.shape) == 4 and max(stored.shape[2:]) > 1 for stored in parts.values())
+        targets.setdefault(network, Counter())["convolutions" if wide else "linear layers"] += 1
+    lines = [row("kind", counted(kinds)), row("made for", made_for(file) or "not told by its names"),
+             row("rank", counted(ranks) if ranks else "none: whole factors"),
              row("alpha", counted(alphas) if alphas else "none: the same as the rank")]
-    lines += [row(part, ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
-              for part, kinds in targets.items()]
+    lines += [row(network, ", ".join(f"{count} {what}" for what, count in whats.items()))
+              for network, whats in targets.items()]
     return [*lines, row("tensors", sizes(file.tensors.values()))]
 
 
 def counted(counter: Counter) -> str:
+    texts = {value: value if isinstance(value, str) else f"{value:g}" for value in counter}
     if len(counter) == 1:
-        return f"{next(iter(counter)):g}"
-    return ", ".join(f"{value:g} ({count} modules)" for value, count in counter.most_common())
+        return texts[next(iter(counter))]
+    return ", ".join(f"{texts[value]} ({count} modules)" for value, count in counter.most_common())
 
 
 # --- notes in the metadata -------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from plainsd.errors import UserError, unknown
 from plainsd.lora_files import located, open_lora, peft_settings, read_adapter
-from plainsd.lora_layers import Adapted, LowRank, attach, detach
+from plainsd.lora_layers import Adapted, Adapter, LowRank, attach, detach
 from plainsd.lora_names import Model, Place, modules_of, networks
 from plainsd.lora_save import write_lora
 
@@ -53,7 +53,7 @@ class Lora:
     model: Model
 
     @property
-    def adapters(self) -> dict[Place, LowRank]:
+    def adapters(self) -> dict[Place, Adapter]:
         return {place: base.adapters[self.name] for place, base in bases(self.model).items()
                 if self.name in base.adapters}
 
@@ -129,7 +129,7 @@ def add_lora(sd: StableDiffusion, path: str | Path, strength: float = 1.0, text_
     return put(sd, Path(path).stem, made)
 
 
-def put(model: Model, name: str, adapters: Mapping[Place, LowRank]) -> Lora:
+def put(model: Model, name: str, adapters: Mapping[Place, Adapter]) -> Lora:
     """All of them, once every one is made: nothing is left half done where one fails."""
     taken, safe = {lora.name for lora in attached(model)}, "lora_" + re.sub(r"\W", "_", name)
     name = next(new for new in (safe, *(f"{safe}_{n}" for n in range(2, len(taken) + 3))) if new not in taken)

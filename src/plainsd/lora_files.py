@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from plainsd.contents import first
 from plainsd.detect import seems
 from plainsd.errors import UserError
-from plainsd.lora_layers import LowRank
+from plainsd.lora_layers import Adapter, Hadamard, Kronecker, LowRank
 from plainsd.lora_names import Model, Place, known_names, networks, split
 from plainsd.tensorfile import TensorFile, damaged, open_tensors
 
@@ -25,11 +26,12 @@ IN_FOLDER = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors",
 PLAIN = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")              # a pattern in PEFT's settings that is no more than a name
 
 FOREIGN = (                           # what in a tensor's name tells of another kind of adapter, or of another model
-    (r"\.(hada|lokr|oft|boft|glora|ia3)_|\.on_input$", "an adapter of an unsupported kind (LoHa, LoKr, OFT, IA3)"),
+    (r"\.(oft|boft|glora|ia3)_|\.on_input$", "an adapter of an unsupported kind (OFT, GLoRA, IA3)"),
     (r"double_blocks|single_blocks|single_transformer_blocks", "FLUX"),
     (r"joint_blocks|joint_transformer_blocks|lora_te3_", "Stable Diffusion 3"),
     (r"motion_modules|temporal_", "a video model"),
 )
+BESIDE = ("alpha", "dora_scale", "magnitude")                # parts that any kind of adapter may have
 CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}     # by the width of the text
 CROSS = re.compile(r"attn2[._]to_[kv]$")
 XL_ONLY = re.compile(r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|(input|output)_blocks[._]\d")
@@ -47,7 +49,7 @@ def made_for(file: TensorFile) -> str:
         return found
     pairs = [(split(name), stored) for name, stored in file.tensors.items()]
     widths = {stored.shape[1] for pair, stored in pairs
-              if pair and pair[1] == "down" and CROSS.search(pair[0]) and len(stored.shape) >= 2}
+              if pair and pair[1] in ("down", "hada_w1_b") and CROSS.search(pair[0]) and len(stored.shape) >= 2}
     if len(widths) == 1:
         width, = widths
         return CONTEXTS.get(width, f"a model whose text is {width} wide")
@@ -72,7 +74,7 @@ def open_lora(path: Path) -> TensorFile:
             raise UserError(f"{path} is a folder without {IN_FOLDER[0]} or {IN_FOLDER[1]}; give the LoRA's own file")
         path = inside[0]
     file = open_tensors(path)
-    if not any((pair := split(name)) and pair[1] in ("down", "up") for name in file.tensors):
+    if not any((pair := split(name)) and pair[1] not in BESIDE for name in file.tensors):
         raise UserError(f"{path} holds no LoRA: it seems to be {foreign(file) or seems(file.tensors)}")
     return file
 
@@ -80,14 +82,14 @@ def open_lora(path: Path) -> TensorFile:
 def located(file: TensorFile, model: Model, *, partial: bool) -> dict[Place, dict[str, str]]:
     """For each module of the model the names of its tensors in the file, by part.
 
-    UserError where a name has no place, or a module not both of its factors; with `partial`, they are left out.
+    UserError where a name has no place, or a module not all of its factors; with `partial`, they are left out.
     """
     known, found = known_names(model), {}
     for name in file.tensors:
         module, part = split(name) or (None, None)
         if module in known:
             found.setdefault(known[module], {}).setdefault(part, name)           # of two spellings the first counts
-    found = {place: parts for place, parts in found.items() if {"down", "up"} <= parts.keys()}
+    found = {place: parts for place, parts in found.items() if kind_of(parts)}
     used = {name for parts in found.values() for name in parts.values()}
     lost = [name for name in file.tensors if name not in used]
     if lost and not (partial and found):
@@ -98,10 +100,24 @@ def located(file: TensorFile, model: Model, *, partial: bool) -> dict[Place, dic
     return found
 
 
+def kind_of(parts: Collection[str]) -> type[Adapter] | None:
+    """The kind of adapter whose factors are all there."""
+    def whole(*names: str) -> bool:
+        return all(name in parts for name in names)
+
+    if whole("down", "up"):
+        return LowRank
+    if whole("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"):
+        return Hadamard
+    if all(whole(f"lokr_w{n}") or whole(f"lokr_w{n}_a", f"lokr_w{n}_b") for n in (1, 2)):
+        return Kronecker
+    return None
+
+
 def check_shapes(file: TensorFile, model: Model, weight: Tensor, parts: Mapping[str, str]) -> None:
     """A 1x1 convolution may be written with or without its two sides of 1."""
     shapes = {part: file.tensors[name].shape for part, name in parts.items()}
-    (o, i), sides, r = weight.shape[:2], tuple(weight.shape[2:]), (*shapes["down"], 0)[0]
+    (o, i), sides, r = weight.shape[:2], tuple(weight.shape[2:]), (*shapes.get("down", ()), 1)[0]
     wide = max(sides, default=1) > 1
     allowed = {
         "down": {(r, i, *sides)} if wide and "mid" not in parts else {(r, i), (r, i, 1, 1)},
@@ -111,10 +127,30 @@ def check_shapes(file: TensorFile, model: Model, weight: Tensor, parts: Mapping[
         "magnitude": {(o,), (o, 1, 1, 1), (1, o, 1, 1)},
         "dora_scale": {(o,), (o, 1), (o, 1, 1, 1), (1, i), (1, i, 1, 1)},
     }
+    kind = kind_of(parts)
+    others = [part for part in parts if part.startswith(PREFIXES[kind])] if kind is not LowRank else []
     for part, name in parts.items():
-        if r == 0 or shapes[part] not in allowed[part]:
+        if part not in others and (r == 0 or shapes[part] not in allowed.get(part, ())):
             raise misfit(file, model, f"{name!r} has shape {list(shapes[part])}, and the weight that it would change "
                          f"{list(weight.shape)}", "take a LoRA for this model")
+    try:
+        if others:
+            factors = {part: torch.empty(shapes[part], device="meta") for part in others}
+            made_of(kind, factors, weight, 1.0).product(torch.float32)
+    except (RuntimeError, ValueError, ArithmeticError):
+        raise misfit(file, model, f"{parts[others[0]]!r} and its like, of shapes "
+                     f"{', '.join(str(list(shapes[part])) for part in others)}, do not make a change of the weight "
+                     f"{list(weight.shape)}", "take a LoRA for this model") from None
+
+
+PREFIXES = {Hadamard: "hada_", Kronecker: "lokr_"}
+
+
+def made_of(kind: type[Adapter], tensors: Mapping[str, Tensor], weight: Tensor, alpha: float, **more) -> Adapter:
+    if kind is LowRank:
+        return LowRank(**tensors, alpha=alpha, **more)
+    factors = {part.removeprefix(PREFIXES[kind]): tensor for part, tensor in tensors.items()}
+    return kind(factors, alpha, weight.shape, **more)
 
 
 def peft_settings(file: TensorFile) -> dict[str, Any]:
@@ -135,13 +171,17 @@ def peft_settings(file: TensorFile) -> dict[str, Any]:
     return settings
 
 
-def peft_alpha(file: TensorFile, settings: Mapping[str, Any], name: str, rank: int) -> float:
+def peft_table(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Those for the network of the module that the file calls `name`."""
+    return {key.removeprefix(f"{name.partition('.')[0]}."): value for key, value in settings.items()}
+
+
+def peft_alpha(file: TensorFile, settings: Mapping[str, Any], name: str, rank: int | None) -> float:
     """Of the module that the file calls `name`. An exception's pattern must be a name, or the end of one."""
-    part, _, inner = name.partition(".")
-    table = {key.removeprefix(f"{part}."): value for key, value in settings.items()}
-    alpha = table.get("lora_alpha")
+    table = peft_table(settings, name)
+    alpha = table.get("lora_alpha", table.get("alpha"))      # the second for LoHa and LoKr
     if alpha is None:
-        return float(rank)
+        return float(rank or 1)
     for pattern, value in (table.get("alpha_pattern") or {}).items():
         plain = PLAIN.fullmatch(pattern)
         if plain is None:
@@ -157,24 +197,28 @@ def peft_alpha(file: TensorFile, settings: Mapping[str, Any], name: str, rank: i
 
 
 def read_adapter(file: TensorFile, parts: Mapping[str, str], settings: Mapping[str, Any], base: nn.Linear | nn.Conv2d,
-                 strength: float) -> LowRank:
+                 strength: float) -> Adapter:
     """One module's adapter, where the module is and as precise."""
     sides = (1, 1) if isinstance(base, nn.Conv2d) else ()
-    tensors = {part: file.tensors[name].read() for part, name in parts.items()}
-    rank = len(tensors["down"])
-    if "alpha" in tensors:
-        alpha = float(tensors.pop("alpha"))
-    else:
-        alpha = peft_alpha(file, settings, split(parts["down"])[0], rank)
-    for part in ("down", "up"):
+    kind, tensors = kind_of(parts), {part: file.tensors[name].read() for part, name in parts.items()}
+    alpha, magnitude = tensors.pop("alpha", None), None
+    for part in ("down", "up") if kind is LowRank else ():
         if tensors[part].ndim == 2 or not sides:
             tensors[part] = tensors[part].flatten(1).unflatten(1, (-1, *sides))
     if (rows := tensors.pop("magnitude", None)) is not None:             # PEFT has lengths of rows alone
-        tensors["magnitude"] = rows.reshape(-1, 1, *sides)
+        magnitude = rows.reshape(-1, 1, *sides)
     if (lengths := tensors.pop("dora_scale", None)) is not None:
         by_column = lengths.ndim > 1 and len(lengths) == 1
-        tensors["magnitude"] = lengths.reshape((1, -1, *sides) if by_column else (-1, 1, *sides))
+        magnitude = lengths.reshape((1, -1, *sides) if by_column else (-1, 1, *sides))
+    tensors |= {} if magnitude is None else {"magnitude": magnitude}
     placed = {part: tensor.to(base.weight.device, base.weight.dtype).contiguous() for part, tensor in tensors.items()}
-    if not (math.isfinite(alpha) and all(tensor.isfinite().all() for tensor in placed.values())):
-        raise damaged(file.path, f"{parts['down']!r} or what belongs to it has values that are not finite numbers")
-    return LowRank(**placed, alpha=alpha, strength=strength)
+    adapter = made_of(kind, {part: tensor for part, tensor in placed.items() if part != "magnitude"}, base.weight, 1.0,
+                      magnitude=placed.get("magnitude"), strength=strength)
+    name = split(next(iter(parts.values())))[0]
+    if kind is Kronecker and alpha is None:
+        adapter.rank_if_whole = peft_table(settings, name).get("r")
+    adapter.alpha = peft_alpha(file, settings, name, adapter.rank) if alpha is None else float(alpha)
+    if not (math.isfinite(adapter.alpha) and all(tensor.isfinite().all() for tensor in placed.values())):
+        raise damaged(file.path, f"{next(iter(parts.values()))!r} or what belongs to it has values that are not finite "
+                      "numbers")
+    return adapter

@@ -1,6 +1,6 @@
 """What a LoRA's modules and tensors are called in files: kohya's names, diffusers' of three ages, PEFT's, ComfyUI's.
 
-A tensor's name is a module's name and an ending. The ending tells which factor of W + s * alpha/r * B A it is; the
+A tensor's name is a module's name and an ending. The ending tells which factor of the change it is (lora_layers.py); the
 module's name is one of the columns of layouts.py, with a prefix for the network, and spelled by the dialect:
 
     kohya      lora_unet_down_blocks_0_attentions_0_proj_in     dots are underscores; SDXL by the original's names
@@ -35,6 +35,10 @@ ENDINGS = {                           # part: how its tensor's name may end
     "alpha":      (".alpha",),
     "dora_scale": (".dora_scale",),
     "magnitude":  (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+    **{part: (f".{part}",) for part in (                     # LyCORIS: LoHa, LoKr
+        "hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2",
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+    )},
 }
 ADAPTER = re.compile(r"(\.lora_(?:[AB]|magnitude_vector))\.default(?:_\d+)?(?=\.|$)")    # PEFT's name for an adapter
 

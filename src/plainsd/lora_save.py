@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plainsd.errors import UserError, unknown
 from plainsd.lora_files import CONTEXTS, NOTE
-from plainsd.lora_layers import LowRank
+from plainsd.lora_layers import Adapter, LowRank
 from plainsd.lora_names import Named, Place, dotted_name, kohya_name, modules_of, networks
 from plainsd.single import write_whole
 from plainsd.tensorfile import stored
@@ -31,7 +31,7 @@ ARCHITECTURES = {"SD 1.x": "stable-diffusion-v1/lora", "SD 2.x": "stable-diffusi
                  "SDXL": "stable-diffusion-xl-v1-base/lora"}
 
 
-def write_lora(sd: StableDiffusion, adapters: Mapping[Place, LowRank], path: Path, naming: str,
+def write_lora(sd: StableDiffusion, adapters: Mapping[Place, Adapter], path: Path, naming: str,
                metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
     """The file is whole or absent. Alphas: kohya has tensors for them, PEFT settings, and diffusers none at all, so
     there alpha/r goes into B. `metadata` is added to what is written anyway; `dtype` None keeps each tensor's own."""
@@ -39,6 +39,9 @@ def write_lora(sd: StableDiffusion, adapters: Mapping[Place, LowRank], path: Pat
         raise unknown("LoRA naming", naming, NAMINGS)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a LoRA is written as .safetensors; give it that ending")
+    if not all(isinstance(adapter, LowRank) for adapter in adapters.values()):
+        raise UserError("this adapter is a LoHa or LoKr, which is only read here; merge it, and save the model, or keep "
+                        "its own file")
     if naming != "kohya" and any(adapter.mid is not None or adapter.by_column for adapter in adapters.values()):
         raise UserError(f"this LoRA has parts that the naming {naming!r} cannot tell (a middle convolution, or lengths "
                         "of columns); save it in kohya's")
