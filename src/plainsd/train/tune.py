@@ -87,6 +87,8 @@ def tuned(job: Job, make: Make) -> StableDiffusion | None:
     job.count_long_captions(sd, pictures)
     shared = {"objective": job.objective(), "chunks": job.options.reading.chunks,
               "prior": prior_set(job, sd, pictures.size), "prior_weight": job.options.prior.prior_weight}
+    if job.options.method != "full" and job.options.telling.prompts is None:
+        sd.vae.to("meta")                                # latents are made, and nothing will be drawn or saved by it
     method = make(sd, examples, shared)
     parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
