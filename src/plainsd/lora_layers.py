@@ -5,9 +5,9 @@
                  arXiv:2108.06098)
     Kronecker    LoKr: alpha/r * K1 x K2, the Kronecker product (Edalati et al. 2022, arXiv:2212.10650)
 
-LoRA is by Hu et al. 2021 (arXiv:2106.09685). The other two came to Stable Diffusion by LyCORIS (Yeh et al. 2024,
-arXiv:2309.14859), whose names for files are used; they are read and run here, and not trained. For a k x k convolution A is a k x k convolution to r channels and B a 1x1
-convolution back (LoCon), or A 1x1, a k x k one between r channels, and B 1x1 (`mid`). DoRA (Liu et al. 2024,
+LoRA is by Hu et al. 2021 (arXiv:2106.09685). For a k x k convolution A is a k x k convolution to r channels and B a 1x1
+convolution back (LoCon), or A 1x1, a k x k one between r channels, and B 1x1 (`mid`). The other two came to Stable Diffusion
+by LyCORIS (Yeh et al. 2024, arXiv:2309.14859); they are read and run here, and not trained. DoRA (Liu et al. 2024,
 arXiv:2402.09353) then gives each row (in some files each column) of the sum a length of its own, the magnitude.
 Strength s leads in a straight line from the bare weight at 0 to the adapted one at 1, for DoRA too.
 
