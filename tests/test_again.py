@@ -219,6 +219,14 @@ def test_a_picture_names_the_weights_that_drew_it(made, model, tmp_path):
     assert parse_settings(text) == read_settings(picture)
 
 
+def test_a_lora_that_is_a_folder_is_hashed_too(made, model, tmp_path):
+    lora_file(Path(model), tmp_path / "style.safetensors", 1)
+    (tmp_path / "ink").mkdir()
+    (tmp_path / "style.safetensors").rename(tmp_path / "ink" / "pytorch_lora_weights.safetensors")
+    picture = made("x", "--steps", 1, "--lora", tmp_path / "ink")
+    assert "lora:ink" in dict(read_settings(picture).hashes)
+
+
 def test_other_weights_under_the_same_name_are_told(made, generate, tmp_path):
     first = made("x", "--steps", 1)
     assert generate("--from", first)[2].count("note:") == 0

@@ -31,19 +31,23 @@ def hashes(
 ) -> Hashes:
     """Of all the weights that drew a picture; `vae` where it is not the model's own. Nothing for what has no file."""
     found = [("model", weights_hash(model, "unet")), ("vae", weights_hash(vae, "vae"))]
-    found += [(f"lora:{name}", file_hash(path, tensors_only=True)[:12]) for name, path in loras]
-    found += [(f"embed:{word}", file_hash(path)[:10]) for word, path in words]
+    found += [(f"lora:{name}", file_hash(weights_of(path)[0], tensors_only=True)[:12]) for name, path in loras]
+    found += [(f"embed:{word}", file_hash(weights_of(path)[0])[:10]) for word, path in words]
     return tuple((name, value) for name, value in found if value)
 
 
 def weights_hash(path: Path | None, part: str) -> str | None:
     """Ten digits for a file, or for a folder with weights: its own, or those of a part of a model."""
-    if path is None or path.is_file():
-        return path and file_hash(path)[:10]
-    folder = path / part if (path / part).is_dir() else path
-    digests = [file_hash(file) for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS]
+    if path is None:
+        return None
+    digests = [file_hash(file) for file in weights_of(path / part if (path / part).is_dir() else path)]
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return whole[:10] if digests else None
+
+
+def weights_of(path: Path) -> list[Path]:
+    """The file itself, or those in the folder."""
+    return [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS]
 
 
 def file_hash(path: Path, *, tensors_only: bool = False) -> str:
