@@ -57,6 +57,14 @@ def attention(dtype: torch.dtype) -> None:
         tell(f"attention {b}x{heads} heads, {n} x {m}, {d} wide", dtype, forms)
 
 
+def attention_with_gradients() -> None:
+    leaves = [torch.randn(1, 4096, 8, 40, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3)]
+    forms = {"PyTorch": F.scaled_dot_product_attention, "our kernel": kernels.trained_attention}
+    tell("attention 1x8 heads, 4096 x 4096, 40 wide, forwards and back", torch.bfloat16, {
+        name: lambda form=form: torch.autograd.grad(form(*leaves).sum(), leaves) for name, form in forms.items()
+    })
+
+
 def convolution(dtype: torch.dtype) -> None:
     for b, c_in, c_out, side in CONVS:
         conv = nn.Conv2d(c_in, c_out, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
@@ -131,3 +139,5 @@ if __name__ == "__main__":
             if kernels.have_kernels(dtype):
                 own_kernels(dtype)
             small_unet(dtype, "--compile" in sys.argv)
+    if kernels.have_kernels(torch.bfloat16):
+        attention_with_gradients()

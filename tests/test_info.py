@@ -111,3 +111,14 @@ def test_other_files(tmp_path):
     assert "no kind of file known here" in info(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="there is no model at"):
         info(tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind, factors, rank", [
+    ("LoHa", {"hada_w1_a": (320, 4), "hada_w1_b": (4, 768), "hada_w2_a": (320, 4), "hada_w2_b": (4, 768)}, "4"),
+    ("LoKr", {"lokr_w1": (4, 4), "lokr_w2": (80, 192)}, "none: whole factors"),
+])
+def test_lycoris(tmp_path, kind, factors, rank):
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    save_file({f"{key}.{name}": torch.zeros(shape) for name, shape in factors.items()}, tmp_path / "l.safetensors")
+    table = {line[2:17].strip(): line[18:] for line in info(tmp_path / "l.safetensors").splitlines()[1:]}
+    assert (table["kind"], table["rank"], table["unet"]) == (kind, rank, "1 linear layers")

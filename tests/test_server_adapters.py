@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from conftest import TINY, TINY_REFINER, TINY_XL
@@ -12,6 +13,7 @@ from serving import Brake, alike, embedding_file, lora_file, model_folder, open_
 from webuiapi import WebUIApi
 
 import plainsd
+from plainsd.hashes import weights_hash
 from plainsd.images import read_settings
 
 
@@ -81,6 +83,15 @@ def test_a_word_in_a_prompt_is_used_and_only_there(server, folder):
         same = plainsd.final(plainsd.text_to_image(untaught, prompt, negative, seed=3, steps=3, guidance=4))[0]
         assert alike(picture, same) == (not used)
     assert alike(picture_of(server, prompt="a drawing of a cat")[0], plain, 0)       # the model has forgotten them
+
+
+def test_a_picture_names_its_weights(server, folder):
+    _, told = picture_of(server, prompt="<cat> on a mat", loras=[{"name": "paper", "strength": 0.5}])
+    hashes = dict(read_settings(picture_file(server, told)).hashes)
+    assert hashes.keys() == {"model", "lora:paper", "embed:<cat>"}
+    assert hashes["model"] == weights_hash(Path(model_folder(folder)), "unet")
+    models = {row["title"]: row["hash"] for row in server.get("/sdapi/v1/sd-models").json()}
+    assert hashes["model"] in models.values()
 
 
 def test_words_together_with_a_lora(server, folder):

@@ -128,8 +128,8 @@ def save(
 
 
 def convert(
-    source: str | Path, target: str | Path, layout: str | None = None, *, variant_file: str | None = None, family: str | None = None,
-    dtype: str | torch.dtype | None = None,
+    source: str | Path, target: str | Path, layout: str | None = None, *, variant_file: str | None = None,
+    family: str | None = None, dtype: str | torch.dtype | None = None,
 ) -> None:
     """From one layout to the other, a tensor at a time. There and back again is bit-identical, names included. The
     layout None is read off the target's name, as by `save`."""

@@ -136,7 +136,7 @@ def check_shapes(file: TensorFile, model: Model, weight: Tensor, parts: Mapping[
     try:
         if others:
             factors = {part: torch.empty(shapes[part], device="meta") for part in others}
-            made_of(kind, factors, weight, 1.0).product(torch.float32)
+            made_of(kind, factors, weight).product(torch.float32)
     except (RuntimeError, ValueError, ArithmeticError):
         raise misfit(file, model, f"{parts[others[0]]!r} and its like, of shapes "
                      f"{', '.join(str(list(shapes[part])) for part in others)}, do not make a change of the weight "
@@ -146,11 +146,12 @@ def check_shapes(file: TensorFile, model: Model, weight: Tensor, parts: Mapping[
 PREFIXES = {Hadamard: "hada_", Kronecker: "lokr_"}
 
 
-def made_of(kind: type[Adapter], tensors: Mapping[str, Tensor], weight: Tensor, alpha: float, **more) -> Adapter:
+def made_of(kind: type[Adapter], tensors: Mapping[str, Tensor], weight: Tensor, strength: float = 1.0) -> Adapter:
+    """With alpha 1."""
     if kind is LowRank:
-        return LowRank(**tensors, alpha=alpha, **more)
-    factors = {part.removeprefix(PREFIXES[kind]): tensor for part, tensor in tensors.items()}
-    return kind(factors, alpha, weight.shape, **more)
+        return LowRank(**tensors, alpha=1.0, strength=strength)
+    factors = {part.removeprefix(PREFIXES[kind]): tensor for part, tensor in tensors.items() if part not in BESIDE}
+    return kind(factors, 1.0, weight.shape, magnitude=tensors.get("magnitude"), strength=strength)
 
 
 def peft_settings(file: TensorFile) -> dict[str, Any]:
@@ -201,22 +202,22 @@ def read_adapter(file: TensorFile, parts: Mapping[str, str], settings: Mapping[s
     """One module's adapter, where the module is and as precise."""
     sides = (1, 1) if isinstance(base, nn.Conv2d) else ()
     kind, tensors = kind_of(parts), {part: file.tensors[name].read() for part, name in parts.items()}
-    alpha, magnitude = tensors.pop("alpha", None), None
+    alpha = tensors.pop("alpha", None)
     for part in ("down", "up") if kind is LowRank else ():
         if tensors[part].ndim == 2 or not sides:
             tensors[part] = tensors[part].flatten(1).unflatten(1, (-1, *sides))
     if (rows := tensors.pop("magnitude", None)) is not None:             # PEFT has lengths of rows alone
-        magnitude = rows.reshape(-1, 1, *sides)
+        tensors["magnitude"] = rows.reshape(-1, 1, *sides)
     if (lengths := tensors.pop("dora_scale", None)) is not None:
         by_column = lengths.ndim > 1 and len(lengths) == 1
-        magnitude = lengths.reshape((1, -1, *sides) if by_column else (-1, 1, *sides))
-    tensors |= {} if magnitude is None else {"magnitude": magnitude}
+        tensors["magnitude"] = lengths.reshape((1, -1, *sides) if by_column else (-1, 1, *sides))
     placed = {part: tensor.to(base.weight.device, base.weight.dtype).contiguous() for part, tensor in tensors.items()}
-    adapter = made_of(kind, {part: tensor for part, tensor in placed.items() if part != "magnitude"}, base.weight, 1.0,
-                      magnitude=placed.get("magnitude"), strength=strength)
+    adapter = made_of(kind, placed, base.weight, strength)
     name = split(next(iter(parts.values())))[0]
     if kind is Kronecker and alpha is None:
-        adapter.rank_if_whole = peft_table(settings, name).get("r")
+        adapter.rank_if_whole = rank = peft_table(settings, name).get("r")
+        if not (rank is None or isinstance(rank, int) and rank > 0):
+            raise damaged(file.path, f"PEFT's settings give {rank!r} as a rank")
     adapter.alpha = peft_alpha(file, settings, name, adapter.rank) if alpha is None else float(alpha)
     if not (math.isfinite(adapter.alpha) and all(tensor.isfinite().all() for tensor in placed.values())):
         raise damaged(file.path, f"{next(iter(parts.values()))!r} or what belongs to it has values that are not finite "

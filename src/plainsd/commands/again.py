@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from plainsd.commands.generate import Generate
     from plainsd.generate import StableDiffusion
 
-ELSEWHERE = ("model", "refiner", "vae", "embeddings", "hashes")      # settings that a picture's text names, and flags give
+ELSEWHERE = ("model", "refiner", "vae", "embeddings", "hashes")      # what a picture's text names, and flags give
 
 
 def recorded(path: Path) -> dict:
@@ -48,8 +48,8 @@ def check_recorded(
     texts = " ".join([*prompts, choices.get("negative", "")])
     if missing := [word for word in learned or () if word in texts and word not in words]:
         raise UserError(f"{made} embedding {missing[0]!r}; give it with --embedding FILE:{missing[0]}")
-    was, now = dict(hashes or ()).get("model"), weights_hash(sd.path, "unet")
-    if was not in (None, now):
+    was = dict(hashes or ()).get("model")
+    if was is not None and was != (now := weights_hash(sd.path, "unet")):
         print(f"note: {made} weights {was}, and these are {now} ({model_name(sd)}): the picture will differ",
               file=sys.stderr)
 
