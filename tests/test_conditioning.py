@@ -8,9 +8,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline,
 from diffusers.models.embeddings import Timesteps
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from plainsd.checkpoint import empty, fill
 from plainsd.conditioning import Conditioning, cut, describe, encode_prompts, plan, size_vector, stack, weigh
 from plainsd.errors import UserError
+from plainsd.folder import read_network
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.unet import UNetConfig
 from plainsd.prompts import Weighted, parse
@@ -42,8 +42,7 @@ def text_pair(width, layers, projection=None, activation="quick_gelu"):
     theirs = spread(kind(config))
     file = TensorFile("theirs", {name: stored(tensor) for name, tensor in theirs.state_dict().items()}, {})
     settings = read_text(config.to_dict() | {"architectures": [kind.__name__]}, "theirs")
-    return theirs, fill(empty(TextEncoder, settings), file, "diffusers", conv=True, device=torch.device("cpu"),
-                        dtype=torch.float32)
+    return theirs, read_network(file, TextEncoder, settings, conv=True).build(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")

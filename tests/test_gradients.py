@@ -13,8 +13,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import plainsd
-from plainsd.checkpoint import empty, fill
 from plainsd.denoiser import min_snr_weight
+from plainsd.folder import read_network
 from plainsd.lora import save_lora
 from plainsd.tensorfile import TensorFile, stored
 from plainsd.train.examples import Batch
@@ -115,8 +115,8 @@ class Reference:
 def moved_over(network, reference, *, conv):
     """The reference's weights under our names."""
     tensors = {name: stored(tensor) for name, tensor in reference.state_dict().items()}
-    return fill(empty(type(network), network.config), TensorFile("reference", tensors, {}), "diffusers", conv=conv,
-                device=torch.device("cpu"), dtype=torch.float64)
+    stored_ones = TensorFile("reference", tensors, {})
+    return read_network(stored_ones, type(network), network.config, conv=conv).build(torch.device("cpu"), torch.float64)
 
 
 def assert_same(mine, theirs, before):

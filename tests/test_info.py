@@ -16,12 +16,12 @@ from plainsd.info import info
 @pytest.fixture(autouse=True)
 def unread(monkeypatch):
     """Only single numbers, such as a LoRA's alphas, may be read."""
-    reader = tensorfile._reader
+    read = tensorfile._Pages.read
 
-    def watched(path, dtype, shape, start):
-        return reader(path, dtype, shape, start) if not shape else lambda *_: pytest.fail("weights are read")
+    def watched(pages, start, dtype, shape, wanted=None):
+        return read(pages, start, dtype, shape, wanted) if not shape else pytest.fail("weights are read")
 
-    monkeypatch.setattr(tensorfile, "_reader", watched)
+    monkeypatch.setattr(tensorfile._Pages, "read", watched)
 
 
 def test_a_folder(tmp_path):

@@ -6,8 +6,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from plainsd.checkpoint import empty, fill
 from plainsd.configs import read_text, read_unet, read_vae
+from plainsd.folder import read_network
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.layers import timestep_embedding
 from plainsd.models.unet import UNet, UNetConfig
@@ -38,8 +38,7 @@ def ours(kind: type[nn.Module], config: object, reference: nn.Module, *, conv: b
     """Our network of that config with the reference's weights."""
     tensors = {name: stored(tensor) for name, tensor in reference.state_dict().items()}
     dtype = next(reference.parameters()).dtype
-    return fill(empty(kind, config), TensorFile("reference", tensors, {}), "diffusers", conv=conv,
-                device=torch.device("cpu"), dtype=dtype)
+    return read_network(TensorFile("reference", tensors, {}), kind, config, conv=conv).build(torch.device("cpu"), dtype)
 
 
 def error(mine: Tensor, reference: Tensor) -> float:

@@ -49,12 +49,33 @@ def test_the_library_reads_what_we_write(tmp_path):
 
 
 def test_casting_while_reading(tmp_path, monkeypatch):
-    """Piece by piece the same numbers as at once."""
-    monkeypatch.setattr("plainsd.tensorfile.PIECE", 5)
+    """And letting go of what was read, after every tensor."""
+    monkeypatch.setattr("plainsd.tensorfile.WINDOW", 5)
     save_file(TENSORS, tmp_path / "x.safetensors")
     assert same(read_all(tmp_path / "x.safetensors"), TENSORS)
     for name, tensor in open_tensors(tmp_path / "x.safetensors").tensors.items():
         assert torch.equal(tensor.read(torch.bfloat16), TENSORS[name].bfloat16())
+
+
+def test_what_was_read_is_ours(tmp_path):
+    """Written to, and kept when the file is gone or another."""
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.ones(5000)}, path)
+    tensor = open_tensors(path).tensors["x"].read()
+    path.write_bytes(bytes(30_000))
+    tensor += 1
+    assert torch.equal(tensor, torch.full((5000,), 2.0))
+
+
+def test_numbers_at_odd_places(tmp_path):
+    """A header of any length is allowed, and a tensor of bytes before another."""
+    for pad in range(1, 5):
+        header = json.dumps({"b": {"dtype": "U8", "shape": [pad], "data_offsets": [0, pad]},
+                             "x": {"dtype": "F32", "shape": [3], "data_offsets": [pad, pad + 12]}}).encode()
+        path = tmp_path / f"{pad}.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(pad) + struct.pack("<3f", 1, 2, 3))
+        tensors = open_tensors(path).tensors
+        assert tensors["x"].read().tolist() == tensors["x"].read(torch.float64).tolist() == [1, 2, 3]
 
 
 def test_strided_tensors_are_written_in_order(tmp_path):
@@ -153,13 +174,17 @@ def test_every_truncation_of_a_file_is_noticed(tmp_path):
             open_tensors(path)
 
 
-def test_file_that_shrinks_while_it_is_read(tmp_path):
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("left", [0, 1000])
+def test_file_that_shrinks_while_it_is_read(tmp_path, begun, left):
     path = tmp_path / "x.safetensors"
-    save_file({"a": torch.arange(1000.0)}, path)
+    save_file({"a": torch.arange(1000.0), "b": torch.arange(1000.0)}, path)
     file = open_tensors(path)
-    os.truncate(path, 1000)
-    with pytest.raises(UserError, match="became shorter"):
+    if begun:
         file.tensors["a"].read()
+    os.truncate(path, left)
+    with pytest.raises(UserError, match="became shorter"):
+        file.tensors["b"].read()
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -3,7 +3,6 @@
 import hashlib
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import torch
 from torch import nn
 
 from plainsd.configs import read_vae
-from plainsd.contents import Contents, Network, assigned, check_names, empty, first, located, parts, unpack
+from plainsd.contents import Contents, Network, check_names, empty, first, located, parts, unpack
 from plainsd.describe import write_variant
-from plainsd.detect import seems
 from plainsd.errors import UserError, unknown
 from plainsd.folder import open_part, read_folder, read_json, read_network, whole_folder, write_folder, write_weights
 from plainsd.generate import StableDiffusion
@@ -85,15 +83,13 @@ def load(
     path = find(source, variant_file)
     contents = read(path, variant_file, family, vae=vae is None)
     variant = contents.variant
-    with ThreadPoolExecutor(1) as pool:                      # beside the reading of weights
-        found = pool.submit(tokenizers, contents, path)
-        networks = {name: network.build(device, dtype) for name, network in contents.networks.items()
-                    if name != "vae" or vae is None}
+    networks = {name: network.build(device, dtype) for name, network in contents.networks.items()
+                if name != "vae" or vae is None}
     if vae is not None:
         networks["vae"] = load_vae(vae, device=device, dtype=dtype, like=variant.vae)
         variant = replace(variant, vae=networks["vae"].config)
     sd = StableDiffusion(
-        tokenizers=found.result(),
+        tokenizers=tokenizers(contents, path),
         text_encoders=[networks[name] for name in encoder_names(variant)],
         unet=networks["unet"],
         vae=networks["vae"],
@@ -209,15 +205,6 @@ def packed_network(network: nn.Module) -> Network:
     return Network(type(network), network.config, {name: stored(state[name]) for name in bare})
 
 
-def fill(network: nn.Module, file: TensorFile, layout: str, *, conv: bool, device: torch.device, dtype: torch.dtype
-         ) -> nn.Module:
-    """Gives an empty network the weights of a file that holds nothing else."""
-    wanted = located(network, layout, file.tensors, conv=conv)
-    check_names([place.name for place in wanted], file, seems(file.tensors))
-    tensors = unpack(file, wanted, {name: tensor.shape for name, tensor in network.state_dict().items()})
-    return assigned(network, tensors, device, dtype)
-
-
 def load_vae(path: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
              like: VAEConfig = SD_VAE, variant_file: str | None = None) -> VAE:
     """An autoencoder alone: a folder with config.json, the `vae` folder of a model, or a file in either naming.
@@ -235,7 +222,11 @@ def load_vae(path: str | Path, *, device: str | torch.device = "auto", dtype: st
                if not name.startswith(("loss.", "model_ema.", "first_stage_model.loss."))}
     layout = "diffusers" if any(".resnets." in name for name in tensors) else "original"
     file = TensorFile(path, tensors, whole.metadata)
-    return fill(empty(VAE, like), file, layout, conv=False, device=device, dtype=dtype)
+    bare = empty(VAE, like)
+    wanted = located(bare, layout, file.tensors, conv=False)
+    check_names([place.name for place in wanted], file)
+    tensors = unpack(file, wanted, {name: tensor.shape for name, tensor in bare.state_dict().items()})
+    return Network(VAE, like, tensors).build(device, dtype)
 
 
 def save_vae(vae: VAE, path: str | Path, variant: Variant, dtype: torch.dtype | None = None) -> None:

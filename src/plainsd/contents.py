@@ -5,15 +5,15 @@ a time. Names and shapes are checked strictly before the first byte of a tensor 
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from plainsd.detect import seems
 from plainsd.errors import UserError
 from plainsd.layouts import SPELLINGS, Place, places, spelled
 from plainsd.models.clip import TextEncoder
@@ -22,7 +22,6 @@ from plainsd.models.vae import VAE
 from plainsd.tensorfile import Stored, TensorFile
 from plainsd.variants import Variant, encoder_names
 
-READERS = 4                                                  # threads that read tensors
 POSITION_IDS = "text_model.embeddings.position_ids"          # 0, 1, 2, ...: a buffer that older text encoders carry
 
 
@@ -37,7 +36,10 @@ class Network:
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The network itself. Each tensor is cast while it is read."""
-        return assigned(empty(self.kind, self.config), self.tensors, device, dtype)
+        network = _shelf.pop((self.kind, self.config), None) or empty(self.kind, self.config)
+        weights = {name: stored.read(dtype).to(device).contiguous() for name, stored in self.tensors.items()}
+        network.load_state_dict(weights, assign=True)
+        return network
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,12 @@ def empty(kind: type[nn.Module], config: Any) -> nn.Module:
         return kind(config).eval()
 
 
-@cache
+_shelf: dict[tuple[type, Any], nn.Module] = {}
+
+
 def blueprint(kind: type[nn.Module], config: Any) -> nn.Module:
-    """One for whoever asks for names and shapes only."""
-    return empty(kind, config)
+    """One for whoever asks for names and shapes only. It is kept, until a network like it is built from it."""
+    return _shelf.get((kind, config)) or _shelf.setdefault((kind, config), empty(kind, config))
 
 
 # --- from a file's names to ours -------------------------------------------------------------------------------------
@@ -126,14 +130,6 @@ def part_of(place: Place, stored: Stored, index: int, dtype: torch.dtype | None 
     return part.clone() if len(place.ours) > 1 else part
 
 
-def assigned(network: nn.Module, tensors: Mapping[str, Stored], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Gives an empty network its weights: a few tensors at a time, each by a thread, for reading and casting take turns."""
-    with ThreadPoolExecutor(min(READERS, torch.get_num_threads())) as pool:
-        read = pool.map(lambda stored: stored.read(dtype).to(device).contiguous(), tensors.values())
-        network.load_state_dict(dict(zip(tensors, read, strict=True)), assign=True)
-    return network
-
-
 def pack(network: Network, layout: str, *, conv: bool, prefix: str = "", dtype: torch.dtype | None = None,
          spelling: Collection[str] = ()) -> dict[str, Stored]:
     """Our tensors under the file's names. `dtype`: what the file shall hold; None keeps each tensor's own."""
@@ -157,13 +153,13 @@ def place_shape(place: Place, shapes: Mapping[str, torch.Size]) -> torch.Size:
     return place.to_theirs([torch.empty(shapes[name], device="meta") for name in place.ours]).shape
 
 
-def check_names(wanted: Collection[str], file: TensorFile, seems: str = "") -> None:
+def check_names(wanted: Collection[str], file: TensorFile) -> None:
     """Every place has its tensor, and every tensor its place."""
     missing = [name for name in wanted if name not in file.tensors]
     unexpected = sorted(set(file.tensors) - set(wanted))
     if missing or unexpected:
         raise UserError(f"{file.path} does not fit its settings: {len(missing)} names missing ({first(missing)}), "
-                        f"{len(unexpected)} unexpected ({first(unexpected)}){seems and '; it seems to be ' + seems}")
+                        f"{len(unexpected)} unexpected ({first(unexpected)}); it seems to be {seems(file.tensors)}")
 
 
 def first(names: list[str]) -> str:

@@ -15,7 +15,6 @@ from plainsd.configs import NOTE, read_variant
 from plainsd.contents import (
     POSITION_IDS, Contents, Network, blueprint, check_names, fragments, located, pack, parts, respelled, unpack,
 )
-from plainsd.detect import seems
 from plainsd.errors import UserError
 from plainsd.models.clip import TextEncoder
 from plainsd.previews import FILE as PREVIEW
@@ -50,7 +49,7 @@ def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool) -> Ne
     wanted = located(bare, "diffusers", file.tensors, conv=conv)
     extras = {name: file.tensors[name] for name in (POSITION_IDS, POSITION_IDS.removeprefix("text_model."))
               if kind is TextEncoder and name in file.tensors}
-    check_names([*(place.name for place in wanted), *extras], file, seems(file.tensors))
+    check_names([*(place.name for place in wanted), *extras], file)
     shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
     return Network(kind, config, unpack(file, wanted, shapes), extras)
 

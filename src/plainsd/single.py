@@ -14,7 +14,7 @@ import torch
 from plainsd.configs import read_variant
 from plainsd.contents import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
 from plainsd.describe import write_variant
-from plainsd.detect import UNET_PREFIX, detect, predicting, probe, seems
+from plainsd.detect import UNET_PREFIX, detect, predicting, probe
 from plainsd.errors import UserError
 from plainsd.folder import spelling
 from plainsd.tensorfile import Stored, TensorFile, damaged, open_tensors, write_safetensors
@@ -94,8 +94,7 @@ def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[
     beside = [name for name in file.tensors if BESIDE.match(name)]
     if "vae" not in names:
         beside += [name for name in file.tensors if name.startswith(prefixes(variant)["vae"][0])]
-    check_names({place.name: None for places in wanted.values() for place in places} | dict.fromkeys(beside), file,
-                seems(file.tensors))
+    check_names({place.name: None for places in wanted.values() for place in places} | dict.fromkeys(beside), file)
     networks = {}
     for name, network in bare.items():
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}

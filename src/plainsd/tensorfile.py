@@ -1,7 +1,7 @@
 """Files of named tensors: safetensors read and written one tensor at a time, and PyTorch's pickles read safely.
 
 A safetensors file is eight bytes with the length of a header, the header (JSON: name -> dtype, shape, two offsets), and
-the tensors' bytes. Reading by hand keeps one tensor in memory, where the library's memory map counts the whole file.
+the tensors' bytes. Reading by hand keeps a few tensors in memory, where the library's memory map counts the whole file.
 """
 
 import json
@@ -11,10 +11,10 @@ import os
 import pickle
 import re
 import struct
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000            # bytes; the format's own limit
-PIECE = 2**18                         # numbers that are read and cast at once, so that they are still in the cache
+WINDOW = 2**26                        # bytes of a file that stay in memory once they were read
 
 
 @dataclass(frozen=True)
@@ -108,45 +108,38 @@ def open_safetensors(path: Path) -> TensorFile:
     size = path.stat().st_size - base
     if at != size:
         raise damaged(path, f"its tensors need {at} bytes and it has {size}" + (" (cut short)" if at > size else ""))
-    tensors = {name: Stored(dtype, shape, _reader(path, dtype, shape, base + begin))
+    pages = _Pages(path)
+    tensors = {name: Stored(dtype, shape, partial(pages.read, base + begin, dtype, shape))
                for name, (dtype, shape, begin, _) in entries.items()}
     return TensorFile(path, tensors, {str(key): str(value) for key, value in metadata.items()})
 
 
-def _reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Callable[..., Tensor]:
-    """Reads piece by piece, so that a tensor that is cast is never in memory twice."""
-    def read(wanted: torch.dtype | None = None) -> Tensor:
-        tensor = torch.empty(shape, dtype=wanted or dtype)
-        cast = tensor.dtype != dtype
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            for target in tensor.view(-1).split(PIECE if cast else max(tensor.numel(), 1)):
-                piece = passing(len(target), dtype) if cast else target
-                view = memoryview(piece.view(torch.uint8).numpy())
-                while view:
-                    got = file.readinto(view)
-                    if not got:
-                        raise damaged(path, "it became shorter while it was read")
-                    view = view[got:]
-                if piece is not target:
-                    target.copy_(piece)
-        return tensor
+class _Pages:
+    """A file's bytes, mapped at the first reading: cast from there, they are copied once. The system counts pages that were
+    read as memory of the process, so they are let go each time WINDOW bytes have passed."""
 
-    return read
+    def __init__(self, path: Path):
+        self.path, self.map, self.passed = path, None, 0
 
+    def read(self, start: int, dtype: torch.dtype, shape: tuple[int, ...], wanted: torch.dtype | None = None) -> Tensor:
+        count = math.prod(shape) * dtype.itemsize
+        self.make_room(start, count)
+        part = self.bytes[start : start + count]
+        part = part if start % dtype.itemsize == 0 else part.clone()         # no number may lie across two
+        return part.view(dtype).view(shape).to(wanted or dtype, copy=True)
 
-class _Room(threading.local):
-    def __init__(self):
-        self.bytes = torch.frombuffer(mmap.mmap(-1, 8 * PIECE), dtype=torch.uint8)
-
-
-_room = _Room()
-
-
-def passing(count: int, dtype: torch.dtype) -> Tensor:
-    """Room for at most PIECE numbers on their way, the same each time. It comes from the system: malloc's heap, with room of
-    many sizes taken and given back between tensors that stay, would grow by a fifth of a model and more."""
-    return _room.bytes[: count * dtype.itemsize].view(dtype)
+    def make_room(self, start: int, count: int) -> None:
+        if self.map is None:
+            with open(self.path, "rb") as file, warnings.catch_warnings(action="ignore"):   # of bytes that are read only
+                if os.fstat(file.fileno()).st_size:          # an empty file can't be mapped
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                    self.bytes, self.map = torch.frombuffer(mapped, dtype=torch.uint8), mapped
+        if self.map is None or self.map.size() < start + count:
+            raise damaged(self.path, "it became shorter while it was read")
+        self.passed += count
+        if self.passed > WINDOW and hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+            self.passed = count
 
 
 def header_bytes(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
