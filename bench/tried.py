@@ -1,8 +1,8 @@
 """What was tried for speed on a CPU, piece by piece: forms of attention, layouts of convolution weights, doubling,
-GroupNorm with SiLU, small linear layers, the small UNet.
+GroupNorm with SiLU, small linear layers, the small UNet, a guided step as one batch and as two.
 
-    python bench/tried.py              a minute
-    python bench/tried.py --compile    also torch.compile on the small UNet; some minutes
+    python bench/tried.py              some minutes
+    python bench/tried.py --compile    also torch.compile on the small UNet
 
 Each line: milliseconds, the least of several turns. Let the machine do nothing else meanwhile.
 """
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from plainsd import bench, kernels, speed
 from plainsd.models.layers import Upsample
 from plainsd.models.unet import UNet, UNetConfig
-from plainsd.packed import PackedConv, PackedUpsample, pack_inside
+from plainsd.packed import PackedConv, PackedCrossAttention, PackedSelfAttention, PackedUpsample, pack_inside
+from plainsd.variants import VARIANTS
 
 SMALL = UNetConfig(channels=(64, 128, 192), depth=(1, 1, 1), heads=(2, 4, 6), layers=1, context=256, groups=16)
 ATTENTIONS = ((2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80), (2, 8, 4096, 77, 40), (2, 10, 4096, 4096, 64))
@@ -59,10 +60,14 @@ def attention(dtype: torch.dtype) -> None:
 
 def attention_with_gradients() -> None:
     leaves = [torch.randn(1, 4096, 8, 40, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3)]
+    slope = torch.randn(1, 4096, 8, 40, dtype=torch.bfloat16).transpose(1, 2)
     forms = {"PyTorch": F.scaled_dot_product_attention, "our kernel": kernels.trained_attention}
-    tell("attention 1x8 heads, 4096 x 4096, 40 wide, forwards and back", torch.bfloat16, {
-        name: lambda form=form: torch.autograd.grad(form(*leaves).sum(), leaves) for name, form in forms.items()
-    })
+    for way, work in {
+        "forwards": lambda form: form(*leaves),
+        "forwards and back": lambda form: torch.autograd.grad(form(*leaves), leaves, slope),
+    }.items():
+        tell(f"attention 1x8 heads, 4096 x 4096, 40 wide, for gradients, {way}", torch.bfloat16,
+             {name: lambda form=form, work=work: work(form) for name, form in forms.items()})
 
 
 def convolution(dtype: torch.dtype) -> None:
@@ -106,6 +111,24 @@ def own_kernels(dtype: torch.dtype) -> None:
         })
 
 
+def guidance(dtype: torch.dtype) -> None:
+    """A guided step of SD 1.5's UNet: text and no text in one batch, or one after the other."""
+    torch.set_default_dtype(dtype)
+    unet = UNet(VARIANTS["sd1"].unet).requires_grad_(False).to(memory_format=torch.channels_last)
+    torch.set_default_dtype(torch.float32)
+    pack_inside(unet)
+    if kernels.have_kernels(dtype):
+        for module in unet.modules():
+            if isinstance(module, (PackedSelfAttention, PackedCrossAttention)):
+                module.attend = kernels.attention
+    x, context = torch.randn(2, 4, 64, 64, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
+    rows = [(x[i : i + 1], context[i : i + 1]) for i in range(2)]
+    tell("UNet of SD 1.5's shape, guided step", dtype, {
+        "a batch of two": lambda: unet(x, 500.0, context),
+        "two batches of one": lambda: [unet(row, 500.0, text) for row, text in rows],
+    })
+
+
 def small_unet(dtype: torch.dtype, compiled: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 4, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -139,5 +162,6 @@ if __name__ == "__main__":
             if kernels.have_kernels(dtype):
                 own_kernels(dtype)
             small_unet(dtype, "--compile" in sys.argv)
+            guidance(dtype)
     if kernels.have_kernels(torch.bfloat16):
         attention_with_gradients()
