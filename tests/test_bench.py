@@ -1,9 +1,11 @@
 """The benchmark takes turns, does the same work on both sides, and refuses to compare what differs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import TINY_XL
 
 from plainsd import bench
 from plainsd.checkpoint import load
@@ -31,10 +33,11 @@ def test_other_work_is_not_compared():
 
 
 def test_the_table_and_its_ratios():
-    row = bench.Row("work", {"diffusers": [2.0, 3.0, 2.5], "plainsd": [1.0, 1.5, 1.25]}, {"plainsd": 0.01}, {"diffusers": 3 * 10**9})
+    row = bench.Row("work", {"diffusers": [2.0, 3.0, 2.5], "plainsd": [1.0, 1.5, 1.25]}, {"plainsd": 60.0}, {"plainsd": 0.01},
+                    {"diffusers": 3 * 10**9})
     text = table([row], bench.machine(PLACE))
-    assert "| work | diffusers | 2.000 | 2.500 | 1.00 |  | 3.00 GB |" in text
-    assert "| work | plainsd | 1.000 | 1.250 | 2.00 | 1.0e-02 |  |" in text
+    assert "| work | diffusers | 2.000 | 2.500 |  | 1.00 |  | 3.00 GB |" in text
+    assert "| work | plainsd | 1.000 | 1.250 | 60.0 | 2.00 | 1.0e-02 |  |" in text
     assert f"torch {torch.__version__}" in text and "threads" in text
 
 
@@ -45,6 +48,17 @@ def test_the_command_on_the_embedded_model(tmp_path, capsys):
     (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert list(row["seconds"]) == ["diffusers", "plainsd", "plainsd --fast"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_many_pictures_of_another_model(tmp_path, monkeypatch):
+    """The rows for a GPU, of a tiny model with CLIP's tokens, two steps."""
+    texts = tuple(replace(text, vocab=49_408, eos=49_407) for text in TINY_XL.text)
+    monkeypatch.setitem(bench.VARIANTS, "sdxl-base", replace(TINY_XL, text=texts))
+    row = bench.LARGE["sdxl-8"](PLACE._replace(room=tmp_path, rounds=1), False, steps=2)
+    assert row.name == "8 pictures of sdxl-base, 64 px, 2 steps of DPM++ 2M"
+    assert list(row.seconds) == list(row.first) == ["diffusers", "plainsd", "plainsd --fast"]
+    assert {len(seconds) for seconds in row.seconds.values()} == {1}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from conftest import TINY_XL, difference, tiny_sd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from plainsd import speed
 from plainsd.errors import UserError
@@ -13,6 +15,7 @@ from plainsd.lora_layers import LowRank, attach
 from plainsd.models.layers import Attention, Upsample
 from plainsd.models.unet import FeedForward
 from plainsd.packed import PACKED, PackedConv, PackedCrossAttention, PackedFeedForward, PackedLinear, PackedUpsample
+from plainsd.samplers import SAMPLERS
 
 PROMPT = {"prompt": "a red apple", "steps": 3, "seed": 7, "guidance": 4.0, "size": 64}
 
@@ -136,7 +139,72 @@ def test_packing_what_cannot_be_packed():
 
 @pytest.mark.full
 def test_a_compiled_model_draws_the_same():
-    assert_as_exact(speed.faster(tiny_sd(), compiled=True), tiny_sd)
+    said = []
+    assert_as_exact(speed.faster(tiny_sd(), compiled=True, tell=said.append), tiny_sd)
+    assert [line.split()[0] for line in said] == ["compiling", "compiled"]           # one shape, once
+
+
+@pytest.mark.gpu
+def test_a_compiled_model_draws_the_same_on_a_gpu():
+    assert_as_exact(speed.faster(tiny_sd().to("cuda"), compiled=True), lambda: tiny_sd().to("cuda"))
+
+
+# ---- nothing in the loop waits for a GPU, which then always has work
+
+
+class Crossings(TorchDispatchMode):
+    """Notes what reads or writes on two devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if len({part.device for part in tree_leaves((args, kwargs, out)) if isinstance(part, torch.Tensor)}) > 1:
+            self.noted.append(str(func))
+        return out
+
+
+CHOICES = [{"sampler": name} for name in SAMPLERS] + [
+    {"guidance": 1.0}, {"rescale": 0.7}, {"threshold": 0.995}, {"perturbed": 3.0}, {"cache": 2},
+    {"prompt": "a red apple AND a table"},
+]
+
+
+@pytest.mark.parametrize("distilled", [None, 32])
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_no_step_waits(choices, distilled, monkeypatch):
+    """The UNet on a device that has no numbers: reading one would be an error. The first step may fetch the text."""
+    sd = tiny_sd(guidance_dim=distilled)
+    sd.unet.to("meta")
+    fresh = lambda shape: torch.empty(1, *shape, device="meta")          # noqa: E731
+    monkeypatch.setattr("plainsd.generate.noise_of_each", lambda each, device: fresh)
+    events = text_to_image(sd, **PROMPT | choices)
+    next(events)
+    with Crossings() as crossings:
+        for _ in range(events.steps - 1):
+            assert next(events).x.device.type == "meta"
+    assert crossings.noted == []
+
+
+def test_waiting_would_be_seen():
+    with Crossings() as crossings:
+        torch.full((), 5.0).to("meta")
+    assert crossings.noted == ["aten._to_copy.default"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choices", [*CHOICES, {"interval": (0.3, 5.0)}, {"prompt": "[a red apple:a green pear:0.5]"}], ids=str)
+def test_no_step_waits_for_a_gpu(choices):
+    events = text_to_image(tiny_sd().to("cuda"), **PROMPT | choices)
+    next(events)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(events.steps - 1):
+            next(events)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_flag_draws_the_same_picture(tmp_path):

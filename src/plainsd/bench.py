@@ -1,16 +1,19 @@
 """Benchmarks: the same work by us and by others, in one process, taking turns.
 
 Each row is a piece of work; its sides are functions that do it on the same weights. After a first call that does not
-count, rounds follow in which every side has its turn, so that what else the machine does hits all of them. Told are the
-least and the median of each side, and diffusers' least over ours. OpenVINO takes part where it is installed.
+count, in which compilers compile, rounds follow in which every side has its turn, so that what else the machine does hits
+all of them. Told are the least and the median of each side, its first call, and diffusers' least over ours. OpenVINO takes
+part where it is installed.
 
-Weights are random and have the shape of SD 1.5, which changes nothing in the time, unless a model is given.
+Weights are random and have the shape of SD 1.5, and for some rows of SDXL, which changes nothing in the time, unless a
+model is given.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import subprocess
 import sys
@@ -18,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +34,7 @@ from plainsd.generate import StableDiffusion, final, text_to_image
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
-from plainsd.speed import faster
+from plainsd.speed import compiler_options, faster
 from plainsd.tokenizer import Tokenizer, find_vocabulary
 from plainsd.variants import VARIANTS
 
@@ -41,11 +45,12 @@ Sides = dict[str, Callable[[], object]]
 
 @dataclass
 class Row:
-    """One piece of work: the seconds that each side took, round by round; how far its result is from float32's; and the
-    most memory that it took, in bytes beside what its imports take."""
+    """One piece of work: the seconds that each side took, round by round, and in a first call before; how far its result is
+    from float32's; and the most memory that it took, in bytes beside what its imports take."""
 
     name: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
 
@@ -57,46 +62,68 @@ class Place(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     rounds: int
+    room: Path | None = None          # where other models may be written for a while
 
 
 def race(name: str, sides: Sides, rounds: int, first: Sides | None = None) -> Row:
     """`first`: the calls that do not count, where they need not be the whole work."""
     row = Row(name, {side: [] for side in sides})
     with torch.inference_mode():
-        for work in (first or sides).values():
-            work()
+        for side, work in (first or sides).items():
+            row.first[side] = timed(work)
         for _ in range(rounds):
             for side, work in sides.items():
-                began = time.perf_counter()
-                work()
-                row.seconds[side].append(time.perf_counter() - began)
+                row.seconds[side].append(timed(work))
     return row
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds until the work is done, on a GPU too, which goes on when the call has returned."""
+    began = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
 
 
 # ---- the model
 
 
-def random_folder(folder: Path, dtype: torch.dtype) -> Path:
-    """A model of SD 1.5's shape with random weights, as a diffusers folder."""
+def random_folder(folder: Path, dtype: torch.dtype, family: str = "sd1") -> Path:
+    """A model of the family's shape with random weights, as a diffusers folder."""
     torch.manual_seed(0)
-    variant = VARIANTS["sd1"]
-    networks = [TextEncoder(variant.text[0]), UNet(variant.unet), VAE(variant.vae)]
-    text, unet, vae = (network.to(dtype).requires_grad_(False) for network in networks)
-    tokenizer = Tokenizer.from_vocabulary(find_vocabulary())
-    save(StableDiffusion([tokenizer], [text], unet, vae, variant.schedule.build(), variant.prediction, variant), folder)
+    variant, before = VARIANTS[family], torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        encoders, unet, vae = [TextEncoder(text) for text in variant.text], UNet(variant.unet), VAE(variant.vae)
+    finally:
+        torch.set_default_dtype(before)
+    tokenizers = [Tokenizer.from_vocabulary(find_vocabulary()) for _ in encoders]
+    sd = StableDiffusion(tokenizers, encoders, unet, vae, variant.schedule.build(), variant.prediction, variant)
+    with torch.no_grad():
+        save(sd, folder)
     return folder
 
 
 def theirs(place: Place, folder: Path | None = None):
     """diffusers' pipeline on the same files."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder or place.folder, torch_dtype=place.dtype, safety_checker=None,
-                                                   requires_safety_checker=False).to(place.device)
+    folder = folder or place.folder
+    checks = "safety_checker" in json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    without = {"safety_checker": None, "requires_safety_checker": False} if checks else {}
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=place.dtype, **without).to(place.device)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def theirs_compiled(place: Place):
+    """The same with its UNet compiled, as ours is by speed.compile_unet."""
+    pipe = theirs(place)
+    pipe.unet = torch.compile(pipe.unet, dynamic=False, fullgraph=True, options=compiler_options(place.device))
     return pipe
 
 
@@ -149,6 +176,9 @@ def unet_row(place: Place, compiled: bool) -> Row:
     x, context = x.to(place.dtype), context.to(place.dtype)
     unet, timestep = theirs(place).unet, torch.tensor(500.0, device=place.device)
     sides: Sides = {"diffusers": lambda: unet(x, timestep, context, return_dict=False)[0]}
+    if compiled:
+        fused = theirs_compiled(place).unet
+        sides["diffusers, compiled"] = lambda: fused(x, timestep, context, return_dict=False)[0]
 
     class Theirs(torch.nn.Module):
         def __init__(self):
@@ -199,18 +229,24 @@ def noise(sd: StableDiffusion) -> torch.Tensor:
     return torch.randn((1, config.latent_channels, side, side), generator=generator)
 
 
-def picture_row(place: Place, compiled: bool) -> Row:
-    """From a prompt to a picture: 20 steps of DPM++ 2M at guidance 7.5."""
-    pipe, models = theirs(place), both(place, compiled)
+def picture_row(place: Place, compiled: bool, family: str | None = None, steps: int = 20, count: int = 1) -> Row:
+    """From a prompt to pictures, by DPM++ 2M at guidance 7.5. `family`: of random weights, in place of the place's model."""
+    if family:
+        folder = place.room / family
+        place = place._replace(folder=folder if folder.exists() else random_folder(folder, place.dtype, family))
+    pipes = {"diffusers": theirs(place)} | ({"diffusers, compiled": theirs_compiled(place)} if compiled else {})
+    models = both(place, compiled)
     size = models["plainsd"].variant.size
 
     def sides(steps: int) -> Sides:
-        drawn: Sides = {"diffusers": lambda: pipe(PROMPT, num_inference_steps=steps, guidance_scale=7.5, height=size, width=size)}
-        for side, sd in models.items():
-            drawn[side] = lambda sd=sd: final(text_to_image(sd, PROMPT, steps=steps, guidance=7.5, sampler="dpmpp_2m"))
-        return drawn
+        named = {"num_inference_steps": steps, "guidance_scale": 7.5, "height": size, "width": size}
+        drawn: Sides = {side: lambda pipe=pipe: pipe(PROMPT, num_images_per_prompt=count, **named) for side, pipe in pipes.items()}
+        options = {"steps": steps, "guidance": 7.5, "sampler": "dpmpp_2m", "count": count}
+        return drawn | {side: lambda sd=sd: final(text_to_image(sd, PROMPT, **options)) for side, sd in models.items()}
 
-    return race(f"a picture, {size} px, 20 steps of DPM++ 2M", sides(20), max(1, place.rounds // 2), first=sides(2))
+    drawing = "a picture" if count == 1 else f"{count} pictures"
+    name = f"{drawing}{f' of {family}' if family else ''}, {size} px, {steps} steps of DPM++ 2M"
+    return race(name, sides(steps), max(1, place.rounds // 2), first=sides(2))
 
 
 def small_row(place: Place, compiled: bool) -> Row:
@@ -278,6 +314,10 @@ def load_row(place: Place, compiled: bool) -> Row:
 ROWS: dict[str, Callable[[Place, bool], Row]] = {
     "small": small_row, "unet": unet_row, "decode": decode_row, "picture": picture_row, "load": load_row,
     "start": start_row,
+}
+LARGE: dict[str, Callable[[Place, bool], Row]] = {       # for a GPU; on a CPU they take hours
+    f"{name}-{count}": partial(picture_row, family=family, steps=30, count=count)
+    for name, family in {"sd1": "sd1", "sdxl": "sdxl-base"}.items() for count in (1, 8)
 }
 
 

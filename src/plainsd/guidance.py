@@ -45,9 +45,9 @@ class Row(NamedTuple):
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def guidance_embedding(scale: float, dim: int) -> Tensor:
+def guidance_embedding(scale: float, dim: int, device: torch.device | None = None) -> Tensor:
     """The guidance scale as distilled models are told it (Meng et al. 2023, arXiv:2210.03142): (1, dim)."""
-    frequencies = torch.exp(torch.arange(dim // 2) * -(math.log(10_000.0) / (dim // 2 - 1)))
+    frequencies = torch.exp(torch.arange(dim // 2, device=device) * -(math.log(10_000.0) / (dim // 2 - 1)))
     angle = 1000.0 * (scale - 1) * frequencies
     return torch.cat([angle.sin(), angle.cos()])[None]
 
@@ -80,7 +80,7 @@ def predict(
     dim = sd.unet.config.guidance_dim
     embedding = {}
     if dim:
-        told_scales = [guidance_embedding(guidances[row.picture], dim) for row in rows]
+        told_scales = [guidance_embedding(guidances[row.picture], dim, x.device) for row in rows]
         embedding = {"guidance": torch.cat(told_scales).to(x)}           # (R, dim)
     blind = sum(row.kind == PERTURBED for row in rows)
     with blind_attention(sd.unet, blind) if blind else nullcontext():

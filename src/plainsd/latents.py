@@ -47,7 +47,10 @@ def noise_of_each(each: Sequence[Settings], device: torch.device) -> Draw:
     generators = [torch.Generator().manual_seed(one.seed) for one in each]
 
     def draw(shape: tuple[int, ...]) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        if device.type == "cuda":                            # from such memory it comes while the GPU is at work
+            noise = noise.pin_memory()
+        return noise.to(device, non_blocking=True)
 
     return draw
 

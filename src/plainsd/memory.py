@@ -101,7 +101,7 @@ def rows_at_once(sd: StableDiffusion, positions: int, rows: int) -> int:
     if sd.saving.rows is not None:
         return min(rows, sd.saving.rows)
     each, had = unet_needs(sd.unet.config, positions, sd.dtype.itemsize), free(sd.device)
-    most = min(rows, max(1, int(SHARE * had / each)))
+    most = max(1, int(min(rows, SHARE * had / each)))
     if most < rows:
         say(f"{had / GB:.1f} GB of memory are free and {rows} rows at once would take {rows * each / GB:.1f} GB: "
             f"the UNet takes {most} at a time")

@@ -16,7 +16,8 @@ model can no longer be trained or saved, or take up adapters. The plain forward 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -38,10 +39,11 @@ LONG = 1024                           # queries from which on that pays
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def faster(sd: StableDiffusion, *, compiled: bool = False) -> StableDiffusion:
-    """The same model, in place, with what pays on its device. `compiled`: torch.compile too."""
+def faster(sd: StableDiffusion, *, compiled: bool = False, tell: Callable[[str], None] = lambda line: None) -> StableDiffusion:
+    """The same model, in place, with what pays on its device. `compiled`: torch.compile too; `tell` is told when it compiles,
+    and how long that took."""
     if sd.refiner is not None:
-        faster(sd.refiner, compiled=compiled)
+        faster(sd.refiner, compiled=compiled, tell=tell)
     for network in networks(sd):
         network.to(memory_format=torch.channels_last)
     if sd.device.type == "cpu":
@@ -49,7 +51,7 @@ def faster(sd: StableDiffusion, *, compiled: bool = False) -> StableDiffusion:
         if sd.dtype in DTYPES and torch.backends.mkldnn.is_available():
             pack(sd, unet=not compiled)
     if compiled:
-        compile_unet(sd)
+        compile_unet(sd, tell)
     return sd
 
 
@@ -144,18 +146,32 @@ def trained_faster(network: nn.Module) -> Iterator[None]:
 # ---- torch.compile
 
 
-def compile_unet(sd: StableDiffusion) -> None:
+def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
     """Compiles the UNet for the shapes that it meets: on a GPU with CUDA graphs, on a CPU with its weights frozen in.
 
     The first step of each shape takes a minute or two; later processes find most of it in torch's cache.
     """
+    met = set()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    options = {"triton.cudagraphs": True} if sd.device.type == "cuda" else {"freezing": True}
-    compiled = torch.compile(sd.unet.forward, dynamic=False, options=options)
+    compiled = torch.compile(sd.unet.forward, dynamic=False, options=compiler_options(sd.device))
 
-    def forward(x: Tensor, timestep: Tensor | float, *rest: Tensor | None, **named: Tensor | None) -> Tensor:
+    def forward(x: Tensor, timestep: Tensor | float, context: Tensor, *rest: Tensor | None, **named: Tensor | None) -> Tensor:
         if not isinstance(timestep, Tensor):              # a number would be compiled in, and each step anew
             timestep = x.new_full((), timestep, dtype=torch.float32)
-        return compiled(x, timestep, *rest, **named)
+        shape, began = (x.shape, context.shape), time.perf_counter()
+        if new := shape not in met:
+            tell(f"compiling the UNet for {len(x)} rows of {x.shape[3]}x{x.shape[2]} latents; the first time takes minutes")
+        out = compiled(x, timestep, context, *rest, **named)
+        if sd.device.type == "cuda":                      # a graph's output is written over when it runs again
+            out = out.clone()
+        if new:
+            met.add(shape)
+            tell(f"compiled in {time.perf_counter() - began:.0f} s")
+        return out
 
     sd.unet.forward = forward
+
+
+def compiler_options(device: torch.device) -> dict[str, bool]:
+    """Of torch.compile."""
+    return {"triton.cudagraphs": True} if device.type == "cuda" else {"freezing": True}

@@ -26,7 +26,8 @@ class Bench:
     """
 
     rows: Annotated[Positional[tuple[str, ...]], arg(metavar="ROW")] = ()
-    """small, unet, decode, picture, load, start; all if none is given"""
+    """small, unet, decode, picture, load, start; for a GPU, 30 steps of 1 or 8 pictures by random weights: sd1-1, sd1-8, sdxl-1,
+    sdxl-8. If none is given, all that the device is for"""
     model: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """a diffusers folder of SD 1.x; random weights of that shape if not given"""
     rounds: Annotated[int, arg(metavar="N")] = 5
@@ -50,22 +51,24 @@ class Bench:
         from plainsd.commands.output import check_writable
         from plainsd.checkpoint import choose_device, choose_dtype
 
+        known = bench.ROWS | bench.LARGE
         for name in self.rows:
-            if name not in bench.ROWS:
-                raise unknown("row", name, bench.ROWS)
+            if name not in known:
+                raise unknown("row", name, known)
         if self.out:
             check_writable(self.out)
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         with tempfile.TemporaryDirectory() as temporary:
-            wanted, rows, folder = self.rows or tuple(bench.ROWS), [], self.model or Path(temporary) / "random"
+            wanted = self.rows or tuple(bench.ROWS if device.type == "cpu" else known)
+            rows, folder = [], self.model or Path(temporary) / "random"
             if self.model is None and set(wanted) & {"unet", "decode", "picture", "load"}:
                 print("making random weights of SD 1.5's shape", file=sys.stderr)
                 bench.random_folder(folder, dtype)
-            place = bench.Place(folder, dtype, device, self.rounds)
+            place = bench.Place(folder, dtype, device, self.rounds, Path(temporary))
             for name in wanted:
                 print(f"timing {name}", file=sys.stderr)
-                rows.append(bench.ROWS[name](place, self.compile))
+                rows.append(known[name](place, self.compile))
         about = bench.machine(place)
         print(table(rows, about), end="")
         if self.out:
@@ -81,14 +84,15 @@ class Bench:
 def table(rows: list[Row], about: dict[str, object]) -> str:
     """As Markdown."""
     lines = [", ".join(f"{name} {value}" for name, value in about.items()), "",
-             "| work | by | least s | median s | diffusers / this | relative error | peak memory |",
-             "|---|---|---|---|---|---|---|"]
+             "| work | by | least s | median s | first s | diffusers / this | relative error | peak memory |",
+             "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         base = min(row.seconds["diffusers"])
         for side, seconds in row.seconds.items():
             error = f"{row.errors[side]:.1e}" if side in row.errors else ""
             peak = f"{row.peaks[side] / 1e9:.2f} GB" if side in row.peaks else ""
-            lines.append(f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | "
+            first = f"{row.first[side]:.1f}" if side in row.first else ""
+            lines.append(f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | {first} | "
                          f"{base / min(seconds):.2f} | {error} | {peak} |")
     return "\n".join(lines) + "\n"
 

@@ -197,7 +197,7 @@ class Generate:
         if self.fast or self.compile:
             from plainsd.speed import faster
 
-            faster(sd, compiled=self.compile)
+            faster(sd, compiled=self.compile, tell=partial(tqdm.write, file=sys.stderr))
         loaded = time.perf_counter()
         batches = grid_cells(prompts[0], choices, axes) if axes else cut(prompts, choices, self.batch, part)
         images: list[Image.Image] = []

@@ -162,7 +162,9 @@ class UNet(nn.Module):
 
     def embed(self, timestep: Tensor | float, batch: Tensor, vector: Tensor | None, guidance: Tensor | None) -> Tensor:
         """Everything that is known of the whole picture, as one vector a picture: (B, E)."""
-        timestep = torch.as_tensor(timestep, device=batch.device).expand(len(batch))
+        if not isinstance(timestep, Tensor):                             # filled in there; a copy would make a GPU wait
+            timestep = torch.full((), timestep, dtype=torch.float32, device=batch.device)
+        timestep = timestep.to(batch.device).expand(len(batch))
         emb = timestep_embedding(timestep, self.config.channels[0]).to(batch.dtype)
         if self.guidance is not None and guidance is not None:
             emb = emb + self.guidance(guidance)                          # (B, C)
