@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import TINY_XL, difference, tiny_sd
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -153,16 +154,37 @@ def test_a_compiled_model_draws_the_same_on_a_gpu():
 
 
 class Crossings(TorchDispatchMode):
-    """Notes what reads or writes on two devices."""
+    """Notes what reads or writes on two devices, and tensors made of Python's numbers elsewhere than on the CPU."""
 
     def __init__(self):
         super().__init__()
         self.noted = []
+        self.made = Made(self.noted)
+
+    def __enter__(self):
+        self.made.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.made.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if len({part.device for part in tree_leaves((args, kwargs, out)) if isinstance(part, torch.Tensor)}) > 1:
             self.noted.append(str(func))
+        return out
+
+
+class Made(TorchFunctionMode):
+    def __init__(self, noted):
+        super().__init__()
+        self.noted = noted
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and out.device.type != "cpu" and not isinstance(args[0], torch.Tensor):
+            self.noted.append(func.__name__)
         return out
 
 
@@ -191,7 +213,9 @@ def test_no_step_waits(choices, distilled, monkeypatch):
 def test_waiting_would_be_seen():
     with Crossings() as crossings:
         torch.full((), 5.0).to("meta")
-    assert crossings.noted == ["aten._to_copy.default"]
+        torch.as_tensor(5.0, device="meta")
+        torch.full((), 5.0, device="meta") + 5.0
+    assert crossings.noted == ["aten._to_copy.default", "as_tensor"]
 
 
 @pytest.mark.gpu
