@@ -326,6 +326,19 @@ def test_lycoris_of_peft(folders, sd, tmp_path, config, tucker):
         differ([bare], [right])
 
 
+@pytest.mark.parametrize("rank", [0, -4, "four", 2.5])
+def test_a_rank_of_peft_that_is_none(folders, sd, tmp_path, rank):
+    """Whole factors do not show their rank, and alpha is given beside it."""
+    adapted = get_peft_model(pipeline(folders / "sd").unet, LoKrConfig(r=64, alpha=3, target_modules=["to_q"]))
+    adapted.save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    add_lora(sd, tmp_path)
+    config.write_text(json.dumps(settings | {"r": rank}))
+    with pytest.raises(UserError, match=f"PEFT's settings give {rank!r} as a rank"):
+        add_lora(sd, tmp_path)
+
+
 def test_no_alpha_means_the_rank(folders, sd, tmp_path):
     made = {name: (*made[:2], float(len(made[0])), None)
             for name, made in factors(some_modules(pipeline(folders / "sd"))).items()}

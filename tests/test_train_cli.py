@@ -22,6 +22,7 @@ from plainsd.generate import final, text_to_image
 from plainsd.lora import add_lora
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.log import read_log
+from plainsd.train.lora import lora
 from plainsd.train.options import Steps, with_defaults
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
@@ -84,6 +85,18 @@ def test_lora(train, base, tmp_path):
     assert not np.array_equal(drawn(kohya), drawn(plainsd.load(base, device="cpu")))
     assert any(p.name.startswith("events.") for p in (tmp_path / "run" / "tensorboard").iterdir())
     assert len([line for line in read_log(tmp_path / "run" / "log.jsonl") if "validation" in line]) == 2
+
+
+@pytest.mark.parametrize("drawing", [False, True])
+def test_the_autoencoder_is_let_go_where_nothing_is_drawn(train, pictures, tmp_path, monkeypatch, drawing):
+    seen = []
+    monkeypatch.setattr("plainsd.train.tune.lora", lambda sd, *rest, **more: seen.append(sd) or lora(sd, *rest, **more))
+    (tmp_path / "prompts.txt").write_text("colour 1\n")
+    more = ["--prompts", str(tmp_path / "prompts.txt")] if drawing else []
+    assert train("lora", "--steps", "1", "--heldout", str(pictures), *more)[0] == 0
+    (sd,) = seen
+    assert {weight.is_meta for weight in sd.vae.parameters()} == {not drawing}
+    assert not any(weight.is_meta for weight in sd.unet.parameters())
 
 
 def test_lora_on_half_a_base(train, tmp_path):
@@ -154,6 +167,17 @@ def test_vae_goes_on_from_a_base(train, base, tmp_path):
     assert all(torch.allclose(a, b, atol=step) for a, b in zip(both.parameters(), before.parameters(), strict=True))
     code, said = train("vae", "--steps", "2", "--base", str(tmp_path / "both" / "vae"), out=tmp_path / "both")
     assert code == 2 and "holds a run with" in said[0]
+    shapes = described(base)
+    shapes["vae"] |= {"channels": [8, 8, 16, 32]}
+    (tmp_path / "model.json").write_text(json.dumps(shapes))
+    code, said = train("vae", "--steps", "2", "--model", str(tmp_path / "model.json"), out=tmp_path / "other")
+    assert code == 2 and "has other sizes than" in said[0] and not (tmp_path / "other" / "vae").exists()
+
+
+def described(base) -> dict:
+    """The model as --model is told it."""
+    variant = asdict(plainsd.load(base, device="cpu", dtype="float32").variant)
+    return {"name": "tiny"} | {name: variant[name] for name in ("unet", "vae", "text", "size")}
 
 
 def test_decoder_only_needs_a_base(pictures, tmp_path, capsys):
@@ -163,9 +187,8 @@ def test_decoder_only_needs_a_base(pictures, tmp_path, capsys):
 
 def test_scratch_goes_on_from_a_base(train, base, tmp_path):
     """The first weights are the base's; other sizes, and another autoencoder at the same place, are refused."""
-    model = json.loads(json.dumps(asdict(plainsd.load(base, device="cpu", dtype="float32").variant)))
-    shapes = {name: model[name] for name in ("unet", "vae", "text", "size")}
-    (tmp_path / "model.json").write_text(json.dumps({"name": "tiny"} | shapes))
+    shapes = described(base)
+    (tmp_path / "model.json").write_text(json.dumps(shapes))
     shutil.copytree(base / "vae", tmp_path / "vae")
     more = ["--model", str(tmp_path / "model.json"), "--vae", str(tmp_path / "vae"), "--tokenizer",
             str(base / "tokenizer"), "--batch", "2"]
@@ -179,8 +202,8 @@ def test_scratch_goes_on_from_a_base(train, base, tmp_path):
     save_vae(vae, tmp_path / "vae", before.variant)
     code, said = train("scratch", "--steps", "1", "--lr", "1e-9", *more)
     assert code == 2 and "a model with other weights" in said[0]
-    shapes["unet"] = shapes["unet"] | {"channels": [64, 32]}
-    (tmp_path / "model.json").write_text(json.dumps({"name": "tiny"} | shapes))
+    shapes["unet"] |= {"channels": [64, 32]}
+    (tmp_path / "model.json").write_text(json.dumps(shapes))
     code, said = train("scratch", "--steps", "1", *more, out=tmp_path / "other")
     assert code == 2 and "has other networks than --model describes: conv_in.bias is (32,), and should be (64,)" in said[0]
 

@@ -48,9 +48,9 @@ def noise_of_each(each: Sequence[Settings], device: torch.device) -> Draw:
 
     def draw(shape: tuple[int, ...]) -> Tensor:
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        if device.type == "cuda":                            # from such memory it comes while the GPU is at work
-            noise = noise.pin_memory()
-        return noise.to(device, non_blocking=True)
+        if device.type == "cuda":                            # from pinned memory it comes while the GPU is at work
+            return noise.pin_memory().to(device, non_blocking=True)
+        return noise.to(device)
 
     return draw
 

@@ -1,7 +1,7 @@
 """diffusers and transformers over a model's own weights: what `plainsd verify` compares with.
 
 A folder is read by their own loaders, a single file goes through their own conversion, so that our reading is compared
-too. This needs the packages of plainsd[verify]; only `plainsd bench` imports them beside it.
+too. This needs the packages of plainsd[verify]; only `plainsd bench` imports them beside it (rivals.py).
 """
 
 from __future__ import annotations
