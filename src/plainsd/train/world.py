@@ -5,6 +5,7 @@ order in which numbers are added. Only the first process writes.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -94,3 +95,5 @@ def world_of_torchrun(device: torch.device, shard: bool = False) -> Iterator[Wor
         yield World(dist.get_rank(), dist.get_world_size(), device, shard)
     finally:
         dist.destroy_process_group()
+        time.sleep(0.1)                  # DDP keeps gloo's threads alive: time for them to let go of the last tensors, for
+                                         # which they need Python, and would end the process if it were leaving already
