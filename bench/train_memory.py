@@ -43,20 +43,9 @@ THEIRS = {                            # the example has frozen weights in the ar
 
 def prepare(folder: Path) -> None:
     """A model of SD 1.5's shapes, and two captioned pictures."""
-    from plainsd import StableDiffusion, save
-    from plainsd.models.clip import TextEncoder
-    from plainsd.models.unet import UNet
-    from plainsd.models.vae import VAE
-    from plainsd.tokenizer import Tokenizer, find_vocabulary
-    from plainsd.variants import VARIANTS
+    from plainsd.rivals import random_folder
 
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    variant = VARIANTS["sd1"]
-    tokenizer = Tokenizer.from_vocabulary(find_vocabulary(None))
-    sd = StableDiffusion([tokenizer], [TextEncoder(variant.text[0])], UNet(variant.unet), VAE(variant.vae),
-                         variant.schedule.build(), variant.prediction, variant)
-    save(sd, folder / "model")
+    random_folder(folder / "model", torch.float16)
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for i in range(2):

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import plainsd
 from plainsd import bench, kernels, speed
 from plainsd.models.layers import Upsample
 from plainsd.models.unet import UNet, UNetConfig
-from plainsd.packed import PackedConv, PackedCrossAttention, PackedSelfAttention, PackedUpsample, pack_inside
+from plainsd.packed import PackedConv, PackedUpsample, pack_inside
 from plainsd.variants import VARIANTS
 
 SMALL = UNetConfig(channels=(64, 128, 192), depth=(1, 1, 1), heads=(2, 4, 6), layers=1, context=256, groups=16)
@@ -113,14 +114,9 @@ def own_kernels(dtype: torch.dtype) -> None:
 
 def guidance(dtype: torch.dtype) -> None:
     """A guided step of SD 1.5's UNet: text and no text in one batch, or one after the other."""
-    torch.set_default_dtype(dtype)
-    unet = UNet(VARIANTS["sd1"].unet).requires_grad_(False).to(memory_format=torch.channels_last)
-    torch.set_default_dtype(torch.float32)
-    pack_inside(unet)
-    if kernels.have_kernels(dtype):
-        for module in unet.modules():
-            if isinstance(module, (PackedSelfAttention, PackedCrossAttention)):
-                module.attend = kernels.attention
+    sd = plainsd.load(device="cpu", dtype=dtype)
+    sd.unet = UNet(VARIANTS["sd1"].unet).to(dtype)
+    unet = speed.faster(sd).unet
     x, context = torch.randn(2, 4, 64, 64, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
     rows = [(x[i : i + 1], context[i : i + 1]) for i in range(2)]
     tell("UNet of SD 1.5's shape, guided step", dtype, {

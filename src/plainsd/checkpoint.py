@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from plainsd.configs import read_vae
-from plainsd.contents import Contents, Network, check_names, empty, first, located, parts, unpack
+from plainsd.contents import Contents, Network, empty, first, parts
 from plainsd.describe import write_variant
 from plainsd.errors import UserError, unknown
 from plainsd.folder import open_part, read_folder, read_json, read_network, whole_folder, write_folder, write_weights
@@ -222,11 +222,7 @@ def load_vae(path: str | Path, *, device: str | torch.device = "auto", dtype: st
                if not name.startswith(("loss.", "model_ema.", "first_stage_model.loss."))}
     layout = "diffusers" if any(".resnets." in name for name in tensors) else "original"
     file = TensorFile(path, tensors, whole.metadata)
-    bare = empty(VAE, like)
-    wanted = located(bare, layout, file.tensors, conv=False)
-    check_names([place.name for place in wanted], file)
-    tensors = unpack(file, wanted, {name: tensor.shape for name, tensor in bare.state_dict().items()})
-    return Network(VAE, like, tensors).build(device, dtype)
+    return read_network(file, VAE, like, conv=False, layout=layout).build(device, dtype)
 
 
 def save_vae(vae: VAE, path: str | Path, variant: Variant, dtype: torch.dtype | None = None) -> None:

@@ -43,10 +43,10 @@ def read_folder(folder: Path, variant_file: str | None = None) -> Contents:
                     (*spellings, *note.get("spellings", ())))
 
 
-def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool) -> Network:
-    """A network in diffusers' names."""
+def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool, layout: str = "diffusers") -> Network:
+    """A network in a file of its own."""
     bare = blueprint(kind, config)
-    wanted = located(bare, "diffusers", file.tensors, conv=conv)
+    wanted = located(bare, layout, file.tensors, conv=conv)
     extras = {name: file.tensors[name] for name in (POSITION_IDS, POSITION_IDS.removeprefix("text_model."))
               if kind is TextEncoder and name in file.tensors}
     check_names([*(place.name for place in wanted), *extras], file)

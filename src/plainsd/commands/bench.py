@@ -61,7 +61,7 @@ class Bench:
         dtype = choose_dtype(self.dtype, device)
         with tempfile.TemporaryDirectory() as temporary:
             wanted = self.rows or tuple(bench.ROWS if device.type == "cpu" else known)
-            rows, folder = [], self.model or Path(temporary) / "random"
+            rows, folder = [], self.model or Path(temporary) / "sd1"      # where a later row finds it
             if self.model is None and set(wanted) & {"unet", "decode", "picture", "load"}:
                 print("making random weights of SD 1.5's shape", file=sys.stderr)
                 bench.random_folder(folder, dtype)

@@ -16,7 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from plainsd.commands.again import ELSEWHERE, check_recorded, noted, recorded, say_unused
 from plainsd.commands.grid import axis, grid_cells, sheet
 from plainsd.commands.loras import chosen, learned, without_tags
-from plainsd.commands.output import Preview, Target, check_writable
+from plainsd.commands.output import Batch, Target, check_writable, draw
 from plainsd.commands.scale import share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.settings import DEFAULTS, Settings
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from plainsd.generate import Pictures, StableDiffusion
-
-Batch = tuple[list[str], dict]        # prompts, and the choices that all of them share
+    from plainsd.generate import StableDiffusion
 
 
 def flag(metavar: str, name: str | None = None):
@@ -300,36 +298,3 @@ def cut(prompts: list[str], choices: dict, size: int, part: range) -> Iterator[B
     first = choices.get(counted, 0)
     for start in part[::size]:
         yield prompts[start : min(start + size, part.stop)], choices | {counted: first + start}
-
-
-# --- drawing ---------------------------------------------------------------------------------------------------------
-
-
-def draw(
-    sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Path | None, *, hidden: bool = False
-) -> Iterator[Pictures]:
-    """Runs all batches under one progress bar, which may be hidden."""
-    import torch
-    from tqdm import tqdm
-
-    from plainsd.samplers import Step
-
-    runs = [task(sd, prompts, **choices) for prompts, choices in batches]             # wrong input shows here
-    one = runs[0].settings[0]
-    if one.strength is not None:
-        again = runs[0].steps - one.steps if one.hires else runs[0].steps
-        print(f"{again} of {one.steps} steps run at strength {one.strength}", file=sys.stderr)
-    show = Preview(sd, preview) if preview else None
-    with tqdm(total=sum(run.steps for run in runs), unit="step", disable=hidden or None, dynamic_ncols=True) as bar:
-        for run in runs:
-            try:
-                for event in run:
-                    if not isinstance(event, Step):
-                        yield event
-                        continue
-                    bar.update()
-                    if show:
-                        show(event)
-            except torch.OutOfMemoryError:
-                many = len(run.settings)
-                raise UserError(f"{many} pictures at once need more memory than there is; try --batch 1") from None

@@ -1,10 +1,12 @@
-"""Where pictures go: numbered files, and a file that shows the picture while it is drawn."""
+"""Drawing under a progress bar, and where pictures go: numbered files, and one that shows the picture while it is drawn."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +16,12 @@ from plainsd.settings import Settings
 if TYPE_CHECKING:
     from PIL import Image
 
-    from plainsd.generate import StableDiffusion
+    from plainsd.generate import Pictures, StableDiffusion
     from plainsd.samplers import Step
 
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 PREVIEW_EVERY = 0.2                   # seconds
+Batch = tuple[list[str], dict]        # prompts, and the choices that all of them share
 
 
 class Preview:
@@ -77,3 +80,33 @@ def check_writable(folder: Path) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         kind = "may not be written" if nearest.is_dir() else "is not a folder"
         raise UserError(f"cannot write into '{folder}': '{nearest}' {kind}; choose another place with --out")
+
+
+def draw(
+    sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Path | None, *, hidden: bool = False
+) -> Iterator[Pictures]:
+    """Runs all batches under one progress bar, which may be hidden."""
+    import torch
+    from tqdm import tqdm
+
+    from plainsd.samplers import Step
+
+    runs = [task(sd, prompts, **choices) for prompts, choices in batches]             # wrong input shows here
+    one = runs[0].settings[0]
+    if one.strength is not None:
+        again = runs[0].steps - one.steps if one.hires else runs[0].steps
+        print(f"{again} of {one.steps} steps run at strength {one.strength}", file=sys.stderr)
+    show = Preview(sd, preview) if preview else None
+    with tqdm(total=sum(run.steps for run in runs), unit="step", disable=hidden or None, dynamic_ncols=True) as bar:
+        for run in runs:
+            try:
+                for event in run:
+                    if not isinstance(event, Step):
+                        yield event
+                        continue
+                    bar.update()
+                    if show:
+                        show(event)
+            except torch.OutOfMemoryError:
+                many = len(run.settings)
+                raise UserError(f"{many} pictures at once need more memory than there is; try --batch 1") from None
