@@ -62,7 +62,9 @@ def measure(family: str, kept: str, wanted: str) -> tuple[int, int, int]:
 
 def main() -> None:
     cases = sys.argv[1:] or CASES
-    print(f"{'model':<14}{'file':<10}{'loaded as':<12}{'networks':>12}{'peak':>12}{'allowed':>12}{'peak / networks':>18}")
+    print(
+        f"{'model':<14}{'file':<10}{'loaded as':<12}{'networks':>12}{'peak':>12}{'allowed':>12}{'peak / networks':>18}"
+    )
     for family, kept, wanted in zip(cases[::3], cases[1::3], cases[2::3], strict=True):
         peak, size, largest = measure(family, kept, wanted)
         cells = "".join(f"{number / 2**30:>8.2f} GiB" for number in (size, peak, 1.15 * size + largest))

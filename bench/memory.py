@@ -37,8 +37,9 @@ def random_model(family: str) -> StableDiffusion:
             tensor.uniform_(-1, 1).mul_(1 / tensor[0].numel() ** 0.5) if tensor.ndim > 1 else tensor.fill_(0.5)
     encoders = [networks[name] for name in encoder_names(variant)]
     tokenizers = [Tokenizer.from_vocabulary(find_vocabulary()) for _ in encoders]
-    return StableDiffusion(tokenizers, encoders, networks["unet"], networks["vae"], variant.schedule.build(),
-                           variant.prediction, variant)
+    return StableDiffusion(
+        tokenizers, encoders, networks["unet"], networks["vae"], variant.schedule.build(), variant.prediction, variant
+    )
 
 
 def gibibytes(name: str) -> float:
@@ -63,7 +64,9 @@ def one(family: str, size: int, way: str) -> None:
     next(events)
     vae, decoding = gibibytes("VmHWM"), time.perf_counter() - began
     row = (unet - before, vae - between, max(unet, vae), seconds, decoding)
-    print(f"{family:<11}{size:>5} {way:<7}{before:>9.2f}" + "".join(f"{number:>9.2f}" for number in row[:3]), flush=True)
+    print(
+        f"{family:<11}{size:>5} {way:<7}{before:>9.2f}" + "".join(f"{number:>9.2f}" for number in row[:3]), flush=True
+    )
     print(f"{family} {size} {way}: step {seconds:.0f} s, decode {decoding:.0f} s", file=sys.stderr, flush=True)
 
 

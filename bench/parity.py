@@ -16,7 +16,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1] / "tests"
-ROWS = {                              # test -> row of the table
+ROWS = {  # test -> row of the table
     "test_text_encoder_equals_transformers": "text encoder, {count} tiny configurations",
     "test_vae_equals_diffusers": "VAE, {count} tiny configurations",
     "test_unet_equals_diffusers": "UNet, {count} tiny configurations",
@@ -29,7 +29,7 @@ ROWS = {                              # test -> row of the table
 }
 
 
-LEFT_OUT = ("test_whole_trajectory_equals_diffusers[lcm-None]",)         # has a row of its own
+LEFT_OUT = ("test_whole_trajectory_equals_diffusers[lcm-None]",)  # has a row of its own
 
 
 class Recorder:
@@ -72,7 +72,9 @@ def main() -> int:
     marks = "not gpu" if "--full" in sys.argv else "not full and not gpu"
     files = [str(TESTS / name) for name in ("test_models.py", "test_samplers.py")]
     code = pytest.main([*files, "-q", "-m", marks, "-p", "no:cacheprovider", "--no-header"], plugins=[recorder])
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "transformers", "torch"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "transformers", "torch")
+    )
     print(f"\n{versions}, {platform.machine()}, {torch.get_num_threads()} threads\n")
     print("| largest relative error | float32 | float64 |\n|---|---|---|")
     for test, title in ROWS.items():

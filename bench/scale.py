@@ -30,7 +30,7 @@ def main() -> None:
     axes = {"steps": (5, 10, 20, 40), "size": (side, 2 * side, 3 * side, 4 * side), "count": (1, 2, 4, 8, 16)}
     cases = [usual | {name: value} for name, values in axes.items() for value in values]
     least = dict.fromkeys(range(len(cases)), float("inf"))
-    for turn in range(asked.rounds + 1):                                 # the first round does not count
+    for turn in range(asked.rounds + 1):  # the first round does not count
         for i, case in enumerate(cases):
             began = time.perf_counter()
             final(text_to_image(sd, "a red apple on a blue background", **case))
@@ -39,10 +39,15 @@ def main() -> None:
     lines, i = {}, 0
     for name, values in axes.items():
         across = [value**2 if name == "size" else value for value in values]
-        lines[{"size": "pixels", "count": "batch"}.get(name, name)] = (across, [least[i + j] for j in range(len(values))])
+        lines[{"size": "pixels", "count": "batch"}.get(name, name)] = (
+            across,
+            [least[i + j] for j in range(len(values))],
+        )
         i += len(values)
-    about = (f"{sd.variant.name}, {side} px, 20 steps, {asked.dtype}, {sd.device}, {torch.get_num_threads()} threads, "
-             f"{platform.machine()}, torch {torch.__version__}")
+    about = (
+        f"{sd.variant.name}, {side} px, 20 steps, {asked.dtype}, {sd.device}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}, torch {torch.__version__}"
+    )
     print(about + "\n\n| varied | value | seconds | times the first |\n|---|---|---|---|")
     for name, (across, seconds) in lines.items():
         for value, second in zip(across, seconds, strict=True):

@@ -47,7 +47,10 @@ def rows(sd: StableDiffusion, steps: int) -> list[Row]:
     ways = [Row("plain", sd)]
     ways += [Row(f"cache {n}", sd, {"cache": n}) for n in (2, 3, 5)]
     ways += [Row(f"interval {low:g} to {high:g}", sd, {"interval": (low, high)}) for low, high in ((0.3, 5), (0.3, 15))]
-    ways += [Row("int8 weights", int8(deepcopy(sd))), Row("int8 weights and inputs", int8(deepcopy(sd), activations=True))]
+    ways += [
+        Row("int8 weights", int8(deepcopy(sd))),
+        Row("int8 weights and inputs", int8(deepcopy(sd), activations=True)),
+    ]
     return ways + [Row("half the steps", sd, {"steps": steps // 2})]
 
 
@@ -67,14 +70,16 @@ def main() -> None:
     concepts = read_json(sd.path / "concepts.json")
     wanted = questions(concepts, asked.prompts)
     ways = rows(sd, asked.steps)
-    for way in ways:                                                     # a first call, which does not count
+    for way in ways:  # a first call, which does not count
         final(text_to_image(way.sd, wanted[0].prompt, steps=2))
     for start in range(0, len(wanted), asked.batch):
         prompts = [question.prompt for question in wanted[start : start + asked.batch]]
         for way in ways:
             way.draw(prompts, start, asked.steps)
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {asked.dtype}, "
-          f"{asked.prompts} prompts of {asked.steps} steps, batches of {asked.batch}\n")
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {asked.dtype}, "
+        f"{asked.prompts} prompts of {asked.steps} steps, batches of {asked.batch}\n"
+    )
     print("| | time | PSNR | background | object, top 1 | object, top 5 |\n|---|---|---|---|---|---|")
     scorer, exact = Scorer(draw_all(concepts, None), concepts["backgrounds"], concepts["size"]), ways[0]
     for way in ways:

@@ -33,7 +33,7 @@ OURS = {
     "ours, all weights": FULL,
     "ours, all weights, checkpointing": (*FULL, "--checkpointing"),
 }
-THEIRS = {                            # the example has frozen weights in the arithmetic's precision; all weights, checkpointing
+THEIRS = {  # the example has frozen weights in the arithmetic's precision; all weights, checkpointing
     "diffusers + peft, half base": (False, False),
     "diffusers + peft, half base, checkpointing": (False, True),
     "diffusers, all weights": (True, False),
@@ -60,9 +60,34 @@ def train_ours(folder: Path, device: str, options: tuple[str, ...]) -> float:
     from plainsd.train.log import read_log
 
     with tempfile.TemporaryDirectory() as out:
-        code = plainsd(["train", *options, "--base", str(folder / "model"), "--data", str(folder / "pictures"), "--out", out,
-                        "--size", str(SIZE), "--steps", str(STEPS), "--accumulate", "1", "--device", device,
-                        "--dtype", "bfloat16", "--ema", "0", "--save-every", "1000", "--log-every", "1"])
+        code = plainsd(
+            [
+                "train",
+                *options,
+                "--base",
+                str(folder / "model"),
+                "--data",
+                str(folder / "pictures"),
+                "--out",
+                out,
+                "--size",
+                str(SIZE),
+                "--steps",
+                str(STEPS),
+                "--accumulate",
+                "1",
+                "--device",
+                device,
+                "--dtype",
+                "bfloat16",
+                "--ema",
+                "0",
+                "--save-every",
+                "1000",
+                "--log-every",
+                "1",
+            ]
+        )
         assert code == 0
         return min(1 / line["samples_per_s"] for line in read_log(Path(out) / "log.jsonl") if "samples_per_s" in line)
 
@@ -73,8 +98,11 @@ def train_theirs(folder: Path, device: str, whole: bool, checkpointing: bool) ->
     from transformers import CLIPTextModel, CLIPTokenizer
 
     parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
-    networks = {name: kind.from_pretrained(folder / "model" / name, torch_dtype=torch.bfloat16).requires_grad_(False)
-                for name, kind in parts.items() if not whole or name != "unet"}
+    networks = {
+        name: kind.from_pretrained(folder / "model" / name, torch_dtype=torch.bfloat16).requires_grad_(False)
+        for name, kind in parts.items()
+        if not whole or name != "unet"
+    }
     if whole:
         networks["unet"] = UNet2DConditionModel.from_pretrained(folder / "model" / "unet", torch_dtype=torch.float32)
     vae, text, unet = (network.to(device) for network in networks.values())

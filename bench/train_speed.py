@@ -80,8 +80,12 @@ def main() -> None:
     seconds, losses, steps = {}, {}, sides()
     for number in range(asked.steps + 2):
         x, target = torch.randn(2, asked.batch, SMALL.in_channels, 16, 16)
-        numbers = (x.contiguous(memory_format=torch.channels_last), torch.randint(1000, (asked.batch,)),
-                   torch.randn(asked.batch, 24, SMALL.context), target)
+        numbers = (
+            x.contiguous(memory_format=torch.channels_last),
+            torch.randint(1000, (asked.batch,)),
+            torch.randn(asked.batch, 24, SMALL.context),
+            target,
+        )
         for side, step in steps.items():
             began = time.perf_counter()
             losses.setdefault(side, []).append(step(*numbers))
@@ -89,8 +93,10 @@ def main() -> None:
                 seconds.setdefault(side, []).append(time.perf_counter() - began)
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16, batch {asked.batch}")
     for side, times in seconds.items():
-        print(f"{side:<12}{asked.batch / min(times):7.1f} pictures a second ({asked.batch / statistics.median(times):.1f} by "
-              f"the median step); loss {losses[side][0]:.4f}, after {len(losses[side])} steps {losses[side][-1]:.4f}")
+        print(
+            f"{side:<12}{asked.batch / min(times):7.1f} pictures a second ({asked.batch / statistics.median(times):.1f} by "
+            f"the median step); loss {losses[side][0]:.4f}, after {len(losses[side])} steps {losses[side][-1]:.4f}"
+        )
     print(f"plainsd / diffusers: {min(seconds['diffusers']) / min(seconds['plainsd']):.2f}")
 
 

@@ -67,8 +67,11 @@ def attention_with_gradients() -> None:
         "forwards": lambda form: form(*leaves),
         "forwards and back": lambda form: torch.autograd.grad(form(*leaves), leaves, slope),
     }.items():
-        tell(f"attention 1x8 heads, 4096 x 4096, 40 wide, for gradients, {way}", torch.bfloat16,
-             {name: lambda form=form, work=work: work(form) for name, form in forms.items()})
+        tell(
+            f"attention 1x8 heads, 4096 x 4096, 40 wide, for gradients, {way}",
+            torch.bfloat16,
+            {name: lambda form=form, work=work: work(form) for name, form in forms.items()},
+        )
 
 
 def convolution(dtype: torch.dtype) -> None:
@@ -77,11 +80,17 @@ def convolution(dtype: torch.dtype) -> None:
         x = torch.randn(b, c_in, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
         packed, how = PackedConv(conv), ([1, 1], [1, 1], [1, 1], 1)
         anyhow = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *how, None)
-        tell(f"3x3 convolution {c_in} -> {c_out} on {side}x{side}", dtype, {
-            "plain": lambda: conv(x),
-            "packed for this size": lambda: packed(x),
-            "packed for any size": lambda: torch.ops.mkldnn._convolution_pointwise(x, anyhow, conv.bias, *how, "none", [], ""),
-        })
+        tell(
+            f"3x3 convolution {c_in} -> {c_out} on {side}x{side}",
+            dtype,
+            {
+                "plain": lambda: conv(x),
+                "packed for this size": lambda: packed(x),
+                "packed for any size": lambda: torch.ops.mkldnn._convolution_pointwise(
+                    x, anyhow, conv.bias, *how, "none", [], ""
+                ),
+            },
+        )
 
 
 def doubling(dtype: torch.dtype) -> None:
@@ -89,27 +98,38 @@ def doubling(dtype: torch.dtype) -> None:
         plain = Upsample(channels).to(dtype).requires_grad_(False).to(memory_format=torch.channels_last)
         x = torch.randn(b, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
         after, before = PackedConv(plain.conv), PackedUpsample(plain)
-        tell(f"doubling {side}x{side} of {channels} channels, with its convolution", dtype, {
-            "plain": lambda: plain(x),
-            "packed": lambda: after(F.interpolate(x, scale_factor=2, mode="nearest")),
-            "convolved before": lambda: before(x),
-        })
+        tell(
+            f"doubling {side}x{side} of {channels} channels, with its convolution",
+            dtype,
+            {
+                "plain": lambda: plain(x),
+                "packed": lambda: after(F.interpolate(x, scale_factor=2, mode="nearest")),
+                "convolved before": lambda: before(x),
+            },
+        )
 
 
 def own_kernels(dtype: torch.dtype) -> None:
     for shape in ((2, 320, 64, 64), (1, 128, 512, 512), (2, 96, 8, 8)):
         norm = nn.GroupNorm(32, shape[1]).to(dtype)
         x = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        tell(f"GroupNorm and SiLU, {'x'.join(map(str, shape))}", dtype, {
-            "PyTorch": lambda: F.silu(norm(x)), "our kernel": lambda: kernels.norm_silu(norm, x)})
+        tell(
+            f"GroupNorm and SiLU, {'x'.join(map(str, shape))}",
+            dtype,
+            {"PyTorch": lambda: F.silu(norm(x)), "our kernel": lambda: kernels.norm_silu(norm, x)},
+        )
     for rows, k, n in ((32, 160, 160), (128, 96, 384), (2, 1280, 320)):
         layer, x = nn.Linear(k, n).to(dtype), torch.randn(rows, k, dtype=dtype)
         packed, own = torch.ops.mkldnn._reorder_linear_weight(layer.weight, None), kernels.pack(layer.weight)
-        tell(f"linear layer {k} -> {n}, {rows} rows", dtype, {
-            "PyTorch": lambda: layer(x),
-            "oneDNN, packed": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], ""),
-            "our kernel": lambda: kernels.linear(x, own, n, layer.bias),
-        })
+        tell(
+            f"linear layer {k} -> {n}, {rows} rows",
+            dtype,
+            {
+                "PyTorch": lambda: layer(x),
+                "oneDNN, packed": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], ""),
+                "our kernel": lambda: kernels.linear(x, own, n, layer.bias),
+            },
+        )
 
 
 def guidance(dtype: torch.dtype) -> None:
@@ -119,10 +139,14 @@ def guidance(dtype: torch.dtype) -> None:
     unet = speed.faster(sd).unet
     x, context = torch.randn(2, 4, 64, 64, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
     rows = [(x[i : i + 1], context[i : i + 1]) for i in range(2)]
-    tell("UNet of SD 1.5's shape, guided step", dtype, {
-        "a batch of two": lambda: unet(x, 500.0, context),
-        "two batches of one": lambda: [unet(row, 500.0, text) for row, text in rows],
-    })
+    tell(
+        "UNet of SD 1.5's shape, guided step",
+        dtype,
+        {
+            "a batch of two": lambda: unet(x, 500.0, context),
+            "two batches of one": lambda: [unet(row, 500.0, text) for row, text in rows],
+        },
+    )
 
 
 def small_unet(dtype: torch.dtype, compiled: bool) -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from conftest import pixels, tiny_sd
 from PIL import Image, PngImagePlugin
-
 from serving import embedding_file, lora_file
 
 import plainsd
@@ -47,7 +46,6 @@ def mask(tmp_path) -> Path:
     light.paste(255, (8, 8, 24, 24))
     light.save(tmp_path / "mask.png")
     return tmp_path / "mask.png"
-
 
 
 def same(a: Path, b: Path) -> bool:
@@ -95,7 +93,8 @@ def test_a_masked_picture(made, refused, photo, mask):
     assert same(made("--from", first, "--image", photo, "--mask", mask), first)
     for arguments in ([], ["--image", photo]):
         assert "was made with a mask; give picture and mask with --image and --mask" in refused(
-            "--from", first, *arguments)
+            "--from", first, *arguments
+        )
 
 
 def test_a_picture_continued_past_its_edges(made, refused, photo, mask):
@@ -202,14 +201,26 @@ def test_a_picture_names_the_weights_that_drew_it(made, model, tmp_path):
     save_vae(sd.vae, tmp_path / "sharp", sd.variant)
     lora_file(Path(model), tmp_path / "style.safetensors", 1)
     embedding_file(tmp_path / "cat.safetensors", 2)
-    picture = made("x cat", "--steps", 1, "--model", tmp_path / "one.safetensors", "--vae", tmp_path / "sharp",
-                   "--lora", tmp_path / "style.safetensors", "--embedding", tmp_path / "cat.safetensors:cat")
+    picture = made(
+        "x cat",
+        "--steps",
+        1,
+        "--model",
+        tmp_path / "one.safetensors",
+        "--vae",
+        tmp_path / "sharp",
+        "--lora",
+        tmp_path / "style.safetensors",
+        "--embedding",
+        tmp_path / "cat.safetensors:cat",
+    )
     content = (tmp_path / "style.safetensors").read_bytes()
     header = int.from_bytes(content[:8], "little")
     (vae_file,) = (tmp_path / "sharp").glob("*.safetensors")
     expected = {
-        "Model hash": sha256(tmp_path / "one.safetensors")[:10], "VAE hash": sha256(vae_file)[:10],
-        "Lora hashes": f'"style: {hashlib.sha256(content[8 + header:]).hexdigest()[:12]}"',
+        "Model hash": sha256(tmp_path / "one.safetensors")[:10],
+        "VAE hash": sha256(vae_file)[:10],
+        "Lora hashes": f'"style: {hashlib.sha256(content[8 + header :]).hexdigest()[:12]}"',
         "TI hashes": f'"cat: {sha256(tmp_path / "cat.safetensors")[:10]}"',
     }
     with Image.open(picture) as image:
@@ -244,7 +255,7 @@ def test_hashes_of_large_files_are_kept(tmp_path, monkeypatch):
     assert hashes.file_hash(file) == sha256(file)
     kept = tmp_path / "cache" / "plainsd" / "hashes.json"
     kept.write_text(kept.read_text().replace(sha256(file), "known"))
-    hashes._file_hash.cache_clear()                                     # as in another process
+    hashes._file_hash.cache_clear()  # as in another process
     assert hashes.file_hash(file) == "known"
     file.write_bytes(b"another one")
     assert hashes.file_hash(file) == sha256(file)

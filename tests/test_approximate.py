@@ -36,7 +36,7 @@ def inputs(rows: int = 2, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
 # --- deep-block caching ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [12, 10])                   # 10 is halved to 5 and 3
+@pytest.mark.parametrize("size", [12, 10])  # 10 is halved to 5 and 3
 @pytest.mark.parametrize("shallow", range(9))
 def test_with_nothing_to_take_again_it_is_the_unet(unet, shallow, size):
     x, context = inputs(size=size)
@@ -53,7 +53,7 @@ def test_kept_features_that_are_right_give_the_right_answer(unet, shallow):
     plain = cached(x, first, context)
     ran = []
     handle = unet.mid.register_forward_hook(lambda *_: ran.append(True))
-    cached.timestep = None                                   # a new step
+    cached.timestep = None  # a new step
     assert torch.equal(cached(x, first, context), plain) and not ran
     handle.remove()
 
@@ -93,7 +93,7 @@ def test_pictures_with_a_cache(variant):
     assert difference(plain, final(text_to_image(sd, "a", cache=1, **OPTIONS))[0]) == 0
     other = final(text_to_image(sd, "a", cache=3, **OPTIONS))[0]
     assert difference(plain, other) > 0
-    assert difference(other, final(text_to_image(sd, "a", cache=3, **OPTIONS))[0]) == 0      # nothing is left over
+    assert difference(other, final(text_to_image(sd, "a", cache=3, **OPTIONS))[0]) == 0  # nothing is left over
 
 
 def test_a_cache_in_a_batch_and_in_two_calls_gives_the_same_picture():
@@ -123,7 +123,7 @@ def test_8_bits_are_near_and_take_less(activations):
     assert int8(sd, activations=activations) is sd
     error = (sd.unet(x, 500.0, context) - plain).norm() / plain.norm()
     assert 0 < error < 0.05
-    assert linear_bytes(sd.unet) < 0.35 * size               # a quarter, and a scale for each row
+    assert linear_bytes(sd.unet) < 0.35 * size  # a quarter, and a scale for each row
 
 
 def linear_bytes(unet) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import CPU, FAMILIES, model, small_families, without_notes
+from small_models import CPU, FAMILIES, model, without_notes
 
 from plainsd.checkpoint import convert, load, save
 from plainsd.configs import read_variant
@@ -38,9 +38,12 @@ def narrow(tensors: dict) -> None:
 WRONG = {
     "missing and unexpected names": (
         lambda m: damage(m, rename),
-        r"7 names missing \((\S+, ){5}\.\.\.\), 7 unexpected \(x\.conv_in.bias, (\S+, ){4}\.\.\."),
+        r"7 names missing \((\S+, ){5}\.\.\.\), 7 unexpected \(x\.conv_in.bias, (\S+, ){4}\.\.\.",
+    ),
     "wrong shape": (
-        lambda m: damage(m, narrow), r"'conv_in.weight' has shape \[16, 3, 3, 3\].*call for \[16, 4, 3, 3\]"),
+        lambda m: damage(m, narrow),
+        r"'conv_in.weight' has shape \[16, 3, 3, 3\].*call for \[16, 4, 3, 3\]",
+    ),
     "no vae": (lambda m: shutil.rmtree(m / "vae"), r"cannot read .*vae/config.json.*needs this file"),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), "has no folder 'tokenizer'"),
     "no weights": (lambda m: (m / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "holds no weights"),
@@ -48,17 +51,30 @@ WRONG = {
     "index is no JSON": (lambda m: (m / "model_index.json").write_text("{"), "index.json is damaged: it is not JSON"),
     "index is a list": (lambda m: (m / "model_index.json").write_text("[]"), "not a table of settings"),
     "settings are no text": (lambda m: (m / "unet" / "config.json").write_bytes(b"\xff\xfe"), "it is not text"),
-    "a LoRA as UNet": (lambda m: save_file({"lora_unet_x.lora_down.weight": torch.zeros(2)},
-                                           m / "unet" / "diffusion_pytorch_model.safetensors"), "seems to be a LoRA"),
-    "the VAE as UNet": (lambda m: (m / "vae" / "diffusion_pytorch_model.safetensors").replace(
-        m / "unet" / "diffusion_pytorch_model.safetensors"), "seems to be a VAE"),
+    "a LoRA as UNet": (
+        lambda m: save_file(
+            {"lora_unet_x.lora_down.weight": torch.zeros(2)}, m / "unet" / "diffusion_pytorch_model.safetensors"
+        ),
+        "seems to be a LoRA",
+    ),
+    "the VAE as UNet": (
+        lambda m: (m / "vae" / "diffusion_pytorch_model.safetensors").replace(
+            m / "unet" / "diffusion_pytorch_model.safetensors"
+        ),
+        "seems to be a VAE",
+    ),
     "truncated weights": (lambda m: os.truncate(m / "vae" / "diffusion_pytorch_model.safetensors", 5000), "is damaged"),
-    "index of shards is damaged": (lambda m: [
-        (m / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
-        (m / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": [1]}')],
-        "lists no files"),
-    "unknown scheduler": (lambda m: (m / "scheduler" / "scheduler_config.json").write_text(
-        '{"beta_schedule": "sigmoid"}'), "beta_schedule 'sigmoid'"),
+    "index of shards is damaged": (
+        lambda m: [
+            (m / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
+            (m / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+        ],
+        "lists no files",
+    ),
+    "unknown scheduler": (
+        lambda m: (m / "scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "sigmoid"}'),
+        "beta_schedule 'sigmoid'",
+    ),
 }
 
 
@@ -80,8 +96,11 @@ def test_bad_single_files(tmp_path, small_families):
     save_file(other, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match=rf"1 names missing \({name}\), 1 unexpected \(strange\); it seems to be SD 1"):
         load(tmp_path / "b.safetensors", **CPU)
-    for content, what in (({"lora_te_x.lora_up.weight": torch.zeros(1)}, "a LoRA"),
-                          ({"double_blocks.0.x": torch.zeros(1)}, "FLUX"), ({"x": torch.zeros(1)}, "no kind of file")):
+    for content, what in (
+        ({"lora_te_x.lora_up.weight": torch.zeros(1)}, "a LoRA"),
+        ({"double_blocks.0.x": torch.zeros(1)}, "FLUX"),
+        ({"x": torch.zeros(1)}, "no kind of file"),
+    ):
         save_file(content, tmp_path / "c.safetensors")
         with pytest.raises(UserError, match=f"is no single-file checkpoint: it seems to be {what}"):
             load(tmp_path / "c.safetensors", **CPU)
@@ -93,8 +112,18 @@ def test_bad_single_files(tmp_path, small_families):
         load(tmp_path / "d.safetensors", **CPU)
 
 
-@pytest.mark.parametrize("path", ["../x.json", "tokenizer/../../x.json", "/tmp/x.json", "unet/.hidden.json",
-                                  "unet/x.py", "tokenizer/a/b.json", "tokenizer/x\n.json"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../x.json",
+        "tokenizer/../../x.json",
+        "/tmp/x.json",
+        "unet/.hidden.json",
+        "unet/x.py",
+        "tokenizer/a/b.json",
+        "tokenizer/x\n.json",
+    ],
+)
 def test_metadata_cannot_name_files_elsewhere(tmp_path, path):
     save(model("sd1"), tmp_path / "a.safetensors", layout="single-file")
     texts = json.loads(open_tensors(tmp_path / "a.safetensors").metadata["plainsd.files"])
@@ -115,8 +144,11 @@ def test_a_single_file_without_the_weight_that_tells_most(tmp_path):
     tensors = load_file(tmp_path / "m.safetensors")
     del tensors["model.diffusion_model.input_blocks.0.0.weight"]
     save_file(tensors, tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match=r"incomplete: input_blocks.0.0.weight is not among the \d+ weights of its UNet "
-                                        r"\((\S+, ){5}\.\.\.\): it seems to be SD 1.x as a single file$"):
+    with pytest.raises(
+        UserError,
+        match=r"incomplete: input_blocks.0.0.weight is not among the \d+ weights of its UNet "
+        r"\((\S+, ){5}\.\.\.\): it seems to be SD 1.x as a single file$",
+    ):
         load(tmp_path / "m.safetensors", **CPU)
 
 
@@ -146,8 +178,11 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("x")
-    for target, message in ((tmp_path / "file" / "m", "cannot write"), (tmp_path / "other", "no folder of a model"),
-                            (tmp_path / "file", "no folder of a model")):
+    for target, message in (
+        (tmp_path / "file" / "m", "cannot write"),
+        (tmp_path / "other", "no folder of a model"),
+        (tmp_path / "file", "no folder of a model"),
+    ):
         with pytest.raises(UserError, match=message):
             save(sd, target)
     with pytest.raises(UserError, match="cannot write"):

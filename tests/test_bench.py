@@ -21,7 +21,7 @@ def test_sides_take_turns():
     calls = []
     sides = {name: (lambda name=name: calls.append(name)) for name in ("diffusers", "plainsd")}
     row = bench.race("work", sides, 2)
-    assert calls == ["diffusers", "plainsd"] * 3                         # the first turn does not count
+    assert calls == ["diffusers", "plainsd"] * 3  # the first turn does not count
     assert {side: len(seconds) for side, seconds in row.seconds.items()} == {"diffusers": 2, "plainsd": 2}
 
 
@@ -34,8 +34,13 @@ def test_other_work_is_not_compared():
 
 
 def test_the_table_and_its_ratios():
-    row = bench.Row("work", {"diffusers": [2.0, 3.0, 2.5], "plainsd": [1.0, 1.5, 1.25]}, {"plainsd": 60.0}, {"plainsd": 0.01},
-                    {"diffusers": 3 * 10**9})
+    row = bench.Row(
+        "work",
+        {"diffusers": [2.0, 3.0, 2.5], "plainsd": [1.0, 1.5, 1.25]},
+        {"plainsd": 60.0},
+        {"plainsd": 0.01},
+        {"diffusers": 3 * 10**9},
+    )
     text = table([row], bench.machine(PLACE))
     assert "| work | diffusers | 2.000 | 2.500 |  | 1.00 |  | 3.00 GB |" in text
     assert "| work | plainsd | 1.000 | 1.250 | 60.0 | 2.00 | 1.0e-02 |  |" in text
@@ -44,7 +49,9 @@ def test_the_table_and_its_ratios():
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_on_the_embedded_model(tmp_path, capsys):
-    assert main(["bench", "small", "--rounds", "1", "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["bench", "small", "--rounds", "1", "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    )
     assert "plainsd --fast" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert list(row["seconds"]) == ["diffusers", "plainsd", "plainsd --fast"]
@@ -68,7 +75,7 @@ def test_loading_in_new_processes(tmp_path):
     row = bench.load_row(place, False)
     assert [len(seconds) for seconds in row.seconds.values()] == [1, 1]
     weights = sum(file.stat().st_size for file in place.folder.rglob("*.safetensors"))
-    assert all(peak > weights for peak in row.peaks.values())            # kept in float16, loaded as float32
+    assert all(peak > weights for peak in row.peaks.values())  # kept in float16, loaded as float32
 
 
 def test_an_unknown_row(capsys):

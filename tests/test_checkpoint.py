@@ -22,6 +22,7 @@ from plainsd.tensorfile import write_safetensors
 
 # --- saved and loaded ------------------------------------------------------------------------------------------------
 
+
 @EACH
 def test_a_folder_holds_the_whole_model(tmp_path, name):
     sd = model(name)
@@ -73,8 +74,10 @@ def test_diffusers_opens_sdxl(tmp_path):
     save(sd, tmp_path / "m")
     pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "m")
     ids = torch.tensor([[512, 5, 9, 513] + [513] * 73])
-    first, second = pipeline.text_encoder(ids, output_hidden_states=True), pipeline.text_encoder_2(
-        ids, output_hidden_states=True)
+    first, second = (
+        pipeline.text_encoder(ids, output_hidden_states=True),
+        pipeline.text_encoder_2(ids, output_hidden_states=True),
+    )
     mine = [encoder(ids) for encoder in sd.text_encoders]
     assert torch.allclose(mine[0].hidden[-2], first.hidden_states[-2], atol=1e-5)
     assert torch.allclose(mine[1].hidden[-2], second.hidden_states[-2], atol=1e-5)
@@ -85,8 +88,15 @@ def test_diffusers_opens_sdxl(tmp_path):
     assert torch.allclose(sd.unet(x, 5, context, size_vector(pooled, ids.float())), theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name,sampler,scheduler", [("sd1", "plms", PNDMScheduler), ("sd1", "ddim", DDIMScheduler),
-                                                    ("sd2-768", "ddim", DDIMScheduler), ("odd", "ddim", DDIMScheduler)])
+@pytest.mark.parametrize(
+    "name,sampler,scheduler",
+    [
+        ("sd1", "plms", PNDMScheduler),
+        ("sd1", "ddim", DDIMScheduler),
+        ("sd2-768", "ddim", DDIMScheduler),
+        ("odd", "ddim", DDIMScheduler),
+    ],
+)
 def test_diffusers_draws_the_same_picture(tmp_path, name, sampler, scheduler):
     """From the folder that we saved, by the same noise: to one step of 255."""
     sd = model(name)
@@ -97,11 +107,28 @@ def test_diffusers_draws_the_same_picture(tmp_path, name, sampler, scheduler):
     side = sd.variant.size // sd.vae.config.factor
     noise = torch.randn(1, sd.vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(7))
     prompts = {"prompt": "hello", "negative_prompt": "bad"}
-    theirs = pipeline(**prompts, latents=noise, num_inference_steps=10, guidance_scale=6.0, height=sd.variant.size,
-                      width=sd.variant.size, output_type="np").images[0]
+    theirs = pipeline(
+        **prompts,
+        latents=noise,
+        num_inference_steps=10,
+        guidance_scale=6.0,
+        height=sd.variant.size,
+        width=sd.variant.size,
+        output_type="np",
+    ).images[0]
     spacing = "trailing" if config.timestep_spacing == "trailing" else "leading"
-    mine, = final(text_to_image(load(tmp_path / "m", **CPU), "hello", "bad", steps=10, guidance=6.0, sampler=sampler,
-                                spacing=spacing, seed=7))
+    (mine,) = final(
+        text_to_image(
+            load(tmp_path / "m", **CPU),
+            "hello",
+            "bad",
+            steps=10,
+            guidance=6.0,
+            sampler=sampler,
+            spacing=spacing,
+            seed=7,
+        )
+    )
     difference = np.abs(np.asarray(mine, dtype=float) - 255 * theirs)
     assert theirs.std() > 0.05 and difference.max() < 1.5
 
@@ -188,6 +215,7 @@ def test_the_embedded_model():
 
 # --- where models lie ------------------------------------------------------------------------------------------------
 
+
 def in_cache(folder: Path, name: str, sd) -> Path:
     """A hub cache that holds a model."""
     repository = folder / f"models--{name.replace('/', '--')}"
@@ -230,6 +258,7 @@ def test_devices_and_types():
 
 # --- full size -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.full
 def test_memory_while_loading():
     """SD 1.x in float32 loaded as bfloat16: the networks, a small share on top, and one tensor as the file has it."""
@@ -243,6 +272,8 @@ def test_memory_while_loading():
 
 def test_loading_imports_nothing_that_takes_long():
     """PyTorch's compiler, 1.5 s, and the hub's library, 0.2 s, are for those who need them."""
-    code = ("import sys, plainsd; plainsd.load(device='cpu'); "
-            "print([name for name in ('torch._dynamo', 'torch._inductor', 'huggingface_hub', 'diffusers') if name in sys.modules])")
+    code = (
+        "import sys, plainsd; plainsd.load(device='cpu'); "
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'huggingface_hub', 'diffusers') if name in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -365,8 +365,10 @@ def test_a_real_interrupt(model, tmp_path):
 
     command = [sys.executable, "-m", "plainsd", "generate", "x", "--model", model, "--steps", "900"]
     command += ["--out", tmp_path / "o"]
-    process = subprocess.Popen(                              # which heeds it though the tests run in the background
-        [*command, "--preview", tmp_path / "p.png"], stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen(  # which heeds it though the tests run in the background
+        [*command, "--preview", tmp_path / "p.png"],
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / "p.png").exists():

@@ -9,6 +9,7 @@ from diffusers.models.embeddings import Timesteps
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from plainsd.conditioning import Conditioning, cut, describe, encode_prompts, plan, size_vector, stack, weigh
+from plainsd.configs import read_text
 from plainsd.errors import UserError
 from plainsd.folder import read_network
 from plainsd.models.clip import TextConfig, TextEncoder
@@ -16,7 +17,6 @@ from plainsd.models.unet import UNetConfig
 from plainsd.prompts import Weighted, parse
 from plainsd.tensorfile import TensorFile, stored
 from plainsd.tokenizer import Tokenizer, find_vocabulary
-from plainsd.configs import read_text
 
 PROMPT = "a photo of a Cat, it's 100% fluffy! and more"
 START, END = 49406, 49407
@@ -35,9 +35,16 @@ def spread(network):
 
 def text_pair(width, layers, projection=None, activation="quick_gelu"):
     """transformers' encoder and ours with the same weights."""
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                            num_attention_heads=2, hidden_act=activation, projection_dim=projection or 512,
-                            bos_token_id=START, eos_token_id=END)
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        hidden_act=activation,
+        projection_dim=projection or 512,
+        bos_token_id=START,
+        eos_token_id=END,
+    )
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     theirs = spread(kind(config))
     file = TensorFile("theirs", {name: stored(tensor) for name, tensor in theirs.state_dict().items()}, {})
@@ -66,8 +73,16 @@ def parts(tokenizers, encoders, context="final", vector=None):
 @pytest.fixture(scope="module")
 def sd1(tokenizers):
     theirs, ours = text_pair(16, 3)
-    pipe = StableDiffusionPipeline(vae=None, text_encoder=theirs, tokenizer=tokenizers[0][1], unet=None, scheduler=None,
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=theirs,
+        tokenizer=tokenizers[0][1],
+        unet=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     return parts([tokenizers[0][0]], [ours]), pipe
 
 
@@ -75,8 +90,14 @@ def sd1(tokenizers):
 def sdxl(tokenizers):
     first, second = text_pair(16, 3), text_pair(24, 4, 20, "gelu")
     pipe = StableDiffusionXLPipeline(
-        vae=None, unet=None, scheduler=None, text_encoder=first[0], tokenizer=tokenizers[0][1],
-        text_encoder_2=second[0], tokenizer_2=tokenizers[1][1])
+        vae=None,
+        unet=None,
+        scheduler=None,
+        text_encoder=first[0],
+        tokenizer=tokenizers[0][1],
+        text_encoder_2=second[0],
+        tokenizer_2=tokenizers[1][1],
+    )
     encoders = [first[1], second[1]]
     return parts([ours for ours, _ in tokenizers], encoders, "penultimate", 20 + 6 * 256), pipe
 
@@ -87,6 +108,7 @@ def close(ours, theirs):
 
 
 # --- parity with diffusers -------------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def test_sd1_equals_diffusers(sd1):
@@ -104,8 +126,16 @@ def test_sd1_equals_diffusers(sd1):
 @torch.no_grad()
 def test_sd2_equals_diffusers(tokenizers):
     theirs, ours = text_pair(16, 2, activation="gelu")
-    pipe = StableDiffusionPipeline(vae=None, text_encoder=theirs, tokenizer=tokenizers[1][1], unet=None, scheduler=None,
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=theirs,
+        tokenizer=tokenizers[1][1],
+        unet=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     expected = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
     close(encode_prompts(parts([tokenizers[1][0]], [ours]), [PROMPT]).context, expected)
 
@@ -122,7 +152,7 @@ def test_sdxl_equals_diffusers(sdxl):
     square = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     close(encode_prompts(sd, [PROMPT]).vector, size_vector(pooled, square))
     skipped = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, clip_skip=1)[0]
-    close(encode_prompts(sd, [PROMPT], clip_skip=3).context, skipped)            # diffusers' 0 is the penultimate
+    close(encode_prompts(sd, [PROMPT], clip_skip=3).context, skipped)  # diffusers' 0 is the penultimate
     assert torch.equal(encode_prompts(sd, [PROMPT], clip_skip=2).context, encode_prompts(sd, [PROMPT]).context)
 
 
@@ -141,13 +171,23 @@ def test_sdxl_base_reads_zeros_for_an_empty_negative(sdxl):
 def test_refiner_equals_diffusers(tokenizers):
     theirs, ours = text_pair(24, 4, 20, "gelu")
     pipe = StableDiffusionXLImg2ImgPipeline(
-        vae=None, unet=None, scheduler=None, text_encoder=None, tokenizer=None, text_encoder_2=theirs,
-        tokenizer_2=tokenizers[1][1], requires_aesthetics_score=True, force_zeros_for_empty_prompt=False)
+        vae=None,
+        unet=None,
+        scheduler=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=theirs,
+        tokenizer_2=tokenizers[1][1],
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
     context, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPT)
     sd = parts([tokenizers[1][0]], [ours], "penultimate", 20 + 5 * 256)
     planned = plan(sd, PROMPT, "", 4, size=(96, 64))
-    for one, states, pool, score in ((planned.positive(0)[0][0], context, pooled, 6.0),
-                                     (planned.negative(0), negative, negative_pooled, 2.5)):
+    for one, states, pool, score in (
+        (planned.positive(0)[0][0], context, pooled, 6.0),
+        (planned.negative(0), negative, negative_pooled, 2.5),
+    ):
         close(one.context, states)
         close(one.vector, size_vector(pool, torch.tensor([[64, 96, 0, 0, score]])))
 
@@ -172,6 +212,7 @@ def test_gradients_reach_the_text_encoder(sd1):
 
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
+
 def sizes(tokenizer, prompt, room=75):
     chunks = cut(tokenizer, parse(prompt), room)
     words = [piece.text for piece in parse(prompt) if piece.weight]
@@ -179,22 +220,25 @@ def sizes(tokenizer, prompt, room=75):
     return [len(chunk) for chunk in chunks]
 
 
-@pytest.mark.parametrize("prompt, expected", [
-    ("", [0]),
-    ("a " * 75, [75]),
-    ("a " * 76, [75, 1]),
-    ("a " * 180, [75, 75, 30]),
-    ("a " * 55 + ", " + "b " * 30, [56, 30]),          # 20 positions back: what follows the comma moves on
-    ("a " * 54 + ", " + "b " * 30, [75, 10]),          # 21: too far
-    ("a " * 55 + ", " + "b " * 19, [75]),              # nothing follows: nothing moves
-    ("a " * 74 + ", b", [75, 1]),
-    ("a " * 75 + ", b", [75, 2]),
-    ("a " * 60 + ", " + "b " * 5 + ", " + "c " * 90, [67, 75, 15]),
-    ("a BREAK b c", [1, 2]),
-    ("a " * 80 + "BREAK b", [75, 5, 1]),
-    ("BREAK a BREAK BREAK b", [0, 1, 0, 1]),
-    ("a BREAK", [1]),
-])
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("", [0]),
+        ("a " * 75, [75]),
+        ("a " * 76, [75, 1]),
+        ("a " * 180, [75, 75, 30]),
+        ("a " * 55 + ", " + "b " * 30, [56, 30]),  # 20 positions back: what follows the comma moves on
+        ("a " * 54 + ", " + "b " * 30, [75, 10]),  # 21: too far
+        ("a " * 55 + ", " + "b " * 19, [75]),  # nothing follows: nothing moves
+        ("a " * 74 + ", b", [75, 1]),
+        ("a " * 75 + ", b", [75, 2]),
+        ("a " * 60 + ", " + "b " * 5 + ", " + "c " * 90, [67, 75, 15]),
+        ("a BREAK b c", [1, 2]),
+        ("a " * 80 + "BREAK b", [75, 5, 1]),
+        ("BREAK a BREAK BREAK b", [0, 1, 0, 1]),
+        ("a BREAK", [1]),
+    ],
+)
 def test_cutting(tokenizers, prompt, expected):
     assert sizes(tokenizers[0][0], prompt) == expected
 
@@ -249,6 +293,7 @@ def test_stack_keeps_the_pictures_to_inpaint():
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
+
 def test_weights_multiply_and_the_mean_is_restored():
     states = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)) + 0.5
     weights = [[1, 1.5, 1, 0.5, 1], [1, 1, 1, 1, 1], [1, 1, 2, 1, 1]]
@@ -264,7 +309,7 @@ def test_weights_multiply_and_the_mean_is_restored():
 
 def test_weights_where_the_mean_says_nothing():
     states = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
-    states -= states.mean(dim=2, keepdim=True)                   # as after a final norm that was hardly trained
+    states -= states.mean(dim=2, keepdim=True)  # as after a final norm that was hardly trained
     weights = torch.tensor([1, 1.2, 1, 0.9, 1.5, 1])
     for noise in (0, 1e-7, -1e-7):
         weighted = weigh(states + noise, [weights.tolist()])
@@ -278,9 +323,10 @@ def test_weights_of_a_prompt(sd1):
     plain = encode_prompts(sd, ["a cat b"]).context
     assert torch.equal(encode_prompts(sd, ["a (cat:1.0) b"]).context, plain)
     factors = (encode_prompts(sd, ["a (cat:1.3) b"]).context / plain)[0].mean(dim=1)
-    close(factors / factors[0], torch.tensor([1, 1, 1.3, *[1] * 74]))            # start, a, cat, b, end, ...
-    assert torch.equal(encode_prompts(sd, [[Weighted("a (cat:1.3) b")]]).context,
-                       encode_prompts(sd, [r"a \(cat:1.3\) b"]).context)
+    close(factors / factors[0], torch.tensor([1, 1, 1.3, *[1] * 74]))  # start, a, cat, b, end, ...
+    assert torch.equal(
+        encode_prompts(sd, [[Weighted("a (cat:1.3) b")]]).context, encode_prompts(sd, [r"a \(cat:1.3\) b"]).context
+    )
 
 
 @pytest.mark.parametrize("weight", ["9" * 400, "-20000"])
@@ -291,6 +337,7 @@ def test_weights_out_of_bounds(sd1, weight):
 
 # --- plans -----------------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def test_plan_encodes_each_text_once(sd1, monkeypatch):
     sd, _ = sd1
@@ -298,7 +345,7 @@ def test_plan_encodes_each_text_once(sd1, monkeypatch):
     forward = TextEncoder.forward
     monkeypatch.setattr(TextEncoder, "forward", lambda self, ids: seen.append(len(ids)) or forward(self, ids))
     planned = plan(sd, "[a|b] cat AND [:BREAK d:5]:0.5", "[x:y:0.2]", LATE_STEPS)
-    assert seen == [2 * (2 + 2 + 2)]                             # one call, two chunks for each of six texts
+    assert seen == [2 * (2 + 2 + 2)]  # one call, two chunks for each of six texts
     monkeypatch.undo()
     cats = {text: encode_prompts(sd, [f"{text} cat"]).context for text in "ab"}
     for step in range(LATE_STEPS):
@@ -315,10 +362,11 @@ def test_plan_encodes_each_text_once(sd1, monkeypatch):
 def test_plan_of_a_second_pass(sd1):
     planned = plan(sd1[0], "[a:b:1.5]", "x AND y", LATE_STEPS, first_pass=20)
     assert planned.parts == ((1.0, ("a",) * 5 + ("b",) * 5),)
-    assert set(planned.negatives) == {"x AND y"}                 # a negative prompt has no parts
+    assert set(planned.negatives) == {"x AND y"}  # a negative prompt has no parts
 
 
 # --- what `plainsd tokens` prints ------------------------------------------------------------------------------------
+
 
 def test_describe(sd1):
     text = describe(sd1[0], "a (red:1.2) cat <lora:x:0.5>BREAK [b|c] AND d:2", steps=4)
@@ -326,13 +374,22 @@ def test_describe(sd1):
         "LoRA x, strength 0.5",
         "part 1 of 2, weight 1",
         "steps 1, 3 of 4",
-        "chunk 1 of 2: 3 of 75 tokens", "   1.000  a</w>", "   1.200  red</w>", "   1.000  cat</w>",
-        "chunk 2 of 2: 1 of 75 tokens", "   1.000  b</w>",
+        "chunk 1 of 2: 3 of 75 tokens",
+        "   1.000  a</w>",
+        "   1.200  red</w>",
+        "   1.000  cat</w>",
+        "chunk 2 of 2: 1 of 75 tokens",
+        "   1.000  b</w>",
         "steps 2, 4 of 4",
-        "chunk 1 of 2: 3 of 75 tokens", "   1.000  a</w>", "   1.200  red</w>", "   1.000  cat</w>",
-        "chunk 2 of 2: 1 of 75 tokens", "   1.000  c</w>",
+        "chunk 1 of 2: 3 of 75 tokens",
+        "   1.000  a</w>",
+        "   1.200  red</w>",
+        "   1.000  cat</w>",
+        "chunk 2 of 2: 1 of 75 tokens",
+        "   1.000  c</w>",
         "part 2 of 2, weight 2",
-        "chunk 1 of 1: 1 of 75 tokens", "   1.000  d</w>",
+        "chunk 1 of 1: 1 of 75 tokens",
+        "   1.000  d</w>",
     ]
     assert "steps 1-5 of 10" in describe(sd1[0], "[a:b:.5]", steps=10)
     assert describe(sd1[0], "cat " * 200).count("cat</w>") == 200
@@ -341,8 +398,13 @@ def test_describe(sd1):
 def test_describe_shows_two_tokenizers_only_where_they_differ(sdxl):
     assert describe(sdxl[0], "a cat").splitlines() == ["chunk 1 of 1: 2 of 75 tokens", "   1.000  a</w> cat</w>"]
     assert describe(sdxl[0], "go!").splitlines() == [
-        "text encoder 1", "chunk 1 of 1: 2 of 75 tokens", "   1.000  go</w> !</w>",
-        "text encoder 2", "chunk 1 of 1: 2 of 75 tokens", "   1.000  go</w> !"]
+        "text encoder 1",
+        "chunk 1 of 1: 2 of 75 tokens",
+        "   1.000  go</w> !</w>",
+        "text encoder 2",
+        "chunk 1 of 1: 2 of 75 tokens",
+        "   1.000  go</w> !",
+    ]
 
 
 def test_learned_tokens_are_read_by_the_encoder(tokenizers):
@@ -354,4 +416,4 @@ def test_learned_tokens_are_read_by_the_encoder(tokenizers):
         before = encode_prompts(sd, ["a <cat>"]).context
         sd.text_encoders[0].token.weight[49409] *= -1
         change = (encode_prompts(sd, ["a <cat>"]).context - before)[0].abs().sum(dim=1)
-    assert (change[:3] == 0).all() and (change[3:] > 0).all()    # start, a, first vector; the second and later
+    assert (change[:3] == 0).all() and (change[3:] > 0).all()  # start, a, first vector; the second and later

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_sd
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from small_models import CPU, QUICK, BIG, FAMILIES, EACH, model, same_networks, same_tensors, weights, small_families
+from small_models import BIG, CPU, EACH, FAMILIES, QUICK, model, same_networks, same_tensors, weights
 
 from plainsd.checkpoint import convert, load, load_vae, save, save_vae
 from plainsd.errors import UserError
@@ -18,22 +18,34 @@ from plainsd.tokenizer import Tokenizer, find_vocabulary
 
 # --- from layout to layout -------------------------------------------------------------------------------------------
 
+
 def public_extras(name: str) -> dict[str, torch.Tensor]:
     """Tensors that public single files of a family hold beside the networks."""
     ids = torch.arange(77)[None]
     if name.startswith("sd1"):
-        return {"betas": torch.rand(9), "alphas_cumprod": torch.rand(9), "model_ema.decay": torch.tensor(0.5),
-                "posterior_mean_coef1": torch.rand(9), "sqrt_recipm1_alphas_cumprod": torch.rand(9),
-                "model_ema.diffusion_modelout0weight": torch.rand(3),
-                "cond_stage_model.transformer.text_model.embeddings.position_ids": ids}
+        return {
+            "betas": torch.rand(9),
+            "alphas_cumprod": torch.rand(9),
+            "model_ema.decay": torch.tensor(0.5),
+            "posterior_mean_coef1": torch.rand(9),
+            "sqrt_recipm1_alphas_cumprod": torch.rand(9),
+            "model_ema.diffusion_modelout0weight": torch.rand(3),
+            "cond_stage_model.transformer.text_model.embeddings.position_ids": ids,
+        }
     if name.startswith("sd2"):
         block = "cond_stage_model.model.transformer.resblocks.23."
-        return {"cond_stage_model.model.text_projection": torch.rand(24, 24), block + "ln_1.weight": torch.rand(24),
-                "cond_stage_model.model.logit_scale": torch.tensor(4.6),
-                block + "attn.in_proj_weight": torch.rand(72, 24)}
+        return {
+            "cond_stage_model.model.text_projection": torch.rand(24, 24),
+            block + "ln_1.weight": torch.rand(24),
+            "cond_stage_model.model.logit_scale": torch.tensor(4.6),
+            block + "attn.in_proj_weight": torch.rand(72, 24),
+        }
     if name == "sdxl-base":
-        return {"conditioner.embedders.0.transformer.text_model.embeddings.position_ids": ids,
-                "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6), "denoiser.sigmas": torch.rand(9)}
+        return {
+            "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": ids,
+            "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
+            "denoiser.sigmas": torch.rand(9),
+        }
     return {"conditioner.embedders.0.model.logit_scale": torch.tensor(4.6)}
 
 
@@ -41,7 +53,7 @@ def public_extras(name: str) -> dict[str, torch.Tensor]:
 def test_single_file_to_folder_and_back(tmp_path, name, small_families, monkeypatch):
     """A file as others write it: mixed types, and with the tensors that public files hold beside the networks."""
     sd = model(name)
-    monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)      # in place of CLIP's vocabulary
+    monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)  # in place of CLIP's vocabulary
     save(sd, tmp_path / "a.safetensors", layout="single-file", dtype="float16")
     tensors = load_file(tmp_path / "a.safetensors")
     tensors = {key: t.float() if "out" in key and "attn" not in key else t for key, t in tensors.items()}
@@ -59,8 +71,10 @@ def test_single_file_with_other_spellings(tmp_path, small_families, monkeypatch)
     sd = model("sd1")
     monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
     save(sd, tmp_path / "a.safetensors", layout="single-file")
-    tensors = {key.replace("transformer.text_model.", "transformer."): t
-               for key, t in load_file(tmp_path / "a.safetensors").items()}
+    tensors = {
+        key.replace("transformer.text_model.", "transformer."): t
+        for key, t in load_file(tmp_path / "a.safetensors").items()
+    }
     tensors["cond_stage_model.transformer.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(tensors, tmp_path / "a.safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers")
@@ -97,7 +111,7 @@ def test_folder_to_single_file_and_back(tmp_path, name):
     convert(tmp_path / "a", tmp_path / "b.safetensors", "single-file")
     convert(tmp_path / "b.safetensors", tmp_path / "c", "diffusers")
     assert same_tensors(weights(tmp_path / "c"), before)
-    for path in sorted((tmp_path / "a").rglob("*.*")):                # settings and tokenizers come back as they were
+    for path in sorted((tmp_path / "a").rglob("*.*")):  # settings and tokenizers come back as they were
         if path.suffix != ".safetensors":
             assert (tmp_path / "c" / path.relative_to(tmp_path / "a")).read_text("utf-8") == path.read_text("utf-8")
     for folder in ("a", "c"):
@@ -115,8 +129,12 @@ def test_converting_can_cast(tmp_path):
 def test_clip_vocabulary_is_not_stored_in_a_single_file(tmp_path):
     """A file with CLIP's own tokens needs none: they are found; with `!` as padding for OpenCLIP's encoders."""
     clip = Tokenizer.from_vocabulary(find_vocabulary())
-    sd = tiny_sd(replace(FAMILIES["sdxl-base"], text=(replace(QUICK, vocab=49_408, eos=49_407),
-                                                      replace(BIG, vocab=49_408, eos=49_407))))
+    sd = tiny_sd(
+        replace(
+            FAMILIES["sdxl-base"],
+            text=(replace(QUICK, vocab=49_408, eos=49_407), replace(BIG, vocab=49_408, eos=49_407)),
+        )
+    )
     sd.tokenizers = [clip, Tokenizer.from_vocabulary(find_vocabulary(), pad="!")]
     save(sd, tmp_path / "a.safetensors", layout="single-file")
     assert "vocab.json" not in open_tensors(tmp_path / "a.safetensors").metadata["plainsd.files"]
@@ -126,6 +144,7 @@ def test_clip_vocabulary_is_not_stored_in_a_single_file(tmp_path):
 
 
 # --- files of many shapes --------------------------------------------------------------------------------------------
+
 
 def test_pickled_checkpoint(tmp_path, small_families, monkeypatch):
     sd = model("sd1")
@@ -142,8 +161,10 @@ def test_shards_variants_and_pickles_in_a_folder(tmp_path):
     tensors = load_file(unet)
     unet.unlink()
     names = sorted(tensors)
-    shards = {"diffusion_pytorch_model-00001-of-00002.safetensors": names[:50],
-              "diffusion_pytorch_model-00002-of-00002.safetensors": names[50:]}
+    shards = {
+        "diffusion_pytorch_model-00001-of-00002.safetensors": names[:50],
+        "diffusion_pytorch_model-00002-of-00002.safetensors": names[50:],
+    }
     for file, keys in shards.items():
         save_file({key: tensors[key] for key in keys}, unet.parent / file)
     index = {"metadata": {}, "weight_map": {key: file for file, keys in shards.items() for key in keys}}
@@ -172,8 +193,11 @@ def test_another_vae(tmp_path):
     other.config = replace(other.config, scaling_factor=0.5)
     save(sd, tmp_path / "m")
     save_vae(other, tmp_path / "vae", sd.variant)
-    original = {key.removeprefix("first_stage_model."): t for key, t in _single(sd, other, tmp_path).items()
-                if key.startswith("first_stage_model.")}
+    original = {
+        key.removeprefix("first_stage_model."): t
+        for key, t in _single(sd, other, tmp_path).items()
+        if key.startswith("first_stage_model.")
+    }
     beside = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
     save_file(original | beside, tmp_path / "o.safetensors")
     alone = "vae/diffusion_pytorch_model.safetensors"

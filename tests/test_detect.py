@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import CPU, model, without_notes, small_families
+from small_models import CPU, model, without_notes
 
 from plainsd.checkpoint import load, save
 from plainsd.configs import read_unet, read_variant
@@ -33,8 +33,10 @@ def header_of(variant: Variant) -> TensorFile:
     return TensorFile(Path("any-name.safetensors"), tensors, {})
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd1-inpainting", "sd1-lcm", "sd2-inpainting", "sdxl-base", "sdxl-inpainting",
-                                  "sdxl-lcm", "sdxl-refiner"])
+@pytest.mark.parametrize(
+    "name",
+    ["sd1", "sd1-inpainting", "sd1-lcm", "sd2-inpainting", "sdxl-base", "sdxl-inpainting", "sdxl-lcm", "sdxl-refiner"],
+)
 def test_family_by_shapes(name):
     assert detect(header_of(VARIANTS[name])) == (VARIANTS[name], True)
 
@@ -64,6 +66,7 @@ def test_sdxl_with_v_prediction_says_so_by_empty_tensors():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_what_a_network_predicts_is_asked_of_it(prediction):
     """A network that gives back the noise it sees, and one that gives mostly something else."""
+
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -85,17 +88,33 @@ def test_an_unmarked_sd2_file_is_asked_what_it_predicts(tmp_path, small_families
     assert again.variant == sd.variant and again.prediction == "v_prediction"
 
 
-PUBLIC = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "attention_head_dim": 8,
-          "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "sample_size": 64}
+PUBLIC = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "sample_size": 64,
+}
 
 
-@pytest.mark.parametrize("setting,value", [
-    ("act_fn", "gelu"), ("class_embed_type", "timestep"), ("dual_cross_attention", True), ("conv_in_kernel", 5),
-    ("layers_per_block", [1, 2, 2, 2]), ("block_out_channels", [320]), ("addition_embed_type", "image"),
-    ("mid_block_type", None), ("down_block_types", ["AttnDownBlock2D"] * 4), ("transformer_layers_per_block", [[1], 2]),
-    ("cross_attention_dim", [768, 1, 1, 1]), ("attention_head_dim", 0),
-    ("reverse_transformer_layers_per_block", [1, 2]),
-])
+@pytest.mark.parametrize(
+    "setting,value",
+    [
+        ("act_fn", "gelu"),
+        ("class_embed_type", "timestep"),
+        ("dual_cross_attention", True),
+        ("conv_in_kernel", 5),
+        ("layers_per_block", [1, 2, 2, 2]),
+        ("block_out_channels", [320]),
+        ("addition_embed_type", "image"),
+        ("mid_block_type", None),
+        ("down_block_types", ["AttnDownBlock2D"] * 4),
+        ("transformer_layers_per_block", [[1], 2]),
+        ("cross_attention_dim", [768, 1, 1, 1]),
+        ("attention_head_dim", 0),
+        ("reverse_transformer_layers_per_block", [1, 2]),
+    ],
+)
 def test_settings_that_we_cannot_compute_are_refused(setting, value):
     assert read_unet(PUBLIC, "x")[0] == UNetConfig()
     with pytest.raises(UserError) as error:
@@ -110,5 +129,5 @@ def test_public_settings_are_known_by_name():
         del files["model_index.json"]["_plainsd"]
         for path in files:
             if "text_encoder" in path:
-                files[path] |= {"eos_token_id": 2, "bos_token_id": 0}          # as in the public files
+                files[path] |= {"eos_token_id": 2, "bos_token_id": 0}  # as in the public files
         assert read_variant(files.__getitem__, "x") == replace(variant, spacing=variant.spacing), name

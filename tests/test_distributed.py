@@ -58,11 +58,24 @@ def started(arguments, processes, module=("-m", "plainsd")):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
-                                "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, *module, *arguments]
-    return [subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(processes)]
+    return [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(processes)
+    ]
 
 
 SCRIPT = """
@@ -105,8 +118,14 @@ def float64_method(place):
 
 @pytest.mark.parametrize("batch, accumulate, shard", [(4, 1, False), (1, 4, False), (2, 2, True)])
 def test_two_processes_make_the_same_steps_as_one(place, tmp_path, batch, accumulate, shard):
-    script = SCRIPT.format(tests=os.path.dirname(__file__), place=str(place), batch=batch, accumulate=accumulate,
-                           shard=shard, out=str(tmp_path / "two.pt"))
+    script = SCRIPT.format(
+        tests=os.path.dirname(__file__),
+        place=str(place),
+        batch=batch,
+        accumulate=accumulate,
+        shard=shard,
+        out=str(tmp_path / "two.pt"),
+    )
     codes, outputs = finished(started(["-c", script], 2, module=()))
     assert codes == [0, 0], outputs
     losses, weights = torch.load(tmp_path / "two.pt", weights_only=True)
@@ -124,16 +143,38 @@ def finished(runs):
     return [run.returncode for run in runs], outputs
 
 
-@pytest.mark.parametrize("method, batch, more", [
-    ("lora", (1, 4), ["--text-encoder"]),
-    ("lora", (2, 2), ["--shard", "--text-encoder", "--checkpointing"]),
-    ("full", (4, 1), ["--shard", "--text-encoder"]),
-])
+@pytest.mark.parametrize(
+    "method, batch, more",
+    [
+        ("lora", (1, 4), ["--text-encoder"]),
+        ("lora", (2, 2), ["--shard", "--text-encoder", "--checkpointing"]),
+        ("full", (4, 1), ["--shard", "--text-encoder"]),
+    ],
+)
 def test_the_command_on_two_processes(place, tmp_path, method, batch, more):
-    arguments = ["train", "--method", method, "--base", str(place / "base"), "--data", str(place / "pictures"),
-                 "--heldout", str(place / "pictures"), "--prompts", str(place / "prompts.txt"), "--steps", "3",
-                 "--lr", "1e-4", "--batch", str(batch[0]), "--accumulate", str(batch[1]), *FAST]
-    if "--shard" in more:                                        # in two parts; the second goes on from the first
+    arguments = [
+        "train",
+        "--method",
+        method,
+        "--base",
+        str(place / "base"),
+        "--data",
+        str(place / "pictures"),
+        "--heldout",
+        str(place / "pictures"),
+        "--prompts",
+        str(place / "prompts.txt"),
+        "--steps",
+        "3",
+        "--lr",
+        "1e-4",
+        "--batch",
+        str(batch[0]),
+        "--accumulate",
+        str(batch[1]),
+        *FAST,
+    ]
+    if "--shard" in more:  # in two parts; the second goes on from the first
         codes, outputs = finished(started([*arguments, *more, "--save-every", "2", "--out", str(tmp_path / "two")], 2))
         assert codes == [0, 0], outputs
         last = checkpoints(tmp_path / "two" / "checkpoints")[-1]
@@ -141,7 +182,7 @@ def test_the_command_on_two_processes(place, tmp_path, method, batch, more):
         shutil.rmtree(last)
     codes, outputs = finished(started([*arguments, *more, "--save-every", "2", "--out", str(tmp_path / "two")], 2))
     assert codes == [0, 0], outputs
-    assert outputs[1][0] == ""                                   # the second process says nothing
+    assert outputs[1][0] == ""  # the second process says nothing
     assert main([*arguments, *(option for option in more if option != "--shard"), "--out", str(tmp_path / "one")]) == 0
     for a, b in zip(results(tmp_path / "one"), results(tmp_path / "two"), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=3e-4 if method == "full" else 1e-5)
@@ -160,6 +201,21 @@ def results(out):
 
 
 def test_sharding_needs_several_processes(place, tmp_path, capsys):
-    assert main(["train", "--method", "full", "--base", str(place / "base"), "--data", str(place / "pictures"), "--out",
-                 str(tmp_path), "--shard"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--method",
+                "full",
+                "--base",
+                str(place / "base"),
+                "--data",
+                str(place / "pictures"),
+                "--out",
+                str(tmp_path),
+                "--shard",
+            ]
+        )
+        == 2
+    )
     assert "start them with torchrun" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_commands_exist_with_their_flags(page):
         words = shlex.split(line.replace("\\\n", " "), comments=True)
         command, *flags = [word for word in words if word != "..."][1:]
         if command.startswith("-"):
-            continue                                             # plainsd --help
+            continue  # plainsd --help
         module, kind, _ = COMMANDS[command]
         made = parsed(getattr(import_module(module), kind), command, flags)
         assert made is not None or "--help" in flags, line
@@ -81,8 +81,10 @@ def test_every_command_and_chapter_is_told():
 
 def test_the_readers_of_pages_see_them(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("```python\nprint(1)  # -> 2\n```\n\n    plainsd generate x --sped 3\n\n[x](nowhere.md)\n"
-                    "```py\n# README.md\nnot there\n```\n")
+    page.write_text(
+        "```python\nprint(1)  # -> 2\n```\n\n    plainsd generate x --sped 3\n\n[x](nowhere.md)\n"
+        "```py\n# README.md\nnot there\n```\n"
+    )
     for check in (test_commands_exist_with_their_flags, test_quotes_are_in_the_sources, test_links_lead_somewhere):
         with pytest.raises((AssertionError, ValueError)):
             check(page)

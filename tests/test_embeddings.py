@@ -39,11 +39,17 @@ def context(sd, prompt):
 
 
 def a1111(rows):
-    return {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "cat", "step": 10,
-            "sd_checkpoint": None, "sd_checkpoint_name": None}
+    return {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": rows},
+        "name": "cat",
+        "step": 10,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+    }
 
 
-FILES = {                             # dialect: file name, what to write there, the word that it makes
+FILES = {  # dialect: file name, what to write there, the word that it makes
     "A1111 .pt": ("kitty.pt", a1111, "kitty"),
     "A1111 .safetensors": ("kitty.safetensors", lambda rows: {"emb_params": rows}, "kitty"),
     "diffusers .bin": ("learned_embeds.bin", lambda rows: {"<kitty>": rows}, "<kitty>"),
@@ -78,8 +84,10 @@ def test_sdxl_equals_diffusers(folders, tmp_path, name):
     content = {"clip_l": vectors(2, seed=1), "clip_g": vectors(2, seed=2)}
     path, sd, pipe = write(tmp_path / name, content), tiny_sd(TINY_XL), pipeline(folders / "xl")
     assert add_embedding(sd, path) == "kitty"
-    for key, encoder, tokenizer in (("clip_l", pipe.text_encoder, pipe.tokenizer),
-                                    ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2)):
+    for key, encoder, tokenizer in (
+        ("clip_l", pipe.text_encoder, pipe.tokenizer),
+        ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
+    ):
         pipe.load_textual_inversion(content[key], token="kitty", text_encoder=encoder, tokenizer=tokenizer)
     prompt = PROMPT.replace("NAME", "kitty")
     theirs = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
@@ -112,8 +120,10 @@ def test_other_forms(tmp_path):
 
 
 @pytest.mark.parametrize("variant", [TINY, TINY_XL, TINY_REFINER], ids=lambda variant: variant.name)
-@pytest.mark.parametrize("dialect, ending", [("a1111", ".pt"), ("a1111", ".safetensors"), ("diffusers", ".bin"),
-                                             ("diffusers", ".safetensors")])
+@pytest.mark.parametrize(
+    "dialect, ending",
+    [("a1111", ".pt"), ("a1111", ".safetensors"), ("diffusers", ".bin"), ("diffusers", ".safetensors")],
+)
 def test_there_and_back(tmp_path, variant, dialect, ending):
     sd, again, path = tiny_sd(variant), tiny_sd(variant), tmp_path / f"kitty{ending}"
     add_word(sd, "kitty", [vectors(3, seed=index) for index in range(len(variant.text))])
@@ -157,25 +167,38 @@ def test_words_keep_the_others_vectors_and_precision():
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
+
 class Trap:
     def __reduce__(self):
         return print, ("this ran",)
 
 
 BAD = {
-    "of SD 1, for another width": (".safetensors", {"emb_params": torch.zeros(2, 768)},
-                                  r"768 numbers for SD 1.x.* \(tiny\) needs 32"),
-    "of SDXL": (".safetensors", {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)},
-                "768 and 1280 numbers for SDXL.*needs 32"),
-    "of SDXL, of our width": (".safetensors", {"clip_l": torch.zeros(2, 32), "clip_g": torch.zeros(2, 32)},
-                              "32 and 32.*needs 32"),
+    "of SD 1, for another width": (
+        ".safetensors",
+        {"emb_params": torch.zeros(2, 768)},
+        r"768 numbers for SD 1.x.* \(tiny\) needs 32",
+    ),
+    "of SDXL": (
+        ".safetensors",
+        {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)},
+        "768 and 1280 numbers for SDXL.*needs 32",
+    ),
+    "of SDXL, of our width": (
+        ".safetensors",
+        {"clip_l": torch.zeros(2, 32), "clip_g": torch.zeros(2, 32)},
+        "32 and 32.*needs 32",
+    ),
     "no vectors": (".safetensors", {"emb_params": torch.zeros(0, 32)}, "has 0 vectors"),
     "too many": (".safetensors", {"emb_params": torch.zeros(76, 32)}, "has 76 vectors.*1 to 75"),
     "three sides": (".safetensors", {"emb_params": torch.zeros(1, 2, 32)}, "no usable vectors"),
     "not a number": (".safetensors", {"emb_params": torch.full((1, 32), float("nan"))}, "no usable vectors"),
     "whole numbers": (".safetensors", {"emb_params": torch.zeros(1, 32, dtype=torch.int64)}, "no usable vectors"),
-    "a LoRA": (".safetensors", {f"lora_unet_x.lora_{end}.weight": torch.zeros(2) for end in ("up", "down")},
-               "no textual-inversion embedding: it seems to be a LoRA"),
+    "a LoRA": (
+        ".safetensors",
+        {f"lora_unet_x.lora_{end}.weight": torch.zeros(2) for end in ("up", "down")},
+        "no textual-inversion embedding: it seems to be a LoRA",
+    ),
     "two words": (".pt", a1111(None) | {"string_to_param": dict.fromkeys("*+", torch.zeros(1, 32))}, "no textual-inv"),
     "a list": (".pt", [1, 2], "no textual-inversion"),
     "a trap": (".pt", {"string_to_param": Trap()}, "could run code"),

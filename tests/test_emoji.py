@@ -30,24 +30,44 @@ def shape(kind: str, colour: str, size: tuple[int, int] = (100, 80)) -> Image.Im
     return glyph
 
 
-SHAPES = [shape("ellipse", "crimson"), shape("rectangle", "crimson"), shape("ellipse", "navy"),
-          shape("ellipse", "crimson", (50, 120)), shape("rectangle", "gold", (120, 60))]
+SHAPES = [
+    shape("ellipse", "crimson"),
+    shape("rectangle", "crimson"),
+    shape("ellipse", "navy"),
+    shape("ellipse", "crimson", (50, 120)),
+    shape("rectangle", "gold", (120, 60)),
+]
 CONCEPTS = {
     "concepts": [{"name": name, "character": "?"} for name in ("red apple", "owl", "grapes", "bread", "unicorn")],
     "backgrounds": {name: list(colour) for name, colour in emoji.BACKGROUNDS.items()},
-    "templates": list(emoji.TEMPLATES), "size": 64,
+    "templates": list(emoji.TEMPLATES),
+    "size": 64,
     "heldout": [["owl", "red"], ["bread", "blue"], ["grapes", "white"]],
 }
 
 
 # ---- words and pairs -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, phrase", [
-    ("red apple", "a red apple"), ("orange", "an orange"), ("unicorn", "a unicorn"), ("ewe", "a ewe"),
-    ("hourglass", "an hourglass"), ("x-ray", "an x-ray"), ("octopus", "an octopus"), ("grapes", "grapes"),
-    ("french fries", "french fries"), ("bread", "bread"), ("glass of milk", "a glass of milk"), ("dress", "a dress"),
-    ("rhinoceros", "a rhinoceros"), ("skis", "skis"),
-])
+
+@pytest.mark.parametrize(
+    "name, phrase",
+    [
+        ("red apple", "a red apple"),
+        ("orange", "an orange"),
+        ("unicorn", "a unicorn"),
+        ("ewe", "a ewe"),
+        ("hourglass", "an hourglass"),
+        ("x-ray", "an x-ray"),
+        ("octopus", "an octopus"),
+        ("grapes", "grapes"),
+        ("french fries", "french fries"),
+        ("bread", "bread"),
+        ("glass of milk", "a glass of milk"),
+        ("dress", "a dress"),
+        ("rhinoceros", "a rhinoceros"),
+        ("skis", "skis"),
+    ],
+)
 def test_articles(name, phrase):
     assert emoji.Concept(name, "?").phrase == phrase
 
@@ -89,6 +109,7 @@ def test_places_lie_inside_and_depend_on_the_key_alone():
 
 
 # ---- the scorer ------------------------------------------------------------------------------------------------------
+
 
 def test_border_colour_ignores_a_glyph_on_two_sides():
     pixels = np.full((128, 128, 3), 0.25, np.float32)
@@ -139,10 +160,11 @@ def test_scorer_sees_a_wrong_object_and_a_wrong_background():
     good, bad = (evaluate.summary(asked, [scorer(p) for p in pictures]) for pictures in (right, wrong))
     assert good["seen"]["background"] == good["heldout"]["background"] == 1
     assert bad["seen"]["background"] < 0.7 and bad["seen"]["top1"] < good["seen"]["top1"]
-    assert bad["seen"]["top5"] == 1                       # of five emoji, every one is among the first five
+    assert bad["seen"]["top5"] == 1  # of five emoji, every one is among the first five
 
 
 # ---- questions and the whole evaluation ------------------------------------------------------------------------------
+
 
 def test_questions_are_half_held_out_and_name_both():
     asked = evaluate.questions(CONCEPTS, 40, seed=1)
@@ -183,9 +205,9 @@ def test_evaluate_writes_rows_table_and_sheet(monkeypatch, tmp_path):
 
     def paint(sd, prompts, *, seed, guidance, steps, sampler):
         calls.append((len(prompts), seed, guidance))
-        assert prompts == [question.prompt for question in asked[seed:seed + len(prompts)]]
+        assert prompts == [question.prompt for question in asked[seed : seed + len(prompts)]]
         grounds = [Image.new("RGB", (64, 64), emoji.BACKGROUNDS[q.background]) for q in asked]
-        return (real if guidance > 1 else grounds)[seed:seed + len(prompts)]
+        return (real if guidance > 1 else grounds)[seed : seed + len(prompts)]
 
     monkeypatch.setattr(evaluate, "draw_all", lambda concepts, font: SHAPES)
     monkeypatch.setattr(emoji, "font_identity", lambda font: {"file": "none", "sha256": "0"})
@@ -195,8 +217,12 @@ def test_evaluate_writes_rows_table_and_sheet(monkeypatch, tmp_path):
     told = []
     result = evaluate.evaluate(model, CONCEPTS, prompts=70, out=tmp_path, progress=lambda *news: told.append(news))
     rows = result["rows"]
-    assert list(rows) == ["real pictures", "real pictures through the VAE", "generated, no guidance",
-                          "generated, guidance 3"]
+    assert list(rows) == [
+        "real pictures",
+        "real pictures through the VAE",
+        "generated, no guidance",
+        "generated, guidance 3",
+    ]
     assert rows["real pictures"] == rows["real pictures through the VAE"] == rows["generated, guidance 3"]
     assert rows["real pictures"]["heldout"]["background"] == rows["generated, no guidance"]["seen"]["background"] == 1
     assert rows["generated, no guidance"]["seen"]["top1"] < 0.5 < rows["real pictures"]["seen"]["top1"]
@@ -226,6 +252,7 @@ def test_missing_and_wrong_font_are_one_line_with_a_remedy(tmp_path):
 
 
 # ---- with the font ---------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def chosen():
@@ -258,8 +285,11 @@ def test_choose_refuses_more_than_there_are(monkeypatch):
 def test_scorer_knows_real_pictures_among_400(chosen, count):
     seen, held = emoji.split_pairs(len(chosen), len(emoji.BACKGROUNDS))
     names = list(emoji.BACKGROUNDS)
-    concepts = CONCEPTS | {"concepts": [{"name": c.name, "character": c.character} for c in chosen], "size": 128,
-                           "heldout": [[chosen[i].name, names[j]] for i, j in held]}
+    concepts = CONCEPTS | {
+        "concepts": [{"name": c.name, "character": c.character} for c in chosen],
+        "size": 128,
+        "heldout": [[chosen[i].name, names[j]] for i, j in held],
+    }
     glyphs = evaluate.draw_all(concepts, None)
     scorer, asked = Scorer(glyphs, emoji.BACKGROUNDS, 128), evaluate.questions(concepts, count)
     scores = [scorer(picture) for picture in evaluate.real_pictures(asked, glyphs, concepts, 0)]
@@ -310,7 +340,7 @@ def check_tokenizer(folder: Path, captions: list[str]) -> None:
         assert all(0 <= i < len(vocabulary) - 2 for i in ids[1:-1])
         assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.replace(" ", "")
     whole = tokenizer("a red background")["input_ids"]
-    assert len(whole) == 5                                  # the common words are one token each
+    assert len(whole) == 5  # the common words are one token each
 
 
 def test_recipe_says_what_is_missing(tmp_path, capsys):

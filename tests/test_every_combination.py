@@ -17,7 +17,7 @@ from plainsd.samplers import SAMPLERS
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own, thousands of them
 SIZE = 32
 PHOTO = smooth_picture(SIZE)
-HOLE = (8, 8, 24, 32)                 # left, top, right, bottom
+HOLE = (8, 8, 24, 32)  # left, top, right, bottom
 MASK = Image.new("L", PHOTO.size)
 MASK.paste(255, HOLE)
 
@@ -45,7 +45,7 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def models() -> dict[str, StableDiffusion]:
     made = {name: tiny_sd(variant) for name, variant in FAMILIES.items()}
-    made["sdxl-refiner"].vae = made["sdxl-base"].vae                     # real ones share it too
+    made["sdxl-refiner"].vae = made["sdxl-base"].vae  # real ones share it too
     made["sdxl-refined"] = replace(made["sdxl-base"], refiner=made["sdxl-refiner"])
     return made
 
@@ -92,10 +92,10 @@ def test_every_sampler_draws_and_draws_the_same_again(models, family, task):
         assert images[0].size == PHOTO.size and np.asarray(images[0]).std() > 5, sampler
         if len(given) == 2:
             assert difference(Image.composite(given[0], images[0], given[1]), given[0]) == 0, sampler
-        again = islice(batch(sd, settings, *given), count)               # what it is decoded to need not be seen again
+        again = islice(batch(sd, settings, *given), count)  # what it is decoded to need not be seen again
         assert all(torch.equal(a.x, b.x) for a, b in zip(steps, again, strict=True)), sampler
         drawn.add(images[0].tobytes())
-    assert len(drawn) >= len(SAMPLERS) - 4       # in two steps unipc is dpmpp_2m, and dpmpp_3m_sde dpmpp_2m_sde
+    assert len(drawn) >= len(SAMPLERS) - 4  # in two steps unipc is dpmpp_2m, and dpmpp_3m_sde dpmpp_2m_sde
 
 
 # --- against diffusers -----------------------------------------------------------------------------------------------
@@ -237,7 +237,9 @@ def test_the_hand_over_to_the_refiner_is_diffusers_picture(models, pipe, handove
         latents = theirs(base, **told, height=SIZE, width=SIZE)[None]
         refiner = pipe("StableDiffusionXLImg2ImgPipeline", "sdxl-refiner", sampler)
         expected = theirs(refiner, image=latents, denoising_start=handover, generator=generator)
-        found = final(text_to_image(models["sdxl-refined"], size=SIZE, sampler=sampler, handover=handover, **PROMPTS))[0]
+        found = final(text_to_image(models["sdxl-refined"], size=SIZE, sampler=sampler, handover=handover, **PROMPTS))[
+            0
+        ]
         assert difference(found, expected) <= 1, sampler
         alone = final(text_to_image(models["sdxl-base"], size=SIZE, sampler=sampler, **PROMPTS))[0]
         assert difference(found, alone) > 5, sampler

@@ -1,6 +1,5 @@
 """Fine-tuning: objectives, text states, methods, resuming after a kill, the command."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -14,7 +13,6 @@ from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
 from PIL import Image
 from torch import nn
 
-import plainsd
 from plainsd.conditioning import encode_prompts
 from plainsd.denoiser import min_snr_weight
 from plainsd.errors import UserError
@@ -27,9 +25,9 @@ from plainsd.train.data import read_folder
 from plainsd.train.examples import Examples
 from plainsd.train.full import full
 from plainsd.train.inversion import inversion, settle
-from plainsd.train.lora import lora
 from plainsd.train.log import Log, read_log
 from plainsd.train.loop import FitOptions, Pick, Trainer, fit
+from plainsd.train.lora import lora
 from plainsd.train.objective import Noise, Objective, draw_noise, errors
 from plainsd.train.order import random
 from plainsd.train.prior import make_prior
@@ -84,8 +82,9 @@ def measured(objective=Objective(), *, mask=None, prediction="epsilon", scale=1.
     noise = draw_noise(picks, (4, 8, 8), objective)
     noise = Noise(noise.target * scale, noise.shown * scale)
     schedule, timesteps = NoiseSchedule.scaled_linear(), torch.tensor(timesteps)
-    found = errors(Echo(0.0), schedule, prediction, x0, noise, timesteps, torch.zeros(2, 1, 1), objective=objective,
-                   mask=mask)
+    found = errors(
+        Echo(0.0), schedule, prediction, x0, noise, timesteps, torch.zeros(2, 1, 1), objective=objective, mask=mask
+    )
     return found, noise, x0, schedule.alphas_cumprod[timesteps]
 
 
@@ -117,9 +116,9 @@ def test_offset_noise_shifts_whole_channels():
     noise = draw_noise(picks, (4, 8, 8), Objective(offset_noise=0.5))
     again = [Pick(i, i, random(0, 1, i)) for i in range(400)]
     shift = noise.target - draw_noise(again, (4, 8, 8)).target
-    assert shift.flatten(2).std(dim=2).max() < 1e-6                # the same all over a channel
+    assert shift.flatten(2).std(dim=2).max() < 1e-6  # the same all over a channel
     assert shift[..., 0, 0].std() == pytest.approx(0.5, rel=0.1)
-    assert noise.shown is noise.target                             # and to be found
+    assert noise.shown is noise.target  # and to be found
 
 
 def test_input_perturbation_is_not_to_be_found():
@@ -138,8 +137,9 @@ def test_what_is_masked_does_not_count():
     torch.testing.assert_close(found, noise.target[..., :2].square().mean(dim=(1, 2, 3)) / 4)
 
 
-@pytest.mark.parametrize("wrong", [{"min_snr": 0.0}, {"huber": -1.0}, {"offset_noise": 2.0},
-                                   {"perturbation": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"min_snr": 0.0}, {"huber": -1.0}, {"offset_noise": 2.0}, {"perturbation": float("nan")}]
+)
 def test_objectives_out_of_range(wrong):
     with pytest.raises(UserError, match="out of range"):
         Objective(**wrong)
@@ -154,12 +154,12 @@ def test_states_are_those_of_the_prompt_and_made_once(monkeypatch):
     forward = sd.text_encoders[0].forward
     monkeypatch.setattr(sd.text_encoders[0], "forward", lambda ids: asked.append(len(ids)) or forward(ids))
     context, vector = reader(["a (red) cat", "", "a (red) cat"], SIZES.expand(3, 6))
-    assert asked == [1, 1] and vector is None                      # each caption once, and alone
+    assert asked == [1, 1] and vector is None  # each caption once, and alone
     reader(["a (red) cat"], SIZES)
     assert asked == [1, 1]
     expected = encode_prompts(sd, [[Weighted("a (red) cat")]]).context
     assert torch.equal(context[:1], expected) and torch.equal(context[2:], expected)
-    assert not torch.equal(expected, encode_prompts(sd, ["a (red) cat"]).context)     # notation has no meaning here
+    assert not torch.equal(expected, encode_prompts(sd, ["a (red) cat"]).context)  # notation has no meaning here
 
 
 def test_remembered_states_do_not_depend_on_autocast():
@@ -289,7 +289,7 @@ def test_a_prior_set_is_made_once(tmp_path, monkeypatch):
     make_prior(sd, tmp_path, "a dog", 6, say=lambda _: None)
     assert len(read_folder(tmp_path, 64)) == 6
     content = (tmp_path / "00005.png").read_bytes()
-    (tmp_path / "00005.txt").unlink()                              # as a kill would leave it
+    (tmp_path / "00005.txt").unlink()  # as a kill would leave it
     make_prior(sd, tmp_path, "a dog", 6, say=lambda _: None)
     assert (tmp_path / "00005.png").read_bytes() == content
     monkeypatch.setattr("plainsd.train.prior.text_to_image", None)
@@ -340,6 +340,7 @@ def trained_until_killed(place, moment):
             file.flush()
             os.truncate(file.name, 200)
             die()
+
         third(cut)
         saved(state, file)
 
@@ -373,6 +374,7 @@ def trained_until_killed(place, moment):
                     file.write('{"step": 5, "lo')
                 die()
             write(self, line)
+
         Log.write = cut
     run(method, 4, LINE, Path(place), rhythm=RHYTHM)
 
@@ -398,6 +400,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, moment):
     assert all(torch.equal(a, b) for a, b in zip(resumed.ema.values, whole.ema.values, strict=True))
     kept = [sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in ("run", "whole")]
     assert kept[0] == kept[1] == ["step-00000008", "step-00000009"]
-    logs = [[(line["step"], line["loss"]) for line in read_log(tmp_path / name / "log.jsonl")]
-            for name in ("run", "whole")]
+    logs = [
+        [(line["step"], line["loss"]) for line in read_log(tmp_path / name / "log.jsonl")] for name in ("run", "whole")
+    ]
     assert logs[0] == logs[1]

@@ -15,7 +15,7 @@ from plainsd.generate import StableDiffusion, final, image_to_image, inpaint, ou
 from plainsd.latents import slerp
 from plainsd.samplers import SAMPLERS, Step
 
-LONG = "a red apple on a table, " * 5                # 120 byte tokens: two chunks
+LONG = "a red apple on a table, " * 5  # 120 byte tokens: two chunks
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_inpainting_is_diffusers_picture(folders, photo, mask, folder, channels,
     hole = (16, 8, 48, 40)
     assert difference(ours.crop(hole), theirs.crop(hole)) <= 1
     assert difference(ours.crop(hole), photo.crop(hole)) > 50
-    assert difference(Image.composite(photo, ours, mask), photo) == 0                  # bit-exact outside
+    assert difference(Image.composite(photo, ours, mask), photo) == 0  # bit-exact outside
 
 
 @pytest.mark.parametrize("negative", ["", "blurred"])
@@ -125,7 +125,7 @@ def test_a_picture_of_a_batch_equals_the_picture_alone(sampler, dtype):
     together = list(text_to_image(sd, prompts, ["", "bad", LONG], seed=5, sampler=sampler))
     for i, (prompt, negative) in enumerate(zip(prompts, ["", "bad", LONG], strict=True)):
         alone = list(text_to_image(sd, prompt, negative, seed=5 + i, sampler=sampler))
-        if dtype == torch.float64:                       # in float32 some processors round by the size of the batch
+        if dtype == torch.float64:  # in float32 some processors round by the size of the batch
             assert torch.allclose(alone[0].x[0], together[0].x[i], atol=1e-4)
         assert difference(alone[-1].images[0], together[-1].images[i]) <= 1
         assert alone[-1].settings[0] == together[-1].settings[i]
@@ -202,7 +202,7 @@ def test_latents_stay_float32_around_a_bfloat16_network(sd):
 def test_a_decode_that_overflows_is_done_again_and_said(sd):
     hot = tiny_sd()
     with torch.no_grad():
-        hot.vae.decoder.conv_in.weight *= 3e4                            # a GroupNorm follows: harmless in float32
+        hot.vae.decoder.conv_in.weight *= 3e4  # a GroupNorm follows: harmless in float32
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exact = final(text_to_image(hot, "x", steps=1))[0]
@@ -318,7 +318,7 @@ def test_hires_draws_over_the_enlarged_picture(sd, upscaler):
     assert all(torch.equal(a.x, b.x) for a, b in zip(plain[:-1], events[:5], strict=True))
     assert len(events) == 5 + 2 + 1 and events[-1].images[0].size == (88, 88)
     if upscaler == "lanczos":
-        return                        # a random encoder does not undo its decoder; nothing of the picture is left
+        return  # a random encoder does not undo its decoder; nothing of the picture is left
     small = events[-1].images[0].resize((64, 64), Image.Resampling.BOX)
     like, other = (np.corrcoef(np.asarray(small).ravel(), np.asarray(image).ravel())[0, 1]
                    for image in (plain[-1].images[0], final(text_to_image(sd, "x", steps=5, seed=2))[0]))  # fmt: skip
@@ -333,7 +333,7 @@ def test_pictures_of_any_size_keep_it(sd):
     assert final(image_to_image(sd, "x", image))[0].size == (51, 37)
     assert final(image_to_image(sd, "x", image, size=(70, 30)))[0].size == (70, 30)
     light = Image.new("L", image.size)
-    light.paste(255, (50, 30, 51, 31))                                   # a single pixel in the padded corner block
+    light.paste(255, (50, 30, 51, 31))  # a single pixel in the padded corner block
     drawn = np.asarray(final(inpaint(sd, "x", image, light))[0])
     assert (drawn != np.asarray(image)).any(axis=-1).sum() <= 1
     wide = np.asarray(final(outpaint(sd, "x", image, left=5, bottom=9))[0])

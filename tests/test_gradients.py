@@ -20,8 +20,8 @@ from plainsd.tensorfile import TensorFile, stored
 from plainsd.train.examples import Batch
 from plainsd.train.full import full
 from plainsd.train.inversion import inversion
-from plainsd.train.lora import lora
 from plainsd.train.loop import FitOptions, Pick, Trainer
+from plainsd.train.lora import lora
 from plainsd.train.memory import checkpointing
 from plainsd.train.objective import Noise, Objective
 
@@ -40,7 +40,7 @@ class Given:
 
     def __init__(self, captions=CAPTIONS):
         generator = torch.Generator().manual_seed(7)
-        draw = lambda: torch.randn(3, 4, 8, 8, generator=generator, dtype=torch.float64)      # noqa: E731
+        draw = lambda: torch.randn(3, 4, 8, 8, generator=generator, dtype=torch.float64)  # noqa: E731
         self.x0, noise = draw(), draw()
         self.batch = Batch(list(captions), TIMESTEPS, self.x0, Noise(noise, noise), None, SIZES)
 
@@ -56,7 +56,7 @@ def one_step(method, options=OPTIONS):
     """Our own step; the loss."""
     trainer = Trainer(method, options)
     loss, _, norm = trainer.update([Pick(i, i, torch.Generator()) for i in range(3)])
-    assert norm > options.clip                                  # so that clipping takes part
+    assert norm > options.clip  # so that clipping takes part
     return loss
 
 
@@ -70,8 +70,10 @@ class Reference:
         xl = sd.variant.unet.vector is not None
         kinds = [CLIPTextModel, CLIPTextModelWithProjection][: 1 + xl]
         names = ["text_encoder", "text_encoder_2"]
-        self.encoders = [kind.from_pretrained(folder / name, torch_dtype=torch.float64)
-                         for kind, name in zip(kinds, names, strict=False)]
+        self.encoders = [
+            kind.from_pretrained(folder / name, torch_dtype=torch.float64)
+            for kind, name in zip(kinds, names, strict=False)
+        ]
         self.xl = xl
         for network in (self.unet, *self.encoders):
             network.requires_grad_(False)
@@ -81,8 +83,10 @@ class Reference:
         return torch.tensor([row + [tokenizer.pad] * (77 - len(row)) for row in rows])
 
     def conditions(self, captions):
-        outputs = [encoder(self.ids(tokenizer, captions), output_hidden_states=True)
-                   for tokenizer, encoder in zip(self.sd.tokenizers, self.encoders, strict=True)]
+        outputs = [
+            encoder(self.ids(tokenizer, captions), output_hidden_states=True)
+            for tokenizer, encoder in zip(self.sd.tokenizers, self.encoders, strict=True)
+        ]
         if not self.xl:
             return {"encoder_hidden_states": outputs[0].last_hidden_state}
         said = torch.tensor([bool(caption) for caption in captions], dtype=torch.float64)
@@ -106,8 +110,10 @@ class Reference:
                 parameter.requires_grad_(False)
         parameters = [p for p in parameters if p.grad is not None]
         nn.utils.clip_grad_norm_(parameters, clip)
-        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-                  {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
         torch.optim.AdamW(groups, lr=OPTIONS.lr, betas=(0.9, 0.999), eps=1e-8).step()
         return loss.item()
 
@@ -182,7 +188,7 @@ def test_lora(tmp_path, kind):
     method = lora(sd, given, rank=3, alpha=6, conv=kind == "convolutions", dora=kind == "dora", seed=1)
     adapters = list(method.modules["lora"])
     with torch.no_grad():
-        for adapter in adapters:                                # else A gets no gradient in the first step
+        for adapter in adapters:  # else A gets no gradient in the first step
             adapter.up.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
     save_lora(sd, tmp_path / "before.safetensors", "peft")
     state = unet_part(tmp_path / "before.safetensors")
@@ -195,8 +201,7 @@ def test_lora(tmp_path, kind):
     save_lora(sd, tmp_path / "after.safetensors", "peft")
     theirs = {name.removesuffix(".weight"): p for name, p in get_peft_model_state_dict(reference.unet).items()}
     mine = {name.removesuffix(".weight"): p for name, p in unet_part(tmp_path / "after.safetensors").items()}
-    assert_same(mine, theirs,
-                {name.removesuffix(".weight"): p for name, p in state.items()})
+    assert_same(mine, theirs, {name.removesuffix(".weight"): p for name, p in state.items()})
 
 
 def unet_part(path):
@@ -217,8 +222,11 @@ def test_inversion(tmp_path):
     embedding.weight.register_hook(lambda grad: grad * (torch.arange(len(grad)) >= len(table))[:, None])
     one_step(method, OPTIONS_OF_INVERSION)
     reference.step(given, [embedding.weight], decay=0.0, clip=OPTIONS_OF_INVERSION.clip)
-    assert_same({"rows": method.modules["words"][0].detach()}, {"rows": embedding.weight[len(table) :].detach()},
-                {"rows": before})
+    assert_same(
+        {"rows": method.modules["words"][0].detach()},
+        {"rows": embedding.weight[len(table) :].detach()},
+        {"rows": before},
+    )
     assert torch.equal(sd.text_encoders[0].token.weight[: len(table)], table)
 
 

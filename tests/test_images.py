@@ -93,7 +93,7 @@ def test_a_profile_is_applied_unless_it_is_srgb(tmp_path):
     path = saved(image, tmp_path / "s.png", icc_profile=srgb.tobytes())
     assert images.open_picture(path).getpixel((0, 0)) == (200, 30, 60)
     swapped = srgb.tobytes().replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
-    swapped = swapped.replace("sRGB".encode("utf-16-be"), "gRBx".encode("utf-16-be"))      # red and green exchanged
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "gRBx".encode("utf-16-be"))  # red and green exchanged
     path = saved(image, tmp_path / "x.png", icc_profile=swapped)
     assert difference(images.open_picture(path), Image.new("RGB", (4, 4), (30, 200, 60))) <= 1
     path = saved(image.convert("RGBA"), tmp_path / "a.png", icc_profile=swapped)
@@ -252,7 +252,7 @@ def test_grid_places_pictures_row_by_row():
     left, top = labelled.width - 128, labelled.height - 96
     assert left > 40 and top > 12
     assert labelled.crop((left, top, *labelled.size)).tobytes() == plain.tobytes()
-    assert min(labelled.crop((left, 0, left + 64, top)).convert("L").get_flattened_data()) < 128       # text is there
+    assert min(labelled.crop((left, 0, left + 64, top)).convert("L").get_flattened_data()) < 128  # text is there
     assert min(labelled.crop((0, top, left, top + 48)).convert("L").get_flattened_data()) < 128
 
 

@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "plainsd"
 ALWAYS = {"errors"}
-ALLOWED = {                           # module -> the modules of ours that it may import
+ALLOWED = {  # module -> the modules of ours that it may import
     "schedule": set(),
     "denoiser": {"schedule"},
     "samplers": {"schedule", "denoiser"},
@@ -23,8 +23,8 @@ ALLOWED = {                           # module -> the modules of ours that it ma
     "tokenizer": set(),
     "prompts": set(),
 }
-LEAVES = ("cli", "commands", "server", "evaluate", "verify", "oracle", "bench")    # nothing but leaves imports these
-TOP = ("train", "__init__", "__main__", *LEAVES)       # what lies above files and pictures
+LEAVES = ("cli", "commands", "server", "evaluate", "verify", "oracle", "bench")  # nothing but leaves imports these
+TOP = ("train", "__init__", "__main__", *LEAVES)  # what lies above files and pictures
 
 
 def imports(path: Path, *, lazy: bool) -> set[str]:
@@ -73,6 +73,7 @@ def test_files_and_pictures_know_nothing_of_training():
 
 def best_of_three(*arguments: str) -> float:
     """Seconds that the processor works for Python with these arguments, less those for doing nothing."""
+
     def best(*command):
         return min(timed([sys.executable, *command]) for _ in range(3))
 
@@ -111,8 +112,10 @@ def test_the_reader_of_imports_sees_them(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.SOURCE", tmp_path)
     (tmp_path / "models").mkdir()
     file = tmp_path / "models" / "x.py"
-    file.write_text("from .layers import a\nfrom plainsd import cli\nimport plainsd.generate\n"
-                    "def f():\n    from plainsd.train.loop import fit\n")
+    file.write_text(
+        "from .layers import a\nfrom plainsd import cli\nimport plainsd.generate\n"
+        "def f():\n    from plainsd.train.loop import fit\n"
+    )
     assert imports(file, lazy=True) == {"models.layers", "cli", "generate", "train.loop"}
     assert imports(file, lazy=False) == {"models.layers", "cli", "generate"}
 
@@ -120,8 +123,10 @@ def test_the_reader_of_imports_sees_them(tmp_path, monkeypatch):
 def test_oracles_are_never_imported():
     for path in SOURCE.rglob("*.py"):
         if path.name in ("oracle.py", "rivals.py"):
-            continue                  # `plainsd verify` and `plainsd bench` compare with them, by name
+            continue  # `plainsd verify` and `plainsd bench` compare with them, by name
         tree = ast.parse(path.read_text("utf-8"))
         names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        names |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
+        names |= {
+            (n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level
+        }
         assert not names & {"diffusers", "transformers", "peft", "clip"}, path

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import FAMILIES, model, small_families
+from small_models import FAMILIES, model
 
 from plainsd import tensorfile
 from plainsd.checkpoint import save, save_vae
@@ -27,9 +27,16 @@ def unread(monkeypatch):
 def test_a_folder(tmp_path):
     save(model("odd"), tmp_path / "m", dtype="float16")
     said = info(tmp_path / "m")
-    for part in ("a model of sizes of its own (odd), a diffusers folder", "v_prediction", "zero terminal SNR", "64 px",
-                 "ddim, 12 steps, guidance 3.5", "float16", "channels 16-24-32, context 16, 12 in",
-                 "12 latent channels of 1/4, scaling factor 0.61"):
+    for part in (
+        "a model of sizes of its own (odd), a diffusers folder",
+        "v_prediction",
+        "zero terminal SNR",
+        "64 px",
+        "ddim, 12 steps, guidance 3.5",
+        "float16",
+        "channels 16-24-32, context 16, 12 in",
+        "12 latent channels of 1/4, scaling factor 0.61",
+    ):
         assert part in said
     numbers = sum(p.numel() for p in model("odd").unet.parameters())
     assert f"{numbers:,} numbers, float16, {2 * numbers / 1e6:,.1f} MB" in said
@@ -53,14 +60,17 @@ def test_a_single_file(tmp_path, small_families):
 
 def lora(width: int) -> dict[str, torch.Tensor]:
     start = "lora_unet_down_blocks_0_attentions_0_"
-    return {f"{start}proj_in.lora_down.weight": torch.zeros(8, 320, 1, 1),
-            f"{start}proj_in.lora_up.weight": torch.zeros(320, 8, 1, 1), f"{start}proj_in.alpha": torch.tensor(4.0),
-            f"{start}transformer_blocks_0_attn2_to_k.lora_down.weight": torch.zeros(16, width),
-            f"{start}transformer_blocks_0_attn2_to_k.lora_up.weight": torch.zeros(320, 16),
-            "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": torch.zeros(8, 320, 3, 3),
-            "lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": torch.zeros(320, 8, 1, 1),
-            "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(8, 768),
-            "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(3072, 8)}
+    return {
+        f"{start}proj_in.lora_down.weight": torch.zeros(8, 320, 1, 1),
+        f"{start}proj_in.lora_up.weight": torch.zeros(320, 8, 1, 1),
+        f"{start}proj_in.alpha": torch.tensor(4.0),
+        f"{start}transformer_blocks_0_attn2_to_k.lora_down.weight": torch.zeros(16, width),
+        f"{start}transformer_blocks_0_attn2_to_k.lora_up.weight": torch.zeros(320, 16),
+        "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": torch.zeros(8, 320, 3, 3),
+        "lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": torch.zeros(320, 8, 1, 1),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(8, 768),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(3072, 8),
+    }
 
 
 @pytest.mark.parametrize("width,family", [(768, "SD 1.x"), (1024, "SD 2.x"), (2048, "SDXL")])
@@ -79,13 +89,17 @@ def test_a_lora(tmp_path, width, family):
     assert not any("empty" in line for line in said)
 
 
-WORDS = {                             # file, what is in it, what is said
+WORDS = {  # file, what is in it, what is said
     "cat.safetensors": ({"emb_params": torch.zeros(3, 768)}, "3 vectors of 768 numbers, SD 1.x"),
     "learned_embeds.safetensors": ({"<cat>": torch.zeros(1024)}, "1 vectors of 1024 numbers, SD 2.x"),
-    "xl.safetensors": ({"clip_g": torch.zeros(2, 1280), "clip_l": torch.zeros(2, 768)},
-                       "2 vectors of 768 and 1280 numbers, SDXL"),
-    "cat.pt": ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(4, 20)}},
-               "4 vectors of 20 numbers"),
+    "xl.safetensors": (
+        {"clip_g": torch.zeros(2, 1280), "clip_l": torch.zeros(2, 768)},
+        "2 vectors of 768 and 1280 numbers, SDXL",
+    ),
+    "cat.pt": (
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(4, 20)}},
+        "4 vectors of 20 numbers",
+    ),
     "learned_embeds.bin": ({"<cat>": torch.zeros(2, 768)}, "2 vectors of 768 numbers, SD 1.x"),
 }
 
@@ -113,10 +127,13 @@ def test_other_files(tmp_path):
         info(tmp_path / "none")
 
 
-@pytest.mark.parametrize("kind, factors, rank", [
-    ("LoHa", {"hada_w1_a": (320, 4), "hada_w1_b": (4, 768), "hada_w2_a": (320, 4), "hada_w2_b": (4, 768)}, "4"),
-    ("LoKr", {"lokr_w1": (4, 4), "lokr_w2": (80, 192)}, "none: whole factors"),
-])
+@pytest.mark.parametrize(
+    "kind, factors, rank",
+    [
+        ("LoHa", {"hada_w1_a": (320, 4), "hada_w1_b": (4, 768), "hada_w2_a": (320, 4), "hada_w2_b": (4, 768)}, "4"),
+        ("LoKr", {"lokr_w1": (4, 4), "lokr_w2": (80, 192)}, "none: whole factors"),
+    ],
+)
 def test_lycoris(tmp_path, kind, factors, rank):
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     save_file({f"{key}.{name}": torch.zeros(shape) for name, shape in factors.items()}, tmp_path / "l.safetensors")

@@ -39,10 +39,19 @@ def strided(x):
 
 
 @DTYPES
-@pytest.mark.parametrize("batch, heads, n, m, d", [
-    (2, 3, 96, 512, 40), (1, 2, 1, 1, 8), (2, 2, 49, 77, 64), (1, 1, 100, 1100, 80), (1, 2, 47, 513, 160), (1, 1, 64, 65, 22),
-    (1, 1, 50, 63, 33), (2, 1, 7, 2000, 512),
-])
+@pytest.mark.parametrize(
+    "batch, heads, n, m, d",
+    [
+        (2, 3, 96, 512, 40),
+        (1, 2, 1, 1, 8),
+        (2, 2, 49, 77, 64),
+        (1, 1, 100, 1100, 80),
+        (1, 2, 47, 513, 160),
+        (1, 1, 64, 65, 22),
+        (1, 1, 50, 63, 33),
+        (2, 1, 7, 2000, 512),
+    ],
+)
 def test_attention(dtype, batch, heads, n, m, d):
     """Lengths and widths that fill their blocks and that do not; scores up to +-100, so that blocks are scaled anew. As far
     from float64 as PyTorch's, within a factor of 2.5 (512 wide, float32: 1.9; else 1)."""
@@ -70,8 +79,10 @@ def test_where_attention_is_pytorchs(case, monkeypatch):
     monkeypatch.setattr(kernels, "_attention", None)
     q, k, v = torch.randn(3, 1, 2, 60, 15).to(torch.bfloat16 if case == "odd" else torch.float32).unbind(0)
     q.requires_grad_(case == "gradient")
-    assert torch.equal(kernels.attention(q, k, v, is_causal=case == "causal"),
-                       F.scaled_dot_product_attention(q, k, v, is_causal=case == "causal"))
+    assert torch.equal(
+        kernels.attention(q, k, v, is_causal=case == "causal"),
+        F.scaled_dot_product_attention(q, k, v, is_causal=case == "causal"),
+    )
 
 
 def test_torch_compile_knows_attention():
@@ -79,7 +90,9 @@ def test_torch_compile_knows_attention():
 
 
 @DTYPES
-@pytest.mark.parametrize("m, k, n", [(1, 2, 1), (32, 160, 160), (7, 50, 37), (128, 96, 384), (300, 64, 65), (5, 1280, 640)])
+@pytest.mark.parametrize(
+    "m, k, n", [(1, 2, 1), (32, 160, 160), (7, 50, 37), (128, 96, 384), (300, 64, 65), (5, 1280, 640)]
+)
 @pytest.mark.parametrize("after", ["none", "gelu", "times"])
 def test_linear(dtype, m, k, n, after):
     torch.manual_seed(0)
@@ -90,7 +103,7 @@ def test_linear(dtype, m, k, n, after):
     for bias in (layer.bias, None):
         expected = outcome(F.linear(x.double(), exact.weight, None if bias is None else exact.bias), other.double())
         allowed = 1.2 * relative(outcome(F.linear(x, layer.weight, bias), other).double(), expected)
-        allowed += 3e-7 + k**0.5 * 2**-25                                # GELU, and a sum in order
+        allowed += 3e-7 + k**0.5 * 2**-25  # GELU, and a sum in order
         assert relative(kernels.linear(x, packed, n, bias, after, other).double(), expected) < allowed
 
 
@@ -102,8 +115,11 @@ def test_gelu_far_out():
 
 
 @DTYPES
-@pytest.mark.parametrize("shape, groups", [((2, 96, 8, 8), 16), ((1, 24, 5, 7), 4), ((2, 20, 33, 17), 5), ((1, 128, 40, 64), 32),
-                                           ((3, 8, 1, 1), 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape, groups",
+    [((2, 96, 8, 8), 16), ((1, 24, 5, 7), 4), ((2, 20, 33, 17), 5), ((1, 128, 40, 64), 32), ((3, 8, 1, 1), 2)],
+    ids=str,
+)
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format], ids=["channels last", "contiguous"])
 def test_norm_silu(dtype, shape, groups, shifted, form):
@@ -117,7 +133,7 @@ def test_norm_silu(dtype, shape, groups, shifted, form):
     shift = torch.randn(shape[:2]).to(dtype) if shifted else None
     plus = shift[:, :, None, None].double() if shifted else 0.0
     expected = F.silu(exact(x.double() + plus))
-    allowed = 1e-6 if dtype == torch.float32 else 3e-3                   # bfloat16: PyTorch's is 2.6e-3
+    allowed = 1e-6 if dtype == torch.float32 else 3e-3  # bfloat16: PyTorch's is 2.6e-3
     kept = x.clone()
     assert relative(kernels.norm_silu(norm, x, shift).double(), expected) < allowed
     assert torch.equal(x, kept)
@@ -140,7 +156,9 @@ def test_gradients_of_norm_silu(dtype, shape, groups, silu):
     expected.backward(dy.double()), found.backward(dy)
     expected = (wide.grad, exact.weight.grad, exact.bias.grad)
     for found, right in zip((x.grad, norm.weight.grad, norm.bias.grad), expected, strict=True):
-        assert relative(found.double(), right) < (2e-6 if dtype == torch.float32 or found.dtype == torch.float32 else 3e-3)
+        assert relative(found.double(), right) < (
+            2e-6 if dtype == torch.float32 or found.dtype == torch.float32 else 3e-3
+        )
 
 
 @DTYPES
@@ -156,9 +174,17 @@ def test_geglu_and_its_gradients(dtype, shape):
 
 
 @pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")
-@pytest.mark.parametrize("batch, heads, n, m, d", [
-    (1, 2, 512, 512, 40), (2, 3, 100, 77, 22), (1, 2, 257, 1100, 64), (1, 1, 63, 97, 160), (1, 2, 1, 2, 8), (2, 1, 1030, 5, 80),
-])
+@pytest.mark.parametrize(
+    "batch, heads, n, m, d",
+    [
+        (1, 2, 512, 512, 40),
+        (2, 3, 100, 77, 22),
+        (1, 2, 257, 1100, 64),
+        (1, 1, 63, 97, 160),
+        (1, 2, 1, 2, 8),
+        (2, 1, 1030, 5, 80),
+    ],
+)
 @pytest.mark.parametrize("scale", [1, 6])
 def test_gradients_of_attention(batch, heads, n, m, d, scale, monkeypatch):
     """No further from float64 than PyTorch's; `scale`: up to scores of +-200, at which most weights are nothing."""
@@ -175,17 +201,25 @@ def test_gradients_of_attention(batch, heads, n, m, d, scale, monkeypatch):
 
     exact, theirs = (outcome(F.scaled_dot_product_attention, dtype) for dtype in (torch.float64, torch.bfloat16))
     for form in (torch.Tensor.clone, strided, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
-        for ours, right, other in zip(outcome(kernels.trained_attention, torch.bfloat16, form), exact, theirs, strict=True):
+        for ours, right, other in zip(
+            outcome(kernels.trained_attention, torch.bfloat16, form), exact, theirs, strict=True
+        ):
             assert relative(ours, right) < 1.2 * relative(other, right) + 1e-4
 
 
 def test_where_attention_in_training_is_pytorchs(monkeypatch):
     monkeypatch.setattr(kernels, "_Attend", None)
-    for dtype, n, d, causal in ((torch.bfloat16, 255, 8, False), (torch.bfloat16, 256, 9, False), (torch.bfloat16, 256, 8, True),
-                                (torch.float32, 256, 8, False)):
+    for dtype, n, d, causal in (
+        (torch.bfloat16, 255, 8, False),
+        (torch.bfloat16, 256, 9, False),
+        (torch.bfloat16, 256, 8, True),
+        (torch.float32, 256, 8, False),
+    ):
         q, k, v = torch.randn(3, 1, 1, n, d).to(dtype).requires_grad_().unbind(0)
-        assert torch.equal(kernels.trained_attention(q, k, v, is_causal=causal),
-                           F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+        assert torch.equal(
+            kernels.trained_attention(q, k, v, is_causal=causal),
+            F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+        )
 
 
 def test_inside_trained_faster_a_network_learns_the_same():
@@ -241,6 +275,7 @@ def test_a_model_with_all_of_them_draws_the_same(monkeypatch):
     assert any(isinstance(module, PackedResBlock) for module in fast.vae.modules())
     monkeypatch.setattr(kernels, "ENOUGH", {torch.float32: 0})
     for name in ("_attention", "linear", "norm_silu"):
+
         def told(*args, run=getattr(kernels, name), name=name, **named):
             calls.append(name)
             return run(*args, **named)
@@ -258,7 +293,9 @@ def test_they_are_compiled_once(own_cache, monkeypatch):
     assert [path.suffix for path in own_cache.iterdir()] == [".so"]
 
 
-@pytest.mark.parametrize("compiler, told", [("no-such-compiler", "no C.. compiler .no-such-compiler."), ("false", "false: exit 1")])
+@pytest.mark.parametrize(
+    "compiler, told", [("no-such-compiler", "no C.. compiler .no-such-compiler."), ("false", "false: exit 1")]
+)
 @DTYPES
 def test_without_a_compiler_the_plain_forms_are_used_and_that_is_said(own_cache, monkeypatch, dtype, compiler, told):
     monkeypatch.setenv("CXX", compiler)

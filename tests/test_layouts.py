@@ -1,6 +1,6 @@
 """Names: the complete key lists of every family, against diffusers' classes and diffusers' own conversion functions."""
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from plainsd.variants import VARIANTS, VIT_BIGG, VIT_H, VIT_L, Variant
 Shapes = dict[str, tuple[int, ...]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def bare(kind, config):
     return empty(kind, config)
 
@@ -90,9 +90,9 @@ def test_text_encoder_names(name):
         assert shapes_of(oracle.convert_ldm_clip_checkpoint(meta(original))) == mine
 
 
-COUNTS = {                            # tensors in the public single files, less what is not a network's
-    "sd1": 1145 - 14 - 1,             # v1-5-pruned-emaonly: noise table, averaging's two numbers; position_ids
-    "sdxl-base": 2515 - 1 - 1,        # sd_xl_base_1.0: position_ids, logit_scale
+COUNTS = {  # tensors in the public single files, less what is not a network's
+    "sd1": 1145 - 14 - 1,  # v1-5-pruned-emaonly: noise table, averaging's two numbers; position_ids
+    "sdxl-base": 2515 - 1 - 1,  # sd_xl_base_1.0: position_ids, logit_scale
 }
 
 
@@ -110,8 +110,9 @@ def test_number_of_tensors_in_public_files(name):
 
 SMALL = {
     "sd1": UNetConfig(channels=(8, 16, 16), depth=(1, 1, 0), heads=(2, 2, 2), context=12, groups=4),
-    "sdxl": UNetConfig(channels=(8, 16), depth=(0, 2), heads=(1, 2), mid_depth=2, context=12, groups=4, vector=20,
-                       layers=1),
+    "sdxl": UNetConfig(
+        channels=(8, 16), depth=(0, 2), heads=(1, 2), mid_depth=2, context=12, groups=4, vector=20, layers=1
+    ),
 }
 
 
@@ -122,8 +123,10 @@ def filled(kind, config):
 
 def as_layout(network, layout: str, conv: bool, prefix: str = "") -> dict[str, torch.Tensor]:
     state = network.state_dict()
-    return {prefix + place.name: place.to_theirs([state[name] for name in place.ours])
-            for place in places(network, layout, conv=conv)}
+    return {
+        prefix + place.name: place.to_theirs([state[name] for name in place.ours])
+        for place in places(network, layout, conv=conv)
+    }
 
 
 def assert_same(state: dict, reference: dict) -> None:
@@ -163,8 +166,11 @@ def test_openclip_values():
 @pytest.mark.parametrize("conv", [True, False])
 def test_there_and_back(layout, conv):
     """Reading undoes writing, bit for bit."""
-    for kind, config in ((UNet, SMALL["sd1"]), (VAE, VAEConfig(channels=(8, 8), groups=4)),
-                         (TextEncoder, TextConfig(vocab=9, width=8, layers=2, heads=2, mlp=8, projection=6))):
+    for kind, config in (
+        (UNet, SMALL["sd1"]),
+        (VAE, VAEConfig(channels=(8, 8), groups=4)),
+        (TextEncoder, TextConfig(vocab=9, width=8, layers=2, heads=2, mlp=8, projection=6)),
+    ):
         network = filled(kind, config)
         state = network.state_dict()
         for place in places(network, layout, conv=conv):

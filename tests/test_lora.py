@@ -18,7 +18,16 @@ from plainsd.conditioning import size_vector
 from plainsd.contents import empty
 from plainsd.errors import UserError
 from plainsd.lora import (
-    TARGETS, add_lora, attached, find_lora, inject, load_lora_state, lora_state, merge, save_lora, targeted,
+    TARGETS,
+    add_lora,
+    attached,
+    find_lora,
+    inject,
+    load_lora_state,
+    lora_state,
+    merge,
+    save_lora,
+    targeted,
 )
 from plainsd.lora_layers import LoraConv, LoraLinear, LowRank, attach
 from plainsd.lora_names import dotted_name, known_names, kohya_name, modules_of, networks
@@ -80,8 +89,14 @@ def theirs(pipe):
     unet, dtype = pipe.unet, pipe.unet.dtype
     told = {"text_embeds": randn(2, 16, seed=2, dtype=dtype), "time_ids": SIZES.to(dtype)}
     context = randn(2, 5, unet.config.cross_attention_dim, seed=1, dtype=dtype)
-    out = [unet(randn(2, 4, 8, 8, dtype=dtype), 500.0, context,
-                added_cond_kwargs=told if hasattr(pipe, "text_encoder_2") else None).sample]
+    out = [
+        unet(
+            randn(2, 4, 8, 8, dtype=dtype),
+            500.0,
+            context,
+            added_cond_kwargs=told if hasattr(pipe, "text_encoder_2") else None,
+        ).sample
+    ]
     for name in ("text_encoder", "text_encoder_2"):
         if hasattr(pipe, name):
             states = getattr(pipe, name)(IDS)
@@ -101,6 +116,7 @@ def differ(a, b, rel=1e-3):
 
 
 # --- every dialect, in float64 ---------------------------------------------------------------------------------------
+
 
 def is_attention(name):
     return re.search(r"attn[12]\.to_|self_attn", name)
@@ -179,23 +195,38 @@ def peft_file(made):
     tensors, _ = dotted_file(made, *(".lora_A.weight", ".lora_B.weight") * 2, alphas=False)
     settings = {}
     for part in ("unet", "text_encoder"):
-        own = {name.removeprefix(f"{part}."): alpha for name, (_, _, alpha, _) in made.items()
-               if name.startswith(f"{part}.")}
-        settings |= {f"{part}.lora_alpha": 3, f"{part}.r": 2,
-                     f"{part}.alpha_pattern": {f"^{name}": alpha for name, alpha in own.items() if alpha != 3}}
+        own = {
+            name.removeprefix(f"{part}."): alpha
+            for name, (_, _, alpha, _) in made.items()
+            if name.startswith(f"{part}.")
+        }
+        settings |= {
+            f"{part}.lora_alpha": 3,
+            f"{part}.r": 2,
+            f"{part}.alpha_pattern": {f"^{name}": alpha for name, alpha in own.items() if alpha != 3},
+        }
     return tensors, {"lora_adapter_metadata": json.dumps(settings)}
 
 
-DIALECTS = {                          # how to write it; which modules it can hold
+DIALECTS = {  # how to write it; which modules it can hold
     "kohya": (kohya_file, lambda name: True),
     "kohya, flat": (flat_file, lambda name: True),
-    "diffusers": (lambda made: dotted_file(made, ".lora.down.weight", ".lora.up.weight",
-                                           ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-                  lambda name: True),
+    "diffusers": (
+        lambda made: dotted_file(
+            made,
+            ".lora.down.weight",
+            ".lora.up.weight",
+            ".lora_linear_layer.down.weight",
+            ".lora_linear_layer.up.weight",
+        ),
+        lambda name: True,
+    ),
     "diffusers, 2023": (old_file, is_attention),
     "PEFT": (peft_file, lambda name: True),
-    "PEFT, adapter named": (lambda made: dotted_file(made, *(".lora_A.default.weight", ".lora_B.default.weight") * 2),
-                            lambda name: True),
+    "PEFT, adapter named": (
+        lambda made: dotted_file(made, *(".lora_A.default.weight", ".lora_B.default.weight") * 2),
+        lambda name: True,
+    ),
 }
 
 
@@ -238,8 +269,11 @@ def loha(o, i, sides, r=3):
 def loha_tucker(o, i, sides, r=3):
     if not sides:
         return loha(o, i, sides, r)
-    return {f"hada_{name}": shape for n in (1, 2)
-            for name, shape in ((f"t{n}", (r, r, *sides)), (f"w{n}_a", (r, o)), (f"w{n}_b", (r, i)))}
+    return {
+        f"hada_{name}": shape
+        for n in (1, 2)
+        for name, shape in ((f"t{n}", (r, r, *sides)), (f"w{n}_a", (r, o)), (f"w{n}_b", (r, i)))
+    }
 
 
 def lokr_whole(o, i, sides):
@@ -251,7 +285,9 @@ def lokr(o, i, sides, r=3):
 
 
 def lokr_factors(o, i, sides, r=3):
-    return {"lokr_w1_a": (2, r), "lokr_w1_b": (r, 2)} | {name: s for name, s in lokr(o, i, sides).items() if "w2" in name}
+    return {"lokr_w1_a": (2, r), "lokr_w1_b": (r, 2)} | {
+        name: s for name, s in lokr(o, i, sides).items() if "w2" in name
+    }
 
 
 def lokr_tucker(o, i, sides, r=3):
@@ -262,8 +298,11 @@ def lokr_tucker(o, i, sides, r=3):
 
 def by_hand(f, scale, shape):
     """The change, number by number of the formulas in LyCORIS' paper."""
+
     def side(n):
-        a, b, t = (f.get(f"{kind}{n}{end}") for kind, end in ((f"{family}w", "_a"), (f"{family}w", "_b"), (f"{family}t", "")))
+        a, b, t = (
+            f.get(f"{kind}{n}{end}") for kind, end in ((f"{family}w", "_a"), (f"{family}w", "_b"), (f"{family}t", ""))
+        )
         return f[f"lokr_w{n}"] if a is None else a @ b if t is None else torch.einsum("ijkl,ip,jr->prkl", t, a, b)
 
     family = "hada_" if "hada_w1_a" in f else "lokr_"
@@ -282,15 +321,20 @@ def test_lycoris_is_its_formula(folders, sd, tmp_path, kind, weighed):
         o, i, *sides = module.weight.shape
         if o % 2 or i % 2:
             continue
-        factors = {end: 0.5 * randn(*shape, seed=10 * index + n)
-                   for n, (end, shape) in enumerate(kind(o, i, tuple(sides)).items())}
+        factors = {
+            end: 0.5 * randn(*shape, seed=10 * index + n)
+            for n, (end, shape) in enumerate(kind(o, i, tuple(sides)).items())
+        }
         scale = 1.0 if kind is lokr_whole else (1 + index % 4) / 3
         change = by_hand(factors, scale, module.weight.shape)
         extra = {"alpha": torch.tensor(float(1 + index % 4))}
         if weighed:
             extra["dora_scale"] = 1 + randn(o, 1, *[1] * len(sides), seed=index).abs()
             full = module.weight.data + change
-            change = full * extra["dora_scale"] / full.flatten(1).norm(dim=1).view(-1, 1, *[1] * len(sides)) - module.weight.data
+            change = (
+                full * extra["dora_scale"] / full.flatten(1).norm(dim=1).view(-1, 1, *[1] * len(sides))
+                - module.weight.data
+            )
         tensors |= {f"{kohya(name)}.{end}": tensor for end, tensor in (factors | extra).items()}
         module.weight.data += (0.7 if name.startswith("unet.") else 0.4) * change
         count += 1
@@ -313,8 +357,16 @@ def test_lycoris_of_peft(folders, sd, tmp_path, config, tucker):
     """A folder that PEFT's own LoHa or LoKr saved, with alphas in its settings."""
     torch.manual_seed(0)
     unet = pipeline(folders / "sd").unet
-    adapted = get_peft_model(unet, config(r=4, alpha=3, target_modules=["to_q", "to_k", "proj_in", "conv1"], init_weights=False,
-                                          use_effective_conv2d=tucker))
+    adapted = get_peft_model(
+        unet,
+        config(
+            r=4,
+            alpha=3,
+            target_modules=["to_q", "to_k", "proj_in", "conv1"],
+            init_weights=False,
+            use_effective_conv2d=tucker,
+        ),
+    )
     adapted.to(torch.float64).save_pretrained(tmp_path)
     config = sd.unet.config
     inputs = randn(2, 4, 8, 8), 500.0, randn(2, 5, config.context, seed=1)
@@ -340,8 +392,10 @@ def test_a_rank_of_peft_that_is_none(folders, sd, tmp_path, rank):
 
 
 def test_no_alpha_means_the_rank(folders, sd, tmp_path):
-    made = {name: (*made[:2], float(len(made[0])), None)
-            for name, made in factors(some_modules(pipeline(folders / "sd"))).items()}
+    made = {
+        name: (*made[:2], float(len(made[0])), None)
+        for name, made in factors(some_modules(pipeline(folders / "sd"))).items()
+    }
     tensors = {name: tensor for name, tensor in kohya_file(made)[0].items() if not name.endswith(".alpha")}
     save_file(tensors, tmp_path / "lora.safetensors")
     add_lora(sd, tmp_path / "lora.safetensors")
@@ -357,7 +411,7 @@ def test_pickled_loras(folders, sd, tmp_path):
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-XL_NAMES = {                          # found in public files for SDXL
+XL_NAMES = {  # found in public files for SDXL
     "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": "down.3.attn.blocks.0.self_attn.q",
     "lora_unet_input_blocks_8_1_transformer_blocks_9_ff_net_0_proj": "down.7.attn.blocks.9.ff.up",
     "lora_unet_input_blocks_3_0_op": "down.2.resample.conv",
@@ -382,14 +436,24 @@ def test_names_in_public_files():
     known = known_names(empty(UNet, XL_UNET))
     assert {name: known[name] for name in XL_NAMES} == {name: ("unet", place) for name, place in XL_NAMES.items()}
     known = known_names(empty(TextEncoder, VIT_L))
-    for name in ("lora_te_text_model_encoder_layers_11_mlp_fc1", "lora_te1_text_model_encoder_layers_11_mlp_fc1",
-                 "text_encoder.text_model.encoder.layers.11.mlp.fc1", "text_encoder.encoder.layers.11.mlp.fc1"):
+    for name in (
+        "lora_te_text_model_encoder_layers_11_mlp_fc1",
+        "lora_te1_text_model_encoder_layers_11_mlp_fc1",
+        "text_encoder.text_model.encoder.layers.11.mlp.fc1",
+        "text_encoder.encoder.layers.11.mlp.fc1",
+    ):
         assert known[name] == ("text_encoder", "blocks.11.fc1")
 
 
-@pytest.mark.parametrize("network, xl", [(empty(UNet, SD2_UNET), False), (empty(UNet, XL_UNET), True),
-                                         (empty(UNet, VARIANTS["sdxl-refiner"].unet), True),
-                                         (empty(TextEncoder, VIT_BIGG), True)])
+@pytest.mark.parametrize(
+    "network, xl",
+    [
+        (empty(UNet, SD2_UNET), False),
+        (empty(UNet, XL_UNET), True),
+        (empty(UNet, VARIANTS["sdxl-refiner"].unet), True),
+        (empty(TextEncoder, VIT_BIGG), True),
+    ],
+)
 def test_what_we_write_is_read_as_the_same_module(network, xl):
     """At full size; no two modules share a name."""
     part = "unet" if isinstance(network, UNet) else "text_encoder"
@@ -402,6 +466,7 @@ def test_what_we_write_is_read_as_the_same_module(network, xl):
 
 
 # --- to diffusers and back -------------------------------------------------------------------------------------------
+
 
 def trained(sd, **options):
     """A LoRA with random factors. alpha / rank is no power of two, which would be too kind to rounding."""
@@ -421,7 +486,7 @@ def test_diffusers_loads_our_files(folders, tmp_path, family, naming, targets):
     adapters = trained(sd, targets=targets).adapters
     for adapter in list(adapters.values())[::3]:
         adapter.down.data, adapter.up.data = adapter.down.data[:3], adapter.up.data[:, :3]
-        if naming != "kohya":                               # whose alphas diffusers mixes up where they differ
+        if naming != "kohya":  # whose alphas diffusers mixes up where they differ
             adapter.alpha = 3.0
     save_lora(sd, tmp_path / "lora.safetensors", naming)
     pipe.load_lora_weights(tmp_path / "lora.safetensors")
@@ -465,9 +530,14 @@ def test_diffusers_files_load_in_ours(folders, tmp_path, family, dora):
     pipe, sd = pipeline(folders / family), load(folders / family)
     bare = ours(sd)
     settings = {
-        "unet": LoraConfig(r=4, lora_alpha=6, rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 5, "conv2": 1},
-                           use_dora=dora,
-                           target_modules=["to_q", "to_k", "to_out.0", "conv1", "conv2", "proj_in", "linear_1"]),
+        "unet": LoraConfig(
+            r=4,
+            lora_alpha=6,
+            rank_pattern={"to_k": 2},
+            alpha_pattern={"to_k": 5, "conv2": 1},
+            use_dora=dora,
+            target_modules=["to_q", "to_k", "to_out.0", "conv1", "conv2", "proj_in", "linear_1"],
+        ),
         "text_encoder": LoraConfig(r=3, lora_alpha=1, target_modules=["q_proj", "out_proj", "fc1"], use_dora=dora),
         "text_encoder_2": LoraConfig(r=2, lora_alpha=3, target_modules=["v_proj", "k_proj"], use_dora=dora),
     }
@@ -481,22 +551,31 @@ def test_diffusers_files_load_in_ours(folders, tmp_path, family, dora):
                 parameter.data += 0.3 * randn(*parameter.shape, seed=index)
             layers[f"{name}_lora_layers"] = {key.replace(".default", ""): value for key, value in own.items()}
             notes[f"{name}_lora_adapter_metadata"] = {
-                key: value for key, value in config.to_dict().items()
-                if isinstance(value, (int, dict, list, set)) and value}
+                key: value
+                for key, value in config.to_dict().items()
+                if isinstance(value, (int, dict, list, set)) and value
+            }
     pipe.save_lora_weights(tmp_path, **layers, **notes)
     lora = add_lora(sd, tmp_path)
     assert {part for part, _ in lora.adapters} == {name for name in settings if hasattr(pipe, name)}
     differ(ours(sd), bare)
-    same(ours(sd), theirs(pipe), 1e-6)                      # their time embedding is float32
+    same(ours(sd), theirs(pipe), 1e-6)  # their time embedding is float32
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_folders_load_in_ours(folders, sd, tmp_path, rslora):
     """PEFT's own format: its settings lie beside the file, and its names begin with base_model.model."""
     pipe = pipeline(folders / "sd")
-    network = get_peft_model(pipe.unet, LoraConfig(
-        r=4, lora_alpha=6, target_modules=["to_q", "conv1"], use_rslora=rslora,
-        alpha_pattern={r"mid_block\.resnets\.0\.conv1": 3}))
+    network = get_peft_model(
+        pipe.unet,
+        LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=["to_q", "conv1"],
+            use_rslora=rslora,
+            alpha_pattern={r"mid_block\.resnets\.0\.conv1": 3},
+        ),
+    )
     for index, (name, parameter) in enumerate(network.named_parameters()):
         if "lora_" in name:
             parameter.data += 0.3 * randn(*parameter.shape, seed=index)
@@ -549,13 +628,22 @@ def test_gradients_are_pefts(folders, dora):
     """Of a loss on the UNet's output, in float64, to every A, B and magnitude."""
     pipe, sd = pipeline(folders / "sd"), load(folders / "sd")
     lora = inject(sd, 5, 1.7, "all", dora=dora)
-    pipe.unet.add_adapter(LoraConfig(r=5, lora_alpha=1.7, use_dora=dora, target_modules=[
-        named.diffusers for named in modules_of(sd.unet).values()]))
+    pipe.unet.add_adapter(
+        LoraConfig(
+            r=5,
+            lora_alpha=1.7,
+            use_dora=dora,
+            target_modules=[named.diffusers for named in modules_of(sd.unet).values()],
+        )
+    )
     twins = {}
     for (_, module), adapter in lora.adapters.items():
         twin = pipe.unet.get_submodule(modules_of(sd.unet)[module].diffusers)
-        twins[module] = (twin.lora_A.default.weight, twin.lora_B.default.weight,
-                         *([twin.lora_magnitude_vector.default.weight] if dora else []))
+        twins[module] = (
+            twin.lora_A.default.weight,
+            twin.lora_B.default.weight,
+            *([twin.lora_magnitude_vector.default.weight] if dora else []),
+        )
         adapter.up.data += 0.1 * randn(*adapter.up.shape)
         mine = (adapter.down, adapter.up, *([adapter.magnitude] if dora else []))
         for own, other in zip(mine, twins[module], strict=True):
@@ -570,6 +658,7 @@ def test_gradients_are_pefts(folders, dora):
 
 
 # --- several, and off again ------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def two_files(tmp_path):
@@ -591,7 +680,7 @@ def test_several_at_once_and_off_again(sd, two_files):
     all_three = ours(sd)
     assert [lora.name for lora in attached(sd)] == ["lora_0", "lora_1", "lora_0_2"]
     differ(all_three, alone)
-    first.set_strength(0.75)                                                # as much as both of the same file
+    first.set_strength(0.75)  # as much as both of the same file
     twice.remove()
     same(ours(sd), all_three, 1e-12)
     second.set_strength(0)
@@ -647,6 +736,7 @@ def test_a_model_with_loras_is_not_saved_without_them(sd, tmp_path):
 
 # --- training --------------------------------------------------------------------------------------------------------
 
+
 def test_a_new_lora_changes_nothing_yet(sd):
     bare = ours(sd)
     for dora in (False, True):
@@ -669,8 +759,10 @@ def test_how_a_new_lora_begins(sd):
             assert adapter.down.dtype == torch.float32 and not adapter.up.any()
             assert 0.8 * bound < adapter.down.abs().max() <= bound and abs(adapter.down.mean()) < 0.3 * bound
         lora.remove()
-    same_seed, other_seed = ([torch.equal(states[0][name], state[name]) for name in states[0] if name.endswith("down")]
-                             for state in states[1:])
+    same_seed, other_seed = (
+        [torch.equal(states[0][name], state[name]) for name in states[0] if name.endswith("down")]
+        for state in states[1:]
+    )
     assert all(same_seed) and not any(other_seed)
 
 
@@ -679,8 +771,12 @@ def test_targets():
     unet, text = empty(UNet, VARIANTS["sd1"].unet), empty(TextEncoder, VIT_L)
     linear = 16 * 12 + 22 + 2
     count = {targets: len(targeted(unet, targets, conv=False)) for targets in TARGETS}
-    assert count == {"attention": 16 * 8, "transformers": 16 * 12, "all-linear": linear,
-                     "all": linear + 2 * 22 + 14 + 6 + 2}
+    assert count == {
+        "attention": 16 * 8,
+        "transformers": 16 * 12,
+        "all-linear": linear,
+        "all": linear + 2 * 22 + 14 + 6 + 2,
+    }
     assert len(targeted(unet, "transformers", conv=True)) == 16 * 12 + 2 * 22 + 14 + 6
     assert len(targeted(text, "attention", conv=True)) == 12 * 4
     assert len(targeted(text, "transformers", conv=False)) == 12 * 6
@@ -733,6 +829,7 @@ def test_only_the_adapter_learns(sd):
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
 
 def test_notes(sd, tmp_path):
     lora = trained(sd)
@@ -795,30 +892,47 @@ BAD = {
     "no LoRA": ({"model.diffusion_model.x": torch.zeros(1)}, "holds no LoRA: it seems to be a UNet"),
     "OFT": ({f"{KEY}.oft_blocks": torch.zeros(2, 2)}, "holds no LoRA.*OFT"),
     "half a LoHa": ({f"{KEY}.hada_w1_a": torch.zeros(2, 2)}, "1 of its 1 names have no place"),
-    "a LoHa for another": ({f"{KEY}.hada_{name}": torch.zeros(4, 4) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
-                           r"hada_w1_a' and its like, of shapes \[4, 4\], .* do not make a change of the weight \[32, 32\]"),
-    "a LoHa of rank 0": ({f"{KEY}.hada_{name}": torch.zeros(32, 0) if name[-1] == "a" else torch.zeros(0, 32)
-                          for name in ("w1_a", "w1_b", "w2_a", "w2_b")}, "do not make a change"),
-    "a LoKr with the outputs of another": ({f"{KEY}.lokr_w1": torch.zeros(2, 8), f"{KEY}.lokr_w2": torch.zeros(8, 8)},
-                                           "do not make a change"),
+    "a LoHa for another": (
+        {f"{KEY}.hada_{name}": torch.zeros(4, 4) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+        r"hada_w1_a' and its like, of shapes \[4, 4\], .* do not make a change of the weight \[32, 32\]",
+    ),
+    "a LoHa of rank 0": (
+        {
+            f"{KEY}.hada_{name}": torch.zeros(32, 0) if name[-1] == "a" else torch.zeros(0, 32)
+            for name in ("w1_a", "w1_b", "w2_a", "w2_b")
+        },
+        "do not make a change",
+    ),
+    "a LoKr with the outputs of another": (
+        {f"{KEY}.lokr_w1": torch.zeros(2, 8), f"{KEY}.lokr_w2": torch.zeros(8, 8)},
+        "do not make a change",
+    ),
     "a LoHa and a LoRA in one": (factors_of(KEY) | {f"{KEY}.hada_w1_a": torch.zeros(32, 4)}, r"hada_w1_a' has shape"),
     "of SD 2": (factors_of(KEY, i=1024), r"has shape \[4, 1024\].*\[32, 32\]; it seems to be made for SD 2.x; take"),
-    "of SDXL": (renamed("lora_unet_input_blocks_40_1_transformer_blocks_9_"),
-                r"14 of its 14 names have no place.*, \.\.\.\).*SDXL; take"),
+    "of SDXL": (
+        renamed("lora_unet_input_blocks_40_1_transformer_blocks_9_"),
+        r"14 of its 14 names have no place.*, \.\.\.\).*SDXL; take",
+    ),
     "of FLUX": (renamed("lora_unet_double_blocks_"), "made for FLUX"),
-    "one name too many": (factors_of(KEY) | factors_of(f"{KEY}_x"),
-                          r"2 of its 4 names have no place \(.*to_k_x.*--lora-partial"),
+    "one name too many": (
+        factors_of(KEY) | factors_of(f"{KEY}_x"),
+        r"2 of its 4 names have no place \(.*to_k_x.*--lora-partial",
+    ),
     "half a module": ({f"{KEY}.lora_down.weight": torch.zeros(4, 32)}, "1 of its 1 names have no place"),
     "a bias": (factors_of(KEY) | {f"{KEY}.lora_up.bias": torch.zeros(32)}, "lora_up.bias"),
-    "ranks that differ": (factors_of(KEY) | {f"{KEY}.lora_up.weight": torch.zeros(32, 5)},
-                          r"lora_up.* has shape \[32, 5\]"),
+    "ranks that differ": (
+        factors_of(KEY) | {f"{KEY}.lora_up.weight": torch.zeros(32, 5)},
+        r"lora_up.* has shape \[32, 5\]",
+    ),
     "rank 0": (factors_of(KEY, r=0), r"has shape \[0, 32\]"),
     "an alpha of two": (factors_of(KEY) | {f"{KEY}.alpha": torch.zeros(2)}, r"alpha' has shape \[2\]"),
     "a middle for a linear layer": (factors_of(KEY) | {f"{KEY}.lora_mid.weight": torch.zeros(4, 4, 3, 3)}, "lora_mid"),
     "not a number": (factors_of(KEY) | {f"{KEY}.lora_up.weight": torch.full((32, 4), float("nan"))}, "not finite"),
     "an endless alpha": (factors_of(KEY) | {f"{KEY}.alpha": torch.tensor(float("inf"))}, "not finite"),
-    "a scalar": ({f"{KEY}.lora_down.weight": torch.tensor(1.0), f"{KEY}.lora_up.weight": torch.zeros(32, 4)},
-                 r"has shape \[\]"),
+    "a scalar": (
+        {f"{KEY}.lora_down.weight": torch.tensor(1.0), f"{KEY}.lora_up.weight": torch.zeros(32, 4)},
+        r"has shape \[\]",
+    ),
 }
 
 

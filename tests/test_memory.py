@@ -15,7 +15,7 @@ from plainsd.generate import final, image_to_image, text_to_image
 from plainsd.models.vae import VAE, VAEConfig
 
 CPU = torch.device("cpu")
-SIZES = [(64, 64), (72, 40), (104, 24)]                # height and width; bands of 2**9 positions cut all of them
+SIZES = [(64, 64), (72, 40), (104, 24)]  # height and width; bands of 2**9 positions cut all of them
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_bands_agree_to_1_in_255_in_bfloat16(narrow):
     whole, banded = vae.encode(pixels), bands.encode(vae, pixels)
     assert (whole.mean - banded.mean).abs().max() < 1 / 255
     latents = 3 * whole.mean
-    assert (vae.decode(latents) - bands.decode(vae, latents)).abs().max() <= 2 / 255     # pixels are 2 apart in [-1, 1]
+    assert (vae.decode(latents) - bands.decode(vae, latents)).abs().max() <= 2 / 255  # pixels are 2 apart in [-1, 1]
 
 
 @torch.no_grad()
@@ -150,8 +150,11 @@ def test_one_row_at_a_time_the_batch_makes_no_difference_in_bfloat16(more, monke
     sd, given = tiny_sd().to(dtype=torch.bfloat16), []
     for kind in (type(sd.unet), type(sd.vae.encoder), type(sd.vae.decoder)):
         plain = kind.forward
-        monkeypatch.setattr(kind, "forward", lambda self, x, *rest, plain=plain, **others: (
-            given.append(len(x)) or plain(self, x, *rest, **others)))
+        monkeypatch.setattr(
+            kind,
+            "forward",
+            lambda self, x, *rest, plain=plain, **others: given.append(len(x)) or plain(self, x, *rest, **others),
+        )
     choices = {"steps": 2, "size": 32} | more
     final(text_to_image(sd, "a pear", count=3, **choices))
     assert max(given) > 1
@@ -160,7 +163,7 @@ def test_one_row_at_a_time_the_batch_makes_no_difference_in_bfloat16(more, monke
     together = final(text_to_image(sd, "a pear", count=3, **choices))
     assert set(given) == {1}
     for i, picture in enumerate(together):
-        alone, = final(text_to_image(sd, "a pear", seed=i, **choices))
+        (alone,) = final(text_to_image(sd, "a pear", seed=i, **choices))
         assert alone.tobytes() == picture.tobytes()
 
 
@@ -168,7 +171,7 @@ def test_nothing_is_said_where_there_is_room(recwarn, monkeypatch):
     sd = tiny_sd()
     monkeypatch.setattr(memory, "free", lambda device: 2**40)
     assert not memory.in_bands(sd, 4096**2) and memory.rows_at_once(sd, 512**2, 8) == 8
-    monkeypatch.setattr(memory, "free", lambda device: math.inf)         # where it cannot be known
+    monkeypatch.setattr(memory, "free", lambda device: math.inf)  # where it cannot be known
     assert not memory.in_bands(sd, 4096**2) and memory.rows_at_once(sd, 512**2, 8) == 8
     assert not recwarn.list
 
@@ -176,7 +179,9 @@ def test_nothing_is_said_where_there_is_room(recwarn, monkeypatch):
 def test_what_is_done_is_said_in_one_line(monkeypatch):
     sd = tiny_sd()
     monkeypatch.setattr(memory, "free", lambda device: 10e6)
-    with pytest.warns(UserWarning, match=r"^0.0 GB of memory are free and the VAE would take .* GB: it works in bands$"):
+    with pytest.warns(
+        UserWarning, match=r"^0.0 GB of memory are free and the VAE would take .* GB: it works in bands$"
+    ):
         assert memory.in_bands(sd, 1024**2)
     with pytest.warns(UserWarning, match=r"8 rows at once would take .* GB: the UNet takes 1 at a time$"):
         assert memory.rows_at_once(sd, 512**2, 8) == 1
@@ -234,14 +239,14 @@ def test_networks_have_their_turns(monkeypatch):
     sd.refiner = tiny_sd(TINY_REFINER)
     plain = final(text_to_image(sd, "a", **OPTIONS))
     seen = moves(monkeypatch)
-    memory.offload(sd, "cpu:0")                          # a device of another name, where numbers are the same
+    memory.offload(sd, "cpu:0")  # a device of another name, where numbers are the same
     assert sd.device == sd.refiner.device == torch.device("cpu:0") and {place for _, place in seen} == {"cpu"}
     seen.clear()
     moved = final(text_to_image(sd, "a", **OPTIONS))
     assert all(difference(a, b) == 0 for a, b in zip(plain, moved, strict=True))
     turns = [name for name, place in seen if place == "cpu:0"]
     order = [name for name, before in zip(turns, [None, *turns], strict=False) if name != before]
-    assert order == ["TextEncoder", "UNet", "TextEncoder", "UNet", "VAE"]      # the second pair is the refiner's
+    assert order == ["TextEncoder", "UNet", "TextEncoder", "UNet", "VAE"]  # the second pair is the refiner's
 
 
 def test_one_network_is_on_the_device_at_a_time():

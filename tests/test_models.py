@@ -53,27 +53,75 @@ def error(mine: Tensor, reference: Tensor) -> float:
 ATTN, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 UNETS = {
     "sd1": dict(block_out_channels=(32, 64, 64, 64), attention_head_dim=2, cross_attention_dim=24),
-    "sd2": dict(block_out_channels=(32, 64), down_block_types=(ATTN, PLAIN), attention_head_dim=(1, 4),
-                use_linear_projection=True, cross_attention_dim=40, norm_num_groups=16, layers_per_block=1),
-    "emoji": dict(block_out_channels=(24, 32, 48), down_block_types=(PLAIN, ATTN, ATTN), attention_head_dim=(3, 2, 4),
-                  cross_attention_dim=20, norm_num_groups=8, in_channels=16, out_channels=16),
-    "sdxl": dict(block_out_channels=(32, 64, 64), down_block_types=(PLAIN, ATTN, ATTN), attention_head_dim=(1, 2, 4),
-                 transformer_layers_per_block=(1, 1, 2), layers_per_block=1, use_linear_projection=True,
-                 cross_attention_dim=32,
-                 addition_embed_type="text_time", addition_time_embed_dim=256, norm_num_groups=8,
-                 projection_class_embeddings_input_dim=6 * 256 + 40),
-    "refiner": dict(block_out_channels=(32, 32, 64, 64), down_block_types=(PLAIN, ATTN, ATTN, PLAIN),
-                    attention_head_dim=(1, 2, 4, 4), transformer_layers_per_block=2, use_linear_projection=True,
-                    cross_attention_dim=16, addition_embed_type="text_time", addition_time_embed_dim=256,
-                    projection_class_embeddings_input_dim=5 * 256 + 24),
-    "inpainting": dict(block_out_channels=(32, 64), down_block_types=(ATTN, ATTN), attention_head_dim=4, in_channels=9,
-                       cross_attention_dim=48, layers_per_block=3),
-    "lcm": dict(block_out_channels=(32, 64), down_block_types=(ATTN, PLAIN), attention_head_dim=8,
-                time_cond_proj_dim=256, cross_attention_dim=24),
+    "sd2": dict(
+        block_out_channels=(32, 64),
+        down_block_types=(ATTN, PLAIN),
+        attention_head_dim=(1, 4),
+        use_linear_projection=True,
+        cross_attention_dim=40,
+        norm_num_groups=16,
+        layers_per_block=1,
+    ),
+    "emoji": dict(
+        block_out_channels=(24, 32, 48),
+        down_block_types=(PLAIN, ATTN, ATTN),
+        attention_head_dim=(3, 2, 4),
+        cross_attention_dim=20,
+        norm_num_groups=8,
+        in_channels=16,
+        out_channels=16,
+    ),
+    "sdxl": dict(
+        block_out_channels=(32, 64, 64),
+        down_block_types=(PLAIN, ATTN, ATTN),
+        attention_head_dim=(1, 2, 4),
+        transformer_layers_per_block=(1, 1, 2),
+        layers_per_block=1,
+        use_linear_projection=True,
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        norm_num_groups=8,
+        projection_class_embeddings_input_dim=6 * 256 + 40,
+    ),
+    "refiner": dict(
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=(PLAIN, ATTN, ATTN, PLAIN),
+        attention_head_dim=(1, 2, 4, 4),
+        transformer_layers_per_block=2,
+        use_linear_projection=True,
+        cross_attention_dim=16,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=5 * 256 + 24,
+    ),
+    "inpainting": dict(
+        block_out_channels=(32, 64),
+        down_block_types=(ATTN, ATTN),
+        attention_head_dim=4,
+        in_channels=9,
+        cross_attention_dim=48,
+        layers_per_block=3,
+    ),
+    "lcm": dict(
+        block_out_channels=(32, 64),
+        down_block_types=(ATTN, PLAIN),
+        attention_head_dim=8,
+        time_cond_proj_dim=256,
+        cross_attention_dim=24,
+    ),
     "one level": dict(block_out_channels=(32,), down_block_types=(ATTN,), attention_head_dim=1, cross_attention_dim=8),
 }
-SIZES = {"sd1": (9, 15), "sd2": (8, 8), "emoji": (13, 16), "sdxl": (8, 11), "refiner": (9, 7), "inpainting": (5, 12),
-         "lcm": (6, 10), "one level": (7, 3)}
+SIZES = {
+    "sd1": (9, 15),
+    "sd2": (8, 8),
+    "emoji": (13, 16),
+    "sdxl": (8, 11),
+    "refiner": (9, 7),
+    "inpainting": (5, 12),
+    "lcm": (6, 10),
+    "one level": (7, 3),
+}
 
 
 def unet_reference(name: str, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -86,7 +134,7 @@ def unet_reference(name: str, dtype: torch.dtype) -> UNet2DConditionModel:
 def unet_inputs(config: UNetConfig, size: tuple[int, int], dtype: torch.dtype) -> tuple[dict, dict]:
     """The same inputs as ours and as diffusers takes them: a batch of 3 with timesteps of their own, one fractional."""
     generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)   # noqa: E731
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
     x, context = draw(3, config.in_channels, *size), draw(3, 11, config.context)
     timestep = torch.tensor([0.0, 421.375, 999.0])
     mine, theirs = {}, {}
@@ -176,15 +224,29 @@ TEXTS = {
     "one head": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=1),
     "quick": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4),
     "gelu": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8, hidden_act="gelu"),
-    "projected": dict(hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
-                      projection_dim=24),
-    "projected gelu": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
-                           hidden_act="gelu", projection_dim=20),
+    "projected": dict(
+        hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, projection_dim=24
+    ),
+    "projected gelu": dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        hidden_act="gelu",
+        projection_dim=20,
+    ),
     "one layer": dict(hidden_size=64, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4),
-    "other eps": dict(hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2,
-                      layer_norm_eps=1e-3, max_position_embeddings=20),
-    "legacy end": dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                       eos_token_id=2),
+    "other eps": dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        layer_norm_eps=1e-3,
+        max_position_embeddings=20,
+    ),
+    "legacy end": dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, eos_token_id=2
+    ),
 }
 
 
@@ -198,7 +260,7 @@ def test_text_encoder_equals_transformers(name, dtype):
     kind = {"architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"]}
     encoder = ours(TextEncoder, read_text(settings.to_dict() | kind, name), reference)
     ids = torch.randint(3, 59, (3, settings.max_position_embeddings), generator=torch.Generator().manual_seed(3))
-    ids[0, 4:] = ids[1, 9] = ids[1, 12] = ids[2, -1] = 59          # padded with ends; two ends; an end at the very end
+    ids[0, 4:] = ids[1, 9] = ids[1, 12] = ids[2, -1] = 59  # padded with ends; two ends; an end at the very end
     mine, theirs = encoder(ids), reference(ids, output_hidden_states=True)
     assert len(mine.hidden) == len(theirs.hidden_states) == settings.num_hidden_layers + 1
     for state, expected in zip(mine.hidden, theirs.hidden_states, strict=True):
@@ -209,7 +271,6 @@ def test_text_encoder_equals_transformers(name, dtype):
 
 
 # --- could these tests fail? -----------------------------------------------------------------------------------------
-
 
 
 @torch.no_grad()
@@ -226,11 +287,14 @@ def test_every_weight_matters():
     kind = {"architectures": ["CLIPTextModelWithProjection"]}
     text = ours(TextEncoder, read_text(settings.to_dict() | kind, "projected gelu"), reference)
     ids = torch.arange(3, 60)[None]
-    for network, run in ((unet, lambda: unet(**inputs)), (vae, lambda: vae.decode(vae.encode(pixels).mean)),
-                         (text, lambda: text(ids).pooled)):
+    for network, run in (
+        (unet, lambda: unet(**inputs)),
+        (vae, lambda: vae.decode(vae.encode(pixels).mean)),
+        (text, lambda: text(ids).pooled),
+    ):
         before = run()
         for name, parameter in network.named_parameters():
-            if name.endswith("attn.k.bias"):               # shifts all of a query's scores alike, and so does nothing
+            if name.endswith("attn.k.bias"):  # shifts all of a query's scores alike, and so does nothing
                 continue
             kept = parameter.clone()
             parameter.mul_(0.5)
@@ -241,13 +305,14 @@ def test_every_weight_matters():
 
 # --- full size -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype,size", [(torch.float32, 64), (torch.float64, 24)], ids=["float32", "float64"])
 @torch.no_grad()
 def test_sd15_at_full_size(dtype, size):
     """The public configuration of SD 1.5: sizes and parity of all three networks."""
     generator = torch.Generator().manual_seed(5)
-    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)   # noqa: E731
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
     reference = strong(UNet2DConditionModel(cross_attention_dim=768).to(dtype), sharp=1.0)
     unet = ours(UNet, UNetConfig(), reference)
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964

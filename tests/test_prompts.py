@@ -14,57 +14,74 @@ def pairs(prompt):
     return ["BREAK" if piece is BREAK else (piece.text, pytest.approx(piece.weight)) for piece in parse(prompt)]
 
 
-@pytest.mark.parametrize("prompt, expected", [
-    ("", [("", 1)]),
-    ("normal text", [("normal text", 1)]),
-    ("an (important) word", [("an ", 1), ("important", 1.1), (" word", 1)]),
-    ("((a)) [b] (c:1.3)", [("a", 1.21), (" ", 1), ("b", 1 / 1.1), (" ", 1), ("c", 1.3)]),
-    ("(unbalanced", [("unbalanced", 1.1)]),
-    ("a [unbalanced", [("a ", 1), ("unbalanced", 1 / 1.1)]),
-    ("unbalanced) and]", [("unbalanced) and]", 1)]),
-    (r"\(literal\]", [("(literal]", 1)]),
-    (r"\\(a\\)", [("\\", 1), ("a\\", 1.1)]),
-    ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
-    ("a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
-     [("a ", 1), ("house", 1.573), (" ", 1.1), ("on", 1), (" a ", 1.1), ("hill", 0.55), (", sun, ", 1.1),
-      ("sky", 1.4641), (".", 1.1)]),
-    ("(a:-0.5)(b:+2)(c:.5)(d: 1.5 )", [("a", -0.5), ("b", 2), ("c", 0.5), ("d", 1.5)]),
-    ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
-    ("ratio 16:9, a:1.2)", [("ratio 16:9, a:1.2)", 1)]),
-    ("a\\b :\\", [("a\\b :\\", 1)]),
-    ("a BREAK b", [("a", 1), "BREAK", ("b", 1)]),
-    ("(a BREAK b:1.3)", [("a", 1.3), "BREAK", ("b", 1.3)]),
-    ("BREAK BREAK a", ["BREAK", "BREAK", ("a", 1)]),
-    ("BREAKFAST", [("BREAKFAST", 1)]),
-])
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("", [("", 1)]),
+        ("normal text", [("normal text", 1)]),
+        ("an (important) word", [("an ", 1), ("important", 1.1), (" word", 1)]),
+        ("((a)) [b] (c:1.3)", [("a", 1.21), (" ", 1), ("b", 1 / 1.1), (" ", 1), ("c", 1.3)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),
+        ("a [unbalanced", [("a ", 1), ("unbalanced", 1 / 1.1)]),
+        ("unbalanced) and]", [("unbalanced) and]", 1)]),
+        (r"\(literal\]", [("(literal]", 1)]),
+        (r"\\(a\\)", [("\\", 1), ("a\\", 1.1)]),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [
+                ("a ", 1),
+                ("house", 1.573),
+                (" ", 1.1),
+                ("on", 1),
+                (" a ", 1.1),
+                ("hill", 0.55),
+                (", sun, ", 1.1),
+                ("sky", 1.4641),
+                (".", 1.1),
+            ],
+        ),
+        ("(a:-0.5)(b:+2)(c:.5)(d: 1.5 )", [("a", -0.5), ("b", 2), ("c", 0.5), ("d", 1.5)]),
+        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
+        ("ratio 16:9, a:1.2)", [("ratio 16:9, a:1.2)", 1)]),
+        ("a\\b :\\", [("a\\b :\\", 1)]),
+        ("a BREAK b", [("a", 1), "BREAK", ("b", 1)]),
+        ("(a BREAK b:1.3)", [("a", 1.3), "BREAK", ("b", 1.3)]),
+        ("BREAK BREAK a", ["BREAK", "BREAK", ("a", 1)]),
+        ("BREAKFAST", [("BREAKFAST", 1)]),
+    ],
+)
 def test_weights(prompt, expected):
     assert pairs(prompt) == expected
 
 
-@pytest.mark.parametrize("prompt, expected", [
-    ("test", [(10, "test")]),
-    ("a [b:3]", [(3, "a "), (10, "a b")]),
-    ("a [b: 3 ]", [(3, "a "), (10, "a b")]),
-    ("a [[[b]]:2]", [(2, "a "), (10, "a [[b]]")]),
-    ("[(a:2):3]", [(3, ""), (10, "(a:2)")]),
-    ("a [b : c : 1] d", [(1, "a b  d"), (10, "a  c  d")]),
-    ("a[b:[c:d:2]:1]e", [(1, "abe"), (2, "ace"), (10, "ade")]),
-    ("a [unbalanced", [(10, "a [unbalanced")]),
-    ("a [b:.5] c", [(5, "a  c"), (10, "a b c")]),
-    ("a [b::0.5] c", [(5, "a b c"), (10, "a  c")]),
-    ("a [:b:0.5] c", [(5, "a  c"), (10, "a b c")]),
-    ("[a:b:1.0]", [(10, "a")]),
-    ("[a:b:1]", [(1, "a"), (10, "b")]),
-    ("[a:b:0]", [(10, "b")]),
-    ("[a:b:99]", [(10, "a")]),
-    ("[a:b:0.29]", [(2, "a"), (10, "b")]),
-    ("[a:b:-1]", [(10, "b")]),
-    ("a [b:c] (d:e:f)", [(10, "a [b:c] (d:e:f)")]),
-    ("((a][:b:c [d:3]", [(3, "((a][:b:c "), (10, "((a][:b:c d")]),
-    (r"\[a:b:5\] [c:d:5]", [(5, r"\[a:b:5\] c"), (10, r"\[a:b:5\] d")]),
-    ("[x:[a:b]:3]", [(10, "[x:[a:b]:3]")]),
-    ("a | b [c:d:5]", [(5, "a | b c"), (10, "a | b d")]),
-])
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("test", [(10, "test")]),
+        ("a [b:3]", [(3, "a "), (10, "a b")]),
+        ("a [b: 3 ]", [(3, "a "), (10, "a b")]),
+        ("a [[[b]]:2]", [(2, "a "), (10, "a [[b]]")]),
+        ("[(a:2):3]", [(3, ""), (10, "(a:2)")]),
+        ("a [b : c : 1] d", [(1, "a b  d"), (10, "a  c  d")]),
+        ("a[b:[c:d:2]:1]e", [(1, "abe"), (2, "ace"), (10, "ade")]),
+        ("a [unbalanced", [(10, "a [unbalanced")]),
+        ("a [b:.5] c", [(5, "a  c"), (10, "a b c")]),
+        ("a [b::0.5] c", [(5, "a b c"), (10, "a  c")]),
+        ("a [:b:0.5] c", [(5, "a  c"), (10, "a b c")]),
+        ("[a:b:1.0]", [(10, "a")]),
+        ("[a:b:1]", [(1, "a"), (10, "b")]),
+        ("[a:b:0]", [(10, "b")]),
+        ("[a:b:99]", [(10, "a")]),
+        ("[a:b:0.29]", [(2, "a"), (10, "b")]),
+        ("[a:b:-1]", [(10, "b")]),
+        ("a [b:c] (d:e:f)", [(10, "a [b:c] (d:e:f)")]),
+        ("((a][:b:c [d:3]", [(3, "((a][:b:c "), (10, "((a][:b:c d")]),
+        (r"\[a:b:5\] [c:d:5]", [(5, r"\[a:b:5\] c"), (10, r"\[a:b:5\] d")]),
+        ("[x:[a:b]:3]", [(10, "[x:[a:b]:3]")]),
+        ("a | b [c:d:5]", [(5, "a | b c"), (10, "a | b d")]),
+    ],
+)
 def test_editing(prompt, expected):
     assert schedule(prompt, 10) == expected
 
@@ -90,16 +107,19 @@ def test_nesting_without_end():
         schedule("[" * 5000 + "a" + ":0.5]" * 5000, 3)
 
 
-@pytest.mark.parametrize("prompt, expected", [
-    ("a cat", [("a cat", 1)]),
-    ("a cat :2", [("a cat :2", 1)]),
-    ("a cat AND a dog", [("a cat", 1), ("a dog", 1)]),
-    ("a cat :1.2 AND a dog AND a penguin :2.2", [("a cat", 1.2), ("a dog", 1), ("a penguin", 2.2)]),
-    ("a (cat:1.2) AND [b:c:.5]:-.5", [("a (cat:1.2)", 1), ("[b:c:.5]", -0.5)]),
-    ("a\ncat:2\nAND b", [("a\ncat", 2), ("b", 1)]),
-    ("SAND ANDES and", [("SAND ANDES and", 1)]),
-    ("AND a", [("", 1), ("a", 1)]),
-])
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("a cat", [("a cat", 1)]),
+        ("a cat :2", [("a cat :2", 1)]),
+        ("a cat AND a dog", [("a cat", 1), ("a dog", 1)]),
+        ("a cat :1.2 AND a dog AND a penguin :2.2", [("a cat", 1.2), ("a dog", 1), ("a penguin", 2.2)]),
+        ("a (cat:1.2) AND [b:c:.5]:-.5", [("a (cat:1.2)", 1), ("[b:c:.5]", -0.5)]),
+        ("a\ncat:2\nAND b", [("a\ncat", 2), ("b", 1)]),
+        ("SAND ANDES and", [("SAND ANDES and", 1)]),
+        ("AND a", [("", 1), ("a", 1)]),
+    ],
+)
 def test_composition(prompt, expected):
     assert compose(prompt) == expected
 
@@ -129,6 +149,7 @@ def test_escaped_text_is_only_text(text):
 @given(PROMPTS)
 def test_no_word_is_lost(prompt):
     """Letters survive parsing, in order; a step's text is made of the prompt's own letters; spans cover all steps."""
+
     def letters(text):
         return [sign for sign in text.replace("BREAK", "") if sign in "ab,"]
 

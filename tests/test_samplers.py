@@ -17,7 +17,14 @@ from torch import Tensor
 from plainsd.denoiser import denoiser
 from plainsd.errors import UserError
 from plainsd.samplers import (
-    SAMPLERS, Step, ancestral, first_scale, sampler_sigmas, sampler_strides, sampler_timesteps, toward,
+    SAMPLERS,
+    Step,
+    ancestral,
+    first_scale,
+    sampler_sigmas,
+    sampler_strides,
+    sampler_timesteps,
+    toward,
 )  # fmt: skip
 from plainsd.schedule import SPACINGS, NoiseSchedule
 
@@ -545,10 +552,13 @@ def test_toward_is_exact_at_both_ends():
 
 
 def test_names_and_ends():
-    assert list(SAMPLERS) == (
-        "ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms "
-        "unipc lcm"
-    ).split()
+    assert (
+        list(SAMPLERS)
+        == (
+            "ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms "
+            "unipc lcm"
+        ).split()
+    )
     for name in SAMPLERS:
         assert sampler_sigmas(SD, name, 4)[-1] == (SD.sigma_min if name in ("ddim", "plms") else 0.0)
 

@@ -46,7 +46,7 @@ def test_two_processes_draw_what_one_draws(tmp_path):
     asked = ["generate", "--prompts", str(tmp_path / "prompts.txt"), *OPTIONS]
     assert main([*asked, "--out", str(tmp_path / "one")]) == 0
     (tmp_path / "two").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "two" / "00007-0.png")      # files go on from there
+    Image.new("RGB", (8, 8)).save(tmp_path / "two" / "00007-0.png")  # files go on from there
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "plainsd"]
     done = subprocess.run([*torchrun, *asked, "--out", str(tmp_path / "two")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

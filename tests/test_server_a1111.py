@@ -7,7 +7,16 @@ import threading
 import pytest
 from PIL import Image, PngImagePlugin
 from serving import (
-    Brake, alike, base64_of, from_base64, lora_file, model_folder, open_service, png_bytes, served, until,
+    Brake,
+    alike,
+    base64_of,
+    from_base64,
+    lora_file,
+    model_folder,
+    open_service,
+    png_bytes,
+    served,
+    until,
 )  # fmt: skip
 from webuiapi import HiResUpscaler, WebUIApi
 
@@ -169,7 +178,7 @@ def test_inpainting_only_around_the_mask(api):
                          inpaint_full_res=True,
                          inpaint_full_res_padding=16, denoising_strength=1.0, seed=3, width=64, height=64)  # fmt: skip
     picture = result.image
-    assert picture.size == (256, 192)                    # pasted back into the whole
+    assert picture.size == (256, 192)  # pasted back into the whole
     for box in ((0, 0, 256, 60), (0, 130, 256, 192), (0, 0, 80, 192), (160, 0, 256, 192)):
         assert picture.crop(box).tobytes() == large.crop(box).tobytes()
     assert not alike(picture.crop((110, 90, 130, 100)), large.crop((110, 90, 130, 100)), 20)
@@ -207,7 +216,7 @@ def test_progress_and_interrupt(api, server, brake):
     api.interrupt()
     thread.join(30)
     brake.off()
-    assert [image.size for image in results[0].images] == [(64, 64)] * 2         # as far as they had come
+    assert [image.size for image in results[0].images] == [(64, 64)] * 2  # as far as they had come
     assert api.get_progress()["progress"] == 0
     assert server.get("/api/jobs").json()["ended"][-1]["state"] == "cancelled"
 

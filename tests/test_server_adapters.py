@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     embedding_file(words.parent / "cat.safetensors", 2, "<cat>")
     embedding_file(words.parent / "wide.safetensors", 3, width=48)
     embedding_file(words.parent / "a, b.safetensors", 4)
-    embedding_file(words.parent / "x.safetensors", 5)                # a letter, which the vocabulary has
+    embedding_file(words.parent / "x.safetensors", 5)  # a letter, which the vocabulary has
     (words / "broken.safetensors").write_bytes(b"no such thing")
     (words / "pickle.pt").write_bytes(b"")
     lora_file(model_folder(folder), words / "lora.safetensors", 1)
@@ -82,7 +82,7 @@ def test_a_word_in_a_prompt_is_used_and_only_there(server, folder):
         untaught = plainsd.load(model_folder(folder), device="cpu", dtype="float32")
         same = plainsd.final(plainsd.text_to_image(untaught, prompt, negative, seed=3, steps=3, guidance=4))[0]
         assert alike(picture, same) == (not used)
-    assert alike(picture_of(server, prompt="a drawing of a cat")[0], plain, 0)       # the model has forgotten them
+    assert alike(picture_of(server, prompt="a drawing of a cat")[0], plain, 0)  # the model has forgotten them
 
 
 def test_a_picture_names_its_weights(server, folder):
@@ -130,7 +130,12 @@ def test_words_are_told_for_each_model(server):
     listed = api.get_embeddings()
     assert listed["loaded"].keys() == {"<cat>", "fluffy-one"} and listed["skipped"].keys() == {"wide", "x"}
     assert listed["loaded"]["<cat>"] == {
-        "step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 32, "vectors": 2}
+        "step": None,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+        "shape": 32,
+        "vectors": 2,
+    }
     assert server.post("/sdapi/v1/refresh-embeddings").status_code == 200
 
 
@@ -158,8 +163,10 @@ def test_without_a_folder_there_are_none(folder, tmp_path):
 
 
 def refined(folder, prompt, model="base", refiner="refiner", **more):
-    sd, sd.refiner = (sd := plainsd.load(folder / model, device="cpu", dtype="float32")), plainsd.load(
-        folder / refiner, device="cpu", dtype="float32")
+    sd, sd.refiner = (
+        (sd := plainsd.load(folder / model, device="cpu", dtype="float32")),
+        plainsd.load(folder / refiner, device="cpu", dtype="float32"),
+    )
     return plainsd.final(plainsd.text_to_image(sd, prompt, seed=3, **more))[0]
 
 
@@ -182,7 +189,7 @@ def test_a_refiner_draws_the_last_part(server, folder):
 def test_a_model_with_a_lora_and_another_to_refine_it(server, folder):
     picture, _ = picture_of(server, prompt="a boat <lora:paper:1>", refiner="other", handover=0.5, steps=4)
     swapped, _ = picture_of(server, prompt="a boat", model="other", refiner="tiny", handover=0.5, steps=4)
-    assert alike(swapped, refined(folder, "a boat", "other", "tiny", steps=4, handover=0.5))    # no LoRA is left
+    assert alike(swapped, refined(folder, "a boat", "other", "tiny", steps=4, handover=0.5))  # no LoRA is left
     assert not alike(picture, swapped)
 
 
@@ -200,7 +207,7 @@ def test_words_and_refiners_in_one_batch_and_after_a_restart(folder, tmp_path, m
     with served(open_service(models, tmp_path / "one", embeddings=folder / "words")) as server:
         together = [server.wait(id) for id in (blocker["id"], *jobs)]
         assert [job["state"] for job in together] == ["done"] * 5
-        assert server.service.worker.batches == {1: 2, 3: 1}             # the three with the word are one batch
+        assert server.service.worker.batches == {1: 2, 3: 1}  # the three with the word are one batch
         pictures = [server.picture(job["images"][0]) for job in together[1:]]
     with served(open_service(models, tmp_path / "two", embeddings=folder / "words")) as server:
         for fields, picture in zip(wanted, pictures, strict=True):
@@ -213,7 +220,10 @@ def test_refiners_are_told_and_refused(server):
     assert refused(server, refiner="refinr")[:2] == (404, "refiner")
     assert refused(server, refiner="../refiner")[:2] == (404, "refiner")
     assert refused(server, refiner="tiny") == (
-        422, "refiner", "refiner 'tiny' is the model itself; choose another, or leave it out")
+        422,
+        "refiner",
+        "refiner 'tiny' is the model itself; choose another, or leave it out",
+    )
     assert refused(server, handover=0.5)[:2] == (422, "handover")
     assert refused(server, refiner="other", handover=2)[:2] == (422, "handover")
     grid = [{"name": "handover", "values": [0.2, 0.8]}]

@@ -88,7 +88,7 @@ def test_what_the_history_tells_makes_the_picture_again(server):
         cache=2,
     )
     told = server.get(f"/api/images/{first['images'][0]}").json()
-    assert told["settings"]["seed"] == str(2**62)        # a number that JavaScript would round
+    assert told["settings"]["seed"] == str(2**62)  # a number that JavaScript would round
     wanted = {name: value for name, value in told["settings"].items() if value is not None}
     again = server.drawn(**wanted)
     assert server.picture(first["images"][0]).tobytes() == server.picture(again["images"][0]).tobytes()
@@ -109,8 +109,8 @@ def test_over_a_picture_and_inside_a_mask(server, sd, drawing):
     soft = server.picture(
         server.drawn(prompt="p", image=base64_of(drawing), mask=base64_of(mask), mask_blur=3, seed=3)["images"][0]
     )
-    assert soft.crop((0, 0, 64, 4)).tobytes() == drawing.crop((0, 0, 64, 4)).tobytes()       # out of the blur's reach
-    assert not alike(soft.crop((0, 12, 64, 16)), drawing.crop((0, 12, 64, 16)), 0)           # within it
+    assert soft.crop((0, 0, 64, 4)).tobytes() == drawing.crop((0, 0, 64, 4)).tobytes()  # out of the blur's reach
+    assert not alike(soft.crop((0, 12, 64, 16)), drawing.crop((0, 12, 64, 16)), 0)  # within it
 
 
 def test_a_picture_is_continued_past_its_edges(server, sd, drawing):
@@ -135,7 +135,7 @@ def test_events_tell_progress_with_previews_and_the_end(server, brake):
         assert stream.headers["content-type"].startswith("text/event-stream")
         told = read_events(stream)
         brake.wait()
-        brake.step()                  # and no more, until its previews have come
+        brake.step()  # and no more, until its previews have come
         events, previews = [], {}
         while set(previews) != {"0", "1"}:
             events.append(next(told))
@@ -155,6 +155,7 @@ def test_events_tell_progress_with_previews_and_the_end(server, brake):
 def test_a_server_that_stops_lets_its_listeners_go_and_keeps_their_jobs(model, tmp_path, brake, caplog):
     service, answers = open_service([model], tmp_path), []
     with served(service) as stopping:
+
         def wait():
             answers.append(stopping.post("/v1/images/generations", {"prompt": "waited for"}))
 
@@ -220,10 +221,12 @@ def test_a_full_queue_says_when_to_come_back(server, brake):
 def test_the_history_is_searched_and_paged(server):
     for prompt in ("Grüne Äpfel 50%", "grüne birnen", "ein under_score"):
         server.drawn(prompt=prompt, steps=1)
+
     def found(search):
         return [
             row["settings"]["prompt"] for row in server.get("/api/images", params={"search": search}).json()["images"]
         ]
+
     assert found("ÄPFEL grüne") == ["Grüne Äpfel 50%"] and found("GRÜNE") == ["grüne birnen", "Grüne Äpfel 50%"]
     assert found("0%") == ["Grüne Äpfel 50%"] and found("r_s") == ["ein under_score"] and found("' OR 1=1 --") == []
     first = server.get("/api/images", params={"limit": 2}).json()
@@ -275,7 +278,7 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
     info.add_text("parameters", strange)
     answer = server.post("/api/settings", {"image": base64.b64encode(png_bytes(drawing, pnginfo=info)).decode()}).json()
     assert answer.pop("unused") == ["Model: v1-5-pruned", "Hires upscaler: 4x-ultrasharp", "Sampler: Restart"]
-    assert server.drawn(**answer, size=[32, 32])["state"] == "done"          # all of the others are what a job takes
+    assert server.drawn(**answer, size=[32, 32])["state"] == "done"  # all of the others are what a job takes
     none = server.post("/api/settings", {"image": base64_of(drawing)})
     assert none.status_code == 422 and "carries no settings" in none.json()["error"]["message"]
 
@@ -409,7 +412,12 @@ def test_what_there_is_not(server):
 def test_info_is_what_a_form_needs(server):
     info = server.get("/api/info").json()
     assert info["default"] == "tiny" and info["models"][0]["defaults"] == {
-        "size": [64, 64], "steps": 4, "guidance": 7.5, "sampler": "ddim", "spacing": None}
+        "size": [64, 64],
+        "steps": 4,
+        "guidance": 7.5,
+        "sampler": "ddim",
+        "spacing": None,
+    }
     assert (
         info["samplers"]["dpmpp_2m"] == "DPM++ 2M"
         and "karras" in info["spacings"]

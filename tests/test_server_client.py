@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from serving import (
-    Brake, alike, base64_of, embedding_file, lora_file, model_folder, open_service, served, until,
+    Brake,
+    alike,
+    base64_of,
+    embedding_file,
+    lora_file,
+    model_folder,
+    open_service,
+    served,
+    until,
 )  # fmt: skip
 
 import plainsd

@@ -64,7 +64,7 @@ def test_shell_examples(server, tmp_path, code):
     assert ADDRESS in code
     said = run(["bash", "-ec"], code, server, tmp_path)
     if code.startswith("curl"):
-        assert server.wait(json.loads(said)["id"])["done"] == 7          # six pictures and their sheet
+        assert server.wait(json.loads(said)["id"])["done"] == 7  # six pictures and their sheet
     else:
         assert Image.open(tmp_path / said.strip()).size == (64, 64)
     until(lambda: not server.service.queue.jobs)

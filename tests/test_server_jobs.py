@@ -91,8 +91,11 @@ def test_requests_that_agree_run_as_one_batch_and_each_picture_is_as_alone(opene
         path = service.store.path(row)
         assert alike(Image.open(path), alone), prompt
         assert read_settings(path).seed == seed and read_settings(path).prompt == prompt
-    assert not alike(Image.open(service.store.path(service.store.picture(jobs[0].picture_id(0)))),
-                     Image.open(service.store.path(service.store.picture(other.picture_id(0)))), 8)
+    assert not alike(
+        Image.open(service.store.path(service.store.picture(jobs[0].picture_id(0)))),
+        Image.open(service.store.path(service.store.picture(other.picture_id(0)))),
+        8,
+    )
 
 
 def test_a_count_has_one_seed_after_the_other(opened):
@@ -181,7 +184,7 @@ def test_cancel_while_queued_and_while_running(opened, brake):
     running, queued = ask(service, count=2), ask(service, "never drawn")
     brake.wait()
     assert service.queue.cancel(queued.id).state == CANCELLED
-    brake.step(5)                                        # the first picture is finished
+    brake.step(5)  # the first picture is finished
     brake.wait()
     brake.step()
     assert service.queue.cancel(running.id).state == CANCELLED
@@ -192,7 +195,7 @@ def test_cancel_while_queued_and_while_running(opened, brake):
     with pytest.raises(Refused, match="is cancelled already") as refused:
         service.queue.cancel(running.id)
     assert refused.value.status == 409 and service.queue.cancel("nobody") is None
-    assert ended(ask(service)).state == DONE             # the worker goes on
+    assert ended(ask(service)).state == DONE  # the worker goes on
 
 
 def test_one_job_of_a_batch_is_cancelled_and_the_others_are_not(opened, brake):
@@ -264,7 +267,7 @@ def test_after_a_crash_everything_is_drawn_exactly_once(opened, brake):
     first, second = ask(service, count=3, seed=5), ask(service, "second", client="b", seed=9)
     brake.wait()
     brake.step(5)
-    brake.wait()                                         # one picture is finished, another begun
+    brake.wait()  # one picture is finished, another begun
     before = {row.id: service.store.path(row).read_bytes() for row in service.store.pictures()}
     assert len(before) == 1
     service.queue.stopping = True
@@ -280,7 +283,7 @@ def test_after_a_crash_everything_is_drawn_exactly_once(opened, brake):
     rows = again.store.pictures()
     assert sorted(row.id for row in rows) == sorted([*(first.picture_id(i) for i in range(3)), second.picture_id(0)])
     assert all(again.store.path(again.store.picture(id)).read_bytes() == content for id, content in before.items())
-    assert sum(len(each) for each in brake.batches) == 1 + 1 + 3      # drawn, given up, the rest
+    assert sum(len(each) for each in brake.batches) == 1 + 1 + 3  # drawn, given up, the rest
     assert len(list(again.store.folder.rglob("pictures/*/*"))) == 4
 
 
@@ -313,7 +316,7 @@ def test_inputs_live_as_long_as_their_jobs(opened, brake):
     image = Image.effect_noise((64, 64), 90).convert("RGB")
     inputs = service.store.folder / "inputs"
     jobs = [ask(service, image=base64_of(image), strength=0.9, seed=i) for i in range(2)]
-    assert len(list(inputs.iterdir())) == 1              # the same picture lies there once
+    assert len(list(inputs.iterdir())) == 1  # the same picture lies there once
     brake.wait()
     service.queue.cancel(jobs[1].id)
     assert len(list(inputs.iterdir())) == 1
@@ -345,7 +348,7 @@ def test_models_share_a_budget_and_the_least_recently_used_goes_first(opened, fo
     for name in ("one", "two", "one", "three", "one", "two"):
         job = ended(ask(service, model=name, seed=3))
         assert job.state == DONE and service.models.bytes() <= room
-    assert service.models.loads == 4                     # "two" made room for "three", and comes back
+    assert service.models.loads == 4  # "two" made room for "three", and comes back
     assert [model.name for model in service.models.known.values() if model.sd] == ["one", "two"]
     sd = plainsd.load(paths[1], device="cpu", dtype=torch.float32)
     assert alike(
@@ -423,7 +426,7 @@ def test_loras_come_and_go_with_their_jobs(opened, folder, tmp_path):
     jobs.append(ask(service, "a boat", seed=3, loras=[{"name": "paper", "strength": 0.8}]))
     service.worker.start()
     assert [ended(job).state for job in jobs] == [DONE] * 5, [job.error for job in jobs]
-    assert service.worker.batches == {2: 2, 1: 1}                # those with the same LoRAs together
+    assert service.worker.batches == {2: 2, 1: 1}  # those with the same LoRAs together
     rows = [service.store.picture(job.picture_id(0)) for job in jobs]
     pictures = [Image.open(service.store.path(row)) for row in rows]
     for (_, loras), picture, row in zip(wanted, pictures, rows):

@@ -11,7 +11,7 @@ from serving import Server, model_folder, open_service, served, until
 from plainsd.server.jobs import CANCELLED, DONE, FAILED
 from plainsd.server.security import Limits
 
-BOUND = 240                           # seconds, also on a slow and busy machine
+BOUND = 240  # seconds, also on a slow and busy machine
 
 
 class Client(threading.Thread):
@@ -20,7 +20,7 @@ class Client(threading.Thread):
     def __init__(self, url: str, number: int, turns: int):
         super().__init__()
         self.server, self.number, self.turns = Server(None, url), number, turns
-        self.expected, self.problem = {}, None           # job -> state
+        self.expected, self.problem = {}, None  # job -> state
 
     def run(self):
         try:
@@ -60,7 +60,7 @@ class Client(threading.Thread):
             )
         except requests.exceptions.RequestException:
             return
-        assert answer.status_code in (200, 429), answer.text             # it was answered before it could hang up
+        assert answer.status_code in (200, 429), answer.text  # it was answered before it could hang up
 
 
 @pytest.mark.parametrize(("clients", "turns"), [(64, 2), pytest.param(64, 20, marks=pytest.mark.full)])
@@ -90,5 +90,5 @@ def test_nothing_is_lost_and_nothing_is_doubled(tmp_path, clients, turns):
             service.store.path(row).name for row in rows
         }
         waited = sum(state == DONE for thread in threads for state in thread.expected.values())
-        assert sum(service.worker.batches.values()) < waited             # batches, not one after the other
+        assert sum(service.worker.batches.values()) < waited  # batches, not one after the other
         assert server.get("/healthz").json() == {"status": "ok"}

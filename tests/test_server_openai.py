@@ -100,7 +100,7 @@ def test_streaming_with_partial_pictures(client, server, brake):
     brake.wait()
     events = []
     job = next(iter(server.service.queue.jobs.values()))
-    for step in (3, 6):                                  # a third and two thirds of 8, rounded up
+    for step in (3, 6):  # a third and two thirds of 8, rounded up
         brake.step(step - job.step)
         events.append(next(stream))
         assert job.step == step

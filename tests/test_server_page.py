@@ -47,13 +47,13 @@ def page(chromium, server):  # noqa: F811
     page = Page(chromium, server)
     yield page
     errors = [line["message"] for line in chromium.get_log("browser") if line["level"] == "SEVERE"]
-    expected = ("status of 422", "status of 429", "status of 409", "status of 401")        # answers that the page shows
+    expected = ("status of 422", "status of 429", "status of 409", "status of 401")  # answers that the page shows
     assert [line for line in errors if not any(part in line for part in expected)] == []
     asked = [
         line["message"] for line in chromium.get_log("performance") if '"Network.requestWillBeSent"' in line["message"]
     ]
     foreign = [line for line in asked if '"url":"http' in line and f'"url":"{server.url}' not in line]
-    assert foreign == []                                         # no outside requests
+    assert foreign == []  # no outside requests
 
 
 def test_text_to_image_from_the_keyboard_to_the_gallery(page):
@@ -71,7 +71,7 @@ def test_text_to_image_from_the_keyboard_to_the_gallery(page):
     assert "seed 123, 124" in page.find(".card .status").text
     newest = page.server.get("/api/images").json()["images"][0]
     assert newest["settings"]["seed"] == 124 and newest["settings"]["prompt"] == "a red apple"
-    page.find(".card img.whole").send_keys(Keys.ENTER)           # a finished picture opens by keyboard as by mouse
+    page.find(".card img.whole").send_keys(Keys.ENTER)  # a finished picture opens by keyboard as by mouse
     page.until("document.getElementById('viewer').open")
     page.find("#close").send_keys(Keys.ENTER)
     page.until("!document.getElementById('viewer').open")
@@ -90,9 +90,7 @@ def test_progress_preview_and_cancel(page, brake):
     brake.step(30)
     page.until("document.querySelector('.card img.rough')")
     assert page.js("return document.querySelector('.card img.rough').src").startswith("data:image/png")
-    page.until(
-        "/Step 30 of 120 · 0 of 4 pictures · .* left/.test(document.querySelector('.card .status').textContent)"
-    )
+    page.until("/Step 30 of 120 · 0 of 4 pictures · .* left/.test(document.querySelector('.card .status').textContent)")
     assert float(page.find(".card progress").get_attribute("value")) == 0.25
     assert "% · plainsd" in page.driver.title
     page.find(".card .card-foot button").click()
@@ -111,7 +109,7 @@ def test_a_job_survives_a_reload_of_the_page(page, brake):
     page.until("document.querySelector('.card-prompt')?.textContent === 'goes on without the page'")
     brake.off()
     page.until("document.querySelector('.tile')?.title === 'goes on without the page'")
-    assert page.value("prompt") == "goes on without the page"    # the form is kept, too
+    assert page.value("prompt") == "goes on without the page"  # the form is kept, too
 
 
 def test_the_page_waits_for_a_server_that_restarts(chromium, server, tmp_path, brake):  # noqa: F811
@@ -138,11 +136,9 @@ def test_gallery_search_viewer_and_settings_back_in_the_form(page):
                           rescale=0.4, model="other", size=[72, 64])  # fmt: skip
     page.load()
     page.set("search", "PEAR green")
-    page.until(
-        "[...document.querySelectorAll('.tile')].map((tile) => tile.title).join() === 'green <b>pear</b>'"
-    )
+    page.until("[...document.querySelectorAll('.tile')].map((tile) => tile.title).join() === 'green <b>pear</b>'")
     page.find(".tile").click()
-    assert page.find("#viewer-prompt").text == "green <b>pear</b>"       # as text, not as HTML
+    assert page.find("#viewer-prompt").text == "green <b>pear</b>"  # as text, not as HTML
     shown = page.find("#viewer-settings").text
     assert "72 × 64" in shown and "Heun" in shown and "Karras" in shown and "77" in shown and "rain" in shown
     assert page.find("#download").get_attribute("href").endswith(".png")
@@ -205,7 +201,7 @@ def test_a_dropped_png_restores_its_settings(page, tmp_path):
     ]
     assert got == ["grey", "6", "2.5", "dpmpp_2m", "karras", str(2**60 + 1), "72", "80"]
     assert "Settings restored from apple.png" in page.find("#toast").text
-    page.find("#toast-button").click()                           # and it may be the start of another
+    page.find("#toast-button").click()  # and it may be the start of another
     page.until("!document.getElementById('canvas-tools').hidden")
     page.find("#remove").click()
     assert page.settings(page.drawn())["seed"] == str(2**60 + 1)
@@ -215,7 +211,7 @@ def test_image_to_image_with_a_dropped_picture(page):
     image = Image.effect_noise((128, 64), 90).convert("RGB")
     page.drop("#drop", "noise.png", png_bytes(image))
     page.until("!document.getElementById('canvas-tools').hidden")
-    assert (page.value("width"), page.value("height")) == ("88", "48")   # its shape, at the model's number of pixels
+    assert (page.value("width"), page.value("height")) == ("88", "48")  # its shape, at the model's number of pixels
     page.set("prompt", "over it")
     page.set("strength", 0.5)
     settings = page.settings(page.drawn())
@@ -250,7 +246,7 @@ def test_inpainting_with_the_brush(page):
     assert picture.size == (64, 64) and page.settings(job)["strength"] == 1
     changed = [sum(a != b for a, b in zip(picture.crop(box).tobytes(), image.crop(box).tobytes(), strict=True))
                for box in ((0, 8, 64, 24), (0, 40, 64, 64))]  # fmt: skip
-    assert changed[0] > 300 and changed[1] == 0                  # drawn anew under the brush, as it was elsewhere
+    assert changed[0] > 300 and changed[1] == 0  # drawn anew under the brush, as it was elsewhere
 
 
 def test_the_brush_works_from_the_keyboard(page):
@@ -289,7 +285,7 @@ def test_every_field_has_its_place_for_errors(page):
     page.until("!document.getElementById('canvas-tools').hidden")
     page.find("#mask").send_keys(" ")
     page.find("#erase").click()
-    page.find("#mask").send_keys(" ")                            # painted, and nothing is left of it
+    page.find("#mask").send_keys(" ")  # painted, and nothing is left of it
     page.draw()
     page.until("document.querySelector('[data-field=mask] .error')")
     assert "the mask is dark everywhere" in page.find("[data-field=mask] .error").text
@@ -334,7 +330,7 @@ def test_loras_are_added_and_come_back_with_their_picture(page):
 
 def test_an_embedding_is_written_into_the_prompt_and_shown_with_its_picture(page):
     page.find("#embedding-section summary").click()
-    assert [button.text for button in page.all("#embeddings button")] == ["<b>cat</b>", "fluffy-one"]     # as text
+    assert [button.text for button in page.all("#embeddings button")] == ["<b>cat</b>", "fluffy-one"]  # as text
     page.set("prompt", "a boat")
     page.all("#embeddings button")[1].click()
     assert page.value("prompt") == "a boat fluffy-one"
@@ -349,7 +345,7 @@ def test_an_embedding_is_written_into_the_prompt_and_shown_with_its_picture(page
 
 def test_a_refiner_is_chosen_and_comes_back_with_its_picture(page):
     page.js("document.getElementById('more-section').open = true")
-    page.set("handover", 0.5)                                    # of no effect by itself
+    page.set("handover", 0.5)  # of no effect by itself
     assert page.settings(page.drawn())["refiner"] is None
     page.set("refiner", "other")
     page.set("handover", 7)
@@ -369,7 +365,7 @@ def test_a_refiner_is_chosen_and_comes_back_with_its_picture(page):
 
 def test_a_picture_is_continued_past_its_edges(page):
     image = Image.effect_noise((64, 64), 90).convert("RGB")
-    page.set("outpaint-left", 8)                                 # of no effect without a picture
+    page.set("outpaint-left", 8)  # of no effect without a picture
     assert page.settings(page.drawn())["size"] == [64, 64]
     page.drop("#drop", "noise.png", png_bytes(image))
     page.until("!document.getElementById('canvas-tools').hidden")
@@ -459,5 +455,5 @@ def test_a_token_is_asked_for_once(chromium, tmp_path, server):  # noqa: F811
         page.find("#token").send_keys(token)
         page.find("#login-form button").click()
         page.until("document.documentElement.dataset.ready === 'yes'")
-        page.load()                                              # the cookie is kept
+        page.load()  # the cookie is kept
     chromium.get_log("browser"), chromium.get_log("performance")

@@ -17,7 +17,7 @@ from serving import Brake, open_service, served
 
 pytestmark = [needed, pytest.mark.full]
 PROMPT = "an owl on a green background"
-LARGEST = 300_000                     # bytes of a file
+LARGEST = 300_000  # bytes of a file
 
 
 @pytest.fixture(scope="module")

@@ -75,5 +75,5 @@ def test_a_vae_that_overflows_in_half_precision_is_fitted_in_float32():
     vae = tiny_sd().vae
     expected = fit_latent_rgb(vae)
     vae.decoder.conv_in.weight.data *= 3e5
-    vae.decoder.conv_in.bias.data *= 3e5                     # a normalisation follows, which undoes it in float32
+    vae.decoder.conv_in.bias.data *= 3e5  # a normalisation follows, which undoes it in float32
     assert fit_latent_rgb(vae.half()).isfinite().all() and expected.isfinite().all()

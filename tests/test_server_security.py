@@ -97,7 +97,7 @@ def test_post_takes_json_only(server):
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
             answer = server.session.post(server.url + path, data=b'{"prompt": "p"}', headers={"Content-Type": kind})
             assert answer.status_code == 415, (path, kind)
-    assert server.post("/v1/images/edits", {"prompt": "p"}).status_code == 415         # a form, and nothing else
+    assert server.post("/v1/images/edits", {"prompt": "p"}).status_code == 415  # a form, and nothing else
 
 
 def test_every_answer_has_the_headers_that_keep_browsers_honest(server):
@@ -123,7 +123,7 @@ def test_content_types_are_fixed(server):
 
 def test_websockets_are_closed(server):
     head = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "eA=="}
-    assert server.get("/", headers=head).status_code in (200, 400, 403, 426)           # never 101
+    assert server.get("/", headers=head).status_code in (200, 400, 403, 426)  # never 101
 
 
 # --- the token -------------------------------------------------------------------------------------------------------

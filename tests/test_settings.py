@@ -64,7 +64,7 @@ def test_whatever_is_written_comes_back(made):
 def test_a_text_by_a1111_itself():
     text = (
         "photo of (a cat:1.2),\non a mat\nNegative prompt: dog,\nbird\nSteps: 30, Sampler: DPM++ 2M SDE, "
-        'Schedule type: Karras, CFG scale: 7.5, Seed: 12, Size: 512x768, Model hash: 6ce0161689, Model: v1-5, '
+        "Schedule type: Karras, CFG scale: 7.5, Seed: 12, Size: 512x768, Model hash: 6ce0161689, Model: v1-5, "
         'Clip skip: 2, Lora hashes: "a: 1, b: 2", Version: v1.10.1'
     )
     read = parse_settings(text)

@@ -50,8 +50,10 @@ def test_a_faster_model_draws_the_same(variant):
 def test_faster_in_bfloat16_is_no_less_exact():
     """The distance from float32 is that of the plain network in bfloat16, within a fifth."""
     exact = latents(tiny_sd())
-    plain, fast = (relative(latents(sd), exact) for sd in (tiny_sd().to(dtype=torch.bfloat16),
-                                                            speed.faster(tiny_sd().to(dtype=torch.bfloat16))))
+    plain, fast = (
+        relative(latents(sd), exact)
+        for sd in (tiny_sd().to(dtype=torch.bfloat16), speed.faster(tiny_sd().to(dtype=torch.bfloat16)))
+    )
     assert 1e-4 < plain and fast < 1.2 * plain
 
 
@@ -67,7 +69,9 @@ def test_layers_with_a_lora_stay_and_keep_it():
         sd = tiny_sd()
         layer = next(module for module in sd.unet.modules() if isinstance(module, Attention)).q
         generator = torch.Generator().manual_seed(0)
-        down, up = (torch.randn(shape, generator=generator) for shape in ((2, layer.in_features), (layer.out_features, 2)))
+        down, up = (
+            torch.randn(shape, generator=generator) for shape in ((2, layer.in_features), (layer.out_features, 2))
+        )
         attach(layer, "one", LowRank(down, up, 2.0))
         return sd
 
@@ -75,17 +79,24 @@ def test_layers_with_a_lora_stay_and_keep_it():
     assert relative(latents(adapted()), latents(tiny_sd())) > 1e-3
 
 
-@pytest.mark.parametrize("choices", [
-    {"prompt": "a [red apple:blue bird:0.5]"}, {"prompt": "a [red|blue] apple"}, {"perturbed": 2.0},
-    {"prompt": ["a red apple", "a blue bird " * 40]}, {"prompt": "a cat AND a dog:0.5", "cache": 2},
-], ids=str)
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"prompt": "a [red apple:blue bird:0.5]"},
+        {"prompt": "a [red|blue] apple"},
+        {"perturbed": 2.0},
+        {"prompt": ["a red apple", "a blue bird " * 40]},
+        {"prompt": "a cat AND a dog:0.5", "cache": 2},
+    ],
+    ids=str,
+)
 def test_a_text_that_changes_on_the_way(choices):
     """Keys and values are kept while the text is the same, and only then."""
     plain, fast = tiny_sd(), speed.faster(tiny_sd())
-    for seed in (7, 8):                                                  # the second time with what the first has left
+    for seed in (7, 8):  # the second time with what the first has left
         *_, expected = text_to_image(plain, **PROMPT | choices | {"seed": seed})
         *_, found = text_to_image(fast, **PROMPT | choices | {"seed": seed})
-        assert relative(found.latents, expected.latents) < 1e-4          # another text: above 1e-2
+        assert relative(found.latents, expected.latents) < 1e-4  # another text: above 1e-2
 
 
 def test_keys_and_values_of_a_text_are_made_once(monkeypatch):
@@ -93,7 +104,7 @@ def test_keys_and_values_of_a_text_are_made_once(monkeypatch):
     layers = [module for module in sd.unet.modules() if isinstance(module, PackedCrossAttention)]
     for layer in layers:
         monkeypatch.setattr(layer.kv, "forward", lambda x, old=layer.kv.forward: (calls.append(1), old(x))[1])
-    latents(sd)                                                          # three steps
+    latents(sd)  # three steps
     assert len(calls) == len(layers)
 
 
@@ -115,7 +126,12 @@ def test_a_doubled_map_is_convolved_before_it_is_doubled(dtype, allowed):
     torch.manual_seed(0)
     plain = Upsample(24).to(dtype).requires_grad_(False)
     packed, exact = PackedUpsample(plain), copy.deepcopy(plain).double()
-    for shape, size in (((2, 24, 8, 8), None), ((1, 24, 5, 7), (10, 14)), ((1, 24, 5, 7), (9, 14)), ((1, 24, 1, 3), None)):
+    for shape, size in (
+        ((2, 24, 8, 8), None),
+        ((1, 24, 5, 7), (10, 14)),
+        ((1, 24, 5, 7), (9, 14)),
+        ((1, 24, 1, 3), None),
+    ):
         x = torch.randn(shape, dtype=dtype)
         found, expected = packed(x, size), exact(x.double(), size)
         assert found.shape == expected.shape and relative(found.double(), expected) < allowed
@@ -125,8 +141,10 @@ def test_a_doubled_map_is_convolved_before_it_is_doubled(dtype, allowed):
 @pytest.mark.parametrize("strided", [False, True])
 def test_blocked_attention_is_attention(shape, keys, strided):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn((shape[0], shape[1], n, shape[3]), generator=generator, dtype=torch.float64)
-               for n in (shape[2], keys, keys))
+    q, k, v = (
+        torch.randn((shape[0], shape[1], n, shape[3]), generator=generator, dtype=torch.float64)
+        for n in (shape[2], keys, keys)
+    )
     if strided:
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -142,12 +160,12 @@ def test_packing_what_cannot_be_packed():
 def test_a_compiled_model_draws_the_same():
     said = []
     assert_as_exact(speed.faster(tiny_sd(), compiled=True, tell=said.append), tiny_sd)
-    assert [line.split()[0] for line in said] == ["compiling", "compiled"]           # one shape, once
+    assert [line.split()[0] for line in said] == ["compiling", "compiled"]  # one shape, once
 
 
 @pytest.mark.gpu
 def test_a_compiled_model_draws_the_same_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)       # convolutions in float32 itself
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions in float32 itself
     assert_as_exact(speed.faster(tiny_sd().to("cuda"), compiled=True), lambda: tiny_sd().to("cuda"))
 
 
@@ -184,13 +202,21 @@ class Made(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor) and out.device.type != "cpu" and not isinstance(args[0], torch.Tensor):
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and out.device.type != "cpu"
+            and not isinstance(args[0], torch.Tensor)
+        ):
             self.noted.append(func.__name__)
         return out
 
 
 CHOICES = [{"sampler": name} for name in SAMPLERS] + [
-    {"guidance": 1.0}, {"rescale": 0.7}, {"threshold": 0.995}, {"perturbed": 3.0}, {"cache": 2},
+    {"guidance": 1.0},
+    {"rescale": 0.7},
+    {"threshold": 0.995},
+    {"perturbed": 3.0},
+    {"cache": 2},
     {"prompt": "a red apple AND a table"},
 ]
 
@@ -201,7 +227,7 @@ def test_no_step_waits(choices, distilled, monkeypatch):
     """The UNet on a device that has no numbers: reading one would be an error. The first step may fetch the text."""
     sd = tiny_sd(guidance_dim=distilled)
     sd.unet.to("meta")
-    fresh = lambda shape: torch.empty(1, *shape, device="meta")          # noqa: E731
+    fresh = lambda shape: torch.empty(1, *shape, device="meta")  # noqa: E731
     monkeypatch.setattr("plainsd.generate.noise_of_each", lambda each, device: fresh)
     events = text_to_image(sd, **PROMPT | choices)
     next(events)
@@ -220,7 +246,9 @@ def test_waiting_would_be_seen():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("choices", [*CHOICES, {"interval": (0.3, 5.0)}, {"prompt": "[a red apple:a green pear:0.5]"}], ids=str)
+@pytest.mark.parametrize(
+    "choices", [*CHOICES, {"interval": (0.3, 5.0)}, {"prompt": "[a red apple:a green pear:0.5]"}], ids=str
+)
 def test_no_step_waits_for_a_gpu(choices):
     events = text_to_image(tiny_sd().to("cuda"), **PROMPT | choices)
     next(events)
@@ -238,8 +266,22 @@ def test_the_flag_draws_the_same_picture(tmp_path):
     from plainsd.images import open_picture, read_settings
 
     plainsd.save(tiny_sd(), tmp_path / "model")
-    command = ["generate", "a red apple", "--model", str(tmp_path / "model"), "--steps", "3", "--size", "64", "64", "--dtype",
-               "float32", "--device", "cpu", "--out"]
+    command = [
+        "generate",
+        "a red apple",
+        "--model",
+        str(tmp_path / "model"),
+        "--steps",
+        "3",
+        "--size",
+        "64",
+        "64",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--out",
+    ]
     for name, flags in (("plain.png", []), ("fast.png", ["--fast"])):
         assert main([*command, str(tmp_path / name), *flags]) == 0
     assert difference(open_picture(tmp_path / "plain.png"), open_picture(tmp_path / "fast.png")) <= 1

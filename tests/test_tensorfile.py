@@ -27,9 +27,11 @@ TENSORS = {
 
 def same(state: dict, reference: dict) -> bool:
     return state.keys() == reference.keys() and all(
-        state[name].dtype == tensor.dtype and state[name].shape == tensor.shape
+        state[name].dtype == tensor.dtype
+        and state[name].shape == tensor.shape
         and torch.equal(state[name].contiguous().view(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
-        for name, tensor in reference.items())
+        for name, tensor in reference.items()
+    )
 
 
 def read_all(path) -> dict:
@@ -70,8 +72,12 @@ def test_what_was_read_is_ours(tmp_path):
 def test_numbers_at_odd_places(tmp_path):
     """A header of any length is allowed, and a tensor of bytes before another."""
     for pad in range(1, 5):
-        header = json.dumps({"b": {"dtype": "U8", "shape": [pad], "data_offsets": [0, pad]},
-                             "x": {"dtype": "F32", "shape": [3], "data_offsets": [pad, pad + 12]}}).encode()
+        header = json.dumps(
+            {
+                "b": {"dtype": "U8", "shape": [pad], "data_offsets": [0, pad]},
+                "x": {"dtype": "F32", "shape": [3], "data_offsets": [pad, pad + 12]},
+            }
+        ).encode()
         path = tmp_path / f"{pad}.safetensors"
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(pad) + struct.pack("<3f", 1, 2, 3))
         tensors = open_tensors(path).tensors
@@ -87,7 +93,7 @@ def test_strided_tensors_are_written_in_order(tmp_path):
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_pickles(tmp_path, old, nested):
-    tensors = {name: tensor for name, tensor in TENSORS.items() if name != "eight"}    # older than float8
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name != "eight"}  # older than float8
     content = {"state_dict": tensors, "epoch": 3, "callbacks": {"a": 1.5}} if nested else tensors
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not old)
     assert same(read_all(tmp_path / "x.ckpt"), tensors)
@@ -102,6 +108,7 @@ def test_classes_left_by_training_code_do_nothing(tmp_path, monkeypatch):
     """The first public checkpoints name a class of the trainer; nothing of it is imported."""
     import sys
     import types
+
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
@@ -112,6 +119,7 @@ def test_classes_left_by_training_code_do_nothing(tmp_path, monkeypatch):
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
+
 
 def header(entries: dict, data: bytes, length: int | None = None) -> bytes:
     text = json.dumps(entries).encode()
@@ -200,9 +208,15 @@ class Evil:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("save", [lambda content, path: path.write_bytes(pickle.dumps(content, 4)),
-                                  lambda content, path: path.write_bytes(pickle.dumps(content, 2)),
-                                  lambda content, path: torch.save(content, path)], ids=["4", "2", "torch"])
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda content, path: path.write_bytes(pickle.dumps(content, 4)),
+        lambda content, path: path.write_bytes(pickle.dumps(content, 2)),
+        lambda content, path: torch.save(content, path),
+    ],
+    ids=["4", "2", "torch"],
+)
 def test_a_pickle_that_would_run_code(tmp_path, save):
     save({"state_dict": {"a": Evil()}}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="could run code; it is not opened") as error:

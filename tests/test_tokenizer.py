@@ -13,11 +13,73 @@ from plainsd.tokenizer import END, START, VOCABULARY, Tokenizer, byte_symbols, f
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-SCRIPTS = [0x100, 0x370, 0x400, 0x530, 0x590, 0x600, 0x900, 0xE00, 0x1100, 0x13A0, 0x2000, 0x2200, 0x3040, 0x4E00,
-           0xAC00, 0xFB00, 0xFF00, 0x10000, 0x12000, 0x1D400, 0x1F300, 0x1F600, 0xE0000]
-WORDS = ["it's", "DON'T", "we'LL", "'s", START, END, "<|StartOfText|>", "!", "!!!", "a", "cat", "ﬁ", "İstanbul",
-         "ß", "é", "e\u0301", "한국", "漢字", "ไทย", "العربية", "👩‍👩‍👧", "🏳️‍🌈", "\t", "\x00", "\x07", "\u200b", "\u3000",
-         "\r\n", "1234", "½", "²", "(a:1.2)", "&amp;", "“quoted”", "a,b", "...", "x" * 40, "Σς", "ſ", "\u212b"]
+SCRIPTS = [
+    0x100,
+    0x370,
+    0x400,
+    0x530,
+    0x590,
+    0x600,
+    0x900,
+    0xE00,
+    0x1100,
+    0x13A0,
+    0x2000,
+    0x2200,
+    0x3040,
+    0x4E00,
+    0xAC00,
+    0xFB00,
+    0xFF00,
+    0x10000,
+    0x12000,
+    0x1D400,
+    0x1F300,
+    0x1F600,
+    0xE0000,
+]
+WORDS = [
+    "it's",
+    "DON'T",
+    "we'LL",
+    "'s",
+    START,
+    END,
+    "<|StartOfText|>",
+    "!",
+    "!!!",
+    "a",
+    "cat",
+    "ﬁ",
+    "İstanbul",
+    "ß",
+    "é",
+    "e\u0301",
+    "한국",
+    "漢字",
+    "ไทย",
+    "العربية",
+    "👩‍👩‍👧",
+    "🏳️‍🌈",
+    "\t",
+    "\x00",
+    "\x07",
+    "\u200b",
+    "\u3000",
+    "\r\n",
+    "1234",
+    "½",
+    "²",
+    "(a:1.2)",
+    "&amp;",
+    "“quoted”",
+    "a,b",
+    "...",
+    "x" * 40,
+    "Σς",
+    "ſ",
+    "\u212b",
+]
 
 
 def generated(count: int, seed: int) -> list[str]:
@@ -39,20 +101,36 @@ def flags(content: str, normalized: bool = True) -> dict:
     return {"content": content, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
 
 
-FOLDERS = {        # special_tokens_map.json and tokenizer_config.json as public folders have them
+FOLDERS = {  # special_tokens_map.json and tokenizer_config.json as public folders have them
     "sd1": (
         {"bos_token": flags(START), "eos_token": flags(END), "unk_token": flags(END), "pad_token": END},
-        {"bos_token": {"__type": "AddedToken"} | flags(START), "eos_token": {"__type": "AddedToken"} | flags(END),
-         "unk_token": {"__type": "AddedToken"} | flags(END), "pad_token": END, "model_max_length": 77}),
+        {
+            "bos_token": {"__type": "AddedToken"} | flags(START),
+            "eos_token": {"__type": "AddedToken"} | flags(END),
+            "unk_token": {"__type": "AddedToken"} | flags(END),
+            "pad_token": END,
+            "model_max_length": 77,
+        },
+    ),
     "sd2": (
         {"bos_token": flags(START), "eos_token": flags(END), "unk_token": flags(END), "pad_token": "!"},
-        {"pad_token": END, "model_max_length": 77}),
+        {"pad_token": END, "model_max_length": 77},
+    ),
     "sdxl second": (
         {"bos_token": flags(START), "eos_token": flags(END, False), "unk_token": flags(END, False), "pad_token": "!"},
-        {"added_tokens_decoder": {"0": flags("!", False) | {"special": True},
-                                  "49406": flags(START) | {"special": True},
-                                  "49407": flags(END, False) | {"special": True}},
-         "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": "!", "model_max_length": 77}),
+        {
+            "added_tokens_decoder": {
+                "0": flags("!", False) | {"special": True},
+                "49406": flags(START) | {"special": True},
+                "49407": flags(END, False) | {"special": True},
+            },
+            "bos_token": START,
+            "eos_token": END,
+            "unk_token": END,
+            "pad_token": "!",
+            "model_max_length": 77,
+        },
+    ),
     "plain": ({"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}, {}),
     "bare": (None, None),
 }
@@ -97,7 +175,7 @@ def test_every_kind_of_folder_is_read_and_saved_as_transformers_does(clip, tmp_p
     ours.save(tmp_path / "ours")
     assert_same_ids(ours, CLIPTokenizer.from_pretrained(str(tmp_path / "ours")), texts)
     assert_same_ids(Tokenizer.from_folder(tmp_path / "ours"), theirs, texts)
-    theirs.save_pretrained(tmp_path / "theirs")                # tokenizer.json only
+    theirs.save_pretrained(tmp_path / "theirs")  # tokenizer.json only
     assert not (tmp_path / "theirs" / "vocab.json").exists()
     assert_same_ids(Tokenizer.from_folder(tmp_path / "theirs"), theirs, texts)
 
@@ -132,7 +210,13 @@ def test_small_vocabulary_without_all_bytes(tmp_path):
 
 
 def test_pieces_are_readable(clip):
-    assert clip.pieces(clip.encode("Photographing a 🍎 é!")) == ["photographing</w>", "a</w>", "🍎</w>", "é</w>", "!</w>"]
+    assert clip.pieces(clip.encode("Photographing a 🍎 é!")) == [
+        "photographing</w>",
+        "a</w>",
+        "🍎</w>",
+        "é</w>",
+        "!</w>",
+    ]
     assert "".join(clip.pieces(clip.encode("𐎠"))).startswith("\\xf0")
     assert clip.pieces([clip.start, clip.end]) == [START, END]
     assert len(set(byte_symbols())) == 256
@@ -145,7 +229,7 @@ def test_learned_tokens(tmp_path):
     text = "a <CAT>s, EasyNeg easynegs"
     ids = tokenizer.encode(text)
     assert ids[1:4] == [49408, 49409, 49410]
-    assert ids.count(49411) == 1                               # a bare name only as a whole word
+    assert ids.count(49411) == 1  # a bare name only as a whole word
     assert tokenizer.units("a <cat>") == [[320], [49408, 49409, 49410]]
     assert tokenizer.pieces([49409]) == ["<cat>_1"]
     tokenizer.save(tmp_path)
@@ -192,15 +276,18 @@ def test_missing_vocabulary_says_how_to_get_it(tmp_path, monkeypatch):
     assert find_vocabulary() == tmp_path
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("vocab.json", "{", "not JSON"),
-    ("vocab.json", "[1]", "holds a list"),
-    ("vocab.json", '{"a": 0}', "do not fit"),
-    ("merges.txt", "#version: 0.2\ni n\nbroken\n", "not a pair"),
-    ("merges.txt", b"\xff\xfe", "cannot read"),
-    ("tokenizer.json", '{"model": {"type": "Unigram"}}', "byte-pair"),
-    ("vocab.json", None, "cannot read"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("vocab.json", "{", "not JSON"),
+        ("vocab.json", "[1]", "holds a list"),
+        ("vocab.json", '{"a": 0}', "do not fit"),
+        ("merges.txt", "#version: 0.2\ni n\nbroken\n", "not a pair"),
+        ("merges.txt", b"\xff\xfe", "cannot read"),
+        ("tokenizer.json", '{"model": {"type": "Unigram"}}', "byte-pair"),
+        ("vocab.json", None, "cannot read"),
+    ],
+)
 def test_damaged_folders(clip, tmp_path, name, content, message):
     clip.save(tmp_path)
     if content is None:

@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import VOCABULARY
 from PIL import Image
 from torch import nn
 
-from conftest import VOCABULARY
 from plainsd.errors import UserError
 from plainsd.models.clip import TextConfig
 from plainsd.models.layers import Attention
@@ -74,7 +74,7 @@ def test_every_epoch_shows_every_picture_once_in_another_order():
     epochs = [[order(p) for p in range(e * 10, e * 10 + 10)] for e in range(3)]
     assert all(sorted(e) == list(range(10)) for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert Order(10, seed=3)(25) == epochs[2][5]               # a function of the position alone
+    assert Order(10, seed=3)(25) == epochs[2][5]  # a function of the position alone
     assert [Order(10, seed=4)(p) for p in range(10)] != epochs[0]
 
 
@@ -86,13 +86,13 @@ def test_random_numbers_belong_to_seed_purpose_and_position():
     assert len({tuple(draw(s, p, i)) for s in range(4) for p in range(4) for i in range(40)}) == 640
     first = torch.tensor([draw(0, 2, i)[0] for i in range(2000)])
     assert abs(first.mean()) < 0.1 and abs(first.std() - 1) < 0.1
-    assert abs((first[1:] * first[:-1]).mean()) < 0.1           # neighbouring positions are unrelated
+    assert abs((first[1:] * first[:-1]).mean()) < 0.1  # neighbouring positions are unrelated
 
 
 def test_pictures_are_resized_and_cut_to_a_square(folder):
     pixels = read_folder(folder, 16).pixels([0, 5])
     assert pixels.shape == (2, 3, 16, 16)
-    assert pixels.std(dim=(2, 3)).max() < 1e-6                  # one colour each, still
+    assert pixels.std(dim=(2, 3)).max() < 1e-6  # one colour each, still
 
 
 def test_pairs_of_picture_and_text(folder, tmp_path):
@@ -132,9 +132,9 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(folder, tmp_path):
 
     first, states = make_scratch(folder, tmp_path), tmp_path / "states"
     for report in fit(first, 12, options, states):
-        if report.step == 13:                                   # killed; the state is that of step 10
+        if report.step == 13:  # killed; the state is that of step 10
             break
-    second = make_scratch(folder, tmp_path, seed=99)            # other weights, all to be replaced
+    second = make_scratch(folder, tmp_path, seed=99)  # other weights, all to be replaced
     trainer = Trainer(second, options)
     rest = [r.loss for r in fit(second, 12, options, states, trainer)]
     assert len(rest) == 10 and rest == losses[10:]
@@ -247,7 +247,7 @@ def test_moments_in_8_bits(tmp_path):
     assert moments["exp_avg"].codes.dtype == torch.uint8
     list(fit(parts, 8, replace(options, steps=30), tmp_path))
     list(fit(parts, 8, options, tmp_path))
-    assert torch.equal(weights(whole), weights(parts))                # after a resume too, bit for bit
+    assert torch.equal(weights(whole), weights(parts))  # after a resume too, bit for bit
     list(fit(plain, 8, replace(options, adam8bit=False)))
     off = (weights(whole) - weights(plain)).norm() / (weights(plain) - weights(Wide())).norm()
     assert 0 < off < 0.1
@@ -261,15 +261,22 @@ def test_the_log_drops_lines_that_are_done_again(tmp_path):
     for step in (1, 2, 3):
         log.write({"step": step})
     with open(log.path, "a") as file:
-        file.write('{"step": 4, "lo')                            # cut short by a crash
+        file.write('{"step": 4, "lo')  # cut short by a crash
     log.rewind(2)
     assert read_log(log.path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_run_logs_validates_samples_and_draws(folder, tmp_path):
     method, drawn = make_scratch(folder, tmp_path), []
-    run(method, 12, FitOptions(steps=4, batch=4), tmp_path / "run", Rhythm(2, 2, 2),
-        lambda: method.validate(method.examples), drawn.append)
+    run(
+        method,
+        12,
+        FitOptions(steps=4, batch=4),
+        tmp_path / "run",
+        Rhythm(2, 2, 2),
+        lambda: method.validate(method.examples),
+        drawn.append,
+    )
     lines = read_log(tmp_path / "run" / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [2, 4]
     assert [line["samples"] for line in lines if "loss" in line] == [8, 16]
@@ -288,7 +295,7 @@ def test_after_a_resume_the_bar_tells_this_runs_speed(tmp_path):
     diary.close()
     assert told["initial"] == 900 and told["n"] == 902 and told["total"] == 1000
     left = (told["total"] - told["n"]) / told["rate"]
-    assert told["elapsed"] >= 0.6 and 28 < left < 45             # 98 steps of 0.3 seconds, and not of 0.3 / 902
+    assert told["elapsed"] >= 0.6 and 28 < left < 45  # 98 steps of 0.3 seconds, and not of 0.3 / 902
     assert read_log(tmp_path / "log.jsonl")[-1]["samples_per_s"] == pytest.approx(4 / 0.3)
 
 
@@ -332,7 +339,7 @@ def test_one_timestep_and_one_caption_for_each_sample(folder, tmp_path, monkeypa
     timesteps = torch.cat([batch.timesteps for batch in seen])
     assert all(len(set(batch.timesteps.tolist())) > 6 for batch in seen)
     assert timesteps.min() < 30 and timesteps.max() > 970
-    assert 0.05 < captions.count("") / len(captions) < 0.16     # a tenth is dropped
+    assert 0.05 < captions.count("") / len(captions) < 0.16  # a tenth is dropped
     assert {c.split()[0] for c in captions if c} == {"colour", "number"}
 
 
@@ -346,7 +353,7 @@ def test_scratch_learns(folder, tmp_path):
 def test_latents_are_cached_once_and_anew_for_another_autoencoder(folder, tmp_path, monkeypatch):
     pictures, vae = read_folder(folder, 16), VAE(TINY_VAE)
     first = cache_latents(vae, pictures, tmp_path)
-    monkeypatch.setattr(VAE, "encode", None)                    # a second encoding would fail
+    monkeypatch.setattr(VAE, "encode", None)  # a second encoding would fail
     assert torch.equal(first.data, cache_latents(vae, pictures, tmp_path).data)
     monkeypatch.undo()
     with torch.no_grad():
@@ -385,7 +392,7 @@ def test_the_discriminator_is_fooled_and_taught_by_one_sum(folder):
     alone = torch.relu(1 - judge(real)).mean() + torch.relu(1 + judge(fake.detach())).mean()
     expected = torch.autograd.grad(alone, list(judge.parameters()))
     for p, g in zip(judge.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, g)                   # the part that fools leaves the judge's weights alone
+        torch.testing.assert_close(p.grad, g)  # the part that fools leaves the judge's weights alone
     fake.grad = None
     method._adversarial(real, fake, {}, joined=False).backward()
     assert fake.grad.abs().sum() == 0
@@ -400,7 +407,7 @@ def test_scaling_makes_latents_unit_sized(folder):
 
 def test_psnr():
     a = torch.zeros(1, 3, 4, 4)
-    assert psnr(a, a + 0.2).item() == pytest.approx(20)          # a tenth of the range is 20 dB
+    assert psnr(a, a + 0.2).item() == pytest.approx(20)  # a tenth of the range is 20 dB
 
 
 def test_a_model_file_is_read_strictly(tmp_path):

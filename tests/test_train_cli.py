@@ -45,8 +45,9 @@ def train(base, pictures, tmp_path, capsys):
     """Runs the command with a few usual options; the exit code, and what stands on stderr beside the bars."""
 
     def run(method, *more, base=base, out=tmp_path / "run"):
-        code = main(["train", "--method", method, "--base", str(base), "--data", str(pictures), "--out",
-                     str(out), *FAST, *more])
+        code = main(
+            ["train", "--method", method, "--base", str(base), "--data", str(pictures), "--out", str(out), *FAST, *more]
+        )
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
         return code, [line for line in lines if line.startswith("plainsd:")]
 
@@ -59,12 +60,28 @@ def drawn(sd, prompt="colour 1"):
 
 def test_full(train, base, pictures, tmp_path):
     (tmp_path / "prompts.txt").write_text("colour 1\ncolour 2\n")
-    code, _ = train("full", "--epochs", "2", "--lr", "1e-3", "--heldout", str(pictures),
-                    "--prompts", str(tmp_path / "prompts.txt"), "--validate-every", "1", "--sample-every", "1", "--flip",
-                    "--crop", "random", "--text-encoder")
+    code, _ = train(
+        "full",
+        "--epochs",
+        "2",
+        "--lr",
+        "1e-3",
+        "--heldout",
+        str(pictures),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--validate-every",
+        "1",
+        "--sample-every",
+        "1",
+        "--flip",
+        "--crop",
+        "random",
+        "--text-encoder",
+    )
     assert code == 0
     lines = read_log(tmp_path / "run" / "log.jsonl")
-    assert [line["step"] for line in lines if "validation" in line] == [0, 1, 2]   # 2 epochs of 4 pictures, 4 a step
+    assert [line["step"] for line in lines if "validation" in line] == [0, 1, 2]  # 2 epochs of 4 pictures, 4 a step
     assert lines[0]["validation"] != lines[-1]["validation"]
     assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == [f"step-{i:08d}.png" for i in range(3)]
     assert (tmp_path / "run" / "curve.png").is_file()
@@ -75,8 +92,26 @@ def test_full(train, base, pictures, tmp_path):
 
 
 def test_lora(train, base, tmp_path):
-    code, _ = train("lora", "--steps", "2", "--lr", "1e-2", "--rank", "2", "--alpha", "4", "--checkpointing",
-                    "--hold-out", "0.3", "--tensorboard", "--buckets", "--min-snr", "5", "--huber", "0.5")
+    code, _ = train(
+        "lora",
+        "--steps",
+        "2",
+        "--lr",
+        "1e-2",
+        "--rank",
+        "2",
+        "--alpha",
+        "4",
+        "--checkpointing",
+        "--hold-out",
+        "0.3",
+        "--tensorboard",
+        "--buckets",
+        "--min-snr",
+        "5",
+        "--huber",
+        "0.5",
+    )
     assert code == 0
     kohya, peft = (plainsd.load(base, device="cpu") for _ in range(2))
     add_lora(kohya, tmp_path / "run" / "lora.safetensors")
@@ -101,21 +136,36 @@ def test_the_autoencoder_is_let_go_where_nothing_is_drawn(train, pictures, tmp_p
 
 def test_lora_on_half_a_base(train, tmp_path):
     (tmp_path / "prompts.txt").write_text("colour 1\n")
-    code, said = train("lora", "--steps", "2", "--half-base")                # --dtype float32, see FAST
+    code, said = train("lora", "--steps", "2", "--half-base")  # --dtype float32, see FAST
     assert code == 2 and "goes with --dtype bfloat16" in said[0]
-    code, _ = train("lora", "--steps", "2", "--half-base", "--dtype", "bfloat16",
-                    "--prompts", str(tmp_path / "prompts.txt"))
+    code, _ = train(
+        "lora", "--steps", "2", "--half-base", "--dtype", "bfloat16", "--prompts", str(tmp_path / "prompts.txt")
+    )
     assert code == 0 and (tmp_path / "run" / "lora.safetensors").is_file()
     assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
 
 
 def test_inversion(train, base, pictures, tmp_path):
     assert train("inversion", "--steps", "1", "--token", "<cat>")[1][0].startswith(
-        "plainsd: 4 of 4 captions do not have the word '<cat>'")
+        "plainsd: 4 of 4 captions do not have the word '<cat>'"
+    )
     assert train("inversion", "--steps", "1")[1] == [
-        "plainsd: method inversion needs --token, the new word that the captions use, such as '<cat>'"]
-    code, _ = train("inversion", "--steps", "2", "--lr", "0.1", "--token", "colour", "--vectors", "2", "--initial", "x",
-                    out=tmp_path / "other")
+        "plainsd: method inversion needs --token, the new word that the captions use, such as '<cat>'"
+    ]
+    code, _ = train(
+        "inversion",
+        "--steps",
+        "2",
+        "--lr",
+        "0.1",
+        "--token",
+        "colour",
+        "--vectors",
+        "2",
+        "--initial",
+        "x",
+        out=tmp_path / "other",
+    )
     assert code == 0
     for name in ("colour.safetensors", "learned_embeds.safetensors"):
         sd = plainsd.load(base, device="cpu")
@@ -125,25 +175,59 @@ def test_inversion(train, base, pictures, tmp_path):
 
 
 def test_dreambooth_makes_its_prior(train, tmp_path):
-    code, _ = train("lora", "--steps", "1", "--rank", "1", "--prior-prompt", "a dog", "--prior-count", "3",
-                    "--prior-weight", "0.5")
+    code, _ = train(
+        "lora", "--steps", "1", "--rank", "1", "--prior-prompt", "a dog", "--prior-count", "3", "--prior-weight", "0.5"
+    )
     assert code == 0
     assert sorted(p.name for p in (tmp_path / "run" / "prior").iterdir()) == [
-        f"{i:05d}.{ending}" for i in range(3) for ending in ("png", "txt")]
+        f"{i:05d}.{ending}" for i in range(3) for ending in ("png", "txt")
+    ]
     (line,) = read_log(tmp_path / "run" / "log.jsonl")
     assert line["loss"] == pytest.approx(line["own"] + 0.5 * line["prior"])
 
 
 def test_vae_and_scratch(pictures, base, tmp_path, capsys):
-    model = {"name": "tiny", "size": 16, "vae": {"channels": [8, 8], "layers": 1, "groups": 2},
-             "unet": {"channels": [32, 32], "depth": [0, 1], "heads": [2, 2], "layers": 1, "context": 16},
-             "text": [{"width": 16, "layers": 1, "heads": 2, "mlp": 32, "positions": 3}]}
+    model = {
+        "name": "tiny",
+        "size": 16,
+        "vae": {"channels": [8, 8], "layers": 1, "groups": 2},
+        "unet": {"channels": [32, 32], "depth": [0, 1], "heads": [2, 2], "layers": 1, "context": 16},
+        "text": [{"width": 16, "layers": 1, "heads": 2, "mlp": 32, "positions": 3}],
+    }
     (tmp_path / "model.json").write_text(json.dumps(model))
-    shared = ["--model", str(tmp_path / "model.json"), "--data", str(pictures), "--heldout", str(pictures),
-              "--steps", "2", "--batch", "2", *FAST]
+    shared = [
+        "--model",
+        str(tmp_path / "model.json"),
+        "--data",
+        str(pictures),
+        "--heldout",
+        str(pictures),
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        *FAST,
+    ]
     assert main(["train", "--method", "vae", "--out", str(tmp_path / "vae"), *shared]) == 0
-    assert main(["train", "--method", "scratch", "--out", str(tmp_path / "run"), "--vae", str(tmp_path / "vae" / "vae"),
-                 "--tokenizer", str(base / "tokenizer"), "--carry", str(tmp_path / "model.json"), *shared]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--method",
+                "scratch",
+                "--out",
+                str(tmp_path / "run"),
+                "--vae",
+                str(tmp_path / "vae" / "vae"),
+                "--tokenizer",
+                str(base / "tokenizer"),
+                "--carry",
+                str(tmp_path / "model.json"),
+                *shared,
+            ]
+        )
+        == 0
+    )
     assert "4 of 4 captions are longer than what is read of them (1 tokens)" in capsys.readouterr().out
     assert drawn(plainsd.load(tmp_path / "run" / "model", device="cpu")).shape == (16, 16, 3)
     assert (tmp_path / "run" / "model" / "model.json").is_file()
@@ -163,7 +247,7 @@ def test_vae_goes_on_from_a_base(train, base, tmp_path):
     assert not torch.equal(decoder.decode(latents), before.decode(latents))
     assert not torch.equal(both.encode(pixels).mean, latents)
     assert both.config.scaling_factor != before.config.scaling_factor
-    step = 2 * 1e-2 * 1.1                                               # of AdamW, at most about the learning rate each
+    step = 2 * 1e-2 * 1.1  # of AdamW, at most about the learning rate each
     assert all(torch.allclose(a, b, atol=step) for a, b in zip(both.parameters(), before.parameters(), strict=True))
     code, said = train("vae", "--steps", "2", "--base", str(tmp_path / "both" / "vae"), out=tmp_path / "both")
     assert code == 2 and "holds a run with" in said[0]
@@ -190,8 +274,16 @@ def test_scratch_goes_on_from_a_base(train, base, tmp_path):
     shapes = described(base)
     (tmp_path / "model.json").write_text(json.dumps(shapes))
     shutil.copytree(base / "vae", tmp_path / "vae")
-    more = ["--model", str(tmp_path / "model.json"), "--vae", str(tmp_path / "vae"), "--tokenizer",
-            str(base / "tokenizer"), "--batch", "2"]
+    more = [
+        "--model",
+        str(tmp_path / "model.json"),
+        "--vae",
+        str(tmp_path / "vae"),
+        "--tokenizer",
+        str(base / "tokenizer"),
+        "--batch",
+        "2",
+    ]
     assert train("scratch", "--steps", "1", "--lr", "1e-9", *more) == (0, [])
     after, before = (plainsd.load(path, device="cpu", dtype="float32") for path in (tmp_path / "run" / "model", base))
     for a, b in zip((after.unet, *after.text_encoders), (before.unet, *before.text_encoders), strict=True):
@@ -205,7 +297,9 @@ def test_scratch_goes_on_from_a_base(train, base, tmp_path):
     shapes["unet"] |= {"channels": [64, 32]}
     (tmp_path / "model.json").write_text(json.dumps(shapes))
     code, said = train("scratch", "--steps", "1", *more, out=tmp_path / "other")
-    assert code == 2 and "has other networks than --model describes: conv_in.bias is (32,), and should be (64,)" in said[0]
+    assert (
+        code == 2 and "has other networks than --model describes: conv_in.bias is (32,), and should be (64,)" in said[0]
+    )
 
 
 # ---- going on, and what stands against it
@@ -226,7 +320,7 @@ def test_a_run_may_be_made_longer(train, tmp_path, capsys):
 def test_the_same_command_goes_on(train, tmp_path):
     assert train("lora", "--steps", "1", "--rank", "1")[0] == 0
     written = (tmp_path / "run" / "lora.safetensors").read_bytes()
-    assert train("lora", "--steps", "1", "--rank", "1", "--log-every", "7")[0] == 0          # nothing is left to do
+    assert train("lora", "--steps", "1", "--rank", "1", "--log-every", "7")[0] == 0  # nothing is left to do
     assert (tmp_path / "run" / "lora.safetensors").read_bytes() == written
     code, said = train("lora", "--steps", "1", "--rank", "2")
     assert code == 2 and len(said) == 1 and "holds a run with another --rank (1, now 2)" in said[0]
@@ -234,7 +328,7 @@ def test_the_same_command_goes_on(train, tmp_path):
 
 def test_a_run_of_another_model_is_not_gone_on_with(train, base, tmp_path):
     assert train("lora", "--steps", "1", "--rank", "1", base=base)[0] == 0
-    plainsd.save(tiny_sd(seed=5), base)                              # another model in the same place
+    plainsd.save(tiny_sd(seed=5), base)  # another model in the same place
     code, said = train("lora", "--steps", "1", "--rank", "1", base=base)
     plainsd.save(tiny_sd(), base)
     assert code == 2 and len(said) == 1 and "holds a run with a model with other weights" in said[0]
@@ -252,8 +346,10 @@ def test_a_full_disk_leaves_the_last_good_state(train, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     code, said = train("lora", "--steps", "5", "--rank", "1", "--save-every", "1")
     assert code == 1
-    assert said == ["plainsd: cannot write the state of step 3: No space left on device; the state of step 2 is kept; "
-                    "make room, and the same command goes on from there"]
+    assert said == [
+        "plainsd: cannot write the state of step 3: No space left on device; the state of step 2 is kept; "
+        "make room, and the same command goes on from there"
+    ]
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] != []
     monkeypatch.undo()
     assert train("lora", "--steps", "5", "--rank", "1", "--save-every", "1")[0] == 0
@@ -278,11 +374,14 @@ def test_a_learning_rate_that_is_too_high(train, tmp_path):
     assert torch.load(kept / "state.pt", weights_only=True)["step"] == 1
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("empty", "no pictures; put metadata.jsonl there"),
-    ("bare", "2 of 2 pictures cannot be used, more than 1% (first: 0.png: no caption)"),
-    ("small", "1 of 2 pictures cannot be used, more than 1% (first: 0.png: only 7x64 pixels)"),
-])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("empty", "no pictures; put metadata.jsonl there"),
+        ("bare", "2 of 2 pictures cannot be used, more than 1% (first: 0.png: no caption)"),
+        ("small", "1 of 2 pictures cannot be used, more than 1% (first: 0.png: only 7x64 pixels)"),
+    ],
+)
 def test_pictures_that_cannot_be_used(base, tmp_path, capsys, kind, message):
     place = write_pictures(tmp_path / kind, 0 if kind == "empty" else 2)
     if kind == "bare":
@@ -290,16 +389,35 @@ def test_pictures_that_cannot_be_used(base, tmp_path, capsys, kind, message):
             text.unlink()
     if kind == "small":
         Image.new("RGB", (7, 64)).save(place / "0.png")
-    assert main(["train", "--method", "full", "--base", str(base), "--data", str(place), "--out", str(tmp_path / "run"),
-                 *FAST]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--method",
+                "full",
+                "--base",
+                str(base),
+                "--data",
+                str(place),
+                "--out",
+                str(tmp_path / "run"),
+                *FAST,
+            ]
+        )
+        == 2
+    )
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("plainsd:")]
     assert message in line
 
 
-@pytest.mark.parametrize("steps, message", [
-    (Steps(steps=5, epochs=2), "both say how long"), (Steps(batch=0), "--batch 0 is out of range"),
-    (Steps(lr=-1.0), "--lr -1 is out of range"),
-])
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        (Steps(steps=5, epochs=2), "both say how long"),
+        (Steps(batch=0), "--batch 0 is out of range"),
+        (Steps(lr=-1.0), "--lr -1 is out of range"),
+    ],
+)
 def test_numbers_that_cannot_be(steps, message):
     with pytest.raises(plainsd.UserError, match=message):
         with_defaults("full", steps)
@@ -308,7 +426,14 @@ def test_numbers_that_cannot_be(steps, message):
 def test_the_original_recipe_is_the_default():
     steps = with_defaults("full", Steps())
     assert (steps.lr, steps.batch, steps.accumulate, steps.epochs, steps.weight_decay, steps.clip, steps.beta2) == (
-        1e-5, 1, 4, 400, 0.01, 1.0, 0.999)
+        1e-5,
+        1,
+        4,
+        400,
+        0.01,
+        1.0,
+        0.999,
+    )
     assert steps.decline == "constant" and steps.warmup == 0 and steps.steps is None
     assert with_defaults("full", replace(Steps(), steps=7)).epochs is None
 

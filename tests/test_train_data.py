@@ -105,10 +105,10 @@ def test_a_stream_keeps_the_first_rows_and_goes_on_where_it_was(folder, tmp_path
     kept = next(cache.glob("stream-*"))
     lines = (kept / "metadata.jsonl").read_text().splitlines(keepends=True)
     (kept / "whole").unlink()
-    (kept / "metadata.jsonl").write_text("".join(lines[:2]) + lines[2][:9])       # as a kill would leave it
+    (kept / "metadata.jsonl").write_text("".join(lines[:2]) + lines[2][:9])  # as a kill would leave it
     (kept / "00000003.png").unlink()
     assert torch.equal(read_source(source, 16, cache, reading).pixels(range(4)), first.pixels(range(4)))
-    monkeypatch.setattr("plainsd.train.sources._opened", None)                     # whole: nothing is opened any more
+    monkeypatch.setattr("plainsd.train.sources._opened", None)  # whole: nothing is opened any more
     assert len(read_source(source, 16, cache, reading)) == 4
     with pytest.raises(UserError, match="streaming needs --limit"):
         read_source(source, 16, tmp_path / "other", Reading(stream=True))
@@ -138,16 +138,19 @@ def test_a_hub_name_is_fetched_by_the_library(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **more: asked.append((name, more)) or table)
     found = read_source("someone/drawings@v2:4", 16, tmp_path / "cache", Reading(split="test"))
     assert len(found) == 5 and found.items[0].repeats == 4
-    (name, more), = asked
+    ((name, more),) = asked
     assert (name, more["revision"], more["split"], more["streaming"]) == ("someone/drawings", "v2", "test", False)
 
 
-@pytest.mark.parametrize("source, message", [
-    ("nowhere/at/all", "there is no folder or file 'nowhere/at/all'"),
-    ("{tmp}/empty", "no pictures; put metadata.jsonl there, or pairs"),
-    ("{tmp}/notes.txt", "is no source of pictures"),
-    ("{tmp}/broken.parquet", "cannot read"),
-])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("nowhere/at/all", "there is no folder or file 'nowhere/at/all'"),
+        ("{tmp}/empty", "no pictures; put metadata.jsonl there, or pairs"),
+        ("{tmp}/notes.txt", "is no source of pictures"),
+        ("{tmp}/broken.parquet", "cannot read"),
+    ],
+)
 def test_sources_that_are_none(tmp_path, source, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
@@ -178,11 +181,18 @@ def test_faults_are_told_one_by_one(tmp_path):
     Image.new("L", (10, 10)).save(tmp_path / "off.mask.png")
     said = []
     assert len(read_folder(tmp_path, 16, bad_share=0.9, say=said.append)) == 1
-    for fault in ("left out 4 of 5", "small.png: only 20x7 pixels", "latin.png: its caption is not text in UTF-8",
-                  "bare.png: no caption", "off.png: its mask is of another size"):
+    for fault in (
+        "left out 4 of 5",
+        "small.png: only 20x7 pixels",
+        "latin.png: its caption is not text in UTF-8",
+        "bare.png: no caption",
+        "off.png: its mask is of another size",
+    ):
         assert fault in said[0]
     assert {item.texts for item in read_folder(tmp_path, 16, caption="it", bad_share=0.9, say=quiet).items} == {
-        ("a caption",), ("it",)}
+        ("a caption",),
+        ("it",),
+    }
 
 
 def test_pictures_that_were_whole_are_not_opened_again(folder, tmp_path, monkeypatch):
@@ -191,7 +201,7 @@ def test_pictures_that_were_whole_are_not_opened_again(folder, tmp_path, monkeyp
     monkeypatch.setattr(Item, "open", None)
     assert read_folder(folder, 16, known=known).items == first.items
     monkeypatch.undo()
-    (folder / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")               # changed since
+    (folder / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")  # changed since
     with pytest.raises(UserError, match="1 of 5 pictures cannot be used"):
         read_folder(folder, 16, known=known, say=quiet)
 
@@ -263,7 +273,7 @@ def test_buckets_give_micro_batches_of_one_shape():
         assert all(len({shapes[i] for i in batch}) == 1 for batch in batches)
         assert set(epoch) == set(range(9))
     assert epochs[0] != epochs[1]
-    assert Bucketed(shapes, [1] * 9, batch=2, seed=4)(30) == epochs[2][6]           # a function of the position alone
+    assert Bucketed(shapes, [1] * 9, batch=2, seed=4)(30) == epochs[2][6]  # a function of the position alone
 
 
 # ---- captions
@@ -275,7 +285,9 @@ def test_tags_are_shuffled_behind_the_first(folder):
     assert all(sorted(text.split(", ")) == ["a", "b", "c", "d"] for text in seen)
     pictures = Pictures(read_folder(folder, 16).items, 16, tags=1)
     assert {pictures.caption(2, random(0, 0, i)) for i in range(20)} == {
-        "picture 2, tag a, tag b", "picture 2, tag b, tag a"}
+        "picture 2, tag a, tag b",
+        "picture 2, tag b, tag a",
+    }
 
 
 # ---- the latent cache
@@ -316,9 +328,9 @@ def test_a_new_picture_costs_one_encoding(folder, tmp_path, monkeypatch):
     assert seen == [5, 1]
     assert torch.equal(first.data, second.data[: len(first.data)])
     cache_latents(vae, framed(folder, flip=True), tmp_path)
-    assert sum(seen) == 12                                       # the mirrored ones alone
+    assert sum(seen) == 12  # the mirrored ones alone
     cache_latents(tiny_vae(1), framed(folder), tmp_path)
-    assert sum(seen) == 18                                       # another autoencoder: all
+    assert sum(seen) == 18  # another autoencoder: all
 
 
 def test_masks_lie_beside_the_latents(folder, tmp_path):

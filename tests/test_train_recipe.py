@@ -31,17 +31,21 @@ def drawings(tmp_path_factory):
     rows = [{"name": name, "character": character} for name, character in things.items()]
     (folder / "model" / "concepts.json").write_text(json.dumps({"concepts": rows}))
     for out in ("one", "two"):
-        assert data.main([str(folder / out), "--model", str(folder / "model"), "--views", "2", "--heldout-share", "0"]) == 0
+        assert (
+            data.main([str(folder / out), "--model", str(folder / "model"), "--views", "2", "--heldout-share", "0"])
+            == 0
+        )
     return folder
 
 
 def test_drawings_are_black_on_white_with_captions(drawings):
     files = sorted(path.name for path in (drawings / "one" / "drawings").iterdir())
-    assert files == [f"{name}-{view}.{ending}" for name in ("cat", "red-apple") for view in (0, 1)
-                     for ending in ("png", "txt")]
+    assert files == [
+        f"{name}-{view}.{ending}" for name in ("cat", "red-apple") for view in (0, 1) for ending in ("png", "txt")
+    ]
     for path in (drawings / "one" / "drawings").glob("*.png"):
         pixels = np.asarray(Image.open(path).convert("RGB"))
-        assert pixels.shape == (128, 128, 3) and np.ptp(pixels, axis=-1).max() == 0          # gray alone
+        assert pixels.shape == (128, 128, 3) and np.ptp(pixels, axis=-1).max() == 0  # gray alone
         assert pixels.min() == 0 and pixels.max() == 255 and (pixels > 128).mean() > 0.5
     caption = (drawings / "one" / "drawings" / "red-apple-0.txt").read_text()
     assert caption == "a red apple, line drawing\na line drawing of a red apple\n"
@@ -52,8 +56,10 @@ def test_what_is_asked_for_unseen_is_held_out_and_what_the_font_lacks_left_out(d
 
 
 def test_the_same_files_each_time(drawings):
-    one, two = ({path.relative_to(drawings / out): path.read_bytes() for path in (drawings / out).rglob("*.*")}
-                for out in ("one", "two"))
+    one, two = (
+        {path.relative_to(drawings / out): path.read_bytes() for path in (drawings / out).rglob("*.*")}
+        for out in ("one", "two")
+    )
     assert one == two and len({one[path] for path in one if path.suffix == ".png"}) == 6
 
 
@@ -69,11 +75,23 @@ def test_before_and_after(tmp_path, capsys):
     log = ({"step": 0, "validation": 0.5}, {"step": 3, "loss": 1}, {"step": 4, "validation": 0.25})
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (tmp_path / "prompts.txt").write_text("colour 1\ncolour 2\n")
-    assert picture.main([str(tmp_path / "out.png"), str(run), "--base", str(tmp_path / "base"), "--prompts",
-                         str(tmp_path / "prompts.txt")]) == 0
+    assert (
+        picture.main(
+            [
+                str(tmp_path / "out.png"),
+                str(run),
+                "--base",
+                str(tmp_path / "base"),
+                "--prompts",
+                str(tmp_path / "prompts.txt"),
+            ]
+        )
+        == 0
+    )
     assert "full: validation loss 0.5000 at step 0, 0.2500 at step 4" in capsys.readouterr().out
     shown, step = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")), picture.SHOWN + picture.GAP
     assert shown.shape == (picture.LABEL + 2 * step, picture.LEFT + 2 * step, 3)
-    before, after = (shown[picture.LABEL + row * step :, picture.LEFT :][: picture.SHOWN, : picture.SHOWN]
-                     for row in (0, 1))
+    before, after = (
+        shown[picture.LABEL + row * step :, picture.LEFT :][: picture.SHOWN, : picture.SHOWN] for row in (0, 1)
+    )
     assert not np.array_equal(before, after)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small_models import FAMILIES, model, small_families, without_notes
+from small_models import FAMILIES, model, without_notes
 
 from plainsd.checkpoint import save
 from plainsd.cli import main
@@ -53,7 +53,7 @@ def test_every_family_as_a_single_file_of_others(tmp_path, small_families, name)
     import plainsd.verify
 
     own = model(name).tokenizers
-    with pytest.MonkeyPatch.context() as patch:              # such files have no tokenizer, and these are not CLIP's
+    with pytest.MonkeyPatch.context() as patch:  # such files have no tokenizer, and these are not CLIP's
         patch.setattr(plainsd.checkpoint, "tokenizers", lambda contents, path: own)
         patch.setattr(plainsd.verify, "tokenizers", lambda contents, path: own)
         patch.setattr(plainsd.oracle, "tokenizers", lambda contents, path: own)
@@ -131,8 +131,10 @@ def test_without_diffusers_it_says_what_to_install(sd1, monkeypatch, capsys):
     monkeypatch.setattr(plainsd.verify, "import_module", missing)
     assert main(["verify", str(sd1)]) == 2
     said = capsys.readouterr()
-    assert said.err == ("plainsd: verify compares with diffusers, transformers, accelerate, and diffusers is not "
-                        "installed; pip install 'plainsd[verify]'\n")
+    assert said.err == (
+        "plainsd: verify compares with diffusers, transformers, accelerate, and diffusers is not "
+        "installed; pip install 'plainsd[verify]'\n"
+    )
     assert said.out == ""
 
 

@@ -26,7 +26,7 @@ from plainsd.images import written_whole
 from plainsd.train import emoji
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"      # how CLIP cuts text before the merges
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # how CLIP cuts text before the merges
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -36,6 +36,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
+
 
 def start_worker(font_path: Path, concepts: list[emoji.Concept], size: int) -> None:
     """Each process draws the glyphs once."""
@@ -53,8 +54,14 @@ def make_picture(job: tuple[str, int, tuple[int, int, int], Path]) -> emoji.Plac
     return place
 
 
-def write_pictures(folder: Path, kind: str, count: int, pairs: list[tuple[int, int]], concepts: list[emoji.Concept],
-                   options: argparse.Namespace) -> None:
+def write_pictures(
+    folder: Path,
+    kind: str,
+    count: int,
+    pairs: list[tuple[int, int]],
+    concepts: list[emoji.Concept],
+    options: argparse.Namespace,
+) -> None:
     """`count` pictures of the pairs, taken round and round, and their metadata.jsonl, last."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "metadata.jsonl").unlink(missing_ok=True)
@@ -77,6 +84,7 @@ def write_pictures(folder: Path, kind: str, count: int, pairs: list[tuple[int, i
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 
+
 def byte_symbols() -> list[str]:
     """The 256 printable characters that stand for the bytes, in CLIP's order: printable Latin-1, then the rest."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -86,14 +94,21 @@ def byte_symbols() -> list[str]:
 def train_merges(captions: list[str], limit: int) -> list[tuple[str, str]]:
     """Byte-pair merges of the captions, most frequent first, words ending in `</w>`."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "),
-                                           normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     # Ties between pairs are broken by the symbols' numbers; named here, they do not depend on the order of a hash map.
-    trainer = trainers.BpeTrainer(vocab_size=limit, end_of_word_suffix="</w>", initial_alphabet=byte_symbols(),
-                                  special_tokens=[symbol + "</w>" for symbol in byte_symbols()], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=limit,
+        end_of_word_suffix="</w>",
+        initial_alphabet=byte_symbols(),
+        special_tokens=[symbol + "</w>" for symbol in byte_symbols()],
+        show_progress=False,
+    )
     bpe.train_from_iterator(captions, trainer)
     return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
@@ -102,11 +117,17 @@ def write_tokenizer(folder: Path, captions: list[str], size: int) -> int:
     """The four files of a CLIP tokenizer folder; the number of entries. With all 256 bytes in it any text encodes."""
     symbols = byte_symbols()
     base = symbols + [symbol + "</w>" for symbol in symbols]
-    merges = train_merges(captions, size)[:size - len(base) - 2]
+    merges = train_merges(captions, size)[: size - len(base) - 2]
     entries = list(dict.fromkeys([*base, *(left + right for left, right in merges)])) + [START, END]
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace",
-              "add_prefix_space": False, **special}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "do_lower_case": True,
+        "errors": "replace",
+        "add_prefix_space": False,
+        **special,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     write_whole(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
@@ -118,6 +139,7 @@ def write_tokenizer(folder: Path, captions: list[str], size: int) -> int:
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
+
 def describe(concepts: list[emoji.Concept], heldout: list[tuple[int, int]], options: argparse.Namespace) -> dict:
     """What concepts.json says."""
     names = list(emoji.BACKGROUNDS)
@@ -126,12 +148,15 @@ def describe(concepts: list[emoji.Concept], heldout: list[tuple[int, int]], opti
         "backgrounds": {name: list(colour) for name, colour in emoji.BACKGROUNDS.items()},
         "templates": list(emoji.TEMPLATES),
         "heldout": [[concepts[i].name, names[j]] for i, j in heldout],
-        "size": options.size, "seed": options.seed, "font": emoji.font_identity(options.font),
+        "size": options.size,
+        "seed": options.seed,
+        "font": emoji.font_identity(options.font),
     }
 
 
-def restricted(concepts: list[emoji.Concept], seen: list[tuple[int, int]], heldout: list[tuple[int, int]],
-               path: Path) -> tuple[list[emoji.Concept], list[tuple[int, int]], list[tuple[int, int]]]:
+def restricted(
+    concepts: list[emoji.Concept], seen: list[tuple[int, int]], heldout: list[tuple[int, int]], path: Path
+) -> tuple[list[emoji.Concept], list[tuple[int, int]], list[tuple[int, int]]]:
     """Only the emoji named in a file, one a line, and their pairs."""
     wanted = {line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()}
     if strangers := sorted(wanted - {concept.name for concept in concepts}):
@@ -146,18 +171,26 @@ def build(options: argparse.Namespace) -> None:
     concepts = emoji.choose(font, options.emoji)
     seen, heldout = emoji.split_pairs(len(concepts), len(emoji.BACKGROUNDS), options.heldout_share, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    captions = [emoji.caption(template, concept, background)
-                for concept in concepts for background in emoji.BACKGROUNDS for template in emoji.TEMPLATES]
+    captions = [
+        emoji.caption(template, concept, background)
+        for concept in concepts
+        for background in emoji.BACKGROUNDS
+        for template in emoji.TEMPLATES
+    ]
     entries = write_tokenizer(options.out / "tokenizer", captions, options.vocabulary)
-    if options.names:                 # the vocabulary and the split stay those of the whole set
+    if options.names:  # the vocabulary and the split stay those of the whole set
         concepts, seen, heldout = restricted(concepts, seen, heldout, options.names)
-    write_whole(options.out / "concepts.json",
-                json.dumps(describe(concepts, heldout, options), ensure_ascii=False, indent=1) + "\n")
+    write_whole(
+        options.out / "concepts.json",
+        json.dumps(describe(concepts, heldout, options), ensure_ascii=False, indent=1) + "\n",
+    )
     if heldout:
         write_pictures(options.out / "heldout", "heldout", options.heldout_count, heldout, concepts, options)
     write_pictures(options.out, "picture", options.count, seen, concepts, options)
-    print(f"{options.out}: {options.count} pictures of {len(seen)} pairs, {len(heldout)} pairs held out, "
-          f"{len(concepts)} emoji, {entries} tokens")
+    print(
+        f"{options.out}: {options.count} pictures of {len(seen)} pairs, {len(heldout)} pairs held out, "
+        f"{len(concepts)} emoji, {entries} tokens"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

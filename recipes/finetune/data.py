@@ -22,10 +22,10 @@ from plainsd.hub import find
 from plainsd.train import emoji
 
 FONT = Path("/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf")
-DRAWN, SIDE = 400, 128               # pixels: the font's size, and a picture's side (training scales it)
-NOWHERE = "\U0010ffff"               # no font has this, so it shows what a font draws for what it lacks
+DRAWN, SIDE = 400, 128  # pixels: the font's size, and a picture's side (training scales it)
+NOWHERE = "\U0010ffff"  # no font has this, so it shows what a font draws for what it lacks
 CAPTIONS = ("{phrase}, line drawing", "a line drawing of {phrase}")
-UNSEEN = ("octopus", "rocket", "guitar")              # in prompts.txt; held out in any case
+UNSEEN = ("octopus", "rocket", "guitar")  # in prompts.txt; held out in any case
 
 
 def glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
@@ -66,8 +66,10 @@ def build(options: argparse.Namespace) -> None:
     for concept, drawing in drawings.items():
         place, views = ("heldout", 1) if concept in heldout else ("drawings", options.views)
         write_drawings(options.out / place, concept, drawing, views)
-    print(f"{options.out}: {len(drawings) - len(heldout)} things drawn {options.views} times, {len(heldout)} held out; "
-          f"the font lacks {len(concepts) - len(drawings)}")
+    print(
+        f"{options.out}: {len(drawings) - len(heldout)} things drawn {options.views} times, {len(heldout)} held out; "
+        f"the font lacks {len(concepts) - len(drawings)}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

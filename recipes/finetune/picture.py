@@ -21,9 +21,9 @@ from plainsd.train.jobs import read_lines
 from plainsd.train.log import read_log
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
-SHOWN, GAP = 128, 8                  # pixels: side of a shown picture, gaps
-LABEL, LEFT = 44, 70                 # pixels: height of the prompts, width of the rows' names
-LETTERS = 18                         # of a prompt, on a line
+SHOWN, GAP = 128, 8  # pixels: side of a shown picture, gaps
+LABEL, LEFT = 44, 70  # pixels: height of the prompts, width of the rows' names
+LETTERS = 18  # of a prompt, on a line
 
 
 def trained(run: Path, base: str | None) -> plainsd.StableDiffusion:
@@ -37,8 +37,10 @@ def trained(run: Path, base: str | None) -> plainsd.StableDiffusion:
 
 def drawn(sd: plainsd.StableDiffusion, prompts: list[str], guidance: float | None) -> list[Image.Image]:
     """Picture i has seed i."""
-    return [plainsd.final(plainsd.text_to_image(sd, prompt, seed=seed, guidance=guidance))[0]
-            for seed, prompt in enumerate(prompts)]
+    return [
+        plainsd.final(plainsd.text_to_image(sd, prompt, seed=seed, guidance=guidance))[0]
+        for seed, prompt in enumerate(prompts)
+    ]
 
 
 def labelled(rows: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Image:
@@ -71,8 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         for run in options.runs:
             rows[run.name] = drawn(trained(run, options.base), prompts, options.guidance)
             found = [line for line in read_log(run / "log.jsonl") if line.get("validation") is not None]
-            print(f"{run.name}: validation loss {found[0]['validation']:.4f} at step {found[0]['step']}, "
-                  f"{found[-1]['validation']:.4f} at step {found[-1]['step']}")
+            print(
+                f"{run.name}: validation loss {found[0]['validation']:.4f} at step {found[0]['step']}, "
+                f"{found[-1]['validation']:.4f} at step {found[-1]['step']}"
+            )
         write_png(labelled(rows, prompts), options.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -38,7 +38,7 @@ class DeepCache:
     def __init__(self, unet: UNet, every: int, shallow: int = 1):
         self.unet, self.every, self.shallow = unet, every, min(shallow, len(unet.down))
         self.timestep, self.turn, self.place = None, -1, 0
-        self.deep: list[Tensor] = []                                     # one for each call of a step
+        self.deep: list[Tensor] = []  # one for each call of a step
 
     def __call__(
         self, x: Tensor, timestep: float, context: Tensor, vector: Tensor | None = None, guidance: Tensor | None = None

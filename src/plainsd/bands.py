@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from plainsd.models.layers import ResBlock
     from plainsd.models.vae import VAE, Gaussian, Level, Middle, SpatialAttention
 
-BAND = 2**15                          # positions in a band: at 256 channels in float32, 32 MB a map
-QUERIES = 2**12                       # positions that look at all others at once
+BAND = 2**15  # positions in a band: at 256 channels in float32, 32 MB a map
+QUERIES = 2**12  # positions that look at all others at once
 
 Run = Callable[[Tensor], Tensor]
 
@@ -46,7 +46,7 @@ def by_bands(run: Run, x: Tensor, *, halo: int = 0, up: int = 1, onto: Tensor | 
         first = max(top - halo, 0)
         y = run(x[:, :, first : bottom + halo])
         form = torch.channels_last if y.stride(1) == 1 else torch.contiguous_format
-        y = y[:, :, up * (top - first) :][:, :, : up * (bottom - top)]   # (B, C, rows, W)
+        y = y[:, :, up * (top - first) :][:, :, : up * (bottom - top)]  # (B, C, rows, W)
         if out is None:
             shape = (*y.shape[:2], up * x.shape[2], y.shape[3])
             out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=form)
@@ -67,10 +67,10 @@ def activated(norm: nn.GroupNorm, x: Tensor) -> Run:
     They are torch's own, of a few groups at a time, and are used as torch does: (x - mean) / deviation * weight + bias
     as one multiplication and addition in float32, with the same rounding.
     """
-    width = norm.num_channels // norm.num_groups                         # C / G
-    some = max(1, 256 * BAND // (width * x.shape[2] * x.shape[3]))       # groups
+    width = norm.num_channels // norm.num_groups  # C / G
+    some = max(1, 256 * BAND // (width * x.shape[2] * x.shape[3]))  # groups
     moments = [_moments(x[:, i * width : (i + some) * width], width, norm.eps) for i in range(0, norm.num_groups, some)]
-    mean, inverse = (torch.cat(part, dim=1).repeat_interleave(width, dim=1) for part in zip(*moments))   # (B, C)
+    mean, inverse = (torch.cat(part, dim=1).repeat_interleave(width, dim=1) for part in zip(*moments))  # (B, C)
     scale = inverse * norm.weight.float()
     shift = torch.addcmul(norm.bias.float(), -scale, mean)[:, :, None, None]
     scale = scale[:, :, None, None]
@@ -80,7 +80,7 @@ def activated(norm: nn.GroupNorm, x: Tensor) -> Run:
 def _moments(x: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / deviation of each group of `width` channels, float32: (B, channels / width)."""
     count, channels, height, columns = x.shape
-    unit = x.new_ones(channels, dtype=torch.float32)                     # float32 weights: moments come in float32
+    unit = x.new_ones(channels, dtype=torch.float32)  # float32 weights: moments come in float32
     groups = channels // width
     return torch.native_group_norm(x, unit, 0 * unit, count, channels, height * columns, groups, eps)[1:]
 
@@ -96,7 +96,7 @@ def resblock(block: ResBlock, x: Tensor) -> Tensor:
 
 def attention(block: SpatialAttention, x: Tensor) -> Tensor:
     """As the block's own forward, some queries at a time."""
-    h = block.norm(x).flatten(2).transpose(1, 2)                         # (B, H*W, C)
+    h = block.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
     out = torch.cat([block.attn(queries, h) for queries in h.split(QUERIES, dim=1)], dim=1)
     return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 

@@ -157,7 +157,9 @@ def picture_row(place: Place, compiled: bool, family: str | None = None, steps: 
 
     def sides(steps: int) -> Sides:
         named = {"num_inference_steps": steps, "guidance_scale": 7.5, "height": size, "width": size}
-        drawn: Sides = {side: lambda pipe=pipe: pipe(PROMPT, num_images_per_prompt=count, **named) for side, pipe in pipes.items()}
+        drawn: Sides = {
+            side: lambda pipe=pipe: pipe(PROMPT, num_images_per_prompt=count, **named) for side, pipe in pipes.items()
+        }
         options = {"steps": steps, "guidance": 7.5, "sampler": "dpmpp_2m", "count": count}
         return drawn | {side: lambda sd=sd: final(text_to_image(sd, PROMPT, **options)) for side, sd in models.items()}
 
@@ -182,16 +184,22 @@ def small_row(place: Place, compiled: bool) -> Row:
 
 def start_row(place: Place, compiled: bool) -> Row:
     """A new process, until it can be told what to do."""
-    def process(*arguments: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL,
-                                      stderr=subprocess.DEVNULL)
 
-    return race("start of a process", {
-        "import torch": process("-c", "import torch"),
-        "diffusers": process("-c", "from diffusers import StableDiffusionPipeline"),
-        "plainsd": process("-c", "import plainsd; plainsd.load"),
-        "plainsd --help": process("-m", "plainsd", "--help"),
-    }, place.rounds)
+    def process(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run(
+            [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    return race(
+        "start of a process",
+        {
+            "import torch": process("-c", "import torch"),
+            "diffusers": process("-c", "from diffusers import StableDiffusionPipeline"),
+            "plainsd": process("-c", "import plainsd; plainsd.load"),
+            "plainsd --help": process("-m", "plainsd", "--help"),
+        },
+        place.rounds,
+    )
 
 
 LOADING = """
@@ -203,11 +211,17 @@ model = {call}
 print(time.perf_counter() - began, resident("VmHWM") - before)
 """
 LOADERS = {
-    "diffusers": LOADING.format(module="diffusers", name="StableDiffusionPipeline", call=(
-        "kind.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]), safety_checker=None, "
-        "requires_safety_checker=False).to(sys.argv[3])")),
-    "plainsd": LOADING.format(module="plainsd.checkpoint", name="load", call=(
-        "kind(sys.argv[1], dtype=sys.argv[2], device=sys.argv[3])")),
+    "diffusers": LOADING.format(
+        module="diffusers",
+        name="StableDiffusionPipeline",
+        call=(
+            "kind.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]), safety_checker=None, "
+            "requires_safety_checker=False).to(sys.argv[3])"
+        ),
+    ),
+    "plainsd": LOADING.format(
+        module="plainsd.checkpoint", name="load", call=("kind(sys.argv[1], dtype=sys.argv[2], device=sys.argv[3])")
+    ),
 }
 
 
@@ -222,19 +236,24 @@ def load_row(place: Place, compiled: bool) -> Row:
                 command = [sys.executable, "-c", code, str(Path(folder) / "model"), kept, str(place.device)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 seconds, peak = done.stdout.split()[-2:]
-                if number:                                   # the first turn does not count
+                if number:  # the first turn does not count
                     row.seconds[side].append(float(seconds))
                     row.peaks[side] = max(row.peaks.get(side, 0), int(peak))
     return row
 
 
 ROWS: dict[str, Callable[[Place, bool], Row]] = {
-    "small": small_row, "unet": unet_row, "decode": decode_row, "picture": picture_row, "load": load_row,
+    "small": small_row,
+    "unet": unet_row,
+    "decode": decode_row,
+    "picture": picture_row,
+    "load": load_row,
     "start": start_row,
 }
-LARGE: dict[str, Callable[[Place, bool], Row]] = {       # for a GPU; on a CPU they take hours
+LARGE: dict[str, Callable[[Place, bool], Row]] = {  # for a GPU; on a CPU they take hours
     f"{name}-{count}": partial(picture_row, family=family, steps=30, count=count)
-    for name, family in {"sd1": "sd1", "sdxl": "sdxl-base"}.items() for count in (1, 8)
+    for name, family in {"sd1": "sd1", "sdxl": "sdxl-base"}.items()
+    for count in (1, 8)
 }
 
 
@@ -248,8 +267,11 @@ def machine(place: Place) -> dict[str, object]:
     on_cpu = place.device.type == "cpu"
     return {
         "device": processor() if on_cpu else torch.cuda.get_device_name(place.device),
-        "threads": torch.get_num_threads(), "dtype": str(place.dtype).removeprefix("torch."), "rounds": place.rounds,
-        **{name: version(name) for name in LIBRARIES}, "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "rounds": place.rounds,
+        **{name: version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
     }
 
 

@@ -28,10 +28,11 @@ from plainsd.variants import SD_VAE, Variant, encoder_names
 
 LAYOUTS = ("diffusers", "single-file")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CLIP_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"   # SHA-256 of CLIP's, one a line
+CLIP_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # SHA-256 of CLIP's, one a line
 
 
 # --- where, and how precisely ----------------------------------------------------------------------------------------
+
 
 def choose_device(device: str | torch.device) -> torch.device:
     """auto: the accelerator where there is one, else the CPU."""
@@ -61,6 +62,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 # --- the three things to do ------------------------------------------------------------------------------------------
 
+
 def load(
     source: str | Path | None = None,
     *,
@@ -83,8 +85,11 @@ def load(
     path = find(source, variant_file)
     contents = read(path, variant_file, family, vae=vae is None)
     variant = contents.variant
-    networks = {name: network.build(device, dtype) for name, network in contents.networks.items()
-                if name != "vae" or vae is None}
+    networks = {
+        name: network.build(device, dtype)
+        for name, network in contents.networks.items()
+        if name != "vae" or vae is None
+    }
     if vae is not None:
         networks["vae"] = load_vae(vae, device=device, dtype=dtype, like=variant.vae)
         variant = replace(variant, vae=networks["vae"].config)
@@ -113,8 +118,13 @@ def save(
     shall hold; None: the networks' own.
     """
     networks = [sd.unet, sd.vae, *sd.text_encoders]
-    variant = replace(sd.variant, unet=sd.unet.config, vae=sd.vae.config, prediction=sd.prediction,
-                      text=tuple(encoder.config for encoder in sd.text_encoders))
+    variant = replace(
+        sd.variant,
+        unet=sd.unet.config,
+        vae=sd.vae.config,
+        prediction=sd.prediction,
+        text=tuple(encoder.config for encoder in sd.text_encoders),
+    )
     if not torch.equal(variant.schedule.build().alphas_cumprod, sd.schedule.alphas_cumprod):
         raise UserError("the model's noise schedule is not the one that its variant describes; set sd.variant.schedule")
     packed = {name: packed_network(network) for name, network in zip(parts(variant), networks, strict=True)}
@@ -124,8 +134,13 @@ def save(
 
 
 def convert(
-    source: str | Path, target: str | Path, layout: str | None = None, *, variant_file: str | None = None,
-    family: str | None = None, dtype: str | torch.dtype | None = None,
+    source: str | Path,
+    target: str | Path,
+    layout: str | None = None,
+    *,
+    variant_file: str | None = None,
+    family: str | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> None:
     """From one layout to the other, a tensor at a time. There and back again is bit-identical, names included. The
     layout None is read off the target's name, as by `save`."""
@@ -156,6 +171,7 @@ def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dty
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
+
 
 def tokenizer_names(variant: Variant) -> list[str]:
     return [name.replace("text_encoder", "tokenizer") for name in encoder_names(variant)]
@@ -196,17 +212,26 @@ def is_clip(tokenizer: Tokenizer) -> bool:
 
 # --- one network -----------------------------------------------------------------------------------------------------
 
+
 def packed_network(network: nn.Module) -> Network:
     """A network in memory, ready to be written."""
     state, bare = network.state_dict(), empty(type(network), network.config).state_dict()
     if extra := [name for name in state if name not in bare]:
-        raise UserError(f"the model carries {len(extra)} tensors that no layout has a place for ({first(extra)}); "
-                        "merge its LoRAs into it before it is saved, or save them alone")
+        raise UserError(
+            f"the model carries {len(extra)} tensors that no layout has a place for ({first(extra)}); "
+            "merge its LoRAs into it before it is saved, or save them alone"
+        )
     return Network(type(network), network.config, {name: stored(state[name]) for name in bare})
 
 
-def load_vae(path: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
-             like: VAEConfig = SD_VAE, variant_file: str | None = None) -> VAE:
+def load_vae(
+    path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    like: VAEConfig = SD_VAE,
+    variant_file: str | None = None,
+) -> VAE:
     """An autoencoder alone: a folder with config.json, the `vae` folder of a model, or a file in either naming.
 
     A file has no settings; it must have the sizes of `like`, and gets its scaling factor.
@@ -218,8 +243,11 @@ def load_vae(path: str | Path, *, device: str | torch.device = "auto", dtype: st
         config = read_vae(read_json(folder / "config.json"), str(folder / "config.json"))
         return read_network(open_part(folder, variant_file), VAE, config, conv=False).build(device, dtype)
     whole = open_tensors(path)
-    tensors = {name.removeprefix("first_stage_model."): tensor for name, tensor in whole.tensors.items()
-               if not name.startswith(("loss.", "model_ema.", "first_stage_model.loss."))}
+    tensors = {
+        name.removeprefix("first_stage_model."): tensor
+        for name, tensor in whole.tensors.items()
+        if not name.startswith(("loss.", "model_ema.", "first_stage_model.loss."))
+    }
     layout = "diffusers" if any(".resnets." in name for name in tensors) else "original"
     file = TensorFile(path, tensors, whole.metadata)
     return read_network(file, VAE, like, conv=False, layout=layout).build(device, dtype)

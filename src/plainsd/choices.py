@@ -19,8 +19,8 @@ from plainsd.settings import SIZES, Settings
 if TYPE_CHECKING:
     from plainsd.generate import StableDiffusion
 
-HANDOVER = 0.8                        # where a refiner takes over, if nothing is said
-MULTIPLE = 8                          # sides of pictures, in pixels; also where a VAE's own factor is less
+HANDOVER = 0.8  # where a refiner takes over, if nothing is said
+MULTIPLE = 8  # sides of pictures, in pixels; also where a VAE's own factor is less
 
 
 def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
@@ -33,7 +33,7 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
     own = SAMPLERS[sampler].spacing
     spacing = settings.spacing or (own if own == "distilled" else variant.spacing or own)
     steps = settings.steps or variant.steps
-    sampler_sigmas(sd.schedule, sampler, steps, spacing)                 # raises where they do not go together
+    sampler_sigmas(sd.schedule, sampler, steps, spacing)  # raises where they do not go together
     if settings.eta is not None and "eta" not in inspect.signature(SAMPLERS[sampler].run).parameters:
         raise UserError(f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'")
     if settings.variation_strength and settings.variation_seed is None:
@@ -60,7 +60,7 @@ def model_name(sd: StableDiffusion) -> str:
     """What stands in a picture's settings: the model's own name, and nothing of where it lies on this machine."""
     if sd.path is None:
         return sd.variant.name
-    if sd.path.parent.name == "snapshots":                               # hub cache: models--owner--name/snapshots/hash
+    if sd.path.parent.name == "snapshots":  # hub cache: models--owner--name/snapshots/hash
         return sd.path.parents[1].name.split("--")[-1]
     return sd.path.stem if sd.path.suffix in (".safetensors", ".ckpt") else sd.path.name
 
@@ -83,7 +83,7 @@ def settings_of_each(
     each = []
     for i, (p, n) in enumerate(pairs):
         seeds = {"seed": settings.seed + i}
-        if settings.variation_strength:                                  # the first seed stays, its variation changes
+        if settings.variation_strength:  # the first seed stays, its variation changes
             seeds = {"variation_seed": settings.variation_seed + i}
         each.append(replace(settings, prompt=p, negative=n, **seeds))
     return each

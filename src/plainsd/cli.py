@@ -102,7 +102,7 @@ def parsed(kind: type, name: str, arguments: list[str]):
 def in_one_line(box: str) -> str:
     """What tyro says in a framed box under a title, up to its next rule: `Error parsing --steps: ...`."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()[1:]]
-    lines = lines[1:] if lines and not lines[0].strip("-─") else lines           # the frame where there is only ASCII
+    lines = lines[1:] if lines and not lines[0].strip("-─") else lines  # the frame where there is only ASCII
     ends = (i for i, line in enumerate(lines) if line[:2] in ("──", "--") or line == "Got errors:")
     upto = next(ends, len(lines))
     line = " ".join(lines[:upto])

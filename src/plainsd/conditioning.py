@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from plainsd.generate import StableDiffusion
     from plainsd.models.clip import TextEncoder
 
-BACKTRACK = 20                        # tokens after a comma that move on with what follows when a chunk is full
-SINUSOID = 256                        # numbers that stand for one size in SDXL's vector
+BACKTRACK = 20  # tokens after a comma that move on with what follows when a chunk is full
+SINUSOID = 256  # numbers that stand for one size in SDXL's vector
 
-Size = tuple[int, int]                # in pixels: width and height, or left and top
-Chunk = list[tuple[int, float]]       # token ids and their weights, without start, end and padding
+Size = tuple[int, int]  # in pixels: width and height, or left and top
+Chunk = list[tuple[int, float]]  # token ids and their weights, without start, end and padding
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """What a denoiser is told, one row a picture."""
 
-    context: Tensor                   # (B, M, D)
-    vector: Tensor | None = None      # (B, V), SDXL
-    concat: Tensor | None = None      # (B, 5, H, W), inpainting models
+    context: Tensor  # (B, M, D)
+    vector: Tensor | None = None  # (B, V), SDXL
+    concat: Tensor | None = None  # (B, 5, H, W), inpainting models
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """The same change made to every tensor that is there."""
@@ -66,12 +66,15 @@ def stack(conditionings: Sequence[Conditioning], empty: Conditioning | None = No
             fill = empty.context.repeat(len(one.context), missing // empty.context.shape[1], 1)
             one = Conditioning(torch.cat([one.context, fill], dim=1), one.vector, one.concat)
         contexts.append(one)
-    together = [[part for part in parts if part is not None]
-                for parts in zip(*((one.context, one.vector, one.concat) for one in contexts))]
+    together = [
+        [part for part in parts if part is not None]
+        for parts in zip(*((one.context, one.vector, one.concat) for one in contexts))
+    ]
     return Conditioning(*(torch.cat(parts) if parts else None for parts in together))
 
 
 # --- chunks ----------------------------------------------------------------------------------------------------------
+
 
 def cut(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) -> list[Chunk]:
     """A prompt's tokens in chunks of at most `room`, as A1111 cuts them.
@@ -82,15 +85,17 @@ def cut(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) -> lis
     comma = tokenizer.vocabulary.get("," + WORD_END)
     done: list[Chunk] = []
     chunk: Chunk = []
-    comma_at: int | None = None                  # in the chunk that is being filled
+    comma_at: int | None = None  # in the chunk that is being filled
     for piece in pieces:
         if piece is BREAK:
             done, chunk, comma_at = [*done, chunk], [], None
             continue
         for unit in tokenizer.units(piece.text):
             if len(unit) > room:
-                raise UserError(f"{tokenizer.pieces(unit[:1])[0]!r} has {len(unit)} vectors, and this model's text "
-                                f"encoder sees {room} tokens at once; leave it out of the prompt")
+                raise UserError(
+                    f"{tokenizer.pieces(unit[:1])[0]!r} has {len(unit)} vectors, and this model's text "
+                    f"encoder sees {room} tokens at once; leave it out of the prompt"
+                )
             if unit == [comma]:
                 comma_at = len(chunk)
             elif len(chunk) == room and comma_at is not None and room - comma_at <= BACKTRACK:
@@ -111,16 +116,24 @@ def weighted(prompt: str | Sequence[Weighted]) -> Sequence[Weighted]:
     """A prompt's pieces. UserError for a weight that nobody means."""
     pieces = parse(prompt) if isinstance(prompt, str) else prompt
     for piece in pieces:
-        if not abs(piece.weight) < 1e4:          # infinite weights and nan included
+        if not abs(piece.weight) < 1e4:  # infinite weights and nan included
             raise UserError(f"the weight {piece.weight:g} of {piece.text!r} is out of bounds; most are between 0 and 2")
     return pieces
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------
 
-def encode_prompts(sd: StableDiffusion, prompts: Sequence[str | Sequence[Weighted]], *, clip_skip: int = 1,
-                   size: Size | None = None, original: Size | None = None, crop: Size = (0, 0),
-                   score: float = 6.0) -> Conditioning:
+
+def encode_prompts(
+    sd: StableDiffusion,
+    prompts: Sequence[str | Sequence[Weighted]],
+    *,
+    clip_skip: int = 1,
+    size: Size | None = None,
+    original: Size | None = None,
+    crop: Size = (0, 0),
+    score: float = 6.0,
+) -> Conditioning:
     """Prompts (or what `parse` makes of them) -> one row each. Text with no notation in it: `[Weighted(text)]`.
 
     `clip_skip` counts as in A1111: 1 is the last layer, 2 the one before; SDXL reads the one before in both cases.
@@ -134,19 +147,23 @@ def encode_prompts(sd: StableDiffusion, prompts: Sequence[str | Sequence[Weighte
 def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: int) -> tuple[Tensor, Tensor]:
     """(B, M, D) from all text encoders, and the last one's pooled state (B, P) of the first chunk."""
     parts = list(zip(sd.tokenizers, sd.text_encoders, strict=True))
-    cuts = [[cut(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts]
-            for tokenizer, encoder in parts]
+    cuts = [
+        [cut(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts] for tokenizer, encoder in parts
+    ]
     count = max(len(chunks) for chunked in cuts for chunks in chunked)
     contexts = []
     for (tokenizer, encoder), chunked in zip(parts, cuts):
         on_stage(sd, encoder)
-        rows = [_framed(tokenizer, chunk, encoder.config.positions)
-                for chunks in chunked for chunk in [*chunks, *[[]] * (count - len(chunks))]]
+        rows = [
+            _framed(tokenizer, chunk, encoder.config.positions)
+            for chunks in chunked
+            for chunk in [*chunks, *[[]] * (count - len(chunks))]
+        ]
         device = encoder.token.weight.device
         states = encoder(torch.tensor([[key for key, _ in row] for row in rows], device=device))
         hidden = weigh(_layer(sd, encoder, states, clip_skip), [[weight for _, weight in row] for row in rows])
-        contexts.append(hidden.unflatten(0, (len(prompts), count)).flatten(1, 2))        # (B, M, D)
-        pooled = states.pooled.unflatten(0, (len(prompts), count))[:, 0]                 # (B, P)
+        contexts.append(hidden.unflatten(0, (len(prompts), count)).flatten(1, 2))  # (B, M, D)
+        pooled = states.pooled.unflatten(0, (len(prompts), count))[:, 0]  # (B, P)
     return torch.cat(contexts, dim=-1), pooled
 
 
@@ -170,7 +187,7 @@ def weigh(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
     if not changed:
         return states
     lines = [weights[row] for row in changed]
-    factors = torch.tensor(lines, device=states.device)[..., None]                       # (rows changed, N, 1)
+    factors = torch.tensor(lines, device=states.device)[..., None]  # (rows changed, N, 1)
     most = torch.maximum(factors.amax(dim=1, keepdim=True), 1 / factors.amin(dim=1, keepdim=True).clamp(min=0.1))
     before = states[changed].float()
     after = before * factors
@@ -189,8 +206,14 @@ def size_vector(pooled: Tensor, numbers: Tensor) -> Tensor:
     return torch.cat([pooled, sinusoids.to(pooled.dtype)], dim=1)
 
 
-def _vector(sd: StableDiffusion, pooled: Tensor, size: Size | None = None, original: Size | None = None,
-            crop: Size = (0, 0), score: float = 6.0) -> Tensor | None:
+def _vector(
+    sd: StableDiffusion,
+    pooled: Tensor,
+    size: Size | None = None,
+    original: Size | None = None,
+    crop: Size = (0, 0),
+    score: float = 6.0,
+) -> Tensor | None:
     width = sd.unet.config.vector
     if width is None:
         return None
@@ -204,19 +227,22 @@ def _is_base(sd: StableDiffusion, pooled: Tensor) -> bool:
     """SDXL's base model is told six numbers, its refiner five."""
     count, rest = divmod(sd.unet.config.vector - pooled.shape[1], SINUSOID)
     if rest or count not in (5, 6):
-        raise UserError(f"the UNet expects a vector of {sd.unet.config.vector} numbers, and the pooled text has "
-                        f"{pooled.shape[1]}: the text encoders and the UNet belong to different models")
+        raise UserError(
+            f"the UNet expects a vector of {sd.unet.config.vector} numbers, and the pooled text has "
+            f"{pooled.shape[1]}: the text encoders and the UNet belong to different models"
+        )
     return count == 6
 
 
 # --- prompts that change from step to step ---------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class PromptPlan:
     """Which texts each step reads. Every text is encoded once, and all contexts have the same length M."""
 
-    parts: tuple[tuple[float, tuple[str, ...]], ...]   # for each part of an AND: its weight, its text at each step
-    negatives: tuple[str, ...]                         # the negative text at each step
+    parts: tuple[tuple[float, tuple[str, ...]], ...]  # for each part of an AND: its weight, its text at each step
+    negatives: tuple[str, ...]  # the negative text at each step
     encoded: dict[str, Conditioning]
     encoded_negatives: dict[str, Conditioning]
 
@@ -229,8 +255,17 @@ class PromptPlan:
 
 
 @torch.no_grad()
-def plan(sd: StableDiffusion, prompt: str, negative: str, steps: int, *, clip_skip: int = 1,
-         first_pass: int | None = None, scores: tuple[float, float] = (6.0, 2.5), **sizes) -> PromptPlan:
+def plan(
+    sd: StableDiffusion,
+    prompt: str,
+    negative: str,
+    steps: int,
+    *,
+    clip_skip: int = 1,
+    first_pass: int | None = None,
+    scores: tuple[float, float] = (6.0, 2.5),
+    **sizes,
+) -> PromptPlan:
     """A prompt with editing, alternation and AND, and a negative prompt without AND, encoded for `steps` steps.
 
     `sizes` are `size`, `original` and `crop` of `encode_prompts`; `scores` the refiner's for prompt and negative.

@@ -14,37 +14,68 @@ from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
 from plainsd.variants import ScheduleConfig, Variant, encoder_names, nearest
 
-Config = Mapping[str, Any]            # one config.json
+Config = Mapping[str, Any]  # one config.json
 
-NOTE = "_plainsd"                     # our entry in model_index.json; diffusers passes over names that begin with _
-NOTED: dict[str, tuple[type, ...]] = {                       # the fields of a Variant kept there
-    "name": (str,), "context": (str,), "size": (int,), "guidance": (int, float), "sampler": (str,), "steps": (int,),
+NOTE = "_plainsd"  # our entry in model_index.json; diffusers passes over names that begin with _
+NOTED: dict[str, tuple[type, ...]] = {  # the fields of a Variant kept there
+    "name": (str,),
+    "context": (str,),
+    "size": (int,),
+    "guidance": (int, float),
+    "sampler": (str,),
+    "steps": (int,),
     "spacing": (str, type(None)),
 }
 
-UNET_FIXED = {                        # settings with one value that our UNet computes; absent means that value
-    "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1,
-    "mid_block_scale_factor": 1, "norm_eps": 1e-5, "only_cross_attention": False, "dual_cross_attention": False,
-    "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
-    "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
-    "time_embedding_type": "positional", "time_embedding_dim": None, "time_embedding_act_fn": None,
-    "timestep_post_act": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
-    "reverse_transformer_layers_per_block": None, "cross_attention_norm": None, "num_attention_heads": None,
-    "mid_block_only_cross_attention": None, "addition_embed_type_num_heads": 64,
+UNET_FIXED = {  # settings with one value that our UNet computes; absent means that value
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "reverse_transformer_layers_per_block": None,
+    "cross_attention_norm": None,
+    "num_attention_heads": None,
+    "mid_block_only_cross_attention": None,
+    "addition_embed_type_num_heads": 64,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
 }
 XL_FIXED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 VAE_FIXED = {
-    "act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
-    "use_post_quant_conv": True, "mid_block_add_attention": True,
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
 }
 CURVES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 TEXT_CLASSES = {"CLIPTextModel": None, "CLIPTextModelWithProjection": None}
-LEGACY_EOS = 2                        # older CLIP configs say 2 and mean the largest id
-WIDEST, MOST = 2**20, 100             # of any width; of layers, levels and blocks
+LEGACY_EOS = 2  # older CLIP configs say 2 and mean the largest id
+WIDEST, MOST = 2**20, 100  # of any width; of layers, levels and blocks
 
 
 # --- one setting -----------------------------------------------------------------------------------------------------
+
 
 def check_fixed(config: Config, fixed: Config, where: str) -> None:
     for name, value in fixed.items():
@@ -69,7 +100,7 @@ def whole(config: Config, name: str, where: str, default: int | None = None, mos
 
 def number(config: Config, name: str, where: str, default: float, most: float = 1e3) -> float:
     value = setting(config, name, where, default)
-    if type(value) not in (int, float) or not 0 < value <= most:          # nan included
+    if type(value) not in (int, float) or not 0 < value <= most:  # nan included
         raise UserError(f"{where}: {name} is {value!r}, and must be a number above 0 and up to {most:g}")
     return float(value)
 
@@ -81,8 +112,9 @@ def one_of(config: Config, name: str, where: str, default: str, choices: Mapping
     return value
 
 
-def wholes(config: Config, name: str, where: str, count: int | None = None, default: int | None = None,
-           most: int = WIDEST) -> tuple[int, ...]:
+def wholes(
+    config: Config, name: str, where: str, count: int | None = None, default: int | None = None, most: int = WIDEST
+) -> tuple[int, ...]:
     """One number a level; a single number is that of all levels."""
     value = setting(config, name, where, default)
     values = value if isinstance(value, (list, tuple)) else [value] * (count or 1)
@@ -98,6 +130,7 @@ def divides(number: int, widths: tuple[int, ...], what: str, where: str) -> None
 
 # --- the networks ----------------------------------------------------------------------------------------------------
 
+
 def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
     """The UNet that a diffusers config.json describes, and whether its files hold convolutions as projections."""
     xl = config.get("addition_embed_type") is not None
@@ -112,7 +145,7 @@ def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
     unet = UNetConfig(
         channels=channels,
         depth=tuple(blocks if attending else 0 for blocks, attending in zip(depth, attends, strict=True)),
-        heads=wholes(config, "attention_head_dim", where, count, 8),      # the name is an old mistake: it means heads
+        heads=wholes(config, "attention_head_dim", where, count, 8),  # the name is an old mistake: it means heads
         mid_depth=depth[-1],
         layers=layers[0],
         context=context[0],
@@ -190,20 +223,30 @@ def read_schedule(config: Config, where: str) -> tuple[ScheduleConfig, str, str 
 
 # --- a whole model ---------------------------------------------------------------------------------------------------
 
+
 def read_variant(get: Callable[[str], Config], where: str) -> Variant:
     """The model that the files of a diffusers folder describe; `get` reads one, by its path within the folder."""
     index, at = get("model_index.json"), lambda path: (get(path), f"{where}: {path}")
     unet, conv = read_unet(*at("unet/config.json"))
     vae = read_vae(*at("vae/config.json"))
     classes = text_classes(index, where)
-    texts = tuple(read_text(get(f"{name}/config.json") | {"architectures": [kind]}, f"{where}: {name}/config.json")
-                  for name, kind in classes.items())
+    texts = tuple(
+        read_text(get(f"{name}/config.json") | {"architectures": [kind]}, f"{where}: {name}/config.json")
+        for name, kind in classes.items()
+    )
     schedule, prediction, spacing = read_schedule(*at("scheduler/scheduler_config.json"))
     side = wholes({"sample_size": get("unet/config.json").get("sample_size") or 64}, "sample_size", where)
     variant = Variant(
-        "custom", unet, vae, texts, schedule, prediction, context="penultimate" if unet.vector else "final",
-        conv_projections=conv, size=max(side) * vae.factor,
-        spacing="trailing" if spacing == "trailing" else None,      # the others are habits of samplers, not of models
+        "custom",
+        unet,
+        vae,
+        texts,
+        schedule,
+        prediction,
+        context="penultimate" if unet.vector else "final",
+        conv_projections=conv,
+        size=max(side) * vae.factor,
+        spacing="trailing" if spacing == "trailing" else None,  # the others are habits of samplers, not of models
     )
     if list(classes) != encoder_names(variant):
         raise UserError(f"{where}: model_index.json lists the text encoders {list(classes)}, which fit no known model")

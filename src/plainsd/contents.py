@@ -22,7 +22,7 @@ from plainsd.models.vae import VAE
 from plainsd.tensorfile import Stored, TensorFile
 from plainsd.variants import Variant, encoder_names
 
-POSITION_IDS = "text_model.embeddings.position_ids"          # 0, 1, 2, ...: a buffer that older text encoders carry
+POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, 2, ...: a buffer that older text encoders carry
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Network:
 
     kind: type[nn.Module]
     config: Any
-    tensors: dict[str, Stored]                               # by our names
+    tensors: dict[str, Stored]  # by our names
     extras: dict[str, Stored] = field(default_factory=dict)  # what a file holds beside them, by its name there
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -47,10 +47,10 @@ class Contents:
     """A whole model."""
 
     variant: Variant
-    networks: dict[str, Network]                             # unet, vae, text_encoder, text_encoder_2
-    texts: dict[str, str]                                    # settings and tokenizers, by path in a diffusers folder
-    leftovers: dict[str, Stored] = field(default_factory=dict)   # tensors of a single file that no folder has
-    spellings: tuple[str, ...] = ()                          # names that are not the table's: "layout network fragment"
+    networks: dict[str, Network]  # unet, vae, text_encoder, text_encoder_2
+    texts: dict[str, str]  # settings and tokenizers, by path in a diffusers folder
+    leftovers: dict[str, Stored] = field(default_factory=dict)  # tensors of a single file that no folder has
+    spellings: tuple[str, ...] = ()  # names that are not the table's: "layout network fragment"
 
 
 def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:
@@ -88,6 +88,7 @@ def blueprint(kind: type[nn.Module], config: Any) -> nn.Module:
 
 # --- from a file's names to ours -------------------------------------------------------------------------------------
 
+
 def located(network: nn.Module, layout: str, names: Collection[str], *, conv: bool, prefix: str = "") -> list[Place]:
     """Where a file with these names holds the network's tensors."""
     found = places(network, layout, conv=conv)
@@ -116,8 +117,10 @@ def unpack(file: TensorFile, wanted: list[Place], shapes: Mapping[str, torch.Siz
         linear = shapes[place.ours[0]]
         either = {tuple(linear), (*linear, 1, 1)} if place.mark.endswith("conv") else {tuple(expected)}
         if stored.shape not in either:
-            raise UserError(f"{file.path}: {place.name!r} has shape {list(stored.shape)} where the settings call for "
-                            f"{list(expected)}; the file and its settings belong to different models")
+            raise UserError(
+                f"{file.path}: {place.name!r} has shape {list(stored.shape)} where the settings call for "
+                f"{list(expected)}; the file and its settings belong to different models"
+            )
         for index, ours in enumerate(place.ours):
             read = partial(part_of, place, stored, index)
             found[ours] = Stored(stored.dtype, tuple(shapes[ours]), read)
@@ -130,8 +133,15 @@ def part_of(place: Place, stored: Stored, index: int, dtype: torch.dtype | None 
     return part.clone() if len(place.ours) > 1 else part
 
 
-def pack(network: Network, layout: str, *, conv: bool, prefix: str = "", dtype: torch.dtype | None = None,
-         spelling: Collection[str] = ()) -> dict[str, Stored]:
+def pack(
+    network: Network,
+    layout: str,
+    *,
+    conv: bool,
+    prefix: str = "",
+    dtype: torch.dtype | None = None,
+    spelling: Collection[str] = (),
+) -> dict[str, Stored]:
     """Our tensors under the file's names. `dtype`: what the file shall hold; None keeps each tensor's own."""
     bare, packed = blueprint(network.kind, network.config), {}
     shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
@@ -158,8 +168,10 @@ def check_names(wanted: Collection[str], file: TensorFile) -> None:
     missing = [name for name in wanted if name not in file.tensors]
     unexpected = sorted(set(file.tensors) - set(wanted))
     if missing or unexpected:
-        raise UserError(f"{file.path} does not fit its settings: {len(missing)} names missing ({first(missing)}), "
-                        f"{len(unexpected)} unexpected ({first(unexpected)}); it seems to be {seems(file.tensors)}")
+        raise UserError(
+            f"{file.path} does not fit its settings: {len(missing)} names missing ({first(missing)}), "
+            f"{len(unexpected)} unexpected ({first(unexpected)}); it seems to be {seems(file.tensors)}"
+        )
 
 
 def first(names: list[str]) -> str:

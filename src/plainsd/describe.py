@@ -14,11 +14,14 @@ def write_unet(variant: Variant) -> dict[str, Any]:
     unet, count = variant.unet, len(variant.unet.channels)
     kinds = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in unet.depth]
     if not unet.mid_depth or unet.depth[-1] not in (0, unet.mid_depth):
-        raise UserError(f"diffusers has no config for {unet.mid_depth} transformer blocks in the middle after "
-                        f"{unet.depth[-1]} at the last level; the middle's count must be that of the last level")
+        raise UserError(
+            f"diffusers has no config for {unet.mid_depth} transformer blocks in the middle after "
+            f"{unet.depth[-1]} at the last level; the middle's count must be that of the last level"
+        )
     depth = [d or 1 for d in unet.depth[:-1]] + [unet.mid_depth]
     size_vector = {
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": unet.vector,
     }
     return {
@@ -108,7 +111,7 @@ def write_variant(variant: Variant) -> dict[str, str]:
     """The settings files of a diffusers folder, by their paths within it."""
     index = {
         "_class_name": pipeline(variant),
-        "_diffusers_version": "0.42.1",          # whose layout this is; its inpainting classes refuse a folder without
+        "_diffusers_version": "0.42.1",  # whose layout this is; its inpainting classes refuse a folder without
         NOTE: {name: value for name, value in asdict(variant).items() if name in NOTED},
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -117,10 +120,17 @@ def write_variant(variant: Variant) -> dict[str, str]:
     if not variant.unet.vector:
         index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
     elif len(variant.text) == 1:
-        index |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True,
-                  "force_zeros_for_empty_prompt": False}
-    files = {"unet/config.json": write_unet(variant), "vae/config.json": write_vae(variant),
-             "scheduler/scheduler_config.json": write_schedule(variant)}
+        index |= {
+            "text_encoder": [None, None],
+            "tokenizer": [None, None],
+            "requires_aesthetics_score": True,
+            "force_zeros_for_empty_prompt": False,
+        }
+    files = {
+        "unet/config.json": write_unet(variant),
+        "vae/config.json": write_vae(variant),
+        "scheduler/scheduler_config.json": write_schedule(variant),
+    }
     for name, text in zip(encoder_names(variant), variant.text, strict=True):
         files[f"{name}/config.json"] = write_text(text)
         index[name] = ["transformers", files[f"{name}/config.json"]["architectures"][0]]

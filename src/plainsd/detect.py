@@ -11,10 +11,10 @@ from plainsd.tensorfile import TensorFile
 from plainsd.variants import VARIANTS, ScheduleConfig, Variant
 
 UNET_PREFIX = "model.diffusion_model."
-FIRST = "input_blocks.0.0.weight"     # the UNet's first weight, whose shape tells most
+FIRST = "input_blocks.0.0.weight"  # the UNet's first weight, whose shape tells most
 
 EMBEDDING = "a textual-inversion embedding"
-SEEMS = (                             # the first pattern that fits any name tells what the file seems to be
+SEEMS = (  # the first pattern that fits any name tells what the file seems to be
     (r"lora_(down|up|A|B)\b|lora\.(down|up)\b|_lora\.|\.hada_w|\.lokr_w", "a LoRA; give it with --lora"),
     (r"\.oft_|\.ia3_", "a LyCORIS adapter of a kind that is not supported (OFT, IA3)"),
     (r"^(control_model\.|controlnet_cond_embedding\.|input_hint_block\.)", "a ControlNet"),
@@ -45,13 +45,16 @@ def seems(names: Iterable[str]) -> str:
     return "no kind of file known here"
 
 
-Traits = dict[str, int | None]        # what tells the families apart
+Traits = dict[str, int | None]  # what tells the families apart
 
 
 def traits(file: TensorFile) -> Traits:
     """Of the UNet in a single file."""
-    shapes = {name.removeprefix(UNET_PREFIX): stored.shape for name, stored in file.tensors.items()
-              if name.startswith(UNET_PREFIX)}
+    shapes = {
+        name.removeprefix(UNET_PREFIX): stored.shape
+        for name, stored in file.tensors.items()
+        if name.startswith(UNET_PREFIX)
+    }
     if FIRST not in shapes:
         lacks = "is no single-file checkpoint"
         if shapes:
@@ -71,8 +74,13 @@ def traits(file: TensorFile) -> Traits:
 
 def known_traits(variant: Variant) -> Traits:
     unet = variant.unet
-    return {"in_channels": unet.in_channels, "channels": unet.channels[0], "context": unet.context,
-            "vector": unet.vector, "guidance": unet.guidance_dim}
+    return {
+        "in_channels": unet.in_channels,
+        "channels": unet.channels[0],
+        "context": unet.context,
+        "vector": unet.vector,
+        "guidance": unet.guidance_dim,
+    }
 
 
 def detect(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:

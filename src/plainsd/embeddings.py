@@ -35,11 +35,12 @@ DIALECTS = ("a1111", "diffusers")
 PICKLES = (".pt", ".bin")
 IN_FOLDER = ("learned_embeds.safetensors", "learned_embeds.bin")
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-ONLY = "only"                         # the key of a file's vectors where it has those of one text encoder
-FAMILIES = {(768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL", (1280,): "SDXL's refiner"}       # by all widths
+ONLY = "only"  # the key of a file's vectors where it has those of one text encoder
+FAMILIES = {(768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL", (1280,): "SDXL's refiner"}  # by all widths
 
 
 # --- words of a model ------------------------------------------------------------------------------------------------
+
 
 def add_embedding(sd: StableDiffusion, path: str | Path, token: str | None = None) -> str:
     """Adds a file's word to a model, under another name if `token` is given; returns the word to write in prompts."""
@@ -56,12 +57,16 @@ def add_word(sd: StableDiffusion, token: str, vectors: Sequence[Tensor]) -> list
     counts = {len(rows) for rows in vectors}
     room = min(encoder.config.positions for encoder in sd.text_encoders) - 2
     if len(counts) != 1 or not 1 <= min(counts) <= room:
-        raise UserError(f"{token!r} has {' and '.join(map(str, sorted(counts)))} vectors; each text encoder needs "
-                        f"equally many, from 1 to {room}")
+        raise UserError(
+            f"{token!r} has {' and '.join(map(str, sorted(counts)))} vectors; each text encoder needs "
+            f"equally many, from 1 to {room}"
+        )
     for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
         if len(tokenizer) > len(encoder.token.weight):
-            raise UserError(f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
-                            f"{len(encoder.token.weight)}; they belong to different models")
+            raise UserError(
+                f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
+                f"{len(encoder.token.weight)}; they belong to different models"
+            )
     for tokenizer, encoder, rows in zip(sd.tokenizers, sd.text_encoders, vectors, strict=True):
         ids = tokenizer.add(token, len(rows))
         write_rows(encoder, ids, rows)
@@ -92,6 +97,7 @@ def vectors_of(sd: StableDiffusion, token: str) -> list[Tensor]:
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
+
 class Parameters:
     """Takes the place of torch.nn.ParameterDict in a pickle, and keeps its tensors."""
 
@@ -117,8 +123,10 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     name, found = parsed(content)
     for vectors in found.values():
         if vectors.ndim not in (1, 2) or not vectors.is_floating_point() or not vectors.isfinite().all():
-            raise UserError(f"{path} holds no usable vectors: shape {list(vectors.shape)}, {vectors.dtype}, or values "
-                            "that are not finite; fetch it again")
+            raise UserError(
+                f"{path} holds no usable vectors: shape {list(vectors.shape)}, {vectors.dtype}, or values "
+                "that are not finite; fetch it again"
+            )
     if not found:
         names = list(content) if isinstance(content, dict) else []
         raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
@@ -138,7 +146,7 @@ def told(path: Path) -> str:
         content = {name: torch.empty(stored.shape, device="meta") for name, stored in tensors}
     if not isinstance(content, dict) or seems(map(str, content)) != EMBEDDING:
         return ""
-    found = [vectors for _, vectors in sorted(parsed(content)[1].items(), reverse=True)]                # clip_l first
+    found = [vectors for _, vectors in sorted(parsed(content)[1].items(), reverse=True)]  # clip_l first
     widths, counts = tuple(v.shape[-1] for v in found), {v.shape[0] if v.ndim > 1 else 1 for v in found}
     family = f", {FAMILIES[widths]}" if widths in FAMILIES else ""
     return f"{' and '.join(map(str, counts))} vectors of {' and '.join(map(str, widths))} numbers{family}"
@@ -160,7 +168,7 @@ def parsed(content: object) -> tuple[str | None, dict[str, Tensor]]:
         return None, tensors
     if len(tensors) != 1:
         return None, {}
-    (key, vectors), = tensors.items()
+    ((key, vectors),) = tensors.items()
     return None if key in ("emb_params", "*") else key, {ONLY: vectors}
 
 
@@ -169,16 +177,19 @@ def fitting(sd: StableDiffusion, path: Path, found: Mapping[str, Tensor]) -> lis
     names, xl = encoder_names(sd.variant), sd.unet.config.vector is not None
     keys = [XL_KEYS[name] if xl and ONLY not in found else ONLY for name in names]
     wanted = tuple(encoder.config.width for encoder in sd.text_encoders)
-    has = {key: vectors.shape[1] for key, vectors in sorted(found.items(), reverse=True)}              # clip_l first
+    has = {key: vectors.shape[1] for key, vectors in sorted(found.items(), reverse=True)}  # clip_l first
     if tuple(has.get(key) for key in keys) != wanted or len(set(keys)) < len(keys):
         widths = tuple(has.values())
         family = f" for {FAMILIES[widths]}" if widths in FAMILIES else ""
-        raise UserError(f"{path} holds vectors of {' and '.join(map(str, widths))} numbers{family}, and this model "
-                        f"({sd.variant.name}) needs {' and '.join(map(str, wanted))}; take an embedding made for it")
+        raise UserError(
+            f"{path} holds vectors of {' and '.join(map(str, widths))} numbers{family}, and this model "
+            f"({sd.variant.name}) needs {' and '.join(map(str, wanted))}; take an embedding made for it"
+        )
     return [found[key] for key in keys]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
+
 
 def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: str = "a1111") -> None:
     """Writes a learned word: .safetensors in both dialects, or .pt for A1111 and .bin for diffusers. A1111, and both
@@ -187,8 +198,10 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
         raise unknown("embedding dialect", dialect, DIALECTS)
     path, pickled = Path(path), {"a1111": ".pt", "diffusers": ".bin"}[dialect]
     if path.suffix not in (".safetensors", pickled):
-        raise UserError(f"{path}: an embedding in the dialect {dialect!r} is written as .safetensors or {pickled}; "
-                        "give it that ending")
+        raise UserError(
+            f"{path}: an embedding in the dialect {dialect!r} is written as .safetensors or {pickled}; "
+            "give it that ending"
+        )
     vectors = [rows.cpu() for rows in vectors_of(sd, token)]
     xl = sd.unet.config.vector is not None
     own = token if dialect == "diffusers" else "emb_params"
@@ -197,8 +210,17 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
     if path.suffix == ".safetensors":
         write_whole(path, {key: stored(rows) for key, rows in table.items()}, {})
     elif "emb_params" in table:
-        write_pickle(path, {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors[0]}, "name": token,
-                            "step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None})
+        write_pickle(
+            path,
+            {
+                "string_to_token": {"*": 265},
+                "string_to_param": {"*": vectors[0]},
+                "name": token,
+                "step": 0,
+                "sd_checkpoint": None,
+                "sd_checkpoint_name": None,
+            },
+        )
     else:
         write_pickle(path, table)
 

@@ -22,11 +22,12 @@ from plainsd.images import to_pil, to_tensor, write_png, written_whole
 from plainsd.train import emoji
 from plainsd.train.emoji_scorer import Score, Scorer
 
-Progress = Callable[[str, int, int], None]     # the row's name, pictures of it scored so far, pictures in all
-BATCH = 32                                     # pictures at once: generated, or sent through the VAE
+Progress = Callable[[str, int, int], None]  # the row's name, pictures of it scored so far, pictures in all
+BATCH = 32  # pictures at once: generated, or sent through the VAE
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Question:
@@ -69,16 +70,20 @@ def draw_all(concepts: dict, font: Path | None) -> list[Image.Image]:
     for concept in read_concepts(concepts):
         glyph = emoji.draw_glyph(opened, concept.character)
         if glyph is None:
-            raise UserError(f"the font has no picture of {concept.name!r} ({concept.character}); give --font FILE"
-                            " with the font that concepts.json names")
+            raise UserError(
+                f"the font has no picture of {concept.name!r} ({concept.character}); give --font FILE"
+                " with the font that concepts.json names"
+            )
         glyphs.append(glyph)
     return glyphs
 
 
 # ---- pictures to score -----------------------------------------------------------------------------------------------
 
-def real_pictures(asked: Sequence[Question], glyphs: Sequence[Image.Image], concepts: dict,
-                  seed: int) -> list[Image.Image]:
+
+def real_pictures(
+    asked: Sequence[Question], glyphs: Sequence[Image.Image], concepts: dict, seed: int
+) -> list[Image.Image]:
     """The right answer to each question, drawn as in training but at places and sizes that training has not seen."""
     size, pictures = concepts["size"], []
     for k, question in enumerate(asked):
@@ -94,22 +99,33 @@ def through_vae(sd: generate.StableDiffusion, pictures: Sequence[Image.Image]) -
     weight, side = next(sd.vae.parameters()), sd.variant.size
     pictures = [picture.resize((side, side), Image.Resampling.LANCZOS) for picture in pictures]
     for start in range(0, len(pictures), BATCH):
-        pixels = torch.cat([to_tensor(picture) for picture in pictures[start:start + BATCH]]).to(weight)
+        pixels = torch.cat([to_tensor(picture) for picture in pictures[start : start + BATCH]]).to(weight)
         yield from to_pil(sd.vae.decode(sd.vae.encode(pixels).mean))
 
 
 def generated(sd: generate.StableDiffusion, asked: Sequence[Question], seed: int, **options) -> Iterable[Image.Image]:
     """One picture a question; picture k has seed + k whatever the batch."""
     for start in range(0, len(asked), BATCH):
-        prompts = [question.prompt for question in asked[start:start + BATCH]]
+        prompts = [question.prompt for question in asked[start : start + BATCH]]
         yield from generate.final(generate.text_to_image(sd, prompts, seed=seed + start, **options))
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
-def evaluate(sd: generate.StableDiffusion, concepts: dict, *, prompts: int = 512, steps: int = 20,
-             guidance: float | None = None, seed: int = 0, sampler: str | None = None, out: Path | None = None,
-             font: Path | None = None, progress: Progress = lambda row, done, count: None) -> dict:
+
+def evaluate(
+    sd: generate.StableDiffusion,
+    concepts: dict,
+    *,
+    prompts: int = 512,
+    steps: int = 20,
+    guidance: float | None = None,
+    seed: int = 0,
+    sampler: str | None = None,
+    out: Path | None = None,
+    font: Path | None = None,
+    progress: Progress = lambda row, done, count: None,
+) -> dict:
     """The scorer's own ceiling on real pictures, the VAE's, then the model without and with guidance, as shares of 1.
 
     None takes the variant's own guidance and sampler. With `out`, a folder, `scores.json`, `scores.txt` and
@@ -138,8 +154,15 @@ def evaluate(sd: generate.StableDiffusion, concepts: dict, *, prompts: int = 512
             progress(name, len(scores), prompts)
         measured[name] = summary(asked, scores)
     used = emoji.font_identity(font)
-    result = {"prompts": prompts, "guidance": guidance, **options, "emoji": len(glyphs), "font": used,
-              "same_font": used["sha256"] == concepts.get("font", {}).get("sha256"), "rows": measured}
+    result = {
+        "prompts": prompts,
+        "guidance": guidance,
+        **options,
+        "emoji": len(glyphs),
+        "font": used,
+        "same_font": used["sha256"] == concepts.get("font", {}).get("sha256"),
+        "rows": measured,
+    }
     if out is not None:
         save(contact_sheet(kept, asked, scores, concepts), Path(out) / "contact-sheet.png")
         save(json.dumps(result, indent=1) + "\n", Path(out) / "scores.json")
@@ -164,20 +187,32 @@ def summary(asked: Sequence[Question], scores: Sequence[Score]) -> dict[str, dic
 def table(result: dict) -> str:
     """The scores as a Markdown table, in per cent."""
     sampler = result["sampler"] or "the model's own sampler"
-    lines = [f"{result['prompts']} prompts, {result['emoji']} emoji, {result['steps']} steps of {sampler}, "
-             f"seed {result['seed']}; per cent right, seen pairs / held-out pairs", "",
-             "| pictures | background | object, top 1 | object, top 5 |", "|---|---|---|---|"]
+    lines = [
+        f"{result['prompts']} prompts, {result['emoji']} emoji, {result['steps']} steps of {sampler}, "
+        f"seed {result['seed']}; per cent right, seen pairs / held-out pairs",
+        "",
+        "| pictures | background | object, top 1 | object, top 5 |",
+        "|---|---|---|---|",
+    ]
     for name, parts in result["rows"].items():
-        cells = [" / ".join(f"{100 * parts[part][key]:.1f}" for part in ("seen", "heldout"))
-                 for key in ("background", "top1", "top5")]
+        cells = [
+            " / ".join(f"{100 * parts[part][key]:.1f}" for part in ("seen", "heldout"))
+            for key in ("background", "top1", "top5")
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if not result["same_font"]:
         lines += ["", "The font here is not the file that the model was trained on: its drawings may differ."]
     return "\n".join(lines) + "\n"
 
 
-def contact_sheet(pictures: Sequence[Image.Image], asked: Sequence[Question], scores: Sequence[Score], concepts: dict,
-                  columns: int = 8, most: int = 64) -> Image.Image:
+def contact_sheet(
+    pictures: Sequence[Image.Image],
+    asked: Sequence[Question],
+    scores: Sequence[Score],
+    concepts: dict,
+    columns: int = 8,
+    most: int = 64,
+) -> Image.Image:
     """The first pictures with their prompts; under a wrong one, in red, what the scorer saw."""
     names, font = [concept.name for concept in read_concepts(concepts)], ImageFont.load_default(11)
     pictures, side = pictures[:most], max(128, concepts["size"])

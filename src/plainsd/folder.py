@@ -13,20 +13,31 @@ import torch
 
 from plainsd.configs import NOTE, read_variant
 from plainsd.contents import (
-    POSITION_IDS, Contents, Network, blueprint, check_names, fragments, located, pack, parts, respelled, unpack,
+    POSITION_IDS,
+    Contents,
+    Network,
+    blueprint,
+    check_names,
+    fragments,
+    located,
+    pack,
+    parts,
+    respelled,
+    unpack,
 )
 from plainsd.errors import UserError
 from plainsd.models.clip import TextEncoder
 from plainsd.previews import FILE as PREVIEW
 from plainsd.tensorfile import TensorFile, merged, open_tensors, write_safetensors
 
-LEFTOVERS = "leftovers.safetensors"   # tensors of a single file that have no place in a folder, kept for the way back
-SAFETY = ("safety_checker", "feature_extractor", "image_encoder")   # in public folders, and no part of the model
+LEFTOVERS = "leftovers.safetensors"  # tensors of a single file that have no place in a folder, kept for the way back
+SAFETY = ("safety_checker", "feature_extractor", "image_encoder")  # in public folders, and no part of the model
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = ("diffusion_pytorch_model", "pytorch_model")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
 
 def read_folder(folder: Path, variant_file: str | None = None) -> Contents:
     """A folder of a model of any sizes: everything is taken from the settings in it."""
@@ -39,16 +50,20 @@ def read_folder(folder: Path, variant_file: str | None = None) -> Contents:
         bare = blueprint(kind, config)
         spellings += [f"diffusers {name} {fragment}" for fragment in fragments(bare, "diffusers", file.tensors)]
     leftovers = open_tensors(folder / LEFTOVERS).tensors if (folder / LEFTOVERS).is_file() else {}
-    return Contents(variant, networks, read_texts(folder, networks), dict(leftovers),
-                    (*spellings, *note.get("spellings", ())))
+    return Contents(
+        variant, networks, read_texts(folder, networks), dict(leftovers), (*spellings, *note.get("spellings", ()))
+    )
 
 
 def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool, layout: str = "diffusers") -> Network:
     """A network in a file of its own."""
     bare = blueprint(kind, config)
     wanted = located(bare, layout, file.tensors, conv=conv)
-    extras = {name: file.tensors[name] for name in (POSITION_IDS, POSITION_IDS.removeprefix("text_model."))
-              if kind is TextEncoder and name in file.tensors}
+    extras = {
+        name: file.tensors[name]
+        for name in (POSITION_IDS, POSITION_IDS.removeprefix("text_model."))
+        if kind is TextEncoder and name in file.tensors
+    }
     check_names([*(place.name for place in wanted), *extras], file)
     shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
     return Network(kind, config, unpack(file, wanted, shapes), extras)
@@ -60,8 +75,11 @@ def read_texts(folder: Path, names: dict) -> dict[str, str]:
     for tokenizer in (name.replace("text_encoder", "tokenizer") for name in names if "text" in name):
         if not (folder / tokenizer).is_dir():
             raise UserError(f"{folder} has no folder {tokenizer!r}, which a model needs; fetch it again")
-        paths += [f"{tokenizer}/{path.name}" for path in sorted((folder / tokenizer).iterdir())
-                  if path.suffix in (".json", ".txt")]
+        paths += [
+            f"{tokenizer}/{path.name}"
+            for path in sorted((folder / tokenizer).iterdir())
+            if path.suffix in (".json", ".txt")
+        ]
     paths += [PREVIEW] if (folder / PREVIEW).is_file() else []
     return {path: read_text_file(folder / path) for path in paths}
 
@@ -112,6 +130,7 @@ def open_part(folder: Path, variant_file: str | None = None) -> TensorFile:
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
+
 def write_folder(contents: Contents, target: Path, dtype: torch.dtype | None = None) -> None:
     """`contents.texts` must have the tokenizers' files too. The folder is whole or absent."""
     with whole_folder(target) as folder:
@@ -121,14 +140,20 @@ def write_folder(contents: Contents, target: Path, dtype: torch.dtype | None = N
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(text, encoding="utf-8")
         for name, network in contents.networks.items():
-            write_weights(folder / name, network, conv=contents.variant.conv_projections, dtype=dtype,
-                          spelling=spelling(contents, "diffusers", name))
+            write_weights(
+                folder / name,
+                network,
+                conv=contents.variant.conv_projections,
+                dtype=dtype,
+                spelling=spelling(contents, "diffusers", name),
+            )
         if contents.leftovers:
             write_safetensors(folder / LEFTOVERS, contents.leftovers)
 
 
-def write_weights(folder: Path, network: Network, *, conv: bool = False, dtype: torch.dtype | None = None,
-                  spelling: list[str] = []) -> None:
+def write_weights(
+    folder: Path, network: Network, *, conv: bool = False, dtype: torch.dtype | None = None, spelling: list[str] = []
+) -> None:
     """One network's file, in diffusers' names."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = STEMS[1] if network.kind is TextEncoder else STEMS[0]
@@ -155,7 +180,7 @@ def index_text(text: str, contents: Contents) -> str:
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `target` when all went well, and vanishes if not."""
-    ours = ("model_index.json", "config.json")               # a model's folder, or a part's, may be replaced
+    ours = ("model_index.json", "config.json")  # a model's folder, or a part's, may be replaced
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not any((target / name).is_file() for name in ours):
         raise UserError(f"{target} exists and is no folder of a model; choose another place")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from plainsd.tokenizer import Tokenizer
     from plainsd.variants import Variant
 
-HIRES_STRENGTH = 0.7                  # of the second pass, where none is given
+HIRES_STRENGTH = 0.7  # of the second pass, where none is given
 
 
 @dataclass
@@ -47,12 +47,12 @@ class StableDiffusion:
     unet: UNet
     vae: VAE
     schedule: NoiseSchedule
-    prediction: str                   # what the network predicts: "epsilon" or "v_prediction"
+    prediction: str  # what the network predicts: "epsilon" or "v_prediction"
     variant: Variant
-    path: Path | None = None          # where it was loaded from
-    refiner: StableDiffusion | None = None     # draws at the lowest noise levels, see `latents.turns`
-    saving: Saving = Saving()         # what is done to need less memory
-    stage: Stage | None = None        # where networks have their turns, if they are not all on the device
+    path: Path | None = None  # where it was loaded from
+    refiner: StableDiffusion | None = None  # draws at the lowest noise levels, see `latents.turns`
+    saving: Saving = Saving()  # what is done to need less memory
+    stage: Stage | None = None  # where networks have their turns, if they are not all on the device
     latent_rgb: Tensor | None = None  # (L + 1, 3), as it was stored with the model, see previews.py
 
     @property
@@ -76,15 +76,15 @@ class Pictures(NamedTuple):
     """The last event of every task."""
 
     images: list[Image.Image]
-    settings: list[Settings]          # one a picture, with nothing left open: the same call makes it again
-    latents: Tensor                   # (B, L, h, w), as the UNet sees them, clean
+    settings: list[Settings]  # one a picture, with nothing left open: the same call makes it again
+    latents: Tensor  # (B, L, h, w), as the UNet sees them, clean
 
 
 class Events:
     """A task under way: an iterator over its events. Its own code runs in inference mode, the caller's as before."""
 
     def __init__(self, events: Generator[Step | Pictures], settings: list[Settings], steps: int):
-        self._events, self.settings, self.steps = events, settings, steps      # steps: how many there will be
+        self._events, self.settings, self.steps = events, settings, steps  # steps: how many there will be
 
     def __iter__(self) -> Events:
         return self
@@ -130,9 +130,7 @@ def text_to_image(
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
         raise UserError("this is an inpainting model; it needs a picture and a mask (inpaint, or --image and --mask)")
     size = check_size((size, size) if isinstance(size, int) else size or (sd.variant.size, sd.variant.size))
-    settings = Settings(
-        size=size, steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, seed=seed, **more
-    )
+    settings = Settings(size=size, steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, seed=seed, **more)
     if settings.hires:
         check_size(enlarged_size(settings))
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
@@ -239,7 +237,7 @@ def inpaint(
         sizes = f"the mask is {mask.width}x{mask.height} and the picture {image.width}x{image.height}"
         raise UserError(f"{sizes}; make them the same size")
     image, light = _fitted(image, size), to_mask(mask)
-    light = F.interpolate(light, image.size[::-1])                       # (1, 1, H, W)
+    light = F.interpolate(light, image.size[::-1])  # (1, 1, H, W)
     if not light.any():
         raise UserError("the mask is dark everywhere, so nothing would be drawn; make it white where you want a change")
     settings, steps = _with_picture(sd, image, strength, {"masked": "outpaint" not in choices} | choices)
@@ -252,12 +250,12 @@ def _repainted(
 ) -> Generator[Step | Pictures]:
     draw, pixels, light_padded = noise_of_each(each, sd.device), _padded(to_tensor(image)), _padded(light)
     size = (pixels.shape[3], pixels.shape[2])
-    mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)    # a latent is anew if any of its pixels is
+    mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is anew if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
     latents = None if reads_mask and each[0].strength == 1 else encode(sd, pixels, draw)
     noise = first_noise(sd, each, size, draw)
     if reads_mask:
-        around = encode(sd, pixels * (1 - light_padded), draw)               # the hole is mid-grey
+        around = encode(sd, pixels * (1 - light_padded), draw)  # the hole is mid-grey
         known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))
     else:
         known = Known(latents, mask)

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from plainsd.generate import StableDiffusion
     from plainsd.models.unet import UNet
 
-PROMPTED, PLAIN, PERTURBED = range(3)                # kinds of rows
-Network = Callable[..., Tensor]                      # called as the UNet is
-Ask = Callable[..., list[Tensor]]                    # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
+PROMPTED, PLAIN, PERTURBED = range(3)  # kinds of rows
+Network = Callable[..., Tensor]  # called as the UNet is
+Ask = Callable[..., list[Tensor]]  # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
 
 
 class Row(NamedTuple):
     kind: int
-    picture: int                                     # which of the batch
-    told: Conditioning                               # one row
-    weight: float                                    # of this part of the prompt
+    picture: int  # which of the batch
+    told: Conditioning  # one row
+    weight: float  # of this part of the prompt
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -69,19 +69,24 @@ def blind_attention(unet: UNet, rows: int) -> Iterator[None]:
 
 
 def predict(
-    sd: StableDiffusion, network: Network, rows: Sequence[Row], told: Conditioning, guidances: Sequence[float], x: Tensor,
-    timestep: float
+    sd: StableDiffusion,
+    network: Network,
+    rows: Sequence[Row],
+    told: Conditioning,
+    guidances: Sequence[float],
+    x: Tensor,
+    timestep: float,
 ) -> Tensor:
     """One call of the UNet. Latents are float32 outside and of the network's precision inside: (R, C, H, W)."""
     on_stage(sd, sd.unet)
     x = x.to(sd.dtype)
     if told.concat is not None:
-        x = torch.cat([x, told.concat], dim=1)                           # (R, 9, H, W)
+        x = torch.cat([x, told.concat], dim=1)  # (R, 9, H, W)
     dim = sd.unet.config.guidance_dim
     embedding = {}
     if dim:
         told_scales = [guidance_embedding(guidances[row.picture], dim, x.device) for row in rows]
-        embedding = {"guidance": torch.cat(told_scales).to(x)}           # (R, dim)
+        embedding = {"guidance": torch.cat(told_scales).to(x)}  # (R, dim)
     blind = sum(row.kind == PERTURBED for row in rows)
     with blind_attention(sd.unet, blind) if blind else nullcontext():
         return network(x, timestep, told.context, told.vector, **embedding).float()
@@ -103,8 +108,8 @@ def asker(
     prompts. The step, for prompts that change on the way, is the one that begins at sigma or above.
     """
     levels = [-sigma for sigma in sigmas]
-    limits: dict[int, int] = {}                      # rows asked for: rows at once; the free memory is read only once
-    batches: dict[tuple, Conditioning] = {}          # what these rows are told, as one batch: the same tensors each step
+    limits: dict[int, int] = {}  # rows asked for: rows at once; the free memory is read only once
+    batches: dict[tuple, Conditioning] = {}  # what these rows are told, as one batch: the same tensors each step
 
     def told(rows: list[Row]) -> Conditioning:
         key = tuple((row.picture, id(row.told.context)) for row in rows)
@@ -126,7 +131,7 @@ def asker(
             calls[row.told.context.shape[1]].append(row)
         estimates: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
         for together in few(calls.values(), x):
-            inputs = torch.cat([x[row.picture : row.picture + 1] for row in together])       # (R, C, H, W)
+            inputs = torch.cat([x[row.picture : row.picture + 1] for row in together])  # (R, C, H, W)
             call = partial(predict, sd, network, together, told(together), guidances)
             denoise = denoiser(call, sd.schedule, sd.prediction, timesteps)
             for row, x0 in zip(together, denoise(inputs, sigma).split(1), strict=True):
@@ -173,7 +178,7 @@ def guided_denoise(
     settings, scales = each[0], [1.0 if distilled else one.guidance for one in each]
     unguided, scale = scales[0] == 1, scales[0]
     if len(set(scales)) > 1:
-        scale = torch.tensor(scales, device=device).view(-1, 1, 1, 1)    # (B, 1, 1, 1)
+        scale = torch.tensor(scales, device=device).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
 
     def prompted(x: Tensor, sigma: float) -> Tensor:
         return ask(x, sigma, PROMPTED, PLAIN)[0] if composed else ask(x, sigma, PROMPTED)[0]

@@ -19,14 +19,16 @@ from plainsd.errors import UserError
 from plainsd.folder import cache_folder, read_json
 from plainsd.images import written_whole
 
-LARGE = 2**26                         # bytes; smaller files are read anew each time
-KEPT = 500                            # hashes of large files
+LARGE = 2**26  # bytes; smaller files are read anew each time
+KEPT = 500  # hashes of large files
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 Hashes = tuple[tuple[str, str], ...]  # ("model", "6ce0161689"), ("vae", ...), ("lora:name", ...), ("embed:word", ...)
 
 
 def hashes(
-    model: Path | None, vae: Path | None = None, loras: Iterable[tuple[str, Path]] = (),
+    model: Path | None,
+    vae: Path | None = None,
+    loras: Iterable[tuple[str, Path]] = (),
     words: Iterable[tuple[str, Path]] = (),
 ) -> Hashes:
     """Of all the weights that drew a picture; `vae` where it is not the model's own. Nothing for what has no file."""
@@ -74,7 +76,7 @@ def _file_hash(path: Path, size: int, time: int, tensors_only: bool) -> str:
 def _known(kept: Path) -> dict[str, str]:
     try:
         return read_json(kept)
-    except (UserError, OSError):      # none yet, or damaged: they only save time
+    except (UserError, OSError):  # none yet, or damaged: they only save time
         return {}
 
 
@@ -83,5 +85,5 @@ def _keep(kept: Path, known: dict[str, str]) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(kept) as unfinished:
             unfinished.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    except OSError:                   # no room, or no right to: the next process hashes again
+    except OSError:  # no room, or no right to: the next process hashes again
         pass

@@ -11,7 +11,7 @@ from plainsd.errors import UserError
 
 SETTINGS = ("model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*", "*.index*.json")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-NAME = re.compile(r"\w[\w.-]*/[\w.-]+")                      # owner/name
+NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?:safetensors|ckpt))")
 
 
@@ -31,8 +31,10 @@ def find(source: str | Path | None, variant_file: str | None = None) -> Path:
         from huggingface_hub import hf_hub_download
 
         return Path(fetched(name, lambda: hf_hub_download(*file.groups())))
-    raise UserError(f"there is no model at {name!r}; give a model's folder, a .safetensors or .ckpt file, or a name on "
-                    "the hub such as stable-diffusion-v1-5/stable-diffusion-v1-5")
+    raise UserError(
+        f"there is no model at {name!r}; give a model's folder, a .safetensors or .ckpt file, or a name on "
+        "the hub such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+    )
 
 
 def snapshot(name: str, variant_file: str | None) -> Path:
@@ -51,19 +53,28 @@ def snapshot(name: str, variant_file: str | None) -> Path:
 
 def fetched(name: str, fetch) -> str:
     from huggingface_hub.errors import (
-        GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
     )
 
     try:
         return fetch()
     except GatedRepoError as error:
-        raise UserError(f"{name} asks for an agreement: accept it on the hub, then log in with `hf auth login`"
-                        ) from error
+        raise UserError(
+            f"{name} asks for an agreement: accept it on the hub, then log in with `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"there is no folder {name!r} here, and no public repository of that name on the hub"
-                        ) from error
+        raise UserError(
+            f"there is no folder {name!r} here, and no public repository of that name on the hub"
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(f"there is no folder {name!r} here, the hub's cache does not hold it, and the hub cannot be "
-                        "reached; connect, or copy the model here") from error
+        raise UserError(
+            f"there is no folder {name!r} here, the hub's cache does not hold it, and the hub cannot be "
+            "reached; connect, or copy the model here"
+        ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"cannot fetch {name!r} from the hub: {str(error).splitlines()[0]}") from error

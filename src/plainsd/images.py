@@ -21,7 +21,7 @@ from plainsd.errors import UserError
 from plainsd.models.vae import VAE
 from plainsd.settings import Settings, format_settings, parse_settings
 
-LARGEST = 89_478_485                  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
+LARGEST = 89_478_485  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
 
 
 # --- pictures and tensors --------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ LARGEST = 89_478_485                  # pixels; Pillow's own warning limit, a qu
 
 def to_tensor(image: Image.Image) -> Tensor:
     """A picture of any mode -> (1, 3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None]    # (1, 3, H, W)
+    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None]  # (1, 3, H, W)
     return pixels.float() / 127.5 - 1
 
 
@@ -68,7 +68,7 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             return image
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
-        return image                  # a profile nobody can read: every viewer shows the bare numbers, and so do we
+        return image  # a profile nobody can read: every viewer shows the bare numbers, and so do we
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
@@ -90,7 +90,7 @@ def open_picture(path: str | Path, background: str = "white") -> Image.Image:
             if image.width * image.height > LARGEST:
                 raise UserError(f"claims {image.width}x{image.height} pixels; scale it below {LARGEST} in all")
             frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":               # MPO: a phone's JPEG with a second view behind it
+            if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with a second view behind it
                 raise UserError(f"is animated or has several pages ({frames}); save the one you want on its own")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image), background)
@@ -106,7 +106,7 @@ def open_picture(path: str | Path, background: str = "white") -> Image.Image:
         raise UserError(f"'{path}' is not a picture in a format that can be read; use PNG, JPEG or WebP") from None
     except Image.DecompressionBombError:
         raise UserError(f"picture '{path}' claims too many pixels; scale it below {LARGEST} in all") from None
-    except Exception as error:        # decoders meet hostile bytes with errors of every kind
+    except Exception as error:  # decoders meet hostile bytes with errors of every kind
         raise UserError(f"picture '{path}' is broken or cut short ({error}); fetch or save it again") from None
 
 
@@ -114,10 +114,10 @@ def read_settings(path: str | Path) -> Settings:
     """The settings inside a PNG file; UserError where there are none."""
     try:
         with Image.open(path) as image:
-            image.load()              # text may stand behind the pixels
+            image.load()  # text may stand behind the pixels
             text = image.info.get("parameters")
     except Exception:
-        open_picture(path)            # says what is wrong with it
+        open_picture(path)  # says what is wrong with it
         raise
     if not isinstance(text, str):
         raise UserError(f"picture '{path}' carries no settings; only PNG files written by plainsd or A1111 do")
@@ -162,7 +162,7 @@ def write_new_png(image: Image.Image, path: Path, settings: Settings | None = No
                 os.link(draft, name)
             except FileExistsError:
                 continue
-            except OSError:                                    # a file system without links
+            except OSError:  # a file system without links
                 if name.exists():
                     continue
                 os.replace(draft, name)
@@ -210,12 +210,14 @@ def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> 
         vae = deepcopy(vae).float()
     generator = torch.Generator().manual_seed(seed)
     channels, weight = vae.config.latent_channels, next(vae.parameters())
-    coarse = [torch.randn(samples // 4, channels, s, s, generator=generator, dtype=torch.float32)
-              for s in (1, 2, side // 2, side)]
-    latents = torch.cat([F.interpolate(c, (side, side), mode="nearest") for c in coarse])          # (S, L, side, side)
+    coarse = [
+        torch.randn(samples // 4, channels, s, s, generator=generator, dtype=torch.float32)
+        for s in (1, 2, side // 2, side)
+    ]
+    latents = torch.cat([F.interpolate(c, (side, side), mode="nearest") for c in coarse])  # (S, L, side, side)
     pixels = vae.decode(latents.to(weight) / vae.config.scaling_factor).float().cpu()
-    patches = F.avg_pool2d(pixels.clamp(-1, 1), vae.config.factor)                                 # (S, 3, side, side)
-    inputs = F.pad(latents.movedim(1, -1).reshape(-1, channels), (0, 1), value=1.0)               # (S side side, L + 1)
+    patches = F.avg_pool2d(pixels.clamp(-1, 1), vae.config.factor)  # (S, 3, side, side)
+    inputs = F.pad(latents.movedim(1, -1).reshape(-1, channels), (0, 1), value=1.0)  # (S side side, L + 1)
     return torch.linalg.lstsq(inputs, patches.movedim(1, -1).reshape(-1, 3)).solution
 
 

@@ -18,7 +18,7 @@ from plainsd.single import BESIDE, prefixes, read_networks, told
 from plainsd.tensorfile import Stored, TensorFile, open_tensors
 from plainsd.variants import VARIANTS, Variant, encoder_names
 
-LONGEST = 200                         # characters of a note
+LONGEST = 200  # characters of a note
 
 
 def info(source: str | Path | None = None, variant_file: str | None = None) -> str:
@@ -26,8 +26,12 @@ def info(source: str | Path | None = None, variant_file: str | None = None) -> s
     path = adapter_in(find(source, variant_file))
     if path.is_dir():
         contents = read_folder(path, variant_file)
-        return "\n".join([f"{path}: {title(contents.variant)}, a diffusers folder",
-                          *model_lines(contents.variant, contents.networks, certain=True)])
+        return "\n".join(
+            [
+                f"{path}: {title(contents.variant)}, a diffusers folder",
+                *model_lines(contents.variant, contents.networks, certain=True),
+            ]
+        )
     if vectors := embeddings.told(path):
         notes = note_lines(open_tensors(path).metadata) if path.suffix == ".safetensors" else []
         return "\n".join([f"{path}: {EMBEDDING}", row("a word of", vectors), *notes])
@@ -38,9 +42,11 @@ def info(source: str | Path | None = None, variant_file: str | None = None) -> s
         variant, certain = told(file)
         with_vae = any(name.startswith(prefixes(variant)["vae"][0]) for name in file.tensors)
         names = ["unet", *(["vae"] if with_vae else []), *encoder_names(variant)]
-        lines = [f"{path}: {title(variant)}, a single file{'' if with_vae else ' without VAE (give one with --vae)'}",
-                 *model_lines(variant, read_networks(file, variant, names), certain=certain),
-                 *beside_lines(file)]
+        lines = [
+            f"{path}: {title(variant)}, a single file{'' if with_vae else ' without VAE (give one with --vae)'}",
+            *model_lines(variant, read_networks(file, variant, names), certain=certain),
+            *beside_lines(file),
+        ]
     else:
         lines = [f"{path}: {seems(file.tensors)}", row("tensors", sizes(file.tensors.values()))]
     return "\n".join(lines + note_lines(file.metadata))
@@ -70,27 +76,41 @@ def sizes(tensors: Iterable[Stored]) -> str:
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
+
 def title(variant: Variant) -> str:
     known = variant.name in VARIANTS
     return f"{variant.name}" if known else f"a model of sizes of its own ({variant.name})"
 
 
 def model_lines(variant: Variant, networks: Mapping[str, Network], *, certain: bool) -> list[str]:
-    prediction = variant.prediction if certain else (
-        "epsilon or v_prediction: the file does not tell; it is found out by a trial when the model is loaded")
+    prediction = (
+        variant.prediction
+        if certain
+        else ("epsilon or v_prediction: the file does not tell; it is found out by a trial when the model is loaded")
+    )
     table = variant.schedule
     schedule = f"{table.count} levels, {table.curve}" + (", zero terminal SNR" if table.zero_terminal_snr else "")
     unet = variant.unet
     traits = [f"channels {'-'.join(map(str, unet.channels))}", f"context {unet.context}", f"{unet.in_channels} in"]
     traits += [f"vector {unet.vector}"] if unet.vector else []
     traits += ["guidance embedded"] if unet.guidance_dim else []
-    lines = [row("predicts", prediction), row("noise", schedule), row("native size", f"{variant.size} px"),
-             row("defaults", f"{variant.sampler}, {variant.steps} steps, guidance {variant.guidance:g}")]
+    lines = [
+        row("predicts", prediction),
+        row("noise", schedule),
+        row("native size", f"{variant.size} px"),
+        row("defaults", f"{variant.sampler}, {variant.steps} steps, guidance {variant.guidance:g}"),
+    ]
     for name, network in networks.items():
         lines.append(row(name, sizes(network.tensors.values())))
-    return [*lines, row("the UNet", ", ".join(traits)),
-            row("the VAE", f"{variant.vae.latent_channels} latent channels of 1/{variant.vae.factor}, "
-                           f"scaling factor {variant.vae.scaling_factor:g}")]
+    return [
+        *lines,
+        row("the UNet", ", ".join(traits)),
+        row(
+            "the VAE",
+            f"{variant.vae.latent_channels} latent channels of 1/{variant.vae.factor}, "
+            f"scaling factor {variant.vae.scaling_factor:g}",
+        ),
+    ]
 
 
 def beside_lines(file: TensorFile) -> list[str]:
@@ -100,12 +120,17 @@ def beside_lines(file: TensorFile) -> list[str]:
 
 # --- LoRAs -----------------------------------------------------------------------------------------------------------
 
-PARTS = (("lora_te2_", "text_encoder_2"), ("text_encoder_2.", "text_encoder_2"), ("lora_te", "text_encoder"),
-         ("text_encoder.", "text_encoder"), ("", "unet"))      # of a module's name the first beginning that fits
+PARTS = (
+    ("lora_te2_", "text_encoder_2"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("lora_te", "text_encoder"),
+    ("text_encoder.", "text_encoder"),
+    ("", "unet"),
+)  # of a module's name the first beginning that fits
 
 
 KINDS = {LowRank: "LoRA", Hadamard: "LoHa", Kronecker: "LoKr"}
-RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")       # factors with as many rows as the rank is
+RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")  # factors with as many rows as the rank is
 
 
 def lora_lines(file: TensorFile) -> list[str]:
@@ -122,11 +147,16 @@ def lora_lines(file: TensorFile) -> list[str]:
         network = next(network for start, network in PARTS if module.startswith(start))
         wide = any(len(stored.shape) == 4 and max(stored.shape[2:]) > 1 for stored in parts.values())
         targets.setdefault(network, Counter())["convolutions" if wide else "linear layers"] += 1
-    lines = [row("kind", counted(kinds)), row("made for", made_for(file) or "not told by its names"),
-             row("rank", counted(ranks) if ranks else "none: whole factors"),
-             row("alpha", counted(alphas) if alphas else "none: the same as the rank")]
-    lines += [row(network, ", ".join(f"{count} {what}" for what, count in whats.items()))
-              for network, whats in targets.items()]
+    lines = [
+        row("kind", counted(kinds)),
+        row("made for", made_for(file) or "not told by its names"),
+        row("rank", counted(ranks) if ranks else "none: whole factors"),
+        row("alpha", counted(alphas) if alphas else "none: the same as the rank"),
+    ]
+    lines += [
+        row(network, ", ".join(f"{count} {what}" for what, count in whats.items()))
+        for network, whats in targets.items()
+    ]
     return [*lines, row("tensors", sizes(file.tensors.values()))]
 
 
@@ -138,6 +168,7 @@ def counted(counter: Counter) -> str:
 
 
 # --- notes in the metadata -------------------------------------------------------------------------------------------
+
 
 def note_lines(metadata: Mapping[str, str]) -> list[str]:
     """Whoever trained or merged a model often leaves notes: kohya's `ss_...`, `modelspec....`, and others."""
@@ -155,7 +186,7 @@ def most_frequent(text: str, count: int = 20) -> str:
         total = sum((Counter(table) for table in json.loads(text).values()), Counter())
         return ", ".join(f"{tag.strip()} ({number})" for tag, number in total.most_common(count))
     except (ValueError, AttributeError, TypeError):
-        return ""                                            # notes are free text: what has another form is not a table
+        return ""  # notes are free text: what has another form is not a table
 
 
 def printable(text: str) -> str:

@@ -25,8 +25,8 @@ from plainsd.folder import cache_folder
 from plainsd.models.unet import geglu
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
-ENOUGH = {torch.float32: 2**24, torch.bfloat16: 2**18}   # multiplications of q k^T from which on it beats PyTorch's
-LONG = 2**16                                             # queries times keys from which on it does in training
+ENOUGH = {torch.float32: 2**24, torch.bfloat16: 2**18}  # multiplications of q k^T from which on it beats PyTorch's
+LONG = 2**16  # queries times keys from which on it does in training
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 AFTER = {"none": 0, "gelu": 1, "times": 2}
 
@@ -38,7 +38,8 @@ class Unavailable(Exception):
 def suit(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies in this precision as the kernels do."""
     return {torch.float32: torch.cpu._is_avx512_supported, torch.bfloat16: torch.cpu._is_avx512_bf16_supported}.get(
-        dtype, lambda: False)()
+        dtype, lambda: False
+    )()
 
 
 @functools.cache
@@ -70,8 +71,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tenso
 def _attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
     (batch, heads, n, d), m, out = q.shape, k.shape[2], _empty(q)
     tensors = [*map(_rows, (q, k, v)), out]
-    library().attend(BITS[q.dtype], *map(_pointer, tensors), _pointer(kept), _strides(tensors), batch, heads, n, m, d, d**-0.5,
-                     torch.get_num_threads())
+    library().attend(
+        BITS[q.dtype],
+        *map(_pointer, tensors),
+        _pointer(kept),
+        _strides(tensors),
+        batch,
+        heads,
+        n,
+        m,
+        d,
+        d**-0.5,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -90,8 +102,9 @@ def _empty(q: Tensor, *_: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
-_compiled_attention = torch.library.custom_op("plainsd::attention", _attention, mutates_args=(),
-                                              schema="(Tensor q, Tensor k, Tensor v) -> Tensor")
+_compiled_attention = torch.library.custom_op(
+    "plainsd::attention", _attention, mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor"
+)
 _compiled_attention.register_fake(_empty)
 
 
@@ -112,8 +125,18 @@ class _Attend(torch.autograd.Function):
         (batch, heads, n, d), gradients = q.shape, [*map(_empty, (q, k, v))]
         tensors = [q, k, v, out, _rows(dout.to(q.dtype)), *gradients]
         pointers = (ctypes.c_void_p * 8)(*map(_pointer, tensors))
-        library().attend_back(pointers, _strides(tensors), _pointer(kept), batch, heads, n, k.shape[2], d, d**-0.5,
-                              torch.get_num_threads())
+        library().attend_back(
+            pointers,
+            _strides(tensors),
+            _pointer(kept),
+            batch,
+            heads,
+            n,
+            k.shape[2],
+            d,
+            d**-0.5,
+            torch.get_num_threads(),
+        )
         return tuple(gradients)
 
 
@@ -128,14 +151,27 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str = "none", other: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str = "none", other: Tensor | None = None
+) -> Tensor:
     """x W^T + bias, then its GELU, or `times` another tensor. x (..., k), other (..., n) -> (..., n)."""
     x, k = x.contiguous(), x.shape[-1]
     out = x.new_empty(*x.shape[:-1], n)
     if other is not None:
         other = other.contiguous()
-    library().linear(BITS[x.dtype], x.data_ptr(), packed.data_ptr(), _pointer(bias), _pointer(other), out.data_ptr(),
-                     x.numel() // k, k, n, AFTER[after], torch.get_num_threads())
+    library().linear(
+        BITS[x.dtype],
+        x.data_ptr(),
+        packed.data_ptr(),
+        _pointer(bias),
+        _pointer(other),
+        out.data_ptr(),
+        x.numel() // k,
+        k,
+        n,
+        AFTER[after],
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -146,8 +182,17 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x), whose weight and bias are float32. (..., k) -> (..., k)."""
     x = x.contiguous()
     out, k = torch.empty_like(x), x.shape[-1]
-    library().layer_norm(BITS[x.dtype], x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), out.data_ptr(),
-                         x.numel() // k, k, norm.eps, torch.get_num_threads())
+    library().layer_norm(
+        BITS[x.dtype],
+        x.data_ptr(),
+        norm.weight.data_ptr(),
+        norm.bias.data_ptr(),
+        out.data_ptr(),
+        x.numel() // k,
+        k,
+        norm.eps,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -163,13 +208,36 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, ove
     return _norm(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, True, shift, x if over else None)
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None,
-          out: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+def _norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+    out: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
     out = torch.empty_like(x) if out is None else out
     if shift is not None:
         shift = shift.contiguous()
-    library().norm_silu(BITS[x.dtype], x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(shift), out.data_ptr(),
-                        _pointer(kept), len(x), x.shape[2] * x.shape[3], x.shape[1], groups, eps, silu, torch.get_num_threads())
+    library().norm_silu(
+        BITS[x.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        _pointer(shift),
+        out.data_ptr(),
+        _pointer(kept),
+        len(x),
+        x.shape[2] * x.shape[3],
+        x.shape[1],
+        groups,
+        eps,
+        silu,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -182,7 +250,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-        kept = torch.empty(2, len(x), x.shape[1])            # means and 1 / deviations
+        kept = torch.empty(2, len(x), x.shape[1])  # means and 1 / deviations
         ctx.how = groups, silu
         ctx.save_for_backward(x, weight, bias, kept)
         return _norm(x, weight, bias, groups, eps, silu, kept=kept)
@@ -194,8 +262,9 @@ class _Norm(torch.autograd.Function):
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         pointers = (tensor.data_ptr() for tensor in (x, dy, weight, bias, kept, dx, dweight, dbias))
-        library().norm_silu_back(BITS[x.dtype], *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], *ctx.how,
-                                 torch.get_num_threads())
+        library().norm_silu_back(
+            BITS[x.dtype], *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], *ctx.how, torch.get_num_threads()
+        )
         return dx, dweight, dbias, None, None, None
 
 
@@ -208,14 +277,15 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         return _Geglu.run(x, dy.to(x.dtype).contiguous(), torch.empty_like(x))
 
     @staticmethod
     def run(x: Tensor, dy: Tensor | None, out: Tensor) -> Tensor:
         d = x.shape[-1] // 2
-        library().geglu(BITS[x.dtype], x.data_ptr(), _pointer(dy), out.data_ptr(), x.numel() // (2 * d), d,
-                        torch.get_num_threads())
+        library().geglu(
+            BITS[x.dtype], x.data_ptr(), _pointer(dy), out.data_ptr(), x.numel() // (2 * d), d, torch.get_num_threads()
+        )
         return out
 
 
@@ -294,7 +364,7 @@ def _key(source: bytes, compiler: str) -> str:
 
 
 def _compile(compiler: str, source: bytes, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as place:             # so that `path` is whole or absent
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:  # so that `path` is whole or absent
         made = Path(place) / "made.so"
         (Path(place) / "kernels.cpp").write_bytes(source)
         command = [compiler, *FLAGS, str(Path(place) / "kernels.cpp"), "-o", str(made)]

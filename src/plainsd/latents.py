@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from plainsd.generate import StableDiffusion
     from plainsd.models.vae import VAE
 
-DECODED_AT_ONCE = 2**18               # pixels: one picture of 512x512, which takes about 2 GB
+DECODED_AT_ONCE = 2**18  # pixels: one picture of 512x512, which takes about 2 GB
 
-Draw = Callable[[tuple[int, ...]], Tensor]                               # shape (L, h, w) -> unit noise (B, L, h, w)
+Draw = Callable[[tuple[int, ...]], Tensor]  # shape (L, h, w) -> unit noise (B, L, h, w)
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def noise_of_each(each: Sequence[Settings], device: torch.device) -> Draw:
 
     def draw(shape: tuple[int, ...]) -> Tensor:
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        if device.type == "cuda":                            # from pinned memory it comes while the GPU is at work
+        if device.type == "cuda":  # from pinned memory it comes while the GPU is at work
             return noise.pin_memory().to(device, non_blocking=True)
         return noise.to(device)
 
@@ -99,7 +99,7 @@ def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw) -> Tensor:
         return torch.stack([gaussian.mean, gaussian.logvar])
 
     pieces = [through_vae(sd, moments, piece) for piece in pixels.split(at_once(sd, len(pixels)))]
-    mean, logvar = torch.cat(pieces, dim=1)                                # (1 or B, L, h, w)
+    mean, logvar = torch.cat(pieces, dim=1)  # (1 or B, L, h, w)
     return (mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:])) * sd.vae.config.scaling_factor
 
 
@@ -125,9 +125,9 @@ def decode(sd: StableDiffusion, latents: Tensor) -> Tensor:
 class Known:
     """What a task knows of the picture beforehand."""
 
-    latents: Tensor | None            # (B, L, h, w), clean; None: the drawing starts from noise alone
-    mask: Tensor | None = None        # (1, 1, h, w), 1 where it is drawn anew; elsewhere the latents are put back
-    concat: Tensor | None = None      # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
+    latents: Tensor | None  # (B, L, h, w), clean; None: the drawing starts from noise alone
+    mask: Tensor | None = None  # (1, 1, h, w), 1 where it is drawn anew; elsewhere the latents are put back
+    concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
 
 
 def steps_of_strength(steps: int, strength: float) -> int:
@@ -177,7 +177,7 @@ def sample(
         for step in _sampler(model, one)(denoise, x, levels, lambda: draw(shape)):
             yield step._replace(index=done + step.index)
         x, done = step.x, done + len(levels) - 1
-    clean = step.x / math.sqrt(1 + step.sigma**2)                        # some samplers leave a little noise; it stays
+    clean = step.x / math.sqrt(1 + step.sigma**2)  # some samplers leave a little noise; it stays
     if known is not None and known.mask is not None:
         clean = known.mask * clean + (1 - known.mask) * known.latents
     return clean
@@ -208,7 +208,7 @@ def _denoise(sd, each, size, sigmas, concat, first_pass) -> Denoise:
     one, steps = each[0], len(sigmas) - 1
     timesteps = sampler_timesteps(sd.schedule, one.sampler, one.steps, one.spacing)
     if sd.unet.config.in_channels == sd.vae.config.latent_channels:
-        concat = None                                                    # a refiner after an inpainting model
+        concat = None  # a refiner after an inpainting model
     planned = {
         pair: conditioning.plan(sd, *pair, steps, clip_skip=one.clip_skip, first_pass=first_pass, size=size)
         for pair in dict.fromkeys((s.prompt, s.negative) for s in each)

@@ -34,16 +34,17 @@ if TYPE_CHECKING:
     from plainsd.generate import StableDiffusion
 
 ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
-CONV = "*.conv1 *.conv2 *.skip *.resample.conv"              # the convolutions of ResBlocks and between levels
-TARGETS = {                           # presets: patterns of our names
-    "attention":     "*attn.q *attn.k *attn.v *attn.out",
-    "transformers":  "*.attn.proj_* *.attn.blocks.* blocks.*",           # what kohya's trainer takes
-    "all-linear":    "*",
-    "all":           "*",
+CONV = "*.conv1 *.conv2 *.skip *.resample.conv"  # the convolutions of ResBlocks and between levels
+TARGETS = {  # presets: patterns of our names
+    "attention": "*attn.q *attn.k *attn.v *attn.out",
+    "transformers": "*.attn.proj_* *.attn.blocks.* blocks.*",  # what kohya's trainer takes
+    "all-linear": "*",
+    "all": "*",
 }
 
 
 # --- what is on a model ----------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, eq=False)
 class Lora:
@@ -54,8 +55,9 @@ class Lora:
 
     @property
     def adapters(self) -> dict[Place, Adapter]:
-        return {place: base.adapters[self.name] for place, base in bases(self.model).items()
-                if self.name in base.adapters}
+        return {
+            place: base.adapters[self.name] for place, base in bases(self.model).items() if self.name in base.adapters
+        }
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
@@ -80,8 +82,12 @@ class Lora:
 
 def bases(model: Model) -> dict[Place, Adapted]:
     """The modules that carry adapters."""
-    return {(part, name): module for part, network in networks(model).items()
-            for name, module in network.named_modules() if isinstance(module, Adapted)}
+    return {
+        (part, name): module
+        for part, network in networks(model).items()
+        for name, module in network.named_modules()
+        if isinstance(module, Adapted)
+    }
 
 
 def attached(model: Model) -> list[Lora]:
@@ -93,8 +99,10 @@ def attached(model: Model) -> list[Lora]:
 def the_one(model: Model, lora: Lora | None) -> Lora:
     found = attached(model) if lora is None else [lora]
     if len(found) != 1:
-        raise UserError(f"{len(found)} LoRAs are on the model{found and ': '}{', '.join(one.name for one in found)}; "
-                        f"{'say which one' if found else 'add or inject one first'}")
+        raise UserError(
+            f"{len(found)} LoRAs are on the model{found and ': '}{', '.join(one.name for one in found)}; "
+            f"{'say which one' if found else 'add or inject one first'}"
+        )
     return found[0]
 
 
@@ -114,8 +122,15 @@ def merge(loras: Sequence[Lora]) -> None:
 
 # --- from files ------------------------------------------------------------------------------------------------------
 
-def add_lora(sd: StableDiffusion, path: str | Path, strength: float = 1.0, text_strength: float | None = None, *,
-             partial: bool = False) -> Lora:
+
+def add_lora(
+    sd: StableDiffusion,
+    path: str | Path,
+    strength: float = 1.0,
+    text_strength: float | None = None,
+    *,
+    partial: bool = False,
+) -> Lora:
     """Puts a file's LoRA on a model, beside those that are there. Names that have no place are an error, or, if
     `partial`, left out. The adapters come to lie where the weights do, and as precise."""
     file = open_lora(Path(path))
@@ -141,7 +156,7 @@ def put(model: Model, name: str, adapters: Mapping[Place, Adapter]) -> Lora:
 
 def check_strengths(*strengths: float) -> None:
     for strength in strengths:
-        if not abs(strength) < 1e4:                          # infinite strengths and nan included
+        if not abs(strength) < 1e4:  # infinite strengths and nan included
             raise UserError(f"LoRA strength {strength:g} is out of bounds; most are between 0 and 1.5")
 
 
@@ -152,8 +167,10 @@ def find_lora(folder: str | Path, name: str) -> Path:
     places = {path: path.relative_to(folder).with_suffix("").as_posix() for path in files}
     fitting = [path for path in files if places[path] == name] or [path for path in files if path.stem == name]
     if len(fitting) > 1:
-        raise UserError(f"the LoRA {name!r} is there {len(fitting)} times: {', '.join(map(str, fitting))}; name its "
-                        f"folder too, as {places[fitting[0]]!r}")
+        raise UserError(
+            f"the LoRA {name!r} is there {len(fitting)} times: {', '.join(map(str, fitting))}; name its "
+            f"folder too, as {places[fitting[0]]!r}"
+        )
     if not fitting:
         if not files:
             raise UserError(f"there is no LoRA {name!r}: {folder} holds no files of LoRAs ({', '.join(ENDINGS)})")
@@ -163,9 +180,19 @@ def find_lora(folder: str | Path, name: str) -> Path:
 
 # --- for training ----------------------------------------------------------------------------------------------------
 
-def inject(model: Model, rank: int, alpha: float | None = None, targets: str | Sequence[str] = "attention", *,
-           conv: bool = False, dora: bool = False, text: bool = False, name: str = "trained",
-           generator: torch.Generator | None = None) -> Lora:
+
+def inject(
+    model: Model,
+    rank: int,
+    alpha: float | None = None,
+    targets: str | Sequence[str] = "attention",
+    *,
+    conv: bool = False,
+    dora: bool = False,
+    text: bool = False,
+    name: str = "trained",
+    generator: torch.Generator | None = None,
+) -> Lora:
     """Puts a new LoRA on a model, to be trained. A is random as in kohya's trainer and PEFT (uniform, He et al. 2015
     with a = sqrt(5)), B is zero, so that the model computes what it did before.
 
@@ -182,8 +209,10 @@ def inject(model: Model, rank: int, alpha: float | None = None, targets: str | S
             for module in targeted(network, targets, conv=conv):
                 made[part, module] = fresh(network.get_submodule(module), rank, alpha, dora=dora, generator=generator)
     if not made:
-        raise UserError(f"no module of the model fits the LoRA targets {targets!r}; choose from {', '.join(TARGETS)}, "
-                        "or give patterns such as '*.cross_attn.*'")
+        raise UserError(
+            f"no module of the model fits the LoRA targets {targets!r}; choose from {', '.join(TARGETS)}, "
+            "or give patterns such as '*.cross_attn.*'"
+        )
     return put(model, name, made)
 
 
@@ -207,8 +236,9 @@ def targeted(network: nn.Module, targets: str | Sequence[str], *, conv: bool) ->
 
 
 @torch.no_grad()
-def fresh(base: nn.Linear | nn.Conv2d, rank: int, alpha: float, *, dora: bool,
-          generator: torch.Generator | None) -> LowRank:
+def fresh(
+    base: nn.Linear | nn.Conv2d, rank: int, alpha: float, *, dora: bool, generator: torch.Generator | None
+) -> LowRank:
     weight = base.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     down = torch.empty(rank, *weight.shape[1:], dtype=dtype)
@@ -220,9 +250,11 @@ def fresh(base: nn.Linear | nn.Conv2d, rank: int, alpha: float, *, dora: bool,
 
 def lora_state(model: Model, lora: Lora | None = None) -> dict[str, Tensor]:
     """A LoRA's parameters by our names, such as `unet.mid.attn.proj_in.down`. `lora`: which one of several."""
-    return {f"{part}.{module}.{name}": parameter.detach()
-            for (part, module), adapter in the_one(model, lora).adapters.items()
-            for name, parameter in adapter.named_parameters()}
+    return {
+        f"{part}.{module}.{name}": parameter.detach()
+        for (part, module), adapter in the_one(model, lora).adapters.items()
+        for name, parameter in adapter.named_parameters()
+    }
 
 
 @torch.no_grad()
@@ -231,14 +263,23 @@ def load_lora_state(model: Model, state: Mapping[str, Tensor], lora: Lora | None
     own = lora_state(model, lora)
     different = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
     if different:
-        raise UserError(f"these values are of another LoRA: {len(different)} names or shapes differ, {different[0]!r} "
-                        "for one; resume with the rank and targets of that run")
+        raise UserError(
+            f"these values are of another LoRA: {len(different)} names or shapes differ, {different[0]!r} "
+            "for one; resume with the rank and targets of that run"
+        )
     for name, tensor in own.items():
         tensor.copy_(state[name])
 
 
-def save_lora(sd: StableDiffusion, path: str | Path, naming: str = "kohya", metadata: Mapping[str, str] | None = None,
-              *, lora: Lora | None = None, dtype: torch.dtype | None = None) -> None:
+def save_lora(
+    sd: StableDiffusion,
+    path: str | Path,
+    naming: str = "kohya",
+    metadata: Mapping[str, str] | None = None,
+    *,
+    lora: Lora | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Writes a LoRA in "kohya" naming (A1111, ComfyUI, diffusers), "peft" or "diffusers". `metadata`: texts to add to
     the notes on rank, alpha and base model, such as {"ss_output_name": "ink"}. `dtype` None keeps that of the LoRA.
 

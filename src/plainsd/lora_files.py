@@ -19,25 +19,30 @@ from plainsd.lora_layers import Adapter, Hadamard, Kronecker, LowRank
 from plainsd.lora_names import Model, Place, known_names, networks, split
 from plainsd.tensorfile import TensorFile, damaged, open_tensors
 
-NOTE = "lora_adapter_metadata"        # where diffusers keeps PEFT's settings, as JSON, in a file's metadata
-SETTINGS = "adapter_config.json"      # where PEFT keeps them, in the folder of its adapter_model
-IN_FOLDER = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors",
-             "pytorch_lora_weights.bin", "adapter_model.bin")
-PLAIN = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")              # a pattern in PEFT's settings that is no more than a name
+NOTE = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings, as JSON, in a file's metadata
+SETTINGS = "adapter_config.json"  # where PEFT keeps them, in the folder of its adapter_model
+IN_FOLDER = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+)
+PLAIN = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")  # a pattern in PEFT's settings that is no more than a name
 
-FOREIGN = (                           # what in a tensor's name tells of another kind of adapter, or of another model
+FOREIGN = (  # what in a tensor's name tells of another kind of adapter, or of another model
     (r"\.(oft|boft|glora|ia3)_|\.on_input$", "an adapter of an unsupported kind (OFT, GLoRA, IA3)"),
     (r"double_blocks|single_blocks|single_transformer_blocks", "FLUX"),
     (r"joint_blocks|joint_transformer_blocks|lora_te3_", "Stable Diffusion 3"),
     (r"motion_modules|temporal_", "a video model"),
 )
-BESIDE = ("alpha", "dora_scale", "magnitude")                # parts that any kind of adapter may have
-CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}     # by the width of the text
+BESIDE = ("alpha", "dora_scale", "magnitude")  # parts that any kind of adapter may have
+CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # by the width of the text
 CROSS = re.compile(r"attn2[._]to_[kv]$")
 XL_ONLY = re.compile(r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|(input|output)_blocks[._]\d")
 
 
 # --- what a file is --------------------------------------------------------------------------------------------------
+
 
 def foreign(file: TensorFile) -> str:
     return next((what for pattern, what in FOREIGN if any(re.search(pattern, name) for name in file.tensors)), "")
@@ -48,10 +53,13 @@ def made_for(file: TensorFile) -> str:
     if found := foreign(file):
         return found
     pairs = [(split(name), stored) for name, stored in file.tensors.items()]
-    widths = {stored.shape[1] for pair, stored in pairs
-              if pair and pair[1] in ("down", "hada_w1_b") and CROSS.search(pair[0]) and len(stored.shape) >= 2}
+    widths = {
+        stored.shape[1]
+        for pair, stored in pairs
+        if pair and pair[1] in ("down", "hada_w1_b") and CROSS.search(pair[0]) and len(stored.shape) >= 2
+    }
     if len(widths) == 1:
-        width, = widths
+        (width,) = widths
         return CONTEXTS.get(width, f"a model whose text is {width} wide")
     if any(XL_ONLY.search(name) for name in file.tensors):
         return "SDXL"
@@ -65,6 +73,7 @@ def misfit(file: TensorFile, model: Model, what: str, remedy: str) -> UserError:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
 
 def open_lora(path: Path) -> TensorFile:
     """A LoRA's file, or the folder in which diffusers or PEFT saved it."""
@@ -88,7 +97,7 @@ def located(file: TensorFile, model: Model, *, partial: bool) -> dict[Place, dic
     for name in file.tensors:
         module, part = split(name) or (None, None)
         if module in known:
-            found.setdefault(known[module], {}).setdefault(part, name)           # of two spellings the first counts
+            found.setdefault(known[module], {}).setdefault(part, name)  # of two spellings the first counts
     found = {place: parts for place, parts in found.items() if kind_of(parts)}
     used = {name for parts in found.values() for name in parts.values()}
     lost = [name for name in file.tensors if name not in used]
@@ -102,6 +111,7 @@ def located(file: TensorFile, model: Model, *, partial: bool) -> dict[Place, dic
 
 def kind_of(parts: Collection[str]) -> type[Adapter] | None:
     """The kind of adapter whose factors are all there."""
+
     def whole(*names: str) -> bool:
         return all(name in parts for name in names)
 
@@ -131,16 +141,25 @@ def check_shapes(file: TensorFile, model: Model, weight: Tensor, parts: Mapping[
     others = [part for part in parts if part.startswith(PREFIXES[kind])] if kind is not LowRank else []
     for part, name in parts.items():
         if part not in others and (r == 0 or shapes[part] not in allowed.get(part, ())):
-            raise misfit(file, model, f"{name!r} has shape {list(shapes[part])}, and the weight that it would change "
-                         f"{list(weight.shape)}", "take a LoRA for this model")
+            raise misfit(
+                file,
+                model,
+                f"{name!r} has shape {list(shapes[part])}, and the weight that it would change {list(weight.shape)}",
+                "take a LoRA for this model",
+            )
     try:
         if others:
             factors = {part: torch.empty(shapes[part], device="meta") for part in others}
             made_of(kind, factors, weight).product(torch.float32)
     except (RuntimeError, ValueError, ArithmeticError):
-        raise misfit(file, model, f"{parts[others[0]]!r} and its like, of shapes "
-                     f"{', '.join(str(list(shapes[part])) for part in others)}, do not make a change of the weight "
-                     f"{list(weight.shape)}", "take a LoRA for this model") from None
+        raise misfit(
+            file,
+            model,
+            f"{parts[others[0]]!r} and its like, of shapes "
+            f"{', '.join(str(list(shapes[part])) for part in others)}, do not make a change of the weight "
+            f"{list(weight.shape)}",
+            "take a LoRA for this model",
+        ) from None
 
 
 PREFIXES = {Hadamard: "hada_", Kronecker: "lokr_"}
@@ -180,25 +199,32 @@ def peft_table(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 def peft_alpha(file: TensorFile, settings: Mapping[str, Any], name: str, rank: int | None) -> float:
     """Of the module that the file calls `name`. An exception's pattern must be a name, or the end of one."""
     table = peft_table(settings, name)
-    alpha = table.get("lora_alpha", table.get("alpha"))      # the second for LoHa and LoKr
+    alpha = table.get("lora_alpha", table.get("alpha"))  # the second for LoHa and LoKr
     if alpha is None:
         return float(rank or 1)
     for pattern, value in (table.get("alpha_pattern") or {}).items():
         plain = PLAIN.fullmatch(pattern)
         if plain is None:
-            raise UserError(f"{file.path}: PEFT's settings give an alpha to {pattern!r}, which is no name of a module; "
-                            "write the names out there, or save the LoRA in kohya's naming")
+            raise UserError(
+                f"{file.path}: PEFT's settings give an alpha to {pattern!r}, which is no name of a module; "
+                "write the names out there, or save the LoRA in kohya's naming"
+            )
         ending = plain[1].replace("\\", "").removeprefix("text_model.")
         if f".{name}".endswith(f".{ending}"):
             alpha = value
             break
     if not isinstance(alpha, int | float):
         raise damaged(file.path, f"PEFT's settings give {alpha!r} as an alpha")
-    return float(alpha) * (rank**0.5 if table.get("use_rslora") else 1.0)        # rank-stabilised: alpha / sqrt(r)
+    return float(alpha) * (rank**0.5 if table.get("use_rslora") else 1.0)  # rank-stabilised: alpha / sqrt(r)
 
 
-def read_adapter(file: TensorFile, parts: Mapping[str, str], settings: Mapping[str, Any], base: nn.Linear | nn.Conv2d,
-                 strength: float) -> Adapter:
+def read_adapter(
+    file: TensorFile,
+    parts: Mapping[str, str],
+    settings: Mapping[str, Any],
+    base: nn.Linear | nn.Conv2d,
+    strength: float,
+) -> Adapter:
     """One module's adapter, where the module is and as precise."""
     sides = (1, 1) if isinstance(base, nn.Conv2d) else ()
     kind, tensors = kind_of(parts), {part: file.tensors[name].read() for part, name in parts.items()}
@@ -206,7 +232,7 @@ def read_adapter(file: TensorFile, parts: Mapping[str, str], settings: Mapping[s
     for part in ("down", "up") if kind is LowRank else ():
         if tensors[part].ndim == 2 or not sides:
             tensors[part] = tensors[part].flatten(1).unflatten(1, (-1, *sides))
-    if (rows := tensors.pop("magnitude", None)) is not None:             # PEFT has lengths of rows alone
+    if (rows := tensors.pop("magnitude", None)) is not None:  # PEFT has lengths of rows alone
         tensors["magnitude"] = rows.reshape(-1, 1, *sides)
     if (lengths := tensors.pop("dora_scale", None)) is not None:
         by_column = lengths.ndim > 1 and len(lengths) == 1
@@ -220,6 +246,7 @@ def read_adapter(file: TensorFile, parts: Mapping[str, str], settings: Mapping[s
             raise damaged(file.path, f"PEFT's settings give {rank!r} as a rank")
     adapter.alpha = peft_alpha(file, settings, name, adapter.rank) if alpha is None else float(alpha)
     if not (math.isfinite(adapter.alpha) and all(tensor.isfinite().all() for tensor in placed.values())):
-        raise damaged(file.path, f"{next(iter(parts.values()))!r} or what belongs to it has values that are not finite "
-                      "numbers")
+        raise damaged(
+            file.path, f"{next(iter(parts.values()))!r} or what belongs to it has values that are not finite numbers"
+        )
     return adapter

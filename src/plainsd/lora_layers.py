@@ -30,8 +30,15 @@ class Adapter(nn.Module):
     magnitude: (o, 1) or (o, 1, 1, 1) the length of each row, or (1, i) or (1, i, 1, 1) of each column.
     """
 
-    def __init__(self, factors: Mapping[str, Tensor | None], alpha: float, *, magnitude: Tensor | None = None,
-                 strength: float = 1.0, trainable: bool = False):
+    def __init__(
+        self,
+        factors: Mapping[str, Tensor | None],
+        alpha: float,
+        *,
+        magnitude: Tensor | None = None,
+        strength: float = 1.0,
+        trainable: bool = False,
+    ):
         super().__init__()
         for name, tensor in (*factors.items(), ("magnitude", magnitude)):
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, trainable))
@@ -102,7 +109,7 @@ class LowRank(Adapter):
         return (added * self.strength).to(out.dtype)
 
     def _dora(self, x: Tensor, base: nn.Linear | nn.Conv2d, out: Tensor) -> Tensor:
-        with torch.no_grad():                    # section 4.3 of the paper: the lengths are a constant to the gradient
+        with torch.no_grad():  # section 4.3 of the paper: the lengths are a constant to the gradient
             lengths = self.lengths(base.weight.to(x.dtype) + self.product(x.dtype))
         gain, bias = (self.magnitude / lengths).flatten(), base.bias
         if isinstance(base, nn.Conv2d):
@@ -125,8 +132,10 @@ class Hadamard(Adapter):
         return self.w1_b.shape[0]
 
     def product(self, dtype: torch.dtype) -> Tensor:
-        w1, w2 = (spread(*(factor if factor is None else factor.to(dtype) for factor in side))
-                  for side in ((self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)))
+        w1, w2 = (
+            spread(*(factor if factor is None else factor.to(dtype) for factor in side))
+            for side in ((self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2))
+        )
         return fitted(w1 * w2, self.shape) * self.scale
 
 
@@ -151,8 +160,10 @@ class Kronecker(Adapter):
 
     def product(self, dtype: torch.dtype) -> Tensor:
         sides = ((self.w1, self.w1_a, self.w1_b, None), (self.w2, self.w2_a, self.w2_b, self.t2))
-        w1, w2 = (spread(a.to(dtype), b.to(dtype), None if t is None else t.to(dtype)) if whole is None else whole.to(dtype)
-                  for whole, a, b, t in sides)
+        w1, w2 = (
+            spread(a.to(dtype), b.to(dtype), None if t is None else t.to(dtype)) if whole is None else whole.to(dtype)
+            for whole, a, b, t in sides
+        )
         if w2.ndim == 4:
             w1 = w1[:, :, None, None]
         return fitted(torch.kron(w1, w2.contiguous()), self.shape) * self.scale

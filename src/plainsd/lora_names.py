@@ -21,35 +21,53 @@ from plainsd.models.unet import UNet
 from plainsd.variants import encoder_names
 
 if TYPE_CHECKING:
-    from plainsd.generate import StableDiffusion
+    pass
 
 Model = "StableDiffusion | UNet | TextEncoder"
-Place = tuple[str, str]               # a network's name and a module's, ours
+Place = tuple[str, str]  # a network's name and a module's, ours
 
-ENDINGS = {                           # part: how its tensor's name may end
-    "down":       (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight",
-                   ".lora_linear_layer.down.weight"),
-    "up":         (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", "_lora.up.weight",
-                   ".lora_linear_layer.up.weight"),
-    "mid":        (".lora_mid.weight",),
-    "alpha":      (".alpha",),
+ENDINGS = {  # part: how its tensor's name may end
+    "down": (
+        ".lora_down.weight",
+        ".lora_A.weight",
+        ".lora.down.weight",
+        "_lora.down.weight",
+        ".lora_linear_layer.down.weight",
+    ),
+    "up": (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight"),
+    "mid": (".lora_mid.weight",),
+    "alpha": (".alpha",),
     "dora_scale": (".dora_scale",),
-    "magnitude":  (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
-    **{part: (f".{part}",) for part in (                     # LyCORIS: LoHa, LoKr
-        "hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2",
-        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-    )},
+    "magnitude": (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+    **{
+        part: (f".{part}",)
+        for part in (  # LyCORIS: LoHa, LoKr
+            "hada_w1_a",
+            "hada_w1_b",
+            "hada_t1",
+            "hada_w2_a",
+            "hada_w2_b",
+            "hada_t2",
+            "lokr_w1",
+            "lokr_w1_a",
+            "lokr_w1_b",
+            "lokr_w2",
+            "lokr_w2_a",
+            "lokr_w2_b",
+            "lokr_t2",
+        )
+    },
 }
-ADAPTER = re.compile(r"(\.lora_(?:[AB]|magnitude_vector))\.default(?:_\d+)?(?=\.|$)")    # PEFT's name for an adapter
+ADAPTER = re.compile(r"(\.lora_(?:[AB]|magnitude_vector))\.default(?:_\d+)?(?=\.|$)")  # PEFT's name for an adapter
 
 KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
-SPELLINGS = (                         # as layouts.py has it, as some files have it
-    (".to_out.0",    ".to_out"),      # diffusers in 2023
-    (".q_proj",      ".to_q"),
-    (".k_proj",      ".to_k"),
-    (".v_proj",      ".to_v"),
-    (".out_proj",    ".to_out"),
-    ("text_model.",  ""),             # transformers 5.6 and later
+SPELLINGS = (  # as layouts.py has it, as some files have it
+    (".to_out.0", ".to_out"),  # diffusers in 2023
+    (".q_proj", ".to_q"),
+    (".k_proj", ".to_k"),
+    (".v_proj", ".to_v"),
+    (".out_proj", ".to_out"),
+    ("text_model.", ""),  # transformers 5.6 and later
 )
 
 
@@ -95,7 +113,7 @@ def known_names(model: Model) -> dict[str, tuple[str, str]]:
     parts = networks(model)
     known = {}
     for part, network in parts.items():
-        alone = part == "unet" or len(parts) <= 2            # then a name without a prefix can be told
+        alone = part == "unet" or len(parts) <= 2  # then a name without a prefix can be told
         for named in modules_of(network).values():
             dotted = spellings(named.diffusers)
             names = {f"{part}.{name}" for name in dotted} | (dotted if alone else set())
@@ -119,6 +137,7 @@ def split(name: str) -> tuple[str, str] | None:
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
+
 
 def kohya_name(part: str, named: Named, *, xl: bool) -> str:
     """As kohya's trainer writes it: for SDXL it has the original's UNet, for the others diffusers'."""

@@ -21,18 +21,27 @@ from plainsd.tensorfile import stored
 if TYPE_CHECKING:
     from plainsd.generate import StableDiffusion
 
-NAMINGS = {                           # how a name ends for: down, up, magnitude
-    "kohya":      ("lora_down.weight", "lora_up.weight", "dora_scale"),
-    "peft":       ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"),
-    "diffusers":  ("lora.down.weight", "lora.up.weight", "lora_magnitude_vector.weight"),
+NAMINGS = {  # how a name ends for: down, up, magnitude
+    "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),
+    "peft": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"),
+    "diffusers": ("lora.down.weight", "lora.up.weight", "lora_magnitude_vector.weight"),
 }
 KOHYA_VERSIONS = {"SD 1.x": "sd_v1", "SD 2.x": "sd_v2", "SDXL": "sdxl_base_v1-0"}
-ARCHITECTURES = {"SD 1.x": "stable-diffusion-v1/lora", "SD 2.x": "stable-diffusion-v2-512/lora",
-                 "SDXL": "stable-diffusion-xl-v1-base/lora"}
+ARCHITECTURES = {
+    "SD 1.x": "stable-diffusion-v1/lora",
+    "SD 2.x": "stable-diffusion-v2-512/lora",
+    "SDXL": "stable-diffusion-xl-v1-base/lora",
+}
 
 
-def write_lora(sd: StableDiffusion, adapters: Mapping[Place, Adapter], path: Path, naming: str,
-               metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
+def write_lora(
+    sd: StableDiffusion,
+    adapters: Mapping[Place, Adapter],
+    path: Path,
+    naming: str,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+) -> None:
     """The file is whole or absent. Alphas: kohya has tensors for them, PEFT settings, and diffusers none at all, so
     there alpha/r goes into B. `metadata` is added to what is written anyway; `dtype` None keeps each tensor's own."""
     if naming not in NAMINGS:
@@ -40,18 +49,24 @@ def write_lora(sd: StableDiffusion, adapters: Mapping[Place, Adapter], path: Pat
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a LoRA is written as .safetensors; give it that ending")
     if not all(isinstance(adapter, LowRank) for adapter in adapters.values()):
-        raise UserError("this adapter is a LoHa or LoKr, which is only read here; merge it, and save the model, or keep "
-                        "its own file")
+        raise UserError(
+            "this adapter is a LoHa or LoKr, which is only read here; merge it, and save the model, or keep "
+            "its own file"
+        )
     if naming != "kohya" and any(adapter.mid is not None or adapter.by_column for adapter in adapters.values()):
-        raise UserError(f"this LoRA has parts that the naming {naming!r} cannot tell (a middle convolution, or lengths "
-                        "of columns); save it in kohya's")
+        raise UserError(
+            f"this LoRA has parts that the naming {naming!r} cannot tell (a middle convolution, or lengths "
+            "of columns); save it in kohya's"
+        )
     known = {part: modules_of(network) for part, network in networks(sd).items()}
     tensors: dict[str, Tensor] = {}
     for (part, module), adapter in adapters.items():
         tensors |= named_tensors(sd, part, known[part][module], adapter, naming)
     notes = {"kohya": kohya_notes, "peft": peft_notes}.get(naming, lambda *_: {})(sd, adapters)
-    packed = {name: stored(tensor.detach() if tensor.ndim == 0 else tensor.detach().to(dtype or tensor.dtype))
-              for name, tensor in tensors.items()}           # an alpha of 1.7 in bfloat16 would be 1.703
+    packed = {
+        name: stored(tensor.detach() if tensor.ndim == 0 else tensor.detach().to(dtype or tensor.dtype))
+        for name, tensor in tensors.items()
+    }  # an alpha of 1.7 in bfloat16 would be 1.703
     write_whole(path, packed, notes | dict(metadata))
 
 
@@ -64,8 +79,9 @@ def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: LowRank
     factors = {down: adapter.down, up: adapter.up * adapter.scale if naming == "diffusers" else adapter.up}
     if adapter.mid is not None:
         factors["lora_mid.weight"] = adapter.mid
-    tensors = {end: factor[:, :, None, None] if conv and factor.ndim == 2 else factor
-               for end, factor in factors.items()}
+    tensors = {
+        end: factor[:, :, None, None] if conv and factor.ndim == 2 else factor for end, factor in factors.items()
+    }
     if naming == "kohya":
         tensors["alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
     if adapter.magnitude is not None:
@@ -99,14 +115,21 @@ def peft_notes(sd: StableDiffusion, adapters: Mapping[Place, LowRank]) -> dict[s
     settings: dict[str, Any] = {}
     for part, network in networks(sd).items():
         known = modules_of(network)
-        own = {known[module].diffusers.removeprefix("text_model."): adapter
-               for (at, module), adapter in adapters.items() if at == part}
+        own = {
+            known[module].diffusers.removeprefix("text_model."): adapter
+            for (at, module), adapter in adapters.items()
+            if at == part
+        }
         if not own:
             continue
-        rank, alpha = (Counter(values).most_common(1)[0][0]
-                       for values in ([a.rank for a in own.values()], [a.alpha for a in own.values()]))
+        rank, alpha = (
+            Counter(values).most_common(1)[0][0]
+            for values in ([a.rank for a in own.values()], [a.alpha for a in own.values()])
+        )
         table = {
-            "r": rank, "lora_alpha": alpha, "target_modules": list(own),
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": list(own),
             "rank_pattern": {name: a.rank for name, a in own.items() if a.rank != rank},
             "alpha_pattern": {name: a.alpha for name, a in own.items() if a.alpha != alpha},
             "use_dora": any(a.magnitude is not None for a in own.values()),

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 GB = 10**9
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-SHARE = 0.8                           # of the free memory that a network may take; the rest is for what others do meanwhile
-VAE_MAPS = 6                          # maps of the widest full-size layer that a plain decode has in memory at its peak
-UNET_MAPS = 36                        # likewise of the widest level of the UNet, beside what the way up is handed
+SHARE = 0.8  # of the free memory that a network may take; the rest is for what others do meanwhile
+VAE_MAPS = 6  # maps of the widest full-size layer that a plain decode has in memory at its peak
+UNET_MAPS = 36  # likewise of the widest level of the UNet, beside what the way up is handed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Saving:
     """What is done to need less memory. None: where the free memory asks for it."""
 
     bands: bool | None = None
-    rows: int | None = None           # of a batch that go through the UNet, or the VAE, at once, at most
+    rows: int | None = None  # of a batch that go through the UNet, or the VAE, at once, at most
 
 
 NOTHING = Saving(bands=False, rows=2**31)
@@ -65,7 +65,7 @@ def _free_in_group() -> float:
     if not limit.exists() or (most := limit.read_text().strip()) == "max":
         return math.inf
     counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    used = int((CGROUP / "memory.current").read_text()) - int(counts["inactive_file"])     # cached files make way
+    used = int((CGROUP / "memory.current").read_text()) - int(counts["inactive_file"])  # cached files make way
     return int(most) - used
 
 
@@ -79,7 +79,7 @@ def vae_needs(config: VAEConfig, pixels: int, itemsize: int) -> int:
 
 def unet_needs(config: UNetConfig, positions: int, itemsize: int) -> int:
     """Bytes at the peak of one row of so many latent positions, beside the weights."""
-    levels = [positions * width // 4**i for i, width in enumerate(config.channels)]      # numbers in one map
+    levels = [positions * width // 4**i for i, width in enumerate(config.channels)]  # numbers in one map
     return (UNET_MAPS * max(levels) + (config.layers + 1) * sum(levels)) * itemsize
 
 
@@ -103,8 +103,10 @@ def rows_at_once(sd: StableDiffusion, positions: int, rows: int) -> int:
     each, had = unet_needs(sd.unet.config, positions, sd.dtype.itemsize), free(sd.device)
     most = max(1, int(min(rows, SHARE * had / each)))
     if most < rows:
-        say(f"{had / GB:.1f} GB of memory are free and {rows} rows at once would take {rows * each / GB:.1f} GB: "
-            f"the UNet takes {most} at a time")
+        say(
+            f"{had / GB:.1f} GB of memory are free and {rows} rows at once would take {rows * each / GB:.1f} GB: "
+            f"the UNet takes {most} at a time"
+        )
     return most
 
 

@@ -73,11 +73,14 @@ def converted(path: Path, name: str, variant: Variant, config: dict, network: nn
     from diffusers.loaders import single_file_utils as convert
 
     prefix, layout = prefixes(variant)[name]
-    tensors = {key: stored.read(torch.float32) for key, stored in open_tensors(path).tensors.items()
-               if key.startswith(prefix) and not BESIDE.match(key)}
+    tensors = {
+        key: stored.read(torch.float32)
+        for key, stored in open_tensors(path).tensors.items()
+        if key.startswith(prefix) and not BESIDE.match(key)
+    }
     if name == "unet":
         weights = convert.convert_ldm_unet_checkpoint(dict(tensors), config)
-        if variant.unet.guidance_dim:                # LCM's, which their conversion leaves out
+        if variant.unet.guidance_dim:  # LCM's, which their conversion leaves out
             weights["time_embedding.cond_proj.weight"] = tensors[f"{prefix}time_embed.cond_proj.weight"]
         return weights
     if name == "vae":
@@ -89,6 +92,7 @@ def converted(path: Path, name: str, variant: Variant, config: dict, network: nn
 
 def spelled_as(weights: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With or without `text_model.`, as this version of transformers has it."""
+
     def spelled(name: str) -> str:
         without = name.removeprefix("text_model.")
         return next((other for other in (name, without, f"text_model.{without}") if other in names), name)
@@ -115,8 +119,9 @@ def pipe_there(contents: Contents, path: Path, variant_file: str | None, spacing
 
     variant, name = contents.variant, pipeline(contents.variant)
     settings = json.loads(contents.texts["scheduler/scheduler_config.json"])
-    scheduler = diffusers.DDIMScheduler.from_config(settings, timestep_spacing=spacing, set_alpha_to_one=False,
-                                                    steps_offset=1, clip_sample=False)
+    scheduler = diffusers.DDIMScheduler.from_config(
+        settings, timestep_spacing=spacing, set_alpha_to_one=False, steps_offset=1, clip_sample=False
+    )
     parts = {part: theirs(contents, path, part, variant_file) for part in contents.networks}
     parts |= dict(zip(tokenizer_names(variant), tokenizers_there(contents, path), strict=True))
     if variant.unet.vector:

@@ -13,7 +13,7 @@ from plainsd.kernels import have_kernels
 from plainsd.models.layers import Attention, ResBlock, Upsample
 from plainsd.models.unet import FeedForward
 
-SMALL, SHORT = 2**18, 2**23           # numbers in a weight, and multiplications with it, up to which our kernel beats oneDNN's
+SMALL, SHORT = 2**18, 2**23  # numbers in a weight, and multiplications with it, up to which our kernel beats oneDNN's
 
 
 def pack_inside(module: nn.Module) -> None:
@@ -160,23 +160,25 @@ class PackedUpsample(nn.Module):
         self.whole, weight = PackedConv(plain.conv), plain.conv.weight
         self.kinds = nn.ModuleDict()
         for row, column in KINDS:
-            conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 2, padding=1, dtype=weight.dtype).requires_grad_(False)
+            conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 2, padding=1, dtype=weight.dtype).requires_grad_(
+                False
+            )
             conv.weight.copy_(_merged(_merged(weight.float(), 2, row), 3, column))
             conv.bias.copy_(plain.conv.bias)
             self.kinds[f"{row}{column}"] = PackedConv(conv)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         height, width = x.shape[2:]
-        if size is not None and tuple(size) != (2 * height, 2 * width):          # an odd side: not quite doubled
+        if size is not None and tuple(size) != (2 * height, 2 * width):  # an odd side: not quite doubled
             return self.whole(nn.functional.interpolate(x, size=size, mode="nearest"))
         out = x.new_empty(len(x), 2 * height, 2 * width, len(self.whole.bias)).permute(0, 3, 1, 2)
         for row, column in KINDS:
-            made = self.kinds[f"{row}{column}"](x)                               # (B, C, H + 1, W + 1), padded all around
+            made = self.kinds[f"{row}{column}"](x)  # (B, C, H + 1, W + 1), padded all around
             out[:, :, row::2, column::2] = made[:, :, row : row + height, column : column + width]
         return out
 
 
-KINDS = ((0, 0), (0, 1), (1, 0), (1, 1))          # even and odd rows and columns
+KINDS = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows and columns
 
 
 def _merged(weight: Tensor, dim: int, odd: int) -> Tensor:
@@ -231,7 +233,7 @@ class PackedCrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         if context is not self.seen:
             self.seen, self.kept = context, [t.contiguous() for t in split(self.kv(context), 2, self.heads)]
-        q, = split(self.q(x), 1, self.heads)
+        (q,) = split(self.q(x), 1, self.heads)
         return self.out(self.attend(q, *self.kept).transpose(1, 2).flatten(2))
 
 

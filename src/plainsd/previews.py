@@ -31,7 +31,7 @@ def latent_rgb(sd: StableDiffusion) -> Tensor:
 
 
 def preview_text(projection: Tensor) -> str:
-    rows = [[round(value, 6) for value in row] for row in projection.T.tolist()]             # (3, L + 1)
+    rows = [[round(value, 6) for value in row] for row in projection.T.tolist()]  # (3, L + 1)
     table = {"matrix": [row[:-1] for row in rows], "bias": [row[-1] for row in rows]}
     return json.dumps({"latent_rgb": table}) + "\n"
 

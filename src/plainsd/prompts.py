@@ -27,7 +27,7 @@ PIECES = re.compile(rf"\\[()\[\]\\]|:\s*({NUMBER})\s*\)|[()\[\]:\\]|[^()\[\]:\\]
 SIGNS = re.compile(r"\\.|[()\[\]:|\\]|[^()\[\]:|\\]+", re.DOTALL)
 WHEN = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?\d+)?)\s*")
 LORA = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
-ROUND, SQUARE = 1.1, 1 / 1.1                     # what a pair of brackets multiplies by
+ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies by
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Weighted:
     weight: float = 1.0
 
 
-BREAK = Weighted("BREAK", 0.0)                   # told from a text by `is`
+BREAK = Weighted("BREAK", 0.0)  # told from a text by `is`
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Alternate:
 
 def parse(prompt: str) -> list[Weighted]:
     """Stretches of text with their weights, and `BREAK` between chunks; neighbours of equal weight are joined."""
-    pieces: list[tuple[str, float] | None] = []              # None is a BREAK
-    opened: dict[str, list[int]] = {"(": [], "[": []}        # where in `pieces` a bracket that is still open began
+    pieces: list[tuple[str, float] | None] = []  # None is a BREAK
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `pieces` a bracket that is still open began
 
     def close(start: int, factor: float) -> None:
         pieces[start:] = [piece and (piece[0], piece[1] * factor) for piece in pieces[start:]]
@@ -155,7 +155,7 @@ class _Group:
     def closed(self) -> list | None:
         """What a whole group stands for; None where it means nothing as a group."""
         if self.separators == "" or (self.bracket == "(" and self.separators == ":"):
-            return [*self.literal(), PAIRS[self.bracket]]            # a weight: left to `parse`
+            return [*self.literal(), PAIRS[self.bracket]]  # a weight: left to `parse`
         if self.bracket == "[" and set(self.separators) == {"|"}:
             return [Alternate(tuple(map(tuple, self.parts)))]
         number = WHEN.fullmatch("".join(map(str, self.parts[-1])))

@@ -26,11 +26,11 @@ from plainsd.variants import VARIANTS
 class Place(NamedTuple):
     """Where the work is done, and on what."""
 
-    folder: Path                      # the model, a diffusers folder
+    folder: Path  # the model, a diffusers folder
     dtype: torch.dtype
     device: torch.device
     rounds: int
-    room: Path | None = None          # where other models may be written for a while
+    room: Path | None = None  # where other models may be written for a while
 
 
 def random_folder(folder: Path, dtype: torch.dtype, family: str = "sd1") -> Path:
@@ -87,10 +87,17 @@ def openvino(place: Place, make: Callable[[], torch.nn.Module], *inputs: torch.T
         return None
     import openvino as ov
 
-    inputs = [part.float().clone() for part in inputs]      # made in inference mode, they could not be traced
-    model = ov.convert_model(make().float(), example_input=tuple(inputs))     # from float32, as their users export it
+    inputs = [part.float().clone() for part in inputs]  # made in inference mode, they could not be traced
+    model = ov.convert_model(make().float(), example_input=tuple(inputs))  # from float32, as their users export it
     wanted = "bf16" if place.dtype == torch.bfloat16 else "f32"
-    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": wanted, "PERFORMANCE_HINT": "LATENCY",
-                                               "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    compiled = ov.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": wanted,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        },
+    )
     arrays = [part.numpy() for part in inputs]
     return lambda: torch.from_numpy(compiled(arrays)[0])

@@ -23,33 +23,33 @@ class Settings:
 
     prompt: str = ""
     negative: str = ""
-    size: tuple[int, int] | None = None            # width, height in pixels; with a picture given, the picture's own
+    size: tuple[int, int] | None = None  # width, height in pixels; with a picture given, the picture's own
     steps: int | None = None
-    guidance: float | None = None                  # 1: no second pass, and the negative prompt has no effect
+    guidance: float | None = None  # 1: no second pass, and the negative prompt has no effect
     sampler: str | None = None
     spacing: str | None = None
     seed: int = 0
-    clip_skip: int = 1                             # 1: the text encoder's last layer, 2: the last but one, ...
-    eta: float | None = None                       # share of fresh noise a step, for samplers that have the choice
-    strength: float | None = None                  # share of the steps that run on a given or upscaled picture
-    variation_seed: int | None = None              # a second seed, towards which the first noise is turned ...
-    variation_strength: float = 0.0                # ... by this share, 0 to 1
-    hires: float | None = None                     # second pass on the picture enlarged this many times
-    upscaler: str = "latent"                       # how it is enlarged: "latent" or "lanczos"
-    handover: float | None = None                  # share of the timesteps after which the refiner draws
-    refiner: str | None = None                     # its name, for the text, as for `model`
-    vae: str | None = None                         # likewise, where it is not the model's own
-    masked: bool = False                           # inpainting: a mask came with the picture, for the text
-    outpaint: tuple[int, int, int, int] | None = None      # pixels added at left, top, right, bottom, for the text
-    rescale: float = 0.0                           # Lin et al. 2023 (arXiv:2305.08891), 0 to 1
-    interval: tuple[float, float] | None = None    # sigmas between which guidance acts (arXiv:2404.07724)
-    perturbed: float = 0.0                         # scale of perturbed-attention guidance (arXiv:2403.17377)
-    threshold: float | None = None                 # percentile of dynamic thresholding, .995 (arXiv:2205.11487)
-    cache: int | None = None                       # deep layers run at every so many-th call only (arXiv:2312.00858)
-    embeddings: tuple[str, ...] = ()               # learned words in the prompts, for the text
-    model: str | None = None                       # its name, for the text; which model draws is said elsewhere
-    hashes: tuple[tuple[str, str], ...] = ()       # of the files of model, vae, lora:name, embed:word, for the text
-    other: tuple[tuple[str, str], ...] = ()        # what a text said beside these; nothing here acts on it
+    clip_skip: int = 1  # 1: the text encoder's last layer, 2: the last but one, ...
+    eta: float | None = None  # share of fresh noise a step, for samplers that have the choice
+    strength: float | None = None  # share of the steps that run on a given or upscaled picture
+    variation_seed: int | None = None  # a second seed, towards which the first noise is turned ...
+    variation_strength: float = 0.0  # ... by this share, 0 to 1
+    hires: float | None = None  # second pass on the picture enlarged this many times
+    upscaler: str = "latent"  # how it is enlarged: "latent" or "lanczos"
+    handover: float | None = None  # share of the timesteps after which the refiner draws
+    refiner: str | None = None  # its name, for the text, as for `model`
+    vae: str | None = None  # likewise, where it is not the model's own
+    masked: bool = False  # inpainting: a mask came with the picture, for the text
+    outpaint: tuple[int, int, int, int] | None = None  # pixels added at left, top, right, bottom, for the text
+    rescale: float = 0.0  # Lin et al. 2023 (arXiv:2305.08891), 0 to 1
+    interval: tuple[float, float] | None = None  # sigmas between which guidance acts (arXiv:2404.07724)
+    perturbed: float = 0.0  # scale of perturbed-attention guidance (arXiv:2403.17377)
+    threshold: float | None = None  # percentile of dynamic thresholding, .995 (arXiv:2205.11487)
+    cache: int | None = None  # deep layers run at every so many-th call only (arXiv:2312.00858)
+    embeddings: tuple[str, ...] = ()  # learned words in the prompts, for the text
+    model: str | None = None  # its name, for the text; which model draws is said elsewhere
+    hashes: tuple[tuple[str, str], ...] = ()  # of the files of model, vae, lora:name, embed:word, for the text
+    other: tuple[tuple[str, str], ...] = ()  # what a text said beside these; nothing here acts on it
 
     def check(self) -> None:
         """UserError for the first number that is out of its range, or the first name that is unknown."""
@@ -67,7 +67,7 @@ class Settings:
 
 
 UPSCALERS = ("latent", "lanczos")
-SIZES = (8, 4096)                                  # pixels, of either side
+SIZES = (8, 4096)  # pixels, of either side
 RANGES = {
     "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**63 - 1), "clip_skip": (1, 48),
     "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**63 - 1), "variation_strength": (0, 1), "hires": (1, 8),
@@ -88,7 +88,7 @@ SPACINGS = {
     "leading": "DDIM",
     "distilled": "Distilled",                      # lcm's own
 }  # fmt: skip
-SUFFIXES = ("karras", "exponential")               # written behind the sampler's name; the others as "Schedule type"
+SUFFIXES = ("karras", "exponential")  # written behind the sampler's name; the others as "Schedule type"
 
 
 def number(value: float) -> str:
@@ -141,10 +141,10 @@ FIELDS = (
     ("Deep cache", "cache", int, str),
     ("Embeddings", "embeddings", _words, ", ".join),
 )
-HASHES = {"model": "Model hash", "vae": "VAE hash"}           # A1111's keys for one ...
-SEVERAL = {"lora:": "Lora hashes", "embed:": "TI hashes"}     # ... and for "name: hash, name: hash"
+HASHES = {"model": "Model hash", "vae": "VAE hash"}  # A1111's keys for one ...
+SEVERAL = {"lora:": "Lora hashes", "embed:": "TI hashes"}  # ... and for "name: hash, name: hash"
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
-ALWAYS = ("seed",)                                 # written even where they have their default value
+ALWAYS = ("seed",)  # written even where they have their default value
 
 
 def quote(text: str) -> str:
@@ -155,7 +155,7 @@ def quote(text: str) -> str:
 def unquote(text: str) -> str:
     try:
         return json.loads(text) if text.startswith('"') else text
-    except ValueError:                             # another program's bare value that starts with a quote
+    except ValueError:  # another program's bare value that starts with a quote
         return text
 
 
@@ -192,7 +192,7 @@ ENTRY = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 def _sampler(said: dict[str, str]) -> dict[str, str | None]:
-    """"DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays."""
+    """ "DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays."""
     name, schedule = said.pop("Sampler", None), said.pop("Schedule type", "Automatic")
     spacing = {text: ours for ours, text in SPACINGS.items()}.get(schedule)
     if schedule not in ("Automatic", *SPACINGS.values()):
@@ -209,7 +209,7 @@ def _hires(said: dict[str, str]) -> None:
         ratios = {to / side for to, side in zip(_size(said["Hires resize"]), _size(said["Size"]), strict=True) if to}
     except (KeyError, ValueError, ZeroDivisionError):
         return
-    if len(ratios) == 1:                           # another shape stays among what has no meaning here
+    if len(ratios) == 1:  # another shape stays among what has no meaning here
         said["Hires upscale"] = number(ratios.pop())
         del said["Hires resize"]
 
@@ -226,7 +226,7 @@ def parse_settings(text: str) -> Settings:
     """A1111's text -> Settings; what has no meaning here is kept in `other`. UserError where this is no such text."""
     *lines, last = text.rstrip("\n").split("\n")
     said = {key: unquote(value.strip()) for key, value in ENTRY.findall(last)}
-    if len(said) < 3:                              # A1111's own rule: fewer, and the line belongs to the prompt
+    if len(said) < 3:  # A1111's own rule: fewer, and the line belongs to the prompt
         raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: 20, Sampler: ...'")
     _hires(said)
     negative = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))

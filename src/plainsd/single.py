@@ -20,21 +20,36 @@ from plainsd.folder import spelling
 from plainsd.tensorfile import Stored, TensorFile, damaged, open_tensors, write_safetensors
 from plainsd.variants import Variant
 
-FILES, SPELLED = "plainsd.files", "plainsd.spellings"        # in the metadata, as JSON: a folder's settings; our notes
-KEPT = "leftovers."                                          # before a folder's tensors that single files do not have
+FILES, SPELLED = "plainsd.files", "plainsd.spellings"  # in the metadata, as JSON: a folder's settings; our notes
+KEPT = "leftovers."  # before a folder's tensors that single files do not have
 
 PATH = re.compile(r"(model_index|preview|(unet|vae|scheduler|(text_encoder|tokenizer)(_2)?)/\w[\w.-]*)\.(json|txt)")
 
 # Names beside the networks' own: averaged copies, buffers, training losses, and parts that no picture needs.
-BESIDE = re.compile("|".join((
-    r"model_ema\.", r"(sqrt_|log_)?(one_minus_)?(recip(m1)?_)?alphas_cumprod(_prev)?$", r"sqrt_recipm1_alphas_cumprod$",
-    r"betas$", r"posterior_", r"logvar$", r"scale_factor$", r"denoiser\.", r"v_pred$", r"ztsnr$",
-    r"first_stage_model\.loss\.", r"cond_stage_model\.(logit_scale|text_projection)",
-    r".*\.position_ids$", r".*\.logit_scale$", re.escape(KEPT),
-    r"cond_stage_model\.transformer\.text_projection\.weight$",
-    r"conditioner\.embedders\.0\.transformer\.text_projection\.weight$",
-    r"cond_stage_model\.model\.(text_projection$|visual\.|transformer\.resblocks\.23\.)",   # SD 2 stops before it
-)))
+BESIDE = re.compile(
+    "|".join(
+        (
+            r"model_ema\.",
+            r"(sqrt_|log_)?(one_minus_)?(recip(m1)?_)?alphas_cumprod(_prev)?$",
+            r"sqrt_recipm1_alphas_cumprod$",
+            r"betas$",
+            r"posterior_",
+            r"logvar$",
+            r"scale_factor$",
+            r"denoiser\.",
+            r"v_pred$",
+            r"ztsnr$",
+            r"first_stage_model\.loss\.",
+            r"cond_stage_model\.(logit_scale|text_projection)",
+            r".*\.position_ids$",
+            r".*\.logit_scale$",
+            re.escape(KEPT),
+            r"cond_stage_model\.transformer\.text_projection\.weight$",
+            r"conditioner\.embedders\.0\.transformer\.text_projection\.weight$",
+            r"cond_stage_model\.model\.(text_projection$|visual\.|transformer\.resblocks\.23\.)",  # SD 2 stops before it
+        )
+    )
+)
 
 
 def prefixes(variant: Variant) -> dict[str, tuple[str, str]]:
@@ -51,6 +66,7 @@ def prefixes(variant: Variant) -> dict[str, tuple[str, str]]:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
 
 def read_single(path: Path, family: str | None = None, *, vae: bool = True) -> Contents:
     """`family`: a name in VARIANTS, where shapes cannot tell. `vae` False: the file's own is not wanted."""
@@ -89,8 +105,16 @@ def told(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
 def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[str, Network]:
     """The networks of those names; whatever else is in the file must be known by name."""
     bare = {name: blueprint(*parts(variant)[name]) for name in names}
-    wanted = {name: located(network, prefixes(variant)[name][1], file.tensors, conv=variant.conv_projections,
-                            prefix=prefixes(variant)[name][0]) for name, network in bare.items()}
+    wanted = {
+        name: located(
+            network,
+            prefixes(variant)[name][1],
+            file.tensors,
+            conv=variant.conv_projections,
+            prefix=prefixes(variant)[name][0],
+        )
+        for name, network in bare.items()
+    }
     beside = [name for name in file.tensors if BESIDE.match(name)]
     if "vae" not in names:
         beside += [name for name in file.tensors if name.startswith(prefixes(variant)["vae"][0])]
@@ -98,8 +122,9 @@ def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[
     networks = {}
     for name, network in bare.items():
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
-        extras = {theirs: file.tensors[key]
-                  for key, theirs in extra_names(file, name, *prefixes(variant)[name]).items()}
+        extras = {
+            theirs: file.tensors[key] for key, theirs in extra_names(file, name, *prefixes(variant)[name]).items()
+        }
         networks[name] = Network(*parts(variant)[name], unpack(file, wanted[name], shapes), extras)
     return networks
 
@@ -107,10 +132,14 @@ def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[
 def extra_names(file: TensorFile, part: str, prefix: str, layout: str) -> dict[str, str]:
     """What a network's own file in a folder would hold beside its weights, `position_ids`: the names here and there."""
     kept = f"{KEPT}{part}."
-    public = [name for name in file.tensors
-              if layout == "transformers" and name.startswith(prefix) and name.endswith(".position_ids")]
+    public = [
+        name
+        for name in file.tensors
+        if layout == "transformers" and name.startswith(prefix) and name.endswith(".position_ids")
+    ]
     return {name: name.removeprefix(kept) for name in file.tensors if name.startswith(kept)} | {
-        name: name.removeprefix(prefix) for name in public}
+        name: name.removeprefix(prefix) for name in public
+    }
 
 
 def noted(file: TensorFile, name: str, default: dict | list) -> dict | list:
@@ -125,12 +154,16 @@ def noted(file: TensorFile, name: str, default: dict | list) -> dict | list:
 
 def has_convolutions(file: TensorFile) -> bool:
     """Whether the UNet's attention projections are 1x1 convolutions in this file."""
-    shapes = (stored.shape for name, stored in file.tensors.items()
-              if name.startswith(UNET_PREFIX) and name.endswith("proj_in.weight"))
+    shapes = (
+        stored.shape
+        for name, stored in file.tensors.items()
+        if name.startswith(UNET_PREFIX) and name.endswith("proj_in.weight")
+    )
     return len(next(shapes, ())) == 4
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
+
 
 def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = None) -> None:
     """`contents.texts` go into the metadata. The file is whole or absent."""
@@ -139,8 +172,14 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
     tensors = dict(contents.leftovers)
     for name, network in contents.networks.items():
         prefix, layout = prefixes(contents.variant)[name]
-        tensors |= pack(network, layout, conv=contents.variant.conv_projections, prefix=prefix, dtype=dtype,
-                        spelling=spelling(contents, "single-file", name))
+        tensors |= pack(
+            network,
+            layout,
+            conv=contents.variant.conv_projections,
+            prefix=prefix,
+            dtype=dtype,
+            spelling=spelling(contents, "single-file", name),
+        )
         before = prefix if layout == "transformers" else f"{KEPT}{name}."
         tensors |= {before + key: stored for key, stored in network.extras.items()}
     others = [note for note in contents.spellings if not note.startswith("single-file ")]

@@ -34,12 +34,14 @@ from plainsd.packed import PackedCrossAttention, PackedSelfAttention, pack_insid
 if TYPE_CHECKING:
     from plainsd.generate import StableDiffusion
 
-PIECE = 512                           # queries whose attention maps are in memory at once
-LONG = 1024                           # queries from which on that pays
+PIECE = 512  # queries whose attention maps are in memory at once
+LONG = 1024  # queries from which on that pays
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def faster(sd: StableDiffusion, *, compiled: bool = False, tell: Callable[[str], None] = lambda line: None) -> StableDiffusion:
+def faster(
+    sd: StableDiffusion, *, compiled: bool = False, tell: Callable[[str], None] = lambda line: None
+) -> StableDiffusion:
     """The same model, in place, with what pays on its device. `compiled`: torch.compile too; `tell` is told when it compiles,
     and how long that took."""
     if sd.refiner is not None:
@@ -69,8 +71,10 @@ def pack(sd: StableDiffusion, *, unet: bool = True) -> None:
     `unet`: the UNet too; torch.compile packs for itself.
     """
     if sd.device.type != "cpu" or sd.dtype not in DTYPES or not torch.backends.mkldnn.is_available():
-        raise UserError(f"weights can be packed on a CPU, in float32 or bfloat16, by a PyTorch with oneDNN; "
-                        f"this model is {sd.dtype} on {sd.device}")
+        raise UserError(
+            f"weights can be packed on a CPU, in float32 or bfloat16, by a PyTorch with oneDNN; "
+            f"this model is {sd.dtype} on {sd.device}"
+        )
     with torch.no_grad():
         for network in networks(sd):
             if unet or network is not sd.unet:
@@ -105,7 +109,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
     scale, out = q.shape[-1] ** -0.5, torch.empty_like(q)
     for b in range(q.shape[0]):
         for head in range(q.shape[1]):
-            keys, values = (k[b, head] * scale).t(), v[b, head].contiguous()         # (d, M), (M, d)
+            keys, values = (k[b, head] * scale).t(), v[b, head].contiguous()  # (d, M), (M, d)
             for start in range(0, q.shape[2], PIECE):
                 piece = q[b, head, start : start + PIECE]
                 out[b, head, start : start + PIECE] = torch.softmax(piece @ keys, dim=-1) @ values
@@ -120,7 +124,7 @@ def trained_faster(network: nn.Module) -> Iterator[None]:
     """Inside, the network's GroupNorms, with the SiLU after them, its GEGLUs and its attention are kernels of our own, and so
     are their gradients: on a CPU with AVX512_BF16. Elsewhere nothing changes."""
     works = next(network.parameters()).device.type == "cpu" and have_kernels(torch.bfloat16)
-    changed = []                                         # of which object, which name
+    changed = []  # of which object, which name
     for module in network.modules() if works else []:
         if isinstance(module, ResBlock):
             changed.append((module, "activate", kernels.trained_norm_silu))
@@ -138,7 +142,7 @@ def trained_faster(network: nn.Module) -> Iterator[None]:
     finally:
         for (module, name, _), old in zip(changed, before, strict=True):
             if old is None:
-                delattr(module, name)                    # the class's own shows again
+                delattr(module, name)  # the class's own shows again
             else:
                 setattr(module, name, old)
 
@@ -155,14 +159,18 @@ def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     compiled = torch.compile(sd.unet.forward, dynamic=False, options=compiler_options(sd.device))
 
-    def forward(x: Tensor, timestep: Tensor | float, context: Tensor, *rest: Tensor | None, **named: Tensor | None) -> Tensor:
-        if not isinstance(timestep, Tensor):              # a number would be compiled in, and each step anew
+    def forward(
+        x: Tensor, timestep: Tensor | float, context: Tensor, *rest: Tensor | None, **named: Tensor | None
+    ) -> Tensor:
+        if not isinstance(timestep, Tensor):  # a number would be compiled in, and each step anew
             timestep = x.new_full((), timestep, dtype=torch.float32)
         shape, began = (x.shape, context.shape), time.perf_counter()
         if new := shape not in met:
-            tell(f"compiling the UNet for {len(x)} rows of {x.shape[3]}x{x.shape[2]} latents; the first time takes minutes")
+            tell(
+                f"compiling the UNet for {len(x)} rows of {x.shape[3]}x{x.shape[2]} latents; the first time takes minutes"
+            )
         out = compiled(x, timestep, context, *rest, **named)
-        if sd.device.type == "cuda":                      # a graph's output is written over when it runs again
+        if sd.device.type == "cuda":  # a graph's output is written over when it runs again
             out = out.clone()
         if new:
             met.add(shape)

@@ -23,13 +23,22 @@ from torch import Tensor
 from plainsd.errors import UserError
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_LIMIT = 100_000_000            # bytes; the format's own limit
-WINDOW = 2**26                        # bytes of a file that stay in memory once they were read
+HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+WINDOW = 2**26  # bytes of a file that stay in memory once they were read
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,8 @@ def read_header(path: Path) -> tuple[dict, int]:
             start = file.read(8)
             if len(start) < 8:
                 raise damaged(path, f"it has only {size} bytes")
-            length, = struct.unpack("<Q", start)
-            if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and length > HEADER_LIMIT):   # PyTorch's, new, old
+            (length,) = struct.unpack("<Q", start)
+            if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and length > HEADER_LIMIT):  # PyTorch's, new, old
                 raise UserError(f"{path} is a pickle, not safetensors; give it the ending .ckpt, or fetch it again")
             if length > min(size - 8, HEADER_LIMIT):
                 raise damaged(path, f"it has {size} bytes and claims a header of {length}")
@@ -109,8 +118,10 @@ def open_safetensors(path: Path) -> TensorFile:
     if at != size:
         raise damaged(path, f"its tensors need {at} bytes and it has {size}" + (" (cut short)" if at > size else ""))
     pages = _Pages(path)
-    tensors = {name: Stored(dtype, shape, partial(pages.read, base + begin, dtype, shape))
-               for name, (dtype, shape, begin, _) in entries.items()}
+    tensors = {
+        name: Stored(dtype, shape, partial(pages.read, base + begin, dtype, shape))
+        for name, (dtype, shape, begin, _) in entries.items()
+    }
     return TensorFile(path, tensors, {str(key): str(value) for key, value in metadata.items()})
 
 
@@ -125,13 +136,13 @@ class _Pages:
         count = math.prod(shape) * dtype.itemsize
         self.make_room(start, count)
         part = self.bytes[start : start + count]
-        part = part if start % dtype.itemsize == 0 else part.clone()         # no number may lie across two
+        part = part if start % dtype.itemsize == 0 else part.clone()  # no number may lie across two
         return part.view(dtype).view(shape).to(wanted or dtype, copy=True)
 
     def make_room(self, start: int, count: int) -> None:
         if self.map is None:
-            with open(self.path, "rb") as file, warnings.catch_warnings(action="ignore"):   # of bytes that are read only
-                if os.fstat(file.fileno()).st_size:          # an empty file can't be mapped
+            with open(self.path, "rb") as file, warnings.catch_warnings(action="ignore"):  # of bytes that are read only
+                if os.fstat(file.fileno()).st_size:  # an empty file can't be mapped
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                     self.bytes, self.map = torch.frombuffer(mapped, dtype=torch.uint8), mapped
         if self.map is None or self.map.size() < start + count:
@@ -150,7 +161,7 @@ def header_bytes(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> 
         header[name] = {"dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)                          # so that the first tensor is aligned
+    text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
     return struct.pack("<Q", len(text)) + text
 
 
@@ -174,9 +185,14 @@ class Ignored:
 
 
 # What old checkpoints hold beside tensors. The unpickler is given these names and no others, and they do nothing.
-HARMLESS = [(Ignored, name) for name in (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar", "numpy.dtype",
-)]
+HARMLESS = [
+    (Ignored, name)
+    for name in (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "numpy.core.multiarray.scalar",
+        "numpy.dtype",
+    )
+]
 
 
 def unpickled(path: Path, harmless: Iterable[tuple[type, str]] = HARMLESS) -> object:
@@ -189,17 +205,19 @@ def unpickled(path: Path, harmless: Iterable[tuple[type, str]] = HARMLESS) -> ob
         if start != b"PK" and start[:1] != b"\x80":
             raise UserError(f"{path} is no PyTorch file, and no safetensors either; give a model's file or folder")
         with torch.serialization.safe_globals(list(harmless)), warnings.catch_warnings(action="ignore"):
-            return torch.load(path, mmap=start == b"PK", **options)      # only the newer, zipped files can be mapped
+            return torch.load(path, mmap=start == b"PK", **options)  # only the newer, zipped files can be mapped
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:                               # the unpickler fails in as many ways as files are broken
+    except Exception as error:  # the unpickler fails in as many ways as files are broken
         asked = re.search(r"GLOBAL (\S+)|nsupported operand \d+", str(error))
         if isinstance(error, pickle.UnpicklingError) and asked:
             name = f" asks for {asked[1]} and" if asked[1] else ""
-            raise UserError(f"{path} is a pickle that{name} could run code; it is not opened; look for a .safetensors "
-                            "file of the model") from error
+            raise UserError(
+                f"{path} is a pickle that{name} could run code; it is not opened; look for a .safetensors "
+                "file of the model"
+            ) from error
         raise damaged(path, f"it is no PyTorch file ({type(error).__name__})") from error
 
 

@@ -27,10 +27,10 @@ from plainsd.errors import UserError
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}   # and what each is by default
+ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # and what each is by default
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 CLIP_SIZE = 49_408
-CACHED = {                                       # hub repositories that hold CLIP's vocabulary, and where
+CACHED = {  # hub repositories that hold CLIP's vocabulary, and where
     "openai/clip-vit-large-patch14": "",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "tokenizer/",
     "stabilityai/stable-diffusion-2-1": "tokenizer/",
@@ -45,26 +45,33 @@ class Tokenizer:
     each role its token. `added` are tokens on top of the vocabulary, in the order of their ids.
     """
 
-    def __init__(self, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], *,
-                 special: dict[str, AddedToken | str] | None = None, added: Iterable[AddedToken] = (),
-                 max_length: int = 77):
+    def __init__(
+        self,
+        vocabulary: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        *,
+        special: dict[str, AddedToken | str] | None = None,
+        added: Iterable[AddedToken] = (),
+        max_length: int = 77,
+    ):
         self.vocabulary, self.merges, self.max_length = vocabulary, list(merges), max_length
         self.special = ROLES | (special or {})
         self._backend = _backend(vocabulary, self.merges, unknown=str(self.special["unk_token"]))
         self._backend.add_tokens(list(added))
-        for role in ROLES:                       # a role given as plain text is matched before lower-casing
+        for role in ROLES:  # a role given as plain text is matched before lower-casing
             token = self.special[role]
             self._backend.add_special_tokens([AddedToken(token, special=True) if isinstance(token, str) else token])
-        self.start, self.end, self.pad = (self._backend.token_to_id(str(self.special[role]))
-                                          for role in ("bos_token", "eos_token", "pad_token"))
-        self._runs = self._find_runs()           # first id of a learned token -> the ids of all its vectors
+        self.start, self.end, self.pad = (
+            self._backend.token_to_id(str(self.special[role])) for role in ("bos_token", "eos_token", "pad_token")
+        )
+        self._runs = self._find_runs()  # first id of a learned token -> the ids of all its vectors
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, with the special tokens named beside them."""
         folder = Path(folder)
         added = {}
-        if (folder / "tokenizer.json").is_file():            # all that transformers 5 writes; first, as there
+        if (folder / "tokenizer.json").is_file():  # all that transformers 5 writes; first, as there
             whole = _read_json(folder / "tokenizer.json")
             model = whole.get("model", {})
             if model.get("type", "BPE") != "BPE" or "vocab" not in model or "merges" not in model:
@@ -76,20 +83,27 @@ class Tokenizer:
             vocabulary, merges = _read_vocabulary(folder)
         config = _read_json(folder / "tokenizer_config.json", missing={})
         roles = {role: _token(config[role]) for role in ROLES if config.get(role)}
-        if "added_tokens_decoder" in config:                 # newer files describe each token here, older ones there
+        if "added_tokens_decoder" in config:  # newer files describe each token here, older ones there
             added |= {int(key): _token(token) for key, token in config["added_tokens_decoder"].items()}
         else:
             named = _read_json(folder / "special_tokens_map.json", missing={})
             roles |= {role: _token(named[role]) for role in ROLES if named.get(role)}
             extra = _read_json(folder / "added_tokens.json", missing={})
             known = {str(token) for token in roles.values()}
-            added |= {key: AddedToken(text, normalized=text not in known, special=text in known)
-                      for text, key in extra.items()}
+            added |= {
+                key: AddedToken(text, normalized=text not in known, special=text in known)
+                for text, key in extra.items()
+            }
         described = {str(token): token for token in added.values()}
         roles = {role: described.get(str(token), token) for role, token in roles.items()}
         length = config.get("model_max_length", 77)
-        return cls(vocabulary, merges, special=roles, added=[added[key] for key in sorted(added)],
-                   max_length=length if length < 1e6 else 77)   # "very large" is how transformers writes "not given"
+        return cls(
+            vocabulary,
+            merges,
+            special=roles,
+            added=[added[key] for key in sorted(added)],
+            max_length=length if length < 1e6 else 77,
+        )  # "very large" is how transformers writes "not given"
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, pad: str = END) -> "Tokenizer":
@@ -137,8 +151,10 @@ class Tokenizer:
         if not token.strip() or count < 1:
             raise UserError(f"cannot learn {count} vectors as {token!r}; give a name and at least one vector")
         if taken := [name for name in names if self._backend.token_to_id(name) is not None]:
-            raise UserError(f"cannot learn the token {token!r}: the vocabulary has {taken[0]!r} already; "
-                            f"choose another name, such as '<my-{token.strip('<> ')}>'")
+            raise UserError(
+                f"cannot learn the token {token!r}: the vocabulary has {taken[0]!r} already; "
+                f"choose another name, such as '<my-{token.strip('<> ')}>'"
+            )
         whole = token[0].isalnum() and token[-1].isalnum()
         self._backend.add_tokens([AddedToken(name, single_word=whole, normalized=True) for name in names])
         ids = [self._backend.token_to_id(name) for name in names]
@@ -151,10 +167,15 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         special = {role: str(token) for role, token in self.special.items()}
         config = {
-            "added_tokens_decoder": {str(key): _fields(token)
-                                     for key, token in sorted(self._backend.get_added_tokens_decoder().items())},
-            "add_prefix_space": False, "do_lower_case": True, "errors": "replace",
-            "model_max_length": self.max_length, "tokenizer_class": "CLIPTokenizer", **special,
+            "added_tokens_decoder": {
+                str(key): _fields(token) for key, token in sorted(self._backend.get_added_tokens_decoder().items())
+            },
+            "add_prefix_space": False,
+            "do_lower_case": True,
+            "errors": "replace",
+            "model_max_length": self.max_length,
+            "tokenizer_class": "CLIPTokenizer",
+            **special,
         }
         merges = "".join(f"{left} {right}\n" for left, right in self.merges)
         _write(folder / "vocab.json", json.dumps(self.vocabulary, ensure_ascii=False))
@@ -177,7 +198,7 @@ class Tokenizer:
     def _readable(self, piece: str) -> str:
         word, mark = (piece[: -len(WORD_END)], WORD_END) if piece.endswith(WORD_END) else (piece, "")
         if not SYMBOL_BYTES.keys() >= set(word):
-            return piece                         # a learned token may have any name
+            return piece  # a learned token may have any name
         return bytes(SYMBOL_BYTES[symbol] for symbol in word).decode("utf-8", errors="backslashreplace") + mark
 
 
@@ -200,9 +221,9 @@ def find_vocabulary(beside: str | Path | None = None) -> Path:
         here = Path(beside) if Path(beside).is_dir() else Path(beside).parent
         folders = [here, here / "tokenizer"]
     for package in ("clip", "open_clip"):
-        spec = importlib.util.find_spec(package)             # finds the folder; imports nothing
+        spec = importlib.util.find_spec(package)  # finds the folder; imports nothing
         folders += [Path(place) for place in (spec.submodule_search_locations if spec else None) or []]
-    from huggingface_hub import try_to_load_from_cache       # takes long to import, and few need it
+    from huggingface_hub import try_to_load_from_cache  # takes long to import, and few need it
 
     for repository, place in CACHED.items():
         found = [try_to_load_from_cache(repository, place + name) for name in ("vocab.json", "merges.txt")]
@@ -213,23 +234,36 @@ def find_vocabulary(beside: str | Path | None = None) -> Path:
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return folder
     where = f"beside {beside}, " if beside is not None else ""
-    raise UserError(f"CLIP's vocabulary is missing ({VOCABULARY}, or vocab.json and merges.txt): looked {where}in the "
-                    "packages clip and open_clip, and in the hub cache; `pip install openai-clip` brings it")
+    raise UserError(
+        f"CLIP's vocabulary is missing ({VOCABULARY}, or vocab.json and merges.txt): looked {where}in the "
+        "packages clip and open_clip, and in the hub cache; `pip install openai-clip` brings it"
+    )
 
 
 def _backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], unknown: str) -> Backend:
     try:
-        model = BPE(vocab=vocabulary, merges=list(merges), end_of_word_suffix=WORD_END, continuing_subword_prefix="",
-                    unk_token=unknown, fuse_unk=False)
-    except Exception as error:                               # the library raises a bare Exception
-        raise UserError(f"the vocabulary and the merges do not fit together: {error}; take both from one model"
-                        ) from error
+        model = BPE(
+            vocab=vocabulary,
+            merges=list(merges),
+            end_of_word_suffix=WORD_END,
+            continuing_subword_prefix="",
+            unk_token=unknown,
+            fuse_unk=False,
+        )
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(
+            f"the vocabulary and the merges do not fit together: {error}; take both from one model"
+        ) from error
     backend = Backend(model)
     backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     return backend
 
 
@@ -251,8 +285,14 @@ def _token(value: str | dict) -> AddedToken | str:
 
 
 def _fields(token: AddedToken) -> dict:
-    return {"content": token.content, "lstrip": token.lstrip, "normalized": token.normalized, "rstrip": token.rstrip,
-            "single_word": token.single_word, "special": token.special}
+    return {
+        "content": token.content,
+        "lstrip": token.lstrip,
+        "normalized": token.normalized,
+        "rstrip": token.rstrip,
+        "single_word": token.single_word,
+        "special": token.special,
+    }
 
 
 def _read(path: Path) -> str:

@@ -34,13 +34,19 @@ from plainsd.models.clip import TextEncoder
 from plainsd.oracle import pipe_there, quiet, theirs, tokenizers_there
 from plainsd.variants import Variant, encoder_names
 
-TOLERANCE = 1e-4                      # relative, of one network; float32 rounding gives 1e-7 to 1e-5
-DRAWN = 2e-3                          # of the latents after five steps; with zero terminal SNR they begin at sigma 4096
+TOLERANCE = 1e-4  # relative, of one network; float32 rounding gives 1e-7 to 1e-5
+DRAWN = 2e-3  # of the latents after five steps; with zero terminal SNR they begin at sigma 4096
 STEPS = 5
-WIDEST = 256                          # pixels: the arithmetic is the same at any size
-WORDS = ("a red apple", "blurred")       # short: diffusers cuts off what is longer than the text encoder
-TEXTS = (*WORDS, "", "a cat on a wooden table, 50mm photo", "Größe 3½ naïve's", "猫 🍎 on\ta mat!!!",
-         "1girl, (masterpiece:1.2), don't")
+WIDEST = 256  # pixels: the arithmetic is the same at any size
+WORDS = ("a red apple", "blurred")  # short: diffusers cuts off what is longer than the text encoder
+TEXTS = (
+    *WORDS,
+    "",
+    "a cat on a wooden table, 50mm photo",
+    "Größe 3½ naïve's",
+    "猫 🍎 on\ta mat!!!",
+    "1girl, (masterpiece:1.2), don't",
+)
 NEEDED = ("diffusers", "transformers", "accelerate")
 
 
@@ -53,7 +59,7 @@ class Row(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.tolerance                              # nan does not
+        return self.error <= self.tolerance  # nan does not
 
 
 def check_packages() -> None:
@@ -62,13 +68,19 @@ def check_packages() -> None:
             import_module(name)
     except ImportError as error:
         missing = (error.name or "one of them").partition(".")[0]
-        raise UserError(f"verify compares with {', '.join(NEEDED)}, and {missing} is not installed; "
-                        "pip install 'plainsd[verify]'") from error
+        raise UserError(
+            f"verify compares with {', '.join(NEEDED)}, and {missing} is not installed; pip install 'plainsd[verify]'"
+        ) from error
 
 
 @torch.inference_mode()
-def verify(source: str | Path | None = None, *, variant_file: str | None = None, family: str | None = None,
-           device: str = "auto") -> Iterator[Row]:
+def verify(
+    source: str | Path | None = None,
+    *,
+    variant_file: str | None = None,
+    family: str | None = None,
+    device: str = "auto",
+) -> Iterator[Row]:
     """A row for each tokenizer and network, and two for a picture. Arguments as for `plainsd.load`."""
     check_packages()
     place = choose_device(device)
@@ -79,8 +91,13 @@ def verify(source: str | Path | None = None, *, variant_file: str | None = None,
         for name in (*encoder_names(contents.variant), "vae", "unet"):
             network = contents.networks[name]
             run = {"unet": unet_row, "vae": vae_rows}.get(name, text_row)
-            yield from run(name, contents.variant, place, network.build,
-                           lambda name=name: theirs(contents, path, name, variant_file).to(place))
+            yield from run(
+                name,
+                contents.variant,
+                place,
+                network.build,
+                lambda name=name: theirs(contents, path, name, variant_file).to(place),
+            )
         yield from picture_rows(contents, path, variant_file, place)
 
 
@@ -100,6 +117,7 @@ def exact() -> Iterator[None]:
 
 # --- one network at a time -------------------------------------------------------------------------------------------
 
+
 def error(ours: Tensor, other: Tensor) -> float:
     """The largest difference, relative to the largest value there."""
     if ours.shape != other.shape:
@@ -107,8 +125,9 @@ def error(ours: Tensor, other: Tensor) -> float:
     return ((ours - other).abs().max() / other.abs().max()).item()
 
 
-def compared(device: torch.device, build: Callable, build_there: Callable, ours: Callable, there: Callable
-             ) -> list[float]:
+def compared(
+    device: torch.device, build: Callable, build_there: Callable, ours: Callable, there: Callable
+) -> list[float]:
     """`ours` of our network beside `there` of theirs, each a list of tensors; never both networks at once."""
     network = build(device, torch.float32)
     mine = ours(network)
@@ -127,11 +146,12 @@ def picture_size(variant: Variant) -> tuple[int, int]:
     return side, max(side * 3 // 4 // 8, 1) * 8
 
 
-def text_row(name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
-             ) -> Iterator[Row]:
+def text_row(
+    name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
+) -> Iterator[Row]:
     text = variant.text[encoder_names(variant).index(name)]
     ids = torch.randint(text.eos, (3, text.positions), generator=torch.Generator().manual_seed(0))
-    ids[0, 5:] = ids[1, 40:] = ids[2, -1] = text.eos         # short, half and full
+    ids[0, 5:] = ids[1, 40:] = ids[2, -1] = text.eos  # short, half and full
     ids = ids.to(device)
 
     def ours(encoder: TextEncoder) -> list[Tensor]:
@@ -140,14 +160,18 @@ def text_row(name: str, variant: Variant, device: torch.device, build: Callable,
 
     def there(encoder: nn.Module) -> list[Tensor]:
         states = encoder(ids, output_hidden_states=True)
-        return [states.last_hidden_state, states.hidden_states[-2],
-                states.text_embeds if text.projection else states.pooler_output]
+        return [
+            states.last_hidden_state,
+            states.hidden_states[-2],
+            states.text_embeds if text.projection else states.pooler_output,
+        ]
 
     yield Row(name.replace("_", " "), max(compared(device, build, build_there, ours, there)), TOLERANCE)
 
 
-def vae_rows(name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
-             ) -> Iterator[Row]:
+def vae_rows(
+    name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
+) -> Iterator[Row]:
     (width, height), vae = picture_size(variant), variant.vae
     pixels = to_tensor(gradient((width, height))).to(device) + 0.1 * numbers(device, 1, 3, height, width)
     latents = numbers(device, 1, vae.latent_channels, height // vae.factor, width // vae.factor) / vae.scaling_factor
@@ -165,11 +189,15 @@ def vae_rows(name: str, variant: Variant, device: torch.device, build: Callable,
     yield Row("vae, decode", decoded, TOLERANCE)
 
 
-def unet_row(name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
-             ) -> Iterator[Row]:
+def unet_row(
+    name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
+) -> Iterator[Row]:
     config, (width, height) = variant.unet, (side // variant.vae.factor for side in picture_size(variant))
-    inputs = (numbers(device, 2, config.in_channels, height, width), torch.tensor([901.0, 37.0], device=device),
-              numbers(device, 2, variant.text[0].positions, config.context))
+    inputs = (
+        numbers(device, 2, config.in_channels, height, width),
+        torch.tensor([901.0, 37.0], device=device),
+        numbers(device, 2, variant.text[0].positions, config.context),
+    )
     mine, other = {}, {}
     if config.vector:
         pooled = numbers(device, 2, variant.text[-1].projection)
@@ -179,12 +207,14 @@ def unet_row(name: str, variant: Variant, device: torch.device, build: Callable,
         other["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
     if config.guidance_dim:
         mine["guidance"] = other["timestep_cond"] = numbers(device, 2, config.guidance_dim)
-    found, = compared(device, build, build_there, lambda unet: [unet(*inputs, **mine)],
-                      lambda unet: [unet(*inputs, **other).sample])
+    (found,) = compared(
+        device, build, build_there, lambda unet: [unet(*inputs, **mine)], lambda unet: [unet(*inputs, **other).sample]
+    )
     yield Row("unet", found, TOLERANCE)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
+
 
 def tokenizer_rows(contents: Contents, path: Path) -> Iterator[Row]:
     """How many of some texts are cut otherwise."""
@@ -195,6 +225,7 @@ def tokenizer_rows(contents: Contents, path: Path) -> Iterator[Row]:
 
 
 # --- a picture -------------------------------------------------------------------------------------------------------
+
 
 def gradient(size: tuple[int, int]) -> Image.Image:
     width, height = size
@@ -233,8 +264,15 @@ def picture_rows(contents: Contents, path: Path, variant_file: str | None, devic
     if "Img2Img" not in name:
         told |= {"width": size[0], "height": size[1]}
     pipe = pipe_there(contents, path, variant_file, choices["spacing"], device)
-    latents = pipe(WORDS[0], negative_prompt=WORDS[1], num_inference_steps=STEPS, guidance_scale=variant.guidance,
-                   generator=torch.Generator().manual_seed(0), output_type="latent", **told).images
+    latents = pipe(
+        WORDS[0],
+        negative_prompt=WORDS[1],
+        num_inference_steps=STEPS,
+        guidance_scale=variant.guidance,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        **told,
+    ).images
     pixels = bytes_of(pipe.vae.decode(latents / variant.vae.scaling_factor).sample)
     yield Row(f"latents after {STEPS} steps", error(mine[0], latents), DRAWN)
     yield Row("pixels, in 1/255", int(np.abs(mine[1] - pixels).max()), 1 + variant.schedule.zero_terminal_snr)
@@ -245,6 +283,7 @@ def bytes_of(pixels: Tensor) -> np.ndarray:
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
+
 
 def lines(rows: Iterable[Row], failed: list[Row]) -> Iterator[str]:
     """The table, a line as soon as its row is there. Rows beyond their tolerance are put into `failed`."""

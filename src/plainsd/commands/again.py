@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from plainsd.commands.generate import Generate
     from plainsd.generate import StableDiffusion
 
-ELSEWHERE = ("model", "refiner", "vae", "embeddings", "hashes")      # what a picture's text names, and flags give
+ELSEWHERE = ("model", "refiner", "vae", "embeddings", "hashes")  # what a picture's text names, and flags give
 
 
 def recorded(path: Path) -> dict:
@@ -50,8 +50,10 @@ def check_recorded(
         raise UserError(f"{made} embedding {missing[0]!r}; give it with --embedding FILE:{missing[0]}")
     was = dict(hashes or ()).get("model")
     if was is not None and was != (now := weights_hash(sd.path, "unet")):
-        print(f"note: {made} weights {was}, and these are {now} ({model_name(sd)}): the picture will differ",
-              file=sys.stderr)
+        print(
+            f"note: {made} weights {was}, and these are {now} ({model_name(sd)}): the picture will differ",
+            file=sys.stderr,
+        )
 
 
 def say_unused(keys: list[str]) -> None:
@@ -60,13 +62,16 @@ def say_unused(keys: list[str]) -> None:
         print(f"no effect here: {', '.join(keys)}", file=sys.stderr)
 
 
-def noted(
-    settings: Settings, sd: StableDiffusion, loras: Loras, words: dict[str, Path], vae: Path | None
-) -> Settings:
+def noted(settings: Settings, sd: StableDiffusion, loras: Loras, words: dict[str, Path], vae: Path | None) -> Settings:
     """With what came by flags, and the hashes of all its files."""
     from plainsd.hashes import hashes
 
     used = {word: path for word, path in words.items() if word in settings.prompt or word in settings.negative}
     files = hashes(sd.path, vae, [(path.stem, path) for path, _ in loras], used.items())
-    return replace(settings, prompt=settings.prompt + tags_of(loras), embeddings=tuple(used),
-                   vae=vae and vae.resolve().name, hashes=files)
+    return replace(
+        settings,
+        prompt=settings.prompt + tags_of(loras),
+        embeddings=tuple(used),
+        vae=vae and vae.resolve().name,
+        hashes=files,
+    )

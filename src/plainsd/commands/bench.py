@@ -48,8 +48,8 @@ class Bench:
             raise UserError(f"rounds {self.rounds} is out of range; give 1 or more")
 
         from plainsd import bench
-        from plainsd.commands.output import check_writable
         from plainsd.checkpoint import choose_device, choose_dtype
+        from plainsd.commands.output import check_writable
 
         known = bench.ROWS | bench.LARGE
         for name in self.rows:
@@ -61,7 +61,7 @@ class Bench:
         dtype = choose_dtype(self.dtype, device)
         with tempfile.TemporaryDirectory() as temporary:
             wanted = self.rows or tuple(bench.ROWS if device.type == "cpu" else known)
-            rows, folder = [], self.model or Path(temporary) / "sd1"      # where a later row finds it
+            rows, folder = [], self.model or Path(temporary) / "sd1"  # where a later row finds it
             if self.model is None and set(wanted) & {"unet", "decode", "picture", "load"}:
                 print("making random weights of SD 1.5's shape", file=sys.stderr)
                 bench.random_folder(folder, dtype)
@@ -83,17 +83,22 @@ class Bench:
 
 def table(rows: list[Row], about: dict[str, object]) -> str:
     """As Markdown."""
-    lines = [", ".join(f"{name} {value}" for name, value in about.items()), "",
-             "| work | by | least s | median s | first s | diffusers / this | relative error | peak memory |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in about.items()),
+        "",
+        "| work | by | least s | median s | first s | diffusers / this | relative error | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         base = min(row.seconds["diffusers"])
         for side, seconds in row.seconds.items():
             error = f"{row.errors[side]:.1e}" if side in row.errors else ""
             peak = f"{row.peaks[side] / 1e9:.2f} GB" if side in row.peaks else ""
             first = f"{row.first[side]:.1f}" if side in row.first else ""
-            lines.append(f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | {first} | "
-                         f"{base / min(seconds):.2f} | {error} | {peak} |")
+            lines.append(
+                f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | {first} | "
+                f"{base / min(seconds):.2f} | {error} | {peak} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -103,14 +108,18 @@ def plot(rows: list[Row], about: dict[str, object], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the picture of the table needs matplotlib; pip install 'plainsd[bench]'") from None
-    bars = [(f"{row.name}: {side}", min(row.seconds["diffusers"]) / min(seconds))
-            for row in reversed(rows) for side, seconds in reversed(row.seconds.items()) if side != "diffusers"]
+    bars = [
+        (f"{row.name}: {side}", min(row.seconds["diffusers"]) / min(seconds))
+        for row in reversed(rows)
+        for side, seconds in reversed(row.seconds.items())
+        if side != "diffusers"
+    ]
     figure = Figure(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
     axes.bar_label(drawn, [f"{ratio:.2f}" for _, ratio in bars], padding=3)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlim(0, min(4.0, 1.15 * max(ratio for _, ratio in bars)))           # what is far more runs out of the picture
+    axes.set_xlim(0, min(4.0, 1.15 * max(ratio for _, ratio in bars)))  # what is far more runs out of the picture
     axes.set_xlabel("times diffusers' speed")
     axes.set_title(f"{about['device']}, {about['threads']} threads, {about['dtype']}", fontsize=8)
     figure.savefig(path, dpi=120, format="png")

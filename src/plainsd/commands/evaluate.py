@@ -36,25 +36,35 @@ class Evaluate:
         from tqdm import tqdm
 
         from plainsd.checkpoint import load
-        from plainsd.folder import read_json
         from plainsd.evaluate import evaluate, table
+        from plainsd.folder import read_json
 
         sd = load(self.model, device=self.device, dtype=self.dtype)
         file = self.concepts or sd.path / "concepts.json"
         if not file.is_file():
-            raise UserError(f"there is no file {file}: eval scores models trained on emoji, by their concepts.json; "
-                            "say where it is with --concepts")
+            raise UserError(
+                f"there is no file {file}: eval scores models trained on emoji, by their concepts.json; "
+                "say where it is with --concepts"
+            )
         concepts = read_json(file)
         with tqdm(unit="picture", disable=None, dynamic_ncols=True) as bar:
 
             def progress(row: str, done: int, count: int) -> None:
-                if done < bar.n or not bar.n:            # another row begins
+                if done < bar.n or not bar.n:  # another row begins
                     bar.reset(total=count)
                     bar.set_description(row)
                 bar.update(done - bar.n)
 
             result = evaluate(
-                sd, concepts, prompts=self.prompts, steps=self.steps, guidance=self.guidance, sampler=self.sampler,
-                seed=self.seed, out=self.out, font=self.font, progress=progress,
+                sd,
+                concepts,
+                prompts=self.prompts,
+                steps=self.steps,
+                guidance=self.guidance,
+                sampler=self.sampler,
+                seed=self.seed,
+                out=self.out,
+                font=self.font,
+                progress=progress,
             )
         print(table(result), end="")

@@ -163,7 +163,7 @@ class Generate:
             say_unused(besides)
             return errand.run(self, prompts, choices)
         prompts, tags = without_tags(prompts)
-        target = Target(self.out)                # says at once where nothing can be written
+        target = Target(self.out)  # says at once where nothing can be written
         if self.preview:
             check_writable(self.preview.parent)
         axes = [axis(text) for text in self.grid]
@@ -176,7 +176,7 @@ class Generate:
 
         from tqdm import tqdm
 
-        from plainsd.checkpoint import choose_device         # torch comes in here
+        from plainsd.checkpoint import choose_device  # torch comes in here
         from plainsd.embeddings import add_embedding
         from plainsd.memory import fitted
 
@@ -199,7 +199,7 @@ class Generate:
         loaded = time.perf_counter()
         batches = grid_cells(prompts[0], choices, axes) if axes else cut(prompts, choices, self.batch, part)
         images: list[Image.Image] = []
-        say = partial(tqdm.write, file=sys.stdout)               # keeps clear of the progress bar
+        say = partial(tqdm.write, file=sys.stdout)  # keeps clear of the progress bar
         for pictures in draw(sd, task, list(batches), None if share.rank else self.preview, hidden=share.rank > 0):
             images += pictures.images
             if not axes:
@@ -210,7 +210,8 @@ class Generate:
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
         print(
             f"{len(images)} picture{'s' * (len(images) > 1)} in {time.perf_counter() - loaded:.1f} s ({steps} steps of "
-            f"{sampler}); the model was loaded in {loaded - began:.1f} s", file=sys.stderr,
+            f"{sampler}); the model was loaded in {loaded - began:.1f} s",
+            file=sys.stderr,
         )
 
     def loaded(self, device: torch.device, loras: list, place: torch.device) -> StableDiffusion:
@@ -242,7 +243,7 @@ class Generate:
         if self.count < 1 or self.batch < 1:
             raise UserError(f"count {self.count} and batch {self.batch} must be 1 or more")
         if self.outpaint:
-            choices.pop("size", None)                            # of another canvas
+            choices.pop("size", None)  # of another canvas
         if self.mask:
             choices.pop("outpaint", None)
         if choices.pop("masked", False) and not (self.mask or self.outpaint):
@@ -255,7 +256,7 @@ class Generate:
         """(sd, prompts, **choices) -> events."""
         if self.mask and self.outpaint:
             raise UserError("--mask and --outpaint do not go together; choose one of them")
-        sides = choices.pop("outpaint", None)                    # of --from, too
+        sides = choices.pop("outpaint", None)  # of --from, too
         if (self.mask or sides) and not self.image:
             raise UserError(f"{'--mask' if self.mask else 'outpainting'} needs the picture; give it with --image")
         if not self.image:

@@ -70,7 +70,7 @@ class Tokens:
         path = find(self.model)
         contents = read(path)
         variant = contents.variant
-        bare = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}     # no weights are read
+        bare = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}  # no weights are read
         encoders = [network for name, network in bare.items() if name.startswith("text")]
         words = tokenizers(contents, path)
         sd = StableDiffusion(

@@ -11,7 +11,7 @@ from plainsd.errors import UserError
 from plainsd.prompts import lora_tags
 from plainsd.settings import number
 
-Loras = list[tuple[Path, float]]                     # files and strengths
+Loras = list[tuple[Path, float]]  # files and strengths
 
 
 def without_tags(prompts: Sequence[str]) -> tuple[list[str], dict[str, float]]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from plainsd.samplers import Step
 
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-PREVIEW_EVERY = 0.2                   # seconds
-Batch = tuple[list[str], dict]        # prompts, and the choices that all of them share
+PREVIEW_EVERY = 0.2  # seconds
+Batch = tuple[list[str], dict]  # prompts, and the choices that all of them share
 
 
 class Preview:
@@ -53,7 +53,7 @@ class Target:
             raise UserError(f"--out '{out}': pictures are written as PNG, with their settings; name it {out.stem}.png")
         self.file = out if suffix == ".png" and not out.is_dir() else None
         self.folder = out.parent if self.file else out
-        self.number: int | None = None           # of the next file, where other processes count too
+        self.number: int | None = None  # of the next file, where other processes count too
         check_writable(self.folder)
 
     def write(self, image: Image.Image, settings: Settings | None) -> Path:
@@ -91,7 +91,7 @@ def draw(
 
     from plainsd.samplers import Step
 
-    runs = [task(sd, prompts, **choices) for prompts, choices in batches]             # wrong input shows here
+    runs = [task(sd, prompts, **choices) for prompts, choices in batches]  # wrong input shows here
     one = runs[0].settings[0]
     if one.strength is not None:
         again = runs[0].steps - one.steps if one.hires else runs[0].steps

@@ -18,7 +18,7 @@ class Share:
 
     rank: int = 0
     size: int = 1
-    local: int = 0                    # among those of this machine
+    local: int = 0  # among those of this machine
 
     @property
     def alone(self) -> bool:
@@ -35,8 +35,10 @@ class Share:
         if self.alone or name not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
         if self.local >= torch.cuda.device_count():
-            raise UserError(f"{torch.cuda.device_count()} GPUs cannot serve process {self.local + 1} of this machine; "
-                            "start torchrun with as many processes as there are GPUs")
+            raise UserError(
+                f"{torch.cuda.device_count()} GPUs cannot serve process {self.local + 1} of this machine; "
+                "start torchrun with as many processes as there are GPUs"
+            )
         return f"cuda:{self.local}"
 
     def agreed(self, number: int) -> int:

@@ -24,16 +24,16 @@ class TextConfig:
     heads: int = 12
     mlp: int = 3_072
     positions: int = 77
-    activation: str = "quick_gelu"    # or "gelu" (OpenCLIP)
-    projection: int | None = None     # width of the pooled vector's projection; None: no projection
-    eos: int = 49_407                 # the end token, at whose first place the pooled vector is read
+    activation: str = "quick_gelu"  # or "gelu" (OpenCLIP)
+    projection: int | None = None  # width of the pooled vector's projection; None: no projection
+    eos: int = 49_407  # the end token, at whose first place the pooled vector is read
     eps: float = 1e-5
 
 
 class TextStates(NamedTuple):
-    hidden: list[Tensor]              # the embedding, then each block's output: layers + 1 times (B, N, D), not normalised
-    final: Tensor                     # the last of them through the final norm, (B, N, D)
-    pooled: Tensor                    # the final state at the end token, projected where there is a projection, (B, D or P)
+    hidden: list[Tensor]  # the embedding, then each block's output: layers + 1 times (B, N, D), not normalised
+    final: Tensor  # the last of them through the final norm, (B, N, D)
+    pooled: Tensor  # the final state at the end token, projected where there is a projection, (B, D or P)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -74,14 +74,14 @@ class TextEncoder(nn.Module):
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
 
     def forward(self, ids: Tensor) -> TextStates:
-        x = self.token(ids) + self.position.weight[: ids.shape[1]]       # (B, N, D)
+        x = self.token(ids) + self.position.weight[: ids.shape[1]]  # (B, N, D)
         hidden = [x]
         for block in self.blocks:
             x = block(x)
             hidden.append(x)
         final = self.norm(x)
-        end = (ids == self.config.eos).int().argmax(dim=1)               # the first end token of each row
-        pooled = final[torch.arange(len(ids), device=ids.device), end]   # (B, D)
+        end = (ids == self.config.eos).int().argmax(dim=1)  # the first end token of each row
+        pooled = final[torch.arange(len(ids), device=ids.device), end]  # (B, D)
         if self.projection is not None:
-            pooled = self.projection(pooled)                             # (B, P)
+            pooled = self.projection(pooled)  # (B, P)
         return TextStates(hidden, final, pooled)

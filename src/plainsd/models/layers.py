@@ -36,16 +36,16 @@ class Attention(nn.Module):
         self.k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
-        self.attend = F.scaled_dot_product_attention     # speed.py and training may put another form here
+        self.attend = F.scaled_dot_product_attention  # speed.py and training may put another form here
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, causal: bool = False) -> Tensor:
         context = x if context is None else context
         q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (B, heads, N or M, D / heads)
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or M, D / heads)
             for t in (self.q(x), self.k(context), self.v(context))
         )
         x = self.attend(q, k, v, is_causal=causal)
-        return self.out(x.transpose(1, 2).flatten(2))                    # (B, N, D)
+        return self.out(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.activate = norm_silu                        # training may put another form here
+        self.activate = norm_silu  # training may put another form here
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(self.activate(self.norm1, x))

@@ -19,16 +19,16 @@ class UNetConfig:
     """SD 1.x's numbers by default (859,520,964 parameters). Tuples have one entry a level; depth 0: no attention there."""
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    depth: tuple[int, ...] = (1, 1, 1, 0)     # transformer blocks after each ResBlock; SDXL (0, 2, 10)
-    heads: tuple[int, ...] = (8, 8, 8, 8)     # a count of heads, never a head size
-    mid_depth: int = 1                        # SDXL 10
-    layers: int = 2                           # ResBlocks a level going down; one more going up
-    context: int = 768                        # T; SD 2.x 1024, SDXL 2048
-    in_channels: int = 4                      # 9 for inpainting: latent, mask, masked picture
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each ResBlock; SDXL (0, 2, 10)
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # a count of heads, never a head size
+    mid_depth: int = 1  # SDXL 10
+    layers: int = 2  # ResBlocks a level going down; one more going up
+    context: int = 768  # T; SD 2.x 1024, SDXL 2048
+    in_channels: int = 4  # 9 for inpainting: latent, mask, masked picture
     out_channels: int = 4
     groups: int = 32
-    vector: int | None = None                 # V; SDXL 2816
-    guidance_dim: int | None = None           # embedding of the guidance scale in LCM distillations, 256
+    vector: int | None = None  # V; SDXL 2816
+    guidance_dim: int | None = None  # embedding of the guidance scale in LCM distillations, 256
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(dim, 2 * 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
-        self.activate = geglu                    # training may put another form here
+        self.activate = geglu  # training may put another form here
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activate(self.up(x)))
@@ -79,7 +79,7 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))        # (B, N, D)
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, N, D)
         for block in self.blocks:
             h = block(h, context)
         return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
@@ -137,7 +137,7 @@ class UNet(nn.Module):
         self.guidance = nn.Linear(config.guidance_dim, ch[0], bias=False) if config.guidance_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, ch[0], 3, padding=1)
 
-        skips, width = [ch[0]], ch[0]                 # widths of what the way up gets handed over from the way down
+        skips, width = [ch[0]], ch[0]  # widths of what the way up gets handed over from the way down
         self.down = nn.ModuleList()
         for i in levels:
             for _ in range(config.layers):
@@ -162,12 +162,12 @@ class UNet(nn.Module):
 
     def embed(self, timestep: Tensor | float, batch: Tensor, vector: Tensor | None, guidance: Tensor | None) -> Tensor:
         """Everything that is known of the whole picture, as one vector a picture: (B, E)."""
-        if not isinstance(timestep, Tensor):                             # filled in there; a copy would make a GPU wait
+        if not isinstance(timestep, Tensor):  # filled in there; a copy would make a GPU wait
             timestep = torch.full((), timestep, dtype=torch.float32, device=batch.device)
         timestep = timestep.to(batch.device).expand(len(batch))
         emb = timestep_embedding(timestep, self.config.channels[0]).to(batch.dtype)
         if self.guidance is not None and guidance is not None:
-            emb = emb + self.guidance(guidance)                          # (B, C)
+            emb = emb + self.guidance(guidance)  # (B, C)
         emb = self.time(emb)
         return emb if self.vector is None else emb + self.vector(vector)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from plainsd.models.layers import Attention, Downsample, ResBlock, Upsample
 
-EPS = 1e-6                            # of every GroupNorm here; 1e-5, a common slip, gives visibly other pictures
+EPS = 1e-6  # of every GroupNorm here; 1e-5, a common slip, gives visibly other pictures
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class VAEConfig:
     """SD 1.x's numbers by default (83,653,863 parameters)."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers: int = 2                   # ResBlocks a level in the encoder; the decoder has one more
+    layers: int = 2  # ResBlocks a level in the encoder; the decoder has one more
     latent_channels: int = 4
     groups: int = 32
-    scaling_factor: float = 0.18215   # the UNet sees latents times this, so that they have about unit variance
+    scaling_factor: float = 0.18215  # the UNet sees latents times this, so that they have about unit variance
     pixel_channels: int = 3
 
     @property
@@ -57,7 +57,7 @@ class SpatialAttention(nn.Module):
         self.attn = Attention(channels, heads=1, qkv_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x).flatten(2).transpose(1, 2)                      # (B, H*W, C)
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         return x + self.attn(h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -97,7 +97,9 @@ class Encoder(nn.Module):
         ch, last = config.channels, len(config.channels) - 1
         self.conv_in = nn.Conv2d(config.pixel_channels, ch[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(ch[max(i - 1, 0)], c, config.layers, config.groups, Downsample(c, asymmetric=True) if i < last else None)
+            Level(
+                ch[max(i - 1, 0)], c, config.layers, config.groups, Downsample(c, asymmetric=True) if i < last else None
+            )
             for i, c in enumerate(ch)
         )
         self.mid = Middle(ch[-1], config.groups)

@@ -11,7 +11,15 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from plainsd.server.a1111_fields import (
-    NONE_HERE, SCHEDULERS, Common, Image2Image, PNGInfo, Text2Image, known_options, model_of, prepared,
+    NONE_HERE,
+    SCHEDULERS,
+    Common,
+    Image2Image,
+    PNGInfo,
+    Text2Image,
+    known_options,
+    model_of,
+    prepared,
 )
 from plainsd.server.bases import Base
 from plainsd.server.jobs import CANCELLED, Job
@@ -23,7 +31,7 @@ from plainsd.server.uploads import decoded, opened
 from plainsd.server.words import Word, problem
 from plainsd.settings import ENTRY, SAMPLERS, SPACINGS, format_settings, parse_settings, unquote
 
-UNTOLD = ("init_images", "mask", "override_settings", "alwayson_scripts")         # of a request, in its answer
+UNTOLD = ("init_images", "mask", "override_settings", "alwayson_scripts")  # of a request, in its answer
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------
@@ -39,9 +47,7 @@ def routes(service: Service) -> APIRouter:
         fields = body.wished(options)
         native = service.models[fields["model"]].bare.variant.size
         size = (body.width or native, body.height or native)
-        return await drawn(
-            service, body, job_request(**fields, size=size, **body.second_pass(size)), None, request
-        )
+        return await drawn(service, body, job_request(**fields, size=size, **body.second_pass(size)), None, request)
 
     @router.post("/img2img")
     async def img2img(body: Image2Image, request: Request) -> dict:
@@ -123,8 +129,10 @@ def routes(service: Service) -> APIRouter:
         """Those that fit the model of the options, and those that do not."""
         known, bare = service.models.words.known(), service.models[options["sd_model_checkpoint"]].bare
         told = [(problem(bare, word) is None, word) for word in known]
-        return {"loaded": {word.text: word_told(word) for fits, word in told if fits},
-                "skipped": {word.text: word_told(word) for fits, word in told if not fits}}
+        return {
+            "loaded": {word.text: word_told(word) for fits, word in told if fits},
+            "skipped": {word.text: word_told(word) for fits, word in told if not fits},
+        }
 
     def nothing(request: Request) -> Any:
         """None are had here."""
@@ -165,8 +173,13 @@ def answer(service: Service, body: Common, job: Job) -> dict:
 
 def word_told(word: Word) -> dict:
     vectors = word.vectors()
-    return {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None,
-            "shape": max(one.shape[1] for one in vectors), "vectors": max(one.shape[0] for one in vectors)}
+    return {
+        "step": None,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+        "shape": max(one.shape[1] for one in vectors),
+        "vectors": max(one.shape[0] for one in vectors),
+    }
 
 
 def info_of(job: Job) -> dict:

@@ -18,16 +18,16 @@ from plainsd.server.security import Limits
 from plainsd.server.uploads import alpha_of, box_around, check_pixels, filled, hole_of, picture, resized
 from plainsd.settings import SAMPLERS, SPACINGS
 
-WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")      # there too
+WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
 SCHEDULERS = {name: label for name, label in SPACINGS.items() if name != "distilled"}
 NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
     "sd-vae": [], "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
     "prompt-styles": [], "script-info": [],
     "scripts": {"txt2img": [], "img2img": []},
 }  # fmt: skip
-RESIZE = ("stretch", "crop", "fill")                     # resize_mode 0, 1, 2
+RESIZE = ("stretch", "crop", "fill")  # resize_mode 0, 1, 2
 OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
-HARMLESS = ("save", "samples", "grid", "return", "do_not", "show", "live_preview", "outdir")       # options about files
+HARMLESS = ("save", "samples", "grid", "return", "do_not", "show", "live_preview", "outdir")  # options about files
 NOTHING = (None, "", "None", "none", "Automatic", 0, False, [], {})
 NOT_HAD: dict[str, tuple] = {         # fields that would change the picture; those of their values that would not
     "restore_faces": (), "tiling": (), "styles": (), "script_name": (),
@@ -45,7 +45,7 @@ UPSCALERS = {"latent": "latent", "latent (bicubic)": "latent", "lanczos": "lancz
 class Common(BaseModel):
     """What txt2img and img2img share."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)        # extras: looked through for what is not had
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)  # extras: looked through for what is not had
 
     prompt: Text = ""
     negative_prompt: Text = ""
@@ -84,7 +84,7 @@ class Common(BaseModel):
         }  # fmt: skip
         if self.refiner_checkpoint not in NOTHING:
             refiner = model_of(self.refiner_checkpoint)
-            if refiner != fields["model"]:               # there, too, a model does not refine itself
+            if refiner != fields["model"]:  # there, too, a model does not refine itself
                 fields |= {"refiner": refiner, "handover": self.refiner_switch_at}
         if self.subseed_strength:
             varied = secrets.randbelow(2**32) if self.subseed in (None, -1) else self.subseed
@@ -118,8 +118,13 @@ class Text2Image(Common):
         wanted = (self.hr_resize_x or 0, self.hr_resize_y or 0)
         scales = {large / small for large, small in zip(wanted, size, strict=True) if large and small}
         if len(scales) > 1:
-            raise Refused(422, f"hr_resize {wanted[0]}x{wanted[1]} has another shape than {size[0]}x{size[1]}; leave "
-                          "one of the two out", "hr_resize_x", list(wanted))
+            raise Refused(
+                422,
+                f"hr_resize {wanted[0]}x{wanted[1]} has another shape than {size[0]}x{size[1]}; leave "
+                "one of the two out",
+                "hr_resize_x",
+                list(wanted),
+            )
         scale = scales.pop() if scales else self.hr_scale or 2.0
         return {"hires": scale, "upscaler": upscaler_of(self.hr_upscaler), "strength": self.denoising_strength}
 

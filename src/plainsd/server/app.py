@@ -88,8 +88,12 @@ def create_app(service: Service, hosts: Hosts, token: str | None = None, on_star
 
 def add_jobs(app: FastAPI, service: Service) -> None:
     @app.post("/api/jobs", status_code=202, tags=["jobs"])
-    async def new_job(body: JobRequest, request: Request, response: Response,
-                      x_client: Annotated[Text | None, Header(max_length=64)] = None) -> dict:
+    async def new_job(
+        body: JobRequest,
+        request: Request,
+        response: Response,
+        x_client: Annotated[Text | None, Header(max_length=64)] = None,
+    ) -> dict:
         """Queue pictures. Clients take turns; X-Client tells several behind one address apart."""
         job = await service.submit(body, client_of(request, x_client), "jobs")
         response.headers["Location"] = f"/api/jobs/{job.id}"
@@ -113,8 +117,12 @@ def add_jobs(app: FastAPI, service: Service) -> None:
     def one_job(id: Text) -> dict:
         return service.told(found(id))
 
-    @app.get("/api/jobs/{id}/events", tags=["jobs"], response_class=StreamingResponse,
-             responses={200: {"content": {"text/event-stream": {}}}})
+    @app.get(
+        "/api/jobs/{id}/events",
+        tags=["jobs"],
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
     async def events(id: Text) -> StreamingResponse:
         """Server-sent events: `progress` with previews, then `end`."""
         job = await run_in_threadpool(found, id)
@@ -155,8 +163,12 @@ def add_pictures(app: FastAPI, service: Service) -> None:
     def image(id: Text) -> FileResponse:
         return sent(service.store.path(service.picture(id)), "image/png")
 
-    @app.get("/api/images/{id}/thumbnail", tags=["pictures"], response_class=FileResponse,
-             responses={200: {"content": {"image/png": {}, "image/webp": {}}}})
+    @app.get(
+        "/api/images/{id}/thumbnail",
+        tags=["pictures"],
+        response_class=FileResponse,
+        responses={200: {"content": {"image/png": {}, "image/webp": {}}}},
+    )
     def thumbnail(id: Text) -> FileResponse:
         path = service.store.thumbnail(service.picture(id))
         return sent(path, "image/webp" if path.suffix == ".webp" else "image/png")

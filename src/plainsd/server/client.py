@@ -13,15 +13,15 @@ from urllib.parse import parse_qsl, urlsplit
 
 from plainsd.errors import UserError
 
-PATIENCE = 60.0                       # seconds without any sign of life; the server sends one every 15
+PATIENCE = 60.0  # seconds without any sign of life; the server sends one every 15
 
 
 class Progress(NamedTuple):
     step: int
     steps: int
-    share: float                      # 0 to 1
-    waiting: int | None               # jobs before it, while it waits
-    previews: dict[int, bytes]        # rough PNGs that are new
+    share: float  # 0 to 1
+    waiting: int | None  # jobs before it, while it waits
+    previews: dict[int, bytes]  # rough PNGs that are new
 
 
 class Finished(NamedTuple):
@@ -44,7 +44,7 @@ class Remote:
             raise UserError(f"server {self.url!r} is no address; write it as http://127.0.0.1:7860")
         self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         self.token = self.token or dict(parse_qsl(parts.query)).get("token")
-        if parts.hostname in ("localhost", "127.0.0.1", "::1"):          # a proxy is of no use there
+        if parts.hostname in ("localhost", "127.0.0.1", "::1"):  # a proxy is of no use there
             self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def draw(self, **fields: Any) -> Iterator[Progress | Finished]:

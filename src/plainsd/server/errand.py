@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from plainsd.commands.generate import Generate
     from plainsd.commands.output import Target
 
-AHEAD = 4                             # jobs sent before the first of them has ended, so that the server can join them
-ROUGH = 8                             # times that a preview is enlarged
+AHEAD = 4  # jobs sent before the first of them has ended, so that the server can join them
+ROUGH = 8  # times that a preview is enlarged
 NOT_SENT = ("vae", "lora_folder", "lora_partial", "device", "dtype", "fast", "compile", "int8", "low_memory", "batch")
-NOT_FIELDS = ("embeddings", "masked", "vae", "hashes")         # of what a picture's text says, no fields of a job
-SUFFIXES = (".safetensors", ".pt", ".bin")           # of embeddings
+NOT_FIELDS = ("embeddings", "masked", "vae", "hashes")  # of what a picture's text says, no fields of a job
+SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
 
 
 def run(command: Generate, prompts: list[str], choices: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def run(command: Generate, prompts: list[str], choices: dict[str, Any]) -> None:
     began, written = time.perf_counter(), 0
     for pictures in drawn(remote, jobs, command.preview):
         if command.grid:
-            pictures = pictures[-1:]                     # the sheet; its pictures stay in the server's gallery
+            pictures = pictures[-1:]  # the sheet; its pictures stay in the server's gallery
         for picture in pictures:
             print(write(target, picture, is_sheet=bool(command.grid)))
             written += 1

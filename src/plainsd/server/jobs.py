@@ -20,11 +20,11 @@ ACTIVE = (QUEUED, RUNNING)
 class Source:
     """What a job draws on, as names of files in the inputs' folder."""
 
-    image: str                        # what the model starts from
-    hole: str | None = None           # of the same size, white where it is drawn anew
-    base: str | None = None           # what the result is pasted into ...
-    alpha: str | None = None          # ... with this opacity, of the same size as `base` ...
-    box: tuple[int, int, int, int] | None = None      # ... scaled to this place: left, top, right, bottom
+    image: str  # what the model starts from
+    hole: str | None = None  # of the same size, white where it is drawn anew
+    base: str | None = None  # what the result is pasted into ...
+    alpha: str | None = None  # ... with this opacity, of the same size as `base` ...
+    box: tuple[int, int, int, int] | None = None  # ... scaled to this place: left, top, right, bottom
 
     def files(self) -> set[str]:
         return {name for name in (self.image, self.hole, self.base, self.alpha) if name}
@@ -76,14 +76,14 @@ class Job:
 
     id: str
     client: str
-    api: str                          # through which it came: "jobs", "openai" or "a1111"
+    api: str  # through which it came: "jobs", "openai" or "a1111"
     model: str
-    each: list[Settings]              # nothing left open
-    place: str                        # of its files, below pictures/
+    each: list[Settings]  # nothing left open
+    place: str  # of its files, below pictures/
     created: float
     loras: list[tuple[str, float]] = field(default_factory=list)
     source: Source | None = None
-    inputs: dict[str, bytes] = field(default_factory=dict)        # its files, until they are written
+    inputs: dict[str, bytes] = field(default_factory=dict)  # its files, until they are written
     sheet: Sheet | None = None
     number: int = 0
     state: str = QUEUED
@@ -91,15 +91,15 @@ class Job:
     attempts: int = 0
     started: float | None = None
     finished: float | None = None
-    done: set[int] = field(default_factory=set)       # pictures in the history
+    done: set[int] = field(default_factory=set)  # pictures in the history
 
     drawing: set[int] = field(default_factory=set)
-    step: int = 0                                     # of the batch under way ...
-    steps: int = 0                                    # ... of so many
-    previews: dict[int, bytes] = field(default_factory=dict)      # rough PNGs
-    seconds: float = 0.0                              # of drawing so far
-    alone: bool = False                               # after a failure together with others
-    at_fault: bool = True                             # whether a failure was in the request
+    step: int = 0  # of the batch under way ...
+    steps: int = 0  # ... of so many
+    previews: dict[int, bytes] = field(default_factory=dict)  # rough PNGs
+    seconds: float = 0.0  # of drawing so far
+    alone: bool = False  # after a failure together with others
+    at_fault: bool = True  # whether a failure was in the request
     bell: Bell = field(default_factory=Bell)
 
     @property

@@ -38,15 +38,15 @@ class Model:
     """One model; its networks are there while it is resident."""
 
     name: str
-    source: str | None                # None: the embedded one
-    bare: StableDiffusion             # all of it but the weights: enough to check a request
-    bytes: int                        # in memory
-    hash: str | None = None           # of its weights, once they were loaded
+    source: str | None  # None: the embedded one
+    bare: StableDiffusion  # all of it but the weights: enough to check a request
+    bytes: int  # in memory
+    hash: str | None = None  # of its weights, once they were loaded
     sd: StableDiffusion | None = None
     latent_rgb: Tensor | None = None  # for previews
-    loras: tuple[tuple[str, float], ...] | None = None   # those on it
-    taught: tuple[tuple[Word, ...], StableDiffusion] | None = None       # words learned last, and the model with them
-    ideas: list[str] = field(default_factory=list)       # prompts that it was trained for, where it says so
+    loras: tuple[tuple[str, float], ...] | None = None  # those on it
+    taught: tuple[tuple[Word, ...], StableDiffusion] | None = None  # words learned last, and the model with them
+    ideas: list[str] = field(default_factory=list)  # prompts that it was trained for, where it says so
     used: float = field(default_factory=time.monotonic)
 
 
@@ -138,7 +138,7 @@ class Models:
         if model.loras != tuple(loras):
             for lora in attached(model.sd):
                 lora.remove()
-            model.loras = model.taught = None            # neither the old nor the new, should one of these fail
+            model.loras = model.taught = None  # neither the old nor the new, should one of these fail
             for lora, strength in loras:
                 add_lora(model.sd, self.lora(lora), strength)
             model.loras = tuple(loras)
@@ -171,7 +171,7 @@ class Models:
             path = self.lora(name)
             try:
                 located(open_lora(path), model.bare, partial=False)
-            except UserError as error:                   # clients need not know where it lies
+            except UserError as error:  # clients need not know where it lies
                 raise UserError(f"loras: {str(error).replace(str(path), name)}") from None
 
     # --- refiners ----------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -
                 yield ": alive\n\n"
             if name != "progress":
                 continue
-            for preview in data["previews"].values():    # the newest, however long ago it was made
+            for preview in data["previews"].values():  # the newest, however long ago it was made
                 rough = preview.partition(",")[2]
             if rough is not None and sent < wanted and data["progress"] * (wanted + 1) >= sent + 1:
                 yield event(f"{kind}.partial_image", body, rough, partial_image_index=sent)
@@ -216,7 +216,7 @@ async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -
                 f"{kind}.completed", body, whole, size=f"{row.width}x{row.height}", seed=exact(row.settings.seed)
             )
     finally:
-        if job.active:                # the client hung up
+        if job.active:  # the client hung up
             service.abandon(job)
 
 

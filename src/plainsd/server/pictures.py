@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 from plainsd.settings import Settings, number
 
-SAFE_INTEGER = 2**53 - 1              # JavaScript's
+SAFE_INTEGER = 2**53 - 1  # JavaScript's
 
 
 @dataclass(frozen=True)
 class Picture:
     """One row of the history."""
 
-    number: int                       # rises; the newest has the highest
+    number: int  # rises; the newest has the highest
     id: str
     job: str
-    place: int                        # in its job
-    file: str                         # below the data folder
+    place: int  # in its job
+    file: str  # below the data folder
     width: int
     height: int
     settings: Settings

@@ -12,8 +12,8 @@ from collections import Counter
 from plainsd.server.jobs import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Bell, Job, Unit
 from plainsd.server.refusals import Refused
 
-SHARE = 0.5                           # of the queue that one client may fill
-ATTEMPTS = 3                          # crashes of the whole server that one job may cause
+SHARE = 0.5  # of the queue that one client may fill
+ATTEMPTS = 3  # crashes of the whole server that one job may cause
 
 
 class Queue:
@@ -22,14 +22,14 @@ class Queue:
     def __init__(self, store, limit: int):
         self.store, self.limit = store, limit
         self.changed, self.bell = threading.Condition(threading.RLock()), Bell()
-        self.jobs: dict[str, Job] = {}                   # oldest first
-        self.served: Counter[str] = Counter()            # pictures begun for each client, as long as it has jobs
-        self.ended: Counter[str] = Counter()             # states, since the start
-        self.seconds = 0.0                               # from arrival to end, of all these
+        self.jobs: dict[str, Job] = {}  # oldest first
+        self.served: Counter[str] = Counter()  # pictures begun for each client, as long as it has jobs
+        self.ended: Counter[str] = Counter()  # states, since the start
+        self.seconds = 0.0  # from arrival to end, of all these
         self.stopping = False
-        self.pace = 1.0                                  # seconds a picture, smoothed
+        self.pace = 1.0  # seconds a picture, smoothed
         for job in store.unfinished():
-            job.alone = job.attempts > 0                 # it may have been the cause
+            job.alone = job.attempts > 0  # it may have been the cause
             job.state = QUEUED
             self.jobs[job.id] = job
             if job.attempts >= ATTEMPTS:
@@ -43,8 +43,11 @@ class Queue:
             if len(self.jobs) >= self.limit or mine >= max(1, self.limit * SHARE):
                 whose = f"{mine} of them yours" if mine else "none of them yours"
                 wait = max(1, round(self.pace * len(self.jobs) / 4))
-                raise Refused(429, f"the queue is full with {len(self.jobs)} jobs, {whose}; try again in {wait} s",
-                              headers={"Retry-After": str(wait)})
+                raise Refused(
+                    429,
+                    f"the queue is full with {len(self.jobs)} jobs, {whose}; try again in {wait} s",
+                    headers={"Retry-After": str(wait)},
+                )
             self.store.add(job)
             if not mine:  # a newcomer starts level with those who wait, not ahead of them
                 self.served[job.client] = min((self.served[other.client] for other in self.jobs.values()), default=0)
@@ -94,7 +97,7 @@ class Queue:
                 job.bell.ring()
             for unit in batch:
                 unit.job.drawing.add(unit.place)
-                unit.job.step = unit.job.steps = 0       # those of the batch before say nothing about this one
+                unit.job.step = unit.job.steps = 0  # those of the batch before say nothing about this one
             return batch
 
     def waiting(self) -> list[Unit]:

@@ -18,7 +18,7 @@ FIELDS = (                            # a message that begins with one of these 
     "cache", "model", "count", "image", "mask", "loras", "grid", "refiner", "handover", "embeddings", "outpaint",
 )  # fmt: skip
 ABOUT = re.compile(rf"(?:unknown |the )?({'|'.join(sorted(FIELDS, key=len, reverse=True))})\b")
-LONGEST = 1000                        # characters of a message
+LONGEST = 1000  # characters of a message
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}

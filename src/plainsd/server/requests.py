@@ -21,6 +21,7 @@ from plainsd.server.security import Limits
 from plainsd.server.uploads import check_pixels, without_tags
 from plainsd.settings import FIELDS, Settings
 
+
 def clean(text: str) -> str:
     """Text that can be written anywhere: no lone surrogates, no control characters but line breaks and tabs."""
     if any(0xD800 <= ord(sign) < 0xE000 or (ord(sign) < 32 and sign not in "\n\r\t") for sign in text):

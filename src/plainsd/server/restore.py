@@ -13,7 +13,7 @@ from plainsd.server.security import Limits
 from plainsd.server.uploads import Named, opened, without_tags
 from plainsd.settings import DEFAULTS, FIELDS, SAMPLERS, UPSCALERS, Settings, format_settings
 
-TAKEN = JobRequest.model_fields.keys()            # what stands in a file beside these has no effect here
+TAKEN = JobRequest.model_fields.keys()  # what stands in a file beside these has no effect here
 
 
 def picture_told(row: Picture) -> dict[str, Any]:
@@ -44,8 +44,12 @@ def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
     unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in taken]
     unused += [("Sampler", settings.sampler)] if settings.sampler and "sampler" not in taken else []
     fields = {name: value for name, value in said.items() if name in taken}
-    return {"prompt": prompt, **fields, "loras": [{"name": name, "strength": strength} for name, strength in loras],
-            "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)]}
+    return {
+        "prompt": prompt,
+        **fields,
+        "loras": [{"name": name, "strength": strength} for name, strength in loras],
+        "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)],
+    }
 
 
 def missing_here(settings: Settings, models: Models) -> set[str]:

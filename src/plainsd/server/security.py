@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from plainsd.server.refusals import Refused
 
 COOKIE = "plainsd_session"
-OPEN = ("/", "/healthz", "/api/login")                   # answered without the token; so is everything below /page/
-FORMS = ("/v1/images/edits",)                            # the one thing that comes as a form, not as JSON
-BODY_SECONDS = 120                                       # within which a body must have come
+OPEN = ("/", "/healthz", "/api/login")  # answered without the token; so is everything below /page/
+FORMS = ("/v1/images/edits",)  # the one thing that comes as a form, not as JSON
+BODY_SECONDS = 120  # within which a body must have come
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
@@ -41,14 +41,14 @@ HEADERS = {
 class Limits:
     """What one request may ask for; checked before anything is queued."""
 
-    pixels: int = 2048 * 2048         # of one picture, after enlarging
+    pixels: int = 2048 * 2048  # of one picture, after enlarging
     steps: int = 150
-    count: int = 64                   # pictures of one job
-    prompt: int = 4000                # characters
-    upload: int = 32 * 2**20          # bytes of one request
-    upload_pixels: int = 40_000_000   # of one picture that is sent
-    queue: int = 256                  # jobs that wait or run
-    seconds: float = 3600             # of drawing, for one job
+    count: int = 64  # pictures of one job
+    prompt: int = 4000  # characters
+    upload: int = 32 * 2**20  # bytes of one request
+    upload_pixels: int = 40_000_000  # of one picture that is sent
+    queue: int = 256  # jobs that wait or run
+    seconds: float = 3600  # of drawing, for one job
 
 
 # --- hosts -----------------------------------------------------------------------------------------------------------
@@ -179,8 +179,13 @@ class Gate:
                 raise Refused(401, "the Authorization header cannot be read; send 'Bearer TOKEN'", "token") from None
         if hmac.compare_digest(cookie(headers).encode(), session_of(self.token).encode()):
             return
-        raise Refused(401, "a token is needed; send it as 'Authorization: Bearer TOKEN'", "token", None,
-                      {"WWW-Authenticate": "Bearer"})
+        raise Refused(
+            401,
+            "a token is needed; send it as 'Authorization: Bearer TOKEN'",
+            "token",
+            None,
+            {"WWW-Authenticate": "Bearer"},
+        )
 
     async def body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
         """The whole body, which is never longer than the limit."""

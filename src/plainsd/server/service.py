@@ -23,8 +23,8 @@ from plainsd.server.security import Limits
 from plainsd.server.store import Store
 from plainsd.server.worker import Worker
 
-HEARTBEAT = 15.0                      # seconds between signs of life on an event stream
-LAST_STEP = 30.0                      # seconds that a stopping server waits for the step under way
+HEARTBEAT = 15.0  # seconds between signs of life on an event stream
+LAST_STEP = 30.0  # seconds that a stopping server waits for the step under way
 
 
 @dataclass
@@ -67,6 +67,7 @@ class Service:
 
     async def submit(self, request: JobRequest, client: str, api: str, base: Base | None = None) -> Job:
         """Checked, written down, queued."""
+
         def enter() -> Job:
             job = new_job(request, self.models, self.limits, client, api, base)
             self.queue.add(job)
@@ -86,12 +87,12 @@ class Service:
     def abandon(self, job: Job) -> None:
         """Its client is gone. A server that stops keeps it all the same."""
         if not self.queue.stopping:
-            with suppress(Refused):   # it has ended meanwhile
+            with suppress(Refused):  # it has ended meanwhile
                 self.queue.cancel(job.id)
 
     def told(self, job: Job) -> dict[str, Any]:
         """A job as JSON."""
-        with self.queue.changed:                         # between two changes, never amid one
+        with self.queue.changed:  # between two changes, never amid one
             return {
                 "id": job.id, "state": job.state, "api": job.api, "model": job.model, "prompt": job.each[0].prompt,
                 "count": len(job.places), "done": len(job.done), "progress": round(job.progress(), 4),
@@ -117,7 +118,7 @@ class Service:
             while (rings := await job.bell.wait(heard, HEARTBEAT)) == heard:
                 yield "beat", {}
             heard = rings
-            await asyncio.sleep(0.05)                    # steps that come faster are told together
+            await asyncio.sleep(0.05)  # steps that come faster are told together
 
     # --- pictures ----------------------------------------------------------------------------------------------------
 

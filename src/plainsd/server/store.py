@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS images (
     search TEXT NOT NULL, created REAL NOT NULL, UNIQUE (job, place)
 );
 """
-THUMBNAIL = 320                       # pixels, the longer side
+THUMBNAIL = 320  # pixels, the longer side
 
 
 class Store:
@@ -89,8 +89,9 @@ class Store:
 
     def started(self, job: Job, when: float) -> None:
         with self.transaction() as db:
-            db.execute("UPDATE jobs SET state = ?, started = ?, attempts = attempts + 1 WHERE id = ?",
-                       (RUNNING, when, job.id))
+            db.execute(
+                "UPDATE jobs SET state = ?, started = ?, attempts = attempts + 1 WHERE id = ?", (RUNNING, when, job.id)
+            )
 
     def ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
         """Its last state. What it was drawn on is no longer kept, unless another job needs it."""
@@ -115,8 +116,9 @@ class Store:
         """Oldest first; with a limit, the newest of them."""
         holes = ", ".join("?" * len(states))
         with self.lock:
-            rows = self.db.execute(f"SELECT * FROM jobs WHERE state IN ({holes}) ORDER BY number DESC LIMIT ?",
-                                   (*states, limit)).fetchall()
+            rows = self.db.execute(
+                f"SELECT * FROM jobs WHERE state IN ({holes}) ORDER BY number DESC LIMIT ?", (*states, limit)
+            ).fetchall()
         return [self._job(row) for row in reversed(rows)]
 
     def unfinished(self) -> list[Job]:
@@ -177,8 +179,11 @@ class Store:
         row = (job.picture_id(place), job.id, place, file, *size, json.dumps(asdict(settings)), json.dumps(job.loras),
                search, time.time())  # fmt: skip
         with self.transaction() as db:
-            db.execute("INSERT INTO images (id, job, place, file, width, height, settings, loras, search, created) "
-                       "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            db.execute(
+                "INSERT INTO images (id, job, place, file, width, height, settings, loras, search, created) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
             if job.done | {place} == job.places:
                 db.execute("UPDATE jobs SET state = ?, finished = ? WHERE id = ?", (DONE, time.time(), job.id))
 
@@ -199,8 +204,9 @@ class Store:
             where.append("job = ?")
             values.append(job)
         with self.lock:
-            rows = self.db.execute(f"SELECT * FROM images WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?",
-                                   (*values, limit)).fetchall()
+            rows = self.db.execute(
+                f"SELECT * FROM images WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?", (*values, limit)
+            ).fetchall()
         return [self._picture(row) for row in rows]
 
     def _picture(self, row: sqlite3.Row) -> Picture:

@@ -21,7 +21,7 @@ from plainsd.server.security import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=-]+)*;base64,")
-Box = tuple[int, int, int, int]       # left, top, right, bottom
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 class Named(BytesIO):
@@ -41,7 +41,7 @@ def decoded(text: str, field: str) -> bytes:
         raise Refused(422, f"{field} {text[:60]!r} is an address; send the picture itself, in base64", field)
     found = DATA_URL.match(text)
     try:
-        return b64decode("".join(text[found.end() if found else 0:].split()), validate=True)
+        return b64decode("".join(text[found.end() if found else 0 :].split()), validate=True)
     except (binascii.Error, ValueError):
         raise Refused(
             422, f"{field} {text[:20]!r}... is not base64; send the bytes of a PNG, JPEG or WebP file so", field
@@ -57,7 +57,7 @@ def opened(content: bytes, field: str, limits: Limits, background: str | None = 
         raise Refused(422, f"{field} is no PNG, JPEG or WebP picture; save it as one of them", field) from None
     except Image.DecompressionBombError:
         width = height = 10**6
-    except Exception as error:        # decoders meet hostile bytes with errors of every kind
+    except Exception as error:  # decoders meet hostile bytes with errors of every kind
         raise Refused(422, f"{field} is broken ({error}); save it again", field) from None
     if width * height > limits.upload_pixels:
         raise Refused(413, f"{field} has {width}x{height} pixels; scale it below {limits.upload_pixels} in all", field)
@@ -104,8 +104,8 @@ def hole_of(alpha: Image.Image) -> Image.Image:
 
 def filled(image: Image.Image, hole: Image.Image) -> Image.Image:
     """The hole filled with the colours around it, smoothly: means over ever coarser grids, until there is one."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()             # (1, 3, H, W)
-    known = torch.from_numpy(np.array(hole) == 0)[None, None].double()                     # (1, 1, H, W)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
+    known = torch.from_numpy(np.array(hole) == 0)[None, None].double()  # (1, 1, H, W)
     result, weight, size = pixels * known, known, pixels.shape[2:]
     side = 2
     while (weight == 0).any() and side <= 2 * max(size):

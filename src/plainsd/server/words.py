@@ -22,14 +22,14 @@ from plainsd.models.clip import TextEncoder
 from plainsd.server.folders import named_files
 from plainsd.tensorfile import open_safetensors
 
-LARGEST = 16 * 2**20                  # bytes; what is larger is something else
+LARGEST = 16 * 2**20  # bytes; what is larger is something else
 
 
 class Word(NamedTuple):
-    name: str                         # the file's, or its place below the folder
-    text: str                         # what is written in prompts
+    name: str  # the file's, or its place below the folder
+    text: str  # what is written in prompts
     path: Path
-    changed: int                      # when, in nanoseconds
+    changed: int  # when, in nanoseconds
 
     def within(self, prompt: str) -> bool:
         """Whether the tokenizer will find it there: in any case, and a name of letters only as a whole word."""
@@ -52,11 +52,11 @@ class Words:
         for name, path in named_files(self.folder).items():
             try:
                 stat = path.stat()
-            except OSError:           # gone meanwhile
+            except OSError:  # gone meanwhile
                 continue
             if stat.st_size <= LARGEST and (held := content_of(path, stat.st_mtime_ns)) is not None:
                 text = held[0] or path.stem
-                if text.strip() == text != "" and text.isprintable() and "," not in text:        # a comma parts them
+                if text.strip() == text != "" and text.isprintable() and "," not in text:  # a comma parts them
                     found.setdefault(text, Word(name, text, path, stat.st_mtime_ns))
         return list(found.values())
 
@@ -69,8 +69,9 @@ class Words:
         if self.folder is None:
             raise UserError(f"embeddings: there is none called {wanted!r}; start the server with --embeddings FOLDER")
         if not known:
-            raise UserError(f"embeddings: there is none called {wanted!r}; put .safetensors files into the folder of "
-                            "--embeddings")
+            raise UserError(
+                f"embeddings: there is none called {wanted!r}; put .safetensors files into the folder of --embeddings"
+            )
         raise UserError(f"embeddings: {unknown('embedding', wanted, [word.text for word in known])}")
 
     def fitting(self, bare: StableDiffusion) -> list[Word]:
@@ -84,8 +85,9 @@ class Words:
         for word in relied:
             if (why := problem(bare, word)) is not None:
                 raise UserError(f"embeddings: {why}")
-        words = [word for word in self.known()
-                 if word.within(texts) and (word in relied or problem(bare, word) is None)]
+        words = [
+            word for word in self.known() if word.within(texts) and (word in relied or problem(bare, word) is None)
+        ]
         taught(bare, words)
         return words
 
@@ -122,8 +124,11 @@ def taught(sd: StableDiffusion, words: Sequence[Word]) -> StableDiffusion:
     tokens."""
     if not words:
         return sd
-    learned = replace(sd, tokenizers=[deepcopy(one) for one in sd.tokenizers],
-                      text_encoders=[with_own_table(one) for one in sd.text_encoders])
+    learned = replace(
+        sd,
+        tokenizers=[deepcopy(one) for one in sd.tokenizers],
+        text_encoders=[with_own_table(one) for one in sd.text_encoders],
+    )
     for word in words:
         try:
             add_embedding(learned, word.path, word.text)

@@ -21,8 +21,8 @@ from plainsd.server.security import Limits
 from plainsd.server.store import Store
 from plainsd.server.uploads import pasted, png
 
-PREVIEW_EVERY = 0.25                  # seconds
-RETRY = 1.0                           # seconds, where the history cannot be written
+PREVIEW_EVERY = 0.25  # seconds
+RETRY = 1.0  # seconds, where the history cannot be written
 log = logging.getLogger("plainsd.server")
 
 
@@ -46,7 +46,7 @@ class Worker(threading.Thread):
                 if not units:
                     return
                 self.serve(units)
-            except sqlite3.Error as error:               # the disk is full: nothing can be written, so nothing is lost
+            except sqlite3.Error as error:  # the disk is full: nothing can be written, so nothing is lost
                 log.error("cannot write to the data folder (%s); trying again", error)
                 self.queue.put_back(units)
                 time.sleep(RETRY)
@@ -123,7 +123,7 @@ class Worker(threading.Thread):
         file = self.store.write(unit.job, unit.place, image)
         if self.queue.entered(unit, file, image.size):
             self.pictures += 1
-        else:                                                      # cancelled while it was written
+        else:  # cancelled while it was written
             (self.store.folder / file).unlink(missing_ok=True)
 
     def failed(self, units: list[Unit], error: Exception) -> None:

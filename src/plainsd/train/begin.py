@@ -54,7 +54,7 @@ def train_vae(job: Job) -> None:
     own = job.options.nothing
     if job.world.sharded:
         raise UserError("method vae has no --shard: an autoencoder fits on one GPU")
-    torch.manual_seed(job.options.pace.seed)            # the networks' first weights
+    torch.manual_seed(job.options.pace.seed)  # the networks' first weights
     variant, vae = first_vae(job)
     pictures, heldout = job.pictures(variant.size)
     if pictures.framing != Framing():
@@ -88,7 +88,7 @@ def train_scratch(job: Job) -> None:
     variant, own = described_variant(job), job.options.nothing
     if not own.vae or not own.tokenizer:
         raise UserError("method scratch needs --vae and --tokenizer: train the first with --method vae")
-    torch.manual_seed(job.options.pace.seed)            # the networks' first weights
+    torch.manual_seed(job.options.pace.seed)  # the networks' first weights
     vae = job.on_device(load_vae(own.vae, device=job.world.device, dtype=torch.float32))
     sd = from_scratch(variant, vae, Tokenizer.from_folder(own.tokenizer))
     if job.options.base is not None:
@@ -99,8 +99,9 @@ def train_scratch(job: Job) -> None:
     pictures, heldout = job.pictures(variant.size)
     vae.requires_grad_(False)
     job.count_long_captions(sd, pictures)
-    method = full(sd, job.examples(vae, pictures), text_encoder=True, objective=job.objective(),
-                  chunks=job.options.reading.chunks)
+    method = full(
+        sd, job.examples(vae, pictures), text_encoder=True, objective=job.objective(), chunks=job.options.reading.chunks
+    )
     held = job.examples(vae, heldout) if heldout else None
     parts = job.spread(sd)
     check = (lambda: method.validate(held, 64)) if held else None
@@ -123,10 +124,13 @@ def begin_as(sd: StableDiffusion, base: str) -> None:
     """Text encoder and UNet get the weights of another model: of a run that is to go on with other options."""
     other = load(base, device="cpu", dtype=torch.float32)
     for network, weights in zip((sd.unet, *sd.text_encoders), (other.unet, *other.text_encoders), strict=True):
-        shapes, given = ({name: tuple(tensor.shape) for name, tensor in n.state_dict().items()}
-                         for n in (network, weights))
+        shapes, given = (
+            {name: tuple(tensor.shape) for name, tensor in n.state_dict().items()} for n in (network, weights)
+        )
         if shapes != given:
             name = next(name for name in sorted({*shapes, *given}) if shapes.get(name) != given.get(name))
-            raise UserError(f"--base {base} has other networks than --model describes: {name} is "
-                            f"{given.get(name, 'missing')}, and should be {shapes.get(name, 'absent')}")
+            raise UserError(
+                f"--base {base} has other networks than --model describes: {name} is "
+                f"{given.get(name, 'missing')}, and should be {shapes.get(name, 'absent')}"
+            )
         network.load_state_dict(weights.state_dict())

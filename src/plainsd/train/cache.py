@@ -34,10 +34,10 @@ class Latents:
     """
 
     data: Tensor
-    shapes: list[tuple[int, int]]    # (h, w) of each picture
+    shapes: list[tuple[int, int]]  # (h, w) of each picture
     starts: list[int]
-    channels: int                    # C: 2 L, and one more with masks
-    views: int                       # of each picture
+    channels: int  # C: 2 L, and one more with masks
+    views: int  # of each picture
     scaling_factor: float
     masked: bool
 
@@ -69,8 +69,9 @@ class Latents:
         return torch.stack([self.moments(p.index, v).float() for p, v in zip(picks, views, strict=True)])
 
 
-def cache_latents(vae: VAE, pictures: Pictures, folder: Path, *, batch: int = 64, dtype: torch.dtype = torch.float32,
-                  workers: int = 0) -> Latents:
+def cache_latents(
+    vae: VAE, pictures: Pictures, folder: Path, *, batch: int = 64, dtype: torch.dtype = torch.float32, workers: int = 0
+) -> Latents:
     """Encodes every view of every picture once, into a file of `folder` that is named after them and the VAE.
 
     `workers` threads read pictures ahead. Their number changes nothing else.
@@ -80,13 +81,16 @@ def cache_latents(vae: VAE, pictures: Pictures, folder: Path, *, batch: int = 64
     masked = any(item.masked for item in pictures.items)
     channels = 2 * config.latent_channels + masked
     shapes = [(first.size[1] // config.factor, first.size[0] // config.factor) for first, *_ in views]
-    sizes = [channels * h * w for h, w in shapes]                              # of one view, in numbers
+    sizes = [channels * h * w for h, w in shapes]  # of one view, in numbers
     starts = [0, *itertools.accumulate(size * count for size in sizes)]
     path = folder / f"latents-{fingerprint(vae, pictures)}.f16"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = [Wanted(i, view, starts[i] + n * sizes[i], sizes[i]) for i, row in enumerate(views)
-                  for n, view in enumerate(row)]
+        wanted = [
+            Wanted(i, view, starts[i] + n * sizes[i], sizes[i])
+            for i, row in enumerate(views)
+            for n, view in enumerate(row)
+        ]
         keys = view_keys(vae, pictures, wanted, masked)
         with written_whole(path) as unfinished, open(unfinished, "wb") as file:
             file.truncate(2 * starts[-1])
@@ -108,8 +112,17 @@ class Wanted(NamedTuple):
     size: int
 
 
-def _made(vae: VAE, pictures: Pictures, wanted: list[Wanted], keys: list[str], folder: Path, masked: bool, batch: int,
-          dtype: torch.dtype, workers: int) -> Iterator[tuple[int, bytes]]:
+def _made(
+    vae: VAE,
+    pictures: Pictures,
+    wanted: list[Wanted],
+    keys: list[str],
+    folder: Path,
+    masked: bool,
+    batch: int,
+    dtype: torch.dtype,
+    workers: int,
+) -> Iterator[tuple[int, bytes]]:
     """(start, float16 bytes) of every view: copied from another file of the folder, or encoded."""
     kept, missing = _kept(folder), []
     for key, want in zip(keys, wanted, strict=True):

@@ -86,8 +86,9 @@ def restore(trainer: Trainer, folder: Path) -> None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"cannot read {file} ({str(error).splitlines()[0]}); remove {found[-1]} to go on from the state "
-                        "before") from error
+        raise UserError(
+            f"cannot read {file} ({str(error).splitlines()[0]}); remove {found[-1]} to go on from the state before"
+        ) from error
     trainer.restore(state)
 
 
@@ -114,7 +115,7 @@ def saving(what: str) -> Iterator[None]:
         yield
     except SaveError:
         raise
-    except (OSError, RuntimeError, UserError) as error:      # torch and others wrap the disk's own error
+    except (OSError, RuntimeError, UserError) as error:  # torch and others wrap the disk's own error
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
         if cause is None:
             raise

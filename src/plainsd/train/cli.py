@@ -42,8 +42,13 @@ class Train:
         from plainsd.train.tune import train_full, train_inversion, train_lora
         from plainsd.train.world import world_of_torchrun
 
-        task = {"vae": train_vae, "scratch": train_scratch, "full": train_full, "lora": train_lora,
-                "inversion": train_inversion}[self.method]
+        task = {
+            "vae": train_vae,
+            "scratch": train_scratch,
+            "full": train_full,
+            "lora": train_lora,
+            "inversion": train_inversion,
+        }[self.method]
         filled = replace(self, pace=options.with_defaults(self.method, self.pace))
         device = choose_device(self.pace.device)
         with world_of_torchrun(device, self.pace.shard) as world:

@@ -25,15 +25,15 @@ from plainsd.train.order import random
 from plainsd.train.views import Framing, Size, View, cut_out, view_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SMALLEST = 8                         # pixels of a picture's shorter side
+SMALLEST = 8  # pixels of a picture's shorter side
 
 
 class Entry(Protocol):
     """One captioned picture, wherever it lies. Entries are frozen dataclasses, so that a scan can fill in `size`."""
 
     texts: tuple[str, ...]
-    repeats: int                     # how often an epoch shows it
-    size: Size | None                # known after a scan
+    repeats: int  # how often an epoch shows it
+    size: Size | None  # known after a scan
     masked: bool
     name: str
 
@@ -81,7 +81,7 @@ class Pictures:
     items: tuple[Entry, ...]
     size: int
     framing: Framing = Framing()
-    tags: int | None = None          # captions are lists with commas: all but the first `tags` entries are shuffled
+    tags: int | None = None  # captions are lists with commas: all but the first `tags` entries are shuffled
 
     def __len__(self) -> int:
         return len(self.items)
@@ -128,9 +128,18 @@ def fit_square(picture: Image.Image, size: int) -> Image.Image:
 # ---- reading a folder
 
 
-def read_folder(folder: str | Path, size: int, *, bad_share: float = 0.01, check: bool = True,
-                caption: str | None = None, repeats: int = 1, limit: int | None = None, known: Path | None = None,
-                say: Callable[[str], None] = print) -> Pictures:
+def read_folder(
+    folder: str | Path,
+    size: int,
+    *,
+    bad_share: float = 0.01,
+    check: bool = True,
+    caption: str | None = None,
+    repeats: int = 1,
+    limit: int | None = None,
+    known: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Pictures:
     """All captioned pictures of a folder. Broken pictures and empty captions are left out, counted and listed.
 
     More than `bad_share` of them is a UserError: then something is wrong with the folder, not with a file. `caption` is
@@ -142,8 +151,10 @@ def read_folder(folder: str | Path, size: int, *, bad_share: float = 0.01, check
     found = list(_from_metadata(folder) if (folder / "metadata.jsonl").is_file() else _from_pairs(folder))
     if not found:
         raise UserError(f"{folder}: no pictures; put metadata.jsonl there, or pairs such as cat.png and cat.txt")
-    entries = [(replace(item, texts=item.texts or ((caption,) if caption else ()), repeats=repeats), fault)
-               for item, fault in found[:limit]]
+    entries = [
+        (replace(item, texts=item.texts or ((caption,) if caption else ()), repeats=repeats), fault)
+        for item, fault in found[:limit]
+    ]
     return Pictures(scan(entries, str(folder), bad_share, check, known, say), size)
 
 
@@ -156,7 +167,7 @@ def _from_metadata(folder: Path):
             mask = folder / row["mask"] if row.get("mask") else None
             yield Item(folder / row["file_name"], tuple(t for t in texts if t.strip()), mask=mask), None
         except (ValueError, KeyError, TypeError, AttributeError):
-            yield Item(folder / f"metadata.jsonl line {number}", ()), "not {\"file_name\": ..., \"text\": ...}"
+            yield Item(folder / f"metadata.jsonl line {number}", ()), 'not {"file_name": ..., "text": ...}'
 
 
 def _from_pairs(folder: Path):
@@ -173,8 +184,14 @@ def _from_pairs(folder: Path):
 # ---- checking
 
 
-def scan(found: Sequence[tuple[Entry, str | None]], where: str, bad_share: float, check: bool = True,
-         known: Path | None = None, say: Callable[[str], None] = print) -> tuple[Entry, ...]:
+def scan(
+    found: Sequence[tuple[Entry, str | None]],
+    where: str,
+    bad_share: float,
+    check: bool = True,
+    known: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[Entry, ...]:
     """The entries that can be used, with their sizes. `found` has each with what is wrong with it already, or None."""
     whole = json.loads(known.read_text("utf-8")) if known and known.is_file() else {}
     entries, bad, before = [], [], len(whole)
@@ -193,8 +210,10 @@ def scan(found: Sequence[tuple[Entry, str | None]], where: str, bad_share: float
     if bad:
         say(f"left out {len(bad)} of {len(found)} pictures: {'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}")
     if not entries or len(bad) > bad_share * len(found):
-        raise UserError(f"{where}: {len(bad)} of {len(found)} pictures cannot be used, more than {bad_share:.0%} "
-                        f"(first: {bad[0]}); mend them or raise --bad-share")
+        raise UserError(
+            f"{where}: {len(bad)} of {len(found)} pictures cannot be used, more than {bad_share:.0%} "
+            f"(first: {bad[0]}); mend them or raise --bad-share"
+        )
     return tuple(entries)
 
 
@@ -222,9 +241,11 @@ def described(pictures: Pictures) -> str:
     small = sum(side < pictures.size for side in sides)
     texts = {text for item in pictures.items for text in item.texts}
     repeated = sum(item.repeats for item in pictures.items)
-    lines = [f"{len(pictures)} pictures{f', {repeated} an epoch' if repeated != len(pictures) else ''}, {len(texts)} "
-             f"captions; shorter sides {min(sides)} to {max(sides)} px, median {statistics.median(sides):g}"
-             f"{f'; {small} are enlarged to {pictures.size}' if small else ''}"]
+    lines = [
+        f"{len(pictures)} pictures{f', {repeated} an epoch' if repeated != len(pictures) else ''}, {len(texts)} "
+        f"captions; shorter sides {min(sides)} to {max(sides)} px, median {statistics.median(sides):g}"
+        f"{f'; {small} are enlarged to {pictures.size}' if small else ''}"
+    ]
     if pictures.framing.buckets:
         sizes = Counter(pictures.views(i)[0].size for i in range(len(pictures)))
         lines.append("sizes: " + ", ".join(f"{w}x{h} {count}" for (w, h), count in sizes.most_common()))

@@ -24,15 +24,24 @@ from PIL import Image, ImageDraw, ImageFont, features
 from plainsd.errors import UserError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-STRIKE = 109                                   # the only size of the font's bitmaps, in Pillow's units
-SMALLEST, LARGEST = 0.80, 0.95                 # longer side of the visible part, as a share of the picture's side
-NEAR = 0.13                                    # two glyphs nearer than this are near duplicates
+STRIKE = 109  # the only size of the font's bitmaps, in Pillow's units
+SMALLEST, LARGEST = 0.80, 0.95  # longer side of the visible part, as a share of the picture's side
+NEAR = 0.13  # two glyphs nearer than this are near duplicates
 
 # Any two are at least 97 apart in RGB, so the nearest name is never in doubt.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 40, 40), "orange": (255, 140, 0), "yellow": (255, 235, 60), "green": (46, 160, 67),
-    "cyan": (0, 200, 220), "blue": (30, 80, 220), "purple": (128, 40, 170), "pink": (255, 150, 200),
-    "white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0), "brown": (104, 62, 26),
+    "red": (214, 40, 40),
+    "orange": (255, 140, 0),
+    "yellow": (255, 235, 60),
+    "green": (46, 160, 67),
+    "cyan": (0, 200, 220),
+    "blue": (30, 80, 220),
+    "purple": (128, 40, 170),
+    "pink": (255, 150, 200),
+    "white": (255, 255, 255),
+    "gray": (128, 128, 128),
+    "black": (0, 0, 0),
+    "brown": (104, 62, 26),
 }
 
 # {phrase}: the name with its article; {ground}: the colour with its article. The last one leaves the colour open.
@@ -46,7 +55,8 @@ TEMPLATES = (
     "{phrase}",
 )
 
-LEFT_OUT = frozenset("""
+LEFT_OUT = frozenset(
+    """
     button symbol sign arrow arrows square circle triangle flag flags o'clock one-thirty two-thirty three-thirty
     four-thirty five-thirty six-thirty seven-thirty eight-thirty nine-thirty ten-thirty eleven-thirty twelve-thirty
     moon aries taurus gemini cancer leo virgo libra scorpio sagittarius capricorn aquarius pisces ophiuchus japanese
@@ -56,28 +66,35 @@ LEFT_OUT = frozenset("""
     bust busts bra briefs bikini breast-feeding low medium high muted slash speaker station pistol syringe
     front-facing middle volume claus wedding kiss showing without savoring done foggy cinema meridians
     locked unlocked star-struck
-""".split())
+""".split()
+)
 
-GROUPS: tuple[tuple[str, float, str], ...] = (    # name, share of the count, code points in hexadecimal
+GROUPS: tuple[tuple[str, float, str], ...] = (  # name, share of the count, code points in hexadecimal
     ("food", 0.24, "1f32d-1f330 1f336 1f33d 1f344-1f37f 1f950-1f96f 1f9c0-1f9cb 1fad0-1fadd"),
     ("plants", 0.05, "1f331-1f335 1f337-1f33c 1f33e-1f343 2618 1f490 1f940 1fab4-1fab7 1fabb"),
     ("animals", 0.24, "1f400-1f43f 1f54a 1f577 1f980-1f9ae 1fab0-1fab3 1fabc-1fabf 1facc-1facf"),
     ("vehicles", 0.07, "2708 26f4-26f5 1f680-1f6a4 1f6b2 1f6f0-1f6fc 1f3cd-1f3ce"),
     ("faces", 0.05, "1f600-1f644 1f47b-1f47e 1f480 1f910-1f92f 1f970-1f97a"),
     ("sky and places", 0.05, "2600-2604 26c4 2744 2b50 1f300-1f320 1f3d4 1f3e0 1f3f0 1f525 1f4a7 26fa 1fa90"),
-    ("objects", 0.30, "2328 260e 2693-2699 26bd-26be 2702 270f 2764 231a-231b 23f0-23f3 1f380-1f3c0 1f3c6-1f3d3"
-     " 1f3ee-1f3fa 1f451-1f462 1f484-1f48e 1f493-1f49d 1f4a1-1f4a3 1f4b0-1f4ff 1f50b-1f516 1f526-1f52e 1f56f-1f579"
-     " 1f5a4-1f5d1 1f5dd-1f5e1 1f6aa 1f6bd-1f6c1 1f6cb-1f6d2 1f941-1f94f 1f9e0-1f9ff 1fa70-1faa9"),
+    (
+        "objects",
+        0.30,
+        "2328 260e 2693-2699 26bd-26be 2702 270f 2764 231a-231b 23f0-23f3 1f380-1f3c0 1f3c6-1f3d3"
+        " 1f3ee-1f3fa 1f451-1f462 1f484-1f48e 1f493-1f49d 1f4a1-1f4a3 1f4b0-1f4ff 1f50b-1f516 1f526-1f52e 1f56f-1f579"
+        " 1f5a4-1f5d1 1f5dd-1f5e1 1f6aa 1f6bd-1f6c1 1f6cb-1f6d2 1f941-1f94f 1f9e0-1f9ff 1fa70-1faa9",
+    ),
 )
 
 # Words for stuff that is not counted, and plurals that do not end in s: said without "a".
-UNCOUNTED = frozenset("""
+UNCOUNTED = frozenset(
+    """
     bread rice spaghetti oden sushi popcorn garlic bacon butter salt ice sake coral wood herb broccoli
     salad food tea milk yarn soap thread fire honey meat tennis bowling badminton lacrosse money fog liquid lightning
     camping corn shrimp dna mate foggy custard cooking luggage sparkles baseball volleyball softball bread
     arts racing hockey pong
-""".split())
-SINGULAR_S = ("ss", "us", "os")    # words that end in s and yet are one thing: compass, octopus
+""".split()
+)
+SINGULAR_S = ("ss", "us", "os")  # words that end in s and yet are one thing: compass, octopus
 AN = ("a", "e", "i", "o", "u", "hour", "x-ray")
 NOT_AN = ("uni", "ewe", "one-", "euro", "use", "uk")
 
@@ -91,7 +108,7 @@ class Concept:
 
     @property
     def phrase(self) -> str:
-        last = self.name.split(" of ")[0].split(" ")[-1]      # "glass of milk" counts glasses
+        last = self.name.split(" of ")[0].split(" ")[-1]  # "glass of milk" counts glasses
         plural = last.endswith("s") and not last.endswith(SINGULAR_S)
         return self.name if plural or last in UNCOUNTED else with_article(self.name)
 
@@ -112,8 +129,9 @@ def with_article(words: str) -> str:
 
 
 def caption(template: str, concept: Concept, background: str) -> str:
-    return template.format(name=concept.name, phrase=concept.phrase, background=background,
-                           ground=with_article(background))
+    return template.format(
+        name=concept.name, phrase=concept.phrase, background=background, ground=with_article(background)
+    )
 
 
 def open_font(path: Path | str | None = None) -> ImageFont.FreeTypeFont:
@@ -124,8 +142,10 @@ def open_font(path: Path | str | None = None) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(path), STRIKE)
     except OSError as error:
-        raise UserError(f"{path} is not the bitmap Noto Color Emoji font ({error}); give --font NotoColorEmoji.ttf,"
-                        f" Pillow with FreeType {features.version('freetype2')}") from None
+        raise UserError(
+            f"{path} is not the bitmap Noto Color Emoji font ({error}); give --font NotoColorEmoji.ttf,"
+            f" Pillow with FreeType {features.version('freetype2')}"
+        ) from None
 
 
 def font_identity(path: Path | str | None = None) -> dict[str, str]:
@@ -163,8 +183,9 @@ def random_place(key: str, glyph_size: tuple[int, int], size: int) -> Place:
     return Place(int(draw() * (size - width + 1)), int(draw() * (size - height + 1)), width, height)
 
 
-def split_pairs(concepts: int, backgrounds: int, share: float = 0.1,
-                seed: int = 0) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def split_pairs(
+    concepts: int, backgrounds: int, share: float = 0.1, seed: int = 0
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """All (concept, background) index pairs as (seen, held out): every concept and background is among the seen ones.
 
     The held-out pairs walk the shuffled concepts and the backgrounds in step, so both are hit evenly. Both lists are
@@ -180,6 +201,7 @@ def split_pairs(concepts: int, backgrounds: int, share: float = 0.1,
 
 # ---- choosing the emoji ----------------------------------------------------------------------------------------------
 
+
 def candidates(font: ImageFont.FreeTypeFont) -> dict[int, Concept]:
     """Step 1 of the rule: code point -> Concept, for all that the font draws and whose name will do."""
     try:
@@ -191,8 +213,13 @@ def candidates(font: ImageFont.FreeTypeFont) -> dict[int, Concept]:
         character = text.replace("\ufe0f", "")
         name = entry["en"].strip(":").replace("_", " ").replace("’", "'").lower()
         words = name.split(" ")
-        if (len(character) == 1 and entry["status"] == emoji.STATUS["fully_qualified"] and len(words) <= 3
-                and not LEFT_OUT.intersection(words) and font.getmask(character).getbbox()):
+        if (
+            len(character) == 1
+            and entry["status"] == emoji.STATUS["fully_qualified"]
+            and len(words) <= 3
+            and not LEFT_OUT.intersection(words)
+            and font.getmask(character).getbbox()
+        ):
             found[ord(character)] = Concept(name, character)
     return found
 

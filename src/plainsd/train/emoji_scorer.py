@@ -21,18 +21,18 @@ from torch.nn.functional import interpolate
 
 from plainsd.train import emoji
 
-COARSE, FINE = 32, 64            # sides of the two search grids, in cells
-KEPT = 16                        # emoji that the coarse search hands to the fine one
-COARSE_SIZES = 10                # sizes from the smallest to the largest, tried on the coarse grid
+COARSE, FINE = 32, 64  # sides of the two search grids, in cells
+KEPT = 16  # emoji that the coarse search hands to the fine one
+COARSE_SIZES = 10  # sizes from the smallest to the largest, tried on the coarse grid
 
 
 @dataclass(frozen=True)
 class Drawn:
     """Drawn emoji, ready for the search on one grid: spectra of alpha * colour and alpha at the grid's corner."""
 
-    spectrum: Tensor             # (K, 4, G, G // 2 + 1) complex
-    energy: Tensor               # (K, 5): sums over the grid of (alpha colour)^2; alpha^2 colour, three; alpha^2
-    room: Tensor                 # (K, 2): how many rows and columns it can lie at, inside the frame
+    spectrum: Tensor  # (K, 4, G, G // 2 + 1) complex
+    energy: Tensor  # (K, 5): sums over the grid of (alpha colour)^2; alpha^2 colour, three; alpha^2
+    room: Tensor  # (K, 2): how many rows and columns it can lie at, inside the frame
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Score:
 
     background: str
     objects: tuple[int, ...]
-    error: float                 # mean squared error of the best one over the picture, colours in 0..1
+    error: float  # mean squared error of the best one over the picture, colours in 0..1
 
 
 class Scorer:
@@ -61,8 +61,9 @@ class Scorer:
         scaled = np.asarray(emoji.fitted(glyph, longer), np.float32) / 255
         alpha = scaled[..., 3:]
         canvas = torch.zeros(1, 4, self.size, self.size)
-        canvas[0, :, :scaled.shape[0], :scaled.shape[1]] = torch.from_numpy(
-            np.concatenate([scaled[..., :3] * alpha, alpha], -1)).permute(2, 0, 1)
+        canvas[0, :, : scaled.shape[0], : scaled.shape[1]] = torch.from_numpy(
+            np.concatenate([scaled[..., :3] * alpha, alpha], -1)
+        ).permute(2, 0, 1)
         cells = interpolate(canvas, (grid, grid), mode="area")
         colour, alpha = cells[:, :3], cells[:, 3:]
         energy = torch.cat([(colour**2).sum().view(1, 1), (colour * alpha).sum((2, 3)), (alpha**2).sum((2, 3))], 1)
@@ -102,10 +103,10 @@ def best_errors(difference: Tensor, colour: Tensor, drawn: Drawn, grid: int) -> 
     |d|^2 - 2 <d, a c> + 2 <d . b, a> + |a c|^2 - 2 b . <a c, a> + |b|^2 |a|^2. The two inner products for all places at
     once are one circular correlation; it never wraps, for only places inside the frame are looked at.
     """
-    cells = interpolate(difference, (grid, grid), mode="area")[0]         # (3, G, G)
+    cells = interpolate(difference, (grid, grid), mode="area")[0]  # (3, G, G)
     against = (cells * colour[:, None, None]).sum(0, keepdim=True)
-    spectrum = torch.fft.rfft2(torch.cat([cells, -against]))                                  # (4, G, G // 2 + 1)
-    inner = torch.fft.irfft2((spectrum * drawn.spectrum.conj()).sum(1), s=(grid, grid))       # (K, G, G)
+    spectrum = torch.fft.rfft2(torch.cat([cells, -against]))  # (4, G, G // 2 + 1)
+    inner = torch.fft.irfft2((spectrum * drawn.spectrum.conj()).sum(1), s=(grid, grid))  # (K, G, G)
     rows, columns = (torch.arange(grid) < drawn.room[:, axis, None] for axis in (0, 1))
     inside = rows[:, :, None] & columns[:, None, :]
     best = inner.masked_fill(~inside, -math.inf).amax((1, 2))
@@ -115,8 +116,14 @@ def best_errors(difference: Tensor, colour: Tensor, drawn: Drawn, grid: int) -> 
 
 def border_colour(pixels: np.ndarray) -> np.ndarray:
     """Median over the outermost two pixels. A glyph touches at most two sides, so the median is background."""
-    edge = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
-                           pixels[2:-2, :2].reshape(-1, 3), pixels[2:-2, -2:].reshape(-1, 3)])
+    edge = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[2:-2, :2].reshape(-1, 3),
+            pixels[2:-2, -2:].reshape(-1, 3),
+        ]
+    )
     return np.median(edge, 0).astype(np.float32)
 
 

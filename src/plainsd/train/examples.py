@@ -16,12 +16,12 @@ from plainsd.train.order import random
 
 
 class Batch(NamedTuple):
-    captions: list[str]              # empty where the caption was dropped
-    timesteps: Tensor                # (B,)
-    x0: Tensor                       # (B, L, h, w), scaled latents
+    captions: list[str]  # empty where the caption was dropped
+    timesteps: Tensor  # (B,)
+    x0: Tensor  # (B, L, h, w), scaled latents
     noise: Noise
-    mask: Tensor | None              # (B, 1, h, w)
-    sizes: Tensor                    # (B, 6): height and width of the original; top, left, height, width of the crop
+    mask: Tensor | None  # (B, 1, h, w)
+    sizes: Tensor  # (B, 6): height and width of the original; top, left, height, width of the crop
 
 
 def draw_caption(pictures: Pictures, pick: Pick, dropout: float) -> str:
@@ -38,8 +38,8 @@ class Examples:
 
     pictures: Pictures
     latents: Latents
-    dropout: float = 0.1             # share of captions left empty
-    timestep_power: float = 1.0      # timesteps are count * chance ** power: below 1, noisy ones come more often
+    dropout: float = 0.1  # share of captions left empty
+    timestep_power: float = 1.0  # timesteps are count * chance ** power: below 1, noisy ones come more often
 
     def draw(self, picks: Sequence[Pick], steps: int, objective: Objective = PLAIN) -> Batch:
         """A batch of what the picks say, each at one of `steps` timesteps."""
@@ -53,8 +53,9 @@ class Examples:
             captions = [self.pictures.items[p.index].texts[0] for p in picks]
             yield self._batch(picks, captions, timesteps, [0] * len(picks), PLAIN)
 
-    def _batch(self, picks: Sequence[Pick], captions: list[str], timesteps: Tensor, views: list[int],
-               objective: Objective) -> Batch:
+    def _batch(
+        self, picks: Sequence[Pick], captions: list[str], timesteps: Tensor, views: list[int], objective: Objective
+    ) -> Batch:
         x0 = self.latents.draw(picks, views)
         noise = draw_noise(picks, x0.shape[1:], objective)
         return Batch(captions, timesteps, x0, noise, self.latents.masks(picks, views), self._sizes(picks, views))
@@ -67,8 +68,9 @@ class Examples:
         return torch.tensor(rows, dtype=torch.float32)
 
 
-def fixed_picks(pictures: Pictures, steps: int, batch: int, shapes: Sequence | None = None
-                ) -> Iterator[tuple[list[Pick], Tensor]]:
+def fixed_picks(
+    pictures: Pictures, steps: int, batch: int, shapes: Sequence | None = None
+) -> Iterator[tuple[list[Pick], Tensor]]:
     """Picks of every picture with timesteps spread evenly over the table, in batches of one shape each."""
     count = len(pictures)
     order = sorted(range(count), key=lambda i: shapes[i]) if shapes else list(range(count))

@@ -27,7 +27,7 @@ class FineTune:
     modules: nn.ModuleDict
     reader: Reader
     objective: Objective = PLAIN
-    prior: Examples | None = None    # pictures of the kind in general, with general captions
+    prior: Examples | None = None  # pictures of the kind in general, with general captions
     prior_weight: float = 1.0
 
     def loss(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -35,16 +35,28 @@ class FineTune:
         loss = self.errors(self.examples.draw(picks, steps, self.objective), self.objective).mean()
         if self.prior is None:
             return loss, {}
-        drawn = [Pick(int(torch.randint(len(self.prior.pictures), (), generator=p.generator)), p.position, p.generator)
-                 for p in picks]
+        drawn = [
+            Pick(int(torch.randint(len(self.prior.pictures), (), generator=p.generator)), p.position, p.generator)
+            for p in picks
+        ]
         prior = self.errors(self.prior.draw(drawn, steps, self.objective), self.objective).mean()
         return loss + self.prior_weight * prior, {"own": loss.detach(), "prior": prior.detach()}
 
     def errors(self, batch: Batch, objective: Objective = PLAIN) -> Tensor:
         """The error of each picture's prediction: (B,)."""
         context, vector = self.reader(batch.captions, batch.sizes)
-        return errors(self.sd.unet, self.sd.schedule, self.sd.prediction, batch.x0, batch.noise, batch.timesteps,
-                      context, vector, objective=objective, mask=batch.mask)
+        return errors(
+            self.sd.unet,
+            self.sd.schedule,
+            self.sd.prediction,
+            batch.x0,
+            batch.noise,
+            batch.timesteps,
+            context,
+            vector,
+            objective=objective,
+            mask=batch.mask,
+        )
 
     @torch.no_grad()
     def validate(self, held_out: Examples, batch: int = 8) -> dict[str, float]:
@@ -56,8 +68,10 @@ class FineTune:
 def frozen(sd: StableDiffusion) -> StableDiffusion:
     """Nothing of the model moves; where gradients are wanted, they are switched on afterwards."""
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
-        raise UserError("this is an inpainting model, which reads masks that the pictures do not have; fine-tune the "
-                        "model it was made from")
+        raise UserError(
+            "this is an inpainting model, which reads masks that the pictures do not have; fine-tune the "
+            "model it was made from"
+        )
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.requires_grad_(False).eval()
     return sd

@@ -9,8 +9,16 @@ from plainsd.train.objective import PLAIN, Objective
 from plainsd.train.text import Reader
 
 
-def full(sd: StableDiffusion, examples: Examples, *, text_encoder: bool = False, objective: Objective = PLAIN,
-         chunks: int = 1, prior: Examples | None = None, prior_weight: float = 1.0) -> FineTune:
+def full(
+    sd: StableDiffusion,
+    examples: Examples,
+    *,
+    text_encoder: bool = False,
+    objective: Objective = PLAIN,
+    chunks: int = 1,
+    prior: Examples | None = None,
+    prior_weight: float = 1.0,
+) -> FineTune:
     """The model is changed in place; `plainsd.save` writes it. Its weights should be float32: half precision loses most
     of a small step (train with FitOptions.bf16 for speed)."""
     modules = nn.ModuleDict({"unet": frozen(sd).unet})

@@ -67,9 +67,19 @@ def first_rows(sd: StableDiffusion, initial: str | None, vectors: int, seed: int
     return found
 
 
-def inversion(sd: StableDiffusion, examples: Examples, token: str, *, vectors: int = 1, initial: str | None = None,
-              seed: int = 0, objective: Objective = PLAIN, chunks: int = 1, prior: Examples | None = None,
-              prior_weight: float = 1.0) -> FineTune:
+def inversion(
+    sd: StableDiffusion,
+    examples: Examples,
+    token: str,
+    *,
+    vectors: int = 1,
+    initial: str | None = None,
+    seed: int = 0,
+    objective: Objective = PLAIN,
+    chunks: int = 1,
+    prior: Examples | None = None,
+    prior_weight: float = 1.0,
+) -> FineTune:
     """The model's tokenizers learn the word `token`, which captions should have. After training call `settle`;
     `plainsd.embeddings.save_embedding` then writes the word."""
     ids = add_word(frozen(sd), token, first_rows(sd, initial, vectors, seed))

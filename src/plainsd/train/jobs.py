@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from plainsd.models.vae import VAE
     from plainsd.train.cli import Train
 
-ENCODED_AT_ONCE = 2**18               # pixels, where pictures are large
+ENCODED_AT_ONCE = 2**18  # pixels, where pictures are large
 FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers"}
 
 
@@ -44,7 +44,7 @@ class Job:
 
     options: "Train"
     world: World
-    dtype: torch.dtype                # of the arithmetic
+    dtype: torch.dtype  # of the arithmetic
 
     @property
     def out(self) -> Path:
@@ -74,8 +74,10 @@ class Job:
                     self.say(f"{self.out} was to end after {old[name]} {name}; it goes on to {now[name]}")
                 elif name not in FREE and old.get(name, now[name]) != now[name]:
                     what = f"another --{name.replace('_', '-')}" if name not in more else "a model with other weights"
-                    raise UserError(f"{self.out} holds a run with {what} ({old[name]}, now {now[name]}); give the same "
-                                    "options to resume, or another --out")
+                    raise UserError(
+                        f"{self.out} holds a run with {what} ({old[name]}, now {now[name]}); give the same "
+                        "options to resume, or another --out"
+                    )
         if self.world.first:
             with saving("the options"):
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -102,15 +104,17 @@ class Job:
 
     def _read(self, source: str, size: int) -> Pictures:
         data = self.options.reading
-        reading = Reading(data.caption, data.picture_column, data.text_column, data.split, data.stream, data.limit,
-                          data.bad_share)
+        reading = Reading(
+            data.caption, data.picture_column, data.text_column, data.split, data.stream, data.limit, data.bad_share
+        )
         with self.world.first_goes_ahead():
             return read_source(source, size, self.out / "cache", reading, self.say)
 
     def latents(self, vae: "VAE", pictures: Pictures, *, batch: int = 64) -> Latents:
         with self.world.first_goes_ahead(), saving("the cached latents"):
-            return cache_latents(vae, pictures, self.out / "cache", batch=batch, dtype=self.dtype,
-                                 workers=self.options.reading.workers)
+            return cache_latents(
+                vae, pictures, self.out / "cache", batch=batch, dtype=self.dtype, workers=self.options.reading.workers
+            )
 
     def examples(self, vae: "VAE", pictures: Pictures) -> Examples:
         batch = max(1, min(64, ENCODED_AT_ONCE // pictures.size**2)) if pictures.size > 128 else 64
@@ -122,8 +126,10 @@ class Job:
         captions, chunks = {text for item in pictures.items for text in item.texts}, self.options.reading.chunks
         if count := cut_captions(sd, sorted(captions), chunks):
             room = min(encoder.config.positions - 2 for encoder in sd.text_encoders) * chunks
-            self.say(f"{count} of {len(captions)} captions are longer than what is read of them ({room} tokens); raise "
-                     "--chunks to read more")
+            self.say(
+                f"{count} of {len(captions)} captions are longer than what is read of them ({room} tokens); raise "
+                "--chunks to read more"
+            )
 
     def objective(self) -> Objective:
         loss = self.options.loss
@@ -154,21 +160,48 @@ class Job:
         pace, telling = self.options.pace, self.options.telling
         return FitOptions(
             steps=pace.steps or math.ceil(pace.epochs * epoch / (pace.batch * pace.accumulate)),
-            batch=pace.batch, accumulate=pace.accumulate, lr=pace.lr, warmup=pace.warmup,
-            cosine=pace.decline == "cosine", betas=(0.9, pace.beta2), weight_decay=pace.weight_decay, clip=pace.clip,
-            ema=pace.ema, seed=pace.seed,
-            save_every=telling.save_every, keep=telling.keep, bf16=self.dtype == torch.bfloat16, adam8bit=pace.adam8bit,
+            batch=pace.batch,
+            accumulate=pace.accumulate,
+            lr=pace.lr,
+            warmup=pace.warmup,
+            cosine=pace.decline == "cosine",
+            betas=(0.9, pace.beta2),
+            weight_decay=pace.weight_decay,
+            clip=pace.clip,
+            ema=pace.ema,
+            seed=pace.seed,
+            save_every=telling.save_every,
+            keep=telling.keep,
+            bf16=self.dtype == torch.bfloat16,
+            adam8bit=pace.adam8bit,
             long_attention=size >= 384,
         )
 
-    def train(self, method: Method, pictures: Pictures, check: Callable[[], dict[str, float]] | None,
-              sample: Callable[[Path], None] | None, *, before: bool = False) -> bool:
+    def train(
+        self,
+        method: Method,
+        pictures: Pictures,
+        check: Callable[[], dict[str, float]] | None,
+        sample: Callable[[Path], None] | None,
+        *,
+        before: bool = False,
+    ) -> bool:
         """To the end, with the averaged weights in place then; False where SIGTERM stopped it before."""
         telling, order = self.options.telling, self.order(pictures)
         rhythm = Rhythm(telling.log_every, telling.validate_every, telling.sample_every)
         options = self.fit_options(order.count, pictures.size)
-        trainer = run(method, order, options, self.out, rhythm, check, sample, before=before,
-                      tensorboard=telling.tensorboard, world=self.world)
+        trainer = run(
+            method,
+            order,
+            options,
+            self.out,
+            rhythm,
+            check,
+            sample,
+            before=before,
+            tensorboard=telling.tensorboard,
+            world=self.world,
+        )
         if trainer is None:
             self.say(f"stopped and saved in {self.out}; the same command goes on from there")
             return False

@@ -30,48 +30,48 @@ from plainsd.train.world import World
 @dataclass(frozen=True)
 class FitOptions:
     steps: int
-    batch: int = 64                  # pictures a micro-batch
-    accumulate: int = 1              # micro-batches a step, over all processes
+    batch: int = 64  # pictures a micro-batch
+    accumulate: int = 1  # micro-batches a step, over all processes
     lr: float = 1e-4
-    warmup: int = 200                # steps of linear warm-up
-    cosine: bool = True              # then down to 1 % of lr along a cosine; else constant
+    warmup: int = 200  # steps of linear warm-up
+    cosine: bool = True  # then down to 1 % of lr along a cosine; else constant
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip: float = 1.0                # largest norm of the whole gradient
-    ema: float = 0.999               # 0: no average
-    bf16: bool = False               # autocast; the weights and their update stay float32
-    adam8bit: bool = False           # AdamW's moments in 8 bits, by torchao
-    long_attention: bool = False     # on a CPU: attention maps that are never whole in memory, for large pictures
+    clip: float = 1.0  # largest norm of the whole gradient
+    ema: float = 0.999  # 0: no average
+    bf16: bool = False  # autocast; the weights and their update stay float32
+    adam8bit: bool = False  # AdamW's moments in 8 bits, by torchao
+    long_attention: bool = False  # on a CPU: attention maps that are never whole in memory, for large pictures
     seed: int = 0
     save_every: int = 1000
-    keep: int = 2                    # checkpoints kept
-    max_skipped: int = 20            # non-finite steps in a row before giving up
+    keep: int = 2  # checkpoints kept
+    max_skipped: int = 20  # non-finite steps in a row before giving up
 
 
 class Pick(NamedTuple):
     """One picture of a batch, with the random numbers that are its own."""
 
-    index: int                       # of the picture in the data
-    position: int                    # in the run: 0, 1, 2, ...
+    index: int  # of the picture in the data
+    position: int  # in the run: 0, 1, 2, ...
     generator: torch.Generator
 
 
 class Report(NamedTuple):
-    step: int                        # steps done
-    loss: float                      # mean over the pictures of this step
+    step: int  # steps done
+    loss: float  # mean over the pictures of this step
     metrics: dict[str, float]
     lr: float
     grad_norm: float
-    skipped: int                     # steps not taken, since the loss or gradient was not finite
-    samples: int                     # pictures seen, this step included
-    seconds: float                   # this step's
+    skipped: int  # steps not taken, since the loss or gradient was not finite
+    samples: int  # pictures seen, this step included
+    seconds: float  # this step's
 
 
 class Method(Protocol):
     """What is trained."""
 
-    modules: nn.ModuleDict           # all their parameters that require a gradient move
+    modules: nn.ModuleDict  # all their parameters that require a gradient move
 
     def loss(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss over the picks, and numbers to log. Uses no randomness but the picks' own."""
@@ -213,12 +213,17 @@ class WrittenOut(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention or kwargs.get("is_causal"):
             return func(*args, **kwargs)
         q, k, v = args
-        maps = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)      # (B, heads, N, M)
+        maps = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)  # (B, heads, N, M)
         return maps.to(v.dtype) @ v
 
 
-def fit(method: Method, pictures: int | Callable[[int], int], options: FitOptions, folder: Path | None = None,
-        trainer: Trainer | None = None) -> Iterator[Report]:
+def fit(
+    method: Method,
+    pictures: int | Callable[[int], int],
+    options: FitOptions,
+    folder: Path | None = None,
+    trainer: Trainer | None = None,
+) -> Iterator[Report]:
     """Train `method` until `options.steps`. Resumes from, and saves to, `folder`.
 
     `pictures`: how many there are, which are then shown in a new order every epoch; or an order, a function from
@@ -241,11 +246,21 @@ def fit(method: Method, pictures: int | Callable[[int], int], options: FitOption
         in_a_row = in_a_row + 1 if done is None else 0
         if in_a_row >= options.max_skipped:
             kept = "; the last good state is kept" if folder and checkpoints(folder) else ""
-            raise UserError(f"the loss was not finite {in_a_row} steps in a row, up to step {trainer.step}; lower the "
-                            f"learning rate (now {options.lr:g}){kept}")
+            raise UserError(
+                f"the loss was not finite {in_a_row} steps in a row, up to step {trainer.step}; lower the "
+                f"learning rate (now {options.lr:g}){kept}"
+            )
         total, metrics, norm = done or (math.nan, {}, math.nan)
-        yield Report(trainer.step, total, metrics, learning_rate(options, trainer.step - 1), norm, trainer.skipped,
-                     trainer.step * size, time.perf_counter() - began)
+        yield Report(
+            trainer.step,
+            total,
+            metrics,
+            learning_rate(options, trainer.step - 1),
+            norm,
+            trainer.skipped,
+            trainer.step * size,
+            time.perf_counter() - began,
+        )
         last = trainer.step == options.steps
         if folder and not in_a_row and (last or trainer.step % options.save_every == 0):
-            save_checkpoint(trainer, folder)                 # after the report: no log lacks a step that is saved
+            save_checkpoint(trainer, folder)  # after the report: no log lacks a step that is saved

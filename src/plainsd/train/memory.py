@@ -20,4 +20,4 @@ def checkpointing(unet: UNet, wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block.forward                    # the class's own shows again
+            del block.forward  # the class's own shows again

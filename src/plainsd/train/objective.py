@@ -33,10 +33,10 @@ from plainsd.train.loop import Pick
 class Objective:
     """How errors count. The default is the plain squared error."""
 
-    min_snr: float | None = None     # gamma; 5 in the paper
-    offset_noise: float = 0.0        # standard deviation of the offset; 0.05 to 0.1 are usual
-    perturbation: float = 0.0        # standard deviation of the surplus noise; 0.1 in the paper
-    huber: float | None = None       # beyond this size an error counts linearly; below it as in the plain loss
+    min_snr: float | None = None  # gamma; 5 in the paper
+    offset_noise: float = 0.0  # standard deviation of the offset; 0.05 to 0.1 are usual
+    perturbation: float = 0.0  # standard deviation of the surplus noise; 0.1 in the paper
+    huber: float | None = None  # beyond this size an error counts linearly; below it as in the plain loss
 
     def __post_init__(self):
         for name in ("min_snr", "huber"):
@@ -53,8 +53,8 @@ PLAIN = Objective()
 
 
 class Noise(NamedTuple):
-    target: Tensor                   # (B, L, h, w): what the network is to find
-    shown: Tensor                    # (B, L, h, w): what is mixed into its input; the same unless perturbed
+    target: Tensor  # (B, L, h, w): what the network is to find
+    shown: Tensor  # (B, L, h, w): what is mixed into its input; the same unless perturbed
 
 
 def draw_timesteps(picks: Sequence[Pick], count: int, power: float = 1.0) -> Tensor:

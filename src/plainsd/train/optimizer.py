@@ -40,7 +40,7 @@ def adam8bit() -> type[torch.optim.Optimizer]:
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):                  # torchao's, which compiles anew for each number
+        if isinstance(group["lr"], Tensor):  # torchao's, which compiles anew for each number
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate

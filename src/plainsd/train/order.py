@@ -12,7 +12,7 @@ def random(seed: int, purpose: int, position: int) -> torch.Generator:
     """A generator of its own for each (seed, purpose, position): whoever draws first, the numbers are the same."""
     mixed = (seed * 0x9E3779B97F4A7C15 + purpose * 0xBF58476D1CE4E5B9 + position * 0x94D049BB133111EB) % 2**64
     mixed ^= mixed >> 31
-    mixed = mixed * 0xD6E8FEB86659FD93 % 2**64           # a 64-bit mix, so that neighbours have unrelated seeds
+    mixed = mixed * 0xD6E8FEB86659FD93 % 2**64  # a 64-bit mix, so that neighbours have unrelated seeds
     return torch.Generator().manual_seed((mixed ^ mixed >> 32) & (2**63 - 1))
 
 

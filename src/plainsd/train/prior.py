@@ -12,8 +12,14 @@ from plainsd.train.checkpoints import saving
 AT_ONCE = 4
 
 
-def make_prior(sd: StableDiffusion, folder: Path, prompt: str, count: int, size: int | None = None,
-               say: Callable[[str], None] = print) -> None:
+def make_prior(
+    sd: StableDiffusion,
+    folder: Path,
+    prompt: str,
+    count: int,
+    size: int | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Fills a folder up to `count` pairs `00000.png` + `00000.txt`. Picture i has seed i, whenever it is made."""
     if count < 1:
         raise UserError(f"--prior-count {count} is out of range; give 1 or more")

@@ -1,10 +1,10 @@
 """A training run in a folder: log, curve, sample pictures, checkpoints; and stopping when told to.
 
-    RUN/log.jsonl          one line every `log_every` steps, and one a validation
-    RUN/curve.png          loss and validation over steps
-    RUN/tensorboard/       the same numbers for TensorBoard, if asked for
-    RUN/samples/           sample grids
-    RUN/checkpoints/       the newest `keep` states
+RUN/log.jsonl          one line every `log_every` steps, and one a validation
+RUN/curve.png          loss and validation over steps
+RUN/tensorboard/       the same numbers for TensorBoard, if asked for
+RUN/samples/           sample grids
+RUN/checkpoints/       the newest `keep` states
 """
 
 import importlib.util
@@ -86,7 +86,7 @@ class Look:
 
     def __call__(self, step: int) -> None:
         diary, trainer, last = self.diary, self.trainer, self.trainer.options.steps
-        if not diary and not trainer.world.sharded:          # only with its weights in parts does it take all processes
+        if not diary and not trainer.world.sharded:  # only with its weights in parts does it take all processes
             return
         if self.validate and self.rhythm.due("validate", step, last):
             found = with_average(trainer, self.validate)
@@ -112,8 +112,10 @@ class Diary:
         if tensorboard and not importlib.util.find_spec("tensorboard"):
             raise UserError("TensorBoard is not installed; pip install 'plainsd[train]', or leave --tensorboard out")
         if not importlib.util.find_spec("matplotlib"):
-            print("matplotlib is not installed, so there will be no curve.png; pip install 'plainsd[train]'",
-                  file=sys.stderr)
+            print(
+                "matplotlib is not installed, so there will be no curve.png; pip install 'plainsd[train]'",
+                file=sys.stderr,
+            )
             self.curve = None
 
     def note(self, report: Report) -> None:

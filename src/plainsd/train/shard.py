@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 def spread(network: nn.Module) -> None:
     """Shards a UNet or a text encoder in place, block by block. Do so before an optimizer is made."""
-    network.to(memory_format=torch.contiguous_format)        # FSDP2 takes no other
+    network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
     blocks = [*network.down, network.mid, *network.up] if isinstance(network, UNet) else list(network.blocks)
     mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
     for module in (*blocks, network):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    for module in (*blocks, network):                        # buffers are made now, not in a sample's inference mode
+    for module in (*blocks, network):  # buffers are made now, not in a sample's inference mode
         module.unshard()
         module.reshard()
 
@@ -44,7 +44,7 @@ def gather(network: nn.Module) -> None:
     """Whole weights again, on every process, to be saved; the network is not to be run after this."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
-            module.__class__ = type(module).__bases__[1]     # FSDP2 has made it a subclass of what it was
+            module.__class__ = type(module).__bases__[1]  # FSDP2 has made it a subclass of what it was
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 module.register_parameter(name, nn.Parameter(parameter.full_tensor(), parameter.requires_grad))
@@ -72,8 +72,10 @@ def load_shards(trainer: Trainer, folder: Path) -> None:
         dcp.load(state, checkpoint_id=folder)
     except CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        raise UserError(f"cannot read the state {folder} ({reason}); it may be of another model, or damaged: give "
-                        "another --out, or remove it to go on from the state before") from error
+        raise UserError(
+            f"cannot read the state {folder} ({reason}); it may be of another model, or damaged: give "
+            "another --out, or remove it to go on from the state before"
+        ) from error
     set_optimizer_state_dict(trainer.loss, trainer.optimizer, state["optimizer"])
     trainer.step, trainer.skipped = int(folder.name.removeprefix("step-")), state["skipped"]
 

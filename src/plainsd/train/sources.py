@@ -31,7 +31,7 @@ from plainsd.train.views import Size
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")
 MASK_COLUMN = "mask"
-SOURCE = re.compile(r"(.+?)(?::(\d+))?")             # with a number of repeats
+SOURCE = re.compile(r"(.+?)(?::(\d+))?")  # with a number of repeats
 HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -39,12 +39,12 @@ HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 class Reading:
     """How sources are read."""
 
-    caption: str | None = None       # for pictures without one
+    caption: str | None = None  # for pictures without one
     picture_column: str | None = None
     text_column: str | None = None
     split: str = "train"
     stream: bool = False
-    limit: int | None = None         # only the first so many pictures
+    limit: int | None = None  # only the first so many pictures
     bad_share: float = 0.01
 
 
@@ -94,22 +94,34 @@ class Row:
         return Bytes(cell["bytes"], self.name) if cell.get("bytes") else cell["path"]
 
 
-def read_source(source: str, size: int, cache: Path, reading: Reading = Reading(),
-                say: Callable[[str], None] = print) -> Pictures:
+def read_source(
+    source: str, size: int, cache: Path, reading: Reading = Reading(), say: Callable[[str], None] = print
+) -> Pictures:
     """The pictures of one source, checked. `cache` is a folder for what is fetched, converted and remembered."""
     place, repeats = SOURCE.fullmatch(source).groups() if not Path(source).exists() else (source, None)
     repeats, path, known = int(repeats or 1), Path(place), cache / "scanned.json"
     kind, files = kind_of(path)
     if kind is None and not path.exists() and not HUB_NAME.fullmatch(place):
-        raise UserError(f"there is no folder or file {place!r}; --data wants a folder of captioned pictures, parquet or "
-                        "tar files, or a dataset on the hub such as owner/name")
+        raise UserError(
+            f"there is no folder or file {place!r}; --data wants a folder of captioned pictures, parquet or "
+            "tar files, or a dataset on the hub such as owner/name"
+        )
     if kind == "folder":
-        pictures = read_folder(path, size, bad_share=reading.bad_share, caption=reading.caption, repeats=repeats,
-                               known=known, limit=reading.limit, say=say)
+        pictures = read_folder(
+            path,
+            size,
+            bad_share=reading.bad_share,
+            caption=reading.caption,
+            repeats=repeats,
+            known=known,
+            limit=reading.limit,
+            say=say,
+        )
     elif reading.stream:
         folder = streamed(place, kind, files, cache, reading)
-        pictures = read_folder(folder, size, bad_share=reading.bad_share, caption=reading.caption, repeats=repeats,
-                               known=known, say=say)
+        pictures = read_folder(
+            folder, size, bad_share=reading.bad_share, caption=reading.caption, repeats=repeats, known=known, say=say
+        )
     else:
         rows = [(replace(row, repeats=repeats), None) for row in _rows(place, kind, files, cache, reading)]
         if not rows:
@@ -144,8 +156,9 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
     try:
         import datasets
     except ImportError:
-        raise UserError("reading parquet files, tar shards and the hub needs the datasets library; "
-                        "pip install 'plainsd[train]'") from None
+        raise UserError(
+            "reading parquet files, tar shards and the hub needs the datasets library; pip install 'plainsd[train]'"
+        ) from None
     options: dict[str, Any] = {"split": reading.split, "streaming": stream, "cache_dir": str(cache / "datasets")}
     try:
         if kind is None:
@@ -155,18 +168,32 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
             table = datasets.load_dataset("imagefolder", data_dir=files[0], **options)
         else:
             table = datasets.load_dataset(kind, data_files=files, **options)
-        if table.features is None:                           # streams do not always tell before the first row
+        if table.features is None:  # streams do not always tell before the first row
             table = table._resolve_features()
-    except Exception as error:                               # builders meet damaged files with errors of every kind
+    except Exception as error:  # builders meet damaged files with errors of every kind
         reason = error.__cause__ or error
-        raise UserError(f"cannot read {place!r}: {' '.join(str(reason).split())[:200]}; check the name and the files"
-                        ) from error
-    picture = _column(table, place, "picture", reading.picture_column, [
-        *(name for name, feature in table.features.items()
-          if isinstance(feature, datasets.Image) and name != MASK_COLUMN),
-        *PICTURE_COLUMNS])
-    text = None if reading.caption and not reading.text_column and not set(TEXT_COLUMNS) & set(table.features) else \
-        _column(table, place, "text", reading.text_column, TEXT_COLUMNS)
+        raise UserError(
+            f"cannot read {place!r}: {' '.join(str(reason).split())[:200]}; check the name and the files"
+        ) from error
+    picture = _column(
+        table,
+        place,
+        "picture",
+        reading.picture_column,
+        [
+            *(
+                name
+                for name, feature in table.features.items()
+                if isinstance(feature, datasets.Image) and name != MASK_COLUMN
+            ),
+            *PICTURE_COLUMNS,
+        ],
+    )
+    text = (
+        None
+        if reading.caption and not reading.text_column and not set(TEXT_COLUMNS) & set(table.features)
+        else _column(table, place, "text", reading.text_column, TEXT_COLUMNS)
+    )
     for column in {picture, MASK_COLUMN} & set(table.features):
         table = table.cast_column(column, datasets.Image(decode=False))
     return table, picture, text
@@ -176,8 +203,10 @@ def _column(table, place: str, what: str, wanted: str | None, names: Iterable[st
     there = list(table.features)
     found = next((name for name in ([wanted] if wanted else names) if name in there), None)
     if found is None:
-        raise UserError(f"{place}: no {what} column{f' {wanted!r}' if wanted else ''}; it has {', '.join(there)}; "
-                        f"name one with --{what}-column")
+        raise UserError(
+            f"{place}: no {what} column{f' {wanted!r}' if wanted else ''}; it has {', '.join(there)}; "
+            f"name one with --{what}-column"
+        )
     return found
 
 

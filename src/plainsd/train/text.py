@@ -19,7 +19,7 @@ from plainsd.errors import UserError
 from plainsd.generate import StableDiffusion
 from plainsd.prompts import Weighted
 
-SCORE = 6.0                           # what SDXL's refiner is told of how good a picture looks
+SCORE = 6.0  # what SDXL's refiner is told of how good a picture looks
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Reader:
     """Captions to text states. What it remembers takes `room` bytes at most; the one longest out of use goes first."""
 
     sd: StableDiffusion
-    learns: bool = False             # the text encoders train: nothing is remembered, and gradients flow
-    chunks: int = 1                  # of 75 tokens each with CLIP; what a caption has more is cut off
+    learns: bool = False  # the text encoders train: nothing is remembered, and gradients flow
+    chunks: int = 1  # of 75 tokens each with CLIP; what a caption has more is cut off
     room: int = 2**30
     _known: OrderedDict[str, tuple[Tensor, Tensor | None]] = field(default_factory=OrderedDict)
     _bytes: int = 0
@@ -98,7 +98,11 @@ def _size(states: tuple[Tensor, Tensor | None]) -> int:
 
 def cut_captions(sd: StableDiffusion, captions: Sequence[str], chunks: int) -> int:
     """How many captions are longer than what is read of them."""
-    encoders = [(tokenizer, encoder.config.positions - 2)
-                for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True)]
-    return sum(any(len(cut(tokenizer, [Weighted(caption)], room)) > chunks for tokenizer, room in encoders)
-               for caption in captions)
+    encoders = [
+        (tokenizer, encoder.config.positions - 2)
+        for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True)
+    ]
+    return sum(
+        any(len(cut(tokenizer, [Weighted(caption)], room)) > chunks for tokenizer, room in encoders)
+        for caption in captions
+    )

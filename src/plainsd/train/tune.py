@@ -41,8 +41,18 @@ def train_lora(job: Job) -> None:
     own = job.options.lora
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
-        return lora(sd, examples, rank=own.rank, alpha=own.alpha, targets=own.targets, conv=own.conv, dora=own.dora,
-                    text_encoder=own.text_encoder, seed=job.options.pace.seed, **shared)
+        return lora(
+            sd,
+            examples,
+            rank=own.rank,
+            alpha=own.alpha,
+            targets=own.targets,
+            conv=own.conv,
+            dora=own.dora,
+            text_encoder=own.text_encoder,
+            seed=job.options.pace.seed,
+            **shared,
+        )
 
     if sd := tuned(job, make):
         for naming, name in (("kohya", "lora.safetensors"), ("peft", "lora-peft.safetensors")):
@@ -62,10 +72,13 @@ def train_inversion(job: Job) -> None:
         texts = [text for item in examples.pictures.items for text in item.texts]
         without = sum(own.token.lower() not in text.lower() for text in texts)
         if without:
-            raise UserError(f"{without} of {len(texts)} captions do not have the word {own.token!r}; write it into "
-                            f"them, or give --caption \"a photo of {own.token}\" and pictures without captions")
-        return inversion(sd, examples, own.token, vectors=own.vectors, initial=own.initial, seed=job.options.pace.seed,
-                         **shared)
+            raise UserError(
+                f"{without} of {len(texts)} captions do not have the word {own.token!r}; write it into "
+                f'them, or give --caption "a photo of {own.token}" and pictures without captions'
+            )
+        return inversion(
+            sd, examples, own.token, vectors=own.vectors, initial=own.initial, seed=job.options.pace.seed, **shared
+        )
 
     if sd := tuned(job, make):
         settle(sd)
@@ -85,10 +98,14 @@ def tuned(job: Job, make: Make) -> StableDiffusion | None:
     pictures, heldout = job.pictures(sd.variant.size)
     examples, held = job.examples(sd.vae, pictures), job.examples(sd.vae, heldout) if heldout else None
     job.count_long_captions(sd, pictures)
-    shared = {"objective": job.objective(), "chunks": job.options.reading.chunks,
-              "prior": prior_set(job, sd, pictures.size), "prior_weight": job.options.prior.prior_weight}
+    shared = {
+        "objective": job.objective(),
+        "chunks": job.options.reading.chunks,
+        "prior": prior_set(job, sd, pictures.size),
+        "prior_weight": job.options.prior.prior_weight,
+    }
     if job.options.method != "full" and job.options.telling.prompts is None:
-        sd.vae.to("meta")                                # latents are made, and nothing will be drawn or saved by it
+        sd.vae.to("meta")  # latents are made, and nothing will be drawn or saved by it
     method = make(sd, examples, shared)
     parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
@@ -103,14 +120,23 @@ def base_model(job: Job) -> StableDiffusion:
     """In float32; with --half-base its UNet in bfloat16, which is then never in memory as float32."""
     half, path = job.options.lora.half_base, find(job.options.base)
     if half and (job.options.method == "full" or job.dtype != torch.bfloat16):
-        raise UserError("--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with "
-                        "method full")
+        raise UserError(
+            "--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method full"
+        )
     contents = read(path)
     variant, built = contents.variant, {}
     for name, network in contents.networks.items():
         built[name] = network.build(job.world.device, torch.bfloat16 if half and name == "unet" else torch.float32)
-    return StableDiffusion(tokenizers(contents, path), [built[name] for name in encoder_names(variant)], built["unet"],
-                           built["vae"], variant.schedule.build(), variant.prediction, variant, path)
+    return StableDiffusion(
+        tokenizers(contents, path),
+        [built[name] for name in encoder_names(variant)],
+        built["unet"],
+        built["vae"],
+        variant.schedule.build(),
+        variant.prediction,
+        variant,
+        path,
+    )
 
 
 def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:

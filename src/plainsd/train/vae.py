@@ -66,9 +66,9 @@ class VaeMethod:
     vae: VAE
     pictures: Pictures
     edge_weight: float = 1.0
-    kl_weight: float = 1e-4          # of the mean over latent numbers, in nats
-    patch_weight: float = 0.0        # 0: no discriminator
-    patch_after: int = 0             # pictures seen before the VAE starts to listen to it
+    kl_weight: float = 1e-4  # of the mean over latent numbers, in nats
+    patch_weight: float = 0.0  # 0: no discriminator
+    patch_after: int = 0  # pictures seen before the VAE starts to listen to it
     modules: nn.ModuleDict = field(init=False)
 
     def __post_init__(self):
@@ -87,8 +87,12 @@ class VaeMethod:
         l1, l2, edge = F.l1_loss(fake, real), F.mse_loss(fake, real), edges(fake, real)
         kl = latents.kl().float().mean() / shape.numel()
         loss = l1 + l2 + self.edge_weight * edge + self.kl_weight * kl
-        numbers = {"l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach(),
-                   "psnr": psnr(fake.detach(), real).mean()}
+        numbers = {
+            "l1": l1.detach(),
+            "edge": edge.detach(),
+            "kl": kl.detach(),
+            "psnr": psnr(fake.detach(), real).mean(),
+        }
         if self.patch_weight:
             loss = loss + self._adversarial(real, fake, numbers, joined=picks[0].position >= self.patch_after)
         return loss, numbers

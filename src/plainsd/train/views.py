@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from plainsd.errors import UserError
 
 Size = tuple[int, int]
-MULTIPLE = 8                          # of every box's sides, in pixels
+MULTIPLE = 8  # of every box's sides, in pixels
 
 
 class View(NamedTuple):
@@ -54,8 +54,8 @@ class Framing:
 
     buckets: bool = False
     crop: Literal["centre", "random"] = "centre"
-    places: int = 4                   # with random crops: how many of them each picture has
-    flip: bool = False                # each also mirrored
+    places: int = 4  # with random crops: how many of them each picture has
+    flip: bool = False  # each also mirrored
 
     def __post_init__(self):
         if self.crop not in ("centre", "random"):

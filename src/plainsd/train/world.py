@@ -18,14 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plainsd.errors import UserError
 
-PATIENCE = timedelta(hours=6)         # for the first process, while it encodes, validates, draws or saves
+PATIENCE = timedelta(hours=6)  # for the first process, while it encodes, validates, draws or saves
 
 
 class World(NamedTuple):
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")           # where numbers are added up
-    sharded: bool = False                                # each process holds a part of the weights: see shard.py
+    device: torch.device = torch.device("cpu")  # where numbers are added up
+    sharded: bool = False  # each process holds a part of the weights: see shard.py
 
     @property
     def first(self) -> bool:
@@ -34,8 +34,10 @@ class World(NamedTuple):
 
     def check(self, batch: int, accumulate: int) -> None:
         if accumulate % self.size and batch % self.size:
-            raise UserError(f"{self.size} processes cannot share {accumulate} micro-batches of {batch}; make "
-                            f"--accumulate or --batch a multiple of {self.size}")
+            raise UserError(
+                f"{self.size} processes cannot share {accumulate} micro-batches of {batch}; make "
+                f"--accumulate or --batch a multiple of {self.size}"
+            )
 
     def share(self, parts: list[list]) -> list[list]:
         """This process's micro-batches: every size-th one, or a slice of each."""
@@ -83,8 +85,9 @@ def world_of_torchrun(device: torch.device, shard: bool = False) -> Iterator[Wor
     """The processes that torchrun started, or this one alone. Each gets a GPU of its own, where there are any."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if shard:
-            raise UserError("--shard spreads a model over several processes; start them with torchrun "
-                            "--nproc-per-node N")
+            raise UserError(
+                "--shard spreads a model over several processes; start them with torchrun --nproc-per-node N"
+            )
         yield World(device=device)
         return
     if device.type == "cuda":
@@ -95,5 +98,5 @@ def world_of_torchrun(device: torch.device, shard: bool = False) -> Iterator[Wor
         yield World(dist.get_rank(), dist.get_world_size(), device, shard)
     finally:
         dist.destroy_process_group()
-        time.sleep(0.1)                  # DDP keeps gloo's threads alive: time for them to let go of the last tensors, for
-                                         # which they need Python, and would end the process if it were leaving already
+        time.sleep(0.1)  # DDP keeps gloo's threads alive: time for them to let go of the last tensors, for
+        # which they need Python, and would end the process if it were leaving already
