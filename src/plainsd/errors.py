@@ -2,15 +2,35 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class UserError(ValueError):
-    """Wrong input. The message is one complete line for the user; the command line prints it and exits with code 2."""
+    """Wrong input. The message is one complete line, `what, which value; what to do`; the command line prints it and
+    exits with code 2.
+
+    `field` names the setting that is wrong, as `Settings` and the server's requests spell it (`clip_skip`), and `value`
+    is what it was; None where the error is about no single setting. The page marks that field.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, value: Any = None):
+        super().__init__(message)
+        self.field, self.value = field, value
+
+    @property
+    def what(self) -> str:
+        """The message up to its first semicolon: what is wrong, and the value."""
+        return str(self).partition("; ")[0]
+
+    @property
+    def remedy(self) -> str | None:
+        """The rest of the message: what to do."""
+        return str(self).partition("; ")[2] or None
 
 
-def unknown(what: str, value: object, choices: Iterable[str]) -> UserError:
+def unknown(what: str, value: object, choices: Iterable[str], *, field: str | None = None) -> UserError:
     """`unknown sampler 'eular'; did you mean 'euler'? choose from ...`"""
     names = list(choices)
     near = get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return UserError(f"unknown {what} {value!r}{hint} choose from {', '.join(names)}")
+    return UserError(f"unknown {what} {value!r}{hint} choose from {', '.join(names)}", field=field, value=value)
