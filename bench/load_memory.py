@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from plainsd.contents import empty, parts, place_shape
-from plainsd.layouts import places
-from plainsd.single import prefixes
-from plainsd.tensorfile import Stored, header_bytes
-from plainsd.variants import VARIANTS
+from plainsd.files.stored import empty, parts, place_shape
+from plainsd.files.names import places
+from plainsd.files.single import prefixes
+from plainsd.files.tensorfile import Stored, header_bytes
+from plainsd.models.variants import VARIANTS
 
 CASES = ("sd1", "float32", "bfloat16", "sd1", "float16", "float32", "sdxl-base", "float16", "bfloat16")
 CHILD = """

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from plainsd import memory
-from plainsd.contents import parts
-from plainsd.generate import StableDiffusion, text_to_image
-from plainsd.tokenizer import Tokenizer, find_vocabulary
-from plainsd.variants import VARIANTS, encoder_names
+from plainsd.pictures import memory
+from plainsd.files.stored import parts
+from plainsd.pictures.model import StableDiffusion
+from plainsd.generate import text_to_image
+from plainsd.text.tokenizer import Tokenizer, find_vocabulary
+from plainsd.models.variants import VARIANTS, encoder_names
 
 CASES = ("sd1", "512", "sd1", "1024", "sdxl-base", "1024")
 WAYS = {"whole": memory.NOTHING, "least": memory.LEAST}

@@ -43,7 +43,7 @@ THEIRS = {  # the example has frozen weights in the arithmetic's precision; all 
 
 def prepare(folder: Path) -> None:
     """A model of SD 1.5's shapes, and two captioned pictures."""
-    from plainsd.rivals import random_folder
+    from plainsd.reports.rivals import random_folder
 
     random_folder(folder / "model", torch.float16)
     (folder / "pictures").mkdir()

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plainsd
-from plainsd import bench, kernels, speed
+from plainsd.reports import bench
+from plainsd.speed import kernels, model
 from plainsd.models.layers import Upsample
 from plainsd.models.unet import UNet, UNetConfig
-from plainsd.packed import PackedConv, PackedUpsample, pack_inside
-from plainsd.variants import VARIANTS
+from plainsd.speed.packed import PackedConv, PackedUpsample, pack_inside
+from plainsd.models.variants import VARIANTS
 
 SMALL = UNetConfig(channels=(64, 128, 192), depth=(1, 1, 1), heads=(2, 4, 6), layers=1, context=256, groups=16)
 ATTENTIONS = ((2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80), (2, 8, 4096, 77, 40), (2, 10, 4096, 4096, 64))
@@ -41,7 +42,7 @@ def least(work: Callable[[], object], turns: int = 5) -> float:
 def all_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Blocks of queries, all heads at once."""
     keys = (k * q.shape[-1] ** -0.5).transpose(-1, -2)
-    return torch.cat([torch.softmax(piece @ keys, dim=-1) @ v for piece in q.split(speed.PIECE, dim=2)], dim=2)
+    return torch.cat([torch.softmax(piece @ keys, dim=-1) @ v for piece in q.split(model.PIECE, dim=2)], dim=2)
 
 
 def attention(dtype: torch.dtype) -> None:
@@ -50,7 +51,7 @@ def attention(dtype: torch.dtype) -> None:
         forms = {
             "PyTorch": lambda: F.scaled_dot_product_attention(q, k, v),
             "PyTorch, contiguous": lambda: F.scaled_dot_product_attention(*contiguous),
-            "blocked, head by head": lambda: speed.blocked_attention(q, k, v),
+            "blocked, head by head": lambda: model.blocked_attention(q, k, v),
             "blocked, all heads": lambda: all_heads(*contiguous),
         }
         if kernels.have_kernels(dtype):
@@ -136,7 +137,7 @@ def guidance(dtype: torch.dtype) -> None:
     """A guided step of SD 1.5's UNet: text and no text in one batch, or one after the other."""
     sd = plainsd.load(device="cpu", dtype=dtype)
     sd.unet = UNet(VARIANTS["sd1"].unet).to(dtype)
-    unet = speed.faster(sd).unet
+    unet = model.faster(sd).unet
     x, context = torch.randn(2, 4, 64, 64, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
     rows = [(x[i : i + 1], context[i : i + 1]) for i in range(2)]
     tell(

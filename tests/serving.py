@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import plainsd
-from plainsd.lora import inject, save_lora
+from plainsd.adapters.lora import inject, save_lora
 from plainsd.server import worker
-from plainsd.server.app import create_app
-from plainsd.server.command import bound, server_of
-from plainsd.server.security import Hosts, Limits
+from plainsd.server.api.app import create_app
+from plainsd.commands.serve import bound, server_of
+from plainsd.server.api.security import Hosts
+from plainsd.server.limits import Limits
 from plainsd.server.service import Service
-from plainsd.variants import Variant
+from plainsd.models.variants import Variant
 
 
 def model_folder(folder: Path, name: str = "tiny", seed: int = 0, variant: Variant = TINY, **unet) -> str:

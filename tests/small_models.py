@@ -8,11 +8,11 @@ import torch
 from conftest import VOCABULARY, tiny_sd
 from safetensors.torch import load_file, save_file
 
-import plainsd.detect
+import plainsd.files.detect
 from plainsd.models.clip import TextConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
-from plainsd.variants import ScheduleConfig, Variant
+from plainsd.models.variants import ScheduleConfig, Variant
 
 CPU = {"device": "cpu", "dtype": "float32"}
 QUICK = TextConfig(vocab=len(VOCABULARY), width=16, layers=2, heads=2, mlp=24, eos=len(VOCABULARY) - 1)
@@ -97,7 +97,7 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 @pytest.fixture
 def small_families(monkeypatch):
     """The table of known models, in sizes for a test: for files without notes of ours."""
-    monkeypatch.setattr(plainsd.detect, "VARIANTS", FAMILIES)
+    monkeypatch.setattr(plainsd.files.detect, "VARIANTS", FAMILIES)
 
 
 def model(name: str):

@@ -10,10 +10,10 @@ from PIL import Image, PngImagePlugin
 from serving import embedding_file, lora_file
 
 import plainsd
-from plainsd import hashes
+from plainsd.files import hashes
 from plainsd.checkpoint import save_vae
-from plainsd.images import read_settings
-from plainsd.settings import parse_settings
+from plainsd.pictures.images import read_settings
+from plainsd.pictures.settings import parse_settings
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import CPU, FAMILIES, model, without_notes
 
-from plainsd.checkpoint import convert, load, save
-from plainsd.configs import read_variant
-from plainsd.contents import empty, parts
-from plainsd.describe import write_variant
+from plainsd.files.convert import convert
+from plainsd.checkpoint import load, save
+from plainsd.files.configs import read_variant
+from plainsd.files.stored import empty, parts
+from plainsd.files.configs_out import write_variant
 from plainsd.errors import UserError
-from plainsd.folder import whole_folder
-from plainsd.tensorfile import open_tensors
+from plainsd.disk import whole_folder
+from plainsd.files.tensorfile import open_tensors
 
 
 def damage(folder: Path, change) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY_XL
 
-from plainsd import bench, rivals
+from plainsd.reports import bench, rivals
 from plainsd.checkpoint import load
 from plainsd.cli import main
 from plainsd.commands.bench import table

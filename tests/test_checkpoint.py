@@ -13,12 +13,13 @@ from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, Sta
 from safetensors.torch import load_file, save_file
 from small_models import CPU, EACH, model, same_networks, same_tensors, weights
 
-from plainsd.checkpoint import choose_device, choose_dtype, load, save
-from plainsd.conditioning import size_vector
-from plainsd.detect import probe
+from plainsd.device import choose_device, choose_dtype
+from plainsd.checkpoint import load, save
+from plainsd.pictures.conditioning import size_vector
+from plainsd.files.detect import probe
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
-from plainsd.tensorfile import write_safetensors
+from plainsd.files.tensorfile import write_safetensors
 
 # --- saved and loaded ------------------------------------------------------------------------------------------------
 
@@ -188,8 +189,8 @@ def test_a_failed_save_leaves_things_as_they_were(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write_safetensors(*args, **named)
 
-    monkeypatch.setattr("plainsd.folder.write_safetensors", fail)
-    monkeypatch.setattr("plainsd.single.write_safetensors", fail)
+    monkeypatch.setattr("plainsd.files.folder.write_safetensors", fail)
+    monkeypatch.setattr("plainsd.files.single.write_safetensors", fail)
     for target in ("m", "new"):
         calls.clear()
         with pytest.raises(UserError, match="No space left"):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import plainsd
 from plainsd.cli import COMMANDS, main
-from plainsd.images import read_settings
+from plainsd.pictures.images import read_settings
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_inpainting_and_outpainting(generate, photo, tmp_path):
 def test_loras_by_flag_and_by_tag(generate, model, tmp_path):
     import torch
 
-    from plainsd.lora import inject, save_lora
+    from plainsd.adapters.lora import inject, save_lora
 
     (tmp_path / "loras").mkdir()
     sd = plainsd.load(model, device="cpu", dtype="float32")

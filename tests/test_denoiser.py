@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plainsd.denoiser import (
+from plainsd.diffusion.denoiser import (
     PREDICTIONS,
     add_noise,
     denoiser,
@@ -24,8 +24,8 @@ from plainsd.denoiser import (
     x0_from,
 )
 from plainsd.errors import UserError
-from plainsd.samplers import SAMPLERS, first_scale, sampler_sigmas, sampler_timesteps
-from plainsd.schedule import NoiseSchedule
+from plainsd.diffusion.samplers import SAMPLERS, first_scale, sampler_sigmas, sampler_timesteps
+from plainsd.diffusion.schedule import NoiseSchedule
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -9,16 +9,16 @@ import torch
 from small_models import CPU, model, without_notes
 
 from plainsd.checkpoint import load, save
-from plainsd.configs import read_unet, read_variant
-from plainsd.contents import empty, parts, place_shape
-from plainsd.describe import write_variant
-from plainsd.detect import detect, probe
+from plainsd.files.configs import read_unet, read_variant
+from plainsd.files.stored import empty, parts, place_shape
+from plainsd.files.configs_out import write_variant
+from plainsd.files.detect import detect, probe
 from plainsd.errors import UserError
-from plainsd.layouts import places
+from plainsd.files.names import places
 from plainsd.models.unet import UNetConfig
-from plainsd.single import prefixes
-from plainsd.tensorfile import Stored, TensorFile
-from plainsd.variants import VARIANTS, Variant
+from plainsd.files.single import prefixes
+from plainsd.files.tensorfile import Stored, TensorFile
+from plainsd.models.variants import VARIANTS, Variant
 
 
 def header_of(variant: Variant) -> TensorFile:
@@ -83,7 +83,7 @@ def test_an_unmarked_sd2_file_is_asked_what_it_predicts(tmp_path, small_families
     sd = model("sd2-768")
     save(sd, tmp_path / "a.safetensors", layout="single-file")
     monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
-    monkeypatch.setattr("plainsd.single.probe", lambda unet: "v_prediction")
+    monkeypatch.setattr("plainsd.files.single.probe", lambda unet: "v_prediction")
     again = load(without_notes(tmp_path / "a.safetensors"), **CPU)
     assert again.variant == sd.variant and again.prediction == "v_prediction"
 

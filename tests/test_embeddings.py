@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import plainsd
-from plainsd.conditioning import encode_prompts
-from plainsd.embeddings import add_embedding, add_word, save_embedding, vectors_of
+from plainsd.pictures.conditioning import encode_prompts
+from plainsd.adapters.embeddings import add_embedding, add_word, save_embedding, vectors_of
 from plainsd.errors import UserError
 
 PROMPT = "a photo of NAME, on a table"

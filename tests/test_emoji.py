@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from plainsd import evaluate, generate
+from plainsd.emoji import evaluate
+from plainsd import generate
 from plainsd.errors import UserError
 from plainsd.train import emoji
-from plainsd.train.emoji_scorer import Drawn, Scorer, best_errors, border_colour, nearest_name
+from plainsd.emoji.scorer import Drawn, Scorer, best_errors, border_colour, nearest_name
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "emoji" / "data.py"

@@ -13,26 +13,29 @@ from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
 from PIL import Image
 from torch import nn
 
-from plainsd.conditioning import encode_prompts
-from plainsd.denoiser import min_snr_weight
+from plainsd.pictures.conditioning import encode_prompts
+from plainsd.diffusion.denoiser import min_snr_weight
 from plainsd.errors import UserError
-from plainsd.lora import attached
-from plainsd.prompts import Weighted
-from plainsd.schedule import NoiseSchedule
-from plainsd.train.cache import cache_latents
+from plainsd.adapters.lora import attached
+from plainsd.text.prompts import Weighted
+from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.train.data.latents import cache_latents
 from plainsd.train.checkpoints import checkpoints
-from plainsd.train.data import read_folder
-from plainsd.train.examples import Examples
-from plainsd.train.full import full
-from plainsd.train.inversion import inversion, settle
+from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.examples import Examples
+from plainsd.train.methods.full import full
+from plainsd.train.methods.inversion import inversion, settle
 from plainsd.train.log import Log, read_log
-from plainsd.train.loop import FitOptions, Pick, Trainer, fit
-from plainsd.train.lora import lora
+from plainsd.train.options import FitOptions
+from plainsd.train.order import Pick
+from plainsd.train.trainer import Trainer
+from plainsd.train.loop import fit
+from plainsd.train.methods.lora import lora
 from plainsd.train.objective import Noise, Objective, draw_noise, errors
 from plainsd.train.order import random
-from plainsd.train.prior import make_prior
+from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.run import Rhythm, run
-from plainsd.train.text import Reader, cut_captions
+from plainsd.train.data.captions import Reader, cut_captions
 
 SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
 
@@ -292,7 +295,7 @@ def test_a_prior_set_is_made_once(tmp_path, monkeypatch):
     (tmp_path / "00005.txt").unlink()  # as a kill would leave it
     make_prior(sd, tmp_path, "a dog", 6, say=lambda _: None)
     assert (tmp_path / "00005.png").read_bytes() == content
-    monkeypatch.setattr("plainsd.train.prior.text_to_image", None)
+    monkeypatch.setattr("plainsd.train.methods.dreambooth.text_to_image", None)
     make_prior(sd, tmp_path, "a dog", 6)
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from plainsd import images
+from plainsd.pictures import images
 from plainsd.errors import UserError
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.settings import Settings
+from plainsd.pictures.settings import Settings
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, model
 
-from plainsd import tensorfile
+from plainsd.files import tensorfile
 from plainsd.checkpoint import save, save_vae
 from plainsd.errors import UserError
-from plainsd.info import info
+from plainsd.reports.info import info
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from conftest import tiny_sd
 from test_speed import assert_as_exact, latents, relative
 
-from plainsd import kernels, speed
+from plainsd.speed import kernels, model
 from plainsd.models.layers import Attention, ResBlock, norm_silu
 from plainsd.models.unet import geglu
-from plainsd.packed import PackedResBlock
+from plainsd.speed.packed import PackedResBlock
 
 pytestmark = pytest.mark.skipif(not kernels.suit(torch.float32), reason="kernels.cpp is for AVX-512")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -232,7 +232,7 @@ def test_inside_trained_faster_a_network_learns_the_same():
         return torch.cat([p.grad.flatten() for p in unet.parameters()])
 
     plain = gradients()
-    with speed.trained_faster(unet):
+    with model.trained_faster(unet):
         blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         assert blocks and all(block.activate is kernels.trained_norm_silu for block in blocks)
         assert any(getattr(module, "activate", None) is kernels.trained_geglu for module in unet.modules())
@@ -270,8 +270,8 @@ def test_threads_change_nothing(threads):
 
 
 def test_a_model_with_all_of_them_draws_the_same(monkeypatch):
-    fast, calls = speed.faster(tiny_sd()), []
-    assert {attention.attend for attention in speed.attentions(fast)} == {kernels.attention}
+    fast, calls = model.faster(tiny_sd()), []
+    assert {attention.attend for attention in model.attentions(fast)} == {kernels.attention}
     assert any(isinstance(module, PackedResBlock) for module in fast.vae.modules())
     monkeypatch.setattr(kernels, "ENOUGH", {torch.float32: 0})
     for name in ("_attention", "linear", "norm_silu"):
@@ -301,10 +301,10 @@ def test_without_a_compiler_the_plain_forms_are_used_and_that_is_said(own_cache,
     monkeypatch.setenv("CXX", compiler)
     sd = tiny_sd().to(dtype=dtype)
     with pytest.warns(UserWarning, match=f"slower than it could be.*{told}") as said:
-        speed.faster(sd)
+        model.faster(sd)
     assert len(said) == 1
-    form = speed.blocked_attention if dtype == torch.bfloat16 else F.scaled_dot_product_attention
-    assert {attention.attend for attention in speed.attentions(sd)} == {form}
+    form = model.blocked_attention if dtype == torch.bfloat16 else F.scaled_dot_product_attention
+    assert {attention.attend for attention in model.attentions(sd)} == {form}
     assert latents(sd).isfinite().all()
     assert not own_cache.exists() or not list(own_cache.iterdir())
 

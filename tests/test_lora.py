@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import plainsd
-from plainsd.conditioning import size_vector
-from plainsd.contents import empty
+from plainsd.pictures.conditioning import size_vector
+from plainsd.files.stored import empty
 from plainsd.errors import UserError
-from plainsd.lora import (
+from plainsd.adapters.lora import (
     TARGETS,
     add_lora,
     attached,
@@ -29,11 +29,11 @@ from plainsd.lora import (
     save_lora,
     targeted,
 )
-from plainsd.lora_layers import LoraConv, LoraLinear, LowRank, attach
-from plainsd.lora_names import dotted_name, known_names, kohya_name, modules_of, networks
+from plainsd.adapters.layers import LoraConv, LoraLinear, LowRank, attach
+from plainsd.adapters.names import dotted_name, known_names, kohya_name, modules_of, networks
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
-from plainsd.variants import SD2_UNET, VARIANTS, VIT_BIGG, VIT_L, XL_UNET
+from plainsd.models.variants import SD2_UNET, VARIANTS, VIT_BIGG, VIT_L, XL_UNET
 
 SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
 

@@ -1,4 +1,4 @@
-"""Less memory, the same picture: the VAE in bands, guidance in two calls, networks that take turns."""
+"""Less memory, the same picture: the VAE in vae_bands, guidance in two calls, networks that take turns."""
 
 import math
 import subprocess
@@ -10,7 +10,8 @@ import torch
 from conftest import TINY, TINY_REFINER, difference, smooth_picture, tiny_sd
 from torch import nn
 
-from plainsd import bands, memory
+from plainsd.models import vae_bands
+from plainsd.pictures import memory
 from plainsd.generate import final, image_to_image, text_to_image
 from plainsd.models.vae import VAE, VAEConfig
 
@@ -20,8 +21,8 @@ SIZES = [(64, 64), (72, 40), (104, 24)]  # height and width; bands of 2**9 posit
 
 @pytest.fixture
 def narrow(monkeypatch):
-    monkeypatch.setattr(bands, "BAND", 2**9)
-    monkeypatch.setattr(bands, "QUERIES", 50)
+    monkeypatch.setattr(vae_bands, "BAND", 2**9)
+    monkeypatch.setattr(vae_bands, "QUERIES", 50)
 
 
 @torch.no_grad()
@@ -45,20 +46,20 @@ def random_vae(dtype: torch.dtype) -> VAE:
 def test_bands_are_the_whole_picture(narrow, size, form):
     vae = random_vae(torch.float32).to(memory_format=form)
     pixels = torch.rand(2, 3, *size) * 2 - 1
-    whole, banded = vae.encode(pixels), bands.encode(vae, pixels)
+    whole, banded = vae.encode(pixels), vae_bands.encode(vae, pixels)
     torch.testing.assert_close(banded.mean, whole.mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(banded.logvar, whole.logvar, rtol=0, atol=1e-5)
-    torch.testing.assert_close(bands.decode(vae, whole.mean), vae.decode(whole.mean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(vae_bands.decode(vae, whole.mean), vae.decode(whole.mean), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_bands_agree_to_1_in_255_in_bfloat16(narrow):
     """Where each rounding goes on to the next layer, nothing but the same numbers would."""
     vae, pixels = random_vae(torch.bfloat16), (torch.rand(1, 3, 64, 64) * 2 - 1).bfloat16()
-    whole, banded = vae.encode(pixels), bands.encode(vae, pixels)
+    whole, banded = vae.encode(pixels), vae_bands.encode(vae, pixels)
     assert (whole.mean - banded.mean).abs().max() < 1 / 255
     latents = 3 * whole.mean
-    assert (vae.decode(latents) - bands.decode(vae, latents)).abs().max() <= 2 / 255  # pixels are 2 apart in [-1, 1]
+    assert (vae.decode(latents) - vae_bands.decode(vae, latents)).abs().max() <= 2 / 255  # pixels are 2 apart in [-1, 1]
 
 
 @torch.no_grad()
@@ -73,8 +74,8 @@ def test_pieces_decoded_alone_would_show(narrow):
 def test_nothing_given_is_written_over(narrow):
     vae, pixels, latents = random_vae(torch.float32), torch.rand(1, 3, 64, 64), torch.randn(1, 4, 16, 16)
     kept = pixels.clone(), latents.clone()
-    bands.encode(vae, pixels)
-    bands.decode(vae, latents)
+    vae_bands.encode(vae, pixels)
+    vae_bands.decode(vae, latents)
     assert torch.equal(pixels, kept[0]) and torch.equal(latents, kept[1])
 
 
@@ -94,10 +95,10 @@ def peak(run):
     run(latents)
     return kilobytes("VmHWM") - before
 
-bands.BAND = 2**13
+vae_bands.BAND = 2**13
 vae, latents = VAE(VAEConfig(channels=(16, 32, 32, 32), layers=1, groups=4)).eval(), torch.randn(1, 4, 80, 80)
-bands.decode(vae, latents[:, :, :16])
-print(peak(lambda latents: bands.decode(vae, latents)), peak(vae.decode))
+vae_bands.decode(vae, latents[:, :, :16])
+print(peak(lambda latents: vae_bands.decode(vae, latents)), peak(vae.decode))
 """
 
 

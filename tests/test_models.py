@@ -6,13 +6,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from plainsd.configs import read_text, read_unet, read_vae
-from plainsd.folder import read_network
+from plainsd.files.configs import read_text, read_unet, read_vae
+from plainsd.files.folder import read_network
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.layers import timestep_embedding
 from plainsd.models.unet import UNet, UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.tensorfile import TensorFile, stored
+from plainsd.files.tensorfile import TensorFile, stored
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "float64"])

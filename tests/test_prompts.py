@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from plainsd.errors import UserError
-from plainsd.prompts import BREAK, Weighted, compose, escape, lora_tags, parse, schedule
+from plainsd.text.prompts import BREAK, Weighted, compose, escape, lora_tags, parse, schedule
 
 MARKS = [*"ab 1.5:,()[]|\\\n", " BREAK ", ":1.2)", ":0.5]"]
 PROMPTS = strategies.lists(strategies.sampled_from(MARKS), max_size=40).map("".join)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from plainsd.denoiser import denoiser
+from plainsd.diffusion.denoiser import denoiser
 from plainsd.errors import UserError
-from plainsd.samplers import (
+from plainsd.diffusion.samplers import (
     SAMPLERS,
     Step,
     ancestral,
@@ -25,8 +25,8 @@ from plainsd.samplers import (
     sampler_strides,
     sampler_timesteps,
     toward,
-)  # fmt: skip
-from plainsd.schedule import SPACINGS, NoiseSchedule
+)
+from plainsd.diffusion.schedule import SPACINGS, NoiseSchedule
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image, ImageChops
 
 from plainsd.cli import main
-from plainsd.commands.scale import Share, share_of_torchrun
+from plainsd.commands.torchrun import Share, share_of_torchrun
 from plainsd.errors import UserError
-from plainsd.images import read_settings
+from plainsd.pictures.images import read_settings
 
 PROMPTS = ["a red apple", "a blue fish", "a green tree", "a dog", "a sun"]
 OPTIONS = ["--steps", "2", "--seed", "3", "--device", "cpu", "--dtype", "float32", "--batch", "2"]

@@ -9,8 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plainsd.errors import UserError
-from plainsd.samplers import SAMPLERS, sampler_sigmas, sampler_timesteps
-from plainsd.schedule import SPACINGS, TERMINAL_ALPHA_BAR, NoiseSchedule, distilled, karras, leading, linspace, trailing
+from plainsd.diffusion.samplers import SAMPLERS, sampler_sigmas, sampler_timesteps
+from plainsd.diffusion.schedule import (
+    SPACINGS,
+    TERMINAL_ALPHA_BAR,
+    NoiseSchedule,
+    distilled,
+    karras,
+    leading,
+    linspace,
+    trailing,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -21,9 +21,9 @@ from serving import (
 from webuiapi import HiResUpscaler, WebUIApi
 
 import plainsd
-from plainsd.server.a1111_fields import sampler_of
-from plainsd.server.refusals import Refused
-from plainsd.server.security import Limits
+from plainsd.server.api.a1111_fields import sampler_of
+from plainsd.server.errors import Refused
+from plainsd.server.limits import Limits
 from plainsd.server.uploads import box_around, filled
 
 

@@ -13,8 +13,8 @@ from serving import Brake, alike, embedding_file, lora_file, model_folder, open_
 from webuiapi import WebUIApi
 
 import plainsd
-from plainsd.hashes import weights_hash
-from plainsd.images import read_settings
+from plainsd.files.hashes import weights_hash
+from plainsd.pictures.images import read_settings
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from plainsd.cli import main
 from plainsd.commands.generate import Generate
 from plainsd.errors import UserError
 from plainsd.server.client import Finished, Progress, Remote
-from plainsd.server.errand import NOT_SENT
-from plainsd.server.requests import JobRequest
+from plainsd.commands.remote import NOT_SENT
+from plainsd.server.schema import JobRequest
 
 TOKEN = "a-token-for-clients"
 
@@ -191,7 +191,7 @@ def test_an_interrupt_cancels_what_was_sent(generate, server, brake, monkeypatch
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("plainsd.server.errand.Remote.follow", interrupted)
+    monkeypatch.setattr("plainsd.commands.remote.Remote.follow", interrupted)
     assert generate("--prompts", tmp_path / "prompts.txt")[0] == 130
     until(lambda: not server.service.queue.jobs)
     assert {job.each[0].prompt for job in server.service.store.jobs(("cancelled",), 3)} == {"one", "two", "three"}

@@ -14,8 +14,8 @@ import tyro
 from PIL import Image
 from serving import embedding_file, model_folder, open_service, served, until
 
-from plainsd.server.command import Serve
-from plainsd.server.security import Limits
+from plainsd.commands.serve import Serve
+from plainsd.server.limits import Limits
 
 CHAPTER = Path(__file__).parents[1] / "docs" / "serving.md"
 TEXT = CHAPTER.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import sys
 import pytest
 from serving import model_folder, open_service, served
 
-from plainsd.server.security import Limits
+from plainsd.server.limits import Limits
 
 TINY = Limits(pixels=64 * 64, steps=2, count=2, prompt=60, queue=6, upload=100_000)
 

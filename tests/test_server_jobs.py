@@ -12,14 +12,15 @@ from serving import Brake, alike, base64_of, lora_file, model_folder, open_servi
 
 import plainsd
 from plainsd.errors import UserError
-from plainsd.images import read_settings
+from plainsd.pictures.images import read_settings
 from plainsd.server import store as store_module
 from plainsd.server import worker as worker_module
-from plainsd.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING
-from plainsd.server.refusals import Refused
-from plainsd.server.requests import JobRequest, new_job
+from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING
+from plainsd.server.errors import Refused
+from plainsd.server.schema import JobRequest
+from plainsd.server.requests import new_job
 from plainsd.server.restore import settings_inside
-from plainsd.server.security import Limits
+from plainsd.server.limits import Limits
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import requests
 from serving import Server, model_folder, open_service, served, until
 
-from plainsd.server.jobs import CANCELLED, DONE, FAILED
-from plainsd.server.security import Limits
+from plainsd.server.jobs.job import CANCELLED, DONE, FAILED
+from plainsd.server.limits import Limits
 
 BOUND = 240  # seconds, also on a slow and busy machine
 

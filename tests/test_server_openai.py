@@ -9,7 +9,7 @@ from PIL import Image
 from serving import Brake, alike, from_base64, model_folder, open_service, png_bytes, served, until
 
 import plainsd
-from plainsd.server.security import Limits
+from plainsd.server.limits import Limits
 
 TOKEN = "a-token-for-openai"
 

@@ -9,9 +9,9 @@ from PIL import Image
 from serving import Brake, embedding_file, lora_file, model_folder, open_service, png_bytes, served, until
 
 import plainsd
-from plainsd.images import write_png
-from plainsd.server.requests import JobRequest
-from plainsd.server.security import Limits
+from plainsd.pictures.images import write_png
+from plainsd.server.schema import JobRequest
+from plainsd.server.limits import Limits
 
 pytestmark = needed
 PAINTED = """

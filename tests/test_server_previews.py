@@ -9,10 +9,11 @@ from conftest import tiny_sd
 from serving import model_folder, open_service
 
 import plainsd
-from plainsd import previews
-from plainsd.checkpoint import add_preview, convert
+from plainsd.pictures import previews
+from plainsd.checkpoint import add_preview
+from plainsd.files.convert import convert
 from plainsd.errors import UserError
-from plainsd.images import fit_latent_rgb
+from plainsd.pictures.previews import fit_latent_rgb
 from plainsd.server import models as server_models
 
 

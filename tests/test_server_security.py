@@ -10,7 +10,7 @@ import requests
 from serving import model_folder, open_service, served
 
 from plainsd.cli import main
-from plainsd.server.security import COOKIE, Hosts, is_loopback
+from plainsd.server.api.security import COOKIE, Hosts, is_loopback
 
 TOKEN = "correct horse battery".replace(" ", "-")
 
@@ -169,7 +169,7 @@ def test_the_page_logs_in_with_a_link_or_a_form(guarded):
 def test_beyond_this_machine_a_token_is_required(model, tmp_path):
     assert [is_loopback(host) for host in ("localhost", "127.0.0.1", "127.8.8.8", "::1")] == [True] * 4
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "192.168.1.7", "example.org"))
-    from plainsd.server.command import Serve
+    from plainsd.commands.serve import Serve
 
     assert Serve().wanted_token() is None and len(Serve(host="0.0.0.0").wanted_token()) >= 20
     assert Serve(host="0.0.0.0").wanted_token() != Serve(host="0.0.0.0").wanted_token()
@@ -197,6 +197,6 @@ def test_wrong_flags_are_one_line_and_code_2(model, tmp_path, capsys, monkeypatc
 
 def test_fastapi_is_imported_only_when_serving():
     code = (
-        "import sys, plainsd.cli, plainsd.server.command; sys.exit('fastapi' in sys.modules or 'torch' in sys.modules)"
+        "import sys, plainsd.cli, plainsd.commands.serve; sys.exit('fastapi' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plainsd.errors import UserError
-from plainsd.settings import SAMPLERS, SPACINGS, Settings, format_settings, parse_settings
+from plainsd.pictures.settings import SAMPLERS, SPACINGS, Settings, format_settings, parse_settings
 
 TYPICAL = Settings("a red apple", "blurred", (512, 512), 20, 7.0, "dpmpp_2m", "karras", 1, model="emoji")
 

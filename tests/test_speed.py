@@ -9,14 +9,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plainsd import speed
+from plainsd.speed import model
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
-from plainsd.lora_layers import LowRank, attach
+from plainsd.adapters.layers import LowRank, attach
 from plainsd.models.layers import Attention, Upsample
 from plainsd.models.unet import FeedForward
-from plainsd.packed import PACKED, PackedConv, PackedCrossAttention, PackedFeedForward, PackedLinear, PackedUpsample
-from plainsd.samplers import SAMPLERS
+from plainsd.speed.packed import (
+    PACKED,
+    PackedConv,
+    PackedCrossAttention,
+    PackedFeedForward,
+    PackedLinear,
+    PackedUpsample,
+)
+from plainsd.diffusion.samplers import SAMPLERS
 
 PROMPT = {"prompt": "a red apple", "steps": 3, "seed": 7, "guidance": 4.0, "size": 64}
 
@@ -39,8 +46,8 @@ def assert_as_exact(fast, make):
 
 @pytest.mark.parametrize("variant", [{}, {"variant": TINY_XL}], ids=["sd1", "sdxl"])
 def test_a_faster_model_draws_the_same(variant):
-    plain, fast = tiny_sd(**variant), speed.faster(tiny_sd(**variant))
-    kinds = {type(module) for network in speed.networks(fast) for module in network.modules()}
+    plain, fast = tiny_sd(**variant), model.faster(tiny_sd(**variant))
+    kinds = {type(module) for network in model.networks(fast) for module in network.modules()}
     assert {PackedLinear, PackedConv, PackedFeedForward, PackedUpsample, *PACKED.values()} <= kinds
     assert not kinds & {torch.nn.Linear, torch.nn.Conv2d, FeedForward, Upsample}
     assert_as_exact(fast, lambda: tiny_sd(**variant))
@@ -52,7 +59,7 @@ def test_faster_in_bfloat16_is_no_less_exact():
     exact = latents(tiny_sd())
     plain, fast = (
         relative(latents(sd), exact)
-        for sd in (tiny_sd().to(dtype=torch.bfloat16), speed.faster(tiny_sd().to(dtype=torch.bfloat16)))
+        for sd in (tiny_sd().to(dtype=torch.bfloat16), model.faster(tiny_sd().to(dtype=torch.bfloat16)))
     )
     assert 1e-4 < plain and fast < 1.2 * plain
 
@@ -60,7 +67,7 @@ def test_faster_in_bfloat16_is_no_less_exact():
 def test_the_refiner_is_made_faster_too():
     sd = tiny_sd()
     sd.refiner = tiny_sd(seed=1)
-    speed.faster(sd)
+    model.faster(sd)
     assert isinstance(sd.refiner.unet.conv_in, PackedConv)
 
 
@@ -75,7 +82,7 @@ def test_layers_with_a_lora_stay_and_keep_it():
         attach(layer, "one", LowRank(down, up, 2.0))
         return sd
 
-    assert_as_exact(speed.faster(adapted()), adapted)
+    assert_as_exact(model.faster(adapted()), adapted)
     assert relative(latents(adapted()), latents(tiny_sd())) > 1e-3
 
 
@@ -92,7 +99,7 @@ def test_layers_with_a_lora_stay_and_keep_it():
 )
 def test_a_text_that_changes_on_the_way(choices):
     """Keys and values are kept while the text is the same, and only then."""
-    plain, fast = tiny_sd(), speed.faster(tiny_sd())
+    plain, fast = tiny_sd(), model.faster(tiny_sd())
     for seed in (7, 8):  # the second time with what the first has left
         *_, expected = text_to_image(plain, **PROMPT | choices | {"seed": seed})
         *_, found = text_to_image(fast, **PROMPT | choices | {"seed": seed})
@@ -100,7 +107,7 @@ def test_a_text_that_changes_on_the_way(choices):
 
 
 def test_keys_and_values_of_a_text_are_made_once(monkeypatch):
-    sd, calls = speed.faster(tiny_sd()), []
+    sd, calls = model.faster(tiny_sd()), []
     layers = [module for module in sd.unet.modules() if isinstance(module, PackedCrossAttention)]
     for layer in layers:
         monkeypatch.setattr(layer.kv, "forward", lambda x, old=layer.kv.forward: (calls.append(1), old(x))[1])
@@ -148,25 +155,25 @@ def test_blocked_attention_is_attention(shape, keys, strided):
     if strided:
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert relative(speed.blocked_attention(q, k, v), expected) < 1e-12
+    assert relative(model.blocked_attention(q, k, v), expected) < 1e-12
 
 
 def test_packing_what_cannot_be_packed():
     with pytest.raises(UserError, match="float64"):
-        speed.pack(tiny_sd().to(dtype=torch.float64))
+        model.pack(tiny_sd().to(dtype=torch.float64))
 
 
 @pytest.mark.full
 def test_a_compiled_model_draws_the_same():
     said = []
-    assert_as_exact(speed.faster(tiny_sd(), compiled=True, tell=said.append), tiny_sd)
+    assert_as_exact(model.faster(tiny_sd(), compiled=True, tell=said.append), tiny_sd)
     assert [line.split()[0] for line in said] == ["compiling", "compiled"]  # one shape, once
 
 
 @pytest.mark.gpu
 def test_a_compiled_model_draws_the_same_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions in float32 itself
-    assert_as_exact(speed.faster(tiny_sd().to("cuda"), compiled=True), lambda: tiny_sd().to("cuda"))
+    assert_as_exact(model.faster(tiny_sd().to("cuda"), compiled=True), lambda: tiny_sd().to("cuda"))
 
 
 # ---- nothing in the loop waits for a GPU, which then always has work
@@ -263,7 +270,7 @@ def test_no_step_waits_for_a_gpu(choices):
 def test_the_flag_draws_the_same_picture(tmp_path):
     import plainsd
     from plainsd.cli import main
-    from plainsd.images import open_picture, read_settings
+    from plainsd.pictures.images import open_picture, read_settings
 
     plainsd.save(tiny_sd(), tmp_path / "model")
     command = [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plainsd.errors import UserError
-from plainsd.tensorfile import DTYPES, open_tensors, stored, write_safetensors
+from plainsd.files.tensorfile import DTYPES, open_tensors, stored, write_safetensors
 
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4),
@@ -52,7 +52,7 @@ def test_the_library_reads_what_we_write(tmp_path):
 
 def test_casting_while_reading(tmp_path, monkeypatch):
     """And letting go of what was read, after every tensor."""
-    monkeypatch.setattr("plainsd.tensorfile.WINDOW", 5)
+    monkeypatch.setattr("plainsd.files.tensorfile.WINDOW", 5)
     save_file(TENSORS, tmp_path / "x.safetensors")
     assert same(read_all(tmp_path / "x.safetensors"), TENSORS)
     for name, tensor in open_tensors(tmp_path / "x.safetensors").tensors.items():

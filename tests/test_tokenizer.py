@@ -9,7 +9,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from plainsd.errors import UserError
-from plainsd.tokenizer import END, START, VOCABULARY, Tokenizer, byte_symbols, find_vocabulary
+from plainsd.text.tokenizer import END, START, VOCABULARY, Tokenizer, byte_symbols, find_vocabulary
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -265,7 +265,7 @@ def test_vocabulary_is_found_beside_a_checkpoint_first(clip, tmp_path):
 
 
 def test_missing_vocabulary_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("plainsd.tokenizer.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("plainsd.text.tokenizer.importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: None)
     with pytest.raises(UserError, match="pip install openai-clip"):
         find_vocabulary(tmp_path / "model.safetensors")

@@ -17,12 +17,12 @@ from test_finetune import write_pictures
 import plainsd
 from plainsd.checkpoint import load_vae, save_vae
 from plainsd.cli import main
-from plainsd.embeddings import add_embedding
+from plainsd.adapters.embeddings import add_embedding
 from plainsd.generate import final, text_to_image
-from plainsd.lora import add_lora
+from plainsd.adapters.lora import add_lora
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.log import read_log
-from plainsd.train.lora import lora
+from plainsd.train.methods.lora import lora
 from plainsd.train.options import Steps, with_defaults
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
@@ -125,7 +125,7 @@ def test_lora(train, base, tmp_path):
 @pytest.mark.parametrize("drawing", [False, True])
 def test_the_autoencoder_is_let_go_where_nothing_is_drawn(train, pictures, tmp_path, monkeypatch, drawing):
     seen = []
-    monkeypatch.setattr("plainsd.train.tune.lora", lambda sd, *rest, **more: seen.append(sd) or lora(sd, *rest, **more))
+    monkeypatch.setattr("plainsd.train.from_model.lora", lambda sd, *rest, **more: seen.append(sd) or lora(sd, *rest, **more))
     (tmp_path / "prompts.txt").write_text("colour 1\n")
     more = ["--prompts", str(tmp_path / "prompts.txt")] if drawing else []
     assert train("lora", "--steps", "1", "--heldout", str(pictures), *more)[0] == 0
@@ -360,7 +360,7 @@ def test_a_full_disk_when_the_result_is_written(train, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("plainsd.train.tune.save", full)
+    monkeypatch.setattr("plainsd.train.from_model.save", full)
     code, said = train("full", "--steps", "1")
     assert code == 1
     assert said[0].startswith("plainsd: cannot write the model: No space left on device; the state of step 1 is")
@@ -439,5 +439,5 @@ def test_the_original_recipe_is_the_default():
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from plainsd.train.cli import Train; sys.exit('torch' in sys.modules)"
+    code = "import sys; from plainsd.commands.train import Train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,13 +11,13 @@ from PIL import Image
 
 from plainsd.errors import UserError
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.train.cache import cache_latents
-from plainsd.train.data import Item, Pictures, described, read_folder, shuffled
-from plainsd.train.examples import Examples
-from plainsd.train.loop import Pick
+from plainsd.train.data.latents import cache_latents
+from plainsd.train.data.pictures import Item, Pictures, described, read_folder, shuffled
+from plainsd.train.data.examples import Examples
+from plainsd.train.order import Pick
 from plainsd.train.order import Bucketed, Repeated, random
-from plainsd.train.sources import Reading, read_source
-from plainsd.train.views import Framing, boxes, cut_out, nearest_box, view_of
+from plainsd.train.data.sources import Reading, read_source
+from plainsd.train.data.crops import Framing, boxes, cut_out, nearest_box, view_of
 
 SIZES = [(24, 16), (16, 24), (16, 16), (40, 20), (17, 16)]
 
@@ -108,7 +108,7 @@ def test_a_stream_keeps_the_first_rows_and_goes_on_where_it_was(folder, tmp_path
     (kept / "metadata.jsonl").write_text("".join(lines[:2]) + lines[2][:9])  # as a kill would leave it
     (kept / "00000003.png").unlink()
     assert torch.equal(read_source(source, 16, cache, reading).pixels(range(4)), first.pixels(range(4)))
-    monkeypatch.setattr("plainsd.train.sources._opened", None)  # whole: nothing is opened any more
+    monkeypatch.setattr("plainsd.train.data.sources._opened", None)  # whole: nothing is opened any more
     assert len(read_source(source, 16, cache, reading)) == 4
     with pytest.raises(UserError, match="streaming needs --limit"):
         read_source(source, 16, tmp_path / "other", Reading(stream=True))

@@ -8,9 +8,9 @@ from small_models import FAMILIES, model, without_notes
 
 from plainsd.checkpoint import save
 from plainsd.cli import main
-from plainsd.contents import Network
-from plainsd.tokenizer import Tokenizer
-from plainsd.verify import Row, error, lines, verify
+from plainsd.files.stored import Network
+from plainsd.text.tokenizer import Tokenizer
+from plainsd.reports.verify import Row, error, lines, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = {"tokenizer", "text encoder", "vae, encode", "vae, decode", "unet", "latents after 5 steps", "pixels, in 1/255"}
@@ -49,14 +49,14 @@ def test_every_family_as_a_single_file_of_others(tmp_path, small_families, name)
     save(model(name), tmp_path / "m.safetensors", layout="single-file")
     path = without_notes(tmp_path / "m.safetensors")
     import plainsd.checkpoint
-    import plainsd.oracle
-    import plainsd.verify
+    import plainsd.reports.references
+    import plainsd.reports.verify
 
     own = model(name).tokenizers
     with pytest.MonkeyPatch.context() as patch:  # such files have no tokenizer, and these are not CLIP's
         patch.setattr(plainsd.checkpoint, "tokenizers", lambda contents, path: own)
-        patch.setattr(plainsd.verify, "tokenizers", lambda contents, path: own)
-        patch.setattr(plainsd.oracle, "tokenizers", lambda contents, path: own)
+        patch.setattr(plainsd.reports.verify, "tokenizers", lambda contents, path: own)
+        patch.setattr(plainsd.reports.references, "tokenizers", lambda contents, path: own)
         found = rows(path, family=name)
     assert found.keys() == names_of(name)
     assert all(row.passed for row in found.values()), found
@@ -92,7 +92,7 @@ def test_a_perturbed_weight_fails(sd1, monkeypatch, kind, weight, wrong):
 
 
 def test_another_schedule_shows_in_the_picture_alone(sd1, monkeypatch):
-    from plainsd.schedule import NoiseSchedule
+    from plainsd.diffusion.schedule import NoiseSchedule
 
     monkeypatch.setattr(NoiseSchedule, "scaled_linear", NoiseSchedule.linear)
     failed = {row.name for row in rows(sd1).values() if not row.passed}
@@ -122,13 +122,13 @@ def test_a_broken_model_is_one_line(sd1, tmp_path, capsys):
 
 
 def test_without_diffusers_it_says_what_to_install(sd1, monkeypatch, capsys):
-    import plainsd.verify
+    import plainsd.reports.verify
 
     def missing(name):
         if name == "diffusers":
             raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
 
-    monkeypatch.setattr(plainsd.verify, "import_module", missing)
+    monkeypatch.setattr(plainsd.reports.verify, "import_module", missing)
     assert main(["verify", str(sd1)]) == 2
     said = capsys.readouterr()
     assert said.err == (
@@ -151,9 +151,9 @@ def test_v_prediction_matters(tmp_path):
     save(model("sd2-768"), tmp_path / "m")
     path = tmp_path / "m" / "scheduler" / "scheduler_config.json"
     settings = json.loads(path.read_text())
-    import plainsd.verify
+    import plainsd.reports.verify
 
-    real = plainsd.verify.read
+    real = plainsd.reports.verify.read
 
     def told_otherwise(*arguments):
         contents = real(*arguments)
@@ -161,6 +161,6 @@ def test_v_prediction_matters(tmp_path):
         return contents
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plainsd.verify, "read", told_otherwise)
+        patch.setattr(plainsd.reports.verify, "read", told_otherwise)
         failed = {row.name for row in rows(tmp_path / "m").values() if not row.passed}
     assert "latents after 5 steps" in failed and "unet" not in failed

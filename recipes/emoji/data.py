@@ -9,7 +9,7 @@
     OUT/concepts.json    names, characters, colours, templates and held-out pairs: what a scorer needs
 
 Picture i is a pure function of (seed, i): its pair is entry i of the seen pairs, taken round and round, and its size
-and place are drawn from the text "seed:picture:i". Which emoji, and how they are drawn: `plainsd.train.emoji`.
+and place are drawn from the text "seed:picture:i". Which emoji, and how they are drawn: `plainsd.emoji.drawing`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from plainsd.errors import UserError
-from plainsd.images import written_whole
+from plainsd.disk import written_whole
 from plainsd.train import emoji
 
 START, END = "<|startoftext|>", "<|endoftext|>"

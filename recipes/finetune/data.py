@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from plainsd.errors import UserError
-from plainsd.folder import read_json
-from plainsd.hub import find
+from plainsd.disk import read_json
+from plainsd.files.hub import find
 from plainsd.train import emoji
 
 FONT = Path("/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf")

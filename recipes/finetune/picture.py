@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import plainsd
 from plainsd.errors import UserError
-from plainsd.images import write_png
-from plainsd.lora import add_lora
-from plainsd.train.jobs import read_lines
+from plainsd.pictures.images import write_png
+from plainsd.adapters.lora import add_lora
+from plainsd.train.job import read_lines
 from plainsd.train.log import read_log
 
 PROMPTS = Path(__file__).with_name("prompts.txt")

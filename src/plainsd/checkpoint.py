@@ -9,22 +9,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from plainsd.configs import read_vae
-from plainsd.contents import Contents, Network, empty, first, parts
-from plainsd.describe import write_variant
+from plainsd.files.configs import read_vae
+from plainsd.files.stored import Contents, Network, empty, first, parts
+from plainsd.files.configs_out import write_variant
 from plainsd.errors import UserError, unknown
-from plainsd.folder import open_part, read_folder, read_json, read_network, whole_folder, write_folder, write_weights
-from plainsd.generate import StableDiffusion
-from plainsd.hub import find
-from plainsd.images import fit_latent_rgb, written_whole
-from plainsd.lora import add_lora
+from plainsd.files.folder import open_part, read_folder, read_network, write_folder, write_weights
+from plainsd.disk import read_json, whole_folder
+from plainsd.pictures.model import StableDiffusion
+from plainsd.files.hub import find
+from plainsd.pictures.previews import fit_latent_rgb
+from plainsd.disk import written_whole
+from plainsd.adapters.lora import add_lora
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.previews import FILE as PREVIEW
-from plainsd.previews import preview_text, read_preview
-from plainsd.single import read_single, write_single
-from plainsd.tensorfile import TensorFile, open_tensors, stored
-from plainsd.tokenizer import Tokenizer, find_vocabulary
-from plainsd.variants import SD_VAE, Variant, encoder_names
+from plainsd.files.folder import PREVIEW
+from plainsd.pictures.previews import preview_text, read_preview
+from plainsd.files.single import read_single, write_single
+from plainsd.files.tensorfile import TensorFile, open_tensors, stored
+from plainsd.text.tokenizer import Tokenizer, find_vocabulary
+from plainsd.models.variants import SD_VAE, Variant, encoder_names
 
 LAYOUTS = ("diffusers", "single-file")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -28,9 +28,9 @@ COMMANDS = {                          # name: module, class, what it does
     "tokens": ("plainsd.commands.inspect", "Tokens", "how a prompt is cut and weighted"),
     "verify": ("plainsd.commands.inspect", "Verify", "a model beside diffusers and transformers, digit by digit"),
     "eval": ("plainsd.commands.evaluate", "Evaluate", "how well a model trained on emoji draws them"),
-    "train": ("plainsd.train.cli", "Train", "train a model, from nothing or from another"),
+    "train": ("plainsd.commands.train", "Train", "train a model, from nothing or from another"),
     "bench": ("plainsd.commands.bench", "Bench", "our speed beside that of others, on this machine"),
-    "serve": ("plainsd.server.command", "Serve", "a page and three APIs in the browser and for programs"),
+    "serve": ("plainsd.commands.serve", "Serve", "a page and three APIs in the browser and for programs"),
 }  # fmt: skip
 HELP = ("-h", "--help")
 PLAINLY = (

@@ -19,21 +19,30 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from plainsd.choices import MULTIPLE, check_size, enlarged_size, resolved, settings_of_each
+from plainsd.pictures.defaults import MULTIPLE, check_size, enlarged_size, resolved, settings_of_each
 from plainsd.errors import UserError
-from plainsd.images import to_mask, to_pil, to_rgb, to_tensor
-from plainsd.latents import Draw, Known, decode, encode, first_noise, noise_of_each, sample, steps_of_strength
-from plainsd.memory import Saving, Stage
-from plainsd.samplers import Step
-from plainsd.settings import SIZES, Settings
+from plainsd.pictures.images import to_mask, to_pil, to_rgb, to_tensor
+from plainsd.pictures.sampling import (
+    Draw,
+    Known,
+    decode,
+    encode,
+    first_noise,
+    noise_of_each,
+    sample,
+    steps_of_strength,
+)
+from plainsd.pictures.model import Saving, Stage
+from plainsd.diffusion.samplers import Step
+from plainsd.pictures.settings import SIZES, Settings
 
 if TYPE_CHECKING:
     from plainsd.models.clip import TextEncoder
     from plainsd.models.unet import UNet
     from plainsd.models.vae import VAE
-    from plainsd.schedule import NoiseSchedule
-    from plainsd.tokenizer import Tokenizer
-    from plainsd.variants import Variant
+    from plainsd.diffusion.schedule import NoiseSchedule
+    from plainsd.text.tokenizer import Tokenizer
+    from plainsd.models.variants import Variant
 
 HIRES_STRENGTH = 0.7  # of the second pass, where none is given
 

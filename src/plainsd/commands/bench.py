@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from plainsd.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from plainsd.bench import Row
+    from plainsd.reports.bench import Row
 
 
 @dataclass
@@ -47,8 +47,8 @@ class Bench:
         if self.rounds < 1:
             raise UserError(f"rounds {self.rounds} is out of range; give 1 or more")
 
-        from plainsd import bench
-        from plainsd.checkpoint import choose_device, choose_dtype
+        from plainsd.reports import bench
+        from plainsd.device import choose_device, choose_dtype
         from plainsd.commands.output import check_writable
 
         known = bench.ROWS | bench.LARGE
@@ -72,7 +72,7 @@ class Bench:
         about = bench.machine(place)
         print(table(rows, about), end="")
         if self.out:
-            from plainsd.images import written_whole
+            from plainsd.disk import written_whole
 
             self.out.mkdir(parents=True, exist_ok=True)
             with written_whole(self.out / "bench.json") as path:

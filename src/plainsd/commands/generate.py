@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from plainsd.commands.again import ELSEWHERE, check_recorded, noted, recorded, say_unused
+from plainsd.commands.recorded import ELSEWHERE, check_recorded, noted, recorded, say_unused
 from plainsd.commands.grid import axis, grid_cells, sheet
-from plainsd.commands.loras import chosen, learned, without_tags
+from plainsd.commands.adapters import chosen, learned, without_tags
 from plainsd.commands.output import Batch, Target, check_writable, draw
-from plainsd.commands.scale import share_of_torchrun
+from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
-from plainsd.settings import DEFAULTS, Settings
+from plainsd.pictures.settings import DEFAULTS, Settings
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from plainsd.generate import StableDiffusion
+    from plainsd.pictures.model import StableDiffusion
 
 
 def flag(metavar: str, name: str | None = None):
@@ -176,9 +176,9 @@ class Generate:
 
         from tqdm import tqdm
 
-        from plainsd.checkpoint import choose_device  # torch comes in here
-        from plainsd.embeddings import add_embedding
-        from plainsd.memory import fitted
+        from plainsd.device import choose_device
+        from plainsd.adapters.embeddings import add_embedding
+        from plainsd.pictures.memory import fitted
 
         began = time.perf_counter()
         loras = chosen(self.lora, tags, self.lora_folder)
@@ -189,11 +189,11 @@ class Generate:
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
         if self.int8:
-            from plainsd.approximate import int8
+            from plainsd.speed.int8 import int8
 
             int8(sd)
         if self.fast or self.compile:
-            from plainsd.speed import faster
+            from plainsd.speed.model import faster
 
             faster(sd, compiled=self.compile, tell=partial(tqdm.write, file=sys.stderr))
         loaded = time.perf_counter()
@@ -216,7 +216,8 @@ class Generate:
 
     def loaded(self, device: torch.device, loras: list, place: torch.device) -> StableDiffusion:
         """The model, and its refiner, at a place, in the precision of the device where it will draw."""
-        from plainsd.checkpoint import choose_dtype, load
+        from plainsd.device import choose_dtype
+        from plainsd.checkpoint import load
 
         where = {"device": place, "dtype": choose_dtype(self.dtype, device)}
         sd = load(self.model, vae=self.vae, loras=loras, lora_partial=self.lora_partial, **where)
@@ -264,7 +265,7 @@ class Generate:
                 raise UserError(f"strength {choices['strength']} means a picture was drawn over; give it with --image")
             return lambda sd, prompts, **more: generate().text_to_image(sd, prompts, **more)
 
-        from plainsd.images import open_picture
+        from plainsd.pictures.images import open_picture
 
         image = open_picture(self.image)
         if self.mask:

@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from plainsd.errors import UserError, unknown
-from plainsd.settings import FIELDS
+from plainsd.pictures.settings import FIELDS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,7 +47,7 @@ def grid_cells(prompt: str, choices: dict, axes: list[Axis]) -> Iterator[tuple[l
 
 
 def sheet(images: list[Image.Image], axes: list[Axis]) -> Image.Image:
-    from plainsd.images import grid
+    from plainsd.pictures.images import grid
 
     labels = [[f"{one.name.replace('_', ' ')} {value}" for value in one.values] for one in axes]
     return grid(images, len(labels[0]), *labels)

@@ -19,7 +19,7 @@ class Info:
     """fp16 looks at the files *.fp16.safetensors of a folder"""
 
     def run(self) -> None:
-        from plainsd.info import info
+        from plainsd.reports.info import info
 
         print(info(self.model, self.variant_file))
 
@@ -42,7 +42,7 @@ class Convert:
     """what a single file is, where it does not tell"""
 
     def run(self) -> None:
-        from plainsd.checkpoint import convert
+        from plainsd.files.convert import convert
 
         check_family(self.family)
         convert(
@@ -62,10 +62,12 @@ class Tokens:
     """for prompts that change from step to step"""
 
     def run(self) -> None:
-        from plainsd.checkpoint import find, read, tokenizers
-        from plainsd.conditioning import describe
-        from plainsd.contents import empty, parts
-        from plainsd.generate import StableDiffusion
+        from plainsd.files.hub import find
+        from plainsd.files.convert import read
+        from plainsd.files.tokenizers import tokenizers
+        from plainsd.commands.tokens import describe
+        from plainsd.files.stored import empty, parts
+        from plainsd.pictures.model import StableDiffusion
 
         path = find(self.model)
         contents = read(path)
@@ -96,7 +98,7 @@ class Verify:
     """auto, cpu, cuda, cuda:1, ...; float32 everywhere"""
 
     def run(self) -> int:
-        from plainsd.verify import check_packages, lines, verify
+        from plainsd.reports.verify import check_packages, lines, verify
 
         check_packages()
         check_family(self.family)
@@ -109,7 +111,7 @@ class Verify:
 
 def check_family(name: str | None) -> None:
     from plainsd.errors import unknown
-    from plainsd.variants import VARIANTS
+    from plainsd.models.variants import VARIANTS
 
     if name not in (None, *VARIANTS):
         raise unknown("model family", name, VARIANTS)

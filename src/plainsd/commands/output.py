@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plainsd.errors import UserError
-from plainsd.settings import Settings
+from plainsd.pictures.settings import Settings
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from plainsd.generate import Pictures, StableDiffusion
-    from plainsd.samplers import Step
+    from plainsd.generate import Pictures
+    from plainsd.pictures.model import StableDiffusion
+    from plainsd.diffusion.samplers import Step
 
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 PREVIEW_EVERY = 0.2  # seconds
@@ -28,14 +29,15 @@ class Preview:
     """A PNG file that follows the drawing: the current estimate, without the VAE, a few times a second."""
 
     def __init__(self, sd: StableDiffusion, path: Path):
-        from plainsd.previews import latent_rgb
+        from plainsd.pictures.previews import latent_rgb
 
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.factor, self.last = path, sd.vae.config.factor, 0.0
         self.latent_rgb = latent_rgb(sd)
 
     def __call__(self, step: Step) -> None:
-        from plainsd.images import grid, preview, write_png
+        from plainsd.pictures.images import grid, write_png
+        from plainsd.pictures.previews import preview
 
         now = time.perf_counter()
         if now - self.last >= PREVIEW_EVERY:
@@ -57,7 +59,7 @@ class Target:
         check_writable(self.folder)
 
     def write(self, image: Image.Image, settings: Settings | None) -> Path:
-        from plainsd.images import write_new_png
+        from plainsd.pictures.images import write_new_png
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def draw(
     import torch
     from tqdm import tqdm
 
-    from plainsd.samplers import Step
+    from plainsd.diffusion.samplers import Step
 
     runs = [task(sd, prompts, **choices) for prompts, choices in batches]  # wrong input shows here
     one = runs[0].settings[0]

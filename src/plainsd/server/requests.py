@@ -8,18 +8,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from plainsd.conditioning import weighted
+from plainsd.pictures.conditioning import weighted
 from plainsd.errors import UserError, unknown
-from plainsd.generate import StableDiffusion, enlarged_size, image_to_image, inpaint, text_to_image
-from plainsd.prompts import compose, schedule
-from plainsd.server.bases import Base, base_of
-from plainsd.server.jobs import Job, Sheet
-from plainsd.server.models import Models
-from plainsd.server.pictures import new_id, new_place
-from plainsd.server.refusals import Refused
-from plainsd.server.security import Limits
+from plainsd.pictures.model import StableDiffusion
+from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
+from plainsd.text.prompts import compose, schedule
+from plainsd.server.canvas import Base, base_of
+from plainsd.server.jobs.job import Job, Sheet
+from plainsd.server.pool import Models
+from plainsd.server.jobs.pictures import new_id, new_place
+from plainsd.server.errors import Refused
+from plainsd.server.limits import Limits
 from plainsd.server.uploads import check_pixels, without_tags
-from plainsd.settings import FIELDS, Settings
+from plainsd.pictures.settings import FIELDS, Settings
 
 
 def clean(text: str) -> str:

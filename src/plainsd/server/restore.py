@@ -4,14 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 from plainsd.errors import UserError
-from plainsd.images import read_settings
-from plainsd.server.models import Models
-from plainsd.server.pictures import Picture, exact, tagged
-from plainsd.server.refusals import Refused
-from plainsd.server.requests import JobRequest
-from plainsd.server.security import Limits
+from plainsd.pictures.images import read_settings
+from plainsd.server.pool import Models
+from plainsd.server.jobs.pictures import Picture, exact, tagged
+from plainsd.server.errors import Refused
+from plainsd.server.schema import JobRequest
+from plainsd.server.limits import Limits
 from plainsd.server.uploads import Named, opened, without_tags
-from plainsd.settings import DEFAULTS, FIELDS, SAMPLERS, UPSCALERS, Settings, format_settings
+from plainsd.pictures.settings import DEFAULTS, FIELDS, SAMPLERS, UPSCALERS, Settings, format_settings
 
 TAKEN = JobRequest.model_fields.keys()  # what stands in a file beside these has no effect here
 

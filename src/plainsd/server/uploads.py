@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from plainsd.errors import UserError
-from plainsd.images import open_picture
-from plainsd.prompts import lora_tags
-from plainsd.server.refusals import Refused
-from plainsd.server.security import Limits
+from plainsd.pictures.images import open_picture
+from plainsd.text.prompts import lora_tags
+from plainsd.server.errors import Refused
+from plainsd.server.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=-]+)*;base64,")

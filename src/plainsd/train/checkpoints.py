@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from plainsd.errors import UserError
-from plainsd.train.shard import load_shards, save_shards
+from plainsd.train.checkpoints import load_shards, save_shards
 
 if TYPE_CHECKING:
-    from plainsd.train.loop import Trainer
+    from plainsd.train.trainer import Trainer
 
 UNFINISHED, UNWANTED = ".saving-", ".removing-"
 

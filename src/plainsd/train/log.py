@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from plainsd.images import written_whole
+from plainsd.disk import written_whole
 
 
 class Log:

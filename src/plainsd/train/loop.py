@@ -24,7 +24,7 @@ from plainsd.train.checkpoints import checkpoints, restore, save_checkpoint, swe
 from plainsd.train.optimizer import make_optimizer, set_rate
 from plainsd.train.order import Order, random
 from plainsd.train.shard import whole
-from plainsd.train.world import World
+from plainsd.train.processes import World
 
 
 @dataclass(frozen=True)

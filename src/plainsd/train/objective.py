@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plainsd.denoiser import min_snr_weight, network_input, train_target
+from plainsd.diffusion.denoiser import min_snr_weight, network_input, train_target
 from plainsd.errors import UserError
 from plainsd.models.unet import UNet
-from plainsd.schedule import NoiseSchedule
-from plainsd.train.loop import Pick
+from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.train.order import Pick
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from plainsd.errors import UserError
 
 if TYPE_CHECKING:
-    from plainsd.train.loop import FitOptions
+    from plainsd.train.options import FitOptions
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: FitOptions) -> torch.optim.Optimizer:

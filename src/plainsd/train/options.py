@@ -182,7 +182,7 @@ class FromNothing:
     """Methods vae and scratch."""
 
     model: Path | None = None
-    """JSON file that describes the networks: the fields of plainsd.variants.Variant"""
+    """JSON file that describes the networks: the fields of plainsd.models.variants.Variant"""
     vae: Path | None = None
     """scratch: folder of the trained autoencoder"""
     tokenizer: Path | None = None

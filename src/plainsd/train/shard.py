@@ -24,7 +24,7 @@ from plainsd.errors import UserError
 from plainsd.models.unet import UNet
 
 if TYPE_CHECKING:
-    from plainsd.train.loop import Trainer
+    from plainsd.train.trainer import Trainer
 
 
 def spread(network: nn.Module) -> None:

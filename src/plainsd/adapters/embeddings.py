@@ -1,0 +1,241 @@
+"""Textual inversion: a new word for prompts, as one vector or several, learned while the model stays as it is.
+
+Gal et al. 2022 (arXiv:2208.01618). Files come in two dialects:
+
+    A1111       .safetensors with `emb_params`, .pt with `string_to_param`; the word is the file's name
+    diffusers   one tensor under the word itself, such as `<cat>`, in .safetensors or .bin
+
+For SDXL both hold the vectors of its two text encoders, as `clip_l` and `clip_g`, and the word is the file's name.
+
+Shape letters: N vectors of one word, D width of a text encoder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.files.detect import EMBEDDING, seems
+from plainsd.errors import UserError, unknown
+from plainsd.files.tensorfile import write_whole
+from plainsd.files.tensorfile import HARMLESS, open_safetensors, stored, unpickled
+from plainsd.models.variants import encoder_names
+
+if TYPE_CHECKING:
+    from plainsd.pictures.model import StableDiffusion
+    from plainsd.models.clip import TextEncoder
+
+DIALECTS = ("a1111", "diffusers")
+PICKLES = (".pt", ".bin")
+IN_FOLDER = ("learned_embeds.safetensors", "learned_embeds.bin")
+XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+ONLY = "only"  # the key of a file's vectors where it has those of one text encoder
+FAMILIES = {(768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL", (1280,): "SDXL's refiner"}  # by all widths
+
+
+# --- words of a model ------------------------------------------------------------------------------------------------
+
+
+def add_embedding(sd: StableDiffusion, path: str | Path, token: str | None = None) -> str:
+    """Adds a file's word to a model, under another name if `token` is given; returns the word to write in prompts."""
+    path = in_folder(Path(path))
+    name, found = read_vectors(path)
+    token = token or name or path.stem
+    vectors = fitting(sd, path, found)
+    add_word(sd, token, vectors)
+    return token
+
+
+def add_word(sd: StableDiffusion, token: str, vectors: Sequence[Tensor]) -> list[int]:
+    """A new word with these vectors, (N, D) for each text encoder; returns the ids of its N tokens."""
+    counts = {len(rows) for rows in vectors}
+    room = min(encoder.config.positions for encoder in sd.text_encoders) - 2
+    if len(counts) != 1 or not 1 <= min(counts) <= room:
+        raise UserError(
+            f"{token!r} has {' and '.join(map(str, sorted(counts)))} vectors; each text encoder needs "
+            f"equally many, from 1 to {room}"
+        )
+    for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
+        if len(tokenizer) > len(encoder.token.weight):
+            raise UserError(
+                f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
+                f"{len(encoder.token.weight)}; they belong to different models"
+            )
+    for tokenizer, encoder, rows in zip(sd.tokenizers, sd.text_encoders, vectors, strict=True):
+        ids = tokenizer.add(token, len(rows))
+        write_rows(encoder, ids, rows)
+    return ids
+
+
+@torch.no_grad()
+def write_rows(encoder: TextEncoder, ids: Sequence[int], rows: Tensor) -> None:
+    """The encoder's table of tokens, made longer where that is needed."""
+    table = encoder.token.weight
+    if missing := max(0, ids[-1] + 1 - len(table)):
+        longer = torch.cat([table, table.new_zeros(missing, table.shape[1])])
+        encoder.token.weight, encoder.token.num_embeddings = nn.Parameter(longer, table.requires_grad), len(longer)
+        encoder.config = replace(encoder.config, vocab=len(longer))
+    encoder.token.weight[list(ids)] = rows.to(table)
+
+
+def vectors_of(sd: StableDiffusion, token: str) -> list[Tensor]:
+    """A learned word's vectors, (N, D) for each text encoder."""
+    found = []
+    for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
+        units = tokenizer.units(token)
+        if len(units) != 1 or min(units[0]) < len(tokenizer.vocabulary):
+            raise UserError(f"{token!r} is no learned word of this model; add it, or train it, first")
+        found.append(encoder.token.weight[units[0]].detach().clone())
+    return found
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Parameters:
+    """Takes the place of torch.nn.ParameterDict in a pickle, and keeps its tensors."""
+
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        self.tensors = state["_parameters"]
+
+
+def in_folder(path: Path) -> Path:
+    if path.is_dir():
+        inside = [path / name for name in IN_FOLDER if (path / name).is_file()]
+        if not inside:
+            raise UserError(f"{path} is a folder without {IN_FOLDER[0]}; give the embedding's own file")
+        return inside[0]
+    return path
+
+
+def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """The word, if the file tells it, and the vectors: under ONLY, or under clip_l and clip_g."""
+    if path.suffix in PICKLES:
+        content = pickled(path)
+    else:
+        content = {name: tensor.read() for name, tensor in open_safetensors(path).tensors.items()}
+    name, found = parsed(content)
+    for vectors in found.values():
+        if vectors.ndim not in (1, 2) or not vectors.is_floating_point() or not vectors.isfinite().all():
+            raise UserError(
+                f"{path} holds no usable vectors: shape {list(vectors.shape)}, {vectors.dtype}, or values "
+                "that are not finite; fetch it again"
+            )
+    if not found:
+        names = list(content) if isinstance(content, dict) else []
+        raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
+    return name, {key: vectors.detach().reshape(-1, vectors.shape[-1]) for key, vectors in found.items()}
+
+
+def pickled(path: Path) -> object:
+    return unpickled(path, [*HARMLESS, (Parameters, "torch.nn.modules.container.ParameterDict")])
+
+
+def told(path: Path) -> str:
+    """What an embedding's file holds, by names and shapes: `3 vectors of 768 numbers, SD 1.x`. Empty for other files."""
+    if path.suffix in PICKLES:
+        content = pickled(path)
+    else:
+        tensors = open_safetensors(path).tensors.items() if path.suffix == ".safetensors" else ()
+        content = {name: torch.empty(stored.shape, device="meta") for name, stored in tensors}
+    if not isinstance(content, dict) or seems(map(str, content)) != EMBEDDING:
+        return ""
+    found = [vectors for _, vectors in sorted(parsed(content)[1].items(), reverse=True)]  # clip_l first
+    widths, counts = tuple(v.shape[-1] for v in found), {v.shape[0] if v.ndim > 1 else 1 for v in found}
+    family = f", {FAMILIES[widths]}" if widths in FAMILIES else ""
+    return f"{' and '.join(map(str, counts))} vectors of {' and '.join(map(str, widths))} numbers{family}"
+
+
+def parsed(content: object) -> tuple[str | None, dict[str, Tensor]]:
+    """Empty where it is none of the known forms."""
+    if isinstance(content, Tensor):
+        return None, {ONLY: content}
+    if not isinstance(content, dict):
+        return None, {}
+    table = content.get("string_to_param")
+    if table is not None:
+        table = table.tensors if isinstance(table, Parameters) else table
+        tensors = list(table.values()) if isinstance(table, dict) else []
+        return None, {ONLY: tensors[0]} if len(tensors) == 1 and isinstance(tensors[0], Tensor) else {}
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if tensors and tensors.keys() <= set(XL_KEYS.values()):
+        return None, tensors
+    if len(tensors) != 1:
+        return None, {}
+    ((key, vectors),) = tensors.items()
+    return None if key in ("emb_params", "*") else key, {ONLY: vectors}
+
+
+def fitting(sd: StableDiffusion, path: Path, found: Mapping[str, Tensor]) -> list[Tensor]:
+    """The vectors for each of the model's text encoders. UserError where the file is for another kind of model."""
+    names, xl = encoder_names(sd.variant), sd.unet.config.vector is not None
+    keys = [XL_KEYS[name] if xl and ONLY not in found else ONLY for name in names]
+    wanted = tuple(encoder.config.width for encoder in sd.text_encoders)
+    has = {key: vectors.shape[1] for key, vectors in sorted(found.items(), reverse=True)}  # clip_l first
+    if tuple(has.get(key) for key in keys) != wanted or len(set(keys)) < len(keys):
+        widths = tuple(has.values())
+        family = f" for {FAMILIES[widths]}" if widths in FAMILIES else ""
+        raise UserError(
+            f"{path} holds vectors of {' and '.join(map(str, widths))} numbers{family}, and this model "
+            f"({sd.variant.name}) needs {' and '.join(map(str, wanted))}; take an embedding made for it"
+        )
+    return [found[key] for key in keys]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: str = "a1111") -> None:
+    """Writes a learned word: .safetensors in both dialects, or .pt for A1111 and .bin for diffusers. A1111, and both
+    with SDXL, will call it by the file's name. The file is whole or absent."""
+    if dialect not in DIALECTS:
+        raise unknown("embedding dialect", dialect, DIALECTS)
+    path, pickled = Path(path), {"a1111": ".pt", "diffusers": ".bin"}[dialect]
+    if path.suffix not in (".safetensors", pickled):
+        raise UserError(
+            f"{path}: an embedding in the dialect {dialect!r} is written as .safetensors or {pickled}; "
+            "give it that ending"
+        )
+    vectors = [rows.cpu() for rows in vectors_of(sd, token)]
+    xl = sd.unet.config.vector is not None
+    own = token if dialect == "diffusers" else "emb_params"
+    keys = [XL_KEYS[name] for name in encoder_names(sd.variant)] if xl else [own]
+    table = dict(zip(keys, vectors, strict=True))
+    if path.suffix == ".safetensors":
+        write_whole(path, {key: stored(rows) for key, rows in table.items()}, {})
+    elif "emb_params" in table:
+        write_pickle(
+            path,
+            {
+                "string_to_token": {"*": 265},
+                "string_to_param": {"*": vectors[0]},
+                "name": token,
+                "step": 0,
+                "sd_checkpoint": None,
+                "sd_checkpoint_name": None,
+            },
+        )
+    else:
+        write_pickle(path, table)
+
+
+def write_pickle(path: Path, content: Mapping[str, object]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(draft, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error

@@ -1,0 +1,288 @@
+"""LoRAs on a model: added from files, taken away, folded into the weights, trained, and saved.
+
+Hu et al. 2021 (arXiv:2106.09685); the arithmetic is in lora_layers.py, the files in lora_files.py and lora_save.py.
+
+    style = add_lora(sd, "style.safetensors", 0.8)           # several at once, each with its strength
+    style.set_strength(0.5); style.remove()                  # or merge([style, other])
+
+    lora = inject(sd.unet, rank=16, alpha=16)                # for training: lora.parameters()
+    save_lora(sd, "mine.safetensors")
+
+Wherever a `model` is asked for, a whole StableDiffusion will do, or its UNet or a text encoder alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.errors import UserError, unknown
+from plainsd.adapters.reading import located, open_lora, peft_settings, read_adapter
+from plainsd.adapters.layers import Adapted, Adapter, LowRank, attach, detach
+from plainsd.adapters.names import Model, Place, modules_of, networks
+from plainsd.adapters.writing import write_lora
+
+if TYPE_CHECKING:
+    from plainsd.pictures.model import StableDiffusion
+
+ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
+CONV = "*.conv1 *.conv2 *.skip *.resample.conv"  # the convolutions of ResBlocks and between levels
+TARGETS = {  # presets: patterns of our names
+    "attention": "*attn.q *attn.k *attn.v *attn.out",
+    "transformers": "*.attn.proj_* *.attn.blocks.* blocks.*",  # what kohya's trainer takes
+    "all-linear": "*",
+    "all": "*",
+}
+
+
+# --- what is on a model ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """One LoRA on a model: its adapters, by network and module."""
+
+    name: str
+    model: Model
+
+    @property
+    def adapters(self) -> dict[Place, Adapter]:
+        return {
+            place: base.adapters[self.name] for place, base in bases(self.model).items() if self.name in base.adapters
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
+
+    def set_strength(self, strength: float, text_strength: float | None = None) -> None:
+        """0 is the model without, 1 the LoRA as it was trained. For text encoders the same, if not given."""
+        text_strength = strength if text_strength is None else text_strength
+        check_strengths(strength, text_strength)
+        for (part, _), adapter in self.adapters.items():
+            adapter.strength = strength if part == "unet" else text_strength
+
+    def remove(self) -> None:
+        """Takes the LoRA off the model, which is then what it was before."""
+        for base in bases(self.model).values():
+            if self.name in base.adapters:
+                detach(base, self.name)
+
+    def merge(self) -> None:
+        """Folds it into the weights at its present strength."""
+        merge([self])
+
+
+def bases(model: Model) -> dict[Place, Adapted]:
+    """The modules that carry adapters."""
+    return {
+        (part, name): module
+        for part, network in networks(model).items()
+        for name, module in network.named_modules()
+        if isinstance(module, Adapted)
+    }
+
+
+def attached(model: Model) -> list[Lora]:
+    """All LoRAs on a model, in the order in which they came."""
+    names = dict.fromkeys(name for base in bases(model).values() for name in base.adapters)
+    return [Lora(name, model) for name in names]
+
+
+def the_one(model: Model, lora: Lora | None) -> Lora:
+    found = attached(model) if lora is None else [lora]
+    if len(found) != 1:
+        raise UserError(
+            f"{len(found)} LoRAs are on the model{found and ': '}{', '.join(one.name for one in found)}; "
+            f"{'say which one' if found else 'add or inject one first'}"
+        )
+    return found[0]
+
+
+@torch.no_grad()
+def merge(loras: Sequence[Lora]) -> None:
+    """Folds LoRAs of one model into its weights. Their changes are all reckoned from the weights as they were."""
+    for model in {id(lora.model): lora.model for lora in loras}.values():
+        names = [lora.name for lora in loras if lora.model is model]
+        for base in bases(model).values():
+            own = [name for name in names if name in base.adapters]
+            if own:
+                total = sum(base.adapters[name].change(base.weight) for name in own)
+                base.weight.copy_(base.weight.to(total.dtype) + total)
+            for name in own:
+                detach(base, name)
+
+
+# --- from files ------------------------------------------------------------------------------------------------------
+
+
+def add_lora(
+    sd: StableDiffusion,
+    path: str | Path,
+    strength: float = 1.0,
+    text_strength: float | None = None,
+    *,
+    partial: bool = False,
+) -> Lora:
+    """Puts a file's LoRA on a model, beside those that are there. Names that have no place are an error, or, if
+    `partial`, left out. The adapters come to lie where the weights do, and as precise."""
+    file = open_lora(Path(path))
+    text_strength = strength if text_strength is None else text_strength
+    check_strengths(strength, text_strength)
+    found, settings, parts = located(file, sd, partial=partial), peft_settings(file), networks(sd)
+    made = {}
+    for place, names in found.items():
+        base = parts[place[0]].get_submodule(place[1])
+        made[place] = read_adapter(file, names, settings, base, strength if place[0] == "unet" else text_strength)
+    return put(sd, Path(path).stem, made)
+
+
+def put(model: Model, name: str, adapters: Mapping[Place, Adapter]) -> Lora:
+    """All of them, once every one is made: nothing is left half done where one fails."""
+    taken, safe = {lora.name for lora in attached(model)}, "lora_" + re.sub(r"\W", "_", name)
+    name = next(new for new in (safe, *(f"{safe}_{n}" for n in range(2, len(taken) + 3))) if new not in taken)
+    parts = networks(model)
+    for (part, module), adapter in adapters.items():
+        attach(parts[part].get_submodule(module), name, adapter)
+    return Lora(name, model)
+
+
+def check_strengths(*strengths: float) -> None:
+    for strength in strengths:
+        if not abs(strength) < 1e4:  # infinite strengths and nan included
+            raise UserError(f"LoRA strength {strength:g} is out of bounds; most are between 0 and 1.5")
+
+
+def find_lora(folder: str | Path, name: str) -> Path:
+    """A LoRA by its file's name without the ending, or by its place under the folder, as in `<lora:styles/ink:0.8>`."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file())
+    places = {path: path.relative_to(folder).with_suffix("").as_posix() for path in files}
+    fitting = [path for path in files if places[path] == name] or [path for path in files if path.stem == name]
+    if len(fitting) > 1:
+        raise UserError(
+            f"the LoRA {name!r} is there {len(fitting)} times: {', '.join(map(str, fitting))}; name its "
+            f"folder too, as {places[fitting[0]]!r}"
+        )
+    if not fitting:
+        if not files:
+            raise UserError(f"there is no LoRA {name!r}: {folder} holds no files of LoRAs ({', '.join(ENDINGS)})")
+        raise unknown("LoRA", name, [path.stem for path in files])
+    return fitting[0]
+
+
+# --- for training ----------------------------------------------------------------------------------------------------
+
+
+def inject(
+    model: Model,
+    rank: int,
+    alpha: float | None = None,
+    targets: str | Sequence[str] = "attention",
+    *,
+    conv: bool = False,
+    dora: bool = False,
+    text: bool = False,
+    name: str = "trained",
+    generator: torch.Generator | None = None,
+) -> Lora:
+    """Puts a new LoRA on a model, to be trained. A is random as in kohya's trainer and PEFT (uniform, He et al. 2015
+    with a = sqrt(5)), B is zero, so that the model computes what it did before.
+
+    targets: a name in TARGETS, or patterns such as "*.cross_attn.?" of our modules' names. `conv` adds the convolutions
+    of ResBlocks and between levels. `text`: on the text encoders too. alpha None is the rank. Parameters are at least
+    float32. Which of the model's other parameters move is up to the caller.
+    """
+    alpha = float(rank if alpha is None else alpha)
+    if rank < 1 or not 0 < alpha < math.inf:
+        raise UserError(f"LoRA rank {rank} and alpha {alpha:g}: the rank must be 1 or more, and alpha above 0")
+    made = {}
+    for part, network in networks(model).items():
+        if part == "unet" or text or network is model:
+            for module in targeted(network, targets, conv=conv):
+                made[part, module] = fresh(network.get_submodule(module), rank, alpha, dora=dora, generator=generator)
+    if not made:
+        raise UserError(
+            f"no module of the model fits the LoRA targets {targets!r}; choose from {', '.join(TARGETS)}, "
+            "or give patterns such as '*.cross_attn.*'"
+        )
+    return put(model, name, made)
+
+
+def targeted(network: nn.Module, targets: str | Sequence[str], *, conv: bool) -> list[str]:
+    """The names of the modules that fit."""
+    if isinstance(targets, str) and targets not in TARGETS:
+        if not re.search(r"[*?.\[]", targets):
+            raise unknown("LoRA targets", targets, TARGETS)
+        patterns, convolutions = [targets], True
+    elif isinstance(targets, str):
+        patterns, convolutions = TARGETS[targets].split(), targets == "all"
+    else:
+        patterns, convolutions = list(targets), True
+    found = []
+    for name in modules_of(network):
+        is_conv = isinstance(network.get_submodule(name), nn.Conv2d)
+        fits = (convolutions or not is_conv) and any(fnmatchcase(name, pattern) for pattern in patterns)
+        if fits or (conv and is_conv and any(fnmatchcase(name, pattern) for pattern in CONV.split())):
+            found.append(name)
+    return found
+
+
+@torch.no_grad()
+def fresh(
+    base: nn.Linear | nn.Conv2d, rank: int, alpha: float, *, dora: bool, generator: torch.Generator | None
+) -> LowRank:
+    weight = base.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    down = torch.empty(rank, *weight.shape[1:], dtype=dtype)
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), dtype=dtype, device=weight.device)
+    magnitude = weight.to(dtype).flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1)) if dora else None
+    return LowRank(down.to(weight.device), up, alpha, magnitude=magnitude, trainable=True)
+
+
+def lora_state(model: Model, lora: Lora | None = None) -> dict[str, Tensor]:
+    """A LoRA's parameters by our names, such as `unet.mid.attn.proj_in.down`. `lora`: which one of several."""
+    return {
+        f"{part}.{module}.{name}": parameter.detach()
+        for (part, module), adapter in the_one(model, lora).adapters.items()
+        for name, parameter in adapter.named_parameters()
+    }
+
+
+@torch.no_grad()
+def load_lora_state(model: Model, state: Mapping[str, Tensor], lora: Lora | None = None) -> None:
+    """Copies values into a LoRA of the same names and shapes."""
+    own = lora_state(model, lora)
+    different = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+    if different:
+        raise UserError(
+            f"these values are of another LoRA: {len(different)} names or shapes differ, {different[0]!r} "
+            "for one; resume with the rank and targets of that run"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def save_lora(
+    sd: StableDiffusion,
+    path: str | Path,
+    naming: str = "kohya",
+    metadata: Mapping[str, str] | None = None,
+    *,
+    lora: Lora | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a LoRA in "kohya" naming (A1111, ComfyUI, diffusers), "peft" or "diffusers". `metadata`: texts to add to
+    the notes on rank, alpha and base model, such as {"ss_output_name": "ink"}. `dtype` None keeps that of the LoRA.
+
+    Where alphas differ from module to module, diffusers 0.42 reads kohya's naming wrongly; give it one of the others.
+    """
+    write_lora(sd, the_one(sd, lora).adapters, Path(path), naming, metadata or {}, dtype)

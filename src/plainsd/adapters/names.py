@@ -1,0 +1,149 @@
+"""What a LoRA's modules and tensors are called in files: kohya's names, diffusers' of three ages, PEFT's, ComfyUI's.
+
+A tensor's name is a module's name and an ending. The ending tells which factor of the change it is (lora_layers.py); the
+module's name is one of the columns of layouts.py, with a prefix for the network, and spelled by the dialect:
+
+    kohya      lora_unet_down_blocks_0_attentions_0_proj_in     dots are underscores; SDXL by the original's names
+    dotted     unet.down_blocks.0.attentions.0.proj_in          diffusers, PEFT
+    ComfyUI    diffusion_model.input_blocks.1.1.proj_in
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from plainsd.files.names import ROWS
+from plainsd.models.clip import TextEncoder
+from plainsd.models.unet import UNet
+from plainsd.models.variants import encoder_names
+
+if TYPE_CHECKING:
+    pass
+
+Model = "StableDiffusion | UNet | TextEncoder"
+Place = tuple[str, str]  # a network's name and a module's, ours
+
+ENDINGS = {  # part: how its tensor's name may end
+    "down": (
+        ".lora_down.weight",
+        ".lora_A.weight",
+        ".lora.down.weight",
+        "_lora.down.weight",
+        ".lora_linear_layer.down.weight",
+    ),
+    "up": (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight"),
+    "mid": (".lora_mid.weight",),
+    "alpha": (".alpha",),
+    "dora_scale": (".dora_scale",),
+    "magnitude": (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+    **{
+        part: (f".{part}",)
+        for part in (  # LyCORIS: LoHa, LoKr
+            "hada_w1_a",
+            "hada_w1_b",
+            "hada_t1",
+            "hada_w2_a",
+            "hada_w2_b",
+            "hada_t2",
+            "lokr_w1",
+            "lokr_w1_a",
+            "lokr_w1_b",
+            "lokr_w2",
+            "lokr_w2_a",
+            "lokr_w2_b",
+            "lokr_t2",
+        )
+    },
+}
+ADAPTER = re.compile(r"(\.lora_(?:[AB]|magnitude_vector))\.default(?:_\d+)?(?=\.|$)")  # PEFT's name for an adapter
+
+KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+SPELLINGS = (  # as layouts.py has it, as some files have it
+    (".to_out.0", ".to_out"),  # diffusers in 2023
+    (".q_proj", ".to_q"),
+    (".k_proj", ".to_k"),
+    (".v_proj", ".to_v"),
+    (".out_proj", ".to_out"),
+    ("text_model.", ""),  # transformers 5.6 and later
+)
+
+
+class Named(NamedTuple):
+    """One module that a LoRA can sit on, by all of its names. `mark` as in layouts.py."""
+
+    ours: str
+    diffusers: str
+    original: str
+    mark: str
+
+
+def networks(model: Model) -> dict[str, nn.Module]:
+    """The networks that a LoRA can sit on, by their folders' names; of a whole model, or one network alone."""
+    if isinstance(model, UNet):
+        return {"unet": model}
+    if isinstance(model, TextEncoder):
+        return {"text_encoder": model}
+    return {"unet": model.unet, **dict(zip(encoder_names(model.variant), model.text_encoders, strict=True))}
+
+
+def modules_of(network: nn.Module) -> dict[str, Named]:
+    """All linear layers and convolutions of a network, by our names."""
+    rows = {row[0]: row for row in ROWS[type(network)](network)}
+    found = {}
+    for ours, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            (diffusers, _, mark), (original, _, _) = (name.partition(":") for name in rows[ours][1:])
+            found[ours] = Named(ours, diffusers, original, mark)
+    return found
+
+
+def spellings(name: str) -> set[str]:
+    """A module's dotted name as diffusers, old and new, may write it."""
+    found = {name}
+    for ours, theirs in SPELLINGS:
+        found |= {other.replace(ours, theirs, 1) for other in found}
+    return found
+
+
+def known_names(model: Model) -> dict[str, tuple[str, str]]:
+    """Every name that any dialect gives to a module: our network's and module's names."""
+    parts = networks(model)
+    known = {}
+    for part, network in parts.items():
+        alone = part == "unet" or len(parts) <= 2  # then a name without a prefix can be told
+        for named in modules_of(network).values():
+            dotted = spellings(named.diffusers)
+            names = {f"{part}.{name}" for name in dotted} | (dotted if alone else set())
+            flat = dotted
+            if part == "unet":
+                flat = dotted | {named.original}
+                names.add(f"diffusion_model.{named.original}")
+            names |= {prefix + name.replace(".", "_") for prefix in KOHYA[part] for name in flat}
+            known |= dict.fromkeys(names, (part, named.ours))
+    return known
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """A tensor's name as the module's and the part's; None where it is not the name of a part of a LoRA."""
+    plain = ADAPTER.sub(r"\1", name).removeprefix("base_model.model.").replace(".processor.", ".")
+    for part, endings in ENDINGS.items():
+        for ending in endings:
+            if plain.endswith(ending):
+                return plain.removesuffix(ending), part
+    return None
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def kohya_name(part: str, named: Named, *, xl: bool) -> str:
+    """As kohya's trainer writes it: for SDXL it has the original's UNet, for the others diffusers'."""
+    prefix = "lora_te1_" if xl and part == "text_encoder" else KOHYA[part][0]
+    return prefix + (named.original if xl and part == "unet" else named.diffusers).replace(".", "_")
+
+
+def dotted_name(part: str, named: Named) -> str:
+    return f"{part}.{named.diffusers}"

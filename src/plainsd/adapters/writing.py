@@ -1,0 +1,138 @@
+"""Files of LoRAs, written: in kohya's naming for A1111, ComfyUI and others, in PEFT's and diffusers' for diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from plainsd.errors import UserError, unknown
+from plainsd.adapters.reading import CONTEXTS, NOTE
+from plainsd.adapters.layers import Adapter, LowRank
+from plainsd.adapters.names import Named, Place, dotted_name, kohya_name, modules_of, networks
+from plainsd.files.tensorfile import write_whole
+from plainsd.files.tensorfile import stored
+
+if TYPE_CHECKING:
+    from plainsd.pictures.model import StableDiffusion
+
+NAMINGS = {  # how a name ends for: down, up, magnitude
+    "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),
+    "peft": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"),
+    "diffusers": ("lora.down.weight", "lora.up.weight", "lora_magnitude_vector.weight"),
+}
+KOHYA_VERSIONS = {"SD 1.x": "sd_v1", "SD 2.x": "sd_v2", "SDXL": "sdxl_base_v1-0"}
+ARCHITECTURES = {
+    "SD 1.x": "stable-diffusion-v1/lora",
+    "SD 2.x": "stable-diffusion-v2-512/lora",
+    "SDXL": "stable-diffusion-xl-v1-base/lora",
+}
+
+
+def write_lora(
+    sd: StableDiffusion,
+    adapters: Mapping[Place, Adapter],
+    path: Path,
+    naming: str,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+) -> None:
+    """The file is whole or absent. Alphas: kohya has tensors for them, PEFT settings, and diffusers none at all, so
+    there alpha/r goes into B. `metadata` is added to what is written anyway; `dtype` None keeps each tensor's own."""
+    if naming not in NAMINGS:
+        raise unknown("LoRA naming", naming, NAMINGS)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: a LoRA is written as .safetensors; give it that ending")
+    if not all(isinstance(adapter, LowRank) for adapter in adapters.values()):
+        raise UserError(
+            "this adapter is a LoHa or LoKr, which is only read here; merge it, and save the model, or keep "
+            "its own file"
+        )
+    if naming != "kohya" and any(adapter.mid is not None or adapter.by_column for adapter in adapters.values()):
+        raise UserError(
+            f"this LoRA has parts that the naming {naming!r} cannot tell (a middle convolution, or lengths "
+            "of columns); save it in kohya's"
+        )
+    known = {part: modules_of(network) for part, network in networks(sd).items()}
+    tensors: dict[str, Tensor] = {}
+    for (part, module), adapter in adapters.items():
+        tensors |= named_tensors(sd, part, known[part][module], adapter, naming)
+    notes = {"kohya": kohya_notes, "peft": peft_notes}.get(naming, lambda *_: {})(sd, adapters)
+    packed = {
+        name: stored(tensor.detach() if tensor.ndim == 0 else tensor.detach().to(dtype or tensor.dtype))
+        for name, tensor in tensors.items()
+    }  # an alpha of 1.7 in bfloat16 would be 1.703
+    write_whole(path, packed, notes | dict(metadata))
+
+
+def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: LowRank, naming: str) -> dict[str, Tensor]:
+    """One adapter's tensors under their names in the file, and in the shapes that the public networks have."""
+    down, up, magnitude = NAMINGS[naming]
+    if naming == "diffusers" and part != "unet":
+        down, up = down.replace("lora.", "lora_linear_layer."), up.replace("lora.", "lora_linear_layer.")
+    conv = named.mark == "conv" or (named.mark == "maybe-conv" and sd.variant.conv_projections)
+    factors = {down: adapter.down, up: adapter.up * adapter.scale if naming == "diffusers" else adapter.up}
+    if adapter.mid is not None:
+        factors["lora_mid.weight"] = adapter.mid
+    tensors = {
+        end: factor[:, :, None, None] if conv and factor.ndim == 2 else factor for end, factor in factors.items()
+    }
+    if naming == "kohya":
+        tensors["alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
+    if adapter.magnitude is not None:
+        sides = [1, 1] if conv or adapter.magnitude.ndim == 4 else []
+        shape = {"kohya": [*adapter.magnitude.shape[:2], *sides]}.get(naming, [1, -1, 1, 1] if sides else [-1])
+        tensors[magnitude] = adapter.magnitude.reshape(shape)
+    xl = sd.unet.config.vector is not None
+    name = kohya_name(part, named, xl=xl) if naming == "kohya" else dotted_name(part, named)
+    return {f"{name}.{end}": tensor for end, tensor in tensors.items()}
+
+
+def kohya_notes(sd: StableDiffusion, adapters: Mapping[Place, LowRank]) -> dict[str, str]:
+    """The metadata that programs look at in files of kohya's trainer."""
+    ranks, alphas = ({get(adapter) for adapter in adapters.values()} for get in (lambda a: a.rank, lambda a: a.alpha))
+    family = CONTEXTS.get(sd.unet.config.context, "")
+    notes = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": f"{ranks.pop()}" if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        "ss_v2": str(family == "SD 2.x"),
+        "ss_base_model_version": KOHYA_VERSIONS.get(family, sd.variant.name),
+    }
+    if family in ARCHITECTURES:
+        notes |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": ARCHITECTURES[family]}
+    return notes
+
+
+def peft_notes(sd: StableDiffusion, adapters: Mapping[Place, LowRank]) -> dict[str, str]:
+    """PEFT's settings for each network, as diffusers keeps them. Names go without `text_model.`, which not all
+    versions of transformers have; a name's end is enough for PEFT."""
+    settings: dict[str, Any] = {}
+    for part, network in networks(sd).items():
+        known = modules_of(network)
+        own = {
+            known[module].diffusers.removeprefix("text_model."): adapter
+            for (at, module), adapter in adapters.items()
+            if at == part
+        }
+        if not own:
+            continue
+        rank, alpha = (
+            Counter(values).most_common(1)[0][0]
+            for values in ([a.rank for a in own.values()], [a.alpha for a in own.values()])
+        )
+        table = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": list(own),
+            "rank_pattern": {name: a.rank for name, a in own.items() if a.rank != rank},
+            "alpha_pattern": {name: a.alpha for name, a in own.items() if a.alpha != alpha},
+            "use_dora": any(a.magnitude is not None for a in own.values()),
+        }
+        settings |= {f"{part}.{key}": value for key, value in table.items()}
+    return {NOTE: json.dumps(settings, indent=2, sort_keys=True)}

@@ -1,0 +1,77 @@
+"""What a picture's text holds on the way in and out: `--from`, and the names of what only flags can give.
+
+A text names the model, the refiner, the VAE, learned words; where they lie is not in it. A picture that was made with
+them is made again only where flags say so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plainsd.commands.adapters import Loras, tags_of
+from plainsd.errors import UserError
+from plainsd.pictures.settings import DEFAULTS, Settings
+
+if TYPE_CHECKING:
+    from plainsd.commands.generate import Generate
+    from plainsd.pictures.model import StableDiffusion
+
+ELSEWHERE = ("model", "refiner", "vae", "embeddings", "hashes")  # what a picture's text names, and flags give
+
+
+def recorded(path: Path) -> dict:
+    """What the picture's text says and the defaults do not."""
+    from plainsd.pictures.images import read_settings
+
+    return {name: value for name, value in asdict(read_settings(path)).items() if value != DEFAULTS[name]}
+
+
+def check_recorded(
+    command: Generate, sd: StableDiffusion, prompts: list[str], words: Collection[str], choices: dict
+) -> None:
+    """What --from was made with, and its text only names, must be given. Takes the names out of the choices."""
+    from plainsd.pictures.defaults import model_name
+    from plainsd.files.hashes import weights_hash
+
+    model, refiner, vae, learned, hashes = (choices.pop(name, None) for name in ELSEWHERE)
+    made = f"'{command.from_}' was made with the"
+    if model not in (None, model_name(sd)) and command.model is None:
+        raise UserError(f"{made} model {model!r}, and this is {model_name(sd)!r}; say where that is with --model")
+    if refiner and command.refiner is None:
+        raise UserError(f"{made} refiner {refiner!r}; say where that is with --refiner")
+    if vae and command.vae is None:
+        raise UserError(f"{made} VAE {vae!r}; say where that is with --vae")
+    texts = " ".join([*prompts, choices.get("negative", "")])
+    if missing := [word for word in learned or () if word in texts and word not in words]:
+        raise UserError(f"{made} embedding {missing[0]!r}; give it with --embedding FILE:{missing[0]}")
+    was = dict(hashes or ()).get("model")
+    if was is not None and was != (now := weights_hash(sd.path, "unet")):
+        print(
+            f"note: {made} weights {was}, and these are {now} ({model_name(sd)}): the picture will differ",
+            file=sys.stderr,
+        )
+
+
+def say_unused(keys: list[str]) -> None:
+    """What a picture's text says that nothing here acts on, once all else is in order."""
+    if keys:
+        print(f"no effect here: {', '.join(keys)}", file=sys.stderr)
+
+
+def noted(settings: Settings, sd: StableDiffusion, loras: Loras, words: dict[str, Path], vae: Path | None) -> Settings:
+    """With what came by flags, and the hashes of all its files."""
+    from plainsd.files.hashes import hashes
+
+    used = {word: path for word, path in words.items() if word in settings.prompt or word in settings.negative}
+    files = hashes(sd.path, vae, [(path.stem, path) for path, _ in loras], used.items())
+    return replace(
+        settings,
+        prompt=settings.prompt + tags_of(loras),
+        embeddings=tuple(used),
+        vae=vae and vae.resolve().name,
+        hashes=files,
+    )

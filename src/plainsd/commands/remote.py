@@ -1,0 +1,156 @@
+"""`plainsd generate --server URL`: the same command, drawn by a running server. Its pictures are written here."""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plainsd.errors import UserError
+from plainsd.server.client import Finished, Progress, Remote
+
+if TYPE_CHECKING:
+    from plainsd.commands.generate import Generate
+    from plainsd.commands.output import Target
+
+AHEAD = 4  # jobs sent before the first of them has ended, so that the server can join them
+ROUGH = 8  # times that a preview is enlarged
+NOT_SENT = ("vae", "lora_folder", "lora_partial", "device", "dtype", "fast", "compile", "int8", "low_memory", "batch")
+NOT_FIELDS = ("embeddings", "masked", "vae", "hashes")  # of what a picture's text says, no fields of a job
+SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
+
+
+def run(command: Generate, prompts: list[str], choices: dict[str, Any]) -> None:
+    """Sends what `Generate.wanted` made of the flags, and writes what comes back."""
+    from plainsd.commands.output import Target, check_writable
+
+    check_sent(command, choices)
+    jobs = list(jobs_of(command, prompts, choices))
+    target, remote = Target(command.out), Remote(command.server, os.environ.get("PLAINSD_TOKEN"))
+    if command.preview:
+        check_writable(command.preview.parent)
+    began, written = time.perf_counter(), 0
+    for pictures in drawn(remote, jobs, command.preview):
+        if command.grid:
+            pictures = pictures[-1:]  # the sheet; its pictures stay in the server's gallery
+        for picture in pictures:
+            print(write(target, picture, is_sheet=bool(command.grid)))
+            written += 1
+    print(f"{written} picture{'s' * (written > 1)} in {time.perf_counter() - began:.1f} s from {remote.url}",
+          file=sys.stderr)  # fmt: skip
+
+
+# --- what is sent ----------------------------------------------------------------------------------------------------
+
+
+def check_sent(command: Generate, choices: dict[str, Any]) -> None:
+    """UserError for a flag that a server does not take."""
+    for name in NOT_SENT:
+        if getattr(command, name) != getattr(type(command), name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is not sent to a server; leave it out, or draw here without --server")
+    if choices.get("vae"):
+        raise UserError(f"'{command.from_}' was made with the VAE {choices['vae']!r}, which a server does not take; "
+                        "draw here without --server")  # fmt: skip
+    if choices.get("masked") and command.mask is None:
+        raise UserError(f"'{command.from_}' was made with a mask; give picture and mask with --image and --mask")
+
+
+def jobs_of(command: Generate, prompts: list[str], choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One body of POST /api/jobs for each prompt; the seeds go on from one to the next, as they do here."""
+    from plainsd.commands.grid import axis
+    from plainsd.commands.adapters import from_flag
+
+    shared = {name: value for name, value in choices.items() if name not in NOT_FIELDS}
+    for name in ("model", "refiner", "outpaint"):
+        shared[name] = getattr(command, name) or choices.get(name)
+    for name, path in (("image", command.image), ("mask", command.mask)):
+        if path is not None:
+            shared[name] = base64.b64encode(content_of(path)).decode()
+    loras = [from_flag(text) for text in command.lora]
+    shared["loras"] = [{"name": path.stem if path.suffix == ".safetensors" else str(path),
+                        "strength": 1.0 if strength is None else strength} for path, strength in loras]  # fmt: skip
+    texts = " ".join([*prompts, choices.get("negative", "")])
+    recorded = [word for word in choices.get("embeddings", ()) if word in texts]
+    shared["embeddings"] = [*dict.fromkeys([*map(embedding_of, command.embedding), *recorded])]
+    axes = [axis(text) for text in command.grid]
+    if axes:
+        shared["grid"] = [{"name": one.name, "values": one.values} for one in axes]
+    varied = choices.get("variation_strength") and choices.get("variation_seed") is not None
+    counted = "variation_seed" if varied else "seed"
+    shared, first = {"seed": 0} | shared, choices.get(counted) or 0
+    for prompt, group in groupby(prompts):
+        count = len(list(group))
+        yield shared | {"prompt": prompt, "count": count, counted: first}
+        first += count
+
+
+def embedding_of(flag: str) -> str:
+    """`cat.pt:<cat>` -> the word, `cat.pt` -> the file's name: a server knows an embedding by either."""
+    path, colon, word = flag.rpartition(":")
+    if colon and word and not Path(flag).exists():
+        return word
+    path = Path(flag)
+    return path.stem if path.suffix in SUFFIXES else str(path)
+
+
+def content_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{path}' ({error.strerror}); give a PNG, JPEG or WebP file") from None
+
+
+# --- what comes back -------------------------------------------------------------------------------------------------
+
+
+def drawn(remote: Remote, jobs: list[dict[str, Any]], preview: Path | None) -> Iterator[list[Finished]]:
+    """The pictures of each job in turn, under one progress bar. Whatever ends this early cancels what is left."""
+    from tqdm import tqdm
+
+    sent: list[str] = []
+    try:
+        with tqdm(total=100 * len(jobs), unit="%", disable=None, dynamic_ncols=True) as bar:
+            for i in range(len(jobs)):
+                sent += [remote.submit(**fields) for fields in jobs[i + len(sent) : i + AHEAD]]
+                pictures: list[Finished] = []
+                for event in remote.follow(sent[0]):
+                    if isinstance(event, Finished):
+                        pictures.append(event)
+                        continue
+                    bar.update(100 * i + round(100 * event.share) - bar.n)
+                    if preview and event.previews:
+                        show(event, preview)
+                del sent[0]
+                bar.update(100 * (i + 1) - bar.n)
+                yield pictures
+    finally:
+        for id in sent:
+            remote.cancel(id)
+
+
+def show(event: Progress, path: Path) -> None:
+    from PIL import Image
+
+    from plainsd.pictures.images import grid, write_png
+
+    images = [Image.open(BytesIO(png)).convert("RGB") for _, png in sorted(event.previews.items())]
+    images = [image.resize((ROUGH * image.width, ROUGH * image.height), Image.Resampling.NEAREST) for image in images]
+    write_png(grid(images, math.ceil(math.sqrt(len(images)))), path)
+
+
+def write(target: Target, picture: Finished, *, is_sheet: bool) -> Path:
+    from PIL import Image
+
+    from plainsd.pictures.images import read_settings
+
+    with Image.open(BytesIO(picture.png)) as image:
+        image.load()
+        return target.write(image, None if is_sheet else read_settings(BytesIO(picture.png)))

@@ -1,0 +1,166 @@
+"""`plainsd serve`: flags to a running server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import UseAppendAction, arg
+
+from plainsd.errors import UserError
+
+SHORTEST_TOKEN = 12
+
+
+def flag(metavar: str):
+    return arg(metavar=metavar)
+
+
+@dataclass
+class Serve:
+    """A page and three APIs on one model or several: jobs, pictures and their settings outlive the server."""
+
+    model: Annotated[UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
+    """folder, file or hub name; several times for several, the first is the default. The embedded one if not given"""
+    host: Annotated[str, flag("ADDRESS")] = "127.0.0.1"
+    """where to listen; anything but this machine needs a token"""
+    port: Annotated[int, flag("N")] = 7860
+    data: Annotated[Path, flag("FOLDER")] = Path("plainsd-data")
+    """where jobs and pictures are kept"""
+    token: Annotated[str | None, flag("T")] = None
+    """what clients must send; $PLAINSD_TOKEN if not given, and made up where one is needed"""
+    allow_host: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
+    """a further name under which the server may be called, such as that of a proxy"""
+    loras: Annotated[Path | None, flag("FOLDER")] = None
+    """LoRA files, used by name"""
+    embeddings: Annotated[Path | None, flag("FOLDER")] = None
+    """embeddings (textual inversion), each a word for prompts"""
+    batch: Annotated[int, flag("N")] = 4
+    """pictures drawn at once"""
+    memory: Annotated[float | None, flag("GB")] = None
+    """for models; the least recently used one makes room (default: half of the machine's, three quarters of a GPU's)"""
+    queue: Annotated[int, flag("N")] = 256
+    """jobs that may wait"""
+    max_pixels: Annotated[int, flag("N")] = 2048 * 2048
+    """of one picture"""
+    max_steps: Annotated[int, flag("N")] = 150
+    max_count: Annotated[int, flag("N")] = 64
+    """pictures of one job"""
+    max_seconds: Annotated[float, flag("S")] = 3600
+    """of drawing, for one job"""
+    fast: bool = False
+    """weights packed for the processor, as in `plainsd generate --fast`; not together with --loras"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16"""
+
+    def run(self) -> None:
+        try:
+            import fastapi  # noqa: F401
+            import python_multipart  # noqa: F401
+            import uvicorn  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"serving needs {error.name}, which is not installed; pip install 'plainsd[serve]'"
+            ) from None
+        from plainsd.server.api.app import create_app
+        from plainsd.server.api.security import Hosts
+        from plainsd.server.limits import Limits
+        from plainsd.server.service import Service
+
+        self.check()
+        token = self.wanted_token()
+        limits = Limits(
+            queue=self.queue,
+            pixels=self.max_pixels,
+            steps=self.max_steps,
+            count=self.max_count,
+            seconds=self.max_seconds,
+        )
+        sock = bound(self.host, self.port)
+        print("reading what the models are ...", file=sys.stderr)
+        memory = None if self.memory is None else self.memory * 1e9
+        service = Service.open(self.model, self.data, limits, batch=self.batch, device=self.device, dtype=self.dtype,
+                               memory=memory, loras=self.loras, fast=self.fast,
+                               embeddings=self.embeddings)  # fmt: skip
+        app = create_app(
+            service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
+        )
+        server_of(app).run(sockets=[sock])
+
+    def check(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and field.name not in ("port", "memory", "fast") and not value >= 1:
+                raise UserError(f"{field.name.replace('_', ' ')} {value} is out of range; give 1 or more")
+        if self.memory is not None and not self.memory >= 0:
+            raise UserError(f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time")
+        if not 0 <= self.port < 65536:
+            raise UserError(f"port {self.port} is out of range; choose 1 to 65535, or 0 for any that is free")
+        for name in ("loras", "embeddings"):
+            if (folder := getattr(self, name)) is not None and not folder.is_dir():
+                raise UserError(f"{name}: there is no folder '{folder}'; make it, or leave --{name} out")
+
+    def wanted_token(self) -> str | None:
+        from plainsd.server.api.security import is_loopback
+
+        token = self.token or os.environ.get("PLAINSD_TOKEN") or None
+        if token is not None and (
+            len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token
+        ):
+            raise UserError(
+                f"the token must have {SHORTEST_TOKEN} characters or more, ASCII and without spaces; "
+                "choose another, or none, and one is made up"
+            )
+        return token if token is not None or is_loopback(self.host) else secrets.token_urlsafe(18)
+
+    def greet(self, service, port: int, token: str | None) -> None:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        models = service.models
+        print(
+            f"models: {', '.join(models.known)} ({models.device}, {str(models.dtype).removeprefix('torch.')})",
+            file=sys.stderr,
+        )
+        print(f"pictures go to {service.store.folder / 'pictures'}", file=sys.stderr)
+        if waiting := sum(service.queue.counts().values()):
+            print(f"going on with {waiting} unfinished jobs", file=sys.stderr)
+        print(f"http://{host}:{port}/{f'?token={token}' if token else ''}", flush=True)
+
+
+def server_of(app, grace: int = 5):
+    """How uvicorn runs it. Streams end as the stopping begins; what is still open after `grace` seconds is cut."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None) -> None:
+            app.state.service.stop()
+            await super().shutdown(sockets)
+
+    return Server(uvicorn.Config(
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=1000,
+        timeout_keep_alive=75,        # longer than most clients keep a connection: they are not cut off as they ask
+    ))  # fmt: skip
+
+
+def bound(host: str, port: int):
+    """A socket that listens there, or one line on why not."""
+    import socket
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(512)
+        return sock
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error.strerror}); choose others with --host and --port"
+        ) from None

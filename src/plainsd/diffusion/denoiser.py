@@ -1,0 +1,216 @@
+"""From what a network predicts to an estimate of the clean latent, and everything that can be wrapped around that.
+
+Sampling code sees a model as one function, `Denoise`: noisy latent and noise level in, estimate of the clean latent
+out. Its coordinates are variance-exploding, x = x0 + sigma * noise, so x0 always has its full size. The network was
+trained in variance-preserving ones, x / sqrt(1 + sigma^2), where the sum has unit variance, and on integer timesteps.
+`denoiser` hides both, and also what the network predicts:
+
+    epsilon       the noise                                      Ho et al. 2020
+    v_prediction  v = sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * x0   Salimans and Ho 2022
+    sample        x0 itself
+
+With alpha_bar = 1 / (1 + sigma^2) these are the only lines of plainsd that know the difference. Guidance in all its
+forms, and inpainting, are small functions that take such functions and return a `Denoise`.
+
+The last part is for training, in the network's own coordinates, with a timestep for each sample of the batch.
+
+Shapes: x, x0, noise, network outputs (B, C, H, W); alpha_bar (B,); a mask broadcasts against x.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from plainsd.errors import unknown
+from plainsd.diffusion.schedule import NoiseSchedule
+
+Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> x0
+Predict = Callable[[Tensor, float], Tensor]  # (x / sqrt(1 + sigma^2), timestep) -> epsilon, v or x0
+Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (x, sigma) -> x0 (with the prompt, without it)
+Triple = Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]  # ... and with the prompt, attention perturbed
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+# What networks predict.
+
+
+def x0_from(prediction: str, x: Tensor, output: Tensor, sigma: float) -> Tensor:
+    """The clean latent that a network's output means for x at level sigma.
+
+    The form for v never subtracts large numbers, so it stays exact where sigma is 4096 and x is almost pure noise.
+    """
+    if prediction == "epsilon":
+        return x - sigma * output
+    if prediction == "v_prediction":
+        return x / (1 + sigma**2) - output * (sigma / math.sqrt(1 + sigma**2))
+    if prediction == "sample":
+        return output
+    raise unknown("prediction", prediction, PREDICTIONS)
+
+
+def output_from(prediction: str, x: Tensor, x0: Tensor, sigma: float) -> Tensor:
+    """The network output that would have meant x0: the inverse of `x0_from`, for sigma above 0."""
+    if prediction == "epsilon":
+        return (x - x0) / sigma
+    if prediction == "v_prediction":
+        return (x / (1 + sigma**2) - x0) * (math.sqrt(1 + sigma**2) / sigma)
+    if prediction == "sample":
+        return x0
+    raise unknown("prediction", prediction, PREDICTIONS)
+
+
+def denoiser(
+    predict: Predict, schedule: NoiseSchedule, prediction: str, timesteps: Mapping[float, float] | None = None
+) -> Denoise:
+    """A network as a `Denoise`.
+
+    The network is told the (fractional) timestep whose level is sigma. `timesteps` overrides this for single levels:
+    some published samplers round, and `samplers.sampler_timesteps` says where.
+    """
+    if prediction not in PREDICTIONS:
+        raise unknown("prediction", prediction, PREDICTIONS)
+    known = timesteps or {}
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
+        return x0_from(prediction, x, predict(x / math.sqrt(1 + sigma**2), timestep), sigma)
+
+    return denoise
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """A clean latent at level sigma: where image to image begins."""
+    return x0 + sigma * noise
+
+
+# Guidance: two or three estimates made into one. All of these are sums with weights that add to 1, and so mean the
+# same on x0 as on epsilon or v; only `rescaled` looks at the prediction itself.
+
+
+def guided(pair: Pair, scale: float) -> Denoise:
+    """Classifier-free guidance: past the estimate with the prompt, away from that without (Ho and Salimans 2022)."""
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        prompted, plain = pair(x, sigma)
+        return plain + scale * (prompted - plain)
+
+    return denoise
+
+
+def rescaled(pair: Pair, scale: float, phi: float, prediction: str = "epsilon") -> Denoise:
+    """Guidance whose prediction keeps the spread of the prompted one, by a share phi (Lin et al. 2023, section 3.4).
+
+    Standard deviations are taken over each sample, on what the network predicts.
+    """
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        prompted, plain = (output_from(prediction, x, x0, sigma) for x0 in pair(x, sigma))
+        output = plain + scale * (prompted - plain)
+        sample = tuple(range(1, x.ndim))
+        spread = prompted.std(sample, keepdim=True) / output.std(sample, keepdim=True)
+        return x0_from(prediction, x, output * (phi * spread + 1 - phi), sigma)
+
+    return denoise
+
+
+def thresholded(pair: Pair, scale: float, percentile: float = 0.995, limit: float | None = None) -> Denoise:
+    """Guidance with dynamic thresholding (Saharia et al. 2022, "Imagen", section 2.3).
+
+    Values of a sample beyond its percentile of magnitude are clipped, and the rest is scaled so that this percentile
+    comes to lie at `limit`, if it was above. The paper's limit is 1, the range of pixels. Latents have no such range:
+    the default is the same percentile of the prompted estimate, the reach it has without guidance.
+    """
+
+    def reach(x0: Tensor) -> Tensor:
+        sample = x0.abs().flatten(1).quantile(percentile, dim=1)
+        return sample.view(-1, *[1] * (x0.ndim - 1))
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        prompted, plain = pair(x, sigma)
+        x0 = plain + scale * (prompted - plain)
+        most = reach(prompted) if limit is None else torch.full_like(reach(x0), limit)
+        edge = reach(x0).maximum(most).clamp(min=torch.finfo(x0.dtype).tiny)
+        return x0.clamp(-edge, edge) * (most / edge)
+
+    return denoise
+
+
+def interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
+    """One `Denoise` at levels in (low, high], another elsewhere: guidance only where it helps (Kynkäänniemi et al.
+    2024). Outside, the prompted estimate alone costs one pass instead of two."""
+    return lambda x, sigma: (inside if low < sigma <= high else outside)(x, sigma)
+
+
+def perturbed(triple: Triple, scale: float, perturbed_scale: float) -> Denoise:
+    """Guidance by the prompt, and away from an estimate with its self-attention maps made identities (Ahn et al. 2024,
+    "perturbed-attention guidance")."""
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        prompted, plain, blurred = triple(x, sigma)
+        return plain + scale * (prompted - plain) + perturbed_scale * (prompted - blurred)
+
+    return denoise
+
+
+def inpainting(denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor, start: float = math.inf) -> Denoise:
+    """Repaint the part of a picture where mask is 1, with a model that knows nothing of masks (Lugmayr et al. 2022).
+
+    Elsewhere the model is shown the known latents with the same `noise` at each level, and its estimate is replaced
+    by them. At `start` and above x is shown as it is: diffusers begins a full repaint with noise alone, so give
+    sigmas[0] to follow it. A sampler that stops above level 0 leaves that little noise on the known part: paste it.
+    """
+
+    def repaint(x: Tensor, sigma: float) -> Tensor:
+        if sigma < start:
+            x = mask * x + (1 - mask) * add_noise(known, noise, sigma)
+        return mask * denoise(x, sigma) + (1 - mask) * known
+
+    return repaint
+
+
+# Training, in the network's coordinates. alpha_bar is (B,), one timestep for each sample.
+
+
+def _per_sample(alpha_bar: Tensor, like: Tensor) -> Tensor:
+    """alpha_bar (B,) -> (B, 1, 1, 1), on the device of `like`, still in float64."""
+    return alpha_bar.to(like.device).view(-1, *[1] * (like.ndim - 1))
+
+
+def network_input(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the network is shown in training: sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * noise."""
+    alpha_bar = _per_sample(alpha_bar, x0)
+    return alpha_bar.sqrt().to(x0) * x0 + (1 - alpha_bar).sqrt().to(x0) * noise
+
+
+def train_target(prediction: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the network should answer."""
+    alpha_bar = _per_sample(alpha_bar, x0)
+    if prediction == "epsilon":
+        return noise
+    if prediction == "v_prediction":
+        return alpha_bar.sqrt().to(x0) * noise - (1 - alpha_bar).sqrt().to(x0) * x0
+    if prediction == "sample":
+        return x0
+    raise unknown("prediction", prediction, PREDICTIONS)
+
+
+def min_snr_weight(prediction: str, alpha_bar: Tensor, gamma: float = 5.0) -> Tensor:
+    """Weight (B,) of each sample's squared error: levels with little noise count no more than those at SNR = gamma
+    (Hang et al. 2023, "Min-SNR weighting"), SNR being alpha_bar / (1 - alpha_bar).
+
+    epsilon  min(1, gamma / SNR)
+    v        min(1, gamma / (SNR + 1)): for large SNR the paper's min(SNR, gamma) / (SNR + 1), which goes to 0 with SNR
+             and would leave the last timestep of a zero-terminal-SNR table, the first of sampling, untrained
+    sample   min(SNR, gamma)
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    if prediction == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    if prediction == "v_prediction":
+        return (gamma / (snr + 1)).clamp(max=1)
+    if prediction == "sample":
+        return snr.clamp(max=gamma)
+    raise unknown("prediction", prediction, PREDICTIONS)

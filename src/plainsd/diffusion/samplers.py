@@ -1,0 +1,447 @@
+"""Every sampler: the ways to walk from pure noise to a clean latent.
+
+A sampler sees the model as a `Denoise`, (x, sigma) -> estimate of the clean latent, and a falling row of noise levels.
+In the coordinates x = x0 + sigma * noise the noise-free path from one level to the next is the straight line through
+x and the estimate, and one function takes it: `toward`. Song et al. 2020 call that step DDIM, Karras et al. 2022 Euler,
+Lu et al. 2022 first-order DPM-Solver++. All others are this step with a better estimate to aim at, or with a lower
+level to aim at and the difference filled up with fresh noise (`ancestral`), or both.
+
+A sampler is a generator: one `Step` after each step, the last one holds the result. Progress bars, previews and
+cancelling live outside. Randomness comes in as `noise`, a function that returns unit noise shaped like x.
+
+Orders of accuracy are those of the noise-free path, measured in tests/test_samplers.py. The table at the end says
+for each name which levels it visits, so that pictures equal those of diffusers' scheduler of the same name.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from plainsd.diffusion.denoiser import Denoise, output_from, x0_from
+from plainsd.errors import unknown
+from plainsd.diffusion.schedule import OF_LEVELS, SPACINGS, NoiseSchedule, spaced
+
+Noise = Callable[[], Tensor]  # unit noise, shaped like x
+Levels = Sequence[float]  # noise levels, falling
+
+
+class Step(NamedTuple):
+    """What a sampler yields after each step."""
+
+    index: int  # 0 for the first step
+    sigma: float  # noise level that x has now
+    x: Tensor  # the latents, at that level; after the last step the result
+    denoised: Tensor  # the model's estimate of the clean latent, made at the level before
+
+
+class Stride(NamedTuple):
+    """The levels that lie one stride of 1000 // steps timesteps above and below a level: see `renamed`."""
+
+    above: float
+    below: float
+
+
+Strides = Mapping[float, Stride]
+
+
+def toward(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """Move x along the line to `denoised`: scale its noise part from level sigma down to sigma_next."""
+    return denoised + (x - denoised) * (sigma_next / sigma)
+
+
+def ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """Split a step in two: aim below sigma_next, then add noise up to it. Returns (level to aim at, noise to add).
+
+    With eta = 1 the two together draw from the DDPM posterior of x at sigma_next, given x at sigma and x0; with eta = 0
+    nothing is added. This is sigma_t(eta) of DDIM's equation 16 in these coordinates.
+    """
+    ratio = sigma_next / sigma
+    sigma_down = sigma_next * math.sqrt(1 - eta**2 + (eta * ratio) ** 2)
+    sigma_up = eta * sigma_next * math.sqrt(1 - ratio**2)
+    return sigma_down, sigma_up
+
+
+def renoised(x: Tensor, noise: Noise, sigma_up: float) -> Tensor:
+    """Add fresh noise; draw none where none is to be added."""
+    return x + sigma_up * noise() if sigma_up > 0 else x
+
+
+def renamed(x: Tensor, sigma: float, other: float) -> Tensor:
+    """x at one level, said to be at another: what the network is shown, x / sqrt(1 + sigma^2), stays as it is.
+
+    Only DDIM and PLMS need it, to follow diffusers. There all their steps are 1000 // steps timesteps long. With
+    leading spacing each ends where the next begins; with linspace, and with trailing where steps does not divide 1000,
+    it ends a little above, and x is simply taken for one at the next level. `strides` says where such steps end.
+    """
+    return x * math.sqrt((1 + other**2) / (1 + sigma**2))
+
+
+# One call of the model a step, no memory.
+
+
+def euler(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+    """First order, noise-free (Karras et al. 2022, algorithm 1 without churn)."""
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        x = toward(x, denoised, sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def ddim(
+    denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0, strides: Strides = {}
+) -> Iterator[Step]:
+    """Song et al. 2020, "Denoising Diffusion Implicit Models", equation 12: from Euler (eta 0) to DDPM (eta 1)."""
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        end = strides[sigma].below if strides else sigma_next
+        sigma_down, sigma_up = ancestral(sigma, end, eta)
+        x = renoised(toward(x, denoised, sigma, sigma_down), noise, sigma_up)
+        x = renamed(x, end, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def lcm(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+    """Jump to the estimate and add all the noise anew, for models taught to be right at once (Luo et al. 2023).
+
+    Their c_skip, 7e-6 of x at the lowest timestep they know and less above, is left out.
+    """
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        x = renoised(denoised, noise, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+# Two calls a step: the second one tells how the estimate changes along the way.
+
+
+def heun(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+    """Second order: the mean of the slopes at both ends of the step (Karras et al. 2022, algorithm 1).
+
+    The slope at the end, met by a line from x, aims at denoised + (second - denoised) * sigma / sigma_next; so the
+    mean of both slopes is one step toward the mean of both aims.
+    """
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        if sigma_next > 0:
+            second = denoise(toward(x, denoised, sigma, sigma_next), sigma_next)
+            aim = denoised + (second - denoised) * (sigma / sigma_next / 2)
+        x = toward(x, aim, sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def halfway(sigma: float, sigma_down: float) -> float:
+    """The level in the middle, in log sigma. With eta = 1 that is sigma_next, but the network must be told its exact
+    timestep, not the rounded one that may be kept for sigma_next: the last factor keeps the two numbers apart."""
+    return math.sqrt(sigma * sigma_down) * (1 - 1e-13)
+
+
+def dpm2(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
+    """Second order: the slope in the middle of the step, in log sigma (DPM-Solver-2, Lu et al. 2022a)."""
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        if sigma_down > 0:
+            middle = halfway(sigma, sigma_down)
+            second = denoise(toward(x, denoised, sigma, middle), middle)
+            aim = denoised + (second - denoised) * (sigma / middle)
+        x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def dpmpp_2s_a(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+    """Second order: the estimate in the middle of the step (DPM-Solver++(2S), Lu et al. 2022b, algorithm 1)."""
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        if sigma_down > 0:
+            middle = halfway(sigma, sigma_down)
+            aim = denoise(toward(x, denoised, sigma, middle), middle)
+        x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+    """As `dpmpp_2s_a`, with noise on the way to the middle too: one Brownian path over sigma, seen twice.
+
+    The noise of the whole step is that of its first part and that of the rest, by their shares of the step.
+    """
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        if sigma_next > 0:
+            middle = math.sqrt(sigma * sigma_next)
+            share = (sigma - middle) / (sigma - sigma_next)
+            first, rest = noise(), noise()
+            sigma_down, sigma_up = ancestral(sigma, middle, eta)
+            aim = denoise(toward(x, denoised, sigma, sigma_down) + sigma_up * first, middle)
+            sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+            whole = math.sqrt(share) * first + math.sqrt(1 - share) * rest
+            x = toward(x, aim, sigma, sigma_down) + sigma_up * whole
+        else:
+            x = denoised
+        yield Step(index, sigma_next, x, denoised)
+
+
+# One call a step, remembering the calls before: the change of the estimate comes free.
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
+    """Second order: extrapolate the last two estimates to the middle of the step (DPM-Solver++(2M), Lu et al. 2022b).
+
+    With eta = 1 its stochastic form, SDE-DPM-Solver++(2M). The first step and one to level 0 are of first order.
+    """
+    previous = None
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        if previous is not None and sigma_next > 0:
+            stride, stride_before = math.log(sigma / sigma_next), math.log(sigmas[index - 1] / sigma)
+            aim = denoised + (denoised - previous) * (stride / stride_before / 2)
+        sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
+        previous = denoised
+        yield Step(index, sigma_next, x, denoised)
+
+
+def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+    """A parabola through the last three estimates, integrated over the step (SDE-DPM-Solver++(3M) of k-diffusion).
+
+    As published it counts the parabola's curvature by half, which makes its order 2 and not 3.
+    """
+    estimates: list[Tensor] = []  # newest first
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        estimates = [denoised, *estimates[:2]]
+        sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        if index > 0 and sigma_next > 0:
+            slope, curve = _parabola(estimates, newest_first(sigmas, index, 3))
+            stride, reach = math.log(sigma / sigma_next), math.log(sigma / sigma_down)
+            phi_1 = -math.expm1(-reach)
+            phi_2 = 1 - phi_1 / reach
+            phi_3 = phi_2 / reach - 0.5
+            aim = denoised + (phi_2 * stride * slope - phi_3 * stride**2 * curve) / phi_1
+        x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def plms(
+    denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, prediction: str = "epsilon", strides: Strides = {}
+) -> Iterator[Step]:
+    """Adams-Bashforth on the network's output, with the weights for even steps of sigma: fourth order there, second on
+    a table's timesteps (PNDM, Liu et al. 2022, as Stable Diffusion's original uses it, without the Runge-Kutta start).
+
+    The first step is taken twice: with the output at its start, then from there with the mean of both ends; the second
+    time it is one stride that ends where the next step begins (see `renamed`).
+    `prediction` says which output is extrapolated. The original always takes epsilon; diffusers takes v where the
+    network predicts v, which is only of first order.
+    """
+    outputs: list[Tensor] = []  # newest first
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        outputs = [output_from(prediction, x, denoised, sigma), *outputs[:3]]
+        start, end = sigma, strides[sigma].below if strides else sigma_next
+        if index == 0:
+            trial = renamed(toward(x, denoised, start, end), end, sigma_next)
+            at_end = output_from(prediction, trial, denoise(trial, sigma_next), sigma_next)
+            mean = (outputs[0] + at_end) / 2
+            start, end = strides[sigma_next].above if sigma_next in strides else sigma, sigma_next
+            x = renamed(x, sigma, start)
+        else:
+            mean = _weighted(outputs, ADAMS_BASHFORTH[len(outputs)])
+        x = renamed(toward(x, x0_from(prediction, x, mean, start), start, end), end, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+ADAMS_BASHFORTH = {  # number of known outputs, newest first -> their weights
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def lms(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+    """Adams-Bashforth on the slope dx / dsigma, its weights integrated for the levels at hand: fourth order once four
+    slopes are known (the linear multistep sampler of k-diffusion).
+
+    The weights add to 1, so only differences of slopes enter the aim: where sigma is huge nothing cancels.
+    """
+    slopes: list[Tensor] = []  # newest first
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        slopes = [(x - denoised) / sigma, *slopes[:3]]
+        weights = _lagrange_means(newest_first(sigmas, index, 4), sigma, sigma_next)
+        aim = denoised + _weighted([sigma * (slopes[0] - slope) for slope in slopes], weights)
+        x = toward(x, aim, sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def unipc(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+    """Third order: `dpmpp_2m`, and each step is taken once more when the estimate at its end is known, at the cost of
+    no call (UniPC-2 with B(h) = exp(h) - 1, Zhao et al. 2023). The last step, to level 0, is of first order."""
+    start, estimates = x, []  # where the step before began; estimates, newest first
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        estimates = [denoised, *estimates[:2]]
+        if index > 0:
+            x = toward(start, _corrected(estimates, newest_first(sigmas, index, 3)), sigmas[index - 1], sigma)
+            if sigma_next > 0:
+                stride, stride_before = math.log(sigma / sigma_next), math.log(sigmas[index - 1] / sigma)
+                aim = denoised + (denoised - estimates[1]) * (stride / stride_before / 2)
+        start, x = x, toward(x, aim, sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+# The weights which they use.
+
+
+def newest_first(sigmas: Levels, index: int, most: int) -> Levels:
+    """The levels of the current and the last steps, `most` of them where there are as many."""
+    return sigmas[max(0, index + 1 - most) : index + 1][::-1]
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
+
+
+def _lagrange_means(known: Levels, sigma: float, sigma_next: float) -> list[float]:
+    """Weights that turn values at the known levels into the mean of their polynomial between sigma and sigma_next.
+
+    Gauss's rule with two points is exact for the cubics that four values make.
+    """
+    centre, reach = (sigma + sigma_next) / 2, (sigma - sigma_next) / 2 / math.sqrt(3)
+    points = (centre - reach, centre + reach)
+
+    def basis(own: float, point: float) -> float:
+        return math.prod((point - other) / (own - other) for other in known if other != own)
+
+    return [sum(basis(own, point) for point in points) / 2 for own in known]
+
+
+def _parabola(estimates: Sequence[Tensor], sigmas: Levels) -> tuple[Tensor, Tensor | float]:
+    """Slope and curvature, over -log sigma at the newest, of the line or parabola through two or three estimates."""
+    near = (estimates[0] - estimates[1]) / math.log(sigmas[1] / sigmas[0])
+    if len(estimates) == 2:
+        return near, 0.0
+    far = (estimates[1] - estimates[2]) / math.log(sigmas[2] / sigmas[1])
+    curve = (near - far) / math.log(sigmas[2] / sigmas[0])
+    return near + curve * math.log(sigmas[1] / sigmas[0]), curve
+
+
+def _corrected(estimates: Sequence[Tensor], sigmas: Levels) -> Tensor:
+    """The aim of UniC for the step from sigmas[1] to sigmas[0], from the estimates at its end, its start and before."""
+    end, start, *earlier = estimates
+    if not earlier:
+        return (start + end) / 2
+    h = -math.log(sigmas[1] / sigmas[0])
+    place = math.log(sigmas[2] / sigmas[1]) / h  # of the earlier estimate, where the step goes from 0 to 1
+    b_1 = (math.expm1(h) / h - 1) / math.expm1(h)
+    b_2 = ((math.expm1(h) / h - 1) / h - 0.5) * 2 / math.expm1(h)
+    weight = (b_1 - b_2) / (1 - place)
+    return start + (earlier[0] - start) * (weight / place) + (end - start) * (b_1 - weight)
+
+
+# The table.
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler and the levels it visits: those of diffusers' scheduler of the same name, with what that rounds.
+
+    The defaults are those of the samplers that came with k-diffusion.
+    """
+
+    run: Callable[..., Iterator[Step]]  # (denoise, x, sigmas, noise)
+    spacing: str = "linspace"  # used when none is asked for, as Stable Diffusion 1.5 gets it from diffusers
+    ends_at_zero: bool = True  # else at the table's first level, as the original DDIM and PLMS
+    same_stride: bool = False  # all its steps are 1000 // steps timesteps long: see `renamed`
+    unit_first: bool = False  # the first latent counts a clean latent's own spread: see `first_scale`
+    rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> for timesteps
+    spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
+
+
+def cut(timestep: float) -> float:
+    """Its whole part; the last digits of a whole number do not count against it."""
+    return math.floor(timestep + 1e-9)
+
+
+WHOLE = {"linspace": round}
+TO_FIRST = {
+    "ends_at_zero": False,
+    "same_stride": True,
+    "unit_first": True,
+    "rounding": WHOLE,
+    "spare": {"karras": 1, "exponential": 1},
+}
+SOLVER = {
+    "unit_first": True,
+    "rounding": {"linspace": round, "karras": round, "exponential": cut},
+    "spare": {"linspace": 1, "leading": 1},
+}
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding=WHOLE),
+    "ddim": Sampler(ddim, "leading", **TO_FIRST),
+    "plms": Sampler(plms, "leading", **TO_FIRST),
+    "euler": Sampler(euler),
+    "euler_a": Sampler(partial(ddim, eta=1.0)),
+    "heun": Sampler(heun),
+    "dpm2": Sampler(dpm2, rounding={"karras": round}),
+    "dpm2_a": Sampler(partial(dpm2, eta=1.0), rounding={"karras": round}),
+    "dpmpp_2m": Sampler(dpmpp_2m, **SOLVER),
+    "dpmpp_2s_a": Sampler(dpmpp_2s_a),
+    "dpmpp_sde": Sampler(dpmpp_sde),
+    "dpmpp_2m_sde": Sampler(partial(dpmpp_2m, eta=1.0), **SOLVER),
+    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, **SOLVER),
+    "lms": Sampler(lms),
+    "unipc": Sampler(unipc, **SOLVER),
+    "lcm": Sampler(lcm, "distilled", unit_first=True),
+}
+
+
+def sampler_sigmas(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> list[float]:
+    """The levels for SAMPLERS[name].run: steps + 1 of them, falling, with the end value last."""
+    _, sigmas = _visited(schedule, name, steps, spacing)
+    return [*sigmas, 0.0 if SAMPLERS[name].ends_at_zero else schedule.sigma_min]
+
+
+def sampler_timesteps(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> dict[float, float]:
+    """The timestep to tell the network at each of those levels, for `denoiser`; it looks up that of any other level."""
+    timesteps, sigmas = _visited(schedule, name, steps, spacing)
+    return dict(zip(sigmas, timesteps, strict=True))
+
+
+def sampler_strides(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> Strides:
+    """For samplers that take `strides`: the levels one stride above and below each of those levels, within the table.
+
+    Empty where each step is to end where the next one begins, as with all spacings that choose levels.
+    """
+    timesteps, sigmas = _visited(schedule, name, steps, spacing)
+    sampler, stride, top = SAMPLERS[name], len(schedule) // steps, len(schedule) - 1
+    if not sampler.same_stride or (spacing or sampler.spacing) in OF_LEVELS:
+        return {}
+    table = schedule.sigmas.tolist()
+    around = [Stride(table[min(int(t) + stride, top)], table[max(int(t) - stride, 0)]) for t in timesteps]
+    return dict(zip(sigmas, around, strict=True))
+
+
+def first_scale(sigmas: Levels, name: str, spacing: str | None = None) -> float:
+    """Unit noise times this is the first latent: sqrt(1 + sigma^2), the spread of a clean latent and its noise.
+
+    The k-diffusion samplers leave out the 1 unless spacing is leading, and so it is in diffusers.
+    """
+    sampler = SAMPLERS[name]
+    with_latent = sampler.unit_first or (spacing or sampler.spacing) == "leading"
+    return math.sqrt(1 + sigmas[0] ** 2) if with_latent else sigmas[0]
+
+
+def _visited(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None) -> tuple[list[float], list[float]]:
+    if name not in SAMPLERS:
+        raise unknown("sampler", name, SAMPLERS)
+    sampler = SAMPLERS[name]
+    spacing = spacing or sampler.spacing
+    if spacing not in (*SPACINGS, sampler.spacing):
+        raise unknown("spacing", spacing, SPACINGS)
+    return spaced(schedule, spacing, steps, sampler.spare.get(spacing, 0), sampler.rounding.get(spacing, float))

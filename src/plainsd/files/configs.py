@@ -1,0 +1,279 @@
+"""A model's settings as diffusers and transformers keep them, read: the config.json files of a folder.
+
+They are read strictly: a setting that changes what a network computes, and that this package has no code for, is an
+error and is named; so is a value that cannot be.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from plainsd.errors import UserError
+from plainsd.models.clip import ACTIVATIONS, TextConfig
+from plainsd.models.unet import UNetConfig
+from plainsd.models.vae import VAEConfig
+from plainsd.models.variants import ScheduleConfig, Variant, encoder_names, nearest
+
+Config = Mapping[str, Any]  # one config.json
+
+NOTE = "_plainsd"  # our entry in model_index.json; diffusers passes over names that begin with _
+NOTED: dict[str, tuple[type, ...]] = {  # the fields of a Variant kept there
+    "name": (str,),
+    "context": (str,),
+    "size": (int,),
+    "guidance": (int, float),
+    "sampler": (str,),
+    "steps": (int,),
+    "spacing": (str, type(None)),
+}
+
+UNET_FIXED = {  # settings with one value that our UNet computes; absent means that value
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "reverse_transformer_layers_per_block": None,
+    "cross_attention_norm": None,
+    "num_attention_heads": None,
+    "mid_block_only_cross_attention": None,
+    "addition_embed_type_num_heads": 64,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+}
+XL_FIXED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+VAE_FIXED = {
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+CURVES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+TEXT_CLASSES = {"CLIPTextModel": None, "CLIPTextModelWithProjection": None}
+LEGACY_EOS = 2  # older CLIP configs say 2 and mean the largest id
+WIDEST, MOST = 2**20, 100  # of any width; of layers, levels and blocks
+
+
+# --- one setting -----------------------------------------------------------------------------------------------------
+
+
+def check_fixed(config: Config, fixed: Config, where: str) -> None:
+    for name, value in fixed.items():
+        found = config.get(name, value)
+        if found != value and not (found in (None, False) and value in (None, False)):
+            raise UserError(f"{where}: {name} is {found!r}, and only {value!r} is supported")
+
+
+def setting(config: Config, name: str, where: str, default: Any = None) -> Any:
+    value = config.get(name, default)
+    if value is None:
+        raise UserError(f"{where}: the setting {name!r} is missing; fetch the file again")
+    return value
+
+
+def whole(config: Config, name: str, where: str, default: int | None = None, most: int = WIDEST) -> int:
+    value = setting(config, name, where, default)
+    if type(value) is not int or not 0 < value <= most:
+        raise UserError(f"{where}: {name} is {value!r}, and must be a whole number from 1 to {most}")
+    return value
+
+
+def number(config: Config, name: str, where: str, default: float, most: float = 1e3) -> float:
+    value = setting(config, name, where, default)
+    if type(value) not in (int, float) or not 0 < value <= most:  # nan included
+        raise UserError(f"{where}: {name} is {value!r}, and must be a number above 0 and up to {most:g}")
+    return float(value)
+
+
+def one_of(config: Config, name: str, where: str, default: str, choices: Mapping[str, Any]) -> str:
+    value = setting(config, name, where, default)
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{where}: {name} {value!r} is not supported, only {', '.join(choices)}")
+    return value
+
+
+def wholes(
+    config: Config, name: str, where: str, count: int | None = None, default: int | None = None, most: int = WIDEST
+) -> tuple[int, ...]:
+    """One number a level; a single number is that of all levels."""
+    value = setting(config, name, where, default)
+    values = value if isinstance(value, (list, tuple)) else [value] * (count or 1)
+    if len(values) != (count or len(values)) or not 0 < len(values) <= MOST:
+        raise UserError(f"{where}: {name} is {value!r}, and must be a number a level, of which there are {count}")
+    return tuple(whole({name: one}, name, where, most=most) for one in values)
+
+
+def divides(number: int, widths: tuple[int, ...], what: str, where: str) -> None:
+    if bad := next((width for width in widths if width % number), None):
+        raise UserError(f"{where}: {number} {what} do not divide a width of {bad}")
+
+
+# --- the networks ----------------------------------------------------------------------------------------------------
+
+
+def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
+    """The UNet that a diffusers config.json describes, and whether its files hold convolutions as projections."""
+    xl = config.get("addition_embed_type") is not None
+    check_fixed(config, UNET_FIXED | (XL_FIXED if xl else {}), where)
+    channels = wholes(config, "block_out_channels", where)
+    count, attends = len(channels), attention_levels(config, len(channels), where)
+    depth = wholes(config, "transformer_layers_per_block", where, count, 1, MOST)
+    layers = wholes(config, "layers_per_block", where, count, 2, MOST)
+    context = wholes(config, "cross_attention_dim", where, count, 1280)
+    if len({*layers}) > 1 or len({*context}) > 1:
+        raise UserError(f"{where}: layers_per_block and cross_attention_dim must be the same at all levels")
+    unet = UNetConfig(
+        channels=channels,
+        depth=tuple(blocks if attending else 0 for blocks, attending in zip(depth, attends, strict=True)),
+        heads=wholes(config, "attention_head_dim", where, count, 8),  # the name is an old mistake: it means heads
+        mid_depth=depth[-1],
+        layers=layers[0],
+        context=context[0],
+        in_channels=whole(config, "in_channels", where, 4),
+        out_channels=whole(config, "out_channels", where, 4),
+        groups=whole(config, "norm_num_groups", where, 32),
+        vector=whole(config, "projection_class_embeddings_input_dim", where) if xl else None,
+        guidance_dim=whole(config, "time_cond_proj_dim", where) if config.get("time_cond_proj_dim") else None,
+    )
+    divides(unet.groups, channels, "groups of the norms", where)
+    for heads, width, attending in zip(unet.heads, channels, (*attends[:-1], True), strict=True):
+        if attending:
+            divides(heads, (width,), "attention heads", where)
+    return unet, config.get("use_linear_projection") is not True
+
+
+def attention_levels(config: Config, count: int, where: str) -> list[bool]:
+    """Which levels look at the text; going up the same as going down."""
+    known = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
+    down = config.get("down_block_types")
+    fits = isinstance(down, (list, tuple)) and len(down) == count and all(str(kind) in known for kind in down)
+    mirrored = [known[kind] for kind in reversed(down)] if fits else []
+    up = config.get("up_block_types", mirrored)
+    if not fits or up not in (mirrored, tuple(mirrored)):
+        raise UserError(f"{where}: blocks {down} going down and {up} going up are not supported for {count} levels")
+    return [kind == "CrossAttnDownBlock2D" for kind in down]
+
+
+def read_vae(config: Config, where: str) -> VAEConfig:
+    check_fixed(config, VAE_FIXED, where)
+    vae = VAEConfig(
+        channels=wholes(config, "block_out_channels", where),
+        layers=whole(config, "layers_per_block", where, 1, MOST),
+        latent_channels=whole(config, "latent_channels", where, 4),
+        groups=whole(config, "norm_num_groups", where, 32),
+        scaling_factor=number(config, "scaling_factor", where, 0.18215),
+        pixel_channels=whole(config, "in_channels", where, 3),
+    )
+    divides(vae.groups, vae.channels, "groups of the norms", where)
+    return vae
+
+
+def read_text(config: Config, where: str) -> TextConfig:
+    vocab, eos = whole(config, "vocab_size", where, 49_408), whole(config, "eos_token_id", where, 49_407)
+    projected = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
+    text = TextConfig(
+        vocab=vocab,
+        width=whole(config, "hidden_size", where),
+        layers=whole(config, "num_hidden_layers", where, most=MOST),
+        heads=whole(config, "num_attention_heads", where),
+        mlp=whole(config, "intermediate_size", where),
+        positions=whole(config, "max_position_embeddings", where, 77),
+        activation=one_of(config, "hidden_act", where, "quick_gelu", ACTIVATIONS),
+        projection=whole(config, "projection_dim", where, 512) if projected else None,
+        eos=min(vocab, 49_408) - 1 if eos == LEGACY_EOS else eos,
+        eps=number(config, "layer_norm_eps", where, 1e-5),
+    )
+    divides(text.heads, (text.width,), "attention heads", where)
+    return text
+
+
+def read_schedule(config: Config, where: str) -> tuple[ScheduleConfig, str, str | None]:
+    """The noise schedule, what the network predicts, and the spacing of timesteps if the file gives one."""
+    check_fixed(config, {"trained_betas": None}, where)
+    schedule = ScheduleConfig(
+        curve=CURVES[one_of(config, "beta_schedule", where, "linear", CURVES)],
+        beta_start=number(config, "beta_start", where, 0.0001, 0.999),
+        beta_end=number(config, "beta_end", where, 0.02, 0.999),
+        count=whole(config, "num_train_timesteps", where, 1000, 100_000),
+        zero_terminal_snr=config.get("rescale_betas_zero_snr") is True,
+    )
+    predictions = {"epsilon": None, "v_prediction": None}
+    return schedule, one_of(config, "prediction_type", where, "epsilon", predictions), config.get("timestep_spacing")
+
+
+# --- a whole model ---------------------------------------------------------------------------------------------------
+
+
+def read_variant(get: Callable[[str], Config], where: str) -> Variant:
+    """The model that the files of a diffusers folder describe; `get` reads one, by its path within the folder."""
+    index, at = get("model_index.json"), lambda path: (get(path), f"{where}: {path}")
+    unet, conv = read_unet(*at("unet/config.json"))
+    vae = read_vae(*at("vae/config.json"))
+    classes = text_classes(index, where)
+    texts = tuple(
+        read_text(get(f"{name}/config.json") | {"architectures": [kind]}, f"{where}: {name}/config.json")
+        for name, kind in classes.items()
+    )
+    schedule, prediction, spacing = read_schedule(*at("scheduler/scheduler_config.json"))
+    side = wholes({"sample_size": get("unet/config.json").get("sample_size") or 64}, "sample_size", where)
+    variant = Variant(
+        "custom",
+        unet,
+        vae,
+        texts,
+        schedule,
+        prediction,
+        context="penultimate" if unet.vector else "final",
+        conv_projections=conv,
+        size=max(side) * vae.factor,
+        spacing="trailing" if spacing == "trailing" else None,  # the others are habits of samplers, not of models
+    )
+    if list(classes) != encoder_names(variant):
+        raise UserError(f"{where}: model_index.json lists the text encoders {list(classes)}, which fit no known model")
+    if known := nearest(variant):
+        variant = replace(variant, name=known.name, guidance=known.guidance, sampler=known.sampler, steps=known.steps)
+    return replace(variant, **notes(index, where))
+
+
+def text_classes(index: Config, where: str) -> dict[str, str]:
+    """The text encoders that a model has, each with its class: with or without a projection."""
+    found = {}
+    for name in ("text_encoder", "text_encoder_2"):
+        entry = index.get(name) or [None, None]
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise UserError(f"{where}: model_index.json says {entry!r} for {name}; fetch it again")
+        if entry[1] is not None:
+            found[name] = one_of({name: entry[1]}, name, f"{where}: model_index.json", "", TEXT_CLASSES)
+    return found
+
+
+def notes(index: Config, where: str) -> dict[str, Any]:
+    """What we wrote beside diffusers' own entries."""
+    noted = index.get(NOTE) or {}
+    if not isinstance(noted, dict):
+        raise UserError(f"{where}: model_index.json: {NOTE} is {noted!r}, and must be a table")
+    found = {name: noted[name] for name in NOTED if name in noted}
+    for name, value in found.items():
+        if type(value) not in NOTED[name] or value != value or name in ("size", "steps") and not 0 < value <= WIDEST:
+            raise UserError(f"{where}: model_index.json: {NOTE}: {name} is {value!r}, which cannot be")
+    return found

@@ -1,0 +1,148 @@
+"""A model's settings written as diffusers and transformers keep them: the config.json files of a folder."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from plainsd.files.configs import NOTE, NOTED
+from plainsd.errors import UserError
+from plainsd.models.clip import TextConfig
+from plainsd.models.variants import Variant, encoder_names
+
+
+def write_unet(variant: Variant) -> dict[str, Any]:
+    unet, count = variant.unet, len(variant.unet.channels)
+    kinds = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in unet.depth]
+    if not unet.mid_depth or unet.depth[-1] not in (0, unet.mid_depth):
+        raise UserError(
+            f"diffusers has no config for {unet.mid_depth} transformer blocks in the middle after "
+            f"{unet.depth[-1]} at the last level; the middle's count must be that of the last level"
+        )
+    depth = [d or 1 for d in unet.depth[:-1]] + [unet.mid_depth]
+    size_vector = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": unet.vector,
+    }
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": unet.heads[0] if len(set(unet.heads)) == 1 else list(unet.heads),
+        "block_out_channels": list(unet.channels),
+        "center_input_sample": False,
+        "cross_attention_dim": unet.context,
+        "down_block_types": kinds,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": unet.in_channels,
+        "layers_per_block": unet.layers,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-5,
+        "norm_num_groups": unet.groups,
+        "out_channels": unet.out_channels,
+        "sample_size": variant.size // variant.vae.factor,
+        "time_cond_proj_dim": unet.guidance_dim,
+        "transformer_layers_per_block": depth[0] if depth == depth[:1] * count else depth,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
+        "use_linear_projection": not variant.conv_projections,
+    } | (size_vector if unet.vector else {})
+
+
+def write_vae(variant: Variant) -> dict[str, Any]:
+    vae = variant.vae
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(vae.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * len(vae.channels),
+        "in_channels": vae.pixel_channels,
+        "latent_channels": vae.latent_channels,
+        "layers_per_block": vae.layers,
+        "norm_num_groups": vae.groups,
+        "out_channels": vae.pixel_channels,
+        "sample_size": variant.size,
+        "scaling_factor": vae.scaling_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * len(vae.channels),
+    }
+
+
+def write_text(text: TextConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if text.projection else "CLIPTextModel"],
+        "bos_token_id": text.eos - 1,
+        "eos_token_id": text.eos,
+        "hidden_act": text.activation,
+        "hidden_size": text.width,
+        "intermediate_size": text.mlp,
+        "layer_norm_eps": text.eps,
+        "max_position_embeddings": text.positions,
+        "model_type": "clip_text_model",
+        "num_attention_heads": text.heads,
+        "num_hidden_layers": text.layers,
+        "pad_token_id": 1,
+        "projection_dim": text.projection or text.width,
+        "vocab_size": text.vocab,
+    }
+
+
+def write_schedule(variant: Variant) -> dict[str, Any]:
+    """As a DDIMScheduler, the one that knows every setting; diffusers' other schedulers read the same file."""
+    schedule = variant.schedule
+    spacing = variant.spacing if variant.spacing in ("leading", "trailing", "linspace") else "leading"
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_end": schedule.beta_end,
+        "beta_schedule": "squaredcos_cap_v2" if schedule.curve == "cosine" else schedule.curve,
+        "beta_start": schedule.beta_start,
+        "clip_sample": False,
+        "num_train_timesteps": schedule.count,
+        "prediction_type": variant.prediction,
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": spacing,
+        "trained_betas": None,
+    }
+
+
+def write_variant(variant: Variant) -> dict[str, str]:
+    """The settings files of a diffusers folder, by their paths within it."""
+    index = {
+        "_class_name": pipeline(variant),
+        "_diffusers_version": "0.42.1",  # whose layout this is; its inpainting classes refuse a folder without
+        NOTE: {name: value for name, value in asdict(variant).items() if name in NOTED},
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if not variant.unet.vector:
+        index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+    elif len(variant.text) == 1:
+        index |= {
+            "text_encoder": [None, None],
+            "tokenizer": [None, None],
+            "requires_aesthetics_score": True,
+            "force_zeros_for_empty_prompt": False,
+        }
+    files = {
+        "unet/config.json": write_unet(variant),
+        "vae/config.json": write_vae(variant),
+        "scheduler/scheduler_config.json": write_schedule(variant),
+    }
+    for name, text in zip(encoder_names(variant), variant.text, strict=True):
+        files[f"{name}/config.json"] = write_text(text)
+        index[name] = ["transformers", files[f"{name}/config.json"]["architectures"][0]]
+        index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+    files["model_index.json"] = index
+    return {path: json.dumps(content, indent=2, sort_keys=True) + "\n" for path, content in files.items()}
+
+
+def pipeline(variant: Variant) -> str:
+    """The name of diffusers' class for this kind of model."""
+    if not variant.unet.vector:
+        return "StableDiffusionInpaintPipeline" if variant.unet.in_channels == 9 else "StableDiffusionPipeline"
+    if variant.unet.in_channels == 9:
+        return "StableDiffusionXLInpaintPipeline"
+    return "StableDiffusionXLImg2ImgPipeline" if len(variant.text) == 1 else "StableDiffusionXLPipeline"

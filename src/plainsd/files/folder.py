@@ -1,0 +1,207 @@
+"""The diffusers folder: model_index.json, and one folder a part with its settings and weights."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plainsd.files.configs import NOTE, read_variant
+from plainsd.files.stored import (
+    POSITION_IDS,
+    Contents,
+    Network,
+    blueprint,
+    check_names,
+    fragments,
+    located,
+    pack,
+    parts,
+    respelled,
+    unpack,
+)
+from plainsd.errors import UserError
+from plainsd.models.clip import TextEncoder
+from plainsd.files.folder import PREVIEW
+from plainsd.files.tensorfile import TensorFile, merged, open_tensors, write_safetensors
+
+LEFTOVERS = "leftovers.safetensors"  # tensors of a single file that have no place in a folder, kept for the way back
+SAFETY = ("safety_checker", "feature_extractor", "image_encoder")  # in public folders, and no part of the model
+STEMS = ("diffusion_pytorch_model", "model")
+PICKLES = ("diffusion_pytorch_model", "pytorch_model")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, variant_file: str | None = None) -> Contents:
+    """A folder of a model of any sizes: everything is taken from the settings in it."""
+    variant = read_variant(lambda path: read_json(folder / path), str(folder))
+    note = read_json(folder / "model_index.json").get(NOTE) or {}
+    networks, spellings = {}, []
+    for name, (kind, config) in parts(variant).items():
+        file = open_part(folder / name, variant_file)
+        networks[name] = read_network(file, kind, config, conv=variant.conv_projections)
+        bare = blueprint(kind, config)
+        spellings += [f"diffusers {name} {fragment}" for fragment in fragments(bare, "diffusers", file.tensors)]
+    leftovers = open_tensors(folder / LEFTOVERS).tensors if (folder / LEFTOVERS).is_file() else {}
+    return Contents(
+        variant, networks, read_texts(folder, networks), dict(leftovers), (*spellings, *note.get("spellings", ()))
+    )
+
+
+def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool, layout: str = "diffusers") -> Network:
+    """A network in a file of its own."""
+    bare = blueprint(kind, config)
+    wanted = located(bare, layout, file.tensors, conv=conv)
+    extras = {
+        name: file.tensors[name]
+        for name in (POSITION_IDS, POSITION_IDS.removeprefix("text_model."))
+        if kind is TextEncoder and name in file.tensors
+    }
+    check_names([*(place.name for place in wanted), *extras], file)
+    shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
+    return Network(kind, config, unpack(file, wanted, shapes), extras)
+
+
+def read_texts(folder: Path, names: dict) -> dict[str, str]:
+    """The settings and tokenizers of a folder as they stand."""
+    paths = ["model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in names)]
+    for tokenizer in (name.replace("text_encoder", "tokenizer") for name in names if "text" in name):
+        if not (folder / tokenizer).is_dir():
+            raise UserError(f"{folder} has no folder {tokenizer!r}, which a model needs; fetch it again")
+        paths += [
+            f"{tokenizer}/{path.name}"
+            for path in sorted((folder / tokenizer).iterdir())
+            if path.suffix in (".json", ".txt")
+        ]
+    paths += [PREVIEW] if (folder / PREVIEW).is_file() else []
+    return {path: read_text_file(folder / path) for path in paths}
+
+
+def read_text_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; a model's folder needs this file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: it is not text; fetch it again") from error
+
+
+def cache_folder() -> Path:
+    """The user's own, for what can always be made again. It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_text_file(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: it is not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it is not a table of settings; fetch it again")
+    return content
+
+
+def open_part(folder: Path, variant_file: str | None = None) -> TensorFile:
+    """The weights in one folder: one file, or shards listed in an index. Safetensors before pickles."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; a model's folder needs it; fetch it again")
+    middle = f".{variant_file}" if variant_file else ""
+    for ending, stems in (("safetensors", STEMS), ("bin", PICKLES)):
+        for stem in stems:
+            whole, index = folder / f"{stem}{middle}.{ending}", folder / f"{stem}.{ending}.index{middle}.json"
+            if whole.is_file():
+                return open_tensors(whole)
+            if index.is_file():
+                names = read_json(index).get("weight_map")
+                if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                    raise UserError(f"{index} is damaged: it lists no files; fetch it again")
+                return merged(open_tensors(folder / Path(name).name) for name in dict.fromkeys(names.values()))
+    kind = f" of the variant {variant_file!r}" if variant_file else ""
+    there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise UserError(f"{folder} holds no weights{kind}, such as {STEMS[0]}{middle}.safetensors; it holds {there}")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_folder(contents: Contents, target: Path, dtype: torch.dtype | None = None) -> None:
+    """`contents.texts` must have the tokenizers' files too. The folder is whole or absent."""
+    with whole_folder(target) as folder:
+        for path, text in contents.texts.items():
+            if path == "model_index.json":
+                text = index_text(text, contents)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+        for name, network in contents.networks.items():
+            write_weights(
+                folder / name,
+                network,
+                conv=contents.variant.conv_projections,
+                dtype=dtype,
+                spelling=spelling(contents, "diffusers", name),
+            )
+        if contents.leftovers:
+            write_safetensors(folder / LEFTOVERS, contents.leftovers)
+
+
+def write_weights(
+    folder: Path, network: Network, *, conv: bool = False, dtype: torch.dtype | None = None, spelling: list[str] = []
+) -> None:
+    """One network's file, in diffusers' names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = STEMS[1] if network.kind is TextEncoder else STEMS[0]
+    tensors = pack(network, "diffusers", conv=conv, dtype=dtype, spelling=spelling)
+    extras = {respelled(name, spelling): stored for name, stored in network.extras.items()}
+    write_safetensors(folder / f"{stem}.safetensors", tensors | extras)
+
+
+def spelling(contents: Contents, layout: str, name: str) -> list[str]:
+    start = f"{layout} {name} "
+    return [note.removeprefix(start) for note in contents.spellings if note.startswith(start)]
+
+
+def index_text(text: str, contents: Contents) -> str:
+    """model_index.json, without the parts that are not written, and with how other layouts spelled the names."""
+    index = json.loads(text)
+    index |= {name: [None, None] for name in SAFETY if name in index}
+    others = [note for note in contents.spellings if not note.startswith("diffusers ")]
+    if others:
+        index[NOTE] = (index.get(NOTE) or {}) | {"spellings": others}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `target` when all went well, and vanishes if not."""
+    ours = ("model_index.json", "config.json")  # a model's folder, or a part's, may be replaced
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not any((target / name).is_file() for name in ours):
+        raise UserError(f"{target} exists and is no folder of a model; choose another place")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error
+    old = draft.with_name(draft.name + ".old")
+    try:
+        yield draft
+        draft.chmod(0o755)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(draft, target)
+    except BaseException as error:
+        if old.exists():
+            os.replace(old, target)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {target}: {error.strerror}; nothing was kept") from error
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,89 @@
+"""What names weights beyond doubt in a picture's text: hashes of their files, in the forms that A1111 writes and that
+sites with models look pictures up by.
+
+A model's and an autoencoder's hash is the first ten digits of its file's SHA-256; so is a learned word's. A LoRA's is the
+first twelve digits of the SHA-256 of what stands behind the safetensors header, which kohya's trainer writes into the
+header as `sshs_model_hash`: it stays the same when only the notes in the header change. A model that is a folder has no
+hash of A1111's; here it is that of its UNet's file, or of the digests of its shards.
+
+A file of 4 GB takes two seconds. Hashes of large files are kept in the user's cache folder, under path, size and time.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from plainsd.errors import UserError
+from plainsd.disk import cache_folder, read_json
+from plainsd.disk import written_whole
+
+LARGE = 2**26  # bytes; smaller files are read anew each time
+KEPT = 500  # hashes of large files
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+Hashes = tuple[tuple[str, str], ...]  # ("model", "6ce0161689"), ("vae", ...), ("lora:name", ...), ("embed:word", ...)
+
+
+def hashes(
+    model: Path | None,
+    vae: Path | None = None,
+    loras: Iterable[tuple[str, Path]] = (),
+    words: Iterable[tuple[str, Path]] = (),
+) -> Hashes:
+    """Of all the weights that drew a picture; `vae` where it is not the model's own. Nothing for what has no file."""
+    found = [("model", weights_hash(model, "unet")), ("vae", weights_hash(vae, "vae"))]
+    found += [(f"lora:{name}", file_hash(weights_of(path)[0], tensors_only=True)[:12]) for name, path in loras]
+    found += [(f"embed:{word}", file_hash(weights_of(path)[0])[:10]) for word, path in words]
+    return tuple((name, value) for name, value in found if value)
+
+
+def weights_hash(path: Path | None, part: str) -> str | None:
+    """Ten digits for a file, or for a folder with weights: its own, or those of a part of a model."""
+    if path is None:
+        return None
+    digests = [file_hash(file) for file in weights_of(path / part if (path / part).is_dir() else path)]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return whole[:10] if digests else None
+
+
+def weights_of(path: Path) -> list[Path]:
+    """The file itself, or those in the folder."""
+    return [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS]
+
+
+def file_hash(path: Path, *, tensors_only: bool = False) -> str:
+    """SHA-256 in hexadecimal digits; with `tensors_only`, of a safetensors file without its header."""
+    stat = path.stat()
+    return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns, tensors_only and path.suffix == ".safetensors")
+
+
+@functools.cache
+def _file_hash(path: Path, size: int, time: int, tensors_only: bool) -> str:
+    kept, key = cache_folder() / "hashes.json", f"{path} {size} {time} {tensors_only}"
+    known = _known(kept) if size >= LARGE else {}
+    if key in known:
+        return known[key]
+    with path.open("rb") as file:
+        if tensors_only:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if size >= LARGE:
+        _keep(kept, dict([*_known(kept).items(), (key, digest)][-KEPT:]))
+    return digest
+
+
+def _known(kept: Path) -> dict[str, str]:
+    try:
+        return read_json(kept)
+    except (UserError, OSError):  # none yet, or damaged: they only save time
+        return {}
+
+
+def _keep(kept: Path, known: dict[str, str]) -> None:
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(kept) as unfinished:
+            unfinished.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    except OSError:  # no room, or no right to: the next process hashes again
+        pass

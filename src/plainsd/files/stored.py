@@ -1,0 +1,178 @@
+"""What every layout of files is read into and written from: settings, and tensors by our names, not read yet.
+
+A tensor is read when it is asked for, so that a model passes from file to network, or from file to file, one tensor at
+a time. Names and shapes are checked strictly before the first byte of a tensor is read.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from plainsd.files.detect import seems
+from plainsd.errors import UserError
+from plainsd.files.names import SPELLINGS, Place, places, spelled
+from plainsd.models.clip import TextEncoder
+from plainsd.models.unet import UNet
+from plainsd.models.vae import VAE
+from plainsd.files.tensorfile import Stored, TensorFile
+from plainsd.models.variants import Variant, encoder_names
+
+POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, 2, ...: a buffer that older text encoders carry
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network whose weights are still in their file."""
+
+    kind: type[nn.Module]
+    config: Any
+    tensors: dict[str, Stored]  # by our names
+    extras: dict[str, Stored] = field(default_factory=dict)  # what a file holds beside them, by its name there
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The network itself. Each tensor is cast while it is read."""
+        network = _shelf.pop((self.kind, self.config), None) or empty(self.kind, self.config)
+        weights = {name: stored.read(dtype).to(device).contiguous() for name, stored in self.tensors.items()}
+        network.load_state_dict(weights, assign=True)
+        return network
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A whole model."""
+
+    variant: Variant
+    networks: dict[str, Network]  # unet, vae, text_encoder, text_encoder_2
+    texts: dict[str, str]  # settings and tokenizers, by path in a diffusers folder
+    leftovers: dict[str, Stored] = field(default_factory=dict)  # tensors of a single file that no folder has
+    spellings: tuple[str, ...] = ()  # names that are not the table's: "layout network fragment"
+
+
+def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:
+    """The networks of a model by their folders' names, with their configs."""
+    texts = zip(encoder_names(variant), variant.text, strict=True)
+    encoders = {name: (TextEncoder, text) for name, text in texts}
+    return {"unet": (UNet, variant.unet), "vae": (VAE, variant.vae), **encoders}
+
+
+class Undrawn(TorchFunctionMode):
+    """Draws no first weights: for tensors without memory it would be in vain, and PyTorch would load its compiler for it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in DRAWN:
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+DRAWN = (nn.init.normal_, nn.init.kaiming_uniform_, torch.Tensor.uniform_, torch.Tensor.normal_)
+
+
+def empty(kind: type[nn.Module], config: Any) -> nn.Module:
+    """A network without memory for its weights."""
+    with torch.device("meta"), Undrawn():
+        return kind(config).eval()
+
+
+_shelf: dict[tuple[type, Any], nn.Module] = {}
+
+
+def blueprint(kind: type[nn.Module], config: Any) -> nn.Module:
+    """One for whoever asks for names and shapes only. It is kept, until a network like it is built from it."""
+    return _shelf.get((kind, config)) or _shelf.setdefault((kind, config), empty(kind, config))
+
+
+# --- from a file's names to ours -------------------------------------------------------------------------------------
+
+
+def located(network: nn.Module, layout: str, names: Collection[str], *, conv: bool, prefix: str = "") -> list[Place]:
+    """Where a file with these names holds the network's tensors."""
+    found = places(network, layout, conv=conv)
+    return [replace(place, name=spelled(prefix + place.name, names)) for place in found]
+
+
+def respelled(name: str, fragments: Iterable[str]) -> str:
+    """The table's name as a file wrote it in which these fragments were spelled otherwise."""
+    for fragment in fragments:
+        name = name.replace(fragment, dict(SPELLINGS)[fragment], 1)
+    return name
+
+
+def fragments(network: nn.Module, layout: str, names: Collection[str], prefix: str = "") -> list[str]:
+    """Which fragments of the table's names the file spells otherwise."""
+    wanted = [prefix + place.name for place in places(network, layout)]
+    other = [name for name in wanted if name not in names and spelled(name, names) in names]
+    return [fragment for fragment, _ in SPELLINGS if any(fragment in name for name in other)]
+
+
+def unpack(file: TensorFile, wanted: list[Place], shapes: Mapping[str, torch.Size]) -> dict[str, Stored]:
+    """The file's tensors under our names, still unread."""
+    found = {}
+    for place in wanted:
+        stored, expected = file.tensors[place.name], place_shape(place, shapes)
+        linear = shapes[place.ours[0]]
+        either = {tuple(linear), (*linear, 1, 1)} if place.mark.endswith("conv") else {tuple(expected)}
+        if stored.shape not in either:
+            raise UserError(
+                f"{file.path}: {place.name!r} has shape {list(stored.shape)} where the settings call for "
+                f"{list(expected)}; the file and its settings belong to different models"
+            )
+        for index, ours in enumerate(place.ours):
+            read = partial(part_of, place, stored, index)
+            found[ours] = Stored(stored.dtype, tuple(shapes[ours]), read)
+    return found
+
+
+def part_of(place: Place, stored: Stored, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One of our tensors from a tensor of the file; of a third only, so that the whole does not stay in memory."""
+    part = place.to_ours(stored.read(dtype))[index]
+    return part.clone() if len(place.ours) > 1 else part
+
+
+def pack(
+    network: Network,
+    layout: str,
+    *,
+    conv: bool,
+    prefix: str = "",
+    dtype: torch.dtype | None = None,
+    spelling: Collection[str] = (),
+) -> dict[str, Stored]:
+    """Our tensors under the file's names. `dtype`: what the file shall hold; None keeps each tensor's own."""
+    bare, packed = blueprint(network.kind, network.config), {}
+    shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
+    for place in places(bare, layout, conv=conv):
+        sources = [network.tensors[name] for name in place.ours]
+        kind = dtype or sources[0].dtype
+        read = partial(whole_of, place, sources, kind)
+        packed[respelled(prefix + place.name, spelling)] = Stored(kind, tuple(place_shape(place, shapes)), read)
+    return packed
+
+
+def whole_of(place: Place, sources: list[Stored], kind: torch.dtype) -> torch.Tensor:
+    """A tensor of the file from ours."""
+    return place.to_theirs([stored.read(kind) for stored in sources])
+
+
+def place_shape(place: Place, shapes: Mapping[str, torch.Size]) -> torch.Size:
+    """The shape of a tensor in the file."""
+    return place.to_theirs([torch.empty(shapes[name], device="meta") for name in place.ours]).shape
+
+
+def check_names(wanted: Collection[str], file: TensorFile) -> None:
+    """Every place has its tensor, and every tensor its place."""
+    missing = [name for name in wanted if name not in file.tensors]
+    unexpected = sorted(set(file.tensors) - set(wanted))
+    if missing or unexpected:
+        raise UserError(
+            f"{file.path} does not fit its settings: {len(missing)} names missing ({first(missing)}), "
+            f"{len(unexpected)} unexpected ({first(unexpected)}); it seems to be {seems(file.tensors)}"
+        )
+
+
+def first(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"

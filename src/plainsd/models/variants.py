@@ -1,0 +1,124 @@
+"""Every known model as data: the sizes of its networks, and the settings that suit it when the user gives none.
+
+SD 1.x and 2.x: Rombach et al. 2022 (arXiv:2112.10752). SDXL: Podell et al. 2023 (arXiv:2307.01952). Distillations:
+Turbo, Sauer et al. 2023 (arXiv:2311.17042); LCM, Luo et al. 2023 (arXiv:2310.04378).
+"""
+
+from dataclasses import dataclass, replace
+
+from plainsd.models.clip import TextConfig
+from plainsd.models.unet import UNetConfig
+from plainsd.models.vae import VAEConfig
+from plainsd.diffusion.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The numbers behind a NoiseSchedule; those of SD 1.x and 2.x and SDXL by default."""
+
+    curve: str = "scaled_linear"  # or "linear", "cosine"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    count: int = 1000
+    zero_terminal_snr: bool = False  # Lin et al. 2023 (arXiv:2305.08891)
+
+    def build(self) -> NoiseSchedule:
+        if self.curve == "cosine":
+            schedule = NoiseSchedule.cosine(count=self.count)
+        else:
+            make = {"scaled_linear": NoiseSchedule.scaled_linear, "linear": NoiseSchedule.linear}[self.curve]
+            schedule = make(self.beta_start, self.beta_end, self.count)
+        return schedule.zero_terminal_snr() if self.zero_terminal_snr else schedule
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind of model: its networks' configs, and the settings that suit it when the user gives none."""
+
+    name: str
+    unet: UNetConfig
+    vae: VAEConfig
+    text: tuple[TextConfig, ...]
+    schedule: ScheduleConfig = ScheduleConfig()
+    prediction: str = "epsilon"  # or "v_prediction"
+    context: str = "final"  # which text states the UNet reads: "final", or "penultimate" (not normalised)
+    conv_projections: bool = True  # the public files hold the UNet's attention projections as 1x1 convolutions
+    size: int = 512  # pixels, width and height
+    guidance: float = 7.5
+    sampler: str = "dpmpp_2m"
+    steps: int = 20
+    spacing: str | None = None  # None: the sampler's own
+
+
+# --- the parts that models share -------------------------------------------------------------------------------------
+
+VIT_L = TextConfig()
+VIT_H = TextConfig(width=1024, layers=23, heads=16, mlp=4096, activation="gelu")  # of 24: SD 2 stops before the last
+VIT_BIGG = TextConfig(width=1280, layers=32, heads=20, mlp=5120, activation="gelu", projection=1280)
+
+SD_VAE = VAEConfig()
+XL_VAE = VAEConfig(scaling_factor=0.13025)
+
+SD1_UNET = UNetConfig()
+SD2_UNET = UNetConfig(heads=(5, 10, 20, 20), context=1024)
+XL_UNET = UNetConfig(
+    channels=(320, 640, 1280), depth=(0, 2, 10), heads=(5, 10, 20), mid_depth=10, context=2048, vector=2816
+)
+REFINER_UNET = UNetConfig(
+    channels=(384, 768, 1536, 1536), depth=(0, 4, 4, 0), heads=(6, 12, 24, 24), mid_depth=4, context=1280, vector=2560
+)
+
+# --- the models ------------------------------------------------------------------------------------------------------
+
+SD1 = Variant("sd1", SD1_UNET, SD_VAE, (VIT_L,))
+SD2 = Variant("sd2-base", SD2_UNET, SD_VAE, (VIT_H,), conv_projections=False)
+XL = Variant(
+    "sdxl-base",
+    XL_UNET,
+    XL_VAE,
+    (VIT_L, VIT_BIGG),
+    context="penultimate",
+    conv_projections=False,
+    size=1024,
+    guidance=5.0,
+)
+TURBO = {"size": 512, "guidance": 1.0, "sampler": "euler_a", "steps": 1, "spacing": "trailing"}
+LCM = {"guidance": 8.5, "sampler": "lcm", "steps": 4}
+
+
+def inpainting(unet: UNetConfig) -> UNetConfig:
+    """Nine channels: the latent, the mask, and the latent of the picture without what the mask covers."""
+    return replace(unet, in_channels=9)
+
+
+# Where two have the same sizes, the first is what a file without further notes is taken for.
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        SD1,
+        replace(SD1, name="sd1-inpainting", unet=inpainting(SD1_UNET)),
+        replace(SD1, name="sd1-lcm", unet=replace(SD1_UNET, guidance_dim=256), **LCM),
+        SD2,
+        replace(SD2, name="sd2-768", prediction="v_prediction", size=768),
+        replace(SD2, name="sd2-inpainting", unet=inpainting(SD2_UNET)),
+        replace(SD2, name="sd2-turbo", **TURBO),
+        XL,
+        replace(XL, name="sdxl-inpainting", unet=inpainting(XL_UNET)),
+        replace(XL, name="sdxl-turbo", **TURBO),
+        replace(XL, name="sdxl-lcm", unet=replace(XL_UNET, guidance_dim=256), **LCM),
+        replace(XL, name="sdxl-refiner", unet=REFINER_UNET, text=(VIT_BIGG,)),
+    )
+}
+
+
+def nearest(variant: Variant) -> Variant | None:
+    """The known model with the same networks; of several, the one with the same prediction, then the same spacing."""
+    same = [known for known in VARIANTS.values() if (known.unet, known.text) == (variant.unet, variant.text)]
+    agree = [(known.prediction == variant.prediction) * 2 + (known.spacing == variant.spacing) for known in same]
+    return same[agree.index(max(agree))] if same else None
+
+
+def encoder_names(variant: Variant) -> list[str]:
+    """The folder of each text encoder. SDXL's refiner has the second alone."""
+    names = ["text_encoder", "text_encoder_2"]
+    return names[1:] if variant.unet.vector and len(variant.text) == 1 else names[: len(variant.text)]

@@ -1,0 +1,338 @@
+"""From prompts to what the UNet reads: the text's states, and SDXL's vector of pooled text and sizes.
+
+A text encoder sees 77 positions: start, up to 75 tokens, end, padding. A longer prompt is cut into chunks that are
+encoded one by one and laid side by side, as A1111 does. A token's weight multiplies its states; then the chunk is
+scaled so that its mean is what it was.
+
+Shape letters: B prompts, K chunks, N positions of a chunk, M = K N, D width of the states (all encoders' together),
+P width of the pooled state, V = P + 256 * (5 or 6) width of the vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from plainsd.errors import UserError
+from plainsd.pictures.memory import on_stage
+from plainsd.models.layers import timestep_embedding
+from plainsd.text.prompts import BREAK, Weighted, compose, lora_tags, parse, schedule
+from plainsd.text.tokenizer import WORD_END, Tokenizer
+
+if TYPE_CHECKING:
+    from plainsd.pictures.model import StableDiffusion
+    from plainsd.models.clip import TextEncoder
+
+BACKTRACK = 20  # tokens after a comma that move on with what follows when a chunk is full
+SINUSOID = 256  # numbers that stand for one size in SDXL's vector
+
+Size = tuple[int, int]  # in pixels: width and height, or left and top
+Chunk = list[tuple[int, float]]  # token ids and their weights, without start, end and padding
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is told, one row a picture."""
+
+    context: Tensor  # (B, M, D)
+    vector: Tensor | None = None  # (B, V), SDXL
+    concat: Tensor | None = None  # (B, 5, H, W), inpainting models
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """The same change made to every tensor that is there."""
+        parts = (self.context, self.vector, self.concat)
+        return Conditioning(*(None if part is None else change(part) for part in parts))
+
+    def row(self, index: int) -> Conditioning:
+        return self.each(lambda part: part[index : index + 1])
+
+    def repeat(self, count: int) -> Conditioning:
+        """Each row `count` times."""
+        return self.each(lambda part: part.repeat_interleave(count, dim=0))
+
+
+def stack(conditionings: Sequence[Conditioning], empty: Conditioning | None = None) -> Conditioning:
+    """All rows in one batch. Contexts of fewer chunks are filled up with that of `empty`, an encoded empty prompt."""
+    length = max(one.context.shape[1] for one in conditionings)
+    contexts = []
+    for one in conditionings:
+        if missing := length - one.context.shape[1]:
+            if empty is None:
+                raise ValueError(f"contexts of {one.context.shape[1]} and {length} tokens need an `empty` to fill up")
+            fill = empty.context.repeat(len(one.context), missing // empty.context.shape[1], 1)
+            one = Conditioning(torch.cat([one.context, fill], dim=1), one.vector, one.concat)
+        contexts.append(one)
+    together = [
+        [part for part in parts if part is not None]
+        for parts in zip(*((one.context, one.vector, one.concat) for one in contexts))
+    ]
+    return Conditioning(*(torch.cat(parts) if parts else None for parts in together))
+
+
+# --- chunks ----------------------------------------------------------------------------------------------------------
+
+
+def cut(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) -> list[Chunk]:
+    """A prompt's tokens in chunks of at most `room`, as A1111 cuts them.
+
+    Where a chunk is full, what follows its last comma moves to the next chunk if that is at most 20 tokens. A BREAK
+    ends a chunk. The vectors of one learned token stay together.
+    """
+    comma = tokenizer.vocabulary.get("," + WORD_END)
+    done: list[Chunk] = []
+    chunk: Chunk = []
+    comma_at: int | None = None  # in the chunk that is being filled
+    for piece in pieces:
+        if piece is BREAK:
+            done, chunk, comma_at = [*done, chunk], [], None
+            continue
+        for unit in tokenizer.units(piece.text):
+            if len(unit) > room:
+                raise UserError(
+                    f"{tokenizer.pieces(unit[:1])[0]!r} has {len(unit)} vectors, and this model's text "
+                    f"encoder sees {room} tokens at once; leave it out of the prompt"
+                )
+            if unit == [comma]:
+                comma_at = len(chunk)
+            elif len(chunk) == room and comma_at is not None and room - comma_at <= BACKTRACK:
+                done, chunk, comma_at = [*done, chunk[: comma_at + 1]], chunk[comma_at + 1 :], None
+            if len(chunk) + len(unit) > room:
+                done, chunk, comma_at = [*done, chunk], [], None
+            chunk += [(key, piece.weight) for key in unit]
+    return [*done, chunk] if chunk or not done else done
+
+
+def _framed(tokenizer: Tokenizer, chunk: Chunk, positions: int) -> Chunk:
+    """With start, end and padding; these weigh 1."""
+    padding = [(tokenizer.pad, 1.0)] * (positions - len(chunk) - 2)
+    return [(tokenizer.start, 1.0), *chunk, (tokenizer.end, 1.0), *padding]
+
+
+def weighted(prompt: str | Sequence[Weighted]) -> Sequence[Weighted]:
+    """A prompt's pieces. UserError for a weight that nobody means."""
+    pieces = parse(prompt) if isinstance(prompt, str) else prompt
+    for piece in pieces:
+        if not abs(piece.weight) < 1e4:  # infinite weights and nan included
+            raise UserError(f"the weight {piece.weight:g} of {piece.text!r} is out of bounds; most are between 0 and 2")
+    return pieces
+
+
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+def encode_prompts(
+    sd: StableDiffusion,
+    prompts: Sequence[str | Sequence[Weighted]],
+    *,
+    clip_skip: int = 1,
+    size: Size | None = None,
+    original: Size | None = None,
+    crop: Size = (0, 0),
+    score: float = 6.0,
+) -> Conditioning:
+    """Prompts (or what `parse` makes of them) -> one row each. Text with no notation in it: `[Weighted(text)]`.
+
+    `clip_skip` counts as in A1111: 1 is the last layer, 2 the one before; SDXL reads the one before in both cases.
+    SDXL is told the sizes (width, height) of the picture and of the original it was cut from, and the crop
+    (left, top), in pixels; its refiner an aesthetic `score` (1 to 10) in place of the picture's size.
+    """
+    context, pooled = _encode(sd, [weighted(prompt) for prompt in prompts], clip_skip)
+    return Conditioning(context, _vector(sd, pooled, size, original, crop, score))
+
+
+def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: int) -> tuple[Tensor, Tensor]:
+    """(B, M, D) from all text encoders, and the last one's pooled state (B, P) of the first chunk."""
+    parts = list(zip(sd.tokenizers, sd.text_encoders, strict=True))
+    cuts = [
+        [cut(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts] for tokenizer, encoder in parts
+    ]
+    count = max(len(chunks) for chunked in cuts for chunks in chunked)
+    contexts = []
+    for (tokenizer, encoder), chunked in zip(parts, cuts):
+        on_stage(sd, encoder)
+        rows = [
+            _framed(tokenizer, chunk, encoder.config.positions)
+            for chunks in chunked
+            for chunk in [*chunks, *[[]] * (count - len(chunks))]
+        ]
+        device = encoder.token.weight.device
+        states = encoder(torch.tensor([[key for key, _ in row] for row in rows], device=device))
+        hidden = weigh(_layer(sd, encoder, states, clip_skip), [[weight for _, weight in row] for row in rows])
+        contexts.append(hidden.unflatten(0, (len(prompts), count)).flatten(1, 2))  # (B, M, D)
+        pooled = states.pooled.unflatten(0, (len(prompts), count))[:, 0]  # (B, P)
+    return torch.cat(contexts, dim=-1), pooled
+
+
+def _layer(sd: StableDiffusion, encoder: TextEncoder, states, clip_skip: int) -> Tensor:
+    """SD 1.x and 2.x read a layer through the final norm (SD 2's encoder is stored one layer short), SDXL without."""
+    layers = encoder.config.layers
+    if not 1 <= clip_skip <= layers:
+        raise UserError(f"clip skip {clip_skip} is out of bounds; this model's layers are 1 (the last) to {layers}")
+    if sd.variant.context == "penultimate":
+        return states.hidden[-max(clip_skip, 2)]
+    return states.final if clip_skip == 1 else encoder.norm(states.hidden[-clip_skip])
+
+
+def weigh(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
+    """Each token's states times its weight, then each row scaled to have its mean again. (R, N, D), R rows of N.
+
+    This is A1111's original emphasis. The mean is a measure of size only where the tokens' means do not cancel out, as
+    in CLIP; a small encoder may have a mean of nearly 0. So a row is not scaled by more than its weights could ask for.
+    """
+    changed = [row for row, line in enumerate(weights) if any(weight != 1 for weight in line)]
+    if not changed:
+        return states
+    lines = [weights[row] for row in changed]
+    factors = torch.tensor(lines, device=states.device)[..., None]  # (rows changed, N, 1)
+    most = torch.maximum(factors.amax(dim=1, keepdim=True), 1 / factors.amin(dim=1, keepdim=True).clamp(min=0.1))
+    before = states[changed].float()
+    after = before * factors
+    ratio = before.mean(dim=(1, 2), keepdim=True) / after.mean(dim=(1, 2), keepdim=True)
+    after = after * torch.where((ratio >= 1 / most) & (ratio <= most), ratio, 1.0)
+    return states.index_put((torch.tensor(changed, device=states.device),), after.to(states.dtype))
+
+
+def size_vector(pooled: Tensor, numbers: Tensor) -> Tensor:
+    """SDXL's vector (Podell et al. 2023, arXiv:2307.01952, section 2.2): pooled (B, P), numbers (B, S) -> (B, V).
+
+    The numbers are original height and width, crop top and left, target height and width; the refiner's an
+    aesthetic score in place of the last two.
+    """
+    sinusoids = timestep_embedding(numbers.flatten(), SINUSOID).unflatten(0, numbers.shape).flatten(1)
+    return torch.cat([pooled, sinusoids.to(pooled.dtype)], dim=1)
+
+
+def _vector(
+    sd: StableDiffusion,
+    pooled: Tensor,
+    size: Size | None = None,
+    original: Size | None = None,
+    crop: Size = (0, 0),
+    score: float = 6.0,
+) -> Tensor | None:
+    width = sd.unet.config.vector
+    if width is None:
+        return None
+    size = size or (sd.variant.size, sd.variant.size)
+    numbers = [*reversed(original or size), *reversed(crop)]
+    numbers += [*reversed(size)] if _is_base(sd, pooled) else [score]
+    return size_vector(pooled, torch.tensor([numbers] * len(pooled), dtype=torch.float32, device=pooled.device))
+
+
+def _is_base(sd: StableDiffusion, pooled: Tensor) -> bool:
+    """SDXL's base model is told six numbers, its refiner five."""
+    count, rest = divmod(sd.unet.config.vector - pooled.shape[1], SINUSOID)
+    if rest or count not in (5, 6):
+        raise UserError(
+            f"the UNet expects a vector of {sd.unet.config.vector} numbers, and the pooled text has "
+            f"{pooled.shape[1]}: the text encoders and the UNet belong to different models"
+        )
+    return count == 6
+
+
+# --- prompts that change from step to step ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """Which texts each step reads. Every text is encoded once, and all contexts have the same length M."""
+
+    parts: tuple[tuple[float, tuple[str, ...]], ...]  # for each part of an AND: its weight, its text at each step
+    negatives: tuple[str, ...]  # the negative text at each step
+    encoded: dict[str, Conditioning]
+    encoded_negatives: dict[str, Conditioning]
+
+    def positive(self, step: int) -> list[tuple[Conditioning, float]]:
+        """What to denoise towards at a step (counted from 0): one row each, with its weight."""
+        return [(self.encoded[texts[step]], weight) for weight, texts in self.parts]
+
+    def negative(self, step: int) -> Conditioning:
+        return self.encoded_negatives[self.negatives[step]]
+
+
+@torch.no_grad()
+def plan(
+    sd: StableDiffusion,
+    prompt: str,
+    negative: str,
+    steps: int,
+    *,
+    clip_skip: int = 1,
+    first_pass: int | None = None,
+    scores: tuple[float, float] = (6.0, 2.5),
+    **sizes,
+) -> PromptPlan:
+    """A prompt with editing, alternation and AND, and a negative prompt without AND, encoded for `steps` steps.
+
+    `sizes` are `size`, `original` and `crop` of `encode_prompts`; `scores` the refiner's for prompt and negative.
+    An empty negative prompt is all zeros to SDXL's base model, which was trained so.
+    """
+    parts = tuple((weight, _by_step(text, steps, first_pass)) for text, weight in compose(prompt))
+    negatives = _by_step(negative, steps, first_pass)
+    wanted = list(dict.fromkeys(text for _, texts in parts for text in texts))
+    unwanted = list(dict.fromkeys(negatives))
+    context, pooled = _encode(sd, [weighted(text) for text in [*wanted, *unwanted]], clip_skip)
+    if sd.unet.config.vector is not None and _is_base(sd, pooled) and "" in unwanted:
+        context[len(wanted) + unwanted.index("")] = 0
+        pooled[len(wanted) + unwanted.index("")] = 0
+    first, second = slice(0, len(wanted)), slice(len(wanted), None)
+    tables = []
+    for texts, rows, score in ((wanted, first, scores[0]), (unwanted, second, scores[1])):
+        batch = Conditioning(context[rows], _vector(sd, pooled[rows], **sizes, score=score))
+        tables.append({text: batch.row(index) for index, text in enumerate(texts)})
+    return PromptPlan(parts, negatives, *tables)
+
+
+def _by_step(prompt: str, steps: int, first_pass: int | None) -> tuple[str, ...]:
+    texts: list[str] = []
+    for last, text in schedule(prompt, steps, first_pass):
+        texts += [text] * (last - len(texts))
+    return tuple(texts)
+
+
+def describe(sd: StableDiffusion, prompt: str, steps: int = 20) -> str:
+    """How a prompt is cut and weighted, as `plainsd tokens` prints it: LoRAs, parts, steps, chunks, weights, tokens."""
+    prompt, loras = lora_tags(prompt)
+    lines = [f"LoRA {name}, strength {strength:g}" for name, strength in loras]
+    parts = compose(prompt)
+    for number, (part, weight) in enumerate(parts, 1):
+        if len(parts) > 1:
+            lines.append(f"part {number} of {len(parts)}, weight {weight:g}")
+        by_step = _by_step(part, steps, None)
+        for text in dict.fromkeys(by_step):
+            if len(set(by_step)) > 1:
+                lines.append(f"steps {_spans([step for step, at in enumerate(by_step, 1) if at == text])} of {steps}")
+            lines += _chunk_lines(sd, text)
+    return "\n".join(lines)
+
+
+def _spans(steps: list[int]) -> str:
+    """[1, 2, 3, 5] -> '1-3, 5'"""
+    starts = [step for step in steps if step - 1 not in steps]
+    ends = [step for step in steps if step + 1 not in steps]
+    return ", ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends))
+
+
+def _chunk_lines(sd: StableDiffusion, text: str) -> list[str]:
+    """One line a chunk, then one a stretch of equal weight; for both of SDXL's tokenizers where they differ."""
+    views = []
+    for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
+        room = encoder.config.positions - 2
+        chunks = cut(tokenizer, weighted(text), room)
+        lines = []
+        for number, chunk in enumerate(chunks, 1):
+            lines.append(f"chunk {number} of {len(chunks)}: {len(chunk)} of {room} tokens")
+            stretches: list[tuple[float, list[int]]] = []
+            for key, weight in chunk:
+                if not stretches or stretches[-1][0] != weight:
+                    stretches.append((weight, []))
+                stretches[-1][1].append(key)
+            lines += [f"  {weight:6.3f}  {' '.join(tokenizer.pieces(ids))}" for weight, ids in stretches]
+        views.append(lines)
+    if all(lines == views[0] for lines in views):
+        return views[0]
+    return [line for number, lines in enumerate(views, 1) for line in (f"text encoder {number}", *lines)]

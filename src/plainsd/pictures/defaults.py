@@ -1,0 +1,105 @@
+"""What is wanted, made complete and checked: the model's defaults where nothing is said, an error where nothing fits.
+
+Everything a user can get wrong in a task's settings is found here, before any network runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from plainsd.errors import UserError
+from plainsd.pictures.guidance import check_guidance
+from plainsd.text.prompts import lora_tags
+from plainsd.diffusion.samplers import SAMPLERS, sampler_sigmas
+from plainsd.pictures.settings import SIZES, Settings
+
+if TYPE_CHECKING:
+    from plainsd.pictures.model import StableDiffusion
+
+HANDOVER = 0.8  # where a refiner takes over, if nothing is said
+MULTIPLE = 8  # sides of pictures, in pixels; also where a VAE's own factor is less
+
+
+def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
+    """Nothing left open: the model's defaults in place of None. UserError where a value cannot be."""
+    settings.check()
+    check_guidance(sd, settings)
+    refined = check_refiner(sd, settings)
+    variant = sd.variant
+    sampler = settings.sampler or variant.sampler
+    own = SAMPLERS[sampler].spacing
+    spacing = settings.spacing or (own if own == "distilled" else variant.spacing or own)
+    steps = settings.steps or variant.steps
+    sampler_sigmas(sd.schedule, sampler, steps, spacing)  # raises where they do not go together
+    if settings.eta is not None and "eta" not in inspect.signature(SAMPLERS[sampler].run).parameters:
+        raise UserError(f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'")
+    if settings.variation_strength and settings.variation_seed is None:
+        raise UserError(f"variation strength {settings.variation_strength} without a variation seed; give both")
+    guidance = variant.guidance if settings.guidance is None else settings.guidance
+    choices = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
+    return replace(settings, **choices, model=model_name(sd), **refined)
+
+
+def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
+    """The refiner's name, and where it takes over."""
+    if sd.refiner is None:
+        if settings.handover is not None:
+            raise UserError(f"handover {settings.handover} needs a refiner; load one with --refiner, or leave it out")
+        return {"refiner": None}
+    ours, its = sd.vae.config, sd.refiner.vae.config
+    if (ours.latent_channels, ours.scaling_factor) != (sd.refiner.unet.config.in_channels, its.scaling_factor):
+        names = f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws"
+        raise UserError(f"{names}: their latents differ; choose a refiner of the same family")
+    return {"refiner": model_name(sd.refiner), "handover": HANDOVER if settings.handover is None else settings.handover}
+
+
+def model_name(sd: StableDiffusion) -> str:
+    """What stands in a picture's settings: the model's own name, and nothing of where it lies on this machine."""
+    if sd.path is None:
+        return sd.variant.name
+    if sd.path.parent.name == "snapshots":  # hub cache: models--owner--name/snapshots/hash
+        return sd.path.parents[1].name.split("--")[-1]
+    return sd.path.stem if sd.path.suffix in (".safetensors", ".ckpt") else sd.path.name
+
+
+def settings_of_each(
+    settings: Settings, prompt: str | Sequence[str], negative: str | Sequence[str], count: int
+) -> list[Settings]:
+    """One for each picture: each prompt `count` times, and one seed after the other."""
+    if count < 1:
+        raise UserError(f"count {count} is out of range; choose 1 or more")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if not prompts or len(prompts) != len(negatives):
+        counts = f"{len(prompts)} prompts and {len(negatives)} negative prompts"
+        raise UserError(f"{counts}; give at least one, and as many of both")
+    for text in (*prompts, *negatives):
+        if loras := lora_tags(text)[1]:
+            raise UserError(f"<lora:{loras[0][0]}> in the prompt: take the tag out, and load the LoRA with the model")
+    pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(count)]
+    each = []
+    for i, (p, n) in enumerate(pairs):
+        seeds = {"seed": settings.seed + i}
+        if settings.variation_strength:  # the first seed stays, its variation changes
+            seeds = {"variation_seed": settings.variation_seed + i}
+        each.append(replace(settings, prompt=p, negative=n, **seeds))
+    return each
+
+
+def check_size(size: tuple[int, int]) -> tuple[int, int]:
+    if any(side % MULTIPLE or not SIZES[0] <= side <= SIZES[1] for side in size):
+        width, height = (min(max(round(side / MULTIPLE), 1), SIZES[1] // MULTIPLE) * MULTIPLE for side in size)
+        raise UserError(
+            f"size {size[0]}x{size[1]}: both sides must be multiples of {MULTIPLE} from {SIZES[0]} to {SIZES[1]}; "
+            f"try {width}x{height}"
+        )
+    return size
+
+
+def enlarged_size(settings: Settings) -> tuple[int, int]:
+    """The size of the second pass, in multiples of 8."""
+    width, height = (round(side * settings.hires / MULTIPLE) * MULTIPLE for side in settings.size)
+    return width, height

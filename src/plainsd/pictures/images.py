@@ -1,0 +1,228 @@
+"""Pictures: in from any file people have, out as PNG files that know how they were made; grids and previews.
+
+Pixels as tensors are float32 in [-1, 1], (B, 3, H, W).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from io import BytesIO
+from itertools import chain, count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from plainsd.errors import UserError
+from plainsd.models.vae import VAE
+from plainsd.pictures.settings import Settings, format_settings, parse_settings
+
+LARGEST = 89_478_485  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
+
+
+# --- pictures and tensors --------------------------------------------------------------------------------------------
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture of any mode -> (1, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    return pixels.float() / 127.5 - 1
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W), about [-1, 1] -> B pictures of mode RGB. What lies outside is cut off."""
+    pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_mask(image: Image.Image) -> Tensor:
+    """A picture whose light parts are to be drawn anew -> (1, 1, H, W) of 0 and 1. Transparent parts count as dark."""
+    light = np.array(to_rgb(image, background="black").convert("L")) >= 128
+    return torch.from_numpy(light)[None, None].float()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey levels -> 8-bit ones, divided by 257, so that white stays white. Pillow itself would clip them."""
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image)
+    if levels.min() < 0 or levels.max() > 65_535:
+        raise UserError("has 32-bit grey levels of unknown range; save it with 8 or 16 bits")
+    return Image.fromarray((levels / 257).round().astype(np.uint8))
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Pixels in another colour space (a printer's CMYK, a phone's Display P3) -> sRGB, by the profile in the file."""
+    if not profile or image.mode not in ("RGB", "CMYK"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image  # a profile nobody can read: every viewer shows the bare numbers, and so do we
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Any mode -> RGB; transparent parts show the background."""
+    if image.mode == "F":
+        raise UserError("has floating-point pixels of unknown range; save it with 8 or 16 bits")
+    profile = image.info.get("icc_profile")
+    image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return _srgb(image, profile).convert("RGB")
+
+
+def open_picture(path: str | Path, background: str = "white") -> Image.Image:
+    """A picture file -> RGB, turned as its EXIF data says. UserError, with the reason, for what is not whole."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > LARGEST:
+                raise UserError(f"claims {image.width}x{image.height} pixels; scale it below {LARGEST} in all")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with a second view behind it
+                raise UserError(f"is animated or has several pages ({frames}); save the one you want on its own")
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image), background)
+    except UserError as error:
+        raise UserError(f"picture '{path}' {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"picture '{path}' does not exist; check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"picture '{path}' is a folder; give one file") from None
+    except PermissionError:
+        raise UserError(f"picture '{path}' may not be read; check its permissions") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"'{path}' is not a picture in a format that can be read; use PNG, JPEG or WebP") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"picture '{path}' claims too many pixels; scale it below {LARGEST} in all") from None
+    except Exception as error:  # decoders meet hostile bytes with errors of every kind
+        raise UserError(f"picture '{path}' is broken or cut short ({error}); fetch or save it again") from None
+
+
+def read_settings(path: str | Path) -> Settings:
+    """The settings inside a PNG file; UserError where there are none."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # text may stand behind the pixels
+            text = image.info.get("parameters")
+    except Exception:
+        open_picture(path)  # says what is wrong with it
+        raise
+    if not isinstance(text, str):
+        raise UserError(f"picture '{path}' carries no settings; only PNG files written by plainsd or A1111 do")
+    return parse_settings(text)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, to be written; at the end it becomes `path` in one step, or it vanishes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_png(image: Image.Image, path: str | Path, settings: Settings | None = None) -> None:
+    """Writes the picture with its settings as `parameters`; the file is whole or absent, an older one is replaced."""
+    info = PngImagePlugin.PngInfo()
+    if settings is not None:
+        info.add_text("parameters", format_settings(settings))
+    with written_whole(Path(path)) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def write_new_png(image: Image.Image, path: Path, settings: Settings | None = None) -> Path:
+    """As `write_png`, but never over another file: under the first free name of `x.png`, `x-2.png`, `x-3.png`, ...
+
+    A hard link fails where the name is taken, so that two programs writing at once keep both their pictures.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
+    write_png(image, draft, settings)
+    try:
+        for name in chain([path], (path.with_stem(f"{path.stem}-{n}") for n in count(2))):
+            try:
+                os.link(draft, name)
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without links
+                if name.exists():
+                    continue
+                os.replace(draft, name)
+            return name
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+def grid(
+    images: Sequence[Image.Image], columns: int, across: Sequence[str] = (), down: Sequence[str] = ()
+) -> Image.Image:
+    """Pictures row by row on one sheet, with a label over each column (`across`) and left of each row (`down`)."""
+    width, height = (max(size) for size in zip(*(image.size for image in images), strict=True))
+    rows = -(-len(images) // columns)
+    font = ImageFont.load_default(max(12, height // 24))
+    boxes = [font.getbbox(label) for label in down]
+    left = max((box[2] + 16 for box in boxes), default=0)
+    top = font.getbbox("Ag")[3] + 12 if across else 0
+    sheet = Image.new("RGB", (left + columns * width, top + rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, label in enumerate(across):
+        draw.text((left + (i + 0.5) * width, top / 2), label, "black", font, anchor="mm")
+    for i, label in enumerate(down):
+        draw.text((left - 8, top + (i + 0.5) * height), label, "black", font, anchor="rm")
+    for i, image in enumerate(images):
+        sheet.paste(image, (left + i % columns * width, top + i // columns * height))
+    return sheet
+
+
+# --- previews --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> Tensor:
+    """A matrix that turns a latent into one rough pixel: (L + 1, 3), its last row the constant.
+
+    Least squares over random latents and what the VAE decodes them to, averaged over each latent's patch of pixels. The
+    latents are noise of several coarsenesses, because a picture's latents are smooth for the most part. It takes an
+    eighth of the work of decoding one 512x512 picture. In float16 some VAEs overflow and CPUs crawl: that is asked in float32.
+    """
+    if next(vae.parameters()).dtype == torch.float16:
+        vae = deepcopy(vae).float()
+    generator = torch.Generator().manual_seed(seed)
+    channels, weight = vae.config.latent_channels, next(vae.parameters())
+    coarse = [
+        torch.randn(samples // 4, channels, s, s, generator=generator, dtype=torch.float32)
+        for s in (1, 2, side // 2, side)
+    ]
+    latents = torch.cat([F.interpolate(c, (side, side), mode="nearest") for c in coarse])  # (S, L, side, side)
+    pixels = vae.decode(latents.to(weight) / vae.config.scaling_factor).float().cpu()
+    patches = F.avg_pool2d(pixels.clamp(-1, 1), vae.config.factor)  # (S, 3, side, side)
+    inputs = F.pad(latents.movedim(1, -1).reshape(-1, channels), (0, 1), value=1.0)  # (S side side, L + 1)
+    return torch.linalg.lstsq(inputs, patches.movedim(1, -1).reshape(-1, 3)).solution
+
+
+def preview(latents: Tensor, latent_rgb: Tensor, factor: int) -> list[Image.Image]:
+    """Latents (B, L, H, W) -> B rough pictures at full size, without the VAE."""
+    latents = latents.float().cpu()
+    pixels = torch.einsum("blhw,lc->bchw", latents, latent_rgb[:-1]) + latent_rgb[-1][:, None, None]
+    return to_pil(F.interpolate(pixels, scale_factor=factor, mode="nearest"))

@@ -1,0 +1,222 @@
+"""What every task shares: repeatable noise, the VAE on both sides, and the one loop from noise to clean latents.
+
+Precision changes in two places: around the UNet (`guidance.predict`) and around the VAE (`through_vae`). Everything
+else is float32.
+
+Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from plainsd.models import vae_bands
+from plainsd.pictures import conditioning
+from plainsd.models.deep_cache import DeepCache
+from plainsd.diffusion.denoiser import Denoise, add_noise, inpainting
+from plainsd.errors import UserError
+from plainsd.pictures.guidance import asker, guided_denoise
+from plainsd.pictures.memory import in_bands, on_stage
+from plainsd.diffusion.samplers import SAMPLERS, Step, first_scale, sampler_sigmas, sampler_strides, sampler_timesteps
+from plainsd.pictures.settings import Settings
+
+if TYPE_CHECKING:
+    from plainsd.pictures.model import StableDiffusion
+    from plainsd.models.vae import VAE
+
+DECODED_AT_ONCE = 2**18  # pixels: one picture of 512x512, which takes about 2 GB
+
+Draw = Callable[[tuple[int, ...]], Tensor]  # shape (L, h, w) -> unit noise (B, L, h, w)
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+def noise_of_each(each: Sequence[Settings], device: torch.device) -> Draw:
+    """Unit noise of a given shape. Each picture draws from a generator of its own, on the CPU,
+    so that it gets the same numbers alone, in any batch and on any device."""
+    generators = [torch.Generator().manual_seed(one.seed) for one in each]
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        if device.type == "cuda":  # from pinned memory it comes while the GPU is at work
+            return noise.pin_memory().to(device, non_blocking=True)
+        return noise.to(device)
+
+    return draw
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a towards b on the sphere through both: a mix of two noises as long as each of them (Shoemake 1985)."""
+    cosine = torch.dot(a.flatten() / a.norm(), b.flatten() / b.norm()).clamp(-1, 1)
+    angle = torch.acos(cosine)
+    if angle < 1e-4:
+        return a + share * (b - a)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+
+
+def varied(noise: Tensor, each: Sequence[Settings]) -> Tensor:
+    """The first noise, turned towards that of another seed where a variation is wanted."""
+    rows = list(noise)
+    for i, one in enumerate(each):
+        if one.variation_strength:
+            other = torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(one.variation_seed))
+            rows[i] = slerp(rows[i], other.to(noise), one.variation_strength)
+    return torch.stack(rows)
+
+
+# --- the VAE ---------------------------------------------------------------------------------------------------------
+
+
+def through_vae(sd: StableDiffusion, run: Callable[[VAE, Tensor], Tensor], x: Tensor) -> Tensor:
+    """`run` of the VAE on x, in the VAE's precision; float32 outside. What overflows there is done again in float32."""
+    y = run(on_stage(sd, sd.vae), x.to(next(sd.vae.parameters()))).float()
+    if y.isfinite().all():
+        return y
+    if x.isfinite().all():
+        warnings.warn(f"the VAE overflowed in {next(sd.vae.parameters()).dtype}; done again in float32", stacklevel=2)
+        y = run(deepcopy(sd.vae).float(), x.to(sd.device)).float()
+    if not y.isfinite().all():
+        raise UserError("the model computed numbers that are not finite; try --dtype float32, or a lower guidance")
+    return y
+
+
+def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw) -> Tensor:
+    """One picture, or one each (1 or B, 3, H, W) -> a latent each (B, L, h, w), drawn from what the encoder gives."""
+    banded = in_bands(sd, pixels.shape[0] * pixels.shape[2] * pixels.shape[3])
+
+    def moments(vae: VAE, x: Tensor) -> Tensor:
+        gaussian = vae_bands.encode(vae, x) if banded else vae.encode(x)
+        return torch.stack([gaussian.mean, gaussian.logvar])
+
+    pieces = [through_vae(sd, moments, piece) for piece in pixels.split(at_once(sd, len(pixels)))]
+    mean, logvar = torch.cat(pieces, dim=1)  # (1 or B, L, h, w)
+    return (mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:])) * sd.vae.config.scaling_factor
+
+
+def at_once(sd: StableDiffusion, most: int) -> int:
+    """How many pictures go through the VAE together."""
+    return most if sd.saving.rows is None else min(most, sd.saving.rows)
+
+
+def decode(sd: StableDiffusion, latents: Tensor) -> Tensor:
+    """(B, L, h, w) -> pixels (B, 3, H, W), a few pictures at a time."""
+    unscaled = latents / sd.vae.config.scaling_factor
+    area = latents.shape[-1] * latents.shape[-2] * sd.vae.config.factor**2
+    pieces = unscaled.split(at_once(sd, max(1, DECODED_AT_ONCE // area)))
+    banded = in_bands(sd, len(pieces[0]) * area)
+    run = vae_bands.decode if banded else lambda vae, z: vae.decode(z)
+    return torch.cat([through_vae(sd, run, piece) for piece in pieces])
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a task knows of the picture beforehand."""
+
+    latents: Tensor | None  # (B, L, h, w), clean; None: the drawing starts from noise alone
+    mask: Tensor | None = None  # (1, 1, h, w), 1 where it is drawn anew; elsewhere the latents are put back
+    concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
+
+
+def steps_of_strength(steps: int, strength: float) -> int:
+    """How many of the steps run on a given picture, as diffusers counts them."""
+    running = min(int(steps * strength), steps)
+    if not running:
+        raise UserError(f"strength {strength} of {steps} steps leaves none to run; give at least {1 / steps:.2g}")
+    return running
+
+
+def first_noise(sd: StableDiffusion, each: Sequence[Settings], size: tuple[int, int], draw: Draw) -> Tensor:
+    """What the drawing of a picture of this size, width and height in pixels, begins with: (B, L, h, w)."""
+    width, height = (side // sd.vae.config.factor for side in size)
+    return varied(draw((sd.vae.config.latent_channels, height, width)), each)
+
+
+def sample(
+    sd: StableDiffusion,
+    each: Sequence[Settings],
+    size: tuple[int, int],
+    noise: Tensor,
+    draw: Draw,
+    known: Known | None = None,
+    first_pass: int | None = None,
+) -> Generator[Step, None, Tensor]:
+    """Yields the sampler's steps; returns clean latents (B, L, h, w).
+
+    `each` differ in prompts, seeds and scale of guidance only; `size` is the picture's, as SDXL is told it; `noise` is
+    the first one, and `draw` gives more; `first_pass` counts the steps of a pass before this one, for prompts that
+    change on the way.
+    """
+    one, shape = each[0], noise.shape[1:]
+    sigmas = sampler_sigmas(sd.schedule, one.sampler, one.steps, one.spacing)
+    if known is not None:
+        sigmas = sigmas[-1 - steps_of_strength(one.steps, one.strength) :]
+    from_noise = known is None or known.latents is None or (known.mask is not None and one.strength == 1)
+    if from_noise:
+        x = noise * first_scale(sigmas, one.sampler, one.spacing)
+    else:
+        x = add_noise(known.latents, noise, sigmas[0])
+    done = 0
+    for model, levels in turns(sd, one, sigmas):
+        denoise = _denoise(model, each, size, sigmas, known.concat if known else None, first_pass)
+        if known is not None and known.mask is not None:
+            start = sigmas[0] if from_noise else math.inf
+            denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
+        for step in _sampler(model, one)(denoise, x, levels, lambda: draw(shape)):
+            yield step._replace(index=done + step.index)
+        x, done = step.x, done + len(levels) - 1
+    clean = step.x / math.sqrt(1 + step.sigma**2)  # some samplers leave a little noise; it stays
+    if known is not None and known.mask is not None:
+        clean = known.mask * clean + (1 - known.mask) * known.latents
+    return clean
+
+
+def turns(sd: StableDiffusion, one: Settings, sigmas: list[float]) -> list[tuple[StableDiffusion, list[float]]]:
+    """Who draws between which levels: the model, and below the share `handover` of the timesteps its refiner, if it has
+    one (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each runs the sampler anew, as two pipelines would."""
+    if sd.refiner is None:
+        return [(sd, sigmas)]
+    timesteps, count = sampler_timesteps(sd.schedule, one.sampler, one.steps, one.spacing), len(sd.schedule)
+    own = sum(timesteps[sigma] >= round(count - one.handover * count) for sigma in sigmas[:-1])
+    both = ((sd, sigmas[: own + 1]), (sd.refiner, sigmas[own:]))
+    return [(model, levels) for model, levels in both if len(levels) > 1]
+
+
+def _sampler(sd: StableDiffusion, one: Settings) -> Callable:
+    """The sampler, with those options that it knows of."""
+    run = SAMPLERS[one.sampler].run
+    strides = sampler_strides(sd.schedule, one.sampler, one.steps, one.spacing)
+    options = {"eta": one.eta, "prediction": sd.prediction, "strides": strides}
+    known = inspect.signature(run).parameters
+    return partial(run, **{k: v for k, v in options.items() if v is not None and k in known})
+
+
+def _denoise(sd, each, size, sigmas, concat, first_pass) -> Denoise:
+    """The network with its prompts and guidance."""
+    one, steps = each[0], len(sigmas) - 1
+    timesteps = sampler_timesteps(sd.schedule, one.sampler, one.steps, one.spacing)
+    if sd.unet.config.in_channels == sd.vae.config.latent_channels:
+        concat = None  # a refiner after an inpainting model
+    planned = {
+        pair: conditioning.plan(sd, *pair, steps, clip_skip=one.clip_skip, first_pass=first_pass, size=size)
+        for pair in dict.fromkeys((s.prompt, s.negative) for s in each)
+    }
+    plans = [planned[s.prompt, s.negative] for s in each]
+    network = DeepCache(sd.unet, one.cache) if one.cache else sd.unet
+    ask = asker(sd, plans, concat, sigmas, timesteps, [s.guidance for s in each], network)
+    composed = any(len(plan.parts) > 1 for plan in plans)
+    distilled = sd.unet.config.guidance_dim is not None
+    return guided_denoise(ask, each, sd.prediction, composed=composed, distilled=distilled, device=sd.device)

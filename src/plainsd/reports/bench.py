@@ -1,0 +1,287 @@
+"""Benchmarks: the same work by us and by others, in one process, taking turns.
+
+Each row is a piece of work; its sides are functions that do it on the same weights. After a first call that does not
+count, in which compilers compile, rounds follow in which every side has its turn, so that what else the machine does hits
+all of them. Told are the least and the median of each side, its first call, and diffusers' least over ours. OpenVINO takes
+part where it is installed.
+
+Weights are random and have the shape of SD 1.5, and for some rows of SDXL, which changes nothing in the time, unless a
+model is given.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from plainsd.checkpoint import load, save
+from plainsd.pictures.conditioning import encode_prompts
+from plainsd.errors import UserError
+from plainsd.pictures.model import StableDiffusion
+from plainsd.generate import final, text_to_image
+from plainsd.reports.rivals import Place, both, openvino, random_folder, theirs, theirs_compiled
+
+LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
+PROMPT = "a red apple on a blue background"
+Sides = dict[str, Callable[[], object]]
+
+
+@dataclass
+class Row:
+    """One piece of work: the seconds that each side took, round by round, and in a first call before; how far its result is
+    from float32's; and the most memory that it took, in bytes beside what its imports take."""
+
+    name: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+
+
+def race(name: str, sides: Sides, rounds: int, first: Sides | None = None) -> Row:
+    """`first`: the calls that do not count, where they need not be the whole work."""
+    row = Row(name, {side: [] for side in sides})
+    with torch.inference_mode():
+        for side, work in (first or sides).items():
+            row.first[side] = timed(work)
+        for _ in range(rounds):
+            for side, work in sides.items():
+                row.seconds[side].append(timed(work))
+    return row
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds until the work is done, on a GPU too, which goes on when the call has returned."""
+    began = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
+
+
+def compared(row: Row, sides: Sides, exact: torch.Tensor) -> Row:
+    """Notes each side's distance from the exact result, relative, and refuses sides that did other work."""
+    with torch.inference_mode():
+        row.errors = {side: ((work().float() - exact).norm() / exact.norm()).item() for side, work in sides.items()}
+    for side, error in row.errors.items():
+        if not error < 0.2:
+            raise UserError(f"{row.name}: {side} gives another result (relative error {error:.2g}); nothing to compare")
+    return row
+
+
+# ---- rows
+
+
+def unet_row(place: Place, compiled: bool) -> Row:
+    """One guided step: the UNet on two rows."""
+    with torch.inference_mode():
+        sd = load(place.folder, device=place.device, dtype="float32")
+        x = torch.cat(2 * [noise(sd)]).to(place.device)
+        context = encode_prompts(sd, [PROMPT, ""]).context
+        exact = sd.unet(x, 500.0, context)
+    name = f"UNet, guided step, {sd.variant.size} px"
+    x, context = x.to(place.dtype), context.to(place.dtype)
+    unet, timestep = theirs(place).unet, torch.tensor(500.0, device=place.device)
+    sides: Sides = {"diffusers": lambda: unet(x, timestep, context, return_dict=False)[0]}
+    if compiled:
+        fused = theirs_compiled(place).unet
+        sides["diffusers, compiled"] = lambda: fused(x, timestep, context, return_dict=False)[0]
+
+    class Theirs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = theirs(place).unet
+
+        def forward(self, x, context):
+            return self.unet(x, torch.tensor(500.0), context, return_dict=False)[0]
+
+    del sd
+    if work := openvino(place, Theirs, x, context):
+        sides["OpenVINO"] = work
+    for side, sd in both(place, compiled).items():
+        sides[side] = lambda unet=sd.unet: unet(x, 500.0, context)
+    return compared(race(name, sides, place.rounds), sides, exact)
+
+
+def decode_row(place: Place, compiled: bool) -> Row:
+    with torch.inference_mode():
+        sd = load(place.folder, device=place.device, dtype="float32")
+        z = noise(sd).to(place.device)
+        exact = sd.vae.decode(z)
+    name = f"VAE decode, {sd.variant.size} px"
+    z = z.to(place.dtype)
+    vae = theirs(place).vae
+    sides: Sides = {"diffusers": lambda: vae.decode(z, return_dict=False)[0]}
+
+    class Theirs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = theirs(place).vae
+
+        def forward(self, z):
+            return self.vae.decode(z, return_dict=False)[0]
+
+    del sd
+    if work := openvino(place, Theirs, z):
+        sides["OpenVINO"] = work
+    for side, sd in both(place, False).items():
+        sides[side] = lambda vae=sd.vae: vae.decode(z)
+    return compared(race(name, sides, place.rounds), sides, exact)
+
+
+def noise(sd: StableDiffusion) -> torch.Tensor:
+    """A latent of the model's own size, (1, L, h, w)."""
+    config, generator = sd.vae.config, torch.Generator().manual_seed(0)
+    side = sd.variant.size // config.factor
+    return torch.randn((1, config.latent_channels, side, side), generator=generator)
+
+
+def picture_row(place: Place, compiled: bool, family: str | None = None, steps: int = 20, count: int = 1) -> Row:
+    """From a prompt to pictures, by DPM++ 2M at guidance 7.5. `family`: of random weights, in place of the place's model."""
+    if family:
+        folder = place.room / family
+        place = place._replace(folder=folder if folder.exists() else random_folder(folder, place.dtype, family))
+    pipes = {"diffusers": theirs(place)} | ({"diffusers, compiled": theirs_compiled(place)} if compiled else {})
+    models = both(place, compiled)
+    size = models["plainsd"].variant.size
+
+    def sides(steps: int) -> Sides:
+        named = {"num_inference_steps": steps, "guidance_scale": 7.5, "height": size, "width": size}
+        drawn: Sides = {
+            side: lambda pipe=pipe: pipe(PROMPT, num_images_per_prompt=count, **named) for side, pipe in pipes.items()
+        }
+        options = {"steps": steps, "guidance": 7.5, "sampler": "dpmpp_2m", "count": count}
+        return drawn | {side: lambda sd=sd: final(text_to_image(sd, PROMPT, **options)) for side, sd in models.items()}
+
+    drawing = "a picture" if count == 1 else f"{count} pictures"
+    name = f"{drawing}{f' of {family}' if family else ''}, {size} px, {steps} steps of DPM++ 2M"
+    return race(name, sides(steps), max(1, place.rounds // 2), first=sides(2))
+
+
+def small_row(place: Place, compiled: bool) -> Row:
+    """The embedded model, 20 guided steps: mostly the cost of calls."""
+    embedded = load(device=place.device)
+    pipe, size = theirs(place, embedded.path), embedded.variant.size
+    options = {"steps": 20, "guidance": 2.0, "sampler": "dpmpp_2m"}
+    sides: Sides = {
+        "diffusers": lambda: pipe(PROMPT, num_inference_steps=20, guidance_scale=2.0, height=size, width=size)
+    }
+    place = place._replace(folder=embedded.path)
+    for name, sd in both(place, compiled).items():
+        sides[name] = lambda sd=sd: final(text_to_image(sd, PROMPT, **options))
+    return race(f"embedded model, {size} px, 20 steps of DPM++ 2M", sides, 3 * place.rounds)
+
+
+def start_row(place: Place, compiled: bool) -> Row:
+    """A new process, until it can be told what to do."""
+
+    def process(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run(
+            [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    return race(
+        "start of a process",
+        {
+            "import torch": process("-c", "import torch"),
+            "diffusers": process("-c", "from diffusers import StableDiffusionPipeline"),
+            "plainsd": process("-c", "import plainsd; plainsd.load"),
+            "plainsd --help": process("-m", "plainsd", "--help"),
+        },
+        place.rounds,
+    )
+
+
+LOADING = """
+import re, sys, time, torch
+from {module} import {name} as kind
+def resident(name): return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+before, began = resident("VmRSS"), time.perf_counter()
+model = {call}
+print(time.perf_counter() - began, resident("VmHWM") - before)
+"""
+LOADERS = {
+    "diffusers": LOADING.format(
+        module="diffusers",
+        name="StableDiffusionPipeline",
+        call=(
+            "kind.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]), safety_checker=None, "
+            "requires_safety_checker=False).to(sys.argv[3])"
+        ),
+    ),
+    "plainsd": LOADING.format(
+        module="plainsd.checkpoint", name="load", call=("kind(sys.argv[1], dtype=sys.argv[2], device=sys.argv[3])")
+    ),
+}
+
+
+def load_row(place: Place, compiled: bool) -> Row:
+    """The model from float32 files, each time in a new process, after the imports; the files are in the page cache."""
+    kept, row = str(place.dtype).removeprefix("torch."), Row("", {side: [] for side in LOADERS})
+    row.name = f"loading float32 files as {kept}"
+    with tempfile.TemporaryDirectory() as folder:
+        save(load(place.folder, device="cpu", dtype="float32"), Path(folder) / "model")
+        for number in range(place.rounds + 1):
+            for side, code in LOADERS.items():
+                command = [sys.executable, "-c", code, str(Path(folder) / "model"), kept, str(place.device)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                seconds, peak = done.stdout.split()[-2:]
+                if number:  # the first turn does not count
+                    row.seconds[side].append(float(seconds))
+                    row.peaks[side] = max(row.peaks.get(side, 0), int(peak))
+    return row
+
+
+ROWS: dict[str, Callable[[Place, bool], Row]] = {
+    "small": small_row,
+    "unet": unet_row,
+    "decode": decode_row,
+    "picture": picture_row,
+    "load": load_row,
+    "start": start_row,
+}
+LARGE: dict[str, Callable[[Place, bool], Row]] = {  # for a GPU; on a CPU they take hours
+    f"{name}-{count}": partial(picture_row, family=family, steps=30, count=count)
+    for name, family in {"sd1": "sd1", "sdxl": "sdxl-base"}.items()
+    for count in (1, 8)
+}
+
+
+# ---- where it was measured
+
+
+def machine(place: Place) -> dict[str, object]:
+    def version(name: str) -> str | None:
+        return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+
+    on_cpu = place.device.type == "cpu"
+    return {
+        "device": processor() if on_cpu else torch.cuda.get_device_name(place.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "rounds": place.rounds,
+        **{name: version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    """The processor's name, and which of the instructions that count here it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in text.split("\n\n")[0].replace("\t", "").splitlines() if ":" in line)
+    had = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in facts.get("flags", "").split()]
+    return f"{facts.get('model name', '').strip()} ({', '.join(had)})"

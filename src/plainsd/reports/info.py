@@ -1,0 +1,195 @@
+"""What a file or a folder is, told without reading its weights: `plainsd info`."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from plainsd.adapters import embeddings, reading
+from plainsd.files.stored import Network
+from plainsd.files.detect import EMBEDDING, seems
+from plainsd.files.folder import read_folder
+from plainsd.files.hub import find
+from plainsd.adapters.reading import made_for
+from plainsd.adapters.layers import Hadamard, Kronecker, LowRank
+from plainsd.adapters.names import split
+from plainsd.files.single import BESIDE, prefixes, read_networks, told
+from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
+from plainsd.models.variants import VARIANTS, Variant, encoder_names
+
+LONGEST = 200  # characters of a note
+
+
+def info(source: str | Path | None = None, variant_file: str | None = None) -> str:
+    """Lines for a reader: the kind of model or adapter, its sizes, its notes."""
+    path = adapter_in(find(source, variant_file))
+    if path.is_dir():
+        contents = read_folder(path, variant_file)
+        return "\n".join(
+            [
+                f"{path}: {title(contents.variant)}, a diffusers folder",
+                *model_lines(contents.variant, contents.networks, certain=True),
+            ]
+        )
+    if vectors := embeddings.told(path):
+        notes = note_lines(open_tensors(path).metadata) if path.suffix == ".safetensors" else []
+        return "\n".join([f"{path}: {EMBEDDING}", row("a word of", vectors), *notes])
+    file = open_tensors(path)
+    if any((pair := split(name)) and pair[1] not in reading.BESIDE for name in file.tensors):
+        lines = [f"{path}: a LoRA", *lora_lines(file)]
+    elif any(name.startswith("model.diffusion_model.") for name in file.tensors):
+        variant, certain = told(file)
+        with_vae = any(name.startswith(prefixes(variant)["vae"][0]) for name in file.tensors)
+        names = ["unet", *(["vae"] if with_vae else []), *encoder_names(variant)]
+        lines = [
+            f"{path}: {title(variant)}, a single file{'' if with_vae else ' without VAE (give one with --vae)'}",
+            *model_lines(variant, read_networks(file, variant, names), certain=certain),
+            *beside_lines(file),
+        ]
+    else:
+        lines = [f"{path}: {seems(file.tensors)}", row("tensors", sizes(file.tensors.values()))]
+    return "\n".join(lines + note_lines(file.metadata))
+
+
+def adapter_in(path: Path) -> Path:
+    """LoRAs and embeddings may come as folders too."""
+    if path.is_dir() and not (path / "model_index.json").exists():
+        names = (*reading.IN_FOLDER, *embeddings.IN_FOLDER)
+        return next((path / name for name in names if (path / name).is_file()), path)
+    return path
+
+
+def row(name: str, text: str) -> str:
+    return f"  {name:<15} {text}"
+
+
+def sizes(tensors: Iterable[Stored]) -> str:
+    """Count of numbers, their types, and bytes."""
+    tensors = list(tensors)
+    kinds = Counter()
+    for stored in tensors:
+        kinds[str(stored.dtype).removeprefix("torch.")] += math.prod(stored.shape)
+    number, total = sum(kinds.values()), sum(stored.nbytes for stored in tensors)
+    return f"{number:>13,} numbers, {' and '.join(kind for kind, _ in kinds.most_common())}, {total / 1e6:,.1f} MB"
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def title(variant: Variant) -> str:
+    known = variant.name in VARIANTS
+    return f"{variant.name}" if known else f"a model of sizes of its own ({variant.name})"
+
+
+def model_lines(variant: Variant, networks: Mapping[str, Network], *, certain: bool) -> list[str]:
+    prediction = (
+        variant.prediction
+        if certain
+        else ("epsilon or v_prediction: the file does not tell; it is found out by a trial when the model is loaded")
+    )
+    table = variant.schedule
+    schedule = f"{table.count} levels, {table.curve}" + (", zero terminal SNR" if table.zero_terminal_snr else "")
+    unet = variant.unet
+    traits = [f"channels {'-'.join(map(str, unet.channels))}", f"context {unet.context}", f"{unet.in_channels} in"]
+    traits += [f"vector {unet.vector}"] if unet.vector else []
+    traits += ["guidance embedded"] if unet.guidance_dim else []
+    lines = [
+        row("predicts", prediction),
+        row("noise", schedule),
+        row("native size", f"{variant.size} px"),
+        row("defaults", f"{variant.sampler}, {variant.steps} steps, guidance {variant.guidance:g}"),
+    ]
+    for name, network in networks.items():
+        lines.append(row(name, sizes(network.tensors.values())))
+    return [
+        *lines,
+        row("the UNet", ", ".join(traits)),
+        row(
+            "the VAE",
+            f"{variant.vae.latent_channels} latent channels of 1/{variant.vae.factor}, "
+            f"scaling factor {variant.vae.scaling_factor:g}",
+        ),
+    ]
+
+
+def beside_lines(file: TensorFile) -> list[str]:
+    beside = [stored for name, stored in file.tensors.items() if BESIDE.match(name)]
+    return [row("not used", sizes(beside))] if beside else []
+
+
+# --- LoRAs -----------------------------------------------------------------------------------------------------------
+
+PARTS = (
+    ("lora_te2_", "text_encoder_2"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("lora_te", "text_encoder"),
+    ("text_encoder.", "text_encoder"),
+    ("", "unet"),
+)  # of a module's name the first beginning that fits
+
+
+KINDS = {LowRank: "LoRA", Hadamard: "LoHa", Kronecker: "LoKr"}
+RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")  # factors with as many rows as the rank is
+
+
+def lora_lines(file: TensorFile) -> list[str]:
+    modules: dict[str, dict[str, Stored]] = {}
+    for name, stored in file.tensors.items():
+        if pair := split(name):
+            modules.setdefault(pair[0], {})[pair[1]] = stored
+    kinds, ranks, alphas, targets = Counter(), Counter(), Counter(), {}
+    for module, parts in modules.items():
+        kinds[KINDS.get(reading.kind_of(parts), "incomplete")] += 1
+        ranks.update(parts[part].shape[0] for part in [part for part in RANKED if part in parts][:1])
+        if "alpha" in parts and parts["alpha"].shape in ((), (1,)):
+            alphas[float(parts["alpha"].read().float())] += 1
+        network = next(network for start, network in PARTS if module.startswith(start))
+        wide = any(len(stored.shape) == 4 and max(stored.shape[2:]) > 1 for stored in parts.values())
+        targets.setdefault(network, Counter())["convolutions" if wide else "linear layers"] += 1
+    lines = [
+        row("kind", counted(kinds)),
+        row("made for", made_for(file) or "not told by its names"),
+        row("rank", counted(ranks) if ranks else "none: whole factors"),
+        row("alpha", counted(alphas) if alphas else "none: the same as the rank"),
+    ]
+    lines += [
+        row(network, ", ".join(f"{count} {what}" for what, count in whats.items()))
+        for network, whats in targets.items()
+    ]
+    return [*lines, row("tensors", sizes(file.tensors.values()))]
+
+
+def counted(counter: Counter) -> str:
+    texts = {value: value if isinstance(value, str) else f"{value:g}" for value in counter}
+    if len(counter) == 1:
+        return texts[next(iter(counter))]
+    return ", ".join(f"{texts[value]} ({count} modules)" for value, count in counter.most_common())
+
+
+# --- notes in the metadata -------------------------------------------------------------------------------------------
+
+
+def note_lines(metadata: Mapping[str, str]) -> list[str]:
+    """Whoever trained or merged a model often leaves notes: kohya's `ss_...`, `modelspec....`, and others."""
+    notes = {name: text for name, text in metadata.items() if name != "format" and not name.startswith("plainsd.")}
+    tags = most_frequent(notes.pop("ss_tag_frequency", ""))
+    notes = {name: text for name, text in sorted(notes.items()) if text not in ("", "None")}
+    lines = [f"    {printable(name)}: {printable(text)}" for name, text in notes.items()]
+    lines += [f"    most frequent tags: {printable(tags)}"] if tags else []
+    return ["  notes", *lines] if lines else []
+
+
+def most_frequent(text: str, count: int = 20) -> str:
+    """kohya's table of tags, {folder: {tag: count}}, as its most frequent ones."""
+    try:
+        total = sum((Counter(table) for table in json.loads(text).values()), Counter())
+        return ", ".join(f"{tag.strip()} ({number})" for tag, number in total.most_common(count))
+    except (ValueError, AttributeError, TypeError):
+        return ""  # notes are free text: what has another form is not a table
+
+
+def printable(text: str) -> str:
+    """One line that cannot steer a terminal."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."

@@ -1,0 +1,103 @@
+"""The sides of the benchmark: diffusers, OpenVINO and ours, on the same weights.
+
+Only `plainsd bench` imports this; it needs the packages of plainsd[bench].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from plainsd.checkpoint import load, save
+from plainsd.pictures.model import StableDiffusion
+from plainsd.models.clip import TextEncoder
+from plainsd.models.unet import UNet
+from plainsd.models.vae import VAE
+from plainsd.speed.model import compiler_options, faster
+from plainsd.text.tokenizer import Tokenizer, find_vocabulary
+from plainsd.models.variants import VARIANTS
+
+
+class Place(NamedTuple):
+    """Where the work is done, and on what."""
+
+    folder: Path  # the model, a diffusers folder
+    dtype: torch.dtype
+    device: torch.device
+    rounds: int
+    room: Path | None = None  # where other models may be written for a while
+
+
+def random_folder(folder: Path, dtype: torch.dtype, family: str = "sd1") -> Path:
+    """A model of the family's shape with random weights, as a diffusers folder."""
+    torch.manual_seed(0)
+    variant, before = VARIANTS[family], torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        encoders, unet, vae = [TextEncoder(text) for text in variant.text], UNet(variant.unet), VAE(variant.vae)
+    finally:
+        torch.set_default_dtype(before)
+    tokenizers = [Tokenizer.from_vocabulary(find_vocabulary()) for _ in encoders]
+    sd = StableDiffusion(tokenizers, encoders, unet, vae, variant.schedule.build(), variant.prediction, variant)
+    with torch.no_grad():
+        save(sd, folder)
+    return folder
+
+
+def theirs(place: Place, folder: Path | None = None):
+    """diffusers' pipeline on the same files."""
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+
+    folder = folder or place.folder
+    checks = "safety_checker" in json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    without = {"safety_checker": None, "requires_safety_checker": False} if checks else {}
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=place.dtype, **without).to(place.device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.vae.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def theirs_compiled(place: Place):
+    """The same with its UNet compiled, as ours is by speed.compile_unet."""
+    pipe = theirs(place)
+    pipe.unet = torch.compile(pipe.unet, dynamic=False, fullgraph=True, options=compiler_options(place.device))
+    return pipe
+
+
+def ours(place: Place, *, fast: bool, compiled: bool = False) -> StableDiffusion:
+    sd = load(place.folder, device=place.device, dtype=place.dtype)
+    return faster(sd, compiled=compiled) if fast else sd
+
+
+def both(place: Place, compiled: bool) -> dict[str, StableDiffusion]:
+    models = {"plainsd": ours(place, fast=False), "plainsd --fast": ours(place, fast=True)}
+    return models | ({"plainsd --compile": ours(place, fast=True, compiled=True)} if compiled else {})
+
+
+def openvino(place: Place, make: Callable[[], torch.nn.Module], *inputs: torch.Tensor) -> Callable | None:
+    """diffusers' network as OpenVINO runs it in the same precision; None where it is not installed, or for a GPU."""
+    if place.device.type != "cpu" or importlib.util.find_spec("openvino") is None:
+        return None
+    import openvino as ov
+
+    inputs = [part.float().clone() for part in inputs]  # made in inference mode, they could not be traced
+    model = ov.convert_model(make().float(), example_input=tuple(inputs))  # from float32, as their users export it
+    wanted = "bf16" if place.dtype == torch.bfloat16 else "f32"
+    compiled = ov.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": wanted,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        },
+    )
+    arrays = [part.numpy() for part in inputs]
+    return lambda: torch.from_numpy(compiled(arrays)[0])

@@ -1,0 +1,301 @@
+"""A model beside diffusers and transformers, on the user's own weights: `plainsd verify`.
+
+Each network is built once here and once there, in float32, and given the same input; then both draw the same picture
+in five steps. A folder is read there by their own loaders, a single file goes through their own conversion, so that our
+reading is compared too. One network is in memory at a time; for the picture, one whole model.
+
+Shape letters: B batch, C channels, H W height and width in pixels, h w those of the latents, N tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from plainsd.device import choose_device
+from plainsd.checkpoint import load
+from plainsd.files.convert import read
+from plainsd.files.tokenizers import tokenizer_names, tokenizers
+from plainsd.pictures.conditioning import SINUSOID, size_vector
+from plainsd.files.stored import Contents
+from plainsd.files.configs_out import pipeline
+from plainsd.errors import UserError
+from plainsd.generate import image_to_image, inpaint, text_to_image
+from plainsd.files.hub import find
+from plainsd.pictures.images import to_pil, to_tensor
+from plainsd.pictures.sampling import decode
+from plainsd.models.clip import TextEncoder
+from plainsd.reports.references import pipe_there, quiet, theirs, tokenizers_there
+from plainsd.models.variants import Variant, encoder_names
+
+TOLERANCE = 1e-4  # relative, of one network; float32 rounding gives 1e-7 to 1e-5
+DRAWN = 2e-3  # of the latents after five steps; with zero terminal SNR they begin at sigma 4096
+STEPS = 5
+WIDEST = 256  # pixels: the arithmetic is the same at any size
+WORDS = ("a red apple", "blurred")  # short: diffusers cuts off what is longer than the text encoder
+TEXTS = (
+    *WORDS,
+    "",
+    "a cat on a wooden table, 50mm photo",
+    "Größe 3½ naïve's",
+    "猫 🍎 on\ta mat!!!",
+    "1girl, (masterpiece:1.2), don't",
+)
+NEEDED = ("diffusers", "transformers", "accelerate")
+
+
+class Row(NamedTuple):
+    """One line of the table. `error` is relative to the largest value, or a count."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # nan does not
+
+
+def check_packages() -> None:
+    try:
+        for name in NEEDED:
+            import_module(name)
+    except ImportError as error:
+        missing = (error.name or "one of them").partition(".")[0]
+        raise UserError(
+            f"verify compares with {', '.join(NEEDED)}, and {missing} is not installed; pip install 'plainsd[verify]'"
+        ) from error
+
+
+@torch.inference_mode()
+def verify(
+    source: str | Path | None = None,
+    *,
+    variant_file: str | None = None,
+    family: str | None = None,
+    device: str = "auto",
+) -> Iterator[Row]:
+    """A row for each tokenizer and network, and two for a picture. Arguments as for `plainsd.load`."""
+    check_packages()
+    place = choose_device(device)
+    path = find(source, variant_file)
+    contents = read(path, variant_file, family)
+    with quiet(), exact():
+        yield from tokenizer_rows(contents, path)
+        for name in (*encoder_names(contents.variant), "vae", "unet"):
+            network = contents.networks[name]
+            run = {"unet": unet_row, "vae": vae_rows}.get(name, text_row)
+            yield from run(
+                name,
+                contents.variant,
+                place,
+                network.build,
+                lambda name=name: theirs(contents, path, name, variant_file).to(place),
+            )
+        yield from picture_rows(contents, path, variant_file, place)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """GPUs round float32 products to 10 bits for speed where nobody forbids it."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = False
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
+
+
+# --- one network at a time -------------------------------------------------------------------------------------------
+
+
+def error(ours: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest value there."""
+    if ours.shape != other.shape:
+        return float("inf")
+    return ((ours - other).abs().max() / other.abs().max()).item()
+
+
+def compared(
+    device: torch.device, build: Callable, build_there: Callable, ours: Callable, there: Callable
+) -> list[float]:
+    """`ours` of our network beside `there` of theirs, each a list of tensors; never both networks at once."""
+    network = build(device, torch.float32)
+    mine = ours(network)
+    del network
+    gc.collect()
+    return [error(a, b) for a, b in zip(mine, there(build_there()), strict=True)]
+
+
+def numbers(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def picture_size(variant: Variant) -> tuple[int, int]:
+    """Not square, so that height and width cannot be mistaken for each other."""
+    side = min(variant.size, WIDEST)
+    return side, max(side * 3 // 4 // 8, 1) * 8
+
+
+def text_row(
+    name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
+) -> Iterator[Row]:
+    text = variant.text[encoder_names(variant).index(name)]
+    ids = torch.randint(text.eos, (3, text.positions), generator=torch.Generator().manual_seed(0))
+    ids[0, 5:] = ids[1, 40:] = ids[2, -1] = text.eos  # short, half and full
+    ids = ids.to(device)
+
+    def ours(encoder: TextEncoder) -> list[Tensor]:
+        states = encoder(ids)
+        return [states.final, states.hidden[-2], states.pooled]
+
+    def there(encoder: nn.Module) -> list[Tensor]:
+        states = encoder(ids, output_hidden_states=True)
+        return [
+            states.last_hidden_state,
+            states.hidden_states[-2],
+            states.text_embeds if text.projection else states.pooler_output,
+        ]
+
+    yield Row(name.replace("_", " "), max(compared(device, build, build_there, ours, there)), TOLERANCE)
+
+
+def vae_rows(
+    name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
+) -> Iterator[Row]:
+    (width, height), vae = picture_size(variant), variant.vae
+    pixels = to_tensor(gradient((width, height))).to(device) + 0.1 * numbers(device, 1, 3, height, width)
+    latents = numbers(device, 1, vae.latent_channels, height // vae.factor, width // vae.factor) / vae.scaling_factor
+
+    def ours(vae: nn.Module) -> list[Tensor]:
+        gaussian = vae.encode(pixels)
+        return [gaussian.mean, gaussian.logvar, vae.decode(latents)]
+
+    def there(vae: nn.Module) -> list[Tensor]:
+        gaussian = vae.encode(pixels).latent_dist
+        return [gaussian.mean, gaussian.logvar, vae.decode(latents).sample]
+
+    mean, logvar, decoded = compared(device, build, build_there, ours, there)
+    yield Row("vae, encode", max(mean, logvar), TOLERANCE)
+    yield Row("vae, decode", decoded, TOLERANCE)
+
+
+def unet_row(
+    name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
+) -> Iterator[Row]:
+    config, (width, height) = variant.unet, (side // variant.vae.factor for side in picture_size(variant))
+    inputs = (
+        numbers(device, 2, config.in_channels, height, width),
+        torch.tensor([901.0, 37.0], device=device),
+        numbers(device, 2, variant.text[0].positions, config.context),
+    )
+    mine, other = {}, {}
+    if config.vector:
+        pooled = numbers(device, 2, variant.text[-1].projection)
+        count = (config.vector - pooled.shape[1]) // SINUSOID
+        sizes = torch.tensor([[1024, 768, 0, 16, 1000, 700][:count]] * 2, device=device)
+        mine["vector"] = size_vector(pooled, sizes)
+        other["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
+    if config.guidance_dim:
+        mine["guidance"] = other["timestep_cond"] = numbers(device, 2, config.guidance_dim)
+    (found,) = compared(
+        device, build, build_there, lambda unet: [unet(*inputs, **mine)], lambda unet: [unet(*inputs, **other).sample]
+    )
+    yield Row("unet", found, TOLERANCE)
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_rows(contents: Contents, path: Path) -> Iterator[Row]:
+    """How many of some texts are cut otherwise."""
+    names, ours = tokenizer_names(contents.variant), tokenizers(contents, path)
+    for name, mine, other in zip(names, ours, tokenizers_there(contents, path), strict=True):
+        wrong = sum([mine.start, *mine.encode(text), mine.end] != other(text).input_ids for text in TEXTS)
+        yield Row(name.replace("_", " "), wrong, 0)
+
+
+# --- a picture -------------------------------------------------------------------------------------------------------
+
+
+def gradient(size: tuple[int, int]) -> Image.Image:
+    width, height = size
+    y, x = np.mgrid[:height, :width] / max(size)
+    return Image.fromarray((np.stack([x, y, (x - y) ** 2], axis=-1) * 255).astype(np.uint8))
+
+
+def half(size: tuple[int, int], factor: int) -> Image.Image:
+    """A mask over the left half, in whole latents."""
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, max(size[0] // 2 // factor, 1) * factor, size[1]))
+    return mask
+
+
+def picture_rows(contents: Contents, path: Path, variant_file: str | None, device: torch.device) -> Iterator[Row]:
+    """Five DDIM steps with guidance, from the same noise: the latents, then the pixels in 1/255."""
+    variant, size = contents.variant, picture_size(contents.variant)
+    photo, mask = gradient(size), half(size, variant.vae.factor)
+    choices = {"steps": STEPS, "sampler": "ddim", "spacing": "trailing" if variant.spacing == "trailing" else "leading"}
+    name = pipeline(variant)
+    sd = load(path, device=device, dtype=torch.float32, variant_file=variant_file, family=variant.name)
+    if "Inpaint" in name:
+        events = inpaint(sd, WORDS[0], photo, mask, 1.0, WORDS[1], **choices)
+    elif "Img2Img" in name:
+        events = image_to_image(sd, WORDS[0], photo, 1.0, WORDS[1], **choices)
+    else:
+        events = text_to_image(sd, *WORDS, size=size, **choices)
+    *_, pictures = events
+    mine = pictures.latents, bytes_of(decode(sd, pictures.latents))
+    del sd, events
+    gc.collect()
+
+    told = {"image": photo, "strength": 1.0} if "Inpaint" in name or "Img2Img" in name else {}
+    if "Inpaint" in name:
+        told["mask_image"] = mask
+    if "Img2Img" not in name:
+        told |= {"width": size[0], "height": size[1]}
+    pipe = pipe_there(contents, path, variant_file, choices["spacing"], device)
+    latents = pipe(
+        WORDS[0],
+        negative_prompt=WORDS[1],
+        num_inference_steps=STEPS,
+        guidance_scale=variant.guidance,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        **told,
+    ).images
+    pixels = bytes_of(pipe.vae.decode(latents / variant.vae.scaling_factor).sample)
+    yield Row(f"latents after {STEPS} steps", error(mine[0], latents), DRAWN)
+    yield Row("pixels, in 1/255", int(np.abs(mine[1] - pixels).max()), 1 + variant.schedule.zero_terminal_snr)
+
+
+def bytes_of(pixels: Tensor) -> np.ndarray:
+    return np.asarray(to_pil(pixels)[0]).astype(int)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def lines(rows: Iterable[Row], failed: list[Row]) -> Iterator[str]:
+    """The table, a line as soon as its row is there. Rows beyond their tolerance are put into `failed`."""
+    for number, row in enumerate(rows):
+        if not number:
+            yield f"{'':<24}{'error':>10}{'tolerance':>12}"
+        failed += [] if row.passed else [row]
+        yield f"{row.name:<24}{written(row.error):>10}{written(row.tolerance):>12}  {'PASS' if row.passed else 'FAIL'}"
+
+
+def written(value: float) -> str:
+    return f"{value:d}" if isinstance(value, int) else f"{value:.0e}" if value else "equal"

@@ -1,0 +1,258 @@
+"""The API of AUTOMATIC1111's web UI, with its names and meanings, so that its clients draw here unchanged."""
+
+import base64
+import json
+import time
+from io import BytesIO
+from typing import Any
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+
+from plainsd.server.api.a1111_fields import (
+    NONE_HERE,
+    SCHEDULERS,
+    Common,
+    Image2Image,
+    PNGInfo,
+    Text2Image,
+    known_options,
+    model_of,
+    prepared,
+)
+from plainsd.server.canvas import Base
+from plainsd.server.jobs.job import CANCELLED, Job
+from plainsd.server.jobs.pictures import exact, tagged
+from plainsd.server.errors import printable
+from plainsd.server.schema import JobRequest, clean
+from plainsd.server.requests import job_request
+from plainsd.server.service import Service, client_of, why_not
+from plainsd.server.uploads import decoded, opened
+from plainsd.server.embeddings import Word, problem
+from plainsd.pictures.settings import ENTRY, SAMPLERS, SPACINGS, format_settings, parse_settings, unquote
+
+UNTOLD = ("init_images", "mask", "override_settings", "alwayson_scripts")  # of a request, in its answer
+
+
+# --- routes ----------------------------------------------------------------------------------------------------------
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
+    options: dict[str, Any] = {"sd_model_checkpoint": service.models.default, "CLIP_stop_at_last_layers": 1}
+
+    @router.post("/txt2img")
+    async def txt2img(body: Text2Image, request: Request) -> dict:
+        body.refuse_what_is_not_had()
+        fields = body.wished(options)
+        native = service.models[fields["model"]].bare.variant.size
+        size = (body.width or native, body.height or native)
+        return await drawn(service, body, job_request(**fields, size=size, **body.second_pass(size)), None, request)
+
+    @router.post("/img2img")
+    async def img2img(body: Image2Image, request: Request) -> dict:
+        body.refuse_what_is_not_had()
+        fields = body.wished(options) | {
+            "strength": 0.75 if body.denoising_strength is None else body.denoising_strength
+        }
+        base = await run_in_threadpool(prepared, body, service.limits)
+        return await drawn(service, body, job_request(**fields), base, request)
+
+    @router.get("/progress")
+    async def progress(request: Request, skip_current_image: bool = False) -> dict:
+        job = running(service, request)
+        return await run_in_threadpool(progress_told, service, job, not skip_current_image)
+
+    @router.post("/interrupt")
+    @router.post("/skip")
+    def interrupt(request: Request) -> dict:
+        """Ends what is drawn for this client through this API."""
+        if (job := running(service, request)) is not None:
+            service.abandon(job)
+        return {}
+
+    @router.post("/png-info")
+    def png_info(body: PNGInfo) -> dict:
+        return info_told(decoded(body.image, "image"), service)
+
+    @router.get("/options")
+    def get_options() -> dict:
+        return options | {"samples_format": "png", "sd_checkpoint_hash": None, "eta_noise_seed_delta": 0}
+
+    @router.post("/options")
+    def set_options(body: dict[str, Any]) -> dict:
+        """For requests through this API, until the server ends."""
+        given = known_options(body)
+        job_request(clip_skip=given.get("CLIP_stop_at_last_layers"))
+        if "sd_model_checkpoint" in given:
+            given["sd_model_checkpoint"] = service.models[model_of(given["sd_model_checkpoint"])].name
+        options.update(given)
+        return {}
+
+    @router.get("/samplers")
+    def samplers() -> list:
+        return [{"name": label, "aliases": [name], "options": {}} for name, label in SAMPLERS.items()]
+
+    @router.get("/schedulers")
+    def schedulers() -> list:
+        rows = [("automatic", "Automatic"), *SCHEDULERS.items()]
+        return [
+            {"name": name, "label": label, "aliases": None, "default_rho": -1.0, "need_inner_model": False}
+            for name, label in rows
+        ]
+
+    @router.get("/sd-models")
+    def sd_models() -> list:
+        return [{"title": name, "model_name": name, "hash": model.hash, "sha256": None, "filename": name, "config": None}
+                for name, model in service.models.known.items()]  # fmt: skip
+
+    @router.get("/loras")
+    def loras() -> list:
+        return [
+            {"name": name, "alias": name, "path": path.name, "metadata": {}}
+            for name, path in service.models.loras().items()
+        ]
+
+    @router.get("/upscalers")
+    def upscalers() -> list:
+        return [
+            {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
+            for name in ("None", "Lanczos")
+        ]
+
+    @router.get("/latent-upscale-modes")
+    def latent_upscale_modes() -> list:
+        return [{"name": "Latent"}]
+
+    @router.get("/embeddings")
+    def embeddings() -> dict:
+        """Those that fit the model of the options, and those that do not."""
+        known, bare = service.models.words.known(), service.models[options["sd_model_checkpoint"]].bare
+        told = [(problem(bare, word) is None, word) for word in known]
+        return {
+            "loaded": {word.text: word_told(word) for fits, word in told if fits},
+            "skipped": {word.text: word_told(word) for fits, word in told if not fits},
+        }
+
+    def nothing(request: Request) -> Any:
+        """None are had here."""
+        return NONE_HERE[request.url.path.rpartition("/")[2]]
+
+    for name in NONE_HERE:
+        router.add_api_route(f"/{name}", nothing, name=name)
+
+    @router.post("/refresh-checkpoints")
+    @router.post("/refresh-loras")
+    @router.post("/refresh-embeddings")
+    def refresh() -> None:
+        """Models are named at the start; LoRAs and embeddings are looked for anew each time."""
+
+    return router
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+async def drawn(service: Service, body: Common, wanted: JobRequest, base: Base | None, request: Request) -> dict:
+    job = await service.submit(wanted, client_of(request), "a1111", base)
+    await service.outcome(job, request)
+    if job.state != CANCELLED and (refused := why_not(job)) is not None:
+        raise refused
+    return await run_in_threadpool(answer, service, body, job)
+
+
+def answer(service: Service, body: Common, job: Job) -> dict:
+    """The pictures; after an interrupt those that were finished, and the one under way as far as it had come."""
+    files = [content for _, content in service.files(job)]
+    if job.state == CANCELLED and len(files) < len(job.each):
+        files += [enlarged(rough, job.each[place].size) for place, rough in sorted(job.previews.items())]
+    given = {name: getattr(body, name) for name in type(body).model_fields if name not in UNTOLD}
+    images = [base64.b64encode(content).decode() for content in files] if body.send_images is not False else []
+    return {"images": images, "parameters": given, "info": json.dumps(info_of(job))}
+
+
+def word_told(word: Word) -> dict:
+    vectors = word.vectors()
+    return {
+        "step": None,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+        "shape": max(one.shape[1] for one in vectors),
+        "vectors": max(one.shape[0] for one in vectors),
+    }
+
+
+def info_of(job: Job) -> dict:
+    shown = [tagged(settings, job.loras) for settings in job.each]
+    one = shown[0]
+    varied = one.variation_seed if one.variation_strength else one.seed
+    return {
+        "prompt": one.prompt, "all_prompts": [s.prompt for s in shown], "negative_prompt": one.negative,
+        "all_negative_prompts": [s.negative for s in shown], "seed": exact(one.seed),
+        "all_seeds": [exact(s.seed) for s in job.each], "subseed": exact(varied),
+        "subseed_strength": one.variation_strength,
+        "all_subseeds": [exact(s.variation_seed if s.variation_strength else s.seed) for s in job.each],
+        "width": one.size[0], "height": one.size[1], "sampler_name": SAMPLERS[one.sampler], "cfg_scale": one.guidance,
+        "steps": one.steps, "batch_size": len(job.each), "restore_faces": False, "sd_model_name": job.model,
+        "sd_model_hash": None, "denoising_strength": one.strength,
+        "extra_generation_params": {"Schedule type": SPACINGS[one.spacing]} | (
+            {"Refiner": one.refiner, "Refiner switch at": one.handover} if one.refiner else {}),
+        "index_of_first_image": 0, "infotexts": [format_settings(s) for s in shown], "styles": [],
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
+        "clip_skip": one.clip_skip or 1, "is_using_inpainting_conditioning": False,
+    }  # fmt: skip
+
+
+def enlarged(png: bytes, size: tuple[int, int]) -> bytes:
+    buffer = BytesIO()
+    with Image.open(BytesIO(png)) as image:
+        image.resize(size, Image.Resampling.BICUBIC).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def running(service: Service, request: Request) -> Job | None:
+    """What is drawn for this client through this API; else the first of its jobs that waits."""
+    with service.queue.changed:
+        mine = [job for job in service.queue.jobs.values() if job.api == "a1111" and job.client == client_of(request)]
+    return min(mine, key=lambda job: (job.state != "running", job.number), default=None)
+
+
+def progress_told(service: Service, job: Job | None, with_image: bool) -> dict:
+    image = None
+    if job is not None and with_image and job.previews:
+        place, rough = min(job.previews.items())
+        image = base64.b64encode(enlarged(rough, job.each[place].size)).decode()
+    state = {
+        "skipped": False, "interrupted": False, "stopping_generation": False, "job": job.id if job else "",
+        "job_count": len(job.places) if job else 0,
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created if job else 0)),
+        "job_no": len(job.done) if job else 0, "sampling_step": job.step if job else 0,
+        "sampling_steps": job.steps if job else 0,
+    }  # fmt: skip
+    left = job.seconds_left() if job else None
+    return {
+        "progress": job.progress() if job else 0.0,
+        "eta_relative": left or 0.0,
+        "state": state,
+        "current_image": image,
+        "textinfo": None,
+    }
+
+
+def info_told(content: bytes, service: Service) -> dict:
+    """The text in a PNG file, and what it says. Empty, not an error, where there is none."""
+    opened(content, "image", service.limits)
+    with Image.open(BytesIO(content)) as image:
+        image.load()
+        items = {str(name): printable(value) if name != "parameters" else value for name, value in image.info.items()
+                 if isinstance(value, str)}  # fmt: skip
+    text = items.get("parameters", "")
+    try:
+        settings = parse_settings(clean(text))
+    except ValueError:
+        return {"info": "", "items": {}, "parameters": {}}
+    said = {key: unquote(value.strip()) for key, value in ENTRY.findall(text.rstrip("\n").rpartition("\n")[2])}
+    width, height = settings.size or (0, 0)
+    prompts = {"Prompt": settings.prompt, "Negative prompt": settings.negative, "Size-1": width, "Size-2": height}
+    return {"info": text, "items": items, "parameters": prompts | said}

@@ -1,0 +1,259 @@
+"""The routes of our own API and of the page."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from plainsd import __version__
+from plainsd.server import a1111, metrics, openai
+from plainsd.server.jobs.job import CANCELLED, DONE, FAILED
+from plainsd.server.pool import Model, Models
+from plainsd.server.errors import ERRORS, Refused
+from plainsd.server.api.errors import add_errors
+from plainsd.server.requests import CELLS
+from plainsd.server.schema import JobRequest, Text
+from plainsd.server.restore import picture_told, settings_inside
+from plainsd.server.api.security import Gate, Hosts
+from plainsd.server.service import Service, client_of
+from plainsd.server.uploads import decoded
+from plainsd.pictures.settings import RANGES, SAMPLERS, SPACINGS, UPSCALERS
+
+PAGE = Path(str(files("plainsd.server") / "page"))
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".png": "image/png",
+}
+PICTURE_HEADERS = {"Cache-Control": "private, max-age=31536000, immutable"}
+
+
+class Login(BaseModel):
+    token: Text
+
+
+class Upload(BaseModel):
+    image: Text
+
+
+def create_app(service: Service, hosts: Hosts, token: str | None = None, on_start=lambda: None) -> FastAPI:
+    """The whole server as an ASGI application; its worker lives as long as it does."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        on_start()
+        yield
+        await run_in_threadpool(service.close)
+
+    app = FastAPI(
+        title="plainsd",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=ERRORS,
+        description="Jobs, pictures and models of this server, and the APIs of OpenAI and A1111.",
+    )
+    app.state.service = service
+    add_errors(app)
+    add_jobs(app, service)
+    add_pictures(app, service)
+    add_page(app, service)
+    gate = Gate(app, hosts, token, service.limits)
+
+    @app.post("/api/login", tags=["page"], status_code=204)
+    def login(body: Login) -> Response:
+        """The token for a cookie, which only this page can use."""
+        answer = Response(status_code=204)
+        if token is not None:
+            gate.check_equal(body.token)
+            gate.set_cookie(answer)
+        return answer
+
+    app.include_router(openai.routes(service))
+    app.include_router(a1111.routes(service))
+    app.add_middleware(Gate, hosts=hosts, token=token, limits=service.limits)
+    return app
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def add_jobs(app: FastAPI, service: Service) -> None:
+    @app.post("/api/jobs", status_code=202, tags=["jobs"])
+    async def new_job(
+        body: JobRequest,
+        request: Request,
+        response: Response,
+        x_client: Annotated[Text | None, Header(max_length=64)] = None,
+    ) -> dict:
+        """Queue pictures. Clients take turns; X-Client tells several behind one address apart."""
+        job = await service.submit(body, client_of(request, x_client), "jobs")
+        response.headers["Location"] = f"/api/jobs/{job.id}"
+        return await run_in_threadpool(service.told, job)
+
+    @app.get("/api/jobs", tags=["jobs"])
+    def all_jobs(limit: Annotated[int, Query(ge=0, le=500)] = 50) -> dict:
+        """What waits and runs, oldest first; and what ended last."""
+        with service.queue.changed:
+            active = [service.told(job) for job in service.queue.jobs.values()]
+        ended = service.store.jobs((DONE, FAILED, CANCELLED), limit)
+        return {"active": active, "ended": [service.told(job) for job in ended]}
+
+    def found(id: str):
+        job = service.queue.get(id)
+        if job is None:
+            raise Refused(404, f"there is no job {id!r}; GET /api/jobs lists them")
+        return job
+
+    @app.get("/api/jobs/{id}", tags=["jobs"])
+    def one_job(id: Text) -> dict:
+        return service.told(found(id))
+
+    @app.get(
+        "/api/jobs/{id}/events",
+        tags=["jobs"],
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
+    async def events(id: Text) -> StreamingResponse:
+        """Server-sent events: `progress` with previews, then `end`."""
+        job = await run_in_threadpool(found, id)
+
+        async def lines() -> AsyncIterator[str]:
+            async for name, data in service.events(job):
+                yield ": alive\n\n" if name == "beat" else f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+        return StreamingResponse(lines(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    @app.post("/api/jobs/{id}/cancel", tags=["jobs"])
+    def cancel(id: Text) -> dict:
+        """At once, whether it waits or runs. Pictures that are finished stay."""
+        job = service.queue.cancel(id)
+        return service.told(job or found(id))
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def add_pictures(app: FastAPI, service: Service) -> None:
+    @app.get("/api/images", tags=["pictures"])
+    def images(
+        search: Annotated[Text, Query(max_length=500)] = "",
+        before: Annotated[int | None, Query(ge=0, lt=2**62)] = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 48,
+    ) -> dict:
+        """The history, newest first. `before` is the `next` of the answer before."""
+        rows = service.store.pictures(search, before, limit)
+        return {"images": [picture_told(row) for row in rows], "next": rows[-1].number if len(rows) == limit else None}
+
+    @app.get(
+        "/api/images/{id}.png",
+        tags=["pictures"],
+        response_class=FileResponse,
+        responses={200: {"content": {"image/png": {}}}},
+    )
+    def image(id: Text) -> FileResponse:
+        return sent(service.store.path(service.picture(id)), "image/png")
+
+    @app.get(
+        "/api/images/{id}/thumbnail",
+        tags=["pictures"],
+        response_class=FileResponse,
+        responses={200: {"content": {"image/png": {}, "image/webp": {}}}},
+    )
+    def thumbnail(id: Text) -> FileResponse:
+        path = service.store.thumbnail(service.picture(id))
+        return sent(path, "image/webp" if path.suffix == ".webp" else "image/png")
+
+    @app.get("/api/images/{id}", tags=["pictures"])
+    def image_settings(id: Text) -> dict:
+        return picture_told(service.picture(id))
+
+    @app.delete("/api/images/{id}", tags=["pictures"], status_code=204)
+    def delete(id: Text) -> Response:
+        service.store.delete(service.picture(id))
+        return Response(status_code=204)
+
+    @app.post("/api/settings", tags=["pictures"])
+    def settings(body: Upload) -> dict:
+        """The settings inside a PNG file of plainsd or A1111, as POST /api/jobs takes them."""
+        return settings_inside(decoded(body.image, "image"), service.limits, service.models)
+
+
+def sent(path: Path, kind: str) -> FileResponse:
+    if not path.is_file():
+        raise Refused(404, "the file of this picture is gone; delete it from the history")
+    return FileResponse(path, media_type=kind, headers=PICTURE_HEADERS)
+
+
+# --- the page, and what it needs to know -----------------------------------------------------------------------------
+
+
+def add_page(app: FastAPI, service: Service) -> None:
+    def page(name: str) -> FileResponse:
+        path = PAGE / name
+        if path.parent != PAGE or path.suffix not in TYPES or not path.is_file():
+            raise Refused(404, f"there is no page {name!r}; the page is at /")
+        return FileResponse(path, media_type=TYPES[path.suffix], headers={"Cache-Control": "no-cache"})
+
+    @app.get("/", include_in_schema=False)
+    def index() -> FileResponse:
+        return page("index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> FileResponse:
+        return page("docs.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    def asset(name: Text) -> FileResponse:
+        return page(name)
+
+    @app.get("/api/models", tags=["models"])
+    def models() -> dict:
+        return {
+            "models": [model_told(model, service.models) for model in service.models.known.values()],
+            "default": service.models.default,
+        }
+
+    @app.get("/api/info", tags=["models"])
+    def info() -> dict:
+        """All that a form needs: models, LoRAs, samplers, spacings, limits."""
+        return models() | {
+            "version": __version__, "samplers": SAMPLERS,
+            "spacings": {k: v for k, v in SPACINGS.items() if k != "distilled"},
+            "upscalers": UPSCALERS, "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
+            "loras": sorted(service.models.loras()),
+        }  # fmt: skip
+
+    @app.get("/healthz", tags=["service"])
+    def healthz() -> JSONResponse:
+        alive = service.worker.is_alive()
+        return JSONResponse(
+            {"status": "ok" if alive else "the worker has ended; restart the server"}, 200 if alive else 503
+        )
+
+    @app.get("/metrics", tags=["service"], response_class=PlainTextResponse)
+    def prometheus() -> PlainTextResponse:
+        return PlainTextResponse(metrics.text(service), media_type=metrics.CONTENT_TYPE)
+
+
+def model_told(model: Model, models: Models) -> dict:
+    variant = model.bare.variant
+    return {
+        "name": model.name, "kind": variant.name, "resident": model.sd is not None, "bytes": model.bytes,
+        "ideas": model.ideas, "refiners": models.refiners(model),
+        "embeddings": [word.text for word in models.words.fitting(model.bare)],
+        "inpainting_only": variant.unet.in_channels != variant.vae.latent_channels,
+        "defaults": {"size": [variant.size, variant.size], "steps": variant.steps, "guidance": variant.guidance,
+                     "sampler": variant.sampler, "spacing": variant.spacing},
+    }  # fmt: skip

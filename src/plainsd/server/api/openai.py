@@ -1,0 +1,230 @@
+"""OpenAI's images API, so that its own clients, and the many programs that speak it, draw here.
+
+https://platform.openai.com/docs/api-reference/images. Beside OpenAI's fields the settings of POST /api/jobs are taken
+(in Python's client: `extra_body={"steps": 30, "seed": 7}`).
+"""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from io import BytesIO
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from PIL import Image, ImageChops
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from plainsd.server.canvas import Base
+from plainsd.server.jobs.job import Job
+from plainsd.server.pool import Model
+from plainsd.server.jobs.pictures import Picture, exact
+from plainsd.server.errors import Refused
+from plainsd.server.schema import JobRequest, Text
+from plainsd.server.requests import job_request
+from plainsd.server.service import Service, client_of, now, why_not
+from plainsd.server.uploads import check_pixels, differing, opened, resized
+
+OURS = ("negative", "steps", "guidance", "sampler", "spacing", "seed", "strength")  # taken beside OpenAI's own fields
+
+
+class ImagesRequest(BaseModel):
+    """POST /v1/images/generations."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a red apple", "n": 1}]})
+
+    prompt: Text = Field(min_length=1)
+    model: Text | None = None
+    n: int | None = 1
+    size: Text | None = Field(None, description="such as 512x512; auto: the model's own")
+    response_format: Literal["url", "b64_json"] | None = Field(None, description="none: both")
+    output_format: Literal["png", "jpeg", "webp"] | None = "png"
+    output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
+    background: Literal["auto", "opaque"] | None = None
+    stream: bool | None = False
+    partial_images: int | None = Field(None, ge=0, le=3)
+    quality: Text | None = Field(None, description="taken, and without effect: say steps")
+    style: Text | None = Field(None, description="taken, and without effect: say it in the prompt")
+    moderation: Text | None = Field(None, description="taken, and without effect")
+    input_fidelity: Text | None = Field(None, description="of edits; taken, and without effect: say strength")
+    user: Text | None = Field(None, max_length=256, description="whose turn it counts as")
+    negative: Text | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: Text | None = None
+    spacing: Text | None = None
+    seed: int | None = None
+    strength: float | None = Field(None, description="of edits without a mask, 0 to 1")
+
+    def job(self) -> JobRequest:
+        given = {name: value for name in OURS if (value := getattr(self, name)) is not None}
+        return job_request(
+            prompt=self.prompt, model=self.model, count=1 if self.n is None else self.n, size=self.pixels(), **given
+        )
+
+    def pixels(self) -> tuple[int, int] | None:
+        if self.size in (None, "auto"):
+            return None
+        width, cross, height = self.size.partition("x")
+        if not (cross and width.isdecimal() and height.isdecimal() and len(self.size) < 12):
+            raise Refused(422, f"size {self.size!r} cannot be read; write it as 512x512, or auto", "size", self.size)
+        return int(width), int(height)
+
+
+FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+    "type": "object", "required": ["prompt", "image"],
+    "properties": {name: {key: value for key, value in field.items() if key != "title"}
+                   for name, field in ImagesRequest.model_json_schema()["properties"].items()}
+    | {"image": {"type": "string", "format": "binary"}, "mask": {"type": "string", "format": "binary"}},
+}}}}}  # fmt: skip
+STREAM = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+    @router.post("/images/generations", responses=STREAM, response_model=None)
+    async def generations(body: ImagesRequest, request: Request) -> JSONResponse | StreamingResponse:
+        job = await service.submit(body.job(), client_of(request, body.user), "openai")
+        return await answered(service, job, body, request, "image_generation")
+
+    @router.post("/images/edits", responses=STREAM, response_model=None, openapi_extra=FORM)
+    async def edits(request: Request) -> JSONResponse | StreamingResponse:
+        """A picture drawn over; with a mask only its transparent part (or the picture's own)."""
+        async with request.form(max_files=4, max_fields=40) as form:
+            body, content, mask = await edit_of(form)
+        wanted = body.job()
+        base = await run_in_threadpool(edited, wanted, content, mask, service)
+        job = await service.submit(wanted, client_of(request, body.user), "openai", base)
+        return await answered(service, job, body, request, "image_edit")
+
+    @router.get("/models")
+    def models() -> dict:
+        return {"object": "list", "data": [model_told(model) for model in service.models.known.values()]}
+
+    @router.get("/models/{name}")
+    def model(name: Text) -> dict:
+        return model_told(service.models[name])
+
+    return router
+
+
+def model_told(model: Model) -> dict:
+    return {"id": model.name, "object": "model", "created": 0, "owned_by": "plainsd"}
+
+
+# --- edits -----------------------------------------------------------------------------------------------------------
+
+
+async def edit_of(form: Any) -> tuple[ImagesRequest, bytes, bytes | None]:
+    """The fields of the form, the picture's bytes and the mask's."""
+    images = [part for name in ("image", "image[]") for part in form.getlist(name)]
+    masks = form.getlist("mask")
+    if len(images) != 1 or len(masks) > 1 or not all(isinstance(part, UploadFile) for part in images + masks):
+        message = f"image: {len(images)} files were sent; send one as 'image', and at most one as 'mask'"
+        raise Refused(422, message, "image", len(images))
+    try:
+        text = {name: value for name, value in form.items() if name not in ("image", "image[]", "mask")}
+        body = ImagesRequest.model_validate(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        raise Refused(422, f"{field}: {first['msg']}; see /docs for what it takes", field, first.get("input")) from None
+    return body, await images[0].read(), await masks[0].read() if masks else None
+
+
+def edited(wanted: JobRequest, content: bytes, mask: bytes | None, service: Service) -> Base:
+    """What is transparent, in the mask or else in the picture, is drawn anew; if nothing is, all is drawn over."""
+    image = opened(content, "image", service.limits, None)
+    window = opened(mask, "mask", service.limits, None) if mask is not None else image
+    if window.size != image.size:
+        raise differing(window, image)
+    size = wanted.size or image.size
+    check_pixels(size, service.limits)
+    hole = ImageChops.invert(window.getchannel("A")).point(lambda level: 255 if level >= 128 else 0)
+    whole = resized(image.convert("RGB"), size)
+    if hole.getbbox() is None:
+        if mask is not None:
+            raise Refused(422, "mask has no transparent part, so nothing would be drawn; make it transparent where the "
+                          "picture is to change", "mask")  # fmt: skip
+        return Base(whole)
+    wanted.strength = wanted.strength or 1.0
+    return Base(whole, hole.resize(size))
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+async def answered(
+    service: Service, job: Job, body: ImagesRequest, request: Request, kind: str
+) -> JSONResponse | StreamingResponse:
+    if body.stream:
+        return StreamingResponse(streamed(service, job, body, kind), media_type="text/event-stream")
+    await service.outcome(job, request)
+    if (refused := why_not(job)) is not None:
+        raise refused
+    url = str(request.base_url).rstrip("/")
+
+    def told() -> list[dict]:
+        return [image_told(row, content, body, url) for row, content in service.files(job)]
+
+    return JSONResponse(
+        {"created": now(), "data": await run_in_threadpool(told), "output_format": body.output_format or "png"}
+    )
+
+
+def image_told(row: Picture, content: bytes, body: ImagesRequest, url: str) -> dict:
+    told: dict[str, Any] = {"seed": exact(row.settings.seed)}
+    if body.response_format != "b64_json":
+        told["url"] = f"{url}/api/images/{row.id}.png"
+    if body.response_format != "url":
+        told["b64_json"] = base64.b64encode(recoded(content, body)).decode()
+    return told
+
+
+def recoded(png: bytes, body: ImagesRequest) -> bytes:
+    if body.output_format in (None, "png"):
+        return png
+    buffer = BytesIO()
+    with Image.open(BytesIO(png)) as image:
+        quality = 100 if body.output_compression is None else body.output_compression
+        image.save(buffer, format=body.output_format.upper(), quality=quality)
+    return buffer.getvalue()
+
+
+async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -> AsyncIterator[str]:
+    """Partial pictures while they are drawn, then the whole ones."""
+    wanted, sent, rough = body.partial_images or 0, 0, None
+    try:
+        async for name, data in service.events(job):
+            if name == "beat":
+                yield ": alive\n\n"
+            if name != "progress":
+                continue
+            for preview in data["previews"].values():  # the newest, however long ago it was made
+                rough = preview.partition(",")[2]
+            if rough is not None and sent < wanted and data["progress"] * (wanted + 1) >= sent + 1:
+                yield event(f"{kind}.partial_image", body, rough, partial_image_index=sent)
+                sent += 1
+        if (refused := why_not(job)) is not None:
+            yield f"event: error\ndata: {json.dumps(refused.body('/v1/') | {'type': 'error'})}\n\n"
+            return
+        for row, content in await run_in_threadpool(service.files, job):
+            whole = base64.b64encode(await run_in_threadpool(recoded, content, body)).decode()
+            yield event(
+                f"{kind}.completed", body, whole, size=f"{row.width}x{row.height}", seed=exact(row.settings.seed)
+            )
+    finally:
+        if job.active:  # the client hung up
+            service.abandon(job)
+
+
+def event(name: str, body: ImagesRequest, picture: str, **more: Any) -> str:
+    data = {
+        "type": name, "b64_json": picture, "created_at": now(), "size": body.size or "auto",
+        "quality": body.quality or "auto",
+        "background": "opaque", "output_format": body.output_format or "png", **more,
+    }  # fmt: skip
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"

@@ -1,0 +1,234 @@
+"""Who may ask, and how much at once. All of it happens before a route is looked up.
+
+A server on a person's own machine is open to every web page that person visits: the page's scripts can send requests to
+127.0.0.1, and, with a DNS name that changes its address ("rebinding"), read the answers. So the Host must be one of
+ours, a foreign Origin is refused, and so is whatever the browser itself calls cross-site (Fetch Metadata).
+"""
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import socket
+from base64 import b64decode
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from plainsd.server.errors import Refused
+
+COOKIE = "plainsd_session"
+OPEN = ("/", "/healthz", "/api/login")  # answered without the token; so is everything below /page/
+FORMS = ("/v1/images/edits",)  # the one thing that comes as a form, not as JSON
+BODY_SECONDS = 120  # within which a body must have come
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; checked before anything is queued."""
+
+    pixels: int = 2048 * 2048  # of one picture, after enlarging
+    steps: int = 150
+    count: int = 64  # pictures of one job
+    prompt: int = 4000  # characters
+    upload: int = 32 * 2**20  # bytes of one request
+    upload_pixels: int = 40_000_000  # of one picture that is sent
+    queue: int = 256  # jobs that wait or run
+    seconds: float = 3600  # of drawing, for one job
+
+
+# --- hosts -----------------------------------------------------------------------------------------------------------
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+class Hosts:
+    """The names under which the server may be called.
+
+    A rebinding attack needs a name that somebody else controls, so bare addresses are safe where the server listens on
+    all of them.
+    """
+
+    def __init__(self, bound: str, more: Iterable[str] = ()):
+        self.any_address = bound in ("0.0.0.0", "::")
+        names = {"localhost", "127.0.0.1", "::1", bound, *more}
+        self.names = {name.lower() for name in names | ({socket.gethostname()} if self.any_address else set())}
+
+    def __contains__(self, header: str) -> bool:
+        try:
+            name = (urlsplit(f"//{header}").hostname or "").rstrip(".")
+        except ValueError:
+            return False
+        return name in self.names or (self.any_address and is_address(name))
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+def session_of(token: str) -> str:
+    """What the cookie holds: it proves that the token was known, and does not give it away."""
+    return hmac.new(token.encode(), b"plainsd session", hashlib.sha256).hexdigest()
+
+
+class Gate:
+    """ASGI middleware: host, origin, token, content type, size; security headers on every answer."""
+
+    def __init__(self, app: ASGIApp, hosts: Hosts, token: str | None, limits: Limits):
+        self.app, self.hosts, self.token, self.limits = app, hosts, token, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        try:
+            headers = Headers(scope=scope)
+            self.check_host(scope, headers)
+            self.check_origin(scope, headers)
+            if (answer := self.login_link(scope)) is not None:
+                return await answer(scope, receive, guarded)
+            self.check_token(scope, headers)
+            body = await self.body(scope, headers, receive)
+        except Refused as refused:
+            answer = JSONResponse(refused.body(scope["path"]), refused.status, refused.headers)
+            return await answer(scope, receive, guarded)
+        await self.app(scope, replay(body, receive), guarded)
+
+    def check_host(self, scope: Scope, headers: Headers) -> None:
+        hosts = headers.getlist("host")
+        if scope["path"] == "/healthz":
+            return
+        if len(hosts) != 1 or hosts[0] not in self.hosts:
+            said = ", ".join(hosts) or "none"
+            raise Refused(
+                403, f"host {said!r} is not a name of this server; start it with --allow-host NAME to add one"
+            )
+
+    def check_origin(self, scope: Scope, headers: Headers) -> None:
+        for origin in headers.getlist("origin"):
+            if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+                raise Refused(403, f"origin {origin!r} is foreign; open the page of this server itself")
+        site = headers.get("sec-fetch-site", "none")
+        opened = (scope["method"], scope["path"], headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
+        if site not in ("none", "same-origin") and opened != ("GET", "/", "navigate", "document"):
+            raise Refused(403, f"the browser calls this request {site!r}; only the server's own page may send it")
+
+    def login_link(self, scope: Scope) -> RedirectResponse | None:
+        """`/?token=T`, as printed at the start: a cookie, and the token leaves the address bar."""
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token")
+        if not (self.token and given and scope["method"] == "GET" and scope["path"] == "/"):
+            return None
+        self.check_equal(given[0])
+        answer = RedirectResponse("/", 303)
+        self.set_cookie(answer)
+        return answer
+
+    def set_cookie(self, answer) -> None:
+        answer.set_cookie(COOKIE, session_of(self.token), max_age=30 * 86400, httponly=True, samesite="strict")
+
+    def check_equal(self, given: str) -> None:
+        if not hmac.compare_digest(given.encode(), (self.token or "").encode()):
+            raise Refused(401, "the token is wrong; it was printed when the server started", "token")
+
+    def check_token(self, scope: Scope, headers: Headers) -> None:
+        """Bearer (OpenAI's clients), Basic with any user name (A1111's), or the page's cookie."""
+        if self.token is None or scope["path"] in OPEN or scope["path"].startswith("/page/"):
+            return
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer":
+            return self.check_equal(given.strip())
+        if kind.lower() == "basic":
+            try:
+                return self.check_equal(b64decode(given).decode().partition(":")[2])
+            except ValueError:
+                raise Refused(401, "the Authorization header cannot be read; send 'Bearer TOKEN'", "token") from None
+        if hmac.compare_digest(cookie(headers).encode(), session_of(self.token).encode()):
+            return
+        raise Refused(
+            401,
+            "a token is needed; send it as 'Authorization: Bearer TOKEN'",
+            "token",
+            None,
+            {"WWW-Authenticate": "Bearer"},
+        )
+
+    async def body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
+        """The whole body, which is never longer than the limit."""
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return b""
+        too_long = Refused(413, f"the request has more than {self.limits.upload} bytes; send smaller pictures")
+        said = headers.get("content-length", "0")
+        if not said.isdecimal() or int(said) > self.limits.upload:
+            raise too_long
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        raise Refused(400, "the request was cut short; send it again")
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self.limits.upload:
+                        raise too_long
+        except TimeoutError:
+            raise Refused(408, f"the request took longer than {BODY_SECONDS} s to come; send it again") from None
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        wanted = "multipart/form-data" if scope["path"] in FORMS else "application/json"
+        if body and kind != wanted:
+            raise Refused(415, f"content type {kind or 'none'!r} is not read here; send {wanted}")
+        return bytes(body)
+
+
+def cookie(headers: Headers) -> str:
+    try:
+        found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return ""
+    return found.value if found else ""
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """`receive` once more from the start; after the body comes what comes, which is the client hanging up."""
+    pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return again

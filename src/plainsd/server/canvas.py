@@ -1,0 +1,69 @@
+"""What a request is drawn on: its picture, mask and margins, checked, decoded, at the size at which they are drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from plainsd.pictures.images import continued
+from plainsd.server.jobs.job import Source
+from plainsd.server.errors import Refused
+from plainsd.server.limits import Limits
+from plainsd.server.uploads import Box, alpha_of, check_pixels, differing, hole_of, picture, png, resized
+
+if TYPE_CHECKING:
+    from plainsd.server.schema import JobRequest
+
+
+@dataclass(frozen=True)
+class Base:
+    """Pictures to draw on, ready: see `Source`."""
+
+    image: Image.Image
+    hole: Image.Image | None = None
+    base: Image.Image | None = None
+    alpha: Image.Image | None = None
+    box: Box | None = None
+
+    def kept(self) -> tuple[Source, dict[str, bytes]]:
+        """The names under which they will lie among the inputs, and their files."""
+        files = {name: png(image) for name in ("image", "hole", "base", "alpha") if (image := getattr(self, name))}
+        names = {name: f"{hashlib.sha256(content).hexdigest()[:32]}.png" for name, content in files.items()}
+        return Source(**names, box=self.box), {names[name]: content for name, content in files.items()}
+
+
+def base_of(request: JobRequest, limits: Limits) -> Base | None:
+    """The pictures of a request, decoded, at the size at which they are drawn on."""
+    if request.image is None:
+        if request.mask is not None:
+            raise Refused(422, "mask without an image; send the picture that it belongs to", "mask")
+        if request.outpaint is not None:
+            raise Refused(422, "outpaint without an image; send the picture that is continued", "outpaint")
+        return None
+    image, mask = picture(request.image, "image", limits), None
+    if request.outpaint is not None:
+        image, mask = outpainted(request, image, limits)
+    size = request.size or image.size
+    check_pixels(size, limits, "size" if request.size else "image")
+    if request.mask is not None:
+        mask = picture(request.mask, "mask", limits, "black")
+    if mask is None:
+        return Base(resized(image, size))
+    if mask.size != image.size:
+        raise differing(mask, image)
+    image, alpha = resized(image, size), alpha_of(mask.resize(size), request.mask_blur)
+    return Base(image, hole_of(alpha), image, alpha) if request.mask_blur else Base(image, alpha)
+
+
+def outpainted(request: JobRequest, image: Image.Image, limits: Limits) -> tuple[Image.Image, Image.Image]:
+    """The picture on its larger canvas, and the mask of what is new."""
+    sides = left, top, right, bottom = request.outpaint
+    if request.mask is not None:
+        raise Refused(422, "outpaint and a mask do not go together; leave one of them out", "outpaint", list(sides))
+    if not any(sides):
+        raise Refused(422, "outpaint adds nothing; give pixels for one side at least", "outpaint", list(sides))
+    check_pixels((left + image.width + right, top + image.height + bottom), limits, "outpaint")
+    return continued(image, sides)

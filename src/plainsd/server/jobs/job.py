@@ -1,0 +1,164 @@
+"""Jobs: what was asked for, how far it has come, and a bell that rings when something changes.
+
+A job is a list of pictures. The unit of work is one picture.
+"""
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from plainsd.pictures.settings import Settings
+
+QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
+ACTIVE = (QUEUED, RUNNING)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a job draws on, as names of files in the inputs' folder."""
+
+    image: str  # what the model starts from
+    hole: str | None = None  # of the same size, white where it is drawn anew
+    base: str | None = None  # what the result is pasted into ...
+    alpha: str | None = None  # ... with this opacity, of the same size as `base` ...
+    box: tuple[int, int, int, int] | None = None  # ... scaled to this place: left, top, right, bottom
+
+    def files(self) -> set[str]:
+        return {name for name in (self.image, self.hole, self.base, self.alpha) if name}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The labels of an X/Y grid: the job's pictures on one sheet, as its last picture."""
+
+    across: list[str]
+    down: list[str]
+
+
+class Bell:
+    """Wakes coroutines from any thread."""
+
+    def __init__(self):
+        self.rings, self.lock, self.waiting = 0, threading.Lock(), []
+
+    def ring(self) -> None:
+        with self.lock:
+            self.rings += 1
+            waiting, self.waiting = self.waiting, []
+        for loop, event in waiting:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(event.set)
+
+    async def wait(self, heard: int, seconds: float) -> int:
+        """Until it has rung more than `heard` times, or so long; how often it has rung."""
+        event = asyncio.Event()
+        with self.lock:
+            if self.rings == heard:
+                self.waiting.append((asyncio.get_running_loop(), event))
+            else:
+                event.set()
+        try:
+            await asyncio.wait_for(event.wait(), seconds)
+        except TimeoutError:
+            pass
+        finally:
+            with self.lock:
+                self.waiting = [one for one in self.waiting if one[1] is not event]
+        return self.rings
+
+
+@dataclass(eq=False)
+class Job:
+    """One request. The first half is written down; the second lives as long as the run."""
+
+    id: str
+    client: str
+    api: str  # through which it came: "jobs", "openai" or "a1111"
+    model: str
+    each: list[Settings]  # nothing left open
+    place: str  # of its files, below pictures/
+    created: float
+    loras: list[tuple[str, float]] = field(default_factory=list)
+    source: Source | None = None
+    inputs: dict[str, bytes] = field(default_factory=dict)  # its files, until they are written
+    sheet: Sheet | None = None
+    number: int = 0
+    state: str = QUEUED
+    error: str | None = None
+    attempts: int = 0
+    started: float | None = None
+    finished: float | None = None
+    done: set[int] = field(default_factory=set)  # pictures in the history
+
+    drawing: set[int] = field(default_factory=set)
+    step: int = 0  # of the batch under way ...
+    steps: int = 0  # ... of so many
+    previews: dict[int, bytes] = field(default_factory=dict)  # rough PNGs
+    seconds: float = 0.0  # of drawing so far
+    alone: bool = False  # after a failure together with others
+    at_fault: bool = True  # whether a failure was in the request
+    bell: Bell = field(default_factory=Bell)
+
+    @property
+    def places(self) -> set[int]:
+        """The numbers of its pictures; a sheet is the last."""
+        return set(range(len(self.each) + (self.sheet is not None)))
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+    def todo(self) -> list[int]:
+        """What can be drawn now: a sheet only when its pictures are there."""
+        left = sorted(self.places - self.done - self.drawing)
+        ready = not self.drawing and len(self.done) == len(self.each)
+        return [place for place in left if place < len(self.each) or ready]
+
+    def settings_of(self, place: int) -> Settings:
+        return self.each[min(place, len(self.each) - 1)]
+
+    def picture_id(self, place: int) -> str:
+        return f"{self.id}-{place}"
+
+    def progress(self) -> float:
+        """0 to 1, by pictures and their steps."""
+        begun = len(self.drawing) * self.step / self.steps if self.steps else 0
+        return (len(self.done) + begun) / len(self.places)
+
+    def seconds_left(self) -> float | None:
+        """By the time it has taken since it began; None before there is something to go by."""
+        share = self.progress()
+        if self.state != RUNNING or share < 0.02:
+            return None
+        return (time.time() - self.started) * (1 - share) / share
+
+    @cached_property
+    def alike(self) -> list[Settings]:
+        """What pictures must have in common to be drawn together: all but prompts, seeds, and the scale of guidance,
+        where there is any."""
+        own = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None, "hashes": ()}
+        return [replace(one, **own, guidance=float(one.guidance == 1)) for one in self.each]
+
+
+class Unit(NamedTuple):
+    """One picture of a job."""
+
+    job: Job
+    place: int
+
+    @property
+    def settings(self) -> Settings:
+        return self.job.settings_of(self.place)
+
+    @property
+    def is_sheet(self) -> bool:
+        return self.place == len(self.job.each)
+
+    def kind(self) -> tuple:
+        """Pictures of one kind may be drawn in one batch."""
+        if self.is_sheet or self.job.alone:
+            return (self.job.id, self.place)
+        return (self.job.model, tuple(self.job.loras), self.job.source, self.job.alike[self.place])

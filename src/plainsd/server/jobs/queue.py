@@ -1,0 +1,156 @@
+"""The jobs that wait and run: bounded, fair to every client, cut into batches that agree.
+
+A batch takes pictures from one job, or from several whose settings differ in nothing but prompts, seeds and scale of
+guidance. Clients take turns picture by picture, so that somebody who asks for one waits for one batch, not for
+another's hundred.
+"""
+
+import threading
+import time
+from collections import Counter
+
+from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Bell, Job, Unit
+from plainsd.server.errors import Refused
+
+SHARE = 0.5  # of the queue that one client may fill
+ATTEMPTS = 3  # crashes of the whole server that one job may cause
+
+
+class Queue:
+    """The jobs that wait and run. Every change is in the store before anybody is told."""
+
+    def __init__(self, store, limit: int):
+        self.store, self.limit = store, limit
+        self.changed, self.bell = threading.Condition(threading.RLock()), Bell()
+        self.jobs: dict[str, Job] = {}  # oldest first
+        self.served: Counter[str] = Counter()  # pictures begun for each client, as long as it has jobs
+        self.ended: Counter[str] = Counter()  # states, since the start
+        self.seconds = 0.0  # from arrival to end, of all these
+        self.stopping = False
+        self.pace = 1.0  # seconds a picture, smoothed
+        for job in store.unfinished():
+            job.alone = job.attempts > 0  # it may have been the cause
+            job.state = QUEUED
+            self.jobs[job.id] = job
+            if job.attempts >= ATTEMPTS:
+                self.end(job, FAILED, f"the server ended {job.attempts} times while drawing this; try it smaller")
+
+    # --- from clients ------------------------------------------------------------------------------------------------
+
+    def add(self, job: Job) -> None:
+        with self.changed:
+            mine = sum(other.client == job.client for other in self.jobs.values())
+            if len(self.jobs) >= self.limit or mine >= max(1, self.limit * SHARE):
+                whose = f"{mine} of them yours" if mine else "none of them yours"
+                wait = max(1, round(self.pace * len(self.jobs) / 4))
+                raise Refused(
+                    429,
+                    f"the queue is full with {len(self.jobs)} jobs, {whose}; try again in {wait} s",
+                    headers={"Retry-After": str(wait)},
+                )
+            self.store.add(job)
+            if not mine:  # a newcomer starts level with those who wait, not ahead of them
+                self.served[job.client] = min((self.served[other.client] for other in self.jobs.values()), default=0)
+            self.jobs[job.id] = job
+            self.changed.notify_all()
+        self.bell.ring()
+
+    def get(self, id: str) -> Job | None:
+        with self.changed:
+            return self.jobs.get(id) or self.store.job(id)
+
+    def position(self, job: Job) -> int:
+        """How many jobs wait before it."""
+        with self.changed:
+            return sum(other.number < job.number and other.state == QUEUED for other in self.jobs.values())
+
+    def cancel(self, id: str) -> Job | None:
+        """At once, whether it waits or runs; what it has finished stays. None: there is no such job."""
+        with self.changed:
+            job = self.get(id)
+            if job is not None:
+                if not job.active:
+                    raise Refused(409, f"job {id} is {job.state} already; there is nothing to cancel")
+                self.end(job, CANCELLED)
+            return job
+
+    # --- from the worker ---------------------------------------------------------------------------------------------
+
+    def take(self, size: int) -> list[Unit]:
+        """The next batch, waiting for one; empty when the server stops."""
+        with self.changed:
+            while not self.stopping and not (waiting := self.waiting()):
+                self.changed.wait()
+            if self.stopping:
+                return []
+            batch: list[Unit] = []
+            while waiting and len(batch) < size:
+                unit = min(waiting, key=lambda unit: (self.served[unit.job.client], unit.job.number, unit.place))
+                batch.append(unit)
+                self.served[unit.job.client] += 1
+                waiting = [other for other in waiting if other != unit and other.kind() == unit.kind()]
+            for job in dict.fromkeys(unit.job for unit in batch):
+                if job.state == QUEUED:
+                    now = time.time()
+                    self.store.started(job, now)
+                    job.state, job.started = RUNNING, now
+                job.bell.ring()
+            for unit in batch:
+                unit.job.drawing.add(unit.place)
+                unit.job.step = unit.job.steps = 0  # those of the batch before say nothing about this one
+            return batch
+
+    def waiting(self) -> list[Unit]:
+        return [Unit(job, place) for job in self.jobs.values() for place in job.todo()]
+
+    def entered(self, unit: Unit, file: str, size: tuple[int, int]) -> bool:
+        """A picture's file is written: its row too, unless its job was cancelled meanwhile."""
+        job = unit.job
+        with self.changed:
+            if not job.active:
+                return False
+            self.store.enter(job, unit.place, file, size)
+            job.done.add(unit.place)
+            job.drawing.discard(unit.place)
+            job.previews.pop(unit.place, None)
+            if job.done == job.places:
+                self.end(job, DONE)
+            self.changed.notify_all()
+            job.bell.ring()
+            return True
+
+    def put_back(self, units: list[Unit], *, alone: bool = False) -> None:
+        """A batch was given up; its pictures wait again."""
+        with self.changed:
+            for job, place in units:
+                job.drawing.discard(place)
+                job.step = job.steps = 0
+                job.alone = job.alone or alone
+            self.changed.notify_all()
+
+    def end(self, job: Job, state: str, error: str | None = None, *, at_fault: bool = True) -> None:
+        with self.changed:
+            if not job.active:
+                return
+            finished = time.time()
+            self.store.ended(job, state, error, finished)
+            job.error, job.finished, job.at_fault = error, finished, at_fault
+            job.state = state
+            del self.jobs[job.id]
+            if all(other.client != job.client for other in self.jobs.values()):
+                del self.served[job.client]
+            self.ended[state] += 1
+            self.seconds += job.finished - job.created
+            self.changed.notify_all()
+        job.bell.ring()
+        self.bell.ring()
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopping = True
+            self.changed.notify_all()
+
+    def counts(self) -> dict[str, int]:
+        with self.changed:
+            states = Counter(job.state for job in self.jobs.values())
+            return {state: states[state] for state in ACTIVE}

@@ -1,0 +1,242 @@
+"""The data folder: what outlives a crash.
+
+    plainsd.sqlite     jobs, and the history of pictures
+    pictures/          one folder a day, ordinary PNG files
+    inputs/            what unfinished jobs draw on, named by content
+    thumbnails/        made when first asked for
+
+A picture is in the history when its row is written, in the same transaction as the end of its job; its file lies there
+before. Ids and file names follow from the job, so a job that runs again writes the same files and the same rows.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from PIL import Image
+
+from plainsd.errors import UserError
+from plainsd.pictures.images import write_png
+from plainsd.disk import written_whole
+from plainsd.server.jobs.job import DONE, QUEUED, RUNNING, Job, Sheet, Source
+from plainsd.server.jobs.pictures import Picture, settings_from, tagged
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, client TEXT NOT NULL, api TEXT NOT NULL,
+    model TEXT NOT NULL, loras TEXT NOT NULL, pictures TEXT NOT NULL, source TEXT, sheet TEXT, place TEXT NOT NULL,
+    state TEXT NOT NULL, error TEXT, attempts INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, started REAL,
+    finished REAL
+);
+CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state);
+CREATE TABLE IF NOT EXISTS images (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job TEXT NOT NULL, place INTEGER NOT NULL,
+    file TEXT NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, settings TEXT NOT NULL, loras TEXT NOT NULL,
+    search TEXT NOT NULL, created REAL NOT NULL, UNIQUE (job, place)
+);
+"""
+THUMBNAIL = 320  # pixels, the longer side
+
+
+class Store:
+    """All that is written. One connection, which also keeps a second server off the same folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.lock = folder.absolute(), threading.RLock()
+        try:
+            for name in ("pictures", "inputs", "thumbnails"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(self.folder / "plainsd.sqlite", check_same_thread=False, timeout=1)
+            self.db.row_factory = sqlite3.Row
+            self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.executescript(TABLES)
+        except (sqlite3.Error, OSError) as error:
+            busy = "is locked" in str(error)
+            why = "another server uses it; stop that one, or" if busy else f"{error};"
+            raise UserError(f"cannot use the data folder '{folder}': {why} choose another place with --data") from None
+
+    def close(self) -> None:
+        with self.lock:
+            self.db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        with self.lock, self.db:
+            yield self.db
+
+    # --- jobs --------------------------------------------------------------------------------------------------------
+
+    def add(self, job: Job) -> None:
+        values = {
+            "id": job.id, "client": job.client, "api": job.api, "model": job.model, "loras": json.dumps(job.loras),
+            "pictures": json.dumps([asdict(one) for one in job.each]), "place": job.place, "state": job.state,
+            "source": json.dumps(asdict(job.source)) if job.source else None,
+            "sheet": json.dumps(asdict(job.sheet)) if job.sheet else None, "created": job.created,
+        }  # fmt: skip
+        names = ", ".join(values)
+        with self.transaction() as db:
+            for name, content in job.inputs.items():
+                with written_whole(self.folder / "inputs" / name) as temporary:
+                    temporary.write_bytes(content)
+            job.inputs = {}
+            holes = ", ".join(f":{name}" for name in values)
+            job.number = db.execute(f"INSERT INTO jobs ({names}) VALUES ({holes})", values).lastrowid
+
+    def started(self, job: Job, when: float) -> None:
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE jobs SET state = ?, started = ?, attempts = attempts + 1 WHERE id = ?", (RUNNING, when, job.id)
+            )
+
+    def ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
+        """Its last state. What it was drawn on is no longer kept, unless another job needs it."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE jobs SET state = ?, error = ?, finished = ? WHERE id = ?", (state, error, finished, job.id)
+            )
+        if job.source:
+            self.tidy(job.source.files())
+
+    def put_back(self) -> None:
+        """The server stops as it should: what was running is queued again, and no attempt is counted."""
+        with self.transaction() as db:
+            db.execute("UPDATE jobs SET state = ?, attempts = attempts - 1 WHERE state = ?", (QUEUED, RUNNING))
+
+    def job(self, id: str) -> Job | None:
+        with self.lock:
+            row = self.db.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
+        return self._job(row) if row else None
+
+    def jobs(self, states: tuple[str, ...], limit: int = -1) -> list[Job]:
+        """Oldest first; with a limit, the newest of them."""
+        holes = ", ".join("?" * len(states))
+        with self.lock:
+            rows = self.db.execute(
+                f"SELECT * FROM jobs WHERE state IN ({holes}) ORDER BY number DESC LIMIT ?", (*states, limit)
+            ).fetchall()
+        return [self._job(row) for row in reversed(rows)]
+
+    def unfinished(self) -> list[Job]:
+        """What a crash or a stop left: queued, and running. Also clears inputs that nobody needs."""
+        jobs = self.jobs((QUEUED, RUNNING))
+        self.tidy({path.name for path in (self.folder / "inputs").iterdir()})
+        return jobs
+
+    def _job(self, row: sqlite3.Row) -> Job:
+        with self.lock:
+            done = self.db.execute("SELECT place FROM images WHERE job = ?", (row["id"],)).fetchall()
+        source, sheet = (json.loads(row[name]) if row[name] else None for name in ("source", "sheet"))
+        return Job(
+            id=row["id"], number=row["number"], client=row["client"], api=row["api"], model=row["model"],
+            loras=[(name, strength) for name, strength in json.loads(row["loras"])],
+            each=[settings_from(one) for one in json.loads(row["pictures"])],
+            source=Source(**{**source, "box": source["box"] and tuple(source["box"])}) if source else None,
+            sheet=Sheet(**sheet) if sheet else None, place=row["place"], state=row["state"], error=row["error"],
+            attempts=row["attempts"], created=row["created"], started=row["started"], finished=row["finished"],
+            done={place for (place,) in done},
+        )  # fmt: skip
+
+    def counts(self) -> dict[str, int]:
+        with self.lock:
+            return dict(self.db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+
+    # --- what jobs draw on -------------------------------------------------------------------------------------------
+
+    def input(self, name: str) -> Image.Image:
+        with Image.open(self.folder / "inputs" / name) as image:
+            image.load()
+            return image
+
+    def tidy(self, names: set[str]) -> None:
+        """Removes those of these inputs that no unfinished job draws on."""
+        with self.lock:
+            rows = self.db.execute(
+                "SELECT source FROM jobs WHERE source NOT NULL AND state IN (?, ?)", (QUEUED, RUNNING)
+            )
+            needed = {name for (source,) in rows for name in json.loads(source).values() if isinstance(name, str)}
+            for name in names - needed:
+                (self.folder / "inputs" / name).unlink(missing_ok=True)
+
+    # --- pictures ----------------------------------------------------------------------------------------------------
+
+    def write(self, job: Job, place: int, image: Image.Image) -> str:
+        """The PNG file of one picture; its path below the data folder."""
+        file = f"pictures/{job.place}-{place}.png"
+        path = self.folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(image, path, tagged(job.settings_of(place), job.loras))
+        return file
+
+    def enter(self, job: Job, place: int, file: str, size: tuple[int, int]) -> None:
+        """The row of a picture whose file is written; with the last one the job is done."""
+        settings = job.settings_of(place)
+        search = f"{settings.prompt}\n{settings.negative}\n{job.model}\nseed {settings.seed}".casefold()
+        row = (job.picture_id(place), job.id, place, file, *size, json.dumps(asdict(settings)), json.dumps(job.loras),
+               search, time.time())  # fmt: skip
+        with self.transaction() as db:
+            db.execute(
+                "INSERT INTO images (id, job, place, file, width, height, settings, loras, search, created) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
+            if job.done | {place} == job.places:
+                db.execute("UPDATE jobs SET state = ?, finished = ? WHERE id = ?", (DONE, time.time(), job.id))
+
+    def picture(self, id: str) -> Picture | None:
+        with self.lock:
+            row = self.db.execute("SELECT * FROM images WHERE id = ?", (id,)).fetchone()
+        return self._picture(row) if row else None
+
+    def pictures(
+        self, search: str = "", before: int | None = None, limit: int = 50, job: str | None = None
+    ) -> list[Picture]:
+        """Newest first. Every word of `search` must be found in prompt, negative prompt, model or seed."""
+        where, values = ["number < ?"], [before if before is not None else 2**62]
+        for word in search.casefold().split():
+            where.append("instr(search, ?)")
+            values.append(word)
+        if job is not None:
+            where.append("job = ?")
+            values.append(job)
+        with self.lock:
+            rows = self.db.execute(
+                f"SELECT * FROM images WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?", (*values, limit)
+            ).fetchall()
+        return [self._picture(row) for row in rows]
+
+    def _picture(self, row: sqlite3.Row) -> Picture:
+        known = {field.name: row[field.name] for field in fields(Picture)}
+        known["settings"] = settings_from(json.loads(row["settings"]))
+        known["loras"] = [(name, strength) for name, strength in json.loads(row["loras"])]
+        return Picture(**known)
+
+    def path(self, picture: Picture) -> Path:
+        """Where its file lies; never outside the data folder, whatever the database says."""
+        path = (self.folder / picture.file).resolve()
+        if not path.is_relative_to(self.folder.resolve() / "pictures"):
+            raise FileNotFoundError(path)
+        return path
+
+    def thumbnail(self, picture: Picture) -> Path:
+        """A WebP of at most 320 pixels; the picture itself where it is no larger."""
+        if max(picture.width, picture.height) <= THUMBNAIL:
+            return self.path(picture)
+        path = self.folder / "thumbnails" / f"{picture.id}.webp"
+        if not path.exists():
+            with Image.open(self.path(picture)) as image:
+                image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+                with self.lock, written_whole(path) as temporary:
+                    image.save(temporary, format="WEBP", quality=85)
+        return path
+
+    def delete(self, picture: Picture) -> None:
+        with self.transaction() as db:
+            db.execute("DELETE FROM images WHERE id = ?", (picture.id,))
+        self.path(picture).unlink(missing_ok=True)
+        (self.folder / "thumbnails" / f"{picture.id}.webp").unlink(missing_ok=True)

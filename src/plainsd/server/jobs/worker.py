@@ -1,0 +1,172 @@
+"""The one thread that owns the models and the device: takes batches, draws them, keeps what comes out."""
+
+import logging
+import sqlite3
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import replace
+
+from PIL import Image
+
+from plainsd.errors import UserError
+from plainsd.generate import Pictures, batch
+from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.images import grid
+from plainsd.pictures.previews import preview
+from plainsd.diffusion.samplers import Step
+from plainsd.server.jobs.job import FAILED, Job, Unit
+from plainsd.server.pool import Model, Models
+from plainsd.server.jobs.queue import Queue
+from plainsd.server.limits import Limits
+from plainsd.server.jobs.store import Store
+from plainsd.server.uploads import pasted, png
+
+PREVIEW_EVERY = 0.25  # seconds
+RETRY = 1.0  # seconds, where the history cannot be written
+log = logging.getLogger("plainsd.server")
+
+
+class Stopped(Exception):
+    """The server stops; the batch is given up and will be drawn again."""
+
+
+class Worker(threading.Thread):
+    """Draws until the queue is stopped. An error ends a job, never the thread."""
+
+    def __init__(self, queue: Queue, models: Models, store: Store, limits: Limits, size: int):
+        super().__init__(name="plainsd-worker", daemon=True)
+        self.queue, self.models, self.store, self.limits, self.size = queue, models, store, limits, size
+        self.pictures, self.failures, self.seconds, self.batches = 0, 0, 0.0, Counter()
+
+    def run(self) -> None:
+        while True:
+            units: list[Unit] = []
+            try:
+                units = self.queue.take(self.size)
+                if not units:
+                    return
+                self.serve(units)
+            except sqlite3.Error as error:  # the disk is full: nothing can be written, so nothing is lost
+                log.error("cannot write to the data folder (%s); trying again", error)
+                self.queue.put_back(units)
+                time.sleep(RETRY)
+
+    def serve(self, units: list[Unit]) -> None:
+        began = time.monotonic()
+        self.batches[len(units)] += 1
+        try:
+            self.draw(units)
+        except Stopped:
+            self.queue.put_back(units)
+        except Exception as error:
+            self.failed(units, error)
+        self.seconds += time.monotonic() - began
+
+    def draw(self, units: list[Unit]) -> None:
+        if units[0].is_sheet:
+            return self.keep(units[0], self.sheet(units[0].job))
+        model, sd = self.models.ready(units[0].job.model, units[0].job.loras, units[0].settings)
+        began = time.monotonic()
+        pictures = self.sampled(model, sd, units)
+        if pictures is None:
+            return
+        files = self.models.hashes(model, units[0].job.loras, units[0].settings)
+        for unit, image in zip(units, pictures.images, strict=True):
+            if unit.job.active:
+                unit.job.each[unit.place] = replace(unit.settings, hashes=files)
+                self.keep(unit, self.finished(unit.job, image))
+        self.queue.pace += 0.2 * ((time.monotonic() - began) / len(units) - self.queue.pace)
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def sampled(self, model: Model, sd: StableDiffusion, units: list[Unit]) -> Pictures | None:
+        """Runs the batch as long as anybody wants it."""
+        source = units[0].job.source
+        image, hole = (
+            (self.store.input(name) if name else None for name in (source.image, source.hole))
+            if source
+            else (None, None)
+        )
+        events = batch(sd, [unit.settings for unit in units], image, hole)
+        watch = Watch(self, model, units, events.steps)
+        with closing(events):
+            for event in events:
+                if isinstance(event, Pictures):
+                    return event
+                watch(event)
+                if self.queue.stopping:
+                    raise Stopped
+                if not any(unit.job.active for unit in units):
+                    return None
+
+    # --- keeping -----------------------------------------------------------------------------------------------------
+
+    def finished(self, job: Job, image: Image.Image) -> Image.Image:
+        """As it is shown: pasted into the old picture where the job says so."""
+        source = job.source
+        if source is None or source.base is None:
+            return image
+        return pasted(image, self.store.input(source.base), self.store.input(source.alpha), source.box)
+
+    def sheet(self, job: Job) -> Image.Image:
+        """The X/Y grid, from the files of its pictures."""
+        images = []
+        for place in range(len(job.each)):
+            row = self.store.picture(job.picture_id(place))
+            if row is None:
+                raise UserError("a picture of the grid was deleted before its sheet was made; draw the grid again")
+            with Image.open(self.store.path(row)) as image:
+                images.append(image.convert("RGB"))
+        return grid(images, len(job.sheet.across), job.sheet.across, job.sheet.down)
+
+    def keep(self, unit: Unit, image: Image.Image) -> None:
+        file = self.store.write(unit.job, unit.place, image)
+        if self.queue.entered(unit, file, image.size):
+            self.pictures += 1
+        else:  # cancelled while it was written
+            (self.store.folder / file).unlink(missing_ok=True)
+
+    def failed(self, units: list[Unit], error: Exception) -> None:
+        """One job alone has failed; of several, each is tried again by itself, so that nobody pays for a neighbour."""
+        jobs = dict.fromkeys(unit.job for unit in units)
+        if len(units) > 1:
+            return self.queue.put_back(units, alone=True)
+        self.failures += 1
+        if not isinstance(error, UserError):
+            log.error("job %s failed", units[0].job.id, exc_info=error)
+        for job in jobs:
+            said = (
+                str(error)
+                if isinstance(error, UserError)
+                else f"drawing failed ({type(error).__name__}: {error}); see the server's log"
+            )
+            self.queue.end(job, FAILED, said, at_fault=isinstance(error, UserError))
+
+
+class Watch:
+    """Sees each step of a batch: progress, a preview now and then, and the time that each job has used."""
+
+    def __init__(self, worker: Worker, model: Model, units: list[Unit], steps: int):
+        self.worker, self.model, self.units = worker, model, units
+        self.jobs = Counter(unit.job for unit in units)
+        self.shown, self.before = 0.0, time.monotonic()
+        for job in self.jobs:
+            job.step, job.steps = 0, steps
+
+    def __call__(self, event: Step) -> None:
+        now, limit = time.monotonic(), self.worker.limits.seconds
+        if now - self.shown >= PREVIEW_EVERY:
+            self.shown = now
+            for unit, rough in zip(self.units, preview(event.denoised, self.model.latent_rgb, 1), strict=True):
+                unit.job.previews[unit.place] = png(rough)
+        for job, count in self.jobs.items():
+            job.step += 1
+            job.seconds += (now - self.before) * count / len(self.units)
+            if job.seconds > limit:
+                self.worker.queue.end(
+                    job, FAILED, f"drawing took longer than {limit:g} s; ask for fewer steps, fewer or smaller pictures"
+                )
+            job.bell.ring()
+        self.before = now

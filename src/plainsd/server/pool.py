@@ -1,0 +1,239 @@
+"""The models that the server knows by name: loaded when a job wants them, kept as long as memory allows."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plainsd.device import choose_device, choose_dtype
+from plainsd.checkpoint import load
+from plainsd.files.convert import read
+from plainsd.files.tokenizers import tokenizers
+from plainsd.pictures.defaults import check_refiner, model_name
+from plainsd.files.stored import empty, parts
+from plainsd.errors import UserError, unknown
+from plainsd.pictures.model import StableDiffusion
+from plainsd.files.hashes import Hashes, hashes, weights_hash
+from plainsd.files.hub import find
+from plainsd.adapters.lora import add_lora, attached, check_strengths
+from plainsd.adapters.reading import located, open_lora
+from plainsd.pictures.previews import latent_rgb
+from plainsd.text.prompts import lora_tags
+from plainsd.server.folders import named_files
+from plainsd.server.errors import Refused
+from plainsd.server.embeddings import Word, Words, taught
+from plainsd.pictures.settings import Settings
+from plainsd.speed.model import faster
+
+Loras = Sequence[tuple[str, float]]
+
+
+@dataclass
+class Model:
+    """One model; its networks are there while it is resident."""
+
+    name: str
+    source: str | None  # None: the embedded one
+    bare: StableDiffusion  # all of it but the weights: enough to check a request
+    bytes: int  # in memory
+    hash: str | None = None  # of its weights, once they were loaded
+    sd: StableDiffusion | None = None
+    latent_rgb: Tensor | None = None  # for previews
+    loras: tuple[tuple[str, float], ...] | None = None  # those on it
+    taught: tuple[tuple[Word, ...], StableDiffusion] | None = None  # words learned last, and the model with them
+    ideas: list[str] = field(default_factory=list)  # prompts that it was trained for, where it says so
+    used: float = field(default_factory=time.monotonic)
+
+
+class Models:
+    """All models by name; the first is the default. Only the worker's thread loads and drops."""
+
+    def __init__(
+        self,
+        sources: Sequence[str | None],
+        device: str = "auto",
+        dtype: str = "auto",
+        budget: float | None = None,
+        loras: Path | None = None,
+        fast: bool = False,
+        embeddings: Path | None = None,
+    ):
+        if fast and loras is not None:
+            raise UserError("--fast packs the weights, and LoRAs need them plain; leave out --fast or --loras")
+        self.fast, self.words = fast, Words(embeddings)
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.budget = budget_of(self.device) if budget is None else budget
+        self.lock, self.loads, self.lora_folder = threading.Lock(), 0, loras
+        self.known: dict[str, Model] = {}
+        for source in sources or [None]:
+            model = self.described(source)
+            if model.name in self.known:
+                raise UserError(f"two models are called {model.name!r}; rename the folder or file of one")
+            self.known[model.name] = model
+        self.default = next(iter(self.known))
+
+    def described(self, source: str | None) -> Model:
+        """What a model is, without reading its weights."""
+        path = find(source)
+        contents = read(path)
+        variant = contents.variant
+        networks = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
+        bare = StableDiffusion(
+            tokenizers=tokenizers(contents, path) if self.words.folder else [],
+            text_encoders=[net for name, net in networks.items() if name.startswith("text")],
+            unet=networks["unet"], vae=networks["vae"], schedule=variant.schedule.build(),
+            prediction=variant.prediction,
+            variant=variant, path=path,
+        )  # fmt: skip
+        numbers = sum(prod(tensor.shape) for network in networks.values() for tensor in network.state_dict().values())
+        return Model(model_name(bare), source, bare, numbers * self.dtype.itemsize, ideas=ideas(path))
+
+    def __getitem__(self, name: str | None) -> Model:
+        """By name; None is the default. 404 where there is none such."""
+        name = self.default if name is None else name
+        if name not in self.known:
+            raise Refused(404, str(unknown("model", name, self.known)), "model", name)
+        return self.known[name]
+
+    def ready(self, name: str, loras: Loras, one: Settings) -> tuple[Model, StableDiffusion]:
+        """A model, and all that draws a picture of these settings: its networks with just these LoRAs, the words that
+        the prompts use, the refiner."""
+        model = self.resident(name, loras)
+        words = tuple(self.words.word(text) for text in one.embeddings)
+        if model.taught is None or model.taught[0] != words:
+            model.taught = words, taught(model.sd, words)
+        sd = model.taught[1]
+        if one.refiner is not None:
+            sd = replace(sd, refiner=self.resident(one.refiner, beside=model).sd)
+        return model, sd
+
+    def hashes(self, model: Model, loras: Loras, one: Settings) -> Hashes:
+        """Of the files that drew a picture of these settings."""
+        words = {word.text: word.path for word in map(self.words.word, one.embeddings)}
+        return hashes(model.sd.path, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items())
+
+    def resident(self, name: str, loras: Loras = (), beside: Model | None = None) -> Model:
+        """The model with its networks, and just these LoRAs on it. What is not loaded is; others make room for it, the
+        least recently used first, but not the one that is needed beside it."""
+        if name not in self.known:
+            raise UserError(f"model {name!r} is not served any more; start the server with --model for it")
+        model = self.known[name]
+        model.used = time.monotonic()
+        if model.sd is None:
+            while self.bytes() + model.bytes > self.budget and (oldest := self.oldest(beside)) is not None:
+                self.drop(oldest)
+            sd = load(model.source, device=self.device, dtype=self.dtype)
+            projection, digest = latent_rgb(sd), weights_hash(sd.path, "unet")
+            if self.fast:
+                faster(sd)
+            with self.lock:
+                model.sd, model.latent_rgb, model.loras, model.hash = sd, projection, (), digest
+                self.loads += 1
+        if model.loras != tuple(loras):
+            for lora in attached(model.sd):
+                lora.remove()
+            model.loras = model.taught = None  # neither the old nor the new, should one of these fail
+            for lora, strength in loras:
+                add_lora(model.sd, self.lora(lora), strength)
+            model.loras = tuple(loras)
+        return model
+
+    # --- LoRAs -------------------------------------------------------------------------------------------------------
+
+    def loras(self) -> dict[str, Path]:
+        """Those in their folder, looked for anew each time, by the name that a `<lora:name:1>` tag has for them."""
+        named = named_files(self.lora_folder)
+        return {name: path for name, path in named.items() if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
+
+    def lora(self, name: str) -> Path:
+        known = self.loras()
+        if name in known:
+            return known[name]
+        if self.lora_folder is None:
+            raise UserError(f"loras: there is none called {name!r}; start the server with --loras FOLDER")
+        if not known:
+            raise UserError(f"loras: there is none called {name!r}; put .safetensors files into the folder of --loras")
+        raise UserError(f"loras: {unknown('LoRA', name, known)}")
+
+    def check_loras(self, model: Model, wanted: Loras) -> None:
+        """UserError where one is not there, or was made for another kind of model."""
+        for name, strength in wanted:
+            try:
+                check_strengths(strength)
+            except UserError as error:
+                raise UserError(f"loras: {error}") from None
+            path = self.lora(name)
+            try:
+                located(open_lora(path), model.bare, partial=False)
+            except UserError as error:  # clients need not know where it lies
+                raise UserError(f"loras: {str(error).replace(str(path), name)}") from None
+
+    # --- refiners ----------------------------------------------------------------------------------------------------
+
+    def refined(self, model: Model, refiner: str | None) -> StableDiffusion:
+        """The model without weights, with its refiner, which is another of those served. Refused where it cannot be."""
+        if refiner is None:
+            return model.bare
+        if refiner not in self.known:
+            raise Refused(404, str(unknown("refiner", refiner, self.known)), "refiner", refiner)
+        if refiner == model.name:
+            raise UserError(f"refiner {refiner!r} is the model itself; choose another, or leave it out")
+        refined = replace(model.bare, refiner=self.known[refiner].bare)
+        try:
+            check_refiner(refined, Settings())
+        except UserError as error:
+            raise Refused(422, f"refiner: {error}", "refiner", refiner) from None
+        return refined
+
+    def refiners(self, model: Model) -> list[str]:
+        """Those of the others that can refine what it draws."""
+        return [name for name in self.known if self.can_refine(name, model)]
+
+    def can_refine(self, name: str, model: Model) -> bool:
+        try:
+            return bool(self.refined(model, name))
+        except (Refused, UserError):
+            return False
+
+    # --- memory ------------------------------------------------------------------------------------------------------
+
+    def oldest(self, but: Model | None = None) -> Model | None:
+        resident = [model for model in self.known.values() if model.sd is not None and model is not but]
+        return min(resident, key=lambda model: model.used, default=None)
+
+    def drop(self, model: Model) -> None:
+        with self.lock:
+            model.sd = model.latent_rgb = model.loras = model.taught = None
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+    def bytes(self) -> int:
+        """What the resident ones take."""
+        return sum(model.bytes for model in self.known.values() if model.sd is not None)
+
+
+def ideas(path: Path) -> list[str]:
+    """Prompts out of the `concepts.json` that lies beside a model trained by recipes/emoji; none for other models."""
+    try:
+        told = json.loads((path / "concepts.json").read_text("utf-8"))
+        phrases, colours = [concept["phrase"] for concept in told["concepts"]], list(told["backgrounds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    grounds = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} background" for colour in colours]
+    return [f"{phrase} on {ground}" for phrase, ground in zip(phrases, cycle(grounds))]
+
+
+def budget_of(device: torch.device) -> float:
+    """Bytes for models where none is given: three quarters of a GPU's memory, half of the machine's."""
+    if device.type == "cuda":
+        return 0.75 * torch.cuda.get_device_properties(device).total_memory
+    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

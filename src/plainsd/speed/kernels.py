@@ -1,0 +1,375 @@
+"""The kernels in kernels.cpp: attention and small linear layers, for inference; GroupNorm, SiLU and GEGLU, for training too.
+
+They are compiled with the machine's own C++ compiler when first asked for, some three seconds, and kept in the user's cache
+folder (XDG_CACHE_HOME or ~/.cache, in plainsd/) for later processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plainsd.disk import cache_folder
+from plainsd.models.unet import geglu
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+ENOUGH = {torch.float32: 2**24, torch.bfloat16: 2**18}  # multiplications of q k^T from which on it beats PyTorch's
+LONG = 2**16  # queries times keys from which on it does in training
+BITS = {torch.float32: 32, torch.bfloat16: 16}
+AFTER = {"none": 0, "gelu": 1, "times": 2}
+
+
+class Unavailable(Exception):
+    """Why there are no kernels on this machine."""
+
+
+def suit(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies in this precision as the kernels do."""
+    return {torch.float32: torch.cpu._is_avx512_supported, torch.bfloat16: torch.cpu._is_avx512_bf16_supported}.get(
+        dtype, lambda: False
+    )()
+
+
+@functools.cache
+def have_kernels(dtype: torch.dtype) -> bool:
+    """Whether kernels.cpp works here. If it cannot be compiled, a warning says why, once."""
+    try:
+        return suit(dtype) and bool(library())
+    except Unavailable as error:
+        warnings.warn(f"slower than it could be, without the kernels in kernels.cpp: {error}", stacklevel=2)
+        return False
+
+
+# ---- attention
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v. q (B, heads, N, d), k and v (B, heads, M, d), float32 or bfloat16 -> (B, heads, N, d).
+
+    PyTorch's own where that is little work, and for what the kernel is not made for: other precisions and devices, odd d in
+    bfloat16, is_causal, gradients.
+    """
+    (_, heads, n, d), m = q.shape, k.shape[2]
+    fits = q.is_cpu and q.dtype in BITS and d * BITS[q.dtype] % 32 == 0 and not is_causal
+    if not fits or heads * n * m * d < ENOUGH[q.dtype] or q.requires_grad or k.requires_grad or v.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    return (_compiled_attention if torch.compiler.is_compiling() else _attention)(q, k, v)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
+    (batch, heads, n, d), m, out = q.shape, k.shape[2], _empty(q)
+    tensors = [*map(_rows, (q, k, v)), out]
+    library().attend(
+        BITS[q.dtype],
+        *map(_pointer, tensors),
+        _pointer(kept),
+        _strides(tensors),
+        batch,
+        heads,
+        n,
+        m,
+        d,
+        d**-0.5,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With a row's numbers side by side."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _strides(tensors: list[Tensor]) -> ctypes.Array:
+    """Of batch, head and row."""
+    return (ctypes.c_long * (3 * len(tensors)))(*(stride for t in tensors for stride in t.stride()[:3]))
+
+
+def _empty(q: Tensor, *_: Tensor) -> Tensor:
+    """As the linear layer after it reads it: the heads of a position lie together."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+
+
+_compiled_attention = torch.library.custom_op(
+    "plainsd::attention", _attention, mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor"
+)
+_compiled_attention.register_fake(_empty)
+
+
+class _Attend(torch.autograd.Function):
+    """Attention in bfloat16, with gradients."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v, kept = _rows(q), _rows(k), _rows(v), torch.empty(q.shape[:3])
+        out = _attention(q, k, v, kept)
+        ctx.save_for_backward(q, k, v, out, kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, kept = ctx.saved_tensors
+        (batch, heads, n, d), gradients = q.shape, [*map(_empty, (q, k, v))]
+        tensors = [q, k, v, out, _rows(dout.to(q.dtype)), *gradients]
+        pointers = (ctypes.c_void_p * 8)(*map(_pointer, tensors))
+        library().attend_back(
+            pointers,
+            _strides(tensors),
+            _pointer(kept),
+            batch,
+            heads,
+            n,
+            k.shape[2],
+            d,
+            d**-0.5,
+            torch.get_num_threads(),
+        )
+        return tuple(gradients)
+
+
+# ---- linear layers
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight (n, k) as `linear` reads it; k even in bfloat16."""
+    (n, k), weight = weight.shape, weight.contiguous()
+    packed = torch.zeros(k * BITS[weight.dtype] // 32, -(-n // 16) * 16, dtype=torch.int32)
+    library().pack(BITS[weight.dtype], weight.data_ptr(), packed.data_ptr(), k, n)
+    return packed
+
+
+def linear(
+    x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str = "none", other: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias, then its GELU, or `times` another tensor. x (..., k), other (..., n) -> (..., n)."""
+    x, k = x.contiguous(), x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], n)
+    if other is not None:
+        other = other.contiguous()
+    library().linear(
+        BITS[x.dtype],
+        x.data_ptr(),
+        packed.data_ptr(),
+        _pointer(bias),
+        _pointer(other),
+        out.data_ptr(),
+        x.numel() // k,
+        k,
+        n,
+        AFTER[after],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+# ---- LayerNorm, GroupNorm and SiLU, GEGLU
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """norm(x), whose weight and bias are float32. (..., k) -> (..., k)."""
+    x = x.contiguous()
+    out, k = torch.empty_like(x), x.shape[-1]
+    library().layer_norm(
+        BITS[x.dtype],
+        x.data_ptr(),
+        norm.weight.data_ptr(),
+        norm.bias.data_ptr(),
+        out.data_ptr(),
+        x.numel() // k,
+        k,
+        norm.eps,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """norm(x), whose weight and bias are float32. (B, C, H, W) -> the same, channels last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, False)
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, over: bool = False) -> Tensor:
+    """silu(norm(x + shift)). x (B, C, H, W), shift (B, C) -> (B, C, H, W), channels last. `over`: x may be written over."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _norm(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, True, shift, x if over else None)
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+    out: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(x) if out is None else out
+    if shift is not None:
+        shift = shift.contiguous()
+    library().norm_silu(
+        BITS[x.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        _pointer(shift),
+        out.data_ptr(),
+        _pointer(kept),
+        len(x),
+        x.shape[2] * x.shape[3],
+        x.shape[1],
+        groups,
+        eps,
+        silu,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _Norm(torch.autograd.Function):
+    """GroupNorm, or that and SiLU, with gradients; weight and bias are float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        kept = torch.empty(2, len(x), x.shape[1])  # means and 1 / deviations
+        ctx.how = groups, silu
+        ctx.save_for_backward(x, weight, bias, kept)
+        return _norm(x, weight, bias, groups, eps, silu, kept=kept)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, kept = ctx.saved_tensors
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        pointers = (tensor.data_ptr() for tensor in (x, dy, weight, bias, kept, dx, dweight, dbias))
+        library().norm_silu_back(
+            BITS[x.dtype], *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], *ctx.how, torch.get_num_threads()
+        )
+        return dx, dweight, dbias, None, None, None
+
+
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _Geglu.run(x, None, x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _Geglu.run(x, dy.to(x.dtype).contiguous(), torch.empty_like(x))
+
+    @staticmethod
+    def run(x: Tensor, dy: Tensor | None, out: Tensor) -> Tensor:
+        d = x.shape[-1] // 2
+        library().geglu(
+            BITS[x.dtype], x.data_ptr(), _pointer(dy), out.data_ptr(), x.numel() // (2 * d), d, torch.get_num_threads()
+        )
+        return out
+
+
+# For training. On another device, and for what is neither float32 nor bfloat16, they are PyTorch's.
+
+
+def trained_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False) -> Tensor:
+    """norm(x), or silu(norm(x)). (B, C, H, W) -> the same, channels last."""
+    if x.dtype not in BITS or not x.is_cpu:
+        x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return F.silu(x) if silu else x
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _Norm.apply(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, silu)
+
+
+def trained_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v; see `attention`."""
+    fits = q.is_cpu and q.dtype == torch.bfloat16 and q.shape[3] % 2 == 0 and not is_causal
+    if not fits or q.shape[2] * k.shape[2] < LONG:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    return _Attend.apply(q, k, v)
+
+
+trained_norm_silu = functools.partial(trained_norm, silu=True)
+
+
+def trained_geglu(x: Tensor) -> Tensor:
+    """value * GELU(gate) of values and gates side by side: (..., 2 D) -> (..., D)."""
+    return _Geglu.apply(x.contiguous()) if x.dtype in BITS and x.is_cpu else geglu(x)
+
+
+# ---- compiling
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """kernels.cpp, ready to be called. Errors: Unavailable, with the compiler's first complaint."""
+    source = files("plainsd").joinpath("kernels.cpp").read_bytes()
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise Unavailable(f"no C++ compiler ({os.environ.get('CXX', 'c++')}) is installed")
+    try:
+        folder = cache_folder()
+        path = folder / f"kernels-{_key(source, compiler)}.so"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, source, path)
+        made = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(str(error)) from None
+    if suit(torch.bfloat16) and not made.knows_bfloat16():
+        raise Unavailable(f"{compiler} does not know this processor's bfloat16 instructions; a newer one does")
+    kind, number, place, real = ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_double
+    for name, arguments in {
+        "attend": [kind, *6 * [place], *5 * [number], real, number],
+        "attend_back": [*3 * [place], *5 * [number], real, number],
+        "pack": [kind, *2 * [place], *2 * [number]],
+        "linear": [kind, *5 * [place], *3 * [number], kind, number],
+        "layer_norm": [kind, *4 * [place], *2 * [number], real, number],
+        "norm_silu": [kind, *6 * [place], *4 * [number], real, kind, number],
+        "norm_silu_back": [kind, *8 * [place], *4 * [number], kind, number],
+        "geglu": [kind, *3 * [place], *3 * [number]],
+    }.items():
+        getattr(made, name).argtypes, getattr(made, name).restype = arguments, None
+    return made
+
+
+def _key(source: bytes, compiler: str) -> str:
+    """Of all that the compiled file depends on. A home folder may be shared by machines with other processors."""
+    try:
+        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        cpu = torch.backends.cpu.get_cpu_capability()
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    return hashlib.sha256(b"\0".join([source, version, cpu.encode(), *map(str.encode, FLAGS)])).hexdigest()[:16]
+
+
+def _compile(compiler: str, source: bytes, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:  # so that `path` is whole or absent
+        made = Path(place) / "made.so"
+        (Path(place) / "kernels.cpp").write_bytes(source)
+        command = [compiler, *FLAGS, str(Path(place) / "kernels.cpp"), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            complaint = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
+            raise RuntimeError(f"{compiler}: {complaint}")
+        os.replace(made, path)

@@ -1,0 +1,185 @@
+"""Speed: functions that make a loaded model faster, and its pictures the same but for rounding.
+
+    pack               weights laid out once as the processor's matrix units read them, and not anew at each call;
+                       GEGLU's gate and product inside the two projections that they follow; queries, keys and
+                       values in one call, and those of a text that stays the same only once; a doubled map and
+                       the 3x3 convolution after it as four 2x2 convolutions before it                (CPU)
+                       GroupNorm and SiLU in one; small linear layers without oneDNN's start          (CPU with AVX-512)
+    attend_faster      attention in pieces that stay in the cache                                     (CPU without AMX)
+    trained_faster     GroupNorm and SiLU, and GEGLU, in one while training, and long attention       (CPU with AVX512_BF16)
+    compile_unet       fused kernels by torch.compile; minutes the first time                        (CPU, GPU)
+
+`faster` applies what pays on the model's own device. All of them work in place and are meant to come last: a packed
+model can no longer be trained or saved, or take up adapters. The plain forward passes stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.speed import kernels
+from plainsd.errors import UserError
+from plainsd.speed.kernels import have_kernels
+from plainsd.models.layers import Attention, ResBlock
+from plainsd.models.unet import FeedForward
+from plainsd.speed.packed import PackedCrossAttention, PackedSelfAttention, pack_inside
+
+if TYPE_CHECKING:
+    from plainsd.pictures.model import StableDiffusion
+
+PIECE = 512  # queries whose attention maps are in memory at once
+LONG = 1024  # queries from which on that pays
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def faster(
+    sd: StableDiffusion, *, compiled: bool = False, tell: Callable[[str], None] = lambda line: None
+) -> StableDiffusion:
+    """The same model, in place, with what pays on its device. `compiled`: torch.compile too; `tell` is told when it compiles,
+    and how long that took."""
+    if sd.refiner is not None:
+        faster(sd.refiner, compiled=compiled, tell=tell)
+    for network in networks(sd):
+        network.to(memory_format=torch.channels_last)
+    if sd.device.type == "cpu":
+        attend_faster(sd)
+        if sd.dtype in DTYPES and torch.backends.mkldnn.is_available():
+            pack(sd, unet=not compiled)
+    if compiled:
+        compile_unet(sd, tell)
+    return sd
+
+
+def networks(sd: StableDiffusion) -> list[nn.Module]:
+    return [*sd.text_encoders, sd.unet, sd.vae]
+
+
+# ---- packed weights
+
+
+def pack(sd: StableDiffusion, *, unet: bool = True) -> None:
+    """Puts packed layers in place of every plain Linear, Conv2d and FeedForward, and of the UNet's attention. What carries
+    a LoRA stays.
+
+    `unet`: the UNet too; torch.compile packs for itself.
+    """
+    if sd.device.type != "cpu" or sd.dtype not in DTYPES or not torch.backends.mkldnn.is_available():
+        raise UserError(
+            f"weights can be packed on a CPU, in float32 or bfloat16, by a PyTorch with oneDNN; "
+            f"this model is {sd.dtype} on {sd.device}"
+        )
+    with torch.no_grad():
+        for network in networks(sd):
+            if unet or network is not sd.unet:
+                pack_inside(network)
+
+
+# ---- attention
+
+
+def attentions(sd: StableDiffusion) -> Iterator[nn.Module]:
+    kinds = (Attention, PackedSelfAttention, PackedCrossAttention)
+    return (module for network in networks(sd) for module in network.modules() if isinstance(module, kinds))
+
+
+def attend_faster(sd: StableDiffusion) -> None:
+    """Puts the fastest form of attention that this processor and this precision have in place of PyTorch's, if it is faster."""
+    if torch.cpu._is_amx_tile_supported():
+        return
+    form = kernels.attention if have_kernels(sd.dtype) else blocked_attention if sd.dtype == torch.bfloat16 else None
+    if form is not None:
+        for attention in attentions(sd):
+            attention.attend = form
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, head by head and PIECE queries at a time. q, k, v (B, heads, N or M, d) -> (B, heads, N, d).
+
+    Where few queries look at few keys, PyTorch's own.
+    """
+    if is_causal or q.shape[2] < LONG or k.shape[2] < LONG:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    scale, out = q.shape[-1] ** -0.5, torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            keys, values = (k[b, head] * scale).t(), v[b, head].contiguous()  # (d, M), (M, d)
+            for start in range(0, q.shape[2], PIECE):
+                piece = q[b, head, start : start + PIECE]
+                out[b, head, start : start + PIECE] = torch.softmax(piece @ keys, dim=-1) @ values
+    return out
+
+
+# ---- training
+
+
+@contextmanager
+def trained_faster(network: nn.Module) -> Iterator[None]:
+    """Inside, the network's GroupNorms, with the SiLU after them, its GEGLUs and its attention are kernels of our own, and so
+    are their gradients: on a CPU with AVX512_BF16. Elsewhere nothing changes."""
+    works = next(network.parameters()).device.type == "cpu" and have_kernels(torch.bfloat16)
+    changed = []  # of which object, which name
+    for module in network.modules() if works else []:
+        if isinstance(module, ResBlock):
+            changed.append((module, "activate", kernels.trained_norm_silu))
+        elif isinstance(module, FeedForward):
+            changed.append((module, "activate", kernels.trained_geglu))
+        elif isinstance(module, Attention) and not torch.cpu._is_amx_tile_supported():
+            changed.append((module, "attend", kernels.trained_attention))
+        elif isinstance(module, nn.GroupNorm):
+            changed.append((module, "forward", functools.partial(kernels.trained_norm, module)))
+    before = [vars(module).get(name) for module, name, _ in changed]
+    for module, name, form in changed:
+        setattr(module, name, form)
+    try:
+        yield
+    finally:
+        for (module, name, _), old in zip(changed, before, strict=True):
+            if old is None:
+                delattr(module, name)  # the class's own shows again
+            else:
+                setattr(module, name, old)
+
+
+# ---- torch.compile
+
+
+def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
+    """Compiles the UNet for the shapes that it meets: on a GPU with CUDA graphs, on a CPU with its weights frozen in.
+
+    The first step of each shape takes a minute or two; later processes find most of it in torch's cache.
+    """
+    met = set()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    compiled = torch.compile(sd.unet.forward, dynamic=False, options=compiler_options(sd.device))
+
+    def forward(
+        x: Tensor, timestep: Tensor | float, context: Tensor, *rest: Tensor | None, **named: Tensor | None
+    ) -> Tensor:
+        if not isinstance(timestep, Tensor):  # a number would be compiled in, and each step anew
+            timestep = x.new_full((), timestep, dtype=torch.float32)
+        shape, began = (x.shape, context.shape), time.perf_counter()
+        if new := shape not in met:
+            tell(
+                f"compiling the UNet for {len(x)} rows of {x.shape[3]}x{x.shape[2]} latents; the first time takes minutes"
+            )
+        out = compiled(x, timestep, context, *rest, **named)
+        if sd.device.type == "cuda":  # a graph's output is written over when it runs again
+            out = out.clone()
+        if new:
+            met.add(shape)
+            tell(f"compiled in {time.perf_counter() - began:.0f} s")
+        return out
+
+    sd.unet.forward = forward
+
+
+def compiler_options(device: torch.device) -> dict[str, bool]:
+    """Of torch.compile."""
+    return {"triton.cudagraphs": True} if device.type == "cuda" else {"freezing": True}

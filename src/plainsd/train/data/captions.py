@@ -1,0 +1,108 @@
+"""Captions as a UNet reads them, for training: plain text without notation, cut to a fixed length.
+
+A fixed length makes a picture's error independent of its neighbours in the batch. Encoders that do not learn see every
+caption once, alone and in float32, so that its states are the same numbers in every run and after every resume.
+
+Shape letters: B captions, M = positions * chunks (77 with CLIP), D width of the states, P of the pooled state, V of
+SDXL's vector.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from plainsd.pictures.conditioning import SINUSOID, cut, encode_prompts, size_vector
+from plainsd.errors import UserError
+from plainsd.pictures.model import StableDiffusion
+from plainsd.text.prompts import Weighted
+
+SCORE = 6.0  # what SDXL's refiner is told of how good a picture looks
+
+
+@dataclass
+class Reader:
+    """Captions to text states. What it remembers takes `room` bytes at most; the one longest out of use goes first."""
+
+    sd: StableDiffusion
+    learns: bool = False  # the text encoders train: nothing is remembered, and gradients flow
+    chunks: int = 1  # of 75 tokens each with CLIP; what a caption has more is cut off
+    room: int = 2**30
+    _known: OrderedDict[str, tuple[Tensor, Tensor | None]] = field(default_factory=OrderedDict)
+    _bytes: int = 0
+
+    def __post_init__(self):
+        if self.chunks < 1:
+            raise UserError(f"{self.chunks} chunks of caption; give at least 1")
+
+    def __call__(self, captions: Sequence[str], sizes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Context (B, M, D) and SDXL's vector (B, V). `sizes` (B, 6) is what SDXL is told of each picture."""
+        if self.learns:
+            context, pooled = self._encode(captions)
+        else:
+            states = [self._recall(caption) for caption in captions]
+            context = torch.cat([one for one, _ in states]).to(self.sd.device)
+            pooled = torch.cat([one for _, one in states]).to(self.sd.device) if states[0][1] is not None else None
+        if pooled is None:
+            return context, None
+        return context, size_vector(pooled, self._numbers(sizes, pooled).to(pooled.device))
+
+    def _recall(self, caption: str) -> tuple[Tensor, Tensor | None]:
+        if caption in self._known:
+            self._known.move_to_end(caption)
+            return self._known[caption]
+        with torch.no_grad(), torch.autocast(self.sd.device.type, enabled=False):
+            states = tuple(None if part is None else part.cpu() for part in self._encode([caption]))
+        self._known[caption] = states
+        self._bytes += _size(states)
+        while self._bytes > self.room and len(self._known) > 1:
+            self._bytes -= _size(self._known.popitem(last=False)[1])
+        return states
+
+    def _encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """(B, M, D), and where the UNet reads it the pooled state (B, P). An empty caption is all zeros to SDXL's base
+        model, as it is when pictures are made."""
+        coded = encode_prompts(self.sd, [[Weighted(caption)] for caption in captions])
+        context = self._cut(coded.context)
+        if coded.vector is None:
+            return context, None
+        config = self.sd.text_encoders[-1].config
+        width = config.projection or config.width
+        pooled = coded.vector[:, :width]
+        if self.sd.unet.config.vector - width == 6 * SINUSOID:
+            said = torch.tensor([bool(caption) for caption in captions], device=context.device)
+            context, pooled = context * said[:, None, None], pooled * said[:, None]
+        return context, pooled
+
+    def _cut(self, context: Tensor) -> Tensor:
+        """(B, any length, D) -> (B, M, D): cut off, or filled up with an empty caption's states."""
+        length = self.sd.text_encoders[0].config.positions * self.chunks
+        if context.shape[1] < length:
+            empty = encode_prompts(self.sd, [[Weighted("")]]).context
+            missing = (length - context.shape[1]) // empty.shape[1]
+            context = torch.cat([context, empty.repeat(len(context), missing, 1)], dim=1)
+        return context[:, :length]
+
+    def _numbers(self, sizes: Tensor, pooled: Tensor) -> Tensor:
+        """SDXL's base model is told six sizes, its refiner four and a score."""
+        if self.sd.unet.config.vector - pooled.shape[1] == 6 * SINUSOID:
+            return sizes
+        return torch.cat([sizes[:, :4], torch.full((len(sizes), 1), SCORE)], dim=1)
+
+
+def _size(states: tuple[Tensor, Tensor | None]) -> int:
+    return sum(part.nbytes for part in states if part is not None)
+
+
+def cut_captions(sd: StableDiffusion, captions: Sequence[str], chunks: int) -> int:
+    """How many captions are longer than what is read of them."""
+    encoders = [
+        (tokenizer, encoder.config.positions - 2)
+        for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True)
+    ]
+    return sum(
+        any(len(cut(tokenizer, [Weighted(caption)], room)) > chunks for tokenizer, room in encoders)
+        for caption in captions
+    )

@@ -1,0 +1,259 @@
+"""Captioned pictures: from a folder, checked, cut to the sizes that are trained on.
+
+A folder holds `metadata.jsonl` (one line a picture: `file_name`, and `text`: a caption or a list of them; `mask`: a
+file whose dark parts do not count), or pairs `name.png` + `name.txt` (one caption a line; `name.mask.png`). Other
+sources are read by sources.py into the same `Pictures`.
+"""
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from plainsd.errors import UserError
+from plainsd.disk import read_text_file
+from plainsd.pictures.images import open_picture, to_tensor
+from plainsd.disk import written_whole
+from plainsd.train.order import random
+from plainsd.train.data.crops import Framing, Size, View, cut_out, view_of
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SMALLEST = 8  # pixels of a picture's shorter side
+
+
+class Entry(Protocol):
+    """One captioned picture, wherever it lies. Entries are frozen dataclasses, so that a scan can fill in `size`."""
+
+    texts: tuple[str, ...]
+    repeats: int  # how often an epoch shows it
+    size: Size | None  # known after a scan
+    masked: bool
+    name: str
+
+    def mark(self) -> str:
+        """Changes when the picture does."""
+
+    def open(self) -> Image.Image: ...
+
+    def open_mask(self) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture in a file of its own."""
+
+    path: Path
+    texts: tuple[str, ...]
+    repeats: int = 1
+    size: Size | None = None
+    mask: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def masked(self) -> bool:
+        return self.mask is not None
+
+    def mark(self) -> str:
+        stat = self.path.stat()
+        return f"{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+
+    def open(self) -> Image.Image:
+        return open_picture(self.path)
+
+    def open_mask(self) -> Image.Image:
+        return open_picture(self.mask, background="black")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of about `size` x `size` pixels, and how they are cut and captioned."""
+
+    items: tuple[Entry, ...]
+    size: int
+    framing: Framing = Framing()
+    tags: int | None = None  # captions are lists with commas: all but the first `tags` entries are shuffled
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def views(self, index: int) -> list[View]:
+        item = self.items[index]
+        return self.framing.views(item.name, item.size or item.open().size, self.size)
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """The first view of each, of the same size all of them: (B, 3, H, W) in [-1, 1]."""
+        return torch.cat([self._first(self.items[i].open(), self.items[i].name) for i in indices])
+
+    def _first(self, picture: Image.Image, name: str) -> Tensor:
+        return to_tensor(cut_out(picture, self.framing.views(name, picture.size, self.size)[0]))
+
+    def caption(self, index: int, generator: torch.Generator) -> str:
+        """One of the picture's captions, drawn with `generator`."""
+        texts = self.items[index].texts
+        text = texts[int(torch.randint(len(texts), (), generator=generator))]
+        return text if self.tags is None else shuffled(text, self.tags, generator)
+
+    def split(self, share: float) -> tuple["Pictures", "Pictures"]:
+        """(the others, a random share of the pictures, at least one), always the same ones."""
+        if not 0 < share < 1 or len(self) < 2:
+            raise UserError(f"cannot hold out a share of {share:g} of {len(self)} pictures; give one between 0 and 1")
+        order = torch.randperm(len(self), generator=random(0, 4, len(self))).tolist()
+        held = set(order[: min(len(self) - 1, max(1, round(share * len(self))))])
+        parts = [tuple(item for i, item in enumerate(self.items) if (i in held) == wanted) for wanted in (False, True)]
+        return replace(self, items=parts[0]), replace(self, items=parts[1])
+
+
+def shuffled(text: str, keep: int, generator: torch.Generator) -> str:
+    """`a, b, c, d` with all but the first `keep` entries in another order."""
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    head, tail = entries[:keep], entries[keep:]
+    return ", ".join([*head, *(tail[i] for i in torch.randperm(len(tail), generator=generator).tolist())])
+
+
+def fit_square(picture: Image.Image, size: int) -> Image.Image:
+    """The middle square, scaled to `size`."""
+    return cut_out(picture, view_of(picture.size, (size, size)))
+
+
+# ---- reading a folder
+
+
+def read_folder(
+    folder: str | Path,
+    size: int,
+    *,
+    bad_share: float = 0.01,
+    check: bool = True,
+    caption: str | None = None,
+    repeats: int = 1,
+    limit: int | None = None,
+    known: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Pictures:
+    """All captioned pictures of a folder. Broken pictures and empty captions are left out, counted and listed.
+
+    More than `bad_share` of them is a UserError: then something is wrong with the folder, not with a file. `caption` is
+    for pictures that have none. `known`: a file that remembers which pictures were found whole.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {str(folder)!r}; --data wants a folder of captioned pictures")
+    found = list(_from_metadata(folder) if (folder / "metadata.jsonl").is_file() else _from_pairs(folder))
+    if not found:
+        raise UserError(f"{folder}: no pictures; put metadata.jsonl there, or pairs such as cat.png and cat.txt")
+    entries = [
+        (replace(item, texts=item.texts or ((caption,) if caption else ()), repeats=repeats), fault)
+        for item, fault in found[:limit]
+    ]
+    return Pictures(scan(entries, str(folder), bad_share, check, known, say), size)
+
+
+def _from_metadata(folder: Path):
+    for number, line in enumerate(read_text_file(folder / "metadata.jsonl").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            texts = row.get("text", ())
+            texts = texts if isinstance(texts, list) else [texts] if texts else []
+            mask = folder / row["mask"] if row.get("mask") else None
+            yield Item(folder / row["file_name"], tuple(t for t in texts if t.strip()), mask=mask), None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            yield Item(folder / f"metadata.jsonl line {number}", ()), 'not {"file_name": ..., "text": ...}'
+
+
+def _from_pairs(folder: Path):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask")):
+        text, mask = path.with_suffix(".txt"), path.with_suffix(".mask.png")
+        item = Item(path, (), mask=mask if mask.is_file() else None)
+        try:
+            lines = text.read_text("utf-8").splitlines() if text.is_file() else []
+            yield replace(item, texts=tuple(t for t in lines if t.strip())), None
+        except UnicodeDecodeError:
+            yield item, "its caption is not text in UTF-8"
+
+
+# ---- checking
+
+
+def scan(
+    found: Sequence[tuple[Entry, str | None]],
+    where: str,
+    bad_share: float,
+    check: bool = True,
+    known: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[Entry, ...]:
+    """The entries that can be used, with their sizes. `found` has each with what is wrong with it already, or None."""
+    whole = json.loads(known.read_text("utf-8")) if known and known.is_file() else {}
+    entries, bad, before = [], [], len(whole)
+    for entry, fault in tqdm(found, "checking pictures", disable=None if check else True, leave=False):
+        fault = fault or (None if entry.texts else "no caption")
+        if check and not fault:
+            entry, fault = _checked(entry, whole)
+        if fault:
+            bad.append(f"{entry.name}: {fault}")
+        else:
+            entries.append(entry)
+    if known and len(whole) > before:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(known) as unfinished:
+            unfinished.write_text(json.dumps(whole), encoding="utf-8")
+    if bad:
+        say(f"left out {len(bad)} of {len(found)} pictures: {'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}")
+    if not entries or len(bad) > bad_share * len(found):
+        raise UserError(
+            f"{where}: {len(bad)} of {len(found)} pictures cannot be used, more than {bad_share:.0%} "
+            f"(first: {bad[0]}); mend them or raise --bad-share"
+        )
+    return tuple(entries)
+
+
+def _checked(entry: Entry, whole: dict[str, Sequence[int]]) -> tuple[Entry, str | None]:
+    """The entry with its size, or what is wrong with it. Marks in `whole` are believed, and new ones put there."""
+    try:
+        mark = entry.mark()
+        if mark not in whole:
+            size = entry.open().size
+            if min(size) < SMALLEST:
+                return entry, f"only {size[0]}x{size[1]} pixels"
+            if entry.masked and entry.open_mask().size != size:
+                return entry, f"its mask is of another size than its {size[0]}x{size[1]} pixels"
+            whole[mark] = size
+        return replace(entry, size=tuple(whole[mark])), None
+    except UserError as error:
+        return entry, str(error)
+    except OSError as error:
+        return entry, error.strerror or str(error)
+
+
+def described(pictures: Pictures) -> str:
+    """What a scan found, in a line or two."""
+    sides = [min(item.size) for item in pictures.items]
+    small = sum(side < pictures.size for side in sides)
+    texts = {text for item in pictures.items for text in item.texts}
+    repeated = sum(item.repeats for item in pictures.items)
+    lines = [
+        f"{len(pictures)} pictures{f', {repeated} an epoch' if repeated != len(pictures) else ''}, {len(texts)} "
+        f"captions; shorter sides {min(sides)} to {max(sides)} px, median {statistics.median(sides):g}"
+        f"{f'; {small} are enlarged to {pictures.size}' if small else ''}"
+    ]
+    if pictures.framing.buckets:
+        sizes = Counter(pictures.views(i)[0].size for i in range(len(pictures)))
+        lines.append("sizes: " + ", ".join(f"{w}x{h} {count}" for (w, h), count in sizes.most_common()))
+    return "\n".join(lines)
+
+
+def joined(parts: Iterable[Pictures]) -> Pictures:
+    """Several sets as one, cut and captioned as the first."""
+    parts = list(parts)
+    return replace(parts[0], items=tuple(item for part in parts for item in part.items))

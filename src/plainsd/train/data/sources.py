@@ -1,0 +1,271 @@
+"""Captioned pictures from wherever they lie: a folder, parquet files, tar shards, a dataset on the hub.
+
+    cats                     a folder with metadata.jsonl, or with name.png + name.txt pairs; needs nothing else
+    cats:10                  any source: ten times an epoch
+    shards/ or one.parquet   parquet files with a picture and a text column      }
+    shards/ or one.tar       tar files in the webdataset form                    } these need the `datasets` library
+    pictures/                pictures with metadata.csv or metadata.parquet      }
+    owner/name[@revision]    a dataset on the hub                                }
+
+A picture column is one of that type, or with one of the names in PICTURE_COLUMNS; a text column has a caption, a list
+of them, or (tar) a table with one; a column `mask` holds pictures whose dark parts do not count. With `stream` a
+dataset is not fetched as a whole: its first `limit` rows are read one after the other and kept in the cache folder.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from plainsd.errors import UserError
+from plainsd.pictures.images import open_picture
+from plainsd.disk import written_whole
+from plainsd.train.data.pictures import SUFFIXES, Pictures, read_folder, scan
+from plainsd.train.data.crops import Size
+
+PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
+TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")
+MASK_COLUMN = "mask"
+SOURCE = re.compile(r"(.+?)(?::(\d+))?")  # with a number of repeats
+HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read."""
+
+    caption: str | None = None  # for pictures without one
+    picture_column: str | None = None
+    text_column: str | None = None
+    split: str = "train"
+    stream: bool = False
+    limit: int | None = None  # only the first so many pictures
+    bad_share: float = 0.01
+
+
+class Bytes(BytesIO):
+    """A picture in memory, with the name that messages give it."""
+
+    def __init__(self, content: bytes, name: str):
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A picture in a row of a `datasets.Dataset`, whose picture columns are not decoded by it."""
+
+    table: Any
+    number: int
+    column: str
+    texts: tuple[str, ...]
+    origin: str
+    repeats: int = 1
+    size: Size | None = None
+    masked: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.origin} row {self.number + 1}"
+
+    def mark(self) -> str:
+        return f"{self.origin} {self.table._fingerprint} {self.number}"
+
+    def open(self) -> Image.Image:
+        return self._picture(self.column, "white")
+
+    def open_mask(self) -> Image.Image:
+        return self._picture(MASK_COLUMN, "black")
+
+    def _picture(self, column: str, background: str) -> Image.Image:
+        return open_picture(self._source(self.table[self.number][column]), background)
+
+    def _source(self, cell: dict | None) -> Bytes | str:
+        if not cell or not (cell.get("bytes") or cell.get("path")):
+            raise UserError(f"{self.name} has no picture")
+        return Bytes(cell["bytes"], self.name) if cell.get("bytes") else cell["path"]
+
+
+def read_source(
+    source: str, size: int, cache: Path, reading: Reading = Reading(), say: Callable[[str], None] = print
+) -> Pictures:
+    """The pictures of one source, checked. `cache` is a folder for what is fetched, converted and remembered."""
+    place, repeats = SOURCE.fullmatch(source).groups() if not Path(source).exists() else (source, None)
+    repeats, path, known = int(repeats or 1), Path(place), cache / "scanned.json"
+    kind, files = kind_of(path)
+    if kind is None and not path.exists() and not HUB_NAME.fullmatch(place):
+        raise UserError(
+            f"there is no folder or file {place!r}; --data wants a folder of captioned pictures, parquet or "
+            "tar files, or a dataset on the hub such as owner/name"
+        )
+    if kind == "folder":
+        pictures = read_folder(
+            path,
+            size,
+            bad_share=reading.bad_share,
+            caption=reading.caption,
+            repeats=repeats,
+            known=known,
+            limit=reading.limit,
+            say=say,
+        )
+    elif reading.stream:
+        folder = streamed(place, kind, files, cache, reading)
+        pictures = read_folder(
+            folder, size, bad_share=reading.bad_share, caption=reading.caption, repeats=repeats, known=known, say=say
+        )
+    else:
+        rows = [(replace(row, repeats=repeats), None) for row in _rows(place, kind, files, cache, reading)]
+        if not rows:
+            raise UserError(f"{place}: no rows; give a dataset with pictures")
+        pictures = Pictures(scan(rows, place, reading.bad_share, known=known, say=say), size)
+    return pictures
+
+
+def kind_of(path: Path) -> tuple[str | None, list[str]]:
+    """What a path holds: "folder" (read here), a builder of `datasets` with its files, or None."""
+    if path.is_file():
+        kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
+        if kind is None:
+            raise UserError(f"{path} is no source of pictures; give a folder, a .parquet or a .tar file")
+        return kind, [str(path)]
+    if not path.is_dir():
+        return None, []
+    if any((path / f"metadata.{ending}").is_file() for ending in ("csv", "parquet")):
+        return "imagefolder", [str(path)]
+    if not (path / "metadata.jsonl").is_file() and not any(p.suffix.lower() in SUFFIXES for p in path.rglob("*")):
+        for kind, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
+            if files := sorted(str(p) for p in path.rglob(pattern)):
+                return kind, files
+    return "folder", []
+
+
+# ---- through the `datasets` library
+
+
+def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading, stream: bool):
+    """The dataset, with pictures left as bytes; the names of its picture and text columns."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "reading parquet files, tar shards and the hub needs the datasets library; pip install 'plainsd[train]'"
+        ) from None
+    options: dict[str, Any] = {"split": reading.split, "streaming": stream, "cache_dir": str(cache / "datasets")}
+    try:
+        if kind is None:
+            name, revision = HUB_NAME.fullmatch(place).groups()
+            table = datasets.load_dataset(name, revision=revision, **options)
+        elif kind == "imagefolder":
+            table = datasets.load_dataset("imagefolder", data_dir=files[0], **options)
+        else:
+            table = datasets.load_dataset(kind, data_files=files, **options)
+        if table.features is None:  # streams do not always tell before the first row
+            table = table._resolve_features()
+    except Exception as error:  # builders meet damaged files with errors of every kind
+        reason = error.__cause__ or error
+        raise UserError(
+            f"cannot read {place!r}: {' '.join(str(reason).split())[:200]}; check the name and the files"
+        ) from error
+    picture = _column(
+        table,
+        place,
+        "picture",
+        reading.picture_column,
+        [
+            *(
+                name
+                for name, feature in table.features.items()
+                if isinstance(feature, datasets.Image) and name != MASK_COLUMN
+            ),
+            *PICTURE_COLUMNS,
+        ],
+    )
+    text = (
+        None
+        if reading.caption and not reading.text_column and not set(TEXT_COLUMNS) & set(table.features)
+        else _column(table, place, "text", reading.text_column, TEXT_COLUMNS)
+    )
+    for column in {picture, MASK_COLUMN} & set(table.features):
+        table = table.cast_column(column, datasets.Image(decode=False))
+    return table, picture, text
+
+
+def _column(table, place: str, what: str, wanted: str | None, names: Iterable[str]) -> str:
+    there = list(table.features)
+    found = next((name for name in ([wanted] if wanted else names) if name in there), None)
+    if found is None:
+        raise UserError(
+            f"{place}: no {what} column{f' {wanted!r}' if wanted else ''}; it has {', '.join(there)}; "
+            f"name one with --{what}-column"
+        )
+    return found
+
+
+def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> list[Row]:
+    table, picture, text = _opened(place, kind, files, cache, reading, stream=False)
+    count = min(len(table), reading.limit or len(table))
+    masked = MASK_COLUMN in table.features
+    texts = list(table[text])[:count] if text else [None] * count
+    pictures = table.select_columns([picture, MASK_COLUMN] if masked else [picture])
+    return [Row(pictures, i, picture, _texts(texts[i], reading.caption), place, masked=masked) for i in range(count)]
+
+
+def _texts(value: Any, caption: str | None) -> tuple[str, ...]:
+    """A caption, a list of them, or a table that has one under a usual name."""
+    if isinstance(value, dict):
+        value = next((value[name] for name in TEXT_COLUMNS if value.get(name)), None)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="strict")
+    values = value if isinstance(value, list) else [value]
+    found = tuple(text for text in values if isinstance(text, str) and text.strip())
+    return found or ((caption,) if caption else ())
+
+
+# ---- streaming
+
+
+def streamed(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> Path:
+    """The first rows of a dataset as a folder with metadata.jsonl. One that was cut short is gone on with."""
+    if not reading.limit:
+        raise UserError("streaming needs --limit, the number of pictures to take from the dataset")
+    name = re.sub(r"[^\w.-]", "_", f"{place}-{reading.split}-{reading.limit}")
+    folder = cache / f"stream-{name}"
+    if (folder / "whole").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = folder / "metadata.jsonl"
+    lines = metadata.read_text("utf-8").splitlines(keepends=True) if metadata.is_file() else []
+    lines = [line for line in lines if line.endswith("\n")]
+    with written_whole(metadata) as unfinished:
+        unfinished.write_text("".join(lines), encoding="utf-8")
+    table, picture, text = _opened(place, kind, files, cache, reading, stream=True)
+    rows = table.skip(len(lines)).take(reading.limit - len(lines))
+    with open(metadata, "a", encoding="utf-8") as file:
+        for number, row in enumerate(tqdm(rows, "fetching pictures", leave=False, disable=None), len(lines)):
+            line = {"text": list(_texts(row[text] if text else None, None))}
+            stem = f"{number:08d}"
+            for key, column, stem in (("file_name", picture, stem), ("mask", MASK_COLUMN, f"{stem}.mask")):
+                if cell := row.get(column):
+                    line[key] = stem + (Path(cell.get("path") or "").suffix or ".png")
+                    (folder / line[key]).write_bytes(cell.get("bytes") or _fetched(cell["path"]))
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+    (folder / "whole").touch()
+    return folder
+
+
+def _fetched(path: str) -> bytes:
+    import fsspec
+
+    with fsspec.open(path, "rb") as file:
+        return file.read()

@@ -1,0 +1,157 @@
+"""The methods that begin from a loaded model, as jobs: `full`, `lora`, `inversion`."""
+
+from collections.abc import Callable
+
+import torch
+
+from plainsd.files.convert import read
+from plainsd.checkpoint import save
+from plainsd.files.tokenizers import tokenizers
+from plainsd.adapters.embeddings import save_embedding
+from plainsd.errors import UserError
+from plainsd.pictures.model import StableDiffusion
+from plainsd.files.hub import find
+from plainsd.adapters.lora import save_lora
+from plainsd.speed.training import trained_faster
+from plainsd.train.checkpoints import saving
+from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.examples import Examples
+from plainsd.train.methods.finetune import FineTune
+from plainsd.train.methods.full import full
+from plainsd.train.methods.inversion import inversion, settle
+from plainsd.train.job import Job, weights_digest
+from plainsd.train.methods.lora import lora
+from plainsd.train.gradient_checkpointing import checkpointing
+from plainsd.train.methods.dreambooth import make_prior
+from plainsd.train.shard import gather
+from plainsd.models.variants import encoder_names
+
+Make = Callable[[StableDiffusion, Examples, dict], FineTune]
+
+
+def train_full(job: Job) -> None:
+    def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
+        return full(sd, examples, text_encoder=job.options.lora.text_encoder, **shared)
+
+    if sd := tuned(job, make):
+        with saving("the model"):
+            save(sd, job.out / "model", dtype=job.save_dtype)
+        job.say(f"model in {job.out / 'model'}")
+
+
+def train_lora(job: Job) -> None:
+    own = job.options.lora
+
+    def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
+        return lora(
+            sd,
+            examples,
+            rank=own.rank,
+            alpha=own.alpha,
+            targets=own.targets,
+            conv=own.conv,
+            dora=own.dora,
+            text_encoder=own.text_encoder,
+            seed=job.options.pace.seed,
+            **shared,
+        )
+
+    if sd := tuned(job, make):
+        for naming, name in (("kohya", "lora.safetensors"), ("peft", "lora-peft.safetensors")):
+            with saving("the LoRA"):
+                save_lora(sd, job.out / name, naming, dtype=job.save_dtype)
+        job.say(f"LoRA in {job.out / 'lora.safetensors'} (kohya's names) and lora-peft.safetensors (diffusers')")
+
+
+def train_inversion(job: Job) -> None:
+    own = job.options.inversion
+    if job.world.sharded:
+        raise UserError("method inversion learns a few numbers; leave out --shard")
+    if not own.token:
+        raise UserError("method inversion needs --token, the new word that the captions use, such as '<cat>'")
+
+    def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
+        texts = [text for item in examples.pictures.items for text in item.texts]
+        without = sum(own.token.lower() not in text.lower() for text in texts)
+        if without:
+            raise UserError(
+                f"{without} of {len(texts)} captions do not have the word {own.token!r}; write it into "
+                f'them, or give --caption "a photo of {own.token}" and pictures without captions'
+            )
+        return inversion(
+            sd, examples, own.token, vectors=own.vectors, initial=own.initial, seed=job.options.pace.seed, **shared
+        )
+
+    if sd := tuned(job, make):
+        settle(sd)
+        a1111, diffusers = f"{own.token.strip('<> ')}.safetensors", "learned_embeds.safetensors"
+        for dialect, name in (("a1111", a1111), ("diffusers", diffusers)):
+            with saving("the word"):
+                save_embedding(sd, own.token, job.out / name, dialect)
+        job.say(f"{own.token} in {job.out}: {a1111} for A1111, {diffusers} for diffusers")
+
+
+def tuned(job: Job, make: Make) -> StableDiffusion | None:
+    """The trained model; None where the run was stopped before its end, or where another process will save it."""
+    sd = base_model(job)
+    job.keep_options(base_weights=weights_digest(sd.unet, sd.vae, *sd.text_encoders))
+    for network in (sd.unet, sd.vae, *sd.text_encoders):
+        network.to(memory_format=torch.channels_last)
+    pictures, heldout = job.pictures(sd.variant.size)
+    examples, held = job.examples(sd.vae, pictures), job.examples(sd.vae, heldout) if heldout else None
+    job.count_long_captions(sd, pictures)
+    shared = {
+        "objective": job.objective(),
+        "chunks": job.options.reading.chunks,
+        "prior": prior_set(job, sd, pictures.size),
+        "prior_weight": job.options.prior.prior_weight,
+    }
+    if job.options.method != "full" and job.options.telling.prompts is None:
+        sd.vae.to("meta")  # latents are made, and nothing will be drawn or saved by it
+    method = make(sd, examples, shared)
+    parts = job.spread(sd)
+    check = (lambda: method.validate(held)) if held else None
+    with trained_faster(sd.unet), checkpointing(sd.unet, job.options.pace.checkpointing):
+        done = job.train(method, pictures, check, job.sampler(sd), before=True)
+    for network in parts if done else []:
+        gather(network)
+    return sd if done and job.world.first else None
+
+
+def base_model(job: Job) -> StableDiffusion:
+    """In float32; with --half-base its UNet in bfloat16, which is then never in memory as float32."""
+    half, path = job.options.lora.half_base, find(job.options.base)
+    if half and (job.options.method == "full" or job.dtype != torch.bfloat16):
+        raise UserError(
+            "--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method full"
+        )
+    contents = read(path)
+    variant, built = contents.variant, {}
+    for name, network in contents.networks.items():
+        built[name] = network.build(job.world.device, torch.bfloat16 if half and name == "unet" else torch.float32)
+    return StableDiffusion(
+        tokenizers(contents, path),
+        [built[name] for name in encoder_names(variant)],
+        built["unet"],
+        built["vae"],
+        variant.schedule.build(),
+        variant.prediction,
+        variant,
+        path,
+    )
+
+
+def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:
+    """DreamBooth's pictures of the kind in general: read, or made first."""
+    own = job.options.prior
+    if own.prior is None and own.prior_prompt is None:
+        return None
+    folder = own.prior or job.out / "prior"
+    with job.world.first_goes_ahead():
+        if own.prior is None or not own.prior.is_dir():
+            if own.prior_prompt is None:
+                raise UserError(f"no folder {str(own.prior)!r}; give --prior-prompt, and the model makes the pictures")
+            make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
+        known = job.out / "cache" / "scanned.json"
+        pictures = read_folder(folder, size, caption=own.prior_prompt, known=known, say=job.say)
+    return job.examples(sd.vae, pictures)

@@ -1,0 +1,136 @@
+"""The methods that can begin from nothing, as jobs: `vae`, then `scratch` on the autoencoder that it made."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from plainsd.checkpoint import load, load_vae, save, save_vae
+from plainsd.errors import UserError
+from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.images import grid, to_pil, write_png
+from plainsd.models.vae import VAE
+from plainsd.speed.training import trained_faster
+from plainsd.text.tokenizer import Tokenizer
+from plainsd.train.checkpoints import saving
+from plainsd.train.methods.full import full
+from plainsd.train.job import Job, weights_digest
+from plainsd.train.methods.scratch import from_scratch, read_variant
+from plainsd.train.shard import gather
+from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, validate
+from plainsd.train.data.crops import Framing
+from plainsd.models.variants import SD1, Variant
+
+
+def described_variant(job: Job) -> Variant:
+    """The networks that --model describes."""
+    if job.options.nothing.model is None:
+        raise UserError(f"method {job.options.method} needs --model, a JSON file that describes the networks")
+    variant = read_variant(job.options.nothing.model)
+    return replace(variant, size=job.options.reading.size or variant.size)
+
+
+def first_vae(job: Job) -> tuple[Variant, VAE]:
+    """The autoencoder to train: that of --base, or one with random weights."""
+    base, own = job.options.base, job.options.nothing
+    if base is None:
+        if own.decoder_only:
+            raise UserError("--decoder-only leaves the encoder as it is: it needs --base, a trained autoencoder")
+        variant = described_variant(job)
+        vae = job.on_device(VAE(variant.vae))
+        init_vae(vae)
+        job.keep_options()
+        return variant, vae
+    vae = job.on_device(load_vae(base, device=job.world.device, dtype=torch.float32))
+    variant = described_variant(job) if own.model else replace(SD1, size=job.options.reading.size or SD1.size)
+    if own.model and replace(variant.vae, scaling_factor=vae.config.scaling_factor) != vae.config:
+        raise UserError(f"the autoencoder of --base {base} has other sizes than {own.model} says; leave --model out")
+    job.keep_options(base_weights=weights_digest(vae))
+    return variant, vae
+
+
+def train_vae(job: Job) -> None:
+    own = job.options.nothing
+    if job.world.sharded:
+        raise UserError("method vae has no --shard: an autoencoder fits on one GPU")
+    torch.manual_seed(job.options.pace.seed)  # the networks' first weights
+    variant, vae = first_vae(job)
+    pictures, heldout = job.pictures(variant.size)
+    if pictures.framing != Framing():
+        raise UserError("method vae trains on middle squares; leave out --buckets, --crop and --flip")
+    for part in (vae.encoder, vae.quant) if own.decoder_only else ():
+        part.requires_grad_(False)
+    method = VaeMethod(vae, pictures, own.edge_weight, own.kl_weight, own.patch_weight, own.patch_after)
+    shown = heldout or pictures
+
+    def sample(path: Path) -> None:
+        real = shown.pixels(range(min(16, len(shown)))).to(job.world.device)
+        with torch.inference_mode():
+            fake = vae.decode(vae.encode(real).mean)
+        write_png(grid([i for pair in zip(to_pil(real), to_pil(fake), strict=True) for i in pair], 8), path)
+
+    check = (lambda: validate(vae, heldout)) if heldout else None
+    with trained_faster(vae):
+        done = job.train(method, pictures, check, sample)
+    if not done or not job.world.first:
+        return
+    if not own.decoder_only:
+        vae.config = replace(vae.config, scaling_factor=measure_scaling(vae, pictures))
+    with saving("the autoencoder"):
+        save_vae(vae, job.out / "vae", variant)
+    job.say(f"autoencoder in {job.out / 'vae'}, scaling factor {vae.config.scaling_factor:.5f}")
+    if heldout:
+        job.say("held-out pictures: PSNR {psnr:.2f} dB, L1 {l1:.4f}".format(**validate(vae, heldout)))
+
+
+def train_scratch(job: Job) -> None:
+    variant, own = described_variant(job), job.options.nothing
+    if not own.vae or not own.tokenizer:
+        raise UserError("method scratch needs --vae and --tokenizer: train the first with --method vae")
+    torch.manual_seed(job.options.pace.seed)  # the networks' first weights
+    vae = job.on_device(load_vae(own.vae, device=job.world.device, dtype=torch.float32))
+    sd = from_scratch(variant, vae, Tokenizer.from_folder(own.tokenizer))
+    if job.options.base is not None:
+        begin_as(sd, job.options.base)
+    for network in (sd.unet, *sd.text_encoders):
+        job.on_device(network)
+    job.keep_options(vae_weights=weights_digest(vae), first_weights=weights_digest(sd.unet, *sd.text_encoders))
+    pictures, heldout = job.pictures(variant.size)
+    vae.requires_grad_(False)
+    job.count_long_captions(sd, pictures)
+    method = full(
+        sd, job.examples(vae, pictures), text_encoder=True, objective=job.objective(), chunks=job.options.reading.chunks
+    )
+    held = job.examples(vae, heldout) if heldout else None
+    parts = job.spread(sd)
+    check = (lambda: method.validate(held, 64)) if held else None
+    with trained_faster(sd.unet):
+        done = job.train(method, pictures, check, job.sampler(sd))
+    if not done:
+        return
+    for network in parts:
+        gather(network)
+    if not job.world.first:
+        return
+    with saving("the model"):
+        save(sd, job.out / "model", dtype=job.save_dtype)
+        for file in own.carry:
+            shutil.copy(file, job.out / "model" / file.name)
+    job.say(f"model in {job.out / 'model'}")
+
+
+def begin_as(sd: StableDiffusion, base: str) -> None:
+    """Text encoder and UNet get the weights of another model: of a run that is to go on with other options."""
+    other = load(base, device="cpu", dtype=torch.float32)
+    for network, weights in zip((sd.unet, *sd.text_encoders), (other.unet, *other.text_encoders), strict=True):
+        shapes, given = (
+            {name: tuple(tensor.shape) for name, tensor in n.state_dict().items()} for n in (network, weights)
+        )
+        if shapes != given:
+            name = next(name for name in sorted({*shapes, *given}) if shapes.get(name) != given.get(name))
+            raise UserError(
+                f"--base {base} has other networks than --model describes: {name} is "
+                f"{given.get(name, 'missing')}, and should be {shapes.get(name, 'absent')}"
+            )
+        network.load_state_dict(weights.state_dict())

@@ -1,0 +1,265 @@
+"""What all methods of `plainsd train` share between options and loop: pictures, a folder's identity, the run."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from plainsd.device import DTYPES
+from plainsd.errors import UserError
+from plainsd.disk import read_json
+from plainsd.pictures.images import grid, write_png
+from plainsd.disk import written_whole
+from plainsd.train.data.latents import Latents, cache_latents
+from plainsd.train.checkpoints import saving
+from plainsd.train.data.pictures import Pictures, described, joined
+from plainsd.train.data.examples import Examples
+from plainsd.train.options import FitOptions
+from plainsd.train.trainer import Method
+from plainsd.train.objective import Objective
+from plainsd.train.order import Bucketed, Repeated
+from plainsd.train.run import Rhythm, run
+from plainsd.train.shard import spread
+from plainsd.train.data.sources import Reading, read_source
+from plainsd.train.data.captions import cut_captions
+from plainsd.train.data.crops import Framing
+from plainsd.train.processes import World
+
+if TYPE_CHECKING:
+    from plainsd.pictures.model import StableDiffusion
+    from plainsd.models.vae import VAE
+    from plainsd.commands.train import Train
+
+ENCODED_AT_ONCE = 2**18  # pixels, where pictures are large
+FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers"}
+
+
+@dataclass
+class Job:
+    """One call of `plainsd train`, its options without gaps."""
+
+    options: "Train"
+    world: World
+    dtype: torch.dtype  # of the arithmetic
+
+    @property
+    def out(self) -> Path:
+        return self.options.out
+
+    @property
+    def save_dtype(self) -> torch.dtype:
+        return DTYPES[self.options.telling.save_dtype]
+
+    def say(self, text: str) -> None:
+        if self.world.first:
+            print(text, flush=True)
+
+    def on_device(self, network: nn.Module) -> nn.Module:
+        return network.to(self.world.device).to(memory_format=torch.channels_last)
+
+    # ---- what the run is
+
+    def keep_options(self, **more: str) -> None:
+        """A run is one set of options: another set in the same folder is refused, but for those of no consequence, and
+        for a longer way to go. That changes the learning rate from here on, where it declines along a cosine."""
+        path, now = self.out / "options.json", flat(self.options) | more
+        if path.is_file():
+            old = read_json(path)
+            for name in now:
+                if name in ("steps", "epochs") and longer(old.get(name), now[name]):
+                    self.say(f"{self.out} was to end after {old[name]} {name}; it goes on to {now[name]}")
+                elif name not in FREE and old.get(name, now[name]) != now[name]:
+                    what = f"another --{name.replace('_', '-')}" if name not in more else "a model with other weights"
+                    raise UserError(
+                        f"{self.out} holds a run with {what} ({old[name]}, now {now[name]}); give the same "
+                        "options to resume, or another --out"
+                    )
+        if self.world.first:
+            with saving("the options"):
+                self.out.mkdir(parents=True, exist_ok=True)
+                with written_whole(path) as unfinished:
+                    unfinished.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+    # ---- pictures
+
+    def pictures(self, size: int) -> tuple[Pictures, Pictures | None]:
+        """Those to train on, and those to measure with."""
+        data = self.options.reading
+        framing = Framing(data.buckets, data.crop, data.places, data.flip)
+        size = data.size or size
+        found = [self._read(source, size) for source in self.options.data]
+        pictures = Pictures(joined(found).items, size, framing, data.shuffle_tags)
+        heldout = None
+        if data.heldout:
+            heldout = Pictures(self._read(str(data.heldout), size).items, size, Framing(data.buckets))
+        elif data.hold_out:
+            pictures, heldout = pictures.split(data.hold_out)
+            heldout = Pictures(heldout.items, size, Framing(data.buckets))
+        self.say(described(pictures))
+        return pictures, heldout
+
+    def _read(self, source: str, size: int) -> Pictures:
+        data = self.options.reading
+        reading = Reading(
+            data.caption, data.picture_column, data.text_column, data.split, data.stream, data.limit, data.bad_share
+        )
+        with self.world.first_goes_ahead():
+            return read_source(source, size, self.out / "cache", reading, self.say)
+
+    def latents(self, vae: "VAE", pictures: Pictures, *, batch: int = 64) -> Latents:
+        with self.world.first_goes_ahead(), saving("the cached latents"):
+            return cache_latents(
+                vae, pictures, self.out / "cache", batch=batch, dtype=self.dtype, workers=self.options.reading.workers
+            )
+
+    def examples(self, vae: "VAE", pictures: Pictures) -> Examples:
+        batch = max(1, min(64, ENCODED_AT_ONCE // pictures.size**2)) if pictures.size > 128 else 64
+        loss = self.options.loss
+        return Examples(pictures, self.latents(vae, pictures, batch=batch), loss.dropout, loss.timestep_power)
+
+    def count_long_captions(self, sd: "StableDiffusion", pictures: Pictures) -> None:
+        """Says how many captions are cut off, if any."""
+        captions, chunks = {text for item in pictures.items for text in item.texts}, self.options.reading.chunks
+        if count := cut_captions(sd, sorted(captions), chunks):
+            room = min(encoder.config.positions - 2 for encoder in sd.text_encoders) * chunks
+            self.say(
+                f"{count} of {len(captions)} captions are longer than what is read of them ({room} tokens); raise "
+                "--chunks to read more"
+            )
+
+    def objective(self) -> Objective:
+        loss = self.options.loss
+        return Objective(loss.min_snr, loss.offset_noise, loss.perturbation, loss.huber)
+
+    # ---- the run
+
+    def spread(self, sd: "StableDiffusion") -> list[nn.Module]:
+        """With --shard, spreads the networks that have something to learn over the processes, and the UNet always."""
+        if not self.world.sharded:
+            return []
+        learning = [network for network in sd.text_encoders if any(p.requires_grad for p in network.parameters())]
+        for network in (sd.unet, *learning):
+            spread(network)
+        return [sd.unet, *learning]
+
+    def order(self, pictures: Pictures) -> Repeated | Bucketed:
+        repeats, pace = [item.repeats for item in pictures.items], self.options.pace
+        if not pictures.framing.buckets:
+            return Repeated(repeats, pace.seed)
+        order = Bucketed([pictures.views(i)[0].size for i in range(len(pictures))], repeats, pace.batch, pace.seed)
+        if order.surplus:
+            self.say(f"{order.surplus} pictures an epoch are shown once more, to fill up micro-batches of one shape")
+        return order
+
+    def fit_options(self, epoch: int, size: int = 0) -> FitOptions:
+        """`epoch`: positions in one; `size`: of the pictures."""
+        pace, telling = self.options.pace, self.options.telling
+        return FitOptions(
+            steps=pace.steps or math.ceil(pace.epochs * epoch / (pace.batch * pace.accumulate)),
+            batch=pace.batch,
+            accumulate=pace.accumulate,
+            lr=pace.lr,
+            warmup=pace.warmup,
+            cosine=pace.decline == "cosine",
+            betas=(0.9, pace.beta2),
+            weight_decay=pace.weight_decay,
+            clip=pace.clip,
+            ema=pace.ema,
+            seed=pace.seed,
+            save_every=telling.save_every,
+            keep=telling.keep,
+            bf16=self.dtype == torch.bfloat16,
+            adam8bit=pace.adam8bit,
+            long_attention=size >= 384,
+        )
+
+    def train(
+        self,
+        method: Method,
+        pictures: Pictures,
+        check: Callable[[], dict[str, float]] | None,
+        sample: Callable[[Path], None] | None,
+        *,
+        before: bool = False,
+    ) -> bool:
+        """To the end, with the averaged weights in place then; False where SIGTERM stopped it before."""
+        telling, order = self.options.telling, self.order(pictures)
+        rhythm = Rhythm(telling.log_every, telling.validate_every, telling.sample_every)
+        options = self.fit_options(order.count, pictures.size)
+        trainer = run(
+            method,
+            order,
+            options,
+            self.out,
+            rhythm,
+            check,
+            sample,
+            before=before,
+            tensorboard=telling.tensorboard,
+            world=self.world,
+        )
+        if trainer is None:
+            self.say(f"stopped and saved in {self.out}; the same command goes on from there")
+            return False
+        if trainer.ema:
+            with torch.no_grad():
+                for p, value in zip(trainer.parameters, trainer.ema.values, strict=True):
+                    p.copy_(value)
+        method.modules.eval()
+        return True
+
+    def sampler(self, sd: "StableDiffusion") -> Callable[[Path], None] | None:
+        """Draws a grid of the prompts, always with the same noise."""
+        file = self.options.telling.prompts
+        if file is None:
+            return None
+        prompts = [line for line in read_lines(file) if line.strip()]
+
+        def sample(path: Path) -> None:
+            from plainsd.generate import final, text_to_image
+
+            images = final(text_to_image(sd, prompts, seed=0, size=self.options.reading.size))
+            if self.world.first:
+                write_png(grid(images, min(8, len(images))), path)
+
+        return sample
+
+
+def read_lines(file: Path) -> list[str]:
+    try:
+        return file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}; give a text file in UTF-8") from error
+
+
+def longer(old: str | None, now: str) -> bool:
+    """Of two numbers of steps or epochs as text, None among them."""
+    return (old or "").isdigit() and now.isdigit() and int(now) > int(old)
+
+
+def flat(options) -> dict[str, str]:
+    """Every option by its own name, as text."""
+    found: dict[str, str] = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            found |= {name: str(entry) for name, entry in asdict(value).items()}
+        else:
+            found[field.name] = " ".join(value) if field.name == "data" else str(value)
+    return found
+
+
+def weights_digest(*networks: nn.Module) -> str:
+    """Sixteen hexadecimal digits that other weights do not have: of up to 16 numbers of each tensor."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            some = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""Fine-tuning a loaded model: the loss of the methods `full`, `lora` and `inversion`, which differ in what moves.
+
+The VAE is frozen and has encoded every picture once; text encoders are frozen, and in eval, unless they are what
+learns. With a prior set (DreamBooth, Ruiz et al. 2022, arXiv:2208.12242, equation 2) each picture comes with one of the
+prior's, which reminds the model of what it knew.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.errors import UserError
+from plainsd.pictures.model import StableDiffusion
+from plainsd.train.data.examples import Batch, Examples
+from plainsd.train.order import Pick
+from plainsd.train.objective import PLAIN, Objective, errors
+from plainsd.train.data.captions import Reader
+
+
+@dataclass
+class FineTune:
+    """A method for `fit`: everything in `modules` that requires a gradient moves."""
+
+    sd: StableDiffusion
+    examples: Examples
+    modules: nn.ModuleDict
+    reader: Reader
+    objective: Objective = PLAIN
+    prior: Examples | None = None  # pictures of the kind in general, with general captions
+    prior_weight: float = 1.0
+
+    def loss(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
+        steps = len(self.sd.schedule)
+        loss = self.errors(self.examples.draw(picks, steps, self.objective), self.objective).mean()
+        if self.prior is None:
+            return loss, {}
+        drawn = [
+            Pick(int(torch.randint(len(self.prior.pictures), (), generator=p.generator)), p.position, p.generator)
+            for p in picks
+        ]
+        prior = self.errors(self.prior.draw(drawn, steps, self.objective), self.objective).mean()
+        return loss + self.prior_weight * prior, {"own": loss.detach(), "prior": prior.detach()}
+
+    def errors(self, batch: Batch, objective: Objective = PLAIN) -> Tensor:
+        """The error of each picture's prediction: (B,)."""
+        context, vector = self.reader(batch.captions, batch.sizes)
+        return errors(
+            self.sd.unet,
+            self.sd.schedule,
+            self.sd.prediction,
+            batch.x0,
+            batch.noise,
+            batch.timesteps,
+            context,
+            vector,
+            objective=objective,
+            mask=batch.mask,
+        )
+
+    @torch.no_grad()
+    def validate(self, held_out: Examples, batch: int = 8) -> dict[str, float]:
+        """The plain loss on held-out pictures, always with the same noise and the same timesteps, spread evenly."""
+        found = [self.errors(fixed).cpu() for fixed in held_out.fixed(len(self.sd.schedule), batch)]
+        return {"validation": torch.cat(found).mean().item()}
+
+
+def frozen(sd: StableDiffusion) -> StableDiffusion:
+    """Nothing of the model moves; where gradients are wanted, they are switched on afterwards."""
+    if sd.unet.config.in_channels != sd.vae.config.latent_channels:
+        raise UserError(
+            "this is an inpainting model, which reads masks that the pictures do not have; fine-tune the "
+            "model it was made from"
+        )
+    for network in (sd.unet, sd.vae, *sd.text_encoders):
+        network.requires_grad_(False).eval()
+    return sd

@@ -1,0 +1,88 @@
+"""Method `inversion`: the model stays, and a new word is learned as one vector or several (Gal et al. 2022,
+arXiv:2208.01618). Only the new vectors are parameters, so no others can move, decay or take up the optimizer's
+memory."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.adapters.embeddings import add_word, write_rows
+from plainsd.errors import UserError
+from plainsd.pictures.model import StableDiffusion
+from plainsd.models.clip import TextEncoder
+from plainsd.train.data.examples import Examples
+from plainsd.train.methods.finetune import FineTune, frozen
+from plainsd.train.objective import PLAIN, Objective
+from plainsd.train.data.captions import Reader
+
+
+class Taught(nn.Embedding):
+    """A table of tokens some rows of which lie in a parameter of their own, `rows` (N, D), from id `first` on."""
+
+    rows: nn.Parameter
+    first: int
+
+    def forward(self, ids: Tensor) -> Tensor:
+        place = ids - self.first
+        new = (place >= 0) & (place < len(self.rows))
+        known = super().forward(ids)
+        return torch.where(new[..., None], self.rows[place.clamp(0, len(self.rows) - 1)].to(known.dtype), known)
+
+
+def teach(encoder: TextEncoder, ids: Sequence[int]) -> nn.Parameter:
+    """Makes a parameter of the rows of these ids, which follow each other."""
+    table = encoder.token
+    rows = table.weight[list(ids)].detach()
+    table.rows = nn.Parameter(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    table.first, table.__class__ = ids[0], Taught
+    return table.rows
+
+
+def settle(sd: StableDiffusion) -> StableDiffusion:
+    """What was learned goes into the tables, which are ordinary ones again."""
+    for encoder in sd.text_encoders:
+        table = encoder.token
+        if isinstance(table, Taught):
+            first, rows = table.first, table.rows.detach()
+            del table.rows, table.first
+            table.__class__ = nn.Embedding
+            write_rows(encoder, range(first, first + len(rows)), rows)
+    return sd
+
+
+def first_rows(sd: StableDiffusion, initial: str | None, vectors: int, seed: int) -> list[Tensor]:
+    """(N, D) for each text encoder: the vectors of a known word, over and over, or random ones of the usual size."""
+    found = []
+    for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
+        table = encoder.token.weight.detach()
+        if initial is None:
+            noise = torch.randn(vectors, table.shape[1], generator=torch.Generator().manual_seed(seed))
+            found.append((noise * table.float().std().cpu()).to(table))
+            continue
+        ids = tokenizer.encode(initial)
+        if not ids:
+            raise UserError(f"the word {initial!r} to begin from is empty; give one such as 'cat', or leave it out")
+        found.append(table[[ids[i % len(ids)] for i in range(vectors)]])
+    return found
+
+
+def inversion(
+    sd: StableDiffusion,
+    examples: Examples,
+    token: str,
+    *,
+    vectors: int = 1,
+    initial: str | None = None,
+    seed: int = 0,
+    objective: Objective = PLAIN,
+    chunks: int = 1,
+    prior: Examples | None = None,
+    prior_weight: float = 1.0,
+) -> FineTune:
+    """The model's tokenizers learn the word `token`, which captions should have. After training call `settle`;
+    `plainsd.adapters.embeddings.save_embedding` then writes the word."""
+    ids = add_word(frozen(sd), token, first_rows(sd, initial, vectors, seed))
+    rows = nn.ParameterList(teach(encoder, range(ids[0], ids[-1] + 1)) for encoder in sd.text_encoders)
+    modules = nn.ModuleDict({"words": rows})
+    return FineTune(sd, examples, modules, Reader(sd, learns=True, chunks=chunks), objective, prior, prior_weight)

@@ -1,0 +1,45 @@
+"""Method `lora`: the weights stay, low-rank changes to some of them are learned (Hu et al. 2021, arXiv:2106.09685)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from plainsd.pictures.model import StableDiffusion
+from plainsd.adapters.lora import inject
+from plainsd.train.data.examples import Examples
+from plainsd.train.methods.finetune import FineTune, frozen
+from plainsd.train.objective import PLAIN, Objective
+from plainsd.train.data.captions import Reader
+
+
+def lora(
+    sd: StableDiffusion,
+    examples: Examples,
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    targets: str | Sequence[str] = "attention",
+    conv: bool = False,
+    dora: bool = False,
+    text_encoder: bool = False,
+    seed: int = 0,
+    objective: Objective = PLAIN,
+    chunks: int = 1,
+    prior: Examples | None = None,
+    prior_weight: float = 1.0,
+) -> FineTune:
+    """The model gets a new LoRA, "trained"; `plainsd.adapters.lora.save_lora` writes it. Its own weights may be bfloat16."""
+    added = inject(
+        frozen(sd),
+        rank,
+        alpha,
+        targets,
+        conv=conv,
+        dora=dora,
+        text=text_encoder,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    modules = nn.ModuleDict({"lora": nn.ModuleList(added.adapters.values())})
+    reader = Reader(sd, learns=text_encoder, chunks=chunks)
+    return FineTune(sd, examples, modules, reader, objective, prior, prior_weight)
