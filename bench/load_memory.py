@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from plainsd.files.stored import empty, parts, place_shape
 from plainsd.files.names import places
 from plainsd.files.single import prefixes
+from plainsd.files.stored import empty, parts, place_shape
 from plainsd.files.tensorfile import Stored, header_bytes
 from plainsd.models.variants import VARIANTS
 

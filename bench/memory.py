@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from plainsd.pictures import memory
 from plainsd.files.stored import parts
-from plainsd.pictures.model import StableDiffusion
 from plainsd.generate import text_to_image
-from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 from plainsd.models.variants import VARIANTS, encoder_names
+from plainsd.pictures import memory
+from plainsd.pictures.model import StableDiffusion
+from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
 CASES = ("sd1", "512", "sd1", "1024", "sdxl-base", "1024")
 WAYS = {"whole": memory.NOTHING, "least": memory.LEAST}

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plainsd.speed.int8 import int8
 from plainsd.checkpoint import load
-from plainsd.emoji.evaluate import draw_all, questions, summary
 from plainsd.disk import read_json
-from plainsd.pictures.model import StableDiffusion
-from plainsd.generate import final, text_to_image
+from plainsd.emoji.evaluate import draw_all, questions, summary
 from plainsd.emoji.scorer import Scorer
+from plainsd.generate import final, text_to_image
+from plainsd.pictures.model import StableDiffusion
+from plainsd.speed.int8 import int8
 
 
 @dataclass

@@ -22,12 +22,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import plainsd
-from plainsd.reports.bench import processor
 from plainsd.models.unet import UNet, UNetConfig
-from plainsd.speed.training import trained_faster
-from plainsd.train.options import FitOptions
-from plainsd.speed.training import autocast
+from plainsd.reports.bench import processor
+from plainsd.speed.training import autocast, trained_faster
 from plainsd.train.optimizer import make_optimizer
+from plainsd.train.options import FitOptions
 
 SMALL = UNetConfig(channels=(64, 128, 160), depth=(1, 1, 1), heads=(2, 4, 5), layers=1, context=256, groups=16)
 LR = 1e-3

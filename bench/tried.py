@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plainsd
-from plainsd.reports import bench
-from plainsd.speed import kernels, model
 from plainsd.models.layers import Upsample
 from plainsd.models.unet import UNet, UNetConfig
-from plainsd.speed.packed import PackedConv, PackedUpsample, pack_inside
 from plainsd.models.variants import VARIANTS
+from plainsd.reports import bench
+from plainsd.speed import kernels, model
+from plainsd.speed.packed import PackedConv, PackedUpsample, pack_inside
 
 SMALL = UNetConfig(channels=(64, 128, 192), depth=(1, 1, 1), heads=(2, 4, 6), layers=1, context=256, groups=16)
 ATTENTIONS = ((2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80), (2, 8, 4096, 77, 40), (2, 10, 4096, 4096, 64))

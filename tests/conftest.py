@@ -10,12 +10,12 @@ from PIL import Image
 
 import plainsd
 from plainsd.cli import main
-from plainsd.pictures.model import StableDiffusion
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.unet import UNet, UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.text.tokenizer import WORD_END, Tokenizer, byte_symbols
 from plainsd.models.variants import ScheduleConfig, Variant
+from plainsd.pictures.model import StableDiffusion
+from plainsd.text.tokenizer import WORD_END, Tokenizer, byte_symbols
 
 BYTES = byte_symbols()
 VOCABULARY = [*BYTES, *(symbol + WORD_END for symbol in BYTES), "<|startoftext|>", "<|endoftext|>"]

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 import plainsd
 from plainsd.adapters.lora import inject, save_lora
-from plainsd.server import worker
-from plainsd.server.api.app import create_app
 from plainsd.commands.serve import bound, server_of
+from plainsd.models.variants import Variant
+from plainsd.server.api.app import create_app
 from plainsd.server.api.security import Hosts
+from plainsd.server.jobs import worker
 from plainsd.server.limits import Limits
 from plainsd.server.service import Service
-from plainsd.models.variants import Variant
 
 
 def model_folder(folder: Path, name: str = "tiny", seed: int = 0, variant: Variant = TINY, **unet) -> str:

@@ -10,8 +10,8 @@ from PIL import Image, PngImagePlugin
 from serving import embedding_file, lora_file
 
 import plainsd
-from plainsd.files import hashes
 from plainsd.checkpoint import save_vae
+from plainsd.files import hashes
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.settings import parse_settings
 

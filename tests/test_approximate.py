@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import TINY, TINY_XL, difference, tiny_sd
 
-from plainsd.models.deep_cache import DeepCache
-from plainsd.speed.int8 import int8
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
-from plainsd.pictures.model import Saving
+from plainsd.models.deep_cache import DeepCache
 from plainsd.models.unet import UNet, UNetConfig
+from plainsd.pictures.model import Saving
 from plainsd.pictures.settings import Settings, format_settings, parse_settings
+from plainsd.speed.int8 import int8
 
 OPTIONS = {"size": 64, "steps": 6, "guidance": 4.0, "seed": 5}
 CONFIG = UNetConfig(channels=(16, 32, 32), depth=(1, 1, 0), heads=(2, 2, 2), layers=2, context=8, groups=8)

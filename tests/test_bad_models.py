@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import CPU, FAMILIES, model, without_notes
 
-from plainsd.files.convert import convert
 from plainsd.checkpoint import load, save
-from plainsd.files.configs import read_variant
-from plainsd.files.stored import empty, parts
-from plainsd.files.configs_out import write_variant
-from plainsd.errors import UserError
 from plainsd.disk import whole_folder
+from plainsd.errors import UserError
+from plainsd.files.configs import read_variant
+from plainsd.files.configs_out import write_variant
+from plainsd.files.convert import convert
+from plainsd.files.stored import empty, parts
 from plainsd.files.tensorfile import open_tensors
 
 

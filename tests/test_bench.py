@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import TINY_XL
 
-from plainsd.reports import bench, rivals
 from plainsd.checkpoint import load
 from plainsd.cli import main
 from plainsd.commands.bench import table
 from plainsd.errors import UserError
+from plainsd.reports import bench, rivals
 
 PLACE = bench.Place(None, torch.float32, torch.device("cpu"), 2)
 

@@ -13,13 +13,13 @@ from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, Sta
 from safetensors.torch import load_file, save_file
 from small_models import CPU, EACH, model, same_networks, same_tensors, weights
 
-from plainsd.device import choose_device, choose_dtype
 from plainsd.checkpoint import load, save
-from plainsd.pictures.conditioning import size_vector
-from plainsd.files.detect import probe
+from plainsd.device import choose_device, choose_dtype
 from plainsd.errors import UserError
-from plainsd.generate import final, text_to_image
+from plainsd.files.detect import probe
 from plainsd.files.tensorfile import write_safetensors
+from plainsd.generate import final, text_to_image
+from plainsd.pictures.conditioning import size_vector
 
 # --- saved and loaded ------------------------------------------------------------------------------------------------
 

@@ -8,15 +8,15 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline,
 from diffusers.models.embeddings import Timesteps
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from plainsd.pictures.conditioning import Conditioning, cut, encode_prompts, plan, size_vector, stack, weigh
 from plainsd.commands.tokens import describe
-from plainsd.files.configs import read_text
 from plainsd.errors import UserError
+from plainsd.files.configs import read_text
 from plainsd.files.folder import read_network
+from plainsd.files.tensorfile import TensorFile, stored
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.unet import UNetConfig
+from plainsd.pictures.conditioning import Conditioning, cut, encode_prompts, plan, size_vector, stack, weigh
 from plainsd.text.prompts import Weighted, parse
-from plainsd.files.tensorfile import TensorFile, stored
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
 PROMPT = "a photo of a Cat, it's 100% fluffy! and more"

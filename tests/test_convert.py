@@ -11,9 +11,9 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from small_models import BIG, CPU, EACH, FAMILIES, QUICK, model, same_networks, same_tensors, weights
 
-from plainsd.files.convert import convert
 from plainsd.checkpoint import load, load_vae, save, save_vae
 from plainsd.errors import UserError
+from plainsd.files.convert import convert
 from plainsd.files.tensorfile import open_tensors
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 

@@ -23,9 +23,9 @@ from plainsd.diffusion.denoiser import (
     train_target,
     x0_from,
 )
-from plainsd.errors import UserError
 from plainsd.diffusion.samplers import SAMPLERS, first_scale, sampler_sigmas, sampler_timesteps
 from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.errors import UserError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

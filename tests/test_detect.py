@@ -9,15 +9,15 @@ import torch
 from small_models import CPU, model, without_notes
 
 from plainsd.checkpoint import load, save
+from plainsd.errors import UserError
 from plainsd.files.configs import read_unet, read_variant
-from plainsd.files.stored import empty, parts, place_shape
 from plainsd.files.configs_out import write_variant
 from plainsd.files.detect import detect, probe
-from plainsd.errors import UserError
 from plainsd.files.names import places
-from plainsd.models.unet import UNetConfig
 from plainsd.files.single import prefixes
+from plainsd.files.stored import empty, parts, place_shape
 from plainsd.files.tensorfile import Stored, TensorFile
+from plainsd.models.unet import UNetConfig
 from plainsd.models.variants import VARIANTS, Variant
 
 

@@ -16,17 +16,17 @@ from test_finetune import write_pictures
 import plainsd
 from plainsd.cli import main
 from plainsd.errors import UserError
-from plainsd.train.data.latents import cache_latents
 from plainsd.train.checkpoints import checkpoints
-from plainsd.train.data.pictures import read_folder
 from plainsd.train.data.examples import Examples
-from plainsd.train.methods.full import full
+from plainsd.train.data.latents import cache_latents
+from plainsd.train.data.pictures import read_folder
 from plainsd.train.log import read_log
-from plainsd.train.options import FitOptions
-from plainsd.train.trainer import Trainer
 from plainsd.train.loop import fit
+from plainsd.train.methods.full import full
 from plainsd.train.objective import Noise
+from plainsd.train.options import FitOptions
 from plainsd.train.processes import World
+from plainsd.train.trainer import Trainer
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
 

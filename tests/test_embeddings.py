@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import plainsd
-from plainsd.pictures.conditioning import encode_prompts
 from plainsd.adapters.embeddings import add_embedding, add_word, save_embedding, vectors_of
 from plainsd.errors import UserError
+from plainsd.pictures.conditioning import encode_prompts
 
 PROMPT = "a photo of NAME, on a table"
 

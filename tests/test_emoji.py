@@ -13,15 +13,16 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from plainsd.emoji import evaluate
 from plainsd import generate
-from plainsd.errors import UserError
-from plainsd.train import emoji
+from plainsd.emoji import drawing, evaluate
 from plainsd.emoji.scorer import Drawn, Scorer, best_errors, border_colour, nearest_name
+from plainsd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "emoji" / "data.py"
-needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason=f"no font at {emoji.FONT} (fonts-noto-color-emoji)")
+needs_font = pytest.mark.skipif(
+    not drawing.FONT.is_file(), reason=f"no font at {drawing.FONT} (fonts-noto-color-emoji)"
+)
 
 
 def shape(kind: str, colour: str, size: tuple[int, int] = (100, 80)) -> Image.Image:
@@ -40,8 +41,8 @@ SHAPES = [
 ]
 CONCEPTS = {
     "concepts": [{"name": name, "character": "?"} for name in ("red apple", "owl", "grapes", "bread", "unicorn")],
-    "backgrounds": {name: list(colour) for name, colour in emoji.BACKGROUNDS.items()},
-    "templates": list(emoji.TEMPLATES),
+    "backgrounds": {name: list(colour) for name, colour in drawing.BACKGROUNDS.items()},
+    "templates": list(drawing.TEMPLATES),
     "size": 64,
     "heldout": [["owl", "red"], ["bread", "blue"], ["grapes", "white"]],
 }
@@ -70,24 +71,24 @@ CONCEPTS = {
     ],
 )
 def test_articles(name, phrase):
-    assert emoji.Concept(name, "?").phrase == phrase
+    assert drawing.Concept(name, "?").phrase == phrase
 
 
 def test_captions_say_article_and_colour():
-    made = [emoji.caption(template, emoji.Concept("owl", "?"), "orange") for template in emoji.TEMPLATES]
+    made = [drawing.caption(template, drawing.Concept("owl", "?"), "orange") for template in drawing.TEMPLATES]
     assert made[0] == "an owl on an orange background"
     assert "owl, orange background" in made and made[-1] == "an owl"
     assert len(set(made)) == len(made)
 
 
 def test_backgrounds_lie_well_apart():
-    colours = [np.asarray(colour) for colour in emoji.BACKGROUNDS.values()]
+    colours = [np.asarray(colour) for colour in drawing.BACKGROUNDS.values()]
     assert min(np.linalg.norm(a - b) for i, a in enumerate(colours) for b in colours[:i]) > 97
 
 
 @pytest.mark.parametrize("concepts, backgrounds", [(400, 12), (11, 12), (24, 12), (7, 3)])
 def test_split_is_whole_even_and_fixed(concepts, backgrounds):
-    seen, held = emoji.split_pairs(concepts, backgrounds, 0.1, seed=3)
+    seen, held = drawing.split_pairs(concepts, backgrounds, 0.1, seed=3)
     assert len(held) == round(0.1 * concepts * backgrounds)
     assert set(seen) | set(held) == {(i, j) for i in range(concepts) for j in range(backgrounds)}
     assert not set(seen) & set(held)
@@ -95,17 +96,17 @@ def test_split_is_whole_even_and_fixed(concepts, backgrounds):
         assert {pair[axis] for pair in seen} == set(range(count))
         hits = Counter(pair[axis] for pair in held)
         assert max(hits.values()) - min(hits[i] for i in range(count)) <= 1 + (axis == 1)
-    assert emoji.split_pairs(concepts, backgrounds, 0.1, seed=3) == (seen, held)
-    assert emoji.split_pairs(concepts, backgrounds, 0.1, seed=4) != (seen, held)
+    assert drawing.split_pairs(concepts, backgrounds, 0.1, seed=3) == (seen, held)
+    assert drawing.split_pairs(concepts, backgrounds, 0.1, seed=4) != (seen, held)
 
 
 def test_places_lie_inside_and_depend_on_the_key_alone():
-    places = [emoji.random_place(f"0:picture:{i}", (120, 60), 128) for i in range(500)]
+    places = [drawing.random_place(f"0:picture:{i}", (120, 60), 128) for i in range(500)]
     for place in places:
         assert 0 <= place.left <= 128 - place.width and 0 <= place.top <= 128 - place.height
         assert round(0.6 * 128) <= place.width <= round(0.95 * 128) and abs(place.width - 2 * place.height) <= 1
     assert min(p.left for p in places) == 0 and max(p.left + p.width for p in places) == 128
-    assert places[7] == emoji.random_place("0:picture:7", (120, 60), 128)
+    assert places[7] == drawing.random_place("0:picture:7", (120, 60), 128)
     assert len(set(places)) > 450
 
 
@@ -119,15 +120,15 @@ def test_border_colour_ignores_a_glyph_on_two_sides():
 
 
 def test_nearest_name():
-    assert nearest_name(np.array([0.9, 0.1, 0.1]), emoji.BACKGROUNDS) == "red"
-    assert nearest_name(np.array([0.95, 0.97, 0.95]), emoji.BACKGROUNDS) == "white"
+    assert nearest_name(np.array([0.9, 0.1, 0.1]), drawing.BACKGROUNDS) == "red"
+    assert nearest_name(np.array([0.95, 0.97, 0.95]), drawing.BACKGROUNDS) == "white"
 
 
 def test_search_error_equals_the_error_written_out():
     """Every place tried one by one, with the composed picture itself, against the correlation."""
     generator = torch.Generator().manual_seed(0)
-    scorer = Scorer([SHAPES[3]], emoji.BACKGROUNDS, 32)
-    glyph = emoji.fitted(SHAPES[3], 22)
+    scorer = Scorer([SHAPES[3]], drawing.BACKGROUNDS, 32)
+    glyph = drawing.fitted(SHAPES[3], 22)
     scaled = torch.from_numpy(np.asarray(glyph, np.float32) / 255)
     picture, ground = torch.rand(3, 32, 32, generator=generator), torch.tensor([0.2, 0.5, 0.7])
     least = float("inf")
@@ -144,18 +145,18 @@ def test_search_error_equals_the_error_written_out():
 
 
 def test_scorer_finds_synthetic_shapes():
-    scorer = Scorer(SHAPES, emoji.BACKGROUNDS, 64)
+    scorer = Scorer(SHAPES, drawing.BACKGROUNDS, 64)
     for k in range(40):
         concept, name = k % len(SHAPES), ["white", "green", "cyan", "black"][k % 4]
-        place = emoji.random_place(f"test:{k}", SHAPES[concept].size, 64)
-        score = scorer(emoji.compose(SHAPES[concept], emoji.BACKGROUNDS[name], 64, place))
+        place = drawing.random_place(f"test:{k}", SHAPES[concept].size, 64)
+        score = scorer(drawing.compose(SHAPES[concept], drawing.BACKGROUNDS[name], 64, place))
         assert (score.background, score.objects[0]) == (name, concept)
         assert sorted(score.objects) == list(range(len(SHAPES))) and score.error < 8e-3
 
 
 def test_scorer_sees_a_wrong_object_and_a_wrong_background():
     asked = evaluate.questions(CONCEPTS, 12)
-    scorer = Scorer(SHAPES, emoji.BACKGROUNDS, 64)
+    scorer = Scorer(SHAPES, drawing.BACKGROUNDS, 64)
     right = evaluate.real_pictures(asked, SHAPES, CONCEPTS, 0)
     wrong = right[3:] + right[:3]
     good, bad = (evaluate.summary(asked, [scorer(p) for p in pictures]) for pictures in (right, wrong))
@@ -207,11 +208,11 @@ def test_evaluate_writes_rows_table_and_sheet(monkeypatch, tmp_path):
     def paint(sd, prompts, *, seed, guidance, steps, sampler):
         calls.append((len(prompts), seed, guidance))
         assert prompts == [question.prompt for question in asked[seed : seed + len(prompts)]]
-        grounds = [Image.new("RGB", (64, 64), emoji.BACKGROUNDS[q.background]) for q in asked]
+        grounds = [Image.new("RGB", (64, 64), drawing.BACKGROUNDS[q.background]) for q in asked]
         return (real if guidance > 1 else grounds)[seed : seed + len(prompts)]
 
     monkeypatch.setattr(evaluate, "draw_all", lambda concepts, font: SHAPES)
-    monkeypatch.setattr(emoji, "font_identity", lambda font: {"file": "none", "sha256": "0"})
+    monkeypatch.setattr(drawing, "font_identity", lambda font: {"file": "none", "sha256": "0"})
     monkeypatch.setattr(generate, "text_to_image", paint, raising=False)
     monkeypatch.setattr(generate, "final", lambda events: events, raising=False)
     model = SimpleNamespace(vae=LosslessVAE(), variant=SimpleNamespace(guidance=3.0, size=64))
@@ -246,10 +247,10 @@ def test_evaluate_refuses_one_prompt_and_an_unwritable_place(tmp_path):
 
 def test_missing_and_wrong_font_are_one_line_with_a_remedy(tmp_path):
     with pytest.raises(UserError, match="no emoji font at .*fonts-noto-color-emoji"):
-        emoji.open_font(tmp_path / "none.ttf")
+        drawing.open_font(tmp_path / "none.ttf")
     (tmp_path / "text.ttf").write_text("not a font")
     with pytest.raises(UserError, match="is not the bitmap Noto Color Emoji font"):
-        emoji.open_font(tmp_path / "text.ttf")
+        drawing.open_font(tmp_path / "text.ttf")
 
 
 # ---- with the font ---------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def test_missing_and_wrong_font_are_one_line_with_a_remedy(tmp_path):
 @pytest.fixture(scope="module")
 def chosen():
     pytest.importorskip("emoji", reason="the emoji package gives the names")
-    return emoji.choose(emoji.open_font(), 400)
+    return drawing.choose(drawing.open_font(), 400)
 
 
 @needs_font
@@ -269,30 +270,32 @@ def test_chosen_set_has_what_people_ask_for_and_leaves_the_rest_out(chosen):
     for name in names:
         assert len(name.split(" ")) <= 3 and name == name.lower() and ":" not in name and "_" not in name
         assert not {"button", "flag", "arrow", "o'clock", "moon", "aries"} & set(name.split(" "))
-    thumbnails = [emoji.thumbnail_of(emoji.draw_glyph(emoji.open_font(), concept.character)) for concept in chosen[::8]]
-    assert all(emoji.distance(a, b) >= emoji.NEAR for i, a in enumerate(thumbnails) for b in thumbnails[:i])
+    thumbnails = [
+        drawing.thumbnail_of(drawing.draw_glyph(drawing.open_font(), concept.character)) for concept in chosen[::8]
+    ]
+    assert all(drawing.distance(a, b) >= drawing.NEAR for i, a in enumerate(thumbnails) for b in thumbnails[:i])
 
 
 @needs_font
 def test_choose_refuses_more_than_there_are(monkeypatch):
     pytest.importorskip("emoji", reason="the emoji package gives the names")
-    monkeypatch.setattr(emoji, "GROUPS", (("fruit", 1.0, "1f347-1f353"),))
+    monkeypatch.setattr(drawing, "GROUPS", (("fruit", 1.0, "1f347-1f353"),))
     with pytest.raises(UserError, match="asked for 14 emoji, the rule finds 13 "):
-        emoji.choose(emoji.open_font(), 14)
+        drawing.choose(drawing.open_font(), 14)
 
 
 @needs_font
 @pytest.mark.parametrize("count", [40, pytest.param(512, marks=pytest.mark.full)])
 def test_scorer_knows_real_pictures_among_400(chosen, count):
-    seen, held = emoji.split_pairs(len(chosen), len(emoji.BACKGROUNDS))
-    names = list(emoji.BACKGROUNDS)
+    seen, held = drawing.split_pairs(len(chosen), len(drawing.BACKGROUNDS))
+    names = list(drawing.BACKGROUNDS)
     concepts = CONCEPTS | {
         "concepts": [{"name": c.name, "character": c.character} for c in chosen],
         "size": 128,
         "heldout": [[chosen[i].name, names[j]] for i, j in held],
     }
     glyphs = evaluate.draw_all(concepts, None)
-    scorer, asked = Scorer(glyphs, emoji.BACKGROUNDS, 128), evaluate.questions(concepts, count)
+    scorer, asked = Scorer(glyphs, drawing.BACKGROUNDS, 128), evaluate.questions(concepts, count)
     scores = [scorer(picture) for picture in evaluate.real_pictures(asked, glyphs, concepts, 0)]
     assert sum(q.background == s.background for q, s in zip(asked, scores)) == count
     assert sum(q.concept == s.objects[0] for q, s in zip(asked, scores)) >= 0.99 * count
@@ -318,7 +321,7 @@ def test_recipe_writes_the_folder_twice_the_same(tmp_path):
     for line in lines:
         picture = Image.open(one / line["file_name"])
         assert picture.mode == "RGB" and picture.size == (64, 64)
-        assert nearest_name(border_colour(np.asarray(picture) / 255), emoji.BACKGROUNDS) == line["background"]
+        assert nearest_name(border_colour(np.asarray(picture) / 255), drawing.BACKGROUNDS) == line["background"]
         assert line["concept"] in line["text"][0] and line["background"] in line["text"][0]
     check_tokenizer(one / "tokenizer", [text for line in lines for text in line["text"]])
 

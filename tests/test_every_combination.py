@@ -11,9 +11,9 @@ from conftest import TINY, TINY_REFINER, TINY_XL, difference, pipeline, seeded, 
 from PIL import Image
 
 import plainsd
-from plainsd.pictures.model import StableDiffusion
-from plainsd.generate import batch, final, image_to_image, inpaint, outpaint, text_to_image
 from plainsd.diffusion.samplers import SAMPLERS
+from plainsd.generate import batch, final, image_to_image, inpaint, outpaint, text_to_image
+from plainsd.pictures.model import StableDiffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own, thousands of them
 SIZE = 32

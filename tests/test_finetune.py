@@ -13,29 +13,28 @@ from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
 from PIL import Image
 from torch import nn
 
-from plainsd.pictures.conditioning import encode_prompts
-from plainsd.diffusion.denoiser import min_snr_weight
-from plainsd.errors import UserError
 from plainsd.adapters.lora import attached
-from plainsd.text.prompts import Weighted
+from plainsd.diffusion.denoiser import min_snr_weight
 from plainsd.diffusion.schedule import NoiseSchedule
-from plainsd.train.data.latents import cache_latents
+from plainsd.errors import UserError
+from plainsd.pictures.conditioning import encode_prompts
+from plainsd.text.prompts import Weighted
 from plainsd.train.checkpoints import checkpoints
-from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.captions import Reader, cut_captions
 from plainsd.train.data.examples import Examples
+from plainsd.train.data.latents import cache_latents
+from plainsd.train.data.pictures import read_folder
+from plainsd.train.log import Log, read_log
+from plainsd.train.loop import fit
+from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.methods.full import full
 from plainsd.train.methods.inversion import inversion, settle
-from plainsd.train.log import Log, read_log
-from plainsd.train.options import FitOptions
-from plainsd.train.order import Pick
-from plainsd.train.trainer import Trainer
-from plainsd.train.loop import fit
 from plainsd.train.methods.lora import lora
 from plainsd.train.objective import Noise, Objective, draw_noise, errors
-from plainsd.train.order import random
-from plainsd.train.methods.dreambooth import make_prior
+from plainsd.train.options import FitOptions
+from plainsd.train.order import Pick, random
 from plainsd.train.run import Rhythm, run
-from plainsd.train.data.captions import Reader, cut_captions
+from plainsd.train.trainer import Trainer
 
 SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
 

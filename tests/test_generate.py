@@ -9,12 +9,12 @@ from conftest import TINY_REFINER, TINY_XL, difference, pipeline, seeded, smooth
 from PIL import Image
 
 import plainsd
-from plainsd.pictures import guidance
-from plainsd.errors import UserError
-from plainsd.pictures.model import StableDiffusion
-from plainsd.generate import final, image_to_image, inpaint, outpaint, text_to_image
-from plainsd.pictures.sampling import slerp
 from plainsd.diffusion.samplers import SAMPLERS, Step
+from plainsd.errors import UserError
+from plainsd.generate import final, image_to_image, inpaint, outpaint, text_to_image
+from plainsd.pictures import guidance
+from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.sampling import slerp
 
 LONG = "a red apple on a table, " * 5  # 120 byte tokens: two chunks
 

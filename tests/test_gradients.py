@@ -13,19 +13,19 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import plainsd
+from plainsd.adapters.lora import save_lora
 from plainsd.diffusion.denoiser import min_snr_weight
 from plainsd.files.folder import read_network
-from plainsd.adapters.lora import save_lora
 from plainsd.files.tensorfile import TensorFile, stored
 from plainsd.train.data.examples import Batch
+from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.methods.full import full
 from plainsd.train.methods.inversion import inversion
+from plainsd.train.methods.lora import lora
+from plainsd.train.objective import Noise, Objective
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick
 from plainsd.train.trainer import Trainer
-from plainsd.train.methods.lora import lora
-from plainsd.train.gradient_checkpointing import checkpointing
-from plainsd.train.objective import Noise, Objective
 
 TOLERANCE = 1e-10
 CAPTIONS = ["a red <cat>", "", "two apples"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from plainsd.pictures import images
 from plainsd.errors import UserError
 from plainsd.models.vae import VAE, VAEConfig
+from plainsd.pictures import images
 from plainsd.pictures.settings import Settings
 
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, model
 
-from plainsd.files import tensorfile
 from plainsd.checkpoint import save, save_vae
 from plainsd.errors import UserError
+from plainsd.files import tensorfile
 from plainsd.reports.info import info
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from conftest import tiny_sd
 from test_speed import assert_as_exact, latents, relative
 
-from plainsd.speed import kernels, model
 from plainsd.models.layers import Attention, ResBlock, norm_silu
 from plainsd.models.unet import geglu
+from plainsd.speed import kernels, model
 from plainsd.speed.packed import PackedResBlock
 
 pytestmark = pytest.mark.skipif(not kernels.suit(torch.float32), reason="kernels.cpp is for AVX-512")

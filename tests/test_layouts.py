@@ -8,13 +8,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as oracle
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from plainsd.files.stored import empty, parts, place_shape
 from plainsd.files.configs_out import write_text, write_unet, write_vae
 from plainsd.files.names import places, spelled
+from plainsd.files.single import prefixes
+from plainsd.files.stored import empty, parts, place_shape
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.unet import UNet, UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.files.single import prefixes
 from plainsd.models.variants import VARIANTS, VIT_BIGG, VIT_H, VIT_L, Variant
 
 Shapes = dict[str, tuple[int, ...]]

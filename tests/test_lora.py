@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import plainsd
-from plainsd.pictures.conditioning import size_vector
-from plainsd.files.stored import empty
-from plainsd.errors import UserError
+from plainsd.adapters.layers import LoraConv, LoraLinear, LowRank, attach
 from plainsd.adapters.lora import (
     TARGETS,
     add_lora,
@@ -29,11 +27,13 @@ from plainsd.adapters.lora import (
     save_lora,
     targeted,
 )
-from plainsd.adapters.layers import LoraConv, LoraLinear, LowRank, attach
 from plainsd.adapters.names import dotted_name, known_names, kohya_name, modules_of, networks
+from plainsd.errors import UserError
+from plainsd.files.stored import empty
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.variants import SD2_UNET, VARIANTS, VIT_BIGG, VIT_L, XL_UNET
+from plainsd.pictures.conditioning import size_vector
 
 SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
 

@@ -10,10 +10,10 @@ import torch
 from conftest import TINY, TINY_REFINER, difference, smooth_picture, tiny_sd
 from torch import nn
 
-from plainsd.models import vae_bands
-from plainsd.pictures import memory
 from plainsd.generate import final, image_to_image, text_to_image
+from plainsd.models import vae_bands
 from plainsd.models.vae import VAE, VAEConfig
+from plainsd.pictures import memory
 
 CPU = torch.device("cpu")
 SIZES = [(64, 64), (72, 40), (104, 24)]  # height and width; bands of 2**9 positions cut all of them
@@ -59,7 +59,9 @@ def test_bands_agree_to_1_in_255_in_bfloat16(narrow):
     whole, banded = vae.encode(pixels), vae_bands.encode(vae, pixels)
     assert (whole.mean - banded.mean).abs().max() < 1 / 255
     latents = 3 * whole.mean
-    assert (vae.decode(latents) - vae_bands.decode(vae, latents)).abs().max() <= 2 / 255  # pixels are 2 apart in [-1, 1]
+    assert (
+        vae.decode(latents) - vae_bands.decode(vae, latents)
+    ).abs().max() <= 2 / 255  # pixels are 2 apart in [-1, 1]
 
 
 @torch.no_grad()

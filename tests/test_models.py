@@ -8,11 +8,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from plainsd.files.configs import read_text, read_unet, read_vae
 from plainsd.files.folder import read_network
+from plainsd.files.tensorfile import TensorFile, stored
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.layers import timestep_embedding
 from plainsd.models.unet import UNet, UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.files.tensorfile import TensorFile, stored
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "float64"])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import denoiser
-from plainsd.errors import UserError
 from plainsd.diffusion.samplers import (
     SAMPLERS,
     Step,
@@ -27,6 +26,7 @@ from plainsd.diffusion.samplers import (
     toward,
 )
 from plainsd.diffusion.schedule import SPACINGS, NoiseSchedule
+from plainsd.errors import UserError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

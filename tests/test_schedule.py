@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plainsd.errors import UserError
 from plainsd.diffusion.samplers import SAMPLERS, sampler_sigmas, sampler_timesteps
 from plainsd.diffusion.schedule import (
     SPACINGS,
@@ -20,6 +19,7 @@ from plainsd.diffusion.schedule import (
     linspace,
     trailing,
 )
+from plainsd.errors import UserError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

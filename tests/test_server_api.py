@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Brake, alike, base64_of, from_base64, model_folder, open_service, png_bytes, served, until
 
 import plainsd
-from plainsd.server.limits import Limits
 from plainsd.pictures.settings import parse_settings
+from plainsd.server.limits import Limits
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from serving import (
 import plainsd
 from plainsd.cli import main
 from plainsd.commands.generate import Generate
+from plainsd.commands.remote import NOT_SENT
 from plainsd.errors import UserError
 from plainsd.server.client import Finished, Progress, Remote
-from plainsd.commands.remote import NOT_SENT
 from plainsd.server.schema import JobRequest
 
 TOKEN = "a-token-for-clients"

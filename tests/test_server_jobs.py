@@ -13,14 +13,14 @@ from serving import Brake, alike, base64_of, lora_file, model_folder, open_servi
 import plainsd
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
-from plainsd.server import store as store_module
-from plainsd.server import worker as worker_module
-from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING
 from plainsd.server.errors import Refused
-from plainsd.server.schema import JobRequest
+from plainsd.server.jobs import store as store_module
+from plainsd.server.jobs import worker as worker_module
+from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING
+from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.restore import settings_inside
-from plainsd.server.limits import Limits
+from plainsd.server.schema import JobRequest
 
 
 @pytest.fixture(scope="module")

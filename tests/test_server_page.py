@@ -10,8 +10,8 @@ from serving import Brake, embedding_file, lora_file, model_folder, open_service
 
 import plainsd
 from plainsd.pictures.images import write_png
-from plainsd.server.schema import JobRequest
 from plainsd.server.limits import Limits
+from plainsd.server.schema import JobRequest
 
 pytestmark = needed
 PAINTED = """

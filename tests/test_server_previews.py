@@ -9,12 +9,12 @@ from conftest import tiny_sd
 from serving import model_folder, open_service
 
 import plainsd
-from plainsd.pictures import previews
 from plainsd.checkpoint import add_preview
-from plainsd.files.convert import convert
 from plainsd.errors import UserError
+from plainsd.files.convert import convert
+from plainsd.pictures import previews
 from plainsd.pictures.previews import fit_latent_rgb
-from plainsd.server import models as server_models
+from plainsd.server import pool as server_models
 
 
 def test_save_writes_it_and_load_and_the_server_read_it(tmp_path, monkeypatch):

@@ -9,12 +9,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plainsd.speed import model
+from plainsd.adapters.layers import LowRank, attach
+from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
-from plainsd.adapters.layers import LowRank, attach
 from plainsd.models.layers import Attention, Upsample
 from plainsd.models.unet import FeedForward
+from plainsd.speed import model
 from plainsd.speed.packed import (
     PACKED,
     PackedConv,
@@ -23,7 +24,6 @@ from plainsd.speed.packed import (
     PackedLinear,
     PackedUpsample,
 )
-from plainsd.diffusion.samplers import SAMPLERS
 
 PROMPT = {"prompt": "a red apple", "steps": 3, "seed": 7, "guidance": 4.0, "size": 64}
 

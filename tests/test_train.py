@@ -20,22 +20,22 @@ from plainsd.models.clip import TextConfig
 from plainsd.models.layers import Attention
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.text.tokenizer import Tokenizer
-from plainsd.train.data.latents import cache_latents
-from plainsd.train.checkpoints import checkpoints, save_checkpoint
-from plainsd.train.data.pictures import read_folder
-from plainsd.train.data.examples import Examples
-from plainsd.train.methods.full import full
-from plainsd.train.log import Log, read_log
-from plainsd.train.options import FitOptions
-from plainsd.train.trainer import Report, Trainer, learning_rate
+from plainsd.models.variants import ScheduleConfig, Variant
 from plainsd.speed.training import autocast
+from plainsd.text.tokenizer import Tokenizer
+from plainsd.train.checkpoints import checkpoints, save_checkpoint
+from plainsd.train.data.examples import Examples
+from plainsd.train.data.latents import cache_latents
+from plainsd.train.data.pictures import read_folder
+from plainsd.train.log import Log, read_log
 from plainsd.train.loop import fit
-from plainsd.train.order import Order, random
-from plainsd.train.run import Diary, Rhythm, run
+from plainsd.train.methods.full import full
 from plainsd.train.methods.scratch import from_scratch, read_variant
 from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, psnr, validate
-from plainsd.models.variants import ScheduleConfig, Variant
+from plainsd.train.options import FitOptions
+from plainsd.train.order import Order, random
+from plainsd.train.run import Diary, Rhythm, run
+from plainsd.train.trainer import Report, Trainer, learning_rate
 
 TINY_VAE = VAEConfig(channels=(8, 8), layers=1, latent_channels=4, groups=2)
 TINY_UNET = UNetConfig(channels=(16, 16), depth=(0, 1), heads=(2, 2), mid_depth=1, layers=1, context=16, groups=4)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from test_finetune import write_pictures
 
 import plainsd
+from plainsd.adapters.embeddings import add_embedding
+from plainsd.adapters.lora import add_lora
 from plainsd.checkpoint import load_vae, save_vae
 from plainsd.cli import main
-from plainsd.adapters.embeddings import add_embedding
 from plainsd.generate import final, text_to_image
-from plainsd.adapters.lora import add_lora
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.log import read_log
 from plainsd.train.methods.lora import lora
@@ -125,7 +125,9 @@ def test_lora(train, base, tmp_path):
 @pytest.mark.parametrize("drawing", [False, True])
 def test_the_autoencoder_is_let_go_where_nothing_is_drawn(train, pictures, tmp_path, monkeypatch, drawing):
     seen = []
-    monkeypatch.setattr("plainsd.train.from_model.lora", lambda sd, *rest, **more: seen.append(sd) or lora(sd, *rest, **more))
+    monkeypatch.setattr(
+        "plainsd.train.from_model.lora", lambda sd, *rest, **more: seen.append(sd) or lora(sd, *rest, **more)
+    )
     (tmp_path / "prompts.txt").write_text("colour 1\n")
     more = ["--prompts", str(tmp_path / "prompts.txt")] if drawing else []
     assert train("lora", "--steps", "1", "--heldout", str(pictures), *more)[0] == 0

@@ -11,13 +11,12 @@ from PIL import Image
 
 from plainsd.errors import UserError
 from plainsd.models.vae import VAE, VAEConfig
+from plainsd.train.data.crops import Framing, boxes, cut_out, nearest_box, view_of
+from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.pictures import Item, Pictures, described, read_folder, shuffled
-from plainsd.train.data.examples import Examples
-from plainsd.train.order import Pick
-from plainsd.train.order import Bucketed, Repeated, random
 from plainsd.train.data.sources import Reading, read_source
-from plainsd.train.data.crops import Framing, boxes, cut_out, nearest_box, view_of
+from plainsd.train.order import Bucketed, Pick, Repeated, random
 
 SIZES = [(24, 16), (16, 24), (16, 16), (40, 20), (17, 16)]
 

@@ -9,8 +9,8 @@ from small_models import FAMILIES, model, without_notes
 from plainsd.checkpoint import save
 from plainsd.cli import main
 from plainsd.files.stored import Network
-from plainsd.text.tokenizer import Tokenizer
 from plainsd.reports.verify import Row, error, lines, verify
+from plainsd.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = {"tokenizer", "text encoder", "vae, encode", "vae, decode", "unet", "latents after 5 steps", "pixels, in 1/255"}

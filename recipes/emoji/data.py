@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from plainsd.errors import UserError
 from plainsd.disk import written_whole
-from plainsd.train import emoji
+from plainsd.emoji import drawing
+from plainsd.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # how CLIP cuts text before the merges
@@ -38,19 +38,19 @@ def write_whole(path: Path, text: str) -> None:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def start_worker(font_path: Path, concepts: list[emoji.Concept], size: int) -> None:
+def start_worker(font_path: Path, concepts: list[drawing.Concept], size: int) -> None:
     """Each process draws the glyphs once."""
     global glyphs, side
     os.nice(10)
-    font = emoji.open_font(font_path)
-    glyphs, side = [emoji.draw_glyph(font, concept.character) for concept in concepts], size
+    font = drawing.open_font(font_path)
+    glyphs, side = [drawing.draw_glyph(font, concept.character) for concept in concepts], size
 
 
-def make_picture(job: tuple[str, int, tuple[int, int, int], Path]) -> emoji.Place:
+def make_picture(job: tuple[str, int, tuple[int, int, int], Path]) -> drawing.Place:
     """Compose and write one picture; where the glyph lies in it."""
     key, concept, colour, path = job
-    place = emoji.random_place(key, glyphs[concept].size, side)
-    emoji.compose(glyphs[concept], colour, side, place).save(path, compress_level=1)
+    place = drawing.random_place(key, glyphs[concept].size, side)
+    drawing.compose(glyphs[concept], colour, side, place).save(path, compress_level=1)
     return place
 
 
@@ -59,20 +59,20 @@ def write_pictures(
     kind: str,
     count: int,
     pairs: list[tuple[int, int]],
-    concepts: list[emoji.Concept],
+    concepts: list[drawing.Concept],
     options: argparse.Namespace,
 ) -> None:
     """`count` pictures of the pairs, taken round and round, and their metadata.jsonl, last."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "metadata.jsonl").unlink(missing_ok=True)
-    colours = list(emoji.BACKGROUNDS.items())
+    colours = list(drawing.BACKGROUNDS.items())
     jobs, lines = [], []
     for i in range(count):
         concept, background = pairs[i % len(pairs)]
         name, colour = colours[background]
         file_name = f"images/{i:06d}.png"
         jobs.append((f"{options.seed}:{kind}:{i}", concept, colour, folder / file_name))
-        captions = [emoji.caption(template, concepts[concept], name) for template in emoji.TEMPLATES]
+        captions = [drawing.caption(template, concepts[concept], name) for template in drawing.TEMPLATES]
         lines.append({"file_name": file_name, "text": captions, "concept": concepts[concept].name, "background": name})
     with multiprocessing.Pool(options.workers, start_worker, (options.font, concepts, options.size)) as pool:
         for i, place in enumerate(pool.imap(make_picture, jobs, chunksize=64)):
@@ -140,23 +140,23 @@ def write_tokenizer(folder: Path, captions: list[str], size: int) -> int:
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
-def describe(concepts: list[emoji.Concept], heldout: list[tuple[int, int]], options: argparse.Namespace) -> dict:
+def describe(concepts: list[drawing.Concept], heldout: list[tuple[int, int]], options: argparse.Namespace) -> dict:
     """What concepts.json says."""
-    names = list(emoji.BACKGROUNDS)
+    names = list(drawing.BACKGROUNDS)
     return {
         "concepts": [{"name": c.name, "character": c.character, "phrase": c.phrase} for c in concepts],
-        "backgrounds": {name: list(colour) for name, colour in emoji.BACKGROUNDS.items()},
-        "templates": list(emoji.TEMPLATES),
+        "backgrounds": {name: list(colour) for name, colour in drawing.BACKGROUNDS.items()},
+        "templates": list(drawing.TEMPLATES),
         "heldout": [[concepts[i].name, names[j]] for i, j in heldout],
         "size": options.size,
         "seed": options.seed,
-        "font": emoji.font_identity(options.font),
+        "font": drawing.font_identity(options.font),
     }
 
 
 def restricted(
-    concepts: list[emoji.Concept], seen: list[tuple[int, int]], heldout: list[tuple[int, int]], path: Path
-) -> tuple[list[emoji.Concept], list[tuple[int, int]], list[tuple[int, int]]]:
+    concepts: list[drawing.Concept], seen: list[tuple[int, int]], heldout: list[tuple[int, int]], path: Path
+) -> tuple[list[drawing.Concept], list[tuple[int, int]], list[tuple[int, int]]]:
     """Only the emoji named in a file, one a line, and their pairs."""
     wanted = {line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()}
     if strangers := sorted(wanted - {concept.name for concept in concepts}):
@@ -167,15 +167,15 @@ def restricted(
 
 
 def build(options: argparse.Namespace) -> None:
-    font = emoji.open_font(options.font)
-    concepts = emoji.choose(font, options.emoji)
-    seen, heldout = emoji.split_pairs(len(concepts), len(emoji.BACKGROUNDS), options.heldout_share, options.seed)
+    font = drawing.open_font(options.font)
+    concepts = drawing.choose(font, options.emoji)
+    seen, heldout = drawing.split_pairs(len(concepts), len(drawing.BACKGROUNDS), options.heldout_share, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     captions = [
-        emoji.caption(template, concept, background)
+        drawing.caption(template, concept, background)
         for concept in concepts
-        for background in emoji.BACKGROUNDS
-        for template in emoji.TEMPLATES
+        for background in drawing.BACKGROUNDS
+        for template in drawing.TEMPLATES
     ]
     entries = write_tokenizer(options.out / "tokenizer", captions, options.vocabulary)
     if options.names:  # the vocabulary and the split stay those of the whole set
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
     parser.add_argument("--vocabulary", type=int, default=2000, help="most entries in the tokenizer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--font", type=Path, default=emoji.FONT)
+    parser.add_argument("--font", type=Path, default=drawing.FONT)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     try:
         build(parser.parse_args(argv))

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from plainsd.errors import UserError
 from plainsd.disk import read_json
+from plainsd.emoji import drawing
+from plainsd.errors import UserError
 from plainsd.files.hub import find
-from plainsd.train import emoji
 
 FONT = Path("/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf")
 DRAWN, SIDE = 400, 128  # pixels: the font's size, and a picture's side (training scales it)
@@ -41,12 +41,12 @@ def glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
     return picture.crop(box)
 
 
-def write_drawings(folder: Path, concept: emoji.Concept, drawing: Image.Image, views: int) -> None:
+def write_drawings(folder: Path, concept: drawing.Concept, glyph: Image.Image, views: int) -> None:
     """Size and place are drawn from the name."""
     for view in range(views):
-        place = emoji.random_place(f"line:{concept.name}:{view}", drawing.size, SIDE)
+        place = drawing.random_place(f"line:{concept.name}:{view}", glyph.size, SIDE)
         path = folder / f"{concept.name.replace(' ', '-')}-{view}.png"
-        emoji.compose(drawing, (255, 255, 255), SIDE, place).save(path)
+        drawing.compose(glyph, (255, 255, 255), SIDE, place).save(path)
         lines = [caption.format(phrase=concept.phrase) + "\n" for caption in CAPTIONS]
         path.with_suffix(".txt").write_text("".join(lines))
 
@@ -56,14 +56,14 @@ def build(options: argparse.Namespace) -> None:
         raise UserError(f"no font at {options.font}; apt-get install fonts-symbola, or give --font FILE")
     font = ImageFont.truetype(str(options.font), DRAWN)
     rows = read_json(find(options.model) / "concepts.json")["concepts"]
-    concepts = [emoji.Concept(row["name"], row["character"]) for row in rows]
-    drawings = {concept: drawing for concept in concepts if (drawing := glyph(font, concept.character))}
+    concepts = [drawing.Concept(row["name"], row["character"]) for row in rows]
+    drawings = {concept: drawn for concept in concepts if (drawn := glyph(font, concept.character))}
     by_chance = sorted(drawings, key=lambda concept: random.Random(f"held out:{concept.name}").random())
     count = round(options.heldout_share * len(drawings))
     heldout = {concept for concept in drawings if concept.name in UNSEEN} | set(by_chance[:count])
     for name in ("drawings", "heldout"):
         (options.out / name).mkdir(parents=True)
-    for concept, drawing in drawings.items():
+    for concept, drawn in drawings.items():
         place, views = ("heldout", 1) if concept in heldout else ("drawings", options.views)
         write_drawings(options.out / place, concept, drawing, views)
     print(

@@ -14,9 +14,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import plainsd
+from plainsd.adapters.lora import add_lora
 from plainsd.errors import UserError
 from plainsd.pictures.images import write_png
-from plainsd.adapters.lora import add_lora
 from plainsd.train.job import read_lines
 from plainsd.train.log import read_log
 

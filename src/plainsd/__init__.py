@@ -14,10 +14,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "checkpoint", "save": "checkpoint",
-    "StableDiffusion": "generate", "text_to_image": "generate", "image_to_image": "generate", "inpaint": "generate",
+    "StableDiffusion": "pictures.model", "text_to_image": "generate", "image_to_image": "generate", "inpaint": "generate",
     "outpaint": "generate", "final": "generate", "Pictures": "generate",
-    "add_lora": "lora", "save_lora": "lora", "add_embedding": "embeddings", "save_embedding": "embeddings",
-    "Step": "samplers", "Settings": "settings", "UserError": "errors",
+    "add_lora": "adapters.lora", "save_lora": "adapters.lora",
+    "add_embedding": "adapters.embeddings", "save_embedding": "adapters.embeddings",
+    "Step": "diffusion.samplers", "Settings": "pictures.settings", "UserError": "errors",
 }  # fmt: skip
 __all__ = list(_HOME)
 

@@ -1,7 +1,7 @@
 """From a prompt to pictures: the parts of a model, and the tasks on it.
 
 Rombach et al. 2022 (arXiv:2112.10752). Every task checks its input at once and returns a generator: a `Step` for each
-step of the sampler, and at the end `Pictures`. What they share, the way through the networks, is in latents.py.
+step of the sampler, and at the end `Pictures`. What they share, the way through the networks, is in pictures/sampling.py.
 
 Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
 """
@@ -9,19 +9,19 @@ Shape letters: B pictures at once, L latent channels, H W height and width in pi
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from plainsd.pictures.defaults import MULTIPLE, check_size, enlarged_size, resolved, settings_of_each
+from plainsd.diffusion.samplers import Step
 from plainsd.errors import UserError
-from plainsd.pictures.images import to_mask, to_pil, to_rgb, to_tensor
+from plainsd.pictures.defaults import MULTIPLE, check_size, enlarged_size, resolved, settings_of_each
+from plainsd.pictures.images import continued, to_mask, to_pil, to_rgb, to_tensor
+from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.sampling import (
     Draw,
     Known,
@@ -32,53 +32,11 @@ from plainsd.pictures.sampling import (
     sample,
     steps_of_strength,
 )
-from plainsd.pictures.model import Saving, Stage
-from plainsd.diffusion.samplers import Step
 from plainsd.pictures.settings import SIZES, Settings
 
-if TYPE_CHECKING:
-    from plainsd.models.clip import TextEncoder
-    from plainsd.models.unet import UNet
-    from plainsd.models.vae import VAE
-    from plainsd.diffusion.schedule import NoiseSchedule
-    from plainsd.text.tokenizer import Tokenizer
-    from plainsd.models.variants import Variant
+pass
 
 HIRES_STRENGTH = 0.7  # of the second pass, where none is given
-
-
-@dataclass
-class StableDiffusion:
-    """The parts of one model. SDXL has two tokenizers and text encoders, all others one of each."""
-
-    tokenizers: list[Tokenizer]
-    text_encoders: list[TextEncoder]
-    unet: UNet
-    vae: VAE
-    schedule: NoiseSchedule
-    prediction: str  # what the network predicts: "epsilon" or "v_prediction"
-    variant: Variant
-    path: Path | None = None  # where it was loaded from
-    refiner: StableDiffusion | None = None  # draws at the lowest noise levels, see `latents.turns`
-    saving: Saving = Saving()  # what is done to need less memory
-    stage: Stage | None = None  # where networks have their turns, if they are not all on the device
-    latent_rgb: Tensor | None = None  # (L + 1, 3), as it was stored with the model, see previews.py
-
-    @property
-    def device(self) -> torch.device:
-        return self.stage.device if self.stage else next(self.unet.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StableDiffusion:
-        """Moves and casts the networks in place; returns itself."""
-        for network in (*self.text_encoders, self.unet, self.vae):
-            network.to(device=device, dtype=dtype)
-        if self.refiner is not None:
-            self.refiner.to(device, dtype)
-        return self
 
 
 class Pictures(NamedTuple):
@@ -291,17 +249,6 @@ def outpaint(
         raise UserError(f"outpaint {' '.join(map(str, sides))}: {wanted}")
     canvas, mask = continued(image, sides)
     return inpaint(sd, prompt, canvas, mask, outpaint=sides, **choices)
-
-
-def continued(image: Image.Image, sides: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
-    """The picture with so many pixels more at its left, top, right and bottom, in the colours of its edges; and a mask
-    that is light there."""
-    left, top, right, bottom = sides
-    pixels = np.pad(np.array(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge")
-    canvas = Image.fromarray(pixels)
-    mask = Image.new("L", canvas.size, "white")
-    mask.paste("black", (left, top, left + image.width, top + image.height))
-    return canvas, mask
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

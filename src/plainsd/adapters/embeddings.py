@@ -16,20 +16,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from plainsd.files.detect import EMBEDDING, seems
 from plainsd.errors import UserError, unknown
-from plainsd.files.tensorfile import write_whole
-from plainsd.files.tensorfile import HARMLESS, open_safetensors, stored, unpickled
+from plainsd.files.detect import EMBEDDING, seems
+from plainsd.files.tensorfile import HARMLESS, open_safetensors, stored, unpickled, write_whole
+from plainsd.models.clip import TextEncoder
 from plainsd.models.variants import encoder_names
-
-if TYPE_CHECKING:
-    from plainsd.pictures.model import StableDiffusion
-    from plainsd.models.clip import TextEncoder
+from plainsd.pictures.model import StableDiffusion
 
 DIALECTS = ("a1111", "diffusers")
 PICKLES = (".pt", ".bin")

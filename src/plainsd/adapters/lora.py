@@ -1,6 +1,6 @@
 """LoRAs on a model: added from files, taken away, folded into the weights, trained, and saved.
 
-Hu et al. 2021 (arXiv:2106.09685); the arithmetic is in lora_layers.py, the files in lora_files.py and lora_save.py.
+Hu et al. 2021 (arXiv:2106.09685); the arithmetic is in layers.py, the files in reading.py and writing.py.
 
     style = add_lora(sd, "style.safetensors", 0.8)           # several at once, each with its strength
     style.set_strength(0.5); style.remove()                  # or merge([style, other])
@@ -19,19 +19,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from plainsd.errors import UserError, unknown
-from plainsd.adapters.reading import located, open_lora, peft_settings, read_adapter
 from plainsd.adapters.layers import Adapted, Adapter, LowRank, attach, detach
 from plainsd.adapters.names import Model, Place, modules_of, networks
+from plainsd.adapters.reading import located, open_lora, peft_settings, read_adapter
 from plainsd.adapters.writing import write_lora
-
-if TYPE_CHECKING:
-    from plainsd.pictures.model import StableDiffusion
+from plainsd.errors import UserError, unknown
+from plainsd.pictures.model import StableDiffusion
 
 ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
 CONV = "*.conv1 *.conv2 *.skip *.resample.conv"  # the convolutions of ResBlocks and between levels

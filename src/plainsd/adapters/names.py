@@ -1,7 +1,7 @@
 """What a LoRA's modules and tensors are called in files: kohya's names, diffusers' of three ages, PEFT's, ComfyUI's.
 
-A tensor's name is a module's name and an ending. The ending tells which factor of the change it is (lora_layers.py); the
-module's name is one of the columns of layouts.py, with a prefix for the network, and spelled by the dialect:
+A tensor's name is a module's name and an ending. The ending tells which factor of the change it is (layers.py); the
+module's name is one of the columns of files/names.py, with a prefix for the network, and spelled by the dialect:
 
     kohya      lora_unet_down_blocks_0_attentions_0_proj_in     dots are underscores; SDXL by the original's names
     dotted     unet.down_blocks.0.attentions.0.proj_in          diffusers, PEFT
@@ -11,7 +11,7 @@ module's name is one of the columns of layouts.py, with a prefix for the network
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -20,8 +20,7 @@ from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.variants import encoder_names
 
-if TYPE_CHECKING:
-    pass
+pass
 
 Model = "StableDiffusion | UNet | TextEncoder"
 Place = tuple[str, str]  # a network's name and a module's, ours
@@ -61,7 +60,7 @@ ENDINGS = {  # part: how its tensor's name may end
 ADAPTER = re.compile(r"(\.lora_(?:[AB]|magnitude_vector))\.default(?:_\d+)?(?=\.|$)")  # PEFT's name for an adapter
 
 KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
-SPELLINGS = (  # as layouts.py has it, as some files have it
+SPELLINGS = (  # as files/names.py has it, as some files have it
     (".to_out.0", ".to_out"),  # diffusers in 2023
     (".q_proj", ".to_q"),
     (".k_proj", ".to_k"),
@@ -72,7 +71,7 @@ SPELLINGS = (  # as layouts.py has it, as some files have it
 
 
 class Named(NamedTuple):
-    """One module that a LoRA can sit on, by all of its names. `mark` as in layouts.py."""
+    """One module that a LoRA can sit on, by all of its names. `mark` as in files/names.py."""
 
     ours: str
     diffusers: str

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plainsd.files.stored import first
-from plainsd.files.detect import seems
-from plainsd.errors import UserError
 from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
 from plainsd.adapters.names import Model, Place, known_names, networks, split
+from plainsd.errors import UserError
+from plainsd.files.detect import seems
+from plainsd.files.stored import first
 from plainsd.files.tensorfile import TensorFile, damaged, open_tensors
 
 NOTE = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings, as JSON, in a file's metadata

@@ -6,20 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from plainsd.errors import UserError, unknown
-from plainsd.adapters.reading import CONTEXTS, NOTE
 from plainsd.adapters.layers import Adapter, LowRank
 from plainsd.adapters.names import Named, Place, dotted_name, kohya_name, modules_of, networks
-from plainsd.files.tensorfile import write_whole
-from plainsd.files.tensorfile import stored
-
-if TYPE_CHECKING:
-    from plainsd.pictures.model import StableDiffusion
+from plainsd.adapters.reading import CONTEXTS, NOTE
+from plainsd.errors import UserError, unknown
+from plainsd.files.tensorfile import stored, write_whole
+from plainsd.pictures.model import StableDiffusion
 
 NAMINGS = {  # how a name ends for: down, up, magnitude
     "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),

@@ -1,1 +1,4 @@
-"""The sub-commands of `plainsd`: small dataclasses whose fields are the flags. torch is imported in `run()` only."""
+"""The command line, a file a command: flags in, calls of the other rooms, lines out.
+
+Nothing is computed here. cli.py finds the command and turns errors into exit codes.
+"""

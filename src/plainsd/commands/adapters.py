@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plainsd.errors import UserError
-from plainsd.text.prompts import lora_tags
 from plainsd.pictures.settings import number
+from plainsd.text.prompts import lora_tags
 
 Loras = list[tuple[Path, float]]  # files and strengths
 

@@ -47,9 +47,9 @@ class Bench:
         if self.rounds < 1:
             raise UserError(f"rounds {self.rounds} is out of range; give 1 or more")
 
-        from plainsd.reports import bench
-        from plainsd.device import choose_device, choose_dtype
         from plainsd.commands.output import check_writable
+        from plainsd.device import choose_device, choose_dtype
+        from plainsd.reports import bench
 
         known = bench.ROWS | bench.LARGE
         for name in self.rows:

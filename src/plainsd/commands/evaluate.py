@@ -36,8 +36,8 @@ class Evaluate:
         from tqdm import tqdm
 
         from plainsd.checkpoint import load
-        from plainsd.emoji.evaluate import evaluate, table
         from plainsd.disk import read_json
+        from plainsd.emoji.evaluate import evaluate, table
 
         sd = load(self.model, device=self.device, dtype=self.dtype)
         file = self.concepts or sd.path / "concepts.json"

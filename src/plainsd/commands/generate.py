@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from tyro.conf import Positional, UseAppendAction, arg
-from tyro.constructors import PrimitiveConstructorSpec
-
-from plainsd.commands.recorded import ELSEWHERE, check_recorded, noted, recorded, say_unused
-from plainsd.commands.grid import axis, grid_cells, sheet
 from plainsd.commands.adapters import chosen, learned, without_tags
+from plainsd.commands.flags import GenerateFlags
+from plainsd.commands.grid import axis, grid_cells, sheet
 from plainsd.commands.output import Batch, Target, check_writable, draw
+from plainsd.commands.recorded import ELSEWHERE, check_recorded, noted, recorded, say_unused
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
@@ -28,126 +26,12 @@ if TYPE_CHECKING:
     from plainsd.pictures.model import StableDiffusion
 
 
-def flag(metavar: str, name: str | None = None):
-    return arg(metavar=metavar, name=name, help_behavior_hint=default_hint)
-
-
-def several(kind: type, count: int):
-    """Exactly so many numbers, or None. tyro by itself takes whatever follows, and with it the prompt."""
-    return PrimitiveConstructorSpec(
-        nargs=count,
-        metavar="",
-        instance_from_str=lambda texts: tuple(map(kind, texts)),
-        is_instance=lambda value: value is None or isinstance(value, tuple),
-        str_from_instance=lambda value: [] if value is None else list(map(str, value)),
-    )
-
-
-def default_hint(default: str) -> str:
-    return "" if default in ("", "None", "''") else f"(default: {default})"
-
-
 @dataclass
-class Generate:
+class Generate(GenerateFlags):
     """Pictures of a prompt, written as PNG files that know how they were made.
 
     Flags that are not given take the model's own defaults; with --from, those of the picture.
     """
-
-    prompt: Annotated[Positional[str], flag("PROMPT")] = ""
-    """what to draw"""
-    model: Annotated[str | None, flag("MODEL")] = None
-    """folder, single file or hub name of a model; the embedded one if not given"""
-    vae: Annotated[Path | None, flag("PATH")] = None
-    """another autoencoder, a folder or a file, in place of the model's own"""
-    lora: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
-    """a LoRA, such as style.safetensors:0.8; more than once for several"""
-    lora_folder: Annotated[Path | None, flag("FOLDER")] = None
-    """where the LoRAs lie that a prompt names as <lora:style:0.8>"""
-    lora_partial: bool = False
-    """leave out what of a LoRA does not fit the model"""
-    embedding: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:WORD")] = ()
-    """a learned word (textual inversion), such as cat.pt:<cat>, or FILE alone; more than once for several"""
-    refiner: Annotated[str | None, flag("MODEL")] = None
-    """folder, file or hub name of a model that draws the last part, such as SDXL's refiner"""
-    handover: Annotated[float | None, flag("SHARE")] = None
-    """of the timesteps, after which the refiner draws (default 0.8)"""
-    negative: Annotated[str | None, flag("TEXT")] = None
-    """what to keep away from"""
-    size: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
-    """pixels, multiples of 8; with --image any, and the picture is scaled"""
-    steps: Annotated[int | None, flag("N")] = None
-    """steps of the sampler"""
-    guidance: Annotated[float | None, flag("SCALE")] = None
-    """how strictly the prompt is followed; 1 ignores --negative and is twice as fast"""
-    sampler: Annotated[str | None, flag("NAME")] = None
-    """ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms unipc
-    lcm"""
-    spacing: Annotated[str | None, flag("NAME")] = None
-    """of the noise levels: leading trailing linspace karras exponential"""
-    seed: Annotated[int | None, flag("N")] = None
-    """of the first picture (default 0); the following ones have the next seeds"""
-    count: Annotated[int, flag("N")] = 1
-    """pictures a prompt"""
-    batch: Annotated[int, flag("N")] = 4
-    """pictures at once; fewer need less memory"""
-    prompts: Annotated[Path | None, flag("FILE")] = None
-    """a text file with one prompt a line, in place of PROMPT"""
-    out: Annotated[Path, flag("FILE-OR-FOLDER")] = Path("out")
-    """where pictures go; nothing is overwritten, files are numbered"""
-    from_: Annotated[Path | None, flag("PNG", "from")] = None
-    """make this picture again; other flags change single settings"""
-
-    image: Annotated[Path | None, flag("FILE")] = None
-    """a picture to start from"""
-    strength: Annotated[float | None, flag("SHARE")] = None
-    """how far from it: the share of the steps that run (default 0.75; 1 with a mask)"""
-    mask: Annotated[Path | None, flag("FILE")] = None
-    """a picture of the same size; only where it is light is --image drawn anew"""
-    outpaint: Annotated[tuple[int, int, int, int] | None, flag("L T R B"), several(int, 4)] = None
-    """continue --image by so many pixels at its left, top, right, bottom"""
-    hires: Annotated[float | None, flag("TIMES")] = None
-    """a second pass on the picture enlarged so many times"""
-    upscaler: Annotated[str | None, flag("NAME")] = None
-    """how it is enlarged: latent or lanczos"""
-    variation_seed: Annotated[int | None, flag("N")] = None
-    """a second seed, to vary a picture"""
-    variation_strength: Annotated[float | None, flag("SHARE")] = None
-    """how far towards the second seed, 0 to 1"""
-    grid: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME=A,B,C")] = ()
-    """one sheet over several values of a setting; twice for columns and rows"""
-
-    clip_skip: Annotated[int | None, flag("N")] = None
-    """layer of the text encoder that is read: 1 the last, 2 the one before"""
-    eta: Annotated[float | None, flag("SHARE")] = None
-    """fresh noise a step, 0 to 1, for samplers that have the choice"""
-    rescale: Annotated[float | None, flag("SHARE")] = None
-    """guidance keeps the contrast of the prompted estimate by this share, such as 0.7"""
-    interval: Annotated[tuple[float, float] | None, flag("LOW HIGH"), several(float, 2)] = None
-    """noise levels (sigma) between which guidance acts"""
-    perturbed: Annotated[float | None, flag("SCALE")] = None
-    """perturbed-attention guidance, such as 3"""
-    threshold: Annotated[float | None, flag("PERCENTILE")] = None
-    """dynamic thresholding, such as 0.995"""
-    cache: Annotated[int | None, flag("N")] = None
-    """run the UNet's deep layers at every N-th step only: faster, and not quite the same picture"""
-
-    preview: Annotated[Path | None, flag("FILE")] = None
-    """a PNG file that shows the picture while it is drawn"""
-    server: Annotated[str | None, flag("URL")] = None
-    """draw on a running `plainsd serve`; its token comes with the URL, as ?token=..., or from $PLAINSD_TOKEN"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    dtype: str = "auto"
-    """auto, float32, bfloat16 or float16"""
-    fast: bool = False
-    """weights packed for the processor: a second more at the start, less at every step; the same but for rounding"""
-    compile: bool = False
-    """torch.compile too, which takes minutes the first time that a size is drawn"""
-    int8: bool = False
-    """the UNet's weights in 8 bits: less memory, and not quite the same picture; needs torchao"""
-    low_memory: bool = False
-    """the least memory, for more time: done by itself, and said, where memory is short"""
 
     def run(self) -> None:
         prompts, choices = self.wanted()
@@ -158,10 +42,10 @@ class Generate:
         if self.int8 and (self.fast or self.compile):
             raise UserError("--int8 does not go with --fast or --compile; leave one of them out")
         if self.server:
-            from plainsd.server import errand
+            from plainsd.commands import remote
 
             say_unused(besides)
-            return errand.run(self, prompts, choices)
+            return remote.run(self, prompts, choices)
         prompts, tags = without_tags(prompts)
         target = Target(self.out)  # says at once where nothing can be written
         if self.preview:
@@ -176,8 +60,8 @@ class Generate:
 
         from tqdm import tqdm
 
-        from plainsd.device import choose_device
         from plainsd.adapters.embeddings import add_embedding
+        from plainsd.device import choose_device
         from plainsd.pictures.memory import fitted
 
         began = time.perf_counter()
@@ -216,8 +100,8 @@ class Generate:
 
     def loaded(self, device: torch.device, loras: list, place: torch.device) -> StableDiffusion:
         """The model, and its refiner, at a place, in the precision of the device where it will draw."""
-        from plainsd.device import choose_dtype
         from plainsd.checkpoint import load
+        from plainsd.device import choose_dtype
 
         where = {"device": place, "dtype": choose_dtype(self.dtype, device)}
         sd = load(self.model, vae=self.vae, loras=loras, lora_partial=self.lora_partial, **where)

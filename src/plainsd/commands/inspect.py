@@ -62,11 +62,11 @@ class Tokens:
     """for prompts that change from step to step"""
 
     def run(self) -> None:
-        from plainsd.files.hub import find
-        from plainsd.files.convert import read
-        from plainsd.files.tokenizers import tokenizers
         from plainsd.commands.tokens import describe
+        from plainsd.files.convert import read
+        from plainsd.files.hub import find
         from plainsd.files.stored import empty, parts
+        from plainsd.files.tokenizers import tokenizers
         from plainsd.pictures.model import StableDiffusion
 
         path = find(self.model)

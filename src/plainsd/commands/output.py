@@ -16,9 +16,9 @@ from plainsd.pictures.settings import Settings
 if TYPE_CHECKING:
     from PIL import Image
 
+    from plainsd.diffusion.samplers import Step
     from plainsd.generate import Pictures
     from plainsd.pictures.model import StableDiffusion
-    from plainsd.diffusion.samplers import Step
 
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 PREVIEW_EVERY = 0.2  # seconds

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plainsd.commands.adapters import Loras, tags_of
+from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
 
 if TYPE_CHECKING:
-    from plainsd.commands.generate import Generate
     from plainsd.pictures.model import StableDiffusion
 
 ELSEWHERE = ("model", "refiner", "vae", "embeddings", "hashes")  # what a picture's text names, and flags give
@@ -31,11 +31,11 @@ def recorded(path: Path) -> dict:
 
 
 def check_recorded(
-    command: Generate, sd: StableDiffusion, prompts: list[str], words: Collection[str], choices: dict
+    command: GenerateFlags, sd: StableDiffusion, prompts: list[str], words: Collection[str], choices: dict
 ) -> None:
     """What --from was made with, and its text only names, must be given. Takes the names out of the choices."""
-    from plainsd.pictures.defaults import model_name
     from plainsd.files.hashes import weights_hash
+    from plainsd.pictures.defaults import model_name
 
     model, refiner, vae, learned, hashes = (choices.pop(name, None) for name in ELSEWHERE)
     made = f"'{command.from_}' was made with the"

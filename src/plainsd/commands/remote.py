@@ -13,11 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
 from plainsd.server.client import Finished, Progress, Remote
 
 if TYPE_CHECKING:
-    from plainsd.commands.generate import Generate
     from plainsd.commands.output import Target
 
 AHEAD = 4  # jobs sent before the first of them has ended, so that the server can join them
@@ -27,7 +27,7 @@ NOT_FIELDS = ("embeddings", "masked", "vae", "hashes")  # of what a picture's te
 SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
 
 
-def run(command: Generate, prompts: list[str], choices: dict[str, Any]) -> None:
+def run(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> None:
     """Sends what `Generate.wanted` made of the flags, and writes what comes back."""
     from plainsd.commands.output import Target, check_writable
 
@@ -50,7 +50,7 @@ def run(command: Generate, prompts: list[str], choices: dict[str, Any]) -> None:
 # --- what is sent ----------------------------------------------------------------------------------------------------
 
 
-def check_sent(command: Generate, choices: dict[str, Any]) -> None:
+def check_sent(command: GenerateFlags, choices: dict[str, Any]) -> None:
     """UserError for a flag that a server does not take."""
     for name in NOT_SENT:
         if getattr(command, name) != getattr(type(command), name):
@@ -63,10 +63,10 @@ def check_sent(command: Generate, choices: dict[str, Any]) -> None:
         raise UserError(f"'{command.from_}' was made with a mask; give picture and mask with --image and --mask")
 
 
-def jobs_of(command: Generate, prompts: list[str], choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One body of POST /api/jobs for each prompt; the seeds go on from one to the next, as they do here."""
-    from plainsd.commands.grid import axis
     from plainsd.commands.adapters import from_flag
+    from plainsd.commands.grid import axis
 
     shared = {name: value for name, value in choices.items() if name not in NOT_FIELDS}
     for name in ("model", "refiner", "outpaint"):

@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from plainsd.errors import unknown
 from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.errors import unknown
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> x0
 Predict = Callable[[Tensor, float], Tensor]  # (x / sqrt(1 + sigma^2), timestep) -> epsilon, v or x0

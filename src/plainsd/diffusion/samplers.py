@@ -23,8 +23,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise, output_from, x0_from
-from plainsd.errors import unknown
 from plainsd.diffusion.schedule import OF_LEVELS, SPACINGS, NoiseSchedule, spaced
+from plainsd.errors import unknown
 
 Noise = Callable[[], Tensor]  # unit noise, shaped like x
 Levels = Sequence[float]  # noise levels, falling

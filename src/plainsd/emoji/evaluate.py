@@ -17,11 +17,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from plainsd import generate
+from plainsd.disk import written_whole
+from plainsd.emoji import drawing
+from plainsd.emoji.scorer import Score, Scorer
 from plainsd.errors import UserError
 from plainsd.pictures.images import to_pil, to_tensor, write_png
-from plainsd.disk import written_whole
-from plainsd.train import emoji
-from plainsd.emoji.scorer import Score, Scorer
 
 Progress = Callable[[str, int, int], None]  # the row's name, pictures of it scored so far, pictures in all
 BATCH = 32  # pictures at once: generated, or sent through the VAE
@@ -53,23 +53,23 @@ def questions(concepts: dict, count: int, seed: int = 0) -> list[Question]:
     asked = []
     for k in range(count):
         concept, background = kinds[k % 2][k // 2 % len(kinds[k % 2])]
-        prompt = emoji.caption(templates[k // 2 % len(templates)], table[concept], background)
+        prompt = drawing.caption(templates[k // 2 % len(templates)], table[concept], background)
         asked.append(Question(prompt, concept, background, seen=k % 2 == 0))
     return asked
 
 
-def read_concepts(concepts: dict) -> list[emoji.Concept]:
+def read_concepts(concepts: dict) -> list[drawing.Concept]:
     missing = [key for key in ("concepts", "backgrounds", "templates", "heldout", "size") if key not in concepts]
     if missing:
         raise UserError(f"concepts.json lacks {', '.join(missing)}; write it with recipes/emoji/data.py")
-    return [emoji.Concept(entry["name"], entry["character"]) for entry in concepts["concepts"]]
+    return [drawing.Concept(entry["name"], entry["character"]) for entry in concepts["concepts"]]
 
 
 def draw_all(concepts: dict, font: Path | None) -> list[Image.Image]:
     """Every emoji of the set; an error names the first that the font lacks."""
-    opened, glyphs = emoji.open_font(font), []
+    opened, glyphs = drawing.open_font(font), []
     for concept in read_concepts(concepts):
-        glyph = emoji.draw_glyph(opened, concept.character)
+        glyph = drawing.draw_glyph(opened, concept.character)
         if glyph is None:
             raise UserError(
                 f"the font has no picture of {concept.name!r} ({concept.character}); give --font FILE"
@@ -89,8 +89,8 @@ def real_pictures(
     size, pictures = concepts["size"], []
     for k, question in enumerate(asked):
         glyph = glyphs[question.concept]
-        place = emoji.random_place(f"{seed}:evaluate:{k}", glyph.size, size)
-        pictures.append(emoji.compose(glyph, tuple(concepts["backgrounds"][question.background]), size, place))
+        place = drawing.random_place(f"{seed}:evaluate:{k}", glyph.size, size)
+        pictures.append(drawing.compose(glyph, tuple(concepts["backgrounds"][question.background]), size, place))
     return pictures
 
 
@@ -154,7 +154,7 @@ def evaluate(
             scores.append(scorer(picture))
             progress(name, len(scores), prompts)
         measured[name] = summary(asked, scores)
-    used = emoji.font_identity(font)
+    used = drawing.font_identity(font)
     result = {
         "prompts": prompts,
         "guidance": guidance,

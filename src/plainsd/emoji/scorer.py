@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from plainsd.train import emoji
+from plainsd.emoji import drawing
 
 COARSE, FINE = 32, 64  # sides of the two search grids, in cells
 KEPT = 16  # emoji that the coarse search hands to the fine one
@@ -49,7 +49,7 @@ class Scorer:
 
     def __init__(self, glyphs: Sequence[Image.Image], backgrounds: dict[str, Sequence[int]], size: int):
         self.glyphs, self.backgrounds, self.size = list(glyphs), backgrounds, size
-        smallest, largest = emoji.SMALLEST * size, emoji.LARGEST * size
+        smallest, largest = drawing.SMALLEST * size, drawing.LARGEST * size
         self.step = (largest - smallest) / (COARSE_SIZES - 1)
         self.sizes = [smallest + i * self.step for i in range(COARSE_SIZES)]
         each = [self.draw(glyph, round(longer), COARSE) for glyph in self.glyphs for longer in self.sizes]
@@ -58,7 +58,7 @@ class Scorer:
 
     def draw(self, glyph: Image.Image, longer: int, grid: int) -> Drawn:
         """One emoji at one size, drawn in pixels and averaged down to the grid's cells."""
-        scaled = np.asarray(emoji.fitted(glyph, longer), np.float32) / 255
+        scaled = np.asarray(drawing.fitted(glyph, longer), np.float32) / 255
         alpha = scaled[..., 3:]
         canvas = torch.zeros(1, 4, self.size, self.size)
         canvas[0, :, : scaled.shape[0], : scaled.shape[1]] = torch.from_numpy(
@@ -85,7 +85,7 @@ class Scorer:
 
     def fine_error(self, difference: Tensor, colour: Tensor, concept: int, longer: float) -> float:
         """The least error of one emoji at all sizes, a fine cell apart, around the one that the coarse search liked."""
-        low, high = math.ceil(emoji.SMALLEST * self.size), math.floor(emoji.LARGEST * self.size)
+        low, high = math.ceil(drawing.SMALLEST * self.size), math.floor(drawing.LARGEST * self.size)
         reach, step = round(self.step), max(1, self.size // FINE)
         sizes = {min(max(round(longer) + offset, low), high) for offset in range(-reach, reach + 1, step)}
         drawn = gathered([self.draw_fine(concept, size) for size in sorted(sizes)])

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from plainsd.files.configs import NOTE, NOTED
 from plainsd.errors import UserError
+from plainsd.files.configs import NOTE, NOTED
 from plainsd.models.clip import TextConfig
 from plainsd.models.variants import Variant, encoder_names
 

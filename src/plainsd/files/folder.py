@@ -1,16 +1,13 @@
 """The diffusers folder: model_index.json, and one folder a part with its settings and weights."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from plainsd.disk import read_json, read_text_file, whole_folder
+from plainsd.errors import UserError
 from plainsd.files.configs import NOTE, read_variant
 from plainsd.files.stored import (
     POSITION_IDS,
@@ -25,11 +22,10 @@ from plainsd.files.stored import (
     respelled,
     unpack,
 )
-from plainsd.errors import UserError
-from plainsd.models.clip import TextEncoder
-from plainsd.files.folder import PREVIEW
 from plainsd.files.tensorfile import TensorFile, merged, open_tensors, write_safetensors
+from plainsd.models.clip import TextEncoder
 
+PREVIEW = "preview.json"  # from latents to rough pixels, see pictures/previews.py
 LEFTOVERS = "leftovers.safetensors"  # tensors of a single file that have no place in a folder, kept for the way back
 SAFETY = ("safety_checker", "feature_extractor", "image_encoder")  # in public folders, and no part of the model
 STEMS = ("diffusion_pytorch_model", "model")
@@ -82,30 +78,6 @@ def read_texts(folder: Path, names: dict) -> dict[str, str]:
         ]
     paths += [PREVIEW] if (folder / PREVIEW).is_file() else []
     return {path: read_text_file(folder / path) for path in paths}
-
-
-def read_text_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; a model's folder needs this file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: it is not text; fetch it again") from error
-
-
-def cache_folder() -> Path:
-    """The user's own, for what can always be made again. It may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text_file(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it is not a table of settings; fetch it again")
-    return content
 
 
 def open_part(folder: Path, variant_file: str | None = None) -> TensorFile:
@@ -175,33 +147,3 @@ def index_text(text: str, contents: Contents) -> str:
     if others:
         index[NOTE] = (index.get(NOTE) or {}) | {"spellings": others}
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` when all went well, and vanishes if not."""
-    ours = ("model_index.json", "config.json")  # a model's folder, or a part's, may be replaced
-    empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not empty and not any((target / name).is_file() for name in ours):
-        raise UserError(f"{target} exists and is no folder of a model; choose another place")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error
-    old = draft.with_name(draft.name + ".old")
-    try:
-        yield draft
-        draft.chmod(0o755)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(draft, target)
-    except BaseException as error:
-        if old.exists():
-            os.replace(old, target)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {target}: {error.strerror}; nothing was kept") from error
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

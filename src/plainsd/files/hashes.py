@@ -15,9 +15,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from plainsd.disk import cache_folder, read_json, written_whole
 from plainsd.errors import UserError
-from plainsd.disk import cache_folder, read_json
-from plainsd.disk import written_whole
 
 LARGE = 2**26  # bytes; smaller files are read anew each time
 KEPT = 500  # hashes of large files

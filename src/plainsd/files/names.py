@@ -24,142 +24,134 @@ from plainsd.models.vae import VAE
 
 Row = tuple[str, str, str]
 
+# fmt: off
 # --- the UNet: ours, diffusers, original -----------------------------------------------------------------------------
 
 UNET: tuple[Row, ...] = (
-    ("time.0", "time_embedding.linear_1", "time_embed.0"),
-    ("time.2", "time_embedding.linear_2", "time_embed.2"),
-    ("guidance", "time_embedding.cond_proj", "time_embed.cond_proj"),
-    ("vector.0", "add_embedding.linear_1", "label_emb.0.0"),
-    ("vector.2", "add_embedding.linear_2", "label_emb.0.2"),
-    ("conv_in", "conv_in", "input_blocks.0.0"),
-    ("norm_out", "conv_norm_out", "out.0"),
-    ("conv_out", "conv_out", "out.2"),
+    ("time.0",     "time_embedding.linear_1",   "time_embed.0"),
+    ("time.2",     "time_embedding.linear_2",   "time_embed.2"),
+    ("guidance",   "time_embedding.cond_proj",  "time_embed.cond_proj"),
+    ("vector.0",   "add_embedding.linear_1",    "label_emb.0.0"),
+    ("vector.2",   "add_embedding.linear_2",    "label_emb.0.2"),
+    ("conv_in",    "conv_in",                   "input_blocks.0.0"),
+    ("norm_out",   "conv_norm_out",             "out.0"),
+    ("conv_out",   "conv_out",                  "out.2"),
 )
 UNET_DOWN: tuple[Row, ...] = (
-    ("down.{n}.res", "down_blocks.{i}.resnets.{j}", "input_blocks.{m}.0"),
-    ("down.{n}.attn", "down_blocks.{i}.attentions.{j}", "input_blocks.{m}.1"),
-    ("down.{n}.resample.conv", "down_blocks.{i}.downsamplers.0.conv", "input_blocks.{m}.0.op"),
+    ("down.{n}.res",            "down_blocks.{i}.resnets.{j}",          "input_blocks.{m}.0"),
+    ("down.{n}.attn",           "down_blocks.{i}.attentions.{j}",       "input_blocks.{m}.1"),
+    ("down.{n}.resample.conv",  "down_blocks.{i}.downsamplers.0.conv",  "input_blocks.{m}.0.op"),
 )
 UNET_MID: tuple[Row, ...] = (
-    ("mid.res1", "mid_block.resnets.0", "middle_block.0"),
-    ("mid.attn", "mid_block.attentions.0", "middle_block.1"),
-    ("mid.res2", "mid_block.resnets.1", "middle_block.2"),
+    ("mid.res1",  "mid_block.resnets.0",     "middle_block.0"),
+    ("mid.attn",  "mid_block.attentions.0",  "middle_block.1"),
+    ("mid.res2",  "mid_block.resnets.1",     "middle_block.2"),
 )
 UNET_UP: tuple[Row, ...] = (
-    ("up.{n}.res", "up_blocks.{i}.resnets.{j}", "output_blocks.{n}.0"),
-    ("up.{n}.attn", "up_blocks.{i}.attentions.{j}", "output_blocks.{n}.1"),
-    ("up.{n}.resample.conv", "up_blocks.{i}.upsamplers.0.conv", "output_blocks.{n}.{last}.conv"),
+    ("up.{n}.res",            "up_blocks.{i}.resnets.{j}",        "output_blocks.{n}.0"),
+    ("up.{n}.attn",           "up_blocks.{i}.attentions.{j}",     "output_blocks.{n}.1"),
+    ("up.{n}.resample.conv",  "up_blocks.{i}.upsamplers.0.conv",  "output_blocks.{n}.{last}.conv"),
 )
 UNET_RES: tuple[Row, ...] = (
-    ("norm1", "norm1", "in_layers.0"),
-    ("conv1", "conv1", "in_layers.2"),
-    ("emb", "time_emb_proj", "emb_layers.1"),
-    ("norm2", "norm2", "out_layers.0"),
-    ("conv2", "conv2", "out_layers.3"),
-    ("skip", "conv_shortcut", "skip_connection"),
+    ("norm1",  "norm1",          "in_layers.0"),
+    ("conv1",  "conv1",          "in_layers.2"),
+    ("emb",    "time_emb_proj",  "emb_layers.1"),
+    ("norm2",  "norm2",          "out_layers.0"),
+    ("conv2",  "conv2",          "out_layers.3"),
+    ("skip",   "conv_shortcut",  "skip_connection"),
 )
 TRANSFORMER: tuple[Row, ...] = (
-    ("norm", "norm", "norm"),
-    ("proj_in", "proj_in:maybe-conv", "proj_in:maybe-conv"),
-    ("proj_out", "proj_out:maybe-conv", "proj_out:maybe-conv"),
+    ("norm",      "norm",                 "norm"),
+    ("proj_in",   "proj_in:maybe-conv",   "proj_in:maybe-conv"),
+    ("proj_out",  "proj_out:maybe-conv",  "proj_out:maybe-conv"),
 )
-TRANSFORMER_BLOCK = tuple(
-    (f"blocks.{{k}}.{ours}", *[f"transformer_blocks.{{k}}.{theirs}"] * 2)
-    for ours, theirs in (
-        ("norm1", "norm1"),
-        ("self_attn.q", "attn1.to_q"),
-        ("self_attn.k", "attn1.to_k"),
-        ("self_attn.v", "attn1.to_v"),
-        ("self_attn.out", "attn1.to_out.0"),
-        ("norm2", "norm2"),
-        ("cross_attn.q", "attn2.to_q"),
-        ("cross_attn.k", "attn2.to_k"),
-        ("cross_attn.v", "attn2.to_v"),
-        ("cross_attn.out", "attn2.to_out.0"),
-        ("norm3", "norm3"),
-        ("ff.up", "ff.net.0.proj"),
-        ("ff.down", "ff.net.2"),
-    )
-)
+TRANSFORMER_BLOCK = tuple((f"blocks.{{k}}.{ours}", *[f"transformer_blocks.{{k}}.{theirs}"] * 2) for ours, theirs in (
+    ("norm1",           "norm1"),
+    ("self_attn.q",     "attn1.to_q"),
+    ("self_attn.k",     "attn1.to_k"),
+    ("self_attn.v",     "attn1.to_v"),
+    ("self_attn.out",   "attn1.to_out.0"),
+    ("norm2",           "norm2"),
+    ("cross_attn.q",    "attn2.to_q"),
+    ("cross_attn.k",    "attn2.to_k"),
+    ("cross_attn.v",    "attn2.to_v"),
+    ("cross_attn.out",  "attn2.to_out.0"),
+    ("norm3",           "norm3"),
+    ("ff.up",           "ff.net.0.proj"),
+    ("ff.down",         "ff.net.2"),
+))
 
 # --- the VAE: ours, diffusers, original ------------------------------------------------------------------------------
 
 VAE_TOP: tuple[Row, ...] = (
-    ("encoder.conv_in", "encoder.conv_in", "encoder.conv_in"),
-    ("encoder.norm", "encoder.conv_norm_out", "encoder.norm_out"),
-    ("encoder.conv_out", "encoder.conv_out", "encoder.conv_out"),
-    ("quant", "quant_conv", "quant_conv"),
-    ("post_quant", "post_quant_conv", "post_quant_conv"),
-    ("decoder.conv_in", "decoder.conv_in", "decoder.conv_in"),
-    ("decoder.norm", "decoder.conv_norm_out", "decoder.norm_out"),
-    ("decoder.conv_out", "decoder.conv_out", "decoder.conv_out"),
+    ("encoder.conv_in",   "encoder.conv_in",        "encoder.conv_in"),
+    ("encoder.norm",      "encoder.conv_norm_out",  "encoder.norm_out"),
+    ("encoder.conv_out",  "encoder.conv_out",       "encoder.conv_out"),
+    ("quant",             "quant_conv",             "quant_conv"),
+    ("post_quant",        "post_quant_conv",        "post_quant_conv"),
+    ("decoder.conv_in",   "decoder.conv_in",        "decoder.conv_in"),
+    ("decoder.norm",      "decoder.conv_norm_out",  "decoder.norm_out"),
+    ("decoder.conv_out",  "decoder.conv_out",       "decoder.conv_out"),
 )
-VAE_LEVEL: tuple[Row, ...] = (  # {r}: the original counts the decoder's levels from the shallowest
+VAE_LEVEL: tuple[Row, ...] = (        # {r}: the original counts the decoder's levels from the shallowest
     ("encoder.levels.{i}.res.{j}", "encoder.down_blocks.{i}.resnets.{j}", "encoder.down.{i}.block.{j}"),
     ("decoder.levels.{i}.res.{j}", "decoder.up_blocks.{i}.resnets.{j}", "decoder.up.{r}.block.{j}"),
-    (
-        "encoder.levels.{i}.resample.conv",
-        "encoder.down_blocks.{i}.downsamplers.0.conv",
-        "encoder.down.{i}.downsample.conv",
-    ),
-    ("decoder.levels.{i}.resample.conv", "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{r}.upsample.conv"),
+    ("encoder.levels.{i}.resample.conv",
+     "encoder.down_blocks.{i}.downsamplers.0.conv", "encoder.down.{i}.downsample.conv"),
+    ("decoder.levels.{i}.resample.conv",
+     "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{r}.upsample.conv"),
 )
-VAE_MID = tuple(
-    (f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}")
-    for side in ("encoder", "decoder")
-    for ours, diffusers, original in (
-        ("mid.res1", "mid_block.resnets.0", "mid.block_1"),
-        ("mid.attn", "mid_block.attentions.0", "mid.attn_1"),
-        ("mid.res2", "mid_block.resnets.1", "mid.block_2"),
-    )
-)
+VAE_MID = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}") for side in ("encoder", "decoder")
+                for ours, diffusers, original in (
+    ("mid.res1",  "mid_block.resnets.0",     "mid.block_1"),
+    ("mid.attn",  "mid_block.attentions.0",  "mid.attn_1"),
+    ("mid.res2",  "mid_block.resnets.1",     "mid.block_2"),
+))
 VAE_RES: tuple[Row, ...] = (
-    ("norm1", "norm1", "norm1"),
-    ("conv1", "conv1", "conv1"),
-    ("norm2", "norm2", "norm2"),
-    ("conv2", "conv2", "conv2"),
-    ("skip", "conv_shortcut", "nin_shortcut"),
+    ("norm1",  "norm1",          "norm1"),
+    ("conv1",  "conv1",          "conv1"),
+    ("norm2",  "norm2",          "norm2"),
+    ("conv2",  "conv2",          "conv2"),
+    ("skip",   "conv_shortcut",  "nin_shortcut"),
 )
 VAE_ATTENTION: tuple[Row, ...] = (
-    ("norm", "group_norm", "norm"),
-    ("attn.q", "to_q", "q:conv"),
-    ("attn.k", "to_k", "k:conv"),
-    ("attn.v", "to_v", "v:conv"),
-    ("attn.out", "to_out.0", "proj_out:conv"),
+    ("norm",      "group_norm",  "norm"),
+    ("attn.q",    "to_q",        "q:conv"),
+    ("attn.k",    "to_k",        "k:conv"),
+    ("attn.v",    "to_v",        "v:conv"),
+    ("attn.out",  "to_out.0",    "proj_out:conv"),
 )
 
 # --- the text encoder: ours, transformers (SD 1.x also in single files), OpenCLIP (SD 2.x and SDXL in single files) --
 
 TEXT: tuple[Row, ...] = (
-    ("token", "text_model.embeddings.token_embedding", "token_embedding"),
-    ("position", "text_model.embeddings.position_embedding", "positional_embedding:bare"),
-    ("norm", "text_model.final_layer_norm", "ln_final"),
-    ("projection", "text_projection", "text_projection:transposed"),
+    ("token",       "text_model.embeddings.token_embedding",     "token_embedding"),
+    ("position",    "text_model.embeddings.position_embedding",  "positional_embedding:bare"),
+    ("norm",        "text_model.final_layer_norm",               "ln_final"),
+    ("projection",  "text_projection",                           "text_projection:transposed"),
 )
-TEXT_BLOCK = tuple(
-    (f"blocks.{{k}}.{ours}", f"text_model.encoder.layers.{{k}}.{hugging}", f"transformer.resblocks.{{k}}.{openclip}")
-    for ours, hugging, openclip in (
-        ("norm1", "layer_norm1", "ln_1"),
-        ("attn.q", "self_attn.q_proj", "attn.in_proj:third"),
-        ("attn.k", "self_attn.k_proj", "attn.in_proj:third"),
-        ("attn.v", "self_attn.v_proj", "attn.in_proj:third"),
-        ("attn.out", "self_attn.out_proj", "attn.out_proj"),
-        ("norm2", "layer_norm2", "ln_2"),
-        ("fc1", "mlp.fc1", "mlp.c_fc"),
-        ("fc2", "mlp.fc2", "mlp.c_proj"),
-    )
-)
+TEXT_BLOCK = tuple((f"blocks.{{k}}.{ours}", f"text_model.encoder.layers.{{k}}.{hugging}",
+                    f"transformer.resblocks.{{k}}.{openclip}") for ours, hugging, openclip in (
+    ("norm1",     "layer_norm1",         "ln_1"),
+    ("attn.q",    "self_attn.q_proj",    "attn.in_proj:third"),
+    ("attn.k",    "self_attn.k_proj",    "attn.in_proj:third"),
+    ("attn.v",    "self_attn.v_proj",    "attn.in_proj:third"),
+    ("attn.out",  "self_attn.out_proj",  "attn.out_proj"),
+    ("norm2",     "layer_norm2",         "ln_2"),
+    ("fc1",       "mlp.fc1",             "mlp.c_fc"),
+    ("fc2",       "mlp.fc2",             "mlp.c_proj"),
+))
 
 # --- the same names, spelled otherwise -------------------------------------------------------------------------------
 
-SPELLINGS = (  # as the tables have it, as some diffusers folders have it
-    ("text_model.", ""),  # transformers 5.6 and later write text encoders without the prefix
-    (".to_q.", ".query."),  # and VAE folders of 2022 have the old names of attention
-    (".to_k.", ".key."),
-    (".to_v.", ".value."),
-    (".to_out.0.", ".proj_attn."),
+SPELLINGS = (                         # as the tables have it, as some diffusers folders have it
+    ("text_model.",  ""),             # transformers 5.6 and later write text encoders without the prefix
+    (".to_q.",       ".query."),      # and VAE folders of 2022 have the old names of attention
+    (".to_k.",       ".key."),
+    (".to_v.",       ".value."),
+    (".to_out.0.",   ".proj_attn."),
 )
+# fmt: on
 
 COLUMN = {"diffusers": 1, "original": 2, "transformers": 1, "openclip": 2}
 

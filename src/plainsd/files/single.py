@@ -4,20 +4,19 @@ What we write carries the settings in the file's metadata; a file from elsewhere
 """
 
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from plainsd.errors import UserError
 from plainsd.files.configs import read_variant
-from plainsd.files.stored import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
 from plainsd.files.configs_out import write_variant
 from plainsd.files.detect import UNET_PREFIX, detect, predicting, probe
-from plainsd.errors import UserError
 from plainsd.files.folder import spelling
-from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, write_safetensors
+from plainsd.files.stored import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
+from plainsd.files.tensorfile import TensorFile, damaged, open_tensors, write_whole
 from plainsd.models.variants import Variant
 
 FILES, SPELLED = "plainsd.files", "plainsd.spellings"  # in the metadata, as JSON: a folder's settings; our notes
@@ -185,16 +184,3 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
     others = [note for note in contents.spellings if not note.startswith("single-file ")]
     metadata = {FILES: json.dumps(contents.texts)} | ({SPELLED: json.dumps(others)} if others else {})
     write_whole(target, tensors, metadata)
-
-
-def write_whole(target: Path, tensors: dict[str, Stored], metadata: dict[str, str]) -> None:
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_safetensors(draft, tensors, metadata)
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from plainsd.files.detect import seems
 from plainsd.errors import UserError
+from plainsd.files.detect import seems
 from plainsd.files.names import SPELLINGS, Place, places, spelled
+from plainsd.files.tensorfile import Stored, TensorFile
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
-from plainsd.files.tensorfile import Stored, TensorFile
 from plainsd.models.variants import Variant, encoder_names
 
 POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, 2, ...: a buffer that older text encoders carry

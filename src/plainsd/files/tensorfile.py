@@ -257,3 +257,16 @@ def merged(files: Iterable[TensorFile]) -> TensorFile:
             raise UserError(f"{file.path}: {twice!r} is in another file of the same model too; fetch them again")
         tensors |= file.tensors
     return TensorFile(files[0].path, tensors, files[0].metadata)
+
+
+def write_whole(target: Path, tensors: dict[str, Stored], metadata: dict[str, str]) -> None:
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_safetensors(draft, tensors, metadata)
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error

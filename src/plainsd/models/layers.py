@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
-        self.attend = F.scaled_dot_product_attention  # speed.py and training may put another form here
+        self.attend = F.scaled_dot_product_attention  # speed/ and training may put another form here
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, causal: bool = False) -> Tensor:
         context = x if context is None else context

@@ -12,15 +12,13 @@ For inference only: maps are written over. Shape letters: B batch, C channels, H
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from plainsd.models.layers import ResBlock
-    from plainsd.models.vae import VAE, Gaussian, Level, Middle, SpatialAttention
+from plainsd.models.layers import ResBlock
+from plainsd.models.vae import VAE, Gaussian, Level, Middle, SpatialAttention
 
 BAND = 2**15  # positions in a band: at 256 channels in float32, 32 MB a map
 QUERIES = 2**12  # positions that look at all others at once

@@ -6,10 +6,10 @@ Turbo, Sauer et al. 2023 (arXiv:2311.17042); LCM, Luo et al. 2023 (arXiv:2310.04
 
 from dataclasses import dataclass, replace
 
+from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.models.clip import TextConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
-from plainsd.diffusion.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from plainsd.diffusion.samplers import SAMPLERS, sampler_sigmas
 from plainsd.errors import UserError
 from plainsd.pictures.guidance import check_guidance
-from plainsd.text.prompts import lora_tags
-from plainsd.diffusion.samplers import SAMPLERS, sampler_sigmas
+from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import SIZES, Settings
-
-if TYPE_CHECKING:
-    from plainsd.pictures.model import StableDiffusion
+from plainsd.text.prompts import lora_tags
 
 HANDOVER = 0.8  # where a refiner takes over, if nothing is said
 MULTIPLE = 8  # sides of pictures, in pixels; also where a VAE's own factor is less

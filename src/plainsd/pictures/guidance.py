@@ -15,20 +15,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from plainsd.pictures.conditioning import Conditioning, PromptPlan, stack
 from plainsd.diffusion.denoiser import Denoise, denoiser, guided, interval, perturbed, rescaled, thresholded
 from plainsd.errors import UserError
+from plainsd.models.unet import UNet
+from plainsd.pictures.conditioning import Conditioning, PromptPlan, stack
 from plainsd.pictures.memory import on_stage, rows_at_once
+from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import Settings
-
-if TYPE_CHECKING:
-    from plainsd.pictures.model import StableDiffusion
-    from plainsd.models.unet import UNet
 
 PROMPTED, PLAIN, PERTURBED = range(3)  # kinds of rows
 Network = Callable[..., Tensor]  # called as the UNet is

@@ -4,21 +4,18 @@ Pixels as tensors are float32 in [-1, 1], (B, 3, H, W).
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from plainsd.disk import written_whole
 from plainsd.errors import UserError
-from plainsd.models.vae import VAE
 from plainsd.pictures.settings import Settings, format_settings, parse_settings
 
 LARGEST = 89_478_485  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
@@ -127,19 +124,6 @@ def read_settings(path: str | Path) -> Settings:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, to be written; at the end it becomes `path` in one step, or it vanishes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_png(image: Image.Image, path: str | Path, settings: Settings | None = None) -> None:
     """Writes the picture with its settings as `parameters`; the file is whole or absent, an older one is replaced."""
     info = PngImagePlugin.PngInfo()
@@ -198,31 +182,12 @@ def grid(
 # --- previews --------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> Tensor:
-    """A matrix that turns a latent into one rough pixel: (L + 1, 3), its last row the constant.
-
-    Least squares over random latents and what the VAE decodes them to, averaged over each latent's patch of pixels. The
-    latents are noise of several coarsenesses, because a picture's latents are smooth for the most part. It takes an
-    eighth of the work of decoding one 512x512 picture. In float16 some VAEs overflow and CPUs crawl: that is asked in float32.
-    """
-    if next(vae.parameters()).dtype == torch.float16:
-        vae = deepcopy(vae).float()
-    generator = torch.Generator().manual_seed(seed)
-    channels, weight = vae.config.latent_channels, next(vae.parameters())
-    coarse = [
-        torch.randn(samples // 4, channels, s, s, generator=generator, dtype=torch.float32)
-        for s in (1, 2, side // 2, side)
-    ]
-    latents = torch.cat([F.interpolate(c, (side, side), mode="nearest") for c in coarse])  # (S, L, side, side)
-    pixels = vae.decode(latents.to(weight) / vae.config.scaling_factor).float().cpu()
-    patches = F.avg_pool2d(pixels.clamp(-1, 1), vae.config.factor)  # (S, 3, side, side)
-    inputs = F.pad(latents.movedim(1, -1).reshape(-1, channels), (0, 1), value=1.0)  # (S side side, L + 1)
-    return torch.linalg.lstsq(inputs, patches.movedim(1, -1).reshape(-1, 3)).solution
-
-
-def preview(latents: Tensor, latent_rgb: Tensor, factor: int) -> list[Image.Image]:
-    """Latents (B, L, H, W) -> B rough pictures at full size, without the VAE."""
-    latents = latents.float().cpu()
-    pixels = torch.einsum("blhw,lc->bchw", latents, latent_rgb[:-1]) + latent_rgb[-1][:, None, None]
-    return to_pil(F.interpolate(pixels, scale_factor=factor, mode="nearest"))
+def continued(image: Image.Image, sides: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
+    """The picture with so many pixels more at its left, top, right and bottom, in the colours of its edges; and a mask
+    that is light there."""
+    left, top, right, bottom = sides
+    pixels = np.pad(np.array(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    canvas = Image.fromarray(pixels)
+    mask = Image.new("L", canvas.size, "white")
+    mask.paste("black", (left, top, left + image.width, top + image.height))
+    return canvas, mask

@@ -1,6 +1,6 @@
 """Memory: what a picture needs, what is free, and what is done where that is not enough.
 
-    bands      the VAE works through its maps band by band (bands.py)             the same picture
+    bands      the VAE works through its maps band by band (models/vae_bands.py)  the same picture
     rows       the UNet takes a few rows of its batch at a time, down to one:
                guidance, two rows a picture, then takes two calls                 the same picture
     offload    networks wait on the CPU and come to the device for their turn     the same picture
@@ -14,31 +14,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from plainsd.pictures.model import StableDiffusion
-    from plainsd.models.unet import UNetConfig
-    from plainsd.models.vae import VAEConfig
+from plainsd.models.unet import UNetConfig
+from plainsd.models.vae import VAEConfig
+from plainsd.pictures.model import Saving, StableDiffusion, Stage
 
 GB = 10**9
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 SHARE = 0.8  # of the free memory that a network may take; the rest is for what others do meanwhile
 VAE_MAPS = 6  # maps of the widest full-size layer that a plain decode has in memory at its peak
 UNET_MAPS = 36  # likewise of the widest level of the UNet, beside what the way up is handed
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What is done to need less memory. None: where the free memory asks for it."""
-
-    bands: bool | None = None
-    rows: int | None = None  # of a batch that go through the UNet, or the VAE, at once, at most
 
 
 NOTHING = Saving(bands=False, rows=2**31)
@@ -115,19 +104,6 @@ def say(line: str) -> None:
 
 
 # --- networks that take turns ----------------------------------------------------------------------------------------
-
-
-class Stage:
-    """The device on which one network at a time has its turn; the others wait on the CPU."""
-
-    def __init__(self, device: torch.device, networks: list[nn.Module]):
-        self.device, self.networks = device, networks
-
-    def call(self, network: nn.Module) -> None:
-        for other in self.networks:
-            if other is not network:
-                other.to("cpu")
-        network.to(self.device)
 
 
 def offload(sd: StableDiffusion, device: torch.device | str) -> StableDiffusion:

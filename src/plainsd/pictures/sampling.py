@@ -15,24 +15,21 @@ from collections.abc import Callable, Generator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from plainsd.models import vae_bands
-from plainsd.pictures import conditioning
-from plainsd.models.deep_cache import DeepCache
 from plainsd.diffusion.denoiser import Denoise, add_noise, inpainting
+from plainsd.diffusion.samplers import SAMPLERS, Step, first_scale, sampler_sigmas, sampler_strides, sampler_timesteps
 from plainsd.errors import UserError
+from plainsd.models import vae_bands
+from plainsd.models.deep_cache import DeepCache
+from plainsd.models.vae import VAE
+from plainsd.pictures import conditioning
 from plainsd.pictures.guidance import asker, guided_denoise
 from plainsd.pictures.memory import in_bands, on_stage
-from plainsd.diffusion.samplers import SAMPLERS, Step, first_scale, sampler_sigmas, sampler_strides, sampler_timesteps
+from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import Settings
-
-if TYPE_CHECKING:
-    from plainsd.pictures.model import StableDiffusion
-    from plainsd.models.vae import VAE
 
 DECODED_AT_ONCE = 2**18  # pixels: one picture of 512x512, which takes about 2 GB
 

@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 from plainsd.checkpoint import load, save
-from plainsd.pictures.conditioning import encode_prompts
 from plainsd.errors import UserError
-from plainsd.pictures.model import StableDiffusion
 from plainsd.generate import final, text_to_image
+from plainsd.pictures.conditioning import encode_prompts
+from plainsd.pictures.model import StableDiffusion
 from plainsd.reports.rivals import Place, both, openvino, random_folder, theirs, theirs_compiled
 
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from plainsd.adapters import embeddings, reading
-from plainsd.files.stored import Network
+from plainsd.adapters.layers import Hadamard, Kronecker, LowRank
+from plainsd.adapters.names import split
+from plainsd.adapters.reading import made_for
 from plainsd.files.detect import EMBEDDING, seems
 from plainsd.files.folder import read_folder
 from plainsd.files.hub import find
-from plainsd.adapters.reading import made_for
-from plainsd.adapters.layers import Hadamard, Kronecker, LowRank
-from plainsd.adapters.names import split
 from plainsd.files.single import BESIDE, prefixes, read_networks, told
+from plainsd.files.stored import Network
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
 

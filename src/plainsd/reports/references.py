@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from plainsd.files.tokenizers import tokenizer_names, tokenizer_texts, tokenizers
-from plainsd.files.stored import Contents
 from plainsd.files.configs_out import pipeline
 from plainsd.files.single import BESIDE, prefixes
+from plainsd.files.stored import Contents
 from plainsd.files.tensorfile import open_tensors
+from plainsd.files.tokenizers import tokenizer_names, tokenizer_texts, tokenizers
 from plainsd.models.variants import Variant, encoder_names
 
 

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 
 from plainsd.checkpoint import load, save
-from plainsd.pictures.model import StableDiffusion
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
+from plainsd.models.variants import VARIANTS
+from plainsd.pictures.model import StableDiffusion
 from plainsd.speed.model import compiler_options, faster
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
-from plainsd.models.variants import VARIANTS
 
 
 class Place(NamedTuple):

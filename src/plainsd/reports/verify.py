@@ -21,21 +21,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from plainsd.device import choose_device
 from plainsd.checkpoint import load
-from plainsd.files.convert import read
-from plainsd.files.tokenizers import tokenizer_names, tokenizers
-from plainsd.pictures.conditioning import SINUSOID, size_vector
-from plainsd.files.stored import Contents
-from plainsd.files.configs_out import pipeline
+from plainsd.device import choose_device
 from plainsd.errors import UserError
-from plainsd.generate import image_to_image, inpaint, text_to_image
+from plainsd.files.configs_out import pipeline
+from plainsd.files.convert import read
 from plainsd.files.hub import find
+from plainsd.files.stored import Contents
+from plainsd.files.tokenizers import tokenizer_names, tokenizers
+from plainsd.generate import image_to_image, inpaint, text_to_image
+from plainsd.models.clip import TextEncoder
+from plainsd.models.variants import Variant, encoder_names
+from plainsd.pictures.conditioning import SINUSOID, size_vector
 from plainsd.pictures.images import to_pil, to_tensor
 from plainsd.pictures.sampling import decode
-from plainsd.models.clip import TextEncoder
 from plainsd.reports.references import pipe_there, quiet, theirs, tokenizers_there
-from plainsd.models.variants import Variant, encoder_names
 
 TOLERANCE = 1e-4  # relative, of one network; float32 rounding gives 1e-7 to 1e-5
 DRAWN = 2e-3  # of the latents after five steps; with zero terminal SNR they begin at sigma 4096

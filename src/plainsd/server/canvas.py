@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from plainsd.pictures.images import continued
-from plainsd.server.jobs.job import Source
 from plainsd.server.errors import Refused
+from plainsd.server.jobs.job import Source
 from plainsd.server.limits import Limits
+from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import Box, alpha_of, check_pixels, differing, hole_of, picture, png, resized
-
-if TYPE_CHECKING:
-    from plainsd.server.schema import JobRequest
 
 
 @dataclass(frozen=True)

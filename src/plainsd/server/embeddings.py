@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from plainsd.adapters.embeddings import add_embedding, fitting, parsed
 from plainsd.errors import UserError, unknown
-from plainsd.pictures.model import StableDiffusion
-from plainsd.models.clip import TextEncoder
-from plainsd.server.folders import named_files
 from plainsd.files.tensorfile import open_safetensors
+from plainsd.models.clip import TextEncoder
+from plainsd.pictures.model import StableDiffusion
+from plainsd.server.folders import named_files
 
 LARGEST = 16 * 2**20  # bytes; what is larger is something else
 

@@ -13,25 +13,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plainsd.device import choose_device, choose_dtype
-from plainsd.checkpoint import load
-from plainsd.files.convert import read
-from plainsd.files.tokenizers import tokenizers
-from plainsd.pictures.defaults import check_refiner, model_name
-from plainsd.files.stored import empty, parts
-from plainsd.errors import UserError, unknown
-from plainsd.pictures.model import StableDiffusion
-from plainsd.files.hashes import Hashes, hashes, weights_hash
-from plainsd.files.hub import find
 from plainsd.adapters.lora import add_lora, attached, check_strengths
 from plainsd.adapters.reading import located, open_lora
+from plainsd.checkpoint import load
+from plainsd.device import choose_device, choose_dtype
+from plainsd.errors import UserError, unknown
+from plainsd.files.convert import read
+from plainsd.files.hashes import Hashes, hashes, weights_hash
+from plainsd.files.hub import find
+from plainsd.files.stored import empty, parts
+from plainsd.files.tokenizers import tokenizers
+from plainsd.pictures.defaults import check_refiner, model_name
+from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.previews import latent_rgb
-from plainsd.text.prompts import lora_tags
-from plainsd.server.folders import named_files
-from plainsd.server.errors import Refused
-from plainsd.server.embeddings import Word, Words, taught
 from plainsd.pictures.settings import Settings
+from plainsd.server.embeddings import Word, Words, taught
+from plainsd.server.errors import Refused
+from plainsd.server.folders import named_files
 from plainsd.speed.model import faster
+from plainsd.text.prompts import lora_tags
 
 Loras = Sequence[tuple[str, float]]
 

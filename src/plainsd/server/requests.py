@@ -4,108 +4,24 @@ import secrets
 import time
 from dataclasses import replace
 from itertools import product
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from plainsd.pictures.conditioning import weighted
 from plainsd.errors import UserError, unknown
-from plainsd.pictures.model import StableDiffusion
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
-from plainsd.text.prompts import compose, schedule
-from plainsd.server.canvas import Base, base_of
-from plainsd.server.jobs.job import Job, Sheet
-from plainsd.server.pool import Models
-from plainsd.server.jobs.pictures import new_id, new_place
-from plainsd.server.errors import Refused
-from plainsd.server.limits import Limits
-from plainsd.server.uploads import check_pixels, without_tags
+from plainsd.pictures.conditioning import weighted
+from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import FIELDS, Settings
-
-
-def clean(text: str) -> str:
-    """Text that can be written anywhere: no lone surrogates, no control characters but line breaks and tabs."""
-    if any(0xD800 <= ord(sign) < 0xE000 or (ord(sign) < 32 and sign not in "\n\r\t") for sign in text):
-        raise ValueError("has control characters or broken Unicode; take them out")
-    return text
-
-
-Text = Annotated[str, AfterValidator(clean)]
-
-
-Side = Annotated[int, Field(ge=0, le=65536)]
-
-
-class LoRA(BaseModel):
-    """An adapter out of the server's folder, and how strongly it acts."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: Text
-    strength: float = Field(1.0, ge=-10, le=10)
-
-
-class Axis(BaseModel):
-    """One side of an X/Y grid."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: Text = Field(description="a setting, such as guidance, steps, seed or sampler")
-    values: list[int | float | Text] = Field(min_length=1)
-
-
-class JobRequest(BaseModel):
-    """Pictures to be drawn. What is left out takes the model's own default."""
-
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a red apple", "count": 2}]})
-
-    prompt: Text = Field("", description="what to draw")
-    negative: Text = Field("", description="what to keep away from")
-    model: Text | None = Field(None, description="one of GET /api/models")
-    size: tuple[int, int] | None = Field(None, description="width and height in pixels, multiples of 8")
-    steps: int | None = None
-    guidance: float | None = Field(
-        None, description="how strictly the prompt is followed; 1 ignores the negative prompt"
-    )
-    sampler: Text | None = None
-    spacing: Text | None = Field(None, description="of the noise levels")
-    seed: int | None = Field(None, description="of the first picture, the following have the next; none: a random one")
-    count: int = Field(1, description="pictures")
-    loras: list[LoRA] = Field([], max_length=32)
-    embeddings: list[Text] = Field(
-        [], max_length=32, description="words of GET /api/models that the prompts rely on; others are found anyway"
-    )
-    refiner: Text | None = Field(None, description="another model, which draws the last part")
-    handover: float | None = Field(None, description="the share of the timesteps after which it does")
-    image: Text | None = Field(None, description="a PNG, JPEG or WebP file in base64, to draw over")
-    strength: float | None = Field(None, description="how far from the picture: the share of the steps that run")
-    mask: Text | None = Field(
-        None, description="a picture of the same size in base64; only its light part is drawn anew"
-    )
-    outpaint: tuple[Side, Side, Side, Side] | None = Field(
-        None, description="so many pixels are added to the picture at its left, top, right, bottom"
-    )
-    mask_blur: float = Field(0, ge=0, le=64, description="softness of the mask's edge, in pixels")
-    hires: float | None = Field(None, description="a second pass on the picture enlarged so many times")
-    upscaler: Text | None = Field(None, description="how it is enlarged: latent or lanczos")
-    variation_seed: int | None = None
-    variation_strength: float | None = None
-    clip_skip: int | None = None
-    eta: float | None = None
-    rescale: float | None = None
-    interval: tuple[float, float] | None = None
-    perturbed: float | None = None
-    threshold: float | None = None
-    cache: int | None = Field(None, description="deep layers run at every so many-th step only: faster, less exact")
-    grid: list[Axis] | None = Field(
-        None, min_length=1, max_length=2, description="one picture for each pair of values, and a sheet of them all"
-    )
-
-    def choices(self) -> dict[str, Any]:
-        """What is not left open of the settings that the tasks know."""
-        names = ("size", "steps", "guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler",
-                 "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed",
-                 "threshold", "cache", "handover", "outpaint")  # fmt: skip
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
+from plainsd.server.canvas import Base, base_of
+from plainsd.server.errors import Refused
+from plainsd.server.jobs.job import Job, Sheet
+from plainsd.server.jobs.pictures import new_id, new_place
+from plainsd.server.limits import Limits
+from plainsd.server.pool import Models
+from plainsd.server.schema import JobRequest
+from plainsd.server.uploads import check_pixels, without_tags
+from plainsd.text.prompts import compose, schedule
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint")
 CELLS = [name for _, name, _, _ in FIELDS if name in JobRequest.model_fields and name not in NOT_IN_GRIDS]

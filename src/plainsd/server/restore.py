@@ -5,13 +5,13 @@ from typing import Any
 
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
-from plainsd.server.pool import Models
-from plainsd.server.jobs.pictures import Picture, exact, tagged
-from plainsd.server.errors import Refused
-from plainsd.server.schema import JobRequest
-from plainsd.server.limits import Limits
-from plainsd.server.uploads import Named, opened, without_tags
 from plainsd.pictures.settings import DEFAULTS, FIELDS, SAMPLERS, UPSCALERS, Settings, format_settings
+from plainsd.server.errors import Refused
+from plainsd.server.jobs.pictures import Picture, exact, tagged
+from plainsd.server.limits import Limits
+from plainsd.server.pool import Models
+from plainsd.server.schema import JobRequest
+from plainsd.server.uploads import Named, opened, without_tags
 
 TAKEN = JobRequest.model_fields.keys()  # what stands in a file beside these has no effect here
 

@@ -13,16 +13,16 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from plainsd.server.canvas import Base
+from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import DONE, FAILED, QUEUED, Job
-from plainsd.server.pool import Models
 from plainsd.server.jobs.pictures import Picture, exact
 from plainsd.server.jobs.queue import Queue
-from plainsd.server.errors import Refused
-from plainsd.server.schema import JobRequest
-from plainsd.server.requests import new_job
-from plainsd.server.limits import Limits
 from plainsd.server.jobs.store import Store
 from plainsd.server.jobs.worker import Worker
+from plainsd.server.limits import Limits
+from plainsd.server.pool import Models
+from plainsd.server.requests import new_job
+from plainsd.server.schema import JobRequest
 
 HEARTBEAT = 15.0  # seconds between signs of life on an event stream
 LAST_STEP = 30.0  # seconds that a stopping server waits for the step under way

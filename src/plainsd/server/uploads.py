@@ -15,9 +15,9 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from plainsd.errors import UserError
 from plainsd.pictures.images import open_picture
-from plainsd.text.prompts import lora_tags
 from plainsd.server.errors import Refused
 from plainsd.server.limits import Limits
+from plainsd.text.prompts import lora_tags
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=-]+)*;base64,")

@@ -1,1 +1,16 @@
-"""Room."""
+"""Faster, and the same but for rounding (part V): functions over a loaded model.
+
+The plain forward passes in models/ are the specification and know nothing of this room. What changes a picture more than
+rounding does says so (int8.py). Each function has an equality test and a row in `plainsd bench`.
+"""
+
+from importlib import import_module
+
+_HOME = {"faster": "model", "pack": "model", "compile_unet": "model", "trained_faster": "training"}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'plainsd.speed.model' has no attribute {name!r}")
+    return getattr(import_module(f"plainsd.speed.{_HOME[name]}"), name)

@@ -1,6 +1,6 @@
 """Exactness for speed or memory, only when asked: each of these gives another picture, a little or a lot.
 
-    cache       the UNet's deep layers run at every N-th call only        Settings.cache, --cache N
+    cache       the UNet's deep layers run at every N-th call only        Settings.cache, --cache N (models/deep_cache.py)
     int8        the UNet's Linear weights in 8 bits                       --int8
     interval    guidance between two noise levels only (denoiser.py)      Settings.interval, --interval LOW HIGH
 
@@ -10,70 +10,11 @@ bench/tradeoffs.py prints what each costs and gains.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from plainsd.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from plainsd.pictures.model import StableDiffusion
-    from plainsd.models.unet import UNet
-
-
-class DeepCache:
-    """A UNet whose deep layers run at every `every`-th timestep; between, what they gave last is taken again.
-
-    Ma et al. 2023, "DeepCache" (arXiv:2312.00858), section 3.2, with uniform strides: from one step to the next the deep
-    features change slowly. `shallow` counts the blocks at either end that always run. One object serves one picture,
-    or batch, from its first step to its last: several calls at the same timestep, such as those of guidance in two
-    calls, each have a cache of their own.
-    """
-
-    def __init__(self, unet: UNet, every: int, shallow: int = 1):
-        self.unet, self.every, self.shallow = unet, every, min(shallow, len(unet.down))
-        self.timestep, self.turn, self.place = None, -1, 0
-        self.deep: list[Tensor] = []  # one for each call of a step
-
-    def __call__(
-        self, x: Tensor, timestep: float, context: Tensor, vector: Tensor | None = None, guidance: Tensor | None = None
-    ) -> Tensor:
-        unet, split = self.unet, len(self.unet.up) - 1 - self.shallow
-        fresh = self.advance(timestep, len(x))
-        emb = unet.embed(timestep, x, vector, guidance)
-        x = unet.conv_in(x)
-        skips = [x]
-        for block in unet.down if fresh else unet.down[: self.shallow]:
-            x = block(x, emb, context)
-            skips.append(x)
-        if fresh:
-            x = unet.mid(x, emb, context)
-        for place, block in enumerate(unet.up):
-            if place == split:
-                x = self.kept(x, fresh)
-            if fresh or place >= split:
-                x = torch.cat([x, skips.pop()], dim=1)
-                x = block(x, emb, context, skips[-1].shape[-2:] if block.resample is not None else None)
-        return unet.conv_out(F.silu(unet.norm_out(x)))
-
-    def advance(self, timestep: float, rows: int) -> bool:
-        """Whether this call runs all layers: at its turn, or because there is nothing kept that fits."""
-        if timestep == self.timestep:
-            self.place += 1
-        else:
-            self.timestep, self.place, self.turn = timestep, 0, self.turn + 1
-        return self.turn % self.every == 0 or [len(x) for x in self.deep[self.place :][:1]] != [rows]
-
-    def kept(self, x: Tensor, fresh: bool) -> Tensor:
-        """What comes out of the deep layers, now or when they last ran."""
-        if fresh:
-            self.deep[self.place : self.place + 1] = [x]
-        return self.deep[self.place]
+from plainsd.pictures.model import StableDiffusion
 
 
 def int8(sd: StableDiffusion, *, activations: bool = False) -> StableDiffusion:

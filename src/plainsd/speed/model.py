@@ -15,24 +15,18 @@ model can no longer be trained or saved, or take up adapters. The plain forward 
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from plainsd.speed import kernels
 from plainsd.errors import UserError
+from plainsd.models.layers import Attention
+from plainsd.pictures.model import StableDiffusion
+from plainsd.speed import kernels
 from plainsd.speed.kernels import have_kernels
-from plainsd.models.layers import Attention, ResBlock
-from plainsd.models.unet import FeedForward
 from plainsd.speed.packed import PackedCrossAttention, PackedSelfAttention, pack_inside
-
-if TYPE_CHECKING:
-    from plainsd.pictures.model import StableDiffusion
 
 PIECE = 512  # queries whose attention maps are in memory at once
 LONG = 1024  # queries from which on that pays
@@ -117,34 +111,6 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
 
 
 # ---- training
-
-
-@contextmanager
-def trained_faster(network: nn.Module) -> Iterator[None]:
-    """Inside, the network's GroupNorms, with the SiLU after them, its GEGLUs and its attention are kernels of our own, and so
-    are their gradients: on a CPU with AVX512_BF16. Elsewhere nothing changes."""
-    works = next(network.parameters()).device.type == "cpu" and have_kernels(torch.bfloat16)
-    changed = []  # of which object, which name
-    for module in network.modules() if works else []:
-        if isinstance(module, ResBlock):
-            changed.append((module, "activate", kernels.trained_norm_silu))
-        elif isinstance(module, FeedForward):
-            changed.append((module, "activate", kernels.trained_geglu))
-        elif isinstance(module, Attention) and not torch.cpu._is_amx_tile_supported():
-            changed.append((module, "attend", kernels.trained_attention))
-        elif isinstance(module, nn.GroupNorm):
-            changed.append((module, "forward", functools.partial(kernels.trained_norm, module)))
-    before = [vars(module).get(name) for module, name, _ in changed]
-    for module, name, form in changed:
-        setattr(module, name, form)
-    try:
-        yield
-    finally:
-        for (module, name, _), old in zip(changed, before, strict=True):
-            if old is None:
-                delattr(module, name)  # the class's own shows again
-            else:
-                setattr(module, name, old)
 
 
 # ---- torch.compile

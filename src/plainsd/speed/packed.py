@@ -1,4 +1,4 @@
-"""Layers with their weights laid out as a CPU's matrix units read them, which take the place of plain ones; see speed.py.
+"""Layers with their weights laid out as a CPU's matrix units read them, which take the place of plain ones; see model.py.
 
 For inference in float32 and bfloat16, by a PyTorch with oneDNN; where kernels.cpp works, by that too.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from plainsd.speed import kernels
-from plainsd.speed.kernels import have_kernels
 from plainsd.models.layers import Attention, ResBlock, Upsample
 from plainsd.models.unet import FeedForward
+from plainsd.speed import kernels
+from plainsd.speed.kernels import have_kernels
 
 SMALL, SHORT = 2**18, 2**23  # numbers in a weight, and multiplications with it, up to which our kernel beats oneDNN's
 

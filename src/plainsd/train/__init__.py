@@ -1,1 +1,4 @@
-"""Training: what is trained (a method), what it is trained on (data), and one loop for all of them."""
+"""Training (part IV): one loop, and beside it what a run is, its states, its processes.
+
+What is trained on is in data/, what is trained in methods/, a file a method.
+"""

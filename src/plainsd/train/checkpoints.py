@@ -11,15 +11,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from plainsd.errors import UserError
-from plainsd.train.checkpoints import load_shards, save_shards
-
-if TYPE_CHECKING:
-    from plainsd.train.trainer import Trainer
+from plainsd.train.trainer import Trainer
 
 UNFINISHED, UNWANTED = ".saving-", ".removing-"
 
@@ -89,7 +89,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
         raise UserError(
             f"cannot read {file} ({str(error).splitlines()[0]}); remove {found[-1]} to go on from the state before"
         ) from error
-    trainer.restore(state)
+    trainer.load_state(state)
 
 
 def sweep(folder: Path) -> None:
@@ -120,3 +120,34 @@ def saving(what: str) -> Iterator[None]:
         if cause is None:
             raise
         raise SaveError(f"cannot write {what}: {cause.strerror or cause}") from error
+
+
+def save_shards(trainer: Trainer, folder: Path) -> None:
+    """By all processes together."""
+    try:
+        dcp.save(_state(trainer) | {"skipped": trainer.skipped}, checkpoint_id=folder)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def load_shards(trainer: Trainer, folder: Path) -> None:
+    """Into the trainer's own tensors."""
+    state = _state(trainer) | {"skipped": 0}
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        raise UserError(
+            f"cannot read the state {folder} ({reason}); it may be of another model, or damaged: give "
+            "another --out, or remove it to go on from the state before"
+        ) from error
+    set_optimizer_state_dict(trainer.loss, trainer.optimizer, state["optimizer"])
+    trainer.step, trainer.skipped = int(folder.name.removeprefix("step-")), state["skipped"]
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "parameters": {str(i): p.detach() for i, p in enumerate(trainer.parameters)},
+        "ema": {str(i): value for i, value in enumerate(trainer.ema.values if trainer.ema else [])},
+        "optimizer": get_optimizer_state_dict(trainer.loss, trainer.optimizer),
+    }

@@ -4,27 +4,27 @@ from collections.abc import Callable
 
 import torch
 
-from plainsd.files.convert import read
-from plainsd.checkpoint import save
-from plainsd.files.tokenizers import tokenizers
 from plainsd.adapters.embeddings import save_embedding
-from plainsd.errors import UserError
-from plainsd.pictures.model import StableDiffusion
-from plainsd.files.hub import find
 from plainsd.adapters.lora import save_lora
+from plainsd.checkpoint import save
+from plainsd.errors import UserError
+from plainsd.files.convert import read
+from plainsd.files.hub import find
+from plainsd.files.tokenizers import tokenizers
+from plainsd.models.variants import encoder_names
+from plainsd.pictures.model import StableDiffusion
 from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
-from plainsd.train.data.pictures import read_folder
 from plainsd.train.data.examples import Examples
+from plainsd.train.data.pictures import read_folder
+from plainsd.train.gradient_checkpointing import checkpointing
+from plainsd.train.job import Job, weights_digest
+from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.methods.finetune import FineTune
 from plainsd.train.methods.full import full
 from plainsd.train.methods.inversion import inversion, settle
-from plainsd.train.job import Job, weights_digest
 from plainsd.train.methods.lora import lora
-from plainsd.train.gradient_checkpointing import checkpointing
-from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.shard import gather
-from plainsd.models.variants import encoder_names
 
 Make = Callable[[StableDiffusion, Examples, dict], FineTune]
 

@@ -8,19 +8,19 @@ import torch
 
 from plainsd.checkpoint import load, load_vae, save, save_vae
 from plainsd.errors import UserError
-from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.images import grid, to_pil, write_png
 from plainsd.models.vae import VAE
+from plainsd.models.variants import SD1, Variant
+from plainsd.pictures.images import grid, to_pil, write_png
+from plainsd.pictures.model import StableDiffusion
 from plainsd.speed.training import trained_faster
 from plainsd.text.tokenizer import Tokenizer
 from plainsd.train.checkpoints import saving
-from plainsd.train.methods.full import full
-from plainsd.train.job import Job, weights_digest
-from plainsd.train.methods.scratch import from_scratch, read_variant
-from plainsd.train.shard import gather
-from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, validate
 from plainsd.train.data.crops import Framing
-from plainsd.models.variants import SD1, Variant
+from plainsd.train.job import Job, weights_digest
+from plainsd.train.methods.full import full
+from plainsd.train.methods.scratch import from_scratch, read_variant
+from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, validate
+from plainsd.train.shard import gather
 
 
 def described_variant(job: Job) -> Variant:

@@ -6,35 +6,30 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from plainsd.device import DTYPES
+from plainsd.disk import read_json, written_whole
 from plainsd.errors import UserError
-from plainsd.disk import read_json
+from plainsd.models.vae import VAE
 from plainsd.pictures.images import grid, write_png
-from plainsd.disk import written_whole
-from plainsd.train.data.latents import Latents, cache_latents
+from plainsd.pictures.model import StableDiffusion
 from plainsd.train.checkpoints import saving
-from plainsd.train.data.pictures import Pictures, described, joined
-from plainsd.train.data.examples import Examples
-from plainsd.train.options import FitOptions
-from plainsd.train.trainer import Method
-from plainsd.train.objective import Objective
-from plainsd.train.order import Bucketed, Repeated
-from plainsd.train.run import Rhythm, run
-from plainsd.train.shard import spread
-from plainsd.train.data.sources import Reading, read_source
 from plainsd.train.data.captions import cut_captions
 from plainsd.train.data.crops import Framing
+from plainsd.train.data.examples import Examples
+from plainsd.train.data.latents import Latents, cache_latents
+from plainsd.train.data.pictures import Pictures, described, joined
+from plainsd.train.data.sources import Reading, read_source
+from plainsd.train.objective import Objective
+from plainsd.train.options import FitOptions, TrainOptions
+from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.processes import World
-
-if TYPE_CHECKING:
-    from plainsd.pictures.model import StableDiffusion
-    from plainsd.models.vae import VAE
-    from plainsd.commands.train import Train
+from plainsd.train.run import Rhythm, run
+from plainsd.train.shard import spread
+from plainsd.train.trainer import Method
 
 ENCODED_AT_ONCE = 2**18  # pixels, where pictures are large
 FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers"}
@@ -44,7 +39,7 @@ FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_ever
 class Job:
     """One call of `plainsd train`, its options without gaps."""
 
-    options: "Train"
+    options: TrainOptions
     world: World
     dtype: torch.dtype  # of the arithmetic
 

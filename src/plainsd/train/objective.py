@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import min_snr_weight, network_input, train_target
+from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.models.unet import UNet
-from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.train.order import Pick
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from plainsd.errors import UserError
-
-if TYPE_CHECKING:
-    from plainsd.train.options import FitOptions
+from plainsd.train.options import FitOptions
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: FitOptions) -> torch.optim.Optimizer:

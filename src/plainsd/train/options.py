@@ -3,9 +3,11 @@
 Numbers that suit one method and not another are None here, and come from DEFAULTS.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from tyro.conf import OmitArgPrefixes
 
 from plainsd.errors import UserError
 
@@ -201,6 +203,31 @@ class FromNothing:
     """vae: the encoder of --base stays as it is, so that UNets go on to suit the autoencoder"""
 
 
+@dataclass
+class TrainOptions:
+    """All of them: one run."""
+
+    method: Literal["vae", "scratch", "full", "lora", "inversion"]
+    """vae: an autoencoder from nothing. scratch: text encoder and UNet from nothing, on a trained autoencoder. full:
+    all weights of a model's UNet. lora: low-rank changes to a model. inversion: a new word for prompts"""
+    data: tuple[str, ...]
+    """folders of captioned pictures (metadata.jsonl, or pairs name.png and name.txt), parquet files, tar shards, or
+    datasets on the hub (owner/name); cats:10 is shown ten times an epoch"""
+    out: Path
+    """folder of the run: log, curve, samples, states, and at the end the result"""
+    base: str | None = None
+    """the model to fine-tune: a folder, a file or a name on the hub; the embedded one if not given. Methods vae and
+    scratch begin with its weights, where it is given, and not from nothing"""
+    reading: OmitArgPrefixes[Data] = field(default_factory=Data)
+    pace: OmitArgPrefixes[Steps] = field(default_factory=Steps)
+    loss: OmitArgPrefixes[Loss] = field(default_factory=Loss)
+    lora: OmitArgPrefixes[Lora] = field(default_factory=Lora)
+    inversion: OmitArgPrefixes[Inversion] = field(default_factory=Inversion)
+    prior: OmitArgPrefixes[Prior] = field(default_factory=Prior)
+    telling: OmitArgPrefixes[Telling] = field(default_factory=Telling)
+    nothing: OmitArgPrefixes[FromNothing] = field(default_factory=FromNothing)
+
+
 def with_defaults(method: str, steps: Steps) -> Steps:
     """The method's own numbers where none are given."""
     if steps.steps is not None and steps.epochs is not None:
@@ -210,11 +237,33 @@ def with_defaults(method: str, steps: Steps) -> Steps:
     if steps.steps is not None or steps.epochs is not None:
         own = {name: value for name, value in own.items() if name not in ("steps", "epochs")}
     filled = replace(steps, **own)
-    for field in fields(filled):
-        value = getattr(filled, field.name)
-        if field.name in ("steps", "epochs", "batch", "accumulate") and value is not None and value < 1:
-            raise UserError(f"--{field.name} {value} is out of range; give 1 or more")
+    for name in (entry.name for entry in fields(filled)):
+        value = getattr(filled, name)
+        if name in ("steps", "epochs", "batch", "accumulate") and value is not None and value < 1:
+            raise UserError(f"--{name} {value} is out of range; give 1 or more")
     if not 0 < filled.lr < float("inf"):
         usual = DEFAULTS[method]["lr"]
         raise UserError(f"--lr {filled.lr:g} is out of range; give a number above 0, such as {usual:g}")
     return filled
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    steps: int
+    batch: int = 64  # pictures a micro-batch
+    accumulate: int = 1  # micro-batches a step, over all processes
+    lr: float = 1e-4
+    warmup: int = 200  # steps of linear warm-up
+    cosine: bool = True  # then down to 1 % of lr along a cosine; else constant
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest norm of the whole gradient
+    ema: float = 0.999  # 0: no average
+    bf16: bool = False  # autocast; the weights and their update stay float32
+    adam8bit: bool = False  # AdamW's moments in 8 bits, by torchao
+    long_attention: bool = False  # on a CPU: attention maps that are never whole in memory, for large pictures
+    seed: int = 0
+    save_every: int = 1000
+    keep: int = 2  # checkpoints kept
+    max_skipped: int = 20  # non-finite steps in a row before giving up

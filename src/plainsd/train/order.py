@@ -4,6 +4,7 @@ So it makes no difference how often a run was stopped, or how many processes sha
 """
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -72,3 +73,11 @@ class Bucketed:
             order = [order[i % len(order)] for i in range(-(-len(order) // self.batch) * self.batch)]
             batches += [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
         return [index for i in torch.randperm(len(batches), generator=generator).tolist() for index in batches[i]]
+
+
+class Pick(NamedTuple):
+    """One picture of a batch, with the random numbers that are its own."""
+
+    index: int  # of the picture in the data
+    position: int  # in the run: 0, 1, 2, ...
+    generator: torch.Generator

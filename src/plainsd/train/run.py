@@ -24,10 +24,10 @@ from tqdm import tqdm
 from plainsd.errors import UserError
 from plainsd.train.checkpoints import checkpoints, save_checkpoint, saving
 from plainsd.train.log import Log, draw_curve
-from plainsd.train.options import FitOptions
-from plainsd.train.trainer import Method, Report, Trainer
 from plainsd.train.loop import fit
+from plainsd.train.options import FitOptions
 from plainsd.train.processes import World
+from plainsd.train.trainer import Method, Report, Trainer
 
 
 class Rhythm(NamedTuple):

@@ -7,24 +7,14 @@ A state is then a folder of shards, written by all processes, and can be read by
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from plainsd.errors import UserError
 from plainsd.models.unet import UNet
-
-if TYPE_CHECKING:
-    from plainsd.train.trainer import Trainer
 
 
 def spread(network: nn.Module) -> None:
@@ -52,37 +42,3 @@ def gather(network: nn.Module) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-# ---- states
-
-
-def save_shards(trainer: Trainer, folder: Path) -> None:
-    """By all processes together."""
-    try:
-        dcp.save(_state(trainer) | {"skipped": trainer.skipped}, checkpoint_id=folder)
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
-
-
-def load_shards(trainer: Trainer, folder: Path) -> None:
-    """Into the trainer's own tensors."""
-    state = _state(trainer) | {"skipped": 0}
-    try:
-        dcp.load(state, checkpoint_id=folder)
-    except CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        raise UserError(
-            f"cannot read the state {folder} ({reason}); it may be of another model, or damaged: give "
-            "another --out, or remove it to go on from the state before"
-        ) from error
-    set_optimizer_state_dict(trainer.loss, trainer.optimizer, state["optimizer"])
-    trainer.step, trainer.skipped = int(folder.name.removeprefix("step-")), state["skipped"]
-
-
-def _state(trainer: Trainer) -> dict[str, Any]:
-    return {
-        "parameters": {str(i): p.detach() for i, p in enumerate(trainer.parameters)},
-        "ema": {str(i): value for i, value in enumerate(trainer.ema.values if trainer.ema else [])},
-        "optimizer": get_optimizer_state_dict(trainer.loss, trainer.optimizer),
-    }

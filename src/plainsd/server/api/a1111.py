@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
+from plainsd.pictures.settings import ENTRY, SAMPLERS, SPACINGS, format_settings, parse_settings, unquote
 from plainsd.server.api.a1111_fields import (
     NONE_HERE,
     SCHEDULERS,
@@ -22,15 +23,14 @@ from plainsd.server.api.a1111_fields import (
     prepared,
 )
 from plainsd.server.canvas import Base
+from plainsd.server.embeddings import Word, problem
+from plainsd.server.errors import printable
 from plainsd.server.jobs.job import CANCELLED, Job
 from plainsd.server.jobs.pictures import exact, tagged
-from plainsd.server.errors import printable
-from plainsd.server.schema import JobRequest, clean
 from plainsd.server.requests import job_request
+from plainsd.server.schema import JobRequest, clean
 from plainsd.server.service import Service, client_of, why_not
 from plainsd.server.uploads import decoded, opened
-from plainsd.server.embeddings import Word, problem
-from plainsd.pictures.settings import ENTRY, SAMPLERS, SPACINGS, format_settings, parse_settings, unquote
 
 UNTOLD = ("init_images", "mask", "override_settings", "alwayson_scripts")  # of a request, in its answer
 

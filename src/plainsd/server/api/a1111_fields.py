@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.errors import unknown
 from plainsd.generate import check_size
+from plainsd.pictures.settings import SAMPLERS, SPACINGS
 from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused, shown
-from plainsd.server.schema import Text
 from plainsd.server.limits import Limits
+from plainsd.server.schema import Text
 from plainsd.server.uploads import alpha_of, box_around, check_pixels, filled, hole_of, picture, resized
-from plainsd.pictures.settings import SAMPLERS, SPACINGS
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
 SCHEDULERS = {name: label for name, label in SPACINGS.items() if name != "distilled"}

@@ -13,18 +13,18 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from plainsd import __version__
-from plainsd.server import a1111, metrics, openai
+from plainsd.pictures.settings import RANGES, SAMPLERS, SPACINGS, UPSCALERS
+from plainsd.server.api import a1111, metrics, openai
+from plainsd.server.api.errors import add_errors
+from plainsd.server.api.security import Gate, Hosts
+from plainsd.server.errors import ERRORS, Refused
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED
 from plainsd.server.pool import Model, Models
-from plainsd.server.errors import ERRORS, Refused
-from plainsd.server.api.errors import add_errors
 from plainsd.server.requests import CELLS
-from plainsd.server.schema import JobRequest, Text
 from plainsd.server.restore import picture_told, settings_inside
-from plainsd.server.api.security import Gate, Hosts
+from plainsd.server.schema import JobRequest, Text
 from plainsd.server.service import Service, client_of
 from plainsd.server.uploads import decoded
-from plainsd.pictures.settings import RANGES, SAMPLERS, SPACINGS, UPSCALERS
 
 PAGE = Path(str(files("plainsd.server") / "page"))
 TYPES = {

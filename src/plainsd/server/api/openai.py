@@ -18,12 +18,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from plainsd.server.canvas import Base
-from plainsd.server.jobs.job import Job
-from plainsd.server.pool import Model
-from plainsd.server.jobs.pictures import Picture, exact
 from plainsd.server.errors import Refused
-from plainsd.server.schema import JobRequest, Text
+from plainsd.server.jobs.job import Job
+from plainsd.server.jobs.pictures import Picture, exact
+from plainsd.server.pool import Model
 from plainsd.server.requests import job_request
+from plainsd.server.schema import JobRequest, Text
 from plainsd.server.service import Service, client_of, now, why_not
 from plainsd.server.uploads import check_pixels, differing, opened, resized
 

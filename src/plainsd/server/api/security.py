@@ -12,7 +12,6 @@ import ipaddress
 import socket
 from base64 import b64decode
 from collections.abc import Iterable
-from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
@@ -21,6 +20,7 @@ from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from plainsd.server.errors import Refused
+from plainsd.server.limits import Limits
 
 COOKIE = "plainsd_session"
 OPEN = ("/", "/healthz", "/api/login")  # answered without the token; so is everything below /page/
@@ -35,20 +35,6 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for; checked before anything is queued."""
-
-    pixels: int = 2048 * 2048  # of one picture, after enlarging
-    steps: int = 150
-    count: int = 64  # pictures of one job
-    prompt: int = 4000  # characters
-    upload: int = 32 * 2**20  # bytes of one request
-    upload_pixels: int = 40_000_000  # of one picture that is sent
-    queue: int = 256  # jobs that wait or run
-    seconds: float = 3600  # of drawing, for one job
 
 
 # --- hosts -----------------------------------------------------------------------------------------------------------

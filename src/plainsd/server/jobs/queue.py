@@ -9,8 +9,8 @@ import threading
 import time
 from collections import Counter
 
-from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Bell, Job, Unit
 from plainsd.server.errors import Refused
+from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Bell, Job, Unit
 
 SHARE = 0.5  # of the queue that one client may fill
 ATTEMPTS = 3  # crashes of the whole server that one job may cause

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.pictures.images import write_png
-from plainsd.disk import written_whole
 from plainsd.server.jobs.job import DONE, QUEUED, RUNNING, Job, Sheet, Source
 from plainsd.server.jobs.pictures import Picture, settings_from, tagged
 

@@ -10,17 +10,17 @@ from dataclasses import replace
 
 from PIL import Image
 
+from plainsd.diffusion.samplers import Step
 from plainsd.errors import UserError
 from plainsd.generate import Pictures, batch
-from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.images import grid
+from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.previews import preview
-from plainsd.diffusion.samplers import Step
 from plainsd.server.jobs.job import FAILED, Job, Unit
-from plainsd.server.pool import Model, Models
 from plainsd.server.jobs.queue import Queue
-from plainsd.server.limits import Limits
 from plainsd.server.jobs.store import Store
+from plainsd.server.limits import Limits
+from plainsd.server.pool import Model, Models
 from plainsd.server.uploads import pasted, png
 
 PREVIEW_EVERY = 0.25  # seconds

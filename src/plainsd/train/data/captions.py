@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from plainsd.pictures.conditioning import SINUSOID, cut, encode_prompts, size_vector
 from plainsd.errors import UserError
+from plainsd.pictures.conditioning import SINUSOID, cut, encode_prompts, size_vector
 from plainsd.pictures.model import StableDiffusion
 from plainsd.text.prompts import Weighted
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from plainsd.train.data.latents import Latents
 from plainsd.train.data.pictures import Pictures
-from plainsd.train.order import Pick
 from plainsd.train.objective import PLAIN, Noise, Objective, draw_noise, draw_timesteps, stratified_timesteps
-from plainsd.train.order import random
+from plainsd.train.order import Pick, random
 
 
 class Batch(NamedTuple):

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from plainsd.pictures.images import to_mask, to_tensor
 from plainsd.disk import written_whole
 from plainsd.models.vae import VAE
+from plainsd.pictures.images import to_mask, to_tensor
+from plainsd.train.data.crops import Framing, Size, View, cut_out
 from plainsd.train.data.pictures import Pictures
 from plainsd.train.order import Pick
-from plainsd.train.data.crops import Framing, Size, View, cut_out
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from plainsd.disk import read_text_file, written_whole
 from plainsd.errors import UserError
-from plainsd.disk import read_text_file
 from plainsd.pictures.images import open_picture, to_tensor
-from plainsd.disk import written_whole
-from plainsd.train.order import random
 from plainsd.train.data.crops import Framing, Size, View, cut_out, view_of
+from plainsd.train.order import random
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SMALLEST = 8  # pixels of a picture's shorter side

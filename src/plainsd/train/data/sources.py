@@ -23,11 +23,11 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.pictures.images import open_picture
-from plainsd.disk import written_whole
-from plainsd.train.data.pictures import SUFFIXES, Pictures, read_folder, scan
 from plainsd.train.data.crops import Size
+from plainsd.train.data.pictures import SUFFIXES, Pictures, read_folder, scan
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from plainsd.errors import UserError
-from plainsd.pictures.model import StableDiffusion
 from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import write_png
+from plainsd.pictures.model import StableDiffusion
 from plainsd.train.checkpoints import saving
 
 AT_ONCE = 4

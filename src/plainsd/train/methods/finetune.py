@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from plainsd.errors import UserError
 from plainsd.pictures.model import StableDiffusion
-from plainsd.train.data.examples import Batch, Examples
-from plainsd.train.order import Pick
-from plainsd.train.objective import PLAIN, Objective, errors
 from plainsd.train.data.captions import Reader
+from plainsd.train.data.examples import Batch, Examples
+from plainsd.train.objective import PLAIN, Objective, errors
+from plainsd.train.order import Pick
 
 
 @dataclass

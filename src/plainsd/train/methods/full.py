@@ -3,10 +3,10 @@
 from torch import nn
 
 from plainsd.pictures.model import StableDiffusion
+from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import Examples
 from plainsd.train.methods.finetune import FineTune, frozen
 from plainsd.train.objective import PLAIN, Objective
-from plainsd.train.data.captions import Reader
 
 
 def full(

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from plainsd.adapters.embeddings import add_word, write_rows
 from plainsd.errors import UserError
-from plainsd.pictures.model import StableDiffusion
 from plainsd.models.clip import TextEncoder
+from plainsd.pictures.model import StableDiffusion
+from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import Examples
 from plainsd.train.methods.finetune import FineTune, frozen
 from plainsd.train.objective import PLAIN, Objective
-from plainsd.train.data.captions import Reader
 
 
 class Taught(nn.Embedding):

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from plainsd.pictures.model import StableDiffusion
 from plainsd.adapters.lora import inject
+from plainsd.pictures.model import StableDiffusion
+from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import Examples
 from plainsd.train.methods.finetune import FineTune, frozen
 from plainsd.train.objective import PLAIN, Objective
-from plainsd.train.data.captions import Reader
 
 
 def lora(

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from torch import nn
 
-from plainsd.errors import UserError
 from plainsd.disk import read_json
-from plainsd.pictures.model import StableDiffusion
+from plainsd.errors import UserError
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
-from plainsd.text.tokenizer import Tokenizer
 from plainsd.models.variants import Variant
+from plainsd.pictures.model import StableDiffusion
+from plainsd.text.tokenizer import Tokenizer
 
 
 def from_scratch(variant: Variant, vae: VAE, tokenizer: Tokenizer) -> StableDiffusion:

@@ -1,0 +1,51 @@
+"""`plainsd tokens`: how a prompt is cut and weighted."""
+
+from __future__ import annotations
+
+from plainsd.pictures.conditioning import _by_step, cut, weighted
+from plainsd.pictures.model import StableDiffusion
+from plainsd.text.prompts import compose, lora_tags
+
+
+def describe(sd: StableDiffusion, prompt: str, steps: int = 20) -> str:
+    """How a prompt is cut and weighted, as `plainsd tokens` prints it: LoRAs, parts, steps, chunks, weights, tokens."""
+    prompt, loras = lora_tags(prompt)
+    lines = [f"LoRA {name}, strength {strength:g}" for name, strength in loras]
+    parts = compose(prompt)
+    for number, (part, weight) in enumerate(parts, 1):
+        if len(parts) > 1:
+            lines.append(f"part {number} of {len(parts)}, weight {weight:g}")
+        by_step = _by_step(part, steps, None)
+        for text in dict.fromkeys(by_step):
+            if len(set(by_step)) > 1:
+                lines.append(f"steps {_spans([step for step, at in enumerate(by_step, 1) if at == text])} of {steps}")
+            lines += _chunk_lines(sd, text)
+    return "\n".join(lines)
+
+
+def _spans(steps: list[int]) -> str:
+    """[1, 2, 3, 5] -> '1-3, 5'"""
+    starts = [step for step in steps if step - 1 not in steps]
+    ends = [step for step in steps if step + 1 not in steps]
+    return ", ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends))
+
+
+def _chunk_lines(sd: StableDiffusion, text: str) -> list[str]:
+    """One line a chunk, then one a stretch of equal weight; for both of SDXL's tokenizers where they differ."""
+    views = []
+    for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
+        room = encoder.config.positions - 2
+        chunks = cut(tokenizer, weighted(text), room)
+        lines = []
+        for number, chunk in enumerate(chunks, 1):
+            lines.append(f"chunk {number} of {len(chunks)}: {len(chunk)} of {room} tokens")
+            stretches: list[tuple[float, list[int]]] = []
+            for key, weight in chunk:
+                if not stretches or stretches[-1][0] != weight:
+                    stretches.append((weight, []))
+                stretches[-1][1].append(key)
+            lines += [f"  {weight:6.3f}  {' '.join(tokenizer.pieces(ids))}" for weight, ids in stretches]
+        views.append(lines)
+    if all(lines == views[0] for lines in views):
+        return views[0]
+    return [line for number, lines in enumerate(views, 1) for line in (f"text encoder {number}", *lines)]

@@ -1,0 +1,50 @@
+"""The tokenizers that come with a model, as the texts of their files; CLIP's own where a single file has none."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+from plainsd.files.stored import Contents
+from plainsd.models.variants import Variant, encoder_names
+from plainsd.text.tokenizer import Tokenizer, find_vocabulary
+
+CLIP_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # SHA-256 of CLIP's, one a line
+
+
+def tokenizer_names(variant: Variant) -> list[str]:
+    return [name.replace("text_encoder", "tokenizer") for name in encoder_names(variant)]
+
+
+def tokenizers(contents: Contents, path: Path) -> list[Tokenizer]:
+    """One a text encoder: those that came with the model; for a single file, CLIP's, if the vocabulary is found."""
+    if any(name.startswith("tokenizer") for name in contents.texts):
+        return read_tokenizers(contents.texts, contents.variant)
+    vocabulary = find_vocabulary(path)
+    pads = ["<|endoftext|>" if text.activation == "quick_gelu" else "!" for text in contents.variant.text]
+    return [Tokenizer.from_vocabulary(vocabulary, pad=pad) for pad in pads]
+
+
+def read_tokenizers(texts: dict[str, str], variant: Variant) -> list[Tokenizer]:
+    with tempfile.TemporaryDirectory() as folder:
+        for path, text in texts.items():
+            if path.startswith("tokenizer"):
+                (Path(folder) / path).parent.mkdir(exist_ok=True)
+                (Path(folder) / path).write_text(text, encoding="utf-8")
+        return [Tokenizer.from_folder(Path(folder) / name) for name in tokenizer_names(variant)]
+
+
+def tokenizer_texts(tokenizers: list[Tokenizer], variant: Variant) -> dict[str, str]:
+    texts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tokenizer in zip(tokenizer_names(variant), tokenizers, strict=True):
+            tokenizer.save(place := Path(folder) / name)
+            texts |= {f"{name}/{path.name}": path.read_text("utf-8") for path in sorted(place.iterdir())}
+    return texts
+
+
+def is_clip(tokenizer: Tokenizer) -> bool:
+    """Whether it has CLIP's own tokens and no others, so that a single file can do without it."""
+    merges = "\n".join(" ".join(pair) for pair in tokenizer.merges)
+    return len(tokenizer) == 49_408 and hashlib.sha256(merges.encode()).hexdigest() == CLIP_MERGES

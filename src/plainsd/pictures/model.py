@@ -1,0 +1,71 @@
+"""A whole model: its networks and tokenizers, its schedule, and what is done to need less memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.models.clip import TextEncoder
+from plainsd.models.unet import UNet
+from plainsd.models.vae import VAE
+from plainsd.models.variants import Variant
+from plainsd.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What is done to need less memory. None: where the free memory asks for it."""
+
+    bands: bool | None = None
+    rows: int | None = None  # of a batch that go through the UNet, or the VAE, at once, at most
+
+
+class Stage:
+    """The device on which one network at a time has its turn; the others wait on the CPU."""
+
+    def __init__(self, device: torch.device, networks: list[nn.Module]):
+        self.device, self.networks = device, networks
+
+    def call(self, network: nn.Module) -> None:
+        for other in self.networks:
+            if other is not network:
+                other.to("cpu")
+        network.to(self.device)
+
+
+@dataclass
+class StableDiffusion:
+    """The parts of one model. SDXL has two tokenizers and text encoders, all others one of each."""
+
+    tokenizers: list[Tokenizer]
+    text_encoders: list[TextEncoder]
+    unet: UNet
+    vae: VAE
+    schedule: NoiseSchedule
+    prediction: str  # what the network predicts: "epsilon" or "v_prediction"
+    variant: Variant
+    path: Path | None = None  # where it was loaded from
+    refiner: StableDiffusion | None = None  # draws at the lowest noise levels, see `sampling.turns`
+    saving: Saving = Saving()  # what is done to need less memory
+    stage: Stage | None = None  # where networks have their turns, if they are not all on the device
+    latent_rgb: Tensor | None = None  # (L + 1, 3), as it was stored with the model, see previews.py
+
+    @property
+    def device(self) -> torch.device:
+        return self.stage.device if self.stage else next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StableDiffusion:
+        """Moves and casts the networks in place; returns itself."""
+        for network in (*self.text_encoders, self.unet, self.vae):
+            network.to(device=device, dtype=dtype)
+        if self.refiner is not None:
+            self.refiner.to(device, dtype)
+        return self

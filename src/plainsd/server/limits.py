@@ -1,0 +1,19 @@
+"""How much one request may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; checked before anything is queued."""
+
+    pixels: int = 2048 * 2048  # of one picture, after enlarging
+    steps: int = 150
+    count: int = 64  # pictures of one job
+    prompt: int = 4000  # characters
+    upload: int = 32 * 2**20  # bytes of one request
+    upload_pixels: int = 40_000_000  # of one picture that is sent
+    queue: int = 256  # jobs that wait or run
+    seconds: float = 3600  # of drawing, for one job
