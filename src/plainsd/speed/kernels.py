@@ -323,7 +323,7 @@ def trained_geglu(x: Tensor) -> Tensor:
 @functools.cache
 def library() -> ctypes.CDLL:
     """kernels.cpp, ready to be called. Errors: Unavailable, with the compiler's first complaint."""
-    source = files("plainsd.speed.model").joinpath("kernels.cpp").read_bytes()
+    source = files("plainsd.speed").joinpath("kernels.cpp").read_bytes()
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise Unavailable(f"no C++ compiler ({os.environ.get('CXX', 'c++')}) is installed")
