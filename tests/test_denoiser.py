@@ -23,7 +23,7 @@ from plainsd.diffusion.denoiser import (
     train_target,
     x0_from,
 )
-from plainsd.diffusion.samplers import SAMPLERS, first_scale, sampler_sigmas, sampler_timesteps
+from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
 from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import UserError
 
@@ -223,10 +223,11 @@ def test_inpainting_equals_diffusers(monkeypatch, name, scheduler, options):
     expected, expected_shown = diffusers_inpainting(reference, monkeypatch, 10, known, mask, noise, iter(fresh))
 
     shown, draws = [], iter(fresh)
-    sigmas = sampler_sigmas(SD, name, 10)
-    inner = denoiser(lambda x, t: shown.append(x) or bent(x, t), SD, "epsilon", sampler_timesteps(SD, name, 10))
+    levels = sampler_levels(SD, name, 10)
+    sigmas = levels.sigmas
+    inner = denoiser(lambda x, t: shown.append(x) or bent(x, t), SD, "epsilon")
     denoise = inpainting(inner, known, mask, noise, start=sigmas[0])
-    steps = list(SAMPLERS[name].run(denoise, noise * first_scale(sigmas, name), sigmas, lambda: next(draws)))
+    steps = list(SAMPLERS[name].run(denoise, noise * levels.first_scale, sigmas, lambda: next(draws)))
 
     assert len(shown) == len(expected_shown)
     for ours, theirs in zip(shown, expected_shown, strict=True):

@@ -19,13 +19,11 @@ from plainsd.diffusion.samplers import (
     SAMPLERS,
     Step,
     ancestral,
-    first_scale,
-    sampler_sigmas,
-    sampler_strides,
-    sampler_timesteps,
+    sampler_levels,
+    shared_spacings,
     toward,
 )
-from plainsd.diffusion.schedule import SPACINGS, NoiseSchedule
+from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import UserError
 
 with warnings.catch_warnings():
@@ -63,7 +61,7 @@ CASES = [
     (name, spacing)
     for name in SCHEDULERS
     for spacing in {"ddpm": TIMESTEP_SPACINGS, "ddim": TIMESTEP_SPACINGS, "plms": TIMESTEP_SPACINGS,
-                    "euler_a": TIMESTEP_SPACINGS, "lcm": (None,)}.get(name, SPACINGS)
+                    "euler_a": TIMESTEP_SPACINGS, "lcm": (None,)}.get(name, shared_spacings())
 ]  # fmt: skip
 
 
@@ -92,16 +90,15 @@ def draws(count: int, dtype=torch.float64) -> list[Tensor]:
 
 def run_ours(schedule, name, prediction, steps, spacing, noises, **options) -> Tensor:
     """noises[0] makes the first latent, the others are for the steps."""
-    sigmas = sampler_sigmas(schedule, name, steps, spacing)
-    timesteps = sampler_timesteps(schedule, name, steps, spacing)
-    denoise = denoiser(network(schedule, prediction), schedule, prediction, timesteps)
-    x, rest = noises[0] * first_scale(sigmas, name, spacing), iter(noises[1:])
+    levels = sampler_levels(schedule, name, steps, spacing)
+    denoise = denoiser(network(schedule, prediction), schedule, prediction)
+    x, rest = noises[0] * levels.first_scale, iter(noises[1:])
     if name == "plms":  # as diffusers does it
         options["prediction"] = prediction
-    if strides := sampler_strides(schedule, name, steps, spacing):
-        options["strides"] = strides
-    *_, last = SAMPLERS[name].run(denoise, x, sigmas, lambda: next(rest), **options)
-    assert last.index == steps - 1 and last.sigma == sigmas[-1]
+    if levels.strides:
+        options["strides"] = levels.strides
+    *_, last = SAMPLERS[name].run(denoise, x, levels.sigmas, lambda: next(rest), **options)
+    assert last.index == steps - 1 and last.sigma == levels.sigmas[-1]
     return last.x
 
 
@@ -280,11 +277,23 @@ def test_ddim_eta_equals_diffusers(in_double, monkeypatch, spacing, eta):
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 333, 999])
 def test_strides_of_leading_steps_end_where_the_next_begins(steps):
-    sigmas, strides = sampler_sigmas(SD, "plms", steps), sampler_strides(SD, "plms", steps)
-    for sigma, sigma_next in pairwise(sigmas):
-        assert strides[sigma].below == sigma_next
-        assert sigma_next not in strides or strides[sigma_next].above == sigma
-    assert not sampler_strides(SD, "ddpm", steps) and not sampler_strides(SD, "ddim", steps, "karras")
+    levels = sampler_levels(SD, "plms", steps)
+    assert len(levels.strides) == steps
+    assert tuple(stride.below for stride in levels.strides) == levels.sigmas[1:]
+    assert tuple(stride.above for stride in levels.strides[1:]) == levels.sigmas[:-2]
+    assert not sampler_levels(SD, "ddpm", steps).strides and not sampler_levels(SD, "ddim", steps, "karras").strides
+
+
+def test_a_part_of_the_levels_has_the_strides_of_its_steps():
+    levels = sampler_levels(SD, "plms", 10)
+    first, rest = levels.part(0, 4), levels.part(4)
+    assert (
+        first.sigmas == levels.sigmas[:5]
+        and rest.sigmas == levels.sigmas[4:]
+        and rest.first_scale == levels.first_scale
+    )
+    assert rest.strides == levels.strides[4:] and first.strides[:4] == levels.strides[:4]
+    assert first.timesteps + rest.timesteps == levels.timesteps
 
 
 def test_lcm_without_c_skip_equals_diffusers_to_the_last_digits(in_double, monkeypatch):
@@ -321,7 +330,7 @@ def test_dpmpp_2s_without_noise_equals_diffusers_singlestep_solver(in_double):
     def whole(x, timestep):  # this scheduler cuts fractions off
         return network(SD, "epsilon")(x, math.floor(timestep + 1e-6))
 
-    denoise, sigmas = denoiser(whole, SD, "epsilon"), sampler_sigmas(SD, "dpmpp_2m", 20, "exponential")
+    denoise, sigmas = denoiser(whole, SD, "epsilon"), sampler_levels(SD, "dpmpp_2m", 20, "exponential").sigmas
     ours = draws(1)[0] * math.sqrt(1 + sigmas[0] ** 2)
     *_, last = SAMPLERS["dpmpp_2s_a"].run(denoise, ours, sigmas[:19:2], None, eta=0.0)
     *_, last = SAMPLERS["euler"].run(denoise, last.x, sigmas[18:], None)
@@ -369,11 +378,11 @@ def published_3m_sde(denoise, x, sigmas, noise):
 
 
 @pytest.mark.parametrize(("name", "published"), [("dpmpp_2s_a", published_2s_a), ("dpmpp_3m_sde", published_3m_sde)])
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", shared_spacings())
 def test_published_formula(name, published, spacing):
     for prediction in ("epsilon", "v_prediction"):
         for steps in (7, 20, 50):
-            sigmas, noises = sampler_sigmas(SD, name, steps, spacing), draws(steps + 1)
+            sigmas, noises = sampler_levels(SD, name, steps, spacing).sigmas, draws(steps + 1)
             denoise, ours, theirs = denoiser(network(SD, prediction), SD, prediction), iter(noises), iter(noises)
             x = next(ours) * sigmas[0]
             expected = published(denoise, next(theirs) * sigmas[0], sigmas, lambda i=theirs: next(i))
@@ -470,7 +479,7 @@ def test_samples_have_the_mean_and_spread_of_the_data(name):
     def unit():
         return torch.randn(10_000, generator=generator, dtype=torch.float64)
 
-    sigmas = sampler_sigmas(SD, name, 300, "karras")
+    sigmas = sampler_levels(SD, name, 300, "karras").sigmas
     *_, last = SAMPLERS[name].run(gaussian, MEAN + unit() * math.hypot(SPREAD, sigmas[0]), sigmas, unit)
     assert last.x.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert last.x.std().item() == pytest.approx(math.hypot(SPREAD, sigmas[-1]), rel=0.03)
@@ -504,11 +513,11 @@ def test_ancestral_keeps_the_noise_level():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("spacing", [None, *SPACINGS])
+@pytest.mark.parametrize("spacing", [None, *shared_spacings()])
 def test_zero_terminal_snr_loses_no_precision(name, spacing):
     """sigma begins at 4096. float32 latents end where float64 ones do."""
     if name == "lcm" and spacing is None:
-        assert sampler_sigmas(ZERO_SNR, name, 8)[0] == ZERO_SNR.sigma_max
+        assert sampler_levels(ZERO_SNR, name, 8).sigmas[0] == ZERO_SNR.sigma_max
     for steps in (1, 2, 13):
         fine, coarse = draws(2 * steps + 1), draws(2 * steps + 1, torch.float32)
         exact = run_ours(ZERO_SNR, name, "v_prediction", steps, spacing, fine)
@@ -530,8 +539,9 @@ def test_steps_come_one_by_one(name):
         drawn.append(len(calls))
         return torch.zeros(3)
 
-    sigmas = sampler_sigmas(SD, name, 6)
-    assert len(sigmas) == 7 and all(type(sigma) is float for sigma in sigmas) and sigmas == sorted(sigmas)[::-1]
+    sigmas = sampler_levels(SD, name, 6).sigmas
+    assert len(sigmas) == 7 and all(isinstance(sigma, float) for sigma in sigmas)
+    assert list(sigmas) == sorted(sigmas)[::-1]
     run = SAMPLERS[name].run(denoise, torch.ones(3) * sigmas[0], sigmas, noise)
     assert calls == []
     first = next(run)
@@ -560,19 +570,19 @@ def test_names_and_ends():
         ).split()
     )
     for name in SAMPLERS:
-        assert sampler_sigmas(SD, name, 4)[-1] == (SD.sigma_min if name in ("ddim", "plms") else 0.0)
+        assert sampler_levels(SD, name, 4).sigmas[-1] == (SD.sigma_min if name in ("ddim", "plms") else 0.0)
 
 
 def test_wrong_requests_are_named():
     with pytest.raises(UserError, match="unknown sampler 'eular'; did you mean 'euler'"):
-        sampler_sigmas(SD, "eular", 20)
+        sampler_levels(SD, "eular", 20).sigmas
     with pytest.raises(UserError, match="unknown spacing 'karas'; did you mean 'karras'"):
-        sampler_sigmas(SD, "euler", 20, "karas")
+        sampler_levels(SD, "euler", 20, "karas").sigmas
     with pytest.raises(UserError, match="unknown spacing 'distilled'"):
-        sampler_sigmas(SD, "euler", 20, "distilled")
+        sampler_levels(SD, "euler", 20, "distilled").sigmas
     with pytest.raises(UserError, match="steps 0 is out of range; choose 1 to 1000"):
-        sampler_sigmas(SD, "ddpm", 0)
+        sampler_levels(SD, "ddpm", 0).sigmas
     with pytest.raises(UserError, match="steps 1000 is out of range; choose 1 to 999"):
-        sampler_sigmas(SD, "unipc", 1000)
+        sampler_levels(SD, "unipc", 1000).sigmas
     with pytest.raises(UserError, match="choose 1 to 50"):
-        sampler_sigmas(SD, "lcm", 51)
+        sampler_levels(SD, "lcm", 51).sigmas

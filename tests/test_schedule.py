@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plainsd.diffusion.samplers import SAMPLERS, sampler_sigmas, sampler_timesteps
+from plainsd.diffusion.samplers import SAMPLERS, sampler_levels, shared_spacings
 from plainsd.diffusion.schedule import (
-    SPACINGS,
     TERMINAL_ALPHA_BAR,
     NoiseSchedule,
     distilled,
@@ -99,10 +98,10 @@ def test_timestep_spacings_equal_diffusers_for_every_number_of_steps(name, sched
     for steps in range(2, 121):  # for 1 step diffusers' linspace begins at the clean end
         theirs.set_timesteps(steps)
         expected = theirs.timesteps.numpy()[:steps]  # trailing gives one too many, -1, for 61 and 103
-        found = list(sampler_timesteps(SD, name, steps, spacing).values())
+        found = sampler_levels(SD, name, steps, spacing).timesteps
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
         if name != "ddim":
-            found = sampler_sigmas(SD, name, steps, spacing)[:-1]
+            found = sampler_levels(SD, name, steps, spacing).sigmas[:-1]
             np.testing.assert_allclose(found, theirs.sigmas[:steps], rtol=2e-5)
 
 
@@ -112,32 +111,32 @@ def test_level_spacings_equal_diffusers_for_every_number_of_steps(name, schedule
     theirs = getattr(diffusers, f"{scheduler}Scheduler")(**OPTIONS, **{f"use_{spacing}_sigmas": True})
     for steps in range(2, 121):
         theirs.set_timesteps(steps)
-        np.testing.assert_allclose(sampler_sigmas(SD, name, steps, spacing), theirs.sigmas, rtol=2e-5)
-        found = np.array(list(sampler_timesteps(SD, name, steps, spacing).values()))
+        np.testing.assert_allclose(sampler_levels(SD, name, steps, spacing).sigmas, theirs.sigmas, rtol=2e-5)
+        found = np.array(sampler_levels(SD, name, steps, spacing).timesteps)
         off = np.abs(found - theirs.timesteps.numpy())
         if name == "euler":
             assert off.max() < 2e-3  # their table is float32
         else:  # where that tips the rounding, to the next whole or from it, timesteps may be one off
-            exact = np.array([SD.timestep(sigma) for sigma in sampler_sigmas(SD, name, steps, spacing)[:-1]])
+            exact = np.array([SD.timestep(sigma) for sigma in sampler_levels(SD, name, steps, spacing).sigmas[:-1]])
             tipping = np.abs((exact + (0.5 if spacing == "karras" else 0) + 0.5) % 1 - 0.5) < 2e-3
             assert off.max() <= 1 and (off[~tipping] == 0).all()
         assert found[[0, -1]] == pytest.approx([999, 0], abs=0 if name != "euler" else 1e-9)
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
-@given(st.sampled_from(list(SAMPLERS)), st.sampled_from(SPACINGS), st.integers(1, 998))
+@given(st.sampled_from(list(SAMPLERS)), st.sampled_from(shared_spacings()), st.integers(1, 998))
 def test_every_row_of_levels_falls_inside_the_table(name, spacing, steps):
     for schedule in (SD, SD.zero_terminal_snr()):
-        sigmas = sampler_sigmas(schedule, name, steps, spacing)
+        sigmas = sampler_levels(schedule, name, steps, spacing).sigmas
         assert len(sigmas) == steps + 1 and schedule.sigma_min * 0.999999 <= sigmas[-2] <= sigmas[0]
         assert sigmas[0] <= schedule.sigma_max * 1.000001
         assert all(a > b for a, b in zip(sigmas[:-2], sigmas[1:-1], strict=True)) and sigmas[-2] >= sigmas[-1]
-        timesteps = sampler_timesteps(schedule, name, steps, spacing)
-        assert len(timesteps) == steps and all(0 <= t <= 999 for t in timesteps.values())
+        timesteps = sampler_levels(schedule, name, steps, spacing).timesteps
+        assert len(timesteps) == steps and all(0 <= t <= 999 for t in timesteps)
 
 
 def test_too_many_steps_are_refused_with_the_limit():
     with pytest.raises(UserError, match="steps 51 is more than the 50"):
         distilled(1000, 51)
     with pytest.raises(UserError, match="steps 201 is out of range; choose 1 to 200"):
-        sampler_sigmas(NoiseSchedule.scaled_linear(count=200), "ddpm", 201)
+        sampler_levels(NoiseSchedule.scaled_linear(count=200), "ddpm", 201).sigmas

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import SAMPLERS, SPACINGS, Settings, format_settings, parse_settings
+from plainsd.pictures.settings import SAMPLER_LABELS, SPACING_LABELS, Settings, format_settings, parse_settings
 
 TYPICAL = Settings("a red apple", "blurred", (512, 512), 20, 7.0, "dpmpp_2m", "karras", 1, model="emoji")
 
@@ -23,8 +23,8 @@ def test_values_with_commas_and_colons_are_quoted():
     assert parse_settings(text).model == 'C:\\a, "b"'
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("spacing", [None, *SPACINGS])
+@pytest.mark.parametrize("sampler", SAMPLER_LABELS)
+@pytest.mark.parametrize("spacing", [None, *SPACING_LABELS])
 def test_every_sampler_and_spacing_comes_back(sampler, spacing):
     made = Settings("x", steps=5, sampler=sampler, spacing=spacing)
     assert parse_settings(format_settings(made)) == made

@@ -135,6 +135,10 @@ class Generate(GenerateFlags):
             raise UserError(f"'{self.from_}' was made with a mask; give picture and mask with --image and --mask")
         choices |= given
         Settings(**choices).check()
+        if not self.server and (choices.keys() & {"sampler", "spacing"}):
+            from plainsd.diffusion.samplers import check_names
+
+            check_names(choices.get("sampler"), choices.get("spacing"))
         return [prompt for prompt in prompts for _ in range(self.count)], choices
 
     def task(self, choices: dict) -> Callable:

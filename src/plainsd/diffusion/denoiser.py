@@ -18,12 +18,12 @@ Shapes: x, x0, noise, network outputs (B, C, H, W); alpha_bar (B,); a mask broad
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.diffusion.schedule import Level, NoiseSchedule
 from plainsd.errors import unknown
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> x0
@@ -62,20 +62,17 @@ def output_from(prediction: str, x: Tensor, x0: Tensor, sigma: float) -> Tensor:
     raise unknown("prediction", prediction, PREDICTIONS)
 
 
-def denoiser(
-    predict: Predict, schedule: NoiseSchedule, prediction: str, timesteps: Mapping[float, float] | None = None
-) -> Denoise:
+def denoiser(predict: Predict, schedule: NoiseSchedule, prediction: str) -> Denoise:
     """A network as a `Denoise`.
 
-    The network is told the (fractional) timestep whose level is sigma. `timesteps` overrides this for single levels:
-    some published samplers round, and `samplers.sampler_timesteps` says where.
+    The network is told the (fractional) timestep whose level is sigma; at a `Level` the one that this names, since some
+    published samplers round.
     """
     if prediction not in PREDICTIONS:
         raise unknown("prediction", prediction, PREDICTIONS)
-    known = timesteps or {}
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
+        timestep = sigma.timestep if isinstance(sigma, Level) else schedule.timestep(sigma)
         return x0_from(prediction, x, predict(x / math.sqrt(1 + sigma**2), timestep), sigma)
 
     return denoise
@@ -94,8 +91,8 @@ def guided(pair: Pair, scale: float) -> Denoise:
     """Classifier-free guidance: past the estimate with the prompt, away from that without (Ho and Salimans 2022)."""
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        prompted, plain = pair(x, sigma)
-        return plain + scale * (prompted - plain)
+        cond, uncond = pair(x, sigma)
+        return uncond + scale * (cond - uncond)
 
     return denoise
 
@@ -107,10 +104,10 @@ def rescaled(pair: Pair, scale: float, phi: float, prediction: str = "epsilon") 
     """
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        prompted, plain = (output_from(prediction, x, x0, sigma) for x0 in pair(x, sigma))
-        output = plain + scale * (prompted - plain)
+        cond, uncond = (output_from(prediction, x, x0, sigma) for x0 in pair(x, sigma))
+        output = uncond + scale * (cond - uncond)
         sample = tuple(range(1, x.ndim))
-        spread = prompted.std(sample, keepdim=True) / output.std(sample, keepdim=True)
+        spread = cond.std(sample, keepdim=True) / output.std(sample, keepdim=True)
         return x0_from(prediction, x, output * (phi * spread + 1 - phi), sigma)
 
     return denoise
@@ -129,9 +126,9 @@ def thresholded(pair: Pair, scale: float, percentile: float = 0.995, limit: floa
         return sample.view(-1, *[1] * (x0.ndim - 1))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        prompted, plain = pair(x, sigma)
-        x0 = plain + scale * (prompted - plain)
-        most = reach(prompted) if limit is None else torch.full_like(reach(x0), limit)
+        cond, uncond = pair(x, sigma)
+        x0 = uncond + scale * (cond - uncond)
+        most = reach(cond) if limit is None else torch.full_like(reach(x0), limit)
         edge = reach(x0).maximum(most).clamp(min=torch.finfo(x0.dtype).tiny)
         return x0.clamp(-edge, edge) * (most / edge)
 
@@ -149,8 +146,8 @@ def perturbed(triple: Triple, scale: float, perturbed_scale: float) -> Denoise:
     "perturbed-attention guidance")."""
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        prompted, plain, blurred = triple(x, sigma)
-        return plain + scale * (prompted - plain) + perturbed_scale * (prompted - blurred)
+        cond, uncond, blurred = triple(x, sigma)
+        return uncond + scale * (cond - uncond) + perturbed_scale * (cond - blurred)
 
     return denoise
 

@@ -15,7 +15,7 @@ for each name which levels it visits, so that pictures equal those of diffusers'
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,11 +23,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise, output_from, x0_from
-from plainsd.diffusion.schedule import OF_LEVELS, SPACINGS, NoiseSchedule, spaced
+from plainsd.diffusion.schedule import SPACINGS, Level, NoiseSchedule, spaced
 from plainsd.errors import unknown
 
 Noise = Callable[[], Tensor]  # unit noise, shaped like x
-Levels = Sequence[float]  # noise levels, falling
+Sigmas = Sequence[float]  # noise levels, falling
 
 
 class Step(NamedTuple):
@@ -40,13 +40,14 @@ class Step(NamedTuple):
 
 
 class Stride(NamedTuple):
-    """The levels that lie one stride of 1000 // steps timesteps above and below a level: see `renamed`."""
+    """The levels that lie one stride of 1000 // steps timesteps above and below the one where a step begins: see
+    `renamed`."""
 
     above: float
     below: float
 
 
-Strides = Mapping[float, Stride]
+Strides = Sequence[Stride]  # one a step, or none at all
 
 
 def toward(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
@@ -84,7 +85,7 @@ def renamed(x: Tensor, sigma: float, other: float) -> Tensor:
 # One call of the model a step, no memory.
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+def euler(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
     """First order, noise-free (Karras et al. 2022, algorithm 1 without churn)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
@@ -93,19 +94,19 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator
 
 
 def ddim(
-    denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0, strides: Strides = {}
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0, strides: Strides = ()
 ) -> Iterator[Step]:
     """Song et al. 2020, "Denoising Diffusion Implicit Models", equation 12: from Euler (eta 0) to DDPM (eta 1)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        end = strides[sigma].below if strides else sigma_next
+        end = strides[index].below if strides else sigma_next
         sigma_down, sigma_up = ancestral(sigma, end, eta)
         x = renoised(toward(x, denoised, sigma, sigma_down), noise, sigma_up)
         x = renamed(x, end, sigma_next)
         yield Step(index, sigma_next, x, denoised)
 
 
-def lcm(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+def lcm(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
     """Jump to the estimate and add all the noise anew, for models taught to be right at once (Luo et al. 2023).
 
     Their c_skip, 7e-6 of x at the lowest timestep they know and less above, is left out.
@@ -119,7 +120,7 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[S
 # Two calls a step: the second one tells how the estimate changes along the way.
 
 
-def heun(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+def heun(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
     """Second order: the mean of the slopes at both ends of the step (Karras et al. 2022, algorithm 1).
 
     The slope at the end, met by a line from x, aims at denoised + (second - denoised) * sigma / sigma_next; so the
@@ -135,12 +136,12 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[
 
 
 def halfway(sigma: float, sigma_down: float) -> float:
-    """The level in the middle, in log sigma. With eta = 1 that is sigma_next, but the network must be told its exact
-    timestep, not the rounded one that may be kept for sigma_next: the last factor keeps the two numbers apart."""
-    return math.sqrt(sigma * sigma_down) * (1 - 1e-13)
+    """The level in the middle, in log sigma. No `Level`: the network is told its exact timestep, also where it happens
+    to be sigma_next (eta = 1), for which a rounded one may be kept."""
+    return math.sqrt(sigma * sigma_down)
 
 
-def dpm2(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
+def dpm2(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
     """Second order: the slope in the middle of the step, in log sigma (DPM-Solver-2, Lu et al. 2022a)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
@@ -153,7 +154,7 @@ def dpm2(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: floa
         yield Step(index, sigma_next, x, denoised)
 
 
-def dpmpp_2s_a(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+def dpmpp_2s_a(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
     """Second order: the estimate in the middle of the step (DPM-Solver++(2S), Lu et al. 2022b, algorithm 1)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
@@ -165,7 +166,7 @@ def dpmpp_2s_a(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta
         yield Step(index, sigma_next, x, denoised)
 
 
-def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
     """As `dpmpp_2s_a`, with noise on the way to the middle too: one Brownian path over sigma, seen twice.
 
     The noise of the whole step is that of its first part and that of the rest, by their shares of the step.
@@ -189,7 +190,7 @@ def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta:
 # One call a step, remembering the calls before: the change of the estimate comes free.
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
     """Second order: extrapolate the last two estimates to the middle of the step (DPM-Solver++(2M), Lu et al. 2022b).
 
     With eta = 1 its stochastic form, SDE-DPM-Solver++(2M). The first step and one to level 0 are of first order.
@@ -206,7 +207,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: 
         yield Step(index, sigma_next, x, denoised)
 
 
-def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
     """A parabola through the last three estimates, integrated over the step (SDE-DPM-Solver++(3M) of k-diffusion).
 
     As published it counts the parabola's curvature by half, which makes its order 2 and not 3.
@@ -228,7 +229,7 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, e
 
 
 def plms(
-    denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise, *, prediction: str = "epsilon", strides: Strides = {}
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, prediction: str = "epsilon", strides: Strides = ()
 ) -> Iterator[Step]:
     """Adams-Bashforth on the network's output, with the weights for even steps of sigma: fourth order there, second on
     a table's timesteps (PNDM, Liu et al. 2022, as Stable Diffusion's original uses it, without the Runge-Kutta start).
@@ -242,12 +243,12 @@ def plms(
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         outputs = [output_from(prediction, x, denoised, sigma), *outputs[:3]]
-        start, end = sigma, strides[sigma].below if strides else sigma_next
+        start, end = sigma, strides[index].below if strides else sigma_next
         if index == 0:
             trial = renamed(toward(x, denoised, start, end), end, sigma_next)
             at_end = output_from(prediction, trial, denoise(trial, sigma_next), sigma_next)
             mean = (outputs[0] + at_end) / 2
-            start, end = strides[sigma_next].above if sigma_next in strides else sigma, sigma_next
+            start, end = strides[1].above if len(strides) > 1 else sigma, sigma_next
             x = renamed(x, sigma, start)
         else:
             mean = _weighted(outputs, ADAMS_BASHFORTH[len(outputs)])
@@ -262,7 +263,7 @@ ADAMS_BASHFORTH = {  # number of known outputs, newest first -> their weights
 }
 
 
-def lms(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+def lms(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
     """Adams-Bashforth on the slope dx / dsigma, its weights integrated for the levels at hand: fourth order once four
     slopes are known (the linear multistep sampler of k-diffusion).
 
@@ -278,7 +279,7 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[S
         yield Step(index, sigma_next, x, denoised)
 
 
-def unipc(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator[Step]:
+def unipc(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
     """Third order: `dpmpp_2m`, and each step is taken once more when the estimate at its end is known, at the cost of
     no call (UniPC-2 with B(h) = exp(h) - 1, Zhao et al. 2023). The last step, to level 0, is of first order."""
     start, estimates = x, []  # where the step before began; estimates, newest first
@@ -297,7 +298,7 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise) -> Iterator
 # The weights which they use.
 
 
-def newest_first(sigmas: Levels, index: int, most: int) -> Levels:
+def newest_first(sigmas: Sigmas, index: int, most: int) -> Sigmas:
     """The levels of the current and the last steps, `most` of them where there are as many."""
     return sigmas[max(0, index + 1 - most) : index + 1][::-1]
 
@@ -306,7 +307,7 @@ def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
 
 
-def _lagrange_means(known: Levels, sigma: float, sigma_next: float) -> list[float]:
+def _lagrange_means(known: Sigmas, sigma: float, sigma_next: float) -> list[float]:
     """Weights that turn values at the known levels into the mean of their polynomial between sigma and sigma_next.
 
     Gauss's rule with two points is exact for the cubics that four values make.
@@ -320,7 +321,7 @@ def _lagrange_means(known: Levels, sigma: float, sigma_next: float) -> list[floa
     return [sum(basis(own, point) for point in points) / 2 for own in known]
 
 
-def _parabola(estimates: Sequence[Tensor], sigmas: Levels) -> tuple[Tensor, Tensor | float]:
+def _parabola(estimates: Sequence[Tensor], sigmas: Sigmas) -> tuple[Tensor, Tensor | float]:
     """Slope and curvature, over -log sigma at the newest, of the line or parabola through two or three estimates."""
     near = (estimates[0] - estimates[1]) / math.log(sigmas[1] / sigmas[0])
     if len(estimates) == 2:
@@ -330,7 +331,7 @@ def _parabola(estimates: Sequence[Tensor], sigmas: Levels) -> tuple[Tensor, Tens
     return near + curve * math.log(sigmas[1] / sigmas[0]), curve
 
 
-def _corrected(estimates: Sequence[Tensor], sigmas: Levels) -> Tensor:
+def _corrected(estimates: Sequence[Tensor], sigmas: Sigmas) -> Tensor:
     """The aim of UniC for the step from sigmas[1] to sigmas[0], from the estimates at its end, its start and before."""
     end, start, *earlier = estimates
     if not earlier:
@@ -357,9 +358,10 @@ class Sampler:
     spacing: str = "linspace"  # used when none is asked for, as Stable Diffusion 1.5 gets it from diffusers
     ends_at_zero: bool = True  # else at the table's first level, as the original DDIM and PLMS
     same_stride: bool = False  # all its steps are 1000 // steps timesteps long: see `renamed`
-    unit_first: bool = False  # the first latent counts a clean latent's own spread: see `first_scale`
+    unit_first: bool = False  # the first latent counts a clean latent's own spread
     rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> for timesteps
     spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
+    takes: tuple[str, ...] = ()  # what `run` takes by name: of "eta", "strides", "prediction"
 
 
 def cut(timestep: float) -> float:
@@ -382,66 +384,75 @@ SOLVER = {
 }
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding=WHOLE),
-    "ddim": Sampler(ddim, "leading", **TO_FIRST),
-    "plms": Sampler(plms, "leading", **TO_FIRST),
+    "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding=WHOLE, takes=("eta",)),
+    "ddim": Sampler(ddim, "leading", **TO_FIRST, takes=("eta", "strides")),
+    "plms": Sampler(plms, "leading", **TO_FIRST, takes=("prediction", "strides")),
     "euler": Sampler(euler),
-    "euler_a": Sampler(partial(ddim, eta=1.0)),
+    "euler_a": Sampler(partial(ddim, eta=1.0), takes=("eta",)),
     "heun": Sampler(heun),
-    "dpm2": Sampler(dpm2, rounding={"karras": round}),
-    "dpm2_a": Sampler(partial(dpm2, eta=1.0), rounding={"karras": round}),
-    "dpmpp_2m": Sampler(dpmpp_2m, **SOLVER),
-    "dpmpp_2s_a": Sampler(dpmpp_2s_a),
-    "dpmpp_sde": Sampler(dpmpp_sde),
-    "dpmpp_2m_sde": Sampler(partial(dpmpp_2m, eta=1.0), **SOLVER),
-    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, **SOLVER),
+    "dpm2": Sampler(dpm2, rounding={"karras": round}, takes=("eta",)),
+    "dpm2_a": Sampler(partial(dpm2, eta=1.0), rounding={"karras": round}, takes=("eta",)),
+    "dpmpp_2m": Sampler(dpmpp_2m, **SOLVER, takes=("eta",)),
+    "dpmpp_2s_a": Sampler(dpmpp_2s_a, takes=("eta",)),
+    "dpmpp_sde": Sampler(dpmpp_sde, takes=("eta",)),
+    "dpmpp_2m_sde": Sampler(partial(dpmpp_2m, eta=1.0), **SOLVER, takes=("eta",)),
+    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, **SOLVER, takes=("eta",)),
     "lms": Sampler(lms),
     "unipc": Sampler(unipc, **SOLVER),
     "lcm": Sampler(lcm, "distilled", unit_first=True),
 }
 
 
-def sampler_sigmas(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> list[float]:
-    """The levels for SAMPLERS[name].run: steps + 1 of them, falling, with the end value last."""
-    _, sigmas = _visited(schedule, name, steps, spacing)
-    return [*sigmas, 0.0 if SAMPLERS[name].ends_at_zero else schedule.sigma_min]
+@dataclass(frozen=True)
+class Levels:
+    """All that the drawing of one picture visits, worked out once and handed on."""
+
+    sigmas: tuple[Level, ...]  # steps + 1, falling
+    strides: Strides  # for samplers that take them; empty where each step ends where the next one begins
+    first_scale: float  # unit noise times this is the first latent
+
+    @property
+    def timesteps(self) -> list[float]:
+        """What the network is told where each step begins."""
+        return [sigma.timestep for sigma in self.sigmas[:-1]]
+
+    def part(self, start: int, stop: int | None = None) -> "Levels":
+        """Of the steps from `start` up to `stop` only."""
+        stop = len(self.sigmas) - 1 if stop is None else stop
+        return replace(self, sigmas=self.sigmas[start : stop + 1], strides=self.strides[start : stop + 1])
 
 
-def sampler_timesteps(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> dict[float, float]:
-    """The timestep to tell the network at each of those levels, for `denoiser`; it looks up that of any other level."""
-    timesteps, sigmas = _visited(schedule, name, steps, spacing)
-    return dict(zip(sigmas, timesteps, strict=True))
-
-
-def sampler_strides(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> Strides:
-    """For samplers that take `strides`: the levels one stride above and below each of those levels, within the table.
-
-    Empty where each step is to end where the next one begins, as with all spacings that choose levels.
-    """
-    timesteps, sigmas = _visited(schedule, name, steps, spacing)
-    sampler, stride, top = SAMPLERS[name], len(schedule) // steps, len(schedule) - 1
-    if not sampler.same_stride or (spacing or sampler.spacing) in OF_LEVELS:
-        return {}
-    table = schedule.sigmas.tolist()
-    around = [Stride(table[min(int(t) + stride, top)], table[max(int(t) - stride, 0)]) for t in timesteps]
-    return dict(zip(sigmas, around, strict=True))
-
-
-def first_scale(sigmas: Levels, name: str, spacing: str | None = None) -> float:
-    """Unit noise times this is the first latent: sqrt(1 + sigma^2), the spread of a clean latent and its noise.
-
-    The k-diffusion samplers leave out the 1 unless spacing is leading, and so it is in diffusers.
-    """
-    sampler = SAMPLERS[name]
-    with_latent = sampler.unit_first or (spacing or sampler.spacing) == "leading"
-    return math.sqrt(1 + sigmas[0] ** 2) if with_latent else sigmas[0]
-
-
-def _visited(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None) -> tuple[list[float], list[float]]:
-    if name not in SAMPLERS:
-        raise unknown("sampler", name, SAMPLERS)
+def sampler_levels(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> Levels:
+    """What SAMPLERS[name] visits in so many steps; None takes its own spacing. UserError for unknown names."""
+    check_names(name, spacing)
     sampler = SAMPLERS[name]
     spacing = spacing or sampler.spacing
-    if spacing not in (*SPACINGS, sampler.spacing):
-        raise unknown("spacing", spacing, SPACINGS)
-    return spaced(schedule, spacing, steps, sampler.spare.get(spacing, 0), sampler.rounding.get(spacing, float))
+    sigmas = spaced(schedule, spacing, steps, sampler.spare.get(spacing, 0), sampler.rounding.get(spacing, float))
+    strides = _strides(schedule, sigmas) if sampler.same_stride and not SPACINGS[spacing].of_levels else ()
+    # A latent's own spread counts, sqrt(1 + sigma^2); the k-diffusion samplers leave out the 1 unless spacing is
+    # leading, and so it is in diffusers.
+    with_latent = sampler.unit_first or spacing == "leading"
+    first_scale = math.sqrt(1 + sigmas[0] ** 2) if with_latent else float(sigmas[0])
+    end = Level(0.0 if sampler.ends_at_zero else schedule.sigma_min, 0.0)
+    return Levels((*sigmas, end), strides, first_scale)
+
+
+def check_names(sampler: str | None, spacing: str | None) -> None:
+    """UserError for a name that is in neither table; None is any."""
+    if sampler not in (None, *SAMPLERS):
+        raise unknown("sampler", sampler, SAMPLERS, field="sampler")
+    own = SAMPLERS[sampler].spacing if sampler else None
+    if spacing not in (None, own, *shared_spacings()):
+        raise unknown("spacing", spacing, shared_spacings(), field="spacing")
+
+
+def shared_spacings() -> list[str]:
+    """Those that go with every sampler."""
+    return [name for name, spacing in SPACINGS.items() if not spacing.own]
+
+
+def _strides(schedule: NoiseSchedule, sigmas: Sequence[Level]) -> Strides:
+    """The levels one stride above and below each of those, within the table."""
+    stride, top, table = len(schedule) // len(sigmas), len(schedule) - 1, schedule.sigmas.tolist()
+    at = [int(sigma.timestep) for sigma in sigmas]
+    return tuple(Stride(table[min(t + stride, top)], table[max(t - stride, 0)]) for t in at)

@@ -95,7 +95,7 @@ class NoiseSchedule:
         return math.exp(np.interp(timestep, np.arange(len(self)), self._log_sigmas))
 
     def timestep(self, sigma: float) -> float:
-        """The fractional timestep with this noise level, the inverse of `sigma`; the table's end where it is outside."""
+        """The fractional timestep of a noise level, the inverse of `sigma`; the table's end where it is outside."""
         return float(np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self))))
 
 
@@ -140,15 +140,43 @@ def exponential(sigma_min: float, sigma_max: float, steps: int) -> list[float]:
     return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps)).tolist()
 
 
-OF_TIMESTEPS = {"leading": leading, "trailing": trailing, "linspace": linspace, "distilled": distilled}
-OF_LEVELS = {"karras": karras, "exponential": exponential}
-SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")  # those that users may name
+@dataclass(frozen=True)
+class Spacing:
+    """A rule that chooses `steps` falling points: timesteps out of (count, steps), or levels out of (sigma_min,
+    sigma_max, steps)."""
+
+    points: Callable[..., list[float]]
+    of_levels: bool = False
+    own: bool = False  # of the samplers that name it, and of no others
+
+
+SPACINGS: dict[str, Spacing] = {
+    "leading": Spacing(leading),
+    "trailing": Spacing(trailing),
+    "linspace": Spacing(linspace),
+    "karras": Spacing(karras, of_levels=True),
+    "exponential": Spacing(exponential, of_levels=True),
+    "distilled": Spacing(distilled, own=True),
+}
+
+
+class Level(float):
+    """A noise level that a sampler visits: the number sigma, which also knows the timestep that the network is told
+    there. What is computed from it, such as a level between two visited ones, is a plain number, whose timestep is
+    looked up in the table."""
+
+    timestep: float
+
+    def __new__(cls, sigma: float, timestep: float) -> "Level":
+        level = super().__new__(cls, sigma)
+        level.timestep = timestep
+        return level
 
 
 def spaced(
     schedule: NoiseSchedule, spacing: str, steps: int, spare: int = 0, rounded: Callable[[float], float] = float
-) -> tuple[list[float], list[float]]:
-    """Timesteps and levels, both falling, at which a sampler's steps begin.
+) -> list[Level]:
+    """The levels, falling, at which a sampler's steps begin.
 
     steps + spare points are spaced out and the spare ones at the clean end left out. `rounded` is applied to timesteps
     before their level is looked up; where the spacing chooses levels these stay, and only the timestep is rounded.
@@ -156,9 +184,12 @@ def spaced(
     count, points = len(schedule), steps + spare
     if not 1 <= steps <= count - spare:
         raise UserError(f"steps {steps} is out of range; choose 1 to {count - spare}")
-    if spacing in OF_LEVELS:
-        sigmas = OF_LEVELS[spacing](schedule.sigma_min, schedule.sigma_max, points)[:steps]
-        return [float(rounded(schedule.timestep(sigma))) for sigma in sigmas], sigmas
-    timesteps = [float(rounded(timestep)) for timestep in OF_TIMESTEPS[spacing](count, points)[:steps]]
-    # Between entries sigma itself is linear here, not its logarithm: so do the samplers from which these rules come.
-    return timesteps, np.interp(timesteps, np.arange(count), schedule.sigmas.numpy()).tolist()
+    rule = SPACINGS[spacing]
+    if rule.of_levels:
+        sigmas = rule.points(schedule.sigma_min, schedule.sigma_max, points)[:steps]
+        timesteps = [float(rounded(schedule.timestep(sigma))) for sigma in sigmas]
+    else:
+        timesteps = [float(rounded(timestep)) for timestep in rule.points(count, points)[:steps]]
+        # Between entries sigma itself is linear here, not its logarithm, as in the samplers that these rules are from.
+        sigmas = np.interp(timesteps, np.arange(count), schedule.sigmas.numpy()).tolist()
+    return [Level(sigma, timestep) for sigma, timestep in zip(sigmas, timesteps, strict=True)]

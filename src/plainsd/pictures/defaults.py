@@ -5,11 +5,10 @@ Everything a user can get wrong in a task's settings is found here, before any n
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
-from plainsd.diffusion.samplers import SAMPLERS, sampler_sigmas
+from plainsd.diffusion.samplers import SAMPLERS, check_names, sampler_levels
 from plainsd.errors import UserError
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
@@ -27,11 +26,12 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
     refined = check_refiner(sd, settings)
     variant = sd.variant
     sampler = settings.sampler or variant.sampler
+    check_names(sampler, settings.spacing)
     own = SAMPLERS[sampler].spacing
     spacing = settings.spacing or (own if own == "distilled" else variant.spacing or own)
     steps = settings.steps or variant.steps
-    sampler_sigmas(sd.schedule, sampler, steps, spacing)  # raises where they do not go together
-    if settings.eta is not None and "eta" not in inspect.signature(SAMPLERS[sampler].run).parameters:
+    sampler_levels(sd.schedule, sampler, steps, spacing)  # raises where they do not go together
+    if settings.eta is not None and "eta" not in SAMPLERS[sampler].takes:
         raise UserError(f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'")
     if settings.variation_strength and settings.variation_seed is None:
         raise UserError(f"variation strength {settings.variation_strength} without a variation seed; give both")

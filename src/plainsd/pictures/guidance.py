@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -28,15 +29,17 @@ from plainsd.pictures.memory import on_stage, rows_at_once
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import Settings
 
-PROMPTED, PLAIN, PERTURBED = range(3)  # kinds of rows
+COND, UNCOND, PERTURBED = range(3)  # kinds of estimates, and of rows
 Network = Callable[..., Tensor]  # called as the UNet is
-Ask = Callable[..., list[Tensor]]  # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
+Estimate = Callable[..., list[Tensor]]  # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
 
 
 class Row(NamedTuple):
+    """One row of the network's batch."""
+
     kind: int
     picture: int  # which of the batch
-    told: Conditioning  # one row
+    conditioning: Conditioning  # one row
     weight: float  # of this part of the prompt
 
 
@@ -70,7 +73,7 @@ def predict(
     sd: StableDiffusion,
     network: Network,
     rows: Sequence[Row],
-    told: Conditioning,
+    conditioning: Conditioning,
     guidances: Sequence[float],
     x: Tensor,
     timestep: float,
@@ -78,81 +81,86 @@ def predict(
     """One call of the UNet. Latents are float32 outside and of the network's precision inside: (R, C, H, W)."""
     on_stage(sd, sd.unet)
     x = x.to(sd.dtype)
-    if told.concat is not None:
-        x = torch.cat([x, told.concat], dim=1)  # (R, 9, H, W)
+    if conditioning.concat is not None:
+        x = torch.cat([x, conditioning.concat], dim=1)  # (R, 9, H, W)
     dim = sd.unet.config.guidance_dim
     embedding = {}
     if dim:
-        told_scales = [guidance_embedding(guidances[row.picture], dim, x.device) for row in rows]
-        embedding = {"guidance": torch.cat(told_scales).to(x)}  # (R, dim)
+        scales = [guidance_embedding(guidances[row.picture], dim, x.device) for row in rows]
+        embedding = {"guidance": torch.cat(scales).to(x)}  # (R, dim)
     blind = sum(row.kind == PERTURBED for row in rows)
     with blind_attention(sd.unet, blind) if blind else nullcontext():
-        return network(x, timestep, told.context, told.vector, **embedding).float()
+        return network(x, timestep, conditioning.context, conditioning.vector, **embedding).float()
 
 
-def asker(
-    sd: StableDiffusion,
-    plans: Sequence[PromptPlan],
-    concat: Tensor | None,
-    sigmas: Sequence[float],
-    timesteps: Mapping[float, float],
-    guidances: Sequence[float],
-    network: Network,
-) -> Ask:
-    """The network as a function of x, sigma and the kinds of estimates that are wanted. `network` is the UNet, or what
-    stands in for it.
+class Estimates:
+    """The network as a function of x, sigma and the kinds of estimates that are wanted: an x0 for each kind.
 
     Rows with contexts of different lengths go in separate calls, so that a picture never depends on its neighbours'
     prompts. The step, for prompts that change on the way, is the one that begins at sigma or above.
     """
-    levels = [-sigma for sigma in sigmas]
-    limits: dict[int, int] = {}  # rows asked for: rows at once; the free memory is read only once
-    batches: dict[tuple, Conditioning] = {}  # what these rows are told, as one batch: the same tensors each step
 
-    def told(rows: list[Row]) -> Conditioning:
-        key = tuple((row.picture, id(row.told.context)) for row in rows)
-        if key not in batches:
-            batches[key] = stack([row.told for row in rows]).each(lambda part: part.to(sd.device, sd.dtype))
-        return batches[key]
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        plans: Sequence[PromptPlan],
+        concat: Tensor | None,
+        sigmas: Sequence[float],
+        guidances: Sequence[float],
+        network: Network,
+    ):
+        """A plan, a row of `concat` and a scale of guidance each picture; the levels of the whole drawing; the UNet, or
+        what stands in for it."""
+        self.sd, self.plans, self.concat, self.guidances, self.network = sd, plans, concat, guidances, network
+        self.rising = [-sigma for sigma in sigmas]
+        self.rows_at_once: dict[int, int] = {}  # of so many rows; the free memory is read only once
+        self.batches: dict[tuple, Conditioning] = {}  # what these rows read, as one batch: the same tensors each step
 
-    def few(calls: Iterable[list[Row]], x: Tensor) -> Iterator[list[Row]]:
+    def __call__(self, x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
+        step = min(max(bisect_right(self.rising, -sigma) - 1, 0), len(self.rising) - 2)
+        calls: dict[int, list[Row]] = defaultdict(list)
+        for kind in kinds:
+            for row in self.rows(kind, step):
+                calls[row.conditioning.context.shape[1]].append(row)
+        found: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
+        for rows in self.split(calls.values(), x):
+            inputs = torch.cat([x[row.picture : row.picture + 1] for row in rows])  # (R, C, H, W)
+            call = partial(predict, self.sd, self.network, rows, self.batch(rows), self.guidances)
+            estimates = denoiser(call, self.sd.schedule, self.sd.prediction)(inputs, sigma)
+            for row, x0 in zip(rows, estimates.split(1), strict=True):
+                found[row.kind, row.picture].append((x0, row.weight))
+        return [torch.cat([_composed(found, kind, i) for i in range(len(self.plans))]) for kind in kinds]
+
+    def rows(self, kind: int, step: int) -> Iterator[Row]:
+        for picture, plan in enumerate(self.plans):
+            for conditioning, weight in [(plan.negative(step), 1.0)] if kind == UNCOND else plan.positive(step):
+                if self.concat is not None:
+                    conditioning = replace(conditioning, concat=self.concat[picture : picture + 1])
+                yield Row(kind, picture, conditioning, weight)
+
+    def split(self, calls: Iterable[list[Row]], x: Tensor) -> Iterator[list[Row]]:
+        """As many rows a call as the free memory allows."""
         for rows in calls:
-            if len(rows) not in limits:
-                limits[len(rows)] = rows_at_once(sd, x.shape[-2] * x.shape[-1], len(rows))
-            yield from (rows[i : i + limits[len(rows)]] for i in range(0, len(rows), limits[len(rows)]))
+            if len(rows) not in self.rows_at_once:
+                self.rows_at_once[len(rows)] = rows_at_once(self.sd, x.shape[-2] * x.shape[-1], len(rows))
+            most = self.rows_at_once[len(rows)]
+            yield from (rows[i : i + most] for i in range(0, len(rows), most))
 
-    def ask(x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
-        step = min(max(bisect_right(levels, -sigma) - 1, 0), len(sigmas) - 2)
-        rows = [row for kind in kinds for i, plan in enumerate(plans) for row in _rows(plan, kind, i, step, concat)]
-        calls = defaultdict(list)
-        for row in rows:
-            calls[row.told.context.shape[1]].append(row)
-        estimates: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
-        for together in few(calls.values(), x):
-            inputs = torch.cat([x[row.picture : row.picture + 1] for row in together])  # (R, C, H, W)
-            call = partial(predict, sd, network, together, told(together), guidances)
-            denoise = denoiser(call, sd.schedule, sd.prediction, timesteps)
-            for row, x0 in zip(together, denoise(inputs, sigma).split(1), strict=True):
-                estimates[row.kind, row.picture].append((x0, row.weight))
-        return [torch.cat([_composed(estimates, kind, i) for i in range(len(plans))]) for kind in kinds]
-
-    return ask
+    def batch(self, rows: list[Row]) -> Conditioning:
+        key = tuple((row.picture, id(row.conditioning.context)) for row in rows)
+        if key not in self.batches:
+            together = stack([row.conditioning for row in rows])
+            self.batches[key] = together.each(lambda part: part.to(self.sd.device, self.sd.dtype))
+        return self.batches[key]
 
 
-def _rows(plan: PromptPlan, kind: int, picture: int, step: int, concat: Tensor | None) -> list[Row]:
-    parts = [(plan.negative(step), 1.0)] if kind == PLAIN else plan.positive(step)
-    if concat is not None:
-        parts = [(Conditioning(told.context, told.vector, concat[picture : picture + 1]), w) for told, w in parts]
-    return [Row(kind, picture, told, weight) for told, weight in parts]
-
-
-def _composed(estimates: Mapping, kind: int, picture: int) -> Tensor:
-    """Prompts joined by AND: each pulls from the plain estimate by its weight (Liu et al. 2022, arXiv:2206.01714)."""
-    parts = estimates[kind, picture]
+def _composed(found: Mapping[tuple[int, int], list[tuple[Tensor, float]]], kind: int, picture: int) -> Tensor:
+    """Prompts joined by AND: each pulls from the uncond estimate by its weight (Liu et al. 2022, arXiv:2206.01714)."""
+    parts = found[kind, picture]
     if len(parts) == 1:
         return parts[0][0]
-    plain = estimates[PLAIN, picture][0][0]
-    return plain + sum(weight * (x0 - plain) for x0, weight in parts)
+    uncond = found[UNCOND, picture][0][0]
+    return uncond + sum(weight * (x0 - uncond) for x0, weight in parts)
 
 
 # --- guidance --------------------------------------------------------------------------------------------------------
@@ -167,7 +175,13 @@ def check_guidance(sd: StableDiffusion, settings: Settings) -> None:
 
 
 def guided_denoise(
-    ask: Ask, each: Sequence[Settings], prediction: str, *, composed: bool, distilled: bool, device: torch.device
+    estimate: Estimate,
+    each: Sequence[Settings],
+    prediction: str,
+    *,
+    composed: bool,
+    distilled: bool,
+    device: torch.device,
 ) -> Denoise:
     """The wrappers that the settings ask for, around the network. They may differ in scale, but not in whether it is 1.
 
@@ -178,26 +192,26 @@ def guided_denoise(
     if len(set(scales)) > 1:
         scale = torch.tensor(scales, device=device).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
 
-    def prompted(x: Tensor, sigma: float) -> Tensor:
-        return ask(x, sigma, PROMPTED, PLAIN)[0] if composed else ask(x, sigma, PROMPTED)[0]
+    def cond(x: Tensor, sigma: float) -> Tensor:
+        return estimate(x, sigma, COND, UNCOND)[0] if composed else estimate(x, sigma, COND)[0]
 
     def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        return tuple(ask(x, sigma, PROMPTED, PLAIN))
+        return tuple(estimate(x, sigma, COND, UNCOND))
 
     def triple(x: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(ask(x, sigma, PROMPTED, PLAIN, PERTURBED))
+        return tuple(estimate(x, sigma, COND, UNCOND, PERTURBED))
 
     if settings.perturbed and unguided and not composed:
-        # away from the perturbed estimate alone: prompted + s (prompted - blurred)
-        denoise = guided(lambda x, sigma: tuple(ask(x, sigma, PROMPTED, PERTURBED)), 1 + settings.perturbed)
+        # away from the perturbed estimate alone: cond + s (cond - blurred)
+        denoise = guided(lambda x, sigma: tuple(estimate(x, sigma, COND, PERTURBED)), 1 + settings.perturbed)
     elif settings.perturbed:
         denoise = perturbed(triple, scale, settings.perturbed)
     elif unguided:
-        denoise = prompted
+        denoise = cond
     elif settings.rescale:
         denoise = rescaled(pair, scale, settings.rescale, prediction)
     elif settings.threshold:
         denoise = thresholded(pair, scale, settings.threshold)
     else:
         denoise = guided(pair, scale)
-    return interval(denoise, prompted, *settings.interval) if settings.interval else denoise
+    return interval(denoise, cond, *settings.interval) if settings.interval else denoise

@@ -8,25 +8,24 @@ Shape letters: B pictures at once, L latent channels, H W height and width in pi
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise, add_noise, inpainting
-from plainsd.diffusion.samplers import SAMPLERS, Step, first_scale, sampler_sigmas, sampler_strides, sampler_timesteps
+from plainsd.diffusion.samplers import SAMPLERS, Levels, Step, sampler_levels
 from plainsd.errors import UserError
 from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
 from plainsd.models.vae import VAE
 from plainsd.pictures import conditioning
-from plainsd.pictures.guidance import asker, guided_denoise
+from plainsd.pictures.guidance import Estimates, guided_denoise
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import Settings
@@ -158,53 +157,59 @@ def sample(
     change on the way.
     """
     one, shape = each[0], noise.shape[1:]
-    sigmas = sampler_sigmas(sd.schedule, one.sampler, one.steps, one.spacing)
+    levels = sampler_levels(sd.schedule, one.sampler, one.steps, one.spacing)
     if known is not None:
-        sigmas = sigmas[-1 - steps_of_strength(one.steps, one.strength) :]
+        levels = levels.part(one.steps - steps_of_strength(one.steps, one.strength))
     from_noise = known is None or known.latents is None or (known.mask is not None and one.strength == 1)
     if from_noise:
-        x = noise * first_scale(sigmas, one.sampler, one.spacing)
+        x = noise * levels.first_scale
     else:
-        x = add_noise(known.latents, noise, sigmas[0])
+        x = add_noise(known.latents, noise, levels.sigmas[0])
     done = 0
-    for model, levels in turns(sd, one, sigmas):
-        denoise = _denoise(model, each, size, sigmas, known.concat if known else None, first_pass)
+    for model, own in turns(sd, one, levels):
+        denoise = _denoise(model, each, size, levels, known.concat if known else None, first_pass)
         if known is not None and known.mask is not None:
-            start = sigmas[0] if from_noise else math.inf
+            start = levels.sigmas[0] if from_noise else math.inf
             denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
-        for step in _sampler(model, one)(denoise, x, levels, lambda: draw(shape)):
+        for step in SAMPLERS[one.sampler].run(
+            denoise, x, own.sigmas, lambda: draw(shape), **sampler_options(model, one, own)
+        ):
             yield step._replace(index=done + step.index)
-        x, done = step.x, done + len(levels) - 1
+        x, done = step.x, done + len(own.sigmas) - 1
     clean = step.x / math.sqrt(1 + step.sigma**2)  # some samplers leave a little noise; it stays
     if known is not None and known.mask is not None:
         clean = known.mask * clean + (1 - known.mask) * known.latents
     return clean
 
 
-def turns(sd: StableDiffusion, one: Settings, sigmas: list[float]) -> list[tuple[StableDiffusion, list[float]]]:
+def turns(sd: StableDiffusion, one: Settings, levels: Levels) -> list[tuple[StableDiffusion, Levels]]:
     """Who draws between which levels: the model, and below the share `handover` of the timesteps its refiner, if it has
     one (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each runs the sampler anew, as two pipelines would."""
     if sd.refiner is None:
-        return [(sd, sigmas)]
-    timesteps, count = sampler_timesteps(sd.schedule, one.sampler, one.steps, one.spacing), len(sd.schedule)
-    own = sum(timesteps[sigma] >= round(count - one.handover * count) for sigma in sigmas[:-1])
-    both = ((sd, sigmas[: own + 1]), (sd.refiner, sigmas[own:]))
-    return [(model, levels) for model, levels in both if len(levels) > 1]
+        return [(sd, levels)]
+    count = len(sd.schedule)
+    last = round(count - one.handover * count)
+    own = sum(timestep >= last for timestep in levels.timesteps)
+    both = ((sd, levels.part(0, own)), (sd.refiner, levels.part(own)))
+    return [(model, part) for model, part in both if len(part.sigmas) > 1]
 
 
-def _sampler(sd: StableDiffusion, one: Settings) -> Callable:
-    """The sampler, with those options that it knows of."""
-    run = SAMPLERS[one.sampler].run
-    strides = sampler_strides(sd.schedule, one.sampler, one.steps, one.spacing)
-    options = {"eta": one.eta, "prediction": sd.prediction, "strides": strides}
-    known = inspect.signature(run).parameters
-    return partial(run, **{k: v for k, v in options.items() if v is not None and k in known})
+def sampler_options(sd: StableDiffusion, one: Settings, levels: Levels) -> dict[str, Any]:
+    """What the sampler takes by name, where it is not left to its default."""
+    options = {"eta": one.eta, "prediction": sd.prediction, "strides": levels.strides}
+    return {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
 
 
-def _denoise(sd, each, size, sigmas, concat, first_pass) -> Denoise:
+def _denoise(
+    sd: StableDiffusion,
+    each: Sequence[Settings],
+    size: tuple[int, int],
+    levels: Levels,
+    concat: Tensor | None,
+    first_pass: int | None,
+) -> Denoise:
     """The network with its prompts and guidance."""
-    one, steps = each[0], len(sigmas) - 1
-    timesteps = sampler_timesteps(sd.schedule, one.sampler, one.steps, one.spacing)
+    one, steps = each[0], len(levels.sigmas) - 1
     if sd.unet.config.in_channels == sd.vae.config.latent_channels:
         concat = None  # a refiner after an inpainting model
     planned = {
@@ -213,7 +218,7 @@ def _denoise(sd, each, size, sigmas, concat, first_pass) -> Denoise:
     }
     plans = [planned[s.prompt, s.negative] for s in each]
     network = DeepCache(sd.unet, one.cache) if one.cache else sd.unet
-    ask = asker(sd, plans, concat, sigmas, timesteps, [s.guidance for s in each], network)
+    estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
-    return guided_denoise(ask, each, sd.prediction, composed=composed, distilled=distilled, device=sd.device)
+    return guided_denoise(estimates, each, sd.prediction, composed=composed, distilled=distilled, device=sd.device)

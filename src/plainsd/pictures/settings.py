@@ -52,18 +52,20 @@ class Settings:
     other: tuple[tuple[str, str], ...] = ()  # what a text said beside these; nothing here acts on it
 
     def check(self) -> None:
-        """UserError for the first number that is out of its range, or the first name that is unknown."""
+        """UserError for the first number that is out of its range. Samplers and spacings are registered where they are
+        written, and checked there: `samplers.check_names`."""
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             for entry in value if isinstance(value, tuple) else (value,):
                 if entry is not None and not low <= entry <= high:
-                    raise UserError(f"{name.replace('_', ' ')} {entry} is out of range; choose {low} to {high}")
+                    what = f"{name.replace('_', ' ')} {entry} is out of range"
+                    raise UserError(f"{what}; choose {low} to {high}", field=name, value=entry)
         if self.interval is not None and self.interval[0] >= self.interval[1]:
-            raise UserError(f"interval {self.interval} is empty; give its lower sigma first")
-        for name, choices in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("upscaler", UPSCALERS)):
-            value = getattr(self, name)
-            if value is not None and value not in choices:
-                raise unknown(name, value, choices)
+            raise UserError(
+                f"interval {self.interval} is empty; give its lower sigma first", field="interval", value=self.interval
+            )
+        if self.upscaler not in UPSCALERS:
+            raise unknown("upscaler", self.upscaler, UPSCALERS, field="upscaler")
 
 
 UPSCALERS = ("latent", "lanczos")
@@ -77,13 +79,13 @@ RANGES = {
 }  # fmt: skip
 
 
-# plainsd's names and A1111's. The second column is also what its drop-down shows.
-SAMPLERS = {
+# How A1111 writes our names, which is also what drop-downs show. A name that is not here is written as it is.
+SAMPLER_LABELS = {
     "ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
     "dpm2": "DPM2", "dpm2_a": "DPM2 a", "dpmpp_2m": "DPM++ 2M", "dpmpp_2s_a": "DPM++ 2S a", "dpmpp_sde": "DPM++ SDE",
     "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m_sde": "DPM++ 3M SDE", "lms": "LMS", "unipc": "UniPC", "lcm": "LCM",
 }  # fmt: skip
-SPACINGS = {
+SPACING_LABELS = {
     "karras": "Karras", "exponential": "Exponential", "linspace": "Uniform", "trailing": "SGM Uniform",
     "leading": "DDIM",
     "distilled": "Distilled",                      # lcm's own
@@ -166,11 +168,11 @@ def format_settings(settings: Settings) -> str:
         value = getattr(settings, name)
         if value != DEFAULTS[name] or name in ALWAYS:
             entries.append(f"{key}: {quote(write(value))}")
-    sampler = SAMPLERS.get(settings.sampler, settings.sampler)
+    sampler = sampler_label(settings.sampler)
     if settings.spacing in SUFFIXES:
-        sampler = f"{sampler} {SPACINGS[settings.spacing]}"
+        sampler = f"{sampler} {spacing_label(settings.spacing)}"
     elif settings.spacing:
-        entries.insert(1, f"Schedule type: {SPACINGS[settings.spacing]}")
+        entries.insert(1, f"Schedule type: {spacing_label(settings.spacing)}")
     if sampler:
         entries.insert(1, f"Sampler: {sampler}")
     entries += _hash_entries(settings.hashes)
@@ -191,16 +193,26 @@ def _hash_entries(hashes: tuple[tuple[str, str], ...]) -> list[str]:
 ENTRY = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
+def sampler_label(name: str | None) -> str | None:
+    return SAMPLER_LABELS.get(name, name) if name else name
+
+
+def spacing_label(name: str | None) -> str | None:
+    return SPACING_LABELS.get(name, name) if name else name
+
+
 def _sampler(said: dict[str, str]) -> dict[str, str | None]:
     """ "DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays."""
     name, schedule = said.pop("Sampler", None), said.pop("Schedule type", "Automatic")
-    spacing = {text: ours for ours, text in SPACINGS.items()}.get(schedule)
-    if schedule not in ("Automatic", *SPACINGS.values()):
+    spacing = {label: ours for ours, label in SPACING_LABELS.items()}.get(schedule)
+    if spacing is None and re.fullmatch(r"[a-z]\w*", schedule):  # one of ours that A1111 has no label for
+        spacing = schedule
+    elif spacing is None and schedule != "Automatic":
         said["Schedule type"] = schedule
     for suffix in SUFFIXES:
-        if name and name.endswith(" " + SPACINGS[suffix]):
-            name, spacing = name.removesuffix(" " + SPACINGS[suffix]), suffix
-    return {"sampler": {text: ours for ours, text in SAMPLERS.items()}.get(name, name), "spacing": spacing}
+        if name and name.endswith(" " + SPACING_LABELS[suffix]):
+            name, spacing = name.removesuffix(" " + SPACING_LABELS[suffix]), suffix
+    return {"sampler": {label: ours for ours, label in SAMPLER_LABELS.items()}.get(name, name), "spacing": spacing}
 
 
 def _hires(said: dict[str, str]) -> None:

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
-from plainsd.pictures.settings import DEFAULTS, FIELDS, SAMPLERS, UPSCALERS, Settings, format_settings
+from plainsd.pictures.settings import DEFAULTS, FIELDS, UPSCALERS, Settings, format_settings
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.pictures import Picture, exact, tagged
 from plainsd.server.limits import Limits

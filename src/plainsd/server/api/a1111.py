@@ -10,15 +10,16 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
-from plainsd.pictures.settings import ENTRY, SAMPLERS, SPACINGS, format_settings, parse_settings, unquote
+from plainsd.diffusion.samplers import SAMPLERS
+from plainsd.pictures.settings import ENTRY, format_settings, parse_settings, sampler_label, spacing_label, unquote
 from plainsd.server.api.a1111_fields import (
     NONE_HERE,
-    SCHEDULERS,
     Common,
     Image2Image,
     PNGInfo,
     Text2Image,
     known_options,
+    known_schedulers,
     model_of,
     prepared,
 )
@@ -92,11 +93,11 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/samplers")
     def samplers() -> list:
-        return [{"name": label, "aliases": [name], "options": {}} for name, label in SAMPLERS.items()]
+        return [{"name": sampler_label(name), "aliases": [name], "options": {}} for name in SAMPLERS]
 
     @router.get("/schedulers")
     def schedulers() -> list:
-        rows = [("automatic", "Automatic"), *SCHEDULERS.items()]
+        rows = [("automatic", "Automatic"), *known_schedulers().items()]
         return [
             {"name": name, "label": label, "aliases": None, "default_rho": -1.0, "need_inner_model": False}
             for name, label in rows
@@ -193,10 +194,10 @@ def info_of(job: Job) -> dict:
         "all_seeds": [exact(s.seed) for s in job.each], "subseed": exact(varied),
         "subseed_strength": one.variation_strength,
         "all_subseeds": [exact(s.variation_seed if s.variation_strength else s.seed) for s in job.each],
-        "width": one.size[0], "height": one.size[1], "sampler_name": SAMPLERS[one.sampler], "cfg_scale": one.guidance,
+        "width": one.size[0], "height": one.size[1], "sampler_name": sampler_label(one.sampler), "cfg_scale": one.guidance,
         "steps": one.steps, "batch_size": len(job.each), "restore_faces": False, "sd_model_name": job.model,
         "sd_model_hash": None, "denoising_strength": one.strength,
-        "extra_generation_params": {"Schedule type": SPACINGS[one.spacing]} | (
+        "extra_generation_params": {"Schedule type": spacing_label(one.spacing)} | (
             {"Refiner": one.refiner, "Refiner switch at": one.handover} if one.refiner else {}),
         "index_of_first_image": 0, "infotexts": [format_settings(s) for s in shown], "styles": [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.errors import unknown
 from plainsd.generate import check_size
-from plainsd.pictures.settings import SAMPLERS, SPACINGS
+from plainsd.pictures.settings import sampler_label, spacing_label
 from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused, shown
 from plainsd.server.limits import Limits
@@ -19,7 +20,6 @@ from plainsd.server.schema import Text
 from plainsd.server.uploads import alpha_of, box_around, check_pixels, filled, hole_of, picture, resized
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
-SCHEDULERS = {name: label for name, label in SPACINGS.items() if name != "distilled"}
 NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
     "sd-vae": [], "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
     "prompt-styles": [], "script-info": [],
@@ -162,14 +162,21 @@ def folded(name: str) -> str:
     return "".join(sign for sign in name.lower() if sign.isalnum() or sign == "+")
 
 
+def known_schedulers() -> dict[str, str]:
+    """Our spacings, and A1111's labels."""
+    return {name: spacing_label(name) for name in shared_spacings()}
+
+
 def sampler_of(name: str | None, scheduler: str | None) -> tuple[str | None, str | None]:
     """A1111's two names, or its older one ("DPM++ 2M Karras"), or ours -> ours."""
-    spacings = {folded(word): ours for ours, label in SCHEDULERS.items() for word in (label, ours)}
-    samplers = {folded(word): ours for ours, label in SAMPLERS.items() for word in (label, ours)}
+    spacings = {folded(word): ours for ours, label in known_schedulers().items() for word in (label, ours)}
+    samplers = {folded(word): ours for ours in SAMPLERS for word in (sampler_label(ours), ours)}
     spacing = None
     if scheduler and folded(scheduler) != "automatic":
         if folded(scheduler) not in spacings:
-            raise Refused(404, str(unknown("scheduler", scheduler, SCHEDULERS.values())), "scheduler", scheduler)
+            raise Refused(
+                404, str(unknown("scheduler", scheduler, known_schedulers().values())), "scheduler", scheduler
+            )
         spacing = spacings[folded(scheduler)]
     if not name:
         return None, spacing
@@ -178,7 +185,7 @@ def sampler_of(name: str | None, scheduler: str | None) -> tuple[str | None, str
         if known.endswith(suffix) and known.removesuffix(suffix) in samplers:
             known, spacing = known.removesuffix(suffix), suffix
     if known not in samplers:
-        raise Refused(404, str(unknown("sampler", name, SAMPLERS.values())), "sampler_name", name)
+        raise Refused(404, str(unknown("sampler", name, map(sampler_label, SAMPLERS))), "sampler_name", name)
     return samplers[known], spacing
 
 

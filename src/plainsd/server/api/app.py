@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from plainsd import __version__
-from plainsd.pictures.settings import RANGES, SAMPLERS, SPACINGS, UPSCALERS
+from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
+from plainsd.pictures.settings import RANGES, UPSCALERS, sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.errors import add_errors
 from plainsd.server.api.security import Gate, Hosts
@@ -229,8 +230,8 @@ def add_page(app: FastAPI, service: Service) -> None:
     def info() -> dict:
         """All that a form needs: models, LoRAs, samplers, spacings, limits."""
         return models() | {
-            "version": __version__, "samplers": SAMPLERS,
-            "spacings": {k: v for k, v in SPACINGS.items() if k != "distilled"},
+            "version": __version__, "samplers": {name: sampler_label(name) for name in SAMPLERS},
+            "spacings": {name: spacing_label(name) for name in shared_spacings()},
             "upscalers": UPSCALERS, "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
             "loras": sorted(service.models.loras()),
         }  # fmt: skip
