@@ -95,7 +95,9 @@ def text_to_image(
     pass runs on the enlarged picture, and its steps follow those of the first.
     """
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
-        raise UserError("this is an inpainting model; it needs a picture and a mask (inpaint, or --image and --mask)")
+        raise UserError(
+            "this is an inpainting model; it needs a picture and a mask (inpaint, or --image and --mask)", field="image"
+        )
     size = check_size((size, size) if isinstance(size, int) else size or (sd.variant.size, sd.variant.size))
     settings = Settings(size=size, steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, seed=seed, **more)
     if settings.hires:
@@ -143,7 +145,7 @@ def image_to_image(
     inside. With `size` it is scaled first. `choices` as for `text_to_image`.
     """
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
-        raise UserError("this is an inpainting model; it needs a mask (inpaint, or --mask)")
+        raise UserError("this is an inpainting model; it needs a mask (inpaint, or --mask)", field="mask")
     image = _fitted(image, size)
     settings, steps = _with_picture(sd, image, strength, choices)
     each = settings_of_each(settings, prompt, negative, count)
@@ -154,7 +156,11 @@ def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choi
     """The settings, and how many steps will run."""
     settings = resolved(sd, Settings(size=image.size, strength=strength, **choices))
     if settings.hires:
-        raise UserError("hires works on pictures made from text alone; leave it out, or scale the picture with size")
+        raise UserError(
+            "hires works on pictures made from text alone; leave it out, or scale the picture with size",
+            field="hires",
+            value=settings.hires,
+        )
     return settings, steps_of_strength(settings.steps, strength)
 
 
@@ -171,7 +177,11 @@ def _fitted(image: Image.Image, size: tuple[int, int] | int | None) -> Image.Ima
     width, height = (size, size) if isinstance(size, int) else size or image.size
     if not all(SIZES[0] <= side <= SIZES[1] for side in (width, height)):
         low, high = SIZES
-        raise UserError(f"size {width}x{height}: both sides must be from {low} to {high}; choose another with size")
+        raise UserError(
+            f"size {width}x{height}: both sides must be from {low} to {high}; choose another with size",
+            field="size",
+            value=(width, height),
+        )
     image = to_rgb(image)
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
@@ -202,11 +212,14 @@ def inpaint(
     """
     if mask.size != image.size:
         sizes = f"the mask is {mask.width}x{mask.height} and the picture {image.width}x{image.height}"
-        raise UserError(f"{sizes}; make them the same size")
+        raise UserError(f"{sizes}; make them the same size", field="mask")
     image, light = _fitted(image, size), to_mask(mask)
     light = F.interpolate(light, image.size[::-1])  # (1, 1, H, W)
     if not light.any():
-        raise UserError("the mask is dark everywhere, so nothing would be drawn; make it white where you want a change")
+        raise UserError(
+            "the mask is dark everywhere, so nothing would be drawn; make it white where you want a change",
+            field="mask",
+        )
     settings, steps = _with_picture(sd, image, strength, {"masked": "outpaint" not in choices} | choices)
     each = settings_of_each(settings, prompt, negative, count)
     return Events(_repainted(sd, each, image, light), each, steps)
@@ -246,7 +259,7 @@ def outpaint(
     sides = (left, top, right, bottom)
     if not all(0 <= side <= SIZES[1] for side in sides) or not any(sides):
         wanted = f"give pixels to add on each side, 0 to {SIZES[1]}, at least one above 0"
-        raise UserError(f"outpaint {' '.join(map(str, sides))}: {wanted}")
+        raise UserError(f"outpaint {' '.join(map(str, sides))}: {wanted}", field="outpaint", value=sides)
     canvas, mask = continued(image, sides)
     return inpaint(sd, prompt, canvas, mask, outpaint=sides, **choices)
 

@@ -125,7 +125,11 @@ def linspace(count: int, steps: int) -> list[float]:
 def distilled(count: int, steps: int, taught: int = 50) -> list[float]:
     """Some of the 50 timesteps at which latent consistency models were taught (Luo et al. 2023)."""
     if steps > taught:
-        raise UserError(f"steps {steps} is more than the {taught} that lcm models know; choose 1 to {taught}")
+        raise UserError(
+            f"steps {steps} is more than the {taught} that lcm models know; choose 1 to {taught}",
+            field="steps",
+            value=steps,
+        )
     known = [float((index + 1) * (count // taught) - 1) for index in reversed(range(taught))]
     return [known[int(index)] for index in np.linspace(0, taught, steps, endpoint=False)]
 
@@ -183,7 +187,7 @@ def spaced(
     """
     count, points = len(schedule), steps + spare
     if not 1 <= steps <= count - spare:
-        raise UserError(f"steps {steps} is out of range; choose 1 to {count - spare}")
+        raise UserError(f"steps {steps} is out of range; choose 1 to {count - spare}", field="steps", value=steps)
     rule = SPACINGS[spacing]
     if rule.of_levels:
         sigmas = rule.points(schedule.sigma_min, schedule.sigma_max, points)[:steps]

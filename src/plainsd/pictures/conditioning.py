@@ -91,7 +91,8 @@ def cut(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) -> lis
             if len(unit) > room:
                 raise UserError(
                     f"{tokenizer.pieces(unit[:1])[0]!r} has {len(unit)} vectors, and this model's text "
-                    f"encoder sees {room} tokens at once; leave it out of the prompt"
+                    f"encoder sees {room} tokens at once; leave it out of the prompt",
+                    field="prompt",
                 )
             if unit == [comma]:
                 comma_at = len(chunk)
@@ -114,7 +115,10 @@ def weighted(prompt: str | Sequence[Weighted]) -> Sequence[Weighted]:
     pieces = parse(prompt) if isinstance(prompt, str) else prompt
     for piece in pieces:
         if not abs(piece.weight) < 1e4:  # infinite weights and nan included
-            raise UserError(f"the weight {piece.weight:g} of {piece.text!r} is out of bounds; most are between 0 and 2")
+            raise UserError(
+                f"the weight {piece.weight:g} of {piece.text!r} is out of bounds; most are between 0 and 2",
+                field="prompt",
+            )
     return pieces
 
 
@@ -168,7 +172,11 @@ def _layer(sd: StableDiffusion, encoder: TextEncoder, states, clip_skip: int) ->
     """SD 1.x and 2.x read a layer through the final norm (SD 2's encoder is stored one layer short), SDXL without."""
     layers = encoder.config.layers
     if not 1 <= clip_skip <= layers:
-        raise UserError(f"clip skip {clip_skip} is out of bounds; this model's layers are 1 (the last) to {layers}")
+        raise UserError(
+            f"clip skip {clip_skip} is out of bounds; this model's layers are 1 (the last) to {layers}",
+            field="clip_skip",
+            value=clip_skip,
+        )
     if sd.variant.context == "penultimate":
         return states.hidden[-max(clip_skip, 2)]
     return states.final if clip_skip == 1 else encoder.norm(states.hidden[-clip_skip])

@@ -32,9 +32,17 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
     steps = settings.steps or variant.steps
     sampler_levels(sd.schedule, sampler, steps, spacing)  # raises where they do not go together
     if settings.eta is not None and "eta" not in SAMPLERS[sampler].takes:
-        raise UserError(f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'")
+        raise UserError(
+            f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'",
+            field="eta",
+            value=settings.eta,
+        )
     if settings.variation_strength and settings.variation_seed is None:
-        raise UserError(f"variation strength {settings.variation_strength} without a variation seed; give both")
+        raise UserError(
+            f"variation strength {settings.variation_strength} without a variation seed; give both",
+            field="variation_strength",
+            value=settings.variation_strength,
+        )
     guidance = variant.guidance if settings.guidance is None else settings.guidance
     choices = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
     return replace(settings, **choices, model=model_name(sd), **refined)
@@ -44,12 +52,16 @@ def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
     """The refiner's name, and where it takes over."""
     if sd.refiner is None:
         if settings.handover is not None:
-            raise UserError(f"handover {settings.handover} needs a refiner; load one with --refiner, or leave it out")
+            raise UserError(
+                f"handover {settings.handover} needs a refiner; load one with --refiner, or leave it out",
+                field="handover",
+                value=settings.handover,
+            )
         return {"refiner": None}
     ours, its = sd.vae.config, sd.refiner.vae.config
     if (ours.latent_channels, ours.scaling_factor) != (sd.refiner.unet.config.in_channels, its.scaling_factor):
         names = f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws"
-        raise UserError(f"{names}: their latents differ; choose a refiner of the same family")
+        raise UserError(f"{names}: their latents differ; choose a refiner of the same family", field="refiner")
     return {"refiner": model_name(sd.refiner), "handover": HANDOVER if settings.handover is None else settings.handover}
 
 
@@ -67,15 +79,18 @@ def settings_of_each(
 ) -> list[Settings]:
     """One for each picture: each prompt `count` times, and one seed after the other."""
     if count < 1:
-        raise UserError(f"count {count} is out of range; choose 1 or more")
+        raise UserError(f"count {count} is out of range; choose 1 or more", field="count", value=count)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts or len(prompts) != len(negatives):
         counts = f"{len(prompts)} prompts and {len(negatives)} negative prompts"
-        raise UserError(f"{counts}; give at least one, and as many of both")
+        raise UserError(f"{counts}; give at least one, and as many of both", field="negative")
     for text in (*prompts, *negatives):
         if loras := lora_tags(text)[1]:
-            raise UserError(f"<lora:{loras[0][0]}> in the prompt: take the tag out, and load the LoRA with the model")
+            raise UserError(
+                f"<lora:{loras[0][0]}> in the prompt: take the tag out, and load the LoRA with the model",
+                field="prompt",
+            )
     pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(count)]
     each = []
     for i, (p, n) in enumerate(pairs):
@@ -91,7 +106,9 @@ def check_size(size: tuple[int, int]) -> tuple[int, int]:
         width, height = (min(max(round(side / MULTIPLE), 1), SIZES[1] // MULTIPLE) * MULTIPLE for side in size)
         raise UserError(
             f"size {size[0]}x{size[1]}: both sides must be multiples of {MULTIPLE} from {SIZES[0]} to {SIZES[1]}; "
-            f"try {width}x{height}"
+            f"try {width}x{height}",
+            field="size",
+            value=size,
         )
     return size
 

@@ -169,9 +169,13 @@ def _composed(found: Mapping[tuple[int, int], list[tuple[Tensor, float]]], kind:
 def check_guidance(sd: StableDiffusion, settings: Settings) -> None:
     chosen = [name for name in ("rescale", "perturbed", "threshold") if getattr(settings, name)]
     if len(chosen) > 1:
-        raise UserError(f"{' and '.join(chosen)} do not go together; choose one of them")
+        raise UserError(f"{' and '.join(chosen)} do not go together; choose one of them", field=chosen[0])
     if settings.perturbed and sd.unet.mid.attn is None:
-        raise UserError("perturbed guidance needs attention in the UNet's middle, which this model lacks; leave it out")
+        raise UserError(
+            "perturbed guidance needs attention in the UNet's middle, which this model lacks; leave it out",
+            field="perturbed",
+            value=settings.perturbed,
+        )
 
 
 def guided_denoise(

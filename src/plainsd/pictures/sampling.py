@@ -83,7 +83,9 @@ def through_vae(sd: StableDiffusion, run: Callable[[VAE, Tensor], Tensor], x: Te
         warnings.warn(f"the VAE overflowed in {next(sd.vae.parameters()).dtype}; done again in float32", stacklevel=2)
         y = run(deepcopy(sd.vae).float(), x.to(sd.device)).float()
     if not y.isfinite().all():
-        raise UserError("the model computed numbers that are not finite; try --dtype float32, or a lower guidance")
+        raise UserError(
+            "the model computed numbers that are not finite; try --dtype float32, or a lower guidance", field="guidance"
+        )
     return y
 
 
@@ -131,7 +133,11 @@ def steps_of_strength(steps: int, strength: float) -> int:
     """How many of the steps run on a given picture, as diffusers counts them."""
     running = min(int(steps * strength), steps)
     if not running:
-        raise UserError(f"strength {strength} of {steps} steps leaves none to run; give at least {1 / steps:.2g}")
+        raise UserError(
+            f"strength {strength} of {steps} steps leaves none to run; give at least {1 / steps:.2g}",
+            field="strength",
+            value=strength,
+        )
     return running
 
 

@@ -67,12 +67,18 @@ class Words:
             if wanted in (word.text, word.name):
                 return word
         if self.folder is None:
-            raise UserError(f"embeddings: there is none called {wanted!r}; start the server with --embeddings FOLDER")
+            raise UserError(
+                f"embeddings: there is none called {wanted!r}; start the server with --embeddings FOLDER",
+                field="embeddings",
+            )
         if not known:
             raise UserError(
-                f"embeddings: there is none called {wanted!r}; put .safetensors files into the folder of --embeddings"
+                f"embeddings: there is none called {wanted!r}; put .safetensors files into the folder of --embeddings",
+                field="embeddings",
             )
-        raise UserError(f"embeddings: {unknown('embedding', wanted, [word.text for word in known])}")
+        raise UserError(
+            f"embeddings: {unknown('embedding', wanted, [word.text for word in known])}", field="embeddings"
+        )
 
     def fitting(self, bare: StableDiffusion) -> list[Word]:
         """Those made for this kind of model."""
@@ -84,7 +90,7 @@ class Words:
         relied = [self.word(one) for one in wanted]
         for word in relied:
             if (why := problem(bare, word)) is not None:
-                raise UserError(f"embeddings: {why}")
+                raise UserError(f"embeddings: {why}", field="embeddings")
         words = [
             word for word in self.known() if word.within(texts) and (word in relied or problem(bare, word) is None)
         ]
@@ -133,7 +139,9 @@ def taught(sd: StableDiffusion, words: Sequence[Word]) -> StableDiffusion:
         try:
             add_embedding(learned, word.path, word.text)
         except UserError as error:
-            raise UserError(f"embeddings: {str(error).replace(str(word.path), word.name)}") from None
+            raise UserError(
+                f"embeddings: {str(error).replace(str(word.path), word.name)}", field="embeddings"
+            ) from None
     return learned
 
 

@@ -1,17 +1,10 @@
 """What a client did wrong, as one JSON error: what, which value, what to do. Each API has its own form of it."""
 
 import math
-import re
 from typing import Any
 
 from plainsd.errors import UserError
 
-FIELDS = (                            # a message that begins with one of these is about that field
-    "prompt", "negative", "size", "steps", "guidance", "sampler", "spacing", "seed", "clip skip", "eta", "strength",
-    "variation seed", "variation strength", "hires", "upscaler", "rescale", "interval", "perturbed", "threshold",
-    "cache", "model", "count", "image", "mask", "loras", "grid", "refiner", "handover", "embeddings", "outpaint",
-)  # fmt: skip
-ABOUT = re.compile(rf"(?:unknown |the )?({'|'.join(sorted(FIELDS, key=len, reverse=True))})\b")
 LONGEST = 1000  # characters of a message
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -39,11 +32,9 @@ class Refused(Exception):
 
     @classmethod
     def from_user_error(cls, error: UserError, values: dict[str, Any] | None = None) -> "Refused":
-        """The field is told by the first words of the message."""
-        message = str(error)
-        found = ABOUT.match(message)
-        field = found[1].replace(" ", "_") if found else None
-        return cls(422, message, field, (values or {}).get(field))
+        """With the field that the error names; the value is what the request had there, else the error's own."""
+        value = (values or {}).get(error.field) if error.field else None
+        return cls(422, str(error), error.field, error.value if value is None else value)
 
     def body(self, path: str) -> dict:
         """The error as the API of that path puts it."""

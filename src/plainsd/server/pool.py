@@ -125,7 +125,11 @@ class Models:
         """The model with its networks, and just these LoRAs on it. What is not loaded is; others make room for it, the
         least recently used first, but not the one that is needed beside it."""
         if name not in self.known:
-            raise UserError(f"model {name!r} is not served any more; start the server with --model for it")
+            raise UserError(
+                f"model {name!r} is not served any more; start the server with --model for it",
+                field="model",
+                value=name,
+            )
         model = self.known[name]
         model.used = time.monotonic()
         if model.sd is None:
@@ -159,10 +163,15 @@ class Models:
         if name in known:
             return known[name]
         if self.lora_folder is None:
-            raise UserError(f"loras: there is none called {name!r}; start the server with --loras FOLDER")
+            raise UserError(
+                f"loras: there is none called {name!r}; start the server with --loras FOLDER", field="loras"
+            )
         if not known:
-            raise UserError(f"loras: there is none called {name!r}; put .safetensors files into the folder of --loras")
-        raise UserError(f"loras: {unknown('LoRA', name, known)}")
+            raise UserError(
+                f"loras: there is none called {name!r}; put .safetensors files into the folder of --loras",
+                field="loras",
+            )
+        raise UserError(f"loras: {unknown('LoRA', name, known)}", field="loras")
 
     def check_loras(self, model: Model, wanted: Loras) -> None:
         """UserError where one is not there, or was made for another kind of model."""
@@ -170,12 +179,12 @@ class Models:
             try:
                 check_strengths(strength)
             except UserError as error:
-                raise UserError(f"loras: {error}") from None
+                raise UserError(f"loras: {error}", field="loras") from None
             path = self.lora(name)
             try:
                 located(open_lora(path), model.bare, partial=False)
             except UserError as error:  # clients need not know where it lies
-                raise UserError(f"loras: {str(error).replace(str(path), name)}") from None
+                raise UserError(f"loras: {str(error).replace(str(path), name)}", field="loras") from None
 
     # --- refiners ----------------------------------------------------------------------------------------------------
 
@@ -186,7 +195,11 @@ class Models:
         if refiner not in self.known:
             raise Refused(404, str(unknown("refiner", refiner, self.known)), "refiner", refiner)
         if refiner == model.name:
-            raise UserError(f"refiner {refiner!r} is the model itself; choose another, or leave it out")
+            raise UserError(
+                f"refiner {refiner!r} is the model itself; choose another, or leave it out",
+                field="refiner",
+                value=refiner,
+            )
         refined = replace(model.bare, refiner=self.known[refiner].bare)
         try:
             check_refiner(refined, Settings())

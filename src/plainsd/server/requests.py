@@ -45,7 +45,11 @@ def checked(
     choices = request.choices() | cell
     if base is None:
         if "strength" in choices and "hires" not in choices:
-            raise UserError(f"strength {choices['strength']} without an image; send one, or leave strength out")
+            raise UserError(
+                f"strength {choices['strength']} without an image; send one, or leave strength out",
+                field="strength",
+                value=choices["strength"],
+            )
         return text_to_image(bare, prompt, negative, count=request.count, **choices).settings
     choices |= {"size": base.image.size, "count": request.count, "negative": negative}
     if base.hole is None:
@@ -106,7 +110,11 @@ def new_job(
         models.check_loras(model, loras)
         bare = models.refined(model, request.refiner)
         if bare.refiner is None and request.handover is not None:
-            raise UserError(f"handover {request.handover} without a refiner; name one, or leave handover out")
+            raise UserError(
+                f"handover {request.handover} without a refiner; name one, or leave handover out",
+                field="handover",
+                value=request.handover,
+            )
         words = models.words.used(bare, request.embeddings, prompt, request.negative)
         base = base or base_of(request, limits)
         each = [
@@ -130,7 +138,11 @@ def check_clip_skip(bare: StableDiffusion, each: list[Settings]) -> None:
     layers = min(text.layers for one in (bare, bare.refiner) if one for text in one.variant.text)
     for one in each:
         if (one.clip_skip or 1) > layers:
-            raise UserError(f"clip skip {one.clip_skip} is out of range; this model has {layers} layers")
+            raise UserError(
+                f"clip skip {one.clip_skip} is out of range; this model has {layers} layers",
+                field="clip_skip",
+                value=one.clip_skip,
+            )
 
 
 def check_prompts(each: list[Settings]) -> None:

@@ -113,7 +113,9 @@ def schedule(prompt: str, steps: int, first_pass: int | None = None) -> list[tup
         tree = _tree(prompt)
         texts = [_at(tree, step, steps, first_pass) for step in range(1, steps + 1)]
     except RecursionError as error:
-        raise UserError("the prompt has too many edits inside each other; write fewer of [a:b:0.5] in one") from error
+        raise UserError(
+            "the prompt has too many edits inside each other; write fewer of [a:b:0.5] in one", field="prompt"
+        ) from error
     last = [step for step in range(1, steps) if texts[step] != texts[step - 1]]
     return [(step, texts[step - 1]) for step in [*last, steps]]
 
@@ -219,8 +221,12 @@ def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     for kind, content in LORA.findall(prompt):
         name, *strengths = content.split(":")
         if kind == "hypernet":
-            raise UserError(f"<hypernet:{content}>: hypernetworks are not supported; take the tag out of the prompt")
+            raise UserError(
+                f"<hypernet:{content}>: hypernetworks are not supported; take the tag out of the prompt", field="prompt"
+            )
         if not name.strip() or len(strengths) > 1 or not all(re.fullmatch(rf"\s*{NUMBER}\s*", s) for s in strengths):
-            raise UserError(f"<{kind}:{content}> is not a LoRA with one strength; write it as <lora:name:0.8>")
+            raise UserError(
+                f"<{kind}:{content}> is not a LoRA with one strength; write it as <lora:name:0.8>", field="prompt"
+            )
         loras.append((name.strip(), float(strengths[0]) if strengths else 1.0))
     return LORA.sub("", prompt), loras

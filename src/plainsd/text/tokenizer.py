@@ -135,7 +135,7 @@ class Tokenizer:
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
-            raise UserError(f"the prompt {text!r} is not valid text; write it in UTF-8") from error
+            raise UserError(f"the prompt {text!r} is not valid text; write it in UTF-8", field="prompt") from error
         return [self._runs.get(key, [key]) for key in ids]
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
