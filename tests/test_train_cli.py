@@ -122,6 +122,26 @@ def test_lora(train, base, tmp_path):
     assert len([line for line in read_log(tmp_path / "run" / "log.jsonl") if "validation" in line]) == 2
 
 
+@pytest.mark.parametrize("kind", [["loha"], ["lokr", "--factor", "4"]], ids=["loha", "lokr"])
+def test_lycoris(train, base, tmp_path, kind):
+    """Trained, stopped and resumed as a LoRA is; one file, for diffusers reads no other kind than LoRA."""
+    more = ["--kind", *kind, "--rank", "2", "--lr", "1e-2", "--conv", "--text-encoder", "--save-dtype", "float32"]
+    assert train("lora", "--steps", "2", *more)[0] == 0
+    assert train("lora", "--steps", "3", *more)[0] == 0
+    assert train("lora", "--steps", "3", *more, out=tmp_path / "straight")[0] == 0
+    longer, straight = (load_file(tmp_path / run / "lora.safetensors") for run in ("run", "straight"))
+    assert longer.keys() == straight.keys() and all(torch.equal(longer[name], straight[name]) for name in longer)
+    assert any(("hada_w1_a" if kind == ["loha"] else "lokr_w1") in name for name in longer)
+    assert not (tmp_path / "run" / "lora-peft.safetensors").exists()
+    sd = plainsd.load(base, device="cpu")
+    add_lora(sd, tmp_path / "run" / "lora.safetensors")
+    assert not np.array_equal(drawn(sd), drawn(plainsd.load(base, device="cpu")))
+    code, said = train("lora", "--steps", "3", *more, "--alpha", "1")
+    assert code == 2 and "another --alpha" in said[0]
+    code, said = train("lora", "--steps", "1", "--factor", "0", out=tmp_path / "wrong")
+    assert code == 2 and "factor 0 for a lora" in said[0]
+
+
 @pytest.mark.parametrize("drawing", [False, True])
 def test_the_autoencoder_is_let_go_where_nothing_is_drawn(train, pictures, tmp_path, monkeypatch, drawing):
     seen = []

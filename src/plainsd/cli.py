@@ -25,6 +25,8 @@ COMMANDS = {                          # name: module, class, what it does
     "generate": ("plainsd.commands.generate", "Generate", "pictures of a prompt, from nothing or from a picture"),
     "info": ("plainsd.commands.inspect", "Info", "what a model or adapter is, without reading its weights"),
     "convert": ("plainsd.commands.inspect", "Convert", "a model from one file layout to another"),
+    "merge": ("plainsd.commands.merge", "Merge", "two or three models into one"),
+    "extract-lora": ("plainsd.commands.merge", "ExtractLora", "a LoRA out of a tuned model and its base"),
     "tokens": ("plainsd.commands.inspect", "Tokens", "how a prompt is cut and weighted"),
     "verify": ("plainsd.commands.inspect", "Verify", "a model beside diffusers and transformers, digit by digit"),
     "eval": ("plainsd.commands.evaluate", "Evaluate", "how well a model trained on emoji draws them"),
@@ -81,7 +83,7 @@ def run(arguments: list[str]) -> int:
 
 def overview() -> str:
     lines = ["usage: plainsd COMMAND ...", "", "Stable Diffusion, written plainly.", "", "commands"]
-    lines += [f"  {name:10}{says}" for name, (_, _, says) in COMMANDS.items()]
+    lines += [f"  {name:14}{says}" for name, (_, _, says) in COMMANDS.items()]
     return "\n".join([*lines, "", "plainsd COMMAND --help shows a command's flags, plainsd --version the version."])
 
 
@@ -103,10 +105,10 @@ def in_one_line(box: str) -> str:
     """What tyro says in a framed box under a title, up to its next rule: `Error parsing --steps: ...`."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()[1:]]
     lines = lines[1:] if lines and not lines[0].strip("-─") else lines  # the frame where there is only ASCII
-    ends = (i for i, line in enumerate(lines) if line[:2] in ("──", "--") or line == "Got errors:")
+    ends = (i for i, line in enumerate(lines) if line and not line.strip("─-") or line == "Got errors:")
     upto = next(ends, len(lines))
     line = " ".join(lines[:upto])
-    missing = re.findall(r"(?<= )(?:--[a-z-]+|[A-Z][A-Z-]+)(?= )", line)
+    missing = re.findall(r"(?<= )(?:--[a-z-]+(?: [A-Z]+)?|[A-Z][A-Z-]+)(?= )", line)
     if line.startswith("Missing from") and missing:
         line = f"missing: {', '.join(missing)}"
     for pattern, plainly in PLAINLY:

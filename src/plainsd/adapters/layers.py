@@ -6,9 +6,9 @@
     Kronecker    LoKr: alpha/r * K1 x K2, the Kronecker product (Edalati et al. 2022, arXiv:2212.10650)
 
 LoRA is by Hu et al. 2021 (arXiv:2106.09685). For a k x k convolution A is a k x k convolution to r channels and B a 1x1
-convolution back (LoCon), or A 1x1, a k x k one between r channels, and B 1x1 (`mid`). The other two came to Stable Diffusion
-by LyCORIS (Yeh et al. 2024, arXiv:2309.14859); they are read and run here, and not trained. DoRA (Liu et al. 2024,
-arXiv:2402.09353) then gives each row (in some files each column) of the sum a length of its own, the magnitude.
+convolution back (LoCon), or A 1x1, a k x k one between r channels, and B 1x1 (`mid`). The other two came to Stable
+Diffusion by LyCORIS (Yeh et al. 2024, arXiv:2309.14859). DoRA (Liu et al. 2024, arXiv:2402.09353) then gives each row
+(in some files each column) of the sum a length of its own, the magnitude.
 Strength s leads in a straight line from the bare weight at 0 to the adapted one at 1, for DoRA too.
 
 A module that carries adapters becomes a LoraLinear or LoraConv in place. It stays the same object, and its weight keeps
@@ -62,9 +62,8 @@ class Adapter(nn.Module):
         others = [axis for axis in range(full.ndim) if axis != self.by_column]
         return torch.linalg.vector_norm(full, dim=others, keepdim=True)
 
-    @torch.no_grad()
     def change(self, weight: Tensor) -> Tensor:
-        """What the adapter adds to a weight, in at least float32."""
+        """What the adapter adds to a weight, in at least float32. Gradients pass through the lengths, as in LyCORIS."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         change = self.product(wide)
         if self.magnitude is not None:
@@ -74,7 +73,9 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, base: nn.Linear | nn.Conv2d, out: Tensor) -> Tensor:
         """What the adapter adds to the base's output `out` for the input x."""
-        return without_bias(base, x, self.change(base.weight).to(x.dtype)).to(out.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            change = self.change(base.weight)
+        return without_bias(base, x, change.to(x.dtype)).to(out.dtype)
 
 
 class LowRank(Adapter):

@@ -17,27 +17,20 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from plainsd.adapters.layers import Adapted, Adapter, LowRank, attach, detach
-from plainsd.adapters.names import Model, Place, modules_of, networks
+from plainsd.adapters.layers import Adapted, Adapter, attach, detach
+from plainsd.adapters.names import Model, Place, networks
+from plainsd.adapters.new import NEW, TARGETS, new_adapter, targeted
 from plainsd.adapters.reading import located, open_lora, peft_settings, read_adapter
 from plainsd.adapters.writing import write_lora
 from plainsd.errors import UserError, unknown
 from plainsd.pictures.model import StableDiffusion
 
 ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
-CONV = "*.conv1 *.conv2 *.skip *.resample.conv"  # the convolutions of ResBlocks and between levels
-TARGETS = {  # presets: patterns of our names
-    "attention": "*attn.q *attn.k *attn.v *attn.out",
-    "transformers": "*.attn.proj_* *.attn.blocks.* blocks.*",  # what kohya's trainer takes
-    "all-linear": "*",
-    "all": "*",
-}
 
 
 # --- what is on a model ----------------------------------------------------------------------------------------------
@@ -109,12 +102,17 @@ def merge(loras: Sequence[Lora]) -> None:
     for model in {id(lora.model): lora.model for lora in loras}.values():
         names = [lora.name for lora in loras if lora.model is model]
         for base in bases(model).values():
-            own = [name for name in names if name in base.adapters]
-            if own:
-                total = sum(base.adapters[name].change(base.weight) for name in own)
-                base.weight.copy_(base.weight.to(total.dtype) + total)
-            for name in own:
-                detach(base, name)
+            if own := [name for name in names if name in base.adapters]:
+                fold(base, own)
+
+
+@torch.no_grad()
+def fold(base: Adapted, names: Sequence[str]) -> None:
+    """Adapters of one module into its weights."""
+    total = sum(base.adapters[name].change(base.weight) for name in names)
+    base.weight.copy_(base.weight.to(total.dtype) + total)
+    for name in names:
+        detach(base, name)
 
 
 # --- from files ------------------------------------------------------------------------------------------------------
@@ -187,62 +185,38 @@ def inject(
     conv: bool = False,
     dora: bool = False,
     text: bool = False,
+    kind: str = "lora",
+    factor: int | None = None,
     name: str = "trained",
     generator: torch.Generator | None = None,
 ) -> Lora:
-    """Puts a new LoRA on a model, to be trained. A is random as in kohya's trainer and PEFT (uniform, He et al. 2015
-    with a = sqrt(5)), B is zero, so that the model computes what it did before.
+    """Puts a new LoRA on a model, to be trained. One factor is random and another zero (new.py), so that the model
+    computes what it did before.
 
     targets: a name in TARGETS, or patterns such as "*.cross_attn.?" of our modules' names. `conv` adds the convolutions
-    of ResBlocks and between levels. `text`: on the text encoders too. alpha None is the rank. Parameters are at least
-    float32. Which of the model's other parameters move is up to the caller.
+    of ResBlocks and between levels. `text`: on the text encoders too. `kind`: "lora", "loha" or "lokr"; `factor`, for
+    "lokr", is the largest side of its smaller matrix. alpha None is the rank. Parameters are at least float32. Which of
+    the model's other parameters move is up to the caller.
     """
     alpha = float(rank if alpha is None else alpha)
     if rank < 1 or not 0 < alpha < math.inf:
         raise UserError(f"LoRA rank {rank} and alpha {alpha:g}: the rank must be 1 or more, and alpha above 0")
+    if kind not in NEW:
+        raise unknown("kind of LoRA", kind, NEW)
+    if factor is not None and (factor < 1 or kind != "lokr"):
+        raise UserError(f"factor {factor} for a {kind}: it is for lokr alone, and 1 or more; leave it out, or give 8")
     made = {}
     for part, network in networks(model).items():
         if part == "unet" or text or network is model:
             for module in targeted(network, targets, conv=conv):
-                made[part, module] = fresh(network.get_submodule(module), rank, alpha, dora=dora, generator=generator)
+                base = network.get_submodule(module)
+                made[part, module] = new_adapter(kind, base, rank, alpha, factor, dora=dora, generator=generator)
     if not made:
         raise UserError(
             f"no module of the model fits the LoRA targets {targets!r}; choose from {', '.join(TARGETS)}, "
             "or give patterns such as '*.cross_attn.*'"
         )
     return put(model, name, made)
-
-
-def targeted(network: nn.Module, targets: str | Sequence[str], *, conv: bool) -> list[str]:
-    """The names of the modules that fit."""
-    if isinstance(targets, str) and targets not in TARGETS:
-        if not re.search(r"[*?.\[]", targets):
-            raise unknown("LoRA targets", targets, TARGETS)
-        patterns, convolutions = [targets], True
-    elif isinstance(targets, str):
-        patterns, convolutions = TARGETS[targets].split(), targets == "all"
-    else:
-        patterns, convolutions = list(targets), True
-    found = []
-    for name in modules_of(network):
-        is_conv = isinstance(network.get_submodule(name), nn.Conv2d)
-        fits = (convolutions or not is_conv) and any(fnmatchcase(name, pattern) for pattern in patterns)
-        if fits or (conv and is_conv and any(fnmatchcase(name, pattern) for pattern in CONV.split())):
-            found.append(name)
-    return found
-
-
-@torch.no_grad()
-def fresh(
-    base: nn.Linear | nn.Conv2d, rank: int, alpha: float, *, dora: bool, generator: torch.Generator | None
-) -> LowRank:
-    weight = base.weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    down = torch.empty(rank, *weight.shape[1:], dtype=dtype)
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), dtype=dtype, device=weight.device)
-    magnitude = weight.to(dtype).flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1)) if dora else None
-    return LowRank(down.to(weight.device), up, alpha, magnitude=magnitude, trainable=True)
 
 
 def lora_state(model: Model, lora: Lora | None = None) -> dict[str, Tensor]:

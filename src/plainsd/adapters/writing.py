@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plainsd.adapters.layers import Adapter, LowRank
+from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
 from plainsd.adapters.names import Named, Place, dotted_name, kohya_name, modules_of, networks
 from plainsd.adapters.reading import CONTEXTS, NOTE
 from plainsd.errors import UserError, unknown
@@ -23,6 +23,7 @@ NAMINGS = {  # how a name ends for: down, up, magnitude
     "peft": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"),
     "diffusers": ("lora.down.weight", "lora.up.weight", "lora_magnitude_vector.weight"),
 }
+ALGORITHMS = {LowRank: "lora", Hadamard: "loha", Kronecker: "lokr"}  # as LyCORIS calls them
 KOHYA_VERSIONS = {"SD 1.x": "sd_v1", "SD 2.x": "sd_v2", "SDXL": "sdxl_base_v1-0"}
 ARCHITECTURES = {
     "SD 1.x": "stable-diffusion-v1/lora",
@@ -45,14 +46,11 @@ def write_lora(
         raise unknown("LoRA naming", naming, NAMINGS)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a LoRA is written as .safetensors; give it that ending")
-    if not all(isinstance(adapter, LowRank) for adapter in adapters.values()):
+    if strange := [type(adapter).__name__ for adapter in adapters.values() if type(adapter) not in ALGORITHMS]:
+        raise UserError(f"an adapter of the kind {strange[0]} is only read here; keep its own file, or bake it in")
+    if naming != "kohya" and any(only_kohya(adapter) for adapter in adapters.values()):
         raise UserError(
-            "this adapter is a LoHa or LoKr, which is only read here; merge it, and save the model, or keep "
-            "its own file"
-        )
-    if naming != "kohya" and any(adapter.mid is not None or adapter.by_column for adapter in adapters.values()):
-        raise UserError(
-            f"this LoRA has parts that the naming {naming!r} cannot tell (a middle convolution, or lengths "
+            f"this LoRA has parts that the naming {naming!r} cannot tell (LoHa, LoKr, a middle convolution, or lengths "
             "of columns); save it in kohya's"
         )
     known = {part: modules_of(network) for part, network in networks(sd).items()}
@@ -67,18 +65,38 @@ def write_lora(
     write_whole(path, packed, notes | dict(metadata))
 
 
-def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: LowRank, naming: str) -> dict[str, Tensor]:
-    """One adapter's tensors under their names in the file, and in the shapes that the public networks have."""
-    down, up, magnitude = NAMINGS[naming]
+def only_kohya(adapter: Adapter) -> bool:
+    return not isinstance(adapter, LowRank) or adapter.mid is not None or adapter.by_column
+
+
+def low_rank_tensors(adapter: LowRank, part: str, naming: str, *, conv: bool) -> dict[str, Tensor]:
+    """By the ends of their names."""
+    down, up, _ = NAMINGS[naming]
     if naming == "diffusers" and part != "unet":
         down, up = down.replace("lora.", "lora_linear_layer."), up.replace("lora.", "lora_linear_layer.")
-    conv = named.mark == "conv" or (named.mark == "maybe-conv" and sd.variant.conv_projections)
     factors = {down: adapter.down, up: adapter.up * adapter.scale if naming == "diffusers" else adapter.up}
     if adapter.mid is not None:
         factors["lora_mid.weight"] = adapter.mid
-    tensors = {
-        end: factor[:, :, None, None] if conv and factor.ndim == 2 else factor for end, factor in factors.items()
-    }
+    return {end: factor[:, :, None, None] if conv and factor.ndim == 2 else factor for end, factor in factors.items()}
+
+
+def lycoris_tensors(adapter: Hadamard | Kronecker, *, conv: bool) -> dict[str, Tensor]:
+    """Factors are matrices for convolutions too; LoKr's whole second one has the kernel's sides."""
+    prefix = {Hadamard: "hada_", Kronecker: "lokr_"}[type(adapter)]
+    factors = {name: factor for name, factor in adapter.named_parameters() if name != "magnitude"}
+    if conv and "w2" in factors and factors["w2"].ndim == 2:
+        factors["w2"] = factors["w2"][:, :, None, None]
+    return {prefix + name: factor for name, factor in factors.items()}
+
+
+def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: Adapter, naming: str) -> dict[str, Tensor]:
+    """One adapter's tensors under their names in the file, and in the shapes that the public networks have."""
+    magnitude = NAMINGS[naming][2]
+    conv = named.mark == "conv" or (named.mark == "maybe-conv" and sd.variant.conv_projections)
+    if isinstance(adapter, LowRank):
+        tensors = low_rank_tensors(adapter, part, naming, conv=conv)
+    else:
+        tensors = lycoris_tensors(adapter, conv=conv)
     if naming == "kohya":
         tensors["alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
     if adapter.magnitude is not None:
@@ -90,17 +108,20 @@ def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: LowRank
     return {f"{name}.{end}": tensor for end, tensor in tensors.items()}
 
 
-def kohya_notes(sd: StableDiffusion, adapters: Mapping[Place, LowRank]) -> dict[str, str]:
+def kohya_notes(sd: StableDiffusion, adapters: Mapping[Place, Adapter]) -> dict[str, str]:
     """The metadata that programs look at in files of kohya's trainer."""
+    algorithms = sorted({ALGORITHMS[type(adapter)] for adapter in adapters.values()})
     ranks, alphas = ({get(adapter) for adapter in adapters.values()} for get in (lambda a: a.rank, lambda a: a.alpha))
     family = CONTEXTS.get(sd.unet.config.context, "")
     notes = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if algorithms == ["lora"] else "lycoris.kohya",
         "ss_network_dim": f"{ranks.pop()}" if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
         "ss_v2": str(family == "SD 2.x"),
         "ss_base_model_version": KOHYA_VERSIONS.get(family, sd.variant.name),
     }
+    if algorithms != ["lora"]:
+        notes["ss_network_args"] = json.dumps({"algo": ", ".join(algorithms)})
     if family in ARCHITECTURES:
         notes |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": ARCHITECTURES[family]}
     return notes

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Info:
 
 @dataclass
 class Convert:
-    """Writes a model in another file layout, a tensor at a time; there and back again is bit-identical."""
+    """Writes a model in another file layout, a tensor at a time; there and back again is bit-identical. With --lora,
+    adapters are baked into it."""
 
     source: Annotated[Positional[str], arg(metavar="SRC")]
     """folder, file or hub name of a model"""
@@ -40,14 +41,23 @@ class Convert:
     """fp16 reads the files *.fp16.safetensors of a folder"""
     family: Annotated[str | None, arg(metavar="NAME")] = None
     """what a single file is, where it does not tell"""
+    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE:STRENGTH", help_behavior_hint="")] = ()
+    """LoRAs, LoHas, LoKrs to fold into the weights; once for each"""
+    lora_partial: bool = False
+    """leave out what of a LoRA has no place in the model"""
 
     def run(self) -> None:
+        from functools import partial
+
+        from plainsd.adapters.baking import baked
+        from plainsd.commands.adapters import chosen
         from plainsd.files.convert import convert
 
         check_family(self.family)
-        convert(
-            self.source, self.target, self.layout, dtype=self.dtype, variant_file=self.variant_file, family=self.family
-        )
+        where = {"variant_file": self.variant_file, "family": self.family}
+        if self.lora:
+            where["change"] = partial(baked, loras=chosen(self.lora, {}, None), partial_fit=self.lora_partial)
+        convert(self.source, self.target, self.layout, dtype=self.dtype, **where)
         print(self.target)
 
 

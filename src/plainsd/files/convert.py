@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +27,12 @@ def convert(
     variant_file: str | None = None,
     family: str | None = None,
     dtype: str | torch.dtype | None = None,
+    change: Callable[[Contents], Contents] = lambda contents: contents,
 ) -> None:
     """From one layout to the other, a tensor at a time. There and back again is bit-identical, names included. The
-    layout None is read off the target's name, as by `save`."""
+    layout None is read off the target's name, as by `save`. `change`: what is done on the way."""
     path = find(source, variant_file)
-    contents = read(path, variant_file, family)
+    contents = change(read(path, variant_file, family))
     if not any(name.startswith("tokenizer") for name in contents.texts):
         texts = tokenizer_texts(tokenizers(contents, path), contents.variant)
         contents = replace(contents, texts=contents.texts | texts)

@@ -182,5 +182,5 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
         before = prefix if layout == "transformers" else f"{KEPT}{name}."
         tensors |= {before + key: stored for key, stored in network.extras.items()}
     others = [note for note in contents.spellings if not note.startswith("single-file ")]
-    metadata = {FILES: json.dumps(contents.texts)} | ({SPELLED: json.dumps(others)} if others else {})
+    metadata = contents.notes | {FILES: json.dumps(contents.texts)} | ({SPELLED: json.dumps(others)} if others else {})
     write_whole(target, tensors, metadata)

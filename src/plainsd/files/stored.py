@@ -51,6 +51,7 @@ class Contents:
     texts: dict[str, str]  # settings and tokenizers, by path in a diffusers folder
     leftovers: dict[str, Stored] = field(default_factory=dict)  # tensors of a single file that no folder has
     spellings: tuple[str, ...] = ()  # names that are not the table's: "layout network fragment"
+    notes: dict[str, str] = field(default_factory=dict)  # for others, in a single file's metadata
 
 
 def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:

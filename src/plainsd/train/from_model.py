@@ -51,16 +51,21 @@ def train_lora(job: Job) -> None:
             targets=own.targets,
             conv=own.conv,
             dora=own.dora,
+            kind=own.kind,
+            factor=own.factor,
             text_encoder=own.text_encoder,
             seed=job.options.pace.seed,
             **shared,
         )
 
     if sd := tuned(job, make):
-        for naming, name in (("kohya", "lora.safetensors"), ("peft", "lora-peft.safetensors")):
+        files, say = {"kohya": "lora.safetensors"}, f"LoRA in {job.out / 'lora.safetensors'} (kohya's names)"
+        if own.kind == "lora":  # diffusers reads no other kind
+            files, say = files | {"peft": "lora-peft.safetensors"}, f"{say} and lora-peft.safetensors (diffusers')"
+        for naming, name in files.items():
             with saving("the LoRA"):
                 save_lora(sd, job.out / name, naming, dtype=job.save_dtype)
-        job.say(f"LoRA in {job.out / 'lora.safetensors'} (kohya's names) and lora-peft.safetensors (diffusers')")
+        job.say(say)
 
 
 def train_inversion(job: Job) -> None:

@@ -154,9 +154,13 @@ class Lora:
 
     text_encoder: bool = False
     """train the text encoders too"""
+    kind: Literal["lora", "loha", "lokr"] = "lora"
+    """a product of narrow matrices; LoHa: two of these, multiplied number by number; LoKr: a Kronecker product"""
     rank: int = 16
     alpha: float | None = None
     """the LoRA's change is scaled by alpha / rank; the rank if not given"""
+    factor: int | None = None
+    """lokr: largest side of the smaller matrix; as near to a square as can be if not given"""
     targets: str = "attention"
     """attention, transformers, all-linear, all, or a pattern such as '*.cross_attn.*'"""
     conv: bool = False

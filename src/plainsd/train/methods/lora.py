@@ -1,4 +1,5 @@
-"""Method `lora`: the weights stay, low-rank changes to some of them are learned (Hu et al. 2021, arXiv:2106.09685)."""
+"""Method `lora`: the weights stay, changes to some of them are learned that are small in a file: of low rank (Hu et al.
+2021, arXiv:2106.09685), or LyCORIS' LoHa and LoKr; adapters/layers.py has the formulas."""
 
 from collections.abc import Sequence
 
@@ -22,6 +23,8 @@ def lora(
     targets: str | Sequence[str] = "attention",
     conv: bool = False,
     dora: bool = False,
+    kind: str = "lora",
+    factor: int | None = None,
     text_encoder: bool = False,
     seed: int = 0,
     objective: Objective = PLAIN,
@@ -38,6 +41,8 @@ def lora(
         conv=conv,
         dora=dora,
         text=text_encoder,
+        kind=kind,
+        factor=factor,
         generator=torch.Generator().manual_seed(seed),
     )
     modules = nn.ModuleDict({"lora": nn.ModuleList(added.adapters.values())})

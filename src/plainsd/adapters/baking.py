@@ -1,0 +1,89 @@
+"""LoRAs baked into a checkpoint, a layer at a time: `plainsd convert SRC DST --lora FILE:0.8`."""
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.adapters.layers import attach
+from plainsd.adapters.lora import check_strengths, fold
+from plainsd.adapters.reading import located, open_lora, peft_settings, read_adapter
+from plainsd.files.hashes import file_hash
+from plainsd.files.recipe import narrowed, with_recipe
+from plainsd.files.stored import Contents, Network, empty, parts
+from plainsd.files.tensorfile import Stored, TensorFile
+from plainsd.models.variants import encoder_names
+from plainsd.pictures.model import StableDiffusion
+
+
+class Found(NamedTuple):
+    """One LoRA's tensors for one module, not read yet."""
+
+    file: TensorFile
+    names: dict[str, str]
+    settings: dict[str, Any]
+    strength: float
+
+
+def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, partial_fit: bool = False) -> Contents:
+    """The contents with LoRAs folded into them, in the order given, as `add_lora` and `merge` would do. `partial_fit`:
+    names that have no place are left out."""
+    bare, found, names = without_weights(contents), {}, {}
+    for path, strength in loras:
+        check_strengths(strength)
+        file = open_lora(Path(path))
+        settings, names[file_hash(file.path)] = peft_settings(file), f"{Path(path).stem}:{strength:g}"
+        for place, tensors in located(file, bare, partial=partial_fit).items():
+            found.setdefault(place, []).append(Found(file, tensors, settings, strength))
+    networks = dict(contents.networks)
+    for part, network in networks.items():
+        own = {module: entries for (at, module), entries in found.items() if at == part}
+        if own:
+            networks[part] = with_adapters(network, part, own)
+    recipe = {"type": "plainsd", "loras": list(names.values())}
+    return with_recipe(replace(contents, networks=networks), recipe, names)
+
+
+def without_weights(contents: Contents) -> StableDiffusion:
+    """The model's networks, for whoever asks for names and shapes."""
+    variant = contents.variant
+    bare = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
+    encoders, schedule = [bare[name] for name in encoder_names(variant)], variant.schedule.build()
+    return StableDiffusion([], encoders, bare["unet"], bare["vae"], schedule, variant.prediction, variant)
+
+
+def with_adapters(network: Network, part: str, found: dict[str, list[Found]]) -> Network:
+    """The network whose layers are changed when they are read."""
+    bare, tensors = empty(network.kind, network.config), dict(network.tensors)
+    kept: dict[str, dict[str, Tensor]] = {}  # the layer that was made last: its bias is read after its weight
+
+    def read(module: str, leaf: str, own: torch.dtype, dtype: torch.dtype | None = None) -> Tensor:
+        if module not in kept:
+            kept.clear()
+            kept[module] = changed(bare.get_submodule(module), module, network.tensors, found[module])
+        return narrowed(kept[module][leaf], dtype or own, f"{part}.{module}.{leaf}")
+
+    for module in found:
+        for leaf in bare.get_submodule(module).state_dict():
+            stored = network.tensors[f"{module}.{leaf}"]
+            tensors[f"{module}.{leaf}"] = replace(stored, read=partial(read, module, leaf, stored.dtype))
+    return replace(network, tensors=tensors)
+
+
+@torch.no_grad()
+def changed(bare: nn.Module, name: str, tensors: dict[str, Stored], found: Sequence[Found]) -> dict[str, Tensor]:
+    """A layer's weights with the adapters in them, in at least float32."""
+    layer, state = deepcopy(bare).requires_grad_(False), {}
+    for leaf in layer.state_dict():
+        stored = tensors[f"{name}.{leaf}"]
+        state[leaf] = stored.read(torch.promote_types(stored.dtype, torch.float32))
+    layer.load_state_dict(state, assign=True)
+    for number, (file, names, settings, strength) in enumerate(found):
+        attach(layer, f"lora_{number}", read_adapter(file, names, settings, layer, strength))
+    fold(layer, list(layer.adapters))
+    return layer.state_dict()

@@ -1,0 +1,96 @@
+"""Commands that make models of models: merge, extract-lora."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from plainsd.commands.inspect import check_family
+
+
+@dataclass
+class Merge:
+    """Two models into one, A (1 - share) + B share; or with --difference three, A + share (B - C).
+
+    UNets and text encoders are mixed; the autoencoder, the tokenizers and all settings are A's. The difference adds to
+    A what B learned on top of C.
+    """
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="A B [C]")]
+    """folders, files or hub names of models of one family; A may be an inpainting model where the others are not"""
+    out: Annotated[Path, arg(metavar="DST")]
+    """where to write it"""
+    share: float = 0.5
+    """of B, from 0 to 1; with --difference how much of it is added, such as 1"""
+    difference: bool = False
+    """add the difference of B and C"""
+    layout: Annotated[str | None, arg(metavar="NAME")] = None
+    """diffusers (a folder) or single-file; if not given, single-file where DST ends in .safetensors"""
+    dtype: Annotated[str | None, arg(metavar="NAME")] = None
+    """float32, bfloat16 or float16; as in A if not given"""
+    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    """fp16 reads the files *.fp16.safetensors of folders"""
+    family: Annotated[str | None, arg(metavar="NAME")] = None
+    """what single files are, where they do not tell"""
+
+    def run(self) -> None:
+        from plainsd.files.merging import merge_models
+
+        check_family(self.family)
+        merge_models(
+            self.models,
+            self.out,
+            self.share,
+            difference=self.difference,
+            layout=self.layout,
+            dtype=self.dtype,
+            variant_file=self.variant_file,
+            family=self.family,
+        )
+        print(self.out)
+
+
+@dataclass
+class ExtractLora:
+    """The difference of a tuned model and its base as a LoRA, in UNet and text encoders, convolutions too.
+
+    Prints how much of the difference's norm it holds."""
+
+    tuned: Annotated[Positional[str], arg(metavar="TUNED")]
+    """folder, file or hub name of the tuned model"""
+    base: Annotated[Positional[str], arg(metavar="BASE")]
+    """that of the model it was made from"""
+    rank: int
+    """the higher, the nearer, and the larger the file; 16 to 128 are usual"""
+    out: Annotated[Path | None, arg(metavar="FILE")] = None
+    """where to write it; TUNED-lora.safetensors if not given"""
+    naming: Literal["kohya", "peft", "diffusers"] = "kohya"
+    """whose names: kohya's, for A1111, ComfyUI and diffusers; PEFT's or diffusers'"""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    """fp16 reads the files *.fp16.safetensors of folders"""
+    family: Annotated[str | None, arg(metavar="NAME")] = None
+    """what single files are, where they do not tell"""
+
+    def run(self) -> None:
+        from plainsd.adapters.extracting import extract_lora
+        from plainsd.device import DTYPES
+
+        check_family(self.family)
+        out = self.out or Path(f"{Path(self.tuned).name.removesuffix('.safetensors')}-lora.safetensors")
+        shares = extract_lora(
+            self.tuned,
+            self.base,
+            out,
+            self.rank,
+            naming=self.naming,
+            dtype=DTYPES[self.dtype],
+            variant_file=self.variant_file,
+            family=self.family,
+        )
+        for part, share in shares.items():
+            print(f"{part}: {share}")
+        print(out)

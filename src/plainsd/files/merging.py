@@ -1,0 +1,119 @@
+"""Models made of models, a tensor at a time: `plainsd merge`.
+
+    A (1 - s) + B s      the weighted sum of two
+    A + s (B - C)        the added difference of three: what B learned on top of C
+
+of every tensor of the UNet and the text encoders, in at least float32, as A1111's merger of checkpoints has it. The
+autoencoder, the tokenizers and all settings are A's (A1111 mixes autoencoders too). A may be an inpainting model where
+the others are not: its UNet's first convolution then keeps the weights of mask and masked picture.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from plainsd.errors import UserError
+from plainsd.files.convert import convert, read
+from plainsd.files.hub import find
+from plainsd.files.recipe import digits_of, narrowed, with_recipe
+from plainsd.files.stored import Contents, parts
+from plainsd.files.tensorfile import Stored
+
+HASHES = ("primary_model_hash", "secondary_model_hash", "tertiary_model_hash")
+METHODS = {False: "Weighted sum", True: "Add difference"}  # as A1111 calls them
+
+
+def merge_models(
+    models: Sequence[str | Path],
+    target: str | Path,
+    share: float,
+    *,
+    difference: bool = False,
+    layout: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    variant_file: str | None = None,
+    family: str | None = None,
+) -> None:
+    """Writes A (1 - share) + B share, or with `difference` A + share (B - C). `layout`, `dtype`: as in `convert`."""
+    check_recipe(len(models), share, difference=difference)
+    paths = [find(model, variant_file) for model in models]
+    others = [(str(model), read(path, variant_file, family)) for model, path in zip(models, paths, strict=True)][1:]
+
+    def change(contents: Contents) -> Contents:
+        made = merged(contents, others, share)
+        digits = {digits_of(path): path.name for path in paths}
+        recipe = {"type": "plainsd", "interp_method": METHODS[difference], "multiplier": share}
+        recipe |= dict(zip(HASHES, map(digits_of, paths), strict=False))
+        return with_recipe(made, recipe, digits)
+
+    convert(models[0], target, layout, dtype=dtype, variant_file=variant_file, family=family, change=change)
+
+
+def check_recipe(count: int, share: float, *, difference: bool) -> None:
+    if count != 2 + difference:
+        wanted = "three models with --difference, A + share (B - C)" if difference else "two models, A and B"
+        remedy = "give C too" if difference else "give two, or --difference with three"
+        raise UserError(f"{count} models to merge: it takes {wanted}; {remedy}")
+    if not difference and not 0 <= share <= 1:
+        raise UserError(f"--share {share:g} is out of range; give B's share of the sum, from 0 to 1")
+    if difference and not abs(share) <= 10:  # not a number included
+        raise UserError(f"--share {share:g} is out of range; give how much of the difference is added, such as 1")
+
+
+def merged(first: Contents, others: Sequence[tuple[str, Contents]], share: float) -> Contents:
+    """The first model with the others (one: B; two: B and C) mixed into it. They go by their names where one does not
+    fit."""
+    for name, other in others:
+        check_alike(first, other, name, inpainting=True)
+    networks = {}
+    for part, network in first.networks.items():
+        if part != "vae":
+            rest = [other.networks[part].tensors for _, other in others]
+            tensors = {
+                name: mixed(f"{part}.{name}", stored, [tensors[name] for tensors in rest], share)
+                for name, stored in network.tensors.items()
+            }
+            network = replace(network, tensors=tensors)
+        networks[part] = network
+    return replace(first, networks=networks)
+
+
+def mixed(name: str, first: Stored, others: Sequence[Stored], share: float) -> Stored:
+    """One tensor of the sum, worked out when it is read."""
+
+    def whole(dtype: torch.dtype | None = None) -> torch.Tensor:
+        wide = torch.promote_types(first.dtype, torch.float32)
+        out = first.read(wide)
+        part = out[:, : others[0].shape[1]] if others[0].shape != first.shape else out  # of conv_in, without the mask's
+        if len(others) == 1:
+            part.mul_(1 - share).add_(others[0].read(wide), alpha=share)
+        else:
+            part.add_(others[0].read(wide).sub_(others[1].read(wide)), alpha=share)
+        return narrowed(out, dtype or first.dtype, name)
+
+    return Stored(first.dtype, first.shape, whole)
+
+
+def check_alike(first: Contents, other: Contents, name: str, *, inpainting: bool = False) -> None:
+    """UserError unless networks and predictions are the same, autoencoders apart. With `inpainting` the first may be
+    such a model where the other is not."""
+    mine, theirs, differences = first.variant, other.variant, []
+    if inpainting and (mine.unet.in_channels, theirs.unet.in_channels) == (9, 4):
+        theirs = replace(theirs, unet=replace(theirs.unet, in_channels=9))
+    if mine.prediction != theirs.prediction:
+        differences.append(f"predicts {theirs.prediction}, not {mine.prediction}")
+    pairs = dict(parts(mine)), dict(parts(theirs))
+    for part in [part for part in pairs[0] if part != "vae"]:
+        if part not in pairs[1]:
+            differences.append(f"has no {part}")
+            continue
+        own, its = (asdict(pair[part][1]) for pair in pairs)
+        differences += [f"{part}: {key} {its[key]}, not {own[key]}" for key in own if own[key] != its[key]]
+    differences += [f"has a {part}" for part in pairs[1] if part not in pairs[0]]
+    if differences:
+        raise UserError(
+            f"{name} ({other.variant.name}) is no model like the first ({first.variant.name}): "
+            f"{'; '.join(differences[:3]).replace(';', ',')}; take models of one family"
+        )
