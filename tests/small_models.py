@@ -9,6 +9,7 @@ from conftest import VOCABULARY, tiny_sd
 from safetensors.torch import load_file, save_file
 
 import plainsd.files.detect
+from plainsd.files.detect import MARKS
 from plainsd.models.clip import TextConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
@@ -129,7 +130,7 @@ def weights(folder: Path) -> dict:
 
 
 def without_notes(path: Path) -> Path:
-    """A single file as others write it."""
+    """A single file as others write it, one that does not say what it predicts."""
     other = path.with_name("bare-" + path.name)
-    save_file(load_file(path), other)
+    save_file({name: tensor for name, tensor in load_file(path).items() if name not in MARKS}, other)
     return other

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import CPU, model, without_notes
+from small_models import (
+    CPU,
+    model,
+    small_families,  # noqa: F401
+    without_notes,
+)
 
 from plainsd.checkpoint import load, save
+from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.files.configs import read_unet, read_variant
 from plainsd.files.configs_out import write_variant
@@ -38,7 +44,9 @@ def header_of(variant: Variant) -> TensorFile:
     ["sd1", "sd1-inpainting", "sd1-lcm", "sd2-inpainting", "sdxl-base", "sdxl-inpainting", "sdxl-lcm", "sdxl-refiner"],
 )
 def test_family_by_shapes(name):
-    assert detect(header_of(VARIANTS[name])) == (VARIANTS[name], True)
+    certain = name in ("sd1-lcm", "sdxl-lcm", "sdxl-refiner")  # all of which predict epsilon
+    assert detect(header_of(VARIANTS[name])) == (VARIANTS[name], certain)
+    assert detect(header_of(VARIANTS[name]), name) == (VARIANTS[name], True)
 
 
 def test_family_where_shapes_cannot_tell():
@@ -63,18 +71,28 @@ def test_sdxl_with_v_prediction_says_so_by_empty_tensors():
     assert variant.spacing == "trailing" and variant.name == "sdxl-base"
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_ztsnr_alone_means_nothing():
+    file = header_of(VARIANTS["sdxl-base"])
+    assert detect(replace(file, tensors=file.tensors | {"ztsnr": None})) == (VARIANTS["sdxl-base"], False)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", None])
 def test_what_a_network_predicts_is_asked_of_it(prediction):
-    """A network that gives back the noise it sees, and one that gives mostly something else."""
+    """The embedded model predicts v; eps = alpha v + sigma x makes a network of it that predicts epsilon."""
+    unet = load(**CPU).unet
+    alpha_bar = NoiseSchedule.scaled_linear().alphas_cumprod
 
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.config, self.conv_in = UNetConfig(), torch.nn.Conv2d(4, 4, 1)
+            self.config, self.conv_in = unet.config, unet.conv_in
 
         def forward(self, x, timestep, context):
-            picture = torch.linspace(-1, 1, 32).expand(1, 4, 32, 32)
-            return x + 0.3 * picture if prediction == "epsilon" else 0.07 * x - picture
+            v = unet(x, timestep, context)
+            if prediction is None:
+                return v.flip(-1)
+            a = alpha_bar[timestep].item()
+            return v if prediction == "v_prediction" else a**0.5 * v + (1 - a) ** 0.5 * x
 
     assert probe(Network()) == prediction
 
@@ -83,8 +101,12 @@ def test_an_unmarked_sd2_file_is_asked_what_it_predicts(tmp_path, small_families
     sd = model("sd2-768")
     save(sd, tmp_path / "a.safetensors", layout="single-file")
     monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
-    monkeypatch.setattr("plainsd.files.single.probe", lambda unet: "v_prediction")
-    again = load(without_notes(tmp_path / "a.safetensors"), **CPU)
+    monkeypatch.setattr("plainsd.files.predicted.probe", lambda unet: "v_prediction")
+    file = without_notes(tmp_path / "a.safetensors")
+    with pytest.warns(
+        UserWarning, match="bare-a.safetensors does not say .*: a trial says v_prediction; .*--prediction"
+    ):
+        again = load(file, **CPU)
     assert again.variant == sd.variant and again.prediction == "v_prediction"
 
 

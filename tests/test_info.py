@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, model
+from small_models import small_families  # noqa: F401
 
 from plainsd.checkpoint import save, save_vae
 from plainsd.errors import UserError
@@ -46,7 +47,9 @@ def test_a_single_file(tmp_path, small_families):
     sd = model("sd2-768")
     save(sd, tmp_path / "a.safetensors", layout="single-file")
     assert "v_prediction" in info(tmp_path / "a.safetensors")
-    tensors = load_file(tmp_path / "a.safetensors") | {"betas": torch.rand(50)}
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert tensors.pop("v_pred").shape == (0,)
+    tensors |= {"betas": torch.rand(50)}
     save_file(tensors, tmp_path / "b.safetensors", metadata={"modelspec.title": "A \x1b[31mmodel\nof mine"})
     said = info(tmp_path / "b.safetensors")
     assert "the file does not tell" in said and "not used" in said and "50 numbers" in said

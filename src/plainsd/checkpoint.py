@@ -9,6 +9,7 @@ from torch import nn
 
 from plainsd.adapters.lora import add_lora
 from plainsd.device import choose_device, choose_dtype
+from plainsd.diffusion.schedule import same_schedule
 from plainsd.disk import read_json, whole_folder, written_whole
 from plainsd.errors import UserError
 from plainsd.files.configs import read_vae
@@ -16,6 +17,7 @@ from plainsd.files.configs_out import write_variant
 from plainsd.files.convert import read, write
 from plainsd.files.folder import PREVIEW, open_part, read_network, write_weights
 from plainsd.files.hub import find
+from plainsd.files.predicted import asked, told_otherwise
 from plainsd.files.stored import Contents, Network, empty, first, parts
 from plainsd.files.tensorfile import TensorFile, open_tensors, stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
@@ -40,23 +42,27 @@ def load(
     vae: str | Path | None = None,
     loras: Iterable[tuple[str | Path, float]] = (),
     lora_partial: bool = False,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
 ) -> StableDiffusion:
     """The embedded model, or the one in a folder, in a single file, or on the hub.
 
     `variant_file`: "fp16" reads `*.fp16.safetensors` of a folder. `family`: a name in VARIANTS, for a single file that
     does not tell. `vae`: another autoencoder, a folder or a file, in place of the model's own. `loras`: files and
-    strengths; with `lora_partial`, names in them that have no place are left out.
+    strengths; with `lora_partial`, names in them that have no place are left out. `prediction`: "epsilon" or
+    "v_prediction", and `zero_snr`: whether its noise table ends at zero SNR, where the files say it wrong or not at all.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     path = find(source, variant_file)
-    contents = read(path, variant_file, family, vae=vae is None)
-    variant = contents.variant
+    contents = read(path, variant_file, family, vae=vae is None, prediction=prediction, zero_snr=zero_snr, ask=False)
     networks = {
         name: network.build(device, dtype)
         for name, network in contents.networks.items()
         if name != "vae" or vae is None
     }
+    contents = told_otherwise(asked(contents, path, networks["unet"]), path, prediction, zero_snr)
+    variant = contents.variant
     if vae is not None:
         networks["vae"] = load_vae(vae, device=device, dtype=dtype, like=variant.vae)
         variant = replace(variant, vae=networks["vae"].config)
@@ -92,7 +98,7 @@ def save(
         prediction=sd.prediction,
         text=tuple(encoder.config for encoder in sd.text_encoders),
     )
-    if not torch.equal(variant.schedule.build().alphas_cumprod, sd.schedule.alphas_cumprod):
+    if not same_schedule(variant.schedule.build(), sd.schedule):
         raise UserError("the model's noise schedule is not the one that its variant describes; set sd.variant.schedule")
     packed = {name: packed_network(network) for name, network in zip(parts(variant), networks, strict=True)}
     texts = write_variant(variant) | tokenizer_texts(sd.tokenizers, variant)

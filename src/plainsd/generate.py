@@ -19,6 +19,7 @@ from torch import Tensor
 
 from plainsd.diffusion.samplers import Step
 from plainsd.errors import UserError
+from plainsd.models.variants import edits
 from plainsd.pictures.defaults import MULTIPLE, check_size, enlarged_size, resolved, settings_of_each
 from plainsd.pictures.images import continued, to_mask, to_pil, to_rgb, to_tensor
 from plainsd.pictures.model import StableDiffusion
@@ -31,11 +32,11 @@ from plainsd.pictures.sampling import (
     noise_of_each,
     sample,
     steps_of_strength,
+    to_edit,
 )
 from plainsd.pictures.settings import SIZES, Settings
 
-pass
-
+STRENGTH = 0.75  # of a picture drawn over, where none is given
 HIRES_STRENGTH = 0.7  # of the second pass, where none is given
 
 
@@ -95,6 +96,8 @@ def text_to_image(
     pass runs on the enlarged picture, and its steps follow those of the first.
     """
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
+        if edits(sd.unet.config, sd.vae.config):
+            raise UserError("this model edits pictures; it needs one (image_to_image, or --image)", field="image")
         raise UserError(
             "this is an inpainting model; it needs a picture and a mask (inpaint, or --image and --mask)", field="image"
         )
@@ -132,7 +135,7 @@ def image_to_image(
     sd: StableDiffusion,
     prompt: str | Sequence[str],
     image: Image.Image,
-    strength: float = 0.75,
+    strength: float | None = None,
     negative: str | Sequence[str] = "",
     *,
     size: tuple[int, int] | None = None,
@@ -141,11 +144,15 @@ def image_to_image(
 ) -> Events:
     """A picture drawn over (Meng et al. 2021, "SDEdit"): noise is added to it, and the last steps are run from there.
 
-    Of the steps, min(int(steps * strength), steps) run. The picture may have any size from 8 to 4096; it is padded
-    inside. With `size` it is scaled first. `choices` as for `text_to_image`.
+    Of the steps, min(int(steps * strength), steps) run; None is 0.75. A model that edits pictures (InstructPix2Pix,
+    Brooks et al. 2023, arXiv:2211.09800) reads the picture beside the latents: the prompt says what to change,
+    `image_guidance` how much of the picture stays, and None is 1, from noise alone. Any size from 8 to 4096 will do; it
+    is padded inside. With `size` it is scaled first. `choices` as for `text_to_image`.
     """
-    if sd.unet.config.in_channels != sd.vae.config.latent_channels:
+    editing = edits(sd.unet.config, sd.vae.config)
+    if sd.unet.config.in_channels != sd.vae.config.latent_channels and not editing:
         raise UserError("this is an inpainting model; it needs a mask (inpaint, or --mask)", field="mask")
+    strength = (1.0 if editing else STRENGTH) if strength is None else strength
     image = _fitted(image, size)
     settings, steps = _with_picture(sd, image, strength, choices)
     each = settings_of_each(settings, prompt, negative, count)
@@ -167,7 +174,9 @@ def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choi
 def _from_picture(sd: StableDiffusion, each: list[Settings], image: Image.Image) -> Generator[Step | Pictures]:
     draw, pixels = noise_of_each(each, sd.device), _padded(to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
-    known = Known(encode(sd, pixels, draw))
+    editing = edits(sd.unet.config, sd.vae.config)
+    latents = None if editing and each[0].strength == 1 else encode(sd, pixels, draw)
+    known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
     latents = yield from sample(sd, each, size, first_noise(sd, each, size, draw), draw, known)
     yield Pictures([picture.crop((0, 0, *image.size)) for picture in to_pil(decode(sd, latents))], each, latents)
 
@@ -210,6 +219,8 @@ def inpaint(
     step (Lugmayr et al. 2022, "RePaint"). At strength 1 the drawing starts from noise alone. Otherwise as
     `image_to_image`.
     """
+    if edits(sd.unet.config, sd.vae.config):
+        raise UserError("this model edits whole pictures and reads no mask; leave the mask, or outpainting, out")
     if mask.size != image.size:
         sizes = f"the mask is {mask.width}x{mask.height} and the picture {image.width}x{image.height}"
         raise UserError(f"{sizes}; make them the same size", field="mask")

@@ -20,8 +20,6 @@ from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.variants import encoder_names
 
-pass
-
 Model = "StableDiffusion | UNet | TextEncoder"
 Place = tuple[str, str]  # a network's name and a module's, ours
 

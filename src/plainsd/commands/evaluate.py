@@ -29,6 +29,10 @@ class Evaluate:
     """scores.json, scores.txt and contact-sheet.png are written there"""
     font: Annotated[Path | None, arg(metavar="FILE")] = None
     """the Noto Color Emoji font, if it is not where Debian puts it"""
+    prediction: Annotated[str | None, arg(metavar="NAME")] = None
+    """what the model's network predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
+    """whether the model's noise ends at zero SNR, likewise"""
     device: str = "auto"
     dtype: str = "auto"
 
@@ -38,8 +42,10 @@ class Evaluate:
         from plainsd.checkpoint import load
         from plainsd.disk import read_json
         from plainsd.emoji.evaluate import evaluate, table
+        from plainsd.files.predicted import on_or_off
 
-        sd = load(self.model, device=self.device, dtype=self.dtype)
+        noise = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
+        sd = load(self.model, device=self.device, dtype=self.dtype, **noise)
         file = self.concepts or sd.path / "concepts.json"
         if not file.is_file():
             raise UserError(

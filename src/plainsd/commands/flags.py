@@ -39,6 +39,10 @@ class GenerateFlags:
     """folder, single file or hub name of a model; the embedded one if not given"""
     vae: Annotated[Path | None, flag("PATH")] = None
     """another autoencoder, a folder or a file, in place of the model's own"""
+    prediction: Annotated[str | None, flag("NAME")] = None
+    """what the model's network predicts, epsilon or v_prediction, where its files say it wrong or not at all"""
+    zero_snr: Annotated[str | None, flag("on|off")] = None
+    """whether the model's noise ends at zero SNR, likewise"""
     lora: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
     """a LoRA, such as style.safetensors:0.8; more than once for several"""
     lora_folder: Annotated[Path | None, flag("FOLDER")] = None
@@ -59,6 +63,8 @@ class GenerateFlags:
     """steps of the sampler"""
     guidance: Annotated[float | None, flag("SCALE")] = None
     """how strictly the prompt is followed; 1 ignores --negative and is twice as fast"""
+    image_guidance: Annotated[float | None, flag("SCALE")] = None
+    """how much of --image stays, with a model that edits pictures (default 1.5)"""
     sampler: Annotated[str | None, flag("NAME")] = None
     """ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms unipc
     lcm"""

@@ -14,7 +14,7 @@ from plainsd.commands.adapters import chosen, learned, without_tags
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, grid_cells, sheet
 from plainsd.commands.output import Batch, Target, check_writable, draw
-from plainsd.commands.recorded import ELSEWHERE, check_recorded, noted, recorded, say_unused
+from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_of, noted, recorded, say_unused
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
@@ -53,6 +53,7 @@ class Generate(GenerateFlags):
         axes = [axis(text) for text in self.grid]
         if len(axes) > 2 or (axes and self.count * len(prompts) > 1):
             raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
+        noise = noise_of(self, choices)
         task, part = self.task(choices), share.part(len(prompts))
         target.number = None if share.alone else share.agreed(target.next_number()) + part.start
         if not part:
@@ -68,7 +69,7 @@ class Generate(GenerateFlags):
         loras = chosen(self.lora, tags, self.lora_folder)
         files = [learned(text) for text in self.embedding]
         device = choose_device(share.device(self.device))
-        sd = fitted(partial(self.loaded, device, loras), device, self.low_memory)
+        sd = fitted(partial(self.loaded, device, loras, noise), device, self.low_memory)
         words = {add_embedding(sd, file, word or None): file for file, word in files}
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
@@ -88,7 +89,7 @@ class Generate(GenerateFlags):
             images += pictures.images
             if not axes:
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
-                    say(str(target.write(image, noted(settings, sd, loras, words, self.vae))))
+                    say(str(target.write(image, noted(settings, sd, loras, words, self.vae, noise))))
         if axes:
             say(str(target.write(sheet(images, axes), None)))
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
@@ -98,13 +99,13 @@ class Generate(GenerateFlags):
             file=sys.stderr,
         )
 
-    def loaded(self, device: torch.device, loras: list, place: torch.device) -> StableDiffusion:
+    def loaded(self, device: torch.device, loras: list, noise: dict, place: torch.device) -> StableDiffusion:
         """The model, and its refiner, at a place, in the precision of the device where it will draw."""
         from plainsd.checkpoint import load
         from plainsd.device import choose_dtype
 
         where = {"device": place, "dtype": choose_dtype(self.dtype, device)}
-        sd = load(self.model, vae=self.vae, loras=loras, lora_partial=self.lora_partial, **where)
+        sd = load(self.model, vae=self.vae, loras=loras, lora_partial=self.lora_partial, **noise, **where)
         if self.refiner:
             sd.refiner = load(self.refiner, **where)
         return sd
@@ -123,7 +124,7 @@ class Generate(GenerateFlags):
             prompts = read_prompts(self.prompts)
         if not prompts:
             raise UserError("there is no prompt; give one, or a picture with --from, or a file with --prompts")
-        choosable = DEFAULTS.keys() - {"prompt", *ELSEWHERE}
+        choosable = DEFAULTS.keys() - {"prompt", *ELSEWHERE, *NOISE}
         given = {name: value for name, value in asdict(self).items() if name in choosable and value is not None}
         if self.count < 1 or self.batch < 1:
             raise UserError(f"count {self.count} and batch {self.batch} must be 1 or more")

@@ -13,8 +13,8 @@ from plainsd.pictures.settings import FIELDS
 if TYPE_CHECKING:
     from PIL import Image
 
-NOT_HERE = ("size", "outpaint", "interval", "model", "refiner", "vae", "masked", "embeddings")  # pictures of one
-# size; what flags alone say
+NOT_HERE = ("size", "outpaint", "interval", "model", "refiner", "vae", "masked", "embeddings", "prediction", "zero_snr")
+# pictures of one size; what flags alone say
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,16 @@ class Info:
     """folder, file or hub name; the embedded model if not given"""
     variant_file: Annotated[str | None, arg(metavar="NAME")] = None
     """fp16 looks at the files *.fp16.safetensors of a folder"""
+    prediction: Annotated[str | None, arg(metavar="NAME")] = None
+    """what its network predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
+    """whether its noise ends at zero SNR, likewise"""
 
     def run(self) -> None:
+        from plainsd.files.predicted import on_or_off
         from plainsd.reports.info import info
 
-        print(info(self.model, self.variant_file))
+        print(info(self.model, self.variant_file, self.prediction, on_or_off(self.zero_snr)))
 
 
 @dataclass
@@ -45,6 +50,10 @@ class Convert:
     """LoRAs, LoHas, LoKrs to fold into the weights; once for each"""
     lora_partial: bool = False
     """leave out what of a LoRA has no place in the model"""
+    prediction: Annotated[str | None, arg(metavar="NAME")] = None
+    """what its network predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
+    """whether its noise ends at zero SNR, likewise"""
 
     def run(self) -> None:
         from functools import partial
@@ -52,9 +61,11 @@ class Convert:
         from plainsd.adapters.baking import baked
         from plainsd.commands.adapters import chosen
         from plainsd.files.convert import convert
+        from plainsd.files.predicted import on_or_off
 
         check_family(self.family)
         where = {"variant_file": self.variant_file, "family": self.family}
+        where |= {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         if self.lora:
             where["change"] = partial(baked, loras=chosen(self.lora, {}, None), partial_fit=self.lora_partial)
         convert(self.source, self.target, self.layout, dtype=self.dtype, **where)
@@ -104,16 +115,28 @@ class Verify:
     """fp16 reads the files *.fp16.safetensors of a folder"""
     family: Annotated[str | None, arg(metavar="NAME")] = None
     """what a single file is, where it does not tell"""
+    prediction: Annotated[str | None, arg(metavar="NAME")] = None
+    """what its network predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
+    """whether its noise ends at zero SNR, likewise"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ...; float32 everywhere"""
 
     def run(self) -> int:
+        from plainsd.files.predicted import on_or_off
         from plainsd.reports.verify import check_packages, lines, verify
 
         check_packages()
         check_family(self.family)
         failed = []
-        rows = verify(self.model, variant_file=self.variant_file, family=self.family, device=self.device)
+        rows = verify(
+            self.model,
+            variant_file=self.variant_file,
+            family=self.family,
+            device=self.device,
+            prediction=self.prediction,
+            zero_snr=on_or_off(self.zero_snr),
+        )
         for line in lines(rows, failed):
             print(line, flush=True)
         return 1 if failed else 0

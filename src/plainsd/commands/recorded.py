@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from plainsd.pictures.model import StableDiffusion
 
 ELSEWHERE = ("model", "refiner", "vae", "embeddings", "hashes")  # what a picture's text names, and flags give
+NOISE = ("prediction", "zero_snr")  # how the model is to be read: a picture's text says it, and flags change it
 
 
 def recorded(path: Path) -> dict:
@@ -56,13 +57,26 @@ def check_recorded(
         )
 
 
+def noise_of(command: GenerateFlags, choices: dict) -> dict:
+    """The arguments for `load` that say how the model is to be read. Takes them out of the choices."""
+    from plainsd.files.predicted import check_prediction, on_or_off
+
+    prediction, zero_snr = (choices.pop(name, None) for name in NOISE)
+    prediction = command.prediction or prediction
+    zero_snr = zero_snr if command.zero_snr is None else on_or_off(command.zero_snr)
+    check_prediction(prediction)
+    return {"prediction": prediction, "zero_snr": zero_snr}
+
+
 def say_unused(keys: list[str]) -> None:
     """What a picture's text says that nothing here acts on, once all else is in order."""
     if keys:
         print(f"no effect here: {', '.join(keys)}", file=sys.stderr)
 
 
-def noted(settings: Settings, sd: StableDiffusion, loras: Loras, words: dict[str, Path], vae: Path | None) -> Settings:
+def noted(
+    settings: Settings, sd: StableDiffusion, loras: Loras, words: dict[str, Path], vae: Path | None, noise: dict
+) -> Settings:
     """With what came by flags, and the hashes of all its files."""
     from plainsd.files.hashes import hashes
 
@@ -74,4 +88,5 @@ def noted(settings: Settings, sd: StableDiffusion, loras: Loras, words: dict[str
         embeddings=tuple(used),
         vae=vae and vae.resolve().name,
         hashes=files,
+        **noise,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plainsd.commands.flags import GenerateFlags
+from plainsd.commands.recorded import NOISE
 from plainsd.errors import UserError
 from plainsd.server.client import Finished, Progress, Remote
 
@@ -22,8 +23,21 @@ if TYPE_CHECKING:
 
 AHEAD = 4  # jobs sent before the first of them has ended, so that the server can join them
 ROUGH = 8  # times that a preview is enlarged
-NOT_SENT = ("vae", "lora_folder", "lora_partial", "device", "dtype", "fast", "compile", "int8", "low_memory", "batch")
-NOT_FIELDS = ("embeddings", "masked", "vae", "hashes")  # of what a picture's text says, no fields of a job
+NOT_SENT = (
+    "vae",
+    "prediction",
+    "zero_snr",
+    "lora_folder",
+    "lora_partial",
+    "device",
+    "dtype",
+    "fast",
+    "compile",
+    "int8",
+    "low_memory",
+    "batch",
+)
+NOT_FIELDS = ("embeddings", "masked", "vae", "hashes", *NOISE)  # of what a picture's text says, no fields of a job
 SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
 
 
@@ -56,6 +70,9 @@ def check_sent(command: GenerateFlags, choices: dict[str, Any]) -> None:
         if getattr(command, name) != getattr(type(command), name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is not sent to a server; leave it out, or draw here without --server")
+    if told := [name for name in NOISE if name in choices]:
+        raise UserError(f"'{command.from_}' was made with a {told[0].replace('_', '-')} told by flag, which a server takes "
+                        "at its start; draw here without --server")  # fmt: skip
     if choices.get("vae"):
         raise UserError(f"'{command.from_}' was made with the VAE {choices['vae']!r}, which a server does not take; "
                         "draw here without --server")  # fmt: skip

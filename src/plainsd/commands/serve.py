@@ -26,6 +26,10 @@ class Serve:
 
     model: Annotated[UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
     """folder, file or hub name; several times for several, the first is the default. The embedded one if not given"""
+    prediction: Annotated[str | None, flag("NAME")] = None
+    """what the network of the one model predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    zero_snr: Annotated[str | None, flag("on|off")] = None
+    """whether the model's noise ends at zero SNR, likewise"""
     host: Annotated[str, flag("ADDRESS")] = "127.0.0.1"
     """where to listen; anything but this machine needs a token"""
     port: Annotated[int, flag("N")] = 7860
@@ -68,6 +72,7 @@ class Serve:
             raise UserError(
                 f"serving needs {error.name}, which is not installed; pip install 'plainsd[serve]'"
             ) from None
+        from plainsd.files.predicted import on_or_off
         from plainsd.server.api.app import create_app
         from plainsd.server.api.security import Hosts
         from plainsd.server.limits import Limits
@@ -87,7 +92,8 @@ class Serve:
         memory = None if self.memory is None else self.memory * 1e9
         service = Service.open(self.model, self.data, limits, batch=self.batch, device=self.device, dtype=self.dtype,
                                memory=memory, loras=self.loras, fast=self.fast,
-                               embeddings=self.embeddings)  # fmt: skip
+                               embeddings=self.embeddings, prediction=self.prediction,
+                               zero_snr=on_or_off(self.zero_snr))  # fmt: skip
         app = create_app(
             service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
         )

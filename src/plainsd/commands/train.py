@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass, replace
 
+from plainsd.errors import UserError
 from plainsd.train import options
 
 
@@ -25,6 +26,11 @@ class Train(options.TrainOptions):
             "lora": train_lora,
             "inversion": train_inversion,
         }[self.method]
+        if self.method in ("vae", "scratch") and (self.prediction or self.zero_snr):
+            raise UserError(
+                f"--prediction and --zero-snr speak of --base, which method {self.method} does not draw with; "
+                "leave them out"
+            )
         filled = replace(self, pace=options.with_defaults(self.method, self.pace))
         device = choose_device(self.pace.device)
         with world_of_torchrun(device, self.pace.shard) as world:

@@ -8,8 +8,10 @@ trained in variance-preserving ones, x / sqrt(1 + sigma^2), where the sum has un
     epsilon       the noise                                      Ho et al. 2020
     v_prediction  v = sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * x0   Salimans and Ho 2022
     sample        x0 itself
+    edm           -v                                             Karras et al. 2022, F of equation 7
 
-With alpha_bar = 1 / (1 + sigma^2) these are the only lines of plainsd that know the difference. Guidance in all its
+v and edm are in units of sigma_data, the spread of the clean latents: 1 for all models but those in EDM's form. With
+alpha_bar = 1 / (1 + sigma^2) these are the only lines of plainsd that know the difference. Guidance in all its
 forms, and inpainting, are small functions that take such functions and return a `Denoise`.
 
 The last part is for training, in the network's own coordinates, with a timestep for each sample of the batch.
@@ -23,21 +25,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from plainsd.diffusion.schedule import Level, NoiseSchedule
+from plainsd.diffusion.schedule import EDMSchedule, Level, NoiseSchedule
 from plainsd.errors import unknown
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> x0
-Predict = Callable[[Tensor, float], Tensor]  # (x / sqrt(1 + sigma^2), timestep) -> epsilon, v or x0
+Predict = Callable[[Tensor, float], Tensor]  # (x / sqrt(sigma_data^2 + sigma^2), timestep) -> epsilon, v or x0
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (x, sigma) -> x0 (with the prompt, without it)
-Triple = Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]  # ... and with the prompt, attention perturbed
+Triple = Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]  # ... and a third one
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of models with a table of levels
+KNOWN = (*PREDICTIONS, "edm")
 
 
 # What networks predict.
 
 
-def x0_from(prediction: str, x: Tensor, output: Tensor, sigma: float) -> Tensor:
+def x0_from(prediction: str, x: Tensor, output: Tensor, sigma: float, sigma_data: float = 1.0) -> Tensor:
     """The clean latent that a network's output means for x at level sigma.
 
     The form for v never subtracts large numbers, so it stays exact where sigma is 4096 and x is almost pure noise.
@@ -45,35 +48,48 @@ def x0_from(prediction: str, x: Tensor, output: Tensor, sigma: float) -> Tensor:
     if prediction == "epsilon":
         return x - sigma * output
     if prediction == "v_prediction":
-        return x / (1 + sigma**2) - output * (sigma / math.sqrt(1 + sigma**2))
+        level = sigma / sigma_data
+        return x / (1 + level**2) - output * (sigma / math.sqrt(1 + level**2))
     if prediction == "sample":
         return output
-    raise unknown("prediction", prediction, PREDICTIONS)
+    if prediction == "edm":
+        return x0_from("v_prediction", x, -output, sigma, sigma_data)
+    raise unknown("prediction", prediction, KNOWN)
 
 
-def output_from(prediction: str, x: Tensor, x0: Tensor, sigma: float) -> Tensor:
+def output_from(prediction: str, x: Tensor, x0: Tensor, sigma: float, sigma_data: float = 1.0) -> Tensor:
     """The network output that would have meant x0: the inverse of `x0_from`, for sigma above 0."""
     if prediction == "epsilon":
         return (x - x0) / sigma
     if prediction == "v_prediction":
-        return (x / (1 + sigma**2) - x0) * (math.sqrt(1 + sigma**2) / sigma)
+        level = sigma / sigma_data
+        return (x / (1 + level**2) - x0) * (math.sqrt(1 + level**2) / sigma)
     if prediction == "sample":
         return x0
-    raise unknown("prediction", prediction, PREDICTIONS)
+    if prediction == "edm":
+        return -output_from("v_prediction", x, x0, sigma, sigma_data)
+    raise unknown("prediction", prediction, KNOWN)
 
 
-def denoiser(predict: Predict, schedule: NoiseSchedule, prediction: str) -> Denoise:
+def spread_of(schedule: NoiseSchedule | EDMSchedule) -> float:
+    """sigma_data: the unit in which v is counted."""
+    return schedule.sigma_data if isinstance(schedule, EDMSchedule) else 1.0
+
+
+def denoiser(predict: Predict, schedule: NoiseSchedule | EDMSchedule, prediction: str) -> Denoise:
     """A network as a `Denoise`.
 
     The network is told the (fractional) timestep whose level is sigma; at a `Level` the one that this names, since some
     published samplers round.
     """
-    if prediction not in PREDICTIONS:
-        raise unknown("prediction", prediction, PREDICTIONS)
+    if prediction not in KNOWN:
+        raise unknown("prediction", prediction, KNOWN)
+    sigma_data = spread_of(schedule)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         timestep = sigma.timestep if isinstance(sigma, Level) else schedule.timestep(sigma)
-        return x0_from(prediction, x, predict(x / math.sqrt(1 + sigma**2), timestep), sigma)
+        output = predict(x / math.sqrt(sigma_data**2 + sigma**2), timestep)
+        return x0_from(prediction, x, output, sigma, sigma_data)
 
     return denoise
 
@@ -97,18 +113,18 @@ def guided(pair: Pair, scale: float) -> Denoise:
     return denoise
 
 
-def rescaled(pair: Pair, scale: float, phi: float, prediction: str = "epsilon") -> Denoise:
+def rescaled(pair: Pair, scale: float, phi: float, prediction: str = "epsilon", sigma_data: float = 1.0) -> Denoise:
     """Guidance whose prediction keeps the spread of the prompted one, by a share phi (Lin et al. 2023, section 3.4).
 
     Standard deviations are taken over each sample, on what the network predicts.
     """
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        cond, uncond = (output_from(prediction, x, x0, sigma) for x0 in pair(x, sigma))
+        cond, uncond = (output_from(prediction, x, x0, sigma, sigma_data) for x0 in pair(x, sigma))
         output = uncond + scale * (cond - uncond)
         sample = tuple(range(1, x.ndim))
         spread = cond.std(sample, keepdim=True) / output.std(sample, keepdim=True)
-        return x0_from(prediction, x, output * (phi * spread + 1 - phi), sigma)
+        return x0_from(prediction, x, output * (phi * spread + 1 - phi), sigma, sigma_data)
 
     return denoise
 
@@ -148,6 +164,19 @@ def perturbed(triple: Triple, scale: float, perturbed_scale: float) -> Denoise:
     def denoise(x: Tensor, sigma: float) -> Tensor:
         cond, uncond, blurred = triple(x, sigma)
         return uncond + scale * (cond - uncond) + perturbed_scale * (cond - blurred)
+
+    return denoise
+
+
+def edited(triple: Triple, scale: float, image_scale: float) -> Denoise:
+    """Two guidances: by the prompt, and by the picture that is edited (Brooks et al. 2023, arXiv:2211.09800, equation 3).
+
+    `triple`: with prompt and picture, with the picture alone, with neither.
+    """
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        prompted, pictured, plain = triple(x, sigma)
+        return plain + image_scale * (pictured - plain) + scale * (prompted - pictured)
 
     return denoise
 

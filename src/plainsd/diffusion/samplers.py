@@ -23,7 +23,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise, output_from, x0_from
-from plainsd.diffusion.schedule import SPACINGS, Level, NoiseSchedule, spaced
+from plainsd.diffusion.schedule import SPACINGS, EDMSchedule, Level, NoiseSchedule, spaced
 from plainsd.errors import unknown
 
 Noise = Callable[[], Tensor]  # unit noise, shaped like x
@@ -229,7 +229,14 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, e
 
 
 def plms(
-    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, prediction: str = "epsilon", strides: Strides = ()
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    prediction: str = "epsilon",
+    sigma_data: float = 1.0,
+    strides: Strides = (),
 ) -> Iterator[Step]:
     """Adams-Bashforth on the network's output, with the weights for even steps of sigma: fourth order there, second on
     a table's timesteps (PNDM, Liu et al. 2022, as Stable Diffusion's original uses it, without the Runge-Kutta start).
@@ -242,17 +249,18 @@ def plms(
     outputs: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        outputs = [output_from(prediction, x, denoised, sigma), *outputs[:3]]
+        outputs = [output_from(prediction, x, denoised, sigma, sigma_data), *outputs[:3]]
         start, end = sigma, strides[index].below if strides else sigma_next
         if index == 0:
             trial = renamed(toward(x, denoised, start, end), end, sigma_next)
-            at_end = output_from(prediction, trial, denoise(trial, sigma_next), sigma_next)
+            at_end = output_from(prediction, trial, denoise(trial, sigma_next), sigma_next, sigma_data)
             mean = (outputs[0] + at_end) / 2
             start, end = strides[1].above if len(strides) > 1 else sigma, sigma_next
             x = renamed(x, sigma, start)
         else:
             mean = _weighted(outputs, ADAMS_BASHFORTH[len(outputs)])
-        x = renamed(toward(x, x0_from(prediction, x, mean, start), start, end), end, sigma_next)
+        aim = x0_from(prediction, x, mean, start, sigma_data)
+        x = renamed(toward(x, aim, start, end), end, sigma_next)
         yield Step(index, sigma_next, x, denoised)
 
 
@@ -361,7 +369,7 @@ class Sampler:
     unit_first: bool = False  # the first latent counts a clean latent's own spread
     rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> for timesteps
     spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
-    takes: tuple[str, ...] = ()  # what `run` takes by name: of "eta", "strides", "prediction"
+    takes: tuple[str, ...] = ()  # what `run` takes by name: of "eta", "strides", "prediction", "sigma_data"
 
 
 def cut(timestep: float) -> float:
@@ -386,7 +394,7 @@ SOLVER = {
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding=WHOLE, takes=("eta",)),
     "ddim": Sampler(ddim, "leading", **TO_FIRST, takes=("eta", "strides")),
-    "plms": Sampler(plms, "leading", **TO_FIRST, takes=("prediction", "strides")),
+    "plms": Sampler(plms, "leading", **TO_FIRST, takes=("prediction", "sigma_data", "strides")),
     "euler": Sampler(euler),
     "euler_a": Sampler(partial(ddim, eta=1.0), takes=("eta",)),
     "heun": Sampler(heun),
@@ -422,7 +430,7 @@ class Levels:
         return replace(self, sigmas=self.sigmas[start : stop + 1], strides=self.strides[start : stop + 1])
 
 
-def sampler_levels(schedule: NoiseSchedule, name: str, steps: int, spacing: str | None = None) -> Levels:
+def sampler_levels(schedule: NoiseSchedule | EDMSchedule, name: str, steps: int, spacing: str | None = None) -> Levels:
     """What SAMPLERS[name] visits in so many steps; None takes its own spacing. UserError for unknown names."""
     check_names(name, spacing)
     sampler = SAMPLERS[name]
@@ -430,8 +438,8 @@ def sampler_levels(schedule: NoiseSchedule, name: str, steps: int, spacing: str 
     sigmas = spaced(schedule, spacing, steps, sampler.spare.get(spacing, 0), sampler.rounding.get(spacing, float))
     strides = _strides(schedule, sigmas) if sampler.same_stride and not SPACINGS[spacing].of_levels else ()
     # A latent's own spread counts, sqrt(1 + sigma^2); the k-diffusion samplers leave out the 1 unless spacing is
-    # leading, and so it is in diffusers.
-    with_latent = sampler.unit_first or spacing == "leading"
+    # leading or the model is EDM's, and so it is in diffusers.
+    with_latent = sampler.unit_first or spacing == "leading" or isinstance(schedule, EDMSchedule)
     first_scale = math.sqrt(1 + sigmas[0] ** 2) if with_latent else float(sigmas[0])
     end = Level(0.0 if sampler.ends_at_zero else schedule.sigma_min, 0.0)
     return Levels((*sigmas, end), strides, first_scale)

@@ -8,6 +8,8 @@ Divided by sqrt(alpha_bar_t) this is x0 + sigma_t * noise with sigma_t = sqrt((1
 sampling code works with that sigma, the noise level beside a clean latent of full size. `NoiseSchedule` is the table
 that translates; below it stand the spacings, the ways to choose a few levels out of the thousand.
 
+Models in the form of Karras et al. 2022 ("EDM") have no table: `EDMSchedule` is a range of levels with a formula.
+
 The table is float64, made once on the CPU. Levels and timesteps are plain Python floats, so no sampler ever waits for
 a device to tell it a number.
 """
@@ -99,6 +101,46 @@ class NoiseSchedule:
         return float(np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self))))
 
 
+@dataclass(frozen=True)
+class EDMSchedule:
+    """No table: every level between two ends was trained (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    Latents have the standard deviation `sigma_data`; the paper's preconditioning, for the network F and the level sigma,
+
+        x0 = c_skip x + c_out F(c_in x, c_noise)          c_in = 1 / sqrt(sigma^2 + sigma_data^2)
+        c_skip = (sigma_data c_in)^2                      c_out = sigma sigma_data c_in
+
+    is v-prediction in units of sigma_data, but for the sign of F: see denoiser.py.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    rho: float = 7.0  # of the karras spacing
+    count: int = 1000  # the most steps
+
+    def build(self) -> "EDMSchedule":
+        """Itself: there is no table to make."""
+        return self
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sigma(self, timestep: float) -> float:
+        """Noise level that a network was told as this timestep."""
+        return math.exp(4 * timestep)
+
+    def timestep(self, sigma: float) -> float:
+        """What the network is told of a level: c_noise, a quarter of its logarithm."""
+        return math.log(sigma) / 4
+
+
+def same_schedule(a: NoiseSchedule | EDMSchedule, b: NoiseSchedule | EDMSchedule) -> bool:
+    if isinstance(a, EDMSchedule) or isinstance(b, EDMSchedule):
+        return a == b
+    return torch.equal(a.alphas_cumprod, b.alphas_cumprod)
+
+
 # Spacings: rules that choose timesteps, named by Lin et al. 2023 in their table 2, and rules that choose levels.
 
 
@@ -178,7 +220,11 @@ class Level(float):
 
 
 def spaced(
-    schedule: NoiseSchedule, spacing: str, steps: int, spare: int = 0, rounded: Callable[[float], float] = float
+    schedule: NoiseSchedule | EDMSchedule,
+    spacing: str,
+    steps: int,
+    spare: int = 0,
+    rounded: Callable[[float], float] = float,
 ) -> list[Level]:
     """The levels, falling, at which a sampler's steps begin.
 
@@ -189,6 +235,8 @@ def spaced(
     if not 1 <= steps <= count - spare:
         raise UserError(f"steps {steps} is out of range; choose 1 to {count - spare}", field="steps", value=steps)
     rule = SPACINGS[spacing]
+    if isinstance(schedule, EDMSchedule):
+        return spaced_freely(schedule, spacing, points)[:steps]
     if rule.of_levels:
         sigmas = rule.points(schedule.sigma_min, schedule.sigma_max, points)[:steps]
         timesteps = [float(rounded(schedule.timestep(sigma))) for sigma in sigmas]
@@ -197,3 +245,18 @@ def spaced(
         # Between entries sigma itself is linear here, not its logarithm, as in the samplers that these rules are from.
         sigmas = np.interp(timesteps, np.arange(count), schedule.sigmas.numpy()).tolist()
     return [Level(sigma, timestep) for sigma, timestep in zip(sigmas, timesteps, strict=True)]
+
+
+def spaced_freely(schedule: EDMSchedule, spacing: str, points: int) -> list[Level]:
+    """Levels where every one was trained: none is rounded."""
+    rule, ends = SPACINGS[spacing], (schedule.sigma_min, schedule.sigma_max, points)
+    if not rule.of_levels:
+        names = " or ".join(name for name, other in SPACINGS.items() if other.of_levels)
+        raise UserError(
+            f"spacing {spacing!r} chooses among trained timesteps, and this model was trained at all noise levels "
+            f"(EDM); choose {names}",
+            field="spacing",
+            value=spacing,
+        )
+    sigmas = karras(*ends, schedule.rho) if spacing == "karras" else rule.points(*ends)
+    return [Level(sigma, schedule.timestep(sigma)) for sigma in sigmas]

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from plainsd.diffusion.denoiser import PREDICTIONS
+from plainsd.diffusion.schedule import OF_LEVELS, OF_TIMESTEPS, EDMSchedule
 from plainsd.errors import UserError
 from plainsd.models.clip import ACTIVATIONS, TextConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
-from plainsd.models.variants import ScheduleConfig, Variant, encoder_names, nearest
+from plainsd.models.variants import ScheduleConfig, Variant, check_reads, edits, encoder_names, nearest
 
 Config = Mapping[str, Any]  # one config.json
 
@@ -62,13 +64,30 @@ XL_FIXED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 VAE_FIXED = {
     "act_fn": "silu",
     "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
 CURVES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+SCHEDULERS = (  # diffusers' classes that differ in the sampler alone, which is chosen elsewhere: the table is the same
+    *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
+    *("PNDMScheduler", "LCMScheduler", "TCDScheduler", "RePaintScheduler"),
+)
+SIGMA_SCHEDULERS = (  # likewise; these also know karras and exponential spacing
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "SASolverScheduler"),
+    "DPMSolverMultistepInverseScheduler",
+)
+EDM_SCHEDULERS = {"EDMDPMSolverMultistepScheduler": "dpmpp_2m", "EDMEulerScheduler": "euler"}  # and the sampler in each
+SCHEDULE_FIXED = {  # what else would change the noise or the estimates; all other settings are a sampler's habits
+    "trained_betas": None,
+    "thresholding": False,
+    "use_flow_sigmas": False,
+    "snr_shift_scale": 1.0,
+}
+LEARNED = ("learned", "learned_range")  # of variance_type: half of the network's output would be a variance
+PIX2PIX = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
 TEXT_CLASSES = {"CLIPTextModel": None, "CLIPTextModelWithProjection": None}
 LEGACY_EOS = 2  # older CLIP configs say 2 and mean the largest id
 WIDEST, MOST = 2**20, 100  # of any width; of layers, levels and blocks
@@ -183,9 +202,25 @@ def read_vae(config: Config, where: str) -> VAEConfig:
         groups=whole(config, "norm_num_groups", where, 32),
         scaling_factor=number(config, "scaling_factor", where, 0.18215),
         pixel_channels=whole(config, "in_channels", where, 3),
+        latents_mean=channelwise(config, "latents_mean", where),
+        latents_std=channelwise(config, "latents_std", where),
     )
+    if (vae.latents_mean is None) != (vae.latents_std is None):
+        raise UserError(f"{where}: latents_mean and latents_std belong together; give both or neither")
     divides(vae.groups, vae.channels, "groups of the norms", where)
     return vae
+
+
+def channelwise(config: Config, name: str, where: str) -> tuple[float, ...] | None:
+    """One number a latent channel, of the deviations above 0; None where there are none."""
+    values = config.get(name)
+    if values is None:
+        return None
+    channels, low = whole(config, "latent_channels", where, 4), 0 if name == "latents_std" else -1e6
+    good = isinstance(values, (list, tuple)) and len(values) == channels
+    if not good or not all(type(value) in (int, float) and low < value <= 1e6 for value in values):
+        raise UserError(f"{where}: {name} is {values!r}, and must be {channels} numbers, one a latent channel")
+    return tuple(map(float, values))
 
 
 def read_text(config: Config, where: str) -> TextConfig:
@@ -207,9 +242,23 @@ def read_text(config: Config, where: str) -> TextConfig:
     return text
 
 
-def read_schedule(config: Config, where: str) -> tuple[ScheduleConfig, str, str | None]:
-    """The noise schedule, what the network predicts, and the spacing of timesteps if the file gives one."""
-    check_fixed(config, {"trained_betas": None}, where)
+def read_schedule(config: Config, where: str, kind: str = "DDIMScheduler") -> dict[str, Any]:
+    """The noise schedule, what the network predicts, and the spacing if the file gives one, as fields of a Variant.
+    `kind` is the scheduler's class where the file itself does not name it."""
+    kind = str(config.get("_class_name") or kind).removeprefix("Flax")
+    continuous = config.get("timestep_type") == "continuous"
+    if kind in EDM_SCHEDULERS or continuous and kind in SIGMA_SCHEDULERS:
+        return read_edm(config, where, kind)
+    if kind not in (*SCHEDULERS, *SIGMA_SCHEDULERS):
+        raise UserError(
+            f"{where}: the scheduler {kind!r} means another kind of noise or network than Stable Diffusion's, and is not "
+            f"supported; choose a model made with {SCHEDULERS[0]}, {', '.join(EDM_SCHEDULERS)} or their like"
+        )
+    check_fixed(config, SCHEDULE_FIXED, where)
+    if config.get("variance_type") in LEARNED:
+        raise UserError(
+            f"{where}: variance_type is {config['variance_type']!r}, and learned variances are not supported"
+        )
     schedule = ScheduleConfig(
         curve=CURVES[one_of(config, "beta_schedule", where, "linear", CURVES)],
         beta_start=number(config, "beta_start", where, 0.0001, 0.999),
@@ -217,8 +266,45 @@ def read_schedule(config: Config, where: str) -> tuple[ScheduleConfig, str, str 
         count=whole(config, "num_train_timesteps", where, 1000, 100_000),
         zero_terminal_snr=config.get("rescale_betas_zero_snr") is True,
     )
-    predictions = {"epsilon": None, "v_prediction": None}
-    return schedule, one_of(config, "prediction_type", where, "epsilon", predictions), config.get("timestep_spacing")
+    timesteps = one_of(config, "timestep_spacing", where, "leading", dict.fromkeys(OF_TIMESTEPS))
+    spacing = "trailing" if timesteps == "trailing" else None  # the others are habits of samplers, not of models
+    if kind in SIGMA_SCHEDULERS and (levels := spacing_of_levels(config)):
+        check_fixed(config, {"sigma_min": None, "sigma_max": None}, where)
+        spacing = levels
+    prediction = one_of(config, "prediction_type", where, "epsilon", dict.fromkeys(PREDICTIONS))
+    return {"schedule": schedule, "prediction": prediction, "spacing": spacing}
+
+
+def spacing_of_levels(config: Config) -> str | None:
+    return next((name for name in OF_LEVELS if config.get(f"use_{name}_sigmas") is True), None)
+
+
+def read_edm(config: Config, where: str, kind: str) -> dict[str, Any]:
+    """The form of Karras et al. 2022. Euler's scheduler has it too, with v-prediction and `timestep_type` continuous."""
+    check_fixed(config, SCHEDULE_FIXED, where)
+    own = kind in EDM_SCHEDULERS
+    if own:
+        known = {"epsilon": "edm", "v_prediction": "v_prediction"}
+        prediction = known[one_of(config, "prediction_type", where, "epsilon", known)]
+        spacing = one_of(config, "sigma_schedule", where, "karras", dict.fromkeys(OF_LEVELS))
+    else:
+        prediction, spacing = config.get("prediction_type", "epsilon"), spacing_of_levels(config)
+        if prediction != "v_prediction" or spacing is None:
+            raise UserError(
+                f"{where}: timestep_type is 'continuous', which is supported with prediction_type 'v_prediction' and "
+                "use_karras_sigmas or use_exponential_sigmas only; choose a model with such settings"
+            )
+    schedule = EDMSchedule(
+        sigma_min=number(config, "sigma_min", where, 0.002 if own else None),
+        sigma_max=number(config, "sigma_max", where, 80.0 if own else None, 1e6),
+        sigma_data=number(config, "sigma_data", where, 0.5) if own else 1.0,
+        rho=number(config, "rho", where, 7.0),
+        count=whole(config, "num_train_timesteps", where, 1000, 100_000),
+    )
+    if schedule.sigma_min >= schedule.sigma_max:
+        raise UserError(f"{where}: sigma_min {schedule.sigma_min} is not below sigma_max {schedule.sigma_max}; mend it")
+    fields = {"schedule": schedule, "prediction": prediction, "spacing": spacing}
+    return fields | {"sampler": EDM_SCHEDULERS.get(kind, "euler")}
 
 
 # --- a whole model ---------------------------------------------------------------------------------------------------
@@ -227,6 +313,8 @@ def read_schedule(config: Config, where: str) -> tuple[ScheduleConfig, str, str 
 def read_variant(get: Callable[[str], Config], where: str) -> Variant:
     """The model that the files of a diffusers folder describe; `get` reads one, by its path within the folder."""
     index, at = get("model_index.json"), lambda path: (get(path), f"{where}: {path}")
+    latents = whole(get("vae/config.json"), "latent_channels", f"{where}: vae/config.json", 4)
+    check_reads(whole(get("unet/config.json"), "in_channels", f"{where}: unet/config.json", 4), latents, where)
     unet, conv = read_unet(*at("unet/config.json"))
     vae = read_vae(*at("vae/config.json"))
     classes = text_classes(index, where)
@@ -234,25 +322,39 @@ def read_variant(get: Callable[[str], Config], where: str) -> Variant:
         read_text(get(f"{name}/config.json") | {"architectures": [kind]}, f"{where}: {name}/config.json")
         for name, kind in classes.items()
     )
-    schedule, prediction, spacing = read_schedule(*at("scheduler/scheduler_config.json"))
+    check_pipeline(index, edits(unet, vae), where)
+    noise = read_schedule(*at("scheduler/scheduler_config.json"), scheduler_class(index))
     side = wholes({"sample_size": get("unet/config.json").get("sample_size") or 64}, "sample_size", where)
     variant = Variant(
         "custom",
         unet,
         vae,
         texts,
-        schedule,
-        prediction,
         context="penultimate" if unet.vector else "final",
         conv_projections=conv,
         size=max(side) * vae.factor,
-        spacing="trailing" if spacing == "trailing" else None,  # the others are habits of samplers, not of models
+        **noise,
     )
     if list(classes) != encoder_names(variant):
         raise UserError(f"{where}: model_index.json lists the text encoders {list(classes)}, which fit no known model")
     if known := nearest(variant):
-        variant = replace(variant, name=known.name, guidance=known.guidance, sampler=known.sampler, steps=known.steps)
+        variant = replace(variant, name=known.name, guidance=known.guidance, steps=known.steps)
+        variant = replace(variant, sampler=noise.get("sampler", known.sampler))
     return replace(variant, **notes(index, where))
+
+
+def scheduler_class(index: Config) -> str:
+    entry = index.get("scheduler")
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else "DDIMScheduler"
+
+
+def check_pipeline(index: Config, edits: bool, where: str) -> None:
+    """A UNet of twice as many channels may read other things than a picture to edit; the pipeline's class tells."""
+    kind = index.get("_class_name")
+    if edits and kind not in (None, *PIX2PIX):
+        raise UserError(
+            f"{where}: its UNet reads two latents, for {kind}, which is not supported; choose a model for {PIX2PIX[0]}"
+        )
 
 
 def text_classes(index: Config, where: str) -> dict[str, str]:

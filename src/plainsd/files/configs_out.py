@@ -4,10 +4,11 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from plainsd.diffusion.schedule import OF_LEVELS, EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.configs import NOTE, NOTED
 from plainsd.models.clip import TextConfig
-from plainsd.models.variants import Variant, encoder_names
+from plainsd.models.variants import Variant, edits, encoder_names
 
 
 def write_unet(variant: Variant) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def write_unet(variant: Variant) -> dict[str, Any]:
 
 def write_vae(variant: Variant) -> dict[str, Any]:
     vae = variant.vae
+    moments = {"latents_mean": list(vae.latents_mean), "latents_std": list(vae.latents_std)} if vae.latents_mean else {}
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
@@ -65,7 +67,7 @@ def write_vae(variant: Variant) -> dict[str, Any]:
         "sample_size": variant.size,
         "scaling_factor": vae.scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * len(vae.channels),
-    }
+    } | moments
 
 
 def write_text(text: TextConfig) -> dict[str, Any]:
@@ -90,6 +92,8 @@ def write_text(text: TextConfig) -> dict[str, Any]:
 def write_schedule(variant: Variant) -> dict[str, Any]:
     """As a DDIMScheduler, the one that knows every setting; diffusers' other schedulers read the same file."""
     schedule = variant.schedule
+    if isinstance(schedule, EDMSchedule):
+        return write_edm(variant, schedule)
     spacing = variant.spacing if variant.spacing in ("leading", "trailing", "linspace") else "leading"
     return {
         "_class_name": "DDIMScheduler",
@@ -107,13 +111,27 @@ def write_schedule(variant: Variant) -> dict[str, Any]:
     }
 
 
+def write_edm(variant: Variant, schedule: EDMSchedule) -> dict[str, Any]:
+    return {
+        "_class_name": "EDMEulerScheduler" if variant.sampler == "euler" else "EDMDPMSolverMultistepScheduler",
+        "num_train_timesteps": schedule.count,
+        "prediction_type": "epsilon" if variant.prediction == "edm" else variant.prediction,
+        "rho": schedule.rho,
+        "sigma_data": schedule.sigma_data,
+        "sigma_max": schedule.sigma_max,
+        "sigma_min": schedule.sigma_min,
+        "sigma_schedule": variant.spacing if variant.spacing in OF_LEVELS else "karras",
+    }
+
+
 def write_variant(variant: Variant) -> dict[str, str]:
     """The settings files of a diffusers folder, by their paths within it."""
+    noise = write_schedule(variant)
     index = {
         "_class_name": pipeline(variant),
         "_diffusers_version": "0.42.1",  # whose layout this is; its inpainting classes refuse a folder without
         NOTE: {name: value for name, value in asdict(variant).items() if name in NOTED},
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", noise["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
@@ -126,10 +144,12 @@ def write_variant(variant: Variant) -> dict[str, str]:
             "requires_aesthetics_score": True,
             "force_zeros_for_empty_prompt": False,
         }
+    if edits(variant.unet, variant.vae) and isinstance(variant.schedule, EDMSchedule):
+        index["is_cosxl_edit"] = True
     files = {
         "unet/config.json": write_unet(variant),
         "vae/config.json": write_vae(variant),
-        "scheduler/scheduler_config.json": write_schedule(variant),
+        "scheduler/scheduler_config.json": noise,
     }
     for name, text in zip(encoder_names(variant), variant.text, strict=True):
         files[f"{name}/config.json"] = write_text(text)
@@ -141,6 +161,8 @@ def write_variant(variant: Variant) -> dict[str, str]:
 
 def pipeline(variant: Variant) -> str:
     """The name of diffusers' class for this kind of model."""
+    if edits(variant.unet, variant.vae):
+        return f"StableDiffusion{'XL' if variant.unet.vector else ''}InstructPix2PixPipeline"
     if not variant.unet.vector:
         return "StableDiffusionInpaintPipeline" if variant.unet.in_channels == 9 else "StableDiffusionPipeline"
     if variant.unet.in_channels == 9:

@@ -12,6 +12,7 @@ from plainsd.device import choose_dtype
 from plainsd.errors import unknown
 from plainsd.files.folder import read_folder, write_folder
 from plainsd.files.hub import find
+from plainsd.files.predicted import asked, check_prediction, told_otherwise
 from plainsd.files.single import read_single, write_single
 from plainsd.files.stored import Contents
 from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
@@ -27,22 +28,37 @@ def convert(
     variant_file: str | None = None,
     family: str | None = None,
     dtype: str | torch.dtype | None = None,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
     change: Callable[[Contents], Contents] = lambda contents: contents,
 ) -> None:
     """From one layout to the other, a tensor at a time. There and back again is bit-identical, names included. The
-    layout None is read off the target's name, as by `save`. `change`: what is done on the way."""
+    layout None is read off the target's name, as by `save`. `change`: what is done on the way; the other arguments are
+    those of `load`."""
     path = find(source, variant_file)
-    contents = change(read(path, variant_file, family))
+    contents = change(read(path, variant_file, family, prediction=prediction, zero_snr=zero_snr))
     if not any(name.startswith("tokenizer") for name in contents.texts):
         texts = tokenizer_texts(tokenizers(contents, path), contents.variant)
         contents = replace(contents, texts=contents.texts | texts)
     write(contents, Path(target), layout, dtype and choose_dtype(dtype, torch.device("cpu")))
 
 
-def read(path: Path, variant_file: str | None = None, family: str | None = None, *, vae: bool = True) -> Contents:
-    if path.is_dir():
-        return read_folder(path, variant_file)
-    return read_single(path, family, vae=vae)
+def read(
+    path: Path,
+    variant_file: str | None = None,
+    family: str | None = None,
+    *,
+    vae: bool = True,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
+    ask: bool = True,
+) -> Contents:
+    """A model in its files; arguments as for `load`. `ask`: what a file does not say is asked of its network."""
+    check_prediction(prediction)
+    contents = read_folder(path, variant_file) if path.is_dir() else read_single(path, family, vae, prediction)
+    if ask:
+        contents = asked(contents, path)
+    return told_otherwise(contents, path, prediction, zero_snr) if contents.certain else contents
 
 
 def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dtype | None) -> None:

@@ -1,17 +1,25 @@
 """What a file of tensors is, from the names and shapes in it; a file's own name is never asked."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.errors import UserError, unknown
 from plainsd.files.tensorfile import TensorFile
-from plainsd.models.variants import VARIANTS, ScheduleConfig, Variant
+from plainsd.models.layers import timestep_embedding
+from plainsd.models.variants import VARIANTS, ScheduleConfig, Variant, check_reads
 
 UNET_PREFIX = "model.diffusion_model."
 FIRST = "input_blocks.0.0.weight"  # the UNet's first weight, whose shape tells most
+ENDS = ("sigma_min", "sigma_max")
+ZERO_SNR = {"schedule": ScheduleConfig(zero_terminal_snr=True), "spacing": "trailing"}
+SAID = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}  # in metadata
+MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", *(f"edm_vpred.{name}" for name in ENDS))  # tensors that are words
 
 EMBEDDING = "a textual-inversion embedding"
 SEEMS = (  # the first pattern that fits any name tells what the file seems to be
@@ -92,46 +100,98 @@ def detect(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
     if family is not None:
         fitting = [variant for variant in fitting if variant.name == family]
     if not fitting:
+        check_reads(found["in_channels"], 4, str(file.path))
         wanted = f"the family {family}" if family else "any known family"
         has = ", ".join(f"{name} {value}" for name, value in found.items())
         raise UserError(f"{file.path} does not fit {wanted}: its UNet has {has}; it seems to be {seems(file.tensors)}")
-    variant, told = fitting[0], prediction_told(file)
-    if "ztsnr" in file.tensors:
-        variant = replace(variant, schedule=ScheduleConfig(zero_terminal_snr=True), spacing="trailing")
-    if told is not None:
-        variant = predicting(variant, told)
-    certain = family is not None or told is not None or len({variant.prediction for variant in fitting}) == 1
-    return variant, certain
+    noise = noise_told(file)
+    variant = suited(fitting, noise)
+    certain = family is not None or "prediction" in noise or variant.unet.guidance_dim is not None
+    return variant, certain or len(variant.text) == 1 and variant.unet.vector is not None  # distilled; a refiner
+
+
+def suited(fitting: Sequence[Variant], noise: dict) -> Variant:
+    """Of the known models with the same networks the one that the file's notes mean, with what they say."""
+    edm = isinstance(noise.get("schedule"), EDMSchedule)
+    known = [variant for variant in fitting if isinstance(variant.schedule, EDMSchedule) == edm] or fitting
+    vae = noise.pop("vae", {})
+    alike = [variant for variant in known if variant.prediction == noise.get("prediction", variant.prediction)]
+    variant = (alike or known)[0]
+    return replace(variant, vae=replace(variant.vae, **vae), **noise)
+
+
+def noise_told(file: TensorFile) -> dict[str, Any]:
+    """What the file says of its noise and of what the network predicts, as fields of a Variant: by tensors that stand
+    for a word, as ComfyUI reads and writes them, or by a note in the metadata."""
+    if "edm_mean" in file.tensors and "edm_std" in file.tensors:  # Playground 2.5
+        moments = {f"latents_{name}": values_of(file, f"edm_{name}") for name in ("mean", "std")}
+        noise = {"schedule": EDMSchedule(), "prediction": "edm", "spacing": "karras"}
+        return noise | {"vae": moments | {"scaling_factor": EDMSchedule().sigma_data}}
+    if "edm_vpred.sigma_max" in file.tensors:  # CosXL
+        ends = {name: values_of(file, f"edm_vpred.{name}")[0] for name in ENDS if f"edm_vpred.{name}" in file.tensors}
+        schedule = EDMSchedule(**ends, sigma_data=1.0)
+        return {"schedule": schedule, "prediction": "v_prediction", "spacing": "exponential"}
+    prediction = prediction_told(file)
+    if prediction == "v_prediction" and "ztsnr" in file.tensors:  # beside other predictions it means nothing
+        return {"prediction": prediction, **ZERO_SNR}
+    return {} if prediction is None else {"prediction": prediction}
+
+
+def values_of(file: TensorFile, name: str) -> tuple[float, ...]:
+    values = tuple(file.tensors[name].read().double().flatten().tolist())
+    if not values or not all(0 < abs(value) < 1e6 for value in values):
+        raise UserError(f"{file.path}: {name!r} holds {values}, which cannot be; fetch the file again")
+    return values
 
 
 def prediction_told(file: TensorFile) -> str | None:
     """What the network predicts, where the file says so: by an empty tensor, or by a note in the metadata."""
     if "v_pred" in file.tensors:
         return "v_prediction"
-    note = file.metadata.get("modelspec.prediction_type", "").lower()
-    return {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}.get(note)
+    notes = [file.metadata.get(f"modelspec.{name}", "").lower() for name in ("prediction_type", "predict_key")]
+    return next((SAID[note] for note in notes if note in SAID), None)
 
 
-def predicting(variant: Variant, prediction: str) -> Variant:
-    """The variant with that prediction: the known one with the same networks where there is one."""
+def predicting(variant: Variant, prediction: str, zero_snr: bool = False) -> Variant:
+    """The variant with that prediction: the known one with the same networks where there is one. `zero_snr`: the file
+    has a `ztsnr`, which counts where the prediction is v."""
+    if prediction == "v_prediction" and zero_snr:
+        return replace(predicting(variant, prediction), **ZERO_SNR)
     if variant.prediction == prediction:
         return variant
     for known in VARIANTS.values():
-        if (known.unet, known.text, known.prediction) == (variant.unet, variant.text, prediction):
+        edm = isinstance(known.schedule, EDMSchedule)
+        if not edm and (known.unet, known.text, known.prediction) == (variant.unet, variant.text, prediction):
             return replace(known, schedule=variant.schedule, spacing=variant.spacing)
     return replace(variant, prediction=prediction)
 
 
 @torch.no_grad()
-def probe(unet: torch.nn.Module) -> str:
-    """What a trained UNet predicts, by asking it.
+def probe(unet: torch.nn.Module) -> str | None:
+    """What a trained UNet predicts, by asking it; None where its answers fit neither epsilon nor v.
 
     At the last timestep its input is nearly pure noise. A network that predicts the noise gives it back; one that
     predicts v = alpha * eps - sigma * x0 gives mostly the picture it expects, which has nothing to do with the noise.
+    Where the noise is half gone and the picture is plain grey, v too is a share of the noise: an untrained or broken
+    network would not give that.
     """
-    config, weight = unet.config, unet.conv_in.weight
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, config.in_channels, 32, 32, generator=generator).to(weight)
-    out = unet(x, 999, torch.zeros(1, 77, config.context).to(weight)).float().flatten()
-    noise = x[:, : config.out_channels].float().flatten()
-    return "epsilon" if torch.corrcoef(torch.stack([out, noise]))[0, 1] > 0.5 else "v_prediction"
+    if likeness(unet, 999) > 0.5:
+        return "epsilon"
+    return "v_prediction" if likeness(unet, 250) > 0.5 else None
+
+
+def likeness(unet: torch.nn.Module, timestep: int) -> float:
+    """The correlation of the network's answer with the noise that it sees, on a grey picture without a prompt."""
+    config, weight, latents = unet.config, unet.conv_in.weight, unet.config.out_channels
+    noise = torch.randn(1, latents, 32, 32, generator=torch.Generator().manual_seed(0))
+    beside = torch.zeros(1, config.in_channels - latents, 32, 32)
+    if config.in_channels == 2 * latents + 1:
+        beside[:, 0] = 1  # the mask: all of it is drawn anew
+    alpha_bar = NoiseSchedule.scaled_linear().alphas_cumprod[timestep].item()
+    x = torch.cat([noise * (1 - alpha_bar) ** 0.5, beside], dim=1).to(weight)
+    told = [torch.zeros(1, 77, config.context).to(weight)]
+    if config.vector:
+        sizes = timestep_embedding(torch.tensor([1024, 1024, 0, 0, 1024, 1024.0]), 256).flatten()
+        told.append(F.pad(sizes, (config.vector - len(sizes), 0))[None].to(weight))
+    out = unet(x, timestep, *told).float().flatten().cpu()
+    return torch.corrcoef(torch.stack([out, noise.flatten()]))[0, 1].item()

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.configs import read_variant
 from plainsd.files.configs_out import write_variant
-from plainsd.files.detect import UNET_PREFIX, detect, predicting, probe
+from plainsd.files.detect import MARKS, UNET_PREFIX, detect, predicting
 from plainsd.files.folder import spelling
 from plainsd.files.stored import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
-from plainsd.files.tensorfile import TensorFile, damaged, open_tensors, write_whole
+from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, stored, write_whole
 from plainsd.models.variants import Variant
 
 FILES, SPELLED = "plainsd.files", "plainsd.spellings"  # in the metadata, as JSON: a folder's settings; our notes
@@ -36,8 +37,7 @@ BESIDE = re.compile(
             r"logvar$",
             r"scale_factor$",
             r"denoiser\.",
-            r"v_pred$",
-            r"ztsnr$",
+            *(f"{re.escape(mark)}$" for mark in MARKS),
             r"first_stage_model\.loss\.",
             r"cond_stage_model\.(logit_scale|text_projection)",
             r".*\.position_ids$",
@@ -67,25 +67,24 @@ def prefixes(variant: Variant) -> dict[str, tuple[str, str]]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_single(path: Path, family: str | None = None, *, vae: bool = True) -> Contents:
-    """`family`: a name in VARIANTS, where shapes cannot tell. `vae` False: the file's own is not wanted."""
+def read_single(path: Path, family: str | None = None, vae: bool = True, prediction: str | None = None) -> Contents:
+    """`family`: a name in VARIANTS, where shapes cannot tell. `vae` False: the file's own is not wanted. `prediction`:
+    what the network predicts, where that is known better than the file tells."""
     file = open_tensors(path)
-    variant, certain = told(file, family)
+    variant, certain = told(file, family, prediction)
     networks = read_networks(file, variant, [name for name in parts(variant) if vae or name != "vae"])
-    if not certain:
-        asked = probe(networks["unet"].build(torch.device("cpu"), torch.bfloat16))
-        variant = predicting(variant, asked)
     texts, spellings = noted(file, FILES, {}), noted(file, SPELLED, [])
     extras = {name for part in networks for name in extra_names(file, part, *prefixes(variant)[part])}
-    leftovers = {name: stored for name, stored in file.tensors.items() if BESIDE.match(name) and name not in extras}
+    known = {*extras, *MARKS} if texts else extras  # in a file of ours these say what its settings say
+    leftovers = {name: stored for name, stored in file.tensors.items() if BESIDE.match(name) and name not in known}
     for part, network in networks.items():
         prefix, layout = prefixes(variant)[part]
         found = fragments(blueprint(network.kind, network.config), layout, file.tensors, prefix)
         spellings += [f"single-file {part} {fragment}" for fragment in found]
-    return Contents(variant, networks, texts or write_variant(variant), leftovers, tuple(spellings))
+    return Contents(variant, networks, texts or write_variant(variant), leftovers, tuple(spellings), certain=certain)
 
 
-def told(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
+def told(file: TensorFile, family: str | None = None, prediction: str | None = None) -> tuple[Variant, bool]:
     """What model is in a file, by our notes or by its shapes, and whether what it predicts is certain."""
     texts = noted(file, FILES, {})
     if strange := [name for name, text in texts.items() if not PATH.fullmatch(name) or not isinstance(text, str)]:
@@ -98,6 +97,8 @@ def told(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
             raise damaged(file.path, f"the settings {name!r} in its metadata are incomplete") from error
 
     variant, certain = (read_variant(get, str(file.path)), True) if texts else detect(file, family)
+    if not certain and prediction is not None:
+        variant, certain = predicting(variant, prediction, "ztsnr" in file.tensors), True
     return replace(variant, conv_projections=has_convolutions(file)), certain
 
 
@@ -168,7 +169,9 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
     """`contents.texts` go into the metadata. The file is whole or absent."""
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: a single file is written as .safetensors; give it that ending")
-    tensors = dict(contents.leftovers)
+    words = marks(contents.variant)
+    left = {name: stored for name, stored in contents.leftovers.items() if name not in MARKS or name in words}
+    tensors = words | left
     for name, network in contents.networks.items():
         prefix, layout = prefixes(contents.variant)[name]
         tensors |= pack(
@@ -183,4 +186,21 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
         tensors |= {before + key: stored for key, stored in network.extras.items()}
     others = [note for note in contents.spellings if not note.startswith("single-file ")]
     metadata = contents.notes | {FILES: json.dumps(contents.texts)} | ({SPELLED: json.dumps(others)} if others else {})
+    if said := {"epsilon": "epsilon", "v_prediction": "v"}.get(contents.variant.prediction):
+        metadata["modelspec.prediction_type"] = said
     write_whole(target, tensors, metadata)
+
+
+def marks(variant: Variant) -> dict[str, Stored]:
+    """The tensors that tell other programs what the network predicts and which noise it knows; ComfyUI and reForge
+    read a `ztsnr` only beside a `v_pred`."""
+    schedule, vae, words = variant.schedule, variant.vae, {}
+    if variant.prediction == "edm" and vae.latents_mean:
+        words = {"edm_mean": torch.tensor(vae.latents_mean), "edm_std": torch.tensor(vae.latents_std)}
+        words = {name: values.view(1, -1, 1, 1) for name, values in words.items()}
+    elif isinstance(schedule, EDMSchedule) and variant.prediction == "v_prediction" and schedule.sigma_data == 1:
+        ends = {"sigma_min": schedule.sigma_min, "sigma_max": schedule.sigma_max}
+        words = {f"edm_vpred.{name}": torch.tensor(value) for name, value in ends.items()}
+    elif variant.prediction == "v_prediction" and not isinstance(schedule, EDMSchedule):
+        words = {"v_pred": torch.empty(0)} | ({"ztsnr": torch.empty(0)} if schedule.zero_terminal_snr else {})
+    return {name: stored(tensor) for name, tensor in words.items()}

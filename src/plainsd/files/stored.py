@@ -52,6 +52,7 @@ class Contents:
     leftovers: dict[str, Stored] = field(default_factory=dict)  # tensors of a single file that no folder has
     spellings: tuple[str, ...] = ()  # names that are not the table's: "layout network fragment"
     notes: dict[str, str] = field(default_factory=dict)  # for others, in a single file's metadata
+    certain: bool = True  # whether what the network predicts is told, and not only likely
 
 
 def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:

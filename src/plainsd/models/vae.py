@@ -25,11 +25,30 @@ class VAEConfig:
     groups: int = 32
     scaling_factor: float = 0.18215  # the UNet sees latents times this, so that they have about unit variance
     pixel_channels: int = 3
+    latents_mean: tuple[float, ...] | None = None  # one a channel, of unscaled latents; Playground 2.5's
+    latents_std: tuple[float, ...] | None = None  # likewise; both or neither
 
     @property
     def factor(self) -> int:
         """Pixels a latent, along each side."""
         return 2 ** (len(self.channels) - 1)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """What the encoder gives (B, L, h, w), as the UNet sees it."""
+        if self.latents_mean is None:
+            return latents * self.scaling_factor
+        mean, std = self._moments(latents)
+        return (latents - mean) * (self.scaling_factor / std)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The way back, to what the decoder takes."""
+        if self.latents_mean is None:
+            return latents / self.scaling_factor
+        mean, std = self._moments(latents)
+        return latents * (std / self.scaling_factor) + mean
+
+    def _moments(self, like: Tensor) -> Tensor:
+        return torch.tensor([self.latents_mean, self.latents_std]).to(like).view(2, 1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -136,7 +155,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Pixels lie in [-1, 1]. Latents here are unscaled: whoever feeds the UNet multiplies by `config.scaling_factor`."""
+    """Pixels lie in [-1, 1]. Latents here are unscaled: whoever feeds the UNet asks `config.scaled`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()

@@ -6,7 +6,8 @@ Turbo, Sauer et al. 2023 (arXiv:2311.17042); LCM, Luo et al. 2023 (arXiv:2310.04
 
 from dataclasses import dataclass, replace
 
-from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
+from plainsd.errors import UserError
 from plainsd.models.clip import TextConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
@@ -39,8 +40,8 @@ class Variant:
     unet: UNetConfig
     vae: VAEConfig
     text: tuple[TextConfig, ...]
-    schedule: ScheduleConfig = ScheduleConfig()
-    prediction: str = "epsilon"  # or "v_prediction"
+    schedule: ScheduleConfig | EDMSchedule = ScheduleConfig()
+    prediction: str = "epsilon"  # or "v_prediction", "sample"; "edm" with an EDMSchedule
     context: str = "final"  # which text states the UNet reads: "final", or "penultimate" (not normalised)
     conv_projections: bool = True  # the public files hold the UNet's attention projections as 1x1 convolutions
     size: int = 512  # pixels, width and height
@@ -84,11 +85,28 @@ XL = Variant(
 )
 TURBO = {"size": 512, "guidance": 1.0, "sampler": "euler_a", "steps": 1, "spacing": "trailing"}
 LCM = {"guidance": 8.5, "sampler": "lcm", "steps": 4}
+PLAYGROUND_VAE = replace(
+    XL_VAE,
+    scaling_factor=0.5,
+    latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
+    latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
+)
+COSXL = {
+    "schedule": EDMSchedule(sigma_max=120.0, sigma_data=1.0),
+    "prediction": "v_prediction",
+    "sampler": "euler",
+    "spacing": "exponential",
+}
 
 
 def inpainting(unet: UNetConfig) -> UNetConfig:
     """Nine channels: the latent, the mask, and the latent of the picture without what the mask covers."""
     return replace(unet, in_channels=9)
+
+
+def editing(unet: UNetConfig) -> UNetConfig:
+    """Eight channels: the latent, and that of the picture to be edited (Brooks et al. 2023, arXiv:2211.09800)."""
+    return replace(unet, in_channels=8)
 
 
 # Where two have the same sizes, the first is what a file without further notes is taken for.
@@ -97,12 +115,25 @@ VARIANTS: dict[str, Variant] = {
     for variant in (
         SD1,
         replace(SD1, name="sd1-inpainting", unet=inpainting(SD1_UNET)),
+        replace(SD1, name="sd1-pix2pix", unet=editing(SD1_UNET)),
         replace(SD1, name="sd1-lcm", unet=replace(SD1_UNET, guidance_dim=256), **LCM),
         SD2,
         replace(SD2, name="sd2-768", prediction="v_prediction", size=768),
         replace(SD2, name="sd2-inpainting", unet=inpainting(SD2_UNET)),
         replace(SD2, name="sd2-turbo", **TURBO),
         XL,
+        replace(
+            XL,
+            name="playground-v2.5",
+            vae=PLAYGROUND_VAE,
+            schedule=EDMSchedule(),
+            prediction="edm",
+            guidance=3.0,
+            spacing="karras",
+        ),
+        replace(XL, name="cosxl", **COSXL),
+        replace(XL, name="sdxl-pix2pix", unet=editing(XL_UNET)),
+        replace(XL, name="cosxl-edit", unet=editing(XL_UNET), **COSXL),
         replace(XL, name="sdxl-inpainting", unet=inpainting(XL_UNET)),
         replace(XL, name="sdxl-turbo", **TURBO),
         replace(XL, name="sdxl-lcm", unet=replace(XL_UNET, guidance_dim=256), **LCM),
@@ -111,9 +142,37 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+READS = {  # channels beside the latents: what the network reads there, in models that are not supported
+    1: "a depth map (depth2img)",
+    3: "a small picture (the x4 upscaler)",
+}
+
+
+def check_reads(channels: int, latents: int, where: str) -> None:
+    """UserError, by name, for a UNet that reads what no task here gives it."""
+    if channels in (latents, 2 * latents, 2 * latents + 1):
+        return
+    reads = READS.get(channels - latents, "something unknown")
+    raise UserError(
+        f"{where}: its UNet has {channels} input channels: beside {latents} of latents it reads {reads}, which is not "
+        f"supported; choose a model with {latents}, {2 * latents} (edits pictures) or {2 * latents + 1} (inpainting)"
+    )
+
+
+def edits(unet: UNetConfig, vae: VAEConfig) -> bool:
+    """Whether the network reads a picture that it is to edit, as InstructPix2Pix does."""
+    return unet.in_channels == 2 * vae.latent_channels
+
+
 def nearest(variant: Variant) -> Variant | None:
-    """The known model with the same networks; of several, the one with the same prediction, then the same spacing."""
-    same = [known for known in VARIANTS.values() if (known.unet, known.text) == (variant.unet, variant.text)]
+    """The known model with the same networks and form of noise; of several, the one with the same prediction, then the
+    same spacing."""
+    same = [
+        known
+        for known in VARIANTS.values()
+        if (known.unet, known.text) == (variant.unet, variant.text)
+        and isinstance(known.schedule, EDMSchedule) == isinstance(variant.schedule, EDMSchedule)
+    ]
     agree = [(known.prediction == variant.prediction) * 2 + (known.spacing == variant.spacing) for known in same]
     return same[agree.index(max(agree))] if same else None
 

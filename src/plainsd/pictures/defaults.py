@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from plainsd.diffusion.samplers import SAMPLERS, check_names, sampler_levels
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
+from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import SIZES, Settings
 from plainsd.text.prompts import lora_tags
 
+IMAGE_GUIDANCE = 1.5  # of models that edit a picture, if nothing is said
 HANDOVER = 0.8  # where a refiner takes over, if nothing is said
 MULTIPLE = 8  # sides of pictures, in pixels; also where a VAE's own factor is less
 
@@ -45,6 +48,8 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
         )
     guidance = variant.guidance if settings.guidance is None else settings.guidance
     choices = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
+    if edits(sd.unet.config, sd.vae.config) and settings.image_guidance is None:
+        choices["image_guidance"] = IMAGE_GUIDANCE
     return replace(settings, **choices, model=model_name(sd), **refined)
 
 
@@ -59,6 +64,11 @@ def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
             )
         return {"refiner": None}
     ours, its = sd.vae.config, sd.refiner.vae.config
+    if isinstance(sd.schedule, EDMSchedule) or isinstance(sd.refiner.schedule, EDMSchedule):
+        raise UserError(
+            f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws: one of them was trained at other "
+            "noise levels (EDM); leave --refiner out"
+        )
     if (ours.latent_channels, ours.scaling_factor) != (sd.refiner.unet.config.in_channels, its.scaling_factor):
         names = f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws"
         raise UserError(f"{names}: their latents differ; choose a refiner of the same family", field="refiner")

@@ -2,7 +2,8 @@
 
 All that one step needs goes through the network as one batch: each picture with its prompt, without it (Ho and Salimans
 2022, arXiv:2207.12598), and, for perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377), with its prompt
-while the middle's self-attention looks at nothing but itself. Guidance 1 needs no second row and asks for none.
+while the middle's self-attention looks at nothing but itself. Guidance 1 needs no second row and asks for none. A model
+that edits a picture (Brooks et al. 2023, arXiv:2211.09800) is also asked without the prompt and without the picture.
 
 Shape letters: B pictures, R rows of the batch, C channels, H W latent height and width.
 """
@@ -21,15 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plainsd.diffusion.denoiser import Denoise, denoiser, guided, interval, perturbed, rescaled, thresholded
+from plainsd.diffusion.denoiser import Denoise, denoiser, edited, guided, interval, perturbed, rescaled, thresholded
 from plainsd.errors import UserError
 from plainsd.models.unet import UNet
+from plainsd.models.variants import edits
 from plainsd.pictures.conditioning import Conditioning, PromptPlan, stack
 from plainsd.pictures.memory import on_stage, rows_at_once
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import Settings
 
-COND, UNCOND, PERTURBED = range(3)  # kinds of estimates, and of rows
+COND, UNCOND, PERTURBED, BLANK = range(4)  # kinds of estimates, and of rows; BLANK: without the picture to edit, too
 Network = Callable[..., Tensor]  # called as the UNet is
 Estimate = Callable[..., list[Tensor]]  # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
 
@@ -133,10 +135,14 @@ class Estimates:
 
     def rows(self, kind: int, step: int) -> Iterator[Row]:
         for picture, plan in enumerate(self.plans):
-            for conditioning, weight in [(plan.negative(step), 1.0)] if kind == UNCOND else plan.positive(step):
+            for conditioning, weight in self.parts(plan, kind, step):
                 if self.concat is not None:
-                    conditioning = replace(conditioning, concat=self.concat[picture : picture + 1])
+                    beside = self.concat[picture : picture + 1] * (kind != BLANK)
+                    conditioning = replace(conditioning, concat=beside)
                 yield Row(kind, picture, conditioning, weight)
+
+    def parts(self, plan: PromptPlan, kind: int, step: int) -> Sequence[tuple[Conditioning, float]]:
+        return [(plan.negative(step), 1.0)] if kind in (UNCOND, BLANK) else plan.positive(step)
 
     def split(self, calls: Iterable[list[Row]], x: Tensor) -> Iterator[list[Row]]:
         """As many rows a call as the free memory allows."""
@@ -147,7 +153,7 @@ class Estimates:
             yield from (rows[i : i + most] for i in range(0, len(rows), most))
 
     def batch(self, rows: list[Row]) -> Conditioning:
-        key = tuple((row.picture, id(row.conditioning.context)) for row in rows)
+        key = tuple((row.picture, row.kind == BLANK, id(row.conditioning.context)) for row in rows)
         if key not in self.batches:
             together = stack([row.conditioning for row in rows])
             self.batches[key] = together.each(lambda part: part.to(self.sd.device, self.sd.dtype))
@@ -170,6 +176,18 @@ def check_guidance(sd: StableDiffusion, settings: Settings) -> None:
     chosen = [name for name in ("rescale", "perturbed", "threshold") if getattr(settings, name)]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} do not go together; choose one of them", field=chosen[0])
+    editing = edits(sd.unet.config, sd.vae.config)
+    if settings.image_guidance is not None and not editing:
+        raise UserError(
+            f"image guidance {settings.image_guidance} is for models that edit pictures (InstructPix2Pix), and this is "
+            "none; leave it out",
+            field="image_guidance",
+            value=settings.image_guidance,
+        )
+    if sd.refiner is not None and editing:
+        raise UserError("a refiner does not go with a model that edits pictures; leave it out", field="refiner")
+    if chosen and editing:
+        raise UserError(f"{chosen[0]} does not go with a model that edits pictures; leave it out", field=chosen[0])
     if settings.perturbed and sd.unet.mid.attn is None:
         raise UserError(
             "perturbed guidance needs attention in the UNet's middle, which this model lacks; leave it out",
@@ -182,6 +200,7 @@ def guided_denoise(
     estimate: Estimate,
     each: Sequence[Settings],
     prediction: str,
+    sigma_data: float = 1.0,
     *,
     composed: bool,
     distilled: bool,
@@ -210,10 +229,14 @@ def guided_denoise(
         denoise = guided(lambda x, sigma: tuple(estimate(x, sigma, COND, PERTURBED)), 1 + settings.perturbed)
     elif settings.perturbed:
         denoise = perturbed(triple, scale, settings.perturbed)
+    elif settings.image_guidance is not None and not (unguided and settings.image_guidance == 1):
+        denoise = edited(
+            lambda x, sigma: tuple(estimate(x, sigma, COND, UNCOND, BLANK)), scale, settings.image_guidance
+        )
     elif unguided:
         denoise = cond
     elif settings.rescale:
-        denoise = rescaled(pair, scale, settings.rescale, prediction)
+        denoise = rescaled(pair, scale, settings.rescale, prediction, sigma_data)
     elif settings.threshold:
         denoise = thresholded(pair, scale, settings.threshold)
     else:

@@ -71,7 +71,7 @@ def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> 
         for s in (1, 2, side // 2, side)
     ]
     latents = torch.cat([F.interpolate(c, (side, side), mode="nearest") for c in coarse])  # (S, L, side, side)
-    pixels = vae.decode(latents.to(weight) / vae.config.scaling_factor).float().cpu()
+    pixels = vae.decode(vae.config.unscaled(latents.to(weight))).float().cpu()
     patches = F.avg_pool2d(pixels.clamp(-1, 1), vae.config.factor)  # (S, 3, side, side)
     inputs = F.pad(latents.movedim(1, -1).reshape(-1, channels), (0, 1), value=1.0)  # (S side side, L + 1)
     return torch.linalg.lstsq(inputs, patches.movedim(1, -1).reshape(-1, 3)).solution

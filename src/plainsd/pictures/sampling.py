@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plainsd.diffusion.denoiser import Denoise, add_noise, inpainting
+from plainsd.diffusion.denoiser import Denoise, add_noise, inpainting, spread_of
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step, sampler_levels
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
@@ -91,6 +92,12 @@ def through_vae(sd: StableDiffusion, run: Callable[[VAE, Tensor], Tensor], x: Te
 
 def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw) -> Tensor:
     """One picture, or one each (1 or B, 3, H, W) -> a latent each (B, L, h, w), drawn from what the encoder gives."""
+    mean, logvar = moments_of(sd, pixels)
+    return sd.vae.config.scaled(mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:]))
+
+
+def moments_of(sd: StableDiffusion, pixels: Tensor) -> Tensor:
+    """(1 or B, 3, H, W) -> mean and log variance, (2, 1 or B, L, h, w), unscaled."""
     banded = in_bands(sd, pixels.shape[0] * pixels.shape[2] * pixels.shape[3])
 
     def moments(vae: VAE, x: Tensor) -> Tensor:
@@ -98,8 +105,14 @@ def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw) -> Tensor:
         return torch.stack([gaussian.mean, gaussian.logvar])
 
     pieces = [through_vae(sd, moments, piece) for piece in pixels.split(at_once(sd, len(pixels)))]
-    mean, logvar = torch.cat(pieces, dim=1)  # (1 or B, L, h, w)
-    return (mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:])) * sd.vae.config.scaling_factor
+    return torch.cat(pieces, dim=1)
+
+
+def to_edit(sd: StableDiffusion, pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) as a model that edits them reads them: the encoder's mean, (B, L, h, w), not scaled, except
+    for EDM models (CosXL)."""
+    mean = moments_of(sd, pixels)[0]
+    return sd.vae.config.scaled(mean) if isinstance(sd.schedule, EDMSchedule) else mean
 
 
 def at_once(sd: StableDiffusion, most: int) -> int:
@@ -109,7 +122,7 @@ def at_once(sd: StableDiffusion, most: int) -> int:
 
 def decode(sd: StableDiffusion, latents: Tensor) -> Tensor:
     """(B, L, h, w) -> pixels (B, 3, H, W), a few pictures at a time."""
-    unscaled = latents / sd.vae.config.scaling_factor
+    unscaled = sd.vae.config.unscaled(latents)
     area = latents.shape[-1] * latents.shape[-2] * sd.vae.config.factor**2
     pieces = unscaled.split(at_once(sd, max(1, DECODED_AT_ONCE // area)))
     banded = in_bands(sd, len(pieces[0]) * area)
@@ -202,7 +215,12 @@ def turns(sd: StableDiffusion, one: Settings, levels: Levels) -> list[tuple[Stab
 
 def sampler_options(sd: StableDiffusion, one: Settings, levels: Levels) -> dict[str, Any]:
     """What the sampler takes by name, where it is not left to its default."""
-    options = {"eta": one.eta, "prediction": sd.prediction, "strides": levels.strides}
+    options = {
+        "eta": one.eta,
+        "prediction": sd.prediction,
+        "sigma_data": spread_of(sd.schedule),
+        "strides": levels.strides,
+    }
     return {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
 
 
@@ -227,4 +245,12 @@ def _denoise(
     estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
-    return guided_denoise(estimates, each, sd.prediction, composed=composed, distilled=distilled, device=sd.device)
+    return guided_denoise(
+        estimates,
+        each,
+        sd.prediction,
+        spread_of(sd.schedule),
+        composed=composed,
+        distilled=distilled,
+        device=sd.device,
+    )

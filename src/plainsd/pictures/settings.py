@@ -29,6 +29,7 @@ class Settings:
     sampler: str | None = None
     spacing: str | None = None
     seed: int = 0
+    image_guidance: float | None = None  # towards the picture, of models that edit one (arXiv:2211.09800)
     clip_skip: int = 1  # 1: the text encoder's last layer, 2: the last but one, ...
     eta: float | None = None  # share of fresh noise a step, for samplers that have the choice
     strength: float | None = None  # share of the steps that run on a given or upscaled picture
@@ -47,6 +48,8 @@ class Settings:
     threshold: float | None = None  # percentile of dynamic thresholding, .995 (arXiv:2205.11487)
     cache: int | None = None  # deep layers run at every so many-th call only (arXiv:2312.00858)
     embeddings: tuple[str, ...] = ()  # learned words in the prompts, for the text
+    prediction: str | None = None  # what the user said that the model's network predicts, for the text
+    zero_snr: bool | None = None  # likewise, whether its noise ends at zero SNR
     model: str | None = None  # its name, for the text; which model draws is said elsewhere
     hashes: tuple[tuple[str, str], ...] = ()  # of the files of model, vae, lora:name, embed:word, for the text
     other: tuple[tuple[str, str], ...] = ()  # what a text said beside these; nothing here acts on it
@@ -72,6 +75,7 @@ UPSCALERS = ("latent", "lanczos")
 SIZES = (8, 4096)  # pixels, of either side
 RANGES = {
     "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**63 - 1), "clip_skip": (1, 48),
+    "image_guidance": (0, 100),
     "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**63 - 1), "variation_strength": (0, 1), "hires": (1, 8),
     "handover": (0, 1),
     "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
@@ -121,10 +125,13 @@ def _sides(text: str) -> tuple[int, ...]:
 FIELDS = (
     ("Steps", "steps", int, str),
     ("CFG scale", "guidance", float, number),
+    ("Image CFG scale", "image_guidance", float, number),
     ("Seed", "seed", int, str),
     ("Size", "size", _size, lambda size: f"{size[0]}x{size[1]}"),
     ("Model", "model", str, str),
     ("VAE", "vae", str, str),
+    ("Prediction", "prediction", str, str),
+    ("Noise Schedule", "zero_snr", lambda text: text == ZERO_SNR, lambda on: ZERO_SNR if on else "Default"),
     ("Denoising strength", "strength", float, number),
     ("Mask", "masked", lambda text: text == "given", lambda masked: "given"),
     ("Outpaint", "outpaint", _sides, lambda sides: " ".join(map(str, sides))),
@@ -143,6 +150,7 @@ FIELDS = (
     ("Deep cache", "cache", int, str),
     ("Embeddings", "embeddings", _words, ", ".join),
 )
+ZERO_SNR = "Zero Terminal SNR"  # A1111's word for it
 HASHES = {"model": "Model hash", "vae": "VAE hash"}  # A1111's keys for one ...
 SEVERAL = {"lora:": "Lora hashes", "embed:": "TI hashes"}  # ... and for "name: hash, name: hash"
 DEFAULTS = {field.name: field.default for field in fields(Settings)}

@@ -10,9 +10,11 @@ from plainsd.adapters import embeddings, reading
 from plainsd.adapters.layers import Hadamard, Kronecker, LowRank
 from plainsd.adapters.names import split
 from plainsd.adapters.reading import made_for
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.files.detect import EMBEDDING, seems
 from plainsd.files.folder import read_folder
 from plainsd.files.hub import find
+from plainsd.files.predicted import check_prediction, told_otherwise, with_noise
 from plainsd.files.single import BESIDE, prefixes, read_networks, told
 from plainsd.files.stored import Network
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
@@ -21,11 +23,16 @@ from plainsd.models.variants import VARIANTS, Variant, encoder_names
 LONGEST = 200  # characters of a note
 
 
-def info(source: str | Path | None = None, variant_file: str | None = None) -> str:
+def info(
+    source: str | Path | None = None,
+    variant_file: str | None = None,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
+) -> str:
     """Lines for a reader: the kind of model or adapter, its sizes, its notes."""
     path = adapter_in(find(source, variant_file))
     if path.is_dir():
-        contents = read_folder(path, variant_file)
+        contents = told_otherwise(read_folder(path, variant_file), path, prediction, zero_snr)
         return "\n".join(
             [
                 f"{path}: {title(contents.variant)}, a diffusers folder",
@@ -39,7 +46,9 @@ def info(source: str | Path | None = None, variant_file: str | None = None) -> s
     if any((pair := split(name)) and pair[1] not in reading.BESIDE for name in file.tensors):
         lines = [f"{path}: a LoRA", *lora_lines(file)]
     elif any(name.startswith("model.diffusion_model.") for name in file.tensors):
-        variant, certain = told(file)
+        check_prediction(prediction)
+        variant, certain = told(file, prediction=prediction)
+        variant = with_noise(variant, path, prediction, zero_snr)
         with_vae = any(name.startswith(prefixes(variant)["vae"][0]) for name in file.tensors)
         names = ["unet", *(["vae"] if with_vae else []), *encoder_names(variant)]
         lines = [
@@ -89,7 +98,10 @@ def model_lines(variant: Variant, networks: Mapping[str, Network], *, certain: b
         else ("epsilon or v_prediction: the file does not tell; it is found out by a trial when the model is loaded")
     )
     table = variant.schedule
-    schedule = f"{table.count} levels, {table.curve}" + (", zero terminal SNR" if table.zero_terminal_snr else "")
+    if isinstance(table, EDMSchedule):
+        schedule = f"all levels (EDM), sigma {table.sigma_min:g} to {table.sigma_max:g} around {table.sigma_data:g}"
+    else:
+        schedule = f"{table.count} levels, {table.curve}" + (", zero terminal SNR" if table.zero_terminal_snr else "")
     unet = variant.unet
     traits = [f"channels {'-'.join(map(str, unet.channels))}", f"context {unet.context}", f"{unet.in_channels} in"]
     traits += [f"vector {unet.vector}"] if unet.vector else []

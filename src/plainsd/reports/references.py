@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.files.configs_out import pipeline
 from plainsd.files.single import BESIDE, prefixes
 from plainsd.files.stored import Contents
@@ -119,15 +120,20 @@ def pipe_there(contents: Contents, path: Path, variant_file: str | None, spacing
 
     variant, name = contents.variant, pipeline(contents.variant)
     settings = json.loads(contents.texts["scheduler/scheduler_config.json"])
-    scheduler = diffusers.DDIMScheduler.from_config(
-        settings, timestep_spacing=spacing, set_alpha_to_one=False, steps_offset=1, clip_sample=False
-    )
+    if isinstance(variant.schedule, EDMSchedule):
+        scheduler = diffusers.EDMEulerScheduler.from_config(settings, sigma_schedule=spacing)
+    else:
+        scheduler = diffusers.DDIMScheduler.from_config(
+            settings, timestep_spacing=spacing, set_alpha_to_one=False, steps_offset=1, clip_sample=False
+        )
     parts = {part: theirs(contents, path, part, variant_file) for part in contents.networks}
     parts |= dict(zip(tokenizer_names(variant), tokenizers_there(contents, path), strict=True))
     if variant.unet.vector:
         parts = {"text_encoder": None, "tokenizer": None, **parts, "add_watermarker": False}
         if "Img2Img" in name or "Inpaint" in name:
             parts["requires_aesthetics_score"] = len(variant.text) == 1
+        if "Pix2Pix" in name:
+            parts["is_cosxl_edit"] = isinstance(variant.schedule, EDMSchedule)
     else:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = getattr(diffusers, name)(scheduler=scheduler, **parts)

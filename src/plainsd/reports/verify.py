@@ -23,15 +23,17 @@ from torch import Tensor, nn
 
 from plainsd.checkpoint import load
 from plainsd.device import choose_device
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.configs_out import pipeline
 from plainsd.files.convert import read
 from plainsd.files.hub import find
+from plainsd.files.predicted import CHOICES
 from plainsd.files.stored import Contents
 from plainsd.files.tokenizers import tokenizer_names, tokenizers
 from plainsd.generate import image_to_image, inpaint, text_to_image
 from plainsd.models.clip import TextEncoder
-from plainsd.models.variants import Variant, encoder_names
+from plainsd.models.variants import VARIANTS, Variant, encoder_names
 from plainsd.pictures.conditioning import SINUSOID, size_vector
 from plainsd.pictures.images import to_pil, to_tensor
 from plainsd.pictures.sampling import decode
@@ -83,12 +85,14 @@ def verify(
     variant_file: str | None = None,
     family: str | None = None,
     device: str = "auto",
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
 ) -> Iterator[Row]:
     """A row for each tokenizer and network, and two for a picture. Arguments as for `plainsd.load`."""
     check_packages()
     place = choose_device(device)
     path = find(source, variant_file)
-    contents = read(path, variant_file, family)
+    contents = read(path, variant_file, family, prediction=prediction, zero_snr=zero_snr)
     with quiet(), exact():
         yield from tokenizer_rows(contents, path)
         for name in (*encoder_names(contents.variant), "vae", "unet"):
@@ -247,11 +251,18 @@ def picture_rows(contents: Contents, path: Path, variant_file: str | None, devic
     """Five DDIM steps with guidance, from the same noise: the latents, then the pixels in 1/255."""
     variant, size = contents.variant, picture_size(contents.variant)
     photo, mask = gradient(size), half(size, variant.vae.factor)
-    choices = {"steps": STEPS, "sampler": "ddim", "spacing": "trailing" if variant.spacing == "trailing" else "leading"}
+    edm = isinstance(variant.schedule, EDMSchedule)
+    spacing = variant.spacing if edm else "trailing" if variant.spacing == "trailing" else "leading"
+    choices = {"steps": STEPS, "sampler": "euler" if edm else "ddim", "spacing": spacing}
     name = pipeline(variant)
-    sd = load(path, device=device, dtype=torch.float32, variant_file=variant_file, family=variant.name)
+    noise = {"prediction": variant.prediction} if variant.prediction in CHOICES and not edm else {}
+    noise |= {} if edm else {"zero_snr": variant.schedule.zero_terminal_snr}
+    family = variant.name if variant.name in VARIANTS else None
+    sd = load(path, device=device, dtype=torch.float32, variant_file=variant_file, family=family, **noise)
     if "Inpaint" in name:
         events = inpaint(sd, WORDS[0], photo, mask, 1.0, WORDS[1], **choices)
+    elif "Pix2Pix" in name:
+        events = image_to_image(sd, WORDS[0], photo, None, WORDS[1], **choices)
     elif "Img2Img" in name:
         events = image_to_image(sd, WORDS[0], photo, 1.0, WORDS[1], **choices)
     else:
@@ -264,7 +275,9 @@ def picture_rows(contents: Contents, path: Path, variant_file: str | None, devic
     told = {"image": photo, "strength": 1.0} if "Inpaint" in name or "Img2Img" in name else {}
     if "Inpaint" in name:
         told["mask_image"] = mask
-    if "Img2Img" not in name:
+    if "Pix2Pix" in name:
+        told["image"] = photo
+    if "Img2Img" not in name and name != "StableDiffusionInstructPix2PixPipeline":
         told |= {"width": size[0], "height": size[1]}
     pipe = pipe_there(contents, path, variant_file, choices["spacing"], device)
     latents = pipe(
@@ -276,9 +289,11 @@ def picture_rows(contents: Contents, path: Path, variant_file: str | None, devic
         output_type="latent",
         **told,
     ).images
-    pixels = bytes_of(pipe.vae.decode(latents / variant.vae.scaling_factor).sample)
+    pixels = bytes_of(pipe.vae.decode(variant.vae.unscaled(latents)).sample)
     yield Row(f"latents after {STEPS} steps", error(mine[0], latents), DRAWN)
-    yield Row("pixels, in 1/255", int(np.abs(mine[1] - pixels).max()), 1 + variant.schedule.zero_terminal_snr)
+    yield Row(
+        "pixels, in 1/255", int(np.abs(mine[1] - pixels).max()), 1 + (not edm and variant.schedule.zero_terminal_snr)
+    )
 
 
 def bytes_of(pixels: Tensor) -> np.ndarray:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from plainsd.errors import UserError, unknown
 from plainsd.files.convert import read
 from plainsd.files.hashes import Hashes, hashes, weights_hash
 from plainsd.files.hub import find
+from plainsd.files.predicted import asked
 from plainsd.files.stored import empty, parts
 from plainsd.files.tokenizers import tokenizers
 from plainsd.pictures.defaults import check_refiner, model_name
@@ -44,6 +46,7 @@ class Model:
     source: str | None  # None: the embedded one
     bare: StableDiffusion  # all of it but the weights: enough to check a request
     bytes: int  # in memory
+    noise: dict[str, Any]  # arguments for `load`: what its network predicts, where the file does not say
     hash: str | None = None  # of its weights, once they were loaded
     sd: StableDiffusion | None = None
     latent_rgb: Tensor | None = None  # for previews
@@ -65,9 +68,14 @@ class Models:
         loras: Path | None = None,
         fast: bool = False,
         embeddings: Path | None = None,
+        prediction: str | None = None,
+        zero_snr: bool | None = None,
     ):
         if fast and loras is not None:
             raise UserError("--fast packs the weights, and LoRAs need them plain; leave out --fast or --loras")
+        self.noise = {"prediction": prediction, "zero_snr": zero_snr}
+        if len(sources) > 1 and (prediction, zero_snr) != (None, None):
+            raise UserError("--prediction and --zero-snr speak of one model; leave them out, or serve that model alone")
         self.fast, self.words = fast, Words(embeddings)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
@@ -84,7 +92,8 @@ class Models:
     def described(self, source: str | None) -> Model:
         """What a model is, without reading its weights."""
         path = find(source)
-        contents = read(path)
+        contents = read(path, **self.noise, ask=False)
+        told, contents = contents.certain, asked(contents, path)
         variant = contents.variant
         networks = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
         bare = StableDiffusion(
@@ -95,7 +104,8 @@ class Models:
             variant=variant, path=path,
         )  # fmt: skip
         numbers = sum(prod(tensor.shape) for network in networks.values() for tensor in network.state_dict().values())
-        return Model(model_name(bare), source, bare, numbers * self.dtype.itemsize, ideas=ideas(path))
+        noise = self.noise if told else self.noise | {"prediction": variant.prediction}
+        return Model(model_name(bare), source, bare, numbers * self.dtype.itemsize, noise, ideas=ideas(path))
 
     def __getitem__(self, name: str | None) -> Model:
         """By name; None is the default. 404 where there is none such."""
@@ -135,7 +145,7 @@ class Models:
         if model.sd is None:
             while self.bytes() + model.bytes > self.budget and (oldest := self.oldest(beside)) is not None:
                 self.drop(oldest)
-            sd = load(model.source, device=self.device, dtype=self.dtype)
+            sd = load(model.source, device=self.device, dtype=self.dtype, **model.noise)
             projection, digest = latent_rgb(sd), weights_hash(sd.path, "unet")
             if self.fast:
                 faster(sd)

@@ -53,7 +53,7 @@ def checked(
         return text_to_image(bare, prompt, negative, count=request.count, **choices).settings
     choices |= {"size": base.image.size, "count": request.count, "negative": negative}
     if base.hole is None:
-        return image_to_image(bare, prompt, base.image, choices.pop("strength", 0.75), **choices).settings
+        return image_to_image(bare, prompt, base.image, choices.pop("strength", None), **choices).settings
     return inpaint(bare, prompt, base.image, base.hole, choices.pop("strength", 1.0), **choices).settings
 
 

@@ -49,6 +49,9 @@ class JobRequest(BaseModel):
     guidance: float | None = Field(
         None, description="how strictly the prompt is followed; 1 ignores the negative prompt"
     )
+    image_guidance: float | None = Field(
+        None, description="how much of the image stays, with a model that edits pictures"
+    )
     sampler: Text | None = None
     spacing: Text | None = Field(None, description="of the noise levels")
     seed: int | None = Field(None, description="of the first picture, the following have the next; none: a random one")
@@ -85,7 +88,7 @@ class JobRequest(BaseModel):
 
     def choices(self) -> dict[str, Any]:
         """What is not left open of the settings that the tasks know."""
-        names = ("size", "steps", "guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler",
+        names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler",
                  "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed",
                  "threshold", "cache", "handover", "outpaint")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}

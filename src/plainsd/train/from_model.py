@@ -10,6 +10,7 @@ from plainsd.checkpoint import save
 from plainsd.errors import UserError
 from plainsd.files.convert import read
 from plainsd.files.hub import find
+from plainsd.files.predicted import on_or_off
 from plainsd.files.tokenizers import tokenizers
 from plainsd.models.variants import encoder_names
 from plainsd.pictures.model import StableDiffusion
@@ -130,7 +131,7 @@ def base_model(job: Job) -> StableDiffusion:
         raise UserError(
             "--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method full"
         )
-    contents = read(path)
+    contents = read(path, prediction=job.options.prediction, zero_snr=on_or_off(job.options.zero_snr))
     variant, built = contents.variant, {}
     for name, network in contents.networks.items():
         built[name] = network.build(job.world.device, torch.bfloat16 if half and name == "unet" else torch.float32)

@@ -222,6 +222,10 @@ class TrainOptions:
     base: str | None = None
     """the model to fine-tune: a folder, a file or a name on the hub; the embedded one if not given. Methods vae and
     scratch begin with its weights, where it is given, and not from nothing"""
+    prediction: str | None = None
+    """what the network of --base predicts, epsilon or v_prediction, where its files say it wrong or not at all"""
+    zero_snr: str | None = None
+    """whether the noise of --base ends at zero SNR, on or off, likewise"""
     reading: OmitArgPrefixes[Data] = field(default_factory=Data)
     pace: OmitArgPrefixes[Steps] = field(default_factory=Steps)
     loss: OmitArgPrefixes[Loss] = field(default_factory=Loss)

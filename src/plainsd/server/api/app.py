@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from plainsd import __version__
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
+from plainsd.models.variants import edits
 from plainsd.pictures.settings import RANGES, UPSCALERS, sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.errors import add_errors
@@ -254,7 +255,8 @@ def model_told(model: Model, models: Models) -> dict:
         "name": model.name, "kind": variant.name, "resident": model.sd is not None, "bytes": model.bytes,
         "ideas": model.ideas, "refiners": models.refiners(model),
         "embeddings": [word.text for word in models.words.fitting(model.bare)],
-        "inpainting_only": variant.unet.in_channels != variant.vae.latent_channels,
+        "inpainting_only": variant.unet.in_channels == 2 * variant.vae.latent_channels + 1,
+        "edits": edits(variant.unet, variant.vae),
         "defaults": {"size": [variant.size, variant.size], "steps": variant.steps, "guidance": variant.guidance,
                      "sampler": variant.sampler, "spacing": variant.spacing},
     }  # fmt: skip

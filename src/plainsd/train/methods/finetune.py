@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.pictures.model import StableDiffusion
 from plainsd.train.data.captions import Reader
@@ -69,8 +70,13 @@ def frozen(sd: StableDiffusion) -> StableDiffusion:
     """Nothing of the model moves; where gradients are wanted, they are switched on afterwards."""
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
         raise UserError(
-            "this is an inpainting model, which reads masks that the pictures do not have; fine-tune the "
-            "model it was made from"
+            "this model reads a mask or a picture beside the latents, which the training pictures do not have; "
+            "fine-tune the model it was made from"
+        )
+    if isinstance(sd.schedule, EDMSchedule):
+        raise UserError(
+            "this model was trained at all noise levels (EDM), as its scheduler says, and fine-tuning knows those of a "
+            "table only; choose a base that predicts epsilon or v"
         )
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.requires_grad_(False).eval()

@@ -1,0 +1,90 @@
+"""What a model's network predicts, and whether its noise ends at zero SNR, where the files do not say it or say it wrong:
+asked of the network itself, or told by the user."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from plainsd.diffusion.schedule import EDMSchedule
+from plainsd.errors import UserError, unknown
+from plainsd.files.configs import NOTE, NOTED
+from plainsd.files.configs_out import write_variant
+from plainsd.files.detect import predicting, probe
+from plainsd.files.stored import Contents
+from plainsd.models.variants import Variant
+
+CHOICES = ("epsilon", "v_prediction")
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def check_prediction(prediction: str | None) -> None:
+    if prediction not in (None, *CHOICES):
+        raise unknown("prediction", prediction, CHOICES, field="prediction")
+
+
+def on_or_off(text: str | None) -> bool | None:
+    """The flag --zero-snr: "on", "off", or None where it was not given."""
+    if text not in (None, "on", "off"):
+        raise unknown("zero-snr", text, ("on", "off"), field="zero_snr")
+    return None if text is None else text == "on"
+
+
+def told_otherwise(contents: Contents, path: Path, prediction: str | None, zero_snr: bool | None) -> Contents:
+    """The model with what the user knows better; its settings say so too. None: as the files have it."""
+    check_prediction(prediction)
+    variant = with_noise(contents.variant, path, prediction, zero_snr)
+    if variant == contents.variant:
+        return contents
+    return replace(contents, variant=variant, texts=contents.texts | changed_texts(contents.texts, variant))
+
+
+def with_noise(variant: Variant, path: Path, prediction: str | None, zero_snr: bool | None) -> Variant:
+    if isinstance(variant.schedule, EDMSchedule):
+        if zero_snr or prediction not in (None, variant.prediction):
+            raise UserError(
+                f"{path} was trained at all noise levels (EDM), and its own settings say what it predicts; "
+                "leave --prediction and --zero-snr out"
+            )
+        return variant
+    if prediction is not None:
+        variant = replace(variant, prediction=prediction)
+    if zero_snr is None or zero_snr == variant.schedule.zero_terminal_snr:
+        return variant
+    schedule = replace(variant.schedule, zero_terminal_snr=zero_snr)
+    return replace(variant, schedule=schedule, spacing="trailing" if zero_snr else None)
+
+
+def changed_texts(texts: dict[str, str], variant: Variant) -> dict[str, str]:
+    """The settings of a folder that speak of noise, and our note in them."""
+    ours = write_variant(variant)
+    wanted = json.loads(ours[SCHEDULER])
+    names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+    config: dict[str, Any] = json.loads(texts[SCHEDULER]) | {name: wanted[name] for name in names}
+    index: dict[str, Any] = json.loads(texts["model_index.json"])
+    if NOTE in index:
+        noted = json.loads(ours["model_index.json"])[NOTE]
+        index[NOTE] = index[NOTE] | {name: noted[name] for name in NOTED}
+    changed = {SCHEDULER: config, "model_index.json": index}
+    return {path: json.dumps(content, indent=2, sort_keys=True) + "\n" for path, content in changed.items()}
+
+
+def asked(contents: Contents, path: Path, unet: nn.Module | None = None) -> Contents:
+    """What a single file does not say, found out by a trial (`detect.probe`) and said. `unet`: the network, where it is
+    built already; else it is built for this, in bfloat16."""
+    if contents.certain:
+        return contents
+    if unet is None or next(unet.parameters()).dtype == torch.float16:
+        unet = contents.networks["unet"].build(torch.device("cpu"), torch.bfloat16)
+    found = probe(unet)
+    variant = predicting(contents.variant, found or contents.variant.prediction, "ztsnr" in contents.leftovers)
+    result = f"a trial says {found}" if found else f"a trial did not tell, so {variant.prediction} is assumed"
+    warnings.warn(
+        f"{path.name} does not say what its network predicts: {result}; where that is wrong, give --prediction",
+        stacklevel=2,
+    )
+    return replace(contents, variant=variant, texts=write_variant(variant), certain=True)
