@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import CPU, FAMILIES, model, without_notes
-from small_models import small_families  # noqa: F401
 
 from plainsd.checkpoint import load, save
 from plainsd.disk import whole_folder

@@ -10,7 +10,6 @@ from conftest import tiny_sd
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from small_models import BIG, CPU, EACH, FAMILIES, QUICK, model, same_networks, same_tensors, weights
-from small_models import small_families  # noqa: F401
 
 from plainsd.checkpoint import load, load_vae, save, save_vae
 from plainsd.errors import UserError

@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import (
-    CPU,
-    model,
-    small_families,  # noqa: F401
-    without_notes,
-)
+from small_models import CPU, model, without_notes
 
 from plainsd.checkpoint import load, save
 from plainsd.diffusion.schedule import NoiseSchedule

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import plainsd
 from plainsd.cli import main
 from plainsd.diffusion.denoiser import denoiser, output_from, x0_from
-from plainsd.diffusion.samplers import SAMPLERS, first_scale, sampler_sigmas, sampler_timesteps
+from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.configs import read_schedule, read_vae
@@ -70,19 +70,18 @@ def test_trajectories_equal_diffusers(theirs, ours, schedule, kind, sampler, spa
         pytest.skip("a single exponential step begins at sigma_min in diffusers 0.42.1, on noise of sigma_max")
     scheduler = kind(**settings(spacing, theirs, schedule))
     scheduler.set_timesteps(steps)
-    sigmas = sampler_sigmas(schedule, sampler, steps, spacing)
-    torch.testing.assert_close(torch.tensor(sigmas), scheduler.sigmas.float(), rtol=3e-6, atol=0)
-    told = sampler_timesteps(schedule, sampler, steps, spacing)
-    torch.testing.assert_close(torch.tensor(list(told.values())), scheduler.timesteps.float(), rtol=0, atol=1e-6)
+    levels = sampler_levels(schedule, sampler, steps, spacing)
+    sigmas = levels.sigmas
+    torch.testing.assert_close(torch.tensor(list(map(float, sigmas))), scheduler.sigmas.float(), rtol=3e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(levels.timesteps), scheduler.timesteps.float(), rtol=0, atol=1e-6)
 
     noise = torch.randn(2, 4, 6, 6, generator=seeded(0), dtype=torch.float64)
     x = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         output = answer(scheduler.scale_model_input(x, timestep), timestep.double())
         x = scheduler.step(output, timestep, x).prev_sample
-    denoise = denoiser(answer, schedule, ours, told)
-    first = noise * first_scale(sigmas, sampler, spacing, edm=True)
-    *_, last = SAMPLERS[sampler].run(denoise, first, sigmas, None)
+    denoise = denoiser(answer, schedule, ours)
+    *_, last = SAMPLERS[sampler].run(denoise, noise * levels.first_scale, sigmas, None)
     torch.testing.assert_close(last.x, x, rtol=2e-4, atol=2e-5)  # their levels are float32
 
 
@@ -261,10 +260,10 @@ def test_continuous_euler_is_edm_in_other_words():
     scheduler.set_timesteps(9)
     found = read_schedule(TABLE | config | {"_class_name": "EulerDiscreteScheduler"}, "x")
     assert found["schedule"] == EDMSchedule(0.002, 700.0, 1.0) and found["sampler"] == "euler"
-    sigmas = sampler_sigmas(found["schedule"], "euler", 9, found["spacing"])
-    torch.testing.assert_close(torch.tensor(sigmas), scheduler.sigmas.float(), rtol=3e-6, atol=0)
-    told = sampler_timesteps(found["schedule"], "euler", 9, found["spacing"])
-    torch.testing.assert_close(torch.tensor(list(told.values())), scheduler.timesteps.float(), rtol=0, atol=1e-6)
+    levels = sampler_levels(found["schedule"], "euler", 9, found["spacing"])
+    sigmas = levels.sigmas
+    torch.testing.assert_close(torch.tensor(list(map(float, sigmas))), scheduler.sigmas.float(), rtol=3e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(levels.timesteps), scheduler.timesteps.float(), rtol=0, atol=1e-6)
     noise = torch.randn(1, 4, 6, 6, generator=seeded(0), dtype=torch.float64)
     output = torch.tanh(noise)
     scheduler.scale_model_input(noise * sigmas[0], scheduler.timesteps[0])

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, model
-from small_models import small_families  # noqa: F401
 
 from plainsd.checkpoint import save, save_vae
 from plainsd.errors import UserError

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, TINY_XL, pipeline, seeded, tiny_sd
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import CPU, small_families, without_notes  # noqa: F401
+from small_models import CPU, without_notes
 from small_models import model as family
 
 import plainsd
@@ -87,7 +87,7 @@ def test_words_follow_what_the_user_says(tmp_path):
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl-base"])
 @pytest.mark.parametrize("found", ["epsilon", "v_prediction", None])
-def test_an_unmarked_file_is_asked_and_the_result_is_said(tmp_path, small_families, monkeypatch, name, found):  # noqa: F811
+def test_an_unmarked_file_is_asked_and_the_result_is_said(tmp_path, small_families, monkeypatch, name, found):
     sd = family(name)
     plainsd.save(sd, tmp_path / "a.safetensors")
     file = without_notes(tmp_path / "a.safetensors")
@@ -111,7 +111,7 @@ def test_an_unmarked_file_is_asked_and_the_result_is_said(tmp_path, small_famili
     assert plainsd.load(file, **CPU).prediction == "v_prediction"
 
 
-def test_a_ztsnr_counts_where_the_trial_says_v(tmp_path, small_families, monkeypatch):  # noqa: F811
+def test_a_ztsnr_counts_where_the_trial_says_v(tmp_path, small_families, monkeypatch):
     sd = family("sdxl-base")
     plainsd.save(sd, tmp_path / "a.safetensors")
     file = without_notes(tmp_path / "a.safetensors")

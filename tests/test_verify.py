@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from small_models import FAMILIES, model, without_notes
-from small_models import small_families  # noqa: F401
 
 from plainsd.checkpoint import save
 from plainsd.cli import main

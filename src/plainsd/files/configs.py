@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from plainsd.diffusion.denoiser import PREDICTIONS
-from plainsd.diffusion.schedule import OF_LEVELS, OF_TIMESTEPS, EDMSchedule
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.models.clip import ACTIVATIONS, TextConfig
 from plainsd.models.unet import UNetConfig
@@ -69,6 +69,8 @@ VAE_FIXED = {
     "mid_block_add_attention": True,
 }
 CURVES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+OF_TIMESTEPS = ("leading", "trailing", "linspace")  # diffusers' words for spacings
+OF_LEVELS = ("karras", "exponential")
 SCHEDULERS = (  # diffusers' classes that differ in the sampler alone, which is chosen elsewhere: the table is the same
     *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
     *("PNDMScheduler", "LCMScheduler", "TCDScheduler", "RePaintScheduler"),

@@ -4,9 +4,9 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from plainsd.diffusion.schedule import OF_LEVELS, EDMSchedule
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
-from plainsd.files.configs import NOTE, NOTED
+from plainsd.files.configs import NOTE, NOTED, OF_LEVELS
 from plainsd.models.clip import TextConfig
 from plainsd.models.variants import Variant, edits, encoder_names
 
