@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY, TINY_XL, difference, pipeline, seeded, smooth_picture, tiny_sd
+from PIL import Image
 from test_detect import header_of
 from test_edm import TINY_COSXL
 
@@ -158,3 +159,29 @@ def test_verify_passes(editor):
 
     found = {row.name: row for row in verify(editor, device="cpu")}
     assert all(row.passed for row in found.values()), found
+
+
+def test_a_server_draws_it(editor, tmp_path):
+    """Through our own API and A1111's: the same picture as in Python, and the second guidance in its settings."""
+    import base64
+    from io import BytesIO
+
+    from serving import open_service, served
+
+    from plainsd.pictures.images import read_settings
+
+    photo, png = smooth_picture(64), BytesIO()
+    photo.save(png, format="PNG")
+    encoded = base64.b64encode(png.getvalue()).decode()
+    with served(open_service([editor], tmp_path / "data")) as server:
+        wanted = {"prompt": "red", "init_images": [encoded], "steps": 2, "seed": 3, "image_cfg_scale": 1.8}
+        found = server.post("/sdapi/v1/img2img", wanted | {"denoising_strength": 1.0})
+        assert found.status_code == 200, found.text
+        drawn = base64.b64decode(found.json()["images"][0])
+        assert read_settings(BytesIO(drawn)).image_guidance == 1.8
+        refused = server.post("/api/jobs", {"prompt": "red", "image": encoded, "image_guidance": 1000})
+        assert refused.status_code == 422 and refused.json()["error"]["field"] == "image_guidance", refused.text
+        assert server.get("/api/models").json()["models"][0]["edits"] is True
+    sd = plainsd.load(editor, **CPU)
+    ours = plainsd.final(plainsd.image_to_image(sd, "red", photo, steps=2, seed=3, image_guidance=1.8))[0]
+    assert difference(ours, Image.open(BytesIO(drawn)).convert("RGB")) <= 1

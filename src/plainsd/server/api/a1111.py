@@ -11,6 +11,7 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from plainsd.diffusion.samplers import SAMPLERS
+from plainsd.models.variants import edits
 from plainsd.pictures.settings import ENTRY, format_settings, parse_settings, sampler_label, spacing_label, unquote
 from plainsd.server.api.a1111_fields import (
     NONE_HERE,
@@ -57,6 +58,9 @@ def routes(service: Service) -> APIRouter:
         fields = body.wished(options) | {
             "strength": 0.75 if body.denoising_strength is None else body.denoising_strength
         }
+        bare = service.models[fields["model"]].bare
+        if edits(bare.unet.config, bare.vae.config):
+            fields["image_guidance"] = body.image_cfg_scale
         base = await run_in_threadpool(prepared, body, service.limits)
         return await drawn(service, body, job_request(**fields), base, request)
 

@@ -141,6 +141,7 @@ class Image2Image(Common):
     inpainting_mask_invert: int | None = 0
     resize_mode: Literal[0, 1, 2] | None = Field(0, description="stretched, cut, filled")
     include_init_images: bool | None = False
+    image_cfg_scale: float | None = Field(None, description="of models that edit pictures; without effect on others")
 
 
 class PNGInfo(BaseModel):
