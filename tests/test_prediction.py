@@ -191,3 +191,18 @@ def test_a_server_reads_its_one_model_so(model, tmp_path):
     assert models.resident(models.default).sd.prediction == "v_prediction"
     with pytest.raises(UserError, match="speak of one model"):
         Models([model, None], prediction="v_prediction")
+
+
+def test_training_follows_it(model, tmp_path, capsys):
+    """The loss is that of v, and what is saved says so."""
+    from test_finetune import write_pictures
+
+    pictures = write_pictures(tmp_path / "pictures", count=2)
+    given = ["--data", str(pictures), "--base", model, "--device", "cpu", "--dtype", "float32", "--steps", "1"]
+    noise = ["--prediction", "v_prediction", "--zero-snr", "on"]
+    assert main(["train", "--method", "full", "--out", str(tmp_path / "run"), *given, *noise]) == 0
+    config = json.loads((tmp_path / "run/model/scheduler/scheduler_config.json").read_text())
+    assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    capsys.readouterr()
+    assert main(["train", "--method", "scratch", "--out", str(tmp_path / "other"), *given, *noise]) == 2
+    assert "speak of --base" in capsys.readouterr().err

@@ -91,7 +91,7 @@ class Tokens:
         from plainsd.pictures.model import StableDiffusion
 
         path = find(self.model)
-        contents = read(path)
+        contents = read(path, ask=False)
         variant = contents.variant
         bare = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}  # no weights are read
         encoders = [network for name, network in bare.items() if name.startswith("text")]

@@ -69,7 +69,8 @@ def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
             f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws: one of them was trained at other "
             "noise levels (EDM); leave --refiner out"
         )
-    if (ours.latent_channels, ours.scaling_factor) != (sd.refiner.unet.config.in_channels, its.scaling_factor):
+    scales = [(config.scaling_factor, config.latents_mean, config.latents_std) for config in (ours, its)]
+    if ours.latent_channels != sd.refiner.unet.config.in_channels or scales[0] != scales[1]:
         names = f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws"
         raise UserError(f"{names}: their latents differ; choose a refiner of the same family", field="refiner")
     return {"refiner": model_name(sd.refiner), "handover": HANDOVER if settings.handover is None else settings.handover}

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plainsd.disk import written_whole
+from plainsd.errors import UserError
 from plainsd.models.vae import VAE
 from plainsd.pictures.images import to_mask, to_tensor
 from plainsd.train.data.crops import Framing, Size, View, cut_out
@@ -78,6 +79,11 @@ def cache_latents(
     `workers` threads read pictures ahead. Their number changes nothing else.
     """
     config, count = vae.config, pictures.framing.count
+    if config.latents_mean is not None:
+        raise UserError(
+            "this autoencoder's latents are normalised channel by channel (latents_mean), as Playground 2.5's are, and "
+            "training does not know that; choose another base"
+        )
     views = [pictures.views(i) for i in range(len(pictures))]
     masked = any(item.masked for item in pictures.items)
     channels = 2 * config.latent_channels + masked
