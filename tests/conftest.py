@@ -124,6 +124,14 @@ def generate(model, tmp_path, capsys):
 
 
 @pytest.fixture
+def small_families(monkeypatch):
+    """The table of known models, in sizes for a test: for files without notes of ours."""
+    from small_models import FAMILIES  # which needs this file
+
+    monkeypatch.setattr("plainsd.files.detect.VARIANTS", FAMILIES)
+
+
+@pytest.fixture
 def photo(tmp_path) -> Path:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"

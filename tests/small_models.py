@@ -8,7 +8,6 @@ import torch
 from conftest import VOCABULARY, tiny_sd
 from safetensors.torch import load_file, save_file
 
-import plainsd.files.detect
 from plainsd.models.clip import TextConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
@@ -67,6 +66,19 @@ FAMILIES = {  # one of each kind, in sizes for a test
         conv_projections=False,
         context="penultimate",
     ),
+    "bk-sdm-small": Variant(
+        "bk-sdm-small", replace(SMALL_UNET, depth=(1, 1), mid_depth=None), SMALL_VAE, (QUICK,), size=32
+    ),
+    "ssd-1b": Variant(
+        "ssd-1b",
+        replace(XL_UNET, depth=(0, 3), up_depth=((0, 0), (2, 4)), mid_depth=0),
+        SMALL_VAE,
+        (QUICK, BIG),
+        size=64,
+        conv_projections=False,
+        context="penultimate",
+        guidance=9.0,
+    ),
     "odd": Variant(
         "odd",
         UNetConfig(
@@ -92,12 +104,6 @@ FAMILIES = {  # one of each kind, in sizes for a test
 }
 EACH = pytest.mark.parametrize("name", FAMILIES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-
-
-@pytest.fixture
-def small_families(monkeypatch):
-    """The table of known models, in sizes for a test: for files without notes of ours."""
-    monkeypatch.setattr(plainsd.files.detect, "VARIANTS", FAMILIES)
 
 
 def model(name: str):
