@@ -45,6 +45,8 @@ class Convert:
     """LoRAs, LoHas, LoKrs to fold into the weights; once for each"""
     lora_partial: bool = False
     """leave out what of a LoRA has no place in the model"""
+    vae: Annotated[Path | None, arg(metavar="PATH")] = None
+    """another autoencoder than the model's own: a folder, a file, or a whole checkpoint that has one"""
 
     def run(self) -> None:
         from functools import partial
@@ -54,7 +56,7 @@ class Convert:
         from plainsd.files.convert import convert
 
         check_family(self.family)
-        where = {"variant_file": self.variant_file, "family": self.family}
+        where = {"variant_file": self.variant_file, "family": self.family, "vae": self.vae}
         if self.lora:
             where["change"] = partial(baked, loras=chosen(self.lora, {}, None), partial_fit=self.lora_partial)
         convert(self.source, self.target, self.layout, dtype=self.dtype, **where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,18 @@ from pathlib import Path
 import torch
 
 from plainsd.device import choose_dtype
-from plainsd.errors import unknown
-from plainsd.files.folder import read_folder, write_folder
+from plainsd.disk import read_json
+from plainsd.errors import UserError, unknown
+from plainsd.files.configs import read_vae
+from plainsd.files.configs_out import write_variant
+from plainsd.files.detect import UNET_PREFIX, seems
+from plainsd.files.folder import PREVIEW, open_part, read_folder, read_network, write_folder
 from plainsd.files.hub import find
-from plainsd.files.single import read_single, write_single
-from plainsd.files.stored import Contents
+from plainsd.files.single import FILES, read_single, told, write_single
+from plainsd.files.stored import Contents, Network, parts
+from plainsd.files.tensorfile import TensorFile, open_tensors
 from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
+from plainsd.models.vae import VAE, VAEConfig
 
 LAYOUTS = ("diffusers", "single-file")
 
@@ -27,22 +34,75 @@ def convert(
     variant_file: str | None = None,
     family: str | None = None,
     dtype: str | torch.dtype | None = None,
+    vae: str | Path | None = None,
     change: Callable[[Contents], Contents] = lambda contents: contents,
 ) -> None:
     """From one layout to the other, a tensor at a time. There and back again is bit-identical, names included. The
-    layout None is read off the target's name, as by `save`. `change`: what is done on the way."""
+    layout None is read off the target's name, as by `save`. `vae`: another autoencoder than the model's own. `change`:
+    what is done on the way."""
     path = find(source, variant_file)
-    contents = change(read(path, variant_file, family))
+    contents = change(read(path, variant_file, family, vae=vae))
     if not any(name.startswith("tokenizer") for name in contents.texts):
         texts = tokenizer_texts(tokenizers(contents, path), contents.variant)
         contents = replace(contents, texts=contents.texts | texts)
     write(contents, Path(target), layout, dtype and choose_dtype(dtype, torch.device("cpu")))
 
 
-def read(path: Path, variant_file: str | None = None, family: str | None = None, *, vae: bool = True) -> Contents:
+def read(
+    path: Path, variant_file: str | None = None, family: str | None = None, *, vae: str | Path | None = None
+) -> Contents:
+    """A model in either layout, `vae` in place of its own autoencoder. What the reader had to decide is said."""
+    own = vae is None
+    contents = read_folder(path, variant_file, vae=own) if path.is_dir() else read_single(path, family, vae=own)
+    for remark in contents.remarks:
+        warnings.warn(remark, stacklevel=2)
+    return contents if own else with_vae(contents, read_vae_alone(vae, contents.variant.vae))
+
+
+def with_vae(contents: Contents, vae: Network) -> Contents:
+    """With another autoencoder, and without the projection for previews that belonged to the model's own."""
+    variant = replace(contents.variant, vae=vae.config)
+    texts = {name: text for name, text in contents.texts.items() if name != PREVIEW}
+    texts["vae/config.json"] = write_variant(variant)["vae/config.json"]
+    networks = {name: vae if name == "vae" else contents.networks[name] for name in parts(variant)}
+    return replace(contents, variant=variant, texts=texts, networks=networks)
+
+
+def read_vae_alone(path: str | Path, like: VAEConfig, variant_file: str | None = None) -> Network:
+    """An autoencoder: a folder with config.json, the `vae` folder of a model, a file in either naming, or the one in a
+    whole checkpoint.
+
+    A file without settings must have the sizes of `like`, and gets its scaling factor.
+    """
+    path = find(path, variant_file)
     if path.is_dir():
-        return read_folder(path, variant_file)
-    return read_single(path, family, vae=vae)
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        config = read_vae(read_json(folder / "config.json"), str(folder / "config.json"))
+        return read_network(open_part(folder, variant_file), VAE, config, conv=False)
+    whole = open_tensors(path)
+    if any(name.startswith(UNET_PREFIX) for name in whole.tensors):
+        return vae_of(whole, like)
+    tensors = {
+        name.removeprefix("first_stage_model."): tensor
+        for name, tensor in whole.tensors.items()
+        if not name.startswith(("loss.", "model_ema.", "first_stage_model.loss."))
+    }
+    layout = "diffusers" if any(".resnets." in name for name in tensors) else "original"
+    return read_network(TensorFile(path, tensors, whole.metadata), VAE, like, conv=False, layout=layout)
+
+
+def vae_of(whole: TensorFile, like: VAEConfig) -> Network:
+    """The autoencoder of a whole checkpoint, with the settings that the file notes for it."""
+    start = "first_stage_model."
+    tensors = {name.removeprefix(start): tensor for name, tensor in whole.tensors.items() if name.startswith(start)}
+    if not tensors:
+        raise UserError(
+            f"{whole.path} is {seems(whole.tensors)} and holds no autoencoder (VAE); give another file with --vae"
+        )
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("loss.")}
+    config = told(whole)[0].vae if whole.metadata.get(FILES) else like
+    file = TensorFile(whole.path, tensors, whole.metadata)
+    return read_network(file, VAE, config, conv=False, layout="original")
 
 
 def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dtype | None) -> None:
