@@ -126,7 +126,7 @@ def generate(model, tmp_path, capsys):
 @pytest.fixture
 def small_families(monkeypatch):
     """The table of known models, in sizes for a test: for files without notes of ours."""
-    from small_models import FAMILIES
+    from small_models import FAMILIES  # which needs this file
 
     monkeypatch.setattr("plainsd.files.detect.VARIANTS", FAMILIES)
 

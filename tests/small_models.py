@@ -67,6 +67,19 @@ FAMILIES = {  # one of each kind, in sizes for a test
         conv_projections=False,
         context="penultimate",
     ),
+    "bk-sdm-small": Variant(
+        "bk-sdm-small", replace(SMALL_UNET, depth=(1, 1), mid_depth=None), SMALL_VAE, (QUICK,), size=32
+    ),
+    "ssd-1b": Variant(
+        "ssd-1b",
+        replace(XL_UNET, depth=(0, 3), up_depth=((0, 0), (2, 4)), mid_depth=0),
+        SMALL_VAE,
+        (QUICK, BIG),
+        size=64,
+        conv_projections=False,
+        context="penultimate",
+        guidance=9.0,
+    ),
     "odd": Variant(
         "odd",
         UNetConfig(

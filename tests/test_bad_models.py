@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_models import CPU, FAMILIES, model, without_notes
 
 from plainsd.checkpoint import load, save
+from plainsd.cli import main
 from plainsd.disk import whole_folder
 from plainsd.errors import UserError
 from plainsd.files.configs import read_variant
@@ -25,6 +26,12 @@ def damage(folder: Path, change) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+
+
+def relist(folder: Path, name: str, entry: object) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index[name] = entry
+    (folder / "model_index.json").write_text(json.dumps({key: value for key, value in index.items() if value}))
 
 
 def rename(tensors: dict) -> None:
@@ -44,6 +51,28 @@ WRONG = {
     "wrong shape": (
         lambda m: damage(m, narrow),
         r"'conv_in.weight' has shape \[16, 3, 3, 3\].*call for \[16, 4, 3, 3\]",
+    ),
+    "no text encoder listed": (
+        lambda m: relist(m, "text_encoder", None),
+        r"model_index.json \(StableDiffusionPipeline\) lists no text_encoder, which Stable Diffusion needs; fetch",
+    ),
+    "text encoder listed as nothing": (
+        lambda m: relist(m, "text_encoder", [None, None]),
+        "lists no text_encoder",
+    ),
+    "no unet listed": (lambda m: relist(m, "unet", None), "lists no unet"),
+    "no vae listed": (lambda m: relist(m, "vae", "x"), "lists no vae"),
+    "Git LFS pointer": (
+        lambda m: (m / "unet" / "diffusion_pytorch_model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 3438167540\n"
+        ),
+        "is a Git LFS pointer and holds no weights; run `git lfs pull`",
+    ),
+    "a weight of another type": (
+        lambda m: damage(
+            m, lambda tensors: tensors.update({"conv_in.bias": tensors["conv_in.bias"].to(torch.complex64)})
+        ),
+        "'conv_in.bias' has the type 'C64', which is not supported",
     ),
     "no vae": (lambda m: shutil.rmtree(m / "vae"), r"cannot read .*vae/config.json.*needs this file"),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), "has no folder 'tokenizer'"),
@@ -97,6 +126,14 @@ def test_bad_single_files(tmp_path, small_families):
     save_file(other, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match=rf"1 names missing \({name}\), 1 unexpected \(strange\); it seems to be SD 1"):
         load(tmp_path / "b.safetensors", **CPU)
+    unet = {key: t for key, t in tensors.items() if key.startswith("model.diffusion_model.")}
+    save_file(unet, tmp_path / "u.safetensors")
+    with pytest.raises(UserError, match="holds no autoencoder"):
+        load(tmp_path / "u.safetensors", **CPU)
+    with pytest.raises(
+        UserError, match="holds no text encoder, and seems to be a UNet alone.*; give a whole checkpoint"
+    ):
+        load(tmp_path / "u.safetensors", vae=tmp_path / "a.safetensors", **CPU)
     for content, what in (
         ({"lora_te_x.lora_up.weight": torch.zeros(1)}, "a LoRA"),
         ({"double_blocks.0.x": torch.zeros(1)}, "FLUX"),
@@ -134,6 +171,30 @@ def test_metadata_cannot_name_files_elsewhere(tmp_path, path):
         with pytest.raises(UserError, match="which no model has"):
             convert(tmp_path / "b.safetensors", tmp_path / "m", "diffusers")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.ckpt", "m.bin", "m.pt", "m.gguf"])
+@pytest.mark.parametrize(
+    "content,what",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265146304\n", "is a Git LFS pointer"),
+        (b"GGUF\x03\0\0\0" + bytes(60), "is a GGUF file"),
+        (b"<!DOCTYPE html>\n<html></html>", "is a web page"),
+    ],
+)
+def test_files_that_are_no_weights_are_called_by_their_names(tmp_path, capsys, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    for command in (
+        ["info"],
+        ["generate", "a", "--model"],
+        ["convert", str(tmp_path / name)],
+        ["generate", "a", "--vae"],
+    ):
+        given = str(tmp_path / "out") if command[0] == "convert" else str(tmp_path / name)
+        assert main([*command, given]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and said[0].startswith(f"plainsd: {tmp_path / name} {what}")
+    assert not (tmp_path / "out").exists()
 
 
 ODD = (None, "", "x", -1, 0, 3, 1.5, 10**12, 1e999, float("nan"), True, [], [7], [[1]], [None] * 3, {}, {"a": 1})

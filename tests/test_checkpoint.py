@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -17,6 +18,7 @@ from plainsd.checkpoint import load, save
 from plainsd.device import choose_device, choose_dtype
 from plainsd.errors import UserError
 from plainsd.files.detect import probe
+from plainsd.files.hub import snapshot
 from plainsd.files.tensorfile import write_safetensors
 from plainsd.generate import final, text_to_image
 from plainsd.pictures.conditioning import size_vector
@@ -237,6 +239,27 @@ def test_hub_name_from_the_cache_without_network(tmp_path, monkeypatch):
         load("somebody/another-model", **CPU)
     save(sd, where / "one.safetensors", layout="single-file")
     assert same_networks(load("somebody/small-model/one.safetensors", **CPU), sd)
+
+
+@pytest.mark.parametrize(
+    "middle,ending", [("", "safetensors"), ("", "bin"), (".fp16", "safetensors"), (".bf16", "bin")]
+)
+def test_of_a_repository_one_kind_of_weights_is_fetched(tmp_path, monkeypatch, middle, ending):
+    """Plain safetensors, then plain pickles, then half precision; never the larger ones beside those that are used."""
+    there = [f"unet/diffusion_pytorch_model{middle}.{ending}", "unet/config.json", "model_index.json"]
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append(allow_patterns)
+        for path in there:
+            if any(fnmatch(path, pattern) for pattern in allow_patterns):
+                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / path).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert snapshot("a/b", None) == tmp_path and (tmp_path / there[0]).is_file()
+    assert len(asked) == [".", "", ".fp16", ".bf16"].index(middle) * 2 - (ending == "safetensors")
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "a/b/c", "/no/such/place", "../x/y", "what ever/it is"])

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_sd
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from small_models import BIG, CPU, EACH, FAMILIES, QUICK, model, same_networks, same_tensors, weights
 
 from plainsd.checkpoint import load, load_vae, save, save_vae
+from plainsd.cli import main
 from plainsd.errors import UserError
 from plainsd.files.convert import convert
+from plainsd.files.folder import file_variant
 from plainsd.files.tensorfile import open_tensors
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
@@ -183,8 +185,50 @@ def test_shards_variants_and_pickles_in_a_folder(tmp_path):
     for path in (tmp_path / "h").glob("*/*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
     assert load(tmp_path / "h", variant_file="fp16", device="cpu", dtype="float16").dtype == torch.float16
-    with pytest.raises(UserError, match="holds no weights"):
+    read = "unet/diffusion_pytorch_model.fp16.safetensors, vae/.*fp16.safetensors, text_encoder/model.fp16.safetensors"
+    with pytest.warns(UserWarning, match=f"has no plain files of weights: read {read}"):
+        half = load(tmp_path / "h", device="cpu", dtype="float16")
+    assert same_networks(half, load(tmp_path / "h", variant_file="fp16", device="cpu", dtype="float16"))
+    vae = tmp_path / "h" / "vae"
+    (vae / "diffusion_pytorch_model.fp16.safetensors").rename(vae / "diffusion_pytorch_model.non_ema.safetensors")
+    save_file({"x": torch.zeros(1)}, vae / "diffusion_pytorch_model.bf16.safetensors")
+    with pytest.raises(UserError, match=r"vae/diffusion_pytorch_model.bf16.safetensors does not fit its settings"):
         load(tmp_path / "h", **CPU)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl-base"])
+def test_diffusers_draws_with_a_half_folder_that_it_is_told_nothing_of(tmp_path, name):
+    """transformers computes in what the settings or the file say, diffusers in float32: the parts must agree."""
+    save(model(name), tmp_path / "m", dtype="float16")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "m")
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    latents = pipe("a", num_inference_steps=1, output_type="latent", height=32, width=32).images
+    assert latents.isfinite().all() and latents.dtype == torch.float32
+    half = DiffusionPipeline.from_pretrained(tmp_path / "m", torch_dtype=torch.float16)
+    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.float16}
+    half.save_pretrained(tmp_path / "theirs")
+    assert '"float16"' in (tmp_path / "theirs" / "text_encoder" / "config.json").read_text()
+    convert(tmp_path / "theirs", tmp_path / "again", dtype="bfloat16")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert {again.unet.dtype, again.vae.dtype, again.text_encoder.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "name,kind",
+    [
+        ("diffusion_pytorch_model.safetensors", None),
+        ("model-00001-of-00002.safetensors", None),
+        ("model.safetensors.index.json", None),
+        ("config.json", None),
+        ("model.fp16.safetensors", "fp16"),
+        ("pytorch_model.non_ema.bin", "non_ema"),
+        ("diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "fp16"),
+        ("diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "fp16"),
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", "fp16"),
+    ],
+)
+def test_variants_by_the_names_of_files(name, kind):
+    assert file_variant(name) == kind
 
 
 def test_another_vae(tmp_path):
@@ -220,6 +264,42 @@ def test_single_file_without_vae(tmp_path, small_families, monkeypatch):
     save_vae(sd.vae, tmp_path / "vae", sd.variant)
     tensors = {key: t for key, t in _single(sd, sd.vae, tmp_path).items() if not key.startswith("first_stage_model.")}
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="names missing .first_stage_model.encoder.conv_in.weight"):
+    with pytest.raises(UserError, match=r"a.safetensors holds no autoencoder \(VAE\); give one with --vae$"):
         load(tmp_path / "a.safetensors", **CPU)
     assert same_networks(load(tmp_path / "a.safetensors", vae=tmp_path / "vae", **CPU), sd)
+    with pytest.raises(UserError, match="a.safetensors is SD 1.x as a single file and holds no autoencoder"):
+        load(tmp_path / "a.safetensors", vae=tmp_path / "a.safetensors", **CPU)
+
+
+def test_a_whole_checkpoint_as_vae(tmp_path):
+    """Its own autoencoder is used; where the file notes a scaling factor, with that."""
+    sd, other = model("sd1"), model("sd1")
+    with torch.no_grad():
+        other.vae.decoder.conv_out.bias += 1
+    other.vae.config = replace(other.vae.config, scaling_factor=0.5)
+    save(sd, tmp_path / "m")
+    save(other, tmp_path / "o.safetensors")
+    tensors = load_file(tmp_path / "o.safetensors")
+    save_file(tensors | {"first_stage_model.loss.logvar": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    torch.save({"state_dict": tensors}, tmp_path / "o.ckpt")
+    for name, scale in (("o.safetensors", 0.5), ("bare.safetensors", 0.18215), ("o.ckpt", 0.18215)):
+        again = load(tmp_path / "m", vae=tmp_path / name, **CPU)
+        assert same_tensors(again.vae.state_dict(), other.vae.state_dict()) and again.latent_rgb is None
+        assert again.vae.config.scaling_factor == again.variant.vae.scaling_factor == scale
+        assert same_tensors(again.unet.state_dict(), sd.unet.state_dict())
+
+
+def test_convert_with_another_vae(tmp_path):
+    sd, other = model("sd1"), model("sd1")
+    with torch.no_grad():
+        other.vae.decoder.conv_out.bias += 1
+    other.vae.config = replace(other.vae.config, scaling_factor=0.5)
+    save(sd, tmp_path / "m")
+    save(other, tmp_path / "o")
+    for target in ("n", "n.safetensors"):
+        command = ["convert", str(tmp_path / "m"), str(tmp_path / target), "--vae", str(tmp_path / "o")]
+        assert main(command) == 0
+        again = load(tmp_path / target, **CPU)
+        assert same_networks(again, replace(sd, vae=other.vae)) and again.variant.vae.scaling_factor == 0.5
+    (tmp_path / "m" / "vae" / "diffusion_pytorch_model.safetensors").unlink()  # not wanted, so it may be missing
+    assert main([*command[:3], "--vae", str(tmp_path / "o")]) == 0

@@ -36,7 +36,9 @@ def header_of(variant: Variant) -> TensorFile:
 
 @pytest.mark.parametrize(
     "name",
-    ["sd1", "sd1-inpainting", "sd1-lcm", "sd2-inpainting", "sdxl-base", "sdxl-inpainting", "sdxl-lcm", "sdxl-refiner"],
+    ["sd1", "sd1-inpainting", "sd1-lcm", "sd2-inpainting", "sdxl-base", "sdxl-inpainting", "sdxl-lcm", "sdxl-refiner"]
+    + ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "ssd-1b", "vega", "koala-700m", "koala-1b"]
+    + ["bk-sdm-v2-base", "bk-sdm-v2-small", "bk-sdm-v2-tiny"],
 )
 def test_family_by_shapes(name):
     certain = name in ("sd1-lcm", "sdxl-lcm", "sdxl-refiner")  # all of which predict epsilon
@@ -124,9 +126,15 @@ PUBLIC = {
         ("layers_per_block", [1, 2, 2, 2]),
         ("block_out_channels", [320]),
         ("addition_embed_type", "image"),
-        ("mid_block_type", None),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+        ("mid_block_type", ["UNetMidBlock2D"]),
         ("down_block_types", ["AttnDownBlock2D"] * 4),
         ("transformer_layers_per_block", [[1], 2]),
+        ("transformer_layers_per_block", [[1, 2], 1, 1, 1]),
+        ("transformer_layers_per_block", [0, 1, 1, 1]),
+        ("transformer_layers_per_block", None),
+        ("reverse_transformer_layers_per_block", [1, 1, 1, [1, 2]]),
+        ("reverse_transformer_layers_per_block", "x"),
         ("cross_attention_dim", [768, 1, 1, 1]),
         ("attention_head_dim", 0),
         ("reverse_transformer_layers_per_block", [1, 2]),

@@ -42,6 +42,12 @@ def test_a_folder(tmp_path):
     assert f"{numbers:,} numbers, float16, {2 * numbers / 1e6:,.1f} MB" in said
 
 
+def test_models_with_less_of_a_middle(tmp_path):
+    for name, what in (("ssd-1b", "a middle of one ResBlock"), ("bk-sdm-small", "no middle")):
+        save(model(name), tmp_path / name)
+        assert what in info(tmp_path / name)
+
+
 def test_a_single_file(tmp_path, small_families):
     sd = model("sd2-768")
     save(sd, tmp_path / "a.safetensors", layout="single-file")

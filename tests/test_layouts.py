@@ -106,6 +106,30 @@ def test_number_of_tensors_in_public_files(name):
     assert len(total) == COUNTS[name]
 
 
+PARAMETERS = {  # of UNets, as the headers of the public files count them
+    "bk-sdm-base": 579_384_964,
+    "bk-sdm-small": 482_346_884,
+    "bk-sdm-tiny": 323_384_964,
+    "bk-sdm-v2-small": 485_787_524,
+    "bk-sdm-v2-tiny": 326_825_604,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_distilled_unets(name):
+    assert sum(p.numel() for p in bare(UNet, VARIANTS[name].unet).parameters()) == PARAMETERS[name]
+
+
+def test_parameters_of_ssd_vega_and_koala():
+    """As their papers and cards round them: 1.3 billion; 247, 31 and 460 million by block; 0.78 and 1.16 billion."""
+    count = {name: sum(p.numel() for p in bare(UNet, VARIANTS[name].unet).parameters()) for name in VARIANTS}
+    vega = bare(UNet, VARIANTS["vega"].unet)
+    blocks = [sum(p.numel() for p in part.parameters()) for part in (vega.down, vega.mid, vega.up)]
+    assert [round(number / 1e6) for number in blocks] == [247, 31, 460]
+    assert [round(count[name] / 1e7) for name in ("koala-700m", "koala-1b")] == [78, 116]
+    assert round(count["ssd-1b"] / 1e8) == 13
+
+
 # --- values, at sizes that a test can hold ---------------------------------------------------------------------------
 
 SMALL = {

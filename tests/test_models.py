@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from plainsd.files.configs import read_text, read_unet, read_vae
+from plainsd.files.configs_out import write_unet
 from plainsd.files.folder import read_network
 from plainsd.files.tensorfile import TensorFile, stored
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.layers import timestep_embedding
 from plainsd.models.unet import UNet, UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
+from plainsd.models.variants import Variant
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "float64"])
@@ -111,6 +113,27 @@ UNETS = {
         cross_attention_dim=24,
     ),
     "one level": dict(block_out_channels=(32,), down_block_types=(ATTN,), attention_head_dim=1, cross_attention_dim=8),
+    "no middle": dict(  # BK-SDM's small and tiny
+        block_out_channels=(32, 64, 64),
+        down_block_types=(ATTN, ATTN, PLAIN),
+        attention_head_dim=2,
+        cross_attention_dim=24,
+        layers_per_block=1,
+        mid_block_type=None,
+    ),
+    "one ResBlock in the middle": dict(  # SSD-1B
+        block_out_channels=(32, 64, 64),
+        down_block_types=(PLAIN, ATTN, ATTN),
+        attention_head_dim=(1, 2, 4),
+        transformer_layers_per_block=(1, 2, 3),
+        reverse_transformer_layers_per_block=((3, 1, 4), (2, 1, 1), 1),
+        use_linear_projection=True,
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + 40,
+        mid_block_type="UNetMidBlock2D",
+    ),
 }
 SIZES = {
     "sd1": (9, 15),
@@ -121,6 +144,8 @@ SIZES = {
     "inpainting": (5, 12),
     "lcm": (6, 10),
     "one level": (7, 3),
+    "no middle": (9, 6),
+    "one ResBlock in the middle": (7, 10),
 }
 
 
@@ -160,6 +185,17 @@ def test_unet_equals_diffusers(name, dtype):
     mine, theirs = unet_inputs(config, SIZES[name], dtype)
     unet = ours(UNet, config, reference, conv=conv)
     assert error(unet(**mine), reference(**theirs).sample) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_settings_there_and_back(name):
+    """What is written for diffusers describes the same network to diffusers and to us."""
+    reference = unet_reference(name, torch.float32)
+    config, conv = read_unet(dict(reference.config), name)
+    written = write_unet(Variant(name, config, VAEConfig(), (TextConfig(),), conv_projections=conv))
+    assert read_unet(written, name) == (config, conv)
+    again = UNet2DConditionModel.from_config(written).state_dict()
+    assert {key: t.shape for key, t in again.items()} == {key: t.shape for key, t in reference.state_dict().items()}
 
 
 @torch.no_grad()

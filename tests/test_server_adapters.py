@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from conftest import TINY, TINY_REFINER, TINY_XL
+from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
 from PIL import Image
 from serving import Brake, alike, embedding_file, lora_file, model_folder, open_service, served, until
 from webuiapi import WebUIApi
@@ -92,6 +92,17 @@ def test_a_picture_names_its_weights(server, folder):
     assert hashes["model"] == weights_hash(Path(model_folder(folder)), "unet")
     models = {row["title"]: row["hash"] for row in server.get("/sdapi/v1/sd-models").json()}
     assert hashes["model"] in models.values()
+
+
+def test_another_autoencoder_for_all_models(folder, tmp_path):
+    plainsd.save(tiny_sd(seed=5), tmp_path / "whole.safetensors")
+    service = open_service([model_folder(folder)], tmp_path / "data", vae=tmp_path / "whole.safetensors")
+    with served(service) as server:
+        image, told = picture_of(server, prompt="a")
+    sd = plainsd.load(model_folder(folder), vae=tmp_path / "whole.safetensors", device="cpu", dtype="float32")
+    assert alike(image, plainsd.final(plainsd.text_to_image(sd, "a", seed=3, steps=3))[0])
+    assert "VAE: whole.safetensors" in image.info["parameters"]
+    assert weights_hash(tmp_path / "whole.safetensors", "vae") in str(told)
 
 
 def test_words_together_with_a_lora(server, folder):

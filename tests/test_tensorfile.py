@@ -1,10 +1,19 @@
 """Files of tensors: equal to the safetensors library's, and every kind of damage told in one line."""
 
+import argparse
+import datetime
+import io
 import json
 import os
 import pickle
 import struct
+import sys
+import types
+import zipfile
+from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -118,6 +127,77 @@ def test_classes_left_by_training_code_do_nothing(tmp_path, monkeypatch):
     assert same(read_all(tmp_path / "x.ckpt"), TENSORS)
 
 
+class Named:
+    """Pickled under a name of another program, with arguments, a state, items."""
+
+    def __init__(self, name: str, args: tuple = (), state: object = None, items: dict | None = None):
+        self.name, self.args, self.state, self.items = name, args, state, items
+
+    def __reduce__(self):
+        module, _, name = self.name.rpartition(".")
+        made = type(name, (), {"__module__": module, "__qualname__": name})
+        places = [".".join(module.split(".")[: i + 1]) for i in range(module.count(".") + 1)]
+        for place in places:
+            sys.modules.setdefault(place, types.ModuleType(place))
+        setattr(sys.modules[module], name, made)
+        return made, self.args, self.state, None, iter(self.items.items()) if self.items else None
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("style", ["numpy._core", "numpy.core", "arrays", "lightning"])
+def test_what_training_programs_leave_beside_tensors(tmp_path, monkeypatch, old, style):
+    """NumPy's scalars and arrays as NumPy writes them, under the names of NumPy 2 and of NumPy 1."""
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities", "omegaconf"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    beside = {
+        "numpy._core": {"best": np.float64(0.5), "step": np.int64(7), "flag": np.bool_(True), "half": np.float16(2)},
+        "numpy.core": {"best": np.float64(0.5), "step": np.int64(7)},
+        "arrays": {"losses": np.arange(5.0), "kind": np.dtype("float32"), "when": datetime.date(2022, 8, 22)},
+        "lightning": {
+            "hyper_parameters": Named("pytorch_lightning.utilities.AttributeDict", (), {"lr": 1e-4}),
+            "config": Named("omegaconf.DictConfig", ({"a": 1},), {"_content": {}}),
+            "place": Path("logs"),
+            "args": argparse.Namespace(lr=1e-4),
+            "table": Named("pytorch_lightning.utilities.AttributeDict2", (), None, {"lr": 1e-4}),
+            "counts": defaultdict(None, {"a": 1}),
+        },
+    }[style]
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": {"a": TENSORS["a.weight"]}, **beside}, path, _use_new_zipfile_serialization=not old)
+    if style == "numpy.core":
+        path.write_bytes(as_numpy_1(path.read_bytes()) if old else rezipped(path))
+    monkeypatch.undo()
+    assert same(read_all(path), {"a": TENSORS["a.weight"]})
+    assert "pytorch_lightning.utilities" not in sys.modules and "omegaconf" not in sys.modules
+
+
+def as_numpy_1(pickled: bytes) -> bytes:
+    assert b"cnumpy._core.multiarray\nscalar\n" in pickled
+    return pickled.replace(b"cnumpy._core.multiarray\nscalar\n", b"cnumpy.core.multiarray\nscalar\n")
+
+
+def rezipped(path: Path) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, as_numpy_1(old.read(name)) if name.endswith("data.pkl") else old.read(name))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind,shape,size", [("U16", [3], 6), ("C64", [2], 16), ("F8_E8M0", [4], 4), ("F4", [4], 2)])
+def test_a_tensor_of_a_type_unknown_here_is_copied_and_not_computed_with(tmp_path, kind, shape, size):
+    data = bytes(range(size))
+    content = header({"a": entry([1], 0, 4), "b": entry(shape, 4, 4 + size, kind)}, b"abcd" + data)
+    (tmp_path / "x.safetensors").write_bytes(content)
+    file = open_tensors(tmp_path / "x.safetensors")
+    write_safetensors(tmp_path / "y.safetensors", file.tensors)
+    assert file.tensors["b"].nbytes == size and (tmp_path / "y.safetensors").read_bytes().endswith(b"abcd" + data)
+    again = open_tensors(tmp_path / "y.safetensors").tensors["b"]
+    assert again.foreign == (kind, tuple(shape))
+    with pytest.raises(UserError, match=f"'b' has the type '{kind}', which is not supported; known: F64, .*precision"):
+        again.read(torch.float32)
+
+
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +233,14 @@ BAD = {
     "three offsets": (header({"a": entry([1], 0, 4) | {"data_offsets": [0, 2, 4]}}, b"x" * 4), "entry for 'a'"),
     "no dtype": (header({"a": {"shape": [1], "data_offsets": [0, 4]}}, b"x" * 4), "entry for 'a'"),
     "entry is a number": (header({"a": 7}, b""), "entry for 'a'"),
-    "unknown dtype": (header({"a": entry([1], 0, 4, "Q4")}, b"x" * 4), "type 'Q4'"),
+    "unknown dtype, offsets lie": (header({"a": entry([1], 4, 0, "Q4")}, b"x" * 4), "'a' of shape [1] and type Q4"),
+    "unknown dtype, cut short": (header({"a": entry([9], 0, 9, "Q4")}, b"x" * 4), "cut short"),
+    "Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265146304\n",
+        "git lfs pull",
+    ),
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(60), "is a GGUF file"),
+    "web page": (b"\n<!DOCTYPE html>\n<html><title>Log in</title></html>", "is a web page"),
     "metadata is a list": (header({"__metadata__": [], "a": entry([1], 0, 4)}, b"x" * 4), "metadata is not a table"),
 }
 
@@ -203,8 +290,11 @@ def test_missing_file_and_folder(tmp_path):
 
 
 class Evil:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/plainsd-was-here",)
+        return os.system, (f"touch {self.trace}",)
 
 
 @pytest.mark.filterwarnings("error")
@@ -218,11 +308,11 @@ class Evil:
     ids=["4", "2", "torch"],
 )
 def test_a_pickle_that_would_run_code(tmp_path, save):
-    save({"state_dict": {"a": Evil()}}, tmp_path / "x.ckpt")
+    save({"state_dict": {"a": Evil(tmp_path / "trace")}}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="could run code; it is not opened") as error:
         open_tensors(tmp_path / "x.ckpt")
     assert "system" in one_line(error) or "is a pickle that could run code" in str(error.value)
-    assert not os.path.exists("/tmp/plainsd-was-here")
+    assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])

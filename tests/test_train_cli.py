@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_sd
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from test_finetune import write_pictures
@@ -89,6 +90,27 @@ def test_full(train, base, pictures, tmp_path):
     assert not np.array_equal(drawn(trained), drawn(before))
     assert not torch.equal(trained.text_encoders[0].token.weight, before.text_encoders[0].token.weight)
     assert torch.equal(trained.vae.quant.weight, before.vae.quant.weight)
+
+
+def test_another_autoencoder_than_the_bases_own(train, base, tmp_path):
+    """Latents are made by it, and it is the finished model's."""
+    other = tiny_sd(seed=1)
+    plainsd.save(other, tmp_path / "whole.safetensors")
+    code, _ = train("full", "--steps", "1", "--vae", str(tmp_path / "whole.safetensors"))
+    assert code == 0
+    trained = plainsd.load(tmp_path / "run" / "model", device="cpu", dtype="float32")
+    assert all(torch.equal(trained.vae.state_dict()[name], t) for name, t in other.vae.state_dict().items())
+    code, errors = train("full", "--steps", "2")
+    assert code == 2 and "holds a run with another --vae" in errors[0]
+    code, errors = train("full", "--vae", "nowhere", out=tmp_path / "none")
+    assert code == 2 and errors == [line for line in errors if "there is no model at 'nowhere'" in line]
+
+
+def test_diffusers_draws_with_a_trained_model_that_it_is_told_nothing_of(train, tmp_path):
+    code, _ = train("full", "--steps", "1", "--save-dtype", "float16")
+    assert code == 0
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run" / "model")
+    assert pipe("colour 1", num_inference_steps=1, output_type="latent").images.isfinite().all()
 
 
 def test_lora(train, base, tmp_path):

@@ -10,16 +10,15 @@ from torch import nn
 from plainsd.adapters.lora import add_lora
 from plainsd.device import choose_device, choose_dtype
 from plainsd.diffusion.schedule import same_schedule
-from plainsd.disk import read_json, whole_folder, written_whole
+from plainsd.disk import whole_folder, written_whole
 from plainsd.errors import UserError
-from plainsd.files.configs import read_vae
 from plainsd.files.configs_out import write_variant
-from plainsd.files.convert import read, write
-from plainsd.files.folder import PREVIEW, open_part, read_network, write_weights
+from plainsd.files.convert import read, read_vae_alone, write
+from plainsd.files.folder import PREVIEW, write_weights
 from plainsd.files.hub import find
 from plainsd.files.predicted import asked, told_otherwise
 from plainsd.files.stored import Contents, Network, empty, first, parts
-from plainsd.files.tensorfile import TensorFile, open_tensors, stored
+from plainsd.files.tensorfile import stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
 from plainsd.models.vae import VAE, VAEConfig
 from plainsd.models.variants import SD_VAE, Variant, encoder_names
@@ -47,7 +46,8 @@ def load(
 ) -> StableDiffusion:
     """The embedded model, or the one in a folder, in a single file, or on the hub.
 
-    `variant_file`: "fp16" reads `*.fp16.safetensors` of a folder. `family`: a name in VARIANTS, for a single file that
+    `variant_file`: "fp16" reads `*.fp16.safetensors` of a folder; None: the plain files, or where there are none those
+    of a variant, which is said. `family`: a name in VARIANTS, for a single file that
     does not tell. `vae`: another autoencoder, a folder or a file, in place of the model's own. `loras`: files and
     strengths; with `lora_partial`, names in them that have no place are left out. `prediction`: "epsilon" or
     "v_prediction", and `zero_snr`: whether its noise table ends at zero SNR, where the files say it wrong or not at all.
@@ -55,17 +55,10 @@ def load(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     path = find(source, variant_file)
-    contents = read(path, variant_file, family, vae=vae is None, prediction=prediction, zero_snr=zero_snr, ask=False)
-    networks = {
-        name: network.build(device, dtype)
-        for name, network in contents.networks.items()
-        if name != "vae" or vae is None
-    }
+    contents = read(path, variant_file, family, vae=vae, prediction=prediction, zero_snr=zero_snr, ask=False)
+    networks = {name: network.build(device, dtype) for name, network in contents.networks.items()}
     contents = told_otherwise(asked(contents, path, networks["unet"]), path, prediction, zero_snr)
     variant = contents.variant
-    if vae is not None:
-        networks["vae"] = load_vae(vae, device=device, dtype=dtype, like=variant.vae)
-        variant = replace(variant, vae=networks["vae"].config)
     sd = StableDiffusion(
         tokenizers=tokenizers(contents, path),
         text_encoders=[networks[name] for name in encoder_names(variant)],
@@ -75,7 +68,7 @@ def load(
         prediction=variant.prediction,
         variant=variant,
         path=path,
-        latent_rgb=read_preview(contents.texts, variant.vae.latent_channels, str(path)) if vae is None else None,
+        latent_rgb=read_preview(contents.texts, variant.vae.latent_channels, str(path)),
     )
     for file, strength in loras:
         add_lora(sd, file, strength, partial=lora_partial)
@@ -131,25 +124,9 @@ def load_vae(
     like: VAEConfig = SD_VAE,
     variant_file: str | None = None,
 ) -> VAE:
-    """An autoencoder alone: a folder with config.json, the `vae` folder of a model, or a file in either naming.
-
-    A file has no settings; it must have the sizes of `like`, and gets its scaling factor.
-    """
+    """An autoencoder alone, see `plainsd.files.convert.read_vae_alone`."""
     device = choose_device(device)
-    dtype, path = choose_dtype(dtype, device), find(path, variant_file)
-    folder = path / "vae" if (path / "vae").is_dir() else path
-    if path.is_dir():
-        config = read_vae(read_json(folder / "config.json"), str(folder / "config.json"))
-        return read_network(open_part(folder, variant_file), VAE, config, conv=False).build(device, dtype)
-    whole = open_tensors(path)
-    tensors = {
-        name.removeprefix("first_stage_model."): tensor
-        for name, tensor in whole.tensors.items()
-        if not name.startswith(("loss.", "model_ema.", "first_stage_model.loss."))
-    }
-    layout = "diffusers" if any(".resnets." in name for name in tensors) else "original"
-    file = TensorFile(path, tensors, whole.metadata)
-    return read_network(file, VAE, like, conv=False, layout=layout).build(device, dtype)
+    return read_vae_alone(path, like, variant_file).build(device, choose_dtype(dtype, device))
 
 
 def save_vae(vae: VAE, path: str | Path, variant: Variant, dtype: torch.dtype | None = None) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from plainsd.errors import UserError, unknown
 from plainsd.files.detect import EMBEDDING, seems
-from plainsd.files.tensorfile import HARMLESS, open_safetensors, stored, unpickled, write_whole
+from plainsd.files.tensorfile import open_safetensors, stored, unpickled, write_whole
 from plainsd.models.clip import TextEncoder
 from plainsd.models.variants import encoder_names
 from plainsd.pictures.model import StableDiffusion
@@ -130,7 +130,7 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
 
 
 def pickled(path: Path) -> object:
-    return unpickled(path, [*HARMLESS, (Parameters, "torch.nn.modules.container.ParameterDict")])
+    return unpickled(path, [(Parameters, "torch.nn.modules.container.ParameterDict")])
 
 
 def told(path: Path) -> str:

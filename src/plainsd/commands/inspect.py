@@ -54,6 +54,8 @@ class Convert:
     """what its network predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
     zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
     """whether its noise ends at zero SNR, likewise"""
+    vae: Annotated[Path | None, arg(metavar="PATH")] = None
+    """another autoencoder than the model's own: a folder, a file, or a whole checkpoint that has one"""
 
     def run(self) -> None:
         from functools import partial
@@ -64,7 +66,7 @@ class Convert:
         from plainsd.files.predicted import on_or_off
 
         check_family(self.family)
-        where = {"variant_file": self.variant_file, "family": self.family}
+        where = {"variant_file": self.variant_file, "family": self.family, "vae": self.vae}
         where |= {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         if self.lora:
             where["change"] = partial(baked, loras=chosen(self.lora, {}, None), partial_fit=self.lora_partial)

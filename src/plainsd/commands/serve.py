@@ -43,6 +43,8 @@ class Serve:
     """LoRA files, used by name"""
     embeddings: Annotated[Path | None, flag("FOLDER")] = None
     """embeddings (textual inversion), each a word for prompts"""
+    vae: Annotated[Path | None, flag("PATH")] = None
+    """another autoencoder than the models' own, for all of them: a folder, a file, or a whole checkpoint that has one"""
     batch: Annotated[int, flag("N")] = 4
     """pictures drawn at once"""
     memory: Annotated[float | None, flag("GB")] = None
@@ -92,7 +94,7 @@ class Serve:
         memory = None if self.memory is None else self.memory * 1e9
         service = Service.open(self.model, self.data, limits, batch=self.batch, device=self.device, dtype=self.dtype,
                                memory=memory, loras=self.loras, fast=self.fast,
-                               embeddings=self.embeddings, prediction=self.prediction,
+                               embeddings=self.embeddings, vae=self.vae, prediction=self.prediction,
                                zero_snr=on_or_off(self.zero_snr))  # fmt: skip
         app = create_app(
             service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)

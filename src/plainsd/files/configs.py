@@ -53,13 +53,12 @@ UNET_FIXED = {  # settings with one value that our UNet computes; absent means t
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "attention_type": "default",
-    "reverse_transformer_layers_per_block": None,
     "cross_attention_norm": None,
     "num_attention_heads": None,
     "mid_block_only_cross_attention": None,
     "addition_embed_type_num_heads": 64,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
 }
+MIDDLES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)  # with attention; one ResBlock; none
 XL_FIXED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 VAE_FIXED = {
     "act_fn": "silu",
@@ -158,16 +157,20 @@ def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
     check_fixed(config, UNET_FIXED | (XL_FIXED if xl else {}), where)
     channels = wholes(config, "block_out_channels", where)
     count, attends = len(channels), attention_levels(config, len(channels), where)
-    depth = wholes(config, "transformer_layers_per_block", where, count, 1, MOST)
     layers = wholes(config, "layers_per_block", where, count, 2, MOST)
     context = wholes(config, "cross_attention_dim", where, count, 1280)
     if len({*layers}) > 1 or len({*context}) > 1:
         raise UserError(f"{where}: layers_per_block and cross_attention_dim must be the same at all levels")
+    down, up = depths(config, attends, layers[0], where)
+    middle = config.get("mid_block_type", MIDDLES[0])
+    if middle not in MIDDLES:
+        raise UserError(f"{where}: mid_block_type {middle!r} is not supported, only {', '.join(map(str, MIDDLES))}")
     unet = UNetConfig(
         channels=channels,
-        depth=tuple(blocks if attending else 0 for blocks, attending in zip(depth, attends, strict=True)),
+        depth=tuple(blocks[0] for blocks in down),
+        up_depth=up,
         heads=wholes(config, "attention_head_dim", where, count, 8),  # the name is an old mistake: it means heads
-        mid_depth=depth[-1],
+        mid_depth=None if middle is None else middle_depth(config, where) if middle == MIDDLES[0] else 0,
         layers=layers[0],
         context=context[0],
         in_channels=whole(config, "in_channels", where, 4),
@@ -177,7 +180,9 @@ def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
         guidance_dim=whole(config, "time_cond_proj_dim", where) if config.get("time_cond_proj_dim") else None,
     )
     divides(unet.groups, channels, "groups of the norms", where)
-    for heads, width, attending in zip(unet.heads, channels, (*attends[:-1], True), strict=True):
+    for heads, width, attending in zip(
+        unet.heads, channels, (*attends[:-1], attends[-1] or unet.mid_depth), strict=True
+    ):
         if attending:
             divides(heads, (width,), "attention heads", where)
     return unet, config.get("use_linear_projection") is not True
@@ -193,6 +198,43 @@ def attention_levels(config: Config, count: int, where: str) -> list[bool]:
     if not fits or up not in (mirrored, tuple(mirrored)):
         raise UserError(f"{where}: blocks {down} going down and {up} going up are not supported for {count} levels")
     return [kind == "CrossAttnDownBlock2D" for kind in down]
+
+
+Depths = tuple[tuple[int, ...], ...]  # a level, a ResBlock
+
+
+def depths(config: Config, attends: list[bool], layers: int, where: str) -> tuple[Depths, Depths | None]:
+    """Transformer blocks after each ResBlock, by level, going down and going up; None: up as down."""
+    name, reverse = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    down = depths_of(config.get(name, 1), attends, layers, f"{where}: {name}")
+    if any(len({*blocks}) > 1 for blocks in down):
+        raise UserError(f"{where}: {name} {config[name]} has different numbers within a level, which is not supported")
+    if config.get(reverse) is None:
+        return down, None
+    up = depths_of(config[reverse], attends[::-1], layers + 1, f"{where}: {reverse}")[::-1]
+    return down, None if up == tuple(blocks[:1] * (layers + 1) for blocks in down) else up
+
+
+def depths_of(value: Any, attends: list[bool], layers: int, where: str) -> Depths:
+    """One number for all, one a level, or a list with one a ResBlock; a level that does not attend has 0."""
+    values = value if isinstance(value, (list, tuple)) else [value] * len(attends)
+    found = []
+    for one, attending in zip(values, attends, strict=False):
+        each = tuple(one) if isinstance(one, (list, tuple)) else (one,) * layers
+        good = len(each) == layers and all(type(number) is int and 0 < number <= MOST for number in each)
+        found.append(each if good and attending else (0,) * layers)
+        if attending and not good:
+            raise UserError(f"{where} is {value!r}: {one!r} must be a number from 1 to {MOST}, or {layers} of them")
+    if len(values) != len(attends):
+        raise UserError(f"{where} is {value!r}, and must be a number a level, of which there are {len(attends)}")
+    return tuple(found)
+
+
+def middle_depth(config: Config, where: str) -> int:
+    """Transformer blocks in the middle: as many as at the last level, whether that one attends or not."""
+    blocks = config.get("transformer_layers_per_block", 1)
+    blocks = blocks[-1] if isinstance(blocks, (list, tuple)) else blocks
+    return whole({"transformer_layers_per_block": blocks}, "transformer_layers_per_block", where, most=MOST)
 
 
 def read_vae(config: Config, where: str) -> VAEConfig:
@@ -315,6 +357,7 @@ def read_edm(config: Config, where: str, kind: str) -> dict[str, Any]:
 def read_variant(get: Callable[[str], Config], where: str) -> Variant:
     """The model that the files of a diffusers folder describe; `get` reads one, by its path within the folder."""
     index, at = get("model_index.json"), lambda path: (get(path), f"{where}: {path}")
+    check_index(index, where)
     latents = whole(get("vae/config.json"), "latent_channels", f"{where}: vae/config.json", 4)
     check_reads(whole(get("unet/config.json"), "in_channels", f"{where}: unet/config.json", 4), latents, where)
     unet, conv = read_unet(*at("unet/config.json"))
@@ -357,6 +400,18 @@ def check_pipeline(index: Config, edits: bool, where: str) -> None:
         raise UserError(
             f"{where}: its UNet reads two latents, for {kind}, which is not supported; choose a model for {PIX2PIX[0]}"
         )
+
+
+def check_index(index: Config, where: str) -> None:
+    """Whether model_index.json lists what every Stable Diffusion has."""
+    for name in ("unet", "vae", "text_encoder"):
+        entries = [index.get(key) for key in (name, f"{name}_2")]  # a refiner has only the second text encoder
+        if not any(isinstance(entry, list) and any(entry) for entry in entries):
+            kind = index.get("_class_name") or "a pipeline without a name"
+            raise UserError(
+                f"{where}: model_index.json ({kind}) lists no {name}, which Stable Diffusion needs; fetch the whole "
+                "model, or add the entry where the folder has that part"
+            )
 
 
 def text_classes(index: Config, where: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
-from plainsd.files.configs import NOTE, NOTED, OF_LEVELS
+from plainsd.files.configs import MIDDLES, NOTE, NOTED, OF_LEVELS
 from plainsd.models.clip import TextConfig
 from plainsd.models.variants import Variant, edits, encoder_names
 
@@ -14,17 +14,20 @@ from plainsd.models.variants import Variant, edits, encoder_names
 def write_unet(variant: Variant) -> dict[str, Any]:
     unet, count = variant.unet, len(variant.unet.channels)
     kinds = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in unet.depth]
-    if not unet.mid_depth or unet.depth[-1] not in (0, unet.mid_depth):
+    if unet.mid_depth and unet.depth[-1] not in (0, unet.mid_depth):
         raise UserError(
             f"diffusers has no config for {unet.mid_depth} transformer blocks in the middle after "
             f"{unet.depth[-1]} at the last level; the middle's count must be that of the last level"
         )
-    depth = [d or 1 for d in unet.depth[:-1]] + [unet.mid_depth]
+    depth = [d or 1 for d in unet.depth[:-1]] + [unet.mid_depth or unet.depth[-1] or 1]
     size_vector = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": unet.vector,
     }
+    more = size_vector if unet.vector else {}
+    if unet.up_depth:
+        more["reverse_transformer_layers_per_block"] = [upward(blocks) for blocks in reversed(unet.up_depth)]
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
@@ -39,7 +42,7 @@ def write_unet(variant: Variant) -> dict[str, Any]:
         "in_channels": unet.in_channels,
         "layers_per_block": unet.layers,
         "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "mid_block_type": None if unet.mid_depth is None else MIDDLES[0] if unet.mid_depth else MIDDLES[1],
         "norm_eps": 1e-5,
         "norm_num_groups": unet.groups,
         "out_channels": unet.out_channels,
@@ -48,7 +51,12 @@ def write_unet(variant: Variant) -> dict[str, Any]:
         "transformer_layers_per_block": depth[0] if depth == depth[:1] * count else depth,
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
         "use_linear_projection": not variant.conv_projections,
-    } | (size_vector if unet.vector else {})
+    } | more
+
+
+def upward(blocks: tuple[int, ...]) -> int | list[int]:
+    """Transformer blocks of one level: a number where all are the same. diffusers has no 0 there."""
+    return list(blocks) if len({*blocks}) > 1 else blocks[0] or 1
 
 
 def write_vae(variant: Variant) -> dict[str, Any]:
@@ -85,6 +93,7 @@ def write_text(text: TextConfig) -> dict[str, Any]:
         "num_hidden_layers": text.layers,
         "pad_token_id": 1,
         "projection_dim": text.projection or text.width,
+        "torch_dtype": "float32",  # what diffusers computes the other parts in where it isn't told, whatever is stored
         "vocab_size": text.vocab,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,19 @@ from pathlib import Path
 import torch
 
 from plainsd.device import choose_dtype
-from plainsd.errors import unknown
-from plainsd.files.folder import read_folder, write_folder
+from plainsd.disk import read_json
+from plainsd.errors import UserError, unknown
+from plainsd.files.configs import read_vae
+from plainsd.files.configs_out import write_variant
+from plainsd.files.detect import UNET_PREFIX, seems
+from plainsd.files.folder import PREVIEW, open_part, read_folder, read_network, write_folder
 from plainsd.files.hub import find
 from plainsd.files.predicted import asked, check_prediction, told_otherwise
-from plainsd.files.single import read_single, write_single
-from plainsd.files.stored import Contents
+from plainsd.files.single import FILES, read_single, told, write_single
+from plainsd.files.stored import Contents, Network, parts
+from plainsd.files.tensorfile import TensorFile, open_tensors
 from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
+from plainsd.models.vae import VAE, VAEConfig
 
 LAYOUTS = ("diffusers", "single-file")
 
@@ -28,6 +35,7 @@ def convert(
     variant_file: str | None = None,
     family: str | None = None,
     dtype: str | torch.dtype | None = None,
+    vae: str | Path | None = None,
     prediction: str | None = None,
     zero_snr: bool | None = None,
     change: Callable[[Contents], Contents] = lambda contents: contents,
@@ -36,7 +44,7 @@ def convert(
     layout None is read off the target's name, as by `save`. `change`: what is done on the way; the other arguments are
     those of `load`."""
     path = find(source, variant_file)
-    contents = change(read(path, variant_file, family, prediction=prediction, zero_snr=zero_snr))
+    contents = change(read(path, variant_file, family, vae=vae, prediction=prediction, zero_snr=zero_snr))
     if not any(name.startswith("tokenizer") for name in contents.texts):
         texts = tokenizer_texts(tokenizers(contents, path), contents.variant)
         contents = replace(contents, texts=contents.texts | texts)
@@ -48,17 +56,72 @@ def read(
     variant_file: str | None = None,
     family: str | None = None,
     *,
-    vae: bool = True,
+    vae: str | Path | None = None,
     prediction: str | None = None,
     zero_snr: bool | None = None,
     ask: bool = True,
 ) -> Contents:
-    """A model in its files; arguments as for `load`. `ask`: what a file does not say is asked of its network."""
+    """A model in either layout; arguments as for `load`. What the reader had to decide is said. `ask`: what a file does
+    not say is asked of its network."""
     check_prediction(prediction)
-    contents = read_folder(path, variant_file) if path.is_dir() else read_single(path, family, vae, prediction)
+    own = vae is None
+    if path.is_dir():
+        contents = read_folder(path, variant_file, vae=own)
+    else:
+        contents = read_single(path, family, vae=own, prediction=prediction)
+    for remark in contents.remarks:
+        warnings.warn(remark, stacklevel=2)
     if ask:
         contents = asked(contents, path)
-    return told_otherwise(contents, path, prediction, zero_snr) if contents.certain else contents
+    if contents.certain:
+        contents = told_otherwise(contents, path, prediction, zero_snr)
+    return contents if own else with_vae(contents, read_vae_alone(vae, contents.variant.vae))
+
+
+def with_vae(contents: Contents, vae: Network) -> Contents:
+    """With another autoencoder, and without the projection for previews that belonged to the model's own."""
+    variant = replace(contents.variant, vae=vae.config)
+    texts = {name: text for name, text in contents.texts.items() if name != PREVIEW}
+    texts["vae/config.json"] = write_variant(variant)["vae/config.json"]
+    networks = {name: vae if name == "vae" else contents.networks[name] for name in parts(variant)}
+    return replace(contents, variant=variant, texts=texts, networks=networks)
+
+
+def read_vae_alone(path: str | Path, like: VAEConfig, variant_file: str | None = None) -> Network:
+    """An autoencoder: a folder with config.json, the `vae` folder of a model, a file in either naming, or the one in a
+    whole checkpoint.
+
+    A file without settings must have the sizes of `like`, and gets its scaling factor.
+    """
+    path = find(path, variant_file)
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        config = read_vae(read_json(folder / "config.json"), str(folder / "config.json"))
+        return read_network(open_part(folder, variant_file), VAE, config, conv=False)
+    whole = open_tensors(path)
+    if any(name.startswith(UNET_PREFIX) for name in whole.tensors):
+        return vae_of(whole, like)
+    tensors = {
+        name.removeprefix("first_stage_model."): tensor
+        for name, tensor in whole.tensors.items()
+        if not name.startswith(("loss.", "model_ema.", "first_stage_model.loss."))
+    }
+    layout = "diffusers" if any(".resnets." in name for name in tensors) else "original"
+    return read_network(TensorFile(path, tensors, whole.metadata), VAE, like, conv=False, layout=layout)
+
+
+def vae_of(whole: TensorFile, like: VAEConfig) -> Network:
+    """The autoencoder of a whole checkpoint, with the settings that the file notes for it."""
+    start = "first_stage_model."
+    tensors = {name.removeprefix(start): tensor for name, tensor in whole.tensors.items() if name.startswith(start)}
+    if not tensors:
+        raise UserError(
+            f"{whole.path} is {seems(whole.tensors)} and holds no autoencoder (VAE); give another file with --vae"
+        )
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("loss.")}
+    config = told(whole)[0].vae if whole.metadata.get(FILES) else like
+    file = TensorFile(whole.path, tensors, whole.metadata)
+    return read_network(file, VAE, config, conv=False, layout="original")
 
 
 def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dtype | None) -> None:

@@ -77,7 +77,24 @@ def traits(file: TensorFile) -> Traits:
         "context": contexts[0] if contexts else None,
         "vector": shapes.get("label_emb.0.0.weight", (None, None))[1],
         "guidance": shapes.get("time_embed.cond_proj.weight", (None, None))[1],
+        **structure(shapes),
     }
+
+
+def structure(names: Iterable[str]) -> Traits:
+    """How many blocks lead down, the most transformer blocks in one of them, and those of the middle (None: no middle)."""
+    names = list(names)
+    down = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
+    return {
+        "blocks": len(down) - 1,  # the first is a convolution
+        "depth": transformer_blocks(names, r"input_blocks\.\d+"),
+        "middle": transformer_blocks(names, "middle_block") if "middle_block.0.in_layers.0.weight" in names else None,
+    }
+
+
+def transformer_blocks(names: Iterable[str], block: str) -> int:
+    pattern = re.compile(rf"{block}\.1\.transformer_blocks\.(\d+)\.")
+    return max((int(found[1]) + 1 for name in names if (found := pattern.match(name))), default=0)
 
 
 def known_traits(variant: Variant) -> Traits:
@@ -88,6 +105,9 @@ def known_traits(variant: Variant) -> Traits:
         "context": unet.context,
         "vector": unet.vector,
         "guidance": unet.guidance_dim,
+        "blocks": len(unet.channels) * (unet.layers + 1) - 1,
+        "depth": max(unet.depth),
+        "middle": unet.mid_depth,
     }
 
 

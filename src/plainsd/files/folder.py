@@ -1,6 +1,7 @@
 """The diffusers folder: model_index.json, and one folder a part with its settings and weights."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from plainsd.disk import read_json, read_text_file, whole_folder
 from plainsd.errors import UserError
 from plainsd.files.configs import NOTE, read_variant
+from plainsd.files.distilled import distilled
 from plainsd.files.stored import (
     POSITION_IDS,
     Contents,
@@ -30,25 +32,45 @@ LEFTOVERS = "leftovers.safetensors"  # tensors of a single file that have no pla
 SAFETY = ("safety_checker", "feature_extractor", "image_encoder")  # in public folders, and no part of the model
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = ("diffusion_pytorch_model", "pytorch_model")
+VARIANT_FILE = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?"
+    r"(\.(?P<of_whole>\w+)\.(safetensors|bin)|\.(safetensors|bin)\.index\.(?P<of_index>\w+)\.json"
+    r"|\.(?P<of_shard>\w+)-\d+-of-\d+\.(safetensors|bin))"
+)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, variant_file: str | None = None) -> Contents:
-    """A folder of a model of any sizes: everything is taken from the settings in it."""
+def read_folder(folder: Path, variant_file: str | None = None, *, vae: bool = True) -> Contents:
+    """A folder of a model of any sizes: everything is taken from the settings in it. `vae` False: the folder's own is
+    not wanted."""
     variant = read_variant(lambda path: read_json(folder / path), str(folder))
-    note = read_json(folder / "model_index.json").get(NOTE) or {}
-    networks, spellings = {}, []
+    index = read_json(folder / "model_index.json")
+    note = index.get(NOTE) or {}
+    networks, spellings, other = {}, [], []
     for name, (kind, config) in parts(variant).items():
+        if name == "vae" and not vae:
+            continue
         file = open_part(folder / name, variant_file)
+        other += [f"{name}/{file.path.name}"] if variant_file is None and file_variant(file.path.name) else []
         networks[name] = read_network(file, kind, config, conv=variant.conv_projections)
         bare = blueprint(kind, config)
         spellings += [f"diffusers {name} {fragment}" for fragment in fragments(bare, "diffusers", file.tensors)]
     leftovers = open_tensors(folder / LEFTOVERS).tensors if (folder / LEFTOVERS).is_file() else {}
-    return Contents(
-        variant, networks, read_texts(folder, networks), dict(leftovers), (*spellings, *note.get("spellings", ()))
-    )
+    remarks = [f"{folder} has no plain files of weights: read {', '.join(other)}"] if other else []
+    if "steps" not in note:
+        variant, remark = distilled(variant, (public_name(folder), str(index.get("_name_or_path", ""))))
+        remarks += [remark] if remark else []
+    texts = read_texts(folder, parts(variant))
+    return Contents(variant, networks, texts, dict(leftovers), (*spellings, *note.get("spellings", ())), tuple(remarks))
+
+
+def public_name(folder: Path) -> str:
+    """What a model's folder is called; in the hub's cache the repository's name."""
+    if folder.parent.name == "snapshots":  # models--owner--name/snapshots/hash
+        return folder.parents[1].name.split("--")[-1]
+    return folder.resolve().name
 
 
 def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool, layout: str = "diffusers") -> Network:
@@ -84,20 +106,38 @@ def open_part(folder: Path, variant_file: str | None = None) -> TensorFile:
     """The weights in one folder: one file, or shards listed in an index. Safetensors before pickles."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; a model's folder needs it; fetch it again")
-    middle = f".{variant_file}" if variant_file else ""
-    for ending, stems in (("safetensors", STEMS), ("bin", PICKLES)):
-        for stem in stems:
-            whole, index = folder / f"{stem}{middle}.{ending}", folder / f"{stem}.{ending}.index{middle}.json"
-            if whole.is_file():
-                return open_tensors(whole)
-            if index.is_file():
-                names = read_json(index).get("weight_map")
-                if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                    raise UserError(f"{index} is damaged: it lists no files; fetch it again")
-                return merged(open_tensors(folder / Path(name).name) for name in dict.fromkeys(names.values()))
+    for variant in [variant_file] if variant_file else ["", *variants_there(folder)]:
+        middle = f".{variant}" if variant else ""
+        for ending, stems in (("safetensors", STEMS), ("bin", PICKLES)):
+            for stem in stems:
+                whole, index = folder / f"{stem}{middle}.{ending}", folder / f"{stem}.{ending}.index{middle}.json"
+                if whole.is_file():
+                    return open_tensors(whole)
+                if index.is_file():
+                    return open_shards(folder, index)
     kind = f" of the variant {variant_file!r}" if variant_file else ""
+    middle = f".{variant_file}" if variant_file else ""
     there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise UserError(f"{folder} holds no weights{kind}, such as {STEMS[0]}{middle}.safetensors; it holds {there}")
+
+
+def open_shards(folder: Path, index: Path) -> TensorFile:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} is damaged: it lists no files; fetch it again")
+    return merged(open_tensors(folder / Path(name).name) for name in dict.fromkeys(names.values()))
+
+
+def file_variant(name: str) -> str | None:
+    """`fp16` of diffusion_pytorch_model.fp16.safetensors, or of a shard or an index of that variant."""
+    found = VARIANT_FILE.fullmatch(name)
+    return found and (found["of_whole"] or found["of_index"] or found["of_shard"])
+
+
+def variants_there(folder: Path) -> list[str]:
+    """Which variants of the weights a folder holds: half precision first, what was trained but not averaged last."""
+    found = {kind for path in folder.iterdir() if (kind := file_variant(path.name))}
+    return sorted(found, key=lambda kind: (kind == "non_ema", kind != "fp16", kind != "bf16", kind))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -109,6 +149,8 @@ def write_folder(contents: Contents, target: Path, dtype: torch.dtype | None = N
         for path, text in contents.texts.items():
             if path == "model_index.json":
                 text = index_text(text, contents)
+            if dtype and path.startswith("text_encoder"):
+                text = agreeing(text)
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(text, encoding="utf-8")
         for name, network in contents.networks.items():
@@ -137,6 +179,12 @@ def write_weights(
 def spelling(contents: Contents, layout: str, name: str) -> list[str]:
     start = f"{layout} {name} "
     return [note.removeprefix(start) for note in contents.spellings if note.startswith(start)]
+
+
+def agreeing(text: str) -> str:
+    """A text encoder's config.json by which transformers computes in float32, as diffusers does with the other parts."""
+    config = {name: value for name, value in json.loads(text).items() if name not in ("dtype", "torch_dtype")}
+    return json.dumps(config | {"torch_dtype": "float32"}, indent=2, sort_keys=True) + "\n"
 
 
 def index_text(text: str, contents: Contents) -> str:

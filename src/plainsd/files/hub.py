@@ -4,6 +4,7 @@ huggingface_hub is imported where it is needed: it takes as long to import as th
 """
 
 import re
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -41,13 +42,15 @@ def snapshot(name: str, variant_file: str | None) -> Path:
     """The folder of a repository, with one kind of weights only: safetensors, or pickles where there are no others."""
     from huggingface_hub import snapshot_download
 
-    middle = f".{variant_file}" if variant_file else ""
-    for ending in ("safetensors", "bin"):
-        weights = [f"{part}/*model{middle}{shard}.{ending}" for part in PARTS for shard in ("", "-?????-of-?????")]
-        weights += [f"{part}/*model-?????-of-?????{middle}.{ending}" for part in PARTS if middle]
-        folder = Path(fetched(name, lambda: snapshot_download(name, allow_patterns=[*SETTINGS, *weights])))
-        if any(folder.glob(f"unet/*.{ending}")):
-            break
+    for variant in [variant_file] if variant_file else [None, "fp16", "bf16"]:  # plain files before half precision
+        middle = f".{variant}" if variant else ""
+        for ending in ("safetensors", "bin"):
+            weights = [f"{part}/*model{middle}{shard}.{ending}" for part in PARTS for shard in ("", "-?????-of-?????")]
+            weights += [f"{part}/*model-?????-of-?????{middle}.{ending}" for part in PARTS if middle]
+            patterns = [*SETTINGS, *weights]
+            folder = Path(fetched(name, partial(snapshot_download, name, allow_patterns=patterns)))
+            if any(folder.glob(f"unet/*.{ending}")):
+                return folder
     return folder
 
 

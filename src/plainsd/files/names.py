@@ -150,6 +150,7 @@ SPELLINGS = (                         # as the tables have it, as some diffusers
     (".to_k.",       ".key."),
     (".to_v.",       ".value."),
     (".to_out.0.",   ".proj_attn."),
+    ("cond_stage_model.", "conditioner.embedders.0."),  # SD-Turbo's own single file names its text encoder as SDXL's do
 )
 # fmt: on
 
@@ -168,8 +169,9 @@ def filled(table: tuple[Row, ...], **numbers: int) -> list[Row]:
 def unet_rows(unet: UNet) -> Iterator[Row]:
     """Every module with weights that a UNet of these sizes can have; some exist only at some levels."""
     config = unet.config
-    depth, layers, levels = (*config.depth, config.mid_depth), config.layers, len(config.channels)
-    transformer = list(TRANSFORMER) + [row for k in range(max(depth)) for row in filled(TRANSFORMER_BLOCK, k=k)]
+    depth, layers, levels = config.depth, config.layers, len(config.channels)
+    deepest = max(*depth, config.mid_depth or 0, *(most for i in range(levels) for most in config.going_up(i)))
+    transformer = list(TRANSFORMER) + [row for k in range(deepest) for row in filled(TRANSFORMER_BLOCK, k=k)]
     yield from UNET
     blocks = list(UNET_MID)
     for i, j in product(range(levels), range(layers + 1)):

@@ -14,8 +14,11 @@ from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.configs import read_variant
 from plainsd.files.configs_out import write_variant
-from plainsd.files.detect import MARKS, UNET_PREFIX, detect, predicting
+from plainsd.files.detect import MARKS, UNET_PREFIX, detect, predicting, seems
+from plainsd.files.distilled import distilled
 from plainsd.files.folder import spelling
+from plainsd.files.names import Place
+from plainsd.files.renumbered import without_gaps
 from plainsd.files.stored import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
 from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, stored, write_whole
 from plainsd.models.variants import Variant
@@ -45,7 +48,8 @@ BESIDE = re.compile(
             re.escape(KEPT),
             r"cond_stage_model\.transformer\.text_projection\.weight$",
             r"conditioner\.embedders\.0\.transformer\.text_projection\.weight$",
-            r"cond_stage_model\.model\.(text_projection$|visual\.|transformer\.resblocks\.23\.)",  # SD 2 stops before it
+            r"(cond_stage_model|conditioner\.embedders\.0)\.model\."
+            r"(text_projection$|visual\.|transformer\.resblocks\.23\.)",  # SD 2 stops before it; a refiner does not
         )
     )
 )
@@ -67,21 +71,30 @@ def prefixes(variant: Variant) -> dict[str, tuple[str, str]]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_single(path: Path, family: str | None = None, vae: bool = True, prediction: str | None = None) -> Contents:
+def read_single(path: Path, family: str | None = None, *, vae: bool = True, prediction: str | None = None) -> Contents:
     """`family`: a name in VARIANTS, where shapes cannot tell. `vae` False: the file's own is not wanted. `prediction`:
     what the network predicts, where that is known better than the file tells."""
-    file = open_tensors(path)
+    file, remarks = without_gaps(open_tensors(path)), []
     variant, certain = told(file, family, prediction)
     networks = read_networks(file, variant, [name for name in parts(variant) if vae or name != "vae"])
     texts, spellings = noted(file, FILES, {}), noted(file, SPELLED, [])
+    if not texts and family is None:
+        variant, remark = by_name(file, variant)
+        remarks += [remark] if remark else []
     extras = {name for part in networks for name in extra_names(file, part, *prefixes(variant)[part])}
     known = {*extras, *MARKS} if texts else extras  # in a file of ours these say what its settings say
-    leftovers = {name: stored for name, stored in file.tensors.items() if BESIDE.match(name) and name not in known}
+    leftovers = {name: file.tensors[name] for name in beside(file, variant) if name not in known}
     for part, network in networks.items():
         prefix, layout = prefixes(variant)[part]
         found = fragments(blueprint(network.kind, network.config), layout, file.tensors, prefix)
         spellings += [f"single-file {part} {fragment}" for fragment in found]
-    return Contents(variant, networks, texts or write_variant(variant), leftovers, tuple(spellings), certain=certain)
+    texts = texts or write_variant(variant)
+    return Contents(variant, networks, texts, leftovers, tuple(spellings), remarks=tuple(remarks), certain=certain)
+
+
+def by_name(file: TensorFile, variant: Variant) -> tuple[Variant, str | None]:
+    """The variant with the settings of a distillation that the file's title or name tells, and what to say of it."""
+    return distilled(variant, (file.metadata.get("modelspec.title", ""), file.path.stem))
 
 
 def told(file: TensorFile, family: str | None = None, prediction: str | None = None) -> tuple[Variant, bool]:
@@ -104,29 +117,46 @@ def told(file: TensorFile, family: str | None = None, prediction: str | None = N
 
 def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[str, Network]:
     """The networks of those names; whatever else is in the file must be known by name."""
-    bare = {name: blueprint(*parts(variant)[name]) for name in names}
-    wanted = {
-        name: located(
-            network,
-            prefixes(variant)[name][1],
-            file.tensors,
-            conv=variant.conv_projections,
-            prefix=prefixes(variant)[name][0],
-        )
-        for name, network in bare.items()
-    }
-    beside = [name for name in file.tensors if BESIDE.match(name)]
+    wanted = {name: places_in(file, variant, name) for name in names}
+    for name, its in wanted.items():
+        if not any(place.name in file.tensors for place in its):
+            raise lacking(file, name)
+    known = beside(file, variant)
     if "vae" not in names:
-        beside += [name for name in file.tensors if name.startswith(prefixes(variant)["vae"][0])]
-    check_names({place.name: None for places in wanted.values() for place in places} | dict.fromkeys(beside), file)
+        known += [name for name in file.tensors if name.startswith(prefixes(variant)["vae"][0])]
+    check_names({place.name: None for its in wanted.values() for place in its} | dict.fromkeys(known), file)
     networks = {}
-    for name, network in bare.items():
+    for name in names:
+        network = blueprint(*parts(variant)[name])
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
         extras = {
             theirs: file.tensors[key] for key, theirs in extra_names(file, name, *prefixes(variant)[name]).items()
         }
         networks[name] = Network(*parts(variant)[name], unpack(file, wanted[name], shapes), extras)
     return networks
+
+
+def places_in(file: TensorFile, variant: Variant, name: str) -> list[Place]:
+    """Where the file holds one network."""
+    prefix, layout = prefixes(variant)[name]
+    network = blueprint(*parts(variant)[name])
+    return located(network, layout, file.tensors, conv=variant.conv_projections, prefix=prefix)
+
+
+def beside(file: TensorFile, variant: Variant) -> list[str]:
+    """The file's names that are known, and no network's."""
+    used = {place.name for name in parts(variant) for place in places_in(file, variant, name)}
+    return [name for name in file.tensors if BESIDE.match(name) and name not in used]
+
+
+def lacking(file: TensorFile, name: str) -> UserError:
+    if name == "vae":
+        return UserError(f"{file.path} holds no autoencoder (VAE); give one with --vae")
+    what = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}[name]
+    return UserError(
+        f"{file.path} holds no {what}, and seems to be {seems(file.tensors)}; give a whole checkpoint, or a folder in "
+        "diffusers' layout with this file in it"
+    )
 
 
 def extra_names(file: TensorFile, part: str, prefix: str, layout: str) -> dict[str, str]:

@@ -53,6 +53,7 @@ class Contents:
     spellings: tuple[str, ...] = ()  # names that are not the table's: "layout network fragment"
     notes: dict[str, str] = field(default_factory=dict)  # for others, in a single file's metadata
     certain: bool = True  # whether what the network predicts is told, and not only likely
+    remarks: tuple[str, ...] = ()  # what the reader decided where the files leave it open, a line each
 
 
 def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:
@@ -108,7 +109,11 @@ def fragments(network: nn.Module, layout: str, names: Collection[str], prefix: s
     """Which fragments of the table's names the file spells otherwise."""
     wanted = [prefix + place.name for place in places(network, layout)]
     other = [name for name in wanted if name not in names and spelled(name, names) in names]
-    return [fragment for fragment, _ in SPELLINGS if any(fragment in name for name in other)]
+    return [
+        ours
+        for ours, theirs in SPELLINGS
+        if any(ours in name and name.replace(ours, theirs, 1) in names for name in other)
+    ]
 
 
 def unpack(file: TensorFile, wanted: list[Place], shapes: Mapping[str, torch.Size]) -> dict[str, Stored]:
@@ -116,6 +121,8 @@ def unpack(file: TensorFile, wanted: list[Place], shapes: Mapping[str, torch.Siz
     found = {}
     for place in wanted:
         stored, expected = file.tensors[place.name], place_shape(place, shapes)
+        if stored.foreign:
+            stored.read(torch.float32)  # says that it cannot
         linear = shapes[place.ours[0]]
         either = {tuple(linear), (*linear, 1, 1)} if place.mark.endswith("conv") else {tuple(expected)}
         if stored.shape not in either:

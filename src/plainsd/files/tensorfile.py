@@ -12,6 +12,7 @@ import pickle
 import re
 import struct
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,7 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[..., Tensor]
+    foreign: tuple[str, tuple[int, ...]] | None = None  # a type unknown here, and the shape: kept as bytes, never cast
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +63,20 @@ class TensorFile:
     metadata: Mapping[str, str]
 
 
+OTHERS = {  # how files begin that are taken for weights, and what to do
+    b"version https://git-lfs": "is a Git LFS pointer and holds no weights; run `git lfs pull` in its folder, or fetch it",
+    b"gguf": "is a GGUF file, whose weights are quantised for other programs; give the model as .safetensors",
+    b"<!doctype html": "is a web page and no model; the download went wrong, or asks for a login: fetch it again",
+    b"<html": "is a web page and no model; the download went wrong, or asks for a login: fetch it again",
+}
+
+
+def check_kind(path: Path, head: bytes) -> None:
+    """Files that are neither safetensors nor PyTorch's, told by how they begin."""
+    if what := next((what for begins, what in OTHERS.items() if head.lstrip().lower().startswith(begins)), None):
+        raise UserError(f"{path} {what}")
+
+
 def damaged(path: Path, what: str) -> UserError:
     return UserError(f"{path} is damaged: {what}; fetch or save it again")
 
@@ -70,6 +86,8 @@ def read_header(path: Path) -> tuple[dict, int]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
+            check_kind(path, file.read(64))
+            file.seek(0)
             start = file.read(8)
             if len(start) < 8:
                 raise damaged(path, f"it has only {size} bytes")
@@ -88,18 +106,31 @@ def read_header(path: Path) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def check_entry(path: Path, name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """dtype, shape and the two offsets of one tensor, which must agree with each other."""
+def check_entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape and the two offsets of one tensor, which must agree with each other."""
     try:
         dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         numbers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
         raise damaged(path, f"the header's entry for {name!r} is incomplete") from error
-    if dtype not in DTYPES:
-        raise UserError(f"{path}: {name!r} has the type {dtype!r}, which is not supported; known: {', '.join(DTYPES)}")
-    if not numbers or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else None
+    if not numbers or begin > end or (itemsize and end - begin != math.prod(shape) * itemsize):
         raise damaged(path, f"{name!r} of shape {list(shape)} and type {dtype} cannot fill bytes {begin} to {end}")
-    return DTYPES[dtype], shape, begin, end
+    return dtype, shape, begin, end
+
+
+def unread(path: Path, name: str, kind: str, pages: "_Pages", start: int, size: int) -> Callable[..., Tensor]:
+    """The reader of a tensor of a type unknown here: its bytes as they are, for who copies them; no numbers."""
+
+    def read(dtype: torch.dtype | None = None) -> Tensor:
+        if dtype not in (None, torch.uint8):
+            raise UserError(
+                f"{path}: {name!r} has the type {kind!r}, which is not supported; known: {', '.join(DTYPES)}; "
+                "give the model in another precision"
+            )
+        return pages.read(start, torch.uint8, (size,))
+
+    return read
 
 
 def open_safetensors(path: Path) -> TensorFile:
@@ -118,10 +149,13 @@ def open_safetensors(path: Path) -> TensorFile:
     if at != size:
         raise damaged(path, f"its tensors need {at} bytes and it has {size}" + (" (cut short)" if at > size else ""))
     pages = _Pages(path)
-    tensors = {
-        name: Stored(dtype, shape, partial(pages.read, base + begin, dtype, shape))
-        for name, (dtype, shape, begin, _) in entries.items()
-    }
+    tensors = {}
+    for name, (kind, shape, begin, end) in entries.items():
+        if kind in DTYPES:
+            tensors[name] = Stored(DTYPES[kind], shape, partial(pages.read, base + begin, DTYPES[kind], shape))
+        else:
+            bare = unread(path, name, kind, pages, base + begin, end - begin)
+            tensors[name] = Stored(torch.uint8, (end - begin,), bare, foreign=(kind, shape))
     return TensorFile(path, tensors, {str(key): str(value) for key, value in metadata.items()})
 
 
@@ -158,7 +192,8 @@ def header_bytes(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> 
     header, at = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name, stored in tensors.items():
         end = at + stored.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [at, end]}
+        kind, shape = stored.foreign or (DTYPE_NAMES[stored.dtype], stored.shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
@@ -183,29 +218,36 @@ class Ignored:
     def __init__(self, *args: object, **named: object):
         pass
 
-
-# What old checkpoints hold beside tensors. The unpickler is given these names and no others, and they do nothing.
-HARMLESS = [
-    (Ignored, name)
-    for name in (
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-        "numpy.core.multiarray.scalar",
-        "numpy.dtype",
-    )
-]
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
-def unpickled(path: Path, harmless: Iterable[tuple[type, str]] = HARMLESS) -> object:
+class IgnoredTable:
+    """Likewise of a class that is filled as a dict is."""
+
+    def __new__(cls, *args: object, **named: object) -> OrderedDict:
+        return OrderedDict()
+
+
+# What training programs leave in checkpoints beside tensors: numbers, paths, settings, callbacks. Where a pickle names
+# one of these, the unpickler is given something that does nothing; the module itself is never imported.
+HARMLESS = re.compile(
+    r"(numpy|pytorch_lightning|lightning|lightning_fabric|omegaconf|pathlib|datetime|typing)(\.\w+)+"
+    r"|argparse\.Namespace|collections\.defaultdict"
+)
+MOST_NAMES = 200
+
+
+def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
     """What a PyTorch pickle holds, if that is plain data and tensors; the names of other classes only if they are
-    among `harmless`, which gives each a stand-in."""
-    options = {"map_location": "cpu", "weights_only": True}
+    among `stand_ins`, which gives each a class of ours, or HARMLESS."""
     try:
         with open(path, "rb") as file:
-            start = file.read(2)
-        if start != b"PK" and start[:1] != b"\x80":
+            start = file.read(64)
+        check_kind(path, start)
+        if start[:2] != b"PK" and start[:1] != b"\x80":
             raise UserError(f"{path} is no PyTorch file, and no safetensors either; give a model's file or folder")
-        with torch.serialization.safe_globals(list(harmless)), warnings.catch_warnings(action="ignore"):
-            return torch.load(path, mmap=start == b"PK", **options)  # only the newer, zipped files can be mapped
+        return _loaded(path, list(stand_ins), mapped=start[:2] == b"PK")  # only the newer, zipped files can be mapped
     except UserError:
         raise
     except OSError as error:
@@ -219,6 +261,19 @@ def unpickled(path: Path, harmless: Iterable[tuple[type, str]] = HARMLESS) -> ob
                 "file of the model"
             ) from error
         raise damaged(path, f"it is no PyTorch file ({type(error).__name__})") from error
+
+
+def _loaded(path: Path, allowed: list[tuple[type, str]], *, mapped: bool) -> object:
+    """By PyTorch's restricted unpickler, which is given a harmless name when it asks for it."""
+    while True:
+        try:
+            with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
+                return torch.load(path, mmap=mapped, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            if not asked or not HARMLESS.fullmatch(asked[1]) or len(allowed) > MOST_NAMES:
+                raise
+            allowed = [*allowed, (IgnoredTable if "dict" in asked[1].lower() else Ignored, asked[1])]
 
 
 def open_pickle(path: Path) -> TensorFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import warnings
 from pathlib import Path
 
 from plainsd.files.stored import Contents
@@ -22,6 +23,7 @@ def tokenizers(contents: Contents, path: Path) -> list[Tokenizer]:
     if any(name.startswith("tokenizer") for name in contents.texts):
         return read_tokenizers(contents.texts, contents.variant)
     vocabulary = find_vocabulary(path)
+    warnings.warn(f"{path} has no tokenizer: CLIP's own stands in, from {vocabulary}", stacklevel=2)
     pads = ["<|endoftext|>" if text.activation == "quick_gelu" else "!" for text in contents.variant.text]
     return [Tokenizer.from_vocabulary(vocabulary, pad=pad) for pad in pads]
 

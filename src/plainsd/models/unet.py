@@ -20,8 +20,11 @@ class UNetConfig:
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each ResBlock; SDXL (0, 2, 10)
+    up_depth: tuple[tuple[int, ...], ...] | None = (
+        None  # going up, one a ResBlock, if otherwise: SSD-1B's last (4, 4, 10)
+    )
     heads: tuple[int, ...] = (8, 8, 8, 8)  # a count of heads, never a head size
-    mid_depth: int = 1  # SDXL 10
+    mid_depth: int | None = 1  # SDXL 10; 0: one ResBlock alone (SSD-1B, Vega); None: no middle (BK-SDM, KOALA)
     layers: int = 2  # ResBlocks a level going down; one more going up
     context: int = 768  # T; SD 2.x 1024, SDXL 2048
     in_channels: int = 4  # 9 for inpainting: latent, mask, masked picture
@@ -29,6 +32,10 @@ class UNetConfig:
     groups: int = 32
     vector: int | None = None  # V; SDXL 2816
     guidance_dim: int | None = None  # embedding of the guidance scale in LCM distillations, 256
+
+    def going_up(self, level: int) -> tuple[int, ...]:
+        """Transformer blocks after each ResBlock of a level on the way up, in the order of computing."""
+        return self.up_depth[level] if self.up_depth else (self.depth[level],) * (self.layers + 1)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -103,15 +110,18 @@ class Block(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, res1: nn.Module, attn: nn.Module | None, res2: nn.Module):
+    """A ResBlock, a Transformer, a ResBlock; distilled models do with the first alone, or with none."""
+
+    def __init__(self, res1: nn.Module | None, attn: nn.Module | None, res2: nn.Module | None):
         super().__init__()
         self.res1, self.attn, self.res2 = res1, attn, res2
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        x = self.res1(x, emb)
+        if self.res1 is not None:
+            x = self.res1(x, emb)
         if self.attn is not None:
             x = self.attn(x, context)
-        return self.res2(x, emb)
+        return x if self.res2 is None else self.res2(x, emb)
 
 
 def embedding_mlp(dim_in: int, dim: int) -> nn.Sequential:
@@ -129,7 +139,7 @@ class UNet(nn.Module):
         def res(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, emb_dim, groups=config.groups)
 
-        def attn(level: int, depth: int) -> Transformer | None:
+        def attn(level: int, depth: int | None) -> Transformer | None:
             return Transformer(ch[level], config.heads[level], depth, config.context, config.groups) if depth else None
 
         self.time = embedding_mlp(ch[0], emb_dim)
@@ -148,13 +158,14 @@ class UNet(nn.Module):
                 self.down.append(Block(resample=Downsample(width)))
                 skips.append(width)
 
-        self.mid = Middle(res(width, width), attn(-1, config.mid_depth), res(width, width))
+        mid = config.mid_depth
+        self.mid = Middle(None if mid is None else res(width, width), attn(-1, mid), res(width, width) if mid else None)
 
         self.up = nn.ModuleList()
         for i in reversed(levels):
-            for j in range(config.layers + 1):
+            for j, depth in enumerate(config.going_up(i)):
                 upsample = Upsample(ch[i]) if i and j == config.layers else None
-                self.up.append(Block(res(width + skips.pop(), ch[i]), attn(i, config.depth[i]), upsample))
+                self.up.append(Block(res(width + skips.pop(), ch[i]), attn(i, depth), upsample))
                 width = ch[i]
 
         self.norm_out = nn.GroupNorm(config.groups, ch[0])

@@ -69,6 +69,18 @@ REFINER_UNET = UNetConfig(
     channels=(384, 768, 1536, 1536), depth=(0, 4, 4, 0), heads=(6, 12, 24, 24), mid_depth=4, context=1280, vector=2560
 )
 
+# Distilled: BK-SDM, Kim et al. 2023 (arXiv:2305.15798), of SD 1.4 and 2.1; SSD-1B and Vega, Gupta et al. 2024
+# (arXiv:2401.02677), and KOALA, Lee et al. 2023 (arXiv:2312.04005), of SDXL.
+BK_BASE, BK_SMALL, BK_TINY = (
+    {"layers": 1},
+    {"layers": 1, "mid_depth": None},
+    {"layers": 1, "mid_depth": None, "channels": (320, 640, 1280), "depth": (1, 1, 1)},
+)
+SSD_UNET = replace(XL_UNET, depth=(0, 2, 4), up_depth=((0, 0, 0), (2, 1, 1), (4, 4, 10)), mid_depth=0)
+VEGA_UNET = replace(XL_UNET, depth=(0, 1, 2), mid_depth=0)
+KOALA_700M_UNET = replace(XL_UNET, layers=1, depth=(0, 2, 5), mid_depth=None)
+KOALA_1B_UNET = replace(XL_UNET, layers=1, depth=(0, 2, 6), mid_depth=6)
+
 # --- the models ------------------------------------------------------------------------------------------------------
 
 SD1 = Variant("sd1", SD1_UNET, SD_VAE, (VIT_L,))
@@ -138,6 +150,16 @@ VARIANTS: dict[str, Variant] = {
         replace(XL, name="sdxl-turbo", **TURBO),
         replace(XL, name="sdxl-lcm", unet=replace(XL_UNET, guidance_dim=256), **LCM),
         replace(XL, name="sdxl-refiner", unet=REFINER_UNET, text=(VIT_BIGG,)),
+        replace(SD1, name="bk-sdm-base", unet=replace(SD1_UNET, **BK_BASE)),
+        replace(SD1, name="bk-sdm-small", unet=replace(SD1_UNET, **BK_SMALL)),
+        replace(SD1, name="bk-sdm-tiny", unet=replace(SD1_UNET, **BK_TINY, heads=(8, 8, 8))),
+        replace(SD2, name="bk-sdm-v2-base", unet=replace(SD2_UNET, **BK_BASE)),
+        replace(SD2, name="bk-sdm-v2-small", unet=replace(SD2_UNET, **BK_SMALL)),
+        replace(SD2, name="bk-sdm-v2-tiny", unet=replace(SD2_UNET, **BK_TINY, heads=(5, 10, 20))),
+        replace(XL, name="ssd-1b", unet=SSD_UNET, guidance=9.0),
+        replace(XL, name="vega", unet=VEGA_UNET, guidance=9.0),
+        replace(XL, name="koala-700m", unet=KOALA_700M_UNET),
+        replace(XL, name="koala-1b", unet=KOALA_1B_UNET),
     )
 }
 

@@ -15,7 +15,8 @@ from plainsd.files.detect import EMBEDDING, seems
 from plainsd.files.folder import read_folder
 from plainsd.files.hub import find
 from plainsd.files.predicted import check_prediction, told_otherwise, with_noise
-from plainsd.files.single import BESIDE, prefixes, read_networks, told
+from plainsd.files.renumbered import without_gaps
+from plainsd.files.single import FILES, beside, by_name, prefixes, read_networks, told
 from plainsd.files.stored import Network
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
@@ -37,6 +38,7 @@ def info(
             [
                 f"{path}: {title(contents.variant)}, a diffusers folder",
                 *model_lines(contents.variant, contents.networks, certain=True),
+                *[row("note", remark) for remark in contents.remarks],
             ]
         )
     if vectors := embeddings.told(path):
@@ -47,14 +49,19 @@ def info(
         lines = [f"{path}: a LoRA", *lora_lines(file)]
     elif any(name.startswith("model.diffusion_model.") for name in file.tensors):
         check_prediction(prediction)
+        file = without_gaps(file)
         variant, certain = told(file, prediction=prediction)
+        remark = None
+        if not file.metadata.get(FILES):
+            variant, remark = by_name(file, variant)
         variant = with_noise(variant, path, prediction, zero_snr)
         with_vae = any(name.startswith(prefixes(variant)["vae"][0]) for name in file.tensors)
         names = ["unet", *(["vae"] if with_vae else []), *encoder_names(variant)]
         lines = [
             f"{path}: {title(variant)}, a single file{'' if with_vae else ' without VAE (give one with --vae)'}",
             *model_lines(variant, read_networks(file, variant, names), certain=certain),
-            *beside_lines(file),
+            *beside_lines(file, variant),
+            *([row("note", remark)] if remark else []),
         ]
     else:
         lines = [f"{path}: {seems(file.tensors)}", row("tensors", sizes(file.tensors.values()))]
@@ -78,7 +85,8 @@ def sizes(tensors: Iterable[Stored]) -> str:
     tensors = list(tensors)
     kinds = Counter()
     for stored in tensors:
-        kinds[str(stored.dtype).removeprefix("torch.")] += math.prod(stored.shape)
+        kind, shape = stored.foreign or (str(stored.dtype).removeprefix("torch."), stored.shape)
+        kinds[kind] += math.prod(shape)
     number, total = sum(kinds.values()), sum(stored.nbytes for stored in tensors)
     return f"{number:>13,} numbers, {' and '.join(kind for kind, _ in kinds.most_common())}, {total / 1e6:,.1f} MB"
 
@@ -106,11 +114,14 @@ def model_lines(variant: Variant, networks: Mapping[str, Network], *, certain: b
     traits = [f"channels {'-'.join(map(str, unet.channels))}", f"context {unet.context}", f"{unet.in_channels} in"]
     traits += [f"vector {unet.vector}"] if unet.vector else []
     traits += ["guidance embedded"] if unet.guidance_dim else []
+    if unet.mid_depth is None or unet.mid_depth == 0:
+        traits += ["no middle" if unet.mid_depth is None else "a middle of one ResBlock"]
+    spacing = f", spacing {variant.spacing}" if variant.spacing else ""
     lines = [
         row("predicts", prediction),
         row("noise", schedule),
         row("native size", f"{variant.size} px"),
-        row("defaults", f"{variant.sampler}, {variant.steps} steps, guidance {variant.guidance:g}"),
+        row("defaults", f"{variant.sampler}, {variant.steps} steps, guidance {variant.guidance:g}" + spacing),
     ]
     for name, network in networks.items():
         lines.append(row(name, sizes(network.tensors.values())))
@@ -125,9 +136,9 @@ def model_lines(variant: Variant, networks: Mapping[str, Network], *, certain: b
     ]
 
 
-def beside_lines(file: TensorFile) -> list[str]:
-    beside = [stored for name, stored in file.tensors.items() if BESIDE.match(name)]
-    return [row("not used", sizes(beside))] if beside else []
+def beside_lines(file: TensorFile, variant: Variant) -> list[str]:
+    unused = [file.tensors[name] for name in beside(file, variant)]
+    return [row("not used", sizes(unused))] if unused else []
 
 
 # --- LoRAs -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.files.configs_out import pipeline
+from plainsd.files.folder import file_variant, open_part
 from plainsd.files.single import BESIDE, prefixes
 from plainsd.files.stored import Contents
 from plainsd.files.tensorfile import open_tensors
@@ -58,7 +59,8 @@ def theirs(contents: Contents, path: Path, name: str, variant_file: str | None) 
     kind = kind_there(name, contents.variant)
     if path.is_dir():
         dtype = {"torch_dtype" if name in ("unet", "vae") else "dtype": torch.float32}
-        return kind.from_pretrained(path / name, variant=variant_file, local_files_only=True, **dtype).eval()
+        variant = variant_file or file_variant(open_part(path / name).path.name)
+        return kind.from_pretrained(path / name, variant=variant, local_files_only=True, **dtype).eval()
     from accelerate import init_empty_weights
 
     config = json.loads(contents.texts[f"{name}/config.json"])

@@ -68,6 +68,7 @@ class Models:
         loras: Path | None = None,
         fast: bool = False,
         embeddings: Path | None = None,
+        vae: Path | None = None,
         prediction: str | None = None,
         zero_snr: bool | None = None,
     ):
@@ -76,7 +77,7 @@ class Models:
         self.noise = {"prediction": prediction, "zero_snr": zero_snr}
         if len(sources) > 1 and (prediction, zero_snr) != (None, None):
             raise UserError("--prediction and --zero-snr speak of one model; leave them out, or serve that model alone")
-        self.fast, self.words = fast, Words(embeddings)
+        self.fast, self.words, self.vae = fast, Words(embeddings), vae
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.budget = budget_of(self.device) if budget is None else budget
@@ -92,7 +93,7 @@ class Models:
     def described(self, source: str | None) -> Model:
         """What a model is, without reading its weights."""
         path = find(source)
-        contents = read(path, **self.noise, ask=False)
+        contents = read(path, vae=self.vae, **self.noise, ask=False)
         told, contents = contents.certain, asked(contents, path)
         variant = contents.variant
         networks = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
@@ -129,7 +130,9 @@ class Models:
     def hashes(self, model: Model, loras: Loras, one: Settings) -> Hashes:
         """Of the files that drew a picture of these settings."""
         words = {word.text: word.path for word in map(self.words.word, one.embeddings)}
-        return hashes(model.sd.path, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items())
+        return hashes(
+            model.sd.path, self.vae, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items()
+        )
 
     def resident(self, name: str, loras: Loras = (), beside: Model | None = None) -> Model:
         """The model with its networks, and just these LoRAs on it. What is not loaded is; others make room for it, the
@@ -145,7 +148,7 @@ class Models:
         if model.sd is None:
             while self.bytes() + model.bytes > self.budget and (oldest := self.oldest(beside)) is not None:
                 self.drop(oldest)
-            sd = load(model.source, device=self.device, dtype=self.dtype, **model.noise)
+            sd = load(model.source, device=self.device, dtype=self.dtype, vae=self.vae, **model.noise)
             projection, digest = latent_rgb(sd), weights_hash(sd.path, "unet")
             if self.fast:
                 faster(sd)

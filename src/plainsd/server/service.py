@@ -42,11 +42,11 @@ class Service:
     def open(
         cls, sources: Sequence[str | None], data: Path, limits: Limits = Limits(), *, batch: int = 4,
         device: str = "auto", dtype: str = "auto", memory: float | None = None, loras: Path | None = None,
-        fast: bool = False, embeddings: Path | None = None, prediction: str | None = None,
+        fast: bool = False, embeddings: Path | None = None, vae: Path | None = None, prediction: str | None = None,
         zero_snr: bool | None = None,
     ) -> "Service":  # fmt: skip
         """All of it, with nothing drawn yet. UserError where a model or the data folder cannot be used."""
-        models = Models(sources, device, dtype, memory, loras, fast, embeddings, prediction, zero_snr)
+        models = Models(sources, device, dtype, memory, loras, fast, embeddings, vae, prediction, zero_snr)
         store = Store(data)
         queue = Queue(store, limits.queue)
         return cls(models, store, queue, Worker(queue, models, store, limits, batch), limits)

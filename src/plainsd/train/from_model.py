@@ -131,7 +131,8 @@ def base_model(job: Job) -> StableDiffusion:
         raise UserError(
             "--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method full"
         )
-    contents = read(path, prediction=job.options.prediction, zero_snr=on_or_off(job.options.zero_snr))
+    zero_snr = on_or_off(job.options.zero_snr)
+    contents = read(path, vae=job.options.nothing.vae, prediction=job.options.prediction, zero_snr=zero_snr)
     variant, built = contents.variant, {}
     for name, network in contents.networks.items():
         built[name] = network.build(job.world.device, torch.bfloat16 if half and name == "unet" else torch.float32)

@@ -185,12 +185,13 @@ class Inversion:
 
 @dataclass
 class FromNothing:
-    """Methods vae and scratch."""
+    """Methods vae and scratch, and --vae for all that need one."""
 
     model: Path | None = None
     """JSON file that describes the networks: the fields of plainsd.models.variants.Variant"""
     vae: Path | None = None
-    """scratch: folder of the trained autoencoder"""
+    """scratch: folder of the trained autoencoder. full, lora, inversion: a folder or a file with another autoencoder
+    than that of --base"""
     tokenizer: Path | None = None
     """scratch: folder with vocab.json and merges.txt"""
     carry: tuple[Path, ...] = ()

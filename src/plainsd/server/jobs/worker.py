@@ -75,7 +75,12 @@ class Worker(threading.Thread):
         files = self.models.hashes(model, units[0].job.loras, units[0].settings)
         for unit, image in zip(units, pictures.images, strict=True):
             if unit.job.active:
-                unit.job.each[unit.place] = replace(unit.settings, hashes=files, **self.models.noise)
+                unit.job.each[unit.place] = replace(
+                    unit.settings,
+                    hashes=files,
+                    vae=self.models.vae and self.models.vae.resolve().name,
+                    **self.models.noise,
+                )
                 self.keep(unit, self.finished(unit.job, image))
         self.queue.pace += 0.2 * ((time.monotonic() - began) / len(units) - self.queue.pace)
 
