@@ -1,7 +1,7 @@
 """The `plainsd` command: finds the sub-command, reads its flags, and turns errors into one line and an exit code.
 
-0 done; 1 from verify alone: something differs; 2 wrong input, an unreadable or an unwritable file; 130 interrupted.
-PLAINSD_DEBUG=1 shows the traceback.
+0 done; 1 from verify alone: something differs; 2 wrong input, an unreadable or an unwritable file; 130 interrupted;
+141 where nobody reads what is printed any more, as after `plainsd ... | head`. PLAINSD_DEBUG=1 shows the traceback.
 
 A sub-command is a dataclass with a `run()` that returns an exit code, or None for 0. It is imported only when it is
 called, and imports torch only in `run()`, so that help comes at once.
@@ -46,15 +46,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place, **more: print(f"plainsd: {message}", file=sys.stderr)
         try:
-            return run(arguments)
-        except UserError as error:
-            return complain(str(error))
-        except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
-            return complain(f"{place}{error.strerror or error}; choose another place, or make room")
-        except KeyboardInterrupt:
-            print("plainsd: interrupted", file=sys.stderr)
-            return 130
+            code = answered(arguments)
+            sys.stdout.flush()  # what is left over shows a closed pipe here, not when Python ends
+            return code
+        except BrokenPipeError:
+            return hung_up()
+
+
+def answered(arguments: list[str]) -> int:
+    try:
+        return run(arguments)
+    except UserError as error:
+        return complain(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return complain(f"{place}{error.strerror or error}; choose another place, or make room")
+    except KeyboardInterrupt:
+        print("plainsd: interrupted", file=sys.stderr)
+        return 130
+
+
+def hung_up() -> int:
+    """The reader of a pipe has gone. What is still in the buffers goes nowhere, so that nothing fails once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    return 141  # 128 + SIGPIPE, as other programs end
 
 
 def complain(message: str) -> int:
