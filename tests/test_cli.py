@@ -209,6 +209,8 @@ def test_embeddings_by_flag(generate, model, tmp_path):
 
     plain = made("a kitty")
     learned = made("a kitty", "--embedding", file, "--embedding", tmp_path / "other.safetensors")
+    err = generate("a Kitty", "--embedding", file, "--embedding", tmp_path / "other.safetensors")[2]
+    assert err.count("note: ") == 1 and "other.safetensors is the word 'other', which no prompt has" in err
     assert np.abs(pixels(plain) - pixels(learned)).max() > 5
     assert read_settings(plain).embeddings == () and read_settings(learned).embeddings == ("kitty",)
     renamed = made("a <cat>", "--embedding", f"{file}:<cat>")

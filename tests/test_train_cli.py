@@ -20,6 +20,8 @@ from plainsd.adapters.lora import add_lora
 from plainsd.checkpoint import load_vae, save_vae
 from plainsd.cli import main
 from plainsd.generate import final, text_to_image
+from plainsd.pictures.images import read_settings
+from plainsd.server.embeddings import Words
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.log import read_log
 from plainsd.train.methods.lora import lora
@@ -174,6 +176,32 @@ def test_inversion(train, base, pictures, tmp_path):
         assert add_embedding(sd, tmp_path / "other" / name, "colour") == "colour"
         assert sd.text_encoders[0].config.vocab == TINY.text[0].vocab + 2
         assert not np.array_equal(drawn(sd), drawn(plainsd.load(base, device="cpu")))
+
+
+def test_a_learned_word_is_used_without_being_told(base, tmp_path, capsys):
+    """By the command line and by the server, from the file of either dialect."""
+    (tmp_path / "pictures").mkdir()
+    Image.effect_noise((16, 16), 50).convert("RGB").save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("a <stri/py> thing")
+    shared = ["--base", str(base), "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run"), *FAST]
+    more = ["--steps", "1", "--lr", "0.5", "--token", "<stri/py>"]
+    assert main(["train", "--method", "inversion", *shared, *more]) == 0
+    assert "stri-py.safetensors for A1111, which calls it stri-py; learned_embeds" in capsys.readouterr().out
+    draw = ["generate", "a <stri/py> cat", "--model", str(base), "--device", "cpu", "--dtype", "float32"]
+    pixels = []
+    for name in ("stri-py.safetensors", "learned_embeds.safetensors"):
+        file = tmp_path / "run" / name
+        assert main(["info", str(file)]) == 0
+        assert "  the word        <stri/py>\n" in capsys.readouterr().out
+        assert main([*draw, "--embedding", str(file), "--out", str(tmp_path / f"{name}.png")]) == 0
+        assert read_settings(tmp_path / f"{name}.png").embeddings == ("<stri/py>",)
+        pixels.append(np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int))
+        capsys.readouterr()
+    assert main([*draw, "--out", str(tmp_path / "plain.png")]) == 0
+    plain = np.asarray(Image.open(tmp_path / "plain.png"), dtype=int)
+    assert np.array_equal(*pixels) and np.abs(pixels[0] - plain).max() > 5
+    (tmp_path / "run" / "learned_embeds.safetensors").unlink()
+    assert [(word.text, word.name) for word in Words(tmp_path / "run").known()] == [("<stri/py>", "stri-py")]
 
 
 def test_dreambooth_makes_its_prior(train, tmp_path):

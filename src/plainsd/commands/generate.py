@@ -73,6 +73,7 @@ class Generate(GenerateFlags):
         device = choose_device(share.device(self.device))
         sd = fitted(partial(self.loaded, device, loras), device, self.low_memory)
         words = {add_embedding(sd, file, word or None): file for file, word in files}
+        say_unwritten(words, [*prompts, choices.get("negative") or ""])
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
         if self.int8:
@@ -179,6 +180,13 @@ class Generate(GenerateFlags):
         if sides:
             return lambda sd, prompts, **more: generate().outpaint(sd, prompts, image, *sides, **more)
         return lambda sd, prompts, **more: generate().image_to_image(sd, prompts, image, **more)
+
+
+def say_unwritten(words: dict[str, Path], texts: list[str]) -> None:
+    """A learned word does nothing where it is not written."""
+    for word, file in words.items():
+        if not any(word.lower() in text.lower() for text in texts):
+            print(f"note: {file} is the word {word!r}, which no prompt has", file=sys.stderr)
 
 
 def say_notes(each: Iterable[Settings]) -> None:

@@ -1,5 +1,6 @@
 """The methods that begin from a loaded model, as jobs: `full`, `lora`, `inversion`."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -84,11 +85,12 @@ def train_inversion(job: Job) -> None:
 
     if sd := tuned(job, make):
         settle(sd)
-        a1111, diffusers = f"{own.token.strip('<> ')}.safetensors", "learned_embeds.safetensors"
+        plain = re.sub(r"[^\w.-]+", "-", own.token).strip("-.") or "word"
+        a1111, diffusers = f"{plain}.safetensors", "learned_embeds.safetensors"
         for dialect, name in (("a1111", a1111), ("diffusers", diffusers)):
             with saving("the word"):
                 save_embedding(sd, own.token, job.out / name, dialect)
-        job.say(f"{own.token} in {job.out}: {a1111} for A1111, {diffusers} for diffusers")
+        job.say(f"{own.token} in {job.out}: {a1111} for A1111, which calls it {plain}; {diffusers} for diffusers")
 
 
 def tuned(job: Job, make: Make) -> StableDiffusion | None:
