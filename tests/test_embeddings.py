@@ -10,6 +10,7 @@ from torch import nn
 import plainsd
 from plainsd.adapters.embeddings import add_embedding, add_word, save_embedding, vectors_of
 from plainsd.errors import UserError
+from plainsd.pictures.conditioning import encode_prompts
 from plainsd.reports.info import info
 
 PROMPT = "a photo of NAME, on a table"

@@ -97,7 +97,12 @@ def run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     module, kind, _ = COMMANDS[name]
-    command = parsed(getattr(import_module(module), kind), name, rest)
+    kind = getattr(import_module(module), kind)
+    if name == "train":
+        from plainsd.train.config import with_config
+
+        rest = with_config(rest, kind)
+    command = parsed(kind, name, rest)
     return 0 if command is None else command.run() or 0
 
 
