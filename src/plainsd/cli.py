@@ -130,10 +130,10 @@ def in_one_line(box: str) -> str:
     """What tyro says in a framed box under a title, up to its next rule: `Error parsing --steps: ...`."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()[1:]]
     lines = lines[1:] if lines and not lines[0].strip("-─") else lines  # the frame where there is only ASCII
-    ends = (i for i, line in enumerate(lines) if line[:2] in ("──", "--") or line == "Got errors:")
+    ends = (i for i, line in enumerate(lines) if (line and not line.strip("-─")) or line == "Got errors:")
     upto = next(ends, len(lines))
     line = " ".join(lines[:upto])
-    missing = re.findall(r"(?<= )(?:--[a-z-]+|[A-Z][A-Z-]+)(?= )", line)
+    missing = re.findall(r"^[^\w-]{0,2} {4}(--[a-z-]+|[A-Z][A-Z-]+)\b", box, re.MULTILINE)  # what is said of each: 8
     if line.startswith("Missing from") and missing:
         line = f"missing: {', '.join(missing)}"
     for pattern, plainly in PLAINLY:
