@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from plainsd.errors import UserError
-from plainsd.settings import RANDOM, Settings, drawn_seed, read_seed
+from plainsd.pictures.settings import RANDOM, Settings, drawn_seed, read_seed
 
 
 @dataclass

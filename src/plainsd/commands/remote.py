@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
+from plainsd.pictures.settings import Settings
 from plainsd.server.client import Finished, Progress, Remote
-from plainsd.settings import Settings
 
 if TYPE_CHECKING:
     from plainsd.commands.output import Target
