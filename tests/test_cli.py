@@ -1,6 +1,7 @@
 """The command line, in this process: what is written, what is said, and the exit codes."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY_REFINER, TINY_XL, pixels, tiny_sd
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import plainsd
 from plainsd.cli import COMMANDS, main
@@ -62,6 +64,56 @@ def test_pictures_are_numbered_and_made_again(generate, tmp_path):
     assert np.abs(pixels(tmp_path / "again-2.png") - pixels(tmp_path / "out" / names[2])).max() <= 1
     assert generate("x")[1].strip().endswith("00004-0.png")
     assert sorted(os.listdir(tmp_path)) == ["again-2.png", "again.png", "out"]
+
+
+@pytest.mark.parametrize("text", ["-1", "random"])
+def test_a_random_seed_is_said(generate, text):
+    code, out, err = generate("x", "--seed", text, "--variation-seed", text, "--variation-strength", 0.5)
+    seed, other = (int(re.search(rf"^{name} ([0-9]+)$", err, re.M)[1]) for name in ("seed", "variation seed"))
+    assert code == 0 and seed != other and max(seed, other) < 2**32
+    settings = read_settings(out.strip())
+    assert (settings.seed, settings.variation_seed) == (seed, other)
+    _, again, _ = generate("x", "--seed", seed, "--variation-seed", other, "--variation-strength", 0.5)
+    assert np.abs(pixels(out.strip()) - pixels(again.strip())).max() <= 1
+
+
+def test_random_seeds_of_a_batch_and_of_a_grid(generate):
+    _, out, err = generate("x", "--seed", "random", "--count", 3, "--batch", 2)
+    first = int(re.search(r"^seed ([0-9]+)$", err, re.M)[1])
+    assert [read_settings(path).seed for path in out.split()] == [first, first + 1, first + 2]
+    code, out, _ = generate("x", "--grid", "seed=1,random,-1")
+    sheet = np.asarray(Image.open(out.strip()).convert("RGB")).astype(int)[-64:]
+    cells = [sheet[:, start : start + 64] for start in range(sheet.shape[1] - 192, sheet.shape[1], 64)]
+    assert code == 0 and all(np.abs(a - b).max() > 5 for a, b in zip(cells, cells[1:], strict=False))
+
+
+def test_of_a_long_seed_the_low_bits_count_and_this_is_said(generate):
+    _, short, err = generate("x", "--seed", 5)
+    assert "note" not in err
+    code, long, err = generate("x", "--seed", 2**64 - 2**32 + 5)
+    assert code == 0 and "note: seed 18446744069414584325 draws the same as 5: PyTorch's generator reads only" in err
+    assert np.abs(pixels(short.strip()) - pixels(long.strip())).max() <= 1
+    assert read_settings(long.strip()).seed == 2**64 - 2**32 + 5 and long.strip().endswith("-18446744069414584325.png")
+
+
+def test_guidance_0_is_off_and_this_is_said(generate, tmp_path):
+    """But where A1111's program has written a picture, its 0 is what its formula says."""
+    _, off, err = generate("x", "--negative", "y", "--guidance", 0)
+    assert err.count("note: ") == 1 and "note: guidance 0 is off, as 1 is" in err
+    _, one, err = generate("x", "--negative", "y", "--guidance", 1)
+    assert "note" not in err and read_settings(off.strip()).guidance == 1
+    assert np.abs(pixels(off.strip()) - pixels(one.strip())).max() <= 1
+    assert "note: guidance 0 is off" in generate("x", "--grid", "guidance=0,1")[2]
+    info = PngInfo()
+    info.add_text("parameters", "x\nNegative prompt: y\nSteps: 2, Sampler: DDIM, CFG scale: 0, Seed: 0, Size: 64x64")
+    Image.new("RGB", (64, 64)).save(tmp_path / "theirs.png", pnginfo=info)
+    _, theirs, err = generate("--from", tmp_path / "theirs.png")
+    _, negative, _ = generate("y", "--guidance", 1)
+    assert "note" not in err and np.abs(pixels(theirs.strip()) - pixels(negative.strip())).max() <= 1
+    _, again, _ = generate("--from", theirs.strip())
+    assert np.abs(pixels(theirs.strip()) - pixels(again.strip())).max() <= 1
+    _, off, err = generate("--from", theirs.strip(), "--guidance", 0)
+    assert "note: guidance 0" in err and np.abs(pixels(off.strip()) - pixels(one.strip())).max() <= 1
 
 
 def test_the_prompt_may_follow_several_numbers(generate):
@@ -157,6 +209,8 @@ def test_embeddings_by_flag(generate, model, tmp_path):
 
     plain = made("a kitty")
     learned = made("a kitty", "--embedding", file, "--embedding", tmp_path / "other.safetensors")
+    err = generate("a Kitty", "--embedding", file, "--embedding", tmp_path / "other.safetensors")[2]
+    assert err.count("note: ") == 1 and "other.safetensors is the word 'other', which no prompt has" in err
     assert np.abs(pixels(plain) - pixels(learned)).max() > 5
     assert read_settings(plain).embeddings == () and read_settings(learned).embeddings == ("kitty",)
     renamed = made("a <cat>", "--embedding", f"{file}:<cat>")
@@ -236,7 +290,12 @@ WRONG = {
     "unknown flag": (["x", "--sped", "3"], "--sped"),
     "misspelled flag": (["x", "--stepz", "3"], "--stepz, 3; did you mean --steps?"),
     "two prompts": (["x", "y"], "Unrecognized options: y"),
-    "seed": (["x", "--seed", "-1"], "seed -1 is out of range"),
+    "seed": (["x", "--seed", "-2"], "seed -2 is out of range; choose 0 to 18446744073709551615, or -1 for a random one"),
+    "a long seed": (["x", "--seed", str(2**64)], "seed 18446744073709551616 is out of range"),
+    "half a seed": (["x", "--seed", "1.5"], "seed '1.5' is no whole number; give one from 0 to 18446744073709551615, or"),
+    "variation seed": (["x", "--variation-seed", "rand"], "variation seed 'rand' is no whole number"),
+    "seeds past the last": (["x", "--seed", str(2**64 - 2), "--count", "3"], "and the 2 after it pass"),
+    "a seed of a grid": (["x", "--grid", "seed=1,2.5"], "grid 'seed=1,2.5' has a value that cannot be read"),
     "guidance": (["x", "--guidance", "nan"], "guidance nan is out of range"),
     "count": (["x", "--count", "0"], "count 0"),
     "clip skip": (["x", "--clip-skip", "9"], "clip skip 9"),
@@ -244,7 +303,10 @@ WRONG = {
     "variation": (["x", "--variation-strength", "0.5"], "variation seed"),
     "two kinds of guidance": (["x", "--rescale", "0.5", "--threshold", "0.9"], "do not go together"),
     "model": (["x", "--model", "/nowhere/at all"], "there is no model"),
-    "device": (["x", "--device", "gpu9"], "device"),
+    "device": (["x", "--device", "gpu9"], "unknown device 'gpu9'; choose auto or cpu"),
+    "device of another build": (["x", "--device", "vulkan"], "device 'vulkan' is not there: this PyTorch ("),
+    "device without numbers": (["x", "--device", "meta"], "device 'meta' is not there"),
+    "one processor too many": (["x", "--device", "cpu:7"], "'cpu:7' is not there; the last one of this machine is cpu:0"),
     "dtype": (["x", "--dtype", "float8"], "unknown dtype 'float8'"),
     "lora": (["x", "--lora", "/nowhere.safetensors:0.5"], "/nowhere.safetensors"),
     "lora's strength": (["x", "--lora", "/nowhere:strong"], "'strong' is no strength"),
@@ -330,6 +392,32 @@ def test_a_picture_of_another_model(generate, model, photo, tmp_path, monkeypatc
     assert main(["generate", "--from", out.strip(), "--out", str(tmp_path / "y")]) == 2
     (tmp_path / "other").rename(model)
     assert "was made with the model 'tiny', and this is 'other'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["info"], ["tokens", "x"], ["nothing"]])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_pipe_that_closes_early_ends_quietly(arguments, stream):
+    """Nobody reads: what is printed reaches a closed pipe at the first line, or when the rest is flushed at the end."""
+    read, write = os.pipe()
+    os.close(read)
+    other = {"stdout": "stderr", "stderr": "stdout"}[stream]
+    command = [sys.executable, "-m", "plainsd", *arguments]
+    done = subprocess.run(command, **{stream: write, other: subprocess.PIPE}, text=True, timeout=120)
+    os.close(write)
+    says_it_there = (arguments == ["nothing"]) == (stream == "stderr")
+    assert done.returncode == (141 if says_it_there else 2 if arguments == ["nothing"] else 0)
+    assert bool(getattr(done, other)) == (not says_it_there)
+
+
+def test_drawing_ends_quietly_too(model, tmp_path):
+    command = [sys.executable, "-m", "plainsd", "generate", "x", "--model", model, "--steps", "1", "--count", "3"]
+    command += ["--batch", "1", "--device", "cpu", "--out", str(tmp_path / "o")]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == 141 and "Error" not in done.stderr and "plainsd:" not in done.stderr
+    assert os.listdir(tmp_path / "o") == ["00001-0.png"]  # whole, and its name was to be printed
 
 
 def test_a_full_disk_leaves_nothing(generate, tmp_path, monkeypatch):

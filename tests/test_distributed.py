@@ -197,7 +197,7 @@ def test_the_command_on_two_processes(place, tmp_path, method, batch, more):
 
 def results(out):
     """What a run has made: all tensors of the model or the LoRA."""
-    files = sorted([*out.glob("model/*/*.safetensors"), *out.glob("*.safetensors")])
+    files = sorted([*out.glob(f"{out.name}/*/*.safetensors"), *out.glob("*.safetensors")])
     assert files
     return [tensor for file in files for _, tensor in sorted(load_file(file).items())]
 

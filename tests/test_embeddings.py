@@ -11,6 +11,7 @@ import plainsd
 from plainsd.adapters.embeddings import add_embedding, add_word, save_embedding, vectors_of
 from plainsd.errors import UserError
 from plainsd.pictures.conditioning import encode_prompts
+from plainsd.reports.info import info
 
 PROMPT = "a photo of NAME, on a table"
 
@@ -125,14 +126,23 @@ def test_other_forms(tmp_path):
     [("a1111", ".pt"), ("a1111", ".safetensors"), ("diffusers", ".bin"), ("diffusers", ".safetensors")],
 )
 def test_there_and_back(tmp_path, variant, dialect, ending):
-    sd, again, path = tiny_sd(variant), tiny_sd(variant), tmp_path / f"kitty{ending}"
-    add_word(sd, "kitty", [vectors(3, seed=index) for index in range(len(variant.text))])
-    save_embedding(sd, "kitty", path, dialect)
+    """The word comes back, whatever the file is called."""
+    sd, again, path = tiny_sd(variant), tiny_sd(variant), tmp_path / f"saved{ending}"
+    add_word(sd, "<kitty>", [vectors(3, seed=index) for index in range(len(variant.text))])
+    save_embedding(sd, "<kitty>", path, dialect)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    assert add_embedding(again, path) == "kitty"
-    for mine, other in zip(vectors_of(sd, "kitty"), vectors_of(again, "kitty"), strict=True):
+    assert add_embedding(again, path) == "<kitty>"
+    for mine, other in zip(vectors_of(sd, "<kitty>"), vectors_of(again, "<kitty>"), strict=True):
         assert torch.equal(mine, other) and mine.shape == (3, 32)
-    assert torch.equal(context(again, "a kitty"), context(sd, "a kitty"))
+    assert torch.equal(context(again, "a <kitty>"), context(sd, "a <kitty>"))
+    assert info(path).splitlines()[1] == "  the word        <kitty>"
+    assert add_embedding(again, path, "<other>") == "<other>"
+
+
+@pytest.mark.parametrize("word", ["", " ", "two\nlines", "\x1b[31m"])
+def test_a_word_that_cannot_be_written_is_passed_over(tmp_path, word):
+    save_file({"emb_params": vectors(1)}, tmp_path / "kitty.safetensors", {"plainsd.word": word})
+    assert add_embedding(tiny_sd(), tmp_path / "kitty.safetensors") == "kitty"
 
 
 @pytest.mark.parametrize("dialect, ending", [("a1111", ".pt"), ("diffusers", ".bin"), ("diffusers", ".safetensors")])

@@ -65,6 +65,30 @@ def test_the_original_default_is_diffusers_picture(sd, folders):
     assert difference(ours[0], ours[1]) > 50 and np.asarray(ours[0]).std() > 20
 
 
+@pytest.mark.parametrize("scale", [0, 1])
+@pytest.mark.parametrize("seed", [3, 2**40 + 3])
+def test_guidance_0_and_long_seeds_are_as_in_diffusers(sd, folders, scale, seed):
+    """Both follow the prompt plainly, without the negative one; both read the low 32 bits of a seed."""
+    pipe = pipeline("StableDiffusionPipeline", folders / "tiny", "DDIMScheduler")
+    theirs = pipe("a red apple", negative_prompt="blurred", num_inference_steps=3, guidance_scale=scale, height=64,
+                  width=64, generator=seeded(seed)).images[0]  # fmt: skip
+    choices = {"sampler": "ddim", "spacing": "leading", "steps": 3, "size": 64}
+    events = text_to_image(sd, "a red apple", "blurred", guidance=scale, seed=seed, **choices)
+    ours = final(events)[0]
+    assert events.settings[0].guidance == 1 and difference(ours, theirs) <= 1
+    assert difference(ours, final(text_to_image(sd, "a red apple", guidance=1, seed=3, **choices))[0]) == 0
+    other = final(text_to_image(sd, "a red apple", "blurred", guidance=0, like="a1111", seed=seed, **choices))[0]
+    assert difference(other, final(text_to_image(sd, "blurred", guidance=1, seed=3, **choices))[0]) <= 1
+
+
+def test_seeds_from_python(sd):
+    (one,), (other,) = (text_to_image(sd, "x", seed=-1).settings for _ in range(2))
+    assert one.seed != other.seed and 0 <= min(one.seed, other.seed) and max(one.seed, other.seed) < 2**32
+    for seed, says in ((1.5, "no whole number; choose 1"), (-2, "out of range"), (2**64, "out of range")):
+        with pytest.raises(UserError, match=says):
+            text_to_image(sd, "x", seed=seed)
+
+
 SCHEDULERS = [
     ("ddim", "leading", "DDIMScheduler", {}),
     ("euler", "linspace", "EulerDiscreteScheduler", {"timestep_spacing": "linspace"}),

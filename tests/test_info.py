@@ -97,26 +97,35 @@ def test_a_lora(tmp_path, width, family):
     assert not any("empty" in line for line in said)
 
 
-WORDS = {  # file, what is in it, what is said
-    "cat.safetensors": ({"emb_params": torch.zeros(3, 768)}, "3 vectors of 768 numbers, SD 1.x"),
-    "learned_embeds.safetensors": ({"<cat>": torch.zeros(1024)}, "1 vectors of 1024 numbers, SD 2.x"),
+AFTER = ", after the file, as in A1111"
+WORDS = {  # file, what is in it, the word and the vectors as they are told
+    "cat.safetensors": ({"emb_params": torch.zeros(3, 768)}, f"cat{AFTER}", "3 vectors of 768 numbers, SD 1.x"),
+    "learned_embeds.safetensors": ({"<cat>": torch.zeros(1024)}, "<cat>", "1 vectors of 1024 numbers, SD 2.x"),
     "xl.safetensors": (
         {"clip_g": torch.zeros(2, 1280), "clip_l": torch.zeros(2, 768)},
+        f"xl{AFTER}",
         "2 vectors of 768 and 1280 numbers, SDXL",
     ),
     "cat.pt": (
-        {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(4, 20)}},
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(4, 20)}, "name": "cat"},
+        f"cat{AFTER}",
         "4 vectors of 20 numbers",
     ),
-    "learned_embeds.bin": ({"<cat>": torch.zeros(2, 768)}, "2 vectors of 768 numbers, SD 1.x"),
+    "renamed.pt": (
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(4, 20)}, "name": "ca\nt"},
+        f"renamed{AFTER}; diffusers calls it ca t",
+        "4 vectors of 20 numbers",
+    ),
+    "learned_embeds.bin": ({"<cat>": torch.zeros(2, 768)}, "<cat>", "2 vectors of 768 numbers, SD 1.x"),
 }
 
 
 @pytest.mark.parametrize("name", WORDS)
 def test_an_embedding(tmp_path, name):
-    content, said = WORDS[name]
+    content, word, said = WORDS[name]
     (save_file if name.endswith(".safetensors") else torch.save)(content, tmp_path / name)
-    assert info(tmp_path / name) == f"{tmp_path / name}: a textual-inversion embedding\n  a word of       {said}"
+    lines = f"{tmp_path / name}: a textual-inversion embedding\n  the word        {word}\n  made of         {said}"
+    assert info(tmp_path / name) == lines
     if name.startswith("learned"):
         assert info(tmp_path) == info(tmp_path / name)
 

@@ -100,6 +100,22 @@ def test_older_sampler_names_eta_and_a_random_seed(api, sd):
     assert len(seeds) == 2 and -1 not in seeds
 
 
+def test_cfg_scale_0_is_by_their_formula(api, sd):
+    """uncond + 0 (cond - uncond): the negative prompt alone; here as in a picture that is made again."""
+    zero = api.txt2img(prompt="p", negative_prompt="n", seed=1, cfg_scale=0, width=64, height=64)
+    asked = {"seed": 1, "steps": 3, "sampler": "euler_a"}
+    assert alike(zero.image, plainsd.final(plainsd.text_to_image(sd, "n", guidance=1, **asked))[0])
+    assert zero.info["notes"] == [] and zero.info["cfg_scale"] == 0 and "CFG scale: 0," in zero.info["infotexts"][0]
+    below = api.txt2img(prompt="p", negative_prompt="n", seed=1, cfg_scale=0.5, width=64, height=64)
+    assert alike(below.image, plainsd.final(plainsd.text_to_image(sd, "p", "n", guidance=0.5, **asked))[0])
+
+
+def test_long_seeds(api):
+    short, long = (api.txt2img(prompt="p", seed=seed, width=64, height=64, steps=1) for seed in (4, 2**40 + 4))
+    assert alike(short.image, long.image) and long.info["seed"] == 2**40 + 4
+    assert short.info["notes"] == [] and "draws the same as 4" in long.info["notes"][0]
+
+
 def test_hires_and_variations(api, sd):
     large = api.txt2img(
         prompt="p",

@@ -108,6 +108,27 @@ def test_a_count_has_one_seed_after_the_other(opened):
     assert alike(*(Image.open(file) for file in files))
 
 
+def test_random_and_long_seeds(opened):
+    service = opened(start=False)
+    either = [ask(service, seed=seed, variation_seed=seed, variation_strength=0.5).each[0] for seed in (-1, "random")]
+    drawn = [one.seed for one in either] + [one.variation_seed for one in either]
+    assert len(set(drawn)) == 4 and all(0 <= seed < 2**32 for seed in drawn)
+    assert ask(service, seed=5).notes == []
+    long = ask(service, seed=2**64 - 1)
+    assert long.each[0].seed == 2**64 - 1 and service.told(long)["notes"] == long.notes
+    assert long.notes[0].startswith("seed 18446744073709551615 draws the same as 4294967295: ")
+
+
+def test_guidance_0_is_off_and_this_is_said(opened):
+    service = opened(start=False)
+    off = ask(service, guidance=0)
+    assert off.each[0].guidance == 1 and off.notes[0].startswith("guidance 0 is off, as 1 is")
+    cells = ask(service, grid=[{"name": "guidance", "values": [0, 2]}])
+    assert [one.guidance for one in cells.each] == [1, 2] and cells.notes == off.notes
+    theirs = ask(service, guidance=0, like="a1111")
+    assert theirs.each[0].guidance == 0 and theirs.notes == []
+
+
 def test_without_a_seed_each_job_draws_one_and_keeps_it(opened):
     service = opened(start=False)
     assert ask(service).each[0].seed != ask(service).each[0].seed

@@ -1,5 +1,7 @@
 """A1111's text of settings: what it looks like, what comes back, what strangers' texts become."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
         size=st.tuples(st.integers(8, 4096), st.integers(8, 4096)),
         steps=st.integers(1, 1000),
         guidance=floats,
-        seed=st.integers(0, 2**63),
+        seed=st.integers(0, 2**64 - 1),
         strength=st.none() | floats,
         interval=st.none() | st.tuples(floats, floats),
         threshold=st.none() | floats,
@@ -58,7 +60,8 @@ floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
     )
 )
 def test_whatever_is_written_comes_back(made):
-    assert parse_settings(format_settings(made)) == made
+    zero = {"like": "a1111"} if made.guidance == 0 else {}  # our own pictures have 1 where guidance is off
+    assert parse_settings(format_settings(made)) == replace(made, **zero)
 
 
 def test_a_text_by_a1111_itself():

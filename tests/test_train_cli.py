@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -20,11 +22,15 @@ from plainsd.adapters.embeddings import add_embedding
 from plainsd.adapters.lora import add_lora
 from plainsd.checkpoint import load_vae, save_vae
 from plainsd.cli import main
+from plainsd.disk import read_json
 from plainsd.generate import final, text_to_image
+from plainsd.pictures.images import read_settings
+from plainsd.server.embeddings import Words
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.log import read_log
 from plainsd.train.methods.lora import lora
 from plainsd.train.options import Steps, with_defaults
+from plainsd.train.run import Look
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
 
@@ -86,7 +92,7 @@ def test_full(train, base, pictures, tmp_path):
     assert lines[0]["validation"] != lines[-1]["validation"]
     assert [p.name for p in sorted((tmp_path / "run" / "samples").iterdir())] == [f"step-{i:08d}.png" for i in range(3)]
     assert (tmp_path / "run" / "curve.png").is_file()
-    trained, before = plainsd.load(tmp_path / "run" / "model", device="cpu"), plainsd.load(base, device="cpu")
+    trained, before = plainsd.load(tmp_path / "run" / "run", device="cpu"), plainsd.load(base, device="cpu")
     assert not np.array_equal(drawn(trained), drawn(before))
     assert not torch.equal(trained.text_encoders[0].token.weight, before.text_encoders[0].token.weight)
     assert torch.equal(trained.vae.quant.weight, before.vae.quant.weight)
@@ -136,8 +142,8 @@ def test_lora(train, base, tmp_path):
     )
     assert code == 0
     kohya, peft = (plainsd.load(base, device="cpu") for _ in range(2))
-    add_lora(kohya, tmp_path / "run" / "lora.safetensors")
-    add_lora(peft, tmp_path / "run" / "lora-peft.safetensors")
+    add_lora(kohya, tmp_path / "run" / "run.safetensors")
+    add_lora(peft, tmp_path / "run" / "run-peft.safetensors")
     assert np.array_equal(drawn(kohya), drawn(peft))
     assert not np.array_equal(drawn(kohya), drawn(plainsd.load(base, device="cpu")))
     assert any(p.name.startswith("events.") for p in (tmp_path / "run" / "tensorboard").iterdir())
@@ -185,7 +191,7 @@ def test_lora_on_half_a_base(train, tmp_path):
     code, _ = train(
         "lora", "--steps", "2", "--half-base", "--dtype", "bfloat16", "--prompts", str(tmp_path / "prompts.txt")
     )
-    assert code == 0 and (tmp_path / "run" / "lora.safetensors").is_file()
+    assert code == 0 and (tmp_path / "run" / "run.safetensors").is_file()
     assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
 
 
@@ -216,6 +222,32 @@ def test_inversion(train, base, pictures, tmp_path):
         assert add_embedding(sd, tmp_path / "other" / name, "colour") == "colour"
         assert sd.text_encoders[0].config.vocab == TINY.text[0].vocab + 2
         assert not np.array_equal(drawn(sd), drawn(plainsd.load(base, device="cpu")))
+
+
+def test_a_learned_word_is_used_without_being_told(base, tmp_path, capsys):
+    """By the command line and by the server, from the file of either dialect."""
+    (tmp_path / "pictures").mkdir()
+    Image.effect_noise((16, 16), 50).convert("RGB").save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("a <stri/py> thing")
+    shared = ["--base", str(base), "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run"), *FAST]
+    more = ["--steps", "1", "--lr", "0.5", "--token", "<stri/py>"]
+    assert main(["train", "--method", "inversion", *shared, *more]) == 0
+    assert "stri-py.safetensors for A1111, which calls it stri-py; learned_embeds" in capsys.readouterr().out
+    draw = ["generate", "a <stri/py> cat", "--model", str(base), "--device", "cpu", "--dtype", "float32"]
+    pixels = []
+    for name in ("stri-py.safetensors", "learned_embeds.safetensors"):
+        file = tmp_path / "run" / name
+        assert main(["info", str(file)]) == 0
+        assert "  the word        <stri/py>\n" in capsys.readouterr().out
+        assert main([*draw, "--embedding", str(file), "--out", str(tmp_path / f"{name}.png")]) == 0
+        assert read_settings(tmp_path / f"{name}.png").embeddings == ("<stri/py>",)
+        pixels.append(np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int))
+        capsys.readouterr()
+    assert main([*draw, "--out", str(tmp_path / "plain.png")]) == 0
+    plain = np.asarray(Image.open(tmp_path / "plain.png"), dtype=int)
+    assert np.array_equal(*pixels) and np.abs(pixels[0] - plain).max() > 5
+    (tmp_path / "run" / "learned_embeds.safetensors").unlink()
+    assert [(word.text, word.name) for word in Words(tmp_path / "run").known()] == [("<stri/py>", "stri-py")]
 
 
 def test_dreambooth_makes_its_prior(train, tmp_path):
@@ -273,8 +305,8 @@ def test_vae_and_scratch(pictures, base, tmp_path, capsys):
         == 0
     )
     assert "4 of 4 captions are longer than what is read of them (1 tokens)" in capsys.readouterr().out
-    assert drawn(plainsd.load(tmp_path / "run" / "model", device="cpu")).shape == (16, 16, 3)
-    assert (tmp_path / "run" / "model" / "model.json").is_file()
+    assert drawn(plainsd.load(tmp_path / "run" / "run", device="cpu")).shape == (16, 16, 3)
+    assert (tmp_path / "run" / "run" / "model.json").is_file()
     assert read_log(tmp_path / "vae" / "log.jsonl")[-1].keys() >= {"psnr", "step"}
 
 
@@ -329,7 +361,7 @@ def test_scratch_goes_on_from_a_base(train, base, tmp_path):
         "2",
     ]
     assert train("scratch", "--steps", "1", "--lr", "1e-9", *more) == (0, [])
-    after, before = (plainsd.load(path, device="cpu", dtype="float32") for path in (tmp_path / "run" / "model", base))
+    after, before = (plainsd.load(path, device="cpu", dtype="float32") for path in (tmp_path / "run" / "run", base))
     for a, b in zip((after.unet, *after.text_encoders), (before.unet, *before.text_encoders), strict=True):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
@@ -355,7 +387,7 @@ def test_a_run_may_be_made_longer(train, tmp_path, capsys):
     assert train("lora", "--steps", "2", *more) == (0, [])
     assert train("lora", "--steps", "3", *more) == (0, [])
     assert train("lora", "--steps", "3", *more, out=tmp_path / "straight") == (0, [])
-    longer, straight = (load_file(tmp_path / run / "lora.safetensors") for run in ("run", "straight"))
+    longer, straight = (load_file(tmp_path / run / f"{run}.safetensors") for run in ("run", "straight"))
     assert longer.keys() == straight.keys() and all(torch.equal(longer[name], straight[name]) for name in longer)
     code, said = train("lora", "--steps", "2", *more)
     assert code == 2 and "holds a run with another --steps (3, now 2)" in said[0]
@@ -363,9 +395,9 @@ def test_a_run_may_be_made_longer(train, tmp_path, capsys):
 
 def test_the_same_command_goes_on(train, tmp_path):
     assert train("lora", "--steps", "1", "--rank", "1")[0] == 0
-    written = (tmp_path / "run" / "lora.safetensors").read_bytes()
+    written = (tmp_path / "run" / "run.safetensors").read_bytes()
     assert train("lora", "--steps", "1", "--rank", "1", "--log-every", "7")[0] == 0  # nothing is left to do
-    assert (tmp_path / "run" / "lora.safetensors").read_bytes() == written
+    assert (tmp_path / "run" / "run.safetensors").read_bytes() == written
     code, said = train("lora", "--steps", "1", "--rank", "2")
     assert code == 2 and len(said) == 1 and "holds a run with another --rank (1, now 2)" in said[0]
 
@@ -376,6 +408,218 @@ def test_a_run_of_another_model_is_not_gone_on_with(train, base, tmp_path):
     code, said = train("lora", "--steps", "1", "--rank", "1", base=base)
     plainsd.save(tiny_sd(), base)
     assert code == 2 and len(said) == 1 and "holds a run with a model with other weights" in said[0]
+
+
+def test_a_refused_start_claims_nothing(train, base, tmp_path):
+    out = tmp_path / "deep" / "run"
+    code, said = train("lora", "--steps", "1", base=tmp_path / "none", out=out)
+    assert code == 2 and "none" in said[0] and not (tmp_path / "deep").exists()
+    code, said = train("inversion", "--steps", "1", "--token", "<cat>", out=out)
+    assert code == 2 and "do not have the word" in said[0]
+    assert [place.name for place in out.iterdir()] == ["cache"]  # of pictures, which are the same for any run
+    code, said = train("lora", "--steps", "1", "--batch", "4", "--tensorboard", "--rank", "0", out=out)
+    assert code == 2 and not (out / "options.json").exists()
+    assert train("lora", "--steps", "1", "--rank", "1", out=out) == (0, [])
+    assert {place.name for place in out.iterdir()} >= {"options.json", "run.toml", "run.safetensors"}
+
+
+def test_a_refused_start_leaves_a_folder_that_was_there(train, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    assert train("inversion", "--steps", "1", out=out)[0] == 2
+    assert list(out.iterdir()) == []
+
+
+HOLD = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1]).acquire(timeout=0):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_trainings_do_not_share_a_folder(train, tmp_path):
+    """The lock of one that was killed stands in nobody's way."""
+    out, more = tmp_path / "run", ["--steps", "1", "--rank", "1"]
+    out.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out / ".lock")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    code, said = train("lora", *more)
+    assert code == 2 and [place.name for place in out.iterdir()] == [".lock"]
+    assert said == [f"plainsd: another training is at work in {out}; wait until it has ended, or give another --out"]
+    holder.kill()
+    holder.wait()
+    assert train("lora", *more) == (0, []) and (out / "run.safetensors").is_file()
+
+
+def stopping(monkeypatch, number, step, times=1):
+    """At the end of a step a signal comes."""
+    look = Look.__call__
+
+    def told(self, now):
+        look(self, now)
+        for _ in range(times if now == step else 0):
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Look, "__call__", told)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
+    monkeypatch.setattr(signal, "before", before, raising=False)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_and_the_run_goes_on_as_if_there_had_been_none(train, tmp_path, monkeypatch, number, code):
+    more = ["--steps", "3", "--lr", "1e-2", "--rank", "1"]
+    with monkeypatch.context() as patch:
+        stopping(patch, number, 2)
+        assert train("lora", *more) == (code, ["plainsd: interrupted"] if code else [])
+        signal.signal(signal.SIGINT, signal.before)
+    assert [place.name for place in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
+    assert not (tmp_path / "run" / "run.safetensors").exists()
+    assert train("lora", *more) == (0, []) and train("lora", *more, out=tmp_path / "straight") == (0, [])
+    again, straight = (load_file(tmp_path / run / f"{run}.safetensors") for run in ("run", "straight"))
+    assert all(torch.equal(again[name], straight[name]) for name in straight)
+    assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
+
+
+def test_a_second_ctrl_c_ends_at_once(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stopping(patch, signal.SIGINT, 1, times=2)
+        assert train("lora", "--steps", "3", "--rank", "1") == (130, ["plainsd: interrupted"])
+        signal.signal(signal.SIGINT, signal.before)
+    assert checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+# ---- results on the way
+
+
+def test_results_on_the_way_are_those_of_shorter_runs(train, tmp_path):
+    """4 pictures, 2 a step: two steps an epoch."""
+    more = ["--lr", "1e-2", "--rank", "1", "--batch", "2", "--accumulate", "1"]
+    assert train("lora", "--steps", "5", "--save-results-every", "3", "--save-epochs", "1", *more) == (0, [])
+    marks = ("epoch000001", "epoch000002", "step00000003")
+    names = [f"run-{mark}{end}" for mark in marks for end in ("-peft.safetensors", ".safetensors")]
+    assert sorted(place.name for place in (tmp_path / "run" / "results").iterdir()) == sorted(names)
+    for steps, mark in ((2, "epoch000001"), (3, "step00000003")):
+        assert train("lora", "--steps", str(steps), *more, out=tmp_path / f"short{steps}") == (0, [])
+        mine = load_file(tmp_path / "run" / "results" / f"run-{mark}.safetensors")
+        short = load_file(tmp_path / f"short{steps}" / f"short{steps}.safetensors")
+        assert mine.keys() == short.keys() and all(torch.equal(mine[name], short[name]) for name in mine)
+
+
+@pytest.mark.parametrize("method", ["full", "vae", "inversion"])
+def test_every_method_keeps_results_on_the_way(train, base, tmp_path, method):
+    more = {"full": [], "vae": ["--size", "16"], "inversion": ["--token", "colour", "--initial", "x"]}[method]
+    more += ["--lr", "1e-2", "--batch", "4", "--accumulate", "1", "--decline", "constant"]
+    assert train(method, "--steps", "2", "--save-results-every", "1", *more) == (0, [])
+    assert train(method, "--steps", "1", *more, out=tmp_path / "short") == (0, [])
+    ends = {
+        "full": ("run-step00000001/unet/diffusion_pytorch_model.safetensors",
+                 "short/unet/diffusion_pytorch_model.safetensors"),
+        "vae": ("run-step00000001/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+        "inversion": ("colour-step00000001.safetensors", "colour.safetensors"),
+    }  # fmt: skip
+    mine, short = ends[method]
+    mine, short = load_file(tmp_path / "run" / "results" / mine), load_file(tmp_path / "short" / short)
+    assert mine.keys() == short.keys() and all(torch.equal(mine[name], short[name]) for name in mine)
+
+
+def test_a_result_is_called_as_its_run(train, tmp_path, capsys):
+    assert train("full", "--steps", "1", out=tmp_path / "drawings") == (0, [])
+    draw = ["generate", "x", "--model", str(tmp_path / "drawings" / "drawings"), "--steps", "1", "--device", "cpu"]
+    assert main([*draw, "--out", str(tmp_path / "a.png")]) == 0
+    assert read_settings(tmp_path / "a.png").model == "drawings"
+    code, said = train("full", "--steps", "1", out=tmp_path / "cache")
+    assert code == 2 and "'cache' is a part of every run" in said[0] and not (tmp_path / "cache").exists()
+    (tmp_path / "taken" / "taken").mkdir(parents=True)
+    code, said = train("full", "--steps", "1", out=tmp_path / "taken")
+    assert code == 2 and "is in the way: the model is to be written there" in said[0]
+
+
+# ---- options from a file
+
+
+def test_a_run_holds_a_file_that_starts_it_again(train, tmp_path, capsys):
+    more = [
+        "--epochs",
+        "2",
+        "--lr",
+        "1e-2",
+        "--rank",
+        "2",
+        "--dora",
+        "--caption",
+        'a "b" \\ c\n\x7f',
+        "--seed",
+        "random",
+    ]
+    assert train("lora", *more) == (0, [])
+    config, result = tmp_path / "run" / "run.toml", tmp_path / "run" / "run.safetensors"
+    before = result.read_bytes()
+    shutil.copy(config, tmp_path / "kept.toml")
+    result.unlink()
+    assert main(["train", "--config", str(config)]) == 0  # goes on: there is nothing left to do
+    assert result.read_bytes() == before and config.read_text() == (tmp_path / "kept.toml").read_text()
+    shutil.rmtree(tmp_path / "run")
+    assert main(["train", f"--config={tmp_path / 'kept.toml'}"]) == 0  # from the beginning
+    assert result.read_bytes() == before
+    assert main(["train", "--config", str(config), "--steps", "1", "--out", str(tmp_path / "other")]) == 0
+    text = tomllib.loads((tmp_path / "other" / "run.toml").read_text())
+    assert (text["steps"], text["rank"], text["dora"], text["caption"]) == (1, 2, True, 'a "b" \\ c\n\x7f')
+    assert "epochs" not in text and text["seed"] == tomllib.loads(config.read_text())["seed"]
+
+
+CONFIGS = {
+    "rnk = 8": "unknown option 'rnk'; did you mean 'rank'?",
+    "config = 'x'": "unknown option 'config'",
+    "rank = true": "rank = True cannot be read; give a number, a text, or a list of texts",
+    "dora = 'yes'": "dora = 'yes' cannot be read; give true or false",
+    "[lora]\nrank = 8": "unknown option 'lora'",
+    "rank = 2026-01-01": "cannot be read",
+    "rank = 'many'": "Error parsing --rank: 'many' is no whole number",
+    "rank 8": "is no TOML file: ",
+    "rank = 8\nrank = 9": "is no TOML file: ",
+    "": "missing: --method, --data, --out",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_a_wrong_file_of_options_is_one_line(tmp_path, capsys, text):
+    (tmp_path / "a.toml").write_text(text)
+    given = ["--method", "lora", "--data", "x", "--out", str(tmp_path / "run")] if text else []
+    assert main(["train", "--config", str(tmp_path / "a.toml"), *given]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("plainsd: ") and err.count("\n") == 1 and CONFIGS[text] in err
+    assert [place.name for place in tmp_path.iterdir()] == ["a.toml"]
+
+
+def test_a_file_of_options_that_is_not_there(tmp_path, capsys):
+    assert main(["train", "--config", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml: No such file or directory; give --config a TOML file" in capsys.readouterr().err
+    (tmp_path / "a.toml").write_bytes(b"caption = '\xff'")
+    assert main(["train", "--config", str(tmp_path / "a.toml")]) == 2
+    assert "is no TOML file" in capsys.readouterr().err
+
+
+def test_random_and_wrong_seeds(train, tmp_path, capsys):
+    more = ["--steps", "1", "--rank", "1"]
+    assert train("lora", "--seed", "random", *more) == (0, [])
+    drawn = read_json(tmp_path / "run" / "options.json")["seed"]
+    assert train("lora", "--seed", "-1", *more) == (0, [])  # goes on with the same
+    assert read_json(tmp_path / "run" / "options.json")["seed"] == drawn and 0 <= int(drawn) < 2**32
+    assert train("lora", "--seed", "-1", *more, out=tmp_path / "other") == (0, [])
+    assert read_json(tmp_path / "other" / "options.json")["seed"] != drawn
+    for seed, says in (("1.5", "seed '1.5' is no whole number"), ("-2", "seed -2 is out of range"),
+                       (str(2**64), "is out of range")):  # fmt: skip
+        code, said = train("lora", "--seed", seed, *more, out=tmp_path / "wrong")
+        assert code == 2 and len(said) == 1 and says in said[0] and not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("name", ["save-every", "keep", "log-every", "validate-every", "sample-every", "save-epochs"])
+def test_nothing_happens_every_0_steps(train, tmp_path, name):
+    code, said = train("lora", f"--{name}", "0")
+    assert code == 2 and said == [f"plainsd: --{name} 0 is out of range; give 1 or more"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_leaves_the_last_good_state(train, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_a_font_that_is_not_there(tmp_path, capsys):
 def test_before_and_after(tmp_path, capsys):
     picture, run = script("picture"), tmp_path / "full"
     plainsd.save(tiny_sd(), tmp_path / "base")
-    plainsd.save(tiny_sd(seed=1), run / "model")
+    plainsd.save(tiny_sd(seed=1), run / "full")
     log = ({"step": 0, "validation": 0.5}, {"step": 3, "loss": 1}, {"step": 4, "validation": 0.25})
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (tmp_path / "prompts.txt").write_text("colour 1\ncolour 2\n")

@@ -2,7 +2,7 @@
 
     python recipes/finetune/picture.py docs/finetune.png runs/finetune/full runs/finetune/lora
 
-A run is a folder of `plainsd train` that holds model/ or lora.safetensors. The pictures of a column begin with the same
+A run is a folder of `plainsd train` that holds its result, a model or a LoRA of its name. The pictures of a column begin with the same
 noise.
 """
 
@@ -28,10 +28,11 @@ LETTERS = 18  # of a prompt, on a line
 
 def trained(run: Path, base: str | None) -> plainsd.StableDiffusion:
     """The model that a run has made."""
-    if (run / "model").is_dir():
-        return plainsd.load(run / "model", device="cpu", dtype="float32")
+    result = run / run.resolve().name
+    if result.is_dir():
+        return plainsd.load(result, device="cpu", dtype="float32")
     sd = plainsd.load(base, device="cpu", dtype="float32")
-    add_lora(sd, run / "lora.safetensors")
+    add_lora(sd, f"{result}.safetensors")
     return sd
 
 

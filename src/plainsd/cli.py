@@ -1,7 +1,7 @@
 """The `plainsd` command: finds the sub-command, reads its flags, and turns errors into one line and an exit code.
 
-0 done; 1 from verify alone: something differs; 2 wrong input, an unreadable or an unwritable file; 130 interrupted.
-PLAINSD_DEBUG=1 shows the traceback.
+0 done; 1 from verify alone: something differs; 2 wrong input, an unreadable or an unwritable file; 130 interrupted;
+141 where nobody reads what is printed any more, as after `plainsd ... | head`. PLAINSD_DEBUG=1 shows the traceback.
 
 A sub-command is a dataclass with a `run()` that returns an exit code, or None for 0. It is imported only when it is
 called, and imports torch only in `run()`, so that help comes at once.
@@ -48,15 +48,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place, **more: print(f"plainsd: {message}", file=sys.stderr)
         try:
-            return run(arguments)
-        except UserError as error:
-            return complain(str(error))
-        except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
-            return complain(f"{place}{error.strerror or error}; choose another place, or make room")
-        except KeyboardInterrupt:
-            print("plainsd: interrupted", file=sys.stderr)
-            return 130
+            code = answered(arguments)
+            sys.stdout.flush()  # what is left over shows a closed pipe here, not when Python ends
+            return code
+        except BrokenPipeError:
+            return hung_up()
+
+
+def answered(arguments: list[str]) -> int:
+    try:
+        return run(arguments)
+    except UserError as error:
+        return complain(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return complain(f"{place}{error.strerror or error}; choose another place, or make room")
+    except KeyboardInterrupt:
+        print("plainsd: interrupted", file=sys.stderr)
+        return 130
+
+
+def hung_up() -> int:
+    """The reader of a pipe has gone. What is still in the buffers goes nowhere, so that nothing fails once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    return 141  # 128 + SIGPIPE, as other programs end
 
 
 def complain(message: str) -> int:
@@ -77,7 +99,12 @@ def run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     module, kind, _ = COMMANDS[name]
-    command = parsed(getattr(import_module(module), kind), name, rest)
+    kind = getattr(import_module(module), kind)
+    if name == "train":
+        from plainsd.train.config import with_config
+
+        rest = with_config(rest, kind)
+    command = parsed(kind, name, rest)
     return 0 if command is None else command.run() or 0
 
 
@@ -105,10 +132,10 @@ def in_one_line(box: str) -> str:
     """What tyro says in a framed box under a title, up to its next rule: `Error parsing --steps: ...`."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()[1:]]
     lines = lines[1:] if lines and not lines[0].strip("-─") else lines  # the frame where there is only ASCII
-    ends = (i for i, line in enumerate(lines) if line and not line.strip("─-") or line == "Got errors:")
+    ends = (i for i, line in enumerate(lines) if (line and not line.strip("-─")) or line == "Got errors:")
     upto = next(ends, len(lines))
     line = " ".join(lines[:upto])
-    missing = re.findall(r"(?<= )(?:--[a-z-]+(?: [A-Z]+)?|[A-Z][A-Z-]+)(?= )", line)
+    missing = re.findall(r"^[^\w-]{0,2} {4}(--[a-z-]+|[A-Z][A-Z-]+)\b", box, re.MULTILINE)  # what is said of each: 8
     if line.startswith("Missing from") and missing:
         line = f"missing: {', '.join(missing)}"
     for pattern, plainly in PLAINLY:

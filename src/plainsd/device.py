@@ -10,13 +10,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """auto: the accelerator where there is one, else the CPU."""
-    if str(device) != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise UserError(f"unknown device {device!r}; try auto, cpu or cuda") from error
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """auto: the accelerator where there is one, else the CPU. UserError for one that this machine has not."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if str(device) == "auto":
+        return found or torch.device("cpu")
+    names = ["cpu", *([found.type] if found else [])]
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {str(device)!r}; choose auto or {' or '.join(names)}") from error
+    if chosen.type not in names:
+        raise UserError(
+            f"device {str(device)!r} is not there: this PyTorch ({torch.__version__}) was built without it, or finds "
+            f"none; choose auto or {' or '.join(names)}"
+        )
+    count = 1 if chosen.type == "cpu" else torch.accelerator.device_count()
+    if (chosen.index or 0) >= count:
+        last = f"{chosen.type}:{count - 1}"
+        raise UserError(f"device {str(device)!r} is not there; the last one of this machine is {last}")
+    return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -92,8 +92,9 @@ def text_to_image(
 ) -> Events:
     """Pictures of a prompt, `count` of each; picture i has seed + i. None takes the model's own default.
 
-    `size` is (width, height) in pixels, multiples of 8. `more`: the other fields of `Settings`. With `hires`, a second
-    pass runs on the enlarged picture, and its steps follow those of the first.
+    Seed -1 draws one; guidance 0 is off, as 1 is. `size` is (width, height) in pixels, multiples of 8. `more`: the
+    other fields of `Settings`. With `hires`, a second pass runs on the enlarged picture, and its steps follow those of
+    the first.
     """
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
         if edits(sd.unet.config, sd.vae.config):

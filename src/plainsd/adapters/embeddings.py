@@ -6,6 +6,8 @@ Gal et al. 2022 (arXiv:2208.01618). Files come in two dialects:
     diffusers   one tensor under the word itself, such as `<cat>`, in .safetensors or .bin
 
 For SDXL both hold the vectors of its two text encoders, as `clip_l` and `clip_g`, and the word is the file's name.
+Files that are written here also carry the word itself, under WORD, whatever they are called. (A1111's .pt has a `name`
+beside the vectors: A1111 goes by the file's name all the same, diffusers by that one.)
 
 Shape letters: N vectors of one word, D width of a text encoder.
 """
@@ -31,6 +33,7 @@ DIALECTS = ("a1111", "diffusers")
 PICKLES = (".pt", ".bin")
 IN_FOLDER = ("learned_embeds.safetensors", "learned_embeds.bin")
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+WORD = "plainsd.word"  # in a safetensors file's metadata, or beside the vectors in a pickle
 ONLY = "only"  # the key of a file's vectors where it has those of one text encoder
 FAMILIES = {(768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL", (1280,): "SDXL's refiner"}  # by all widths
 
@@ -112,10 +115,7 @@ def in_folder(path: Path) -> Path:
 
 def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     """The word, if the file tells it, and the vectors: under ONLY, or under clip_l and clip_g."""
-    if path.suffix in PICKLES:
-        content = pickled(path)
-    else:
-        content = {name: tensor.read() for name, tensor in open_safetensors(path).tensors.items()}
+    content = content_of(path)
     name, found = parsed(content)
     for vectors in found.values():
         if vectors.ndim not in (1, 2) or not vectors.is_floating_point() or not vectors.isfinite().all():
@@ -124,28 +124,41 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
                 "that are not finite; fetch it again"
             )
     if not found:
-        names = list(content) if isinstance(content, dict) else []
+        names = [name for name in content if name != WORD] if isinstance(content, dict) else []
         raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
     return name, {key: vectors.detach().reshape(-1, vectors.shape[-1]) for key, vectors in found.items()}
+
+
+def content_of(path: Path, *, shapes_only: bool = False) -> object:
+    """What a file holds, tensors by their names. `shapes_only`: those of a safetensors file without their numbers."""
+    if path.suffix in PICKLES:
+        return pickled(path)
+    file = open_safetensors(path)
+    read = (lambda one: torch.empty(one.shape, device="meta")) if shapes_only else (lambda one: one.read())
+    word = {WORD: file.metadata[WORD]} if WORD in file.metadata else {}
+    return {name: read(tensor) for name, tensor in file.tensors.items()} | word
 
 
 def pickled(path: Path) -> object:
     return unpickled(path, [(Parameters, "torch.nn.modules.container.ParameterDict")])
 
 
-def told(path: Path) -> str:
-    """What an embedding's file holds, by names and shapes: `3 vectors of 768 numbers, SD 1.x`. Empty for other files."""
-    if path.suffix in PICKLES:
-        content = pickled(path)
-    else:
-        tensors = open_safetensors(path).tensors.items() if path.suffix == ".safetensors" else ()
-        content = {name: torch.empty(stored.shape, device="meta") for name, stored in tensors}
-    if not isinstance(content, dict) or seems(map(str, content)) != EMBEDDING:
-        return ""
-    found = [vectors for _, vectors in sorted(parsed(content)[1].items(), reverse=True)]  # clip_l first
+def told(path: Path) -> tuple[str, str] | None:
+    """What an embedding's file holds, by names and shapes: its word, and `3 vectors of 768 numbers, SD 1.x`. None for
+    other files."""
+    if path.suffix not in (*PICKLES, ".safetensors"):
+        return None
+    content = content_of(path, shapes_only=True)
+    if not isinstance(content, dict) or (WORD not in content and seems(map(str, content)) != EMBEDDING):
+        return None
+    word, tensors = parsed(content)
+    found = [vectors for _, vectors in sorted(tensors.items(), reverse=True)]  # clip_l first
     widths, counts = tuple(v.shape[-1] for v in found), {v.shape[0] if v.ndim > 1 else 1 for v in found}
     family = f", {FAMILIES[widths]}" if widths in FAMILIES else ""
-    return f"{' and '.join(map(str, counts))} vectors of {' and '.join(map(str, widths))} numbers{family}"
+    vectors = f"{' and '.join(map(str, counts))} vectors of {' and '.join(map(str, widths))} numbers{family}"
+    other = content.get("name")
+    calls = f"; diffusers calls it {other}" if isinstance(other, str) and other != path.stem else ""
+    return word or f"{path.stem}, after the file, as in A1111{calls}", vectors
 
 
 def parsed(content: object) -> tuple[str | None, dict[str, Tensor]]:
@@ -154,18 +167,20 @@ def parsed(content: object) -> tuple[str | None, dict[str, Tensor]]:
         return None, {ONLY: content}
     if not isinstance(content, dict):
         return None, {}
+    word = content.get(WORD)
+    word = word if isinstance(word, str) and word.isprintable() and word.strip() else None
     table = content.get("string_to_param")
     if table is not None:
         table = table.tensors if isinstance(table, Parameters) else table
         tensors = list(table.values()) if isinstance(table, dict) else []
-        return None, {ONLY: tensors[0]} if len(tensors) == 1 and isinstance(tensors[0], Tensor) else {}
+        return word, {ONLY: tensors[0]} if len(tensors) == 1 and isinstance(tensors[0], Tensor) else {}
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if tensors and tensors.keys() <= set(XL_KEYS.values()):
-        return None, tensors
+        return word, tensors
     if len(tensors) != 1:
         return None, {}
     ((key, vectors),) = tensors.items()
-    return None if key in ("emb_params", "*") else key, {ONLY: vectors}
+    return word or (None if key in ("emb_params", "*") else key), {ONLY: vectors}
 
 
 def fitting(sd: StableDiffusion, path: Path, found: Mapping[str, Tensor]) -> list[Tensor]:
@@ -189,7 +204,8 @@ def fitting(sd: StableDiffusion, path: Path, found: Mapping[str, Tensor]) -> lis
 
 def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: str = "a1111") -> None:
     """Writes a learned word: .safetensors in both dialects, or .pt for A1111 and .bin for diffusers. A1111, and both
-    with SDXL, will call it by the file's name. The file is whole or absent."""
+    with SDXL, will call it by the file's name; here it is the word whatever the file is called. The file is whole or
+    absent."""
     if dialect not in DIALECTS:
         raise unknown("embedding dialect", dialect, DIALECTS)
     path, pickled = Path(path), {"a1111": ".pt", "diffusers": ".bin"}[dialect]
@@ -204,7 +220,7 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
     keys = [XL_KEYS[name] for name in encoder_names(sd.variant)] if xl else [own]
     table = dict(zip(keys, vectors, strict=True))
     if path.suffix == ".safetensors":
-        write_whole(path, {key: stored(rows) for key, rows in table.items()}, {})
+        write_whole(path, {key: stored(rows) for key, rows in table.items()}, {WORD: token})
     elif "emb_params" in table:
         write_pickle(
             path,
@@ -215,10 +231,11 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
                 "step": 0,
                 "sd_checkpoint": None,
                 "sd_checkpoint_name": None,
+                WORD: token,
             },
         )
-    else:
-        write_pickle(path, table)
+    else:  # with one entry diffusers takes its key for the word: nothing else may stand beside it
+        write_pickle(path, table | {WORD: token} if xl else table)
 
 
 def write_pickle(path: Path, content: Mapping[str, object]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from plainsd.errors import UserError
+from plainsd.pictures.settings import RANDOM, Settings, drawn_seed, read_seed
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Evaluate:
     steps: int = 20
     guidance: Annotated[float | None, arg(metavar="SCALE")] = None
     sampler: Annotated[str | None, arg(metavar="NAME")] = None
-    seed: int = 0
+    seed: str = "0"
+    """of the first picture; random or -1 for any"""
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """scores.json, scores.txt and contact-sheet.png are written there"""
     font: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -44,6 +46,9 @@ class Evaluate:
         from plainsd.emoji.evaluate import evaluate, table
         from plainsd.files.predicted import on_or_off
 
+        seed = read_seed(self.seed)
+        Settings(steps=self.steps, guidance=self.guidance, sampler=self.sampler, seed=seed).check()
+        seed = drawn_seed() if seed == RANDOM else seed
         noise = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         sd = load(self.model, device=self.device, dtype=self.dtype, **noise)
         file = self.concepts or sd.path / "concepts.json"
@@ -68,7 +73,7 @@ class Evaluate:
                 steps=self.steps,
                 guidance=self.guidance,
                 sampler=self.sampler,
-                seed=self.seed,
+                seed=seed,
                 out=self.out,
                 font=self.font,
                 progress=progress,

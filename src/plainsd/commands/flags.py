@@ -62,7 +62,7 @@ class GenerateFlags:
     steps: Annotated[int | None, flag("N")] = None
     """steps of the sampler"""
     guidance: Annotated[float | None, flag("SCALE")] = None
-    """how strictly the prompt is followed; 1 ignores --negative and is twice as fast"""
+    """how strictly the prompt is followed; 1 is plainly, ignores --negative and is twice as fast, and 0 the same"""
     image_guidance: Annotated[float | None, flag("SCALE")] = None
     """how much of --image stays, with a model that edits pictures (default 1.5)"""
     sampler: Annotated[str | None, flag("NAME")] = None
@@ -70,8 +70,8 @@ class GenerateFlags:
     lcm"""
     spacing: Annotated[str | None, flag("NAME")] = None
     """of the noise levels: leading trailing linspace karras exponential"""
-    seed: Annotated[int | None, flag("N")] = None
-    """of the first picture (default 0); the following ones have the next seeds"""
+    seed: Annotated[str | None, flag("N")] = None
+    """of the first picture (default 0), random or -1 for any; the following ones have the next seeds"""
     count: Annotated[int, flag("N")] = 1
     """pictures a prompt"""
     batch: Annotated[int, flag("N")] = 4
@@ -95,8 +95,8 @@ class GenerateFlags:
     """a second pass on the picture enlarged so many times"""
     upscaler: Annotated[str | None, flag("NAME")] = None
     """how it is enlarged: latent or lanczos"""
-    variation_seed: Annotated[int | None, flag("N")] = None
-    """a second seed, to vary a picture"""
+    variation_seed: Annotated[str | None, flag("N")] = None
+    """a second seed, to vary a picture; random or -1 for any"""
     variation_strength: Annotated[float | None, flag("SHARE")] = None
     """how far towards the second seed, 0 to 1"""
     grid: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME=A,B,C")] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,15 @@ from plainsd.commands.output import Batch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_of, noted, recorded, say_unused
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
-from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
     from plainsd.pictures.model import StableDiffusion
+
+NOTED = (*SEEDS, "guidance")  # what `notes` looks at
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Generate(GenerateFlags):
         if len(axes) > 2 or (axes and self.count * len(prompts) > 1):
             raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
         noise = noise_of(self, choices)
+        say_notes(Settings(**{one.name: value}) for one in axes for value in one.values if one.name in NOTED)
         task, part = self.task(choices), share.part(len(prompts))
         target.number = None if share.alone else share.agreed(target.next_number()) + part.start
         if not part:
@@ -71,6 +74,7 @@ class Generate(GenerateFlags):
         device = choose_device(share.device(self.device))
         sd = fitted(partial(self.loaded, device, loras, noise), device, self.low_memory)
         words = {add_embedding(sd, file, word or None): file for file, word in files}
+        say_unwritten(words, [*prompts, choices.get("negative") or ""])
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
         if self.int8:
@@ -134,13 +138,27 @@ class Generate(GenerateFlags):
             choices.pop("outpaint", None)
         if choices.pop("masked", False) and not (self.mask or self.outpaint):
             raise UserError(f"'{self.from_}' was made with a mask; give picture and mask with --image and --mask")
-        choices |= given
-        Settings(**choices).check()
+        if self.guidance is not None:
+            choices.pop("like", None)  # it told what the picture's own guidance means
+        choices |= given | self.seeds()
+        settings = Settings(**choices)
+        settings.check()
+        settings.check_count(self.count * len(prompts))
         if not self.server and (choices.keys() & {"sampler", "spacing"}):
             from plainsd.diffusion.samplers import check_names
 
             check_names(choices.get("sampler"), choices.get("spacing"))
+        say_notes([settings])
         return [prompt for prompt in prompts for _ in range(self.count)], choices
+
+    def seeds(self) -> dict[str, int]:
+        """Those that were given, as numbers; random ones are drawn, and said."""
+        texts = {name: text for name in SEEDS if (text := getattr(self, name)) is not None}
+        found = {name: read_seed(text, name.replace("_", " ")) for name, text in texts.items()}
+        for name in [name for name, seed in found.items() if seed == RANDOM]:
+            found[name] = drawn_seed()
+            print(f"{name.replace('_', ' ')} {found[name]}", file=sys.stderr)
+        return found
 
     def task(self, choices: dict) -> Callable:
         """(sd, prompts, **choices) -> events."""
@@ -165,6 +183,18 @@ class Generate(GenerateFlags):
         return lambda sd, prompts, **more: generate().image_to_image(sd, prompts, image, **more)
 
 
+def say_unwritten(words: dict[str, Path], texts: list[str]) -> None:
+    """A learned word does nothing where it is not written."""
+    for word, file in words.items():
+        if not any(word.lower() in text.lower() for text in texts):
+            print(f"note: {file} is the word {word!r}, which no prompt has", file=sys.stderr)
+
+
+def say_notes(each: Iterable[Settings]) -> None:
+    for note in dict.fromkeys(note for one in each for note in notes(one)):
+        print(f"note: {note}", file=sys.stderr)
+
+
 def generate():
     from plainsd import generate as module
 
@@ -184,8 +214,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def cut(prompts: list[str], choices: dict, size: int, part: range) -> Iterator[Batch]:
     """Batches of at most `size` prompts, of those in `part`; the seeds go on from prompt to prompt."""
-    varied = choices.get("variation_strength") and choices.get("variation_seed") is not None
-    counted = "variation_seed" if varied else "seed"
+    counted = Settings(**choices).counted
     first = choices.get(counted, 0)
     for start in part[::size]:
         yield prompts[start : min(start + size, part.stop)], choices | {counted: first + start}

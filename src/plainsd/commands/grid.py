@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from plainsd.errors import UserError, unknown
-from plainsd.pictures.settings import FIELDS
+from plainsd.pictures.settings import FIELDS, SEEDS, read_seed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +26,7 @@ class Axis:
 def axis(text: str) -> Axis:
     """`guidance=3,5,7` -> the setting and its values."""
     readers = {name: read for _, name, read, _ in FIELDS if name not in NOT_HERE}
-    readers |= {"sampler": str, "spacing": str}
+    readers |= {"sampler": str, "spacing": str} | dict.fromkeys(SEEDS, read_seed)
     key, equals, values = text.partition("=")
     name = key.strip().replace("-", "_")
     if name not in readers:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.recorded import NOISE
 from plainsd.errors import UserError
+from plainsd.pictures.settings import Settings
 from plainsd.server.client import Finished, Progress, Remote
 
 if TYPE_CHECKING:
@@ -100,8 +101,7 @@ def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any])
     axes = [axis(text) for text in command.grid]
     if axes:
         shared["grid"] = [{"name": one.name, "values": one.values} for one in axes]
-    varied = choices.get("variation_strength") and choices.get("variation_seed") is not None
-    counted = "variation_seed" if varied else "seed"
+    counted = Settings(**choices).counted
     shared, first = {"seed": 0} | shared, choices.get(counted) or 0
     for prompt, group in groupby(prompts):
         count = len(list(group))

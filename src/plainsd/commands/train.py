@@ -14,6 +14,7 @@ class Train(options.TrainOptions):
     def run(self) -> int:
         from plainsd.device import choose_device, choose_dtype
         from plainsd.train.checkpoints import SaveError, checkpoints
+        from plainsd.train.claim import locked
         from plainsd.train.from_model import train_full, train_inversion, train_lora
         from plainsd.train.from_nothing import train_scratch, train_vae
         from plainsd.train.job import Job
@@ -32,10 +33,15 @@ class Train(options.TrainOptions):
                 "leave them out"
             )
         filled = replace(self, pace=options.with_defaults(self.method, self.pace))
+        options.check_telling(self.telling)
         device = choose_device(self.pace.device)
-        with world_of_torchrun(device, self.pace.shard) as world:
+        dtype = choose_dtype(self.pace.dtype, device)
+        with world_of_torchrun(device, self.pace.shard) as world, locked(self.out, world):
             try:
-                task(Job(filled, world, choose_dtype(self.pace.dtype, world.device)))
+                job = Job(filled, world, dtype)
+                job.draw_seed()
+                job.check_name()
+                task(job)
             except SaveError as error:
                 states = checkpoints(self.out / "checkpoints")
                 kept = f"the state of step {int(states[-1].name[5:])} is kept" if states else "nothing was saved before"

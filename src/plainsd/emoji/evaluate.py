@@ -144,7 +144,7 @@ def evaluate(
         "real pictures through the VAE": through_vae(sd, real),
         "generated, no guidance": generated(sd, asked, guidance=1.0, **options),
     }
-    if guidance != 1:
+    if guidance not in (0, 1):
         rows[f"generated, guidance {guidance:g}"] = generated(sd, asked, guidance=guidance, **options)
     scorer, measured = Scorer(glyphs, concepts["backgrounds"], concepts["size"]), {}
     for name, pictures in rows.items():

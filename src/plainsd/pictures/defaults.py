@@ -14,7 +14,7 @@ from plainsd.errors import UserError
 from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import SIZES, Settings
+from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, Settings, drawn_seed
 from plainsd.text.prompts import lora_tags
 
 IMAGE_GUIDANCE = 1.5  # of models that edit a picture, if nothing is said
@@ -47,10 +47,13 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
             value=settings.variation_strength,
         )
     guidance = variant.guidance if settings.guidance is None else settings.guidance
+    if guidance == 0 and settings.like is None:
+        guidance = 1  # off, as diffusers has it, and as Turbo models' cards write it
     choices = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
+    seeds = {name: drawn_seed() for name in SEEDS if getattr(settings, name) == RANDOM}
     if edits(sd.unet.config, sd.vae.config) and settings.image_guidance is None:
         choices["image_guidance"] = IMAGE_GUIDANCE
-    return replace(settings, **choices, model=model_name(sd), **refined)
+    return replace(settings, **choices, **seeds, model=model_name(sd), **refined)
 
 
 def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
@@ -102,13 +105,12 @@ def settings_of_each(
                 f"<lora:{loras[0][0]}> in the prompt: take the tag out, and load the LoRA with the model",
                 field="prompt",
             )
+    settings.check_count(len(prompts) * count)
     pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(count)]
     each = []
     for i, (p, n) in enumerate(pairs):
-        seeds = {"seed": settings.seed + i}
-        if settings.variation_strength:  # the first seed stays, its variation changes
-            seeds = {"variation_seed": settings.variation_seed + i}
-        each.append(replace(settings, prompt=p, negative=n, **seeds))
+        seed = {settings.counted: getattr(settings, settings.counted) + i}
+        each.append(replace(settings, prompt=p, negative=n, **seed))
     return each
 
 

@@ -10,6 +10,7 @@ This module needs no torch, so that the command line can read settings before it
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass, fields, replace
 
@@ -25,10 +26,10 @@ class Settings:
     negative: str = ""
     size: tuple[int, int] | None = None  # width, height in pixels; with a picture given, the picture's own
     steps: int | None = None
-    guidance: float | None = None  # 1: no second pass, and the negative prompt has no effect
+    guidance: float | None = None  # 1: no second pass, and the negative prompt has no effect; 0 is the same, see `like`
     sampler: str | None = None
     spacing: str | None = None
-    seed: int = 0
+    seed: int = 0  # RANDOM: one is drawn. Of it PyTorch's generator reads the low 32 bits
     image_guidance: float | None = None  # towards the picture, of models that edit one (arXiv:2211.09800)
     clip_skip: int = 1  # 1: the text encoder's last layer, 2: the last but one, ...
     eta: float | None = None  # share of fresh noise a step, for samplers that have the choice
@@ -50,6 +51,7 @@ class Settings:
     embeddings: tuple[str, ...] = ()  # learned words in the prompts, for the text
     prediction: str | None = None  # what the user said that the model's network predicts, for the text
     zero_snr: bool | None = None  # likewise, whether its noise ends at zero SNR
+    like: str | None = None  # "a1111": guidance 0 is what its formula says, the estimate without the prompt
     model: str | None = None  # its name, for the text; which model draws is said elsewhere
     hashes: tuple[tuple[str, str], ...] = ()  # of the files of model, vae, lora:name, embed:word, for the text
     other: tuple[tuple[str, str], ...] = ()  # what a text said beside these; nothing here acts on it
@@ -60,27 +62,88 @@ class Settings:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             for entry in value if isinstance(value, tuple) else (value,):
-                if entry is not None and not low <= entry <= high:
+                if entry is not None and not low <= entry <= high and not (name in SEEDS and entry == RANDOM):
                     what = f"{name.replace('_', ' ')} {entry} is out of range"
-                    raise UserError(f"{what}; choose {low} to {high}", field=name, value=entry)
+                    more = f", or {RANDOM} for a random one" if name in SEEDS else ""
+                    raise UserError(f"{what}; choose {low} to {high}{more}", field=name, value=entry)
+        for name in WHOLE:
+            if (value := getattr(self, name)) is not None and value != int(value):
+                what = f"{name.replace('_', ' ')} {value} is no whole number"
+                raise UserError(f"{what}; choose {int(value)}", field=name, value=value)
         if self.interval is not None and self.interval[0] >= self.interval[1]:
             raise UserError(
                 f"interval {self.interval} is empty; give its lower sigma first", field="interval", value=self.interval
             )
-        if self.upscaler not in UPSCALERS:
-            raise unknown("upscaler", self.upscaler, UPSCALERS, field="upscaler")
+        for name, choices in (("upscaler", UPSCALERS), ("like", (None, *LIKE))):
+            if (value := getattr(self, name)) not in choices:
+                raise unknown(name, value, filter(None, choices), field=name)
+
+    @property
+    def counted(self) -> str:
+        """Which seed goes up from picture to picture: of a variation the first one stays."""
+        return "variation_seed" if self.variation_strength and self.variation_seed is not None else "seed"
+
+    def check_count(self, count: int) -> None:
+        """UserError where the seed of the last of so many pictures would be too large."""
+        first, (_, largest) = getattr(self, self.counted), RANGES[self.counted]
+        if first + count - 1 > largest:
+            raise UserError(
+                f"{self.counted.replace('_', ' ')} {first} and the {count - 1} after it pass {largest}; choose a lower "
+                "one, or fewer pictures",
+                field=self.counted,
+                value=first,
+            )
 
 
 UPSCALERS = ("latent", "lanczos")
+LIKE = ("a1111",)
 SIZES = (8, 4096)  # pixels, of either side
 RANGES = {
-    "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**63 - 1), "clip_skip": (1, 48),
+    "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**64 - 1), "clip_skip": (1, 48),
     "image_guidance": (0, 100),
-    "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**63 - 1), "variation_strength": (0, 1), "hires": (1, 8),
+    "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**64 - 1), "variation_strength": (0, 1), "hires": (1, 8),
     "handover": (0, 1),
     "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
     "cache": (1, 100),
 }  # fmt: skip
+WHOLE = ("steps", "seed", "clip_skip", "variation_seed", "cache")
+SEEDS = ("seed", "variation_seed")
+RANDOM = -1  # as a seed
+
+
+# --- seeds, and what is to be said of them ---------------------------------------------------------------------------
+
+
+def drawn_seed() -> int:
+    """A random one, of all that differ."""
+    return int.from_bytes(os.urandom(4), "big")
+
+
+def read_seed(text: str, name: str = "seed") -> int:
+    """A seed as it is typed: a whole number, or `random`."""
+    if text.strip().lower() == "random":
+        return RANDOM
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"{name} {text!r} is no whole number; give one from 0 to {RANGES['seed'][1]}, or random"
+        ) from None
+
+
+def notes(settings: Settings) -> list[str]:
+    """What a user should know of a choice that does something else than it seems to."""
+    found = [
+        f"{name.replace('_', ' ')} {value} draws the same as {value % 2**32}: PyTorch's generator reads only the low 32 "
+        "bits of a seed, here as in every program that draws its noise on the CPU"
+        for name in SEEDS
+        if (value := getattr(settings, name)) is not None and value >= 2**32
+    ]
+    if settings.guidance == 0 and settings.like is None:
+        found.append(
+            "guidance 0 is off, as 1 is: the prompt is followed plainly, and the negative prompt has no effect"
+        )
+    return found
 
 
 # How A1111 writes our names, which is also what drop-downs show. A name that is not here is written as it is.
@@ -262,4 +325,6 @@ def parse_settings(text: str) -> Settings:
                 found[name] = read(said.pop(key))
             except ValueError as error:
                 raise UserError(f"settings text: {key!r} has a value that cannot be read ({error})") from None
+    if found.get("guidance") == 0:  # off is written as 1 here, so this is A1111's 0
+        found["like"] = "a1111"
     return replace(Settings(**found), other=tuple((k, v) for k, v in said.items() if k != "Version"))

@@ -41,9 +41,10 @@ def info(
                 *[row("note", remark) for remark in contents.remarks],
             ]
         )
-    if vectors := embeddings.told(path):
+    if told_of := embeddings.told(path):
+        word, vectors = told_of
         notes = note_lines(open_tensors(path).metadata) if path.suffix == ".safetensors" else []
-        return "\n".join([f"{path}: {EMBEDDING}", row("a word of", vectors), *notes])
+        return "\n".join([f"{path}: {EMBEDDING}", row("the word", printable(word)), row("made of", vectors), *notes])
     file = open_tensors(path)
     if any((pair := split(name)) and pair[1] not in reading.BESIDE for name in file.tensors):
         lines = [f"{path}: a LoRA", *lora_lines(file)]

@@ -12,12 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from plainsd.adapters.embeddings import add_embedding, fitting, parsed
+from plainsd.adapters.embeddings import content_of as read_content
 from plainsd.errors import UserError, unknown
-from plainsd.files.tensorfile import open_safetensors
 from plainsd.models.clip import TextEncoder
 from plainsd.pictures.model import StableDiffusion
 from plainsd.server.folders import named_files
@@ -102,8 +101,7 @@ class Words:
 def content_of(path: Path, changed: int) -> tuple[str | None, dict[str, Tensor]] | None:
     """The word, where the file tells it, and vectors without numbers; None for what is no embedding."""
     try:
-        tensors = open_safetensors(path).tensors.items()
-        name, found = parsed({key: torch.empty(stored.shape, device="meta") for key, stored in tensors})
+        name, found = parsed(read_content(path, shapes_only=True))
     except UserError:
         return None
     if not found or not all(one.ndim in (1, 2) and one.numel() for one in found.values()):

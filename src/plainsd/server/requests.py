@@ -1,6 +1,5 @@
 """From a request to a job. It is checked at the door by the functions that will draw, on a model without weights."""
 
-import secrets
 import time
 from dataclasses import replace
 from itertools import product
@@ -12,7 +11,7 @@ from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
 from plainsd.pictures.conditioning import weighted
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import FIELDS, Settings
+from plainsd.pictures.settings import FIELDS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
 from plainsd.server.canvas import Base, base_of
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Job, Sheet
@@ -60,6 +59,7 @@ def checked(
 def cells(request: JobRequest) -> list[dict[str, Any]]:
     """The settings in which the pictures of a grid differ, row by row; one empty set without a grid."""
     readers = {name: read for _, name, read, _ in FIELDS} | {"sampler": str, "spacing": str}
+    readers |= dict.fromkeys(SEEDS, read_seed)
     axes = []
     for axis in request.grid or []:
         name = axis.name.strip().replace(" ", "_")
@@ -102,8 +102,8 @@ def new_job(
     """A request, checked to the last field, as a job; it is not in the queue yet. Refused where something is wrong."""
     model = models[request.model]
     check_limits(request, limits)
-    if request.seed is None:
-        request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
+    drawn = [name for name in SEEDS if getattr(request, name) == RANDOM or (name == "seed" and request.seed is None)]
+    request = request.model_copy(update={name: drawn_seed() for name in drawn})
     try:
         prompt, loras = without_tags(request.prompt)
         loras += [(lora.name, lora.strength) for lora in request.loras]
@@ -121,6 +121,7 @@ def new_job(
             replace(one, embeddings=tuple(word.text for word in words))
             for cell in cells(request) for one in checked(bare, request, base, prompt, request.negative, **cell)
         ]  # fmt: skip
+        said = [note for cell in cells(request) for note in notes(Settings(**told_of(request, cell)))]
         check_clip_skip(bare, each)
         check_work(each, limits)
         check_prompts(each)
@@ -131,7 +132,15 @@ def new_job(
     return Job(
         id=id, client=client, api=api, model=model.name, loras=loras, created=created, each=each,
         place=new_place(prompt, id, created), source=source, inputs=inputs, sheet=sheet_of(request),
+        notes=list(dict.fromkeys(said)),
     )  # fmt: skip
+
+
+def told_of(request: JobRequest, cell: dict[str, Any]) -> dict[str, Any]:
+    """What `notes` looks at."""
+    return {name: getattr(request, name) for name in (*SEEDS, "guidance", "like")} | {
+        name: value for name, value in cell.items() if name in (*SEEDS, "guidance")
+    }
 
 
 def check_clip_skip(bare: StableDiffusion, each: list[Settings]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
-from plainsd.pictures.settings import DEFAULTS, FIELDS, UPSCALERS, Settings, format_settings
+from plainsd.pictures.settings import DEFAULTS, FIELDS, SEEDS, UPSCALERS, Settings, format_settings
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.pictures import Picture, exact, tagged
 from plainsd.server.limits import Limits
@@ -21,7 +21,7 @@ def picture_told(row: Picture) -> dict[str, Any]:
     """A picture of the history as JSON: what it is, and the settings that make it again."""
     settings = row.settings
     fields = {name: value for name, value in vars(settings).items() if name in TAKEN}
-    fields["seed"] = exact(settings.seed)
+    fields |= exact_seeds(settings)
     return {
         "id": row.id, "number": row.number, "job": row.job, "url": f"/api/images/{row.id}.png",
         "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height,
@@ -29,6 +29,10 @@ def picture_told(row: Picture) -> dict[str, Any]:
         "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
         "parameters": format_settings(tagged(settings, row.loras)),
     }  # fmt: skip
+
+
+def exact_seeds(settings: Settings) -> dict[str, Any]:
+    return {name: exact(value) for name in SEEDS if (value := getattr(settings, name)) is not None}
 
 
 def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
@@ -39,7 +43,7 @@ def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
     except UserError as error:
         raise Refused(422, str(error), "image") from None
     prompt, loras = without_tags(settings.prompt)
-    settings = replace(settings, seed=exact(settings.seed))
+    settings = replace(settings, **exact_seeds(settings))
     said = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name != "prompt"}
     taken = TAKEN - missing_here(settings, models)
     unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in taken]

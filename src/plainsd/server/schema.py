@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from plainsd.pictures.settings import RANDOM
 
 
 def clean(text: str) -> str:
@@ -17,6 +19,7 @@ def clean(text: str) -> str:
 Text = Annotated[str, AfterValidator(clean)]
 
 
+Seed = Annotated[int, BeforeValidator(lambda value: RANDOM if value == "random" else value)]
 Side = Annotated[int, Field(ge=0, le=65536)]
 
 
@@ -47,14 +50,19 @@ class JobRequest(BaseModel):
     size: tuple[int, int] | None = Field(None, description="width and height in pixels, multiples of 8")
     steps: int | None = None
     guidance: float | None = Field(
-        None, description="how strictly the prompt is followed; 1 ignores the negative prompt"
+        None, description="how strictly the prompt is followed; 1, and 0 too, is plainly, without the negative prompt"
     )
     image_guidance: float | None = Field(
         None, description="how much of the image stays, with a model that edits pictures"
     )
+    like: Literal["a1111"] | None = Field(None, description="guidance 0 is A1111's: the prompt is not followed at all")
     sampler: Text | None = None
     spacing: Text | None = Field(None, description="of the noise levels")
-    seed: int | None = Field(None, description="of the first picture, the following have the next; none: a random one")
+    seed: Seed | None = Field(
+        None,
+        description="of the first picture, the following have the next; none, -1 or random: any. Of one above 2**32 - 1 "
+        "the low 32 bits count",
+    )
     count: int = Field(1, description="pictures")
     loras: list[LoRA] = Field([], max_length=32)
     embeddings: list[Text] = Field(
@@ -73,7 +81,7 @@ class JobRequest(BaseModel):
     mask_blur: float = Field(0, ge=0, le=64, description="softness of the mask's edge, in pixels")
     hires: float | None = Field(None, description="a second pass on the picture enlarged so many times")
     upscaler: Text | None = Field(None, description="how it is enlarged: latent or lanczos")
-    variation_seed: int | None = None
+    variation_seed: Seed | None = Field(None, description="likewise; but none: no variation")
     variation_strength: float | None = None
     clip_skip: int | None = None
     eta: float | None = None
@@ -90,5 +98,5 @@ class JobRequest(BaseModel):
         """What is not left open of the settings that the tasks know."""
         names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler",
                  "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed",
-                 "threshold", "cache", "handover", "outpaint")  # fmt: skip
+                 "threshold", "cache", "handover", "outpaint", "like")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -100,7 +100,7 @@ class Service:
                 "count": len(job.places), "done": len(job.done), "progress": round(job.progress(), 4),
                 "step": job.step, "steps": job.steps, "seconds_left": job.seconds_left(),
                 "position": self.queue.position(job) if job.state == QUEUED else None,
-                "seeds": [exact(one.seed) for one in job.each],
+                "seeds": [exact(one.seed) for one in job.each], "notes": job.notes,
                 "images": [job.picture_id(place) for place in sorted(job.done)],
                 "error": job.error, "created": job.created, "started": job.started, "finished": job.finished,
             }  # fmt: skip

@@ -113,7 +113,7 @@ def saving(what: str) -> Iterator[None]:
     """Inside, whatever the disk refuses becomes a SaveError."""
     try:
         yield
-    except SaveError:
+    except (SaveError, BrokenPipeError):  # the latter is of the bar that was shown meanwhile, not of a file
         raise
     except (OSError, RuntimeError, UserError) as error:  # torch and others wrap the disk's own error
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)

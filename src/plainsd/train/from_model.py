@@ -1,6 +1,8 @@
 """The methods that begin from a loaded model, as jobs: `full`, `lora`, `inversion`."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -23,21 +25,25 @@ from plainsd.train.job import Job, weights_digest
 from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.methods.finetune import FineTune
 from plainsd.train.methods.full import full
-from plainsd.train.methods.inversion import inversion, settle
+from plainsd.train.methods.inversion import inversion, settle, written_down
 from plainsd.train.methods.lora import lora
 from plainsd.train.shard import gather
 
 Make = Callable[[StableDiffusion, Examples, dict], FineTune]
+Write = Callable[[StableDiffusion, str | None], None]  # the result; with a mark, one on the way to it
 
 
 def train_full(job: Job) -> None:
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         return full(sd, examples, text_encoder=job.options.lora.text_encoder, **shared)
 
-    if sd := tuned(job, make):
+    def write(sd: StableDiffusion, mark: str | None) -> None:
+        save(sd, job.result(mark), dtype=job.save_dtype)
+
+    if sd := tuned(job, make, write):
         with saving("the model"):
-            save(sd, job.out / "model", dtype=job.save_dtype)
-        job.say(f"model in {job.out / 'model'}")
+            write(sd, None)
+        job.say(f"model in {job.result()}")
 
 
 def train_lora(job: Job) -> None:
@@ -59,14 +65,20 @@ def train_lora(job: Job) -> None:
             **shared,
         )
 
-    if sd := tuned(job, make):
-        files, say = {"kohya": "lora.safetensors"}, f"LoRA in {job.out / 'lora.safetensors'} (kohya's names)"
-        if own.kind == "lora":  # diffusers reads no other kind
-            files, say = files | {"peft": "lora-peft.safetensors"}, f"{say} and lora-peft.safetensors (diffusers')"
-        for naming, name in files.items():
-            with saving("the LoRA"):
-                save_lora(sd, job.out / name, naming, dtype=job.save_dtype)
-        job.say(say)
+    endings = {"kohya": ".safetensors", "peft": "-peft.safetensors"}
+    if own.kind != "lora":  # diffusers reads no other kind
+        del endings["peft"]
+
+    def write(sd: StableDiffusion, mark: str | None) -> None:
+        place = job.result(mark)
+        for naming, ending in endings.items():
+            save_lora(sd, place.with_name(place.name + ending), naming, dtype=job.save_dtype)
+
+    if sd := tuned(job, make, write):
+        with saving("the LoRA"):
+            write(sd, None)
+        also = f" and {job.name}-peft.safetensors (diffusers')" if "peft" in endings else ""
+        job.say(f"LoRA in {job.result()}.safetensors (kohya's names){also}")
 
 
 def train_inversion(job: Job) -> None:
@@ -75,6 +87,7 @@ def train_inversion(job: Job) -> None:
         raise UserError("method inversion learns a few numbers; leave out --shard")
     if not own.token:
         raise UserError("method inversion needs --token, the new word that the captions use, such as '<cat>'")
+    plain = re.sub(r"[^\w.-]+", "-", own.token).strip("-.") or "word"
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         texts = [text for item in examples.pictures.items for text in item.texts]
@@ -88,19 +101,26 @@ def train_inversion(job: Job) -> None:
             sd, examples, own.token, vectors=own.vectors, initial=own.initial, seed=job.options.pace.seed, **shared
         )
 
-    if sd := tuned(job, make):
+    def write(sd: StableDiffusion, mark: str | None) -> None:
+        written_down(sd)
+        folder, end = (job.out, "") if mark is None else (job.out / "results", f"-{mark}")
+        for dialect, name in (("a1111", plain), ("diffusers", "learned_embeds")):
+            save_embedding(sd, own.token, folder / f"{name}{end}.safetensors", dialect)
+
+    if sd := tuned(job, make, write):
         settle(sd)
-        a1111, diffusers = f"{own.token.strip('<> ')}.safetensors", "learned_embeds.safetensors"
-        for dialect, name in (("a1111", a1111), ("diffusers", diffusers)):
-            with saving("the word"):
-                save_embedding(sd, own.token, job.out / name, dialect)
-        job.say(f"{own.token} in {job.out}: {a1111} for A1111, {diffusers} for diffusers")
+        with saving("the word"):
+            write(sd, None)
+        job.say(
+            f"{own.token} in {job.out}: {plain}.safetensors for A1111, which calls it {plain}; "
+            "learned_embeds.safetensors for diffusers"
+        )
 
 
-def tuned(job: Job, make: Make) -> StableDiffusion | None:
+def tuned(job: Job, make: Make, write: Write) -> StableDiffusion | None:
     """The trained model; None where the run was stopped before its end, or where another process will save it."""
     sd = base_model(job)
-    job.keep_options(base_weights=weights_digest(sd.unet, sd.vae, *sd.text_encoders))
+    job.check_options(base_weights=weights_digest(sd.unet, sd.vae, *sd.text_encoders))
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)
     pictures, heldout = job.pictures(sd.variant.size)
@@ -118,7 +138,8 @@ def tuned(job: Job, make: Make) -> StableDiffusion | None:
     parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
     with trained_faster(sd.unet), checkpointing(sd.unet, job.options.pace.checkpointing):
-        done = job.train(method, pictures, check, job.sampler(sd), before=True)
+        save_it = partial(write, sd)
+        done = job.train(method, pictures, check, job.sampler(sd), before=True, save=save_it)
     for network in parts if done else []:
         gather(network)
     return sd if done and job.world.first else None

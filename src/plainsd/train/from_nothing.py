@@ -40,13 +40,13 @@ def first_vae(job: Job) -> tuple[Variant, VAE]:
         variant = described_variant(job)
         vae = job.on_device(VAE(variant.vae))
         init_vae(vae)
-        job.keep_options()
+        job.check_options()
         return variant, vae
     vae = job.on_device(load_vae(base, device=job.world.device, dtype=torch.float32))
     variant = described_variant(job) if own.model else replace(SD1, size=job.options.reading.size or SD1.size)
     if own.model and replace(variant.vae, scaling_factor=vae.config.scaling_factor) != vae.config:
         raise UserError(f"the autoencoder of --base {base} has other sizes than {own.model} says; leave --model out")
-    job.keep_options(base_weights=weights_digest(vae))
+    job.check_options(base_weights=weights_digest(vae))
     return variant, vae
 
 
@@ -70,15 +70,18 @@ def train_vae(job: Job) -> None:
             fake = vae.decode(vae.encode(real).mean)
         write_png(grid([i for pair in zip(to_pil(real), to_pil(fake), strict=True) for i in pair], 8), path)
 
+    def write(mark: str | None) -> None:
+        if not own.decoder_only:
+            vae.config = replace(vae.config, scaling_factor=measure_scaling(vae, pictures))
+        save_vae(vae, job.out / "vae" if mark is None else job.result(mark), variant)
+
     check = (lambda: validate(vae, heldout)) if heldout else None
     with trained_faster(vae):
-        done = job.train(method, pictures, check, sample)
+        done = job.train(method, pictures, check, sample, save=write)
     if not done or not job.world.first:
         return
-    if not own.decoder_only:
-        vae.config = replace(vae.config, scaling_factor=measure_scaling(vae, pictures))
     with saving("the autoencoder"):
-        save_vae(vae, job.out / "vae", variant)
+        write(None)
     job.say(f"autoencoder in {job.out / 'vae'}, scaling factor {vae.config.scaling_factor:.5f}")
     if heldout:
         job.say("held-out pictures: PSNR {psnr:.2f} dB, L1 {l1:.4f}".format(**validate(vae, heldout)))
@@ -95,7 +98,7 @@ def train_scratch(job: Job) -> None:
         begin_as(sd, job.options.base)
     for network in (sd.unet, *sd.text_encoders):
         job.on_device(network)
-    job.keep_options(vae_weights=weights_digest(vae), first_weights=weights_digest(sd.unet, *sd.text_encoders))
+    job.check_options(vae_weights=weights_digest(vae), first_weights=weights_digest(sd.unet, *sd.text_encoders))
     pictures, heldout = job.pictures(variant.size)
     vae.requires_grad_(False)
     job.count_long_captions(sd, pictures)
@@ -105,8 +108,14 @@ def train_scratch(job: Job) -> None:
     held = job.examples(vae, heldout) if heldout else None
     parts = job.spread(sd)
     check = (lambda: method.validate(held, 64)) if held else None
+
+    def write(mark: str | None) -> None:
+        save(sd, job.result(mark), dtype=job.save_dtype)
+        for file in own.carry:
+            shutil.copy(file, job.result(mark) / file.name)
+
     with trained_faster(sd.unet):
-        done = job.train(method, pictures, check, job.sampler(sd))
+        done = job.train(method, pictures, check, job.sampler(sd), save=write)
     if not done:
         return
     for network in parts:
@@ -114,10 +123,8 @@ def train_scratch(job: Job) -> None:
     if not job.world.first:
         return
     with saving("the model"):
-        save(sd, job.out / "model", dtype=job.save_dtype)
-        for file in own.carry:
-            shutil.copy(file, job.out / "model" / file.name)
-    job.say(f"model in {job.out / 'model'}")
+        write(None)
+    job.say(f"model in {job.result()}")
 
 
 def begin_as(sd: StableDiffusion, base: str) -> None:

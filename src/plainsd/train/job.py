@@ -1,22 +1,26 @@
 """What all methods of `plainsd train` share between options and loop: pictures, a folder's identity, the run."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import field as made_by
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from plainsd.device import DTYPES
-from plainsd.disk import read_json, written_whole
+from plainsd.disk import read_json
 from plainsd.errors import UserError
 from plainsd.models.vae import VAE
 from plainsd.pictures.images import grid, write_png
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.settings import RANDOM, drawn_seed
+from plainsd.train import config
 from plainsd.train.checkpoints import saving
+from plainsd.train.claim import CONFIG, OPTIONS, claim
 from plainsd.train.data.captions import cut_captions
 from plainsd.train.data.crops import Framing
 from plainsd.train.data.examples import Examples
@@ -27,12 +31,14 @@ from plainsd.train.objective import Objective
 from plainsd.train.options import FitOptions, TrainOptions
 from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.processes import World
-from plainsd.train.run import Rhythm, run
+from plainsd.train.run import Interrupted, Rhythm, run
 from plainsd.train.shard import spread
 from plainsd.train.trainer import Method
 
 ENCODED_AT_ONCE = 2**18  # pixels, where pictures are large
-FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers"}
+FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers",
+        "config", "save_results_every", "save_epochs"}  # fmt: skip
+PARTS = ("cache", "checkpoints", "prior", "results", "samples", "tensorboard", "vae")  # of a run's folder
 
 
 @dataclass
@@ -42,10 +48,20 @@ class Job:
     options: TrainOptions
     world: World
     dtype: torch.dtype  # of the arithmetic
+    identity: dict[str, str] = made_by(default_factory=dict)  # what `check_options` has found in order
 
     @property
     def out(self) -> Path:
         return self.options.out
+
+    @property
+    def name(self) -> str:
+        """Of the result: that of the run's folder."""
+        return self.out.resolve().name or "model"
+
+    def result(self, mark: str | None = None) -> Path:
+        """Where the result goes, without an ending; with a mark, such as "step00000500", one on the way to it."""
+        return self.out / self.name if mark is None else self.out / "results" / f"{self.name}-{mark}"
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -60,26 +76,51 @@ class Job:
 
     # ---- what the run is
 
-    def keep_options(self, **more: str) -> None:
+    def draw_seed(self) -> None:
+        """In place of -1 a random one, or that with which the run began; the same in every process."""
+        if self.options.pace.seed != RANDOM:
+            return
+        file = self.out / OPTIONS
+        seed = int(read_json(file).get("seed", 0)) if file.is_file() else drawn_seed()
+        seed = int(self.world.total([seed if self.world.first else 0])[0])
+        self.say(f"seed {seed}")
+        self.options = replace(self.options, pace=replace(self.options.pace, seed=seed))
+
+    def check_name(self) -> None:
+        """The folder of a whole model lies in that of the run, under the same name."""
+        place = self.result()
+        if self.options.method not in ("full", "scratch"):
+            return
+        if self.name in PARTS:
+            raise UserError(
+                f"--out {self.out}: the model gets the folder's name, and {self.name!r} is a part of every run; give another"
+            )
+        if place.exists() and not (place / "model_index.json").is_file():
+            raise UserError(
+                f"{place} is in the way: the model is to be written there; remove it, or give another --out"
+            )
+
+    def check_options(self, **more: str) -> None:
         """A run is one set of options: another set in the same folder is refused, but for those of no consequence, and
         for a longer way to go. That changes the learning rate from here on, where it declines along a cosine."""
-        path, now = self.out / "options.json", flat(self.options) | more
-        if path.is_file():
-            old = read_json(path)
-            for name in now:
-                if name in ("steps", "epochs") and longer(old.get(name), now[name]):
-                    self.say(f"{self.out} was to end after {old[name]} {name}; it goes on to {now[name]}")
-                elif name not in FREE and old.get(name, now[name]) != now[name]:
-                    what = f"another --{name.replace('_', '-')}" if name not in more else "a model with other weights"
-                    raise UserError(
-                        f"{self.out} holds a run with {what} ({old[name]}, now {now[name]}); give the same "
-                        "options to resume, or another --out"
-                    )
+        path, now = self.out / OPTIONS, flat(self.options) | more
+        old = read_json(path) if path.is_file() else {}
+        for name in now if old else ():
+            if name in ("steps", "epochs") and longer(old.get(name), now[name]):
+                self.say(f"{self.out} was to end after {old[name]} {name}; it goes on to {now[name]}")
+            elif name not in FREE and old.get(name, now[name]) != now[name]:
+                what = f"another --{name.replace('_', '-')}" if name not in more else "a model with other weights"
+                raise UserError(
+                    f"{self.out} holds a run with {what} ({old[name]}, now {now[name]}); give the same "
+                    "options to resume, or another --out"
+                )
+        self.identity = now
+
+    def claim(self) -> None:
+        """From here on the folder is this run's. Called when nothing can be refused any more."""
         if self.world.first:
-            with saving("the options"):
-                self.out.mkdir(parents=True, exist_ok=True)
-                with written_whole(path) as unfinished:
-                    unfinished.write_text(json.dumps(now, indent=1), encoding="utf-8")
+            says = f"plainsd train --config {self.out / CONFIG}\nPaths are as they were given, in {Path.cwd()}."
+            claim(self.out, self.identity, config.written(self.options, says))
 
     # ---- pictures
 
@@ -174,6 +215,18 @@ class Job:
             long_attention=size >= 384,
         )
 
+    def rhythm(self, epoch: int) -> Rhythm:
+        """`epoch`: positions in one."""
+        telling, pace = self.options.telling, self.options.pace
+        return Rhythm(
+            telling.log_every,
+            telling.validate_every,
+            telling.sample_every,
+            telling.save_results_every,
+            telling.save_epochs,
+            Fraction(pace.batch * pace.accumulate, epoch),
+        )
+
     def train(
         self,
         method: Method,
@@ -182,25 +235,37 @@ class Job:
         sample: Callable[[Path], None] | None,
         *,
         before: bool = False,
+        save: Callable[[str | None], None],
     ) -> bool:
-        """To the end, with the averaged weights in place then; False where SIGTERM stopped it before."""
+        """To the end, with the averaged weights in place then; False where SIGTERM stopped it before. `save` writes the
+        result; with a mark one on the way to it, see `result`."""
         telling, order = self.options.telling, self.order(pictures)
-        rhythm = Rhythm(telling.log_every, telling.validate_every, telling.sample_every)
+        if self.world.sharded and (telling.save_results_every or telling.save_epochs):
+            raise UserError("results on the way need whole weights, and --shard keeps them in parts; leave out "
+                            "--save-results-every and --save-epochs, or --shard")  # fmt: skip
+        rhythm = self.rhythm(order.count)
         options = self.fit_options(order.count, pictures.size)
-        trainer = run(
-            method,
-            order,
-            options,
-            self.out,
-            rhythm,
-            check,
-            sample,
-            before=before,
-            tensorboard=telling.tensorboard,
-            world=self.world,
-        )
+        stopped = f"stopped and saved in {self.out}; the same command goes on from there"
+        try:
+            trainer = run(
+                method,
+                order,
+                options,
+                self.out,
+                rhythm,
+                check,
+                sample,
+                before=before,
+                tensorboard=telling.tensorboard,
+                world=self.world,
+                save=save,
+                claim=self.claim,
+            )
+        except Interrupted:
+            self.say(stopped)
+            raise
         if trainer is None:
-            self.say(f"stopped and saved in {self.out}; the same command goes on from there")
+            self.say(stopped)
             return False
         if trainer.ema:
             with torch.no_grad():

@@ -5,11 +5,13 @@ Numbers that suit one method and not another are None here, and come from DEFAUL
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
+from tyro.constructors import PrimitiveConstructorSpec
 
 from plainsd.errors import UserError
+from plainsd.pictures.settings import Settings, read_seed
 
 FROM_NOTHING = {"steps": 10_000, "batch": 64, "accumulate": 1, "lr": 1e-3, "warmup": 200, "decline": "cosine"}
 RECIPE = {"batch": 1, "accumulate": 4, "warmup": 0, "decline": "constant"}
@@ -20,6 +22,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": RECIPE | {"epochs": 100, "lr": 1e-4},
     "inversion": RECIPE | {"epochs": 100, "lr": 5e-3, "weight_decay": 0.0},
 }
+
+
+def read_seeds(texts: list[str]) -> int:
+    return read_seed(texts[0])
+
+
+def seed_text(seed: int) -> list[str]:
+    return [str(seed)]
 
 
 @dataclass
@@ -88,7 +98,10 @@ class Steps:
     """largest norm of the whole gradient"""
     ema: float = 0.999
     """decay of the averaged weights, which are those that are saved; 0: no average"""
-    seed: int = 0
+    seed: Annotated[
+        int, PrimitiveConstructorSpec(1, "N", read_seeds, lambda seed: isinstance(seed, int), seed_text)
+    ] = 0
+    """random or -1 draws one, with which the run then goes on"""
     device: str = "auto"
     dtype: str = "auto"
     """arithmetic: bfloat16 (autocast, weights stay float32) or float32; auto asks the processor"""
@@ -109,6 +122,10 @@ class Telling:
     save_every: int = 500
     keep: int = 2
     """states kept"""
+    save_results_every: int | None = None
+    """steps after which what has been learned so far is written into OUT/results, as the result is at the end"""
+    save_epochs: int | None = None
+    """likewise after so many epochs"""
     log_every: int = 20
     validate_every: int = 500
     sample_every: int = 1000
@@ -219,7 +236,9 @@ class TrainOptions:
     """folders of captioned pictures (metadata.jsonl, or pairs name.png and name.txt), parquet files, tar shards, or
     datasets on the hub (owner/name); cats:10 is shown ten times an epoch"""
     out: Path
-    """folder of the run: log, curve, samples, states, and at the end the result"""
+    """folder of the run: log, curve, samples, states, and at the end the result, which has the folder's name"""
+    config: Path | None = None
+    """TOML file with any of these options, such as the run.toml of a run's folder; flags go before it"""
     base: str | None = None
     """the model to fine-tune: a folder, a file or a name on the hub; the embedded one if not given. Methods vae and
     scratch begin with its weights, where it is given, and not from nothing"""
@@ -250,10 +269,18 @@ def with_defaults(method: str, steps: Steps) -> Steps:
         value = getattr(filled, name)
         if name in ("steps", "epochs", "batch", "accumulate") and value is not None and value < 1:
             raise UserError(f"--{name} {value} is out of range; give 1 or more")
+    Settings(seed=filled.seed).check()
     if not 0 < filled.lr < float("inf"):
         usual = DEFAULTS[method]["lr"]
         raise UserError(f"--lr {filled.lr:g} is out of range; give a number above 0, such as {usual:g}")
     return filled
+
+
+def check_telling(telling: Telling) -> None:
+    for name in (entry.name for entry in fields(telling)):
+        value = getattr(telling, name)
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give 1 or more")
 
 
 @dataclass(frozen=True)

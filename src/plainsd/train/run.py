@@ -8,6 +8,7 @@ RUN/checkpoints/       the newest `keep` states
 """
 
 import importlib.util
+import os
 import resource
 import signal
 import statistics
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +36,24 @@ class Rhythm(NamedTuple):
     log: int = 20
     validate: int = 500
     sample: int = 1000
+    results: int | None = None  # steps
+    results_epochs: int | None = None  # epochs
+    epochs: Fraction = Fraction(1)  # in a step
 
     def due(self, what: str, step: int, last: int) -> bool:
         return step == last or step % getattr(self, what) == 0
+
+    def marks(self, step: int, last: int) -> list[str]:
+        """Of the results that are due on the way: at so many steps, and when so many epochs are over."""
+        found = [f"step{step:08d}"] if self.results and step % self.results == 0 else []
+        if self.results_epochs:
+            over, before = (int(self.epochs * done) // self.results_epochs for done in (step, step - 1))
+            found += [f"epoch{over * self.results_epochs:06d}"] if over > before else []
+        return found if 0 < step < last else []
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the state was saved."""
 
 
 def run(
@@ -51,16 +68,21 @@ def run(
     before: bool = False,
     tensorboard: bool = False,
     world: World = World(),
+    save: Callable[[str], None] | None = None,
+    claim: Callable[[], None] = lambda: None,
 ) -> Trainer | None:
-    """Train to the end and return the Trainer; None when SIGTERM stopped the run early (its state is saved).
+    """Train to the end and return the Trainer; None when SIGTERM stopped the run early, and Interrupted when Ctrl-C did
+    (its state is saved).
 
-    `validate` and `sample` are called with the averaged weights in place, by the first process alone unless the weights
-    are sharded; with `before` also at step 0.
+    `validate`, `sample` and `save` (of results on the way, told their marks) are called with the averaged weights in
+    place, by the first process alone unless the weights are sharded; with `before` the first two also at step 0. `claim`
+    is called when nothing can be refused any more.
     """
     trainer = Trainer(method, options, world)
     diary = Diary(folder, rhythm, options.steps, tensorboard, world.device) if world.first else None
-    look = Look(trainer, folder, rhythm, diary, validate, sample)
-    with stopped_by_sigterm() as stop, closing(diary) if diary else nullcontext():
+    look = Look(trainer, folder, rhythm, diary, validate, sample, save)
+    claim()
+    with stopped_by_signals() as stop, closing(diary) if diary else nullcontext():
         if before and not checkpoints(folder / "checkpoints"):
             if diary:
                 diary.begin(0)
@@ -69,8 +91,10 @@ def run(
             if diary:
                 diary.note(report)
             look(report.step)
-            if world.any(stop()):
+            if world.any(bool(stop)):
                 save_checkpoint(trainer, folder / "checkpoints")
+                if signal.SIGINT in stop:
+                    raise Interrupted
                 return None
     return trainer
 
@@ -85,6 +109,7 @@ class Look:
     diary: "Diary | None"
     validate: Callable[[], dict[str, float]] | None
     sample: Callable[[Path], None] | None
+    save: Callable[[str], None] | None = None
 
     def __call__(self, step: int) -> None:
         diary, trainer, last = self.diary, self.trainer, self.trainer.options.steps
@@ -100,6 +125,9 @@ class Look:
             with saving("a sample grid"):
                 (self.folder / "samples").mkdir(exist_ok=True)
                 with_average(trainer, lambda: self.sample(self.folder / "samples" / f"step-{step:08d}.png"))
+        for mark in self.rhythm.marks(step, last) if self.save else ():
+            with saving("a result on the way"):
+                with_average(trainer, lambda mark=mark: self.save(mark))
 
 
 class Diary:
@@ -177,14 +205,26 @@ def with_average(trainer: Trainer, task: Callable):
 
 
 @contextmanager
-def stopped_by_sigterm() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM (what a cluster sends before it takes the machine away) sets what the yielded function tells."""
-    asked = []
-    old = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+def stopped_by_signals() -> Iterator[list[int]]:
+    """Inside, SIGTERM (what a cluster sends before it takes the machine away) and Ctrl-C are put into the list that is
+    yielded. A second Ctrl-C ends the process at once, as it does elsewhere."""
+    asked: list[int] = []
+
+    def stop(number: int, _) -> None:
+        asked.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nstopping after this step; once more ends it at once, unsaved\n")  # print may be under way
+
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in old.items():
+        if handler is not signal.SIG_IGN:  # as it is for what runs in the background
+            signal.signal(number, stop)
     try:
-        yield lambda: bool(asked)
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def summary(window: list[Report], device: torch.device) -> dict[str, float]:

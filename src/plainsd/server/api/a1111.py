@@ -203,7 +203,7 @@ def info_of(job: Job) -> dict:
         "sd_model_hash": None, "denoising_strength": one.strength,
         "extra_generation_params": {"Schedule type": spacing_label(one.spacing)} | (
             {"Refiner": one.refiner, "Refiner switch at": one.handover} if one.refiner else {}),
-        "index_of_first_image": 0, "infotexts": [format_settings(s) for s in shown], "styles": [],
+        "notes": job.notes, "index_of_first_image": 0, "infotexts": [format_settings(s) for s in shown], "styles": [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
         "clip_skip": one.clip_skip or 1, "is_using_inpainting_conditioning": False,
     }  # fmt: skip

@@ -81,6 +81,7 @@ class Common(BaseModel):
             "seed": None if self.seed in (None, -1) else self.seed,
             "clip_skip": options.get("CLIP_stop_at_last_layers"),
             "eta": self.eta if sampler in WITH_ETA else None,
+            "like": "a1111" if self.cfg_scale == 0 else None,
         }  # fmt: skip
         if self.refiner_checkpoint not in NOTHING:
             refiner = model_of(self.refiner_checkpoint)

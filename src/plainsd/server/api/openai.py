@@ -170,9 +170,9 @@ async def answered(
     def told() -> list[dict]:
         return [image_told(row, content, body, url) for row, content in service.files(job)]
 
-    return JSONResponse(
-        {"created": now(), "data": await run_in_threadpool(told), "output_format": body.output_format or "png"}
-    )
+    notes = {"notes": job.notes} if job.notes else {}
+    answer = {"created": now(), "data": await run_in_threadpool(told), "output_format": body.output_format or "png"}
+    return JSONResponse(answer | notes)
 
 
 def image_told(row: Picture, content: bytes, body: ImagesRequest, url: str) -> dict:

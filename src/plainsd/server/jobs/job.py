@@ -93,6 +93,7 @@ class Job:
     finished: float | None = None
     done: set[int] = field(default_factory=set)  # pictures in the history
 
+    notes: list[str] = field(default_factory=list)  # what a choice does that it does not seem to do
     drawing: set[int] = field(default_factory=set)
     step: int = 0  # of the batch under way ...
     steps: int = 0  # ... of so many

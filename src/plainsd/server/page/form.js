@@ -5,7 +5,7 @@ import * as paint from "./paint.js";
 
 const NUMBERS = ["steps", "guidance", "count", "strength", "mask_blur", "hires", "variation_strength", "clip_skip", "eta",
   "rescale", "perturbed", "threshold", "cache", "handover"];
-const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "upscaler", "variation_seed", "refiner"];
+const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "upscaler", "variation_seed", "refiner", "like"];
 const SIDES = ["left", "top", "right", "bottom"].map((side) => `outpaint-${side}`);
 const WITH_PICTURE = ["strength", "mask_blur"];
 const DRAFT = "plainsd.draft";
@@ -40,6 +40,7 @@ function wire() {
     $(`${name}-range`).oninput = () => ($(name).value = $(`${name}-range`).value);
     $(name).addEventListener("input", () => ($(`${name}-range`).value = $(name).value));
   }
+  for (const id of ["guidance", "guidance-range"]) $(id).addEventListener("input", () => set("like", "")); // it told what a restored picture's own guidance means
   $("model").onchange = takeDefaults;
   $("idea").onclick = () => {
     const { ideas } = modelOf($("model").value);

@@ -112,6 +112,7 @@ function end(card, job) {
   for (const tile of card.tiles) if (!tile.dataset.id) tile.remove();
   const seconds = job.started ? ` in ${duration(job.finished - job.started)}` : "";
   card.status.textContent = job.state === "done" ? `Done${seconds} · seed ${job.seeds.join(", ")}` : ENDS[job.state];
+  for (const note of job.notes) card.root.append(element("p", { className: "note", textContent: note }));
   if (job.error) card.root.append(element("p", { className: "error", role: "alert", textContent: job.error }));
   if (job.state === "cancelled" && !job.images.length) card.root.remove();
   if (job.state !== "cancelled") usedSeed(job.seeds[0]);

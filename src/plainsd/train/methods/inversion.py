@@ -39,15 +39,22 @@ def teach(encoder: TextEncoder, ids: Sequence[int]) -> nn.Parameter:
     return table.rows
 
 
-def settle(sd: StableDiffusion) -> StableDiffusion:
-    """What was learned goes into the tables, which are ordinary ones again."""
+def written_down(sd: StableDiffusion) -> StableDiffusion:
+    """What was learned so far goes into the tables too, where it is saved from; the training goes on beside them."""
     for encoder in sd.text_encoders:
         table = encoder.token
         if isinstance(table, Taught):
-            first, rows = table.first, table.rows.detach()
+            write_rows(encoder, range(table.first, table.first + len(table.rows)), table.rows.detach())
+    return sd
+
+
+def settle(sd: StableDiffusion) -> StableDiffusion:
+    """What was learned goes into the tables, which are ordinary ones again."""
+    for encoder in written_down(sd).text_encoders:
+        table = encoder.token
+        if isinstance(table, Taught):
             del table.rows, table.first
             table.__class__ = nn.Embedding
-            write_rows(encoder, range(first, first + len(rows)), rows)
     return sd
 
 

@@ -1,0 +1,55 @@
+"""A run's folder belongs to one run, and while it trains to one training.
+
+RUN/options.json       what the run is; with other options it is not gone on with
+RUN/run.toml           the same, as a file that starts it again
+RUN/.lock              held by the training that is at work; when its process ends, however it does, the system lets go
+
+A start that is refused leaves no trace of these.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from plainsd.disk import written_whole
+from plainsd.errors import UserError
+from plainsd.train.checkpoints import saving
+from plainsd.train.processes import World
+
+OPTIONS, CONFIG, LOCK = "options.json", "run.toml", ".lock"
+
+
+@contextmanager
+def locked(folder: Path, world: World) -> Iterator[None]:
+    """Inside, no other training may begin in this folder."""
+    lock, taken = FileLock(folder / LOCK), False
+    made = [place for place in (folder, *folder.parents) if not place.exists()] if world.first else []
+    if world.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            taken = True
+    if world.any(taken):
+        raise UserError(f"another training is at work in {folder}; wait until it has ended, or give another --out")
+    try:
+        yield
+    finally:
+        if world.first:
+            if not (folder / OPTIONS).exists():
+                (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
+            with suppress(OSError):  # what is not empty stays
+                for place in made:
+                    place.rmdir()
+
+
+def claim(folder: Path, identity: Mapping[str, str], config: str) -> None:
+    """Writes down which run this is."""
+    with saving("the options"):
+        for name, text in ((OPTIONS, json.dumps(identity, indent=1)), (CONFIG, config)):
+            with written_whole(folder / name) as unfinished:
+                unfinished.write_text(text, encoding="utf-8")

@@ -1,0 +1,98 @@
+"""A run's options as a TOML file: `plainsd train --config run.toml` reads one, and every run's folder holds one.
+
+    method = "lora"
+    data = ["pictures"]
+    out = "runs/mine"
+    rank = 8
+    text-encoder = true
+
+The names are those of the flags; a flag beside the file goes before what stands in it. This module needs no torch.
+"""
+
+import json
+import tomllib
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from plainsd.errors import UserError, unknown
+
+OPTION = "--config"
+EITHER = ("--steps", "--epochs")  # one of them given beside the file takes the place of the other in it
+
+
+def with_config(arguments: list[str], kind: type) -> list[str]:
+    """The flags of the file that `--config` names, and then those that were given. `kind`: the command's dataclass."""
+    for i, argument in enumerate(arguments):
+        if argument == OPTION and i + 1 < len(arguments):
+            return flags_of(Path(arguments[i + 1]), kind, arguments) + arguments
+        if argument.startswith(f"{OPTION}="):
+            return flags_of(Path(argument.partition("=")[2]), kind, arguments) + arguments
+    return arguments
+
+
+def flags_of(path: Path, kind: type, given: list[str]) -> list[str]:
+    known, found = options_of(kind), []
+    for written, value in read(path).items():
+        name = written.replace("_", "-")
+        if name not in known:
+            raise UserError(f"{path}: {unknown('option', written, known)}")
+        if f"--{name}" in EITHER and any(argument.split("=")[0] in EITHER for argument in given):
+            continue
+        if isinstance(value, bool) != (known[name] is bool) or not isinstance(value, (str, int, float, list)):
+            wanted = "true or false" if known[name] is bool else "a number, a text, or a list of texts"
+            raise UserError(f"{path}: {written} = {value!r} cannot be read; give {wanted}")
+        if isinstance(value, list):
+            found += [f"--{name}", *map(str, value)] if value else []
+        elif isinstance(value, bool):
+            found += [f"--{name}"] if value else []
+        else:
+            found.append(f"--{name}={value}")
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give {OPTION} a TOML file of options") from error
+    except ValueError as error:  # no UTF-8, or no TOML
+        raise UserError(f"{path} is no TOML file: {error}; write lines such as rank = 8") from error
+
+
+def options_of(kind: type) -> dict[str, type]:
+    """Every flag of a command by its name, but for --config itself, with its type."""
+    found: dict[str, type] = {}
+    for field in fields(kind):
+        inner = field.default_factory
+        if isinstance(inner, type) and is_dataclass(inner):
+            found |= options_of(inner)
+        elif field.name != OPTION.strip("-"):
+            found[field.name.replace("_", "-")] = field.type
+    return found
+
+
+def written(options: Any, comment: str) -> str:
+    """Options as such a file. What is not set is left out."""
+    lines = [f"# {line}" for line in comment.splitlines()]
+
+    def write(part: Any) -> None:
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if is_dataclass(value):
+                write(value)
+            elif value is not None and field.name != OPTION.strip("-"):
+                lines.append(f"{field.name.replace('_', '-')} = {in_toml(value)}")
+
+    write(options)
+    return "\n".join(lines) + "\n"
+
+
+def in_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(in_toml, value))}]"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # else TOML's strings are JSON's
