@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from plainsd.errors import UserError, unknown
 from plainsd.files.detect import EMBEDDING, seems
 from plainsd.files.tensorfile import HARMLESS, open_safetensors, stored, unpickled, write_whole
+from plainsd.listing import suffix_of
 from plainsd.models.clip import TextEncoder
 from plainsd.models.variants import encoder_names
 from plainsd.pictures.model import StableDiffusion
@@ -112,7 +113,7 @@ def in_folder(path: Path) -> Path:
 
 def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     """The word, if the file tells it, and the vectors: under ONLY, or under clip_l and clip_g."""
-    if path.suffix in PICKLES:
+    if suffix_of(path) in PICKLES:
         content = pickled(path)
     else:
         content = {name: tensor.read() for name, tensor in open_safetensors(path).tensors.items()}
@@ -135,10 +136,10 @@ def pickled(path: Path) -> object:
 
 def told(path: Path) -> str:
     """What an embedding's file holds, by names and shapes: `3 vectors of 768 numbers, SD 1.x`. Empty for other files."""
-    if path.suffix in PICKLES:
+    if suffix_of(path) in PICKLES:
         content = pickled(path)
     else:
-        tensors = open_safetensors(path).tensors.items() if path.suffix == ".safetensors" else ()
+        tensors = open_safetensors(path).tensors.items() if suffix_of(path) == ".safetensors" else ()
         content = {name: torch.empty(stored.shape, device="meta") for name, stored in tensors}
     if not isinstance(content, dict) or seems(map(str, content)) != EMBEDDING:
         return ""
@@ -193,7 +194,7 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
     if dialect not in DIALECTS:
         raise unknown("embedding dialect", dialect, DIALECTS)
     path, pickled = Path(path), {"a1111": ".pt", "diffusers": ".bin"}[dialect]
-    if path.suffix not in (".safetensors", pickled):
+    if suffix_of(path) not in (".safetensors", pickled):
         raise UserError(
             f"{path}: an embedding in the dialect {dialect!r} is written as .safetensors or {pickled}; "
             "give it that ending"
@@ -203,7 +204,7 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
     own = token if dialect == "diffusers" else "emb_params"
     keys = [XL_KEYS[name] for name in encoder_names(sd.variant)] if xl else [own]
     table = dict(zip(keys, vectors, strict=True))
-    if path.suffix == ".safetensors":
+    if suffix_of(path) == ".safetensors":
         write_whole(path, {key: stored(rows) for key, rows in table.items()}, {})
     elif "emb_params" in table:
         write_pickle(

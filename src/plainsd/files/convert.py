@@ -15,6 +15,7 @@ from plainsd.files.hub import find
 from plainsd.files.single import read_single, write_single
 from plainsd.files.stored import Contents
 from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
+from plainsd.listing import suffix_of
 
 LAYOUTS = ("diffusers", "single-file")
 
@@ -46,7 +47,7 @@ def read(path: Path, variant_file: str | None = None, family: str | None = None,
 
 
 def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dtype | None) -> None:
-    layout = layout or ("single-file" if target.suffix == ".safetensors" else "diffusers")
+    layout = layout or ("single-file" if suffix_of(target) == ".safetensors" else "diffusers")
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     if layout == "diffusers":

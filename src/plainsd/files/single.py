@@ -17,6 +17,7 @@ from plainsd.files.detect import UNET_PREFIX, detect, predicting, probe
 from plainsd.files.folder import spelling
 from plainsd.files.stored import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
 from plainsd.files.tensorfile import TensorFile, damaged, open_tensors, write_whole
+from plainsd.listing import suffix_of
 from plainsd.models.variants import Variant
 
 FILES, SPELLED = "plainsd.files", "plainsd.spellings"  # in the metadata, as JSON: a folder's settings; our notes
@@ -166,7 +167,7 @@ def has_convolutions(file: TensorFile) -> bool:
 
 def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = None) -> None:
     """`contents.texts` go into the metadata. The file is whole or absent."""
-    if target.suffix != ".safetensors":
+    if suffix_of(target) != ".safetensors":
         raise UserError(f"{target}: a single file is written as .safetensors; give it that ending")
     tensors = dict(contents.leftovers)
     for name, network in contents.networks.items():

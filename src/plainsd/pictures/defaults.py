@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from plainsd.diffusion.samplers import SAMPLERS, check_names, sampler_levels
 from plainsd.errors import UserError
+from plainsd.listing import suffix_of
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import SIZES, Settings
@@ -71,7 +72,7 @@ def model_name(sd: StableDiffusion) -> str:
         return sd.variant.name
     if sd.path.parent.name == "snapshots":  # hub cache: models--owner--name/snapshots/hash
         return sd.path.parents[1].name.split("--")[-1]
-    return sd.path.stem if sd.path.suffix in (".safetensors", ".ckpt") else sd.path.name
+    return sd.path.stem if suffix_of(sd.path) in (".safetensors", ".ckpt") else sd.path.name
 
 
 def settings_of_each(

@@ -16,6 +16,7 @@ from plainsd.files.hub import find
 from plainsd.files.single import BESIDE, prefixes, read_networks, told
 from plainsd.files.stored import Network
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
+from plainsd.listing import suffix_of
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
 
 LONGEST = 200  # characters of a note
@@ -33,7 +34,7 @@ def info(source: str | Path | None = None, variant_file: str | None = None) -> s
             ]
         )
     if vectors := embeddings.told(path):
-        notes = note_lines(open_tensors(path).metadata) if path.suffix == ".safetensors" else []
+        notes = note_lines(open_tensors(path).metadata) if suffix_of(path) == ".safetensors" else []
         return "\n".join([f"{path}: {EMBEDDING}", row("a word of", vectors), *notes])
     file = open_tensors(path)
     if any((pair := split(name)) and pair[1] not in reading.BESIDE for name in file.tensors):
