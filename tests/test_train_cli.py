@@ -402,6 +402,55 @@ def test_the_same_command_goes_on(train, tmp_path):
     assert code == 2 and len(said) == 1 and "holds a run with another --rank (1, now 2)" in said[0]
 
 
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The names of the pictures that each run of method lora trains on."""
+    seen = []
+
+    def noted(sd, examples, **more):
+        seen.append({item.name for item in examples.pictures.items})
+        return lora(sd, examples, **more)
+
+    monkeypatch.setattr("plainsd.train.from_model.lora", noted)
+    return seen
+
+
+def test_held_out_pictures_stay_held_out(base, tmp_path, trained_on):
+    """Though pictures come and go between a run and its going on."""
+    data = write_pictures(tmp_path / "data", count=6)
+    flags = ["--base", str(base), "--data", str(data), "--out", str(tmp_path / "run"), "--hold-out", "0.5", *FAST]
+    assert main(["train", "--method", "lora", *flags, "--rank", "1", "--steps", "1"]) == 0
+    out = {f"{i}.png" for i in range(6)} - trained_on[0]
+    for i in range(5):
+        Image.new("RGB", (64, 64), (40 * i, 9, 9)).save(data / f"new-{i}.png")
+        (data / f"new-{i}.txt").write_text("colour 1")
+    gone = min(trained_on[0])
+    (data / gone).unlink()
+    assert main(["train", "--method", "lora", *flags, "--rank", "1", "--steps", "2"]) == 0
+    assert len(out) == 3 and trained_on[1] == trained_on[0] - {gone} | {f"new-{i}.png" for i in range(5)}
+    assert len(json.loads((tmp_path / "run" / "heldout.json").read_text())["pictures"]) == 3
+
+
+def test_folders_inside_the_data_are_not_trained_on(base, tmp_path, capsys, trained_on):
+    data = write_pictures(tmp_path / "data", count=2)
+    write_pictures(data / "held", count=3), write_pictures(data / "dogs", count=4)
+    flags = ["--base", str(base), "--data", str(data), "--out", str(data / "run"), "--caption", "a dog", *FAST]
+    flags += ["--heldout", str(data / "held"), "--prior", str(data / "dogs"), "--prior-prompt", "a dog", "--rank", "1"]
+    for steps in ("1", "2"):
+        assert main(["train", "--method", "lora", *flags, "--steps", steps]) == 0
+        Image.new("RGB", (64, 64)).save(data / "run" / "sample.png")
+    assert trained_on == [{"0.png", "1.png"}] * 2
+    said = capsys.readouterr().out
+    assert f"{data / 'held'} lies in {data}, and is not taken for a part of it" in said
+    assert said.count("2 pictures, ") == 2
+
+
+def test_a_held_out_folder_that_is_trained_on_is_told(base, pictures, tmp_path, capsys):
+    flags = ["--base", str(base), "--data", str(pictures), "--out", str(tmp_path / "run"), "--heldout", str(pictures)]
+    assert main(["train", "--method", "lora", *FAST, *flags, "--steps", "1", "--rank", "1"]) == 0
+    assert "is trained on too: what is measured with it is no validation" in capsys.readouterr().out
+
+
 def test_a_run_of_another_model_is_not_gone_on_with(train, base, tmp_path):
     assert train("lora", "--steps", "1", "--rank", "1", base=base)[0] == 0
     plainsd.save(tiny_sd(seed=5), base)  # another model in the same place

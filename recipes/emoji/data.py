@@ -158,7 +158,7 @@ def restricted(
     concepts: list[drawing.Concept], seen: list[tuple[int, int]], heldout: list[tuple[int, int]], path: Path
 ) -> tuple[list[drawing.Concept], list[tuple[int, int]], list[tuple[int, int]]]:
     """Only the emoji named in a file, one a line, and their pairs."""
-    wanted = {line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()}
+    wanted = {line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()}
     if strangers := sorted(wanted - {concept.name for concept in concepts}):
         raise UserError(f"{path}: {strangers[0]!r} is not among the {len(concepts)} emoji of the set; take it out")
     new = {old: i for i, old in enumerate(i for i, concept in enumerate(concepts) if concept.name in wanted)}

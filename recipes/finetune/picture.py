@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 import plainsd
 from plainsd.adapters.lora import add_lora
 from plainsd.errors import UserError
+from plainsd.listing import read_prompts
 from plainsd.pictures.images import write_png
-from plainsd.train.job import read_lines
 from plainsd.train.log import read_log
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, help="the model's own if not given")
     options = parser.parse_args(argv)
     try:
-        prompts = [line for line in read_lines(options.prompts) if line.strip()]
+        prompts = read_prompts(options.prompts)
         base = plainsd.load(options.base, device="cpu", dtype="float32")
         rows = {"before": drawn(base, prompts, options.guidance)}
         for run in options.runs:

@@ -29,7 +29,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def read_text_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; a model's folder needs this file") from error
     except UnicodeDecodeError as error:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from plainsd.errors import UserError, unknown
 from plainsd.files.detect import EMBEDDING, seems
 from plainsd.files.tensorfile import open_safetensors, stored, unpickled, write_whole
+from plainsd.listing import suffix_of
 from plainsd.models.clip import TextEncoder
 from plainsd.models.variants import encoder_names
 from plainsd.pictures.model import StableDiffusion
@@ -131,7 +132,7 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
 
 def content_of(path: Path, *, shapes_only: bool = False) -> object:
     """What a file holds, tensors by their names. `shapes_only`: those of a safetensors file without their numbers."""
-    if path.suffix in PICKLES:
+    if suffix_of(path) in PICKLES:
         return pickled(path)
     file = open_safetensors(path)
     read = (lambda one: torch.empty(one.shape, device="meta")) if shapes_only else (lambda one: one.read())
@@ -146,7 +147,7 @@ def pickled(path: Path) -> object:
 def told(path: Path) -> tuple[str, str] | None:
     """What an embedding's file holds, by names and shapes: its word, and `3 vectors of 768 numbers, SD 1.x`. None for
     other files."""
-    if path.suffix not in (*PICKLES, ".safetensors"):
+    if suffix_of(path) not in (*PICKLES, ".safetensors"):
         return None
     content = content_of(path, shapes_only=True)
     if not isinstance(content, dict) or (WORD not in content and seems(map(str, content)) != EMBEDDING):
@@ -209,7 +210,7 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
     if dialect not in DIALECTS:
         raise unknown("embedding dialect", dialect, DIALECTS)
     path, pickled = Path(path), {"a1111": ".pt", "diffusers": ".bin"}[dialect]
-    if path.suffix not in (".safetensors", pickled):
+    if suffix_of(path) not in (".safetensors", pickled):
         raise UserError(
             f"{path}: an embedding in the dialect {dialect!r} is written as .safetensors or {pickled}; "
             "give it that ending"
@@ -219,7 +220,7 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
     own = token if dialect == "diffusers" else "emb_params"
     keys = [XL_KEYS[name] for name in encoder_names(sd.variant)] if xl else [own]
     table = dict(zip(keys, vectors, strict=True))
-    if path.suffix == ".safetensors":
+    if suffix_of(path) == ".safetensors":
         write_whole(path, {key: stored(rows) for key, rows in table.items()}, {WORD: token})
     elif "emb_params" in table:
         write_pickle(

@@ -28,6 +28,7 @@ from plainsd.adapters.new import NEW, TARGETS, new_adapter, targeted
 from plainsd.adapters.reading import located, open_lora, peft_settings, read_adapter
 from plainsd.adapters.writing import write_lora
 from plainsd.errors import UserError, unknown
+from plainsd.listing import files_below, suffix_of
 from plainsd.pictures.model import StableDiffusion
 
 ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
@@ -158,7 +159,7 @@ def check_strengths(*strengths: float) -> None:
 def find_lora(folder: str | Path, name: str) -> Path:
     """A LoRA by its file's name without the ending, or by its place under the folder, as in `<lora:styles/ink:0.8>`."""
     folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file())
+    files = [path for path in files_below(folder) if suffix_of(path) in ENDINGS and path.is_file()]
     places = {path: path.relative_to(folder).with_suffix("").as_posix() for path in files}
     fitting = [path for path in files if places[path] == name] or [path for path in files if path.stem == name]
     if len(fitting) > 1:

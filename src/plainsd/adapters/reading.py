@@ -179,7 +179,7 @@ def peft_settings(file: TensorFile) -> dict[str, Any]:
     if NOTE in file.metadata:
         text = file.metadata[NOTE]
     elif file.path.stem == "adapter_model" and beside.is_file():
-        text = beside.read_text("utf-8", errors="replace")
+        text = beside.read_text("utf-8-sig", errors="replace")
     else:
         return {}
     try:

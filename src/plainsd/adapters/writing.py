@@ -16,6 +16,7 @@ from plainsd.adapters.names import Named, Place, dotted_name, kohya_name, module
 from plainsd.adapters.reading import CONTEXTS, NOTE
 from plainsd.errors import UserError, unknown
 from plainsd.files.tensorfile import stored, write_whole
+from plainsd.listing import suffix_of
 from plainsd.pictures.model import StableDiffusion
 
 NAMINGS = {  # how a name ends for: down, up, magnitude
@@ -44,7 +45,7 @@ def write_lora(
     there alpha/r goes into B. `metadata` is added to what is written anyway; `dtype` None keeps each tensor's own."""
     if naming not in NAMINGS:
         raise unknown("LoRA naming", naming, NAMINGS)
-    if path.suffix != ".safetensors":
+    if suffix_of(path) != ".safetensors":
         raise UserError(f"{path}: a LoRA is written as .safetensors; give it that ending")
     if strange := [type(adapter).__name__ for adapter in adapters.values() if type(adapter) not in ALGORITHMS]:
         raise UserError(f"an adapter of the kind {strange[0]} is only read here; keep its own file, or bake it in")

@@ -77,7 +77,7 @@ class GenerateFlags:
     batch: Annotated[int, flag("N")] = 4
     """pictures at once; fewer need less memory"""
     prompts: Annotated[Path | None, flag("FILE")] = None
-    """a text file with one prompt a line, in place of PROMPT"""
+    """a text file with one prompt a line, in place of PROMPT; lines that begin with # are comments"""
     out: Annotated[Path, flag("FILE-OR-FOLDER")] = Path("out")
     """where pictures go; nothing is overwritten, files are numbered"""
     from_: Annotated[Path | None, flag("PNG", "from")] = None

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plainsd.commands.adapters import chosen, learned, without_tags
@@ -17,6 +16,7 @@ from plainsd.commands.output import Batch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_of, noted, recorded, say_unused
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
+from plainsd.listing import read_prompts
 from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
 
 if TYPE_CHECKING:
@@ -199,17 +199,6 @@ def generate():
     from plainsd import generate as module
 
     return module
-
-
-def read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in '{path}' ({error}); give a text file in UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"'{path}' has no prompts; write one a line")
-    return prompts
 
 
 def cut(prompts: list[str], choices: dict, size: int, part: range) -> Iterator[Batch]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.recorded import NOISE
 from plainsd.errors import UserError
+from plainsd.listing import suffix_of
 from plainsd.pictures.settings import Settings
 from plainsd.server.client import Finished, Progress, Remote
 
@@ -93,7 +94,7 @@ def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any])
         if path is not None:
             shared[name] = base64.b64encode(content_of(path)).decode()
     loras = [from_flag(text) for text in command.lora]
-    shared["loras"] = [{"name": path.stem if path.suffix == ".safetensors" else str(path),
+    shared["loras"] = [{"name": path.stem if suffix_of(path) == ".safetensors" else str(path),
                         "strength": 1.0 if strength is None else strength} for path, strength in loras]  # fmt: skip
     texts = " ".join([*prompts, choices.get("negative", "")])
     recorded = [word for word in choices.get("embeddings", ()) if word in texts]
@@ -115,7 +116,7 @@ def embedding_of(flag: str) -> str:
     if colon and word and not Path(flag).exists():
         return word
     path = Path(flag)
-    return path.stem if path.suffix in SUFFIXES else str(path)
+    return path.stem if suffix_of(path) in SUFFIXES else str(path)
 
 
 def content_of(path: Path) -> bytes:

@@ -22,6 +22,7 @@ from plainsd.files.single import FILES, read_single, told, write_single
 from plainsd.files.stored import Contents, Network, parts
 from plainsd.files.tensorfile import TensorFile, open_tensors
 from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
+from plainsd.listing import suffix_of
 from plainsd.models.vae import VAE, VAEConfig
 
 LAYOUTS = ("diffusers", "single-file")
@@ -125,7 +126,7 @@ def vae_of(whole: TensorFile, like: VAEConfig) -> Network:
 
 
 def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dtype | None) -> None:
-    layout = layout or ("single-file" if target.suffix == ".safetensors" else "diffusers")
+    layout = layout or ("single-file" if suffix_of(target) == ".safetensors" else "diffusers")
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     if layout == "diffusers":

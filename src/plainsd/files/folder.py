@@ -25,6 +25,7 @@ from plainsd.files.stored import (
     unpack,
 )
 from plainsd.files.tensorfile import TensorFile, merged, open_tensors, write_safetensors
+from plainsd.listing import hidden, suffix_of
 from plainsd.models.clip import TextEncoder
 
 PREVIEW = "preview.json"  # from latents to rough pixels, see pictures/previews.py
@@ -96,7 +97,7 @@ def read_texts(folder: Path, names: dict) -> dict[str, str]:
         paths += [
             f"{tokenizer}/{path.name}"
             for path in sorted((folder / tokenizer).iterdir())
-            if path.suffix in (".json", ".txt")
+            if suffix_of(path) in (".json", ".txt") and not hidden(path.name)
         ]
     paths += [PREVIEW] if (folder / PREVIEW).is_file() else []
     return {path: read_text_file(folder / path) for path in paths}

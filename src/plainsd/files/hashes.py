@@ -17,6 +17,7 @@ from pathlib import Path
 
 from plainsd.disk import cache_folder, read_json, written_whole
 from plainsd.errors import UserError
+from plainsd.listing import hidden, suffix_of
 
 LARGE = 2**26  # bytes; smaller files are read anew each time
 KEPT = 500  # hashes of large files
@@ -48,13 +49,19 @@ def weights_hash(path: Path | None, part: str) -> str | None:
 
 def weights_of(path: Path) -> list[Path]:
     """The file itself, or those in the folder."""
-    return [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS]
+    return (
+        [path]
+        if path.is_file()
+        else [file for file in sorted(path.iterdir()) if suffix_of(file) in WEIGHTS and not hidden(file.name)]
+    )
 
 
 def file_hash(path: Path, *, tensors_only: bool = False) -> str:
     """SHA-256 in hexadecimal digits; with `tensors_only`, of a safetensors file without its header."""
     stat = path.stat()
-    return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns, tensors_only and path.suffix == ".safetensors")
+    return _file_hash(
+        path.resolve(), stat.st_size, stat.st_mtime_ns, tensors_only and suffix_of(path) == ".safetensors"
+    )
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from plainsd.errors import UserError
 SETTINGS = ("model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*", "*.index*.json")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
-FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?:safetensors|ckpt))")
+FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?i:safetensors|ckpt))")
 
 
 def find(source: str | Path | None, variant_file: str | None = None) -> Path:

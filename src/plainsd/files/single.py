@@ -21,6 +21,7 @@ from plainsd.files.names import Place
 from plainsd.files.renumbered import without_gaps
 from plainsd.files.stored import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
 from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, stored, write_whole
+from plainsd.listing import suffix_of
 from plainsd.models.variants import Variant
 
 FILES, SPELLED = "plainsd.files", "plainsd.spellings"  # in the metadata, as JSON: a folder's settings; our notes
@@ -197,7 +198,7 @@ def has_convolutions(file: TensorFile) -> bool:
 
 def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = None) -> None:
     """`contents.texts` go into the metadata. The file is whole or absent."""
-    if target.suffix != ".safetensors":
+    if suffix_of(target) != ".safetensors":
         raise UserError(f"{target}: a single file is written as .safetensors; give it that ending")
     words = marks(contents.variant)
     left = {name: stored for name, stored in contents.leftovers.items() if name not in MARKS or name in words}

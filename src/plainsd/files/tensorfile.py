@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from plainsd.errors import UserError
+from plainsd.listing import suffix_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -300,7 +301,7 @@ def open_tensors(path: Path) -> TensorFile:
             start = file.read(9)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return open_safetensors(path) if path.suffix == ".safetensors" or start[8:] == b"{" else open_pickle(path)
+    return open_safetensors(path) if suffix_of(path) == ".safetensors" or start[8:] == b"{" else open_pickle(path)
 
 
 def merged(files: Iterable[TensorFile]) -> TensorFile:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from plainsd.diffusion.samplers import SAMPLERS, check_names, sampler_levels
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
+from plainsd.listing import suffix_of
 from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
@@ -85,7 +86,7 @@ def model_name(sd: StableDiffusion) -> str:
         return sd.variant.name
     if sd.path.parent.name == "snapshots":  # hub cache: models--owner--name/snapshots/hash
         return sd.path.parents[1].name.split("--")[-1]
-    return sd.path.stem if sd.path.suffix in (".safetensors", ".ckpt") else sd.path.name
+    return sd.path.stem if suffix_of(sd.path) in (".safetensors", ".ckpt") else sd.path.name
 
 
 def settings_of_each(

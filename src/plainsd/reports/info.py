@@ -19,6 +19,7 @@ from plainsd.files.renumbered import without_gaps
 from plainsd.files.single import FILES, beside, by_name, prefixes, read_networks, told
 from plainsd.files.stored import Network
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
+from plainsd.listing import suffix_of
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
 
 LONGEST = 200  # characters of a note
@@ -43,7 +44,7 @@ def info(
         )
     if told_of := embeddings.told(path):
         word, vectors = told_of
-        notes = note_lines(open_tensors(path).metadata) if path.suffix == ".safetensors" else []
+        notes = note_lines(open_tensors(path).metadata) if suffix_of(path) == ".safetensors" else []
         return "\n".join([f"{path}: {EMBEDDING}", row("the word", printable(word)), row("made of", vectors), *notes])
     file = open_tensors(path)
     if any((pair := split(name)) and pair[1] not in reading.BESIDE for name in file.tensors):

@@ -250,7 +250,7 @@ class Models:
 def ideas(path: Path) -> list[str]:
     """Prompts out of the `concepts.json` that lies beside a model trained by recipes/emoji; none for other models."""
     try:
-        told = json.loads((path / "concepts.json").read_text("utf-8"))
+        told = json.loads((path / "concepts.json").read_text("utf-8-sig"))
         phrases, colours = [concept["phrase"] for concept in told["concepts"]], list(told["backgrounds"])
     except (OSError, ValueError, LookupError, TypeError):
         return []

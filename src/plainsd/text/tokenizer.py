@@ -297,7 +297,7 @@ def _fields(token: AddedToken) -> dict:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tokenizer's file {path}: {error}") from error
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.sources import placed
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import Job, weights_digest
 from plainsd.train.methods.dreambooth import make_prior
@@ -180,6 +182,7 @@ def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:
             if own.prior_prompt is None:
                 raise UserError(f"no folder {str(own.prior)!r}; give --prior-prompt, and the model makes the pictures")
             make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
-        known = job.out / "cache" / "scanned.json"
-        pictures = read_folder(folder, size, caption=own.prior_prompt, known=known, say=job.say)
+        known, sources = job.out / "cache" / "scanned.json", [Path(placed(one)[0]) for one in job.options.data]
+        without = (*sources, *filter(None, [job.options.reading.heldout]), job.out)
+        pictures = read_folder(folder, size, caption=own.prior_prompt, known=known, without=without, say=job.say)
     return job.examples(sd.vae, pictures)

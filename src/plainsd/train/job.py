@@ -14,19 +14,21 @@ from torch import nn
 from plainsd.device import DTYPES
 from plainsd.disk import read_json
 from plainsd.errors import UserError
+from plainsd.listing import read_prompts
 from plainsd.models.vae import VAE
 from plainsd.pictures.images import grid, write_png
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import RANDOM, drawn_seed
 from plainsd.train import config
-from plainsd.train.checkpoints import saving
+from plainsd.train.checkpoints import checkpoints, saving
 from plainsd.train.claim import CONFIG, OPTIONS, claim
 from plainsd.train.data.captions import cut_captions
 from plainsd.train.data.crops import Framing
 from plainsd.train.data.examples import Examples
+from plainsd.train.data.heldout import of_run
 from plainsd.train.data.latents import Latents, cache_latents
 from plainsd.train.data.pictures import Pictures, described, joined
-from plainsd.train.data.sources import Reading, read_source
+from plainsd.train.data.sources import Reading, placed, read_source
 from plainsd.train.objective import Objective
 from plainsd.train.options import FitOptions, TrainOptions
 from plainsd.train.order import Bucketed, Repeated
@@ -128,25 +130,48 @@ class Job:
         """Those to train on, and those to measure with."""
         data = self.options.reading
         framing = Framing(data.buckets, data.crop, data.places, data.flip)
-        size = data.size or size
-        found = [self._read(source, size) for source in self.options.data]
+        size, prior = data.size or size, self.options.prior.prior
+        sources = [Path(placed(source)[0]) for source in self.options.data]
+        found = [self.read(source, size, data.heldout, prior) for source in self.options.data]
         pictures = Pictures(joined(found).items, size, framing, data.shuffle_tags)
         heldout = None
         if data.heldout:
-            heldout = Pictures(self._read(str(data.heldout), size).items, size, Framing(data.buckets))
+            found = self.read(str(data.heldout), size, *sources, prior)
+            heldout = Pictures(found.items, size, Framing(data.buckets))
+            if data.heldout.resolve() in [source.resolve() for source in sources]:
+                self.say(f"--heldout {data.heldout} is trained on too: what is measured with it is no validation")
         elif data.hold_out:
-            pictures, heldout = pictures.split(data.hold_out)
+            pictures, heldout = pictures.split(data.hold_out, self._held(pictures))
             heldout = Pictures(heldout.items, size, Framing(data.buckets))
         self.say(described(pictures))
         return pictures, heldout
 
-    def _read(self, source: str, size: int) -> Pictures:
+    def read(self, source: str, size: int, *others: Path | None) -> Pictures:
+        """One source. The others, and the run's own folder, are no part of it, though they may lie inside."""
         data = self.options.reading
+        without = (*filter(None, others), self.out)
+        place = Path(placed(source)[0]).resolve()
+        for other in without:
+            if other.exists() and place in other.resolve().parents:
+                self.say(f"{other} lies in {source}, and is not taken for a part of it")
         reading = Reading(
-            data.caption, data.picture_column, data.text_column, data.split, data.stream, data.limit, data.bad_share
+            data.caption,
+            data.picture_column,
+            data.text_column,
+            data.split,
+            data.stream,
+            data.limit,
+            data.bad_share,
+            without,
         )
         with self.world.first_goes_ahead():
             return read_source(source, size, self.out / "cache", reading, self.say)
+
+    def _held(self, pictures: Pictures) -> set[int]:
+        """The numbers of the pictures that this run holds out."""
+        begun, share = bool(checkpoints(self.out / "checkpoints")), self.options.reading.hold_out
+        with self.world.first_goes_ahead(), saving("what is held out"):
+            return of_run(pictures.items, share, self.out, begun=begun, writes=self.world.first, say=self.say)
 
     def latents(self, vae: "VAE", pictures: Pictures, *, batch: int = 64) -> Latents:
         with self.world.first_goes_ahead(), saving("the cached latents"):
@@ -279,7 +304,7 @@ class Job:
         file = self.options.telling.prompts
         if file is None:
             return None
-        prompts = [line for line in read_lines(file) if line.strip()]
+        prompts = read_prompts(file)
 
         def sample(path: Path) -> None:
             from plainsd.generate import final, text_to_image
@@ -289,13 +314,6 @@ class Job:
                 write_png(grid(images, min(8, len(images))), path)
 
         return sample
-
-
-def read_lines(file: Path) -> list[str]:
-    try:
-        return file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}; give a text file in UTF-8") from error
 
 
 def longer(old: str | None, now: str) -> bool:

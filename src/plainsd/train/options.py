@@ -37,9 +37,9 @@ class Data:
     """How pictures are read, cut and captioned."""
 
     heldout: Path | None = None
-    """folder of captioned pictures that are only used to measure"""
+    """folder of captioned pictures that are only used to measure; it may lie inside --data"""
     hold_out: float = 0.0
-    """share of the data that is held out instead"""
+    """share of the data that is held out instead; the same pictures for as long as the run goes on"""
     size: int | None = None
     """pixels, width and height of the training pictures; the model's own if not given"""
     buckets: bool = False
@@ -118,7 +118,7 @@ class Telling:
     """What is saved and shown on the way."""
 
     prompts: Path | None = None
-    """file with one prompt a line, for the sample pictures"""
+    """file with one prompt a line, for the sample pictures; lines that begin with # are comments"""
     save_every: int = 500
     keep: int = 2
     """states kept"""

@@ -81,9 +81,11 @@ class Framing:
 
 @lru_cache
 def boxes(size: int) -> list[Size]:
-    """The boxes of about size x size pixels, from half as wide to twice as wide, none larger in area."""
+    """The boxes of about size x size pixels, from half as wide to twice as wide, none larger in area; the square too,
+    where it lies between the steps of the others."""
     step = 64 if size >= 512 else max(MULTIPLE, size // 64 * MULTIPLE)
-    found = set()
+    square = max(MULTIPLE, size // MULTIPLE * MULTIPLE)
+    found = {(square, square)}
     for side in range(max(step, size // 2 // step * step), 2 * size + 1, step):
         other = size * size // side // step * step
         if other:

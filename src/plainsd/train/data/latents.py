@@ -179,7 +179,8 @@ def encoded(vae: VAE, pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fingerprint(vae: VAE, pictures: Pictures) -> str:
-    """Sixteen hexadecimal digits that change with the VAE's weights, the pictures, their size or how they are cut."""
+    """Sixteen hexadecimal digits that change with the VAE's weights, with the pictures and their masks, and with their
+    size and how they are cut."""
     digest = hashlib.sha256(f"{vae.config} {pictures.size}".encode())
     _add_weights(digest, vae)
     for item in pictures.items:
@@ -193,8 +194,10 @@ def fingerprint(vae: VAE, pictures: Pictures) -> str:
 
 
 def view_keys(vae: VAE, pictures: Pictures, wanted: Sequence[Wanted], masked: bool) -> list[str]:
-    """Sixteen hexadecimal digits for each view, that change with the VAE's weights, the picture, or the view."""
-    base = hashlib.sha256(f"{vae.config} {masked}".encode())
+    """Sixteen hexadecimal digits for each view, that change with the VAE's weights, the picture, its mask, or the view.
+
+    Files of older runs have masks under keys that did not know which; no key here is equal to one of those."""
+    base = hashlib.sha256(f"{vae.config} {'masks and all' if masked else False}".encode())
     _add_weights(base, vae)
     marks = [item.mark() for item in pictures.items]
     return [hashlib.sha256(f"{base.hexdigest()} {marks[w.index]} {w.view}".encode()).hexdigest()[:16] for w in wanted]
@@ -211,6 +214,6 @@ def _kept(folder: Path) -> dict[str, tuple[Path, int, int]]:
     for keys in sorted(folder.glob("latents-*.keys")):
         file = keys.with_suffix(".f16")
         if file.is_file():
-            lines = (line.split() for line in keys.read_text("utf-8").splitlines())
+            lines = (line.split() for line in keys.read_text("utf-8").split("\n") if line)
             kept |= {key: (file, int(start), int(size)) for key, start, size in lines}
     return kept

@@ -1,14 +1,12 @@
 """Captioned pictures: from a folder, checked, cut to the sizes that are trained on.
 
-A folder holds `metadata.jsonl` (one line a picture: `file_name`, and `text`: a caption or a list of them; `mask`: a
-file whose dark parts do not count), or pairs `name.png` + `name.txt` (one caption a line; `name.mask.png`). Other
-sources are read by sources.py into the same `Pictures`.
+What a folder holds is told by folders.py. Other sources are read by sources.py into the same `Pictures`.
 """
 
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from plainsd.disk import read_text_file, written_whole
+from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.pictures.images import open_picture, to_tensor
 from plainsd.train.data.crops import Framing, Size, View, cut_out, view_of
-from plainsd.train.order import random
+from plainsd.train.data.folders import found_in
+from plainsd.train.data.heldout import chosen, digests
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SMALLEST = 8  # pixels of a picture's shorter side
 
 
@@ -36,9 +34,13 @@ class Entry(Protocol):
     size: Size | None  # known after a scan
     masked: bool
     name: str
+    place: str | None  # its real path, where it has a file of its own
 
     def mark(self) -> str:
-        """Changes when the picture does."""
+        """Changes when the picture does, or its mask."""
+
+    def content(self) -> bytes:
+        """The picture as it is stored."""
 
     def open(self) -> Image.Image: ...
 
@@ -60,18 +62,29 @@ class Item:
         return self.path.name
 
     @property
+    def place(self) -> str:
+        return str(self.path.resolve())
+
+    @property
     def masked(self) -> bool:
         return self.mask is not None
 
     def mark(self) -> str:
-        stat = self.path.stat()
-        return f"{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        return file_mark(self.path) + (f" mask {file_mark(self.mask)}" if self.mask else "")
+
+    def content(self) -> bytes:
+        return self.path.read_bytes()
 
     def open(self) -> Image.Image:
         return open_picture(self.path)
 
     def open_mask(self) -> Image.Image:
         return open_picture(self.mask, background="black")
+
+
+def file_mark(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -103,12 +116,9 @@ class Pictures:
         text = texts[int(torch.randint(len(texts), (), generator=generator))]
         return text if self.tags is None else shuffled(text, self.tags, generator)
 
-    def split(self, share: float) -> tuple["Pictures", "Pictures"]:
-        """(the others, a random share of the pictures, at least one), always the same ones."""
-        if not 0 < share < 1 or len(self) < 2:
-            raise UserError(f"cannot hold out a share of {share:g} of {len(self)} pictures; give one between 0 and 1")
-        order = torch.randperm(len(self), generator=random(0, 4, len(self))).tolist()
-        held = set(order[: min(len(self) - 1, max(1, round(share * len(self))))])
+    def split(self, share: float, held: Collection[int] | None = None) -> tuple["Pictures", "Pictures"]:
+        """(the others, a share of the pictures, at least one), chosen as heldout.py says, or those of `held`."""
+        held = chosen(digests(self.items), share) if held is None else held
         parts = [tuple(item for i, item in enumerate(self.items) if (i in held) == wanted) for wanted in (False, True)]
         return replace(self, items=parts[0]), replace(self, items=parts[1])
 
@@ -138,47 +148,22 @@ def read_folder(
     repeats: int = 1,
     limit: int | None = None,
     known: Path | None = None,
+    without: Iterable[Path] = (),
     say: Callable[[str], None] = print,
 ) -> Pictures:
     """All captioned pictures of a folder. Broken pictures and empty captions are left out, counted and listed.
 
     More than `bad_share` of them is a UserError: then something is wrong with the folder, not with a file. `caption` is
-    for pictures that have none. `known`: a file that remembers which pictures were found whole.
+    for pictures that have none. `known`: a file that remembers which pictures were found whole. `without`: files and
+    folders in it that are for something else.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {str(folder)!r}; --data wants a folder of captioned pictures")
-    found = list(_from_metadata(folder) if (folder / "metadata.jsonl").is_file() else _from_pairs(folder))
+    found = found_in(folder, without, say)
     if not found:
         raise UserError(f"{folder}: no pictures; put metadata.jsonl there, or pairs such as cat.png and cat.txt")
-    entries = [
-        (replace(item, texts=item.texts or ((caption,) if caption else ()), repeats=repeats), fault)
-        for item, fault in found[:limit]
-    ]
+    spare = (caption,) if caption else ()
+    entries = [(Item(one.path, one.texts or spare, repeats, mask=one.mask), one.fault) for one in found[:limit]]
     return Pictures(scan(entries, str(folder), bad_share, check, known, say), size)
-
-
-def _from_metadata(folder: Path):
-    for number, line in enumerate(read_text_file(folder / "metadata.jsonl").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            texts = row.get("text", ())
-            texts = texts if isinstance(texts, list) else [texts] if texts else []
-            mask = folder / row["mask"] if row.get("mask") else None
-            yield Item(folder / row["file_name"], tuple(t for t in texts if t.strip()), mask=mask), None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            yield Item(folder / f"metadata.jsonl line {number}", ()), 'not {"file_name": ..., "text": ...}'
-
-
-def _from_pairs(folder: Path):
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask")):
-        text, mask = path.with_suffix(".txt"), path.with_suffix(".mask.png")
-        item = Item(path, (), mask=mask if mask.is_file() else None)
-        try:
-            lines = text.read_text("utf-8").splitlines() if text.is_file() else []
-            yield replace(item, texts=tuple(t for t in lines if t.strip())), None
-        except UnicodeDecodeError:
-            yield item, "its caption is not text in UTF-8"
 
 
 # ---- checking
@@ -232,7 +217,7 @@ def _checked(entry: Entry, whole: dict[str, Sequence[int]]) -> tuple[Entry, str 
     except UserError as error:
         return entry, str(error)
     except OSError as error:
-        return entry, error.strerror or str(error)
+        return entry, f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
 
 
 def described(pictures: Pictures) -> str:

@@ -8,7 +8,8 @@
     owner/name[@revision]    a dataset on the hub                                }
 
 A picture column is one of that type, or with one of the names in PICTURE_COLUMNS; a text column has a caption, a list
-of them, or (tar) a table with one; a column `mask` holds pictures whose dark parts do not count. With `stream` a
+of them, or (tar) a table with one; a column `mask` holds pictures whose dark parts do not
+count. With `stream` a
 dataset is not fetched as a whole: its first `limit` rows are read one after the other and kept in the cache folder.
 """
 
@@ -25,13 +26,15 @@ from tqdm import tqdm
 
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
+from plainsd.listing import files_below, lies_in, named, others, suffix_of
 from plainsd.pictures.images import open_picture
 from plainsd.train.data.crops import Size
-from plainsd.train.data.pictures import SUFFIXES, Pictures, read_folder, scan
+from plainsd.train.data.folders import METADATA, is_picture, refused, spoken
+from plainsd.train.data.pictures import Pictures, read_folder, scan
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")
-MASK_COLUMN = "mask"
+MASK_COLUMN = re.compile(r"mask(\.\w+)?", re.IGNORECASE)  # in tar files with the ending: 0.mask.png
 SOURCE = re.compile(r"(.+?)(?::(\d+))?")  # with a number of repeats
 HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -47,6 +50,7 @@ class Reading:
     stream: bool = False
     limit: int | None = None  # only the first so many pictures
     bad_share: float = 0.01
+    without: tuple[Path, ...] = ()  # files and folders inside a source that are for something else
 
 
 class Bytes(BytesIO):
@@ -71,7 +75,11 @@ class Row:
     origin: str
     repeats: int = 1
     size: Size | None = None
-    masked: bool = False
+    mask: str | None = None  # the column with its mask
+
+    @property
+    def masked(self) -> bool:
+        return self.mask is not None
 
     @property
     def name(self) -> str:
@@ -80,11 +88,19 @@ class Row:
     def mark(self) -> str:
         return f"{self.origin} {self.table._fingerprint} {self.number}"
 
+    @property
+    def place(self) -> None:
+        return None
+
+    def content(self) -> bytes:
+        source = self._source(self.table[self.number][self.column])
+        return source.getvalue() if isinstance(source, Bytes) else Path(source).read_bytes()
+
     def open(self) -> Image.Image:
         return self._picture(self.column, "white")
 
     def open_mask(self) -> Image.Image:
-        return self._picture(MASK_COLUMN, "black")
+        return self._picture(self.mask, "black")
 
     def _picture(self, column: str, background: str) -> Image.Image:
         return open_picture(self._source(self.table[self.number][column]), background)
@@ -99,9 +115,9 @@ def read_source(
     source: str, size: int, cache: Path, reading: Reading = Reading(), say: Callable[[str], None] = print
 ) -> Pictures:
     """The pictures of one source, checked. `cache` is a folder for what is fetched, converted and remembered."""
-    place, repeats = SOURCE.fullmatch(source).groups() if not Path(source).exists() else (source, None)
-    repeats, path, known = int(repeats or 1), Path(place), cache / "scanned.json"
-    kind, files = kind_of(path)
+    place, repeats = placed(source)
+    path, known = Path(place), cache / "scanned.json"
+    kind, files = kind_of(path, reading.without)
     if kind is None and not path.exists() and not HUB_NAME.fullmatch(place):
         raise UserError(
             f"there is no folder or file {place!r}; --data wants a folder of captioned pictures, parquet or "
@@ -116,6 +132,7 @@ def read_source(
             repeats=repeats,
             known=known,
             limit=reading.limit,
+            without=reading.without,
             say=say,
         )
     elif reading.stream:
@@ -131,21 +148,31 @@ def read_source(
     return pictures
 
 
-def kind_of(path: Path) -> tuple[str | None, list[str]]:
+def placed(source: str) -> tuple[str, int]:
+    """Where a source lies, and how often an epoch shows it."""
+    place, repeats = SOURCE.fullmatch(source).groups() if not Path(source).exists() else (source, None)
+    return place, int(repeats or 1)
+
+
+def kind_of(path: Path, without: Iterable[Path] = ()) -> tuple[str | None, list[str]]:
     """What a path holds: "folder" (read here), a builder of `datasets` with its files, or None."""
     if path.is_file():
-        kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
+        kind = {".parquet": "parquet", ".tar": "webdataset"}.get(suffix_of(path))
         if kind is None:
             raise UserError(f"{path} is no source of pictures; give a folder, a .parquet or a .tar file")
         return kind, [str(path)]
     if not path.is_dir():
         return None, []
-    if any((path / f"metadata.{ending}").is_file() for ending in ("csv", "parquet")):
-        return "imagefolder", [str(path)]
-    if not (path / "metadata.jsonl").is_file() and not any(p.suffix.lower() in SUFFIXES for p in path.rglob("*")):
-        for kind, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
-            if files := sorted(str(p) for p in path.rglob(pattern)):
-                return kind, files
+    for name in ("metadata.csv", "metadata.parquet"):
+        if table := named(path, name):
+            if table.name != name:
+                raise UserError(f"{table}: the datasets library reads it under the name {name}; call it that")
+            return "imagefolder", [str(path)]
+    files = files_below(path, without, refused)
+    if not named(path, METADATA) and not any(map(is_picture, files)):
+        for kind, wanted in (("parquet", ".parquet"), ("webdataset", ".tar")):
+            if found := [str(file) for file in files if suffix_of(file) == wanted]:
+                return kind, found
     return "folder", []
 
 
@@ -185,24 +212,30 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
             *(
                 name
                 for name, feature in table.features.items()
-                if isinstance(feature, datasets.Image) and name != MASK_COLUMN
+                if isinstance(feature, datasets.Image) and not MASK_COLUMN.fullmatch(name)
             ),
             *PICTURE_COLUMNS,
         ],
     )
     text = (
         None
-        if reading.caption and not reading.text_column and not set(TEXT_COLUMNS) & set(table.features)
+        if reading.caption
+        and not reading.text_column
+        and not set(TEXT_COLUMNS) & {name.lower() for name in table.features}
         else _column(table, place, "text", reading.text_column, TEXT_COLUMNS)
     )
-    for column in {picture, MASK_COLUMN} & set(table.features):
+    for column in {picture, _mask_column(table)} - {None}:
         table = table.cast_column(column, datasets.Image(decode=False))
     return table, picture, text
 
 
 def _column(table, place: str, what: str, wanted: str | None, names: Iterable[str]) -> str:
     there = list(table.features)
-    found = next((name for name in ([wanted] if wanted else names) if name in there), None)
+    usual = {name.lower(): name for name in reversed(there)}  # tar files have columns after their files' endings
+    if wanted:
+        found = wanted if wanted in there else None
+    else:
+        found = next((usual[name.lower()] for name in names if name.lower() in usual), None)
     if found is None:
         raise UserError(
             f"{place}: no {what} column{f' {wanted!r}' if wanted else ''}; it has {', '.join(there)}; "
@@ -211,13 +244,23 @@ def _column(table, place: str, what: str, wanted: str | None, names: Iterable[st
     return found
 
 
+def _mask_column(table) -> str | None:
+    return next((name for name in table.features if MASK_COLUMN.fullmatch(name)), None)
+
+
 def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> list[Row]:
     table, picture, text = _opened(place, kind, files, cache, reading, stream=False)
-    count = min(len(table), reading.limit or len(table))
-    masked = MASK_COLUMN in table.features
-    texts = list(table[text])[:count] if text else [None] * count
-    pictures = table.select_columns([picture, MASK_COLUMN] if masked else [picture])
-    return [Row(pictures, i, picture, _texts(texts[i], reading.caption), place, masked=masked) for i in range(count)]
+    mask, count = _mask_column(table), len(table)
+    texts = list(table[text]) if text else [None] * count
+    pictures = table.select_columns([picture, mask] if mask else [picture])
+    masked = pictures.data.column(mask).is_valid().to_pylist() if mask else [False] * count
+    wanted = range(count)
+    if kind == "imagefolder" and (apart := others(Path(place), reading.without)):
+        wanted = [i for i, cell in enumerate(pictures[picture]) if not lies_in(Path(cell["path"]).resolve(), apart)]
+    return [
+        Row(pictures, i, picture, _texts(texts[i], reading.caption), place, mask=mask if masked[i] else None)
+        for i in wanted[: reading.limit]
+    ]
 
 
 def _texts(value: Any, caption: str | None) -> tuple[str, ...]:
@@ -227,7 +270,7 @@ def _texts(value: Any, caption: str | None) -> tuple[str, ...]:
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="strict")
     values = value if isinstance(value, list) else [value]
-    found = tuple(text for text in values if isinstance(text, str) and text.strip())
+    found = spoken(text.removeprefix("\ufeff") for text in values if isinstance(text, str))
     return found or ((caption,) if caption else ())
 
 
@@ -244,17 +287,18 @@ def streamed(place: str, kind: str | None, files: list[str], cache: Path, readin
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     metadata = folder / "metadata.jsonl"
-    lines = metadata.read_text("utf-8").splitlines(keepends=True) if metadata.is_file() else []
-    lines = [line for line in lines if line.endswith("\n")]
+    whole = metadata.read_bytes() if metadata.is_file() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]  # the last line may be cut short
     with written_whole(metadata) as unfinished:
-        unfinished.write_text("".join(lines), encoding="utf-8")
+        unfinished.write_bytes(whole)
+    done = whole.count(b"\n")
     table, picture, text = _opened(place, kind, files, cache, reading, stream=True)
-    rows = table.skip(len(lines)).take(reading.limit - len(lines))
+    mask, rows = _mask_column(table), table.skip(done).take(reading.limit - done)
     with open(metadata, "a", encoding="utf-8") as file:
-        for number, row in enumerate(tqdm(rows, "fetching pictures", leave=False, disable=None), len(lines)):
+        for number, row in enumerate(tqdm(rows, "fetching pictures", leave=False, disable=None), done):
             line = {"text": list(_texts(row[text] if text else None, None))}
             stem = f"{number:08d}"
-            for key, column, stem in (("file_name", picture, stem), ("mask", MASK_COLUMN, f"{stem}.mask")):
+            for key, column, stem in (("file_name", picture, stem), ("mask", mask, f"{stem}.mask")):
                 if cell := row.get(column):
                     line[key] = stem + (Path(cell.get("path") or "").suffix or ".png")
                     (folder / line[key]).write_bytes(cell.get("bytes") or _fetched(cell["path"]))

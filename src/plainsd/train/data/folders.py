@@ -1,0 +1,141 @@
+"""What a folder of captioned pictures holds: which file is a picture, which is its caption, which is its mask.
+
+    metadata.jsonl         one line a picture: `file_name`, and `text`: a caption or a list of them; perhaps `mask`
+    cat.png + cat.txt      or pairs, one caption a line; cat.mask.png is the mask. Subfolders count
+
+Endings are the same in either case, and any picture's ending will do for a mask. A picture is never passed over in
+silence: what is not used is told.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from plainsd.errors import UserError
+from plainsd.listing import files_below, lies_in, lines_of, named, others, suffix_of
+
+METADATA = "metadata.jsonl"
+PICTURES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
+    *(".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".tga", ".ppm", ".pgm", ".pnm", ".qoi"),
+    *(".heic", ".heif", ".jxl"),  # which Pillow reads where it has learned to, and else says that it cannot
+)
+UNREAD = (".svg", ".xcf", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")  # told only
+
+
+class Found(NamedTuple):
+    """A picture in a folder; `fault`: what is wrong with it already."""
+
+    path: Path
+    texts: tuple[str, ...] = ()
+    mask: Path | None = None
+    fault: str | None = None
+
+
+def found_in(folder: Path, without: Iterable[Path], say: Callable[[str], None]) -> list[Found]:
+    """All pictures of a folder. `without`: files and folders that are for something else."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {str(folder)!r}; --data wants a folder of captioned pictures")
+    without = list(without)
+    files = files_below(folder, without, refused)
+    metadata = named(folder, METADATA)
+    found = list(of_metadata(metadata, others(folder, without)) if metadata else of_pairs(files))
+    used = {os.path.abspath(path) for one in found for path in (one.path, one.mask) if path}
+    bare = {path.with_suffix("") for path in files if is_picture(path) and not is_mask(path)}
+    rest = [path for path in files if os.path.abspath(path) not in used]
+    for why, these in (
+        (f"not in {METADATA}", [path for path in rest if metadata and is_picture(path)]),
+        ("masks without a picture", [p for p in rest if not metadata and is_mask(p) and masked(p) not in bare]),
+        ("of kinds that are not read here; save them as PNG", [p for p in rest if is_unread(p)]),
+    ):
+        if these:
+            say(f"{folder}: {len(these)} not used, {why}: {shortened([path.relative_to(folder) for path in these])}")
+    return found
+
+
+def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[Found]:
+    folder = file.parent
+    try:
+        lines = lines_of(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file} ({error}); give a text file in UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            texts = row.get("text", ())
+            texts = texts if isinstance(texts, list) else [texts] if texts else []
+            mask = folder / row["mask"] if row.get("mask") else None
+            one = Found(folder / row["file_name"], spoken(texts), mask)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            one = Found(folder / f"{file.name} line {number}", fault='not {"file_name": ..., "text": ...}')
+        if not lies_in(one.path.resolve(), without):
+            yield one
+
+
+def of_pairs(files: Sequence[Path]) -> Iterator[Found]:
+    captions: dict[Path, list[Path]] = {}
+    masks: dict[Path, list[Path]] = {}
+    for path in files:
+        if suffix_of(path) == ".txt":
+            captions.setdefault(path.with_suffix(""), []).append(path)
+        elif is_mask(path):
+            masks.setdefault(masked(path), []).append(path)
+    for path in (p for p in files if is_picture(p) and not is_mask(p)):
+        bare = path.with_suffix("")
+        mask, *more = masks.get(bare, [None])
+        if more:
+            yield Found(path, fault=f"it has {1 + len(more)} masks ({shortened([p.name for p in (mask, *more)])})")
+            continue
+        try:
+            texts = spoken(line for file in captions.get(bare, ()) for line in lines_of(file))
+            yield Found(path, texts, mask)
+        except UnicodeDecodeError:
+            yield Found(path, mask=mask, fault="its caption is not text in UTF-8")
+        except OSError as error:
+            yield Found(path, mask=mask, fault=f"its caption cannot be read ({error.strerror})")
+
+
+def is_picture(path: Path) -> bool:
+    return suffix_of(path) in PICTURES
+
+
+def is_mask(path: Path) -> bool:
+    """`cat.mask.png`."""
+    return is_picture(path) and path.stem.lower().endswith(".mask")
+
+
+def masked(path: Path) -> Path:
+    """`cat` for `cat.mask.png`."""
+    return path.with_suffix("").with_suffix("")
+
+
+def is_unread(path: Path) -> bool:
+    """Pictures that hold more, or something else, than pixels to train on: those that Pillow opens beside PICTURES."""
+    return not is_picture(path) and (suffix_of(path) in UNREAD or suffix_of(path) in pillows())
+
+
+@cache
+def pillows() -> frozenset[str]:
+    Image.init()
+    return frozenset(name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def spoken(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(text for text in texts if text.strip())
+
+
+def shortened(names: Sequence[object]) -> str:
+    return f"{', '.join(map(str, names[:5]))}{' ...' if len(names) > 5 else ''}"
+
+
+def refused(error: OSError) -> None:
+    """A subfolder that may not be read: what it holds would be missing in silence."""
+    if not isinstance(error, FileNotFoundError):  # gone meanwhile
+        raise UserError(f"cannot read the folder {error.filename} ({error.strerror}); check its permissions") from None

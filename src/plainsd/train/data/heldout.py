@@ -1,0 +1,104 @@
+"""Which pictures are held out to measure with, and that they stay so: nothing is measured that was trained on.
+
+Pictures are chosen by what they are: the smallest digests of their stored bytes go first. So another picture more or
+less moves hardly another one, and copies of one picture are on one side. What a run holds out it writes down at its
+start: pictures that come later are trained on, and one that is edited or renamed stays held out, since it is known by
+its bytes and by its place.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from plainsd.disk import read_json, written_whole
+from plainsd.errors import UserError
+from plainsd.train.order import random
+
+
+class Kept(Protocol):
+    """A picture, wherever it lies."""
+
+    place: str | None  # its real path, where it has a file of its own
+
+    def mark(self) -> str:
+        """Changes when the picture does."""
+
+    def content(self) -> bytes:
+        """The picture as it is stored."""
+
+
+def count_of(share: float, count: int) -> int:
+    """How many of `count` pictures a share is: at least one, and not all."""
+    if not 0 < share < 1 or count < 2:
+        raise UserError(f"cannot hold out a share of {share:g} of {count} pictures; give one between 0 and 1")
+    return min(count - 1, max(1, round(share * count)))
+
+
+def digests(items: Sequence[Kept], known: Path | None = None) -> list[str]:
+    """Of each picture's stored bytes. `known`: a file that remembers those of pictures that have not changed."""
+    told = read_json(known) if known and known.is_file() else {}
+    before, found = len(told), []
+    for item in items:
+        mark = item.mark()
+        if mark not in told:
+            told[mark] = hashlib.sha256(item.content()).hexdigest()[:24]
+        found.append(told[mark])
+    if known and len(told) > before:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(known) as unfinished:
+            unfinished.write_text(json.dumps(told), encoding="utf-8")
+    return found
+
+
+def chosen(marks: Sequence[str], share: float) -> set[int]:
+    """The numbers of those with the smallest digests. Copies of one picture go together, where that leaves others."""
+    count = count_of(share, len(marks))
+    last = sorted(marks)[count - 1]
+    held = {i for i, mark in enumerate(marks) if mark <= last}
+    return held if len(held) < len(marks) else set(sorted(range(len(marks)), key=lambda i: (marks[i], i))[:count])
+
+
+def chosen_before(count: int, share: float) -> set[int]:
+    """As runs chose that wrote nothing down: by the number of pictures."""
+    order = torch.randperm(count, generator=random(0, 4, count)).tolist()
+    return set(order[: count_of(share, count)])
+
+
+def of_run(
+    items: Sequence[Kept], share: float, run: Path, *, begun: bool, writes: bool = True, say: Callable[[str], None]
+) -> set[int]:
+    """The numbers of those that a run in the folder `run` holds out. `begun`: it has a state to go on from."""
+    record, marks = run / "heldout.json", digests(items, run / "cache" / "digests.json")
+    if begun and record.is_file():
+        held = kept(items, marks, record)
+        if not 0 < len(held) < len(items):
+            what = "all" if held else "none"
+            raise UserError(
+                f"{what} of the pictures are those that {run} holds out; put others there, or give another --out"
+            )
+        return held
+    held = chosen_before(len(items), share) if begun else chosen(marks, share)
+    if begun:
+        say(f"{run} did not write down what it held out; taken is what it chose if no picture came or went since")
+    if writes:
+        keep(items, marks, held, record)
+    return held
+
+
+def kept(items: Sequence[Kept], marks: Sequence[str], record: Path) -> set[int]:
+    """The numbers of those that a run wrote down."""
+    written = read_json(record)["pictures"]
+    contents, places = {mark for mark, _ in written}, {place for _, place in written if place}
+    return {i for i, item in enumerate(items) if marks[i] in contents or item.place in places}
+
+
+def keep(items: Sequence[Kept], marks: Sequence[str], held: set[int], record: Path) -> None:
+    """Writes them down: digest, and place where they are files of their own."""
+    pictures = [[marks[i], items[i].place] for i in sorted(held)]
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(record) as unfinished:
+        unfinished.write_text(json.dumps({"pictures": pictures}, indent=1), encoding="utf-8")
