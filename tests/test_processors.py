@@ -166,7 +166,9 @@ print(json.dumps({
     "settings, packed",
     [
         ({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, [True, False]),
-        ({"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}, [True, False]),
+        pytest.param(
+            {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}, [True, False], marks=pytest.mark.full
+        ),
     ],
     ids=["AVX2", "SSE4.1"],
 )

@@ -45,10 +45,26 @@ def needs_onednn_in(dtype):
 
 
 def assert_as_exact(fast, make):
-    """The fast model's latents are as far from float64's as a plain model's, within a factor of 4."""
+    """The fast model's latents are as far from float64's as sums in float32 make them, within a factor of 2."""
     exact = latents(make().to(dtype=torch.float64))
-    plain = relative(latents(make()).double(), exact)
-    assert plain < 1e-5 and relative(latents(fast).double(), exact) < 4 * plain
+    allowed = 2 * relative(latents(with_errors_of_float32(make().to(dtype=torch.float64))), exact)
+    assert allowed < 1e-4 and relative(latents(fast).double(), exact) < allowed
+
+
+def with_errors_of_float32(sd):
+    """The model with the errors that float32's sums have, in whatever order and on whatever processor: what comes out of
+    each Linear and Conv2d is off by u sqrt(k), k the length of its sums, relative to the mean size of its numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def off(layer, _, out):
+        size = 2**-24 * layer.weight[0].numel() ** 0.5 * out.square().mean().sqrt()
+        return out + size * torch.randn(out.shape, generator=generator, dtype=out.dtype)
+
+    for network in speed.networks(sd):
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.register_forward_hook(off)
+    return sd
 
 
 @pytest.mark.parametrize("variant", [{}, {"variant": TINY_XL}], ids=["sd1", "sdxl"])
