@@ -16,7 +16,7 @@ from test_speed import assert_as_exact, relative
 
 from plainsd.models.layers import Attention, ResBlock, norm_silu
 from plainsd.models.unet import geglu
-from plainsd.speed import kernels, model
+from plainsd.speed import kernels, model, training
 from plainsd.speed.packed import PackedResBlock
 
 pytestmark = [
@@ -274,7 +274,7 @@ def test_inside_trained_faster_a_network_learns_the_same(amx, monkeypatch):
         return torch.cat([p.grad.flatten() for p in unet.parameters()])
 
     plain = gradients()
-    with model.trained_faster(unet):
+    with training.trained_faster(unet):
         blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         assert blocks and all(block.activate is kernels.trained_norm_silu for block in blocks)
         assert any(getattr(module, "activate", None) is kernels.trained_geglu for module in unet.modules())

@@ -1,8 +1,8 @@
 """What is chosen on each kind of processor, and that it draws the same there.
 
 A kind is what `kernels` asks about the processor, which can be answered otherwise than the processor at hand would.
-PyTorch's own settings (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA), which it reads when it starts, are for another process;
-`make test-isa` runs this file and those of the kernels under them as a whole.
+PyTorch's own settings (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA), which it reads when it starts, are for another
+process; `make test-isa` runs this file and those of the kernels under them as a whole.
 """
 
 import json
@@ -74,8 +74,8 @@ def test_which_attention(on, monkeypatch, processor, float32, bfloat16):
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.filterwarnings("ignore:slower than it could be")
 def test_what_is_chosen_there_draws_the_same_here(on, monkeypatch, processor, float32, bfloat16, dtype):
-    """With the attention of that kind at each shape, and its kernels or none. In bfloat16 the distance from float32 is that
-    of the plain model, within a fifth; within a half with blocked attention, which rounds the scores too."""
+    """With the attention of that kind at each shape, and its kernels or none. In bfloat16 the distance from float32 is
+    that of the plain model, within a fifth; within a half with blocked attention, which rounds the scores too."""
     if not all(map(kernels.suit, processor.suits)) or processor.compiler and processor.suits and not kernels_here():
         pytest.skip("this processor does not have what that one has")
     on(processor)

@@ -52,15 +52,15 @@ def assert_as_exact(fast, make):
 
 
 def with_errors_of_float32(sd):
-    """The model with the errors that float32's sums have, in whatever order and on whatever processor: what comes out of
-    each Linear and Conv2d is off by u sqrt(k), k the length of its sums, relative to the mean size of its numbers."""
+    """The model with the errors that float32's sums have, in whatever order and on whatever processor: what comes out
+    of each Linear and Conv2d is off by u sqrt(k), k the length of its sums, relative to the mean size of its numbers."""
     generator = torch.Generator().manual_seed(0)
 
     def off(layer, _, out):
         size = 2**-24 * layer.weight[0].numel() ** 0.5 * out.square().mean().sqrt()
         return out + size * torch.randn(out.shape, generator=generator, dtype=out.dtype)
 
-    for network in speed.networks(sd):
+    for network in model.networks(sd):
         for module in network.modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 module.register_forward_hook(off)
