@@ -53,7 +53,7 @@ def assert_as_exact(fast, make):
 
 def with_errors_of_float32(sd):
     """The model with the errors that float32's sums have, in whatever order and on whatever processor: what comes out
-    of each Linear and Conv2d is off by u sqrt(k), k the length of its sums, relative to the mean size of its numbers."""
+    of each Linear and Conv2d is off by u sqrt(k), k the length of its sums, relative to the size of its numbers."""
     generator = torch.Generator().manual_seed(0)
 
     def off(layer, _, out):
