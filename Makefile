@@ -4,6 +4,7 @@
 # make serve SERVE="--port 8000 --model some/folder"
 # make test                 what each change must pass; minutes
 # make test-full            all tests that this machine can run; longer
+# make test-isa             the tests of what is fast, as on other processors: AVX2, an old one, no C++ compiler
 # No environment needs to be activated: everything runs in .venv, which is made here.
 
 PROMPT ?= a red apple on a yellow background
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo serve test test-full
+.PHONY: demo serve test test-full test-isa
 
 demo: .venv/installed
 	@.venv/bin/plainsd generate "$$PROMPT"
@@ -25,6 +26,14 @@ test: .venv/installed-test
 
 test-full: .venv/installed-test
 	.venv/bin/python -m pytest
+
+ISA := .venv/bin/python -m pytest -m "not full and not gpu" -k "not step_waits" \
+	tests/test_kernels.py tests/test_processors.py tests/test_speed.py
+test-isa: .venv/installed-test
+	$(ISA)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(ISA)
+	ATEN_CPU_CAPABILITY=default $(ISA)
+	CXX=no-compiler $(ISA)
 
 .venv/installed: pyproject.toml constraints.txt | .venv
 	@echo "installing plainsd and what it needs into .venv"

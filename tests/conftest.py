@@ -15,6 +15,7 @@ from plainsd.models.unet import UNet, UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
 from plainsd.models.variants import ScheduleConfig, Variant
 from plainsd.pictures.model import StableDiffusion
+from plainsd.speed import kernels
 from plainsd.text.tokenizer import WORD_END, Tokenizer, byte_symbols
 
 BYTES = byte_symbols()
@@ -129,6 +130,19 @@ def small_families(monkeypatch):
     from small_models import FAMILIES  # which needs this file
 
     monkeypatch.setattr("plainsd.files.detect.VARIANTS", FAMILIES)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The folder where kernels are kept: an empty one, as if nobody had asked for them yet."""
+
+    kept = kernels.library, kernels.have_kernels
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in kept:
+        cached.cache_clear()
+    yield tmp_path / "plainsd"
+    for cached in kept:
+        cached.cache_clear()
 
 
 @pytest.fixture

@@ -1,19 +1,28 @@
-"""The kernels in kernels.cpp give what PyTorch gives, no further from float64 than PyTorch's own."""
+"""The kernels in kernels.cpp give what their formulas give, as near to float64 as their precision allows.
+
+How near is worked out from the arithmetic (`rounding`, `attention_in_order`, `gradients_of_attention`), for PyTorch's
+own error is another one on each kind of processor. What is chosen where: test_processors.py.
+"""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_sd
-from test_speed import assert_as_exact, latents, relative
+from test_speed import assert_as_exact, relative
 
 from plainsd.models.layers import Attention, ResBlock, norm_silu
 from plainsd.models.unet import geglu
-from plainsd.speed import kernels, model
+from plainsd.speed import kernels, model, training
 from plainsd.speed.packed import PackedResBlock
 
-pytestmark = pytest.mark.skipif(not kernels.suit(torch.float32), reason="kernels.cpp is for AVX-512")
+pytestmark = [
+    pytest.mark.skipif(not kernels.suit(torch.float32), reason="kernels.cpp is for AVX-512"),
+    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"),
+]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -23,14 +32,10 @@ def suits(request):
         pytest.skip("not in this precision on this processor")
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (kernels.library, kernels.have_kernels):
-        cached.cache_clear()
-    yield tmp_path / "plainsd"
-    for cached in (kernels.library, kernels.have_kernels):
-        cached.cache_clear()
+def rounding(dtype):
+    """The error of many numbers that are rounded to the nearest of their precision, relative to them: in the mean at
+    most u / sqrt(3), where u is half the distance from 1 to the next number; and a third more for chance."""
+    return 0.75 * torch.finfo(dtype).eps / 2
 
 
 def strided(x):
@@ -53,17 +58,33 @@ def strided(x):
     ],
 )
 def test_attention(dtype, batch, heads, n, m, d):
-    """Lengths and widths that fill their blocks and that do not; scores up to +-100, so that blocks are scaled anew. As far
-    from float64 as PyTorch's, within a factor of 2.5 (512 wide, float32: 1.9; else 1)."""
+    """Lengths and widths that fill their blocks and that do not; scores up to +-100, so that blocks are scaled anew. As
+    far from float64 as its formula in float32, each sum in order, within a quarter."""
     if dtype == torch.bfloat16 and d % 2:
         pytest.skip("PyTorch's, by `attention`")
     generator = torch.Generator().manual_seed(0)
     q, k, v = (5 * torch.randn((batch, heads, length, d), generator=generator).to(dtype) for length in (n, m, m))
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    allowed = 2.5 * relative(F.scaled_dot_product_attention(q, k, v).double(), expected) + 1e-7
+    allowed = 1.25 * relative(attention_in_order(q, k, v).double(), expected) + 1e-7
     for form in (torch.Tensor.clone, strided, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
         found = kernels._attention(*(form(t) for t in (q, k, v)))
         assert found.shape == q.shape and relative(found.double(), expected) < allowed
+
+
+def attention_in_order(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, each sum in float32 from its first term to its last, weights and output rounded to
+    the precision of q. Made of additions and products of single numbers, which are the same on every processor."""
+    d, m, dtype = q.shape[3], k.shape[2], q.dtype
+    q, k, v = q.float(), k.float(), v.float()
+    scores, out, total = q.new_zeros(*q.shape[:3], m), torch.zeros_like(q), q.new_zeros(*q.shape[:3], 1)
+    for c in range(d):
+        scores += q[..., c, None] * k[..., None, :, c]
+    scores *= d**-0.5
+    weights = (scores - scores.amax(-1, keepdim=True)).double().exp().float()
+    for j in range(m):
+        out += weights[..., j, None].to(dtype).float() * v[..., j, None, :]
+        total += weights[..., j, None]
+    return (out / total).to(dtype)
 
 
 def test_attention_passes_on_what_is_not_a_number():
@@ -75,7 +96,7 @@ def test_attention_passes_on_what_is_not_a_number():
 
 @pytest.mark.parametrize("case", ["causal", "gradient", "odd"])
 def test_where_attention_is_pytorchs(case, monkeypatch):
-    monkeypatch.setattr(kernels, "ENOUGH", {torch.float32: 0, torch.bfloat16: 0})
+    monkeypatch.setattr(kernels, "pays", lambda *shape: True)
     monkeypatch.setattr(kernels, "_attention", None)
     q, k, v = torch.randn(3, 1, 2, 60, 15).to(torch.bfloat16 if case == "odd" else torch.float32).unbind(0)
     q.requires_grad_(case == "gradient")
@@ -102,8 +123,7 @@ def test_linear(dtype, m, k, n, after):
     packed = kernels.pack(layer.weight)
     for bias in (layer.bias, None):
         expected = outcome(F.linear(x.double(), exact.weight, None if bias is None else exact.bias), other.double())
-        allowed = 1.2 * relative(outcome(F.linear(x, layer.weight, bias), other).double(), expected)
-        allowed += 3e-7 + k**0.5 * 2**-25  # GELU, and a sum in order
+        allowed = rounding(dtype) + 3e-7 + k**0.5 * 2**-25  # of the output; GELU, to 3 in 10^7; a sum of k in order
         assert relative(kernels.linear(x, packed, n, bias, after, other).double(), expected) < allowed
 
 
@@ -133,7 +153,7 @@ def test_norm_silu(dtype, shape, groups, shifted, form):
     shift = torch.randn(shape[:2]).to(dtype) if shifted else None
     plus = shift[:, :, None, None].double() if shifted else 0.0
     expected = F.silu(exact(x.double() + plus))
-    allowed = 1e-6 if dtype == torch.float32 else 3e-3  # bfloat16: PyTorch's is 2.6e-3
+    allowed = rounding(dtype) + 10 * 2**-24  # of the output, and of means of ten deviations
     kept = x.clone()
     assert relative(kernels.norm_silu(norm, x, shift).double(), expected) < allowed
     assert torch.equal(x, kept)
@@ -152,13 +172,11 @@ def test_gradients_of_norm_silu(dtype, shape, groups, silu):
     exact, wide = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
     expected = F.silu(exact(wide)) if silu else exact(wide)
     found = kernels.trained_norm(norm, x, silu)
-    assert relative(found.double(), expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+    assert relative(found.double(), expected) < rounding(dtype) + 10 * 2**-24
     expected.backward(dy.double()), found.backward(dy)
     expected = (wide.grad, exact.weight.grad, exact.bias.grad)
     for found, right in zip((x.grad, norm.weight.grad, norm.bias.grad), expected, strict=True):
-        assert relative(found.double(), right) < (
-            2e-6 if dtype == torch.float32 or found.dtype == torch.float32 else 3e-3
-        )
+        assert relative(found.double(), right) < rounding(found.dtype) + 30 * 2**-24  # and sums over maps, in float32
 
 
 @DTYPES
@@ -170,7 +188,7 @@ def test_geglu_and_its_gradients(dtype, shape):
     expected, found = geglu(wide), kernels.trained_geglu(x)
     expected.backward(dy.double()), found.backward(dy)
     for one, right in ((found, expected), (x.grad, wide.grad)):
-        assert relative(one.double(), right) < (5e-7 if dtype == torch.float32 else 3e-3)
+        assert relative(one.double(), right) < rounding(dtype) + 3e-7
 
 
 @pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")
@@ -187,7 +205,8 @@ def test_geglu_and_its_gradients(dtype, shape):
 )
 @pytest.mark.parametrize("scale", [1, 6])
 def test_gradients_of_attention(batch, heads, n, m, d, scale, monkeypatch):
-    """No further from float64 than PyTorch's; `scale`: up to scores of +-200, at which most weights are nothing."""
+    """As far from float64 as their formula, rounded where ours is, within a fifth; `scale`: up to scores of +-200, at
+    which most weights are nothing."""
     monkeypatch.setattr(kernels, "LONG", 0)
     generator = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn((batch, heads, length, d), generator=generator).bfloat16() for length in (n, m, m, n))
@@ -199,12 +218,32 @@ def test_gradients_of_attention(batch, heads, n, m, d, scale, monkeypatch):
         out.backward(form(dout.to(dtype)))
         return [out.detach().double(), *(leaf.grad.double() for leaf in leaves)]
 
-    exact, theirs = (outcome(F.scaled_dot_product_attention, dtype) for dtype in (torch.float64, torch.bfloat16))
+    exact = outcome(F.scaled_dot_product_attention, torch.float64)
+    rounded = gradients_of_attention(*(x.double() for x in (q, k, v, dout)), lambda x: x.bfloat16().double())
     for form in (torch.Tensor.clone, strided, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
         for ours, right, other in zip(
-            outcome(kernels.trained_attention, torch.bfloat16, form), exact, theirs, strict=True
+            outcome(kernels.trained_attention, torch.bfloat16, form), exact, rounded, strict=True
         ):
             assert relative(ours, right) < 1.2 * relative(other, right) + 1e-4
+
+
+def gradients_of_attention(q, k, v, dout, stored):
+    """Attention, and its gradients of q, k and v: Dao 2023 (arXiv:2307.08691), algorithm 2. `stored` rounds what the
+    kernel stores in bfloat16: weights, their slopes, and what is handed back."""
+    weights, scale = torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, -1), q.shape[3] ** -0.5
+    out = stored(stored(weights) @ v)
+    slopes = stored(weights * (dout @ v.transpose(2, 3) - (dout * out).sum(-1, keepdim=True)))
+    gradients = slopes @ k * scale, slopes.transpose(2, 3) @ q * scale, stored(weights).transpose(2, 3) @ dout
+    return [out, *map(stored, gradients)]
+
+
+def test_the_gradients_to_compare_with_are_those_of_attention():
+    leaves = [torch.randn(1, 2, n, 6, dtype=torch.float64).requires_grad_() for n in (5, 7, 7)]
+    dout = torch.randn(1, 2, 5, 6, dtype=torch.float64)
+    out, *gradients = gradients_of_attention(*leaves, dout, lambda x: x)
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, dout)
+    assert all(relative(a, b) < 1e-12 for a, b in zip(gradients, expected, strict=True))
+    assert relative(out, F.scaled_dot_product_attention(*leaves)) < 1e-12
 
 
 def test_where_attention_in_training_is_pytorchs(monkeypatch):
@@ -222,7 +261,10 @@ def test_where_attention_in_training_is_pytorchs(monkeypatch):
         )
 
 
-def test_inside_trained_faster_a_network_learns_the_same():
+@pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")
+@pytest.mark.parametrize("amx", [False, True])
+def test_inside_trained_faster_a_network_learns_the_same(amx, monkeypatch):
+    monkeypatch.setattr(kernels, "amx", lambda: amx)
     torch.manual_seed(0)
     unet, x, context = tiny_sd().unet, torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
 
@@ -232,12 +274,12 @@ def test_inside_trained_faster_a_network_learns_the_same():
         return torch.cat([p.grad.flatten() for p in unet.parameters()])
 
     plain = gradients()
-    with model.trained_faster(unet):
+    with training.trained_faster(unet):
         blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         assert blocks and all(block.activate is kernels.trained_norm_silu for block in blocks)
         assert any(getattr(module, "activate", None) is kernels.trained_geglu for module in unet.modules())
         attentions = [module for module in unet.modules() if isinstance(module, Attention)]
-        form = F.scaled_dot_product_attention if torch.cpu._is_amx_tile_supported() else kernels.trained_attention
+        form = F.scaled_dot_product_attention if amx else kernels.trained_attention
         assert attentions and all(attention.attend is form for attention in attentions)
         assert "forward" in vars(unet.norm_out)
         assert 0 < relative(gradients(), plain) < 1e-5
@@ -273,7 +315,7 @@ def test_a_model_with_all_of_them_draws_the_same(monkeypatch):
     fast, calls = model.faster(tiny_sd()), []
     assert {attention.attend for attention in model.attentions(fast)} == {kernels.attention}
     assert any(isinstance(module, PackedResBlock) for module in fast.vae.modules())
-    monkeypatch.setattr(kernels, "ENOUGH", {torch.float32: 0})
+    monkeypatch.setattr(kernels, "pays", lambda *shape: True)
     for name in ("_attention", "linear", "norm_silu"):
 
         def told(*args, run=getattr(kernels, name), name=name, **named):
@@ -291,22 +333,6 @@ def test_they_are_compiled_once(own_cache, monkeypatch):
     monkeypatch.setattr(kernels, "_compile", None)
     kernels.library()
     assert [path.suffix for path in own_cache.iterdir()] == [".so"]
-
-
-@pytest.mark.parametrize(
-    "compiler, told", [("no-such-compiler", "no C.. compiler .no-such-compiler."), ("false", "false: exit 1")]
-)
-@DTYPES
-def test_without_a_compiler_the_plain_forms_are_used_and_that_is_said(own_cache, monkeypatch, dtype, compiler, told):
-    monkeypatch.setenv("CXX", compiler)
-    sd = tiny_sd().to(dtype=dtype)
-    with pytest.warns(UserWarning, match=f"slower than it could be.*{told}") as said:
-        model.faster(sd)
-    assert len(said) == 1
-    form = model.blocked_attention if dtype == torch.bfloat16 else F.scaled_dot_product_attention
-    assert {attention.attend for attention in model.attentions(sd)} == {form}
-    assert latents(sd).isfinite().all()
-    assert not own_cache.exists() or not list(own_cache.iterdir())
 
 
 @pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")

@@ -1,6 +1,8 @@
 """What is faster gives the same pictures but for rounding."""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -37,11 +39,32 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def needs_onednn_in(dtype):
+    if not model.can_pack(dtype):
+        pytest.skip(f"oneDNN has no {dtype} on this processor")
+
+
 def assert_as_exact(fast, make):
-    """The fast model's latents are as far from float64's as a plain model's, within a factor of 4."""
+    """The fast model's latents are as far from float64's as sums in float32 make them, within a factor of 2."""
     exact = latents(make().to(dtype=torch.float64))
-    plain = relative(latents(make()).double(), exact)
-    assert plain < 1e-5 and relative(latents(fast).double(), exact) < 4 * plain
+    allowed = 2 * relative(latents(with_errors_of_float32(make().to(dtype=torch.float64))), exact)
+    assert allowed < 1e-4 and relative(latents(fast).double(), exact) < allowed
+
+
+def with_errors_of_float32(sd):
+    """The model with the errors that float32's sums have, in whatever order and on whatever processor: what comes out
+    of each Linear and Conv2d is off by u sqrt(k), k the length of its sums, relative to the size of its numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def off(layer, _, out):
+        size = 2**-24 * layer.weight[0].numel() ** 0.5 * out.square().mean().sqrt()
+        return out + size * torch.randn(out.shape, generator=generator, dtype=out.dtype)
+
+    for network in model.networks(sd):
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.register_forward_hook(off)
+    return sd
 
 
 @pytest.mark.parametrize("variant", [{}, {"variant": TINY_XL}], ids=["sd1", "sdxl"])
@@ -118,6 +141,7 @@ def test_keys_and_values_of_a_text_are_made_once(monkeypatch):
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_a_packed_convolution_at_one_size_after_another(dtype, allowed):
     """37 columns, two pictures, back again: the weight is laid out anew, and is still the weight."""
+    needs_onednn_in(dtype)
     torch.manual_seed(0)
     for stride, padding, kernel in ((1, 1, 3), (2, 0, 3), (1, 0, 1)):
         conv = torch.nn.Conv2d(24, 40, kernel, stride=stride, padding=padding).to(dtype).requires_grad_(False)
@@ -130,6 +154,7 @@ def test_a_packed_convolution_at_one_size_after_another(dtype, allowed):
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_a_doubled_map_is_convolved_before_it_is_doubled(dtype, allowed):
     """Also to odd sizes, in batches, and at its edges, where the convolution reads zeros."""
+    needs_onednn_in(dtype)
     torch.manual_seed(0)
     plain = Upsample(24).to(dtype).requires_grad_(False)
     packed, exact = PackedUpsample(plain), copy.deepcopy(plain).double()
@@ -164,6 +189,7 @@ def test_packing_what_cannot_be_packed():
 
 
 @pytest.mark.full
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_draws_the_same():
     said = []
     assert_as_exact(model.faster(tiny_sd(), compiled=True, tell=said.append), tiny_sd)

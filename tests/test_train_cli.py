@@ -157,12 +157,12 @@ def test_lycoris(train, base, tmp_path, kind):
     assert train("lora", "--steps", "2", *more)[0] == 0
     assert train("lora", "--steps", "3", *more)[0] == 0
     assert train("lora", "--steps", "3", *more, out=tmp_path / "straight")[0] == 0
-    longer, straight = (load_file(tmp_path / run / "lora.safetensors") for run in ("run", "straight"))
+    longer, straight = (load_file(tmp_path / run / f"{run}.safetensors") for run in ("run", "straight"))
     assert longer.keys() == straight.keys() and all(torch.equal(longer[name], straight[name]) for name in longer)
     assert any(("hada_w1_a" if kind == ["loha"] else "lokr_w1") in name for name in longer)
-    assert not (tmp_path / "run" / "lora-peft.safetensors").exists()
+    assert not (tmp_path / "run" / "run-peft.safetensors").exists()
     sd = plainsd.load(base, device="cpu")
-    add_lora(sd, tmp_path / "run" / "lora.safetensors")
+    add_lora(sd, tmp_path / "run" / "run.safetensors")
     assert not np.array_equal(drawn(sd), drawn(plainsd.load(base, device="cpu")))
     code, said = train("lora", "--steps", "3", *more, "--alpha", "1")
     assert code == 2 and "another --alpha" in said[0]

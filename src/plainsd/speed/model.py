@@ -5,7 +5,7 @@
                        values in one call, and those of a text that stays the same only once; a doubled map and
                        the 3x3 convolution after it as four 2x2 convolutions before it                (CPU)
                        GroupNorm and SiLU in one; small linear layers without oneDNN's start          (CPU with AVX-512)
-    attend_faster      attention in pieces that stay in the cache                                     (CPU without AMX)
+    attend_faster      attention in pieces that stay in the cache                     (CPU; bfloat16 where it has no AMX)
     trained_faster     GroupNorm and SiLU, and GEGLU, in one while training, and long attention       (CPU with AVX512_BF16)
     compile_unet       fused kernels by torch.compile; minutes the first time                        (CPU, GPU)
 
@@ -30,7 +30,6 @@ from plainsd.speed.packed import PackedCrossAttention, PackedSelfAttention, pack
 
 PIECE = 512  # queries whose attention maps are in memory at once
 LONG = 1024  # queries from which on that pays
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def faster(
@@ -44,7 +43,7 @@ def faster(
         network.to(memory_format=torch.channels_last)
     if sd.device.type == "cpu":
         attend_faster(sd)
-        if sd.dtype in DTYPES and torch.backends.mkldnn.is_available():
+        if can_pack(sd.dtype):
             pack(sd, unet=not compiled)
     if compiled:
         compile_unet(sd, tell)
@@ -58,16 +57,24 @@ def networks(sd: StableDiffusion) -> list[nn.Module]:
 # ---- packed weights
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and multiplies in this precision on this processor; in bfloat16 it asks for AVX-512 or
+    AVX-NE-CONVERT."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def pack(sd: StableDiffusion, *, unet: bool = True) -> None:
     """Puts packed layers in place of every plain Linear, Conv2d and FeedForward, and of the UNet's attention. What carries
     a LoRA stays.
 
     `unet`: the UNet too; torch.compile packs for itself.
     """
-    if sd.device.type != "cpu" or sd.dtype not in DTYPES or not torch.backends.mkldnn.is_available():
+    if sd.device.type != "cpu" or not can_pack(sd.dtype):
         raise UserError(
-            f"weights can be packed on a CPU, in float32 or bfloat16, by a PyTorch with oneDNN; "
-            f"this model is {sd.dtype} on {sd.device}"
+            f"cannot pack weights in {sd.dtype} on {sd.device}; "
+            f"choose float32 on a CPU, or bfloat16 where the processor has AVX-512, with a PyTorch that has oneDNN"
         )
     with torch.no_grad():
         for network in networks(sd):
@@ -83,14 +90,27 @@ def attentions(sd: StableDiffusion) -> Iterator[nn.Module]:
     return (module for network in networks(sd) for module in network.modules() if isinstance(module, kinds))
 
 
+def attention_for(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The fastest form of attention that this processor has in this precision. Ours leave to PyTorch's the shapes at which
+    that is faster: see `kernels.pays`.
+
+                              with kernels.cpp    without
+        float32               our kernel          PyTorch's
+        bfloat16, no AMX      our kernel          blocked_attention
+        bfloat16 by AMX       PyTorch's           PyTorch's
+    """
+    if dtype == torch.bfloat16 and kernels.amx():
+        return nn.functional.scaled_dot_product_attention
+    if have_kernels(dtype):
+        return kernels.attention
+    return blocked_attention if dtype == torch.bfloat16 else nn.functional.scaled_dot_product_attention
+
+
 def attend_faster(sd: StableDiffusion) -> None:
-    """Puts the fastest form of attention that this processor and this precision have in place of PyTorch's, if it is faster."""
-    if torch.cpu._is_amx_tile_supported():
-        return
-    form = kernels.attention if have_kernels(sd.dtype) else blocked_attention if sd.dtype == torch.bfloat16 else None
-    if form is not None:
-        for attention in attentions(sd):
-            attention.attend = form
+    """Puts the fastest form of attention that this processor and this precision have in place of PyTorch's."""
+    form = attention_for(sd.dtype)
+    for attention in attentions(sd):
+        attention.attend = form
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:

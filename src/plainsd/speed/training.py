@@ -53,7 +53,7 @@ def trained_faster(network: nn.Module) -> Iterator[None]:
             changed.append((module, "activate", kernels.trained_norm_silu))
         elif isinstance(module, FeedForward):
             changed.append((module, "activate", kernels.trained_geglu))
-        elif isinstance(module, Attention) and not torch.cpu._is_amx_tile_supported():
+        elif isinstance(module, Attention) and not kernels.amx():
             changed.append((module, "attend", kernels.trained_attention))
         elif isinstance(module, nn.GroupNorm):
             changed.append((module, "forward", functools.partial(kernels.trained_norm, module)))
