@@ -4,6 +4,8 @@
 # make serve SERVE="--port 8000 --model some/folder"
 # make test                 what each change must pass; minutes
 # make test-full            all tests that this machine can run; longer
+# make mutants              do the tests notice faults? runs those of tests/faults.py; longer still
+# make mutants MUTANTS="--only samplers --jobs 4"
 # No environment needs to be activated: everything runs in .venv, which is made here.
 
 PROMPT ?= a red apple on a yellow background
@@ -12,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo serve test test-full
+.PHONY: demo serve test test-full mutants
 
 demo: .venv/installed
 	@.venv/bin/plainsd generate "$$PROMPT"
@@ -25,6 +27,9 @@ test: .venv/installed-test
 
 test-full: .venv/installed-test
 	.venv/bin/python -m pytest
+
+mutants: .venv/installed-test
+	.venv/bin/python tests/mutants.py $(MUTANTS)
 
 .venv/installed: pyproject.toml constraints.txt | .venv
 	@echo "installing plainsd and what it needs into .venv"

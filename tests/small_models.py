@@ -8,7 +8,6 @@ import torch
 from conftest import VOCABULARY, tiny_sd
 from safetensors.torch import load_file, save_file
 
-import plainsd.files.detect
 from plainsd.models.clip import TextConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
@@ -92,12 +91,6 @@ FAMILIES = {  # one of each kind, in sizes for a test
 }
 EACH = pytest.mark.parametrize("name", FAMILIES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-
-
-@pytest.fixture
-def small_families(monkeypatch):
-    """The table of known models, in sizes for a test: for files without notes of ours."""
-    monkeypatch.setattr(plainsd.files.detect, "VARIANTS", FAMILIES)
 
 
 def model(name: str):
