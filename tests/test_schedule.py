@@ -129,9 +129,9 @@ def test_levels_that_end_at_the_first_of_the_table_count_it_among_them(name):
     goes nowhere."""
     low, high = SD.sigma_min, SD.sigma_max
     for steps in (1, 2, 10, 50):
-        found = sampler_sigmas(SD, name, steps, "exponential")
+        found = sampler_levels(SD, name, steps, "exponential").sigmas
         np.testing.assert_allclose(found, np.exp(np.linspace(np.log(high), np.log(low), steps + 1)), rtol=1e-12)
-        found = sampler_sigmas(SD, name, steps, "karras")
+        found = sampler_levels(SD, name, steps, "karras").sigmas
         np.testing.assert_allclose(found, np.linspace(high ** (1 / 7), low ** (1 / 7), steps + 1) ** 7, rtol=1e-12)
 
 
