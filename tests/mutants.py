@@ -16,7 +16,10 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "plainsd"
 ENOUGH = 0.95
 SECONDS = 300  # for the tests of one fault
-LOADED = (  # once, before the processes part
-    "torch", "pytest", "numpy", "PIL.Image", "PIL.PngImagePlugin", "safetensors.torch", "requests", "fastapi", "uvicorn",
-    "hypothesis", "schemathesis.pytest.plugin", "peft", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "transformers.models.clip.modeling_clip",
-    "diffusers.schedulers.scheduling_dpmsolver_multistep", "torch.distributed.checkpoint", "torch.distributed.fsdp",
-    "tqdm", "tokenizers", "huggingface_hub",
+IMPORTED = (  # once, before processes part: most of the time of a test goes there
+    "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "numpy", "PIL.Image", "PIL.PngImagePlugin",
+    "safetensors.torch", "tokenizers", "huggingface_hub", "tqdm", "requests", "fastapi", "uvicorn", "pytest",
+    "hypothesis", "schemathesis.pytest.plugin", "peft", "transformers.models.clip.modeling_clip",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "diffusers.pipelines.stable_diffusion_xl",
+    "diffusers.schedulers.scheduling_dpmsolver_multistep",
 )  # fmt: skip
 
 
@@ -59,77 +62,91 @@ class Outcome(NamedTuple):
     output: str
     seconds: float
 
+    @property
+    def none_ran(self) -> bool:
+        """No test of that name, or a package that cannot even be imported."""
+        return self.code not in (0, 1, None)
+
+    def told(self, fault: Fault) -> str:
+        if self.code == 0:
+            return f"SURVIVED {self.seconds:5.1f} s  {fault}  not seen by {' '.join(fault.tests)}"
+        by = "time" if self.code is None else self.failed.removeprefix("tests/")
+        return f"killed {self.seconds:5.1f} s  {fault}  by {by}"
+
 
 def table() -> list[Fault]:
     return [Fault(file, old, new, tuple(tests.split())) for file, rows in FAULTS.items() for old, new, tests in rows]
 
 
-def run(source: Path, tests: list[str], stop: bool = True, seconds: float | None = SECONDS) -> Outcome:
-    """The tests in a process of their own that imports the package from `source`."""
-    began, log = time.monotonic(), source / "log"
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def asked(folder: Path, fault: Fault | None, tests: Sequence[str]) -> Outcome:
+    """What the tests say of a copy of the package, with the fault if one is given."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        copy = Path(place) / "plainsd"
+        shutil.copytree(PACKAGE, copy)
+        if fault is not None:
+            path = copy / fault.file
+            path.write_text(path.read_text("utf-8").replace(fault.old, fault.new), "utf-8")
+        return run(Path(place), tests, SECONDS if fault else None)
+
+
+def run(source: Path, tests: Sequence[str], seconds: float | None) -> Outcome:
+    """The tests in a process of their own that imports the package from `source`. Stops at the first that fails."""
+    began, log, failed = time.monotonic(), source / "log", source / "failed"
     child = os.fork()
     if not child:
-        in_child(source, tests, log, stop)
-    while True:
+        in_child(source, tests, log, failed)
+    done, late = 0, False
+    while not done and not late:
+        time.sleep(0.05)
         done, status = os.waitpid(child, os.WNOHANG)
         late = seconds is not None and time.monotonic() - began > seconds
-        if done or late:
-            break
-        time.sleep(0.05)
-    for _ in range(2):  # whatever it started goes with it
-        try:
-            os.killpg(child, signal.SIGKILL)
-        except ProcessLookupError:
-            break
+    try:
+        os.killpg(child, signal.SIGKILL)  # and whatever it started
+    except ProcessLookupError:
+        pass
     if not done:
         os.waitpid(child, 0)
-    failed = (source / "failed").read_text() if (source / "failed").is_file() else ""
+    name = failed.read_text() if failed.is_file() else ""
     code = os.waitstatus_to_exitcode(status) if done else None
-    return Outcome(code, failed, log.read_text("utf-8", "replace"), time.monotonic() - began)
+    return Outcome(code, name, log.read_text("utf-8", "replace"), time.monotonic() - began)
 
 
-def in_child(source: Path, tests: list[str], log: Path, stop: bool) -> None:
+def in_child(source: Path, tests: Sequence[str], log: Path, failed: Path) -> None:
     code = 70
     try:
         os.setsid()
         os.chdir(ROOT)
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(handle, 1), os.dup2(handle, 2)
-        os.environ["PYTHONPATH"] = str(source)
+        os.environ["PYTHONPATH"] = str(source)  # for processes that tests start
         sys.path.insert(0, str(source))
         import pytest
 
         class First:
             def pytest_runtest_logreport(self, report):
-                if report.failed and not (source / "failed").exists():
-                    (source / "failed").write_text(report.nodeid)
+                if report.failed and not failed.exists():
+                    failed.write_text(report.nodeid)
 
-        names = [f"tests/{name}" for name in tests]
-        code = pytest.main(["-p", "no:cacheprovider", *["-x"] * stop, *names], plugins=[First()])
+        code = pytest.main(["-x", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)], plugins=[First()])
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(int(code))
 
 
-def tried(fault: Fault, number: int, folder: Path) -> Outcome:
-    source = folder / str(number)
-    shutil.copytree(PACKAGE, source / "plainsd")
-    path = source / "plainsd" / fault.file
-    path.write_text(path.read_text("utf-8").replace(fault.old, fault.new), "utf-8")
-    outcome = run(source, list(fault.tests))
-    shutil.rmtree(source)
-    return outcome
+# --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def passing(faults: list[Fault], folder: Path) -> bool:
+def passing(faults: Sequence[Fault], folder: Path, pool: ThreadPoolExecutor) -> bool:
     """Whether the tests pass on the package without a fault."""
-    source = folder / "whole"
-    shutil.copytree(PACKAGE, source / "plainsd")
-    tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
-    outcome = run(source, tests, stop=False, seconds=None)
-    if outcome.code:
-        print(f"the tests do not pass without any fault:\n{outcome.output[-4000:]}", file=sys.stderr)
-    return not outcome.code
+    tests = sorted({test for fault in faults for test in fault.tests})
+    files = [list(group) for _, group in groupby(tests, key=lambda test: test.partition("::")[0])]
+    wrong = [outcome for outcome in pool.map(partial(asked, folder, None), files) if outcome.code]
+    for outcome in wrong:
+        print(f"without any fault:\n{outcome.output[-2000:]}", file=sys.stderr)
+    return not wrong
 
 
 def main() -> int:
@@ -137,34 +154,32 @@ def main() -> int:
     parser.add_argument("--only", metavar="PATTERN", default="", help="faults whose row contains this text")
     parser.add_argument("--jobs", metavar="N", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="at a time")
     options = parser.parse_args()
-    faults = [fault for fault in table() if options.only in " ".join((fault.file, fault.old, *fault.tests))]
     if wrong := [error for fault in table() if (error := fault.error())]:
         print("\n".join(wrong), file=sys.stderr)
         return 2
+    faults = [fault for fault in table() if options.only in " ".join((fault.file, fault.old, *fault.tests))]
     if not faults:
         print(f"no fault contains {options.only!r}", file=sys.stderr)
         return 2
     os.environ["OMP_NUM_THREADS"] = "1"
-    for name in LOADED:
+    for name in IMPORTED:
         importlib.import_module(name)
-    survivors = []
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(options.jobs) as pool:
         folder = Path(place)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # of compiled kernels
-        if not passing(faults, folder):
+        if not passing(faults, folder, pool):
             return 2
-        outcomes = pool.map(tried, faults, range(len(faults)), [folder] * len(faults))
-        for fault, outcome in zip(faults, outcomes, strict=True):
-            if outcome.code in (4, 5, 70):  # no such test, no test at all
-                print(f"{fault}\n{outcome.output[-2000:]}", file=sys.stderr)
-                return 2
-            by = outcome.failed.removeprefix("tests/") or ("time" if outcome.code is None else "its import")
-            print(f"{'killed' if outcome.code != 0 else 'SURVIVED'} {outcome.seconds:5.1f} s  {fault}"
-                  + (f"  by {by}" if outcome.code != 0 else f"  not seen by {' '.join(fault.tests)}"), flush=True)  # fmt: skip
-            survivors += [fault] if outcome.code == 0 else []
-    killed = 1 - len(survivors) / len(faults)
-    print(f"{len(faults) - len(survivors)} of {len(faults)} killed, {killed:.0%}")
-    return int(killed < ENOUGH)
+        outcomes = []
+        for outcome in pool.map(partial(asked, folder), faults, [fault.tests for fault in faults]):
+            fault = faults[len(outcomes)]
+            outcomes.append(outcome)
+            print(
+                f"no test ran: {fault}\n{outcome.output[-2000:]}" if outcome.none_ran else outcome.told(fault),
+                flush=True,
+            )
+    killed = sum(outcome.code != 0 for outcome in outcomes)
+    print(f"{killed} of {len(faults)} killed, {killed / len(faults):.1%}")
+    return 2 if any(outcome.none_ran for outcome in outcomes) else int(killed / len(faults) < ENOUGH)
 
 
 if __name__ == "__main__":
