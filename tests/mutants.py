@@ -5,7 +5,8 @@
     .venv/bin/python tests/mutants.py --jobs 4      four at a time
 
 A fault is killed when one of its tests fails or runs into the time limit. First all those tests are run on the package
-as it is: they must pass. Exit codes: 0 where at least 95 % are killed, else 1; 2 where the table does not fit the source.
+as it is: they must pass. Exit codes: 0 where at least 95 % are killed, else 1; 2 where the table does not fit the
+source.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Files are whole or absent: flushed before they get their name, of ordinary permissions, and what was there before stays
-where that fails. A test for each kind of file that is written."""
+"""Files are whole or absent: flushed before they get their name, of ordinary permissions, and what was there before
+stays where that fails. A test for each kind of file that is written."""
 
 import json
 import os

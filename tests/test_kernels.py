@@ -316,11 +316,11 @@ def test_compiled_files_are_told_apart_by_all_that_they_depend_on(tmp_path, monk
             assert path == "/proc/cpuinfo"
 
         def read_text(self):
-            return f"model name : any\nflags : {processor}\n"
+            return f"model name : any\nflags : {self.flags}\n"
 
     monkeypatch.setattr(kernels, "Path", Processor)
     keys = []
-    for processor in ("sse2 avx2", "sse2 avx2 avx512f"):
+    for Processor.flags in ("sse2 avx2", "sse2 avx2 avx512f"):
         for compiler in compilers:
             for source in (b"one", b"two"):
                 for flags in (("-O3",), ("-O2",)):

@@ -149,7 +149,7 @@ def test_rows_go_through_the_unet_a_few_at_a_time(rows, calls, monkeypatch):
 
 
 def test_one_row_at_a_time_each_picture_is_told_of_its_own_surroundings():
-    """Two pictures of one prompt: what an inpainting model reads beside the latents is all that tells their rows apart."""
+    """Of two pictures of one prompt, what an inpainting model reads beside the latents is all that tells rows apart."""
     photo, mask = smooth_picture(64), Image.new("L", (64, 64), 255)
     sd = tiny_sd(in_channels=9)
 

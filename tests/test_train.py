@@ -219,7 +219,7 @@ def test_the_loss_and_the_gradient_must_both_be_finite(loss, gradient):
 
 
 def test_the_weight_decay_pulls_matrices_and_no_rows_of_numbers():
-    """With no gradient to speak of, a step takes lr * weight_decay of each number of a matrix, and nothing of a bias."""
+    """With no gradient, a step takes lr * weight_decay of each number of a matrix, and nothing of a bias."""
     method = Fragile()
     line = method.modules["line"]
     torch.nn.init.ones_(line.bias)
@@ -239,7 +239,7 @@ def test_a_run_that_is_never_finite_stops_with_advice(tmp_path):
 
 
 def test_the_average_follows_the_weights_and_steps_aside():
-    """After step n it is the mean of itself and the weights, with the weight min(decay, (1 + n) / (10 + n)) for itself."""
+    """After step n it is the mean of itself and the weights, by min(decay, (1 + n) / (10 + n)) of itself."""
     method, options = Fragile(), FitOptions(steps=30, batch=2, lr=0.1, warmup=0, ema=0.6)
     trainer, average = Trainer(method, options), weights(method).double()
     for report in fit(method, 4, options, trainer=trainer):
@@ -287,7 +287,7 @@ def test_a_seed_is_that_of_the_order_and_of_every_picks_numbers():
         expected = [(order(p), torch.rand((), generator=random(seed, 2, p)).item()) for p in range(50)]
         assert method.picks == expected
         shown[seed] = expected
-    assert sum(a[0] == b[0] for a, b in zip(*shown.values())) < 8  # 1 of 50 on average where orders are unrelated
+    assert sum(a[0] == b[0] for a, b in zip(*shown.values(), strict=True)) < 8  # 1 of 50 on average
     assert not {number for _, number in shown[0]} & {number for _, number in shown[1]}
 
 

@@ -281,7 +281,7 @@ def test_repeats_come_as_often_as_told():
 def test_orders_have_their_seed(make):
     epochs = [[order(p) for p in range(24)] for order in (make(1), make(1), make(2))]
     assert epochs[0] == epochs[1] and sorted(epochs[0]) == sorted(epochs[2]) == list(range(24))
-    assert sum(a == b for a, b in zip(epochs[0], epochs[2])) < 8  # 1 or 2 of 24 on average
+    assert sum(a == b for a, b in zip(epochs[0], epochs[2], strict=True)) < 8  # 1 or 2 of 24 on average
 
 
 def test_buckets_give_micro_batches_of_one_shape():
