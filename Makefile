@@ -5,6 +5,8 @@
 # make test                 what each change must pass; minutes
 # make test-full            all tests that this machine can run; longer
 # make test-isa             the tests of what is fast, as on other processors: AVX2, an old one, no C++ compiler
+# make mutants              do the tests notice faults? runs those of tests/faults.py; longer still
+# make mutants MUTANTS="--only samplers --jobs 4"
 # No environment needs to be activated: everything runs in .venv, which is made here.
 
 PROMPT ?= a red apple on a yellow background
@@ -13,7 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo serve test test-full test-isa
+.PHONY: demo serve test test-full test-isa mutants
 
 demo: .venv/installed
 	@.venv/bin/plainsd generate "$$PROMPT"
@@ -34,6 +36,9 @@ test-isa: .venv/installed-test
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(ISA)
 	ATEN_CPU_CAPABILITY=default $(ISA)
 	CXX=no-compiler $(ISA)
+
+mutants: .venv/installed-test
+	.venv/bin/python tests/mutants.py $(MUTANTS)
 
 .venv/installed: pyproject.toml constraints.txt | .venv
 	@echo "installing plainsd and what it needs into .venv"

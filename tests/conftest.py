@@ -113,6 +113,14 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture
+def small_families(monkeypatch):
+    """The table of known models, in sizes for a test: for files without notes of ours."""
+    from small_models import FAMILIES  # which imports this module
+
+    monkeypatch.setattr("plainsd.files.detect.VARIANTS", FAMILIES)
+
+
+@pytest.fixture
 def generate(model, tmp_path, capsys):
     """`plainsd generate` of the tiny model into tmp_path/out: (exit code, stdout, stderr)."""
 

@@ -1,6 +1,7 @@
 """`plainsd generate --from`: every kind of picture is made again, whoever wrote its text, or a line says what lacks."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -259,10 +260,25 @@ def test_hashes_of_large_files_are_kept(tmp_path, monkeypatch):
     assert hashes.file_hash(file) == "known"
     file.write_bytes(b"another one")
     assert hashes.file_hash(file) == sha256(file)
+    file.write_bytes(b"ANOTHER ONE")  # of the same size, a second later
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    hashes._file_hash.cache_clear()
+    assert hashes.file_hash(file) == sha256(file)
     kept.write_text("damaged")
     hashes._file_hash.cache_clear()
     assert hashes.file_hash(file) == sha256(file) and len(hashes.read_json(kept)) == 1
     hashes._file_hash.cache_clear()
+
+
+def test_the_newest_hashes_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "LARGE", 8)
+    monkeypatch.setattr(hashes, "KEPT", 3)
+    for number in range(5):
+        (tmp_path / f"{number}.bin").write_bytes(b"0123456789" * (1 + number))
+        hashes.file_hash(tmp_path / f"{number}.bin")
+    kept = hashes.read_json(tmp_path / "cache" / "plainsd" / "hashes.json")
+    assert [name.split()[0][-5:] for name in kept] == ["2.bin", "3.bin", "4.bin"]
 
 
 def sha256(file: Path) -> str:

@@ -160,6 +160,7 @@ def test_bad_single_files(tmp_path, small_families):
         "unet/x.py",
         "tokenizer/a/b.json",
         "tokenizer/x\n.json",
+        "unet/config.json/../../../x.json",
     ],
 )
 def test_metadata_cannot_name_files_elsewhere(tmp_path, path):

@@ -172,6 +172,11 @@ def test_shards_variants_and_pickles_in_a_folder(tmp_path):
         save_file({key: tensors[key] for key in keys}, unet.parent / file)
     index = {"metadata": {}, "weight_map": {key: file for file, keys in shards.items() for key in keys}}
     (unet.parent / f"{unet.name}.index.json").write_text(json.dumps(index))
+    first, second = shards
+    save_file({key: tensors[key] for key in [*shards[second], names[0]]}, unet.parent / second)
+    with pytest.raises(UserError, match=f"'{names[0]}' is in another file of the same model too"):
+        load(tmp_path / "m", **CPU)
+    save_file({key: tensors[key] for key in shards[second]}, unet.parent / second)
     vae = tmp_path / "m" / "vae" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(vae), vae.with_suffix(".bin"))
     vae.unlink()
@@ -229,6 +234,19 @@ def test_diffusers_draws_with_a_half_folder_that_it_is_told_nothing_of(tmp_path,
 )
 def test_variants_by_the_names_of_files(name, kind):
     assert file_variant(name) == kind
+
+
+def test_parts_that_are_not_written_are_not_named(tmp_path):
+    """Public folders of SD 1.x have a safety checker, and name it; diffusers would look for it in a folder of ours."""
+    save(model("sd1"), tmp_path / "m")
+    index = json.loads((tmp_path / "m" / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+              "feature_extractor": ["transformers", "CLIPImageProcessor"]}  # fmt: skip
+    (tmp_path / "m" / "model_index.json").write_text(json.dumps(index))
+    convert(tmp_path / "m", tmp_path / "other", "diffusers")
+    written = json.loads((tmp_path / "other" / "model_index.json").read_text())
+    assert written["safety_checker"] == written["feature_extractor"] == [None, None]
+    assert written["unet"] == ["diffusers", "UNet2DConditionModel"]
 
 
 def test_another_vae(tmp_path):

@@ -156,6 +156,8 @@ def test_thresholded_keeps_the_reach_of_the_prompted_estimate():
         assert mixed[sample].abs().max() > 5 * reach
         torch.testing.assert_close(found[sample].abs().max(), reach)
     assert (found * mixed >= 0).all()  # pushed inwards, never across
+    halfway = thresholded(lambda x, sigma: (prompted, plain), 0.5, percentile=0.95)(plain, SIGMA)
+    assert torch.equal(halfway, plain + 0.5 * (prompted - plain))  # within that reach: it stays as it is
     blank = torch.zeros(SHAPE)
     assert torch.equal(thresholded(lambda x, sigma: (blank, blank), 9.0)(blank, SIGMA), blank)
 

@@ -66,6 +66,11 @@ def test_sdxl_with_v_prediction_says_so_by_empty_tensors():
     variant, certain = detect(marked)
     assert certain and variant.prediction == "v_prediction" and variant.schedule.zero_terminal_snr
     assert variant.spacing == "trailing" and variant.name == "sdxl-base"
+    variant, _ = detect(replace(file, tensors=file.tensors | {"v_pred": None}))  # the two say different things
+    assert variant.prediction == "v_prediction" and not variant.schedule.zero_terminal_snr
+    assert variant.spacing == VARIANTS["sdxl-base"].spacing
+    variant, certain = detect(replace(file, tensors=file.tensors | {"ztsnr": None}))
+    assert (variant.prediction, certain) == ("epsilon", True) and variant.schedule.zero_terminal_snr
 
 
 def test_a_ztsnr_alone_means_nothing():

@@ -97,7 +97,8 @@ def test_split_is_whole_even_and_fixed(concepts, backgrounds):
         hits = Counter(pair[axis] for pair in held)
         assert max(hits.values()) - min(hits[i] for i in range(count)) <= 1 + (axis == 1)
     assert drawing.split_pairs(concepts, backgrounds, 0.1, seed=3) == (seen, held)
-    assert drawing.split_pairs(concepts, backgrounds, 0.1, seed=4) != (seen, held)
+    _, other = drawing.split_pairs(concepts, backgrounds, 0.1, seed=4)
+    assert len(set(held) & set(other)) <= 0.5 * len(held)  # a tenth of them on average
 
 
 def test_places_lie_inside_and_depend_on_the_key_alone():
@@ -175,7 +176,9 @@ def test_questions_are_half_held_out_and_name_both():
     for question in asked:
         assert question.background in question.prompt and names[question.concept] in question.prompt
         assert question.seen == ([names[question.concept], question.background] not in CONCEPTS["heldout"])
-    assert asked == evaluate.questions(CONCEPTS, 40, seed=1) != evaluate.questions(CONCEPTS, 40, seed=2)
+    assert asked == evaluate.questions(CONCEPTS, 40, seed=1)
+    other = evaluate.questions(CONCEPTS, 40, seed=2)
+    assert sum(one == two for one, two in zip(asked, other, strict=True)) < 20
 
 
 def test_questions_refuse_a_set_without_held_out_pairs():

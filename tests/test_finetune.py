@@ -30,7 +30,7 @@ from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.methods.full import full
 from plainsd.train.methods.inversion import inversion, settle
 from plainsd.train.methods.lora import lora
-from plainsd.train.objective import Noise, Objective, draw_noise, errors
+from plainsd.train.objective import Noise, Objective, draw_noise, draw_timesteps, errors
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick, random
 from plainsd.train.run import Rhythm, run
@@ -113,6 +113,13 @@ def test_huber_is_plain_for_small_errors_and_linear_for_large_ones():
     torch.testing.assert_close(measured(large, scale=20.0)[0], 10 * measured(large, scale=2.0)[0], rtol=1e-2, atol=0)
 
 
+def test_every_timestep_is_drawn_as_often():
+    found = draw_timesteps([Pick(i, i, random(0, 1, i)) for i in range(2000)], 4)
+    assert torch.bincount(found, minlength=4).tolist() == pytest.approx([500] * 4, abs=80)
+    noisy = draw_timesteps([Pick(i, i, random(0, 1, i)) for i in range(2000)], 4, power=0.5)
+    assert torch.bincount(noisy, minlength=4).tolist() == pytest.approx([125, 375, 625, 875], abs=80)
+
+
 def test_offset_noise_shifts_whole_channels():
     picks = [Pick(i, i, random(0, 1, i)) for i in range(400)]
     noise = draw_noise(picks, (4, 8, 8), Objective(offset_noise=0.5))
@@ -120,6 +127,8 @@ def test_offset_noise_shifts_whole_channels():
     shift = noise.target - draw_noise(again, (4, 8, 8)).target
     assert shift.flatten(2).std(dim=2).max() < 1e-6  # the same all over a channel
     assert shift[..., 0, 0].std() == pytest.approx(0.5, rel=0.1)
+    channels = torch.corrcoef(shift[..., 0, 0].T)  # (4, 4)
+    assert (channels - torch.eye(4)).abs().max() < 0.2  # each by a number of its own
     assert noise.shown is noise.target  # and to be found
 
 
@@ -130,6 +139,8 @@ def test_input_perturbation_is_not_to_be_found():
     surplus = noise.shown - noise.target
     assert surplus.std() == pytest.approx(0.1, rel=0.05)
     assert abs((surplus * noise.target).mean()) < 0.01
+    plain = draw_noise([Pick(i, i, random(0, 1, i)) for i in range(50)], (4, 8, 8))
+    assert torch.equal(noise.target, plain.target)  # the surplus is in what is shown alone
 
 
 def test_what_is_masked_does_not_count():
@@ -161,7 +172,8 @@ def test_states_are_those_of_the_prompt_and_made_once(monkeypatch):
     assert asked == [1, 1]
     expected = encode_prompts(sd, [[Weighted("a (red) cat")]]).context
     assert torch.equal(context[:1], expected) and torch.equal(context[2:], expected)
-    assert not torch.equal(expected, encode_prompts(sd, ["a (red) cat"]).context)  # notation has no meaning here
+    noted = encode_prompts(sd, ["a (red) cat"]).context
+    assert (expected - noted).abs().max() > 0.1  # notation has no meaning here
 
 
 def test_remembered_states_do_not_depend_on_autocast():
@@ -233,10 +245,17 @@ def test_a_method_learns_and_moves_nothing_else(examples, method):
 
 
 def test_full_moves_the_text_encoder_if_asked(examples):
-    sd = tiny_sd()
-    before = weights(sd.text_encoders[0])
-    list(fit(full(sd, examples, text_encoder=True), 6, replace(OPTIONS, steps=1)))
-    assert not torch.equal(weights(sd.text_encoders[0]), before)
+    """AdamW's first step goes down the gradient, by the learning rate in every number."""
+    sd, options = tiny_sd(), replace(OPTIONS, steps=1, weight_decay=0.0)
+    method, weight = full(sd, examples, text_encoder=True), sd.text_encoders[0].blocks[0].fc1.weight
+    picks = [Pick(i, i, random(0, 2, i)) for i in range(3)]
+    method.loss(picks)[0].backward()
+    before, gradient = weight.detach().clone(), weight.grad.clone()
+    method.modules.zero_grad()
+    Trainer(method, options).update([Pick(i, i, random(0, 2, i)) for i in range(3)])
+    expected = -options.lr * gradient.sign()
+    right = ((weight.detach() - before - expected).abs() < 0.01 * options.lr).double().mean()
+    assert right > 0.99  # but where the gradient is next to nothing
 
 
 def test_accumulated_micro_batches_equal_the_big_batch(examples):

@@ -1,11 +1,12 @@
 """From prompts to pictures: equal to diffusers' pipelines, repeatable in any batch, each option does what it says."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_REFINER, TINY_XL, difference, pipeline, seeded, smooth_picture, tiny_sd
+from conftest import TINY, TINY_REFINER, TINY_XL, difference, pipeline, seeded, smooth_picture, tiny_sd
 from PIL import Image
 
 import plainsd
@@ -13,6 +14,7 @@ from plainsd.diffusion.samplers import SAMPLERS, Step
 from plainsd.errors import UserError
 from plainsd.generate import final, image_to_image, inpaint, outpaint, text_to_image
 from plainsd.pictures import guidance
+from plainsd.pictures.images import to_mask, to_tensor
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.sampling import slerp
 
@@ -99,8 +101,8 @@ SCHEDULERS = [
 @pytest.mark.parametrize("sampler, spacing, scheduler, options", SCHEDULERS)
 def test_image_to_image_is_diffusers_picture(sd, folders, photo, sampler, spacing, scheduler, options):
     pipe = pipeline("StableDiffusionImg2ImgPipeline", folders / "tiny", scheduler, **options)
-    theirs = pipe("a red apple", photo, strength=0.6, num_inference_steps=9, generator=seeded(3)).images[0]
-    ours = final(image_to_image(sd, "a red apple", photo, 0.6, steps=9, sampler=sampler, spacing=spacing, seed=3))[0]
+    theirs = pipe("a red apple", photo, strength=0.65, num_inference_steps=9, generator=seeded(3)).images[0]
+    ours = final(image_to_image(sd, "a red apple", photo, 0.65, steps=9, sampler=sampler, spacing=spacing, seed=3))[0]
     assert difference(ours, theirs) <= 1
     assert difference(ours, photo) > 50
 
@@ -128,6 +130,38 @@ def test_sdxl_is_diffusers_picture(folders, negative):
     ours = final(text_to_image(tiny_sd(TINY_XL), "a red apple", negative, steps=5, guidance=5, size=(96, 64), seed=3,
                                sampler="ddim", spacing="leading"))[0]  # fmt: skip
     assert difference(ours, theirs) <= 1 and np.asarray(ours).std() > 20
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("sampler, scheduler, options", [
+    ("ddim", "DDIMScheduler", {}), ("plms", "PNDMScheduler", {"skip_prk_steps": True}),
+    ("euler", "EulerDiscreteScheduler", {"timestep_spacing": "leading"}),
+])  # fmt: skip
+def test_latents_are_diffusers(tmp_path, prediction, rescale, sampler, scheduler, options):
+    """To the fifth digit, where pictures have but two: those of DDIM and PLMS end with a little noise, at their scale.
+    Rescaled guidance measures what the network predicts, which is not the noise everywhere."""
+    sd = tiny_sd(replace(TINY, prediction=prediction))
+    plainsd.save(sd, tmp_path / "m")
+    pipe = pipeline("StableDiffusionPipeline", tmp_path / "m", scheduler, **options)
+    theirs = pipe("a red apple", num_inference_steps=6, guidance_scale=7.5, guidance_rescale=rescale, height=64,
+                  width=64, generator=seeded(3), output_type="latent").images  # fmt: skip
+    *_, ours = text_to_image(sd, "a red apple", steps=6, guidance=7.5, rescale=rescale, sampler=sampler, seed=3,
+                             spacing="leading")  # fmt: skip
+    assert (ours.latents - theirs).abs().max() < 3e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("handover, own", [(0.5, 5), (0.499, 5), (0.498, 4), (0.099, 1), (0.098, 0), (1.0, 10)])
+def test_the_refiner_takes_over_below_the_timestep_of_its_share(handover, own):
+    """Of the timesteps 901, 801, ..., 1 the base draws those of round(1000 - 1000 * handover) and above, that one
+    included (diffusers' denoising_end)."""
+    sd, calls = tiny_sd(TINY_XL), {"base": 0, "refiner": 0}
+    sd.refiner = tiny_sd(TINY_REFINER)
+    for name, unet in (("base", sd.unet), ("refiner", sd.refiner.unet)):
+        unet.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    events = text_to_image(sd, "x", steps=10, guidance=1, sampler="ddim", spacing="leading", handover=handover)
+    assert [event.index for event in events if isinstance(event, Step)] == list(range(10))
+    assert calls == {"base": own, "refiner": 10 - own}
 
 
 def test_the_refiner_is_diffusers_picture(folders, photo):
@@ -259,10 +293,31 @@ def test_guidance_and_its_interval(sd):
     assert min((partly - strong).abs().mean(), (partly - plain).abs().mean()) > 0.01
 
 
-@pytest.mark.parametrize("options", [{"rescale": 0.7}, {"threshold": 0.9}, {"perturbed": 3.0}])
-def test_each_kind_of_guidance_changes_the_picture(sd, options):
-    usual = final(text_to_image(sd, "a red apple", seed=1))[0]
-    assert difference(final(text_to_image(sd, "a red apple", seed=1, **options))[0], usual) > 5
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_perturbed_guidance_is_diffusers(tmp_path, prediction):
+    """Its pipeline for perturbed-attention guidance, in the middle alone, with guidance and without."""
+    sd = tiny_sd(replace(TINY, prediction=prediction))
+    plainsd.save(sd, tmp_path / "m")
+    pipe = pipeline("StableDiffusionPAGPipeline", tmp_path / "m", "DDIMScheduler")
+    pipe.set_pag_applied_layers("mid")
+    options = {"steps": 6, "sampler": "ddim", "spacing": "leading", "seed": 3}
+    for scale in (7.5, 1.0):
+        theirs = pipe("a red apple", num_inference_steps=6, guidance_scale=scale, pag_scale=3.0, height=64, width=64,
+                      generator=seeded(3), output_type="latent").images  # fmt: skip
+        *_, ours = text_to_image(sd, "a red apple", guidance=scale, perturbed=3.0, **options)
+        *_, without = text_to_image(sd, "a red apple", guidance=scale, **options)
+        assert (ours.latents - theirs).abs().max() < 3e-5 * theirs.abs().max()
+        assert (without.latents - theirs).abs().max() > 3e-2 * theirs.abs().max()
+
+
+def test_a_threshold_keeps_latents_from_growing_with_guidance(sd):
+    def spread(**options):
+        *_, drawn = text_to_image(sd, "a red apple", seed=1, **options)
+        return drawn.latents.std().item()
+
+    plain = spread(guidance=1)
+    assert spread(guidance=30) > 2.5 * plain
+    assert 0.3 * plain < spread(guidance=30, threshold=0.9) < spread(guidance=30, threshold=0.995) < plain
 
 
 def test_perturbed_guidance_without_guidance_is_the_limit_of_that_with_it(sd):
@@ -295,11 +350,15 @@ def test_composition_by_and(sd):
 
 
 def test_prompts_that_change_on_the_way(sd):
-    steps = {p: x_of(text_to_image(sd, p, seed=1, steps=6, sampler="euler")) for p in ("[ab:xy:0.5]", "ab", "[ab|xy]")}
-    edited, plain, alternating = steps.values()
+    steps = {
+        p: x_of(text_to_image(sd, p, seed=1, steps=6, sampler="euler"))
+        for p in ("[ab:xy:0.5]", "ab", "[ab|xy]", "[ab:xy:1]")
+    }
+    edited, plain, alternating, early = steps.values()
     assert [torch.allclose(a, b, atol=1e-4) for a, b in zip(edited, plain, strict=True)] == [True] * 3 + [False] * 3
     assert torch.allclose(alternating[0], plain[0], atol=1e-4)
-    assert not torch.allclose(alternating[1], plain[1], atol=1e-4)
+    assert torch.allclose(alternating[1], early[1], atol=1e-4)  # the second step reads the other text
+    assert (alternating[1] - plain[1]).abs().max() > 1e-2
 
 
 def test_distilled_models_are_told_the_scale_and_asked_once():
@@ -350,12 +409,32 @@ def test_hires_draws_over_the_enlarged_picture(sd, upscaler):
     assert like > other + 0.2
 
 
+def test_the_second_pass_counts_its_steps_on_from_the_first(sd):
+    """An edit at step 7, in passes of 5 and 5 steps: the second one reads the other text from its third step on."""
+
+    def second(prompt):
+        events = text_to_image(sd, prompt, steps=5, seed=1, hires=1.4, strength=1.0, sampler="euler")
+        return x_of(events)[5:]
+
+    edited, before = second("[ab:xy:7]"), second("ab")
+    assert [torch.allclose(a, b, atol=1e-5) for a, b in zip(edited, before, strict=True)] == [True] * 2 + [False] * 3
+
+
+@pytest.mark.parametrize("spacing", [None, "trailing"])
+def test_lcm_has_the_levels_it_was_taught_whatever_the_models_spacing(spacing):
+    sd = tiny_sd(replace(TINY, spacing=spacing))
+    assert text_to_image(sd, "x", sampler="lcm").settings[0].spacing == "distilled"
+    assert text_to_image(sd, "x", sampler="lcm", spacing="karras").settings[0].spacing == "karras"
+    assert text_to_image(sd, "x", sampler="euler").settings[0].spacing == (spacing or "linspace")
+
+
 # --- pictures of any size ---------------------------------------------------------------------------------------------
 
 
 def test_pictures_of_any_size_keep_it(sd):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (37, 51, 3), dtype=np.uint8))
-    assert final(image_to_image(sd, "x", image))[0].size == (51, 37)
+    *steps, drawn = image_to_image(sd, "x", image)
+    assert drawn.images[0].size == (51, 37) and {step.x.shape[2:] for step in steps} == {(5, 7)}  # of 40 by 56 pixels
     assert final(image_to_image(sd, "x", image, size=(70, 30)))[0].size == (70, 30)
     light = Image.new("L", image.size)
     light.paste(255, (50, 30, 51, 31))  # a single pixel in the padded corner block
@@ -363,6 +442,31 @@ def test_pictures_of_any_size_keep_it(sd):
     assert (drawn != np.asarray(image)).any(axis=-1).sum() <= 1
     wide = np.asarray(final(outpaint(sd, "x", image, left=5, bottom=9))[0])
     assert wide.shape == (46, 56, 3) and (wide[:37, 5:] == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "euler"])
+def test_the_latents_around_the_hole_are_those_of_the_picture(sd, photo, mask, sampler):
+    """DDIM and PLMS end with a little noise, but not there: pixels are pasted, latents go on to whoever takes them."""
+    *_, drawn = inpaint(sd, "x", photo, mask, 0.8, steps=4, sampler=sampler, seed=3)
+    gaussian = sd.vae.encode(to_tensor(photo))
+    noise = torch.randn(gaussian.mean.shape[1:], generator=seeded(3))  # the first that seed 3 draws
+    known = (gaussian.mean + torch.exp(0.5 * gaussian.logvar) * noise) * sd.vae.config.scaling_factor
+    hole = torch.nn.functional.max_pool2d(to_mask(mask), 8).bool().expand_as(known)
+    torch.testing.assert_close(drawn.latents[~hole], known[~hole], rtol=1e-5, atol=1e-6)
+    assert (drawn.latents[hole] - known[hole]).abs().mean() > 0.1
+
+
+def test_one_light_pixel_frees_the_whole_latent_under_it(sd, photo):
+    light, latents = Image.new("L", photo.size), {}
+    for pixel in (None, (17, 42), (23, 47)):
+        light.paste(255 if pixel is None else 0, (0, 0, 64, 64))
+        if pixel:
+            light.putpixel(pixel, 255)
+        *_, drawn = inpaint(sd, "x", photo, light, 1.0, steps=4, sampler="euler", seed=3)
+        latents[pixel] = drawn.latents
+    for pixel in ((17, 42), (23, 47)):
+        moved = (latents[pixel] - latents[None]).abs().mean(dim=1)[0]
+        assert torch.equal(latents[17, 42], latents[23, 47]) and moved.flatten().argmin() == 5 * 8 + 2
 
 
 def test_the_mask_lets_the_hole_change_and_nothing_else(sd, photo, mask):
@@ -386,6 +490,9 @@ def test_wrong_calls_fail_at_once(sd, photo, mask):
         (lambda: text_to_image(nine, "a"), "inpainting model"),
         (lambda: image_to_image(nine, "a", photo), "inpainting model"),
         (lambda: image_to_image(sd, "a", photo, hires=2), "hires"),
+        (lambda: text_to_image(sd, "a", variation_strength=0.5), "variation strength 0.5 without a variation seed"),
+        (lambda: text_to_image(sd, "a", rescale=0.5, perturbed=1.0), "rescale and perturbed do not go together"),
+        (lambda: text_to_image(sd, "a", perturbed=1.0, threshold=0.9), "perturbed and threshold do not go together"),
         (lambda: image_to_image(sd, "a", photo, 0.0), "leaves none"),
         (lambda: inpaint(sd, "a", photo, mask.resize((32, 32))), "the mask is 32x32"),
         (lambda: outpaint(sd, "a", photo), "at least one above 0"),

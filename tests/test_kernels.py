@@ -161,6 +161,17 @@ def test_norm_silu(dtype, shape, groups, shifted, form):
 
 
 @DTYPES
+def test_norm_silu_reads_a_strided_shift(dtype):
+    """Every second number of a row, as a part of a larger projection comes."""
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(4, 24).requires_grad_(False)
+    x, shift = torch.randn(2, 24, 5, 7).to(dtype), torch.randn(2, 48).to(dtype)[:, ::2]
+    expected = F.silu(copy.deepcopy(norm).double()(x.double() + shift[:, :, None, None].double()))
+    found = kernels.norm_silu(norm.to(dtype), x, shift)
+    assert relative(found.double(), expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@DTYPES
 @pytest.mark.parametrize("shape, groups", [((2, 96, 8, 8), 16), ((3, 20, 33, 17), 5), ((1, 8, 1, 1), 2)], ids=str)
 @pytest.mark.parametrize("silu", [True, False])
 def test_gradients_of_norm_silu(dtype, shape, groups, silu):
@@ -333,6 +344,31 @@ def test_they_are_compiled_once(own_cache, monkeypatch):
     monkeypatch.setattr(kernels, "_compile", None)
     kernels.library()
     assert [path.suffix for path in own_cache.iterdir()] == [".so"]
+
+
+def test_compiled_files_are_told_apart_by_all_that_they_depend_on(tmp_path, monkeypatch):
+    """A home folder may be shared by machines with other processors."""
+    compilers = [tmp_path / "one", tmp_path / "two"]
+    for compiler in compilers:
+        compiler.write_text(f"#!/bin/sh\necho {compiler.name}\n")
+        compiler.chmod(0o755)
+
+    class Processor:
+        def __init__(self, path):
+            assert path == "/proc/cpuinfo"
+
+        def read_text(self):
+            return f"model name : any\nflags : {self.flags}\n"
+
+    monkeypatch.setattr(kernels, "Path", Processor)
+    keys = []
+    for Processor.flags in ("sse2 avx2", "sse2 avx2 avx512f"):
+        for compiler in compilers:
+            for source in (b"one", b"two"):
+                for flags in (("-O3",), ("-O2",)):
+                    monkeypatch.setattr(kernels, "FLAGS", flags)
+                    keys += [kernels._key(source, str(compiler))] * 2
+    assert len(set(keys)) == 16 and all(a == b for a, b in zip(keys[::2], keys[1::2], strict=True))
 
 
 @pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")

@@ -696,6 +696,19 @@ def test_several_at_once_and_off_again(sd, two_files):
     assert [type(module) for module in sd.unet.modules()] == kinds and list(sd.unet.state_dict()) == names
 
 
+def test_text_encoders_may_have_a_strength_of_their_own(sd, two_files):
+    lora = add_lora(sd, two_files[0], 0.5, 0.25)
+
+    def strengths():
+        return {part: {a.strength for (p, _), a in lora.adapters.items() if p == part} for part, _ in lora.adapters}
+
+    assert strengths()["unet"] == {0.5} and strengths()["text_encoder"] == {0.25}
+    lora.set_strength(0.75, 0.125)
+    assert strengths()["unet"] == {0.75} and strengths()["text_encoder"] == {0.125}
+    lora.set_strength(0.5)
+    assert set.union(*strengths().values()) == {0.5}
+
+
 def test_merged_is_the_same(sd, two_files):
     loras = [add_lora(sd, path, strength) for path, strength in zip(two_files, (0.5, 0.8))]
     beside = ours(sd)

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY, TINY_REFINER, difference, smooth_picture, tiny_sd
+from PIL import Image
 from torch import nn
 
-from plainsd.generate import final, image_to_image, text_to_image
+from plainsd.generate import final, image_to_image, inpaint, text_to_image
 from plainsd.models import vae_bands
 from plainsd.models.vae import VAE, VAEConfig
 from plainsd.pictures import memory
@@ -84,7 +85,7 @@ def test_nothing_given_is_written_over(narrow):
 PEAKS = """
 import re, torch
 from pathlib import Path
-from plainsd import bands
+from plainsd.models import vae_bands
 from plainsd.models.vae import VAE, VAEConfig
 
 def kilobytes(name):
@@ -145,6 +146,21 @@ def test_rows_go_through_the_unet_a_few_at_a_time(rows, calls, monkeypatch):
 
 
 # --- what is free, and what is done about it -------------------------------------------------------------------------
+
+
+def test_one_row_at_a_time_each_picture_is_told_of_its_own_surroundings():
+    """Of two pictures of one prompt, what an inpainting model reads beside the latents is all that tells rows apart."""
+    photo, mask = smooth_picture(64), Image.new("L", (64, 64), 255)
+    sd = tiny_sd(in_channels=9)
+
+    def drawn(seed, count):
+        return final(inpaint(sd, "x", photo, mask, seed=seed, count=count, steps=3, sampler="ddim"))
+
+    alone = [*drawn(5, 1), *drawn(6, 1)]
+    sd.saving = memory.Saving(rows=1)
+    together = drawn(5, 2)
+    assert [difference(a, b) <= 1 for a, b in zip(alone, together, strict=True)] == [True, True]
+    assert difference(*together) > 50
 
 
 @pytest.mark.parametrize("more", [{"guidance": 3.0}, {"guidance": 1.0}, {"hires": 2.0, "upscaler": "lanczos"}])
@@ -257,6 +273,16 @@ def test_one_network_is_on_the_device_at_a_time():
     stage = memory.Stage(torch.device("meta"), networks)
     stage.call(networks[0])
     assert [str(n.weight.device) for n in networks] == ["meta", "cpu"]
+
+    class Moved:
+        def to(self, device):
+            self.place = str(device)
+
+    networks = [Moved(), Moved(), Moved()]
+    stage = memory.Stage(torch.device("meta"), networks)
+    for turn in (0, 2, 1):
+        stage.call(networks[turn])
+        assert [n.place for n in networks] == ["meta" if i == turn else "cpu" for i in range(3)]
 
 
 def test_a_model_too_large_for_its_device_is_offloaded(monkeypatch):

@@ -13,7 +13,7 @@ from plainsd.files.tensorfile import TensorFile, stored
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.layers import timestep_embedding
 from plainsd.models.unet import UNet, UNetConfig
-from plainsd.models.vae import VAE, VAEConfig
+from plainsd.models.vae import VAE, Gaussian, VAEConfig
 from plainsd.models.variants import Variant
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -246,6 +246,15 @@ def test_vae_equals_diffusers(name, dtype):
         assert error(vae.decode(latents), reference.decode(latents).sample) < TOLERANCE[dtype]
 
 
+def test_gaussians_are_diffusers():
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    mean, logvar, noise = torch.randn(3, 2, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+    ours, theirs = Gaussian(mean, logvar), DiagonalGaussianDistribution(torch.cat([mean, logvar], dim=1))
+    torch.testing.assert_close(ours.kl(), theirs.kl())
+    torch.testing.assert_close(ours.sample(noise), theirs.mean + theirs.std * noise)
+
+
 @torch.no_grad()
 def test_log_variance_is_clamped():
     vae = VAE(VAEConfig(channels=(8,), layers=1, groups=4))
@@ -291,12 +300,17 @@ TEXTS = {
 @torch.no_grad()
 def test_text_encoder_equals_transformers(name, dtype):
     projected = "projection_dim" in TEXTS[name]
-    settings = CLIPTextConfig(**{"vocab_size": 60, "eos_token_id": 59, "max_position_embeddings": 77} | TEXTS[name])
+    vocabulary = 60 if name == "legacy end" else 64  # there the end is the largest number of all
+    settings = CLIPTextConfig(
+        **{"vocab_size": vocabulary, "eos_token_id": 59, "max_position_embeddings": 77} | TEXTS[name]
+    )
     reference = strong((CLIPTextModelWithProjection if projected else CLIPTextModel)(settings)).to(dtype)
     kind = {"architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"]}
     encoder = ours(TextEncoder, read_text(settings.to_dict() | kind, name), reference)
     ids = torch.randint(3, 59, (3, settings.max_position_embeddings), generator=torch.Generator().manual_seed(3))
     ids[0, 4:] = ids[1, 9] = ids[1, 12] = ids[2, -1] = 59  # padded with ends; two ends; an end at the very end
+    if vocabulary > 60:
+        ids[1, 4] = 62  # a learned word: its number is above the end's
     mine, theirs = encoder(ids), reference(ids, output_hidden_states=True)
     assert len(mine.hidden) == len(theirs.hidden_states) == settings.num_hidden_layers + 1
     for state, expected in zip(mine.hidden, theirs.hidden_states, strict=True):

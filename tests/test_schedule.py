@@ -123,6 +123,18 @@ def test_level_spacings_equal_diffusers_for_every_number_of_steps(name, schedule
         assert found[[0, -1]] == pytest.approx([999, 0], abs=0 if name != "euler" else 1e-9)
 
 
+@pytest.mark.parametrize("name", ["ddim", "plms"])
+def test_levels_that_end_at_the_first_of_the_table_count_it_among_them(name):
+    """diffusers' DDIM and PLMS choose no levels. Ours are those of the formula with the end as its last point: no step
+    goes nowhere."""
+    low, high = SD.sigma_min, SD.sigma_max
+    for steps in (1, 2, 10, 50):
+        found = sampler_levels(SD, name, steps, "exponential").sigmas
+        np.testing.assert_allclose(found, np.exp(np.linspace(np.log(high), np.log(low), steps + 1)), rtol=1e-12)
+        found = sampler_levels(SD, name, steps, "karras").sigmas
+        np.testing.assert_allclose(found, np.linspace(high ** (1 / 7), low ** (1 / 7), steps + 1) ** 7, rtol=1e-12)
+
+
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(st.sampled_from(list(SAMPLERS)), st.sampled_from(shared_spacings()), st.integers(1, 998))
 def test_every_row_of_levels_falls_inside_the_table(name, spacing, steps):

@@ -24,6 +24,8 @@ import plainsd
 from plainsd.server.api.a1111_fields import sampler_of
 from plainsd.server.errors import Refused
 from plainsd.server.limits import Limits
+from plainsd.server.requests import new_job
+from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import box_around, filled
 
 
@@ -204,6 +206,7 @@ def test_boxes_keep_the_proportions_and_holes_take_the_colours_around():
     alpha = mask_of(10, 20, 30, 30, size=(100, 60))
     assert box_around(alpha, 0, (64, 64)) == (10, 15, 30, 35)
     assert box_around(alpha, 5, (128, 64)) == (0, 15, 40, 35)
+    assert box_around(mask_of(90, 20, 100, 50, size=(100, 60)), 0, (64, 64)) == (70, 20, 100, 50)  # up to the edge
     assert box_around(mask_of(0, 0, 100, 10, size=(100, 60)), 0, (64, 64)) == (0, 0, 100, 60)
     image = Image.new("RGB", (64, 64), (200, 40, 90))
     image.paste("white", (20, 20, 50, 50))
@@ -235,6 +238,26 @@ def test_progress_and_interrupt(api, server, brake):
     assert [image.size for image in results[0].images] == [(64, 64)] * 2  # as far as they had come
     assert api.get_progress()["progress"] == 0
     assert server.get("/api/jobs").json()["ended"][-1]["state"] == "cancelled"
+
+
+@pytest.mark.parametrize("whose", ["another client", "another api"])
+def test_an_interrupt_reaches_only_this_clients_jobs_of_this_api(api, server, brake, whose):
+    """Both clients ask at once: the one that interrupts has a job that waits, the other's is being drawn."""
+    ours = "127.0.0.1"  # as the server sees the client here
+    client, through = ("10.0.0.9", "a1111") if whose == "another client" else (ours, "jobs")
+    wanted = JobRequest(prompt="not to be stopped", steps=4, size=(64, 64), seed=1)
+    other = new_job(wanted, server.service.models, server.service.limits, client, through)
+    server.service.queue.add(other)
+    brake.wait()
+    brake.step(2)
+    until(lambda: other.step == 2)
+    told = api.get_progress()
+    assert told["progress"] == 0 and told["state"]["job"] == "" and told["current_image"] is None
+    api.interrupt(), api.skip()
+    assert other.state == "running"
+    brake.off()
+    until(lambda: not other.active)
+    assert other.state == "done"
 
 
 def test_png_info(api, server, drawing):

@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 import time
+from io import BytesIO
 
 import pytest
 from PIL import Image, PngImagePlugin
@@ -13,6 +14,7 @@ from serving import Brake, alike, base64_of, from_base64, model_folder, open_ser
 import plainsd
 from plainsd.pictures.settings import parse_settings
 from plainsd.server.limits import Limits
+from plainsd.server.uploads import opened
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +234,7 @@ def test_the_history_is_searched_and_paged(server):
     first = server.get("/api/images", params={"limit": 2}).json()
     second = server.get("/api/images", params={"limit": 2, "before": first["next"]}).json()
     numbers = [row["number"] for row in first["images"] + second["images"]]
-    assert len(numbers) == 4 and numbers == sorted(numbers, reverse=True)
+    assert len(set(numbers)) == 4 and numbers == sorted(numbers, reverse=True)
 
 
 def test_a_picture_is_deleted_with_its_files(server):
@@ -242,6 +244,19 @@ def test_a_picture_is_deleted_with_its_files(server):
     assert server.session.delete(f"{server.url}/api/images/{id}").status_code == 204
     assert not path.exists() and server.get(f"/api/images/{id}.png").status_code == 404
     assert server.session.delete(f"{server.url}/api/images/{id}").status_code == 404
+
+
+def test_a_large_picture_is_deleted_with_its_thumbnail(server):
+    store = server.service.store
+    id = server.drawn(prompt="large and short lived", steps=1)["images"][0]
+    row = store.picture(id)
+    Image.new("RGB", (640, 480), "red").save(store.path(row))
+    with store.transaction() as db:
+        db.execute("UPDATE images SET width = 640, height = 480 WHERE id = ?", (id,))
+    assert server.get(f"/api/images/{id}/thumbnail").headers["content-type"] == "image/webp"
+    assert len(list(store.folder.glob(f"thumbnails/{id}*"))) == 1
+    assert server.session.delete(f"{server.url}/api/images/{id}").status_code == 204
+    assert not store.path(row).exists() and list(store.folder.glob(f"thumbnails/{id}*")) == []
 
 
 def test_large_pictures_have_small_ones_for_the_gallery(server):
@@ -375,6 +390,20 @@ def test_bad_pictures(server, drawing):
     dark = refusal(server, 422, image=base64_of(drawing), mask=base64_of(Image.new("L", (64, 64))))
     assert dark["field"] == "mask" and "dark everywhere" in dark["message"]
     assert list((server.service.store.folder / "inputs").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO", "TGA", "PCX", "JPEG2000", "SGI", "DDS"])
+def test_only_png_jpeg_and_webp_are_decoded(server, drawing, kind):
+    buffer = BytesIO()
+    drawing.save(buffer, format=kind)
+    text = base64.b64encode(buffer.getvalue()).decode()
+    for body in ({"image": text}, {"image": base64_of(drawing), "mask": text, "strength": 0.5}):
+        answer = server.post("/api/jobs", {"prompt": "p"} | body)
+        assert answer.status_code == 422 and "is no PNG, JPEG or WebP picture" in answer.json()["error"]["message"]
+    for kind in ("PNG", "JPEG", "WEBP"):
+        buffer = BytesIO()
+        drawing.save(buffer, format=kind)
+        opened(buffer.getvalue(), "image", Limits())
 
 
 def test_bodies_that_are_not_requests(server):

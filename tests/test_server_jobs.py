@@ -281,6 +281,24 @@ def test_a_job_has_a_time_limit(opened, brake):
     assert service.store.pictures() == []
 
 
+def test_a_picture_that_is_written_while_its_job_is_cancelled_leaves_no_file(opened, monkeypatch):
+    service = opened(start=False)
+    job, write = ask(service), service.store.write
+
+    def write_and_cancel(*given):
+        file = write(*given)
+        if job.active:
+            service.queue.cancel(job.id)
+        return file
+
+    monkeypatch.setattr(service.store, "write", write_and_cancel)
+    service.worker.start()
+    assert ended(job).state == CANCELLED
+    following = ended(ask(service, "the next"))  # by then the worker is done with the first
+    assert [row.job for row in service.store.pictures()] == [following.id] and service.worker.pictures == 1
+    assert len(list(service.store.folder.rglob("pictures/*/*"))) == 1
+
+
 # --- nothing is lost -------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +325,26 @@ def test_after_a_crash_everything_is_drawn_exactly_once(opened, brake):
     assert all(again.store.path(again.store.picture(id)).read_bytes() == content for id, content in before.items())
     assert sum(len(each) for each in brake.batches) == 1 + 1 + 3  # drawn, given up, the rest
     assert len(list(again.store.folder.rglob("pictures/*/*"))) == 4
+
+
+def test_the_last_row_and_the_end_of_its_job_are_one_transaction(opened):
+    """A crash right after a picture is entered, and a disk that is full amid it."""
+    service = opened(start=False)
+    job = ask(service, count=2)
+    service.store.enter(job, 0, "pictures/a.png", (64, 64))
+    job.done.add(0)
+    assert service.store.job(job.id).state == QUEUED
+    with service.store.transaction() as db:
+        db.execute("CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    with pytest.raises(sqlite3.Error, match="disk is full"):
+        service.store.enter(job, 1, "pictures/b.png", (64, 64))
+    assert [row.place for row in service.store.pictures()] == [0]  # neither the row nor the end
+    with service.store.transaction() as db:
+        db.execute("DROP TRIGGER full")
+    service.store.enter(job, 1, "pictures/b.png", (64, 64))
+    stop(service)
+    found = opened(start=False).store.job(job.id)
+    assert (found.state, found.done) == (DONE, {0, 1}) and found.finished >= found.created
 
 
 def test_a_job_that_ends_the_server_again_and_again_is_given_up(opened):

@@ -1,6 +1,7 @@
 """OpenAI's images API, spoken by OpenAI's own Python client."""
 
 import base64
+import errno
 from io import BytesIO
 
 import openai
@@ -114,6 +115,20 @@ def test_streaming_with_partial_pictures(client, server, brake):
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "plainsd"
+
+
+def test_whose_fault_a_failure_is_shows_in_its_status(client, server, monkeypatch):
+    with pytest.raises(openai.UnprocessableEntityError, match="not finite") as asked:
+        client.images.generate(prompt=f"a AND b:1{39 * '0'}", size="64x64")
+    assert asked.value.status_code == 422
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(server.service.store, "write", full)
+    with pytest.raises(openai.InternalServerError, match="No space left on device") as failed:
+        client.images.generate(prompt="p", size="64x64")
+    assert failed.value.status_code == 500
 
 
 def test_errors_are_those_that_the_client_knows(client, server, brake):

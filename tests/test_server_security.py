@@ -10,6 +10,7 @@ import requests
 from serving import model_folder, open_service, served
 
 from plainsd.cli import main
+from plainsd.server.api import security
 from plainsd.server.api.security import COOKIE, Hosts, is_loopback
 
 TOKEN = "correct horse battery".replace(" ", "-")
@@ -100,6 +101,17 @@ def test_post_takes_json_only(server):
     assert server.post("/v1/images/edits", {"prompt": "p"}).status_code == 415  # a form, and nothing else
 
 
+def test_a_body_that_does_not_come_in_time_is_refused(server, monkeypatch):
+    monkeypatch.setattr(security, "BODY_SECONDS", 0.3)
+    head = (
+        b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    )
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(head)
+        answer = connection.recv(4000)
+    assert answer.split()[1] == b"408" and b"took longer than 0.3 s to come" in answer
+
+
 def test_every_answer_has_the_headers_that_keep_browsers_honest(server):
     for path in ("/", "/page/app.js", "/api/info", "/nowhere", "/healthz", "/metrics", "/openapi.json"):
         headers = server.get(path).headers
@@ -107,6 +119,7 @@ def test_every_answer_has_the_headers_that_keep_browsers_honest(server):
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
         assert headers["cross-origin-resource-policy"] == "same-origin" and "server" not in headers
+        assert headers["x-frame-options"] == "DENY" and headers["cross-origin-opener-policy"] == "same-origin"
     refused = server.get("/", headers={"Host": "evil.example"}).headers
     assert refused["x-content-type-options"] == "nosniff" and refused["cache-control"] == "no-store"
 

@@ -25,6 +25,49 @@ def test_values_with_commas_and_colons_are_quoted():
     assert parse_settings(text).model == 'C:\\a, "b"'
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\n", "\n", 'a, "b": 1', '"', "a,b", "a: b", "Größe 猫"])
+@pytest.mark.parametrize("field", ["model", "vae", "refiner", "embeddings"])
+def test_names_of_any_signs_come_back(field, name):
+    """A line break amid the last line of the text would end it there."""
+    made = Settings("x", steps=1, **{field: (name,) if field == "embeddings" else name})
+    if field == "embeddings" and ", " in name:
+        made = Settings("x", steps=1, embeddings=tuple(name.split(", ")))
+    assert format_settings(made).count("\n") == 1 and parse_settings(format_settings(made)) == made
+
+
+@pytest.mark.parametrize("kind", ["lora:", "embed:"])
+def test_names_with_line_breaks_have_their_hashes(kind):
+    made = Settings("x", steps=1, model="m", hashes=(("model", "6ce0161689"), (f"{kind}a\nb", "0123456789ab")))
+    assert parse_settings(format_settings(made)) == made
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [
+    ("steps", 1, 1000), ("guidance", 0, 100), ("seed", 0, 2**63 - 1), ("clip_skip", 1, 48), ("eta", 0, 1),
+    ("strength", 0, 1), ("variation_seed", 0, 2**63 - 1), ("variation_strength", 0, 1), ("hires", 1, 8),
+    ("handover", 0, 1), ("rescale", 0, 1), ("perturbed", 0, 100), ("threshold", 0, 1), ("cache", 1, 100),
+])  # fmt: skip
+def test_numbers_have_their_ranges(name, low, high):
+    for value in (low, high):
+        Settings(**{name: value}).check()
+    step = 1 if high > 100 or name in ("clip_skip", "cache") else 0.001
+    for value in (low - step, high + step, float("nan")):
+        with pytest.raises(
+            UserError, match=f"{name.replace('_', ' ')} {value} is out of range; choose {low} to {high}"
+        ):
+            Settings(**{name: value}).check()
+
+
+def test_sizes_and_intervals_have_their_ranges():
+    for size in ((7, 64), (64, 4097), (0, 0)):
+        with pytest.raises(UserError, match="size .* is out of range; choose 8 to 4096"):
+            Settings(size=size).check()
+    for interval, says in (((-1, 2), "interval -1 is out of range"), ((3, 2), "is empty; give its lower sigma first"),
+                           ((2, 2), "is empty")):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            Settings(interval=interval).check()
+    Settings(size=(8, 4096), interval=(0, 1)).check()
+
+
 @pytest.mark.parametrize("sampler", SAMPLER_LABELS)
 @pytest.mark.parametrize("spacing", [None, *SPACING_LABELS])
 def test_every_sampler_and_spacing_comes_back(sampler, spacing):

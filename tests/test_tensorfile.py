@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plainsd.errors import UserError
-from plainsd.files.tensorfile import DTYPES, open_tensors, stored, write_safetensors
+from plainsd.files.tensorfile import DTYPES, header_bytes, open_tensors, stored, write_safetensors
 
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4),
@@ -57,6 +57,12 @@ def test_the_library_reads_what_we_write(tmp_path):
     tensors = {name: stored(tensor) for name, tensor in TENSORS.items()}
     write_safetensors(tmp_path / "x.safetensors", tensors, {"k": "v"})
     assert same(load_file(tmp_path / "x.safetensors"), TENSORS)
+
+
+def test_the_first_tensor_lies_at_a_multiple_of_8_bytes():
+    """So that any of its numbers can be read where it lies (the format's advice; the library does so)."""
+    lengths = {len(header_bytes({"x" * n: stored(torch.zeros(1))}, {})) for n in range(1, 20)}
+    assert {length % 8 for length in lengths} == {0} and len(lengths) > 2
 
 
 def test_casting_while_reading(tmp_path, monkeypatch):

@@ -237,6 +237,22 @@ def test_learned_tokens(tmp_path):
     assert again.encode(text) == ids and len(again) == len(tokenizer) == 49412
     theirs = CLIPTokenizer.from_pretrained(str(tmp_path))
     assert theirs("<cat> <cat>_1 <cat>_2", add_special_tokens=False).input_ids == tokenizer.encode("<cat>")
+    two = tokenizer.add("<two>", 2)
+    tokenizer.save(tmp_path)
+    assert two == [49412, 49413] == Tokenizer.from_folder(tmp_path).encode("<two>")
+
+
+@pytest.mark.parametrize(("said", "length"), [(24, 24), (77, 77), (10**30, 77), (None, 77)])
+def test_a_saved_length_comes_back(clip, tmp_path, said, length):
+    """Encoders of other lengths say so; transformers writes a huge number where nothing was said."""
+    clip.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config.pop("model_max_length") == 77
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | ({"model_max_length": said} if said else {})))
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.max_length == length
+    again.save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == length
 
 
 @pytest.mark.parametrize("name, count", [("cat", 1), ("<seen>", 1), ("", 1), (" ", 2), ("<new>", 0)])

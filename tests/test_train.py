@@ -33,7 +33,7 @@ from plainsd.train.methods.full import full
 from plainsd.train.methods.scratch import from_scratch, read_variant
 from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, psnr, validate
 from plainsd.train.options import FitOptions
-from plainsd.train.order import Order, random
+from plainsd.train.order import Order, Pick, random
 from plainsd.train.run import Diary, Rhythm, run
 from plainsd.train.trainer import Report, Trainer, learning_rate
 
@@ -118,6 +118,17 @@ def test_broken_pictures_and_empty_captions_are_listed_and_left_out(folder, tmp_
         read_folder(tmp_path, 16, say=said.append)
 
 
+def test_no_bad_pictures_are_no_more_than_any_share(folder, tmp_path):
+    assert len(read_folder(folder, 16, bad_share=0)) == 12
+    for i in range(4):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a caption" if i else "")
+    assert len(read_folder(tmp_path, 16, bad_share=0.25, say=lambda _: None)) == 3  # just as many as are allowed
+    for share in (0, 0.24):
+        with pytest.raises(UserError, match=f"1 of 4 pictures cannot be used, more than {share:.0%}"):
+            read_folder(tmp_path, 16, bad_share=share, say=lambda _: None)
+
+
 def test_a_folder_that_is_not_there_or_empty(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         read_folder(tmp_path / "nowhere", 16)
@@ -129,13 +140,13 @@ def test_a_folder_that_is_not_there_or_empty(tmp_path):
 
 
 def test_twenty_steps_equal_ten_and_ten_bit_for_bit(folder, tmp_path):
-    options = FitOptions(steps=20, batch=4, lr=1e-2, warmup=3, save_every=10)
+    options = FitOptions(steps=20, batch=4, lr=1e-2, warmup=3, save_every=5)
     whole = make_scratch(folder, tmp_path)
     losses = [r.loss for r in fit(whole, 12, options)]
 
     first, states = make_scratch(folder, tmp_path), tmp_path / "states"
     for report in fit(first, 12, options, states):
-        if report.step == 13:  # killed; the state is that of step 10
+        if report.step == 13:  # killed; there are states of steps 5 and 10
             break
     second = make_scratch(folder, tmp_path, seed=99)  # other weights, all to be replaced
     trainer = Trainer(second, options)
@@ -181,9 +192,42 @@ class Fragile:
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted():
     method = Fragile(bad=3)
-    reports = list(fit(method, 4, FitOptions(steps=12, batch=1, lr=0.01)))
+    options = FitOptions(steps=12, batch=1, lr=0.01, max_skipped=3)  # in a row: these are not
+    reports = list(fit(method, 4, options))
     assert reports[-1].skipped == 3 and torch.isfinite(weights(method)).all()
     assert sum(r.loss != r.loss for r in reports) == 3
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(float("inf"), 1.0), (1.0, float("inf"))])
+def test_the_loss_and_the_gradient_must_both_be_finite(loss, gradient):
+    """An error that overflowed in a part without parameters, and a gradient that did under a loss that did not."""
+    method = Fragile()
+    weight = method.modules["line"].weight
+
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum() * 0 + loss
+
+        @staticmethod
+        def backward(ctx, upward):
+            return torch.full_like(weight, gradient)
+
+    method.loss = lambda picks: (Both.apply(weight), {})
+    (report,) = fit(method, 4, FitOptions(steps=1, batch=1, lr=0.01))
+    assert report.skipped == 1 and torch.equal(weight, torch.ones(1, 2))
+
+
+def test_the_weight_decay_pulls_matrices_and_no_rows_of_numbers():
+    """With no gradient, a step takes lr * weight_decay of each number of a matrix, and nothing of a bias."""
+    method = Fragile()
+    line = method.modules["line"]
+    torch.nn.init.ones_(line.bias)
+    line.weight = nn.Parameter(torch.ones(3, 2))
+    method.loss = lambda picks: (0 * (line.weight.sum() + line.bias.sum()), {})
+    list(fit(method, 4, FitOptions(steps=1, batch=1, lr=0.1, warmup=0, cosine=False, weight_decay=0.5)))
+    torch.testing.assert_close(line.weight.detach(), torch.full((3, 2), 0.95))
+    assert torch.equal(line.bias.detach(), torch.ones(1))
 
 
 def test_a_run_that_is_never_finite_stops_with_advice(tmp_path):
@@ -195,13 +239,56 @@ def test_a_run_that_is_never_finite_stops_with_advice(tmp_path):
 
 
 def test_the_average_follows_the_weights_and_steps_aside():
-    method = Fragile()
-    trainer = Trainer(method, FitOptions(steps=30, batch=2, lr=0.1, ema=0.9))
-    list(fit(method, 4, trainer.options, trainer=trainer))
+    """After step n it is the mean of itself and the weights, by min(decay, (1 + n) / (10 + n)) of itself."""
+    method, options = Fragile(), FitOptions(steps=30, batch=2, lr=0.1, warmup=0, ema=0.6)
+    trainer, average = Trainer(method, options), weights(method).double()
+    for report in fit(method, 4, options, trainer=trainer):
+        decay = min(0.6, report.step / (9 + report.step))  # steps are counted from 0 there
+        average = decay * average + (1 - decay) * weights(method).double()
+        assert (torch.cat([value.flatten() for value in trainer.ema.values]) - average).abs().max() < 1e-6
     now = weights(method).clone()
     with trainer.ema:
         averaged = weights(method).clone()
-    assert not torch.equal(now, averaged) and torch.equal(weights(method), now)
+    assert (averaged.double() - average).abs().max() < 1e-6 and (now.double() - average).abs().max() > 1e-3
+    assert torch.equal(weights(method), now)
+
+
+def test_micro_batches_of_unlike_size_count_by_their_pictures():
+    """Five pictures, three and two at a time: the mean loss and the gradient of all five."""
+    found = []
+    for batch in (5, 3):
+        torch.manual_seed(0)
+        method = Fragile()
+        trainer = Trainer(method, FitOptions(steps=1, batch=batch, clip=1e9, ema=0))
+        trainer.optimizer.step = lambda: None
+        trainer.optimizer.zero_grad = lambda set_to_none: None
+        total, _, norm = trainer.update([Pick(i, i, random(0, 2, i)) for i in (0, 1, 2, 5, 9)])
+        found.append(torch.stack([torch.tensor([total, norm]), trainer.parameters[0].grad[0]]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
+
+
+class Seen:
+    """A method that keeps what it was shown: pictures, and the first number of each one's generator."""
+
+    def __init__(self):
+        self.modules, self.picks = nn.ModuleDict({"line": nn.Linear(2, 1)}), []
+
+    def loss(self, picks):
+        self.picks += [(p.index, torch.rand((), generator=p.generator).item()) for p in picks]
+        return self.modules["line"].weight.square().sum(), {}
+
+
+def test_a_seed_is_that_of_the_order_and_of_every_picks_numbers():
+    shown = {}
+    for seed in (0, 1):
+        method = Seen()
+        list(fit(method, 50, FitOptions(steps=5, batch=10, seed=seed)))
+        order = Order(50, seed)
+        expected = [(order(p), torch.rand((), generator=random(seed, 2, p)).item()) for p in range(50)]
+        assert method.picks == expected
+        shown[seed] = expected
+    assert sum(a[0] == b[0] for a, b in zip(*shown.values(), strict=True)) < 8  # 1 of 50 on average
+    assert not {number for _, number in shown[0]} & {number for _, number in shown[1]}
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder, tmp_path):
@@ -361,7 +448,10 @@ def test_latents_are_cached_once_and_anew_for_another_autoencoder(folder, tmp_pa
     monkeypatch.undo()
     with torch.no_grad():
         vae.encoder.conv_in.weight.add_(1)
-    assert not torch.equal(first.data, cache_latents(vae, pictures, tmp_path).data)
+        mean = vae.encode(pictures.pixels([4])).mean
+    again = cache_latents(vae, pictures, tmp_path)
+    torch.testing.assert_close(again.moments(4)[:4].float(), mean[0], rtol=2e-3, atol=2e-3)
+    assert (again.moments(4)[:4].float() - first.moments(4)[:4].float()).abs().max() > 0.01
     assert len(list(tmp_path.glob("*.f16"))) == 2
 
 
@@ -371,6 +461,10 @@ def test_cached_latents_are_the_autoencoders(folder, tmp_path):
     mean, std = cache_latents(vae, pictures, tmp_path).moments(4)[None].float().chunk(2, dim=1)
     torch.testing.assert_close(mean, q.mean, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(std, (0.5 * q.logvar).exp(), rtol=2e-3, atol=2e-3)
+    vae.config = replace(vae.config, scaling_factor=0.3)
+    found = cache_latents(vae, pictures, tmp_path).draw([Pick(4, 0, random(0, 2, 0))])
+    noise = torch.randn(mean.shape[1:], generator=random(0, 2, 0))
+    torch.testing.assert_close(found, 0.3 * (mean + std * noise), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("patch_weight", [0.0, 0.002])

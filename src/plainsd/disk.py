@@ -20,11 +20,16 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's bytes are on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def read_text_file(path: Path) -> str:
@@ -66,6 +71,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
     old = draft.with_name(draft.name + ".old")
     try:
         yield draft
+        for path in draft.rglob("*"):
+            if path.is_file():
+                flush(path)
         draft.chmod(0o755)
         if target.exists():
             os.replace(target, old)

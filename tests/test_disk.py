@@ -1,0 +1,232 @@
+"""Files are whole or absent: flushed before they get their name, of ordinary permissions, and what was there before
+stays where that fails. A test for each kind of file that is written."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, smooth_picture, tiny_sd
+from torch import nn
+
+import plainsd
+from plainsd.adapters.embeddings import add_word, save_embedding
+from plainsd.adapters.lora import inject, save_lora
+from plainsd.checkpoint import add_preview, save_vae
+from plainsd.errors import UserError
+from plainsd.pictures.images import write_png
+from plainsd.pictures.settings import Settings
+from plainsd.train.checkpoints import save_checkpoint
+from plainsd.train.data.latents import cache_latents
+from plainsd.train.data.pictures import read_folder
+from plainsd.train.log import Log
+from plainsd.train.options import FitOptions
+from plainsd.train.trainer import Trainer
+
+
+def picture(place: Path, version: int) -> None:
+    write_png(smooth_picture(16), place / "a.png", Settings(seed=version))
+
+
+def single_file(place: Path, version: int) -> None:
+    plainsd.save(tiny_sd(seed=version), place / "m.safetensors")
+
+
+def folder(place: Path, version: int) -> None:
+    plainsd.save(tiny_sd(seed=version), place / "m")
+
+
+def vae_alone(place: Path, version: int) -> None:
+    save_vae(tiny_sd(seed=version).vae, place / "vae", TINY)
+
+
+def preview(place: Path, version: int) -> None:
+    if not version:
+        plainsd.save(tiny_sd(), place / "m")
+    add_preview(place / "m")
+
+
+def lora(place: Path, version: int) -> None:
+    sd = tiny_sd()
+    inject(sd, 2, generator=torch.Generator().manual_seed(version))
+    save_lora(sd, place / "l.safetensors")
+
+
+def embedding(place: Path, version: int, name: str = "e.safetensors") -> None:
+    sd = tiny_sd()
+    add_word(sd, "<new>", [torch.full((1, TINY.text[0].width), float(version))])
+    save_embedding(sd, "<new>", place / name)
+
+
+def pickled_embedding(place: Path, version: int) -> None:
+    embedding(place, version, "e.pt")
+
+
+def tokenizer(place: Path, version: int) -> None:
+    made = tiny_sd().tokenizers[0]
+    if version:
+        made.add("<new>")
+    made.save(place / "tokenizer")
+
+
+def pictures(place: Path, version: int) -> Path:
+    place = place.parent / f"pictures-{version}"
+    place.mkdir()
+    for i in range(3):
+        smooth_picture(16).rotate(90 * (i + version)).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text("a caption")
+    return place
+
+
+def latents(place: Path, version: int) -> None:
+    cache_latents(tiny_sd().vae, read_folder(pictures(place, version), 16), place / "cache")
+
+
+def marks_of_whole_pictures(place: Path, version: int) -> None:
+    read_folder(pictures(place, version), 16, known=place / "cache" / "whole.json")
+
+
+class Line:
+    """A method of one layer."""
+
+    def __init__(self):
+        self.modules = nn.ModuleDict({"line": nn.Linear(2, 1)})
+
+    def loss(self, picks):
+        raise NotImplementedError("nothing is trained here")
+
+
+def state(place: Path, version: int) -> None:
+    trainer = Trainer(Line(), FitOptions(steps=9))
+    trainer.step = version + 1
+    save_checkpoint(trainer, place)
+
+
+def log(place: Path, version: int) -> None:
+    made = Log(place / "log.jsonl")
+    if not version:
+        for step in (1, 2, 3):
+            made.write({"step": step, "loss": 0.5})
+    made.rewind(2 - version)
+
+
+WRITERS = (picture, single_file, folder, vae_alone, preview, lora, embedding, pickled_embedding, tokenizer, latents,
+           marks_of_whole_pictures, state, log)  # fmt: skip
+EACH = pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(place)): p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def unflushed(monkeypatch) -> list[str]:
+    """What gets its last name before all of its bytes have been flushed."""
+    flushed, found, fsync, rename = set(), [], os.fsync, os.replace
+
+    def flush(handle):
+        flushed.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def named(source, target, **more):
+        files = [Path(source)] if Path(source).is_file() else [p for p in Path(source).rglob("*") if p.is_file()]
+        found.extend(f"{target} ({p.name})" for p in files if p.stat().st_ino not in flushed)
+        found.append("" if files else f"{target} (nothing)")
+        rename(source, target, **more)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", named)
+    return found
+
+
+@EACH
+def test_bytes_are_flushed_before_they_get_their_name(place, unflushed, write):
+    write(place, 0)
+    assert unflushed and [what for what in unflushed if what] == []
+
+
+@EACH
+def test_where_the_last_step_fails_what_was_there_stays(place, monkeypatch, write):
+    write(place, 0)
+    before, rename = contents(place), os.replace
+    assert before
+
+    def refuse(source, target, **more):
+        if Path(target).is_relative_to(place):
+            raise PermissionError(13, "Permission denied")
+        rename(source, target, **more)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises((OSError, UserError)):
+        write(place, 1)
+    assert contents(place) == before
+
+
+@EACH
+def test_written_files_can_be_read_by_others(place, write):
+    before = os.umask(0o022)
+    try:
+        write(place, 0)
+    finally:
+        os.umask(before)
+    modes = {str(p.relative_to(place)): stat.S_IMODE(p.stat().st_mode) for p in place.rglob("*")}
+    assert modes and modes == {name: 0o755 if (place / name).is_dir() else 0o644 for name in modes}
+
+
+def test_where_the_new_folder_cannot_get_its_name_the_old_one_is_back(place, monkeypatch):
+    """The first rename has taken the old one away already."""
+    folder(place, 0)
+    before, rename, refused = contents(place), os.replace, []
+
+    def once(source, target, **more):
+        if Path(target) == place / "m" and not refused:
+            refused.append(source)
+            assert not (place / "m").exists()
+            raise OSError(28, "No space left on device")
+        rename(source, target, **more)
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(UserError, match="No space left on device; nothing was kept"):
+        folder(place, 1)
+    assert refused and contents(place) == before
+
+
+def test_an_index_of_shards_names_no_file_of_another_folder(place):
+    plainsd.save(tiny_sd(), place / "m")
+    whole = place / "m" / "unet" / "diffusion_pytorch_model.safetensors"
+    whole.rename(place / "outside.safetensors")
+    names = {"conv_in.weight": "../../outside.safetensors"}
+    (whole.parent / f"{whole.name}.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UserError, match="outside.safetensors"):
+        plainsd.load(place / "m", device="cpu", dtype="float32")
+    names = {"conv_in.weight": str(place / "outside.safetensors")}
+    (whole.parent / f"{whole.name}.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UserError, match="outside.safetensors"):
+        plainsd.load(place / "m", device="cpu", dtype="float32")
+
+
+def test_latents_of_a_run_that_was_cut_short_are_made_again(place, monkeypatch):
+    """Encoding ends amid the pictures: no file, and the next run has all of them."""
+    vae, data = tiny_sd().vae, read_folder(pictures(place, 0), 16)
+    encode, calls = vae.encode, []
+
+    def breaks(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(pixels)
+
+    monkeypatch.setattr(vae, "encode", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(vae, data, place / "cache", batch=2)
+    assert contents(place) == {}
+    made = cache_latents(vae, data, place / "cache", batch=2)
+    assert calls == [2, 1, 2, 1] and made.data.float().std() > 0.1
