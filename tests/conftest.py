@@ -133,14 +133,6 @@ def generate(model, tmp_path, capsys):
 
 
 @pytest.fixture
-def small_families(monkeypatch):
-    """The table of known models, in sizes for a test: for files without notes of ours."""
-    from small_models import FAMILIES  # which needs this file
-
-    monkeypatch.setattr("plainsd.files.detect.VARIANTS", FAMILIES)
-
-
-@pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """The folder where kernels are kept: an empty one, as if nobody had asked for them yet."""
 

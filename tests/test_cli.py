@@ -45,6 +45,16 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"plainsd {plainsd.__version__}\n"
 
 
+def test_numbers_go_on_behind_the_highest(generate, tmp_path):
+    """Where some were deleted, no number comes again."""
+    (tmp_path / "out").mkdir()
+    for name in ("00003-5.png", "00007-5.png", "picture.png"):
+        (tmp_path / "out" / name).write_bytes(b"")
+    assert generate("x", "--seed", "1", "--count", "2", "--steps", "1")[0] == 0
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == ["00003-5.png", "00007-5.png", "00008-1.png", "00009-2.png", "picture.png"]
+
+
 def test_pictures_are_numbered_and_made_again(generate, tmp_path):
     code, out, err = generate("a red apple", "--negative", "bad, (worse:1.2)", "--count", 3, "--batch", 2, "--seed", 5)
     assert code == 0

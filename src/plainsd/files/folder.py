@@ -64,7 +64,9 @@ def read_folder(folder: Path, variant_file: str | None = None, *, vae: bool = Tr
         variant, remark = distilled(variant, (public_name(folder), str(index.get("_name_or_path", ""))))
         remarks += [remark] if remark else []
     texts = read_texts(folder, parts(variant))
-    return Contents(variant, networks, texts, dict(leftovers), (*spellings, *note.get("spellings", ())), tuple(remarks))
+    return Contents(
+        variant, networks, texts, dict(leftovers), (*spellings, *note.get("spellings", ())), remarks=tuple(remarks)
+    )
 
 
 def public_name(folder: Path) -> str:
