@@ -86,7 +86,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from plainsd.train.loop import FitOptions, Trainer, fit
 from plainsd.train.shard import gather, spread
-from plainsd.train.world import world_of_torchrun
+from plainsd.train.processes import world_of_torchrun
 from test_distributed import float64_method
 with world_of_torchrun(torch.device("cpu"), shard={shard}) as world:
     method = float64_method({place!r})

@@ -18,9 +18,9 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from serving import open_service
 from plainsd.server import worker
-from plainsd.server.app import create_app
-from plainsd.server.command import bound, server_of
-from plainsd.server.security import Hosts
+from plainsd.server.api.app import create_app
+from plainsd.commands.serve import bound, server_of
+from plainsd.server.api.security import Hosts
 keep = worker.Worker.keep
 def slowly(*given):                   # room for a kill between the file, the row and the next picture
     time.sleep({pause})

@@ -53,25 +53,18 @@ def convert(
 
 
 def read(
-<<<<<<< ours
     path: Path,
     variant_file: str | None = None,
     family: str | None = None,
     *,
-    vae: str | Path | None = None,
+    vae: str | Path | bool | None = None,
     prediction: str | None = None,
     zero_snr: bool | None = None,
     ask: bool = True,
 ) -> Contents:
-    """A model in either layout; arguments as for `load`. What the reader had to decide is said. `ask`: what a file does
-    not say is asked of its network."""
+    """A model in either layout; arguments as for `load`, and `vae` False: without one. What the reader had to decide is
+    said. `ask`: what a file does not say is asked of its network."""
     check_prediction(prediction)
-=======
-    path: Path, variant_file: str | None = None, family: str | None = None, *, vae: str | Path | bool | None = None
-) -> Contents:
-    """A model in either layout, `vae` in place of its own autoencoder; False: without one. What the reader had to decide
-    is said."""
->>>>>>> theirs
     own = vae is None
     if path.is_dir():
         contents = read_folder(path, variant_file, vae=own)
@@ -79,15 +72,11 @@ def read(
         contents = read_single(path, family, vae=own, prediction=prediction)
     for remark in contents.remarks:
         warnings.warn(remark, stacklevel=2)
-<<<<<<< ours
     if ask:
         contents = asked(contents, path)
     if contents.certain:
         contents = told_otherwise(contents, path, prediction, zero_snr)
-    return contents if own else with_vae(contents, read_vae_alone(vae, contents.variant.vae))
-=======
     return contents if own or vae is False else with_vae(contents, read_vae_alone(vae, contents.variant.vae))
->>>>>>> theirs
 
 
 def with_vae(contents: Contents, vae: Network) -> Contents:

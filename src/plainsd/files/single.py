@@ -90,11 +90,7 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True, pred
         found = fragments(blueprint(network.kind, network.config), layout, file.tensors, prefix)
         spellings += [f"single-file {part} {fragment}" for fragment in found]
     texts = texts or write_variant(variant)
-<<<<<<< ours
     return Contents(variant, networks, texts, leftovers, tuple(spellings), remarks=tuple(remarks), certain=certain)
-=======
-    return Contents(variant, networks, texts, leftovers, tuple(spellings), remarks=tuple(remarks))
->>>>>>> theirs
 
 
 def by_name(file: TensorFile, variant: Variant) -> tuple[Variant, str | None]:
