@@ -17,7 +17,7 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from serving import open_service
-from plainsd.server import worker
+from plainsd.server.jobs import worker
 from plainsd.server.api.app import create_app
 from plainsd.commands.serve import bound, server_of
 from plainsd.server.api.security import Hosts

@@ -65,7 +65,7 @@ def build(options: argparse.Namespace) -> None:
         (options.out / name).mkdir(parents=True)
     for concept, drawn in drawings.items():
         place, views = ("heldout", 1) if concept in heldout else ("drawings", options.views)
-        write_drawings(options.out / place, concept, drawing, views)
+        write_drawings(options.out / place, concept, drawn, views)
     print(
         f"{options.out}: {len(drawings) - len(heldout)} things drawn {options.views} times, {len(heldout)} held out; "
         f"the font lacks {len(concepts) - len(drawings)}"
