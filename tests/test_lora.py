@@ -328,15 +328,12 @@ def test_lycoris_is_its_formula(folders, sd, tmp_path, kind, weighed):
         scale = 1.0 if kind is lokr_whole else (1 + index % 4) / 3
         change = by_hand(factors, scale, module.weight.shape)
         extra = {"alpha": torch.tensor(float(1 + index % 4))}
+        full = module.weight.data + (0.7 if name.startswith("unet.") else 0.4) * change
         if weighed:
             extra["dora_scale"] = 1 + randn(o, 1, *[1] * len(sides), seed=index).abs()
-            full = module.weight.data + change
-            change = (
-                full * extra["dora_scale"] / full.flatten(1).norm(dim=1).view(-1, 1, *[1] * len(sides))
-                - module.weight.data
-            )
+            full = full * extra["dora_scale"] / full.flatten(1).norm(dim=1).view(-1, 1, *[1] * len(sides))
         tensors |= {f"{kohya(name)}.{end}": tensor for end, tensor in (factors | extra).items()}
-        module.weight.data += (0.7 if name.startswith("unet.") else 0.4) * change
+        module.weight.data = full
         count += 1
     save_file(tensors, tmp_path / "lycoris.safetensors")
     pipe.save_pretrained(tmp_path / "edited")
@@ -615,14 +612,14 @@ def test_an_adapter_computes_with_the_changed_weight(kind, lengths):
     attach(base, "one", LowRank(down, up, 3.0, mid=mid, magnitude=magnitude, strength=0.5))
     assert type(base) is (LoraConv if sides else LoraLinear)
 
-    full = weight + 1.5 * weight_change(down, up, mid, weight.shape)
+    full = weight + 0.5 * 1.5 * weight_change(down, up, mid, weight.shape)
     if lengths != "none":
         axes = [axis for axis in range(weight.ndim) if axis != (lengths == "columns")]
         full = magnitude * full / full.pow(2).sum(axes, keepdim=True).sqrt()
     bare = BASES[kind][0]().double()
-    bare.weight.data, bare.bias = weight + 0.5 * (full - weight), base.bias
+    bare.weight.data, bare.bias = full, base.bias
     torch.testing.assert_close(base(x), bare(x), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(base.adapters["one"].change(weight), 0.5 * (full - weight), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(base.adapters["one"].change(weight), full - weight, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -685,11 +682,11 @@ def test_several_at_once_and_off_again(sd, two_files):
     first.set_strength(0.75)  # as much as both of the same file
     twice.remove()
     same(ours(sd), all_three, 1e-12)
-    second.set_strength(0)
-    first.set_strength(0.5)
-    same(ours(sd), alone, 1e-12)
     second.remove()
+    first.set_strength(0.5)
     assert all(torch.equal(a, b) for a, b in zip(ours(sd), alone))
+    first.set_strength(0)
+    same(ours(sd), bare, 1e-12)
     first.remove()
     assert all(torch.equal(a, b) for a, b in zip(ours(sd), bare))
     assert all(torch.equal(a, b) for a, b in zip(sd.unet.parameters(), weights, strict=True))
@@ -904,8 +901,8 @@ def renamed(prefix):
 
 
 BAD = {
-    "no LoRA": ({"model.diffusion_model.x": torch.zeros(1)}, "holds no LoRA: it seems to be a UNet"),
-    "OFT": ({f"{KEY}.oft_blocks": torch.zeros(2, 2)}, "holds no LoRA.*OFT"),
+    "no LoRA": ({"model.diffusion_model.x": torch.zeros(1)}, "is no adapter of a kind known here.*tell of a UNet"),
+    "an OFT of no shape": ({f"{KEY}.oft_blocks": torch.zeros(2, 2)}, "do not make a change of the weight"),
     "half a LoHa": ({f"{KEY}.hada_w1_a": torch.zeros(2, 2)}, "1 of its 1 names have no place"),
     "a LoHa for another": (
         {f"{KEY}.hada_{name}": torch.zeros(4, 4) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
@@ -972,6 +969,12 @@ def test_partial(sd, tmp_path):
     save_file(factors_of(KEY) | renamed("lora_unet_other_"), tmp_path / "some.safetensors")
     lora = add_lora(sd, tmp_path / "some.safetensors", partial=True)
     assert list(lora.adapters) == [("unet", "down.0.attn.blocks.0.cross_attn.k")]
+    other = KEY.replace("to_k", "to_v")
+    save_file(factors_of(KEY) | factors_of(other, i=768), tmp_path / "shapes.safetensors")
+    with pytest.raises(UserError, match=r"to_v.* has shape \[4, 768\]"):
+        add_lora(sd, tmp_path / "shapes.safetensors")
+    lora = add_lora(sd, tmp_path / "shapes.safetensors", partial=True)
+    assert list(lora.adapters) == [("unet", "down.0.attn.blocks.0.cross_attn.k")]
     save_file(renamed("lora_unet_other_"), tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="take a LoRA for this model"):
         add_lora(sd, tmp_path / "none.safetensors", partial=True)
@@ -980,7 +983,11 @@ def test_partial(sd, tmp_path):
 @pytest.mark.parametrize("settings, message", [
     ("not JSON", "no table in JSON"), ("[1]", "no table in JSON"),
     (json.dumps({"unet.lora_alpha": "high"}), "'high' as an alpha"),
-    (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(to_k|to_q)+": 2}}), "no name of a module"),
+    (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(to_k|to_q": 2}}), "pattern .* which is none"),
+    (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}), "alpha_pattern that is no table"),
+    (json.dumps({"unet.lora_alpha": 1, "unet.init_lora_weights": "corda"}), "'corda', and does not tell how"),
+    (json.dumps({"unet.lora_alpha": 1, "unet.init_lora_weights": "pissa_niter_4"}), "'pissa_niter_4', and does not"),
+    (json.dumps({"unet.lora_alpha": 1, "unet.use_qalora": True}), "not supported, PEFT's use_qalora"),
 ])  # fmt: skip
 def test_bad_peft_settings(sd, tmp_path, settings, message):
     key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

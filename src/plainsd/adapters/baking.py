@@ -5,14 +5,18 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from plainsd.adapters.layers import attach
 from plainsd.adapters.lora import check_strengths, fold
-from plainsd.adapters.reading import located, open_lora, peft_settings, read_adapter
+from plainsd.adapters.making import read_adapter
+from plainsd.adapters.names import BUNDLE
+from plainsd.adapters.peft import Settings
+from plainsd.adapters.reading import located, open_lora
+from plainsd.errors import UserError
 from plainsd.files.hashes import file_hash
 from plainsd.files.recipe import narrowed, with_recipe
 from plainsd.files.stored import Contents, Network, empty, parts
@@ -26,7 +30,7 @@ class Found(NamedTuple):
 
     file: TensorFile
     names: dict[str, str]
-    settings: dict[str, Any]
+    settings: Settings
     strength: float
 
 
@@ -37,7 +41,12 @@ def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, part
     for path, strength in loras:
         check_strengths(strength)
         file = open_lora(Path(path))
-        settings, names[file_hash(file.path)] = peft_settings(file), f"{Path(path).stem}:{strength:g}"
+        settings, names[file_hash(file.path)] = Settings(file), f"{Path(path).stem}:{strength:g}"
+        if any(name.startswith(BUNDLE) for name in file.tensors) and not partial_fit:
+            raise UserError(
+                f"{path} brings words along, which a checkpoint cannot hold; to bake in the rest of it, accept that "
+                "(--lora-partial)"
+            )
         for place, tensors in located(file, bare, partial=partial_fit).items():
             found.setdefault(place, []).append(Found(file, tensors, settings, strength))
     networks = dict(contents.networks)

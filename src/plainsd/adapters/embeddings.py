@@ -7,7 +7,8 @@ Gal et al. 2022 (arXiv:2208.01618). Files come in two dialects:
 
 For SDXL both hold the vectors of its two text encoders, as `clip_l` and `clip_g`, and the word is the file's name.
 Files that are written here also carry the word itself, under WORD, whatever they are called. (A1111's .pt has a `name`
-beside the vectors: A1111 goes by the file's name all the same, diffusers by that one.)
+beside the vectors: A1111 goes by the file's name all the same, diffusers by that one.) A LoRA's file may bring
+words along, as `bundle_emb.<word>.` and the names above.
 
 Shape letters: N vectors of one word, D width of a text encoder.
 """
@@ -15,6 +16,7 @@ Shape letters: N vectors of one word, D width of a text encoder.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from plainsd.adapters.names import BUNDLE
 from plainsd.errors import UserError, unknown
 from plainsd.files.detect import EMBEDDING, seems
-from plainsd.files.tensorfile import open_safetensors, stored, unpickled, write_whole
+from plainsd.files.tensorfile import TensorFile, open_safetensors, stored, unpickled, write_whole
 from plainsd.listing import suffix_of
 from plainsd.models.clip import TextEncoder
 from plainsd.models.variants import encoder_names
@@ -95,6 +98,42 @@ def vectors_of(sd: StableDiffusion, token: str) -> list[Tensor]:
     return found
 
 
+# --- words that come with a LoRA -------------------------------------------------------------------------------------
+
+BUNDLED = re.compile(r"bundle_emb\.(.+)\.(clip_l|clip_g|emb_params|string_to_param\.\*)")
+
+
+def bundled(sd: StableDiffusion, file: TensorFile) -> dict[str, list[Tensor]]:
+    """The words that a LoRA's file brings along, with (N, D) vectors for each text encoder. UserError where they are
+    for another kind of model."""
+    words: dict[str, dict[str, Tensor]] = {}
+    for name in [name for name in file.tensors if name.startswith(BUNDLE)]:
+        match = BUNDLED.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"{file.path} brings a word along in a way that is not supported, {name!r}; known are "
+                f"{BUNDLE}<word>.clip_l, .clip_g, .emb_params and .string_to_param.*"
+            )
+        word, key = match.groups()
+        words.setdefault(word, {})[key if key in XL_KEYS.values() else ONLY] = file.tensors[name].read()
+    vectors = {word: usable(file.path, found) for word, found in words.items()}
+    if sd.unet.config.vector is None:  # one text encoder, whatever the file calls it
+        vectors = {word: {ONLY: next(iter(found.values()))} for word, found in vectors.items() if len(found) == 1}
+    return {word: fitting(sd, file.path, vectors.get(word, found)) for word, found in words.items()}
+
+
+def learn(sd: StableDiffusion, words: Mapping[str, Sequence[Tensor]]) -> None:
+    """Adds words. One that was learned before, of as many vectors, gets the new ones."""
+    for word, vectors in words.items():
+        known = [tokenizer.units(word) for tokenizer in sd.tokenizers]
+        if all(len(units) == 1 and min(units[0]) >= len(tokenizer.vocabulary) and len(units[0]) == len(rows)
+               for units, tokenizer, rows in zip(known, sd.tokenizers, vectors, strict=True)):  # fmt: skip
+            for encoder, units, rows in zip(sd.text_encoders, known, vectors, strict=True):
+                write_rows(encoder, units[0], rows)
+        else:
+            add_word(sd, word, vectors)
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -118,16 +157,21 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     """The word, if the file tells it, and the vectors: under ONLY, or under clip_l and clip_g."""
     content = content_of(path)
     name, found = parsed(content)
+    if not found:
+        names = [name for name in content if name != WORD] if isinstance(content, dict) else []
+        raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
+    return name, usable(path, found)
+
+
+def usable(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The vectors as (N, D)."""
     for vectors in found.values():
         if vectors.ndim not in (1, 2) or not vectors.is_floating_point() or not vectors.isfinite().all():
             raise UserError(
                 f"{path} holds no usable vectors: shape {list(vectors.shape)}, {vectors.dtype}, or values "
                 "that are not finite; fetch it again"
             )
-    if not found:
-        names = [name for name in content if name != WORD] if isinstance(content, dict) else []
-        raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
-    return name, {key: vectors.detach().reshape(-1, vectors.shape[-1]) for key, vectors in found.items()}
+    return {key: vectors.detach().reshape(-1, vectors.shape[-1]) for key, vectors in found.items()}
 
 
 def content_of(path: Path, *, shapes_only: bool = False) -> object:

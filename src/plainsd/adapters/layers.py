@@ -1,23 +1,30 @@
-"""Adapters: a weight W becomes W + s * change, and the change is small in a file.
+"""Adapters: a weight W becomes another, and what makes it so is small in a file.
 
-    LowRank      LoRA: alpha/r * B A, with B and A narrow
-    Hadamard     LoHa: alpha/r * (B1 A1) o (B2 A2), the product of numbers at the same place (Hyeon-Woo et al. 2022,
-                 arXiv:2108.06098)
-    Kronecker    LoKr: alpha/r * K1 x K2, the Kronecker product (Edalati et al. 2022, arXiv:2212.10650)
+    LowRank      LoRA: W + s * alpha/r * B A, with B and A narrow
+    Hadamard     LoHa: W + s * alpha/r * (B1 A1) o (B2 A2), the product of numbers at the same place (Hyeon-Woo et al.
+                 2022, arXiv:2108.06098)
+    Kronecker    LoKr: W + s * alpha/r * K1 x K2, the Kronecker product (Edalati et al. 2022, arXiv:2212.10650)
 
-LoRA is by Hu et al. 2021 (arXiv:2106.09685). For a k x k convolution A is a k x k convolution to r channels and B a 1x1
-convolution back (LoCon), or A 1x1, a k x k one between r channels, and B 1x1 (`mid`). The other two came to Stable
-Diffusion by LyCORIS (Yeh et al. 2024, arXiv:2309.14859). DoRA (Liu et al. 2024, arXiv:2402.09353) then gives each row
-(in some files each column) of the sum a length of its own, the magnitude.
-Strength s leads in a straight line from the bare weight at 0 to the adapted one at 1, for DoRA too.
+kinds.py has more of them: whole differences, rotations, gains. LoRA is by Hu et al. 2021 (arXiv:2106.09685). For a
+k x k convolution A is a k x k convolution to r channels and B a 1x1 convolution back (LoCon), or A 1x1, a k x k one
+between r channels, and B 1x1 (`mid`). The other two came to Stable Diffusion by LyCORIS (Yeh et al. 2024,
+arXiv:2309.14859).
 
-A module that carries adapters becomes a LoraLinear or LoraConv in place. It stays the same object, and its weight keeps
-its name, so that optimizers, hooks and names see no difference; without its last adapter it is what it was before.
+Several adapters on a module act in the order in which they came, each on the weight as those before it leave it. That
+matters for DoRA (Liu et al. 2024, arXiv:2402.09353), which gives each row (in some files each column) a length m: as in
+PEFT, and so in diffusers, the weight W' that it finds becomes
+
+    (W' + s * change) * m / |W + s * change|          W: the module's own weight, without any adapter
+
+so that a strength s of 0 still sets the lengths, and a LoRA before it has its rows stretched too, one after it has not.
+
+A module that carries adapters becomes a LoraLinear, LoraConv, ... in place. It stays the same object, and its weight
+keeps its name, so that optimizers, hooks and names see no difference; without its last adapter it is what it was.
 
 Shape letters: o, i the outputs and inputs of a module, r the rank, k the side of a convolution's kernel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +35,7 @@ class Adapter(nn.Module):
     """What all kinds share. Its parameters are the factors by their names in the code below.
 
     magnitude: (o, 1) or (o, 1, 1, 1) the length of each row, or (1, i) or (1, i, 1, 1) of each column.
+    bias: (o,) what is added to the module's bias.
     """
 
     def __init__(
@@ -36,22 +44,24 @@ class Adapter(nn.Module):
         alpha: float,
         *,
         magnitude: Tensor | None = None,
+        bias: Tensor | None = None,
         strength: float = 1.0,
         trainable: bool = False,
     ):
         super().__init__()
-        for name, tensor in (*factors.items(), ("magnitude", magnitude)):
+        for name, tensor in (*factors.items(), ("magnitude", magnitude), ("bias", bias)):
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, trainable))
         self.alpha, self.strength = alpha, strength
         self.by_column = magnitude is not None and magnitude.shape[0] == 1 and magnitude.shape[1] > 1
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int | None:
+        """None where the factors have none."""
         raise NotImplementedError
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / self.rank if self.rank else 1.0
 
     def product(self, dtype: torch.dtype) -> Tensor:
         """The change before magnitude and strength, in the weight's shape."""
@@ -62,20 +72,25 @@ class Adapter(nn.Module):
         others = [axis for axis in range(full.ndim) if axis != self.by_column]
         return torch.linalg.vector_norm(full, dim=others, keepdim=True)
 
-    def change(self, weight: Tensor) -> Tensor:
-        """What the adapter adds to a weight, in at least float32. Gradients pass through the lengths, as in LyCORIS."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        change = self.product(wide)
-        if self.magnitude is not None:
-            full = weight.to(wide) + change
-            change = full * (self.magnitude.to(wide) / self.lengths(full)) - weight.to(wide)
-        return change * self.strength
+    def change(self, weight: Tensor, own: Tensor | None = None) -> Tensor:
+        """What the adapter adds to a weight as it finds it, in at least float32. own: the module's weight without any
+        adapter, if that is another. Gradients pass through the lengths, as in LyCORIS."""
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        change = self.product(weight.dtype) * self.strength
+        if self.magnitude is None:
+            return change
+        lengths = self.lengths((weight if own is None else own.to(weight.dtype)) + change)
+        return (weight + change) * (self.magnitude.to(weight.dtype) / lengths) - weight
+
+    def bias_change(self, bias: Tensor) -> Tensor | None:
+        """What the adapter adds to a bias as it finds it."""
+        return None if self.bias is None else self.bias.to(bias.dtype) * self.strength
 
     def forward(self, x: Tensor, base: nn.Linear | nn.Conv2d, out: Tensor) -> Tensor:
-        """What the adapter adds to the base's output `out` for the input x."""
+        """What the adapter adds to the module's output `out` so far, for the input x."""
         with torch.autocast(x.device.type, enabled=False):
             change = self.change(base.weight)
-        return without_bias(base, x, change.to(x.dtype)).to(out.dtype)
+        return base.with_others(x, change.to(x.dtype), None).to(out.dtype)
 
 
 class LowRank(Adapter):
@@ -104,20 +119,20 @@ class LowRank(Adapter):
         return F.conv2d(h * self.scale, self.up)
 
     def forward(self, x: Tensor, base: nn.Linear | nn.Conv2d, out: Tensor) -> Tensor:
-        """What the adapter adds to the base's output `out` for the input x."""
+        """What the adapter adds to the module's output `out` so far, for the input x."""
         x = x.to(self.down.dtype)
-        added = self.low(x, base) if self.magnitude is None else self._dora(x, base, out)
-        return (added * self.strength).to(out.dtype)
+        if self.by_column:
+            return super().forward(x, base, out)
+        added = self.low(x, base) * self.strength if self.magnitude is None else self._dora(x, base, out)
+        return added.to(out.dtype)
 
     def _dora(self, x: Tensor, base: nn.Linear | nn.Conv2d, out: Tensor) -> Tensor:
         with torch.no_grad():  # section 4.3 of the paper: the lengths are a constant to the gradient
-            lengths = self.lengths(base.weight.to(x.dtype) + self.product(x.dtype))
+            lengths = self.lengths(base.weight.to(x.dtype) + self.product(x.dtype) * self.strength)
         gain, bias = (self.magnitude / lengths).flatten(), base.bias
         if isinstance(base, nn.Conv2d):
             gain, bias = gain[:, None, None], None if bias is None else bias[:, None, None]
-        if self.by_column:
-            return self.low(x * gain, base) + without_bias(base, x * (gain - 1), base.weight.to(x.dtype))
-        return self.low(x, base) * gain + (out if bias is None else out - bias) * (gain - 1)
+        return self.low(x, base) * self.strength * gain + (out if bias is None else out - bias) * (gain - 1)
 
 
 class Hadamard(Adapter):
@@ -155,10 +170,6 @@ class Kronecker(Adapter):
     def rank(self) -> int | None:
         return next((len(factor) for factor in (self.w1_b, self.w2_b) if factor is not None), self.rank_if_whole)
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank if self.rank else 1.0
-
     def product(self, dtype: torch.dtype) -> Tensor:
         sides = ((self.w1, self.w1_a, self.w1_b, None), (self.w2, self.w2_a, self.w2_b, self.t2))
         w1, w2 = (
@@ -182,43 +193,96 @@ def fitted(change: Tensor, shape: torch.Size) -> Tensor:
     return change.reshape(shape)
 
 
-def without_bias(base: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """What a module with another weight gives."""
-    if isinstance(base, nn.Linear):
-        return F.linear(x, weight)
-    return F.conv2d(x, weight, None, base.stride, base.padding, base.dilation)
-
-
 class Adapted:
-    """What LoraLinear and LoraConv share: `adapters`, from the name of a LoRA to its adapter."""
+    """What the modules below share: `adapters`, from the name of a LoRA to its adapter, in the order they came."""
 
     adapters: nn.ModuleDict
 
     def forward(self, x: Tensor) -> Tensor:
+        alone = len(self.adapters) == 1
+        if not (isinstance(self, nn.Linear | nn.Conv2d) and all(beside(one, alone) for one in self.adapters.values())):
+            with torch.autocast(x.device.type, enabled=False):
+                weight, bias = self.adapted(self.adapters)
+            weight = weight.to(self.weight.dtype)
+            return self.with_others(x, weight, None if bias is None else bias.to(weight.dtype))
         out = super().forward(x)
-        return sum((adapter(x, self, out) for adapter in self.adapters.values()), start=out)
+        for adapter in self.adapters.values():
+            out = out + adapter(x, self, out)
+        return out
+
+    def adapted(self, names: Container[str]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with the adapters of these names, in at least float32."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        own, bias = self.weight.to(wide), getattr(self, "bias", None)
+        weight, bias = own, None if bias is None else bias.to(wide)
+        for name, adapter in self.adapters.items():
+            if name in names:
+                change = adapter.change(weight, own)
+                if len(change) < len(weight):  # a table of tokens that has learned words since
+                    change = F.pad(change, (0, 0, 0, len(weight) - len(change)))
+                weight = weight + change
+                shift = None if bias is None else adapter.bias_change(bias)
+                bias = bias if shift is None else bias + shift
+        return weight, bias
+
+    def with_others(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the module gives with another weight and bias."""
+        raise NotImplementedError
+
+
+def beside(adapter: Adapter, alone: bool) -> bool:
+    """Whether its part is computed beside the weight: it is cheaper, and nothing of a small change is rounded away. What
+    it adds must then not hang on what other adapters do."""
+    if adapter.bias is not None:
+        return False
+    if isinstance(adapter, LowRank):
+        return alone or not adapter.by_column
+    return isinstance(adapter, Hadamard | Kronecker) and (alone or adapter.magnitude is None)
 
 
 class LoraLinear(Adapted, nn.Linear):
-    pass
+    def with_others(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class LoraConv(Adapted, nn.Conv2d):
-    pass
+    def with_others(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
-WITH = {nn.Linear: LoraLinear, nn.Conv2d: LoraConv}
+class LoraLayerNorm(Adapted, nn.LayerNorm):
+    def with_others(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class LoraGroupNorm(Adapted, nn.GroupNorm):
+    def with_others(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class LoraEmbedding(Adapted, nn.Embedding):
+    def with_others(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(x, weight)
+
+
+WITH = {
+    nn.Linear: LoraLinear,
+    nn.Conv2d: LoraConv,
+    nn.LayerNorm: LoraLayerNorm,
+    nn.GroupNorm: LoraGroupNorm,
+    nn.Embedding: LoraEmbedding,
+}
 WITHOUT = {adapted: bare for bare, adapted in WITH.items()}
 
 
-def attach(base: nn.Linear | nn.Conv2d, name: str, adapter: Adapter) -> None:
+def attach(base: nn.Module, name: str, adapter: Adapter) -> None:
     if not isinstance(base, Adapted):
         base.__class__ = WITH[type(base)]
         base.adapters = nn.ModuleDict()
     base.adapters[name] = adapter
 
 
-def detach(base: LoraLinear | LoraConv, name: str) -> None:
+def detach(base: Adapted, name: str) -> None:
     del base.adapters[name]
     if not base.adapters:
         del base.adapters

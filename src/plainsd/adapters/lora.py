@@ -1,6 +1,6 @@
-"""LoRAs on a model: added from files, taken away, folded into the weights, trained, and saved.
+"""LoRAs and adapters of other kinds on a model: added from files, taken away, folded into the weights, trained, saved.
 
-Hu et al. 2021 (arXiv:2106.09685); the arithmetic is in layers.py, the files in reading.py and writing.py.
+Hu et al. 2021 (arXiv:2106.09685); the arithmetic is in layers.py and kinds.py, the files in reading.py and writing.py.
 
     style = add_lora(sd, "style.safetensors", 0.8)           # several at once, each with its strength
     style.set_strength(0.5); style.remove()                  # or merge([style, other])
@@ -22,10 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from plainsd.adapters.embeddings import bundled, learn
 from plainsd.adapters.layers import Adapted, Adapter, attach, detach
+from plainsd.adapters.making import read_adapter
 from plainsd.adapters.names import Model, Place, networks
 from plainsd.adapters.new import NEW, TARGETS, new_adapter, targeted
-from plainsd.adapters.reading import located, open_lora, peft_settings, read_adapter
+from plainsd.adapters.peft import Settings
+from plainsd.adapters.reading import located, open_lora
 from plainsd.adapters.writing import write_lora
 from plainsd.errors import UserError, unknown
 from plainsd.listing import files_below, suffix_of
@@ -54,7 +57,8 @@ class Lora:
         return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
 
     def set_strength(self, strength: float, text_strength: float | None = None) -> None:
-        """0 is the model without, 1 the LoRA as it was trained. For text encoders the same, if not given."""
+        """0 is the model without (but a DoRA keeps its lengths, as in PEFT), 1 the LoRA as it was trained. For text
+        encoders the same, if not given."""
         text_strength = strength if text_strength is None else text_strength
         check_strengths(strength, text_strength)
         for (part, _), adapter in self.adapters.items():
@@ -99,7 +103,8 @@ def the_one(model: Model, lora: Lora | None) -> Lora:
 
 @torch.no_grad()
 def merge(loras: Sequence[Lora]) -> None:
-    """Folds LoRAs of one model into its weights. Their changes are all reckoned from the weights as they were."""
+    """Folds LoRAs of one model into its weights, in the order in which they came onto it. Others stay, and act on the
+    weights as they then are."""
     for model in {id(lora.model): lora.model for lora in loras}.values():
         names = [lora.name for lora in loras if lora.model is model]
         for base in bases(model).values():
@@ -110,8 +115,10 @@ def merge(loras: Sequence[Lora]) -> None:
 @torch.no_grad()
 def fold(base: Adapted, names: Sequence[str]) -> None:
     """Adapters of one module into its weights."""
-    total = sum(base.adapters[name].change(base.weight) for name in names)
-    base.weight.copy_(base.weight.to(total.dtype) + total)
+    weight, bias = base.adapted(names)
+    base.weight.copy_(weight)
+    if bias is not None:
+        base.bias.copy_(bias)
     for name in names:
         detach(base, name)
 
@@ -128,15 +135,17 @@ def add_lora(
     partial: bool = False,
 ) -> Lora:
     """Puts a file's LoRA on a model, beside those that are there. Names that have no place are an error, or, if
-    `partial`, left out. The adapters come to lie where the weights do, and as precise."""
+    `partial`, left out. The adapters come to lie where the weights do, and as precise. Words that the file brings along
+    are added to the model, and stay when the LoRA goes."""
     file = open_lora(Path(path))
     text_strength = strength if text_strength is None else text_strength
     check_strengths(strength, text_strength)
-    found, settings, parts = located(file, sd, partial=partial), peft_settings(file), networks(sd)
-    made = {}
+    found, settings, parts = located(file, sd, partial=partial), Settings(file), networks(sd)
+    made, words = {}, bundled(sd, file)
     for place, names in found.items():
         base = parts[place[0]].get_submodule(place[1])
         made[place] = read_adapter(file, names, settings, base, strength if place[0] == "unet" else text_strength)
+    learn(sd, words)
     return put(sd, Path(path).stem, made)
 
 

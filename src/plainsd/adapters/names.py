@@ -4,8 +4,10 @@ A tensor's name is a module's name and an ending. The ending tells which factor 
 module's name is one of the columns of files/names.py, with a prefix for the network, and spelled by the dialect:
 
     kohya      lora_unet_down_blocks_0_attentions_0_proj_in     dots are underscores; SDXL by the original's names
+    LyCORIS    lycoris_down_blocks_0_attentions_0_proj_in       by its own trainer, without the network's name
     dotted     unet.down_blocks.0.attentions.0.proj_in          diffusers, PEFT
-    ComfyUI    diffusion_model.input_blocks.1.1.proj_in
+    ComfyUI    diffusion_model.input_blocks.1.1.proj_in         and text_encoders.clip_l.transformer.text_model...
+    OneTrainer unet.input_blocks.1.1.proj_in                    and clip_l.text_model...
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ ENDINGS = {  # part: how its tensor's name may end
     "alpha": (".alpha",),
     "dora_scale": (".dora_scale",),
     "magnitude": (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+    "diff": (".diff", ".w_norm"),  # LyCORIS' full and norm, ComfyUI
+    "diff_b": (".diff_b", ".b_norm"),
     **{
         part: (f".{part}",)
         for part in (  # LyCORIS: LoHa, LoKr
@@ -54,10 +58,20 @@ ENDINGS = {  # part: how its tensor's name may end
             "lokr_t2",
         )
     },
+    **{part: (f".{part}.weight",) for part in ("a1", "a2", "b1", "b2")},  # LyCORIS' GLoRA
+    **{part: (f".{part}",) for part in ("oft_blocks", "rescale", "on_input")},  # LyCORIS' OFT, BOFT, IA3
+    "oft_R": (".oft_R.weight",),  # PEFT's OFT, BOFT, IA3
+    **{part: (f".{part}",) for part in ("boft_R", "boft_s", "ia3_l")},
 }
-ADAPTER = re.compile(r"(\.lora_(?:[AB]|magnitude_vector))\.default(?:_\d+)?(?=\.|$)")  # PEFT's name for an adapter
+FLAT_WEIGHT = re.compile(r"((?:lora_(?:unet|te\d?)|lycoris)_\w+)\.weight")  # of LyCORIS' IA3
+ADAPTER = re.compile(  # PEFT's name for an adapter
+    r"(\.(?:lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|oft_R|boft_[Rs]|ia3_l))\.default(?:_\d+)?(?=\.|$)"
+)
+BUNDLE = "bundle_emb."  # how the names of a learned word's vectors begin; see embeddings.py
+UNUSED = re.compile(r"(text_encoders\.)?clip_l\.(transformer\.)?text_projection\.")  # which no model here has
 
 KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+COMFY = {"text_encoder": ("clip_l.", "clip_h."), "text_encoder_2": ("clip_g.",)}  # OneTrainer's too
 SPELLINGS = (  # as files/names.py has it, as some files have it
     (".to_out.0", ".to_out"),  # diffusers in 2023
     (".q_proj", ".to_q"),
@@ -66,6 +80,9 @@ SPELLINGS = (  # as files/names.py has it, as some files have it
     (".out_proj", ".to_out"),
     ("text_model.", ""),  # transformers 5.6 and later
 )
+
+
+ADAPTABLE = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
 
 
 class Named(NamedTuple):
@@ -88,10 +105,15 @@ def networks(model: Model) -> dict[str, nn.Module]:
 
 def modules_of(network: nn.Module) -> dict[str, Named]:
     """All linear layers and convolutions of a network, by our names."""
+    return named(network, (nn.Linear, nn.Conv2d))
+
+
+def named(network: nn.Module, kinds: tuple[type[nn.Module], ...] = ADAPTABLE) -> dict[str, Named]:
+    """All modules of these kinds, by our names."""
     rows = {row[0]: row for row in ROWS[type(network)](network)}
     found = {}
     for ours, module in network.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, kinds):
             (diffusers, _, mark), (original, _, _) = (name.partition(":") for name in rows[ours][1:])
             found[ours] = Named(ours, diffusers, original, mark)
     return found
@@ -111,15 +133,20 @@ def known_names(model: Model) -> dict[str, tuple[str, str]]:
     known = {}
     for part, network in parts.items():
         alone = part == "unet" or len(parts) <= 2  # then a name without a prefix can be told
-        for named in modules_of(network).values():
-            dotted = spellings(named.diffusers)
+        for module in named(network).values():
+            dotted = spellings(module.diffusers)
             names = {f"{part}.{name}" for name in dotted} | (dotted if alone else set())
             flat = dotted
             if part == "unet":
-                flat = dotted | {named.original}
-                names.add(f"diffusion_model.{named.original}")
-            names |= {prefix + name.replace(".", "_") for prefix in KOHYA[part] for name in flat}
-            known |= dict.fromkeys(names, (part, named.ours))
+                flat = dotted | {module.original}
+                names |= {f"diffusion_model.{module.original}", f"unet.{module.original}"}
+            for clip in COMFY.get(part, ()):
+                names |= {clip + name for name in dotted} | {
+                    f"text_encoders.{clip}transformer.{name}" for name in dotted
+                }
+            prefixes = KOHYA[part] + (("lycoris_",) if alone else ())
+            names |= {prefix + name.replace(".", "_") for prefix in prefixes for name in flat}
+            known |= dict.fromkeys(names, (part, module.ours))
     return known
 
 
@@ -130,7 +157,8 @@ def split(name: str) -> tuple[str, str] | None:
         for ending in endings:
             if plain.endswith(ending):
                 return plain.removesuffix(ending), part
-    return None
+    flat = FLAT_WEIGHT.fullmatch(name)
+    return (flat[1], "gain") if flat else None
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
-from plainsd.adapters.names import Model, Place, known_names, networks, split
+from plainsd.adapters.layers import LowRank, fitted
+from plainsd.adapters.making import BESIDE, kind_of, made_of
+from plainsd.adapters.names import BUNDLE, UNUSED, Model, Place, known_names, networks, split
+from plainsd.adapters.peft import REMEDY, Settings
 from plainsd.errors import UserError
-from plainsd.files.detect import seems
+from plainsd.files.detect import LORA, seems
 from plainsd.files.stored import first
-from plainsd.files.tensorfile import TensorFile, damaged, open_tensors
+from plainsd.files.tensorfile import TensorFile, open_tensors
 
-NOTE = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings, as JSON, in a file's metadata
-SETTINGS = "adapter_config.json"  # where PEFT keeps them, in the folder of its adapter_model
 IN_FOLDER = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
-PLAIN = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")  # a pattern in PEFT's settings that is no more than a name
-
-FOREIGN = (  # what in a tensor's name tells of another kind of adapter, or of another model
-    (r"\.(oft|boft|glora|ia3)_|\.on_input$", "an adapter of an unsupported kind (OFT, GLoRA, IA3)"),
+FOREIGN = (  # what in a tensor's name tells of another model
     (r"double_blocks|single_blocks|single_transformer_blocks", "FLUX"),
     (r"joint_blocks|joint_transformer_blocks|lora_te3_", "Stable Diffusion 3"),
     (r"motion_modules|temporal_", "a video model"),
 )
-BESIDE = ("alpha", "dora_scale", "magnitude")  # parts that any kind of adapter may have
+UNSUPPORTED = (  # what in a tensor's name tells of a kind of adapter that is not supported
+    (r"\.lora_E\b|\.ranknum$", "AdaLoRA"),
+    (r"\.(?:pvera|vera)_lambda_|\bvera_[AB]\b", "VeRA"),
+    (r"\brandlora_", "RandLoRA"),
+    (r"\bdelora_", "DeLoRA"),
+    (r"\bvblora_", "VB-LoRA"),
+    (r"\bhra_u\b", "HRA"),
+    (r"\b(?:miss|bone)_", "MiSS"),
+    (r"\bfourierft_", "FourierFT"),
+    (r"\blora_diag\b", "KaSA"),
+    (r"\.lambda_layer$|\.[qp]_layer\.weight$", "T-LoRA"),
+    (r"\bglora_[A-E]\b", "PEFT's GLoRA"),
+    (r"\.oft_[rs]\b", "OFT as PEFT wrote it before 0.16"),
+    (r"\.oft_diag\b|\.bm\.weight$|\.lokr_t1$", "LyCORIS as no known version of it writes it"),
+    (r"\b(adamss|beft|c3a|deft|frod|gralora|hira|lily|ln_tuning|osf|peanut|poly|psoft|road)_", "{}"),
+    (r"\b(shira|supertuning|tinylora|unilora|waveft|trainable_tokens|oft_embedding|lora_embedding)_", "{}"),
+)
 CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # by the width of the text
 CROSS = re.compile(r"attn2[._]to_[kv]$")
 XL_ONLY = re.compile(r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|(input|output)_blocks[._]\d")
@@ -48,6 +58,15 @@ def foreign(file: TensorFile) -> str:
     return next((what for pattern, what in FOREIGN if any(re.search(pattern, name) for name in file.tensors)), "")
 
 
+def unsupported(file: TensorFile) -> str:
+    """The name of the kind of adapter that a file holds, if it is one that is not supported."""
+    for pattern, what in UNSUPPORTED:
+        for name in file.tensors:
+            if match := re.search(pattern, name):
+                return what.format(*match.groups())
+    return ""
+
+
 def made_for(file: TensorFile) -> str:
     """The kind of model that a LoRA was made for: by its names, its shapes, its trainer's notes. Empty: not told."""
     if found := foreign(file):
@@ -56,7 +75,7 @@ def made_for(file: TensorFile) -> str:
     widths = {
         stored.shape[1]
         for pair, stored in pairs
-        if pair and pair[1] in ("down", "hada_w1_b") and CROSS.search(pair[0]) and len(stored.shape) >= 2
+        if pair and pair[1] in ("down", "hada_w1_b", "diff", "b2") and CROSS.search(pair[0]) and len(stored.shape) >= 2
     }
     if len(widths) == 1:
         (width,) = widths
@@ -83,51 +102,65 @@ def open_lora(path: Path) -> TensorFile:
             raise UserError(f"{path} is a folder without {IN_FOLDER[0]} or {IN_FOLDER[1]}; give the LoRA's own file")
         path = inside[0]
     file = open_tensors(path)
-    if not any((pair := split(name)) and pair[1] not in BESIDE for name in file.tensors):
-        raise UserError(f"{path} holds no LoRA: it seems to be {foreign(file) or seems(file.tensors)}")
+    if kind := unsupported(file):
+        raise UserError(f"{path} is an adapter of a kind that is not supported, {kind}; {REMEDY}")
+    if not holds_adapter(file):
+        what = foreign(file) or seems(file.tensors)
+        raise UserError(
+            f"{path} is no adapter of a kind known here: its names, such as {first(list(file.tensors)[:2])}, "
+            f"{'are those of no dialect' if what.startswith(LORA) else f'tell of {what}'}; take a LoRA"
+        )
     return file
+
+
+def holds_adapter(file: TensorFile) -> bool:
+    pairs = [pair for name in file.tensors if (pair := split(name))]
+    return any(part not in (*BESIDE, "gain") for _, part in pairs) or any(kind_of(found) for found in by_module(pairs))
+
+
+def by_module(pairs: Iterable[tuple[str, str]]) -> list[set[str]]:
+    """The parts of each module."""
+    found: dict[str, set[str]] = {}
+    for module, part in pairs:
+        found.setdefault(module, set()).add(part)
+    return list(found.values())
 
 
 def located(file: TensorFile, model: Model, *, partial: bool) -> dict[Place, dict[str, str]]:
     """For each module of the model the names of its tensors in the file, by part.
 
-    UserError where a name has no place, or a module not all of its factors; with `partial`, they are left out.
+    UserError where a name has no place, a module not all of its factors, or factors that do not fit its weight; with
+    `partial`, they are left out.
     """
     known, found = known_names(model), {}
-    for name in file.tensors:
+    names = [name for name in file.tensors if not (name.startswith(BUNDLE) or UNUSED.match(name))]
+    for name in names:
         module, part = split(name) or (None, None)
         if module in known:
             found.setdefault(known[module], {}).setdefault(part, name)  # of two spellings the first counts
     found = {place: parts for place, parts in found.items() if kind_of(parts)}
     used = {name for parts in found.values() for name in parts.values()}
-    lost = [name for name in file.tensors if name not in used]
+    lost = [name for name in names if name not in used]
     if lost and not (partial and found):
         remedy = "to use the rest of it, accept that (--lora-partial)" if found else "take a LoRA for this model"
-        raise misfit(file, model, f"{len(lost)} of its {len(file.tensors)} names have no place ({first(lost)})", remedy)
+        raise misfit(file, model, f"{len(lost)} of its {len(names)} names have no place ({first(lost)})", remedy)
+    fitting, problem = {}, None
     for place, parts in found.items():
-        check_shapes(file, model, networks(model)[place[0]].get_submodule(place[1]).weight, parts)
-    return found
+        try:
+            check_shapes(file, model, networks(model)[place[0]].get_submodule(place[1]), parts)
+            fitting[place] = parts
+        except UserError as error:
+            problem = problem or error
+    if problem and not (partial and fitting):
+        raise problem
+    return fitting
 
 
-def kind_of(parts: Collection[str]) -> type[Adapter] | None:
-    """The kind of adapter whose factors are all there."""
-
-    def whole(*names: str) -> bool:
-        return all(name in parts for name in names)
-
-    if whole("down", "up"):
-        return LowRank
-    if whole("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"):
-        return Hadamard
-    if all(whole(f"lokr_w{n}") or whole(f"lokr_w{n}_a", f"lokr_w{n}_b") for n in (1, 2)):
-        return Kronecker
-    return None
-
-
-def check_shapes(file: TensorFile, model: Model, weight: Tensor, parts: Mapping[str, str]) -> None:
+def check_shapes(file: TensorFile, model: Model, base: nn.Module, parts: Mapping[str, str]) -> None:
     """A 1x1 convolution may be written with or without its two sides of 1."""
-    shapes = {part: file.tensors[name].shape for part, name in parts.items()}
-    (o, i), sides, r = weight.shape[:2], tuple(weight.shape[2:]), (*shapes.get("down", ()), 1)[0]
+    shapes, weight = {part: file.tensors[name].shape for part, name in parts.items()}, base.weight
+    weight = weight[: rows_of(shapes)] if isinstance(base, nn.Embedding) else weight  # it may have learned words since
+    (o, i), sides, r = (*weight.shape, 0)[:2], tuple(weight.shape[2:]), (*shapes.get("down", ()), 1)[0]
     wide = max(sides, default=1) > 1
     allowed = {
         "down": {(r, i, *sides)} if wide and "mid" not in parts else {(r, i), (r, i, 1, 1)},
@@ -136,9 +169,16 @@ def check_shapes(file: TensorFile, model: Model, weight: Tensor, parts: Mapping[
         "alpha": {(), (1,)},
         "magnitude": {(o,), (o, 1, 1, 1), (1, o, 1, 1)},
         "dora_scale": {(o,), (o, 1), (o, 1, 1, 1), (1, i), (1, i, 1, 1)},
+        "diff": {tuple(weight.shape)} | ({(o, i, 1, 1)} if weight.ndim == 2 else set()),
+        "diff_b": {(o,)} if getattr(base, "bias", None) is not None else (),
+        "rescale": {(o,), (o, 1), (o, 1, 1, 1)},
+        "on_input": {()},
+        "gain": {(o,), (i,), (1, o, 1, 1), (1, i, 1, 1)},
+        "ia3_l": {(o, 1), (1, i), (1, o, 1, 1), (1, i, 1, 1)},
+        "boft_s": {(o, 1), (1, o)},
     }
     kind = kind_of(parts)
-    others = [part for part in parts if part.startswith(PREFIXES[kind])] if kind is not LowRank else []
+    others = [part for part in parts if part not in allowed] if kind is not LowRank else []
     for part, name in parts.items():
         if part not in others and (r == 0 or shapes[part] not in allowed.get(part, ())):
             raise misfit(
@@ -149,9 +189,12 @@ def check_shapes(file: TensorFile, model: Model, weight: Tensor, parts: Mapping[
             )
     try:
         if others:
-            factors = {part: torch.empty(shapes[part], device="meta") for part in others}
-            made_of(kind, factors, weight).product(torch.float32)
-    except (RuntimeError, ValueError, ArithmeticError):
+            factors = {part: torch.empty(shapes[part], device="meta") for part in parts}
+            made = made_of(kind, factors, weight, Settings(file), parts[others[0]])
+            fitted(made.change(torch.empty(weight.shape, device="meta")), weight.shape)
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
         raise misfit(
             file,
             model,
@@ -162,91 +205,6 @@ def check_shapes(file: TensorFile, model: Model, weight: Tensor, parts: Mapping[
         ) from None
 
 
-PREFIXES = {Hadamard: "hada_", Kronecker: "lokr_"}
-
-
-def made_of(kind: type[Adapter], tensors: Mapping[str, Tensor], weight: Tensor, strength: float = 1.0) -> Adapter:
-    """With alpha 1."""
-    if kind is LowRank:
-        return LowRank(**tensors, alpha=1.0, strength=strength)
-    factors = {part.removeprefix(PREFIXES[kind]): tensor for part, tensor in tensors.items() if part not in BESIDE}
-    return kind(factors, 1.0, weight.shape, magnitude=tensors.get("magnitude"), strength=strength)
-
-
-def peft_settings(file: TensorFile) -> dict[str, Any]:
-    """Rank, alpha and exceptions from them, as PEFT keeps them; kohya keeps its alphas among the tensors."""
-    beside = file.path.parent / SETTINGS
-    if NOTE in file.metadata:
-        text = file.metadata[NOTE]
-    elif file.path.stem == "adapter_model" and beside.is_file():
-        text = beside.read_text("utf-8-sig", errors="replace")
-    else:
-        return {}
-    try:
-        settings = json.loads(text)
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise damaged(file.path, f"PEFT's settings ({NOTE} or {SETTINGS}) are no table in JSON")
-    return settings
-
-
-def peft_table(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Those for the network of the module that the file calls `name`."""
-    return {key.removeprefix(f"{name.partition('.')[0]}."): value for key, value in settings.items()}
-
-
-def peft_alpha(file: TensorFile, settings: Mapping[str, Any], name: str, rank: int | None) -> float:
-    """Of the module that the file calls `name`. An exception's pattern must be a name, or the end of one."""
-    table = peft_table(settings, name)
-    alpha = table.get("lora_alpha", table.get("alpha"))  # the second for LoHa and LoKr
-    if alpha is None:
-        return float(rank or 1)
-    for pattern, value in (table.get("alpha_pattern") or {}).items():
-        plain = PLAIN.fullmatch(pattern)
-        if plain is None:
-            raise UserError(
-                f"{file.path}: PEFT's settings give an alpha to {pattern!r}, which is no name of a module; "
-                "write the names out there, or save the LoRA in kohya's naming"
-            )
-        ending = plain[1].replace("\\", "").removeprefix("text_model.")
-        if f".{name}".endswith(f".{ending}"):
-            alpha = value
-            break
-    if not isinstance(alpha, int | float):
-        raise damaged(file.path, f"PEFT's settings give {alpha!r} as an alpha")
-    return float(alpha) * (rank**0.5 if table.get("use_rslora") else 1.0)  # rank-stabilised: alpha / sqrt(r)
-
-
-def read_adapter(
-    file: TensorFile,
-    parts: Mapping[str, str],
-    settings: Mapping[str, Any],
-    base: nn.Linear | nn.Conv2d,
-    strength: float,
-) -> Adapter:
-    """One module's adapter, where the module is and as precise."""
-    sides = (1, 1) if isinstance(base, nn.Conv2d) else ()
-    kind, tensors = kind_of(parts), {part: file.tensors[name].read() for part, name in parts.items()}
-    alpha = tensors.pop("alpha", None)
-    for part in ("down", "up") if kind is LowRank else ():
-        if tensors[part].ndim == 2 or not sides:
-            tensors[part] = tensors[part].flatten(1).unflatten(1, (-1, *sides))
-    if (rows := tensors.pop("magnitude", None)) is not None:  # PEFT has lengths of rows alone
-        tensors["magnitude"] = rows.reshape(-1, 1, *sides)
-    if (lengths := tensors.pop("dora_scale", None)) is not None:
-        by_column = lengths.ndim > 1 and len(lengths) == 1
-        tensors["magnitude"] = lengths.reshape((1, -1, *sides) if by_column else (-1, 1, *sides))
-    placed = {part: tensor.to(base.weight.device, base.weight.dtype).contiguous() for part, tensor in tensors.items()}
-    adapter = made_of(kind, placed, base.weight, strength)
-    name = split(next(iter(parts.values())))[0]
-    if kind is Kronecker and alpha is None:
-        adapter.rank_if_whole = rank = peft_table(settings, name).get("r")
-        if not (rank is None or isinstance(rank, int) and rank > 0):
-            raise damaged(file.path, f"PEFT's settings give {rank!r} as a rank")
-    adapter.alpha = peft_alpha(file, settings, name, adapter.rank) if alpha is None else float(alpha)
-    if not (math.isfinite(adapter.alpha) and all(tensor.isfinite().all() for tensor in placed.values())):
-        raise damaged(
-            file.path, f"{next(iter(parts.values()))!r} or what belongs to it has values that are not finite numbers"
-        )
-    return adapter
+def rows_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How many rows an adapter of a table of tokens has."""
+    return next((shapes[part][0] for part in ("up", "diff") if shapes.get(part)), None)

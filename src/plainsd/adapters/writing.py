@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
-from plainsd.adapters.names import Named, Place, dotted_name, kohya_name, modules_of, networks
-from plainsd.adapters.reading import CONTEXTS, NOTE
+from plainsd.adapters.names import Named, Place, dotted_name, kohya_name, modules_of, named, networks
+from plainsd.adapters.peft import NOTE
+from plainsd.adapters.reading import CONTEXTS
 from plainsd.errors import UserError, unknown
 from plainsd.files.tensorfile import stored, write_whole
 from plainsd.listing import suffix_of
@@ -51,10 +52,10 @@ def write_lora(
         raise UserError(f"an adapter of the kind {strange[0]} is only read here; keep its own file, or bake it in")
     if naming != "kohya" and any(only_kohya(adapter) for adapter in adapters.values()):
         raise UserError(
-            f"this LoRA has parts that the naming {naming!r} cannot tell (LoHa, LoKr, a middle convolution, or lengths "
-            "of columns); save it in kohya's"
+            f"this LoRA has parts that the naming {naming!r} cannot tell (LoHa, LoKr, a middle convolution, lengths of "
+            "columns, or biases); save it in kohya's"
         )
-    known = {part: modules_of(network) for part, network in networks(sd).items()}
+    known = {part: named(network) for part, network in networks(sd).items()}
     tensors: dict[str, Tensor] = {}
     for (part, module), adapter in adapters.items():
         tensors |= named_tensors(sd, part, known[part][module], adapter, naming)
@@ -67,7 +68,9 @@ def write_lora(
 
 
 def only_kohya(adapter: Adapter) -> bool:
-    return not isinstance(adapter, LowRank) or adapter.mid is not None or adapter.by_column
+    return not isinstance(adapter, LowRank) or any(
+        (adapter.mid is not None, adapter.by_column, adapter.bias is not None)
+    )
 
 
 def low_rank_tensors(adapter: LowRank, part: str, naming: str, *, conv: bool) -> dict[str, Tensor]:
@@ -84,7 +87,7 @@ def low_rank_tensors(adapter: LowRank, part: str, naming: str, *, conv: bool) ->
 def lycoris_tensors(adapter: Hadamard | Kronecker, *, conv: bool) -> dict[str, Tensor]:
     """Factors are matrices for convolutions too; LoKr's whole second one has the kernel's sides."""
     prefix = {Hadamard: "hada_", Kronecker: "lokr_"}[type(adapter)]
-    factors = {name: factor for name, factor in adapter.named_parameters() if name != "magnitude"}
+    factors = {name: factor for name, factor in adapter.named_parameters() if name not in ("magnitude", "bias")}
     if conv and "w2" in factors and factors["w2"].ndim == 2:
         factors["w2"] = factors["w2"][:, :, None, None]
     return {prefix + name: factor for name, factor in factors.items()}
@@ -100,6 +103,8 @@ def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: Adapter
         tensors = lycoris_tensors(adapter, conv=conv)
     if naming == "kohya":
         tensors["alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
+        if adapter.bias is not None:
+            tensors["diff_b"] = adapter.bias
     if adapter.magnitude is not None:
         sides = [1, 1] if conv or adapter.magnitude.ndim == 4 else []
         shape = {"kohya": [*adapter.magnitude.shape[:2], *sides]}.get(naming, [1, -1, 1, 1] if sides else [-1])

@@ -21,10 +21,13 @@ ZERO_SNR = {"schedule": ScheduleConfig(zero_terminal_snr=True), "spacing": "trai
 SAID = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}  # in metadata
 MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", *(f"edm_vpred.{name}" for name in ENDS))  # tensors that are words
 
+LORA = "a LoRA"
 EMBEDDING = "a textual-inversion embedding"
 SEEMS = (  # the first pattern that fits any name tells what the file seems to be
-    (r"lora_(down|up|A|B)\b|lora\.(down|up)\b|_lora\.|\.hada_w|\.lokr_w", "a LoRA; give it with --lora"),
-    (r"\.oft_|\.ia3_", "a LyCORIS adapter of a kind that is not supported (OFT, IA3)"),
+    (
+        r"lora_(down|up|A|B)\b|lora\.(down|up)\b|_lora\.|\.hada_w|\.lokr_w|\.b?oft_|\.ia3_|\.on_input$|\.w_norm$|\.diff$",
+        f"{LORA}; give it with --lora",
+    ),
     (r"^(control_model\.|controlnet_cond_embedding\.|input_hint_block\.)", "a ControlNet"),
     (r"^(string_to_param|emb_params|clip_[lg])\b|^<.*>$", EMBEDDING),
     (r"joint_blocks\.", "Stable Diffusion 3"),

@@ -74,7 +74,7 @@ class TextEncoder(nn.Module):
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
 
     def forward(self, ids: Tensor) -> TextStates:
-        x = self.token(ids) + self.position.weight[: ids.shape[1]]  # (B, N, D)
+        x = self.token(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))  # (B, N, D)
         hidden = [x]
         for block in self.blocks:
             x = block(x)

@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from plainsd.adapters import embeddings, reading
+from plainsd.adapters import embeddings, making, reading
+from plainsd.adapters.embeddings import BUNDLED
+from plainsd.adapters.kinds import Butterfly, Difference, Gains, Global, InputButterfly, InputRotation, Rotation
 from plainsd.adapters.layers import Hadamard, Kronecker, LowRank
-from plainsd.adapters.names import split
+from plainsd.adapters.names import BUNDLE, split
+from plainsd.adapters.peft import Settings
 from plainsd.adapters.reading import made_for
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.files.detect import EMBEDDING, seems
@@ -47,7 +50,13 @@ def info(
         notes = note_lines(open_tensors(path).metadata) if suffix_of(path) == ".safetensors" else []
         return "\n".join([f"{path}: {EMBEDDING}", row("the word", printable(word)), row("made of", vectors), *notes])
     file = open_tensors(path)
-    if any((pair := split(name)) and pair[1] not in reading.BESIDE for name in file.tensors):
+    kind = reading.unsupported(file)
+    if kind:
+        lines = [
+            f"{path}: an adapter of a kind that is not supported, {kind}",
+            row("tensors", sizes(file.tensors.values())),
+        ]
+    elif reading.holds_adapter(file):
         lines = [f"{path}: a LoRA", *lora_lines(file)]
     elif any(name.startswith("model.diffusion_model.") for name in file.tensors):
         check_prediction(prediction)
@@ -148,41 +157,72 @@ def beside_lines(file: TensorFile, variant: Variant) -> list[str]:
 PARTS = (
     ("lora_te2_", "text_encoder_2"),
     ("text_encoder_2.", "text_encoder_2"),
+    ("clip_g.", "text_encoder_2"),
+    ("text_encoders.clip_g.", "text_encoder_2"),
     ("lora_te", "text_encoder"),
-    ("text_encoder.", "text_encoder"),
+    ("text_encoder", "text_encoder"),
+    ("clip_", "text_encoder"),
+    ("lycoris_text_model_", "text_encoder"),
     ("", "unet"),
 )  # of a module's name the first beginning that fits
 
 
-KINDS = {LowRank: "LoRA", Hadamard: "LoHa", Kronecker: "LoKr"}
-RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")  # factors with as many rows as the rank is
+KINDS = {
+    LowRank: "LoRA",
+    Hadamard: "LoHa",
+    Kronecker: "LoKr",
+    Difference: "whole difference",
+    Global: "GLoRA",
+    Gains: "IA3",
+    Rotation: "OFT",  # by LyCORIS
+    Butterfly: "BOFT",
+    InputRotation: "OFT",  # by PEFT
+    InputButterfly: "BOFT",
+}
+RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "a2")  # factors with as many rows as the rank is
 
 
 def lora_lines(file: TensorFile) -> list[str]:
     modules: dict[str, dict[str, Stored]] = {}
     for name, stored in file.tensors.items():
-        if pair := split(name):
+        if not name.startswith(BUNDLE) and (pair := split(name)):
             modules.setdefault(pair[0], {})[pair[1]] = stored
+    settings = Settings(file)
     kinds, ranks, alphas, targets = Counter(), Counter(), Counter(), {}
     for module, parts in modules.items():
-        kinds[KINDS.get(reading.kind_of(parts), "incomplete")] += 1
-        ranks.update(parts[part].shape[0] for part in [part for part in RANKED if part in parts][:1])
-        if "alpha" in parts and parts["alpha"].shape in ((), (1,)):
+        kind = making.kind_of({part: part for part in parts})
+        kind = Butterfly if kind is Rotation and len(parts["oft_blocks"].shape) == 4 else kind
+        kinds[KINDS.get(kind, "incomplete")] += 1
+        rank = next((parts[part].shape[0] for part in RANKED if part in parts), None)
+        rank = settings.rank(module) if rank is None and kind is Kronecker else rank
+        ranks.update([] if rank is None else [rank])
+        if "alpha" in parts and parts["alpha"].shape in ((), (1,)) and kind not in (Rotation, Butterfly):
             alphas[float(parts["alpha"].read().float())] += 1
+        elif rank is not None and (alpha := settings.alpha(module, rank)) is not None:
+            alphas[alpha] += 1
         network = next(network for start, network in PARTS if module.startswith(start))
-        wide = any(len(stored.shape) == 4 and max(stored.shape[2:]) > 1 for stored in parts.values())
-        targets.setdefault(network, Counter())["convolutions" if wide else "linear layers"] += 1
+        targets.setdefault(network, Counter())[layer_kind(parts)] += 1
+    words = sorted({match[1] for name in file.tensors if (match := BUNDLED.fullmatch(name))})
+    whole = "none: whole factors"
     lines = [
         row("kind", counted(kinds)),
         row("made for", made_for(file) or "not told by its names"),
-        row("rank", counted(ranks) if ranks else "none: whole factors"),
-        row("alpha", counted(alphas) if alphas else "none: the same as the rank"),
+        row("rank", counted(ranks) if ranks else whole),
+        row("alpha", counted(alphas) if alphas else "none: the same as the rank" if ranks else whole),
     ]
     lines += [
         row(network, ", ".join(f"{count} {what}" for what, count in whats.items()))
         for network, whats in targets.items()
     ]
+    lines += [row("words", ", ".join(map(printable, words)))] if words else []
     return [*lines, row("tensors", sizes(file.tensors.values()))]
+
+
+def layer_kind(parts: Mapping[str, Stored]) -> str:
+    shapes = [stored.shape for part, stored in parts.items() if part not in making.BESIDE]
+    if "diff" in parts and len(parts["diff"].shape) == 1:
+        return "norms"
+    return "convolutions" if any(len(shape) == 4 and max(shape[2:]) > 1 for shape in shapes) else "linear layers"
 
 
 def counted(counter: Counter) -> str:

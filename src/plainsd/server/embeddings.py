@@ -146,5 +146,6 @@ def taught(sd: StableDiffusion, words: Sequence[Word]) -> StableDiffusion:
 def with_own_table(encoder: TextEncoder) -> TextEncoder:
     twin = copy(encoder)
     twin._modules = dict(encoder._modules)
-    twin.token = nn.Embedding.from_pretrained(encoder.token.weight.detach().clone())
+    twin.token = copy(encoder.token)  # and its adapters, which they share
+    twin.token._parameters = {"weight": nn.Parameter(encoder.token.weight.detach().clone(), requires_grad=False)}
     return twin

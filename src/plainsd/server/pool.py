@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plainsd.adapters.embeddings import bundled
 from plainsd.adapters.lora import add_lora, attached, check_strengths
 from plainsd.adapters.reading import located, open_lora
 from plainsd.checkpoint import load
@@ -195,7 +196,9 @@ class Models:
                 raise UserError(f"loras: {error}", field="loras") from None
             path = self.lora(name)
             try:
-                located(open_lora(path), model.bare, partial=False)
+                file = open_lora(path)
+                located(file, model.bare, partial=False)
+                bundled(model.bare, file)
             except UserError as error:  # clients need not know where it lies
                 raise UserError(f"loras: {str(error).replace(str(path), name)}", field="loras") from None
 

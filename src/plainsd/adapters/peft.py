@@ -1,0 +1,139 @@
+"""PEFT's settings: the rank and alpha of each module, and what else the tensors of a file do not tell.
+
+PEFT writes them to `adapter_config.json` beside its `adapter_model`, diffusers into the file's metadata, with the
+network's name before each. A pattern in them is a regular expression for a module's name, or for the end of one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plainsd.errors import UserError
+from plainsd.files.tensorfile import TensorFile, damaged
+
+NOTE = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings, as JSON, in a file's metadata
+SETTINGS = "adapter_config.json"  # where PEFT keeps them, in the folder of its adapter_model
+OWN = "base_model.model."  # how every name in a file of PEFT's own begins
+
+KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")  # peft_type
+PLAIN = ("gaussian", "eva", "orthogonal", "mica")  # how LoRAs may begin that leave the base as it is
+AS_LOADED = ("pissa", "olora")  # those that take the beginning from the base, which can be done again
+VARIANTS = (  # settings of LoRA that change what the same tensors mean
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+REMEDY = "merge it into its model with PEFT (merge_and_unload), save that, and load the model"
+
+
+class Settings:
+    """Those of one file. Empty where it has none. beside: the file in which they lie, if that is another."""
+
+    def __init__(self, file: TensorFile):
+        """UserError where they are of a kind that is not supported, and which no tensor's name would tell."""
+        self.path, self.values, self.beside = file.path, {}, None
+        beside = file.path.parent / SETTINGS
+        if NOTE in file.metadata:
+            text = file.metadata[NOTE]
+        elif beside.is_file() and (file.path.stem == "adapter_model" or any(OWN in name for name in file.tensors)):
+            text, self.beside = beside.read_text("utf-8-sig", errors="replace"), beside
+        else:
+            return
+        try:
+            self.values = json.loads(text)
+        except ValueError:
+            self.values = None
+        if not isinstance(self.values, dict):
+            raise damaged(self.path, f"PEFT's settings ({NOTE} or {SETTINGS}) are no table in JSON")
+        for name, value in self.values.items():
+            self._check(name.rpartition(".")[2], value)
+
+    def _check(self, name: str, value: Any) -> None:
+        if name == "peft_type" and value not in KINDS:
+            raise UserError(f"{self.path} is an adapter of a kind that is not supported, {value} of PEFT; {REMEDY}")
+        if name in VARIANTS and value:
+            raise UserError(f"{self.path} is a LoRA of a kind that is not supported, PEFT's {name}; {REMEDY}")
+        if name == "init_lora_weights" and isinstance(value, str) and value.lower() not in (*PLAIN, *AS_LOADED):
+            raise UserError(
+                f"{self.path} is a LoRA that changes the model which it is put on, PEFT's init_lora_weights "
+                f"{value!r}, and does not tell how; convert it with PEFT (path_initial_model_for_weight_conversion)"
+            )
+
+    def table(self, name: str) -> dict[str, Any]:
+        """Those for the network of the module that the file calls `name`."""
+        return {key.removeprefix(f"{name.partition('.')[0]}."): value for key, value in self.values.items()}
+
+    def of(self, name: str, pattern: str, *otherwise: str) -> Any:
+        """What `pattern` has for the module, or else the first of the other settings that is there."""
+        table = self.table(name)
+        exceptions = table.get(pattern) or {}
+        if not isinstance(exceptions, dict):
+            raise damaged(self.path, f"PEFT's settings have a {pattern} that is no table")
+        for key, value in exceptions.items():
+            try:
+                fits = any(re.match(rf"(.*\.)?({key})$", one) for one in module_names(name))
+            except re.error as error:
+                raise damaged(self.path, f"PEFT's settings have the pattern {key!r}, which is none ({error})") from None
+            if fits:
+                return value
+        return next((table[key] for key in otherwise if table.get(key) is not None), None)
+
+    def rank(self, name: str) -> int | None:
+        rank = self.of(name, "rank_pattern", "r")
+        if not (rank is None or isinstance(rank, int) and rank > 0):
+            raise damaged(self.path, f"PEFT's settings give {rank!r} as a rank")
+        return rank
+
+    def alpha(self, name: str, rank: int | None) -> float | None:
+        """Of a module of that rank, so that alpha / rank is the scale. None: not told."""
+        alpha = self.of(name, "alpha_pattern", "lora_alpha", "alpha")  # the last for LoHa and LoKr
+        if alpha is None:
+            return None
+        if not isinstance(alpha, int | float):
+            raise damaged(self.path, f"PEFT's settings give {alpha!r} as an alpha")
+        return float(alpha) * ((rank or 1) ** 0.5 if self.table(name).get("use_rslora") else 1.0)  # alpha / sqrt(r)
+
+    def start(self, name: str) -> str | None:
+        """How the LoRA began, if a part of the base went into it: "pissa" or "olora"."""
+        value = self.table(name).get("init_lora_weights")
+        return value.lower() if isinstance(value, str) and value.lower() in AS_LOADED else None
+
+    def feedforward(self, name: str) -> bool:
+        """Whether an IA3 multiplies the inputs of that module, and not its outputs."""
+        modules = self.table(name).get("feedforward_modules")
+        if modules is None:
+            raise UserError(
+                f"{self.path} is an IA3 that does not tell whether it multiplies inputs or outputs at {name!r}; put "
+                f"the {SETTINGS} that came with it beside it"
+            )
+        if isinstance(modules, str):
+            return any(re.fullmatch(modules, one) for one in module_names(name))
+        return any(one.endswith(ending) for one in module_names(name) for ending in modules)
+
+
+def module_names(name: str) -> set[str]:
+    """A module's name as its network has it: without the network's, and with and without `text_model.`."""
+    inner = re.sub(r"^(unet|text_encoder|text_encoder_2)\.", "", name)
+    bare = inner.removeprefix("text_model.")
+    return {inner, bare} | ({f"text_model.{bare}"} if bare.startswith(("encoder.", "embeddings.", "final_")) else set())
+
+
+def start_of(weight: Tensor, kind: str, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r, i) and B (o, r) such that B A is the part of the base that the LoRA began with, taken out of the base:
+    of PiSSA (Meng et al. 2024, arXiv:2404.02948) the largest r singular values, of OLoRA (Buyukakyuz 2024,
+    arXiv:2406.01775) the first r columns of the QR decomposition. In at least float32."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if kind == "olora":
+        q, r = torch.linalg.qr(weight)
+        return r[:rank], q[:, :rank]
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
