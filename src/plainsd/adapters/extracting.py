@@ -59,7 +59,9 @@ def extract_lora(
     """
     if rank < 1:
         raise UserError(f"--rank {rank} is out of range; give 1 or more, such as 32")
-    theirs, ours = (read(find(model, variant_file), variant_file, family, vae=False) for model in (base, tuned))
+    theirs, ours = (
+        read(find(model, variant_file), variant_file, family, vae=False, ask=False) for model in (base, tuned)
+    )
     check_alike(theirs, ours, str(tuned))
     bare, adapters, shares = without_weights(theirs), {}, {}
     for part, network in networks(bare).items():
