@@ -207,7 +207,7 @@ def test_merged_is_its_formula(tmp_path, capsys, name, layouts, difference):
             )  # a half's last digit
             assert network == "vae" or not torch.equal(states[3][key], tensor) or torch.equal(tensor, states[1][key])
     stored = load_file(out) if out.is_file() else weights(out)
-    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert {tensor.dtype for tensor in stored.values() if tensor.numel()} == {torch.float16}  # `v_pred` is empty
     assert made.variant == a.variant
 
 
