@@ -87,9 +87,9 @@ def test_v_loses_no_digits_at_huge_levels():
 
 def test_the_network_is_told_the_level_or_what_the_sampler_says():
     told = []
-    denoise = denoiser(lambda x, t: told.append((x, t)) or x, SD, "epsilon", {2.0: 17.0})
+    denoise = denoiser(lambda x, t: told.append((x, t)) or x, SD, "epsilon")
     x = torch.ones(SHAPE)
-    denoise(x, 2.0)
+    denoise(x, Level(2.0, 17.0))
     denoise(x, SD.sigma(321.5))
     assert told[0][1] == 17.0 and told[1][1] == pytest.approx(321.5)
     torch.testing.assert_close(told[0][0], x / math.sqrt(5))
