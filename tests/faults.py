@@ -185,7 +185,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_convert.py::test_single_file_to_folder_and_back"),
     ],
     "files/stored.py": [
-        ("if missing or unexpected:", "if missing:", "test_bad_models.py::test_bad_single_files"),
+        ("if missing or unexpected:", "if missing:", "test_bad_models.py::test_bad_folders"),
         ("if stored.shape not in either:", "if len(stored.shape) not in map(len, either):",
          "test_bad_models.py::test_bad_folders"),
         ("kind = dtype or sources[0].dtype", "kind = sources[0].dtype", "test_convert.py::test_converting_can_cast"),

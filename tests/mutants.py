@@ -4,9 +4,9 @@
     .venv/bin/python tests/mutants.py --only store  those whose file, text or tests contain "store"
     .venv/bin/python tests/mutants.py --jobs 4      four at a time
 
-A fault is killed when one of its tests fails or runs into the time limit. First all those tests are run on the package
-as it is: they must pass. Exit codes: 0 where at least 95 % are killed, else 1; 2 where the table does not fit the
-source.
+A fault is killed when one of its tests fails, crashes or runs into the time limit. First all those tests are run on the
+package as it is: they must pass. Exit codes: 0 where at least 95 % are killed, else 1; 2 where the table does not fit
+the source.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Fault(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    code: int | None  # pytest's exit code; None: out of time
+    code: int | None  # pytest's exit code, below 0 of a signal; None: out of time
     failed: str  # the first test that failed
     output: str
     seconds: float
@@ -66,12 +66,12 @@ class Outcome(NamedTuple):
     @property
     def none_ran(self) -> bool:
         """No test of that name, or a package that cannot even be imported."""
-        return self.code not in (0, 1, None)
+        return self.code is not None and self.code > 1
 
     def told(self, fault: Fault) -> str:
         if self.code == 0:
             return f"SURVIVED {self.seconds:5.1f} s  {fault}  not seen by {' '.join(fault.tests)}"
-        by = "time" if self.code is None else self.failed.removeprefix("tests/")
+        by = "time" if self.code is None else "a crash" if self.code < 0 else self.failed.removeprefix("tests/")
         return f"killed {self.seconds:5.1f} s  {fault}  by {by}"
 
 

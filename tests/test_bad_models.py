@@ -48,6 +48,14 @@ WRONG = {
         lambda m: damage(m, rename),
         r"7 names missing \((\S+, ){5}\.\.\.\), 7 unexpected \(x\.conv_in.bias, (\S+, ){4}\.\.\.",
     ),
+    "an unexpected name alone": (
+        lambda m: damage(m, lambda tensors: tensors.update(strange=torch.zeros(1))),
+        r"0 names missing \(none\), 1 unexpected \(strange\)",
+    ),
+    "a missing name alone": (
+        lambda m: damage(m, lambda tensors: tensors.pop("conv_in.bias")),
+        r"1 names missing \(conv_in.bias\), 0 unexpected \(none\)",
+    ),
     "wrong shape": (
         lambda m: damage(m, narrow),
         r"'conv_in.weight' has shape \[16, 3, 3, 3\].*call for \[16, 4, 3, 3\]",
