@@ -107,7 +107,7 @@ def test_sd_turbos_own_single_file(tmp_path, small_families, monkeypatch):
     """Its text encoder has the names of SDXL's files; they are written back as they were."""
     sd = model("sd2-base")
     monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
-    monkeypatch.setattr("plainsd.files.single.probe", lambda unet: "epsilon")
+    monkeypatch.setattr("plainsd.files.predicted.probe", lambda unet: "epsilon")
     save(sd, tmp_path / "a.safetensors", layout="single-file")
     tensors = {
         name.replace("cond_stage_model.", "conditioner.embedders.0."): t
