@@ -6,10 +6,13 @@ from conftest import TINY_XL, tiny_sd
 from safetensors.torch import save_file
 from torch import nn
 
+import plainsd
+from plainsd.adapters.baking import baked
 from plainsd.adapters.embeddings import vectors_of
-from plainsd.adapters.lora import add_lora, attached, merge
+from plainsd.adapters.lora import add_lora, attached, merge, save_lora
 from plainsd.adapters.names import named, networks
 from plainsd.errors import UserError
+from plainsd.files.convert import read
 from plainsd.pictures.conditioning import size_vector
 from plainsd.reports.info import info
 
@@ -144,6 +147,29 @@ def test_a_word_for_both_encoders_of_sdxl(tmp_path):
     save_file(factors | words, tmp_path / "it.safetensors")
     add_lora(sd, tmp_path / "it.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(vectors_of(sd, "cat"), (one, two), strict=True))
+
+
+def test_a_checkpoint_holds_no_words(tmp_path):
+    path = with_words(tmp_path / "it.safetensors", {"cat.clip_l": torch.zeros(1, 32)})
+    plainsd.save(tiny_sd(), tmp_path / "model")
+    contents = read(tmp_path / "model")
+    with pytest.raises(UserError, match="brings words along, which a checkpoint cannot hold.*--lora-partial"):
+        baked(contents, [(path, 1.0)])
+    baked(contents, [(path, 1.0)], partial_fit=True)
+
+
+def test_biases_are_saved_with_a_lora(tmp_path):
+    """In kohya's naming alone."""
+    sd, fresh = (tiny_sd().to(dtype=torch.float64) for _ in range(2))
+    key = "lora_unet_conv_in"
+    factors = {f"{key}.lora_down.weight": randn(2, 4, 3, 3), f"{key}.lora_up.weight": randn(32, 2, 1, 1)}
+    save_file(factors | {f"{key}.diff_b": randn(32)}, tmp_path / "it.safetensors")
+    add_lora(sd, tmp_path / "it.safetensors")
+    save_lora(sd, tmp_path / "again.safetensors")
+    add_lora(fresh, tmp_path / "again.safetensors")
+    same(outputs(fresh), outputs(sd), 1e-12)
+    with pytest.raises(UserError, match="cannot tell"):
+        save_lora(sd, tmp_path / "no.safetensors", "peft")
 
 
 @pytest.mark.parametrize(

@@ -675,9 +675,9 @@ def test_several_at_once_and_off_again(sd, two_files):
     kinds, names = [type(module) for module in sd.unet.modules()], list(sd.unet.state_dict())
     first = add_lora(sd, two_files[0], 0.5)
     alone = ours(sd)
-    second, twice = add_lora(sd, two_files[1], 0.8, 0.3), add_lora(sd, two_files[0], 0.25)
+    twice, second = add_lora(sd, two_files[0], 0.25), add_lora(sd, two_files[1], 0.8, 0.3)
     all_three = ours(sd)
-    assert [lora.name for lora in attached(sd)] == ["lora_0", "lora_1", "lora_0_2"]
+    assert [lora.name for lora in attached(sd)] == ["lora_0", "lora_0_2", "lora_1"]
     differ(all_three, alone)
     first.set_strength(0.75)  # as much as both of the same file
     twice.remove()

@@ -61,7 +61,7 @@ class Adapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank if self.rank else 1.0
+        return 1.0 if self.rank is None else self.alpha / self.rank
 
     def product(self, dtype: torch.dtype) -> Tensor:
         """The change before magnitude and strength, in the weight's shape."""
