@@ -69,8 +69,6 @@ def test_sdxl_with_v_prediction_says_so_by_empty_tensors():
     variant, _ = detect(replace(file, tensors=file.tensors | {"v_pred": None}))  # the two say different things
     assert variant.prediction == "v_prediction" and not variant.schedule.zero_terminal_snr
     assert variant.spacing == VARIANTS["sdxl-base"].spacing
-    variant, certain = detect(replace(file, tensors=file.tensors | {"ztsnr": None}))
-    assert (variant.prediction, certain) == ("epsilon", True) and variant.schedule.zero_terminal_snr
 
 
 def test_a_ztsnr_alone_means_nothing():
