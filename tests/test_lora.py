@@ -722,6 +722,18 @@ def test_merging_one_leaves_the_other(sd, two_files):
     same(ours(sd), beside, 1e-12)
 
 
+def test_merged_weights_in_half_precision_are_rounded_once(sd, two_files):
+    """What is added is reckoned in float32; the sum alone is rounded to the weights' own type."""
+    sd.to(dtype=torch.bfloat16)
+    lora = add_lora(sd, two_files[0], 0.7)
+    (part, name), adapter = next(iter(lora.adapters.items()))
+    base = (sd.unet if part == "unet" else sd.text_encoders[0]).get_submodule(name)
+    before, change = base.weight.clone(), adapter.change(base.weight)
+    assert change.dtype == torch.float32
+    lora.merge()
+    assert torch.equal(base.weight, (before.float() + change).bfloat16())
+
+
 def test_half_precision(tmp_path, two_files):
     """Adapters are cast with the model, and the sum is formed in float32."""
     sd = tiny_sd().to(dtype=torch.bfloat16)
