@@ -330,7 +330,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "adapters/layers.py": [
         ("(out if bias is None else out - bias) * (gain - 1)", "out * (gain - 1)",
          "test_lora.py::test_an_adapter_computes_with_the_changed_weight"),
-        ("return self.alpha / self.rank if self.rank else 1.0", "return self.alpha if self.rank else 1.0",
+        ("return 1.0 if self.rank is None else self.alpha / self.rank", "return 1.0 if self.rank is None else self.alpha",
          "test_lora.py::test_a_lora_is_its_formula"),
         ("(self.magnitude.to(weight.dtype) / lengths) - weight",
          "(self.magnitude.to(weight.dtype) / self.lengths(weight)) - weight",
