@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
@@ -238,10 +239,9 @@ def add_page(app: FastAPI, service: Service) -> None:
     registry = metrics.registry_of(service)
 
     @app.get("/metrics", tags=["service"], response_class=PlainTextResponse)
-    def prometheus(accept: Annotated[str, Header()] = "") -> Response:
-        """Prometheus' text form, or OpenMetrics where that is asked for."""
-        content, content_type = metrics.exposed(registry, accept)
-        return Response(content, media_type=content_type)
+    def prometheus() -> PlainTextResponse:
+        """Prometheus' text form."""
+        return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def model_told(model: Model, models: Models) -> dict:

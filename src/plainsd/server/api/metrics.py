@@ -1,10 +1,9 @@
-"""`/metrics` in the text forms of Prometheus and OpenMetrics: a registry for each server, nothing global."""
+"""What `/metrics` tells Prometheus: a registry for each server, nothing global."""
 
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -18,12 +17,6 @@ def registry_of(service: Service) -> CollectorRegistry:
     for collector in (Counted(service), service.queue.waits, service.worker.steps):
         registry.register(collector)
     return registry
-
-
-def exposed(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """All metrics, and the content type of the form that the `Accept` header asks for."""
-    encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
 
 
 class Counted(Collector):
