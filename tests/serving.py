@@ -22,6 +22,7 @@ from plainsd.server.api.app import create_app
 from plainsd.server.api.security import Hosts
 from plainsd.server.jobs import worker
 from plainsd.server.limits import Limits
+from plainsd.server.pool import PoolOptions
 from plainsd.server.service import Service
 
 
@@ -48,8 +49,8 @@ def lora_file(model: str, path: Path, seed: int) -> None:
     save_lora(sd, path)
 
 
-def open_service(models: list[str], data: Path, limits: Limits = Limits(), **more) -> Service:
-    return Service.open(models, data, limits, device="cpu", dtype="float32", **more)
+def open_service(models: list[str], data: Path, limits: Limits = Limits(), batch: int = 4, **options) -> Service:
+    return Service.open(models, data, limits, PoolOptions("cpu", "float32", **options), batch=batch)
 
 
 class Server:

@@ -180,17 +180,17 @@ def test_other_commands_take_it(model, tmp_path):
 
 def test_a_server_reads_its_one_model_so(model, tmp_path):
     from plainsd.server.limits import Limits
-    from plainsd.server.pool import Models
+    from plainsd.server.pool import Models, PoolOptions
     from plainsd.server.requests import new_job
     from plainsd.server.schema import JobRequest
 
-    models = Models([model], "cpu", "float32", prediction="v_prediction", zero_snr=True)
+    models = Models([model], PoolOptions("cpu", "float32", prediction="v_prediction", zero_snr=True))
     assert models[None].bare.prediction == "v_prediction"
     job = new_job(JobRequest(prompt="x"), models, Limits(), "me", "jobs")
     assert job.each[0].spacing == "trailing"
     assert models.resident(models.default).sd.prediction == "v_prediction"
     with pytest.raises(UserError, match="speak of one model"):
-        Models([model, None], prediction="v_prediction")
+        Models([model, None], PoolOptions(prediction="v_prediction"))
 
 
 def test_training_follows_it(model, tmp_path, capsys):

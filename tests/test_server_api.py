@@ -154,6 +154,20 @@ def test_events_tell_progress_with_previews_and_the_end(server, brake):
     assert [(name, event["state"]) for name, event in late] == [("end", "done")]
 
 
+def test_an_event_stream_that_has_nothing_to_tell_stays_alive_and_ends_with_its_listener(server, brake, monkeypatch):
+    monkeypatch.setattr("fastapi.routing._PING_INTERVAL", 0.1)
+    id = server.job(prompt="slow", steps=4)["id"]
+    brake.wait()
+    with server.get(f"/api/jobs/{id}/events", stream=True) as stream:
+        lines = stream.iter_lines(decode_unicode=True)
+        while next(lines) != ": ping":
+            pass
+        assert len(server.service.queue.jobs[id].bell.waiting) == 1
+    until(lambda: server.service.queue.jobs[id].bell.waiting == [])
+    brake.off()
+    assert server.wait(id)["state"] == "done"
+
+
 def test_a_server_that_stops_lets_its_listeners_go_and_keeps_their_jobs(model, tmp_path, brake, caplog):
     service, answers = open_service([model], tmp_path), []
     with served(service) as stopping:
@@ -475,6 +489,18 @@ def test_metrics_are_prometheus_and_count(server):
     assert after["plainsd_job_seconds_count",] == before["plainsd_job_seconds_count",] + 1
     assert after["plainsd_job_seconds_sum",] > before["plainsd_job_seconds_sum",]
     assert after["plainsd_queue_length",] == 0 and after["plainsd_model_bytes",] > 100_000
+    assert after["plainsd_info", plainsd.__version__] == 1
+    for count, name in ((1, "plainsd_queue_wait_seconds"), (1, "plainsd_step_seconds")):
+        assert after[f"{name}_count",] == before[f"{name}_count",] + count == after[f"{name}_bucket", "+Inf"]
+        assert before[f"{name}_sum",] < after[f"{name}_sum",] < before[f"{name}_sum",] + 60
+
+
+def test_each_server_counts_for_itself(server, model, tmp_path):
+    server.drawn(prompt="not yours", steps=1)
+    with served(open_service([model], tmp_path)) as other:
+        answer = other.get("/metrics", headers={"Accept": "text/plain;version=x"})
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert {"plainsd_pictures_total 0.0", "plainsd_step_seconds_count 0.0"} <= set(answer.text.splitlines())
 
 
 def test_health(server, monkeypatch):

@@ -68,6 +68,7 @@ class Serve:
     def run(self) -> None:
         try:
             import fastapi  # noqa: F401
+            import prometheus_client  # noqa: F401
             import python_multipart  # noqa: F401
             import uvicorn  # noqa: F401
         except ImportError as error:
@@ -78,6 +79,7 @@ class Serve:
         from plainsd.server.api.app import create_app
         from plainsd.server.api.security import Hosts
         from plainsd.server.limits import Limits
+        from plainsd.server.pool import PoolOptions
         from plainsd.server.service import Service
 
         self.check()
@@ -89,13 +91,20 @@ class Serve:
             count=self.max_count,
             seconds=self.max_seconds,
         )
+        options = PoolOptions(
+            device=self.device,
+            dtype=self.dtype,
+            memory=None if self.memory is None else self.memory * 1e9,
+            fast=self.fast,
+            loras=self.loras,
+            embeddings=self.embeddings,
+            vae=self.vae,
+            prediction=self.prediction,
+            zero_snr=on_or_off(self.zero_snr),
+        )
         sock = bound(self.host, self.port)
         print("reading what the models are ...", file=sys.stderr)
-        memory = None if self.memory is None else self.memory * 1e9
-        service = Service.open(self.model, self.data, limits, batch=self.batch, device=self.device, dtype=self.dtype,
-                               memory=memory, loras=self.loras, fast=self.fast,
-                               embeddings=self.embeddings, vae=self.vae, prediction=self.prediction,
-                               zero_snr=on_or_off(self.zero_snr))  # fmt: skip
+        service = Service.open(self.model, self.data, limits, options, batch=self.batch)
         app = create_app(
             service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
         )

@@ -39,6 +39,38 @@ from plainsd.text.prompts import lora_tags
 Loras = Sequence[tuple[str, float]]
 
 
+@dataclass(frozen=True)
+class PoolOptions:
+    """How models are loaded, and what stands beside them."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    memory: float | None = None  # bytes for models; None: `budget_of` the device
+    fast: bool = False  # weights packed for the processor; not together with LoRAs
+    loras: Path | None = None  # folder
+    embeddings: Path | None = None  # folder
+    vae: Path | None = None  # another autoencoder than the models' own, for all of them
+    prediction: str | None = None  # what the network of the one model predicts, where its files say it wrong or not
+    zero_snr: bool | None = None  # whether its noise ends at zero SNR, likewise
+
+    @property
+    def noise(self) -> dict[str, Any]:
+        """Arguments for `load`: what the files do not say of the model's noise."""
+        return {"prediction": self.prediction, "zero_snr": self.zero_snr}
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a picture's settings say of these."""
+        return self.noise | {"vae": self.vae and self.vae.resolve().name}
+
+    def check(self, models: int) -> None:
+        """UserError where these cannot go together, or not with so many models."""
+        if self.fast and self.loras is not None:
+            raise UserError("--fast packs the weights, and LoRAs need them plain; leave out --fast or --loras")
+        if models > 1 and (self.prediction, self.zero_snr) != (None, None):
+            raise UserError("--prediction and --zero-snr speak of one model; leave them out, or serve that model alone")
+
+
 @dataclass
 class Model:
     """One model; its networks are there while it is resident."""
@@ -60,29 +92,13 @@ class Model:
 class Models:
     """All models by name; the first is the default. Only the worker's thread loads and drops."""
 
-    def __init__(
-        self,
-        sources: Sequence[str | None],
-        device: str = "auto",
-        dtype: str = "auto",
-        budget: float | None = None,
-        loras: Path | None = None,
-        fast: bool = False,
-        embeddings: Path | None = None,
-        vae: Path | None = None,
-        prediction: str | None = None,
-        zero_snr: bool | None = None,
-    ):
-        if fast and loras is not None:
-            raise UserError("--fast packs the weights, and LoRAs need them plain; leave out --fast or --loras")
-        self.noise = {"prediction": prediction, "zero_snr": zero_snr}
-        if len(sources) > 1 and (prediction, zero_snr) != (None, None):
-            raise UserError("--prediction and --zero-snr speak of one model; leave them out, or serve that model alone")
-        self.fast, self.words, self.vae = fast, Words(embeddings), vae
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device)
-        self.budget = budget_of(self.device) if budget is None else budget
-        self.lock, self.loads, self.lora_folder = threading.Lock(), 0, loras
+    def __init__(self, sources: Sequence[str | None], options: PoolOptions = PoolOptions()):
+        options.check(len(sources))
+        self.options, self.words = options, Words(options.embeddings)
+        self.device = choose_device(options.device)
+        self.dtype = choose_dtype(options.dtype, self.device)
+        self.budget = budget_of(self.device) if options.memory is None else options.memory
+        self.lock, self.loads = threading.Lock(), 0
         self.known: dict[str, Model] = {}
         for source in sources or [None]:
             model = self.described(source)
@@ -94,7 +110,7 @@ class Models:
     def described(self, source: str | None) -> Model:
         """What a model is, without reading its weights."""
         path = find(source)
-        contents = read(path, vae=self.vae, **self.noise, ask=False)
+        contents = read(path, vae=self.options.vae, **self.options.noise, ask=False)
         told, contents = contents.certain, asked(contents, path)
         variant = contents.variant
         networks = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
@@ -106,7 +122,7 @@ class Models:
             variant=variant, path=path,
         )  # fmt: skip
         numbers = sum(prod(tensor.shape) for network in networks.values() for tensor in network.state_dict().values())
-        noise = self.noise if told else self.noise | {"prediction": variant.prediction}
+        noise = self.options.noise if told else self.options.noise | {"prediction": variant.prediction}
         return Model(model_name(bare), source, bare, numbers * self.dtype.itemsize, noise, ideas=ideas(path))
 
     def __getitem__(self, name: str | None) -> Model:
@@ -132,7 +148,7 @@ class Models:
         """Of the files that drew a picture of these settings."""
         words = {word.text: word.path for word in map(self.words.word, one.embeddings)}
         return hashes(
-            model.sd.path, self.vae, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items()
+            model.sd.path, self.options.vae, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items()
         )
 
     def resident(self, name: str, loras: Loras = (), beside: Model | None = None) -> Model:
@@ -149,9 +165,9 @@ class Models:
         if model.sd is None:
             while self.bytes() + model.bytes > self.budget and (oldest := self.oldest(beside)) is not None:
                 self.drop(oldest)
-            sd = load(model.source, device=self.device, dtype=self.dtype, vae=self.vae, **model.noise)
+            sd = load(model.source, device=self.device, dtype=self.dtype, vae=self.options.vae, **model.noise)
             projection, digest = latent_rgb(sd), weights_hash(sd.path, "unet")
-            if self.fast:
+            if self.options.fast:
                 faster(sd)
             with self.lock:
                 model.sd, model.latent_rgb, model.loras, model.hash = sd, projection, (), digest
@@ -169,14 +185,14 @@ class Models:
 
     def loras(self) -> dict[str, Path]:
         """Those in their folder, looked for anew each time, by the name that a `<lora:name:1>` tag has for them."""
-        named = named_files(self.lora_folder)
+        named = named_files(self.options.loras)
         return {name: path for name, path in named.items() if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
 
     def lora(self, name: str) -> Path:
         known = self.loras()
         if name in known:
             return known[name]
-        if self.lora_folder is None:
+        if self.options.loras is None:
             raise UserError(
                 f"loras: there is none called {name!r}; start the server with --loras FOLDER", field="loras"
             )

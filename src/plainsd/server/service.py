@@ -20,7 +20,7 @@ from plainsd.server.jobs.queue import Queue
 from plainsd.server.jobs.store import Store
 from plainsd.server.jobs.worker import Worker
 from plainsd.server.limits import Limits
-from plainsd.server.pool import Models
+from plainsd.server.pool import Models, PoolOptions
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
 
@@ -40,13 +40,16 @@ class Service:
 
     @classmethod
     def open(
-        cls, sources: Sequence[str | None], data: Path, limits: Limits = Limits(), *, batch: int = 4,
-        device: str = "auto", dtype: str = "auto", memory: float | None = None, loras: Path | None = None,
-        fast: bool = False, embeddings: Path | None = None, vae: Path | None = None, prediction: str | None = None,
-        zero_snr: bool | None = None,
-    ) -> "Service":  # fmt: skip
+        cls,
+        sources: Sequence[str | None],
+        data: Path,
+        limits: Limits = Limits(),
+        options: PoolOptions = PoolOptions(),
+        *,
+        batch: int = 4,
+    ) -> "Service":
         """All of it, with nothing drawn yet. UserError where a model or the data folder cannot be used."""
-        models = Models(sources, device, dtype, memory, loras, fast, embeddings, vae, prediction, zero_snr)
+        models = Models(sources, options)
         store = Store(data)
         queue = Queue(store, limits.queue)
         return cls(models, store, queue, Worker(queue, models, store, limits, batch), limits)

@@ -1,14 +1,15 @@
 """The routes of our own API and of the page."""
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
@@ -20,7 +21,7 @@ from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.errors import add_errors
 from plainsd.server.api.security import Gate, Hosts
 from plainsd.server.errors import ERRORS, Refused
-from plainsd.server.jobs.job import CANCELLED, DONE, FAILED
+from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, Job
 from plainsd.server.pool import Model, Models
 from plainsd.server.requests import CELLS
 from plainsd.server.restore import picture_told, settings_inside
@@ -111,7 +112,7 @@ def add_jobs(app: FastAPI, service: Service) -> None:
         ended = service.store.jobs((DONE, FAILED, CANCELLED), limit)
         return {"active": active, "ended": [service.told(job) for job in ended]}
 
-    def found(id: str):
+    def found(id: Text) -> Job:
         job = service.queue.get(id)
         if job is None:
             raise Refused(404, f"there is no job {id!r}; GET /api/jobs lists them")
@@ -121,21 +122,12 @@ def add_jobs(app: FastAPI, service: Service) -> None:
     def one_job(id: Text) -> dict:
         return service.told(found(id))
 
-    @app.get(
-        "/api/jobs/{id}/events",
-        tags=["jobs"],
-        response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}}},
-    )
-    async def events(id: Text) -> StreamingResponse:
+    @app.get("/api/jobs/{id}/events", tags=["jobs"], response_class=EventSourceResponse)
+    async def events(job: Annotated[Job, Depends(found)]) -> AsyncIterator[ServerSentEvent]:
         """Server-sent events: `progress` with previews, then `end`."""
-        job = await run_in_threadpool(found, id)
-
-        async def lines() -> AsyncIterator[str]:
-            async for name, data in service.events(job):
-                yield ": alive\n\n" if name == "beat" else f"event: {name}\ndata: {json.dumps(data)}\n\n"
-
-        return StreamingResponse(lines(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        async for name, data in service.events(job):
+            if name != "beat":  # FastAPI has its own
+                yield ServerSentEvent(event=name, data=data)
 
     @app.post("/api/jobs/{id}/cancel", tags=["jobs"])
     def cancel(id: Text) -> dict:
@@ -244,9 +236,12 @@ def add_page(app: FastAPI, service: Service) -> None:
             {"status": "ok" if alive else "the worker has ended; restart the server"}, 200 if alive else 503
         )
 
+    registry = metrics.registry_of(service)
+
     @app.get("/metrics", tags=["service"], response_class=PlainTextResponse)
     def prometheus() -> PlainTextResponse:
-        return PlainTextResponse(metrics.text(service), media_type=metrics.CONTENT_TYPE)
+        """Prometheus' text form."""
+        return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def model_told(model: Model, models: Models) -> dict:

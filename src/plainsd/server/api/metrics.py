@@ -1,34 +1,54 @@
-"""`/metrics` in Prometheus' text form (version 0.0.4)."""
+"""What `/metrics` tells Prometheus: a registry for each server, nothing global."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from plainsd import __version__
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED
 from plainsd.server.service import Service
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+def registry_of(service: Service) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    for collector in (Counted(service), service.queue.waits, service.worker.steps):
+        registry.register(collector)
+    return registry
 
 
-def text(service: Service) -> str:
-    queue, worker, models = service.queue, service.worker, service.models
-    counts = queue.counts()
-    with queue.changed:
-        ended = {f'{{state="{state}"}}': queue.ended[state] for state in (DONE, FAILED, CANCELLED)}
-        seconds, finished = queue.seconds, sum(queue.ended.values())
-    rows = (
-        ("plainsd_queue_length", "gauge", "jobs that wait", {"": counts["queued"]}),
-        ("plainsd_jobs_running", "gauge", "jobs that are drawn", {"": counts["running"]}),
-        ("plainsd_jobs_ended_total", "counter", "jobs by how they ended", ended),
-        ("plainsd_job_seconds", "summary", "from a job's arrival to its end", {"_sum": seconds, "_count": finished}),
-        ("plainsd_drawing_seconds_total", "counter", "time of the worker in batches", {"": worker.seconds}),
-        ("plainsd_batches_total", "counter", "batches by their number of pictures",
-         {f'{{pictures="{size}"}}': count for size, count in sorted(worker.batches.items())}),
-        ("plainsd_pictures_total", "counter", "pictures finished", {"": worker.pictures}),
-        ("plainsd_failures_total", "counter", "pictures that could not be drawn", {"": worker.failures}),
-        ("plainsd_model_loads_total", "counter", "times that a model was loaded", {"": models.loads}),
-        ("plainsd_model_bytes", "gauge", "memory of the models that are loaded", {"": models.bytes()}),
-        ("plainsd_info", "gauge", "this version", {f'{{version="{__version__}"}}': 1}),
-    )  # fmt: skip
-    lines = []
-    for name, kind, says, values in rows:
-        lines += [f"# HELP {name} {says}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{labels} {value}" for labels, value in values.items()]
-    return "\n".join(lines) + "\n"
+class Counted(Collector):
+    """What the parts of the server count anyway, read as it is asked for."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    def collect(self) -> Iterator[Metric]:
+        queue, worker, models = self.service.queue, self.service.worker, self.service.models
+        counts = queue.counts()
+        with queue.changed:
+            ended = {state: queue.ended[state] for state in (DONE, FAILED, CANCELLED)}
+            seconds, finished = queue.seconds, sum(queue.ended.values())
+        batches = {str(size): count for size, count in sorted(worker.batches.items())}
+        yield GaugeMetricFamily("plainsd_queue_length", "jobs that wait", counts["queued"])
+        yield GaugeMetricFamily("plainsd_jobs_running", "jobs that are drawn", counts["running"])
+        yield by_label("plainsd_jobs_ended", "jobs by how they ended", "state", ended)
+        yield SummaryMetricFamily("plainsd_job_seconds", "from a job's arrival to its end", finished, seconds)
+        yield CounterMetricFamily("plainsd_drawing_seconds", "time of the worker in batches", worker.seconds)
+        yield by_label("plainsd_batches", "batches by their number of pictures", "pictures", batches)
+        yield CounterMetricFamily("plainsd_pictures", "pictures finished", worker.pictures)
+        yield CounterMetricFamily("plainsd_failures", "pictures that could not be drawn", worker.failures)
+        yield CounterMetricFamily("plainsd_model_loads", "times that a model was loaded", models.loads)
+        yield GaugeMetricFamily("plainsd_model_bytes", "memory of the models that are loaded", models.bytes())
+        version = GaugeMetricFamily("plainsd_info", "this version", labels=["version"])
+        version.add_metric([__version__], 1)
+        yield version
+
+
+def by_label(name: str, documentation: str, label: str, values: dict[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, documentation, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family

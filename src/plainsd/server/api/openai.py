@@ -11,7 +11,8 @@ from io import BytesIO
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from PIL import Image, ImageChops
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -86,12 +87,12 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
     @router.post("/images/generations", responses=STREAM, response_model=None)
-    async def generations(body: ImagesRequest, request: Request) -> JSONResponse | StreamingResponse:
+    async def generations(body: ImagesRequest, request: Request) -> JSONResponse | EventSourceResponse:
         job = await service.submit(body.job(), client_of(request, body.user), "openai")
         return await answered(service, job, body, request, "image_generation")
 
     @router.post("/images/edits", responses=STREAM, response_model=None, openapi_extra=FORM)
-    async def edits(request: Request) -> JSONResponse | StreamingResponse:
+    async def edits(request: Request) -> JSONResponse | EventSourceResponse:
         """A picture drawn over; with a mask only its transparent part (or the picture's own)."""
         async with request.form(max_files=4, max_fields=40) as form:
             body, content, mask = await edit_of(form)
@@ -159,9 +160,9 @@ def edited(wanted: JobRequest, content: bytes, mask: bytes | None, service: Serv
 
 async def answered(
     service: Service, job: Job, body: ImagesRequest, request: Request, kind: str
-) -> JSONResponse | StreamingResponse:
+) -> JSONResponse | EventSourceResponse:
     if body.stream:
-        return StreamingResponse(streamed(service, job, body, kind), media_type="text/event-stream")
+        return EventSourceResponse(streamed(service, job, body, kind))
     await service.outcome(job, request)
     if (refused := why_not(job)) is not None:
         raise refused
@@ -194,13 +195,13 @@ def recoded(png: bytes, body: ImagesRequest) -> bytes:
     return buffer.getvalue()
 
 
-async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -> AsyncIterator[str]:
+async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -> AsyncIterator[bytes]:
     """Partial pictures while they are drawn, then the whole ones."""
     wanted, sent, rough = body.partial_images or 0, 0, None
     try:
         async for name, data in service.events(job):
             if name == "beat":
-                yield ": alive\n\n"
+                yield KEEPALIVE_COMMENT
             if name != "progress":
                 continue
             for preview in data["previews"].values():  # the newest, however long ago it was made
@@ -209,7 +210,7 @@ async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -
                 yield event(f"{kind}.partial_image", body, rough, partial_image_index=sent)
                 sent += 1
         if (refused := why_not(job)) is not None:
-            yield f"event: error\ndata: {json.dumps(refused.body('/v1/') | {'type': 'error'})}\n\n"
+            yield encoded("error", refused.body("/v1/") | {"type": "error"})
             return
         for row, content in await run_in_threadpool(service.files, job):
             whole = base64.b64encode(await run_in_threadpool(recoded, content, body)).decode()
@@ -221,10 +222,14 @@ async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -
             service.abandon(job)
 
 
-def event(name: str, body: ImagesRequest, picture: str, **more: Any) -> str:
+def event(name: str, body: ImagesRequest, picture: str, **more: Any) -> bytes:
     data = {
         "type": name, "b64_json": picture, "created_at": now(), "size": body.size or "auto",
         "quality": body.quality or "auto",
         "background": "opaque", "output_format": body.output_format or "png", **more,
     }  # fmt: skip
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+    return encoded(name, data)
+
+
+def encoded(name: str, data: dict) -> bytes:
+    return format_sse_event(event=name, data_str=json.dumps(data))

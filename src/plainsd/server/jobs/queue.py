@@ -9,11 +9,14 @@ import threading
 import time
 from collections import Counter
 
+from prometheus_client import Histogram
+
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Bell, Job, Unit
 
 SHARE = 0.5  # of the queue that one client may fill
 ATTEMPTS = 3  # crashes of the whole server that one job may cause
+WAITS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)  # seconds, bounds of the buckets
 
 
 class Queue:
@@ -26,6 +29,9 @@ class Queue:
         self.served: Counter[str] = Counter()  # pictures begun for each client, as long as it has jobs
         self.ended: Counter[str] = Counter()  # states, since the start
         self.seconds = 0.0  # from arrival to end, of all these
+        self.waits = Histogram(
+            "plainsd_queue_wait_seconds", "from a job's arrival to its first batch", buckets=WAITS, registry=None
+        )
         self.stopping = False
         self.pace = 1.0  # seconds a picture, smoothed
         for job in store.unfinished():
@@ -93,6 +99,8 @@ class Queue:
                 if job.state == QUEUED:
                     now = time.time()
                     self.store.started(job, now)
+                    if job.started is None:  # not one that a stopped server had begun
+                        self.waits.observe(now - job.created)
                     job.state, job.started = RUNNING, now
                 job.bell.ring()
             for unit in batch:

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from PIL import Image
+from prometheus_client import Histogram
 
 from plainsd.diffusion.samplers import Step
 from plainsd.errors import UserError
@@ -25,6 +26,7 @@ from plainsd.server.uploads import pasted, png
 
 PREVIEW_EVERY = 0.25  # seconds
 RETRY = 1.0  # seconds, where the history cannot be written
+STEPS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # seconds, bounds of the buckets
 log = logging.getLogger("plainsd.server")
 
 
@@ -39,6 +41,12 @@ class Worker(threading.Thread):
         super().__init__(name="plainsd-worker", daemon=True)
         self.queue, self.models, self.store, self.limits, self.size = queue, models, store, limits, size
         self.pictures, self.failures, self.seconds, self.batches = 0, 0, 0.0, Counter()
+        self.steps = Histogram(
+            "plainsd_step_seconds",
+            "of one step of a batch; the first with its text and images",
+            buckets=STEPS,
+            registry=None,
+        )
 
     def run(self) -> None:
         while True:
@@ -75,12 +83,8 @@ class Worker(threading.Thread):
         files = self.models.hashes(model, units[0].job.loras, units[0].settings)
         for unit, image in zip(units, pictures.images, strict=True):
             if unit.job.active:
-                unit.job.each[unit.place] = replace(
-                    unit.settings,
-                    hashes=files,
-                    vae=self.models.vae and self.models.vae.resolve().name,
-                    **self.models.noise,
-                )
+                recorded = self.models.options.recorded
+                unit.job.each[unit.place] = replace(unit.settings, hashes=files, **recorded)
                 self.keep(unit, self.finished(unit.job, image))
         self.queue.pace += 0.2 * ((time.monotonic() - began) / len(units) - self.queue.pace)
 
@@ -162,6 +166,7 @@ class Watch:
 
     def __call__(self, event: Step) -> None:
         now, limit = time.monotonic(), self.worker.limits.seconds
+        self.worker.steps.observe(now - self.before)
         if now - self.shown >= PREVIEW_EVERY:
             self.shown = now
             for unit, rough in zip(self.units, preview(event.denoised, self.model.latent_rgb, 1), strict=True):
