@@ -17,9 +17,9 @@ import torch
 
 from plainsd.files.stored import parts
 from plainsd.generate import text_to_image
-from plainsd.models.variants import VARIANTS, encoder_names
+from plainsd.models.variants import VARIANTS
 from plainsd.pictures import memory
-from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
 CASES = ("sd1", "512", "sd1", "1024", "sdxl-base", "1024")
@@ -36,11 +36,8 @@ def random_model(family: str) -> StableDiffusion:
         networks[name] = network.to_empty(device="cpu").eval().requires_grad_(False)
         for tensor in networks[name].state_dict().values():
             tensor.uniform_(-1, 1).mul_(1 / tensor[0].numel() ** 0.5) if tensor.ndim > 1 else tensor.fill_(0.5)
-    encoders = [networks[name] for name in encoder_names(variant)]
-    tokenizers = [Tokenizer.from_vocabulary(find_vocabulary()) for _ in encoders]
-    return StableDiffusion(
-        tokenizers, encoders, networks["unet"], networks["vae"], variant.schedule.build(), variant.prediction, variant
-    )
+    tokenizers = [Tokenizer.from_vocabulary(find_vocabulary()) for _ in variant.text]
+    return assemble(variant, networks, tokenizers)
 
 
 def gibibytes(name: str) -> float:

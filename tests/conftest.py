@@ -13,8 +13,8 @@ from plainsd.cli import main
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.unet import UNet, UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.models.variants import ScheduleConfig, Variant
-from plainsd.pictures.model import StableDiffusion
+from plainsd.models.variants import ScheduleConfig, Variant, encoder_names
+from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed import kernels
 from plainsd.text.tokenizer import WORD_END, Tokenizer, byte_symbols
 
@@ -55,15 +55,10 @@ def tiny_sd(variant: Variant = TINY, seed: int = 0, **unet) -> StableDiffusion:
     prompt. `unet` changes single numbers of the UNet's configuration."""
     variant = replace(variant, unet=replace(variant.unet, **unet))
     torch.manual_seed(seed)
-    sd = StableDiffusion(
-        tokenizers=[Tokenizer({word: i for i, word in enumerate(VOCABULARY)}, []) for _ in variant.text],
-        text_encoders=[TextEncoder(text).eval() for text in variant.text],
-        unet=UNet(variant.unet).eval(),
-        vae=VAE(variant.vae).eval(),
-        schedule=variant.schedule.build(),
-        prediction=variant.prediction,
-        variant=variant,
-    )
+    encoders = {name: TextEncoder(text).eval() for name, text in zip(encoder_names(variant), variant.text, strict=True)}
+    networks = {**encoders, "unet": UNet(variant.unet).eval(), "vae": VAE(variant.vae).eval()}
+    tokenizers = [Tokenizer({word: i for i, word in enumerate(VOCABULARY)}, []) for _ in variant.text]
+    sd = assemble(variant, networks, tokenizers)
     latents = torch.randn(2, variant.vae.latent_channels, 8, 8)
     for block in [*sd.unet.down, *sd.unet.up]:
         if block.attn is not None:

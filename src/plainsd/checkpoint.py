@@ -21,8 +21,8 @@ from plainsd.files.stored import Contents, Network, empty, first, parts
 from plainsd.files.tensorfile import stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.models.variants import SD_VAE, Variant, encoder_names
-from plainsd.pictures.model import StableDiffusion
+from plainsd.models.variants import SD_VAE, Variant
+from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import fit_latent_rgb, preview_text, read_preview
 
 # --- where, and how precisely ----------------------------------------------------------------------------------------
@@ -59,17 +59,8 @@ def load(
     networks = {name: network.build(device, dtype) for name, network in contents.networks.items()}
     contents = told_otherwise(asked(contents, path, networks["unet"]), path, prediction, zero_snr)
     variant = contents.variant
-    sd = StableDiffusion(
-        tokenizers=tokenizers(contents, path),
-        text_encoders=[networks[name] for name in encoder_names(variant)],
-        unet=networks["unet"],
-        vae=networks["vae"],
-        schedule=variant.schedule.build(),
-        prediction=variant.prediction,
-        variant=variant,
-        path=path,
-        latent_rgb=read_preview(contents.texts, variant.vae.latent_channels, str(path)),
-    )
+    projection = read_preview(contents.texts, variant.vae.latent_channels, str(path))
+    sd = assemble(variant, networks, tokenizers(contents, path), path, projection)
     for file, strength in loras:
         add_lora(sd, file, strength, partial=lora_partial)
     return sd

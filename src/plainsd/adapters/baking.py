@@ -19,10 +19,9 @@ from plainsd.adapters.reading import located, open_lora
 from plainsd.errors import UserError
 from plainsd.files.hashes import file_hash
 from plainsd.files.recipe import narrowed, with_recipe
-from plainsd.files.stored import Contents, Network, empty, parts
+from plainsd.files.stored import Contents, Network, empties, empty
 from plainsd.files.tensorfile import Stored, TensorFile
-from plainsd.models.variants import encoder_names
-from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.model import StableDiffusion, assemble
 
 
 class Found(NamedTuple):
@@ -60,10 +59,7 @@ def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, part
 
 def without_weights(contents: Contents) -> StableDiffusion:
     """The model's networks, for whoever asks for names and shapes."""
-    variant = contents.variant
-    bare = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
-    encoders, schedule = [bare[name] for name in encoder_names(variant)], variant.schedule.build()
-    return StableDiffusion([], encoders, bare["unet"], bare["vae"], schedule, variant.prediction, variant)
+    return assemble(contents.variant, empties(contents.variant))
 
 
 def with_adapters(network: Network, part: str, found: dict[str, list[Found]]) -> Network:

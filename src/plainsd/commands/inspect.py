@@ -88,19 +88,13 @@ class Tokens:
         from plainsd.commands.tokens import describe
         from plainsd.files.convert import read
         from plainsd.files.hub import find
-        from plainsd.files.stored import empty, parts
+        from plainsd.files.stored import empties
         from plainsd.files.tokenizers import tokenizers
-        from plainsd.pictures.model import StableDiffusion
+        from plainsd.pictures.model import assemble
 
         path = find(self.model)
         contents = read(path, ask=False)
-        variant = contents.variant
-        bare = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}  # no weights are read
-        encoders = [network for name, network in bare.items() if name.startswith("text")]
-        words = tokenizers(contents, path)
-        sd = StableDiffusion(
-            words, encoders, bare["unet"], bare["vae"], variant.schedule.build(), variant.prediction, variant, path
-        )
+        sd = assemble(contents.variant, empties(contents.variant), tokenizers(contents, path), path)  # reads no weights
         print(describe(sd, self.prompt, self.steps))
 
 

@@ -81,6 +81,11 @@ def empty(kind: type[nn.Module], config: Any) -> nn.Module:
         return kind(config).eval()
 
 
+def empties(variant: Variant) -> dict[str, nn.Module]:
+    """All networks of a model, without memory for their weights."""
+    return {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
+
+
 _shelf: dict[tuple[type, Any], nn.Module] = {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
-from plainsd.models.variants import Variant
+from plainsd.models.variants import Variant, encoder_names
 from plainsd.text.tokenizer import Tokenizer
 
 
@@ -69,3 +70,26 @@ class StableDiffusion:
         if self.refiner is not None:
             self.refiner.to(device, dtype)
         return self
+
+
+def assemble(
+    variant: Variant,
+    networks: Mapping[str, nn.Module],
+    tokenizers: Iterable[Tokenizer] = (),
+    path: Path | None = None,
+    latent_rgb: Tensor | None = None,
+) -> StableDiffusion:
+    """A model from its parts: the networks by their folders' names (`unet`, `vae`, `text_encoder`, `text_encoder_2`),
+    the schedule and the prediction that its variant says. Whoever asks for names and shapes alone leaves the tokenizers
+    out, and gives networks without memory (`plainsd.files.stored.empties`)."""
+    return StableDiffusion(
+        tokenizers=list(tokenizers),
+        text_encoders=[networks[name] for name in encoder_names(variant)],
+        unet=networks["unet"],
+        vae=networks["vae"],
+        schedule=variant.schedule.build(),
+        prediction=variant.prediction,
+        variant=variant,
+        path=path,
+        latent_rgb=latent_rgb,
+    )

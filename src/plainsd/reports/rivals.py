@@ -14,11 +14,9 @@ from typing import NamedTuple
 import torch
 
 from plainsd.checkpoint import load, save
-from plainsd.models.clip import TextEncoder
-from plainsd.models.unet import UNet
-from plainsd.models.vae import VAE
+from plainsd.files.stored import parts
 from plainsd.models.variants import VARIANTS
-from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.model import assemble
 from plainsd.speed.model import compiler_options, faster
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
@@ -39,11 +37,11 @@ def random_folder(folder: Path, dtype: torch.dtype, family: str = "sd1") -> Path
     variant, before = VARIANTS[family], torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        encoders, unet, vae = [TextEncoder(text) for text in variant.text], UNet(variant.unet), VAE(variant.vae)
+        networks = {name: kind(config) for name, (kind, config) in parts(variant).items()}
     finally:
         torch.set_default_dtype(before)
-    tokenizers = [Tokenizer.from_vocabulary(find_vocabulary()) for _ in encoders]
-    sd = StableDiffusion(tokenizers, encoders, unet, vae, variant.schedule.build(), variant.prediction, variant)
+    tokenizers = [Tokenizer.from_vocabulary(find_vocabulary()) for _ in variant.text]
+    sd = assemble(variant, networks, tokenizers)
     with torch.no_grad():
         save(sd, folder)
     return folder

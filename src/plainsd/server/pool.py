@@ -24,10 +24,10 @@ from plainsd.files.convert import read
 from plainsd.files.hashes import Hashes, hashes, weights_hash
 from plainsd.files.hub import find
 from plainsd.files.predicted import asked
-from plainsd.files.stored import empty, parts
+from plainsd.files.stored import empties
 from plainsd.files.tokenizers import tokenizers
 from plainsd.pictures.defaults import check_refiner, model_name
-from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import latent_rgb
 from plainsd.pictures.settings import Settings
 from plainsd.server.embeddings import Word, Words, taught
@@ -113,14 +113,8 @@ class Models:
         contents = read(path, vae=self.options.vae, **self.options.noise, ask=False)
         told, contents = contents.certain, asked(contents, path)
         variant = contents.variant
-        networks = {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
-        bare = StableDiffusion(
-            tokenizers=tokenizers(contents, path) if self.words.folder else [],
-            text_encoders=[net for name, net in networks.items() if name.startswith("text")],
-            unet=networks["unet"], vae=networks["vae"], schedule=variant.schedule.build(),
-            prediction=variant.prediction,
-            variant=variant, path=path,
-        )  # fmt: skip
+        networks = empties(variant)
+        bare = assemble(variant, networks, tokenizers(contents, path) if self.words.folder else [], path)
         numbers = sum(prod(tensor.shape) for network in networks.values() for tensor in network.state_dict().values())
         noise = self.options.noise if told else self.options.noise | {"prediction": variant.prediction}
         return Model(model_name(bare), source, bare, numbers * self.dtype.itemsize, noise, ideas=ideas(path))

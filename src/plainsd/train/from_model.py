@@ -15,8 +15,7 @@ from plainsd.files.convert import read
 from plainsd.files.hub import find
 from plainsd.files.predicted import on_or_off
 from plainsd.files.tokenizers import tokenizers
-from plainsd.models.variants import encoder_names
-from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
 from plainsd.train.data.examples import Examples
@@ -156,19 +155,10 @@ def base_model(job: Job) -> StableDiffusion:
         )
     zero_snr = on_or_off(job.options.zero_snr)
     contents = read(path, vae=job.options.nothing.vae, prediction=job.options.prediction, zero_snr=zero_snr)
-    variant, built = contents.variant, {}
+    networks = {}
     for name, network in contents.networks.items():
-        built[name] = network.build(job.world.device, torch.bfloat16 if half and name == "unet" else torch.float32)
-    return StableDiffusion(
-        tokenizers(contents, path),
-        [built[name] for name in encoder_names(variant)],
-        built["unet"],
-        built["vae"],
-        variant.schedule.build(),
-        variant.prediction,
-        variant,
-        path,
-    )
+        networks[name] = network.build(job.world.device, torch.bfloat16 if half and name == "unet" else torch.float32)
+    return assemble(contents.variant, networks, tokenizers(contents, path), path)
 
 
 def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:

@@ -17,8 +17,8 @@ from plainsd.errors import UserError
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
-from plainsd.models.variants import Variant
-from plainsd.pictures.model import StableDiffusion
+from plainsd.models.variants import Variant, encoder_names
+from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.text.tokenizer import Tokenizer
 
 
@@ -30,7 +30,7 @@ def from_scratch(variant: Variant, vae: VAE, tokenizer: Tokenizer) -> StableDiff
     variant = replace(variant, vae=vae.config, text=(text,))
     unet, encoder = UNet(variant.unet), TextEncoder(text)
     init_weights(unet, encoder)
-    return StableDiffusion([tokenizer], [encoder], unet, vae, variant.schedule.build(), variant.prediction, variant)
+    return assemble(variant, {"unet": unet, "vae": vae, encoder_names(variant)[0]: encoder}, [tokenizer])
 
 
 def init_weights(unet: UNet, encoder: TextEncoder) -> None:
