@@ -3,6 +3,7 @@ stays where that fails. A test for each kind of file that is written."""
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import plainsd
 from plainsd.adapters.embeddings import add_word, save_embedding
 from plainsd.adapters.lora import inject, save_lora
 from plainsd.checkpoint import add_preview, save_vae
-from plainsd.errors import UserError
+from plainsd.disk import draft_of, under_free_name, written_whole
+from plainsd.errors import DiskError, UserError
 from plainsd.pictures.images import write_png
 from plainsd.pictures.settings import Settings
-from plainsd.train.checkpoints import save_checkpoint
+from plainsd.train.checkpoints import SaveError, save_checkpoint
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.pictures import read_folder
 from plainsd.train.log import Log
@@ -165,20 +167,78 @@ def test_where_the_last_step_fails_what_was_there_stays(place, monkeypatch, writ
         rename(source, target, **more)
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises((OSError, UserError)):
+    with pytest.raises(DiskError if write is not state else SaveError, match="Permission denied"):
         write(place, 1)
     assert contents(place) == before
 
 
-@EACH
-def test_written_files_can_be_read_by_others(place, write):
-    before = os.umask(0o022)
+def modes(place: Path, write, mask: int) -> dict[str, int]:
+    before = os.umask(mask)
     try:
         write(place, 0)
     finally:
         os.umask(before)
-    modes = {str(p.relative_to(place)): stat.S_IMODE(p.stat().st_mode) for p in place.rglob("*")}
-    assert modes and modes == {name: 0o755 if (place / name).is_dir() else 0o644 for name in modes}
+    return {str(p.relative_to(place)): stat.S_IMODE(p.stat().st_mode) for p in place.rglob("*")}
+
+
+@EACH
+def test_written_files_can_be_read_by_others(place, write):
+    found = modes(place, write, 0o022)
+    assert found and found == {name: 0o755 if (place / name).is_dir() else 0o644 for name in found}
+
+
+@EACH
+def test_written_files_are_as_private_as_the_user_says(place, write):
+    found = modes(place, write, 0o077)
+    assert found and found == {name: 0o700 if (place / name).is_dir() else 0o600 for name in found}
+
+
+def test_what_the_disk_refuses_is_one_line(tmp_path):
+    """A path through a file, the folder of a file that is gone; and what is refused of another file is not ours."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(
+        DiskError, match=r"^cannot write .*/file/a/b.txt: Not a directory; .*choose another place"
+    ) as told:
+        with written_whole(tmp_path / "file" / "a" / "b.txt"):
+            raise AssertionError("there is no draft")
+    assert told.value.reason == "Not a directory" and isinstance(told.value.__cause__, NotADirectoryError)
+    with written_whole(tmp_path / "new" / "folder" / "b.txt") as draft:
+        draft.write_text("x")
+    with pytest.raises(DiskError, match="cannot write .*/b.txt: No such file"), written_whole(tmp_path / "b.txt"):
+        pass
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "b.txt"):
+        open(tmp_path / "of another")
+    with pytest.raises(BrokenPipeError), written_whole(tmp_path / "b.txt"):
+        raise BrokenPipeError(32, "Broken pipe")
+    with pytest.raises(OSError, match="truncated"), written_whole(tmp_path / "b.txt"):
+        raise OSError("image file is truncated")  # Pillow's, of a picture that is read meanwhile
+    assert contents(tmp_path) == {"file": b"x", "new/folder/b.txt": b"x"}
+
+
+@pytest.mark.parametrize("links", (True, False))
+def test_a_free_name_is_taken_and_no_file_replaced(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(
+            os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted"))
+        )
+    names = []
+    for version in range(3):
+        with draft_of(tmp_path / "x.txt") as draft:
+            draft.write_text(str(version))
+            names.append(under_free_name(draft, tmp_path / "x.txt").name)
+    assert names == ["x.txt", "x-2.txt", "x-3.txt"]
+    assert contents(tmp_path) == {"x.txt": b"0", "x-2.txt": b"1", "x-3.txt": b"2"}
+
+
+def test_there_is_one_writer():
+    """No other file gives a finished file its name."""
+    source = Path(plainsd.__file__).parent
+    allowed = {"disk.py", "train/checkpoints.py"}  # the latter's folders are written by several processes together
+    for path in source.rglob("*.py"):
+        name = path.relative_to(source).as_posix()
+        assert name in allowed or not re.search(r"os\.(replace|rename|link|fsync)|mkstemp", path.read_text("utf-8")), (
+            name
+        )
 
 
 def test_where_the_new_folder_cannot_get_its_name_the_old_one_is_back(place, monkeypatch):

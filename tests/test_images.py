@@ -211,7 +211,7 @@ def test_nothing_half_written_stays(photo, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         images.write_png(photo.rotate(180), tmp_path / "x.png")
     assert os.listdir(tmp_path) == ["x.png"]
     assert (tmp_path / "x.png").read_bytes() == before

@@ -292,6 +292,16 @@ def test_missing_vocabulary_says_how_to_get_it(tmp_path, monkeypatch):
     assert find_vocabulary() == tmp_path
 
 
+def test_texts_are_those_of_the_files(clip, tmp_path):
+    clip.save(tmp_path)
+    texts = clip.to_texts()
+    assert texts == {path.name: path.read_bytes().decode("utf-8") for path in tmp_path.iterdir()}
+    again = Tokenizer.from_texts(texts, "here")
+    assert again.to_texts() == texts and again.encode("a red Apple!") == clip.encode("a red Apple!")
+    with pytest.raises(UserError, match="^here has no merges.txt, which a tokenizer needs"):
+        Tokenizer.from_texts({"vocab.json": texts["vocab.json"]}, "here")
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -299,9 +309,9 @@ def test_missing_vocabulary_says_how_to_get_it(tmp_path, monkeypatch):
         ("vocab.json", "[1]", "holds a list"),
         ("vocab.json", '{"a": 0}', "do not fit"),
         ("merges.txt", "#version: 0.2\ni n\nbroken\n", "not a pair"),
-        ("merges.txt", b"\xff\xfe", "cannot read"),
+        ("merges.txt", b"\xff\xfe", "merges.txt is damaged: it is not text"),
         ("tokenizer.json", '{"model": {"type": "Unigram"}}', "byte-pair"),
-        ("vocab.json", None, "cannot read"),
+        ("vocab.json", None, "has no vocab.json"),
     ],
 )
 def test_damaged_folders(clip, tmp_path, name, content, message):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +27,14 @@ class UserError(ValueError):
     def remedy(self) -> str | None:
         """The rest of the message: what to do."""
         return str(self).partition("; ")[2] or None
+
+
+class DiskError(UserError):
+    """The disk refuses what is to be written; `reason` is its own word for why. On a server no request is at fault."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"cannot write {path}: {reason}; nothing was kept: choose another place, or make room")
+        self.reason = reason
 
 
 def unknown(what: str, value: object, choices: Iterable[str], *, field: str | None = None) -> UserError:

@@ -15,7 +15,6 @@ Shape letters: N vectors of one word, D width of a text encoder.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from plainsd.adapters.names import BUNDLE
+from plainsd.disk import written_whole
 from plainsd.errors import UserError, unknown
 from plainsd.files.detect import EMBEDDING, seems
-from plainsd.files.tensorfile import TensorFile, open_safetensors, stored, unpickled, write_whole
+from plainsd.files.tensorfile import TensorFile, open_safetensors, stored, unpickled, write_safetensors
 from plainsd.listing import suffix_of
 from plainsd.models.clip import TextEncoder
 from plainsd.models.variants import encoder_names
@@ -264,36 +264,19 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
     own = token if dialect == "diffusers" else "emb_params"
     keys = [XL_KEYS[name] for name in encoder_names(sd.variant)] if xl else [own]
     table = dict(zip(keys, vectors, strict=True))
-    if suffix_of(path) == ".safetensors":
-        write_whole(path, {key: stored(rows) for key, rows in table.items()}, {WORD: token})
-    elif "emb_params" in table:
-        write_pickle(
-            path,
-            {
-                "string_to_token": {"*": 265},
-                "string_to_param": {"*": vectors[0]},
-                "name": token,
-                "step": 0,
-                "sd_checkpoint": None,
-                "sd_checkpoint_name": None,
-                WORD: token,
-            },
-        )
+    if "emb_params" in table and suffix_of(path) == ".pt":
+        more = {"step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None}
+        content = {
+            "string_to_token": {"*": 265},
+            "string_to_param": {"*": vectors[0]},
+            "name": token,
+            WORD: token,
+        } | more
     else:  # with one entry diffusers takes its key for the word: nothing else may stand beside it
-        write_pickle(path, table | {WORD: token} if xl else table)
-
-
-def write_pickle(path: Path, content: Mapping[str, object]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(draft, "wb") as file:
+        content = table | {WORD: token} if xl else table
+    with written_whole(path) as draft:
+        if suffix_of(path) == ".safetensors":
+            write_safetensors(draft, {key: stored(rows) for key, rows in table.items()}, {WORD: token})
+        else:
+            with open(draft, "wb") as file:  # torch itself would turn what the disk refuses into its own error
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error

@@ -15,8 +15,9 @@ from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
 from plainsd.adapters.names import Named, Place, dotted_name, kohya_name, modules_of, named, networks
 from plainsd.adapters.peft import NOTE
 from plainsd.adapters.reading import CONTEXTS
+from plainsd.disk import written_whole
 from plainsd.errors import UserError, unknown
-from plainsd.files.tensorfile import stored, write_whole
+from plainsd.files.tensorfile import stored, write_safetensors
 from plainsd.listing import suffix_of
 from plainsd.pictures.model import StableDiffusion
 
@@ -64,7 +65,8 @@ def write_lora(
         name: stored(tensor.detach() if tensor.ndim == 0 else tensor.detach().to(dtype or tensor.dtype))
         for name, tensor in tensors.items()
     }  # an alpha of 1.7 in bfloat16 would be 1.703
-    write_whole(path, packed, notes | dict(metadata))
+    with written_whole(path) as draft:
+        write_safetensors(draft, packed, notes | dict(metadata))
 
 
 def only_kohya(adapter: Adapter) -> bool:

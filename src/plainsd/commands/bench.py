@@ -74,7 +74,6 @@ class Bench:
         if self.out:
             from plainsd.disk import written_whole
 
-            self.out.mkdir(parents=True, exist_ok=True)
             with written_whole(self.out / "bench.json") as path:
                 path.write_text(as_json(rows, about), encoding="utf-8")
             with written_whole(self.out / "bench.png") as path:

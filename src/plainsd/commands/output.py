@@ -31,7 +31,6 @@ class Preview:
     def __init__(self, sd: StableDiffusion, path: Path):
         from plainsd.pictures.previews import latent_rgb
 
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.factor, self.last = path, sd.vae.config.factor, 0.0
         self.latent_rgb = latent_rgb(sd)
 
@@ -61,15 +60,10 @@ class Target:
     def write(self, image: Image.Image, settings: Settings | None) -> Path:
         from plainsd.pictures.images import write_new_png
 
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            number = self.next_number() if self.number is None else self.number
-            self.number = None if self.number is None else number + 1
-            path = self.file or self.folder / f"{number:05d}-{settings.seed if settings else 'grid'}.png"
-            return write_new_png(image, path, settings)
-        except OSError as error:
-            place, reason = self.folder, error.strerror
-            raise UserError(f"cannot write into '{place}': {reason}; choose another place with --out") from error
+        number = self.next_number() if self.number is None else self.number
+        self.number = None if self.number is None else number + 1
+        path = self.file or self.folder / f"{number:05d}-{settings.seed if settings else 'grid'}.png"
+        return write_new_png(image, path, settings)
 
     def next_number(self) -> int:
         numbers = [int(path.name[:5]) for path in self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]

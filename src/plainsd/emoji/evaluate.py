@@ -246,12 +246,8 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def save(content: str | Image.Image, path: Path) -> None:
     """A text or a PNG, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Image.Image):
-            write_png(content, path)
-            return
+    if isinstance(content, Image.Image):
+        write_png(content, path)
+    else:
         with written_whole(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); choose another folder with --out") from None

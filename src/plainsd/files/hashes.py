@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from plainsd.disk import cache_folder, read_json, written_whole
-from plainsd.errors import UserError
+from plainsd.errors import DiskError, UserError
 from plainsd.listing import hidden, suffix_of
 
 LARGE = 2**26  # bytes; smaller files are read anew each time
@@ -88,8 +88,7 @@ def _known(kept: Path) -> dict[str, str]:
 
 def _keep(kept: Path, known: dict[str, str]) -> None:
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(kept) as unfinished:
             unfinished.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    except OSError:  # no room, or no right to: the next process hashes again
+    except DiskError:  # no room, or no right to: the next process hashes again
         pass

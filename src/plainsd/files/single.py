@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from plainsd.diffusion.schedule import EDMSchedule
+from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.files.configs import read_variant
 from plainsd.files.configs_out import write_variant
@@ -20,7 +21,7 @@ from plainsd.files.folder import spelling
 from plainsd.files.names import Place
 from plainsd.files.renumbered import without_gaps
 from plainsd.files.stored import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
-from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, stored, write_whole
+from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, stored, write_safetensors
 from plainsd.listing import suffix_of
 from plainsd.models.variants import Variant
 
@@ -219,7 +220,8 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
     metadata = contents.notes | {FILES: json.dumps(contents.texts)} | ({SPELLED: json.dumps(others)} if others else {})
     if said := {"epsilon": "epsilon", "v_prediction": "v"}.get(contents.variant.prediction):
         metadata["modelspec.prediction_type"] = said
-    write_whole(target, tensors, metadata)
+    with written_whole(target) as draft:
+        write_safetensors(draft, tensors, metadata)
 
 
 def marks(variant: Variant) -> dict[str, Stored]:

@@ -202,15 +202,13 @@ def header_bytes(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> 
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str] = {}) -> None:
-    """Writes tensors one at a time, in the order given. The caller names a temporary path and moves it into place."""
+    """Writes tensors one at a time, in the order given, into `path` itself: see `plainsd.disk`."""
     with open(path, "wb") as file:
         file.write(header_bytes(tensors, metadata))
         for stored in tensors.values():
             tensor = stored.read().detach().cpu().contiguous()
             if tensor.numel():
                 file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Ignored:
@@ -313,16 +311,3 @@ def merged(files: Iterable[TensorFile]) -> TensorFile:
             raise UserError(f"{file.path}: {twice!r} is in another file of the same model too; fetch them again")
         tensors |= file.tensors
     return TensorFile(files[0].path, tensors, files[0].metadata)
-
-
-def write_whole(target: Path, tensors: dict[str, Stored], metadata: dict[str, str]) -> None:
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_safetensors(draft, tensors, metadata)
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; choose another place") from error

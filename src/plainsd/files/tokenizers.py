@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -21,29 +20,26 @@ def tokenizer_names(variant: Variant) -> list[str]:
 def tokenizers(contents: Contents, path: Path) -> list[Tokenizer]:
     """One a text encoder: those that came with the model; for a single file, CLIP's, if the vocabulary is found."""
     if any(name.startswith("tokenizer") for name in contents.texts):
-        return read_tokenizers(contents.texts, contents.variant)
+        return read_tokenizers(contents.texts, contents.variant, path)
     vocabulary = find_vocabulary(path)
     warnings.warn(f"{path} has no tokenizer: CLIP's own stands in, from {vocabulary}", stacklevel=2)
     pads = ["<|endoftext|>" if text.activation == "quick_gelu" else "!" for text in contents.variant.text]
     return [Tokenizer.from_vocabulary(vocabulary, pad=pad) for pad in pads]
 
 
-def read_tokenizers(texts: dict[str, str], variant: Variant) -> list[Tokenizer]:
-    with tempfile.TemporaryDirectory() as folder:
-        for path, text in texts.items():
-            if path.startswith("tokenizer"):
-                (Path(folder) / path).parent.mkdir(exist_ok=True)
-                (Path(folder) / path).write_text(text, encoding="utf-8")
-        return [Tokenizer.from_folder(Path(folder) / name) for name in tokenizer_names(variant)]
+def read_tokenizers(texts: dict[str, str], variant: Variant, where: str | Path = "the model") -> list[Tokenizer]:
+    """From texts by their paths in a model's folder."""
+    found = []
+    for name in tokenizer_names(variant):
+        own = {path.removeprefix(f"{name}/"): text for path, text in texts.items() if path.startswith(f"{name}/")}
+        found.append(Tokenizer.from_texts(own, f"{where}: {name}"))
+    return found
 
 
 def tokenizer_texts(tokenizers: list[Tokenizer], variant: Variant) -> dict[str, str]:
-    texts = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, tokenizer in zip(tokenizer_names(variant), tokenizers, strict=True):
-            tokenizer.save(place := Path(folder) / name)
-            texts |= {f"{name}/{path.name}": path.read_text("utf-8") for path in sorted(place.iterdir())}
-    return texts
+    """The other way."""
+    named = zip(tokenizer_names(variant), tokenizers, strict=True)
+    return {f"{name}/{path}": text for name, one in named for path, text in sorted(one.to_texts().items())}
 
 
 def is_clip(tokenizer: Tokenizer) -> bool:

@@ -3,10 +3,8 @@
 Pixels as tensors are float32 in [-1, 1], (B, 3, H, W).
 """
 
-import os
 from collections.abc import Sequence
 from io import BytesIO
-from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from plainsd.disk import written_whole
+from plainsd.disk import draft_of, under_free_name, written_whole
 from plainsd.errors import UserError
 from plainsd.pictures.settings import Settings, format_settings, parse_settings
 
@@ -126,33 +124,22 @@ def read_settings(path: str | Path) -> Settings:
 
 def write_png(image: Image.Image, path: str | Path, settings: Settings | None = None) -> None:
     """Writes the picture with its settings as `parameters`; the file is whole or absent, an older one is replaced."""
-    info = PngImagePlugin.PngInfo()
-    if settings is not None:
-        info.add_text("parameters", format_settings(settings))
     with written_whole(Path(path)) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=_noted(settings))
 
 
 def write_new_png(image: Image.Image, path: Path, settings: Settings | None = None) -> Path:
-    """As `write_png`, but never over another file: under the first free name of `x.png`, `x-2.png`, `x-3.png`, ...
+    """As `write_png`, but never over another file: under the first free name of `x.png`, `x-2.png`, `x-3.png`, ..."""
+    with draft_of(path) as draft:
+        image.save(draft, format="PNG", pnginfo=_noted(settings))
+        return under_free_name(draft, path)
 
-    A hard link fails where the name is taken, so that two programs writing at once keep both their pictures.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
-    write_png(image, draft, settings)
-    try:
-        for name in chain([path], (path.with_stem(f"{path.stem}-{n}") for n in count(2))):
-            try:
-                os.link(draft, name)
-            except FileExistsError:
-                continue
-            except OSError:  # a file system without links
-                if name.exists():
-                    continue
-                os.replace(draft, name)
-            return name
-    finally:
-        draft.unlink(missing_ok=True)
+
+def _noted(settings: Settings | None) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    if settings is not None:
+        info.add_text("parameters", format_settings(settings))
+    return info
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------

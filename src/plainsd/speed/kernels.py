@@ -12,7 +12,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 import warnings
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plainsd.disk import cache_folder
+from plainsd.disk import cache_folder, written_whole
+from plainsd.errors import DiskError
 from plainsd.models.unet import geglu
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
@@ -356,13 +356,11 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise Unavailable(f"no C++ compiler ({os.environ.get('CXX', 'c++')}) is installed")
     try:
-        folder = cache_folder()
-        path = folder / f"kernels-{_key(source, compiler)}.so"
+        path = cache_folder() / f"kernels-{_key(source, compiler)}.so"
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
             _compile(compiler, source, path)
         made = ctypes.CDLL(str(path))
-    except (OSError, RuntimeError) as error:
+    except (OSError, DiskError, RuntimeError) as error:
         raise Unavailable(str(error)) from None
     if suit(torch.bfloat16) and not made.knows_bfloat16():
         raise Unavailable(f"{compiler} does not know this processor's bfloat16 instructions; a newer one does")
@@ -392,12 +390,9 @@ def _key(source: bytes, compiler: str) -> str:
 
 
 def _compile(compiler: str, source: bytes, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as place:  # so that `path` is whole or absent
-        made = Path(place) / "made.so"
-        (Path(place) / "kernels.cpp").write_bytes(source)
-        command = [compiler, *FLAGS, str(Path(place) / "kernels.cpp"), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True)
+    with written_whole(path) as made:
+        done = subprocess.run([compiler, *FLAGS, "-x", "c++", "-", "-o", made], input=source, capture_output=True)
         if done.returncode:
-            complaint = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
+            said = done.stderr.decode(errors="replace").splitlines()
+            complaint = next((line for line in said if "error" in line), f"exit {done.returncode}")
             raise RuntimeError(f"{compiler}: {complaint}")
-        os.replace(made, path)

@@ -14,19 +14,23 @@ token `!` is a special token, so a `!` in a prompt has the padding's id 0, and n
 import gzip
 import importlib.util
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from plainsd.disk import read_text_file, written_whole
 from plainsd.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # and what each is by default
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 CLIP_SIZE = 49_408
@@ -68,27 +72,32 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json`, or `vocab.json` and `merges.txt`, with the special tokens named beside them."""
-        folder = Path(folder)
+        """From the files in a folder, see `from_texts`."""
+        return cls.from_texts(_texts(Path(folder)), folder)
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str], where: str | Path) -> "Tokenizer":
+        """From the texts of `tokenizer.json`, or of `vocab.json` and `merges.txt`, with the special tokens named beside
+        them. `where` they come from is told in errors."""
         added = {}
-        if (folder / "tokenizer.json").is_file():  # all that transformers 5 writes; first, as there
-            whole = _read_json(folder / "tokenizer.json")
+        if "tokenizer.json" in texts:  # all that transformers 5 writes; first, as there
+            whole = _read_json(texts, "tokenizer.json", where)
             model = whole.get("model", {})
             if model.get("type", "BPE") != "BPE" or "vocab" not in model or "merges" not in model:
-                raise UserError(f"{folder / 'tokenizer.json'} holds no byte-pair vocabulary; take CLIP's tokenizer")
+                raise UserError(f"{where}: tokenizer.json holds no byte-pair vocabulary; take CLIP's tokenizer")
             vocabulary = model["vocab"]
             merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
             added = {token["id"]: _token(token) for token in whole.get("added_tokens", ())}
         else:
-            vocabulary, merges = _read_vocabulary(folder)
-        config = _read_json(folder / "tokenizer_config.json", missing={})
+            vocabulary, merges = _read_vocabulary(texts, where)
+        config = _read_json(texts, "tokenizer_config.json", where, missing={})
         roles = {role: _token(config[role]) for role in ROLES if config.get(role)}
         if "added_tokens_decoder" in config:  # newer files describe each token here, older ones there
             added |= {int(key): _token(token) for key, token in config["added_tokens_decoder"].items()}
         else:
-            named = _read_json(folder / "special_tokens_map.json", missing={})
+            named = _read_json(texts, "special_tokens_map.json", where, missing={})
             roles |= {role: _token(named[role]) for role in ROLES if named.get(role)}
-            extra = _read_json(folder / "added_tokens.json", missing={})
+            extra = _read_json(texts, "added_tokens.json", where, missing={})
             known = {str(token) for token in roles.values()}
             added |= {
                 key: AddedToken(text, normalized=text not in known, special=text in known)
@@ -110,7 +119,7 @@ class Tokenizer:
         """CLIP's 49,408 tokens from its vocabulary file, or from a folder with `vocab.json` and `merges.txt`."""
         path = Path(path)
         if path.is_dir():
-            vocabulary, merges = _read_vocabulary(path)
+            vocabulary, merges = _read_vocabulary(_texts(path), path)
         else:
             try:
                 lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
@@ -162,14 +171,17 @@ class Tokenizer:
         return ids
 
     def save(self, folder: str | Path) -> None:
-        """Write `vocab.json`, `merges.txt`, `special_tokens_map.json` and `tokenizer_config.json`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes its files into a folder, see `to_texts`; each is whole or absent."""
+        for name, text in self.to_texts().items():
+            with written_whole(Path(folder) / name) as draft:
+                draft.write_text(text, encoding="utf-8", newline="\n")
+
+    def to_texts(self) -> dict[str, str]:
+        """The texts of `vocab.json`, `merges.txt`, `special_tokens_map.json` and `tokenizer_config.json`."""
         special = {role: str(token) for role, token in self.special.items()}
+        added = sorted(self._backend.get_added_tokens_decoder().items())
         config = {
-            "added_tokens_decoder": {
-                str(key): _fields(token) for key, token in sorted(self._backend.get_added_tokens_decoder().items())
-            },
+            "added_tokens_decoder": {str(key): _fields(token) for key, token in added},
             "add_prefix_space": False,
             "do_lower_case": True,
             "errors": "replace",
@@ -178,10 +190,12 @@ class Tokenizer:
             **special,
         }
         merges = "".join(f"{left} {right}\n" for left, right in self.merges)
-        _write(folder / "vocab.json", json.dumps(self.vocabulary, ensure_ascii=False))
-        _write(folder / "merges.txt", "#version: 0.2\n" + merges)
-        _write(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
-        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        return {
+            "vocab.json": json.dumps(self.vocabulary, ensure_ascii=False),
+            "merges.txt": "#version: 0.2\n" + merges,
+            "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        }
 
     def _find_runs(self) -> dict[int, list[int]]:
         """Several vectors of one learned token are called `name`, `name_1`, `name_2`, ... in a saved folder."""
@@ -267,12 +281,12 @@ def _backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], unkn
     return backend
 
 
-def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    vocabulary = _read_json(folder / "vocab.json")
-    lines = _read(folder / "merges.txt").split("\n")
+def _read_vocabulary(texts: Mapping[str, str], where: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocabulary = _read_json(texts, "vocab.json", where)
+    lines = _text(texts, "merges.txt", where).split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if bad := next((pair for pair in merges if len(pair) != 2), None):
-        raise UserError(f"{folder / 'merges.txt'}: {' '.join(bad)!r} is not a pair of symbols; the file is damaged")
+        raise UserError(f"{where}: merges.txt: {' '.join(bad)!r} is not a pair of symbols; the file is damaged")
     return vocabulary, merges
 
 
@@ -295,33 +309,26 @@ def _fields(token: AddedToken) -> dict:
     }
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the tokenizer's file {path}: {error}") from error
+def _texts(folder: Path) -> dict[str, str]:
+    """Of the files that a tokenizer may have, those that are there."""
+    return {name: read_text_file(folder / name) for name in FILES if (folder / name).is_file()}
 
 
-def _read_json(path: Path, missing: dict | None = None) -> dict:
-    if missing is not None and not path.is_file():
+def _text(texts: Mapping[str, str], name: str, where: str | Path) -> str:
+    if name not in texts:
+        raise UserError(f"{where} has no {name}, which a tokenizer needs; fetch it again")
+    return texts[name]
+
+
+def _read_json(texts: Mapping[str, str], name: str, where: str | Path, missing: dict | None = None) -> dict:
+    if missing is not None and name not in texts:
         return missing
     try:
-        content = json.loads(_read(path))
+        content = json.loads(_text(texts, name, where))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
+        raise UserError(f"{where}: {name} is not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} where names with values are expected; fetch it again")
+        raise UserError(
+            f"{where}: {name} holds a {type(content).__name__} where names with values are expected; fetch it again"
+        )
     return content
-
-
-def _write(path: Path, text: str) -> None:
-    """Under another name first, so that a file is whole or absent."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(draft, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

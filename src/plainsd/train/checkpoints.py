@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from plainsd.disk import flush, flush_folder
 from plainsd.errors import UserError
 from plainsd.train.trainer import Trainer
 
@@ -66,10 +67,9 @@ def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
 
 
 def save_whole(trainer: Trainer, path: Path) -> None:
-    with open(path, "wb") as file:
+    with open(path, "wb") as file:  # torch itself would turn what the disk refuses into its own error
         torch.save(trainer.state(), file)
-        file.flush()
-        os.fsync(file.fileno())
+    flush(path)
 
 
 def restore(trainer: Trainer, folder: Path) -> None:
@@ -97,15 +97,6 @@ def sweep(folder: Path) -> None:
     for mark in (UNFINISHED, UNWANTED):
         for rest in folder.glob(f"{mark}*"):
             shutil.rmtree(rest, ignore_errors=True)
-
-
-def flush_folder(folder: Path) -> None:
-    """Makes the names in a folder safe against a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from plainsd.checkpoint import load, load_vae, save, save_vae
+from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.models.vae import VAE
 from plainsd.models.variants import SD1, Variant
@@ -112,7 +113,8 @@ def train_scratch(job: Job) -> None:
     def write(mark: str | None) -> None:
         save(sd, job.result(mark), dtype=job.save_dtype)
         for file in own.carry:
-            shutil.copy(file, job.result(mark) / file.name)
+            with written_whole(job.result(mark) / file.name) as draft:
+                shutil.copyfile(file, draft)
 
     with trained_faster(sd.unet):
         done = job.train(method, pictures, check, job.sampler(sd), save=write)

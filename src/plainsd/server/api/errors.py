@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from plainsd.errors import UserError
+from plainsd.errors import DiskError, UserError
 from plainsd.server.errors import Refused
 
 
@@ -42,10 +42,11 @@ def add_errors(app: FastAPI) -> None:
         message = says.get(error.status_code, f"{error.detail}; see /docs")
         return refused(request, Refused(error.status_code, message, headers=dict(error.headers or {})))
 
+    @app.exception_handler(DiskError)
     @app.exception_handler(OSError)
     @app.exception_handler(sqlite3.OperationalError)
     def disk(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, FileNotFoundError):
             return refused(request, Refused(404, "the file of a picture is gone; delete it from the history"))
-        why = getattr(error, "strerror", None) or error
+        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         return refused(request, Refused(507, f"the server cannot write ({why}); make room in its data folder"))

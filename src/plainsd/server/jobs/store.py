@@ -168,9 +168,7 @@ class Store:
     def write(self, job: Job, place: int, image: Image.Image) -> str:
         """The PNG file of one picture; its path below the data folder."""
         file = f"pictures/{job.place}-{place}.png"
-        path = self.folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(image, path, tagged(job.settings_of(place), job.loras))
+        write_png(image, self.folder / file, tagged(job.settings_of(place), job.loras))
         return file
 
     def enter(self, job: Job, place: int, file: str, size: tuple[int, int]) -> None:

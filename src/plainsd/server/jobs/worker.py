@@ -12,7 +12,7 @@ from PIL import Image
 from prometheus_client import Histogram
 
 from plainsd.diffusion.samplers import Step
-from plainsd.errors import UserError
+from plainsd.errors import DiskError, UserError
 from plainsd.generate import Pictures, batch
 from plainsd.pictures.images import grid
 from plainsd.pictures.model import StableDiffusion
@@ -143,15 +143,16 @@ class Worker(threading.Thread):
         if len(units) > 1:
             return self.queue.put_back(units, alone=True)
         self.failures += 1
-        if not isinstance(error, UserError):
+        asked = isinstance(error, UserError) and not isinstance(error, DiskError)  # wrongly, and not our trouble
+        if not asked:
             log.error("job %s failed", units[0].job.id, exc_info=error)
         for job in jobs:
             said = (
                 str(error)
-                if isinstance(error, UserError)
-                else f"drawing failed ({type(error).__name__}: {error}); see the server's log"
+                if asked
+                else f"drawing failed ({type(error).__name__}: {getattr(error, 'reason', error)}); see the server's log"
             )
-            self.queue.end(job, FAILED, said, at_fault=isinstance(error, UserError))
+            self.queue.end(job, FAILED, said, at_fault=asked)
 
 
 class Watch:

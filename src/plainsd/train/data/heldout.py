@@ -48,7 +48,6 @@ def digests(items: Sequence[Kept], known: Path | None = None) -> list[str]:
             told[mark] = hashlib.sha256(item.content()).hexdigest()[:24]
         found.append(told[mark])
     if known and len(told) > before:
-        known.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(known) as unfinished:
             unfinished.write_text(json.dumps(told), encoding="utf-8")
     return found
@@ -99,6 +98,5 @@ def kept(items: Sequence[Kept], marks: Sequence[str], record: Path) -> set[int]:
 def keep(items: Sequence[Kept], marks: Sequence[str], held: set[int], record: Path) -> None:
     """Writes them down: digest, and place where they are files of their own."""
     pictures = [[marks[i], items[i].place] for i in sorted(held)]
-    record.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(record) as unfinished:
         unfinished.write_text(json.dumps({"pictures": pictures}, indent=1), encoding="utf-8")

@@ -189,7 +189,6 @@ def scan(
         else:
             entries.append(entry)
     if known and len(whole) > before:
-        known.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(known) as unfinished:
             unfinished.write_text(json.dumps(whole), encoding="utf-8")
     if bad:

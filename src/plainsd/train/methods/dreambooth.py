@@ -4,6 +4,7 @@ made by the model itself before it learns one such thing, so that the kind does 
 from collections.abc import Callable
 from pathlib import Path
 
+from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import write_png
@@ -34,4 +35,5 @@ def make_prior(
             images = final(text_to_image(sd, prompt, size=size, seed=first, count=len(numbers)))
             for number, image in zip(numbers, images, strict=True):
                 write_png(image, folder / f"{number:05d}.png")
-                (folder / f"{number:05d}.txt").write_text(prompt, encoding="utf-8")
+                with written_whole(folder / f"{number:05d}.txt") as draft:
+                    draft.write_text(prompt, encoding="utf-8")
