@@ -1,6 +1,7 @@
 """Queue, store and worker, without HTTP."""
 
 import errno
+import os
 import shutil
 import sqlite3
 import time
@@ -14,7 +15,6 @@ import plainsd
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.server.errors import Refused
-from plainsd.server.jobs import store as store_module
 from plainsd.server.jobs import worker as worker_module
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING
 from plainsd.server.limits import Limits
@@ -243,14 +243,16 @@ def test_a_failure_is_the_failure_of_one(opened):
 
 
 def test_a_full_disk_fails_the_job_and_not_the_server(opened, monkeypatch):
-    service = opened()
-    write = store_module.write_png
-    monkeypatch.setattr(
-        store_module, "write_png", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
-    )
+    service, fsync = opened(), os.fsync
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
     job = ended(ask(service))
-    assert (job.state, job.at_fault) == (FAILED, False) and "No space left" in job.error
-    monkeypatch.setattr(store_module, "write_png", write)
+    assert (job.state, job.at_fault) == (FAILED, False)
+    assert "No space left" in job.error and str(service.store.folder) not in job.error
+    monkeypatch.setattr(os, "fsync", fsync)
     assert ended(ask(service)).state == DONE
 
 

@@ -103,9 +103,10 @@ def cache_folder() -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    text = read_text_file(path)
     try:
-        content = json.loads(read_text_file(path))
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the former also of a number with thousands of digits
         raise UserError(f"{path} is damaged: it is not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it is not a table of settings; fetch it again")

@@ -265,13 +265,8 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
     keys = [XL_KEYS[name] for name in encoder_names(sd.variant)] if xl else [own]
     table = dict(zip(keys, vectors, strict=True))
     if "emb_params" in table and suffix_of(path) == ".pt":
-        more = {"step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None}
-        content = {
-            "string_to_token": {"*": 265},
-            "string_to_param": {"*": vectors[0]},
-            "name": token,
-            WORD: token,
-        } | more
+        content = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors[0]}, "name": token, WORD: token}
+        content |= {"step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None}
     else:  # with one entry diffusers takes its key for the word: nothing else may stand beside it
         content = table | {WORD: token} if xl else table
     with written_whole(path) as draft:

@@ -6,11 +6,12 @@ error and is named; so is a value that cannot be.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from plainsd.diffusion.denoiser import PREDICTIONS
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
+from plainsd.files.checked import MOST, WIDEST, read_value
 from plainsd.models.clip import ACTIVATIONS, TextConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
@@ -19,15 +20,7 @@ from plainsd.models.variants import ScheduleConfig, Variant, check_reads, edits,
 Config = Mapping[str, Any]  # one config.json
 
 NOTE = "_plainsd"  # our entry in model_index.json; diffusers passes over names that begin with _
-NOTED: dict[str, tuple[type, ...]] = {  # the fields of a Variant kept there
-    "name": (str,),
-    "context": (str,),
-    "size": (int,),
-    "guidance": (int, float),
-    "sampler": (str,),
-    "steps": (int,),
-    "spacing": (str, type(None)),
-}
+NOTED = ("name", "context", "size", "guidance", "sampler", "steps", "spacing")  # the fields of a Variant kept there
 
 UNET_FIXED = {  # settings with one value that our UNet computes; absent means that value
     "act_fn": "silu",
@@ -91,7 +84,6 @@ LEARNED = ("learned", "learned_range")  # of variance_type: half of the network'
 PIX2PIX = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
 TEXT_CLASSES = {"CLIPTextModel": None, "CLIPTextModelWithProjection": None}
 LEGACY_EOS = 2  # older CLIP configs say 2 and mean the largest id
-WIDEST, MOST = 2**20, 100  # of any width; of layers, levels and blocks
 
 
 # --- one setting -----------------------------------------------------------------------------------------------------
@@ -431,8 +423,5 @@ def notes(index: Config, where: str) -> dict[str, Any]:
     noted = index.get(NOTE) or {}
     if not isinstance(noted, dict):
         raise UserError(f"{where}: model_index.json: {NOTE} is {noted!r}, and must be a table")
-    found = {name: noted[name] for name in NOTED if name in noted}
-    for name, value in found.items():
-        if type(value) not in NOTED[name] or value != value or name in ("size", "steps") and not 0 < value <= WIDEST:
-            raise UserError(f"{where}: model_index.json: {NOTE}: {name} is {value!r}, which cannot be")
-    return found
+    hints, place = get_type_hints(Variant), f"{where}: model_index.json: {NOTE}"
+    return {name: read_value(hints[name], noted[name], place, name) for name in NOTED if name in noted}

@@ -16,7 +16,7 @@ import torch
 from plainsd.checkpoint import load, save
 from plainsd.files.stored import parts
 from plainsd.models.variants import VARIANTS
-from plainsd.pictures.model import assemble
+from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed.model import compiler_options, faster
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 

@@ -9,6 +9,7 @@ import torch
 from plainsd.checkpoint import load, load_vae, save, save_vae
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
+from plainsd.files.described import read_description
 from plainsd.models.vae import VAE
 from plainsd.models.variants import SD1, Variant
 from plainsd.pictures.images import grid, to_pil, write_png
@@ -19,7 +20,7 @@ from plainsd.train.checkpoints import saving
 from plainsd.train.data.crops import Framing
 from plainsd.train.job import Job, weights_digest
 from plainsd.train.methods.full import full
-from plainsd.train.methods.scratch import from_scratch, read_variant
+from plainsd.train.methods.scratch import from_scratch
 from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, validate
 from plainsd.train.shard import gather
 
@@ -28,7 +29,7 @@ def described_variant(job: Job) -> Variant:
     """The networks that --model describes."""
     if job.options.nothing.model is None:
         raise UserError(f"method {job.options.method} needs --model, a JSON file that describes the networks")
-    variant = read_variant(job.options.nothing.model)
+    variant = read_description(job.options.nothing.model)
     return replace(variant, size=job.options.reading.size or variant.size)
 
 

@@ -147,12 +147,9 @@ class Worker(threading.Thread):
         if not asked:
             log.error("job %s failed", units[0].job.id, exc_info=error)
         for job in jobs:
-            said = (
-                str(error)
-                if asked
-                else f"drawing failed ({type(error).__name__}: {getattr(error, 'reason', error)}); see the server's log"
-            )
-            self.queue.end(job, FAILED, said, at_fault=asked)
+            why = error.reason if isinstance(error, DiskError) else error
+            told = f"drawing failed ({type(error).__name__}: {why}); see the server's log"
+            self.queue.end(job, FAILED, str(error) if asked else told, at_fault=asked)
 
 
 class Watch:
