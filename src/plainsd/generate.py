@@ -1,7 +1,8 @@
 """From a prompt to pictures: the parts of a model, and the tasks on it.
 
 Rombach et al. 2022 (arXiv:2112.10752). Every task checks its input at once and returns a generator: a `Step` for each
-step of the sampler, and at the end `Pictures`. What they share, the way through the networks, is in pictures/sampling.py.
+step of the sampler, and at the end `Pictures`. What they share, the way through the networks, is
+pictures/sampling.py.
 
 Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
 """

@@ -73,8 +73,8 @@ def check_sent(command: GenerateFlags, choices: dict[str, Any]) -> None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is not sent to a server; leave it out, or draw here without --server")
     if told := [name for name in NOISE if name in choices]:
-        raise UserError(f"'{command.from_}' was made with a {told[0].replace('_', '-')} told by flag, which a server takes "
-                        "at its start; draw here without --server")  # fmt: skip
+        raise UserError(f"'{command.from_}' was made with a {told[0].replace('_', '-')} told by flag, which a server "
+                        "takes at its start; draw here without --server")  # fmt: skip
     if choices.get("vae"):
         raise UserError(f"'{command.from_}' was made with the VAE {choices['vae']!r}, which a server does not take; "
                         "draw here without --server")  # fmt: skip

@@ -220,7 +220,7 @@ def contact_sheet(
     cell_width, cell_height = side + 12, side + 48
     sheet = Image.new("RGB", (columns * cell_width, math.ceil(len(pictures) / columns) * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (picture, question, score) in enumerate(zip(pictures, asked, scores)):
+    for k, (picture, question, score) in enumerate(zip(pictures, asked, scores, strict=True)):
         left, top = k % columns * cell_width + 6, k // columns * cell_height + 4
         sheet.paste(picture.resize((side, side)), (left, top))
         wrong = score.objects[0] != question.concept or score.background != question.background

@@ -295,8 +295,8 @@ def read_schedule(config: Config, where: str, kind: str = "DDIMScheduler") -> di
         return read_edm(config, where, kind)
     if kind not in (*SCHEDULERS, *SIGMA_SCHEDULERS):
         raise UserError(
-            f"{where}: the scheduler {kind!r} means another kind of noise or network than Stable Diffusion's, and is not "
-            f"supported; choose a model made with {SCHEDULERS[0]}, {', '.join(EDM_SCHEDULERS)} or their like"
+            f"{where}: the scheduler {kind!r} means another kind of noise or network than Stable Diffusion's, and is "
+            f"not supported; choose a model made with {SCHEDULERS[0]}, {', '.join(EDM_SCHEDULERS)} or their like"
         )
     check_fixed(config, SCHEDULE_FIXED, where)
     if config.get("variance_type") in LEARNED:
@@ -324,7 +324,7 @@ def spacing_of_levels(config: Config) -> str | None:
 
 
 def read_edm(config: Config, where: str, kind: str) -> dict[str, Any]:
-    """The form of Karras et al. 2022. Euler's scheduler has it too, with v-prediction and `timestep_type` continuous."""
+    """The form of Karras et al. 2022. Euler's scheduler has it too, with v-prediction, timesteps continuous."""
     check_fixed(config, SCHEDULE_FIXED, where)
     own = kind in EDM_SCHEDULERS
     if own:

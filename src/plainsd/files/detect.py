@@ -85,7 +85,7 @@ def traits(file: TensorFile) -> Traits:
 
 
 def structure(names: Iterable[str]) -> Traits:
-    """How many blocks lead down, the most transformer blocks in one of them, and those of the middle (None: no middle)."""
+    """How many blocks lead down, the most transformer blocks in one of them, and those of the middle (None: none)."""
     names = list(names)
     down = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
     return {

@@ -1,5 +1,5 @@
-"""What a model's network predicts, and whether its noise ends at zero SNR, where the files do not say it or say it wrong:
-asked of the network itself, or told by the user."""
+"""What a model's network predicts, and whether its noise ends at zero SNR, where the files do not say it or say it
+wrong: asked of the network itself, or told by the user."""
 
 import json
 import warnings

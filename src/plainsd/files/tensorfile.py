@@ -65,7 +65,7 @@ class TensorFile:
 
 
 OTHERS = {  # how files begin that are taken for weights, and what to do
-    b"version https://git-lfs": "is a Git LFS pointer and holds no weights; run `git lfs pull` in its folder, or fetch it",
+    b"version https://git-lfs": "is a Git LFS pointer and holds no weights; run `git lfs pull` there, or fetch it",
     b"gguf": "is a GGUF file, whose weights are quantised for other programs; give the model as .safetensors",
     b"<!doctype html": "is a web page and no model; the download went wrong, or asks for a login: fetch it again",
     b"<html": "is a web page and no model; the download went wrong, or asks for a login: fetch it again",
@@ -161,8 +161,8 @@ def open_safetensors(path: Path) -> TensorFile:
 
 
 class _Pages:
-    """A file's bytes, mapped at the first reading: cast from there, they are copied once. The system counts pages that were
-    read as memory of the process, so they are let go each time WINDOW bytes have passed."""
+    """A file's bytes, mapped at the first reading: cast from there, they are copied once. The system counts pages that
+    were read as memory of the process, so they are let go each time WINDOW bytes have passed."""
 
     def __init__(self, path: Path):
         self.path, self.map, self.passed = path, None, 0

@@ -12,10 +12,10 @@ from plainsd.models.unet import UNet
 class DeepCache:
     """A UNet whose deep layers run at every `every`-th timestep; between, what they gave last is taken again.
 
-    Ma et al. 2023, "DeepCache" (arXiv:2312.00858), section 3.2, with uniform strides: from one step to the next the deep
-    features change slowly. `shallow` counts the blocks at either end that always run. One object serves one picture,
-    or batch, from its first step to its last: several calls at the same timestep, such as those of guidance in two
-    calls, each have a cache of their own.
+    Ma et al. 2023, "DeepCache" (arXiv:2312.00858), section 3.2, with uniform strides: from one step to the next the
+    deep features change slowly. `shallow` counts the blocks at either end that always run. One object serves one
+    picture, or batch, from its first step to its last: several calls at the same timestep, such as those of guidance in
+    two calls, each have a cache of their own.
     """
 
     def __init__(self, unet: UNet, every: int, shallow: int = 1):

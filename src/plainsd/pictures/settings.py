@@ -134,8 +134,8 @@ def read_seed(text: str, name: str = "seed") -> int:
 def notes(settings: Settings) -> list[str]:
     """What a user should know of a choice that does something else than it seems to."""
     found = [
-        f"{name.replace('_', ' ')} {value} draws the same as {value % 2**32}: PyTorch's generator reads only the low 32 "
-        "bits of a seed, here as in every program that draws its noise on the CPU"
+        f"{name.replace('_', ' ')} {value} draws the same as {value % 2**32}: PyTorch's generator reads only the low "
+        "32 bits of a seed, here as in every program that draws its noise on the CPU"
         for name in SEEDS
         if (value := getattr(settings, name)) is not None and value >= 2**32
     ]

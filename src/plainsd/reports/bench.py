@@ -1,9 +1,9 @@
 """Benchmarks: the same work by us and by others, in one process, taking turns.
 
 Each row is a piece of work; its sides are functions that do it on the same weights. After a first call that does not
-count, in which compilers compile, rounds follow in which every side has its turn, so that what else the machine does hits
-all of them. Told are the least and the median of each side, its first call, and diffusers' least over ours. OpenVINO takes
-part where it is installed.
+count, in which compilers compile, rounds follow in which every side has its turn, so that what else the machine does
+hits all of them. Told are the least and the median of each side, its first call, and diffusers' least over ours.
+OpenVINO takes part where it is installed.
 
 Weights are random and have the shape of SD 1.5, and for some rows of SDXL, which changes nothing in the time, unless a
 model is given.
@@ -39,8 +39,8 @@ Sides = dict[str, Callable[[], object]]
 
 @dataclass
 class Row:
-    """One piece of work: the seconds that each side took, round by round, and in a first call before; how far its result is
-    from float32's; and the most memory that it took, in bytes beside what its imports take."""
+    """One piece of work: the seconds that each side took, round by round, and in a first call before; how far its
+    result is from float32's; and the most memory that it took, in bytes beside what its imports take."""
 
     name: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -148,7 +148,7 @@ def noise(sd: StableDiffusion) -> torch.Tensor:
 
 
 def picture_row(place: Place, compiled: bool, family: str | None = None, steps: int = 20, count: int = 1) -> Row:
-    """From a prompt to pictures, by DPM++ 2M at guidance 7.5. `family`: of random weights, in place of the place's model."""
+    """From a prompt to pictures, by DPM++ 2M at guidance 7.5. `family`: random weights, not the place's model."""
     if family:
         folder = place.room / family
         place = place._replace(folder=folder if folder.exists() else random_folder(folder, place.dtype, family))

@@ -1,4 +1,4 @@
-"""Layers with their weights laid out as a CPU's matrix units read them, which take the place of plain ones; see model.py.
+"""Layers with weights laid out as a CPU's matrix units read them, which take the place of plain ones; see model.py.
 
 For inference in float32 and bfloat16, by a PyTorch with oneDNN; where kernels.cpp works, by that too.
 """
@@ -39,7 +39,7 @@ def pack_inside(module: nn.Module) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A Linear whose weight is laid out as the one that multiplies wants it: oneDNN, or for little work our own kernel."""
+    """A Linear whose weight is laid out as the one that multiplies wants it: oneDNN, or for little work our kernel."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -71,7 +71,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A Conv2d likewise, over channels-last maps. The best layout depends on the map's size: another size lays out anew."""
+    """A Conv2d likewise, over channels-last maps. The best layout depends on the map's size: another size lays anew."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -149,10 +149,10 @@ class PackedResBlock(nn.Module):
 class PackedUpsample(nn.Module):
     """Doubling and the 3x3 convolution after it, in 16 multiplications a pixel and channel instead of 36.
 
-    In the doubled map, the three rows that an even row reads are two of the small map: one of the three weights meets the
-    row above, two meet its own. So even rows are a convolution of the small map with two rows of weights, whose second is
-    the sum of two; odd rows likewise; and columns. One convolution for each of the four kinds of pixel then does. (Shi et
-    al. 2016, arXiv:1609.05158, have such a convolution learned.)
+    In the doubled map, the three rows that an even row reads are two of the small map: one of the three weights meets
+    the row above, two meet its own. So even rows are a convolution of the small map with two rows of weights, whose
+    second is the sum of two; odd rows likewise; and columns. One convolution for each of the four kinds of pixel then
+    does. (Shi et al. 2016, arXiv:1609.05158, have such a convolution learned.)
     """
 
     def __init__(self, plain: Upsample):
@@ -222,7 +222,7 @@ class PackedSelfAttention(nn.Module):
 
 
 class PackedCrossAttention(nn.Module):
-    """The UNet's attention to a text. Its keys and values are made once, and kept for as long as the text is the same tensor."""
+    """The UNet's attention to a text. Its keys and values are made once, and kept while the text is the same tensor."""
 
     def __init__(self, plain: Attention):
         super().__init__()

@@ -44,8 +44,8 @@ class WrittenOut(TorchFunctionMode):
 
 @contextmanager
 def trained_faster(network: nn.Module) -> Iterator[None]:
-    """Inside, the network's GroupNorms, with the SiLU after them, its GEGLUs and its attention are kernels of our own, and so
-    are their gradients: on a CPU with AVX512_BF16. Elsewhere nothing changes."""
+    """Inside, the network's GroupNorms, with the SiLU after them, its GEGLUs and its attention are kernels of our own,
+    and so are their gradients: on a CPU with AVX512_BF16. Elsewhere nothing changes."""
     works = next(network.parameters()).device.type == "cpu" and have_kernels(torch.bfloat16)
     changed = []  # of which object, which name
     for module in network.modules() if works else []:

@@ -150,7 +150,7 @@ class _Group:
 
     def literal(self) -> list:
         nodes = [self.bracket, *self.parts[0]]
-        for separator, part in zip(self.separators, self.parts[1:]):
+        for separator, part in zip(self.separators, self.parts[1:], strict=True):
             nodes += [separator, *part]
         return nodes
 

@@ -211,7 +211,7 @@ def byte_symbols() -> list[str]:
 
 
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-SYMBOL_BYTES = dict(zip(byte_symbols(), VISIBLE + [byte for byte in range(256) if byte not in VISIBLE]))
+SYMBOL_BYTES = dict(zip(byte_symbols(), VISIBLE + [byte for byte in range(256) if byte not in VISIBLE], strict=True))
 
 
 def find_vocabulary(beside: str | Path | None = None) -> Path:

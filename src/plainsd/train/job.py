@@ -95,7 +95,8 @@ class Job:
             return
         if self.name in PARTS:
             raise UserError(
-                f"--out {self.out}: the model gets the folder's name, and {self.name!r} is a part of every run; give another"
+                f"--out {self.out}: the model gets the folder's name, and {self.name!r} is a part of every run; "
+                "give another"
             )
         if place.exists() and not (place / "model_index.json").is_file():
             raise UserError(

@@ -75,8 +75,8 @@ def run(
     (its state is saved).
 
     `validate`, `sample` and `save` (of results on the way, told their marks) are called with the averaged weights in
-    place, by the first process alone unless the weights are sharded; with `before` the first two also at step 0. `claim`
-    is called when nothing can be refused any more.
+    place, by the first process alone unless the weights are sharded; with `before` the first two also at step 0.
+    `claim` is called when nothing can be refused any more.
     """
     trainer = Trainer(method, options, world)
     diary = Diary(folder, rhythm, options.steps, tensorboard, world.device) if world.first else None

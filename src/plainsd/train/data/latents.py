@@ -147,7 +147,9 @@ def _made(
     with ThreadPoolExecutor(max(1, workers)) as pool:
         load, many = partial(_load, pictures, masked, vae.config.factor), pool.map if workers else map
         coming = many(load, chunks[0]) if chunks else []
-        for chunk, following in zip(tqdm(chunks, "encoding pictures", leave=False, disable=None), [*chunks[1:], []]):
+        for chunk, following in zip(
+            tqdm(chunks, "encoding pictures", leave=False, disable=None), [*chunks[1:], []], strict=False
+        ):
             pixels, masks = zip(*coming, strict=True)
             coming = many(load, following)
             moments = encoded(vae, torch.cat(pixels), dtype)

@@ -296,12 +296,12 @@ def streamed(place: str, kind: str | None, files: list[str], cache: Path, readin
     mask, rows = _mask_column(table), table.skip(done).take(reading.limit - done)
     with open(metadata, "a", encoding="utf-8") as file:
         for number, row in enumerate(tqdm(rows, "fetching pictures", leave=False, disable=None), done):
-            line = {"text": list(_texts(row[text] if text else None, None))}
-            stem = f"{number:08d}"
-            for key, column, stem in (("file_name", picture, stem), ("mask", mask, f"{stem}.mask")):
+            line: dict[str, str | list[str]] = {"text": list(_texts(row[text] if text else None, None))}
+            for key, column, end in (("file_name", picture, ""), ("mask", mask, ".mask")):
                 if cell := row.get(column):
-                    line[key] = stem + (Path(cell.get("path") or "").suffix or ".png")
-                    (folder / line[key]).write_bytes(cell.get("bytes") or _fetched(cell["path"]))
+                    name = f"{number:08d}{end}" + (Path(cell.get("path") or "").suffix or ".png")
+                    (folder / name).write_bytes(cell.get("bytes") or _fetched(cell["path"]))
+                    line[key] = name
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
     (folder / "whole").touch()
