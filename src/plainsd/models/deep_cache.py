@@ -20,7 +20,8 @@ class DeepCache:
 
     def __init__(self, unet: UNet, every: int, shallow: int = 1):
         self.unet, self.every, self.shallow = unet, every, min(shallow, len(unet.down))
-        self.timestep, self.turn, self.place = None, -1, 0
+        self.turn, self.place = -1, 0
+        self.timestep: float | None = None
         self.deep: list[Tensor] = []  # one for each call of a step
 
     def __call__(

@@ -97,7 +97,6 @@ class JobRequest(BaseModel):
     def choices(self) -> dict[str, Any]:
         """What is not left open of the settings that the tasks know."""
         names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires",
-                 "upscaler",
-                 "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed",
-                 "threshold", "cache", "handover", "outpaint", "like")  # fmt: skip
+                 "upscaler", "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval",
+                 "perturbed", "threshold", "cache", "handover", "outpaint", "like")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -3,11 +3,11 @@
     pack               weights laid out once as the processor's matrix units read them, and not anew at each call;
                        GEGLU's gate and product inside the two projections that they follow; queries, keys and
                        values in one call, and those of a text that stays the same only once; a doubled map and
-                       the 3x3 convolution after it as four 2x2 convolutions before it      (CPU)
-                       GroupNorm and SiLU in one; small linear layers without oneDNN's start (CPU with AVX-512)
-    attend_faster      attention in pieces that stay in the cache                           (CPU; bfloat16 if without AMX)
-    trained_faster     GroupNorm and SiLU, and GEGLU, in one while training, and long attention (CPU with AVX512_BF16)
-    compile_unet       fused kernels by torch.compile; minutes the first time               (CPU, GPU)
+                       the 3x3 convolution after it as four 2x2 convolutions before it        (CPU)
+                       GroupNorm and SiLU in one; small linear layers without oneDNN's start  (CPU with AVX-512)
+    attend_faster      attention in pieces that stay in the cache                             (CPU; bfloat16: if no AMX)
+    trained_faster     GroupNorm and SiLU, and GEGLU, in one while training; long attention   (CPU with AVX512_BF16)
+    compile_unet       fused kernels by torch.compile; minutes the first time                 (CPU, GPU)
 
 `faster` applies what pays on the model's own device. All of them work in place and are meant to come last: a packed
 model can no longer be trained or saved, or take up adapters. The plain forward passes stay as they are.
