@@ -194,7 +194,7 @@ def fitted(change: Tensor, shape: torch.Size) -> Tensor:
     return change.reshape(shape)
 
 
-class Adapted:
+class Adapted(nn.Module):
     """What the modules below share: `adapters`, from the name of a LoRA to its adapter, in the order they came."""
 
     adapters: nn.ModuleDict

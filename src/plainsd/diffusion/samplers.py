@@ -437,7 +437,9 @@ def sampler_levels(schedule: NoiseSchedule | EDMSchedule, name: str, steps: int,
     sampler = SAMPLERS[name]
     spacing = spacing or sampler.spacing
     sigmas = spaced(schedule, spacing, steps, sampler.spare.get(spacing, 0), sampler.rounding.get(spacing, float))
-    strides = _strides(schedule, sigmas) if sampler.same_stride and not SPACINGS[spacing].of_levels else ()
+    strides: Strides = ()
+    if sampler.same_stride and isinstance(schedule, NoiseSchedule) and not SPACINGS[spacing].of_levels:
+        strides = _strides(schedule, sigmas)
     # A latent's own spread counts, sqrt(1 + sigma^2); the k-diffusion samplers leave out the 1 unless spacing is
     # leading or the model is EDM's, and so it is in diffusers.
     with_latent = sampler.unit_first or spacing == "leading" or isinstance(schedule, EDMSchedule)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def read_header(path: Path) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def check_entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+def check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Type, shape and the two offsets of one tensor, which must agree with each other."""
     try:
         dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
@@ -165,7 +166,8 @@ class _Pages:
     were read as memory of the process, so they are let go each time WINDOW bytes have passed."""
 
     def __init__(self, path: Path):
-        self.path, self.map, self.passed = path, None, 0
+        self.path, self.passed = path, 0
+        self.map: mmap.mmap | None = None
 
     def read(self, start: int, dtype: torch.dtype, shape: tuple[int, ...], wanted: torch.dtype | None = None) -> Tensor:
         count = math.prod(shape) * dtype.itemsize
@@ -190,7 +192,8 @@ class _Pages:
 
 def header_bytes(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
     """What stands before the tensors' bytes."""
-    header, at = {"__metadata__": {"format": "pt", **metadata}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    at = 0
     for name, stored in tensors.items():
         end = at + stored.nbytes
         kind, shape = stored.foreign or (DTYPE_NAMES[stored.dtype], stored.shape)
@@ -226,7 +229,7 @@ class Ignored:
 class IgnoredTable:
     """Likewise of a class that is filled as a dict is."""
 
-    def __new__(cls, *args: object, **named: object) -> OrderedDict:
+    def __new__(cls, *args: object, **named: object) -> Any:
         return OrderedDict()
 
 

@@ -38,7 +38,7 @@ def read_tokenizers(texts: dict[str, str], variant: Variant) -> list[Tokenizer]:
 
 
 def tokenizer_texts(tokenizers: list[Tokenizer], variant: Variant) -> dict[str, str]:
-    texts = {}
+    texts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, tokenizer in zip(tokenizer_names(variant), tokenizers, strict=True):
             tokenizer.save(place := Path(folder) / name)

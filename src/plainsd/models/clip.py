@@ -4,6 +4,7 @@ Radford et al. 2021 (arXiv:2103.00020). SD 1.x uses OpenAI's ViT-L/14, SD 2.x Op
 OpenCLIP's ViT-bigG/14: the same network with other numbers. Shape letters: B batch, N tokens (77), D width, V words.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -165,7 +165,7 @@ def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
             tell(f"compiled in {time.perf_counter() - began:.0f} s")
         return out
 
-    sd.unet.forward = forward
+    sd.unet.forward = forward  # type: ignore[method-assign]  # an instance's own, as torch.compile's in-place form
 
 
 def compiler_options(device: torch.device) -> dict[str, bool]:

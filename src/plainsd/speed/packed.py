@@ -228,7 +228,9 @@ class PackedCrossAttention(nn.Module):
         super().__init__()
         self.heads, self.attend = plain.heads, plain.attend
         self.q, self.out = (PackedLinear(layer.weight, layer.bias) for layer in (plain.q, plain.out))
-        self.kv, self.seen, self.kept = together(plain.k, plain.v), None, None
+        self.kv = together(plain.k, plain.v)
+        self.seen: Tensor | None = None
+        self.kept: list[Tensor] = []
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         if context is not self.seen:
