@@ -101,7 +101,8 @@ VAE_LEVEL: tuple[Row, ...] = (        # {r}: the original counts the decoder's l
     ("decoder.levels.{i}.resample.conv",
      "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{r}.upsample.conv"),
 )
-VAE_MID = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}") for side in ("encoder", "decoder")
+VAE_MID: tuple[Row, ...] = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}")
+                                 for side in ("encoder", "decoder")
                 for ours, diffusers, original in (
     ("mid.res1",  "mid_block.resnets.0",     "mid.block_1"),
     ("mid.attn",  "mid_block.attentions.0",  "mid.attn_1"),

@@ -158,6 +158,7 @@ class PackedUpsample(nn.Module):
     def __init__(self, plain: Upsample):
         super().__init__()
         self.whole, weight = PackedConv(plain.conv), plain.conv.weight
+        self.channels = len(weight)
         self.kinds = nn.ModuleDict()
         for row, column in KINDS:
             conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 2, padding=1, dtype=weight.dtype).requires_grad_(
@@ -171,7 +172,7 @@ class PackedUpsample(nn.Module):
         height, width = x.shape[2:]
         if size is not None and tuple(size) != (2 * height, 2 * width):  # an odd side: not quite doubled
             return self.whole(nn.functional.interpolate(x, size=size, mode="nearest"))
-        out = x.new_empty(len(x), 2 * height, 2 * width, len(self.whole.bias)).permute(0, 3, 1, 2)
+        out = x.new_empty(len(x), 2 * height, 2 * width, self.channels).permute(0, 3, 1, 2)
         for row, column in KINDS:
             made = self.kinds[f"{row}{column}"](x)  # (B, C, H + 1, W + 1), padded all around
             out[:, :, row::2, column::2] = made[:, :, row : row + height, column : column + width]

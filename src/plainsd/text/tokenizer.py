@@ -252,7 +252,7 @@ def _backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]], unkn
     try:
         model = BPE(
             vocab=vocabulary,
-            merges=list(merges),
+            merges=[(left, right) for left, right in merges],
             end_of_word_suffix=WORD_END,
             continuing_subword_prefix="",
             unk_token=unknown,

@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -136,9 +136,12 @@ class Diary:
     def __init__(self, folder: Path, rhythm: Rhythm, steps: int, tensorboard: bool, device: torch.device):
         with saving("the log"):
             self.log = Log(folder / "log.jsonl")
-        self.curve, self.rhythm, self.steps, self.device = folder / "curve.png", rhythm, steps, device
+        self.rhythm, self.steps, self.device = rhythm, steps, device
         self.board_folder = folder / "tensorboard" if tensorboard else None
-        self.board, self.window, self.bar = None, [], None
+        self.curve: Path | None = folder / "curve.png"
+        self.board: Any = None  # a SummaryWriter
+        self.window: list[Report] = []
+        self.bar: tqdm | None = None
         if tensorboard and not importlib.util.find_spec("tensorboard"):
             raise UserError("TensorBoard is not installed; pip install 'plainsd[train]', or leave --tensorboard out")
         if not importlib.util.find_spec("matplotlib"):
@@ -150,7 +153,7 @@ class Diary:
 
     def note(self, report: Report) -> None:
         if self.bar is None:
-            self.begin(report.step - 1, report.seconds)
+            self.bar = self.begin(report.step - 1, report.seconds)
         self.bar.update()
         self.window.append(report)
         if self.rhythm.due("log", report.step, self.steps):
@@ -160,15 +163,16 @@ class Diary:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.3g}/s, {peak:.1f} GB")
             self.window.clear()
 
-    def begin(self, done: int, spent: float = 0.0) -> None:
+    def begin(self, done: int, spent: float = 0.0) -> tqdm:
         """After a resume the log forgets the steps that are done again. `spent`: seconds that the first step took."""
         self.log.rewind(done)
-        self.bar = tqdm(total=self.steps, initial=done, unit="step", dynamic_ncols=True)
-        self.bar.start_t, self.bar.last_print_t = self.bar.start_t - spent, self.bar.last_print_t - spent
+        self.bar = bar = tqdm(total=self.steps, initial=done, unit="step", dynamic_ncols=True)
+        bar.start_t, bar.last_print_t = bar.start_t - spent, bar.last_print_t - spent
         if self.board_folder:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.board_folder), purge_step=done + 1)
+        return bar
 
     def write(self, line: dict[str, float]) -> None:
         with saving("the log"):

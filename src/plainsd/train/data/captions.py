@@ -54,7 +54,8 @@ class Reader:
             self._known.move_to_end(caption)
             return self._known[caption]
         with torch.no_grad(), torch.autocast(self.sd.device.type, enabled=False):
-            states = tuple(None if part is None else part.cpu() for part in self._encode([caption]))
+            context, pooled = self._encode([caption])
+            states = context.cpu(), None if pooled is None else pooled.cpu()
         self._known[caption] = states
         self._bytes += _size(states)
         while self._bytes > self.room and len(self._known) > 1:

@@ -212,7 +212,7 @@ def _add_weights(digest, vae: VAE) -> None:
 
 def _kept(folder: Path) -> dict[str, tuple[Path, int, int]]:
     """What the files of a folder hold: key -> file, start, size."""
-    kept = {}
+    kept: dict[str, tuple[Path, int, int]] = {}
     for keys in sorted(folder.glob("latents-*.keys")):
         file = keys.with_suffix(".f16")
         if file.is_file():

@@ -78,6 +78,7 @@ def frozen(sd: StableDiffusion) -> StableDiffusion:
             "this model was trained at all noise levels (EDM), as its scheduler says, and fine-tuning knows those of a "
             "table only; choose a base that predicts epsilon or v"
         )
+    network: nn.Module
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.requires_grad_(False).eval()
     return sd

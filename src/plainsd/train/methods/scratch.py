@@ -66,7 +66,7 @@ def build(kind: type, fields: dict, where: str):
 
 
 def convert(hint, value, where: str):
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if isinstance(value, list):
         inner = typing.get_args(hint)
