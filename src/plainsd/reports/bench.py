@@ -34,7 +34,7 @@ from plainsd.reports.rivals import Place, both, openvino, random_folder, theirs,
 
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
 PROMPT = "a red apple on a blue background"
-Sides = dict[str, Callable[[], object]]
+Sides = dict[str, Callable[[], Any]]
 
 
 @dataclass
@@ -110,7 +110,7 @@ def unet_row(place: Place, compiled: bool) -> Row:
     if work := openvino(place, Theirs, x, context):
         sides["OpenVINO"] = work
     for side, sd in both(place, compiled).items():
-        sides[side] = lambda unet=sd.unet: unet(x, 500.0, context)
+        sides[side] = partial(sd.unet, x, 500.0, context)
     return compared(race(name, sides, place.rounds), sides, exact)
 
 
@@ -136,7 +136,7 @@ def decode_row(place: Place, compiled: bool) -> Row:
     if work := openvino(place, Theirs, z):
         sides["OpenVINO"] = work
     for side, sd in both(place, False).items():
-        sides[side] = lambda vae=sd.vae: vae.decode(z)
+        sides[side] = partial(sd.vae.decode, z)
     return compared(race(name, sides, place.rounds), sides, exact)
 
 
@@ -149,7 +149,7 @@ def noise(sd: StableDiffusion) -> torch.Tensor:
 
 def picture_row(place: Place, compiled: bool, family: str | None = None, steps: int = 20, count: int = 1) -> Row:
     """From a prompt to pictures, by DPM++ 2M at guidance 7.5. `family`: random weights, not the place's model."""
-    if family:
+    if family and place.room:
         folder = place.room / family
         place = place._replace(folder=folder if folder.exists() else random_folder(folder, place.dtype, family))
     pipes = {"diffusers": theirs(place)} | ({"diffusers, compiled": theirs_compiled(place)} if compiled else {})
@@ -158,20 +158,25 @@ def picture_row(place: Place, compiled: bool, family: str | None = None, steps: 
 
     def sides(steps: int) -> Sides:
         named = {"num_inference_steps": steps, "guidance_scale": 7.5, "height": size, "width": size}
-        drawn: Sides = {
-            side: lambda pipe=pipe: pipe(PROMPT, num_images_per_prompt=count, **named) for side, pipe in pipes.items()
-        }
         options = {"steps": steps, "guidance": 7.5, "sampler": "dpmpp_2m", "count": count}
-        return drawn | {side: lambda sd=sd: final(text_to_image(sd, PROMPT, **options)) for side, sd in models.items()}
+        return {
+            **{side: partial(pipe, PROMPT, num_images_per_prompt=count, **named) for side, pipe in pipes.items()},
+            **{side: partial(drawn, sd, options) for side, sd in models.items()},
+        }
 
     drawing = "a picture" if count == 1 else f"{count} pictures"
     name = f"{drawing}{f' of {family}' if family else ''}, {size} px, {steps} steps of DPM++ 2M"
     return race(name, sides(steps), max(1, place.rounds // 2), first=sides(2))
 
 
+def drawn(sd: StableDiffusion, options: dict[str, Any]) -> list[Image.Image]:
+    return final(text_to_image(sd, PROMPT, **options))
+
+
 def small_row(place: Place, compiled: bool) -> Row:
     """The embedded model, 20 guided steps: mostly the cost of calls."""
     embedded = load(device=place.device)
+    assert embedded.path is not None  # it was loaded from there
     pipe, size = theirs(place, embedded.path), embedded.variant.size
     options = {"steps": 20, "guidance": 2.0, "sampler": "dpmpp_2m"}
     sides: Sides = {
@@ -179,7 +184,7 @@ def small_row(place: Place, compiled: bool) -> Row:
     }
     place = place._replace(folder=embedded.path)
     for name, sd in both(place, compiled).items():
-        sides[name] = lambda sd=sd: final(text_to_image(sd, PROMPT, **options))
+        sides[name] = partial(drawn, sd, options)
     return race(f"embedded model, {size} px, 20 steps of DPM++ 2M", sides, 3 * place.rounds)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +114,7 @@ class Look:
 
     def __call__(self, step: int) -> None:
         diary, trainer, last = self.diary, self.trainer, self.trainer.options.steps
+        sample, save = self.sample, self.save
         if not diary and not trainer.world.sharded:  # only with its weights in parts does it take all processes
             return
         if self.validate and self.rhythm.due("validate", step, last):
@@ -121,13 +123,13 @@ class Look:
                 diary.write({"step": step} | found)
         if diary and step and self.rhythm.due("validate", step, last):
             diary.draw()
-        if self.sample and self.rhythm.due("sample", step, last):
+        if sample and self.rhythm.due("sample", step, last):
             with saving("a sample grid"):
                 (self.folder / "samples").mkdir(exist_ok=True)
-                with_average(trainer, lambda: self.sample(self.folder / "samples" / f"step-{step:08d}.png"))
-        for mark in self.rhythm.marks(step, last) if self.save else ():
+                with_average(trainer, lambda: sample(self.folder / "samples" / f"step-{step:08d}.png"))
+        for mark in self.rhythm.marks(step, last) if save else ():
             with saving("a result on the way"):
-                with_average(trainer, lambda mark=mark: self.save(mark))
+                with_average(trainer, partial(save, mark))
 
 
 class Diary:

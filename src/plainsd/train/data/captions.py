@@ -72,7 +72,7 @@ class Reader:
         config = self.sd.text_encoders[-1].config
         width = config.projection or config.width
         pooled = coded.vector[:, :width]
-        if self.sd.unet.config.vector - width == 6 * SINUSOID:
+        if (self.sd.unet.config.vector or 0) - width == 6 * SINUSOID:
             said = torch.tensor([bool(caption) for caption in captions], device=context.device)
             context, pooled = context * said[:, None, None], pooled * said[:, None]
         return context, pooled

@@ -113,7 +113,7 @@ def cache_latents(
 class Wanted(NamedTuple):
     """One view of one picture, and its place in the file, counted in numbers."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides the tuple's method, which nobody needs
     view: View
     start: int
     size: int
