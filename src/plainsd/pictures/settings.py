@@ -13,6 +13,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from plainsd import __version__
 from plainsd.errors import UserError, unknown

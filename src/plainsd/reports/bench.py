@@ -22,8 +22,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from plainsd.checkpoint import load, save
 from plainsd.errors import UserError
