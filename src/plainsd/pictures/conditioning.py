@@ -223,7 +223,7 @@ def _vector(
     if width is None:
         return None
     size = size or (sd.variant.size, sd.variant.size)
-    numbers = [*reversed(original or size), *reversed(crop)]
+    numbers: list[float] = [*reversed(original or size), *reversed(crop)]
     numbers += [*reversed(size)] if _is_base(sd, pooled) else [score]
     return size_vector(pooled, torch.tensor([numbers] * len(pooled), dtype=torch.float32, device=pooled.device))
 

@@ -63,7 +63,8 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(source):
             return image
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        made = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return image if made is None else made  # None: done in place, which is not asked for
     except (ImageCms.PyCMSError, OSError):
         return image  # a profile nobody can read: every viewer shows the bare numbers, and so do we
 
@@ -141,7 +142,9 @@ def write_new_png(image: Image.Image, path: Path, settings: Settings | None = No
     draft = path.with_name(f".{path.name}.{os.getpid()}.new")
     write_png(image, draft, settings)
     try:
-        for name in chain([path], (path.with_stem(f"{path.stem}-{n}") for n in count(2))):
+        names = chain([path], (path.with_stem(f"{path.stem}-{n}") for n in count(2)))
+        while True:
+            name = next(names)
             try:
                 os.link(draft, name)
             except FileExistsError:

@@ -180,9 +180,11 @@ def sample(
     if known is not None:
         levels = levels.part(one.steps - steps_of_strength(one.steps, one.strength))
     if known is None or known.latents is None or (known.mask is not None and one.strength == 1):
-        x, start = noise * levels.first_scale, levels.sigmas[0]
+        x = noise * levels.first_scale
+        start: float = levels.sigmas[0]
     else:
-        x, start = add_noise(known.latents, noise, levels.sigmas[0]), math.inf
+        x = add_noise(known.latents, noise, levels.sigmas[0])
+        start = math.inf
     done = 0
     for model, own in turns(sd, one, levels):
         denoise = _denoise(model, each, size, levels, known.concat if known else None, first_pass)

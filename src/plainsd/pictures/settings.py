@@ -255,7 +255,7 @@ def format_settings(settings: Settings) -> str:
         value = getattr(settings, name)
         if value != DEFAULTS[name] or name in ALWAYS:
             entries.append(f"{key}: {quote(write(value))}")
-    sampler = sampler_label(settings.sampler)
+    sampler = sampler_label(settings.sampler) if settings.sampler else None
     if settings.spacing in SUFFIXES:
         sampler = f"{sampler} {spacing_label(settings.spacing)}"
     elif settings.spacing:

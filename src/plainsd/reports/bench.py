@@ -30,6 +30,7 @@ from PIL import Image
 from plainsd.checkpoint import load, save
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
+from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.pictures.model import StableDiffusion
 from plainsd.reports.rivals import Place, both, openvino, random_folder, theirs, theirs_compiled
@@ -108,11 +109,14 @@ def unet_row(place: Place, compiled: bool) -> Row:
         def forward(self, x, context):
             return self.unet(x, torch.tensor(500.0), context, return_dict=False)[0]
 
+    def step(unet: UNet) -> Callable[[], torch.Tensor]:
+        return lambda: unet(x, 500.0, context)
+
     del sd
     if work := openvino(place, Theirs, x, context):
         sides["OpenVINO"] = work
     for side, sd in both(place, compiled).items():
-        sides[side] = partial(sd.unet, x, 500.0, context)
+        sides[side] = step(sd.unet)
     return compared(race(name, sides, place.rounds), sides, exact)
 
 

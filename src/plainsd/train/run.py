@@ -127,9 +127,10 @@ class Look:
             with saving("a sample grid"):
                 (self.folder / "samples").mkdir(exist_ok=True)
                 with_average(trainer, lambda: sample(self.folder / "samples" / f"step-{step:08d}.png"))
-        for mark in self.rhythm.marks(step, last) if save else ():
-            with saving("a result on the way"):
-                with_average(trainer, partial(save, mark))
+        if save:
+            for mark in self.rhythm.marks(step, last):
+                with saving("a result on the way"):
+                    with_average(trainer, partial(save, mark))
 
 
 class Diary:
