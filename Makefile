@@ -2,7 +2,8 @@
 # make demo PROMPT="..."    ... of whatever you like
 # make serve                sets everything up, once, and serves a page at http://127.0.0.1:7860
 # make serve SERVE="--port 8000 --model some/folder"
-# make test                 what each change must pass; minutes
+# make test                 what each change must pass: lint, then the tests; minutes
+# make lint                 ruff's rules and its format, and mypy; seconds
 # make test-full            all tests that this machine can run; longer
 # make test-isa             the tests of what is fast, as on other processors: AVX2, an old one, no C++ compiler
 # make mutants              do the tests notice faults? runs those of tests/faults.py; longer still
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo serve test test-full test-isa mutants
+.PHONY: demo serve lint test test-full test-isa mutants
 
 demo: .venv/installed
 	@.venv/bin/plainsd generate "$$PROMPT"
@@ -23,7 +24,12 @@ demo: .venv/installed
 serve: .venv/installed-serve
 	@.venv/bin/plainsd serve $(SERVE)
 
-test: .venv/installed-test
+lint: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: lint
 	.venv/bin/python -m pytest -m "not full and not gpu"
 
 test-full: .venv/installed-test

@@ -3,8 +3,8 @@
     python bench/memory.py [FAMILY SIZE]...      such as: sd1 512 sd1 1024 sdxl-base 1024
 
 Models are full-size, in bfloat16, with random weights. Each case is a process of its own that draws one picture in one
-guided step, which takes no less at its peak than twenty. Told are the largest resident memory beside the weights while the
-UNet runs and while the VAE decodes, and that of the whole process.
+guided step, which takes no less at its peak than twenty. Told are the largest resident memory beside the weights while
+the UNet runs and while the VAE decodes, and that of the whole process.
 """
 
 import re

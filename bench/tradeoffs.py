@@ -2,9 +2,9 @@
 
     python bench/tradeoffs.py [--prompts 128] [--steps 20] [--batch 16] [--dtype float32] [--model FOLDER]
 
-All rows draw the same prompts from the same noise in one process, a batch of each in turn, so that what else the machine
-does hits all of them. PSNR is the mean over pictures against the plain row; the share of its time is the median over
-batches. Scores are those of held-out pairs, in per cent.
+All rows draw the same prompts from the same noise in one process, a batch of each in turn, so that what else the
+machine does hits all of them. PSNR is the mean over pictures against the plain row; the share of its time is the median
+over batches. Scores are those of held-out pairs, in per cent.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
     python bench/train_memory.py [--device cuda] [CASE]...        all cases, minutes each, if none is named
 
-LoRA of rank 16 on the UNet's attention, or all of the UNet; 512x512 pixels, batches of 1, bfloat16 arithmetic, AdamW, three
-steps. The model has SD 1.5's shapes and random weights, and lies on the disk in float16, 2.1 GB, as the public one does.
-Each case is a process of its own that loads the model, encodes two pictures and their captions, and trains; what is printed
-is the largest resident memory of that whole process (VmHWM), mapped files included, or on a GPU the most that PyTorch had
-allocated there, and the seconds of its fastest step. Ours is `plainsd train` itself; diffusers and peft are called as
-diffusers' own examples call them, with latents and text states made once, as ours are.
+LoRA of rank 16 on the UNet's attention, or all of the UNet; 512x512 pixels, batches of 1, bfloat16 arithmetic, AdamW,
+three steps. The model has SD 1.5's shapes and random weights, and lies on the disk in float16, 2.1 GB, as the public
+one does. Each case is a process of its own that loads the model, encodes two pictures and their captions, and trains;
+what is printed is the largest resident memory of that whole process (VmHWM), mapped files included, or on a GPU the
+most that PyTorch had allocated there, and the seconds of its fastest step. Ours is `plainsd train` itself; diffusers
+and peft are called as diffusers' own examples call them, with latents and text states made once, as ours are.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python bench/train_speed.py [--steps 12] [--batch 64]
 
-64-128-160 channels on latents of 4x16x16 with one ResBlock a level, and 24 text states of 256, in bfloat16 (autocast over
-float32 weights). Both sides begin with the same weights and take the same steps on the same numbers: squared error,
-backward, the gradient's norm clipped at 1, AdamW at 1e-3. They take turns, step by step, in one process. Printed are
-pictures a second by the least and the median step, and what both losses came to.
+64-128-160 channels on latents of 4x16x16 with one ResBlock a level, and 24 text states of 256, in bfloat16 (autocast
+over float32 weights). Both sides begin with the same weights and take the same steps on the same numbers: squared
+error, backward, the gradient's norm clipped at 1, AdamW at 1e-3. They take turns, step by step, in one process. Printed
+are pictures a second by the least and the median step, and what both losses came to.
 """
 
 import argparse
@@ -94,8 +94,9 @@ def main() -> None:
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16, batch {asked.batch}")
     for side, times in seconds.items():
         print(
-            f"{side:<12}{asked.batch / min(times):7.1f} pictures a second ({asked.batch / statistics.median(times):.1f} by "
-            f"the median step); loss {losses[side][0]:.4f}, after {len(losses[side])} steps {losses[side][-1]:.4f}"
+            f"{side:<12}{asked.batch / min(times):7.1f} pictures a second "
+            f"({asked.batch / statistics.median(times):.1f} "
+            f"by the median step); loss {losses[side][0]:.4f}, after {len(losses[side])} steps {losses[side][-1]:.4f}"
         )
     print(f"plainsd / diffusers: {min(seconds['diffusers']) / min(seconds['plainsd']):.2f}")
 

@@ -24,7 +24,7 @@ from plainsd.diffusion.denoiser import (
     x0_from,
 )
 from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
-from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.diffusion.schedule import Level, NoiseSchedule
 from plainsd.errors import UserError
 
 with warnings.catch_warnings():

@@ -103,8 +103,8 @@ with world_of_torchrun(torch.device("cpu"), shard={shard}) as world:
 
 
 def float64_method(place):
-    """Full training of a UNet in double precision, where rounding does not tell one process from two. The first weights come
-    from a file: `tiny_sd` scales them by norms, whose last digits depend on the number of threads."""
+    """Full training of a UNet in double precision, where rounding does not tell one process from two. The first weights
+    come from a file: `tiny_sd` scales them by norms, whose last digits depend on the number of threads."""
     sd = plainsd.load(Path(place) / "base", device="cpu", dtype="float32").to(dtype=torch.float64)
     pictures = read_folder(Path(place) / "pictures", 64)
     vae = plainsd.load(Path(place) / "base", device="cpu", dtype="float32").vae

@@ -286,9 +286,7 @@ def test_training_on_normalised_latents_is_refused(tmp_path, capsys):
     """Whatever the schedule: the cache of latents knows one factor for all channels."""
     from test_finetune import write_pictures
 
-    plainsd.save(
-        tiny_sd(replace(TINY_PLAYGROUND, **{"schedule": TINY_XL.schedule, "prediction": "epsilon"})), tmp_path / "m"
-    )
+    plainsd.save(tiny_sd(replace(TINY_PLAYGROUND, schedule=TINY_XL.schedule, prediction="epsilon")), tmp_path / "m")
     data = ["--data", str(write_pictures(tmp_path / "pictures", count=2)), "--out", str(tmp_path / "run")]
     assert main(["train", "--method", "lora", "--base", str(tmp_path / "m"), *data, "--device", "cpu"]) == 2
     assert "normalised channel by channel" in capsys.readouterr().err

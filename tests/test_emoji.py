@@ -268,7 +268,7 @@ def chosen():
 @needs_font
 def test_chosen_set_has_what_people_ask_for_and_leaves_the_rest_out(chosen):
     names = [concept.name for concept in chosen]
-    assert len(set(names)) == len(set(concept.character for concept in chosen)) == 400
+    assert len(set(names)) == len({concept.character for concept in chosen}) == 400
     assert {"red apple", "green apple", "dog", "cat", "pizza", "rocket", "rose", "ghost"} <= set(names)
     for name in names:
         assert len(name.split(" ")) <= 3 and name == name.lower() and ":" not in name and "_" not in name
@@ -300,8 +300,8 @@ def test_scorer_knows_real_pictures_among_400(chosen, count):
     glyphs = evaluate.draw_all(concepts, None)
     scorer, asked = Scorer(glyphs, drawing.BACKGROUNDS, 128), evaluate.questions(concepts, count)
     scores = [scorer(picture) for picture in evaluate.real_pictures(asked, glyphs, concepts, 0)]
-    assert sum(q.background == s.background for q, s in zip(asked, scores)) == count
-    assert sum(q.concept == s.objects[0] for q, s in zip(asked, scores)) >= 0.99 * count
+    assert sum(q.background == s.background for q, s in zip(asked, scores, strict=True)) == count
+    assert sum(q.concept == s.objects[0] for q, s in zip(asked, scores, strict=True)) >= 0.99 * count
 
 
 @needs_font

@@ -22,8 +22,8 @@ HOLE = (8, 8, 24, 32)  # left, top, right, bottom
 MASK = Image.new("L", PHOTO.size)
 MASK.paste(255, HOLE)
 
-SD2 = replace(TINY, name="tiny-2", unet=replace(TINY.unet, heads=(1, 2)), text=(replace(TINY.text[0], activation="gelu"),),
-              conv_projections=False)  # fmt: skip
+GELU = replace(TINY.text[0], activation="gelu")
+SD2 = replace(TINY, name="tiny-2", unet=replace(TINY.unet, heads=(1, 2)), text=(GELU,), conv_projections=False)
 
 
 def reading_masks(variant):

@@ -261,7 +261,8 @@ def test_a_lora_is_its_formula(folders, sd, tmp_path, dialect):
     same(ours(sd), ours(load(tmp_path / "edited")), 1e-11)
 
 
-# LyCORIS: what a factor is called, and its shape for a weight (o, i) or (o, i, k, k); alpha; whether it is for convolutions
+# LyCORIS: what a factor is called, and its shape for a weight (o, i) or (o, i, k, k); alpha; whether for
+# convolutions
 def loha(o, i, sides, r=3):
     return {f"hada_w{n}_{end}": shape for n in (1, 2) for end, shape in (("a", (o, r)), ("b", (r, i * prod(sides))))}
 
@@ -652,7 +653,7 @@ def test_gradients_are_pefts(folders, dora):
     (pipe.unet(*args).sample ** 2).mean().backward()
     largest = max(other.grad.abs().max() for pair in twins.values() for other in pair)
     for (_, module), adapter in lora.adapters.items():
-        for own, other in zip((adapter.down, adapter.up, adapter.magnitude), twins[module]):
+        for own, other in zip((adapter.down, adapter.up, adapter.magnitude), twins[module], strict=True):
             torch.testing.assert_close(own.grad.reshape(other.shape), other.grad, rtol=1e-6, atol=float(largest) * 1e-9)
 
 
@@ -684,11 +685,11 @@ def test_several_at_once_and_off_again(sd, two_files):
     same(ours(sd), all_three, 1e-12)
     second.remove()
     first.set_strength(0.5)
-    assert all(torch.equal(a, b) for a, b in zip(ours(sd), alone))
+    assert all(torch.equal(a, b) for a, b in zip(ours(sd), alone, strict=True))
     first.set_strength(0)
     same(ours(sd), bare, 1e-12)
     first.remove()
-    assert all(torch.equal(a, b) for a, b in zip(ours(sd), bare))
+    assert all(torch.equal(a, b) for a, b in zip(ours(sd), bare, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(sd.unet.parameters(), weights, strict=True))
     assert [type(module) for module in sd.unet.modules()] == kinds and list(sd.unet.state_dict()) == names
 
@@ -707,7 +708,7 @@ def test_text_encoders_may_have_a_strength_of_their_own(sd, two_files):
 
 
 def test_merged_is_the_same(sd, two_files):
-    loras = [add_lora(sd, path, strength) for path, strength in zip(two_files, (0.5, 0.8))]
+    loras = [add_lora(sd, path, strength) for path, strength in zip(two_files, (0.5, 0.8), strict=True)]
     beside = ours(sd)
     merge(loras)
     assert not attached(sd)
@@ -825,7 +826,7 @@ def test_state_returns(sd):
         parameter.data += 1
     differ(ours(sd), before)
     load_lora_state(sd, state)
-    assert all(torch.equal(a, b) for a, b in zip(ours(sd), before))
+    assert all(torch.equal(a, b) for a, b in zip(ours(sd), before, strict=True))
     with pytest.raises(UserError, match="another LoRA"):
         load_lora_state(sd, {name: tensor for name, tensor in state.items() if "mid" not in name})
     with pytest.raises(UserError, match="shapes differ"):

@@ -1,4 +1,4 @@
-"""What a model's network predicts, and zero terminal SNR: told in files, by flags, by a picture's text; asked by a trial."""
+"""What a model's network predicts, and zero terminal SNR: told in files, by flags, by a picture; asked by a trial."""
 
 import json
 from dataclasses import replace

@@ -575,14 +575,14 @@ def test_names_and_ends():
 
 def test_wrong_requests_are_named():
     with pytest.raises(UserError, match="unknown sampler 'eular'; did you mean 'euler'"):
-        sampler_levels(SD, "eular", 20).sigmas
+        sampler_levels(SD, "eular", 20)
     with pytest.raises(UserError, match="unknown spacing 'karas'; did you mean 'karras'"):
-        sampler_levels(SD, "euler", 20, "karas").sigmas
+        sampler_levels(SD, "euler", 20, "karas")
     with pytest.raises(UserError, match="unknown spacing 'distilled'"):
-        sampler_levels(SD, "euler", 20, "distilled").sigmas
+        sampler_levels(SD, "euler", 20, "distilled")
     with pytest.raises(UserError, match="steps 0 is out of range; choose 1 to 1000"):
-        sampler_levels(SD, "ddpm", 0).sigmas
+        sampler_levels(SD, "ddpm", 0)
     with pytest.raises(UserError, match="steps 1000 is out of range; choose 1 to 999"):
-        sampler_levels(SD, "unipc", 1000).sigmas
+        sampler_levels(SD, "unipc", 1000)
     with pytest.raises(UserError, match="choose 1 to 50"):
-        sampler_levels(SD, "lcm", 51).sigmas
+        sampler_levels(SD, "lcm", 51)

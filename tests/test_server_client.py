@@ -59,9 +59,7 @@ def test_pictures_come_home(server):
     assert [event.settings["seed"] for event in pictures] == [3, 4]
     assert isinstance(events[0], Progress) and events[0].share < 1
     image = Image.effect_noise((64, 64), 90).convert("RGB")
-    over = [
-        event for event in Remote(server.url, TOKEN).draw(prompt="p", image=base64_of(image), strength=0.5, seed=1)
-    ][-1]
+    *_, over = Remote(server.url, TOKEN).draw(prompt="p", image=base64_of(image), strength=0.5, seed=1)
     assert over.settings["strength"] == 0.5
 
 

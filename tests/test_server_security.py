@@ -88,9 +88,9 @@ def test_no_answer_allows_another_origin(server):
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "content-type",
     }
-    answer = server.session.options(server.url + "/api/jobs", headers=asked)
-    assert answer.status_code == 403
-    for answer in (answer, server.get("/api/info", headers={"Origin": server.url})):
+    refused = server.session.options(server.url + "/api/jobs", headers=asked)
+    assert refused.status_code == 403
+    for answer in (refused, server.get("/api/info", headers={"Origin": server.url})):
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]
 
 

@@ -143,7 +143,7 @@ def clip() -> Tokenizer:
 
 def write_folder(clip, folder, style):
     clip.save(folder)
-    for name, content in zip(("special_tokens_map.json", "tokenizer_config.json"), FOLDERS[style]):
+    for name, content in zip(("special_tokens_map.json", "tokenizer_config.json"), FOLDERS[style], strict=True):
         (folder / name).unlink()
         if content is not None:
             (folder / name).write_text(json.dumps(content))
@@ -152,7 +152,7 @@ def write_folder(clip, folder, style):
 
 def assert_same_ids(ours, theirs, texts):
     expected = theirs(texts, add_special_tokens=False)["input_ids"]
-    different = [text for text, ids in zip(texts, expected) if ours.encode(text) != ids]
+    different = [text for text, ids in zip(texts, expected, strict=True) if ours.encode(text) != ids]
     assert not different, f"{len(different)} of {len(texts)} texts differ, first {different[0]!r}"
     assert (ours.start, ours.end, ours.pad) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
     assert len(ours) == len(theirs)

@@ -2,8 +2,8 @@
 
     python recipes/finetune/picture.py docs/finetune.png runs/finetune/full runs/finetune/lora
 
-A run is a folder of `plainsd train` that holds its result, a model or a LoRA of its name. The pictures of a column begin with the same
-noise.
+A run is a folder of `plainsd train` that holds its result, a model or a LoRA of its name. The pictures of a column
+begin with the same noise.
 """
 
 import argparse

@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "checkpoint", "save": "checkpoint",
-    "StableDiffusion": "pictures.model", "text_to_image": "generate", "image_to_image": "generate", "inpaint": "generate",
-    "outpaint": "generate", "final": "generate", "Pictures": "generate",
+    "StableDiffusion": "pictures.model", "text_to_image": "generate", "image_to_image": "generate",
+    "inpaint": "generate", "outpaint": "generate", "final": "generate", "Pictures": "generate",
     "add_lora": "adapters.lora", "save_lora": "adapters.lora",
     "add_embedding": "adapters.embeddings", "save_embedding": "adapters.embeddings",
     "Step": "diffusion.samplers", "Settings": "pictures.settings", "UserError": "errors",

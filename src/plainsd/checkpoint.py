@@ -50,7 +50,7 @@ def load(
     of a variant, which is said. `family`: a name in VARIANTS, for a single file that
     does not tell. `vae`: another autoencoder, a folder or a file, in place of the model's own. `loras`: files and
     strengths; with `lora_partial`, names in them that have no place are left out. `prediction`: "epsilon" or
-    "v_prediction", and `zero_snr`: whether its noise table ends at zero SNR, where the files say it wrong or not at all.
+    "v_prediction", and `zero_snr`: whether its noise table ends at zero SNR, where the files say it wrong or not.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)

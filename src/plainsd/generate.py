@@ -1,7 +1,8 @@
 """From a prompt to pictures: the parts of a model, and the tasks on it.
 
 Rombach et al. 2022 (arXiv:2112.10752). Every task checks its input at once and returns a generator: a `Step` for each
-step of the sampler, and at the end `Pictures`. What they share, the way through the networks, is in pictures/sampling.py.
+step of the sampler, and at the end `Pictures`. What they share, the way through the networks, is
+pictures/sampling.py.
 
 Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
 """
@@ -34,7 +35,7 @@ from plainsd.pictures.sampling import (
     steps_of_strength,
     to_edit,
 )
-from plainsd.pictures.settings import SIZES, Settings
+from plainsd.pictures.settings import SIZES, Resolved, Settings
 
 STRENGTH = 0.75  # of a picture drawn over, where none is given
 HIRES_STRENGTH = 0.7  # of the second pass, where none is given
@@ -44,14 +45,14 @@ class Pictures(NamedTuple):
     """The last event of every task."""
 
     images: list[Image.Image]
-    settings: list[Settings]  # one a picture, with nothing left open: the same call makes it again
+    settings: list[Resolved]  # one a picture, with nothing left open: the same call makes it again
     latents: Tensor  # (B, L, h, w), as the UNet sees them, clean
 
 
 class Events:
     """A task under way: an iterator over its events. Its own code runs in inference mode, the caller's as before."""
 
-    def __init__(self, events: Generator[Step | Pictures], settings: list[Settings], steps: int):
+    def __init__(self, events: Generator[Step | Pictures], settings: list[Resolved], steps: int):
         self._events, self.settings, self.steps = events, settings, steps  # steps: how many there will be
 
     def __iter__(self) -> Events:
@@ -70,6 +71,7 @@ def final(events: Iterable[Step | Pictures]) -> list[Image.Image]:
     """Runs a task to its end; the pictures."""
     for event in events:
         last = event
+    assert isinstance(last, Pictures)
     return last.images
 
 
@@ -105,19 +107,19 @@ def text_to_image(
     size = check_size((size, size) if isinstance(size, int) else size or (sd.variant.size, sd.variant.size))
     settings = Settings(size=size, steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, seed=seed, **more)
     if settings.hires:
-        check_size(enlarged_size(settings))
+        check_size(enlarged_size(size, settings.hires))
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
-    settings = resolved(sd, settings)
-    second = steps_of_strength(settings.steps, settings.strength) if settings.hires else 0
-    each = settings_of_each(settings, prompt, negative, count)
-    return Events(_from_text(sd, each), each, settings.steps + second)
+    one = resolved(sd, settings)
+    second = steps_of_strength(one.steps, one.strength) if one.hires else 0
+    each = settings_of_each(one, prompt, negative, count)
+    return Events(_from_text(sd, each), each, one.steps + second)
 
 
-def _from_text(sd: StableDiffusion, each: list[Settings]) -> Generator[Step | Pictures]:
+def _from_text(sd: StableDiffusion, each: list[Resolved]) -> Generator[Step | Pictures]:
     one, draw = each[0], noise_of_each(each, sd.device)
     latents = yield from sample(sd, each, one.size, first_noise(sd, each, one.size, draw), draw)
     if one.hires:
-        size = enlarged_size(one)
+        size = enlarged_size(one.size, one.hires)
         known = Known(_enlarged(sd, latents, size, one.upscaler, draw))
         noise = first_noise(sd, each, size, draw)
         latents = yield from sample(sd, each, size, noise, draw, known, first_pass=one.steps)
@@ -160,7 +162,7 @@ def image_to_image(
     return Events(_from_picture(sd, each, image), each, steps)
 
 
-def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> tuple[Settings, int]:
+def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> tuple[Resolved, int]:
     """The settings, and how many steps will run."""
     settings = resolved(sd, Settings(size=image.size, strength=strength, **choices))
     if settings.hires:
@@ -172,7 +174,7 @@ def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choi
     return settings, steps_of_strength(settings.steps, strength)
 
 
-def _from_picture(sd: StableDiffusion, each: list[Settings], image: Image.Image) -> Generator[Step | Pictures]:
+def _from_picture(sd: StableDiffusion, each: list[Resolved], image: Image.Image) -> Generator[Step | Pictures]:
     draw, pixels = noise_of_each(each, sd.device), _padded(to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
     editing = edits(sd.unet.config, sd.vae.config)
@@ -238,7 +240,7 @@ def inpaint(
 
 
 def _repainted(
-    sd: StableDiffusion, each: list[Settings], image: Image.Image, light: Tensor
+    sd: StableDiffusion, each: list[Resolved], image: Image.Image, light: Tensor
 ) -> Generator[Step | Pictures]:
     draw, pixels, light_padded = noise_of_each(each, sd.device), _padded(to_tensor(image)), _padded(light)
     size = (pixels.shape[3], pixels.shape[2])
@@ -280,7 +282,7 @@ def outpaint(
 
 
 def batch(
-    sd: StableDiffusion, each: Sequence[Settings], image: Image.Image | None = None, mask: Image.Image | None = None
+    sd: StableDiffusion, each: Sequence[Resolved], image: Image.Image | None = None, mask: Image.Image | None = None
 ) -> Events:
     """Pictures of settings that leave nothing open, such as those of `Events.settings`, drawn together.
 

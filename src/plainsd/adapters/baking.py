@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from plainsd.adapters.layers import attach
 from plainsd.adapters.lora import check_strengths, fold
 from plainsd.adapters.making import read_adapter
-from plainsd.adapters.names import BUNDLE
+from plainsd.adapters.names import BUNDLE, Place
 from plainsd.adapters.peft import Settings
 from plainsd.adapters.reading import located, open_lora
 from plainsd.errors import UserError
@@ -36,7 +36,8 @@ class Found(NamedTuple):
 def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, partial_fit: bool = False) -> Contents:
     """The contents with LoRAs folded into them, in the order given, as `add_lora` and `merge` would do. `partial_fit`:
     names that have no place are left out."""
-    bare, found, names = without_weights(contents), {}, {}
+    bare, names = without_weights(contents), {}
+    found: dict[Place, list[Found]] = {}
     for path, strength in loras:
         check_strengths(strength)
         file = open_lora(Path(path))

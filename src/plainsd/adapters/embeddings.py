@@ -217,8 +217,8 @@ def parsed(content: object) -> tuple[str | None, dict[str, Tensor]]:
     table = content.get("string_to_param")
     if table is not None:
         table = table.tensors if isinstance(table, Parameters) else table
-        tensors = list(table.values()) if isinstance(table, dict) else []
-        return word, {ONLY: tensors[0]} if len(tensors) == 1 and isinstance(tensors[0], Tensor) else {}
+        found = list(table.values()) if isinstance(table, dict) else []
+        return word, {ONLY: found[0]} if len(found) == 1 and isinstance(found[0], Tensor) else {}
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if tensors and tensors.keys() <= set(XL_KEYS.values()):
         return word, tensors

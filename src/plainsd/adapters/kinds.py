@@ -32,7 +32,7 @@ class Whole(Adapter):
         self.shape = shape
 
     @property
-    def rank(self) -> None:
+    def rank(self) -> int | None:
         return None
 
     def changed(self, weight: Tensor) -> Tensor:

@@ -156,9 +156,10 @@ class Hadamard(Adapter):
 
 
 class Kronecker(Adapter):
-    """LoKr. w1 (a, b) and w2 (c, d) or (c, d, k, k) with a c = o and b d = i; each whole, or of factors: w1_a (a, r) and
-    w1_b (r, b), w2_a (c, r) and w2_b (r, d k k), or t2 (r, r, k, k), w2_a (r, c) and w2_b (r, d). Where both are whole
-    there is no rank to be seen: LyCORIS then leaves alpha out, and PEFT has its rank elsewhere. shape: the weight's."""
+    """LoKr. w1 (a, b) and w2 (c, d) or (c, d, k, k) with a c = o and b d = i; each whole, or of factors: w1_a (a, r)
+    and w1_b (r, b), w2_a (c, r) and w2_b (r, d k k), or t2 (r, r, k, k), w2_a (r, c) and w2_b (r, d). Where both are
+    whole there is no rank to be seen: LyCORIS then leaves alpha out, and PEFT has its rank elsewhere. shape: the
+    weight's."""
 
     def __init__(self, factors: Mapping[str, Tensor], alpha: float, shape: torch.Size, **more):
         none = dict.fromkeys(("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
@@ -193,7 +194,7 @@ def fitted(change: Tensor, shape: torch.Size) -> Tensor:
     return change.reshape(shape)
 
 
-class Adapted:
+class Adapted(nn.Module):
     """What the modules below share: `adapters`, from the name of a LoRA to its adapter, in the order they came."""
 
     adapters: nn.ModuleDict
@@ -231,8 +232,8 @@ class Adapted:
 
 
 def beside(adapter: Adapter, alone: bool) -> bool:
-    """Whether its part is computed beside the weight: it is cheaper, and nothing of a small change is rounded away. What
-    it adds must then not hang on what other adapters do."""
+    """Whether its part is computed beside the weight: it is cheaper, and nothing of a small change is rounded away.
+    What it adds must then not hang on what other adapters do."""
     if adapter.bias is not None:
         return False
     if isinstance(adapter, LowRank):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +46,11 @@ WHOLE = (  # which parts tell of which kind
 )
 
 
-PREFIXES = {Hadamard: "hada_", Kronecker: "lokr_"}
+PREFIXES: dict[Callable[..., Adapter], str] = {Hadamard: "hada_", Kronecker: "lokr_"}
 
 
 def made_of(
-    kind: type[Adapter],
+    kind: Callable[..., Adapter],
     tensors: Mapping[str, Tensor],
     weight: Tensor,
     settings: Settings,
@@ -57,13 +58,13 @@ def made_of(
     strength: float = 1.0,
 ) -> Adapter:
     """An adapter of these parts; alpha is 1, but for Rotation, whose is 0. `name`: of one of them in the file."""
-    more = {"magnitude": tensors.get("magnitude"), "bias": tensors.get("diff_b"), "strength": strength}
+    more: dict[str, Any] = {"magnitude": tensors.get("magnitude"), "bias": tensors.get("diff_b"), "strength": strength}
     if kind is LowRank:
         return LowRank(tensors["down"], tensors["up"], 1.0, mid=tensors.get("mid"), **more)
     factors = {part.removeprefix(PREFIXES.get(kind, "")): tensors[part] for part in tensors if part not in BESIDE}
     if kind is Rotation:
-        kind = Butterfly if tensors["oft_blocks"].ndim == 4 else Rotation
-        return kind(dict(blocks=tensors["oft_blocks"], rescale=tensors.get("rescale")), 0.0, weight.shape, **more)
+        turning = Butterfly if tensors["oft_blocks"].ndim == 4 else Rotation
+        return turning(dict(blocks=tensors["oft_blocks"], rescale=tensors.get("rescale")), 0.0, weight.shape, **more)
     if kind is Gains:
         return gains(tensors, weight, settings, name, **more)
     if kind is InputRotation:
@@ -121,6 +122,8 @@ def read_adapter(
     weight = base.weight
     sides = (1, 1) if weight.ndim == 4 else ()
     kind, tensors = kind_of(parts), {part: file.tensors[name].read() for part, name in parts.items()}
+    known = split(next(iter(parts.values())))
+    assert kind is not None and known is not None  # `located` leaves out what is incomplete or unknown
     alpha = tensors.pop("alpha", None)
     for part in ("down", "up") if kind is LowRank else ():
         if tensors[part].ndim == 2 or not sides:
@@ -131,7 +134,7 @@ def read_adapter(
         by_column = lengths.ndim > 1 and len(lengths) == 1
         tensors["magnitude"] = lengths.reshape((1, -1, *sides) if by_column else (-1, 1, *sides))
     placed = {part: tensor.to(weight.device, weight.dtype).contiguous() for part, tensor in tensors.items()}
-    name = split(next(iter(parts.values())))[0]
+    name = known[0]
     if kind is Difference and "diff" in placed and isinstance(base, nn.Embedding):
         weight = weight[: len(placed["diff"])]
     adapter = made_of(kind, placed, weight, settings, name, strength)

@@ -21,8 +21,9 @@ from plainsd.files.names import ROWS
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.variants import encoder_names
+from plainsd.pictures.model import StableDiffusion
 
-Model = "StableDiffusion | UNet | TextEncoder"
+Model = StableDiffusion | UNet | TextEncoder
 Place = tuple[str, str]  # a network's name and a module's, ours
 
 ENDINGS = {  # part: how its tensor's name may end
@@ -130,7 +131,7 @@ def spellings(name: str) -> set[str]:
 def known_names(model: Model) -> dict[str, tuple[str, str]]:
     """Every name that any dialect gives to a module: our network's and module's names."""
     parts = networks(model)
-    known = {}
+    known: dict[str, tuple[str, str]] = {}
     for part, network in parts.items():
         alone = part == "unet" or len(parts) <= 2  # then a name without a prefix can be told
         for module in named(network).values():

@@ -75,13 +75,13 @@ def new_adapter(
 Draw = Callable[..., Tensor]
 
 
-def new_low_rank(weight: Tensor, rank: int, alpha: float, factor: None, draw: Draw, **more) -> LowRank:
+def new_low_rank(weight: Tensor, rank: int, alpha: float, factor: int | None, draw: Draw, **more) -> LowRank:
     down = draw(rank, *weight.shape[1:])
     up = down.new_zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
     return LowRank(down, up, alpha, **more)
 
 
-def new_hadamard(weight: Tensor, rank: int, alpha: float, factor: None, draw: Draw, **more) -> Hadamard:
+def new_hadamard(weight: Tensor, rank: int, alpha: float, factor: int | None, draw: Draw, **more) -> Hadamard:
     o, numbers = weight.shape[0], weight[0].numel()
     factors = {"w1_a": draw(o, rank, std=0.1), "w1_b": draw(rank, numbers, std=1), "w2_b": draw(rank, numbers, std=1)}
     return Hadamard(factors | {"w2_a": factors["w1_a"].new_zeros(o, rank)}, alpha, weight.shape, **more)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class Settings:
 
     def __init__(self, file: TensorFile):
         """UserError where they are of a kind that is not supported, and which no tensor's name would tell."""
-        self.path, self.values, self.beside = file.path, {}, None
+        self.path = file.path
+        self.values: dict[str, Any] = {}
+        self.beside: Path | None = None
         beside = file.path.parent / SETTINGS
         if NOTE in file.metadata:
             text = file.metadata[NOTE]
@@ -48,11 +51,12 @@ class Settings:
         else:
             return
         try:
-            self.values = json.loads(text)
+            values = json.loads(text)
         except ValueError:
-            self.values = None
-        if not isinstance(self.values, dict):
+            values = None
+        if not isinstance(values, dict):
             raise damaged(self.path, f"PEFT's settings ({NOTE} or {SETTINGS}) are no table in JSON")
+        self.values = values
         for name, value in self.values.items():
             self._check(name.rpartition(".")[2], value)
 

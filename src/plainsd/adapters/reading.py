@@ -132,10 +132,11 @@ def located(file: TensorFile, model: Model, *, partial: bool) -> dict[Place, dic
     UserError where a name has no place, a module not all of its factors, or factors that do not fit its weight; with
     `partial`, they are left out.
     """
-    known, found = known_names(model), {}
+    known = known_names(model)
+    found: dict[Place, dict[str, str]] = {}
     names = [name for name in file.tensors if not (name.startswith(BUNDLE) or UNUSED.match(name))]
     for name in names:
-        module, part = split(name) or (None, None)
+        module, part = split(name) or ("", "")
         if module in known:
             found.setdefault(known[module], {}).setdefault(part, name)  # of two spellings the first counts
     found = {place: parts for place, parts in found.items() if kind_of(parts)}
@@ -188,7 +189,7 @@ def check_shapes(file: TensorFile, model: Model, base: nn.Module, parts: Mapping
                 "take a LoRA for this model",
             )
     try:
-        if others:
+        if others and kind:
             factors = {part: torch.empty(shapes[part], device="meta") for part in parts}
             made = made_of(kind, factors, weight, Settings(file), parts[others[0]])
             fitted(made.change(torch.empty(weight.shape, device="meta")), weight.shape)

@@ -26,8 +26,8 @@ class Bench:
     """
 
     rows: Annotated[Positional[tuple[str, ...]], arg(metavar="ROW")] = ()
-    """small, unet, decode, picture, load, start; for a GPU, 30 steps of 1 or 8 pictures by random weights: sd1-1, sd1-8, sdxl-1,
-    sdxl-8. If none is given, all that the device is for"""
+    """small, unet, decode, picture, load, start; for a GPU, 30 steps of 1 or 8 pictures by random weights: sd1-1,
+    sd1-8, sdxl-1, sdxl-8. If none is given, all that the device is for"""
     model: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """a diffusers folder of SD 1.x; random weights of that shape if not given"""
     rounds: Annotated[int, arg(metavar="N")] = 5

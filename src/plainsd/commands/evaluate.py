@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -49,8 +49,9 @@ class Evaluate:
         seed = read_seed(self.seed)
         Settings(steps=self.steps, guidance=self.guidance, sampler=self.sampler, seed=seed).check()
         seed = drawn_seed() if seed == RANDOM else seed
-        noise = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
+        noise: dict[str, Any] = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         sd = load(self.model, device=self.device, dtype=self.dtype, **noise)
+        assert sd.path is not None  # it was loaded from there
         file = self.concepts or sd.path / "concepts.json"
         if not file.is_file():
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -66,7 +66,7 @@ class Convert:
         from plainsd.files.predicted import on_or_off
 
         check_family(self.family)
-        where = {"variant_file": self.variant_file, "family": self.family, "vae": self.vae}
+        where: dict[str, Any] = {"variant_file": self.variant_file, "family": self.family, "vae": self.vae}
         where |= {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         if self.lora:
             where["change"] = partial(baked, loras=chosen(self.lora, {}, None), partial_fit=self.lora_partial)
@@ -124,7 +124,7 @@ class Verify:
 
         check_packages()
         check_family(self.family)
-        failed = []
+        failed: list = []
         rows = verify(
             self.model,
             variant_file=self.variant_file,

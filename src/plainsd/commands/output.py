@@ -1,4 +1,4 @@
-"""Drawing under a progress bar, and where pictures go: numbered files, and one that shows the picture while it is drawn."""
+"""Drawing under a progress bar, and where pictures go: numbered files, and one that shows the picture as it forms."""
 
 from __future__ import annotations
 

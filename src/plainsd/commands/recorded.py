@@ -86,7 +86,7 @@ def noted(
         settings,
         prompt=settings.prompt + tags_of(loras),
         embeddings=tuple(used),
-        vae=vae and vae.resolve().name,
+        vae=vae.resolve().name if vae else None,
         hashes=files,
         **noise,
     )

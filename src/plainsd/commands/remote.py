@@ -47,6 +47,7 @@ def run(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> 
     """Sends what `Generate.wanted` made of the flags, and writes what comes back."""
     from plainsd.commands.output import Target, check_writable
 
+    assert command.server is not None  # else nobody calls this
     check_sent(command, choices)
     jobs = list(jobs_of(command, prompts, choices))
     target, remote = Target(command.out), Remote(command.server, os.environ.get("PLAINSD_TOKEN"))
@@ -73,8 +74,8 @@ def check_sent(command: GenerateFlags, choices: dict[str, Any]) -> None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is not sent to a server; leave it out, or draw here without --server")
     if told := [name for name in NOISE if name in choices]:
-        raise UserError(f"'{command.from_}' was made with a {told[0].replace('_', '-')} told by flag, which a server takes "
-                        "at its start; draw here without --server")  # fmt: skip
+        raise UserError(f"'{command.from_}' was made with a {told[0].replace('_', '-')} told by flag, which a server "
+                        "takes at its start; draw here without --server")  # fmt: skip
     if choices.get("vae"):
         raise UserError(f"'{command.from_}' was made with the VAE {choices['vae']!r}, which a server does not take; "
                         "draw here without --server")  # fmt: skip
@@ -112,10 +113,10 @@ def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any])
 
 def embedding_of(flag: str) -> str:
     """`cat.pt:<cat>` -> the word, `cat.pt` -> the file's name: a server knows an embedding by either."""
-    path, colon, word = flag.rpartition(":")
-    if colon and word and not Path(flag).exists():
-        return word
+    _, colon, word = flag.rpartition(":")
     path = Path(flag)
+    if colon and word and not path.exists():
+        return word
     return path.stem if suffix_of(path) in SUFFIXES else str(path)
 
 

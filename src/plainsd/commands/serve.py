@@ -27,7 +27,7 @@ class Serve:
     model: Annotated[UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
     """folder, file or hub name; several times for several, the first is the default. The embedded one if not given"""
     prediction: Annotated[str | None, flag("NAME")] = None
-    """what the network of the one model predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    """what the network of the one model predicts, epsilon or v_prediction, where the files say it wrong or not"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
     """whether the model's noise ends at zero SNR, likewise"""
     host: Annotated[str, flag("ADDRESS")] = "127.0.0.1"
@@ -44,7 +44,7 @@ class Serve:
     embeddings: Annotated[Path | None, flag("FOLDER")] = None
     """embeddings (textual inversion), each a word for prompts"""
     vae: Annotated[Path | None, flag("PATH")] = None
-    """another autoencoder than the models' own, for all of them: a folder, a file, or a whole checkpoint that has one"""
+    """another autoencoder than the models' own, for all of them: a folder, a file, or a whole checkpoint with one"""
     batch: Annotated[int, flag("N")] = 4
     """pictures drawn at once"""
     memory: Annotated[float | None, flag("GB")] = None

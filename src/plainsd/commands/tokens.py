@@ -27,7 +27,7 @@ def _spans(steps: list[int]) -> str:
     """[1, 2, 3, 5] -> '1-3, 5'"""
     starts = [step for step in steps if step - 1 not in steps]
     ends = [step for step in steps if step + 1 not in steps]
-    return ", ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends))
+    return ", ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))
 
 
 def _chunk_lines(sd: StableDiffusion, text: str) -> list[str]:

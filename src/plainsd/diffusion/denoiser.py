@@ -169,7 +169,7 @@ def perturbed(triple: Triple, scale: float, perturbed_scale: float) -> Denoise:
 
 
 def edited(triple: Triple, scale: float, image_scale: float) -> Denoise:
-    """Two guidances: by the prompt, and by the picture that is edited (Brooks et al. 2023, arXiv:2211.09800, equation 3).
+    """Two guidances: by the prompt, and by the picture that is edited (Brooks et al. 2023, arXiv:2211.09800, eq. 3).
 
     `triple`: with prompt and picture, with the picture alone, with neither.
     """

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ Sigmas = Sequence[float]  # noise levels, falling
 class Step(NamedTuple):
     """What a sampler yields after each step."""
 
-    index: int  # 0 for the first step
+    index: int  # type: ignore[assignment]  # 0 for the first step; hides the tuple's method, which nobody needs
     sigma: float  # noise level that x has now
     x: Tensor  # the latents, at that level; after the last step the result
     denoised: Tensor  # the model's estimate of the clean latent, made at the level before
@@ -290,7 +290,8 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[S
 def unipc(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
     """Third order: `dpmpp_2m`, and each step is taken once more when the estimate at its end is known, at the cost of
     no call (UniPC-2 with B(h) = exp(h) - 1, Zhao et al. 2023). The last step, to level 0, is of first order."""
-    start, estimates = x, []  # where the step before began; estimates, newest first
+    start = x  # where the step before began
+    estimates: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
         estimates = [denoised, *estimates[:2]]
@@ -378,14 +379,14 @@ def cut(timestep: float) -> float:
 
 
 WHOLE = {"linspace": round}
-TO_FIRST = {
+TO_FIRST: dict[str, Any] = {
     "ends_at_zero": False,
     "same_stride": True,
     "unit_first": True,
     "rounding": WHOLE,
     "spare": {"karras": 1, "exponential": 1},
 }
-SOLVER = {
+SOLVER: dict[str, Any] = {
     "unit_first": True,
     "rounding": {"linspace": round, "karras": round, "exponential": cut},
     "spare": {"linspace": 1, "leading": 1},
@@ -436,7 +437,9 @@ def sampler_levels(schedule: NoiseSchedule | EDMSchedule, name: str, steps: int,
     sampler = SAMPLERS[name]
     spacing = spacing or sampler.spacing
     sigmas = spaced(schedule, spacing, steps, sampler.spare.get(spacing, 0), sampler.rounding.get(spacing, float))
-    strides = _strides(schedule, sigmas) if sampler.same_stride and not SPACINGS[spacing].of_levels else ()
+    strides: Strides = ()
+    if sampler.same_stride and isinstance(schedule, NoiseSchedule) and not SPACINGS[spacing].of_levels:
+        strides = _strides(schedule, sigmas)
     # A latent's own spread counts, sqrt(1 + sigma^2); the k-diffusion samplers leave out the 1 unless spacing is
     # leading or the model is EDM's, and so it is in diffusers.
     with_latent = sampler.unit_first or spacing == "leading" or isinstance(schedule, EDMSchedule)

@@ -105,7 +105,8 @@ class NoiseSchedule:
 class EDMSchedule:
     """No table: every level between two ends was trained (Karras et al. 2022, arXiv:2206.00364, table 1).
 
-    Latents have the standard deviation `sigma_data`; the paper's preconditioning, for the network F and the level sigma,
+    Latents have the standard deviation `sigma_data`; the paper's preconditioning, for the network F and the
+    level sigma,
 
         x0 = c_skip x + c_out F(c_in x, c_noise)          c_in = 1 / sqrt(sigma^2 + sigma_data^2)
         c_skip = (sigma_data c_in)^2                      c_out = sigma sigma_data c_in

@@ -257,9 +257,10 @@ def choose(font: ImageFont.FreeTypeFont, count: int) -> list[Concept]:
         for code in sorted(usable, key=lambda code: (len(found[code].name.split(" ")), code)):
             if limit <= 0 or len(chosen) >= count:
                 return
-            if found[code].name in names:
+            glyph = draw_glyph(font, found[code].character)
+            if glyph is None or found[code].name in names:
                 continue
-            thumbnail = thumbnail_of(draw_glyph(font, found[code].character))
+            thumbnail = thumbnail_of(glyph)
             if all(distance(thumbnail, other) >= NEAR for other in thumbnails):
                 chosen[code] = found[code]
                 names.add(found[code].name)

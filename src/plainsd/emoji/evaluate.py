@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -138,7 +139,7 @@ def evaluate(
     glyphs = draw_all(concepts, font)
     asked = questions(concepts, prompts, seed)
     real = real_pictures(asked, glyphs, concepts, seed)
-    options = {"seed": seed, "steps": steps, "sampler": sampler}
+    options: dict[str, Any] = {"seed": seed, "steps": steps, "sampler": sampler}
     rows: dict[str, Iterable[Image.Image]] = {
         "real pictures": real,
         "real pictures through the VAE": through_vae(sd, real),
@@ -220,7 +221,7 @@ def contact_sheet(
     cell_width, cell_height = side + 12, side + 48
     sheet = Image.new("RGB", (columns * cell_width, math.ceil(len(pictures) / columns) * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (picture, question, score) in enumerate(zip(pictures, asked, scores)):
+    for k, (picture, question, score) in enumerate(zip(pictures, asked, scores, strict=False)):
         left, top = k % columns * cell_width + 6, k // columns * cell_height + 4
         sheet.paste(picture.resize((side, side)), (left, top))
         wrong = score.objects[0] != question.concept or score.background != question.background
@@ -232,7 +233,7 @@ def contact_sheet(
     return sheet
 
 
-def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """The text in lines that fit the width in pixels."""
     lines = [""]
     for word in text.split(" "):

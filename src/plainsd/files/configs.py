@@ -110,7 +110,7 @@ def whole(config: Config, name: str, where: str, default: int | None = None, mos
     return value
 
 
-def number(config: Config, name: str, where: str, default: float, most: float = 1e3) -> float:
+def number(config: Config, name: str, where: str, default: float | None, most: float = 1e3) -> float:
     value = setting(config, name, where, default)
     if type(value) not in (int, float) or not 0 < value <= most:  # nan included
         raise UserError(f"{where}: {name} is {value!r}, and must be a number above 0 and up to {most:g}")
@@ -183,7 +183,7 @@ def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
 def attention_levels(config: Config, count: int, where: str) -> list[bool]:
     """Which levels look at the text; going up the same as going down."""
     known = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
-    down = config.get("down_block_types")
+    down: Any = config.get("down_block_types")
     fits = isinstance(down, (list, tuple)) and len(down) == count and all(str(kind) in known for kind in down)
     mirrored = [known[kind] for kind in reversed(down)] if fits else []
     up = config.get("up_block_types", mirrored)
@@ -287,8 +287,8 @@ def read_schedule(config: Config, where: str, kind: str = "DDIMScheduler") -> di
         return read_edm(config, where, kind)
     if kind not in (*SCHEDULERS, *SIGMA_SCHEDULERS):
         raise UserError(
-            f"{where}: the scheduler {kind!r} means another kind of noise or network than Stable Diffusion's, and is not "
-            f"supported; choose a model made with {SCHEDULERS[0]}, {', '.join(EDM_SCHEDULERS)} or their like"
+            f"{where}: the scheduler {kind!r} means another kind of noise or network than Stable Diffusion's, and is "
+            f"not supported; choose a model made with {SCHEDULERS[0]}, {', '.join(EDM_SCHEDULERS)} or their like"
         )
     check_fixed(config, SCHEDULE_FIXED, where)
     if config.get("variance_type") in LEARNED:
@@ -316,9 +316,10 @@ def spacing_of_levels(config: Config) -> str | None:
 
 
 def read_edm(config: Config, where: str, kind: str) -> dict[str, Any]:
-    """The form of Karras et al. 2022. Euler's scheduler has it too, with v-prediction and `timestep_type` continuous."""
+    """The form of Karras et al. 2022. Euler's scheduler has it too, with v-prediction, timesteps continuous."""
     check_fixed(config, SCHEDULE_FIXED, where)
     own = kind in EDM_SCHEDULERS
+    spacing: str | None
     if own:
         known = {"epsilon": "edm", "v_prediction": "v_prediction"}
         prediction = known[one_of(config, "prediction_type", where, "epsilon", known)]
@@ -356,7 +357,7 @@ def read_variant(get: Callable[[str], Config], where: str) -> Variant:
     vae = read_vae(*at("vae/config.json"))
     classes = text_classes(index, where)
     texts = tuple(
-        read_text(get(f"{name}/config.json") | {"architectures": [kind]}, f"{where}: {name}/config.json")
+        read_text({**get(f"{name}/config.json"), "architectures": [kind]}, f"{where}: {name}/config.json")
         for name, kind in classes.items()
     )
     check_pipeline(index, edits(unet, vae), where)

@@ -61,7 +61,11 @@ def upward(blocks: tuple[int, ...]) -> int | list[int]:
 
 def write_vae(variant: Variant) -> dict[str, Any]:
     vae = variant.vae
-    moments = {"latents_mean": list(vae.latents_mean), "latents_std": list(vae.latents_std)} if vae.latents_mean else {}
+    moments = (
+        {"latents_mean": list(vae.latents_mean), "latents_std": list(vae.latents_std)}
+        if vae.latents_mean and vae.latents_std
+        else {}
+    )
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
@@ -136,7 +140,7 @@ def write_edm(variant: Variant, schedule: EDMSchedule) -> dict[str, Any]:
 def write_variant(variant: Variant) -> dict[str, str]:
     """The settings files of a diffusers folder, by their paths within it."""
     noise = write_schedule(variant)
-    index = {
+    index: dict[str, Any] = {
         "_class_name": pipeline(variant),
         "_diffusers_version": "0.42.1",  # whose layout this is; its inpainting classes refuse a folder without
         NOTE: {name: value for name, value in asdict(variant).items() if name in NOTED},

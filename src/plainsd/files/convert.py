@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -57,7 +58,7 @@ def read(
     variant_file: str | None = None,
     family: str | None = None,
     *,
-    vae: str | Path | bool | None = None,
+    vae: str | Path | Literal[False] | None = None,
     prediction: str | None = None,
     zero_snr: bool | None = None,
     ask: bool = True,
@@ -76,7 +77,9 @@ def read(
         contents = asked(contents, path)
     if contents.certain:
         contents = told_otherwise(contents, path, prediction, zero_snr)
-    return contents if own or vae is False else with_vae(contents, read_vae_alone(vae, contents.variant.vae))
+    if vae is None or vae is False:
+        return contents
+    return with_vae(contents, read_vae_alone(vae, contents.variant.vae))
 
 
 def with_vae(contents: Contents, vae: Network) -> Contents:

@@ -17,7 +17,7 @@ from plainsd.models.variants import VARIANTS, ScheduleConfig, Variant, check_rea
 UNET_PREFIX = "model.diffusion_model."
 FIRST = "input_blocks.0.0.weight"  # the UNet's first weight, whose shape tells most
 ENDS = ("sigma_min", "sigma_max")
-ZERO_SNR = {"schedule": ScheduleConfig(zero_terminal_snr=True), "spacing": "trailing"}
+ZERO_SNR: dict[str, Any] = {"schedule": ScheduleConfig(zero_terminal_snr=True), "spacing": "trailing"}
 SAID = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}  # in metadata
 MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", *(f"edm_vpred.{name}" for name in ENDS))  # tensors that are words
 
@@ -85,7 +85,7 @@ def traits(file: TensorFile) -> Traits:
 
 
 def structure(names: Iterable[str]) -> Traits:
-    """How many blocks lead down, the most transformer blocks in one of them, and those of the middle (None: no middle)."""
+    """How many blocks lead down, the most transformer blocks in one of them, and those of the middle (None: none)."""
     names = list(names)
     down = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
     return {
@@ -123,7 +123,7 @@ def detect(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
     if family is not None:
         fitting = [variant for variant in fitting if variant.name == family]
     if not fitting:
-        check_reads(found["in_channels"], 4, str(file.path))
+        check_reads(found["in_channels"] or 0, 4, str(file.path))
         wanted = f"the family {family}" if family else "any known family"
         has = ", ".join(f"{name} {value}" for name, value in found.items())
         raise UserError(f"{file.path} does not fit {wanted}: its UNet has {has}; it seems to be {seems(file.tensors)}")
@@ -148,10 +148,12 @@ def noise_told(file: TensorFile) -> dict[str, Any]:
     for a word, as ComfyUI reads and writes them, or by a note in the metadata."""
     if "edm_mean" in file.tensors and "edm_std" in file.tensors:  # Playground 2.5
         moments = {f"latents_{name}": values_of(file, f"edm_{name}") for name in ("mean", "std")}
-        noise = {"schedule": EDMSchedule(), "prediction": "edm", "spacing": "karras"}
+        noise: dict[str, Any] = {"schedule": EDMSchedule(), "prediction": "edm", "spacing": "karras"}
         return noise | {"vae": moments | {"scaling_factor": EDMSchedule().sigma_data}}
     if "edm_vpred.sigma_max" in file.tensors:  # CosXL
-        ends = {name: values_of(file, f"edm_vpred.{name}")[0] for name in ENDS if f"edm_vpred.{name}" in file.tensors}
+        ends: dict[str, Any] = {
+            name: values_of(file, f"edm_vpred.{name}")[0] for name in ENDS if f"edm_vpred.{name}" in file.tensors
+        }
         schedule = EDMSchedule(**ends, sigma_data=1.0)
         return {"schedule": schedule, "prediction": "v_prediction", "spacing": "exponential"}
     prediction = prediction_told(file)

@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from plainsd.models.variants import LCM, TURBO, VARIANTS, Variant
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "Turbo": {"guidance": 2.0, "sampler": "dpmpp_sde", "steps": 6, "spacing": "karras"},  # others' merges of it
     "Lightning": {"guidance": 1.0, "sampler": "euler", "steps": 4, "spacing": "trailing"},
     "Hyper": {"guidance": 1.0, "sampler": "ddim", "steps": 8, "spacing": "trailing"},

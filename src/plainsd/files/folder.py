@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,12 @@ def write_folder(contents: Contents, target: Path, dtype: torch.dtype | None = N
 
 
 def write_weights(
-    folder: Path, network: Network, *, conv: bool = False, dtype: torch.dtype | None = None, spelling: list[str] = []
+    folder: Path,
+    network: Network,
+    *,
+    conv: bool = False,
+    dtype: torch.dtype | None = None,
+    spelling: Sequence[str] = (),
 ) -> None:
     """One network's file, in diffusers' names."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +191,7 @@ def spelling(contents: Contents, layout: str, name: str) -> list[str]:
 
 
 def agreeing(text: str) -> str:
-    """A text encoder's config.json by which transformers computes in float32, as diffusers does with the other parts."""
+    """A text encoder's config.json by which transformers computes in float32, as diffusers does in the others."""
     config = {name: value for name, value in json.loads(text).items() if name not in ("dtype", "torch_dtype")}
     return json.dumps(config | {"torch_dtype": "float32"}, indent=2, sort_keys=True) + "\n"
 

@@ -1,10 +1,10 @@
 """What names weights beyond doubt in a picture's text: hashes of their files, in the forms that A1111 writes and that
 sites with models look pictures up by.
 
-A model's and an autoencoder's hash is the first ten digits of its file's SHA-256; so is a learned word's. A LoRA's is the
-first twelve digits of the SHA-256 of what stands behind the safetensors header, which kohya's trainer writes into the
-header as `sshs_model_hash`: it stays the same when only the notes in the header change. A model that is a folder has no
-hash of A1111's; here it is that of its UNet's file, or of the digests of its shards.
+A model's and an autoencoder's hash is the first ten digits of its file's SHA-256; so is a learned word's. A LoRA's is
+the first twelve digits of the SHA-256 of what stands behind the safetensors header, which kohya's trainer writes into
+the header as `sshs_model_hash`: it stays the same when only the notes in the header change. A model that is a folder
+has no hash of A1111's; here it is that of its UNet's file, or of the digests of its shards.
 
 A file of 4 GB takes two seconds. Hashes of large files are kept in the user's cache folder, under path, size and time.
 """

@@ -11,7 +11,7 @@ place in the level, `{n}` our flat count of blocks and `{m}` = n + 1, `{k}` a re
     third       one tensor, `_weight` or `_bias`, holds the q, k and v of three rows on top of each other
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -22,7 +22,7 @@ from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
 
-Row = tuple[str, str, str]
+Row = tuple[str, ...]  # three names
 
 # fmt: off
 # --- the UNet: ours, diffusers, original -----------------------------------------------------------------------------
@@ -101,7 +101,8 @@ VAE_LEVEL: tuple[Row, ...] = (        # {r}: the original counts the decoder's l
     ("decoder.levels.{i}.resample.conv",
      "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{r}.upsample.conv"),
 )
-VAE_MID = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}") for side in ("encoder", "decoder")
+VAE_MID: tuple[Row, ...] = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}")
+                                 for side in ("encoder", "decoder")
                 for ours, diffusers, original in (
     ("mid.res1",  "mid_block.resnets.0",     "mid.block_1"),
     ("mid.attn",  "mid_block.attentions.0",  "mid.attn_1"),
@@ -157,7 +158,7 @@ SPELLINGS = (                         # as the tables have it, as some diffusers
 COLUMN = {"diffusers": 1, "original": 2, "transformers": 1, "openclip": 2}
 
 
-def under(row: Row, table: tuple[Row, ...]) -> list[Row]:
+def under(row: Row, table: Sequence[Row]) -> list[Row]:
     """The rows of `table` for the block that `row` names."""
     return [tuple(f"{block}.{leaf}" for block, leaf in zip(row, leaves, strict=True)) for leaves in table]
 

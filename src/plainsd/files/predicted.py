@@ -1,5 +1,5 @@
-"""What a model's network predicts, and whether its noise ends at zero SNR, where the files do not say it or say it wrong:
-asked of the network itself, or told by the user."""
+"""What a model's network predicts, and whether its noise ends at zero SNR, where the files do not say it or say it
+wrong: asked of the network itself, or told by the user."""
 
 import json
 import warnings
@@ -44,7 +44,8 @@ def told_otherwise(contents: Contents, path: Path, prediction: str | None, zero_
 
 
 def with_noise(variant: Variant, path: Path, prediction: str | None, zero_snr: bool | None) -> Variant:
-    if isinstance(variant.schedule, EDMSchedule):
+    schedule = variant.schedule
+    if isinstance(schedule, EDMSchedule):
         if zero_snr or prediction not in (None, variant.prediction):
             raise UserError(
                 f"{path} was trained at all noise levels (EDM), and its own settings say what it predicts; "
@@ -53,10 +54,10 @@ def with_noise(variant: Variant, path: Path, prediction: str | None, zero_snr: b
         return variant
     if prediction is not None:
         variant = replace(variant, prediction=prediction)
-    if zero_snr is None or zero_snr == variant.schedule.zero_terminal_snr:
+    if zero_snr is None or zero_snr == schedule.zero_terminal_snr:
         return variant
-    schedule = replace(variant.schedule, zero_terminal_snr=zero_snr)
-    return replace(variant, schedule=schedule, spacing="trailing" if zero_snr else None)
+    bent = replace(schedule, zero_terminal_snr=zero_snr)
+    return replace(variant, schedule=bent, spacing="trailing" if zero_snr else None)
 
 
 def changed_texts(texts: dict[str, str], variant: Variant) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Single files of UNets with one ResBlock a level as diffusers' conversion script numbers them: with gaps.
 
-`convert_diffusers_to_original_stable_diffusion.py` counts as if every level had two ResBlocks going down and three going
-up, as SD 1.x has. Files of BK-SDM and its kin that were made by it leave numbers out; the original's code would count on.
+`convert_diffusers_to_original_stable_diffusion.py` counts as if every level had two ResBlocks going down and three
+going up, as SD 1.x has. Files of BK-SDM and its kin that were made by it leave numbers out; the original's code counts
+on.
 """
 
 import re

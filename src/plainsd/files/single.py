@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,7 @@ from plainsd.listing import suffix_of
 from plainsd.models.variants import Variant
 
 FILES, SPELLED = "plainsd.files", "plainsd.spellings"  # in the metadata, as JSON: a folder's settings; our notes
+Note = TypeVar("Note", dict, list)
 KEPT = "leftovers."  # before a folder's tensors that single files do not have
 
 PATH = re.compile(r"(model_index|preview|(unet|vae|scheduler|(text_encoder|tokenizer)(_2)?)/\w[\w.-]*)\.(json|txt)")
@@ -174,7 +176,7 @@ def extra_names(file: TensorFile, part: str, prefix: str, layout: str) -> dict[s
     }
 
 
-def noted(file: TensorFile, name: str, default: dict | list) -> dict | list:
+def noted(file: TensorFile, name: str, default: Note) -> Note:
     try:
         content = json.loads(file.metadata.get(name, "null"))
     except json.JSONDecodeError as error:

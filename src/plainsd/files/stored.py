@@ -64,7 +64,7 @@ def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:
 
 
 class Undrawn(TorchFunctionMode):
-    """Draws no first weights: for tensors without memory it would be in vain, and PyTorch would load its compiler for it."""
+    """Draws no first weights: for tensors without memory it would be in vain, and load PyTorch's compiler."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in DRAWN:

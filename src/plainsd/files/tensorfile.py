@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class TensorFile:
 
 
 OTHERS = {  # how files begin that are taken for weights, and what to do
-    b"version https://git-lfs": "is a Git LFS pointer and holds no weights; run `git lfs pull` in its folder, or fetch it",
+    b"version https://git-lfs": "is a Git LFS pointer and holds no weights; run `git lfs pull` there, or fetch it",
     b"gguf": "is a GGUF file, whose weights are quantised for other programs; give the model as .safetensors",
     b"<!doctype html": "is a web page and no model; the download went wrong, or asks for a login: fetch it again",
     b"<html": "is a web page and no model; the download went wrong, or asks for a login: fetch it again",
@@ -107,7 +108,7 @@ def read_header(path: Path) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def check_entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+def check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Type, shape and the two offsets of one tensor, which must agree with each other."""
     try:
         dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
@@ -161,11 +162,12 @@ def open_safetensors(path: Path) -> TensorFile:
 
 
 class _Pages:
-    """A file's bytes, mapped at the first reading: cast from there, they are copied once. The system counts pages that were
-    read as memory of the process, so they are let go each time WINDOW bytes have passed."""
+    """A file's bytes, mapped at the first reading: cast from there, they are copied once. The system counts pages that
+    were read as memory of the process, so they are let go each time WINDOW bytes have passed."""
 
     def __init__(self, path: Path):
-        self.path, self.map, self.passed = path, None, 0
+        self.path, self.passed = path, 0
+        self.map: mmap.mmap | None = None
 
     def read(self, start: int, dtype: torch.dtype, shape: tuple[int, ...], wanted: torch.dtype | None = None) -> Tensor:
         count = math.prod(shape) * dtype.itemsize
@@ -190,7 +192,8 @@ class _Pages:
 
 def header_bytes(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
     """What stands before the tensors' bytes."""
-    header, at = {"__metadata__": {"format": "pt", **metadata}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    at = 0
     for name, stored in tensors.items():
         end = at + stored.nbytes
         kind, shape = stored.foreign or (DTYPE_NAMES[stored.dtype], stored.shape)
@@ -224,7 +227,7 @@ class Ignored:
 class IgnoredTable:
     """Likewise of a class that is filled as a dict is."""
 
-    def __new__(cls, *args: object, **named: object) -> OrderedDict:
+    def __new__(cls, *args: object, **named: object) -> Any:
         return OrderedDict()
 
 

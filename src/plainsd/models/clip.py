@@ -1,9 +1,10 @@
 """The CLIP text encoder: token ids to one vector a token.
 
 Radford et al. 2021 (arXiv:2103.00020). SD 1.x uses OpenAI's ViT-L/14, SD 2.x OpenCLIP's ViT-H/14, SDXL the former and
-OpenCLIP's ViT-bigG/14: the same network with other numbers. Shape letters: B batch, N tokens (77), D width, V vocabulary.
+OpenCLIP's ViT-bigG/14: the same network with other numbers. Shape letters: B batch, N tokens (77), D width, V words.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,15 +38,15 @@ class TextStates(NamedTuple):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x): the approximation of GELU that OpenAI trained with (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    """x * sigmoid(1.702 x): OpenAI's approximation of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class TextBlock(nn.Module):
-    """Pre-norm transformer block: attention to earlier tokens only, then a two-layer perceptron. (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block: attention to earlier tokens only, then a two-layer MLP. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()

@@ -12,15 +12,16 @@ from plainsd.models.unet import UNet
 class DeepCache:
     """A UNet whose deep layers run at every `every`-th timestep; between, what they gave last is taken again.
 
-    Ma et al. 2023, "DeepCache" (arXiv:2312.00858), section 3.2, with uniform strides: from one step to the next the deep
-    features change slowly. `shallow` counts the blocks at either end that always run. One object serves one picture,
-    or batch, from its first step to its last: several calls at the same timestep, such as those of guidance in two
-    calls, each have a cache of their own.
+    Ma et al. 2023, "DeepCache" (arXiv:2312.00858), section 3.2, with uniform strides: from one step to the next the
+    deep features change slowly. `shallow` counts the blocks at either end that always run. One object serves one
+    picture, or batch, from its first step to its last: several calls at the same timestep, such as those of guidance in
+    two calls, each have a cache of their own.
     """
 
     def __init__(self, unet: UNet, every: int, shallow: int = 1):
         self.unet, self.every, self.shallow = unet, every, min(shallow, len(unet.down))
-        self.timestep, self.turn, self.place = None, -1, 0
+        self.turn, self.place = -1, 0
+        self.timestep: float | None = None
         self.deep: list[Tensor] = []  # one for each call of a step
 
     def __call__(

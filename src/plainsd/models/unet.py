@@ -1,8 +1,9 @@
 """The UNet: from a noisy latent, a time and a text to the noise (or v) in the latent.
 
 Ronneberger et al. 2015 (arXiv:1505.04597) in the form of Ho et al. 2020 (arXiv:2006.11239), Rombach et al. 2022
-(arXiv:2112.10752) and Podell et al. 2023 (SDXL, arXiv:2307.01952). Shape letters: B batch, C channels, H W latent height and
-width, N = H * W positions, D width, M text tokens, T text width, E time-embedding width, V width of SDXL's extra vector.
+(arXiv:2112.10752) and Podell et al. 2023 (SDXL, arXiv:2307.01952). Shape letters: B batch, C channels, H W latent
+height and width, N = H * W positions, D width, M text tokens, T text width, E time-embedding width, V width of SDXL's
+extra vector.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from plainsd.models.layers import Attention, Downsample, ResBlock, Upsample, tim
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """SD 1.x's numbers by default (859,520,964 parameters). Tuples have one entry a level; depth 0: no attention there."""
+    """SD 1.x's numbers by default (859,520,964 parameters). Tuples have one entry a level; depth 0: no attention."""
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each ResBlock; SDXL (0, 2, 10)
@@ -58,7 +59,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Positions look at each other, then at the text, then each is transformed alone. (B, N, D), (B, M, T) -> (B, N, D)."""
+    """Positions look at each other, then at the text, then each is transformed alone.
+    (B, N, D), (B, M, T) -> (B, N, D)."""
 
     def __init__(self, dim: int, heads: int, context_dim: int):
         super().__init__()

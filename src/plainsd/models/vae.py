@@ -1,7 +1,8 @@
 """The autoencoder between pictures and latents.
 
-Rombach et al. 2022 (arXiv:2112.10752), appendix G; the KL-regularised autoencoder of Kingma and Welling (arXiv:1312.6114).
-Shape letters: B batch, C channels, H W height and width in pixels, L latent channels, f = 2 ** (levels - 1), 8 in SD.
+Rombach et al. 2022 (arXiv:2112.10752), appendix G; the KL-regularised autoencoder of Kingma and Welling
+(arXiv:1312.6114). Shape letters: B batch, C channels, H W height and width in pixels, L latent channels,
+f = 2 ** (levels - 1), 8 in SD.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,11 @@
 """The autoencoder in bands of rows: the picture of the whole in a fraction of its memory.
 
-Tiles that go through all layers one after another show where they meet: in each tile GroupNorm has other statistics, and
-attention sees nothing but the tile. Here each layer passes over the whole map before the next begins, a band of rows at a
-time: statistics are those of the whole map, attention reads all positions, and a convolution reads one row beyond its
-band. What is left of a plain pass is at most three maps and the workspace of one band. On the CPU the result is that of a
-plain pass bit for bit; elsewhere, and with weights in channels_last, but for the order in which numbers are added.
+Tiles that go through all layers one after another show where they meet: in each tile GroupNorm has other statistics,
+and attention sees nothing but the tile. Here each layer passes over the whole map before the next begins, a band of
+rows at a time: statistics are those of the whole map, attention reads all positions, and a convolution reads one row
+beyond its band. What is left of a plain pass is at most three maps and the workspace of one band. On the CPU the result
+is that of a plain pass bit for bit; elsewhere, and with weights in channels_last, but for the order in which numbers
+are added.
 
 For inference only: maps are written over. Shape letters: B batch, C channels, H W height and width, G groups.
 """
@@ -68,7 +69,9 @@ def activated(norm: nn.GroupNorm, x: Tensor) -> Run:
     width = norm.num_channels // norm.num_groups  # C / G
     some = max(1, 256 * BAND // (width * x.shape[2] * x.shape[3]))  # groups
     moments = [_moments(x[:, i * width : (i + some) * width], width, norm.eps) for i in range(0, norm.num_groups, some)]
-    mean, inverse = (torch.cat(part, dim=1).repeat_interleave(width, dim=1) for part in zip(*moments))  # (B, C)
+    mean, inverse = (  # (B, C)
+        torch.cat(part, dim=1).repeat_interleave(width, dim=1) for part in zip(*moments, strict=True)
+    )
     scale = inverse * norm.weight.float()
     shift = torch.addcmul(norm.bias.float(), -scale, mean)[:, :, None, None]
     scale = scale[:, :, None, None]

@@ -5,6 +5,7 @@ Turbo, Sauer et al. 2023 (arXiv:2311.17042); LCM, Luo et al. 2023 (arXiv:2310.04
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.errors import UserError
@@ -71,11 +72,9 @@ REFINER_UNET = UNetConfig(
 
 # Distilled: BK-SDM, Kim et al. 2023 (arXiv:2305.15798), of SD 1.4 and 2.1; SSD-1B and Vega, Gupta et al. 2024
 # (arXiv:2401.02677), and KOALA, Lee et al. 2023 (arXiv:2312.04005), of SDXL.
-BK_BASE, BK_SMALL, BK_TINY = (
-    {"layers": 1},
-    {"layers": 1, "mid_depth": None},
-    {"layers": 1, "mid_depth": None, "channels": (320, 640, 1280), "depth": (1, 1, 1)},
-)
+BK_BASE: dict[str, Any] = {"layers": 1}
+BK_SMALL = BK_BASE | {"mid_depth": None}
+BK_TINY = BK_SMALL | {"channels": (320, 640, 1280), "depth": (1, 1, 1)}
 SSD_UNET = replace(XL_UNET, depth=(0, 2, 4), up_depth=((0, 0, 0), (2, 1, 1), (4, 4, 10)), mid_depth=0)
 VEGA_UNET = replace(XL_UNET, depth=(0, 1, 2), mid_depth=0)
 KOALA_700M_UNET = replace(XL_UNET, layers=1, depth=(0, 2, 5), mid_depth=None)
@@ -95,15 +94,15 @@ XL = Variant(
     size=1024,
     guidance=5.0,
 )
-TURBO = {"size": 512, "guidance": 1.0, "sampler": "euler_a", "steps": 1, "spacing": "trailing"}
-LCM = {"guidance": 8.5, "sampler": "lcm", "steps": 4}
+TURBO: dict[str, Any] = {"size": 512, "guidance": 1.0, "sampler": "euler_a", "steps": 1, "spacing": "trailing"}
+LCM: dict[str, Any] = {"guidance": 8.5, "sampler": "lcm", "steps": 4}
 PLAYGROUND_VAE = replace(
     XL_VAE,
     scaling_factor=0.5,
     latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
     latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
 )
-COSXL = {
+COSXL: dict[str, Any] = {
     "schedule": EDMSchedule(sigma_max=120.0, sigma_data=1.0),
     "prediction": "v_prediction",
     "sampler": "euler",

@@ -65,7 +65,7 @@ def stack(conditionings: Sequence[Conditioning], empty: Conditioning | None = No
         contexts.append(one)
     together = [
         [part for part in parts if part is not None]
-        for parts in zip(*((one.context, one.vector, one.concat) for one in contexts))
+        for parts in zip(*((one.context, one.vector, one.concat) for one in contexts), strict=True)
     ]
     return Conditioning(*(torch.cat(parts) if parts else None for parts in together))
 
@@ -153,7 +153,7 @@ def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: i
     ]
     count = max(len(chunks) for chunked in cuts for chunks in chunked)
     contexts = []
-    for (tokenizer, encoder), chunked in zip(parts, cuts):
+    for (tokenizer, encoder), chunked in zip(parts, cuts, strict=True):
         on_stage(sd, encoder)
         rows = [
             _framed(tokenizer, chunk, encoder.config.positions)
@@ -223,7 +223,7 @@ def _vector(
     if width is None:
         return None
     size = size or (sd.variant.size, sd.variant.size)
-    numbers = [*reversed(original or size), *reversed(crop)]
+    numbers: list[float] = [*reversed(original or size), *reversed(crop)]
     numbers += [*reversed(size)] if _is_base(sd, pooled) else [score]
     return size_vector(pooled, torch.tensor([numbers] * len(pooled), dtype=torch.float32, device=pooled.device))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from plainsd.diffusion.samplers import SAMPLERS, check_names, sampler_levels
 from plainsd.diffusion.schedule import EDMSchedule
@@ -15,7 +16,7 @@ from plainsd.listing import suffix_of
 from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, Settings, drawn_seed
+from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, Resolved, Settings, drawn_seed
 from plainsd.text.prompts import lora_tags
 
 IMAGE_GUIDANCE = 1.5  # of models that edit a picture, if nothing is said
@@ -23,7 +24,7 @@ HANDOVER = 0.8  # where a refiner takes over, if nothing is said
 MULTIPLE = 8  # sides of pictures, in pixels; also where a VAE's own factor is less
 
 
-def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
+def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     """Nothing left open: the model's defaults in place of None. UserError where a value cannot be."""
     settings.check()
     check_guidance(sd, settings)
@@ -50,11 +51,11 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Settings:
     guidance = variant.guidance if settings.guidance is None else settings.guidance
     if guidance == 0 and settings.like is None:
         guidance = 1  # off, as diffusers has it, and as Turbo models' cards write it
-    choices = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
+    choices: dict[str, Any] = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
     seeds = {name: drawn_seed() for name in SEEDS if getattr(settings, name) == RANDOM}
     if edits(sd.unet.config, sd.vae.config) and settings.image_guidance is None:
         choices["image_guidance"] = IMAGE_GUIDANCE
-    return replace(settings, **choices, **seeds, model=model_name(sd), **refined)
+    return Resolved(**vars(settings) | choices | seeds | {"model": model_name(sd)} | refined)
 
 
 def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
@@ -90,8 +91,8 @@ def model_name(sd: StableDiffusion) -> str:
 
 
 def settings_of_each(
-    settings: Settings, prompt: str | Sequence[str], negative: str | Sequence[str], count: int
-) -> list[Settings]:
+    settings: Resolved, prompt: str | Sequence[str], negative: str | Sequence[str], count: int
+) -> list[Resolved]:
     """One for each picture: each prompt `count` times, and one seed after the other."""
     if count < 1:
         raise UserError(f"count {count} is out of range; choose 1 or more", field="count", value=count)
@@ -110,7 +111,7 @@ def settings_of_each(
     pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(count)]
     each = []
     for i, (p, n) in enumerate(pairs):
-        seed = {settings.counted: getattr(settings, settings.counted) + i}
+        seed: dict[str, Any] = {settings.counted: getattr(settings, settings.counted) + i}
         each.append(replace(settings, prompt=p, negative=n, **seed))
     return each
 
@@ -127,7 +128,7 @@ def check_size(size: tuple[int, int]) -> tuple[int, int]:
     return size
 
 
-def enlarged_size(settings: Settings) -> tuple[int, int]:
+def enlarged_size(size: tuple[int, int], times: float) -> tuple[int, int]:
     """The size of the second pass, in multiples of 8."""
-    width, height = (round(side * settings.hires / MULTIPLE) * MULTIPLE for side in settings.size)
+    width, height = (round(side * times / MULTIPLE) * MULTIPLE for side in size)
     return width, height

@@ -29,7 +29,7 @@ from plainsd.models.variants import edits
 from plainsd.pictures.conditioning import Conditioning, PromptPlan, stack
 from plainsd.pictures.memory import on_stage, rows_at_once
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import Settings
+from plainsd.pictures.settings import Resolved, Settings
 
 COND, UNCOND, PERTURBED, BLANK = range(4)  # kinds of estimates, and of rows; BLANK: without the picture to edit, too
 Network = Callable[..., Tensor]  # called as the UNet is
@@ -63,6 +63,7 @@ def blind_attention(unet: UNet, rows: int) -> Iterator[None]:
         blind = attention.out(attention.v(args[0][-rows:]))
         return torch.cat([output[:-rows], blind])
 
+    assert unet.mid.attn is not None  # `check_guidance` sees to it
     handles = [block.self_attn.register_forward_hook(replace) for block in unet.mid.attn.blocks]
     try:
         yield
@@ -198,7 +199,7 @@ def check_guidance(sd: StableDiffusion, settings: Settings) -> None:
 
 def guided_denoise(
     estimate: Estimate,
-    each: Sequence[Settings],
+    each: Sequence[Resolved],
     prediction: str,
     sigma_data: float = 1.0,
     *,

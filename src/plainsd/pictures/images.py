@@ -61,7 +61,8 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(source):
             return image
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        made = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return image if made is None else made  # None: done in place, which is not asked for
     except (ImageCms.PyCMSError, OSError):
         return image  # a profile nobody can read: every viewer shows the bare numbers, and so do we
 
@@ -78,7 +79,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     return _srgb(image, profile).convert("RGB")
 
 
-def open_picture(path: str | Path, background: str = "white") -> Image.Image:
+def open_picture(path: str | Path | BytesIO, background: str = "white") -> Image.Image:
     """A picture file -> RGB, turned as its EXIF data says. UserError, with the reason, for what is not whole."""
     try:
         with Image.open(path) as image:
@@ -105,7 +106,7 @@ def open_picture(path: str | Path, background: str = "white") -> Image.Image:
         raise UserError(f"picture '{path}' is broken or cut short ({error}); fetch or save it again") from None
 
 
-def read_settings(path: str | Path) -> Settings:
+def read_settings(path: str | Path | BytesIO) -> Settings:
     """The settings inside a PNG file; UserError where there are none."""
     try:
         with Image.open(path) as image:

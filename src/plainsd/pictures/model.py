@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
@@ -46,7 +46,7 @@ class StableDiffusion:
     text_encoders: list[TextEncoder]
     unet: UNet
     vae: VAE
-    schedule: NoiseSchedule
+    schedule: NoiseSchedule | EDMSchedule
     prediction: str  # what the network predicts: "epsilon" or "v_prediction"
     variant: Variant
     path: Path | None = None  # where it was loaded from
@@ -65,6 +65,7 @@ class StableDiffusion:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StableDiffusion:
         """Moves and casts the networks in place; returns itself."""
+        network: nn.Module
         for network in (*self.text_encoders, self.unet, self.vae):
             network.to(device=device, dtype=dtype)
         if self.refiner is not None:

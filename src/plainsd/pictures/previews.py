@@ -60,7 +60,8 @@ def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> 
 
     Least squares over random latents and what the VAE decodes them to, averaged over each latent's patch of pixels. The
     latents are noise of several coarsenesses, because a picture's latents are smooth for the most part. It takes an
-    eighth of the work of decoding one 512x512 picture. In float16 some VAEs overflow and CPUs crawl: that is asked in float32.
+    eighth of the work of decoding one 512x512 picture. In float16 some VAEs overflow and CPUs crawl: float32 is
+    asked.
     """
     if next(vae.parameters()).dtype == torch.float16:
         vae = deepcopy(vae).float()

@@ -29,7 +29,7 @@ from plainsd.pictures import conditioning
 from plainsd.pictures.guidance import Estimates, guided_denoise
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import Settings
+from plainsd.pictures.settings import Resolved
 
 DECODED_AT_ONCE = 2**18  # pixels: one picture of 512x512, which takes about 2 GB
 
@@ -39,7 +39,7 @@ Draw = Callable[[tuple[int, ...]], Tensor]  # shape (L, h, w) -> unit noise (B, 
 # --- noise -----------------------------------------------------------------------------------------------------------
 
 
-def noise_of_each(each: Sequence[Settings], device: torch.device) -> Draw:
+def noise_of_each(each: Sequence[Resolved], device: torch.device) -> Draw:
     """Unit noise of a given shape. Each picture draws from a generator of its own, on the CPU,
     so that it gets the same numbers alone, in any batch and on any device."""
     generators = [torch.Generator().manual_seed(one.seed) for one in each]
@@ -62,7 +62,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
-def varied(noise: Tensor, each: Sequence[Settings]) -> Tensor:
+def varied(noise: Tensor, each: Sequence[Resolved]) -> Tensor:
     """The first noise, turned towards that of another seed where a variation is wanted."""
     rows = list(noise)
     for i, one in enumerate(each):
@@ -142,9 +142,9 @@ class Known:
     concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
 
 
-def steps_of_strength(steps: int, strength: float) -> int:
-    """How many of the steps run on a given picture, as diffusers counts them."""
-    running = min(int(steps * strength), steps)
+def steps_of_strength(steps: int, strength: float | None) -> int:
+    """How many of the steps run on a given picture, as diffusers counts them; None: all."""
+    running = steps if strength is None else min(int(steps * strength), steps)
     if not running:
         raise UserError(
             f"strength {strength} of {steps} steps leaves none to run; give at least {1 / steps:.2g}",
@@ -154,7 +154,7 @@ def steps_of_strength(steps: int, strength: float) -> int:
     return running
 
 
-def first_noise(sd: StableDiffusion, each: Sequence[Settings], size: tuple[int, int], draw: Draw) -> Tensor:
+def first_noise(sd: StableDiffusion, each: Sequence[Resolved], size: tuple[int, int], draw: Draw) -> Tensor:
     """What the drawing of a picture of this size, width and height in pixels, begins with: (B, L, h, w)."""
     width, height = (side // sd.vae.config.factor for side in size)
     return varied(draw((sd.vae.config.latent_channels, height, width)), each)
@@ -162,7 +162,7 @@ def first_noise(sd: StableDiffusion, each: Sequence[Settings], size: tuple[int, 
 
 def sample(
     sd: StableDiffusion,
-    each: Sequence[Settings],
+    each: Sequence[Resolved],
     size: tuple[int, int],
     noise: Tensor,
     draw: Draw,
@@ -179,16 +179,16 @@ def sample(
     levels = sampler_levels(sd.schedule, one.sampler, one.steps, one.spacing)
     if known is not None:
         levels = levels.part(one.steps - steps_of_strength(one.steps, one.strength))
-    from_noise = known is None or known.latents is None or (known.mask is not None and one.strength == 1)
-    if from_noise:
+    if known is None or known.latents is None or (known.mask is not None and one.strength == 1):
         x = noise * levels.first_scale
+        start: float = levels.sigmas[0]
     else:
         x = add_noise(known.latents, noise, levels.sigmas[0])
+        start = math.inf
     done = 0
     for model, own in turns(sd, one, levels):
         denoise = _denoise(model, each, size, levels, known.concat if known else None, first_pass)
         if known is not None and known.mask is not None:
-            start = levels.sigmas[0] if from_noise else math.inf
             denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
         for step in SAMPLERS[one.sampler].run(
             denoise, x, own.sigmas, lambda: draw(shape), **sampler_options(model, one, own)
@@ -201,11 +201,12 @@ def sample(
     return clean
 
 
-def turns(sd: StableDiffusion, one: Settings, levels: Levels) -> list[tuple[StableDiffusion, Levels]]:
+def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[StableDiffusion, Levels]]:
     """Who draws between which levels: the model, and below the share `handover` of the timesteps its refiner, if it has
     one (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each runs the sampler anew, as two pipelines would."""
     if sd.refiner is None:
         return [(sd, levels)]
+    assert one.handover is not None  # `check_refiner` sees to it
     count = len(sd.schedule)
     last = round(count - one.handover * count)
     own = sum(timestep >= last for timestep in levels.timesteps)
@@ -213,7 +214,7 @@ def turns(sd: StableDiffusion, one: Settings, levels: Levels) -> list[tuple[Stab
     return [(model, part) for model, part in both if len(part.sigmas) > 1]
 
 
-def sampler_options(sd: StableDiffusion, one: Settings, levels: Levels) -> dict[str, Any]:
+def sampler_options(sd: StableDiffusion, one: Resolved, levels: Levels) -> dict[str, Any]:
     """What the sampler takes by name, where it is not left to its default."""
     options = {
         "eta": one.eta,
@@ -226,7 +227,7 @@ def sampler_options(sd: StableDiffusion, one: Settings, levels: Levels) -> dict[
 
 def _denoise(
     sd: StableDiffusion,
-    each: Sequence[Settings],
+    each: Sequence[Resolved],
     size: tuple[int, int],
     levels: Levels,
     concat: Tensor | None,

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from plainsd import __version__
 from plainsd.errors import UserError, unknown
@@ -56,6 +57,10 @@ class Settings:
     hashes: tuple[tuple[str, str], ...] = ()  # of the files of model, vae, lora:name, embed:word, for the text
     other: tuple[tuple[str, str], ...] = ()  # what a text said beside these; nothing here acts on it
 
+    def __eq__(self, other: object) -> bool:
+        """By what they say, resolved or not."""
+        return isinstance(other, Settings) and vars(self) == vars(other)
+
     def check(self) -> None:
         """UserError for the first number that is out of its range. Samplers and spacings are registered where they are
         written, and checked there: `samplers.check_names`."""
@@ -93,6 +98,17 @@ class Settings:
                 field=self.counted,
                 value=first,
             )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Resolved(Settings):
+    """Settings with nothing left open: see `defaults.resolved`."""
+
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    sampler: str
+    spacing: str
 
 
 UPSCALERS = ("latent", "lanczos")
@@ -134,8 +150,8 @@ def read_seed(text: str, name: str = "seed") -> int:
 def notes(settings: Settings) -> list[str]:
     """What a user should know of a choice that does something else than it seems to."""
     found = [
-        f"{name.replace('_', ' ')} {value} draws the same as {value % 2**32}: PyTorch's generator reads only the low 32 "
-        "bits of a seed, here as in every program that draws its noise on the CPU"
+        f"{name.replace('_', ' ')} {value} draws the same as {value % 2**32}: PyTorch's generator reads only the low "
+        "32 bits of a seed, here as in every program that draws its noise on the CPU"
         for name in SEEDS
         if (value := getattr(settings, name)) is not None and value >= 2**32
     ]
@@ -239,7 +255,7 @@ def format_settings(settings: Settings) -> str:
         value = getattr(settings, name)
         if value != DEFAULTS[name] or name in ALWAYS:
             entries.append(f"{key}: {quote(write(value))}")
-    sampler = sampler_label(settings.sampler)
+    sampler = sampler_label(settings.sampler) if settings.sampler else None
     if settings.spacing in SUFFIXES:
         sampler = f"{sampler} {spacing_label(settings.spacing)}"
     elif settings.spacing:
@@ -264,18 +280,18 @@ def _hash_entries(hashes: tuple[tuple[str, str], ...]) -> list[str]:
 ENTRY = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
-def sampler_label(name: str | None) -> str | None:
-    return SAMPLER_LABELS.get(name, name) if name else name
+def sampler_label(name: str) -> str:
+    return SAMPLER_LABELS.get(name, name)
 
 
-def spacing_label(name: str | None) -> str | None:
-    return SPACING_LABELS.get(name, name) if name else name
+def spacing_label(name: str) -> str:
+    return SPACING_LABELS.get(name, name)
 
 
 def _sampler(said: dict[str, str]) -> dict[str, str | None]:
     """ "DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays."""
     name, schedule = said.pop("Sampler", None), said.pop("Schedule type", "Automatic")
-    spacing = {label: ours for ours, label in SPACING_LABELS.items()}.get(schedule)
+    spacing: str | None = {label: ours for ours, label in SPACING_LABELS.items()}.get(schedule)
     if spacing is None and re.fullmatch(r"[a-z]\w*", schedule):  # one of ours that A1111 has no label for
         spacing = schedule
     elif spacing is None and schedule != "Automatic":
@@ -283,7 +299,8 @@ def _sampler(said: dict[str, str]) -> dict[str, str | None]:
     for suffix in SUFFIXES:
         if name and name.endswith(" " + SPACING_LABELS[suffix]):
             name, spacing = name.removesuffix(" " + SPACING_LABELS[suffix]), suffix
-    return {"sampler": {label: ours for ours, label in SAMPLER_LABELS.items()}.get(name, name), "spacing": spacing}
+    sampler = {label: ours for ours, label in SAMPLER_LABELS.items()}.get(name, name) if name else None
+    return {"sampler": sampler, "spacing": spacing}
 
 
 def _hires(said: dict[str, str]) -> None:
@@ -313,7 +330,7 @@ def parse_settings(text: str) -> Settings:
         raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: 20, Sampler: ...'")
     _hires(said)
     negative = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
-    found = {
+    found: dict[str, Any] = {
         "prompt": "\n".join(lines[:negative]),
         "negative": "\n".join(lines[negative:]).removeprefix("Negative prompt:").removeprefix(" "),
         **_sampler(said),

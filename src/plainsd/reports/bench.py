@@ -1,9 +1,9 @@
 """Benchmarks: the same work by us and by others, in one process, taking turns.
 
 Each row is a piece of work; its sides are functions that do it on the same weights. After a first call that does not
-count, in which compilers compile, rounds follow in which every side has its turn, so that what else the machine does hits
-all of them. Told are the least and the median of each side, its first call, and diffusers' least over ours. OpenVINO takes
-part where it is installed.
+count, in which compilers compile, rounds follow in which every side has its turn, so that what else the machine does
+hits all of them. Told are the least and the median of each side, its first call, and diffusers' least over ours.
+OpenVINO takes part where it is installed.
 
 Weights are random and have the shape of SD 1.5, and for some rows of SDXL, which changes nothing in the time, unless a
 model is given.
@@ -22,25 +22,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from plainsd.checkpoint import load, save
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
+from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.pictures.model import StableDiffusion
 from plainsd.reports.rivals import Place, both, openvino, random_folder, theirs, theirs_compiled
 
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
 PROMPT = "a red apple on a blue background"
-Sides = dict[str, Callable[[], object]]
+Sides = dict[str, Callable[[], Any]]
 
 
 @dataclass
 class Row:
-    """One piece of work: the seconds that each side took, round by round, and in a first call before; how far its result is
-    from float32's; and the most memory that it took, in bytes beside what its imports take."""
+    """One piece of work: the seconds that each side took, round by round, and in a first call before; how far its
+    result is from float32's; and the most memory that it took, in bytes beside what its imports take."""
 
     name: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -106,11 +109,14 @@ def unet_row(place: Place, compiled: bool) -> Row:
         def forward(self, x, context):
             return self.unet(x, torch.tensor(500.0), context, return_dict=False)[0]
 
+    def step(unet: UNet) -> Callable[[], torch.Tensor]:
+        return lambda: unet(x, 500.0, context)
+
     del sd
     if work := openvino(place, Theirs, x, context):
         sides["OpenVINO"] = work
     for side, sd in both(place, compiled).items():
-        sides[side] = lambda unet=sd.unet: unet(x, 500.0, context)
+        sides[side] = step(sd.unet)
     return compared(race(name, sides, place.rounds), sides, exact)
 
 
@@ -136,7 +142,7 @@ def decode_row(place: Place, compiled: bool) -> Row:
     if work := openvino(place, Theirs, z):
         sides["OpenVINO"] = work
     for side, sd in both(place, False).items():
-        sides[side] = lambda vae=sd.vae: vae.decode(z)
+        sides[side] = partial(sd.vae.decode, z)
     return compared(race(name, sides, place.rounds), sides, exact)
 
 
@@ -148,8 +154,8 @@ def noise(sd: StableDiffusion) -> torch.Tensor:
 
 
 def picture_row(place: Place, compiled: bool, family: str | None = None, steps: int = 20, count: int = 1) -> Row:
-    """From a prompt to pictures, by DPM++ 2M at guidance 7.5. `family`: of random weights, in place of the place's model."""
-    if family:
+    """From a prompt to pictures, by DPM++ 2M at guidance 7.5. `family`: random weights, not the place's model."""
+    if family and place.room:
         folder = place.room / family
         place = place._replace(folder=folder if folder.exists() else random_folder(folder, place.dtype, family))
     pipes = {"diffusers": theirs(place)} | ({"diffusers, compiled": theirs_compiled(place)} if compiled else {})
@@ -158,20 +164,25 @@ def picture_row(place: Place, compiled: bool, family: str | None = None, steps: 
 
     def sides(steps: int) -> Sides:
         named = {"num_inference_steps": steps, "guidance_scale": 7.5, "height": size, "width": size}
-        drawn: Sides = {
-            side: lambda pipe=pipe: pipe(PROMPT, num_images_per_prompt=count, **named) for side, pipe in pipes.items()
-        }
         options = {"steps": steps, "guidance": 7.5, "sampler": "dpmpp_2m", "count": count}
-        return drawn | {side: lambda sd=sd: final(text_to_image(sd, PROMPT, **options)) for side, sd in models.items()}
+        return {
+            **{side: partial(pipe, PROMPT, num_images_per_prompt=count, **named) for side, pipe in pipes.items()},
+            **{side: partial(drawn, sd, options) for side, sd in models.items()},
+        }
 
     drawing = "a picture" if count == 1 else f"{count} pictures"
     name = f"{drawing}{f' of {family}' if family else ''}, {size} px, {steps} steps of DPM++ 2M"
     return race(name, sides(steps), max(1, place.rounds // 2), first=sides(2))
 
 
+def drawn(sd: StableDiffusion, options: dict[str, Any]) -> list[Image.Image]:
+    return final(text_to_image(sd, PROMPT, **options))
+
+
 def small_row(place: Place, compiled: bool) -> Row:
     """The embedded model, 20 guided steps: mostly the cost of calls."""
     embedded = load(device=place.device)
+    assert embedded.path is not None  # it was loaded from there
     pipe, size = theirs(place, embedded.path), embedded.variant.size
     options = {"steps": 20, "guidance": 2.0, "sampler": "dpmpp_2m"}
     sides: Sides = {
@@ -179,7 +190,7 @@ def small_row(place: Place, compiled: bool) -> Row:
     }
     place = place._replace(folder=embedded.path)
     for name, sd in both(place, compiled).items():
-        sides[name] = lambda sd=sd: final(text_to_image(sd, PROMPT, **options))
+        sides[name] = partial(drawn, sd, options)
     return race(f"embedded model, {size} px, 20 steps of DPM++ 2M", sides, 3 * place.rounds)
 
 

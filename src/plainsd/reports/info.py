@@ -94,7 +94,7 @@ def row(name: str, text: str) -> str:
 def sizes(tensors: Iterable[Stored]) -> str:
     """Count of numbers, their types, and bytes."""
     tensors = list(tensors)
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     for stored in tensors:
         kind, shape = stored.foreign or (str(stored.dtype).removeprefix("torch."), stored.shape)
         kinds[kind] += math.prod(shape)
@@ -188,11 +188,14 @@ def lora_lines(file: TensorFile) -> list[str]:
         if not name.startswith(BUNDLE) and (pair := split(name)):
             modules.setdefault(pair[0], {})[pair[1]] = stored
     settings = Settings(file)
-    kinds, ranks, alphas, targets = Counter(), Counter(), Counter(), {}
+    kinds: Counter[str] = Counter()
+    ranks: Counter[int] = Counter()
+    alphas: Counter[float] = Counter()
+    targets: dict[str, Counter[str]] = {}
     for module, parts in modules.items():
         kind = making.kind_of({part: part for part in parts})
         kind = Butterfly if kind is Rotation and len(parts["oft_blocks"].shape) == 4 else kind
-        kinds[KINDS.get(kind, "incomplete")] += 1
+        kinds[KINDS[kind] if kind in KINDS else "incomplete"] += 1
         rank = next((parts[part].shape[0] for part in RANKED if part in parts), None)
         rank = settings.rank(module) if rank is None and kind is Kronecker else rank
         ranks.update([] if rank is None else [rank])

@@ -85,8 +85,8 @@ def openvino(place: Place, make: Callable[[], torch.nn.Module], *inputs: torch.T
         return None
     import openvino as ov
 
-    inputs = [part.float().clone() for part in inputs]  # made in inference mode, they could not be traced
-    model = ov.convert_model(make().float(), example_input=tuple(inputs))  # from float32, as their users export it
+    clones = [part.float().clone() for part in inputs]  # made in inference mode, they could not be traced
+    model = ov.convert_model(make().float(), example_input=tuple(clones))  # from float32, as their users export it
     wanted = "bf16" if place.dtype == torch.bfloat16 else "f32"
     compiled = ov.compile_model(
         model,
@@ -97,5 +97,5 @@ def openvino(place: Place, make: Callable[[], torch.nn.Module], *inputs: torch.T
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         },
     )
-    arrays = [part.numpy() for part in inputs]
+    arrays = [part.numpy() for part in clones]
     return lambda: torch.from_numpy(compiled(arrays)[0])

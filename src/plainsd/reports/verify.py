@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from plainsd.files.hub import find
 from plainsd.files.predicted import CHOICES
 from plainsd.files.stored import Contents
 from plainsd.files.tokenizers import tokenizer_names, tokenizers
-from plainsd.generate import image_to_image, inpaint, text_to_image
+from plainsd.generate import Pictures, image_to_image, inpaint, text_to_image
 from plainsd.models.clip import TextEncoder
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
 from plainsd.pictures.conditioning import SINUSOID, size_vector
@@ -207,7 +207,7 @@ def unet_row(
     )
     mine, other = {}, {}
     if config.vector:
-        pooled = numbers(device, 2, variant.text[-1].projection)
+        pooled = numbers(device, 2, variant.text[-1].projection or variant.text[-1].width)
         count = (config.vector - pooled.shape[1]) // SINUSOID
         sizes = torch.tensor([[1024, 768, 0, 16, 1000, 700][:count]] * 2, device=device)
         mine["vector"] = size_vector(pooled, sizes)
@@ -252,11 +252,12 @@ def picture_rows(contents: Contents, path: Path, variant_file: str | None, devic
     variant, size = contents.variant, picture_size(contents.variant)
     photo, mask = gradient(size), half(size, variant.vae.factor)
     edm = isinstance(variant.schedule, EDMSchedule)
+    zero_snr = not isinstance(variant.schedule, EDMSchedule) and variant.schedule.zero_terminal_snr
     spacing = variant.spacing if edm else "trailing" if variant.spacing == "trailing" else "leading"
-    choices = {"steps": STEPS, "sampler": "euler" if edm else "ddim", "spacing": spacing}
+    choices: dict[str, Any] = {"steps": STEPS, "sampler": "euler" if edm else "ddim", "spacing": spacing}
     name = pipeline(variant)
-    noise = {"prediction": variant.prediction} if variant.prediction in CHOICES and not edm else {}
-    noise |= {} if edm else {"zero_snr": variant.schedule.zero_terminal_snr}
+    noise: dict[str, Any] = {"prediction": variant.prediction} if variant.prediction in CHOICES and not edm else {}
+    noise |= {} if edm else {"zero_snr": zero_snr}
     family = variant.name if variant.name in VARIANTS else None
     sd = load(path, device=device, dtype=torch.float32, variant_file=variant_file, family=family, **noise)
     if "Inpaint" in name:
@@ -268,6 +269,7 @@ def picture_rows(contents: Contents, path: Path, variant_file: str | None, devic
     else:
         events = text_to_image(sd, *WORDS, size=size, **choices)
     *_, pictures = events
+    assert isinstance(pictures, Pictures)
     mine = pictures.latents, bytes_of(decode(sd, pictures.latents))
     del sd, events
     gc.collect()
@@ -291,9 +293,7 @@ def picture_rows(contents: Contents, path: Path, variant_file: str | None, devic
     ).images
     pixels = bytes_of(pipe.vae.decode(variant.vae.unscaled(latents)).sample)
     yield Row(f"latents after {STEPS} steps", error(mine[0], latents), DRAWN)
-    yield Row(
-        "pixels, in 1/255", int(np.abs(mine[1] - pixels).max()), 1 + (not edm and variant.schedule.zero_terminal_snr)
-    )
+    yield Row("pixels, in 1/255", int(np.abs(mine[1] - pixels).max()), 1 + zero_snr)
 
 
 def bytes_of(pixels: Tensor) -> np.ndarray:

@@ -42,7 +42,7 @@ def base_of(request: JobRequest, limits: Limits) -> Base | None:
         return None
     image, mask = picture(request.image, "image", limits), None
     if request.outpaint is not None:
-        image, mask = outpainted(request, image, limits)
+        image, mask = outpainted(request, request.outpaint, image, limits)
     size = request.size or image.size
     check_pixels(size, limits, "size" if request.size else "image")
     if request.mask is not None:
@@ -55,9 +55,9 @@ def base_of(request: JobRequest, limits: Limits) -> Base | None:
     return Base(image, hole_of(alpha), image, alpha) if request.mask_blur else Base(image, alpha)
 
 
-def outpainted(request: JobRequest, image: Image.Image, limits: Limits) -> tuple[Image.Image, Image.Image]:
+def outpainted(request: JobRequest, sides: Box, image: Image.Image, limits: Limits) -> tuple[Image.Image, Image.Image]:
     """The picture on its larger canvas, and the mask of what is new."""
-    sides = left, top, right, bottom = request.outpaint
+    left, top, right, bottom = sides
     if request.mask is not None:
         raise Refused(422, "outpaint and a mask do not go together; leave one of them out", "outpaint", list(sides))
     if not any(sides):

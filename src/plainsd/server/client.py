@@ -61,7 +61,8 @@ class Remote:
 
     def follow(self, id: str) -> Iterator[Progress | Finished]:
         """Until it has ended; then its pictures. UserError where there are none."""
-        name, job = "", {}
+        name = ""
+        job: dict[str, Any] = {}
         for name, job in self.events(id):
             if name == "progress":
                 rough = {int(place): base64.b64decode(url.partition(",")[2]) for place, url in job["previews"].items()}

@@ -35,9 +35,14 @@ class Word(NamedTuple):
         start, end = (r"\b" if sign.isalnum() else "" for sign in (self.text[0], self.text[-1]))
         return re.search(f"{start}{re.escape(self.text.lower())}{end}", prompt.lower()) is not None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By the file's names; none where the file is gone."""
+        held = content_of(self.path, self.changed)
+        return held[1] if held else {}
+
     def vectors(self) -> list[Tensor]:
         """(N, D) for each text encoder, without their numbers."""
-        return list(content_of(self.path, self.changed)[1].values())
+        return list(self.tensors().values())
 
 
 class Words:
@@ -112,7 +117,7 @@ def content_of(path: Path, changed: int) -> tuple[str | None, dict[str, Tensor]]
 def problem(bare: StableDiffusion, word: Word) -> str | None:
     """Why a model cannot learn this word; None where it can. Clients need not know where its file lies."""
     try:
-        vectors = fitting(bare, word.path, content_of(word.path, word.changed)[1])
+        vectors = fitting(bare, word.path, word.tensors())
     except UserError as error:
         return str(error).replace(str(word.path), word.name)
     if any(word.text in tokenizer.vocabulary for tokenizer in bare.tokenizers):

@@ -130,6 +130,7 @@ class Models:
         """A model, and all that draws a picture of these settings: its networks with just these LoRAs, the words that
         the prompts use, the refiner."""
         model = self.resident(name, loras)
+        assert model.sd is not None  # it is resident
         words = tuple(self.words.word(text) for text in one.embeddings)
         if model.taught is None or model.taught[0] != words:
             model.taught = words, taught(model.sd, words)
@@ -141,6 +142,7 @@ class Models:
     def hashes(self, model: Model, loras: Loras, one: Settings) -> Hashes:
         """Of the files that drew a picture of these settings."""
         words = {word.text: word.path for word in map(self.words.word, one.embeddings)}
+        assert model.sd is not None  # it has just drawn
         return hashes(
             model.sd.path, self.options.vae, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items()
         )
@@ -170,8 +172,8 @@ class Models:
             for lora in attached(model.sd):
                 lora.remove()
             model.loras = model.taught = None  # neither the old nor the new, should one of these fail
-            for lora, strength in loras:
-                add_lora(model.sd, self.lora(lora), strength)
+            for file, strength in loras:
+                add_lora(model.sd, self.lora(file), strength)
             model.loras = tuple(loras)
         return model
 

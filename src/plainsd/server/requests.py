@@ -11,7 +11,7 @@ from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
 from plainsd.pictures.conditioning import weighted
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import FIELDS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
+from plainsd.pictures.settings import FIELDS, RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
 from plainsd.server.canvas import Base, base_of
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Job, Sheet
@@ -39,7 +39,7 @@ def job_request(**fields: Any) -> JobRequest:
 
 def checked(
     bare: StableDiffusion, request: JobRequest, base: Base | None, prompt: str, negative: str, **cell: Any
-) -> list[Settings]:
+) -> list[Resolved]:
     """The settings of each picture, nothing left open. UserError where the model cannot do it."""
     choices = request.choices() | cell
     if base is None:
@@ -89,9 +89,9 @@ def check_limits(request: JobRequest, limits: Limits) -> None:
         raise Refused(422, f"count {request.count} with a grid; leave count out", "count", request.count)
 
 
-def check_work(each: list[Settings], limits: Limits) -> None:
+def check_work(each: list[Resolved], limits: Limits) -> None:
     for one in each:
-        check_pixels(enlarged_size(one) if one.hires else one.size, limits)
+        check_pixels(enlarged_size(one.size, one.hires) if one.hires else one.size, limits)
         if one.steps > limits.steps:
             raise Refused(422, f"steps {one.steps} is out of range; choose 1 to {limits.steps}", "steps", one.steps)
 
@@ -143,7 +143,7 @@ def told_of(request: JobRequest, cell: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_clip_skip(bare: StableDiffusion, each: list[Settings]) -> None:
+def check_clip_skip(bare: StableDiffusion, each: list[Resolved]) -> None:
     layers = min(text.layers for one in (bare, bare.refiner) if one for text in one.variant.text)
     for one in each:
         if (one.clip_skip or 1) > layers:
@@ -154,7 +154,7 @@ def check_clip_skip(bare: StableDiffusion, each: list[Settings]) -> None:
             )
 
 
-def check_prompts(each: list[Settings]) -> None:
+def check_prompts(each: list[Resolved]) -> None:
     """Every text that the prompts become on the way, by the functions that will read them."""
     for prompt, negative, steps in dict.fromkeys((one.prompt, one.negative, one.steps) for one in each):
         for name, whole, parts in (("prompt", prompt, compose(prompt)), ("negative", negative, [(negative, 1.0)])):

@@ -60,8 +60,8 @@ class JobRequest(BaseModel):
     spacing: Text | None = Field(None, description="of the noise levels")
     seed: Seed | None = Field(
         None,
-        description="of the first picture, the following have the next; none, -1 or random: any. Of one above 2**32 - 1 "
-        "the low 32 bits count",
+        description="of the first picture, the following have the next; none, -1 or random: any. Of one above "
+        "2**32 - 1 the low 32 bits count",
     )
     count: int = Field(1, description="pictures")
     loras: list[LoRA] = Field([], max_length=32)
@@ -96,7 +96,7 @@ class JobRequest(BaseModel):
 
     def choices(self) -> dict[str, Any]:
         """What is not left open of the settings that the tasks know."""
-        names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires", "upscaler",
-                 "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval", "perturbed",
-                 "threshold", "cache", "handover", "outpaint", "like")  # fmt: skip
+        names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires",
+                 "upscaler", "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval",
+                 "perturbed", "threshold", "cache", "handover", "outpaint", "like")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}

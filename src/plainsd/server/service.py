@@ -111,7 +111,8 @@ class Service:
     async def events(self, job: Job) -> AsyncIterator[tuple[str, dict]]:
         """`progress` whenever something has changed, `beat` where nothing has for long, `end` at the job's end. When
         the server stops, nothing ends but the stream: a browser asks again by itself."""
-        heard, shown = -1, {}
+        heard = -1
+        shown: dict[int, bytes] = {}
         while not self.queue.stopping:
             if not job.active:
                 yield "end", await run_in_threadpool(self.told, job)
@@ -148,7 +149,7 @@ def why_not(job: Job) -> Refused | None:
     if job.state == DONE:
         return None
     if job.state == FAILED:
-        return Refused(422 if job.at_fault else 500, job.error)
+        return Refused(422 if job.at_fault else 500, str(job.error))
     if job.active:
         return Refused(503, f"the server is stopping; job {job.id} is drawn when it is there again")
     return Refused(409, f"job {job.id} was {job.state}; ask again")

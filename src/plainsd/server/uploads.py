@@ -51,8 +51,8 @@ def decoded(text: str, field: str) -> bytes:
 def opened(content: bytes, field: str, limits: Limits, background: str | None = "white") -> Image.Image:
     """The bytes of a file -> a picture, RGB; with no background, RGBA."""
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
+        with Image.open(BytesIO(content), formats=FORMATS) as file:
+            width, height = file.size
     except Image.UnidentifiedImageError:
         raise Refused(422, f"{field} is no PNG, JPEG or WebP picture; save it as one of them", field) from None
     except Image.DecompressionBombError:

@@ -1,8 +1,8 @@
 """Exactness for speed or memory, only when asked: each of these gives another picture, a little or a lot.
 
-    cache       the UNet's deep layers run at every N-th call only        Settings.cache, --cache N (models/deep_cache.py)
-    int8        the UNet's Linear weights in 8 bits                       --int8
-    interval    guidance between two noise levels only (denoiser.py)      Settings.interval, --interval LOW HIGH
+    cache       the UNet's deep layers run at every N-th call only      Settings.cache, --cache N (models/deep_cache.py)
+    int8        the UNet's Linear weights in 8 bits                     --int8
+    interval    guidance between two noise levels only (denoiser.py)    Settings.interval, --interval LOW HIGH
 
 bench/tradeoffs.py prints what each costs and gains.
 """

@@ -1,7 +1,7 @@
-"""The kernels in kernels.cpp: attention and small linear layers, for inference; GroupNorm, SiLU and GEGLU, for training too.
+"""The kernels in kernels.cpp: attention and small linear layers, for inference; GroupNorm, SiLU, GEGLU, to train too.
 
-They are compiled with the machine's own C++ compiler when first asked for, some three seconds, and kept in the user's cache
-folder (XDG_CACHE_HOME or ~/.cache, in plainsd/) for later processes.
+They are compiled with the machine's own C++ compiler when first asked for, some three seconds, and kept in the user's
+cache folder (XDG_CACHE_HOME or ~/.cache, in plainsd/) for later processes.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ def have_kernels(dtype: torch.dtype) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v. q (B, heads, N, d), k and v (B, heads, M, d), float32 or bfloat16 -> (B, heads, N, d).
+    """softmax(q k^T / sqrt(d)) v. q (B, heads, N, d), k and v (B, heads, M, d), float32 or bfloat16
+    -> (B, heads, N, d).
 
-    PyTorch's own where that is faster (`pays`), and for what the kernel is not made for: other precisions and devices, odd d
-    in bfloat16, is_causal, gradients.
+    PyTorch's own where that is faster (`pays`), and for what the kernel is not made for: other precisions and devices,
+    odd d in bfloat16, is_causal, gradients.
     """
     (_, heads, n, d), m = q.shape, k.shape[2]
     fits = q.is_cpu and q.dtype in BITS and d * BITS[q.dtype] % 32 == 0 and not is_causal
@@ -88,8 +89,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tenso
 def pays(dtype: torch.dtype, heads: int, n: int, m: int, d: int) -> bool:
     """Whether the kernel is faster than PyTorch's at this shape, as measured in either precision.
 
-    On Intel where maps are large and heads narrow: 1.01 to 1.21 times as fast at 4,096 x 4,096 and up to 64 wide, but 0.64
-    to 0.83 times at 512 wide, and 0.86 to 1.01 times at 1,024 x 1,024. Elsewhere from so many multiplications of q k^T on.
+    On Intel where maps are large and heads narrow: 1.01 to 1.21 times as fast at 4,096 x 4,096 and up to 64 wide, but
+    0.64 to 0.83 times at 512 wide, and 0.86 to 1.01 times at 1,024 x 1,024. Elsewhere from so many multiplications of q
+    k^T on.
     """
     if INTEL:
         return n * m >= 2**24 and d <= 64
@@ -231,7 +233,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, over: bool = False) -> Tensor:
-    """silu(norm(x + shift)). x (B, C, H, W), shift (B, C) -> (B, C, H, W), channels last. `over`: x may be written over."""
+    """silu(norm(x + shift)). x (B, C, H, W), shift (B, C) -> (B, C, H, W), channels last. `over`: into x."""
     x = x.contiguous(memory_format=torch.channels_last)
     return _norm(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, True, shift, x if over else None)
 

@@ -3,11 +3,11 @@
     pack               weights laid out once as the processor's matrix units read them, and not anew at each call;
                        GEGLU's gate and product inside the two projections that they follow; queries, keys and
                        values in one call, and those of a text that stays the same only once; a doubled map and
-                       the 3x3 convolution after it as four 2x2 convolutions before it                (CPU)
-                       GroupNorm and SiLU in one; small linear layers without oneDNN's start          (CPU with AVX-512)
-    attend_faster      attention in pieces that stay in the cache                     (CPU; bfloat16 where it has no AMX)
-    trained_faster     GroupNorm and SiLU, and GEGLU, in one while training, and long attention       (CPU with AVX512_BF16)
-    compile_unet       fused kernels by torch.compile; minutes the first time                        (CPU, GPU)
+                       the 3x3 convolution after it as four 2x2 convolutions before it        (CPU)
+                       GroupNorm and SiLU in one; small linear layers without oneDNN's start  (CPU with AVX-512)
+    attend_faster      attention in pieces that stay in the cache                             (CPU; bfloat16: if no AMX)
+    trained_faster     GroupNorm and SiLU, and GEGLU, in one while training; long attention   (CPU with AVX512_BF16)
+    compile_unet       fused kernels by torch.compile; minutes the first time                 (CPU, GPU)
 
 `faster` applies what pays on the model's own device. All of them work in place and are meant to come last: a packed
 model can no longer be trained or saved, or take up adapters. The plain forward passes stay as they are.
@@ -35,8 +35,8 @@ LONG = 1024  # queries from which on that pays
 def faster(
     sd: StableDiffusion, *, compiled: bool = False, tell: Callable[[str], None] = lambda line: None
 ) -> StableDiffusion:
-    """The same model, in place, with what pays on its device. `compiled`: torch.compile too; `tell` is told when it compiles,
-    and how long that took."""
+    """The same model, in place, with what pays on its device. `compiled`: torch.compile too; `tell` is told when it
+    compiles, and how long that took."""
     if sd.refiner is not None:
         faster(sd.refiner, compiled=compiled, tell=tell)
     for network in networks(sd):
@@ -66,8 +66,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack(sd: StableDiffusion, *, unet: bool = True) -> None:
-    """Puts packed layers in place of every plain Linear, Conv2d and FeedForward, and of the UNet's attention. What carries
-    a LoRA stays.
+    """Puts packed layers in place of every plain Linear, Conv2d and FeedForward, and of the UNet's attention. What
+    carries a LoRA stays.
 
     `unet`: the UNet too; torch.compile packs for itself.
     """
@@ -91,8 +91,8 @@ def attentions(sd: StableDiffusion) -> Iterator[nn.Module]:
 
 
 def attention_for(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The fastest form of attention that this processor has in this precision. Ours leave to PyTorch's the shapes at which
-    that is faster: see `kernels.pays`.
+    """The fastest form of attention that this processor has in this precision. Ours leave to PyTorch's the shapes at
+    which that is faster: see `kernels.pays`.
 
                               with kernels.cpp    without
         float32               our kernel          PyTorch's
@@ -114,7 +114,8 @@ def attend_faster(sd: StableDiffusion) -> None:
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, head by head and PIECE queries at a time. q, k, v (B, heads, N or M, d) -> (B, heads, N, d).
+    """softmax(q k^T / sqrt(d)) v, head by head and PIECE queries at a time. q, k, v (B, heads, N or M, d)
+    -> (B, heads, N, d).
 
     Where few queries look at few keys, PyTorch's own.
     """
@@ -153,7 +154,8 @@ def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
         shape, began = (x.shape, context.shape), time.perf_counter()
         if new := shape not in met:
             tell(
-                f"compiling the UNet for {len(x)} rows of {x.shape[3]}x{x.shape[2]} latents; the first time takes minutes"
+                f"compiling the UNet for {len(x)} rows of {x.shape[3]}x{x.shape[2]} latents; the first time takes "
+                "minutes"
             )
         out = compiled(x, timestep, context, *rest, **named)
         if sd.device.type == "cuda":  # a graph's output is written over when it runs again
@@ -163,7 +165,7 @@ def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
             tell(f"compiled in {time.perf_counter() - began:.0f} s")
         return out
 
-    sd.unet.forward = forward
+    sd.unet.forward = forward  # type: ignore[method-assign]  # an instance's own, as torch.compile's in-place form
 
 
 def compiler_options(device: torch.device) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""Layers with their weights laid out as a CPU's matrix units read them, which take the place of plain ones; see model.py.
+"""Layers with weights laid out as a CPU's matrix units read them, which take the place of plain ones; see model.py.
 
 For inference in float32 and bfloat16, by a PyTorch with oneDNN; where kernels.cpp works, by that too.
 """
@@ -39,7 +39,7 @@ def pack_inside(module: nn.Module) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A Linear whose weight is laid out as the one that multiplies wants it: oneDNN, or for little work our own kernel."""
+    """A Linear whose weight is laid out as the one that multiplies wants it: oneDNN, or for little work our kernel."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -71,7 +71,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A Conv2d likewise, over channels-last maps. The best layout depends on the map's size: another size lays out anew."""
+    """A Conv2d likewise, over channels-last maps. The best layout depends on the map's size: another size lays anew."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -149,15 +149,16 @@ class PackedResBlock(nn.Module):
 class PackedUpsample(nn.Module):
     """Doubling and the 3x3 convolution after it, in 16 multiplications a pixel and channel instead of 36.
 
-    In the doubled map, the three rows that an even row reads are two of the small map: one of the three weights meets the
-    row above, two meet its own. So even rows are a convolution of the small map with two rows of weights, whose second is
-    the sum of two; odd rows likewise; and columns. One convolution for each of the four kinds of pixel then does. (Shi et
-    al. 2016, arXiv:1609.05158, have such a convolution learned.)
+    In the doubled map, the three rows that an even row reads are two of the small map: one of the three weights meets
+    the row above, two meet its own. So even rows are a convolution of the small map with two rows of weights, whose
+    second is the sum of two; odd rows likewise; and columns. One convolution for each of the four kinds of pixel then
+    does. (Shi et al. 2016, arXiv:1609.05158, have such a convolution learned.)
     """
 
     def __init__(self, plain: Upsample):
         super().__init__()
         self.whole, weight = PackedConv(plain.conv), plain.conv.weight
+        self.channels = len(weight)
         self.kinds = nn.ModuleDict()
         for row, column in KINDS:
             conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 2, padding=1, dtype=weight.dtype).requires_grad_(
@@ -171,7 +172,7 @@ class PackedUpsample(nn.Module):
         height, width = x.shape[2:]
         if size is not None and tuple(size) != (2 * height, 2 * width):  # an odd side: not quite doubled
             return self.whole(nn.functional.interpolate(x, size=size, mode="nearest"))
-        out = x.new_empty(len(x), 2 * height, 2 * width, len(self.whole.bias)).permute(0, 3, 1, 2)
+        out = x.new_empty(len(x), 2 * height, 2 * width, self.channels).permute(0, 3, 1, 2)
         for row, column in KINDS:
             made = self.kinds[f"{row}{column}"](x)  # (B, C, H + 1, W + 1), padded all around
             out[:, :, row::2, column::2] = made[:, :, row : row + height, column : column + width]
@@ -222,13 +223,15 @@ class PackedSelfAttention(nn.Module):
 
 
 class PackedCrossAttention(nn.Module):
-    """The UNet's attention to a text. Its keys and values are made once, and kept for as long as the text is the same tensor."""
+    """The UNet's attention to a text. Its keys and values are made once, and kept while the text is the same tensor."""
 
     def __init__(self, plain: Attention):
         super().__init__()
         self.heads, self.attend = plain.heads, plain.attend
         self.q, self.out = (PackedLinear(layer.weight, layer.bias) for layer in (plain.q, plain.out))
-        self.kv, self.seen, self.kept = together(plain.k, plain.v), None, None
+        self.kv = together(plain.k, plain.v)
+        self.seen: Tensor | None = None
+        self.kept: list[Tensor] = []
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         if context is not self.seen:

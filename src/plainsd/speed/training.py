@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -44,10 +44,10 @@ class WrittenOut(TorchFunctionMode):
 
 @contextmanager
 def trained_faster(network: nn.Module) -> Iterator[None]:
-    """Inside, the network's GroupNorms, with the SiLU after them, its GEGLUs and its attention are kernels of our own, and so
-    are their gradients: on a CPU with AVX512_BF16. Elsewhere nothing changes."""
+    """Inside, the network's GroupNorms, with the SiLU after them, its GEGLUs and its attention are kernels of our own,
+    and so are their gradients: on a CPU with AVX512_BF16. Elsewhere nothing changes."""
     works = next(network.parameters()).device.type == "cpu" and have_kernels(torch.bfloat16)
-    changed = []  # of which object, which name
+    changed: list[tuple[nn.Module, str, Callable[..., Tensor]]] = []  # of which object, which name, what instead
     for module in network.modules() if works else []:
         if isinstance(module, ResBlock):
             changed.append((module, "activate", kernels.trained_norm_silu))

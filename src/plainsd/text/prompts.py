@@ -146,11 +146,12 @@ class _Group:
     """A bracket that is still open: its parts, and the `:` and `|` between them."""
 
     def __init__(self, bracket: str = ""):
-        self.bracket, self.parts, self.separators = bracket, [[]], ""
+        self.bracket, self.separators = bracket, ""
+        self.parts: list[list] = [[]]
 
     def literal(self) -> list:
         nodes = [self.bracket, *self.parts[0]]
-        for separator, part in zip(self.separators, self.parts[1:]):
+        for separator, part in zip(self.separators, self.parts[1:], strict=True):
             nodes += [separator, *part]
         return nodes
 

@@ -52,21 +52,21 @@ class Tokenizer:
     def __init__(
         self,
         vocabulary: dict[str, int],
-        merges: Sequence[tuple[str, str]],
+        merges: Sequence[tuple[str, ...]],
         *,
         special: dict[str, AddedToken | str] | None = None,
-        added: Iterable[AddedToken] = (),
+        added: Iterable[AddedToken | str] = (),
         max_length: int = 77,
     ):
         self.vocabulary, self.merges, self.max_length = vocabulary, list(merges), max_length
-        self.special = ROLES | (special or {})
+        self.special: dict[str, AddedToken | str] = {**ROLES, **(special or {})}
         self._backend = _backend(vocabulary, self.merges, unknown=str(self.special["unk_token"]))
         self._backend.add_tokens(list(added))
         for role in ROLES:  # a role given as plain text is matched before lower-casing
             token = self.special[role]
             self._backend.add_special_tokens([AddedToken(token, special=True) if isinstance(token, str) else token])
         self.start, self.end, self.pad = (
-            self._backend.token_to_id(str(self.special[role])) for role in ("bos_token", "eos_token", "pad_token")
+            self._id_of(str(self.special[role])) for role in ("bos_token", "eos_token", "pad_token")
         )
         self._runs = self._find_runs()  # first id of a learned token -> the ids of all its vectors
 
@@ -79,7 +79,7 @@ class Tokenizer:
     def from_texts(cls, texts: Mapping[str, str], where: str | Path) -> "Tokenizer":
         """From the texts of `tokenizer.json`, or of `vocab.json` and `merges.txt`, with the special tokens named beside
         them. `where` they come from is told in errors."""
-        added = {}
+        added: dict[int, AddedToken | str] = {}
         if "tokenizer.json" in texts:  # all that transformers 5 writes; first, as there
             whole = _read_json(texts, "tokenizer.json", where)
             model = whole.get("model", {})
@@ -130,7 +130,7 @@ class Tokenizer:
             words = [*symbols, *(symbol + WORD_END for symbol in symbols), *map("".join, merges), START, END]
             vocabulary = {word: key for key, word in enumerate(words)}
         marks = {role: AddedToken(text, special=True, normalized=True) for role, text in ROLES.items()}
-        return cls(vocabulary, merges, special=marks | {"pad_token": pad})
+        return cls(vocabulary, merges, special={**marks, "pad_token": pad})
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -149,7 +149,7 @@ class Tokenizer:
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The tokens as readable text, `</w>` at the end of a word; bytes that are part of a sign as `\\xf0`."""
-        return [self._readable(self._backend.id_to_token(key)) for key in ids]
+        return [self._readable(key) for key in ids]
 
     def add(self, token: str, count: int = 1) -> list[int]:
         """Make `token` a word of its own with `count` new ids at the end of the vocabulary, as textual inversion needs.
@@ -166,7 +166,7 @@ class Tokenizer:
             )
         whole = token[0].isalnum() and token[-1].isalnum()
         self._backend.add_tokens([AddedToken(name, single_word=whole, normalized=True) for name in names])
-        ids = [self._backend.token_to_id(name) for name in names]
+        ids = [self._id_of(name) for name in names]
         self._runs[ids[0]] = ids
         return ids
 
@@ -209,7 +209,15 @@ class Tokenizer:
                 runs[key] = run
         return runs
 
-    def _readable(self, piece: str) -> str:
+    def _id_of(self, token: str) -> int:
+        """Of a token that it has."""
+        key = self._backend.token_to_id(token)
+        assert key is not None, token
+        return key
+
+    def _readable(self, key: int) -> str:
+        piece = self._backend.id_to_token(key)
+        assert piece is not None, key
         word, mark = (piece[: -len(WORD_END)], WORD_END) if piece.endswith(WORD_END) else (piece, "")
         if not SYMBOL_BYTES.keys() >= set(word):
             return piece  # a learned token may have any name
@@ -225,7 +233,7 @@ def byte_symbols() -> list[str]:
 
 
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-SYMBOL_BYTES = dict(zip(byte_symbols(), VISIBLE + [byte for byte in range(256) if byte not in VISIBLE]))
+SYMBOL_BYTES = dict(zip(byte_symbols(), VISIBLE + [byte for byte in range(256) if byte not in VISIBLE], strict=True))
 
 
 def find_vocabulary(beside: str | Path | None = None) -> Path:
@@ -241,7 +249,7 @@ def find_vocabulary(beside: str | Path | None = None) -> Path:
 
     for repository, place in CACHED.items():
         found = [try_to_load_from_cache(repository, place + name) for name in ("vocab.json", "merges.txt")]
-        folders += [Path(name).parent for name in found[:1] if all(isinstance(name, str) for name in found)]
+        folders += [Path(str(name)).parent for name in found[:1] if all(isinstance(name, str) for name in found)]
     for folder in folders:
         if (folder / VOCABULARY).is_file():
             return folder / VOCABULARY
@@ -254,11 +262,11 @@ def find_vocabulary(beside: str | Path | None = None) -> Path:
     )
 
 
-def _backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], unknown: str) -> Backend:
+def _backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]], unknown: str) -> Backend:
     try:
         model = BPE(
             vocab=vocabulary,
-            merges=list(merges),
+            merges=[(left, right) for left, right in merges],
             end_of_word_suffix=WORD_END,
             continuing_subword_prefix="",
             unk_token=unknown,
@@ -281,7 +289,7 @@ def _backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], unkn
     return backend
 
 
-def _read_vocabulary(texts: Mapping[str, str], where: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _read_vocabulary(texts: Mapping[str, str], where: str | Path) -> tuple[dict[str, int], list[tuple[str, ...]]]:
     vocabulary = _read_json(texts, "vocab.json", where)
     lines = _text(texts, "merges.txt", where).split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]

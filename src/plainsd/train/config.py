@@ -60,9 +60,9 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no TOML file: {error}; write lines such as rank = 8") from error
 
 
-def options_of(kind: type) -> dict[str, type]:
+def options_of(kind: type) -> dict[str, Any]:
     """Every flag of a command by its name, but for --config itself, with its type."""
-    found: dict[str, type] = {}
+    found: dict[str, Any] = {}
     for field in fields(kind):
         inner = field.default_factory
         if isinstance(inner, type) and is_dataclass(inner):

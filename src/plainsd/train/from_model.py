@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from plainsd.adapters.embeddings import save_embedding
 from plainsd.adapters.lora import save_lora
@@ -84,36 +85,37 @@ def train_lora(job: Job) -> None:
 
 def train_inversion(job: Job) -> None:
     own = job.options.inversion
+    token = own.token
     if job.world.sharded:
         raise UserError("method inversion learns a few numbers; leave out --shard")
-    if not own.token:
+    if not token:
         raise UserError("method inversion needs --token, the new word that the captions use, such as '<cat>'")
-    plain = re.sub(r"[^\w.-]+", "-", own.token).strip("-.") or "word"
+    plain = re.sub(r"[^\w.-]+", "-", token).strip("-.") or "word"
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         texts = [text for item in examples.pictures.items for text in item.texts]
-        without = sum(own.token.lower() not in text.lower() for text in texts)
+        without = sum(token.lower() not in text.lower() for text in texts)
         if without:
             raise UserError(
-                f"{without} of {len(texts)} captions do not have the word {own.token!r}; write it into "
-                f'them, or give --caption "a photo of {own.token}" and pictures without captions'
+                f"{without} of {len(texts)} captions do not have the word {token!r}; write it into "
+                f'them, or give --caption "a photo of {token}" and pictures without captions'
             )
         return inversion(
-            sd, examples, own.token, vectors=own.vectors, initial=own.initial, seed=job.options.pace.seed, **shared
+            sd, examples, token, vectors=own.vectors, initial=own.initial, seed=job.options.pace.seed, **shared
         )
 
     def write(sd: StableDiffusion, mark: str | None) -> None:
         written_down(sd)
         folder, end = (job.out, "") if mark is None else (job.out / "results", f"-{mark}")
         for dialect, name in (("a1111", plain), ("diffusers", "learned_embeds")):
-            save_embedding(sd, own.token, folder / f"{name}{end}.safetensors", dialect)
+            save_embedding(sd, token, folder / f"{name}{end}.safetensors", dialect)
 
     if sd := tuned(job, make, write):
         settle(sd)
         with saving("the word"):
             write(sd, None)
         job.say(
-            f"{own.token} in {job.out}: {plain}.safetensors for A1111, which calls it {plain}; "
+            f"{token} in {job.out}: {plain}.safetensors for A1111, which calls it {plain}; "
             "learned_embeds.safetensors for diffusers"
         )
 
@@ -122,6 +124,7 @@ def tuned(job: Job, make: Make, write: Write) -> StableDiffusion | None:
     """The trained model; None where the run was stopped before its end, or where another process will save it."""
     sd = base_model(job)
     job.check_options(base_weights=weights_digest(sd.unet, sd.vae, *sd.text_encoders))
+    network: nn.Module
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)
     pictures, heldout = job.pictures(sd.variant.size)

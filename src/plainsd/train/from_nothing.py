@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from plainsd.checkpoint import load, load_vae, save, save_vae
 from plainsd.disk import written_whole
@@ -133,6 +134,8 @@ def train_scratch(job: Job) -> None:
 def begin_as(sd: StableDiffusion, base: str) -> None:
     """Text encoder and UNet get the weights of another model: of a run that is to go on with other options."""
     other = load(base, device="cpu", dtype=torch.float32)
+    network: nn.Module
+    weights: nn.Module
     for network, weights in zip((sd.unet, *sd.text_encoders), (other.unet, *other.text_encoders), strict=True):
         shapes, given = (
             {name: tuple(tensor.shape) for name, tensor in n.state_dict().items()} for n in (network, weights)

@@ -30,7 +30,7 @@ from plainsd.train.data.latents import Latents, cache_latents
 from plainsd.train.data.pictures import Pictures, described, joined
 from plainsd.train.data.sources import Reading, placed, read_source
 from plainsd.train.objective import Objective
-from plainsd.train.options import FitOptions, TrainOptions
+from plainsd.train.options import FitOptions, TrainOptions, given
 from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.processes import World
 from plainsd.train.run import Interrupted, Rhythm, run
@@ -95,7 +95,8 @@ class Job:
             return
         if self.name in PARTS:
             raise UserError(
-                f"--out {self.out}: the model gets the folder's name, and {self.name!r} is a part of every run; give another"
+                f"--out {self.out}: the model gets the folder's name, and {self.name!r} is a part of every run; "
+                "give another"
             )
         if place.exists() and not (place / "model_index.json").is_file():
             raise UserError(
@@ -132,8 +133,8 @@ class Job:
         framing = Framing(data.buckets, data.crop, data.places, data.flip)
         size, prior = data.size or size, self.options.prior.prior
         sources = [Path(placed(source)[0]) for source in self.options.data]
-        found = [self.read(source, size, data.heldout, prior) for source in self.options.data]
-        pictures = Pictures(joined(found).items, size, framing, data.shuffle_tags)
+        found = joined(self.read(source, size, data.heldout, prior) for source in self.options.data)
+        pictures = Pictures(found.items, size, framing, data.shuffle_tags)
         heldout = None
         if data.heldout:
             found = self.read(str(data.heldout), size, *sources, prior)
@@ -213,7 +214,9 @@ class Job:
         repeats, pace = [item.repeats for item in pictures.items], self.options.pace
         if not pictures.framing.buckets:
             return Repeated(repeats, pace.seed)
-        order = Bucketed([pictures.views(i)[0].size for i in range(len(pictures))], repeats, pace.batch, pace.seed)
+        order = Bucketed(
+            [pictures.views(i)[0].size for i in range(len(pictures))], repeats, given(pace.batch), pace.seed
+        )
         if order.surplus:
             self.say(f"{order.surplus} pictures an epoch are shown once more, to fill up micro-batches of one shape")
         return order
@@ -221,15 +224,16 @@ class Job:
     def fit_options(self, epoch: int, size: int = 0) -> FitOptions:
         """`epoch`: positions in one; `size`: of the pictures."""
         pace, telling = self.options.pace, self.options.telling
+        batch, accumulate = given(pace.batch), given(pace.accumulate)
         return FitOptions(
-            steps=pace.steps or math.ceil(pace.epochs * epoch / (pace.batch * pace.accumulate)),
-            batch=pace.batch,
-            accumulate=pace.accumulate,
-            lr=pace.lr,
-            warmup=pace.warmup,
+            steps=pace.steps or math.ceil(given(pace.epochs) * epoch / (batch * accumulate)),
+            batch=batch,
+            accumulate=accumulate,
+            lr=given(pace.lr),
+            warmup=given(pace.warmup),
             cosine=pace.decline == "cosine",
             betas=(0.9, pace.beta2),
-            weight_decay=pace.weight_decay,
+            weight_decay=given(pace.weight_decay),
             clip=pace.clip,
             ema=pace.ema,
             seed=pace.seed,
@@ -249,7 +253,7 @@ class Job:
             telling.sample_every,
             telling.save_results_every,
             telling.save_epochs,
-            Fraction(pace.batch * pace.accumulate, epoch),
+            Fraction(given(pace.batch) * given(pace.accumulate), epoch),
         )
 
     def train(
@@ -318,7 +322,7 @@ class Job:
 
 def longer(old: str | None, now: str) -> bool:
     """Of two numbers of steps or epochs as text, None among them."""
-    return (old or "").isdigit() and now.isdigit() and int(now) > int(old)
+    return old is not None and old.isdigit() and now.isdigit() and int(now) > int(old)
 
 
 def flat(options) -> dict[str, str]:
@@ -326,7 +330,7 @@ def flat(options) -> dict[str, str]:
     found: dict[str, str] = {}
     for field in fields(options):
         value = getattr(options, field.name)
-        if is_dataclass(value):
+        if is_dataclass(value) and not isinstance(value, type):
             found |= {name: str(entry) for name, entry in asdict(value).items()}
         else:
             found[field.name] = " ".join(value) if field.name == "data" else str(value)

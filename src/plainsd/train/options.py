@@ -5,7 +5,7 @@ Numbers that suit one method and not another are None here, and come from DEFAUL
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import OmitArgPrefixes
 from tyro.constructors import PrimitiveConstructorSpec
@@ -270,10 +270,19 @@ def with_defaults(method: str, steps: Steps) -> Steps:
         if name in ("steps", "epochs", "batch", "accumulate") and value is not None and value < 1:
             raise UserError(f"--{name} {value} is out of range; give 1 or more")
     Settings(seed=filled.seed).check()
-    if not 0 < filled.lr < float("inf"):
+    if not 0 < given(filled.lr) < float("inf"):
         usual = DEFAULTS[method]["lr"]
         raise UserError(f"--lr {filled.lr:g} is out of range; give a number above 0, such as {usual:g}")
     return filled
+
+
+T = TypeVar("T")
+
+
+def given(value: T | None) -> T:
+    """A number that `with_defaults` has filled in."""
+    assert value is not None
+    return value
 
 
 def check_telling(telling: Telling) -> None:

@@ -22,7 +22,7 @@ class Order:
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed
-        self._epoch, self._permutation = -1, None
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
     def __call__(self, position: int) -> int:
         epoch, place = divmod(position, self.count)
@@ -58,7 +58,8 @@ class Bucketed:
         self.batch, self.seed = batch, seed
         self.count = sum(-(-len(group) // batch) * batch for group in self.groups)
         self.surplus = self.count - sum(repeats)
-        self._epoch, self._table = -1, []
+        self._epoch = -1
+        self._table: list[int] = []
 
     def __call__(self, position: int) -> int:
         epoch, place = divmod(position, self.count)
@@ -78,6 +79,6 @@ class Bucketed:
 class Pick(NamedTuple):
     """One picture of a batch, with the random numbers that are its own."""
 
-    index: int  # of the picture in the data
+    index: int  # type: ignore[assignment]  # of the picture in the data; hides the tuple's method
     position: int  # in the run: 0, 1, 2, ...
     generator: torch.Generator

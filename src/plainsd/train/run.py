@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -75,8 +76,8 @@ def run(
     (its state is saved).
 
     `validate`, `sample` and `save` (of results on the way, told their marks) are called with the averaged weights in
-    place, by the first process alone unless the weights are sharded; with `before` the first two also at step 0. `claim`
-    is called when nothing can be refused any more.
+    place, by the first process alone unless the weights are sharded; with `before` the first two also at step 0.
+    `claim` is called when nothing can be refused any more.
     """
     trainer = Trainer(method, options, world)
     diary = Diary(folder, rhythm, options.steps, tensorboard, world.device) if world.first else None
@@ -113,6 +114,7 @@ class Look:
 
     def __call__(self, step: int) -> None:
         diary, trainer, last = self.diary, self.trainer, self.trainer.options.steps
+        sample, save = self.sample, self.save
         if not diary and not trainer.world.sharded:  # only with its weights in parts does it take all processes
             return
         if self.validate and self.rhythm.due("validate", step, last):
@@ -121,13 +123,14 @@ class Look:
                 diary.write({"step": step} | found)
         if diary and step and self.rhythm.due("validate", step, last):
             diary.draw()
-        if self.sample and self.rhythm.due("sample", step, last):
+        if sample and self.rhythm.due("sample", step, last):
             with saving("a sample grid"):
                 (self.folder / "samples").mkdir(exist_ok=True)
-                with_average(trainer, lambda: self.sample(self.folder / "samples" / f"step-{step:08d}.png"))
-        for mark in self.rhythm.marks(step, last) if self.save else ():
-            with saving("a result on the way"):
-                with_average(trainer, lambda mark=mark: self.save(mark))
+                with_average(trainer, lambda: sample(self.folder / "samples" / f"step-{step:08d}.png"))
+        if save:
+            for mark in self.rhythm.marks(step, last):
+                with saving("a result on the way"):
+                    with_average(trainer, partial(save, mark))
 
 
 class Diary:
@@ -136,9 +139,12 @@ class Diary:
     def __init__(self, folder: Path, rhythm: Rhythm, steps: int, tensorboard: bool, device: torch.device):
         with saving("the log"):
             self.log = Log(folder / "log.jsonl")
-        self.curve, self.rhythm, self.steps, self.device = folder / "curve.png", rhythm, steps, device
+        self.rhythm, self.steps, self.device = rhythm, steps, device
         self.board_folder = folder / "tensorboard" if tensorboard else None
-        self.board, self.window, self.bar = None, [], None
+        self.curve: Path | None = folder / "curve.png"
+        self.board: Any = None  # a SummaryWriter
+        self.window: list[Report] = []
+        self.bar: tqdm | None = None
         if tensorboard and not importlib.util.find_spec("tensorboard"):
             raise UserError("TensorBoard is not installed; pip install 'plainsd[train]', or leave --tensorboard out")
         if not importlib.util.find_spec("matplotlib"):
@@ -150,7 +156,7 @@ class Diary:
 
     def note(self, report: Report) -> None:
         if self.bar is None:
-            self.begin(report.step - 1, report.seconds)
+            self.bar = self.begin(report.step - 1, report.seconds)
         self.bar.update()
         self.window.append(report)
         if self.rhythm.due("log", report.step, self.steps):
@@ -160,15 +166,16 @@ class Diary:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.3g}/s, {peak:.1f} GB")
             self.window.clear()
 
-    def begin(self, done: int, spent: float = 0.0) -> None:
+    def begin(self, done: int, spent: float = 0.0) -> tqdm:
         """After a resume the log forgets the steps that are done again. `spent`: seconds that the first step took."""
         self.log.rewind(done)
-        self.bar = tqdm(total=self.steps, initial=done, unit="step", dynamic_ncols=True)
-        self.bar.start_t, self.bar.last_print_t = self.bar.start_t - spent, self.bar.last_print_t - spent
+        self.bar = bar = tqdm(total=self.steps, initial=done, unit="step", dynamic_ncols=True)
+        bar.start_t, bar.last_print_t = bar.start_t - spent, bar.last_print_t - spent
         if self.board_folder:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.board_folder), purge_step=done + 1)
+        return bar
 
     def write(self, line: dict[str, float]) -> None:
         with saving("the log"):

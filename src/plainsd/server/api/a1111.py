@@ -109,8 +109,10 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/sd-models")
     def sd_models() -> list:
-        return [{"title": name, "model_name": name, "hash": model.hash, "sha256": None, "filename": name, "config": None}
-                for name, model in service.models.known.items()]  # fmt: skip
+        return [
+            {"title": name, "model_name": name, "hash": model.hash, "sha256": None, "filename": name, "config": None}
+            for name, model in service.models.known.items()
+        ]
 
     @router.get("/loras")
     def loras() -> list:
@@ -191,15 +193,15 @@ def word_told(word: Word) -> dict:
 def info_of(job: Job) -> dict:
     shown = [tagged(settings, job.loras) for settings in job.each]
     one = shown[0]
-    varied = one.variation_seed if one.variation_strength else one.seed
     return {
         "prompt": one.prompt, "all_prompts": [s.prompt for s in shown], "negative_prompt": one.negative,
         "all_negative_prompts": [s.negative for s in shown], "seed": exact(one.seed),
-        "all_seeds": [exact(s.seed) for s in job.each], "subseed": exact(varied),
+        "all_seeds": [exact(s.seed) for s in job.each], "subseed": exact(getattr(one, one.counted)),
         "subseed_strength": one.variation_strength,
-        "all_subseeds": [exact(s.variation_seed if s.variation_strength else s.seed) for s in job.each],
-        "width": one.size[0], "height": one.size[1], "sampler_name": sampler_label(one.sampler), "cfg_scale": one.guidance,
-        "steps": one.steps, "batch_size": len(job.each), "restore_faces": False, "sd_model_name": job.model,
+        "all_subseeds": [exact(getattr(s, s.counted)) for s in job.each],
+        "width": one.size[0], "height": one.size[1], "sampler_name": sampler_label(one.sampler),
+        "cfg_scale": one.guidance, "steps": one.steps, "batch_size": len(job.each), "restore_faces": False,
+        "sd_model_name": job.model,
         "sd_model_hash": None, "denoising_strength": one.strength,
         "extra_generation_params": {"Schedule type": spacing_label(one.spacing)} | (
             {"Refiner": one.refiner, "Refiner switch at": one.handover} if one.refiner else {}),

@@ -28,7 +28,7 @@ NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET
 RESIZE = ("stretch", "crop", "fill")  # resize_mode 0, 1, 2
 OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
 HARMLESS = ("save", "samples", "grid", "return", "do_not", "show", "live_preview", "outdir")  # options about files
-NOTHING = (None, "", "None", "none", "Automatic", 0, False, [], {})
+NOTHING: tuple[Any, ...] = (None, "", "None", "none", "Automatic", 0, False, [], {})
 NOT_HAD: dict[str, tuple] = {         # fields that would change the picture; those of their values that would not
     "restore_faces": (), "tiling": (), "styles": (), "script_name": (),
     "seed_resize_from_h": (-1,), "seed_resize_from_w": (-1,), "s_churn": (), "s_noise": (1,), "latent_mask": (),
@@ -93,7 +93,7 @@ class Common(BaseModel):
         return fields
 
     def refuse_what_is_not_had(self, table: dict[str, tuple] = NOT_HAD) -> None:
-        given = dict(self.model_extra)
+        given = dict(self.model_extra or {})
         for name, value in (self.alwayson_scripts or {}).items():
             if value not in ({"args": []}, {"args": [False]}):
                 given[name], table = value, {**table, name: ()}

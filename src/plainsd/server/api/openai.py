@@ -80,7 +80,7 @@ FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"s
                    for name, field in ImagesRequest.model_json_schema()["properties"].items()}
     | {"image": {"type": "string", "format": "binary"}, "mask": {"type": "string", "format": "binary"}},
 }}}}}  # fmt: skip
-STREAM = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
 def routes(service: Service) -> APIRouter:

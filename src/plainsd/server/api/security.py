@@ -16,7 +16,7 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, RedirectResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from plainsd.server.errors import Refused
@@ -106,8 +106,8 @@ class Gate:
             headers = Headers(scope=scope)
             self.check_host(scope, headers)
             self.check_origin(scope, headers)
-            if (answer := self.login_link(scope)) is not None:
-                return await answer(scope, receive, guarded)
+            if (login := self.login_link(scope)) is not None:
+                return await login(scope, receive, guarded)
             self.check_token(scope, headers)
             body = await self.body(scope, headers, receive)
         except Refused as refused:
@@ -144,7 +144,8 @@ class Gate:
         self.set_cookie(answer)
         return answer
 
-    def set_cookie(self, answer) -> None:
+    def set_cookie(self, answer: Response) -> None:
+        assert self.token  # it was just given
         answer.set_cookie(COOKIE, session_of(self.token), max_age=30 * 86400, httponly=True, samesite="strict")
 
     def check_equal(self, given: str) -> None:

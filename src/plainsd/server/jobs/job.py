@@ -8,9 +8,9 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from plainsd.pictures.settings import Settings
+from plainsd.pictures.settings import Resolved
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 ACTIVE = (QUEUED, RUNNING)
@@ -78,7 +78,7 @@ class Job:
     client: str
     api: str  # through which it came: "jobs", "openai" or "a1111"
     model: str
-    each: list[Settings]  # nothing left open
+    each: list[Resolved]
     place: str  # of its files, below pictures/
     created: float
     loras: list[tuple[str, float]] = field(default_factory=list)
@@ -118,7 +118,7 @@ class Job:
         ready = not self.drawing and len(self.done) == len(self.each)
         return [place for place in left if place < len(self.each) or ready]
 
-    def settings_of(self, place: int) -> Settings:
+    def settings_of(self, place: int) -> Resolved:
         return self.each[min(place, len(self.each) - 1)]
 
     def picture_id(self, place: int) -> str:
@@ -132,15 +132,15 @@ class Job:
     def seconds_left(self) -> float | None:
         """By the time it has taken since it began; None before there is something to go by."""
         share = self.progress()
-        if self.state != RUNNING or share < 0.02:
+        if self.state != RUNNING or self.started is None or share < 0.02:
             return None
         return (time.time() - self.started) * (1 - share) / share
 
     @cached_property
-    def alike(self) -> list[Settings]:
+    def alike(self) -> list[Resolved]:
         """What pictures must have in common to be drawn together: all but prompts, seeds, and the scale of guidance,
         where there is any."""
-        own = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None, "hashes": ()}
+        own: dict[str, Any] = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None, "hashes": ()}
         return [replace(one, **own, guidance=float(one.guidance == 1)) for one in self.each]
 
 
@@ -151,7 +151,7 @@ class Unit(NamedTuple):
     place: int
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> Resolved:
         return self.job.settings_of(self.place)
 
     @property

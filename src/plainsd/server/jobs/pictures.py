@@ -5,7 +5,7 @@ import secrets
 import time
 from dataclasses import dataclass, replace
 
-from plainsd.pictures.settings import Settings, number
+from plainsd.pictures.settings import Resolved, number
 
 SAFE_INTEGER = 2**53 - 1  # JavaScript's
 
@@ -21,19 +21,19 @@ class Picture:
     file: str  # below the data folder
     width: int
     height: int
-    settings: Settings
+    settings: Resolved
     loras: list[tuple[str, float]]
     created: float
 
 
-def settings_from(data: dict) -> Settings:
-    """What `asdict` and JSON made of Settings, back."""
+def settings_from(data: dict) -> Resolved:
+    """What `asdict` and JSON made of them, back."""
     tuples = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
     pairs = {name: tuple(map(tuple, data.get(name, ()))) for name in ("hashes", "other")}
-    return Settings(**{**data, **tuples, **pairs})
+    return Resolved(**{**data, **tuples, **pairs})
 
 
-def tagged(settings: Settings, loras: list[tuple[str, float]]) -> Settings:
+def tagged(settings: Resolved, loras: list[tuple[str, float]]) -> Resolved:
     """As it is written into a picture: with its LoRAs in the prompt, where every program looks for them."""
     tags = [f"<lora:{name}:{number(strength)}>" for name, strength in loras]
     return replace(settings, prompt=" ".join(filter(None, [settings.prompt, *tags])))

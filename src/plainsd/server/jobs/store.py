@@ -86,7 +86,7 @@ class Store:
                     temporary.write_bytes(content)
             job.inputs = {}
             holes = ", ".join(f":{name}" for name in values)
-            job.number = db.execute(f"INSERT INTO jobs ({names}) VALUES ({holes})", values).lastrowid
+            job.number = db.execute(f"INSERT INTO jobs ({names}) VALUES ({holes})", values).lastrowid or 0
 
     def started(self, job: Job, when: float) -> None:
         with self.transaction() as db:
@@ -195,7 +195,8 @@ class Store:
         self, search: str = "", before: int | None = None, limit: int = 50, job: str | None = None
     ) -> list[Picture]:
         """Newest first. Every word of `search` must be found in prompt, negative prompt, model or seed."""
-        where, values = ["number < ?"], [before if before is not None else 2**62]
+        where = ["number < ?"]
+        values: list[int | str] = [before if before is not None else 2**62]
         for word in search.casefold().split():
             where.append("instr(search, ?)")
             values.append(word)

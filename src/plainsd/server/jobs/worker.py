@@ -40,7 +40,8 @@ class Worker(threading.Thread):
     def __init__(self, queue: Queue, models: Models, store: Store, limits: Limits, size: int):
         super().__init__(name="plainsd-worker", daemon=True)
         self.queue, self.models, self.store, self.limits, self.size = queue, models, store, limits, size
-        self.pictures, self.failures, self.seconds, self.batches = 0, 0, 0.0, Counter()
+        self.pictures, self.failures, self.seconds = 0, 0, 0.0
+        self.batches: Counter[int] = Counter()  # by their size
         self.steps = Histogram(
             "plainsd_step_seconds",
             "of one step of a batch; the first with its text and images",
@@ -93,11 +94,8 @@ class Worker(threading.Thread):
     def sampled(self, model: Model, sd: StableDiffusion, units: list[Unit]) -> Pictures | None:
         """Runs the batch as long as anybody wants it."""
         source = units[0].job.source
-        image, hole = (
-            (self.store.input(name) if name else None for name in (source.image, source.hole))
-            if source
-            else (None, None)
-        )
+        image = self.store.input(source.image) if source and source.image else None
+        hole = self.store.input(source.hole) if source and source.hole else None
         events = batch(sd, [unit.settings for unit in units], image, hole)
         watch = Watch(self, model, units, events.steps)
         with closing(events):
@@ -108,19 +106,21 @@ class Worker(threading.Thread):
                 if self.queue.stopping:
                     raise Stopped
                 if not any(unit.job.active for unit in units):
-                    return None
+                    break
+        return None
 
     # --- keeping -----------------------------------------------------------------------------------------------------
 
     def finished(self, job: Job, image: Image.Image) -> Image.Image:
         """As it is shown: pasted into the old picture where the job says so."""
         source = job.source
-        if source is None or source.base is None:
+        if source is None or source.base is None or source.alpha is None:
             return image
         return pasted(image, self.store.input(source.base), self.store.input(source.alpha), source.box)
 
     def sheet(self, job: Job) -> Image.Image:
         """The X/Y grid, from the files of its pictures."""
+        assert job.sheet is not None  # else it has no such place
         images = []
         for place in range(len(job.each)):
             row = self.store.picture(job.picture_id(place))

@@ -54,7 +54,8 @@ class Reader:
             self._known.move_to_end(caption)
             return self._known[caption]
         with torch.no_grad(), torch.autocast(self.sd.device.type, enabled=False):
-            states = tuple(None if part is None else part.cpu() for part in self._encode([caption]))
+            context, pooled = self._encode([caption])
+            states = context.cpu(), None if pooled is None else pooled.cpu()
         self._known[caption] = states
         self._bytes += _size(states)
         while self._bytes > self.room and len(self._known) > 1:
@@ -71,7 +72,7 @@ class Reader:
         config = self.sd.text_encoders[-1].config
         width = config.projection or config.width
         pooled = coded.vector[:, :width]
-        if self.sd.unet.config.vector - width == 6 * SINUSOID:
+        if (self.sd.unet.config.vector or 0) - width == 6 * SINUSOID:
             said = torch.tensor([bool(caption) for caption in captions], device=context.device)
             context, pooled = context * said[:, None, None], pooled * said[:, None]
         return context, pooled

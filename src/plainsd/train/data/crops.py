@@ -35,7 +35,7 @@ class View(NamedTuple):
 def view_of(original: Size, size: Size, across: float = 0.5, down: float = 0.5, mirrored: bool = False) -> View:
     """A view of the given size, at a place between 0 (left, top) and 1 (right, bottom) of what is to spare."""
     scale = max(box / side for box, side in zip(size, original, strict=True))
-    scaled = tuple(max(box, round(side * scale)) for box, side in zip(size, original, strict=True))
+    scaled = max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
     left, top = int((scaled[0] - size[0]) * across), int((scaled[1] - size[1]) * down)
     return View(scaled, left, top, size, mirrored)
 

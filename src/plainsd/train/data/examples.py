@@ -62,8 +62,9 @@ class Examples:
     def _sizes(self, picks: Sequence[Pick], views: Sequence[int]) -> Tensor:
         rows = []
         for pick, number in zip(picks, views, strict=True):
-            view, original = self.pictures.views(pick.index)[number], self.pictures.items[pick.index].size
-            rows.append([*reversed(original), view.top, view.left, *reversed(view.size)])
+            item, view = self.pictures.items[pick.index], self.pictures.views(pick.index)[number]
+            width, height = item.size or item.open().size
+            rows.append([height, width, view.top, view.left, *reversed(view.size)])
         return torch.tensor(rows, dtype=torch.float32)
 
 

@@ -22,7 +22,9 @@ from plainsd.train.order import random
 class Kept(Protocol):
     """A picture, wherever it lies."""
 
-    place: str | None  # its real path, where it has a file of its own
+    @property
+    def place(self) -> str | None:
+        """Its real path, where it has a file of its own."""
 
     def mark(self) -> str:
         """Changes when the picture does."""

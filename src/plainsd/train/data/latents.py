@@ -113,7 +113,7 @@ def cache_latents(
 class Wanted(NamedTuple):
     """One view of one picture, and its place in the file, counted in numbers."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides the tuple's method, which nobody needs
     view: View
     start: int
     size: int
@@ -147,7 +147,9 @@ def _made(
     with ThreadPoolExecutor(max(1, workers)) as pool:
         load, many = partial(_load, pictures, masked, vae.config.factor), pool.map if workers else map
         coming = many(load, chunks[0]) if chunks else []
-        for chunk, following in zip(tqdm(chunks, "encoding pictures", leave=False, disable=None), [*chunks[1:], []]):
+        for chunk, following in zip(
+            tqdm(chunks, "encoding pictures", leave=False, disable=None), [*chunks[1:], []], strict=False
+        ):
             pixels, masks = zip(*coming, strict=True)
             coming = many(load, following)
             moments = encoded(vae, torch.cat(pixels), dtype)
@@ -210,7 +212,7 @@ def _add_weights(digest, vae: VAE) -> None:
 
 def _kept(folder: Path) -> dict[str, tuple[Path, int, int]]:
     """What the files of a folder hold: key -> file, start, size."""
-    kept = {}
+    kept: dict[str, tuple[Path, int, int]] = {}
     for keys in sorted(folder.glob("latents-*.keys")):
         file = keys.with_suffix(".f16")
         if file.is_file():

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -29,12 +29,28 @@ SMALLEST = 8  # pixels of a picture's shorter side
 class Entry(Protocol):
     """One captioned picture, wherever it lies. Entries are frozen dataclasses, so that a scan can fill in `size`."""
 
-    texts: tuple[str, ...]
-    repeats: int  # how often an epoch shows it
-    size: Size | None  # known after a scan
-    masked: bool
-    name: str
-    place: str | None  # its real path, where it has a file of its own
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # what makes it a dataclass to `replace`
+
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+
+    @property
+    def repeats(self) -> int:
+        """How often an epoch shows it."""
+
+    @property
+    def size(self) -> Size | None:
+        """Known after a scan."""
+
+    @property
+    def masked(self) -> bool: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def place(self) -> str | None:
+        """Its real path, where it has a file of its own."""
 
     def mark(self) -> str:
         """Changes when the picture does, or its mask."""
@@ -79,6 +95,7 @@ class Item:
         return open_picture(self.path)
 
     def open_mask(self) -> Image.Image:
+        assert self.mask is not None  # of those that are `masked`
         return open_picture(self.mask, background="black")
 
 
@@ -221,7 +238,7 @@ def _checked(entry: Entry, whole: dict[str, Sequence[int]]) -> tuple[Entry, str 
 
 def described(pictures: Pictures) -> str:
     """What a scan found, in a line or two."""
-    sides = [min(item.size) for item in pictures.items]
+    sides = [min(item.size) for item in pictures.items if item.size]
     small = sum(side < pictures.size for side in sides)
     texts = {text for item in pictures.items for text in item.texts}
     repeated = sum(item.repeats for item in pictures.items)

@@ -15,7 +15,7 @@ dataset is not fetched as a whole: its first `limit` rows are read one after the
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -100,6 +100,7 @@ class Row:
         return self._picture(self.column, "white")
 
     def open_mask(self) -> Image.Image:
+        assert self.mask is not None  # of those that are `masked`
         return self._picture(self.mask, "black")
 
     def _picture(self, column: str, background: str) -> Image.Image:
@@ -150,8 +151,8 @@ def read_source(
 
 def placed(source: str) -> tuple[str, int]:
     """Where a source lies, and how often an epoch shows it."""
-    place, repeats = SOURCE.fullmatch(source).groups() if not Path(source).exists() else (source, None)
-    return place, int(repeats or 1)
+    found = None if Path(source).exists() else SOURCE.fullmatch(source)
+    return (found[1], int(found[2] or 1)) if found else (source, 1)
 
 
 def kind_of(path: Path, without: Iterable[Path] = ()) -> tuple[str | None, list[str]]:
@@ -190,8 +191,8 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
     options: dict[str, Any] = {"split": reading.split, "streaming": stream, "cache_dir": str(cache / "datasets")}
     try:
         if kind is None:
-            name, revision = HUB_NAME.fullmatch(place).groups()
-            table = datasets.load_dataset(name, revision=revision, **options)
+            name, _, revision = place.partition("@")  # see HUB_NAME
+            table = datasets.load_dataset(name, revision=revision or None, **options)
         elif kind == "imagefolder":
             table = datasets.load_dataset("imagefolder", data_dir=files[0], **options)
         else:
@@ -254,7 +255,7 @@ def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: 
     texts = list(table[text]) if text else [None] * count
     pictures = table.select_columns([picture, mask] if mask else [picture])
     masked = pictures.data.column(mask).is_valid().to_pylist() if mask else [False] * count
-    wanted = range(count)
+    wanted: Sequence[int] = range(count)
     if kind == "imagefolder" and (apart := others(Path(place), reading.without)):
         wanted = [i for i, cell in enumerate(pictures[picture]) if not lies_in(Path(cell["path"]).resolve(), apart)]
     return [
@@ -296,12 +297,12 @@ def streamed(place: str, kind: str | None, files: list[str], cache: Path, readin
     mask, rows = _mask_column(table), table.skip(done).take(reading.limit - done)
     with open(metadata, "a", encoding="utf-8") as file:
         for number, row in enumerate(tqdm(rows, "fetching pictures", leave=False, disable=None), done):
-            line = {"text": list(_texts(row[text] if text else None, None))}
-            stem = f"{number:08d}"
-            for key, column, stem in (("file_name", picture, stem), ("mask", mask, f"{stem}.mask")):
+            line: dict[str, str | list[str]] = {"text": list(_texts(row[text] if text else None, None))}
+            for key, column, end in (("file_name", picture, ""), ("mask", mask, ".mask")):
                 if cell := row.get(column):
-                    line[key] = stem + (Path(cell.get("path") or "").suffix or ".png")
-                    (folder / line[key]).write_bytes(cell.get("bytes") or _fetched(cell["path"]))
+                    name = f"{number:08d}{end}" + (Path(cell.get("path") or "").suffix or ".png")
+                    (folder / name).write_bytes(cell.get("bytes") or _fetched(cell["path"]))
+                    line[key] = name
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
     (folder / "whole").touch()

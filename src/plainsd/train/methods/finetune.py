@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from plainsd.diffusion.schedule import EDMSchedule
+from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.pictures.model import StableDiffusion
 from plainsd.train.data.captions import Reader
@@ -45,6 +45,7 @@ class FineTune:
 
     def errors(self, batch: Batch, objective: Objective = PLAIN) -> Tensor:
         """The error of each picture's prediction: (B,)."""
+        assert isinstance(self.sd.schedule, NoiseSchedule)  # `frozen` takes no other
         context, vector = self.reader(batch.captions, batch.sizes)
         return errors(
             self.sd.unet,
@@ -78,6 +79,7 @@ def frozen(sd: StableDiffusion) -> StableDiffusion:
             "this model was trained at all noise levels (EDM), as its scheduler says, and fine-tuning knows those of a "
             "table only; choose a base that predicts epsilon or v"
         )
+    network: nn.Module
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.requires_grad_(False).eval()
     return sd

@@ -32,7 +32,7 @@ def lora(
     prior: Examples | None = None,
     prior_weight: float = 1.0,
 ) -> FineTune:
-    """The model gets a new LoRA, "trained"; `plainsd.adapters.lora.save_lora` writes it. Its own weights may be bfloat16."""
+    """The model gets a new LoRA, "trained"; `plainsd.adapters.lora.save_lora` writes it. The model may be bfloat16."""
     added = inject(
         frozen(sd),
         rank,
