@@ -2,6 +2,7 @@
 # make demo PROMPT="..."    ... of whatever you like
 # make serve                sets everything up, once, and serves a page at http://127.0.0.1:7860
 # make serve SERVE="--port 8000 --model some/folder"
+# make lint                 how the code is written: ruff
 # make test                 what each change must pass; minutes
 # make test-full            all tests that this machine can run; longer
 # make test-isa             the tests of what is fast, as on other processors: AVX2, an old one, no C++ compiler
@@ -15,13 +16,17 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo serve test test-full test-isa mutants
+.PHONY: demo serve lint test test-full test-isa mutants
 
 demo: .venv/installed
 	@.venv/bin/plainsd generate "$$PROMPT"
 
 serve: .venv/installed-serve
 	@.venv/bin/plainsd serve $(SERVE)
+
+lint: .venv/installed-test
+	.venv/bin/python -m ruff check src tests bench recipes
+	.venv/bin/python -m ruff format --check src tests bench recipes
 
 test: .venv/installed-test
 	.venv/bin/python -m pytest -m "not full and not gpu"

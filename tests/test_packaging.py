@@ -1,4 +1,4 @@
-"""What is built of the sources: a wheel with every file of the package, links that lead somewhere, bounds that are proven."""
+"""What is built of the sources: a wheel with every file of the package, links that lead on, bounds that are proven."""
 
 import re
 import shutil
@@ -13,7 +13,10 @@ from hatchling.build import build_wheel
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-PAGES, FILES = "https://github.com/plainsd/plainsd/blob/main/", "https://raw.githubusercontent.com/plainsd/plainsd/main/"
+PAGES, FILES = (
+    "https://github.com/plainsd/plainsd/blob/main/",
+    "https://raw.githubusercontent.com/plainsd/plainsd/main/",
+)
 
 
 @pytest.fixture(scope="module")

@@ -286,7 +286,11 @@ def test_the_bundled_vocabulary_is_openai_s(clip):
     assert digest == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
     assert digest in (CLIP.parent / "README.md").read_text("utf-8")
     assert "Copyright (c) 2021 OpenAI" in (CLIP.parent / "LICENSE").read_text("utf-8")
-    assert (len(clip), len(clip.merges), clip.encode("a photo of a cat")) == (49_408, 48_894, [320, 1125, 539, 320, 2368])
+    assert (len(clip), len(clip.merges), clip.encode("a photo of a cat")) == (
+        49_408,
+        48_894,
+        [320, 1125, 539, 320, 2368],
+    )
 
 
 @pytest.mark.parametrize(
