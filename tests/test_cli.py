@@ -377,7 +377,7 @@ def test_what_is_missing_is_named(capsys):
     assert main(["convert", "a"]) == 2
     assert capsys.readouterr().err == "plainsd: missing: DST; see plainsd convert --help\n"
     assert main(["merge", "a", "b"]) == 2
-    assert capsys.readouterr().err == "plainsd: missing: --out DST; see plainsd merge --help\n"
+    assert capsys.readouterr().err == "plainsd: missing: --out; see plainsd merge --help\n"
 
 
 @pytest.mark.parametrize("command", [["convert", "MODEL", "COPY"], ["verify", "MODEL"]])

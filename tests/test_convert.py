@@ -141,9 +141,13 @@ def test_clip_vocabulary_is_not_stored_in_a_single_file(tmp_path):
     sd.tokenizers = [clip, Tokenizer.from_vocabulary(find_vocabulary(), pad="!")]
     save(sd, tmp_path / "a.safetensors", layout="single-file")
     assert "vocab.json" not in open_tensors(tmp_path / "a.safetensors").metadata["plainsd.files"]
-    again = load(tmp_path / "a.safetensors", **CPU)
+    with pytest.warns(UserWarning, match="a.safetensors has no tokenizer: CLIP's own stands in$"):
+        again = load(tmp_path / "a.safetensors", **CPU)
     assert [t.pad for t in again.tokenizers] == [49_407, 0]
     assert again.tokenizers[0].encode("a photo of a cat") == clip.encode("a photo of a cat")
+    clip.save(tmp_path / "tokenizer")
+    with pytest.warns(UserWarning, match="no tokenizer: .*tokenizer, which is beside it, stands in$"):
+        load(tmp_path / "a.safetensors", **CPU)
 
 
 # --- files of many shapes --------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""README.md and the chapters in docs/: their Python runs and prints what they say, their commands exist, what they
-quote is in the sources, and their links lead somewhere."""
+"""README.md, CONTRIBUTING.md and the chapters in docs/: their Python runs and prints what they say, their commands
+exist, what they quote is in the sources, and their links lead somewhere."""
 
 import re
 import shlex
@@ -11,12 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from plainsd.adapters.making import WHOLE
+from plainsd.adapters.names import ENDINGS
 from plainsd.cli import COMMANDS, parsed
+from plainsd.diffusion.samplers import SAMPLERS
+from plainsd.models.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("recipes/*/README.md")])
+ITS_OWN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+PAGES = sorted([*ROOT.glob("docs/*.md"), *ITS_OWN, *ROOT.glob("recipes/*/README.md")])
 EACH = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 COMMAND = re.compile(r"^ *(?:\$ )?(?:\.venv/bin/)?(plainsd (?:.*\\\n)*.*)$", re.MULTILINE)
+
+
+@pytest.fixture
+def tables():
+    """What a page registers is taken out again afterwards."""
+    before = [(table, dict(table)) for table in (SAMPLERS, VARIANTS, ENDINGS)], list(WHOLE)
+    yield
+    for table, entries in before[0]:
+        table.clear()
+        table.update(entries)
+    WHOLE[:] = before[1]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -29,7 +45,7 @@ def promised(code: str) -> list[str]:
 
 
 @EACH
-def test_python_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
+def test_python_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, tables):
     """A page's blocks share their names, as they would in one interpreter."""
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -89,4 +105,9 @@ def test_the_readers_of_pages_see_them(tmp_path):
         with pytest.raises((AssertionError, ValueError)):
             check(page)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
-        test_python_runs_and_prints_what_it_says(page, tmp_path, patch)
+        test_python_runs_and_prints_what_it_says(page, tmp_path, patch, None)
+
+
+def test_what_a_page_registers_does_not_stay():
+    assert not {"careful", "sd1-half", "loudness"} & {*SAMPLERS, *VARIANTS, *ENDINGS}
+    assert all("loudness" not in parts for parts, _ in WHOLE)

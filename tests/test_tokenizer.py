@@ -1,5 +1,6 @@
 """The tokenizer against transformers' CLIPTokenizer: ids equal on generated text, from every kind of file."""
 
+import hashlib
 import json
 import logging
 import random
@@ -9,7 +10,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from plainsd.errors import UserError
-from plainsd.text.tokenizer import END, START, VOCABULARY, Tokenizer, byte_symbols, find_vocabulary
+from plainsd.text.tokenizer import CLIP, END, START, VOCABULARY, Tokenizer, byte_symbols, find_vocabulary
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -271,25 +272,25 @@ def test_text_that_is_no_text(clip):
 
 def test_vocabulary_is_found_beside_a_checkpoint_first(clip, tmp_path):
     beside = tmp_path / "model.safetensors"
-    elsewhere = find_vocabulary(beside)
-    assert elsewhere.name == VOCABULARY and elsewhere.parent != tmp_path
+    assert find_vocabulary(beside) == find_vocabulary() == CLIP
     clip.save(tmp_path / "tokenizer")
     assert find_vocabulary(beside) == tmp_path / "tokenizer"
     assert Tokenizer.from_vocabulary(tmp_path / "tokenizer").encode("a cat") == clip.encode("a cat")
-    shutil.copy(elsewhere, tmp_path)
+    shutil.copy(CLIP, tmp_path)
     assert find_vocabulary(beside) == tmp_path / VOCABULARY
 
 
-def test_missing_vocabulary_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("plainsd.text.tokenizer.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: None)
-    with pytest.raises(UserError, match="pip install openai-clip"):
-        find_vocabulary(tmp_path / "model.safetensors")
-    cached = {name: str(tmp_path / name) for name in ("vocab.json", "merges.txt")}
-    for name in cached:
-        (tmp_path / name).touch()
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, name: cached.get(name))
-    assert find_vocabulary() == tmp_path
+def test_the_bundled_vocabulary_is_openai_s(clip):
+    """Byte for byte as in github.com/openai/CLIP, with the licence, and where it is from, beside it."""
+    digest = hashlib.sha256(CLIP.read_bytes()).hexdigest()
+    assert digest == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    assert digest in (CLIP.parent / "README.md").read_text("utf-8")
+    assert "Copyright (c) 2021 OpenAI" in (CLIP.parent / "LICENSE").read_text("utf-8")
+    assert (len(clip), len(clip.merges), clip.encode("a photo of a cat")) == (
+        49_408,
+        48_894,
+        [320, 1125, 539, 320, 2368],
+    )
 
 
 def test_texts_are_those_of_the_files(clip, tmp_path):

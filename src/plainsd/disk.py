@@ -70,7 +70,7 @@ def refusals(path: Path, draft: Path) -> Iterator[None]:
         at = Path(error.filename or draft)
         if error.errno is None or not (at.is_relative_to(draft) or at == path or at in path.parents):
             raise
-        raise DiskError(path, error.strerror) from error
+        raise DiskError(path, error.strerror or str(error)) from error
 
 
 def flush(path: Path) -> None:

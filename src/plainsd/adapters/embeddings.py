@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -265,7 +266,12 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
     keys = [XL_KEYS[name] for name in encoder_names(sd.variant)] if xl else [own]
     table = dict(zip(keys, vectors, strict=True))
     if "emb_params" in table and suffix_of(path) == ".pt":
-        content = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors[0]}, "name": token, WORD: token}
+        content: dict[str, Any] = {
+            "string_to_token": {"*": 265},
+            "string_to_param": {"*": vectors[0]},
+            "name": token,
+            WORD: token,
+        }
         content |= {"step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None}
     else:  # with one entry diffusers takes its key for the word: nothing else may stand beside it
         content = table | {WORD: token} if xl else table

@@ -34,7 +34,7 @@ def kind_of(parts: Collection[str]) -> type[Adapter] | None:
     return next((kind for needed, kind in WHOLE if whole(*needed)), None)
 
 
-WHOLE = (  # which parts tell of which kind
+WHOLE: list[tuple[tuple[str, ...], type[Adapter]]] = [  # which parts tell of which kind
     (("a1", "a2", "b1", "b2"), Global),
     (("oft_blocks",), Rotation),  # or Butterfly, by its shape
     (("gain", "on_input"), Gains),
@@ -43,7 +43,7 @@ WHOLE = (  # which parts tell of which kind
     (("boft_R", "boft_s"), InputButterfly),
     (("diff",), Difference),
     (("diff_b",), Difference),
-)
+]
 
 
 PREFIXES: dict[Callable[..., Adapter], str] = {Hadamard: "hada_", Kronecker: "lokr_"}

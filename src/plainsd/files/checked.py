@@ -37,7 +37,7 @@ def read_value(hint: Any, value: Any, where: str, at: str) -> Any:
     """A value as the type `hint`; `at` is its place, as in `unet.depth[1]`."""
     if isinstance(hint, types.UnionType):
         return read_value(_chosen(hint, value), value, where, at)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return read_fields(hint, value, where, at)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):

@@ -35,13 +35,15 @@ def check_variant(variant: Variant, where: str) -> None:
     check_reads(channels, latents, where)
     if variant.unet.out_channels != latents:
         raise wrong(where, "unet.out_channels", variant.unet.out_channels, f"{latents}, the autoencoder's channels")
-    edm = isinstance(variant.schedule, EDMSchedule)
-    choices = [("prediction", variant.prediction, KNOWN if edm else PREDICTIONS)]
-    choices.append(("context", variant.context, CONTEXTS))
-    if not edm:
-        choices.append(("schedule.curve", variant.schedule.curve, tuple(CURVES.values())))
-    elif variant.schedule.sigma_min >= variant.schedule.sigma_max:
-        raise wrong(where, "schedule.sigma_min", variant.schedule.sigma_min, "below schedule.sigma_max")
+    noise = variant.schedule
+    choices: list[tuple[str, str, tuple[str, ...]]] = [("context", variant.context, CONTEXTS)]
+    if isinstance(noise, EDMSchedule):
+        choices.append(("prediction", variant.prediction, KNOWN))
+        if noise.sigma_min >= noise.sigma_max:
+            raise wrong(where, "schedule.sigma_min", noise.sigma_min, "below schedule.sigma_max")
+    else:
+        choices.append(("prediction", variant.prediction, PREDICTIONS))
+        choices.append(("schedule.curve", noise.curve, tuple(CURVES.values())))
     for name, value, known in choices:
         if value not in known:
             raise UserError(f"{where}: {unknown(name, value, known)}")

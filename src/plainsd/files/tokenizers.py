@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plainsd.files.stored import Contents
 from plainsd.models.variants import Variant, encoder_names
-from plainsd.text.tokenizer import Tokenizer, find_vocabulary
+from plainsd.text.tokenizer import CLIP, Tokenizer, find_vocabulary
 
 CLIP_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # SHA-256 of CLIP's, one a line
 
@@ -18,11 +18,12 @@ def tokenizer_names(variant: Variant) -> list[str]:
 
 
 def tokenizers(contents: Contents, path: Path) -> list[Tokenizer]:
-    """One a text encoder: those that came with the model; for a single file, CLIP's, if the vocabulary is found."""
+    """One a text encoder: those that came with the model; for a single file, of a vocabulary beside it, or CLIP's."""
     if any(name.startswith("tokenizer") for name in contents.texts):
         return read_tokenizers(contents.texts, contents.variant, path)
     vocabulary = find_vocabulary(path)
-    warnings.warn(f"{path} has no tokenizer: CLIP's own stands in, from {vocabulary}", stacklevel=2)
+    stand_in = "CLIP's own" if vocabulary == CLIP else f"{vocabulary}, which is beside it,"
+    warnings.warn(f"{path} has no tokenizer: {stand_in} stands in", stacklevel=2)
     pads = ["<|endoftext|>" if text.activation == "quick_gelu" else "!" for text in contents.variant.text]
     return [Tokenizer.from_vocabulary(vocabulary, pad=pad) for pad in pads]
 

@@ -12,9 +12,9 @@ token `!` is a special token, so a `!` in a prompt has the padding's id 0, and n
 """
 
 import gzip
-import importlib.util
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
@@ -33,13 +33,8 @@ FILES = (
 )
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # and what each is by default
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+CLIP = Path(str(files("plainsd") / "assets" / "clip" / VOCABULARY))
 CLIP_SIZE = 49_408
-CACHED = {  # hub repositories that hold CLIP's vocabulary, and where
-    "openai/clip-vit-large-patch14": "",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "tokenizer/",
-    "stabilityai/stable-diffusion-2-1": "tokenizer/",
-    "stabilityai/stable-diffusion-xl-base-1.0": "tokenizer/",
-}
 
 
 class Tokenizer:
@@ -237,29 +232,14 @@ SYMBOL_BYTES = dict(zip(byte_symbols(), VISIBLE + [byte for byte in range(256) i
 
 
 def find_vocabulary(beside: str | Path | None = None) -> Path:
-    """CLIP's vocabulary, as a path for `from_vocabulary`: beside a checkpoint, in a package, or in the hub's cache."""
-    folders = []
-    if beside is not None:
-        here = Path(beside) if Path(beside).is_dir() else Path(beside).parent
-        folders = [here, here / "tokenizer"]
-    for package in ("clip", "open_clip"):
-        spec = importlib.util.find_spec(package)  # finds the folder; imports nothing
-        folders += [Path(place) for place in (spec.submodule_search_locations if spec else None) or []]
-    from huggingface_hub import try_to_load_from_cache  # takes long to import, and few need it
-
-    for repository, place in CACHED.items():
-        found = [try_to_load_from_cache(repository, place + name) for name in ("vocab.json", "merges.txt")]
-        folders += [Path(str(name)).parent for name in found[:1] if all(isinstance(name, str) for name in found)]
-    for folder in folders:
+    """A path for `from_vocabulary`: the vocabulary beside a checkpoint, or else CLIP's, which the package has."""
+    here = [] if beside is None else [Path(beside) if Path(beside).is_dir() else Path(beside).parent]
+    for folder in (place / name for place in here for name in ("", "tokenizer")):
         if (folder / VOCABULARY).is_file():
             return folder / VOCABULARY
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return folder
-    where = f"beside {beside}, " if beside is not None else ""
-    raise UserError(
-        f"CLIP's vocabulary is missing ({VOCABULARY}, or vocab.json and merges.txt): looked {where}in the "
-        "packages clip and open_clip, and in the hub cache; `pip install openai-clip` brings it"
-    )
+    return CLIP
 
 
 def _backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]], unknown: str) -> Backend:
