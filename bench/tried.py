@@ -121,7 +121,7 @@ def own_kernels(dtype: torch.dtype) -> None:
         )
     for rows, k, n in ((32, 160, 160), (128, 96, 384), (2, 1280, 320)):
         layer, x = nn.Linear(k, n).to(dtype), torch.randn(rows, k, dtype=dtype)
-        packed, own = torch.ops.mkldnn._reorder_linear_weight(layer.weight, None), kernels.pack(layer.weight)
+        packed, own = torch.ops.mkldnn._reorder_linear_weight(layer.weight, None), kernels.packed_weight(layer.weight)
         tell(
             f"linear layer {k} -> {n}, {rows} rows",
             dtype,

@@ -14,7 +14,7 @@ from plainsd.commands.bench import table
 from plainsd.errors import UserError
 from plainsd.reports import bench, rivals
 
-PLACE = bench.Place(None, torch.float32, torch.device("cpu"), 2)
+PLACE = bench.Workbench(None, torch.float32, torch.device("cpu"), 2)
 
 
 def test_sides_take_turns():
@@ -27,14 +27,14 @@ def test_sides_take_turns():
 
 def test_other_work_is_not_compared():
     exact = torch.ones(3)
-    same = bench.compared(bench.Row("work"), {"plainsd": lambda: exact * 1.01}, exact)
+    same = bench.with_distances(bench.Timing("work"), {"plainsd": lambda: exact * 1.01}, exact)
     assert same.errors["plainsd"] == pytest.approx(0.01, rel=1e-3)
     with pytest.raises(UserError, match="diffusers gives another result"):
-        bench.compared(bench.Row("work"), {"diffusers": lambda: exact * 2}, exact)
+        bench.with_distances(bench.Timing("work"), {"diffusers": lambda: exact * 2}, exact)
 
 
 def test_the_table_and_its_ratios():
-    row = bench.Row(
+    row = bench.Timing(
         "work",
         {"diffusers": [2.0, 3.0, 2.5], "plainsd": [1.0, 1.5, 1.25]},
         {"plainsd": 60.0},

@@ -10,7 +10,7 @@ import plainsd
 from plainsd.adapters.baking import baked
 from plainsd.adapters.embeddings import vectors_of
 from plainsd.adapters.lora import add_lora, attached, merge, save_lora
-from plainsd.adapters.names import named, networks
+from plainsd.adapters.names import adaptable_networks, modules_by_name
 from plainsd.errors import UserError
 from plainsd.files.convert import read
 from plainsd.pictures.conditioning import size_vector
@@ -62,9 +62,9 @@ def one_trainer(part, module):
 def lora_save(pair, name_of, *, whole):
     """What ComfyUI's LoraSave makes of two models' difference, with biases: all of it, or its singular vectors."""
     tensors = {}
-    for part, network in networks(pair[0]).items():
-        for ours, module in named(network).items():
-            one, other = (networks(sd)[part].get_submodule(ours) for sd in pair)
+    for part, network in adaptable_networks(pair[0]).items():
+        for ours, module in modules_by_name(network).items():
+            one, other = (adaptable_networks(sd)[part].get_submodule(ours) for sd in pair)
             change, key = (other.weight - one.weight).detach(), name_of(part, module)
             if whole or change.ndim < 2:
                 tensors[f"{key}.diff"] = change
@@ -89,7 +89,7 @@ def test_the_difference_of_two_models(pair, tmp_path, name_of, whole):
     sd, wanted = pair
     bare, right = outputs(sd), outputs(wanted)
     lora = add_lora(sd, tmp_path / "it.safetensors")
-    kinds = {type(networks(sd)[part].get_submodule(name)).__bases__[1] for part, name in lora.adapters}
+    kinds = {type(adaptable_networks(sd)[part].get_submodule(name)).__bases__[1] for part, name in lora.adapters}
     assert kinds == {nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding}
     same(outputs(sd), right, 1e-11)
     assert not any(torch.allclose(one, other) for one, other in zip(bare, right, strict=True))
@@ -98,7 +98,7 @@ def test_the_difference_of_two_models(pair, tmp_path, name_of, whole):
     lora.set_strength(1)
     merge([lora])
     same(outputs(sd), right, 1e-11)
-    for one, other in zip(networks(sd).values(), networks(wanted).values(), strict=True):
+    for one, other in zip(adaptable_networks(sd).values(), adaptable_networks(wanted).values(), strict=True):
         for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=name)
 

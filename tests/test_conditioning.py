@@ -15,7 +15,15 @@ from plainsd.files.folder import read_network
 from plainsd.files.tensorfile import TensorFile, stored
 from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.unet import UNetConfig
-from plainsd.pictures.conditioning import Conditioning, cut, encode_prompts, plan, size_vector, stack, weigh
+from plainsd.pictures.conditioning import (
+    Conditioning,
+    chunked,
+    encode_prompt,
+    encode_prompts,
+    size_vector,
+    stack,
+    weigh,
+)
 from plainsd.text.prompts import Weighted, parse
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
@@ -161,11 +169,11 @@ def test_sdxl_equals_diffusers(sdxl):
 def test_sdxl_base_reads_zeros_for_an_empty_negative(sdxl):
     sd, pipe = sdxl
     _, negative, _, negative_pooled = pipe.encode_prompt(PROMPT)
-    planned = plan(sd, PROMPT, "", 4).negative(0)
+    planned = encode_prompt(sd, PROMPT, "", 4).negative(0)
     close(planned.context, negative)
     close(planned.vector[:, :20], negative_pooled)
-    assert not negative.any() and plan(sd, PROMPT, "blurry", 4).negative(0).context.any()
-    assert plan(sd, "", "", 4).positive(0)[0][0].context.any()
+    assert not negative.any() and encode_prompt(sd, PROMPT, "blurry", 4).negative(0).context.any()
+    assert encode_prompt(sd, "", "", 4).positive(0)[0][0].context.any()
 
 
 @torch.no_grad()
@@ -184,7 +192,7 @@ def test_refiner_equals_diffusers(tokenizers):
     )
     context, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPT)
     sd = parts([tokenizers[1][0]], [ours], "penultimate", 20 + 5 * 256)
-    planned = plan(sd, PROMPT, "", 4, size=(96, 64))
+    planned = encode_prompt(sd, PROMPT, "", 4, size=(96, 64))
     for one, states, pool, score in (
         (planned.positive(0)[0][0], context, pooled, 6.0),
         (planned.negative(0), negative, negative_pooled, 2.5),
@@ -215,7 +223,7 @@ def test_gradients_reach_the_text_encoder(sd1):
 
 
 def sizes(tokenizer, prompt, room=75):
-    chunks = cut(tokenizer, parse(prompt), room)
+    chunks = chunked(tokenizer, parse(prompt), room)
     words = [piece.text for piece in parse(prompt) if piece.weight]
     assert [key for chunk in chunks for key, _ in chunk] == [key for text in words for key in tokenizer.encode(text)]
     return [len(chunk) for chunk in chunks]
@@ -254,7 +262,7 @@ def test_vectors_of_a_learned_token_stay_together():
     assert sizes(tokenizer, "a " * 70 + "<style> b") == [70, 9]
     assert sizes(tokenizer, "a " * 60 + ", " + "b " * 11 + "<style> " + "c " * 80) == [72, 75, 13]
     with pytest.raises(UserError, match="<style>.*8 vectors"):
-        cut(tokenizer, parse("<style>"), 7)
+        chunked(tokenizer, parse("<style>"), 7)
 
 
 @torch.no_grad()
@@ -346,7 +354,7 @@ def test_plan_encodes_each_text_once(sd1, monkeypatch):
     seen = []
     forward = TextEncoder.forward
     monkeypatch.setattr(TextEncoder, "forward", lambda self, ids: seen.append(len(ids)) or forward(self, ids))
-    planned = plan(sd, "[a|b] cat AND [:BREAK d:5]:0.5", "[x:y:0.2]", LATE_STEPS)
+    planned = encode_prompt(sd, "[a|b] cat AND [:BREAK d:5]:0.5", "[x:y:0.2]", LATE_STEPS)
     assert seen == [2 * (2 + 2 + 2)]  # one call, two chunks for each of six texts
     monkeypatch.undo()
     cats = {text: encode_prompts(sd, [f"{text} cat"]).context for text in "ab"}
@@ -362,7 +370,7 @@ def test_plan_encodes_each_text_once(sd1, monkeypatch):
 
 
 def test_plan_of_a_second_pass(sd1):
-    planned = plan(sd1[0], "[a:b:1.5]", "x AND y", LATE_STEPS, first_pass=20)
+    planned = encode_prompt(sd1[0], "[a:b:1.5]", "x AND y", LATE_STEPS, first_pass=20)
     assert planned.parts == ((1.0, ("a",) * 5 + ("b",) * 5),)
     assert set(planned.negatives) == {"x AND y"}  # a negative prompt has no parts
 

@@ -22,7 +22,7 @@ from plainsd.pictures.images import write_png
 from plainsd.pictures.settings import Settings
 from plainsd.train.checkpoints import SaveError, save_checkpoint
 from plainsd.train.data.latents import cache_latents
-from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.pictures import read_pictures
 from plainsd.train.log import Log
 from plainsd.train.options import FitOptions
 from plainsd.train.trainer import Trainer
@@ -83,11 +83,11 @@ def pictures(place: Path, version: int) -> Path:
 
 
 def latents(place: Path, version: int) -> None:
-    cache_latents(tiny_sd().vae, read_folder(pictures(place, version), 16), place / "cache")
+    cache_latents(tiny_sd().vae, read_pictures(pictures(place, version), 16), place / "cache")
 
 
 def marks_of_whole_pictures(place: Path, version: int) -> None:
-    read_folder(pictures(place, version), 16, known=place / "cache" / "whole.json")
+    read_pictures(pictures(place, version), 16, known=place / "cache" / "whole.json")
 
 
 class Line:
@@ -274,7 +274,7 @@ def test_an_index_of_shards_names_no_file_of_another_folder(place):
 
 def test_latents_of_a_run_that_was_cut_short_are_made_again(place, monkeypatch):
     """Encoding ends amid the pictures: no file, and the next run has all of them."""
-    vae, data = tiny_sd().vae, read_folder(pictures(place, 0), 16)
+    vae, data = tiny_sd().vae, read_pictures(pictures(place, 0), 16)
     encode, calls = vae.encode, []
 
     def breaks(pixels):

@@ -10,7 +10,7 @@ from small_models import CPU, FAMILIES, model, same_tensors, without_notes
 
 from plainsd.checkpoint import load, save
 from plainsd.files.convert import convert
-from plainsd.files.distilled import distilled, kind_of
+from plainsd.files.distilled import distillation_named, with_distilled_settings
 from plainsd.files.folder import public_name
 from plainsd.files.names import places
 from plainsd.files.renumbered import without_gaps
@@ -44,7 +44,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_kinds_by_name(name):
-    assert kind_of(name) == KINDS[name]
+    assert distillation_named(name) == KINDS[name]
 
 
 def drawn(variant) -> tuple:
@@ -68,7 +68,7 @@ def drawn(variant) -> tuple:
     ],
 )
 def test_settings_by_name(base, names, settings):
-    variant, said = distilled(VARIANTS[base], names)
+    variant, said = with_distilled_settings(VARIANTS[base], names)
     assert drawn(variant) == settings
     assert (said is None) == (variant == VARIANTS[base])
     if said:

@@ -19,11 +19,11 @@ from plainsd.errors import UserError
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
-from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.pictures import read_pictures
 from plainsd.train.log import read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.full import full
-from plainsd.train.objective import Noise
+from plainsd.train.objective import NoisyLatents
 from plainsd.train.options import FitOptions
 from plainsd.train.processes import World
 from plainsd.train.trainer import Trainer
@@ -106,14 +106,14 @@ def float64_method(place):
     """Full training of a UNet in double precision, where rounding does not tell one process from two. The first weights
     come from a file: `tiny_sd` scales them by norms, whose last digits depend on the number of threads."""
     sd = plainsd.load(Path(place) / "base", device="cpu", dtype="float32").to(dtype=torch.float64)
-    pictures = read_folder(Path(place) / "pictures", 64)
+    pictures = read_pictures(Path(place) / "pictures", 64)
     vae = plainsd.load(Path(place) / "base", device="cpu", dtype="float32").vae
     examples = Examples(pictures, cache_latents(vae, pictures, Path(place) / "cache"))
 
     class Wide:
         def draw(self, *arguments):
             batch = examples.draw(*arguments)
-            return batch._replace(x0=batch.x0.double(), noise=Noise(*(noise.double() for noise in batch.noise)))
+            return batch._replace(x0=batch.x0.double(), noise=NoisyLatents(*(noise.double() for noise in batch.noise)))
 
     return full(sd, Wide())
 

@@ -129,7 +129,7 @@ def test_search_error_equals_the_error_written_out():
     """Every place tried one by one, with the composed picture itself, against the correlation."""
     generator = torch.Generator().manual_seed(0)
     scorer = Scorer([SHAPES[3]], drawing.BACKGROUNDS, 32)
-    glyph = drawing.fitted(SHAPES[3], 22)
+    glyph = drawing.scaled_glyph(SHAPES[3], 22)
     scaled = torch.from_numpy(np.asarray(glyph, np.float32) / 255)
     picture, ground = torch.rand(3, 32, 32, generator=generator), torch.tensor([0.2, 0.5, 0.7])
     least = float("inf")
@@ -150,7 +150,7 @@ def test_scorer_finds_synthetic_shapes():
     for k in range(40):
         concept, name = k % len(SHAPES), ["white", "green", "cyan", "black"][k % 4]
         place = drawing.random_place(f"test:{k}", SHAPES[concept].size, 64)
-        score = scorer(drawing.compose(SHAPES[concept], drawing.BACKGROUNDS[name], 64, place))
+        score = scorer(drawing.draw_picture(SHAPES[concept], drawing.BACKGROUNDS[name], 64, place))
         assert (score.background, score.objects[0]) == (name, concept)
         assert sorted(score.objects) == list(range(len(SHAPES))) and score.error < 8e-3
 

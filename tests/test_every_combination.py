@@ -211,9 +211,9 @@ def test_image_to_image_is_diffusers_picture(models, pipe, family, name, sampler
 def test_inpainting_is_diffusers_picture(models, pipe, monkeypatch, family, name, samplers, strength):
     """To networks that do not read it, diffusers encodes the masked picture too, which draws noise once more."""
     if models[family].unet.config.in_channels == 4:
-        first_noise = plainsd.generate.first_noise
-        monkeypatch.setattr(plainsd.generate, "first_noise", lambda sd, each, size, draw: (
-            noise := first_noise(sd, each, size, draw), draw(noise.shape[1:]))[0])  # fmt: skip
+        prepared = plainsd.generate.prepare_latents
+        monkeypatch.setattr(plainsd.generate, "prepare_latents", lambda sd, each, size, draw: (
+            noise := prepared(sd, each, size, draw), draw(noise.shape[1:]))[0])  # fmt: skip
     for sampler in samplers:
         told = {"image": PHOTO, "mask_image": MASK, "height": SIZE, "width": SIZE}
         expected = theirs(pipe(name, family, sampler), **told, strength=strength)

@@ -23,14 +23,14 @@ from plainsd.train.checkpoints import checkpoints
 from plainsd.train.data.captions import Reader, cut_captions
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
-from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.pictures import read_pictures
 from plainsd.train.log import Log, read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.methods.full import full
 from plainsd.train.methods.inversion import inversion, settle
 from plainsd.train.methods.lora import lora
-from plainsd.train.objective import Noise, Objective, draw_noise, draw_timesteps, errors
+from plainsd.train.objective import NoisyLatents, Objective, draw_noise, draw_timesteps, errors
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick, random
 from plainsd.train.run import Rhythm, run
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(folder, tmp_path_factory):
-    pictures = read_folder(folder, 64)
+    pictures = read_pictures(folder, 64)
     return Examples(pictures, cache_latents(tiny_sd().vae, pictures, tmp_path_factory.mktemp("cache")))
 
 
@@ -82,7 +82,7 @@ def measured(objective=Objective(), *, mask=None, prediction="epsilon", scale=1.
     picks = [Pick(i, i, random(0, 0, i)) for i in range(2)]
     x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     noise = draw_noise(picks, (4, 8, 8), objective)
-    noise = Noise(noise.target * scale, noise.shown * scale)
+    noise = NoisyLatents(noise.target * scale, noise.shown * scale)
     schedule, timesteps = NoiseSchedule.scaled_linear(), torch.tensor(timesteps)
     found = errors(
         Echo(0.0), schedule, prediction, x0, noise, timesteps, torch.zeros(2, 1, 1), objective=objective, mask=mask
@@ -308,7 +308,7 @@ def test_the_prior_counts_with_its_weight(examples):
 def test_a_prior_set_is_made_once(tmp_path, monkeypatch):
     sd = tiny_sd()
     make_prior(sd, tmp_path, "a dog", 6, say=lambda _: None)
-    assert len(read_folder(tmp_path, 64)) == 6
+    assert len(read_pictures(tmp_path, 64)) == 6
     content = (tmp_path / "00005.png").read_bytes()
     (tmp_path / "00005.txt").unlink()  # as a kill would leave it
     make_prior(sd, tmp_path, "a dog", 6, say=lambda _: None)

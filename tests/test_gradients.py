@@ -17,12 +17,12 @@ from plainsd.adapters.lora import save_lora
 from plainsd.diffusion.denoiser import min_snr_weight
 from plainsd.files.folder import read_network
 from plainsd.files.tensorfile import TensorFile, stored
-from plainsd.train.data.examples import Batch
+from plainsd.train.data.examples import ExampleBatch
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.methods.full import full
 from plainsd.train.methods.inversion import inversion
 from plainsd.train.methods.lora import lora
-from plainsd.train.objective import Noise, Objective
+from plainsd.train.objective import NoisyLatents, Objective
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick
 from plainsd.train.trainer import Trainer
@@ -44,7 +44,7 @@ class Given:
         generator = torch.Generator().manual_seed(7)
         draw = lambda: torch.randn(3, 4, 8, 8, generator=generator, dtype=torch.float64)  # noqa: E731
         self.x0, noise = draw(), draw()
-        self.batch = Batch(list(captions), TIMESTEPS, self.x0, Noise(noise, noise), None, SIZES)
+        self.batch = ExampleBatch(list(captions), TIMESTEPS, self.x0, NoisyLatents(noise, noise), None, SIZES)
 
     def draw(self, picks, steps, objective):
         return self.batch

@@ -120,7 +120,7 @@ def test_linear(dtype, m, k, n, after):
     layer, other = torch.nn.Linear(k, n).to(dtype).requires_grad_(False), torch.randn(2, m, n).to(dtype)
     x, exact = torch.randn(2, m, 2 * k).to(dtype)[..., ::2], copy.deepcopy(layer).double()
     outcome = {"none": lambda y, other: y, "gelu": lambda y, other: F.gelu(y), "times": torch.mul}[after]
-    packed = kernels.pack(layer.weight)
+    packed = kernels.packed_weight(layer.weight)
     for bias in (layer.bias, None):
         expected = outcome(F.linear(x.double(), exact.weight, None if bias is None else exact.bias), other.double())
         allowed = rounding(dtype) + 3e-7 + k**0.5 * 2**-25  # of the output; GELU, to 3 in 10^7; a sum of k in order
@@ -130,7 +130,7 @@ def test_linear(dtype, m, k, n, after):
 def test_gelu_far_out():
     """Also where its tail is nearly nothing, and where it is nearly x."""
     x = torch.linspace(-12, 12, 2001).reshape(-1, 1).repeat(1, 2)
-    packed = kernels.pack(torch.eye(2))
+    packed = kernels.packed_weight(torch.eye(2))
     assert (kernels.linear(x, packed, 2, None, "gelu").double() - F.gelu(x.double())).abs().max() < 2e-6
 
 
@@ -304,7 +304,7 @@ def test_threads_change_nothing(threads):
     torch.manual_seed(0)
     norm, x = torch.nn.GroupNorm(4, 32).requires_grad_(False), torch.randn(2, 32, 40, 40)
     q, k, v = torch.randn(3, 2, 4, 200, 40).unbind(0)
-    packed, rows = kernels.pack(torch.randn(96, 160)), torch.randn(100, 160)
+    packed, rows = kernels.packed_weight(torch.randn(96, 160)), torch.randn(100, 160)
 
     def all_of_them():
         outcome = [kernels.norm_silu(norm, x), kernels._attention(q, k, v), kernels.linear(rows, packed, 96, None)]

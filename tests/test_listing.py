@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from serving import embedding_file, lora_file, model_folder
 
 import plainsd
-from plainsd.adapters.embeddings import add_embedding, save_embedding, told
+from plainsd.adapters.embeddings import add_embedding, embedding_in, save_embedding
 from plainsd.adapters.lora import add_lora, attached, find_lora, save_lora
 from plainsd.cli import main
 from plainsd.errors import UserError
@@ -79,7 +79,7 @@ def test_words_with_their_endings_in_upper_case(tmp_path, name):
         torch.save({"<cat>": vectors}, path)
     sd = tiny_sd()
     assert add_embedding(sd, path) == "<cat>"
-    assert told(path).startswith("2 vectors of 32 numbers")
+    assert embedding_in(path).startswith("2 vectors of 32 numbers")
     dialect = "a1111" if name.endswith("PT") else "diffusers"
     save_embedding(sd, "<cat>", tmp_path / f"out{path.suffix}", dialect)
     add_embedding(tiny_sd(), tmp_path / f"out{path.suffix}", "<cat>")

@@ -27,7 +27,7 @@ from plainsd.adapters.lora import (
     save_lora,
     targeted,
 )
-from plainsd.adapters.names import dotted_name, known_names, kohya_name, modules_of, networks
+from plainsd.adapters.names import adaptable_networks, dotted_name, known_names, kohya_name, modules_of
 from plainsd.errors import UserError
 from plainsd.files.stored import empty
 from plainsd.models.clip import TextEncoder
@@ -517,7 +517,7 @@ def test_our_files_load_in_ours(tmp_path, variant, naming, dora):
     add_lora(again, tmp_path / "lora.safetensors")
     assert attached(again)[0].adapters.keys() == lora.adapters.keys()
     for place, adapter in attached(again)[0].adapters.items():
-        weight = networks(sd)[place[0]].get_submodule(place[1]).weight
+        weight = adaptable_networks(sd)[place[0]].get_submodule(place[1]).weight
         torch.testing.assert_close(adapter.change(weight), lora.adapters[place].change(weight), rtol=1e-12, atol=1e-12)
     if before is not None:
         same(ours(again), before, 1e-11)

@@ -15,7 +15,7 @@ import plainsd
 from plainsd.adapters.kinds import Butterfly, Difference, Gains, Global, Rotation
 from plainsd.adapters.layers import Adapted, Hadamard, Kronecker, LowRank
 from plainsd.adapters.lora import add_lora, attached, bases, merge, save_lora
-from plainsd.adapters.names import known_names, networks
+from plainsd.adapters.names import adaptable_networks, known_names
 from plainsd.errors import UserError
 
 
@@ -140,7 +140,7 @@ def test_dylora_is_a_lora_to_its_readers(theirs, sd, tmp_path):
     known = known_names(sd)
     for one in made.loras:
         part, name = known[one.lora_name]
-        own = networks(sd)[part].get_submodule(name).weight
+        own = adaptable_networks(sd)[part].get_submodule(name).weight
         change = one.scale * torch.cat(list(one.up_list), 1) @ torch.cat(list(one.down_list))
         torch.testing.assert_close(lora.adapters[part, name].change(own).flatten(1), change, rtol=1e-12, atol=1e-12)
         if one.module_type == "linear":  # LyCORIS 4.1.3 cannot read its own files of convolutions again

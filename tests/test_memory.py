@@ -47,21 +47,21 @@ def random_vae(dtype: torch.dtype) -> VAE:
 def test_bands_are_the_whole_picture(narrow, size, form):
     vae = random_vae(torch.float32).to(memory_format=form)
     pixels = torch.rand(2, 3, *size) * 2 - 1
-    whole, banded = vae.encode(pixels), vae_bands.encode(vae, pixels)
+    whole, banded = vae.encode(pixels), vae_bands.encode_in_bands(vae, pixels)
     torch.testing.assert_close(banded.mean, whole.mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(banded.logvar, whole.logvar, rtol=0, atol=1e-5)
-    torch.testing.assert_close(vae_bands.decode(vae, whole.mean), vae.decode(whole.mean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(vae_bands.decode_in_bands(vae, whole.mean), vae.decode(whole.mean), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_bands_agree_to_1_in_255_in_bfloat16(narrow):
     """Where each rounding goes on to the next layer, nothing but the same numbers would."""
     vae, pixels = random_vae(torch.bfloat16), (torch.rand(1, 3, 64, 64) * 2 - 1).bfloat16()
-    whole, banded = vae.encode(pixels), vae_bands.encode(vae, pixels)
+    whole, banded = vae.encode(pixels), vae_bands.encode_in_bands(vae, pixels)
     assert (whole.mean - banded.mean).abs().max() < 1 / 255
     latents = 3 * whole.mean
     assert (
-        vae.decode(latents) - vae_bands.decode(vae, latents)
+        vae.decode(latents) - vae_bands.decode_in_bands(vae, latents)
     ).abs().max() <= 2 / 255  # pixels are 2 apart in [-1, 1]
 
 
@@ -77,8 +77,8 @@ def test_pieces_decoded_alone_would_show(narrow):
 def test_nothing_given_is_written_over(narrow):
     vae, pixels, latents = random_vae(torch.float32), torch.rand(1, 3, 64, 64), torch.randn(1, 4, 16, 16)
     kept = pixels.clone(), latents.clone()
-    vae_bands.encode(vae, pixels)
-    vae_bands.decode(vae, latents)
+    vae_bands.encode_in_bands(vae, pixels)
+    vae_bands.decode_in_bands(vae, latents)
     assert torch.equal(pixels, kept[0]) and torch.equal(latents, kept[1])
 
 
@@ -295,15 +295,15 @@ def test_a_model_too_large_for_its_device_is_offloaded(monkeypatch):
         return tiny_sd()
 
     with pytest.warns(UserWarning, match="the model does not fit on cuda:0: its networks wait on the CPU"):
-        sd = memory.fitted(make, gpu, least=False)
+        sd = memory.placed(make, gpu, least=False)
     assert asked == [gpu, CPU] and sd.device == gpu and sd.saving == memory.Saving()
     asked.clear()
-    sd = memory.fitted(make, gpu, least=True)
+    sd = memory.placed(make, gpu, least=True)
     assert asked == [CPU] and sd.device == gpu and sd.saving == memory.LEAST
-    sd = memory.fitted(make, CPU, least=True)
+    sd = memory.placed(make, CPU, least=True)
     assert sd.stage is None and sd.saving == memory.LEAST
     with pytest.raises(torch.OutOfMemoryError):
-        memory.fitted(lambda device: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")), CPU, least=False)
+        memory.placed(lambda device: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")), CPU, least=False)
 
 
 @pytest.mark.gpu

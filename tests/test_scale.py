@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from plainsd.cli import main
-from plainsd.commands.torchrun import Share, share_of_torchrun
+from plainsd.commands.torchrun import ProcessShare, share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 
@@ -18,7 +18,7 @@ OPTIONS = ["--steps", "2", "--seed", "3", "--device", "cpu", "--dtype", "float32
 @pytest.mark.parametrize("count", [0, 1, 5, 6, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_shares_are_whole_and_even(count, size):
-    parts = [Share(rank, size).part(count) for rank in range(size)]
+    parts = [ProcessShare(rank, size).part(count) for rank in range(size)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -26,19 +26,19 @@ def test_shares_are_whole_and_even(count, size):
 def test_the_place_is_torchruns(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert share_of_torchrun() == Share() and Share().alone and Share().agreed(7) == 7
+    assert share_of_torchrun() == ProcessShare() and ProcessShare().alone and ProcessShare().agreed(7) == 7
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert share_of_torchrun() == Share(5, 8, 1)
+    assert share_of_torchrun() == ProcessShare(5, 8, 1)
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert Share(3, 4, 1).device("auto") == "cuda:1" and Share(3, 4, 1).device("cpu") == "cpu"
-    assert Share().device("auto") == "auto"
+    assert ProcessShare(3, 4, 1).device("auto") == "cuda:1" and ProcessShare(3, 4, 1).device("cpu") == "cpu"
+    assert ProcessShare().device("auto") == "auto"
     with pytest.raises(UserError, match="2 GPUs cannot serve process 3 of this machine"):
-        Share(2, 4, 2).device("cuda")
+        ProcessShare(2, 4, 2).device("cuda")
 
 
 def test_two_processes_draw_what_one_draws(tmp_path):

@@ -26,7 +26,7 @@ from plainsd.server.errors import Refused
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
-from plainsd.server.uploads import box_around, filled
+from plainsd.server.uploads import box_around, filled_hole
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +210,10 @@ def test_boxes_keep_the_proportions_and_holes_take_the_colours_around():
     assert box_around(mask_of(0, 0, 100, 10, size=(100, 60)), 0, (64, 64)) == (0, 0, 100, 60)
     image = Image.new("RGB", (64, 64), (200, 40, 90))
     image.paste("white", (20, 20, 50, 50))
-    assert alike(filled(image, mask_of(20, 20, 50, 50)), Image.new("RGB", (64, 64), (200, 40, 90)))
+    assert alike(filled_hole(image, mask_of(20, 20, 50, 50)), Image.new("RGB", (64, 64), (200, 40, 90)))
     halves = Image.new("RGB", (64, 64), "black")
     halves.paste("white", (32, 0, 64, 64))
-    across = filled(halves, mask_of(8, 24, 56, 40)).convert("L")
+    across = filled_hole(halves, mask_of(8, 24, 56, 40)).convert("L")
     assert across.getpixel((9, 32)) < across.getpixel((54, 32)) and across.getpixel((2, 2)) == 0
 
 

@@ -60,7 +60,7 @@ def with_errors_of_float32(sd):
         size = 2**-24 * layer.weight[0].numel() ** 0.5 * out.square().mean().sqrt()
         return out + size * torch.randn(out.shape, generator=generator, dtype=out.dtype)
 
-    for network in model.networks(sd):
+    for network in model.networks_of(sd):
         for module in network.modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 module.register_forward_hook(off)
@@ -70,7 +70,7 @@ def with_errors_of_float32(sd):
 @pytest.mark.parametrize("variant", [{}, {"variant": TINY_XL}], ids=["sd1", "sdxl"])
 def test_a_faster_model_draws_the_same(variant):
     plain, fast = tiny_sd(**variant), model.faster(tiny_sd(**variant))
-    kinds = {type(module) for network in model.networks(fast) for module in network.modules()}
+    kinds = {type(module) for network in model.networks_of(fast) for module in network.modules()}
     assert {PackedLinear, PackedConv, PackedFeedForward, PackedUpsample, *PACKED.values()} <= kinds
     assert not kinds & {torch.nn.Linear, torch.nn.Conv2d, FeedForward, Upsample}
     assert_as_exact(fast, lambda: tiny_sd(**variant))

@@ -26,7 +26,7 @@ from plainsd.text.tokenizer import Tokenizer
 from plainsd.train.checkpoints import checkpoints, save_checkpoint
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
-from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.pictures import read_pictures
 from plainsd.train.log import Log, read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.full import full
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 
 def make_scratch(folder, tmp_path, seed=0):
-    pictures = read_folder(folder, 16)
+    pictures = read_pictures(folder, 16)
     torch.manual_seed(0)
     vae = VAE(TINY_VAE)
     torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def test_random_numbers_belong_to_seed_purpose_and_position():
 
 
 def test_pictures_are_resized_and_cut_to_a_square(folder):
-    pixels = read_folder(folder, 16).pixels([0, 5])
+    pixels = read_pictures(folder, 16).pixels([0, 5])
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.std(dim=(2, 3)).max() < 1e-6  # one colour each, still
 
@@ -102,7 +102,7 @@ def test_pairs_of_picture_and_text(folder, tmp_path):
     for name in ("a", "b"):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"caption of {name}\n")
-    items = read_folder(tmp_path, 16).items
+    items = read_pictures(tmp_path, 16).items
     assert [(i.path.name, i.texts) for i in items] == [("a.png", ("caption of a",)), ("b.png", ("caption of b",))]
 
 
@@ -112,28 +112,28 @@ def test_broken_pictures_and_empty_captions_are_listed_and_left_out(folder, tmp_
         (tmp_path / f"{i}.txt").write_text("a caption" if i else " \n")
     (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     said = []
-    assert len(read_folder(tmp_path, 16, bad_share=0.5, say=said.append)) == 6
+    assert len(read_pictures(tmp_path, 16, bad_share=0.5, say=said.append)) == 6
     assert "left out 2 of 8" in said[0] and "0.png: no caption" in said[0] and "1.png" in said[0]
     with pytest.raises(UserError, match="2 of 8 pictures cannot be used"):
-        read_folder(tmp_path, 16, say=said.append)
+        read_pictures(tmp_path, 16, say=said.append)
 
 
 def test_no_bad_pictures_are_no_more_than_any_share(folder, tmp_path):
-    assert len(read_folder(folder, 16, bad_share=0)) == 12
+    assert len(read_pictures(folder, 16, bad_share=0)) == 12
     for i in range(4):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a caption" if i else "")
-    assert len(read_folder(tmp_path, 16, bad_share=0.25, say=lambda _: None)) == 3  # just as many as are allowed
+    assert len(read_pictures(tmp_path, 16, bad_share=0.25, say=lambda _: None)) == 3  # just as many as are allowed
     for share in (0, 0.24):
         with pytest.raises(UserError, match=f"1 of 4 pictures cannot be used, more than {share:.0%}"):
-            read_folder(tmp_path, 16, bad_share=share, say=lambda _: None)
+            read_pictures(tmp_path, 16, bad_share=share, say=lambda _: None)
 
 
 def test_a_folder_that_is_not_there_or_empty(tmp_path):
     with pytest.raises(UserError, match="no folder"):
-        read_folder(tmp_path / "nowhere", 16)
+        read_pictures(tmp_path / "nowhere", 16)
     with pytest.raises(UserError, match="no pictures"):
-        read_folder(tmp_path, 16)
+        read_pictures(tmp_path, 16)
 
 
 # ---- the loop
@@ -441,7 +441,7 @@ def test_scratch_learns(folder, tmp_path):
 
 
 def test_latents_are_cached_once_and_anew_for_another_autoencoder(folder, tmp_path, monkeypatch):
-    pictures, vae = read_folder(folder, 16), VAE(TINY_VAE)
+    pictures, vae = read_pictures(folder, 16), VAE(TINY_VAE)
     first = cache_latents(vae, pictures, tmp_path)
     monkeypatch.setattr(VAE, "encode", None)  # a second encoding would fail
     assert torch.equal(first.data, cache_latents(vae, pictures, tmp_path).data)
@@ -456,7 +456,7 @@ def test_latents_are_cached_once_and_anew_for_another_autoencoder(folder, tmp_pa
 
 
 def test_cached_latents_are_the_autoencoders(folder, tmp_path):
-    pictures, vae = read_folder(folder, 16), VAE(TINY_VAE)
+    pictures, vae = read_pictures(folder, 16), VAE(TINY_VAE)
     q = vae.encode(pictures.pixels([4]))
     mean, std = cache_latents(vae, pictures, tmp_path).moments(4)[None].float().chunk(2, dim=1)
     torch.testing.assert_close(mean, q.mean, rtol=2e-3, atol=2e-3)
@@ -470,7 +470,7 @@ def test_cached_latents_are_the_autoencoders(folder, tmp_path):
 @pytest.mark.parametrize("patch_weight", [0.0, 0.002])
 def test_the_autoencoder_learns(folder, patch_weight):
     torch.manual_seed(0)
-    pictures = read_folder(folder, 16)
+    pictures = read_pictures(folder, 16)
     vae = VAE(TINY_VAE)
     init_vae(vae)
     before = validate(vae, pictures)["psnr"]
@@ -481,7 +481,7 @@ def test_the_autoencoder_learns(folder, patch_weight):
 
 
 def test_the_discriminator_is_fooled_and_taught_by_one_sum(folder):
-    method = VaeMethod(VAE(TINY_VAE), read_folder(folder, 16), patch_weight=1.0)
+    method = VaeMethod(VAE(TINY_VAE), read_pictures(folder, 16), patch_weight=1.0)
     judge = method.modules["discriminator"]
     real, fake = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16, requires_grad=True)
     method._adversarial(real, fake, {}, joined=True).backward()
@@ -496,7 +496,7 @@ def test_the_discriminator_is_fooled_and_taught_by_one_sum(folder):
 
 
 def test_scaling_makes_latents_unit_sized(folder):
-    vae, pictures = VAE(TINY_VAE), read_folder(folder, 16)
+    vae, pictures = VAE(TINY_VAE), read_pictures(folder, 16)
     q = vae.encode(pictures.pixels(range(12)))
     drawn = q.sample(torch.randn(q.mean.shape))
     assert measure_scaling(vae, pictures) * drawn.std().item() == pytest.approx(1, rel=0.05)

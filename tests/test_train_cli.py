@@ -29,7 +29,7 @@ from plainsd.server.embeddings import Words
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
-from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.pictures import read_pictures
 from plainsd.train.log import read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.lora import lora
@@ -191,7 +191,7 @@ def test_the_seed_is_that_of_first_weights_order_and_noise(train, base, pictures
         out, sd = tmp_path / str(seed), plainsd.load(base, device="cpu", dtype="float32")
         options = ["--steps", "2", "--batch", "2", "--accumulate", "1", "--lr", "1e-30", "--seed", str(seed)]
         assert train("lora", *options, out=out)[0] == 0
-        data = read_folder(pictures, 64)
+        data = read_pictures(pictures, 64)
         method = lora(sd, Examples(data, cache_latents(sd.vae, data, tmp_path / "cache")), seed=seed)
         fitted = fit(method, Repeated([1] * 4, seed), FitOptions(steps=2, batch=2, lr=1e-30, seed=seed))
         losses[seed] = [report.loss for report in fitted]
@@ -363,7 +363,7 @@ def test_vae_goes_on_from_a_base(train, base, pictures, tmp_path):
     two = 1e-2 * (1 / 200 + 2 / 200)  # steps of AdamW, each of about the learning rate, which warms up
     for part, found in (("decoder", decoder.decoder), ("decoder", both.decoder), ("encoder", both.encoder)):
         assert 0.5 * two < farthest(found, getattr(before, part)) < 1.1 * two
-    assert both.config.scaling_factor == pytest.approx(measure_scaling(both, read_folder(pictures, 16)), rel=1e-4)
+    assert both.config.scaling_factor == pytest.approx(measure_scaling(both, read_pictures(pictures, 16)), rel=1e-4)
     assert abs(both.config.scaling_factor / before.config.scaling_factor - 1) > 0.01
     code, said = train("vae", "--steps", "2", "--base", str(tmp_path / "both" / "vae"), out=tmp_path / "both")
     assert code == 2 and "holds a run with" in said[0]

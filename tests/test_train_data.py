@@ -15,7 +15,7 @@ from plainsd.models.vae import VAE, VAEConfig
 from plainsd.train.data.crops import Framing, boxes, cut_out, nearest_box, view_of
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
-from plainsd.train.data.pictures import Item, Pictures, described, read_folder, shuffled
+from plainsd.train.data.pictures import Item, PictureSet, described, read_pictures, shuffled
 from plainsd.train.data.sources import Reading, read_source
 from plainsd.train.order import Bucketed, Pick, Repeated, random
 
@@ -101,7 +101,7 @@ def test_a_stream_keeps_the_first_rows_and_goes_on_where_it_was(folder, tmp_path
     source, cache = written("tar", tmp_path / "tar"), tmp_path / "cache"
     reading = Reading(stream=True, limit=4)
     first = read_source(source, 16, cache, reading)
-    assert torch.equal(first.pixels(range(4)), read_folder(folder, 16).pixels(range(4)))
+    assert torch.equal(first.pixels(range(4)), read_pictures(folder, 16).pixels(range(4)))
     kept = next(cache.glob("stream-*"))
     lines = (kept / "metadata.jsonl").read_text().splitlines(keepends=True)
     (kept / "whole").unlink()
@@ -180,7 +180,7 @@ def test_faults_are_told_one_by_one(tmp_path):
     (tmp_path / "bare.txt").unlink()
     Image.new("L", (10, 10)).save(tmp_path / "off.mask.png")
     said = []
-    assert len(read_folder(tmp_path, 16, bad_share=0.9, say=said.append)) == 1
+    assert len(read_pictures(tmp_path, 16, bad_share=0.9, say=said.append)) == 1
     for fault in (
         "left out 4 of 5",
         "small.png: only 20x7 pixels",
@@ -189,7 +189,7 @@ def test_faults_are_told_one_by_one(tmp_path):
         "off.png: its mask is of another size",
     ):
         assert fault in said[0]
-    assert {item.texts for item in read_folder(tmp_path, 16, caption="it", bad_share=0.9, say=quiet).items} == {
+    assert {item.texts for item in read_pictures(tmp_path, 16, caption="it", bad_share=0.9, say=quiet).items} == {
         ("a caption",),
         ("it",),
     }
@@ -197,33 +197,33 @@ def test_faults_are_told_one_by_one(tmp_path):
 
 def test_pictures_that_were_whole_are_not_opened_again(folder, tmp_path, monkeypatch):
     known = tmp_path / "scanned.json"
-    first = read_folder(folder, 16, known=known)
+    first = read_pictures(folder, 16, known=known)
     monkeypatch.setattr(Item, "open", None)
-    assert read_folder(folder, 16, known=known).items == first.items
+    assert read_pictures(folder, 16, known=known).items == first.items
     monkeypatch.undo()
     (folder / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")  # changed since
     with pytest.raises(UserError, match="1 of 5 pictures cannot be used"):
-        read_folder(folder, 16, known=known, say=quiet)
+        read_pictures(folder, 16, known=known, say=quiet)
 
 
 def test_a_picture_that_changed_and_kept_its_size_is_opened_again(folder, tmp_path):
     known, path = tmp_path / "scanned.json", folder / "3.png"
-    read_folder(folder, 16, known=known)
+    read_pictures(folder, 16, known=known)
     path.write_bytes(b"\0" * path.stat().st_size)
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
     with pytest.raises(UserError, match="1 of 5 pictures cannot be used"):
-        read_folder(folder, 16, known=known, say=quiet)
+        read_pictures(folder, 16, known=known, say=quiet)
 
 
 def test_the_report(folder):
-    pictures = Pictures(read_folder(folder, 24, repeats=2).items, 24, Framing(buckets=True))
+    pictures = PictureSet(read_pictures(folder, 24, repeats=2).items, 24, Framing(buckets=True))
     lines = described(pictures).splitlines()
     assert lines[0] == "5 pictures, 10 an epoch, 5 captions; shorter sides 16 to 20 px, median 16; 5 are enlarged to 24"
     assert lines[1].startswith("sizes: ") and "24x24 2" in lines[1]
 
 
 def test_a_share_is_held_out(folder):
-    pictures = read_folder(folder, 16)
+    pictures = read_pictures(folder, 16)
     rest, held = pictures.split(0.4)
     assert len(held) == 2 and len(rest) == 3
     assert {i.name for i in rest.items} | {i.name for i in held.items} == {i.name for i in pictures.items}
@@ -304,7 +304,7 @@ def test_tags_are_shuffled_behind_the_first(folder):
     seen = {shuffled("a, b , c,d", 1, random(0, 0, i)) for i in range(60)}
     assert len(seen) == 6 and all(text.startswith("a, ") for text in seen)
     assert all(sorted(text.split(", ")) == ["a", "b", "c", "d"] for text in seen)
-    pictures = Pictures(read_folder(folder, 16).items, 16, tags=1)
+    pictures = PictureSet(read_pictures(folder, 16).items, 16, tags=1)
     assert {pictures.caption(2, random(0, 0, i)) for i in range(20)} == {
         "picture 2, tag a, tag b",
         "picture 2, tag b, tag a",
@@ -315,7 +315,7 @@ def test_tags_are_shuffled_behind_the_first(folder):
 
 
 def framed(folder, **framing):
-    return Pictures(read_folder(folder, 16).items, 16, Framing(**framing))
+    return PictureSet(read_pictures(folder, 16).items, 16, Framing(**framing))
 
 
 def test_every_view_of_every_picture_is_cached(folder, tmp_path):

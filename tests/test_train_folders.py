@@ -16,9 +16,9 @@ from plainsd.errors import UserError
 from plainsd.listing import files_below, read_prompts
 from plainsd.models.vae import VAE
 from plainsd.train.data.crops import Framing, boxes, nearest_box
-from plainsd.train.data.heldout import chosen, chosen_before, digests, of_run
+from plainsd.train.data.heldout import chosen_before, chosen_pictures, digests, of_run
 from plainsd.train.data.latents import Wanted, _add_weights, cache_latents, view_keys
-from plainsd.train.data.pictures import Pictures, read_folder
+from plainsd.train.data.pictures import PictureSet, read_pictures
 from plainsd.train.data.sources import Reading, read_source
 from plainsd.train.order import Pick, random
 
@@ -42,7 +42,7 @@ def pair(folder, name, text="a caption", size=(16, 16), ending=".png", number=No
 
 
 def names(folder, **more):
-    return [str(item.path.relative_to(folder)) for item in read_folder(folder, 16, say=quiet, **more).items]
+    return [str(item.path.relative_to(folder)) for item in read_pictures(folder, 16, say=quiet, **more).items]
 
 
 # ---- what a folder holds
@@ -73,14 +73,14 @@ def test_a_link_to_nothing_is_told(pairs):
     (pairs / "gone.png").symlink_to(pairs / "nowhere.png")
     (pairs / "gone.txt").write_text("it was here")
     with pytest.raises(UserError, match="gone.png: No such file or directory .*gone.png"):
-        read_folder(pairs, 16, say=quiet)
+        read_pictures(pairs, 16, say=quiet)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_subfolder_that_may_not_be_read_is_told(pairs):
     (pairs / "locked").mkdir(mode=0)
     with pytest.raises(UserError, match="cannot read the folder .*locked"):
-        read_folder(pairs, 16)
+        read_pictures(pairs, 16)
 
 
 def test_unreadable_subfolders_are_heard_of(tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_unreadable_subfolders_are_heard_of(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     assert files_below(tmp_path) == []
     with pytest.raises(UserError, match="cannot read the folder .*locked.*Permission denied.*; check its permissions"):
-        read_folder(tmp_path, 16)
+        read_pictures(tmp_path, 16)
 
 
 KINDS = {
@@ -122,7 +122,7 @@ def test_pictures_of_every_kind_are_used(tmp_path, ending):
     if feature and not features.check(feature):
         pytest.skip(f"this Pillow has no {feature}")
     pair(tmp_path / "pictures", "one", ending=ending)
-    (item,) = read_folder(tmp_path / "pictures", 16).items
+    (item,) = read_pictures(tmp_path / "pictures", 16).items
     assert item.size == (16, 16) and item.open().size == (16, 16)
     assert read_source(str(tmp_path / "pictures"), 16, tmp_path / "cache").items[0].texts == ("a caption",)
 
@@ -141,7 +141,7 @@ def test_pictures_that_cannot_be_read_are_named(pairs):
         (pairs / name).write_bytes(b"layers, exposures and lines")
     (pairs / "notes.md").write_text("nothing about it")
     said = []
-    assert len(read_folder(pairs, 16, bad_share=0.5, say=said.append)) == 3
+    assert len(read_pictures(pairs, 16, bad_share=0.5, say=said.append)) == 3
     assert any("3 not used, of kinds that are not read here; save them as PNG: g.psd, h.CR2, i.svg" in s for s in said)
     told = next(s for s in said if s.startswith("left out 3 of 6"))
     assert "d.heic" in told and "e.avif" in told and "f.gif" in told and "animated" in told
@@ -151,7 +151,7 @@ def test_endings_in_upper_case(tmp_path):
     folder = tmp_path / "pictures"
     pair(folder, "a", ending=".PNG")
     (folder / "a.txt").rename(folder / "a.TXT")
-    assert [(i.name, i.texts) for i in read_folder(folder, 16).items] == [("a.PNG", ("a caption",))]
+    assert [(i.name, i.texts) for i in read_pictures(folder, 16).items] == [("a.PNG", ("a caption",))]
     (folder / "METADATA.JSONL").write_text('{"file_name": "a.PNG", "text": "told"}\n')
     (found,) = read_source(str(folder), 16, tmp_path / "cache").items
     assert found.texts == ("told",)
@@ -179,7 +179,7 @@ def test_pictures_that_the_metadata_leaves_out_are_named(tmp_path):
     pair(tmp_path, "a"), pair(tmp_path / "sub", "b")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "sub/../a.png", "text": "one"}\n')
     said = []
-    assert len(read_folder(tmp_path, 16, say=said.append)) == 1
+    assert len(read_pictures(tmp_path, 16, say=said.append)) == 1
     assert said == [f"{tmp_path}: 1 not used, not in metadata.jsonl: sub/b.png"]
 
 
@@ -219,32 +219,32 @@ def test_sources_of_other_kinds_leave_it_out_too(tmp_path):
 def test_lines_end_at_newlines_only(tmp_path):
     text = f"one{SEPARATORS}caption\r\nanother\n"
     pair(tmp_path, "a", text)
-    assert read_folder(tmp_path, 16).items[0].texts == (f"one{SEPARATORS}caption", "another")
+    assert read_pictures(tmp_path, 16).items[0].texts == (f"one{SEPARATORS}caption", "another")
     row = json.dumps({"file_name": "a.png", "text": "told\u2028so\x85"}, ensure_ascii=False)
     (tmp_path / "metadata.jsonl").write_text(row + "\n", encoding="utf-8")
-    assert read_folder(tmp_path, 16).items[0].texts == ("told\u2028so\x85",)
+    assert read_pictures(tmp_path, 16).items[0].texts == ("told\u2028so\x85",)
 
 
 def test_a_byte_order_mark_is_no_caption(tmp_path):
     folder = tmp_path / "pictures"
     pair(folder, "a", "\ufeffa cat\n"), pair(folder, "b", "\ufeff\n")
-    assert [i.texts for i in read_folder(folder, 16, bad_share=0.5, say=quiet).items] == [("a cat",)]
+    assert [i.texts for i in read_pictures(folder, 16, bad_share=0.5, say=quiet).items] == [("a cat",)]
     (folder / "metadata.jsonl").write_text('\ufeff{"file_name": "a.png", "text": "told"}\n', encoding="utf-8")
-    assert read_folder(folder, 16, say=quiet).items[0].texts == ("told",)
+    assert read_pictures(folder, 16, say=quiet).items[0].texts == ("told",)
 
 
 def test_a_blank_line_is_no_broken_picture(tmp_path):
     pair(tmp_path, "a")
     (tmp_path / "metadata.jsonl").write_text('\n{"file_name": "a.png", "text": "it"}\r\n  \n\nnonsense\n')
     said = []
-    assert len(read_folder(tmp_path, 16, bad_share=0.5, say=said.append)) == 1
+    assert len(read_pictures(tmp_path, 16, bad_share=0.5, say=said.append)) == 1
     assert said[0].startswith("left out 1 of 2 pictures: metadata.jsonl line 5:")
 
 
 def test_metadata_that_is_no_text_is_named(tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes('{"text": "café"}'.encode("utf-16"))
     with pytest.raises(UserError, match=r"cannot read .*metadata.jsonl .*; give a text file in UTF-8") as caught:
-        read_folder(tmp_path, 16)
+        read_pictures(tmp_path, 16)
     assert "\n" not in str(caught.value)
 
 
@@ -290,7 +290,7 @@ def half(path, size=(16, 16), light=True):
 @pytest.mark.parametrize("name", ["a.mask.PNG", "a.mask.jpg", "a.MASK.tiff", "a.mask.webp"])
 def test_masks_of_every_kind(pairs, tmp_path, name):
     half(pairs / name)
-    pictures = read_folder(pairs, 16, say=quiet)
+    pictures = read_pictures(pairs, 16, say=quiet)
     assert [item.masked for item in pictures.items] == [True, False, False]
     masks = cache_latents(tiny_vae(), pictures, tmp_path / "cache").masks([Pick(0, 0, random(0, 0, 0))])
     assert masks[0, 0, :, :4].min() == 1 and masks[0, 0, :, 4:].max() == 0
@@ -299,7 +299,7 @@ def test_masks_of_every_kind(pairs, tmp_path, name):
 def test_masks_that_fit_no_picture_and_two_for_one(pairs):
     half(pairs / "z.mask.png"), half(pairs / "a.mask.png"), half(pairs / "a.mask.jpg")
     said = []
-    assert len(read_folder(pairs, 16, bad_share=0.5, say=said.append)) == 2
+    assert len(read_pictures(pairs, 16, bad_share=0.5, say=said.append)) == 2
     assert said[0] == f"{pairs}: 1 not used, masks without a picture: z.mask.png"
     assert "a.png: it has 2 masks (a.mask.jpg, a.mask.png)" in said[1]
 
@@ -309,7 +309,7 @@ def test_a_mask_that_changes_is_noticed(pairs, tmp_path):
     vae, mask, known = tiny_vae(), pairs / "a.mask.png", tmp_path / "cache" / "scanned.json"
 
     def light():
-        pictures = read_folder(pairs, 16, known=known, bad_share=0.5, say=quiet)
+        pictures = read_pictures(pairs, 16, known=known, bad_share=0.5, say=quiet)
         latents = cache_latents(vae, pictures, tmp_path / "cache")
         masks = latents.masks([Pick(0, 0, random(0, 0, 0))])
         return None if masks is None else masks.mean().item()
@@ -324,7 +324,7 @@ def test_a_mask_that_changes_is_noticed(pairs, tmp_path):
     assert light() == 0
     half(mask, (8, 8))
     said = []
-    assert len(read_folder(pairs, 16, known=known, bad_share=0.5, say=said.append)) == 2
+    assert len(read_pictures(pairs, 16, known=known, bad_share=0.5, say=said.append)) == 2
     assert "a.png: its mask is of another size than its 16x16 pixels" in said[0]
     mask.unlink(), (pairs / "b.mask.png").unlink()
     assert light() is None
@@ -334,16 +334,16 @@ def test_only_the_picture_whose_mask_changed_is_encoded_again(pairs, tmp_path, m
     vae, encode, seen = tiny_vae(), VAE.encode, []
     monkeypatch.setattr(VAE, "encode", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels))
     half(pairs / "a.mask.png", light=False)
-    cache_latents(vae, read_folder(pairs, 16), tmp_path / "cache")
+    cache_latents(vae, read_pictures(pairs, 16), tmp_path / "cache")
     half(pairs / "a.mask.png")
-    cache_latents(vae, read_folder(pairs, 16), tmp_path / "cache")
+    cache_latents(vae, read_pictures(pairs, 16), tmp_path / "cache")
     assert seen == [3, 1]
 
 
 def test_masks_in_the_caches_of_older_runs_are_not_believed(pairs):
     """Their keys knew the picture and the view, and that some pictures of the set had masks."""
     half(pairs / "b.mask.png")
-    vae, pictures = tiny_vae(), read_folder(pairs, 16)
+    vae, pictures = tiny_vae(), read_pictures(pairs, 16)
     base = hashlib.sha256(f"{vae.config} True".encode())
     _add_weights(base, vae)
     wanted = [Wanted(0, pictures.views(0)[0], 0, 0)]
@@ -354,7 +354,7 @@ def test_masks_in_the_caches_of_older_runs_are_not_believed(pairs):
 def test_a_mask_that_the_metadata_names_must_be_there(pairs):
     (pairs / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "it", "mask": "no.png"}\n')
     with pytest.raises(UserError, match=r"a.png: No such file or directory \(.*no.png\)"):
-        read_folder(pairs, 16, say=quiet)
+        read_pictures(pairs, 16, say=quiet)
 
 
 def tar_with_masks(file, count=3, light=True):
@@ -419,30 +419,30 @@ def held_names(items, held):
 
 
 def held(folder, run, begun, share=0.1):
-    items, said = read_folder(folder, 16, say=quiet).items, []
+    items, said = read_pictures(folder, 16, say=quiet).items, []
     return items, of_run(items, share, run, begun=begun, say=said.append), said
 
 
 def test_pictures_are_held_out_for_what_they_are(many):
     """Not for their number, order, name or place."""
-    before = read_folder(many, 16)
+    before = read_pictures(many, 16)
     rest, out = before.split(0.1)
     assert len(out) == 4 and len(rest) == 36
     shutil.move(many / "00.png", many / "zz.png"), shutil.move(many / "00.txt", many / "zz.txt")
-    again = read_folder(many, 16)
+    again = read_pictures(many, 16)
     assert {i.content() for i in again.split(0.1)[1].items} == {i.content() for i in out.items}
     pair(many, "new", number=99)
-    more = {i.content() for i in read_folder(many, 16).split(0.1)[1].items}
+    more = {i.content() for i in read_pictures(many, 16).split(0.1)[1].items}
     assert len(more & {i.content() for i in out.items}) >= 3  # a new one may take the place of one, and of no more
 
 
 def test_copies_of_a_picture_are_on_one_side(many):
-    _, out = read_folder(many, 16).split(0.1)
+    _, out = read_pictures(many, 16).split(0.1)
     name = out.items[0].path
     shutil.copy(name, many / "copy.png"), shutil.copy(name.with_suffix(".txt"), many / "copy.txt")
-    rest, out = read_folder(many, 16).split(0.1)
+    rest, out = read_pictures(many, 16).split(0.1)
     assert name.read_bytes() not in {item.content() for item in rest.items}
-    assert chosen(["one"] * 5, 0.4) == {0, 1} and chosen(["b", "a", "a", "c"], 0.3) == {1, 2}
+    assert chosen_pictures(["one"] * 5, 0.4) == {0, 1} and chosen_pictures(["b", "a", "a", "c"], 0.3) == {1, 2}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -486,7 +486,7 @@ def test_where_none_is_left_it_is_said(many, tmp_path):
 
 
 def test_digests_are_remembered(many, tmp_path, monkeypatch):
-    items = read_folder(many, 16).items
+    items = read_pictures(many, 16).items
     first = digests(items, tmp_path / "digests.json")
     monkeypatch.setattr(type(items[0]), "content", None)
     assert digests(items, tmp_path / "digests.json") == first and len(set(first)) == 40
@@ -515,6 +515,6 @@ def test_a_box_of_exactly_the_wanted_shape_exists(size):
 
 def test_nothing_is_cut_off_a_square(tmp_path):
     pair(tmp_path, "a", size=(568, 568))
-    pictures = Pictures(read_folder(tmp_path, 568).items, 568, Framing(buckets=True))
+    pictures = PictureSet(read_pictures(tmp_path, 568).items, 568, Framing(buckets=True))
     (view,) = pictures.views(0)
     assert view.scaled == view.size == (568, 568) and view.left == view.top == 0

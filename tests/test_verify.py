@@ -8,8 +8,8 @@ from small_models import FAMILIES, model, without_notes
 
 from plainsd.checkpoint import save
 from plainsd.cli import main
-from plainsd.files.stored import Network
-from plainsd.reports.verify import Row, error, lines, verify
+from plainsd.files.stored import StoredNetwork
+from plainsd.reports.verify import Comparison, error, lines, verify
 from plainsd.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -17,7 +17,7 @@ NAMES = {"tokenizer", "text encoder", "vae, encode", "vae, decode", "unet", "lat
 XL_NAMES = NAMES | {"tokenizer 2", "text encoder 2"}
 
 
-def rows(path, **more) -> dict[str, Row]:
+def rows(path, **more) -> dict[str, Comparison]:
     return {row.name: row for row in verify(path, device="cpu", **more)}
 
 
@@ -64,7 +64,7 @@ def test_every_family_as_a_single_file_of_others(tmp_path, small_families, name)
 
 def perturbed(monkeypatch, kind: str, weight: str, amount: float = 0.01) -> None:
     """What we build has one weight that is not the file's."""
-    build = Network.build
+    build = StoredNetwork.build
 
     def changed(self, device, dtype):
         network = build(self, device, dtype)
@@ -73,7 +73,7 @@ def perturbed(monkeypatch, kind: str, weight: str, amount: float = 0.01) -> None
                 network.get_parameter(weight).view(-1)[0] += amount
         return network
 
-    monkeypatch.setattr(Network, "build", changed)
+    monkeypatch.setattr(StoredNetwork, "build", changed)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,13 @@ def test_without_diffusers_it_says_what_to_install(sd1, monkeypatch, capsys):
 
 
 def test_what_is_not_finite_fails():
-    nan = Row("x", error(torch.tensor([float("nan"), 1.0]), torch.ones(2)), 1.0)
+    nan = Comparison("x", error(torch.tensor([float("nan"), 1.0]), torch.ones(2)), 1.0)
     assert not nan.passed
     assert error(torch.ones(2), torch.ones(3)) == float("inf")
     failed = []
-    assert list(lines([nan, Row("y", 0, 0), Row("z", 0.0, 1e-4)], failed))[1].endswith("FAIL") and failed == [nan]
+    assert list(lines([nan, Comparison("y", 0, 0), Comparison("z", 0.0, 1e-4)], failed))[1].endswith(
+        "FAIL"
+    ) and failed == [nan]
 
 
 def test_v_prediction_matters(tmp_path):

@@ -46,11 +46,11 @@ def start_worker(font_path: Path, concepts: list[drawing.Concept], size: int) ->
     glyphs, side = [drawing.draw_glyph(font, concept.character) for concept in concepts], size
 
 
-def make_picture(job: tuple[str, int, tuple[int, int, int], Path]) -> drawing.Place:
+def make_picture(job: tuple[str, int, tuple[int, int, int], Path]) -> drawing.GlyphBox:
     """Compose and write one picture; where the glyph lies in it."""
     key, concept, colour, path = job
     place = drawing.random_place(key, glyphs[concept].size, side)
-    drawing.compose(glyphs[concept], colour, side, place).save(path, compress_level=1)
+    drawing.draw_picture(glyphs[concept], colour, side, place).save(path, compress_level=1)
     return place
 
 

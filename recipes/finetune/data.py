@@ -46,7 +46,7 @@ def write_drawings(folder: Path, concept: drawing.Concept, glyph: Image.Image, v
     for view in range(views):
         place = drawing.random_place(f"line:{concept.name}:{view}", glyph.size, SIDE)
         path = folder / f"{concept.name.replace(' ', '-')}-{view}.png"
-        drawing.compose(glyph, (255, 255, 255), SIDE, place).save(path)
+        drawing.draw_picture(glyph, (255, 255, 255), SIDE, place).save(path)
         lines = [caption.format(phrase=concept.phrase) + "\n" for caption in CAPTIONS]
         path.with_suffix(".txt").write_text("".join(lines))
 

@@ -17,7 +17,7 @@ from plainsd.files.convert import read, read_vae_alone, write
 from plainsd.files.folder import PREVIEW, write_weights
 from plainsd.files.hub import find
 from plainsd.files.predicted import asked, told_otherwise
-from plainsd.files.stored import Contents, Network, empty, first, parts
+from plainsd.files.stored import Contents, StoredNetwork, empty, first, parts
 from plainsd.files.tensorfile import stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
 from plainsd.models.vae import VAE, VAEConfig
@@ -96,7 +96,7 @@ def save(
 # --- one network -----------------------------------------------------------------------------------------------------
 
 
-def packed_network(network: nn.Module) -> Network:
+def packed_network(network: nn.Module) -> StoredNetwork:
     """A network in memory, ready to be written."""
     state, bare = network.state_dict(), empty(type(network), network.config).state_dict()
     if extra := [name for name in state if name not in bare]:
@@ -104,7 +104,7 @@ def packed_network(network: nn.Module) -> Network:
             f"the model carries {len(extra)} tensors that no layout has a place for ({first(extra)}); "
             "merge its LoRAs into it before it is saved, or save them alone"
         )
-    return Network(type(network), network.config, {name: stored(state[name]) for name in bare})
+    return StoredNetwork(type(network), network.config, {name: stored(state[name]) for name in bare})
 
 
 def load_vae(

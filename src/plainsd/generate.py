@@ -29,8 +29,8 @@ from plainsd.pictures.sampling import (
     Known,
     decode,
     encode,
-    first_noise,
     noise_of_each,
+    prepare_latents,
     sample,
     steps_of_strength,
     to_edit,
@@ -117,11 +117,11 @@ def text_to_image(
 
 def _from_text(sd: StableDiffusion, each: list[Resolved]) -> Generator[Step | Pictures]:
     one, draw = each[0], noise_of_each(each, sd.device)
-    latents = yield from sample(sd, each, one.size, first_noise(sd, each, one.size, draw), draw)
+    latents = yield from sample(sd, each, one.size, prepare_latents(sd, each, one.size, draw), draw)
     if one.hires:
         size = enlarged_size(one.size, one.hires)
         known = Known(_enlarged(sd, latents, size, one.upscaler, draw))
-        noise = first_noise(sd, each, size, draw)
+        noise = prepare_latents(sd, each, size, draw)
         latents = yield from sample(sd, each, size, noise, draw, known, first_pass=one.steps)
     yield Pictures(to_pil(decode(sd, latents)), each, latents)
 
@@ -180,7 +180,7 @@ def _from_picture(sd: StableDiffusion, each: list[Resolved], image: Image.Image)
     editing = edits(sd.unet.config, sd.vae.config)
     latents = None if editing and each[0].strength == 1 else encode(sd, pixels, draw)
     known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
-    latents = yield from sample(sd, each, size, first_noise(sd, each, size, draw), draw, known)
+    latents = yield from sample(sd, each, size, prepare_latents(sd, each, size, draw), draw, known)
     yield Pictures([picture.crop((0, 0, *image.size)) for picture in to_pil(decode(sd, latents))], each, latents)
 
 
@@ -247,7 +247,7 @@ def _repainted(
     mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is anew if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
     latents = None if reads_mask and each[0].strength == 1 else encode(sd, pixels, draw)
-    noise = first_noise(sd, each, size, draw)
+    noise = prepare_latents(sd, each, size, draw)
     if reads_mask:
         around = encode(sd, pixels * (1 - light_padded), draw)  # the hole is mid-grey
         known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))

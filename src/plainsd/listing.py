@@ -58,7 +58,7 @@ def lies_in(real: Path, places: Iterable[Path]) -> bool:
     return any(real.is_relative_to(place) for place in places)
 
 
-def named(folder: Path, name: str) -> Path | None:
+def file_named(folder: Path, name: str) -> Path | None:
     """A folder's file of this name, in whatever case."""
     exact = folder / name
     if exact.is_file():

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from plainsd.adapters.layers import attach
 from plainsd.adapters.lora import check_strengths, fold
 from plainsd.adapters.making import read_adapter
-from plainsd.adapters.names import BUNDLE, Place
-from plainsd.adapters.peft import Settings
-from plainsd.adapters.reading import located, open_lora
+from plainsd.adapters.names import BUNDLE, ModulePlace
+from plainsd.adapters.peft import PeftSettings
+from plainsd.adapters.reading import open_lora, tensors_by_module
 from plainsd.errors import UserError
 from plainsd.files.hashes import file_hash
 from plainsd.files.recipe import narrowed, with_recipe
-from plainsd.files.stored import Contents, Network, empties, empty
+from plainsd.files.stored import Contents, StoredNetwork, empties, empty
 from plainsd.files.tensorfile import Stored, TensorFile
 from plainsd.pictures.model import StableDiffusion, assemble
 
 
-class Found(NamedTuple):
+class FoundLora(NamedTuple):
     """One LoRA's tensors for one module, not read yet."""
 
     file: TensorFile
     names: dict[str, str]
-    settings: Settings
+    settings: PeftSettings
     strength: float
 
 
@@ -37,18 +37,18 @@ def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, part
     """The contents with LoRAs folded into them, in the order given, as `add_lora` and `merge` would do. `partial_fit`:
     names that have no place are left out."""
     bare, names = without_weights(contents), {}
-    found: dict[Place, list[Found]] = {}
+    found: dict[ModulePlace, list[FoundLora]] = {}
     for path, strength in loras:
         check_strengths(strength)
         file = open_lora(Path(path))
-        settings, names[file_hash(file.path)] = Settings(file), f"{Path(path).stem}:{strength:g}"
+        settings, names[file_hash(file.path)] = PeftSettings(file), f"{Path(path).stem}:{strength:g}"
         if any(name.startswith(BUNDLE) for name in file.tensors) and not partial_fit:
             raise UserError(
                 f"{path} brings words along, which a checkpoint cannot hold; to bake in the rest of it, accept that "
                 "(--lora-partial)"
             )
-        for place, tensors in located(file, bare, partial=partial_fit).items():
-            found.setdefault(place, []).append(Found(file, tensors, settings, strength))
+        for place, tensors in tensors_by_module(file, bare, partial=partial_fit).items():
+            found.setdefault(place, []).append(FoundLora(file, tensors, settings, strength))
     networks = dict(contents.networks)
     for part, network in networks.items():
         own = {module: entries for (at, module), entries in found.items() if at == part}
@@ -63,7 +63,7 @@ def without_weights(contents: Contents) -> StableDiffusion:
     return assemble(contents.variant, empties(contents.variant))
 
 
-def with_adapters(network: Network, part: str, found: dict[str, list[Found]]) -> Network:
+def with_adapters(network: StoredNetwork, part: str, found: dict[str, list[FoundLora]]) -> StoredNetwork:
     """The network whose layers are changed when they are read."""
     bare, tensors = empty(network.kind, network.config), dict(network.tensors)
     kept: dict[str, dict[str, Tensor]] = {}  # the layer that was made last: its bias is read after its weight
@@ -82,7 +82,7 @@ def with_adapters(network: Network, part: str, found: dict[str, list[Found]]) ->
 
 
 @torch.no_grad()
-def changed(bare: nn.Module, name: str, tensors: dict[str, Stored], found: Sequence[Found]) -> dict[str, Tensor]:
+def changed(bare: nn.Module, name: str, tensors: dict[str, Stored], found: Sequence[FoundLora]) -> dict[str, Tensor]:
     """A layer's weights with the adapters in them, in at least float32."""
     layer, state = deepcopy(bare).requires_grad_(False), {}
     for leaf in layer.state_dict():

@@ -156,8 +156,8 @@ def in_folder(path: Path) -> Path:
 
 def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     """The word, if the file tells it, and the vectors: under ONLY, or under clip_l and clip_g."""
-    content = content_of(path)
-    name, found = parsed(content)
+    content = embedding_content(path)
+    name, found = parsed_embedding(content)
     if not found:
         names = [name for name in content if name != WORD] if isinstance(content, dict) else []
         raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
@@ -175,7 +175,7 @@ def usable(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: vectors.detach().reshape(-1, vectors.shape[-1]) for key, vectors in found.items()}
 
 
-def content_of(path: Path, *, shapes_only: bool = False) -> object:
+def embedding_content(path: Path, *, shapes_only: bool = False) -> object:
     """What a file holds, tensors by their names. `shapes_only`: those of a safetensors file without their numbers."""
     if suffix_of(path) in PICKLES:
         return pickled(path)
@@ -189,15 +189,15 @@ def pickled(path: Path) -> object:
     return unpickled(path, [(Parameters, "torch.nn.modules.container.ParameterDict")])
 
 
-def told(path: Path) -> tuple[str, str] | None:
+def embedding_in(path: Path) -> tuple[str, str] | None:
     """What an embedding's file holds, by names and shapes: its word, and `3 vectors of 768 numbers, SD 1.x`. None for
     other files."""
     if suffix_of(path) not in (*PICKLES, ".safetensors"):
         return None
-    content = content_of(path, shapes_only=True)
+    content = embedding_content(path, shapes_only=True)
     if not isinstance(content, dict) or (WORD not in content and seems(map(str, content)) != EMBEDDING):
         return None
-    word, tensors = parsed(content)
+    word, tensors = parsed_embedding(content)
     found = [vectors for _, vectors in sorted(tensors.items(), reverse=True)]  # clip_l first
     widths, counts = tuple(v.shape[-1] for v in found), {v.shape[0] if v.ndim > 1 else 1 for v in found}
     family = f", {FAMILIES[widths]}" if widths in FAMILIES else ""
@@ -207,7 +207,7 @@ def told(path: Path) -> tuple[str, str] | None:
     return word or f"{path.stem}, after the file, as in A1111{calls}", vectors
 
 
-def parsed(content: object) -> tuple[str | None, dict[str, Tensor]]:
+def parsed_embedding(content: object) -> tuple[str | None, dict[str, Tensor]]:
     """Empty where it is none of the known forms."""
     if isinstance(content, Tensor):
         return None, {ONLY: content}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plainsd.adapters.baking import without_weights
 from plainsd.adapters.layers import LowRank
-from plainsd.adapters.names import modules_of, networks
+from plainsd.adapters.names import adaptable_networks, modules_of
 from plainsd.adapters.writing import write_lora
 from plainsd.errors import UserError
 from plainsd.files.convert import read
@@ -24,7 +24,7 @@ from plainsd.files.tensorfile import Stored
 
 
 @dataclass
-class Share:
+class NormShares:
     """Squared norms of the differences of one network: all of it, what the LoRA holds, what no LoRA can hold."""
 
     whole: float = 0.0
@@ -51,7 +51,7 @@ def extract_lora(
     dtype: torch.dtype | None = torch.float16,
     variant_file: str | None = None,
     family: str | None = None,
-) -> dict[str, Share]:
+) -> dict[str, NormShares]:
     """Writes the LoRA that leads from `base` to `tuned`; for each network that differs, how much of it is kept.
 
     Every layer has rank and alpha `rank`, smaller ones zeros in the surplus rows: readers are at their best where these
@@ -64,8 +64,8 @@ def extract_lora(
     )
     check_alike(theirs, ours, str(tuned))
     bare, adapters, shares = without_weights(theirs), {}, {}
-    for part, network in networks(bare).items():
-        layers, share = modules_of(network), Share()
+    for part, network in adaptable_networks(bare).items():
+        layers, share = modules_of(network), NormShares()
         for name, stored in theirs.networks[part].tensors.items():
             change = difference(ours.networks[part].tensors[name], stored)
             norm = float(change.norm()) ** 2

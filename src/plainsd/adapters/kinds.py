@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from plainsd.adapters.layers import Adapter, fitted
+from plainsd.adapters.layers import Adapter, reshaped
 
 TERMS = 5  # of PEFT's series for Cayley's turn, where its settings do not say
 
@@ -53,7 +53,7 @@ class Difference(Whole):
     def product(self, dtype: torch.dtype) -> Tensor:
         if self.diff is None:
             return torch.zeros(self.shape, dtype=dtype, device=self.bias.device)
-        return fitted(self.diff.to(dtype), self.shape)
+        return reshaped(self.diff.to(dtype), self.shape)
 
     change = Adapter.change
 
@@ -68,7 +68,7 @@ class Global(Whole):
     def changed(self, weight: Tensor) -> Tensor:
         a1, a2, b1, b2 = (factor.to(weight.dtype).flatten(1) for factor in (self.a1, self.a2, self.b1, self.b2))
         mixed = torch.einsum("oi...,ir,rj->oj...", weight, a1, a2)
-        return weight + (mixed + fitted(b1 @ b2, self.shape)) * self.scale
+        return weight + (mixed + reshaped(b1 @ b2, self.shape)) * self.scale
 
 
 class Gains(Whole):

@@ -149,10 +149,10 @@ class Hadamard(Adapter):
 
     def product(self, dtype: torch.dtype) -> Tensor:
         w1, w2 = (
-            spread(*(factor if factor is None else factor.to(dtype) for factor in side))
+            product_of_factors(*(factor if factor is None else factor.to(dtype) for factor in side))
             for side in ((self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2))
         )
-        return fitted(w1 * w2, self.shape) * self.scale
+        return reshaped(w1 * w2, self.shape) * self.scale
 
 
 class Kronecker(Adapter):
@@ -174,20 +174,22 @@ class Kronecker(Adapter):
     def product(self, dtype: torch.dtype) -> Tensor:
         sides = ((self.w1, self.w1_a, self.w1_b, None), (self.w2, self.w2_a, self.w2_b, self.t2))
         w1, w2 = (
-            spread(a.to(dtype), b.to(dtype), None if t is None else t.to(dtype)) if whole is None else whole.to(dtype)
+            product_of_factors(a.to(dtype), b.to(dtype), None if t is None else t.to(dtype))
+            if whole is None
+            else whole.to(dtype)
             for whole, a, b, t in sides
         )
         if w2.ndim == 4:
             w1 = w1[:, :, None, None]
-        return fitted(torch.kron(w1, w2.contiguous()), self.shape) * self.scale
+        return reshaped(torch.kron(w1, w2.contiguous()), self.shape) * self.scale
 
 
-def spread(a: Tensor, b: Tensor, t: Tensor | None) -> Tensor:
+def product_of_factors(a: Tensor, b: Tensor, t: Tensor | None) -> Tensor:
     """a b; with t, the convolution whose outputs and inputs they mix: (r, r, k, k), (r, o), (r, i) -> (o, i, k, k)."""
     return a @ b if t is None else torch.einsum("rskl,ro,si->oikl", t, a, b)
 
 
-def fitted(change: Tensor, shape: torch.Size) -> Tensor:
+def reshaped(change: Tensor, shape: torch.Size) -> Tensor:
     """In the weight's shape, if it has its outputs and as many numbers. ValueError otherwise."""
     if change.shape[0] != shape[0] or change.numel() != shape.numel():
         raise ValueError(f"a change of shape {list(change.shape)} for a weight of shape {list(shape)}")
@@ -201,7 +203,10 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         alone = len(self.adapters) == 1
-        if not (isinstance(self, nn.Linear | nn.Conv2d) and all(beside(one, alone) for one in self.adapters.values())):
+        if not (
+            isinstance(self, nn.Linear | nn.Conv2d)
+            and all(computed_beside(one, alone) for one in self.adapters.values())
+        ):
             with torch.autocast(x.device.type, enabled=False):
                 weight, bias = self.adapted(self.adapters)
             weight = weight.to(self.weight.dtype)
@@ -231,7 +236,7 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
 
-def beside(adapter: Adapter, alone: bool) -> bool:
+def computed_beside(adapter: Adapter, alone: bool) -> bool:
     """Whether its part is computed beside the weight: it is cheaper, and nothing of a small change is rounded away.
     What it adds must then not hang on what other adapters do."""
     if adapter.bias is not None:

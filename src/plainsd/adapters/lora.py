@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from plainsd.adapters.embeddings import bundled, learn
 from plainsd.adapters.layers import Adapted, Adapter, attach, detach
 from plainsd.adapters.making import read_adapter
-from plainsd.adapters.names import Model, Place, networks
+from plainsd.adapters.names import Adaptable, ModulePlace, adaptable_networks
 from plainsd.adapters.new import NEW, TARGETS, new_adapter, targeted
-from plainsd.adapters.peft import Settings
-from plainsd.adapters.reading import located, open_lora
+from plainsd.adapters.peft import PeftSettings
+from plainsd.adapters.reading import open_lora, tensors_by_module
 from plainsd.adapters.writing import write_lora
 from plainsd.errors import UserError, unknown
 from plainsd.listing import files_below, suffix_of
@@ -45,10 +45,10 @@ class Lora:
     """One LoRA on a model: its adapters, by network and module."""
 
     name: str
-    model: Model
+    model: Adaptable
 
     @property
-    def adapters(self) -> dict[Place, Adapter]:
+    def adapters(self) -> dict[ModulePlace, Adapter]:
         return {
             place: base.adapters[self.name] for place, base in bases(self.model).items() if self.name in base.adapters
         }
@@ -75,23 +75,23 @@ class Lora:
         merge([self])
 
 
-def bases(model: Model) -> dict[Place, Adapted]:
+def bases(model: Adaptable) -> dict[ModulePlace, Adapted]:
     """The modules that carry adapters."""
     return {
         (part, name): module
-        for part, network in networks(model).items()
+        for part, network in adaptable_networks(model).items()
         for name, module in network.named_modules()
         if isinstance(module, Adapted)
     }
 
 
-def attached(model: Model) -> list[Lora]:
+def attached(model: Adaptable) -> list[Lora]:
     """All LoRAs on a model, in the order in which they came."""
     names = dict.fromkeys(name for base in bases(model).values() for name in base.adapters)
     return [Lora(name, model) for name in names]
 
 
-def the_one(model: Model, lora: Lora | None) -> Lora:
+def the_one(model: Adaptable, lora: Lora | None) -> Lora:
     found = attached(model) if lora is None else [lora]
     if len(found) != 1:
         raise UserError(
@@ -140,7 +140,7 @@ def add_lora(
     file = open_lora(Path(path))
     text_strength = strength if text_strength is None else text_strength
     check_strengths(strength, text_strength)
-    found, settings, parts = located(file, sd, partial=partial), Settings(file), networks(sd)
+    found, settings, parts = tensors_by_module(file, sd, partial=partial), PeftSettings(file), adaptable_networks(sd)
     made, words = {}, bundled(sd, file)
     for place, names in found.items():
         base = parts[place[0]].get_submodule(place[1])
@@ -149,11 +149,11 @@ def add_lora(
     return put(sd, Path(path).stem, made)
 
 
-def put(model: Model, name: str, adapters: Mapping[Place, Adapter]) -> Lora:
+def put(model: Adaptable, name: str, adapters: Mapping[ModulePlace, Adapter]) -> Lora:
     """All of them, once every one is made: nothing is left half done where one fails."""
     taken, safe = {lora.name for lora in attached(model)}, "lora_" + re.sub(r"\W", "_", name)
     name = next(new for new in (safe, *(f"{safe}_{n}" for n in range(2, len(taken) + 3))) if new not in taken)
-    parts = networks(model)
+    parts = adaptable_networks(model)
     for (part, module), adapter in adapters.items():
         attach(parts[part].get_submodule(module), name, adapter)
     return Lora(name, model)
@@ -187,7 +187,7 @@ def find_lora(folder: str | Path, name: str) -> Path:
 
 
 def inject(
-    model: Model,
+    model: Adaptable,
     rank: int,
     alpha: float | None = None,
     targets: str | Sequence[str] = "attention",
@@ -216,7 +216,7 @@ def inject(
     if factor is not None and (factor < 1 or kind != "lokr"):
         raise UserError(f"factor {factor} for a {kind}: it is for lokr alone, and 1 or more; leave it out, or give 8")
     made = {}
-    for part, network in networks(model).items():
+    for part, network in adaptable_networks(model).items():
         if part == "unet" or text or network is model:
             for module in targeted(network, targets, conv=conv):
                 base = network.get_submodule(module)
@@ -229,7 +229,7 @@ def inject(
     return put(model, name, made)
 
 
-def lora_state(model: Model, lora: Lora | None = None) -> dict[str, Tensor]:
+def lora_state(model: Adaptable, lora: Lora | None = None) -> dict[str, Tensor]:
     """A LoRA's parameters by our names, such as `unet.mid.attn.proj_in.down`. `lora`: which one of several."""
     return {
         f"{part}.{module}.{name}": parameter.detach()
@@ -239,7 +239,7 @@ def lora_state(model: Model, lora: Lora | None = None) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_lora_state(model: Model, state: Mapping[str, Tensor], lora: Lora | None = None) -> None:
+def load_lora_state(model: Adaptable, state: Mapping[str, Tensor], lora: Lora | None = None) -> None:
     """Copies values into a LoRA of the same names and shapes."""
     own = lora_state(model, lora)
     different = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from plainsd.adapters.kinds import TERMS, Butterfly, Difference, Gains, Global, InputButterfly, InputRotation, Rotation
 from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
-from plainsd.adapters.names import split
-from plainsd.adapters.peft import REMEDY, Settings, start_of
+from plainsd.adapters.names import split_name
+from plainsd.adapters.peft import REMEDY, PeftSettings, start_of
 from plainsd.errors import UserError
 from plainsd.files.tensorfile import TensorFile, damaged
 
 BESIDE = ("alpha", "dora_scale", "magnitude", "rescale", "diff_b", "on_input")  # parts that do not tell a kind
 
 
-def kind_of(parts: Collection[str]) -> type[Adapter] | None:
+def adapter_kind(parts: Collection[str]) -> type[Adapter] | None:
     """The kind of adapter whose factors are all there."""
 
     def whole(*names: str) -> bool:
@@ -53,7 +53,7 @@ def made_of(
     kind: Callable[..., Adapter],
     tensors: Mapping[str, Tensor],
     weight: Tensor,
-    settings: Settings,
+    settings: PeftSettings,
     name: str,
     strength: float = 1.0,
 ) -> Adapter:
@@ -74,7 +74,7 @@ def made_of(
     return kind(factors, 1.0, weight.shape, **more)
 
 
-def gains(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, name: str, **more) -> Gains:
+def gains(tensors: Mapping[str, Tensor], weight: Tensor, settings: PeftSettings, name: str, **more) -> Gains:
     """IA3, LyCORIS' or PEFT's. LyCORIS has the gain less 1, and leaves biases alone."""
     o, i = weight.shape[:2]
     if "gain" in tensors:
@@ -90,7 +90,7 @@ def gains(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, nam
     return Gains(gain, weight.shape, inputs=inputs, with_bias="ia3_l" in tensors, **more)
 
 
-def rotation(blocks: Tensor, weight: Tensor, settings: Settings, name: str, **more) -> InputRotation:
+def rotation(blocks: Tensor, weight: Tensor, settings: PeftSettings, name: str, **more) -> InputRotation:
     table = settings.table(name)
     if "use_cayley_neumann" not in table:
         raise UserError(
@@ -116,13 +116,13 @@ def rotation(blocks: Tensor, weight: Tensor, settings: Settings, name: str, **mo
 
 
 def read_adapter(
-    file: TensorFile, parts: Mapping[str, str], settings: Settings, base: nn.Module, strength: float
+    file: TensorFile, parts: Mapping[str, str], settings: PeftSettings, base: nn.Module, strength: float
 ) -> Adapter:
     """One module's adapter, where the module is and as precise."""
     weight = base.weight
     sides = (1, 1) if weight.ndim == 4 else ()
-    kind, tensors = kind_of(parts), {part: file.tensors[name].read() for part, name in parts.items()}
-    known = split(next(iter(parts.values())))
+    kind, tensors = adapter_kind(parts), {part: file.tensors[name].read() for part, name in parts.items()}
+    known = split_name(next(iter(parts.values())))
     assert kind is not None and known is not None  # `located` leaves out what is incomplete or unknown
     alpha = tensors.pop("alpha", None)
     for part in ("down", "up") if kind is LowRank else ():

@@ -23,8 +23,8 @@ from plainsd.models.unet import UNet
 from plainsd.models.variants import encoder_names
 from plainsd.pictures.model import StableDiffusion
 
-Model = StableDiffusion | UNet | TextEncoder
-Place = tuple[str, str]  # a network's name and a module's, ours
+Adaptable = StableDiffusion | UNet | TextEncoder
+ModulePlace = tuple[str, str]  # a network's name and a module's, ours
 
 ENDINGS = {  # part: how its tensor's name may end
     "down": (
@@ -86,7 +86,7 @@ SPELLINGS = (  # as files/names.py has it, as some files have it
 ADAPTABLE = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
 
 
-class Named(NamedTuple):
+class ModuleNames(NamedTuple):
     """One module that a LoRA can sit on, by all of its names. `mark` as in files/names.py."""
 
     ours: str
@@ -95,7 +95,7 @@ class Named(NamedTuple):
     mark: str
 
 
-def networks(model: Model) -> dict[str, nn.Module]:
+def adaptable_networks(model: Adaptable) -> dict[str, nn.Module]:
     """The networks that a LoRA can sit on, by their folders' names; of a whole model, or one network alone."""
     if isinstance(model, UNet):
         return {"unet": model}
@@ -104,19 +104,19 @@ def networks(model: Model) -> dict[str, nn.Module]:
     return {"unet": model.unet, **dict(zip(encoder_names(model.variant), model.text_encoders, strict=True))}
 
 
-def modules_of(network: nn.Module) -> dict[str, Named]:
+def modules_of(network: nn.Module) -> dict[str, ModuleNames]:
     """All linear layers and convolutions of a network, by our names."""
-    return named(network, (nn.Linear, nn.Conv2d))
+    return modules_by_name(network, (nn.Linear, nn.Conv2d))
 
 
-def named(network: nn.Module, kinds: tuple[type[nn.Module], ...] = ADAPTABLE) -> dict[str, Named]:
+def modules_by_name(network: nn.Module, kinds: tuple[type[nn.Module], ...] = ADAPTABLE) -> dict[str, ModuleNames]:
     """All modules of these kinds, by our names."""
     rows = {row[0]: row for row in ROWS[type(network)](network)}
     found = {}
     for ours, module in network.named_modules():
         if isinstance(module, kinds):
             (diffusers, _, mark), (original, _, _) = (name.partition(":") for name in rows[ours][1:])
-            found[ours] = Named(ours, diffusers, original, mark)
+            found[ours] = ModuleNames(ours, diffusers, original, mark)
     return found
 
 
@@ -128,13 +128,13 @@ def spellings(name: str) -> set[str]:
     return found
 
 
-def known_names(model: Model) -> dict[str, tuple[str, str]]:
+def known_names(model: Adaptable) -> dict[str, tuple[str, str]]:
     """Every name that any dialect gives to a module: our network's and module's names."""
-    parts = networks(model)
+    parts = adaptable_networks(model)
     known: dict[str, tuple[str, str]] = {}
     for part, network in parts.items():
         alone = part == "unet" or len(parts) <= 2  # then a name without a prefix can be told
-        for module in named(network).values():
+        for module in modules_by_name(network).values():
             dotted = spellings(module.diffusers)
             names = {f"{part}.{name}" for name in dotted} | (dotted if alone else set())
             flat = dotted
@@ -151,7 +151,7 @@ def known_names(model: Model) -> dict[str, tuple[str, str]]:
     return known
 
 
-def split(name: str) -> tuple[str, str] | None:
+def split_name(name: str) -> tuple[str, str] | None:
     """A tensor's name as the module's and the part's; None where it is not the name of a part of a LoRA."""
     plain = ADAPTER.sub(r"\1", name).removeprefix("base_model.model.").replace(".processor.", ".")
     for part, endings in ENDINGS.items():
@@ -165,11 +165,11 @@ def split(name: str) -> tuple[str, str] | None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def kohya_name(part: str, named: Named, *, xl: bool) -> str:
+def kohya_name(part: str, named: ModuleNames, *, xl: bool) -> str:
     """As kohya's trainer writes it: for SDXL it has the original's UNet, for the others diffusers'."""
     prefix = "lora_te1_" if xl and part == "text_encoder" else KOHYA[part][0]
     return prefix + (named.original if xl and part == "unet" else named.diffusers).replace(".", "_")
 
 
-def dotted_name(part: str, named: Named) -> str:
+def dotted_name(part: str, named: ModuleNames) -> str:
     return f"{part}.{named.diffusers}"

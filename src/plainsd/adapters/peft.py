@@ -35,7 +35,7 @@ VARIANTS = (  # settings of LoRA that change what the same tensors mean
 REMEDY = "merge it into its model with PEFT (merge_and_unload), save that, and load the model"
 
 
-class Settings:
+class PeftSettings:
     """Those of one file. Empty where it has none. beside: the file in which they lie, if that is another."""
 
     def __init__(self, file: TensorFile):

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from plainsd.adapters.layers import LowRank, fitted
-from plainsd.adapters.making import BESIDE, kind_of, made_of
-from plainsd.adapters.names import BUNDLE, UNUSED, Model, Place, known_names, networks, split
-from plainsd.adapters.peft import REMEDY, Settings
+from plainsd.adapters.layers import LowRank, reshaped
+from plainsd.adapters.making import BESIDE, adapter_kind, made_of
+from plainsd.adapters.names import BUNDLE, UNUSED, Adaptable, ModulePlace, adaptable_networks, known_names, split_name
+from plainsd.adapters.peft import REMEDY, PeftSettings
 from plainsd.errors import UserError
 from plainsd.files.detect import LORA, seems
 from plainsd.files.stored import first
@@ -71,7 +71,7 @@ def made_for(file: TensorFile) -> str:
     """The kind of model that a LoRA was made for: by its names, its shapes, its trainer's notes. Empty: not told."""
     if found := foreign(file):
         return found
-    pairs = [(split(name), stored) for name, stored in file.tensors.items()]
+    pairs = [(split_name(name), stored) for name, stored in file.tensors.items()]
     widths = {
         stored.shape[1]
         for pair, stored in pairs
@@ -85,7 +85,7 @@ def made_for(file: TensorFile) -> str:
     return file.metadata.get("ss_base_model_version", "")
 
 
-def misfit(file: TensorFile, model: Model, what: str, remedy: str) -> UserError:
+def misfit(file: TensorFile, model: Adaptable, what: str, remedy: str) -> UserError:
     name = "this network" if isinstance(model, nn.Module) else f"this model ({model.variant.name})"
     made = made_for(file)
     return UserError(f"{file.path} does not fit {name}: {what}{made and f'; it seems to be made for {made}'}; {remedy}")
@@ -114,8 +114,10 @@ def open_lora(path: Path) -> TensorFile:
 
 
 def holds_adapter(file: TensorFile) -> bool:
-    pairs = [pair for name in file.tensors if (pair := split(name))]
-    return any(part not in (*BESIDE, "gain") for _, part in pairs) or any(kind_of(found) for found in by_module(pairs))
+    pairs = [pair for name in file.tensors if (pair := split_name(name))]
+    return any(part not in (*BESIDE, "gain") for _, part in pairs) or any(
+        adapter_kind(found) for found in by_module(pairs)
+    )
 
 
 def by_module(pairs: Iterable[tuple[str, str]]) -> list[set[str]]:
@@ -126,20 +128,20 @@ def by_module(pairs: Iterable[tuple[str, str]]) -> list[set[str]]:
     return list(found.values())
 
 
-def located(file: TensorFile, model: Model, *, partial: bool) -> dict[Place, dict[str, str]]:
+def tensors_by_module(file: TensorFile, model: Adaptable, *, partial: bool) -> dict[ModulePlace, dict[str, str]]:
     """For each module of the model the names of its tensors in the file, by part.
 
     UserError where a name has no place, a module not all of its factors, or factors that do not fit its weight; with
     `partial`, they are left out.
     """
     known = known_names(model)
-    found: dict[Place, dict[str, str]] = {}
+    found: dict[ModulePlace, dict[str, str]] = {}
     names = [name for name in file.tensors if not (name.startswith(BUNDLE) or UNUSED.match(name))]
     for name in names:
-        module, part = split(name) or ("", "")
+        module, part = split_name(name) or ("", "")
         if module in known:
             found.setdefault(known[module], {}).setdefault(part, name)  # of two spellings the first counts
-    found = {place: parts for place, parts in found.items() if kind_of(parts)}
+    found = {place: parts for place, parts in found.items() if adapter_kind(parts)}
     used = {name for parts in found.values() for name in parts.values()}
     lost = [name for name in names if name not in used]
     if lost and not (partial and found):
@@ -148,7 +150,7 @@ def located(file: TensorFile, model: Model, *, partial: bool) -> dict[Place, dic
     fitting, problem = {}, None
     for place, parts in found.items():
         try:
-            check_shapes(file, model, networks(model)[place[0]].get_submodule(place[1]), parts)
+            check_shapes(file, model, adaptable_networks(model)[place[0]].get_submodule(place[1]), parts)
             fitting[place] = parts
         except UserError as error:
             problem = problem or error
@@ -157,7 +159,7 @@ def located(file: TensorFile, model: Model, *, partial: bool) -> dict[Place, dic
     return fitting
 
 
-def check_shapes(file: TensorFile, model: Model, base: nn.Module, parts: Mapping[str, str]) -> None:
+def check_shapes(file: TensorFile, model: Adaptable, base: nn.Module, parts: Mapping[str, str]) -> None:
     """A 1x1 convolution may be written with or without its two sides of 1."""
     shapes, weight = {part: file.tensors[name].shape for part, name in parts.items()}, base.weight
     weight = weight[: rows_of(shapes)] if isinstance(base, nn.Embedding) else weight  # it may have learned words since
@@ -178,7 +180,7 @@ def check_shapes(file: TensorFile, model: Model, base: nn.Module, parts: Mapping
         "ia3_l": {(o, 1), (1, i), (1, o, 1, 1), (1, i, 1, 1)},
         "boft_s": {(o, 1), (1, o)},
     }
-    kind = kind_of(parts)
+    kind = adapter_kind(parts)
     others = [part for part in parts if part not in allowed] if kind is not LowRank else []
     for part, name in parts.items():
         if part not in others and (r == 0 or shapes[part] not in allowed.get(part, ())):
@@ -191,8 +193,8 @@ def check_shapes(file: TensorFile, model: Model, base: nn.Module, parts: Mapping
     try:
         if others and kind:
             factors = {part: torch.empty(shapes[part], device="meta") for part in parts}
-            made = made_of(kind, factors, weight, Settings(file), parts[others[0]])
-            fitted(made.change(torch.empty(weight.shape, device="meta")), weight.shape)
+            made = made_of(kind, factors, weight, PeftSettings(file), parts[others[0]])
+            reshaped(made.change(torch.empty(weight.shape, device="meta")), weight.shape)
     except (RuntimeError, ValueError, ArithmeticError) as error:
         if isinstance(error, UserError):
             raise

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
-from plainsd.adapters.names import Named, Place, dotted_name, kohya_name, modules_of, named, networks
+from plainsd.adapters.names import (
+    ModuleNames,
+    ModulePlace,
+    adaptable_networks,
+    dotted_name,
+    kohya_name,
+    modules_by_name,
+    modules_of,
+)
 from plainsd.adapters.peft import NOTE
 from plainsd.adapters.reading import CONTEXTS
 from plainsd.disk import written_whole
@@ -37,7 +45,7 @@ ARCHITECTURES = {
 
 def write_lora(
     sd: StableDiffusion,
-    adapters: Mapping[Place, Adapter],
+    adapters: Mapping[ModulePlace, Adapter],
     path: Path,
     naming: str,
     metadata: Mapping[str, str],
@@ -56,7 +64,7 @@ def write_lora(
             f"this LoRA has parts that the naming {naming!r} cannot tell (LoHa, LoKr, a middle convolution, lengths of "
             "columns, or biases); save it in kohya's"
         )
-    known = {part: named(network) for part, network in networks(sd).items()}
+    known = {part: modules_by_name(network) for part, network in adaptable_networks(sd).items()}
     tensors: dict[str, Tensor] = {}
     for (part, module), adapter in adapters.items():
         tensors |= named_tensors(sd, part, known[part][module], adapter, naming)
@@ -95,7 +103,9 @@ def lycoris_tensors(adapter: Hadamard | Kronecker, *, conv: bool) -> dict[str, T
     return {prefix + name: factor for name, factor in factors.items()}
 
 
-def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: Adapter, naming: str) -> dict[str, Tensor]:
+def named_tensors(
+    sd: StableDiffusion, part: str, named: ModuleNames, adapter: Adapter, naming: str
+) -> dict[str, Tensor]:
     """One adapter's tensors under their names in the file, and in the shapes that the public networks have."""
     magnitude = NAMINGS[naming][2]
     conv = named.mark == "conv" or (named.mark == "maybe-conv" and sd.variant.conv_projections)
@@ -116,7 +126,7 @@ def named_tensors(sd: StableDiffusion, part: str, named: Named, adapter: Adapter
     return {f"{name}.{end}": tensor for end, tensor in tensors.items()}
 
 
-def kohya_notes(sd: StableDiffusion, adapters: Mapping[Place, Adapter]) -> dict[str, str]:
+def kohya_notes(sd: StableDiffusion, adapters: Mapping[ModulePlace, Adapter]) -> dict[str, str]:
     """The metadata that programs look at in files of kohya's trainer."""
     algorithms = sorted({ALGORITHMS[type(adapter)] for adapter in adapters.values()})
     ranks, alphas = ({get(adapter) for adapter in adapters.values()} for get in (lambda a: a.rank, lambda a: a.alpha))
@@ -135,11 +145,11 @@ def kohya_notes(sd: StableDiffusion, adapters: Mapping[Place, Adapter]) -> dict[
     return notes
 
 
-def peft_notes(sd: StableDiffusion, adapters: Mapping[Place, LowRank]) -> dict[str, str]:
+def peft_notes(sd: StableDiffusion, adapters: Mapping[ModulePlace, LowRank]) -> dict[str, str]:
     """PEFT's settings for each network, as diffusers keeps them. Names go without `text_model.`, which not all
     versions of transformers have; a name's end is enough for PEFT."""
     settings: dict[str, Any] = {}
-    for part, network in networks(sd).items():
+    for part, network in adaptable_networks(sd).items():
         known = modules_of(network)
         own = {
             known[module].diffusers.removeprefix("text_model."): adapter

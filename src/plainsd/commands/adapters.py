@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import number
+from plainsd.pictures.settings import plain_number
 from plainsd.text.prompts import lora_tags
 
 Loras = list[tuple[Path, float]]  # files and strengths
@@ -23,7 +23,7 @@ def without_tags(prompts: Sequence[str]) -> tuple[list[str], dict[str, float]]:
 
 
 def tags_of(loras: Loras) -> str:
-    return "".join(f" <lora:{path.stem}:{number(strength)}>" for path, strength in loras)
+    return "".join(f" <lora:{path.stem}:{plain_number(strength)}>" for path, strength in loras)
 
 
 def from_flag(text: str) -> tuple[Path, float | None]:
@@ -46,7 +46,7 @@ def learned(text: str) -> tuple[Path, str]:
     return file, word
 
 
-def chosen(flags: Sequence[str], tags: dict[str, float], folder: Path | None) -> Loras:
+def chosen_loras(flags: Sequence[str], tags: dict[str, float], folder: Path | None) -> Loras:
     """The files of the flags, then those that only tags name, looked up in the folder. A flag's strength goes first."""
     from plainsd.adapters.lora import find_lora
 

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from plainsd.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from plainsd.reports.bench import Row
+    from plainsd.reports.bench import Timing
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Bench:
             if self.model is None and set(wanted) & {"unet", "decode", "picture", "load"}:
                 print("making random weights of SD 1.5's shape", file=sys.stderr)
                 bench.random_folder(folder, dtype)
-            place = bench.Place(folder, dtype, device, self.rounds, Path(temporary))
+            place = bench.Workbench(folder, dtype, device, self.rounds, Path(temporary))
             for name in wanted:
                 print(f"timing {name}", file=sys.stderr)
                 rows.append(known[name](place, self.compile))
@@ -80,7 +80,7 @@ class Bench:
                 plot(rows, about, path)
 
 
-def table(rows: list[Row], about: dict[str, object]) -> str:
+def table(rows: list[Timing], about: dict[str, object]) -> str:
     """As Markdown."""
     lines = [
         ", ".join(f"{name} {value}" for name, value in about.items()),
@@ -101,7 +101,7 @@ def table(rows: list[Row], about: dict[str, object]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[Row], about: dict[str, object], path: Path) -> None:
+def plot(rows: list[Timing], about: dict[str, object], path: Path) -> None:
     """Bars: how many times diffusers' speed each side has."""
     try:
         from matplotlib.figure import Figure
@@ -124,5 +124,5 @@ def plot(rows: list[Row], about: dict[str, object], path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def as_json(rows: list[Row], about: dict[str, object]) -> str:
+def as_json(rows: list[Timing], about: dict[str, object]) -> str:
     return json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"

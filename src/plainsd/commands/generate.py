@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plainsd.commands.adapters import chosen, learned, without_tags
+from plainsd.commands.adapters import chosen_loras, learned, without_tags
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, grid_cells, sheet
-from plainsd.commands.output import Batch, Target, check_writable, draw
-from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_of, noted, recorded, say_unused
+from plainsd.commands.output import PromptBatch, Target, check_writable, draw
+from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_of, recorded, say_unused, with_notes
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
@@ -67,13 +67,13 @@ class Generate(GenerateFlags):
 
         from plainsd.adapters.embeddings import add_embedding
         from plainsd.device import choose_device
-        from plainsd.pictures.memory import fitted
+        from plainsd.pictures.memory import placed
 
         began = time.perf_counter()
-        loras = chosen(self.lora, tags, self.lora_folder)
+        loras = chosen_loras(self.lora, tags, self.lora_folder)
         files = [learned(text) for text in self.embedding]
         device = choose_device(share.device(self.device))
-        sd = fitted(partial(self.loaded, device, loras, noise), device, self.low_memory)
+        sd = placed(partial(self.loaded, device, loras, noise), device, self.low_memory)
         words = {add_embedding(sd, file, word or None): file for file, word in files}
         say_unwritten(words, [*prompts, choices.get("negative") or ""])
         check_recorded(self, sd, prompts, words, choices)
@@ -87,14 +87,14 @@ class Generate(GenerateFlags):
 
             faster(sd, compiled=self.compile, tell=partial(tqdm.write, file=sys.stderr))
         loaded = time.perf_counter()
-        batches = grid_cells(prompts[0], choices, axes) if axes else cut(prompts, choices, self.batch, part)
+        batches = grid_cells(prompts[0], choices, axes) if axes else prompt_batches(prompts, choices, self.batch, part)
         images: list[Image.Image] = []
         say = partial(tqdm.write, file=sys.stdout)  # keeps clear of the progress bar
         for pictures in draw(sd, task, list(batches), None if share.rank else self.preview, hidden=share.rank > 0):
             images += pictures.images
             if not axes:
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
-                    say(str(target.write(image, noted(settings, sd, loras, words, self.vae, noise))))
+                    say(str(target.write(image, with_notes(settings, sd, loras, words, self.vae, noise))))
         if axes:
             say(str(target.write(sheet(images, axes), None)))
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
@@ -202,7 +202,7 @@ def generate():
     return module
 
 
-def cut(prompts: list[str], choices: dict, size: int, part: range) -> Iterator[Batch]:
+def prompt_batches(prompts: list[str], choices: dict, size: int, part: range) -> Iterator[PromptBatch]:
     """Batches of at most `size` prompts, of those in `part`; the seeds go on from prompt to prompt."""
     counted = Settings(**choices).counted
     first = choices.get(counted, 0)

@@ -61,7 +61,7 @@ class Convert:
         from functools import partial
 
         from plainsd.adapters.baking import baked
-        from plainsd.commands.adapters import chosen
+        from plainsd.commands.adapters import chosen_loras
         from plainsd.files.convert import convert
         from plainsd.files.predicted import on_or_off
 
@@ -69,7 +69,7 @@ class Convert:
         where: dict[str, Any] = {"variant_file": self.variant_file, "family": self.family, "vae": self.vae}
         where |= {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         if self.lora:
-            where["change"] = partial(baked, loras=chosen(self.lora, {}, None), partial_fit=self.lora_partial)
+            where["change"] = partial(baked, loras=chosen_loras(self.lora, {}, None), partial_fit=self.lora_partial)
         convert(self.source, self.target, self.layout, dtype=self.dtype, **where)
         print(self.target)
 

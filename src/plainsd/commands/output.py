@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 PREVIEW_EVERY = 0.2  # seconds
-Batch = tuple[list[str], dict]  # prompts, and the choices that all of them share
+PromptBatch = tuple[list[str], dict]  # prompts, and the choices that all of them share
 
 
 class Preview:
@@ -79,7 +79,7 @@ def check_writable(folder: Path) -> None:
 
 
 def draw(
-    sd: StableDiffusion, task: Callable, batches: list[Batch], preview: Path | None, *, hidden: bool = False
+    sd: StableDiffusion, task: Callable, batches: list[PromptBatch], preview: Path | None, *, hidden: bool = False
 ) -> Iterator[Pictures]:
     """Runs all batches under one progress bar, which may be hidden."""
     import torch

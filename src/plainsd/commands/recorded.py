@@ -74,7 +74,7 @@ def say_unused(keys: list[str]) -> None:
         print(f"no effect here: {', '.join(keys)}", file=sys.stderr)
 
 
-def noted(
+def with_notes(
     settings: Settings, sd: StableDiffusion, loras: Loras, words: dict[str, Path], vae: Path | None, noise: dict
 ) -> Settings:
     """With what came by flags, and the hashes of all its files."""

@@ -58,7 +58,7 @@ def run(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> 
         if command.grid:
             pictures = pictures[-1:]  # the sheet; its pictures stay in the server's gallery
         for picture in pictures:
-            print(write(target, picture, is_sheet=bool(command.grid)))
+            print(write_picture(target, picture, is_sheet=bool(command.grid)))
             written += 1
     print(f"{written} picture{'s' * (written > 1)} in {time.perf_counter() - began:.1f} s from {remote.url}",
           file=sys.stderr)  # fmt: skip
@@ -93,7 +93,7 @@ def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any])
         shared[name] = getattr(command, name) or choices.get(name)
     for name, path in (("image", command.image), ("mask", command.mask)):
         if path is not None:
-            shared[name] = base64.b64encode(content_of(path)).decode()
+            shared[name] = base64.b64encode(file_content(path)).decode()
     loras = [from_flag(text) for text in command.lora]
     shared["loras"] = [{"name": path.stem if suffix_of(path) == ".safetensors" else str(path),
                         "strength": 1.0 if strength is None else strength} for path, strength in loras]  # fmt: skip
@@ -120,7 +120,7 @@ def embedding_of(flag: str) -> str:
     return path.stem if suffix_of(path) in SUFFIXES else str(path)
 
 
-def content_of(path: Path) -> bytes:
+def file_content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -165,7 +165,7 @@ def show(event: Progress, path: Path) -> None:
     write_png(grid(images, math.ceil(math.sqrt(len(images)))), path)
 
 
-def write(target: Target, picture: Finished, *, is_sheet: bool) -> Path:
+def write_picture(target: Target, picture: Finished, *, is_sheet: bool) -> Path:
     from PIL import Image
 
     from plainsd.pictures.images import read_settings

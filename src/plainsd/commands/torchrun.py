@@ -13,7 +13,7 @@ from plainsd.errors import UserError
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessShare:
     """The place of this process among those that were started together."""
 
     rank: int = 0
@@ -55,7 +55,7 @@ class Share:
         return int(told)
 
 
-def share_of_torchrun() -> Share:
+def share_of_torchrun() -> ProcessShare:
     if "RANK" not in os.environ:
-        return Share()
-    return Share(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        return ProcessShare()
+    return ProcessShare(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))

@@ -17,7 +17,7 @@ class Train(options.TrainOptions):
         from plainsd.train.claim import locked
         from plainsd.train.from_model import train_full, train_inversion, train_lora
         from plainsd.train.from_nothing import train_scratch, train_vae
-        from plainsd.train.job import Job
+        from plainsd.train.job import TrainJob
         from plainsd.train.processes import world_of_torchrun
 
         task = {
@@ -38,7 +38,7 @@ class Train(options.TrainOptions):
         dtype = choose_dtype(self.pace.dtype, device)
         with world_of_torchrun(device, self.pace.shard) as world, locked(self.out, world):
             try:
-                job = Job(filled, world, dtype)
+                job = TrainJob(filled, world, dtype)
                 job.draw_seed()
                 job.check_name()
                 task(job)

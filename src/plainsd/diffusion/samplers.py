@@ -373,7 +373,7 @@ class Sampler:
     takes: tuple[str, ...] = ()  # what `run` takes by name: of "eta", "strides", "prediction", "sigma_data"
 
 
-def cut(timestep: float) -> float:
+def whole_part(timestep: float) -> float:
     """Its whole part; the last digits of a whole number do not count against it."""
     return math.floor(timestep + 1e-9)
 
@@ -388,7 +388,7 @@ TO_FIRST: dict[str, Any] = {
 }
 SOLVER: dict[str, Any] = {
     "unit_first": True,
-    "rounding": {"linspace": round, "karras": round, "exponential": cut},
+    "rounding": {"linspace": round, "karras": round, "exponential": whole_part},
     "spare": {"linspace": 1, "leading": 1},
 }
 

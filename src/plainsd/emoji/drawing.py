@@ -114,7 +114,7 @@ class Concept:
 
 
 @dataclass(frozen=True)
-class Place:
+class GlyphBox:
     """Where a glyph lies in a picture: the box of its visible part, in pixels."""
 
     left: int
@@ -161,13 +161,13 @@ def draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | No
     return canvas.crop(box) if box else None
 
 
-def fitted(glyph: Image.Image, longer: int) -> Image.Image:
+def scaled_glyph(glyph: Image.Image, longer: int) -> Image.Image:
     """The glyph with its longer side at `longer` pixels (Lanczos, on premultiplied colours as Pillow does for RGBA)."""
     scale = longer / max(glyph.size)
     return glyph.resize([max(1, round(side * scale)) for side in glyph.size], Image.Resampling.LANCZOS)
 
 
-def compose(glyph: Image.Image, colour: tuple[int, int, int], size: int, place: Place) -> Image.Image:
+def draw_picture(glyph: Image.Image, colour: tuple[int, int, int], size: int, place: GlyphBox) -> Image.Image:
     """The glyph over a flat background: RGB, `size` x `size`."""
     picture = Image.new("RGBA", (size, size), (*colour, 255))
     scaled = glyph.resize((place.width, place.height), Image.Resampling.LANCZOS)
@@ -175,12 +175,12 @@ def compose(glyph: Image.Image, colour: tuple[int, int, int], size: int, place: 
     return picture.convert("RGB")
 
 
-def random_place(key: str, glyph_size: tuple[int, int], size: int) -> Place:
+def random_place(key: str, glyph_size: tuple[int, int], size: int) -> GlyphBox:
     """Size and place as a pure function of the key: `random.Random` keeps its stream for a text across versions."""
     draw = random.Random(key).random
     longer = size * (SMALLEST + (LARGEST - SMALLEST) * draw())
     width, height = (max(1, round(side * longer / max(glyph_size))) for side in glyph_size)
-    return Place(int(draw() * (size - width + 1)), int(draw() * (size - height + 1)), width, height)
+    return GlyphBox(int(draw() * (size - width + 1)), int(draw() * (size - height + 1)), width, height)
 
 
 def split_pairs(
@@ -231,7 +231,7 @@ def _code_points(text: str) -> tuple[int, ...]:
 
 def thumbnail_of(glyph: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """24x24 on mid grey in 0..1, and where it is visible."""
-    small = fitted(glyph, 24)
+    small = scaled_glyph(glyph, 24)
     canvas = Image.new("RGBA", (24, 24))
     canvas.paste(small, ((24 - small.width) // 2, (24 - small.height) // 2))
     pixels = np.asarray(canvas, np.float32) / 255

@@ -24,7 +24,7 @@ from plainsd.emoji.scorer import Score, Scorer
 from plainsd.errors import UserError
 from plainsd.pictures.images import to_pil, to_tensor, write_png
 
-Progress = Callable[[str, int, int], None]  # the row's name, pictures of it scored so far, pictures in all
+OnProgress = Callable[[str, int, int], None]  # the row's name, pictures of it scored so far, pictures in all
 BATCH = 32  # pictures at once: generated, or sent through the VAE
 
 
@@ -91,12 +91,12 @@ def real_pictures(
     for k, question in enumerate(asked):
         glyph = glyphs[question.concept]
         place = drawing.random_place(f"{seed}:evaluate:{k}", glyph.size, size)
-        pictures.append(drawing.compose(glyph, tuple(concepts["backgrounds"][question.background]), size, place))
+        pictures.append(drawing.draw_picture(glyph, tuple(concepts["backgrounds"][question.background]), size, place))
     return pictures
 
 
 @torch.inference_mode()
-def through_vae(sd: generate.StableDiffusion, pictures: Sequence[Image.Image]) -> Iterable[Image.Image]:
+def reconstructed(sd: generate.StableDiffusion, pictures: Sequence[Image.Image]) -> Iterable[Image.Image]:
     """Scale to the model's own size, as for training; encode to the mean and decode."""
     weight, side = next(sd.vae.parameters()), sd.variant.size
     pictures = [picture.resize((side, side), Image.Resampling.LANCZOS) for picture in pictures]
@@ -126,7 +126,7 @@ def evaluate(
     sampler: str | None = None,
     out: Path | None = None,
     font: Path | None = None,
-    progress: Progress = lambda row, done, count: None,
+    progress: OnProgress = lambda row, done, count: None,
 ) -> dict:
     """The scorer's own ceiling on real pictures, the VAE's, then the model without and with guidance, as shares of 1.
 
@@ -142,7 +142,7 @@ def evaluate(
     options: dict[str, Any] = {"seed": seed, "steps": steps, "sampler": sampler}
     rows: dict[str, Iterable[Image.Image]] = {
         "real pictures": real,
-        "real pictures through the VAE": through_vae(sd, real),
+        "real pictures through the VAE": reconstructed(sd, real),
         "generated, no guidance": generated(sd, asked, guidance=1.0, **options),
     }
     if guidance not in (0, 1):

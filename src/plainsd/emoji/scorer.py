@@ -58,7 +58,7 @@ class Scorer:
 
     def draw(self, glyph: Image.Image, longer: int, grid: int) -> Drawn:
         """One emoji at one size, drawn in pixels and averaged down to the grid's cells."""
-        scaled = np.asarray(drawing.fitted(glyph, longer), np.float32) / 255
+        scaled = np.asarray(drawing.scaled_glyph(glyph, longer), np.float32) / 255
         alpha = scaled[..., 3:]
         canvas = torch.zeros(1, 4, self.size, self.size)
         canvas[0, :, : scaled.shape[0], : scaled.shape[1]] = torch.from_numpy(

@@ -103,14 +103,14 @@ def setting(config: Config, name: str, where: str, default: Any = None) -> Any:
     return value
 
 
-def whole(config: Config, name: str, where: str, default: int | None = None, most: int = WIDEST) -> int:
+def whole_number(config: Config, name: str, where: str, default: int | None = None, most: int = WIDEST) -> int:
     value = setting(config, name, where, default)
     if type(value) is not int or not 0 < value <= most:
         raise UserError(f"{where}: {name} is {value!r}, and must be a whole number from 1 to {most}")
     return value
 
 
-def number(config: Config, name: str, where: str, default: float | None, most: float = 1e3) -> float:
+def real_number(config: Config, name: str, where: str, default: float | None, most: float = 1e3) -> float:
     value = setting(config, name, where, default)
     if type(value) not in (int, float) or not 0 < value <= most:  # nan included
         raise UserError(f"{where}: {name} is {value!r}, and must be a number above 0 and up to {most:g}")
@@ -132,7 +132,7 @@ def wholes(
     values = value if isinstance(value, (list, tuple)) else [value] * (count or 1)
     if len(values) != (count or len(values)) or not 0 < len(values) <= MOST:
         raise UserError(f"{where}: {name} is {value!r}, and must be a number a level, of which there are {count}")
-    return tuple(whole({name: one}, name, where, most=most) for one in values)
+    return tuple(whole_number({name: one}, name, where, most=most) for one in values)
 
 
 def divides(number: int, widths: tuple[int, ...], what: str, where: str) -> None:
@@ -165,11 +165,11 @@ def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
         mid_depth=None if middle is None else middle_depth(config, where) if middle == MIDDLES[0] else 0,
         layers=layers[0],
         context=context[0],
-        in_channels=whole(config, "in_channels", where, 4),
-        out_channels=whole(config, "out_channels", where, 4),
-        groups=whole(config, "norm_num_groups", where, 32),
-        vector=whole(config, "projection_class_embeddings_input_dim", where) if xl else None,
-        guidance_dim=whole(config, "time_cond_proj_dim", where) if config.get("time_cond_proj_dim") else None,
+        in_channels=whole_number(config, "in_channels", where, 4),
+        out_channels=whole_number(config, "out_channels", where, 4),
+        groups=whole_number(config, "norm_num_groups", where, 32),
+        vector=whole_number(config, "projection_class_embeddings_input_dim", where) if xl else None,
+        guidance_dim=whole_number(config, "time_cond_proj_dim", where) if config.get("time_cond_proj_dim") else None,
     )
     divides(unet.groups, channels, "groups of the norms", where)
     for heads, width, attending in zip(
@@ -226,18 +226,18 @@ def middle_depth(config: Config, where: str) -> int:
     """Transformer blocks in the middle: as many as at the last level, whether that one attends or not."""
     blocks = config.get("transformer_layers_per_block", 1)
     blocks = blocks[-1] if isinstance(blocks, (list, tuple)) else blocks
-    return whole({"transformer_layers_per_block": blocks}, "transformer_layers_per_block", where, most=MOST)
+    return whole_number({"transformer_layers_per_block": blocks}, "transformer_layers_per_block", where, most=MOST)
 
 
 def read_vae(config: Config, where: str) -> VAEConfig:
     check_fixed(config, VAE_FIXED, where)
     vae = VAEConfig(
         channels=wholes(config, "block_out_channels", where),
-        layers=whole(config, "layers_per_block", where, 1, MOST),
-        latent_channels=whole(config, "latent_channels", where, 4),
-        groups=whole(config, "norm_num_groups", where, 32),
-        scaling_factor=number(config, "scaling_factor", where, 0.18215),
-        pixel_channels=whole(config, "in_channels", where, 3),
+        layers=whole_number(config, "layers_per_block", where, 1, MOST),
+        latent_channels=whole_number(config, "latent_channels", where, 4),
+        groups=whole_number(config, "norm_num_groups", where, 32),
+        scaling_factor=real_number(config, "scaling_factor", where, 0.18215),
+        pixel_channels=whole_number(config, "in_channels", where, 3),
         latents_mean=channelwise(config, "latents_mean", where),
         latents_std=channelwise(config, "latents_std", where),
     )
@@ -252,7 +252,7 @@ def channelwise(config: Config, name: str, where: str) -> tuple[float, ...] | No
     values = config.get(name)
     if values is None:
         return None
-    channels, low = whole(config, "latent_channels", where, 4), 0 if name == "latents_std" else -1e6
+    channels, low = whole_number(config, "latent_channels", where, 4), 0 if name == "latents_std" else -1e6
     good = isinstance(values, (list, tuple)) and len(values) == channels
     if not good or not all(type(value) in (int, float) and low < value <= 1e6 for value in values):
         raise UserError(f"{where}: {name} is {values!r}, and must be {channels} numbers, one a latent channel")
@@ -260,19 +260,19 @@ def channelwise(config: Config, name: str, where: str) -> tuple[float, ...] | No
 
 
 def read_text(config: Config, where: str) -> TextConfig:
-    vocab, eos = whole(config, "vocab_size", where, 49_408), whole(config, "eos_token_id", where, 49_407)
+    vocab, eos = whole_number(config, "vocab_size", where, 49_408), whole_number(config, "eos_token_id", where, 49_407)
     projected = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
     text = TextConfig(
         vocab=vocab,
-        width=whole(config, "hidden_size", where),
-        layers=whole(config, "num_hidden_layers", where, most=MOST),
-        heads=whole(config, "num_attention_heads", where),
-        mlp=whole(config, "intermediate_size", where),
-        positions=whole(config, "max_position_embeddings", where, 77),
+        width=whole_number(config, "hidden_size", where),
+        layers=whole_number(config, "num_hidden_layers", where, most=MOST),
+        heads=whole_number(config, "num_attention_heads", where),
+        mlp=whole_number(config, "intermediate_size", where),
+        positions=whole_number(config, "max_position_embeddings", where, 77),
         activation=one_of(config, "hidden_act", where, "quick_gelu", ACTIVATIONS),
-        projection=whole(config, "projection_dim", where, 512) if projected else None,
+        projection=whole_number(config, "projection_dim", where, 512) if projected else None,
         eos=min(vocab, 49_408) - 1 if eos == LEGACY_EOS else eos,
-        eps=number(config, "layer_norm_eps", where, 1e-5),
+        eps=real_number(config, "layer_norm_eps", where, 1e-5),
     )
     divides(text.heads, (text.width,), "attention heads", where)
     return text
@@ -297,9 +297,9 @@ def read_schedule(config: Config, where: str, kind: str = "DDIMScheduler") -> di
         )
     schedule = ScheduleConfig(
         curve=CURVES[one_of(config, "beta_schedule", where, "linear", CURVES)],
-        beta_start=number(config, "beta_start", where, 0.0001, 0.999),
-        beta_end=number(config, "beta_end", where, 0.02, 0.999),
-        count=whole(config, "num_train_timesteps", where, 1000, 100_000),
+        beta_start=real_number(config, "beta_start", where, 0.0001, 0.999),
+        beta_end=real_number(config, "beta_end", where, 0.02, 0.999),
+        count=whole_number(config, "num_train_timesteps", where, 1000, 100_000),
         zero_terminal_snr=config.get("rescale_betas_zero_snr") is True,
     )
     timesteps = one_of(config, "timestep_spacing", where, "leading", dict.fromkeys(OF_TIMESTEPS))
@@ -332,11 +332,11 @@ def read_edm(config: Config, where: str, kind: str) -> dict[str, Any]:
                 "use_karras_sigmas or use_exponential_sigmas only; choose a model with such settings"
             )
     schedule = EDMSchedule(
-        sigma_min=number(config, "sigma_min", where, 0.002 if own else None),
-        sigma_max=number(config, "sigma_max", where, 80.0 if own else None, 1e6),
-        sigma_data=number(config, "sigma_data", where, 0.5) if own else 1.0,
-        rho=number(config, "rho", where, 7.0),
-        count=whole(config, "num_train_timesteps", where, 1000, 100_000),
+        sigma_min=real_number(config, "sigma_min", where, 0.002 if own else None),
+        sigma_max=real_number(config, "sigma_max", where, 80.0 if own else None, 1e6),
+        sigma_data=real_number(config, "sigma_data", where, 0.5) if own else 1.0,
+        rho=real_number(config, "rho", where, 7.0),
+        count=whole_number(config, "num_train_timesteps", where, 1000, 100_000),
     )
     if schedule.sigma_min >= schedule.sigma_max:
         raise UserError(f"{where}: sigma_min {schedule.sigma_min} is not below sigma_max {schedule.sigma_max}; mend it")
@@ -351,8 +351,8 @@ def read_variant(get: Callable[[str], Config], where: str) -> Variant:
     """The model that the files of a diffusers folder describe; `get` reads one, by its path within the folder."""
     index, at = get("model_index.json"), lambda path: (get(path), f"{where}: {path}")
     check_index(index, where)
-    latents = whole(get("vae/config.json"), "latent_channels", f"{where}: vae/config.json", 4)
-    check_reads(whole(get("unet/config.json"), "in_channels", f"{where}: unet/config.json", 4), latents, where)
+    latents = whole_number(get("vae/config.json"), "latent_channels", f"{where}: vae/config.json", 4)
+    check_reads(whole_number(get("unet/config.json"), "in_channels", f"{where}: unet/config.json", 4), latents, where)
     unet, conv = read_unet(*at("unet/config.json"))
     vae = read_vae(*at("vae/config.json"))
     classes = text_classes(index, where)
@@ -378,7 +378,7 @@ def read_variant(get: Callable[[str], Config], where: str) -> Variant:
     if known := nearest(variant):
         variant = replace(variant, name=known.name, guidance=known.guidance, steps=known.steps)
         variant = replace(variant, sampler=noise.get("sampler", known.sampler))
-    return replace(variant, **notes(index, where))
+    return replace(variant, **our_notes(index, where))
 
 
 def scheduler_class(index: Config) -> str:
@@ -419,7 +419,7 @@ def text_classes(index: Config, where: str) -> dict[str, str]:
     return found
 
 
-def notes(index: Config, where: str) -> dict[str, Any]:
+def our_notes(index: Config, where: str) -> dict[str, Any]:
     """What we wrote beside diffusers' own entries."""
     noted = index.get(NOTE) or {}
     if not isinstance(noted, dict):

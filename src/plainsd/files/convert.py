@@ -19,8 +19,8 @@ from plainsd.files.detect import UNET_PREFIX, seems
 from plainsd.files.folder import PREVIEW, open_part, read_folder, read_network, write_folder
 from plainsd.files.hub import find
 from plainsd.files.predicted import asked, check_prediction, told_otherwise
-from plainsd.files.single import FILES, read_single, told, write_single
-from plainsd.files.stored import Contents, Network, parts
+from plainsd.files.single import FILES, read_single, variant_in, write_single
+from plainsd.files.stored import Contents, StoredNetwork, parts
 from plainsd.files.tensorfile import TensorFile, open_tensors
 from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
 from plainsd.listing import suffix_of
@@ -82,7 +82,7 @@ def read(
     return with_vae(contents, read_vae_alone(vae, contents.variant.vae))
 
 
-def with_vae(contents: Contents, vae: Network) -> Contents:
+def with_vae(contents: Contents, vae: StoredNetwork) -> Contents:
     """With another autoencoder, and without the projection for previews that belonged to the model's own."""
     variant = replace(contents.variant, vae=vae.config)
     texts = {name: text for name, text in contents.texts.items() if name != PREVIEW}
@@ -91,7 +91,7 @@ def with_vae(contents: Contents, vae: Network) -> Contents:
     return replace(contents, variant=variant, texts=texts, networks=networks)
 
 
-def read_vae_alone(path: str | Path, like: VAEConfig, variant_file: str | None = None) -> Network:
+def read_vae_alone(path: str | Path, like: VAEConfig, variant_file: str | None = None) -> StoredNetwork:
     """An autoencoder: a folder with config.json, the `vae` folder of a model, a file in either naming, or the one in a
     whole checkpoint.
 
@@ -114,7 +114,7 @@ def read_vae_alone(path: str | Path, like: VAEConfig, variant_file: str | None =
     return read_network(TensorFile(path, tensors, whole.metadata), VAE, like, conv=False, layout=layout)
 
 
-def vae_of(whole: TensorFile, like: VAEConfig) -> Network:
+def vae_of(whole: TensorFile, like: VAEConfig) -> StoredNetwork:
     """The autoencoder of a whole checkpoint, with the settings that the file notes for it."""
     start = "first_stage_model."
     tensors = {name.removeprefix(start): tensor for name, tensor in whole.tensors.items() if name.startswith(start)}
@@ -123,7 +123,7 @@ def vae_of(whole: TensorFile, like: VAEConfig) -> Network:
             f"{whole.path} is {seems(whole.tensors)} and holds no autoencoder (VAE); give another file with --vae"
         )
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("loss.")}
-    config = told(whole)[0].vae if whole.metadata.get(FILES) else like
+    config = variant_in(whole)[0].vae if whole.metadata.get(FILES) else like
     file = TensorFile(whole.path, tensors, whole.metadata)
     return read_network(file, VAE, config, conv=False, layout="original")
 

@@ -29,7 +29,7 @@ STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?", re.IGNORECASE)
 MOST_STEPS = 16
 
 
-def kind_of(text: str) -> str | None:
+def distillation_named(text: str) -> str | None:
     """Which distillation a name speaks of."""
     words = [word.lower() for word in WORD.findall(text)]
     for word, following in pairwise([*words, ""]):
@@ -42,7 +42,7 @@ def kind_of(text: str) -> str | None:
     return None
 
 
-def distilled(variant: Variant, names: Iterable[str]) -> tuple[Variant, str | None]:
+def with_distilled_settings(variant: Variant, names: Iterable[str]) -> tuple[Variant, str | None]:
     """The variant with the settings of the distillation that the first of these names tells, and what to say of it.
 
     A model that already has settings for few steps, by its networks or its scheduler, keeps them.
@@ -50,7 +50,7 @@ def distilled(variant: Variant, names: Iterable[str]) -> tuple[Variant, str | No
     if variant.sampler == "lcm" or variant.steps <= LCM["steps"]:
         return variant, None
     for name in names:
-        if kind := kind_of(name):
+        if kind := distillation_named(name):
             settings = SETTINGS[kind]
             own = next((v for v in VARIANTS.values() if v.name.endswith("-turbo") and v.unet == variant.unet), None)
             if kind == "Turbo" and own and OWN_TURBO.match(name):

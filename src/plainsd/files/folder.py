@@ -11,21 +11,21 @@ import torch
 from plainsd.disk import read_json, read_text_file, whole_folder
 from plainsd.errors import UserError
 from plainsd.files.configs import NOTE, read_variant
-from plainsd.files.distilled import distilled
+from plainsd.files.distilled import with_distilled_settings
 from plainsd.files.stored import (
     POSITION_IDS,
     Contents,
-    Network,
+    StoredNetwork,
     blueprint,
-    check_names,
+    check_tensor_names,
     fragments,
-    located,
-    pack,
+    packed_tensors,
     parts,
+    places_of,
     respelled,
     unpack,
 )
-from plainsd.files.tensorfile import TensorFile, merged, open_tensors, write_safetensors
+from plainsd.files.tensorfile import TensorFile, joined_files, open_tensors, write_safetensors
 from plainsd.listing import hidden, suffix_of
 from plainsd.models.clip import TextEncoder
 
@@ -62,7 +62,7 @@ def read_folder(folder: Path, variant_file: str | None = None, *, vae: bool = Tr
     leftovers = open_tensors(folder / LEFTOVERS).tensors if (folder / LEFTOVERS).is_file() else {}
     remarks = [f"{folder} has no plain files of weights: read {', '.join(other)}"] if other else []
     if "steps" not in note:
-        variant, remark = distilled(variant, (public_name(folder), str(index.get("_name_or_path", ""))))
+        variant, remark = with_distilled_settings(variant, (public_name(folder), str(index.get("_name_or_path", ""))))
         remarks += [remark] if remark else []
     texts = read_texts(folder, parts(variant))
     return Contents(
@@ -77,18 +77,18 @@ def public_name(folder: Path) -> str:
     return folder.resolve().name
 
 
-def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool, layout: str = "diffusers") -> Network:
+def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool, layout: str = "diffusers") -> StoredNetwork:
     """A network in a file of its own."""
     bare = blueprint(kind, config)
-    wanted = located(bare, layout, file.tensors, conv=conv)
+    wanted = places_of(bare, layout, file.tensors, conv=conv)
     extras = {
         name: file.tensors[name]
         for name in (POSITION_IDS, POSITION_IDS.removeprefix("text_model."))
         if kind is TextEncoder and name in file.tensors
     }
-    check_names([*(place.name for place in wanted), *extras], file)
+    check_tensor_names([*(place.name for place in wanted), *extras], file)
     shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
-    return Network(kind, config, unpack(file, wanted, shapes), extras)
+    return StoredNetwork(kind, config, unpack(file, wanted, shapes), extras)
 
 
 def read_texts(folder: Path, names: dict) -> dict[str, str]:
@@ -129,7 +129,7 @@ def open_shards(folder: Path, index: Path) -> TensorFile:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index} is damaged: it lists no files; fetch it again")
-    return merged(open_tensors(folder / Path(name).name) for name in dict.fromkeys(names.values()))
+    return joined_files(open_tensors(folder / Path(name).name) for name in dict.fromkeys(names.values()))
 
 
 def file_variant(name: str) -> str | None:
@@ -171,7 +171,7 @@ def write_folder(contents: Contents, target: Path, dtype: torch.dtype | None = N
 
 def write_weights(
     folder: Path,
-    network: Network,
+    network: StoredNetwork,
     *,
     conv: bool = False,
     dtype: torch.dtype | None = None,
@@ -180,7 +180,7 @@ def write_weights(
     """One network's file, in diffusers' names."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = STEMS[1] if network.kind is TextEncoder else STEMS[0]
-    tensors = pack(network, "diffusers", conv=conv, dtype=dtype, spelling=spelling)
+    tensors = packed_tensors(network, "diffusers", conv=conv, dtype=dtype, spelling=spelling)
     extras = {respelled(name, spelling): stored for name, stored in network.extras.items()}
     write_safetensors(folder / f"{stem}.safetensors", tensors | extras)
 

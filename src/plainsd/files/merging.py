@@ -42,7 +42,7 @@ def merge_models(
     others = [(str(model), read(path, variant_file, family)) for model, path in zip(models, paths, strict=True)][1:]
 
     def change(contents: Contents) -> Contents:
-        made = merged(contents, others, share)
+        made = merged_models(contents, others, share)
         digits = {digits_of(path): path.name for path in paths}
         recipe = {"type": "plainsd", "interp_method": METHODS[difference], "multiplier": share}
         recipe |= dict(zip(HASHES, map(digits_of, paths), strict=False))
@@ -62,7 +62,7 @@ def check_recipe(count: int, share: float, *, difference: bool) -> None:
         raise UserError(f"--share {share:g} is out of range; give how much of the difference is added, such as 1")
 
 
-def merged(first: Contents, others: Sequence[tuple[str, Contents]], share: float) -> Contents:
+def merged_models(first: Contents, others: Sequence[tuple[str, Contents]], share: float) -> Contents:
     """The first model with the others (one: B; two: B and C) mixed into it. They go by their names where one does not
     fit."""
     for name, other in others:

@@ -22,12 +22,12 @@ from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
 
-Row = tuple[str, ...]  # three names
+NameRow = tuple[str, ...]  # three names
 
 # fmt: off
 # --- the UNet: ours, diffusers, original -----------------------------------------------------------------------------
 
-UNET: tuple[Row, ...] = (
+UNET: tuple[NameRow, ...] = (
     ("time.0",     "time_embedding.linear_1",   "time_embed.0"),
     ("time.2",     "time_embedding.linear_2",   "time_embed.2"),
     ("guidance",   "time_embedding.cond_proj",  "time_embed.cond_proj"),
@@ -37,22 +37,22 @@ UNET: tuple[Row, ...] = (
     ("norm_out",   "conv_norm_out",             "out.0"),
     ("conv_out",   "conv_out",                  "out.2"),
 )
-UNET_DOWN: tuple[Row, ...] = (
+UNET_DOWN: tuple[NameRow, ...] = (
     ("down.{n}.res",            "down_blocks.{i}.resnets.{j}",          "input_blocks.{m}.0"),
     ("down.{n}.attn",           "down_blocks.{i}.attentions.{j}",       "input_blocks.{m}.1"),
     ("down.{n}.resample.conv",  "down_blocks.{i}.downsamplers.0.conv",  "input_blocks.{m}.0.op"),
 )
-UNET_MID: tuple[Row, ...] = (
+UNET_MID: tuple[NameRow, ...] = (
     ("mid.res1",  "mid_block.resnets.0",     "middle_block.0"),
     ("mid.attn",  "mid_block.attentions.0",  "middle_block.1"),
     ("mid.res2",  "mid_block.resnets.1",     "middle_block.2"),
 )
-UNET_UP: tuple[Row, ...] = (
+UNET_UP: tuple[NameRow, ...] = (
     ("up.{n}.res",            "up_blocks.{i}.resnets.{j}",        "output_blocks.{n}.0"),
     ("up.{n}.attn",           "up_blocks.{i}.attentions.{j}",     "output_blocks.{n}.1"),
     ("up.{n}.resample.conv",  "up_blocks.{i}.upsamplers.0.conv",  "output_blocks.{n}.{last}.conv"),
 )
-UNET_RES: tuple[Row, ...] = (
+UNET_RES: tuple[NameRow, ...] = (
     ("norm1",  "norm1",          "in_layers.0"),
     ("conv1",  "conv1",          "in_layers.2"),
     ("emb",    "time_emb_proj",  "emb_layers.1"),
@@ -60,7 +60,7 @@ UNET_RES: tuple[Row, ...] = (
     ("conv2",  "conv2",          "out_layers.3"),
     ("skip",   "conv_shortcut",  "skip_connection"),
 )
-TRANSFORMER: tuple[Row, ...] = (
+TRANSFORMER: tuple[NameRow, ...] = (
     ("norm",      "norm",                 "norm"),
     ("proj_in",   "proj_in:maybe-conv",   "proj_in:maybe-conv"),
     ("proj_out",  "proj_out:maybe-conv",  "proj_out:maybe-conv"),
@@ -83,7 +83,7 @@ TRANSFORMER_BLOCK = tuple((f"blocks.{{k}}.{ours}", *[f"transformer_blocks.{{k}}.
 
 # --- the VAE: ours, diffusers, original ------------------------------------------------------------------------------
 
-VAE_TOP: tuple[Row, ...] = (
+VAE_TOP: tuple[NameRow, ...] = (
     ("encoder.conv_in",   "encoder.conv_in",        "encoder.conv_in"),
     ("encoder.norm",      "encoder.conv_norm_out",  "encoder.norm_out"),
     ("encoder.conv_out",  "encoder.conv_out",       "encoder.conv_out"),
@@ -93,7 +93,7 @@ VAE_TOP: tuple[Row, ...] = (
     ("decoder.norm",      "decoder.conv_norm_out",  "decoder.norm_out"),
     ("decoder.conv_out",  "decoder.conv_out",       "decoder.conv_out"),
 )
-VAE_LEVEL: tuple[Row, ...] = (        # {r}: the original counts the decoder's levels from the shallowest
+VAE_LEVEL: tuple[NameRow, ...] = (        # {r}: the original counts the decoder's levels from the shallowest
     ("encoder.levels.{i}.res.{j}", "encoder.down_blocks.{i}.resnets.{j}", "encoder.down.{i}.block.{j}"),
     ("decoder.levels.{i}.res.{j}", "decoder.up_blocks.{i}.resnets.{j}", "decoder.up.{r}.block.{j}"),
     ("encoder.levels.{i}.resample.conv",
@@ -101,21 +101,21 @@ VAE_LEVEL: tuple[Row, ...] = (        # {r}: the original counts the decoder's l
     ("decoder.levels.{i}.resample.conv",
      "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{r}.upsample.conv"),
 )
-VAE_MID: tuple[Row, ...] = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}")
+VAE_MID: tuple[NameRow, ...] = tuple((f"{side}.{ours}", f"{side}.{diffusers}", f"{side}.{original}")
                                  for side in ("encoder", "decoder")
                 for ours, diffusers, original in (
     ("mid.res1",  "mid_block.resnets.0",     "mid.block_1"),
     ("mid.attn",  "mid_block.attentions.0",  "mid.attn_1"),
     ("mid.res2",  "mid_block.resnets.1",     "mid.block_2"),
 ))
-VAE_RES: tuple[Row, ...] = (
+VAE_RES: tuple[NameRow, ...] = (
     ("norm1",  "norm1",          "norm1"),
     ("conv1",  "conv1",          "conv1"),
     ("norm2",  "norm2",          "norm2"),
     ("conv2",  "conv2",          "conv2"),
     ("skip",   "conv_shortcut",  "nin_shortcut"),
 )
-VAE_ATTENTION: tuple[Row, ...] = (
+VAE_ATTENTION: tuple[NameRow, ...] = (
     ("norm",      "group_norm",  "norm"),
     ("attn.q",    "to_q",        "q:conv"),
     ("attn.k",    "to_k",        "k:conv"),
@@ -125,7 +125,7 @@ VAE_ATTENTION: tuple[Row, ...] = (
 
 # --- the text encoder: ours, transformers (SD 1.x also in single files), OpenCLIP (SD 2.x and SDXL in single files) --
 
-TEXT: tuple[Row, ...] = (
+TEXT: tuple[NameRow, ...] = (
     ("token",       "text_model.embeddings.token_embedding",     "token_embedding"),
     ("position",    "text_model.embeddings.position_embedding",  "positional_embedding:bare"),
     ("norm",        "text_model.final_layer_norm",               "ln_final"),
@@ -158,53 +158,53 @@ SPELLINGS = (                         # as the tables have it, as some diffusers
 COLUMN = {"diffusers": 1, "original": 2, "transformers": 1, "openclip": 2}
 
 
-def under(row: Row, table: Sequence[Row]) -> list[Row]:
+def under(row: NameRow, table: Sequence[NameRow]) -> list[NameRow]:
     """The rows of `table` for the block that `row` names."""
     return [tuple(f"{block}.{leaf}" for block, leaf in zip(row, leaves, strict=True)) for leaves in table]
 
 
-def filled(table: tuple[Row, ...], **numbers: int) -> list[Row]:
+def filled_rows(table: tuple[NameRow, ...], **numbers: int) -> list[NameRow]:
     return [tuple(name.format(**numbers) for name in row) for row in table]
 
 
-def unet_rows(unet: UNet) -> Iterator[Row]:
+def unet_rows(unet: UNet) -> Iterator[NameRow]:
     """Every module with weights that a UNet of these sizes can have; some exist only at some levels."""
     config = unet.config
     depth, layers, levels = config.depth, config.layers, len(config.channels)
     deepest = max(*depth, config.mid_depth or 0, *(most for i in range(levels) for most in config.going_up(i)))
-    transformer = list(TRANSFORMER) + [row for k in range(deepest) for row in filled(TRANSFORMER_BLOCK, k=k)]
+    transformer = list(TRANSFORMER) + [row for k in range(deepest) for row in filled_rows(TRANSFORMER_BLOCK, k=k)]
     yield from UNET
     blocks = list(UNET_MID)
     for i, j in product(range(levels), range(layers + 1)):
         n, last = i * (layers + 1) + j, 2 if depth[levels - 1 - i] else 1
-        blocks += filled(UNET_DOWN, i=i, j=j, n=n, m=n + 1) + filled(UNET_UP, i=i, j=j, n=n, last=last)
+        blocks += filled_rows(UNET_DOWN, i=i, j=j, n=n, m=n + 1) + filled_rows(UNET_UP, i=i, j=j, n=n, last=last)
     for row in blocks:
         kind = row[0].rpartition(".")[2]
         table = transformer if kind == "attn" else UNET_RES if kind.startswith("res") else ()
         yield from under(row, table) if table else [row]
 
 
-def vae_rows(vae: VAE) -> Iterator[Row]:
+def vae_rows(vae: VAE) -> Iterator[NameRow]:
     levels = len(vae.config.channels)
     yield from VAE_TOP
     for row in VAE_MID:
         yield from under(row, VAE_ATTENTION if row[0].endswith("attn") else VAE_RES)
     for i, j in product(range(levels), range(vae.config.layers + 1)):
-        for row in filled(VAE_LEVEL, i=i, j=j, r=levels - 1 - i):
+        for row in filled_rows(VAE_LEVEL, i=i, j=j, r=levels - 1 - i):
             yield from under(row, VAE_RES) if ".res." in row[0] else [row]
 
 
-def text_rows(encoder: TextEncoder) -> Iterator[Row]:
+def text_rows(encoder: TextEncoder) -> Iterator[NameRow]:
     yield from TEXT
     for k in range(encoder.config.layers):
-        yield from filled(TEXT_BLOCK, k=k)
+        yield from filled_rows(TEXT_BLOCK, k=k)
 
 
 ROWS = {UNet: unet_rows, VAE: vae_rows, TextEncoder: text_rows}
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """One tensor of a file: its name there, which of our tensors it holds, and how it differs from them."""
 
     name: str
@@ -229,10 +229,10 @@ class Place:
         return tensor[:, :, None, None] if self.mark == "conv" and tensor.ndim == 2 else tensor
 
 
-def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[Place]:
+def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[TensorPlace]:
     """All tensors of a network as a file in `layout` holds them, in our order; `conv` settles `maybe-conv`."""
     names = {row[0]: row[COLUMN[layout]] for row in ROWS[type(network)](network)}
-    found: dict[str, Place] = {}
+    found: dict[str, TensorPlace] = {}
     for ours in network.state_dict():
         module, _, leaf = ours.rpartition(".")
         theirs, _, mark = names[module].partition(":")
@@ -240,7 +240,7 @@ def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[Place]
             mark = "conv" if conv else "maybe-conv"
         name = theirs if mark in ("bare", "transposed") else theirs + ("_" if mark == "third" else ".") + leaf
         before = found[name].ours if name in found else ()
-        found[name] = Place(name, (*before, ours), mark)
+        found[name] = TensorPlace(name, (*before, ours), mark)
     return list(found.values())
 
 

@@ -17,11 +17,21 @@ from plainsd.errors import UserError
 from plainsd.files.configs import read_variant
 from plainsd.files.configs_out import write_variant
 from plainsd.files.detect import MARKS, UNET_PREFIX, detect, predicting, seems
-from plainsd.files.distilled import distilled
+from plainsd.files.distilled import with_distilled_settings
 from plainsd.files.folder import spelling
-from plainsd.files.names import Place
+from plainsd.files.names import TensorPlace
 from plainsd.files.renumbered import without_gaps
-from plainsd.files.stored import Contents, Network, blueprint, check_names, fragments, located, pack, parts, unpack
+from plainsd.files.stored import (
+    Contents,
+    StoredNetwork,
+    blueprint,
+    check_tensor_names,
+    fragments,
+    packed_tensors,
+    parts,
+    places_of,
+    unpack,
+)
 from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, stored, write_safetensors
 from plainsd.listing import suffix_of
 from plainsd.models.variants import Variant
@@ -79,15 +89,15 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True, pred
     """`family`: a name in VARIANTS, where shapes cannot tell. `vae` False: the file's own is not wanted. `prediction`:
     what the network predicts, where that is known better than the file tells."""
     file, remarks = without_gaps(open_tensors(path)), []
-    variant, certain = told(file, family, prediction)
+    variant, certain = variant_in(file, family, prediction)
     networks = read_networks(file, variant, [name for name in parts(variant) if vae or name != "vae"])
-    texts, spellings = noted(file, FILES, {}), noted(file, SPELLED, [])
+    texts, spellings = note_in(file, FILES, {}), note_in(file, SPELLED, [])
     if not texts and family is None:
         variant, remark = by_name(file, variant)
         remarks += [remark] if remark else []
     extras = {name for part in networks for name in extra_names(file, part, *prefixes(variant)[part])}
     known = {*extras, *MARKS} if texts else extras  # in a file of ours these say what its settings say
-    leftovers = {name: file.tensors[name] for name in beside(file, variant) if name not in known}
+    leftovers = {name: file.tensors[name] for name in known_beside(file, variant) if name not in known}
     for part, network in networks.items():
         prefix, layout = prefixes(variant)[part]
         found = fragments(blueprint(network.kind, network.config), layout, file.tensors, prefix)
@@ -98,12 +108,12 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True, pred
 
 def by_name(file: TensorFile, variant: Variant) -> tuple[Variant, str | None]:
     """The variant with the settings of a distillation that the file's title or name tells, and what to say of it."""
-    return distilled(variant, (file.metadata.get("modelspec.title", ""), file.path.stem))
+    return with_distilled_settings(variant, (file.metadata.get("modelspec.title", ""), file.path.stem))
 
 
-def told(file: TensorFile, family: str | None = None, prediction: str | None = None) -> tuple[Variant, bool]:
+def variant_in(file: TensorFile, family: str | None = None, prediction: str | None = None) -> tuple[Variant, bool]:
     """What model is in a file, by our notes or by its shapes, and whether what it predicts is certain."""
-    texts = noted(file, FILES, {})
+    texts = note_in(file, FILES, {})
     if strange := [name for name, text in texts.items() if not PATH.fullmatch(name) or not isinstance(text, str)]:
         raise damaged(file.path, f"its metadata names the file {strange[0]!r}, which no model has")
 
@@ -119,16 +129,16 @@ def told(file: TensorFile, family: str | None = None, prediction: str | None = N
     return replace(variant, conv_projections=has_convolutions(file)), certain
 
 
-def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[str, Network]:
+def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[str, StoredNetwork]:
     """The networks of those names; whatever else is in the file must be known by name."""
     wanted = {name: places_in(file, variant, name) for name in names}
     for name, its in wanted.items():
         if not any(place.name in file.tensors for place in its):
             raise lacking(file, name)
-    known = beside(file, variant)
+    known = known_beside(file, variant)
     if "vae" not in names:
         known += [name for name in file.tensors if name.startswith(prefixes(variant)["vae"][0])]
-    check_names({place.name: None for its in wanted.values() for place in its} | dict.fromkeys(known), file)
+    check_tensor_names({place.name: None for its in wanted.values() for place in its} | dict.fromkeys(known), file)
     networks = {}
     for name in names:
         network = blueprint(*parts(variant)[name])
@@ -136,18 +146,18 @@ def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[
         extras = {
             theirs: file.tensors[key] for key, theirs in extra_names(file, name, *prefixes(variant)[name]).items()
         }
-        networks[name] = Network(*parts(variant)[name], unpack(file, wanted[name], shapes), extras)
+        networks[name] = StoredNetwork(*parts(variant)[name], unpack(file, wanted[name], shapes), extras)
     return networks
 
 
-def places_in(file: TensorFile, variant: Variant, name: str) -> list[Place]:
+def places_in(file: TensorFile, variant: Variant, name: str) -> list[TensorPlace]:
     """Where the file holds one network."""
     prefix, layout = prefixes(variant)[name]
     network = blueprint(*parts(variant)[name])
-    return located(network, layout, file.tensors, conv=variant.conv_projections, prefix=prefix)
+    return places_of(network, layout, file.tensors, conv=variant.conv_projections, prefix=prefix)
 
 
-def beside(file: TensorFile, variant: Variant) -> list[str]:
+def known_beside(file: TensorFile, variant: Variant) -> list[str]:
     """The file's names that are known, and no network's."""
     used = {place.name for name in parts(variant) for place in places_in(file, variant, name)}
     return [name for name in file.tensors if BESIDE.match(name) and name not in used]
@@ -176,7 +186,7 @@ def extra_names(file: TensorFile, part: str, prefix: str, layout: str) -> dict[s
     }
 
 
-def noted(file: TensorFile, name: str, default: Note) -> Note:
+def note_in(file: TensorFile, name: str, default: Note) -> Note:
     try:
         content = json.loads(file.metadata.get(name, "null"))
     except json.JSONDecodeError as error:
@@ -208,7 +218,7 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
     tensors = words | left
     for name, network in contents.networks.items():
         prefix, layout = prefixes(contents.variant)[name]
-        tensors |= pack(
+        tensors |= packed_tensors(
             network,
             layout,
             conv=contents.variant.conv_projections,

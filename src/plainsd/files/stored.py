@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from plainsd.errors import UserError
 from plainsd.files.detect import seems
-from plainsd.files.names import SPELLINGS, Place, places, spelled
+from plainsd.files.names import SPELLINGS, TensorPlace, places, spelled
 from plainsd.files.tensorfile import Stored, TensorFile
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
@@ -26,7 +26,7 @@ POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, 2, ...: a buffer th
 
 
 @dataclass(frozen=True)
-class Network:
+class StoredNetwork:
     """A network whose weights are still in their file."""
 
     kind: type[nn.Module]
@@ -47,7 +47,7 @@ class Contents:
     """A whole model."""
 
     variant: Variant
-    networks: dict[str, Network]  # unet, vae, text_encoder, text_encoder_2
+    networks: dict[str, StoredNetwork]  # unet, vae, text_encoder, text_encoder_2
     texts: dict[str, str]  # settings and tokenizers, by path in a diffusers folder
     leftovers: dict[str, Stored] = field(default_factory=dict)  # tensors of a single file that no folder has
     spellings: tuple[str, ...] = ()  # names that are not the table's: "layout network fragment"
@@ -97,7 +97,9 @@ def blueprint(kind: type[nn.Module], config: Any) -> nn.Module:
 # --- from a file's names to ours -------------------------------------------------------------------------------------
 
 
-def located(network: nn.Module, layout: str, names: Collection[str], *, conv: bool, prefix: str = "") -> list[Place]:
+def places_of(
+    network: nn.Module, layout: str, names: Collection[str], *, conv: bool, prefix: str = ""
+) -> list[TensorPlace]:
     """Where a file with these names holds the network's tensors."""
     found = places(network, layout, conv=conv)
     return [replace(place, name=spelled(prefix + place.name, names)) for place in found]
@@ -121,7 +123,7 @@ def fragments(network: nn.Module, layout: str, names: Collection[str], prefix: s
     ]
 
 
-def unpack(file: TensorFile, wanted: list[Place], shapes: Mapping[str, torch.Size]) -> dict[str, Stored]:
+def unpack(file: TensorFile, wanted: list[TensorPlace], shapes: Mapping[str, torch.Size]) -> dict[str, Stored]:
     """The file's tensors under our names, still unread."""
     found = {}
     for place in wanted:
@@ -141,14 +143,14 @@ def unpack(file: TensorFile, wanted: list[Place], shapes: Mapping[str, torch.Siz
     return found
 
 
-def part_of(place: Place, stored: Stored, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+def part_of(place: TensorPlace, stored: Stored, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """One of our tensors from a tensor of the file; of a third only, so that the whole does not stay in memory."""
     part = place.to_ours(stored.read(dtype))[index]
     return part.clone() if len(place.ours) > 1 else part
 
 
-def pack(
-    network: Network,
+def packed_tensors(
+    network: StoredNetwork,
     layout: str,
     *,
     conv: bool,
@@ -167,17 +169,17 @@ def pack(
     return packed
 
 
-def whole_of(place: Place, sources: list[Stored], kind: torch.dtype) -> torch.Tensor:
+def whole_of(place: TensorPlace, sources: list[Stored], kind: torch.dtype) -> torch.Tensor:
     """A tensor of the file from ours."""
     return place.to_theirs([stored.read(kind) for stored in sources])
 
 
-def place_shape(place: Place, shapes: Mapping[str, torch.Size]) -> torch.Size:
+def place_shape(place: TensorPlace, shapes: Mapping[str, torch.Size]) -> torch.Size:
     """The shape of a tensor in the file."""
     return place.to_theirs([torch.empty(shapes[name], device="meta") for name in place.ours]).shape
 
 
-def check_names(wanted: Collection[str], file: TensorFile) -> None:
+def check_tensor_names(wanted: Collection[str], file: TensorFile) -> None:
     """Every place has its tensor, and every tensor its place."""
     missing = [name for name in wanted if name not in file.tensors]
     unexpected = sorted(set(file.tensors) - set(wanted))

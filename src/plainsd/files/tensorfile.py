@@ -305,7 +305,7 @@ def open_tensors(path: Path) -> TensorFile:
     return open_safetensors(path) if suffix_of(path) == ".safetensors" or start[8:] == b"{" else open_pickle(path)
 
 
-def merged(files: Iterable[TensorFile]) -> TensorFile:
+def joined_files(files: Iterable[TensorFile]) -> TensorFile:
     """Several files that together hold one network."""
     files = list(files)
     tensors: dict[str, Stored] = {}

@@ -92,7 +92,7 @@ class Middle(nn.Module):
         return self.res2(self.attn(self.res1(x)))
 
 
-class Level(nn.Module):
+class VAELevel(nn.Module):
     """ResBlocks at one resolution, then the way to the next (none at the last level)."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: nn.Module | None):
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         ch, last = config.channels, len(config.channels) - 1
         self.conv_in = nn.Conv2d(config.pixel_channels, ch[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(
+            VAELevel(
                 ch[max(i - 1, 0)], c, config.layers, config.groups, Downsample(c, asymmetric=True) if i < last else None
             )
             for i, c in enumerate(ch)
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, ch[0], 3, padding=1)
         self.mid = Middle(ch[0], config.groups)
         self.levels = nn.ModuleList(
-            Level(ch[max(i - 1, 0)], c, config.layers + 1, config.groups, Upsample(c) if i < last else None)
+            VAELevel(ch[max(i - 1, 0)], c, config.layers + 1, config.groups, Upsample(c) if i < last else None)
             for i, c in enumerate(ch)
         )
         self.norm = nn.GroupNorm(config.groups, ch[-1], EPS)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plainsd.models.layers import ResBlock
-from plainsd.models.vae import VAE, Gaussian, Level, Middle, SpatialAttention
+from plainsd.models.vae import VAE, Gaussian, Middle, SpatialAttention, VAELevel
 
 BAND = 2**15  # positions in a band: at 256 channels in float32, 32 MB a map
 QUERIES = 2**12  # positions that look at all others at once
@@ -107,7 +107,7 @@ def middle(block: Middle, x: Tensor) -> Tensor:
 
 
 def levels(through: nn.ModuleList, x: Tensor, resample: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-    level: Level
+    level: VAELevel
     for level in through:
         for block in level.res:
             x = resblock(block, x)
@@ -117,7 +117,7 @@ def levels(through: nn.ModuleList, x: Tensor, resample: Callable[[nn.Module, Ten
 
 
 @torch.no_grad()
-def decode(vae: VAE, latents: Tensor) -> Tensor:
+def decode_in_bands(vae: VAE, latents: Tensor) -> Tensor:
     """VAE.decode in bands: latents (B, L, H/f, W/f) -> pixels (B, 3, H, W)."""
     decoder = vae.decoder
     x = middle(decoder.mid, decoder.conv_in(vae.post_quant(latents)))
@@ -127,7 +127,7 @@ def decode(vae: VAE, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: VAE, pixels: Tensor) -> Gaussian:
+def encode_in_bands(vae: VAE, pixels: Tensor) -> Gaussian:
     """VAE.encode in bands: pixels (B, 3, H, W) -> a Gaussian over (B, L, H/f, W/f)."""
     encoder = vae.encoder
     x = by_bands(encoder.conv_in, pixels, halo=1)

@@ -110,7 +110,7 @@ COSXL: dict[str, Any] = {
 }
 
 
-def inpainting(unet: UNetConfig) -> UNetConfig:
+def inpainting_unet(unet: UNetConfig) -> UNetConfig:
     """Nine channels: the latent, the mask, and the latent of the picture without what the mask covers."""
     return replace(unet, in_channels=9)
 
@@ -125,12 +125,12 @@ VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         SD1,
-        replace(SD1, name="sd1-inpainting", unet=inpainting(SD1_UNET)),
+        replace(SD1, name="sd1-inpainting", unet=inpainting_unet(SD1_UNET)),
         replace(SD1, name="sd1-pix2pix", unet=editing(SD1_UNET)),
         replace(SD1, name="sd1-lcm", unet=replace(SD1_UNET, guidance_dim=256), **LCM),
         SD2,
         replace(SD2, name="sd2-768", prediction="v_prediction", size=768),
-        replace(SD2, name="sd2-inpainting", unet=inpainting(SD2_UNET)),
+        replace(SD2, name="sd2-inpainting", unet=inpainting_unet(SD2_UNET)),
         replace(SD2, name="sd2-turbo", **TURBO),
         XL,
         replace(
@@ -145,7 +145,7 @@ VARIANTS: dict[str, Variant] = {
         replace(XL, name="cosxl", **COSXL),
         replace(XL, name="sdxl-pix2pix", unet=editing(XL_UNET)),
         replace(XL, name="cosxl-edit", unet=editing(XL_UNET), **COSXL),
-        replace(XL, name="sdxl-inpainting", unet=inpainting(XL_UNET)),
+        replace(XL, name="sdxl-inpainting", unet=inpainting_unet(XL_UNET)),
         replace(XL, name="sdxl-turbo", **TURBO),
         replace(XL, name="sdxl-lcm", unet=replace(XL_UNET, guidance_dim=256), **LCM),
         replace(XL, name="sdxl-refiner", unet=REFINER_UNET, text=(VIT_BIGG,)),

@@ -73,7 +73,7 @@ def stack(conditionings: Sequence[Conditioning], empty: Conditioning | None = No
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-def cut(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) -> list[Chunk]:
+def chunked(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) -> list[Chunk]:
     """A prompt's tokens in chunks of at most `room`, as A1111 cuts them.
 
     Where a chunk is full, what follows its last comma moves to the next chunk if that is at most 20 tokens. A BREAK
@@ -149,7 +149,7 @@ def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: i
     """(B, M, D) from all text encoders, and the last one's pooled state (B, P) of the first chunk."""
     parts = list(zip(sd.tokenizers, sd.text_encoders, strict=True))
     cuts = [
-        [cut(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts] for tokenizer, encoder in parts
+        [chunked(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts] for tokenizer, encoder in parts
     ]
     count = max(len(chunks) for chunked in cuts for chunks in chunked)
     contexts = []
@@ -260,7 +260,7 @@ class PromptPlan:
 
 
 @torch.no_grad()
-def plan(
+def encode_prompt(
     sd: StableDiffusion,
     prompt: str,
     negative: str,

@@ -32,11 +32,11 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import Resolved, Settings
 
 COND, UNCOND, PERTURBED, BLANK = range(4)  # kinds of estimates, and of rows; BLANK: without the picture to edit, too
-Network = Callable[..., Tensor]  # called as the UNet is
+UNetCall = Callable[..., Tensor]  # called as the UNet is
 Estimate = Callable[..., list[Tensor]]  # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
 
 
-class Row(NamedTuple):
+class BatchRow(NamedTuple):
     """One row of the network's batch."""
 
     kind: int
@@ -74,8 +74,8 @@ def blind_attention(unet: UNet, rows: int) -> Iterator[None]:
 
 def predict(
     sd: StableDiffusion,
-    network: Network,
-    rows: Sequence[Row],
+    network: UNetCall,
+    rows: Sequence[BatchRow],
     conditioning: Conditioning,
     guidances: Sequence[float],
     x: Tensor,
@@ -110,7 +110,7 @@ class Estimates:
         concat: Tensor | None,
         sigmas: Sequence[float],
         guidances: Sequence[float],
-        network: Network,
+        network: UNetCall,
     ):
         """A plan, a row of `concat` and a scale of guidance each picture; the levels of the whole drawing; the UNet, or
         what stands in for it."""
@@ -121,7 +121,7 @@ class Estimates:
 
     def __call__(self, x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
         step = min(max(bisect_right(self.rising, -sigma) - 1, 0), len(self.rising) - 2)
-        calls: dict[int, list[Row]] = defaultdict(list)
+        calls: dict[int, list[BatchRow]] = defaultdict(list)
         for kind in kinds:
             for row in self.rows(kind, step):
                 calls[row.conditioning.context.shape[1]].append(row)
@@ -134,18 +134,18 @@ class Estimates:
                 found[row.kind, row.picture].append((x0, row.weight))
         return [torch.cat([_composed(found, kind, i) for i in range(len(self.plans))]) for kind in kinds]
 
-    def rows(self, kind: int, step: int) -> Iterator[Row]:
+    def rows(self, kind: int, step: int) -> Iterator[BatchRow]:
         for picture, plan in enumerate(self.plans):
             for conditioning, weight in self.parts(plan, kind, step):
                 if self.concat is not None:
                     beside = self.concat[picture : picture + 1] * (kind != BLANK)
                     conditioning = replace(conditioning, concat=beside)
-                yield Row(kind, picture, conditioning, weight)
+                yield BatchRow(kind, picture, conditioning, weight)
 
     def parts(self, plan: PromptPlan, kind: int, step: int) -> Sequence[tuple[Conditioning, float]]:
         return [(plan.negative(step), 1.0)] if kind in (UNCOND, BLANK) else plan.positive(step)
 
-    def split(self, calls: Iterable[list[Row]], x: Tensor) -> Iterator[list[Row]]:
+    def split(self, calls: Iterable[list[BatchRow]], x: Tensor) -> Iterator[list[BatchRow]]:
         """As many rows a call as the free memory allows."""
         for rows in calls:
             if len(rows) not in self.rows_at_once:
@@ -153,7 +153,7 @@ class Estimates:
             most = self.rows_at_once[len(rows)]
             yield from (rows[i : i + most] for i in range(0, len(rows), most))
 
-    def batch(self, rows: list[Row]) -> Conditioning:
+    def batch(self, rows: list[BatchRow]) -> Conditioning:
         key = tuple((row.picture, row.kind == BLANK, id(row.conditioning.context)) for row in rows)
         if key not in self.batches:
             together = stack([row.conditioning for row in rows])

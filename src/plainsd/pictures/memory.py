@@ -124,7 +124,7 @@ def on_stage(sd: StableDiffusion, network: nn.Module) -> nn.Module:
     return network
 
 
-def fitted(make: Callable[[torch.device], StableDiffusion], device: torch.device, least: bool) -> StableDiffusion:
+def placed(make: Callable[[torch.device], StableDiffusion], device: torch.device, least: bool) -> StableDiffusion:
     """A model on its device; where it does not fit there, or the least memory is asked for, offloaded to the CPU."""
     sd = None
     if device.type == "cpu" or not least:

@@ -44,13 +44,13 @@ def read_preview(texts: Mapping[str, str], channels: int, where: str) -> Tensor 
         table = json.loads(texts[PREVIEW])["latent_rgb"]
         matrix, bias = (torch.tensor(table[name], dtype=torch.float32) for name in ("matrix", "bias"))
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise damaged(where, f"it cannot be read ({error})") from error
+        raise damaged_preview(where, f"it cannot be read ({error})") from error
     if matrix.shape != (3, channels) or bias.shape != (3,) or not (matrix.isfinite().all() and bias.isfinite().all()):
-        raise damaged(where, f"a matrix of 3 x {channels} finite numbers and a bias of 3 are wanted")
+        raise damaged_preview(where, f"a matrix of 3 x {channels} finite numbers and a bias of 3 are wanted")
     return torch.cat([matrix.T, bias[None]])
 
 
-def damaged(where: str, why: str) -> UserError:
+def damaged_preview(where: str, why: str) -> UserError:
     return UserError(f"{PREVIEW} of {where} is damaged: {why}; delete it, and previews are fitted anew")
 
 

@@ -101,7 +101,7 @@ def moments_of(sd: StableDiffusion, pixels: Tensor) -> Tensor:
     banded = in_bands(sd, pixels.shape[0] * pixels.shape[2] * pixels.shape[3])
 
     def moments(vae: VAE, x: Tensor) -> Tensor:
-        gaussian = vae_bands.encode(vae, x) if banded else vae.encode(x)
+        gaussian = vae_bands.encode_in_bands(vae, x) if banded else vae.encode(x)
         return torch.stack([gaussian.mean, gaussian.logvar])
 
     pieces = [through_vae(sd, moments, piece) for piece in pixels.split(at_once(sd, len(pixels)))]
@@ -126,7 +126,7 @@ def decode(sd: StableDiffusion, latents: Tensor) -> Tensor:
     area = latents.shape[-1] * latents.shape[-2] * sd.vae.config.factor**2
     pieces = unscaled.split(at_once(sd, max(1, DECODED_AT_ONCE // area)))
     banded = in_bands(sd, len(pieces[0]) * area)
-    run = vae_bands.decode if banded else lambda vae, z: vae.decode(z)
+    run = vae_bands.decode_in_bands if banded else lambda vae, z: vae.decode(z)
     return torch.cat([through_vae(sd, run, piece) for piece in pieces])
 
 
@@ -154,7 +154,7 @@ def steps_of_strength(steps: int, strength: float | None) -> int:
     return running
 
 
-def first_noise(sd: StableDiffusion, each: Sequence[Resolved], size: tuple[int, int], draw: Draw) -> Tensor:
+def prepare_latents(sd: StableDiffusion, each: Sequence[Resolved], size: tuple[int, int], draw: Draw) -> Tensor:
     """What the drawing of a picture of this size, width and height in pixels, begins with: (B, L, h, w)."""
     width, height = (side // sd.vae.config.factor for side in size)
     return varied(draw((sd.vae.config.latent_channels, height, width)), each)
@@ -238,7 +238,7 @@ def _denoise(
     if sd.unet.config.in_channels == sd.vae.config.latent_channels:
         concat = None  # a refiner after an inpainting model
     planned = {
-        pair: conditioning.plan(sd, *pair, steps, clip_skip=one.clip_skip, first_pass=first_pass, size=size)
+        pair: conditioning.encode_prompt(sd, *pair, steps, clip_skip=one.clip_skip, first_pass=first_pass, size=size)
         for pair in dict.fromkeys((s.prompt, s.negative) for s in each)
     }
     plans = [planned[s.prompt, s.negative] for s in each]

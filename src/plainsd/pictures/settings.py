@@ -176,7 +176,7 @@ SPACING_LABELS = {
 SUFFIXES = ("karras", "exponential")  # written behind the sampler's name; the others as "Schedule type"
 
 
-def number(value: float) -> str:
+def plain_number(value: float) -> str:
     """7.0 -> "7", 0.1 -> "0.1": no digit is lost."""
     return repr(value).removesuffix(".0")
 
@@ -203,29 +203,29 @@ def _sides(text: str) -> tuple[int, ...]:
 # A1111's key, our field, text -> value, value -> text; in the order in which they are written
 FIELDS = (
     ("Steps", "steps", int, str),
-    ("CFG scale", "guidance", float, number),
-    ("Image CFG scale", "image_guidance", float, number),
+    ("CFG scale", "guidance", float, plain_number),
+    ("Image CFG scale", "image_guidance", float, plain_number),
     ("Seed", "seed", int, str),
     ("Size", "size", _size, lambda size: f"{size[0]}x{size[1]}"),
     ("Model", "model", str, str),
     ("VAE", "vae", str, str),
     ("Prediction", "prediction", str, str),
     ("Noise Schedule", "zero_snr", lambda text: text == ZERO_SNR, lambda on: ZERO_SNR if on else "Default"),
-    ("Denoising strength", "strength", float, number),
+    ("Denoising strength", "strength", float, plain_number),
     ("Mask", "masked", lambda text: text == "given", lambda masked: "given"),
     ("Outpaint", "outpaint", _sides, lambda sides: " ".join(map(str, sides))),
     ("Clip skip", "clip_skip", int, str),
-    ("Eta", "eta", float, number),
+    ("Eta", "eta", float, plain_number),
     ("Variation seed", "variation_seed", int, str),
-    ("Variation seed strength", "variation_strength", float, number),
-    ("Hires upscale", "hires", float, number),
+    ("Variation seed strength", "variation_strength", float, plain_number),
+    ("Hires upscale", "hires", float, plain_number),
     ("Hires upscaler", "upscaler", str.lower, str.capitalize),
     ("Refiner", "refiner", str, str),
-    ("Refiner switch at", "handover", float, number),
-    ("CFG rescale", "rescale", float, number),
-    ("CFG interval", "interval", _interval, lambda pair: f"{number(pair[0])} to {number(pair[1])}"),
-    ("PAG scale", "perturbed", float, number),
-    ("Threshold percentile", "threshold", float, number),
+    ("Refiner switch at", "handover", float, plain_number),
+    ("CFG rescale", "rescale", float, plain_number),
+    ("CFG interval", "interval", _interval, lambda pair: f"{plain_number(pair[0])} to {plain_number(pair[1])}"),
+    ("PAG scale", "perturbed", float, plain_number),
+    ("Threshold percentile", "threshold", float, plain_number),
     ("Deep cache", "cache", int, str),
     ("Embeddings", "embeddings", _words, ", ".join),
 )
@@ -310,7 +310,7 @@ def _hires(said: dict[str, str]) -> None:
     except (KeyError, ValueError, ZeroDivisionError):
         return
     if len(ratios) == 1:  # another shape stays among what has no meaning here
-        said["Hires upscale"] = number(ratios.pop())
+        said["Hires upscale"] = plain_number(ratios.pop())
         del said["Hires resize"]
 
 

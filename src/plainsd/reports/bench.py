@@ -33,7 +33,7 @@ from plainsd.generate import final, text_to_image
 from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.pictures.model import StableDiffusion
-from plainsd.reports.rivals import Place, both, openvino, random_folder, theirs, theirs_compiled
+from plainsd.reports.rivals import Workbench, both, diffusers_pipeline, openvino, random_folder, theirs_compiled
 
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
 PROMPT = "a red apple on a blue background"
@@ -41,7 +41,7 @@ Sides = dict[str, Callable[[], Any]]
 
 
 @dataclass
-class Row:
+class Timing:
     """One piece of work: the seconds that each side took, round by round, and in a first call before; how far its
     result is from float32's; and the most memory that it took, in bytes beside what its imports take."""
 
@@ -52,9 +52,9 @@ class Row:
     peaks: dict[str, int] = field(default_factory=dict)
 
 
-def race(name: str, sides: Sides, rounds: int, first: Sides | None = None) -> Row:
+def race(name: str, sides: Sides, rounds: int, first: Sides | None = None) -> Timing:
     """`first`: the calls that do not count, where they need not be the whole work."""
-    row = Row(name, {side: [] for side in sides})
+    row = Timing(name, {side: [] for side in sides})
     with torch.inference_mode():
         for side, work in (first or sides).items():
             row.first[side] = timed(work)
@@ -73,7 +73,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def compared(row: Row, sides: Sides, exact: torch.Tensor) -> Row:
+def with_distances(row: Timing, sides: Sides, exact: torch.Tensor) -> Timing:
     """Notes each side's distance from the exact result, relative, and refuses sides that did other work."""
     with torch.inference_mode():
         row.errors = {side: ((work().float() - exact).norm() / exact.norm()).item() for side, work in sides.items()}
@@ -86,7 +86,7 @@ def compared(row: Row, sides: Sides, exact: torch.Tensor) -> Row:
 # ---- rows
 
 
-def unet_row(place: Place, compiled: bool) -> Row:
+def unet_row(place: Workbench, compiled: bool) -> Timing:
     """One guided step: the UNet on two rows."""
     with torch.inference_mode():
         sd = load(place.folder, device=place.device, dtype="float32")
@@ -95,7 +95,7 @@ def unet_row(place: Place, compiled: bool) -> Row:
         exact = sd.unet(x, 500.0, context)
     name = f"UNet, guided step, {sd.variant.size} px"
     x, context = x.to(place.dtype), context.to(place.dtype)
-    unet, timestep = theirs(place).unet, torch.tensor(500.0, device=place.device)
+    unet, timestep = diffusers_pipeline(place).unet, torch.tensor(500.0, device=place.device)
     sides: Sides = {"diffusers": lambda: unet(x, timestep, context, return_dict=False)[0]}
     if compiled:
         fused = theirs_compiled(place).unet
@@ -104,7 +104,7 @@ def unet_row(place: Place, compiled: bool) -> Row:
     class Theirs(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.unet = theirs(place).unet
+            self.unet = diffusers_pipeline(place).unet
 
         def forward(self, x, context):
             return self.unet(x, torch.tensor(500.0), context, return_dict=False)[0]
@@ -117,23 +117,23 @@ def unet_row(place: Place, compiled: bool) -> Row:
         sides["OpenVINO"] = work
     for side, sd in both(place, compiled).items():
         sides[side] = step(sd.unet)
-    return compared(race(name, sides, place.rounds), sides, exact)
+    return with_distances(race(name, sides, place.rounds), sides, exact)
 
 
-def decode_row(place: Place, compiled: bool) -> Row:
+def decode_row(place: Workbench, compiled: bool) -> Timing:
     with torch.inference_mode():
         sd = load(place.folder, device=place.device, dtype="float32")
         z = noise(sd).to(place.device)
         exact = sd.vae.decode(z)
     name = f"VAE decode, {sd.variant.size} px"
     z = z.to(place.dtype)
-    vae = theirs(place).vae
+    vae = diffusers_pipeline(place).vae
     sides: Sides = {"diffusers": lambda: vae.decode(z, return_dict=False)[0]}
 
     class Theirs(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.vae = theirs(place).vae
+            self.vae = diffusers_pipeline(place).vae
 
         def forward(self, z):
             return self.vae.decode(z, return_dict=False)[0]
@@ -143,7 +143,7 @@ def decode_row(place: Place, compiled: bool) -> Row:
         sides["OpenVINO"] = work
     for side, sd in both(place, False).items():
         sides[side] = partial(sd.vae.decode, z)
-    return compared(race(name, sides, place.rounds), sides, exact)
+    return with_distances(race(name, sides, place.rounds), sides, exact)
 
 
 def noise(sd: StableDiffusion) -> torch.Tensor:
@@ -153,12 +153,14 @@ def noise(sd: StableDiffusion) -> torch.Tensor:
     return torch.randn((1, config.latent_channels, side, side), generator=generator)
 
 
-def picture_row(place: Place, compiled: bool, family: str | None = None, steps: int = 20, count: int = 1) -> Row:
+def picture_row(place: Workbench, compiled: bool, family: str | None = None, steps: int = 20, count: int = 1) -> Timing:
     """From a prompt to pictures, by DPM++ 2M at guidance 7.5. `family`: random weights, not the place's model."""
     if family and place.room:
         folder = place.room / family
         place = place._replace(folder=folder if folder.exists() else random_folder(folder, place.dtype, family))
-    pipes = {"diffusers": theirs(place)} | ({"diffusers, compiled": theirs_compiled(place)} if compiled else {})
+    pipes = {"diffusers": diffusers_pipeline(place)} | (
+        {"diffusers, compiled": theirs_compiled(place)} if compiled else {}
+    )
     models = both(place, compiled)
     size = models["plainsd"].variant.size
 
@@ -179,11 +181,11 @@ def drawn(sd: StableDiffusion, options: dict[str, Any]) -> list[Image.Image]:
     return final(text_to_image(sd, PROMPT, **options))
 
 
-def small_row(place: Place, compiled: bool) -> Row:
+def small_row(place: Workbench, compiled: bool) -> Timing:
     """The embedded model, 20 guided steps: mostly the cost of calls."""
     embedded = load(device=place.device)
     assert embedded.path is not None  # it was loaded from there
-    pipe, size = theirs(place, embedded.path), embedded.variant.size
+    pipe, size = diffusers_pipeline(place, embedded.path), embedded.variant.size
     options = {"steps": 20, "guidance": 2.0, "sampler": "dpmpp_2m"}
     sides: Sides = {
         "diffusers": lambda: pipe(PROMPT, num_inference_steps=20, guidance_scale=2.0, height=size, width=size)
@@ -194,7 +196,7 @@ def small_row(place: Place, compiled: bool) -> Row:
     return race(f"embedded model, {size} px, 20 steps of DPM++ 2M", sides, 3 * place.rounds)
 
 
-def start_row(place: Place, compiled: bool) -> Row:
+def start_row(place: Workbench, compiled: bool) -> Timing:
     """A new process, until it can be told what to do."""
 
     def process(*arguments: str) -> Callable[[], object]:
@@ -237,9 +239,9 @@ LOADERS = {
 }
 
 
-def load_row(place: Place, compiled: bool) -> Row:
+def load_row(place: Workbench, compiled: bool) -> Timing:
     """The model from float32 files, each time in a new process, after the imports; the files are in the page cache."""
-    kept, row = str(place.dtype).removeprefix("torch."), Row("", {side: [] for side in LOADERS})
+    kept, row = str(place.dtype).removeprefix("torch."), Timing("", {side: [] for side in LOADERS})
     row.name = f"loading float32 files as {kept}"
     with tempfile.TemporaryDirectory() as folder:
         save(load(place.folder, device="cpu", dtype="float32"), Path(folder) / "model")
@@ -254,7 +256,7 @@ def load_row(place: Place, compiled: bool) -> Row:
     return row
 
 
-ROWS: dict[str, Callable[[Place, bool], Row]] = {
+ROWS: dict[str, Callable[[Workbench, bool], Timing]] = {
     "small": small_row,
     "unet": unet_row,
     "decode": decode_row,
@@ -262,7 +264,7 @@ ROWS: dict[str, Callable[[Place, bool], Row]] = {
     "load": load_row,
     "start": start_row,
 }
-LARGE: dict[str, Callable[[Place, bool], Row]] = {  # for a GPU; on a CPU they take hours
+LARGE: dict[str, Callable[[Workbench, bool], Timing]] = {  # for a GPU; on a CPU they take hours
     f"{name}-{count}": partial(picture_row, family=family, steps=30, count=count)
     for name, family in {"sd1": "sd1", "sdxl": "sdxl-base"}.items()
     for count in (1, 8)
@@ -272,7 +274,7 @@ LARGE: dict[str, Callable[[Place, bool], Row]] = {  # for a GPU; on a CPU they t
 # ---- where it was measured
 
 
-def machine(place: Place) -> dict[str, object]:
+def machine(place: Workbench) -> dict[str, object]:
     def version(name: str) -> str | None:
         return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
 

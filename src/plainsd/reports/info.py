@@ -10,8 +10,8 @@ from plainsd.adapters import embeddings, making, reading
 from plainsd.adapters.embeddings import BUNDLED
 from plainsd.adapters.kinds import Butterfly, Difference, Gains, Global, InputButterfly, InputRotation, Rotation
 from plainsd.adapters.layers import Hadamard, Kronecker, LowRank
-from plainsd.adapters.names import BUNDLE, split
-from plainsd.adapters.peft import Settings
+from plainsd.adapters.names import BUNDLE, split_name
+from plainsd.adapters.peft import PeftSettings
 from plainsd.adapters.reading import made_for
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.files.detect import EMBEDDING, seems
@@ -19,8 +19,8 @@ from plainsd.files.folder import read_folder
 from plainsd.files.hub import find
 from plainsd.files.predicted import check_prediction, told_otherwise, with_noise
 from plainsd.files.renumbered import without_gaps
-from plainsd.files.single import FILES, beside, by_name, prefixes, read_networks, told
-from plainsd.files.stored import Network
+from plainsd.files.single import FILES, by_name, known_beside, prefixes, read_networks, variant_in
+from plainsd.files.stored import StoredNetwork
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
 from plainsd.listing import suffix_of
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
@@ -45,7 +45,7 @@ def info(
                 *[row("note", remark) for remark in contents.remarks],
             ]
         )
-    if told_of := embeddings.told(path):
+    if told_of := embeddings.embedding_in(path):
         word, vectors = told_of
         notes = note_lines(open_tensors(path).metadata) if suffix_of(path) == ".safetensors" else []
         return "\n".join([f"{path}: {EMBEDDING}", row("the word", printable(word)), row("made of", vectors), *notes])
@@ -61,7 +61,7 @@ def info(
     elif any(name.startswith("model.diffusion_model.") for name in file.tensors):
         check_prediction(prediction)
         file = without_gaps(file)
-        variant, certain = told(file, prediction=prediction)
+        variant, certain = variant_in(file, prediction=prediction)
         remark = None
         if not file.metadata.get(FILES):
             variant, remark = by_name(file, variant)
@@ -110,7 +110,7 @@ def title(variant: Variant) -> str:
     return f"{variant.name}" if known else f"a model of sizes of its own ({variant.name})"
 
 
-def model_lines(variant: Variant, networks: Mapping[str, Network], *, certain: bool) -> list[str]:
+def model_lines(variant: Variant, networks: Mapping[str, StoredNetwork], *, certain: bool) -> list[str]:
     prediction = (
         variant.prediction
         if certain
@@ -148,7 +148,7 @@ def model_lines(variant: Variant, networks: Mapping[str, Network], *, certain: b
 
 
 def beside_lines(file: TensorFile, variant: Variant) -> list[str]:
-    unused = [file.tensors[name] for name in beside(file, variant)]
+    unused = [file.tensors[name] for name in known_beside(file, variant)]
     return [row("not used", sizes(unused))] if unused else []
 
 
@@ -185,15 +185,15 @@ RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "a2")  # factors with a
 def lora_lines(file: TensorFile) -> list[str]:
     modules: dict[str, dict[str, Stored]] = {}
     for name, stored in file.tensors.items():
-        if not name.startswith(BUNDLE) and (pair := split(name)):
+        if not name.startswith(BUNDLE) and (pair := split_name(name)):
             modules.setdefault(pair[0], {})[pair[1]] = stored
-    settings = Settings(file)
+    settings = PeftSettings(file)
     kinds: Counter[str] = Counter()
     ranks: Counter[int] = Counter()
     alphas: Counter[float] = Counter()
     targets: dict[str, Counter[str]] = {}
     for module, parts in modules.items():
-        kind = making.kind_of({part: part for part in parts})
+        kind = making.adapter_kind({part: part for part in parts})
         kind = Butterfly if kind is Rotation and len(parts["oft_blocks"].shape) == 4 else kind
         kinds[KINDS[kind] if kind in KINDS else "incomplete"] += 1
         rank = next((parts[part].shape[0] for part in RANKED if part in parts), None)

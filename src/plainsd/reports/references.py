@@ -54,7 +54,7 @@ def kind_there(name: str, variant: Variant) -> type[nn.Module]:
     return transformers.CLIPTextModelWithProjection if text.projection else transformers.CLIPTextModel
 
 
-def theirs(contents: Contents, path: Path, name: str, variant_file: str | None) -> nn.Module:
+def reference_network(contents: Contents, path: Path, name: str, variant_file: str | None) -> nn.Module:
     """A network of diffusers or transformers with the file's weights, in float32."""
     kind = kind_there(name, contents.variant)
     if path.is_dir():
@@ -128,7 +128,7 @@ def pipe_there(contents: Contents, path: Path, variant_file: str | None, spacing
         scheduler = diffusers.DDIMScheduler.from_config(
             settings, timestep_spacing=spacing, set_alpha_to_one=False, steps_offset=1, clip_sample=False
         )
-    parts = {part: theirs(contents, path, part, variant_file) for part in contents.networks}
+    parts = {part: reference_network(contents, path, part, variant_file) for part in contents.networks}
     parts |= dict(zip(tokenizer_names(variant), tokenizers_there(contents, path), strict=True))
     if variant.unet.vector:
         parts = {"text_encoder": None, "tokenizer": None, **parts, "add_watermarker": False}

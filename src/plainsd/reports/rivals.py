@@ -21,7 +21,7 @@ from plainsd.speed.model import compiler_options, faster
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
 
-class Place(NamedTuple):
+class Workbench(NamedTuple):
     """Where the work is done, and on what."""
 
     folder: Path  # the model, a diffusers folder
@@ -47,7 +47,7 @@ def random_folder(folder: Path, dtype: torch.dtype, family: str = "sd1") -> Path
     return folder
 
 
-def theirs(place: Place, folder: Path | None = None):
+def diffusers_pipeline(place: Workbench, folder: Path | None = None):
     """diffusers' pipeline on the same files."""
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
@@ -62,24 +62,24 @@ def theirs(place: Place, folder: Path | None = None):
     return pipe
 
 
-def theirs_compiled(place: Place):
+def theirs_compiled(place: Workbench):
     """The same with its UNet compiled, as ours is by speed.compile_unet."""
-    pipe = theirs(place)
+    pipe = diffusers_pipeline(place)
     pipe.unet = torch.compile(pipe.unet, dynamic=False, fullgraph=True, options=compiler_options(place.device))
     return pipe
 
 
-def ours(place: Place, *, fast: bool, compiled: bool = False) -> StableDiffusion:
+def ours(place: Workbench, *, fast: bool, compiled: bool = False) -> StableDiffusion:
     sd = load(place.folder, device=place.device, dtype=place.dtype)
     return faster(sd, compiled=compiled) if fast else sd
 
 
-def both(place: Place, compiled: bool) -> dict[str, StableDiffusion]:
+def both(place: Workbench, compiled: bool) -> dict[str, StableDiffusion]:
     models = {"plainsd": ours(place, fast=False), "plainsd --fast": ours(place, fast=True)}
     return models | ({"plainsd --compile": ours(place, fast=True, compiled=True)} if compiled else {})
 
 
-def openvino(place: Place, make: Callable[[], torch.nn.Module], *inputs: torch.Tensor) -> Callable | None:
+def openvino(place: Workbench, make: Callable[[], torch.nn.Module], *inputs: torch.Tensor) -> Callable | None:
     """diffusers' network as OpenVINO runs it in the same precision; None where it is not installed, or for a GPU."""
     if place.device.type != "cpu" or importlib.util.find_spec("openvino") is None:
         return None

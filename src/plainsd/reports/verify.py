@@ -37,7 +37,7 @@ from plainsd.models.variants import VARIANTS, Variant, encoder_names
 from plainsd.pictures.conditioning import SINUSOID, size_vector
 from plainsd.pictures.images import to_pil, to_tensor
 from plainsd.pictures.sampling import decode
-from plainsd.reports.references import pipe_there, quiet, theirs, tokenizers_there
+from plainsd.reports.references import pipe_there, quiet, reference_network, tokenizers_there
 
 TOLERANCE = 1e-4  # relative, of one network; float32 rounding gives 1e-7 to 1e-5
 DRAWN = 2e-3  # of the latents after five steps; with zero terminal SNR they begin at sigma 4096
@@ -55,7 +55,7 @@ TEXTS = (
 NEEDED = ("diffusers", "transformers", "accelerate")
 
 
-class Row(NamedTuple):
+class Comparison(NamedTuple):
     """One line of the table. `error` is relative to the largest value, or a count."""
 
     name: str
@@ -87,13 +87,13 @@ def verify(
     device: str = "auto",
     prediction: str | None = None,
     zero_snr: bool | None = None,
-) -> Iterator[Row]:
+) -> Iterator[Comparison]:
     """A row for each tokenizer and network, and two for a picture. Arguments as for `plainsd.load`."""
     check_packages()
     place = choose_device(device)
     path = find(source, variant_file)
     contents = read(path, variant_file, family, prediction=prediction, zero_snr=zero_snr)
-    with quiet(), exact():
+    with quiet(), exact_float32():
         yield from tokenizer_rows(contents, path)
         for name in (*encoder_names(contents.variant), "vae", "unet"):
             network = contents.networks[name]
@@ -103,13 +103,13 @@ def verify(
                 contents.variant,
                 place,
                 network.build,
-                lambda name=name: theirs(contents, path, name, variant_file).to(place),
+                lambda name=name: reference_network(contents, path, name, variant_file).to(place),
             )
         yield from picture_rows(contents, path, variant_file, place)
 
 
 @contextmanager
-def exact() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """GPUs round float32 products to 10 bits for speed where nobody forbids it."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [setting.allow_tf32 for setting in settings]
@@ -132,7 +132,7 @@ def error(ours: Tensor, other: Tensor) -> float:
     return ((ours - other).abs().max() / other.abs().max()).item()
 
 
-def compared(
+def differences(
     device: torch.device, build: Callable, build_there: Callable, ours: Callable, there: Callable
 ) -> list[float]:
     """`ours` of our network beside `there` of theirs, each a list of tensors; never both networks at once."""
@@ -155,7 +155,7 @@ def picture_size(variant: Variant) -> tuple[int, int]:
 
 def text_row(
     name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
-) -> Iterator[Row]:
+) -> Iterator[Comparison]:
     text = variant.text[encoder_names(variant).index(name)]
     ids = torch.randint(text.eos, (3, text.positions), generator=torch.Generator().manual_seed(0))
     ids[0, 5:] = ids[1, 40:] = ids[2, -1] = text.eos  # short, half and full
@@ -173,12 +173,12 @@ def text_row(
             states.text_embeds if text.projection else states.pooler_output,
         ]
 
-    yield Row(name.replace("_", " "), max(compared(device, build, build_there, ours, there)), TOLERANCE)
+    yield Comparison(name.replace("_", " "), max(differences(device, build, build_there, ours, there)), TOLERANCE)
 
 
 def vae_rows(
     name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
-) -> Iterator[Row]:
+) -> Iterator[Comparison]:
     (width, height), vae = picture_size(variant), variant.vae
     pixels = to_tensor(gradient((width, height))).to(device) + 0.1 * numbers(device, 1, 3, height, width)
     latents = numbers(device, 1, vae.latent_channels, height // vae.factor, width // vae.factor) / vae.scaling_factor
@@ -191,14 +191,14 @@ def vae_rows(
         gaussian = vae.encode(pixels).latent_dist
         return [gaussian.mean, gaussian.logvar, vae.decode(latents).sample]
 
-    mean, logvar, decoded = compared(device, build, build_there, ours, there)
-    yield Row("vae, encode", max(mean, logvar), TOLERANCE)
-    yield Row("vae, decode", decoded, TOLERANCE)
+    mean, logvar, decoded = differences(device, build, build_there, ours, there)
+    yield Comparison("vae, encode", max(mean, logvar), TOLERANCE)
+    yield Comparison("vae, decode", decoded, TOLERANCE)
 
 
 def unet_row(
     name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
-) -> Iterator[Row]:
+) -> Iterator[Comparison]:
     config, (width, height) = variant.unet, (side // variant.vae.factor for side in picture_size(variant))
     inputs = (
         numbers(device, 2, config.in_channels, height, width),
@@ -214,21 +214,21 @@ def unet_row(
         other["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
     if config.guidance_dim:
         mine["guidance"] = other["timestep_cond"] = numbers(device, 2, config.guidance_dim)
-    (found,) = compared(
+    (found,) = differences(
         device, build, build_there, lambda unet: [unet(*inputs, **mine)], lambda unet: [unet(*inputs, **other).sample]
     )
-    yield Row("unet", found, TOLERANCE)
+    yield Comparison("unet", found, TOLERANCE)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_rows(contents: Contents, path: Path) -> Iterator[Row]:
+def tokenizer_rows(contents: Contents, path: Path) -> Iterator[Comparison]:
     """How many of some texts are cut otherwise."""
     names, ours = tokenizer_names(contents.variant), tokenizers(contents, path)
     for name, mine, other in zip(names, ours, tokenizers_there(contents, path), strict=True):
         wrong = sum([mine.start, *mine.encode(text), mine.end] != other(text).input_ids for text in TEXTS)
-        yield Row(name.replace("_", " "), wrong, 0)
+        yield Comparison(name.replace("_", " "), wrong, 0)
 
 
 # --- a picture -------------------------------------------------------------------------------------------------------
@@ -247,7 +247,9 @@ def half(size: tuple[int, int], factor: int) -> Image.Image:
     return mask
 
 
-def picture_rows(contents: Contents, path: Path, variant_file: str | None, device: torch.device) -> Iterator[Row]:
+def picture_rows(
+    contents: Contents, path: Path, variant_file: str | None, device: torch.device
+) -> Iterator[Comparison]:
     """Five DDIM steps with guidance, from the same noise: the latents, then the pixels in 1/255."""
     variant, size = contents.variant, picture_size(contents.variant)
     photo, mask = gradient(size), half(size, variant.vae.factor)
@@ -292,8 +294,8 @@ def picture_rows(contents: Contents, path: Path, variant_file: str | None, devic
         **told,
     ).images
     pixels = bytes_of(pipe.vae.decode(variant.vae.unscaled(latents)).sample)
-    yield Row(f"latents after {STEPS} steps", error(mine[0], latents), DRAWN)
-    yield Row("pixels, in 1/255", int(np.abs(mine[1] - pixels).max()), 1 + zero_snr)
+    yield Comparison(f"latents after {STEPS} steps", error(mine[0], latents), DRAWN)
+    yield Comparison("pixels, in 1/255", int(np.abs(mine[1] - pixels).max()), 1 + zero_snr)
 
 
 def bytes_of(pixels: Tensor) -> np.ndarray:
@@ -303,14 +305,15 @@ def bytes_of(pixels: Tensor) -> np.ndarray:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def lines(rows: Iterable[Row], failed: list[Row]) -> Iterator[str]:
+def lines(rows: Iterable[Comparison], failed: list[Comparison]) -> Iterator[str]:
     """The table, a line as soon as its row is there. Rows beyond their tolerance are put into `failed`."""
     for number, row in enumerate(rows):
         if not number:
             yield f"{'':<24}{'error':>10}{'tolerance':>12}"
         failed += [] if row.passed else [row]
-        yield f"{row.name:<24}{written(row.error):>10}{written(row.tolerance):>12}  {'PASS' if row.passed else 'FAIL'}"
+        status = "PASS" if row.passed else "FAIL"
+        yield f"{row.name:<24}{error_text(row.error):>10}{error_text(row.tolerance):>12}  {status}"
 
 
-def written(value: float) -> str:
+def error_text(value: float) -> str:
     return f"{value:d}" if isinstance(value, int) else f"{value:.0e}" if value else "equal"

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from plainsd.adapters.embeddings import add_embedding, fitting, parsed
-from plainsd.adapters.embeddings import content_of as read_content
+from plainsd.adapters.embeddings import add_embedding, fitting, parsed_embedding
+from plainsd.adapters.embeddings import embedding_content as read_content
 from plainsd.errors import UserError, unknown
 from plainsd.models.clip import TextEncoder
 from plainsd.pictures.model import StableDiffusion
@@ -37,7 +37,7 @@ class Word(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """By the file's names; none where the file is gone."""
-        held = content_of(self.path, self.changed)
+        held = cached_content(self.path, self.changed)
         return held[1] if held else {}
 
     def vectors(self) -> list[Tensor]:
@@ -58,7 +58,7 @@ class Words:
                 stat = path.stat()
             except OSError:  # gone meanwhile
                 continue
-            if stat.st_size <= LARGEST and (held := content_of(path, stat.st_mtime_ns)) is not None:
+            if stat.st_size <= LARGEST and (held := cached_content(path, stat.st_mtime_ns)) is not None:
                 text = held[0] or path.stem
                 if text.strip() == text != "" and text.isprintable() and "," not in text:  # a comma parts them
                     found.setdefault(text, Word(name, text, path, stat.st_mtime_ns))
@@ -103,10 +103,10 @@ class Words:
 
 
 @lru_cache(4096)
-def content_of(path: Path, changed: int) -> tuple[str | None, dict[str, Tensor]] | None:
+def cached_content(path: Path, changed: int) -> tuple[str | None, dict[str, Tensor]] | None:
     """The word, where the file tells it, and vectors without numbers; None for what is no embedding."""
     try:
-        name, found = parsed(read_content(path, shapes_only=True))
+        name, found = parsed_embedding(read_content(path, shapes_only=True))
     except UserError:
         return None
     if not found or not all(one.ndim in (1, 2) and one.numel() for one in found.values()):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plainsd.adapters.embeddings import bundled
 from plainsd.adapters.lora import add_lora, attached, check_strengths
-from plainsd.adapters.reading import located, open_lora
+from plainsd.adapters.reading import open_lora, tensors_by_module
 from plainsd.checkpoint import load
 from plainsd.device import choose_device, choose_dtype
 from plainsd.errors import UserError, unknown
@@ -72,7 +72,7 @@ class PoolOptions:
 
 
 @dataclass
-class Model:
+class ServedModel:
     """One model; its networks are there while it is resident."""
 
     name: str
@@ -99,7 +99,7 @@ class Models:
         self.dtype = choose_dtype(options.dtype, self.device)
         self.budget = budget_of(self.device) if options.memory is None else options.memory
         self.lock, self.loads = threading.Lock(), 0
-        self.known: dict[str, Model] = {}
+        self.known: dict[str, ServedModel] = {}
         for source in sources or [None]:
             model = self.described(source)
             if model.name in self.known:
@@ -107,7 +107,7 @@ class Models:
             self.known[model.name] = model
         self.default = next(iter(self.known))
 
-    def described(self, source: str | None) -> Model:
+    def described(self, source: str | None) -> ServedModel:
         """What a model is, without reading its weights."""
         path = find(source)
         contents = read(path, vae=self.options.vae, **self.options.noise, ask=False)
@@ -117,16 +117,16 @@ class Models:
         bare = assemble(variant, networks, tokenizers(contents, path) if self.words.folder else [], path)
         numbers = sum(prod(tensor.shape) for network in networks.values() for tensor in network.state_dict().values())
         noise = self.options.noise if told else self.options.noise | {"prediction": variant.prediction}
-        return Model(model_name(bare), source, bare, numbers * self.dtype.itemsize, noise, ideas=ideas(path))
+        return ServedModel(model_name(bare), source, bare, numbers * self.dtype.itemsize, noise, ideas=ideas(path))
 
-    def __getitem__(self, name: str | None) -> Model:
+    def __getitem__(self, name: str | None) -> ServedModel:
         """By name; None is the default. 404 where there is none such."""
         name = self.default if name is None else name
         if name not in self.known:
             raise Refused(404, str(unknown("model", name, self.known)), "model", name)
         return self.known[name]
 
-    def ready(self, name: str, loras: Loras, one: Settings) -> tuple[Model, StableDiffusion]:
+    def ready(self, name: str, loras: Loras, one: Settings) -> tuple[ServedModel, StableDiffusion]:
         """A model, and all that draws a picture of these settings: its networks with just these LoRAs, the words that
         the prompts use, the refiner."""
         model = self.resident(name, loras)
@@ -139,7 +139,7 @@ class Models:
             sd = replace(sd, refiner=self.resident(one.refiner, beside=model).sd)
         return model, sd
 
-    def hashes(self, model: Model, loras: Loras, one: Settings) -> Hashes:
+    def hashes(self, model: ServedModel, loras: Loras, one: Settings) -> Hashes:
         """Of the files that drew a picture of these settings."""
         words = {word.text: word.path for word in map(self.words.word, one.embeddings)}
         assert model.sd is not None  # it has just drawn
@@ -147,7 +147,7 @@ class Models:
             model.sd.path, self.options.vae, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items()
         )
 
-    def resident(self, name: str, loras: Loras = (), beside: Model | None = None) -> Model:
+    def resident(self, name: str, loras: Loras = (), beside: ServedModel | None = None) -> ServedModel:
         """The model with its networks, and just these LoRAs on it. What is not loaded is; others make room for it, the
         least recently used first, but not the one that is needed beside it."""
         if name not in self.known:
@@ -199,7 +199,7 @@ class Models:
             )
         raise UserError(f"loras: {unknown('LoRA', name, known)}", field="loras")
 
-    def check_loras(self, model: Model, wanted: Loras) -> None:
+    def check_loras(self, model: ServedModel, wanted: Loras) -> None:
         """UserError where one is not there, or was made for another kind of model."""
         for name, strength in wanted:
             try:
@@ -209,14 +209,14 @@ class Models:
             path = self.lora(name)
             try:
                 file = open_lora(path)
-                located(file, model.bare, partial=False)
+                tensors_by_module(file, model.bare, partial=False)
                 bundled(model.bare, file)
             except UserError as error:  # clients need not know where it lies
                 raise UserError(f"loras: {str(error).replace(str(path), name)}", field="loras") from None
 
     # --- refiners ----------------------------------------------------------------------------------------------------
 
-    def refined(self, model: Model, refiner: str | None) -> StableDiffusion:
+    def refined(self, model: ServedModel, refiner: str | None) -> StableDiffusion:
         """The model without weights, with its refiner, which is another of those served. Refused where it cannot be."""
         if refiner is None:
             return model.bare
@@ -235,11 +235,11 @@ class Models:
             raise Refused(422, f"refiner: {error}", "refiner", refiner) from None
         return refined
 
-    def refiners(self, model: Model) -> list[str]:
+    def refiners(self, model: ServedModel) -> list[str]:
         """Those of the others that can refine what it draws."""
         return [name for name in self.known if self.can_refine(name, model)]
 
-    def can_refine(self, name: str, model: Model) -> bool:
+    def can_refine(self, name: str, model: ServedModel) -> bool:
         try:
             return bool(self.refined(model, name))
         except (Refused, UserError):
@@ -247,11 +247,11 @@ class Models:
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def oldest(self, but: Model | None = None) -> Model | None:
+    def oldest(self, but: ServedModel | None = None) -> ServedModel | None:
         resident = [model for model in self.known.values() if model.sd is not None and model is not but]
         return min(resident, key=lambda model: model.used, default=None)
 
-    def drop(self, model: Model) -> None:
+    def drop(self, model: ServedModel) -> None:
         with self.lock:
             model.sd = model.latent_rgb = model.loras = model.taught = None
         if self.device.type != "cpu":

@@ -8,11 +8,11 @@ from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.settings import DEFAULTS, FIELDS, SEEDS, UPSCALERS, Settings, format_settings
 from plainsd.server.errors import Refused
-from plainsd.server.jobs.pictures import Picture, exact, tagged
+from plainsd.server.jobs.pictures import Picture, json_seed, tagged
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models
 from plainsd.server.schema import JobRequest
-from plainsd.server.uploads import Named, opened, without_tags
+from plainsd.server.uploads import NamedBytes, opened, without_tags
 
 TAKEN = JobRequest.model_fields.keys()  # what stands in a file beside these has no effect here
 
@@ -32,14 +32,14 @@ def picture_told(row: Picture) -> dict[str, Any]:
 
 
 def exact_seeds(settings: Settings) -> dict[str, Any]:
-    return {name: exact(value) for name in SEEDS if (value := getattr(settings, name)) is not None}
+    return {name: json_seed(value) for name in SEEDS if (value := getattr(settings, name)) is not None}
 
 
 def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
     """The settings text of a PNG, as the fields of a request. What has no meaning here stands under `unused`."""
     opened(content, "image", limits)
     try:
-        settings = read_settings(Named(content, "image"))
+        settings = read_settings(NamedBytes(content, "image"))
     except UserError as error:
         raise Refused(422, str(error), "image") from None
     prompt, loras = without_tags(settings.prompt)

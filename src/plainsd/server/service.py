@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import DONE, FAILED, QUEUED, Job
-from plainsd.server.jobs.pictures import Picture, exact
+from plainsd.server.jobs.pictures import Picture, json_seed
 from plainsd.server.jobs.queue import Queue
 from plainsd.server.jobs.store import Store
 from plainsd.server.jobs.worker import Worker
@@ -103,7 +103,7 @@ class Service:
                 "count": len(job.places), "done": len(job.done), "progress": round(job.progress(), 4),
                 "step": job.step, "steps": job.steps, "seconds_left": job.seconds_left(),
                 "position": self.queue.position(job) if job.state == QUEUED else None,
-                "seeds": [exact(one.seed) for one in job.each], "notes": job.notes,
+                "seeds": [json_seed(one.seed) for one in job.each], "notes": job.notes,
                 "images": [job.picture_id(place) for place in sorted(job.done)],
                 "error": job.error, "created": job.created, "started": job.started, "finished": job.finished,
             }  # fmt: skip

@@ -24,7 +24,7 @@ DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=-]+)*;base64,")
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-class Named(BytesIO):
+class NamedBytes(BytesIO):
     """Bytes whose name in an error message is that of their field."""
 
     def __init__(self, content: bytes, name: str):
@@ -62,7 +62,7 @@ def opened(content: bytes, field: str, limits: Limits, background: str | None = 
     if width * height > limits.upload_pixels:
         raise Refused(413, f"{field} has {width}x{height} pixels; scale it below {limits.upload_pixels} in all", field)
     try:
-        image = open_picture(Named(content, field), background or "white")
+        image = open_picture(NamedBytes(content, field), background or "white")
     except UserError as error:
         raise Refused(422, str(error), field) from None
     if background is None:
@@ -102,7 +102,7 @@ def hole_of(alpha: Image.Image) -> Image.Image:
     return alpha.point(lambda level: 255 if level else 0)
 
 
-def filled(image: Image.Image, hole: Image.Image) -> Image.Image:
+def filled_hole(image: Image.Image, hole: Image.Image) -> Image.Image:
     """The hole filled with the colours around it, smoothly: means over ever coarser grids, until there is one."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
     known = torch.from_numpy(np.array(hole) == 0)[None, None].double()  # (1, 1, H, W)

@@ -173,7 +173,7 @@ class _Attend(torch.autograd.Function):
 # ---- linear layers
 
 
-def pack(weight: Tensor) -> Tensor:
+def packed_weight(weight: Tensor) -> Tensor:
     """A weight (n, k) as `linear` reads it; k even in bfloat16."""
     (n, k), weight = weight.shape, weight.contiguous()
     packed = torch.zeros(k * BITS[weight.dtype] // 32, -(-n // 16) * 16, dtype=torch.int32)

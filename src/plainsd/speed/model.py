@@ -39,7 +39,7 @@ def faster(
     compiles, and how long that took."""
     if sd.refiner is not None:
         faster(sd.refiner, compiled=compiled, tell=tell)
-    for network in networks(sd):
+    for network in networks_of(sd):
         network.to(memory_format=torch.channels_last)
     if sd.device.type == "cpu":
         attend_faster(sd)
@@ -50,7 +50,7 @@ def faster(
     return sd
 
 
-def networks(sd: StableDiffusion) -> list[nn.Module]:
+def networks_of(sd: StableDiffusion) -> list[nn.Module]:
     return [*sd.text_encoders, sd.unet, sd.vae]
 
 
@@ -77,7 +77,7 @@ def pack(sd: StableDiffusion, *, unet: bool = True) -> None:
             f"choose float32 on a CPU, or bfloat16 where the processor has AVX-512, with a PyTorch that has oneDNN"
         )
     with torch.no_grad():
-        for network in networks(sd):
+        for network in networks_of(sd):
             if unet or network is not sd.unet:
                 pack_inside(network)
 
@@ -87,7 +87,7 @@ def pack(sd: StableDiffusion, *, unet: bool = True) -> None:
 
 def attentions(sd: StableDiffusion) -> Iterator[nn.Module]:
     kinds = (Attention, PackedSelfAttention, PackedCrossAttention)
-    return (module for network in networks(sd) for module in network.modules() if isinstance(module, kinds))
+    return (module for network in networks_of(sd) for module in network.modules() if isinstance(module, kinds))
 
 
 def attention_for(dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
         self.n, k = weight.shape
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
         small = weight.numel() <= SMALL and k % 2 == 0 and have_kernels(weight.dtype)
-        self.small = kernels.pack(weight.detach()) if small else None
+        self.small = kernels.packed_weight(weight.detach()) if small else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.short(x):
@@ -216,7 +216,7 @@ class PackedSelfAttention(nn.Module):
         self.qkv, self.out = together(plain.q, plain.k, plain.v), PackedLinear(plain.out.weight, plain.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.attend(*split(self.qkv(x), 3, self.heads)).transpose(1, 2).flatten(2))
+        return self.out(self.attend(*split_heads(self.qkv(x), 3, self.heads)).transpose(1, 2).flatten(2))
 
     def v(self, x: Tensor) -> Tensor:
         return self.qkv(x).chunk(3, dim=-1)[2]
@@ -235,14 +235,14 @@ class PackedCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         if context is not self.seen:
-            self.seen, self.kept = context, [t.contiguous() for t in split(self.kv(context), 2, self.heads)]
-        (q,) = split(self.q(x), 1, self.heads)
+            self.seen, self.kept = context, [t.contiguous() for t in split_heads(self.kv(context), 2, self.heads)]
+        (q,) = split_heads(self.q(x), 1, self.heads)
         return self.out(self.attend(q, *self.kept).transpose(1, 2).flatten(2))
 
 
 PACKED = {"self_attn": PackedSelfAttention, "cross_attn": PackedCrossAttention}
 
 
-def split(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """(B, N, parts * D) -> (B, heads, N, D / heads) for each part."""
     return tuple(part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in x.chunk(parts, dim=-1))

@@ -33,7 +33,7 @@ def with_config(arguments: list[str], kind: type) -> list[str]:
 
 def flags_of(path: Path, kind: type, given: list[str]) -> list[str]:
     known, found = options_of(kind), []
-    for written, value in read(path).items():
+    for written, value in read_config(path).items():
         name = written.replace("_", "-")
         if name not in known:
             raise UserError(f"{path}: {unknown('option', written, known)}")
@@ -51,7 +51,7 @@ def flags_of(path: Path, kind: type, given: list[str]) -> list[str]:
     return found
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
@@ -72,7 +72,7 @@ def options_of(kind: type) -> dict[str, Any]:
     return found
 
 
-def written(options: Any, comment: str) -> str:
+def config_text(options: Any, comment: str) -> str:
     """Options as such a file. What is not set is left out."""
     lines = [f"# {line}" for line in comment.splitlines()]
 

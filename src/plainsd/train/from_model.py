@@ -20,10 +20,10 @@ from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
 from plainsd.train.data.examples import Examples
-from plainsd.train.data.pictures import read_folder
+from plainsd.train.data.pictures import read_pictures
 from plainsd.train.data.sources import placed
 from plainsd.train.gradient_checkpointing import checkpointing
-from plainsd.train.job import Job, weights_digest
+from plainsd.train.job import TrainJob, weights_digest
 from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.methods.finetune import FineTune
 from plainsd.train.methods.full import full
@@ -35,7 +35,7 @@ Make = Callable[[StableDiffusion, Examples, dict], FineTune]
 Write = Callable[[StableDiffusion, str | None], None]  # the result; with a mark, one on the way to it
 
 
-def train_full(job: Job) -> None:
+def train_full(job: TrainJob) -> None:
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         return full(sd, examples, text_encoder=job.options.lora.text_encoder, **shared)
 
@@ -48,7 +48,7 @@ def train_full(job: Job) -> None:
         job.say(f"model in {job.result()}")
 
 
-def train_lora(job: Job) -> None:
+def train_lora(job: TrainJob) -> None:
     own = job.options.lora
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
@@ -83,7 +83,7 @@ def train_lora(job: Job) -> None:
         job.say(f"LoRA in {job.result()}.safetensors (kohya's names){also}")
 
 
-def train_inversion(job: Job) -> None:
+def train_inversion(job: TrainJob) -> None:
     own = job.options.inversion
     token = own.token
     if job.world.sharded:
@@ -120,7 +120,7 @@ def train_inversion(job: Job) -> None:
         )
 
 
-def tuned(job: Job, make: Make, write: Write) -> StableDiffusion | None:
+def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
     """The trained model; None where the run was stopped before its end, or where another process will save it."""
     sd = base_model(job)
     job.check_options(base_weights=weights_digest(sd.unet, sd.vae, *sd.text_encoders))
@@ -149,7 +149,7 @@ def tuned(job: Job, make: Make, write: Write) -> StableDiffusion | None:
     return sd if done and job.world.first else None
 
 
-def base_model(job: Job) -> StableDiffusion:
+def base_model(job: TrainJob) -> StableDiffusion:
     """In float32; with --half-base its UNet in bfloat16, which is then never in memory as float32."""
     half, path = job.options.lora.half_base, find(job.options.base)
     if half and (job.options.method == "full" or job.dtype != torch.bfloat16):
@@ -164,7 +164,7 @@ def base_model(job: Job) -> StableDiffusion:
     return assemble(contents.variant, networks, tokenizers(contents, path), path)
 
 
-def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:
+def prior_set(job: TrainJob, sd: StableDiffusion, size: int) -> Examples | None:
     """DreamBooth's pictures of the kind in general: read, or made first."""
     own = job.options.prior
     if own.prior is None and own.prior_prompt is None:
@@ -177,5 +177,5 @@ def prior_set(job: Job, sd: StableDiffusion, size: int) -> Examples | None:
             make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
         known, sources = job.out / "cache" / "scanned.json", [Path(placed(one)[0]) for one in job.options.data]
         without = (*sources, *filter(None, [job.options.reading.heldout]), job.out)
-        pictures = read_folder(folder, size, caption=own.prior_prompt, known=known, without=without, say=job.say)
+        pictures = read_pictures(folder, size, caption=own.prior_prompt, known=known, without=without, say=job.say)
     return job.examples(sd.vae, pictures)

@@ -19,14 +19,14 @@ from plainsd.speed.training import trained_faster
 from plainsd.text.tokenizer import Tokenizer
 from plainsd.train.checkpoints import saving
 from plainsd.train.data.crops import Framing
-from plainsd.train.job import Job, weights_digest
+from plainsd.train.job import TrainJob, weights_digest
 from plainsd.train.methods.full import full
 from plainsd.train.methods.scratch import from_scratch
 from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, validate
 from plainsd.train.shard import gather
 
 
-def described_variant(job: Job) -> Variant:
+def described_variant(job: TrainJob) -> Variant:
     """The networks that --model describes."""
     if job.options.nothing.model is None:
         raise UserError(f"method {job.options.method} needs --model, a JSON file that describes the networks")
@@ -34,7 +34,7 @@ def described_variant(job: Job) -> Variant:
     return replace(variant, size=job.options.reading.size or variant.size)
 
 
-def first_vae(job: Job) -> tuple[Variant, VAE]:
+def first_vae(job: TrainJob) -> tuple[Variant, VAE]:
     """The autoencoder to train: that of --base, or one with random weights."""
     base, own = job.options.base, job.options.nothing
     if base is None:
@@ -53,7 +53,7 @@ def first_vae(job: Job) -> tuple[Variant, VAE]:
     return variant, vae
 
 
-def train_vae(job: Job) -> None:
+def train_vae(job: TrainJob) -> None:
     own = job.options.nothing
     if job.world.sharded:
         raise UserError("method vae has no --shard: an autoencoder fits on one GPU")
@@ -90,7 +90,7 @@ def train_vae(job: Job) -> None:
         job.say("held-out pictures: PSNR {psnr:.2f} dB, L1 {l1:.4f}".format(**validate(vae, heldout)))
 
 
-def train_scratch(job: Job) -> None:
+def train_scratch(job: TrainJob) -> None:
     variant, own = described_variant(job), job.options.nothing
     if not own.vae or not own.tokenizer:
         raise UserError("method scratch needs --vae and --tokenizer: train the first with --method vae")

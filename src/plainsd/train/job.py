@@ -27,14 +27,14 @@ from plainsd.train.data.crops import Framing
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.heldout import of_run
 from plainsd.train.data.latents import Latents, cache_latents
-from plainsd.train.data.pictures import Pictures, described, joined
+from plainsd.train.data.pictures import PictureSet, described, joined
 from plainsd.train.data.sources import Reading, placed, read_source
 from plainsd.train.objective import Objective
 from plainsd.train.options import FitOptions, TrainOptions, given
 from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.processes import World
 from plainsd.train.run import Interrupted, Rhythm, run
-from plainsd.train.shard import spread
+from plainsd.train.shard import shard
 from plainsd.train.trainer import Method
 
 ENCODED_AT_ONCE = 2**18  # pixels, where pictures are large
@@ -44,7 +44,7 @@ PARTS = ("cache", "checkpoints", "prior", "results", "samples", "tensorboard", "
 
 
 @dataclass
-class Job:
+class TrainJob:
     """One call of `plainsd train`, its options without gaps."""
 
     options: TrainOptions
@@ -123,31 +123,31 @@ class Job:
         """From here on the folder is this run's. Called when nothing can be refused any more."""
         if self.world.first:
             says = f"plainsd train --config {self.out / CONFIG}\nPaths are as they were given, in {Path.cwd()}."
-            claim(self.out, self.identity, config.written(self.options, says))
+            claim(self.out, self.identity, config.config_text(self.options, says))
 
     # ---- pictures
 
-    def pictures(self, size: int) -> tuple[Pictures, Pictures | None]:
+    def pictures(self, size: int) -> tuple[PictureSet, PictureSet | None]:
         """Those to train on, and those to measure with."""
         data = self.options.reading
         framing = Framing(data.buckets, data.crop, data.places, data.flip)
         size, prior = data.size or size, self.options.prior.prior
         sources = [Path(placed(source)[0]) for source in self.options.data]
         found = joined(self.read(source, size, data.heldout, prior) for source in self.options.data)
-        pictures = Pictures(found.items, size, framing, data.shuffle_tags)
+        pictures = PictureSet(found.items, size, framing, data.shuffle_tags)
         heldout = None
         if data.heldout:
             found = self.read(str(data.heldout), size, *sources, prior)
-            heldout = Pictures(found.items, size, Framing(data.buckets))
+            heldout = PictureSet(found.items, size, Framing(data.buckets))
             if data.heldout.resolve() in [source.resolve() for source in sources]:
                 self.say(f"--heldout {data.heldout} is trained on too: what is measured with it is no validation")
         elif data.hold_out:
             pictures, heldout = pictures.split(data.hold_out, self._held(pictures))
-            heldout = Pictures(heldout.items, size, Framing(data.buckets))
+            heldout = PictureSet(heldout.items, size, Framing(data.buckets))
         self.say(described(pictures))
         return pictures, heldout
 
-    def read(self, source: str, size: int, *others: Path | None) -> Pictures:
+    def read(self, source: str, size: int, *others: Path | None) -> PictureSet:
         """One source. The others, and the run's own folder, are no part of it, though they may lie inside."""
         data = self.options.reading
         without = (*filter(None, others), self.out)
@@ -168,24 +168,24 @@ class Job:
         with self.world.first_goes_ahead():
             return read_source(source, size, self.out / "cache", reading, self.say)
 
-    def _held(self, pictures: Pictures) -> set[int]:
+    def _held(self, pictures: PictureSet) -> set[int]:
         """The numbers of the pictures that this run holds out."""
         begun, share = bool(checkpoints(self.out / "checkpoints")), self.options.reading.hold_out
         with self.world.first_goes_ahead(), saving("what is held out"):
             return of_run(pictures.items, share, self.out, begun=begun, writes=self.world.first, say=self.say)
 
-    def latents(self, vae: "VAE", pictures: Pictures, *, batch: int = 64) -> Latents:
+    def latents(self, vae: "VAE", pictures: PictureSet, *, batch: int = 64) -> Latents:
         with self.world.first_goes_ahead(), saving("the cached latents"):
             return cache_latents(
                 vae, pictures, self.out / "cache", batch=batch, dtype=self.dtype, workers=self.options.reading.workers
             )
 
-    def examples(self, vae: "VAE", pictures: Pictures) -> Examples:
+    def examples(self, vae: "VAE", pictures: PictureSet) -> Examples:
         batch = max(1, min(64, ENCODED_AT_ONCE // pictures.size**2)) if pictures.size > 128 else 64
         loss = self.options.loss
         return Examples(pictures, self.latents(vae, pictures, batch=batch), loss.dropout, loss.timestep_power)
 
-    def count_long_captions(self, sd: "StableDiffusion", pictures: Pictures) -> None:
+    def count_long_captions(self, sd: "StableDiffusion", pictures: PictureSet) -> None:
         """Says how many captions are cut off, if any."""
         captions, chunks = {text for item in pictures.items for text in item.texts}, self.options.reading.chunks
         if count := cut_captions(sd, sorted(captions), chunks):
@@ -207,10 +207,10 @@ class Job:
             return []
         learning = [network for network in sd.text_encoders if any(p.requires_grad for p in network.parameters())]
         for network in (sd.unet, *learning):
-            spread(network)
+            shard(network)
         return [sd.unet, *learning]
 
-    def order(self, pictures: Pictures) -> Repeated | Bucketed:
+    def order(self, pictures: PictureSet) -> Repeated | Bucketed:
         repeats, pace = [item.repeats for item in pictures.items], self.options.pace
         if not pictures.framing.buckets:
             return Repeated(repeats, pace.seed)
@@ -259,7 +259,7 @@ class Job:
     def train(
         self,
         method: Method,
-        pictures: Pictures,
+        pictures: PictureSet,
         check: Callable[[], dict[str, float]] | None,
         sample: Callable[[Path], None] | None,
         *,

@@ -49,10 +49,10 @@ class Objective:
                 raise UserError(f"{name.replace('_', '-')} {value} is out of range; choose 0 to 1")
 
 
-PLAIN = Objective()
+PLAIN_OBJECTIVE = Objective()
 
 
-class Noise(NamedTuple):
+class NoisyLatents(NamedTuple):
     target: Tensor  # (B, L, h, w): what the network is to find
     shown: Tensor  # (B, L, h, w): what is mixed into its input; the same unless perturbed
 
@@ -63,7 +63,7 @@ def draw_timesteps(picks: Sequence[Pick], count: int, power: float = 1.0) -> Ten
     return torch.tensor([int(count * chance**power) for chance in chances])
 
 
-def draw_noise(picks: Sequence[Pick], shape: Sequence[int], objective: Objective = PLAIN) -> Noise:
+def draw_noise(picks: Sequence[Pick], shape: Sequence[int], objective: Objective = PLAIN_OBJECTIVE) -> NoisyLatents:
     """Noise of the shape (L, h, w) for each pick."""
 
     def normal(*shape: int) -> Tensor:
@@ -73,8 +73,8 @@ def draw_noise(picks: Sequence[Pick], shape: Sequence[int], objective: Objective
     if objective.offset_noise:
         noise = noise + objective.offset_noise * normal(shape[0], 1, 1)
     if not objective.perturbation:
-        return Noise(noise, noise)
-    return Noise(noise, noise + objective.perturbation * normal(*shape))
+        return NoisyLatents(noise, noise)
+    return NoisyLatents(noise, noise + objective.perturbation * normal(*shape))
 
 
 def errors(
@@ -82,12 +82,12 @@ def errors(
     schedule: NoiseSchedule,
     prediction: str,
     x0: Tensor,
-    noise: Noise,
+    noise: NoisyLatents,
     timesteps: Tensor,
     context: Tensor,
     vector: Tensor | None = None,
     *,
-    objective: Objective = PLAIN,
+    objective: Objective = PLAIN_OBJECTIVE,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The error of each picture's prediction, (B,): the mean over its positions; those where the mask is 0 add 0."""

@@ -136,7 +136,7 @@ class Telling:
 
 
 @dataclass
-class Loss:
+class LossOptions:
     """What counts as an error."""
 
     dropout: float = 0.1
@@ -166,7 +166,7 @@ class Prior:
 
 
 @dataclass
-class Lora:
+class LoraOptions:
     """Methods full and lora."""
 
     text_encoder: bool = False
@@ -248,8 +248,8 @@ class TrainOptions:
     """whether the noise of --base ends at zero SNR, on or off, likewise"""
     reading: OmitArgPrefixes[Data] = field(default_factory=Data)
     pace: OmitArgPrefixes[Steps] = field(default_factory=Steps)
-    loss: OmitArgPrefixes[Loss] = field(default_factory=Loss)
-    lora: OmitArgPrefixes[Lora] = field(default_factory=Lora)
+    loss: OmitArgPrefixes[LossOptions] = field(default_factory=LossOptions)
+    lora: OmitArgPrefixes[LoraOptions] = field(default_factory=LoraOptions)
     inversion: OmitArgPrefixes[Inversion] = field(default_factory=Inversion)
     prior: OmitArgPrefixes[Prior] = field(default_factory=Prior)
     telling: OmitArgPrefixes[Telling] = field(default_factory=Telling)

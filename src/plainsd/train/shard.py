@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from plainsd.models.unet import UNet
 
 
-def spread(network: nn.Module) -> None:
+def shard(network: nn.Module) -> None:
     """Shards a UNet or a text encoder in place, block by block. Do so before an optimizer is made."""
     network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
     blocks = [*network.down, network.mid, *network.up] if isinstance(network, UNet) else list(network.blocks)
@@ -40,5 +40,5 @@ def gather(network: nn.Module) -> None:
                 module.register_parameter(name, nn.Parameter(parameter.full_tensor(), parameter.requires_grad))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -15,7 +15,7 @@ from plainsd.train.optimizer import make_optimizer, set_rate
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick
 from plainsd.train.processes import World
-from plainsd.train.shard import whole
+from plainsd.train.shard import whole_tensor
 
 
 class Report(NamedTuple):
@@ -139,7 +139,7 @@ class Trainer:
             for name, value in {"": loss, **numbers}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * share
         total, *others = self.world.total(list(sums.values()))
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, options.clip)).item()
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, options.clip)).item()
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite:
             set_rate(self.optimizer, learning_rate(options, self.step))

@@ -28,7 +28,7 @@ from plainsd.server.canvas import Base
 from plainsd.server.embeddings import Word, problem
 from plainsd.server.errors import printable
 from plainsd.server.jobs.job import CANCELLED, Job
-from plainsd.server.jobs.pictures import exact, tagged
+from plainsd.server.jobs.pictures import json_seed, tagged
 from plainsd.server.requests import job_request
 from plainsd.server.schema import JobRequest, clean
 from plainsd.server.service import Service, client_of, why_not
@@ -195,10 +195,10 @@ def info_of(job: Job) -> dict:
     one = shown[0]
     return {
         "prompt": one.prompt, "all_prompts": [s.prompt for s in shown], "negative_prompt": one.negative,
-        "all_negative_prompts": [s.negative for s in shown], "seed": exact(one.seed),
-        "all_seeds": [exact(s.seed) for s in job.each], "subseed": exact(getattr(one, one.counted)),
+        "all_negative_prompts": [s.negative for s in shown], "seed": json_seed(one.seed),
+        "all_seeds": [json_seed(s.seed) for s in job.each], "subseed": json_seed(getattr(one, one.counted)),
         "subseed_strength": one.variation_strength,
-        "all_subseeds": [exact(getattr(s, s.counted)) for s in job.each],
+        "all_subseeds": [json_seed(getattr(s, s.counted)) for s in job.each],
         "width": one.size[0], "height": one.size[1], "sampler_name": sampler_label(one.sampler),
         "cfg_scale": one.guidance, "steps": one.steps, "batch_size": len(job.each), "restore_faces": False,
         "sd_model_name": job.model,

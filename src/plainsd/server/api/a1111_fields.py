@@ -17,7 +17,7 @@ from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused, shown
 from plainsd.server.limits import Limits
 from plainsd.server.schema import Text
-from plainsd.server.uploads import alpha_of, box_around, check_pixels, filled, hole_of, picture, resized
+from plainsd.server.uploads import alpha_of, box_around, check_pixels, filled_hole, hole_of, picture, resized
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
 NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
@@ -237,5 +237,5 @@ def prepared(body: Image2Image, limits: Limits) -> Base:
         alpha = resized(alpha, size, how)
         hole = hole_of(alpha)
     if body.inpainting_fill in (0, None):
-        image = filled(image, hole)
+        image = filled_hole(image, hole)
     return Base(image, hole, whole, alpha, box)

@@ -22,7 +22,7 @@ from plainsd.server.api.errors import add_errors
 from plainsd.server.api.security import Gate, Hosts
 from plainsd.server.errors import ERRORS, Refused
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, Job
-from plainsd.server.pool import Model, Models
+from plainsd.server.pool import Models, ServedModel
 from plainsd.server.requests import CELLS
 from plainsd.server.restore import picture_told, settings_inside
 from plainsd.server.schema import JobRequest, Text
@@ -244,7 +244,7 @@ def add_page(app: FastAPI, service: Service) -> None:
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def model_told(model: Model, models: Models) -> dict:
+def model_told(model: ServedModel, models: Models) -> dict:
     variant = model.bare.variant
     return {
         "name": model.name, "kind": variant.name, "resident": model.sd is not None, "bytes": model.bytes,

@@ -21,8 +21,8 @@ from starlette.datastructures import UploadFile
 from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Job
-from plainsd.server.jobs.pictures import Picture, exact
-from plainsd.server.pool import Model
+from plainsd.server.jobs.pictures import Picture, json_seed
+from plainsd.server.pool import ServedModel
 from plainsd.server.requests import job_request
 from plainsd.server.schema import JobRequest, Text
 from plainsd.server.service import Service, client_of, now, why_not
@@ -97,7 +97,7 @@ def routes(service: Service) -> APIRouter:
         async with request.form(max_files=4, max_fields=40) as form:
             body, content, mask = await edit_of(form)
         wanted = body.job()
-        base = await run_in_threadpool(edited, wanted, content, mask, service)
+        base = await run_in_threadpool(edit_canvas, wanted, content, mask, service)
         job = await service.submit(wanted, client_of(request, body.user), "openai", base)
         return await answered(service, job, body, request, "image_edit")
 
@@ -112,7 +112,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def model_told(model: Model) -> dict:
+def model_told(model: ServedModel) -> dict:
     return {"id": model.name, "object": "model", "created": 0, "owned_by": "plainsd"}
 
 
@@ -136,7 +136,7 @@ async def edit_of(form: Any) -> tuple[ImagesRequest, bytes, bytes | None]:
     return body, await images[0].read(), await masks[0].read() if masks else None
 
 
-def edited(wanted: JobRequest, content: bytes, mask: bytes | None, service: Service) -> Base:
+def edit_canvas(wanted: JobRequest, content: bytes, mask: bytes | None, service: Service) -> Base:
     """What is transparent, in the mask or else in the picture, is drawn anew; if nothing is, all is drawn over."""
     image = opened(content, "image", service.limits, None)
     window = opened(mask, "mask", service.limits, None) if mask is not None else image
@@ -177,7 +177,7 @@ async def answered(
 
 
 def image_told(row: Picture, content: bytes, body: ImagesRequest, url: str) -> dict:
-    told: dict[str, Any] = {"seed": exact(row.settings.seed)}
+    told: dict[str, Any] = {"seed": json_seed(row.settings.seed)}
     if body.response_format != "b64_json":
         told["url"] = f"{url}/api/images/{row.id}.png"
     if body.response_format != "url":
@@ -215,7 +215,7 @@ async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -
         for row, content in await run_in_threadpool(service.files, job):
             whole = base64.b64encode(await run_in_threadpool(recoded, content, body)).decode()
             yield event(
-                f"{kind}.completed", body, whole, size=f"{row.width}x{row.height}", seed=exact(row.settings.seed)
+                f"{kind}.completed", body, whole, size=f"{row.width}x{row.height}", seed=json_seed(row.settings.seed)
             )
     finally:
         if job.active:  # the client hung up

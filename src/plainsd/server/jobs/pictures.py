@@ -5,7 +5,7 @@ import secrets
 import time
 from dataclasses import dataclass, replace
 
-from plainsd.pictures.settings import Resolved, number
+from plainsd.pictures.settings import Resolved, plain_number
 
 SAFE_INTEGER = 2**53 - 1  # JavaScript's
 
@@ -35,7 +35,7 @@ def settings_from(data: dict) -> Resolved:
 
 def tagged(settings: Resolved, loras: list[tuple[str, float]]) -> Resolved:
     """As it is written into a picture: with its LoRAs in the prompt, where every program looks for them."""
-    tags = [f"<lora:{name}:{number(strength)}>" for name, strength in loras]
+    tags = [f"<lora:{name}:{plain_number(strength)}>" for name, strength in loras]
     return replace(settings, prompt=" ".join(filter(None, [settings.prompt, *tags])))
 
 
@@ -50,6 +50,6 @@ def new_place(prompt: str, id: str, created: float) -> str:
     return "-".join(part for part in (time.strftime("%Y-%m-%d/%H%M%S", when), slug, id) if part)
 
 
-def exact(seed: int) -> int | str:
+def json_seed(seed: int) -> int | str:
     """A seed that JavaScript could not hold goes as a string."""
     return seed if seed <= SAFE_INTEGER else str(seed)

@@ -21,7 +21,7 @@ from plainsd.server.jobs.job import FAILED, Job, Unit
 from plainsd.server.jobs.queue import Queue
 from plainsd.server.jobs.store import Store
 from plainsd.server.limits import Limits
-from plainsd.server.pool import Model, Models
+from plainsd.server.pool import Models, ServedModel
 from plainsd.server.uploads import pasted, png
 
 PREVIEW_EVERY = 0.25  # seconds
@@ -91,7 +91,7 @@ class Worker(threading.Thread):
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
-    def sampled(self, model: Model, sd: StableDiffusion, units: list[Unit]) -> Pictures | None:
+    def sampled(self, model: ServedModel, sd: StableDiffusion, units: list[Unit]) -> Pictures | None:
         """Runs the batch as long as anybody wants it."""
         source = units[0].job.source
         image = self.store.input(source.image) if source and source.image else None
@@ -155,7 +155,7 @@ class Worker(threading.Thread):
 class Watch:
     """Sees each step of a batch: progress, a preview now and then, and the time that each job has used."""
 
-    def __init__(self, worker: Worker, model: Model, units: list[Unit], steps: int):
+    def __init__(self, worker: Worker, model: ServedModel, units: list[Unit], steps: int):
         self.worker, self.model, self.units = worker, model, units
         self.jobs = Counter(unit.job for unit in units)
         self.shown, self.before = 0.0, time.monotonic()

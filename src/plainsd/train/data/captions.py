@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plainsd.errors import UserError
-from plainsd.pictures.conditioning import SINUSOID, cut, encode_prompts, size_vector
+from plainsd.pictures.conditioning import SINUSOID, chunked, encode_prompts, size_vector
 from plainsd.pictures.model import StableDiffusion
 from plainsd.text.prompts import Weighted
 
@@ -104,6 +104,6 @@ def cut_captions(sd: StableDiffusion, captions: Sequence[str], chunks: int) -> i
         for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True)
     ]
     return sum(
-        any(len(cut(tokenizer, [Weighted(caption)], room)) > chunks for tokenizer, room in encoders)
+        any(len(chunked(tokenizer, [Weighted(caption)], room)) > chunks for tokenizer, room in encoders)
         for caption in captions
     )

@@ -9,21 +9,28 @@ import torch
 from torch import Tensor
 
 from plainsd.train.data.latents import Latents
-from plainsd.train.data.pictures import Pictures
-from plainsd.train.objective import PLAIN, Noise, Objective, draw_noise, draw_timesteps, stratified_timesteps
+from plainsd.train.data.pictures import PictureSet
+from plainsd.train.objective import (
+    PLAIN_OBJECTIVE,
+    NoisyLatents,
+    Objective,
+    draw_noise,
+    draw_timesteps,
+    stratified_timesteps,
+)
 from plainsd.train.order import Pick, random
 
 
-class Batch(NamedTuple):
+class ExampleBatch(NamedTuple):
     captions: list[str]  # empty where the caption was dropped
     timesteps: Tensor  # (B,)
     x0: Tensor  # (B, L, h, w), scaled latents
-    noise: Noise
+    noise: NoisyLatents
     mask: Tensor | None  # (B, 1, h, w)
     sizes: Tensor  # (B, 6): height and width of the original; top, left, height, width of the crop
 
 
-def draw_caption(pictures: Pictures, pick: Pick, dropout: float) -> str:
+def draw_caption(pictures: PictureSet, pick: Pick, dropout: float) -> str:
     """A caption, or with a chance of `dropout` none: what guidance steers away from (Ho and Salimans 2022,
     arXiv:2207.12598)."""
     drop = float(torch.rand((), generator=pick.generator)) < dropout
@@ -35,29 +42,29 @@ def draw_caption(pictures: Pictures, pick: Pick, dropout: float) -> str:
 class Examples:
     """Captioned pictures as latents."""
 
-    pictures: Pictures
+    pictures: PictureSet
     latents: Latents
     dropout: float = 0.1  # share of captions left empty
     timestep_power: float = 1.0  # timesteps are count * chance ** power: below 1, noisy ones come more often
 
-    def draw(self, picks: Sequence[Pick], steps: int, objective: Objective = PLAIN) -> Batch:
+    def draw(self, picks: Sequence[Pick], steps: int, objective: Objective = PLAIN_OBJECTIVE) -> ExampleBatch:
         """A batch of what the picks say, each at one of `steps` timesteps."""
         captions = [draw_caption(self.pictures, p, self.dropout) for p in picks]
         timesteps = draw_timesteps(picks, steps, self.timestep_power)
         return self._batch(picks, captions, timesteps, self.latents.choose(picks), objective)
 
-    def fixed(self, steps: int, batch: int) -> Iterator[Batch]:
+    def fixed(self, steps: int, batch: int) -> Iterator[ExampleBatch]:
         """Every picture once: its first caption, its first view, and always the same timestep and noise."""
         for picks, timesteps in fixed_picks(self.pictures, steps, batch, self.latents.shapes):
             captions = [self.pictures.items[p.index].texts[0] for p in picks]
-            yield self._batch(picks, captions, timesteps, [0] * len(picks), PLAIN)
+            yield self._batch(picks, captions, timesteps, [0] * len(picks), PLAIN_OBJECTIVE)
 
     def _batch(
         self, picks: Sequence[Pick], captions: list[str], timesteps: Tensor, views: list[int], objective: Objective
-    ) -> Batch:
+    ) -> ExampleBatch:
         x0 = self.latents.draw(picks, views)
         noise = draw_noise(picks, x0.shape[1:], objective)
-        return Batch(captions, timesteps, x0, noise, self.latents.masks(picks, views), self._sizes(picks, views))
+        return ExampleBatch(captions, timesteps, x0, noise, self.latents.masks(picks, views), self._sizes(picks, views))
 
     def _sizes(self, picks: Sequence[Pick], views: Sequence[int]) -> Tensor:
         rows = []
@@ -69,7 +76,7 @@ class Examples:
 
 
 def fixed_picks(
-    pictures: Pictures, steps: int, batch: int, shapes: Sequence | None = None
+    pictures: PictureSet, steps: int, batch: int, shapes: Sequence | None = None
 ) -> Iterator[tuple[list[Pick], Tensor]]:
     """Picks of every picture with timesteps spread evenly over the table, in batches of one shape each."""
     count = len(pictures)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from plainsd.errors import UserError
-from plainsd.listing import files_below, lies_in, lines_of, named, others, suffix_of
+from plainsd.listing import file_named, files_below, lies_in, lines_of, others, suffix_of
 
 METADATA = "metadata.jsonl"
 PICTURES = (
@@ -28,7 +28,7 @@ PICTURES = (
 UNREAD = (".svg", ".xcf", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")  # told only
 
 
-class Found(NamedTuple):
+class FoundPicture(NamedTuple):
     """A picture in a folder; `fault`: what is wrong with it already."""
 
     path: Path
@@ -37,13 +37,13 @@ class Found(NamedTuple):
     fault: str | None = None
 
 
-def found_in(folder: Path, without: Iterable[Path], say: Callable[[str], None]) -> list[Found]:
+def found_in(folder: Path, without: Iterable[Path], say: Callable[[str], None]) -> list[FoundPicture]:
     """All pictures of a folder. `without`: files and folders that are for something else."""
     if not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r}; --data wants a folder of captioned pictures")
     without = list(without)
     files = files_below(folder, without, refused)
-    metadata = named(folder, METADATA)
+    metadata = file_named(folder, METADATA)
     found = list(of_metadata(metadata, others(folder, without)) if metadata else of_pairs(files))
     used = {os.path.abspath(path) for one in found for path in (one.path, one.mask) if path}
     bare = {path.with_suffix("") for path in files if is_picture(path) and not is_mask(path)}
@@ -58,7 +58,7 @@ def found_in(folder: Path, without: Iterable[Path], say: Callable[[str], None]) 
     return found
 
 
-def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[Found]:
+def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[FoundPicture]:
     folder = file.parent
     try:
         lines = lines_of(file)
@@ -72,14 +72,14 @@ def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[Found]:
             texts = row.get("text", ())
             texts = texts if isinstance(texts, list) else [texts] if texts else []
             mask = folder / row["mask"] if row.get("mask") else None
-            one = Found(folder / row["file_name"], spoken(texts), mask)
+            one = FoundPicture(folder / row["file_name"], spoken(texts), mask)
         except (ValueError, KeyError, TypeError, AttributeError):
-            one = Found(folder / f"{file.name} line {number}", fault='not {"file_name": ..., "text": ...}')
+            one = FoundPicture(folder / f"{file.name} line {number}", fault='not {"file_name": ..., "text": ...}')
         if not lies_in(one.path.resolve(), without):
             yield one
 
 
-def of_pairs(files: Sequence[Path]) -> Iterator[Found]:
+def of_pairs(files: Sequence[Path]) -> Iterator[FoundPicture]:
     captions: dict[Path, list[Path]] = {}
     masks: dict[Path, list[Path]] = {}
     for path in files:
@@ -91,15 +91,17 @@ def of_pairs(files: Sequence[Path]) -> Iterator[Found]:
         bare = path.with_suffix("")
         mask, *more = masks.get(bare, [None])
         if more:
-            yield Found(path, fault=f"it has {1 + len(more)} masks ({shortened([p.name for p in (mask, *more)])})")
+            yield FoundPicture(
+                path, fault=f"it has {1 + len(more)} masks ({shortened([p.name for p in (mask, *more)])})"
+            )
             continue
         try:
             texts = spoken(line for file in captions.get(bare, ()) for line in lines_of(file))
-            yield Found(path, texts, mask)
+            yield FoundPicture(path, texts, mask)
         except UnicodeDecodeError:
-            yield Found(path, mask=mask, fault="its caption is not text in UTF-8")
+            yield FoundPicture(path, mask=mask, fault="its caption is not text in UTF-8")
         except OSError as error:
-            yield Found(path, mask=mask, fault=f"its caption cannot be read ({error.strerror})")
+            yield FoundPicture(path, mask=mask, fault=f"its caption cannot be read ({error.strerror})")
 
 
 def is_picture(path: Path) -> bool:

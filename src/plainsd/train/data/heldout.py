@@ -55,7 +55,7 @@ def digests(items: Sequence[Kept], known: Path | None = None) -> list[str]:
     return found
 
 
-def chosen(marks: Sequence[str], share: float) -> set[int]:
+def chosen_pictures(marks: Sequence[str], share: float) -> set[int]:
     """The numbers of those with the smallest digests. Copies of one picture go together, where that leaves others."""
     count = count_of(share, len(marks))
     last = sorted(marks)[count - 1]
@@ -82,7 +82,7 @@ def of_run(
                 f"{what} of the pictures are those that {run} holds out; put others there, or give another --out"
             )
         return held
-    held = chosen_before(len(items), share) if begun else chosen(marks, share)
+    held = chosen_before(len(items), share) if begun else chosen_pictures(marks, share)
     if begun:
         say(f"{run} did not write down what it held out; taken is what it chose if no picture came or went since")
     if writes:

@@ -24,7 +24,7 @@ from plainsd.errors import UserError
 from plainsd.models.vae import VAE
 from plainsd.pictures.images import to_mask, to_tensor
 from plainsd.train.data.crops import Framing, Size, View, cut_out
-from plainsd.train.data.pictures import Pictures
+from plainsd.train.data.pictures import PictureSet
 from plainsd.train.order import Pick
 
 
@@ -72,7 +72,13 @@ class Latents:
 
 
 def cache_latents(
-    vae: VAE, pictures: Pictures, folder: Path, *, batch: int = 64, dtype: torch.dtype = torch.float32, workers: int = 0
+    vae: VAE,
+    pictures: PictureSet,
+    folder: Path,
+    *,
+    batch: int = 64,
+    dtype: torch.dtype = torch.float32,
+    workers: int = 0,
 ) -> Latents:
     """Encodes every view of every picture once, into a file of `folder` that is named after them and the VAE.
 
@@ -121,7 +127,7 @@ class Wanted(NamedTuple):
 
 def _made(
     vae: VAE,
-    pictures: Pictures,
+    pictures: PictureSet,
     wanted: list[Wanted],
     keys: list[str],
     folder: Path,
@@ -158,7 +164,7 @@ def _made(
                 yield want.start, one.contiguous().numpy().tobytes()
 
 
-def _load(pictures: Pictures, masked: bool, factor: int, want: Wanted) -> tuple[Tensor, Tensor | None]:
+def _load(pictures: PictureSet, masked: bool, factor: int, want: Wanted) -> tuple[Tensor, Tensor | None]:
     """Pixels (1, 3, H, W); and with masks, the share of each latent position that counts, (1, 1, h, w)."""
     item = pictures.items[want.index]
     pixels = to_tensor(cut_out(item.open(), want.view))
@@ -180,7 +186,7 @@ def encoded(vae: VAE, pixels: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- names
 
 
-def fingerprint(vae: VAE, pictures: Pictures) -> str:
+def fingerprint(vae: VAE, pictures: PictureSet) -> str:
     """Sixteen hexadecimal digits that change with the VAE's weights, with the pictures and their masks, and with their
     size and how they are cut."""
     digest = hashlib.sha256(f"{vae.config} {pictures.size}".encode())
@@ -195,7 +201,7 @@ def fingerprint(vae: VAE, pictures: Pictures) -> str:
     return digest.hexdigest()[:16]
 
 
-def view_keys(vae: VAE, pictures: Pictures, wanted: Sequence[Wanted], masked: bool) -> list[str]:
+def view_keys(vae: VAE, pictures: PictureSet, wanted: Sequence[Wanted], masked: bool) -> list[str]:
     """Sixteen hexadecimal digits for each view, that change with the VAE's weights, the picture, its mask, or the view.
 
     Files of older runs have masks under keys that did not know which; no key here is equal to one of those."""

@@ -21,7 +21,7 @@ from plainsd.errors import UserError
 from plainsd.pictures.images import open_picture, to_tensor
 from plainsd.train.data.crops import Framing, Size, View, cut_out, view_of
 from plainsd.train.data.folders import found_in
-from plainsd.train.data.heldout import chosen, digests
+from plainsd.train.data.heldout import chosen_pictures, digests
 
 SMALLEST = 8  # pixels of a picture's shorter side
 
@@ -105,7 +105,7 @@ def file_mark(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PictureSet:
     """Pictures of about `size` x `size` pixels, and how they are cut and captioned."""
 
     items: tuple[Entry, ...]
@@ -133,9 +133,9 @@ class Pictures:
         text = texts[int(torch.randint(len(texts), (), generator=generator))]
         return text if self.tags is None else shuffled(text, self.tags, generator)
 
-    def split(self, share: float, held: Collection[int] | None = None) -> tuple["Pictures", "Pictures"]:
+    def split(self, share: float, held: Collection[int] | None = None) -> tuple["PictureSet", "PictureSet"]:
         """(the others, a share of the pictures, at least one), chosen as heldout.py says, or those of `held`."""
-        held = chosen(digests(self.items), share) if held is None else held
+        held = chosen_pictures(digests(self.items), share) if held is None else held
         parts = [tuple(item for i, item in enumerate(self.items) if (i in held) == wanted) for wanted in (False, True)]
         return replace(self, items=parts[0]), replace(self, items=parts[1])
 
@@ -155,7 +155,7 @@ def fit_square(picture: Image.Image, size: int) -> Image.Image:
 # ---- reading a folder
 
 
-def read_folder(
+def read_pictures(
     folder: str | Path,
     size: int,
     *,
@@ -167,7 +167,7 @@ def read_folder(
     known: Path | None = None,
     without: Iterable[Path] = (),
     say: Callable[[str], None] = print,
-) -> Pictures:
+) -> PictureSet:
     """All captioned pictures of a folder. Broken pictures and empty captions are left out, counted and listed.
 
     More than `bad_share` of them is a UserError: then something is wrong with the folder, not with a file. `caption` is
@@ -180,7 +180,7 @@ def read_folder(
         raise UserError(f"{folder}: no pictures; put metadata.jsonl there, or pairs such as cat.png and cat.txt")
     spare = (caption,) if caption else ()
     entries = [(Item(one.path, one.texts or spare, repeats, mask=one.mask), one.fault) for one in found[:limit]]
-    return Pictures(scan(entries, str(folder), bad_share, check, known, say), size)
+    return PictureSet(scan(entries, str(folder), bad_share, check, known, say), size)
 
 
 # ---- checking
@@ -236,7 +236,7 @@ def _checked(entry: Entry, whole: dict[str, Sequence[int]]) -> tuple[Entry, str 
         return entry, f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
 
 
-def described(pictures: Pictures) -> str:
+def described(pictures: PictureSet) -> str:
     """What a scan found, in a line or two."""
     sides = [min(item.size) for item in pictures.items if item.size]
     small = sum(side < pictures.size for side in sides)
@@ -253,7 +253,7 @@ def described(pictures: Pictures) -> str:
     return "\n".join(lines)
 
 
-def joined(parts: Iterable[Pictures]) -> Pictures:
+def joined(parts: Iterable[PictureSet]) -> PictureSet:
     """Several sets as one, cut and captioned as the first."""
     parts = list(parts)
     return replace(parts[0], items=tuple(item for part in parts for item in part.items))

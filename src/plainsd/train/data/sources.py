@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
-from plainsd.listing import files_below, lies_in, named, others, suffix_of
+from plainsd.listing import file_named, files_below, lies_in, others, suffix_of
 from plainsd.pictures.images import open_picture
 from plainsd.train.data.crops import Size
 from plainsd.train.data.folders import METADATA, is_picture, refused, spoken
-from plainsd.train.data.pictures import Pictures, read_folder, scan
+from plainsd.train.data.pictures import PictureSet, read_pictures, scan
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")
@@ -65,7 +65,7 @@ class Bytes(BytesIO):
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class DatasetRow:
     """A picture in a row of a `datasets.Dataset`, whose picture columns are not decoded by it."""
 
     table: Any
@@ -114,18 +114,18 @@ class Row:
 
 def read_source(
     source: str, size: int, cache: Path, reading: Reading = Reading(), say: Callable[[str], None] = print
-) -> Pictures:
+) -> PictureSet:
     """The pictures of one source, checked. `cache` is a folder for what is fetched, converted and remembered."""
     place, repeats = placed(source)
     path, known = Path(place), cache / "scanned.json"
-    kind, files = kind_of(path, reading.without)
+    kind, files = source_kind(path, reading.without)
     if kind is None and not path.exists() and not HUB_NAME.fullmatch(place):
         raise UserError(
             f"there is no folder or file {place!r}; --data wants a folder of captioned pictures, parquet or "
             "tar files, or a dataset on the hub such as owner/name"
         )
     if kind == "folder":
-        pictures = read_folder(
+        pictures = read_pictures(
             path,
             size,
             bad_share=reading.bad_share,
@@ -138,14 +138,14 @@ def read_source(
         )
     elif reading.stream:
         folder = streamed(place, kind, files, cache, reading)
-        pictures = read_folder(
+        pictures = read_pictures(
             folder, size, bad_share=reading.bad_share, caption=reading.caption, repeats=repeats, known=known, say=say
         )
     else:
         rows = [(replace(row, repeats=repeats), None) for row in _rows(place, kind, files, cache, reading)]
         if not rows:
             raise UserError(f"{place}: no rows; give a dataset with pictures")
-        pictures = Pictures(scan(rows, place, reading.bad_share, known=known, say=say), size)
+        pictures = PictureSet(scan(rows, place, reading.bad_share, known=known, say=say), size)
     return pictures
 
 
@@ -155,7 +155,7 @@ def placed(source: str) -> tuple[str, int]:
     return (found[1], int(found[2] or 1)) if found else (source, 1)
 
 
-def kind_of(path: Path, without: Iterable[Path] = ()) -> tuple[str | None, list[str]]:
+def source_kind(path: Path, without: Iterable[Path] = ()) -> tuple[str | None, list[str]]:
     """What a path holds: "folder" (read here), a builder of `datasets` with its files, or None."""
     if path.is_file():
         kind = {".parquet": "parquet", ".tar": "webdataset"}.get(suffix_of(path))
@@ -165,12 +165,12 @@ def kind_of(path: Path, without: Iterable[Path] = ()) -> tuple[str | None, list[
     if not path.is_dir():
         return None, []
     for name in ("metadata.csv", "metadata.parquet"):
-        if table := named(path, name):
+        if table := file_named(path, name):
             if table.name != name:
                 raise UserError(f"{table}: the datasets library reads it under the name {name}; call it that")
             return "imagefolder", [str(path)]
     files = files_below(path, without, refused)
-    if not named(path, METADATA) and not any(map(is_picture, files)):
+    if not file_named(path, METADATA) and not any(map(is_picture, files)):
         for kind, wanted in (("parquet", ".parquet"), ("webdataset", ".tar")):
             if found := [str(file) for file in files if suffix_of(file) == wanted]:
                 return kind, found
@@ -249,7 +249,7 @@ def _mask_column(table) -> str | None:
     return next((name for name in table.features if MASK_COLUMN.fullmatch(name)), None)
 
 
-def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> list[Row]:
+def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> list[DatasetRow]:
     table, picture, text = _opened(place, kind, files, cache, reading, stream=False)
     mask, count = _mask_column(table), len(table)
     texts = list(table[text]) if text else [None] * count
@@ -259,7 +259,7 @@ def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: 
     if kind == "imagefolder" and (apart := others(Path(place), reading.without)):
         wanted = [i for i, cell in enumerate(pictures[picture]) if not lies_in(Path(cell["path"]).resolve(), apart)]
     return [
-        Row(pictures, i, picture, _texts(texts[i], reading.caption), place, mask=mask if masked[i] else None)
+        DatasetRow(pictures, i, picture, _texts(texts[i], reading.caption), place, mask=mask if masked[i] else None)
         for i in wanted[: reading.limit]
     ]
 

@@ -14,8 +14,8 @@ from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.pictures.model import StableDiffusion
 from plainsd.train.data.captions import Reader
-from plainsd.train.data.examples import Batch, Examples
-from plainsd.train.objective import PLAIN, Objective, errors
+from plainsd.train.data.examples import ExampleBatch, Examples
+from plainsd.train.objective import PLAIN_OBJECTIVE, Objective, errors
 from plainsd.train.order import Pick
 
 
@@ -27,7 +27,7 @@ class FineTune:
     examples: Examples
     modules: nn.ModuleDict
     reader: Reader
-    objective: Objective = PLAIN
+    objective: Objective = PLAIN_OBJECTIVE
     prior: Examples | None = None  # pictures of the kind in general, with general captions
     prior_weight: float = 1.0
 
@@ -43,7 +43,7 @@ class FineTune:
         prior = self.errors(self.prior.draw(drawn, steps, self.objective), self.objective).mean()
         return loss + self.prior_weight * prior, {"own": loss.detach(), "prior": prior.detach()}
 
-    def errors(self, batch: Batch, objective: Objective = PLAIN) -> Tensor:
+    def errors(self, batch: ExampleBatch, objective: Objective = PLAIN_OBJECTIVE) -> Tensor:
         """The error of each picture's prediction: (B,)."""
         assert isinstance(self.sd.schedule, NoiseSchedule)  # `frozen` takes no other
         context, vector = self.reader(batch.captions, batch.sizes)

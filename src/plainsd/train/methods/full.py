@@ -6,7 +6,7 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import Examples
 from plainsd.train.methods.finetune import FineTune, frozen
-from plainsd.train.objective import PLAIN, Objective
+from plainsd.train.objective import PLAIN_OBJECTIVE, Objective
 
 
 def full(
@@ -14,7 +14,7 @@ def full(
     examples: Examples,
     *,
     text_encoder: bool = False,
-    objective: Objective = PLAIN,
+    objective: Objective = PLAIN_OBJECTIVE,
     chunks: int = 1,
     prior: Examples | None = None,
     prior_weight: float = 1.0,

@@ -11,7 +11,7 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import Examples
 from plainsd.train.methods.finetune import FineTune, frozen
-from plainsd.train.objective import PLAIN, Objective
+from plainsd.train.objective import PLAIN_OBJECTIVE, Objective
 
 
 def lora(
@@ -27,7 +27,7 @@ def lora(
     factor: int | None = None,
     text_encoder: bool = False,
     seed: int = 0,
-    objective: Objective = PLAIN,
+    objective: Objective = PLAIN_OBJECTIVE,
     chunks: int = 1,
     prior: Examples | None = None,
     prior_weight: float = 1.0,

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from plainsd.models.layers import ResBlock
 from plainsd.models.vae import VAE
-from plainsd.train.data.pictures import Pictures
+from plainsd.train.data.pictures import PictureSet
 from plainsd.train.order import Pick
 
 
@@ -64,7 +64,7 @@ class Discriminator(nn.Module):
 @dataclass
 class VaeMethod:
     vae: VAE
-    pictures: Pictures
+    pictures: PictureSet
     edge_weight: float = 1.0
     kl_weight: float = 1e-4  # of the mean over latent numbers, in nats
     patch_weight: float = 0.0  # 0: no discriminator
@@ -108,7 +108,7 @@ class VaeMethod:
 
 
 @torch.no_grad()
-def measure_scaling(vae: VAE, pictures: Pictures, count: int = 256) -> float:
+def measure_scaling(vae: VAE, pictures: PictureSet, count: int = 256) -> float:
     """1 / standard deviation of sampled latents, over the first `count` pictures; makes the UNet's input unit-sized."""
     device, values = next(vae.parameters()).device, []
     for start in range(0, min(count, len(pictures)), 32):
@@ -119,7 +119,7 @@ def measure_scaling(vae: VAE, pictures: Pictures, count: int = 256) -> float:
 
 
 @torch.no_grad()
-def validate(vae: VAE, pictures: Pictures) -> dict[str, float]:
+def validate(vae: VAE, pictures: PictureSet) -> dict[str, float]:
     """Held-out pictures through encoder (its mean) and decoder: PSNR in dB, and L1."""
     device, ratios, errors = next(vae.parameters()).device, [], []
     for start in range(0, len(pictures), 32):
