@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 
 from plainsd.errors import UserError
 from plainsd.models.vae import VAE, VAEConfig
-from plainsd.pictures import images
+from plainsd.pictures import images, previews
 from plainsd.pictures.settings import Settings
 
 
@@ -277,11 +277,11 @@ class LinearVAE(torch.nn.Module):
 
 def test_preview_of_a_linear_decoder_is_exact():
     vae = LinearVAE()
-    fitted = images.fit_latent_rgb(vae)
+    fitted = previews.fit_latent_rgb(vae)
     assert torch.allclose(fitted[:-1], vae.matrix / 0.5, atol=1e-4)
     assert torch.allclose(fitted[-1], torch.tensor([0.1, 0.0, -0.1]), atol=1e-4)
     latents = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(2))
-    rough = images.preview(latents, fitted, vae.config.factor)
+    rough = previews.preview(latents, fitted, vae.config.factor)
     exact = images.to_pil(vae.decode(latents / 0.5).detach())
     assert rough[0].size == (20, 12)
     assert all(difference(a, b) <= 1 for a, b in zip(rough, exact, strict=True))
@@ -290,5 +290,5 @@ def test_preview_of_a_linear_decoder_is_exact():
 def test_fit_of_a_real_network_is_repeatable():
     torch.manual_seed(0)
     vae = VAE(VAEConfig(channels=(8, 8, 8), layers=1, groups=4))
-    first = images.fit_latent_rgb(vae)
-    assert first.shape == (5, 3) and torch.allclose(first, images.fit_latent_rgb(vae), atol=1e-4)
+    first = previews.fit_latent_rgb(vae)
+    assert first.shape == (5, 3) and torch.allclose(first, previews.fit_latent_rgb(vae), atol=1e-4)
