@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import threading
 import time
 from io import BytesIO
@@ -232,6 +233,17 @@ def test_a_full_queue_says_when_to_come_back(server, brake):
 
 
 # --- history ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_no_fault_of_the_request(server, monkeypatch):
+    """The picture that was sent is kept with its job; where it cannot be, nobody is told where it would have lain."""
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    error = refusal(server, 507, prompt="x", steps=1, image=PICTURE)
+    assert error["message"] == "the server cannot write (No space left on device); make room in its data folder"
 
 
 def test_the_history_is_searched_and_paged(server):
