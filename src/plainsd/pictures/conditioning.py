@@ -151,13 +151,13 @@ def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: i
     cuts = [
         [chunked(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts] for tokenizer, encoder in parts
     ]
-    count = max(len(chunks) for chunked in cuts for chunks in chunked)
+    count = max(len(chunks) for each in cuts for chunks in each)
     contexts = []
-    for (tokenizer, encoder), chunked in zip(parts, cuts, strict=True):
+    for (tokenizer, encoder), each in zip(parts, cuts, strict=True):
         on_stage(sd, encoder)
         rows = [
             _framed(tokenizer, chunk, encoder.config.positions)
-            for chunks in chunked
+            for chunks in each
             for chunk in [*chunks, *[[]] * (count - len(chunks))]
         ]
         device = encoder.token.weight.device
