@@ -242,7 +242,7 @@ def test_a_full_disk_is_no_fault_of_the_request(server, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    error = refusal(server, 507, prompt="x", steps=1, image=PICTURE)
+    error = refusal(server, 507, prompt="x", steps=2, image=PICTURE)
     assert error["message"] == "the server cannot write (No space left on device); make room in its data folder"
 
 
