@@ -34,7 +34,7 @@ for steps in (1, 4):
     for option in ("use_karras_sigmas", "use_exponential_sigmas"):
         for kind in (DEISMultistepScheduler, DPMSolverMultistepScheduler):
             change, sigmas = last_step(kind, steps, **{option: True})
-            print(f"{kind.__name__}, {option}, {steps} step(s): last sigmas {sigmas}, the last step changes {change:.1e}")
+            print(f"{kind.__name__}, {option}, {steps} step(s): ends {sigmas}, last change {change:.1e}")
             if kind is DEISMultistepScheduler:
                 assert sigmas[0] == sigmas[1] and change < 1e-5
             else:
