@@ -318,7 +318,7 @@ def test_a_prior_set_is_made_once(tmp_path, monkeypatch):
 
 
 def test_an_inpainting_model_is_refused(examples):
-    with pytest.raises(UserError, match="inpainting model"):
+    with pytest.raises(UserError, match="reads a mask or a picture beside the latents"):
         full(tiny_sd(in_channels=9), examples)
 
 

@@ -100,8 +100,8 @@ def peak(run):
 
 vae_bands.BAND = 2**13
 vae, latents = VAE(VAEConfig(channels=(16, 32, 32, 32), layers=1, groups=4)).eval(), torch.randn(1, 4, 80, 80)
-vae_bands.decode(vae, latents[:, :, :16])
-print(peak(lambda latents: vae_bands.decode(vae, latents)), peak(vae.decode))
+vae_bands.decode_in_bands(vae, latents[:, :, :16])
+print(peak(lambda latents: vae_bands.decode_in_bands(vae, latents)), peak(vae.decode))
 """
 
 

@@ -201,7 +201,7 @@ def test_training_follows_it(model, tmp_path, capsys):
     given = ["--data", str(pictures), "--base", model, "--device", "cpu", "--dtype", "float32", "--steps", "1"]
     noise = ["--prediction", "v_prediction", "--zero-snr", "on"]
     assert main(["train", "--method", "full", "--out", str(tmp_path / "run"), *given, *noise]) == 0
-    config = json.loads((tmp_path / "run/model/scheduler/scheduler_config.json").read_text())
+    config = json.loads((tmp_path / "run/run/scheduler/scheduler_config.json").read_text())
     assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == ("v_prediction", True)
     capsys.readouterr()
     assert main(["train", "--method", "scratch", "--out", str(tmp_path / "other"), *given, *noise]) == 2
