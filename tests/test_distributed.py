@@ -85,13 +85,13 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch
 from plainsd.train.loop import FitOptions, Trainer, fit
-from plainsd.train.shard import gather, spread
+from plainsd.train.shard import gather, shard
 from plainsd.train.processes import world_of_torchrun
 from test_distributed import float64_method
 with world_of_torchrun(torch.device("cpu"), shard={shard}) as world:
     method = float64_method({place!r})
     if world.sharded:
-        spread(method.sd.unet)
+        shard(method.sd.unet)
     options = FitOptions(steps=3, batch={batch}, accumulate={accumulate}, lr=1e-3, warmup=0, ema=0.5)
     trainer = Trainer(method, options, world)
     losses = [report.loss for report in fit(method, 6, options, trainer=trainer)]

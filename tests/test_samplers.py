@@ -177,13 +177,13 @@ def run_theirs(module, scheduler, schedule, name, prediction, steps, noises, **o
     if hasattr(scheduler, "set_begin_index"):  # else it looks timesteps up, and fails where two are rounded to one
         scheduler.set_begin_index(0)
     rest = iter(noises[1:])
-    module.randn_tensor = lambda *_, **__: next(rest)
     if name == "dpmpp_sde":
         scheduler.noise_sampler = BrownianPath(rest)
     predict, x = network(schedule, prediction), noises[0] * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        output = predict(scheduler.scale_model_input(x, timestep), timestep)
-        x = scheduler.step(output, timestep, x, **options).prev_sample
+    with patch.object(module, "randn_tensor", lambda *_, **__: next(rest), create=True):
+        for timestep in scheduler.timesteps:
+            output = predict(scheduler.scale_model_input(x, timestep), timestep)
+            x = scheduler.step(output, timestep, x, **options).prev_sample
     return x if SAMPLERS[name].ends_at_zero else x / scheduler.alphas_cumprod[0].sqrt()
 
 

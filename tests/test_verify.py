@@ -24,7 +24,7 @@ def rows(path, **more) -> dict[str, Comparison]:
 def names_of(name: str) -> set[str]:
     if name == "sdxl-refiner":
         return XL_NAMES - {"tokenizer", "text encoder"}
-    return XL_NAMES if name.startswith("sdxl") else NAMES
+    return XL_NAMES if FAMILIES[name].unet.vector else NAMES
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,8 @@ def test_v_prediction_matters(tmp_path):
 
     real = plainsd.reports.verify.read
 
-    def told_otherwise(*arguments):
-        contents = real(*arguments)
+    def told_otherwise(*arguments, **more):
+        contents = real(*arguments, **more)
         contents.texts["scheduler/scheduler_config.json"] = json.dumps(settings | {"prediction_type": "epsilon"})
         return contents
 

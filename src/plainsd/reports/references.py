@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.files.configs_out import pipeline
 from plainsd.files.folder import file_variant, open_part
-from plainsd.files.single import BESIDE, prefixes
+from plainsd.files.single import known_beside, prefixes
 from plainsd.files.stored import Contents
 from plainsd.files.tensorfile import open_tensors
 from plainsd.files.tokenizers import tokenizer_names, tokenizer_texts, tokenizers
@@ -76,11 +76,9 @@ def converted(path: Path, name: str, variant: Variant, config: dict, network: nn
     from diffusers.loaders import single_file_utils as convert
 
     prefix, layout = prefixes(variant)[name]
-    tensors = {
-        key: stored.read(torch.float32)
-        for key, stored in open_tensors(path).tensors.items()
-        if key.startswith(prefix) and not BESIDE.match(key)
-    }
+    file = open_tensors(path)
+    names = {key for key in file.tensors if key.startswith(prefix)}.difference(known_beside(file, variant))
+    tensors = {key: file.tensors[key].read(torch.float32) for key in names}
     if name == "unet":
         weights = convert.convert_ldm_unet_checkpoint(dict(tensors), config)
         if variant.unet.guidance_dim:  # LCM's, which their conversion leaves out
