@@ -50,22 +50,30 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("(math.sqrt(1 + level**2) / sigma)", "math.sqrt(1 + level**2)",
          "test_denoiser.py::test_output_from_is_the_inverse"),
     ],
-    "diffusion/samplers.py": [
+    "diffusion/step.py": [
         ("sigma_down = sigma_next * math.sqrt(1 - eta**2 + (eta * ratio) ** 2)",
          "sigma_down = sigma_next * math.sqrt(1 - (eta * ratio) ** 2)",
          "test_samplers.py::test_eta_one_is_the_ddpm_posterior"),
         ("return x + sigma_up * noise() if sigma_up > 0 else x", "return x + sigma_up * noise()",
          "test_samplers.py::test_steps_come_one_by_one"),
+    ],
+    "diffusion/solvers/two_calls.py": [
         ("share = (sigma - middle) / (sigma - sigma_next)", "share = (middle - sigma_next) / (sigma - sigma_next)",
          "test_samplers.py::test_whole_trajectory_equals_diffusers[dpmpp_sde-leading]"),
+    ],
+    "diffusion/solvers/multistep.py": [
         ("aim = denoised + (denoised - previous) * (stride / stride_before / 2)",
          "aim = denoised + (denoised - previous) * (stride_before / stride / 2)",
          "test_samplers.py::test_whole_trajectory_equals_diffusers[dpmpp_2m-leading]"),
         ("phi_3 = phi_2 / reach - 0.5", "phi_3 = phi_2 / reach", "test_samplers.py::test_published_formula"),
+    ],
+    "diffusion/solvers/adams.py": [
         ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -59 / 24, 37 / 24, 9 / 24)",
          "test_samplers.py::test_whole_trajectory_equals_diffusers[plms-leading]"),
         ("slopes = [(x - denoised) / sigma, *slopes[:3]]", "slopes = [(x - denoised) / sigma, *slopes[:2]]",
          "test_samplers.py::test_lms_is_exact_where_the_slope_is_a_cubic_of_sigma"),
+    ],
+    "diffusion/samplers.py": [
         ('"spare": {"karras": 1, "exponential": 1}', '"spare": {"karras": 1}',
          "test_schedule.py::test_levels_that_end_at_the_first_of_the_table_count_it_among_them"),
         ('"dpm2": Sampler(dpm2, rounding={"karras": round}, takes', '"dpm2": Sampler(dpm2, takes',

@@ -1,0 +1,41 @@
+"""One call of the model a step, no memory."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import Tensor
+
+from plainsd.diffusion.denoiser import Denoise
+from plainsd.diffusion.step import Noise, Sigmas, Step, Strides, ancestral, renamed, renoised, toward
+
+
+def euler(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
+    """First order, noise-free (Karras et al. 2022, algorithm 1 without churn)."""
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        x = toward(x, denoised, sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def ddim(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0, strides: Strides = ()
+) -> Iterator[Step]:
+    """Song et al. 2020, "Denoising Diffusion Implicit Models", equation 12: from Euler (eta 0) to DDPM (eta 1)."""
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        end = strides[index].below if strides else sigma_next
+        sigma_down, sigma_up = ancestral(sigma, end, eta)
+        x = renoised(toward(x, denoised, sigma, sigma_down), noise, sigma_up)
+        x = renamed(x, end, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def lcm(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
+    """Jump to the estimate and add all the noise anew, for models taught to be right at once (Luo et al. 2023).
+
+    Their c_skip, 7e-6 of x at the lowest timestep they know and less above, is left out.
+    """
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        x = renoised(denoised, noise, sigma_next)
+        yield Step(index, sigma_next, x, denoised)

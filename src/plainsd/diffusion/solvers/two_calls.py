@@ -1,0 +1,77 @@
+"""Two calls of the model a step: the second one tells how the estimate changes along the way."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import Tensor
+
+from plainsd.diffusion.denoiser import Denoise
+from plainsd.diffusion.step import Noise, Sigmas, Step, ancestral, renoised, toward
+
+
+def heun(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
+    """Second order: the mean of the slopes at both ends of the step (Karras et al. 2022, algorithm 1).
+
+    The slope at the end, met by a line from x, aims at denoised + (second - denoised) * sigma / sigma_next; so the
+    mean of both slopes is one step toward the mean of both aims.
+    """
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        if sigma_next > 0:
+            second = denoise(toward(x, denoised, sigma, sigma_next), sigma_next)
+            aim = denoised + (second - denoised) * (sigma / sigma_next / 2)
+        x = toward(x, aim, sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def halfway(sigma: float, sigma_down: float) -> float:
+    """The level in the middle, in log sigma. No `Level`: the network is told its exact timestep, also where it happens
+    to be sigma_next (eta = 1), for which a rounded one may be kept."""
+    return math.sqrt(sigma * sigma_down)
+
+
+def dpm2(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
+    """Second order: the slope in the middle of the step, in log sigma (DPM-Solver-2, Lu et al. 2022a)."""
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        if sigma_down > 0:
+            middle = halfway(sigma, sigma_down)
+            second = denoise(toward(x, denoised, sigma, middle), middle)
+            aim = denoised + (second - denoised) * (sigma / middle)
+        x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def dpmpp_2s_a(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+    """Second order: the estimate in the middle of the step (DPM-Solver++(2S), Lu et al. 2022b, algorithm 1)."""
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        if sigma_down > 0:
+            middle = halfway(sigma, sigma_down)
+            aim = denoise(toward(x, denoised, sigma, middle), middle)
+        x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+    """As `dpmpp_2s_a`, with noise on the way to the middle too: one Brownian path over sigma, seen twice.
+
+    The noise of the whole step is that of its first part and that of the rest, by their shares of the step.
+    """
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        if sigma_next > 0:
+            middle = math.sqrt(sigma * sigma_next)
+            share = (sigma - middle) / (sigma - sigma_next)
+            first, rest = noise(), noise()
+            sigma_down, sigma_up = ancestral(sigma, middle, eta)
+            aim = denoise(toward(x, denoised, sigma, sigma_down) + sigma_up * first, middle)
+            sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+            whole = math.sqrt(share) * first + math.sqrt(1 - share) * rest
+            x = toward(x, aim, sigma, sigma_down) + sigma_up * whole
+        else:
+            x = denoised
+        yield Step(index, sigma_next, x, denoised)

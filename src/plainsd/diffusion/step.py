@@ -1,0 +1,81 @@
+"""What all samplers share: what they are given, what they yield, and the one step they all take.
+
+In the coordinates x = x0 + sigma * noise the noise-free path from one level to the next is the straight line through
+x and the estimate, and one function takes it: `toward`. Song et al. 2020 call that step DDIM, Karras et al. 2022 Euler,
+Lu et al. 2022 first-order DPM-Solver++. All others are this step with a better estimate to aim at, or with a lower
+level to aim at and the difference filled up with fresh noise (`ancestral`), or both.
+
+A sampler is a generator over (denoise, x, sigmas, noise): one `Step` after each step, the last one holds the result.
+Progress bars, previews and cancelling live outside. Randomness comes in as `noise`, a function that returns unit noise
+shaped like x.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+Noise = Callable[[], Tensor]  # unit noise, shaped like x
+Sigmas = Sequence[float]  # noise levels, falling
+
+
+class Step(NamedTuple):
+    """What a sampler yields after each step."""
+
+    index: int  # type: ignore[assignment]  # 0 for the first step; hides the tuple's method, which nobody needs
+    sigma: float  # noise level that x has now
+    x: Tensor  # the latents, at that level; after the last step the result
+    denoised: Tensor  # the model's estimate of the clean latent, made at the level before
+
+
+class Stride(NamedTuple):
+    """The levels that lie one stride of 1000 // steps timesteps above and below the one where a step begins: see
+    `renamed`."""
+
+    above: float
+    below: float
+
+
+Strides = Sequence[Stride]  # one a step, or none at all
+
+
+def toward(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """Move x along the line to `denoised`: scale its noise part from level sigma down to sigma_next."""
+    return denoised + (x - denoised) * (sigma_next / sigma)
+
+
+def ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """Split a step in two: aim below sigma_next, then add noise up to it. Returns (level to aim at, noise to add).
+
+    With eta = 1 the two together draw from the DDPM posterior of x at sigma_next, given x at sigma and x0; with eta = 0
+    nothing is added. This is sigma_t(eta) of DDIM's equation 16 in these coordinates.
+    """
+    ratio = sigma_next / sigma
+    sigma_down = sigma_next * math.sqrt(1 - eta**2 + (eta * ratio) ** 2)
+    sigma_up = eta * sigma_next * math.sqrt(1 - ratio**2)
+    return sigma_down, sigma_up
+
+
+def renoised(x: Tensor, noise: Noise, sigma_up: float) -> Tensor:
+    """Add fresh noise; draw none where none is to be added."""
+    return x + sigma_up * noise() if sigma_up > 0 else x
+
+
+def renamed(x: Tensor, sigma: float, other: float) -> Tensor:
+    """x at one level, said to be at another: what the network is shown, x / sqrt(1 + sigma^2), stays as it is.
+
+    Only DDIM and PLMS need it, to follow diffusers. There all their steps are 1000 // steps timesteps long. With
+    leading spacing each ends where the next begins; with linspace, and with trailing where steps does not divide 1000,
+    it ends a little above, and x is simply taken for one at the next level. `strides` says where such steps end.
+    """
+    return x * math.sqrt((1 + other**2) / (1 + sigma**2))
+
+
+def newest_first(sigmas: Sigmas, index: int, most: int) -> Sigmas:
+    """The levels of the current and the last steps, `most` of them where there are as many."""
+    return sigmas[max(0, index + 1 - most) : index + 1][::-1]
+
+
+def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
