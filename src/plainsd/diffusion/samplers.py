@@ -14,10 +14,13 @@ from functools import partial
 from typing import Any
 
 from plainsd.diffusion.schedule import SPACINGS, EDMSchedule, Level, NoiseSchedule, spaced
-from plainsd.diffusion.solvers.adams import lms, plms
+from plainsd.diffusion.solvers.adams import deis, gradient_estimation, ipndm, lms, plms
+from plainsd.diffusion.solvers.cfg_pp import dpmpp_2m_cfg_pp, euler_cfg_pp
+from plainsd.diffusion.solvers.dpm import dpm_adaptive, dpm_fast
 from plainsd.diffusion.solvers.multistep import dpmpp_2m, dpmpp_3m_sde, unipc
-from plainsd.diffusion.solvers.one_call import ddim, euler, lcm
-from plainsd.diffusion.solvers.two_calls import dpm2, dpmpp_2s_a, dpmpp_sde, heun
+from plainsd.diffusion.solvers.one_call import ddim, euler, lcm, tcd
+from plainsd.diffusion.solvers.stochastic import er_sde, restart, sa_solver
+from plainsd.diffusion.solvers.two_calls import dpm2, dpmpp_2s_a, dpmpp_sde, heun, heunpp2
 from plainsd.diffusion.step import Noise, Sigmas, Step, Stride, Strides, ancestral, toward
 from plainsd.errors import unknown
 
@@ -41,7 +44,11 @@ class Sampler:
     unit_first: bool = False  # the first latent counts a clean latent's own spread
     rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> for timesteps
     spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
-    takes: tuple[str, ...] = ()  # what `run` takes by name: of "eta", "strides", "prediction", "sigma_data"
+    takes: tuple[
+        str, ...
+    ] = ()  # what `run` takes by name: "eta", "strides", "prediction", "sigma_data", "sigma_at", "pair"
+    batched: bool = True  # several pictures at once are what each is alone
+    guidance_unit: float = 1.0  # what guidance is multiplied by
 
 
 def whole_part(timestep: float) -> float:
@@ -57,6 +64,7 @@ TO_FIRST: dict[str, Any] = {
     "rounding": WHOLE,
     "spare": {"karras": 1, "exponential": 1},
 }
+TO_LOWEST: dict[str, Any] = {"ends_at_zero": False, "spare": {"karras": 1, "exponential": 1}}
 SOLVER: dict[str, Any] = {
     "unit_first": True,
     "rounding": {"linspace": round, "karras": round, "exponential": whole_part},
@@ -80,6 +88,25 @@ SAMPLERS: dict[str, Sampler] = {
     "lms": Sampler(lms),
     "unipc": Sampler(unipc, **SOLVER),
     "lcm": Sampler(lcm, "distilled", unit_first=True),
+    "dpmpp_2m_sde_heun": Sampler(partial(dpmpp_2m, eta=1.0, heun=True), **SOLVER, takes=("eta",)),
+    "restart": Sampler(restart),
+    "dpm_fast": Sampler(partial(dpm_fast, eta=1.0), **TO_LOWEST, takes=("eta",)),  # eta 1 is A1111's
+    "dpm_adaptive": Sampler(partial(dpm_adaptive, eta=1.0), **TO_LOWEST, takes=("eta",), batched=False),
+    "ddim_cfg_pp": Sampler(  # A1111's unit: the scale that others take means about the same here
+        euler_cfg_pp, "leading", **TO_FIRST, takes=("eta", "strides", "pair"), guidance_unit=1 / 12.5
+    ),
+    "euler_cfg_pp": Sampler(euler_cfg_pp, takes=("pair",)),
+    "euler_a_cfg_pp": Sampler(partial(euler_cfg_pp, eta=1.0), takes=("eta", "pair")),
+    "dpmpp_2m_cfg_pp": Sampler(dpmpp_2m_cfg_pp, takes=("pair",)),
+    "tcd": Sampler(tcd, "distilled", **TO_LOWEST, unit_first=True, takes=("eta", "sigma_at")),
+    "res_multistep": Sampler(partial(dpmpp_2m, heun=True)),
+    "res_multistep_a": Sampler(partial(dpmpp_2m, eta=1.0, heun=True, split=ancestral), takes=("eta",)),
+    "gradient_estimation": Sampler(gradient_estimation),
+    "deis": Sampler(deis, **SOLVER, ends_at_zero=False),
+    "ipndm": Sampler(ipndm),
+    "er_sde": Sampler(er_sde),
+    "sa_solver": Sampler(sa_solver, **SOLVER, ends_at_zero=False, takes=("eta",)),
+    "heunpp2": Sampler(heunpp2),
 }
 
 

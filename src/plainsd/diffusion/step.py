@@ -37,6 +37,7 @@ class Stride(NamedTuple):
     below: float
 
 
+Split = Callable[[float, float, float], tuple[float, float]]  # (sigma, sigma_next, eta) -> (sigma_down, sigma_up)
 Strides = Sequence[Stride]  # one a step, or none at all
 
 
@@ -57,6 +58,15 @@ def ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float
     return sigma_down, sigma_up
 
 
+def reverse_sde(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """The same split for the reverse SDE with sqrt(eta) times its noise, solved exactly: its mean shrinks by
+    exp(-eta h), h = log(sigma / sigma_next), and its noise is sigma_next * sqrt(1 - exp(-2 eta h)) (SDE-DPM-Solver++,
+    Lu et al. 2022b, for any eta as in k-diffusion). For eta 0 and 1 it is `ancestral`; between, it adds more noise.
+    """
+    ratio = sigma_next / sigma
+    return sigma_next * ratio**eta, sigma_next * math.sqrt(1 - ratio ** (2 * eta))
+
+
 def renoised(x: Tensor, noise: Noise, sigma_up: float) -> Tensor:
     """Add fresh noise; draw none where none is to be added."""
     return x + sigma_up * noise() if sigma_up > 0 else x
@@ -70,6 +80,12 @@ def renamed(x: Tensor, sigma: float, other: float) -> Tensor:
     it ends a little above, and x is simply taken for one at the next level. `strides` says where such steps end.
     """
     return x * math.sqrt((1 + other**2) / (1 + sigma**2))
+
+
+def slope_share(reach: float) -> float:
+    """How far along an even change of the estimate a step of this length in -log sigma should aim: 1/2 for short steps,
+    more for long ones, whose end counts most. phi_2 / phi_1 of exponential integrators (Hochbruck, Ostermann 2010)."""
+    return 1 / -math.expm1(-reach) - 1 / reach if reach > 1e-4 else 0.5 + reach / 12
 
 
 def newest_first(sigmas: Sigmas, index: int, most: int) -> Sigmas:

@@ -167,6 +167,8 @@ SAMPLER_LABELS = {
     "ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
     "dpm2": "DPM2", "dpm2_a": "DPM2 a", "dpmpp_2m": "DPM++ 2M", "dpmpp_2s_a": "DPM++ 2S a", "dpmpp_sde": "DPM++ SDE",
     "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m_sde": "DPM++ 3M SDE", "lms": "LMS", "unipc": "UniPC", "lcm": "LCM",
+    "dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun", "restart": "Restart", "dpm_fast": "DPM fast",
+    "dpm_adaptive": "DPM adaptive", "ddim_cfg_pp": "DDIM CFG++", "tcd": "TCD", "deis": "DEIS", "ipndm": "IPNDM",
 }  # fmt: skip
 SPACING_LABELS = {
     "karras": "Karras", "exponential": "Exponential", "linspace": "Uniform", "trailing": "SGM Uniform",

@@ -1,7 +1,7 @@
-"""One call of the model a step, remembering slopes: Adams-Bashforth on the network's output, or on dx / dsigma."""
+"""One call of the model a step, remembering slopes: Adams-Bashforth and kin on dx / dsigma or the network's output."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from torch import Tensor
@@ -64,9 +64,82 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[S
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[:3]]
         weights = _lagrange_means(newest_first(sigmas, index, 4), sigma, sigma_next)
-        aim = denoised + weighted([sigma * (slopes[0] - slope) for slope in slopes], weights)
+        x = toward(x, _mixed(denoised, sigma, slopes, weights), sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def ipndm(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
+    """Adams-Bashforth on the slope with the weights for even steps, of which sigma takes none: second order at best
+    (iPNDM, Zhang and Chen 2022, arXiv:2204.13902). `plms` without its second call. One to level 0 is of first order."""
+    slopes: list[Tensor] = []  # newest first
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        slopes = [(x - denoised) / sigma, *slopes[:3]]
+        if index > 0 and sigma_next > 0:
+            aim = _mixed(denoised, sigma, slopes, ADAMS_BASHFORTH[len(slopes)])
         x = toward(x, aim, sigma, sigma_next)
         yield Step(index, sigma_next, x, denoised)
+
+
+def gradient_estimation(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, gamma: float = 2.0
+) -> Iterator[Step]:
+    """The slope pushed on by gamma - 1 times its last change (Permenter and Yuan 2024, arXiv:2306.04848, algorithm 2).
+
+    A step of Euler that answers the estimate's errors; its order is 1. One to level 0 is Euler's own.
+    """
+    before = None
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        slope = (x - denoised) / sigma
+        if before is not None and sigma_next > 0:
+            aim = denoised - (gamma - 1) * sigma * (slope - before)
+        before = slope
+        x = toward(x, aim, sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+FEW_STEPS = 15  # below, DEIS ends with lower orders
+
+
+def deis(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
+    """Third order: a parabola in log sigma through the last three slopes, integrated over sigma (DEIS of kind log-rho,
+    Zhang and Chen 2022, arXiv:2204.13902). The first two steps, and in few steps the last two, are of lower order."""
+    steps = len(sigmas) - 1
+    slopes: list[Tensor] = []  # newest first
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = aim = denoise(x, sigma)
+        slopes = [(x - denoised) / sigma, *slopes[:2]]
+        order = min(len(slopes), steps - index if steps < FEW_STEPS else 3)
+        if order > 1 and 0 < sigma_next < sigma:
+            weights = _log_means(newest_first(sigmas, index, order), sigma, sigma_next)
+            aim = _mixed(denoised, sigma, slopes[:order], weights)
+        x = toward(x, aim, sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+# What they aim at, and their weights.
+
+
+def _mixed(denoised: Tensor, sigma: float, slopes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The aim of a step along a mix of slopes, newest first; the weights add to 1."""
+    return denoised + weighted([sigma * (slopes[0] - slope) for slope in slopes[1:]], weights[1:])
+
+
+def _log_means(known: Sigmas, sigma: float, sigma_next: float) -> list[float]:
+    """As `_lagrange_means`, for polynomials of log sigma, through two or three values, the first of them at sigma.
+
+    With u = log(level / sigma), from 0 to log r at the end, the means over the level of u and u^2 are those of
+    log q and log^2 q for q from 1 to r.
+    """
+    r, places = sigma_next / sigma, [math.log(level / sigma) for level in known]
+    mean = -1 - r * math.log(r) / (1 - r)
+    if len(places) == 2:
+        return [1 - mean / places[1], mean / places[1]]
+    square = -r * math.log(r) ** 2 / (1 - r) - 2 * mean
+    _, a, b = places
+    near, far = (square - b * mean) / (a * (a - b)), (square - a * mean) / (b * (b - a))
+    return [1 - near - far, near, far]
 
 
 def _lagrange_means(known: Sigmas, sigma: float, sigma_next: float) -> list[float]:

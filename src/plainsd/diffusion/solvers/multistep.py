@@ -7,21 +7,35 @@ from itertools import pairwise
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise
-from plainsd.diffusion.step import Noise, Sigmas, Step, ancestral, newest_first, renoised, toward
+from plainsd.diffusion.step import Noise, Sigmas, Split, Step, newest_first, renoised, reverse_sde, slope_share, toward
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
-    """Second order: extrapolate the last two estimates to the middle of the step (DPM-Solver++(2M), Lu et al. 2022b).
+def dpmpp_2m(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    eta: float = 0.0,
+    heun: bool = False,
+    split: Split = reverse_sde,
+) -> Iterator[Step]:
+    """Second order: the estimate changes on as it did over the last step (DPM-Solver++(2M), Lu et al. 2022b).
 
-    With eta = 1 its stochastic form, SDE-DPM-Solver++(2M). The first step and one to level 0 are of first order.
+    Its line is taken in the middle of the step, or with `heun` integrated over the step. With eta = 1 the stochastic
+    form, SDE-DPM-Solver++(2M). With `heun` and the other split, `ancestral`, it is RES's second order (Zhang et al.
+    2023, arXiv:2308.02157). The first step and one to level 0 are of first order.
     """
-    previous = None
+    previous, reach_before = None, 0.0
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
-        if previous is not None and sigma_next > 0:
-            stride, stride_before = math.log(sigma / sigma_next), math.log(sigmas[index - 1] / sigma)
-            aim = denoised + (denoised - previous) * (stride / stride_before / 2)
-        sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        sigma_down, sigma_up = split(sigma, sigma_next, eta)
+        if sigma_down > 0:
+            reach = math.log(sigma / sigma_down)
+            if previous is not None:
+                middle = slope_share(reach) if heun else 0.5
+                aim = denoised + (denoised - previous) * (reach / reach_before * middle)
+            reach_before = reach
         x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
         previous = denoised
         yield Step(index, sigma_next, x, denoised)
@@ -36,7 +50,7 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, e
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
         estimates = [denoised, *estimates[:2]]
-        sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
+        sigma_down, sigma_up = reverse_sde(sigma, sigma_next, eta)
         if index > 0 and sigma_next > 0:
             slope, curve = _parabola(estimates, newest_first(sigmas, index, 3))
             stride, reach = math.log(sigma / sigma_next), math.log(sigma / sigma_down)

@@ -1,11 +1,13 @@
 """One call of the model a step, no memory."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise
+from plainsd.diffusion.schedule import Level
 from plainsd.diffusion.step import Noise, Sigmas, Step, Strides, ancestral, renamed, renoised, toward
 
 
@@ -38,4 +40,31 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[S
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         x = renoised(denoised, noise, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def tcd(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    eta: float = 0.3,
+    sigma_at: Callable[[float], float] = float,
+) -> Iterator[Step]:
+    """Trajectory consistency (Zheng et al. 2024, arXiv:2402.19159, algorithm 4): go on to timestep (1 - eta) t' and add
+    noise back up to t', where the next step begins. For models taught so; eta is the paper's gamma.
+
+    `sigma_at`: timestep -> level. Without it, and at levels that know no timestep, time is sigma itself.
+    """
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        if index == len(sigmas) - 2:  # the end of the row: nothing is added
+            sigma_down = float(sigma_next)
+        elif isinstance(sigma_next, Level):
+            sigma_down = sigma_at(math.floor((1 - eta) * sigma_next.timestep))
+        else:
+            sigma_down = (1 - eta) * sigma_next
+        x = toward(x, denoised, sigma, sigma_down)
+        x = renoised(x, noise, math.sqrt(max(sigma_next**2 - sigma_down**2, 0.0)))
         yield Step(index, sigma_next, x, denoised)

@@ -1,4 +1,4 @@
-"""Two calls of the model a step: the second one tells how the estimate changes along the way."""
+"""Two or three calls of the model a step: the later ones tell how the estimate changes along the way."""
 
 import math
 from collections.abc import Iterator
@@ -10,17 +10,44 @@ from plainsd.diffusion.denoiser import Denoise
 from plainsd.diffusion.step import Noise, Sigmas, Step, ancestral, renoised, toward
 
 
-def heun(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """Second order: the mean of the slopes at both ends of the step (Karras et al. 2022, algorithm 1).
+def heun_step(denoise: Denoise, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+    """x at sigma_next, and the estimate at sigma.
 
     The slope at the end, met by a line from x, aims at denoised + (second - denoised) * sigma / sigma_next; so the
     mean of both slopes is one step toward the mean of both aims.
     """
+    denoised = aim = denoise(x, sigma)
+    if sigma_next > 0:
+        second = denoise(toward(x, denoised, sigma, sigma_next), sigma_next)
+        aim = denoised + (second - denoised) * (sigma / sigma_next / 2)
+    return toward(x, aim, sigma, sigma_next), denoised
+
+
+def heun(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
+    """Second order: the mean of the slopes at both ends of the step (Karras et al. 2022, algorithm 1)."""
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x, denoised = heun_step(denoise, x, sigma, sigma_next)
+        yield Step(index, sigma_next, x, denoised)
+
+
+def heunpp2(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
+    """Heun++, as ComfyUI has it: the slopes where two steps of Euler lead, weighted by level / (3 sigmas[0]), and for
+    the rest the slope here. Three calls a step, two in the last but one, one in the last.
+
+    The weights do not depend on the length of the step, so its order is 1.
+    """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
-        if sigma_next > 0:
-            second = denoise(toward(x, denoised, sigma, sigma_next), sigma_next)
-            aim = denoised + (second - denoised) * (sigma / sigma_next / 2)
+        ahead = min(len(sigmas) - 2 - index, 2)  # so many calls at levels to come
+        share = sigma / sigmas[0] / (ahead + 1)
+        if ahead > 0:
+            end = toward(x, denoised, sigma, sigma_next)
+            second = denoise(end, sigma_next)
+            aim = denoised + (second - denoised) * share
+        if ahead > 1:
+            after = sigmas[index + 2]
+            third = denoise(toward(end, second, sigma_next, after), after)
+            aim = denoised + (third - denoised + (second - denoised) * (after / sigma_next)) * share
         x = toward(x, aim, sigma, sigma_next)
         yield Step(index, sigma_next, x, denoised)
 
