@@ -150,7 +150,7 @@ def theirs(tmp_path):
         ("DPM++ SDE", "Schedule type: Exponential, Clip skip: 2, ", ("dpmpp_sde", "exponential")),
         ("Euler a", "Schedule type: Automatic, ENSD: 31337, ", ("euler_a", "linspace")),
         ("DDIM", "Eta: 0.5, ", ("ddim", "leading")),
-        ("UniPC", "Schedule type: SGM Uniform, ", ("unipc", "trailing")),
+        ("UniPC", "Schedule type: SGM Uniform, ", ("unipc", "sgm_uniform")),
     ],
 )
 def test_a_picture_of_a1111(generate, theirs, sampler, more, ours):

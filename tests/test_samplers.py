@@ -57,11 +57,12 @@ SCHEDULERS = {
     "lcm": ("lcm", "LCMScheduler", {}),
 }
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential")  # diffusers'
 CASES = [
     (name, spacing)
     for name in SCHEDULERS
     for spacing in {"ddpm": TIMESTEP_SPACINGS, "ddim": TIMESTEP_SPACINGS, "plms": TIMESTEP_SPACINGS,
-                    "euler_a": TIMESTEP_SPACINGS, "lcm": (None,)}.get(name, shared_spacings())
+                    "euler_a": TIMESTEP_SPACINGS, "lcm": (None,)}.get(name, SPACINGS)
 ]  # fmt: skip
 
 

@@ -140,11 +140,14 @@ def test_levels_that_end_at_the_first_of_the_table_count_it_among_them(name):
 def test_every_row_of_levels_falls_inside_the_table(name, spacing, steps):
     for schedule in (SD, SD.zero_terminal_snr()):
         sigmas = sampler_levels(schedule, name, steps, spacing).sigmas
-        assert len(sigmas) == steps + 1 and schedule.sigma_min * 0.999999 <= sigmas[-2] <= sigmas[0]
-        assert sigmas[0] <= schedule.sigma_max * 1.000001
+        aligned = spacing.startswith("align")  # its levels are published with three digits
+        assert schedule.sigma_min * (0.99 if aligned else 0.999999) <= sigmas[-2] <= sigmas[0]
+        assert sigmas[0] <= schedule.sigma_max * (1.01 if aligned else 1.000001)
         assert all(a > b for a, b in zip(sigmas[:-2], sigmas[1:-1], strict=True)) and sigmas[-2] >= sigmas[-1]
         timesteps = sampler_levels(schedule, name, steps, spacing).timesteps
-        assert len(timesteps) == steps and all(0 <= t <= 999 for t in timesteps)
+        assert len(timesteps) == len(sigmas) - 1 and all(0 <= t <= 999 for t in timesteps)
+        if spacing not in ("ddim_uniform", "beta"):  # the first may have more, the second fewer
+            assert len(timesteps) == steps
 
 
 def test_too_many_steps_are_refused_with_the_limit():

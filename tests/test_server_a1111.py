@@ -317,7 +317,7 @@ def test_lists_and_options(api, server):
     ("Euler a", None, ("euler_a", None)), ("euler_a", "Automatic", ("euler_a", None)),
     ("k_euler_a", "automatic", ("euler_a", None)),
     ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")), ("DPM++ 2M SDE", "exponential", ("dpmpp_2m_sde", "exponential")),
-    ("DPM++ SDE", "SGM Uniform", ("dpmpp_sde", "trailing")), ("UniPC", "Uniform", ("unipc", "linspace")),
+    ("DPM++ SDE", "SGM Uniform", ("dpmpp_sde", "sgm_uniform")), ("UniPC", "Uniform", ("unipc", "uniform")),
     (None, "karras", (None, "karras")),
 ])  # fmt: skip
 def test_sampler_names(name, scheduler, ours):

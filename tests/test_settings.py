@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import SAMPLER_LABELS, SEEDS, SPACING_LABELS, Settings, format_settings, parse_settings
+from plainsd.pictures.settings import (
+    NEAREST_LABELS,
+    SAMPLER_LABELS,
+    SEEDS,
+    SPACING_LABELS,
+    Settings,
+    format_settings,
+    nearest_label,
+    parse_settings,
+)
 
 TYPICAL = Settings("a red apple", "blurred", (512, 512), 20, 7.0, "dpmpp_2m", "karras", 1, model="emoji")
 
@@ -70,10 +79,17 @@ def test_sizes_and_intervals_have_their_ranges():
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_LABELS)
-@pytest.mark.parametrize("spacing", [None, *SPACING_LABELS])
+@pytest.mark.parametrize("spacing", [None, *SPACING_LABELS, *NEAREST_LABELS])
 def test_every_sampler_and_spacing_comes_back(sampler, spacing):
     made = Settings("x", steps=5, sampler=sampler, spacing=spacing)
     assert parse_settings(format_settings(made)) == made
+
+
+def test_the_nearest_schedule_that_a1111_has():
+    names = ("linspace", "trailing", "leading", "karras", "beta", "my_own")
+    labels = ["Uniform", "Simple", "DDIM", "Karras", "Beta", "Automatic"]
+    assert [nearest_label("euler", name) for name in names] == labels
+    assert nearest_label("dpmpp_2m", "linspace") == "SGM Uniform"
 
 
 prompts = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "Negative prompt:" not in text)
@@ -123,8 +139,8 @@ def test_a_text_by_a1111_itself():
 
 
 def test_a_schedule_of_a1111_that_we_lack_is_kept_apart():
-    read = parse_settings("x\nSteps: 30, Sampler: Euler, Schedule type: Beta, Seed: 1")
-    assert (read.sampler, read.spacing, read.other) == ("euler", None, (("Schedule type", "Beta"),))
+    read = parse_settings("x\nSteps: 30, Sampler: Euler, Schedule type: Turbo, Seed: 1")
+    assert (read.sampler, read.spacing, read.other) == ("euler", None, (("Schedule type", "Turbo"),))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ class GenerateFlags:
     """ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms unipc
     lcm"""
     spacing: Annotated[str | None, flag("NAME")] = None
-    """of the noise levels: leading trailing linspace karras exponential"""
+    """of the noise levels: leading trailing linspace karras exponential polyexponential uniform sgm_uniform simple
+    ddim_uniform beta beta_a1111 kl_optimal kl_optimal_a1111 align_your_steps align_your_steps_xl"""
     seed: Annotated[str | None, flag("N")] = None
     """of the first picture (default 0), random or -1 for any; the following ones have the next seeds"""
     count: Annotated[int, flag("N")] = 1

@@ -62,7 +62,6 @@ TO_FIRST: dict[str, Any] = {
     "same_stride": True,
     "unit_first": True,
     "rounding": WHOLE,
-    "spare": {"karras": 1, "exponential": 1},
 }
 TO_LOWEST: dict[str, Any] = {"ends_at_zero": False, "spare": {"karras": 1, "exponential": 1}}
 SOLVER: dict[str, Any] = {
@@ -134,16 +133,19 @@ def sampler_levels(schedule: NoiseSchedule | EDMSchedule, name: str, steps: int,
     check_names(name, spacing)
     sampler = SAMPLERS[name]
     spacing = spacing or sampler.spacing
-    sigmas = spaced(schedule, spacing, steps, sampler.spare.get(spacing, 0), sampler.rounding.get(spacing, float))
+    rule = SPACINGS[spacing]
+    spare = sampler.spare.get(spacing, int(rule.least and not sampler.ends_at_zero))
+    sigmas = spaced(schedule, spacing, steps, spare, sampler.rounding.get(spacing, float))
     strides: Strides = ()
-    if sampler.same_stride and isinstance(schedule, NoiseSchedule) and not SPACINGS[spacing].of_levels:
+    if sampler.same_stride and isinstance(schedule, NoiseSchedule) and not (rule.of_levels or rule.log):
         strides = _strides(schedule, sigmas)
     # A latent's own spread counts, sqrt(1 + sigma^2); the k-diffusion samplers leave out the 1 unless spacing is
     # leading or the model is EDM's, and so it is in diffusers.
     with_latent = sampler.unit_first or spacing == "leading" or isinstance(schedule, EDMSchedule)
     first_scale = math.sqrt(1 + sigmas[0] ** 2) if with_latent else float(sigmas[0])
-    end = Level(0.0 if sampler.ends_at_zero else schedule.sigma_min, 0.0)
-    return Levels((*sigmas, end), strides, first_scale)
+    if not rule.closed:
+        sigmas.append(Level(0.0 if sampler.ends_at_zero else schedule.sigma_min, 0.0))
+    return Levels(tuple(sigmas), strides, first_scale)
 
 
 def check_names(sampler: str | None, spacing: str | None) -> None:

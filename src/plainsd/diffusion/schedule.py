@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plainsd.diffusion import spacings
 from plainsd.errors import UserError
 
 TERMINAL_ALPHA_BAR = 2.0**-24  # stands for zero in zero-terminal-SNR tables: sigma is then 4096, not infinite
@@ -195,14 +196,28 @@ class Spacing:
     points: Callable[..., list[float]]
     of_levels: bool = False
     own: bool = False  # of the samplers that name it, and of no others
+    log: bool = False  # between timesteps log sigma is linear, as in k-diffusion; else sigma, as in diffusers
+    least: bool = False  # the last point is the lowest level: a sampler that ends there leaves it out
+    closed: bool = False  # one point more than steps: where the drawing ends
 
 
 SPACINGS: dict[str, Spacing] = {
     "leading": Spacing(leading),
     "trailing": Spacing(trailing),
     "linspace": Spacing(linspace),
-    "karras": Spacing(karras, of_levels=True),
-    "exponential": Spacing(exponential, of_levels=True),
+    "karras": Spacing(karras, of_levels=True, least=True),
+    "exponential": Spacing(exponential, of_levels=True, least=True),
+    "polyexponential": Spacing(spacings.polyexponential, of_levels=True, least=True),
+    "uniform": Spacing(spacings.uniform, log=True, least=True),
+    "sgm_uniform": Spacing(spacings.sgm_uniform, log=True),
+    "simple": Spacing(spacings.simple, log=True),
+    "ddim_uniform": Spacing(spacings.ddim_uniform, log=True),
+    "beta": Spacing(spacings.beta, log=True),
+    "beta_a1111": Spacing(spacings.beta_a1111, of_levels=True, least=True),
+    "kl_optimal": Spacing(spacings.kl_optimal, of_levels=True, least=True),
+    "kl_optimal_a1111": Spacing(spacings.kl_optimal_a1111, of_levels=True, closed=True),
+    "align_your_steps": Spacing(spacings.align_your_steps, of_levels=True, least=True),
+    "align_your_steps_xl": Spacing(spacings.align_your_steps_xl, of_levels=True, least=True),
     "distilled": Spacing(distilled, own=True),
 }
 
@@ -227,9 +242,10 @@ def spaced(
     spare: int = 0,
     rounded: Callable[[float], float] = float,
 ) -> list[Level]:
-    """The levels, falling, at which a sampler's steps begin.
+    """The levels, falling, at which a sampler's steps begin; of a closed spacing also that where the last one ends.
 
-    steps + spare points are spaced out and the spare ones at the clean end left out. `rounded` is applied to timesteps
+    steps + spare points are spaced out and the spare ones at the clean end left out; a few spacings have another
+    number of points than is asked for. `rounded` is applied to timesteps
     before their level is looked up; where the spacing chooses levels these stay, and only the timestep is rounded.
     """
     count, points = len(schedule), steps + spare
@@ -237,15 +253,21 @@ def spaced(
         raise UserError(f"steps {steps} is out of range; choose 1 to {count - spare}", field="steps", value=steps)
     rule = SPACINGS[spacing]
     if isinstance(schedule, EDMSchedule):
-        return spaced_freely(schedule, spacing, points)[:steps]
+        return _without(spaced_freely(schedule, spacing, points), spare)
     if rule.of_levels:
-        sigmas = rule.points(schedule.sigma_min, schedule.sigma_max, points)[:steps]
+        sigmas = _without(rule.points(schedule.sigma_min, schedule.sigma_max, points), spare)
         timesteps = [float(rounded(schedule.timestep(sigma))) for sigma in sigmas]
     else:
-        timesteps = [float(rounded(timestep)) for timestep in rule.points(count, points)[:steps]]
-        # Between entries sigma itself is linear here, not its logarithm, as in the samplers that these rules are from.
-        sigmas = np.interp(timesteps, np.arange(count), schedule.sigmas.numpy()).tolist()
+        timesteps = [float(rounded(timestep)) for timestep in _without(rule.points(count, points), spare)]
+        if rule.log:
+            sigmas = [schedule.sigma(timestep) for timestep in timesteps]
+        else:
+            sigmas = np.interp(timesteps, np.arange(count), schedule.sigmas.numpy()).tolist()
     return [Level(sigma, timestep) for sigma, timestep in zip(sigmas, timesteps, strict=True)]
+
+
+def _without(points: list, spare: int) -> list:
+    return points[: len(points) - spare]
 
 
 def spaced_freely(schedule: EDMSchedule, spacing: str, points: int) -> list[Level]:
