@@ -63,7 +63,7 @@ def test_many_pictures_of_another_model(tmp_path, monkeypatch):
     """The rows for a GPU, of a tiny model with CLIP's tokens, two steps."""
     texts = tuple(replace(text, vocab=49_408, eos=49_407) for text in TINY_XL.text)
     monkeypatch.setitem(rivals.VARIANTS, "sdxl-base", replace(TINY_XL, text=texts))
-    row = bench.LARGE["sdxl-8"](PLACE._replace(room=tmp_path, rounds=1), False, steps=2)
+    row = bench.GPU_BENCHMARKS["sdxl-8"](PLACE._replace(room=tmp_path, rounds=1), False, steps=2)
     assert row.name == "8 pictures of sdxl-base, 64 px, 2 steps of DPM++ 2M"
     assert list(row.seconds) == list(row.first) == ["diffusers", "plainsd", "plainsd --fast"]
     assert {len(seconds) for seconds in row.seconds.values()} == {1}
