@@ -10,7 +10,7 @@ from conftest import TINY_XL
 
 from plainsd.checkpoint import load
 from plainsd.cli import main
-from plainsd.commands.bench import table
+from plainsd.commands.bench import timing_table
 from plainsd.errors import UserError
 from plainsd.reports import bench, rivals
 
@@ -41,7 +41,7 @@ def test_the_table_and_its_ratios():
         {"plainsd": 0.01},
         {"diffusers": 3 * 10**9},
     )
-    text = table([row], bench.machine(PLACE))
+    text = timing_table([row], bench.machine(PLACE))
     assert "| work | diffusers | 2.000 | 2.500 |  | 1.00 |  | 3.00 GB |" in text
     assert "| work | plainsd | 1.000 | 1.250 | 60.0 | 2.00 | 1.0e-02 |  |" in text
     assert f"torch {version('torch')}" in text and "threads" in text

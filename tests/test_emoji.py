@@ -245,7 +245,7 @@ def test_evaluate_refuses_one_prompt_and_an_unwritable_place(tmp_path):
         evaluate.evaluate(SimpleNamespace(), CONCEPTS, prompts=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        evaluate.save("text", tmp_path / "file" / "scores.txt")
+        evaluate.write_file("text", tmp_path / "file" / "scores.txt")
 
 
 def test_missing_and_wrong_font_are_one_line_with_a_remedy(tmp_path):
