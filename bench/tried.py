@@ -117,7 +117,7 @@ def own_kernels(dtype: torch.dtype) -> None:
         tell(
             f"GroupNorm and SiLU, {'x'.join(map(str, shape))}",
             dtype,
-            {"PyTorch": lambda: F.silu(norm(x)), "our kernel": lambda: kernels.norm_silu(norm, x)},
+            {"PyTorch": lambda: F.silu(norm(x)), "our kernel": lambda: kernels.fused_norm_silu(norm, x)},
         )
     for rows, k, n in ((32, 160, 160), (128, 96, 384), (2, 1280, 320)):
         layer, x = nn.Linear(k, n).to(dtype), torch.randn(rows, k, dtype=dtype)

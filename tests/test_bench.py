@@ -10,7 +10,7 @@ from conftest import TINY_XL
 
 from plainsd.checkpoint import load
 from plainsd.cli import main
-from plainsd.commands.bench import table
+from plainsd.commands.bench import timing_table
 from plainsd.errors import UserError
 from plainsd.reports import bench, rivals
 
@@ -41,7 +41,7 @@ def test_the_table_and_its_ratios():
         {"plainsd": 0.01},
         {"diffusers": 3 * 10**9},
     )
-    text = table([row], bench.machine(PLACE))
+    text = timing_table([row], bench.machine(PLACE))
     assert "| work | diffusers | 2.000 | 2.500 |  | 1.00 |  | 3.00 GB |" in text
     assert "| work | plainsd | 1.000 | 1.250 | 60.0 | 2.00 | 1.0e-02 |  |" in text
     assert f"torch {version('torch')}" in text and "threads" in text
@@ -63,7 +63,7 @@ def test_many_pictures_of_another_model(tmp_path, monkeypatch):
     """The rows for a GPU, of a tiny model with CLIP's tokens, two steps."""
     texts = tuple(replace(text, vocab=49_408, eos=49_407) for text in TINY_XL.text)
     monkeypatch.setitem(rivals.VARIANTS, "sdxl-base", replace(TINY_XL, text=texts))
-    row = bench.LARGE["sdxl-8"](PLACE._replace(room=tmp_path, rounds=1), False, steps=2)
+    row = bench.GPU_BENCHMARKS["sdxl-8"](PLACE._replace(room=tmp_path, rounds=1), False, steps=2)
     assert row.name == "8 pictures of sdxl-base, 64 px, 2 steps of DPM++ 2M"
     assert list(row.seconds) == list(row.first) == ["diffusers", "plainsd", "plainsd --fast"]
     assert {len(seconds) for seconds in row.seconds.values()} == {1}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plainsd.adapters.making import WHOLE
+from plainsd.adapters.making import KINDS_BY_PARTS
 from plainsd.adapters.names import ENDINGS
 from plainsd.cli import COMMANDS, parsed
 from plainsd.diffusion.samplers import SAMPLERS
@@ -27,12 +27,12 @@ COMMAND = re.compile(r"^ *(?:\$ )?(?:\.venv/bin/)?(plainsd (?:.*\\\n)*.*)$", re.
 @pytest.fixture
 def tables():
     """What a page registers is taken out again afterwards."""
-    before = [(table, dict(table)) for table in (SAMPLERS, VARIANTS, ENDINGS)], list(WHOLE)
+    before = [(table, dict(table)) for table in (SAMPLERS, VARIANTS, ENDINGS)], list(KINDS_BY_PARTS)
     yield
     for table, entries in before[0]:
         table.clear()
         table.update(entries)
-    WHOLE[:] = before[1]
+    KINDS_BY_PARTS[:] = before[1]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -110,4 +110,4 @@ def test_the_readers_of_pages_see_them(tmp_path):
 
 def test_what_a_page_registers_does_not_stay():
     assert not {"careful", "sd1-half", "loudness"} & {*SAMPLERS, *VARIANTS, *ENDINGS}
-    assert all("loudness" not in parts for parts, _ in WHOLE)
+    assert all("loudness" not in parts for parts, _ in KINDS_BY_PARTS)

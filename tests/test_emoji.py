@@ -235,7 +235,7 @@ def test_evaluate_writes_rows_table_and_sheet(monkeypatch, tmp_path):
     assert told[-1] == ("generated, guidance 3", 70, 70)
     assert json.loads((tmp_path / "scores.json").read_text()) == result
     text = (tmp_path / "scores.txt").read_text()
-    assert text == evaluate.table(result) and "| real pictures | 100.0 / 100.0 |" in text and "may differ" in text
+    assert text == evaluate.score_table(result) and "| real pictures | 100.0 / 100.0 |" in text and "may differ" in text
     assert Image.open(tmp_path / "contact-sheet.png").size == (8 * 140, 8 * 176)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["contact-sheet.png", "scores.json", "scores.txt"]
 
@@ -245,7 +245,7 @@ def test_evaluate_refuses_one_prompt_and_an_unwritable_place(tmp_path):
         evaluate.evaluate(SimpleNamespace(), CONCEPTS, prompts=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        evaluate.save("text", tmp_path / "file" / "scores.txt")
+        evaluate.write_file("text", tmp_path / "file" / "scores.txt")
 
 
 def test_missing_and_wrong_font_are_one_line_with_a_remedy(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,6 +146,68 @@ def test_each_room_says_what_belongs_in_it():
             continue  # these hand names on
         body = ast.parse(path.read_text("utf-8")).body
         assert len(body) == 1 and len(ast.literal_eval(body[0].value)) > 60, path
+
+
+PRIVATE_TWICE = {  # names of two modules that no other module imports
+    *("DRAWN", "HARMLESS", "HASHES", "KEPT", "KINDS", "LARGEST", "LONG", "LONGEST", "NOTHING", "OTHERS", "PARTS"),
+    *("PATIENCE", "PICKLES", "PREVIEW_EVERY", "SETTINGS", "SHARE", "STEPS", "SUFFIXES", "WHOLE", "WORD", "WORDS"),
+    *("ZERO_SNR", "_rows", "_size", "_strides", "_texts"),
+}
+PUBLIC_TWICE = {
+    "routes",  # openai.routes and a1111.routes: each of one API
+    "UPSCALERS",  # settings' names, and A1111's names for them
+}
+
+
+def defined(path: Path) -> set[str]:
+    """Functions, classes and constants at the top of a file."""
+    names = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name))
+    return {name for name in names if not name.startswith("__")}
+
+
+def defined_twice() -> set[str]:
+    homes = Counter(name for path in SOURCE.rglob("*.py") if path.stem != "__init__" for name in defined(path))
+    return {name for name, count in homes.items() if count > 1}
+
+
+def used_elsewhere() -> set[str]:
+    """Names that some module takes from another: `from module import NAME`, or `module.NAME` of an imported one."""
+    used = set()
+    for path in SOURCE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        ours = {
+            alias.asname or alias.name
+            for node in nodes
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("plainsd"))
+            for alias in node.names
+        }
+        used |= ours | {
+            node.attr
+            for node in nodes
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours
+        }
+    return used
+
+
+def test_a_name_has_one_meaning():
+    """A new name in two modules: give one of them another name, or make one definition of both."""
+    assert defined_twice() == PRIVATE_TWICE | PUBLIC_TWICE
+    assert not PRIVATE_TWICE & used_elsewhere()
+
+
+def test_a_second_meaning_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.SOURCE", tmp_path)
+    (tmp_path / "one.py").write_text("A, LIMIT = 1, 2\nclass Row: ...\n")
+    (tmp_path / "two.py").write_text("LIMIT: int = 3\nasync def f(): ...\n")
+    assert defined_twice() == {"LIMIT"} and not used_elsewhere()
+    (tmp_path / "three.py").write_text("from plainsd import one\nfrom plainsd.two import f\nprint(one.LIMIT)\n")
+    assert used_elsewhere() == {"one", "f", "LIMIT"}
 
 
 def best_of_three(*arguments: str) -> float:

@@ -155,9 +155,9 @@ def test_norm_silu(dtype, shape, groups, shifted, form):
     expected = F.silu(exact(x.double() + plus))
     allowed = rounding(dtype) + 10 * 2**-24  # of the output, and of means of ten deviations
     kept = x.clone()
-    assert relative(kernels.norm_silu(norm, x, shift).double(), expected) < allowed
+    assert relative(kernels.fused_norm_silu(norm, x, shift).double(), expected) < allowed
     assert torch.equal(x, kept)
-    assert relative(kernels.norm_silu(norm, x, shift, over=True).double(), expected) < allowed
+    assert relative(kernels.fused_norm_silu(norm, x, shift, over=True).double(), expected) < allowed
 
 
 @DTYPES
@@ -167,7 +167,7 @@ def test_norm_silu_reads_a_strided_shift(dtype):
     norm = torch.nn.GroupNorm(4, 24).requires_grad_(False)
     x, shift = torch.randn(2, 24, 5, 7).to(dtype), torch.randn(2, 48).to(dtype)[:, ::2]
     expected = F.silu(copy.deepcopy(norm).double()(x.double() + shift[:, :, None, None].double()))
-    found = kernels.norm_silu(norm.to(dtype), x, shift)
+    found = kernels.fused_norm_silu(norm.to(dtype), x, shift)
     assert relative(found.double(), expected) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
@@ -307,7 +307,11 @@ def test_threads_change_nothing(threads):
     packed, rows = kernels.packed_weight(torch.randn(96, 160)), torch.randn(100, 160)
 
     def all_of_them():
-        outcome = [kernels.norm_silu(norm, x), kernels._attention(q, k, v), kernels.linear(rows, packed, 96, None)]
+        outcome = [
+            kernels.fused_norm_silu(norm, x),
+            kernels._attention(q, k, v),
+            kernels.linear(rows, packed, 96, None),
+        ]
         if kernels.suit(torch.bfloat16):
             leaves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
             kernels._Attend.apply(*leaves).backward(v.bfloat16())
@@ -331,10 +335,10 @@ def test_a_model_with_all_of_them_draws_the_same(monkeypatch):
     def told(name, run):
         return lambda *args, **named: calls.append(name) or run(*args, **named)
 
-    for name in ("_attention", "linear", "norm_silu"):
+    for name in ("_attention", "linear", "fused_norm_silu"):
         monkeypatch.setattr(kernels, name, told(name, getattr(kernels, name)))
     assert_as_exact(fast, tiny_sd)
-    assert min(calls.count(name) for name in ("_attention", "linear", "norm_silu")) > 10
+    assert min(calls.count(name) for name in ("_attention", "linear", "fused_norm_silu")) > 10
 
 
 def test_they_are_compiled_once(own_cache, monkeypatch):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plainsd.errors import UserError
-from plainsd.files.tensorfile import DTYPES, header_bytes, open_tensors, stored, write_safetensors
+from plainsd.files.tensorfile import STORED_DTYPES, header_bytes, open_tensors, stored, write_safetensors
 
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4),
@@ -359,7 +359,7 @@ def test_truncated_pickle(tmp_path):
 
 
 def test_all_types_are_named_as_in_the_format(tmp_path):
-    for name, dtype in DTYPES.items():
+    for name, dtype in STORED_DTYPES.items():
         save_file({"x": torch.zeros(2).to(dtype)}, tmp_path / f"{name}.safetensors")
         with open(tmp_path / f"{name}.safetensors", "rb") as file:
             assert f'"dtype":"{name}"' in file.read(200).decode("utf-8", "replace")

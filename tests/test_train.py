@@ -34,7 +34,7 @@ from plainsd.train.methods.scratch import from_scratch
 from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, psnr, validate
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Order, Pick, random
-from plainsd.train.run import Diary, Rhythm, run
+from plainsd.train.run import Diary, Rhythm, run_training
 from plainsd.train.trainer import Report, Trainer, learning_rate
 
 TINY_VAE = VAEConfig(channels=(8, 8), layers=1, latent_channels=4, groups=2)
@@ -358,7 +358,7 @@ def test_the_log_drops_lines_that_are_done_again(tmp_path):
 
 def test_a_run_logs_validates_samples_and_draws(folder, tmp_path):
     method, drawn = make_scratch(folder, tmp_path), []
-    run(
+    run_training(
         method,
         12,
         FitOptions(steps=4, batch=4),
@@ -395,14 +395,14 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_train import Fragile
 from plainsd.train.loop import FitOptions
-from plainsd.train.run import run
+from plainsd.train.run import run_training
 method = Fragile()
 loss = method.loss
 def slow(picks):
     time.sleep(0.02)
     return loss(picks)
 method.loss = slow
-sys.exit(0 if run(method, 4, FitOptions(steps=5000, batch=1, save_every=5000), Path({out!r})) is None else 3)
+sys.exit(0 if run_training(method, 4, FitOptions(steps=5000, batch=1, save_every=5000), Path({out!r})) is None else 3)
 """
 
 

@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place, **more: print(f"plainsd: {message}", file=sys.stderr)
         try:
-            code = answered(arguments)
+            code = exit_code(arguments)
             sys.stdout.flush()  # what is left over shows a closed pipe here, not when Python ends
             return code
         except BrokenPipeError:
             return hung_up()
 
 
-def answered(arguments: list[str]) -> int:
+def exit_code(arguments: list[str]) -> int:
     try:
         return run(arguments)
     except UserError as error:

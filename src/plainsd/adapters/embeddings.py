@@ -36,7 +36,7 @@ from plainsd.pictures.model import StableDiffusion
 
 DIALECTS = ("a1111", "diffusers")
 PICKLES = (".pt", ".bin")
-IN_FOLDER = ("learned_embeds.safetensors", "learned_embeds.bin")
+EMBEDDING_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 WORD = "plainsd.word"  # in a safetensors file's metadata, or beside the vectors in a pickle
 ONLY = "only"  # the key of a file's vectors where it has those of one text encoder
@@ -147,9 +147,9 @@ class Parameters:
 
 def in_folder(path: Path) -> Path:
     if path.is_dir():
-        inside = [path / name for name in IN_FOLDER if (path / name).is_file()]
+        inside = [path / name for name in EMBEDDING_FILES if (path / name).is_file()]
         if not inside:
-            raise UserError(f"{path} is a folder without {IN_FOLDER[0]}; give the embedding's own file")
+            raise UserError(f"{path} is a folder without {EMBEDDING_FILES[0]}; give the embedding's own file")
         return inside[0]
     return path
 

@@ -34,7 +34,7 @@ from plainsd.errors import UserError, unknown
 from plainsd.listing import files_below, suffix_of
 from plainsd.pictures.model import StableDiffusion
 
-ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
+LORA_SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 
 
 # --- what is on a model ----------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def check_strengths(*strengths: float) -> None:
 def find_lora(folder: str | Path, name: str) -> Path:
     """A LoRA by its file's name without the ending, or by its place under the folder, as in `<lora:styles/ink:0.8>`."""
     folder = Path(folder)
-    files = [path for path in files_below(folder) if suffix_of(path) in ENDINGS and path.is_file()]
+    files = [path for path in files_below(folder) if suffix_of(path) in LORA_SUFFIXES and path.is_file()]
     places = {path: path.relative_to(folder).with_suffix("").as_posix() for path in files}
     fitting = [path for path in files if places[path] == name] or [path for path in files if path.stem == name]
     if len(fitting) > 1:
@@ -178,7 +178,7 @@ def find_lora(folder: str | Path, name: str) -> Path:
         )
     if not fitting:
         if not files:
-            raise UserError(f"there is no LoRA {name!r}: {folder} holds no files of LoRAs ({', '.join(ENDINGS)})")
+            raise UserError(f"there is no LoRA {name!r}: {folder} holds no files of LoRAs ({', '.join(LORA_SUFFIXES)})")
         raise unknown("LoRA", name, [path.stem for path in files])
     return fitting[0]
 

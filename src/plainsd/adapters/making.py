@@ -16,7 +16,7 @@ from plainsd.adapters.peft import REMEDY, PeftSettings, start_of
 from plainsd.errors import UserError
 from plainsd.files.tensorfile import TensorFile, damaged
 
-BESIDE = ("alpha", "dora_scale", "magnitude", "rescale", "diff_b", "on_input")  # parts that do not tell a kind
+SIDE_PARTS = ("alpha", "dora_scale", "magnitude", "rescale", "diff_b", "on_input")  # parts that do not tell a kind
 
 
 def adapter_kind(parts: Collection[str]) -> type[Adapter] | None:
@@ -31,10 +31,10 @@ def adapter_kind(parts: Collection[str]) -> type[Adapter] | None:
         return Hadamard
     if all(whole(f"lokr_w{n}") or whole(f"lokr_w{n}_a", f"lokr_w{n}_b") for n in (1, 2)):
         return Kronecker
-    return next((kind for needed, kind in WHOLE if whole(*needed)), None)
+    return next((kind for needed, kind in KINDS_BY_PARTS if whole(*needed)), None)
 
 
-WHOLE: list[tuple[tuple[str, ...], type[Adapter]]] = [  # which parts tell of which kind
+KINDS_BY_PARTS: list[tuple[tuple[str, ...], type[Adapter]]] = [  # which parts tell of which kind
     (("a1", "a2", "b1", "b2"), Global),
     (("oft_blocks",), Rotation),  # or Butterfly, by its shape
     (("gain", "on_input"), Gains),
@@ -61,7 +61,7 @@ def made_of(
     more: dict[str, Any] = {"magnitude": tensors.get("magnitude"), "bias": tensors.get("diff_b"), "strength": strength}
     if kind is LowRank:
         return LowRank(tensors["down"], tensors["up"], 1.0, mid=tensors.get("mid"), **more)
-    factors = {part.removeprefix(PREFIXES.get(kind, "")): tensors[part] for part in tensors if part not in BESIDE}
+    factors = {part.removeprefix(PREFIXES.get(kind, "")): tensors[part] for part in tensors if part not in SIDE_PARTS}
     if kind is Rotation:
         turning = Butterfly if tensors["oft_blocks"].ndim == 4 else Rotation
         return turning(dict(blocks=tensors["oft_blocks"], rescale=tensors.get("rescale")), 0.0, weight.shape, **more)

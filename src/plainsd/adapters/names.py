@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from plainsd.files.names import ROWS
+from plainsd.files.names import NAME_ROWS
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.variants import encoder_names
@@ -73,7 +73,7 @@ UNUSED = re.compile(r"(text_encoders\.)?clip_l\.(transformer\.)?text_projection\
 
 KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
 COMFY = {"text_encoder": ("clip_l.", "clip_h."), "text_encoder_2": ("clip_g.",)}  # OneTrainer's too
-SPELLINGS = (  # as files/names.py has it, as some files have it
+LORA_SPELLINGS = (  # as files/names.py has it, as some files have it
     (".to_out.0", ".to_out"),  # diffusers in 2023
     (".q_proj", ".to_q"),
     (".k_proj", ".to_k"),
@@ -111,7 +111,7 @@ def modules_of(network: nn.Module) -> dict[str, ModuleNames]:
 
 def modules_by_name(network: nn.Module, kinds: tuple[type[nn.Module], ...] = ADAPTABLE) -> dict[str, ModuleNames]:
     """All modules of these kinds, by our names."""
-    rows = {row[0]: row for row in ROWS[type(network)](network)}
+    rows = {row[0]: row for row in NAME_ROWS[type(network)](network)}
     found = {}
     for ours, module in network.named_modules():
         if isinstance(module, kinds):
@@ -123,7 +123,7 @@ def modules_by_name(network: nn.Module, kinds: tuple[type[nn.Module], ...] = ADA
 def spellings(name: str) -> set[str]:
     """A module's dotted name as diffusers, old and new, may write it."""
     found = {name}
-    for ours, theirs in SPELLINGS:
+    for ours, theirs in LORA_SPELLINGS:
         found |= {other.replace(ours, theirs, 1) for other in found}
     return found
 

@@ -72,22 +72,22 @@ def new_adapter(
     return NEW[kind](weight, rank, alpha, factor, draw, magnitude=magnitude, trainable=True)
 
 
-Draw = Callable[..., Tensor]
+Initializer = Callable[..., Tensor]
 
 
-def new_low_rank(weight: Tensor, rank: int, alpha: float, factor: int | None, draw: Draw, **more) -> LowRank:
+def new_low_rank(weight: Tensor, rank: int, alpha: float, factor: int | None, draw: Initializer, **more) -> LowRank:
     down = draw(rank, *weight.shape[1:])
     up = down.new_zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
     return LowRank(down, up, alpha, **more)
 
 
-def new_hadamard(weight: Tensor, rank: int, alpha: float, factor: int | None, draw: Draw, **more) -> Hadamard:
+def new_hadamard(weight: Tensor, rank: int, alpha: float, factor: int | None, draw: Initializer, **more) -> Hadamard:
     o, numbers = weight.shape[0], weight[0].numel()
     factors = {"w1_a": draw(o, rank, std=0.1), "w1_b": draw(rank, numbers, std=1), "w2_b": draw(rank, numbers, std=1)}
     return Hadamard(factors | {"w2_a": factors["w1_a"].new_zeros(o, rank)}, alpha, weight.shape, **more)
 
 
-def new_kronecker(weight: Tensor, rank: int, alpha: float, factor: int | None, draw: Draw, **more) -> Kronecker:
+def new_kronecker(weight: Tensor, rank: int, alpha: float, factor: int | None, draw: Initializer, **more) -> Kronecker:
     """The smaller matrix is whole, and the other too where the rank is half of its longer side or more: then there is
     nothing that alpha scales."""
     (a, c), (b, d) = (halves(count, factor) for count in weight.shape[:2])

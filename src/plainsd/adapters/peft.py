@@ -17,14 +17,14 @@ from torch import Tensor
 from plainsd.errors import UserError
 from plainsd.files.tensorfile import TensorFile, damaged
 
-NOTE = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings, as JSON, in a file's metadata
-SETTINGS = "adapter_config.json"  # where PEFT keeps them, in the folder of its adapter_model
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings, as JSON, in a file's metadata
+SETTINGS_FILE = "adapter_config.json"  # where PEFT keeps them, in the folder of its adapter_model
 OWN = "base_model.model."  # how every name in a file of PEFT's own begins
 
 KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")  # peft_type
 PLAIN = ("gaussian", "eva", "orthogonal", "mica")  # how LoRAs may begin that leave the base as it is
 AS_LOADED = ("pissa", "olora")  # those that take the beginning from the base, which can be done again
-VARIANTS = (  # settings of LoRA that change what the same tensors mean
+UNSUPPORTED_SETTINGS = (  # settings of LoRA that change what the same tensors mean
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -43,9 +43,9 @@ class PeftSettings:
         self.path = file.path
         self.values: dict[str, Any] = {}
         self.beside: Path | None = None
-        beside = file.path.parent / SETTINGS
-        if NOTE in file.metadata:
-            text = file.metadata[NOTE]
+        beside = file.path.parent / SETTINGS_FILE
+        if METADATA_KEY in file.metadata:
+            text = file.metadata[METADATA_KEY]
         elif beside.is_file() and (file.path.stem == "adapter_model" or any(OWN in name for name in file.tensors)):
             text, self.beside = beside.read_text("utf-8-sig", errors="replace"), beside
         else:
@@ -55,7 +55,7 @@ class PeftSettings:
         except ValueError:
             values = None
         if not isinstance(values, dict):
-            raise damaged(self.path, f"PEFT's settings ({NOTE} or {SETTINGS}) are no table in JSON")
+            raise damaged(self.path, f"PEFT's settings ({METADATA_KEY} or {SETTINGS_FILE}) are no table in JSON")
         self.values = values
         for name, value in self.values.items():
             self._check(name.rpartition(".")[2], value)
@@ -63,7 +63,7 @@ class PeftSettings:
     def _check(self, name: str, value: Any) -> None:
         if name == "peft_type" and value not in KINDS:
             raise UserError(f"{self.path} is an adapter of a kind that is not supported, {value} of PEFT; {REMEDY}")
-        if name in VARIANTS and value:
+        if name in UNSUPPORTED_SETTINGS and value:
             raise UserError(f"{self.path} is a LoRA of a kind that is not supported, PEFT's {name}; {REMEDY}")
         if name == "init_lora_weights" and isinstance(value, str) and value.lower() not in (*PLAIN, *AS_LOADED):
             raise UserError(
@@ -116,7 +116,7 @@ class PeftSettings:
         if modules is None:
             raise UserError(
                 f"{self.path} is an IA3 that does not tell whether it multiplies inputs or outputs at {name!r}; put "
-                f"the {SETTINGS} that came with it beside it"
+                f"the {SETTINGS_FILE} that came with it beside it"
             )
         if isinstance(modules, str):
             return any(re.fullmatch(modules, one) for one in module_names(name))

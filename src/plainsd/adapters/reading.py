@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from plainsd.adapters.layers import LowRank, reshaped
-from plainsd.adapters.making import BESIDE, adapter_kind, made_of
+from plainsd.adapters.making import SIDE_PARTS, adapter_kind, made_of
 from plainsd.adapters.names import BUNDLE, UNUSED, Adaptable, ModulePlace, adaptable_networks, known_names, split_name
 from plainsd.adapters.peft import REMEDY, PeftSettings
 from plainsd.errors import UserError
@@ -18,7 +18,7 @@ from plainsd.files.detect import LORA, seems
 from plainsd.files.stored import first
 from plainsd.files.tensorfile import TensorFile, open_tensors
 
-IN_FOLDER = (
+LORA_FILES = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
     "pytorch_lora_weights.bin",
@@ -46,7 +46,7 @@ UNSUPPORTED = (  # what in a tensor's name tells of a kind of adapter that is no
     (r"\b(adamss|beft|c3a|deft|frod|gralora|hira|lily|ln_tuning|osf|peanut|poly|psoft|road)_", "{}"),
     (r"\b(shira|supertuning|tinylora|unilora|waveft|trainable_tokens|oft_embedding|lora_embedding)_", "{}"),
 )
-CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # by the width of the text
+FAMILY_BY_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # by the width of the text
 CROSS = re.compile(r"attn2[._]to_[kv]$")
 XL_ONLY = re.compile(r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|(input|output)_blocks[._]\d")
 
@@ -79,7 +79,7 @@ def made_for(file: TensorFile) -> str:
     }
     if len(widths) == 1:
         (width,) = widths
-        return CONTEXTS.get(width, f"a model whose text is {width} wide")
+        return FAMILY_BY_WIDTH.get(width, f"a model whose text is {width} wide")
     if any(XL_ONLY.search(name) for name in file.tensors):
         return "SDXL"
     return file.metadata.get("ss_base_model_version", "")
@@ -97,9 +97,9 @@ def misfit(file: TensorFile, model: Adaptable, what: str, remedy: str) -> UserEr
 def open_lora(path: Path) -> TensorFile:
     """A LoRA's file, or the folder in which diffusers or PEFT saved it."""
     if path.is_dir():
-        inside = [path / name for name in IN_FOLDER if (path / name).is_file()]
+        inside = [path / name for name in LORA_FILES if (path / name).is_file()]
         if not inside:
-            raise UserError(f"{path} is a folder without {IN_FOLDER[0]} or {IN_FOLDER[1]}; give the LoRA's own file")
+            raise UserError(f"{path} is a folder without {LORA_FILES[0]} or {LORA_FILES[1]}; give the LoRA's own file")
         path = inside[0]
     file = open_tensors(path)
     if kind := unsupported(file):
@@ -115,7 +115,7 @@ def open_lora(path: Path) -> TensorFile:
 
 def holds_adapter(file: TensorFile) -> bool:
     pairs = [pair for name in file.tensors if (pair := split_name(name))]
-    return any(part not in (*BESIDE, "gain") for _, part in pairs) or any(
+    return any(part not in (*SIDE_PARTS, "gain") for _, part in pairs) or any(
         adapter_kind(found) for found in by_module(pairs)
     )
 

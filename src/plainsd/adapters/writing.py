@@ -21,8 +21,8 @@ from plainsd.adapters.names import (
     modules_by_name,
     modules_of,
 )
-from plainsd.adapters.peft import NOTE
-from plainsd.adapters.reading import CONTEXTS
+from plainsd.adapters.peft import METADATA_KEY
+from plainsd.adapters.reading import FAMILY_BY_WIDTH
 from plainsd.disk import written_whole
 from plainsd.errors import UserError, unknown
 from plainsd.files.tensorfile import stored, write_safetensors
@@ -130,7 +130,7 @@ def kohya_notes(sd: StableDiffusion, adapters: Mapping[ModulePlace, Adapter]) ->
     """The metadata that programs look at in files of kohya's trainer."""
     algorithms = sorted({ALGORITHMS[type(adapter)] for adapter in adapters.values()})
     ranks, alphas = ({get(adapter) for adapter in adapters.values()} for get in (lambda a: a.rank, lambda a: a.alpha))
-    family = CONTEXTS.get(sd.unet.config.context, "")
+    family = FAMILY_BY_WIDTH.get(sd.unet.config.context, "")
     notes = {
         "ss_network_module": "networks.lora" if algorithms == ["lora"] else "lycoris.kohya",
         "ss_network_dim": f"{ranks.pop()}" if len(ranks) == 1 else "Dynamic",
@@ -171,4 +171,4 @@ def peft_notes(sd: StableDiffusion, adapters: Mapping[ModulePlace, LowRank]) -> 
             "use_dora": any(a.magnitude is not None for a in own.values()),
         }
         settings |= {f"{part}.{key}": value for key, value in table.items()}
-    return {NOTE: json.dumps(settings, indent=2, sort_keys=True)}
+    return {METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}

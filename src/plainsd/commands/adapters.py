@@ -11,10 +11,10 @@ from plainsd.errors import UserError
 from plainsd.pictures.settings import plain_number
 from plainsd.text.prompts import lora_tags
 
-Loras = list[tuple[Path, float]]  # files and strengths
+LoraFiles = list[tuple[Path, float]]  # files and strengths
 
 
-def without_tags(prompts: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+def prompts_and_loras(prompts: Sequence[str]) -> tuple[list[str], dict[str, float]]:
     """The prompts without their tags, and the LoRAs that they all name, with strengths."""
     texts, tags = zip(*map(lora_tags, prompts), strict=True)
     if any(one != tags[0] for one in tags):
@@ -22,7 +22,7 @@ def without_tags(prompts: Sequence[str]) -> tuple[list[str], dict[str, float]]:
     return [text.rstrip() for text in texts], dict(tags[0])
 
 
-def tags_of(loras: Loras) -> str:
+def tags_of(loras: LoraFiles) -> str:
     return "".join(f" <lora:{path.stem}:{plain_number(strength)}>" for path, strength in loras)
 
 
@@ -46,7 +46,7 @@ def learned(text: str) -> tuple[Path, str]:
     return file, word
 
 
-def chosen_loras(flags: Sequence[str], tags: dict[str, float], folder: Path | None) -> Loras:
+def chosen_loras(flags: Sequence[str], tags: dict[str, float], folder: Path | None) -> LoraFiles:
     """The files of the flags, then those that only tags name, looked up in the folder. A flag's strength goes first."""
     from plainsd.adapters.lora import find_lora
 

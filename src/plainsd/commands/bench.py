@@ -51,7 +51,7 @@ class Bench:
         from plainsd.device import choose_device, choose_dtype
         from plainsd.reports import bench
 
-        known = bench.ROWS | bench.LARGE
+        known = bench.BENCHMARKS | bench.GPU_BENCHMARKS
         for name in self.rows:
             if name not in known:
                 raise unknown("row", name, known)
@@ -60,7 +60,7 @@ class Bench:
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         with tempfile.TemporaryDirectory() as temporary:
-            wanted = self.rows or tuple(bench.ROWS if device.type == "cpu" else known)
+            wanted = self.rows or tuple(bench.BENCHMARKS if device.type == "cpu" else known)
             rows, folder = [], self.model or Path(temporary) / "sd1"  # where a later row finds it
             if self.model is None and set(wanted) & {"unet", "decode", "picture", "load"}:
                 print("making random weights of SD 1.5's shape", file=sys.stderr)
@@ -70,7 +70,7 @@ class Bench:
                 print(f"timing {name}", file=sys.stderr)
                 rows.append(known[name](place, self.compile))
         about = bench.machine(place)
-        print(table(rows, about), end="")
+        print(timing_table(rows, about), end="")
         if self.out:
             from plainsd.disk import written_whole
 
@@ -80,7 +80,7 @@ class Bench:
                 plot(rows, about, path)
 
 
-def table(rows: list[Timing], about: dict[str, object]) -> str:
+def timing_table(rows: list[Timing], about: dict[str, object]) -> str:
     """As Markdown."""
     lines = [
         ", ".join(f"{name} {value}" for name, value in about.items()),

@@ -43,7 +43,7 @@ class Evaluate:
 
         from plainsd.checkpoint import load
         from plainsd.disk import read_json
-        from plainsd.emoji.evaluate import evaluate, table
+        from plainsd.emoji.evaluate import evaluate, score_table
         from plainsd.files.predicted import on_or_off
 
         seed = read_seed(self.seed)
@@ -79,4 +79,4 @@ class Evaluate:
                 font=self.font,
                 progress=progress,
             )
-        print(table(result), end="")
+        print(score_table(result), end="")

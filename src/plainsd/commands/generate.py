@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plainsd.commands.adapters import chosen_loras, learned, without_tags
+from plainsd.commands.adapters import chosen_loras, learned, prompts_and_loras
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, grid_cells, sheet
 from plainsd.commands.output import PromptBatch, Target, check_writable, draw
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from plainsd.pictures.model import StableDiffusion
 
-NOTED = (*SEEDS, "guidance")  # what `notes` looks at
+CHECKED = (*SEEDS, "guidance")  # what `notes` looks at
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Generate(GenerateFlags):
             from plainsd.commands import remote
 
             say_unused(besides)
-            return remote.run(self, prompts, choices)
-        prompts, tags = without_tags(prompts)
+            return remote.generate_remotely(self, prompts, choices)
+        prompts, tags = prompts_and_loras(prompts)
         target = Target(self.out)  # says at once where nothing can be written
         if self.preview:
             check_writable(self.preview.parent)
@@ -57,7 +57,7 @@ class Generate(GenerateFlags):
         if len(axes) > 2 or (axes and self.count * len(prompts) > 1):
             raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
         noise = noise_of(self, choices)
-        say_notes(Settings(**{one.name: value}) for one in axes for value in one.values if one.name in NOTED)
+        say_notes(Settings(**{one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
         task, part = self.task(choices), share.part(len(prompts))
         target.number = None if share.alone else share.agreed(target.next_number()) + part.start
         if not part:

@@ -18,12 +18,12 @@ NOT_HERE = ("size", "outpaint", "interval", "model", "refiner", "vae", "masked",
 
 
 @dataclass(frozen=True)
-class Axis:
+class GridAxis:
     name: str
     values: list
 
 
-def axis(text: str) -> Axis:
+def axis(text: str) -> GridAxis:
     """`guidance=3,5,7` -> the setting and its values."""
     readers = {name: read for _, name, read, _ in FIELDS if name not in NOT_HERE}
     readers |= {"sampler": str, "spacing": str} | dict.fromkeys(SEEDS, read_seed)
@@ -37,16 +37,16 @@ def axis(text: str) -> Axis:
         raise UserError(f"grid {text!r} has a value that cannot be read; write it as guidance=3,5,7") from None
     if not equals or not values:
         raise UserError(f"grid {text!r} has no values; write it as guidance=3,5,7")
-    return Axis(name, parsed)
+    return GridAxis(name, parsed)
 
 
-def grid_cells(prompt: str, choices: dict, axes: list[Axis]) -> Iterator[tuple[list[str], dict]]:
+def grid_cells(prompt: str, choices: dict, axes: list[GridAxis]) -> Iterator[tuple[list[str], dict]]:
     """One picture a cell, row by row: the first axis runs across, the second down."""
     for values in product(*(one.values for one in reversed(axes))):
         yield [prompt], choices | dict(zip((one.name for one in reversed(axes)), values, strict=True))
 
 
-def sheet(images: list[Image.Image], axes: list[Axis]) -> Image.Image:
+def sheet(images: list[Image.Image], axes: list[GridAxis]) -> Image.Image:
     from plainsd.pictures.images import grid
 
     labels = [[f"{one.name.replace('_', ' ')} {value}" for value in one.values] for one in axes]

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plainsd.commands.adapters import Loras, tags_of
+from plainsd.commands.adapters import LoraFiles, tags_of
 from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
@@ -75,7 +75,7 @@ def say_unused(keys: list[str]) -> None:
 
 
 def with_notes(
-    settings: Settings, sd: StableDiffusion, loras: Loras, words: dict[str, Path], vae: Path | None, noise: dict
+    settings: Settings, sd: StableDiffusion, loras: LoraFiles, words: dict[str, Path], vae: Path | None, noise: dict
 ) -> Settings:
     """With what came by flags, and the hashes of all its files."""
     from plainsd.files.hashes import hashes

@@ -43,7 +43,7 @@ NOT_FIELDS = ("embeddings", "masked", "vae", "hashes", *NOISE)  # of what a pict
 SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
 
 
-def run(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> None:
+def generate_remotely(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> None:
     """Sends what `Generate.wanted` made of the flags, and writes what comes back."""
     from plainsd.commands.output import Target, check_writable
 
@@ -54,7 +54,7 @@ def run(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> 
     if command.preview:
         check_writable(command.preview.parent)
     began, written = time.perf_counter(), 0
-    for pictures in drawn(remote, jobs, command.preview):
+    for pictures in remote_pictures(remote, jobs, command.preview):
         if command.grid:
             pictures = pictures[-1:]  # the sheet; its pictures stay in the server's gallery
         for picture in pictures:
@@ -130,7 +130,7 @@ def file_content(path: Path) -> bytes:
 # --- what comes back -------------------------------------------------------------------------------------------------
 
 
-def drawn(remote: Remote, jobs: list[dict[str, Any]], preview: Path | None) -> Iterator[list[Finished]]:
+def remote_pictures(remote: Remote, jobs: list[dict[str, Any]], preview: Path | None) -> Iterator[list[Finished]]:
     """The pictures of each job in turn, under one progress bar. Whatever ends this early cancels what is left."""
     from tqdm import tqdm
 

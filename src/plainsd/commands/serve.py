@@ -9,15 +9,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import UseAppendAction
 
+from plainsd.commands.flags import flag
 from plainsd.errors import UserError
 
 SHORTEST_TOKEN = 12
-
-
-def flag(metavar: str):
-    return arg(metavar=metavar)
 
 
 @dataclass

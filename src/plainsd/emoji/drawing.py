@@ -25,7 +25,7 @@ from plainsd.errors import UserError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 STRIKE = 109  # the only size of the font's bitmaps, in Pillow's units
-SMALLEST, LARGEST = 0.80, 0.95  # longer side of the visible part, as a share of the picture's side
+SMALLEST_SCALE, LARGEST_SCALE = 0.80, 0.95  # longer side of the visible part, as a share of the picture's side
 NEAR = 0.13  # two glyphs nearer than this are near duplicates
 
 # Any two are at least 97 apart in RGB, so the nearest name is never in doubt.
@@ -178,7 +178,7 @@ def draw_picture(glyph: Image.Image, colour: tuple[int, int, int], size: int, pl
 def random_place(key: str, glyph_size: tuple[int, int], size: int) -> GlyphBox:
     """Size and place as a pure function of the key: `random.Random` keeps its stream for a text across versions."""
     draw = random.Random(key).random
-    longer = size * (SMALLEST + (LARGEST - SMALLEST) * draw())
+    longer = size * (SMALLEST_SCALE + (LARGEST_SCALE - SMALLEST_SCALE) * draw())
     width, height = (max(1, round(side * longer / max(glyph_size))) for side in glyph_size)
     return GlyphBox(int(draw() * (size - width + 1)), int(draw() * (size - height + 1)), width, height)
 

@@ -166,9 +166,9 @@ def evaluate(
         "rows": measured,
     }
     if out is not None:
-        save(contact_sheet(kept, asked, scores, concepts), Path(out) / "contact-sheet.png")
-        save(json.dumps(result, indent=1) + "\n", Path(out) / "scores.json")
-        save(table(result), Path(out) / "scores.txt")
+        write_file(contact_sheet(kept, asked, scores, concepts), Path(out) / "contact-sheet.png")
+        write_file(json.dumps(result, indent=1) + "\n", Path(out) / "scores.json")
+        write_file(score_table(result), Path(out) / "scores.txt")
     return result
 
 
@@ -186,7 +186,7 @@ def summary(asked: Sequence[Question], scores: Sequence[Score]) -> dict[str, dic
     return parts
 
 
-def table(result: dict) -> str:
+def score_table(result: dict) -> str:
     """The scores as a Markdown table, in per cent."""
     sampler = result["sampler"] or "the model's own sampler"
     lines = [
@@ -245,7 +245,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     return lines
 
 
-def save(content: str | Image.Image, path: Path) -> None:
+def write_file(content: str | Image.Image, path: Path) -> None:
     """A text or a PNG, whole or not at all."""
     if isinstance(content, Image.Image):
         write_png(content, path)

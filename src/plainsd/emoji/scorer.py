@@ -49,7 +49,7 @@ class Scorer:
 
     def __init__(self, glyphs: Sequence[Image.Image], backgrounds: dict[str, Sequence[int]], size: int):
         self.glyphs, self.backgrounds, self.size = list(glyphs), backgrounds, size
-        smallest, largest = drawing.SMALLEST * size, drawing.LARGEST * size
+        smallest, largest = drawing.SMALLEST_SCALE * size, drawing.LARGEST_SCALE * size
         self.step = (largest - smallest) / (COARSE_SIZES - 1)
         self.sizes = [smallest + i * self.step for i in range(COARSE_SIZES)]
         each = [self.draw(glyph, round(longer), COARSE) for glyph in self.glyphs for longer in self.sizes]
@@ -85,7 +85,7 @@ class Scorer:
 
     def fine_error(self, difference: Tensor, colour: Tensor, concept: int, longer: float) -> float:
         """The least error of one emoji at all sizes, a fine cell apart, around the one that the coarse search liked."""
-        low, high = math.ceil(drawing.SMALLEST * self.size), math.floor(drawing.LARGEST * self.size)
+        low, high = math.ceil(drawing.SMALLEST_SCALE * self.size), math.floor(drawing.LARGEST_SCALE * self.size)
         reach, step = round(self.step), max(1, self.size // FINE)
         sizes = {min(max(round(longer) + offset, low), high) for offset in range(-reach, reach + 1, step)}
         drawn = gathered([self.draw_fine(concept, size) for size in sorted(sizes)])

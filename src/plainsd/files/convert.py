@@ -19,7 +19,7 @@ from plainsd.files.detect import UNET_PREFIX, seems
 from plainsd.files.folder import PREVIEW, open_part, read_folder, read_network, write_folder
 from plainsd.files.hub import find
 from plainsd.files.predicted import asked, check_prediction, told_otherwise
-from plainsd.files.single import FILES, read_single, variant_in, write_single
+from plainsd.files.single import FILES_KEY, read_single, variant_in, write_single
 from plainsd.files.stored import Contents, StoredNetwork, parts
 from plainsd.files.tensorfile import TensorFile, open_tensors
 from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
@@ -123,7 +123,7 @@ def vae_of(whole: TensorFile, like: VAEConfig) -> StoredNetwork:
             f"{whole.path} is {seems(whole.tensors)} and holds no autoencoder (VAE); give another file with --vae"
         )
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("loss.")}
-    config = variant_in(whole)[0].vae if whole.metadata.get(FILES) else like
+    config = variant_in(whole)[0].vae if whole.metadata.get(FILES_KEY) else like
     file = TensorFile(whole.path, tensors, whole.metadata)
     return read_network(file, VAE, config, conv=False, layout="original")
 

@@ -200,7 +200,7 @@ def text_rows(encoder: TextEncoder) -> Iterator[NameRow]:
         yield from filled_rows(TEXT_BLOCK, k=k)
 
 
-ROWS = {UNet: unet_rows, VAE: vae_rows, TextEncoder: text_rows}
+NAME_ROWS = {UNet: unet_rows, VAE: vae_rows, TextEncoder: text_rows}
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class TensorPlace:
 
 def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[TensorPlace]:
     """All tensors of a network as a file in `layout` holds them, in our order; `conv` settles `maybe-conv`."""
-    names = {row[0]: row[COLUMN[layout]] for row in ROWS[type(network)](network)}
+    names = {row[0]: row[COLUMN[layout]] for row in NAME_ROWS[type(network)](network)}
     found: dict[str, TensorPlace] = {}
     for ours in network.state_dict():
         module, _, leaf = ours.rpartition(".")

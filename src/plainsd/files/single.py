@@ -36,7 +36,8 @@ from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, 
 from plainsd.listing import suffix_of
 from plainsd.models.variants import Variant
 
-FILES, SPELLED = "plainsd.files", "plainsd.spellings"  # in the metadata, as JSON: a folder's settings; our notes
+FILES_KEY = "plainsd.files"  # in the metadata, as JSON: the settings files of a folder
+SPELLINGS_KEY = "plainsd.spellings"  # and how its tensor names differ from the tables
 Note = TypeVar("Note", dict, list)
 KEPT = "leftovers."  # before a folder's tensors that single files do not have
 
@@ -91,7 +92,7 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True, pred
     file, remarks = without_gaps(open_tensors(path)), []
     variant, certain = variant_in(file, family, prediction)
     networks = read_networks(file, variant, [name for name in parts(variant) if vae or name != "vae"])
-    texts, spellings = note_in(file, FILES, {}), note_in(file, SPELLED, [])
+    texts, spellings = note_in(file, FILES_KEY, {}), note_in(file, SPELLINGS_KEY, [])
     if not texts and family is None:
         variant, remark = by_name(file, variant)
         remarks += [remark] if remark else []
@@ -113,7 +114,7 @@ def by_name(file: TensorFile, variant: Variant) -> tuple[Variant, str | None]:
 
 def variant_in(file: TensorFile, family: str | None = None, prediction: str | None = None) -> tuple[Variant, bool]:
     """What model is in a file, by our notes or by its shapes, and whether what it predicts is certain."""
-    texts = note_in(file, FILES, {})
+    texts = note_in(file, FILES_KEY, {})
     if strange := [name for name, text in texts.items() if not PATH.fullmatch(name) or not isinstance(text, str)]:
         raise damaged(file.path, f"its metadata names the file {strange[0]!r}, which no model has")
 
@@ -229,7 +230,9 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
         before = prefix if layout == "transformers" else f"{KEPT}{name}."
         tensors |= {before + key: stored for key, stored in network.extras.items()}
     others = [note for note in contents.spellings if not note.startswith("single-file ")]
-    metadata = contents.notes | {FILES: json.dumps(contents.texts)} | ({SPELLED: json.dumps(others)} if others else {})
+    metadata = contents.notes | {FILES_KEY: json.dumps(contents.texts)}
+    if others:
+        metadata[SPELLINGS_KEY] = json.dumps(others)
     if said := {"epsilon": "epsilon", "v_prediction": "v"}.get(contents.variant.prediction):
         metadata["modelspec.prediction_type"] = said
     with written_whole(target) as draft:

@@ -25,7 +25,7 @@ from torch import Tensor
 from plainsd.errors import UserError
 from plainsd.listing import suffix_of
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -39,7 +39,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 WINDOW = 2**26  # bytes of a file that stay in memory once they were read
 
@@ -115,7 +115,7 @@ def check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...]
         numbers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
         raise damaged(path, f"the header's entry for {name!r} is incomplete") from error
-    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else None
+    itemsize = STORED_DTYPES[dtype].itemsize if dtype in STORED_DTYPES else None
     if not numbers or begin > end or (itemsize and end - begin != math.prod(shape) * itemsize):
         raise damaged(path, f"{name!r} of shape {list(shape)} and type {dtype} cannot fill bytes {begin} to {end}")
     return dtype, shape, begin, end
@@ -127,7 +127,7 @@ def unread(path: Path, name: str, kind: str, pages: "_Pages", start: int, size: 
     def read(dtype: torch.dtype | None = None) -> Tensor:
         if dtype not in (None, torch.uint8):
             raise UserError(
-                f"{path}: {name!r} has the type {kind!r}, which is not supported; known: {', '.join(DTYPES)}; "
+                f"{path}: {name!r} has the type {kind!r}, which is not supported; known: {', '.join(STORED_DTYPES)}; "
                 "give the model in another precision"
             )
         return pages.read(start, torch.uint8, (size,))
@@ -153,8 +153,10 @@ def open_safetensors(path: Path) -> TensorFile:
     pages = _Pages(path)
     tensors = {}
     for name, (kind, shape, begin, end) in entries.items():
-        if kind in DTYPES:
-            tensors[name] = Stored(DTYPES[kind], shape, partial(pages.read, base + begin, DTYPES[kind], shape))
+        if kind in STORED_DTYPES:
+            tensors[name] = Stored(
+                STORED_DTYPES[kind], shape, partial(pages.read, base + begin, STORED_DTYPES[kind], shape)
+            )
         else:
             bare = unread(path, name, kind, pages, base + begin, end - begin)
             tensors[name] = Stored(torch.uint8, (end - begin,), bare, foreign=(kind, shape))

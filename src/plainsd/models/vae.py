@@ -81,7 +81,7 @@ class SpatialAttention(nn.Module):
         return x + self.attn(h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class Middle(nn.Module):
+class VAEMiddle(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.res1 = ResBlock(channels, channels, groups=groups, eps=EPS)
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
             )
             for i, c in enumerate(ch)
         )
-        self.mid = Middle(ch[-1], config.groups)
+        self.mid = VAEMiddle(ch[-1], config.groups)
         self.norm = nn.GroupNorm(config.groups, ch[-1], EPS)
         self.conv_out = nn.Conv2d(ch[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         super().__init__()
         ch, last = config.channels[::-1], len(config.channels) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, ch[0], 3, padding=1)
-        self.mid = Middle(ch[0], config.groups)
+        self.mid = VAEMiddle(ch[0], config.groups)
         self.levels = nn.ModuleList(
             VAELevel(ch[max(i - 1, 0)], c, config.layers + 1, config.groups, Upsample(c) if i < last else None)
             for i, c in enumerate(ch)

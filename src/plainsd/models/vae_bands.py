@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plainsd.models.layers import ResBlock
-from plainsd.models.vae import VAE, Gaussian, Middle, SpatialAttention, VAELevel
+from plainsd.models.vae import VAE, Gaussian, SpatialAttention, VAELevel, VAEMiddle
 
 BAND = 2**15  # positions in a band: at 256 channels in float32, 32 MB a map
 QUERIES = 2**12  # positions that look at all others at once
@@ -95,15 +95,15 @@ def resblock(block: ResBlock, x: Tensor) -> Tensor:
     return by_bands(lambda part: block.conv2(second(part)), h, halo=1, onto=out)
 
 
-def attention(block: SpatialAttention, x: Tensor) -> Tensor:
+def banded_attention(block: SpatialAttention, x: Tensor) -> Tensor:
     """As the block's own forward, some queries at a time."""
     h = block.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
     out = torch.cat([block.attn(queries, h) for queries in h.split(QUERIES, dim=1)], dim=1)
     return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-def middle(block: Middle, x: Tensor) -> Tensor:
-    return resblock(block.res2, attention(block.attn, resblock(block.res1, x)))
+def middle(block: VAEMiddle, x: Tensor) -> Tensor:
+    return resblock(block.res2, banded_attention(block.attn, resblock(block.res1, x)))
 
 
 def levels(through: nn.ModuleList, x: Tensor, resample: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:

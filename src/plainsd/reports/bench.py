@@ -169,7 +169,7 @@ def picture_row(place: Workbench, compiled: bool, family: str | None = None, ste
         options = {"steps": steps, "guidance": 7.5, "sampler": "dpmpp_2m", "count": count}
         return {
             **{side: partial(pipe, PROMPT, num_images_per_prompt=count, **named) for side, pipe in pipes.items()},
-            **{side: partial(drawn, sd, options) for side, sd in models.items()},
+            **{side: partial(sampled_images, sd, options) for side, sd in models.items()},
         }
 
     drawing = "a picture" if count == 1 else f"{count} pictures"
@@ -177,7 +177,7 @@ def picture_row(place: Workbench, compiled: bool, family: str | None = None, ste
     return race(name, sides(steps), max(1, place.rounds // 2), first=sides(2))
 
 
-def drawn(sd: StableDiffusion, options: dict[str, Any]) -> list[Image.Image]:
+def sampled_images(sd: StableDiffusion, options: dict[str, Any]) -> list[Image.Image]:
     return final(text_to_image(sd, PROMPT, **options))
 
 
@@ -192,7 +192,7 @@ def small_row(place: Workbench, compiled: bool) -> Timing:
     }
     place = place._replace(folder=embedded.path)
     for name, sd in both(place, compiled).items():
-        sides[name] = partial(drawn, sd, options)
+        sides[name] = partial(sampled_images, sd, options)
     return race(f"embedded model, {size} px, 20 steps of DPM++ 2M", sides, 3 * place.rounds)
 
 
@@ -256,7 +256,7 @@ def load_row(place: Workbench, compiled: bool) -> Timing:
     return row
 
 
-ROWS: dict[str, Callable[[Workbench, bool], Timing]] = {
+BENCHMARKS: dict[str, Callable[[Workbench, bool], Timing]] = {
     "small": small_row,
     "unet": unet_row,
     "decode": decode_row,
@@ -264,7 +264,7 @@ ROWS: dict[str, Callable[[Workbench, bool], Timing]] = {
     "load": load_row,
     "start": start_row,
 }
-LARGE: dict[str, Callable[[Workbench, bool], Timing]] = {  # for a GPU; on a CPU they take hours
+GPU_BENCHMARKS: dict[str, Callable[[Workbench, bool], Timing]] = {  # for a GPU; on a CPU they take hours
     f"{name}-{count}": partial(picture_row, family=family, steps=30, count=count)
     for name, family in {"sd1": "sd1", "sdxl": "sdxl-base"}.items()
     for count in (1, 8)

@@ -19,7 +19,7 @@ from plainsd.files.folder import read_folder
 from plainsd.files.hub import find
 from plainsd.files.predicted import check_prediction, told_otherwise, with_noise
 from plainsd.files.renumbered import without_gaps
-from plainsd.files.single import FILES, by_name, known_beside, prefixes, read_networks, variant_in
+from plainsd.files.single import FILES_KEY, by_name, known_beside, prefixes, read_networks, variant_in
 from plainsd.files.stored import StoredNetwork
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
 from plainsd.listing import suffix_of
@@ -48,7 +48,9 @@ def info(
     if told_of := embeddings.embedding_in(path):
         word, vectors = told_of
         notes = note_lines(open_tensors(path).metadata) if suffix_of(path) == ".safetensors" else []
-        return "\n".join([f"{path}: {EMBEDDING}", row("the word", printable(word)), row("made of", vectors), *notes])
+        return "\n".join(
+            [f"{path}: {EMBEDDING}", row("the word", terminal_safe(word)), row("made of", vectors), *notes]
+        )
     file = open_tensors(path)
     kind = reading.unsupported(file)
     if kind:
@@ -63,7 +65,7 @@ def info(
         file = without_gaps(file)
         variant, certain = variant_in(file, prediction=prediction)
         remark = None
-        if not file.metadata.get(FILES):
+        if not file.metadata.get(FILES_KEY):
             variant, remark = by_name(file, variant)
         variant = with_noise(variant, path, prediction, zero_snr)
         with_vae = any(name.startswith(prefixes(variant)["vae"][0]) for name in file.tensors)
@@ -82,7 +84,7 @@ def info(
 def adapter_in(path: Path) -> Path:
     """LoRAs and embeddings may come as folders too."""
     if path.is_dir() and not (path / "model_index.json").exists():
-        names = (*reading.IN_FOLDER, *embeddings.IN_FOLDER)
+        names = (*reading.LORA_FILES, *embeddings.EMBEDDING_FILES)
         return next((path / name for name in names if (path / name).is_file()), path)
     return path
 
@@ -217,12 +219,12 @@ def lora_lines(file: TensorFile) -> list[str]:
         row(network, ", ".join(f"{count} {what}" for what, count in whats.items()))
         for network, whats in targets.items()
     ]
-    lines += [row("words", ", ".join(map(printable, words)))] if words else []
+    lines += [row("words", ", ".join(map(terminal_safe, words)))] if words else []
     return [*lines, row("tensors", sizes(file.tensors.values()))]
 
 
 def layer_kind(parts: Mapping[str, Stored]) -> str:
-    shapes = [stored.shape for part, stored in parts.items() if part not in making.BESIDE]
+    shapes = [stored.shape for part, stored in parts.items() if part not in making.SIDE_PARTS]
     if "diff" in parts and len(parts["diff"].shape) == 1:
         return "norms"
     return "convolutions" if any(len(shape) == 4 and max(shape[2:]) > 1 for shape in shapes) else "linear layers"
@@ -243,8 +245,8 @@ def note_lines(metadata: Mapping[str, str]) -> list[str]:
     notes = {name: text for name, text in metadata.items() if name != "format" and not name.startswith("plainsd.")}
     tags = most_frequent(notes.pop("ss_tag_frequency", ""))
     notes = {name: text for name, text in sorted(notes.items()) if text not in ("", "None")}
-    lines = [f"    {printable(name)}: {printable(text)}" for name, text in notes.items()]
-    lines += [f"    most frequent tags: {printable(tags)}"] if tags else []
+    lines = [f"    {terminal_safe(name)}: {terminal_safe(text)}" for name, text in notes.items()]
+    lines += [f"    most frequent tags: {terminal_safe(tags)}"] if tags else []
     return ["  notes", *lines] if lines else []
 
 
@@ -257,7 +259,7 @@ def most_frequent(text: str, count: int = 20) -> str:
         return ""  # notes are free text: what has another form is not a table
 
 
-def printable(text: str) -> str:
+def terminal_safe(text: str) -> str:
     """One line that cannot steer a terminal."""
     text = "".join(sign if sign.isprintable() else " " for sign in text)
     return text if len(text) <= LONGEST else text[:LONGEST] + "..."

@@ -42,7 +42,7 @@ from plainsd.reports.references import pipe_there, quiet, reference_network, tok
 TOLERANCE = 1e-4  # relative, of one network; float32 rounding gives 1e-7 to 1e-5
 DRAWN = 2e-3  # of the latents after five steps; with zero terminal SNR they begin at sigma 4096
 STEPS = 5
-WIDEST = 256  # pixels: the arithmetic is the same at any size
+MAX_SIDE = 256  # pixels: the arithmetic is the same at any size
 WORDS = ("a red apple", "blurred")  # short: diffusers cuts off what is longer than the text encoder
 TEXTS = (
     *WORDS,
@@ -97,7 +97,7 @@ def verify(
         yield from tokenizer_rows(contents, path)
         for name in (*encoder_names(contents.variant), "vae", "unet"):
             network = contents.networks[name]
-            run = {"unet": unet_row, "vae": vae_rows}.get(name, text_row)
+            run = {"unet": compare_unet, "vae": compare_vae}.get(name, compare_text)
             yield from run(
                 name,
                 contents.variant,
@@ -149,11 +149,11 @@ def numbers(device: torch.device, *shape: int) -> Tensor:
 
 def picture_size(variant: Variant) -> tuple[int, int]:
     """Not square, so that height and width cannot be mistaken for each other."""
-    side = min(variant.size, WIDEST)
+    side = min(variant.size, MAX_SIDE)
     return side, max(side * 3 // 4 // 8, 1) * 8
 
 
-def text_row(
+def compare_text(
     name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
 ) -> Iterator[Comparison]:
     text = variant.text[encoder_names(variant).index(name)]
@@ -176,7 +176,7 @@ def text_row(
     yield Comparison(name.replace("_", " "), max(differences(device, build, build_there, ours, there)), TOLERANCE)
 
 
-def vae_rows(
+def compare_vae(
     name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
 ) -> Iterator[Comparison]:
     (width, height), vae = picture_size(variant), variant.vae
@@ -196,7 +196,7 @@ def vae_rows(
     yield Comparison("vae, decode", decoded, TOLERANCE)
 
 
-def unet_row(
+def compare_unet(
     name: str, variant: Variant, device: torch.device, build: Callable, build_there: Callable
 ) -> Iterator[Comparison]:
     config, (width, height) = variant.unet, (side // variant.vae.factor for side in picture_size(variant))

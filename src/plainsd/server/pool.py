@@ -36,7 +36,7 @@ from plainsd.server.folders import named_files
 from plainsd.speed.model import faster
 from plainsd.text.prompts import lora_tags
 
-Loras = Sequence[tuple[str, float]]
+NamedLoras = Sequence[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Models:
             raise Refused(404, str(unknown("model", name, self.known)), "model", name)
         return self.known[name]
 
-    def ready(self, name: str, loras: Loras, one: Settings) -> tuple[ServedModel, StableDiffusion]:
+    def ready(self, name: str, loras: NamedLoras, one: Settings) -> tuple[ServedModel, StableDiffusion]:
         """A model, and all that draws a picture of these settings: its networks with just these LoRAs, the words that
         the prompts use, the refiner."""
         model = self.resident(name, loras)
@@ -139,7 +139,7 @@ class Models:
             sd = replace(sd, refiner=self.resident(one.refiner, beside=model).sd)
         return model, sd
 
-    def hashes(self, model: ServedModel, loras: Loras, one: Settings) -> Hashes:
+    def hashes(self, model: ServedModel, loras: NamedLoras, one: Settings) -> Hashes:
         """Of the files that drew a picture of these settings."""
         words = {word.text: word.path for word in map(self.words.word, one.embeddings)}
         assert model.sd is not None  # it has just drawn
@@ -147,7 +147,7 @@ class Models:
             model.sd.path, self.options.vae, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items()
         )
 
-    def resident(self, name: str, loras: Loras = (), beside: ServedModel | None = None) -> ServedModel:
+    def resident(self, name: str, loras: NamedLoras = (), beside: ServedModel | None = None) -> ServedModel:
         """The model with its networks, and just these LoRAs on it. What is not loaded is; others make room for it, the
         least recently used first, but not the one that is needed beside it."""
         if name not in self.known:
@@ -199,7 +199,7 @@ class Models:
             )
         raise UserError(f"loras: {unknown('LoRA', name, known)}", field="loras")
 
-    def check_loras(self, model: ServedModel, wanted: Loras) -> None:
+    def check_loras(self, model: ServedModel, wanted: NamedLoras) -> None:
         """UserError where one is not there, or was made for another kind of model."""
         for name, strength in wanted:
             try:

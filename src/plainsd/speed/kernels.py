@@ -232,7 +232,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return _norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, False)
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, over: bool = False) -> Tensor:
+def fused_norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, over: bool = False) -> Tensor:
     """silu(norm(x + shift)). x (B, C, H, W), shift (B, C) -> (B, C, H, W), channels last. `over`: into x."""
     x = x.contiguous(memory_format=torch.channels_last)
     return _norm(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, True, shift, x if over else None)

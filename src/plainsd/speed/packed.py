@@ -140,9 +140,9 @@ class PackedResBlock(nn.Module):
         self.emb = plain.emb
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(kernels.norm_silu(self.norm1, x))
+        h = self.conv1(kernels.fused_norm_silu(self.norm1, x))
         shift = None if self.emb is None else self.emb(nn.functional.silu(emb))
-        h = self.conv2(kernels.norm_silu(self.norm2, h, shift, over=True))
+        h = self.conv2(kernels.fused_norm_silu(self.norm2, h, shift, over=True))
         return h.add_(self.skip(x))
 
 

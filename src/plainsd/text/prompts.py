@@ -26,7 +26,7 @@ NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 PIECES = re.compile(rf"\\[()\[\]\\]|:\s*({NUMBER})\s*\)|[()\[\]:\\]|[^()\[\]:\\]+")
 SIGNS = re.compile(r"\\.|[()\[\]:|\\]|[^()\[\]:|\\]+", re.DOTALL)
 WHEN = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?\d+)?)\s*")
-LORA = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
+LORA_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies by
 
 
@@ -219,7 +219,7 @@ def compose(prompt: str) -> list[tuple[str, float]]:
 def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     """The prompt without its `<lora:name:strength>` tags, and the LoRAs that they name; no strength means 1."""
     loras = []
-    for kind, content in LORA.findall(prompt):
+    for kind, content in LORA_TAG.findall(prompt):
         name, *strengths = content.split(":")
         if kind == "hypernet":
             raise UserError(
@@ -230,4 +230,4 @@ def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
                 f"<{kind}:{content}> is not a LoRA with one strength; write it as <lora:name:0.8>", field="prompt"
             )
         loras.append((name.strip(), float(strengths[0]) if strengths else 1.0))
-    return LORA.sub("", prompt), loras
+    return LORA_TAG.sub("", prompt), loras

@@ -19,13 +19,13 @@ from plainsd.errors import UserError
 from plainsd.train.checkpoints import saving
 from plainsd.train.processes import World
 
-OPTIONS, CONFIG, LOCK = "options.json", "run.toml", ".lock"
+OPTIONS_FILE, CONFIG_FILE, LOCK_FILE = "options.json", "run.toml", ".lock"
 
 
 @contextmanager
 def locked(folder: Path, world: World) -> Iterator[None]:
     """Inside, no other training may begin in this folder."""
-    lock, taken = FileLock(folder / LOCK), False
+    lock, taken = FileLock(folder / LOCK_FILE), False
     made = [place for place in (folder, *folder.parents) if not place.exists()] if world.first else []
     if world.first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,8 +39,8 @@ def locked(folder: Path, world: World) -> Iterator[None]:
         yield
     finally:
         if world.first:
-            if not (folder / OPTIONS).exists():
-                (folder / LOCK).unlink(missing_ok=True)
+            if not (folder / OPTIONS_FILE).exists():
+                (folder / LOCK_FILE).unlink(missing_ok=True)
             lock.release()
             with suppress(OSError):  # what is not empty stays
                 for place in made:
@@ -50,6 +50,6 @@ def locked(folder: Path, world: World) -> Iterator[None]:
 def claim(folder: Path, identity: Mapping[str, str], config: str) -> None:
     """Writes down which run this is."""
     with saving("the options"):
-        for name, text in ((OPTIONS, json.dumps(identity, indent=1)), (CONFIG, config)):
+        for name, text in ((OPTIONS_FILE, json.dumps(identity, indent=1)), (CONFIG_FILE, config)):
             with written_whole(folder / name) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.pictures import read_pictures
-from plainsd.train.data.sources import placed
+from plainsd.train.data.sources import parse_source
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob, weights_digest
 from plainsd.train.methods.dreambooth import make_prior
@@ -175,7 +175,7 @@ def prior_set(job: TrainJob, sd: StableDiffusion, size: int) -> Examples | None:
             if own.prior_prompt is None:
                 raise UserError(f"no folder {str(own.prior)!r}; give --prior-prompt, and the model makes the pictures")
             make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
-        known, sources = job.out / "cache" / "scanned.json", [Path(placed(one)[0]) for one in job.options.data]
+        known, sources = job.out / "cache" / "scanned.json", [Path(parse_source(one)[0]) for one in job.options.data]
         without = (*sources, *filter(None, [job.options.reading.heldout]), job.out)
         pictures = read_pictures(folder, size, caption=own.prior_prompt, known=known, without=without, say=job.say)
     return job.examples(sd.vae, pictures)

@@ -21,19 +21,19 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import RANDOM, drawn_seed
 from plainsd.train import config
 from plainsd.train.checkpoints import checkpoints, saving
-from plainsd.train.claim import CONFIG, OPTIONS, claim
+from plainsd.train.claim import CONFIG_FILE, OPTIONS_FILE, claim
 from plainsd.train.data.captions import cut_captions
 from plainsd.train.data.crops import Framing
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.heldout import of_run
 from plainsd.train.data.latents import Latents, cache_latents
 from plainsd.train.data.pictures import PictureSet, described, joined
-from plainsd.train.data.sources import Reading, placed, read_source
+from plainsd.train.data.sources import Reading, parse_source, read_source
 from plainsd.train.objective import Objective
 from plainsd.train.options import FitOptions, TrainOptions, given
 from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.processes import World
-from plainsd.train.run import Interrupted, Rhythm, run
+from plainsd.train.run import Interrupted, Rhythm, run_training
 from plainsd.train.shard import shard
 from plainsd.train.trainer import Method
 
@@ -82,7 +82,7 @@ class TrainJob:
         """In place of -1 a random one, or that with which the run began; the same in every process."""
         if self.options.pace.seed != RANDOM:
             return
-        file = self.out / OPTIONS
+        file = self.out / OPTIONS_FILE
         seed = int(read_json(file).get("seed", 0)) if file.is_file() else drawn_seed()
         seed = int(self.world.total([seed if self.world.first else 0])[0])
         self.say(f"seed {seed}")
@@ -106,7 +106,7 @@ class TrainJob:
     def check_options(self, **more: str) -> None:
         """A run is one set of options: another set in the same folder is refused, but for those of no consequence, and
         for a longer way to go. That changes the learning rate from here on, where it declines along a cosine."""
-        path, now = self.out / OPTIONS, flat(self.options) | more
+        path, now = self.out / OPTIONS_FILE, flat(self.options) | more
         old = read_json(path) if path.is_file() else {}
         for name in now if old else ():
             if name in ("steps", "epochs") and longer(old.get(name), now[name]):
@@ -122,7 +122,7 @@ class TrainJob:
     def claim(self) -> None:
         """From here on the folder is this run's. Called when nothing can be refused any more."""
         if self.world.first:
-            says = f"plainsd train --config {self.out / CONFIG}\nPaths are as they were given, in {Path.cwd()}."
+            says = f"plainsd train --config {self.out / CONFIG_FILE}\nPaths are as they were given, in {Path.cwd()}."
             claim(self.out, self.identity, config.config_text(self.options, says))
 
     # ---- pictures
@@ -132,7 +132,7 @@ class TrainJob:
         data = self.options.reading
         framing = Framing(data.buckets, data.crop, data.places, data.flip)
         size, prior = data.size or size, self.options.prior.prior
-        sources = [Path(placed(source)[0]) for source in self.options.data]
+        sources = [Path(parse_source(source)[0]) for source in self.options.data]
         found = joined(self.read(source, size, data.heldout, prior) for source in self.options.data)
         pictures = PictureSet(found.items, size, framing, data.shuffle_tags)
         heldout = None
@@ -151,7 +151,7 @@ class TrainJob:
         """One source. The others, and the run's own folder, are no part of it, though they may lie inside."""
         data = self.options.reading
         without = (*filter(None, others), self.out)
-        place = Path(placed(source)[0]).resolve()
+        place = Path(parse_source(source)[0]).resolve()
         for other in without:
             if other.exists() and place in other.resolve().parents:
                 self.say(f"{other} lies in {source}, and is not taken for a part of it")
@@ -276,7 +276,7 @@ class TrainJob:
         options = self.fit_options(order.count, pictures.size)
         stopped = f"stopped and saved in {self.out}; the same command goes on from there"
         try:
-            trainer = run(
+            trainer = run_training(
                 method,
                 order,
                 options,

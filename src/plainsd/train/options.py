@@ -1,6 +1,6 @@
 """What can be chosen about a training run, by the part that it belongs to. `Train` in cli.py puts the parts together.
 
-Numbers that suit one method and not another are None here, and come from DEFAULTS.
+Numbers that suit one method and not another are None here, and come from METHOD_DEFAULTS.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +15,7 @@ from plainsd.pictures.settings import Settings, read_seed
 
 FROM_NOTHING = {"steps": 10_000, "batch": 64, "accumulate": 1, "lr": 1e-3, "warmup": 200, "decline": "cosine"}
 RECIPE = {"batch": 1, "accumulate": 4, "warmup": 0, "decline": "constant"}
-DEFAULTS: dict[str, dict[str, Any]] = {
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "vae": FROM_NOTHING,
     "scratch": FROM_NOTHING,
     "full": RECIPE | {"epochs": 400, "lr": 1e-5},
@@ -260,7 +260,7 @@ def with_defaults(method: str, steps: Steps) -> Steps:
     """The method's own numbers where none are given."""
     if steps.steps is not None and steps.epochs is not None:
         raise UserError(f"--steps {steps.steps} and --epochs {steps.epochs} both say how long to train; give one")
-    own = {"weight_decay": 0.01} | DEFAULTS[method]
+    own = {"weight_decay": 0.01} | METHOD_DEFAULTS[method]
     own = {name: value for name, value in own.items() if getattr(steps, name) is None}
     if steps.steps is not None or steps.epochs is not None:
         own = {name: value for name, value in own.items() if name not in ("steps", "epochs")}
@@ -271,7 +271,7 @@ def with_defaults(method: str, steps: Steps) -> Steps:
             raise UserError(f"--{name} {value} is out of range; give 1 or more")
     Settings(seed=filled.seed).check()
     if not 0 < given(filled.lr) < float("inf"):
-        usual = DEFAULTS[method]["lr"]
+        usual = METHOD_DEFAULTS[method]["lr"]
         raise UserError(f"--lr {filled.lr:g} is out of range; give a number above 0, such as {usual:g}")
     return filled
 

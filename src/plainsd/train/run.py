@@ -57,7 +57,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after the state was saved."""
 
 
-def run(
+def run_training(
     method: Method,
     pictures: int | Callable[[int], int],
     options: FitOptions,
@@ -160,7 +160,7 @@ class Diary:
         self.bar.update()
         self.window.append(report)
         if self.rhythm.due("log", report.step, self.steps):
-            line = summary(self.window, self.device)
+            line = log_line(self.window, self.device)
             self.write(line)
             loss, speed, peak = line["loss"], line["samples_per_s"], line["peak_gb"]
             self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.3g}/s, {peak:.1f} GB")
@@ -234,7 +234,7 @@ def stopped_by_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def summary(window: list[Report], device: torch.device) -> dict[str, float]:
+def log_line(window: list[Report], device: torch.device) -> dict[str, float]:
     """One log line: honest means over the window's steps, each of as many pictures."""
     last, good = window[-1], [r for r in window if r.loss == r.loss]
     names = good[-1].metrics if good else {}

@@ -215,7 +215,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     @app.get("/api/models", tags=["models"])
     def models() -> dict:
         return {
-            "models": [model_told(model, service.models) for model in service.models.known.values()],
+            "models": [described_model(model, service.models) for model in service.models.known.values()],
             "default": service.models.default,
         }
 
@@ -244,7 +244,7 @@ def add_page(app: FastAPI, service: Service) -> None:
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def model_told(model: ServedModel, models: Models) -> dict:
+def described_model(model: ServedModel, models: Models) -> dict:
     variant = model.bare.variant
     return {
         "name": model.name, "kind": variant.name, "resident": model.sd is not None, "bytes": model.bytes,

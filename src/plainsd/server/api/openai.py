@@ -89,7 +89,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/images/generations", responses=STREAM, response_model=None)
     async def generations(body: ImagesRequest, request: Request) -> JSONResponse | EventSourceResponse:
         job = await service.submit(body.job(), client_of(request, body.user), "openai")
-        return await answered(service, job, body, request, "image_generation")
+        return await images_response(service, job, body, request, "image_generation")
 
     @router.post("/images/edits", responses=STREAM, response_model=None, openapi_extra=FORM)
     async def edits(request: Request) -> JSONResponse | EventSourceResponse:
@@ -99,20 +99,20 @@ def routes(service: Service) -> APIRouter:
         wanted = body.job()
         base = await run_in_threadpool(edit_canvas, wanted, content, mask, service)
         job = await service.submit(wanted, client_of(request, body.user), "openai", base)
-        return await answered(service, job, body, request, "image_edit")
+        return await images_response(service, job, body, request, "image_edit")
 
     @router.get("/models")
     def models() -> dict:
-        return {"object": "list", "data": [model_told(model) for model in service.models.known.values()]}
+        return {"object": "list", "data": [openai_model(model) for model in service.models.known.values()]}
 
     @router.get("/models/{name}")
     def model(name: Text) -> dict:
-        return model_told(service.models[name])
+        return openai_model(service.models[name])
 
     return router
 
 
-def model_told(model: ServedModel) -> dict:
+def openai_model(model: ServedModel) -> dict:
     return {"id": model.name, "object": "model", "created": 0, "owned_by": "plainsd"}
 
 
@@ -158,11 +158,11 @@ def edit_canvas(wanted: JobRequest, content: bytes, mask: bytes | None, service:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-async def answered(
+async def images_response(
     service: Service, job: Job, body: ImagesRequest, request: Request, kind: str
 ) -> JSONResponse | EventSourceResponse:
     if body.stream:
-        return EventSourceResponse(streamed(service, job, body, kind))
+        return EventSourceResponse(sse_stream(service, job, body, kind))
     await service.outcome(job, request)
     if (refused := why_not(job)) is not None:
         raise refused
@@ -195,7 +195,7 @@ def recoded(png: bytes, body: ImagesRequest) -> bytes:
     return buffer.getvalue()
 
 
-async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -> AsyncIterator[bytes]:
+async def sse_stream(service: Service, job: Job, body: ImagesRequest, kind: str) -> AsyncIterator[bytes]:
     """Partial pictures while they are drawn, then the whole ones."""
     wanted, sent, rough = body.partial_images or 0, 0, None
     try:
@@ -210,7 +210,7 @@ async def streamed(service: Service, job: Job, body: ImagesRequest, kind: str) -
                 yield event(f"{kind}.partial_image", body, rough, partial_image_index=sent)
                 sent += 1
         if (refused := why_not(job)) is not None:
-            yield encoded("error", refused.body("/v1/") | {"type": "error"})
+            yield sse("error", refused.body("/v1/") | {"type": "error"})
             return
         for row, content in await run_in_threadpool(service.files, job):
             whole = base64.b64encode(await run_in_threadpool(recoded, content, body)).decode()
@@ -228,8 +228,8 @@ def event(name: str, body: ImagesRequest, picture: str, **more: Any) -> bytes:
         "quality": body.quality or "auto",
         "background": "opaque", "output_format": body.output_format or "png", **more,
     }  # fmt: skip
-    return encoded(name, data)
+    return sse(name, data)
 
 
-def encoded(name: str, data: dict) -> bytes:
+def sse(name: str, data: dict) -> bytes:
     return format_sse_event(event=name, data_str=json.dumps(data))

@@ -17,9 +17,8 @@ import torch
 from PIL import Image, ImageOps
 
 from plainsd.errors import UserError
-
-Size = tuple[int, int]
-MULTIPLE = 8  # of every box's sides, in pixels
+from plainsd.pictures.conditioning import Size
+from plainsd.pictures.defaults import MULTIPLE
 
 
 class View(NamedTuple):

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.models.vae import VAE
+from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import to_mask, to_tensor
-from plainsd.train.data.crops import Framing, Size, View, cut_out
+from plainsd.train.data.crops import Framing, View, cut_out
 from plainsd.train.data.pictures import PictureSet
 from plainsd.train.order import Pick
 
@@ -158,7 +159,7 @@ def _made(
         ):
             pixels, masks = zip(*coming, strict=True)
             coming = many(load, following)
-            moments = encoded(vae, torch.cat(pixels), dtype)
+            moments = vae_moments(vae, torch.cat(pixels), dtype)
             moments = torch.cat([moments, torch.cat(masks)], dim=1) if masked else moments
             for want, one in zip(chunk, moments.half(), strict=True):
                 yield want.start, one.contiguous().numpy().tobytes()
@@ -175,7 +176,7 @@ def _load(pictures: PictureSet, masked: bool, factor: int, want: Wanted) -> tupl
 
 
 @torch.no_grad()
-def encoded(vae: VAE, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+def vae_moments(vae: VAE, pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, 3, H, W) -> means and standard deviations, (B, 2L, H/f, W/f) float32 on the CPU."""
     device = next(vae.parameters()).device
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

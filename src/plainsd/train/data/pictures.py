@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
+from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture, to_tensor
-from plainsd.train.data.crops import Framing, Size, View, cut_out, view_of
+from plainsd.train.data.crops import Framing, View, cut_out, view_of
 from plainsd.train.data.folders import found_in
 from plainsd.train.data.heldout import chosen_pictures, digests
 

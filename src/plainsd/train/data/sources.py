@@ -27,8 +27,8 @@ from tqdm import tqdm
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.listing import file_named, files_below, lies_in, others, suffix_of
+from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture
-from plainsd.train.data.crops import Size
 from plainsd.train.data.folders import METADATA, is_picture, refused, spoken
 from plainsd.train.data.pictures import PictureSet, read_pictures, scan
 
@@ -116,7 +116,7 @@ def read_source(
     source: str, size: int, cache: Path, reading: Reading = Reading(), say: Callable[[str], None] = print
 ) -> PictureSet:
     """The pictures of one source, checked. `cache` is a folder for what is fetched, converted and remembered."""
-    place, repeats = placed(source)
+    place, repeats = parse_source(source)
     path, known = Path(place), cache / "scanned.json"
     kind, files = source_kind(path, reading.without)
     if kind is None and not path.exists() and not HUB_NAME.fullmatch(place):
@@ -137,7 +137,7 @@ def read_source(
             say=say,
         )
     elif reading.stream:
-        folder = streamed(place, kind, files, cache, reading)
+        folder = fetched_rows(place, kind, files, cache, reading)
         pictures = read_pictures(
             folder, size, bad_share=reading.bad_share, caption=reading.caption, repeats=repeats, known=known, say=say
         )
@@ -149,7 +149,7 @@ def read_source(
     return pictures
 
 
-def placed(source: str) -> tuple[str, int]:
+def parse_source(source: str) -> tuple[str, int]:
     """Where a source lies, and how often an epoch shows it."""
     found = None if Path(source).exists() else SOURCE.fullmatch(source)
     return (found[1], int(found[2] or 1)) if found else (source, 1)
@@ -278,7 +278,7 @@ def _texts(value: Any, caption: str | None) -> tuple[str, ...]:
 # ---- streaming
 
 
-def streamed(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> Path:
+def fetched_rows(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> Path:
     """The first rows of a dataset as a folder with metadata.jsonl. One that was cut short is gone on with."""
     if not reading.limit:
         raise UserError("streaming needs --limit, the number of pictures to take from the dataset")
