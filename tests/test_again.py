@@ -14,7 +14,7 @@ import plainsd
 from plainsd.checkpoint import save_vae
 from plainsd.files import hashes
 from plainsd.pictures.images import read_settings
-from plainsd.pictures.settings import parse_settings
+from plainsd.pictures.texts.a1111 import parse_settings
 
 
 @pytest.fixture

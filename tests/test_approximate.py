@@ -11,7 +11,8 @@ from plainsd.generate import final, text_to_image
 from plainsd.models.deep_cache import DeepCache
 from plainsd.models.unet import UNet, UNetConfig
 from plainsd.pictures.model import Saving
-from plainsd.pictures.settings import Settings, format_settings, parse_settings
+from plainsd.pictures.settings import Settings
+from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.speed.int8 import int8
 
 OPTIONS = {"size": 64, "steps": 6, "guidance": 4.0, "seed": 5}

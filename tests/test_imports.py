@@ -237,7 +237,7 @@ def test_importing_costs_nothing():
 
 def test_reading_settings_needs_no_torch():
     code = (
-        "import sys; from plainsd.pictures.settings import parse_settings\n"
+        "import sys; from plainsd.pictures.texts.a1111 import parse_settings\n"
         "parse_settings('x\\nSteps: 3, Sampler: Euler, Seed: 1')\n"
         "assert not {'torch', 'numpy', 'PIL', 'tyro'} & set(sys.modules)"
     )

@@ -15,7 +15,7 @@ from plainsd.cli import main
 from plainsd.errors import UserError
 from plainsd.files.detect import detect
 from plainsd.models.variants import VARIANTS
-from plainsd.pictures.settings import format_settings, parse_settings
+from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CPU = {"device": "cpu", "dtype": "float32"}

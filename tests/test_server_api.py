@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Brake, alike, base64_of, from_base64, model_folder, open_service, png_bytes, served, until
 
 import plainsd
-from plainsd.pictures.settings import parse_settings
+from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.server.limits import Limits
 from plainsd.server.uploads import opened
 

@@ -7,16 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import (
-    NEAREST_LABELS,
-    SAMPLER_LABELS,
-    SEEDS,
-    SPACING_LABELS,
-    Settings,
-    format_settings,
-    nearest_label,
-    parse_settings,
-)
+from plainsd.pictures.settings import SEEDS, Settings
+from plainsd.pictures.texts.a1111 import format_settings, parse_settings
+from plainsd.pictures.texts.labels import NEAREST_LABELS, SAMPLER_LABELS, SPACING_LABELS, nearest_label
 
 TYPICAL = Settings("a red apple", "blurred", (512, 512), 20, 7.0, "dpmpp_2m", "karras", 1, model="emoji")
 

@@ -8,7 +8,8 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from plainsd.errors import UserError, unknown
-from plainsd.pictures.settings import FIELDS, SEEDS, read_seed
+from plainsd.pictures.settings import SEEDS, read_seed
+from plainsd.pictures.texts.fields import FIELDS
 
 if TYPE_CHECKING:
     from PIL import Image

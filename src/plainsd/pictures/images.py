@@ -14,7 +14,8 @@ from torch import Tensor
 
 from plainsd.disk import draft_of, under_free_name, written_whole
 from plainsd.errors import UserError
-from plainsd.pictures.settings import Settings, format_settings, parse_settings
+from plainsd.pictures.settings import Settings
+from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 
 LARGEST = 89_478_485  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
 

@@ -11,7 +11,8 @@ from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
 from plainsd.pictures.conditioning import weighted
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import FIELDS, RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
+from plainsd.pictures.settings import RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
+from plainsd.pictures.texts.fields import FIELDS
 from plainsd.server.canvas import Base, base_of
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Job, Sheet

@@ -6,7 +6,9 @@ from typing import Any
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
-from plainsd.pictures.settings import DEFAULTS, FIELDS, SEEDS, UPSCALERS, Settings, format_settings
+from plainsd.pictures.settings import DEFAULTS, SEEDS, UPSCALERS, Settings
+from plainsd.pictures.texts.a1111 import format_settings
+from plainsd.pictures.texts.fields import FIELDS
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.pictures import Picture, json_seed, tagged
 from plainsd.server.limits import Limits

@@ -12,7 +12,8 @@ from starlette.concurrency import run_in_threadpool
 
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.models.variants import edits
-from plainsd.pictures.settings import ENTRY, format_settings, parse_settings, sampler_label, spacing_label, unquote
+from plainsd.pictures.texts.a1111 import ENTRY, format_settings, parse_settings, unquote
+from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api.a1111_fields import (
     NONE_HERE,
     Common,

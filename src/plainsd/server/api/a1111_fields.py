@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.errors import unknown
 from plainsd.generate import check_size
-from plainsd.pictures.settings import sampler_label, spacing_label
+from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused, shown
 from plainsd.server.limits import Limits

@@ -16,7 +16,8 @@ from starlette.concurrency import run_in_threadpool
 from plainsd import __version__
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.models.variants import edits
-from plainsd.pictures.settings import RANGES, UPSCALERS, sampler_label, spacing_label
+from plainsd.pictures.settings import RANGES, UPSCALERS
+from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.errors import add_errors
 from plainsd.server.api.security import Gate, Hosts

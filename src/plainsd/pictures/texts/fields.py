@@ -1,0 +1,54 @@
+"""The numbers and names of A1111's text: its key, our field, and how a value is read and written."""
+
+from plainsd.pictures.settings import plain_number
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, high = text.split(" to ")
+    return float(low), float(high)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(", "))
+
+
+def read_size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    left, top, right, bottom = text.split()
+    return int(left), int(top), int(right), int(bottom)
+
+
+# A1111's key, our field, text -> value, value -> text; in the order in which they are written
+FIELDS = (
+    ("Steps", "steps", int, str),
+    ("CFG scale", "guidance", float, plain_number),
+    ("Image CFG scale", "image_guidance", float, plain_number),
+    ("Seed", "seed", int, str),
+    ("Size", "size", read_size, lambda size: f"{size[0]}x{size[1]}"),
+    ("Model", "model", str, str),
+    ("VAE", "vae", str, str),
+    ("Prediction", "prediction", str, str),
+    ("Noise Schedule", "zero_snr", lambda text: text == ZERO_SNR, lambda on: ZERO_SNR if on else "Default"),
+    ("Denoising strength", "strength", float, plain_number),
+    ("Mask", "masked", lambda text: text == "given", lambda masked: "given"),
+    ("Outpaint", "outpaint", _sides, lambda sides: " ".join(map(str, sides))),
+    ("Clip skip", "clip_skip", int, str),
+    ("Eta", "eta", float, plain_number),
+    ("Variation seed", "variation_seed", int, str),
+    ("Variation seed strength", "variation_strength", float, plain_number),
+    ("Hires upscale", "hires", float, plain_number),
+    ("Hires upscaler", "upscaler", str.lower, str.capitalize),
+    ("Refiner", "refiner", str, str),
+    ("Refiner switch at", "handover", float, plain_number),
+    ("CFG rescale", "rescale", float, plain_number),
+    ("CFG interval", "interval", _interval, lambda pair: f"{plain_number(pair[0])} to {plain_number(pair[1])}"),
+    ("PAG scale", "perturbed", float, plain_number),
+    ("Threshold percentile", "threshold", float, plain_number),
+    ("Deep cache", "cache", int, str),
+    ("Embeddings", "embeddings", _words, ", ".join),
+)
+ZERO_SNR = "Zero Terminal SNR"  # A1111's word for it
