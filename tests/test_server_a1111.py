@@ -21,7 +21,7 @@ from serving import (
 from webuiapi import HiResUpscaler, WebUIApi
 
 import plainsd
-from plainsd.server.api.a1111_fields import sampler_of
+from plainsd.server.api.a1111_names import sampler_of
 from plainsd.server.errors import Refused
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job

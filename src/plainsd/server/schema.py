@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -55,7 +55,7 @@ class JobRequest(BaseModel):
     image_guidance: float | None = Field(
         None, description="how much of the image stays, with a model that edits pictures"
     )
-    like: Literal["a1111"] | None = Field(None, description="guidance 0 is A1111's: the prompt is not followed at all")
+    like: Text | None = Field(None, description="a1111: guidance 0 is A1111's, the prompt is not followed at all")
     sampler: Text | None = None
     spacing: Text | None = Field(None, description="of the noise levels")
     seed: Seed | None = Field(

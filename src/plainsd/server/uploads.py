@@ -89,12 +89,13 @@ def differing(mask: Image.Image, image: Image.Image) -> Refused:
     return Refused(422, f"{sizes} differ in size; make them the same", "mask", list(mask.size))
 
 
-def alpha_of(mask: Image.Image, blur: float = 0, *, inverted: bool = False) -> Image.Image:
-    """A picture whose light parts are to be drawn anew -> opacity of the new, 0 to 255, with soft edges if blurred."""
+def alpha_of(mask: Image.Image, blur: float | tuple[float, float] = 0, *, inverted: bool = False) -> Image.Image:
+    """A picture whose light parts are to be drawn anew -> opacity of the new, 0 to 255, with soft edges if blurred: all
+    round, or across and down."""
     alpha = mask.convert("L").point(lambda level: 255 if level >= 128 else 0)
     if inverted:
         alpha = ImageChops.invert(alpha)
-    return alpha.filter(ImageFilter.GaussianBlur(blur)) if blur else alpha
+    return alpha if blur in (0, (0, 0)) else alpha.filter(ImageFilter.GaussianBlur(blur))
 
 
 def hole_of(alpha: Image.Image) -> Image.Image:

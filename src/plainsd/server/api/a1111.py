@@ -4,7 +4,7 @@ import base64
 import json
 import time
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from PIL import Image
@@ -14,17 +14,11 @@ from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.models.variants import edits
 from plainsd.pictures.texts.a1111 import ENTRY, format_settings, parse_settings, unquote
 from plainsd.pictures.texts.labels import sampler_label, spacing_label
-from plainsd.server.api.a1111_fields import (
-    NONE_HERE,
-    Common,
-    Image2Image,
-    PNGInfo,
-    Text2Image,
-    known_options,
-    known_schedulers,
-    model_of,
-    prepared,
-)
+from plainsd.server.api.a1111_fields import NONE_HERE, Common, Image2Image, PNGInfo, Text2Image
+from plainsd.server.api.a1111_infotext import Some, filled
+from plainsd.server.api.a1111_names import known_schedulers, model_of
+from plainsd.server.api.a1111_pictures import prepared
+from plainsd.server.api.a1111_table import known_options
 from plainsd.server.canvas import Base
 from plainsd.server.embeddings import Word, problem
 from plainsd.server.errors import printable
@@ -35,7 +29,8 @@ from plainsd.server.schema import JobRequest, clean
 from plainsd.server.service import Service, client_of, why_not
 from plainsd.server.uploads import decoded, opened
 
-UNTOLD = ("init_images", "mask", "override_settings", "alwayson_scripts")  # of a request, in its answer
+UNTOLD = ("override_settings", "alwayson_scripts")  # of a request, in its answer ...
+SENT = ("init_images", "mask")  # ... nor these, unless include_init_images asks for them
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------
@@ -47,23 +42,25 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/txt2img")
     async def txt2img(body: Text2Image, request: Request) -> dict:
-        body.refuse_what_is_not_had()
-        fields = body.wished(options)
-        native = service.models[fields["model"]].bare.variant.size
-        size = (body.width or native, body.height or native)
-        return await drawn(service, body, job_request(**fields, size=size, **body.second_pass(size)), None, request)
+        def wanted() -> Wanted:
+            asked, fields, notes = understood(body, options, service)
+            native = service.models[fields["model"]].bare.variant.size
+            size = (asked.width or native, asked.height or native)
+            return Wanted(asked, job_request(**fields | {"size": size} | asked.second_pass(size)), notes)
+
+        return await drawn(service, await run_in_threadpool(wanted), request, options)
 
     @router.post("/img2img")
     async def img2img(body: Image2Image, request: Request) -> dict:
-        body.refuse_what_is_not_had()
-        fields = body.wished(options) | {
-            "strength": 0.75 if body.denoising_strength is None else body.denoising_strength
-        }
-        bare = service.models[fields["model"]].bare
-        if edits(bare.unet.config, bare.vae.config):
-            fields["image_guidance"] = body.image_cfg_scale
-        base = await run_in_threadpool(prepared, body, service.limits)
-        return await drawn(service, body, job_request(**fields), base, request)
+        def wanted() -> Wanted:
+            asked, fields, notes = understood(body, options, service)
+            fields["strength"] = 0.75 if asked.denoising_strength is None else asked.denoising_strength
+            bare = service.models[fields["model"]].bare
+            if edits(bare.unet.config, bare.vae.config):
+                fields["image_guidance"] = asked.image_cfg_scale
+            return Wanted(asked, job_request(**fields), notes, prepared(asked, service.limits))
+
+        return await drawn(service, await run_in_threadpool(wanted), request, options)
 
     @router.get("/progress")
     async def progress(request: Request, skip_current_image: bool = False) -> dict:
@@ -89,10 +86,10 @@ def routes(service: Service) -> APIRouter:
     @router.post("/options")
     def set_options(body: dict[str, Any]) -> dict:
         """For requests through this API, until the server ends."""
-        given = known_options(body)
+        given = known_options(body, "options")
         job_request(clip_skip=given.get("CLIP_stop_at_last_layers"))
         if "sd_model_checkpoint" in given:
-            given["sd_model_checkpoint"] = service.models[model_of(given["sd_model_checkpoint"])].name
+            given["sd_model_checkpoint"] = service.models[model_of(given["sd_model_checkpoint"], service.models)].name
         options.update(given)
         return {}
 
@@ -162,21 +159,41 @@ def routes(service: Service) -> APIRouter:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-async def drawn(service: Service, body: Common, wanted: JobRequest, base: Base | None, request: Request) -> dict:
-    job = await service.submit(wanted, client_of(request), "a1111", base)
+class Wanted(NamedTuple):
+    """A request, understood."""
+
+    asked: Common
+    job: JobRequest
+    notes: list[str]
+    base: Base | None = None
+
+
+def understood(body: Some, options: dict[str, Any], service: Service) -> tuple[Some, dict[str, Any], list[str]]:
+    """The request with its infotext, and its fields of a JobRequest. Refused for what is not had here."""
+    asked, more, notes = filled(body, service.models)
+    asked.refuse_what_is_not_had()
+    return asked, more | asked.wished(options, service.models), notes
+
+
+async def drawn(service: Service, wanted: Wanted, request: Request, options: dict[str, Any]) -> dict:
+    job = await service.submit(wanted.job, client_of(request), "a1111", wanted.base)
+    job.notes += wanted.notes
+    if wanted.asked.override_settings_restore_afterwards is False:
+        options.update(known_options(wanted.asked.override_settings or {}))
     await service.outcome(job, request)
     if job.state != CANCELLED and (refused := why_not(job)) is not None:
         raise refused
-    return await run_in_threadpool(answer, service, body, job)
+    return await run_in_threadpool(answer, service, wanted.asked, job)
 
 
-def answer(service: Service, body: Common, job: Job) -> dict:
+def answer(service: Service, asked: Common, job: Job) -> dict:
     """The pictures; after an interrupt those that were finished, and the one under way as far as it had come."""
     files = [content for _, content in service.files(job)]
     if job.state == CANCELLED and len(files) < len(job.each):
         files += [enlarged(rough, job.each[place].size) for place, rough in sorted(job.previews.items())]
-    given = {name: getattr(body, name) for name in type(body).model_fields if name not in UNTOLD}
-    images = [base64.b64encode(content).decode() for content in files] if body.send_images is not False else []
+    shown = UNTOLD if getattr(asked, "include_init_images", False) else (*UNTOLD, *SENT)
+    given = {name: getattr(asked, name) for name in type(asked).model_fields if name not in shown}
+    images = [base64.b64encode(content).decode() for content in files] if asked.send_images is not False else []
     return {"images": images, "parameters": given, "info": json.dumps(info_of(job))}
 
 

@@ -1,0 +1,105 @@
+"""A1111's `infotext`: settings as they stand in a picture, where a request says nothing itself."""
+
+import re
+from typing import Any, TypeVar
+
+from plainsd.errors import UserError
+from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.texts.a1111 import parse_settings
+from plainsd.pictures.texts.fields import FIELDS
+from plainsd.server.api.a1111_fields import Common
+from plainsd.server.api.a1111_names import model_of
+from plainsd.server.api.a1111_table import known_options
+from plainsd.server.errors import Refused
+from plainsd.server.pool import Models
+from plainsd.server.schema import JobRequest, clean
+
+Some = TypeVar("Some", bound=Common)
+OURS = ("rescale", "interval", "perturbed", "threshold", "cache")  # settings that requests have no field for there
+BY_OPTION = {  # labels of options, whose value is checked as that of the option
+    "Face restoration": "face_restoration", "Tiling": "tiling", "Token merging ratio": "token_merging_ratio",
+    "Token merging ratio hr": "token_merging_ratio_hr", "Conditional mask weight": "inpainting_mask_weight",
+    "Noise multiplier": "initial_noise_multiplier", "Extra noise": "img2img_extra_noise",
+    "ENSD": "eta_noise_seed_delta", "Sigma churn": "s_churn", "Sigma noise": "s_noise", "Pad conds": "pad_cond_uncond",
+    "Schedule rho": "rho", "Schedule max sigma": "sigma_max", "Schedule min sigma": "sigma_min",
+    "Discard penultimate sigma": "always_discard_next_to_last_sigma", "Emphasis": "emphasis",
+    "VAE Encoder": "sd_vae_encode_method", "VAE Decoder": "sd_vae_decode_method", "FP8 weight": "fp8_storage",
+    "NGMS": "s_min_uncond", "Skip Early CFG": "skip_early_cond", "UniPC variant": "uni_pc_variant",
+    "UniPC skip type": "uni_pc_skip_type", "UniPC order": "uni_pc_order",
+}  # fmt: skip
+WORDS: dict[str, Any] = {"True": True, "False": False}
+SILENT = ("Batch size", "Batch pos", "Hashes", "User", "Schedule type", "Hires resize")  # said otherwise, or nothing
+SECOND_PASS = {  # labels of fields that are refused where they would change the second pass
+    "Hires steps": "hr_second_pass_steps", "Hires sampler": "hr_sampler_name", "Hires prompt": "hr_prompt",
+    "Hires negative prompt": "hr_negative_prompt", "Hires checkpoint": "hr_checkpoint_name",
+    "Hires schedule type": "hr_scheduler",
+}  # fmt: skip
+
+
+def filled(body: Some, models: Models) -> tuple[Some, dict[str, Any], list[str]]:
+    """The request with what its infotext says, further fields of a JobRequest, and what has no effect here."""
+    if not body.infotext:
+        return body, {}, []
+    try:
+        settings = parse_settings(clean(body.infotext))
+    except (UserError, ValueError) as error:
+        raise Refused(422, f"infotext: {error}", "infotext") from None
+    other = dict(settings.other)
+    known_options({BY_OPTION[key]: value_of(text) for key, text in other.items() if key in BY_OPTION}, "infotext")
+    said, idle = told(settings, other, models)
+    given = body.model_dump(exclude_unset=True, exclude_none=True)
+    options = said.pop("override_settings") | given.get("override_settings", {})
+    known = {*type(body).model_fields, *SECOND_PASS.values()}
+    said = {name: value for name, value in said.items() if name in known and name not in given}
+    body = body.model_copy(update={**said, "override_settings": options})
+    more = {name: value for name in OURS if (value := getattr(settings, name)) != DEFAULTS[name]}
+    return body, more, [f"infotext: {entry} has no effect here" for entry in idle]
+
+
+def told(settings: Settings, other: dict[str, str], models: Models) -> tuple[dict[str, Any], list[str]]:
+    """The settings by A1111's fields, and the entries that mean nothing here."""
+    width, height = settings.size or (None, None)
+    fields = {
+        "prompt": settings.prompt, "negative_prompt": settings.negative, "seed": settings.seed, "width": width,
+        "height": height, "steps": settings.steps, "cfg_scale": settings.guidance, "sampler_name": settings.sampler,
+        "scheduler": settings.spacing or other.get("Schedule type"), "eta": settings.eta,
+        "denoising_strength": settings.strength,
+        "subseed": settings.variation_seed, "subseed_strength": settings.variation_strength,
+        "refiner_checkpoint": settings.refiner, "refiner_switch_at": settings.handover,
+        "image_cfg_scale": settings.image_guidance,
+        "batch_size": int(size) if (size := other.get("Batch size", "")).isdecimal() and len(size) < 9 else None,
+    }  # fmt: skip
+    if settings.hires:
+        fields |= {"enable_hr": True, "hr_scale": settings.hires, "hr_upscaler": settings.upscaler}
+    elif "Hires resize" in other:  # of another shape
+        fields |= {"enable_hr": True, "hr_upscaler": settings.upscaler} | sides_of(other["Hires resize"])
+    fields |= {name: value_of(other[key]) for key, name in SECOND_PASS.items() if key in other}
+    options: dict[str, Any] = {"CLIP_stop_at_last_layers": settings.clip_skip}
+    idle = [f"{key}: {text}" for key, text in other.items() if key not in (*BY_OPTION, *SECOND_PASS, *SILENT)]
+    model = model_of(settings.model, models) or model_of(dict(settings.hashes).get("model"), models)
+    if model in models.known:
+        options["sd_model_checkpoint"] = model
+    unread = [
+        (key, show(value))
+        for key, name, _, show in FIELDS
+        if name not in JobRequest.model_fields and (value := getattr(settings, name)) != DEFAULTS[name]
+    ]
+    unread += [("Model", settings.model)] if settings.model and model not in models.known else []
+    idle += [f"{key}: {text}" for key, text in unread]
+    return {name: value for name, value in fields.items() if value is not None} | {"override_settings": options}, idle
+
+
+def sides_of(text: str) -> dict[str, int]:
+    """ "512x768" -> the fields for it."""
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
+    if found is None:
+        raise Refused(422, f"infotext: 'Hires resize' {text[:40]!r} cannot be read; write it as 512x768", "infotext")
+    return {"hr_resize_x": int(found[1]), "hr_resize_y": int(found[2])}
+
+
+def value_of(text: str) -> Any:
+    """As the option has it: a number, a truth, or a word."""
+    try:
+        return WORDS[text] if text in WORDS else float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,69 @@
+"""A1111's names for samplers, schedules, upscalers and models, and ours."""
+
+from typing import Any
+
+from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
+from plainsd.errors import unknown
+from plainsd.pictures.texts.labels import sampler_label, spacing_label
+from plainsd.server.errors import Refused
+from plainsd.server.pool import Models
+
+UPSCALERS = {"latent": "latent", "latent (bicubic)": "latent", "lanczos": "lanczos", "none": "lanczos"}
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth")  # what a model's title may end with
+
+
+def folded(name: str) -> str:
+    return "".join(sign for sign in name.lower() if sign.isalnum() or sign == "+")
+
+
+def known_schedulers() -> dict[str, str]:
+    """Our spacings, and A1111's labels."""
+    return {name: spacing_label(name) for name in shared_spacings()}
+
+
+def sampler_of(name: str | None, scheduler: str | None) -> tuple[str | None, str | None]:
+    """A1111's two names, or its older one ("DPM++ 2M Karras"), or ours -> ours."""
+    spacings = {folded(word): ours for ours, label in known_schedulers().items() for word in (label, ours)}
+    samplers = {folded(word): ours for ours in SAMPLERS for word in (sampler_label(ours), ours)}
+    spacing = None
+    if scheduler and folded(scheduler) != "automatic":
+        if folded(scheduler) not in spacings:
+            raise Refused(
+                404, str(unknown("scheduler", scheduler, known_schedulers().values())), "scheduler", scheduler
+            )
+        spacing = spacings[folded(scheduler)]
+    if not name:
+        return None, spacing
+    known = folded(name).removeprefix("k") if folded(name).startswith("keuler") else folded(name)
+    if known not in samplers:
+        for suffix, ours in spacings.items():
+            if known.removesuffix(suffix) in samplers and known.endswith(suffix):
+                return samplers[known.removesuffix(suffix)], ours
+        raise Refused(404, str(unknown("sampler", name, map(sampler_label, SAMPLERS))), "sampler_name", name)
+    return samplers[known], spacing
+
+
+def upscaler_of(name: str | None) -> str:
+    known = UPSCALERS.get((name or "latent").lower())
+    if known is None:
+        raise Refused(422, str(unknown("upscaler", name, ("Latent", "Lanczos"))), "hr_upscaler", name)
+    return known
+
+
+def model_of(title: Any, models: Models) -> str | None:
+    """A model by its name, as a file ("sd/dream.safetensors"), with its hash ("dream [0123abcd]"), or by its hash."""
+    if title is None or title == "":
+        return None
+    if not isinstance(title, str):
+        message = f"sd_model_checkpoint {title!r} is no name; GET /sdapi/v1/sd-models lists them"
+        raise Refused(422, message, "model", title)
+    name = title.partition(" [")[0].strip()
+    stem = name.replace("\\", "/").rpartition("/")[2]
+    for suffix in WEIGHTS:
+        stem = stem.removesuffix(suffix)
+    for one in (title, name, stem):
+        if one in models.known:
+            return one
+    digest = title.partition("[")[2].partition("]")[0] or title
+    hashed = [known.name for known in models.known.values() if known.hash and known.hash == digest]
+    return hashed[0] if hashed else name  # an unknown name is refused where it is looked up

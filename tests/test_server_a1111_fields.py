@@ -1,0 +1,210 @@
+"""A1111's requests field by field: each acts, or has no part in the picture, or is refused by its name."""
+
+import pytest
+from PIL import Image
+from serving import alike, base64_of, from_base64, lora_file, model_folder, open_service, served
+
+import plainsd
+from plainsd.server.api import a1111_table
+from plainsd.server.api.a1111_fields import Image2Image, Text2Image
+from plainsd.server.api.a1111_names import model_of, sampler_of
+from plainsd.server.api.a1111_table import FIXED, OPTIONS, REFUSED, WITHOUT_EFFECT, known_options
+from plainsd.server.errors import Refused
+from plainsd.server.uploads import alpha_of
+
+BOTH = """prompt negative_prompt styles seed subseed subseed_strength seed_resize_from_h seed_resize_from_w sampler_name
+scheduler batch_size n_iter steps cfg_scale width height restore_faces tiling do_not_save_samples do_not_save_grid eta
+denoising_strength s_min_uncond s_churn s_tmax s_tmin s_noise override_settings override_settings_restore_afterwards
+refiner_checkpoint refiner_switch_at disable_extra_networks firstpass_image comments sampler_index script_name
+script_args send_images save_images alwayson_scripts force_task_id infotext""".split()
+FIELDS = {  # of the web UI 1.10, by its /openapi.json
+    Text2Image: """enable_hr firstphase_width firstphase_height hr_scale hr_upscaler hr_second_pass_steps hr_resize_x
+hr_resize_y hr_checkpoint_name hr_sampler_name hr_scheduler hr_prompt hr_negative_prompt""".split(),
+    Image2Image: """init_images resize_mode image_cfg_scale mask mask_blur_x mask_blur_y mask_blur mask_round
+inpainting_fill inpaint_full_res inpaint_full_res_padding inpainting_mask_invert initial_noise_multiplier latent_mask
+include_init_images""".split(),
+}
+SMALL = {"prompt": "p", "seed": 1, "steps": 2, "width": 64, "height": 64, "sampler_name": "Euler a", "cfg_scale": 3}
+DRAWN = {"seed": 1, "steps": 2, "sampler": "euler_a", "guidance": 3, "size": (64, 64), "like": "a1111"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder, loras = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("loras")
+    models = [model_folder(folder), model_folder(folder, "other", 1)]
+    lora_file(models[0], loras / "paper.safetensors", 1)
+    with served(open_service(models, tmp_path_factory.mktemp("data"), loras=loras)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sd(server):
+    return plainsd.load(server.service.models.known["tiny"].source, device="cpu", dtype="float32")
+
+
+def asked(server, path="txt2img", **fields):
+    answer = server.post(f"/sdapi/v1/{path}", SMALL | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def first(answer) -> Image.Image:
+    return from_base64(answer["images"][0])
+
+
+@pytest.mark.parametrize("request_of", FIELDS)
+def test_every_field_of_theirs_is_in_one_row(request_of):
+    for name in BOTH + FIELDS[request_of]:
+        places = [name in request_of.model_fields, name in WITHOUT_EFFECT, name in REFUSED]
+        assert sum(places) == 1, (name, places)
+    assert not set(OPTIONS) & set(FIXED)
+    assert not [name for name in FIXED if name.startswith(a1111_table.OF_FILES_AND_PAGES) and not FIXED[name]][1:]
+
+
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}
+
+
+@pytest.mark.parametrize(("word", "fields"), [
+    ("restore_faces", {"restore_faces": True}), ("tiling", {"tiling": True}), ("styles", {"styles": ["s"]}),
+    ("script_name", {"script_name": "x/y/z plot"}), ("s_min_uncond", {"s_min_uncond": 0.5}),
+    ("seed_resize_from_h", {"seed_resize_from_h": 64, "seed_resize_from_w": 32}),
+    ("s_churn", {"s_churn": 1.5, "sampler_name": "Euler"}), ("s_noise", {"s_noise": 1.1, "sampler_name": "DPM2 a"}),
+    ("firstphase_width", {"firstphase_width": 32}), ("firstpass_image", {**HIRES, "firstpass_image": "AAAA"}),
+    ("hr_second_pass_steps", {**HIRES, "hr_second_pass_steps": 9}), ("hr_prompt", {**HIRES, "hr_prompt": "else"}),
+    ("hr_sampler_name", {**HIRES, "hr_sampler_name": "DDIM"}), ("hr_scheduler", {**HIRES, "hr_scheduler": "Karras"}),
+    ("hr_checkpoint_name", {**HIRES, "hr_checkpoint_name": "other"}),
+    ("token_merging_ratio", {"token_merging_ratio": 0.5}),
+    ("'ControlNet'", {"alwayson_scripts": {"ControlNet": {"args": [{"model": "canny"}]}}}),
+    ("'controlnet'", {"alwayson_scripts": {"controlnet": {"args": [{"enabled": False}, {"enabled": True}]}}}),
+    ("'ADetailer'", {"alwayson_scripts": {"ADetailer": {"args": [True, {"ad_model": "face"}]}}}),
+    ("'ADetailer'", {"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "face"}]}}}),
+    ("step", {"step": 30}), ("eta_ancestral", {"override_settings": {"eta_ancestral": 0}}),
+    ("comma_padding_backtrack", {"override_settings": {"comma_padding_backtrack": 0}}),
+    ("emphasis", {"override_settings": {"emphasis": "None"}}),
+    ("clip_stop", {"override_settings": {"clip_stop": 2}}),
+    ("batch_size", {"batch_size": -5, "n_iter": -5}), ("n_iter", {"n_iter": 0}),
+    ("hr_scale", {**HIRES, "hr_scale": 1e308}), ("infotext", {"infotext": "no settings"}),
+    ("tiling", {"infotext": "p\nSteps: 2, Sampler: Euler, CFG scale: 3, Tiling: True"}),
+])  # fmt: skip
+def test_what_would_change_the_picture_and_is_not_had_is_refused_by_its_name(server, word, fields):
+    answer = server.post("/sdapi/v1/txt2img", SMALL | fields)
+    assert answer.status_code == 422, answer.text
+    assert word in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("fields", [
+    {"restore_faces": False, "tiling": None, "styles": [], "script_name": "", "script_args": [1], "s_min_uncond": 0,
+     "s_churn": 0, "s_tmin": 0, "s_tmax": 0, "s_noise": 0, "comments": {"a": 1}, "force_task_id": "x",
+     "firstphase_width": 0, "firstpass_image": "AAAA", "save_images": True, "do_not_save_grid": True},
+    {"seed_resize_from_h": -1, "seed_resize_from_w": 64, "hr_prompt": "else", "hr_second_pass_steps": 20},
+    {"alwayson_scripts": {"ControlNet": {"args": [{"enabled": False, "model": "canny"}, {}]}, "Refiner": {"args": []},
+                          "ADetailer": {"args": [False, False, {"ad_model": "face"}]}, "Seed": {}}},
+    {"override_settings": {"eta_noise_seed_delta": 0, "sd_vae": "Automatic", "samples_format": "jpg",
+                           "return_grid": False, "show_progress_every_n_steps": 3}},
+])  # fmt: skip
+def test_what_changes_nothing_there_is_taken(server, sd, fields):
+    """Swagger's example of every field, switched-off units, and options about files."""
+    expected = plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN))[0]
+    assert alike(first(asked(server, **fields)), expected)
+
+
+def test_null_prompts_are_empty_ones(server, sd):
+    answer = asked(server, prompt=None, negative_prompt=None)
+    assert alike(first(answer), plainsd.final(plainsd.text_to_image(sd, "", **DRAWN))[0])
+
+
+def test_disabled_extra_networks_are_taken_out_of_the_prompt(server, sd):
+    off = asked(server, prompt="p<lora:paper:1>", disable_extra_networks=True)
+    assert alike(first(off), plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN))[0])
+    assert not alike(first(off), first(asked(server, prompt="p<lora:paper:1>")))
+
+
+TEXT = """a red apple
+Negative prompt: blue
+Steps: 2, Sampler: Euler a, Schedule type: Karras, CFG scale: 3, Seed: 9, Size: 72x64, Clip skip: 2, Model: other, \
+Face restoration model: none, Version: v1.10.1"""
+
+
+def test_infotext_speaks_where_the_request_does_not(server, sd):
+    def drawn(**fields):
+        answer = server.post("/sdapi/v1/txt2img", {"infotext": TEXT} | fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    other = plainsd.load(server.service.models.known["other"].source, device="cpu", dtype="float32")
+    said = {"steps": 2, "sampler": "euler_a", "spacing": "karras", "guidance": 3, "clip_skip": 2, "like": "a1111"}
+    answer = drawn()
+    expected = plainsd.text_to_image(other, "a red apple", "blue", seed=9, size=(72, 64), **said)
+    assert alike(first(answer), plainsd.final(expected)[0])
+    assert "infotext: Face restoration model: none has no effect here" in answer["info"]
+    over = drawn(prompt="a pear", seed=4, width=64, override_settings={"sd_model_checkpoint": "tiny"})
+    expected = plainsd.text_to_image(sd, "a pear", "blue", seed=4, size=(64, 64), **said)
+    assert alike(first(over), plainsd.final(expected)[0])
+
+
+def test_infotext_brings_a_second_pass_and_a_variation(server, sd):
+    text = (
+        "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, Denoising strength: 0.6, "
+        "Variation seed: 5, Variation seed strength: 0.3, Hires upscale: 1.5, Hires upscaler: Latent"
+    )
+    answer = server.post("/sdapi/v1/txt2img", {"infotext": text}).json()
+    more = {"hires": 1.5, "strength": 0.6, "variation_seed": 5, "variation_strength": 0.3}
+    assert alike(first(answer), plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN, **more))[0])
+    plain = server.post("/sdapi/v1/txt2img", {"infotext": text, "enable_hr": False}).json()
+    assert first(plain).size == (64, 64)
+    wrong = server.post("/sdapi/v1/txt2img", {"infotext": text + ", Hires steps: 9"})
+    assert wrong.status_code == 422 and "hr_second_pass_steps" in wrong.text
+
+
+def test_options_stay_where_a_request_says_so(server):
+    override = {"CLIP_stop_at_last_layers": 2}
+    try:
+        asked(server, override_settings=override)
+        assert server.get("/sdapi/v1/options").json()["CLIP_stop_at_last_layers"] == 1
+        asked(server, override_settings=override, override_settings_restore_afterwards=False)
+        assert server.get("/sdapi/v1/options").json()["CLIP_stop_at_last_layers"] == 2
+    finally:
+        server.post("/sdapi/v1/options", {"CLIP_stop_at_last_layers": 1})
+
+
+def test_masks_are_blurred_across_and_down_and_may_be_painted_in_alpha(server):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (24, 24, 40, 40))
+    across = alpha_of(mask, (6, 0))
+    assert across.getpixel((20, 32)) > 0 and across.getpixel((32, 20)) == 0
+    drawing = Image.effect_noise((64, 64), 90).convert("RGB")
+    alpha = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    alpha.paste((0, 0, 0, 255), (24, 24, 40, 40))  # black paint on nothing
+    common = {"init_images": [base64_of(drawing)], "inpaint_full_res": False, "denoising_strength": 0.9}
+    light = asked(server, "img2img", mask=base64_of(mask), mask_blur_x=0, mask_blur_y=0, **common)
+    painted = asked(server, "img2img", mask=base64_of(alpha), mask_blur=0, **common)
+    assert alike(first(light), first(painted)) and "init_images" not in light["parameters"]
+    tall = asked(
+        server, "img2img", mask=base64_of(mask), mask_blur_x=0, mask_blur_y=4, include_init_images=True, **common
+    )
+    assert alike(first(tall).crop((0, 0, 23, 64)), drawing.crop((0, 0, 23, 64)), 0)
+    assert not alike(first(tall).crop((24, 18, 40, 24)), drawing.crop((24, 18, 40, 24)), 0)
+    assert tall["parameters"]["init_images"] == common["init_images"]
+
+
+def test_models_by_title_file_and_hash(server):
+    models = server.service.models
+    models.known["other"].hash = "0123abcd45"
+    for title in ("other", "other.safetensors", "other.safetensors [0123abcd45]", "sd/other.ckpt", "0123abcd45"):
+        assert model_of(title, models) == "other", title
+    assert model_of(None, models) is None and model_of("none such.safetensors", models) == "none such.safetensors"
+    with pytest.raises(Refused, match="no name"):
+        model_of(3, models)
+
+
+def test_any_schedule_may_stand_behind_a_samplers_name():
+    assert sampler_of("DPM++ 2M SDE SGM Uniform", None) == ("dpmpp_2m_sde", "trailing")
+    assert sampler_of("Euler a uniform", "Karras") == ("euler_a", "linspace")
+
+
+def test_options_are_refused_with_what_they_may_be():
+    assert known_options({"CLIP_stop_at_last_layers": 2, "sd_vae": "None", "js_modal_lightbox": False}) == {
+        "CLIP_stop_at_last_layers": 2
+    }
+    with pytest.raises(Refused, match="option s_noise 0 is not had here; make it 1, or leave it out"):
+        known_options({"s_noise": 0})
