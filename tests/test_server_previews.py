@@ -29,9 +29,9 @@ def test_save_writes_it_and_load_and_the_server_read_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(previews, "fit_latent_rgb", never)
     service = open_service([folder], tmp_path / "data")
-    assert torch.allclose(service.models.resident("tiny").latent_rgb, fitted, atol=1e-4)
+    assert torch.allclose(service.models.resident("tiny").preview.latent_rgb, fitted, atol=1e-4)
     service.close()
-    assert server_models.latent_rgb is previews.latent_rgb
+    assert server_models.previewer is previews.previewer
 
 
 def test_it_goes_through_single_files_and_back_unchanged(tmp_path):

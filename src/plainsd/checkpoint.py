@@ -20,7 +20,7 @@ from plainsd.files.predicted import asked, told_otherwise
 from plainsd.files.stored import Contents, StoredNetwork, empty, first, parts
 from plainsd.files.tensorfile import stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
-from plainsd.models.vae import VAE, VAEConfig
+from plainsd.models.tiny_vae import AnyVAE, AnyVAEConfig
 from plainsd.models.variants import SD_VAE, Variant
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import fit_latent_rgb, preview_text, read_preview
@@ -112,15 +112,15 @@ def load_vae(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    like: VAEConfig = SD_VAE,
+    like: AnyVAEConfig = SD_VAE,
     variant_file: str | None = None,
-) -> VAE:
+) -> AnyVAE:
     """An autoencoder alone, see `plainsd.files.convert.read_vae_alone`."""
     device = choose_device(device)
     return read_vae_alone(path, like, variant_file).build(device, choose_dtype(dtype, device))
 
 
-def save_vae(vae: VAE, path: str | Path, variant: Variant, dtype: torch.dtype | None = None) -> None:
+def save_vae(vae: AnyVAE, path: str | Path, variant: Variant, dtype: torch.dtype | None = None) -> None:
     """An autoencoder alone, as the `vae` folder of a diffusers model."""
     text = write_variant(replace(variant, vae=vae.config))["vae/config.json"]
     with whole_folder(Path(path)) as folder:

@@ -120,6 +120,8 @@ class GenerateFlags:
 
     preview: Annotated[Path | None, flag("FILE")] = None
     """a PNG file that shows the picture while it is drawn"""
+    preview_vae: Annotated[Path | None, flag("FILE")] = None
+    """TAESD, which shows it sharper: taesd_decoder, or a folder"""
     server: Annotated[str | None, flag("URL")] = None
     """draw on a running `plainsd serve`; its token comes with the URL, as ?token=..., or from $PLAINSD_TOKEN"""
     device: str = "auto"

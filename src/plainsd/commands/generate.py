@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from plainsd.commands.adapters import chosen_loras, learned, prompts_and_loras
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, grid_cells, sheet
-from plainsd.commands.output import PromptBatch, Target, check_writable, draw
+from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_of, recorded, say_unused, with_notes
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
@@ -53,6 +53,8 @@ class Generate(GenerateFlags):
         target = Target(self.out)  # says at once where nothing can be written
         if self.preview:
             check_writable(self.preview.parent)
+        elif self.preview_vae:
+            raise UserError("--preview-vae needs --preview, a file to show the picture; give both", field="preview")
         axes = [axis(text) for text in self.grid]
         if len(axes) > 2 or (axes and self.count * len(prompts) > 1):
             raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
@@ -90,7 +92,8 @@ class Generate(GenerateFlags):
         batches = grid_cells(prompts[0], choices, axes) if axes else prompt_batches(prompts, choices, self.batch, part)
         images: list[Image.Image] = []
         say = partial(tqdm.write, file=sys.stdout)  # keeps clear of the progress bar
-        for pictures in draw(sd, task, list(batches), None if share.rank else self.preview, hidden=share.rank > 0):
+        show = Preview(sd, self.preview, self.preview_vae) if self.preview and not share.rank else None
+        for pictures in draw(sd, task, list(batches), show, hidden=share.rank > 0):
             images += pictures.images
             if not axes:
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):

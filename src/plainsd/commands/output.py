@@ -26,21 +26,23 @@ PromptBatch = tuple[list[str], dict]  # prompts, and the choices that all of the
 
 
 class Preview:
-    """A PNG file that follows the drawing: the current estimate, without the VAE, a few times a second."""
+    """A PNG file that follows the drawing: the current estimate, by TAESD or a projection, a few times a second."""
 
-    def __init__(self, sd: StableDiffusion, path: Path):
-        from plainsd.pictures.previews import latent_rgb
+    def __init__(self, sd: StableDiffusion, path: Path, vae: Path | None = None):
+        from plainsd.checkpoint import load_vae
+        from plainsd.pictures.previews import previewer
 
+        tiny = None if vae is None else load_vae(vae, device=sd.device, dtype=sd.dtype, like=sd.vae.config)
         self.path, self.factor, self.last = path, sd.vae.config.factor, 0.0
-        self.latent_rgb = latent_rgb(sd)
+        self.previewer = previewer(sd, tiny)
 
     def __call__(self, step: Step) -> None:
-        from plainsd.pictures.images import grid, write_png
-        from plainsd.pictures.previews import preview
+        from plainsd.pictures.images import enlarged_to, grid, write_png
 
         now = time.perf_counter()
         if now - self.last >= PREVIEW_EVERY:
-            images = preview(step.denoised, self.latent_rgb, self.factor)
+            size = tuple(side * self.factor for side in step.denoised.shape[:1:-1])
+            images = [enlarged_to(image, size) for image in self.previewer(step.denoised)]
             write_png(grid(images, math.ceil(math.sqrt(len(images)))), self.path)
             self.last = now
 
@@ -79,7 +81,7 @@ def check_writable(folder: Path) -> None:
 
 
 def draw(
-    sd: StableDiffusion, task: Callable, batches: list[PromptBatch], preview: Path | None, *, hidden: bool = False
+    sd: StableDiffusion, task: Callable, batches: list[PromptBatch], show: Preview | None, *, hidden: bool = False
 ) -> Iterator[Pictures]:
     """Runs all batches under one progress bar, which may be hidden."""
     import torch
@@ -92,7 +94,6 @@ def draw(
     if one.strength is not None:
         again = runs[0].steps - one.steps if one.hires else runs[0].steps
         print(f"{again} of {one.steps} steps run at strength {one.strength}", file=sys.stderr)
-    show = Preview(sd, preview) if preview else None
     with tqdm(total=sum(run.steps for run in runs), unit="step", disable=hidden or None, dynamic_ncols=True) as bar:
         for run in runs:
             try:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from plainsd.commands.output import Target
 
 AHEAD = 4  # jobs sent before the first of them has ended, so that the server can join them
-ROUGH = 8  # times that a preview is enlarged
+ROUGH, SMALL = 8, 256  # times that a preview is enlarged, whose sides are below so many pixels
 NOT_SENT = (
     "vae",
+    "preview_vae",
     "prediction",
     "zero_snr",
     "lora_folder",
@@ -158,10 +159,13 @@ def remote_pictures(remote: Remote, jobs: list[dict[str, Any]], preview: Path | 
 def show(event: Progress, path: Path) -> None:
     from PIL import Image
 
-    from plainsd.pictures.images import grid, write_png
+    from plainsd.pictures.images import enlarged_to, grid, write_png
 
     images = [Image.open(BytesIO(png)).convert("RGB") for _, png in sorted(event.previews.items())]
-    images = [image.resize((ROUGH * image.width, ROUGH * image.height), Image.Resampling.NEAREST) for image in images]
+    images = [
+        enlarged_to(image, (ROUGH * image.width, ROUGH * image.height)) if max(image.size) < SMALL else image
+        for image in images
+    ]
     write_png(grid(images, math.ceil(math.sqrt(len(images)))), path)
 
 

@@ -42,6 +42,8 @@ class Serve:
     """embeddings (textual inversion), each a word for prompts"""
     vae: Annotated[Path | None, flag("PATH")] = None
     """another autoencoder than the models' own, for all of them: a folder, a file, or a whole checkpoint with one"""
+    preview_vae: Annotated[Path | None, flag("PATH")] = None
+    """TAESD, for sharper previews: taesd_decoder, or a folder"""
     batch: Annotated[int, flag("N")] = 4
     """pictures drawn at once"""
     memory: Annotated[float | None, flag("GB")] = None
@@ -96,6 +98,7 @@ class Serve:
             loras=self.loras,
             embeddings=self.embeddings,
             vae=self.vae,
+            preview_vae=self.preview_vae,
             prediction=self.prediction,
             zero_snr=on_or_off(self.zero_snr),
         )

@@ -13,6 +13,7 @@ from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.checked import MOST, WIDEST, read_value
 from plainsd.models.clip import ACTIVATIONS, TextConfig
+from plainsd.models.tiny_vae import AnyVAEConfig, TinyVAEConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
 from plainsd.models.variants import ScheduleConfig, Variant, check_reads, edits, encoder_names, nearest
@@ -60,6 +61,13 @@ VAE_FIXED = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
+TINY = "AutoencoderTiny"
+TINY_FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "scaling_factor": 1.0}
+TINY_FIXED |= {"shift_factor": 0.0}
+TINY_LEVELS = (
+    *("encoder_block_out_channels", "decoder_block_out_channels"),
+    *("num_encoder_blocks", "num_decoder_blocks"),
+)
 CURVES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 OF_TIMESTEPS = ("leading", "trailing", "linspace")  # diffusers' words for spacings
 OF_LEVELS = ("karras", "exponential")
@@ -229,7 +237,27 @@ def middle_depth(config: Config, where: str) -> int:
     return whole_number({"transformer_layers_per_block": blocks}, "transformer_layers_per_block", where, most=MOST)
 
 
-def read_vae(config: Config, where: str) -> VAEConfig:
+def read_tiny_vae(config: Config, where: str) -> TinyVAEConfig:
+    check_fixed(config, TINY_FIXED, where)
+    tables = {name: wholes(config, name, where) for name in TINY_LEVELS if name in config}
+    widths = {
+        width for name in ("encoder_block_out_channels", "decoder_block_out_channels") for width in tables.get(name, ())
+    }
+    if len(widths) > 1:
+        raise UserError(f"{where}: block_out_channels are {sorted(widths)}, and only one width for all is supported")
+    plain = TinyVAEConfig()
+    return TinyVAEConfig(
+        width=widths.pop() if widths else plain.width,
+        encoder_blocks=tables.get("num_encoder_blocks", plain.encoder_blocks),
+        decoder_blocks=tables.get("num_decoder_blocks", plain.decoder_blocks),
+        latent_channels=whole_number(config, "latent_channels", where, 4),
+        pixel_channels=whole_number(config, "in_channels", where, 3),
+    )
+
+
+def read_vae(config: Config, where: str) -> AnyVAEConfig:
+    if config.get("_class_name") == TINY:
+        return read_tiny_vae(config, where)
     check_fixed(config, VAE_FIXED, where)
     vae = VAEConfig(
         channels=wholes(config, "block_out_channels", where),

@@ -6,8 +6,9 @@ from typing import Any
 
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
-from plainsd.files.configs import MIDDLES, NOTE, NOTED, OF_LEVELS
+from plainsd.files.configs import MIDDLES, NOTE, NOTED, OF_LEVELS, TINY
 from plainsd.models.clip import TextConfig
+from plainsd.models.tiny_vae import TinyVAEConfig
 from plainsd.models.variants import Variant, edits, encoder_names
 
 
@@ -59,8 +60,24 @@ def upward(blocks: tuple[int, ...]) -> int | list[int]:
     return list(blocks) if len({*blocks}) > 1 else blocks[0] or 1
 
 
+def write_tiny_vae(vae: TinyVAEConfig) -> dict[str, Any]:
+    return {
+        "_class_name": TINY,
+        "act_fn": "relu",
+        "decoder_block_out_channels": [vae.width] * len(vae.decoder_blocks),
+        "encoder_block_out_channels": [vae.width] * len(vae.encoder_blocks),
+        "in_channels": vae.pixel_channels,
+        "latent_channels": vae.latent_channels,
+        "num_decoder_blocks": list(vae.decoder_blocks),
+        "num_encoder_blocks": list(vae.encoder_blocks),
+        "out_channels": vae.pixel_channels,
+    }
+
+
 def write_vae(variant: Variant) -> dict[str, Any]:
     vae = variant.vae
+    if isinstance(vae, TinyVAEConfig):
+        return write_tiny_vae(vae)
     moments = (
         {"latents_mean": list(vae.latents_mean), "latents_std": list(vae.latents_std)}
         if vae.latents_mean and vae.latents_std
@@ -146,7 +163,7 @@ def write_variant(variant: Variant) -> dict[str, str]:
         NOTE: {name: value for name, value in asdict(variant).items() if name in NOTED},
         "scheduler": ["diffusers", noise["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", write_vae(variant)["_class_name"]],
     }
     if not variant.unet.vector:
         index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}

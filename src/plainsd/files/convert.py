@@ -22,9 +22,11 @@ from plainsd.files.predicted import asked, check_prediction, told_otherwise
 from plainsd.files.single import FILES_KEY, read_single, variant_in, write_single
 from plainsd.files.stored import Contents, StoredNetwork, parts
 from plainsd.files.tensorfile import TensorFile, open_tensors
+from plainsd.files.tiny_vae import check_writable, read_tiny_vae_file, seems_tiny
 from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
 from plainsd.listing import suffix_of
-from plainsd.models.vae import VAE, VAEConfig
+from plainsd.models.tiny_vae import AnyVAEConfig, TinyVAEConfig, check_same_latents, vae_class
+from plainsd.models.vae import VAE
 
 LAYOUTS = ("diffusers", "single-file")
 
@@ -79,7 +81,9 @@ def read(
         contents = told_otherwise(contents, path, prediction, zero_snr)
     if vae is None or vae is False:
         return contents
-    return with_vae(contents, read_vae_alone(vae, contents.variant.vae))
+    other = read_vae_alone(vae, contents.variant.vae)
+    check_same_latents(other.config, contents.variant.vae, str(vae), "vae")
+    return with_vae(contents, other)
 
 
 def with_vae(contents: Contents, vae: StoredNetwork) -> Contents:
@@ -91,9 +95,9 @@ def with_vae(contents: Contents, vae: StoredNetwork) -> Contents:
     return replace(contents, variant=variant, texts=texts, networks=networks)
 
 
-def read_vae_alone(path: str | Path, like: VAEConfig, variant_file: str | None = None) -> StoredNetwork:
-    """An autoencoder: a folder with config.json, the `vae` folder of a model, a file in either naming, or the one in a
-    whole checkpoint.
+def read_vae_alone(path: str | Path, like: AnyVAEConfig, variant_file: str | None = None) -> StoredNetwork:
+    """An autoencoder: a folder with config.json, the `vae` folder of a model, a file in either naming, the one in a
+    whole checkpoint, or TAESD (files/tiny_vae.py).
 
     A file without settings must have the sizes of `like`, and gets its scaling factor.
     """
@@ -101,8 +105,10 @@ def read_vae_alone(path: str | Path, like: VAEConfig, variant_file: str | None =
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         config = read_vae(read_json(folder / "config.json"), str(folder / "config.json"))
-        return read_network(open_part(folder, variant_file), VAE, config, conv=False)
+        return read_network(open_part(folder, variant_file), vae_class(config), config, conv=False)
     whole = open_tensors(path)
+    if seems_tiny(whole.tensors):
+        return read_tiny_vae_file(whole)
     if any(name.startswith(UNET_PREFIX) for name in whole.tensors):
         return vae_of(whole, like)
     tensors = {
@@ -114,7 +120,7 @@ def read_vae_alone(path: str | Path, like: VAEConfig, variant_file: str | None =
     return read_network(TensorFile(path, tensors, whole.metadata), VAE, like, conv=False, layout=layout)
 
 
-def vae_of(whole: TensorFile, like: VAEConfig) -> StoredNetwork:
+def vae_of(whole: TensorFile, like: AnyVAEConfig) -> StoredNetwork:
     """The autoencoder of a whole checkpoint, with the settings that the file notes for it."""
     start = "first_stage_model."
     tensors = {name.removeprefix(start): tensor for name, tensor in whole.tensors.items() if name.startswith(start)}
@@ -132,6 +138,8 @@ def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dty
     layout = layout or ("single-file" if suffix_of(target) == ".safetensors" else "diffusers")
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
+    if isinstance(contents.variant.vae, TinyVAEConfig):
+        check_writable(contents.variant.vae, layout)
     if layout == "diffusers":
         return write_folder(contents, target, dtype)
     own = {path: text for path, text in contents.texts.items() if path.startswith("tokenizer")}

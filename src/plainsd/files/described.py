@@ -12,8 +12,8 @@ from plainsd.files.checked import read_fields, wrong
 from plainsd.files.configs import CURVES, read_variant
 from plainsd.files.configs_out import write_variant
 from plainsd.models.clip import ACTIVATIONS
+from plainsd.models.tiny_vae import AnyVAEConfig, TinyVAEConfig
 from plainsd.models.unet import UNetConfig
-from plainsd.models.vae import VAEConfig
 from plainsd.models.variants import Variant, check_reads
 
 CONTEXTS = ("final", "penultimate")
@@ -72,7 +72,11 @@ def check_unet(unet: UNetConfig, where: str) -> None:
             raise wrong(where, f"unet.channels[{level}]", width, f"a multiple of unet.heads[{level}], {heads}")
 
 
-def check_vae(vae: VAEConfig, where: str) -> None:
+def check_vae(vae: AnyVAEConfig, where: str) -> None:
+    if isinstance(vae, TinyVAEConfig):
+        raise UserError(
+            f"{where}: vae describes TAESD, which is not trained here; describe an autoencoder with channels"
+        )
     if not vae.channels:
         raise wrong(where, "vae.channels", vae.channels, "a list of one entry a level")
     for level, width in enumerate(vae.channels):

@@ -43,6 +43,7 @@ SEEMS = (  # the first pattern that fits any name tells what the file seems to b
     (r"^add_embedding\.", "SDXL's UNet in diffusers' names"),
     (r"^(time_embedding|down_blocks\.\d+\.attentions)\.", "a UNet in diffusers' names"),
     (r"^(first_stage_model\.)?(encoder|decoder)\.(down|up)", "a VAE"),
+    (r"^(taesd_|taesdxl_)?(encoder|decoder)\.(layers\.)?\d+\.|^[01]\.(conv\.0\.)?weight$", "TAESD; give it with --vae"),
     (r"^(text_model|embeddings|encoder\.layers)\.", "a CLIP text encoder in transformers' names"),
     (r"resblocks\.", "an OpenCLIP text encoder"),
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plainsd.models.clip import TextEncoder
+from plainsd.models.tiny_vae import TinyBlock, TinyVAE
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
 
@@ -194,13 +195,23 @@ def vae_rows(vae: VAE) -> Iterator[NameRow]:
             yield from under(row, VAE_RES) if ".res." in row[0] else [row]
 
 
+def tiny_vae_rows(vae: TinyVAE) -> Iterator[NameRow]:
+    """TAESD is two flat rows of layers; where it was published the decoder's begins with a clamp, and counts it."""
+    for side, shift in (("encoder", 0), ("decoder", 1)):
+        layers = vae.get_submodule(f"{side}.layers") if getattr(vae, side) is not None else ()
+        for n, layer in enumerate(layers):
+            for leaf in (".conv.0", ".conv.2", ".conv.4") if isinstance(layer, TinyBlock) else ("",):
+                ours = f"{side}.layers.{n}{leaf}"
+                yield ours, ours, f"{side}.{n + shift}{leaf}"
+
+
 def text_rows(encoder: TextEncoder) -> Iterator[NameRow]:
     yield from TEXT
     for k in range(encoder.config.layers):
         yield from filled_rows(TEXT_BLOCK, k=k)
 
 
-NAME_ROWS = {UNet: unet_rows, VAE: vae_rows, TextEncoder: text_rows}
+NAME_ROWS = {UNet: unet_rows, VAE: vae_rows, TinyVAE: tiny_vae_rows, TextEncoder: text_rows}
 
 
 @dataclass(frozen=True)

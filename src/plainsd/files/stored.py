@@ -18,8 +18,8 @@ from plainsd.files.detect import seems
 from plainsd.files.names import SPELLINGS, TensorPlace, places, spelled
 from plainsd.files.tensorfile import Stored, TensorFile
 from plainsd.models.clip import TextEncoder
+from plainsd.models.tiny_vae import vae_class
 from plainsd.models.unet import UNet
-from plainsd.models.vae import VAE
 from plainsd.models.variants import Variant, encoder_names
 
 POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, 2, ...: a buffer that older text encoders carry
@@ -60,7 +60,7 @@ def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:
     """The networks of a model by their folders' names, with their configs."""
     texts = zip(encoder_names(variant), variant.text, strict=True)
     encoders = {name: (TextEncoder, text) for name, text in texts}
-    return {"unet": (UNet, variant.unet), "vae": (VAE, variant.vae), **encoders}
+    return {"unet": (UNet, variant.unet), "vae": (vae_class(variant.vae), variant.vae), **encoders}
 
 
 class Undrawn(TorchFunctionMode):

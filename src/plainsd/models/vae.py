@@ -34,6 +34,11 @@ class VAEConfig:
         """Pixels a latent, along each side."""
         return 2 ** (len(self.channels) - 1)
 
+    @property
+    def widest(self) -> int:
+        """Channels of the widest map at full size: the decoder's last level is entered with those of the one below."""
+        return self.channels[min(1, len(self.channels) - 1)]
+
     def scaled(self, latents: Tensor) -> Tensor:
         """What the encoder gives (B, L, h, w), as the UNet sees it."""
         if self.latents_mean is None:

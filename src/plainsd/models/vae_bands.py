@@ -7,6 +7,9 @@ beyond its band. What is left of a plain pass is at most three maps and the work
 is that of a plain pass bit for bit; elsewhere, and with weights in channels_last, but for the order in which numbers
 are added.
 
+TAESD has neither norms nor attention: its bands go through all layers at once, with as many rows beyond them as its
+convolutions see.
+
 For inference only: maps are written over. Shape letters: B batch, C channels, H W height and width, G groups.
 """
 
@@ -19,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plainsd.models.layers import ResBlock
-from plainsd.models.vae import VAE, Gaussian, SpatialAttention, VAELevel, VAEMiddle
+from plainsd.models.tiny_vae import CERTAIN, AnyVAE, TinyVAE
+from plainsd.models.vae import Gaussian, SpatialAttention, VAELevel, VAEMiddle
 
 BAND = 2**15  # positions in a band: at 256 channels in float32, 32 MB a map
 QUERIES = 2**12  # positions that look at all others at once
+SEEN = 20  # rows of latents beyond a band that TAESD's convolutions see: 18.2 of them in decoding, 18.1 in encoding
 
 Run = Callable[[Tensor], Tensor]
 
@@ -117,8 +122,10 @@ def levels(through: nn.ModuleList, x: Tensor, resample: Callable[[nn.Module, Ten
 
 
 @torch.no_grad()
-def decode_in_bands(vae: VAE, latents: Tensor) -> Tensor:
+def decode_in_bands(vae: AnyVAE, latents: Tensor) -> Tensor:
     """VAE.decode in bands: latents (B, L, H/f, W/f) -> pixels (B, 3, H, W)."""
+    if isinstance(vae, TinyVAE):
+        return by_bands(vae.decode, latents, halo=SEEN, up=vae.config.factor)
     decoder = vae.decoder
     x = middle(decoder.mid, decoder.conv_in(vae.post_quant(latents)))
     x = levels(decoder.levels, x, lambda upsample, x: by_bands(upsample, x, halo=1, up=2))
@@ -127,9 +134,22 @@ def decode_in_bands(vae: VAE, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_in_bands(vae: VAE, pixels: Tensor) -> Gaussian:
+def encode_in_bands(vae: AnyVAE, pixels: Tensor) -> Gaussian:
     """VAE.encode in bands: pixels (B, 3, H, W) -> a Gaussian over (B, L, H/f, W/f)."""
+    if isinstance(vae, TinyVAE):
+        return tiny_encoded(vae, pixels)
     encoder = vae.encoder
     x = by_bands(encoder.conv_in, pixels, halo=1)
     x = middle(encoder.mid, levels(encoder.levels, x, halved))
     return vae.gaussian(encoder.conv_out(activated(encoder.norm, x)(x)))
+
+
+def tiny_encoded(vae: TinyVAE, pixels: Tensor) -> Gaussian:
+    """TAESD's encoding, a band of latents at a time."""
+    factor, means = vae.config.factor, []
+    for top, bottom in bands(pixels.shape[2] // factor, pixels.shape[3]):
+        first = max(top - SEEN, 0)
+        mean = vae.encode(pixels[:, :, factor * first : factor * (bottom + SEEN)]).mean
+        means.append(mean[:, :, top - first :][:, :, : bottom - top])
+    mean = torch.cat(means, dim=2)
+    return Gaussian(mean, torch.full_like(mean, CERTAIN))

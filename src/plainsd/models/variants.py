@@ -10,6 +10,7 @@ from typing import Any
 from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.models.clip import TextConfig
+from plainsd.models.tiny_vae import AnyVAEConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
 
@@ -39,7 +40,7 @@ class Variant:
 
     name: str
     unet: UNetConfig
-    vae: VAEConfig
+    vae: AnyVAEConfig
     text: tuple[TextConfig, ...]
     schedule: ScheduleConfig | EDMSchedule = ScheduleConfig()
     prediction: str = "epsilon"  # or "v_prediction", "sample"; "edm" with an EDMSchedule
@@ -180,7 +181,7 @@ def check_reads(channels: int, latents: int, where: str) -> None:
     )
 
 
-def edits(unet: UNetConfig, vae: VAEConfig) -> bool:
+def edits(unet: UNetConfig, vae: AnyVAEConfig) -> bool:
     """Whether the network reads a picture that it is to edit, as InstructPix2Pix does."""
     return unet.in_channels == 2 * vae.latent_channels
 

@@ -13,6 +13,7 @@ from plainsd.diffusion.samplers import SAMPLERS, check_names, sampler_levels
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.listing import suffix_of
+from plainsd.models.tiny_vae import TinyVAEConfig
 from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
@@ -41,6 +42,12 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
             f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'",
             field="eta",
             value=settings.eta,
+        )
+    if not encodes(sd) and settings.strength is not None and not (settings.hires and settings.upscaler == "latent"):
+        raise UserError(
+            "this model's autoencoder is a decoder alone, and the picture would have to be encoded; put taesd_encoder "
+            "beside taesd_decoder, or choose another with --vae",
+            field="vae",
         )
     if settings.variation_strength and settings.variation_seed is None:
         raise UserError(
@@ -75,10 +82,15 @@ def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
             "noise levels (EDM); leave --refiner out"
         )
     scales = [(config.scaling_factor, config.latents_mean, config.latents_std) for config in (ours, its)]
-    if ours.latent_channels != sd.refiner.unet.config.in_channels or scales[0] != scales[1]:
+    tiny = isinstance(ours, TinyVAEConfig) or isinstance(its, TinyVAEConfig)  # the UNet's own latents, whose it may be
+    if ours.latent_channels != sd.refiner.unet.config.in_channels or scales[0] != scales[1] and not tiny:
         names = f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws"
         raise UserError(f"{names}: their latents differ; choose a refiner of the same family", field="refiner")
     return {"refiner": model_name(sd.refiner), "handover": HANDOVER if settings.handover is None else settings.handover}
+
+
+def encodes(sd: StableDiffusion) -> bool:
+    return not isinstance(sd.vae.config, TinyVAEConfig) or sd.vae.config.encodes
 
 
 def model_name(sd: StableDiffusion) -> str:

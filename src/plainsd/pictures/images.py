@@ -35,6 +35,11 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
+def enlarged_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A rough picture at this size, its pixels as squares; one that has it already stays."""
+    return image if image.size == size else image.resize(size, Image.Resampling.NEAREST)
+
+
 def to_mask(image: Image.Image) -> Tensor:
     """A picture whose light parts are to be drawn anew -> (1, 1, H, W) of 0 and 1. Transparent parts count as dark."""
     light = np.array(to_rgb(image, background="black").convert("L")) >= 128

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from plainsd.models.tiny_vae import AnyVAEConfig
 from plainsd.models.unet import UNetConfig
-from plainsd.models.vae import VAEConfig
 from plainsd.pictures.model import Saving, StableDiffusion, Stage
 
 GB = 10**9
@@ -61,9 +61,9 @@ def _free_in_group() -> float:
 # --- what is needed --------------------------------------------------------------------------------------------------
 
 
-def vae_needs(config: VAEConfig, pixels: int, itemsize: int) -> int:
+def vae_needs(config: AnyVAEConfig, pixels: int, itemsize: int) -> int:
     """Bytes at the peak of a plain pass over so many pixels, beside the weights. bench/memory.py measures it."""
-    return VAE_MAPS * pixels * config.channels[min(1, len(config.channels) - 1)] * itemsize
+    return VAE_MAPS * pixels * config.widest * itemsize
 
 
 def unet_needs(config: UNetConfig, positions: int, itemsize: int) -> int:

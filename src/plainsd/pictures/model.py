@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.models.clip import TextEncoder
+from plainsd.models.tiny_vae import AnyVAE
 from plainsd.models.unet import UNet
-from plainsd.models.vae import VAE
 from plainsd.models.variants import Variant, encoder_names
 from plainsd.text.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ class StableDiffusion:
     tokenizers: list[Tokenizer]
     text_encoders: list[TextEncoder]
     unet: UNet
-    vae: VAE
+    vae: AnyVAE
     schedule: NoiseSchedule | EDMSchedule
     prediction: str  # what the network predicts: "epsilon" or "v_prediction"
     variant: Variant

@@ -1,4 +1,6 @@
-"""`preview.json`: the cheap projection from latents to rough pixels, stored with its model.
+"""Pictures of latents while they are drawn: by TAESD where it is given, else by a projection that costs nothing.
+
+`preview.json` is that projection from latents to rough pixels, stored with its model.
 
     {"latent_rgb": {"matrix": [[...], [...], [...]], "bias": [r, g, b]}}
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +23,37 @@ from torch import Tensor
 
 from plainsd.errors import UserError
 from plainsd.files.folder import PREVIEW
-from plainsd.models.vae import VAE
+from plainsd.models.tiny_vae import AnyVAE, TinyVAE, check_same_latents
 from plainsd.pictures.images import to_pil
 from plainsd.pictures.model import StableDiffusion
+
+
+@dataclass(frozen=True)
+class Previewer:
+    """What makes the pictures: one of the two."""
+
+    latent_rgb: Tensor | None  # (L + 1, 3), a pixel a latent
+    tiny: TinyVAE | None = None  # the whole picture, a little blurred
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (B, L, h, w) -> B pictures: of the latents' size by the projection, at full size by TAESD."""
+        if self.tiny is not None:
+            return to_pil(self.tiny.decode(latents.to(next(self.tiny.parameters()))).float())
+        assert self.latent_rgb is not None
+        return preview(latents, self.latent_rgb)
+
+
+def previewer(sd: StableDiffusion, vae: AnyVAE | None = None) -> Previewer:
+    """That of a model. `vae`: TAESD's, which must be of the model's family; a model that decodes by TAESD needs none
+    beside it. UserError for another autoencoder: it would take longer than the step that it shows."""
+    vae = sd.vae if vae is None else vae
+    if isinstance(vae, TinyVAE):
+        check_same_latents(vae.config, sd.vae.config, "the autoencoder for previews", "preview_vae")
+        return Previewer(None, vae)
+    if vae is not sd.vae:
+        raise UserError("--preview-vae takes TAESD, which is quick enough for every step; give taesd_decoder")
+    return Previewer(latent_rgb(sd))
 
 
 def latent_rgb(sd: StableDiffusion) -> Tensor:
@@ -55,7 +86,7 @@ def damaged_preview(where: str, why: str) -> UserError:
 
 
 @torch.inference_mode()
-def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> Tensor:
+def fit_latent_rgb(vae: AnyVAE, samples: int = 8, side: int = 8, seed: int = 0) -> Tensor:
     """A matrix that turns a latent into one rough pixel: (L + 1, 3), its last row the constant.
 
     Least squares over random latents and what the VAE decodes them to, averaged over each latent's patch of pixels. The
@@ -78,8 +109,8 @@ def fit_latent_rgb(vae: VAE, samples: int = 8, side: int = 8, seed: int = 0) -> 
     return torch.linalg.lstsq(inputs, patches.movedim(1, -1).reshape(-1, 3)).solution
 
 
-def preview(latents: Tensor, latent_rgb: Tensor, factor: int) -> list[Image.Image]:
-    """Latents (B, L, H, W) -> B rough pictures at full size, without the VAE."""
+def preview(latents: Tensor, latent_rgb: Tensor) -> list[Image.Image]:
+    """Latents (B, L, h, w) -> B rough pictures, a pixel a latent, without the VAE."""
     latents = latents.float().cpu()
     pixels = torch.einsum("blhw,lc->bchw", latents, latent_rgb[:-1]) + latent_rgb[-1][:, None, None]
-    return to_pil(F.interpolate(pixels, scale_factor=factor, mode="nearest"))
+    return to_pil(pixels)

@@ -24,7 +24,7 @@ from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
-from plainsd.models.vae import VAE
+from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures import conditioning
 from plainsd.pictures.guidance import Estimates, guided_denoise
 from plainsd.pictures.memory import in_bands, on_stage
@@ -75,7 +75,7 @@ def varied(noise: Tensor, each: Sequence[Resolved]) -> Tensor:
 # --- the VAE ---------------------------------------------------------------------------------------------------------
 
 
-def through_vae(sd: StableDiffusion, run: Callable[[VAE, Tensor], Tensor], x: Tensor) -> Tensor:
+def through_vae(sd: StableDiffusion, run: Callable[[AnyVAE, Tensor], Tensor], x: Tensor) -> Tensor:
     """`run` of the VAE on x, in the VAE's precision; float32 outside. What overflows there is done again in float32."""
     y = run(on_stage(sd, sd.vae), x.to(next(sd.vae.parameters()))).float()
     if y.isfinite().all():
@@ -100,7 +100,7 @@ def moments_of(sd: StableDiffusion, pixels: Tensor) -> Tensor:
     """(1 or B, 3, H, W) -> mean and log variance, (2, 1 or B, L, h, w), unscaled."""
     banded = in_bands(sd, pixels.shape[0] * pixels.shape[2] * pixels.shape[3])
 
-    def moments(vae: VAE, x: Tensor) -> Tensor:
+    def moments(vae: AnyVAE, x: Tensor) -> Tensor:
         gaussian = vae_bands.encode_in_bands(vae, x) if banded else vae.encode(x)
         return torch.stack([gaussian.mean, gaussian.logvar])
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from plainsd.adapters.embeddings import bundled
 from plainsd.adapters.lora import add_lora, attached, check_strengths
 from plainsd.adapters.reading import open_lora, tensors_by_module
-from plainsd.checkpoint import load
+from plainsd.checkpoint import load, load_vae
 from plainsd.device import choose_device, choose_dtype
 from plainsd.errors import UserError, unknown
 from plainsd.files.convert import read
@@ -26,9 +25,10 @@ from plainsd.files.hub import find
 from plainsd.files.predicted import asked
 from plainsd.files.stored import empties
 from plainsd.files.tokenizers import tokenizers
+from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures.defaults import check_refiner, model_name
 from plainsd.pictures.model import StableDiffusion, assemble
-from plainsd.pictures.previews import latent_rgb
+from plainsd.pictures.previews import Previewer, previewer
 from plainsd.pictures.settings import Settings
 from plainsd.server.embeddings import Word, Words, taught
 from plainsd.server.errors import Refused
@@ -50,6 +50,7 @@ class PoolOptions:
     loras: Path | None = None  # folder
     embeddings: Path | None = None  # folder
     vae: Path | None = None  # another autoencoder than the models' own, for all of them
+    preview_vae: Path | None = None  # TAESD, for previews
     prediction: str | None = None  # what the network of the one model predicts, where its files say it wrong or not
     zero_snr: bool | None = None  # whether its noise ends at zero SNR, likewise
 
@@ -82,7 +83,7 @@ class ServedModel:
     noise: dict[str, Any]  # arguments for `load`: what its network predicts, where the file does not say
     hash: str | None = None  # of its weights, once they were loaded
     sd: StableDiffusion | None = None
-    latent_rgb: Tensor | None = None  # for previews
+    preview: Previewer | None = None
     loras: tuple[tuple[str, float], ...] | None = None  # those on it
     taught: tuple[tuple[Word, ...], StableDiffusion] | None = None  # words learned last, and the model with them
     ideas: list[str] = field(default_factory=list)  # prompts that it was trained for, where it says so
@@ -162,11 +163,11 @@ class Models:
             while self.bytes() + model.bytes > self.budget and (oldest := self.oldest(beside)) is not None:
                 self.drop(oldest)
             sd = load(model.source, device=self.device, dtype=self.dtype, vae=self.options.vae, **model.noise)
-            projection, digest = latent_rgb(sd), weights_hash(sd.path, "unet")
+            preview, digest = previewer(sd, self.tiny_vae(sd)), weights_hash(sd.path, "unet")
             if self.options.fast:
                 faster(sd)
             with self.lock:
-                model.sd, model.latent_rgb, model.loras, model.hash = sd, projection, (), digest
+                model.sd, model.preview, model.loras, model.hash = sd, preview, (), digest
                 self.loads += 1
         if model.loras != tuple(loras):
             for lora in attached(model.sd):
@@ -176,6 +177,12 @@ class Models:
                 add_lora(model.sd, self.lora(file), strength)
             model.loras = tuple(loras)
         return model
+
+    def tiny_vae(self, sd: StableDiffusion) -> AnyVAE | None:
+        """TAESD for the model's previews, where it is wanted."""
+        if self.options.preview_vae is None:
+            return None
+        return load_vae(self.options.preview_vae, device=self.device, dtype=sd.dtype, like=sd.vae.config)
 
     # --- LoRAs -------------------------------------------------------------------------------------------------------
 
@@ -253,7 +260,7 @@ class Models:
 
     def drop(self, model: ServedModel) -> None:
         with self.lock:
-            model.sd = model.latent_rgb = model.loras = model.taught = None
+            model.sd = model.preview = model.loras = model.taught = None
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
 

@@ -11,7 +11,7 @@ from plainsd.checkpoint import load, load_vae, save, save_vae
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.files.described import read_description
-from plainsd.models.vae import VAE
+from plainsd.models.vae import VAE, VAEConfig
 from plainsd.models.variants import SD1, Variant
 from plainsd.pictures.images import grid, to_pil, write_png
 from plainsd.pictures.model import StableDiffusion
@@ -41,13 +41,19 @@ def first_vae(job: TrainJob) -> tuple[Variant, VAE]:
         if own.decoder_only:
             raise UserError("--decoder-only leaves the encoder as it is: it needs --base, a trained autoencoder")
         variant = described_variant(job)
+        assert isinstance(variant.vae, VAEConfig)  # `read_description` sees to it
         vae = job.on_device(VAE(variant.vae))
         init_vae(vae)
         job.check_options()
         return variant, vae
     vae = job.on_device(load_vae(base, device=job.world.device, dtype=torch.float32))
+    if not isinstance(vae, VAE):
+        raise UserError(
+            f"--base {base} is TAESD, which is not trained here; give an autoencoder such as SD's", field="base"
+        )
     variant = described_variant(job) if own.model else replace(SD1, size=job.options.reading.size or SD1.size)
-    if own.model and replace(variant.vae, scaling_factor=vae.config.scaling_factor) != vae.config:
+    same = isinstance(variant.vae, VAEConfig) and replace(variant.vae, scaling_factor=vae.config.scaling_factor)
+    if own.model and same != vae.config:
         raise UserError(f"the autoencoder of --base {base} has other sizes than {own.model} says; leave --model out")
     job.check_options(base_weights=weights_digest(vae))
     return variant, vae

@@ -16,7 +16,6 @@ from plainsd.errors import DiskError, UserError
 from plainsd.generate import Pictures, batch
 from plainsd.pictures.images import grid
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.previews import preview
 from plainsd.server.jobs.job import FAILED, Job, Unit
 from plainsd.server.jobs.queue import Queue
 from plainsd.server.jobs.store import Store
@@ -167,7 +166,8 @@ class Watch:
         self.worker.steps.observe(now - self.before)
         if now - self.shown >= PREVIEW_EVERY:
             self.shown = now
-            for unit, rough in zip(self.units, preview(event.denoised, self.model.latent_rgb, 1), strict=True):
+            assert self.model.preview is not None  # it is resident
+            for unit, rough in zip(self.units, self.model.preview(event.denoised), strict=True):
                 unit.job.previews[unit.place] = png(rough)
         for job, count in self.jobs.items():
             job.step += 1
