@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from plainsd.commands.output import Target
 
 AHEAD = 4  # jobs sent before the first of them has ended, so that the server can join them
-ROUGH, SMALL = 8, 256  # times that a preview is enlarged, whose sides are below so many pixels
+ROUGH, ROUGH_SIDE = 8, 256  # times that a preview is enlarged, whose sides are below so many pixels
 NOT_SENT = (
     "vae",
     "preview_vae",
@@ -163,7 +163,7 @@ def show(event: Progress, path: Path) -> None:
 
     images = [Image.open(BytesIO(png)).convert("RGB") for _, png in sorted(event.previews.items())]
     images = [
-        enlarged_to(image, (ROUGH * image.width, ROUGH * image.height)) if max(image.size) < SMALL else image
+        enlarged_to(image, (ROUGH * image.width, ROUGH * image.height)) if max(image.size) < ROUGH_SIDE else image
         for image in images
     ]
     write_png(grid(images, math.ceil(math.sqrt(len(images)))), path)

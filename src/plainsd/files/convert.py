@@ -22,7 +22,7 @@ from plainsd.files.predicted import asked, check_prediction, told_otherwise
 from plainsd.files.single import FILES_KEY, read_single, variant_in, write_single
 from plainsd.files.stored import Contents, StoredNetwork, parts
 from plainsd.files.tensorfile import TensorFile, open_tensors
-from plainsd.files.tiny_vae import check_writable, read_tiny_vae_file, seems_tiny
+from plainsd.files.tiny_vae import check_tiny_layout, read_tiny_vae_file, seems_tiny
 from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
 from plainsd.listing import suffix_of
 from plainsd.models.tiny_vae import AnyVAEConfig, TinyVAEConfig, check_same_latents, vae_class
@@ -139,7 +139,7 @@ def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dty
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     if isinstance(contents.variant.vae, TinyVAEConfig):
-        check_writable(contents.variant.vae, layout)
+        check_tiny_layout(contents.variant.vae, layout)
     if layout == "diffusers":
         return write_folder(contents, target, dtype)
     own = {path: text for path, text in contents.texts.items() if path.startswith("tokenizer")}

@@ -61,7 +61,7 @@ def sibling(path: Path, side: str, other: str) -> Path | None:
     return beside if beside != path and beside.is_file() else None
 
 
-def check_writable(config: TinyVAEConfig, layout: str) -> None:
+def check_tiny_layout(config: TinyVAEConfig, layout: str) -> None:
     """UserError where the layout has no place for this autoencoder."""
     if layout != "diffusers":
         raise UserError("a single file has no place for TAESD; write the model as a folder, with --layout diffusers")
