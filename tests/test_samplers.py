@@ -55,14 +55,22 @@ SCHEDULERS = {
     "lms": ("lms_discrete", "LMSDiscreteScheduler", {}),
     "unipc": ("unipc_multistep", "UniPCMultistepScheduler", {}),
     "lcm": ("lcm", "LCMScheduler", {}),
-}
+    "dpmpp_2m_sde_heun": (
+        "dpmsolver_multistep", "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+    ),
+    "tcd": ("tcd", "TCDScheduler", {}),
+    "deis": ("deis_multistep", "DEISMultistepScheduler", {}),
+    "sa_solver": ("sasolver", "SASolverScheduler", {}),
+}  # fmt: skip
+OF_ITS_OWN = ("dpm_fast", "dpm_adaptive")  # choose their levels, and take what they have at the last for clean
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential")  # diffusers'
 CASES = [
     (name, spacing)
     for name in SCHEDULERS
     for spacing in {"ddpm": TIMESTEP_SPACINGS, "ddim": TIMESTEP_SPACINGS, "plms": TIMESTEP_SPACINGS,
-                    "euler_a": TIMESTEP_SPACINGS, "lcm": (None,)}.get(name, SPACINGS)
+                    "euler_a": TIMESTEP_SPACINGS, "lcm": (None,), "tcd": (None,)}.get(name, SPACINGS)
 ]  # fmt: skip
 
 
@@ -98,8 +106,10 @@ def run_ours(schedule, name, prediction, steps, spacing, noises, **options) -> T
         options["prediction"] = prediction
     if levels.strides:
         options["strides"] = levels.strides
+    if name == "tcd":
+        options["sigma_at"] = schedule.sigma
     *_, last = SAMPLERS[name].run(denoise, x, levels.sigmas, lambda: next(rest), **options)
-    assert last.index == steps - 1 and last.sigma == levels.sigmas[-1]
+    assert last.index == steps - 1 and last.sigma == (0.0 if name in OF_ITS_OWN else levels.sigmas[-1])
     return last.x
 
 
@@ -225,7 +235,9 @@ def test_whole_trajectory_equals_diffusers(in_double, monkeypatch, name, spacing
 
 # Where a zero-SNR table begins, at sigma 4096, these let diffusers' own float32 rounding grow to 1e-4 .. 4e-3 in few
 # steps, because they mix values of that level into later ones. In float64, above, they agree as all others do.
-ROUGH = {("plms", "epsilon")} | {(name, p) for name in ("heun", "dpm2", "dpm2_a") for p in ("epsilon", "v_prediction")}
+ROUGH = {("plms", "epsilon"), ("deis", "epsilon")} | {
+    (name, p) for name in ("heun", "dpm2", "dpm2_a") for p in ("epsilon", "v_prediction")
+}
 
 
 @pytest.mark.parametrize(("name", "spacing"), CASES)
@@ -304,6 +316,55 @@ def test_lcm_without_c_skip_equals_diffusers_to_the_last_digits(in_double, monke
     scheduler = build(module, "lcm", SD, "epsilon", None, timestep_scaling=1e9)
     expected = run_theirs(module, scheduler, SD, "lcm", "epsilon", 8, noises)
     assert relative(run_ours(SD, "lcm", "epsilon", 8, None, noises), expected) < 1e-12
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_deis_of_third_order_equals_diffusers(in_double, spacing):
+    module = in_double("deis_multistep")
+    for steps in (7, 20, 50):
+        scheduler = build(module, "deis", SD, "epsilon", spacing, solver_order=3)
+        expected = run_theirs(module, scheduler, SD, "deis", "epsilon", steps, draws(1))
+        assert relative(run_ours(SD, "deis", "epsilon", steps, spacing, draws(1), most=3), expected) < 1e-10
+
+
+@pytest.mark.parametrize("steps", [7, 20, 50])
+def test_ipndm_equals_diffusers(in_double, steps):
+    """Its scheduler has levels of its own, whose network predicts v; `levels` are put in their place."""
+    levels = [SD.sigma(timestep) for timestep in np.linspace(999, 0, steps)] + [0.0]
+    scheduler = in_double("ipndm").IPNDMScheduler()
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)
+    scheduler.betas, scheduler.alphas = (torch.tensor([f(sigma) for sigma in levels]) for f in (
+        lambda sigma: sigma / math.sqrt(1 + sigma**2), lambda sigma: 1 / math.sqrt(1 + sigma**2)))  # fmt: skip
+    predict, x = network(SD, "v_prediction"), draws(1)[0]
+    for sigma in levels[:-2]:
+        x = scheduler.step(predict(x, SD.timestep(sigma)), None, x).prev_sample
+    start = draws(1)[0] * math.sqrt(1 + levels[0] ** 2)
+    *_, last = SAMPLERS["ipndm"].run(denoiser(predict, SD, "v_prediction"), start, levels[:-1], None)
+    assert relative(last.x / math.sqrt(1 + levels[-2] ** 2), x) < 1e-11
+
+
+def test_tcd_takes_every_share_of_noise_as_diffusers_does(in_double, monkeypatch):
+    module = in_double("tcd")
+    monkeypatch.setattr(module, "randn_tensor", None)
+    for eta in (0.0, 0.7, 1.0):
+        for steps in (1, 4, 50):
+            scheduler = build(module, "tcd", SD, "epsilon", None)
+            noises = draws(steps + 1)
+            expected = run_theirs(module, scheduler, SD, "tcd", "epsilon", steps, noises, eta=eta)
+            assert relative(run_ours(SD, "tcd", "epsilon", steps, None, noises, eta=eta), expected) < 1e-10
+
+
+@pytest.mark.parametrize("steps", [7, 20, 50])
+def test_res_multistep_is_diffusers_second_order_with_the_line_integrated(in_double, steps):
+    module = in_double("dpmsolver_multistep")
+    for spacing in ("karras", "exponential"):
+        scheduler = build(module, "dpmpp_2m", SD, "epsilon", spacing, solver_type="heun")
+        expected = run_theirs(module, scheduler, SD, "dpmpp_2m", "epsilon", steps, draws(1))
+        sigmas = sampler_levels(SD, "dpmpp_2m", steps, spacing).sigmas  # these are rounded
+        start = draws(1)[0] * math.sqrt(1 + sigmas[0] ** 2)
+        *_, last = SAMPLERS["res_multistep"].run(denoiser(network(SD, "epsilon"), SD, "epsilon"), start, sigmas, None)
+        assert relative(last.x, expected) < 1e-10
 
 
 @pytest.mark.parametrize("steps", [20, 50])
@@ -428,18 +489,32 @@ def even(count: int) -> list[float]:
         ("euler", {}, 1), ("ddim", {}, 1), ("heun", {}, 2), ("dpm2", {}, 2), ("dpmpp_2m", {}, 2), ("plms", {}, 2),
         ("dpm2_a", {"eta": 0.0}, 2), ("dpmpp_2s_a", {"eta": 0.0}, 2), ("dpmpp_sde", {"eta": 0.0}, 2),
         ("dpmpp_2m_sde", {"eta": 0.0}, 2), ("dpmpp_3m_sde", {"eta": 0.0}, 2), ("unipc", {}, 3),
-        ("plms", {"prediction": "v_prediction"}, 1),
+        ("plms", {"prediction": "v_prediction"}, 1), ("dpmpp_2m_sde_heun", {"eta": 0.0}, 2), ("res_multistep", {}, 2),
+        ("res_multistep_a", {"eta": 0.0}, 2), ("gradient_estimation", {}, 1), ("deis", {}, 2),
+        ("deis", {"most": 3}, 2), ("ipndm", {}, 2), ("sa_solver", {"eta": 0.0}, 2), ("heunpp2", {}, 1),
+        ("euler_cfg_pp", {}, 1), ("ddim_cfg_pp", {}, 1), ("euler_a_cfg_pp", {"eta": 0.0}, 1), ("dpmpp_2m_cfg_pp", {}, 2),
+        ("tcd", {"eta": 0.0}, 1),
     ],
 )  # fmt: skip
 def test_order_of_convergence(name, options, order):
     assert measured_order(partial(SAMPLERS[name].run, **options), geometric) == pytest.approx(order, abs=0.15)
 
 
+def test_order_of_dpm_fast_is_that_of_its_steps():
+    """With three calls a step; a last one of two, whose one error is of the same order."""
+    run = partial(SAMPLERS["dpm_fast"].run, eta=0.0)
+    assert measured_order(run, geometric, counts=(65, 131, 263)) == pytest.approx(3, abs=0.15)
+
+
 def test_order_of_plms_is_higher_where_levels_are_even():
     assert measured_order(SAMPLERS["plms"].run, even, counts=(500, 1000, 2000)) > 2.8
 
 
-@pytest.mark.parametrize("name", ["dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "euler_a", "dpmpp_2s_a", "dpm2_a"])
+@pytest.mark.parametrize(
+    "name",
+    ["dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "euler_a", "dpmpp_2s_a", "dpm2_a", "dpmpp_2m_sde_heun",
+     "res_multistep_a", "sa_solver", "euler_a_cfg_pp", "dpm_fast"],
+)  # fmt: skip
 def test_order_of_the_mean_path_of_stochastic_samplers(name):
     """Without its noise the reverse SDE is dx = 2 (x - x0) / sigma dsigma. A Gaussian's mean follows it exactly in one
     step, so the estimate here is a bent one; the reference is the same path in many small Heun steps."""
@@ -453,7 +528,8 @@ def test_order_of_the_mean_path_of_stochastic_samplers(name):
         trial = x + (sigma_next - sigma) * slope
         x = x + (sigma_next - sigma) * (slope + 2 * (trial - bent(trial, sigma_next)) / sigma_next) / 2
     order = measured_order(SAMPLERS[name].run, geometric, bent, exact=x)
-    expected = 2 if name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde") else 1
+    second = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2m_sde_heun", "res_multistep_a", "sa_solver")
+    expected = 2 if name in second else 1
     assert order == pytest.approx(expected, abs=0.15)
 
 
@@ -470,10 +546,13 @@ def test_lms_is_exact_where_the_slope_is_a_cubic_of_sigma():
         assert (after.x - before.x).item() == pytest.approx(integral(after.sigma) - integral(before.sigma), rel=1e-12)
 
 
-STOCHASTIC = ("ddpm", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm")
+DRAWS = dict.fromkeys(  # of six steps
+    ("ddpm", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm", "dpmpp_2m_sde_heun", "tcd",
+     "euler_a_cfg_pp", "res_multistep_a", "er_sde"), 5,
+) | {"dpmpp_sde": 10, "sa_solver": 6, "dpm_fast": 2}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])  # lcm wants a model that returns samples
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("lcm", "tcd")])  # made for other models
 def test_samples_have_the_mean_and_spread_of_the_data(name):
     generator = torch.Generator().manual_seed(0)
 
@@ -520,7 +599,8 @@ def test_zero_terminal_snr_loses_no_precision(name, spacing):
     if name == "lcm" and spacing is None:
         assert sampler_levels(ZERO_SNR, name, 8).sigmas[0] == ZERO_SNR.sigma_max
     for steps in (1, 2, 13):
-        fine, coarse = draws(2 * steps + 1), draws(2 * steps + 1, torch.float32)
+        most = 60 if name == "dpm_adaptive" else 2 * steps + 1
+        fine, coarse = draws(most), draws(most, torch.float32)
         exact = run_ours(ZERO_SNR, name, "v_prediction", steps, spacing, fine)
         rough = run_ours(ZERO_SNR, name, "v_prediction", steps, spacing, coarse)
         assert rough.dtype == torch.float32
@@ -546,12 +626,14 @@ def test_steps_come_one_by_one(name):
     run = SAMPLERS[name].run(denoise, torch.ones(3) * sigmas[0], sigmas, noise)
     assert calls == []
     first = next(run)
-    assert isinstance(first, Step) and first.index == 0 and first.sigma == sigmas[1]
-    assert 1 <= len(calls) <= 2 and calls[0] == sigmas[0]
-    assert torch.equal(first.denoised, gaussian(torch.ones(3) * sigmas[0], sigmas[0]))
+    assert isinstance(first, Step) and first.index == 0 and calls[0] == sigmas[0]
+    if name != "dpm_adaptive":  # the levels and calls of which are its own
+        assert first.sigma == sigmas[1] or name == "dpm_fast"
+        assert 1 <= len(calls) <= (3 if name == "heunpp2" else 2)
+        assert torch.equal(first.denoised, gaussian(torch.ones(3) * sigmas[0], sigmas[0]))
     last = list(islice(run, 10))[-1]
     assert last.index == 5
-    assert len(drawn) == (0 if name not in STOCHASTIC else 10 if name == "dpmpp_sde" else 5)
+    assert len(drawn) == DRAWS.get(name, 0) or name == "dpm_adaptive"
     if SAMPLERS[name].ends_at_zero:
         assert torch.equal(last.x, last.denoised) or name == "lms"  # LMS mixes older slopes in to the end
 
@@ -567,11 +649,13 @@ def test_names_and_ends():
         list(SAMPLERS)
         == (
             "ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms "
-            "unipc lcm"
+            "unipc lcm dpmpp_2m_sde_heun restart dpm_fast dpm_adaptive ddim_cfg_pp euler_cfg_pp euler_a_cfg_pp "
+            "dpmpp_2m_cfg_pp tcd res_multistep res_multistep_a gradient_estimation deis ipndm er_sde sa_solver heunpp2"
         ).split()
     )
     for name in SAMPLERS:
-        assert sampler_levels(SD, name, 4).sigmas[-1] == (SD.sigma_min if name in ("ddim", "plms") else 0.0)
+        low = name in ("ddim", "plms", "ddim_cfg_pp", "deis", "sa_solver", "tcd", *OF_ITS_OWN)
+        assert sampler_levels(SD, name, 4).sigmas[-1] == (SD.sigma_min if low else 0.0)
 
 
 def test_wrong_requests_are_named():

@@ -44,9 +44,7 @@ class Sampler:
     unit_first: bool = False  # the first latent counts a clean latent's own spread
     rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> for timesteps
     spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
-    takes: tuple[
-        str, ...
-    ] = ()  # what `run` takes by name: "eta", "strides", "prediction", "sigma_data", "sigma_at", "pair"
+    takes: tuple[str, ...] = ()  # by name: of "eta", "strides", "prediction", "sigma_data", "sigma_at", "pair"
     batched: bool = True  # several pictures at once are what each is alone
     guidance_unit: float = 1.0  # what guidance is multiplied by
 
@@ -63,12 +61,12 @@ TO_FIRST: dict[str, Any] = {
     "unit_first": True,
     "rounding": WHOLE,
 }
-TO_LOWEST: dict[str, Any] = {"ends_at_zero": False, "spare": {"karras": 1, "exponential": 1}}
 SOLVER: dict[str, Any] = {
     "unit_first": True,
     "rounding": {"linspace": round, "karras": round, "exponential": whole_part},
     "spare": {"linspace": 1, "leading": 1},
 }
+SOLVER_TO_FIRST = SOLVER | {"ends_at_zero": False, "spare": {"linspace": 1, "leading": 1, "karras": 0, "exponential": 0}}
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding=WHOLE, takes=("eta",)),
@@ -89,22 +87,22 @@ SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(lcm, "distilled", unit_first=True),
     "dpmpp_2m_sde_heun": Sampler(partial(dpmpp_2m, eta=1.0, heun=True), **SOLVER, takes=("eta",)),
     "restart": Sampler(restart),
-    "dpm_fast": Sampler(partial(dpm_fast, eta=1.0), **TO_LOWEST, takes=("eta",)),  # eta 1 is A1111's
-    "dpm_adaptive": Sampler(partial(dpm_adaptive, eta=1.0), **TO_LOWEST, takes=("eta",), batched=False),
+    "dpm_fast": Sampler(partial(dpm_fast, eta=1.0), ends_at_zero=False, takes=("eta",)),  # eta 1 is A1111's
+    "dpm_adaptive": Sampler(partial(dpm_adaptive, eta=1.0), ends_at_zero=False, takes=("eta",), batched=False),
     "ddim_cfg_pp": Sampler(  # A1111's unit: the scale that others take means about the same here
         euler_cfg_pp, "leading", **TO_FIRST, takes=("eta", "strides", "pair"), guidance_unit=1 / 12.5
     ),
     "euler_cfg_pp": Sampler(euler_cfg_pp, takes=("pair",)),
     "euler_a_cfg_pp": Sampler(partial(euler_cfg_pp, eta=1.0), takes=("eta", "pair")),
     "dpmpp_2m_cfg_pp": Sampler(dpmpp_2m_cfg_pp, takes=("pair",)),
-    "tcd": Sampler(tcd, "distilled", **TO_LOWEST, unit_first=True, takes=("eta", "sigma_at")),
+    "tcd": Sampler(tcd, "distilled", ends_at_zero=False, unit_first=True, takes=("eta", "sigma_at")),
     "res_multistep": Sampler(partial(dpmpp_2m, heun=True)),
     "res_multistep_a": Sampler(partial(dpmpp_2m, eta=1.0, heun=True, split=ancestral), takes=("eta",)),
     "gradient_estimation": Sampler(gradient_estimation),
-    "deis": Sampler(deis, **SOLVER, ends_at_zero=False),
+    "deis": Sampler(deis, **SOLVER_TO_FIRST),
     "ipndm": Sampler(ipndm),
     "er_sde": Sampler(er_sde),
-    "sa_solver": Sampler(sa_solver, **SOLVER, ends_at_zero=False, takes=("eta",)),
+    "sa_solver": Sampler(sa_solver, **SOLVER_TO_FIRST, takes=("eta",)),
     "heunpp2": Sampler(heunpp2),
 }
 

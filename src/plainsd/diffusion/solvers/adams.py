@@ -102,15 +102,16 @@ def gradient_estimation(
 FEW_STEPS = 15  # below, DEIS ends with lower orders
 
 
-def deis(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """Third order: a parabola in log sigma through the last three slopes, integrated over sigma (DEIS of kind log-rho,
-    Zhang and Chen 2022, arXiv:2204.13902). The first two steps, and in few steps the last two, are of lower order."""
+def deis(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, most: int = 2) -> Iterator[Step]:
+    """Second order: a line in log sigma through the last two slopes, integrated over sigma (DEIS of kind log-rho, Zhang
+    and Chen 2022, arXiv:2204.13902); with `most` = 3 a parabola, third order. The first steps, and in few steps the last
+    ones, are of lower order."""
     steps = len(sigmas) - 1
     slopes: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
-        slopes = [(x - denoised) / sigma, *slopes[:2]]
-        order = min(len(slopes), steps - index if steps < FEW_STEPS else 3)
+        slopes = [(x - denoised) / sigma, *slopes[: most - 1]]
+        order = min(len(slopes), steps - index if steps < FEW_STEPS else most)
         if order > 1 and 0 < sigma_next < sigma:
             weights = _log_means(newest_first(sigmas, index, order), sigma, sigma_next)
             aim = _mixed(denoised, sigma, slopes[:order], weights)

@@ -50,18 +50,18 @@ def tcd(
     noise: Noise,
     *,
     eta: float = 0.3,
-    sigma_at: Callable[[float], float] = float,
+    sigma_at: Callable[[float], float] | None = None,
 ) -> Iterator[Step]:
     """Trajectory consistency (Zheng et al. 2024, arXiv:2402.19159, algorithm 4): go on to timestep (1 - eta) t' and add
     noise back up to t', where the next step begins. For models taught so; eta is the paper's gamma.
 
-    `sigma_at`: timestep -> level. Without it, and at levels that know no timestep, time is sigma itself.
+    `sigma_at`: timestep -> level. Without it time is sigma itself.
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        if index == len(sigmas) - 2:  # the end of the row: nothing is added
+        if eta == 0 or index == len(sigmas) - 2:  # nothing is added at the end of the row
             sigma_down = float(sigma_next)
-        elif isinstance(sigma_next, Level):
+        elif sigma_at is not None and isinstance(sigma_next, Level):
             sigma_down = sigma_at(math.floor((1 - eta) * sigma_next.timestep))
         else:
             sigma_down = (1 - eta) * sigma_next
