@@ -172,8 +172,8 @@ def test_a1111s_second_pass(made, theirs, how):
 
 
 def test_what_a1111_has_and_we_have_not(made, refused, theirs):
-    assert "unknown sampler 'Restart'" in refused("--from", theirs("Restart"))
-    assert read_settings(made("--from", theirs("Restart"), "--sampler", "euler")).sampler == "euler"
+    assert "unknown sampler 'Euler z'" in refused("--from", theirs("Euler z"))
+    assert read_settings(made("--from", theirs("Euler z"), "--sampler", "euler")).sampler == "euler"
     hires = theirs(more="Denoising strength: 0.5, Hires upscale: 2, Hires upscaler: R-ESRGAN 4x+, ")
     assert "unknown upscaler 'r-esrgan 4x+'" in refused("--from", hires)
     assert read_settings(made("--from", hires, "--upscaler", "lanczos")).upscaler == "lanczos"
@@ -222,7 +222,7 @@ def test_a_picture_names_the_weights_that_drew_it(made, model, tmp_path):
         "Model hash": sha256(tmp_path / "one.safetensors")[:10],
         "VAE hash": sha256(vae_file)[:10],
         "Lora hashes": f'"style: {hashlib.sha256(content[8 + header :]).hexdigest()[:12]}"',
-        "TI hashes": f'"cat: {sha256(tmp_path / "cat.safetensors")[:10]}"',
+        "TI hashes": f'"cat: {sha256(tmp_path / "cat.safetensors")[:12]}"',
     }
     with Image.open(picture) as image:
         text = image.info["parameters"]
