@@ -180,7 +180,7 @@ def test_what_a1111_has_and_we_have_not(made, refused, theirs):
     vae = theirs(more="VAE hash: 735e4c3a44, VAE: vae-ft-mse-840000-ema-pruned.safetensors, ")
     assert "was made with the VAE 'vae-ft-mse-840000-ema-pruned.safetensors'" in refused("--from", vae)
     refined = theirs(more="Refiner: sd_xl_refiner_1.0 [7440042bbd], Refiner switch at: 0.8, ")
-    assert "was made with the refiner 'sd_xl_refiner_1.0 [7440042bbd]'" in refused("--from", refined)
+    assert "was made with the refiner 'sd_xl_refiner_1.0'" in refused("--from", refined)
 
 
 def test_loras_of_a1111s_prompts(refused, theirs, tmp_path):

@@ -11,10 +11,11 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from plainsd.diffusion.samplers import SAMPLERS
+from plainsd.generate import LATENT_MODES
 from plainsd.models.variants import edits
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.entries import entries
-from plainsd.pictures.texts.labels import sampler_label, spacing_label
+from plainsd.pictures.texts.labels import UPSCALER_LABELS, sampler_label, spacing_label
 from plainsd.server.api.a1111_fields import NONE_HERE, Common, Image2Image, PNGInfo, Text2Image
 from plainsd.server.api.a1111_infotext import Some, filled
 from plainsd.server.api.a1111_names import known_schedulers, model_of
@@ -129,7 +130,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/latent-upscale-modes")
     def latent_upscale_modes() -> list:
-        return [{"name": "Latent"}]
+        return [{"name": UPSCALER_LABELS[name]} for name in LATENT_MODES]
 
     @router.get("/embeddings")
     def embeddings() -> dict:
