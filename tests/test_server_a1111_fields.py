@@ -70,8 +70,6 @@ HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}
     ("seed_resize_from_h", {"seed_resize_from_h": 64, "seed_resize_from_w": 32}),
     ("s_churn", {"s_churn": 1.5, "sampler_name": "Euler"}), ("s_noise", {"s_noise": 1.1, "sampler_name": "DPM2 a"}),
     ("firstphase_width", {"firstphase_width": 32}), ("firstpass_image", {**HIRES, "firstpass_image": "AAAA"}),
-    ("hr_second_pass_steps", {**HIRES, "hr_second_pass_steps": 9}), ("hr_prompt", {**HIRES, "hr_prompt": "else"}),
-    ("hr_sampler_name", {**HIRES, "hr_sampler_name": "DDIM"}), ("hr_scheduler", {**HIRES, "hr_scheduler": "Karras"}),
     ("hr_checkpoint_name", {**HIRES, "hr_checkpoint_name": "other"}),
     ("token_merging_ratio", {"token_merging_ratio": 0.5}),
     ("'ControlNet'", {"alwayson_scripts": {"ControlNet": {"args": [{"model": "canny"}]}}}),
@@ -152,8 +150,28 @@ def test_infotext_brings_a_second_pass_and_a_variation(server, sd):
     assert alike(first(answer), plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN, **more))[0])
     plain = server.post("/sdapi/v1/txt2img", {"infotext": text, "enable_hr": False}).json()
     assert first(plain).size == (64, 64)
-    wrong = server.post("/sdapi/v1/txt2img", {"infotext": text + ", Hires steps: 9"})
-    assert wrong.status_code == 422 and "hr_second_pass_steps" in wrong.text
+    wrong = server.post("/sdapi/v1/txt2img", {"infotext": text + ", Hires checkpoint: other"})
+    assert wrong.status_code == 422 and "hr_checkpoint_name" in wrong.text
+
+
+def test_the_second_pass_may_draw_with_something_else(server, sd):
+    """By the request's fields, and by the same words in an infotext."""
+    fields = {
+        "enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent (nearest-exact)", "denoising_strength": 0.6,
+        "hr_second_pass_steps": 3, "hr_sampler_name": "DDIM", "hr_scheduler": "Karras", "hr_prompt": "else <lora:x:1>",
+        "hr_negative_prompt": "blue", "hr_cfg": 2,
+    }  # fmt: skip
+    text = (
+        "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, Denoising strength: 0.6, "
+        "Hires upscale: 1.5, Hires upscaler: Latent (nearest-exact), Hires steps: 3, Hires sampler: DDIM, Hires schedule type: Karras, "
+        "Hires prompt: else, Hires negative prompt: blue, Hires CFG Scale: 2"
+    )
+    more = {"hires": 1.5, "strength": 0.6, "upscaler": "latent-nearest-exact", "hires_steps": 3,
+            "hires_sampler": "ddim", "hires_spacing": "karras", "hires_prompt": "else", "hires_negative": "blue",
+            "hires_guidance": 2.0}  # fmt: skip
+    expected = plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN, **more))[0]
+    assert alike(first(asked(server, **fields)), expected)
+    assert alike(first(server.post("/sdapi/v1/txt2img", {"infotext": text}).json()), expected)
 
 
 def test_options_stay_where_a_request_says_so(server):
@@ -198,7 +216,7 @@ def test_models_by_title_file_and_hash(server):
 
 
 def test_any_schedule_may_stand_behind_a_samplers_name():
-    assert sampler_of("DPM++ 2M SDE SGM Uniform", None) == ("dpmpp_2m_sde", "trailing")
+    assert sampler_of("DPM++ 2M SDE SGM Uniform", None) == ("dpmpp_2m_sde", "sgm_uniform")
     assert sampler_of("Euler a uniform", "Karras") == ("euler_a", "linspace")
 
 

@@ -21,7 +21,15 @@ from torch import Tensor
 from plainsd.diffusion.samplers import Step
 from plainsd.errors import UserError
 from plainsd.models.variants import edits
-from plainsd.pictures.defaults import MULTIPLE, check_size, enlarged_size, resolved, settings_of_each
+from plainsd.pictures.defaults import (
+    MULTIPLE,
+    check_size,
+    enlarged_size,
+    resolved,
+    running_again,
+    second_pass,
+    settings_of_each,
+)
 from plainsd.pictures.images import continued, to_mask, to_pil, to_rgb, to_tensor
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.sampling import (
@@ -39,6 +47,11 @@ from plainsd.pictures.settings import SIZES, Resolved, Settings
 
 STRENGTH = 0.75  # of a picture drawn over, where none is given
 HIRES_STRENGTH = 0.7  # of the second pass, where none is given
+LATENT_MODES = {  # upscalers that enlarge the latents themselves, as A1111's of these names do: mode, antialiased
+    "latent": ("bilinear", False), "latent-antialiased": ("bilinear", True), "latent-bicubic": ("bicubic", False),
+    "latent-bicubic-antialiased": ("bicubic", True), "latent-nearest": ("nearest", False),
+    "latent-nearest-exact": ("nearest-exact", False),
+}  # fmt: skip
 
 
 class Pictures(NamedTuple):
@@ -110,9 +123,9 @@ def text_to_image(
         check_size(enlarged_size(size, settings.hires))
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
-    second = steps_of_strength(one.steps, one.strength) if one.hires else 0
+    steps = one.steps + running_again(one)
     each = settings_of_each(one, prompt, negative, count)
-    return Events(_from_text(sd, each), each, one.steps + second)
+    return Events(_from_text(sd, each), each, steps)
 
 
 def _from_text(sd: StableDiffusion, each: list[Resolved]) -> Generator[Step | Pictures]:
@@ -120,16 +133,18 @@ def _from_text(sd: StableDiffusion, each: list[Resolved]) -> Generator[Step | Pi
     latents = yield from sample(sd, each, one.size, prepare_latents(sd, each, one.size, draw), draw)
     if one.hires:
         size = enlarged_size(one.size, one.hires)
-        known = Known(_enlarged(sd, latents, size, one.upscaler, draw))
+        known = Known(_enlarged(sd, latents, size, one.upscaler, draw), running=running_again(one))
         noise = prepare_latents(sd, each, size, draw)
-        latents = yield from sample(sd, each, size, noise, draw, known, first_pass=one.steps)
+        again = [second_pass(one) for one in each]
+        latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps)
     yield Pictures(to_pil(decode(sd, latents)), each, latents)
 
 
 def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], upscaler: str, draw: Draw) -> Tensor:
-    if upscaler == "latent":
+    if upscaler in LATENT_MODES:
         width, height = (side // sd.vae.config.factor for side in size)
-        return F.interpolate(latents, (height, width), mode="bilinear")
+        mode, antialias = LATENT_MODES[upscaler]
+        return F.interpolate(latents, (height, width), mode=mode, antialias=antialias)
     pictures = [image.resize(size, Image.Resampling.LANCZOS) for image in to_pil(decode(sd, latents))]
     return encode(sd, torch.cat([to_tensor(picture) for picture in pictures]), draw)
 
@@ -291,8 +306,7 @@ def batch(
     """
     each, one = list(each), each[0]
     if image is None:
-        second = steps_of_strength(one.steps, one.strength) if one.hires else 0
-        return Events(_from_text(sd, each), each, one.steps + second)
+        return Events(_from_text(sd, each), each, one.steps + running_again(one))
     steps = steps_of_strength(one.steps, one.strength)
     if mask is None:
         return Events(_from_picture(sd, each, image), each, steps)

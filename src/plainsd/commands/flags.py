@@ -95,7 +95,20 @@ class GenerateFlags:
     hires: Annotated[float | None, flag("TIMES")] = None
     """a second pass on the picture enlarged so many times"""
     upscaler: Annotated[str | None, flag("NAME")] = None
-    """how it is enlarged: latent or lanczos"""
+    """how it is enlarged: latent, latent-antialiased, latent-bicubic, latent-bicubic-antialiased, latent-nearest,
+    latent-nearest-exact or lanczos"""
+    hires_steps: Annotated[int | None, flag("N")] = None
+    """steps of the second pass, all of which run (by default the share --strength of --steps)"""
+    hires_sampler: Annotated[str | None, flag("NAME")] = None
+    """another sampler for the second pass; likewise the following"""
+    hires_spacing: Annotated[str | None, flag("NAME")] = None
+    """of its noise levels"""
+    hires_prompt: Annotated[str | None, flag("TEXT")] = None
+    """of the second pass"""
+    hires_negative: Annotated[str | None, flag("TEXT")] = None
+    """of the second pass"""
+    hires_guidance: Annotated[float | None, flag("SCALE")] = None
+    """of the second pass"""
     variation_seed: Annotated[str | None, flag("N")] = None
     """a second seed, to vary a picture; random or -1 for any"""
     variation_strength: Annotated[float | None, flag("SHARE")] = None

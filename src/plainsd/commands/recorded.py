@@ -16,6 +16,7 @@ from plainsd.commands.adapters import LoraFiles, tags_of
 from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.text.prompts import lora_tags
 
 if TYPE_CHECKING:
     from plainsd.pictures.model import StableDiffusion
@@ -28,7 +29,10 @@ def recorded(path: Path) -> dict:
     """What the picture's text says and the defaults do not."""
     from plainsd.pictures.images import read_settings
 
-    return {name: value for name, value in asdict(read_settings(path)).items() if value != DEFAULTS[name]}
+    said = {name: value for name, value in asdict(read_settings(path)).items() if value != DEFAULTS[name]}
+    for name in said.keys() & {"hires_prompt", "hires_negative"}:
+        said[name] = lora_tags(said[name])[0]  # in both passes the LoRAs are those of the prompt
+    return said
 
 
 def check_recorded(

@@ -1,10 +1,10 @@
 """What names weights beyond doubt in a picture's text: hashes of their files, in the forms that A1111 writes and that
 sites with models look pictures up by.
 
-A model's and an autoencoder's hash is the first ten digits of its file's SHA-256; so is a learned word's. A LoRA's is
-the first twelve digits of the SHA-256 of what stands behind the safetensors header, which kohya's trainer writes into
-the header as `sshs_model_hash`: it stays the same when only the notes in the header change. A model that is a folder
-has no hash of A1111's; here it is that of its UNet's file, or of the digests of its shards.
+A model's and an autoencoder's hash is the first ten digits of its file's SHA-256, a learned word's the first twelve. A
+LoRA's is the first twelve digits of the SHA-256 of what stands behind the safetensors header, which kohya's trainer
+writes into the header as `sshs_model_hash`: it stays the same when only the notes in the header change. A model that is
+a folder has no hash of A1111's; here it is that of its UNet's file, or of the digests of its shards.
 
 A file of 4 GB takes two seconds. Hashes of large files are kept in the user's cache folder, under path, size and time.
 """
@@ -34,7 +34,7 @@ def hashes(
     """Of all the weights that drew a picture; `vae` where it is not the model's own. Nothing for what has no file."""
     found = [("model", weights_hash(model, "unet")), ("vae", weights_hash(vae, "vae"))]
     found += [(f"lora:{name}", file_hash(weights_of(path)[0], tensors_only=True)[:12]) for name, path in loras]
-    found += [(f"embed:{word}", file_hash(weights_of(path)[0])[:10]) for word, path in words]
+    found += [(f"embed:{word}", file_hash(weights_of(path)[0])[:12]) for word, path in words]
     return tuple((name, value) for name, value in found if value)
 
 

@@ -5,6 +5,7 @@ Everything a user can get wrong in a task's settings is found here, before any n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from plainsd.models.tiny_vae import TinyVAEConfig
 from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.sampling import steps_of_strength
 from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, Resolved, Settings, drawn_seed
 from plainsd.text.prompts import lora_tags
 
@@ -62,7 +64,38 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     seeds = {name: drawn_seed() for name in SEEDS if getattr(settings, name) == RANDOM}
     if edits(sd.unet.config, sd.vae.config) and settings.image_guidance is None:
         choices["image_guidance"] = IMAGE_GUIDANCE
-    return Resolved(**vars(settings) | choices | seeds | {"model": model_name(sd)} | refined)
+    whole = Resolved(**vars(settings) | choices | seeds | {"model": model_name(sd)} | refined)
+    return with_second_pass(sd, settings, whole) if settings.hires else whole
+
+
+def with_second_pass(sd: StableDiffusion, settings: Settings, whole: Resolved) -> Resolved:
+    """The spacing of another sampler is its own, unless one is wanted. UserError where its steps cannot be."""
+    wanted: dict[str, Any] = {
+        "hires": None,
+        "handover": None,
+        "eta": None,
+        "spacing": settings.hires_spacing or settings.spacing,
+    }
+    again = resolved(sd, replace(second_pass(whole), **wanted))
+    own = settings.hires_sampler or settings.hires_spacing
+    return replace(whole, hires_spacing=again.spacing if own else None)
+
+
+def second_pass(one: Resolved) -> Resolved:
+    """What the second pass of hires draws with. Where it has a number of steps of its own, all of these run, the last
+    of a longer drawing, so that they begin where the strength says (as in A1111)."""
+    names = ("sampler", "spacing", "prompt", "negative", "guidance")
+    own: dict[str, Any] = {name: value for name in names if (value := getattr(one, f"hires_{name}")) is not None}
+    if one.hires_steps is not None:
+        own["steps"] = max(one.hires_steps, int(one.hires_steps / (one.strength or math.inf)))
+    return replace(one, **own)
+
+
+def running_again(one: Resolved) -> int:
+    """How many steps of the second pass run; none without one."""
+    if not one.hires:
+        return 0
+    return one.hires_steps or steps_of_strength(one.steps, one.strength)
 
 
 def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
@@ -113,7 +146,8 @@ def settings_of_each(
     if not prompts or len(prompts) != len(negatives):
         counts = f"{len(prompts)} prompts and {len(negatives)} negative prompts"
         raise UserError(f"{counts}; give at least one, and as many of both", field="negative")
-    for text in (*prompts, *negatives):
+    again = [text for text in (settings.hires_prompt, settings.hires_negative) if text]
+    for text in (*prompts, *negatives, *again):
         if loras := lora_tags(text)[1]:
             raise UserError(
                 f"<lora:{loras[0][0]}> in the prompt: take the tag out, and load the LoRA with the model",

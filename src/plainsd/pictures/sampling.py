@@ -140,6 +140,7 @@ class Known:
     latents: Tensor | None  # (B, L, h, w), clean; None: the drawing starts from noise alone
     mask: Tensor | None = None  # (1, 1, h, w), 1 where it is drawn anew; elsewhere the latents are put back
     concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
+    running: int | None = None  # how many of the steps, the last; None: as many as the strength says
 
 
 def steps_of_strength(steps: int, strength: float | None) -> int:
@@ -178,7 +179,7 @@ def sample(
     one, shape = each[0], noise.shape[1:]
     levels = sampler_levels(sd.schedule, one.sampler, one.steps, one.spacing)
     if known is not None:
-        levels = levels.part(one.steps - steps_of_strength(one.steps, one.strength))
+        levels = levels.part(one.steps - (known.running or steps_of_strength(one.steps, one.strength)))
     if known is None or known.latents is None or (known.mask is not None and one.strength == 1):
         x = noise * levels.first_scale
         start: float = levels.sigmas[0]

@@ -28,7 +28,13 @@ class Settings:
     variation_seed: int | None = None  # a second seed, towards which the first noise is turned ...
     variation_strength: float = 0.0  # ... by this share, 0 to 1
     hires: float | None = None  # second pass on the picture enlarged this many times
-    upscaler: str = "latent"  # how it is enlarged: "latent" or "lanczos"
+    upscaler: str = "latent"  # how it is enlarged, one of UPSCALERS
+    hires_steps: int | None = None  # of the second pass, all of which run; None: the share `strength` of `steps`
+    hires_sampler: str | None = None  # of the second pass, where it is another; likewise the following
+    hires_spacing: str | None = None
+    hires_prompt: str | None = None
+    hires_negative: str | None = None
+    hires_guidance: float | None = None
     handover: float | None = None  # share of the timesteps after which the refiner draws
     refiner: str | None = None  # its name, for the text, as for `model`
     vae: str | None = None  # likewise, where it is not the model's own
@@ -101,18 +107,22 @@ class Resolved(Settings):
     spacing: str
 
 
-UPSCALERS = ("latent", "lanczos")
+UPSCALERS = (
+    "latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased", "latent-nearest",
+    "latent-nearest-exact", "lanczos",
+)  # fmt: skip
 LIKE = ("a1111",)
 SIZES = (8, 4096)  # pixels, of either side
 RANGES = {
     "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**64 - 1), "clip_skip": (1, 48),
     "image_guidance": (0, 100),
     "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**64 - 1), "variation_strength": (0, 1), "hires": (1, 8),
+    "hires_steps": (1, 1000), "hires_guidance": (0, 100),
     "handover": (0, 1),
     "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
     "cache": (1, 100),
 }  # fmt: skip
-WHOLE = ("steps", "seed", "clip_skip", "variation_seed", "cache")
+WHOLE = ("steps", "hires_steps", "seed", "clip_skip", "variation_seed", "cache")
 SEEDS = ("seed", "variation_seed")
 RANDOM = -1  # as a seed
 

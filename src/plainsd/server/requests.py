@@ -23,7 +23,8 @@ from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import check_pixels, without_tags
 from plainsd.text.prompts import compose, schedule
 
-NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint")
+NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
+                "hires_negative")  # fmt: skip
 CELLS = [name for _, name, _, _ in FIELDS if name in JobRequest.model_fields and name not in NOT_IN_GRIDS]
 CELLS += ["sampler", "spacing"]
 

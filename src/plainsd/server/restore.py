@@ -18,6 +18,8 @@ from plainsd.server.uploads import NamedBytes, opened, without_tags
 
 TAKEN = JobRequest.model_fields.keys()  # what stands in a file beside these has no effect here
 
+AGAIN = ("hires_prompt", "hires_negative")  # of the second pass; LoRAs are those of the prompt
+
 
 def picture_told(row: Picture) -> dict[str, Any]:
     """A picture of the history as JSON: what it is, and the settings that make it again."""
@@ -45,7 +47,8 @@ def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
     except UserError as error:
         raise Refused(422, str(error), "image") from None
     prompt, loras = without_tags(settings.prompt)
-    settings = replace(settings, **exact_seeds(settings))
+    again: dict[str, Any] = {name: without_tags(text)[0] for name in AGAIN if (text := getattr(settings, name))}
+    settings = replace(settings, **exact_seeds(settings), **again)
     said = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name != "prompt"}
     taken = TAKEN - missing_here(settings, models)
     unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in taken]
@@ -64,6 +67,7 @@ def missing_here(settings: Settings, models: Models) -> set[str]:
     words = {word.text for word in models.words.known()}
     had = {
         "model": settings.model in models.known, "sampler": settings.sampler in SAMPLERS,
+        "hires_sampler": settings.hires_sampler in SAMPLERS,
         "upscaler": settings.upscaler in UPSCALERS, "refiner": settings.refiner in models.known,
         "handover": settings.refiner in models.known, "embeddings": words.issuperset(settings.embeddings),
     }  # fmt: skip

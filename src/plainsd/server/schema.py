@@ -80,7 +80,15 @@ class JobRequest(BaseModel):
     )
     mask_blur: float = Field(0, ge=0, le=64, description="softness of the mask's edge, in pixels")
     hires: float | None = Field(None, description="a second pass on the picture enlarged so many times")
-    upscaler: Text | None = Field(None, description="how it is enlarged: latent or lanczos")
+    upscaler: Text | None = Field(None, description="how it is enlarged, one of `upscalers` in GET /api/info")
+    hires_steps: int | None = Field(
+        None, description="of the second pass, all of which run; none: the share `strength`"
+    )
+    hires_sampler: Text | None = Field(None, description="another sampler for the second pass; likewise the following")
+    hires_spacing: Text | None = None
+    hires_prompt: Text | None = None
+    hires_negative: Text | None = None
+    hires_guidance: float | None = None
     variation_seed: Seed | None = Field(None, description="likewise; but none: no variation")
     variation_strength: float | None = None
     clip_skip: int | None = None
@@ -98,5 +106,6 @@ class JobRequest(BaseModel):
         """What is not left open of the settings that the tasks know."""
         names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires",
                  "upscaler", "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval",
-                 "perturbed", "threshold", "cache", "handover", "outpaint", "like")  # fmt: skip
+                 "perturbed", "threshold", "cache", "handover", "outpaint", "like", "hires_steps", "hires_sampler",
+                 "hires_spacing", "hires_prompt", "hires_negative", "hires_guidance")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -1,99 +1,141 @@
 """Settings as AUTOMATIC1111's web UI writes them, and most tools read them: what stands in a PNG under `parameters`.
 
-a red apple
-Negative prompt: blurred
-Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: emoji, Version: plainsd 0.1.0
+    a red apple
+    Negative prompt: blurred
+    Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: emoji, Version: plainsd 0.1.0
+
+Where A1111 has no word for a choice of ours, a key of our own stands beside its nearest one, and is the one we read.
+Forge, SD.Next and stable-diffusion.cpp write the same form with words of their own: dialects.py.
 """
 
-import json
 import re
-from dataclasses import replace
 from typing import Any
 
 from plainsd import __version__
 from plainsd.errors import UserError
-from plainsd.pictures.settings import DEFAULTS, Settings, plain_number
-from plainsd.pictures.texts.fields import FIELDS, read_size
-from plainsd.pictures.texts.labels import SAMPLER_LABELS, SPACING_LABELS, SUFFIXES, sampler_label, spacing_label
+from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.texts.dialects import as_a1111, written_by
+from plainsd.pictures.texts.entries import check_length, entries, quote
+from plainsd.pictures.texts.fields import FIELDS
+from plainsd.pictures.texts.labels import (
+    BEFORE_0_2,
+    SPACING_LABELS,
+    SUFFIXES,
+    both_named,
+    nearest_label,
+    sampler_label,
+    spacing_label,
+    spacing_named,
+)
 
 HASHES = {"model": "Model hash", "vae": "VAE hash"}  # A1111's keys for one ...
 SEVERAL = {"lora:": "Lora hashes", "embed:": "TI hashes"}  # ... and for "name: hash, name: hash"
-ALWAYS = ("seed",)  # written even where they have their default value
+ALWAYS = ("seed", "noise")  # written even where they have their default value: for A1111, no RNG is the GPU's
+SECOND = "hires "  # what begins the keys of the second pass
+NEGATIVE = "Negative prompt:"
+ETA_DDIM = ("ddim", "ddim_cfg_pp")  # samplers whose eta A1111 keeps apart, under this key
+WITHOUT = ("ddim", "plms", "unipc")  # those that had no schedule type when the others were drawn uniformly
 
 
-def quote(text: str) -> str:
-    """A value with a comma, a colon, a quote or a line break is written as a JSON string; others bare."""
-    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
-
-
-def unquote(text: str) -> str:
-    try:
-        return json.loads(text) if text.startswith('"') else text
-    except ValueError:  # another program's bare value that starts with a quote
-        return text
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def format_settings(settings: Settings) -> str:
     """Settings -> A1111's text, three parts: the prompt, the negative prompt, one line of `key: value`."""
-    entries = []
+    pairs = []
     for key, name, _, write in FIELDS:
         value = getattr(settings, name)
-        if value != DEFAULTS[name] or name in ALWAYS:
-            entries.append(f"{key}: {quote(write(value))}")
-    sampler = sampler_label(settings.sampler) if settings.sampler else None
-    if settings.spacing in SUFFIXES:
-        sampler = f"{sampler} {spacing_label(settings.spacing)}"
-    elif settings.spacing:
-        entries.insert(1, f"Schedule type: {spacing_label(settings.spacing)}")
-    if sampler:
-        entries.insert(1, f"Sampler: {sampler}")
-    entries += _hash_entries(settings.hashes)
-    entries.append(f"Version: plainsd {__version__}")
+        if value != DEFAULTS[name] or name in ALWAYS or (name == "upscaler" and settings.hires):
+            pairs.append((f"{key} DDIM" if name == "eta" and settings.sampler in ETA_DDIM else key, write(value)))
+    pairs[1:1] = _names_written(settings.sampler, settings.spacing)
+    pairs += _names_written(settings.hires_sampler, settings.hires_spacing, SECOND)
+    pairs += _hashes_written(settings.hashes)
+    if "noise" not in DEFAULTS:
+        pairs.append(("RNG", "CPU"))
+    known = {key for key, _ in pairs}
+    pairs += [pair for pair in settings.other if pair[0] not in known]
+    pairs.append(("Version", f"plainsd {__version__}"))
     parts = [settings.prompt] if settings.prompt else []
-    parts += [f"Negative prompt: {settings.negative}"] if settings.negative else []
-    return "\n".join([*parts, ", ".join(entries)])
+    parts += [f"{NEGATIVE} {settings.negative}"] if settings.negative else []
+    return "\n".join([*parts, ", ".join(f"{key}: {quote(value)}" for key, value in pairs)])
 
 
-def _hash_entries(hashes: tuple[tuple[str, str], ...]) -> list[str]:
-    entries = [f"{key}: {dict(hashes)[name]}" for name, key in HASHES.items() if name in dict(hashes)]
+def _key(of: str, word: str) -> str:
+    return (of + word).capitalize()
+
+
+def _names_written(sampler: str | None, spacing: str | None, of: str = "") -> list[tuple[str, str]]:
+    name = sampler_label(sampler) if sampler else ""
+    if name and spacing in SUFFIXES:
+        return [(_key(of, "sampler"), f"{name} {spacing_label(spacing)}")]
+    pairs = [(_key(of, "sampler"), name)] if name else []
+    if spacing:
+        pairs.append((_key(of, "schedule type"), nearest_label(sampler, spacing)))
+        pairs += [] if spacing in SPACING_LABELS else [(_key(of, "spacing"), spacing)]
+    return pairs
+
+
+def _hashes_written(hashes: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
+    """A1111 parts "name: hash, name: hash" at commas and colons, so that names have none."""
+    pairs = [(key, dict(hashes)[name]) for name, key in HASHES.items() if name in dict(hashes)]
     for kind, key in SEVERAL.items():
-        if pairs := [f"{name.removeprefix(kind)}: {value}" for name, value in hashes if name.startswith(kind)]:
-            entries.append(f"{key}: {quote(', '.join(pairs))}")
-    return entries
+        named = [(name.removeprefix(kind), value) for name, value in hashes if name.startswith(kind)]
+        if named:
+            pairs.append((key, ", ".join(f"{re.sub('[:,]', '', name)}: {value}" for name, value in named)))
+    return pairs
 
 
-ENTRY = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _sampler(said: dict[str, str]) -> dict[str, str | None]:
+def parse_settings(text: str) -> Settings:
+    """A1111's text, or one of its dialects' -> Settings; what has no meaning here is kept in `other`. UserError where
+    this is no such text."""
+    check_length(text)
+    *lines, last = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    said = dict(entries(last))
+    if len(said) < 3:  # A1111's own rule: fewer, and the line belongs to the prompt
+        raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: 20, Sampler: ...'")
+    said = as_a1111(said, last)
+    old = written_by(said) == ("plainsd", (0, 1)) and "RNG" not in said
+    negative = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    found: dict[str, Any] = {
+        "prompt": "\n".join(lines[:negative]),
+        "negative": "\n".join(lines[negative:]).removeprefix(NEGATIVE).removeprefix(" "),
+    }
+    found["sampler"], found["spacing"] = _names_read(said, old=old)
+    found["hires_sampler"], found["hires_spacing"] = _names_read(said, SECOND)
+    found["hashes"] = _hashes_read(said)
+    if found["sampler"] in ETA_DDIM and "Eta DDIM" in said:
+        said["Eta"] = said.pop("Eta DDIM")
+    for key, name, read, _ in FIELDS:
+        if key in said:
+            try:
+                found[name] = read(said.pop(key))
+            except ValueError as error:
+                raise UserError(f"settings text: {key!r} has a value that cannot be read ({error})") from None
+    if "noise" not in DEFAULTS and said.get("RNG") == "CPU":
+        del said["RNG"]
+    found |= _implied(said, found, old)
+    return Settings(**found, other=tuple((k, v) for k, v in said.items() if k != "Version"))
+
+
+def _names_read(said: dict[str, str], of: str = "", *, old: bool = False) -> tuple[str | None, str | None]:
     """ "DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays."""
-    name, schedule = said.pop("Sampler", None), said.pop("Schedule type", "Automatic")
-    spacing: str | None = {label: ours for ours, label in SPACING_LABELS.items()}.get(schedule)
-    if spacing is None and re.fullmatch(r"[a-z]\w*", schedule):  # one of ours that A1111 has no label for
-        spacing = schedule
-    elif spacing is None and schedule != "Automatic":
-        said["Schedule type"] = schedule
-    for suffix in SUFFIXES:
-        if name and name.endswith(" " + SPACING_LABELS[suffix]):
-            name, spacing = name.removesuffix(" " + SPACING_LABELS[suffix]), suffix
-    sampler = {label: ours for ours, label in SAMPLER_LABELS.items()}.get(name, name) if name else None
-    return {"sampler": sampler, "spacing": spacing}
+    sampler, spacing = both_named(said.pop(_key(of, "sampler"), ""))
+    schedule = said.pop(_key(of, "schedule type"), "Automatic")
+    own = said.pop(_key(of, "spacing"), None)
+    if old and schedule in BEFORE_0_2:
+        own = BEFORE_0_2[schedule]
+    spacing = spacing or spacing_named(schedule)
+    if own is None and spacing is None and re.fullmatch(r"[a-z]\w*", schedule):
+        own = schedule  # one that is registered here, and that A1111 has no label for
+    elif spacing is None and schedule.lower() not in ("automatic", "use same scheduler"):
+        said[_key(of, "schedule type")] = schedule
+    return sampler or None, own or spacing
 
 
-def _hires(said: dict[str, str]) -> None:
-    """A1111's "Hires resize: 1024x1024", one side perhaps 0, as the times that the picture is enlarged."""
-    try:
-        ratios = {
-            to / side for to, side in zip(read_size(said["Hires resize"]), read_size(said["Size"]), strict=True) if to
-        }
-    except (KeyError, ValueError, ZeroDivisionError):
-        return
-    if len(ratios) == 1:  # another shape stays among what has no meaning here
-        said["Hires upscale"] = plain_number(ratios.pop())
-        del said["Hires resize"]
-
-
-def _hashes(said: dict[str, str]) -> tuple[tuple[str, str], ...]:
+def _hashes_read(said: dict[str, str]) -> tuple[tuple[str, str], ...]:
     found = [(name, said.pop(key)) for name, key in HASHES.items() if key in said]
     for kind, key in SEVERAL.items():
         pairs = [pair.rpartition(": ") for pair in said.pop(key, "").split(", ") if ": " in pair]
@@ -101,26 +143,16 @@ def _hashes(said: dict[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def parse_settings(text: str) -> Settings:
-    """A1111's text -> Settings; what has no meaning here is kept in `other`. UserError where this is no such text."""
-    *lines, last = text.rstrip("\n").split("\n")
-    said = {key: unquote(value.strip()) for key, value in ENTRY.findall(last)}
-    if len(said) < 3:  # A1111's own rule: fewer, and the line belongs to the prompt
-        raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: 20, Sampler: ...'")
-    _hires(said)
-    negative = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
-    found: dict[str, Any] = {
-        "prompt": "\n".join(lines[:negative]),
-        "negative": "\n".join(lines[negative:]).removeprefix("Negative prompt:").removeprefix(" "),
-        **_sampler(said),
-        "hashes": _hashes(said),
-    }
-    for key, name, read, _ in FIELDS:
-        if key in said:
-            try:
-                found[name] = read(said.pop(key))
-            except ValueError as error:
-                raise UserError(f"settings text: {key!r} has a value that cannot be read ({error})") from None
-    if found.get("guidance") == 0:  # off is written as 1 here, so this is A1111's 0
-        found["like"] = "a1111"
-    return replace(Settings(**found), other=tuple((k, v) for k, v in said.items() if k != "Version"))
+def _implied(said: dict[str, str], found: dict[str, Any], old: bool) -> dict[str, Any]:
+    """What a text means without saying it: by whose conventions the picture was drawn."""
+    program, version = written_by(said)
+    if program == "plainsd":
+        return {"like": "a1111"} if old and found.get("guidance") == 0 else {}  # off was written as 1
+    implied: dict[str, Any] = {"like": "a1111"} if program != "SD.Next" else {}
+    if "noise" in DEFAULTS and "noise" not in found:
+        implied["noise"] = "nv"
+    if "Mask blur" in said:
+        implied["masked"] = True
+    if program == "A1111" and version < (1, 9) and not found["spacing"] and found["sampler"] not in (None, *WITHOUT):
+        implied["spacing"] = "uniform"
+    return implied

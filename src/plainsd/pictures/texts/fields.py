@@ -1,6 +1,7 @@
 """The numbers and names of A1111's text: its key, our field, and how a value is read and written."""
 
 from plainsd.pictures.settings import plain_number
+from plainsd.pictures.texts.labels import upscaler_label, upscaler_named
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -14,6 +15,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 def read_size(text: str) -> tuple[int, int]:
     width, height = text.split("x")
+    if max(len(width), len(height)) > 9:
+        raise ValueError(f"{text[:40]!r} is no size")
     return int(width), int(height)
 
 
@@ -41,7 +44,11 @@ FIELDS = (
     ("Variation seed", "variation_seed", int, str),
     ("Variation seed strength", "variation_strength", float, plain_number),
     ("Hires upscale", "hires", float, plain_number),
-    ("Hires upscaler", "upscaler", str.lower, str.capitalize),
+    ("Hires upscaler", "upscaler", upscaler_named, upscaler_label),
+    ("Hires steps", "hires_steps", int, str),
+    ("Hires prompt", "hires_prompt", str, str),
+    ("Hires negative prompt", "hires_negative", str, str),
+    ("Hires CFG Scale", "hires_guidance", float, plain_number),
     ("Refiner", "refiner", str, str),
     ("Refiner switch at", "handover", float, plain_number),
     ("CFG rescale", "rescale", float, plain_number),
@@ -50,5 +57,6 @@ FIELDS = (
     ("Threshold percentile", "threshold", float, plain_number),
     ("Deep cache", "cache", int, str),
     ("Embeddings", "embeddings", _words, ", ".join),
+    ("Like", "like", str, str),
 )
 ZERO_SNR = "Zero Terminal SNR"  # A1111's word for it

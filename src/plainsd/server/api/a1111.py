@@ -11,9 +11,11 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from plainsd.diffusion.samplers import SAMPLERS
+from plainsd.generate import LATENT_MODES
 from plainsd.models.variants import edits
-from plainsd.pictures.texts.a1111 import ENTRY, format_settings, parse_settings, unquote
-from plainsd.pictures.texts.labels import sampler_label, spacing_label
+from plainsd.pictures.texts.a1111 import format_settings, parse_settings
+from plainsd.pictures.texts.entries import entries
+from plainsd.pictures.texts.labels import UPSCALER_LABELS, sampler_label, spacing_label
 from plainsd.server.api.a1111_fields import NONE_HERE, Common, Image2Image, PNGInfo, Text2Image
 from plainsd.server.api.a1111_infotext import Some, filled
 from plainsd.server.api.a1111_names import known_schedulers, model_of
@@ -128,7 +130,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/latent-upscale-modes")
     def latent_upscale_modes() -> list:
-        return [{"name": "Latent"}]
+        return [{"name": UPSCALER_LABELS[name]} for name in LATENT_MODES]
 
     @router.get("/embeddings")
     def embeddings() -> dict:
@@ -277,7 +279,7 @@ def info_told(content: bytes, service: Service) -> dict:
         settings = parse_settings(clean(text))
     except ValueError:
         return {"info": "", "items": {}, "parameters": {}}
-    said = {key: unquote(value.strip()) for key, value in ENTRY.findall(text.rstrip("\n").rpartition("\n")[2])}
+    said = dict(entries(text.rstrip("\n").rpartition("\n")[2]))
     width, height = settings.size or (0, 0)
     prompts = {"Prompt": settings.prompt, "Negative prompt": settings.negative, "Size-1": width, "Size-2": height}
     return {"info": text, "items": items, "parameters": prompts | said}

@@ -96,6 +96,12 @@ class Text2Image(Common):
     hr_resize_x: int | None = Field(0, ge=0, le=65536, description="the width wanted, in place of hr_scale")
     hr_resize_y: int | None = Field(0, ge=0, le=65536, description="the height wanted")
     hr_upscaler: Text | None = None
+    hr_second_pass_steps: int | None = Field(0, description="all of which run; 0: as many as of the first pass")
+    hr_sampler_name: Text | None = Field(None, description="of the second pass, where it is another; likewise:")
+    hr_scheduler: Text | None = None
+    hr_prompt: Text | None = Field("", description="its LoRAs are those of prompt")
+    hr_negative_prompt: Text | None = ""
+    hr_cfg: float | None = Field(None, description="Forge's")
 
     def second_pass(self, size: tuple[int, int]) -> dict[str, Any]:
         """Its fields of a JobRequest; none where none is wanted."""
@@ -112,7 +118,21 @@ class Text2Image(Common):
                 list(wanted),
             )
         scale = scales.pop() if scales else self.hr_scale or 2.0
-        return {"hires": scale, "upscaler": upscaler_of(self.hr_upscaler), "strength": self.denoising_strength}
+        return {"hires": scale, "upscaler": upscaler_of(self.hr_upscaler), "strength": self.denoising_strength} | (
+            self.changes()
+        )
+
+    def changes(self) -> dict[str, Any]:
+        """What the second pass draws with, where that is not what the first does."""
+        sampler = None if self.hr_sampler_name == "Use same sampler" else self.hr_sampler_name
+        schedule = None if self.hr_scheduler == "Use same scheduler" else self.hr_scheduler
+        sampler, spacing = sampler_of(sampler, schedule)
+        fields = {
+            "hires_steps": self.hr_second_pass_steps, "hires_sampler": sampler, "hires_spacing": spacing,
+            "hires_prompt": lora_tags(self.hr_prompt or "")[0], "hires_guidance": self.hr_cfg,
+            "hires_negative": lora_tags(self.hr_negative_prompt or "")[0],
+        }  # fmt: skip
+        return {name: value for name, value in fields.items() if value}
 
 
 class Image2Image(Common):

@@ -28,12 +28,15 @@ BY_OPTION = {  # labels of options, whose value is checked as that of the option
     "UniPC skip type": "uni_pc_skip_type", "UniPC order": "uni_pc_order",
 }  # fmt: skip
 WORDS: dict[str, Any] = {"True": True, "False": False}
-SILENT = ("Batch size", "Batch pos", "Hashes", "User", "Schedule type", "Hires resize")  # said otherwise, or nothing
-SECOND_PASS = {  # labels of fields that are refused where they would change the second pass
-    "Hires steps": "hr_second_pass_steps", "Hires sampler": "hr_sampler_name", "Hires prompt": "hr_prompt",
-    "Hires negative prompt": "hr_negative_prompt", "Hires checkpoint": "hr_checkpoint_name",
-    "Hires schedule type": "hr_scheduler",
-}  # fmt: skip
+SILENT = (
+    "Batch size",
+    "Batch pos",
+    "Hashes",
+    "User",
+    "Schedule type",
+    "Hires resize",
+    "Hires checkpoint",
+)  # said otherwise, or nothing
 
 
 def filled(body: Some, models: Models) -> tuple[Some, dict[str, Any], list[str]]:
@@ -49,7 +52,7 @@ def filled(body: Some, models: Models) -> tuple[Some, dict[str, Any], list[str]]
     said, idle = told(settings, other, models)
     given = body.model_dump(exclude_unset=True, exclude_none=True)
     options = said.pop("override_settings") | given.get("override_settings", {})
-    known = {*type(body).model_fields, *SECOND_PASS.values()}
+    known = {*type(body).model_fields, "hr_checkpoint_name"}  # which is refused where it would act
     said = {name: value for name, value in said.items() if name in known and name not in given}
     body = body.model_copy(update={**said, "override_settings": options})
     more = {name: value for name in OURS if (value := getattr(settings, name)) != DEFAULTS[name]}
@@ -73,9 +76,14 @@ def told(settings: Settings, other: dict[str, str], models: Models) -> tuple[dic
         fields |= {"enable_hr": True, "hr_scale": settings.hires, "hr_upscaler": settings.upscaler}
     elif "Hires resize" in other:  # of another shape
         fields |= {"enable_hr": True, "hr_upscaler": settings.upscaler} | sides_of(other["Hires resize"])
-    fields |= {name: value_of(other[key]) for key, name in SECOND_PASS.items() if key in other}
+    fields |= {
+        "hr_second_pass_steps": settings.hires_steps, "hr_sampler_name": settings.hires_sampler,
+        "hr_scheduler": settings.hires_spacing, "hr_prompt": settings.hires_prompt,
+        "hr_negative_prompt": settings.hires_negative, "hr_cfg": settings.hires_guidance,
+        "hr_checkpoint_name": other.get("Hires checkpoint"),
+    }  # fmt: skip
     options: dict[str, Any] = {"CLIP_stop_at_last_layers": settings.clip_skip}
-    idle = [f"{key}: {text}" for key, text in other.items() if key not in (*BY_OPTION, *SECOND_PASS, *SILENT)]
+    idle = [f"{key}: {text}" for key, text in other.items() if key not in (*BY_OPTION, *SILENT)]
     model = model_of(settings.model, models) or model_of(dict(settings.hashes).get("model"), models)
     if model in models.known:
         options["sd_model_checkpoint"] = model

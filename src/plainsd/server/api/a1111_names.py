@@ -4,16 +4,18 @@ from typing import Any
 
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.errors import unknown
-from plainsd.pictures.texts.labels import sampler_label, spacing_label
+from plainsd.pictures.texts.labels import (
+    UPSCALER_LABELS,
+    both_named,
+    sampler_label,
+    spacing_label,
+    spacing_named,
+    upscaler_named,
+)
 from plainsd.server.errors import Refused
 from plainsd.server.pool import Models
 
-UPSCALERS = {"latent": "latent", "latent (bicubic)": "latent", "lanczos": "lanczos", "none": "lanczos"}
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth")  # what a model's title may end with
-
-
-def folded(name: str) -> str:
-    return "".join(sign for sign in name.lower() if sign.isalnum() or sign == "+")
 
 
 def known_schedulers() -> dict[str, str]:
@@ -23,30 +25,25 @@ def known_schedulers() -> dict[str, str]:
 
 def sampler_of(name: str | None, scheduler: str | None) -> tuple[str | None, str | None]:
     """A1111's two names, or its older one ("DPM++ 2M Karras"), or ours -> ours."""
-    spacings = {folded(word): ours for ours, label in known_schedulers().items() for word in (label, ours)}
-    samplers = {folded(word): ours for ours in SAMPLERS for word in (sampler_label(ours), ours)}
     spacing = None
-    if scheduler and folded(scheduler) != "automatic":
-        if folded(scheduler) not in spacings:
+    if scheduler and scheduler.lower() != "automatic":
+        spacing = spacing_named(scheduler)
+        if spacing not in known_schedulers():
             raise Refused(
                 404, str(unknown("scheduler", scheduler, known_schedulers().values())), "scheduler", scheduler
             )
-        spacing = spacings[folded(scheduler)]
     if not name:
         return None, spacing
-    known = folded(name).removeprefix("k") if folded(name).startswith("keuler") else folded(name)
-    if known not in samplers:
-        for suffix, ours in spacings.items():
-            if known.removesuffix(suffix) in samplers and known.endswith(suffix):
-                return samplers[known.removesuffix(suffix)], ours
+    sampler, own = both_named(name)
+    if sampler not in SAMPLERS:
         raise Refused(404, str(unknown("sampler", name, map(sampler_label, SAMPLERS))), "sampler_name", name)
-    return samplers[known], spacing
+    return sampler, own or spacing
 
 
 def upscaler_of(name: str | None) -> str:
-    known = UPSCALERS.get((name or "latent").lower())
-    if known is None:
-        raise Refused(422, str(unknown("upscaler", name, ("Latent", "Lanczos"))), "hr_upscaler", name)
+    known = upscaler_named(name or "latent")
+    if known not in UPSCALER_LABELS:
+        raise Refused(422, str(unknown("upscaler", name, UPSCALER_LABELS.values())), "hr_upscaler", name)
     return known
 
 

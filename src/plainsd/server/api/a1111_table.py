@@ -24,9 +24,9 @@ def unless(*harmless: Any) -> Harm:
     return lambda value, asked: value not in harmless
 
 
-def with_hires(*harmless: Any, same: str = "") -> Harm:
-    """Only where a second pass is asked for; the same as the first pass is harmless."""
-    return lambda value, asked: bool(asked.get("enable_hr")) and value not in (*harmless, asked.get(same))
+def with_hires(*harmless: Any) -> Harm:
+    """Only where a second pass is asked for."""
+    return lambda value, asked: bool(asked.get("enable_hr")) and value not in harmless
 
 
 def with_mask(*harmless: Any) -> Harm:
@@ -46,11 +46,7 @@ REFUSED: dict[str, Harm] = {
     "s_noise": lambda value, asked: value != 1 and asked["sampler"] in NOISED,
     "token_merging_ratio": unless(0), "token_merging_ratio_hr": with_hires(0),
     "firstphase_width": unless(0), "firstphase_height": unless(0),  # they are the size there, hires or not
-    "firstpass_image": with_hires(), "hr_second_pass_steps": with_hires(0, same="steps"),
-    "hr_checkpoint_name": with_hires("Use same checkpoint"), "hr_cfg": with_hires(same="cfg_scale"),
-    "hr_sampler_name": with_hires("Use same sampler", same="sampler_name"),
-    "hr_scheduler": with_hires("Use same scheduler", same="scheduler"),
-    "hr_prompt": with_hires(same="prompt"), "hr_negative_prompt": with_hires(same="negative_prompt"),
+    "firstpass_image": with_hires(), "hr_checkpoint_name": with_hires("Use same checkpoint"),
     "hr_additional_modules": with_hires(["Use same choices"]),
     "initial_noise_multiplier": unless(1), "latent_mask": unless(), "mask_round": with_mask(True),
 }  # fmt: skip

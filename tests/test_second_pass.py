@@ -1,0 +1,118 @@
+"""The second pass of hires: how latents are enlarged, and what it draws with where that differs from the first."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_sd
+
+from plainsd.diffusion.samplers import Step, sampler_levels
+from plainsd.errors import UserError
+from plainsd.generate import LATENT_MODES, text_to_image
+from plainsd.pictures.defaults import running_again, second_pass
+from plainsd.pictures.settings import UPSCALERS, Settings
+from plainsd.pictures.texts.a1111 import parse_settings
+from plainsd.pictures.texts.labels import UPSCALER_LABELS
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return tiny_sd()
+
+
+def drawn(sd, **options):
+    """The latents at the end of each pass, and the levels of the second."""
+    events = text_to_image(sd, "x", steps=3, seed=1, sampler="euler", hires=1.5, **options)
+    steps = [event for event in events if isinstance(event, Step)]
+    return steps[2].x, [step.x for step in steps[3:]], [step.sigma for step in steps[3:]]
+
+
+@pytest.mark.parametrize("upscaler", LATENT_MODES)
+def test_latents_are_enlarged_as_pytorch_does_it(sd, upscaler, monkeypatch):
+    mode, antialias = LATENT_MODES[upscaler]
+    seen = []
+    monkeypatch.setattr("plainsd.pictures.sampling.add_noise", lambda x, noise, sigma: seen.append(x) or x + noise)
+    first, _, _ = drawn(sd, upscaler=upscaler, strength=0.7)
+    height, width = (side * 3 // 2 for side in first.shape[-2:])
+    assert torch.allclose(seen[0], F.interpolate(first, (height, width), mode=mode, antialias=antialias), atol=1e-6)
+
+
+def test_each_way_of_enlarging_gives_another_picture(sd):
+    """Antialiasing may act only where a picture becomes smaller."""
+    ends = {name: drawn(sd, upscaler=name, strength=0.7)[1][-1] for name in LATENT_MODES}
+    pairs = [(a, b) for a in ends for b in ends if a < b and torch.equal(ends[a], ends[b])]
+    assert set(pairs) <= {("latent", "latent-antialiased"), ("latent-bicubic", "latent-bicubic-antialiased")}
+
+
+def test_the_names_are_a1111s():
+    assert list(UPSCALERS) == [*LATENT_MODES, "lanczos"] == list(UPSCALER_LABELS)
+    for name, label in UPSCALER_LABELS.items():
+        for text in (label, label.upper(), name):
+            assert parse_settings(f"x\nSteps: 3, Hires upscale: 2, Hires upscaler: {text}, Seed: 1").upscaler == name
+
+
+@pytest.mark.parametrize(("steps", "strength", "whole"), [(4, 0.5, 8), (3, 0.7, 4), (5, 1.0, 5), (2, 0.999, 2)])
+def test_steps_of_its_own_all_run(sd, steps, strength, whole):
+    """They are the last of a longer drawing, as long as the strength says."""
+    _, ends, sigmas = drawn(sd, hires_steps=steps, strength=strength)
+    assert sigmas == list(sampler_levels(sd.schedule, "euler", whole).sigmas[-steps:]) and len(ends) == steps
+
+
+def test_another_sampler_has_its_own_spacing(sd):
+    events = text_to_image(sd, "x", steps=3, sampler="euler", hires=1.5, hires_sampler="ddim", strength=1.0)
+    one = events.settings[0]
+    assert (one.sampler, one.spacing, one.hires_sampler, one.hires_spacing) == ("euler", "linspace", "ddim", "leading")
+    assert second_pass(one).sampler == "ddim" and running_again(one) == 3 and events.steps == 6
+    sigmas = [event.sigma for event in events if isinstance(event, Step)]
+    assert sigmas[3:] == list(sampler_levels(sd.schedule, "ddim", 3, "leading").sigmas[1:])
+    same = text_to_image(sd, "x", steps=3, spacing="karras", hires=1.5, hires_sampler="ddim").settings[0]
+    assert same.hires_spacing == "karras"
+
+
+@pytest.mark.parametrize(
+    ("again", "same"),
+    [
+        ({"hires_prompt": "xylophone"}, {"hires_prompt": "x"}),
+        ({"hires_negative": "blurred"}, {"hires_negative": ""}),
+        ({"hires_guidance": 3.0}, {"hires_guidance": 7.0}),
+        ({"hires_spacing": "karras"}, {"hires_spacing": "linspace"}),
+        ({"hires_sampler": "heun"}, {"hires_sampler": "euler"}),
+    ],
+)
+def test_what_it_draws_with(sd, again, same):
+    """It changes the second pass, and nothing of the first."""
+    first, plain, _ = drawn(sd, strength=0.7, guidance=7.0)
+    for changes, equal in ((again, False), (same, True)):
+        other, changed, _ = drawn(sd, strength=0.7, guidance=7.0, **changes)
+        assert torch.equal(first, other) and torch.equal(plain[-1], changed[-1]) == equal
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        ({"hires_sampler": "eular"}, "unknown sampler 'eular'"),
+        ({"hires_spacing": "x"}, "unknown spacing 'x'"),
+        ({"hires_steps": 0}, "hires steps 0 is out of range"),
+        ({"hires_steps": 500, "strength": 0.1}, "steps 5000 is out of range"),
+        ({"hires_guidance": 101.0}, "hires guidance 101.0 is out of range"),
+        ({"hires_prompt": "a <lora:b:1>"}, "take the tag out"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_drawn(sd, choices, says):
+    with pytest.raises(UserError, match=says):
+        text_to_image(sd, "x", hires=1.5, **choices)
+
+
+def test_a1111s_words_for_it():
+    read = parse_settings(
+        "x\nNegative prompt: y\nSteps: 20, Sampler: Euler a, Schedule type: Automatic, CFG scale: 7, Seed: 1, "
+        'Size: 64x64, Denoising strength: 0.5, Hires upscale: 2, Hires steps: 8, Hires sampler: "DPM++ 2M", '
+        'Hires schedule type: Karras, Hires prompt: "a, b", Hires negative prompt: c, Hires CFG Scale: 5, '
+        "Hires upscaler: Latent (nearest-exact), Version: v1.10.1"
+    )
+    assert (read.hires, read.upscaler, read.hires_steps) == (2, "latent-nearest-exact", 8)
+    assert (read.hires_sampler, read.hires_spacing, read.hires_guidance) == ("dpmpp_2m", "karras", 5)
+    assert (read.hires_prompt, read.hires_negative, read.other) == ("a, b", "c", ())
+    same = parse_settings("x\nSteps: 20, Seed: 1, Hires upscale: 2, Hires steps: 0, Hires sampler: Use same sampler, "
+                          "Hires schedule type: Use same scheduler, Hires prompt: , Hires CFG Scale: 0")  # fmt: skip
+    assert (same.hires_steps, same.hires_sampler, same.hires_spacing, same.hires_prompt) == (None,) * 4
+    assert same.hires_guidance is None and same.other == () and isinstance(same, Settings)
