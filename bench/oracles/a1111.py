@@ -22,6 +22,7 @@ OWN = (  # modules of the program that run; the rest stand in
     *("sd_samplers", "sd_samplers_kdiffusion", "sd_samplers_timesteps", "sd_samplers_timesteps_impl"),
     *("sd_samplers_extra", "sd_samplers_lcm", "sd_samplers_common", "sd_samplers_cfg_denoiser", "sd_schedulers"),
     *("rng", "rng_philox", "prompt_parser", "sd_emphasis", "sd_hijack_clip", "processing", "masking"),
+    *("infotext_utils", "infotext_versions"),
     *("torch_utils", "options", "shared_options", "script_callbacks", "models.diffusion.uni_pc"),
 )
 LATENT_UPSCALERS = {
@@ -103,9 +104,8 @@ class Model:
         return self.sd.vae.encode(pixels)
 
     def get_first_stage_encoding(self, gaussian: Any) -> Tensor:
-        """Drawn as the latent diffusion model itself draws: from PyTorch's common generator, once the first noise is."""
-        noise = torch.randn(gaussian.mean.shape)
-        return self.sd.vae.config.scaled(gaussian.mean + torch.exp(0.5 * gaussian.logvar) * noise)
+        """The mean. The program adds noise of no seed at all here, which no second run of its own has again."""
+        return self.sd.vae.config.scaled(gaussian.mean)
 
 
 def resized(mode: int, image: Image.Image, width: int, height: int, **_: Any) -> Image.Image:
@@ -117,7 +117,7 @@ class A1111:
     """The program, ready to draw."""
 
     def __init__(self, folder: Path, k_diffusion: Path, sd: StableDiffusion):
-        cpu: dict[str, Any] = dict.fromkeys(("device", "cpu"), torch.device("cpu")) | {"unet_needs_upcast": False}
+        cpu: dict[str, Any] = dict.fromkeys(("device", "cpu"), torch.device("cpu")) | {"unet_needs_upcast": False, "fp8": False}
         cpu |= dict.fromkeys(("dtype", "dtype_vae", "dtype_unet", "dtype_inference"), torch.float32)
         cpu |= dict.fromkeys(("autocast", "without_autocast"), contextlib.nullcontext)
         state = types.SimpleNamespace(interrupted=False, skipped=False, sampling_step=0, nextjob=lambda: None)
@@ -136,6 +136,8 @@ class A1111:
                 "modules.devices": cpu,
                 "modules.shared": shared,
                 "modules.images": pictures,
+                "ldm.models.diffusion.ddpm": {"LatentDepth2ImageDiffusion": type("Other", (), {})},
+                "launch": {"git_tag": lambda: "v1.10.1"},
                 "modules.extra_networks": {"parse_prompts": lambda prompts: (prompts, {})},
             },
             {"modules": str(folder / "modules"), "k_diffusion": str(k_diffusion / "k_diffusion"), **models},
@@ -146,9 +148,9 @@ class A1111:
 
         defaults = {name: option.default for name, option in shared_options.options_templates.items()}
         self.options = modules.shared.opts = types.SimpleNamespace(**defaults | {"live_previews_enable": False})
-        from modules import processing, sd_hijack_clip, sd_samplers
+        from modules import processing, sd_hijack_clip, sd_samplers, sd_schedulers
 
-        self.processing, self.samplers = processing, sd_samplers
+        self.processing, self.samplers, self.schedulers = processing, sd_samplers, sd_schedulers.schedulers
         hijack = types.SimpleNamespace(fixes=None, extra_generation_params={})
         hijack.embedding_db = types.SimpleNamespace(find_embedding_at_position=lambda *_: (None, None))
         wrapped = types.SimpleNamespace(tokenizer=Tokens(sd.tokenizers[0]), transformer=Transformer(sd.text_encoders[0]))
@@ -163,7 +165,7 @@ class A1111:
 
     @torch.no_grad()
     def draw(self, image: Image.Image | None = None, **choices: Any) -> Tensor:
-        """Latents (B, L, h, w) of one batch. `choices` are fields of the program's own processing classes, and any of
+        """Latents (B, L, h, w) of one batch; `text` is then what it writes into the first picture. `choices` are fields of the program's own processing classes, and any of
         its options under `options`; `image` makes it image to image."""
         options, before = choices.pop("options", {}), vars(self.options).copy()
         vars(self.options).update(options)
@@ -186,6 +188,7 @@ class A1111:
         p.rng = self.processing.rng.ImageRNG(shape, p.seeds, subseeds=p.subseeds, subseed_strength=p.subseed_strength)
         p.parse_extra_network_prompts()
         p.setup_conds()
-        self.latents = None
+        p.sd_model_name, p.sd_model_hash, p.sd_vae_name, self.latents = self.model.sd.variant.name, None, None, None
         samples = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+        self.text = self.processing.create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds)
         return samples if self.latents is None else self.latents

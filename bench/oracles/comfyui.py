@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from oracles.standins import stand_in
+from plainsd.pictures.images import to_tensor
 from plainsd.pictures.model import StableDiffusion
 
 COMMIT = "3cd7b32f1b7e7e90395cefe7d9f9b1f89276d8ce"  # January 2026, after v0.8.0
@@ -92,6 +94,14 @@ class ComfyUI:
         return Encoder().encode_token_weights(self.tokenizer.tokenize_with_weights(text))[0]
 
     @torch.no_grad()
+    def latent(self, image: Image.Image | None, size: tuple[int, int], count: int) -> Tensor:
+        """An empty latent of this size in pixels, or a picture's, unscaled as its VAE gives it: the encoder's mean. The
+        program adds noise of no seed there."""
+        if image is None:
+            return torch.zeros(count, 4, size[1] // 8, size[0] // 8)
+        return self.sd.vae.encode(to_tensor(image)).mean.repeat(count, 1, 1, 1)
+
+    @torch.no_grad()
     def draw(
         self,
         prompt: str,
@@ -104,7 +114,7 @@ class ComfyUI:
         latent: Tensor,
         denoise: float = 1.0,
     ) -> Tensor:
-        """Latents (B, L, h, w), as the node KSampler draws them. `latent` is unscaled, as its VAE gives it."""
+        """Latents (B, L, h, w), as the node KSampler draws them."""
         noise = self.comfy.sample.prepare_noise(latent, seed)
         conds = [[[self.encode(text), {}]] for text in (prompt, negative)]
         options = {"denoise": denoise, "seed": seed, "disable_pbar": True}
