@@ -217,7 +217,7 @@ def test_models_by_title_file_and_hash(server):
 
 def test_any_schedule_may_stand_behind_a_samplers_name():
     assert sampler_of("DPM++ 2M SDE SGM Uniform", None) == ("dpmpp_2m_sde", "sgm_uniform")
-    assert sampler_of("Euler a uniform", "Karras") == ("euler_a", "linspace")
+    assert sampler_of("Euler a uniform", "Karras") == ("euler_a", "uniform")
 
 
 def test_options_are_refused_with_what_they_may_be():

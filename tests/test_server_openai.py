@@ -3,9 +3,11 @@
 import base64
 import errno
 from io import BytesIO
+from typing import get_args
 
 import openai
 import pytest
+from openai.types import ImageModel
 from PIL import Image
 from serving import Brake, alike, from_base64, model_folder, open_service, png_bytes, served, until
 
@@ -113,8 +115,22 @@ def test_streaming_with_partial_pictures(client, server, brake):
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    listed = {model.id: model for model in client.models.list()}
+    assert next(iter(listed)) == "tiny" and {"gpt-image-1", "dall-e-3", "dall-e-2"} <= set(listed)
+    assert [name for name, model in listed.items() if getattr(model, "alias_of", None) != "tiny"] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "plainsd"
+
+
+def test_programs_that_hard_code_a_name_of_openais_draw_with_the_default(client, sd):
+    (expected,) = plainsd.final(plainsd.text_to_image(sd, "p", size=(64, 64), seed=1, steps=1))
+    asked = {"prompt": "p", "size": "64x64", "response_format": "b64_json", "extra_body": {"seed": 1, "steps": 1}}
+    for name in ("gpt-image-1", "dall-e-3"):
+        (made,) = client.images.generate(model=name, **asked).data
+        assert alike(from_base64(made.b64_json), expected)
+    for name in get_args(ImageModel):  # all that the client itself knows
+        assert client.models.retrieve(name).alias_of == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-5")
 
 
 def test_whose_fault_a_failure_is_shows_in_its_status(client, server, monkeypatch):
@@ -135,8 +151,8 @@ def test_errors_are_those_that_the_client_knows(client, server, brake):
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong-token-here").models.list()
     with pytest.raises(openai.NotFoundError) as missing:
-        client.images.generate(prompt="p", model="dall-e-3")
-    assert missing.value.code == "model_not_found" and "unknown model 'dall-e-3'" in str(missing.value)
+        client.images.generate(prompt="p", model="sd-turbo")
+    assert missing.value.code == "model_not_found" and "unknown model 'sd-turbo'" in str(missing.value)
     wrong = {
         "size": {"size": "big"}, "n": {"n": 99}, "steps": {"extra_body": {"steps": 0}},
         "sampler": {"extra_body": {"sampler": "x"}},

@@ -22,12 +22,14 @@ from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Job
 from plainsd.server.jobs.pictures import Picture, json_seed
-from plainsd.server.pool import ServedModel
+from plainsd.server.pool import Models, ServedModel
 from plainsd.server.requests import job_request
 from plainsd.server.schema import JobRequest, Text
 from plainsd.server.service import Service, client_of, now, why_not
 from plainsd.server.uploads import check_pixels, differing, opened, resized
 
+ALIASES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "chatgpt-image-latest", "dall-e-2", "dall-e-3")
+THEIRS = ("gpt-image-", "chatgpt-image-", "dall-e-")  # how the names begin that programs hard-code
 OURS = ("negative", "steps", "guidance", "sampler", "spacing", "seed", "strength")  # taken beside OpenAI's own fields
 
 
@@ -59,10 +61,11 @@ class ImagesRequest(BaseModel):
     seed: int | None = None
     strength: float | None = Field(None, description="of edits without a mask, 0 to 1")
 
-    def job(self) -> JobRequest:
+    def job(self, models: Models) -> JobRequest:
+        model = known_model(self.model, models).name
         given = {name: value for name in OURS if (value := getattr(self, name)) is not None}
         return job_request(
-            prompt=self.prompt, model=self.model, count=1 if self.n is None else self.n, size=self.pixels(), **given
+            prompt=self.prompt, model=model, count=1 if self.n is None else self.n, size=self.pixels(), **given
         )
 
     def pixels(self) -> tuple[int, int] | None:
@@ -88,7 +91,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/images/generations", responses=STREAM, response_model=None)
     async def generations(body: ImagesRequest, request: Request) -> JSONResponse | EventSourceResponse:
-        job = await service.submit(body.job(), client_of(request, body.user), "openai")
+        job = await service.submit(body.job(service.models), client_of(request, body.user), "openai")
         return await images_response(service, job, body, request, "image_generation")
 
     @router.post("/images/edits", responses=STREAM, response_model=None, openapi_extra=FORM)
@@ -96,24 +99,34 @@ def routes(service: Service) -> APIRouter:
         """A picture drawn over; with a mask only its transparent part (or the picture's own)."""
         async with request.form(max_files=4, max_fields=40) as form:
             body, content, mask = await edit_of(form)
-        wanted = body.job()
+        wanted = body.job(service.models)
         base = await run_in_threadpool(edit_canvas, wanted, content, mask, service)
         job = await service.submit(wanted, client_of(request, body.user), "openai", base)
         return await images_response(service, job, body, request, "image_edit")
 
     @router.get("/models")
     def models() -> dict:
-        return {"object": "list", "data": [openai_model(model) for model in service.models.known.values()]}
+        """Those served, and OpenAI's names, which mean the default."""
+        known = service.models.known
+        names = (*known, *(alias for alias in ALIASES if alias not in known))
+        return {"object": "list", "data": [openai_model(name, service.models) for name in names]}
 
     @router.get("/models/{name}")
     def model(name: Text) -> dict:
-        return openai_model(service.models[name])
+        return openai_model(name, service.models)
 
     return router
 
 
-def openai_model(model: ServedModel) -> dict:
-    return {"id": model.name, "object": "model", "created": 0, "owned_by": "plainsd"}
+def known_model(name: str | None, models: Models) -> ServedModel:
+    """By its name; a name of OpenAI's that no model has here is the default: many programs send no other."""
+    return models[None if name and name.startswith(THEIRS) and name not in models.known else name]
+
+
+def openai_model(name: str, models: Models) -> dict:
+    model = known_model(name, models)
+    told = {"id": name, "object": "model", "created": 0, "owned_by": "plainsd"}
+    return told if model.name == name else told | {"alias_of": model.name}
 
 
 # --- edits -----------------------------------------------------------------------------------------------------------
