@@ -79,7 +79,7 @@ def test_signs_stand_for_themselves():
         ("{2-1$$a|b}", "asks for 2 to 1 of its options"),
         ("{@a|b}", "leave '@' out"),
         ("__colors__", "__colors__ is a wildcard, and there is no folder"),
-        ("{" * 30 + "}" * 30, "choices more than 20 deep"),
+        ("{" * 30 + "}" * 30, "choices are more than 20 deep"),
         ("{a|b|c|d|e|f|g|h|i|j}" * 5, f"more than {MOST_COMBINATIONS} combinations"),
     ],
 )
