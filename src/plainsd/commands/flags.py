@@ -57,6 +57,14 @@ class GenerateFlags:
     """of the timesteps, after which the refiner draws (default 0.8)"""
     negative: Annotated[str | None, flag("TEXT")] = None
     """what to keep away from"""
+    wildcards: Annotated[Path | None, flag("FOLDER")] = None
+    """text files, a choice a line, that a prompt names as __colours__; {red|blue} needs none"""
+    combinations: bool = False
+    """every combination of the prompt's choices, in place of random ones"""
+    style: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
+    """a style around the prompt; more than once for several"""
+    styles: Annotated[Path, flag("FILE")] = Path("styles.csv")
+    """where they are, in A1111's form: name,prompt,negative_prompt"""
     size: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
     """pixels, multiples of 8; with --image any, and the picture is scaled"""
     steps: Annotated[int | None, flag("N")] = None

@@ -19,6 +19,8 @@ from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
 from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
+from plainsd.text.styles import read_styles, styled
+from plainsd.text.wildcards import combinations, filled
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +58,7 @@ class Generate(GenerateFlags):
         elif self.preview_vae:
             raise UserError("--preview-vae needs --preview, a file to show the picture; give both", field="preview")
         axes = [axis(text) for text in self.grid]
-        if len(axes) > 2 or (axes and self.count * len(prompts) > 1):
+        if len(axes) > 2 or (axes and len(prompts) > 1):
             raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
         noise = noise_of(self, choices)
         say_notes(Settings(**{one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
@@ -145,15 +147,39 @@ class Generate(GenerateFlags):
         if self.guidance is not None:
             choices.pop("like", None)  # it told what the picture's own guidance means
         choices |= given | self.seeds()
+        if self.style:
+            prompts, choices["negative"] = self.in_style(prompts, choices.get("negative") or "")
         settings = Settings(**choices)
         settings.check()
-        settings.check_count(self.count * len(prompts))
+        if self.prompt or self.prompts:  # those of --from have no choices left
+            prompts = self.settled(prompts, choices.get(settings.counted) or 0)
+            if "negative" in given or self.style:
+                choices["negative"] = filled(choices.get("negative") or "", choices.get("seed") or 0, self.wildcards)
+        else:
+            prompts = [prompt for prompt in prompts for _ in range(self.count)]
+        settings.check_count(len(prompts))
         if not self.server and (choices.keys() & {"sampler", "spacing"}):
             from plainsd.diffusion.samplers import check_names
 
             check_names(choices.get("sampler"), choices.get("spacing"))
         say_notes([settings])
-        return [prompt for prompt in prompts for _ in range(self.count)], choices
+        return prompts, choices
+
+    def in_style(self, prompts: list[str], negative: str) -> tuple[list[str], str]:
+        styles = read_styles(self.styles)
+        return [styled(prompt, "", self.style, styles)[0] for prompt in prompts], styled(
+            "", negative, self.style, styles
+        )[1]
+
+    def settled(self, prompts: list[str], seed: int) -> list[str]:
+        """One prompt a picture, with every choice made: by the picture's seed, or all combinations."""
+        if self.wildcards is not None and not self.wildcards.is_dir():
+            raise UserError(f"there is no folder '{self.wildcards}'; give one of text files with --wildcards")
+        if self.combinations:
+            every = [one for prompt in prompts for one in combinations(prompt, self.wildcards)]
+            return [prompt for prompt in every for _ in range(self.count)]
+        each = [prompt for prompt in prompts for _ in range(self.count)]
+        return [filled(prompt, seed + place, self.wildcards) for place, prompt in enumerate(each)]
 
     def seeds(self) -> dict[str, int]:
         """Those that were given, as numbers; random ones are drawn, and said."""

@@ -1,7 +1,7 @@
 """Prompts as people write them: the notation of AUTOMATIC1111's web UI, read into plain data. No tokens, no tensors.
 
     (a) ((a)) (a:1.3) [a]     weight times 1.1, 1.21, 1.3, 1/1.1
-    \\( \\) \\[ \\] \\\\           the sign itself; a lone backslash is a backslash
+    \\( \\) \\[ \\] \\\\           the sign itself, as \\{ \\} \\| are; a lone backslash is a backslash
     a BREAK b                 b starts a new chunk of 75 tokens
     [a:b:0.5] [a:b:10]        prompt editing: a until half of the steps (or until step 10), then b
     [b:0.5] [a::0.5]          b from then on; a until then
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from plainsd.errors import UserError
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
-PIECES = re.compile(rf"\\[()\[\]\\]|:\s*({NUMBER})\s*\)|[()\[\]:\\]|[^()\[\]:\\]+")
+PIECES = re.compile(rf"\\[()\[\]{{}}|\\]|:\s*({NUMBER})\s*\)|[()\[\]:\\]|[^()\[\]:\\]+")
 SIGNS = re.compile(r"\\.|[()\[\]:|\\]|[^()\[\]:|\\]+", re.DOTALL)
 WHEN = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?\d+)?)\s*")
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")

@@ -1,0 +1,238 @@
+"""Prompts with choices in them, in the notation of the dynamicprompts library, which A1111's extension made common.
+
+    {red|green|blue}          one of them
+    {2::red|blue}             weighted: red twice as often as blue
+    {2$$a|b|c}                two different ones in any order, as `b,a`; {1-2$$...} one or two, {2-$$...} two or more
+    {2$$ and $$a|b|c}         joined by what stands between the signs
+    __colours__               a line of colours.txt in the folder of wildcards; __clothes/*__ of all files there
+    \\{ \\} \\|                  the sign itself; they stay so in what comes out, and `prompts.parse` reads them
+
+Choices may stand inside each other, and lines of a wildcard's file may hold choices and wildcards. Files are UTF-8,
+a choice a line; empty lines and those that begin with # do not count.
+
+`filled` draws at random from a seed, so that a picture's prompt is settled by its seed; `combinations` gives all.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, permutations, product
+from pathlib import Path
+from random import Random
+
+from plainsd.errors import UserError, unknown
+
+TOKEN = re.compile(r"\\.|[{}|]|__(?!_)([^\s{}|\\]{1,200}?)__|\\|_+|[^\\{}|_]+", re.DOTALL)
+COUNT = re.compile(r"(?:(\d{1,3})?(-)?(\d{1,3})?\$\$)(?:([^{}|$]*)\$\$)?")
+WEIGHT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)::")
+WILDCARD_NAME = re.compile(r"[\w*][\w*. -]*(?:/[\w*][\w*. -]*)*")
+DEEPEST_CHOICE = 20  # choices inside each other, and wildcards inside wildcards
+LONGEST_FILE = 10**6  # bytes
+MOST_COMBINATIONS = 10_000  # combinations of one prompt
+
+
+@dataclass(frozen=True)
+class Choice:
+    options: "tuple[tuple[float, Template], ...]"  # weights, and what they stand before
+    low: int = 1
+    high: int = 1
+    joiner: str = ","
+
+
+@dataclass(frozen=True)
+class Wildcard:
+    name: str
+
+
+Template = tuple[str | Choice | Wildcard, ...]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def template_of(prompt: str) -> Template:
+    """A prompt's choices. UserError for braces without a partner, and for notation that is not read here."""
+    parts: list[str | Choice | Wildcard] = []
+    opened: list[tuple[int, list, list]] = []  # of each open brace: where, what stands before it, its options
+    for match in TOKEN.finditer(prompt):
+        sign = match[0]
+        if sign == "{":
+            if len(opened) == DEEPEST_CHOICE:
+                raise UserError(
+                    f"choices are more than {DEEPEST_CHOICE} deep in each other; write fewer", field="prompt"
+                )
+            opened.append((match.start(), parts, []))
+            parts = []
+        elif sign == "|" and opened:
+            opened[-1][2].append(parts)
+            parts = []
+        elif sign == "}" and opened:
+            _, outer, options = opened.pop()
+            outer.append(choice_of([*options, parts]))
+            parts = outer
+        elif sign == "}":
+            raise unpaired("}", prompt, match.start())
+        elif match[1]:
+            parts.append(Wildcard(match[1].removeprefix("~")))
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += sign
+        else:
+            parts.append(sign)
+    if opened:
+        raise unpaired("{", prompt, opened[-1][0])
+    return tuple(parts)
+
+
+def unpaired(sign: str, prompt: str, at: int) -> UserError:
+    near = prompt[max(at - 15, 0) : at + 15]
+    return UserError(f"{sign!r} without its partner near {near!r} in the prompt; write \\{sign} for the sign itself",
+                     field="prompt")  # fmt: skip
+
+
+def choice_of(options: list[list]) -> Choice:
+    """The choice between these options, the first of which may begin with how many are wanted."""
+    start = options[0][0] if options[0] and isinstance(options[0][0], str) else ""
+    if start[:1] in ("@", "!"):
+        raise UserError(
+            f"{{{start[:12]!r}: choices in turn or in all orders are not read; leave {start[0]!r} out", field="prompt"
+        )
+    start = start.removeprefix("~")
+    low = high = 1
+    joiner = ","
+    if found := COUNT.match(start):
+        least, dash, most, between = found.groups()
+        low = int(least or 1)
+        high = int(most) if most else len(options) if dash else low
+        joiner = joiner if between is None else between
+        start = start[found.end() :]
+        if low > high:
+            raise UserError(f"{{{found[0]}...}} asks for {low} to {high} of its options; mend it", field="prompt")
+    if options[0]:
+        options = [[start, *options[0][1:]] if isinstance(options[0][0], str) else options[0], *options[1:]]
+    return Choice(tuple(weighed(option) for option in options), min(low, len(options)), min(high, len(options)), joiner)
+
+
+def weighed(option: list) -> tuple[float, Template]:
+    """An option's weight, and the option without it and without the blanks around it."""
+    weight = 1.0
+    if option and isinstance(option[0], str) and (found := WEIGHT.match(option[0])):
+        weight, option = float(found[1]), [option[0][found.end() :], *option[1:]]
+    if option and isinstance(option[0], str):
+        option = [option[0].lstrip(), *option[1:]]
+    if option and isinstance(option[-1], str):
+        option = [*option[:-1], option[-1].rstrip()]
+    return weight, tuple(option)
+
+
+# --- a folder of wildcards -------------------------------------------------------------------------------------------
+
+
+def lines_of(name: str, folder: Path | None) -> list[str]:
+    """The choices that a wildcard stands for. UserError where it has none."""
+    if folder is None:
+        raise UserError(
+            f"__{name}__ is a wildcard, and there is no folder of them; give one with --wildcards, or take it out",
+            field="prompt",
+            value=name,
+        )
+    files = []
+    if WILDCARD_NAME.fullmatch(name) and ".." not in name:
+        files = sorted(path for path in folder.glob(f"{name}.txt") if path.is_file())
+    if not files:
+        known = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.txt"))
+        raise unknown("wildcard", name, known[:50] or ["none: the folder holds no .txt file"], field="prompt")
+    found = [line for path in files for line in choices_in(path)]
+    if not found:
+        raise UserError(
+            f"the wildcard {name!r} has no lines; write a choice a line into {files[0].name}", field="prompt"
+        )
+    return found
+
+
+def choices_in(path: Path) -> list[str]:
+    if path.stat().st_size > LONGEST_FILE:
+        raise UserError(f"{path.name} has more than {LONGEST_FILE} bytes; make several wildcards of it")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path.name} is no UTF-8; save it so") from None
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+# --- what they become ------------------------------------------------------------------------------------------------
+
+
+def has_choices(prompt: str) -> bool:
+    return any(not isinstance(part, str) for part in template_of(prompt))
+
+
+def filled(prompt: str, seed: int, folder: Path | None = None) -> str:
+    """The prompt with every choice made, the same for the same seed and the same files."""
+    return _drawn(template_of(prompt), Random(seed), folder, 0)
+
+
+def _drawn(template: Template, random: Random, folder: Path | None, depth: int) -> str:
+    check_depth(depth)
+    texts = []
+    for part in template:
+        if isinstance(part, Choice):
+            count = random.randint(part.low, part.high)
+            chosen = _sampled(part.options, count, random)
+            texts.append(part.joiner.join(_drawn(option, random, folder, depth + 1) for option in chosen))
+        elif isinstance(part, Wildcard):
+            line = random.choice(lines_of(part.name, folder))
+            texts.append(_drawn(template_of(line), random, folder, depth + 1))
+        else:
+            texts.append(part)
+    return "".join(texts)
+
+
+def _sampled(options: Sequence[tuple[float, Template]], count: int, random: Random) -> list[Template]:
+    """Different ones, each with the chance that its weight has among those that are left."""
+    left, chosen = list(options), []
+    for _ in range(count):
+        weights = [weight for weight, _ in left]
+        if not any(weights):
+            break
+        chosen.append(left.pop(random.choices(range(len(left)), weights)[0])[1])
+    return chosen
+
+
+def combinations(prompt: str, folder: Path | None = None) -> list[str]:
+    """Every prompt that it may become, the last choice changing fastest; each once."""
+    found: list[str] = []
+    for text in dict.fromkeys(_all(template_of(prompt), folder, 0)):
+        if len(found) == MOST_COMBINATIONS:
+            raise UserError(
+                f"the prompt has more than {MOST_COMBINATIONS} combinations; draw at random instead", field="prompt"
+            )
+        found.append(text)
+    return found
+
+
+def _all(template: Template, folder: Path | None, depth: int) -> Iterator[str]:
+    check_depth(depth)
+    each = [list(islice(_of_part(part, folder, depth), MOST_COMBINATIONS + 1)) for part in template]
+    return map("".join, product(*each))
+
+
+def _of_part(part: str | Choice | Wildcard, folder: Path | None, depth: int) -> Iterator[str]:
+    if isinstance(part, str):
+        yield part
+    elif isinstance(part, Wildcard):
+        for line in lines_of(part.name, folder):
+            yield from _all(template_of(line), folder, depth + 1)
+    else:
+        options = [option for weight, option in part.options if weight]
+        for count in range(part.low, min(part.high, len(options)) + 1):
+            for order in permutations(options, count):
+                for texts in product(*(list(_all(option, folder, depth + 1)) for option in order)):
+                    yield part.joiner.join(texts)
+
+
+def check_depth(depth: int) -> None:
+    if depth > DEEPEST_CHOICE:
+        raise UserError(
+            f"wildcards stand in each other more than {DEEPEST_CHOICE} deep; is one of them in its own lines?",
+            field="prompt",
+        )

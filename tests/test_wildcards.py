@@ -1,0 +1,173 @@
+"""Choices and wildcards in prompts, beside what the dynamicprompts library makes of them."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plainsd.errors import UserError
+from plainsd.pictures.images import read_settings
+from plainsd.text.prompts import Weighted, parse
+from plainsd.text.styles import read_styles, styled
+from plainsd.text.wildcards import MOST_COMBINATIONS, combinations, filled, has_choices, template_of
+
+# what CombinatorialPromptGenerator of dynamicprompts 0.31.0 makes of them
+KNOWN = {
+    "{a|b} {c|d}": ["a c", "a d", "b c", "b d"],
+    "{2$$a|b|c}": ["a,b", "a,c", "b,a", "b,c", "c,a", "c,b"],
+    "{1-2$$a|b|c}": ["a", "b", "c", "a,b", "a,c", "b,a", "b,c", "c,a", "c,b"],
+    "{2$$ and $$a|b|c}": ["a and b", "a and c", "b and a", "b and c", "c and a", "c and b"],
+    "{0.5::a|2::b}": ["a", "b"],
+    "{a|{b|c}}": ["a", "b", "c"],
+    "{a|}x": ["ax", "x"],
+    "{-2$$a|b}": ["a", "b", "a,b", "b,a"],
+    "{a}": ["a"],
+    "{3$$a|b}": ["a,b", "b,a"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "colours.txt").write_text("red\n\n# no colour\n  blue  \n", encoding="utf-8")
+    (tmp_path / "clothes").mkdir()
+    (tmp_path / "clothes" / "hats.txt").write_text("a {tall|flat} hat\n", encoding="utf-8")
+    (tmp_path / "clothes" / "coats.txt").write_text("\ufeffa __colours__ coat\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("prompt", KNOWN)
+def test_combinations_are_those_of_dynamicprompts(prompt):
+    assert combinations(prompt) == KNOWN[prompt]
+    assert {filled(prompt, seed) for seed in range(200)} == set(KNOWN[prompt])
+    assert has_choices(prompt)
+
+
+def test_wildcards_are_lines_of_files(folder):
+    assert combinations("a __colours__ car", folder) == ["a red car", "a blue car"]
+    hats = ["a tall hat", "a flat hat"]
+    assert combinations("__clothes/*__", folder) == ["a red coat", "a blue coat", *hats]
+    assert combinations("__clothes/hats__, __~colours__", folder)[:2] == ["a tall hat, red", "a tall hat, blue"]
+    assert {filled("__clothes/hats__", seed, folder) for seed in range(50)} == set(hats)
+    assert combinations("{__colours__|green}", folder) == ["red", "blue", "green"]
+
+
+def test_the_seed_settles_the_prompt(folder):
+    prompt = "{a|b|c|d} {e|f|g|h} __colours__"
+    assert len({filled(prompt, 7, folder) for _ in range(5)}) == 1
+    assert len({filled(prompt, seed, folder) for seed in range(40)}) > 20
+
+
+def test_weights_are_chances():
+    count = Counter(filled("{3::a|b|0::c}", seed) for seed in range(4000))
+    assert count["c"] == 0 and 0.70 < count["a"] / 4000 < 0.80
+    pairs = Counter(filled("{2$$10::a|b|c}", seed).count("a") for seed in range(1000))
+    assert pairs[1] / 1000 > 0.95  # 1 - 2/12 * 1/11
+
+
+def test_signs_stand_for_themselves():
+    prompt = r"a \{smile\} [b|c] \| __ _x_ a__b (d:1.2)"
+    assert not has_choices(prompt) and filled(prompt, 0) == prompt and combinations(prompt) == [prompt]
+    assert parse(r"\{a\} \| \(b\)") == [Weighted("{a} | (b)")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("a {b|c", "'{' without its partner near 'a {b|c'"),
+        ("a} b", r"'}' without its partner near 'a} b' in the prompt; write \}"),
+        ("{2-1$$a|b}", "asks for 2 to 1 of its options"),
+        ("{@a|b}", "leave '@' out"),
+        ("__colors__", "__colors__ is a wildcard, and there is no folder"),
+        ("{" * 30 + "}" * 30, "choices are more than 20 deep"),
+        ("{a|b|c|d|e|f|g|h|i|j}" * 5, f"more than {MOST_COMBINATIONS} combinations"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(prompt, says):
+    with pytest.raises(UserError) as caught:
+        combinations(prompt)
+    assert says in str(caught.value) and caught.value.field == "prompt" and "\n" not in str(caught.value)
+
+
+def test_what_the_folder_lacks_is_one_line(folder):
+    (folder / "loop.txt").write_text("a __loop__\n", encoding="utf-8")
+    (folder / "empty.txt").write_text("# nothing\n", encoding="utf-8")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    for name, says in (
+        ("colors", "did you mean 'colours'"),
+        ("../colours", "unknown wildcard '../colours'"),
+        ("loop", "is one of them in its own lines?"),
+        ("empty", "has no lines; write a choice a line into empty.txt"),
+        ("latin", "latin.txt is no UTF-8"),
+    ):
+        for make in (lambda prompt: filled(prompt, 0, folder), lambda prompt: combinations(prompt, folder)):
+            with pytest.raises(UserError, match=None) as caught:
+                make(f"__{name}__")
+            assert says in str(caught.value)
+
+
+@given(st.text(alphabet="ab{}|$_:2\\ ", max_size=60))
+def test_any_text_is_read_or_refused(text):
+    try:
+        template_of(text)
+        assert filled(text, 1) in {*combinations(text)} or "$$" in text or "::" in text
+    except UserError as error:
+        assert "\n" not in str(error).replace(repr(text), "")
+
+
+# --- styles, and the command line ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def styles(tmp_path):
+    path = tmp_path / "styles.csv"
+    path.write_text('name,prompt,negative_prompt\nink,"{prompt}, ink drawing",colour\nsoft,soft light,\n,,\n', "utf-8")
+    return path
+
+
+def test_styles_lie_around_the_prompt(styles):
+    found = read_styles(styles)
+    assert list(found) == ["ink", "soft"]
+    assert styled("a cat ", "bad", ["soft", "ink"], found) == ("a cat, soft light, ink drawing", "bad, colour")
+    assert styled("", "", ["soft"], found) == ("soft light", "")
+    with pytest.raises(UserError, match="unknown style 'inc'; did you mean 'ink'"):
+        styled("a", "", ["inc"], found)
+
+
+def test_bad_files_of_styles_are_one_line(tmp_path):
+    (tmp_path / "a.csv").write_text("what,ever\n1,2\n", "utf-8")
+    (tmp_path / "b.csv").write_bytes(b"name,prompt\n\xff,x\n")
+    for path, says in (("a.csv", "should read name,prompt"), ("b.csv", "save it as CSV"), ("c.csv", "cannot read")):
+        with pytest.raises(UserError, match=says):
+            read_styles(tmp_path / path)
+
+
+def test_the_command_line_settles_each_picture(generate, tmp_path, folder, styles):
+    steps = ("--steps", 1, "--wildcards", folder)
+    assert generate("a __colours__ {car|cat}", *steps, "--count", 3, "--seed", 4)[0] == 0
+    made = [read_settings(path).prompt for path in sorted((tmp_path / "out").glob("*.png"))]
+    assert made == [filled("a __colours__ {car|cat}", seed, folder) for seed in (4, 5, 6)]
+    assert generate("{a|b} {c|d}", "--combinations", *steps, "--style", "ink", "--styles", styles)[0] == 0
+    every = [read_settings(path) for path in sorted((tmp_path / "out").glob("*.png"))[3:]]
+    assert [one.prompt for one in every] == [f"{text}, ink drawing" for text in ("a c", "a d", "b c", "b d")]
+    assert {one.negative for one in every} == {"colour"} and [one.seed for one in every] == [0, 1, 2, 3]
+
+
+def test_a_picture_of_a_settled_prompt_comes_back(generate, tmp_path):
+    assert generate(r"\{a\} {b|c}", "--steps", 1)[0] == 0
+    (first,) = (tmp_path / "out").glob("*.png")
+    assert read_settings(first).prompt in (r"\{a\} b", r"\{a\} c")
+    assert generate("--from", first)[0] == 0
+    (again,) = {*(tmp_path / "out").glob("*.png")} - {first}
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_the_command_line_says_what_is_missing(generate):
+    for arguments, says in (
+        (("a __colours__",), "give one with --wildcards"),
+        (("a", "--wildcards", "nowhere"), "there is no folder 'nowhere'"),
+        (("a", "--style", "ink"), "cannot read styles.csv"),
+        (("{a|b}", "--combinations", "--grid", "steps=1,2"), "one prompt"),
+    ):
+        code, _, err = generate(*arguments)
+        assert code == 2 and says in err
