@@ -2,7 +2,7 @@
 # make demo PROMPT="..."    ... of whatever you like
 # make serve                sets everything up, once, and serves a page at http://127.0.0.1:7860
 # make serve SERVE="--port 8000 --model some/folder"
-# make test                 what each change must pass: lint, then the tests; minutes
+# make test                 what each change must pass: lint, then the tests, a process for each core; minutes
 # make lint                 ruff's rules and its format, and mypy; seconds
 # make test-full            all tests that this machine can run; longer
 # make test-isa             the tests of what is fast, as on other processors: AVX2, an old one, no C++ compiler
@@ -30,7 +30,7 @@ lint: .venv/installed-test
 	.venv/bin/mypy
 
 test: lint
-	.venv/bin/python -m pytest -m "not full and not gpu"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not full and not gpu" -n auto --dist loadfile
 
 test-full: .venv/installed-test
 	.venv/bin/python -m pytest

@@ -1,7 +1,6 @@
 """Headless Chromium, and the page in it by the names that a reader sees."""
 
 import base64
-import os
 import shutil
 
 import pytest
@@ -34,11 +33,12 @@ def chromium(tmp_path_factory):
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    os.environ["SE_OFFLINE"] = "true"
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    driver.set_script_timeout(60)
-    yield driver
-    driver.quit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SE_OFFLINE", "true")
+        driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+        driver.set_script_timeout(60)
+        yield driver
+        driver.quit()
 
 
 class Page:

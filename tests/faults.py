@@ -62,15 +62,16 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_samplers.py::test_whole_trajectory_equals_diffusers[dpmpp_sde-leading]"),
     ],
     "diffusion/solvers/multistep.py": [
-        ("aim = denoised + (denoised - previous) * (stride / stride_before / 2)",
-         "aim = denoised + (denoised - previous) * (stride_before / stride / 2)",
+        ("aim = denoised + (denoised - previous) * (reach / reach_before * middle)",
+         "aim = denoised + (denoised - previous) * (reach_before / reach * middle)",
          "test_samplers.py::test_whole_trajectory_equals_diffusers[dpmpp_2m-leading]"),
         ("phi_3 = phi_2 / reach - 0.5", "phi_3 = phi_2 / reach", "test_samplers.py::test_published_formula"),
     ],
     "diffusion/solvers/adams.py": [
         ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -59 / 24, 37 / 24, 9 / 24)",
          "test_samplers.py::test_whole_trajectory_equals_diffusers[plms-leading]"),
-        ("slopes = [(x - denoised) / sigma, *slopes[:3]]", "slopes = [(x - denoised) / sigma, *slopes[:2]]",
+        ("slopes = [(x - denoised) / sigma, *slopes[:3]]\n        weights =",
+         "slopes = [(x - denoised) / sigma, *slopes[:2]]\n        weights =",
          "test_samplers.py::test_lms_is_exact_where_the_slope_is_a_cubic_of_sigma"),
     ],
     "diffusion/samplers.py": [

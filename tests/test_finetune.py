@@ -33,7 +33,7 @@ from plainsd.train.methods.lora import lora
 from plainsd.train.objective import NoisyLatents, Objective, draw_noise, draw_timesteps, errors
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick, random
-from plainsd.train.run import Rhythm, run
+from plainsd.train.run import Rhythm, run_training
 from plainsd.train.trainer import Trainer
 
 SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
@@ -397,7 +397,7 @@ def trained_until_killed(place, moment):
             write(self, line)
 
         Log.write = cut
-    run(method, 4, LINE, Path(place), rhythm=RHYTHM)
+    run_training(method, 4, LINE, Path(place), rhythm=RHYTHM)
 
 
 RHYTHM = Rhythm(log=1, validate=100, sample=100)
@@ -415,8 +415,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, moment):
     states = checkpoints(tmp_path / "run" / "checkpoints")
     assert all(torch.load(state / "state.pt", weights_only=True)["step"] == int(state.name[5:]) for state in states)
     assert states
-    resumed = run(Line(), 4, LINE, tmp_path / "run", rhythm=RHYTHM)
-    whole = run(Line(), 4, LINE, tmp_path / "whole", rhythm=RHYTHM)
+    resumed = run_training(Line(), 4, LINE, tmp_path / "run", rhythm=RHYTHM)
+    whole = run_training(Line(), 4, LINE, tmp_path / "whole", rhythm=RHYTHM)
     assert torch.equal(weights(resumed.method.modules), weights(whole.method.modules))
     assert all(torch.equal(a, b) for a, b in zip(resumed.ema.values, whole.ema.values, strict=True))
     kept = [sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in ("run", "whole")]

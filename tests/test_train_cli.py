@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -542,27 +543,29 @@ def test_two_trainings_do_not_share_a_folder(train, tmp_path):
     assert train("lora", *more) == (0, []) and (out / "run.safetensors").is_file()
 
 
-def stopping(monkeypatch, number, step, times=1):
-    """At the end of a step a signal comes."""
-    look = Look.__call__
+@contextmanager
+def signalled(number, step, times=1):
+    """Inside, a signal comes at the end of a step, and Ctrl-C is not ignored, as it is in the background."""
+    look, before = Look.__call__, signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def told(self, now):
+    def then(self, now):
         look(self, now)
         for _ in range(times if now == step else 0):
             signal.raise_signal(number)
 
-    monkeypatch.setattr(Look, "__call__", told)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
-    monkeypatch.setattr(signal, "before", before, raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Look, "__call__", then)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_saves_and_the_run_goes_on_as_if_there_had_been_none(train, tmp_path, monkeypatch, number, code):
+def test_a_signal_saves_and_the_run_goes_on_as_if_there_had_been_none(train, tmp_path, number, code):
     more = ["--steps", "3", "--lr", "1e-2", "--rank", "1"]
-    with monkeypatch.context() as patch:
-        stopping(patch, number, 2)
+    with signalled(number, 2):
         assert train("lora", *more) == (code, ["plainsd: interrupted"] if code else [])
-        signal.signal(signal.SIGINT, signal.before)
     assert [place.name for place in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
     assert not (tmp_path / "run" / "run.safetensors").exists()
     assert train("lora", *more) == (0, []) and train("lora", *more, out=tmp_path / "straight") == (0, [])
@@ -571,11 +574,9 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_there_had_been_none(train, tmp
     assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
 
 
-def test_a_second_ctrl_c_ends_at_once(train, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stopping(patch, signal.SIGINT, 1, times=2)
+def test_a_second_ctrl_c_ends_at_once(train, tmp_path):
+    with signalled(signal.SIGINT, 1, times=2):
         assert train("lora", "--steps", "3", "--rank", "1") == (130, ["plainsd: interrupted"])
-        signal.signal(signal.SIGINT, signal.before)
     assert checkpoints(tmp_path / "run" / "checkpoints") == []
 
 

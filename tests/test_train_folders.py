@@ -17,7 +17,7 @@ from plainsd.listing import files_below, read_prompts
 from plainsd.models.vae import VAE
 from plainsd.train.data.crops import Framing, boxes, nearest_box
 from plainsd.train.data.heldout import chosen_before, chosen_pictures, digests, of_run
-from plainsd.train.data.latents import Wanted, _add_weights, cache_latents, view_keys
+from plainsd.train.data.latents import WantedView, _add_weights, cache_latents, view_keys
 from plainsd.train.data.pictures import PictureSet, read_pictures
 from plainsd.train.data.sources import Reading, read_source
 from plainsd.train.order import Pick, random
@@ -346,7 +346,7 @@ def test_masks_in_the_caches_of_older_runs_are_not_believed(pairs):
     vae, pictures = tiny_vae(), read_pictures(pairs, 16)
     base = hashlib.sha256(f"{vae.config} True".encode())
     _add_weights(base, vae)
-    wanted = [Wanted(0, pictures.views(0)[0], 0, 0)]
+    wanted = [WantedView(0, pictures.views(0)[0], 0, 0)]
     before = f"{base.hexdigest()} {pictures.items[0].mark()} {wanted[0].view}"
     assert hashlib.sha256(before.encode()).hexdigest()[:16] not in view_keys(vae, pictures, wanted, True)
 

@@ -152,7 +152,7 @@ def read_adapter(
             "they do not belong together, put the file into a folder with its own"
         )
     if kind is LowRank and (start := settings.start(name)):
-        restart(adapter, weight, start, file, parts["down"])
+        redo_start(adapter, weight, start, file, parts["down"])
     if not (math.isfinite(adapter.alpha) and all(tensor.isfinite().all() for tensor in placed.values())):
         raise damaged(
             file.path, f"{next(iter(parts.values()))!r} or what belongs to it has values that are not finite numbers"
@@ -161,7 +161,7 @@ def read_adapter(
 
 
 @torch.no_grad()
-def restart(adapter: LowRank, weight: Tensor, start: str, file: TensorFile, name: str) -> None:
+def redo_start(adapter: LowRank, weight: Tensor, start: str, file: TensorFile, name: str) -> None:
     """Takes from a LoRA the part of the base with which it began, B0 A0: s (B A - B0 A0) is s [B, -B0] [A; A0], as PEFT
     converts such files."""
     if weight.ndim != 2:

@@ -41,7 +41,7 @@ NOT_SENT = (
     "batch",
 )
 NOT_FIELDS = ("embeddings", "masked", "vae", "hashes", *NOISE)  # of what a picture's text says, no fields of a job
-SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
+EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
 
 
 def generate_remotely(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def embedding_of(flag: str) -> str:
     path = Path(flag)
     if colon and word and not path.exists():
         return word
-    return path.stem if suffix_of(path) in SUFFIXES else str(path)
+    return path.stem if suffix_of(path) in EMBEDDING_SUFFIXES else str(path)
 
 
 def file_content(path: Path) -> bytes:

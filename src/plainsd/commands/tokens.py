@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plainsd.pictures.conditioning import _by_step, chunked, weighted
+from plainsd.pictures.conditioning import _by_step, as_weighted, chunked
 from plainsd.pictures.model import StableDiffusion
 from plainsd.text.prompts import compose, lora_tags
 
@@ -35,7 +35,7 @@ def _chunk_lines(sd: StableDiffusion, text: str) -> list[str]:
     views = []
     for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
         room = encoder.config.positions - 2
-        chunks = chunked(tokenizer, weighted(text), room)
+        chunks = chunked(tokenizer, as_weighted(text), room)
         lines = []
         for number, chunk in enumerate(chunks, 1):
             lines.append(f"chunk {number} of {len(chunks)}: {len(chunk)} of {room} tokens")

@@ -110,7 +110,7 @@ def _framed(tokenizer: Tokenizer, chunk: Chunk, positions: int) -> Chunk:
     return [(tokenizer.start, 1.0), *chunk, (tokenizer.end, 1.0), *padding]
 
 
-def weighted(prompt: str | Sequence[Weighted]) -> Sequence[Weighted]:
+def as_weighted(prompt: str | Sequence[Weighted]) -> Sequence[Weighted]:
     """A prompt's pieces. UserError for a weight that nobody means."""
     pieces = parse(prompt) if isinstance(prompt, str) else prompt
     for piece in pieces:
@@ -141,7 +141,7 @@ def encode_prompts(
     SDXL is told the sizes (width, height) of the picture and of the original it was cut from, and the crop
     (left, top), in pixels; its refiner an aesthetic `score` (1 to 10) in place of the picture's size.
     """
-    context, pooled = _encode(sd, [weighted(prompt) for prompt in prompts], clip_skip)
+    context, pooled = _encode(sd, [as_weighted(prompt) for prompt in prompts], clip_skip)
     return Conditioning(context, _vector(sd, pooled, size, original, crop, score))
 
 
@@ -280,7 +280,7 @@ def encode_prompt(
     negatives = _by_step(negative, steps, first_pass)
     wanted = list(dict.fromkeys(text for _, texts in parts for text in texts))
     unwanted = list(dict.fromkeys(negatives))
-    context, pooled = _encode(sd, [weighted(text) for text in [*wanted, *unwanted]], clip_skip)
+    context, pooled = _encode(sd, [as_weighted(text) for text in [*wanted, *unwanted]], clip_skip)
     if sd.unet.config.vector is not None and _is_base(sd, pooled) and "" in unwanted:
         context[len(wanted) + unwanted.index("")] = 0
         pooled[len(wanted) + unwanted.index("")] = 0

@@ -33,7 +33,7 @@ from plainsd.generate import final, text_to_image
 from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.pictures.model import StableDiffusion
-from plainsd.reports.rivals import Workbench, both, diffusers_pipeline, openvino, random_folder, theirs_compiled
+from plainsd.reports.rivals import Workbench, diffusers_pipeline, openvino, our_models, random_folder, theirs_compiled
 
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
 PROMPT = "a red apple on a blue background"
@@ -115,7 +115,7 @@ def unet_row(place: Workbench, compiled: bool) -> Timing:
     del sd
     if work := openvino(place, Theirs, x, context):
         sides["OpenVINO"] = work
-    for side, sd in both(place, compiled).items():
+    for side, sd in our_models(place, compiled).items():
         sides[side] = step(sd.unet)
     return with_distances(race(name, sides, place.rounds), sides, exact)
 
@@ -141,7 +141,7 @@ def decode_row(place: Workbench, compiled: bool) -> Timing:
     del sd
     if work := openvino(place, Theirs, z):
         sides["OpenVINO"] = work
-    for side, sd in both(place, False).items():
+    for side, sd in our_models(place, False).items():
         sides[side] = partial(sd.vae.decode, z)
     return with_distances(race(name, sides, place.rounds), sides, exact)
 
@@ -161,7 +161,7 @@ def picture_row(place: Workbench, compiled: bool, family: str | None = None, ste
     pipes = {"diffusers": diffusers_pipeline(place)} | (
         {"diffusers, compiled": theirs_compiled(place)} if compiled else {}
     )
-    models = both(place, compiled)
+    models = our_models(place, compiled)
     size = models["plainsd"].variant.size
 
     def sides(steps: int) -> Sides:
@@ -191,7 +191,7 @@ def small_row(place: Workbench, compiled: bool) -> Timing:
         "diffusers": lambda: pipe(PROMPT, num_inference_steps=20, guidance_scale=2.0, height=size, width=size)
     }
     place = place._replace(folder=embedded.path)
-    for name, sd in both(place, compiled).items():
+    for name, sd in our_models(place, compiled).items():
         sides[name] = partial(sampled_images, sd, options)
     return race(f"embedded model, {size} px, 20 steps of DPM++ 2M", sides, 3 * place.rounds)
 

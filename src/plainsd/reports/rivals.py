@@ -74,7 +74,7 @@ def ours(place: Workbench, *, fast: bool, compiled: bool = False) -> StableDiffu
     return faster(sd, compiled=compiled) if fast else sd
 
 
-def both(place: Workbench, compiled: bool) -> dict[str, StableDiffusion]:
+def our_models(place: Workbench, compiled: bool) -> dict[str, StableDiffusion]:
     models = {"plainsd": ours(place, fast=False), "plainsd --fast": ours(place, fast=True)}
     return models | ({"plainsd --compile": ours(place, fast=True, compiled=True)} if compiled else {})
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
-from plainsd.pictures.conditioning import weighted
+from plainsd.pictures.conditioning import as_weighted
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
 from plainsd.pictures.texts.fields import FIELDS
@@ -162,7 +162,7 @@ def check_prompts(each: list[Resolved]) -> None:
         for name, whole, parts in (("prompt", prompt, compose(prompt)), ("negative", negative, [(negative, 1.0)])):
             try:
                 for text in {text for part, _ in parts for _, text in schedule(part, steps)}:
-                    weighted(text)
+                    as_weighted(text)
             except UserError as error:
                 raise Refused(422, f"{name}: {error}", name, whole) from None
 

@@ -101,7 +101,7 @@ def cache_latents(
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         wanted = [
-            Wanted(i, view, starts[i] + n * sizes[i], sizes[i])
+            WantedView(i, view, starts[i] + n * sizes[i], sizes[i])
             for i, row in enumerate(views)
             for n, view in enumerate(row)
         ]
@@ -117,7 +117,7 @@ def cache_latents(
     return Latents(data, shapes, starts[:-1], channels, count, config.scaling_factor, masked)
 
 
-class Wanted(NamedTuple):
+class WantedView(NamedTuple):
     """One view of one picture, and its place in the file, counted in numbers."""
 
     index: int  # type: ignore[assignment]  # hides the tuple's method, which nobody needs
@@ -129,7 +129,7 @@ class Wanted(NamedTuple):
 def _made(
     vae: VAE,
     pictures: PictureSet,
-    wanted: list[Wanted],
+    wanted: list[WantedView],
     keys: list[str],
     folder: Path,
     masked: bool,
@@ -147,7 +147,7 @@ def _made(
                 yield want.start, source.read(2 * size)
         else:
             missing.append(want)
-    by_shape: dict[Size, list[Wanted]] = {}
+    by_shape: dict[Size, list[WantedView]] = {}
     for want in missing:
         by_shape.setdefault(want.view.size, []).append(want)
     chunks = [group[i : i + batch] for group in by_shape.values() for i in range(0, len(group), batch)]
@@ -165,7 +165,7 @@ def _made(
                 yield want.start, one.contiguous().numpy().tobytes()
 
 
-def _load(pictures: PictureSet, masked: bool, factor: int, want: Wanted) -> tuple[Tensor, Tensor | None]:
+def _load(pictures: PictureSet, masked: bool, factor: int, want: WantedView) -> tuple[Tensor, Tensor | None]:
     """Pixels (1, 3, H, W); and with masks, the share of each latent position that counts, (1, 1, h, w)."""
     item = pictures.items[want.index]
     pixels = to_tensor(cut_out(item.open(), want.view))
@@ -202,7 +202,7 @@ def fingerprint(vae: VAE, pictures: PictureSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def view_keys(vae: VAE, pictures: PictureSet, wanted: Sequence[Wanted], masked: bool) -> list[str]:
+def view_keys(vae: VAE, pictures: PictureSet, wanted: Sequence[WantedView], masked: bool) -> list[str]:
     """Sixteen hexadecimal digits for each view, that change with the VAE's weights, the picture, its mask, or the view.
 
     Files of older runs have masks under keys that did not know which; no key here is equal to one of those."""
