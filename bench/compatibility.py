@@ -15,7 +15,6 @@ the table out, and says so. --only draws the rows in whose name the word is; --w
 """
 
 import argparse
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,7 +39,11 @@ from plainsd.pictures.texts.a1111 import parse_settings
 
 CHAPTER = HERE.parent / "docs" / "compatibility.md"
 MARKS = "<!-- table: bench/compatibility.py -->", "<!-- end of table -->"
-FOLDERS = {"a1111": "AUTOMATIC1111/stable-diffusion-webui", "k_diffusion": "crowsonkb/k-diffusion", "comfyui": "ComfyUI"}
+FOLDERS = {
+    "a1111": "AUTOMATIC1111/stable-diffusion-webui",
+    "k_diffusion": "crowsonkb/k-diffusion",
+    "comfyui": "ComfyUI",
+}
 NOT_DRAWN = ("prompt", "negative", "model", "hashes", "embeddings", "other", "refiner", "vae")  # of a text
 
 
@@ -78,7 +81,9 @@ def _share(sd: StableDiffusion, timestep: Tensor | float) -> float:
 
 def drawn(sd: StableDiffusion, settings: Settings, image: Image.Image | None = None, count: int = 1) -> Tensor:
     """Latents (B, L, h, w) of what a picture's text says."""
-    choices = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name not in NOT_DRAWN}
+    choices = {
+        name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name not in NOT_DRAWN
+    }
     if image is None:
         events = plainsd.text_to_image(sd, settings.prompt, settings.negative, count=count, **choices)
     else:
@@ -167,9 +172,14 @@ COMFY_TASKS: dict[str, dict[str, Any]] = {
     "two at once": {"count": 2},
 }
 COMFY_NAMES = {  # where ours differ
-    **{"euler_ancestral": "euler_a", "dpm_2": "dpm2", "dpm_2_ancestral": "dpm2_a", "uni_pc_bh2": "unipc"},
-    **{"dpmpp_2s_ancestral": "dpmpp_2s_a", "res_multistep_ancestral": "res_multistep_a"},
-    **{"euler_ancestral_cfg_pp": "euler_a_cfg_pp", "normal": "uniform"},
+    "euler_ancestral": "euler_a",
+    "dpm_2": "dpm2",
+    "dpm_2_ancestral": "dpm2_a",
+    "uni_pc_bh2": "unipc",
+    "dpmpp_2s_ancestral": "dpmpp_2s_a",
+    "res_multistep_ancestral": "res_multistep_a",
+    "euler_ancestral_cfg_pp": "euler_a_cfg_pp",
+    "normal": "uniform",
 }
 
 

@@ -10,7 +10,7 @@ from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.text.prompts import Weighted, parse
 from plainsd.text.styles import read_styles, styled
-from plainsd.text.wildcards import MOST_COMBINATIONS, combinations, filled, has_choices, template_of
+from plainsd.text.wildcards import MOST_COMBINATIONS, combinations, has_choices, settled, template_of
 
 # what CombinatorialPromptGenerator of dynamicprompts 0.31.0 makes of them
 KNOWN = {
@@ -39,7 +39,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("prompt", KNOWN)
 def test_combinations_are_those_of_dynamicprompts(prompt):
     assert combinations(prompt) == KNOWN[prompt]
-    assert {filled(prompt, seed) for seed in range(200)} == set(KNOWN[prompt])
+    assert {settled(prompt, seed) for seed in range(200)} == set(KNOWN[prompt])
     assert has_choices(prompt)
 
 
@@ -48,26 +48,26 @@ def test_wildcards_are_lines_of_files(folder):
     hats = ["a tall hat", "a flat hat"]
     assert combinations("__clothes/*__", folder) == ["a red coat", "a blue coat", *hats]
     assert combinations("__clothes/hats__, __~colours__", folder)[:2] == ["a tall hat, red", "a tall hat, blue"]
-    assert {filled("__clothes/hats__", seed, folder) for seed in range(50)} == set(hats)
+    assert {settled("__clothes/hats__", seed, folder) for seed in range(50)} == set(hats)
     assert combinations("{__colours__|green}", folder) == ["red", "blue", "green"]
 
 
 def test_the_seed_settles_the_prompt(folder):
     prompt = "{a|b|c|d} {e|f|g|h} __colours__"
-    assert len({filled(prompt, 7, folder) for _ in range(5)}) == 1
-    assert len({filled(prompt, seed, folder) for seed in range(40)}) > 20
+    assert len({settled(prompt, 7, folder) for _ in range(5)}) == 1
+    assert len({settled(prompt, seed, folder) for seed in range(40)}) > 20
 
 
 def test_weights_are_chances():
-    count = Counter(filled("{3::a|b|0::c}", seed) for seed in range(4000))
+    count = Counter(settled("{3::a|b|0::c}", seed) for seed in range(4000))
     assert count["c"] == 0 and 0.70 < count["a"] / 4000 < 0.80
-    pairs = Counter(filled("{2$$10::a|b|c}", seed).count("a") for seed in range(1000))
+    pairs = Counter(settled("{2$$10::a|b|c}", seed).count("a") for seed in range(1000))
     assert pairs[1] / 1000 > 0.95  # 1 - 2/12 * 1/11
 
 
 def test_signs_stand_for_themselves():
     prompt = r"a \{smile\} [b|c] \| __ _x_ a__b (d:1.2)"
-    assert not has_choices(prompt) and filled(prompt, 0) == prompt and combinations(prompt) == [prompt]
+    assert not has_choices(prompt) and settled(prompt, 0) == prompt and combinations(prompt) == [prompt]
     assert parse(r"\{a\} \| \(b\)") == [Weighted("{a} | (b)")]
 
 
@@ -100,7 +100,7 @@ def test_what_the_folder_lacks_is_one_line(folder):
         ("empty", "has no lines; write a choice a line into empty.txt"),
         ("latin", "latin.txt is no UTF-8"),
     ):
-        for make in (lambda prompt: filled(prompt, 0, folder), lambda prompt: combinations(prompt, folder)):
+        for make in (lambda prompt: settled(prompt, 0, folder), lambda prompt: combinations(prompt, folder)):
             with pytest.raises(UserError, match=None) as caught:
                 make(f"__{name}__")
             assert says in str(caught.value)
@@ -110,7 +110,7 @@ def test_what_the_folder_lacks_is_one_line(folder):
 def test_any_text_is_read_or_refused(text):
     try:
         template_of(text)
-        assert filled(text, 1) in {*combinations(text)} or "$$" in text or "::" in text
+        assert settled(text, 1) in {*combinations(text)} or "$$" in text or "::" in text
     except UserError as error:
         assert "\n" not in str(error).replace(repr(text), "")
 
@@ -146,7 +146,7 @@ def test_the_command_line_settles_each_picture(generate, tmp_path, folder, style
     steps = ("--steps", 1, "--wildcards", folder)
     assert generate("a __colours__ {car|cat}", *steps, "--count", 3, "--seed", 4)[0] == 0
     made = [read_settings(path).prompt for path in sorted((tmp_path / "out").glob("*.png"))]
-    assert made == [filled("a __colours__ {car|cat}", seed, folder) for seed in (4, 5, 6)]
+    assert made == [settled("a __colours__ {car|cat}", seed, folder) for seed in (4, 5, 6)]
     assert generate("{a|b} {c|d}", "--combinations", *steps, "--style", "ink", "--styles", styles)[0] == 0
     every = [read_settings(path) for path in sorted((tmp_path / "out").glob("*.png"))[3:]]
     assert [one.prompt for one in every] == [f"{text}, ink drawing" for text in ("a c", "a d", "b c", "b d")]

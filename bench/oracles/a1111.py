@@ -117,7 +117,10 @@ class A1111:
     """The program, ready to draw."""
 
     def __init__(self, folder: Path, k_diffusion: Path, sd: StableDiffusion):
-        cpu: dict[str, Any] = dict.fromkeys(("device", "cpu"), torch.device("cpu")) | {"unet_needs_upcast": False, "fp8": False}
+        cpu: dict[str, Any] = dict.fromkeys(("device", "cpu"), torch.device("cpu")) | {
+            "unet_needs_upcast": False,
+            "fp8": False,
+        }
         cpu |= dict.fromkeys(("dtype", "dtype_vae", "dtype_unet", "dtype_inference"), torch.float32)
         cpu |= dict.fromkeys(("autocast", "without_autocast"), contextlib.nullcontext)
         state = types.SimpleNamespace(interrupted=False, skipped=False, sampling_step=0, nextjob=lambda: None)
@@ -129,7 +132,10 @@ class A1111:
         shared = {"state": state, "device": cpu["device"], "parallel_processing_allowed": True, "sd_model": self.model}
         shared |= {"prompt_styles": as_it_is, "latent_upscale_modes": LATENT_UPSCALERS}
         pictures = {"flatten": lambda image, _: image, "resize_image": resized}
-        models = {f"modules.models{end}": str(folder / "modules" / f"models{end}".replace(".", "/")) for end in ("", ".diffusion")}
+        models = {
+            f"modules.models{end}": str(folder / "modules" / f"models{end}".replace(".", "/"))
+            for end in ("", ".diffusion")
+        }
         stand_in(
             wanted,
             {
@@ -153,7 +159,9 @@ class A1111:
         self.processing, self.samplers, self.schedulers = processing, sd_samplers, sd_schedulers.schedulers
         hijack = types.SimpleNamespace(fixes=None, extra_generation_params={})
         hijack.embedding_db = types.SimpleNamespace(find_embedding_at_position=lambda *_: (None, None))
-        wrapped = types.SimpleNamespace(tokenizer=Tokens(sd.tokenizers[0]), transformer=Transformer(sd.text_encoders[0]))
+        wrapped = types.SimpleNamespace(
+            tokenizer=Tokens(sd.tokenizers[0]), transformer=Transformer(sd.text_encoders[0])
+        )
         self.model.cond_stage_model = sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords(wrapped, hijack)
         self.model.cond_stage_model_empty_prompt = self.model.cond_stage_model([""])
         processing.decode_latent_batch = self._decoded
@@ -175,14 +183,23 @@ class A1111:
             vars(self.options).update(before)
 
     def _draw(self, image: Image.Image | None, choices: dict[str, Any]) -> Tensor:
-        kind = self.processing.StableDiffusionProcessingImg2Img if image else self.processing.StableDiffusionProcessingTxt2Img
+        kind = (
+            self.processing.StableDiffusionProcessingImg2Img
+            if image
+            else self.processing.StableDiffusionProcessingTxt2Img
+        )
         p = kind(**choices, **({"init_images": [image]} if image else {}))
         p.cached_c, p.cached_uc, p.cached_hr_c, p.cached_hr_uc = ([None, None] for _ in range(4))
         p.fill_fields_from_opts()
         p.setup_prompts()
         p.all_seeds = [p.seed + (i if p.subseed_strength == 0 else 0) for i in range(p.batch_size)]
         p.all_subseeds = [p.subseed + i for i in range(p.batch_size)]
-        p.prompts, p.negative_prompts, p.seeds, p.subseeds = p.all_prompts, p.all_negative_prompts, p.all_seeds, p.all_subseeds
+        p.prompts, p.negative_prompts, p.seeds, p.subseeds = (
+            p.all_prompts,
+            p.all_negative_prompts,
+            p.all_seeds,
+            p.all_subseeds,
+        )
         p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
         shape = (self.model.latent_channels, p.height // 8, p.width // 8)
         p.rng = self.processing.rng.ImageRNG(shape, p.seeds, subseeds=p.subseeds, subseed_strength=p.subseed_strength)

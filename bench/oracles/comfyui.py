@@ -86,7 +86,11 @@ class ComfyUI:
         """A prompt's states (1, M, D)."""
 
         class Encoder(self.comfy.sd1_clip.ClipTokenWeightEncoder):
-            special_tokens = {"start": self.tokenizer.start_token, "end": self.tokenizer.end_token, "pad": self.tokenizer.pad_token}
+            special_tokens = {
+                "start": self.tokenizer.start_token,
+                "end": self.tokenizer.end_token,
+                "pad": self.tokenizer.pad_token,
+            }
 
             def encode(inner, rows: list[list[int]]) -> tuple[Tensor, None]:
                 return self.sd.text_encoders[0](torch.tensor(rows)).final, None

@@ -20,7 +20,7 @@ from plainsd.errors import UserError
 from plainsd.listing import read_prompts
 from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
 from plainsd.text.styles import read_styles, styled
-from plainsd.text.wildcards import combinations, filled
+from plainsd.text.wildcards import combinations, settled
 
 if TYPE_CHECKING:
     import torch
@@ -152,9 +152,9 @@ class Generate(GenerateFlags):
         settings = Settings(**choices)
         settings.check()
         if self.prompt or self.prompts:  # those of --from have no choices left
-            prompts = self.settled(prompts, choices.get(settings.counted) or 0)
+            prompts = self.each_settled(prompts, choices.get(settings.counted) or 0)
             if "negative" in given or self.style:
-                choices["negative"] = filled(choices.get("negative") or "", choices.get("seed") or 0, self.wildcards)
+                choices["negative"] = settled(choices.get("negative") or "", choices.get("seed") or 0, self.wildcards)
         else:
             prompts = [prompt for prompt in prompts for _ in range(self.count)]
         settings.check_count(len(prompts))
@@ -171,7 +171,7 @@ class Generate(GenerateFlags):
             "", negative, self.style, styles
         )[1]
 
-    def settled(self, prompts: list[str], seed: int) -> list[str]:
+    def each_settled(self, prompts: list[str], seed: int) -> list[str]:
         """One prompt a picture, with every choice made: by the picture's seed, or all combinations."""
         if self.wildcards is not None and not self.wildcards.is_dir():
             raise UserError(f"there is no folder '{self.wildcards}'; give one of text files with --wildcards")
@@ -179,7 +179,7 @@ class Generate(GenerateFlags):
             every = [one for prompt in prompts for one in combinations(prompt, self.wildcards)]
             return [prompt for prompt in every for _ in range(self.count)]
         each = [prompt for prompt in prompts for _ in range(self.count)]
-        return [filled(prompt, seed + place, self.wildcards) for place, prompt in enumerate(each)]
+        return [settled(prompt, seed + place, self.wildcards) for place, prompt in enumerate(each)]
 
     def seeds(self) -> dict[str, int]:
         """Those that were given, as numbers; random ones are drawn, and said."""

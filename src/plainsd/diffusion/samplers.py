@@ -66,7 +66,10 @@ SOLVER: dict[str, Any] = {
     "rounding": {"linspace": round, "karras": round, "exponential": whole_part},
     "spare": {"linspace": 1, "leading": 1},
 }
-SOLVER_TO_FIRST = SOLVER | {"ends_at_zero": False, "spare": {"linspace": 1, "leading": 1, "karras": 0, "exponential": 0}}
+SOLVER_TO_FIRST = SOLVER | {
+    "ends_at_zero": False,
+    "spare": {"linspace": 1, "leading": 1, "karras": 0, "exponential": 0},
+}
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding=WHOLE, takes=("eta",)),

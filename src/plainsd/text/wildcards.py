@@ -10,7 +10,7 @@
 Choices may stand inside each other, and lines of a wildcard's file may hold choices and wildcards. Files are UTF-8,
 a choice a line; empty lines and those that begin with # do not count.
 
-`filled` draws at random from a seed, so that a picture's prompt is settled by its seed; `combinations` gives all.
+`settled` draws at random from a seed, so that a picture's prompt is settled by its seed; `combinations` gives all.
 """
 
 import re
@@ -127,7 +127,7 @@ def weighed(option: list) -> tuple[float, Template]:
 # --- a folder of wildcards -------------------------------------------------------------------------------------------
 
 
-def lines_of(name: str, folder: Path | None) -> list[str]:
+def wildcard_lines(name: str, folder: Path | None) -> list[str]:
     """The choices that a wildcard stands for. UserError where it has none."""
     if folder is None:
         raise UserError(
@@ -166,7 +166,7 @@ def has_choices(prompt: str) -> bool:
     return any(not isinstance(part, str) for part in template_of(prompt))
 
 
-def filled(prompt: str, seed: int, folder: Path | None = None) -> str:
+def settled(prompt: str, seed: int, folder: Path | None = None) -> str:
     """The prompt with every choice made, the same for the same seed and the same files."""
     return _drawn(template_of(prompt), Random(seed), folder, 0)
 
@@ -180,7 +180,7 @@ def _drawn(template: Template, random: Random, folder: Path | None, depth: int) 
             chosen = _sampled(part.options, count, random)
             texts.append(part.joiner.join(_drawn(option, random, folder, depth + 1) for option in chosen))
         elif isinstance(part, Wildcard):
-            line = random.choice(lines_of(part.name, folder))
+            line = random.choice(wildcard_lines(part.name, folder))
             texts.append(_drawn(template_of(line), random, folder, depth + 1))
         else:
             texts.append(part)
@@ -220,7 +220,7 @@ def _of_part(part: str | Choice | Wildcard, folder: Path | None, depth: int) -> 
     if isinstance(part, str):
         yield part
     elif isinstance(part, Wildcard):
-        for line in lines_of(part.name, folder):
+        for line in wildcard_lines(part.name, folder):
             yield from _all(template_of(line), folder, depth + 1)
     else:
         options = [option for weight, option in part.options if weight]

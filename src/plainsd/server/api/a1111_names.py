@@ -27,7 +27,7 @@ def sampler_of(name: str | None, scheduler: str | None) -> tuple[str | None, str
     """A1111's two names, or its older one ("DPM++ 2M Karras"), or ours -> ours."""
     spacing = None
     if scheduler and scheduler.lower() != "automatic":
-        spacing = spacing_named(scheduler)
+        spacing = scheduler if scheduler in known_schedulers() else spacing_named(scheduler)
         if spacing not in known_schedulers():
             raise Refused(
                 404, str(unknown("scheduler", scheduler, known_schedulers().values())), "scheduler", scheduler
