@@ -133,20 +133,21 @@ def _from_text(sd: StableDiffusion, each: list[Resolved]) -> Generator[Step | Pi
     latents = yield from sample(sd, each, one.size, prepare_latents(sd, each, one.size, draw), draw)
     if one.hires:
         size = enlarged_size(one.size, one.hires)
-        known = Known(_enlarged(sd, latents, size, one.upscaler, draw), running=running_again(one))
+        known = Known(_enlarged(sd, latents, size, one, draw), running=running_again(one))
         noise = prepare_latents(sd, each, size, draw)
         again = [second_pass(one) for one in each]
         latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps)
-    yield Pictures(to_pil(decode(sd, latents)), each, latents)
+    yield Pictures(to_pil(decode(sd, latents, tiling=one.tiling)), each, latents)
 
 
-def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], upscaler: str, draw: Draw) -> Tensor:
-    if upscaler in LATENT_MODES:
+def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], one: Resolved, draw: Draw) -> Tensor:
+    if one.upscaler in LATENT_MODES:
         width, height = (side // sd.vae.config.factor for side in size)
-        mode, antialias = LATENT_MODES[upscaler]
+        mode, antialias = LATENT_MODES[one.upscaler]
         return F.interpolate(latents, (height, width), mode=mode, antialias=antialias)
-    pictures = [image.resize(size, Image.Resampling.LANCZOS) for image in to_pil(decode(sd, latents))]
-    return encode(sd, torch.cat([to_tensor(picture) for picture in pictures]), draw)
+    decoded = to_pil(decode(sd, latents, tiling=one.tiling))
+    pictures = [image.resize(size, Image.Resampling.LANCZOS) for image in decoded]
+    return encode(sd, torch.cat([to_tensor(picture) for picture in pictures]), draw, tiling=one.tiling)
 
 
 def image_to_image(
@@ -193,10 +194,11 @@ def _from_picture(sd: StableDiffusion, each: list[Resolved], image: Image.Image)
     draw, pixels = noise_of_each(each, sd.device), _padded(to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
     editing = edits(sd.unet.config, sd.vae.config)
-    latents = None if editing and each[0].strength == 1 else encode(sd, pixels, draw)
+    latents = None if editing and each[0].strength == 1 else encode(sd, pixels, draw, tiling=each[0].tiling)
     known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
     latents = yield from sample(sd, each, size, prepare_latents(sd, each, size, draw), draw, known)
-    yield Pictures([picture.crop((0, 0, *image.size)) for picture in to_pil(decode(sd, latents))], each, latents)
+    drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
+    yield Pictures([picture.crop((0, 0, *image.size)) for picture in drawn], each, latents)
 
 
 def _fitted(image: Image.Image, size: tuple[int, int] | int | None) -> Image.Image:
@@ -261,16 +263,17 @@ def _repainted(
     size = (pixels.shape[3], pixels.shape[2])
     mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is anew if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
-    latents = None if reads_mask and each[0].strength == 1 else encode(sd, pixels, draw)
+    latents = None if reads_mask and each[0].strength == 1 else encode(sd, pixels, draw, tiling=each[0].tiling)
     noise = prepare_latents(sd, each, size, draw)
     if reads_mask:
-        around = encode(sd, pixels * (1 - light_padded), draw)  # the hole is mid-grey
+        around = encode(sd, pixels * (1 - light_padded), draw, tiling=each[0].tiling)  # the hole is mid-grey
         known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))
     else:
         known = Known(latents, mask)
     latents = yield from sample(sd, each, size, noise, draw, known)
     paint = to_pil(light.expand(-1, 3, -1, -1) * 2 - 1)[0].convert("L")
-    pictures = [picture.crop((0, 0, *image.size)) for picture in to_pil(decode(sd, latents))]
+    drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
+    pictures = [picture.crop((0, 0, *image.size)) for picture in drawn]
     yield Pictures([Image.composite(picture, image, paint) for picture in pictures], each, latents)
 
 

@@ -19,6 +19,7 @@ from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.sampling import steps_of_strength
+from plainsd.pictures.seamless import check_seamless
 from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, Resolved, Settings, drawn_seed
 from plainsd.text.prompts import lora_tags
 
@@ -45,6 +46,8 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
             field="eta",
             value=settings.eta,
         )
+    if settings.tiling:
+        check_seamless(sd.unet, sd.vae)
     if not encodes(sd) and settings.strength is not None and not (settings.hires and settings.upscaler == "latent"):
         raise UserError(
             "this model's autoencoder is a decoder alone, and the picture would have to be encoded; put taesd_encoder "

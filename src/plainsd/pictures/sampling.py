@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,10 @@ from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures import conditioning
-from plainsd.pictures.guidance import Estimates, guided_denoise
+from plainsd.pictures.guidance import Estimates, UNetCall, guided_denoise
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.seamless import seamless, wrapped_edges
 from plainsd.pictures.settings import Resolved
 
 DECODED_AT_ONCE = 2**18  # pixels: one picture of 512x512, which takes about 2 GB
@@ -90,18 +92,19 @@ def through_vae(sd: StableDiffusion, run: Callable[[AnyVAE, Tensor], Tensor], x:
     return y
 
 
-def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw) -> Tensor:
+def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw, *, tiling: bool = False) -> Tensor:
     """One picture, or one each (1 or B, 3, H, W) -> a latent each (B, L, h, w), drawn from what the encoder gives."""
-    mean, logvar = moments_of(sd, pixels)
+    mean, logvar = moments_of(sd, pixels, tiling=tiling)
     return sd.vae.config.scaled(mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:]))
 
 
-def moments_of(sd: StableDiffusion, pixels: Tensor) -> Tensor:
+def moments_of(sd: StableDiffusion, pixels: Tensor, *, tiling: bool = False) -> Tensor:
     """(1 or B, 3, H, W) -> mean and log variance, (2, 1 or B, L, h, w), unscaled."""
-    banded = in_bands(sd, pixels.shape[0] * pixels.shape[2] * pixels.shape[3])
+    banded = not tiling and in_bands(sd, pixels.shape[0] * pixels.shape[2] * pixels.shape[3])
 
     def moments(vae: AnyVAE, x: Tensor) -> Tensor:
-        gaussian = vae_bands.encode_in_bands(vae, x) if banded else vae.encode(x)
+        with wrapped_edges(vae) if tiling else nullcontext():
+            gaussian = vae_bands.encode_in_bands(vae, x) if banded else vae.encode(x)
         return torch.stack([gaussian.mean, gaussian.logvar])
 
     pieces = [through_vae(sd, moments, piece) for piece in pixels.split(at_once(sd, len(pixels)))]
@@ -120,14 +123,18 @@ def at_once(sd: StableDiffusion, most: int) -> int:
     return most if sd.saving.rows is None else min(most, sd.saving.rows)
 
 
-def decode(sd: StableDiffusion, latents: Tensor) -> Tensor:
-    """(B, L, h, w) -> pixels (B, 3, H, W), a few pictures at a time."""
+def decode(sd: StableDiffusion, latents: Tensor, *, tiling: bool = False) -> Tensor:
+    """(B, L, h, w) -> pixels (B, 3, H, W), a few pictures at a time. `tiling`: see seamless.py; it takes no bands."""
     unscaled = sd.vae.config.unscaled(latents)
     area = latents.shape[-1] * latents.shape[-2] * sd.vae.config.factor**2
     pieces = unscaled.split(at_once(sd, max(1, DECODED_AT_ONCE // area)))
-    banded = in_bands(sd, len(pieces[0]) * area)
-    run = vae_bands.decode_in_bands if banded else lambda vae, z: vae.decode(z)
-    return torch.cat([through_vae(sd, run, piece) for piece in pieces])
+    banded = not tiling and in_bands(sd, len(pieces[0]) * area)
+
+    def pixels(vae: AnyVAE, z: Tensor) -> Tensor:
+        with wrapped_edges(vae) if tiling else nullcontext():
+            return vae_bands.decode_in_bands(vae, z) if banded else vae.decode(z)
+
+    return torch.cat([through_vae(sd, pixels, piece) for piece in pieces])
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -243,7 +250,9 @@ def _denoise(
         for pair in dict.fromkeys((s.prompt, s.negative) for s in each)
     }
     plans = [planned[s.prompt, s.negative] for s in each]
-    network = DeepCache(sd.unet, one.cache) if one.cache else sd.unet
+    network: UNetCall = DeepCache(sd.unet, one.cache) if one.cache else sd.unet
+    if one.tiling:
+        network = seamless(sd.unet, network)
     estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None

@@ -44,6 +44,7 @@ class Settings:
     interval: tuple[float, float] | None = None  # sigmas between which guidance acts (arXiv:2404.07724)
     perturbed: float = 0.0  # scale of perturbed-attention guidance (arXiv:2403.17377)
     threshold: float | None = None  # percentile of dynamic thresholding, .995 (arXiv:2205.11487)
+    tiling: bool = False  # the picture repeats without a seam
     cache: int | None = None  # deep layers run at every so many-th call only (arXiv:2312.00858)
     embeddings: tuple[str, ...] = ()  # learned words in the prompts, for the text
     prediction: str | None = None  # what the user said that the model's network predicts, for the text

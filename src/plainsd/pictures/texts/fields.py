@@ -55,6 +55,7 @@ FIELDS = (
     ("CFG interval", "interval", _interval, lambda pair: f"{plain_number(pair[0])} to {plain_number(pair[1])}"),
     ("PAG scale", "perturbed", float, plain_number),
     ("Threshold percentile", "threshold", float, plain_number),
+    ("Tiling", "tiling", lambda text: text == "True", str),
     ("Deep cache", "cache", int, str),
     ("Embeddings", "embeddings", _words, ", ".join),
     ("Like", "like", str, str),

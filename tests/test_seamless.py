@@ -1,0 +1,98 @@
+"""Pictures that repeat: the networks see past an edge, and are as before afterwards."""
+
+import pytest
+import torch
+from conftest import tiny_sd
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from torch import nn
+
+import plainsd
+from plainsd.errors import UserError
+from plainsd.pictures.images import read_settings
+from plainsd.pictures.sampling import decode
+from plainsd.pictures.seamless import seamless
+from plainsd.pictures.settings import Settings
+from plainsd.pictures.texts.a1111 import format_settings, parse_settings
+
+
+def modes(network: nn.Module) -> set[str]:
+    return {layer.padding_mode for layer in network.modules() if isinstance(layer, nn.Conv2d)}
+
+
+def test_a_shifted_latent_gives_a_shifted_picture():
+    """No place is an edge: what lies where makes no difference."""
+    sd, generator = tiny_sd(), torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 16, 16, generator=generator)
+    factor = sd.vae.config.factor
+    with torch.no_grad():
+        whole = decode(sd, latents, tiling=True)
+        shifted = decode(sd, latents.roll((4, 6), (2, 3)), tiling=True)
+        assert (shifted - whole.roll((4 * factor, 6 * factor), (2, 3))).abs().max() < 1e-5
+        plain = decode(sd, latents.roll((4, 6), (2, 3))) - decode(sd, latents).roll((4 * factor, 6 * factor), (2, 3))
+        assert plain.abs().max() > 0.01
+        context = torch.randn(1, 5, sd.unet.config.context, generator=generator)
+        network = seamless(sd.unet, sd.unet)
+        eps, moved = network(latents, 500.0, context), network(latents.roll(8, 3), 500.0, context)
+        assert (moved - eps.roll(8, 3)).abs().max() < 1e-5
+    assert modes(sd.unet) == modes(sd.vae) == {"zeros"}
+
+
+def test_as_diffusers_with_circular_convolutions(tmp_path):
+    sd = tiny_sd()
+    plainsd.save(sd, tmp_path / "m")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "m", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    for network in (pipe.unet, pipe.vae):
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.padding_mode = "circular"
+    size = sd.variant.size
+    side = size // sd.vae.config.factor
+    start = torch.randn(4, side, side, generator=torch.Generator().manual_seed(3))[None]
+    theirs = pipe("a", num_inference_steps=3, latents=start, width=size, height=size, output_type="latent").images
+    events = plainsd.text_to_image(sd, "a", sampler="ddim", steps=3, seed=3, guidance=7.5, tiling=True)
+    *_, last = events
+    assert (last.latents - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert modes(sd.unet) == modes(sd.vae) == {"zeros"}
+
+
+@pytest.mark.parametrize("more", [{}, {"hires": 2.0}, {"hires": 2.0, "upscaler": "lanczos"}, {"cache": 2}])
+def test_every_task_takes_it_and_leaves_the_model_as_it_was(more):
+    sd = tiny_sd()
+    plain, tiled = (
+        plainsd.final(plainsd.text_to_image(sd, "a", steps=2, tiling=tiling, **more))[0] for tiling in (False, True)
+    )
+    assert plain.tobytes() != tiled.tobytes()
+    photo = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
+    mask = Image.linear_gradient("L").resize((32, 32))
+    if not more:
+        plainsd.final(plainsd.image_to_image(sd, "a", photo, steps=2, tiling=True))
+        plainsd.final(plainsd.inpaint(sd, "a", photo, mask, steps=2, tiling=True))
+    assert plainsd.final(plainsd.text_to_image(sd, "a", steps=2, **more))[0].tobytes() == plain.tobytes()
+    events = plainsd.text_to_image(sd, "a", steps=2, tiling=True, **more)
+    next(events)  # given up on the way
+    events.close()
+    assert modes(sd.unet) == modes(sd.vae) == {"zeros"}
+
+
+def test_it_is_written_and_read(generate, tmp_path):
+    assert "Tiling: True" in format_settings(Settings("a", tiling=True))
+    assert parse_settings(format_settings(Settings("a", steps=3, tiling=True))).tiling is True
+    assert generate("a", "--tiling", "--steps", 1)[0] == 0
+    (made,) = (tmp_path / "out").glob("*.png")
+    assert read_settings(made).tiling is True
+    assert generate("--from", made)[0] == 0
+    (again,) = {*(tmp_path / "out").glob("*.png")} - {made}
+    assert again.read_bytes() == made.read_bytes()
+
+
+def test_packed_layers_are_refused():
+    from plainsd.speed.model import can_pack, faster
+
+    if not can_pack(torch.float32):
+        pytest.skip("this PyTorch has no oneDNN")
+    with pytest.raises(UserError, match="leave --fast out") as caught:
+        plainsd.text_to_image(faster(tiny_sd()), "a", steps=1, tiling=True)
+    assert caught.value.field == "tiling"
