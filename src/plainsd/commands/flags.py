@@ -136,7 +136,7 @@ class GenerateFlags:
     """perturbed-attention guidance, such as 3"""
     threshold: Annotated[float | None, flag("PERCENTILE")] = None
     """dynamic thresholding, such as 0.995"""
-    tiling: bool | None = None
+    tiling: bool = False
     """a picture that repeats without a seam"""
     cache: Annotated[int | None, flag("N")] = None
     """run the UNet's deep layers at every N-th step only: faster, and not quite the same picture"""

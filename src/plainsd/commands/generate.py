@@ -135,7 +135,11 @@ class Generate(GenerateFlags):
         if not prompts:
             raise UserError("there is no prompt; give one, or a picture with --from, or a file with --prompts")
         choosable = DEFAULTS.keys() - {"prompt", *ELSEWHERE, *NOISE}
-        given = {name: value for name, value in asdict(self).items() if name in choosable and value is not None}
+        given = {
+            name: value
+            for name, value in asdict(self).items()
+            if name in choosable and value is not None and value is not False
+        }
         if self.count < 1 or self.batch < 1:
             raise UserError(f"count {self.count} and batch {self.batch} must be 1 or more")
         if self.outpaint:
