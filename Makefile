@@ -54,9 +54,10 @@ mutants: .venv/installed-test
 	@echo "installing what serving needs into .venv"
 	@$(PIP) --editable ".[serve]" && touch $@
 
+# spandrel without its torchvision, which for PyTorch's CPU build is not on PyPI: the tests stand in for it.
 .venv/installed-test: .venv/installed
 	@echo "installing what the tests need into .venv"
-	@$(PIP) --editable ".[test]" && touch $@
+	@$(PIP) --editable ".[test]" && $(PIP) --no-deps spandrel==0.4.2 einops==0.8.2 && touch $@
 
 # Where Python comes without ensurepip, the pip outside puts one inside.
 .venv:

@@ -27,6 +27,7 @@ COMMANDS = {                          # name: module, class, what it does
     "convert": ("plainsd.commands.inspect", "Convert", "a model from one file layout to another"),
     "merge": ("plainsd.commands.merge", "Merge", "two or three models into one"),
     "extract-lora": ("plainsd.commands.merge", "ExtractLora", "a LoRA out of a tuned model and its base"),
+    "upscale": ("plainsd.commands.upscale", "Upscale", "pictures enlarged by a network of ESRGAN's kind"),
     "tokens": ("plainsd.commands.inspect", "Tokens", "how a prompt is cut and weighted"),
     "verify": ("plainsd.commands.inspect", "Verify", "a model beside diffusers and transformers, digit by digit"),
     "eval": ("plainsd.commands.evaluate", "Evaluate", "how well a model trained on emoji draws them"),

@@ -43,7 +43,8 @@ from plainsd.pictures.sampling import (
     steps_of_strength,
     to_edit,
 )
-from plainsd.pictures.settings import SIZES, Resolved, Settings
+from plainsd.pictures.settings import SIZES, UPSCALERS, Resolved, Settings
+from plainsd.pictures.upscaling import upscaled
 
 STRENGTH = 0.75  # of a picture drawn over, where none is given
 HIRES_STRENGTH = 0.7  # of the second pass, where none is given
@@ -146,7 +147,11 @@ def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], one: 
         mode, antialias = LATENT_MODES[one.upscaler]
         return F.interpolate(latents, (height, width), mode=mode, antialias=antialias)
     decoded = to_pil(decode(sd, latents, tiling=one.tiling))
-    pictures = [image.resize(size, Image.Resampling.LANCZOS) for image in decoded]
+    if one.upscaler in UPSCALERS:
+        pictures = [image.resize(size, Image.Resampling.LANCZOS) for image in decoded]
+    else:
+        assert sd.upscaler is not None  # `check_upscaler` sees to it
+        pictures = [upscaled(image, sd.upscaler, size) for image in decoded]
     return encode(sd, torch.cat([to_tensor(picture) for picture in pictures]), draw, tiling=one.tiling)
 
 

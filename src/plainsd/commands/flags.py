@@ -102,9 +102,9 @@ class GenerateFlags:
     """continue --image by so many pixels at its left, top, right, bottom"""
     hires: Annotated[float | None, flag("TIMES")] = None
     """a second pass on the picture enlarged so many times"""
-    upscaler: Annotated[str | None, flag("NAME")] = None
+    upscaler: Annotated[str | None, flag("NAME|FILE")] = None
     """how it is enlarged: latent, latent-antialiased, latent-bicubic, latent-bicubic-antialiased, latent-nearest,
-    latent-nearest-exact or lanczos"""
+    latent-nearest-exact, lanczos, or the file of a network of ESRGAN's kind"""
     hires_steps: Annotated[int | None, flag("N")] = None
     """steps of the second pass, all of which run (by default the share --strength of --steps)"""
     hires_sampler: Annotated[str | None, flag("NAME")] = None

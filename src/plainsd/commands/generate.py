@@ -17,7 +17,7 @@ from plainsd.commands.output import Preview, PromptBatch, Target, check_writable
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_of, recorded, say_unused, with_notes
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
-from plainsd.listing import read_prompts
+from plainsd.listing import read_prompts, suffix_of
 from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
 from plainsd.text.styles import read_styles, styled
 from plainsd.text.wildcards import combinations, settled
@@ -118,6 +118,10 @@ class Generate(GenerateFlags):
         sd = load(self.model, vae=self.vae, loras=loras, lora_partial=self.lora_partial, **noise, **where)
         if self.refiner:
             sd.refiner = load(self.refiner, **where)
+        if network := self.network():
+            from plainsd.pictures.upscaling import load_upscaler
+
+            sd.upscaler = load_upscaler(network, place)
         return sd
 
     # --- what is wanted ---------------------------------------------------------------------------------------------
@@ -151,6 +155,8 @@ class Generate(GenerateFlags):
         if self.guidance is not None:
             choices.pop("like", None)  # it told what the picture's own guidance means
         choices |= given | self.seeds()
+        if self.network():
+            choices["upscaler"] = Path(self.upscaler or "").stem
         if self.style:
             prompts, choices["negative"] = self.in_style(prompts, choices.get("negative") or "")
         settings = Settings(**choices)
@@ -168,6 +174,14 @@ class Generate(GenerateFlags):
             check_names(choices.get("sampler"), choices.get("spacing"))
         say_notes([settings])
         return prompts, choices
+
+    def network(self) -> Path | None:
+        """The file of an upscaler, where --upscaler gives one."""
+        return (
+            Path(self.upscaler)
+            if self.upscaler and suffix_of(Path(self.upscaler)) in (".pth", ".safetensors")
+            else None
+        )
 
     def in_style(self, prompts: list[str], negative: str) -> tuple[list[str], str]:
         styles = read_styles(self.styles)

@@ -12,7 +12,7 @@ from typing import Any
 
 from plainsd.diffusion.samplers import SAMPLERS, check_names, sampler_levels
 from plainsd.diffusion.schedule import EDMSchedule
-from plainsd.errors import UserError
+from plainsd.errors import UserError, unknown
 from plainsd.listing import suffix_of
 from plainsd.models.tiny_vae import TinyVAEConfig
 from plainsd.models.variants import edits
@@ -20,7 +20,7 @@ from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.sampling import steps_of_strength
 from plainsd.pictures.seamless import check_seamless
-from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, Resolved, Settings, drawn_seed
+from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, UPSCALERS, Resolved, Settings, drawn_seed
 from plainsd.text.prompts import lora_tags
 
 IMAGE_GUIDANCE = 1.5  # of models that edit a picture, if nothing is said
@@ -46,9 +46,14 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
             field="eta",
             value=settings.eta,
         )
+    check_upscaler(sd, settings.upscaler)
     if settings.tiling:
         check_seamless(sd.unet, sd.vae)
-    if not encodes(sd) and settings.strength is not None and not (settings.hires and settings.upscaler == "latent"):
+    if (
+        not encodes(sd)
+        and settings.strength is not None
+        and not (settings.hires and settings.upscaler.startswith("latent"))
+    ):
         raise UserError(
             "this model's autoencoder is a decoder alone, and the picture would have to be encoded; put taesd_encoder "
             "beside taesd_decoder, or choose another with --vae",
@@ -123,6 +128,14 @@ def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
         names = f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws"
         raise UserError(f"{names}: their latents differ; choose a refiner of the same family", field="refiner")
     return {"refiner": model_name(sd.refiner), "handover": HANDOVER if settings.handover is None else settings.handover}
+
+
+def check_upscaler(sd: StableDiffusion, name: str) -> None:
+    own = [] if sd.upscaler is None else [sd.upscaler.name]
+    if name.lower() not in (*UPSCALERS, *(one.lower() for one in own)):
+        raise unknown(
+            "upscaler", name, [*UPSCALERS, *own, "or give a network's file with --upscaler"], field="upscaler"
+        )
 
 
 def encodes(sd: StableDiffusion) -> bool:

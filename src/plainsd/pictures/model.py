@@ -14,6 +14,7 @@ from plainsd.models.clip import TextEncoder
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.models.unet import UNet
 from plainsd.models.variants import Variant, encoder_names
+from plainsd.pictures.upscaling import Upscaler
 from plainsd.text.tokenizer import Tokenizer
 
 
@@ -51,6 +52,7 @@ class StableDiffusion:
     variant: Variant
     path: Path | None = None  # where it was loaded from
     refiner: StableDiffusion | None = None  # draws at the lowest noise levels, see `sampling.turns`
+    upscaler: Upscaler | None = None  # enlarges pictures in hires, where settings name it
     saving: Saving = Saving()  # what is done to need less memory
     stage: Stage | None = None  # where networks have their turns, if they are not all on the device
     latent_rgb: Tensor | None = None  # (L + 1, 3), as it was stored with the model, see previews.py

@@ -28,7 +28,7 @@ class Settings:
     variation_seed: int | None = None  # a second seed, towards which the first noise is turned ...
     variation_strength: float = 0.0  # ... by this share, 0 to 1
     hires: float | None = None  # second pass on the picture enlarged this many times
-    upscaler: str = "latent"  # how it is enlarged, one of UPSCALERS
+    upscaler: str = "latent"  # how it is enlarged: one of UPSCALERS, or a network by its file's name
     hires_steps: int | None = None  # of the second pass, all of which run; None: the share `strength` of `steps`
     hires_sampler: str | None = None  # of the second pass, where it is another; likewise the following
     hires_spacing: str | None = None
@@ -76,7 +76,7 @@ class Settings:
             raise UserError(
                 f"interval {self.interval} is empty; give its lower sigma first", field="interval", value=self.interval
             )
-        for name, choices in (("upscaler", UPSCALERS), ("like", (None, *LIKE))):
+        for name, choices in (("like", (None, *LIKE)),):
             if (value := getattr(self, name)) not in choices:
                 raise unknown(name, value, filter(None, choices), field=name)
 

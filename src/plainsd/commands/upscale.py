@@ -1,0 +1,63 @@
+"""`plainsd upscale`: pictures enlarged by a network of ESRGAN's kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from plainsd.commands.flags import flag
+from plainsd.commands.output import Target
+from plainsd.errors import UserError
+from plainsd.pictures.settings import Settings
+
+
+@dataclass
+class Upscale:
+    """Pictures enlarged by a network of ESRGAN's kind, tile by tile. Needs pip install 'plainsd[upscale]'."""
+
+    pictures: Annotated[Positional[tuple[Path, ...]], arg(metavar="PICTURE")]
+    """one or several"""
+    with_: Annotated[Path, flag("FILE", name="with")]
+    """the network: a .pth or .safetensors file"""
+    times: Annotated[float | None, flag("TIMES")] = None
+    """how often as large (default: what the network makes of it)"""
+    out: Annotated[Path, flag("FILE")] = Path("out")
+    """a .png file, or a folder in which they are numbered"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+    def run(self) -> None:
+        if not self.pictures:
+            raise UserError("there is no picture; give one or several")
+        if self.times is not None and not 1 <= self.times <= 16:
+            raise UserError(f"times {self.times} is out of range; choose 1 to 16", field="times", value=self.times)
+        target = Target(self.out)
+        if target.file and len(self.pictures) > 1:
+            raise UserError(f"--out {self.out} is one file for {len(self.pictures)} pictures; give a folder")
+
+        from plainsd.device import choose_device
+        from plainsd.pictures.images import open_picture
+        from plainsd.pictures.upscaling import load_upscaler, upscaled
+
+        images = [open_picture(path) for path in self.pictures]
+        upscaler = load_upscaler(self.with_, choose_device(self.device))
+        for path, image in zip(self.pictures, images, strict=True):
+            times = upscaler.scale if self.times is None else self.times
+            size = round(image.width * times), round(image.height * times)
+            print(target.write(upscaled(image, upscaler, size), told(path, times, upscaler.name)))
+
+
+def told(path: Path, times: float, name: str) -> Settings:
+    """The picture's own settings, where it has any, and what was done to it since, in A1111's words."""
+    from plainsd.pictures.images import read_settings
+    from plainsd.pictures.settings import plain_number
+
+    try:
+        settings = read_settings(path)
+    except UserError:  # made by something else
+        settings = Settings()
+    done = (("Postprocess upscale by", plain_number(float(times))), ("Postprocess upscaler", name))
+    return replace(settings, other=(*settings.other, *done))

@@ -1,0 +1,132 @@
+"""Networks that enlarge pictures (ESRGAN, Wang et al. 2018, arXiv:1809.00219, and its kin), by the spandrel library.
+
+A picture goes through in tiles, so that memory is bounded; neighbours overlap and are blended, and no seam shows.
+Where the network enlarges four times and twice is wanted, its result is scaled down, as A1111 does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from plainsd.errors import UserError
+from plainsd.files.tensorfile import TensorFile, open_safetensors, unpickled
+from plainsd.listing import suffix_of
+from plainsd.pictures.images import to_pil, to_tensor
+
+TILE = 192  # pixels of a tile's sides, what is blended included
+OVERLAP = 32  # pixels in which two tiles are blended
+LARGEST_SIDE = 16_384  # of what comes out
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """A network, and how many times it enlarges."""
+
+    name: str
+    scale: int
+    model: Any  # spandrel's ImageModelDescriptor
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(1, 3, H, W) in [-1, 1] -> (1, 3, H s, W s), s the scale, in float32 on the CPU."""
+        weight = next(self.model.model.parameters())
+        height, width = pixels.shape[2:]
+        out = torch.zeros(1, 3, height * self.scale, width * self.scale)
+        for (top, bottom, rows), (left, right, columns) in tiles_of(height, width):
+            tile = (pixels[:, :, top:bottom, left:right] / 2 + 0.5).to(weight)
+            enlarged = self.model(tile).float().cpu()
+            share = torch.outer(scaled_up(rows, self.scale), scaled_up(columns, self.scale))
+            place = out[:, :, top * self.scale : bottom * self.scale, left * self.scale : right * self.scale]
+            place += enlarged * share
+        return out * 2 - 1
+
+
+def tiles_of(height: int, width: int) -> Iterator[tuple[tuple[int, int, Tensor], tuple[int, int, Tensor]]]:
+    """Rows and columns of each tile: first, last + 1, and what each of them counts where tiles are blended."""
+    for rows in spans(height):
+        for columns in spans(width):
+            yield rows, columns
+
+
+def spans(length: int) -> list[tuple[int, int, Tensor]]:
+    """Stretches of at most TILE that overlap by OVERLAP, with weights that add to 1 everywhere."""
+    step = TILE - OVERLAP
+    starts = [0] if length <= TILE else [*range(0, length - TILE, step), length - TILE]
+    found, total = [], torch.zeros(length)
+    for start in starts:
+        stop = min(start + TILE, length)
+        distance = torch.arange(stop - start) + 0.5
+        weight = torch.ones(stop - start)
+        if start > 0:
+            weight = torch.minimum(weight, distance / OVERLAP)
+        if stop < length:
+            weight = torch.minimum(weight, (stop - start - distance) / OVERLAP)
+        total[start:stop] += weight
+        found.append((start, stop, weight))
+    return [(start, stop, weight / total[start:stop]) for start, stop, weight in found]
+
+
+def scaled_up(weights: Tensor, scale: int) -> Tensor:
+    return weights.repeat_interleave(scale)
+
+
+def upscaled(image: Image.Image, upscaler: Upscaler, size: tuple[int, int] | None = None) -> Image.Image:
+    """A picture enlarged by the network, then scaled to `size`, width and height, if that is given."""
+    if max(image.size) * upscaler.scale > LARGEST_SIDE:
+        raise UserError(
+            f"{image.width}x{image.height} times {upscaler.scale} is larger than {LARGEST_SIDE} on a side; scale the "
+            "picture down first",
+            field="image",
+        )
+    with torch.inference_mode():
+        (large,) = to_pil(upscaler(to_tensor(image)))
+    return large if size in (None, large.size) else large.resize(size, Image.Resampling.LANCZOS)
+
+
+# --- its file --------------------------------------------------------------------------------------------------------
+
+
+def load_upscaler(path: str | Path, device: torch.device | str = "cpu") -> Upscaler:
+    """A network of any kind that spandrel knows, from a .pth or .safetensors file, in float32. UserError where it is
+    none, where it does not enlarge pictures in colour, or where spandrel is not installed."""
+    path = Path(path)
+    try:
+        from spandrel import ImageModelDescriptor, ModelLoader
+    except ImportError as error:
+        raise UserError(
+            f"upscaling needs {error.name}, which is not installed; pip install 'plainsd[upscale]'"
+        ) from None
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; give an upscaler's .pth or .safetensors", field="upscaler")
+    try:
+        model = ModelLoader().load_from_state_dict(weights_in(path))
+    except UserError:
+        raise
+    except Exception as error:  # spandrel's own, and those of networks that do not fit
+        raise UserError(
+            f"{path} is no upscaler that spandrel knows ({type(error).__name__}); give one of ESRGAN's kind",
+            field="upscaler",
+        ) from error
+    if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
+        raise UserError(
+            f"{path} is a network for another purpose; give one that enlarges RGB pictures", field="upscaler"
+        )
+    model.to(torch.device(device)).float().eval()
+    return Upscaler(path.stem, model.scale, model)
+
+
+def weights_in(path: Path) -> dict[str, Any]:
+    """All of the file, the tables it may lie in included: spandrel knows their names."""
+    if suffix_of(path) == ".safetensors":
+        file: TensorFile = open_safetensors(path)
+        return {name: stored.read(None) for name, stored in file.tensors.items()}
+    content = unpickled(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no tensors by name; give an upscaler's .pth or .safetensors", field="upscaler")
+    return content
