@@ -16,27 +16,18 @@ the table out, and says so. --only draws the rows in whose name the word is; --w
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from oracles.comparing import Cell, compared, drawn, small_model, tests_module
 from PIL import Image
-from torch import Tensor
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
-
-from conftest import smooth_picture, tiny_sd
-
-import plainsd
-from plainsd.errors import UserError
-from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import parse_settings
 
+HERE = Path(__file__).parent
 CHAPTER = HERE.parent / "docs" / "compatibility.md"
 MARKS = "<!-- table: bench/compatibility.py -->", "<!-- end of table -->"
 FOLDERS = {
@@ -44,71 +35,11 @@ FOLDERS = {
     "k_diffusion": "crowsonkb/k-diffusion",
     "comfyui": "ComfyUI",
 }
-NOT_DRAWN = ("prompt", "negative", "model", "hashes", "embeddings", "other", "refiner", "vae")  # of a text
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One comparison: a row and a column of a table, and the largest difference, or why there is none."""
-
-    table: str
-    row: str
-    column: str
-    error: float | None
-    why: str = ""
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-def small_model() -> StableDiffusion:
-    """A tiny SD 1.x with random weights, and latents of unit size: a tenth of what its UNet says is added to the
-    noise that stands in x if clean latents are unit noise themselves. Its text states have a mean, as those of CLIP,
-    which weights in prompts restore."""
-    sd = tiny_sd()
-    sd.text_encoders[0].norm.bias.data += 0.5
-    sd.unet.register_forward_hook(lambda network, given, out: 0.1 * out + _share(sd, given[1]) * given[0])
-    return sd
-
-
-def _share(sd: StableDiffusion, timestep: Tensor | float) -> float:
-    sigma = sd.schedule.sigma(float(torch.as_tensor(timestep).flatten()[0]))
-    return sigma / (1 + sigma**2) ** 0.5
-
-
-# --- ours ------------------------------------------------------------------------------------------------------------
-
-
-def drawn(sd: StableDiffusion, settings: Settings, image: Image.Image | None = None, count: int = 1) -> Tensor:
-    """Latents (B, L, h, w) of what a picture's text says."""
-    choices = {
-        name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name not in NOT_DRAWN
-    }
-    if image is None:
-        events = plainsd.text_to_image(sd, settings.prompt, settings.negative, count=count, **choices)
-    else:
-        strength = choices.pop("strength")
-        events = plainsd.image_to_image(sd, settings.prompt, image, strength, settings.negative, count=count, **choices)
-    for event in events:
-        last = event
-    return last.latents
-
-
-def compared(cell: tuple[str, str, str], theirs: Callable[[], Tensor], ours: Callable[[], Tensor]) -> Cell:
-    """Both draw; what cannot be drawn says why."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            expected = theirs()
-            return Cell(*cell, (ours() - expected).abs().max().item())
-    except UserError as error:
-        return Cell(*cell, None, str(error))
-    except Exception as error:  # of a program's own code: a schedule that it cannot make, say
-        return Cell(*cell, None, f"{type(error).__name__}: {error}")
 
 
 # --- A1111 -----------------------------------------------------------------------------------------------------------
 
+PICTURE = tests_module().smooth_picture(64)
 A1111_BASE: dict[str, Any] = {
     "prompt": "a red apple on a (blue:1.2) table",
     "negative_prompt": "blurred",
@@ -123,7 +54,7 @@ EDITED = "a [red:green:0.4] apple AND [a pear|a plum] on ((wood)):0.7"
 LONG = "a red apple, " * 12 + "[cut] in two BREAK on wood"
 A1111_TASKS: dict[str, dict[str, Any]] = {
     "text to image": {},
-    "image to image": {"image": smooth_picture(64), "denoising_strength": 0.6},
+    "image to image": {"image": PICTURE, "denoising_strength": 0.6},
     "hires": {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6},
     "variation": {"subseed": 5, "subseed_strength": 0.3},
     "edited prompt": {"prompt": EDITED},
@@ -166,21 +97,16 @@ COMFY_BASE: dict[str, Any] = {"negative": "blurred", "seed": 3, "steps": 7, "cfg
 COMFY_PROMPT = "a red apple on a (blue:1.2) table"
 COMFY_TASKS: dict[str, dict[str, Any]] = {
     "text to image": {},
-    "image to image": {"image": smooth_picture(64), "denoise": 0.6},
+    "image to image": {"image": PICTURE, "denoise": 0.6},
     "weights": {"prompt": "a ((red)) apple, (on (a table:0.5):1.5) \\(wood\\)"},
     "long prompt": {"prompt": "a (red:1.3) apple, " * 12},
     "two at once": {"count": 2},
 }
 COMFY_NAMES = {  # where ours differ
-    "euler_ancestral": "euler_a",
-    "dpm_2": "dpm2",
-    "dpm_2_ancestral": "dpm2_a",
-    "uni_pc_bh2": "unipc",
-    "dpmpp_2s_ancestral": "dpmpp_2s_a",
-    "res_multistep_ancestral": "res_multistep_a",
-    "euler_ancestral_cfg_pp": "euler_a_cfg_pp",
-    "normal": "uniform",
-}
+    "euler_ancestral": "euler_a", "euler_ancestral_cfg_pp": "euler_a_cfg_pp", "dpm_2": "dpm2",
+    "dpm_2_ancestral": "dpm2_a", "dpmpp_2s_ancestral": "dpmpp_2s_a", "res_multistep_ancestral": "res_multistep_a",
+    "uni_pc_bh2": "unipc", "normal": "uniform",
+}  # fmt: skip
 
 
 def comfyui_cells(folders: dict[str, Path], only: str) -> Iterator[Cell]:
@@ -234,10 +160,7 @@ def cells(folders: dict[str, Path], only: str = "") -> Iterator[Cell]:
             flags = " and ".join(f"--{name.replace('_', '-')} FOLDER" for name in missing)
             print(f"{program}: left out; give {flags}", file=sys.stderr)
             continue
-        for cell in part(folders, only):
-            if cell.why:
-                print(f"{cell.table}, {cell.row}, {cell.column}: {cell.why}", file=sys.stderr)
-            yield cell
+        yield from part(folders, only)
 
 
 def tables(found: list[Cell]) -> str:
@@ -252,6 +175,16 @@ def tables(found: list[Cell]) -> str:
             lines.append(f"| {row} | {' | '.join(entries)} |")
         texts.append("\n".join(lines))
     return "\n\n".join(texts)
+
+
+def reasons(found: list[Cell]) -> list[str]:
+    """Why some cells have no number: a line for each reason, with the first cell that has it, and how many have."""
+    lines = []
+    for why in dict.fromkeys(cell.why for cell in found if cell.why):
+        first, *rest = [cell for cell in found if cell.why == why]
+        more = f" and {len(rest)} more" if rest else ""
+        lines.append(f"{first.table}, {first.row}, {first.column}{more}: {why}")
+    return lines
 
 
 def written(cell: Cell | None) -> str:
@@ -271,7 +204,9 @@ def main() -> int:
     given = vars(parser.parse_args())
     folders = {name: given[name].resolve() for name in FOLDERS if given[name]}
     torch.set_num_threads(1)
-    text = tables(list(cells(folders, given["only"])))
+    found = list(cells(folders, given["only"]))
+    text = tables(found)
+    print(*reasons(found), sep="\n", file=sys.stderr)
     if given["write"]:
         before, _, rest = CHAPTER.read_text("utf-8").partition(MARKS[0])
         CHAPTER.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", "utf-8")

@@ -1,1 +1,1 @@
-"""Other programs' own published code, run as it is, over a small model of ours: what `compatibility.py` compares with."""
+"""Other programs' own published code, run as it is over a small model of ours, and compared with plainsd."""

@@ -7,6 +7,7 @@ device that is the CPU, and a model whose `apply_model` is our UNet.
 import contextlib
 import types
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ class Model:
     model: Any = field(default_factory=lambda: types.SimpleNamespace(conditioning_key="crossattn"))
     sd_checkpoint_info: Any = None
     first_stage_model: Any = None
+    cond_stage_model: Any = None
+    cond_stage_model_empty_prompt: Any = None
 
     def __post_init__(self):
         self.alphas_cumprod = self.sd.schedule.alphas_cumprod.float()
@@ -148,7 +151,7 @@ class A1111:
             },
             {"modules": str(folder / "modules"), "k_diffusion": str(k_diffusion / "k_diffusion"), **models},
         )
-        import k_diffusion.external
+        import_module("k_diffusion.external")
         import modules.shared
         from modules import shared_options
 
@@ -173,8 +176,11 @@ class A1111:
 
     @torch.no_grad()
     def draw(self, image: Image.Image | None = None, **choices: Any) -> Tensor:
-        """Latents (B, L, h, w) of one batch; `text` is then what it writes into the first picture. `choices` are fields of the program's own processing classes, and any of
-        its options under `options`; `image` makes it image to image."""
+        """Latents (B, L, h, w) of one batch; `text` is then what it writes into the first picture.
+
+        `choices` are fields of the program's own processing classes, and any of its options under `options`; `image`
+        makes it image to image.
+        """
         options, before = choices.pop("options", {}), vars(self.options).copy()
         vars(self.options).update(options)
         try:

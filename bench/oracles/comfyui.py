@@ -84,18 +84,11 @@ class ComfyUI:
     @torch.no_grad()
     def encode(self, text: str) -> Tensor:
         """A prompt's states (1, M, D)."""
-
-        class Encoder(self.comfy.sd1_clip.ClipTokenWeightEncoder):
-            special_tokens = {
-                "start": self.tokenizer.start_token,
-                "end": self.tokenizer.end_token,
-                "pad": self.tokenizer.pad_token,
-            }
-
-            def encode(inner, rows: list[list[int]]) -> tuple[Tensor, None]:
-                return self.sd.text_encoders[0](torch.tensor(rows)).final, None
-
-        return Encoder().encode_token_weights(self.tokenizer.tokenize_with_weights(text))[0]
+        names = {name: getattr(self.tokenizer, f"{name}_token") for name in ("start", "end", "pad")}
+        encoder = self.comfy.sd1_clip.ClipTokenWeightEncoder()
+        encoder.special_tokens = names
+        encoder.encode = lambda rows: (self.sd.text_encoders[0](torch.tensor(rows)).final, None)
+        return encoder.encode_token_weights(self.tokenizer.tokenize_with_weights(text))[0]
 
     @torch.no_grad()
     def latent(self, image: Image.Image | None, size: tuple[int, int], count: int) -> Tensor:
