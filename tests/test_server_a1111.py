@@ -328,7 +328,8 @@ def test_unknown_names_and_what_is_not_had(server, drawing):
     with pytest.raises(Refused, match="did you mean 'Euler a'"):
         sampler_of("Euler q", None)
     wrong = [
-        ("txt2img", {"sampler_name": "Euler z"}, 404), ("txt2img", {"scheduler": "Turbo"}, 404), ("img2img", {}, 404),
+        ("txt2img", {"sampler_name": "Euler z"}, 404), ("txt2img", {"scheduler": "Turbo"}, 404),
+        ("img2img", {}, 404),
         ("img2img", {"init_images": [base64_of(drawing)] * 2}, 422), ("txt2img", {"tiling": True}, 422),
         ("txt2img", {"s_churn": 1.5}, 422), ("txt2img", {"enable_hr": True, "hr_sampler_name": "Euler z"}, 404),
         ("txt2img", {"enable_hr": True, "hr_resize_x": 128, "hr_resize_y": 64, "width": 64, "height": 64}, 422),

@@ -1,5 +1,6 @@
 """From a request to a job. It is checked at the door by the functions that will draw, on a model without weights."""
 
+import re
 import time
 from dataclasses import replace
 from itertools import product
@@ -21,7 +22,7 @@ from plainsd.server.limits import Limits
 from plainsd.server.pool import Models
 from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import check_pixels, without_tags
-from plainsd.text.prompts import compose, schedule
+from plainsd.text.prompts import Weighted, compose, schedule
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
                 "hires_negative")  # fmt: skip
@@ -80,6 +81,9 @@ def check_limits(request: JobRequest, limits: Limits) -> None:
         length = len(getattr(request, name))
         if length > limits.prompt:
             raise Refused(422, f"{name} has {length} characters; at most {limits.prompt} are taken", name, length)
+        if (depth := nesting(getattr(request, name))) > limits.nesting:
+            message = f"{name} has {depth} brackets inside each other; at most {limits.nesting} are read"
+            raise Refused(422, message, name, depth)
     pictures = request.count
     for axis in request.grid or []:
         pictures *= len(axis.values)
@@ -89,6 +93,22 @@ def check_limits(request: JobRequest, limits: Limits) -> None:
         raise Refused(422, f"grid has {pictures} pictures; at most {limits.count} are drawn at once", "grid", pictures)
     if request.grid and request.count > 1:
         raise Refused(422, f"count {request.count} with a grid; leave count out", "count", request.count)
+
+
+def nesting(prompt: str) -> int:
+    """How many brackets are open at once, at most."""
+    deepest = depth = 0
+    for sign in re.findall(r"\\.|[()\[\]]", prompt):
+        depth = depth + 1 if sign in "([" else max(0, depth - 1) if sign in ")]" else depth
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def check_numbers(request: JobRequest) -> None:
+    """UserError for the first that is none, or out of its range, in the request and in the cells of its grid."""
+    known = Settings.__dataclass_fields__.keys()
+    for cell in cells(request):
+        Settings(**{name: value for name, value in (request.choices() | cell).items() if name in known}).check()
 
 
 def check_work(each: list[Resolved], limits: Limits) -> None:
@@ -107,6 +127,7 @@ def new_job(
     drawn = [name for name in SEEDS if getattr(request, name) == RANDOM or (name == "seed" and request.seed is None)]
     request = request.model_copy(update={name: drawn_seed() for name in drawn})
     try:
+        check_numbers(request)
         prompt, loras = without_tags(request.prompt)
         loras += [(lora.name, lora.strength) for lora in request.loras]
         models.check_loras(model, loras)
@@ -126,7 +147,7 @@ def new_job(
         said = [note for cell in cells(request) for note in notes(Settings(**told_of(request, cell)))]
         check_clip_skip(bare, each)
         check_work(each, limits)
-        check_prompts(each)
+        check_prompts(each, limits)
     except UserError as error:
         raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask"})) from None
     source, inputs = base.kept() if base else (None, {})
@@ -156,11 +177,18 @@ def check_clip_skip(bare: StableDiffusion, each: list[Resolved]) -> None:
             )
 
 
-def check_prompts(each: list[Resolved]) -> None:
+def check_prompts(each: list[Resolved], limits: Limits) -> None:
     """Every text that the prompts become on the way, by the functions that will read them."""
-    for prompt, negative, steps in dict.fromkeys((one.prompt, one.negative, one.steps) for one in each):
+    distinct = dict.fromkeys((one.prompt, one.negative, one.steps) for one in each)
+    reading = sum((len(prompt) + len(negative)) * steps for prompt, negative, steps in distinct)
+    if reading > limits.reading:
+        message = f"prompts of {reading} characters, each counted once a step; at most {limits.reading} are read for "
+        raise Refused(422, f"{message}one job: write shorter ones, or fewer cells of a grid", "prompt", reading)
+    for prompt, negative, steps in distinct:
         for name, whole, parts in (("prompt", prompt, compose(prompt)), ("negative", negative, [(negative, 1.0)])):
             try:
+                for part, weight in parts:
+                    weighted([Weighted(part, weight)])  # of the whole part, beside others
                 for text in {text for part, _ in parts for _, text in schedule(part, steps)}:
                     as_weighted(text)
             except UserError as error:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from plainsd.pictures.settings import RANDOM
 
+UNSOUND = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # surrogates stand alone in Python's strings
+
 
 def clean(text: str) -> str:
     """Text that can be written anywhere: no lone surrogates, no control characters but line breaks and tabs."""
-    if any(0xD800 <= ord(sign) < 0xE000 or (ord(sign) < 32 and sign not in "\n\r\t") for sign in text):
+    if UNSOUND.search(text):
         raise ValueError("has control characters or broken Unicode; take them out")
     return text
 
@@ -26,7 +29,7 @@ Side = Annotated[int, Field(ge=0, le=65536)]
 class LoRA(BaseModel):
     """An adapter out of the server's folder, and how strongly it acts."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     name: Text
     strength: float = Field(1.0, ge=-10, le=10)
 
@@ -78,7 +81,7 @@ class JobRequest(BaseModel):
     outpaint: tuple[Side, Side, Side, Side] | None = Field(
         None, description="so many pixels are added to the picture at its left, top, right, bottom"
     )
-    mask_blur: float = Field(0, ge=0, le=64, description="softness of the mask's edge, in pixels")
+    mask_blur: float = Field(0, ge=0, le=64, allow_inf_nan=False, description="softness of the mask's edge, in pixels")
     hires: float | None = Field(None, description="a second pass on the picture enlarged so many times")
     upscaler: Text | None = Field(None, description="how it is enlarged, one of `upscalers` in GET /api/info")
     hires_steps: int | None = Field(

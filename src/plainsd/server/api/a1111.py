@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.generate import LATENT_MODES
 from plainsd.models.variants import edits
+from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.entries import entries
 from plainsd.pictures.texts.labels import UPSCALER_LABELS, sampler_label, spacing_label
@@ -23,7 +24,7 @@ from plainsd.server.api.a1111_pictures import prepared
 from plainsd.server.api.a1111_table import known_options
 from plainsd.server.canvas import Base
 from plainsd.server.embeddings import Word, problem
-from plainsd.server.errors import printable
+from plainsd.server.errors import Refused, printable
 from plainsd.server.jobs.job import CANCELLED, Job
 from plainsd.server.jobs.pictures import json_seed, tagged
 from plainsd.server.requests import job_request
@@ -89,7 +90,8 @@ def routes(service: Service) -> APIRouter:
     def set_options(body: dict[str, Any]) -> dict:
         """For requests through this API, until the server ends."""
         given = known_options(body, "options")
-        job_request(clip_skip=given.get("CLIP_stop_at_last_layers"))
+        if (skip := job_request(clip_skip=given.get("CLIP_stop_at_last_layers")).clip_skip) is not None:
+            Settings(clip_skip=skip).check()
         if "sd_model_checkpoint" in given:
             given["sd_model_checkpoint"] = service.models[model_of(given["sd_model_checkpoint"], service.models)].name
         options.update(given)
@@ -172,7 +174,7 @@ class Wanted(NamedTuple):
 
 def understood(body: Some, options: dict[str, Any], service: Service) -> tuple[Some, dict[str, Any], list[str]]:
     """The request with its infotext, and its fields of a JobRequest. Refused for what is not had here."""
-    asked, more, notes = filled(body, service.models)
+    asked, more, notes = filled(body, service.models, service.limits)
     asked.refuse_what_is_not_had()
     return asked, more | asked.wished(options, service.models), notes
 
@@ -275,6 +277,9 @@ def info_told(content: bytes, service: Service) -> dict:
         items = {str(name): printable(value) if name != "parameters" else value for name, value in image.info.items()
                  if isinstance(value, str)}  # fmt: skip
     text = items.get("parameters", "")
+    if len(text) > service.limits.text:
+        raise Refused(422, f"image carries {len(text)} characters of settings; at most {service.limits.text} are read",
+                      "image", len(text))  # fmt: skip
     try:
         settings = parse_settings(clean(text))
     except ValueError:

@@ -33,8 +33,8 @@ class Common(BaseModel):
     prompt: Text | None = ""
     negative_prompt: Text | None = ""
     seed: int | None = Field(-1, description="-1: a random one")
-    subseed: int | None = -1
-    subseed_strength: float | None = 0.0
+    subseed: int | None = Field(-1, ge=-1, lt=2**64)
+    subseed_strength: float | None = Field(0.0, ge=0, le=1)
     sampler_name: Text | None = None
     sampler_index: Text | None = Field(None, description="older name of sampler_name")
     scheduler: Text | None = None
@@ -44,13 +44,13 @@ class Common(BaseModel):
     cfg_scale: float | None = None
     width: int | None = None
     height: int | None = None
-    eta: float | None = None
-    denoising_strength: float | None = None
+    eta: float | None = Field(None, ge=0, le=1)
+    denoising_strength: float | None = Field(None, ge=0, le=1)
     override_settings: dict[str, Any] | None = None
     override_settings_restore_afterwards: bool | None = Field(True, description="false: they stay as options")
     alwayson_scripts: dict[str, Any] | None = None
     refiner_checkpoint: Text | None = None
-    refiner_switch_at: float | None = None
+    refiner_switch_at: float | None = Field(None, ge=0, le=1)
     disable_extra_networks: bool | None = Field(False, description="LoRAs in the prompt do not act")
     infotext: Text | None = Field(None, description="settings as a picture has them; the other fields go before it")
     send_images: bool | None = True
@@ -146,10 +146,12 @@ class Image2Image(Common):
     inpainting_fill: Literal[0, 1, 2, 3] | None = Field(0, description="0: the colours around, 1: what was there")
     inpaint_full_res: bool | None = True
     inpaint_full_res_padding: int | None = Field(0, ge=0, le=4096)
-    inpainting_mask_invert: int | None = 0
+    inpainting_mask_invert: int | None = Field(0, ge=0, le=1)
     resize_mode: Literal[0, 1, 2, 3] | None = Field(0, description="stretched, cut, filled")
     include_init_images: bool | None = Field(False, description="in the answer's parameters")
-    image_cfg_scale: float | None = Field(None, description="of models that edit pictures; without effect on others")
+    image_cfg_scale: float | None = Field(
+        None, ge=0, le=100, description="of models that edit pictures; without effect on others"
+    )
 
     def blur(self) -> tuple[float, float]:
         """Of the mask's edge, across and down."""

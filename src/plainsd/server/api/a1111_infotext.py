@@ -11,6 +11,7 @@ from plainsd.server.api.a1111_fields import Common
 from plainsd.server.api.a1111_names import model_of
 from plainsd.server.api.a1111_table import known_options
 from plainsd.server.errors import Refused
+from plainsd.server.limits import Limits
 from plainsd.server.pool import Models
 from plainsd.server.schema import JobRequest, clean
 
@@ -39,10 +40,12 @@ SILENT = (
 )  # said otherwise, or nothing
 
 
-def filled(body: Some, models: Models) -> tuple[Some, dict[str, Any], list[str]]:
+def filled(body: Some, models: Models, limits: Limits) -> tuple[Some, dict[str, Any], list[str]]:
     """The request with what its infotext says, further fields of a JobRequest, and what has no effect here."""
     if not body.infotext:
         return body, {}, []
+    if (length := len(body.infotext)) > limits.text:
+        raise Refused(422, f"infotext has {length} characters; at most {limits.text} are read", "infotext", length)
     try:
         settings = parse_settings(clean(body.infotext))
     except (UserError, ValueError) as error:

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import logging
 import socket
 from base64 import b64decode
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from plainsd.server.errors import Refused
 from plainsd.server.limits import Limits
 
+log = logging.getLogger("plainsd.server")
 COOKIE = "plainsd_session"
 OPEN = ("/", "/healthz", "/api/login")  # answered without the token; so is everything below /page/
 FORMS = ("/v1/images/edits",)  # the one thing that comes as a form, not as JSON
@@ -94,8 +96,12 @@ class Gate:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
 
+        begun = False
+
         async def guarded(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
@@ -110,10 +116,13 @@ class Gate:
                 return await login(scope, receive, guarded)
             self.check_token(scope, headers)
             body = await self.body(scope, headers, receive)
-        except Refused as refused:
+            await self.app(scope, replay(body, receive), guarded)
+        except Exception as error:
+            if begun:  # it is too late for another answer
+                raise
+            refused = error if isinstance(error, Refused) else failed(scope, error)
             answer = JSONResponse(refused.body(scope["path"]), refused.status, refused.headers)
-            return await answer(scope, receive, guarded)
-        await self.app(scope, replay(body, receive), guarded)
+            await answer(scope, receive, guarded)
 
     def check_host(self, scope: Scope, headers: Headers) -> None:
         hosts = headers.getlist("host")
@@ -127,7 +136,7 @@ class Gate:
 
     def check_origin(self, scope: Scope, headers: Headers) -> None:
         for origin in headers.getlist("origin"):
-            if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+            if netloc(origin) != headers.get("host", "").lower():
                 raise Refused(403, f"origin {origin!r} is foreign; open the page of this server itself")
         site = headers.get("sec-fetch-site", "none")
         opened = (scope["method"], scope["path"], headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
@@ -180,7 +189,7 @@ class Gate:
             return b""
         too_long = Refused(413, f"the request has more than {self.limits.upload} bytes; send smaller pictures")
         said = headers.get("content-length", "0")
-        if not said.isdecimal() or int(said) > self.limits.upload:
+        if not said.isdecimal() or len(said) > 15 or int(said) > self.limits.upload:
             raise too_long
         body = bytearray()
         try:
@@ -201,6 +210,20 @@ class Gate:
         if body and kind != wanted:
             raise Refused(415, f"content type {kind or 'none'!r} is not read here; send {wanted}")
         return bytes(body)
+
+
+def netloc(origin: str) -> str:
+    """Host and port of an Origin; empty where it cannot be read."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def failed(scope: Scope, error: Exception) -> Refused:
+    """A fault of ours. The log has all of it, the client only its kind."""
+    log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+    return Refused(500, f"the server failed on this request ({type(error).__name__}); see its log")
 
 
 def cookie(headers: Headers) -> str:

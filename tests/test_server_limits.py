@@ -1,0 +1,132 @@
+"""What a hostile or mistaken request could cost: numbers that are none, texts without end, silent connections."""
+
+import base64
+import time
+
+import pytest
+from PIL import Image, PngImagePlugin
+from serving import model_folder, open_service, png_bytes, served
+
+from plainsd.server.limits import Limits
+from plainsd.server.requests import nesting
+from plainsd.server.schema import clean
+
+LONG = "9" * 4000
+LIMITS = Limits(pixels=128 * 128, steps=20, prompt=2000)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with served(
+        open_service([model_folder(tmp_path_factory.mktemp("m"))], tmp_path_factory.mktemp("d"), LIMITS)
+    ) as one:
+        yield one
+
+
+def sent(server, path, text):
+    return server.session.post(server.url + path, data=text, headers={"Content-Type": "application/json"}, timeout=60)
+
+
+NUMBERS = {
+    "/api/jobs": ["steps", "guidance", "image_guidance", "seed", "count", "handover", "strength", "hires",
+                  "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "perturbed", "threshold",
+                  "cache", "mask_blur"],
+    "/sdapi/v1/txt2img": ["seed", "subseed", "subseed_strength", "batch_size", "n_iter", "steps", "cfg_scale", "width",
+                          "height", "eta", "refiner_switch_at"],
+    "/v1/images/generations": ["n", "steps", "guidance", "seed", "strength", "partial_images", "output_compression"],
+}  # fmt: skip
+HIRES = '"enable_hr": true, "hr_upscaler": "Latent", "denoising_strength": 0.5, '
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_numbers_are_checked_as_numbers(server, path):
+    for name in NUMBERS[path]:
+        for value in ("NaN", "Infinity", "-Infinity", "1e308", "-1e308", LONG, "-" + LONG, "1e999", '"x"', "[1]", "{}"):
+            more = HIRES if "sdapi" in path else ""
+            answer = sent(server, path, f'{{"prompt": "p", {more}"{name}": {value}}}')
+            assert 400 <= answer.status_code < 500, (name, value[:20], answer.status_code, answer.text[:300])
+            assert "nosniff" in answer.headers["x-content-type-options"] and len(answer.text) < 10_000
+
+
+@pytest.mark.parametrize(("path", "text"), [
+    ("/api/jobs", '{"prompt": "p", "interval": [NaN, 1]}'), ("/api/jobs", '{"prompt": "p", "size": [1e308, 64]}'),
+    ("/api/jobs", f'{{"prompt": "p", "size": [{LONG}, 64]}}'), ("/api/jobs", '{"prompt": "p", "size": [NaN, NaN]}'),
+    ("/api/jobs", f'{{"prompt": "p", "grid": [{{"name": "hires", "values": [NaN, 1e308, {LONG}]}}]}}'),
+    ("/api/jobs", f'{{"prompt": "p", "grid": [{{"name": "steps", "values": [{LONG}]}}]}}'),
+    ("/api/jobs", '{"prompt": "p", "grid": [{"name": "guidance", "values": ["nan"]}]}'),
+    ("/api/jobs", '{"prompt": "p", "loras": [{"name": "x", "strength": NaN}]}'),
+    ("/api/jobs", f'{{"prompt": "p (a:{LONG[:300]})"}}'), ("/api/jobs", f'{{"prompt": "p AND a:{LONG[:400]}"}}'),
+    ("/api/jobs", '{"prompt": "p", "seed": 18446744073709551615, "count": 2}'),
+    ("/api/jobs", '{"prompt": "p", "seed": 18446744073709551616}'),
+    ("/api/jobs", '{"prompt": "p", "variation_strength": 0.5, "variation_seed": 18446744073709551615, "count": 2}'),
+    ("/sdapi/v1/txt2img", '{"enable_hr": true, "hr_scale": NaN}'),
+    ("/sdapi/v1/txt2img", '{"enable_hr": true, "hr_scale": 1e308}'),
+    ("/sdapi/v1/txt2img", f'{{"enable_hr": true, "hr_resize_x": {LONG}}}'),
+    ("/sdapi/v1/txt2img", '{"batch_size": -5, "n_iter": -5}'),
+    ("/sdapi/v1/txt2img", '{"infotext": "p\\nSteps: 9, CFG scale: nan, Hires upscale: 1e308, Seed: 1"}'),
+    ("/sdapi/v1/options", f'{{"CLIP_stop_at_last_layers": {LONG}}}'),
+    ("/v1/images/generations", '{"prompt": "p", "size": "99999x99999"}'),
+    ("/api/jobs", "[" * 100_000), ("/api/jobs", '{"prompt": ' + "9" * 100_000 + "}"),
+])  # fmt: skip
+def test_no_number_is_a_fault_of_the_server(server, path, text):
+    answer = sent(server, path, text)
+    assert 400 <= answer.status_code < 500, answer.text[:500]
+    assert answer.headers["x-frame-options"] == "DENY"
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "//[x]:y", "http://a:b:c", "\xff"])
+def test_a_malformed_origin_is_foreign(server, origin):
+    answer = server.get("/api/info", headers={"Origin": origin.encode("latin-1")})
+    assert answer.status_code == 403 and answer.headers["x-frame-options"] == "DENY"
+
+
+@pytest.mark.parametrize(
+    ("path", "form"), [("/api/info", "what"), ("/sdapi/v1/loras", "detail"), ("/v1/models", "type")]
+)
+def test_a_fault_of_ours_has_the_headers_and_the_form_of_its_api(server, monkeypatch, path, form):
+    def broken(*given):
+        raise ArithmeticError("private")
+
+    monkeypatch.setattr(server.service.models, "loras", broken)
+    monkeypatch.setattr(type(server.service.models), "known", property(broken), raising=False)
+    answer = server.get(path)
+    assert answer.status_code == 500 and answer.headers["x-frame-options"] == "DENY"
+    assert form in answer.text and "ArithmeticError" in answer.text and "private" not in answer.text
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_brackets_and_the_cells_of_a_grid_have_a_budget(server):
+    assert nesting("((a) [b (c)])") == 3 and nesting(r"\(\(a") == 0 and nesting(")))(") == 1
+    deep = server.post("/api/jobs", {"prompt": "(" * 65 + "a"})
+    assert deep.status_code == 422 and "65 brackets inside each other; at most 64" in deep.text
+    words = {"prompt": "[a|b] " * 300, "size": [32, 32]}
+    assert server.post("/api/jobs", words | {"steps": 20}).status_code == 202
+    grid = [{"name": "steps", "values": [16, 17, 18, 19, 20]}]
+    much = server.post("/api/jobs", words | {"grid": grid})
+    assert much.status_code == 422 and "162000 characters" in much.text and "fewer cells" in much.text
+    seeds = [{"name": "seed", "values": list(range(30))}]  # which are read once
+    assert server.post("/api/jobs", words | {"steps": 2, "grid": seeds}).status_code == 202
+
+
+def test_a_text_that_a_picture_carries_is_bounded(server):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "p\n" + "word " * 20_000 + ", Steps: 3, Sampler: Euler, Seed: 1")
+    image = base64.b64encode(png_bytes(Image.new("RGB", (8, 8)), pnginfo=info)).decode()
+    told = server.post("/sdapi/v1/png-info", {"image": image})
+    assert told.status_code == 422 and "at most 65536 are read" in told.text
+    told = server.post("/sdapi/v1/txt2img", {"infotext": "a" * 70_000})
+    assert told.status_code == 422 and "70000 characters" in told.text
+
+
+def test_a_large_body_is_looked_through_at_the_speed_of_memory():
+    """`clean` runs on the event loop: a picture in base64 must not hold up the others."""
+    text = "A" * 30_000_000
+    began = time.process_time()
+    assert clean(text) is text
+    assert time.process_time() - began < 1.0
+    for bad in ("\0", "\x1f", "\ud800"):
+        with pytest.raises(ValueError, match="control characters"):
+            clean("a" + bad)
+    assert clean("a\n\r\tb\U0001f600")
