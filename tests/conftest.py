@@ -75,11 +75,12 @@ def tiny_sd(variant: Variant = TINY, seed: int = 0, **unet) -> StableDiffusion:
 # --- against diffusers -----------------------------------------------------------------------------------------------
 
 
-def pipeline(name: str, folder, scheduler: str, **options):
+def pipeline(name: str, folder, scheduler: str, controlnet=None, **options):
     import diffusers
 
     unsafe = {} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
-    made = getattr(diffusers, name).from_pretrained(folder, **unsafe)
+    more = {} if controlnet is None else {"controlnet": controlnet}
+    made = getattr(diffusers, name).from_pretrained(folder, **unsafe, **more)
     made.set_progress_bar_config(disable=True)
     made.scheduler = getattr(diffusers, scheduler).from_config(made.scheduler.config, **options)
     return made

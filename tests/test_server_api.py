@@ -314,7 +314,9 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
         "spacing": "karras", "seed": 77, "loras": [{"name": "paper", "strength": 0.6}], "like": "a1111",
         "unused": ["Refiner: xl", "Refiner switch at: 0.8", "Face restoration: CodeFormer"],
     }  # fmt: skip
-    strange = "a boat\nSteps: 12, Sampler: Nonesuch, Hires upscale: 2, Hires upscaler: 4x-UltraSharp, Model: v1-5-pruned"
+    strange = (
+        "a boat\nSteps: 12, Sampler: Nonesuch, Hires upscale: 2, Hires upscaler: 4x-UltraSharp, Model: v1-5-pruned"
+    )
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", strange)
     answer = server.post("/api/settings", {"image": base64.b64encode(png_bytes(drawing, pnginfo=info)).decode()}).json()

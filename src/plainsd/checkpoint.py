@@ -13,6 +13,7 @@ from plainsd.diffusion.schedule import same_schedule
 from plainsd.disk import whole_folder, written_whole
 from plainsd.errors import UserError
 from plainsd.files.configs_out import write_variant
+from plainsd.files.control import open_control, write_control_net
 from plainsd.files.convert import read, read_vae_alone, write
 from plainsd.files.folder import PREVIEW, write_weights
 from plainsd.files.hub import find
@@ -20,6 +21,7 @@ from plainsd.files.predicted import asked, told_otherwise
 from plainsd.files.stored import Contents, StoredNetwork, empty, first, parts
 from plainsd.files.tensorfile import stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
+from plainsd.models.control import ControlNet
 from plainsd.models.tiny_vae import AnyVAE, AnyVAEConfig
 from plainsd.models.variants import SD_VAE, Variant
 from plainsd.pictures.model import StableDiffusion, assemble
@@ -126,6 +128,37 @@ def save_vae(vae: AnyVAE, path: str | Path, variant: Variant, dtype: torch.dtype
     with whole_folder(Path(path)) as folder:
         (folder / "config.json").write_text(text, encoding="utf-8")
         write_weights(folder, packed_network(vae), dtype=dtype)
+
+
+def load_control(
+    path: str | Path,
+    base: StableDiffusion | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    variant_file: str | None = None,
+) -> ControlNet:
+    """A control net: a folder, a file in either naming, or on the hub; see files/control.py.
+
+    `base`: the model that it is for. Files that hold changes to one (`difference`, ControlLoRA) need it. The net comes
+    to the base's device and precision where they are "auto".
+    """
+    device = base.device if base is not None and device == "auto" else choose_device(device)
+    dtype = base.dtype if base is not None and dtype == "auto" else choose_dtype(dtype, device)
+    weights = None if base is None else base.unet.state_dict()
+    net = open_control(find(path, variant_file), variant_file).network(weights).build(device, dtype)
+    assert isinstance(net, ControlNet)
+    return net
+
+
+def save_control(
+    net: ControlNet, path: str | Path, layout: str | None = None, dtype: str | torch.dtype | None = None
+) -> None:
+    """Writes a control net as a diffusers folder, or a single file in the original's names. Arguments as for `save`."""
+    conv = net.config.vector is None and net.config.context == 768  # as SD 1.x's public files have it
+    own = next(net.parameters())
+    packed = StoredNetwork(ControlNet, net.control, {name: stored(t) for name, t in net.state_dict().items()})
+    write_control_net(packed, Path(path), layout, conv, dtype and choose_dtype(dtype, own.device))
 
 
 def add_preview(folder: str | Path) -> None:

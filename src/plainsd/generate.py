@@ -21,6 +21,7 @@ from torch import Tensor
 from plainsd.diffusion.samplers import Step
 from plainsd.errors import UserError
 from plainsd.models.variants import edits
+from plainsd.pictures.control import Control, check_control, fitted
 from plainsd.pictures.defaults import (
     MULTIPLE,
     check_size,
@@ -104,13 +105,14 @@ def text_to_image(
     spacing: str | None = None,
     seed: int = 0,
     count: int = 1,
+    control: Sequence[Control] = (),
     **more,
 ) -> Events:
     """Pictures of a prompt, `count` of each; picture i has seed + i. None takes the model's own default.
 
     Seed -1 draws one; guidance 0 is off, as 1 is. `size` is (width, height) in pixels, multiples of 8. `more`: the
     other fields of `Settings`. With `hires`, a second pass runs on the enlarged picture, and its steps follow those of
-    the first.
+    the first. `control`: maps to follow, in both passes.
     """
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
         if edits(sd.unet.config, sd.vae.config):
@@ -119,25 +121,35 @@ def text_to_image(
             "this is an inpainting model; it needs a picture and a mask (inpaint, or --image and --mask)", field="image"
         )
     size = check_size((size, size) if isinstance(size, int) else size or (sd.variant.size, sd.variant.size))
-    settings = Settings(size=size, steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, seed=seed, **more)
+    settings = Settings(
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        spacing=spacing,
+        seed=seed,
+        control=check_control(sd, control, size),
+        **more,
+    )
     if settings.hires:
         check_size(enlarged_size(size, settings.hires))
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
     steps = one.steps + running_again(one)
     each = settings_of_each(one, prompt, negative, count)
-    return Events(_from_text(sd, each), each, steps)
+    return Events(_from_text(sd, each, control), each, steps)
 
 
-def _from_text(sd: StableDiffusion, each: list[Resolved]) -> Generator[Step | Pictures]:
+def _from_text(sd: StableDiffusion, each: list[Resolved], control: Sequence[Control]) -> Generator[Step | Pictures]:
     one, draw = each[0], noise_of_each(each, sd.device)
-    latents = yield from sample(sd, each, one.size, prepare_latents(sd, each, one.size, draw), draw)
+    noise = prepare_latents(sd, each, one.size, draw)
+    latents = yield from sample(sd, each, one.size, noise, draw, control=fitted(control, one.size))
     if one.hires:
         size = enlarged_size(one.size, one.hires)
         known = Known(_enlarged(sd, latents, size, one, draw), running=running_again(one))
         noise = prepare_latents(sd, each, size, draw)
-        again = [second_pass(one) for one in each]
-        latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps)
+        again, maps = [second_pass(one) for one in each], fitted(control, size)
+        latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps, control=maps)
     yield Pictures(to_pil(decode(sd, latents, tiling=one.tiling)), each, latents)
 
 
@@ -164,6 +176,7 @@ def image_to_image(
     *,
     size: tuple[int, int] | None = None,
     count: int = 1,
+    control: Sequence[Control] = (),
     **choices,
 ) -> Events:
     """A picture drawn over (Meng et al. 2021, "SDEdit"): noise is added to it, and the last steps are run from there.
@@ -178,9 +191,9 @@ def image_to_image(
         raise UserError("this is an inpainting model; it needs a mask (inpaint, or --mask)", field="mask")
     strength = (1.0 if editing else STRENGTH) if strength is None else strength
     image = _fitted(image, size)
-    settings, steps = _with_picture(sd, image, strength, choices)
+    settings, steps = _with_picture(sd, image, strength, {"control": check_control(sd, control, image.size)} | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(_from_picture(sd, each, image), each, steps)
+    return Events(_from_picture(sd, each, image, control), each, steps)
 
 
 def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> tuple[Resolved, int]:
@@ -195,13 +208,16 @@ def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choi
     return settings, steps_of_strength(settings.steps, strength)
 
 
-def _from_picture(sd: StableDiffusion, each: list[Resolved], image: Image.Image) -> Generator[Step | Pictures]:
+def _from_picture(
+    sd: StableDiffusion, each: list[Resolved], image: Image.Image, control: Sequence[Control]
+) -> Generator[Step | Pictures]:
     draw, pixels = noise_of_each(each, sd.device), _padded(to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
     editing = edits(sd.unet.config, sd.vae.config)
     latents = None if editing and each[0].strength == 1 else encode(sd, pixels, draw, tiling=each[0].tiling)
     known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
-    latents = yield from sample(sd, each, size, prepare_latents(sd, each, size, draw), draw, known)
+    noise, maps = prepare_latents(sd, each, size, draw), fitted(control, image.size)
+    latents = yield from sample(sd, each, size, noise, draw, known, control=maps)
     drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
     yield Pictures([picture.crop((0, 0, *image.size)) for picture in drawn], each, latents)
 
@@ -236,6 +252,7 @@ def inpaint(
     *,
     size: tuple[int, int] | None = None,
     count: int = 1,
+    control: Sequence[Control] = (),
     **choices,
 ) -> Events:
     """The light part of the mask is drawn anew, in the picture's own surroundings; every other pixel stays as it is.
@@ -256,13 +273,14 @@ def inpaint(
             "the mask is dark everywhere, so nothing would be drawn; make it white where you want a change",
             field="mask",
         )
-    settings, steps = _with_picture(sd, image, strength, {"masked": "outpaint" not in choices} | choices)
+    notes = {"masked": "outpaint" not in choices, "control": check_control(sd, control, image.size)}
+    settings, steps = _with_picture(sd, image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(_repainted(sd, each, image, light), each, steps)
+    return Events(_repainted(sd, each, image, light, control), each, steps)
 
 
 def _repainted(
-    sd: StableDiffusion, each: list[Resolved], image: Image.Image, light: Tensor
+    sd: StableDiffusion, each: list[Resolved], image: Image.Image, light: Tensor, control: Sequence[Control]
 ) -> Generator[Step | Pictures]:
     draw, pixels, light_padded = noise_of_each(each, sd.device), _padded(to_tensor(image)), _padded(light)
     size = (pixels.shape[3], pixels.shape[2])
@@ -275,7 +293,7 @@ def _repainted(
         known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))
     else:
         known = Known(latents, mask)
-    latents = yield from sample(sd, each, size, noise, draw, known)
+    latents = yield from sample(sd, each, size, noise, draw, known, control=fitted(control, image.size))
     paint = to_pil(light.expand(-1, 3, -1, -1) * 2 - 1)[0].convert("L")
     drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
     pictures = [picture.crop((0, 0, *image.size)) for picture in drawn]
@@ -305,17 +323,21 @@ def outpaint(
 
 
 def batch(
-    sd: StableDiffusion, each: Sequence[Resolved], image: Image.Image | None = None, mask: Image.Image | None = None
+    sd: StableDiffusion,
+    each: Sequence[Resolved],
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+    control: Sequence[Control] = (),
 ) -> Events:
     """Pictures of settings that leave nothing open, such as those of `Events.settings`, drawn together.
 
-    They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, and a mask,
-    are the same for all and have the size of the settings.
+    They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, a mask, and
+    maps to follow are the same for all; picture and mask have the size of the settings.
     """
     each, one = list(each), each[0]
     if image is None:
-        return Events(_from_text(sd, each), each, one.steps + running_again(one))
+        return Events(_from_text(sd, each, control), each, one.steps + running_again(one))
     steps = steps_of_strength(one.steps, one.strength)
     if mask is None:
-        return Events(_from_picture(sd, each, image), each, steps)
-    return Events(_repainted(sd, each, image, to_mask(mask)), each, steps)
+        return Events(_from_picture(sd, each, image, control), each, steps)
+    return Events(_repainted(sd, each, image, to_mask(mask), control), each, steps)

@@ -15,7 +15,7 @@ class Train(options.TrainOptions):
         from plainsd.device import choose_device, choose_dtype
         from plainsd.train.checkpoints import SaveError, checkpoints
         from plainsd.train.claim import locked
-        from plainsd.train.from_model import train_full, train_inversion, train_lora
+        from plainsd.train.from_model import train_controlnet, train_full, train_inversion, train_lora
         from plainsd.train.from_nothing import train_scratch, train_vae
         from plainsd.train.job import TrainJob
         from plainsd.train.processes import world_of_torchrun
@@ -26,6 +26,7 @@ class Train(options.TrainOptions):
             "full": train_full,
             "lora": train_lora,
             "inversion": train_inversion,
+            "controlnet": train_controlnet,
         }[self.method]
         if self.method in ("vae", "scratch") and (self.prediction or self.zero_snr):
             raise UserError(

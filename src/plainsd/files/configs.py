@@ -13,6 +13,7 @@ from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.checked import MOST, WIDEST, read_value
 from plainsd.models.clip import ACTIVATIONS, TextConfig
+from plainsd.models.control import ControlConfig, way_down
 from plainsd.models.tiny_vae import AnyVAEConfig, TinyVAEConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAEConfig
@@ -54,6 +55,13 @@ UNET_FIXED = {  # settings with one value that our UNet computes; absent means t
 }
 MIDDLES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)  # with attention; one ResBlock; none
 XL_FIXED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+CONTROL_CLASSES = {  # and whether they are for several kinds of maps
+    "ControlNetModel": False,
+    "ControlNetUnionModel": True,
+    "ControlNetModel_Union": True,
+}
+HINT = "conditioning_embedding_out_channels"
+UNION_FIXED = {"num_trans_head": 8, "num_trans_layer": 1}
 VAE_FIXED = {
     "act_fn": "silu",
     "shift_factor": None,
@@ -186,6 +194,26 @@ def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
         if attending:
             divides(heads, (width,), "attention heads", where)
     return unet, config.get("use_linear_projection") is not True
+
+
+def read_control(config: Config, where: str) -> tuple[ControlConfig, bool]:
+    """The control net that a diffusers config.json describes; likewise whether its files hold convolutions."""
+    told = one_of(config, "_class_name", where, "ControlNetModel", CONTROL_CLASSES)
+    union = CONTROL_CLASSES[told] or "num_control_type" in config
+    unet, conv = read_unet(config, where)
+    order = one_of(config, "controlnet_conditioning_channel_order", where, "rgb", {"rgb": False, "bgr": True})
+    if union:
+        wide = dict.fromkeys(("num_trans_channel", "num_proj_channel"), unet.channels[0])
+        check_fixed(config, UNION_FIXED | wide, where)
+    control = ControlConfig(
+        way_down(unet),
+        wholes({HINT: config.get(HINT, (48, 96, 192, 384) if union else (16, 32, 96, 256))}, HINT, where),
+        whole_number(config, "conditioning_channels", where, 3, MOST),
+        bgr=order == "bgr",
+        pooled=config.get("global_pool_conditions") is True,
+        kinds=whole_number(config, "num_control_type", where, 6, MOST) if union else 0,
+    )
+    return control, conv
 
 
 def attention_levels(config: Config, count: int, where: str) -> list[bool]:

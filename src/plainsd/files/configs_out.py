@@ -8,7 +8,9 @@ from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.configs import MIDDLES, NOTE, NOTED, OF_LEVELS, TINY
 from plainsd.models.clip import TextConfig
+from plainsd.models.control import ControlConfig
 from plainsd.models.tiny_vae import TinyVAEConfig
+from plainsd.models.vae import VAEConfig
 from plainsd.models.variants import Variant, edits, encoder_names
 
 
@@ -53,6 +55,36 @@ def write_unet(variant: Variant) -> dict[str, Any]:
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
         "use_linear_projection": not variant.conv_projections,
     } | more
+
+
+def write_control(control: ControlConfig, conv: bool) -> dict[str, Any]:
+    """Of a control net in a folder of its own."""
+    unet = control.unet
+    config = write_unet(Variant("control", unet, VAEConfig(), (), conv_projections=conv))
+    beside = ("out_channels", "sample_size", "time_cond_proj_dim", "up_block_types", "center_input_sample")
+    config = {name: value for name, value in config.items() if name not in beside}
+    union = {
+        "_class_name": "ControlNetUnionModel",
+        "addition_time_embed_dim": 256,
+        "num_control_type": control.kinds,
+        "num_trans_channel": unet.channels[0],
+        "num_proj_channel": unet.channels[0],
+        "num_trans_head": 8,
+        "num_trans_layer": 1,
+    }
+    if control.kinds:  # diffusers' union nets always have attention in the middle
+        del config["mid_block_type"]
+    return (
+        config
+        | {
+            "_class_name": "ControlNetModel",
+            "conditioning_channels": control.hint_channels,
+            "conditioning_embedding_out_channels": list(control.hint),
+            "controlnet_conditioning_channel_order": "bgr" if control.bgr else "rgb",
+            "global_pool_conditions": control.pooled,
+        }
+        | (union if control.kinds else {})
+    )
 
 
 def upward(blocks: tuple[int, ...]) -> int | list[int]:

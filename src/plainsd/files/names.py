@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from plainsd.models.clip import TextEncoder
+from plainsd.models.control import ControlNet
 from plainsd.models.tiny_vae import TinyBlock, TinyVAE
-from plainsd.models.unet import UNet
+from plainsd.models.unet import UNet, WayDown
 from plainsd.models.vae import VAE
 
 NameRow = tuple[str, ...]  # three names
@@ -80,6 +81,28 @@ TRANSFORMER_BLOCK = tuple((f"blocks.{{k}}.{ours}", *[f"transformer_blocks.{{k}}.
     ("norm3",           "norm3"),
     ("ff.up",           "ff.net.0.proj"),
     ("ff.down",         "ff.net.2"),
+))
+
+# --- a control net, beside its way down: ours, diffusers, original ---------------------------------------------------
+
+CONTROL_HINT: tuple[NameRow, ...] = (  # {k} in our list; diffusers names the first and the last apart
+    ("hint.{k}",  "controlnet_cond_embedding.blocks.{before}",  "input_hint_block.{twice}"),
+)
+CONTROL_ZERO: tuple[NameRow, ...] = (("zero.{n}", "controlnet_down_blocks.{n}", "zero_convs.{n}.0"),)
+CONTROL_MID: tuple[NameRow, ...] = (("zero.{n}", "controlnet_mid_block", "middle_block_out.0"),)
+UNION = tuple((f"union.{ours}", *[theirs] * 2) for ours, theirs in (
+    ("kind",      "task_embedding:bare"),
+    ("norm1",     "transformer_layes.0.ln_1"),
+    ("attn.q",    "transformer_layes.0.attn.in_proj:third"),
+    ("attn.k",    "transformer_layes.0.attn.in_proj:third"),
+    ("attn.v",    "transformer_layes.0.attn.in_proj:third"),
+    ("attn.out",  "transformer_layes.0.attn.out_proj"),
+    ("norm2",     "transformer_layes.0.ln_2"),
+    ("fc1",       "transformer_layes.0.mlp.c_fc"),
+    ("fc2",       "transformer_layes.0.mlp.c_proj"),
+    ("shift",     "spatial_ch_projs"),
+    ("time.0",    "control_add_embedding.linear_1"),
+    ("time.2",    "control_add_embedding.linear_2"),
 ))
 
 # --- the VAE: ours, diffusers, original ------------------------------------------------------------------------------
@@ -168,7 +191,7 @@ def filled_rows(table: tuple[NameRow, ...], **numbers: int) -> list[NameRow]:
     return [tuple(name.format(**numbers) for name in row) for row in table]
 
 
-def unet_rows(unet: UNet) -> Iterator[NameRow]:
+def unet_rows(unet: WayDown) -> Iterator[NameRow]:
     """Every module with weights that a UNet of these sizes can have; some exist only at some levels."""
     config = unet.config
     depth, layers, levels = config.depth, config.layers, len(config.channels)
@@ -183,6 +206,17 @@ def unet_rows(unet: UNet) -> Iterator[NameRow]:
         kind = row[0].rpartition(".")[2]
         table = transformer if kind == "attn" else UNET_RES if kind.startswith("res") else ()
         yield from under(row, table) if table else [row]
+
+
+def control_rows(net: ControlNet) -> Iterator[NameRow]:
+    yield from unet_rows(net)
+    yield from UNION
+    for k in range(len(net.hint)):
+        (row,) = filled_rows(CONTROL_HINT, k=k, before=k - 1, twice=2 * k)
+        ends = {0: "conv_in", len(net.hint) - 1: "conv_out"}
+        yield (row[0], f"controlnet_cond_embedding.{ends[k]}" if k in ends else row[1], row[2])
+    for n in range(len(net.zero)):
+        yield from filled_rows(CONTROL_MID if n == len(net.zero) - 1 else CONTROL_ZERO, n=n)
 
 
 def vae_rows(vae: VAE) -> Iterator[NameRow]:
@@ -211,7 +245,13 @@ def text_rows(encoder: TextEncoder) -> Iterator[NameRow]:
         yield from filled_rows(TEXT_BLOCK, k=k)
 
 
-NAME_ROWS = {UNet: unet_rows, VAE: vae_rows, TinyVAE: tiny_vae_rows, TextEncoder: text_rows}
+NAME_ROWS = {
+    UNet: unet_rows,
+    ControlNet: control_rows,
+    VAE: vae_rows,
+    TinyVAE: tiny_vae_rows,
+    TextEncoder: text_rows,
+}
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plainsd.models.unet import UNet
+from plainsd.models.unet import UNet, joined
 
 
 class DeepCache:
@@ -25,18 +27,26 @@ class DeepCache:
         self.deep: list[Tensor] = []  # one for each call of a step
 
     def __call__(
-        self, x: Tensor, timestep: float, context: Tensor, vector: Tensor | None = None, guidance: Tensor | None = None
+        self,
+        x: Tensor,
+        timestep: float,
+        context: Tensor,
+        vector: Tensor | None = None,
+        guidance: Tensor | None = None,
+        residuals: Sequence[Tensor] | None = None,
+        features: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         unet, split = self.unet, len(self.unet.up) - 1 - self.shallow
         fresh = self.advance(timestep, len(x))
         emb = unet.embed(timestep, x, vector, guidance)
-        x = unet.conv_in(x)
-        skips = [x]
+        added = iter(features or [None] * (len(unet.down) + 2))
+        skips = [x := joined(unet.conv_in(x), next(added))]
         for block in unet.down if fresh else unet.down[: self.shallow]:
-            x = block(x, emb, context)
-            skips.append(x)
+            skips.append(x := joined(block(x, emb, context), next(added)))
         if fresh:
-            x = unet.mid(x, emb, context)
+            x = joined(unet.mid(x, emb, context), next(added))
+            x = joined(x, residuals and residuals[-1])
+        skips = [joined(*pair) for pair in zip(skips, residuals or [None] * len(skips), strict=False)]
         for place, block in enumerate(unet.up):
             if place == split:
                 x = self.kept(x, fresh)

@@ -6,6 +6,7 @@ height and width, N = H * W positions, D width, M text tokens, T text width, E t
 extra vector.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,52 +127,50 @@ class Middle(nn.Module):
         return x if self.res2 is None else self.res2(x, emb)
 
 
+def joined(x: Tensor, more: Tensor | None) -> Tensor:
+    return x if more is None else x + more
+
+
 def embedding_mlp(dim_in: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim_in, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
-class UNet(nn.Module):
-    """x (B, C_in, H, W), timestep () or (B,), context (B, M, T), vector (B, V) -> (B, C_out, H, W). Any H and W."""
+class WayDown(nn.Module):
+    """What a UNet and a ControlNet (models/control.py) have alike: embeddings, the way down, the middle."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         ch, emb_dim, levels = config.channels, 4 * config.channels[0], range(len(config.channels))
-
-        def res(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, c_out, emb_dim, groups=config.groups)
-
-        def attn(level: int, depth: int | None) -> Transformer | None:
-            return Transformer(ch[level], config.heads[level], depth, config.context, config.groups) if depth else None
-
         self.time = embedding_mlp(ch[0], emb_dim)
         self.vector = embedding_mlp(config.vector, emb_dim) if config.vector else None
         self.guidance = nn.Linear(config.guidance_dim, ch[0], bias=False) if config.guidance_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, ch[0], 3, padding=1)
 
-        skips, width = [ch[0]], ch[0]  # widths of what the way up gets handed over from the way down
+        self.widths, width = [ch[0]], ch[0]  # of conv_in's output and each block's: what the way up is handed
         self.down = nn.ModuleList()
         for i in levels:
             for _ in range(config.layers):
-                self.down.append(Block(res(width, ch[i]), attn(i, config.depth[i])))
+                self.down.append(Block(self.res(width, ch[i]), self.attn(i, config.depth[i])))
                 width = ch[i]
-                skips.append(width)
+                self.widths.append(width)
             if i != levels[-1]:
                 self.down.append(Block(resample=Downsample(width)))
-                skips.append(width)
+                self.widths.append(width)
 
         mid = config.mid_depth
-        self.mid = Middle(None if mid is None else res(width, width), attn(-1, mid), res(width, width) if mid else None)
+        self.mid = Middle(
+            None if mid is None else self.res(width, width),
+            self.attn(-1, mid),
+            self.res(width, width) if mid else None,
+        )
 
-        self.up = nn.ModuleList()
-        for i in reversed(levels):
-            for j, depth in enumerate(config.going_up(i)):
-                upsample = Upsample(ch[i]) if i and j == config.layers else None
-                self.up.append(Block(res(width + skips.pop(), ch[i]), attn(i, depth), upsample))
-                width = ch[i]
+    def res(self, c_in: int, c_out: int) -> ResBlock:
+        return ResBlock(c_in, c_out, 4 * self.config.channels[0], groups=self.config.groups)
 
-        self.norm_out = nn.GroupNorm(config.groups, ch[0])
-        self.conv_out = nn.Conv2d(ch[0], config.out_channels, 3, padding=1)
+    def attn(self, level: int, depth: int | None) -> Transformer | None:
+        c = self.config
+        return Transformer(c.channels[level], c.heads[level], depth, c.context, c.groups) if depth else None
 
     def embed(self, timestep: Tensor | float, batch: Tensor, vector: Tensor | None, guidance: Tensor | None) -> Tensor:
         """Everything that is known of the whole picture, as one vector a picture: (B, E)."""
@@ -184,6 +183,31 @@ class UNet(nn.Module):
         emb = self.time(emb)
         return emb if self.vector is None else emb + self.vector(vector)
 
+
+class UNet(WayDown):
+    """x (B, C_in, H, W), timestep () or (B,), context (B, M, T), vector (B, V) -> (B, C_out, H, W). Any H and W.
+
+    What joins it comes as tensors, one for conv_in's output, one for each block of the way down, the last for the
+    middle's. `residuals` are added to what the way up is handed, and the way down never sees them (ControlNet, Zhang et
+    al. 2023, arXiv:2302.05543); `features` to the outputs themselves, None where there is nothing to add, and what
+    follows goes on from there (T2I-Adapter, Mou et al. 2023, arXiv:2302.08453).
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        ch, levels = config.channels, range(len(config.channels))
+        skips, width = list(self.widths), ch[-1]
+
+        self.up = nn.ModuleList()
+        for i in reversed(levels):
+            for j, depth in enumerate(config.going_up(i)):
+                upsample = Upsample(ch[i]) if i and j == config.layers else None
+                self.up.append(Block(self.res(width + skips.pop(), ch[i]), self.attn(i, depth), upsample))
+                width = ch[i]
+
+        self.norm_out = nn.GroupNorm(config.groups, ch[0])
+        self.conv_out = nn.Conv2d(ch[0], config.out_channels, 3, padding=1)
+
     def forward(
         self,
         x: Tensor,
@@ -191,14 +215,17 @@ class UNet(nn.Module):
         context: Tensor,
         vector: Tensor | None = None,
         guidance: Tensor | None = None,
+        residuals: Sequence[Tensor] | None = None,
+        features: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         emb = self.embed(timestep, x, vector, guidance)
-        x = self.conv_in(x)
-        skips = [x]
+        added = iter(features or [None] * (len(self.down) + 2))
+        skips = [x := joined(self.conv_in(x), next(added))]
         for block in self.down:
-            x = block(x, emb, context)
-            skips.append(x)
-        x = self.mid(x, emb, context)
+            skips.append(x := joined(block(x, emb, context), next(added)))
+        x = joined(self.mid(x, emb, context), next(added))
+        if residuals is not None:
+            *skips, x = (joined(*pair) for pair in zip([*skips, x], residuals, strict=True))
         for block in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
             size = skips[-1].shape[-2:] if block.resample is not None else None

@@ -27,6 +27,7 @@ from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures import conditioning
+from plainsd.pictures.control import Controls, Fitted
 from plainsd.pictures.guidance import Estimates, UNetCall, guided_denoise
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
@@ -176,12 +177,13 @@ def sample(
     draw: Draw,
     known: Known | None = None,
     first_pass: int | None = None,
+    control: Sequence[Fitted] = (),
 ) -> Generator[Step, None, Tensor]:
     """Yields the sampler's steps; returns clean latents (B, L, h, w).
 
     `each` differ in prompts, seeds and scale of guidance only; `size` is the picture's, as SDXL is told it; `noise` is
     the first one, and `draw` gives more; `first_pass` counts the steps of a pass before this one, for prompts that
-    change on the way.
+    change on the way; `control` are maps to follow, which a refiner does not.
     """
     one, shape = each[0], noise.shape[1:]
     levels = sampler_levels(sd.schedule, one.sampler, one.steps, one.spacing)
@@ -195,7 +197,8 @@ def sample(
         start = math.inf
     done = 0
     for model, own in turns(sd, one, levels):
-        denoise = _denoise(model, each, size, levels, known.concat if known else None, first_pass)
+        followed = control if model is sd else ()
+        denoise = _denoise(model, each, size, levels, known.concat if known else None, first_pass, followed)
         if known is not None and known.mask is not None:
             denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
         for step in SAMPLERS[one.sampler].run(
@@ -240,8 +243,9 @@ def _denoise(
     levels: Levels,
     concat: Tensor | None,
     first_pass: int | None,
+    control: Sequence[Fitted],
 ) -> Denoise:
-    """The network with its prompts and guidance."""
+    """The network with its prompts, guidance and maps."""
     one, steps = each[0], len(levels.sigmas) - 1
     if sd.unet.config.in_channels == sd.vae.config.latent_channels:
         concat = None  # a refiner after an inpainting model
@@ -253,7 +257,8 @@ def _denoise(
     network: UNetCall = DeepCache(sd.unet, one.cache) if one.cache else sd.unet
     if one.tiling:
         network = seamless(sd.unet, network)
-    estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network)
+    controls = Controls(sd, control, steps) if control else None
+    estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network, controls)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
     return guided_denoise(

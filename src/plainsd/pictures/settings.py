@@ -5,8 +5,26 @@ This module needs no torch, so that the command line can read settings before it
 
 import os
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from plainsd.errors import UserError, unknown
+
+
+class ControlNote(NamedTuple):
+    """What a picture's text says of a map that it followed: see pictures/control.py."""
+
+    module: str = "none"  # what made the map of a picture
+    model: str = "None"
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: str = "balanced"
+    guess: bool = False
+    kinds: tuple[int, ...] = ()  # of maps, where the net is for several
+
+
+CONTROL_MODES = {"balanced": "Balanced", "prompt": "My prompt is more important",
+                 "control": "ControlNet is more important"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,7 @@ class Settings:
     vae: str | None = None  # likewise, where it is not the model's own
     masked: bool = False  # inpainting: a mask came with the picture, for the text
     outpaint: tuple[int, int, int, int] | None = None  # pixels added at left, top, right, bottom, for the text
+    control: tuple[ControlNote, ...] = ()  # maps that it followed, for the text
     rescale: float = 0.0  # Lin et al. 2023 (arXiv:2305.08891), 0 to 1
     interval: tuple[float, float] | None = None  # sigmas between which guidance acts (arXiv:2404.07724)
     perturbed: float = 0.0  # scale of perturbed-attention guidance (arXiv:2403.17377)

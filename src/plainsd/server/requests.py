@@ -188,7 +188,7 @@ def check_prompts(each: list[Resolved], limits: Limits) -> None:
         for name, whole, parts in (("prompt", prompt, compose(prompt)), ("negative", negative, [(negative, 1.0)])):
             try:
                 for part, weight in parts:
-                    weighted([Weighted(part, weight)])  # of the whole part, beside others
+                    as_weighted([Weighted(part, weight)])  # of the whole part, beside others
                 for text in {text for part, _ in parts for _, text in schedule(part, steps)}:
                     as_weighted(text)
             except UserError as error:

@@ -1,21 +1,24 @@
-"""The methods that begin from a loaded model, as jobs: `full`, `lora`, `inversion`."""
+"""The methods that begin from a loaded model, as jobs: `full`, `lora`, `inversion`, `controlnet`."""
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
 from plainsd.adapters.embeddings import save_embedding
 from plainsd.adapters.lora import save_lora
-from plainsd.checkpoint import save
+from plainsd.checkpoint import load_control, save, save_control
 from plainsd.errors import UserError
 from plainsd.files.convert import read
 from plainsd.files.hub import find
 from plainsd.files.predicted import on_or_off
 from plainsd.files.tokenizers import tokenizers
+from plainsd.models.control import ControlNet
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
@@ -24,6 +27,7 @@ from plainsd.train.data.pictures import read_pictures
 from plainsd.train.data.sources import parse_source
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob, weights_digest
+from plainsd.train.methods.controlnet import controlnet
 from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.methods.finetune import FineTune
 from plainsd.train.methods.full import full
@@ -120,6 +124,32 @@ def train_inversion(job: TrainJob) -> None:
         )
 
 
+def train_controlnet(job: TrainJob) -> None:
+    if job.world.sharded:
+        raise UserError("method controlnet does not go with --shard; leave it out")
+    if job.options.prior.prior or job.options.prior.prior_prompt:
+        raise UserError("method controlnet reads a map beside each picture, which a prior set has not; leave it out")
+    found: list[ControlNet] = []
+
+    def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
+        own = job.options.control.control
+        start = load_control(own, device=job.world.device, dtype="float32") if own else None
+        kept = {name: shared[name] for name in ("objective", "chunks")}
+        method = controlnet(sd, examples, start, seed=job.options.pace.seed, **kept)
+        found.append(cast(ControlNet, method.modules["net"]))
+        return method
+
+    def write(sd: StableDiffusion, mark: str | None) -> None:
+        place = job.result(mark)
+        save_control(found[0], place.with_name(f"{place.name}.safetensors"), dtype=job.save_dtype)
+        save_control(found[0], place, dtype=job.save_dtype)
+
+    if sd := tuned(job, make, write):
+        with saving("the control net"):
+            write(sd, None)
+        job.say(f"control net in {job.result()}.safetensors (the original's names) and {job.result()} (diffusers')")
+
+
 def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
     """The trained model; None where the run was stopped before its end, or where another process will save it."""
     sd = base_model(job)
@@ -141,9 +171,13 @@ def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
     method = make(sd, examples, shared)
     parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
-    with trained_faster(sd.unet), checkpointing(sd.unet, job.options.pace.checkpointing):
-        save_it = partial(write, sd)
-        done = job.train(method, pictures, check, job.sampler(sd), before=True, save=save_it)
+    nets = [module for module in method.modules.values() if isinstance(module, ControlNet)]
+    with ExitStack() as stack:
+        for network in (sd.unet, *nets):
+            stack.enter_context(trained_faster(network))
+            stack.enter_context(checkpointing(network, job.options.pace.checkpointing))
+        save_it, sample = partial(write, sd), job.sampler(sd, *nets, pictures=pictures)
+        done = job.train(method, pictures, check, sample, before=True, save=save_it)
     for network in parts if done else []:
         gather(network)
     return sd if done and job.world.first else None

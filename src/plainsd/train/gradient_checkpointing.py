@@ -6,14 +6,15 @@ from functools import partial
 
 from torch.utils.checkpoint import checkpoint
 
-from plainsd.models.unet import UNet
+from plainsd.models.unet import UNet, WayDown
 
 
 @contextmanager
-def checkpointing(unet: UNet, wanted: bool = True) -> Iterator[None]:
+def checkpointing(network: WayDown, wanted: bool = True) -> Iterator[None]:
     """Inside, each block keeps only its input for the backward pass, which computes the rest again (Chen et al. 2016,
     arXiv:1604.06174). The gradients are the same."""
-    blocks = [*unet.down, unet.mid, *unet.up] if wanted else []
+    up = network.up if isinstance(network, UNet) else ()
+    blocks = [*network.down, network.mid, *up] if wanted else []
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:

@@ -15,7 +15,9 @@ from plainsd.device import DTYPES
 from plainsd.disk import read_json
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
+from plainsd.models.control import ControlNet
 from plainsd.models.vae import VAE
+from plainsd.pictures.control import Control
 from plainsd.pictures.images import grid, write_png
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import RANDOM, drawn_seed
@@ -303,8 +305,11 @@ class TrainJob:
         method.modules.eval()
         return True
 
-    def sampler(self, sd: "StableDiffusion") -> Callable[[Path], None] | None:
-        """Draws a grid of the prompts, always with the same noise."""
+    def sampler(
+        self, sd: "StableDiffusion", net: ControlNet | None = None, *, pictures: PictureSet | None = None
+    ) -> Callable[[Path], None] | None:
+        """Draws a grid of the prompts, always with the same noise; with a control net each after the map of one of the
+        pictures, the first, the second, ..."""
         file = self.options.telling.prompts
         if file is None:
             return None
@@ -313,7 +318,14 @@ class TrainJob:
         def sample(path: Path) -> None:
             from plainsd.generate import final, text_to_image
 
-            images = final(text_to_image(sd, prompts, seed=0, size=self.options.reading.size))
+            if net is None or pictures is None:
+                images = final(text_to_image(sd, prompts, seed=0, size=self.options.reading.size))
+            else:
+                maps = [pictures.map(i % len(pictures)) for i in range(len(prompts))]
+                images = [
+                    final(text_to_image(sd, prompt, seed=0, size=map.size, control=[Control(net, map)]))[0]
+                    for prompt, map in zip(prompts, maps, strict=True)
+                ]
             if self.world.first:
                 write_png(grid(images, min(8, len(images))), path)
 

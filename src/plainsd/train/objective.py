@@ -14,7 +14,7 @@ Shapes: x0, noise (B, L, h, w); timesteps (B,); mask (B, 1, h, w). Randomness co
 a choice that is off draws nothing, so that turning one on leaves the other numbers as they were.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +25,6 @@ from torch import Tensor
 from plainsd.diffusion.denoiser import min_snr_weight, network_input, train_target
 from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import UserError
-from plainsd.models.unet import UNet
 from plainsd.train.order import Pick
 
 
@@ -78,7 +77,7 @@ def draw_noise(picks: Sequence[Pick], shape: Sequence[int], objective: Objective
 
 
 def errors(
-    unet: UNet,
+    unet: Callable[..., Tensor],
     schedule: NoiseSchedule,
     prediction: str,
     x0: Tensor,

@@ -20,6 +20,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "scratch": FROM_NOTHING,
     "full": RECIPE | {"epochs": 400, "lr": 1e-5},
     "lora": RECIPE | {"epochs": 100, "lr": 1e-4},
+    "controlnet": RECIPE | {"epochs": 10, "lr": 1e-5},
     "inversion": RECIPE | {"epochs": 100, "lr": 5e-3, "weight_decay": 0.0},
 }
 
@@ -201,6 +202,14 @@ class Inversion:
 
 
 @dataclass
+class Controlling:
+    """Method controlnet."""
+
+    control: str | None = None
+    """a control net to go on from, a folder or a file; a new one, made of the model's own weights, if not given"""
+
+
+@dataclass
 class FromNothing:
     """Methods vae and scratch, and --vae for all that need one."""
 
@@ -229,9 +238,10 @@ class FromNothing:
 class TrainOptions:
     """All of them: one run."""
 
-    method: Literal["vae", "scratch", "full", "lora", "inversion"]
+    method: Literal["vae", "scratch", "full", "lora", "inversion", "controlnet"]
     """vae: an autoencoder from nothing. scratch: text encoder and UNet from nothing, on a trained autoencoder. full:
-    all weights of a model's UNet. lora: low-rank changes to a model. inversion: a new word for prompts"""
+    all weights of a model's UNet. lora: low-rank changes to a model. inversion: a new word for prompts.
+    controlnet: a net that reads a map beside each picture (name.cond.png)"""
     data: tuple[str, ...]
     """folders of captioned pictures (metadata.jsonl, or pairs name.png and name.txt), parquet files, tar shards, or
     datasets on the hub (owner/name); cats:10 is shown ten times an epoch"""
@@ -251,6 +261,7 @@ class TrainOptions:
     loss: OmitArgPrefixes[LossOptions] = field(default_factory=LossOptions)
     lora: OmitArgPrefixes[LoraOptions] = field(default_factory=LoraOptions)
     inversion: OmitArgPrefixes[Inversion] = field(default_factory=Inversion)
+    control: OmitArgPrefixes[Controlling] = field(default_factory=Controlling)
     prior: OmitArgPrefixes[Prior] = field(default_factory=Prior)
     telling: OmitArgPrefixes[Telling] = field(default_factory=Telling)
     nothing: OmitArgPrefixes[FromNothing] = field(default_factory=FromNothing)

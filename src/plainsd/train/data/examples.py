@@ -27,6 +27,7 @@ class ExampleBatch(NamedTuple):
     x0: Tensor  # (B, L, h, w), scaled latents
     noise: NoisyLatents
     mask: Tensor | None  # (B, 1, h, w)
+    maps: Tensor | None  # (B, 3, H, W), 0 to 1, for a control net
     sizes: Tensor  # (B, 6): height and width of the original; top, left, height, width of the crop
 
 
@@ -64,7 +65,9 @@ class Examples:
     ) -> ExampleBatch:
         x0 = self.latents.draw(picks, views)
         noise = draw_noise(picks, x0.shape[1:], objective)
-        return ExampleBatch(captions, timesteps, x0, noise, self.latents.masks(picks, views), self._sizes(picks, views))
+        maps = self.pictures.maps([p.index for p in picks], views)
+        masks, sizes = self.latents.masks(picks, views), self._sizes(picks, views)
+        return ExampleBatch(captions, timesteps, x0, noise, masks, maps, sizes)
 
     def _sizes(self, picks: Sequence[Pick], views: Sequence[int]) -> Tensor:
         rows = []

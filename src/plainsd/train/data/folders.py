@@ -1,10 +1,12 @@
 """What a folder of captioned pictures holds: which file is a picture, which is its caption, which is its mask.
 
     metadata.jsonl         one line a picture: `file_name`, and `text`: a caption or a list of them; perhaps `mask`
-    cat.png + cat.txt      or pairs, one caption a line; cat.mask.png is the mask. Subfolders count
+                           and `cond`
+    cat.png + cat.txt      or pairs, one caption a line; cat.mask.png is the mask, and cat.cond.png the map that a
+                           control net reads. Subfolders count
 
-Endings are the same in either case, and any picture's ending will do for a mask. A picture is never passed over in
-silence: what is not used is told.
+Endings are the same in either case, and any picture's ending will do for a mask or a map. A picture is never passed
+over in silence: what is not used is told.
 """
 
 import json
@@ -20,6 +22,7 @@ from plainsd.errors import UserError
 from plainsd.listing import file_named, files_below, lies_in, lines_of, others, suffix_of
 
 METADATA = "metadata.jsonl"
+MAPS = ("cond", "conditioning_image")  # keys and columns with maps; the second is diffusers' word
 PICTURES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
     *(".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".tga", ".ppm", ".pgm", ".pnm", ".qoi"),
@@ -34,6 +37,7 @@ class FoundPicture(NamedTuple):
     path: Path
     texts: tuple[str, ...] = ()
     mask: Path | None = None
+    map: Path | None = None  # for a control net
     fault: str | None = None
 
 
@@ -45,12 +49,13 @@ def found_in(folder: Path, without: Iterable[Path], say: Callable[[str], None]) 
     files = files_below(folder, without, refused)
     metadata = file_named(folder, METADATA)
     found = list(of_metadata(metadata, others(folder, without)) if metadata else of_pairs(files))
-    used = {os.path.abspath(path) for one in found for path in (one.path, one.mask) if path}
-    bare = {path.with_suffix("") for path in files if is_picture(path) and not is_mask(path)}
+    used = {os.path.abspath(path) for one in found for path in (one.path, one.mask, one.map) if path}
+    bare = {path.with_suffix("") for path in files if is_picture(path) and not is_beside(path)}
     rest = [path for path in files if os.path.abspath(path) not in used]
     for why, these in (
         (f"not in {METADATA}", [path for path in rest if metadata and is_picture(path)]),
         ("masks without a picture", [p for p in rest if not metadata and is_mask(p) and masked(p) not in bare]),
+        ("maps without a picture", [p for p in rest if not metadata and is_map(p) and masked(p) not in bare]),
         ("of kinds that are not read here; save them as PNG", [p for p in rest if is_unread(p)]),
     ):
         if these:
@@ -72,7 +77,8 @@ def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[FoundPictu
             texts = row.get("text", ())
             texts = texts if isinstance(texts, list) else [texts] if texts else []
             mask = folder / row["mask"] if row.get("mask") else None
-            one = FoundPicture(folder / row["file_name"], spoken(texts), mask)
+            map = next((folder / row[key] for key in MAPS if row.get(key)), None)
+            one = FoundPicture(folder / row["file_name"], spoken(texts), mask, map)
         except (ValueError, KeyError, TypeError, AttributeError):
             one = FoundPicture(folder / f"{file.name} line {number}", fault='not {"file_name": ..., "text": ...}')
         if not lies_in(one.path.resolve(), without):
@@ -81,27 +87,29 @@ def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[FoundPictu
 
 def of_pairs(files: Sequence[Path]) -> Iterator[FoundPicture]:
     captions: dict[Path, list[Path]] = {}
-    masks: dict[Path, list[Path]] = {}
+    beside: dict[tuple[Path, bool], list[Path]] = {}  # a picture's masks, and its maps
     for path in files:
         if suffix_of(path) == ".txt":
             captions.setdefault(path.with_suffix(""), []).append(path)
-        elif is_mask(path):
-            masks.setdefault(masked(path), []).append(path)
-    for path in (p for p in files if is_picture(p) and not is_mask(p)):
+        elif is_beside(path):
+            beside.setdefault((masked(path), is_map(path)), []).append(path)
+    for path in (p for p in files if is_picture(p) and not is_beside(p)):
         bare = path.with_suffix("")
-        mask, *more = masks.get(bare, [None])
-        if more:
-            yield FoundPicture(
-                path, fault=f"it has {1 + len(more)} masks ({shortened([p.name for p in (mask, *more)])})"
-            )
-            continue
-        try:
-            texts = spoken(line for file in captions.get(bare, ()) for line in lines_of(file))
-            yield FoundPicture(path, texts, mask)
-        except UnicodeDecodeError:
-            yield FoundPicture(path, mask=mask, fault="its caption is not text in UTF-8")
-        except OSError as error:
-            yield FoundPicture(path, mask=mask, fault=f"its caption cannot be read ({error.strerror})")
+        masks, maps = beside.get((bare, False), []), beside.get((bare, True), [])
+        for what, these in (("masks", masks), ("maps", maps)):
+            if len(these) > 1:
+                names = shortened([p.name for p in these])
+                yield FoundPicture(path, fault=f"it has {len(these)} {what} ({names})")
+                break
+        else:
+            mask, map = (these[0] if these else None for these in (masks, maps))
+            try:
+                texts = spoken(line for file in captions.get(bare, ()) for line in lines_of(file))
+                yield FoundPicture(path, texts, mask, map)
+            except UnicodeDecodeError:
+                yield FoundPicture(path, mask=mask, fault="its caption is not text in UTF-8")
+            except OSError as error:
+                yield FoundPicture(path, mask=mask, fault=f"its caption cannot be read ({error.strerror})")
 
 
 def is_picture(path: Path) -> bool:
@@ -113,8 +121,18 @@ def is_mask(path: Path) -> bool:
     return is_picture(path) and path.stem.lower().endswith(".mask")
 
 
+def is_map(path: Path) -> bool:
+    """`cat.cond.png`."""
+    return is_picture(path) and path.stem.lower().endswith(".cond")
+
+
+def is_beside(path: Path) -> bool:
+    """Whether it belongs to another picture."""
+    return is_mask(path) or is_map(path)
+
+
 def masked(path: Path) -> Path:
-    """`cat` for `cat.mask.png`."""
+    """`cat` for `cat.mask.png` and `cat.cond.png`."""
     return path.with_suffix("").with_suffix("")
 
 

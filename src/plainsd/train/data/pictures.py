@@ -47,6 +47,10 @@ class Entry(Protocol):
     def masked(self) -> bool: ...
 
     @property
+    def mapped(self) -> bool:
+        """Whether it has a map, for a control net."""
+
+    @property
     def name(self) -> str: ...
 
     @property
@@ -54,7 +58,7 @@ class Entry(Protocol):
         """Its real path, where it has a file of its own."""
 
     def mark(self) -> str:
-        """Changes when the picture does, or its mask."""
+        """Changes when the picture does, or its mask or map."""
 
     def content(self) -> bytes:
         """The picture as it is stored."""
@@ -62,6 +66,8 @@ class Entry(Protocol):
     def open(self) -> Image.Image: ...
 
     def open_mask(self) -> Image.Image: ...
+
+    def open_map(self) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Item:
     repeats: int = 1
     size: Size | None = None
     mask: Path | None = None
+    map: Path | None = None
 
     @property
     def name(self) -> str:
@@ -86,8 +93,13 @@ class Item:
     def masked(self) -> bool:
         return self.mask is not None
 
+    @property
+    def mapped(self) -> bool:
+        return self.map is not None
+
     def mark(self) -> str:
-        return file_mark(self.path) + (f" mask {file_mark(self.mask)}" if self.mask else "")
+        beside = {"mask": self.mask, "map": self.map}
+        return " ".join([file_mark(self.path), *(f"{name} {file_mark(path)}" for name, path in beside.items() if path)])
 
     def content(self) -> bytes:
         return self.path.read_bytes()
@@ -98,6 +110,10 @@ class Item:
     def open_mask(self) -> Image.Image:
         assert self.mask is not None  # of those that are `masked`
         return open_picture(self.mask, background="black")
+
+    def open_map(self) -> Image.Image:
+        assert self.map is not None  # of those that are `mapped`
+        return open_picture(self.map, background="black")
 
 
 def file_mark(path: Path) -> str:
@@ -124,6 +140,16 @@ class PictureSet:
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """The first view of each, of the same size all of them: (B, 3, H, W) in [-1, 1]."""
         return torch.cat([self._first(self.items[i].open(), self.items[i].name) for i in indices])
+
+    def maps(self, indices: Sequence[int], views: Sequence[int]) -> Tensor | None:
+        """Of each picture's view the map, cut alike: (B, 3, H, W), 0 to 1. None where pictures have none."""
+        if not self.items[0].mapped:
+            return None
+        cut = [self.map(index, view) for index, view in zip(indices, views, strict=True)]
+        return torch.cat([(to_tensor(map) + 1) / 2 for map in cut])
+
+    def map(self, index: int, view: int = 0) -> Image.Image:
+        return cut_out(self.items[index].open_map(), self.views(index)[view])
 
     def _first(self, picture: Image.Image, name: str) -> Tensor:
         return to_tensor(cut_out(picture, self.framing.views(name, picture.size, self.size)[0]))
@@ -180,7 +206,9 @@ def read_pictures(
     if not found:
         raise UserError(f"{folder}: no pictures; put metadata.jsonl there, or pairs such as cat.png and cat.txt")
     spare = (caption,) if caption else ()
-    entries = [(Item(one.path, one.texts or spare, repeats, mask=one.mask), one.fault) for one in found[:limit]]
+    entries = [
+        (Item(one.path, one.texts or spare, repeats, None, one.mask, one.map), one.fault) for one in found[:limit]
+    ]
     return PictureSet(scan(entries, str(folder), bad_share, check, known, say), size)
 
 
@@ -229,6 +257,8 @@ def _checked(entry: Entry, whole: dict[str, Sequence[int]]) -> tuple[Entry, str 
                 return entry, f"only {size[0]}x{size[1]} pixels"
             if entry.masked and entry.open_mask().size != size:
                 return entry, f"its mask is of another size than its {size[0]}x{size[1]} pixels"
+            if entry.mapped and entry.open_map().size != size:
+                return entry, f"its map is of another size than its {size[0]}x{size[1]} pixels"
             whole[mark] = size
         return replace(entry, size=tuple(whole[mark])), None
     except UserError as error:

@@ -9,8 +9,8 @@
 
 A picture column is one of that type, or with one of the names in PICTURE_COLUMNS; a text column has a caption, a list
 of them, or (tar) a table with one; a column `mask` holds pictures whose dark parts do not
-count. With `stream` a
-dataset is not fetched as a whole: its first `limit` rows are read one after the other and kept in the cache folder.
+count, and a column `cond`, or `conditioning_image`, the maps of a control net. With `stream` a dataset is not fetched
+as a whole: its first `limit` rows are read one after the other and kept in the cache folder.
 """
 
 import json
@@ -29,11 +29,12 @@ from plainsd.errors import UserError
 from plainsd.listing import file_named, files_below, lies_in, others, suffix_of
 from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture
-from plainsd.train.data.folders import METADATA, is_picture, refused, spoken
+from plainsd.train.data.folders import MAPS, METADATA, is_picture, refused, spoken
 from plainsd.train.data.pictures import PictureSet, read_pictures, scan
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")
+MAP_COLUMN = re.compile(rf"({'|'.join(MAPS)})(\.\w+)?", re.IGNORECASE)
 MASK_COLUMN = re.compile(r"mask(\.\w+)?", re.IGNORECASE)  # in tar files with the ending: 0.mask.png
 SOURCE = re.compile(r"(.+?)(?::(\d+))?")  # with a number of repeats
 HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
@@ -76,10 +77,15 @@ class DatasetRow:
     repeats: int = 1
     size: Size | None = None
     mask: str | None = None  # the column with its mask
+    map: str | None = None  # likewise, its map for a control net
 
     @property
     def masked(self) -> bool:
         return self.mask is not None
+
+    @property
+    def mapped(self) -> bool:
+        return self.map is not None
 
     @property
     def name(self) -> str:
@@ -102,6 +108,10 @@ class DatasetRow:
     def open_mask(self) -> Image.Image:
         assert self.mask is not None  # of those that are `masked`
         return self._picture(self.mask, "black")
+
+    def open_map(self) -> Image.Image:
+        assert self.map is not None  # of those that are `mapped`
+        return self._picture(self.map, "black")
 
     def _picture(self, column: str, background: str) -> Image.Image:
         return open_picture(self._source(self.table[self.number][column]), background)
@@ -213,7 +223,8 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
             *(
                 name
                 for name, feature in table.features.items()
-                if isinstance(feature, datasets.Image) and not MASK_COLUMN.fullmatch(name)
+                if isinstance(feature, datasets.Image)
+                and not (MASK_COLUMN.fullmatch(name) or MAP_COLUMN.fullmatch(name))
             ),
             *PICTURE_COLUMNS,
         ],
@@ -225,7 +236,7 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
         and not set(TEXT_COLUMNS) & {name.lower() for name in table.features}
         else _column(table, place, "text", reading.text_column, TEXT_COLUMNS)
     )
-    for column in {picture, _mask_column(table)} - {None}:
+    for column in {picture, _named(table, MASK_COLUMN), _named(table, MAP_COLUMN)} - {None}:
         table = table.cast_column(column, datasets.Image(decode=False))
     return table, picture, text
 
@@ -245,21 +256,31 @@ def _column(table, place: str, what: str, wanted: str | None, names: Iterable[st
     return found
 
 
-def _mask_column(table) -> str | None:
-    return next((name for name in table.features if MASK_COLUMN.fullmatch(name)), None)
+def _named(table, pattern: re.Pattern) -> str | None:
+    return next((name for name in table.features if pattern.fullmatch(name)), None)
 
 
 def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> list[DatasetRow]:
     table, picture, text = _opened(place, kind, files, cache, reading, stream=False)
-    mask, count = _mask_column(table), len(table)
+    mask, map, count = _named(table, MASK_COLUMN), _named(table, MAP_COLUMN), len(table)
     texts = list(table[text]) if text else [None] * count
-    pictures = table.select_columns([picture, mask] if mask else [picture])
-    masked = pictures.data.column(mask).is_valid().to_pylist() if mask else [False] * count
+    pictures = table.select_columns([name for name in (picture, mask, map) if name])
+    there = {
+        name: pictures.data.column(name).is_valid().to_pylist() if name else [False] * count for name in (mask, map)
+    }
     wanted: Sequence[int] = range(count)
     if kind == "imagefolder" and (apart := others(Path(place), reading.without)):
         wanted = [i for i, cell in enumerate(pictures[picture]) if not lies_in(Path(cell["path"]).resolve(), apart)]
     return [
-        DatasetRow(pictures, i, picture, _texts(texts[i], reading.caption), place, mask=mask if masked[i] else None)
+        DatasetRow(
+            pictures,
+            i,
+            picture,
+            _texts(texts[i], reading.caption),
+            place,
+            mask=mask if there[mask][i] else None,
+            map=map if there[map][i] else None,
+        )
         for i in wanted[: reading.limit]
     ]
 
@@ -294,11 +315,11 @@ def fetched_rows(place: str, kind: str | None, files: list[str], cache: Path, re
         unfinished.write_bytes(whole)
     done = whole.count(b"\n")
     table, picture, text = _opened(place, kind, files, cache, reading, stream=True)
-    mask, rows = _mask_column(table), table.skip(done).take(reading.limit - done)
+    mask, map, rows = _named(table, MASK_COLUMN), _named(table, MAP_COLUMN), table.skip(done).take(reading.limit - done)
     with open(metadata, "a", encoding="utf-8") as file:
         for number, row in enumerate(tqdm(rows, "fetching pictures", leave=False, disable=None), done):
             line: dict[str, str | list[str]] = {"text": list(_texts(row[text] if text else None, None))}
-            for key, column, end in (("file_name", picture, ""), ("mask", mask, ".mask")):
+            for key, column, end in (("file_name", picture, ""), ("mask", mask, ".mask"), ("cond", map, ".cond")):
                 if cell := row.get(column):
                     name = f"{number:08d}{end}" + (Path(cell.get("path") or "").suffix or ".png")
                     (folder / name).write_bytes(cell.get("bytes") or _fetched(cell["path"]))

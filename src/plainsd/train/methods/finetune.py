@@ -1,10 +1,12 @@
-"""Fine-tuning a loaded model: the loss of the methods `full`, `lora` and `inversion`, which differ in what moves.
+"""Fine-tuning a loaded model: the loss of the methods `full`, `lora`, `inversion`, `controlnet`. They differ in what
+moves.
 
 The VAE is frozen and has encoded every picture once; text encoders are frozen, and in eval, unless they are what
 learns. With a prior set (DreamBooth, Ruiz et al. 2022, arXiv:2208.12242, equation 2) each picture comes with one of the
 prior's, which reminds the model of what it knew.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +32,9 @@ class FineTune:
     objective: Objective = PLAIN_OBJECTIVE
     prior: Examples | None = None  # pictures of the kind in general, with general captions
     prior_weight: float = 1.0
+    network: Callable[[Tensor | None], Callable[..., Tensor]] | None = (
+        None  # from maps to what is called as the UNet is
+    )
 
     def loss(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
         steps = len(self.sd.schedule)
@@ -48,7 +53,7 @@ class FineTune:
         assert isinstance(self.sd.schedule, NoiseSchedule)  # `frozen` takes no other
         context, vector = self.reader(batch.captions, batch.sizes)
         return errors(
-            self.sd.unet,
+            self.network(batch.maps) if self.network else self.sd.unet,
             self.sd.schedule,
             self.sd.prediction,
             batch.x0,

@@ -1,0 +1,85 @@
+"""Write the training set of the embedded control net: captioned pictures of emoji, and beside each its edges.
+
+    python recipes/control/data.py runs/control/data
+
+    OUT/000000.png, .txt, .cond.png    a picture of 64x64 pixels, its captions, its edges (`--preprocess canny`)
+    OUT/heldout/                       likewise of (emoji, background) pairs that neither the model nor the net sees
+
+Needs the font of recipes/emoji and `pip install '.[control]'`. Picture i is a pure function of its number.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from plainsd.disk import read_json
+from plainsd.emoji import drawing
+from plainsd.errors import UserError
+from plainsd.files.hub import find
+from plainsd.pictures.preprocess import canny
+
+SIDE = 64  # the embedded model's own
+SMALLEST, LARGEST = 0.5, 0.95  # longer side of an emoji, as a share of the picture's side
+LARGE = 2 * SIDE  # pictures are drawn at this size, as those of recipes/emoji, and scaled
+
+
+def placed(key: str, glyph: Image.Image) -> tuple[Image.Image, drawing.GlyphBox]:
+    """The glyph, mirrored or not, and its size and place: a pure function of the key. The embedded model has seen none
+    smaller than 80 % of the picture, and none mirrored: that is the map's part."""
+    draw = random.Random(key).random
+    if draw() < 0.5:
+        glyph = ImageOps.mirror(glyph)
+    longer = LARGE * (SMALLEST + (LARGEST - SMALLEST) * draw())
+    width, height = (max(1, round(side * longer / max(glyph.size))) for side in glyph.size)
+    box = drawing.GlyphBox(int(draw() * (LARGE - width + 1)), int(draw() * (LARGE - height + 1)), width, height)
+    return glyph, box
+
+
+def write_pictures(folder: Path, kind: str, count: int, pairs: list[tuple], glyphs: dict) -> None:
+    """`count` pictures of the pairs, taken round and round."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        concept, background = pairs[i % len(pairs)]
+        glyph, place = placed(f"control:{kind}:{i}", glyphs[concept])
+        large = drawing.draw_picture(glyph, drawing.BACKGROUNDS[background], LARGE, place)
+        picture = large.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        picture.save(folder / f"{i:06d}.png", compress_level=1)
+        canny(picture).save(folder / f"{i:06d}.cond.png")
+        lines = [drawing.caption(template, concept, background) + "\n" for template in drawing.TEMPLATES]
+        (folder / f"{i:06d}.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def build(options: argparse.Namespace) -> None:
+    known = read_json(find(options.model) / "concepts.json")
+    concepts = [drawing.Concept(row["name"], row["character"]) for row in known["concepts"]]
+    font = drawing.open_font(options.font)
+    glyphs = {concept: drawing.draw_glyph(font, concept.character) for concept in concepts}
+    held = {tuple(pair) for pair in known["heldout"]}
+    pairs = [(concept, background) for concept in concepts for background in known["backgrounds"]]
+    seen = [pair for pair in pairs if (pair[0].name, pair[1]) not in held]
+    unseen = [pair for pair in pairs if (pair[0].name, pair[1]) in held]
+    write_pictures(options.out, "picture", options.count, seen, glyphs)
+    write_pictures(options.out / "heldout", "heldout", options.heldout, unseen, glyphs)
+    print(f"{options.count} pictures in {options.out}, {options.heldout} in {options.out / 'heldout'}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=6000)
+    parser.add_argument("--heldout", type=int, default=162)
+    parser.add_argument("--model", help="the model whose concepts are drawn; the embedded one if not given")
+    parser.add_argument("--font", type=Path)
+    try:
+        build(parser.parse_args())
+    except UserError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Maps that a drawing follows: which of them act at a step, on which rows, and what they add to the UNet.
+
+The networks are models/control.py. Residuals of several maps add up. Each is multiplied by the map's strength and by a
+weight of its own, counted from conv_in's output to the middle's:
+
+    balanced   1                      all rows         diffusers' own, and A1111's "Balanced"
+    guess      0.1 to 1, logspace     prompted rows    Zhang et al. 2023, "guess mode", as diffusers has it
+    prompt     0.825 ** (12 - k)      all rows         A1111's "My prompt is more important"
+    control    0.825 ** (12 - k)      prompted rows    A1111's "ControlNet is more important"
+
+"Prompted rows": the estimate without the prompt, from which guidance leads away, is made without the map, so that the
+map's effect is multiplied by the guidance as the prompt's is. For SDXL's ten residuals A1111 counts from 12 as well.
+
+Shape letters: R rows of the batch, C channels, H W height and width in pixels, h w those of the latents.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from plainsd.errors import UserError, unknown
+from plainsd.models.control import ControlNet
+from plainsd.models.unet import UNetConfig
+from plainsd.models.variants import VARIANTS
+from plainsd.pictures.conditioning import Conditioning
+from plainsd.pictures.images import to_rgb
+from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.settings import CONTROL_MODES, ControlNote
+
+MULTIPLE = 8  # sides to which maps are padded, as pictures are
+SOFT = 0.825  # A1111's ratio from one residual to the next
+STRONGEST = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """A map, and the net that reads it. Pictures of any mode; where their size is not that of what is drawn, they are
+    scaled to it."""
+
+    net: ControlNet
+    image: Image.Image | Sequence[Image.Image]  # several for a union net only
+    strength: float = 1.0
+    start: float = 0.0  # of the steps, from which share ...
+    end: float = 1.0  # ... to which it acts: a step has to lie between the two with its whole length, as in diffusers
+    guess: bool = False
+    mode: str = "balanced"  # or "prompt", "control"
+    kind: int | Sequence[int] | None = None  # of the map, or of each, for a union net: counted from 0
+    name: str = "control"  # of the net, for the picture's text
+    module: str = "none"  # what made the map, likewise
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [self.image] if isinstance(self.image, Image.Image) else list(self.image)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        return () if self.kind is None else (self.kind,) if isinstance(self.kind, int) else tuple(self.kind)
+
+    @property
+    def note(self) -> ControlNote:
+        values = (self.module, self.name, float(self.strength), float(self.start), float(self.end), self.mode)
+        return ControlNote(*values, self.guess, self.kinds)
+
+    @property
+    def prompted_only(self) -> bool:
+        """Whether rows without the prompt are left as they are; so they are with nets whose residuals are means."""
+        return self.guess or self.mode == "control" or self.net.control.pooled
+
+    def weights(self, count: int) -> list[float]:
+        """Of so many residuals. Several maps of a union net have had their strength where they were read."""
+        strength = 1.0 if len(self.images) > 1 else self.strength
+        if self.guess and not self.net.control.pooled:
+            return [strength * 10 ** (k / (count - 1) - 1) for k in range(count)]
+        return [strength * (1.0 if self.mode == "balanced" else SOFT ** (12 - k)) for k in range(count)]
+
+    def acts(self, step: int, steps: int) -> bool:
+        return self.start <= step / steps and (step + 1) / steps <= self.end
+
+
+class Fitted(NamedTuple):
+    """A control with its maps as the net reads them."""
+
+    control: Control
+    maps: list[Tensor]  # (1, 3, H, W), 0 to 1
+
+
+# --- at the door -----------------------------------------------------------------------------------------------------
+
+
+def check_control(sd: StableDiffusion, controls: Sequence[Control], size: tuple[int, int]) -> tuple[ControlNote, ...]:
+    """What the pictures' text will say. UserError for what does not go together; another size of a map is said."""
+    for number, control in enumerate(controls, 1):
+        which = f"control {number} ({control.name})" if len(controls) > 1 else f"control {control.name!r}"
+        _check_numbers(control, which)
+        _check_maps(control, which)
+        if reason := misfit(control.net, sd):
+            raise UserError(f"{which} does not fit the model: {reason}; choose a net of its family", field="control")
+        for image in control.images:
+            if image.size != size:
+                sizes = f"its map is {image.width}x{image.height} and the picture {size[0]}x{size[1]}"
+                warnings.warn(f"{which}: {sizes}; it is scaled", stacklevel=3)
+    return tuple(control.note for control in controls)
+
+
+def _check_numbers(control: Control, which: str) -> None:
+    if not 0 <= control.strength <= STRONGEST:
+        raise UserError(
+            f"{which}: strength {control.strength} is out of range; choose 0 to {STRONGEST:g}",
+            field="control",
+            value=control.strength,
+        )
+    if not 0 <= control.start < control.end <= 1:
+        raise UserError(
+            f"{which}: it is to act from {control.start} to {control.end} of the steps; give two shares from 0 to 1, "
+            "the lower one first",
+            field="control",
+            value=(control.start, control.end),
+        )
+    if control.mode not in CONTROL_MODES:
+        raise unknown("control mode", control.mode, CONTROL_MODES, field="control")
+    if control.guess and control.mode != "balanced":
+        raise UserError(f"{which}: guess and mode {control.mode!r} do not go together; choose one", field="control")
+
+
+def _check_maps(control: Control, which: str) -> None:
+    kinds, images, known = control.kinds, control.images, control.net.control.kinds
+    if not known and (kinds or len(images) != 1):
+        what = f"kind {control.kind}" if kinds else f"{len(images)} maps"
+        raise UserError(f"{which}: {what} is for union nets, and this net is for one; give one map", field="control")
+    if known and (len(kinds) != len(images) or not images or not all(0 <= kind < known for kind in kinds)):
+        raise UserError(
+            f"{which}: a union net wants the kind of each map, 0 to {known - 1}, and has {len(images)} maps and "
+            f"{list(kinds)}",
+            field="control",
+        )
+
+
+def misfit(net: ControlNet, sd: StableDiffusion) -> str | None:
+    """Why the net cannot speak to this model's UNet; None: it can."""
+    own, its = sd.unet.config, net.config
+    if (net.widths, its.in_channels) != (sd.unet.widths, sd.vae.config.latent_channels):
+        return f"it is for {family(its)} and this is {family(own)}"
+    attends = any(its.depth) or bool(its.mid_depth)
+    if attends and its.context != own.context or its.vector != own.vector:
+        return f"it is for {family(its)} and this is {family(own)}"
+    if net.control.factor != sd.vae.config.factor:
+        return (
+            f"it reads maps {net.control.factor} times as large as latents, and this model's are {sd.vae.config.factor}"
+        )
+    return None
+
+
+def family(unet: UNetConfig) -> str:
+    """The known model with a UNet of this shape, or the shape."""
+    for known in VARIANTS.values():
+        other = known.unet
+        if (other.channels, other.context, other.vector) == (unet.channels, unet.context, unet.vector):
+            return known.name
+    return f"a UNet of widths {'-'.join(map(str, unet.channels))} that reads texts of {unet.context} numbers"
+
+
+def fitted(controls: Iterable[Control], size: tuple[int, int]) -> list[Fitted]:
+    """The maps at the size of a picture, and padded as it is. `size`: width and height."""
+    return [Fitted(control, [as_map(image, size) for image in control.images]) for control in controls]
+
+
+def as_map(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    image = to_rgb(image, background="black")
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
+    return F.pad(pixels, (0, -size[0] % MULTIPLE, 0, -size[1] % MULTIPLE), mode="replicate")
+
+
+# --- at each step ----------------------------------------------------------------------------------------------------
+
+
+class Controls:
+    """All maps of one drawing. What the nets make of a map alone is the same at every step, and made once."""
+
+    def __init__(self, sd: StableDiffusion, each: Sequence[Fitted], steps: int):
+        """The nets are brought to the model's device and precision, in place."""
+        self.steps, self.controls = steps, [one.control for one in each]
+        self.hints = []
+        for control, maps in each:
+            net = control.net.to(sd.device, sd.dtype)
+            maps = [one.to(sd.device, sd.dtype) for one in maps]
+            self.hints.append(net.read(maps, control.kinds, control.strength if len(maps) > 1 else 1.0))
+
+    def __call__(
+        self, step: int, prompted: Sequence[bool], x: Tensor, timestep: float, conditioning: Conditioning
+    ) -> list[Tensor] | None:
+        """What is added to the UNet's skips and middle at a step, each (R, C, h, w) or (R, C, 1, 1); None: nothing.
+        `prompted`: of each row of x, whether it has its prompt."""
+        total: list[Tensor] | None = None
+        for control, hint in zip(self.controls, self.hints, strict=True):
+            rows = [row for row, with_prompt in enumerate(prompted) if with_prompt or not control.prompted_only]
+            if not rows or not control.acts(step, self.steps):
+                continue
+            residuals = self._of_rows(control, hint, rows, x, timestep, conditioning)
+            total = residuals if total is None else [a + b for a, b in zip(total, residuals, strict=True)]
+        return total
+
+    def _of_rows(
+        self, control: Control, hint: Tensor, rows: list[int], x: Tensor, timestep: float, conditioning: Conditioning
+    ) -> list[Tensor]:
+        """One net's residuals for some of the rows; the others get zeros."""
+        some = rows if len(rows) < len(x) else slice(None)
+        vector = None if conditioning.vector is None else conditioning.vector[some]
+        found = control.net(x[some], timestep, conditioning.context[some], hint, vector, control.kinds)
+        found = [weight * one for weight, one in zip(control.weights(len(found)), found, strict=True)]
+        if len(rows) == len(x):
+            return found
+        return [
+            one.new_zeros(len(x), *one.shape[1:]).index_copy(0, torch.tensor(rows, device=x.device), one)
+            for one in found
+        ]

@@ -1,0 +1,43 @@
+"""From a picture to a map that a control net reads."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from plainsd.errors import UserError, unknown
+from plainsd.pictures.images import to_rgb
+
+PREPROCESSORS = ("none", "canny")
+THRESHOLDS = (100, 200)
+
+
+def preprocessed(
+    image: Image.Image, name: str, thresholds: tuple[float, float] = THRESHOLDS, resolution: int | None = None
+) -> Image.Image:
+    """The map that a preprocessor makes of a picture. `resolution`: of its shorter side, in pixels, to which it is
+    scaled first."""
+    if name not in PREPROCESSORS:
+        raise unknown("preprocessor", name, PREPROCESSORS, field="control")
+    image = to_rgb(image)
+    if resolution:
+        scale = resolution / min(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return image if name == "none" else canny(image, *thresholds)
+
+
+def canny(image: Image.Image, low: float = THRESHOLDS[0], high: float = THRESHOLDS[1]) -> Image.Image:
+    """White edges on black (Canny 1986), by OpenCV: an edge begins where the gradient is above `high`, and goes on as
+    long as it is above `low`; of 8-bit pixels."""
+    try:
+        import cv2
+    except ImportError:
+        raise UserError(
+            "canny edges need OpenCV; pip install 'plainsd[control]' (60 MB), or give a finished map", field="control"
+        ) from None
+    if not 0 <= low <= high:
+        raise UserError(
+            f"canny thresholds {low} and {high}: give two numbers from 0 up, the lower one first", field="control"
+        )
+    return Image.fromarray(cv2.Canny(np.asarray(to_rgb(image)), low, high)).convert("RGB")

@@ -1,0 +1,60 @@
+"""Method `controlnet`: the model stays, and a copy of its way down learns to read a map beside the latent (Zhang et al.
+2023, arXiv:2302.05543). The convolutions through which it speaks begin at zero, so that the first step sees the model's
+own loss."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from plainsd.errors import UserError
+from plainsd.models.control import ControlNet, control_of
+from plainsd.models.unet import UNet
+from plainsd.pictures.control import misfit
+from plainsd.pictures.model import StableDiffusion
+from plainsd.train.data.captions import Reader
+from plainsd.train.data.examples import Examples
+from plainsd.train.methods.finetune import FineTune, frozen
+from plainsd.train.objective import PLAIN_OBJECTIVE, Objective
+
+
+def controlnet(
+    sd: StableDiffusion,
+    examples: Examples,
+    net: ControlNet | None = None,
+    *,
+    seed: int = 0,
+    objective: Objective = PLAIN_OBJECTIVE,
+    chunks: int = 1,
+) -> FineTune:
+    """`modules["net"]` is the net; `plainsd.save_control` writes it. `net`: one to go on from, changed in place; None:
+    a new one."""
+    if bare := sum(not item.mapped for item in examples.pictures.items):
+        raise UserError(
+            f"{bare} of {len(examples.pictures)} pictures have no map; put one beside each, cat.cond.png for cat.png, "
+            "or name it in a column `cond`"
+        )
+    frozen(sd)
+    if net is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = control_of(sd.unet).float()
+    elif reason := misfit(net, sd):
+        raise UserError(f"the control net to go on from does not fit the model: {reason}")
+    elif net.control.kinds:
+        raise UserError("a union net is for several kinds of maps, and training knows those for one; give another")
+    modules = nn.ModuleDict({"net": net}).to(sd.device).requires_grad_(True).train()
+    reader = Reader(sd, chunks=chunks)
+    return FineTune(sd, examples, modules, reader, objective, network=partial(followed, sd.unet, net))
+
+
+def followed(unet: UNet, net: ControlNet, maps: Tensor | None) -> Callable[..., Tensor]:
+    """The UNet with a net that reads these maps, (B, 3, H, W)."""
+    assert maps is not None  # `controlnet` has seen to it
+
+    def call(x: Tensor, timestep: Tensor, context: Tensor, vector: Tensor | None) -> Tensor:
+        hint = net.read([maps.to(x)])
+        return unet(x, timestep, context, vector, residuals=net(x, timestep, context, hint, vector))
+
+    return call
