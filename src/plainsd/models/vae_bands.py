@@ -67,8 +67,8 @@ def halved(downsample: nn.Module, x: Tensor) -> Tensor:
 def activated(norm: nn.GroupNorm, x: Tensor) -> Run:
     """silu(norm(x)) as a function of any part of x, with the statistics of the whole map.
 
-    Statistics are torch's, a few groups at a time, and are applied as torch does: (x - mean) / deviation * weight + bias
-    as one multiply-add in float32, with the same rounding.
+    Statistics are torch's, a few groups at a time, and are applied as torch does: (x - mean) / deviation * weight +
+    bias as one multiply-add in float32, with the same rounding.
     """
     width = norm.num_channels // norm.num_groups  # C / G
     some = max(1, 256 * BAND // (width * x.shape[2] * x.shape[3]))  # groups

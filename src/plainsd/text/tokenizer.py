@@ -1,8 +1,8 @@
 """CLIP's byte-pair tokenizer: text to token ids and back (Sennrich et al. 2016; Radford et al. 2021).
 
 Text is normalised (NFC), whitespace is collapsed, letters are lower-cased; a regular expression splits it into words,
-single digits and runs of punctuation; each word becomes the symbols of its UTF-8 bytes, the last one marked `</w>`; then
-the merges are applied in order. Any text has ids.
+single digits and runs of punctuation; each word becomes the symbols of its UTF-8 bytes, the last one marked `</w>`;
+then the merges are applied in order. Any text has ids.
 
 The ids are those of transformers' CLIPTokenizer 5.23. Two older behaviours differ from it and are not reproduced:
 OpenAI's own code (and the old "slow" class with ftfy installed) first repaired garbled text and HTML entities (`&amp;`
