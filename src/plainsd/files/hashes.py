@@ -1,9 +1,9 @@
 """Hashes that identify weights in a picture's infotext, in A1111's forms, which model sites look pictures up by.
 
 The hash of a model or an autoencoder is the first ten digits of its file's SHA-256, that of an embedding the first
-twelve. That of a LoRA is the first twelve digits of the SHA-256 of the bytes after the safetensors header, which kohya's
-trainer stores in the header as `sshs_model_hash`: it does not change with the metadata. A1111 has no hash for a model folder; here it is that of the
-UNet's file, or of the digests of its shards.
+twelve. That of a LoRA is the first twelve digits of the SHA-256 of the bytes after the safetensors header, which
+kohya's trainer stores in the header as `sshs_model_hash`: it does not change with the metadata. A1111 has no hash for a
+model folder; here it is that of the UNet's file, or of the digests of its shards.
 
 A file of 4 GB takes two seconds. Hashes of large files are cached in the user's cache folder, by path, size and time.
 """
