@@ -1,4 +1,4 @@
-"""What is added to a loaded model: LoRAs of every dialect, and textual inversion, on a model and in files.
+"""Adapters (LoRA and its relatives, textual inversion), on a model and in files of every dialect.
 
-How they are trained is in train/methods/.
+Training them is in train/methods/.
 """

@@ -25,7 +25,7 @@ from plainsd.pictures.model import StableDiffusion, assemble
 
 
 class FoundLora(NamedTuple):
-    """One LoRA's tensors for one module, not read yet."""
+    """One LoRA's tensors for one module, read on demand."""
 
     file: TensorFile
     names: dict[str, str]
@@ -34,8 +34,8 @@ class FoundLora(NamedTuple):
 
 
 def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, partial_fit: bool = False) -> Contents:
-    """The contents with LoRAs folded into them, in the order given, as `add_lora` and `merge` would do. `partial_fit`:
-    names that have no place are left out."""
+    """The contents with LoRAs merged in, in the order given, as by `add_lora` and `merge`. `partial_fit`: ignore names
+    that fit no module."""
     bare, names = without_weights(contents), {}
     found: dict[ModulePlace, list[FoundLora]] = {}
     for path, strength in loras:
@@ -59,12 +59,12 @@ def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, part
 
 
 def without_weights(contents: Contents) -> StableDiffusion:
-    """The model's networks, for whoever asks for names and shapes."""
+    """The model's networks without weights, for names and shapes."""
     return assemble(contents.variant, empties(contents.variant))
 
 
 def with_adapters(network: StoredNetwork, part: str, found: dict[str, list[FoundLora]]) -> StoredNetwork:
-    """The network whose layers are changed when they are read."""
+    """The network with its layers merged as they are read."""
     bare, tensors = empty(network.kind, network.config), dict(network.tensors)
     kept: dict[str, dict[str, Tensor]] = {}  # the layer that was made last: its bias is read after its weight
 
@@ -83,7 +83,7 @@ def with_adapters(network: StoredNetwork, part: str, found: dict[str, list[Found
 
 @torch.no_grad()
 def changed(bare: nn.Module, name: str, tensors: dict[str, Stored], found: Sequence[FoundLora]) -> dict[str, Tensor]:
-    """A layer's weights with the adapters in them, in at least float32."""
+    """A layer's merged weights, in at least float32."""
     layer, state = deepcopy(bare).requires_grad_(False), {}
     for leaf in layer.state_dict():
         stored = tensors[f"{name}.{leaf}"]

@@ -1,4 +1,4 @@
-"""Textual inversion: a new word for prompts, as one vector or several, learned while the model stays as it is.
+"""Textual inversion: a new word for prompts, one or more learned vectors for a frozen model.
 
 Gal et al. 2022 (arXiv:2208.01618). Files come in two dialects:
 
@@ -6,9 +6,9 @@ Gal et al. 2022 (arXiv:2208.01618). Files come in two dialects:
     diffusers   one tensor under the word itself, such as `<cat>`, in .safetensors or .bin
 
 For SDXL both hold the vectors of its two text encoders, as `clip_l` and `clip_g`, and the word is the file's name.
-Files that are written here also carry the word itself, under WORD, whatever they are called. (A1111's .pt has a `name`
-beside the vectors: A1111 goes by the file's name all the same, diffusers by that one.) A LoRA's file may bring
-words along, as `bundle_emb.<word>.` and the names above.
+Files written here also store the word itself, under WORD. (A1111's .pt has a `name` next to the vectors; A1111 still
+uses the file's name, diffusers that one.) A LoRA file may contain words too, as `bundle_emb.<word>.` and the names
+above.
 
 Shape letters: N vectors of one word, D width of a text encoder.
 """
@@ -38,7 +38,7 @@ DIALECTS = ("a1111", "diffusers")
 PICKLES = (".pt", ".bin")
 EMBEDDING_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-WORD = "plainsd.word"  # in a safetensors file's metadata, or beside the vectors in a pickle
+WORD = "plainsd.word"  # in a safetensors file's metadata, or next to the vectors in a pickle
 ONLY = "only"  # the key of a file's vectors where it has those of one text encoder
 FAMILIES = {(768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL", (1280,): "SDXL's refiner"}  # by all widths
 
@@ -47,7 +47,7 @@ FAMILIES = {(768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL", (1280,): "
 
 
 def add_embedding(sd: StableDiffusion, path: str | Path, token: str | None = None) -> str:
-    """Adds a file's word to a model, under another name if `token` is given; returns the word to write in prompts."""
+    """Adds a file's word to a model, renamed if `token` is given; returns the word to write in prompts."""
     path = in_folder(Path(path))
     name, found = read_vectors(path)
     token = token or name or path.stem
@@ -79,7 +79,7 @@ def add_word(sd: StableDiffusion, token: str, vectors: Sequence[Tensor]) -> list
 
 @torch.no_grad()
 def write_rows(encoder: TextEncoder, ids: Sequence[int], rows: Tensor) -> None:
-    """The encoder's table of tokens, made longer where that is needed."""
+    """Writes rows of the encoder's token table, extending it if needed."""
     table = encoder.token.weight
     if missing := max(0, ids[-1] + 1 - len(table)):
         longer = torch.cat([table, table.new_zeros(missing, table.shape[1])])
@@ -105,8 +105,8 @@ BUNDLED = re.compile(r"bundle_emb\.(.+)\.(clip_l|clip_g|emb_params|string_to_par
 
 
 def bundled(sd: StableDiffusion, file: TensorFile) -> dict[str, list[Tensor]]:
-    """The words that a LoRA's file brings along, with (N, D) vectors for each text encoder. UserError where they are
-    for another kind of model."""
+    """The words in a LoRA file, with (N, D) vectors for each text encoder. UserError where they are for another kind of
+    model."""
     words: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in file.tensors if name.startswith(BUNDLE)]:
         match = BUNDLED.fullmatch(name)
@@ -124,7 +124,7 @@ def bundled(sd: StableDiffusion, file: TensorFile) -> dict[str, list[Tensor]]:
 
 
 def learn(sd: StableDiffusion, words: Mapping[str, Sequence[Tensor]]) -> None:
-    """Adds words. One that was learned before, of as many vectors, gets the new ones."""
+    """Adds words. A known one with the same number of vectors is overwritten."""
     for word, vectors in words.items():
         known = [tokenizer.units(word) for tokenizer in sd.tokenizers]
         if all(len(units) == 1 and min(units[0]) >= len(tokenizer.vocabulary) and len(units[0]) == len(rows)
@@ -139,7 +139,7 @@ def learn(sd: StableDiffusion, words: Mapping[str, Sequence[Tensor]]) -> None:
 
 
 class Parameters:
-    """Takes the place of torch.nn.ParameterDict in a pickle, and keeps its tensors."""
+    """Stands in for torch.nn.ParameterDict in a pickle, and keeps its tensors."""
 
     def __setstate__(self, state: Mapping[str, object]) -> None:
         self.tensors = state["_parameters"]
@@ -155,7 +155,7 @@ def in_folder(path: Path) -> Path:
 
 
 def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """The word, if the file tells it, and the vectors: under ONLY, or under clip_l and clip_g."""
+    """The word, if the file has it, and the vectors: under ONLY, or under clip_l and clip_g."""
     content = embedding_content(path)
     name, found = parsed_embedding(content)
     if not found:
@@ -176,7 +176,7 @@ def usable(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def embedding_content(path: Path, *, shapes_only: bool = False) -> object:
-    """What a file holds, tensors by their names. `shapes_only`: those of a safetensors file without their numbers."""
+    """A file's tensors by name. `shapes_only`: do not read the values of a safetensors file."""
     if suffix_of(path) in PICKLES:
         return pickled(path)
     file = open_safetensors(path)
@@ -190,7 +190,7 @@ def pickled(path: Path) -> object:
 
 
 def embedding_in(path: Path) -> tuple[str, str] | None:
-    """What an embedding's file holds, by names and shapes: its word, and `3 vectors of 768 numbers, SD 1.x`. None for
+    """A summary of an embedding file, by names and shapes: its word, and `3 vectors of 768 numbers, SD 1.x`. None for
     other files."""
     if suffix_of(path) not in (*PICKLES, ".safetensors"):
         return None
@@ -208,7 +208,7 @@ def embedding_in(path: Path) -> tuple[str, str] | None:
 
 
 def parsed_embedding(content: object) -> tuple[str | None, dict[str, Tensor]]:
-    """Empty where it is none of the known forms."""
+    """The vectors by text encoder; empty for an unknown form."""
     if isinstance(content, Tensor):
         return None, {ONLY: content}
     if not isinstance(content, dict):
@@ -250,8 +250,7 @@ def fitting(sd: StableDiffusion, path: Path, found: Mapping[str, Tensor]) -> lis
 
 def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: str = "a1111") -> None:
     """Writes a learned word: .safetensors in both dialects, or .pt for A1111 and .bin for diffusers. A1111, and both
-    with SDXL, will call it by the file's name; here it is the word whatever the file is called. The file is whole or
-    absent."""
+    with SDXL, name it after the file; plainsd keeps the word. The file is written whole or not at all."""
     if dialect not in DIALECTS:
         raise unknown("embedding dialect", dialect, DIALECTS)
     path, pickled = Path(path), {"a1111": ".pt", "diffusers": ".bin"}[dialect]
@@ -273,11 +272,11 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
             WORD: token,
         }
         content |= {"step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None}
-    else:  # with one entry diffusers takes its key for the word: nothing else may stand beside it
+    else:  # diffusers takes the key of a lone entry as the word: there must be no other entry
         content = table | {WORD: token} if xl else table
     with written_whole(path) as draft:
         if suffix_of(path) == ".safetensors":
             write_safetensors(draft, {key: stored(rows) for key, rows in table.items()}, {WORD: token})
         else:
-            with open(draft, "wb") as file:  # torch itself would turn what the disk refuses into its own error
+            with open(draft, "wb") as file:  # torch would wrap an error of the disk in its own
                 torch.save(content, file)

@@ -1,9 +1,8 @@
-"""A LoRA out of a fine-tuned model: the difference to its base, as nearly as a rank allows (`plainsd extract-lora`).
+"""Extracts a LoRA from a fine-tuned model: the best low-rank approximation of its difference to the base.
 
 Of each layer's difference D the best change of rank r is U U^T D, with U the r leading left singular vectors of D
 (Eckart and Young 1936, doi:10.1007/BF02288367); for a convolution D is a matrix of outputs by inputs times kernel.
-Norms, biases and embeddings are no layers' weights, and what a tuned model changed there is lost: the report says how
-much that is.
+Changes of norms, biases and embeddings are lost; the report says how much that is. (`plainsd extract-lora`)
 """
 
 from dataclasses import dataclass, field
@@ -25,13 +24,14 @@ from plainsd.files.tensorfile import Stored
 
 @dataclass
 class NormShares:
-    """Squared norms of the differences of one network: all of it, what the LoRA holds, what no LoRA can hold."""
+    """Squared norms of one network's difference: all of it, the part in the LoRA, the part that no LoRA can
+    represent."""
 
     whole: float = 0.0
     kept: float = 0.0
     beside: float = 0.0
     layers: int = 0
-    others: list[str] = field(default_factory=list)  # tensors beside layers' weights that differ
+    others: list[str] = field(default_factory=list)  # differing tensors that are no layer's weight
 
     def __str__(self) -> str:
         text = f"{(self.kept / self.whole) ** 0.5:.1%} of the difference's norm in {self.layers} layers"
@@ -52,10 +52,11 @@ def extract_lora(
     variant_file: str | None = None,
     family: str | None = None,
 ) -> dict[str, NormShares]:
-    """Writes the LoRA that leads from `base` to `tuned`; for each network that differs, how much of it is kept.
+    """Writes the LoRA from `base` to `tuned`; returns how much of the difference it keeps, for each network that
+    differs.
 
-    Every layer has rank and alpha `rank`, smaller ones zeros in the surplus rows: readers are at their best where these
-    are the same everywhere. `dtype` None: float32 or wider, as it was worked out.
+    Every layer has rank and alpha `rank`, padded with zeros where it is smaller: other readers expect the same rank
+    everywhere. `dtype` None: float32 or wider, as computed.
     """
     if rank < 1:
         raise UserError(f"--rank {rank} is out of range; give 1 or more, such as 32")
@@ -88,7 +89,7 @@ def extract_lora(
 
 
 def difference(tuned: Stored, base: Stored) -> Tensor:
-    """Of two stored tensors, in float64. UserError where it is no number."""
+    """The difference of two stored tensors, in float64. UserError where it is not finite."""
     change = tuned.read(torch.float64).sub_(base.read(torch.float64))
     if not change.isfinite().all():
         raise UserError("one of the models has weights that are not finite numbers; take another copy of it")

@@ -1,17 +1,17 @@
 """Adapters of other kinds than LoRA, LoHa and LoKr (layers.py): whole differences, rotations, gains.
 
-    Difference   full: W + s * D, of a bias too; of norms and tables of tokens as of layers
+    Difference   full: W + s * D, for biases too; for norms and embeddings as well as layers
     Global       GLoRA: W + s * alpha/r * (W A1 A2 + B1 B2) (Chavan et al. 2023, arXiv:2306.07967)
     Gains        IA3: rows or columns of W times 1 + s (g - 1) (Liu et al. 2022, arXiv:2205.05638)
     Rotation     OFT: rows, or in PEFT's files columns, of W turned in blocks (Qiu et al. 2023, arXiv:2306.07280)
     Butterfly    BOFT: several such turns, between which the rows or columns change places (Liu et al. 2023,
                  arXiv:2311.06243)
 
-LyCORIS' and PEFT's rotations are not the same: LyCORIS turns the outputs, PEFT the inputs. A turn R is Cayley's
-(I + Q) (I - Q)^-1 of a Q that is minus its transpose. Only LyCORIS has strengths for them: s R + (1 - s) I for each
-turn, while `rescale` stays. PEFT's go in a straight line from W at strength 0 to the turned weight at 1.
+LyCORIS rotates the outputs, PEFT the inputs. A rotation R is the Cayley transform (I + Q) (I - Q)^-1 of a
+skew-symmetric Q. Only LyCORIS defines strengths for them: s R + (1 - s) I for each rotation, with `rescale` unchanged.
+For PEFT's the weight is interpolated linearly from W at strength 0 to the rotated weight at 1.
 
-Shape letters: o, i outputs and inputs, f = i k k a filter's numbers, n blocks of b x b, m turns one after the other.
+Shape letters: o, i outputs and inputs, f = i k k a filter's numbers, n blocks of b x b, m successive rotations.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from plainsd.adapters.layers import Adapter, reshaped
 
-TERMS = 5  # of PEFT's series for Cayley's turn, where its settings do not say
+TERMS = 5  # default of PEFT's series for the Cayley transform
 
 
 class Whole(Adapter):
-    """Kinds without a rank, whose change is made of the weight. shape: the weight's."""
+    """Kinds without a rank, whose change depends on the weight. shape: the weight's."""
 
     def __init__(self, factors: Mapping[str, Tensor | None], alpha: float, shape: torch.Size, **more):
         super().__init__(factors, alpha, **more)
@@ -87,8 +87,8 @@ class Gains(Whole):
 
 
 class Rotation(Whole):
-    """LyCORIS' OFT: blocks (n, b, b) turn the outputs, then `rescale` (o, 1, ...) multiplies them. Q is at most
-    alpha * o long, if alpha is more than 0."""
+    """LyCORIS' OFT: blocks (n, b, b) rotate the outputs, then `rescale` (o, 1, ...) multiplies them. The norm of Q is
+    at most alpha * o, if alpha is above 0."""
 
     def __init__(self, factors: Mapping[str, Tensor], alpha: float, shape: torch.Size, **more):
         super().__init__({"rescale": None} | dict(factors), alpha, shape, **more)
@@ -117,7 +117,7 @@ class Rotation(Whole):
 
 
 class Butterfly(Rotation):
-    """LyCORIS' BOFT: blocks (m, n, b, b). In turn j, pairs of rows 2^j b/2 apart come to lie together."""
+    """LyCORIS' BOFT: blocks (m, n, b, b). Rotation j pairs rows that are 2^j b/2 apart."""
 
     def turned(self, rows: Tensor) -> Tensor:
         for j, turn in enumerate(self.turns(rows.dtype)):
@@ -129,9 +129,9 @@ class Butterfly(Rotation):
 
 
 class InputRotation(Whole):
-    """PEFT's OFT: blocks (n, b (b - 1) / 2), what lies above the diagonal of Q, turn the filters; one block may be for
-    all (`share`). terms: of the series 1 + 2 Q + 2 Q^2 + ... that stands for Cayley's turn; None: the turn itself, of
-    -Q. longest: of Q, in COFT."""
+    """PEFT's OFT: blocks (n, b (b - 1) / 2), the upper triangle of Q, rotate the filters; one block may be shared by
+    all (`share`). terms: of the series 1 + 2 Q + 2 Q^2 + ... that approximates the Cayley transform; None: the exact
+    transform, of -Q. longest: largest norm of Q, in COFT."""
 
     def __init__(
         self,
@@ -166,8 +166,8 @@ class InputRotation(Whole):
 
 
 def series(q: Tensor, terms: int) -> Tensor:
-    """PEFT's first terms of (I + Q) (I - Q)^-1: every power twice, but the 0th and, from three terms on, the last,
-    which is at least the third."""
+    """PEFT's truncated series of (I + Q) (I - Q)^-1: every power twice, except the 0th and, from three terms on, the
+    last, which is at least the third."""
     unit = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms < 3:
         return unit + 2 * q * (terms == 2)
@@ -179,8 +179,8 @@ def series(q: Tensor, terms: int) -> Tensor:
 
 
 class InputButterfly(Whole):
-    """PEFT's BOFT: blocks (m, n, b, b) turn the filters, `gain` (o, 1) or (1, o) multiplies the rows. If m > 1, halves
-    of blocks that lie 2^j apart come together in turn j."""
+    """PEFT's BOFT: blocks (m, n, b, b) rotate the filters, `gain` (o, 1) or (1, o) multiplies the rows. If m > 1,
+    rotation j pairs half-blocks that are 2^j apart."""
 
     def changed(self, weight: Tensor) -> Tensor:
         filters, blocks = weight.flatten(1), self.blocks.to(weight.dtype)

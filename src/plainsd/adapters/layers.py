@@ -1,25 +1,25 @@
-"""Adapters: a weight W becomes another, and what makes it so is small in a file.
+"""Adapters: small parameters that change a weight W.
 
     LowRank      LoRA: W + s * alpha/r * B A, with B and A narrow
-    Hadamard     LoHa: W + s * alpha/r * (B1 A1) o (B2 A2), the product of numbers at the same place (Hyeon-Woo et al.
-                 2022, arXiv:2108.06098)
+    Hadamard     LoHa: W + s * alpha/r * (B1 A1) o (B2 A2), the elementwise product (Hyeon-Woo et al. 2022,
+                 arXiv:2108.06098)
     Kronecker    LoKr: W + s * alpha/r * K1 x K2, the Kronecker product (Edalati et al. 2022, arXiv:2212.10650)
 
 kinds.py has more of them: whole differences, rotations, gains. LoRA is by Hu et al. 2021 (arXiv:2106.09685). For a
 k x k convolution A is a k x k convolution to r channels and B a 1x1 convolution back (LoCon), or A 1x1, a k x k one
-between r channels, and B 1x1 (`mid`). The other two came to Stable Diffusion by LyCORIS (Yeh et al. 2024,
-arXiv:2309.14859).
+between r channels, and B 1x1 (`mid`). The other two come from LyCORIS (Yeh et al. 2024, arXiv:2309.14859).
 
-Several adapters on a module act in the order in which they came, each on the weight as those before it leave it. That
-matters for DoRA (Liu et al. 2024, arXiv:2402.09353), which gives each row (in some files each column) a length m: as in
-PEFT, and so in diffusers, the weight W' that it finds becomes
+Several adapters on a module act in the order in which they were added, each on the result of those before it. That
+matters for DoRA (Liu et al. 2024, arXiv:2402.09353), which sets the norm m of each row (in some files each column): as
+in PEFT, and thus in diffusers, the weight W' so far becomes
 
     (W' + s * change) * m / |W + s * change|          W: the module's own weight, without any adapter
 
-so that a strength s of 0 still sets the lengths, and a LoRA before it has its rows stretched too, one after it has not.
+so that a strength s of 0 still sets the norms, and the rows of an earlier LoRA are scaled too, those of a later one
+not.
 
-A module that carries adapters becomes a LoraLinear, LoraConv, ... in place. It stays the same object, and its weight
-keeps its name, so that optimizers, hooks and names see no difference; without its last adapter it is what it was.
+A module with adapters becomes a LoraLinear, LoraConv, ... in place. It stays the same object, and its weight keeps its
+name, so that optimizers, hooks and names are unaffected; removing its last adapter restores its class.
 
 Shape letters: o, i the outputs and inputs of a module, r the rank, k the side of a convolution's kernel.
 """
@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 
 class Adapter(nn.Module):
-    """What all kinds share. Its parameters are the factors by their names in the code below.
+    """The base of all kinds. Its parameters are the factors, under their names in the code below.
 
-    magnitude: (o, 1) or (o, 1, 1, 1) the length of each row, or (1, i) or (1, i, 1, 1) of each column.
-    bias: (o,) what is added to the module's bias.
+    magnitude: (o, 1) or (o, 1, 1, 1) the norm of each row, or (1, i) or (1, i, 1, 1) of each column.
+    bias: (o,) added to the module's bias.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Adapter(nn.Module):
 
     @property
     def rank(self) -> int | None:
-        """None where the factors have none."""
+        """The rank; None for kinds without one."""
         raise NotImplementedError
 
     @property
@@ -68,13 +68,13 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def lengths(self, full: Tensor) -> Tensor:
-        """Of each row of a weight, or of each column."""
+        """The norms of a weight's rows, or columns."""
         others = [axis for axis in range(full.ndim) if axis != self.by_column]
         return torch.linalg.vector_norm(full, dim=others, keepdim=True)
 
     def change(self, weight: Tensor, own: Tensor | None = None) -> Tensor:
-        """What the adapter adds to a weight as it finds it, in at least float32. own: the module's weight without any
-        adapter, if that is another. Gradients pass through the lengths, as in LyCORIS."""
+        """The change of the weight so far, in at least float32. own: the module's weight without adapters, if
+        different. Gradients pass through the norms, as in LyCORIS."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         change = self.product(weight.dtype) * self.strength
         if self.magnitude is None:
@@ -83,7 +83,7 @@ class Adapter(nn.Module):
         return (weight + change) * (self.magnitude.to(weight.dtype) / lengths) - weight
 
     def bias_change(self, bias: Tensor) -> Tensor | None:
-        """What the adapter adds to a bias as it finds it."""
+        """The change of the bias so far."""
         return None if self.bias is None else self.bias.to(bias.dtype) * self.strength
 
     def forward(self, x: Tensor, base: nn.Linear | nn.Conv2d, out: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class LowRank(Adapter):
         return added.to(out.dtype)
 
     def _dora(self, x: Tensor, base: nn.Linear | nn.Conv2d, out: Tensor) -> Tensor:
-        with torch.no_grad():  # section 4.3 of the paper: the lengths are a constant to the gradient
+        with torch.no_grad():  # section 4.3 of the paper: no gradient through the norms
             lengths = self.lengths(base.weight.to(x.dtype) + self.product(x.dtype) * self.strength)
         gain, bias = (self.magnitude / lengths).flatten(), base.bias
         if isinstance(base, nn.Conv2d):
@@ -157,9 +157,8 @@ class Hadamard(Adapter):
 
 class Kronecker(Adapter):
     """LoKr. w1 (a, b) and w2 (c, d) or (c, d, k, k) with a c = o and b d = i; each whole, or of factors: w1_a (a, r)
-    and w1_b (r, b), w2_a (c, r) and w2_b (r, d k k), or t2 (r, r, k, k), w2_a (r, c) and w2_b (r, d). Where both are
-    whole there is no rank to be seen: LyCORIS then leaves alpha out, and PEFT has its rank elsewhere. shape: the
-    weight's."""
+    and w1_b (r, b), w2_a (c, r) and w2_b (r, d k k), or t2 (r, r, k, k), w2_a (r, c) and w2_b (r, d). If both are
+    whole the rank is unknown: LyCORIS then omits alpha, and PEFT stores the rank elsewhere. shape: the weight's."""
 
     def __init__(self, factors: Mapping[str, Tensor], alpha: float, shape: torch.Size, **more):
         none = dict.fromkeys(("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
@@ -190,7 +189,7 @@ def product_of_factors(a: Tensor, b: Tensor, t: Tensor | None) -> Tensor:
 
 
 def reshaped(change: Tensor, shape: torch.Size) -> Tensor:
-    """In the weight's shape, if it has its outputs and as many numbers. ValueError otherwise."""
+    """Reshaped to the weight's shape, if outputs and element count agree. ValueError otherwise."""
     if change.shape[0] != shape[0] or change.numel() != shape.numel():
         raise ValueError(f"a change of shape {list(change.shape)} for a weight of shape {list(shape)}")
     return change.reshape(shape)

@@ -57,7 +57,7 @@ class Lora:
         return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
 
     def set_strength(self, strength: float, text_strength: float | None = None) -> None:
-        """0 is the model without (but a DoRA keeps its lengths, as in PEFT), 1 the LoRA as it was trained. For text
+        """0 is the model without the LoRA (except for a DoRA's norms, as in PEFT), 1 the LoRA as trained. For text
         encoders the same, if not given."""
         text_strength = strength if text_strength is None else text_strength
         check_strengths(strength, text_strength)
@@ -65,13 +65,13 @@ class Lora:
             adapter.strength = strength if part == "unet" else text_strength
 
     def remove(self) -> None:
-        """Takes the LoRA off the model, which is then what it was before."""
+        """Removes the LoRA and restores the model."""
         for base in bases(self.model).values():
             if self.name in base.adapters:
                 detach(base, self.name)
 
     def merge(self) -> None:
-        """Folds it into the weights at its present strength."""
+        """Merges it into the weights at its current strength."""
         merge([self])
 
 
@@ -86,7 +86,7 @@ def bases(model: Adaptable) -> dict[ModulePlace, Adapted]:
 
 
 def attached(model: Adaptable) -> list[Lora]:
-    """All LoRAs on a model, in the order in which they came."""
+    """All LoRAs on a model, in the order in which they were added."""
     names = dict.fromkeys(name for base in bases(model).values() for name in base.adapters)
     return [Lora(name, model) for name in names]
 
@@ -103,8 +103,8 @@ def the_one(model: Adaptable, lora: Lora | None) -> Lora:
 
 @torch.no_grad()
 def merge(loras: Sequence[Lora]) -> None:
-    """Folds LoRAs of one model into its weights, in the order in which they came onto it. Others stay, and act on the
-    weights as they then are."""
+    """Merges LoRAs into a model's weights, in the order in which they were added. Others stay, and act on the merged
+    weights."""
     for model in {id(lora.model): lora.model for lora in loras}.values():
         names = [lora.name for lora in loras if lora.model is model]
         for base in bases(model).values():
@@ -114,7 +114,7 @@ def merge(loras: Sequence[Lora]) -> None:
 
 @torch.no_grad()
 def fold(base: Adapted, names: Sequence[str]) -> None:
-    """Adapters of one module into its weights."""
+    """Merges adapters of one module into its weights."""
     weight, bias = base.adapted(names)
     base.weight.copy_(weight)
     if bias is not None:
@@ -134,9 +134,9 @@ def add_lora(
     *,
     partial: bool = False,
 ) -> Lora:
-    """Puts a file's LoRA on a model, beside those that are there. Names that have no place are an error, or, if
-    `partial`, left out. The adapters come to lie where the weights do, and as precise. Words that the file brings along
-    are added to the model, and stay when the LoRA goes."""
+    """Adds a file's LoRA to a model, on top of others. Names that fit no module are an error, or, if `partial`,
+    ignored. Adapters have the device and dtype of the weights. Words in the file are added to the model, and stay when
+    the LoRA is removed."""
     file = open_lora(Path(path))
     text_strength = strength if text_strength is None else text_strength
     check_strengths(strength, text_strength)
@@ -150,7 +150,7 @@ def add_lora(
 
 
 def put(model: Adaptable, name: str, adapters: Mapping[ModulePlace, Adapter]) -> Lora:
-    """All of them, once every one is made: nothing is left half done where one fails."""
+    """Attaches all adapters after every one has been built: on an error the model is unchanged."""
     taken, safe = {lora.name for lora in attached(model)}, "lora_" + re.sub(r"\W", "_", name)
     name = next(new for new in (safe, *(f"{safe}_{n}" for n in range(2, len(taken) + 3))) if new not in taken)
     parts = adaptable_networks(model)
@@ -161,12 +161,12 @@ def put(model: Adaptable, name: str, adapters: Mapping[ModulePlace, Adapter]) ->
 
 def check_strengths(*strengths: float) -> None:
     for strength in strengths:
-        if not abs(strength) < 1e4:  # infinite strengths and nan included
+        if not abs(strength) < 1e4:  # infinity and NaN included
             raise UserError(f"LoRA strength {strength:g} is out of bounds; most are between 0 and 1.5")
 
 
 def find_lora(folder: str | Path, name: str) -> Path:
-    """A LoRA by its file's name without the ending, or by its place under the folder, as in `<lora:styles/ink:0.8>`."""
+    """A LoRA by its file name without suffix, or by its path within the folder, as in `<lora:styles/ink:0.8>`."""
     folder = Path(folder)
     files = [path for path in files_below(folder) if suffix_of(path) in LORA_SUFFIXES and path.is_file()]
     places = {path: path.relative_to(folder).with_suffix("").as_posix() for path in files}
@@ -200,13 +200,13 @@ def inject(
     name: str = "trained",
     generator: torch.Generator | None = None,
 ) -> Lora:
-    """Puts a new LoRA on a model, to be trained. One factor is random and another zero (new.py), so that the model
-    computes what it did before.
+    """Adds a new LoRA to a model, for training. One factor is random and another zero (new.py), so that the model's
+    output is unchanged at first.
 
     targets: a name in TARGETS, or patterns such as "*.cross_attn.?" of our modules' names. `conv` adds the convolutions
     of ResBlocks and between levels. `text`: on the text encoders too. `kind`: "lora", "loha" or "lokr"; `factor`, for
-    "lokr", is the largest side of its smaller matrix. alpha None is the rank. Parameters are at least float32. Which of
-    the model's other parameters move is up to the caller.
+    "lokr", is the largest side of its smaller matrix. alpha None is the rank. Parameters are at least float32. Freezing
+    the model's other parameters is up to the caller.
     """
     alpha = float(rank if alpha is None else alpha)
     if rank < 1 or not 0 < alpha < math.inf:

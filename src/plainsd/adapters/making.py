@@ -1,4 +1,4 @@
-"""One module's adapter, made of its tensors in a file and of PEFT's settings."""
+"""Builds one module's adapter from its tensors in a file and PEFT's settings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from plainsd.adapters.peft import REMEDY, PeftSettings, start_of
 from plainsd.errors import UserError
 from plainsd.files.tensorfile import TensorFile, damaged
 
-SIDE_PARTS = ("alpha", "dora_scale", "magnitude", "rescale", "diff_b", "on_input")  # parts that do not tell a kind
+SIDE_PARTS = ("alpha", "dora_scale", "magnitude", "rescale", "diff_b", "on_input")  # parts that do not identify a kind
 
 
 def adapter_kind(parts: Collection[str]) -> type[Adapter] | None:
-    """The kind of adapter whose factors are all there."""
+    """The kind of adapter whose factors are complete."""
 
     def whole(*names: str) -> bool:
         return all(name in parts for name in names)
@@ -34,7 +34,7 @@ def adapter_kind(parts: Collection[str]) -> type[Adapter] | None:
     return next((kind for needed, kind in KINDS_BY_PARTS if whole(*needed)), None)
 
 
-KINDS_BY_PARTS: list[tuple[tuple[str, ...], type[Adapter]]] = [  # which parts tell of which kind
+KINDS_BY_PARTS: list[tuple[tuple[str, ...], type[Adapter]]] = [  # which parts identify which kind
     (("a1", "a2", "b1", "b2"), Global),
     (("oft_blocks",), Rotation),  # or Butterfly, by its shape
     (("gain", "on_input"), Gains),
@@ -75,7 +75,7 @@ def made_of(
 
 
 def gains(tensors: Mapping[str, Tensor], weight: Tensor, settings: PeftSettings, name: str, **more) -> Gains:
-    """IA3, LyCORIS' or PEFT's. LyCORIS has the gain less 1, and leaves biases alone."""
+    """IA3, LyCORIS' or PEFT's. LyCORIS stores the gain minus 1, and does not change biases."""
     o, i = weight.shape[:2]
     if "gain" in tensors:
         gain = tensors["gain"].flatten() + 1
@@ -118,7 +118,7 @@ def rotation(blocks: Tensor, weight: Tensor, settings: PeftSettings, name: str, 
 def read_adapter(
     file: TensorFile, parts: Mapping[str, str], settings: PeftSettings, base: nn.Module, strength: float
 ) -> Adapter:
-    """One module's adapter, where the module is and as precise."""
+    """One module's adapter, on the module's device and in its dtype."""
     weight = base.weight
     sides = (1, 1) if weight.ndim == 4 else ()
     kind, tensors = adapter_kind(parts), {part: file.tensors[name].read() for part, name in parts.items()}
@@ -128,7 +128,7 @@ def read_adapter(
     for part in ("down", "up") if kind is LowRank else ():
         if tensors[part].ndim == 2 or not sides:
             tensors[part] = tensors[part].flatten(1).unflatten(1, (-1, *sides))
-    if (rows := tensors.pop("magnitude", None)) is not None:  # PEFT has lengths of rows alone
+    if (rows := tensors.pop("magnitude", None)) is not None:  # PEFT has norms of rows only
         tensors["magnitude"] = rows.reshape(-1, 1, *sides)
     if (lengths := tensors.pop("dora_scale", None)) is not None:
         by_column = lengths.ndim > 1 and len(lengths) == 1
@@ -162,7 +162,7 @@ def read_adapter(
 
 @torch.no_grad()
 def redo_start(adapter: LowRank, weight: Tensor, start: str, file: TensorFile, name: str) -> None:
-    """Takes from a LoRA the part of the base with which it began, B0 A0: s (B A - B0 A0) is s [B, -B0] [A; A0], as PEFT
+    """Subtracts the part of the base that initialised a LoRA, B0 A0: s (B A - B0 A0) is s [B, -B0] [A; A0], as PEFT
     converts such files."""
     if weight.ndim != 2:
         raise UserError(

@@ -1,7 +1,7 @@
-"""What a LoRA's modules and tensors are called in files: kohya's names, diffusers' of three ages, PEFT's, ComfyUI's.
+"""Names of a LoRA's modules and tensors in files: kohya, diffusers (three generations), PEFT, ComfyUI.
 
-A tensor's name is a module's name and an ending. The ending tells which factor of the change it is (layers.py); the
-module's name is one of the columns of files/names.py, with a prefix for the network, and spelled by the dialect:
+A tensor's name is a module's name and an ending. The ending is the factor of the change (layers.py); the module's name
+is one of the columns of files/names.py, with a prefix for the network, in the spelling of the dialect:
 
     kohya      lora_unet_down_blocks_0_attentions_0_proj_in     dots are underscores; SDXL by the original's names
     LyCORIS    lycoris_down_blocks_0_attentions_0_proj_in       by its own trainer, without the network's name
@@ -26,7 +26,7 @@ from plainsd.pictures.model import StableDiffusion
 Adaptable = StableDiffusion | UNet | TextEncoder
 ModulePlace = tuple[str, str]  # a network's name and a module's, ours
 
-ENDINGS = {  # part: how its tensor's name may end
+ENDINGS = {  # part: endings of its tensor's name
     "down": (
         ".lora_down.weight",
         ".lora_A.weight",
@@ -65,10 +65,10 @@ ENDINGS = {  # part: how its tensor's name may end
     **{part: (f".{part}",) for part in ("boft_R", "boft_s", "ia3_l")},
 }
 FLAT_WEIGHT = re.compile(r"((?:lora_(?:unet|te\d?)|lycoris)_\w+)\.weight")  # of LyCORIS' IA3
-ADAPTER = re.compile(  # PEFT's name for an adapter
+ADAPTER = re.compile(  # PEFT's adapter name
     r"(\.(?:lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|oft_R|boft_[Rs]|ia3_l))\.default(?:_\d+)?(?=\.|$)"
 )
-BUNDLE = "bundle_emb."  # how the names of a learned word's vectors begin; see embeddings.py
+BUNDLE = "bundle_emb."  # prefix of a learned word's vectors; see embeddings.py
 UNUSED = re.compile(r"(text_encoders\.)?clip_l\.(transformer\.)?text_projection\.")  # which no model here has
 
 KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
@@ -87,7 +87,7 @@ ADAPTABLE = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
 
 
 class ModuleNames(NamedTuple):
-    """One module that a LoRA can sit on, by all of its names. `mark` as in files/names.py."""
+    """All names of one module that a LoRA can change. `mark` as in files/names.py."""
 
     ours: str
     diffusers: str
@@ -96,7 +96,7 @@ class ModuleNames(NamedTuple):
 
 
 def adaptable_networks(model: Adaptable) -> dict[str, nn.Module]:
-    """The networks that a LoRA can sit on, by their folders' names; of a whole model, or one network alone."""
+    """The networks that a LoRA can change, by their folders' names; of a whole model, or one network alone."""
     if isinstance(model, UNet):
         return {"unet": model}
     if isinstance(model, TextEncoder):
@@ -121,7 +121,7 @@ def modules_by_name(network: nn.Module, kinds: tuple[type[nn.Module], ...] = ADA
 
 
 def spellings(name: str) -> set[str]:
-    """A module's dotted name as diffusers, old and new, may write it."""
+    """A module's dotted name in the spellings of old and new diffusers."""
     found = {name}
     for ours, theirs in LORA_SPELLINGS:
         found |= {other.replace(ours, theirs, 1) for other in found}
@@ -129,11 +129,11 @@ def spellings(name: str) -> set[str]:
 
 
 def known_names(model: Adaptable) -> dict[str, tuple[str, str]]:
-    """Every name that any dialect gives to a module: our network's and module's names."""
+    """Every dialect's name of every module -> our names of network and module."""
     parts = adaptable_networks(model)
     known: dict[str, tuple[str, str]] = {}
     for part, network in parts.items():
-        alone = part == "unet" or len(parts) <= 2  # then a name without a prefix can be told
+        alone = part == "unet" or len(parts) <= 2  # then a name without a prefix is unambiguous
         for module in modules_by_name(network).values():
             dotted = spellings(module.diffusers)
             names = {f"{part}.{name}" for name in dotted} | (dotted if alone else set())
@@ -152,7 +152,7 @@ def known_names(model: Adaptable) -> dict[str, tuple[str, str]]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """A tensor's name as the module's and the part's; None where it is not the name of a part of a LoRA."""
+    """A tensor's name split into module and part; None where it is no part of a LoRA."""
     plain = ADAPTER.sub(r"\1", name).removeprefix("base_model.model.").replace(".processor.", ".")
     for part, endings in ENDINGS.items():
         for ending in endings:
@@ -166,7 +166,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def kohya_name(part: str, named: ModuleNames, *, xl: bool) -> str:
-    """As kohya's trainer writes it: for SDXL it has the original's UNet, for the others diffusers'."""
+    """The name as kohya's trainer writes it: for SDXL with the original UNet's names, else with diffusers'."""
     prefix = "lora_te1_" if xl and part == "text_encoder" else KOHYA[part][0]
     return prefix + (named.original if xl and part == "unet" else named.diffusers).replace(".", "_")
 

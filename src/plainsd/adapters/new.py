@@ -1,7 +1,7 @@
-"""New adapters, to be trained: on which modules, and with which first numbers.
+"""New adapters for training: their target modules and their initialisation.
 
-One factor of each begins at zero, so that the change does; the others are random, as the trainers that made each kind
-known have it: LoRA as kohya's and PEFT, LoHa and LoKr as LyCORIS 4.
+One factor of each is zero, so that the change is; the others are random, as in the reference trainers: LoRA as in
+kohya's and PEFT, LoHa and LoKr as in LyCORIS 4.
 """
 
 import math
@@ -26,7 +26,7 @@ TARGETS = {  # presets: patterns of our names
 
 
 def targeted(network: nn.Module, targets: str | Sequence[str], *, conv: bool) -> list[str]:
-    """The names of the modules that fit."""
+    """The names of the matching modules."""
     if isinstance(targets, str) and targets not in TARGETS:
         if not re.search(r"[*?.\[]", targets):
             raise unknown("LoRA targets", targets, TARGETS)
@@ -55,12 +55,12 @@ def new_adapter(
     dora: bool = False,
     generator: torch.Generator | None = None,
 ) -> Adapter:
-    """Of a kind in NEW, where the module is, in at least float32."""
+    """A new adapter of a kind in NEW, on the module's device, in at least float32."""
     weight = base.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
 
     def draw(*shape: int, std: float | None = None) -> Tensor:
-        """Normal numbers, or without std the uniform ones of He et al. 2015 with a = sqrt(5), as layers begin with."""
+        """Normal numbers, or without std Kaiming-uniform ones with a = sqrt(5), PyTorch's default for layers."""
         drawn = torch.empty(shape, dtype=dtype)
         if std is None:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
@@ -88,8 +88,8 @@ def new_hadamard(weight: Tensor, rank: int, alpha: float, factor: int | None, dr
 
 
 def new_kronecker(weight: Tensor, rank: int, alpha: float, factor: int | None, draw: Initializer, **more) -> Kronecker:
-    """The smaller matrix is whole, and the other too where the rank is half of its longer side or more: then there is
-    nothing that alpha scales."""
+    """The smaller matrix is whole, and so is the other if the rank is at least half of its longer side: then alpha has
+    no effect."""
     (a, c), (b, d) = (halves(count, factor) for count in weight.shape[:2])
     sides = weight.shape[2:]
     factors = {"w1": draw(a, b)}
@@ -103,8 +103,8 @@ def new_kronecker(weight: Tensor, rank: int, alpha: float, factor: int | None, d
 
 
 def halves(count: int, factor: int | None = None) -> tuple[int, int]:
-    """`count` as a product, the smaller number first: as near to a square as whole numbers allow, with the smaller up
-    to `factor`; or with `factor` itself where that divides it."""
+    """`count` as a product of two integers, the smaller first: as square as possible, with the smaller at most
+    `factor`; or with `factor` itself where that divides it."""
     if factor is not None and count % factor == 0:
         return min(factor, count // factor), max(factor, count // factor)
     most = min(math.isqrt(count), factor or count)

@@ -1,7 +1,7 @@
-"""PEFT's settings: the rank and alpha of each module, and what else the tensors of a file do not tell.
+"""PEFT's settings: the rank and alpha of each module, and whatever else the tensors do not show.
 
-PEFT writes them to `adapter_config.json` beside its `adapter_model`, diffusers into the file's metadata, with the
-network's name before each. A pattern in them is a regular expression for a module's name, or for the end of one.
+PEFT writes them to `adapter_config.json` next to its `adapter_model`, diffusers into the file's metadata, each prefixed
+with the network's name. A pattern in them is a regular expression for a module's name, or for its end.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from plainsd.errors import UserError
 from plainsd.files.tensorfile import TensorFile, damaged
 
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings, as JSON, in a file's metadata
-SETTINGS_FILE = "adapter_config.json"  # where PEFT keeps them, in the folder of its adapter_model
-OWN = "base_model.model."  # how every name in a file of PEFT's own begins
+METADATA_KEY = "lora_adapter_metadata"  # in the metadata of diffusers' files: PEFT's settings, as JSON
+SETTINGS_FILE = "adapter_config.json"  # in the folder of PEFT's adapter_model
+OWN = "base_model.model."  # prefix of every name in PEFT's own files
 
 KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")  # peft_type
-PLAIN = ("gaussian", "eva", "orthogonal", "mica")  # how LoRAs may begin that leave the base as it is
-AS_LOADED = ("pissa", "olora")  # those that take the beginning from the base, which can be done again
-UNSUPPORTED_SETTINGS = (  # settings of LoRA that change what the same tensors mean
+PLAIN = ("gaussian", "eva", "orthogonal", "mica")  # initialisations that leave the base unchanged
+AS_LOADED = ("pissa", "olora")  # initialisations from the base, which can be recomputed
+UNSUPPORTED_SETTINGS = (  # settings that change the meaning of LoRA tensors
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -36,10 +36,10 @@ REMEDY = "merge it into its model with PEFT (merge_and_unload), save that, and l
 
 
 class PeftSettings:
-    """Those of one file. Empty where it has none. beside: the file in which they lie, if that is another."""
+    """The settings of one file; empty where it has none. beside: the file that holds them, if separate."""
 
     def __init__(self, file: TensorFile):
-        """UserError where they are of a kind that is not supported, and which no tensor's name would tell."""
+        """UserError for unsupported kinds that tensor names do not reveal."""
         self.path = file.path
         self.values: dict[str, Any] = {}
         self.beside: Path | None = None
@@ -72,11 +72,11 @@ class PeftSettings:
             )
 
     def table(self, name: str) -> dict[str, Any]:
-        """Those for the network of the module that the file calls `name`."""
+        """The settings for the network of module `name` (as in the file)."""
         return {key.removeprefix(f"{name.partition('.')[0]}."): value for key, value in self.values.items()}
 
     def of(self, name: str, pattern: str, *otherwise: str) -> Any:
-        """What `pattern` has for the module, or else the first of the other settings that is there."""
+        """The module's entry in `pattern`, or else the first of the other settings that is present."""
         table = self.table(name)
         exceptions = table.get(pattern) or {}
         if not isinstance(exceptions, dict):
@@ -97,7 +97,7 @@ class PeftSettings:
         return rank
 
     def alpha(self, name: str, rank: int | None) -> float | None:
-        """Of a module of that rank, so that alpha / rank is the scale. None: not told."""
+        """The alpha of a module of that rank, so that alpha / rank is the scale. None: not given."""
         alpha = self.of(name, "alpha_pattern", "lora_alpha", "alpha")  # the last for LoHa and LoKr
         if alpha is None:
             return None
@@ -106,12 +106,12 @@ class PeftSettings:
         return float(alpha) * ((rank or 1) ** 0.5 if self.table(name).get("use_rslora") else 1.0)  # alpha / sqrt(r)
 
     def start(self, name: str) -> str | None:
-        """How the LoRA began, if a part of the base went into it: "pissa" or "olora"."""
+        """The LoRA's initialisation, if it took a part of the base: "pissa" or "olora"."""
         value = self.table(name).get("init_lora_weights")
         return value.lower() if isinstance(value, str) and value.lower() in AS_LOADED else None
 
     def feedforward(self, name: str) -> bool:
-        """Whether an IA3 multiplies the inputs of that module, and not its outputs."""
+        """Whether an IA3 multiplies the inputs of that module rather than its outputs."""
         modules = self.table(name).get("feedforward_modules")
         if modules is None:
             raise UserError(
@@ -124,16 +124,16 @@ class PeftSettings:
 
 
 def module_names(name: str) -> set[str]:
-    """A module's name as its network has it: without the network's, and with and without `text_model.`."""
+    """A module's name within its network, with and without `text_model.`."""
     inner = re.sub(r"^(unet|text_encoder|text_encoder_2)\.", "", name)
     bare = inner.removeprefix("text_model.")
     return {inner, bare} | ({f"text_model.{bare}"} if bare.startswith(("encoder.", "embeddings.", "final_")) else set())
 
 
 def start_of(weight: Tensor, kind: str, rank: int) -> tuple[Tensor, Tensor]:
-    """A (r, i) and B (o, r) such that B A is the part of the base that the LoRA began with, taken out of the base:
-    of PiSSA (Meng et al. 2024, arXiv:2404.02948) the largest r singular values, of OLoRA (Buyukakyuz 2024,
-    arXiv:2406.01775) the first r columns of the QR decomposition. In at least float32."""
+    """A (r, i) and B (o, r) whose product B A is the part of the base that initialised the LoRA: for PiSSA (Meng et al.
+    2024, arXiv:2404.02948) the r largest singular values, for OLoRA (Buyukakyuz 2024, arXiv:2406.01775) the first r
+    columns of the QR decomposition. In at least float32."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if kind == "olora":
         q, r = torch.linalg.qr(weight)

@@ -1,4 +1,4 @@
-"""Files of LoRAs, read: what dialect, for what model, which tensor for which module, and with what alpha."""
+"""Reads LoRA files: their dialect, their kind of model, and which tensor belongs to which module, with which alpha."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LORA_FILES = (
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
-FOREIGN = (  # what in a tensor's name tells of another model
+FOREIGN = (  # patterns in tensor names of other models
     (r"double_blocks|single_blocks|single_transformer_blocks", "FLUX"),
     (r"joint_blocks|joint_transformer_blocks|lora_te3_", "Stable Diffusion 3"),
     (r"motion_modules|temporal_", "a video model"),
 )
-UNSUPPORTED = (  # what in a tensor's name tells of a kind of adapter that is not supported
+UNSUPPORTED = (  # patterns in tensor names of unsupported kinds of adapters
     (r"\.lora_E\b|\.ranknum$", "AdaLoRA"),
     (r"\.(?:pvera|vera)_lambda_|\bvera_[AB]\b", "VeRA"),
     (r"\brandlora_", "RandLoRA"),
@@ -59,7 +59,7 @@ def foreign(file: TensorFile) -> str:
 
 
 def unsupported(file: TensorFile) -> str:
-    """The name of the kind of adapter that a file holds, if it is one that is not supported."""
+    """The kind of adapter in a file, if it is not supported."""
     for pattern, what in UNSUPPORTED:
         for name in file.tensors:
             if match := re.search(pattern, name):
@@ -68,7 +68,7 @@ def unsupported(file: TensorFile) -> str:
 
 
 def made_for(file: TensorFile) -> str:
-    """The kind of model that a LoRA was made for: by its names, its shapes, its trainer's notes. Empty: not told."""
+    """The kind of model that a LoRA was made for, by its names, shapes and metadata. Empty: unknown."""
     if found := foreign(file):
         return found
     pairs = [(split_name(name), stored) for name, stored in file.tensors.items()]
@@ -95,7 +95,7 @@ def misfit(file: TensorFile, model: Adaptable, what: str, remedy: str) -> UserEr
 
 
 def open_lora(path: Path) -> TensorFile:
-    """A LoRA's file, or the folder in which diffusers or PEFT saved it."""
+    """A LoRA file, or a folder saved by diffusers or PEFT."""
     if path.is_dir():
         inside = [path / name for name in LORA_FILES if (path / name).is_file()]
         if not inside:
@@ -129,10 +129,10 @@ def by_module(pairs: Iterable[tuple[str, str]]) -> list[set[str]]:
 
 
 def tensors_by_module(file: TensorFile, model: Adaptable, *, partial: bool) -> dict[ModulePlace, dict[str, str]]:
-    """For each module of the model the names of its tensors in the file, by part.
+    """For each module of the model, the names of its tensors in the file, by part.
 
-    UserError where a name has no place, a module not all of its factors, or factors that do not fit its weight; with
-    `partial`, they are left out.
+    UserError for a name that fits no module, incomplete factors, or factors that do not fit the weight; with `partial`,
+    they are ignored.
     """
     known = known_names(model)
     found: dict[ModulePlace, dict[str, str]] = {}
@@ -160,7 +160,7 @@ def tensors_by_module(file: TensorFile, model: Adaptable, *, partial: bool) -> d
 
 
 def check_shapes(file: TensorFile, model: Adaptable, base: nn.Module, parts: Mapping[str, str]) -> None:
-    """A 1x1 convolution may be written with or without its two sides of 1."""
+    """The factors must fit the weight. A 1x1 convolution may be stored with or without its two dimensions of 1."""
     shapes, weight = {part: file.tensors[name].shape for part, name in parts.items()}, base.weight
     weight = weight[: rows_of(shapes)] if isinstance(base, nn.Embedding) else weight  # it may have learned words since
     (o, i), sides, r = (*weight.shape, 0)[:2], tuple(weight.shape[2:]), (*shapes.get("down", ()), 1)[0]
@@ -209,5 +209,5 @@ def check_shapes(file: TensorFile, model: Adaptable, base: nn.Module, parts: Map
 
 
 def rows_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """How many rows an adapter of a table of tokens has."""
+    """The number of rows of an adapter of a token table."""
     return next((shapes[part][0] for part in ("up", "diff") if shapes.get(part)), None)

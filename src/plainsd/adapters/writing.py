@@ -1,4 +1,4 @@
-"""Files of LoRAs, written: in kohya's naming for A1111, ComfyUI and others, in PEFT's and diffusers' for diffusers."""
+"""Writes LoRA files: in kohya's naming for A1111, ComfyUI and others, in PEFT's and diffusers' for diffusers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from plainsd.files.tensorfile import stored, write_safetensors
 from plainsd.listing import suffix_of
 from plainsd.pictures.model import StableDiffusion
 
-NAMINGS = {  # how a name ends for: down, up, magnitude
+NAMINGS = {  # endings of down, up, magnitude
     "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),
     "peft": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"),
     "diffusers": ("lora.down.weight", "lora.up.weight", "lora_magnitude_vector.weight"),
@@ -51,8 +51,8 @@ def write_lora(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
 ) -> None:
-    """The file is whole or absent. Alphas: kohya has tensors for them, PEFT settings, and diffusers none at all, so
-    there alpha/r goes into B. `metadata` is added to what is written anyway; `dtype` None keeps each tensor's own."""
+    """The file is written whole or not at all. Alphas are tensors in kohya's naming and settings in PEFT's; diffusers'
+    has none, so alpha/r goes into B. `metadata` is added to our own; `dtype` None keeps each tensor's dtype."""
     if naming not in NAMINGS:
         raise unknown("LoRA naming", naming, NAMINGS)
     if suffix_of(path) != ".safetensors":
@@ -84,7 +84,7 @@ def only_kohya(adapter: Adapter) -> bool:
 
 
 def low_rank_tensors(adapter: LowRank, part: str, naming: str, *, conv: bool) -> dict[str, Tensor]:
-    """By the ends of their names."""
+    """The tensors by the endings of their names."""
     down, up, _ = NAMINGS[naming]
     if naming == "diffusers" and part != "unet":
         down, up = down.replace("lora.", "lora_linear_layer."), up.replace("lora.", "lora_linear_layer.")
@@ -127,7 +127,7 @@ def named_tensors(
 
 
 def kohya_notes(sd: StableDiffusion, adapters: Mapping[ModulePlace, Adapter]) -> dict[str, str]:
-    """The metadata that programs look at in files of kohya's trainer."""
+    """The metadata that programs read in files of kohya's trainer."""
     algorithms = sorted({ALGORITHMS[type(adapter)] for adapter in adapters.values()})
     ranks, alphas = ({get(adapter) for adapter in adapters.values()} for get in (lambda a: a.rank, lambda a: a.alpha))
     family = FAMILY_BY_WIDTH.get(sd.unet.config.context, "")
@@ -146,8 +146,8 @@ def kohya_notes(sd: StableDiffusion, adapters: Mapping[ModulePlace, Adapter]) ->
 
 
 def peft_notes(sd: StableDiffusion, adapters: Mapping[ModulePlace, LowRank]) -> dict[str, str]:
-    """PEFT's settings for each network, as diffusers keeps them. Names go without `text_model.`, which not all
-    versions of transformers have; a name's end is enough for PEFT."""
+    """PEFT's settings for each network, as diffusers stores them. Names omit `text_model.`, which not all versions of
+    transformers have; PEFT matches the end of a name."""
     settings: dict[str, Any] = {}
     for part, network in adaptable_networks(sd).items():
         known = modules_of(network)

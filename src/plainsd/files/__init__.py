@@ -1,5 +1,4 @@
 """Model files (part III): read, recognised and written a tensor at a time, in every layout.
 
-Contents of files and bare networks only; put together into a model they are in checkpoint.py. Adapters have a room of
-their own.
+Files and single networks only; checkpoint.py assembles them into a model, and adapters/ has its own files.
 """

@@ -1,5 +1,5 @@
-"""A model's settings read from JSON as our frozen dataclasses: each value is checked against the type of its field and
-its bounds. What is wrong is one line. Lists become tuples, tables the dataclasses that fields are annotated with."""
+"""A model's settings from JSON into our frozen dataclasses: each value is checked against the type of its field and its
+bounds, and an error is one line. Lists become tuples, objects the dataclasses that fields are annotated with."""
 
 import types
 import typing
@@ -10,9 +10,9 @@ from typing import Any
 from plainsd.errors import UserError, unknown
 
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-WIDEST, MOST = 2**20, 100  # of any width; of layers, levels and blocks
+WIDEST, MOST = 2**20, 100  # limits of widths; of layers, levels and blocks
 FEW = (0, MOST)
-BOUNDS = {  # of a field's numbers, both included; of others 1 to WIDEST where they are whole, else up to 1000
+BOUNDS = {  # of a field's numbers, inclusive; other integers are 1 to WIDEST, other floats up to 1000
     "depth": FEW, "up_depth": FEW, "mid_depth": FEW, "layers": (1, MOST), "eos": (0, WIDEST), "eps": (1e-12, 1),
     "latents_mean": (-1e3, 1e3), "beta_start": (1e-9, 0.999), "beta_end": (1e-9, 0.999), "count": (1, 100_000),
     "guidance": (0, 100), "steps": (1, 1000), "size": (8, 4096), "sigma_max": (1e-9, 1e6),
@@ -20,8 +20,8 @@ BOUNDS = {  # of a field's numbers, both included; of others 1 to WIDEST where t
 
 
 def read_fields(kind: type, value: Any, where: str, at: str = "") -> Any:
-    """A `kind` of dataclass from a table of its fields, nested ones too; fields left out keep their defaults. `where`
-    stands before every error."""
+    """A dataclass `kind` from a JSON object of its fields, nested ones too; missing fields keep their defaults. `where`
+    begins every error message."""
     if not isinstance(value, Mapping):
         raise wrong(where, at or "the whole", value, "a table of settings")
     hints, start = typing.get_type_hints(kind), f"{at}." if at else ""
@@ -54,7 +54,7 @@ def read_value(hint: Any, value: Any, where: str, at: str) -> Any:
 
 
 def _chosen(union: types.UnionType, value: Any) -> Any:
-    """The type of several that a value is meant to be: nothing where it is null, the dataclass that knows its names."""
+    """Which type of a union the value has: None for null, the dataclass that has its names."""
     kinds = [kind for kind in union.__args__ if kind is not type(None)]
     if value is None and len(kinds) < len(union.__args__):
         return type(None)

@@ -1,7 +1,7 @@
-"""A model's settings as diffusers and transformers keep them, read: the config.json files of a folder.
+"""Reads the config.json files of a folder, as diffusers and transformers write them.
 
-They are read strictly: a setting that changes what a network computes, and that this package has no code for, is an
-error and is named; so is a value that cannot be.
+Reading is strict: a setting that changes what a network computes and is not supported here is an error that names it;
+so is an impossible value.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,10 +21,10 @@ from plainsd.models.variants import ScheduleConfig, Variant, check_reads, edits,
 
 Config = Mapping[str, Any]  # one config.json
 
-NOTE = "_plainsd"  # our entry in model_index.json; diffusers passes over names that begin with _
+NOTE = "_plainsd"  # our entry in model_index.json; diffusers ignores names that begin with _
 NOTED = ("name", "context", "size", "guidance", "sampler", "steps", "spacing")  # the fields of a Variant kept there
 
-UNET_FIXED = {  # settings with one value that our UNet computes; absent means that value
+UNET_FIXED = {  # settings with one supported value; a missing one means that value
     "act_fn": "silu",
     "center_input_sample": False,
     "flip_sin_to_cos": True,
@@ -77,20 +77,20 @@ TINY_LEVELS = (
     *("num_encoder_blocks", "num_decoder_blocks"),
 )
 CURVES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
-OF_TIMESTEPS = ("leading", "trailing", "linspace")  # diffusers' words for spacings
+OF_TIMESTEPS = ("leading", "trailing", "linspace")  # diffusers' names for spacings
 OF_LEVELS = ("karras", "exponential")
-SCHEDULERS = (  # diffusers' classes that differ in the sampler alone, which is chosen elsewhere: the table is the same
+SCHEDULERS = (  # diffusers' classes that differ only in the sampler, not in the noise schedule
     *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
     *("PNDMScheduler", "LCMScheduler", "TCDScheduler", "RePaintScheduler"),
 )
-SIGMA_SCHEDULERS = (  # likewise; these also know karras and exponential spacing
+SIGMA_SCHEDULERS = (  # likewise; these also have karras and exponential spacing
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "SASolverScheduler"),
     "DPMSolverMultistepInverseScheduler",
 )
 EDM_SCHEDULERS = {"EDMDPMSolverMultistepScheduler": "dpmpp_2m", "EDMEulerScheduler": "euler"}  # and the sampler in each
-SCHEDULE_FIXED = {  # what else would change the noise or the estimates; all other settings are a sampler's habits
+SCHEDULE_FIXED = {  # other settings that would change noise or estimates; the rest belong to samplers
     "trained_betas": None,
     "thresholding": False,
     "use_flow_sigmas": False,
@@ -99,7 +99,7 @@ SCHEDULE_FIXED = {  # what else would change the noise or the estimates; all oth
 LEARNED = ("learned", "learned_range")  # of variance_type: half of the network's output would be a variance
 PIX2PIX = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
 TEXT_CLASSES = {"CLIPTextModel": None, "CLIPTextModelWithProjection": None}
-LEGACY_EOS = 2  # older CLIP configs say 2 and mean the largest id
+LEGACY_EOS = 2  # older CLIP configs have 2, which stands for the largest id
 
 
 # --- one setting -----------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def one_of(config: Config, name: str, where: str, default: str, choices: Mapping
 def wholes(
     config: Config, name: str, where: str, count: int | None = None, default: int | None = None, most: int = WIDEST
 ) -> tuple[int, ...]:
-    """One number a level; a single number is that of all levels."""
+    """One number a level; a single number applies to all levels."""
     value = setting(config, name, where, default)
     values = value if isinstance(value, (list, tuple)) else [value] * (count or 1)
     if len(values) != (count or len(values)) or not 0 < len(values) <= MOST:
@@ -160,7 +160,7 @@ def divides(number: int, widths: tuple[int, ...], what: str, where: str) -> None
 
 
 def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
-    """The UNet that a diffusers config.json describes, and whether its files hold convolutions as projections."""
+    """The UNet of a diffusers config.json, and whether its projections are stored as convolutions."""
     xl = config.get("addition_embed_type") is not None
     check_fixed(config, UNET_FIXED | (XL_FIXED if xl else {}), where)
     channels = wholes(config, "block_out_channels", where)
@@ -217,7 +217,7 @@ def read_control(config: Config, where: str) -> tuple[ControlConfig, bool]:
 
 
 def attention_levels(config: Config, count: int, where: str) -> list[bool]:
-    """Which levels look at the text; going up the same as going down."""
+    """Which levels have cross-attention; the same on the way up as on the way down."""
     known = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
     down: Any = config.get("down_block_types")
     fits = isinstance(down, (list, tuple)) and len(down) == count and all(str(kind) in known for kind in down)
@@ -232,7 +232,7 @@ Depths = tuple[tuple[int, ...], ...]  # a level, a ResBlock
 
 
 def depths(config: Config, attends: list[bool], layers: int, where: str) -> tuple[Depths, Depths | None]:
-    """Transformer blocks after each ResBlock, by level, going down and going up; None: up as down."""
+    """Transformer blocks after each ResBlock, by level, on the way down and up; None: up as down."""
     name, reverse = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
     down = depths_of(config.get(name, 1), attends, layers, f"{where}: {name}")
     if any(len({*blocks}) > 1 for blocks in down):
@@ -244,7 +244,7 @@ def depths(config: Config, attends: list[bool], layers: int, where: str) -> tupl
 
 
 def depths_of(value: Any, attends: list[bool], layers: int, where: str) -> Depths:
-    """One number for all, one a level, or a list with one a ResBlock; a level that does not attend has 0."""
+    """One number for all, one a level, or a list with one a ResBlock; a level without attention has 0."""
     values = value if isinstance(value, (list, tuple)) else [value] * len(attends)
     found = []
     for one, attending in zip(values, attends, strict=False):
@@ -259,7 +259,7 @@ def depths_of(value: Any, attends: list[bool], layers: int, where: str) -> Depth
 
 
 def middle_depth(config: Config, where: str) -> int:
-    """Transformer blocks in the middle: as many as at the last level, whether that one attends or not."""
+    """Transformer blocks in the middle: as many as at the last level, even if that level has no attention."""
     blocks = config.get("transformer_layers_per_block", 1)
     blocks = blocks[-1] if isinstance(blocks, (list, tuple)) else blocks
     return whole_number({"transformer_layers_per_block": blocks}, "transformer_layers_per_block", where, most=MOST)
@@ -304,7 +304,7 @@ def read_vae(config: Config, where: str) -> AnyVAEConfig:
 
 
 def channelwise(config: Config, name: str, where: str) -> tuple[float, ...] | None:
-    """One number a latent channel, of the deviations above 0; None where there are none."""
+    """One number a latent channel, standard deviations above 0; None where there are none."""
     values = config.get(name)
     if values is None:
         return None
@@ -335,8 +335,8 @@ def read_text(config: Config, where: str) -> TextConfig:
 
 
 def read_schedule(config: Config, where: str, kind: str = "DDIMScheduler") -> dict[str, Any]:
-    """The noise schedule, what the network predicts, and the spacing if the file gives one, as fields of a Variant.
-    `kind` is the scheduler's class where the file itself does not name it."""
+    """Noise schedule, prediction type, and the spacing if the file has one, as fields of a Variant. `kind` is the
+    scheduler's class where the file does not name it."""
     kind = str(config.get("_class_name") or kind).removeprefix("Flax")
     continuous = config.get("timestep_type") == "continuous"
     if kind in EDM_SCHEDULERS or continuous and kind in SIGMA_SCHEDULERS:
@@ -359,7 +359,7 @@ def read_schedule(config: Config, where: str, kind: str = "DDIMScheduler") -> di
         zero_terminal_snr=config.get("rescale_betas_zero_snr") is True,
     )
     timesteps = one_of(config, "timestep_spacing", where, "leading", dict.fromkeys(OF_TIMESTEPS))
-    spacing = "trailing" if timesteps == "trailing" else None  # the others are habits of samplers, not of models
+    spacing = "trailing" if timesteps == "trailing" else None  # the others belong to samplers, not to models
     if kind in SIGMA_SCHEDULERS and (levels := spacing_of_levels(config)):
         check_fixed(config, {"sigma_min": None, "sigma_max": None}, where)
         spacing = levels
@@ -372,7 +372,7 @@ def spacing_of_levels(config: Config) -> str | None:
 
 
 def read_edm(config: Config, where: str, kind: str) -> dict[str, Any]:
-    """The form of Karras et al. 2022. Euler's scheduler has it too, with v-prediction, timesteps continuous."""
+    """Karras et al. 2022 (EDM). The Euler scheduler has it too, as v-prediction with continuous timesteps."""
     check_fixed(config, SCHEDULE_FIXED, where)
     own = kind in EDM_SCHEDULERS
     spacing: str | None
@@ -404,7 +404,7 @@ def read_edm(config: Config, where: str, kind: str) -> dict[str, Any]:
 
 
 def read_variant(get: Callable[[str], Config], where: str) -> Variant:
-    """The model that the files of a diffusers folder describe; `get` reads one, by its path within the folder."""
+    """The Variant of a diffusers folder; `get` reads one of its files, by its path within the folder."""
     index, at = get("model_index.json"), lambda path: (get(path), f"{where}: {path}")
     check_index(index, where)
     latents = whole_number(get("vae/config.json"), "latent_channels", f"{where}: vae/config.json", 4)
@@ -443,7 +443,7 @@ def scheduler_class(index: Config) -> str:
 
 
 def check_pipeline(index: Config, edits: bool, where: str) -> None:
-    """A UNet of twice as many channels may read other things than a picture to edit; the pipeline's class tells."""
+    """UserError where a UNet with twice the latent channels is not for editing; the pipeline's class says so."""
     kind = index.get("_class_name")
     if edits and kind not in (None, *PIX2PIX):
         raise UserError(
@@ -452,7 +452,7 @@ def check_pipeline(index: Config, edits: bool, where: str) -> None:
 
 
 def check_index(index: Config, where: str) -> None:
-    """Whether model_index.json lists what every Stable Diffusion has."""
+    """UserError unless model_index.json lists the parts that every Stable Diffusion has."""
     for name in ("unet", "vae", "text_encoder"):
         entries = [index.get(key) for key in (name, f"{name}_2")]  # a refiner has only the second text encoder
         if not any(isinstance(entry, list) and any(entry) for entry in entries):
@@ -464,7 +464,7 @@ def check_index(index: Config, where: str) -> None:
 
 
 def text_classes(index: Config, where: str) -> dict[str, str]:
-    """The text encoders that a model has, each with its class: with or without a projection."""
+    """The class of each of the model's text encoders: with or without a projection."""
     found = {}
     for name in ("text_encoder", "text_encoder_2"):
         entry = index.get(name) or [None, None]
@@ -476,7 +476,7 @@ def text_classes(index: Config, where: str) -> dict[str, str]:
 
 
 def our_notes(index: Config, where: str) -> dict[str, Any]:
-    """What we wrote beside diffusers' own entries."""
+    """Our own entry in model_index.json."""
     noted = index.get(NOTE) or {}
     if not isinstance(noted, dict):
         raise UserError(f"{where}: model_index.json: {NOTE} is {noted!r}, and must be a table")

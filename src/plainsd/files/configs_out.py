@@ -1,4 +1,4 @@
-"""A model's settings written as diffusers and transformers keep them: the config.json files of a folder."""
+"""Writes the config.json files of a folder, as diffusers and transformers read them."""
 
 import json
 from dataclasses import asdict
@@ -88,7 +88,7 @@ def write_control(control: ControlConfig, conv: bool) -> dict[str, Any]:
 
 
 def upward(blocks: tuple[int, ...]) -> int | list[int]:
-    """Transformer blocks of one level: a number where all are the same. diffusers has no 0 there."""
+    """Transformer blocks of one level: a number where all are the same (diffusers has no 0 here)."""
     return list(blocks) if len({*blocks}) > 1 else blocks[0] or 1
 
 
@@ -146,13 +146,13 @@ def write_text(text: TextConfig) -> dict[str, Any]:
         "num_hidden_layers": text.layers,
         "pad_token_id": 1,
         "projection_dim": text.projection or text.width,
-        "torch_dtype": "float32",  # what diffusers computes the other parts in where it isn't told, whatever is stored
+        "torch_dtype": "float32",  # diffusers' default dtype for the other parts, whatever is stored
         "vocab_size": text.vocab,
     }
 
 
 def write_schedule(variant: Variant) -> dict[str, Any]:
-    """As a DDIMScheduler, the one that knows every setting; diffusers' other schedulers read the same file."""
+    """As a DDIMScheduler, which has every setting; diffusers' other schedulers read the same file."""
     schedule = variant.schedule
     if isinstance(schedule, EDMSchedule):
         return write_edm(variant, schedule)
@@ -191,7 +191,7 @@ def write_variant(variant: Variant) -> dict[str, str]:
     noise = write_schedule(variant)
     index: dict[str, Any] = {
         "_class_name": pipeline(variant),
-        "_diffusers_version": "0.42.1",  # whose layout this is; its inpainting classes refuse a folder without
+        "_diffusers_version": "0.42.1",  # the version of this layout; its inpainting classes require it
         NOTE: {name: value for name, value in asdict(variant).items() if name in NOTED},
         "scheduler": ["diffusers", noise["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -1,4 +1,4 @@
-"""A model's files in either layout: read, written, and turned into each other a tensor at a time."""
+"""A model's files in either layout: read, written and converted, a tensor at a time."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def convert(
     zero_snr: bool | None = None,
     change: Callable[[Contents], Contents] = lambda contents: contents,
 ) -> None:
-    """From one layout to the other, a tensor at a time. There and back again is bit-identical, names included. The
-    layout None is read off the target's name, as by `save`. `change`: what is done on the way; the other arguments are
-    those of `load`."""
+    """Converts between layouts, a tensor at a time. A round trip is bit-identical, names included. `layout` None is
+    inferred from the target's name, as in `save`. `change` transforms the contents; the other arguments are those of
+    `load`."""
     path = find(source, variant_file)
     contents = change(read(path, variant_file, family, vae=vae, prediction=prediction, zero_snr=zero_snr))
     if not any(name.startswith("tokenizer") for name in contents.texts):
@@ -65,8 +65,8 @@ def read(
     zero_snr: bool | None = None,
     ask: bool = True,
 ) -> Contents:
-    """A model in either layout; arguments as for `load`, and `vae` False: without one. What the reader had to decide is
-    said. `ask`: what a file does not say is asked of its network."""
+    """A model in either layout; arguments as for `load`, and `vae` False: without one. Assumptions are reported. `ask`:
+    where a file does not say what its UNet predicts, the UNet is probed."""
     check_prediction(prediction)
     own = vae is None
     if path.is_dir():
@@ -87,7 +87,7 @@ def read(
 
 
 def with_vae(contents: Contents, vae: StoredNetwork) -> Contents:
-    """With another autoencoder, and without the projection for previews that belonged to the model's own."""
+    """The contents with another autoencoder, and without the preview projection of the model's own."""
     variant = replace(contents.variant, vae=vae.config)
     texts = {name: text for name, text in contents.texts.items() if name != PREVIEW}
     texts["vae/config.json"] = write_variant(variant)["vae/config.json"]
@@ -99,7 +99,7 @@ def read_vae_alone(path: str | Path, like: AnyVAEConfig, variant_file: str | Non
     """An autoencoder: a folder with config.json, the `vae` folder of a model, a file in either naming, the one in a
     whole checkpoint, or TAESD (files/tiny_vae.py).
 
-    A file without settings must have the sizes of `like`, and gets its scaling factor.
+    A file without settings must have the sizes of `like`, and takes its scaling factor.
     """
     path = find(path, variant_file)
     if path.is_dir():
@@ -121,7 +121,7 @@ def read_vae_alone(path: str | Path, like: AnyVAEConfig, variant_file: str | Non
 
 
 def vae_of(whole: TensorFile, like: AnyVAEConfig) -> StoredNetwork:
-    """The autoencoder of a whole checkpoint, with the settings that the file notes for it."""
+    """The autoencoder of a whole checkpoint, with the settings in its metadata."""
     start = "first_stage_model."
     tensors = {name.removeprefix(start): tensor for name, tensor in whole.tensors.items() if name.startswith(start)}
     if not tensors:

@@ -1,4 +1,4 @@
-"""A model described by a JSON file with the fields of `plainsd.models.variants.Variant`, for training from nothing."""
+"""A model described by a JSON file with the fields of `plainsd.models.variants.Variant`, for training from scratch."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ CONTEXTS = ("final", "penultimate")
 
 
 def read_description(path: Path) -> Variant:
-    """What the file describes; fields left out keep their defaults. UserError where no such networks can be made."""
+    """The Variant in the file; missing fields keep their defaults. UserError where its networks cannot be built."""
     variant = read_fields(Variant, read_json(path), str(path))
     check_variant(variant, str(path))
     return variant
 
 
 def check_variant(variant: Variant, where: str) -> None:
-    """UserError for the first setting that does not go with the others."""
+    """UserError for the first setting that contradicts another."""
     check_unet(variant.unet, where)
     check_vae(variant.vae, where)
     check_texts(variant, where)
@@ -50,7 +50,7 @@ def check_variant(variant: Variant, where: str) -> None:
     try:
         check_names(variant.sampler, variant.spacing)
         files = {path: json.loads(text) for path, text in write_variant(variant).items()}
-        read_variant(files.__getitem__, "as a folder")  # what is trained must be written, and read again
+        read_variant(files.__getitem__, "as a folder")  # so that the trained model can be saved and loaded
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""What a file of tensors is, from the names and shapes in it; a file's own name is never asked."""
+"""What a file of tensors is, from its tensors' names and shapes; never from the file's name."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -15,15 +15,15 @@ from plainsd.models.layers import timestep_embedding
 from plainsd.models.variants import VARIANTS, ScheduleConfig, Variant, check_reads
 
 UNET_PREFIX = "model.diffusion_model."
-FIRST = "input_blocks.0.0.weight"  # the UNet's first weight, whose shape tells most
+FIRST = "input_blocks.0.0.weight"  # the UNet's first weight
 ENDS = ("sigma_min", "sigma_max")
 ZERO_SNR: dict[str, Any] = {"schedule": ScheduleConfig(zero_terminal_snr=True), "spacing": "trailing"}
 SAID = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}  # in metadata
-MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", *(f"edm_vpred.{name}" for name in ENDS))  # tensors that are words
+MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", *(f"edm_vpred.{name}" for name in ENDS))  # tensors used as flags
 
 LORA = "a LoRA"
 EMBEDDING = "a textual-inversion embedding"
-SEEMS = (  # the first pattern that fits any name tells what the file seems to be
+SEEMS = (  # the first pattern that matches any name
     (
         r"lora_(down|up|A|B)\b|lora\.(down|up)\b|_lora\.|\.hada_w|\.lokr_w|\.b?oft_|\.ia3_|\.on_input$|\.w_norm$|\.diff$",
         f"{LORA}; give it with --lora",
@@ -57,11 +57,11 @@ def seems(names: Iterable[str]) -> str:
     return "no kind of file known here"
 
 
-Traits = dict[str, int | None]  # what tells the families apart
+Traits = dict[str, int | None]  # what distinguishes the families
 
 
 def traits(file: TensorFile) -> Traits:
-    """Of the UNet in a single file."""
+    """The traits of the UNet in a single file."""
     shapes = {
         name.removeprefix(UNET_PREFIX): stored.shape
         for name, stored in file.tensors.items()
@@ -86,7 +86,7 @@ def traits(file: TensorFile) -> Traits:
 
 
 def structure(names: Iterable[str]) -> Traits:
-    """How many blocks lead down, the most transformer blocks in one of them, and those of the middle (None: none)."""
+    """Number of down blocks, most transformer blocks in one of them, and those of the middle (None: no middle)."""
     names = list(names)
     down = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
     return {
@@ -116,7 +116,7 @@ def known_traits(variant: Variant) -> Traits:
 
 
 def detect(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
-    """The family of a single file, and whether what it predicts is certain. `family` settles what shapes cannot."""
+    """The family of a single file, and whether its prediction type is certain. `family` decides where shapes cannot."""
     found = traits(file)
     if family is not None and family not in VARIANTS:
         raise unknown("model family", family, VARIANTS)
@@ -135,7 +135,7 @@ def detect(file: TensorFile, family: str | None = None) -> tuple[Variant, bool]:
 
 
 def suited(fitting: Sequence[Variant], noise: dict) -> Variant:
-    """Of the known models with the same networks the one that the file's notes mean, with what they say."""
+    """The known model with the same networks that fits the file's metadata, with the settings found there."""
     edm = isinstance(noise.get("schedule"), EDMSchedule)
     known = [variant for variant in fitting if isinstance(variant.schedule, EDMSchedule) == edm] or fitting
     vae = noise.pop("vae", {})
@@ -145,8 +145,8 @@ def suited(fitting: Sequence[Variant], noise: dict) -> Variant:
 
 
 def noise_told(file: TensorFile) -> dict[str, Any]:
-    """What the file says of its noise and of what the network predicts, as fields of a Variant: by tensors that stand
-    for a word, as ComfyUI reads and writes them, or by a note in the metadata."""
+    """Noise schedule and prediction type as the file gives them, as fields of a Variant: by marker tensors, as ComfyUI
+    reads and writes them, or in the metadata."""
     if "edm_mean" in file.tensors and "edm_std" in file.tensors:  # Playground 2.5
         moments = {f"latents_{name}": values_of(file, f"edm_{name}") for name in ("mean", "std")}
         noise: dict[str, Any] = {"schedule": EDMSchedule(), "prediction": "edm", "spacing": "karras"}
@@ -158,7 +158,7 @@ def noise_told(file: TensorFile) -> dict[str, Any]:
         schedule = EDMSchedule(**ends, sigma_data=1.0)
         return {"schedule": schedule, "prediction": "v_prediction", "spacing": "exponential"}
     prediction = prediction_told(file)
-    if prediction == "v_prediction" and "ztsnr" in file.tensors:  # beside other predictions it means nothing
+    if prediction == "v_prediction" and "ztsnr" in file.tensors:  # with other predictions it is ignored
         return {"prediction": prediction, **ZERO_SNR}
     return {} if prediction is None else {"prediction": prediction}
 
@@ -171,7 +171,7 @@ def values_of(file: TensorFile, name: str) -> tuple[float, ...]:
 
 
 def prediction_told(file: TensorFile) -> str | None:
-    """What the network predicts, where the file says so: by an empty tensor, or by a note in the metadata."""
+    """The prediction type, where the file gives it: by an empty marker tensor, or in the metadata."""
     if "v_pred" in file.tensors:
         return "v_prediction"
     notes = [file.metadata.get(f"modelspec.{name}", "").lower() for name in ("prediction_type", "predict_key")]
@@ -179,8 +179,8 @@ def prediction_told(file: TensorFile) -> str | None:
 
 
 def predicting(variant: Variant, prediction: str, zero_snr: bool = False) -> Variant:
-    """The variant with that prediction: the known one with the same networks where there is one. `zero_snr`: the file
-    has a `ztsnr`, which counts where the prediction is v."""
+    """The variant with that prediction: a known one with the same networks if there is one. `zero_snr`: the file has a
+    `ztsnr`, which counts for v-prediction only."""
     if prediction == "v_prediction" and zero_snr:
         return replace(predicting(variant, prediction), **ZERO_SNR)
     if variant.prediction == prediction:
@@ -194,10 +194,10 @@ def predicting(variant: Variant, prediction: str, zero_snr: bool = False) -> Var
 
 @torch.no_grad()
 def probe(unet: torch.nn.Module) -> str | None:
-    """What a trained UNet predicts, by asking it; None where its answers fit neither epsilon nor v.
+    """What a trained UNet predicts, found by running it; None where its outputs fit neither epsilon nor v.
 
-    At the last timestep its input is nearly pure noise. A network that predicts the noise gives it back; one that
-    predicts v = alpha * eps - sigma * x0 gives mostly the picture it expects, which has nothing to do with the noise.
+    At the last timestep its input is nearly pure noise. A network that predicts the noise returns it; one that predicts
+    v = alpha * eps - sigma * x0 returns mostly the picture it expects, which is independent of the noise.
     Where the noise is half gone and the picture is plain grey, v too is a share of the noise: an untrained or broken
     network would not give that.
     """

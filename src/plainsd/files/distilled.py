@@ -1,8 +1,8 @@
-"""Models distilled to few steps that look like any other: their names tell, and with which settings they are drawn.
+"""Few-step distillations that look like any other model: recognised by name, with the sampling settings they need.
 
 Turbo: Sauer et al. 2023 (arXiv:2311.17042). Lightning: Lin et al. 2024 (arXiv:2402.13929). Hyper-SD: Ren et al. 2024
 (arXiv:2404.13686). LCM: Luo et al. 2023 (arXiv:2310.04378). DMD2: Yin et al. 2024 (arXiv:2405.14867). The settings are
-those of their model cards. A card's guidance of 0 is 1 here: no second row.
+those of their model cards. A card's guidance of 0 is 1 here: no unconditional pass.
 """
 
 import re
@@ -30,7 +30,7 @@ MOST_STEPS = 16
 
 
 def distillation_named(text: str) -> str | None:
-    """Which distillation a name speaks of."""
+    """The distillation that a name refers to."""
     words = [word.lower() for word in WORD.findall(text)]
     for word, following in pairwise([*words, ""]):
         if word in ("turbo", "lightning", "lcm"):
@@ -43,9 +43,9 @@ def distillation_named(text: str) -> str | None:
 
 
 def with_distilled_settings(variant: Variant, names: Iterable[str]) -> tuple[Variant, str | None]:
-    """The variant with the settings of the distillation that the first of these names tells, and what to say of it.
+    """The variant with the settings of the distillation that the first such name refers to, and a remark for the user.
 
-    A model that already has settings for few steps, by its networks or its scheduler, keeps them.
+    A model whose networks or scheduler already imply few steps keeps its settings.
     """
     if variant.sampler == "lcm" or variant.steps <= LCM["steps"]:
         return variant, None

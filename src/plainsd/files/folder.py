@@ -29,9 +29,9 @@ from plainsd.files.tensorfile import TensorFile, joined_files, open_tensors, wri
 from plainsd.listing import hidden, suffix_of
 from plainsd.models.clip import TextEncoder
 
-PREVIEW = "preview.json"  # from latents to rough pixels, see pictures/previews.py
-LEFTOVERS = "leftovers.safetensors"  # tensors of a single file that have no place in a folder, kept for the way back
-SAFETY = ("safety_checker", "feature_extractor", "image_encoder")  # in public folders, and no part of the model
+PREVIEW = "preview.json"  # latents to rough RGB, see pictures/previews.py
+LEFTOVERS = "leftovers.safetensors"  # tensors of a single file that have no place in a folder, kept for a round trip
+SAFETY = ("safety_checker", "feature_extractor", "image_encoder")  # in public folders, but not part of the model
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = ("diffusion_pytorch_model", "pytorch_model")
 VARIANT_FILE = re.compile(
@@ -45,8 +45,8 @@ VARIANT_FILE = re.compile(
 
 
 def read_folder(folder: Path, variant_file: str | None = None, *, vae: bool = True) -> Contents:
-    """A folder of a model of any sizes: everything is taken from the settings in it. `vae` False: the folder's own is
-    not wanted."""
+    """A model of any size: everything is taken from the settings in the folder. `vae` False: leave out the
+    autoencoder."""
     variant = read_variant(lambda path: read_json(folder / path), str(folder))
     index = read_json(folder / "model_index.json")
     note = index.get(NOTE) or {}
@@ -71,7 +71,7 @@ def read_folder(folder: Path, variant_file: str | None = None, *, vae: bool = Tr
 
 
 def public_name(folder: Path) -> str:
-    """What a model's folder is called; in the hub's cache the repository's name."""
+    """The name of a model's folder; in the hub's cache, of its repository."""
     if folder.parent.name == "snapshots":  # models--owner--name/snapshots/hash
         return folder.parents[1].name.split("--")[-1]
     return folder.resolve().name
@@ -92,7 +92,7 @@ def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool, layou
 
 
 def read_texts(folder: Path, names: dict) -> dict[str, str]:
-    """The settings and tokenizers of a folder as they stand."""
+    """The folder's settings and tokenizers, unparsed."""
     paths = ["model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in names)]
     for tokenizer in (name.replace("text_encoder", "tokenizer") for name in names if "text" in name):
         if not (folder / tokenizer).is_dir():
@@ -139,7 +139,7 @@ def file_variant(name: str) -> str | None:
 
 
 def variants_there(folder: Path) -> list[str]:
-    """Which variants of the weights a folder holds: half precision first, what was trained but not averaged last."""
+    """The variants of the weights in a folder: half precision first, non-EMA weights last."""
     found = {kind for path in folder.iterdir() if (kind := file_variant(path.name))}
     return sorted(found, key=lambda kind: (kind == "non_ema", kind != "fp16", kind != "bf16", kind))
 
@@ -148,7 +148,7 @@ def variants_there(folder: Path) -> list[str]:
 
 
 def write_folder(contents: Contents, target: Path, dtype: torch.dtype | None = None) -> None:
-    """`contents.texts` must have the tokenizers' files too. The folder is whole or absent."""
+    """`contents.texts` must include the tokenizers' files. The folder is written whole or not at all."""
     with whole_folder(target) as folder:
         for path, text in contents.texts.items():
             if path == "model_index.json":
@@ -191,13 +191,13 @@ def spelling(contents: Contents, layout: str, name: str) -> list[str]:
 
 
 def agreeing(text: str) -> str:
-    """A text encoder's config.json by which transformers computes in float32, as diffusers does in the others."""
+    """A text encoder's config.json that makes transformers compute in float32, as diffusers does in the other parts."""
     config = {name: value for name, value in json.loads(text).items() if name not in ("dtype", "torch_dtype")}
     return json.dumps(config | {"torch_dtype": "float32"}, indent=2, sort_keys=True) + "\n"
 
 
 def index_text(text: str, contents: Contents) -> str:
-    """model_index.json, without the parts that are not written, and with how other layouts spelled the names."""
+    """model_index.json without the parts that are not written, and with the tensor-name spellings of other layouts."""
     index = json.loads(text)
     index |= {name: [None, None] for name in SAFETY if name in index}
     others = [note for note in contents.spellings if not note.startswith("diffusers ")]

@@ -1,12 +1,11 @@
-"""What names weights beyond doubt in a picture's text: hashes of their files, in the forms that A1111 writes and that
-sites with models look pictures up by.
+"""Hashes that identify weights in a picture's infotext, in A1111's forms, which model sites look pictures up by.
 
-A model's and an autoencoder's hash is the first ten digits of its file's SHA-256, a learned word's the first twelve. A
-LoRA's is the first twelve digits of the SHA-256 of what stands behind the safetensors header, which kohya's trainer
-writes into the header as `sshs_model_hash`: it stays the same when only the notes in the header change. A model that is
-a folder has no hash of A1111's; here it is that of its UNet's file, or of the digests of its shards.
+The hash of a model or an autoencoder is the first ten digits of its file's SHA-256, that of an embedding the first
+twelve. That of a LoRA is the first twelve digits of the SHA-256 of the bytes after the safetensors header, which
+kohya's trainer stores in the header as `sshs_model_hash`: it does not change with the metadata. A1111 has no hash for a
+model folder; here it is that of the UNet's file, or of the digests of its shards.
 
-A file of 4 GB takes two seconds. Hashes of large files are kept in the user's cache folder, under path, size and time.
+A file of 4 GB takes two seconds. Hashes of large files are cached in the user's cache folder, by path, size and time.
 """
 
 import functools
@@ -19,7 +18,7 @@ from plainsd.disk import cache_folder, read_json, written_whole
 from plainsd.errors import DiskError, UserError
 from plainsd.listing import hidden, suffix_of
 
-LARGE = 2**26  # bytes; smaller files are read anew each time
+LARGE = 2**26  # bytes; smaller files are hashed every time
 KEPT = 500  # hashes of large files
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 Hashes = tuple[tuple[str, str], ...]  # ("model", "6ce0161689"), ("vae", ...), ("lora:name", ...), ("embed:word", ...)
@@ -31,7 +30,8 @@ def hashes(
     loras: Iterable[tuple[str, Path]] = (),
     words: Iterable[tuple[str, Path]] = (),
 ) -> Hashes:
-    """Of all the weights that drew a picture; `vae` where it is not the model's own. Nothing for what has no file."""
+    """The hashes of all weights used for a picture; `vae` if it is not the model's own. Weights without a file have
+    none."""
     found = [("model", weights_hash(model, "unet")), ("vae", weights_hash(vae, "vae"))]
     found += [(f"lora:{name}", file_hash(weights_of(path)[0], tensors_only=True)[:12]) for name, path in loras]
     found += [(f"embed:{word}", file_hash(weights_of(path)[0])[:12]) for word, path in words]
@@ -39,7 +39,7 @@ def hashes(
 
 
 def weights_hash(path: Path | None, part: str) -> str | None:
-    """Ten digits for a file, or for a folder with weights: its own, or those of a part of a model."""
+    """Ten digits for a file, or for a folder with the weights of a model or of one part."""
     if path is None:
         return None
     digests = [file_hash(file) for file in weights_of(path / part if (path / part).is_dir() else path)]
@@ -82,7 +82,7 @@ def _file_hash(path: Path, size: int, time: int, tensors_only: bool) -> str:
 def _known(kept: Path) -> dict[str, str]:
     try:
         return read_json(kept)
-    except (UserError, OSError):  # none yet, or damaged: they only save time
+    except (UserError, OSError):  # no cache yet, or a damaged one
         return {}
 
 
@@ -90,5 +90,5 @@ def _keep(kept: Path, known: dict[str, str]) -> None:
     try:
         with written_whole(kept) as unfinished:
             unfinished.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    except DiskError:  # no room, or no right to: the next process hashes again
+    except DiskError:  # disk full or read-only: the next process hashes again
         pass

@@ -1,6 +1,6 @@
-"""Where a model lies: the embedded one, a path, or a repository of the Hugging Face hub, downloaded once and cached.
+"""Finds a model: the embedded one, a path, or a Hugging Face hub repository, downloaded once and cached.
 
-huggingface_hub is imported where it is needed: it takes as long to import as the rest of plainsd.
+huggingface_hub is imported on demand: importing it takes as long as the rest of plainsd.
 """
 
 import re
@@ -21,7 +21,7 @@ def find(source: str | Path | None, variant_file: str | None = None) -> Path:
     if source is None:
         embedded = Path(str(files("plainsd") / "assets" / "emoji"))
         if not embedded.is_dir():
-            raise UserError("this installation of plainsd lacks the embedded model; install it again, or give a model")
+            raise UserError("this installation of plainsd lacks the embedded model; reinstall it, or give a model")
         return embedded
     if Path(source).exists():
         return Path(source)
@@ -42,7 +42,7 @@ def snapshot(name: str, variant_file: str | None) -> Path:
     """The folder of a repository, with one kind of weights only: safetensors, or pickles where there are no others."""
     from huggingface_hub import snapshot_download
 
-    for variant in [variant_file] if variant_file else [None, "fp16", "bf16"]:  # plain files before half precision
+    for variant in [variant_file] if variant_file else [None, "fp16", "bf16"]:  # full precision before half precision
         middle = f".{variant}" if variant else ""
         for ending in ("safetensors", "bin"):
             weights = [f"{part}/*model{middle}{shard}.{ending}" for part in PARTS for shard in ("", "-?????-of-?????")]

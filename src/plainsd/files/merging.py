@@ -1,11 +1,11 @@
-"""Models made of models, a tensor at a time: `plainsd merge`.
+"""Merging models, a tensor at a time: `plainsd merge`.
 
-    A (1 - s) + B s      the weighted sum of two
-    A + s (B - C)        the added difference of three: what B learned on top of C
+    A (1 - s) + B s      weighted sum
+    A + s (B - C)        add difference: what B learned on top of C
 
-of every tensor of the UNet and the text encoders, in at least float32, as A1111's merger of checkpoints has it. The
-autoencoder, the tokenizers and all settings are A's (A1111 mixes autoencoders too). A may be an inpainting model where
-the others are not: its UNet's first convolution then keeps the weights of mask and masked picture.
+for every tensor of the UNet and the text encoders, in at least float32, as in A1111's checkpoint merger. Autoencoder,
+tokenizers and settings are A's (A1111 merges autoencoders too). A may be an inpainting model where the others are not:
+its UNet's first convolution then keeps the weights of the mask and masked-picture channels.
 """
 
 from collections.abc import Sequence
@@ -58,13 +58,12 @@ def check_recipe(count: int, share: float, *, difference: bool) -> None:
         raise UserError(f"{count} models to merge: it takes {wanted}; {remedy}")
     if not difference and not 0 <= share <= 1:
         raise UserError(f"--share {share:g} is out of range; give B's share of the sum, from 0 to 1")
-    if difference and not abs(share) <= 10:  # not a number included
+    if difference and not abs(share) <= 10:  # NaN included
         raise UserError(f"--share {share:g} is out of range; give how much of the difference is added, such as 1")
 
 
 def merged_models(first: Contents, others: Sequence[tuple[str, Contents]], share: float) -> Contents:
-    """The first model with the others (one: B; two: B and C) mixed into it. They go by their names where one does not
-    fit."""
+    """The first model with the others (one: B; two: B and C) merged into it. `names` are for error messages."""
     for name, other in others:
         check_alike(first, other, name, inpainting=True)
     networks = {}
@@ -81,7 +80,7 @@ def merged_models(first: Contents, others: Sequence[tuple[str, Contents]], share
 
 
 def mixed(name: str, first: Stored, others: Sequence[Stored], share: float) -> Stored:
-    """One tensor of the sum, worked out when it is read."""
+    """One merged tensor, computed when it is read."""
 
     def whole(dtype: torch.dtype | None = None) -> torch.Tensor:
         wide = torch.promote_types(first.dtype, torch.float32)
@@ -97,8 +96,8 @@ def mixed(name: str, first: Stored, others: Sequence[Stored], share: float) -> S
 
 
 def check_alike(first: Contents, other: Contents, name: str, *, inpainting: bool = False) -> None:
-    """UserError unless networks and predictions are the same, autoencoders apart. With `inpainting` the first may be
-    such a model where the other is not."""
+    """UserError unless networks (except autoencoders) and predictions are the same. With `inpainting`, the first may be
+    an inpainting model and the other not."""
     mine, theirs, differences = first.variant, other.variant, []
     if inpainting and (mine.unet.in_channels, theirs.unet.in_channels) == (9, 4):
         theirs = replace(theirs, unet=replace(theirs.unet, in_channels=9))

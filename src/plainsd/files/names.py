@@ -1,14 +1,14 @@
-"""What each weight is called: our name, the diffusers folder's, the original single file's, side by side.
+"""The name of each weight: ours, diffusers' and the original single file's, side by side.
 
-The tables are data, and are read in both directions. A row names one module three times; `{i}` is a level, `{j}` a
-place in the level, `{n}` our flat count of blocks and `{m}` = n + 1, `{k}` a repeated block. Its weight and bias follow
-(`.weight`, `.bias`). A mark after `:` says how the file's tensor differs from ours:
+The tables are read in both directions. A row has three names of one module; `{i}` is a level, `{j}` a position in the
+level, `{n}` our flat index of blocks and `{m}` = n + 1, `{k}` a repeated block; `.weight` and `.bias` are appended. A
+mark after `:` says how the file's tensor differs from ours:
 
     conv        (o, i, 1, 1) where ours is (o, i): a 1x1 convolution that we compute as a linear layer
     maybe-conv  conv or not, by the variant (SD 1.x has convolutions, SD 2.x and SDXL have not)
     bare        the whole name: no `.weight` follows
     transposed  bare, and the transpose of ours
-    third       one tensor, `_weight` or `_bias`, holds the q, k and v of three rows on top of each other
+    third       one tensor, `_weight` or `_bias`, holds q, k and v of three rows, stacked
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -167,7 +167,7 @@ TEXT_BLOCK = tuple((f"blocks.{{k}}.{ours}", f"text_model.encoder.layers.{{k}}.{h
     ("fc2",       "mlp.fc2",             "mlp.c_proj"),
 ))
 
-# --- the same names, spelled otherwise -------------------------------------------------------------------------------
+# --- other spellings of the same names --------------------------------------------------------------------------------
 
 SPELLINGS = (                         # as the tables have it, as some diffusers folders have it
     ("text_model.",  ""),             # transformers 5.6 and later write text encoders without the prefix
@@ -192,7 +192,7 @@ def filled_rows(table: tuple[NameRow, ...], **numbers: int) -> list[NameRow]:
 
 
 def unet_rows(unet: WayDown) -> Iterator[NameRow]:
-    """Every module with weights that a UNet of these sizes can have; some exist only at some levels."""
+    """Every module with weights that a UNet of this size can have; some exist only at some levels."""
     config = unet.config
     depth, layers, levels = config.depth, config.layers, len(config.channels)
     deepest = max(*depth, config.mid_depth or 0, *(most for i in range(levels) for most in config.going_up(i)))
@@ -230,7 +230,7 @@ def vae_rows(vae: VAE) -> Iterator[NameRow]:
 
 
 def tiny_vae_rows(vae: TinyVAE) -> Iterator[NameRow]:
-    """TAESD is two flat rows of layers; where it was published the decoder's begins with a clamp, and counts it."""
+    """TAESD is two flat lists of layers; in the published files the decoder's starts with a clamp, which is counted."""
     for side, shift in (("encoder", 0), ("decoder", 1)):
         layers = vae.get_submodule(f"{side}.layers") if getattr(vae, side) is not None else ()
         for n, layer in enumerate(layers):
@@ -281,7 +281,7 @@ class TensorPlace:
 
 
 def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[TensorPlace]:
-    """All tensors of a network as a file in `layout` holds them, in our order; `conv` settles `maybe-conv`."""
+    """All tensors of a network as a file in `layout` stores them, in our order; `conv` decides `maybe-conv`."""
     names = {row[0]: row[COLUMN[layout]] for row in NAME_ROWS[type(network)](network)}
     found: dict[str, TensorPlace] = {}
     for ours in network.state_dict():
@@ -296,6 +296,6 @@ def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[Tensor
 
 
 def spelled(name: str, names: Container[str]) -> str:
-    """A tensor's name as a file that holds `names` spells it; the table's spelling where the file has none."""
+    """A tensor's name in the spelling of a file that holds `names`; the table's where the file lacks it."""
     others = (name.replace(ours, theirs, 1) for ours, theirs in SPELLINGS if ours in name)
     return name if name in names else next((other for other in others if other in names), name)

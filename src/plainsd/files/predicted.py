@@ -1,5 +1,5 @@
-"""What a model's network predicts, and whether its noise ends at zero SNR, where the files do not say it or say it
-wrong: asked of the network itself, or told by the user."""
+"""Prediction type and zero terminal SNR where the files lack them or are wrong: found by probing the network, or given
+by the user."""
 
 import json
 import warnings
@@ -35,7 +35,7 @@ def on_or_off(text: str | None) -> bool | None:
 
 
 def told_otherwise(contents: Contents, path: Path, prediction: str | None, zero_snr: bool | None) -> Contents:
-    """The model with what the user knows better; its settings say so too. None: as the files have it."""
+    """The contents with the user's prediction type and zero SNR, in their settings too. None: as in the files."""
     check_prediction(prediction)
     variant = with_noise(contents.variant, path, prediction, zero_snr)
     if variant == contents.variant:
@@ -61,7 +61,7 @@ def with_noise(variant: Variant, path: Path, prediction: str | None, zero_snr: b
 
 
 def changed_texts(texts: dict[str, str], variant: Variant) -> dict[str, str]:
-    """The settings of a folder that speak of noise, and our note in them."""
+    """The settings of a folder that concern noise, and our entry in them."""
     ours = write_variant(variant)
     wanted = json.loads(ours[SCHEDULER])
     names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
@@ -75,8 +75,8 @@ def changed_texts(texts: dict[str, str], variant: Variant) -> dict[str, str]:
 
 
 def asked(contents: Contents, path: Path, unet: nn.Module | None = None) -> Contents:
-    """What a single file does not say, found out by a trial (`detect.probe`) and said. `unet`: the network, where it is
-    built already; else it is built for this, in bfloat16."""
+    """What a single file's UNet predicts where the file does not say, found by `detect.probe` and reported. `unet`: the
+    network, if it is built already; otherwise it is built for this, in bfloat16."""
     if contents.certain:
         return contents
     if unet is None or next(unet.parameters()).dtype == torch.float16:

@@ -1,4 +1,4 @@
-"""What a model was made of, written into it: for other programs as A1111 does, and for us in model_index.json."""
+"""The recipe of a merged model, stored in it: as A1111 does for other programs, and in model_index.json for us."""
 
 import json
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from plainsd.files.configs import NOTE
 from plainsd.files.hashes import file_hash, weights_hash
 from plainsd.files.stored import Contents
 
-AVERAGED = "model_ema."  # a training's averaged copy of the weights, which would no longer be of this model
+AVERAGED = "model_ema."  # the EMA copy of the weights, which no longer fits the merged model
 
 
 def with_recipe(contents: Contents, recipe: Mapping[str, Any], models: Mapping[str, str]) -> Contents:
-    """The contents with a note of how they were made; `models`: hash -> name of all that went in.
+    """The contents with their recipe; `models`: hash -> name of every source.
 
     A single file gets A1111's two entries of metadata; every layout gets the recipe in model_index.json."""
     index = json.loads(contents.texts["model_index.json"])
@@ -33,12 +33,12 @@ def with_recipe(contents: Contents, recipe: Mapping[str, Any], models: Mapping[s
 
 
 def digits_of(path: Path) -> str:
-    """A file's SHA-256, as A1111 names models; of a folder ten digits of its UNet's."""
+    """A file's SHA-256, as A1111 identifies models; for a folder, ten digits of its UNet's."""
     return file_hash(path) if path.is_file() else weights_hash(path, "unet") or path.name
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """In the type that a file shall hold. UserError where its numbers are too large for that."""
+    """Cast to the dtype of the file. UserError where values overflow it."""
     narrow = tensor.to(dtype)
     if not narrow.isfinite().all():
         kind = str(dtype).removeprefix("torch.")

@@ -1,8 +1,7 @@
-"""Single files of UNets with one ResBlock a level as diffusers' conversion script numbers them: with gaps.
+"""Single files of UNets with one ResBlock a level, as diffusers' conversion script numbers them: with gaps.
 
-`convert_diffusers_to_original_stable_diffusion.py` counts as if every level had two ResBlocks going down and three
-going up, as SD 1.x has. Files of BK-SDM and its kin that were made by it leave numbers out; the original's code counts
-on.
+`convert_diffusers_to_original_stable_diffusion.py` counts as if every level had two ResBlocks on the way down and three
+on the way up, as SD 1.x has. Its files of BK-SDM and similar models therefore skip numbers; the original code does not.
 """
 
 import re
@@ -13,11 +12,11 @@ from plainsd.files.tensorfile import TensorFile
 BLOCK = re.compile(r"(model\.diffusion_model\.)(input_blocks|output_blocks)\.(\d+)\.(.+)")
 LEFT_OVER = re.compile(
     r"(model\.diffusion_model\.)up_blocks\.0\.attentions\.(\d)\.(.+)"
-)  # the script expects none there
+)  # the script does not expect it there
 
 
 def without_gaps(file: TensorFile) -> TensorFile:
-    """The file with its UNet's blocks counted on; as it is where they are."""
+    """The file with its UNet's blocks renumbered without gaps."""
     found = [match for name in file.tensors if (match := BLOCK.match(name))]
     down = {int(match[3]) for match in found if match[2] == "input_blocks"}
     if 3 not in down or 2 in down:
@@ -28,7 +27,7 @@ def without_gaps(file: TensorFile) -> TensorFile:
 
 
 def counted_on(name: str, attending: set[int]) -> str:
-    """`attending`: the levels, from the deepest, that look at the text on the way up."""
+    """`attending`: the levels, from the deepest, with cross-attention on the way up."""
     if found := LEFT_OVER.match(name):
         return f"{found[1]}output_blocks.{found[2]}.1.{found[3]}"
     if not (found := BLOCK.match(name)):
@@ -37,6 +36,6 @@ def counted_on(name: str, attending: set[int]) -> str:
     level, place = divmod(int(found[3]), 3)
     if way == "input_blocks":
         return f"{start}{way}.{2 * level + place}.{rest}"
-    if place == 2:  # an upsampling alone, which belongs to the block before
+    if place == 2:  # a lone upsampling, which belongs to the previous block
         return f"{start}{way}.{2 * level + 1}.{2 if level in attending else 1}.{rest.partition('.')[2]}"
     return f"{start}{way}.{2 * level + place}.{rest}"

@@ -1,6 +1,6 @@
-"""The original single file: all networks in one .safetensors or .ckpt, each under a prefix of its own.
+"""The original single file: all networks in one .safetensors or .ckpt, each under its own prefix.
 
-What we write carries the settings in the file's metadata; a file from elsewhere has its family told by its shapes.
+Files that we write have the settings in their metadata; the family of other files is detected from shapes.
 """
 
 import json
@@ -39,11 +39,11 @@ from plainsd.models.variants import Variant
 FILES_KEY = "plainsd.files"  # in the metadata, as JSON: the settings files of a folder
 SPELLINGS_KEY = "plainsd.spellings"  # and how its tensor names differ from the tables
 Note = TypeVar("Note", dict, list)
-KEPT = "leftovers."  # before a folder's tensors that single files do not have
+KEPT = "leftovers."  # prefix of a folder's tensors that single files do not have
 
 PATH = re.compile(r"(model_index|preview|(unet|vae|scheduler|(text_encoder|tokenizer)(_2)?)/\w[\w.-]*)\.(json|txt)")
 
-# Names beside the networks' own: averaged copies, buffers, training losses, and parts that no picture needs.
+# Names besides the networks' own: EMA copies, buffers, training losses, and parts not needed for sampling.
 BESIDE = re.compile(
     "|".join(
         (
@@ -71,7 +71,7 @@ BESIDE = re.compile(
 
 
 def prefixes(variant: Variant) -> dict[str, tuple[str, str]]:
-    """Where each network lies in a single file, and in which column of the tables its names are."""
+    """The prefix of each network in a single file, and the column of its names in the tables."""
     if not variant.unet.vector:
         quick = variant.text[0].activation == "quick_gelu"
         text = ("cond_stage_model.transformer.", "transformers") if quick else ("cond_stage_model.model.", "openclip")
@@ -87,8 +87,8 @@ def prefixes(variant: Variant) -> dict[str, tuple[str, str]]:
 
 
 def read_single(path: Path, family: str | None = None, *, vae: bool = True, prediction: str | None = None) -> Contents:
-    """`family`: a name in VARIANTS, where shapes cannot tell. `vae` False: the file's own is not wanted. `prediction`:
-    what the network predicts, where that is known better than the file tells."""
+    """`family`: a name in VARIANTS, where shapes are ambiguous. `vae` False: leave out the autoencoder. `prediction`:
+    what the network predicts, overriding the file."""
     file, remarks = without_gaps(open_tensors(path)), []
     variant, certain = variant_in(file, family, prediction)
     networks = read_networks(file, variant, [name for name in parts(variant) if vae or name != "vae"])
@@ -108,12 +108,12 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True, pred
 
 
 def by_name(file: TensorFile, variant: Variant) -> tuple[Variant, str | None]:
-    """The variant with the settings of a distillation that the file's title or name tells, and what to say of it."""
+    """The variant with the settings of a distillation named in the file's title or name, and a remark about it."""
     return with_distilled_settings(variant, (file.metadata.get("modelspec.title", ""), file.path.stem))
 
 
 def variant_in(file: TensorFile, family: str | None = None, prediction: str | None = None) -> tuple[Variant, bool]:
-    """What model is in a file, by our notes or by its shapes, and whether what it predicts is certain."""
+    """The model in a file, by our metadata or by its shapes, and whether its prediction type is certain."""
     texts = note_in(file, FILES_KEY, {})
     if strange := [name for name, text in texts.items() if not PATH.fullmatch(name) or not isinstance(text, str)]:
         raise damaged(file.path, f"its metadata names the file {strange[0]!r}, which no model has")
@@ -131,7 +131,7 @@ def variant_in(file: TensorFile, family: str | None = None, prediction: str | No
 
 
 def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[str, StoredNetwork]:
-    """The networks of those names; whatever else is in the file must be known by name."""
+    """The named networks; every other tensor of the file must be known by name."""
     wanted = {name: places_in(file, variant, name) for name in names}
     for name, its in wanted.items():
         if not any(place.name in file.tensors for place in its):
@@ -152,14 +152,14 @@ def read_networks(file: TensorFile, variant: Variant, names: list[str]) -> dict[
 
 
 def places_in(file: TensorFile, variant: Variant, name: str) -> list[TensorPlace]:
-    """Where the file holds one network."""
+    """The places of one network's tensors in the file."""
     prefix, layout = prefixes(variant)[name]
     network = blueprint(*parts(variant)[name])
     return places_of(network, layout, file.tensors, conv=variant.conv_projections, prefix=prefix)
 
 
 def known_beside(file: TensorFile, variant: Variant) -> list[str]:
-    """The file's names that are known, and no network's."""
+    """Known names in the file that belong to no network."""
     used = {place.name for name in parts(variant) for place in places_in(file, variant, name)}
     return [name for name in file.tensors if BESIDE.match(name) and name not in used]
 
@@ -175,7 +175,7 @@ def lacking(file: TensorFile, name: str) -> UserError:
 
 
 def extra_names(file: TensorFile, part: str, prefix: str, layout: str) -> dict[str, str]:
-    """What a network's own file in a folder would hold beside its weights, `position_ids`: the names here and there."""
+    """Names of tensors that a network's file in a folder has besides weights (`position_ids`): here -> there."""
     kept = f"{KEPT}{part}."
     public = [
         name
@@ -211,7 +211,7 @@ def has_convolutions(file: TensorFile) -> bool:
 
 
 def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = None) -> None:
-    """`contents.texts` go into the metadata. The file is whole or absent."""
+    """`contents.texts` go into the metadata. The file is written whole or not at all."""
     if suffix_of(target) != ".safetensors":
         raise UserError(f"{target}: a single file is written as .safetensors; give it that ending")
     words = marks(contents.variant)
@@ -240,8 +240,8 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
 
 
 def marks(variant: Variant) -> dict[str, Stored]:
-    """The tensors that tell other programs what the network predicts and which noise it knows; ComfyUI and reForge
-    read a `ztsnr` only beside a `v_pred`."""
+    """The marker tensors of prediction type and noise schedule for other programs; ComfyUI and reForge read `ztsnr`
+    only together with `v_pred`."""
     schedule, vae, words = variant.schedule, variant.vae, {}
     if variant.prediction == "edm" and vae.latents_mean:
         words = {"edm_mean": torch.tensor(vae.latents_mean), "edm_std": torch.tensor(vae.latents_std)}

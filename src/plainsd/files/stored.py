@@ -1,7 +1,7 @@
-"""What every layout of files is read into and written from: settings, and tensors by our names, not read yet.
+"""The form between all file layouts: settings, and lazily read tensors by our names.
 
-A tensor is read when it is asked for, so that a model passes from file to network, or from file to file, one tensor at
-a time. Names and shapes are checked strictly before the first byte of a tensor is read.
+A tensor is read on demand, so that a model passes from file to network, or from file to file, one tensor at a time.
+Names and shapes are checked strictly before any tensor is read.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -32,10 +32,10 @@ class StoredNetwork:
     kind: type[nn.Module]
     config: Any
     tensors: dict[str, Stored]  # by our names
-    extras: dict[str, Stored] = field(default_factory=dict)  # what a file holds beside them, by its name there
+    extras: dict[str, Stored] = field(default_factory=dict)  # other tensors of its file, by their names there
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network itself. Each tensor is cast while it is read."""
+        """The network with its weights. Each tensor is cast while it is read."""
         network = _shelf.pop((self.kind, self.config), None) or empty(self.kind, self.config)
         weights = {name: stored.read(dtype).to(device).contiguous() for name, stored in self.tensors.items()}
         network.load_state_dict(weights, assign=True)
@@ -51,9 +51,9 @@ class Contents:
     texts: dict[str, str]  # settings and tokenizers, by path in a diffusers folder
     leftovers: dict[str, Stored] = field(default_factory=dict)  # tensors of a single file that no folder has
     spellings: tuple[str, ...] = ()  # names that are not the table's: "layout network fragment"
-    notes: dict[str, str] = field(default_factory=dict)  # for others, in a single file's metadata
-    certain: bool = True  # whether what the network predicts is told, and not only likely
-    remarks: tuple[str, ...] = ()  # what the reader decided where the files leave it open, a line each
+    notes: dict[str, str] = field(default_factory=dict)  # metadata of a single file, for other programs
+    certain: bool = True  # whether the prediction type is known, not only assumed
+    remarks: tuple[str, ...] = ()  # what the reader assumed, a line each
 
 
 def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:
@@ -64,7 +64,7 @@ def parts(variant: Variant) -> dict[str, tuple[type[nn.Module], Any]]:
 
 
 class Undrawn(TorchFunctionMode):
-    """Draws no first weights: for tensors without memory it would be in vain, and load PyTorch's compiler."""
+    """Skips weight initialisation: useless for meta tensors, and it would import PyTorch's compiler."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in DRAWN:
@@ -76,13 +76,13 @@ DRAWN = (nn.init.normal_, nn.init.kaiming_uniform_, torch.Tensor.uniform_, torch
 
 
 def empty(kind: type[nn.Module], config: Any) -> nn.Module:
-    """A network without memory for its weights."""
+    """A network with its weights on the meta device."""
     with torch.device("meta"), Undrawn():
         return kind(config).eval()
 
 
 def empties(variant: Variant) -> dict[str, nn.Module]:
-    """All networks of a model, without memory for their weights."""
+    """All networks of a model, on the meta device."""
     return {name: empty(kind, config) for name, (kind, config) in parts(variant).items()}
 
 
@@ -90,7 +90,7 @@ _shelf: dict[tuple[type, Any], nn.Module] = {}
 
 
 def blueprint(kind: type[nn.Module], config: Any) -> nn.Module:
-    """One for whoever asks for names and shapes only. It is kept, until a network like it is built from it."""
+    """A cached empty network, for names and shapes; `build` takes it out of the cache."""
     return _shelf.get((kind, config)) or _shelf.setdefault((kind, config), empty(kind, config))
 
 
@@ -100,20 +100,20 @@ def blueprint(kind: type[nn.Module], config: Any) -> nn.Module:
 def places_of(
     network: nn.Module, layout: str, names: Collection[str], *, conv: bool, prefix: str = ""
 ) -> list[TensorPlace]:
-    """Where a file with these names holds the network's tensors."""
+    """The places of the network's tensors in a file with these names."""
     found = places(network, layout, conv=conv)
     return [replace(place, name=spelled(prefix + place.name, names)) for place in found]
 
 
 def respelled(name: str, fragments: Iterable[str]) -> str:
-    """The table's name as a file wrote it in which these fragments were spelled otherwise."""
+    """The table's name as spelled by a file with these alternative fragments."""
     for fragment in fragments:
         name = name.replace(fragment, dict(SPELLINGS)[fragment], 1)
     return name
 
 
 def fragments(network: nn.Module, layout: str, names: Collection[str], prefix: str = "") -> list[str]:
-    """Which fragments of the table's names the file spells otherwise."""
+    """The fragments of the table's names that the file spells differently."""
     wanted = [prefix + place.name for place in places(network, layout)]
     other = [name for name in wanted if name not in names and spelled(name, names) in names]
     return [
@@ -124,12 +124,12 @@ def fragments(network: nn.Module, layout: str, names: Collection[str], prefix: s
 
 
 def unpack(file: TensorFile, wanted: list[TensorPlace], shapes: Mapping[str, torch.Size]) -> dict[str, Stored]:
-    """The file's tensors under our names, still unread."""
+    """The file's tensors under our names, not read yet."""
     found = {}
     for place in wanted:
         stored, expected = file.tensors[place.name], place_shape(place, shapes)
         if stored.foreign:
-            stored.read(torch.float32)  # says that it cannot
+            stored.read(torch.float32)  # raises: it cannot be read
         linear = shapes[place.ours[0]]
         either = {tuple(linear), (*linear, 1, 1)} if place.mark.endswith("conv") else {tuple(expected)}
         if stored.shape not in either:
@@ -144,7 +144,7 @@ def unpack(file: TensorFile, wanted: list[TensorPlace], shapes: Mapping[str, tor
 
 
 def part_of(place: TensorPlace, stored: Stored, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """One of our tensors from a tensor of the file; of a third only, so that the whole does not stay in memory."""
+    """One of our tensors from a tensor of the file; a third is copied, so that the whole is freed."""
     part = place.to_ours(stored.read(dtype))[index]
     return part.clone() if len(place.ours) > 1 else part
 
@@ -158,7 +158,7 @@ def packed_tensors(
     dtype: torch.dtype | None = None,
     spelling: Collection[str] = (),
 ) -> dict[str, Stored]:
-    """Our tensors under the file's names. `dtype`: what the file shall hold; None keeps each tensor's own."""
+    """Our tensors under the file's names. `dtype` of the file; None keeps each tensor's own."""
     bare, packed = blueprint(network.kind, network.config), {}
     shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
     for place in places(bare, layout, conv=conv):
@@ -180,7 +180,7 @@ def place_shape(place: TensorPlace, shapes: Mapping[str, torch.Size]) -> torch.S
 
 
 def check_tensor_names(wanted: Collection[str], file: TensorFile) -> None:
-    """Every place has its tensor, and every tensor its place."""
+    """UserError for missing and unexpected names."""
     missing = [name for name in wanted if name not in file.tensors]
     unexpected = sorted(set(file.tensors) - set(wanted))
     if missing or unexpected:

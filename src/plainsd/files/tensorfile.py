@@ -1,7 +1,7 @@
-"""Files of named tensors: safetensors read and written one tensor at a time, and PyTorch's pickles read safely.
+"""Files of named tensors: safetensors read and written one tensor at a time, and PyTorch pickles read safely.
 
 A safetensors file is eight bytes with the length of a header, the header (JSON: name -> dtype, shape, two offsets), and
-the tensors' bytes. Reading by hand keeps a few tensors in memory, where the library's memory map counts the whole file.
+the tensors' bytes. Our own reader keeps a few tensors in memory; the library's memory map counts as the whole file.
 """
 
 import json
@@ -41,17 +41,19 @@ STORED_DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
-WINDOW = 2**26  # bytes of a file that stay in memory once they were read
+WINDOW = 2**26  # bytes of a file that stay mapped after reading
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, not read yet. `read()` gives it as it is, `read(dtype)` cast while it is read."""
+    """A tensor in a file, not read yet. `read()` returns it unchanged, `read(dtype)` casts while reading."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[..., Tensor]
-    foreign: tuple[str, tuple[int, ...]] | None = None  # a type unknown here, and the shape: kept as bytes, never cast
+    foreign: tuple[str, tuple[int, ...]] | None = (
+        None  # an unsupported dtype and the shape: copied as bytes, never cast
+    )
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +67,7 @@ class TensorFile:
     metadata: Mapping[str, str]
 
 
-OTHERS = {  # how files begin that are taken for weights, and what to do
+OTHERS = {  # first bytes of files that are no weights, and what to do
     b"version https://git-lfs": "is a Git LFS pointer and holds no weights; run `git lfs pull` there, or fetch it",
     b"gguf": "is a GGUF file, whose weights are quantised for other programs; give the model as .safetensors",
     b"<!doctype html": "is a web page and no model; the download went wrong, or asks for a login: fetch it again",
@@ -74,7 +76,7 @@ OTHERS = {  # how files begin that are taken for weights, and what to do
 
 
 def check_kind(path: Path, head: bytes) -> None:
-    """Files that are neither safetensors nor PyTorch's, told by how they begin."""
+    """UserError for files that are neither safetensors nor PyTorch's, by their first bytes."""
     if what := next((what for begins, what in OTHERS.items() if head.lstrip().lower().startswith(begins)), None):
         raise UserError(f"{path} {what}")
 
@@ -84,7 +86,7 @@ def damaged(path: Path, what: str) -> UserError:
 
 
 def read_header(path: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file, and where the tensors' bytes begin."""
+    """The JSON header of a safetensors file, and the offset of the tensors' bytes."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -122,7 +124,7 @@ def check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...]
 
 
 def unread(path: Path, name: str, kind: str, pages: "_Pages", start: int, size: int) -> Callable[..., Tensor]:
-    """The reader of a tensor of a type unknown here: its bytes as they are, for who copies them; no numbers."""
+    """The reader of a tensor of an unsupported dtype: its raw bytes, for copying."""
 
     def read(dtype: torch.dtype | None = None) -> Tensor:
         if dtype not in (None, torch.uint8):
@@ -136,7 +138,7 @@ def unread(path: Path, name: str, kind: str, pages: "_Pages", start: int, size: 
 
 
 def open_safetensors(path: Path) -> TensorFile:
-    """Reads and checks the header: every tensor lies inside the file, none over another, and no byte is left over."""
+    """Reads and checks the header: all tensors lie inside the file, do not overlap, and cover every byte."""
     header, base = read_header(path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
@@ -164,8 +166,8 @@ def open_safetensors(path: Path) -> TensorFile:
 
 
 class _Pages:
-    """A file's bytes, mapped at the first reading: cast from there, they are copied once. The system counts pages that
-    were read as memory of the process, so they are let go each time WINDOW bytes have passed."""
+    """A file's bytes, mapped at the first read, so that casting copies them once. Pages that were read count as memory
+    of the process, so they are released every WINDOW bytes."""
 
     def __init__(self, path: Path):
         self.path, self.passed = path, 0
@@ -175,7 +177,7 @@ class _Pages:
         count = math.prod(shape) * dtype.itemsize
         self.make_room(start, count)
         part = self.bytes[start : start + count]
-        part = part if start % dtype.itemsize == 0 else part.clone()  # no number may lie across two
+        part = part if start % dtype.itemsize == 0 else part.clone()  # no number may straddle the border
         return part.view(dtype).view(shape).to(wanted or dtype, copy=True)
 
     def make_room(self, start: int, count: int) -> None:
@@ -193,7 +195,7 @@ class _Pages:
 
 
 def header_bytes(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
-    """What stands before the tensors' bytes."""
+    """The header with its length, as bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     at = 0
     for name, stored in tensors.items():
@@ -217,7 +219,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
 
 
 class Ignored:
-    """Takes the place of a class that training code left in a checkpoint, and of whatever it is called with."""
+    """Stands in for a class that training code left in a checkpoint, with any arguments."""
 
     def __init__(self, *args: object, **named: object):
         pass
@@ -227,14 +229,14 @@ class Ignored:
 
 
 class IgnoredTable:
-    """Likewise of a class that is filled as a dict is."""
+    """Likewise for dict-like classes."""
 
     def __new__(cls, *args: object, **named: object) -> Any:
         return OrderedDict()
 
 
-# What training programs leave in checkpoints beside tensors: numbers, paths, settings, callbacks. Where a pickle names
-# one of these, the unpickler is given something that does nothing; the module itself is never imported.
+# What training programs leave in checkpoints besides tensors: numbers, paths, settings, callbacks. The unpickler gets
+# an inert stand-in for these names; the module is never imported.
 HARMLESS = re.compile(
     r"(numpy|pytorch_lightning|lightning|lightning_fabric|omegaconf|pathlib|datetime|typing)(\.\w+)+"
     r"|argparse\.Namespace|collections\.defaultdict"
@@ -243,8 +245,8 @@ MOST_NAMES = 200
 
 
 def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
-    """What a PyTorch pickle holds, if that is plain data and tensors; the names of other classes only if they are
-    among `stand_ins`, which gives each a class of ours, or HARMLESS."""
+    """The contents of a PyTorch pickle, if they are plain data and tensors; other classes only if they are in
+    `stand_ins`, which maps names to classes of ours, or match HARMLESS."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -256,7 +258,7 @@ def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # the unpickler fails in as many ways as files are broken
+    except Exception as error:  # a broken file can raise anything
         asked = re.search(r"GLOBAL (\S+)|nsupported operand \d+", str(error))
         if isinstance(error, pickle.UnpicklingError) and asked:
             name = f" asks for {asked[1]} and" if asked[1] else ""
@@ -268,7 +270,7 @@ def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
 
 
 def _loaded(path: Path, allowed: list[tuple[type, str]], *, mapped: bool) -> object:
-    """By PyTorch's restricted unpickler, which is given a harmless name when it asks for it."""
+    """torch.load with weights_only, allowing harmless names as it asks for them."""
     while True:
         try:
             with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
@@ -281,7 +283,7 @@ def _loaded(path: Path, allowed: list[tuple[type, str]], *, mapped: bool) -> obj
 
 
 def open_pickle(path: Path) -> TensorFile:
-    """A .ckpt, .bin or .pt: tensors by name, perhaps under `state_dict`. Nothing but plain data is ever unpickled."""
+    """A .ckpt, .bin or .pt: tensors by name, perhaps under `state_dict`. Only plain data is ever unpickled."""
     content = unpickled(path)
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -293,12 +295,12 @@ def open_pickle(path: Path) -> TensorFile:
 
 
 def stored(tensor: Tensor) -> Stored:
-    """A tensor that is in memory already."""
+    """A Stored for a tensor in memory."""
     return Stored(tensor.dtype, tuple(tensor.shape), lambda dtype=None: tensor.to(dtype or tensor.dtype))
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """By what the file holds; but a pickle is opened only under a name that says so."""
+    """Opens a file by its content; a pickle only if its suffix says so."""
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -308,7 +310,7 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def joined_files(files: Iterable[TensorFile]) -> TensorFile:
-    """Several files that together hold one network."""
+    """Several files as one: the shards of a network."""
     files = list(files)
     tensors: dict[str, Stored] = {}
     for file in files:

@@ -1,8 +1,8 @@
 """TAESD's files: `taesd_encoder` and `taesd_decoder` as they were published, both in one file, or in diffusers' names.
 
-The published halves count their layers from the file's root (`1.weight`), so neither says which it is but by its
-shapes: the encoder begins with layer 0, the decoder with a clamp and layer 1. One of them is joined with the other
-where that lies beside it under the same name with the other word in it.
+The published halves number their layers from the root (`1.weight`), so only shapes tell them apart: the encoder starts
+with layer 0, the decoder with a clamp and layer 1. One half is joined with the other if that is in the same folder,
+under the same name with the other word in it.
 """
 
 import re

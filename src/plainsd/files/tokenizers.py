@@ -1,4 +1,4 @@
-"""The tokenizers that come with a model, as the texts of their files; CLIP's own where a single file has none."""
+"""A model's tokenizers, as the texts of their files; CLIP's where a single file has none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tokenizer_names(variant: Variant) -> list[str]:
 
 
 def tokenizers(contents: Contents, path: Path) -> list[Tokenizer]:
-    """One a text encoder: those that came with the model; for a single file, of a vocabulary beside it, or CLIP's."""
+    """One for each text encoder: the model's own; for a single file, from a vocabulary next to it, or CLIP's."""
     if any(name.startswith("tokenizer") for name in contents.texts):
         return read_tokenizers(contents.texts, contents.variant, path)
     vocabulary = find_vocabulary(path)
@@ -29,7 +29,7 @@ def tokenizers(contents: Contents, path: Path) -> list[Tokenizer]:
 
 
 def read_tokenizers(texts: dict[str, str], variant: Variant, where: str | Path = "the model") -> list[Tokenizer]:
-    """From texts by their paths in a model's folder."""
+    """From their files' texts, by paths in a model folder."""
     found = []
     for name in tokenizer_names(variant):
         own = {path.removeprefix(f"{name}/"): text for path, text in texts.items() if path.startswith(f"{name}/")}
@@ -38,12 +38,12 @@ def read_tokenizers(texts: dict[str, str], variant: Variant, where: str | Path =
 
 
 def tokenizer_texts(tokenizers: list[Tokenizer], variant: Variant) -> dict[str, str]:
-    """The other way."""
+    """The inverse: their files' texts, by paths in a model folder."""
     named = zip(tokenizer_names(variant), tokenizers, strict=True)
     return {f"{name}/{path}": text for name, one in named for path, text in sorted(one.to_texts().items())}
 
 
 def is_clip(tokenizer: Tokenizer) -> bool:
-    """Whether it has CLIP's own tokens and no others, so that a single file can do without it."""
+    """Whether its tokens are exactly CLIP's, so that a single file needs no vocabulary."""
     merges = "\n".join(" ".join(pair) for pair in tokenizer.merges)
     return len(tokenizer) == 49_408 and hashlib.sha256(merges.encode()).hexdigest() == CLIP_MERGES

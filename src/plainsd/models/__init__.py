@@ -1,4 +1,5 @@
-"""The networks (part II): text encoder, autoencoder and UNet, other ways through them, and every known model as data.
+"""The networks (part II): text encoder, autoencoder and UNet, alternative forward passes, and every known model as
+data.
 
-Plain tensors in and out. How files spell a network's weights is told in files/, what makes it faster in speed/.
+Plain tensors in and out. The names of weights in files are in files/, faster implementations in speed/.
 """

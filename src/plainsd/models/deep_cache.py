@@ -1,4 +1,4 @@
-"""The UNet with its deep layers kept from step to step: faster, and not quite the same picture."""
+"""DeepCache: the UNet with its deep features cached between steps. Faster; the picture changes slightly."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from plainsd.models.unet import UNet, joined
 
 
 class DeepCache:
-    """A UNet whose deep layers run at every `every`-th timestep; between, what they gave last is taken again.
+    """A UNet whose deep layers run at every `every`-th timestep only; in between, their last output is reused.
 
     Ma et al. 2023, "DeepCache" (arXiv:2312.00858), section 3.2, with uniform strides: from one step to the next the
-    deep features change slowly. `shallow` counts the blocks at either end that always run. One object serves one
-    picture, or batch, from its first step to its last: several calls at the same timestep, such as those of guidance in
-    two calls, each have a cache of their own.
+    deep features change slowly. `shallow` is the number of blocks at either end that always run. One object serves one
+    picture or batch, from first step to last. Each of several calls at the same timestep (cond and uncond, when they
+    are not batched) has its own cache.
     """
 
     def __init__(self, unet: UNet, every: int, shallow: int = 1):
@@ -56,7 +56,7 @@ class DeepCache:
         return unet.conv_out(F.silu(unet.norm_out(x)))
 
     def advance(self, timestep: float, rows: int) -> bool:
-        """Whether this call runs all layers: at its turn, or because there is nothing kept that fits."""
+        """Whether this call runs all layers: it is due, or the cache has no entry of this batch size."""
         if timestep == self.timestep:
             self.place += 1
         else:
@@ -64,7 +64,7 @@ class DeepCache:
         return self.turn % self.every == 0 or [len(x) for x in self.deep[self.place :][:1]] != [rows]
 
     def kept(self, x: Tensor, fresh: bool) -> Tensor:
-        """What comes out of the deep layers, now or when they last ran."""
+        """The output of the deep layers: fresh, or from the cache."""
         if fresh:
             self.deep[self.place : self.place + 1] = [x]
         return self.deep[self.place]

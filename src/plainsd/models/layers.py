@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
-        self.attend = F.scaled_dot_product_attention  # speed/ and training may put another form here
+        self.attend = F.scaled_dot_product_attention  # speed/ and training may replace it
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, causal: bool = False) -> Tensor:
         context = x if context is None else context
@@ -53,7 +53,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions around which the input is added back; the time embedding shifts the middle.
+    """Residual block of two pre-normalised 3x3 convolutions; the time embedding is added between them.
 
     x (B, C_in, H, W), emb (B, E) or None -> (B, C_out, H, W). eps: 1e-5 in the UNet, 1e-6 in the VAE.
     """
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.activate = norm_silu  # training may put another form here
+        self.activate = norm_silu  # training may replace it
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(self.activate(self.norm1, x))

@@ -23,11 +23,11 @@ class UNetConfig:
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each ResBlock; SDXL (0, 2, 10)
     up_depth: tuple[tuple[int, ...], ...] | None = (
-        None  # going up, one a ResBlock, if otherwise: SSD-1B's last (4, 4, 10)
+        None  # on the way up, one a ResBlock, where it differs: SSD-1B's last (4, 4, 10)
     )
     heads: tuple[int, ...] = (8, 8, 8, 8)  # a count of heads, never a head size
     mid_depth: int | None = 1  # SDXL 10; 0: one ResBlock alone (SSD-1B, Vega); None: no middle (BK-SDM, KOALA)
-    layers: int = 2  # ResBlocks a level going down; one more going up
+    layers: int = 2  # ResBlocks a level on the way down; one more on the way up
     context: int = 768  # T; SD 2.x 1024, SDXL 2048
     in_channels: int = 4  # 9 for inpainting: latent, mask, masked picture
     out_channels: int = 4
@@ -53,14 +53,14 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(dim, 2 * 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
-        self.activate = geglu  # training may put another form here
+        self.activate = geglu  # training may replace it
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activate(self.up(x)))
 
 
 class TransformerBlock(nn.Module):
-    """Positions look at each other, then at the text, then each is transformed alone.
+    """Self-attention over positions, cross-attention to the text, feed-forward; each with a pre-norm and a residual.
     (B, N, D), (B, M, T) -> (B, N, D)."""
 
     def __init__(self, dim: int, heads: int, context_dim: int):
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 class Middle(nn.Module):
-    """A ResBlock, a Transformer, a ResBlock; distilled models do with the first alone, or with none."""
+    """ResBlock, Transformer, ResBlock; distilled models keep only the first, or nothing."""
 
     def __init__(self, res1: nn.Module | None, attn: nn.Module | None, res2: nn.Module | None):
         super().__init__()
@@ -147,7 +147,7 @@ class WayDown(nn.Module):
         self.guidance = nn.Linear(config.guidance_dim, ch[0], bias=False) if config.guidance_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, ch[0], 3, padding=1)
 
-        self.widths, width = [ch[0]], ch[0]  # of conv_in's output and each block's: what the way up is handed
+        self.widths, width = [ch[0]], ch[0]  # channels of the skip connections
         self.down = nn.ModuleList()
         for i in levels:
             for _ in range(config.layers):
@@ -173,7 +173,7 @@ class WayDown(nn.Module):
         return Transformer(c.channels[level], c.heads[level], depth, c.context, c.groups) if depth else None
 
     def embed(self, timestep: Tensor | float, batch: Tensor, vector: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """Everything that is known of the whole picture, as one vector a picture: (B, E)."""
+        """The embedding of timestep, guidance scale and extra vector: (B, E)."""
         if not isinstance(timestep, Tensor):  # filled in there; a copy would make a GPU wait
             timestep = torch.full((), timestep, dtype=torch.float32, device=batch.device)
         timestep = timestep.to(batch.device).expand(len(batch))

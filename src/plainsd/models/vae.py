@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from plainsd.models.layers import Attention, Downsample, ResBlock, Upsample
 
-EPS = 1e-6  # of every GroupNorm here; 1e-5, a common slip, gives visibly other pictures
+EPS = 1e-6  # of every GroupNorm here; 1e-5, a common mistake, changes pictures visibly
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class VAEConfig:
     layers: int = 2  # ResBlocks a level in the encoder; the decoder has one more
     latent_channels: int = 4
     groups: int = 32
-    scaling_factor: float = 0.18215  # the UNet sees latents times this, so that they have about unit variance
+    scaling_factor: float = 0.18215  # brings latents to about unit variance for the UNet
     pixel_channels: int = 3
     latents_mean: tuple[float, ...] | None = None  # one a channel, of unscaled latents; Playground 2.5's
     latents_std: tuple[float, ...] | None = None  # likewise; both or neither
@@ -36,18 +36,18 @@ class VAEConfig:
 
     @property
     def widest(self) -> int:
-        """Channels of the widest map at full size: the decoder's last level is entered with those of the one below."""
+        """Channels of the widest map at full size: the decoder's last level starts with those of the level below."""
         return self.channels[min(1, len(self.channels) - 1)]
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """What the encoder gives (B, L, h, w), as the UNet sees it."""
+        """Encoder output (B, L, h, w) -> latents in the UNet's scale."""
         if self.latents_mean is None:
             return latents * self.scaling_factor
         mean, std = self._moments(latents)
         return (latents - mean) * (self.scaling_factor / std)
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """The way back, to what the decoder takes."""
+        """The inverse of `scaled`: latents in the decoder's scale."""
         if self.latents_mean is None:
             return latents / self.scaling_factor
         mean, std = self._moments(latents)
@@ -98,7 +98,7 @@ class VAEMiddle(nn.Module):
 
 
 class VAELevel(nn.Module):
-    """ResBlocks at one resolution, then the way to the next (none at the last level)."""
+    """ResBlocks at one resolution, then a resampling (none at the last level)."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: nn.Module | None):
         super().__init__()
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Pixels lie in [-1, 1]. Latents here are unscaled: whoever feeds the UNet asks `config.scaled`."""
+    """Pixels are in [-1, 1]. Latents here are unscaled; `config.scaled` gives those that the UNet expects."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -172,11 +172,11 @@ class VAE(nn.Module):
         self.post_quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, pixels: Tensor) -> Gaussian:
-        """pixels (B, 3, H, W) -> a Gaussian over (B, L, H/f, W/f). Its log variance is kept within [-30, 20]."""
+        """pixels (B, 3, H, W) -> a Gaussian over (B, L, H/f, W/f). The log variance is clamped to [-30, 20]."""
         return self.gaussian(self.encoder(pixels))
 
     def gaussian(self, moments: Tensor) -> Gaussian:
-        """What the encoder gives (B, 2L, H/f, W/f), as a distribution."""
+        """Encoder output (B, 2L, H/f, W/f) as a distribution."""
         mean, logvar = self.quant(moments).chunk(2, dim=1)
         return Gaussian(mean, logvar.clamp(-30.0, 20.0))
 

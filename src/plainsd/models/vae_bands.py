@@ -1,16 +1,15 @@
-"""The autoencoder in bands of rows: the picture of the whole in a fraction of its memory.
+"""The autoencoder in bands of rows: the same picture in a fraction of the memory.
 
-Tiles that go through all layers one after another show where they meet: in each tile GroupNorm has other statistics,
-and attention sees nothing but the tile. Here each layer passes over the whole map before the next begins, a band of
-rows at a time: statistics are those of the whole map, attention reads all positions, and a convolution reads one row
-beyond its band. What is left of a plain pass is at most three maps and the workspace of one band. On the CPU the result
-is that of a plain pass bit for bit; elsewhere, and with weights in channels_last, but for the order in which numbers
-are added.
+Decoding tile by tile leaves seams: in each tile GroupNorm has other statistics, and attention sees only the tile. Here
+each layer passes over the whole map before the next one starts, a band of rows at a time: statistics are those of the
+whole map, attention reads all positions, and a convolution reads one row beyond its band. At most three maps and the
+workspace of one band are in memory. On the CPU the result equals a plain pass bit for bit; elsewhere, and with
+channels_last weights, up to the order of summation.
 
 TAESD has neither norms nor attention: its bands go through all layers at once, with as many rows beyond them as its
 convolutions see.
 
-For inference only: maps are written over. Shape letters: B batch, C channels, H W height and width, G groups.
+Inference only: maps are overwritten. Shape letters: B batch, C channels, H W height and width, G groups.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ from plainsd.models.tiny_vae import CERTAIN, AnyVAE, TinyVAE
 from plainsd.models.vae import Gaussian, SpatialAttention, VAELevel, VAEMiddle
 
 BAND = 2**15  # positions in a band: at 256 channels in float32, 32 MB a map
-QUERIES = 2**12  # positions that look at all others at once
+QUERIES = 2**12  # queries of one attention call
 SEEN = 20  # rows of latents beyond a band that TAESD's convolutions see: 18.2 of them in decoding, 18.1 in encoding
 
 Run = Callable[[Tensor], Tensor]
 
 
 def bands(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """First row of each band, and the one after its last; both even, but for the end of the map."""
+    """(first row, end row) of each band; both even, except at the end of the map."""
     rows = max(2, BAND // width // 2 * 2)
     for top in range(0, height, rows):
         yield top, min(top + rows, height)
 
 
 def by_bands(run: Run, x: Tensor, *, halo: int = 0, up: int = 1, onto: Tensor | None = None) -> Tensor:
-    """run(x), computed from bands of x that overlap by `halo` rows. `run` makes `up` rows of each row.
+    """run(x), computed from bands of x that overlap by `halo` rows. `run` upsamples rows by `up`.
 
-    What lies beyond the map's edge is up to `run`, which sees the edge as it does in the whole map; the rows it makes
-    wrongly at the edges of a band are cut off. With `onto`, the result is added there.
+    At the edge of the map `run` pads as usual; rows that are wrong at the edges of a band are cut off. With `onto`, the
+    result is added to it.
     """
     out = onto
     for top, bottom in bands(x.shape[2], up * x.shape[3]):
@@ -60,16 +59,16 @@ def by_bands(run: Run, x: Tensor, *, halo: int = 0, up: int = 1, onto: Tensor | 
 
 
 def halved(downsample: nn.Module, x: Tensor) -> Tensor:
-    """The VAE's Downsample, which reads two rows and the one below for each row that it makes."""
+    """The VAE's Downsample: each output row reads two rows and the one below."""
     parts = [downsample(x[:, :, top : bottom + 1])[:, :, : (bottom - top) // 2] for top, bottom in bands(*x.shape[2:])]
     return torch.cat(parts, dim=2)
 
 
 def activated(norm: nn.GroupNorm, x: Tensor) -> Run:
-    """silu(norm(x)), as a function of any part of x: the statistics are those of the whole map.
+    """silu(norm(x)) as a function of any part of x, with the statistics of the whole map.
 
-    They are torch's own, of a few groups at a time, and are used as torch does: (x - mean) / deviation * weight + bias
-    as one multiplication and addition in float32, with the same rounding.
+    Statistics are torch's, a few groups at a time, and are applied as torch does: (x - mean) / deviation * weight +
+    bias as one multiply-add in float32, with the same rounding.
     """
     width = norm.num_channels // norm.num_groups  # C / G
     some = max(1, 256 * BAND // (width * x.shape[2] * x.shape[3]))  # groups
@@ -92,7 +91,7 @@ def _moments(x: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def resblock(block: ResBlock, x: Tensor) -> Tensor:
-    """As the block's own forward; without a skip convolution the result is written over x."""
+    """ResBlock.forward in bands; without a skip convolution the result overwrites x."""
     first = activated(block.norm1, x)
     h = by_bands(lambda part: block.conv1(first(part)), x, halo=1)
     out = x if isinstance(block.skip, nn.Identity) else by_bands(block.skip, x)
@@ -101,7 +100,7 @@ def resblock(block: ResBlock, x: Tensor) -> Tensor:
 
 
 def banded_attention(block: SpatialAttention, x: Tensor) -> Tensor:
-    """As the block's own forward, some queries at a time."""
+    """SpatialAttention.forward, some queries at a time."""
     h = block.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
     out = torch.cat([block.attn(queries, h) for queries in h.split(QUERIES, dim=1)], dim=1)
     return x + out.transpose(1, 2).unflatten(2, x.shape[2:])

@@ -1,4 +1,4 @@
-"""Every known model as data: the sizes of its networks, and the settings that suit it when the user gives none.
+"""Every known model as data: the sizes of its networks, and its default settings.
 
 SD 1.x and 2.x: Rombach et al. 2022 (arXiv:2112.10752). SDXL: Podell et al. 2023 (arXiv:2307.01952). Distillations:
 Turbo, Sauer et al. 2023 (arXiv:2311.17042); LCM, Luo et al. 2023 (arXiv:2310.04378).
@@ -36,7 +36,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind of model: its networks' configs, and the settings that suit it when the user gives none."""
+    """One kind of model: the configs of its networks, and its default settings."""
 
     name: str
     unet: UNetConfig
@@ -45,7 +45,7 @@ class Variant:
     schedule: ScheduleConfig | EDMSchedule = ScheduleConfig()
     prediction: str = "epsilon"  # or "v_prediction", "sample"; "edm" with an EDMSchedule
     context: str = "final"  # which text states the UNet reads: "final", or "penultimate" (not normalised)
-    conv_projections: bool = True  # the public files hold the UNet's attention projections as 1x1 convolutions
+    conv_projections: bool = True  # public files store the UNet's attention projections as 1x1 convolutions
     size: int = 512  # pixels, width and height
     guidance: float = 7.5
     sampler: str = "dpmpp_2m"
@@ -121,7 +121,7 @@ def editing(unet: UNetConfig) -> UNetConfig:
     return replace(unet, in_channels=8)
 
 
-# Where two have the same sizes, the first is what a file without further notes is taken for.
+# Of several with the same sizes, the first is assumed for a file without metadata.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -171,7 +171,7 @@ READS = {  # channels beside the latents: what the network reads there, in model
 
 
 def check_reads(channels: int, latents: int, where: str) -> None:
-    """UserError, by name, for a UNet that reads what no task here gives it."""
+    """UserError for a UNet with inputs that no task here provides."""
     if channels in (latents, 2 * latents, 2 * latents + 1):
         return
     reads = READS.get(channels - latents, "something unknown")
@@ -182,13 +182,13 @@ def check_reads(channels: int, latents: int, where: str) -> None:
 
 
 def edits(unet: UNetConfig, vae: AnyVAEConfig) -> bool:
-    """Whether the network reads a picture that it is to edit, as InstructPix2Pix does."""
+    """Whether the UNet reads a picture to edit, as InstructPix2Pix does."""
     return unet.in_channels == 2 * vae.latent_channels
 
 
 def nearest(variant: Variant) -> Variant | None:
-    """The known model with the same networks and form of noise; of several, the one with the same prediction, then the
-    same spacing."""
+    """The known model with the same networks and kind of schedule; of several, the one with the same prediction, then
+    the same spacing."""
     same = [
         known
         for known in VARIANTS.values()

@@ -1,4 +1,4 @@
-"""Words (part III): the tokenizer, and prompts as people write them.
+"""Text (part III): the tokenizer, and A1111's prompt syntax.
 
-Text in, text and numbers out, without tensors; what the text encoder makes of them is in pictures/conditioning.py.
+Text in, text and numbers out, no tensors; encoding by the text encoder is in pictures/conditioning.py.
 """

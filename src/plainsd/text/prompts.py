@@ -1,19 +1,19 @@
-"""Prompts as people write them: the notation of AUTOMATIC1111's web UI, read into plain data. No tokens, no tensors.
+"""A1111's prompt syntax, parsed into plain data. No tokens, no tensors.
 
     (a) ((a)) (a:1.3) [a]     weight times 1.1, 1.21, 1.3, 1/1.1
-    \\( \\) \\[ \\] \\\\           the sign itself, as \\{ \\} \\| are; a lone backslash is a backslash
+    \\( \\) \\[ \\] \\\\           the character itself, as \\{ \\} \\|; any other backslash is a backslash
     a BREAK b                 b starts a new chunk of 75 tokens
     [a:b:0.5] [a:b:10]        prompt editing: a until half of the steps (or until step 10), then b
     [b:0.5] [a::0.5]          b from then on; a until then
-    [a|b|c]                   alternation: another one each step
-    a AND b:1.2               composition: each is denoised by itself, with its weight
+    [a|b|c]                   alternation: the next one at each step
+    a AND b:1.2               composition: each is denoised separately, with its weight
     <lora:name:0.8>           a LoRA with its strength
 
-A prompt is read in this order: `lora_tags`, `compose`, `schedule`, and `parse` for each text that comes out. A bracket
-without its partner is taken as A1111 takes it: an edit or alternation that is not closed is plain text, an opening
-bracket that is left over still weighs what follows it, a closing one is plain text. A few accidents of A1111 are not
-followed: it forgets a lone backslash, takes a BREAK inside weighted brackets for a word, may leave a whole edit
-unread beside a stray bracket or `|`, and reads a prompt that ends in `:2` as an AND of one part.
+The order of parsing is `lora_tags`, `compose`, `schedule`, then `parse` for each resulting text. Unbalanced brackets
+are handled as in A1111: an unclosed edit or alternation is plain text, an unclosed opening bracket still weights what
+follows it, a stray closing one is plain text. A few quirks of A1111 are not reproduced: it drops a lone backslash,
+treats BREAK inside weighted brackets as a word, may fail to parse an edit next to a stray bracket or `|`, and reads a
+prompt that ends in `:2` as an AND of one part.
 """
 
 import re
@@ -27,7 +27,7 @@ PIECES = re.compile(rf"\\[()\[\]{{}}|\\]|:\s*({NUMBER})\s*\)|[()\[\]:\\]|[^()\[\
 SIGNS = re.compile(r"\\.|[()\[\]:|\\]|[^()\[\]:|\\]+", re.DOTALL)
 WHEN = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?\d+)?)\s*")
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
-ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies by
+ROUND, SQUARE = 1.1, 1 / 1.1  # weight of a pair of brackets
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Weighted:
     weight: float = 1.0
 
 
-BREAK = Weighted("BREAK", 0.0)  # told from a text by `is`
+BREAK = Weighted("BREAK", 0.0)  # compared by `is`
 
 
 @dataclass(frozen=True)
 class Edit:
-    """`before` until the step, or share of all steps, that `when` says; `after` from the next step on."""
+    """`before` up to step `when`, or that share of all steps; `after` from the next step on."""
 
     before: tuple
     after: tuple
@@ -56,9 +56,9 @@ class Alternate:
 
 
 def parse(prompt: str) -> list[Weighted]:
-    """Stretches of text with their weights, and `BREAK` between chunks; neighbours of equal weight are joined."""
+    """Pieces of text with their weights, and `BREAK` between chunks; neighbours of equal weight are joined."""
     pieces: list[tuple[str, float] | None] = []  # None is a BREAK
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `pieces` a bracket that is still open began
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `pieces` each open bracket starts
 
     def close(start: int, factor: float) -> None:
         pieces[start:] = [piece and (piece[0], piece[1] * factor) for piece in pieces[start:]]
@@ -99,23 +99,22 @@ def _joined(pieces: Sequence[tuple[str, float] | None]) -> list[Weighted]:
 
 
 def escape(text: str) -> str:
-    """The prompt whose only meaning is this text (its BREAK and AND aside)."""
+    """The prompt that means this text literally (apart from BREAK and AND)."""
     return re.sub(r"([()\[\]\\])", r"\\\1", text)
 
 
 def schedule(prompt: str, steps: int, first_pass: int | None = None) -> list[tuple[int, str]]:
-    """The text of each span of steps, as (last step of the span, counted from 1; text), editing and alternation done.
+    """The text of each span of steps, as (last step of the span, counted from 1; text), with editing and alternation
+    resolved.
 
-    A number with a point is a share of `steps`, one without a count of steps. In the second of two passes,
-    `first_pass` is the number of steps of the first: its steps and the share 1.0 are then behind already.
+    A number with a decimal point is a share of `steps`, one without is a step. In the second of two passes,
+    `first_pass` is the number of steps of the first: its steps and the share 1.0 are then already past.
     """
     try:
         tree = _tree(prompt)
         texts = [_at(tree, step, steps, first_pass) for step in range(1, steps + 1)]
     except RecursionError as error:
-        raise UserError(
-            "the prompt has too many edits inside each other; write fewer of [a:b:0.5] in one", field="prompt"
-        ) from error
+        raise UserError("the prompt has too many nested edits; nest fewer [a:b:0.5]", field="prompt") from error
     last = [step for step in range(1, steps) if texts[step] != texts[step - 1]]
     return [(step, texts[step - 1]) for step in [*last, steps]]
 
@@ -143,7 +142,7 @@ def _last_step(when: str, steps: int, first_pass: int | None) -> int:
 
 
 class _Group:
-    """A bracket that is still open: its parts, and the `:` and `|` between them."""
+    """An open bracket: its parts, and the `:` and `|` between them."""
 
     def __init__(self, bracket: str = ""):
         self.bracket, self.separators = bracket, ""
@@ -156,7 +155,7 @@ class _Group:
         return nodes
 
     def closed(self) -> list | None:
-        """What a whole group stands for; None where it means nothing as a group."""
+        """What the closed group means; None where it is no edit or alternation."""
         if self.separators == "" or (self.bracket == "(" and self.separators == ":"):
             return [*self.literal(), PAIRS[self.bracket]]  # a weight: left to `parse`
         if self.bracket == "[" and set(self.separators) == {"|"}:
@@ -172,7 +171,7 @@ PAIRS = {"(": ")", "[": "]"}
 
 
 def _tree(prompt: str) -> list:
-    """Strings, `Edit`s and `Alternate`s in order. Whatever makes no whole group is plain text, up to the outermost."""
+    """Strings, `Edit`s and `Alternate`s in order. Unclosed groups are plain text."""
     stack = [_Group()]
 
     def give_up() -> None:
@@ -217,13 +216,13 @@ def compose(prompt: str) -> list[tuple[str, float]]:
 
 
 def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """The prompt without its `<lora:name:strength>` tags, and the LoRAs that they name; no strength means 1."""
+    """The prompt without its `<lora:name:strength>` tags, and the LoRAs that they name; the default strength is 1."""
     loras = []
     for kind, content in LORA_TAG.findall(prompt):
         name, *strengths = content.split(":")
         if kind == "hypernet":
             raise UserError(
-                f"<hypernet:{content}>: hypernetworks are not supported; take the tag out of the prompt", field="prompt"
+                f"<hypernet:{content}>: hypernetworks are not supported; remove the tag from the prompt", field="prompt"
             )
         if not name.strip() or len(strengths) > 1 or not all(re.fullmatch(rf"\s*{NUMBER}\s*", s) for s in strengths):
             raise UserError(

@@ -1,14 +1,14 @@
 """CLIP's byte-pair tokenizer: text to token ids and back (Sennrich et al. 2016; Radford et al. 2021).
 
-Text is put into Unicode's composed form, white space is squeezed to one space, letters become lower case; a regular
-expression cuts it into words, single digits and runs of signs; each word becomes the symbols of its UTF-8 bytes, the
-last one marked `</w>`; and the merges, in order, join neighbours as long as they can. So any text has ids.
+Text is normalised (NFC), whitespace is collapsed, letters are lower-cased; a regular expression splits it into words,
+single digits and runs of punctuation; each word becomes the symbols of its UTF-8 bytes, the last one marked `</w>`;
+then the merges are applied in order. Any text has ids.
 
-The ids are those of transformers' CLIPTokenizer 5.23. Two older behaviours differ from it, and are not followed:
-OpenAI's own code (and the old "slow" class where ftfy was installed) repaired garbled text and HTML entities first
-(`&amp;` to `&`, curly quotes to straight ones), and the old class without ftfy cut around Chinese characters and
-dropped control characters. Shared with transformers is a peculiarity of SD 2 and SDXL's second encoder: their padding
-token `!` is a special token, so a `!` in a prompt has the padding's id 0, and not that of the word `!`.
+The ids are those of transformers' CLIPTokenizer 5.23. Two older behaviours differ from it and are not reproduced:
+OpenAI's own code (and the old "slow" class with ftfy installed) first repaired garbled text and HTML entities (`&amp;`
+to `&`, curly quotes to straight ones), and the old class without ftfy split around Chinese characters and dropped
+control characters. As in transformers, the padding token `!` of SD 2 and of SDXL's second encoder is a special token,
+so a `!` in a prompt has the padding's id 0, not the id of the word `!`.
 """
 
 import gzip
@@ -31,7 +31,7 @@ FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # and what each is by default
+ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # and their defaults
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 CLIP = Path(str(files("plainsd") / "assets" / "clip" / VOCABULARY))
 CLIP_SIZE = 49_408
@@ -72,10 +72,10 @@ class Tokenizer:
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], where: str | Path) -> "Tokenizer":
-        """From the texts of `tokenizer.json`, or of `vocab.json` and `merges.txt`, with the special tokens named beside
-        them. `where` they come from is told in errors."""
+        """From the texts of `tokenizer.json`, or of `vocab.json` and `merges.txt`, with the files of special tokens.
+        `where` is their source, for error messages."""
         added: dict[int, AddedToken | str] = {}
-        if "tokenizer.json" in texts:  # all that transformers 5 writes; first, as there
+        if "tokenizer.json" in texts:  # all that transformers 5 writes; it takes precedence there too
             whole = _read_json(texts, "tokenizer.json", where)
             model = whole.get("model", {})
             if model.get("type", "BPE") != "BPE" or "vocab" not in model or "merges" not in model:
@@ -107,7 +107,7 @@ class Tokenizer:
             special=roles,
             added=[added[key] for key in sorted(added)],
             max_length=length if length < 1e6 else 77,
-        )  # "very large" is how transformers writes "not given"
+        )  # transformers writes a huge number where it is not set
 
     @classmethod
     def from_vocabulary(cls, path: str | Path, pad: str = END) -> "Tokenizer":
@@ -135,7 +135,7 @@ class Tokenizer:
         return [key for unit in self.units(text) for key in unit]
 
     def units(self, text: str) -> list[list[int]]:
-        """The same ids in units that belong together: all vectors of one learned token, else each id by itself."""
+        """The same ids in groups: all vectors of one learned token together, any other id alone."""
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
@@ -143,13 +143,13 @@ class Tokenizer:
         return [self._runs.get(key, [key]) for key in ids]
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The tokens as readable text, `</w>` at the end of a word; bytes that are part of a sign as `\\xf0`."""
+        """The tokens as readable text, `</w>` at the end of a word; bytes of an incomplete character as `\\xf0`."""
         return [self._readable(key) for key in ids]
 
     def add(self, token: str, count: int = 1) -> list[int]:
-        """Make `token` a word of its own with `count` new ids at the end of the vocabulary, as textual inversion needs.
+        """Add `token` with `count` new ids at the end of the vocabulary, for textual inversion.
 
-        A name such as `<cat>` is found anywhere in a text, a name of letters and digits only as a whole word.
+        A name such as `<cat>` matches anywhere in a text, a name of letters and digits only as a whole word.
         """
         names = [token, *(f"{token}_{index}" for index in range(1, count))]
         if not token.strip() or count < 1:
@@ -193,7 +193,7 @@ class Tokenizer:
         }
 
     def _find_runs(self) -> dict[int, list[int]]:
-        """Several vectors of one learned token are called `name`, `name_1`, `name_2`, ... in a saved folder."""
+        """In a saved folder, the vectors of one learned token are named `name`, `name_1`, `name_2`, ..."""
         ids = {token.content: key for key, token in self._backend.get_added_tokens_decoder().items()}
         runs = {}
         for name, key in ids.items():
@@ -205,7 +205,7 @@ class Tokenizer:
         return runs
 
     def _id_of(self, token: str) -> int:
-        """Of a token that it has."""
+        """The id of a known token."""
         key = self._backend.token_to_id(token)
         assert key is not None, token
         return key
@@ -279,7 +279,7 @@ def _read_vocabulary(texts: Mapping[str, str], where: str | Path) -> tuple[dict[
 
 
 def _token(value: str | dict) -> AddedToken | str:
-    """A token from a JSON file: plain text, or its text with the flags that say how it is found."""
+    """A token from a JSON file: plain text, or its text with matching flags."""
     if isinstance(value, str):
         return value
     flags = {name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
@@ -298,7 +298,7 @@ def _fields(token: AddedToken) -> dict:
 
 
 def _texts(folder: Path) -> dict[str, str]:
-    """Of the files that a tokenizer may have, those that are there."""
+    """The texts of the tokenizer files in the folder."""
     return {name: read_text_file(folder / name) for name in FILES if (folder / name).is_file()}
 
 

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from plainsd.pictures.settings import plain_number
 from plainsd.pictures.texts.entries import entries
 from plainsd.pictures.texts.fields import read_size
-from plainsd.pictures.texts.labels import UPSCALERS, folded
+from plainsd.pictures.texts.labels import UPSCALER_NAMES, folded
 
 SAME = ("use same sampler", "use same scheduler", "use same checkpoint")  # what A1111 and Forge call no choice
 RNG = {"cuda": "NV", "cpu": "CPU"}  # of stable-diffusion.cpp; its std_default is nobody else's
@@ -63,7 +63,7 @@ def from_sdcpp(line: str) -> dict[str, str]:
     if re.fullmatch(r"0|-\d+", said.get("Clip skip", "")):
         del said["Clip skip"]
     said["RNG"] = RNG.get(said.get("RNG", ""), said.get("RNG", "cuda"))
-    if folded(said.get("Hires upscale", "")) in UPSCALERS:
+    if folded(said.get("Hires upscale", "")) in UPSCALER_NAMES:
         said["Hires upscaler"] = said.pop("Hires upscale")
         said["Hires upscale"] = said.pop("Hires scale", "2")
     if said.get("Hires resize") == "0x0":

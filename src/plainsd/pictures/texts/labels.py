@@ -44,7 +44,7 @@ def folded(text: str) -> str:
     return re.sub(r"[\s_\-]", "", text.lower().replace("++", "pp"))
 
 
-SAMPLERS = {folded(word): name for name, label in SAMPLER_LABELS.items() for word in (name, label)} | {
+SAMPLER_NAMES = {folded(word): name for name, label in SAMPLER_LABELS.items() for word in (name, label)} | {
     # aliases of A1111, k-diffusion and ComfyUI, stable-diffusion.cpp, Forge and SD.Next
     "eulerancestral": "euler_a", "eulerancestralcfgpp": "euler_a_cfg_pp", "eulerge": "gradient_estimation",
     "dpm2ancestral": "dpm2_a", "dpmad": "dpm_adaptive", "dpmpp2sancestral": "dpmpp_2s_a", "dpmppsdegpu": "dpmpp_sde",
@@ -52,13 +52,13 @@ SAMPLERS = {folded(word): name for name, label in SAMPLER_LABELS.items() for wor
     "dpmpp2msdeheungpu": "dpmpp_2m_sde_heun", "ddimcfgpp": "ddim_cfg_pp", "ddimtrailing": "ddim",
     "resmultistepancestral": "res_multistep_a",
 }  # fmt: skip
-SPACINGS = {folded(word): name for name, label in SPACING_LABELS.items() for word in (name, label)} | {
+SPACING_NAMES = {folded(word): name for name, label in SPACING_LABELS.items() for word in (name, label)} | {
     "normal": "uniform", "discrete": "uniform", "ddim": "ddim_uniform", "ays": "align_your_steps",
     "ka": "karras", "exp": "exponential",
 }  # fmt: skip
-SPACINGS |= {folded(name): name for name in NEAREST_LABELS if folded(name) not in SPACINGS}
-UPSCALERS = {folded(word): name for name, label in UPSCALER_LABELS.items() for word in (name, label)}
-UPSCALERS["none"] = "lanczos"  # A1111: no model, only the resizing that follows
+SPACING_NAMES |= {folded(name): name for name in NEAREST_LABELS if folded(name) not in SPACING_NAMES}
+UPSCALER_NAMES = {folded(word): name for name, label in UPSCALER_LABELS.items() for word in (name, label)}
+UPSCALER_NAMES["none"] = "lanczos"  # A1111: no model, only the resizing that follows
 
 
 def sampler_label(name: str) -> str:
@@ -82,17 +82,17 @@ def nearest_label(sampler: str | None, spacing: str) -> str:
 
 def sampler_named(text: str) -> str | None:
     """Our name of a sampler that any program wrote, or None."""
-    return SAMPLERS.get(folded(text)) or SAMPLERS.get(folded(text).removeprefix("k"))
+    return SAMPLER_NAMES.get(folded(text)) or SAMPLER_NAMES.get(folded(text).removeprefix("k"))
 
 
 def spacing_named(text: str) -> str | None:
     """Our name of a schedule; where names mean different levels in different programs, A1111's."""
-    return SPACINGS.get(folded(text))
+    return SPACING_NAMES.get(folded(text))
 
 
 def upscaler_named(text: str) -> str:
     """Our name of an upscaler; a stranger's stays, in small letters."""
-    return UPSCALERS.get(folded(text), text.lower())
+    return UPSCALER_NAMES.get(folded(text), text.lower())
 
 
 def both_named(text: str) -> tuple[str, str | None]:
