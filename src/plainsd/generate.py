@@ -24,12 +24,11 @@ from plainsd.models.variants import edits
 from plainsd.pictures.defaults import MULTIPLE, check_size, enlarged_size, resolved, settings_of_each
 from plainsd.pictures.images import continued, to_mask, to_pil, to_rgb, to_tensor
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.noise import NoiseOfEach
 from plainsd.pictures.sampling import (
-    Draw,
     Known,
     decode,
     encode,
-    noise_of_each,
     prepare_latents,
     sample,
     steps_of_strength,
@@ -116,17 +115,18 @@ def text_to_image(
 
 
 def _from_text(sd: StableDiffusion, each: list[Resolved]) -> Generator[Step | Pictures]:
-    one, draw = each[0], noise_of_each(each, sd.device)
-    latents = yield from sample(sd, each, one.size, prepare_latents(sd, each, one.size, draw), draw)
+    one, draw = each[0], NoiseOfEach(each, sd.device)
+    latents = yield from sample(sd, each, one.size, prepare_latents(sd, one.size, draw), draw)
     if one.hires:
         size = enlarged_size(one.size, one.hires)
         known = Known(_enlarged(sd, latents, size, one.upscaler, draw))
-        noise = prepare_latents(sd, each, size, draw)
+        draw = draw.anew()
+        noise = prepare_latents(sd, size, draw)
         latents = yield from sample(sd, each, size, noise, draw, known, first_pass=one.steps)
     yield Pictures(to_pil(decode(sd, latents)), each, latents)
 
 
-def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], upscaler: str, draw: Draw) -> Tensor:
+def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], upscaler: str, draw: NoiseOfEach) -> Tensor:
     if upscaler == "latent":
         width, height = (side // sd.vae.config.factor for side in size)
         return F.interpolate(latents, (height, width), mode="bilinear")
@@ -175,12 +175,12 @@ def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choi
 
 
 def _from_picture(sd: StableDiffusion, each: list[Resolved], image: Image.Image) -> Generator[Step | Pictures]:
-    draw, pixels = noise_of_each(each, sd.device), _padded(to_tensor(image))
+    draw, pixels = NoiseOfEach(each, sd.device), _padded(to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
     editing = edits(sd.unet.config, sd.vae.config)
     latents = None if editing and each[0].strength == 1 else encode(sd, pixels, draw)
     known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
-    latents = yield from sample(sd, each, size, prepare_latents(sd, each, size, draw), draw, known)
+    latents = yield from sample(sd, each, size, prepare_latents(sd, size, draw), draw, known)
     yield Pictures([picture.crop((0, 0, *image.size)) for picture in to_pil(decode(sd, latents))], each, latents)
 
 
@@ -242,12 +242,12 @@ def inpaint(
 def _repainted(
     sd: StableDiffusion, each: list[Resolved], image: Image.Image, light: Tensor
 ) -> Generator[Step | Pictures]:
-    draw, pixels, light_padded = noise_of_each(each, sd.device), _padded(to_tensor(image)), _padded(light)
+    draw, pixels, light_padded = NoiseOfEach(each, sd.device), _padded(to_tensor(image)), _padded(light)
     size = (pixels.shape[3], pixels.shape[2])
     mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is anew if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
     latents = None if reads_mask and each[0].strength == 1 else encode(sd, pixels, draw)
-    noise = prepare_latents(sd, each, size, draw)
+    noise = prepare_latents(sd, size, draw)
     if reads_mask:
         around = encode(sd, pixels * (1 - light_padded), draw)  # the hole is mid-grey
         known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))

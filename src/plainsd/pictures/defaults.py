@@ -17,7 +17,7 @@ from plainsd.models.tiny_vae import TinyVAEConfig
 from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, Resolved, Settings, drawn_seed
+from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, Resolved, Settings, drawn_seed, noise_of
 from plainsd.text.prompts import lora_tags
 
 IMAGE_GUIDANCE = 1.5  # of models that edit a picture, if nothing is said
@@ -62,7 +62,8 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     seeds = {name: drawn_seed() for name in SEEDS if getattr(settings, name) == RANDOM}
     if edits(sd.unet.config, sd.vae.config) and settings.image_guidance is None:
         choices["image_guidance"] = IMAGE_GUIDANCE
-    return Resolved(**vars(settings) | choices | seeds | {"model": model_name(sd)} | refined)
+    named = {"model": model_name(sd), "noise": noise_of(settings)}
+    return Resolved(**vars(settings) | choices | seeds | named | refined)
 
 
 def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
@@ -120,6 +121,8 @@ def settings_of_each(
                 field="prompt",
             )
     settings.check_count(len(prompts) * count)
+    if settings.counted == "batch_index" and settings.batch_size is None:
+        settings = replace(settings, batch_size=settings.batch_index + len(prompts) * count)
     pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(count)]
     each = []
     for i, (p, n) in enumerate(pairs):
