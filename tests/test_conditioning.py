@@ -18,12 +18,12 @@ from plainsd.models.unet import UNetConfig
 from plainsd.pictures.conditioning import (
     Conditioning,
     chunked,
-    encode_prompt,
     encode_prompts,
     size_vector,
     stack,
     weigh,
 )
+from plainsd.pictures.plan import encode_prompt
 from plainsd.text.prompts import Weighted, parse
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
@@ -355,14 +355,15 @@ def test_plan_encodes_each_text_once(sd1, monkeypatch):
     forward = TextEncoder.forward
     monkeypatch.setattr(TextEncoder, "forward", lambda self, ids: seen.append(len(ids)) or forward(self, ids))
     planned = encode_prompt(sd, "[a|b] cat AND [:BREAK d:5]:0.5", "[x:y:0.2]", LATE_STEPS)
-    assert seen == [2 * (2 + 2 + 2)]  # one call, two chunks for each of six texts
+    assert seen == [5, 2]  # five texts of one chunk in one call, one of two chunks in another
     monkeypatch.undo()
     cats = {text: encode_prompts(sd, [f"{text} cat"]).context for text in "ab"}
     for step in range(LATE_STEPS):
         (first, one), (second, half) = planned.positive(step)
         assert (one, half) == (1.0, 0.5)
-        close(first.context[:, :77], cats["ab"[step % 2]])
-        assert first.context.shape == second.context.shape == planned.negative(step).context.shape == (1, 154, 16)
+        close(first.context, cats["ab"[step % 2]])
+        assert first.context.shape == planned.negative(step).context.shape == (1, 77, 16)
+        assert second.context.shape == (1, 77 if step < 5 else 154, 16)  # as many chunks as its text needs
         assert second is planned.positive(0 if step < 5 else 9)[1][0]
         assert planned.negative(step) is planned.negative(0 if step < 2 else 9)
     assert planned.negative(1) is not planned.negative(2)

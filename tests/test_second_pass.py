@@ -8,7 +8,7 @@ from conftest import tiny_sd
 from plainsd.diffusion.samplers import Step, sampler_levels
 from plainsd.errors import UserError
 from plainsd.generate import LATENT_MODES, text_to_image
-from plainsd.pictures.defaults import running_again, second_pass
+from plainsd.pictures.sampling import second_pass, steps_to_run
 from plainsd.pictures.settings import UPSCALERS, Settings
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.labels import UPSCALER_LABELS
@@ -61,7 +61,7 @@ def test_another_sampler_has_its_own_spacing(sd):
     events = text_to_image(sd, "x", steps=3, sampler="euler", hires=1.5, hires_sampler="ddim", strength=1.0)
     one = events.settings[0]
     assert (one.sampler, one.spacing, one.hires_sampler, one.hires_spacing) == ("euler", "linspace", "ddim", "leading")
-    assert second_pass(one).sampler == "ddim" and running_again(one) == 3 and events.steps == 6
+    assert second_pass(one).sampler == "ddim" and steps_to_run(sd, one) - one.steps == 3 and events.steps == 6
     sigmas = [event.sigma for event in events if isinstance(event, Step)]
     assert sigmas[3:] == list(sampler_levels(sd.schedule, "ddim", 3, "leading").sigmas[1:])
     same = text_to_image(sd, "x", steps=3, spacing="karras", hires=1.5, hires_sampler="ddim").settings[0]

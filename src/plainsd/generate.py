@@ -27,8 +27,6 @@ from plainsd.pictures.defaults import (
     check_size,
     enlarged_size,
     resolved,
-    running_again,
-    second_pass,
     settings_of_each,
 )
 from plainsd.pictures.images import continued, to_mask, to_pil, to_rgb, to_tensor
@@ -38,9 +36,11 @@ from plainsd.pictures.sampling import (
     Known,
     decode,
     encode,
+    from_nothing,
     prepare_latents,
     sample,
-    steps_of_strength,
+    second_pass,
+    steps_to_run,
     to_edit,
 )
 from plainsd.pictures.settings import SIZES, UPSCALERS, Resolved, Settings
@@ -134,9 +134,8 @@ def text_to_image(
         check_size(enlarged_size(size, settings.hires))
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
-    steps = one.steps + running_again(one)
     each = settings_of_each(one, prompt, negative, count)
-    return Events(_from_text(sd, each, control), each, steps)
+    return Events(_from_text(sd, each, control), each, steps_to_run(sd, one))
 
 
 def _from_text(sd: StableDiffusion, each: list[Resolved], control: Sequence[Control]) -> Generator[Step | Pictures]:
@@ -145,7 +144,7 @@ def _from_text(sd: StableDiffusion, each: list[Resolved], control: Sequence[Cont
     latents = yield from sample(sd, each, one.size, noise, draw, control=fitted(control, one.size))
     if one.hires:
         size = enlarged_size(one.size, one.hires)
-        known = Known(_enlarged(sd, latents, size, one, draw), running=running_again(one))
+        known = Known(_enlarged(sd, latents, size, one, draw))
         draw = draw.anew()
         noise = prepare_latents(sd, size, draw)
         again, maps = [second_pass(one) for one in each], fitted(control, size)
@@ -205,7 +204,7 @@ def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choi
             field="hires",
             value=settings.hires,
         )
-    return settings, steps_of_strength(settings.steps, strength)
+    return settings, steps_to_run(sd, settings, on_picture=True)
 
 
 def _from_picture(
@@ -214,7 +213,7 @@ def _from_picture(
     draw, pixels = NoiseOfEach(each, sd.device), _padded(to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
     editing = edits(sd.unet.config, sd.vae.config)
-    latents = None if editing and each[0].strength == 1 else encode(sd, pixels, draw, tiling=each[0].tiling)
+    latents = None if editing and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
     known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
     noise, maps = prepare_latents(sd, size, draw), fitted(control, image.size)
     latents = yield from sample(sd, each, size, noise, draw, known, control=maps)
@@ -286,7 +285,7 @@ def _repainted(
     size = (pixels.shape[3], pixels.shape[2])
     mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is anew if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
-    latents = None if reads_mask and each[0].strength == 1 else encode(sd, pixels, draw, tiling=each[0].tiling)
+    latents = None if reads_mask and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
     noise = prepare_latents(sd, size, draw)
     if reads_mask:
         around = encode(sd, pixels * (1 - light_padded), draw, tiling=each[0].tiling)  # the hole is mid-grey
@@ -336,8 +335,8 @@ def batch(
     """
     each, one = list(each), each[0]
     if image is None:
-        return Events(_from_text(sd, each, control), each, one.steps + running_again(one))
-    steps = steps_of_strength(one.steps, one.strength)
+        return Events(_from_text(sd, each, control), each, steps_to_run(sd, one))
+    steps = steps_to_run(sd, one, on_picture=True)
     if mask is None:
         return Events(_from_picture(sd, each, image, control), each, steps)
     return Events(_repainted(sd, each, image, to_mask(mask), control), each, steps)

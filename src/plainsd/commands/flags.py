@@ -79,6 +79,8 @@ class GenerateFlags:
     spacing: Annotated[str | None, flag("NAME")] = None
     """of the noise levels: leading trailing linspace karras exponential polyexponential uniform sgm_uniform simple
     ddim_uniform beta beta_a1111 kl_optimal kl_optimal_a1111 align_your_steps align_your_steps_xl"""
+    like: Annotated[str | None, flag("PROGRAM")] = None
+    """diffusers, a1111 or comfyui: draw what that program draws of the same settings (with --from: the one it is of)"""
     seed: Annotated[str | None, flag("N")] = None
     """of the first picture (default 0), random or -1 for any; the following ones have the next seeds"""
     noise: Annotated[str | None, flag("NAME")] = None

@@ -153,8 +153,6 @@ class Generate(GenerateFlags):
             choices.pop("outpaint", None)
         if choices.pop("masked", False) and not (self.mask or self.outpaint):
             raise UserError(f"'{self.from_}' was made with a mask; give picture and mask with --image and --mask")
-        if self.guidance is not None:
-            choices.pop("like", None)  # it told what the picture's own guidance means
         choices |= given | self.seeds()
         if self.network():
             choices["upscaler"] = Path(self.upscaler or "").stem

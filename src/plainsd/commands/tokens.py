@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from plainsd.pictures.conditioning import _by_step, as_weighted, chunked
+from plainsd.pictures.conditioning import as_weighted, chunked
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.plan import by_steps
 from plainsd.text.prompts import compose, lora_tags
 
 
@@ -15,7 +16,7 @@ def describe(sd: StableDiffusion, prompt: str, steps: int = 20) -> str:
     for number, (part, weight) in enumerate(parts, 1):
         if len(parts) > 1:
             lines.append(f"part {number} of {len(parts)}, weight {weight:g}")
-        by_step = _by_step(part, steps, None)
+        by_step = by_steps(part, steps, None)
         for text in dict.fromkeys(by_step):
             if len(set(by_step)) > 1:
                 lines.append(f"steps {_spans([step for step, at in enumerate(by_step, 1) if at == text])} of {steps}")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from plainsd.diffusion.schedule import SPACINGS, EDMSchedule, Level, NoiseSchedule, spaced
 from plainsd.diffusion.solvers.adams import deis, gradient_estimation, ipndm, lms, plms
 from plainsd.diffusion.solvers.cfg_pp import dpmpp_2m_cfg_pp, euler_cfg_pp
@@ -117,6 +119,21 @@ class Levels:
     sigmas: tuple[Level, ...]  # steps + 1, falling
     strides: Strides  # for samplers that take them; empty where each step ends where the next one begins
     first_scale: float  # unit noise times this is the first latent
+    added: float | None = None  # unit noise times this is added to a picture; None: times the first level
+    picture_scale: float = 1.0  # the sum times this is the first latent
+    last_scale: float | None = None  # the last latent times this is clean; None: 1 / sqrt(1 + sigma^2)
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """The first latent of a picture that is drawn from unit noise alone."""
+        return noise * self.first_scale
+
+    def from_picture(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The first latent of one that is drawn over clean latents."""
+        return (latents + noise * (self.sigmas[0] if self.added is None else self.added)) * self.picture_scale
+
+    def clean(self, x: Tensor, sigma: float) -> Tensor:
+        """What is decoded of the last latent; some samplers leave a little noise, and it stays."""
+        return x / math.sqrt(1 + sigma**2) if self.last_scale is None else x * self.last_scale
 
     @property
     def timesteps(self) -> list[float]:

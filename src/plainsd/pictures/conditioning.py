@@ -21,7 +21,7 @@ from plainsd.models.clip import TextEncoder
 from plainsd.models.layers import timestep_embedding
 from plainsd.pictures.memory import on_stage
 from plainsd.pictures.model import StableDiffusion
-from plainsd.text.prompts import BREAK, Weighted, compose, parse, schedule
+from plainsd.text.prompts import BREAK, Weighted, parse
 from plainsd.text.tokenizer import WORD_END, Tokenizer
 
 BACKTRACK = 20  # tokens after a comma that move on with what follows when a chunk is full
@@ -29,6 +29,7 @@ SINUSOID = 256  # numbers that stand for one size in SDXL's vector
 
 Size = tuple[int, int]  # in pixels: width and height, or left and top
 Chunk = list[tuple[int, float]]  # token ids and their weights, without start, end and padding
+Weighing = Callable[[Tensor, Sequence[Sequence[float]], int], Tensor]  # states (B K, N, D), their weights, K
 
 
 @dataclass(frozen=True)
@@ -142,18 +143,30 @@ def encode_prompts(
     (left, top), in pixels; its refiner an aesthetic `score` (1 to 10) in place of the picture's size.
     """
     context, pooled = _encode(sd, [as_weighted(prompt) for prompt in prompts], clip_skip)
-    return Conditioning(context, _vector(sd, pooled, size, original, crop, score))
+    return Conditioning(context, vector_of(sd, pooled, size, original, crop, score))
 
 
 def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: int) -> tuple[Tensor, Tensor]:
     """(B, M, D) from all text encoders, and the last one's pooled state (B, P) of the first chunk."""
-    parts = list(zip(sd.tokenizers, sd.text_encoders, strict=True))
-    cuts = [
-        [chunked(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts] for tokenizer, encoder in parts
+    return encode_chunks(sd, cut(sd, prompts), clip_skip)
+
+
+def cut(sd: StableDiffusion, prompts: Sequence[Sequence[Weighted]], cutting=chunked) -> list[list[list[Chunk]]]:
+    """For each text encoder and each prompt its chunks."""
+    parts = zip(sd.tokenizers, sd.text_encoders, strict=True)
+    return [
+        [cutting(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts] for tokenizer, encoder in parts
     ]
-    count = max(len(chunks) for each in cuts for chunks in each)
+
+
+def encode_chunks(
+    sd: StableDiffusion, cuts: list[list[list[Chunk]]], clip_skip: int, weighing: Weighing | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `cut` gives -> (B, M, D) and (B, P). Prompts of fewer chunks are filled up with empty ones."""
+    weighing = weighing or (lambda states, weights, count: weigh(states, weights))
+    count, size = max(len(chunks) for each in cuts for chunks in each), len(cuts[0])
     contexts = []
-    for (tokenizer, encoder), each in zip(parts, cuts, strict=True):
+    for tokenizer, encoder, each in zip(sd.tokenizers, sd.text_encoders, cuts, strict=True):
         on_stage(sd, encoder)
         rows = [
             _framed(tokenizer, chunk, encoder.config.positions)
@@ -162,9 +175,10 @@ def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: i
         ]
         device = encoder.token.weight.device
         states = encoder(torch.tensor([[key for key, _ in row] for row in rows], device=device))
-        hidden = weigh(_layer(sd, encoder, states, clip_skip), [[weight for _, weight in row] for row in rows])
-        contexts.append(hidden.unflatten(0, (len(prompts), count)).flatten(1, 2))  # (B, M, D)
-        pooled = states.pooled.unflatten(0, (len(prompts), count))[:, 0]  # (B, P)
+        weights = [[weight for _, weight in row] for row in rows]
+        hidden = weighing(_layer(sd, encoder, states, clip_skip), weights, count)
+        contexts.append(hidden.unflatten(0, (size, count)).flatten(1, 2))  # (B, M, D)
+        pooled = states.pooled.unflatten(0, (size, count))[:, 0]  # (B, P)
     return torch.cat(contexts, dim=-1), pooled
 
 
@@ -211,7 +225,7 @@ def size_vector(pooled: Tensor, numbers: Tensor) -> Tensor:
     return torch.cat([pooled, sinusoids.to(pooled.dtype)], dim=1)
 
 
-def _vector(
+def vector_of(
     sd: StableDiffusion,
     pooled: Tensor,
     size: Size | None = None,
@@ -224,11 +238,11 @@ def _vector(
         return None
     size = size or (sd.variant.size, sd.variant.size)
     numbers: list[float] = [*reversed(original or size), *reversed(crop)]
-    numbers += [*reversed(size)] if _is_base(sd, pooled) else [score]
+    numbers += [*reversed(size)] if is_base(sd, pooled) else [score]
     return size_vector(pooled, torch.tensor([numbers] * len(pooled), dtype=torch.float32, device=pooled.device))
 
 
-def _is_base(sd: StableDiffusion, pooled: Tensor) -> bool:
+def is_base(sd: StableDiffusion, pooled: Tensor) -> bool:
     """SDXL's base model is told six numbers, its refiner five."""
     count, rest = divmod(sd.unet.config.vector - pooled.shape[1], SINUSOID)
     if rest or count not in (5, 6):
@@ -237,63 +251,3 @@ def _is_base(sd: StableDiffusion, pooled: Tensor) -> bool:
             f"{pooled.shape[1]}: the text encoders and the UNet belong to different models"
         )
     return count == 6
-
-
-# --- prompts that change from step to step ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PromptPlan:
-    """Which texts each step reads. Every text is encoded once, and all contexts have the same length M."""
-
-    parts: tuple[tuple[float, tuple[str, ...]], ...]  # for each part of an AND: its weight, its text at each step
-    negatives: tuple[str, ...]  # the negative text at each step
-    encoded: dict[str, Conditioning]
-    encoded_negatives: dict[str, Conditioning]
-
-    def positive(self, step: int) -> list[tuple[Conditioning, float]]:
-        """What to denoise towards at a step (counted from 0): one row each, with its weight."""
-        return [(self.encoded[texts[step]], weight) for weight, texts in self.parts]
-
-    def negative(self, step: int) -> Conditioning:
-        return self.encoded_negatives[self.negatives[step]]
-
-
-@torch.no_grad()
-def encode_prompt(
-    sd: StableDiffusion,
-    prompt: str,
-    negative: str,
-    steps: int,
-    *,
-    clip_skip: int = 1,
-    first_pass: int | None = None,
-    scores: tuple[float, float] = (6.0, 2.5),
-    **sizes,
-) -> PromptPlan:
-    """A prompt with editing, alternation and AND, and a negative prompt without AND, encoded for `steps` steps.
-
-    `sizes` are `size`, `original` and `crop` of `encode_prompts`; `scores` the refiner's for prompt and negative.
-    An empty negative prompt is all zeros to SDXL's base model, which was trained so.
-    """
-    parts = tuple((weight, _by_step(text, steps, first_pass)) for text, weight in compose(prompt))
-    negatives = _by_step(negative, steps, first_pass)
-    wanted = list(dict.fromkeys(text for _, texts in parts for text in texts))
-    unwanted = list(dict.fromkeys(negatives))
-    context, pooled = _encode(sd, [as_weighted(text) for text in [*wanted, *unwanted]], clip_skip)
-    if sd.unet.config.vector is not None and _is_base(sd, pooled) and "" in unwanted:
-        context[len(wanted) + unwanted.index("")] = 0
-        pooled[len(wanted) + unwanted.index("")] = 0
-    first, second = slice(0, len(wanted)), slice(len(wanted), None)
-    tables = []
-    for texts, rows, score in ((wanted, first, scores[0]), (unwanted, second, scores[1])):
-        batch = Conditioning(context[rows], _vector(sd, pooled[rows], **sizes, score=score))
-        tables.append({text: batch.row(index) for index, text in enumerate(texts)})
-    return PromptPlan(parts, negatives, *tables)
-
-
-def _by_step(prompt: str, steps: int, first_pass: int | None) -> tuple[str, ...]:
-    texts: list[str] = []
-    for last, text in schedule(prompt, steps, first_pass):
-        texts += [text] * (last - len(texts))
-    return tuple(texts)

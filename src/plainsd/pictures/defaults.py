@@ -5,12 +5,12 @@ Everything a user can get wrong in a task's settings is found here, before any n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from plainsd.diffusion.samplers import SAMPLERS, check_names, sampler_levels
+from plainsd.diffusion.conventions import automatic_spacing, convention, planned_levels
+from plainsd.diffusion.samplers import SAMPLERS, check_names
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError, unknown
 from plainsd.listing import suffix_of
@@ -18,7 +18,7 @@ from plainsd.models.tiny_vae import TinyVAEConfig
 from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.sampling import steps_of_strength
+from plainsd.pictures.sampling import levels_of, second_pass
 from plainsd.pictures.seamless import check_seamless
 from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, UPSCALERS, Resolved, Settings, drawn_seed, noise_of
 from plainsd.text.prompts import lora_tags
@@ -36,10 +36,14 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     variant = sd.variant
     sampler = settings.sampler or variant.sampler
     check_names(sampler, settings.spacing)
-    own = SAMPLERS[sampler].spacing
-    spacing = settings.spacing or (own if own == "distilled" else variant.spacing or own)
+    like = None if settings.like == "diffusers" else settings.like
+    spacing = automatic_spacing(like, sampler, variant.spacing, settings.spacing)
+    if spacing == "uniform" and settings.spacing is None and isinstance(sd.schedule, EDMSchedule):
+        spacing = variant.spacing or "karras"  # there is no table to be uniform in
+    if spacing == "align_your_steps" and sd.unet.config.vector is not None:
+        spacing = "align_your_steps_xl"
     steps = settings.steps or variant.steps
-    sampler_levels(sd.schedule, sampler, steps, spacing)  # raises where they do not go together
+    planned_levels(sd.schedule, sampler, steps, spacing, like)  # raises where they do not go together
     if settings.eta is not None and "eta" not in SAMPLERS[sampler].takes:
         raise UserError(
             f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'",
@@ -66,9 +70,10 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
             value=settings.variation_strength,
         )
     guidance = variant.guidance if settings.guidance is None else settings.guidance
-    if guidance == 0 and settings.like is None:
+    if guidance == 0 and not convention(like).guidance_zero:
         guidance = 1  # off, as diffusers has it, and as Turbo models' cards write it
     choices: dict[str, Any] = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
+    choices["like"] = like
     seeds = {name: drawn_seed() for name in SEEDS if getattr(settings, name) == RANDOM}
     if edits(sd.unet.config, sd.vae.config) and settings.image_guidance is None:
         choices["image_guidance"] = IMAGE_GUIDANCE
@@ -86,25 +91,9 @@ def with_second_pass(sd: StableDiffusion, settings: Settings, whole: Resolved) -
         "spacing": settings.hires_spacing or settings.spacing,
     }
     again = resolved(sd, replace(second_pass(whole), **wanted))
+    levels_of(sd, again, on_picture=True, second_pass=True)  # raises likewise
     own = settings.hires_sampler or settings.hires_spacing
     return replace(whole, hires_spacing=again.spacing if own else None)
-
-
-def second_pass(one: Resolved) -> Resolved:
-    """What the second pass of hires draws with. Where it has a number of steps of its own, all of these run, the last
-    of a longer drawing, so that they begin where the strength says (as in A1111)."""
-    names = ("sampler", "spacing", "prompt", "negative", "guidance")
-    own: dict[str, Any] = {name: value for name in names if (value := getattr(one, f"hires_{name}")) is not None}
-    if one.hires_steps is not None:
-        own["steps"] = max(one.hires_steps, int(one.hires_steps / (one.strength or math.inf)))
-    return replace(one, **own)
-
-
-def running_again(one: Resolved) -> int:
-    """How many steps of the second pass run; none without one."""
-    if not one.hires:
-        return 0
-    return one.hires_steps or steps_of_strength(one.steps, one.strength)
 
 
 def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:

@@ -26,10 +26,11 @@ from plainsd.diffusion.denoiser import Denoise, denoiser, edited, guided, interv
 from plainsd.errors import UserError
 from plainsd.models.unet import UNet
 from plainsd.models.variants import edits
-from plainsd.pictures.conditioning import Conditioning, PromptPlan, stack
+from plainsd.pictures.conditioning import Conditioning, stack
 from plainsd.pictures.control import Controls
 from plainsd.pictures.memory import on_stage, rows_at_once
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.plan import PromptPlan
 from plainsd.pictures.settings import Resolved, Settings
 
 COND, UNCOND, PERTURBED, BLANK = range(4)  # kinds of estimates, and of rows; BLANK: without the picture to edit, too
@@ -105,7 +106,8 @@ class Estimates:
     """The network as a function of x, sigma and the kinds of estimates that are wanted: an x0 for each kind.
 
     Rows with contexts of different lengths go in separate calls, so that a picture never depends on its neighbours'
-    prompts. The step, for prompts that change on the way, is the one that begins at sigma or above.
+    prompts. The step, for prompts that change on the way, is the one that begins at sigma or above; with `calls`, a
+    count of all calls of the drawing, it is the next of these.
     """
 
     def __init__(
@@ -117,20 +119,22 @@ class Estimates:
         guidances: Sequence[float],
         network: UNetCall,
         controls: Controls | None = None,
+        calls: Iterator[int] | None = None,
     ):
         """A plan, a row of `concat` and a scale of guidance each picture; the levels of the whole drawing; the UNet, or
         what stands in for it; what joins it."""
         self.sd, self.plans, self.concat, self.guidances, self.network = sd, plans, concat, guidances, network
-        self.controls = controls
+        self.controls, self.calls = controls, calls
         self.rising = [-sigma for sigma in sigmas]
         self.rows_at_once: dict[int, int] = {}  # of so many rows; the free memory is read only once
         self.batches: dict[tuple, Conditioning] = {}  # what these rows read, as one batch: the same tensors each step
 
     def __call__(self, x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
-        step = min(max(bisect_right(self.rising, -sigma) - 1, 0), len(self.rising) - 2)
+        step = self.step(sigma)
+        reading = step if self.calls is None else next(self.calls)
         calls: dict[int, list[BatchRow]] = defaultdict(list)
         for kind in kinds:
-            for row in self.rows(kind, step):
+            for row in self.rows(kind, reading):
                 calls[row.conditioning.context.shape[1]].append(row)
         found: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
         for rows in self.split(calls.values(), x):
@@ -141,6 +145,9 @@ class Estimates:
             for row, x0 in zip(rows, estimates.split(1), strict=True):
                 found[row.kind, row.picture].append((x0, row.weight))
         return [torch.cat([_composed(found, kind, i) for i in range(len(self.plans))]) for kind in kinds]
+
+    def step(self, sigma: float) -> int:
+        return min(max(bisect_right(self.rising, -sigma) - 1, 0), len(self.rising) - 2)
 
     def rows(self, kind: int, step: int) -> Iterator[BatchRow]:
         for picture, plan in enumerate(self.plans):

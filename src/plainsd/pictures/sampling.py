@@ -10,29 +10,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plainsd.diffusion.denoiser import Denoise, add_noise, inpainting, spread_of
+from plainsd.diffusion.conventions import convention, planned_levels, whole_row
+from plainsd.diffusion.denoiser import Denoise, inpainting, spread_of
 from plainsd.diffusion.noise import Path
-from plainsd.diffusion.samplers import SAMPLERS, Levels, Step, sampler_levels
-from plainsd.diffusion.schedule import EDMSchedule
+from plainsd.diffusion.samplers import SAMPLERS, Levels, Step
+from plainsd.diffusion.schedule import EDMSchedule, Level, NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
 from plainsd.models.tiny_vae import AnyVAE
-from plainsd.pictures import conditioning
 from plainsd.pictures.control import Controls, Fitted
 from plainsd.pictures.guidance import Estimates, UNetCall, guided_denoise
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.noise import NoiseOfEach
+from plainsd.pictures.plan import encode_prompt
 from plainsd.pictures.seamless import seamless, wrapped_edges
 from plainsd.pictures.settings import Resolved
 
@@ -112,19 +114,42 @@ class Known:
     latents: Tensor | None  # (B, L, h, w), clean; None: the drawing starts from noise alone
     mask: Tensor | None = None  # (1, 1, h, w), 1 where it is drawn anew; elsewhere the latents are put back
     concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
-    running: int | None = None  # how many of the steps, the last; None: as many as the strength says
 
 
-def steps_of_strength(steps: int, strength: float | None) -> int:
-    """How many of the steps run on a given picture, as diffusers counts them; None: all."""
-    running = steps if strength is None else min(int(steps * strength), steps)
-    if not running:
-        raise UserError(
-            f"strength {strength} of {steps} steps leaves none to run; give at least {1 / steps:.2g}",
-            field="strength",
-            value=strength,
-        )
-    return running
+def levels_of(sd: StableDiffusion, one: Resolved, *, on_picture: bool = False, second_pass: bool = False) -> Levels:
+    """What the drawing visits, from noise or on a picture that there is."""
+    strength, whole = one.strength if on_picture else None, second_pass and all_run(one)
+    return planned_levels(sd.schedule, one.sampler, one.steps, one.spacing, one.like, strength, all_run=whole)
+
+
+def row_of(sd: StableDiffusion, one: Resolved, *, second_pass: bool = False) -> tuple[Level, ...]:
+    """All the levels whose last ones run on a picture."""
+    whole = second_pass and all_run(one)
+    return whole_row(sd.schedule, one.sampler, one.steps, one.spacing, one.like, one.strength, all_run=whole)
+
+
+def all_run(one: Resolved) -> bool:
+    """Whether the second pass of hires runs all its steps, and the strength only says where they begin."""
+    return one.hires_steps is not None or convention(one.like).second_pass_whole
+
+
+def second_pass(one: Resolved) -> Resolved:
+    """What the second pass of hires draws with."""
+    names = ("sampler", "spacing", "prompt", "negative", "guidance", "steps")
+    return replace(one, **{name: value for name in names if (value := getattr(one, f"hires_{name}")) is not None})
+
+
+def from_nothing(one: Resolved) -> bool:
+    """Whether a picture that is drawn anew, in part or by a network that reads it, begins from noise alone."""
+    return one.strength == 1 and not convention(one.like).image_keeps
+
+
+def steps_to_run(sd: StableDiffusion, one: Resolved, *, on_picture: bool = False) -> int:
+    """How many steps a task yields; of a picture in two passes those of both."""
+    first = len(levels_of(sd, one, on_picture=on_picture).sigmas) - 1
+    if on_picture or not one.hires:
+        return first
+    return first + len(levels_of(sd, second_pass(one), on_picture=True, second_pass=True).sigmas) - 1
 
 
 def prepare_latents(sd: StableDiffusion, size: tuple[int, int], draw: NoiseOfEach) -> Tensor:
@@ -150,52 +175,74 @@ def sample(
     change on the way; `control` are maps to follow, which a refiner does not.
     """
     one, shape = each[0], noise.shape[1:]
-    levels = sampler_levels(sd.schedule, one.sampler, one.steps, one.spacing)
-    schedule = levels.sigmas
-    if known is not None:
-        levels = levels.part(one.steps - (known.running or steps_of_strength(one.steps, one.strength)))
-    if known is None or known.latents is None or (known.mask is not None and one.strength == 1):
-        x = noise * levels.first_scale
+    again = first_pass is not None
+    levels = levels_of(sd, one, on_picture=known is not None, second_pass=again)
+    row = levels.sigmas if known is None else row_of(sd, one, second_pass=again)
+    anew = known is not None and known.mask is not None and from_nothing(one)
+    if known is None or known.latents is None or anew:
+        x = levels.from_noise(noise)
         start: float = levels.sigmas[0]
     else:
-        x = add_noise(known.latents, noise, levels.sigmas[0])
+        x = levels.from_picture(known.latents, noise)
         start = math.inf
-    path = draw.path(shape, schedule, levels.sigmas) if "path" in SAMPLERS[one.sampler].takes else None
-    done = 0
-    for model, own in turns(sd, one, levels):
-        followed = control if model is sd else ()
-        denoise = _denoise(model, each, size, levels, known.concat if known else None, first_pass, followed)
+    path = draw.path(shape, row, levels.sigmas) if "path" in SAMPLERS[one.sampler].takes else None
+    calls = count() if convention(one.like).prompts == "batches" else None
+    concat, done = known.concat if known else None, 0
+    for models, own in turns(sd, one, levels):
+        denoise, *later = (
+            _denoise(model, each, size, levels, concat, first_pass, control if model is sd else (), calls)
+            for model in models
+        )
+        if later:
+            denoise = handed_over(denoise, later[0], sd.schedule, one.handover)
         if known is not None and known.mask is not None:
             denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
         for step in SAMPLERS[one.sampler].run(
-            denoise, x, own.sigmas, lambda: draw(shape), **sampler_options(model, one, own, path)
+            denoise, x, own.sigmas, lambda: draw(shape), **sampler_options(models[0], one, own, path)
         ):
             yield step._replace(index=done + step.index)
         x, done = step.x, done + len(own.sigmas) - 1
-    clean = step.x / math.sqrt(1 + step.sigma**2)  # some samplers leave a little noise; it stays
+    clean = levels.clean(step.x, step.sigma)
     if known is not None and known.mask is not None:
         clean = known.mask * clean + (1 - known.mask) * known.latents
     return clean
 
 
-def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[StableDiffusion, Levels]]:
+def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[list[StableDiffusion], Levels]]:
     """Who draws between which levels: the model, and below the share `handover` of the timesteps its refiner, if it has
-    one (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each runs the sampler anew, as two pipelines would."""
+    one (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each runs the sampler anew, as two pipelines would; where
+    one hands over to the other inside the sampler, both are named for all levels."""
     if sd.refiner is None:
-        return [(sd, levels)]
+        return [([sd], levels)]
+    if convention(one.like).refines_midway:
+        return [([sd, sd.refiner], levels)]
     assert one.handover is not None  # `check_refiner` sees to it
-    count = len(sd.schedule)
-    last = round(count - one.handover * count)
+    entries = len(sd.schedule)
+    last = round(entries - one.handover * entries)
     own = sum(timestep >= last for timestep in levels.timesteps)
-    both = ((sd, levels.part(0, own)), (sd.refiner, levels.part(own)))
-    return [(model, part) for model, part in both if len(part.sigmas) > 1]
+    both = (([sd], levels.part(0, own)), ([sd.refiner], levels.part(own)))
+    return [(models, part) for models, part in both if len(part.sigmas) > 1]
+
+
+def handed_over(
+    denoise: Denoise, refined: Denoise, schedule: NoiseSchedule | EDMSchedule, handover: float | None
+) -> Denoise:
+    """One model, and another one from the entry of the table on above which the share `handover` of it lies."""
+    assert isinstance(schedule, NoiseSchedule) and handover is not None  # `check_refiner` sees to it
+    table = schedule.sigmas
+
+    def either(x: Tensor, sigma: float) -> Tensor:
+        nearest = int((table - sigma).abs().argmin())
+        return (refined if (len(table) - 1 - nearest) / len(table) >= handover else denoise)(x, sigma)
+
+    return either
 
 
 def sampler_options(sd: StableDiffusion, one: Resolved, levels: Levels, path: Path | None) -> dict[str, Any]:
     """What the sampler takes by name, where it is not left to its default."""
     options = {
         "eta": one.eta,
-        "prediction": sd.prediction,
+        "prediction": "epsilon" if one.like == "a1111" else sd.prediction,
         "sigma_data": spread_of(sd.schedule),
         "strides": levels.strides,
         "path": path,
@@ -211,21 +258,25 @@ def _denoise(
     concat: Tensor | None,
     first_pass: int | None,
     control: Sequence[Fitted],
+    calls: Iterator[int] | None,
 ) -> Denoise:
     """The network with its prompts, guidance and maps."""
     one, steps = each[0], len(levels.sigmas) - 1
+    if calls is not None:  # of all steps that were asked for, run or not
+        twice = 2 if one.sampler in convention(one.like).second_order else 1
+        steps, first_pass = one.steps * twice, None if first_pass is None else first_pass * twice
     if sd.unet.config.in_channels == sd.vae.config.latent_channels:
         concat = None  # a refiner after an inpainting model
     planned = {
-        pair: conditioning.encode_prompt(sd, *pair, steps, clip_skip=one.clip_skip, first_pass=first_pass, size=size)
+        pair: encode_prompt(sd, *pair, steps, clip_skip=one.clip_skip, first_pass=first_pass, like=one.like, size=size)
         for pair in dict.fromkeys((s.prompt, s.negative) for s in each)
     }
     plans = [planned[s.prompt, s.negative] for s in each]
     network: UNetCall = DeepCache(sd.unet, one.cache) if one.cache else sd.unet
     if one.tiling:
         network = seamless(sd.unet, network)
-    controls = Controls(sd, control, steps) if control else None
-    estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network, controls)
+    controls = Controls(sd, control, len(levels.sigmas) - 1) if control else None
+    estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network, controls, calls)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
     return guided_denoise(

@@ -73,7 +73,7 @@ class Settings:
     embeddings: tuple[str, ...] = ()  # learned words in the prompts, for the text
     prediction: str | None = None  # what the user said that the model's network predicts, for the text
     zero_snr: bool | None = None  # likewise, whether its noise ends at zero SNR
-    like: str | None = None  # "a1111": guidance 0 is what its formula says, the estimate without the prompt
+    like: str | None = None  # the program whose picture is wanted, see diffusion/conventions.py; None is "diffusers"
     model: str | None = None  # its name, for the text; which model draws is said elsewhere
     hashes: tuple[tuple[str, str], ...] = ()  # of the files of model, vae, lora:name, embed:word, for the text
     other: tuple[tuple[str, str], ...] = ()  # what a text said beside these; nothing here acts on it
@@ -142,8 +142,13 @@ UPSCALERS = (
     "latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased", "latent-nearest",
     "latent-nearest-exact", "lanczos",
 )  # fmt: skip
-LIKE = ("a1111",)
-NOISE_OF = {None: "cpu", "a1111": "nv", "comfyui": "comfyui"}  # by `like`, where nothing else is said
+LIKE = ("diffusers", "a1111", "comfyui")
+NOISE_OF = {
+    None: "cpu",
+    "diffusers": "cpu",
+    "a1111": "nv",
+    "comfyui": "comfyui",
+}  # by `like`, where nothing else is said
 SIZES = (8, 4096)  # pixels, of either side
 RANGES = {
     "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**64 - 1), "clip_skip": (1, 48),
@@ -194,7 +199,7 @@ def notes(settings: Settings) -> list[str]:
         for name in SEEDS
         if (value := getattr(settings, name)) is not None and value >= 2**32 and noise_of(settings) != "nv"
     ]
-    if settings.guidance == 0 and settings.like is None:
+    if settings.guidance == 0 and settings.like in (None, "diffusers"):
         found.append(
             "guidance 0 is off, as 1 is: the prompt is followed plainly, and the negative prompt has no effect"
         )

@@ -58,7 +58,9 @@ class JobRequest(BaseModel):
     image_guidance: float | None = Field(
         None, description="how much of the image stays, with a model that edits pictures"
     )
-    like: Text | None = Field(None, description="a1111: guidance 0 is A1111's, the prompt is not followed at all")
+    like: Text | None = Field(
+        None, description="diffusers, a1111 or comfyui: draw what that program draws of the same settings"
+    )
     sampler: Text | None = None
     spacing: Text | None = Field(None, description="of the noise levels")
     seed: Seed | None = Field(

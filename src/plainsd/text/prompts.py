@@ -85,6 +85,59 @@ def parse(prompt: str) -> list[Weighted]:
     return _joined(pieces)
 
 
+def parse_words(prompt: str) -> list[Weighted]:
+    """ComfyUI's notation: (a) weighs 1.1 times what is around it, (a:1.3) 1.3 whatever is around it; brackets behind a
+    backslash are text, and so is all else, [a], BREAK and AND too; `embedding:name` is the learned word of this name.
+    """
+    hidden = prompt.replace(r"\)", "\0\1").replace(r"\(", "\0\2")
+    try:
+        found = _inner_weights(hidden, 1.0)
+    except RecursionError as error:
+        raise UserError("the prompt has too many brackets inside each other; write fewer", field="prompt") from error
+    pieces = []
+    for text, weight in found:
+        text = text.replace("\0\1", ")").replace("\0\2", "(")
+        first, *learned = re.split(r"[ \n]embedding:", text.removeprefix("embedding:"))
+        pieces += [Weighted(part, weight) for part in (first, *learned) if part]
+    return pieces or [Weighted("")]
+
+
+def _inner_weights(text: str, weight: float) -> list[tuple[str, float]]:
+    """The stretches of a text outside and, recursively, inside its outermost brackets. One that is not closed is
+    text."""
+    found: list[tuple[str, float]] = []
+    for part in _outermost(text):
+        if not (len(part) > 1 and part[0] == "(" and part[-1] == ")"):
+            found.append((part, weight))
+            continue
+        inner, own = part[1:-1], weight * ROUND
+        before, colon, number = inner.rpartition(":")
+        if before:
+            try:
+                inner, own = before, float(number)
+            except ValueError:
+                pass
+        found += _inner_weights(inner, own)
+    return found
+
+
+def _outermost(text: str) -> list[str]:
+    """A text cut before and behind each outermost pair of brackets; what is closed too often opens no pair."""
+    parts, depth, start = [], 0, 0
+    for place, sign in enumerate(text):
+        if sign == "(":
+            if depth == 0 and place > start:
+                parts.append(text[start:place])
+                start = place
+            depth += 1
+        elif sign == ")":
+            depth -= 1
+            if depth == 0:
+                parts.append(text[start : place + 1])
+                start = place + 1
+    return [*parts, text[start:]] if start < len(text) else parts
+
+
 def _joined(pieces: Sequence[tuple[str, float] | None]) -> list[Weighted]:
     result: list[Weighted] = []
     for piece in pieces:
@@ -117,6 +170,18 @@ def schedule(prompt: str, steps: int, first_pass: int | None = None) -> list[tup
         raise UserError("the prompt has too many nested edits; nest fewer [a:b:0.5]", field="prompt") from error
     last = [step for step in range(1, steps) if texts[step] != texts[step - 1]]
     return [(step, texts[step - 1]) for step in [*last, steps]]
+
+
+def alternates(prompt: str) -> bool:
+    """Whether some of it is another one each step."""
+
+    def found(tree: Sequence) -> bool:
+        return any(
+            isinstance(node, Alternate) or (isinstance(node, Edit) and (found(node.before) or found(node.after)))
+            for node in tree
+        )
+
+    return found(_tree(prompt))
 
 
 def _at(tree: Sequence, step: int, steps: int, first_pass: int | None) -> str:

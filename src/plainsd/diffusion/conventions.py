@@ -1,0 +1,210 @@
+"""Three programs draw the same prompt, sampler and seed differently. Here is what each does, as data.
+
+diffusers' samplers round timesteps and leave out levels, each in its own way: that is the table of samplers.py. A1111
+and ComfyUI run k-diffusion's samplers over plain levels, and differ in how these are chosen, how noise is put on a
+picture, how many steps run on it, and how prompts are read (pictures/conditioning.py).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from plainsd.diffusion.samplers import SAMPLERS, Levels, check_names, sampler_levels
+from plainsd.diffusion.schedule import SPACINGS, EDMSchedule, Level, NoiseSchedule, exponential, spaced
+from plainsd.diffusion.spacings import ddim_uniform
+from plainsd.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What one program does where others do something else. The defaults are those of diffusers."""
+
+    plain_levels: bool = False  # no rounding of timesteps, no level left out but by `drops`
+    automatic: Mapping[str, str] = field(default_factory=dict)  # sampler -> spacing, where none is asked for
+    otherwise: str | None = None  # the spacing of other samplers then; None: the model's, or the sampler's own
+    drops: tuple[str, ...] = ()  # samplers that leave out the last level but one, of a row of one step more
+    by_timesteps: Mapping[str, str] = field(default_factory=dict)  # sampler -> its spacing, whatever is asked for
+    to_zero: tuple[str, ...] = ()  # samplers that end at 0 here and in diffusers do not
+    top_counts_latent: bool = False  # from the table's highest level, unit noise is scaled by sqrt(1 + sigma^2)
+    second_pass_whole: bool = False  # all steps run in the second pass of hires, the last of a longer row
+    image_keeps: bool = False  # at strength 1, too, noise is added to the picture and does not replace it
+    guidance_zero: bool = False  # guidance 0 is what its formula says: the estimate without the prompt
+    refines_midway: bool = False  # the refiner takes over inside the sampler, which remembers what was before
+    prompts: str = "pieces"  # how prompts are read, a name in pictures/conditioning.py: pieces, batches or words
+    second_order: tuple[str, ...] = ()  # samplers whose steps count twice for prompts that change on the way
+    ends_only: tuple[str, ...] = ()  # samplers that are told the first and the last level above 0, and choose between
+
+
+A1111_KARRAS = ("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a", "restart")
+A1111_EXPONENTIAL = ("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
+
+CONVENTIONS = {
+    "diffusers": Convention(),
+    "a1111": Convention(
+        plain_levels=True,
+        automatic=dict.fromkeys(A1111_KARRAS, "karras") | dict.fromkeys(A1111_EXPONENTIAL, "exponential"),
+        otherwise="uniform",
+        drops=("dpm2", "dpm2_a", "dpmpp_3m_sde"),
+        by_timesteps=dict.fromkeys(("ddim", "ddim_cfg_pp", "plms"), "ddim_uniform") | {"unipc": "uniform"},
+        ends_only=("dpm_fast", "dpm_adaptive"),
+        second_pass_whole=True,
+        image_keeps=True,
+        guidance_zero=True,
+        refines_midway=True,
+        prompts="batches",
+        second_order=("heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "restart"),
+    ),
+    "comfyui": Convention(
+        plain_levels=True,
+        otherwise="uniform",
+        drops=("dpm2", "dpm2_a", "unipc"),
+        to_zero=("ddim",),  # it is Euler there
+        top_counts_latent=True,
+        image_keeps=True,
+        guidance_zero=True,
+        prompts="words",
+    ),
+}
+
+
+def convention(like: str | None) -> Convention:
+    """Of this name; None is diffusers. UserError for an unknown one."""
+    if like not in (None, *CONVENTIONS):
+        raise unknown("like", like, CONVENTIONS, field="like")
+    return CONVENTIONS[like or "diffusers"]
+
+
+def automatic_spacing(like: str | None, sampler: str, model: str | None, asked: str | None = None) -> str:
+    """The spacing of a sampler, where `asked` may be None; `model` is the model's own, if it has one."""
+    rules, own = convention(like), SAMPLERS[sampler].spacing
+    if sampler in rules.by_timesteps:
+        return rules.by_timesteps[sampler]
+    if asked is not None:
+        return asked
+    if own == "distilled":
+        return own
+    return rules.automatic.get(sampler) or rules.otherwise or model or own
+
+
+def planned_levels(
+    schedule: NoiseSchedule | EDMSchedule,
+    sampler: str,
+    steps: int,
+    spacing: str,
+    like: str | None = None,
+    strength: float | None = None,
+    *,
+    all_run: bool = False,
+) -> Levels:
+    """What a drawing visits: the whole way from noise, or with a strength the part of it that runs on a picture.
+
+    With `all_run` the strength says where they begin: all of them run, the last of a longer row (always in ComfyUI).
+    UserError for a strength that leaves no step to run.
+    """
+    rules = convention(like)
+    check_names(sampler, spacing)
+    if not rules.plain_levels:
+        running = None if strength is None else steps if all_run else steps_of_strength(steps, strength)
+        total = max(steps, int(steps / _above_zero(steps, strength))) if strength is not None and all_run else steps
+        levels = sampler_levels(schedule, sampler, total, spacing)
+        last = len(levels.sigmas) - 1
+        return levels if running is None else levels.part(last - min(running, last))
+    if like == "comfyui":
+        share = 1.0 if strength is None or strength > 0.9999 else _above_zero(steps, strength)
+        sigmas = _plain(rules, schedule, sampler, int(steps / share), spacing)
+        return _levels(rules, schedule, sigmas if share == 1 else sigmas[-(steps + 1) :])
+    total, before = steps, None
+    if strength is not None:
+        share = min(_above_zero(steps, strength), 0.999)
+        total, before = (int(steps / share), steps - 1) if all_run else (steps, int(share * steps))
+    if sampler in rules.by_timesteps and isinstance(schedule, NoiseSchedule):
+        return _by_timesteps(schedule, sampler, total, before)
+    sigmas = _plain(rules, schedule, sampler, total, spacing)
+    if before is not None:
+        sigmas = sigmas[total - before - 1 :]
+    if sampler in rules.ends_only:
+        low = schedule.sigma_min if before is None else sigmas[-2]
+        between = exponential(low, sigmas[0], len(sigmas))
+        sigmas = [Level(sigma, schedule.timestep(sigma)) for sigma in between]
+    return _levels(rules, schedule, sigmas)
+
+
+def whole_row(
+    schedule: NoiseSchedule | EDMSchedule,
+    sampler: str,
+    steps: int,
+    spacing: str,
+    like: str | None = None,
+    strength: float | None = None,
+    *,
+    all_run: bool = False,
+) -> tuple[Level, ...]:
+    """The levels of the row, the last of which `planned_levels` gives for a picture of this strength."""
+    total = int(steps / min(strength, 0.999)) if strength and all_run else steps
+    return planned_levels(schedule, sampler, total, spacing, like).sigmas
+
+
+def steps_of_strength(steps: int, strength: float) -> int:
+    """How many of the steps run on a given picture, as diffusers counts them."""
+    running = min(int(steps * strength), steps)
+    if not running:
+        raise _nothing_runs(steps, strength, 1 / steps)
+    return running
+
+
+def _above_zero(steps: int, strength: float) -> float:
+    if strength <= 0:
+        raise _nothing_runs(steps, strength, 0.01)
+    return strength
+
+
+def _nothing_runs(steps: int, strength: float, least: float) -> UserError:
+    what = f"strength {strength} of {steps} steps leaves none to run; give at least {least:.2g}"
+    return UserError(what, field="strength", value=strength)
+
+
+def _plain(
+    rules: Convention, schedule: NoiseSchedule | EDMSchedule, sampler: str, steps: int, spacing: str
+) -> list[Level]:
+    """The levels of k-diffusion's samplers, and where the last step ends."""
+    rule = SPACINGS[spacing]
+    to_zero = SAMPLERS[sampler].ends_at_zero or sampler in (*rules.to_zero, *rules.ends_only)
+    dropped = sampler in rules.drops
+    sigmas = spaced(schedule, spacing, steps + dropped, spare=int(rule.least and not to_zero))
+    if not rule.closed:
+        sigmas.append(Level(0.0 if to_zero else schedule.sigma_min, 0.0))
+    if dropped:
+        del sigmas[-2]
+    return sigmas
+
+
+def _levels(rules: Convention, schedule: NoiseSchedule | EDMSchedule, sigmas: list[Level]) -> Levels:
+    top, first = schedule.sigma_max, sigmas[0]
+    at_top = first > top or math.isclose(first, top, rel_tol=1e-5)
+    with_latent = isinstance(schedule, EDMSchedule) or (rules.top_counts_latent and at_top)
+    scale = math.sqrt(1 + first**2) if with_latent else float(first)
+    return Levels(tuple(sigmas), (), scale, added=scale, last_scale=1.0)
+
+
+def _by_timesteps(schedule: NoiseSchedule, sampler: str, steps: int, before: int | None) -> Levels:
+    """A1111's DDIM, PLMS and UniPC: every (1000 // steps)-th timestep from 1 up, the lowest of which DDIM and PLMS end
+    at. On a picture the noise is that of one timestep more than those which are visited: what the network is shown is
+    not changed, so x is taken for one at the level below."""
+    known = ddim_uniform(len(schedule), steps)[::-1]
+    some = known if before is None else known[:before]
+    points = np.linspace(len(schedule) - 1 if before is None else some[-1], 0, len(some) + 1) if some else []
+    points = list(points) if sampler == "unipc" else some[::-1]
+    if len(points) < 2:
+        raise UserError(
+            f"{steps} steps leave {sampler} none to run on this picture; choose more, or another strength",
+            field="steps",
+            value=steps,
+        )
+    sigmas = tuple(Level(schedule.sigma(timestep), timestep) for timestep in points)
+    scale = math.sqrt(1 + sigmas[0] ** 2)
+    if before is None:
+        return Levels(sigmas, (), scale)
+    added = schedule.sigma(known[before])
+    return Levels(sigmas, (), scale, added=added, picture_scale=math.sqrt((1 + sigmas[0] ** 2) / (1 + added**2)))

@@ -1,0 +1,250 @@
+"""What A1111 and ComfyUI do otherwise, against their published formulas: levels, pictures drawn over, DDIM's walk."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import plainsd
+from plainsd.diffusion.conventions import CONVENTIONS, automatic_spacing, convention, planned_levels
+from plainsd.diffusion.denoiser import denoiser
+from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
+from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule, karras
+from plainsd.errors import UserError
+from plainsd.generate import image_to_image, text_to_image
+from plainsd.pictures.defaults import resolved
+from plainsd.pictures.guidance import COND, UNCOND, Estimates
+from plainsd.pictures.images import to_pil
+from plainsd.pictures.plan import encode_prompt
+from plainsd.pictures.sampling import handed_over
+from plainsd.pictures.settings import LIKE, Settings
+
+SD = NoiseSchedule.scaled_linear()
+TABLE = SD.sigmas.tolist()
+
+
+def levels(sampler, steps, spacing, like, strength=None, schedule=SD, **more):
+    return planned_levels(schedule, sampler, steps, spacing, like, strength, **more)
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return plainsd.load(device="cpu", dtype="float32")
+
+
+# --- levels ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_program_is_a_choice():
+    assert tuple(CONVENTIONS) == LIKE and convention(None) is CONVENTIONS["diffusers"]
+    with pytest.raises(UserError, match="unknown like 'comfy'; did you mean 'comfyui'"):
+        convention("comfy")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_diffusers_is_what_it_was(name):
+    own = SAMPLERS[name].spacing
+    assert levels(name, 12, own, None) == levels(name, 12, own, "diffusers") == sampler_levels(SD, name, 12, own)
+    assert levels(name, 12, own, None, 0.5) == sampler_levels(SD, name, 12, own).part(6)
+
+
+def test_automatic():
+    asked = {name: automatic_spacing("a1111", name, "trailing") for name in SAMPLERS}
+    assert [name for name, spacing in asked.items() if spacing == "karras"] == [
+        "dpm2", "dpm2_a", "dpmpp_2m", "dpmpp_2s_a", "dpmpp_sde", "restart"]  # fmt: skip
+    assert [name for name, spacing in asked.items() if spacing == "exponential"] == [
+        "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2m_sde_heun"]  # fmt: skip
+    assert asked["euler"] == asked["unipc"] == "uniform" and asked["ddim"] == asked["plms"] == "ddim_uniform"
+    assert automatic_spacing("a1111", "dpm2", None, "simple") == "simple"
+    assert automatic_spacing("a1111", "ddim", None, "karras") == "ddim_uniform"  # which A1111 does not ask
+    assert automatic_spacing("comfyui", "dpmpp_2m", None) == "uniform"
+    assert automatic_spacing(None, "dpmpp_2m", "trailing") == "trailing"
+    assert automatic_spacing(None, "dpmpp_2m", None) == "linspace"
+
+
+def test_timesteps_are_not_rounded_and_no_level_is_left_out():
+    rounded = sampler_levels(SD, "dpmpp_2m", 10, "karras")
+    for like in ("a1111", "comfyui"):
+        found = levels("dpmpp_2m", 10, "karras", like)
+        np.testing.assert_allclose(found.sigmas, [*karras(SD.sigma_min, SD.sigma_max, 10), 0], rtol=1e-12)
+        assert found.timesteps == [SD.timestep(sigma) for sigma in found.sigmas[:-1]] != rounded.timesteps
+    assert sum(timestep % 1 > 1e-6 for timestep in found.timesteps) == 8
+
+
+@pytest.mark.parametrize("name, like", [("dpm2", "a1111"), ("dpm2_a", "a1111"), ("dpmpp_3m_sde", "a1111"),
+                                        ("dpm2", "comfyui"), ("unipc", "comfyui")])  # fmt: skip
+def test_the_last_level_but_one_is_dropped(name, like):
+    longer = karras(SD.sigma_min, SD.sigma_max, 11)
+    np.testing.assert_allclose(levels(name, 10, "karras", like).sigmas, [*longer[:-1], 0], rtol=1e-12)
+    assert levels("euler", 10, "karras", like).sigmas[-2] == pytest.approx(SD.sigma_min)
+
+
+def test_the_first_latent():
+    high = SD.sigma_max
+    assert levels("euler", 10, "uniform", "a1111").first_scale == pytest.approx(high)
+    assert levels("euler", 10, "uniform", "comfyui").first_scale == pytest.approx(math.sqrt(1 + high**2))
+    low = levels("euler", 10, "ddim_uniform", "comfyui")  # begins below the top
+    assert low.first_scale == low.sigmas[0] == pytest.approx(TABLE[901])
+    edm = planned_levels(EDMSchedule(), "euler", 10, "karras", "comfyui")
+    assert edm.first_scale == pytest.approx(math.sqrt(1 + 80**2))
+
+
+@pytest.mark.parametrize("steps, strength", [(20, 0.75), (20, 0.7), (20, 1.0), (30, 0.3), (10, 0.04), (7, 0.999)])
+def test_a1111_counts_the_steps_on_a_picture(steps, strength):
+    whole = levels("euler", steps, "karras", "a1111")
+    running = int(min(strength, 0.999) * steps) + 1
+    found = levels("euler", steps, "karras", "a1111", strength)
+    assert found.sigmas == whole.sigmas[steps - running :] and found.added == found.sigmas[0]
+
+
+def test_a1111s_second_pass_runs_all_steps_of_a_longer_row():
+    found = levels("euler", 20, "karras", "a1111", 0.7, all_run=True)
+    assert found.sigmas == levels("euler", 28, "karras", "a1111").sigmas[-21:]
+    assert levels("ddim", 20, "ddim_uniform", "a1111", 0.7, all_run=True).timesteps[0] == 1 + 18 * (1000 // 28)
+
+
+@pytest.mark.parametrize("strength, longer", [(0.5, 40), (0.75, 26), (0.3, 66), (0.99995, 20), (1.0, 20)])
+def test_comfyui_runs_the_last_steps_of_a_longer_row(strength, longer):
+    found = levels("dpmpp_2m", 20, "karras", "comfyui", strength)
+    assert found.sigmas == levels("dpmpp_2m", longer, "karras", "comfyui").sigmas[-21:]
+    assert found.added == (found.sigmas[0] if longer > 20 else pytest.approx(math.sqrt(1 + SD.sigma_max**2)))
+
+
+@pytest.mark.parametrize("like", ["a1111", "comfyui"])
+def test_no_strength_is_no_step(like):
+    with pytest.raises(UserError, match="strength 0 of 20 steps leaves none to run"):
+        levels("euler", 20, "karras", like, 0)
+    if like == "a1111":
+        with pytest.raises(UserError, match="20 steps leave ddim none to run on this picture"):
+            levels("ddim", 20, "ddim_uniform", like, 0.05)
+
+
+@pytest.mark.parametrize("steps, top, calls", [(20, 951, 19), (28, 981, 28), (50, 981, 49), (30, 991, 30)])
+def test_a1111s_ddim_counts_timesteps_not_calls(steps, top, calls):
+    for name in ("ddim", "plms", "ddim_cfg_pp"):
+        found = levels(name, steps, "ddim_uniform", "a1111")
+        assert found.timesteps[0] == top and len(found.timesteps) == calls
+        assert found.sigmas[-1].timestep == 1 and found.sigmas[-1] == pytest.approx(TABLE[1])
+    unipc = levels("unipc", steps, "uniform", "a1111")
+    assert len(unipc.timesteps) == calls + 1 and unipc.timesteps[0] == 999 and unipc.sigmas[-1].timestep == 0
+
+
+def test_dpm_fast_is_told_the_ends():
+    whole, part = (levels("dpm_fast", 12, "uniform", "a1111", strength) for strength in (None, 0.5))
+    assert len(whole.sigmas) == 13 and len(part.sigmas) == 8
+    assert (whole.sigmas[0], whole.sigmas[-1]) == (pytest.approx(SD.sigma_max), pytest.approx(SD.sigma_min))
+    row = levels("euler", 12, "uniform", "a1111", 0.5).sigmas
+    assert (part.sigmas[0], part.sigmas[-1]) == (pytest.approx(row[0]), pytest.approx(row[-2]))
+
+
+def perfect(x, timestep):
+    """A network for a picture of normal distribution, mean 0.5 and spread 0.3: x has unit variance."""
+    sigma = SD.sigma(float(timestep))
+    x = x * math.sqrt(1 + sigma**2)
+    x0 = (0.09 * x + sigma**2 * 0.5) / (0.09 + sigma**2)
+    return (x - x0) / sigma
+
+
+@pytest.mark.parametrize("steps", [20, 28])
+@pytest.mark.parametrize("strength", [None, 0.75])
+def test_a1111s_ddim_is_equation_12_on_its_timesteps(steps, strength):
+    """Song et al. 2020 in the network's coordinates; a picture is noised one timestep above where the walk begins."""
+    generator = torch.Generator().manual_seed(3)
+    noise, picture = (torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    alphas = SD.alphas_cumprod
+    walked = list(range(1, 1000, 1000 // steps))
+    x = noise
+    if strength:
+        before = int(strength * steps)
+        a = alphas[walked[before]]
+        x, walked = a.sqrt() * picture + (1 - a).sqrt() * noise, walked[:before]
+    for t, t_next in pairwise(reversed(walked)):
+        a, a_next, eps = alphas[t], alphas[t_next], perfect(x, t)
+        x = a_next.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - a_next).sqrt() * eps
+    plan = levels("ddim", steps, "ddim_uniform", "a1111", strength)
+    first = plan.from_picture(picture, noise) if strength else plan.from_noise(noise)
+    *_, last = SAMPLERS["ddim"].run(denoiser(perfect, SD, "epsilon"), first, plan.sigmas, None)
+    torch.testing.assert_close(plan.clean(last.x, last.sigma), x, rtol=1e-10, atol=1e-10)
+
+
+def test_a_row_that_ends_above_zero_is_decoded_as_it_is():
+    x = torch.ones(1)
+    assert levels("euler", 5, "kl_optimal_a1111", "a1111").clean(x, 0.029) == 1
+    assert levels("euler", 5, "kl_optimal_a1111", None).clean(x, 0.029) < 1
+
+
+# --- whole pictures --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_open(sd):
+    def chosen(**more):
+        one = resolved(sd, Settings(**more))
+        return one.spacing, one.like
+
+    assert chosen(sampler="dpmpp_2m", like="a1111") == ("karras", "a1111")
+    assert chosen(sampler="dpmpp_2m", like="comfyui") == ("uniform", "comfyui")
+    assert chosen(sampler="euler", like="diffusers") == chosen(sampler="euler")
+    assert resolved(sd, Settings(guidance=0, like="comfyui")).guidance == 0
+    assert resolved(sd, Settings(guidance=0, like="diffusers")).guidance == 1
+
+
+def euler(sd, x, sigmas, plan, guidance, steps=None):
+    """k-diffusion's Euler, in double since it begins at sigma 4096; `steps` says which text each call reads."""
+    x = x.double()
+    estimates = Estimates(sd, [plan], None, sigmas, [guidance], sd.unet, iter(steps) if steps else None)
+    for sigma, sigma_next in pairwise(sigmas):
+        cond, uncond = estimates(x.float(), sigma, COND, UNCOND)
+        slope = (x - (uncond + guidance * (cond - uncond))) / sigma
+        x = x + slope * (sigma_next - sigma)
+    return x.float()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("like", ["a1111", "comfyui"])
+def test_text_to_image(sd, like):
+    events = text_to_image(sd, "a red apple", "blurred", like=like, sampler="euler", steps=4, guidance=3, seed=5)
+    *_, last = events
+    row, high = levels("euler", 4, "uniform", like, schedule=sd.schedule), sd.schedule.sigma_max
+    noise = torch.randn(last.latents.shape, generator=torch.Generator().manual_seed(5))
+    scale = high if like == "a1111" else math.sqrt(1 + high**2)
+    plan = encode_prompt(sd, "a red apple", "blurred", 4, like=like, size=(64, 64))
+    expected = euler(sd, noise * scale, row.sigmas, plan, 3.0)
+    torch.testing.assert_close(last.latents, expected, rtol=1e-4, atol=1e-5)
+    assert last.settings[0].spacing == "uniform" and last.settings[0].like == like
+
+
+@torch.inference_mode()
+def test_edits_count_calls_and_the_first_one_as_none(sd):
+    """A1111: of [a:b:2] three calls read a; all steps count on a picture, whether they run or not."""
+    steps = 6
+    *_, last = text_to_image(sd, "[red:blue:2] apple", like="a1111", sampler="euler", steps=steps, guidance=3, seed=5)
+    noise = torch.randn(last.latents.shape, generator=torch.Generator().manual_seed(5))
+    plan = encode_prompt(sd, "[red:blue:2] apple", "", steps, like="a1111", size=(64, 64))
+    assert [texts[1] for texts in plan.parts] == [("red apple",) * 3 + ("blue apple",) * 4]
+    row = levels("euler", steps, "uniform", "a1111", schedule=sd.schedule)
+    expected = euler(sd, noise * sd.schedule.sigma_max, row.sigmas, plan, 3.0, range(steps))
+    torch.testing.assert_close(last.latents, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "like, sampler, spacing, runs", [("a1111", "euler", "karras", 5), ("comfyui", "euler", "karras", 8),
+                                     ("a1111", "ddim", None, 3), ("a1111", "dpmpp_2m", "ddim_uniform", 6),
+                                     (None, "euler", None, 4)]
+)  # fmt: skip
+def test_as_many_steps_are_told_as_come(sd, like, sampler, spacing, runs):
+    image = to_pil(torch.zeros(1, 3, 64, 64))[0]
+    events = image_to_image(
+        sd, "a", image, strength=0.5, like=like, sampler=sampler, spacing=spacing, steps=8, guidance=1
+    )
+    assert events.steps == len(list(events)) - 1 == runs - (spacing == "ddim_uniform")
+    hires = text_to_image(sd, "a", hires=1.5, like=like, sampler=sampler, spacing=spacing, steps=8, guidance=1)
+    assert hires.steps == len(list(hires)) - 1
+
+
+def test_a1111_hands_over_at_the_nearest_timestep():
+    either = handed_over(lambda x, sigma: "model", lambda x, sigma: "refiner", SD, 0.8)
+    middle = (TABLE[199] + TABLE[200]) / 2
+    assert [either(None, sigma) for sigma in (14.0, TABLE[200], middle + 1e-6, middle - 1e-6, TABLE[199], 0.05)] == [
+        "model", "model", "model", "refiner", "refiner", "refiner"]  # fmt: skip
