@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plainsd.diffusion.denoiser import Denoise, add_noise, inpainting, spread_of
+from plainsd.diffusion.denoiser import Denoise, Pair, add_noise, inpainting, spread_of
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step, sampler_levels
-from plainsd.diffusion.schedule import EDMSchedule
+from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures import conditioning
 from plainsd.pictures.control import Controls, Fitted
-from plainsd.pictures.guidance import Estimates, UNetCall, guided_denoise
+from plainsd.pictures.guidance import Estimates, UNetCall, guided_denoise, guided_pair
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.seamless import seamless, wrapped_edges
@@ -150,6 +151,12 @@ class Known:
     concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
     running: int | None = None  # how many of the steps, the last; None: as many as the strength says
 
+    def of_picture(self, i: int) -> Known:
+        """Of one picture of the batch."""
+        one = slice(i, i + 1)
+        latents, concat = (None if part is None else part[one] for part in (self.latents, self.concat))
+        return replace(self, latents=latents, concat=concat)
+
 
 def steps_of_strength(steps: int, strength: float | None) -> int:
     """How many of the steps run on a given picture, as diffusers counts them; None: all."""
@@ -186,6 +193,8 @@ def sample(
     change on the way; `control` are maps to follow, which a refiner does not.
     """
     one, shape = each[0], noise.shape[1:]
+    if len(each) > 1 and not SAMPLERS[one.sampler].batched:
+        return (yield from _side_by_side(sd, each, size, noise, draw, known, first_pass, control))
     levels = sampler_levels(sd.schedule, one.sampler, one.steps, one.spacing)
     if known is not None:
         levels = levels.part(one.steps - (known.running or steps_of_strength(one.steps, one.strength)))
@@ -201,9 +210,8 @@ def sample(
         denoise = _denoise(model, each, size, levels, known.concat if known else None, first_pass, followed)
         if known is not None and known.mask is not None:
             denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
-        for step in SAMPLERS[one.sampler].run(
-            denoise, x, own.sigmas, lambda: draw(shape), **sampler_options(model, one, own)
-        ):
+        options = sampler_options(model, one, own, denoise)
+        for step in SAMPLERS[one.sampler].run(denoise, x, own.sigmas, lambda: draw(shape), **options):
             yield step._replace(index=done + step.index)
         x, done = step.x, done + len(own.sigmas) - 1
     clean = step.x / math.sqrt(1 + step.sigma**2)  # some samplers leave a little noise; it stays
@@ -212,26 +220,65 @@ def sample(
     return clean
 
 
+def _side_by_side(
+    sd: StableDiffusion,
+    each: Sequence[Resolved],
+    size: tuple[int, int],
+    noise: Tensor,
+    draw: Draw,
+    known: Known | None,
+    first_pass: int | None,
+    control: Sequence[Fitted],
+) -> Generator[Step, None, Tensor]:
+    """`sample` of each picture alone, all of them a step at a time: for samplers whose steps hang on what they draw."""
+    drawn: list[Tensor] = []  # (B, L, h, w) each, in the order of draws
+
+    def of_picture(i: int) -> Draw:
+        place = count()
+
+        def draw_one(shape: tuple[int, ...]) -> Tensor:
+            now = next(place)
+            while len(drawn) <= now:
+                drawn.append(draw(shape))
+            return drawn[now][i : i + 1]
+
+        return draw_one
+
+    clean: list[Tensor] = []
+
+    def steps_of(i: int) -> Iterator[Step]:
+        one, own = slice(i, i + 1), known and known.of_picture(i)
+        run = sample(sd, each[one], size, noise[one], of_picture(i), own, first_pass, control)
+        clean.append((yield from run))
+
+    for steps in zip(*map(steps_of, range(len(each))), strict=True):
+        index, sigma = steps[0].index, max(step.sigma for step in steps)
+        yield Step(index, sigma, torch.cat([s.x for s in steps]), torch.cat([s.denoised for s in steps]))
+    return torch.cat(clean)
+
+
 def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[StableDiffusion, Levels]]:
     """Who draws between which levels: the model, and below the share `handover` of the timesteps its refiner, if it has
     one (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each runs the sampler anew, as two pipelines would."""
     if sd.refiner is None:
         return [(sd, levels)]
     assert one.handover is not None  # `check_refiner` sees to it
-    count = len(sd.schedule)
-    last = round(count - one.handover * count)
+    table = len(sd.schedule)
+    last = round(table - one.handover * table)
     own = sum(timestep >= last for timestep in levels.timesteps)
     both = ((sd, levels.part(0, own)), (sd.refiner, levels.part(own)))
     return [(model, part) for model, part in both if len(part.sigmas) > 1]
 
 
-def sampler_options(sd: StableDiffusion, one: Resolved, levels: Levels) -> dict[str, Any]:
+def sampler_options(sd: StableDiffusion, one: Resolved, levels: Levels, pair: Denoise | Pair) -> dict[str, Any]:
     """What the sampler takes by name, where it is not left to its default."""
     options = {
         "eta": one.eta,
         "prediction": sd.prediction,
         "sigma_data": spread_of(sd.schedule),
         "strides": levels.strides,
+        "sigma_at": sd.schedule.sigma if isinstance(sd.schedule, NoiseSchedule) else None,
+        "pair": pair,
     }
     return {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
 
@@ -244,8 +291,8 @@ def _denoise(
     concat: Tensor | None,
     first_pass: int | None,
     control: Sequence[Fitted],
-) -> Denoise:
-    """The network with its prompts, guidance and maps."""
+) -> Denoise | Pair:
+    """The network with its prompts, guidance and maps; for samplers that take one, the pair of estimates."""
     one, steps = each[0], len(levels.sigmas) - 1
     if sd.unet.config.in_channels == sd.vae.config.latent_channels:
         concat = None  # a refiner after an inpainting model
@@ -261,7 +308,8 @@ def _denoise(
     estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network, controls)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
-    return guided_denoise(
+    guide = guided_pair if "pair" in SAMPLERS[one.sampler].takes else guided_denoise
+    return guide(
         estimates,
         each,
         sd.prediction,
