@@ -96,7 +96,7 @@ def test_every_sampler_draws_and_draws_the_same_again(models, family, task):
         again = islice(batch(sd, settings, *given), count)  # what it is decoded to need not be seen again
         assert all(torch.equal(a.x, b.x) for a, b in zip(steps, again, strict=True)), sampler
         drawn.add(images[0].tobytes())
-    assert len(drawn) >= len(SAMPLERS) - 4  # in two steps unipc is dpmpp_2m, and dpmpp_3m_sde dpmpp_2m_sde
+    assert len(drawn) > 2 / 3 * len(SAMPLERS)  # in two steps those that remember more are those that remember less
 
 
 # --- against diffusers -----------------------------------------------------------------------------------------------
@@ -119,6 +119,10 @@ SCHEDULERS = {
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
+    "dpmpp_2m_sde_heun": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "sa_solver": ("SASolverScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
 }
 ALL = tuple(SCHEDULERS)
 OVER = tuple(name for name in SCHEDULERS if name != "plms")
@@ -140,7 +144,7 @@ def pipe(models, tmp_path_factory):
             made[name, family] = pipeline(name, place / family, "DDIMScheduler")
             made[name, family].own = made[name, family].scheduler.config
         scheduler, options = SCHEDULERS[sampler]
-        if sampler != "lcm":
+        if sampler not in ("lcm", "tcd"):
             options = {**options, "timestep_spacing": SAMPLERS[sampler].spacing}
         one = made[name, family]
         one.scheduler = getattr(diffusers, scheduler).from_config(one.own, **options)
@@ -154,6 +158,8 @@ PROMPTS = {"prompt": "a red apple", "negative": "blurred", "steps": 5, "guidance
 
 def theirs(pipe, **more):
     words = {"prompt": "a red apple", "negative_prompt": "blurred", "num_inference_steps": 5, "guidance_scale": 5.0}
+    if type(pipe.scheduler).__name__ == "TCDScheduler":
+        more["eta"] = 0.3  # the scheduler's own, which pipelines put out of force
     if "LatentConsistency" in type(pipe).__name__:
         del words["negative_prompt"]
     return pipe(**words, **{"generator": seeded(3)} | more).images[0]

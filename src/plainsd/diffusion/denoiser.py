@@ -21,6 +21,7 @@ Shapes: x, x0, noise, network outputs (B, C, H, W); alpha_bar (B,); a mask broad
 
 import math
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> x0
 Predict = Callable[[Tensor, float], Tensor]  # (x / sqrt(sigma_data^2 + sigma^2), timestep) -> epsilon, v or x0
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (x, sigma) -> x0 (with the prompt, without it)
 Triple = Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]  # ... and a third one
+
+Estimator = TypeVar("Estimator", Denoise, Pair)
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of models with a table of levels
 KNOWN = (*PREDICTIONS, "edm")
@@ -181,18 +184,21 @@ def edited(triple: Triple, scale: float, image_scale: float) -> Denoise:
     return denoise
 
 
-def inpainting(denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor, start: float = math.inf) -> Denoise:
+def inpainting(denoise: Estimator, known: Tensor, mask: Tensor, noise: Tensor, start: float = math.inf) -> Estimator:
     """Repaint the part of a picture where mask is 1, with a model that knows nothing of masks (Lugmayr et al. 2022).
 
     Elsewhere the model is shown the known latents with the same `noise` at each level, and its estimate is replaced
     by them. At `start` and above x is shown as it is: diffusers begins a full repaint with noise alone, so give
     sigmas[0] to follow it. A sampler that stops above level 0 leaves that little noise on the known part: paste it.
+    Of a pair of estimates both are replaced.
     """
 
-    def repaint(x: Tensor, sigma: float) -> Tensor:
+    def repaint(x: Tensor, sigma: float) -> Any:
         if sigma < start:
             x = mask * x + (1 - mask) * add_noise(known, noise, sigma)
-        return mask * denoise(x, sigma) + (1 - mask) * known
+        found = denoise(x, sigma)
+        both = [mask * x0 + (1 - mask) * known for x0 in (found if isinstance(found, tuple) else (found,))]
+        return tuple(both) if isinstance(found, tuple) else both[0]
 
     return repaint
 

@@ -17,12 +17,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from plainsd.diffusion.denoiser import Denoise, denoiser, edited, guided, interval, perturbed, rescaled, thresholded
+from plainsd.diffusion.denoiser import (
+    Denoise,
+    Pair,
+    denoiser,
+    edited,
+    guided,
+    interval,
+    perturbed,
+    rescaled,
+    thresholded,
+)
+from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.models.unet import UNet
 from plainsd.models.variants import edits
@@ -224,9 +235,11 @@ def guided_denoise(
 ) -> Denoise:
     """The wrappers that the settings ask for, around the network. They may differ in scale, but not in whether it is 1.
 
-    `composed`: some prompt is joined by AND. `distilled`: the network is told the scale, and needs no second row.
+    `composed`: the estimate without the prompt is needed in any case, as where prompts are joined by AND. `distilled`:
+    the network is told the scale, and needs no second row.
     """
-    settings, scales = each[0], [1.0 if distilled else one.guidance for one in each]
+    settings, unit = each[0], SAMPLERS[each[0].sampler].guidance_unit
+    scales = [1.0 if distilled else one.guidance * unit for one in each]
     unguided, scale = scales[0] == 1, scales[0]
     if len(set(scales)) > 1:
         scale = torch.tensor(scales, device=device).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
@@ -258,3 +271,20 @@ def guided_denoise(
     else:
         denoise = guided(pair, scale)
     return interval(denoise, cond, *settings.interval) if settings.interval else denoise
+
+
+def guided_pair(estimate: Estimate, each: Sequence[Resolved], *args: Any, composed: bool, **options: Any) -> Pair:
+    """`guided_denoise` and, from the same pass of the network, the estimate without the prompt: what CFG++ needs."""
+    found: dict[int, Tensor] = {}  # of the last pass
+
+    def keeping(x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
+        estimates = estimate(x, sigma, *kinds)
+        found.update(zip(kinds, estimates, strict=True))
+        return estimates
+
+    denoise = guided_denoise(keeping, each, *args, composed=True, **options)
+
+    def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        return denoise(x, sigma), found[UNCOND]
+
+    return pair

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.conventions import convention, planned_levels, whole_row
-from plainsd.diffusion.denoiser import Denoise, inpainting, spread_of
+from plainsd.diffusion.denoiser import Denoise, Pair, inpainting, spread_of
 from plainsd.diffusion.noise import Path
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step
 from plainsd.diffusion.schedule import EDMSchedule, Level, NoiseSchedule
@@ -30,10 +30,10 @@ from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures.control import Controls, Fitted
-from plainsd.pictures.guidance import Estimates, UNetCall, guided_denoise
+from plainsd.pictures.guidance import Estimates, UNetCall, guided_denoise, guided_pair
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.noise import NoiseOfEach
+from plainsd.pictures.noise import Draw, NoiseOfEach
 from plainsd.pictures.plan import encode_prompt
 from plainsd.pictures.seamless import seamless, wrapped_edges
 from plainsd.pictures.settings import Resolved
@@ -115,6 +115,12 @@ class Known:
     mask: Tensor | None = None  # (1, 1, h, w), 1 where it is drawn anew; elsewhere the latents are put back
     concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
 
+    def of_picture(self, i: int) -> Known:
+        """Of one picture of the batch."""
+        one = slice(i, i + 1)
+        latents, concat = (None if part is None else part[one] for part in (self.latents, self.concat))
+        return replace(self, latents=latents, concat=concat)
+
 
 def levels_of(sd: StableDiffusion, one: Resolved, *, on_picture: bool = False, second_pass: bool = False) -> Levels:
     """What the drawing visits, from noise or on a picture that there is."""
@@ -163,7 +169,7 @@ def sample(
     each: Sequence[Resolved],
     size: tuple[int, int],
     noise: Tensor,
-    draw: NoiseOfEach,
+    draw: NoiseOfEach | Draw,
     known: Known | None = None,
     first_pass: int | None = None,
     control: Sequence[Fitted] = (),
@@ -175,6 +181,8 @@ def sample(
     change on the way; `control` are maps to follow, which a refiner does not.
     """
     one, shape = each[0], noise.shape[1:]
+    if len(each) > 1 and not SAMPLERS[one.sampler].batched:
+        return (yield from _side_by_side(sd, each, size, noise, draw, known, first_pass, control))
     again = first_pass is not None
     levels = levels_of(sd, one, on_picture=known is not None, second_pass=again)
     row = levels.sigmas if known is None else row_of(sd, one, second_pass=again)
@@ -185,7 +193,10 @@ def sample(
     else:
         x = levels.from_picture(known.latents, noise)
         start = math.inf
-    path = draw.path(shape, row, levels.sigmas) if "path" in SAMPLERS[one.sampler].takes else None
+    path = None
+    if "path" in SAMPLERS[one.sampler].takes:
+        assert isinstance(draw, NoiseOfEach)  # no sampler that takes a path draws its pictures one by one
+        path = draw.path(shape, row, levels.sigmas)
     calls = count() if convention(one.like).prompts == "batches" else None
     concat, done = known.concat if known else None, 0
     for models, own in turns(sd, one, levels):
@@ -197,15 +208,51 @@ def sample(
             denoise = handed_over(denoise, later[0], sd.schedule, one.handover)
         if known is not None and known.mask is not None:
             denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
-        for step in SAMPLERS[one.sampler].run(
-            denoise, x, own.sigmas, lambda: draw(shape), **sampler_options(models[0], one, own, path)
-        ):
+        options = sampler_options(models[0], one, own, path, denoise)
+        for step in SAMPLERS[one.sampler].run(denoise, x, own.sigmas, lambda: draw(shape), **options):
             yield step._replace(index=done + step.index)
         x, done = step.x, done + len(own.sigmas) - 1
     clean = levels.clean(step.x, step.sigma)
     if known is not None and known.mask is not None:
         clean = known.mask * clean + (1 - known.mask) * known.latents
     return clean
+
+
+def _side_by_side(
+    sd: StableDiffusion,
+    each: Sequence[Resolved],
+    size: tuple[int, int],
+    noise: Tensor,
+    draw: Draw,
+    known: Known | None,
+    first_pass: int | None,
+    control: Sequence[Fitted],
+) -> Generator[Step, None, Tensor]:
+    """`sample` of each picture alone, all of them a step at a time: for samplers whose steps hang on what they draw."""
+    drawn: list[Tensor] = []  # (B, L, h, w) each, in the order of draws
+
+    def of_picture(i: int) -> Draw:
+        place = count()
+
+        def draw_one(shape: tuple[int, ...]) -> Tensor:
+            now = next(place)
+            while len(drawn) <= now:
+                drawn.append(draw(shape))
+            return drawn[now][i : i + 1]
+
+        return draw_one
+
+    clean: list[Tensor] = []
+
+    def steps_of(i: int) -> Iterator[Step]:
+        one, own = slice(i, i + 1), known and known.of_picture(i)
+        run = sample(sd, each[one], size, noise[one], of_picture(i), own, first_pass, control)
+        clean.append((yield from run))
+
+    for steps in zip(*map(steps_of, range(len(each))), strict=True):
+        index, sigma = steps[0].index, max(step.sigma for step in steps)
+        yield Step(index, sigma, torch.cat([s.x for s in steps]), torch.cat([s.denoised for s in steps]))
+    return torch.cat(clean)
 
 
 def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[list[StableDiffusion], Levels]]:
@@ -238,7 +285,9 @@ def handed_over(
     return either
 
 
-def sampler_options(sd: StableDiffusion, one: Resolved, levels: Levels, path: Path | None) -> dict[str, Any]:
+def sampler_options(
+    sd: StableDiffusion, one: Resolved, levels: Levels, path: Path | None, pair: Denoise | Pair
+) -> dict[str, Any]:
     """What the sampler takes by name, where it is not left to its default."""
     options = {
         "eta": one.eta,
@@ -246,6 +295,8 @@ def sampler_options(sd: StableDiffusion, one: Resolved, levels: Levels, path: Pa
         "sigma_data": spread_of(sd.schedule),
         "strides": levels.strides,
         "path": path,
+        "sigma_at": sd.schedule.sigma if isinstance(sd.schedule, NoiseSchedule) else None,
+        "pair": pair,
     }
     return {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
 
@@ -259,8 +310,8 @@ def _denoise(
     first_pass: int | None,
     control: Sequence[Fitted],
     calls: Iterator[int] | None,
-) -> Denoise:
-    """The network with its prompts, guidance and maps."""
+) -> Denoise | Pair:
+    """The network with its prompts, guidance and maps; for samplers that take one, the pair of estimates."""
     one, steps = each[0], len(levels.sigmas) - 1
     if calls is not None:  # of all steps that were asked for, run or not
         twice = 2 if one.sampler in convention(one.like).second_order else 1
@@ -279,7 +330,8 @@ def _denoise(
     estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network, controls, calls)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
-    return guided_denoise(
+    guide = guided_pair if "pair" in SAMPLERS[one.sampler].takes else guided_denoise
+    return guide(
         estimates,
         each,
         sd.prediction,

@@ -104,8 +104,8 @@ FEW_STEPS = 15  # below, DEIS ends with lower orders
 
 def deis(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, most: int = 2) -> Iterator[Step]:
     """Second order: a line in log sigma through the last two slopes, integrated over sigma (DEIS of kind log-rho, Zhang
-    and Chen 2022, arXiv:2204.13902); with `most` = 3 a parabola, third order. The first steps, and in few steps the
-    last ones, are of lower order."""
+    and Chen 2022, arXiv:2204.13902); with `most` = 3 a parabola. The first steps, and in few steps the last ones, are
+    of lower order."""
     steps = len(sigmas) - 1
     slopes: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):

@@ -73,7 +73,7 @@ def dpm_adaptive(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, e
     what there is then. The difference is that of the whole batch: pictures drawn together depend on each other.
     """
     sigma, low, h, index = float(sigmas[0]), float(sigmas[-1]), FIRST_STEP, 0
-    low_before = x
+    denoised = low_before = x
     while math.log(sigma / low) > NEAR:
         sigma_next = max(sigma * math.exp(-h), low)
         sigma_down, sigma_up = with_floor(sigma, sigma_next, eta, low)
