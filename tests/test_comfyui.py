@@ -177,6 +177,16 @@ def test_enlarged_latents_are_hires(method, upscaler):
         assert one.other == ((("ComfyUI nodes", f"{kind} by bislerp"),) if method == "bislerp" else ())
 
 
+def test_a_network_between_two_passes_is_the_upscaler():
+    one = read(graph(
+        small=node("VAEDecode", samples=["sampler", 0]), net=node("UpscaleModelLoader", model_name="x/4x_ink.pth"),
+        larger=node("ImageUpscaleWithModel", upscale_model=["net", 0], image=["small", 0]),
+        sized=node("ImageScale", upscale_method="lanczos", width=1024, height=1536, crop="off", image=["larger", 0]),
+        large=node("VAEEncode", pixels=["sized", 0]), **again(),
+    ))  # fmt: skip
+    assert (one.hires, one.upscaler, one.strength, one.other) == (2.0, "4x_ink", 0.5, ())
+
+
 def test_what_the_second_pass_has_of_its_own():
     large = node("LatentUpscaleBy", upscale_method="bilinear", scale_by=2, samples=["sampler", 0])
     more = node("CLIPTextEncode", text="a large boat", clip=["model", 1])
@@ -228,7 +238,8 @@ def edited(**more):
         ],
         "links": [[10, 1, 0, 9, 0, "MODEL"], [11, 1, 1, 2, 0, "CLIP"], [12, 1, 1, 3, 0, "CLIP"], [13, 2, 0, 5, 1, "C"],
                   [14, 3, 0, 5, 2, "C"], [15, 4, 0, 5, 3, "LATENT"], [16, 5, 0, 6, 0, "LATENT"],
-                  [17, 6, 0, 7, 0, "IMAGE"], [18, 1, 1, 9, 1, "CLIP"], [19, 9, 0, 5, 0, "MODEL"], [20, 1, 2, 6, 1, "VAE"]],
+                  [17, 6, 0, 7, 0, "IMAGE"], [18, 1, 1, 9, 1, "CLIP"], [19, 9, 0, 5, 0, "MODEL"],
+                  [20, 1, 2, 6, 1, "VAE"]],
         "version": 0.4,
     }  # fmt: skip
 
@@ -300,6 +311,12 @@ def test_circles_end():
     assert "comes from" in refused(changed(graph(a=node("V", value=["a", 0])), "sampler", seed=["a", 0]))
     refused(changed(graph(c=node("Text", conditioning=["c", 0])), "sampler", positive=["c", 0]))
     refused(changed(graph(), "sampler", latent_image=["sampler", 0], steps="x"))
+
+
+def test_what_is_done_to_the_picture_afterwards_is_told():
+    larger = node("ImageUpscaleWithModel", upscale_model=["net", 0], image=["decode", 0])
+    one = read(changed(graph(larger=larger), "save", images=["larger", 0]))
+    assert one.other == (("ComfyUI nodes", "ImageUpscaleWithModel"),)
 
 
 def test_large_graphs_take_no_time():

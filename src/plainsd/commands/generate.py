@@ -128,7 +128,7 @@ class Generate(GenerateFlags):
     # --- what is wanted ---------------------------------------------------------------------------------------------
 
     def wanted(self) -> tuple[list[str], dict]:
-        """The prompts, and every other choice: those of --from under those of the flags. `other`: no choice of ours, written again."""
+        """The prompts, and every other choice: those of --from under those of the flags. `other`: what no flag has."""
         choices: dict = {}
         prompts = [self.prompt] if self.prompt else []
         if self.from_:

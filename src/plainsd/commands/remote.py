@@ -40,7 +40,14 @@ NOT_SENT = (
     "low_memory",
     "batch",
 )
-NOT_FIELDS = ("embeddings", "masked", "vae", "hashes", "other", *NOISE)  # of what a picture's text says, no fields of a job
+NOT_FIELDS = (
+    "embeddings",
+    "masked",
+    "vae",
+    "hashes",
+    "other",
+    *NOISE,
+)  # of what a picture's text says, no fields of a job
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
 
 

@@ -21,6 +21,7 @@ SILENT = (*DECODING, "VAEEncode", "VAEEncodeTiled", "Reroute", *SAVED)
 MASKING = ("VAEEncodeForInpaint", "SetLatentNoiseMask", "InpaintModelConditioning")
 LATENT = {"bilinear": "latent", "bicubic": "latent-bicubic", "nearest-exact": "latent-nearest-exact"}
 OTHERS = re.compile("Video|Audio|SVD|SD3|Flux|Hunyuan|3D|Zero123|Wan|Mochi|Cosmos|LTX|HiDream|Lumina|AuraFlow|Qwen|DiT")
+NETWORK = "ImageUpscaleWithModel"
 ENLARGING = ("LatentUpscale", "LatentUpscaleBy", "ImageScale", "ImageScaleBy")
 
 
@@ -78,7 +79,11 @@ class Workflow:
             kinds = ", ".join(SAMPLING)
             raise UserError(f"none of its nodes is a sampler that is read here ({kinds})")
         earlier = {way[-1].name for node in found[:100] if (way := self.way(self.reader.next(node, *PICTURES)))}
-        return next((node for node in found if node.name not in earlier), found[0])
+        last = next((node for node in found if node.name not in earlier), found[0])
+        for one in next((way for way in ways if way[-1] is last), []):  # what is done with the picture afterwards
+            if one is not last and one.kind not in SILENT:
+                self.reader.idle[one.kind[:60]] = None
+        return last
 
     def way(self, node: Node | None) -> list[Node]:
         """Back from latents or a picture to what they come from: a sampler, or a node that makes them."""
@@ -87,7 +92,7 @@ class Workflow:
     def between(self, stage: Stage) -> list[Node]:
         way = self.way(stage.latent)
         for one in way:
-            if one.kind not in (*SAMPLING, *SOURCES, *SILENT, *MASKING, *ENLARGING):
+            if one.kind not in (*SAMPLING, *SOURCES, *SILENT, *MASKING, *ENLARGING, NETWORK):
                 self.reader.idle[one.kind[:60]] = None
         return way
 
@@ -155,9 +160,14 @@ class Workflow:
         for one in between:
             if one.kind in ENLARGING:
                 changes |= self.enlarged(one, first)
+        network = next((one for one in between if one.kind == NETWORK), None)
+        loader = self.reader.next(network, "upscale_model") if network else None
+        if loader is not None and loader.kind == "UpscaleModelLoader":
+            changes["upscaler"] = stem(self.reader.value(loader, "model_name", str))
         return changes
 
     def enlarged(self, node: Node, first: Stage) -> dict[str, Any]:
+        """How, and how many times. Of a picture that a network enlarged, only its size counts."""
         method = node.inputs.get("upscale_method")
         upscaler = (
             LATENT.get(str(method)) if node.kind.startswith("Latent") else {"lanczos": "lanczos"}.get(str(method))

@@ -42,6 +42,7 @@ WIDGETS = {
     "EmptyLatentImage": "width height batch_size", "LatentUpscale": "upscale_method width height crop",
     "LatentUpscaleBy": "upscale_method scale_by", "ImageScale": "upscale_method width height crop",
     "ImageScaleBy": "upscale_method scale_by", "LoadImage": "image upload",
+    "UpscaleModelLoader": "model_name",
     "PerturbedAttentionGuidance": "scale", "RescaleCFG": "multiplier", "ModelSamplingDiscrete": "sampling zsnr",
     "PrimitiveNode": "value", "PrimitiveInt": "value", "PrimitiveFloat": "value", "PrimitiveString": "value",
     "PrimitiveStringMultiline": "value", "PrimitiveBoolean": "value",
@@ -117,7 +118,8 @@ class Editor:
         self._unfold(whole, "", 0)
 
     def _unfold(self, part: dict[str, Any], where: str, depth: int) -> None:
-        for link in part.get("links") or []:
+        links = part.get("links")
+        for link in links if isinstance(links, list) else []:
             if isinstance(link, list) and len(link) >= 5:
                 number, origin, slot, target, place = link[:5]
             elif isinstance(link, dict):
@@ -179,7 +181,7 @@ class Editor:
         return None
 
     def _input(self, name: str, slot: Any) -> Any:
-        inputs = list(dicts(self.raw[name].get("inputs")))
+        inputs = list(dicts(self.raw.get(name, {}).get("inputs")))
         return inputs[slot].get("link") if is_slot(slot) and 0 <= slot < len(inputs) else None
 
     @staticmethod
