@@ -240,7 +240,18 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "pictures/texts/entries.py": [
         ('re.compile(r\'[,:\\n\\r"]\')', 're.compile(r\'[,:"]\')', "test_settings.py::test_names_of_any_signs_come_back"),
     ],
+    "pictures/texts/embedded.py": [
+        ("text[::2].count(0) >= text[1::2].count(0)", "True", "test_embedded.py::test_comments_in_every_encoding"),
+    ],
+    "pictures/texts/comfyui.py": [
+        ("int(running / strength) < steps", "False", "test_comfyui.py::test_the_strength_that_leaves_so_many_steps"),
+    ],
+    "pictures/texts/dialects.py": [
+        ('if "Eta" in said and not re.match(r"\\d", said["Eta"]):', "if False:", "test_texts.py::test_stable_diffusion_cpp"),
+    ],
     "pictures/texts/a1111.py": [
+        ("if old and schedule in BEFORE_0_2:", "if False:",
+         "test_texts.py::test_our_first_version_called_its_spacings_by_a1111s_names"),
         ("if len(said) < 3:", "if len(said) < 1:", "test_settings.py::test_a_text_without_settings_is_refused"),
         ('if k != "Version")', ")", "test_settings.py::test_whatever_is_written_comes_back"),
     ],
@@ -330,8 +341,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_images.py::test_sixteen_bit_grey_keeps_its_levels"),
         ("rows = -(-len(images) // columns)", "rows = len(images) // columns",
          "test_images.py::test_a_grid_may_have_a_short_last_row"),
-        ('with written_whole(Path(path)) as temporary:\n        image.save(temporary,',
-         'if temporary := Path(path):\n        image.save(temporary,',
+        ('with written_whole(Path(path)) as temporary:\n        _save(image, temporary,',
+         'if temporary := Path(path):\n        _save(image, temporary,',
          "test_images.py::test_nothing_half_written_stays"),
     ],
     "pictures/memory.py": [

@@ -175,7 +175,7 @@ def test_what_a1111_has_and_we_have_not(made, refused, theirs):
     assert "unknown sampler 'Euler z'" in refused("--from", theirs("Euler z"))
     assert read_settings(made("--from", theirs("Euler z"), "--sampler", "euler")).sampler == "euler"
     hires = theirs(more="Denoising strength: 0.5, Hires upscale: 2, Hires upscaler: R-ESRGAN 4x+, ")
-    assert "unknown upscaler 'r-esrgan 4x+'" in refused("--from", hires)
+    assert "unknown upscaler 'R-ESRGAN 4x+'" in refused("--from", hires)
     assert read_settings(made("--from", hires, "--upscaler", "lanczos")).upscaler == "lanczos"
     vae = theirs(more="VAE hash: 735e4c3a44, VAE: vae-ft-mse-840000-ema-pruned.safetensors, ")
     assert "was made with the VAE 'vae-ft-mse-840000-ema-pruned.safetensors'" in refused("--from", vae)

@@ -156,6 +156,23 @@ def test_image_to_image_says_how_many_steps_run(generate, photo):
     assert read_settings(out.strip()).strength == 0.6
 
 
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_pictures_in_other_formats_know_how_they_were_made_too(generate, tmp_path, format):
+    code, out, _ = generate("a red apple", "--format", format, "--seed", 4, "--steps", 2)
+    first = Path(out.strip())
+    assert code == 0 and first.name == f"00001-4.{format}" and read_settings(first).prompt == "a red apple"
+    code, out, _ = generate("--from", first, "--out", tmp_path / f"again.{format}")
+    assert code == 0 and read_settings(tmp_path / f"again.{format}") == read_settings(first)
+    assert generate("x", "--steps", 1)[1].strip().endswith("00002-0.png")
+
+
+def test_what_has_no_effect_is_written_again(generate, tmp_path):
+    (tmp_path / "theirs.txt").write_text("x\nSteps: 2, Seed: 1, Face restoration: GFPGAN, RNG: CPU, Version: v1.10.1")
+    code, out, err = generate("--from", tmp_path / "theirs.txt")
+    assert code == 0 and "no effect here: Face restoration" in err
+    assert read_settings(out.strip()).other == (("Face restoration", "GFPGAN"),)
+
+
 def test_hires_says_so_too(generate):
     code, out, err = generate("x", "--hires", 1.5, "--steps", 4, "--strength", 0.5)
     assert code == 0 and "2 of 4 steps run at strength 0.5" in err
@@ -351,7 +368,9 @@ WRONG = {
     "grid setting": (["x", "--grid", "speed=1"], "unknown grid setting 'speed'"),
     "grid value": (["x", "--grid", "guidance=high"], "cannot be read"),
     "three axes": (["x", *["--grid", "steps=1"] * 3], "one or two axes"),
-    "jpg": (["x", "--out", "x.jpg"], "written as PNG"),
+    "gif": (["x", "--out", "x.gif"], "written as PNG, JPEG or WebP"),
+    "format": (["x", "--format", "gif"], "unknown format 'gif'"),
+    "two formats": (["x", "--format", "webp", "--out", "x.jpg"], "do not go together"),
     "file in the way": (["x", "--out", "PHOTO/sub"], "is not a folder"),
     "prompts": (["--prompts", "PHOTO"], "cannot read the prompts"),
 }  # fmt: skip

@@ -233,7 +233,7 @@ def test_nothing_is_overwritten(photo, tmp_path, monkeypatch, links):
 
     if not links:
         monkeypatch.setattr(os, "link", refuse)
-    names = [images.write_new_png(photo.rotate(90 * turn), tmp_path / "a.png").name for turn in range(3)]
+    names = [images.write_new_picture(photo.rotate(90 * turn), tmp_path / "a.png").name for turn in range(3)]
     assert names == ["a.png", "a-2.png", "a-3.png"]
     assert sorted(os.listdir(tmp_path)) == sorted(names)
     assert difference(Image.open(tmp_path / "a-2.png"), photo.rotate(90)) == 0

@@ -163,7 +163,8 @@ def test_the_second_pass_may_draw_with_something_else(server, sd):
     }  # fmt: skip
     text = (
         "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, Denoising strength: 0.6, "
-        "Hires upscale: 1.5, Hires upscaler: Latent (nearest-exact), Hires steps: 3, Hires sampler: DDIM, Hires schedule type: Karras, "
+        "Hires upscale: 1.5, Hires upscaler: Latent (nearest-exact), Hires steps: 3, "
+        "Hires sampler: DDIM, Hires schedule type: Karras, "
         "Hires prompt: else, Hires negative prompt: blue, Hires CFG Scale: 2"
     )
     more = {"hires": 1.5, "strength": 0.6, "upscaler": "latent-nearest-exact", "hires_steps": 3,

@@ -135,7 +135,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
         hires_guidance=st.none() | floats,
         like=st.none() | st.just("a1111"),
         other=st.lists(
-            st.tuples(st.sampled_from(["ENSD 2", "Face restoration", "Tiling"]), values), unique_by=first
+            st.tuples(st.sampled_from(["ENSD 2", "Face restoration", "Styles"]), values), unique_by=first
         ).map(tuple),
     )
 )

@@ -97,8 +97,11 @@ class GenerateFlags:
     """a text file with one prompt a line, in place of PROMPT; lines that begin with # are comments"""
     out: Annotated[Path, flag("FILE-OR-FOLDER")] = Path("out")
     """where pictures go; nothing is overwritten, files are numbered"""
-    from_: Annotated[Path | None, flag("PNG", "from")] = None
-    """make this picture again; other flags change single settings"""
+    format: Annotated[str | None, flag("NAME")] = None
+    """of pictures in a folder: png, jpg or webp (default png); a file's is what its name ends with"""
+    from_: Annotated[Path | None, flag("FILE", "from")] = None
+    """make this picture again, of plainsd, A1111 or ComfyUI (its workflow in JSON, too); other flags change single
+    settings"""
 
     image: Annotated[Path | None, flag("FILE")] = None
     """a picture to start from"""

@@ -33,14 +33,14 @@ CHECKED = (*SEEDS, "guidance")  # what `notes` looks at
 
 @dataclass
 class Generate(GenerateFlags):
-    """Pictures of a prompt, written as PNG files that know how they were made.
+    """Pictures of a prompt, written to files that know how they were made.
 
     Flags that are not given take the model's own defaults; with --from, those of the picture.
     """
 
     def run(self) -> None:
         prompts, choices = self.wanted()
-        besides = [key for key, _ in choices.pop("other", ())]
+        besides = [key for key, _ in choices.get("other", ())]
         share = share_of_torchrun()
         if not share.alone and (self.server or self.grid):
             raise UserError(f"{'--server' if self.server else '--grid'} is for one process; leave torchrun out")
@@ -52,7 +52,7 @@ class Generate(GenerateFlags):
             say_unused(besides)
             return remote.generate_remotely(self, prompts, choices)
         prompts, tags = prompts_and_loras(prompts)
-        target = Target(self.out)  # says at once where nothing can be written
+        target = Target(self.out, self.format)  # says at once where nothing can be written
         if self.preview:
             check_writable(self.preview.parent)
         elif self.preview_vae:
@@ -128,7 +128,7 @@ class Generate(GenerateFlags):
     # --- what is wanted ---------------------------------------------------------------------------------------------
 
     def wanted(self) -> tuple[list[str], dict]:
-        """The prompts, and every other choice: those of --from under those of the flags. `other`: no choice of ours."""
+        """The prompts, and every other choice: those of --from under those of the flags. `other`: what no flag has."""
         choices: dict = {}
         prompts = [self.prompt] if self.prompt else []
         if self.from_:

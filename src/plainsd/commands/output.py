@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plainsd.errors import UserError
+from plainsd.errors import UserError, unknown
 from plainsd.pictures.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from plainsd.generate import Pictures
     from plainsd.pictures.model import StableDiffusion
 
-OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")  # those of pictures/images.py, which needs torch
+OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".avif")
 PREVIEW_EVERY = 0.2  # seconds
 PromptBatch = tuple[list[str], dict]  # prompts, and the choices that all of them share
 
@@ -48,27 +49,34 @@ class Preview:
 
 
 class Target:
-    """Where pictures go: a .png file, or a folder in which they are numbered. Nothing is overwritten."""
+    """Where pictures go: a file, or a folder in which they are numbered. Nothing is overwritten."""
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, format: str | None = None):
         suffix = out.suffix.lower()
         if suffix in OTHER_FORMATS:
-            raise UserError(f"--out '{out}': pictures are written as PNG, with their settings; name it {out.stem}.png")
-        self.file = out if suffix == ".png" and not out.is_dir() else None
+            names = f"{out.stem}.png, {out.stem}.jpg or {out.stem}.webp"
+            raise UserError(f"--out '{out}': pictures are written as PNG, JPEG or WebP; name it {names}")
+        if format is not None and f".{format}" not in FORMATS:
+            raise unknown("format", format, [name[1:] for name in FORMATS], field="format")
+        self.file = out if suffix in FORMATS and not out.is_dir() else None
+        if self.file and format and {suffix, f".{format}"} not in ({suffix}, {".jpg", ".jpeg"}):
+            raise UserError(f"--format {format} and --out '{out}' do not go together; leave one of them out")
+        self.suffix = f".{format or 'png'}"
         self.folder = out.parent if self.file else out
         self.number: int | None = None  # of the next file, where other processes count too
         check_writable(self.folder)
 
     def write(self, image: Image.Image, settings: Settings | None) -> Path:
-        from plainsd.pictures.images import write_new_png
+        from plainsd.pictures.images import write_new_picture
 
         number = self.next_number() if self.number is None else self.number
         self.number = None if self.number is None else number + 1
-        path = self.file or self.folder / f"{number:05d}-{settings.seed if settings else 'grid'}.png"
-        return write_new_png(image, path, settings)
+        path = self.file or self.folder / f"{number:05d}-{settings.seed if settings else 'grid'}{self.suffix}"
+        return write_new_picture(image, path, settings)
 
     def next_number(self) -> int:
-        numbers = [int(path.name[:5]) for path in self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+        found = self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*")
+        numbers = [int(path.name[:5]) for path in found if path.suffix in FORMATS]
         return max(numbers, default=0) + 1
 
 

@@ -40,7 +40,14 @@ NOT_SENT = (
     "low_memory",
     "batch",
 )
-NOT_FIELDS = ("embeddings", "masked", "vae", "hashes", *NOISE)  # of what a picture's text says, no fields of a job
+NOT_FIELDS = (
+    "embeddings",
+    "masked",
+    "vae",
+    "hashes",
+    "other",
+    *NOISE,
+)  # of what a picture's text says, no fields of a job
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
 
 
@@ -51,7 +58,7 @@ def generate_remotely(command: GenerateFlags, prompts: list[str], choices: dict[
     assert command.server is not None  # else nobody calls this
     check_sent(command, choices)
     jobs = list(jobs_of(command, prompts, choices))
-    target, remote = Target(command.out), Remote(command.server, os.environ.get("PLAINSD_TOKEN"))
+    target, remote = Target(command.out, command.format), Remote(command.server, os.environ.get("PLAINSD_TOKEN"))
     if command.preview:
         check_writable(command.preview.parent)
     began, written = time.perf_counter(), 0

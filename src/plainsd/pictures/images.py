@@ -1,4 +1,4 @@
-"""Pictures: in from any file people have, out as PNG files that know how they were made; grids and previews.
+"""Pictures: in from any file people have, out as files that know how they were made; grids and previews.
 
 Pixels as tensors are float32 in [-1, 1], (B, 3, H, W).
 """
@@ -16,7 +16,14 @@ from plainsd.disk import draft_of, under_free_name, written_whole
 from plainsd.errors import UserError
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
+from plainsd.pictures.texts.comfyui import parse_workflow
+from plainsd.pictures.texts.embedded import exif_of, settings_in
 
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # that pictures are written in
+LOSSY: dict[str, dict] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
+JPEG_EXIF = 65_533  # bytes that fit into one segment
+TEXTS = (".txt", ".json")  # files of settings without a picture
+LARGEST_TEXT = 2**25  # bytes
 LARGEST = 89_478_485  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
 
 
@@ -113,17 +120,33 @@ def open_picture(path: str | Path | BytesIO, background: str = "white") -> Image
 
 
 def read_settings(path: str | Path | BytesIO) -> Settings:
-    """The settings inside a PNG file; UserError where there are none."""
+    """The settings inside a picture's file, or in a file of text or of JSON that holds no more; UserError where there
+    are none."""
+    if isinstance(path, (str, Path)) and Path(path).suffix.lower() in TEXTS:
+        return _settings_alone(Path(path))
     try:
         with Image.open(path) as image:
             image.load()  # text may stand behind the pixels
-            text = image.info.get("parameters")
+            held = image.copy() if image.format == "MPO" else image
     except Exception:
         open_picture(path)  # says what is wrong with it
         raise
-    if not isinstance(text, str):
-        raise UserError(f"picture '{path}' carries no settings; only PNG files written by plainsd or A1111 do")
-    return parse_settings(text)
+    try:
+        return settings_in(held)
+    except UserError as error:
+        raise UserError(f"picture '{path}': {error}") from None
+
+
+def _settings_alone(path: Path) -> Settings:
+    try:
+        if path.stat().st_size > LARGEST_TEXT:
+            raise UserError(f"'{path}' is larger than {LARGEST_TEXT} bytes; give one picture's settings")
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read '{path}' ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"'{path}' is no text in UTF-8; save it as such") from None
+    return parse_workflow(text) if text.lstrip().startswith(("{", "[")) else parse_settings(text)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -132,21 +155,29 @@ def read_settings(path: str | Path | BytesIO) -> Settings:
 def write_png(image: Image.Image, path: str | Path, settings: Settings | None = None) -> None:
     """Writes the picture with its settings as `parameters`; the file is whole or absent, an older one is replaced."""
     with written_whole(Path(path)) as temporary:
-        image.save(temporary, format="PNG", pnginfo=_noted(settings))
+        _save(image, temporary, "PNG", settings)
 
 
-def write_new_png(image: Image.Image, path: Path, settings: Settings | None = None) -> Path:
-    """As `write_png`, but never over another file: under the first free name of `x.png`, `x-2.png`, `x-3.png`, ..."""
+def write_new_picture(image: Image.Image, path: Path, settings: Settings | None = None) -> Path:
+    """As PNG, JPEG or WebP, as the name ends, with its settings, but never over another file: under the first free name
+    of `x.png`, `x-2.png`, `x-3.png`, ..."""
     with draft_of(path) as draft:
-        image.save(draft, format="PNG", pnginfo=_noted(settings))
+        _save(image, draft, FORMATS[path.suffix.lower()], settings)
         return under_free_name(draft, path)
 
 
-def _noted(settings: Settings | None) -> PngImagePlugin.PngInfo:
-    info = PngImagePlugin.PngInfo()
-    if settings is not None:
-        info.add_text("parameters", format_settings(settings))
-    return info
+def _save(image: Image.Image, path: Path, kind: str, settings: Settings | None) -> None:
+    if settings is None:
+        return image.save(path, format=kind, **LOSSY[kind])
+    text = format_settings(settings)
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", text)
+        return image.save(path, format=kind, pnginfo=info)
+    exif = exif_of(text)
+    if kind == "JPEG" and len(exif) > JPEG_EXIF:
+        raise UserError(f"settings of {len(text)} characters do not fit into a JPEG file; write PNG or WebP")
+    image.save(path, format=kind, exif=exif, **LOSSY[kind])
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------

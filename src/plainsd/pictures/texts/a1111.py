@@ -113,7 +113,9 @@ def parse_settings(text: str) -> Settings:
             try:
                 found[name] = read(said.pop(key))
             except ValueError as error:
-                raise UserError(f"settings text: {key!r} has a value that cannot be read ({error})") from None
+                raise UserError(
+                    f"settings text: {key!r} has a value that cannot be read ({str(error)[:120]})"
+                ) from None
     if "noise" not in DEFAULTS and said.get("RNG") == "CPU":
         del said["RNG"]
     found |= _implied(said, found, old)

@@ -13,6 +13,12 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split(", "))
 
 
+def _whole(text: str) -> int:
+    if len(text) > 25:
+        raise ValueError(f"{text[:25]!r}... is no whole number in range")
+    return int(text)
+
+
 def read_size(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     if max(len(width), len(height)) > 9:
@@ -39,10 +45,10 @@ def _rng_label(noise: str) -> str:
 
 # A1111's key, our field, text -> value, value -> text; in the order in which they are written
 FIELDS = (
-    ("Steps", "steps", int, str),
+    ("Steps", "steps", _whole, str),
     ("CFG scale", "guidance", float, plain_number),
     ("Image CFG scale", "image_guidance", float, plain_number),
-    ("Seed", "seed", int, str),
+    ("Seed", "seed", _whole, str),
     ("Size", "size", read_size, lambda size: f"{size[0]}x{size[1]}"),
     ("Model", "model", str, str),
     ("VAE", "vae", str, str),
@@ -51,9 +57,9 @@ FIELDS = (
     ("Denoising strength", "strength", float, plain_number),
     ("Mask", "masked", lambda text: text == "given", lambda masked: "given"),
     ("Outpaint", "outpaint", _sides, lambda sides: " ".join(map(str, sides))),
-    ("Clip skip", "clip_skip", int, str),
+    ("Clip skip", "clip_skip", _whole, str),
     ("Eta", "eta", float, plain_number),
-    ("Variation seed", "variation_seed", int, str),
+    ("Variation seed", "variation_seed", _whole, str),
     ("Variation seed strength", "variation_strength", float, plain_number),
     ("Seed resize from", "seed_resize", read_size, lambda size: f"{size[0]}x{size[1]}"),
     ("RNG", "noise", _rng, _rng_label),
@@ -62,7 +68,7 @@ FIELDS = (
     ("Batch size", "batch_size", int, str),
     ("Hires upscale", "hires", float, plain_number),
     ("Hires upscaler", "upscaler", upscaler_named, upscaler_label),
-    ("Hires steps", "hires_steps", int, str),
+    ("Hires steps", "hires_steps", _whole, str),
     ("Hires prompt", "hires_prompt", str, str),
     ("Hires negative prompt", "hires_negative", str, str),
     ("Hires CFG Scale", "hires_guidance", float, plain_number),
@@ -73,7 +79,7 @@ FIELDS = (
     ("PAG scale", "perturbed", float, plain_number),
     ("Threshold percentile", "threshold", float, plain_number),
     ("Tiling", "tiling", lambda text: text == "True", str),
-    ("Deep cache", "cache", int, str),
+    ("Deep cache", "cache", _whole, str),
     ("Embeddings", "embeddings", _words, ", ".join),
     ("Like", "like", str, str),
 )

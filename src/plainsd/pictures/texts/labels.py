@@ -50,7 +50,7 @@ SAMPLER_NAMES = {folded(word): name for name, label in SAMPLER_LABELS.items() fo
     "dpm2ancestral": "dpm2_a", "dpmad": "dpm_adaptive", "dpmpp2sancestral": "dpmpp_2s_a", "dpmppsdegpu": "dpmpp_sde",
     "dpmpp2msdegpu": "dpmpp_2m_sde", "dpmpp3msdegpu": "dpmpp_3m_sde", "dpmpp2msdebt": "dpmpp_2m_sde",
     "dpmpp2msdeheungpu": "dpmpp_2m_sde_heun", "ddimcfgpp": "ddim_cfg_pp", "ddimtrailing": "ddim",
-    "resmultistepancestral": "res_multistep_a",
+    "resmultistepancestral": "res_multistep_a", "unipcbh2": "unipc",
 }  # fmt: skip
 SPACING_NAMES = {folded(word): name for name, label in SPACING_LABELS.items() for word in (name, label)} | {
     "normal": "uniform", "discrete": "uniform", "ddim": "ddim_uniform", "ays": "align_your_steps",

@@ -15,6 +15,7 @@ from plainsd.generate import LATENT_MODES
 from plainsd.models.variants import edits
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
+from plainsd.pictures.texts.embedded import texts_in
 from plainsd.pictures.texts.entries import entries
 from plainsd.pictures.texts.labels import UPSCALER_LABELS, sampler_label, spacing_label
 from plainsd.server.api.a1111_fields import NONE_HERE, Common, Image2Image, PNGInfo, Text2Image
@@ -270,16 +271,16 @@ def progress_told(service: Service, job: Job | None, with_image: bool) -> dict:
 
 
 def info_told(content: bytes, service: Service) -> dict:
-    """The text in a PNG file, and what it says. Empty, not an error, where there is none."""
+    """The text in a picture's file, and what it says. Empty, not an error, where there is none."""
     opened(content, "image", service.limits)
     with Image.open(BytesIO(content)) as image:
         image.load()
-        items = {str(name): printable(value) if name != "parameters" else value for name, value in image.info.items()
-                 if isinstance(value, str)}  # fmt: skip
-    text = items.get("parameters", "")
+        items = {str(name): printable(value) for name, value in image.info.items() if isinstance(value, str)}
+        text = texts_in(image).get("parameters", "")
     if len(text) > service.limits.text:
         raise Refused(422, f"image carries {len(text)} characters of settings; at most {service.limits.text} are read",
                       "image", len(text))  # fmt: skip
+    items["parameters"] = text
     try:
         settings = parse_settings(clean(text))
     except ValueError:

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
+from plainsd.pictures.images import JPEG_EXIF
+from plainsd.pictures.texts.embedded import exif_of
 from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Job
@@ -199,12 +201,15 @@ def image_told(row: Picture, content: bytes, body: ImagesRequest, url: str) -> d
 
 
 def recoded(png: bytes, body: ImagesRequest) -> bytes:
+    """In the format that is asked for, with the same settings inside where they fit."""
     if body.output_format in (None, "png"):
         return png
     buffer = BytesIO()
     with Image.open(BytesIO(png)) as image:
         quality = 100 if body.output_compression is None else body.output_compression
-        image.save(buffer, format=body.output_format.upper(), quality=quality)
+        exif = exif_of(image.info.get("parameters", ""))
+        more = {"exif": exif} if len(exif) <= JPEG_EXIF else {}
+        image.save(buffer, format=body.output_format.upper(), quality=quality, **more)
     return buffer.getvalue()
 
 

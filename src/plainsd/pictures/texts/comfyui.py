@@ -1,0 +1,196 @@
+"""ComfyUI's workflows as settings: the last picture that one saves, the sampler it comes from, and one pass before it.
+
+A second sampler after an enlarging of the latents is the second pass of hires here; one that goes on where the first
+ended, on another model, a refiner. What stands between and has no meaning here is told under "ComfyUI nodes".
+"""
+
+import math
+import re
+from typing import Any
+
+from plainsd.errors import UserError
+from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.texts.comfyui_graph import Node, read_graph
+from plainsd.pictures.texts.comfyui_nodes import SAMPLING, Reader, Stage, stem, tag
+
+SAVED = ("SaveImage", "SaveImageWebsocket", "SaveAnimatedWEBP", "SaveAnimatedPNG", "PreviewImage")  # this one last
+PICTURES = ("samples", "latent", "latent_image", "images", "image", "pixels", "input", "any")  # inputs, followed back
+SOURCES = ("EmptyLatentImage", "LoadImage", "LoadImageMask", "LoadImageOutput", "EmptyImage")
+DECODING = ("VAEDecode", "VAEDecodeTiled")
+SILENT = (*DECODING, "VAEEncode", "VAEEncodeTiled", "Reroute", *SAVED)
+MASKING = ("VAEEncodeForInpaint", "SetLatentNoiseMask", "InpaintModelConditioning")
+LATENT = {"bilinear": "latent", "bicubic": "latent-bicubic", "nearest-exact": "latent-nearest-exact"}
+OTHERS = re.compile("Video|Audio|SVD|SD3|Flux|Hunyuan|3D|Zero123|Wan|Mochi|Cosmos|LTX|HiDream|Lumina|AuraFlow|Qwen|DiT")
+NETWORK = "ImageUpscaleWithModel"
+ENLARGING = ("LatentUpscale", "LatentUpscaleBy", "ImageScale", "ImageScaleBy")
+
+
+def parse_workflow(text: str) -> Settings:
+    """A workflow in JSON, as it stands in a picture or in a file of its own. UserError where no picture of Stable
+    Diffusion comes out of it, in one line."""
+    try:
+        return Workflow(text).settings()
+    except UserError as error:
+        raise UserError(f"ComfyUI's workflow: {error}") from None
+
+
+class Workflow:
+    def __init__(self, text: str):
+        self.reader = Reader(read_graph(text))
+        self.other: list[tuple[str, str]] = []
+        self.decoders: dict[str, Node] = {}  # by the sampler whose latents they decode
+
+    def settings(self) -> Settings:
+        last = self.stage(self.last())
+        between = self.between(last)
+        before = between[-1] if between and between[-1].kind in SAMPLING else None
+        if before is None:
+            said = self.base(last) | self.source(last, between)
+        else:
+            first = self.stage(before)
+            way = self.between(first)
+            if way and way[-1].kind in SAMPLING:
+                raise UserError(f"{way[-1]} draws before {before} and {last.node}; two passes are the most here")
+            said = self.base(first) | self.source(first, way) | self.second(first, last, between)
+        said["vae"] = self.vae(last)
+        if self.reader.idle:
+            self.other.append(("ComfyUI nodes", ", ".join(self.reader.idle)))
+        known = {name: value for name, value in said.items() if value is not None}
+        noise: dict[str, Any] = {"noise": "comfyui"} if "noise" in DEFAULTS else {}
+        return Settings(**known, **noise, like="comfyui", other=tuple(self.other))
+
+    def stage(self, node: Node) -> Stage:
+        """One pass. UserError where its nodes are of models of other kinds."""
+        stage = self.reader.stage(node)
+        for kind in (*self.reader.idle, *(one.kind for one in self.way(stage.latent))):
+            if OTHERS.search(kind):
+                raise UserError(f"its {kind} belongs to models of another kind; Stable Diffusion 1, 2 and XL are read")
+        return stage
+
+    def last(self) -> Node:
+        """The sampler whose picture is saved: of several, the one that others go before."""
+        graph = self.reader.graph
+        ends = sorted((node for node in graph.values() if node.kind in SAVED), key=lambda node: SAVED.index(node.kind))
+        ways = [way for node in ends if (way := self.way(node)) and way[-1].kind in SAMPLING]
+        self.decoders = {way[-1].name: one for way in reversed(ways) for one in way if one.kind in DECODING}
+        found = [way[-1] for way in ways]
+        found = found or [node for node in graph.values() if node.kind in SAMPLING]
+        if not found:
+            kinds = ", ".join(SAMPLING)
+            raise UserError(f"none of its nodes is a sampler that is read here ({kinds})")
+        earlier = {way[-1].name for node in found[:100] if (way := self.way(self.reader.next(node, *PICTURES)))}
+        last = next((node for node in found if node.name not in earlier), found[0])
+        for one in next((way for way in ways if way[-1] is last), []):  # what is done with the picture afterwards
+            if one is not last and one.kind not in SILENT:
+                self.reader.idle[one.kind[:60]] = None
+        return last
+
+    def way(self, node: Node | None) -> list[Node]:
+        """Back from latents or a picture to what they come from: a sampler, or a node that makes them."""
+        return self.reader.back(node, *PICTURES, until=lambda one: one.kind in SAMPLING or one.kind in SOURCES)
+
+    def between(self, stage: Stage) -> list[Node]:
+        way = self.way(stage.latent)
+        for one in way:
+            if one.kind not in (*SAMPLING, *SOURCES, *SILENT, *MASKING, *ENLARGING, NETWORK):
+                self.reader.idle[one.kind[:60]] = None
+        return way
+
+    def vae(self, stage: Stage) -> str | None:
+        """Its name, where it is not the model's own."""
+        decoder = self.decoders.get(stage.node.name)
+        loader = self.reader.next(decoder, "vae") if decoder else None
+        return self.reader.value(loader, "vae_name", str) if loader and loader.kind == "VAELoader" else None
+
+    def base(self, stage: Stage) -> dict[str, Any]:
+        return stage.model | {
+            "prompt": stage.prompt + "".join(tag(*lora) for lora in stage.loras),
+            "negative": stage.negative, "seed": stage.seed, "steps": stage.steps, "guidance": stage.guidance,
+            "sampler": stage.sampler, "spacing": stage.spacing, "eta": stage.eta,
+            "embeddings": tuple(dict.fromkeys(stage.words)),
+        }  # fmt: skip
+
+    def source(self, stage: Stage, way: list[Node]) -> dict[str, Any]:
+        """The size of a picture from nothing; how far one goes from another picture."""
+        origin = way[-1] if way else None
+        if origin is not None and origin.kind == "EmptyLatentImage":
+            width, height, batch = (
+                self.reader.value(origin, name, int, 1) for name in ("width", "height", "batch_size")
+            )
+            if batch > 1:
+                self.other.append(("Batch size", str(batch)))
+            if stage.denoise < 1 or stage.first:
+                self.reader.idle["EmptyLatentImage at less than full noise"] = None
+            return {"size": (width, height)}
+        if origin is not None and origin.kind in SOURCES and isinstance(origin.inputs.get("image"), str):
+            self.other.append(("Image", stem(origin.inputs["image"])[:200]))
+        for one in way:
+            if one.kind in ENLARGING:
+                self.reader.idle[one.kind] = None
+        said: dict[str, Any] = {"masked": True} if any(one.kind in MASKING for one in way) else {}
+        if stage.first and stage.steps:
+            running = max(1, stage.steps - stage.first)
+            return said | {"steps": running, "strength": share(running, stage.steps)}
+        return said | {"strength": stage.denoise}
+
+    def second(self, first: Stage, last: Stage, between: list[Node]) -> dict[str, Any]:
+        """A second pass: it goes on where the first ended, or draws over what was enlarged."""
+        if last.first and not last.noisy:
+            if not first.steps or last.model.get("model") == first.model.get("model"):
+                return {}
+            refiner = last.model.get("model")
+            return {"refiner": refiner, "handover": last.first / first.steps if refiner else None}
+        changes = {
+            "hires": 1.0, "strength": last.denoise, "hires_steps": last.steps,
+            "hires_sampler": last.sampler if last.sampler != first.sampler else None,
+            "hires_spacing": last.spacing if last.spacing != first.spacing else None,
+            "hires_prompt": last.prompt if last.prompt != first.prompt else None,
+            "hires_negative": last.negative if last.negative != first.negative else None,
+            "hires_guidance": last.guidance if last.guidance != first.guidance else None,
+        }  # fmt: skip
+        if last.first and last.steps:
+            running = max(1, last.steps - last.first)
+            changes |= {"hires_steps": running, "strength": share(running, last.steps)}
+        if last.seed != first.seed:
+            self.other.append(("Hires seed", str(last.seed)))
+        for key, ours, theirs in (("model", last.model.get("model"), first.model.get("model")),
+                                  ("LoRAs", last.loras, first.loras)):  # fmt: skip
+            if ours != theirs:
+                self.reader.idle[f"another {key} of the second sampler"] = None
+        for one in between:
+            if one.kind in ENLARGING:
+                changes |= self.enlarged(one, first)
+        network = next((one for one in between if one.kind == NETWORK), None)
+        loader = self.reader.next(network, "upscale_model") if network else None
+        if loader is not None and loader.kind == "UpscaleModelLoader":
+            changes["upscaler"] = stem(self.reader.value(loader, "model_name", str))
+        return changes
+
+    def enlarged(self, node: Node, first: Stage) -> dict[str, Any]:
+        """How, and how many times. Of a picture that a network enlarged, only its size counts."""
+        method = node.inputs.get("upscale_method")
+        upscaler = (
+            LATENT.get(str(method)) if node.kind.startswith("Latent") else {"lanczos": "lanczos"}.get(str(method))
+        )
+        if upscaler is None:
+            self.reader.idle[f"{node.kind} by {str(method)[:30]}"] = None
+            upscaler = "latent" if node.kind.startswith("Latent") else "lanczos"
+        if node.kind.endswith("By"):
+            return {"hires": self.reader.value(node, "scale_by", float), "upscaler": upscaler}
+        width, height = (self.reader.value(node, name, int) for name in ("width", "height"))
+        way = self.way(first.latent)
+        if way and way[-1].kind == "EmptyLatentImage":
+            sides = [self.reader.value(way[-1], name, int) for name in ("width", "height")]
+            ratios = {to / side for to, side in zip((width, height), sides, strict=True) if to and side > 0}
+            if len(ratios) == 1:
+                return {"hires": ratios.pop(), "upscaler": upscaler}
+        self.other.append(("Hires resize", f"{width}x{height}"))
+        return {"upscaler": upscaler}
+
+
+def share(running: int, steps: int) -> float:
+    """The strength at which, of `steps`, the last `running` run: ComfyUI's int(running / strength) is `steps`."""
+    strength = running / steps
+    while int(running / strength) < steps:
+        strength = math.nextafter(strength, 0)
+    return strength

@@ -1,0 +1,196 @@
+"""ComfyUI's workflows as a graph of nodes with named inputs, from either of the two forms in which it writes them.
+
+The API's form is that already, and what ran: {"3": {"class_type": "KSampler", "inputs": {"seed": 5, "model": ["4", 0],
+...}}}; a list of two is a link, to an output of another node. The editor's form lists nodes, with the values of their
+widgets in the order of the screen, and links apart; parts of it may be folded into subgraphs, muted or bypassed.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from plainsd.errors import UserError
+from plainsd.pictures.texts.entries import check_length
+
+LONGEST = 2**24  # characters
+NODES = 10_000
+DEEPEST = 8  # subgraphs in subgraphs
+MUTED, BYPASSED = 2, 4
+FROM_OUTSIDE, TO_OUTSIDE = -10, -20  # the ends of links that leave a subgraph
+
+# The widgets of the nodes that are understood, in the order of the screen; of others no value is read.
+WIDGETS = {
+    "KSampler": "seed after steps cfg sampler_name scheduler denoise",
+    "KSamplerAdvanced": "add_noise noise_seed after steps cfg sampler_name scheduler start_at_step end_at_step "
+    "return_with_leftover_noise",
+    "SamplerCustom": "add_noise noise_seed after cfg", "RandomNoise": "noise_seed after",
+    "BasicScheduler": "scheduler steps denoise", "KSamplerSelect": "sampler_name", "CFGGuider": "cfg",
+    "KarrasScheduler": "steps sigma_max sigma_min rho", "ExponentialScheduler": "steps sigma_max sigma_min",
+    "PolyexponentialScheduler": "steps sigma_max sigma_min rho", "SDTurboScheduler": "steps denoise",
+    "AlignYourStepsScheduler": "model_type steps denoise", "BetaSamplingScheduler": "steps alpha beta",
+    "SamplerEulerAncestral": "eta s_noise", "SamplerDPMPP_2M_SDE": "solver_type eta s_noise noise_device",
+    "SamplerDPMPP_SDE": "eta s_noise r noise_device", "SamplerDPMPP_3M_SDE": "eta s_noise noise_device",
+    "SamplerDPMPP_2S_Ancestral": "eta s_noise",
+    "CheckpointLoaderSimple": "ckpt_name", "CheckpointLoader": "config_name ckpt_name",
+    "unCLIPCheckpointLoader": "ckpt_name", "UNETLoader": "unet_name weight_dtype", "VAELoader": "vae_name",
+    "LoraLoader": "lora_name strength_model strength_clip", "LoraLoaderModelOnly": "lora_name strength_model",
+    "CLIPLoader": "clip_name type device", "DualCLIPLoader": "clip_name1 clip_name2 type device",
+    "CLIPTextEncode": "text", "CLIPSetLastLayer": "stop_at_clip_layer",
+    "CLIPTextEncodeSDXL": "width height crop_w crop_h target_width target_height text_g text_l",
+    "CLIPTextEncodeSDXLRefiner": "ascore width height text",
+    "EmptyLatentImage": "width height batch_size", "LatentUpscale": "upscale_method width height crop",
+    "LatentUpscaleBy": "upscale_method scale_by", "ImageScale": "upscale_method width height crop",
+    "ImageScaleBy": "upscale_method scale_by", "LoadImage": "image upload",
+    "UpscaleModelLoader": "model_name",
+    "PerturbedAttentionGuidance": "scale", "RescaleCFG": "multiplier", "ModelSamplingDiscrete": "sampling zsnr",
+    "PrimitiveNode": "value", "PrimitiveInt": "value", "PrimitiveFloat": "value", "PrimitiveString": "value",
+    "PrimitiveStringMultiline": "value", "PrimitiveBoolean": "value",
+}  # fmt: skip
+
+
+@dataclass
+class Node:
+    name: str
+    kind: str
+    inputs: dict[str, Any] = field(default_factory=dict)  # values, and links as (name of a node, its output)
+
+    def __str__(self) -> str:
+        return f"node {self.name} ({self.kind})"
+
+
+Graph = dict[str, Node]
+Link = tuple[str, int]
+
+
+def read_graph(text: str) -> Graph:
+    """A workflow's JSON, in either form. UserError for anything else."""
+    check_length(text, LONGEST)
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError("this is no workflow: its JSON is broken; save it again in ComfyUI") from None
+    if isinstance(whole, dict) and isinstance(whole.get("prompt"), dict):
+        whole = whole["prompt"]  # as it is sent to ComfyUI's server
+    if not isinstance(whole, dict):
+        raise UserError("this is no workflow of ComfyUI; give what its Save or Export (API) writes")
+    graph = Editor(whole).graph() if isinstance(whole.get("nodes"), list) else from_api(whole)
+    if not graph:
+        raise UserError("this is no workflow of ComfyUI: it has no nodes; give what its Save or Export (API) writes")
+    return graph
+
+
+def from_api(whole: dict[str, Any]) -> Graph:
+    graph: Graph = {}
+    for name, one in whole.items():
+        if isinstance(one, dict) and isinstance(one.get("class_type"), str) and isinstance(one.get("inputs"), dict):
+            inputs = {key: link_of(value) or value for key, value in one["inputs"].items()}
+            graph[name] = Node(name, one["class_type"], inputs)
+    check_nodes(len(graph))
+    return graph
+
+
+def link_of(value: Any) -> Link | None:
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], (str, int)) and is_slot(value[1]):
+        return str(value[0]), value[1]
+    return None
+
+
+def is_slot(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_nodes(count: int) -> None:
+    if count > NODES:
+        raise UserError(f"a workflow of {count} nodes is too large; {NODES} are the most that is read")
+
+
+class Editor:
+    """The editor's form. Links of subgraphs and of what is bypassed are followed to the nodes that ran."""
+
+    def __init__(self, whole: dict[str, Any]):
+        definitions = whole.get("definitions")
+        folded = definitions.get("subgraphs") if isinstance(definitions, dict) else None
+        self.subgraphs = {one["id"]: one for one in dicts(folded) if isinstance(one.get("id"), str)}
+        self.raw: dict[str, dict[str, Any]] = {}  # each node by its whole name, "7:3" being node 3 of the subgraph 7
+        self.ends: dict[tuple[str, Any], tuple[Any, Any]] = {}  # (where, link) -> origin and its output
+        self.outputs: dict[tuple[str, int], Any] = {}  # (a subgraph's node, its output) -> the link inside it
+        self._unfold(whole, "", 0)
+
+    def _unfold(self, part: dict[str, Any], where: str, depth: int) -> None:
+        links = part.get("links")
+        for link in links if isinstance(links, list) else []:
+            if isinstance(link, list) and len(link) >= 5:
+                number, origin, slot, target, place = link[:5]
+            elif isinstance(link, dict):
+                names = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
+                number, origin, slot, target, place = map(link.get, names)
+            else:
+                continue
+            if not all(isinstance(one, (int, str)) for one in (number, origin, slot, target, place)):
+                continue
+            self.ends[where, number] = (origin, slot)
+            if target == TO_OUTSIDE and is_slot(place):
+                self.outputs[where.removesuffix(":"), place] = number
+        for node in dicts(part.get("nodes")):
+            name = f"{where}{node.get('id')}"
+            self.raw[name] = node
+            check_nodes(len(self.raw))
+            runs = node.get("mode") not in (MUTED, BYPASSED)
+            if runs and depth < DEEPEST and isinstance(node.get("type"), str) and node["type"] in self.subgraphs:
+                self._unfold(self.subgraphs[node["type"]], f"{name}:", depth + 1)
+
+    def graph(self) -> Graph:
+        return {name: self._node(name, raw) for name, raw in self.raw.items() if raw.get("mode") != MUTED
+                and raw.get("mode") != BYPASSED and raw.get("type") not in self.subgraphs}  # fmt: skip
+
+    def _node(self, name: str, raw: dict[str, Any]) -> Node:
+        kind = str(raw.get("type"))
+        values = raw.get("widgets_values")
+        if isinstance(values, dict):
+            inputs = dict(values)
+        else:
+            names = WIDGETS.get(kind, "").split()
+            inputs = dict(zip(names, values if isinstance(values, list) else [], strict=False))
+        where = name.rpartition(":")[0]
+        for one in dicts(raw.get("inputs")):
+            if (link := self._origin(f"{where}:" if where else "", one.get("link"))) is not None:
+                inputs[str(one.get("name"))] = link
+        return Node(name, kind, inputs)
+
+    def _origin(self, where: str, number: Any) -> Link | None:
+        """The output that a link comes from, through subgraphs, and past nodes that are bypassed."""
+        for _ in range(100):
+            if not isinstance(number, (int, str)) or (where, number) not in self.ends:
+                return None
+            origin, slot = self.ends[where, number]
+            if origin == FROM_OUTSIDE:
+                folder = where.removesuffix(":")
+                where, number = f"{folder.rpartition(':')[0]}:".lstrip(":"), self._input(folder, slot)
+                continue
+            name = f"{where}{origin}"
+            raw = self.raw.get(name)
+            if raw is None or not is_slot(slot) or raw.get("mode") == MUTED:
+                return None
+            if raw.get("mode") == BYPASSED:
+                number = self._past(raw, slot)
+            elif (name, slot) in self.outputs:
+                where, number = f"{name}:", self.outputs[name, slot]
+            else:
+                return name, slot
+        return None
+
+    def _input(self, name: str, slot: Any) -> Any:
+        inputs = list(dicts(self.raw.get(name, {}).get("inputs")))
+        return inputs[slot].get("link") if is_slot(slot) and 0 <= slot < len(inputs) else None
+
+    @staticmethod
+    def _past(raw: dict[str, Any], slot: int) -> Any:
+        """Of a bypassed node's inputs, the first of the same type as its output."""
+        outputs = list(dicts(raw.get("outputs")))
+        kind = outputs[slot].get("type") if 0 <= slot < len(outputs) else None
+        return next((one.get("link") for one in dicts(raw.get("inputs")) if one.get("type") == kind), None)
+
+
+def dicts(value: Any) -> Iterator[dict[str, Any]]:
+    return (one for one in value if isinstance(one, dict)) if isinstance(value, list) else iter(())

@@ -1,0 +1,367 @@
+"""ComfyUI's workflows, in both of its forms: what is read out of them, and what is refused, in one line."""
+
+import json
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plainsd.errors import UserError
+from plainsd.pictures.texts.comfyui import parse_workflow, share
+from plainsd.pictures.texts.comfyui_graph import NODES
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def graph(**changes):
+    """Text to picture; with further nodes, or in place of its own."""
+    nodes = {
+        "model": node("CheckpointLoaderSimple", ckpt_name="sd\\\\boats.safetensors"),
+        "words": node("CLIPTextEncode", text="a boat", clip=["model", 1]),
+        "against": node("CLIPTextEncode", text="rain", clip=["model", 1]),
+        "empty": node("EmptyLatentImage", width=512, height=768, batch_size=1),
+        "sampler": node(
+            "KSampler", seed=5, steps=20, cfg=7, sampler_name="euler_ancestral", scheduler="normal", denoise=1.0,
+            model=["model", 0], positive=["words", 0], negative=["against", 0], latent_image=["empty", 0],
+        ),
+        "decode": node("VAEDecode", samples=["sampler", 0], vae=["model", 2]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="x"),
+    }  # fmt: skip
+    return nodes | changes
+
+
+def changed(nodes, name, **inputs):
+    return nodes | {name: node(nodes[name]["class_type"], **(nodes[name]["inputs"] | inputs))}
+
+
+def read(nodes):
+    return parse_workflow(json.dumps(nodes))
+
+
+def refused(nodes):
+    with pytest.raises(UserError) as caught:
+        parse_workflow(nodes if isinstance(nodes, str) else json.dumps(nodes))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+# --- one pass --------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_from_text():
+    one = read(graph())
+    assert (one.prompt, one.negative, one.size, one.seed, one.steps) == ("a boat", "rain", (512, 768), 5, 20)
+    assert (one.guidance, one.sampler, one.spacing, one.model) == (7.0, "euler_a", "uniform", "boats")
+    assert (one.like, one.strength, one.vae, one.other) == ("comfyui", None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "spacing"),
+    [("normal", "uniform"), ("karras", "karras"), ("exponential", "exponential"), ("sgm_uniform", "sgm_uniform"),
+     ("simple", "simple"), ("ddim_uniform", "ddim_uniform"), ("beta", "beta"), ("kl_optimal", "kl_optimal"),
+     ("linear_quadratic", "linear_quadratic")],
+)  # fmt: skip
+def test_its_own_schedules_have_their_own_levels(scheduler, spacing):
+    """ComfyUI's beta and kl_optimal are not A1111's; a stranger stays, to be refused by name where it is drawn."""
+    assert read(changed(graph(), "sampler", scheduler=scheduler)).spacing == spacing
+
+
+def test_loras_words_layers_and_another_vae():
+    nodes = graph(
+        first=node("LoraLoader", lora_name="a/style.safetensors", strength_model=0.8, strength_clip=1.0,
+                   model=["model", 0], clip=["model", 1]),
+        second=node("LoraLoaderModelOnly", lora_name="ink.safetensors", strength_model=-1, model=["first", 0]),
+        layer=node("CLIPSetLastLayer", stop_at_clip_layer=-2, clip=["first", 1]),
+        vae=node("VAELoader", vae_name="sharp.safetensors"),
+        patch=node("FreeU_V2", b1=1.3, model=["second", 0]),
+        rescale=node("RescaleCFG", multiplier=0.7, model=["patch", 0]),
+        pag=node("PerturbedAttentionGuidance", scale=3.0, model=["rescale", 0]),
+        v=node("ModelSamplingDiscrete", sampling="v_prediction", zsnr=True, model=["pag", 0]),
+    )  # fmt: skip
+    nodes = changed(nodes, "words", clip=["layer", 0], text="a (boat:1.2) of embedding:kitty.pt, yes")
+    nodes = changed(nodes, "decode", vae=["vae", 0])
+    one = read(changed(nodes, "sampler", model=["v", 0]))
+    assert one.prompt == "a (boat:1.2) of kitty, yes <lora:style:0.8> <lora:ink:-1>"
+    assert (one.embeddings, one.clip_skip, one.vae) == (("kitty",), 2, "sharp.safetensors")
+    assert (one.rescale, one.perturbed, one.prediction, one.zero_snr) == (0.7, 3.0, "v_prediction", True)
+    assert one.other == (("ComfyUI nodes", "FreeU_V2"),)
+
+
+def test_sdxls_two_texts():
+    large = node("CLIPTextEncodeSDXL", text_g="a boat", text_l="a boat", width=4, height=4, clip=["model", 1])
+    assert read(graph(words=large)).prompt == "a boat" and read(graph(words=large)).other == ()
+    large["inputs"]["text_l"] = "watercolour"
+    assert read(graph(words=large)).other == (("ComfyUI nodes", "CLIPTextEncodeSDXL's text_l"),)
+
+
+def test_joined_prompts():
+    more = {"more": node("CLIPTextEncode", text="at sea", clip=["model", 1])}
+    concat = node("ConditioningConcat", conditioning_to=["words", 0], conditioning_from=["more", 0])
+    one = read(changed(graph(**more, both=concat), "sampler", positive=["both", 0]))
+    assert (one.prompt, one.other) == ("a boat BREAK at sea", ())
+    combine = node("ConditioningCombine", conditioning_1=["words", 0], conditioning_2=["more", 0])
+    one = read(changed(graph(**more, both=combine), "sampler", positive=["both", 0]))
+    assert (one.prompt, one.other) == ("a boat", (("ComfyUI nodes", "ConditioningCombine"),))
+
+
+def test_values_may_come_from_nodes_that_hold_them():
+    nodes = graph(seed=node("PrimitiveInt", value=9), text=node("PrimitiveStringMultiline", value="a ship"))
+    nodes = changed(changed(nodes, "sampler", seed=["seed", 0]), "words", text=["text", 0])
+    assert (read(nodes).seed, read(nodes).prompt) == (9, "a ship")
+
+
+def test_a_picture_drawn_over():
+    over = {"photo": node("LoadImage", image="my photo.png"), "empty": node("VAEEncode", pixels=["photo", 0])}
+    one = read(changed(graph(**over), "sampler", denoise=0.6))
+    assert (one.strength, one.size, one.masked, one.other) == (0.6, None, False, (("Image", "my photo.png"),))
+    over["empty"] = node("VAEEncodeForInpaint", pixels=["photo", 0], mask=["photo", 1])
+    assert read(graph(**over)).masked
+    advanced = node("KSamplerAdvanced", add_noise="enable", noise_seed=4, steps=20, cfg=7, sampler_name="euler",
+                    scheduler="karras", start_at_step=8, end_at_step=10000, return_with_leftover_noise="disable",
+                    model=["model", 0], positive=["words", 0], negative=["against", 0],
+                    latent_image=["empty", 0])  # fmt: skip
+    one = read(graph(**over, sampler=advanced))
+    assert (one.seed, one.steps) == (4, 12) and int(one.steps / one.strength) == 20
+
+
+@pytest.mark.parametrize("steps", range(1, 60))
+def test_the_strength_that_leaves_so_many_steps(steps):
+    assert all(int(running / share(running, steps)) == steps for running in range(1, steps + 1))
+
+
+@pytest.mark.parametrize("kind", ["SamplerCustom", "SamplerCustomAdvanced"])
+def test_samplers_put_together(kind):
+    nodes = graph(
+        noise=node("RandomNoise", noise_seed=8), which=node("KSamplerSelect", sampler_name="dpmpp_2m_sde_gpu"),
+        levels=node("BasicScheduler", scheduler="karras", steps=12, denoise=1.0, model=["model", 0]),
+        guider=node("CFGGuider", cfg=4.5, model=["model", 0], positive=["words", 0], negative=["against", 0]),
+    )  # fmt: skip
+    shared = {"sampler": ["which", 0], "sigmas": ["levels", 0], "latent_image": ["empty", 0]}
+    if kind == "SamplerCustom":
+        nodes["sampler"] = node(kind, add_noise=True, noise_seed=8, cfg=4.5, model=["model", 0], positive=["words", 0],
+                                negative=["against", 0], **shared)  # fmt: skip
+    else:
+        nodes["sampler"] = node(kind, noise=["noise", 0], guider=["guider", 0], **shared)
+    one = read(nodes)
+    assert (one.seed, one.guidance, one.sampler, one.spacing, one.steps) == (8, 4.5, "dpmpp_2m_sde", "karras", 12)
+    assert (one.prompt, one.negative, one.model, one.other) == ("a boat", "rain", "boats", ())
+    nodes["which"] = node("SamplerDPMPP_2M_SDE", solver_type="heun", eta=0.5, s_noise=1.0)
+    nodes["levels"] = node("AlignYourStepsScheduler", model_type="SDXL", steps=10, denoise=1.0)
+    one = read(nodes)
+    assert (one.sampler, one.eta, one.spacing, one.steps) == ("dpmpp_2m_sde_heun", 0.5, "align_your_steps_xl", 10)
+    nodes["levels"] = node("SDTurboScheduler", model=["model", 0], steps=1, denoise=1.0)
+    assert read(nodes).spacing == "sgm_uniform"
+
+
+# --- two passes ------------------------------------------------------------------------------------------------------
+
+
+def again(**changes):
+    inputs = graph()["sampler"]["inputs"] | {"denoise": 0.5, "steps": 8, "latent_image": ["large", 0]} | changes
+    return {"again": node("KSampler", **inputs), "decode": node("VAEDecode", samples=["again", 0])}
+
+
+@pytest.mark.parametrize(("method", "upscaler"), [("nearest-exact", "latent-nearest-exact"), ("bilinear", "latent"),
+                                                  ("bicubic", "latent-bicubic"), ("bislerp", "latent")])  # fmt: skip
+def test_enlarged_latents_are_hires(method, upscaler):
+    by = node("LatentUpscaleBy", upscale_method=method, scale_by=1.5, samples=["sampler", 0])
+    to = node("LatentUpscale", upscale_method=method, width=768, height=1152, crop="disabled", samples=["sampler", 0])
+    for large in (by, to):
+        one = read(graph(large=large, **again()))
+        assert (one.hires, one.upscaler, one.strength, one.hires_steps) == (1.5, upscaler, 0.5, 8)
+        assert (one.steps, one.size, one.hires_sampler, one.hires_prompt) == (20, (512, 768), None, None)
+        kind = large["class_type"]
+        assert one.other == ((("ComfyUI nodes", f"{kind} by bislerp"),) if method == "bislerp" else ())
+
+
+def test_a_network_between_two_passes_is_the_upscaler():
+    one = read(graph(
+        small=node("VAEDecode", samples=["sampler", 0]), net=node("UpscaleModelLoader", model_name="x/4x_ink.pth"),
+        larger=node("ImageUpscaleWithModel", upscale_model=["net", 0], image=["small", 0]),
+        sized=node("ImageScale", upscale_method="lanczos", width=1024, height=1536, crop="off", image=["larger", 0]),
+        large=node("VAEEncode", pixels=["sized", 0]), **again(),
+    ))  # fmt: skip
+    assert (one.hires, one.upscaler, one.strength, one.other) == (2.0, "4x_ink", 0.5, ())
+
+
+def test_what_the_second_pass_has_of_its_own():
+    large = node("LatentUpscaleBy", upscale_method="bilinear", scale_by=2, samples=["sampler", 0])
+    more = node("CLIPTextEncode", text="a large boat", clip=["model", 1])
+    other = again(positive=["more", 0], cfg=5, sampler_name="dpmpp_2m", scheduler="karras", seed=6)
+    one = read(graph(large=large, more=more, **other))
+    assert (one.hires_prompt, one.hires_negative, one.hires_guidance) == ("a large boat", None, 5.0)
+    assert (one.hires_sampler, one.hires_spacing, one.seed) == ("dpmpp_2m", "karras", 5)
+    assert one.other == (("Hires seed", "6"),)
+
+
+def test_a_refiner_goes_on_where_the_model_ended():
+    shared = {"steps": 25, "cfg": 8, "sampler_name": "euler", "scheduler": "normal", "positive": ["words", 0],
+              "negative": ["against", 0]}  # fmt: skip
+    one = read(graph(
+        refiner=node("CheckpointLoaderSimple", ckpt_name="refiner.safetensors"),
+        sampler=node("KSamplerAdvanced", add_noise="enable", noise_seed=3, start_at_step=0, end_at_step=20,
+                     return_with_leftover_noise="enable", model=["model", 0], latent_image=["empty", 0], **shared),
+        again=node("KSamplerAdvanced", add_noise="disable", noise_seed=0, start_at_step=20, end_at_step=10000,
+                   return_with_leftover_noise="disable", model=["refiner", 0], latent_image=["sampler", 0], **shared),
+        decode=node("VAEDecode", samples=["again", 0]),
+    ))  # fmt: skip
+    assert (one.model, one.refiner, one.handover, one.seed, one.steps) == ("boats", "refiner", 0.8, 3, 25)
+
+
+# --- the editor's form -----------------------------------------------------------------------------------------------
+
+
+def edited(**more):
+    """The same picture as the editor writes it, its values in lists, its links apart."""
+
+    def box(number, kind, values=(), inputs=(), outputs=(), mode=0):
+        return {"id": number, "type": kind, "mode": mode, "widgets_values": list(values),
+                "inputs": [{"name": name, "type": type_, "link": link} for name, type_, link in inputs],
+                "outputs": [{"name": type_, "type": type_} for type_ in outputs]}  # fmt: skip
+
+    return {
+        "nodes": [
+            box(1, "CheckpointLoaderSimple", ["boats.safetensors"], outputs=["MODEL", "CLIP", "VAE"]),
+            box(2, "CLIPTextEncode", ["a boat"], [("clip", "CLIP", 11)]),
+            box(3, "CLIPTextEncode", ["rain"], [("clip", "CLIP", 12)]),
+            box(4, "EmptyLatentImage", [512, 768, 1]),
+            box(9, "LoraLoader", ["style.safetensors", 0.5, 1], [("model", "MODEL", 10), ("clip", "CLIP", 18)],
+                ["MODEL", "CLIP"], mode=more.get("mode", 0)),
+            box(5, "KSampler", [5, "randomize", 20, 7, "euler", "karras", 1], [
+                ("model", "MODEL", 19), ("positive", "C", 13), ("negative", "C", 14), ("latent_image", "LATENT", 15)]),
+            box(6, "VAEDecode", [], [("samples", "LATENT", 16), ("vae", "VAE", 20)]),
+            box(7, "SaveImage", ["x"], [("images", "IMAGE", 17)]),
+            {"id": 8, "type": "Note", "widgets_values": ["hello"]},
+        ],
+        "links": [[10, 1, 0, 9, 0, "MODEL"], [11, 1, 1, 2, 0, "CLIP"], [12, 1, 1, 3, 0, "CLIP"], [13, 2, 0, 5, 1, "C"],
+                  [14, 3, 0, 5, 2, "C"], [15, 4, 0, 5, 3, "LATENT"], [16, 5, 0, 6, 0, "LATENT"],
+                  [17, 6, 0, 7, 0, "IMAGE"], [18, 1, 1, 9, 1, "CLIP"], [19, 9, 0, 5, 0, "MODEL"],
+                  [20, 1, 2, 6, 1, "VAE"]],
+        "version": 0.4,
+    }  # fmt: skip
+
+
+def test_the_editors_form():
+    one = read(edited())
+    assert (one.prompt, one.negative, one.size) == ("a boat <lora:style:0.5>", "rain", (512, 768))
+    assert (one.seed, one.steps, one.guidance, one.sampler, one.spacing) == (5, 20, 7.0, "euler", "karras")
+    assert (one.model, one.other) == ("boats", ())
+
+
+def test_what_is_bypassed_did_not_run():
+    assert read(edited(mode=4)).prompt == "a boat" and read(edited(mode=4)).model == "boats"
+
+
+def test_subgraphs_are_unfolded():
+    """The sampler and its text in a box of their own: model and latents go in, latents come out."""
+    whole = edited()
+    inside = [one for one in whole["nodes"] if one["id"] in (2, 3, 5)]
+    links = [one for one in whole["links"] if one[0] in (13, 14)]
+    for number, slot, target, place in ((19, 0, 5, 0), (15, 1, 5, 3), (11, 2, 2, 0), (12, 2, 3, 0)):
+        links.append({"id": number, "origin_id": -10, "origin_slot": slot, "target_id": target, "target_slot": place})
+    links.append({"id": 16, "origin_id": 5, "origin_slot": 0, "target_id": -20, "target_slot": 0})
+    ins = [{"name": str(link), "link": link} for link in (19, 15, 11)]
+    box = {"id": 30, "type": "some-uuid", "inputs": ins, "outputs": [{"type": "LATENT"}]}
+    whole["nodes"] = [one for one in whole["nodes"] if one not in inside] + [box]
+    whole["links"] = [one for one in whole["links"] if one[0] in (10, 17, 18, 20)] + [
+        [19, 9, 0, 30, 0, "MODEL"], [15, 4, 0, 30, 1, "LATENT"], [11, 1, 1, 30, 2, "CLIP"], [16, 30, 0, 6, 0, "LATENT"]
+    ]  # fmt: skip
+    whole["definitions"] = {"subgraphs": [{"id": "some-uuid", "nodes": inside, "links": links}]}
+    assert read(whole) == read(edited())
+    whole["definitions"]["subgraphs"][0]["nodes"].append(box)  # in itself, for ever
+    refused(json.dumps(whole).replace('"KSampler"', '"Other"'))
+
+
+# --- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "broken"), ("{", "broken"), ("[1]", "no workflow"), ("{}", "no nodes"), ("5", "no workflow"),
+        ("[" * 100_000, "broken"), ('{"a": ' * 100_000, "broken"), ('{"nodes": [], "links": 3}', "no nodes"),
+        ('{"nodes": [{"id": 1, "type": "Note"}], "links": [[1, 2], "x", {"id": []}]}', "none of its nodes is a"),
+    ],
+)  # fmt: skip
+def test_what_is_no_workflow(text, says):
+    assert says in refused(text)
+
+
+def test_nodes_of_wrong_kinds_are_named():
+    assert "node sampler (KSampler): 'steps' is 'many'" in refused(changed(graph(), "sampler", steps="many"))
+    assert "'seed' comes from a node that is not read here" in refused(changed(graph(), "sampler", seed=["x", 0]))
+    assert "'text' is '5'" in refused(changed(graph(), "words", text=5))
+    assert "its prompt is none of CLIPTextEncode's" in refused(graph(words=node("TextEncodeOther", text="x")))
+    video = graph(empty=node("EmptyHunyuanLatentVideo", width=512, height=512))
+    assert "belongs to models of another kind" in refused(video)
+    other = graph(clip=node("CLIPLoader", clip_name="t5", type="wan"))
+    assert "its text encoder is not that of" in refused(changed(other, "words", clip=["clip", 0]))
+    two = graph(large=node("LatentUpscaleBy", scale_by=2, upscale_method="bilinear", samples=["sampler", 0]), **again())
+    first = node("KSampler", **two["sampler"]["inputs"])
+    assert "two passes are the most" in refused(changed(two, "sampler", latent_image=["first", 0]) | {"first": first})
+
+
+def test_circles_end():
+    refused(changed(graph(), "decode", samples=["save", 0]) | {"sampler": node("Other", x=["sampler", 0])})
+    circle = graph(a=node("Patch", model=["b", 0]), b=node("Patch", model=["a", 0]))
+    assert read(changed(circle, "sampler", model=["a", 0])).model is None
+    assert "comes from" in refused(changed(graph(a=node("V", value=["a", 0])), "sampler", seed=["a", 0]))
+    refused(changed(graph(c=node("Text", conditioning=["c", 0])), "sampler", positive=["c", 0]))
+    refused(changed(graph(), "sampler", latent_image=["sampler", 0], steps="x"))
+
+
+def test_what_is_done_to_the_picture_afterwards_is_told():
+    larger = node("ImageUpscaleWithModel", upscale_model=["net", 0], image=["decode", 0])
+    one = read(changed(graph(larger=larger), "save", images=["larger", 0]))
+    assert one.other == (("ComfyUI nodes", "ImageUpscaleWithModel"),)
+
+
+def test_large_graphs_take_no_time():
+    """A chain as long as is read, and every sampler the end of one; more nodes are refused."""
+    began = time.process_time()
+    chain = {f"n{i}": node("Patch", model=[f"n{i + 1}", 0], samples=[f"n{i + 1}", 0]) for i in range(NODES // 2)}
+    samplers = {f"s{i}": node("KSampler", latent_image=["n0", 0]) for i in range(NODES // 3)}
+    refused(chain | samplers)
+    assert time.process_time() - began < 5
+    assert "is too large" in refused({f"n{i}": node("A") for i in range(NODES + 1)})
+
+
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["sampler", "words"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(list(graph())), st.dictionaries(st.sampled_from(
+    ["seed", "steps", "cfg", "model", "positive", "latent_image", "text", "clip", "samples", "images", "width",
+     "sampler_name", "scheduler", "denoise", "ckpt_name"]), junk, max_size=4), max_size=3))  # fmt: skip
+def test_any_values_are_read_or_refused(changes):
+    nodes = graph()
+    for name, inputs in changes.items():
+        nodes = changed(nodes, name, **inputs)
+    try:
+        read(nodes)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@given(junk, junk, junk)
+def test_any_editors_form_is_read_or_refused(nodes, links, more):
+    whole = edited()
+    whole["nodes"] += nodes if isinstance(nodes, list) else [nodes]
+    whole["links"] = links if not isinstance(links, list) else whole["links"] + links
+    whole["definitions"] = more
+    whole["nodes"][3]["widgets_values"] = more
+    try:
+        read(whole)
+    except UserError as error:
+        assert "\n" not in str(error)
