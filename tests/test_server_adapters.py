@@ -1,5 +1,6 @@
 """Embeddings and refiners on the server: by name only, checked before queueing, each job with its own."""
 
+import os
 import threading
 import time
 from dataclasses import replace
@@ -123,7 +124,8 @@ def test_what_the_history_tells_of_words_makes_the_picture_again(server):
 @pytest.mark.parametrize(("names", "says"), [
     (["dog"], "unknown embedding 'dog'; choose from"), (["../cat"], "unknown embedding"),
     (["/etc/passwd"], "unknown embedding"), (["wide"], "vectors of 48 numbers"), (["pickle"], "unknown embedding"),
-    (["broken"], "unknown embedding"), (["lora"], "unknown embedding"), (["x"], "is a word of this model already"),
+    (["broken"], "'broken' cannot be used"), (["lora"], "'lora' cannot be used"),
+    (["x"], "is a word of this model already"),
     (["a, b"], "unknown embedding"),
 ])  # fmt: skip
 def test_a_word_that_is_not_there_or_does_not_fit_is_refused(server, names, says):
@@ -265,3 +267,48 @@ def test_latents_that_differ_are_refused_and_memory_holds_two_at_a_time(folder, 
         assert known["tiny"].sd and known["other"].sd
         assert isinstance(picture_of(server, prompt="p", model="strange")[0], Image.Image)
         assert not known["tiny"].sd and not known["other"].sd
+
+
+BAD = {
+    "cut": b"\x10\x00\x00\x00\x00\x00\x00\x00{", "huge": (2**62).to_bytes(8, "little") + b"{}",
+    "empty": b"", "text": b"hello " * 9,
+    "nested": (200_002).to_bytes(8, "little") + b'{"a":' + b"[" * 199_990 + b"       ",
+    "types": (38).to_bytes(8, "little") + b'{"a":{"dtype":7,"shape":"x","data":3}}',
+}  # fmt: skip
+
+
+def test_a_bad_file_is_passed_over_named_once_and_shown(folder, tmp_path, caplog):
+    """Whatever is wrong with one file, the others are there, and so is the page."""
+    (loras := tmp_path / "loras").mkdir()
+    (words := tmp_path / "words").mkdir()
+    lora_file(model_folder(folder), loras / "paper.safetensors", 1)
+    embedding_file(words / "good.safetensors", 1)
+    for place in (loras, words):
+        for name, content in BAD.items():
+            (place / f"{name}.safetensors").write_bytes(content)
+        (place / "gone.safetensors").symlink_to(place / "nowhere")
+        with open(os.path.join(os.fsencode(place), b"\xff.safetensors"), "wb") as file:
+            file.write(b"x")
+    lora_file(model_folder(folder), words / "no word.safetensors", 1)
+    embedding_file(loras / "no adapter.safetensors", 1)
+    service = open_service([model_folder(folder)], tmp_path / "data", loras=loras, embeddings=words)
+    with served(service) as server:
+        for _ in range(2):
+            info = server.get("/api/info").json()
+            assert info["loras"] == ["paper"] and info["models"][0]["embeddings"] == ["good"]
+            assert info["unusable"]["loras"].keys() == {*BAD, "?", "no adapter"}
+            assert info["unusable"]["embeddings"].keys() == {*BAD, "?", "no word"}
+            assert all(
+                why and len(why) <= 300 and str(tmp_path) not in why for why in info["unusable"]["loras"].values()
+            )
+        assert server.drawn(prompt="good <lora:paper:1>", steps=1)["state"] == "done"
+        for body, field in (({"loras": [{"name": "cut"}]}, "loras"), ({"embeddings": ["cut"]}, "embeddings")):
+            answer = server.post("/api/jobs", {"prompt": "p"} | body)
+            assert answer.status_code == 422 and answer.json()["error"]["field"] == field
+            assert "'cut' cannot be used" in answer.json()["error"]["message"]
+        assert {one["name"] for one in server.get("/sdapi/v1/loras").json()} == {"paper"}
+    named = [record.getMessage() for record in caplog.records if "is passed over" in record.getMessage()]
+    assert len(named) == len(set(named)) == 2 * len(BAD) + 4
+    (loras / "cut.safetensors").unlink()
+    lora_file(model_folder(folder), loras / "cut.safetensors", 2)
+    assert set(service.models.loras()) == {"cut", "paper"}  # it is read again when it was changed

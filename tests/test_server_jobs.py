@@ -5,6 +5,7 @@ import os
 import shutil
 import sqlite3
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ import plainsd
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.server.errors import Refused
+from plainsd.server.jobs import store as store_module
 from plainsd.server.jobs import worker as worker_module
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING
+from plainsd.server.jobs.store import MIGRATIONS
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
-from plainsd.server.restore import settings_inside
+from plainsd.server.restore import picture_told, settings_inside
 from plainsd.server.schema import JobRequest
 
 
@@ -242,18 +245,56 @@ def test_a_failure_is_the_failure_of_one(opened):
     assert service.worker.failures == 1 and service.worker.pictures == 2
 
 
-def test_a_full_disk_fails_the_job_and_not_the_server(opened, monkeypatch):
-    service, fsync = opened(), os.fsync
+def test_a_full_disk_holds_a_picture_up_and_loses_nothing(opened, monkeypatch, brake):
+    monkeypatch.setattr(worker_module, "RETRY", 0.01)
+    brake.off()
+    service = opened()
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        job, other = ask(service), ask(service, "cancelled meanwhile", seed=2)
+        until(lambda: job.notes)
+        assert "No space left" in job.notes[0] and str(service.store.folder) not in job.notes[0]
+        assert job.active and service.worker.is_alive()
+        service.queue.cancel(other.id)
+    assert ended(job).state == DONE and len(job.notes) == 1
+    assert sum(len(each) for each in brake.batches) <= 2  # it was drawn once
+    assert [row.job for row in service.store.pictures()] == [job.id]
+
+
+def test_a_server_stops_while_its_disk_is_full_and_draws_at_the_next_start(opened, monkeypatch):
+    service = opened()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        job = ask(service)
+        until(lambda: job.notes)
+        stop(service)
+    again = opened()
+    assert ended(again.queue.get(job.id)).state == DONE
+
+
+def test_pictures_may_be_a_link_to_another_disk(opened, tmp_path):
+    other = tmp_path / "other disk"
+    other.mkdir()
+    folder = tmp_path / "data"
+    folder.mkdir(exist_ok=True)
+    (folder / "pictures").symlink_to(other)
+    service = opened()
     job = ended(ask(service))
-    assert (job.state, job.at_fault) == (FAILED, False)
-    assert "No space left" in job.error and str(service.store.folder) not in job.error
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert ended(ask(service)).state == DONE
+    path = service.store.path(service.store.picture(job.picture_id(0)))
+    assert path.is_file() and path.resolve().is_relative_to(other)
+    day = path.parent
+    (tmp_path / "moved").mkdir()
+    moved = day.resolve().rename(tmp_path / "moved" / day.name)
+    day.symlink_to(moved)
+    assert service.store.path(service.store.picture(job.picture_id(0))).is_file()
 
 
 def test_a_history_that_cannot_be_written_holds_the_worker_up_and_loses_nothing(opened, monkeypatch):
@@ -353,11 +394,118 @@ def test_a_job_that_ends_the_server_again_and_again_is_given_up(opened):
     service = opened(start=False)
     job = ask(service)
     for _ in range(3):
+        assert service.queue.jobs[job.id].active
         service.store.started(job, 1.0)
+        service.store.alone(job, True)
+        stop(service)
+        service = opened(start=False)
+    found = service.store.job(job.id)
+    assert found.state == FAILED and "ended 3 times" in found.error and not service.queue.jobs
+
+
+def test_only_drawing_alone_counts_as_the_cause_of_an_end(opened, brake):
+    """A server that is killed while it loads a model, or draws two jobs together, says nothing about one of them."""
+    service = opened()
+    jobs = [ask(service, client=name) for name in "ab"]
+    alone = {}
+    while not alone:
+        brake.wait()
+        with service.store.transaction() as db:
+            alone = dict(db.execute("SELECT id, alone FROM jobs").fetchall())
+        if len(brake.batches[-1]) == 1:  # the first was taken before the second came
+            assert sorted(alone.values()) == [0, 1]
+            jobs.append(ask(service, client="c"))
+            brake.step(5)
+            alone = {}
+    assert set(alone.values()) == {0}
+    service.queue.stopping = True
+    brake.step()
     stop(service)
     again = opened(start=False)
-    found = again.store.job(job.id)
-    assert found.state == FAILED and "ended 3 times" in found.error and not again.queue.jobs
+    assert all(job.attempts == 0 for job in again.queue.jobs.values()) and again.queue.jobs
+    assert all(job.alone for job in again.queue.jobs.values() if again.store.job(job.id).state == RUNNING)
+
+
+def test_what_a_killed_server_had_not_finished_writing_is_swept(opened, tmp_path):
+    day = tmp_path / "data" / "pictures" / "2026-05-14"
+    day.mkdir(parents=True)
+    (tmp_path / "data" / "inputs").mkdir()
+    drafts = [day / ".153012-a-0.png.4711.part", tmp_path / "data" / "inputs" / ".ab.png.1.part"]
+    kept = [day / "a.png", day / ".note.part", day / "b.part"]
+    for path in drafts + kept:
+        path.write_bytes(b"x")
+    opened(start=False)
+    assert not any(path.exists() for path in drafts) and all(path.exists() for path in kept)
+
+
+# --- the database ----------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_row_is_marked_and_stands_alone(opened):
+    service = opened()
+    good, bad = ended(ask(service, seed=1)), ended(ask(service, seed=2))
+    stop(service)
+    service = opened(start=False)
+    waiting, foreign = ask(service, seed=3), ask(service, seed=4)
+    with service.store.transaction() as db:
+        db.execute("UPDATE images SET settings = '{' WHERE job = ?", (bad.id,))
+        db.execute("UPDATE jobs SET pictures = 'null', loras = x'ff' WHERE id = ?", (bad.id,))
+        db.execute("UPDATE jobs SET pictures = '[{}]' WHERE id = ?", (waiting.id,))
+        (pictures,) = db.execute("SELECT pictures FROM jobs WHERE id = ?", (foreign.id,)).fetchone()
+        newer = pictures.replace('"seed"', '"sparkle": 0.5, "seed"')
+        db.execute("UPDATE jobs SET pictures = ? WHERE id = ?", (newer, foreign.id))
+        db.execute("UPDATE images SET settings = ? WHERE job = ?", (newer[1:-1], good.id))
+    stop(service)
+    service = opened(start=False)
+    first, second = service.store.pictures()
+    assert "cannot be read" in first.problem and first.job == bad.id and service.store.path(first).is_file()
+    assert second.problem is None and ("sparkle", "0.5") in second.settings.other
+    assert picture_told(first)["problem"] == first.problem and picture_told(second)["problem"] is None
+    jobs = {job.id: job for job in service.store.jobs((DONE, FAILED))}
+    assert jobs[bad.id].problem and service.told(jobs[bad.id])["error"] == jobs[bad.id].problem
+    assert jobs[waiting.id].state == FAILED and "cannot be read" in jobs[waiting.id].error
+    assert jobs[foreign.id].state == FAILED and "which knows 'sparkle'" in jobs[foreign.id].error
+    assert not service.queue.jobs and jobs[good.id].problem is None
+
+
+def test_databases_of_other_versions(opened, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with closing(sqlite3.connect(folder / "plainsd.sqlite")) as db, db:  # as before versions were counted
+        db.executescript(MIGRATIONS[0])
+    service = opened()
+    assert ended(ask(service)).state == DONE
+    with service.store.transaction() as db:
+        assert db.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS)
+        db.execute("PRAGMA user_version = 99")
+    stop(service)
+    with pytest.raises(UserError, match="of version 99, this plainsd knows up to .*; update it, or choose another"):
+        opened(start=False)
+
+
+def test_a_migration_is_whole_or_not_at_all(opened, monkeypatch):
+    stop(opened(start=False))
+    monkeypatch.setattr(store_module, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE jobs ADD COLUMN new TEXT; NONSENSE;"))
+    with pytest.raises(UserError, match="cannot use the data folder .*syntax error"):
+        opened(start=False)
+    monkeypatch.undo()
+    service = opened(start=False)
+    with service.store.transaction() as db:
+        assert "new" not in [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
+
+
+@pytest.mark.parametrize("where", [0, 4096])
+def test_an_unreadable_database_is_one_line(opened, tmp_path, where):
+    service = opened(start=False)
+    for seed in range(40):
+        ask(service, seed=seed)
+    stop(service)
+    path = tmp_path / "data" / "plainsd.sqlite"
+    content = bytearray(path.read_bytes())
+    content[where:] = b"\xa5" * (len(content) - where)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot (use|read) the .*choose another place with --data"):
+        opened(start=False)
 
 
 def test_a_proper_stop_counts_no_attempt(opened, brake):

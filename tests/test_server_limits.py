@@ -1,12 +1,16 @@
 """What a hostile or mistaken request could cost: numbers that are none, texts without end, silent connections."""
 
 import base64
+import socket
 import time
+from contextlib import suppress
+from http.client import HTTPResponse
 
 import pytest
 from PIL import Image, PngImagePlugin
-from serving import model_folder, open_service, png_bytes, served
+from serving import model_folder, open_service, png_bytes, served, until
 
+from plainsd.server.api import connections
 from plainsd.server.limits import Limits
 from plainsd.server.requests import nesting
 from plainsd.server.schema import clean
@@ -130,3 +134,72 @@ def test_a_large_body_is_looked_through_at_the_speed_of_memory():
         with pytest.raises(ValueError, match="control characters"):
             clean("a" + bad)
     assert clean("a\n\r\tb\U0001f600")
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+def connected(server):
+    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30)
+
+
+def answer_of(connection):
+    answer = HTTPResponse(connection)
+    answer.begin()
+    assert answer.headers["x-frame-options"] == "DENY"
+    return answer.status
+
+
+def healthy(connection):
+    connection.sendall(HEAD + b"localhost\r\n\r\n")
+    return answer_of(connection)
+
+
+HEAD = b"GET /healthz HTTP/1.1\r\nHost: "
+
+
+@pytest.mark.parametrize("words", [b"", HEAD + b"loc", HEAD + b"a\r\n\r\nGET"])
+def test_silent_connections_are_let_go(server, monkeypatch, words):
+    """At the beginning, amid a head, and amid the head of a second request."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    with connected(server) as connection:
+        connection.sendall(words)
+        if words.endswith(b"GET"):
+            assert answer_of(connection) == 200
+        assert answer_of(connection) == 408
+        assert connection.recv(10) == b""
+
+
+def test_a_slow_head_has_no_more_time_than_a_silent_one(server, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    with connected(server) as connection:
+        began = time.monotonic()
+        with suppress(OSError):
+            for _ in range(50):
+                connection.sendall(b"X")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 2.4
+        with suppress(ConnectionResetError):
+            assert answer_of(connection) == 408
+
+
+def test_no_address_takes_all_connections(server, monkeypatch):
+    monkeypatch.setattr(connections, "OF_ONE_ADDRESS", 6)
+    crowd, status = [], 200
+    while status == 200 and len(crowd) < 10:
+        crowd.append(connected(server))
+        status = healthy(crowd[-1])
+    assert status == 503 and len(crowd) <= 7
+    other = socket.socket()
+    other.bind(("127.0.0.2", 0))
+    other.connect(crowd[0].getpeername())
+    assert healthy(other) == 200
+    for connection in (*crowd, other):
+        connection.close()
+    until(lambda: server.get("/healthz").status_code == 200)
+
+
+def test_answers_to_what_is_no_http_have_the_headers(server):
+    with connected(server) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert answer_of(connection) == 400

@@ -153,13 +153,15 @@ def server_of(app, grace: int = 5):
     """How uvicorn runs it. Streams end as the stopping begins; what is still open after `grace` seconds is cut."""
     import uvicorn
 
+    from plainsd.server.api.connections import Connection
+
     class Server(uvicorn.Server):
         async def shutdown(self, sockets=None) -> None:
             app.state.service.stop()
             await super().shutdown(sockets)
 
     return Server(uvicorn.Config(
-        app, log_level="warning", server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=1000,
+        app, http=Connection, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=grace,
         timeout_keep_alive=75,        # longer than most clients keep a connection: they are not cut off as they ask
     ))  # fmt: skip
 

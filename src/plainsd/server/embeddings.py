@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from plainsd.adapters.embeddings import embedding_content as read_content
 from plainsd.errors import UserError, unknown
 from plainsd.models.clip import TextEncoder
 from plainsd.pictures.model import StableDiffusion
-from plainsd.server.folders import named_files
+from plainsd.server.folders import attempted, changed, readable
 
 LARGEST = 16 * 2**20  # bytes; what is larger is something else
 
@@ -37,7 +36,7 @@ class Word(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """By the file's names; none where the file is gone."""
-        held = cached_content(self.path, self.changed)
+        held, _ = attempted(content_of, self.path, self.changed)
         return held[1] if held else {}
 
     def vectors(self) -> list[Tensor]:
@@ -50,18 +49,18 @@ class Words:
 
     def __init__(self, folder: Path | None):
         self.folder = folder
+        self.unusable: dict[str, str] = {}  # files that are passed over, and why; as of the last look
 
     def known(self) -> list[Word]:
         found: dict[str, Word] = {}
-        for name, path in named_files(self.folder).items():
-            try:
-                stat = path.stat()
-            except OSError:  # gone meanwhile
-                continue
-            if stat.st_size <= LARGEST and (held := cached_content(path, stat.st_mtime_ns)) is not None:
-                text = held[0] or path.stem
-                if text.strip() == text != "" and text.isprintable() and "," not in text:  # a comma parts them
-                    found.setdefault(text, Word(name, text, path, stat.st_mtime_ns))
+        unusable: dict[str, str] = {}
+        for name, (path, (text, _)) in readable(content_of, self.folder, unusable).items():
+            text = text or path.stem
+            if text in found:
+                unusable[name] = f"{text!r} is the word of {found[text].name!r} already; take one of them away"
+            else:
+                found[text] = Word(name, text, path, changed(path))
+        self.unusable = unusable
         return list(found.values())
 
     def word(self, wanted: str) -> Word:
@@ -70,6 +69,9 @@ class Words:
         for word in known:
             if wanted in (word.text, word.name):
                 return word
+        if wanted in self.unusable:
+            what = f"embeddings: {wanted!r} cannot be used: {self.unusable[wanted]}"
+            raise UserError(what, field="embeddings", value=wanted)
         if self.folder is None:
             raise UserError(
                 f"embeddings: there is none called {wanted!r}; start the server with --embeddings FOLDER",
@@ -102,15 +104,16 @@ class Words:
         return words
 
 
-@lru_cache(4096)
-def cached_content(path: Path, changed: int) -> tuple[str | None, dict[str, Tensor]] | None:
-    """The word, where the file tells it, and vectors without numbers; None for what is no embedding."""
-    try:
-        name, found = parsed_embedding(read_content(path, shapes_only=True))
-    except UserError:
-        return None
+def content_of(path: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """The word, where the file tells it, and vectors without numbers. UserError for what is no embedding."""
+    if (size := path.stat().st_size) > LARGEST:
+        raise UserError(f"{path} has {size} bytes, an embedding at most {LARGEST}; it is something else")
+    name, found = parsed_embedding(read_content(path, shapes_only=True))
     if not found or not all(one.ndim in (1, 2) and one.numel() for one in found.values()):
-        return None
+        raise UserError(f"{path} has no vectors of an embedding; it is something else")
+    text = path.stem if name is None else name
+    if text.strip() != text or text == "" or not text.isprintable() or "," in text:  # a comma parts them
+        raise UserError(f"{path} is for the word {text!r}, which cannot be written in a prompt; rename it")
     return name, {key: one.reshape(-1, one.shape[-1]) for key, one in found.items()}
 
 

@@ -1,9 +1,17 @@
-"""Folders of adapters: files by name, and by nothing else."""
+"""Folders of adapters: files by name, and by nothing else. One that cannot be used is passed over, and named once."""
 
+import logging
 from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
+from plainsd.errors import UserError
 from plainsd.listing import files_below, suffix_of
+
+Content = TypeVar("Content")
+log = logging.getLogger("plainsd.server")
 
 
 def named_files(folder: Path | None) -> dict[str, Path]:
@@ -14,3 +22,47 @@ def named_files(folder: Path | None) -> dict[str, Path]:
     stems = Counter(path.stem for path in paths)
     places = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
     return {path.stem if stems[path.stem] == 1 else place: path for path, place in zip(paths, places, strict=True)}
+
+
+def changed(path: Path) -> int:
+    """When, in nanoseconds; 0 where it is gone meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def readable(
+    read: Callable[[Path], Content], folder: Path | None, unusable: dict[str, str]
+) -> dict[str, tuple[Path, Content]]:
+    """What `read` makes of each file in a folder, by name; `unusable` is told which it can make nothing of, and why."""
+    found: dict[str, tuple[Path, Content]] = {}
+    unusable.clear()
+    for name, path in named_files(folder).items():
+        content, why = attempted(read, path, changed(path))
+        if not content:
+            unusable[printable(name)] = why.replace(str(path), name)
+        else:
+            found[name] = path, content
+    return found
+
+
+@lru_cache(4096)
+def attempted(read: Callable[[Path], Content], path: Path, _: int) -> tuple[Content | None, str]:
+    """Read once for each time that the file was changed; None with why it is passed over."""
+    if not path.name.isprintable():
+        why = "its name has characters that cannot be shown; rename it"
+    else:
+        try:
+            return read(path), ""
+        except UserError as error:
+            why = str(error)
+        except Exception as error:  # what others wrote is damaged in every way
+            why = f"it cannot be read ({type(error).__name__}: {error})"
+    why = printable(why)[:300]
+    log.warning("%s is passed over: %s", printable(str(path)), why)
+    return None, why
+
+
+def printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

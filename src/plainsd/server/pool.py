@@ -32,7 +32,7 @@ from plainsd.pictures.previews import Previewer, previewer
 from plainsd.pictures.settings import Settings
 from plainsd.server.embeddings import Word, Words, taught
 from plainsd.server.errors import Refused
-from plainsd.server.folders import named_files
+from plainsd.server.folders import readable
 from plainsd.speed.model import faster
 from plainsd.text.prompts import lora_tags
 
@@ -100,6 +100,7 @@ class Models:
         self.dtype = choose_dtype(options.dtype, self.device)
         self.budget = budget_of(self.device) if options.memory is None else options.memory
         self.lock, self.loads = threading.Lock(), 0
+        self.unusable_loras: dict[str, str] = {}  # files that are passed over, and why; as of the last look
         self.known: dict[str, ServedModel] = {}
         for source in sources or [None]:
             model = self.described(source)
@@ -188,13 +189,19 @@ class Models:
 
     def loras(self) -> dict[str, Path]:
         """Those in their folder, looked for anew each time, by the name that a `<lora:name:1>` tag has for them."""
-        named = named_files(self.options.loras)
-        return {name: path for name, path in named.items() if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
+        unusable: dict[str, str] = {}
+        files = {name: path for name, (path, _) in readable(adapter_in, self.options.loras, unusable).items()}
+        written = {name for name in files if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
+        unusable |= dict.fromkeys(files.keys() - written, "its name cannot be written in a prompt; rename it")
+        self.unusable_loras = unusable
+        return {name: path for name, path in files.items() if name in written}
 
     def lora(self, name: str) -> Path:
         known = self.loras()
         if name in known:
             return known[name]
+        if name in self.unusable_loras:
+            raise UserError(f"loras: {name!r} cannot be used: {self.unusable_loras[name]}", field="loras")
         if self.options.loras is None:
             raise UserError(
                 f"loras: there is none called {name!r}; start the server with --loras FOLDER", field="loras"
@@ -267,6 +274,11 @@ class Models:
     def bytes(self) -> int:
         """What the resident ones take."""
         return sum(model.bytes for model in self.known.values() if model.sd is not None)
+
+
+def adapter_in(path: Path) -> bool:
+    """Whether a file has one; UserError where it does not. Of the file nothing is kept."""
+    return bool(open_lora(path).tensors)
 
 
 def ideas(path: Path) -> list[str]:

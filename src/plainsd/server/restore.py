@@ -31,7 +31,7 @@ def picture_told(row: Picture) -> dict[str, Any]:
         "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height,
         "created": row.created,
         "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
-        "parameters": format_settings(tagged(settings, row.loras)),
+        "parameters": format_settings(tagged(settings, row.loras)), "problem": row.problem,
     }  # fmt: skip
 
 

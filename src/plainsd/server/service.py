@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from plainsd.errors import UserError
 from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import DONE, FAILED, QUEUED, Job
@@ -51,7 +53,12 @@ class Service:
         """All of it, with nothing drawn yet. UserError where a model or the data folder cannot be used."""
         models = Models(sources, options)
         store = Store(data)
-        queue = Queue(store, limits.queue)
+        try:
+            queue = Queue(store, limits.queue)
+        except sqlite3.Error as error:
+            store.close()
+            what = f"cannot read the database in '{data}' ({error})"
+            raise UserError(f"{what}; mend it or move it away, or choose another place with --data") from None
         return cls(models, store, queue, Worker(queue, models, store, limits, batch), limits)
 
     def stop(self) -> None:
@@ -105,7 +112,8 @@ class Service:
                 "position": self.queue.position(job) if job.state == QUEUED else None,
                 "seeds": [json_seed(one.seed) for one in job.each], "notes": job.notes,
                 "images": [job.picture_id(place) for place in sorted(job.done)],
-                "error": job.error, "created": job.created, "started": job.started, "finished": job.finished,
+                "error": job.error or job.problem,
+                "created": job.created, "started": job.started, "finished": job.finished,
             }  # fmt: skip
 
     async def events(self, job: Job) -> AsyncIterator[tuple[str, dict]]:

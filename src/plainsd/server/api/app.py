@@ -228,6 +228,7 @@ def add_page(app: FastAPI, service: Service) -> None:
             "spacings": {name: spacing_label(name) for name in shared_spacings()},
             "upscalers": UPSCALERS, "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
             "loras": sorted(service.models.loras()),
+            "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.words.unusable},
         }  # fmt: skip
 
     @app.get("/healthz", tags=["service"])

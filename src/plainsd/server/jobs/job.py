@@ -88,11 +88,12 @@ class Job:
     number: int = 0
     state: str = QUEUED
     error: str | None = None
-    attempts: int = 0
+    attempts: int = 0  # that ended the server while it was drawn by itself
     started: float | None = None
     finished: float | None = None
     done: set[int] = field(default_factory=set)  # pictures in the history
 
+    problem: str | None = None  # why its row cannot be read
     notes: list[str] = field(default_factory=list)  # what a choice does that it does not seem to do
     drawing: set[int] = field(default_factory=set)
     step: int = 0  # of the batch under way ...

@@ -1,11 +1,13 @@
 """Pictures of the history: their rows, their names, their settings in the forms that outlive a process."""
 
+import json
 import re
 import secrets
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from types import NoneType
 
-from plainsd.pictures.settings import Resolved, plain_number
+from plainsd.pictures.settings import RANGES, Resolved, plain_number
 
 SAFE_INTEGER = 2**53 - 1  # JavaScript's
 
@@ -24,13 +26,41 @@ class Picture:
     settings: Resolved
     loras: list[tuple[str, float]]
     created: float
+    problem: str | None = None  # why its settings cannot be read
 
 
-def settings_from(data: dict) -> Resolved:
-    """What `asdict` and JSON made of them, back."""
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)  # what a damaged row may raise
+NO_SETTINGS = Resolved(size=(8, 8), steps=1, guidance=1.0, sampler="", spacing="")  # where they cannot be read
+KNOWN = {field.name for field in fields(Resolved)}
+
+
+def settings_from(data: dict, *, strict: bool = False) -> Resolved:
+    """What `asdict` and JSON made of them, back. Fields of another version stand under `other`; where strict, they are
+    an error, because what they say would not be drawn. Raises one of UNREADABLE."""
     tuples = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
     pairs = {name: tuple(map(tuple, data.get(name, ()))) for name in ("hashes", "other")}
-    return Resolved(**{**data, **tuples, **pairs})
+    foreign = {name: value for name, value in data.items() if name not in KNOWN}
+    if foreign and strict:
+        raise ValueError(f"it is of another version, which knows {next(iter(foreign))!r}")
+    pairs["other"] += tuple((name, json.dumps(value)) for name, value in foreign.items())
+    settings = Resolved(**{name: value for name, value in {**data, **tuples, **pairs}.items() if name in KNOWN})
+    for name in ("prompt", "negative", "sampler", "spacing"):
+        if not isinstance(getattr(settings, name), str):
+            raise TypeError(f"{name} is no text")
+    for name in RANGES:
+        value = getattr(settings, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if not isinstance(one, (int, float, NoneType)):
+                raise TypeError(f"{name} is no number")
+    return settings
+
+
+def loras_from(text: str) -> list[tuple[str, float]]:
+    return [(str(name), float(strength)) for name, strength in json.loads(text)]
+
+
+def shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 def tagged(settings: Resolved, loras: list[tuple[str, float]]) -> Resolved:

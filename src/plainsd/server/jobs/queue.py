@@ -15,7 +15,7 @@ from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Bell, Job, Unit
 
 SHARE = 0.5  # of the queue that one client may fill
-ATTEMPTS = 3  # crashes of the whole server that one job may cause
+ATTEMPTS = 3  # ends of the whole server while one job was drawn by itself
 WAITS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)  # seconds, bounds of the buckets
 
 
@@ -35,10 +35,12 @@ class Queue:
         self.stopping = False
         self.pace = 1.0  # seconds a picture, smoothed
         for job in store.unfinished():
-            job.alone = job.attempts > 0  # it may have been the cause
+            job.alone = job.state == RUNNING or job.attempts > 0  # when the server ended: it may have been the cause
             job.state = QUEUED
             self.jobs[job.id] = job
-            if job.attempts >= ATTEMPTS:
+            if job.problem:
+                self.end(job, FAILED, f"{job.problem}; ask for it again")
+            elif job.attempts >= ATTEMPTS:
                 self.end(job, FAILED, f"the server ended {job.attempts} times while drawing this; try it smaller")
 
     # --- from clients ------------------------------------------------------------------------------------------------
@@ -157,6 +159,11 @@ class Queue:
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
+
+    def wait_stopped(self, seconds: float) -> bool:
+        """Whether the server stops within that time."""
+        with self.changed:
+            return self.changed.wait_for(lambda: self.stopping, seconds)
 
     def counts(self) -> dict[str, int]:
         with self.changed:

@@ -10,12 +10,14 @@ before. Ids and file names follow from the job, so a job that runs again writes 
 """
 
 import json
+import os
+import re
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
@@ -23,10 +25,19 @@ from PIL import Image
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.pictures.images import write_png
-from plainsd.server.jobs.job import DONE, QUEUED, RUNNING, Job, Sheet, Source
-from plainsd.server.jobs.pictures import Picture, settings_from, tagged
+from plainsd.server.jobs.job import ACTIVE, DONE, QUEUED, RUNNING, Job, Sheet, Source
+from plainsd.server.jobs.pictures import (
+    NO_SETTINGS,
+    UNREADABLE,
+    Picture,
+    loras_from,
+    settings_from,
+    shortened,
+    tagged,
+)
 
-TABLES = """
+MIGRATIONS = (  # from each version of the database to the next; the first makes it
+    """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, client TEXT NOT NULL, api TEXT NOT NULL,
     model TEXT NOT NULL, loras TEXT NOT NULL, pictures TEXT NOT NULL, source TEXT, sheet TEXT, place TEXT NOT NULL,
@@ -39,7 +50,15 @@ CREATE TABLE IF NOT EXISTS images (
     file TEXT NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, settings TEXT NOT NULL, loras TEXT NOT NULL,
     search TEXT NOT NULL, created REAL NOT NULL, UNIQUE (job, place)
 );
-"""
+""",
+    # attempts are now those that ended the server; `alone` is 1 while a job is drawn by itself
+    """
+UPDATE jobs SET attempts = 0;
+ALTER TABLE jobs ADD COLUMN alone INTEGER NOT NULL DEFAULT 0;
+""",
+)
+INPUT = re.compile(r"[0-9a-f]{32}\.png")  # names of `canvas.Base.kept`
+DRAFT = re.compile(r"\..+\.\d+\.part")  # names of `disk.draft_of`
 THUMBNAIL = 320  # pixels, the longer side
 
 
@@ -53,13 +72,42 @@ class Store:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(self.folder / "plainsd.sqlite", check_same_thread=False, timeout=1)
             self.db.row_factory = sqlite3.Row
+            self.db.text_factory = lambda text: text.decode("utf-8", "replace")
             self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.executescript(TABLES)
+            self.migrate()
+            self.db.execute(
+                "UPDATE jobs SET attempts = attempts + alone, alone = 0 WHERE alone"
+            )  # of one that was killed
+            self.db.commit()
+            self.sweep()
         except (sqlite3.Error, OSError) as error:
             busy = "is locked" in str(error)
             why = "another server uses it; stop that one, or" if busy else f"{error};"
             raise UserError(f"cannot use the data folder '{folder}': {why} choose another place with --data") from None
+
+    def migrate(self) -> None:
+        """Brings an older database to this version, a step at a time, each whole or not at all. UserError for a newer
+        one."""
+        (version,) = self.db.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            what = f"cannot use the data folder '{self.folder}': its database is of version {version}"
+            remedy = "update it, or choose another place with --data"
+            raise UserError(f"{what}, this plainsd knows up to {len(MIGRATIONS)}; {remedy}")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            try:
+                self.db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+            except sqlite3.Error:
+                self.db.rollback()
+                raise
+
+    def sweep(self) -> None:
+        """Removes what a server that was killed had not finished writing; nobody else writes into this folder."""
+        for name in ("pictures", "inputs", "thumbnails"):
+            for place, _, files in os.walk(self.folder / name):
+                for file in files:
+                    if DRAFT.fullmatch(file):
+                        Path(place, file).unlink(missing_ok=True)
 
     def close(self) -> None:
         with self.lock:
@@ -90,15 +138,19 @@ class Store:
 
     def started(self, job: Job, when: float) -> None:
         with self.transaction() as db:
-            db.execute(
-                "UPDATE jobs SET state = ?, started = ?, attempts = attempts + 1 WHERE id = ?", (RUNNING, when, job.id)
-            )
+            db.execute("UPDATE jobs SET state = ?, started = ? WHERE id = ?", (RUNNING, when, job.id))
+
+    def alone(self, job: Job, is_alone: bool) -> None:
+        """Whether it is the only one that is drawn: a server that ends meanwhile was ended by it."""
+        with self.transaction() as db:
+            db.execute("UPDATE jobs SET alone = ? WHERE id = ?", (is_alone, job.id))
 
     def ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
         """Its last state. What it was drawn on is no longer kept, unless another job needs it."""
         with self.transaction() as db:
             db.execute(
-                "UPDATE jobs SET state = ?, error = ?, finished = ? WHERE id = ?", (state, error, finished, job.id)
+                "UPDATE jobs SET state = ?, error = ?, finished = ?, alone = 0 WHERE id = ?",
+                (state, error, finished, job.id),
             )
         if job.source:
             self.tidy(job.source.files())
@@ -106,7 +158,7 @@ class Store:
     def put_back(self) -> None:
         """The server stops as it should: what was running is queued again, and no attempt is counted."""
         with self.transaction() as db:
-            db.execute("UPDATE jobs SET state = ?, attempts = attempts - 1 WHERE state = ?", (QUEUED, RUNNING))
+            db.execute("UPDATE jobs SET state = ?, alone = 0 WHERE state = ?", (QUEUED, RUNNING))
 
     def job(self, id: str) -> Job | None:
         with self.lock:
@@ -129,18 +181,24 @@ class Store:
         return jobs
 
     def _job(self, row: sqlite3.Row) -> Job:
+        """One row. What cannot be read of it is told in `problem`."""
         with self.lock:
             done = self.db.execute("SELECT place FROM images WHERE job = ?", (row["id"],)).fetchall()
-        source, sheet = (json.loads(row[name]) if row[name] else None for name in ("source", "sheet"))
-        return Job(
-            id=row["id"], number=row["number"], client=row["client"], api=row["api"], model=row["model"],
-            loras=[(name, strength) for name, strength in json.loads(row["loras"])],
-            each=[settings_from(one) for one in json.loads(row["pictures"])],
-            source=Source(**{**source, "box": source["box"] and tuple(source["box"])}) if source else None,
-            sheet=Sheet(**sheet) if sheet else None, place=row["place"], state=row["state"], error=row["error"],
-            attempts=row["attempts"], created=row["created"], started=row["started"], finished=row["finished"],
-            done={place for (place,) in done},
-        )  # fmt: skip
+        names = ("id", "number", "client", "api", "model", "place", "state", "error", "attempts", "created", "started",
+                 "finished")  # fmt: skip
+        known = {name: row[name] for name in names} | {"done": {place for (place,) in done}}
+        try:
+            source, sheet = (json.loads(row[name]) if row[name] else None for name in ("source", "sheet"))
+            each = [settings_from(one, strict=row["state"] in ACTIVE) for one in json.loads(row["pictures"])]
+            return Job(
+                **known, each=each or [NO_SETTINGS], loras=loras_from(row["loras"]),
+                source=Source(**{**source, "box": source["box"] and tuple(source["box"])}) if source else None,
+                sheet=Sheet(**sheet) if sheet else None,
+            )  # fmt: skip
+        except UNREADABLE as error:
+            return Job(
+                **known, each=[NO_SETTINGS], problem=f"its row in the database cannot be read ({shortened(error)})"
+            )
 
     def counts(self) -> dict[str, int]:
         with self.lock:
@@ -159,7 +217,7 @@ class Store:
             rows = self.db.execute(
                 "SELECT source FROM jobs WHERE source NOT NULL AND state IN (?, ?)", (QUEUED, RUNNING)
             )
-            needed = {name for (source,) in rows for name in json.loads(source).values() if isinstance(name, str)}
+            needed = {name for (source,) in rows for name in INPUT.findall(source)}
             for name in names - needed:
                 (self.folder / "inputs" / name).unlink(missing_ok=True)
 
@@ -184,7 +242,9 @@ class Store:
                 row,
             )
             if job.done | {place} == job.places:
-                db.execute("UPDATE jobs SET state = ?, finished = ? WHERE id = ?", (DONE, time.time(), job.id))
+                db.execute(
+                    "UPDATE jobs SET state = ?, finished = ?, alone = 0 WHERE id = ?", (DONE, time.time(), job.id)
+                )
 
     def picture(self, id: str) -> Picture | None:
         with self.lock:
@@ -210,17 +270,21 @@ class Store:
         return [self._picture(row) for row in rows]
 
     def _picture(self, row: sqlite3.Row) -> Picture:
-        known = {field.name: row[field.name] for field in fields(Picture)}
-        known["settings"] = settings_from(json.loads(row["settings"]))
-        known["loras"] = [(name, strength) for name, strength in json.loads(row["loras"])]
-        return Picture(**known)
+        """One row. What cannot be read of it is told in `problem`."""
+        known = {name: row[name] for name in ("number", "id", "job", "place", "file", "width", "height", "created")}
+        try:
+            settings, loras = settings_from(json.loads(row["settings"])), loras_from(row["loras"])
+        except UNREADABLE as error:
+            why = f"its settings in the database cannot be read ({shortened(error)})"
+            return Picture(**known, settings=NO_SETTINGS, loras=[], problem=why)
+        return Picture(**known, settings=settings, loras=loras)
 
     def path(self, picture: Picture) -> Path:
-        """Where its file lies; never outside the data folder, whatever the database says."""
-        path = (self.folder / picture.file).resolve()
-        if not path.is_relative_to(self.folder.resolve() / "pictures"):
-            raise FileNotFoundError(path)
-        return path
+        """Where its file lies: below `pictures`, whatever the database says. That, or a day in it, may be a link."""
+        place = Path(picture.file)
+        if place.is_absolute() or place.parts[:1] != ("pictures",) or ".." in place.parts:
+            raise FileNotFoundError(place)
+        return self.folder / place
 
     def thumbnail(self, picture: Picture) -> Path:
         """A WebP of at most 320 pixels; the picture itself where it is no larger."""

@@ -5,7 +5,8 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from PIL import Image
@@ -77,7 +78,8 @@ class Worker(threading.Thread):
             return self.keep(units[0], self.sheet(units[0].job))
         model, sd = self.models.ready(units[0].job.model, units[0].job.loras, units[0].settings)
         began = time.monotonic()
-        pictures = self.sampled(model, sd, units)
+        with self.counted({unit.job for unit in units}):
+            pictures = self.sampled(model, sd, units)
         if pictures is None:
             return
         files = self.models.hashes(model, units[0].job.loras, units[0].settings)
@@ -87,6 +89,20 @@ class Worker(threading.Thread):
                 unit.job.each[unit.place] = replace(unit.settings, hashes=files, **recorded)
                 self.keep(unit, self.finished(unit.job, image))
         self.queue.pace += 0.2 * ((time.monotonic() - began) / len(units) - self.queue.pace)
+
+    @contextmanager
+    def counted(self, jobs: set[Job]) -> Iterator[None]:
+        """While one job is drawn by itself, it is on record: should the server end now, it was the cause."""
+        if len(jobs) > 1:
+            yield
+            return
+        (job,) = jobs
+        self.store.alone(job, True)
+        try:
+            yield
+        finally:
+            if job.active and not self.queue.stopping:  # a proper stop takes it off by itself
+                self.store.alone(job, False)
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
@@ -130,11 +146,29 @@ class Worker(threading.Thread):
         return grid(images, len(job.sheet.across), job.sheet.across, job.sheet.down)
 
     def keep(self, unit: Unit, image: Image.Image) -> None:
-        file = self.store.write(unit.job, unit.place, image)
+        file = self.written(unit, image)
+        if file is None:
+            return
         if self.queue.entered(unit, file, image.size):
             self.pictures += 1
         else:  # cancelled while it was written
             (self.store.folder / file).unlink(missing_ok=True)
+
+    def written(self, unit: Unit, image: Image.Image) -> str | None:
+        """The picture's file. Where the disk refuses it, it is tried again until there is room; None where its job was
+        cancelled meanwhile."""
+        while unit.job.active:
+            try:
+                return self.store.write(unit.job, unit.place, image)
+            except DiskError as error:
+                log.error("cannot write to the data folder (%s); trying again", error.reason)
+                waits = f"the disk refuses a picture ({error.reason}); it is written as soon as there is room"
+                if waits not in unit.job.notes:
+                    unit.job.notes.append(waits)
+                    unit.job.bell.ring()
+                if self.queue.wait_stopped(RETRY):
+                    raise Stopped from None
+        return None
 
     def failed(self, units: list[Unit], error: Exception) -> None:
         """One job alone has failed; of several, each is tried again by itself, so that nobody pays for a neighbour."""

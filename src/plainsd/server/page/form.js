@@ -30,6 +30,10 @@ export function setUp(told) {
   $("steps-range").max = Math.min(60, info.limits.steps);
   $("no-loras").hidden = info.loras.length > 0;
   $("add-lora").hidden = info.loras.length === 0;
+  for (const kind of ["loras", "embeddings"]) {
+    $(`unusable-${kind}`).replaceChildren(...Object.entries(info.unusable[kind]).map(
+      ([name, why]) => element("li", { textContent: `${name}: ${why}` })));
+  }
   takeDefaults();
   restoreDraft();
   wire();

@@ -1,0 +1,81 @@
+"""Connections, before there is a request: who is silent is let go, and nobody takes all of them.
+
+uvicorn ends a connection that stays idle after an answer, but waits without end for the first words of a new one, and
+for the rest of a head that was begun; and where its own limit is reached, it is reached for everybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from plainsd.server.api.security import HEADERS
+
+HEAD_SECONDS = 20.0  # within which the head of a request must have come
+CONNECTIONS = 1000  # open at once
+OF_ONE_ADDRESS = 250  # of these
+
+
+def closing(status: int, reason: str, says: str) -> bytes:
+    """A whole answer, after which the connection ends."""
+    body = (says + "\n").encode()
+    headers = HEADERS | {"Content-Type": "text/plain; charset=utf-8", "Connection": "close"}
+    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+FULL = closing(503, "Service Unavailable", "too many connections are open; close some, and try again")
+SILENT = closing(408, "Request Timeout", f"no request came within {HEAD_SECONDS:g} s; send it at once")
+
+
+class Connection(H11Protocol):
+    """uvicorn's own, with a time limit for heads, a limit for each address, and our headers on its own answers."""
+
+    waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        everyone = [other for other in self.connections if isinstance(other, Connection)]
+        mine = sum(other.address == self.address for other in everyone)
+        if len(everyone) > CONNECTIONS or mine > OF_ONE_ADDRESS:
+            self.end(FULL)
+        else:
+            self.expect_head()
+
+    @property
+    def address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self.cease()
+        elif data:
+            self.expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.cease()
+        super().connection_lost(exc)
+
+    def expect_head(self) -> None:
+        """From the first of its bytes on, or from the beginning of the connection."""
+        if self.waiting is None:
+            self.waiting = self.loop.call_later(HEAD_SECONDS, self.end, SILENT)
+
+    def cease(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
+    def end(self, answer: bytes) -> None:
+        self.cease()
+        if not self.transport.is_closing():
+            self.transport.write(answer)
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self.end(closing(400, "Bad Request", msg))
