@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plainsd.commands.adapters import chosen_loras, learned, prompts_and_loras
+from plainsd.commands.control import check_control_flags, chosen_controls
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, grid_cells, sheet
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
@@ -62,6 +63,8 @@ class Generate(GenerateFlags):
             raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
         noise = noise_of(self, choices)
         say_notes(Settings(**{one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
+        followed = choices.pop("control", ())
+        check_control_flags(self, followed)
         task, part = self.task(choices), share.part(len(prompts))
         target.number = None if share.alone else share.agreed(target.next_number()) + part.start
         if not part:
@@ -90,6 +93,8 @@ class Generate(GenerateFlags):
             from plainsd.speed.model import faster
 
             faster(sd, compiled=self.compile, tell=partial(tqdm.write, file=sys.stderr))
+        if self.control:
+            choices["control"] = chosen_controls(self, sd, followed)
         loaded = time.perf_counter()
         batches = grid_cells(prompts[0], choices, axes) if axes else prompt_batches(prompts, choices, self.batch, part)
         images: list[Image.Image] = []

@@ -28,6 +28,7 @@ ROUGH, ROUGH_SIDE = 8, 256  # times that a preview is enlarged, whose sides are 
 NOT_SENT = (
     "vae",
     "preview_vae",
+    "control",
     "prediction",
     "zero_snr",
     "lora_folder",
@@ -40,7 +41,14 @@ NOT_SENT = (
     "low_memory",
     "batch",
 )
-NOT_FIELDS = ("embeddings", "masked", "vae", "hashes", *NOISE)  # of what a picture's text says, no fields of a job
+NOT_FIELDS = (
+    "embeddings",
+    "masked",
+    "vae",
+    "hashes",
+    "control",
+    *NOISE,
+)  # of what a picture's text says, no fields of a job
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
 
 
