@@ -155,7 +155,7 @@ def save_control(
     net: ControlNet, path: str | Path, layout: str | None = None, dtype: str | torch.dtype | None = None
 ) -> None:
     """Writes a control net as a diffusers folder, or a single file in the original's names. Arguments as for `save`."""
-    conv = net.config.vector is None and net.config.context == 768  # as SD 1.x's public files have it
+    conv = net.config.vector is None and net.config.context != 1024  # SD 2.x's and SDXL's files hold linear layers
     own = next(net.parameters())
     packed = StoredNetwork(ControlNet, net.control, {name: stored(t) for name, t in net.state_dict().items()})
     write_control_net(packed, Path(path), layout, conv, dtype and choose_dtype(dtype, own.device))

@@ -26,7 +26,7 @@ def tags_of(loras: LoraFiles) -> str:
     return "".join(f" <lora:{path.stem}:{plain_number(strength)}>" for path, strength in loras)
 
 
-def from_flag(text: str) -> tuple[Path, float | None]:
+def from_flag(text: str, flag: str = "lora") -> tuple[Path, float | None]:
     """`style.safetensors:0.8` -> file and strength; no strength is None."""
     path, colon, strength = text.rpartition(":")
     if not colon or Path(text).exists():
@@ -34,7 +34,7 @@ def from_flag(text: str) -> tuple[Path, float | None]:
     try:
         return Path(path), float(strength)
     except ValueError:
-        raise UserError(f"--lora {text!r} is no file, and {strength!r} is no strength; write FILE:0.8") from None
+        raise UserError(f"--{flag} {text!r} is no file, and {strength!r} is no strength; write FILE:0.8") from None
 
 
 def learned(text: str) -> tuple[Path, str]:

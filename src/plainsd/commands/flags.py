@@ -51,6 +51,20 @@ class GenerateFlags:
     """leave out what of a LoRA does not fit the model"""
     embedding: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:WORD")] = ()
     """a learned word (textual inversion), such as cat.pt:<cat>, or FILE alone; more than once for several"""
+    control: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
+    """a control net, such as canny.safetensors:0.8, folder or file; more than once for several"""
+    control_image: Annotated[UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
+    """the map that it follows; as many as --control. Another size is scaled"""
+    control_range: Annotated[UseAppendAction[tuple[tuple[float, float], ...]], flag("START END")] = ()
+    """between which shares of the steps it acts (default 0 1); one for each --control, or one for all"""
+    guess: bool = False
+    """guess mode: prompted rows only, less for finer parts (0.1 to 1); for maps without a prompt, guidance 3 to 5"""
+    control_mode: Annotated[str | None, flag("NAME")] = None
+    """balanced, prompt or control: which is more important, as A1111 weighs them"""
+    preprocess: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
+    """what makes the map of --control-image: none or canny; one for each --control, or one for all"""
+    control_kind: Annotated[UseAppendAction[tuple[int, ...]], flag("N")] = ()
+    """of the map, for a net of several kinds (union), counted from 0"""
     refiner: Annotated[str | None, flag("MODEL")] = None
     """folder, file or hub name of a model that draws the last part, such as SDXL's refiner"""
     handover: Annotated[float | None, flag("SHARE")] = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plainsd.commands.adapters import chosen_loras, learned, prompts_and_loras
+from plainsd.commands.control import check_control_flags, chosen_controls
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, grid_cells, sheet
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
@@ -63,6 +64,8 @@ class Generate(GenerateFlags):
         noise = noise_of(self, choices)
         like: dict[str, Any] = {name: choices.get(name) for name in ("noise", "like")}
         say_notes(Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
+        followed = choices.pop("control", ())
+        check_control_flags(self, followed)
         task, part = self.task(choices), share.part(len(prompts))
         target.number = None if share.alone else share.agreed(target.next_number()) + part.start
         if not part:
@@ -91,6 +94,8 @@ class Generate(GenerateFlags):
             from plainsd.speed.model import faster
 
             faster(sd, compiled=self.compile, tell=partial(tqdm.write, file=sys.stderr))
+        if self.control:
+            choices["control"] = chosen_controls(self, sd, followed)
         loaded = time.perf_counter()
         batches = grid_cells(prompts[0], choices, axes) if axes else prompt_batches(prompts, choices, self.batch, part)
         images: list[Image.Image] = []

@@ -21,7 +21,14 @@ from plainsd.text.prompts import lora_tags
 if TYPE_CHECKING:
     from plainsd.pictures.model import StableDiffusion
 
-ELSEWHERE = ("model", "refiner", "vae", "embeddings", "hashes")  # what a picture's text names, and flags give
+ELSEWHERE = (
+    "model",
+    "refiner",
+    "vae",
+    "embeddings",
+    "hashes",
+    "control",
+)  # what a picture's text names, and flags give
 NOISE = ("prediction", "zero_snr")  # how the model is to be read: a picture's text says it, and flags change it
 
 
@@ -42,7 +49,7 @@ def check_recorded(
     from plainsd.files.hashes import weights_hash
     from plainsd.pictures.defaults import model_name
 
-    model, refiner, vae, learned, hashes = (choices.pop(name, None) for name in ELSEWHERE)
+    model, refiner, vae, learned, hashes = (choices.pop(name, None) for name in ELSEWHERE[:5])
     made = f"'{command.from_}' was made with the"
     if model not in (None, model_name(sd)) and command.model is None:
         raise UserError(f"{made} model {model!r}, and this is {model_name(sd)!r}; say where that is with --model")

@@ -28,6 +28,7 @@ ROUGH, ROUGH_SIDE = 8, 256  # times that a preview is enlarged, whose sides are 
 NOT_SENT = (
     "vae",
     "preview_vae",
+    "control",
     "prediction",
     "zero_snr",
     "lora_folder",
@@ -46,6 +47,7 @@ NOT_FIELDS = (
     "vae",
     "hashes",
     "other",
+    "control",
     *NOISE,
 )  # of what a picture's text says, no fields of a job
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings

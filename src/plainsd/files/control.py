@@ -38,6 +38,7 @@ NOTE = "plainsd.control"  # in a file's metadata: config.json
 PREFIX = "control_model."
 DIFFERENCE, LORA = "difference", "lora_controlnet"  # tensors that are words
 LAYOUTS = ("diffusers", "single-file")
+ENDS = {"conv_in": -1, "conv_out": 1000}  # the first and the last of the convolutions that diffusers numbers between
 XL_MID = replace(XL_UNET, depth=(0, 0, 1), mid_depth=1)  # diffusers' smaller nets for SDXL
 XL_SMALL = replace(XL_UNET, depth=(0, 0, 0), mid_depth=0)
 FORMS = {"": "a control net", DIFFERENCE: "a control net's difference to a base", LORA: "a ControlLoRA"}
@@ -136,12 +137,15 @@ def known_unets() -> list[UNetConfig]:
 def hint_of(file: TensorFile, names: str) -> tuple[tuple[int, ...], int]:
     """Widths of the convolutions that bring a map down, and the map's channels."""
     start = "input_hint_block." if names == "original" else "controlnet_cond_embedding."
-    shapes = [
-        tensor.shape for name, tensor in file.tensors.items() if name.startswith(start) and len(tensor.shape) == 4
-    ]
-    channels = [shape[1] for shape in shapes]
-    widths = sorted({*channels} - {3})  # as all public nets have them, growing
-    return tuple(widths), 3 if 3 in channels else min(channels, default=3)
+    shapes = {}
+    for name, tensor in file.tensors.items():
+        place = name.removeprefix(start).removesuffix(".weight").removeprefix("blocks.")
+        if name.startswith(start) and len(tensor.shape) == 4:
+            shapes[ENDS[place] if place in ENDS else int(place) if place.isdigit() else 0] = tensor.shape
+    found = [shape for _, shape in sorted(shapes.items())]  # each width twice, then the UNet's
+    if len(found) < 2:
+        return ControlConfig.hint, 3
+    return tuple(shape[0] for shape in (found[0], *found[2:-1:2])), found[0][1]
 
 
 def fits(file: TensorFile, config: ControlConfig, names: str, partial: bool) -> bool:

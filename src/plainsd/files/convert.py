@@ -15,6 +15,7 @@ from plainsd.disk import read_json
 from plainsd.errors import UserError, unknown
 from plainsd.files.configs import read_vae
 from plainsd.files.configs_out import write_variant
+from plainsd.files.control import is_control, open_control, write_control_net
 from plainsd.files.detect import UNET_PREFIX, seems
 from plainsd.files.folder import PREVIEW, open_part, read_folder, read_network, write_folder
 from plainsd.files.hub import find
@@ -48,6 +49,10 @@ def convert(
     inferred from the target's name, as in `save`. `change` transforms the contents; the other arguments are those of
     `load`."""
     path = find(source, variant_file)
+    if is_control(path):
+        control = open_control(path, variant_file)
+        cast_to = dtype and choose_dtype(dtype, torch.device("cpu"))
+        return write_control_net(control.network(), Path(target), layout, control.conv, cast_to)
     contents = change(read(path, variant_file, family, vae=vae, prediction=prediction, zero_snr=zero_snr))
     if not any(name.startswith("tokenizer") for name in contents.texts):
         texts = tokenizer_texts(tokenizers(contents, path), contents.variant)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from plainsd.errors import UserError, unknown
+from plainsd.files.hashes import legacy_hash
 from plainsd.models.control import ControlNet
 from plainsd.models.unet import UNetConfig
 from plainsd.models.variants import VARIANTS
@@ -91,6 +93,11 @@ class Fitted(NamedTuple):
 
     control: Control
     maps: list[Tensor]  # (1, 3, H, W), 0 to 1
+
+
+def control_name(path: Path) -> str:
+    """What stands in a picture's text: the file's name, and what A1111 tells files of a name apart by."""
+    return f"{path.name if path.is_dir() else path.stem} [{legacy_hash(path)}]"
 
 
 # --- at the door -----------------------------------------------------------------------------------------------------

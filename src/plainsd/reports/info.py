@@ -14,6 +14,7 @@ from plainsd.adapters.names import BUNDLE, split_name
 from plainsd.adapters.peft import PeftSettings
 from plainsd.adapters.reading import made_for
 from plainsd.diffusion.schedule import EDMSchedule
+from plainsd.files.control import FORMS, NOTE, is_control, open_control
 from plainsd.files.detect import EMBEDDING, seems
 from plainsd.files.folder import read_folder
 from plainsd.files.hub import find
@@ -24,6 +25,7 @@ from plainsd.files.stored import StoredNetwork
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
 from plainsd.listing import suffix_of
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
+from plainsd.pictures.control import family
 
 LONGEST = 200  # characters of a note
 
@@ -36,6 +38,8 @@ def info(
 ) -> str:
     """Lines for a reader: the kind of model or adapter, its sizes, its notes."""
     path = adapter_in(find(source, variant_file))
+    if is_control(path):
+        return control_info(path, variant_file)
     if path.is_dir():
         contents = told_otherwise(read_folder(path, variant_file), path, prediction, zero_snr)
         return "\n".join(
@@ -79,6 +83,29 @@ def info(
     else:
         lines = [f"{path}: {seems(file.tensors)}", row("tensors", sizes(file.tensors.values()))]
     return "\n".join(lines + note_lines(file.metadata))
+
+
+def control_info(path: Path, variant_file: str | None) -> str:
+    """Lines about a control net."""
+    control = open_control(path, variant_file)
+    config, unet = control.config, control.config.unet
+    names = (
+        "a folder"
+        if path.is_dir()
+        else f"a file in {'diffusers' if control.names == 'diffusers' else 'the original'}'s names"
+    )
+    kinds = f", for {config.kinds} kinds of maps" if config.kinds else ""
+    means = ["means over the whole picture"] if config.pooled else []
+    return "\n".join(
+        [
+            f"{path}: {FORMS[control.form]}{kinds}, {names}",
+            row("for", family(unet)),
+            row("tensors", sizes(control.file.tensors.values())),
+            row("map", f"{config.hint_channels} channels, {config.factor} pixels a latent"),
+            *[row("residuals", text) for text in means],
+            *note_lines({name: text for name, text in control.file.metadata.items() if name != NOTE}),
+        ]
+    )
 
 
 def adapter_in(path: Path) -> Path:

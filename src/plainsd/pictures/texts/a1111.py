@@ -14,6 +14,7 @@ from typing import Any
 from plainsd import __version__
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.texts.controls import controls_read, controls_written
 from plainsd.pictures.texts.dialects import as_a1111, written_by
 from plainsd.pictures.texts.entries import check_length, entries, quote
 from plainsd.pictures.texts.fields import FIELDS
@@ -49,6 +50,7 @@ def format_settings(settings: Settings) -> str:
             pairs.append((f"{key} DDIM" if name == "eta" and settings.sampler in ETA_DDIM else key, write(value)))
     pairs[1:1] = _names_written(settings.sampler, settings.spacing)
     pairs += _names_written(settings.hires_sampler, settings.hires_spacing, SECOND)
+    pairs += controls_written(settings.control)
     pairs += _hashes_written(settings.hashes)
     if "noise" not in DEFAULTS:
         pairs.append(("RNG", "CPU"))
@@ -106,6 +108,7 @@ def parse_settings(text: str) -> Settings:
     found["sampler"], found["spacing"] = _names_read(said, old=old)
     found["hires_sampler"], found["hires_spacing"] = _names_read(said, SECOND)
     found["hashes"] = _hashes_read(said)
+    found["control"] = controls_read(said)
     if found["sampler"] in ETA_DDIM and "Eta DDIM" in said:
         said["Eta"] = said.pop("Eta DDIM")
     for key, name, read, _ in FIELDS:

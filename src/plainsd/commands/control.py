@@ -1,0 +1,93 @@
+"""Maps to follow on the command line: `--control FILE:STRENGTH --control-image FILE`, and what goes with each of them.
+
+The first `--control-image` belongs to the first `--control`, and so on; so do `--control-range`, `--preprocess` and
+`--control-kind`, of which one may stand for all. What a picture was made with (`--from`) stands in for what is not
+given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from plainsd.commands.adapters import from_flag
+from plainsd.commands.flags import GenerateFlags
+from plainsd.errors import UserError
+from plainsd.pictures.settings import ControlNote
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from plainsd.pictures.control import Control
+    from plainsd.pictures.model import StableDiffusion
+
+T = TypeVar("T")
+
+
+def check_control_flags(command: GenerateFlags, recorded: Sequence[ControlNote]) -> None:
+    """UserError for flags that do not go together; before anything is loaded."""
+    nets, maps = len(command.control), len(command.control_image)
+    if nets != maps:
+        raise UserError(
+            f"{nets} --control and {maps} --control-image; give as many of both, the first image for the first net",
+            field="control",
+        )
+    beside = ("control_range", "preprocess", "control_kind")
+    for name in beside:
+        given = len(getattr(command, name))
+        if given not in (0, 1, nets) or (given and not nets):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{given} {flag} and {nets} --control; give one for each, or one for all", field="control")
+    if not nets and (command.guess or command.control_mode):
+        raise UserError("--guess and --control-mode say how a net acts; give one with --control", field="control")
+    if len(recorded) > nets:
+        missing = recorded[nets].model
+        raise UserError(
+            f"'{command.from_}' was made with the control net {missing!r}; give it with --control FILE, and its map "
+            "with --control-image FILE",
+            field="control",
+        )
+    for text in command.control:
+        from_flag(text, "control")
+
+
+def chosen_controls(command: GenerateFlags, sd: StableDiffusion, recorded: Sequence[ControlNote]) -> list[Control]:
+    """The nets, loaded beside the model, and the maps."""
+    from plainsd.checkpoint import load_control
+    from plainsd.files.hub import find
+    from plainsd.pictures.control import Control, control_name
+
+    found = []
+    for number, text in enumerate(command.control):
+        path, strength = from_flag(text, "control")
+        before = recorded[number] if number < len(recorded) else ControlNote()
+        start, end = nth(command.control_range, number, (before.start, before.end))
+        module = nth(command.preprocess, number, before.module)
+        kind = nth(command.control_kind, number, None)
+        control = Control(
+            load_control(path, sd),
+            map_of(command.control_image[number], module),
+            before.weight if strength is None else strength,
+            start,
+            end,
+            guess=command.guess or (before.guess and not command.control_mode),
+            mode=command.control_mode or (before.mode if not command.guess else "balanced"),
+            kind=before.kinds or None if kind is None else kind,
+            name=control_name(find(path)),
+            module=module,
+        )
+        found.append(control)
+    return found
+
+
+def nth(given: Sequence[T], number: int, default: T) -> T:
+    """One for each, one for all, or none."""
+    return given[number if len(given) > 1 else 0] if given else default
+
+
+def map_of(path: Path, module: str) -> Image.Image:
+    from plainsd.pictures.images import open_picture
+    from plainsd.pictures.preprocess import preprocessed
+
+    return preprocessed(open_picture(path, background="black"), module)
