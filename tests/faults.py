@@ -85,8 +85,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_samplers.py::test_lms_is_exact_where_the_slope_is_a_cubic_of_sigma"),
     ],
     "diffusion/samplers.py": [
-        ('"leading": 1, "karras": 0, "exponential": 0}', '"leading": 1, "karras": 0}',
-         "test_schedule.py::test_levels_that_end_at_the_first_of_the_table_count_it_among_them"),
+        ('"spare": {"linspace": 1, "leading": 1},', '"spare": {"linspace": 1},',
+         "test_samplers.py::test_whole_trajectory_equals_diffusers[dpmpp_2m-leading]"),
         ('"dpm2": Sampler(dpm2, rounding={"karras": round}, takes', '"dpm2": Sampler(dpm2, takes',
          "test_samplers.py::test_every_spacing_equals_diffusers_as_shipped[dpm2-karras]"),
         ('with_latent = sampler.unit_first or spacing == "leading"', "with_latent = sampler.unit_first",

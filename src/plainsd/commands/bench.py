@@ -1,4 +1,4 @@
-"""`plainsd bench`: our speed beside that of others, on this machine."""
+"""`plainsd bench`: our speed compared with others', on this machine."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """The same work by diffusers, by OpenVINO where it is installed, and by plainsd, taking turns; a table of seconds.
+    """The same work by diffusers, OpenVINO (if installed) and plainsd, in turns; a table of seconds.
 
-    Needs the extra [bench]. Let the machine do nothing else meanwhile.
+    Needs the extra [bench], and an otherwise idle machine.
     """
 
     rows: Annotated[Positional[tuple[str, ...]], arg(metavar="ROW")] = ()
@@ -31,11 +31,11 @@ class Bench:
     model: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """a diffusers folder of SD 1.x; random weights of that shape if not given"""
     rounds: Annotated[int, arg(metavar="N")] = 5
-    """turns of each side"""
+    """rounds per side"""
     compile: bool = False
-    """a side with torch.compile too, which first takes minutes"""
+    """also torch.compile, which takes minutes to start"""
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """bench.json and bench.png are written there"""
+    """folder for bench.json and bench.png"""
     device: str = "auto"
     dtype: str = "auto"
 
@@ -118,7 +118,7 @@ def plot(rows: list[Timing], about: dict[str, object], path: Path) -> None:
     drawn = axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
     axes.bar_label(drawn, [f"{ratio:.2f}" for _, ratio in bars], padding=3)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlim(0, min(4.0, 1.15 * max(ratio for _, ratio in bars)))  # what is far more runs out of the picture
+    axes.set_xlim(0, min(4.0, 1.15 * max(ratio for _, ratio in bars)))  # longer bars are cut
     axes.set_xlabel("times diffusers' speed")
     axes.set_title(f"{about['device']}, {about['threads']} threads, {about['dtype']}", fontsize=8)
     figure.savefig(path, dpi=120, format="png")

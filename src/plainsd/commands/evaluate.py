@@ -14,27 +14,27 @@ from plainsd.pictures.settings import RANDOM, Settings, drawn_seed, read_seed
 
 @dataclass
 class Evaluate:
-    """Draws prompts of trained and of held-out pairs, and says how often background and object are right."""
+    """Draws prompts of trained and held-out pairs, and scores backgrounds and objects."""
 
     model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
     """folder of a model with its concepts.json; the embedded one if not given"""
     concepts: Annotated[Path | None, arg(metavar="FILE")] = None
-    """concepts.json, if it does not lie beside the model"""
+    """concepts.json, if it is not in the model's folder"""
     prompts: int = 512
-    """how many, at least 500 for the figures to mean much"""
+    """number of prompts; 500 or more for meaningful scores"""
     steps: int = 20
     guidance: Annotated[float | None, arg(metavar="SCALE")] = None
     sampler: Annotated[str | None, arg(metavar="NAME")] = None
     seed: str = "0"
-    """of the first picture; random or -1 for any"""
+    """seed of the first picture; random or -1 draws one"""
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """scores.json, scores.txt and contact-sheet.png are written there"""
+    """folder for scores.json, scores.txt and contact-sheet.png"""
     font: Annotated[Path | None, arg(metavar="FILE")] = None
     """the Noto Color Emoji font, if it is not where Debian puts it"""
     prediction: Annotated[str | None, arg(metavar="NAME")] = None
-    """what the model's network predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    """override what the model predicts: epsilon or v_prediction"""
     zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
-    """whether the model's noise ends at zero SNR, likewise"""
+    """override whether the model has zero terminal SNR"""
     device: str = "auto"
     dtype: str = "auto"
 

@@ -11,16 +11,16 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 @dataclass
 class Info:
-    """What a model or an adapter is: its family, networks, sizes and notes, without reading its weights."""
+    """Family, networks, sizes and metadata of a model or an adapter, without reading its weights."""
 
     model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
     """folder, file or hub name; the embedded model if not given"""
     variant_file: Annotated[str | None, arg(metavar="NAME")] = None
-    """fp16 looks at the files *.fp16.safetensors of a folder"""
+    """fp16 reads the files *.fp16.safetensors of a folder"""
     prediction: Annotated[str | None, arg(metavar="NAME")] = None
-    """what its network predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    """override what it predicts: epsilon or v_prediction"""
     zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
-    """whether its noise ends at zero SNR, likewise"""
+    """override whether it has zero terminal SNR"""
 
     def run(self) -> None:
         from plainsd.files.predicted import on_or_off
@@ -31,8 +31,8 @@ class Info:
 
 @dataclass
 class Convert:
-    """Writes a model in another file layout, a tensor at a time; there and back again is bit-identical. With --lora,
-    adapters are baked into it."""
+    """Converts a model to another file layout, a tensor at a time; a round trip is bit-identical. With --lora, adapters
+    are merged into it."""
 
     source: Annotated[Positional[str], arg(metavar="SRC")]
     """folder, file or hub name of a model"""
@@ -41,21 +41,21 @@ class Convert:
     layout: Annotated[str | None, arg(metavar="NAME")] = None
     """diffusers (a folder) or single-file; if not given, single-file where DST ends in .safetensors"""
     dtype: Annotated[str | None, arg(metavar="NAME")] = None
-    """float32, bfloat16 or float16; as it is if not given"""
+    """float32, bfloat16 or float16; unchanged if not given"""
     variant_file: Annotated[str | None, arg(metavar="NAME")] = None
     """fp16 reads the files *.fp16.safetensors of a folder"""
     family: Annotated[str | None, arg(metavar="NAME")] = None
-    """what a single file is, where it does not tell"""
+    """family of a single file, where its shapes are ambiguous"""
     lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE:STRENGTH", help_behavior_hint="")] = ()
-    """LoRAs, LoHas, LoKrs to fold into the weights; once for each"""
+    """LoRA, LoHa or LoKr to merge into the weights; repeatable"""
     lora_partial: bool = False
-    """leave out what of a LoRA has no place in the model"""
+    """ignore the parts of a LoRA that do not fit the model"""
     prediction: Annotated[str | None, arg(metavar="NAME")] = None
-    """what its network predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    """override what it predicts: epsilon or v_prediction"""
     zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
-    """whether its noise ends at zero SNR, likewise"""
+    """override whether it has zero terminal SNR"""
     vae: Annotated[Path | None, arg(metavar="PATH")] = None
-    """another autoencoder than the model's own: a folder, a file, or a whole checkpoint that has one"""
+    """another autoencoder: a folder, a file, or a whole checkpoint"""
 
     def run(self) -> None:
         from functools import partial
@@ -76,13 +76,13 @@ class Convert:
 
 @dataclass
 class Tokens:
-    """How a prompt is cut into chunks of 75 tokens, and what each of them weighs."""
+    """A prompt's chunks of 75 tokens, with the weight of each token."""
 
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
     model: Annotated[str | None, arg(metavar="MODEL")] = None
-    """folder, file or hub name of the model whose tokenizer is used; the embedded one if not given"""
+    """model whose tokenizer to use: folder, file or hub name; the embedded one if not given"""
     steps: int = 20
-    """for prompts that change from step to step"""
+    """steps, for prompts with editing or alternation"""
 
     def run(self) -> None:
         from plainsd.commands.tokens import describe
@@ -100,9 +100,9 @@ class Tokens:
 
 @dataclass
 class Verify:
-    """Each network, and a picture of five steps, beside diffusers and transformers on the same weights.
+    """Compares each network, and a picture of five steps, with diffusers and transformers on the same weights.
 
-    Prints a table of errors with tolerances; exit code 1 where one is exceeded. Needs pip install 'plainsd[verify]'.
+    Prints errors and tolerances; exit code 1 if one is exceeded. Needs pip install 'plainsd[verify]'.
     """
 
     model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
@@ -110,11 +110,11 @@ class Verify:
     variant_file: Annotated[str | None, arg(metavar="NAME")] = None
     """fp16 reads the files *.fp16.safetensors of a folder"""
     family: Annotated[str | None, arg(metavar="NAME")] = None
-    """what a single file is, where it does not tell"""
+    """family of a single file, where its shapes are ambiguous"""
     prediction: Annotated[str | None, arg(metavar="NAME")] = None
-    """what its network predicts, epsilon or v_prediction, where the files say it wrong or not at all"""
+    """override what it predicts: epsilon or v_prediction"""
     zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
-    """whether its noise ends at zero SNR, likewise"""
+    """override whether it has zero terminal SNR"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ...; float32 everywhere"""
 

@@ -1,4 +1,4 @@
-"""Commands that make models of models: merge, extract-lora."""
+"""Commands that combine models: merge, extract-lora."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from plainsd.commands.inspect import check_family
 
 @dataclass
 class Merge:
-    """Two models into one, A (1 - share) + B share; or with --difference three, A + share (B - C).
+    """Merges two models, A (1 - share) + B share; or with --difference three, A + share (B - C).
 
-    UNets and text encoders are mixed; the autoencoder, the tokenizers and all settings are A's. The difference adds to
-    A what B learned on top of C.
+    UNets and text encoders are merged; autoencoder, tokenizers and settings are A's. The difference adds to A what B
+    learned on top of C.
     """
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="A B [C]")]
@@ -24,7 +24,7 @@ class Merge:
     out: Annotated[Path, arg(metavar="DST")]
     """where to write it"""
     share: float = 0.5
-    """of B, from 0 to 1; with --difference how much of it is added, such as 1"""
+    """weight of B, 0 to 1; with --difference the weight of the difference, such as 1"""
     difference: bool = False
     """add the difference of B and C"""
     layout: Annotated[str | None, arg(metavar="NAME")] = None
@@ -34,7 +34,7 @@ class Merge:
     variant_file: Annotated[str | None, arg(metavar="NAME")] = None
     """fp16 reads the files *.fp16.safetensors of folders"""
     family: Annotated[str | None, arg(metavar="NAME")] = None
-    """what single files are, where they do not tell"""
+    """family of single files, where shapes are ambiguous"""
 
     def run(self) -> None:
         from plainsd.files.merging import merge_models
@@ -55,25 +55,25 @@ class Merge:
 
 @dataclass
 class ExtractLora:
-    """The difference of a tuned model and its base as a LoRA, in UNet and text encoders, convolutions too.
+    """Extracts a LoRA from a tuned model and its base: UNet and text encoders, convolutions too.
 
-    Prints how much of the difference's norm it holds."""
+    Prints how much of the difference's norm it keeps."""
 
     tuned: Annotated[Positional[str], arg(metavar="TUNED")]
     """folder, file or hub name of the tuned model"""
     base: Annotated[Positional[str], arg(metavar="BASE")]
-    """that of the model it was made from"""
+    """folder, file or hub name of the base model"""
     rank: int
-    """the higher, the nearer, and the larger the file; 16 to 128 are usual"""
+    """rank of the LoRA: higher is closer, and a larger file; 16 to 128 are usual"""
     out: Annotated[Path | None, arg(metavar="FILE")] = None
     """where to write it; TUNED-lora.safetensors if not given"""
     naming: Literal["kohya", "peft", "diffusers"] = "kohya"
-    """whose names: kohya's, for A1111, ComfyUI and diffusers; PEFT's or diffusers'"""
+    """naming: kohya's (for A1111, ComfyUI and diffusers), PEFT's or diffusers'"""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     variant_file: Annotated[str | None, arg(metavar="NAME")] = None
     """fp16 reads the files *.fp16.safetensors of folders"""
     family: Annotated[str | None, arg(metavar="NAME")] = None
-    """what single files are, where they do not tell"""
+    """family of single files, where shapes are ambiguous"""
 
     def run(self) -> None:
         from plainsd.adapters.extracting import extract_lora

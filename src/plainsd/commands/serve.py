@@ -19,44 +19,44 @@ SHORTEST_TOKEN = 12
 
 @dataclass
 class Serve:
-    """A page and three APIs on one model or several: jobs, pictures and their settings outlive the server."""
+    """A web page and three APIs for one or more models; jobs, pictures and their settings survive restarts."""
 
     model: Annotated[UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
-    """folder, file or hub name; several times for several, the first is the default. The embedded one if not given"""
+    """folder, file or hub name; repeatable, the first is the default. The embedded one if not given"""
     prediction: Annotated[str | None, flag("NAME")] = None
-    """what the network of the one model predicts, epsilon or v_prediction, where the files say it wrong or not"""
+    """override what the (only) model predicts: epsilon or v_prediction"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
-    """whether the model's noise ends at zero SNR, likewise"""
+    """override whether it has zero terminal SNR"""
     host: Annotated[str, flag("ADDRESS")] = "127.0.0.1"
-    """where to listen; anything but this machine needs a token"""
+    """address to listen on; any but the loopback needs a token"""
     port: Annotated[int, flag("N")] = 7860
     data: Annotated[Path, flag("FOLDER")] = Path("plainsd-data")
     """where jobs and pictures are kept"""
     token: Annotated[str | None, flag("T")] = None
-    """what clients must send; $PLAINSD_TOKEN if not given, and made up where one is needed"""
+    """access token of clients; $PLAINSD_TOKEN if not given, generated if one is needed"""
     allow_host: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
-    """a further name under which the server may be called, such as that of a proxy"""
+    """another allowed host name of the server, such as a proxy's"""
     loras: Annotated[Path | None, flag("FOLDER")] = None
     """LoRA files, used by name"""
     embeddings: Annotated[Path | None, flag("FOLDER")] = None
     """embeddings (textual inversion), each a word for prompts"""
     vae: Annotated[Path | None, flag("PATH")] = None
-    """another autoencoder than the models' own, for all of them: a folder, a file, or a whole checkpoint with one"""
+    """autoencoder for all models instead of their own: a folder, a file, or a whole checkpoint"""
     preview_vae: Annotated[Path | None, flag("PATH")] = None
     """TAESD, for sharper previews: taesd_decoder, or a folder"""
     batch: Annotated[int, flag("N")] = 4
-    """pictures drawn at once"""
+    """batch size"""
     memory: Annotated[float | None, flag("GB")] = None
-    """for models; the least recently used one makes room (default: half of the machine's, three quarters of a GPU's)"""
+    """memory for models; the least recently used one is unloaded (default: half of the RAM, 3/4 of a GPU's memory)"""
     queue: Annotated[int, flag("N")] = 256
-    """jobs that may wait"""
+    """longest queue, in jobs"""
     max_pixels: Annotated[int, flag("N")] = 2048 * 2048
-    """of one picture"""
+    """pixels per picture"""
     max_steps: Annotated[int, flag("N")] = 150
     max_count: Annotated[int, flag("N")] = 64
-    """pictures of one job"""
+    """pictures per job"""
     max_seconds: Annotated[float, flag("S")] = 3600
-    """of drawing, for one job"""
+    """time limit of a job"""
     fast: bool = False
     """weights packed for the processor, as in `plainsd generate --fast`; not together with --loras"""
     device: str = "auto"
@@ -150,7 +150,7 @@ class Serve:
 
 
 def server_of(app, grace: int = 5):
-    """How uvicorn runs it. Streams end as the stopping begins; what is still open after `grace` seconds is cut."""
+    """The uvicorn server. On shutdown, event streams end; other connections are closed after `grace` seconds."""
     import uvicorn
 
     from plainsd.server.api.connections import Connection
@@ -167,7 +167,7 @@ def server_of(app, grace: int = 5):
 
 
 def bound(host: str, port: int):
-    """A socket that listens there, or one line on why not."""
+    """A listening socket. UserError where the address cannot be used."""
     import socket
 
     try:

@@ -1,9 +1,9 @@
-"""One command on several processes and devices: each draws its share of the prompts, and every picture is as alone.
+"""One command on several processes and devices: each draws its share of the prompts; pictures are the same as with one.
 
     torchrun --nproc-per-node 4 -m plainsd generate --prompts prompts.txt --out pictures
 
-torchrun tells each process its place by RANK, WORLD_SIZE and LOCAL_RANK. The processes meet once, at the start, where
-the first one says from which number on files are counted; after that none waits for another.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. The processes synchronise once, at the start, to agree on the first file
+number.
 """
 
 import os
@@ -14,7 +14,7 @@ from plainsd.errors import UserError
 
 @dataclass(frozen=True)
 class ProcessShare:
-    """The place of this process among those that were started together."""
+    """This process's rank, and the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -25,11 +25,11 @@ class ProcessShare:
         return self.size == 1
 
     def part(self, count: int) -> range:
-        """Which of so many pictures are drawn here: neighbours, so that whole batches stay together."""
+        """The range of prompts of this process: contiguous, so that batches stay whole."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def device(self, name: str) -> str:
-        """Of a name that leaves it open, the GPU that is this process's own."""
+        """This process's GPU, for "auto" and "cuda"."""
         import torch
 
         if self.alone or name not in ("auto", "cuda") or not torch.cuda.is_available():
@@ -42,7 +42,7 @@ class ProcessShare:
         return f"cuda:{self.local}"
 
     def agreed(self, number: int) -> int:
-        """The first process's number, in all of them."""
+        """The first process's number, broadcast to all."""
         if self.alone:
             return number
         import torch

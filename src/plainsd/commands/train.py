@@ -9,14 +9,14 @@ from plainsd.train import options
 
 @dataclass
 class Train(options.TrainOptions):
-    """Train on captioned pictures. Started again with the same --out, it goes on where it was."""
+    """Train on captioned pictures. Started again with the same --out, it resumes."""
 
     def run(self) -> int:
         from plainsd.device import choose_device, choose_dtype
         from plainsd.train.checkpoints import SaveError, checkpoints
         from plainsd.train.claim import locked
         from plainsd.train.from_model import train_controlnet, train_full, train_inversion, train_lora
-        from plainsd.train.from_nothing import train_scratch, train_vae
+        from plainsd.train.from_scratch import train_scratch, train_vae
         from plainsd.train.job import TrainJob
         from plainsd.train.processes import world_of_torchrun
 

@@ -1,4 +1,4 @@
-"""Training (part IV): one loop, and beside it what a run is, its states, its processes.
+"""Training (part IV): the training loop, runs, checkpoints, processes.
 
-What is trained on is in data/, what is trained in methods/, a file a method.
+The data is in data/, the methods in methods/, one file each.
 """

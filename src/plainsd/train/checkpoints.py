@@ -1,7 +1,7 @@
-"""The state of a run on the disk: one folder a state, whole or absent, whenever the process dies.
+"""Checkpoints of a run: one folder each, complete or absent, even if the process is killed.
 
-A state is written under another name, flushed, and gets its own name in one step; an old one loses its name in one step
-before its files go. So whatever is called `step-...` is whole.
+A checkpoint is written under a temporary name, flushed and renamed atomically; an old one is renamed atomically before
+it is deleted. So every folder named `step-...` is complete.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ UNFINISHED, UNWANTED = ".saving-", ".removing-"
 
 
 class SaveError(OSError):
-    """Something could not be written: a full disk, a quota, a disk gone."""
+    """A failed write: disk full, quota exceeded, disk gone."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All states, oldest first."""
+    """All checkpoints, oldest first."""
     return sorted(folder.glob("step-*[0-9]"))
 
 
 def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
-    """Called by every process. The first one writes; with sharded weights all do, and the first one gives the name."""
+    """Called by every process. The first one writes; with sharded weights all write, and the first one renames."""
     place, world = folder / f"step-{trainer.step:08d}", trainer.world
     unfinished = folder / f"{UNFINISHED}{trainer.step}"
     if (not world.first and not world.sharded) or place.exists():
@@ -67,13 +67,13 @@ def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
 
 
 def save_whole(trainer: Trainer, path: Path) -> None:
-    with open(path, "wb") as file:  # torch itself would turn what the disk refuses into its own error
+    with open(path, "wb") as file:  # torch would wrap an error of the disk in its own
         torch.save(trainer.state(), file)
     flush(path)
 
 
 def restore(trainer: Trainer, folder: Path) -> None:
-    """The newest state, if there is one."""
+    """Loads the newest checkpoint, if there is one."""
     found = checkpoints(folder)
     if not found:
         return
@@ -93,7 +93,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a killed process left half done."""
+    """Removes what a killed process left behind."""
     for mark in (UNFINISHED, UNWANTED):
         for rest in folder.glob(f"{mark}*"):
             shutil.rmtree(rest, ignore_errors=True)
@@ -101,10 +101,10 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def saving(what: str) -> Iterator[None]:
-    """Inside, whatever the disk refuses becomes a SaveError."""
+    """Turns errors of the disk into SaveError."""
     try:
         yield
-    except (SaveError, BrokenPipeError):  # the latter is of the bar that was shown meanwhile, not of a file
+    except (SaveError, BrokenPipeError):  # the latter comes from the progress bar, not from a file
         raise
     except (OSError, RuntimeError, UserError) as error:  # torch and others wrap the disk's own error
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
@@ -114,7 +114,7 @@ def saving(what: str) -> Iterator[None]:
 
 
 def save_shards(trainer: Trainer, folder: Path) -> None:
-    """By all processes together."""
+    """Collective: called by all processes."""
     try:
         dcp.save(_state(trainer) | {"skipped": trainer.skipped}, checkpoint_id=folder)
     except CheckpointException as error:

@@ -1,10 +1,10 @@
-"""A run's folder belongs to one run, and while it trains to one training.
+"""A folder belongs to one run, and to one process at a time.
 
-RUN/options.json       what the run is; with other options it is not gone on with
-RUN/run.toml           the same, as a file that starts it again
-RUN/.lock              held by the training that is at work; when its process ends, however it does, the system lets go
+    RUN/options.json       the options of the run; it resumes only with the same ones
+    RUN/run.toml           the same, as a config file that starts it again
+    RUN/.lock              held while a process trains; the system releases it when the process ends, however it ends
 
-A start that is refused leaves no trace of these.
+A refused start writes none of these.
 """
 
 import json
@@ -24,7 +24,7 @@ OPTIONS_FILE, CONFIG_FILE, LOCK_FILE = "options.json", "run.toml", ".lock"
 
 @contextmanager
 def locked(folder: Path, world: World) -> Iterator[None]:
-    """Inside, no other training may begin in this folder."""
+    """Holds the folder's lock."""
     lock, taken = FileLock(folder / LOCK_FILE), False
     made = [place for place in (folder, *folder.parents) if not place.exists()] if world.first else []
     if world.first:
@@ -48,7 +48,7 @@ def locked(folder: Path, world: World) -> Iterator[None]:
 
 
 def claim(folder: Path, identity: Mapping[str, str], config: str) -> None:
-    """Writes down which run this is."""
+    """Writes the options of the run."""
     with saving("the options"):
         for name, text in ((OPTIONS_FILE, json.dumps(identity, indent=1)), (CONFIG_FILE, config)):
             with written_whole(folder / name) as unfinished:

@@ -6,7 +6,7 @@
     rank = 8
     text-encoder = true
 
-The names are those of the flags; a flag beside the file goes before what stands in it. This module needs no torch.
+The names are those of the flags; flags on the command line take precedence. This module needs no torch.
 """
 
 import json
@@ -18,11 +18,11 @@ from typing import Any
 from plainsd.errors import UserError, unknown
 
 OPTION = "--config"
-EITHER = ("--steps", "--epochs")  # one of them given beside the file takes the place of the other in it
+EITHER = ("--steps", "--epochs")  # one given as a flag replaces the other in the file
 
 
 def with_config(arguments: list[str], kind: type) -> list[str]:
-    """The flags of the file that `--config` names, and then those that were given. `kind`: the command's dataclass."""
+    """The flags from the --config file, followed by the given ones. `kind`: the command's dataclass."""
     for i, argument in enumerate(arguments):
         if argument == OPTION and i + 1 < len(arguments):
             return flags_of(Path(arguments[i + 1]), kind, arguments) + arguments
@@ -61,7 +61,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def options_of(kind: type) -> dict[str, Any]:
-    """Every flag of a command by its name, but for --config itself, with its type."""
+    """Every flag of a command except --config, by name, with its type."""
     found: dict[str, Any] = {}
     for field in fields(kind):
         inner = field.default_factory
@@ -73,7 +73,7 @@ def options_of(kind: type) -> dict[str, Any]:
 
 
 def config_text(options: Any, comment: str) -> str:
-    """Options as such a file. What is not set is left out."""
+    """Options as a config file, without those that are not set."""
     lines = [f"# {line}" for line in comment.splitlines()]
 
     def write(part: Any) -> None:

@@ -36,7 +36,7 @@ from plainsd.train.methods.lora import lora
 from plainsd.train.shard import gather
 
 Make = Callable[[StableDiffusion, Examples, dict], FineTune]
-Write = Callable[[StableDiffusion, str | None], None]  # the result; with a mark, one on the way to it
+Write = Callable[[StableDiffusion, str | None], None]  # the result; with a mark, an intermediate one
 
 
 def train_full(job: TrainJob) -> None:
@@ -151,7 +151,7 @@ def train_controlnet(job: TrainJob) -> None:
 
 
 def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
-    """The trained model; None where the run was stopped before its end, or where another process will save it."""
+    """The trained model; None if the run was stopped early, or if another process saves it."""
     sd = base_model(job)
     job.check_options(base_weights=weights_digest(sd.unet, sd.vae, *sd.text_encoders))
     network: nn.Module
@@ -167,7 +167,7 @@ def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
         "prior_weight": job.options.prior.prior_weight,
     }
     if job.options.method != "full" and job.options.telling.prompts is None:
-        sd.vae.to("meta")  # latents are made, and nothing will be drawn or saved by it
+        sd.vae.to("meta")  # latents are cached, and it is not needed for samples or saving
     method = make(sd, examples, shared)
     parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
@@ -184,14 +184,14 @@ def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
 
 
 def base_model(job: TrainJob) -> StableDiffusion:
-    """In float32; with --half-base its UNet in bfloat16, which is then never in memory as float32."""
+    """The base model in float32; with --half-base its UNet is loaded in bfloat16, never held in float32."""
     half, path = job.options.lora.half_base, find(job.options.base)
     if half and (job.options.method == "full" or job.dtype != torch.bfloat16):
         raise UserError(
             "--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method full"
         )
     zero_snr = on_or_off(job.options.zero_snr)
-    contents = read(path, vae=job.options.nothing.vae, prediction=job.options.prediction, zero_snr=zero_snr)
+    contents = read(path, vae=job.options.from_scratch.vae, prediction=job.options.prediction, zero_snr=zero_snr)
     networks = {}
     for name, network in contents.networks.items():
         networks[name] = network.build(job.world.device, torch.bfloat16 if half and name == "unet" else torch.float32)
@@ -199,7 +199,7 @@ def base_model(job: TrainJob) -> StableDiffusion:
 
 
 def prior_set(job: TrainJob, sd: StableDiffusion, size: int) -> Examples | None:
-    """DreamBooth's pictures of the kind in general: read, or made first."""
+    """DreamBooth's prior (class) pictures: read, or generated first."""
     own = job.options.prior
     if own.prior is None and own.prior_prompt is None:
         return None

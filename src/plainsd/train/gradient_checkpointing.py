@@ -11,8 +11,8 @@ from plainsd.models.unet import UNet, WayDown
 
 @contextmanager
 def checkpointing(network: WayDown, wanted: bool = True) -> Iterator[None]:
-    """Inside, each block keeps only its input for the backward pass, which computes the rest again (Chen et al. 2016,
-    arXiv:1604.06174). The gradients are the same."""
+    """Within, each block stores only its input, and recomputes the rest in the backward pass (Chen et al. 2016,
+    arXiv:1604.06174). Gradients are the same."""
     up = network.up if isinstance(network, UNet) else ()
     blocks = [*network.down, network.mid, *up] if wanted else []
     for block in blocks:
@@ -21,4 +21,4 @@ def checkpointing(network: WayDown, wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block.forward  # the class's own shows again
+            del block.forward  # uncovers the class's method

@@ -1,4 +1,4 @@
-"""What all methods of `plainsd train` share between options and loop: pictures, a folder's identity, the run."""
+"""What all methods of `plainsd train` share between options and loop: pictures, the run's folder, the run."""
 
 import hashlib
 import math
@@ -47,12 +47,12 @@ PARTS = ("cache", "checkpoints", "prior", "results", "samples", "tensorboard", "
 
 @dataclass
 class TrainJob:
-    """One call of `plainsd train`, its options without gaps."""
+    """One call of `plainsd train`, with its options resolved."""
 
     options: TrainOptions
     world: World
     dtype: torch.dtype  # of the arithmetic
-    identity: dict[str, str] = made_by(default_factory=dict)  # what `check_options` has found in order
+    identity: dict[str, str] = made_by(default_factory=dict)  # as checked by `check_options`
 
     @property
     def out(self) -> Path:
@@ -60,11 +60,11 @@ class TrainJob:
 
     @property
     def name(self) -> str:
-        """Of the result: that of the run's folder."""
+        """The name of the result, which is that of the run's folder."""
         return self.out.resolve().name or "model"
 
     def result(self, mark: str | None = None) -> Path:
-        """Where the result goes, without an ending; with a mark, such as "step00000500", one on the way to it."""
+        """Path of the result, without suffix; with a mark such as "step00000500", of an intermediate one."""
         return self.out / self.name if mark is None else self.out / "results" / f"{self.name}-{mark}"
 
     @property
@@ -81,7 +81,7 @@ class TrainJob:
     # ---- what the run is
 
     def draw_seed(self) -> None:
-        """In place of -1 a random one, or that with which the run began; the same in every process."""
+        """Replaces -1 by a random seed, or by the seed of the run to resume; the same in every process."""
         if self.options.pace.seed != RANDOM:
             return
         file = self.out / OPTIONS_FILE
@@ -91,7 +91,7 @@ class TrainJob:
         self.options = replace(self.options, pace=replace(self.options.pace, seed=seed))
 
     def check_name(self) -> None:
-        """The folder of a whole model lies in that of the run, under the same name."""
+        """A whole model is a folder inside the run's, under the same name."""
         place = self.result()
         if self.options.method not in ("full", "scratch"):
             return
@@ -106,8 +106,8 @@ class TrainJob:
             )
 
     def check_options(self, **more: str) -> None:
-        """A run is one set of options: another set in the same folder is refused, but for those of no consequence, and
-        for a longer way to go. That changes the learning rate from here on, where it declines along a cosine."""
+        """A run resumes only with the same options, except for those without effect on it, and for more steps or
+        epochs. With cosine decay, more steps change the learning rate from here on."""
         path, now = self.out / OPTIONS_FILE, flat(self.options) | more
         old = read_json(path) if path.is_file() else {}
         for name in now if old else ():
@@ -122,7 +122,7 @@ class TrainJob:
         self.identity = now
 
     def claim(self) -> None:
-        """From here on the folder is this run's. Called when nothing can be refused any more."""
+        """Takes the folder for this run. Called after all checks."""
         if self.world.first:
             says = f"plainsd train --config {self.out / CONFIG_FILE}\nPaths are as they were given, in {Path.cwd()}."
             claim(self.out, self.identity, config.config_text(self.options, says))
@@ -130,7 +130,7 @@ class TrainJob:
     # ---- pictures
 
     def pictures(self, size: int) -> tuple[PictureSet, PictureSet | None]:
-        """Those to train on, and those to measure with."""
+        """Training pictures, and held-out pictures."""
         data = self.options.reading
         framing = Framing(data.buckets, data.crop, data.places, data.flip)
         size, prior = data.size or size, self.options.prior.prior
@@ -150,7 +150,7 @@ class TrainJob:
         return pictures, heldout
 
     def read(self, source: str, size: int, *others: Path | None) -> PictureSet:
-        """One source. The others, and the run's own folder, are no part of it, though they may lie inside."""
+        """One source, without other sources and the run's folder, which may lie inside it."""
         data = self.options.reading
         without = (*filter(None, others), self.out)
         place = Path(parse_source(source)[0]).resolve()
@@ -188,7 +188,7 @@ class TrainJob:
         return Examples(pictures, self.latents(vae, pictures, batch=batch), loss.dropout, loss.timestep_power)
 
     def count_long_captions(self, sd: "StableDiffusion", pictures: PictureSet) -> None:
-        """Says how many captions are cut off, if any."""
+        """Reports how many captions are truncated, if any."""
         captions, chunks = {text for item in pictures.items for text in item.texts}, self.options.reading.chunks
         if count := cut_captions(sd, sorted(captions), chunks):
             room = min(encoder.config.positions - 2 for encoder in sd.text_encoders) * chunks

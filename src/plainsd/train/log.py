@@ -1,4 +1,4 @@
-"""The log of a run, a JSON object a line, and its picture."""
+"""The log of a run, as JSON lines, and its plot."""
 
 import json
 import math
@@ -8,14 +8,14 @@ from plainsd.disk import written_whole
 
 
 class Log:
-    """JSON lines. After a resume, lines of steps that are done again are dropped first."""
+    """JSON lines. On resume, lines of steps after the checkpoint are dropped."""
 
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, line: dict) -> None:
-        """JSON has no numbers that are not finite; they become null."""
+        """JSON has no NaN or infinity; they become null."""
         line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -27,7 +27,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Every whole line; a last line that a crash cut short is left out."""
+    """Every complete line; a truncated last one is ignored."""
     if not path.is_file():
         return []
     lines = path.read_text("utf-8").split("\n")

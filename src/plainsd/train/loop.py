@@ -1,8 +1,8 @@
-"""The one training loop: accumulate, clip, step, average, save.
+"""The training loop: accumulate gradients, clip, step, update the EMA, save.
 
-`fit` is a generator that yields a Report a step; progress bars, sample pictures and stopping live outside it. All it
-needs of a method is `modules` (whose parameters move) and `loss(picks)`. Every random number is a function of (seed,
-position), so a run that was killed goes on from its last checkpoint as if nothing had happened, bit for bit.
+`fit` is a generator that yields a Report after each step; progress bars, samples and stopping live outside it. A method
+provides `modules` (with the trainable parameters) and `loss(picks)`. Every random number is a function of (seed,
+position), so a killed run resumes from its last checkpoint bit for bit.
 """
 
 import math
@@ -26,8 +26,8 @@ def fit(
 ) -> Iterator[Report]:
     """Train `method` until `options.steps`. Resumes from, and saves to, `folder`.
 
-    `pictures`: how many there are, which are then shown in a new order every epoch; or an order, a function from
-    position to picture. A step's state is saved after its report has been taken.
+    `pictures`: their number (shuffled anew every epoch), or an order, a function from position to picture. The
+    checkpoint of a step is saved after its report was consumed.
     """
     trainer = trainer or Trainer(method, options)
     folder = Path(folder) if folder else None
@@ -63,4 +63,4 @@ def fit(
         )
         last = trainer.step == options.steps
         if folder and not in_a_row and (last or trainer.step % options.save_every == 0):
-            save_checkpoint(trainer, folder)  # after the report: no log lacks a step that is saved
+            save_checkpoint(trainer, folder)  # after the report, so that the log has every saved step

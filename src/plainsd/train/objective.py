@@ -1,4 +1,4 @@
-"""What diffusion training measures: the error of one prediction for each picture, at a timestep of its own.
+"""The diffusion training loss: the error of one prediction for each picture, each at its own timestep.
 
     plain          squared error of epsilon or v       Ho et al. 2020; Salimans and Ho 2022
     min_snr        weights over timesteps              Hang et al. 2023 (arXiv:2303.09556)
@@ -10,8 +10,8 @@
                    not their square
     mask           parts of a picture that do not count
 
-Shapes: x0, noise (B, L, h, w); timesteps (B,); mask (B, 1, h, w). Randomness comes from the picks' own generators, and
-a choice that is off draws nothing, so that turning one on leaves the other numbers as they were.
+Shapes: x0, noise (B, L, h, w); timesteps (B,); mask (B, 1, h, w). Randomness comes from the picks' generators, and an
+option that is off draws nothing, so that turning it on does not change the other random numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +30,11 @@ from plainsd.train.order import Pick
 
 @dataclass(frozen=True)
 class Objective:
-    """How errors count. The default is the plain squared error."""
+    """Options of the loss. The default is the plain squared error."""
 
     min_snr: float | None = None  # gamma; 5 in the paper
     offset_noise: float = 0.0  # standard deviation of the offset; 0.05 to 0.1 are usual
-    perturbation: float = 0.0  # standard deviation of the surplus noise; 0.1 in the paper
+    perturbation: float = 0.0  # standard deviation of the extra noise; 0.1 in the paper
     huber: float | None = None  # beyond this size an error counts linearly; below it as in the plain loss
 
     def __post_init__(self):
@@ -52,12 +52,12 @@ PLAIN_OBJECTIVE = Objective()
 
 
 class NoisyLatents(NamedTuple):
-    target: Tensor  # (B, L, h, w): what the network is to find
-    shown: Tensor  # (B, L, h, w): what is mixed into its input; the same unless perturbed
+    target: Tensor  # (B, L, h, w): the noise to predict
+    shown: Tensor  # (B, L, h, w): the noise in the input; the same unless perturbed
 
 
 def draw_timesteps(picks: Sequence[Pick], count: int, power: float = 1.0) -> Tensor:
-    """One of `count` timesteps for each pick, (B,): count * chance ** power. Below 1, noisy ones come more often."""
+    """A timestep of `count` for each pick, (B,): count * u ** power, u uniform. A power below 1 favours noisy ones."""
     chances = [float(torch.rand((), generator=p.generator)) for p in picks]
     return torch.tensor([int(count * chance**power) for chance in chances])
 
@@ -89,7 +89,7 @@ def errors(
     objective: Objective = PLAIN_OBJECTIVE,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The error of each picture's prediction, (B,): the mean over its positions; those where the mask is 0 add 0."""
+    """The error of each picture's prediction, (B,): the mean over its positions, weighted by the mask."""
     device = context.device
     alpha_bar = schedule.alphas_cumprod[timesteps]
     x = network_input(x0, noise.shown, alpha_bar.to(x0.dtype)).to(device).contiguous(memory_format=torch.channels_last)

@@ -11,9 +11,9 @@ from plainsd.train.options import FitOptions
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: FitOptions) -> torch.optim.Optimizer:
-    """Norms, biases and DoRA's magnitudes, all single rows of numbers, are not pulled to zero by the weight decay.
+    """No weight decay for norms, biases and DoRA's magnitudes (all one-dimensional).
 
-    PyTorch's fused step passes over each tensor once; it does not take weights that are spread over processes.
+    PyTorch's fused step reads each tensor once; it does not support sharded weights.
     """
     plain = [p for p in parameters if p.ndim == 0 or p.numel() == max(p.shape)]
     decayed = [p for p in parameters if not any(p is other for other in plain)]
@@ -36,7 +36,7 @@ def adam8bit() -> type[torch.optim.Optimizer]:
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # torchao's, which compiles anew for each number
+        if isinstance(group["lr"], Tensor):  # torchao would recompile for each float
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate

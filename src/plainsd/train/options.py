@@ -1,6 +1,6 @@
-"""What can be chosen about a training run, by the part that it belongs to. `Train` in cli.py puts the parts together.
+"""The options of a training run, in groups; `Train` in commands/train.py combines them.
 
-Numbers that suit one method and not another are None here, and come from METHOD_DEFAULTS.
+Options with a default that depends on the method are None here; METHOD_DEFAULTS has the values.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -13,11 +13,11 @@ from tyro.constructors import PrimitiveConstructorSpec
 from plainsd.errors import UserError
 from plainsd.pictures.settings import Settings, read_seed
 
-FROM_NOTHING = {"steps": 10_000, "batch": 64, "accumulate": 1, "lr": 1e-3, "warmup": 200, "decline": "cosine"}
+FROM_SCRATCH = {"steps": 10_000, "batch": 64, "accumulate": 1, "lr": 1e-3, "warmup": 200, "decline": "cosine"}
 RECIPE = {"batch": 1, "accumulate": 4, "warmup": 0, "decline": "constant"}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "vae": FROM_NOTHING,
-    "scratch": FROM_NOTHING,
+    "vae": FROM_SCRATCH,
+    "scratch": FROM_SCRATCH,
     "full": RECIPE | {"epochs": 400, "lr": 1e-5},
     "lora": RECIPE | {"epochs": 100, "lr": 1e-4},
     "controlnet": RECIPE | {"epochs": 10, "lr": 1e-5},
@@ -38,130 +38,131 @@ class Data:
     """How pictures are read, cut and captioned."""
 
     heldout: Path | None = None
-    """folder of captioned pictures that are only used to measure; it may lie inside --data"""
+    """folder of captioned pictures for validation only; it may be inside --data"""
     hold_out: float = 0.0
-    """share of the data that is held out instead; the same pictures for as long as the run goes on"""
+    """share of the data to hold out for validation instead; the same pictures throughout a run"""
     size: int | None = None
-    """pixels, width and height of the training pictures; the model's own if not given"""
+    """width and height of the training pictures, in pixels; the model's if not given"""
     buckets: bool = False
-    """each picture keeps about its own shape, at about size x size pixels"""
+    """aspect-ratio buckets: each picture keeps about its shape, at about size x size pixels in all"""
     crop: Literal["centre", "random"] = "centre"
-    """which part is cut out of a picture of another shape"""
+    """how a picture of another shape is cropped"""
     places: int = 4
-    """with --crop random: how many places each picture is cut at; they are drawn once"""
+    """with --crop random: crops per picture, drawn once"""
     flip: bool = False
-    """each picture also mirrored"""
+    """also use each picture mirrored"""
     caption: str | None = None
-    """for pictures that have none, such as "a photo of <cat>" """
+    """caption of pictures without one, such as "a photo of <cat>" """
     shuffle_tags: int | None = None
-    """captions are lists with commas: all but the first N entries are shuffled each time"""
+    """shuffle comma-separated tags, keeping the first N in place"""
     chunks: int = 1
-    """how much of a long caption is read, in chunks of as many tokens as the text encoder sees at once (CLIP: 75)"""
+    """longest caption, in chunks of as many tokens as the text encoder reads at once (CLIP: 75); the rest is cut off"""
     picture_column: str | None = None
-    """of parquet files and datasets; found by itself where it has a usual name"""
+    """column of the pictures in parquet files and datasets, if its name is unusual"""
     text_column: str | None = None
     """likewise"""
     split: str = "train"
-    """of a dataset on the hub"""
+    """split of a dataset on the hub"""
     stream: bool = False
-    """fetch only the first --limit pictures of a dataset, one after the other"""
+    """stream only the first --limit pictures of a dataset"""
     limit: int | None = None
     """only the first N pictures of each source"""
     bad_share: float = 0.01
-    """largest share of broken pictures and empty captions that is left out silently but for a line; more is an error"""
+    """tolerated share of broken pictures and empty captions, which are skipped and counted; more is an error"""
     workers: int = 2
-    """threads that read pictures ahead while they are encoded"""
+    """threads that load pictures while others are encoded"""
 
 
 @dataclass
 class Steps:
-    """How long, how fast, with what precision."""
+    """Steps, learning rate, optimizer, precision."""
 
     steps: int | None = None
-    """optimizer steps; from nothing 10,000"""
+    """optimizer steps (vae and scratch: 10,000)"""
     epochs: int | None = None
-    """instead of steps: how often each picture is seen; full 400, lora and inversion 100"""
+    """epochs, instead of steps (full: 400; lora and inversion: 100)"""
     batch: int | None = None
-    """pictures a micro-batch; from nothing 64, else 1"""
+    """pictures per micro-batch (vae and scratch: 64; else 1)"""
     accumulate: int | None = None
-    """micro-batches a step, over all processes; from nothing 1, else 4"""
+    """gradient accumulation: micro-batches per step, over all processes (vae and scratch: 1; else 4)"""
     lr: float | None = None
-    """learning rate; from nothing 1e-3, full 1e-5, lora 1e-4, inversion 5e-3"""
+    """learning rate (vae and scratch: 1e-3; full: 1e-5; lora: 1e-4; inversion: 5e-3)"""
     warmup: int | None = None
-    """steps in which the learning rate rises to its value; from nothing 200, else 0"""
+    """steps of linear learning-rate warm-up (vae and scratch: 200; else 0)"""
     decline: Literal["cosine", "constant"] | None = None
-    """after that: down to 1 percent along a cosine (from nothing), or constant (else)"""
+    """learning rate after that: cosine decay to 1 percent (vae and scratch), or constant (else)"""
     weight_decay: float | None = None
-    """0.01; for inversion 0"""
+    """weight decay of AdamW (inversion: 0; else 0.01)"""
     beta2: float = 0.999
-    """memory of AdamW's second moment; 0.99 suits short runs"""
+    """beta2 of AdamW; 0.99 suits short runs"""
     clip: float = 1.0
-    """largest norm of the whole gradient"""
+    """gradient clipping: largest norm"""
     ema: float = 0.999
-    """decay of the averaged weights, which are those that are saved; 0: no average"""
+    """EMA decay; the averaged weights are saved. 0: no EMA"""
     seed: Annotated[
         int, PrimitiveConstructorSpec(1, "N", read_seeds, lambda seed: isinstance(seed, int), seed_text)
     ] = 0
-    """random or -1 draws one, with which the run then goes on"""
+    """random seed; random or -1 draws one, which a resumed run keeps"""
     device: str = "auto"
     dtype: str = "auto"
-    """arithmetic: bfloat16 (autocast, weights stay float32) or float32; auto asks the processor"""
+    """precision: bfloat16 (autocast, float32 weights) or float32; auto: whichever suits the device"""
     checkpointing: bool = False
-    """less memory, a third more time: what the backward pass needs is computed again"""
+    """gradient checkpointing: less memory, a third more time"""
     adam8bit: bool = False
-    """AdamW's moments in 8 bits; needs torchao, and on a CPU a C++ compiler"""
+    """8-bit AdamW; needs torchao, and on a CPU a C++ compiler"""
     shard: bool = False
-    """with torchrun: weights, gradients and moments spread over the processes (FSDP2)"""
+    """with torchrun: shard weights, gradients and optimizer states over the processes (FSDP2)"""
 
 
 @dataclass
 class Telling:
-    """What is saved and shown on the way."""
+    """Logging, samples, checkpoints."""
 
     prompts: Path | None = None
-    """file with one prompt a line, for the sample pictures; lines that begin with # are comments"""
+    """file of prompts for sample pictures, one a line; lines that start with # are comments"""
     save_every: int = 500
     keep: int = 2
-    """states kept"""
+    """checkpoints to keep"""
     save_results_every: int | None = None
-    """steps after which what has been learned so far is written into OUT/results, as the result is at the end"""
+    """every so many steps, write an intermediate result into OUT/results, in the form of the final one"""
     save_epochs: int | None = None
-    """likewise after so many epochs"""
+    """likewise, every so many epochs"""
     log_every: int = 20
     validate_every: int = 500
     sample_every: int = 1000
     tensorboard: bool = False
-    """the log for TensorBoard too"""
+    """also log for TensorBoard"""
     save_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """what the finished weights are saved in"""
+    """dtype of the saved result"""
 
 
 @dataclass
 class LossOptions:
-    """What counts as an error."""
+    """Options of the loss."""
 
     dropout: float = 0.1
-    """share of captions left empty"""
+    """caption dropout: share of empty captions, for classifier-free guidance"""
     timestep_power: float = 1.0
-    """below 1, noisy timesteps come more often; there the caption decides, elsewhere it hardly matters"""
+    """below 1, noisy timesteps are sampled more often; there the caption matters most"""
     min_snr: float | None = None
-    """timesteps with little noise count no more than those at this signal-to-noise ratio; 5 is usual"""
+    """min-SNR weighting with this gamma; 5 is usual"""
     offset_noise: float = 0.0
-    """noise that shifts whole channels, for very dark and very light pictures; 0.05 to 0.1"""
+    """offset noise, for very dark and very light pictures; 0.05 to 0.1"""
     perturbation: float = 0.0
-    """surplus noise in the input; 0.1"""
+    """input perturbation: extra noise in the input; 0.1 is usual"""
     huber: float | None = None
-    """errors beyond this size count linearly"""
+    """Huber loss: errors beyond this size count linearly"""
 
 
 @dataclass
 class Prior:
-    """DreamBooth: pictures of the kind in general, beside those of the one thing."""
+    """DreamBooth: prior preservation with class pictures."""
 
     prior: Path | None = None
-    """folder with them; where it is missing or not given, --prior-count pictures of --prior-prompt are made first"""
+    """folder of class pictures; if missing or not given, --prior-count pictures of --prior-prompt are generated
+    first"""
     prior_prompt: str | None = None
-    """such as "a photo of a dog", where the captions say "a photo of sks dog" """
+    """class prompt, such as "a photo of a dog" for captions like "a photo of sks dog" """
     prior_weight: float = 1.0
     prior_count: int = 200
 
@@ -173,20 +174,20 @@ class LoraOptions:
     text_encoder: bool = False
     """train the text encoders too"""
     kind: Literal["lora", "loha", "lokr"] = "lora"
-    """a product of narrow matrices; LoHa: two of these, multiplied number by number; LoKr: a Kronecker product"""
+    """low-rank product (LoRA), elementwise product of two (LoHa), or Kronecker product (LoKr)"""
     rank: int = 16
     alpha: float | None = None
-    """the LoRA's change is scaled by alpha / rank; the rank if not given"""
+    """the change is scaled by alpha / rank; the rank if not given"""
     factor: int | None = None
-    """lokr: largest side of the smaller matrix; as near to a square as can be if not given"""
+    """lokr: largest side of the smaller matrix; as square as possible if not given"""
     targets: str = "attention"
-    """attention, transformers, all-linear, all, or a pattern such as '*.cross_attn.*'"""
+    """target modules: attention, transformers, all-linear, all, or a pattern such as '*.cross_attn.*'"""
     conv: bool = False
-    """convolutions too"""
+    """train convolutions too"""
     dora: bool = False
     """weight-decomposed (DoRA)"""
     half_base: bool = False
-    """the frozen weights in bfloat16: half the memory"""
+    """keep frozen weights in bfloat16: half the memory"""
 
 
 @dataclass
@@ -196,9 +197,9 @@ class Inversion:
     token: str | None = None
     """the new word, such as '<cat>', which the captions use"""
     vectors: int = 1
-    """how many vectors it stands for"""
+    """number of vectors of the new word"""
     initial: str | None = None
-    """a known word to begin from, such as 'cat'"""
+    """initialise from a known word, such as 'cat'"""
 
 
 @dataclass
@@ -210,7 +211,7 @@ class Controlling:
 
 
 @dataclass
-class FromNothing:
+class FromScratch:
     """Methods vae and scratch, and --vae for all that need one."""
 
     model: Path | None = None
@@ -223,20 +224,20 @@ class FromNothing:
     carry: tuple[Path, ...] = ()
     """scratch: files to put beside the finished model's weights"""
     kl_weight: float = 1e-4
-    """vae: pull of the latents towards the unit normal"""
+    """vae: weight of the KL divergence from the unit normal"""
     edge_weight: float = 1.0
-    """vae: weight of the error in pixel differences"""
+    """vae: weight of the edge loss (error of pixel differences)"""
     patch_weight: float = 0.0
     """vae: weight of the patch discriminator"""
     patch_after: int = 0
-    """vae: pictures seen before the discriminator counts"""
+    """vae: pictures seen before the discriminator starts"""
     decoder_only: bool = False
-    """vae: the encoder of --base stays as it is, so that UNets go on to suit the autoencoder"""
+    """vae: freeze the encoder of --base, so that its UNets still fit"""
 
 
 @dataclass
 class TrainOptions:
-    """All of them: one run."""
+    """All options of a run."""
 
     method: Literal["vae", "scratch", "full", "lora", "inversion", "controlnet"]
     """vae: an autoencoder from nothing. scratch: text encoder and UNet from nothing, on a trained autoencoder. full:
@@ -244,18 +245,18 @@ class TrainOptions:
     controlnet: a net that reads a map beside each picture (name.cond.png)"""
     data: tuple[str, ...]
     """folders of captioned pictures (metadata.jsonl, or pairs name.png and name.txt), parquet files, tar shards, or
-    datasets on the hub (owner/name); cats:10 is shown ten times an epoch"""
+    datasets on the hub (owner/name); cats:10 repeats cats ten times an epoch"""
     out: Path
-    """folder of the run: log, curve, samples, states, and at the end the result, which has the folder's name"""
+    """folder of the run: log, curve, samples, checkpoints, and the result, which has the folder's name"""
     config: Path | None = None
-    """TOML file with any of these options, such as the run.toml of a run's folder; flags go before it"""
+    """TOML file with any of these options, such as a run's run.toml; flags take precedence"""
     base: str | None = None
-    """the model to fine-tune: a folder, a file or a name on the hub; the embedded one if not given. Methods vae and
-    scratch begin with its weights, where it is given, and not from nothing"""
+    """model to fine-tune: a folder, a file or a hub name; the embedded one if not given. Methods vae and scratch start
+    from its weights if it is given"""
     prediction: str | None = None
-    """what the network of --base predicts, epsilon or v_prediction, where its files say it wrong or not at all"""
+    """override what --base predicts: epsilon or v_prediction"""
     zero_snr: str | None = None
-    """whether the noise of --base ends at zero SNR, on or off, likewise"""
+    """override whether --base has zero terminal SNR: on or off"""
     reading: OmitArgPrefixes[Data] = field(default_factory=Data)
     pace: OmitArgPrefixes[Steps] = field(default_factory=Steps)
     loss: OmitArgPrefixes[LossOptions] = field(default_factory=LossOptions)
@@ -264,11 +265,11 @@ class TrainOptions:
     control: OmitArgPrefixes[Controlling] = field(default_factory=Controlling)
     prior: OmitArgPrefixes[Prior] = field(default_factory=Prior)
     telling: OmitArgPrefixes[Telling] = field(default_factory=Telling)
-    nothing: OmitArgPrefixes[FromNothing] = field(default_factory=FromNothing)
+    from_scratch: OmitArgPrefixes[FromScratch] = field(default_factory=FromScratch)
 
 
 def with_defaults(method: str, steps: Steps) -> Steps:
-    """The method's own numbers where none are given."""
+    """Fills in the method's defaults."""
     if steps.steps is not None and steps.epochs is not None:
         raise UserError(f"--steps {steps.steps} and --epochs {steps.epochs} both say how long to train; give one")
     own = {"weight_decay": 0.01} | METHOD_DEFAULTS[method]
@@ -291,7 +292,7 @@ T = TypeVar("T")
 
 
 def given(value: T | None) -> T:
-    """A number that `with_defaults` has filled in."""
+    """An option that `with_defaults` has filled in."""
     assert value is not None
     return value
 
@@ -306,19 +307,19 @@ def check_telling(telling: Telling) -> None:
 @dataclass(frozen=True)
 class FitOptions:
     steps: int
-    batch: int = 64  # pictures a micro-batch
-    accumulate: int = 1  # micro-batches a step, over all processes
+    batch: int = 64  # pictures per micro-batch
+    accumulate: int = 1  # gradient accumulation: micro-batches per step, over all processes
     lr: float = 1e-4
     warmup: int = 200  # steps of linear warm-up
-    cosine: bool = True  # then down to 1 % of lr along a cosine; else constant
+    cosine: bool = True  # then cosine decay to 1 % of lr; else constant
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip: float = 1.0  # largest norm of the whole gradient
-    ema: float = 0.999  # 0: no average
-    bf16: bool = False  # autocast; the weights and their update stay float32
-    adam8bit: bool = False  # AdamW's moments in 8 bits, by torchao
-    long_attention: bool = False  # on a CPU: attention maps that are never whole in memory, for large pictures
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.999  # decay; 0: no EMA
+    bf16: bool = False  # autocast; weights and updates stay float32
+    adam8bit: bool = False  # 8-bit AdamW, by torchao
+    long_attention: bool = False  # on a CPU: memory-efficient attention, for large pictures
     seed: int = 0
     save_every: int = 1000
     keep: int = 2  # checkpoints kept

@@ -1,6 +1,6 @@
-"""Which picture each position of a run shows, and which random numbers are its own: functions of seed and position.
+"""The picture and the random numbers of each position of a run: functions of seed and position.
 
-So it makes no difference how often a run was stopped, or how many processes share a step.
+So neither interruptions nor the number of processes change them.
 """
 
 from collections.abc import Hashable, Sequence
@@ -10,15 +10,15 @@ import torch
 
 
 def random(seed: int, purpose: int, position: int) -> torch.Generator:
-    """A generator of its own for each (seed, purpose, position): whoever draws first, the numbers are the same."""
+    """A generator for each (seed, purpose, position), independent of the order of drawing."""
     mixed = (seed * 0x9E3779B97F4A7C15 + purpose * 0xBF58476D1CE4E5B9 + position * 0x94D049BB133111EB) % 2**64
     mixed ^= mixed >> 31
-    mixed = mixed * 0xD6E8FEB86659FD93 % 2**64  # a 64-bit mix, so that neighbours have unrelated seeds
+    mixed = mixed * 0xD6E8FEB86659FD93 % 2**64  # a 64-bit hash, so that neighbours have unrelated seeds
     return torch.Generator().manual_seed((mixed ^ mixed >> 32) & (2**63 - 1))
 
 
 class Order:
-    """Every epoch all pictures once, each epoch in another order. Position p counts pictures from the run's start."""
+    """All pictures once per epoch, shuffled anew each epoch. Position p counts pictures from the run's start."""
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed
@@ -32,7 +32,7 @@ class Order:
 
 
 class Repeated:
-    """An order over pictures of which some come several times an epoch."""
+    """An order in which some pictures are repeated within an epoch."""
 
     def __init__(self, repeats: Sequence[int], seed: int):
         self.table = [index for index, times in enumerate(repeats) for _ in range(times)]
@@ -44,10 +44,10 @@ class Repeated:
 
 
 class Bucketed:
-    """An order in which each micro-batch has pictures of one shape, as a batch must.
+    """An order for buckets: each micro-batch has pictures of one shape.
 
-    Every epoch each shape's pictures are shuffled and dealt into micro-batches, the last of which is filled up with the
-    first ones again; then the micro-batches are shuffled. `surplus` pictures an epoch are such repetitions.
+    Every epoch, each shape's pictures are shuffled and split into micro-batches, the last of which is filled up with
+    the first pictures again; then the micro-batches are shuffled. `surplus` is the number of such repetitions an epoch.
     """
 
     def __init__(self, shapes: Sequence[Hashable], repeats: Sequence[int], batch: int, seed: int):
@@ -77,7 +77,7 @@ class Bucketed:
 
 
 class Pick(NamedTuple):
-    """One picture of a batch, with the random numbers that are its own."""
+    """One picture of a batch, with its own random generator."""
 
     index: int  # type: ignore[assignment]  # of the picture in the data; hides the tuple's method
     position: int  # in the run: 0, 1, 2, ...

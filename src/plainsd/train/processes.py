@@ -1,7 +1,7 @@
-"""One run on several processes, as torchrun starts them: each takes its share of every step's pictures.
+"""Data-parallel training with torchrun: each process takes its share of every step's pictures.
 
-The pictures of a step, and all random numbers, are those of the same run on one process; so is the result, but for the
-order in which numbers are added. Only the first process writes.
+Pictures and random numbers of a step are those of a run on one process; so is the result, up to the order of summation.
+Only the first process writes.
 """
 
 import os
@@ -24,7 +24,7 @@ PATIENCE = timedelta(hours=6)  # for the first process, while it encodes, valida
 class World(NamedTuple):
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")  # where numbers are added up
+    device: torch.device = torch.device("cpu")  # of the all-reduces
     sharded: bool = False  # each process holds a part of the weights: see shard.py
 
     @property
@@ -46,7 +46,7 @@ class World(NamedTuple):
         return [part[self.rank * len(part) // self.size : (self.rank + 1) * len(part) // self.size] for part in parts]
 
     def total(self, numbers: list[float]) -> list[float]:
-        """Each number added up over all processes."""
+        """Sums over all processes (all-reduce)."""
         if self.size == 1:
             return numbers
         together = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -57,13 +57,13 @@ class World(NamedTuple):
         return self.total([float(flag)])[0] > 0
 
     def replicated(self, module: nn.Module) -> nn.Module:
-        """A module whose gradients are averaged over all processes, as they are made."""
+        """The module in DDP, which averages gradients over all processes."""
         if self.size == 1 or self.sharded:
             return module
         return DistributedDataParallel(module, find_unused_parameters=True)
 
     def silent(self, module: nn.Module, last: bool):
-        """Gradients are averaged with the last micro-batch of a step; before it nothing is sent."""
+        """Without communication, for all but the last micro-batch of a step."""
         return nullcontext() if self.size == 1 or self.sharded or last else module.no_sync()
 
     def wait(self) -> None:
@@ -72,7 +72,7 @@ class World(NamedTuple):
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """What is inside is done by the first process, then by the others, who find its files."""
+        """Runs the body on the first process, then on the others, who find its files."""
         if self.size > 1 and not self.first:
             dist.barrier()
         yield
@@ -82,7 +82,7 @@ class World(NamedTuple):
 
 @contextmanager
 def world_of_torchrun(device: torch.device, shard: bool = False) -> Iterator[World]:
-    """The processes that torchrun started, or this one alone. Each gets a GPU of its own, where there are any."""
+    """The processes that torchrun started, or this one alone. Each has its own GPU, if there are any."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if shard:
             raise UserError(

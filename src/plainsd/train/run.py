@@ -1,4 +1,4 @@
-"""A training run in a folder: log, curve, sample pictures, checkpoints; and stopping when told to.
+"""A training run in a folder: log, curve, samples, checkpoints; and stopping on signals.
 
 RUN/log.jsonl          one line every `log_every` steps, and one a validation
 RUN/curve.png          loss and validation over steps
@@ -45,7 +45,7 @@ class Rhythm(NamedTuple):
         return step == last or step % getattr(self, what) == 0
 
     def marks(self, step: int, last: int) -> list[str]:
-        """Of the results that are due on the way: at so many steps, and when so many epochs are over."""
+        """The marks of intermediate results due now, by steps and by epochs."""
         found = [f"step{step:08d}"] if self.results and step % self.results == 0 else []
         if self.results_epochs:
             over, before = (int(self.epochs * done) // self.results_epochs for done in (step, step - 1))
@@ -75,9 +75,9 @@ def run_training(
     """Train to the end and return the Trainer; None when SIGTERM stopped the run early, and Interrupted when Ctrl-C did
     (its state is saved).
 
-    `validate`, `sample` and `save` (of results on the way, told their marks) are called with the averaged weights in
-    place, by the first process alone unless the weights are sharded; with `before` the first two also at step 0.
-    `claim` is called when nothing can be refused any more.
+    `validate`, `sample` and `save` (of intermediate results, given their marks) are called with EMA weights, by the
+    first process only unless weights are sharded; with `before`, the first two also at step 0. `claim` is called after
+    all checks.
     """
     trainer = Trainer(method, options, world)
     diary = Diary(folder, rhythm, options.steps, tensorboard, world.device) if world.first else None
@@ -102,7 +102,7 @@ def run_training(
 
 @dataclass
 class Look:
-    """Measures the model and draws with it, where either is due: `look(step)`."""
+    """Validates and samples when due: `look(step)`."""
 
     trainer: Trainer
     folder: Path
@@ -134,7 +134,7 @@ class Look:
 
 
 class Diary:
-    """What a run tells of itself: the bar, the log, TensorBoard, the curve."""
+    """A run's output: progress bar, log, TensorBoard, curve."""
 
     def __init__(self, folder: Path, rhythm: Rhythm, steps: int, tensorboard: bool, device: torch.device):
         with saving("the log"):
@@ -167,7 +167,7 @@ class Diary:
             self.window.clear()
 
     def begin(self, done: int, spent: float = 0.0) -> tqdm:
-        """After a resume the log forgets the steps that are done again. `spent`: seconds that the first step took."""
+        """On resume, drops log lines after the checkpoint. `spent`: seconds of the first step."""
         self.log.rewind(done)
         self.bar = bar = tqdm(total=self.steps, initial=done, unit="step", dynamic_ncols=True)
         bar.start_t, bar.last_print_t = bar.start_t - spent, bar.last_print_t - spent
@@ -187,7 +187,7 @@ class Diary:
                 self.board.flush()
 
     def close(self) -> None:
-        """Ends the bar's line, so that what is said next begins a new one."""
+        """Ends the bar's line, so that later output starts on a new one."""
         if self.bar is not None:
             self.bar.close()
         if self.board:
@@ -200,7 +200,7 @@ class Diary:
 
 
 def with_average(trainer: Trainer, task: Callable):
-    """Do it with the averaged weights in place, and the networks in eval."""
+    """Calls it with EMA weights in place and the networks in eval mode."""
     trainer.method.modules.eval()
     try:
         if trainer.ema is None:
@@ -213,8 +213,8 @@ def with_average(trainer: Trainer, task: Callable):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[list[int]]:
-    """Inside, SIGTERM (what a cluster sends before it takes the machine away) and Ctrl-C are put into the list that is
-    yielded. A second Ctrl-C ends the process at once, as it does elsewhere."""
+    """Collects SIGTERM (sent by a cluster before preemption) and Ctrl-C in the yielded list. A second Ctrl-C ends the
+    process at once."""
     asked: list[int] = []
 
     def stop(number: int, _) -> None:
@@ -225,7 +225,7 @@ def stopped_by_signals() -> Iterator[list[int]]:
 
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number, handler in old.items():
-        if handler is not signal.SIG_IGN:  # as it is for what runs in the background
+        if handler is not signal.SIG_IGN:  # as it is for background jobs
             signal.signal(number, stop)
     try:
         yield asked
@@ -235,7 +235,7 @@ def stopped_by_signals() -> Iterator[list[int]]:
 
 
 def log_line(window: list[Report], device: torch.device) -> dict[str, float]:
-    """One log line: honest means over the window's steps, each of as many pictures."""
+    """One log line: means over the window's steps, which have equally many pictures."""
     last, good = window[-1], [r for r in window if r.loss == r.loss]
     names = good[-1].metrics if good else {}
     seconds = sum(r.seconds for r in window)
@@ -254,7 +254,7 @@ def log_line(window: list[Report], device: torch.device) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device = torch.device("cpu")) -> float:
-    """Most memory held at once so far, in GB (10^9 bytes): of the GPU, or the resident size of this process."""
+    """Peak memory so far in GB (10^9 bytes): of the GPU, or the resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

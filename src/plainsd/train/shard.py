@@ -1,8 +1,8 @@
-"""Weights, gradients and moments spread over the processes (PyTorch's FSDP2; Rajbhandari et al. 2019, "ZeRO",
-arXiv:1910.02054), for models that one GPU cannot train. Each process holds a part of every tensor, and a network's
-block is put together only while it computes.
+"""Sharding of weights, gradients and optimizer states over processes (PyTorch's FSDP2; Rajbhandari et al. 2019, "ZeRO",
+arXiv:1910.02054), for models that do not fit on one GPU. Each process holds a part of every tensor; a block is gathered
+only while it computes.
 
-A state is then a folder of shards, written by all processes, and can be read by another number of them.
+A checkpoint is then a folder of shards, written by all processes, and can be loaded by another number of them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from plainsd.models.unet import UNet
 
 
 def shard(network: nn.Module) -> None:
-    """Shards a UNet or a text encoder in place, block by block. Do so before an optimizer is made."""
-    network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
+    """Shards a UNet or a text encoder in place, block by block. Call it before creating the optimizer."""
+    network.to(memory_format=torch.contiguous_format)  # FSDP2 supports no other
     blocks = [*network.down, network.mid, *network.up] if isinstance(network, UNet) else list(network.blocks)
     mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
     for module in (*blocks, network):
@@ -31,7 +31,7 @@ def shard(network: nn.Module) -> None:
 
 @torch.no_grad()
 def gather(network: nn.Module) -> None:
-    """Whole weights again, on every process, to be saved; the network is not to be run after this."""
+    """Gathers the whole weights on every process, for saving; the network cannot run afterwards."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.__class__ = type(module).__bases__[1]  # FSDP2 has made it a subclass of what it was

@@ -30,18 +30,18 @@ class Report(NamedTuple):
 
 
 class Method(Protocol):
-    """What is trained."""
+    """A training method."""
 
-    modules: nn.ModuleDict  # all their parameters that require a gradient move
+    modules: nn.ModuleDict  # all parameters that require gradients are trained
 
     def loss(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss over the picks, and numbers to log. Uses no randomness but the picks' own."""
+        """The mean loss over the picks, and metrics to log. All randomness comes from the picks."""
 
 
 class Ema:
-    """Exponential moving average of parameters: the weights that are sampled with and shipped.
+    """Exponential moving average of parameters: the weights used for samples and saved.
 
-    Early on the average is short, (1 + step) / (10 + step), so that it forgets the random start.
+    Early on the decay is (1 + step) / (10 + step), so that the average forgets the initialisation.
     """
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
@@ -71,7 +71,7 @@ class Ema:
 
 
 def learning_rate(options: FitOptions, step: int) -> float:
-    """Of step 0, 1, ...: linear warm-up, then a cosine down to 1 % (Loshchilov and Hutter 2016, arXiv:1608.03983)."""
+    """At step 0, 1, ...: linear warm-up, then cosine decay to 1 % (Loshchilov and Hutter 2016, arXiv:1608.03983)."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
     if not options.cosine:
@@ -81,7 +81,7 @@ def learning_rate(options: FitOptions, step: int) -> float:
 
 
 class Loss(nn.Module):
-    """A method's loss as a module, whose parameters are those that move."""
+    """A method's loss as a module with the trainable parameters, for DDP."""
 
     def __init__(self, method: Method):
         super().__init__()
@@ -127,7 +127,7 @@ class Trainer:
         self.step, self.skipped = state["step"], state["skipped"]
 
     def update(self, picks: list[Pick]) -> tuple[float, dict[str, float], float] | None:
-        """One optimizer step over all picks, micro-batch by micro-batch. None if the numbers were not finite."""
+        """One optimizer step over all picks, micro-batch by micro-batch. None if loss or gradient was not finite."""
         options, sums = self.options, {"": 0.0}
         parts = [picks[start : start + options.batch] for start in range(0, len(picks), options.batch)]
         parts = self.world.share(parts)

@@ -1,4 +1,4 @@
-"""The methods that can begin from nothing, as jobs: `vae`, then `scratch` on the autoencoder that it made."""
+"""Jobs of the methods that can train from scratch: `vae`, then `scratch` with the resulting autoencoder."""
 
 import shutil
 from dataclasses import replace
@@ -28,15 +28,15 @@ from plainsd.train.shard import gather
 
 def described_variant(job: TrainJob) -> Variant:
     """The networks that --model describes."""
-    if job.options.nothing.model is None:
+    if job.options.from_scratch.model is None:
         raise UserError(f"method {job.options.method} needs --model, a JSON file that describes the networks")
-    variant = read_description(job.options.nothing.model)
+    variant = read_description(job.options.from_scratch.model)
     return replace(variant, size=job.options.reading.size or variant.size)
 
 
 def first_vae(job: TrainJob) -> tuple[Variant, VAE]:
-    """The autoencoder to train: that of --base, or one with random weights."""
-    base, own = job.options.base, job.options.nothing
+    """The autoencoder to train: that of --base, or a new one."""
+    base, own = job.options.base, job.options.from_scratch
     if base is None:
         if own.decoder_only:
             raise UserError("--decoder-only leaves the encoder as it is: it needs --base, a trained autoencoder")
@@ -60,7 +60,7 @@ def first_vae(job: TrainJob) -> tuple[Variant, VAE]:
 
 
 def train_vae(job: TrainJob) -> None:
-    own = job.options.nothing
+    own = job.options.from_scratch
     if job.world.sharded:
         raise UserError("method vae has no --shard: an autoencoder fits on one GPU")
     torch.manual_seed(job.options.pace.seed)  # the networks' first weights
@@ -97,7 +97,7 @@ def train_vae(job: TrainJob) -> None:
 
 
 def train_scratch(job: TrainJob) -> None:
-    variant, own = described_variant(job), job.options.nothing
+    variant, own = described_variant(job), job.options.from_scratch
     if not own.vae or not own.tokenizer:
         raise UserError("method scratch needs --vae and --tokenizer: train the first with --method vae")
     torch.manual_seed(job.options.pace.seed)  # the networks' first weights
@@ -138,7 +138,7 @@ def train_scratch(job: TrainJob) -> None:
 
 
 def begin_as(sd: StableDiffusion, base: str) -> None:
-    """Text encoder and UNet get the weights of another model: of a run that is to go on with other options."""
+    """Copies text encoder and UNet of another model, such as a run that continues with other options."""
     other = load(base, device="cpu", dtype=torch.float32)
     network: nn.Module
     weights: nn.Module
