@@ -9,6 +9,7 @@ from plainsd.diffusion.samplers import Step, sampler_levels
 from plainsd.errors import UserError
 from plainsd.generate import LATENT_MODES, text_to_image
 from plainsd.pictures.sampling import second_pass, steps_to_run
+from plainsd.pictures.sampling import Known
 from plainsd.pictures.settings import UPSCALERS, Settings
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.labels import UPSCALER_LABELS
@@ -30,7 +31,8 @@ def drawn(sd, **options):
 def test_latents_are_enlarged_as_pytorch_does_it(sd, upscaler, monkeypatch):
     mode, antialias = LATENT_MODES[upscaler]
     seen = []
-    monkeypatch.setattr("plainsd.pictures.sampling.add_noise", lambda x, noise, sigma: seen.append(x) or x + noise)
+    known = lambda latents, **more: seen.append(latents) or Known(latents, **more)  # noqa: E731
+    monkeypatch.setattr("plainsd.generate.Known", known)
     first, _, _ = drawn(sd, upscaler=upscaler, strength=0.7)
     height, width = (side * 3 // 2 for side in first.shape[-2:])
     assert torch.allclose(seen[0], F.interpolate(first, (height, width), mode=mode, antialias=antialias), atol=1e-6)

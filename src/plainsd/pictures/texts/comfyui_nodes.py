@@ -252,7 +252,8 @@ class GraphReader:
 
 
 SAMPLING_NODES: dict[str, Callable[[GraphReader, SamplerPass], None]] = {
-    "KSampler": GraphReader.ksampler, "KSamplerAdvanced": GraphReader.ksampler_advanced, "SamplerCustom": GraphReader.sampler_custom,
+    "KSampler": GraphReader.ksampler, "KSamplerAdvanced": GraphReader.ksampler_advanced,
+    "SamplerCustom": GraphReader.sampler_custom,
     "SamplerCustomAdvanced": GraphReader.sampler_custom,
 }  # fmt: skip
 PREDICTION_WORDS = {"eps": "epsilon", "v_prediction": "v_prediction"}
