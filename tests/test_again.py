@@ -156,7 +156,7 @@ def theirs(tmp_path):
 def test_a_picture_of_a1111(generate, theirs, sampler, more, ours):
     code, out, err = generate("--from", theirs(sampler, more))
     assert code == 0 and "was made with the weights 6ce0161689, and these are" in err
-    assert ("no effect here: ENSD" in err) == ("ENSD" in more)
+    assert "no effect here" not in err
     settings = read_settings(out.strip())
     assert (settings.sampler, settings.spacing) == ours
     assert (settings.seed, settings.steps, settings.guidance, settings.size) == (1234, 4, 7.0, (64, 64))

@@ -17,6 +17,7 @@ from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.models.layers import Attention, Upsample
 from plainsd.models.unet import FeedForward
+from plainsd.pictures.noise import NoiseOfEach
 from plainsd.speed import model
 from plainsd.speed.packed import (
     PACKED,
@@ -260,8 +261,7 @@ def test_no_step_waits(choices, distilled, monkeypatch):
     """The UNet on a device that has no numbers: reading one would be an error. The first step may fetch the text."""
     sd = tiny_sd(guidance_dim=distilled)
     sd.unet.to("meta")
-    fresh = lambda shape: torch.empty(1, *shape, device="meta")  # noqa: E731
-    monkeypatch.setattr("plainsd.generate.noise_of_each", lambda each, device: fresh)
+    monkeypatch.setattr(NoiseOfEach, "_there", lambda self, noise: torch.empty_like(noise, device="meta"))
     events = text_to_image(sd, **PROMPT | choices)
     next(events)
     with Crossings() as crossings:

@@ -33,12 +33,11 @@ from plainsd.pictures.defaults import (
 )
 from plainsd.pictures.images import continued, to_mask, to_pil, to_rgb, to_tensor
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.noise import NoiseOfEach
 from plainsd.pictures.sampling import (
-    Draw,
     Known,
     decode,
     encode,
-    noise_of_each,
     prepare_latents,
     sample,
     steps_of_strength,
@@ -141,19 +140,20 @@ def text_to_image(
 
 
 def _from_text(sd: StableDiffusion, each: list[Resolved], control: Sequence[Control]) -> Generator[Step | Pictures]:
-    one, draw = each[0], noise_of_each(each, sd.device)
-    noise = prepare_latents(sd, each, one.size, draw)
+    one, draw = each[0], NoiseOfEach(each, sd.device)
+    noise = prepare_latents(sd, one.size, draw)
     latents = yield from sample(sd, each, one.size, noise, draw, control=fitted(control, one.size))
     if one.hires:
         size = enlarged_size(one.size, one.hires)
         known = Known(_enlarged(sd, latents, size, one, draw), running=running_again(one))
-        noise = prepare_latents(sd, each, size, draw)
         again, maps = [second_pass(one) for one in each], fitted(control, size)
+        draw = draw.anew(again)
+        noise = prepare_latents(sd, size, draw)
         latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps, control=maps)
     yield Pictures(to_pil(decode(sd, latents, tiling=one.tiling)), each, latents)
 
 
-def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], one: Resolved, draw: Draw) -> Tensor:
+def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], one: Resolved, draw: NoiseOfEach) -> Tensor:
     if one.upscaler in LATENT_MODES:
         width, height = (side // sd.vae.config.factor for side in size)
         mode, antialias = LATENT_MODES[one.upscaler]
@@ -211,12 +211,12 @@ def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choi
 def _from_picture(
     sd: StableDiffusion, each: list[Resolved], image: Image.Image, control: Sequence[Control]
 ) -> Generator[Step | Pictures]:
-    draw, pixels = noise_of_each(each, sd.device), _padded(to_tensor(image))
+    draw, pixels = NoiseOfEach(each, sd.device), _padded(to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
     editing = edits(sd.unet.config, sd.vae.config)
     latents = None if editing and each[0].strength == 1 else encode(sd, pixels, draw, tiling=each[0].tiling)
     known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
-    noise, maps = prepare_latents(sd, each, size, draw), fitted(control, image.size)
+    noise, maps = prepare_latents(sd, size, draw), fitted(control, image.size)
     latents = yield from sample(sd, each, size, noise, draw, known, control=maps)
     drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
     yield Pictures([picture.crop((0, 0, *image.size)) for picture in drawn], each, latents)
@@ -282,12 +282,12 @@ def inpaint(
 def _repainted(
     sd: StableDiffusion, each: list[Resolved], image: Image.Image, light: Tensor, control: Sequence[Control]
 ) -> Generator[Step | Pictures]:
-    draw, pixels, light_padded = noise_of_each(each, sd.device), _padded(to_tensor(image)), _padded(light)
+    draw, pixels, light_padded = NoiseOfEach(each, sd.device), _padded(to_tensor(image)), _padded(light)
     size = (pixels.shape[3], pixels.shape[2])
     mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is anew if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
     latents = None if reads_mask and each[0].strength == 1 else encode(sd, pixels, draw, tiling=each[0].tiling)
-    noise = prepare_latents(sd, each, size, draw)
+    noise = prepare_latents(sd, size, draw)
     if reads_mask:
         around = encode(sd, pixels * (1 - light_padded), draw, tiling=each[0].tiling)  # the hole is mid-grey
         known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))

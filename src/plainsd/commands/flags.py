@@ -81,6 +81,12 @@ class GenerateFlags:
     ddim_uniform beta beta_a1111 kl_optimal kl_optimal_a1111 align_your_steps align_your_steps_xl"""
     seed: Annotated[str | None, flag("N")] = None
     """of the first picture (default 0), random or -1 for any; the following ones have the next seeds"""
+    noise: Annotated[str | None, flag("NAME")] = None
+    """whose random numbers: cpu, nv (those of an NVIDIA GPU, on any device), comfyui"""
+    ensd: Annotated[int | None, flag("N")] = None
+    """A1111's eta noise seed delta, added to the seed for the noise on the way"""
+    seed_resize: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
+    """the first noise is that of a picture of this size, in the middle of this one's"""
     count: Annotated[int, flag("N")] = 1
     """pictures a prompt"""
     batch: Annotated[int, flag("N")] = 4

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plainsd.commands.adapters import chosen_loras, learned, prompts_and_loras
 from plainsd.commands.flags import GenerateFlags
@@ -61,7 +61,8 @@ class Generate(GenerateFlags):
         if len(axes) > 2 or (axes and len(prompts) > 1):
             raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
         noise = noise_of(self, choices)
-        say_notes(Settings(**{one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
+        like: dict[str, Any] = {name: choices.get(name) for name in ("noise", "like")}
+        say_notes(Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
         task, part = self.task(choices), share.part(len(prompts))
         target.number = None if share.alone else share.agreed(target.next_number()) + part.start
         if not part:
@@ -254,4 +255,5 @@ def prompt_batches(prompts: list[str], choices: dict, size: int, part: range) ->
     counted = Settings(**choices).counted
     first = choices.get(counted, 0)
     for start in part[::size]:
-        yield prompts[start : min(start + size, part.stop)], choices | {counted: first + start}
+        whole = {"batch_size": choices.get("batch_size") or first + len(prompts)} if counted == "batch_index" else {}
+        yield prompts[start : min(start + size, part.stop)], choices | whole | {counted: first + start}

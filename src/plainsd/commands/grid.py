@@ -14,7 +14,21 @@ from plainsd.pictures.texts.fields import FIELDS
 if TYPE_CHECKING:
     from PIL import Image
 
-NOT_HERE = ("size", "outpaint", "interval", "model", "refiner", "vae", "masked", "embeddings", "prediction", "zero_snr")
+NOT_HERE = (
+    "size",
+    "outpaint",
+    "interval",
+    "model",
+    "refiner",
+    "vae",
+    "masked",
+    "embeddings",
+    "prediction",
+    "zero_snr",
+    "seed_resize",
+    "batch_index",
+    "batch_size",
+)
 # pictures of one size; what flags alone say
 
 

@@ -106,6 +106,8 @@ def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any])
         shared["grid"] = [{"name": one.name, "values": one.values} for one in axes]
     counted = Settings(**choices).counted
     shared, first = {"seed": 0} | shared, choices.get(counted) or 0
+    if counted == "batch_index":
+        shared = {"batch_size": first + len(prompts)} | shared
     for prompt, group in groupby(prompts):
         count = len(list(group))
         yield shared | {"prompt": prompt, "count": count, counted: first}

@@ -44,7 +44,7 @@ class Sampler:
     unit_first: bool = False  # the first latent counts a clean latent's own spread
     rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> for timesteps
     spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
-    takes: tuple[str, ...] = ()  # by name: of "eta", "strides", "prediction", "sigma_data", "sigma_at", "pair"
+    takes: tuple[str, ...] = ()  # by name: of "eta", "strides", "prediction", "sigma_data", "sigma_at", "pair", "path"
     batched: bool = True  # several pictures at once are what each is alone
     guidance_unit: float = 1.0  # what guidance is multiplied by
 
@@ -82,13 +82,13 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm2_a": Sampler(partial(dpm2, eta=1.0), rounding={"karras": round}, takes=("eta",)),
     "dpmpp_2m": Sampler(dpmpp_2m, **SOLVER, takes=("eta",)),
     "dpmpp_2s_a": Sampler(dpmpp_2s_a, takes=("eta",)),
-    "dpmpp_sde": Sampler(dpmpp_sde, takes=("eta",)),
-    "dpmpp_2m_sde": Sampler(partial(dpmpp_2m, eta=1.0), **SOLVER, takes=("eta",)),
-    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, **SOLVER, takes=("eta",)),
+    "dpmpp_sde": Sampler(dpmpp_sde, takes=("eta", "path")),
+    "dpmpp_2m_sde": Sampler(partial(dpmpp_2m, eta=1.0), **SOLVER, takes=("eta", "path")),
+    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, **SOLVER, takes=("eta", "path")),
     "lms": Sampler(lms),
     "unipc": Sampler(unipc, **SOLVER),
     "lcm": Sampler(lcm, "distilled", unit_first=True),
-    "dpmpp_2m_sde_heun": Sampler(partial(dpmpp_2m, eta=1.0, heun=True), **SOLVER, takes=("eta",)),
+    "dpmpp_2m_sde_heun": Sampler(partial(dpmpp_2m, eta=1.0, heun=True), **SOLVER, takes=("eta", "path")),
     "restart": Sampler(restart),
     "dpm_fast": Sampler(partial(dpm_fast, eta=1.0), ends_at_zero=False, takes=("eta",)),  # eta 1 is A1111's
     "dpm_adaptive": Sampler(partial(dpm_adaptive, eta=1.0), ends_at_zero=False, takes=("eta",), batched=False),

@@ -7,14 +7,18 @@ level to aim at and the difference filled up with fresh noise (`ancestral`), or 
 
 A sampler is a generator over (denoise, x, sigmas, noise): one `Step` after each step, the last one holds the result.
 Progress bars, previews and cancelling live outside. Randomness comes in as `noise`, a function that returns unit noise
-shaped like x.
+shaped like x; samplers of stochastic differential equations may be given a `path` instead, the noise between any two
+levels.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
+
+from plainsd.diffusion.noise import Path
 
 Noise = Callable[[], Tensor]  # unit noise, shaped like x
 Sigmas = Sequence[float]  # noise levels, falling
@@ -70,6 +74,11 @@ def reverse_sde(sigma: float, sigma_next: float, eta: float) -> tuple[float, flo
 def renoised(x: Tensor, noise: Noise, sigma_up: float) -> Tensor:
     """Add fresh noise; draw none where none is to be added."""
     return x + sigma_up * noise() if sigma_up > 0 else x
+
+
+def along(path: Path | None, noise: Noise, sigma: float, sigma_next: float) -> Noise:
+    """The noise of a step: that of the path between its levels where there is one, else fresh."""
+    return noise if path is None else partial(path, sigma, sigma_next)
 
 
 def renamed(x: Tensor, sigma: float, other: float) -> Tensor:

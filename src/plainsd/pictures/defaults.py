@@ -20,7 +20,7 @@ from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.sampling import steps_of_strength
 from plainsd.pictures.seamless import check_seamless
-from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, UPSCALERS, Resolved, Settings, drawn_seed
+from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, UPSCALERS, Resolved, Settings, drawn_seed, noise_of
 from plainsd.text.prompts import lora_tags
 
 IMAGE_GUIDANCE = 1.5  # of models that edit a picture, if nothing is said
@@ -72,7 +72,8 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     seeds = {name: drawn_seed() for name in SEEDS if getattr(settings, name) == RANDOM}
     if edits(sd.unet.config, sd.vae.config) and settings.image_guidance is None:
         choices["image_guidance"] = IMAGE_GUIDANCE
-    whole = Resolved(**vars(settings) | choices | seeds | {"model": model_name(sd)} | refined)
+    named = {"model": model_name(sd), "noise": noise_of(settings)}
+    whole = Resolved(**vars(settings) | choices | seeds | named | refined)
     return with_second_pass(sd, settings, whole) if settings.hires else whole
 
 
@@ -170,6 +171,8 @@ def settings_of_each(
                 field="prompt",
             )
     settings.check_count(len(prompts) * count)
+    if settings.counted == "batch_index" and settings.batch_size is None:
+        settings = replace(settings, batch_size=settings.batch_index + len(prompts) * count)
     pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(count)]
     each = []
     for i, (p, n) in enumerate(pairs):

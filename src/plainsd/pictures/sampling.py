@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise, add_noise, inpainting, spread_of
+from plainsd.diffusion.noise import Path
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step, sampler_levels
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
@@ -31,48 +32,11 @@ from plainsd.pictures.control import Controls, Fitted
 from plainsd.pictures.guidance import Estimates, UNetCall, guided_denoise
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.noise import NoiseOfEach
 from plainsd.pictures.seamless import seamless, wrapped_edges
 from plainsd.pictures.settings import Resolved
 
 DECODED_AT_ONCE = 2**18  # pixels: one picture of 512x512, which takes about 2 GB
-
-Draw = Callable[[tuple[int, ...]], Tensor]  # shape (L, h, w) -> unit noise (B, L, h, w)
-
-
-# --- noise -----------------------------------------------------------------------------------------------------------
-
-
-def noise_of_each(each: Sequence[Resolved], device: torch.device) -> Draw:
-    """Unit noise of a given shape. Each picture draws from a generator of its own, on the CPU,
-    so that it gets the same numbers alone, in any batch and on any device."""
-    generators = [torch.Generator().manual_seed(one.seed) for one in each]
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        if device.type == "cuda":  # from pinned memory it comes while the GPU is at work
-            return noise.pin_memory().to(device, non_blocking=True)
-        return noise.to(device)
-
-    return draw
-
-
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From a towards b on the sphere through both: a mix of two noises as long as each of them (Shoemake 1985)."""
-    cosine = torch.dot(a.flatten() / a.norm(), b.flatten() / b.norm()).clamp(-1, 1)
-    angle = torch.acos(cosine)
-    if angle < 1e-4:
-        return a + share * (b - a)
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
-
-
-def varied(noise: Tensor, each: Sequence[Resolved]) -> Tensor:
-    """The first noise, turned towards that of another seed where a variation is wanted."""
-    rows = list(noise)
-    for i, one in enumerate(each):
-        if one.variation_strength:
-            other = torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(one.variation_seed))
-            rows[i] = slerp(rows[i], other.to(noise), one.variation_strength)
-    return torch.stack(rows)
 
 
 # --- the VAE ---------------------------------------------------------------------------------------------------------
@@ -93,10 +57,10 @@ def through_vae(sd: StableDiffusion, run: Callable[[AnyVAE, Tensor], Tensor], x:
     return y
 
 
-def encode(sd: StableDiffusion, pixels: Tensor, draw: Draw, *, tiling: bool = False) -> Tensor:
+def encode(sd: StableDiffusion, pixels: Tensor, draw: NoiseOfEach, *, tiling: bool = False) -> Tensor:
     """One picture, or one each (1 or B, 3, H, W) -> a latent each (B, L, h, w), drawn from what the encoder gives."""
     mean, logvar = moments_of(sd, pixels, tiling=tiling)
-    return sd.vae.config.scaled(mean + torch.exp(0.5 * logvar) * draw(mean.shape[1:]))
+    return sd.vae.config.scaled(mean + torch.exp(0.5 * logvar) * draw.encoder(mean.shape[1:]))
 
 
 def moments_of(sd: StableDiffusion, pixels: Tensor, *, tiling: bool = False) -> Tensor:
@@ -163,10 +127,10 @@ def steps_of_strength(steps: int, strength: float | None) -> int:
     return running
 
 
-def prepare_latents(sd: StableDiffusion, each: Sequence[Resolved], size: tuple[int, int], draw: Draw) -> Tensor:
+def prepare_latents(sd: StableDiffusion, size: tuple[int, int], draw: NoiseOfEach) -> Tensor:
     """What the drawing of a picture of this size, width and height in pixels, begins with: (B, L, h, w)."""
     width, height = (side // sd.vae.config.factor for side in size)
-    return varied(draw((sd.vae.config.latent_channels, height, width)), each)
+    return draw.first((sd.vae.config.latent_channels, height, width))
 
 
 def sample(
@@ -174,7 +138,7 @@ def sample(
     each: Sequence[Resolved],
     size: tuple[int, int],
     noise: Tensor,
-    draw: Draw,
+    draw: NoiseOfEach,
     known: Known | None = None,
     first_pass: int | None = None,
     control: Sequence[Fitted] = (),
@@ -187,6 +151,7 @@ def sample(
     """
     one, shape = each[0], noise.shape[1:]
     levels = sampler_levels(sd.schedule, one.sampler, one.steps, one.spacing)
+    schedule = levels.sigmas
     if known is not None:
         levels = levels.part(one.steps - (known.running or steps_of_strength(one.steps, one.strength)))
     if known is None or known.latents is None or (known.mask is not None and one.strength == 1):
@@ -195,6 +160,7 @@ def sample(
     else:
         x = add_noise(known.latents, noise, levels.sigmas[0])
         start = math.inf
+    path = draw.path(shape, schedule, levels.sigmas) if "path" in SAMPLERS[one.sampler].takes else None
     done = 0
     for model, own in turns(sd, one, levels):
         followed = control if model is sd else ()
@@ -202,7 +168,7 @@ def sample(
         if known is not None and known.mask is not None:
             denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
         for step in SAMPLERS[one.sampler].run(
-            denoise, x, own.sigmas, lambda: draw(shape), **sampler_options(model, one, own)
+            denoise, x, own.sigmas, lambda: draw(shape), **sampler_options(model, one, own, path)
         ):
             yield step._replace(index=done + step.index)
         x, done = step.x, done + len(own.sigmas) - 1
@@ -225,13 +191,14 @@ def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[Stab
     return [(model, part) for model, part in both if len(part.sigmas) > 1]
 
 
-def sampler_options(sd: StableDiffusion, one: Resolved, levels: Levels) -> dict[str, Any]:
+def sampler_options(sd: StableDiffusion, one: Resolved, levels: Levels, path: Path | None) -> dict[str, Any]:
     """What the sampler takes by name, where it is not left to its default."""
     options = {
         "eta": one.eta,
         "prediction": sd.prediction,
         "sigma_data": spread_of(sd.schedule),
         "strides": levels.strides,
+        "path": path,
     }
     return {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
 

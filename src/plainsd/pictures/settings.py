@@ -39,6 +39,11 @@ class Settings:
     sampler: str | None = None
     spacing: str | None = None
     seed: int = 0  # RANDOM: one is drawn. Of it PyTorch's generator reads the low 32 bits
+    noise: str | None = None  # whose random numbers: "cpu", "nv" (a GPU's, on any device), "comfyui"; see `noise_of`
+    ensd: int | None = None  # A1111's eta noise seed delta: added to the seed for the noise on the way
+    seed_resize: tuple[int, int] | None = None  # the first noise is that of this size, in the middle of the picture's
+    batch_index: int = 0  # with noise "comfyui": which picture of the batch that was drawn at once ...
+    batch_size: int | None = None  # ... and how many it had
     image_guidance: float | None = None  # towards the picture, of models that edit one (arXiv:2211.09800)
     clip_skip: int = 1  # 1: the text encoder's last layer, 2: the last but one, ...
     eta: float | None = None  # share of fresh noise a step, for samplers that have the choice
@@ -95,13 +100,19 @@ class Settings:
             raise UserError(
                 f"interval {self.interval} is empty; give its lower sigma first", field="interval", value=self.interval
             )
-        for name, choices in (("like", (None, *LIKE)),):
+        for name, choices in (("like", (None, *LIKE)), ("noise", (None, *NOISE_OF.values()))):
             if (value := getattr(self, name)) not in choices:
                 raise unknown(name, value, filter(None, choices), field=name)
+        if self.batch_index >= (self.batch_size or RANGES["batch_size"][1]):
+            what = f"batch index {self.batch_index} is not in a batch of {self.batch_size}"
+            raise UserError(f"{what}; the first picture has index 0", field="batch_index", value=self.batch_index)
 
     @property
     def counted(self) -> str:
-        """Which seed goes up from picture to picture: of a variation the first one stays."""
+        """What goes up from picture to picture: the seed, of a variation the second one, of a batch of ComfyUI's the
+        place in it."""
+        if noise_of(self) == "comfyui":
+            return "batch_index"
         return "variation_seed" if self.variation_strength and self.variation_seed is not None else "seed"
 
     def check_count(self, count: int) -> None:
@@ -132,22 +143,28 @@ UPSCALERS = (
     "latent-nearest-exact", "lanczos",
 )  # fmt: skip
 LIKE = ("a1111",)
+NOISE_OF = {None: "cpu", "a1111": "nv", "comfyui": "comfyui"}  # by `like`, where nothing else is said
 SIZES = (8, 4096)  # pixels, of either side
 RANGES = {
     "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**64 - 1), "clip_skip": (1, 48),
     "image_guidance": (0, 100),
     "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**64 - 1), "variation_strength": (0, 1), "hires": (1, 8),
     "hires_steps": (1, 1000), "hires_guidance": (0, 100),
-    "handover": (0, 1),
+    "handover": (0, 1), "ensd": (0, 2**64 - 1), "seed_resize": SIZES, "batch_index": (0, 4095), "batch_size": (1, 4096),
     "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
     "cache": (1, 100),
 }  # fmt: skip
-WHOLE = ("steps", "hires_steps", "seed", "clip_skip", "variation_seed", "cache")
+WHOLE = ("steps", "hires_steps", "seed", "clip_skip", "variation_seed", "cache", "ensd", "batch_index", "batch_size")
 SEEDS = ("seed", "variation_seed")
 RANDOM = -1  # as a seed
 
 
 # --- seeds, and what is to be said of them ---------------------------------------------------------------------------
+
+
+def noise_of(settings: Settings) -> str:
+    """Whose random numbers: those asked for, or those of the program that is followed (A1111 draws on the GPU)."""
+    return settings.noise or NOISE_OF[settings.like]
 
 
 def drawn_seed() -> int:
@@ -173,7 +190,7 @@ def notes(settings: Settings) -> list[str]:
         f"{name.replace('_', ' ')} {value} draws the same as {value % 2**32}: PyTorch's generator reads only the low "
         "32 bits of a seed, here as in every program that draws its noise on the CPU"
         for name in SEEDS
-        if (value := getattr(settings, name)) is not None and value >= 2**32
+        if (value := getattr(settings, name)) is not None and value >= 2**32 and noise_of(settings) != "nv"
     ]
     if settings.guidance == 0 and settings.like is None:
         found.append(

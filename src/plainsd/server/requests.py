@@ -25,7 +25,7 @@ from plainsd.server.uploads import check_pixels, without_tags
 from plainsd.text.prompts import Weighted, compose, schedule
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
-                "hires_negative")  # fmt: skip
+                "hires_negative", "seed_resize", "batch_index", "batch_size")  # fmt: skip
 CELLS = [name for _, name, _, _ in FIELDS if name in JobRequest.model_fields and name not in NOT_IN_GRIDS]
 CELLS += ["sampler", "spacing"]
 
@@ -161,8 +161,8 @@ def new_job(
 
 def told_of(request: JobRequest, cell: dict[str, Any]) -> dict[str, Any]:
     """What `notes` looks at."""
-    return {name: getattr(request, name) for name in (*SEEDS, "guidance", "like")} | {
-        name: value for name, value in cell.items() if name in (*SEEDS, "guidance")
+    return {name: getattr(request, name) for name in (*SEEDS, "guidance", "like", "noise")} | {
+        name: value for name, value in cell.items() if name in (*SEEDS, "guidance", "noise")
     }
 
 

@@ -66,6 +66,15 @@ class JobRequest(BaseModel):
         description="of the first picture, the following have the next; none, -1 or random: any. Of one above "
         "2**32 - 1 the low 32 bits count",
     )
+    noise: Text | None = Field(
+        None, description="whose random numbers: cpu (PyTorch's), nv (an NVIDIA GPU's, on any device), comfyui"
+    )
+    ensd: int | None = Field(None, description="A1111's eta noise seed delta: added to the seed for noise on the way")
+    seed_resize: tuple[int, int] | None = Field(
+        None, description="the first noise is that of a picture of this size, in the middle of this one's"
+    )
+    batch_index: int | None = Field(None, description="with noise comfyui: which one of a batch the first picture is")
+    batch_size: int | None = Field(None, description="and how many pictures that batch has")
     count: int = Field(1, description="pictures")
     loras: list[LoRA] = Field([], max_length=32)
     embeddings: list[Text] = Field(
@@ -110,5 +119,6 @@ class JobRequest(BaseModel):
         names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires",
                  "upscaler", "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval",
                  "perturbed", "threshold", "cache", "handover", "outpaint", "like", "hires_steps", "hires_sampler",
-                 "hires_spacing", "hires_prompt", "hires_negative", "hires_guidance")  # fmt: skip
+                 "hires_spacing", "hires_prompt", "hires_negative", "hires_guidance", "noise", "ensd", "seed_resize",
+                 "batch_index", "batch_size")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}

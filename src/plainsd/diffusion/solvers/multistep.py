@@ -7,7 +7,19 @@ from itertools import pairwise
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise
-from plainsd.diffusion.step import Noise, Sigmas, Split, Step, newest_first, renoised, reverse_sde, slope_share, toward
+from plainsd.diffusion.noise import Path
+from plainsd.diffusion.step import (
+    Noise,
+    Sigmas,
+    Split,
+    Step,
+    along,
+    newest_first,
+    renoised,
+    reverse_sde,
+    slope_share,
+    toward,
+)
 
 
 def dpmpp_2m(
@@ -19,6 +31,7 @@ def dpmpp_2m(
     eta: float = 0.0,
     heun: bool = False,
     split: Split = reverse_sde,
+    path: Path | None = None,
 ) -> Iterator[Step]:
     """Second order: the estimate changes on as it did over the last step (DPM-Solver++(2M), Lu et al. 2022b).
 
@@ -36,12 +49,14 @@ def dpmpp_2m(
                 middle = slope_share(reach) if heun else 0.5
                 aim = denoised + (denoised - previous) * (reach / reach_before * middle)
             reach_before = reach
-        x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
+        x = renoised(toward(x, aim, sigma, sigma_down), along(path, noise, sigma, sigma_next), sigma_up)
         previous = denoised
         yield Step(index, sigma_next, x, denoised)
 
 
-def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+def dpmpp_3m_sde(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, path: Path | None = None
+) -> Iterator[Step]:
     """A parabola through the last three estimates, integrated over the step (SDE-DPM-Solver++(3M) of k-diffusion).
 
     As published it counts the parabola's curvature by half, which makes its order 2 and not 3.
@@ -58,7 +73,7 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, e
             phi_2 = 1 - phi_1 / reach
             phi_3 = phi_2 / reach - 0.5
             aim = denoised + (phi_2 * stride * slope - phi_3 * stride**2 * curve) / phi_1
-        x = renoised(toward(x, aim, sigma, sigma_down), noise, sigma_up)
+        x = renoised(toward(x, aim, sigma, sigma_down), along(path, noise, sigma, sigma_next), sigma_up)
         yield Step(index, sigma_next, x, denoised)
 
 

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise
-from plainsd.diffusion.step import Noise, Sigmas, Step, ancestral, renoised, toward
+from plainsd.diffusion.noise import Path
+from plainsd.diffusion.step import Noise, Sigmas, Step, along, ancestral, renoised, toward
 
 
 def heun_step(denoise: Denoise, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
@@ -58,6 +60,12 @@ def halfway(sigma: float, sigma_down: float) -> float:
     return math.sqrt(sigma * sigma_down)
 
 
+def halfway_in_float32(sigma: float, sigma_next: float) -> float:
+    """The same to the last digit of k-diffusion's, by which a path tells levels apart."""
+    t, t_next = (-torch.tensor(level, dtype=torch.float32).log() for level in (sigma, sigma_next))
+    return (-(t + (t_next - t) / 2)).exp().item()
+
+
 def dpm2(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
     """Second order: the slope in the middle of the step, in log sigma (DPM-Solver-2, Lu et al. 2022a)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -83,7 +91,9 @@ def dpmpp_2s_a(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta
         yield Step(index, sigma_next, x, denoised)
 
 
-def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+def dpmpp_sde(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, path: Path | None = None
+) -> Iterator[Step]:
     """As `dpmpp_2s_a`, with noise on the way to the middle too: one Brownian path over sigma, seen twice.
 
     The noise of the whole step is that of its first part and that of the rest, by their shares of the step.
@@ -91,9 +101,9 @@ def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta:
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         if sigma_next > 0:
-            middle = math.sqrt(sigma * sigma_next)
+            middle = halfway(sigma, sigma_next) if path is None else halfway_in_float32(sigma, sigma_next)
             share = (sigma - middle) / (sigma - sigma_next)
-            first, rest = noise(), noise()
+            first, rest = along(path, noise, sigma, middle)(), along(path, noise, middle, sigma_next)()
             sigma_down, sigma_up = ancestral(sigma, middle, eta)
             aim = denoise(toward(x, denoised, sigma, sigma_down) + sigma_up * first, middle)
             sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)

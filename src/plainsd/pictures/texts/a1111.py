@@ -30,7 +30,7 @@ from plainsd.pictures.texts.labels import (
 
 HASHES = {"model": "Model hash", "vae": "VAE hash"}  # A1111's keys for one ...
 SEVERAL = {"lora:": "Lora hashes", "embed:": "TI hashes"}  # ... and for "name: hash, name: hash"
-ALWAYS = ("seed", "noise")  # written even where they have their default value: for A1111, no RNG is the GPU's
+ALWAYS = ("seed",)  # written even where they have their default value
 SECOND = "hires "  # what begins the keys of the second pass
 NEGATIVE = "Negative prompt:"
 ETA_DDIM = ("ddim", "ddim_cfg_pp")  # samplers whose eta A1111 keeps apart, under this key
@@ -50,8 +50,6 @@ def format_settings(settings: Settings) -> str:
     pairs[1:1] = _names_written(settings.sampler, settings.spacing)
     pairs += _names_written(settings.hires_sampler, settings.hires_spacing, SECOND)
     pairs += _hashes_written(settings.hashes)
-    if "noise" not in DEFAULTS:
-        pairs.append(("RNG", "CPU"))
     known = {key for key, _ in pairs}
     pairs += [pair for pair in settings.other if pair[0] not in known]
     pairs.append(("Version", f"plainsd {__version__}"))
@@ -114,8 +112,6 @@ def parse_settings(text: str) -> Settings:
                 found[name] = read(said.pop(key))
             except ValueError as error:
                 raise UserError(f"settings text: {key!r} has a value that cannot be read ({error})") from None
-    if "noise" not in DEFAULTS and said.get("RNG") == "CPU":
-        del said["RNG"]
     found |= _implied(said, found, old)
     return Settings(**found, other=tuple((k, v) for k, v in said.items() if k != "Version"))
 

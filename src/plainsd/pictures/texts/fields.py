@@ -25,6 +25,18 @@ def _sides(text: str) -> tuple[int, ...]:
     return int(left), int(top), int(right), int(bottom)
 
 
+NOISE_LABELS = {"cpu": "CPU", "nv": "NV", "comfyui": "ComfyUI"}
+
+
+def _rng(text: str) -> str:
+    """A1111's GPU is NVIDIA's."""
+    return {label: ours for ours, label in NOISE_LABELS.items()}.get(text, "nv" if text == "GPU" else text)
+
+
+def _rng_label(noise: str) -> str:
+    return NOISE_LABELS.get(noise, noise)
+
+
 # A1111's key, our field, text -> value, value -> text; in the order in which they are written
 FIELDS = (
     ("Steps", "steps", int, str),
@@ -43,6 +55,11 @@ FIELDS = (
     ("Eta", "eta", float, plain_number),
     ("Variation seed", "variation_seed", int, str),
     ("Variation seed strength", "variation_strength", float, plain_number),
+    ("Seed resize from", "seed_resize", read_size, lambda size: f"{size[0]}x{size[1]}"),
+    ("RNG", "noise", _rng, _rng_label),
+    ("ENSD", "ensd", int, str),
+    ("Batch index", "batch_index", int, str),
+    ("Batch size", "batch_size", int, str),
     ("Hires upscale", "hires", float, plain_number),
     ("Hires upscaler", "upscaler", upscaler_named, upscaler_label),
     ("Hires steps", "hires_steps", int, str),

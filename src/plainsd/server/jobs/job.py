@@ -141,6 +141,7 @@ class Job:
         """What pictures must have in common to be drawn together: all but prompts, seeds, and the scale of guidance,
         where there is any."""
         own: dict[str, Any] = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None, "hashes": ()}
+        own |= {"batch_index": 0, "batch_size": None}
         return [replace(one, **own, guidance=float(one.guidance == 1)) for one in self.each]
 
 

@@ -1,0 +1,116 @@
+"""The noise of pictures that are drawn together: each gets the same as alone, on any device.
+
+Four kinds of draws make a picture: the first latents, fresh noise on the way, the path of samplers that solve a
+stochastic differential equation, and what the VAE's encoder leaves open. Which numbers they are is `Settings.noise`,
+which programs that people come from do in their own ways (`Settings.like`).
+
+Shape letters: B pictures at once, L latent channels, h w height and width of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from plainsd.diffusion.noise import BrownianTree, Path, Shape, Stream, slerp, slerp_columns, stream
+from plainsd.pictures.settings import Resolved, noise_of
+
+EIGHTH = 8  # pixels a latent, in which `seed_resize` counts
+Draw = Callable[[Shape], Tensor]  # shape (L, h, w) -> unit noise (B, L, h, w)
+
+
+class NoiseOfEach:
+    """Called with a shape (L, h, w) it draws the next noise of each picture, (B, L, h, w)."""
+
+    def __init__(self, each: Sequence[Resolved], device: torch.device):
+        self.each, self.device, kind = each, device, noise_of(each[0])
+        self.like = "comfyui" if kind == "comfyui" else each[0].like
+        self.generator = "nv" if kind == "nv" else "cpu"
+        # ComfyUI draws for a whole batch at once, of which each picture is a row; elsewhere each is its own batch
+        self.places = [(one.batch_index, one.batch_size or 1) if kind == "comfyui" else (0, 1) for one in each]
+        self.draw = self._draws([one.seed for one in each])
+
+    def __call__(self, shape: Shape) -> Tensor:
+        return self._there(self.draw(shape))
+
+    def first(self, shape: Shape) -> Tensor:
+        """What the drawing begins with. What follows comes from the same generators, or from others by `ensd`; in
+        ComfyUI, on a CPU, from one more than the seed."""
+        noise = self._first(shape)
+        if ahead := (self.each[0].ensd or 0) + (self.like == "comfyui"):
+            self.draw = self._draws([one.seed + ahead for one in self.each])
+        return self._there(noise)
+
+    def anew(self, each: Sequence[Resolved]) -> NoiseOfEach:
+        """For their second pass. A1111 and ComfyUI begin it with the first numbers again."""
+        return NoiseOfEach(each, self.device) if self.like else self
+
+    def encoder(self, shape: Shape) -> Tensor:
+        """By which an encoded picture strays from the encoder's mean. A1111 and ComfyUI draw it by no seed of theirs;
+        then it is nothing, the nearest to all that they might draw."""
+        return torch.zeros(len(self.each), *shape, device=self.device) if self.like else self(shape)
+
+    def path(self, shape: Shape, schedule: Sequence[float], visited: Sequence[float]) -> Path | None:
+        """One Brownian motion over the levels, as A1111 and ComfyUI give it to SDE samplers: over all levels of the
+        schedule there, here over those which are visited. Elsewhere None: each step has noise of its own."""
+        if not self.like:
+            return None
+        levels = [sigma for sigma in (visited if self.like == "comfyui" else schedule) if sigma > 0]
+        trees = {key: self._tree(key, shape, min(levels), max(levels)) for key in self._keys(self._seeds())}
+        by_logs = self.like == "a1111" and self.each[0].sampler == "dpmpp_sde"  # whose levels k-diffusion takes so
+        told = {sigma: torch.tensor(sigma).log().exp().item() for sigma in levels if by_logs}
+
+        def step(sigma: float, sigma_next: float) -> Tensor:
+            ends = told.get(sigma, sigma), told.get(sigma_next, sigma_next)
+            return self._there(self._rows(self._seeds(), {key: tree.step(*ends) for key, tree in trees.items()}))
+
+        return step
+
+    # --- within ------------------------------------------------------------------------------------------------------
+
+    def _first(self, shape: Shape) -> Tensor:
+        one = self.each[0]
+        resized = (shape[0], *(side // EIGHTH for side in reversed(one.seed_resize))) if one.seed_resize else shape
+        noise = (self._draws(self._seeds()) if resized != shape else self.draw)(resized)
+        if one.variation_strength:
+            mix = slerp_columns if self.like == "a1111" else slerp
+            other = self._draws([s.variation_seed or 0 for s in self.each])(resized)
+            noise = torch.stack([mix(a, b, one.variation_strength) for a, b in zip(noise, other, strict=True)])
+        return noise if resized == shape else _centred(noise, self.draw(shape))
+
+    def _draws(self, seeds: Sequence[int]) -> Draw:
+        streams: dict[tuple[int, int], Stream] = {key: stream(self.generator, key[0]) for key in self._keys(seeds)}
+        return lambda shape: self._rows(seeds, {key: next((key[1], *shape)) for key, next in streams.items()})
+
+    def _tree(self, key: tuple[int, int], shape: Shape, low: float, high: float) -> BrownianTree:
+        seed, batch = key
+        return BrownianTree(low, high, seed, lambda node: stream(self.generator, node)((batch, *shape)))
+
+    def _seeds(self) -> list[int]:
+        return [one.seed for one in self.each]
+
+    def _keys(self, seeds: Sequence[int]) -> list[tuple[int, int]]:
+        """Seed and size of each batch that is drawn from; those of `each`, in order."""
+        return [(seed, batch) for seed, (_, batch) in zip(seeds, self.places, strict=True)]
+
+    def _rows(self, seeds: Sequence[int], batches: dict[tuple[int, int], Tensor]) -> Tensor:
+        places = zip(self._keys(seeds), self.places, strict=True)
+        return torch.stack([batches[key][index] for key, (index, _) in places])
+
+    def _there(self, noise: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # from pinned memory it comes while the GPU is at work
+            return noise.pin_memory().to(self.device, non_blocking=True)
+        return noise.to(self.device)
+
+
+def _centred(noise: Tensor, around: Tensor) -> Tensor:
+    """The noise of one size in the middle of that of another; where it is larger, as much is cut off at either side."""
+    inside = around
+    for dim in (-2, -1):
+        edge = (around.shape[dim] - noise.shape[dim]) // 2
+        noise = noise.narrow(dim, max(0, -edge), noise.shape[dim] + 2 * min(0, edge))
+        inside = inside.narrow(dim, max(0, edge), noise.shape[dim])
+    inside.copy_(noise)
+    return around
