@@ -21,12 +21,12 @@ from serving import (
 from webuiapi import HiResUpscaler, WebUIApi
 
 import plainsd
+from plainsd.pictures.masks import box_around, filled_hole
 from plainsd.server.api.a1111_names import sampler_of
 from plainsd.server.errors import Refused
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
-from plainsd.server.uploads import box_around, filled_hole
 
 
 @pytest.fixture(scope="module")

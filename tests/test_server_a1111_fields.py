@@ -5,12 +5,12 @@ from PIL import Image
 from serving import alike, base64_of, from_base64, lora_file, model_folder, open_service, served
 
 import plainsd
+from plainsd.pictures.masks import alpha_of
 from plainsd.server.api import a1111_table
 from plainsd.server.api.a1111_fields import Image2Image, Text2Image
 from plainsd.server.api.a1111_names import model_of, sampler_of
 from plainsd.server.api.a1111_table import FIXED, OPTIONS, REFUSED, WITHOUT_EFFECT, known_options
 from plainsd.server.errors import Refused
-from plainsd.server.uploads import alpha_of
 
 BOTH = """prompt negative_prompt styles seed subseed subseed_strength seed_resize_from_h seed_resize_from_w sampler_name
 scheduler batch_size n_iter steps cfg_scale width height restore_faces tiling do_not_save_samples do_not_save_grid eta

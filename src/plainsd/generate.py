@@ -9,10 +9,11 @@ Shape letters: B pictures at once, L latent channels, H W height and width in pi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -29,7 +30,8 @@ from plainsd.pictures.defaults import (
     resolved,
     settings_of_each,
 )
-from plainsd.pictures.images import continued, to_mask, to_pil, to_rgb, to_tensor
+from plainsd.pictures.images import continued, to_pil, to_rgb, to_tensor
+from plainsd.pictures.masks import Canvas, MaskOptions, canvas_of
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.noise import NoiseOfEach
 from plainsd.pictures.sampling import (
@@ -223,6 +225,11 @@ def _from_picture(
 
 def _fitted(image: Image.Image, size: tuple[int, int] | int | None) -> Image.Image:
     """The picture at the wanted size, in RGB."""
+    size, image = _fitted_size(image, size), to_rgb(image)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _fitted_size(image: Image.Image, size: tuple[int, int] | int | None) -> tuple[int, int]:
     width, height = (size, size) if isinstance(size, int) else size or image.size
     if not all(SIZES[0] <= side <= SIZES[1] for side in (width, height)):
         low, high = SIZES
@@ -231,8 +238,7 @@ def _fitted(image: Image.Image, size: tuple[int, int] | int | None) -> Image.Ima
             field="size",
             value=(width, height),
         )
-    image = to_rgb(image)
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+    return width, height
 
 
 def _padded(pixels: Tensor) -> Tensor:
@@ -257,46 +263,59 @@ def inpaint(
     """The light part of the mask is drawn anew, in the picture's own surroundings; every other pixel stays as it is.
 
     Models trained for it read mask and picture beside the latents; with others, the known part is put back at every
-    step (Lugmayr et al. 2022, "RePaint"). At strength 1 the drawing starts from noise alone. Otherwise as
-    `image_to_image`.
+    step (Lugmayr et al. 2022, "RePaint"). At strength 1 the drawing starts from noise alone. `choices` may say how the
+    mask is used, in pixels of the picture: `mask_blur` softens its edge, `mask_grow` widens it, `masked_padding` draws
+    the masked part alone, with so much around it, at `size`; `masked_content` is what lies under it at the start,
+    "original", "fill" (the colours around), "noise" or "nothing"; `soft_mask` takes its grey levels for how early each
+    place begins to change (Levin and Fried 2023, arXiv:2306.00950). Otherwise as `image_to_image`.
     """
     if edits(sd.unet.config, sd.vae.config):
         raise UserError("this model edits whole pictures and reads no mask; leave the mask, or outpainting, out")
     if mask.size != image.size:
         sizes = f"the mask is {mask.width}x{mask.height} and the picture {image.width}x{image.height}"
         raise UserError(f"{sizes}; make them the same size", field="mask")
-    image, light = _fitted(image, size), to_mask(mask)
-    light = F.interpolate(light, image.size[::-1])  # (1, 1, H, W)
-    if not light.any():
-        raise UserError(
-            "the mask is dark everywhere, so nothing would be drawn; make it white where you want a change",
-            field="mask",
-        )
-    notes = {"masked": "outpaint" not in choices, "control": check_control(sd, control, image.size)}
-    settings, steps = _with_picture(sd, image, strength, notes | choices)
+    how = mask_options(choices)
+    if how.soft and sd.unet.config.in_channels != sd.vae.config.latent_channels:
+        raise UserError("soft masks are for models that read none, and this one does; leave soft_mask out",
+                        field="soft_mask")  # fmt: skip
+    canvas = canvas_of(_fitted(image, None), mask, _fitted_size(image, size), how)
+    notes = {"masked": "outpaint" not in choices, "control": check_control(sd, control, canvas.image.size)}
+    settings, steps = _with_picture(sd, canvas.image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(_repainted(sd, each, image, light, control), each, steps)
+    return Events(_repainted(sd, each, canvas, control), each, steps)
+
+
+def mask_options(choices: Mapping[str, Any]) -> MaskOptions:
+    """Of a task's choices; UserError where one is out of its range."""
+    given = Settings(**{name: value for name, value in choices.items() if "mask" in name})
+    given.check()
+    return MaskOptions(given.mask_blur, given.mask_grow, given.masked_padding, given.masked_content, given.soft_mask)
 
 
 def _repainted(
-    sd: StableDiffusion, each: list[Resolved], image: Image.Image, light: Tensor, control: Sequence[Control]
+    sd: StableDiffusion, each: list[Resolved], canvas: Canvas, control: Sequence[Control]
 ) -> Generator[Step | Pictures]:
+    one, image = each[0], canvas.image
+    levels = torch.from_numpy(np.array(canvas.hole))[None, None] / 255.0  # (1, 1, H, W)
+    light = (levels > 0).float()
     draw, pixels, light_padded = NoiseOfEach(each, sd.device), _padded(to_tensor(image)), _padded(light)
     size = (pixels.shape[3], pixels.shape[2])
     mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is anew if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
-    latents = None if reads_mask and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
+    latents = None if reads_mask and from_nothing(one) else encode(sd, pixels, draw, tiling=one.tiling)
     noise = prepare_latents(sd, size, draw)
+    if latents is not None and one.masked_content in ("noise", "nothing"):
+        latents = (1 - mask) * latents + mask * (noise if one.masked_content == "noise" else 0)
     if reads_mask:
-        around = encode(sd, pixels * (1 - light_padded), draw, tiling=each[0].tiling)  # the hole is mid-grey
+        around = encode(sd, pixels * (1 - light_padded), draw, tiling=one.tiling)  # the hole is mid-grey
         known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))
+    elif one.soft_mask:
+        known = Known(latents, mask, F.avg_pool2d(_padded(levels), sd.vae.config.factor).to(sd.device))
     else:
         known = Known(latents, mask)
     latents = yield from sample(sd, each, size, noise, draw, known, control=fitted(control, image.size))
-    paint = to_pil(light.expand(-1, 3, -1, -1) * 2 - 1)[0].convert("L")
-    drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
-    pictures = [picture.crop((0, 0, *image.size)) for picture in drawn]
-    yield Pictures([Image.composite(picture, image, paint) for picture in pictures], each, latents)
+    drawn = to_pil(decode(sd, latents, tiling=one.tiling))
+    yield Pictures([canvas.finished(picture.crop((0, 0, *image.size))) for picture in drawn], each, latents)
 
 
 def outpaint(
@@ -339,4 +358,5 @@ def batch(
     steps = steps_to_run(sd, one, on_picture=True)
     if mask is None:
         return Events(_from_picture(sd, each, image, control), each, steps)
-    return Events(_repainted(sd, each, image, to_mask(mask), control), each, steps)
+    canvas = canvas_of(image, mask, image.size, MaskOptions(soft=one.soft_mask))
+    return Events(_repainted(sd, each, canvas, control), each, steps)

@@ -123,6 +123,16 @@ class GenerateFlags:
     """denoising strength: the share of the steps that run (default 0.75; 1 with a mask)"""
     mask: Annotated[Path | None, flag("FILE")] = None
     """inpainting mask, of the same size; the light part of --image is redrawn"""
+    mask_blur: Annotated[float | None, flag("PIXELS")] = None
+    """softness of the mask's edge"""
+    mask_grow: Annotated[int | None, flag("PIXELS")] = None
+    """widens the mask; below 0 narrows it"""
+    masked_padding: Annotated[int | None, flag("PIXELS")] = None
+    """draws the masked part alone, with so much around it, at --size"""
+    masked_content: Annotated[str | None, flag("NAME")] = None
+    """what lies under the mask at the start: original, fill, noise or nothing"""
+    soft_mask: bool = False
+    """grey levels of the mask say how early each place begins to change"""
     outpaint: Annotated[tuple[int, int, int, int] | None, flag("L T R B"), several(int, 4)] = None
     """extend --image by so many pixels at its left, top, right, bottom"""
     hires: Annotated[float | None, flag("TIMES")] = None

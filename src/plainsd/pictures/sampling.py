@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.conventions import convention, planned_levels, whole_row
-from plainsd.diffusion.denoiser import Denoise, Pair, inpainting, spread_of
+from plainsd.diffusion.denoiser import Denoise, Pair, differential, inpainting, spread_of
 from plainsd.diffusion.noise import Path
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step
 from plainsd.diffusion.schedule import EDMSchedule, Level, NoiseSchedule
@@ -113,6 +113,7 @@ class Known:
 
     latents: Tensor | None  # (B, L, h, w), clean; None: the drawing starts from noise alone
     mask: Tensor | None = None  # (1, 1, h, w), 1 where it is drawn anew; elsewhere the latents are put back
+    change: Tensor | None = None  # (1, 1, h, w), 0 to 1: how early each place begins to change, see `differential`
     concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
 
     def of_picture(self, i: int) -> Known:
@@ -186,7 +187,7 @@ def sample(
     again = first_pass is not None
     levels = levels_of(sd, one, on_picture=known is not None, second_pass=again)
     row = levels.sigmas if known is None else row_of(sd, one, second_pass=again)
-    anew = known is not None and known.mask is not None and from_nothing(one)
+    anew = known is not None and known.mask is not None and known.change is None and from_nothing(one)
     if known is None or known.latents is None or anew:
         x = levels.from_noise(noise)
         start: float = levels.sigmas[0]
@@ -206,7 +207,9 @@ def sample(
         )
         if later:
             denoise = handed_over(denoise, later[0], sd.schedule, one.handover)
-        if known is not None and known.mask is not None:
+        if known is not None and known.change is not None:
+            denoise = differential(denoise, known.latents, known.change, levels.sigmas)
+        elif known is not None and known.mask is not None:
             denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
         options = sampler_options(models[0], one, own, path, denoise)
         for step in SAMPLERS[one.sampler].run(denoise, x, own.sigmas, lambda: draw(shape), **options):

@@ -62,6 +62,11 @@ class Settings:
     refiner: str | None = None  # its name, for the text, as for `model`
     vae: str | None = None  # likewise, where it is not the model's own
     masked: bool = False  # inpainting: a mask came with the picture, for the text
+    mask_blur: float = 0.0  # see `masks.MaskOptions`, likewise the following
+    mask_grow: int = 0
+    masked_padding: int | None = None
+    masked_content: str = "original"
+    soft_mask: bool = False
     outpaint: tuple[int, int, int, int] | None = None  # pixels added at left, top, right, bottom, for the text
     control: tuple[ControlNote, ...] = ()  # maps that it followed, for the text
     rescale: float = 0.0  # Lin et al. 2023 (arXiv:2305.08891), 0 to 1
@@ -100,7 +105,11 @@ class Settings:
             raise UserError(
                 f"interval {self.interval} is empty; give its lower sigma first", field="interval", value=self.interval
             )
-        for name, choices in (("like", (None, *LIKE)), ("noise", (None, *NOISE_OF.values()))):
+        for name, choices in (
+            ("like", (None, *LIKE)),
+            ("noise", (None, *NOISE_OF.values())),
+            ("masked_content", MASKED_CONTENTS),
+        ):
             if (value := getattr(self, name)) not in choices:
                 raise unknown(name, value, filter(None, choices), field=name)
         if self.batch_index >= (self.batch_size or RANGES["batch_size"][1]):
@@ -142,6 +151,7 @@ UPSCALERS = (
     "latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased", "latent-nearest",
     "latent-nearest-exact", "lanczos",
 )  # fmt: skip
+MASKED_CONTENTS = ("original", "fill", "noise", "nothing")  # what lies under the mask at the start
 LIKE = ("diffusers", "a1111", "comfyui")
 NOISE_OF = {
     None: "cpu",
@@ -155,12 +165,25 @@ RANGES = {
     "image_guidance": (0, 100),
     "eta": (0, 1), "strength": (0, 1), "variation_seed": (0, 2**64 - 1), "variation_strength": (0, 1), "hires": (1, 8),
     "hires_steps": (1, 1000), "hires_guidance": (0, 100),
+    "mask_blur": (0, 64), "mask_grow": (-256, 256), "masked_padding": (0, 4096),
     "handover": (0, 1), "ensd": (0, 2**64 - 1), "seed_resize": SIZES, "batch_index": (0, 4095), "batch_size": (1, 4096),
     "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
     "cache": (1, 100),
 }  # fmt: skip
 WHOLE = (
-    *("steps", "hires_steps", "seed", "clip_skip", "variation_seed", "cache", "ensd", "batch_index", "batch_size"),
+    *(
+        "steps",
+        "hires_steps",
+        "seed",
+        "clip_skip",
+        "variation_seed",
+        "cache",
+        "ensd",
+        "batch_index",
+        "batch_size",
+        "mask_grow",
+        "masked_padding",
+    ),
 )
 SEEDS = ("seed", "variation_seed")
 RANDOM = -1  # as a seed

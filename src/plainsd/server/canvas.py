@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from PIL import Image
 
 from plainsd.pictures.images import continued
+from plainsd.pictures.masks import Box, alpha_of, hole_of, resized
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Source
 from plainsd.server.limits import Limits
 from plainsd.server.schema import JobRequest
-from plainsd.server.uploads import Box, alpha_of, check_pixels, differing, hole_of, picture, png, resized
+from plainsd.server.uploads import check_pixels, differing, picture, png
 
 
 @dataclass(frozen=True)

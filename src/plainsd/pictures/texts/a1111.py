@@ -35,6 +35,7 @@ ALWAYS = ("seed", "noise")  # written even where they have their default value: 
 SECOND = "hires "  # what begins the keys of the second pass
 NEGATIVE = "Negative prompt:"
 ETA_DDIM = ("ddim", "ddim_cfg_pp")  # samplers whose eta A1111 keeps apart, under this key
+PART = ("Inpaint area", "Only masked")  # said beside the padding
 WITHOUT = ("ddim", "plms", "unipc")  # those that had no schedule type when the others were drawn uniformly
 
 
@@ -152,7 +153,7 @@ def _implied(said: dict[str, str], found: dict[str, Any], old: bool) -> dict[str
     implied: dict[str, Any] = {"like": "a1111"} if program != "SD.Next" else {}
     if "noise" not in found:
         implied["noise"] = "nv"
-    if "Mask blur" in said:
+    if "mask_blur" in found:
         implied["masked"] = True
     if program == "A1111" and version < (1, 9) and not found["spacing"] and found["sampler"] not in (None, *WITHOUT):
         implied["spacing"] = "uniform"

@@ -43,6 +43,14 @@ def _rng_label(noise: str) -> str:
     return NOISE_LABELS.get(noise, noise)
 
 
+def _content(text: str) -> str:
+    return text.removeprefix("latent ")
+
+
+def _content_label(content: str) -> str:
+    return f"latent {content}" if content in ("noise", "nothing") else content
+
+
 # A1111's key, our field, text -> value, value -> text; in the order in which they are written
 FIELDS = (
     ("Steps", "steps", _whole, str),
@@ -56,6 +64,11 @@ FIELDS = (
     ("Noise Schedule", "zero_snr", lambda text: text == ZERO_SNR, lambda on: ZERO_SNR if on else "Default"),
     ("Denoising strength", "strength", float, plain_number),
     ("Mask", "masked", lambda text: text == "given", lambda masked: "given"),
+    ("Mask blur", "mask_blur", float, plain_number),
+    ("Mask grow", "mask_grow", int, str),
+    ("Masked area padding", "masked_padding", int, str),
+    ("Masked content", "masked_content", _content, _content_label),
+    ("Soft mask", "soft_mask", lambda text: text == "True", str),
     ("Outpaint", "outpaint", _sides, lambda sides: " ".join(map(str, sides))),
     ("Clip skip", "clip_skip", _whole, str),
     ("Eta", "eta", float, plain_number),

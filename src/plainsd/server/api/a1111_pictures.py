@@ -3,21 +3,12 @@
 from PIL import Image
 
 from plainsd.generate import check_size
+from plainsd.pictures.masks import alpha_of, box_around, filled_hole, hole_of, resized
 from plainsd.server.api.a1111_fields import Image2Image
 from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused
 from plainsd.server.limits import Limits
-from plainsd.server.uploads import (
-    alpha_of,
-    box_around,
-    check_pixels,
-    decoded,
-    filled_hole,
-    hole_of,
-    opened,
-    picture,
-    resized,
-)
+from plainsd.server.uploads import check_pixels, decoded, opened, picture
 
 RESIZE = ("stretch", "crop", "fill")  # resize_mode 0, 1, 2
 

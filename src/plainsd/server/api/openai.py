@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from plainsd.pictures.images import JPEG_EXIF
+from plainsd.pictures.masks import resized
 from plainsd.pictures.texts.embedded import exif_of
 from plainsd.server.canvas import Base
 from plainsd.server.errors import Refused
@@ -28,7 +29,7 @@ from plainsd.server.pool import Models, ServedModel
 from plainsd.server.requests import job_request
 from plainsd.server.schema import JobRequest, Text
 from plainsd.server.service import Service, client_of, now, why_not
-from plainsd.server.uploads import check_pixels, differing, opened, resized
+from plainsd.server.uploads import check_pixels, differing, opened
 
 ALIASES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "chatgpt-image-latest", "dall-e-2", "dall-e-3")
 THEIRS = ("gpt-image-", "chatgpt-image-", "dall-e-")  # how the names begin that programs hard-code

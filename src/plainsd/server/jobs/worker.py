@@ -16,13 +16,14 @@ from plainsd.diffusion.samplers import Step
 from plainsd.errors import DiskError, UserError
 from plainsd.generate import Pictures, batch
 from plainsd.pictures.images import grid
+from plainsd.pictures.masks import pasted
 from plainsd.pictures.model import StableDiffusion
 from plainsd.server.jobs.job import FAILED, Job, Unit
 from plainsd.server.jobs.queue import Queue
 from plainsd.server.jobs.store import Store
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models, ServedModel
-from plainsd.server.uploads import pasted, png
+from plainsd.server.uploads import png
 
 PREVIEW_EVERY = 0.25  # seconds
 RETRY = 1.0  # seconds, where the history cannot be written

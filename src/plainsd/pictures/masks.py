@@ -1,0 +1,157 @@
+"""Masks of inpainting: how they are softened, what lies under them, the part around them, and the way back into the
+picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageChops, ImageFilter, ImageOps
+
+from plainsd.errors import UserError
+from plainsd.pictures.images import to_rgb
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How a mask is used. Pixels are those of the picture."""
+
+    blur: float = 0.0  # standard deviation of its edge, in pixels
+    grow: int = 0  # pixels by which it is widened, or narrowed below 0
+    padding: int | None = None  # the masked part alone is drawn, at the whole size, with so much around it
+    fill: str = "original"
+    soft: bool = False  # grey levels say when a place begins to change (Levin and Fried 2023, arXiv:2306.00950)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What is drawn on, and where it goes."""
+
+    image: Image.Image  # at the size at which it is drawn
+    hole: Image.Image  # L: what is drawn anew, 0 or 255; of a soft mask its levels
+    whole: Image.Image | None = None  # the picture into which it is pasted, if not as it is ...
+    alpha: Image.Image | None = None  # ... with this opacity, of its size
+    box: Box | None = None  # ... in this part of it
+
+    def finished(self, drawn: Image.Image) -> Image.Image:
+        """The new picture in its place."""
+        if self.whole is not None and self.alpha is not None:
+            return pasted(drawn, self.whole, self.alpha, self.box)
+        return Image.composite(drawn, self.image, hole_of(self.hole))
+
+
+def canvas_of(image: Image.Image, mask: Image.Image, size: tuple[int, int], how: MaskOptions) -> Canvas:
+    """A picture and its mask, of one size, made ready to be drawn on at `size`. UserError for a mask that is dark."""
+    levels = Image.fromarray(np.array(to_rgb(mask, background="black").convert("L")))
+    levels = grown(levels if how.soft else hard(levels), how.grow)
+    alpha = levels if not how.blur else levels.filter(ImageFilter.GaussianBlur(how.blur))
+    if alpha.getbbox() is None:
+        raise UserError(
+            "the mask is dark everywhere, so nothing would be drawn; make it white where you want a change",
+            field="mask",
+        )
+    if how.padding is not None:
+        box = box_around(alpha, how.padding, size)
+        part, levels = resized(image.crop(box), size), resized(alpha.crop(box), size)
+        canvas = Canvas(
+            part, levels if how.soft else hole_of(levels), image, hole_of(alpha) if how.soft else alpha, box
+        )
+    else:
+        image = resized(image, size)
+        small = alpha.resize(size, Image.Resampling.NEAREST)
+        plain = how.soft or not how.blur
+        canvas = Canvas(image, small if how.soft else hole_of(small), *(() if plain else (image, small)))
+    if how.fill != "fill":
+        return canvas
+    return replace(canvas, image=filled_hole(canvas.image, hole_of(canvas.hole)))
+
+
+def hard(levels: Image.Image) -> Image.Image:
+    """0 or 255, whichever is nearer."""
+    return levels.point(lambda level: 255 if level >= 128 else 0)
+
+
+def grown(levels: Image.Image, pixels: int) -> Image.Image:
+    """Its light parts wider by so many pixels on every side, or narrower."""
+    if pixels == 0:
+        return levels
+    return levels.filter((ImageFilter.MaxFilter if pixels > 0 else ImageFilter.MinFilter)(2 * abs(pixels) + 1))
+
+
+def alpha_of(mask: Image.Image, blur: float | tuple[float, float] = 0, *, inverted: bool = False) -> Image.Image:
+    """A picture whose light parts are to be drawn anew -> opacity of the new, 0 to 255, with soft edges if blurred: all
+    round, or across and down."""
+    alpha = hard(mask.convert("L"))
+    if inverted:
+        alpha = ImageChops.invert(alpha)
+    return alpha if blur in (0, (0, 0)) else alpha.filter(ImageFilter.GaussianBlur(blur))
+
+
+def hole_of(alpha: Image.Image) -> Image.Image:
+    """All that shows anything of the new is drawn anew."""
+    return alpha.point(lambda level: 255 if level else 0)
+
+
+def filled_hole(image: Image.Image, hole: Image.Image) -> Image.Image:
+    """The hole filled with the colours around it, smoothly: means over ever coarser grids, until there is one."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
+    known = torch.from_numpy(np.array(hole) == 0)[None, None].double()  # (1, 1, H, W)
+    result, weight, size = pixels * known, known, pixels.shape[2:]
+    side = 2
+    while (weight == 0).any() and side <= 2 * max(size):
+        pad = (0, -size[1] % side, 0, -size[0] % side)
+        share = F.avg_pool2d(F.pad(known, pad), side)
+        means = F.avg_pool2d(F.pad(pixels * known, pad), side) / share.clamp(min=1e-12)
+        wide = F.interpolate(
+            torch.cat([means * (share > 0), (share > 0).double()], 1), scale_factor=side, mode="nearest"
+        )
+        wide = wide[..., : size[0], : size[1]]
+        fresh = (weight == 0) & (wide[:, 3:] > 0)
+        result, weight = torch.where(fresh, wide[:, :3], result), torch.where(fresh, 1.0, weight)
+        side *= 2
+    return Image.fromarray(result[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+def box_around(alpha: Image.Image, padding: int, size: tuple[int, int]) -> Box:
+    """The part of the picture around the mask, in the proportions of `size` as far as the picture has room."""
+    left, top, right, bottom = alpha.getbbox() or (0, 0, *alpha.size)
+    left, top = max(0, left - padding), max(0, top - padding)
+    right, bottom = min(alpha.width, right + padding), min(alpha.height, bottom + padding)
+    width, height, wanted = right - left, bottom - top, size[0] / size[1]
+    if width < height * wanted:
+        left, right = widened(left, right, round(height * wanted), alpha.width)
+    else:
+        top, bottom = widened(top, bottom, round(width / wanted), alpha.height)
+    return left, top, right, bottom
+
+
+def widened(start: int, end: int, length: int, room: int) -> tuple[int, int]:
+    """A stretch of that length around the one given, inside 0 to room."""
+    length = min(max(length, end - start), room)
+    start = min(max(0, (start + end - length) // 2), room - length)
+    return start, start + length
+
+
+def resized(image: Image.Image, size: tuple[int, int], how: str = "stretch") -> Image.Image:
+    """To that size: stretched, cut ("crop"), or with the edges' colours beside it ("fill")."""
+    if how == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    if how == "fill":
+        inner = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
+        across, down = size[0] - inner.width, size[1] - inner.height
+        pad = ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0))
+        pixels = np.array(inner)
+        return Image.fromarray(np.pad(pixels, pad[: pixels.ndim], mode="edge"))
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def pasted(drawn: Image.Image, base: Image.Image, alpha: Image.Image, box: Box | None) -> Image.Image:
+    """The new picture in its place in the old one."""
+    whole = base.copy()
+    box = box or (0, 0, *base.size)
+    whole.paste(resized(drawn, (box[2] - box[0], box[3] - box[1])), box[:2])
+    return Image.composite(whole, base, alpha)

@@ -1,0 +1,187 @@
+"""How a mask is used: soft edges, wider masks, the masked part alone, what lies under it, and grey levels."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_sd
+from diffusers import DDIMScheduler
+from PIL import Image, ImageDraw
+
+import plainsd
+from plainsd.diffusion.denoiser import differential
+from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
+from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.errors import UserError
+from plainsd.pictures.images import read_settings
+from plainsd.pictures.masks import MaskOptions, canvas_of
+from plainsd.pictures.settings import Settings
+from plainsd.pictures.texts.a1111 import format_settings, parse_settings
+
+PHOTO = Image.effect_noise((64, 64), 80).convert("RGB")
+
+
+def mask_of(box=(16, 16, 47, 47), size=(64, 64), level=255):
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle(box, fill=level)
+    return mask
+
+
+def changed(before: Image.Image, after: Image.Image) -> np.ndarray:
+    return (np.array(before) != np.array(after)).any(axis=2)
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return tiny_sd()
+
+
+def painted(sd, mask=None, **choices) -> Image.Image:
+    (image,) = plainsd.final(plainsd.inpaint(sd, "a", PHOTO, mask or mask_of(), **{"steps": 2, **choices}))
+    return image
+
+
+def test_plain_masks_change_nothing_outside(sd):
+    where = changed(PHOTO, painted(sd))
+    assert where[16:48, 16:48].mean() > 0.9
+    where[16:48, 16:48] = False
+    assert not where.any()
+
+
+@pytest.mark.parametrize(("grow", "box"), [(5, (11, 53)), (-4, (20, 44))])
+def test_a_mask_grows_by_pixels(sd, grow, box):
+    where, (low, high) = changed(PHOTO, painted(sd, mask_grow=grow)), box
+    assert where[low, low:high].mean() > 0.8 and where[low:high, high - 1].mean() > 0.8
+    where[low:high, low:high] = False
+    assert not where.any()
+
+
+def test_a_blurred_mask_fades_into_the_picture(sd):
+    """Each pixel of the result lies between the old one and that of a mask that covers all."""
+    canvas = canvas_of(PHOTO, mask_of(), (64, 64), MaskOptions(blur=4))
+    opacity = np.array(canvas.alpha) / 255
+    assert 0.4 < opacity[16, 32] < 0.65 and opacity[32, 32] > 0.97 and opacity[2, 2] == 0
+    assert ((np.array(canvas.hole) == 255) == (opacity > 0)).all()
+    white = Image.new("RGB", (64, 64), "white")
+    mixed = np.array(canvas.finished(white), dtype=float)
+    expected = np.array(PHOTO) * (1 - opacity[..., None]) + 255 * opacity[..., None]
+    assert np.abs(mixed - expected).max() <= 1
+    where = changed(PHOTO, painted(sd, mask_blur=4))
+    assert where[14, 32] and not where[:2].any()
+
+
+def test_the_masked_part_alone_is_drawn_at_the_whole_size(sd):
+    mask = mask_of((20, 24, 27, 31))
+    canvas = canvas_of(PHOTO, mask, (64, 64), MaskOptions(padding=4))
+    assert canvas.box == (16, 20, 32, 36) and canvas.image.size == (64, 64)
+    part = PHOTO.crop(canvas.box).resize((64, 64), Image.Resampling.LANCZOS)
+    assert canvas.image.tobytes() == part.tobytes()
+    events = plainsd.inpaint(sd, "a", PHOTO, mask, steps=2, masked_padding=4, size=(96, 64))
+    (image,) = plainsd.final(events)
+    assert events.settings[0].size == (96, 64) and image.size == PHOTO.size
+    where = changed(PHOTO, image)
+    assert where[24:32, 20:28].mean() > 0.8
+    where[24:32, 20:28] = False
+    assert not where.any()
+
+
+def test_what_lies_under_the_mask_counts_below_full_strength(sd):
+    each = {
+        content: painted(sd, strength=0.5, steps=4, masked_content=content).tobytes()
+        for content in ("original", "fill", "noise", "nothing")
+    }
+    assert len(set(each.values())) == 4
+    filled = canvas_of(PHOTO, mask_of(), (64, 64), MaskOptions(fill="fill")).image
+    assert plainsd.final(plainsd.inpaint(sd, "a", filled, mask_of(), 0.5, steps=4))[0].tobytes() == each["fill"]
+
+
+def test_grey_levels_are_hard_unless_soft_is_asked_for(sd):
+    grey = mask_of(level=100)
+    with pytest.raises(UserError, match="dark everywhere"):
+        painted(sd, grey)
+    assert changed(PHOTO, painted(sd, grey, soft_mask=True)).any()
+    assert painted(sd, soft_mask=True, strength=0.9, steps=4).size == (64, 64)
+
+
+def test_differential_diffusion_by_its_algorithm():
+    """Algorithm 1 of the paper beside diffusers' DDIM: before each step what has not begun is the known latents with
+    their noise."""
+    steps, generator = 7, torch.Generator().manual_seed(0)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    known, noise = (torch.randn(1, 4, 6, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    change = torch.rand(1, 1, 6, 6, generator=generator, dtype=torch.float64)
+    change[..., 0, :3], change[..., 5, 3:] = 0, 1
+    shift = torch.randn(1, 4, 6, 6, generator=generator, dtype=torch.float64)
+
+    def eps(x, t):
+        return 0.4 * x + torch.tanh(shift) + t / 2000
+
+    x = scheduler.add_noise(known, noise, scheduler.timesteps[:1])
+    for i, t in enumerate(scheduler.timesteps):
+        waits = (1 - change) > i / steps
+        x = torch.where(waits, scheduler.add_noise(known, noise, t[None]), x)
+        x = scheduler.step(eps(x, t), t, x).prev_sample
+    schedule = NoiseSchedule.scaled_linear()
+    levels = sampler_levels(schedule, "ddim", steps)
+
+    def denoise(y, sigma):
+        shown = y / (1 + sigma**2) ** 0.5
+        return y - sigma * eps(shown, levels.timesteps[levels.sigmas.index(sigma)])
+
+    ours = differential(denoise, known, change, levels.sigmas)
+    start = known + noise * levels.sigmas[0]
+    *_, last = SAMPLERS["ddim"].run(ours, start, levels.sigmas, lambda: None, strides=levels.strides)
+    done = last.x / (1 + last.sigma**2) ** 0.5
+    begun = (change > 0).expand_as(x)
+    assert (done - x)[begun].abs().max() < 1e-10
+    assert begun.sum() < begun.numel()
+
+
+def test_settings_are_written_and_read():
+    made = Settings(
+        "x", steps=3, masked=True, mask_blur=4.0, mask_grow=-2, masked_padding=32, masked_content="noise",
+        soft_mask=True,
+    )  # fmt: skip
+    text = format_settings(made)
+    for entry in (
+        "Mask blur: 4",
+        "Masked area padding: 32",
+        "Inpaint area: Only masked",
+        "Masked content: latent noise",
+    ):
+        assert entry in text
+    assert parse_settings(text) == made
+    theirs = parse_settings(
+        "x\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Denoising strength: 0.75, Mask blur: 4, "
+        "Inpaint area: Only masked, Masked area padding: 32, Version: v1.10.1"
+    )
+    assert theirs.masked and theirs.mask_blur == 4 and theirs.masked_padding == 32 and not theirs.other
+
+
+def test_the_command_line_gives_it_back(generate, tmp_path):
+    PHOTO.save(tmp_path / "photo.png")
+    mask_of().save(tmp_path / "mask.png")
+    given = ("--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png")
+    options = ("--mask-blur", 3, "--mask-grow", 2, "--masked-padding", 8, "--masked-content", "fill", "--strength", 0.6)
+    assert generate("a", "--steps", 4, *given, *options)[0] == 0
+    (made,) = (tmp_path / "out").glob("*.png")
+    settings = read_settings(made)
+    assert (settings.mask_blur, settings.mask_grow, settings.masked_padding) == (3.0, 2, 8)
+    assert generate("--from", made, *given)[0] == 0
+    (again,) = {*(tmp_path / "out").glob("*.png")} - {made}
+    assert again.read_bytes() == made.read_bytes()
+    code, _, err = generate("a", *given, "--masked-content", "latent")
+    assert code == 2 and "unknown masked_content 'latent'" in err
+    code, _, err = generate("a", *given, "--mask-blur", 100)
+    assert code == 2 and "mask blur 100" in err
+
+
+def test_networks_that_read_masks_take_no_soft_ones(sd):
+    reading = tiny_sd(in_channels=9)
+    assert painted(reading, mask_blur=2, mask_grow=1).size == (64, 64)
+    with pytest.raises(UserError, match="leave soft_mask out") as caught:
+        painted(reading, soft_mask=True)
+    assert caught.value.field == "soft_mask"
