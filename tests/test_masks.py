@@ -136,14 +136,14 @@ def test_differential_diffusion_by_its_algorithm():
     *_, last = SAMPLERS["ddim"].run(ours, start, levels.sigmas, lambda: None, strides=levels.strides)
     done = last.x / (1 + last.sigma**2) ** 0.5
     begun = (change > 0).expand_as(x)
-    assert (done - x)[begun].abs().max() < 1e-10
+    assert (done - x)[begun].abs().max() < 1e-5  # diffusers' table is float32
     assert begun.sum() < begun.numel()
 
 
 def test_settings_are_written_and_read():
     made = Settings(
         "x", steps=3, masked=True, mask_blur=4.0, mask_grow=-2, masked_padding=32, masked_content="noise",
-        soft_mask=True,
+        soft_mask=True, noise="cpu",
     )  # fmt: skip
     text = format_settings(made)
     for entry in (

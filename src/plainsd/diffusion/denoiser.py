@@ -206,13 +206,13 @@ def inpainting(denoise: Estimator, known: Tensor, mask: Tensor, noise: Tensor, s
 
 def differential(denoise: Estimator, known: Tensor, change: Tensor, sigmas: Sequence[float]) -> Estimator:
     """Repaint each place from its own step on: where `change` is 1 from the first, where it is 0.3 in the last 0.3 of
-    them, where it is 0 never (Levin and Fried 2023, "Differential Diffusion", algorithm 1). `change` (1, 1, h, w);
+    them and one before, where it is 0 never (Levin and Fried 2023, "Differential Diffusion", algorithm 1). `change` (1, 1, h, w);
     `sigmas` are the levels of the drawing, which begins with the known latents and their noise."""
     rising, steps = [-sigma for sigma in sigmas], len(sigmas) - 1
 
     def repaint(x: Tensor, sigma: float) -> Any:
         step = min(max(bisect_right(rising, -sigma) - 1, 0), steps - 1)
-        begun = (1 - change <= step / steps).to(x)
+        begun = ((change > 0) & (1 - change <= (step + 1) / steps)).to(x)  # here the end of the step is kept
         found = denoise(x, sigma)
         both = [begun * x0 + (1 - begun) * known for x0 in (found if isinstance(found, tuple) else (found,))]
         return tuple(both) if isinstance(found, tuple) else both[0]

@@ -53,6 +53,8 @@ def format_settings(settings: Settings) -> str:
     pairs += _names_written(settings.hires_sampler, settings.hires_spacing, SECOND)
     pairs += controls_written(settings.control)
     pairs += _hashes_written(settings.hashes)
+    if settings.masked_padding is not None:
+        pairs.append(PART)
     known = {key for key, _ in pairs}
     pairs += [pair for pair in settings.other if pair[0] not in known]
     pairs.append(("Version", f"plainsd {__version__}"))
@@ -118,6 +120,8 @@ def parse_settings(text: str) -> Settings:
                 raise UserError(
                     f"settings text: {key!r} has a value that cannot be read ({str(error)[:120]})"
                 ) from None
+    if "masked_padding" in found and (PART[0], said.get(PART[0])) == PART:
+        del said[PART[0]]
     found |= _implied(said, found, old)
     return Settings(**found, other=tuple((k, v) for k, v in said.items() if k != "Version"))
 
