@@ -148,9 +148,9 @@ def theirs(tmp_path):
         ("DPM++ 2M Karras", "", ("dpmpp_2m", "karras")),
         ("DPM++ 2M", "Schedule type: Karras, ", ("dpmpp_2m", "karras")),
         ("DPM++ SDE", "Schedule type: Exponential, Clip skip: 2, ", ("dpmpp_sde", "exponential")),
-        ("Euler a", "Schedule type: Automatic, ENSD: 31337, ", ("euler_a", "linspace")),
-        ("DDIM", "Eta: 0.5, ", ("ddim", "leading")),
-        ("UniPC", "Schedule type: SGM Uniform, ", ("unipc", "sgm_uniform")),
+        ("Euler a", "Schedule type: Automatic, ENSD: 31337, ", ("euler_a", "uniform")),
+        ("DDIM", "Eta: 0.5, ", ("ddim", "ddim_uniform")),
+        ("UniPC", "Schedule type: SGM Uniform, ", ("unipc", "uniform")),
     ],
 )
 def test_a_picture_of_a1111(generate, theirs, sampler, more, ours):

@@ -321,7 +321,7 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", strange)
     answer = server.post("/api/settings", {"image": base64.b64encode(png_bytes(drawing, pnginfo=info)).decode()}).json()
-    assert answer.pop("unused") == ["Model: v1-5-pruned", "Hires upscaler: 4x-ultrasharp", "Sampler: Nonesuch"]
+    assert answer.pop("unused") == ["Model: v1-5-pruned", "Hires upscaler: 4x-UltraSharp", "Sampler: Nonesuch"]
     assert server.drawn(**answer, size=[32, 32])["state"] == "done"  # all of the others are what a job takes
     none = server.post("/api/settings", {"image": base64_of(drawing)})
     assert none.status_code == 422 and "carries no settings" in none.json()["error"]["message"]
