@@ -145,11 +145,42 @@ def comfyui_cells(folders: dict[str, Path], only: str) -> Iterator[Cell]:
                 yield cell("ComfyUI: tasks", sampler, task, **choices)
 
 
+# --- diffusers -------------------------------------------------------------------------------------------------------
+
+
+def diffusers_cells(folders: dict[str, Path], only: str) -> Iterator[Cell]:
+    """Every sampler with every spacing that its scheduler has, text to image and image to image."""
+    from oracles.pipelines import SAMPLERS, SPACINGS, UNSPACED, Pipelines
+
+    sd = small_model()
+    program = Pipelines(sd)
+    drawing = {"prompt": "a red apple", "negative": "blurred", "seed": 3}
+    for sampler in (name for name in SAMPLERS if only in name):
+        for spacing in list(SPACINGS)[: 3 if sampler in UNSPACED else None]:
+            for table, image, strength in (("text to image", None, None), ("image to image", PICTURE, 0.6)):
+                ours = Settings(
+                    **drawing,
+                    steps=7,
+                    guidance=5.0,
+                    sampler=sampler,
+                    spacing=spacing,
+                    strength=strength,
+                    size=None if image else (64, 64),
+                )
+                more = {"num_inference_steps": 7, "guidance_scale": 5.0} | ({"strength": strength} if image else {})
+                yield compared(
+                    (f"diffusers: {table}", sampler, spacing),
+                    lambda: program.draw(**drawing, sampler=sampler, spacing=spacing, image=image, **more),
+                    lambda: drawn(sd, ours, image),
+                )
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Path], str], Iterator[Cell]]]] = {
     "A1111": (("a1111", "k_diffusion"), a1111_cells),
     "ComfyUI": (("comfyui",), comfyui_cells),
+    "diffusers": ((), diffusers_cells),
 }
 
 

@@ -171,11 +171,12 @@ def test_a1111s_second_pass(made, theirs, how):
     assert pixels(second).shape == (96, 96, 3) and (settings.hires, settings.strength) == (1.5, 0.5)
 
 
-def test_what_a1111_has_and_we_have_not(made, refused, theirs):
+def test_what_a1111_has_and_we_have_not(generate, made, refused, theirs):
     assert "unknown sampler 'Euler z'" in refused("--from", theirs("Euler z"))
     assert read_settings(made("--from", theirs("Euler z"), "--sampler", "euler")).sampler == "euler"
     hires = theirs(more="Denoising strength: 0.5, Hires upscale: 2, Hires upscaler: R-ESRGAN 4x+, ")
-    assert "unknown upscaler 'R-ESRGAN 4x+'" in refused("--from", hires)
+    code, out, err = generate("--from", hires)  # said once the model is there, and it has none by that name
+    assert (code, out) == (2, "") and "unknown upscaler 'R-ESRGAN 4x+'" in err
     assert read_settings(made("--from", hires, "--upscaler", "lanczos")).upscaler == "lanczos"
     vae = theirs(more="VAE hash: 735e4c3a44, VAE: vae-ft-mse-840000-ema-pruned.safetensors, ")
     assert "was made with the VAE 'vae-ft-mse-840000-ema-pruned.safetensors'" in refused("--from", vae)

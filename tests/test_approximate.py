@@ -107,7 +107,7 @@ def test_a_cache_in_a_batch_and_in_two_calls_gives_the_same_picture():
 
 
 def test_the_picture_tells_of_its_cache():
-    made = Settings("x", steps=5, sampler="euler", cache=3)
+    made = Settings("x", steps=5, sampler="euler", cache=3, noise="cpu")
     assert "Deep cache: 3" in format_settings(made) and parse_settings(format_settings(made)) == made
     with pytest.raises(UserError, match="cache 0 is out of range; choose 1 to 100"):
         text_to_image(tiny_sd(), "a", cache=0)

@@ -55,7 +55,7 @@ def test_a_picture_from_text():
     one = read(graph())
     assert (one.prompt, one.negative, one.size, one.seed, one.steps) == ("a boat", "rain", (512, 768), 5, 20)
     assert (one.guidance, one.sampler, one.spacing, one.model) == (7.0, "euler_a", "uniform", "boats")
-    assert (one.like, one.strength, one.vae, one.other) == ("comfyui", None, None, ())
+    assert (one.like, one.noise, one.strength, one.vae, one.other) == ("comfyui", "comfyui", None, None, ())
 
 
 @pytest.mark.parametrize(

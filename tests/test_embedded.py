@@ -11,7 +11,7 @@ from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings, write_new_picture
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings
-from plainsd.pictures.texts.embedded import MOST, decoded, exif_of, texts_in
+from plainsd.pictures.texts.embedded import MOST_BYTES, comment_text, exif_of, texts_in
 
 TEXT = "a red apple, Größe 猫 🍎\nNegative prompt: blurred\nSteps: 20, Sampler: Euler a, Seed: 1, Version: v1.10.1"
 GRAPH = {
@@ -62,7 +62,7 @@ def test_comments_in_every_encoding(photo, kind, comment):
 
 @pytest.mark.parametrize("encoding", ["shift_jis", "iso2022_jp"])
 def test_comments_in_japanese_encodings(encoding):
-    assert decoded(b"JIS\0\0\0\0\0" + "赤いりんご, x".encode(encoding)) == "赤いりんご, x"
+    assert comment_text(b"JIS\0\0\0\0\0" + "赤いりんご, x".encode(encoding)) == "赤いりんご, x"
 
 
 def test_a1111s_own_bytes_are_ours():
@@ -72,7 +72,9 @@ def test_a1111s_own_bytes_are_ours():
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.JPEG", "x.webp", "x.png"])
 def test_every_format_brings_back_what_it_was_given(photo, tmp_path, name):
-    made = Settings("Größe, 猫 🍎\nand more", "bad", (32, 32), 20, 7.5, "euler_a", "karras", 3, model="emoji")
+    made = Settings(
+        "Größe, 猫 🍎\nand more", "bad", (32, 32), 20, 7.5, "euler_a", "karras", 3, model="emoji", noise="cpu"
+    )
     path = write_new_picture(photo, tmp_path / name, made)
     assert read_settings(path) == made
     kind = {"jpg": "JPEG", "peg": "JPEG", "ebp": "WEBP", "png": "PNG"}[name[-3:].lower()]
@@ -82,7 +84,7 @@ def test_every_format_brings_back_what_it_was_given(photo, tmp_path, name):
 
 
 def test_settings_too_long_for_a_jpeg_are_said(photo, tmp_path):
-    long = Settings("x" * 40_000, steps=1)
+    long = Settings("x" * 40_000, steps=1, noise="cpu")
     with pytest.raises(UserError, match="do not fit into a JPEG file; write PNG or WebP"):
         write_new_picture(photo, tmp_path / "x.jpg", long)
     assert not list(tmp_path.iterdir())
@@ -125,7 +127,7 @@ def test_pictures_without_settings(photo, kind):
 
 def test_comments_that_are_too_long_or_broken(photo):
     with pytest.raises(UserError, match="too long"):
-        decoded(bytes(MOST + 1))
+        comment_text(bytes(MOST_BYTES + 1))
     image = Image.new("RGB", (8, 8))
     image.info["exif"] = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"
     assert texts_in(image) == {}

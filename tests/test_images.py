@@ -185,7 +185,7 @@ def test_masks_are_light_where_something_is_drawn_anew():
 
 def test_settings_travel_in_the_picture(photo, tmp_path):
     for prompt in ("a red apple", "pomme 赤いりんご 🍎, with: commas\nand lines"):
-        made = Settings(prompt, "bad", (24, 16), 20, 7.5, "euler_a", None, 3, model="emoji")
+        made = Settings(prompt, "bad", (24, 16), 20, 7.5, "euler_a", None, 3, model="emoji", noise="cpu")
         images.write_png(photo, tmp_path / "x.png", made)
         assert images.read_settings(tmp_path / "x.png") == made
         assert difference(images.open_picture(tmp_path / "x.png"), photo) == 0

@@ -101,7 +101,7 @@ def test_a1111s_noise_by_its_seeds(source):
     assert near(torch.cat([begin[0, 0, :3], begin[3, 7, 5:]]), *first)
     later = drawn(SHAPE)[0]
     assert near(torch.cat([later[0, 0, :3], later[3, 7, 5:]])[: len(on_the_way)], *on_the_way)
-    again = drawn.anew().first(SHAPE)[0]  # of the second pass
+    again = drawn.anew(drawn.each).first(SHAPE)[0]  # of the second pass
     assert torch.equal(again, begin)
 
 
@@ -109,7 +109,9 @@ def test_without_ensd_noise_goes_on():
     for source in ("cpu", "nv"):
         drawn, expected = noise(settings(seed=7, noise=source)), stream(source, 7)
         assert torch.equal(drawn.first(SHAPE)[0], expected(SHAPE)) and torch.equal(drawn(SHAPE)[0], expected(SHAPE))
-        assert torch.equal(drawn.anew().first(SHAPE)[0], expected(SHAPE))  # in diffusers' way a second pass too
+        assert torch.equal(
+            drawn.anew(drawn.each).first(SHAPE)[0], expected(SHAPE)
+        )  # in diffusers' way a second pass too
 
 
 def test_slerp_of_columns():
@@ -247,7 +249,7 @@ def test_comfyui_draws_for_the_whole_batch():
         assert torch.equal(drawn.first(SHAPE), first[rows])
         assert all(torch.equal(drawn(SHAPE), step[rows]) for step in steps)
         assert torch.equal(drawn.path(SHAPE, SIGMAS, SIGMAS)(5.1, 2.2), tree.step(5.1, 2.2)[rows])
-        assert torch.equal(drawn.anew().first(SHAPE), first[rows])
+        assert torch.equal(drawn.anew(drawn.each).first(SHAPE), first[rows])
         assert not drawn.encoder(SHAPE).any()
     assert near(tree.step(SIGMAS[3], SIGMAS[4])[2, 3, 7, 5:], 1.086348057, 0.493725121, -0.772091746)
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from plainsd import __version__
 from plainsd.errors import UserError
-from plainsd.pictures.settings import SEEDS, UPSCALERS, Settings
+from plainsd.pictures.settings import LIKE, SEEDS, UPSCALERS, Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.labels import NEAREST_LABELS, SAMPLER_LABELS, SPACING_LABELS, nearest_label
 
-TYPICAL = Settings("a red apple", "blurred", (512, 512), 20, 7.0, "dpmpp_2m", "karras", 1, model="emoji")
+TYPICAL = Settings("a red apple", "blurred", (512, 512), 20, 7.0, "dpmpp_2m", "karras", 1, model="emoji", noise="cpu")
 
 
 def test_text_is_a1111s():
@@ -32,15 +32,17 @@ def test_values_with_commas_and_colons_are_quoted():
 @pytest.mark.parametrize("field", ["model", "vae", "refiner", "embeddings"])
 def test_names_of_any_signs_come_back(field, name):
     """A line break amid the last line of the text would end it there."""
-    made = Settings("x", steps=1, **{field: (name,) if field == "embeddings" else name})
+    made = Settings("x", steps=1, noise="cpu", **{field: (name,) if field == "embeddings" else name})
     if field == "embeddings" and ", " in name:
-        made = Settings("x", steps=1, embeddings=tuple(name.split(", ")))
+        made = Settings("x", steps=1, noise="cpu", embeddings=tuple(name.split(", ")))
     assert format_settings(made).count("\n") == 1 and parse_settings(format_settings(made)) == made
 
 
 @pytest.mark.parametrize("kind", ["lora:", "embed:"])
 def test_names_with_line_breaks_have_their_hashes(kind):
-    made = Settings("x", steps=1, model="m", hashes=(("model", "6ce0161689"), (f"{kind}a\nb", "0123456789ab")))
+    made = Settings(
+        "x", steps=1, noise="cpu", model="m", hashes=(("model", "6ce0161689"), (f"{kind}a\nb", "0123456789ab"))
+    )
     assert parse_settings(format_settings(made)) == made
 
 
@@ -75,7 +77,7 @@ def test_sizes_and_intervals_have_their_ranges():
 @pytest.mark.parametrize("sampler", SAMPLER_LABELS)
 @pytest.mark.parametrize("spacing", [None, *SPACING_LABELS, *NEAREST_LABELS])
 def test_every_sampler_and_spacing_comes_back(sampler, spacing):
-    made = Settings("x", steps=5, sampler=sampler, spacing=spacing)
+    made = Settings("x", steps=5, noise="cpu", sampler=sampler, spacing=spacing)
     assert parse_settings(format_settings(made)) == made
 
 
@@ -133,7 +135,13 @@ floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
         hires_prompt=st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
         hires_negative=st.none() | st.sampled_from(["blurred", "a: b, c", " spaced ", "two\nlines"]),
         hires_guidance=st.none() | floats,
-        like=st.none() | st.just("a1111"),
+        like=st.none() | st.sampled_from(LIKE),
+        noise=st.sampled_from(["cpu", "nv", "comfyui"]),
+        ensd=st.none() | st.integers(0, 2**64 - 1),
+        seed_resize=st.none() | st.tuples(st.integers(8, 4096), st.integers(8, 4096)),
+        batch_index=st.integers(0, 4095),
+        batch_size=st.integers(1, 4096),
+        tiling=st.booleans(),
         other=st.lists(
             st.tuples(st.sampled_from(["ENSD 2", "Face restoration", "Styles"]), values), unique_by=first
         ).map(tuple),

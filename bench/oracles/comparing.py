@@ -45,11 +45,12 @@ def small_model() -> StableDiffusion:
     weights in prompts restore."""
     sd = tests_module().tiny_sd()
     sd.text_encoders[0].norm.bias.data += 0.5
-    sd.unet.register_forward_hook(lambda network, given, out: 0.1 * out + _noise_share(sd, given[1]) * given[0])
+    sd.unet.register_forward_hook(lambda network, given, out: 0.1 * out + noise_share(sd, given[1]) * given[0])
     return sd
 
 
-def _noise_share(sd: StableDiffusion, timestep: Tensor | float) -> float:
+def noise_share(sd: StableDiffusion, timestep: Tensor | float) -> float:
+    """How much of x, as the network sees it, is noise."""
     sigma = sd.schedule.sigma(float(torch.as_tensor(timestep).flatten()[0]))
     return sigma / (1 + sigma**2) ** 0.5
 

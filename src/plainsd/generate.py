@@ -145,9 +145,9 @@ def _from_text(sd: StableDiffusion, each: list[Resolved], control: Sequence[Cont
     if one.hires:
         size = enlarged_size(one.size, one.hires)
         known = Known(_enlarged(sd, latents, size, one, draw))
-        draw = draw.anew()
-        noise = prepare_latents(sd, size, draw)
         again, maps = [second_pass(one) for one in each], fitted(control, size)
+        draw = draw.anew(again)
+        noise = prepare_latents(sd, size, draw)
         latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps, control=maps)
     yield Pictures(to_pil(decode(sd, latents, tiling=one.tiling)), each, latents)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from plainsd.generate import Pictures
     from plainsd.pictures.model import StableDiffusion
 
-FORMATS = (".png", ".jpg", ".jpeg", ".webp")  # those of pictures/images.py, which needs torch
+PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")  # those of pictures/images.py, which needs torch
 OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".avif")
 PREVIEW_EVERY = 0.2  # seconds
 PromptBatch = tuple[list[str], dict]  # prompts, and the choices that all of them share
@@ -56,9 +56,9 @@ class Target:
         if suffix in OTHER_FORMATS:
             names = f"{out.stem}.png, {out.stem}.jpg or {out.stem}.webp"
             raise UserError(f"--out '{out}': pictures are written as PNG, JPEG or WebP; name it {names}")
-        if format is not None and f".{format}" not in FORMATS:
-            raise unknown("format", format, [name[1:] for name in FORMATS], field="format")
-        self.file = out if suffix in FORMATS and not out.is_dir() else None
+        if format is not None and f".{format}" not in PICTURE_FILES:
+            raise unknown("format", format, [name[1:] for name in PICTURE_FILES], field="format")
+        self.file = out if suffix in PICTURE_FILES and not out.is_dir() else None
         if self.file and format and {suffix, f".{format}"} not in ({suffix}, {".jpg", ".jpeg"}):
             raise UserError(f"--format {format} and --out '{out}' do not go together; leave one of them out")
         self.suffix = f".{format or 'png'}"
@@ -76,7 +76,7 @@ class Target:
 
     def next_number(self) -> int:
         found = self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*")
-        numbers = [int(path.name[:5]) for path in found if path.suffix in FORMATS]
+        numbers = [int(path.name[:5]) for path in found if path.suffix in PICTURE_FILES]
         return max(numbers, default=0) + 1
 
 

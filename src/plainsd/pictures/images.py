@@ -19,10 +19,10 @@ from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.comfyui import parse_workflow
 from plainsd.pictures.texts.embedded import exif_of, settings_in
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # that pictures are written in
+WRITTEN_AS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # that pictures are written in
 LOSSY: dict[str, dict] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 JPEG_EXIF = 65_533  # bytes that fit into one segment
-TEXTS = (".txt", ".json")  # files of settings without a picture
+SETTINGS_FILES = (".txt", ".json")  # files of settings without a picture
 LARGEST_TEXT = 2**25  # bytes
 LARGEST = 89_478_485  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
 
@@ -122,7 +122,7 @@ def open_picture(path: str | Path | BytesIO, background: str = "white") -> Image
 def read_settings(path: str | Path | BytesIO) -> Settings:
     """The settings inside a picture's file, or in a file of text or of JSON that holds no more; UserError where there
     are none."""
-    if isinstance(path, (str, Path)) and Path(path).suffix.lower() in TEXTS:
+    if isinstance(path, (str, Path)) and Path(path).suffix.lower() in SETTINGS_FILES:
         return _settings_alone(Path(path))
     try:
         with Image.open(path) as image:
@@ -162,7 +162,7 @@ def write_new_picture(image: Image.Image, path: Path, settings: Settings | None 
     """As PNG, JPEG or WebP, as the name ends, with its settings, but never over another file: under the first free name
     of `x.png`, `x-2.png`, `x-3.png`, ..."""
     with draft_of(path) as draft:
-        _save(image, draft, FORMATS[path.suffix.lower()], settings)
+        _save(image, draft, WRITTEN_AS[path.suffix.lower()], settings)
         return under_free_name(draft, path)
 
 

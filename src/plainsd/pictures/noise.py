@@ -43,9 +43,9 @@ class NoiseOfEach:
             self.draw = self._draws([one.seed + ahead for one in self.each])
         return self._there(noise)
 
-    def anew(self) -> NoiseOfEach:
-        """For a second pass. A1111 and ComfyUI begin it with the first numbers again."""
-        return NoiseOfEach(self.each, self.device) if self.like else self
+    def anew(self, each: Sequence[Resolved]) -> NoiseOfEach:
+        """For their second pass. A1111 and ComfyUI begin it with the first numbers again."""
+        return NoiseOfEach(each, self.device) if self.like else self
 
     def encoder(self, shape: Shape) -> Tensor:
         """By which an encoded picture strays from the encoder's mean. A1111 and ComfyUI draw it by no seed of theirs;

@@ -13,7 +13,7 @@ from typing import Any
 
 from plainsd import __version__
 from plainsd.errors import UserError
-from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.settings import DEFAULTS, Settings, noise_of
 from plainsd.pictures.texts.controls import controls_read, controls_written
 from plainsd.pictures.texts.dialects import as_a1111, written_by
 from plainsd.pictures.texts.entries import check_length, entries, quote
@@ -45,15 +45,13 @@ def format_settings(settings: Settings) -> str:
     """Settings -> A1111's text, three parts: the prompt, the negative prompt, one line of `key: value`."""
     pairs = []
     for key, name, _, write in FIELDS:
-        value = getattr(settings, name)
+        value: Any = noise_of(settings) if name == "noise" else getattr(settings, name)
         if value != DEFAULTS[name] or name in ALWAYS or (name == "upscaler" and settings.hires):
             pairs.append((f"{key} DDIM" if name == "eta" and settings.sampler in ETA_DDIM else key, write(value)))
     pairs[1:1] = _names_written(settings.sampler, settings.spacing)
     pairs += _names_written(settings.hires_sampler, settings.hires_spacing, SECOND)
     pairs += controls_written(settings.control)
     pairs += _hashes_written(settings.hashes)
-    if "noise" not in DEFAULTS:
-        pairs.append(("RNG", "CPU"))
     known = {key for key, _ in pairs}
     pairs += [pair for pair in settings.other if pair[0] not in known]
     pairs.append(("Version", f"plainsd {__version__}"))
@@ -119,8 +117,6 @@ def parse_settings(text: str) -> Settings:
                 raise UserError(
                     f"settings text: {key!r} has a value that cannot be read ({str(error)[:120]})"
                 ) from None
-    if "noise" not in DEFAULTS and said.get("RNG") == "CPU":
-        del said["RNG"]
     found |= _implied(said, found, old)
     return Settings(**found, other=tuple((k, v) for k, v in said.items() if k != "Version"))
 
@@ -154,7 +150,7 @@ def _implied(said: dict[str, str], found: dict[str, Any], old: bool) -> dict[str
     if program == "plainsd":
         return {"like": "a1111"} if old and found.get("guidance") == 0 else {}  # off was written as 1
     implied: dict[str, Any] = {"like": "a1111"} if program != "SD.Next" else {}
-    if "noise" in DEFAULTS and "noise" not in found:
+    if "noise" not in found:
         implied["noise"] = "nv"
     if "Mask blur" in said:
         implied["masked"] = True

@@ -9,15 +9,24 @@ import re
 from typing import Any
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.comfyui_graph import Node, read_graph
-from plainsd.pictures.texts.comfyui_nodes import SAMPLING, Reader, Stage, stem, tag
+from plainsd.pictures.texts.comfyui_nodes import SAMPLING, GraphReader, SamplerPass, stem, tag
 
 SAVED = ("SaveImage", "SaveImageWebsocket", "SaveAnimatedWEBP", "SaveAnimatedPNG", "PreviewImage")  # this one last
-PICTURES = ("samples", "latent", "latent_image", "images", "image", "pixels", "input", "any")  # inputs, followed back
+IMAGE_INPUTS = (
+    "samples",
+    "latent",
+    "latent_image",
+    "images",
+    "image",
+    "pixels",
+    "input",
+    "any",
+)  # inputs, followed back
 SOURCES = ("EmptyLatentImage", "LoadImage", "LoadImageMask", "LoadImageOutput", "EmptyImage")
 DECODING = ("VAEDecode", "VAEDecodeTiled")
-SILENT = (*DECODING, "VAEEncode", "VAEEncodeTiled", "Reroute", *SAVED)
+SAID_ELSEWHERE = (*DECODING, "VAEEncode", "VAEEncodeTiled", "Reroute", *SAVED)
 MASKING = ("VAEEncodeForInpaint", "SetLatentNoiseMask", "InpaintModelConditioning")
 LATENT = {"bilinear": "latent", "bicubic": "latent-bicubic", "nearest-exact": "latent-nearest-exact"}
 OTHERS = re.compile("Video|Audio|SVD|SD3|Flux|Hunyuan|3D|Zero123|Wan|Mochi|Cosmos|LTX|HiDream|Lumina|AuraFlow|Qwen|DiT")
@@ -36,7 +45,7 @@ def parse_workflow(text: str) -> Settings:
 
 class Workflow:
     def __init__(self, text: str):
-        self.reader = Reader(read_graph(text))
+        self.reader = GraphReader(read_graph(text))
         self.other: list[tuple[str, str]] = []
         self.decoders: dict[str, Node] = {}  # by the sampler whose latents they decode
 
@@ -56,10 +65,9 @@ class Workflow:
         if self.reader.idle:
             self.other.append(("ComfyUI nodes", ", ".join(self.reader.idle)))
         known = {name: value for name, value in said.items() if value is not None}
-        noise: dict[str, Any] = {"noise": "comfyui"} if "noise" in DEFAULTS else {}
-        return Settings(**known, **noise, like="comfyui", other=tuple(self.other))
+        return Settings(**known, like="comfyui", noise="comfyui", other=tuple(self.other))
 
-    def stage(self, node: Node) -> Stage:
+    def stage(self, node: Node) -> SamplerPass:
         """One pass. UserError where its nodes are of models of other kinds."""
         stage = self.reader.stage(node)
         for kind in (*self.reader.idle, *(one.kind for one in self.way(stage.latent))):
@@ -78,31 +86,31 @@ class Workflow:
         if not found:
             kinds = ", ".join(SAMPLING)
             raise UserError(f"none of its nodes is a sampler that is read here ({kinds})")
-        earlier = {way[-1].name for node in found[:100] if (way := self.way(self.reader.next(node, *PICTURES)))}
+        earlier = {way[-1].name for node in found[:100] if (way := self.way(self.reader.next(node, *IMAGE_INPUTS)))}
         last = next((node for node in found if node.name not in earlier), found[0])
         for one in next((way for way in ways if way[-1] is last), []):  # what is done with the picture afterwards
-            if one is not last and one.kind not in SILENT:
+            if one is not last and one.kind not in SAID_ELSEWHERE:
                 self.reader.idle[one.kind[:60]] = None
         return last
 
     def way(self, node: Node | None) -> list[Node]:
         """Back from latents or a picture to what they come from: a sampler, or a node that makes them."""
-        return self.reader.back(node, *PICTURES, until=lambda one: one.kind in SAMPLING or one.kind in SOURCES)
+        return self.reader.back(node, *IMAGE_INPUTS, until=lambda one: one.kind in SAMPLING or one.kind in SOURCES)
 
-    def between(self, stage: Stage) -> list[Node]:
+    def between(self, stage: SamplerPass) -> list[Node]:
         way = self.way(stage.latent)
         for one in way:
-            if one.kind not in (*SAMPLING, *SOURCES, *SILENT, *MASKING, *ENLARGING, NETWORK):
+            if one.kind not in (*SAMPLING, *SOURCES, *SAID_ELSEWHERE, *MASKING, *ENLARGING, NETWORK):
                 self.reader.idle[one.kind[:60]] = None
         return way
 
-    def vae(self, stage: Stage) -> str | None:
+    def vae(self, stage: SamplerPass) -> str | None:
         """Its name, where it is not the model's own."""
         decoder = self.decoders.get(stage.node.name)
         loader = self.reader.next(decoder, "vae") if decoder else None
         return self.reader.value(loader, "vae_name", str) if loader and loader.kind == "VAELoader" else None
 
-    def base(self, stage: Stage) -> dict[str, Any]:
+    def base(self, stage: SamplerPass) -> dict[str, Any]:
         return stage.model | {
             "prompt": stage.prompt + "".join(tag(*lora) for lora in stage.loras),
             "negative": stage.negative, "seed": stage.seed, "steps": stage.steps, "guidance": stage.guidance,
@@ -110,18 +118,16 @@ class Workflow:
             "embeddings": tuple(dict.fromkeys(stage.words)),
         }  # fmt: skip
 
-    def source(self, stage: Stage, way: list[Node]) -> dict[str, Any]:
+    def source(self, stage: SamplerPass, way: list[Node]) -> dict[str, Any]:
         """The size of a picture from nothing; how far one goes from another picture."""
         origin = way[-1] if way else None
         if origin is not None and origin.kind == "EmptyLatentImage":
             width, height, batch = (
                 self.reader.value(origin, name, int, 1) for name in ("width", "height", "batch_size")
             )
-            if batch > 1:
-                self.other.append(("Batch size", str(batch)))
             if stage.denoise < 1 or stage.first:
                 self.reader.idle["EmptyLatentImage at less than full noise"] = None
-            return {"size": (width, height)}
+            return {"size": (width, height), "batch_size": max(1, batch)}
         if origin is not None and origin.kind in SOURCES and isinstance(origin.inputs.get("image"), str):
             self.other.append(("Image", stem(origin.inputs["image"])[:200]))
         for one in way:
@@ -133,7 +139,7 @@ class Workflow:
             return said | {"steps": running, "strength": share(running, stage.steps)}
         return said | {"strength": stage.denoise}
 
-    def second(self, first: Stage, last: Stage, between: list[Node]) -> dict[str, Any]:
+    def second(self, first: SamplerPass, last: SamplerPass, between: list[Node]) -> dict[str, Any]:
         """A second pass: it goes on where the first ended, or draws over what was enlarged."""
         if last.first and not last.noisy:
             if not first.steps or last.model.get("model") == first.model.get("model"):
@@ -166,7 +172,7 @@ class Workflow:
             changes["upscaler"] = stem(self.reader.value(loader, "model_name", str))
         return changes
 
-    def enlarged(self, node: Node, first: Stage) -> dict[str, Any]:
+    def enlarged(self, node: Node, first: SamplerPass) -> dict[str, Any]:
         """How, and how many times. Of a picture that a network enlarged, only its size counts."""
         method = node.inputs.get("upscale_method")
         upscaler = (

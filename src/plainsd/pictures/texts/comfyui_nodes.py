@@ -21,14 +21,18 @@ SAMPLER_NODES = {"SamplerEulerAncestral": "euler_a", "SamplerDPMPP_SDE": "dpmpp_
                  "SamplerDPMPP_3M_SDE": "dpmpp_3m_sde"}  # fmt: skip
 SCHEDULER_NODES = {"KarrasScheduler": "karras", "ExponentialScheduler": "exponential",
                    "PolyexponentialScheduler": "polyexponential", "BetaSamplingScheduler": "beta"}  # fmt: skip
-SPACINGS = {"beta": "beta", "kl_optimal": "kl_optimal", "ddim_uniform": "ddim_uniform"}  # not A1111's of these names
-FAMILIES = (None, "stable_diffusion", "sdxl")  # types of text encoders that are loaded apart
-EMBEDDING = re.compile(r"embedding:([^\s,:()\[\]]+)")
+OWN_SCHEDULES = {
+    "beta": "beta",
+    "kl_optimal": "kl_optimal",
+    "ddim_uniform": "ddim_uniform",
+}  # not A1111's of these names
+CLIP_TYPES = (None, "stable_diffusion", "sdxl")  # types of text encoders that are loaded apart
+LEARNED_WORD = re.compile(r"embedding:([^\s,:()\[\]]+)")
 Type = TypeVar("Type", int, float, str)
 
 
 @dataclass
-class Stage:
+class SamplerPass:
     """One pass of a sampler."""
 
     node: Node
@@ -50,7 +54,7 @@ class Stage:
     latent: Node | None = None  # where its latents come from
 
 
-class Reader:
+class GraphReader:
     """A walk through a graph, which remembers the nodes that have no meaning here."""
 
     def __init__(self, graph: Graph):
@@ -96,8 +100,8 @@ class Reader:
 
     # --- a sampler ------------------------------------------------------------------------------------------------
 
-    def stage(self, node: Node) -> Stage:
-        stage = Stage(node)
+    def stage(self, node: Node) -> SamplerPass:
+        stage = SamplerPass(node)
         SAMPLING_NODES[node.kind](self, stage)
         guider = self.next(node, "guider") or node
         self._model(stage, self.next(guider, "model"))
@@ -106,7 +110,7 @@ class Reader:
         stage.latent = self.next(node, "latent_image")
         return stage
 
-    def ksampler(self, stage: Stage) -> None:
+    def ksampler(self, stage: SamplerPass) -> None:
         node = stage.node
         stage.seed = self.value(node, "seed", int)
         stage.steps = self.value(node, "steps", int)
@@ -114,7 +118,7 @@ class Reader:
         stage.denoise = self.value(node, "denoise", float, 1.0)
         self._names(stage, self.value(node, "sampler_name", str), self.value(node, "scheduler", str))
 
-    def ksampler_advanced(self, stage: Stage) -> None:
+    def ksampler_advanced(self, stage: SamplerPass) -> None:
         node = stage.node
         stage.seed = self.value(node, "noise_seed", int)
         stage.steps = self.value(node, "steps", int)
@@ -125,7 +129,7 @@ class Reader:
         stage.noisy = self.value(node, "add_noise", str, "enable") != "disable"
         self._names(stage, self.value(node, "sampler_name", str), self.value(node, "scheduler", str))
 
-    def sampler_custom(self, stage: Stage) -> None:
+    def sampler_custom(self, stage: SamplerPass) -> None:
         node = stage.node
         noise, guider = self.next(node, "noise"), self.next(node, "guider")
         if node.kind == "SamplerCustom":
@@ -148,7 +152,7 @@ class Reader:
         self._sampler_node(stage, self.next(node, "sampler"))
         self._scheduler_node(stage, self.next(node, "sigmas"))
 
-    def _sampler_node(self, stage: Stage, node: Node | None) -> None:
+    def _sampler_node(self, stage: SamplerPass, node: Node | None) -> None:
         if node is None or (node.kind != "KSamplerSelect" and node.kind not in SAMPLER_NODES):
             raise UserError(f"{node or stage.node}: this sampler is not read here; choose one with --sampler")
         if node.kind == "KSamplerSelect":
@@ -158,7 +162,7 @@ class Reader:
         if node.kind == "SamplerDPMPP_2M_SDE" and node.inputs.get("solver_type") == "heun":
             stage.sampler = "dpmpp_2m_sde_heun"
 
-    def _scheduler_node(self, stage: Stage, node: Node | None) -> None:
+    def _scheduler_node(self, stage: SamplerPass, node: Node | None) -> None:
         if node is None:
             raise UserError(f"{stage.node}: its sigmas come from a node that is not read here; give --steps")
         stage.steps = self.value(node, "steps", int)
@@ -174,13 +178,13 @@ class Reader:
             stage.spacing = SCHEDULER_NODES.get(node.kind)
             self._pass(node)  # its own range, and shape, of the levels
 
-    def _names(self, stage: Stage, sampler: str | None, scheduler: str | None) -> None:
+    def _names(self, stage: SamplerPass, sampler: str | None, scheduler: str | None) -> None:
         if sampler == "uni_pc":
             self.idle["uni_pc's B(h) = h"] = None  # ours is that of uni_pc_bh2
         if sampler is not None:
             stage.sampler = sampler_named(sampler) or sampler[:60]
         if scheduler is not None:
-            stage.spacing = SPACINGS.get(scheduler) or spacing_named(scheduler) or scheduler[:60]
+            stage.spacing = OWN_SCHEDULES.get(scheduler) or spacing_named(scheduler) or scheduler[:60]
 
     def _pass(self, node: Node | None) -> None:
         if node is not None:
@@ -188,7 +192,7 @@ class Reader:
 
     # --- its model and its prompts ----------------------------------------------------------------------------------
 
-    def _model(self, stage: Stage, node: Node | None) -> None:
+    def _model(self, stage: SamplerPass, node: Node | None) -> None:
         for one in self.back(node, "model", until=lambda node: node.kind in MODELS):
             if one.kind in MODELS:
                 stage.model["model"] = stem(self.value(one, MODELS[one.kind], str))
@@ -201,14 +205,14 @@ class Reader:
                 stage.model["perturbed"] = self.value(one, "scale", float)
             elif one.kind == "RescaleCFG":
                 stage.model["rescale"] = self.value(one, "multiplier", float)
-            elif one.kind == "ModelSamplingDiscrete" and one.inputs.get("sampling") in PREDICTIONS:
-                stage.model["prediction"] = PREDICTIONS[one.inputs["sampling"]]
+            elif one.kind == "ModelSamplingDiscrete" and one.inputs.get("sampling") in PREDICTION_WORDS:
+                stage.model["prediction"] = PREDICTION_WORDS[one.inputs["sampling"]]
                 stage.model["zero_snr"] = bool(one.inputs.get("zsnr"))
             else:
                 self._pass(one)
         stage.loras.reverse()
 
-    def _text(self, stage: Stage, node: Node | None, side: str) -> str:
+    def _text(self, stage: SamplerPass, node: Node | None, side: str) -> str:
         """A prompt. Two that are concatenated are two chunks here."""
         way = self.back(node, side, "conditioning", "conditioning_1", "conditioning_to", "positive", until=is_text)
         for one in way:
@@ -225,12 +229,12 @@ class Reader:
             raise UserError(f"{origin}: its prompt is none of CLIPTextEncode's; only those are read")
         return ""
 
-    def _encoded(self, stage: Stage, node: Node) -> str:
+    def _encoded(self, stage: SamplerPass, node: Node) -> str:
         layers = []
         for one in self.back(self.next(node, "clip"), "clip", until=lambda node: node.kind in MODELS):
             if one.kind == "CLIPSetLastLayer":
                 layers.append(-self.value(one, "stop_at_clip_layer", int))
-            elif one.kind in ("CLIPLoader", "DualCLIPLoader") and one.inputs.get("type") not in FAMILIES:
+            elif one.kind in ("CLIPLoader", "DualCLIPLoader") and one.inputs.get("type") not in CLIP_TYPES:
                 raise UserError(f"{one}: its text encoder is not that of Stable Diffusion 1, 2 or XL; these are read")
         if layers:
             stage.model["clip_skip"] = layers[0]  # the last one on the way counts
@@ -241,17 +245,18 @@ class Reader:
             self.idle["CLIPTextEncodeSDXL's text_l"] = None
         return self._worded(stage, large or small)
 
-    def _worded(self, stage: Stage, text: str) -> str:
+    def _worded(self, stage: SamplerPass, text: str) -> str:
         """ComfyUI calls a learned word by its file, "embedding:kitty.pt"; here it is a word."""
-        stage.words += [stem(name) for name in EMBEDDING.findall(text)]
-        return EMBEDDING.sub(lambda found: stem(found[1]), text)
+        stage.words += [stem(name) for name in LEARNED_WORD.findall(text)]
+        return LEARNED_WORD.sub(lambda found: stem(found[1]), text)
 
 
-SAMPLING_NODES: dict[str, Callable[[Reader, Stage], None]] = {
-    "KSampler": Reader.ksampler, "KSamplerAdvanced": Reader.ksampler_advanced, "SamplerCustom": Reader.sampler_custom,
-    "SamplerCustomAdvanced": Reader.sampler_custom,
+SAMPLING_NODES: dict[str, Callable[[GraphReader, SamplerPass], None]] = {
+    "KSampler": GraphReader.ksampler, "KSamplerAdvanced": GraphReader.ksampler_advanced,
+    "SamplerCustom": GraphReader.sampler_custom,
+    "SamplerCustomAdvanced": GraphReader.sampler_custom,
 }  # fmt: skip
-PREDICTIONS = {"eps": "epsilon", "v_prediction": "v_prediction"}
+PREDICTION_WORDS = {"eps": "epsilon", "v_prediction": "v_prediction"}
 
 
 def is_text(node: Node) -> bool:

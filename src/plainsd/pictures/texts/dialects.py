@@ -9,7 +9,7 @@ from plainsd.pictures.texts.fields import read_size
 from plainsd.pictures.texts.labels import UPSCALER_NAMES, folded
 
 SAME = ("use same sampler", "use same scheduler", "use same checkpoint")  # what A1111 and Forge call no choice
-RNG = {"cuda": "NV", "cpu": "CPU"}  # of stable-diffusion.cpp; its std_default is nobody else's
+SDCPP_RNG = {"cuda": "NV", "cpu": "CPU"}  # of stable-diffusion.cpp; its std_default is nobody else's
 SD_NEXT = {
     "Hires scale": "Hires upscale", "Hires strength": "Denoising strength", "Hires CFG scale": "Hires CFG Scale",
     "Variation strength": "Variation seed strength", "Sampler eta delta": "ENSD",
@@ -62,7 +62,7 @@ def from_sdcpp(line: str) -> dict[str, str]:
         del said["Eta"]
     if re.fullmatch(r"0|-\d+", said.get("Clip skip", "")):
         del said["Clip skip"]
-    said["RNG"] = RNG.get(said.get("RNG", ""), said.get("RNG", "cuda"))
+    said["RNG"] = SDCPP_RNG.get(said.get("RNG", ""), said.get("RNG", "cuda"))
     if folded(said.get("Hires upscale", "")) in UPSCALER_NAMES:
         said["Hires upscaler"] = said.pop("Hires upscale")
         said["Hires upscale"] = said.pop("Hires scale", "2")

@@ -16,11 +16,11 @@ from plainsd.errors import UserError
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.comfyui import parse_workflow
-from plainsd.pictures.texts.entries import LONGEST
+from plainsd.pictures.texts.entries import LONGEST_TEXT
 
 CODE = 8  # bytes before an EXIF comment that say how it is written
 UNICODE, ASCII, JIS = b"UNICODE\0", b"ASCII\0\0\0", b"JIS\0\0\0\0\0"
-MOST = 32 * LONGEST  # bytes of any one text; ComfyUI's may hold whole workflows
+MOST_BYTES = 32 * LONGEST_TEXT  # bytes of any one text; ComfyUI's may hold whole workflows
 XMP = re.compile(rb"<sdcpp:parameters>([^<]*)</sdcpp:parameters>")
 
 
@@ -60,21 +60,21 @@ def commented(image: Image.Image) -> str:
     """What stands in a comment of the file: EXIF's, the format's own, or XMP; nothing where there is none."""
     with suppress(Exception):
         if value := image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment):
-            return decoded(value) if isinstance(value, bytes) else str(value)
+            return comment_text(value) if isinstance(value, bytes) else str(value)
     comment = image.info.get("comment", b"")
-    if isinstance(comment, bytes) and 0 < len(comment) <= MOST:
+    if isinstance(comment, bytes) and 0 < len(comment) <= MOST_BYTES:
         return comment.removeprefix(b"parameters\0").rstrip(b"\0").decode("utf-8", "replace")
     xmp = image.info.get("xmp", b"")
-    if isinstance(xmp, bytes) and len(xmp) <= MOST and (match := XMP.search(xmp)):
+    if isinstance(xmp, bytes) and len(xmp) <= MOST_BYTES and (match := XMP.search(xmp)):
         return html.unescape(match[1].decode("utf-8", "replace"))
     return ""
 
 
-def decoded(comment: bytes) -> str:
+def comment_text(comment: bytes) -> str:
     """An EXIF UserComment -> its text. UNICODE is UTF-16 of either byte order, of which nothing tells: A1111 writes it
     big-endian, others as the file has its numbers. The zeros of its Latin letters do tell."""
-    if len(comment) > MOST:
-        raise UserError(f"a comment of {len(comment)} bytes is too long; {MOST} is the most that is read")
+    if len(comment) > MOST_BYTES:
+        raise UserError(f"a comment of {len(comment)} bytes is too long; {MOST_BYTES} is the most that is read")
     code, text = comment[:CODE], comment[CODE:]
     if code == UNICODE:
         if text[:2] in (b"\xfe\xff", b"\xff\xfe"):

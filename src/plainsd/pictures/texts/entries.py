@@ -5,7 +5,7 @@ import re
 
 from plainsd.errors import UserError
 
-LONGEST = 2**20  # characters of a text; A1111's have some hundreds to some thousands
+LONGEST_TEXT = 2**20  # characters of a text; A1111's have some hundreds to some thousands
 KEY = re.compile(r"\w[\w \-/]+")
 NOT_KEY = re.compile(r"[^\w \-/]")
 QUOTED = re.compile(r'"(?:[^"\\]|\\.)++"', re.DOTALL)
@@ -57,7 +57,7 @@ def _key_before(line: str, start: int, colon: int) -> str | None:
     return piece if len(piece) > 1 and KEY.fullmatch(piece) else None
 
 
-def check_length(text: str, longest: int = LONGEST) -> None:
+def check_length(text: str, longest: int = LONGEST_TEXT) -> None:
     """UserError for a text that no program writes."""
     if len(text) > longest:
         raise UserError(f"a settings text of {len(text)} characters is too long; {longest} is the most that is read")

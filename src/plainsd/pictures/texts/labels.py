@@ -91,8 +91,8 @@ def spacing_named(text: str) -> str | None:
 
 
 def upscaler_named(text: str) -> str:
-    """Our name of an upscaler; a stranger's stays, in small letters."""
-    return UPSCALER_NAMES.get(folded(text), text.lower())
+    """Our name of an upscaler; a stranger's stays: it may be that of a network's file."""
+    return UPSCALER_NAMES.get(folded(text), text)
 
 
 def both_named(text: str) -> tuple[str, str | None]:
