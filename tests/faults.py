@@ -39,6 +39,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("share * a + (1 - share) * b", "a + share * (b - a)", "test_noise.py::test_slerp_of_columns"),
     ],
     "diffusion/denoiser.py": [
+        ("total = cond - uncond + momentum * total", "total = cond - uncond",
+         "test_denoiser.py::test_projected_equals_diffusers"),
         ("sample = tuple(range(1, x.ndim))", "sample = tuple(range(x.ndim))",
          "test_denoiser.py::test_rescaled_equals_diffusers"),
         ("(phi * spread + 1 - phi)", "((1 - phi) * spread + phi)",
@@ -61,6 +63,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_denoiser.py::test_output_from_is_the_inverse"),
     ],
     "diffusion/step.py": [
+        ("return sigma_next * ratio**eta, sigma_next", "return sigma_next * ratio, sigma_next",
+         "test_other_samplers.py::test_ends_where_the_published_code_ends"),
         ("sigma_down = sigma_next * math.sqrt(1 - eta**2 + (eta * ratio) ** 2)",
          "sigma_down = sigma_next * math.sqrt(1 - (eta * ratio) ** 2)",
          "test_samplers.py::test_eta_one_is_the_ddpm_posterior"),
@@ -76,6 +80,25 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "aim = denoised + (denoised - previous) * (reach_before / reach * middle)",
          "test_samplers.py::test_whole_trajectory_equals_diffusers[dpmpp_2m-leading]"),
         ("phi_3 = phi_2 / reach - 0.5", "phi_3 = phi_2 / reach", "test_samplers.py::test_published_formula"),
+    ],
+    "diffusion/solvers/one_call.py": [
+        ("if eta == 0 or index == len(sigmas) - 2:", "if index == len(sigmas) - 2:",
+         "test_samplers.py::test_tcd_takes_every_share_of_noise_as_diffusers_does"),
+    ],
+    "diffusion/solvers/dpm.py": [
+        ("if factor < SAFETY:", "if factor < 0:", "test_other_samplers.py::test_ends_where_the_published_code_ends"),
+        ("(3 / 4 / (1 - slope_share(", "(3 / 2 / (1 - slope_share(",
+         "test_other_samplers.py::test_ends_where_the_published_code_ends"),
+    ],
+    "diffusion/solvers/stochastic.py": [
+        ("reverse_sde(sigma, sigma_next, tau**2)", "reverse_sde(sigma, sigma_next, 2 * tau)",
+         "test_samplers.py::test_whole_trajectory_equals_diffusers[sa_solver-leading]"),
+        ("again, times = steps // 4, 2", "again, times = steps // 4, 1",
+         "test_other_samplers.py::test_restart_takes_as_many_steps_as_are_asked_for"),
+    ],
+    "diffusion/solvers/cfg_pp.py": [
+        ("x, previous = end, plain", "x, previous = end, denoised",
+         "test_other_samplers.py::test_ends_where_the_published_code_ends"),
     ],
     "diffusion/solvers/adams.py": [
         ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -59 / 24, 37 / 24, 9 / 24)",

@@ -69,6 +69,7 @@ KINDS = {
     "interval": ["--interval", "1", "2"],
     "perturbed": ["--perturbed", "3"],
     "threshold": ["--threshold", "0.9"],
+    "projected": ["--apg", "3", "--apg-parallel", "0.2", "--apg-momentum", "-0.7"],
     "cache": ["--cache", "2"],
 }
 

@@ -18,6 +18,7 @@ from plainsd.diffusion.denoiser import (
     network_input,
     output_from,
     perturbed,
+    projected,
     rescaled,
     thresholded,
     train_target,
@@ -176,6 +177,27 @@ def test_perturbed_is_the_formula_on_the_prediction():
     denoise = perturbed(outputs_as_estimates("epsilon", x, prompted, plain, blurred), 5.0, 3.0)
     expected = plain + 5.0 * (prompted - plain) + 3.0 * (prompted - blurred)
     torch.testing.assert_close(denoise(x, SIGMA), x0_from("epsilon", x, expected, SIGMA), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("limit", "parallel", "momentum"), [(15.0, 1.0, 0.0), (2.5, 0.0, -0.5), (4.0, 0.3, -0.75)])
+def test_projected_equals_diffusers(limit, parallel, momentum):
+    """Over several calls, whose differences add up. The paper's formula is what diffusers calls the original one."""
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+
+    told = iter([random(1, 2), random(3, 4), random(5, 6)])
+    denoise = projected(lambda x, sigma: next(told), 7.5, limit, parallel, momentum)
+    buffer = MomentumBuffer(momentum)
+    for cond, uncond in (random(1, 2), random(3, 4), random(5, 6)):
+        expected = normalized_guidance(cond, uncond, 6.5, buffer, parallel, limit, use_original_formulation=True)
+        torch.testing.assert_close(denoise(cond, SIGMA), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_projected_is_plain_guidance_where_nothing_is_held_back():
+    cond, uncond = random(1, 2)
+    found = projected(lambda x, sigma: (cond, uncond), 5.0, 1e9, 1.0)(cond, SIGMA)
+    torch.testing.assert_close(found, uncond + 5.0 * (cond - uncond), rtol=1e-12, atol=1e-12)
+    blank = torch.zeros(SHAPE)
+    assert torch.equal(projected(lambda x, sigma: (blank, blank), 5.0, 2.0)(blank, SIGMA), blank)
 
 
 # Inpainting.

@@ -96,7 +96,7 @@ def test_every_sampler_draws_and_draws_the_same_again(models, family, task):
         again = islice(batch(sd, settings, *given), count)  # what it is decoded to need not be seen again
         assert all(torch.equal(a.x, b.x) for a, b in zip(steps, again, strict=True)), sampler
         drawn.add(images[0].tobytes())
-    assert len(drawn) > 2 / 3 * len(SAMPLERS)  # in two steps those that remember more are those that remember less
+    assert len(drawn) > 0.6 * len(SAMPLERS)  # in two steps those that remember more are those that remember less
 
 
 # --- against diffusers -----------------------------------------------------------------------------------------------

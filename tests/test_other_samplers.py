@@ -10,10 +10,14 @@ from itertools import count, islice
 
 import pytest
 import torch
+from conftest import tiny_sd
 from torch import Tensor
 
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.diffusion.solvers.stochastic import restarted
+from plainsd.generate import text_to_image
+from plainsd.pictures.guidance import COND, PERTURBED, UNCOND, guided_denoise, guided_pair
+from plainsd.pictures.settings import Resolved
 
 START = torch.tensor([3.0, -9.0, 0.5], dtype=torch.float64)
 LOW, HIGH = 0.03, 14.6
@@ -134,3 +138,54 @@ def test_without_a_pair_cfg_pp_is_the_sampler_of_the_same_name():
         *_, found = SAMPLERS[name].run(Model(), START, karras(9), waves())
         *_, expected = SAMPLERS[twin].run(Model(), START, karras(9), waves())
         torch.testing.assert_close(found.x, expected.x, rtol=0, atol=1e-12)
+
+
+# In pictures.
+
+
+def estimate(x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
+    ASKED.append(kinds)
+    answers = {COND: torch.sin(x), UNCOND: torch.cos(x), PERTURBED: x / 2}
+    return [answers[kind] for kind in kinds]
+
+
+ASKED: list[tuple[int, ...]] = []
+
+
+@pytest.mark.parametrize(
+    "choices", [{}, {"guidance": 1.0}, {"rescale": 0.7}, {"threshold": 0.9}, {"apg": 1.5}, {"perturbed": 3.0},
+                {"perturbed": 3.0, "guidance": 1.0}, {"interval": (0.5, 1.0)}], ids=str,
+)  # fmt: skip
+def test_the_pair_is_one_pass_and_the_estimate_that_guidance_gives(choices):
+    made = {"size": (8, 8), "steps": 1, "guidance": 3.0, "sampler": "euler_cfg_pp", "spacing": "karras"} | choices
+    each, x = [Resolved(**made)], START.view(1, 1, 1, 3)
+    wrappers = {"composed": False, "distilled": False, "device": torch.device("cpu")}
+    expected = guided_denoise(estimate, each, "epsilon", **wrappers)(x, 2.0)
+    ASKED.clear()
+    guided, plain = guided_pair(estimate, each, "epsilon", **wrappers)(x, 2.0)
+    assert len(ASKED) == 1
+    torch.testing.assert_close(guided, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(plain, torch.cos(x))
+
+
+def test_the_network_is_asked_once_a_step_and_the_scale_of_ddim_is_a_twelfth():
+    sd, rows = tiny_sd(), []
+    sd.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    ends = []
+    for sampler, guidance in (("ddim_cfg_pp", 12.5), ("ddim_cfg_pp", 7.0), ("ddim", 1.0)):
+        *_, last = text_to_image(sd, "a red apple", size=32, sampler=sampler, guidance=guidance, steps=3)
+        ends.append(last.latents)
+    assert rows == [2] * 6 + [1] * 3
+    assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])  # the noise is the unguided one's
+
+
+@pytest.mark.parametrize("choices", [{}, {"hires": 2.0}, {"eta": 0.0}], ids=str)
+def test_adaptive_pictures_are_the_same_alone_and_in_a_batch(choices):
+    sd, options = tiny_sd(), {"sampler": "dpm_adaptive", "steps": 4, "size": 16} | choices
+    events = text_to_image(sd, "a red apple", count=3, seed=5, **options)
+    *steps, together = events
+    assert [step.index for step in steps] == [*range(4), *range(len(steps) - 4)] and len(steps) == events.steps
+    assert all(step.x.shape[0] == step.denoised.shape[0] == 3 for step in steps)
+    for i in range(3):
+        *_, alone = text_to_image(sd, "a red apple", seed=5 + i, **options)
+        torch.testing.assert_close(together.latents[i : i + 1], alone.latents, rtol=0, atol=1e-6)

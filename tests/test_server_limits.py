@@ -34,7 +34,7 @@ def sent(server, path, text):
 NUMBERS = {
     "/api/jobs": ["steps", "guidance", "image_guidance", "seed", "count", "handover", "strength", "hires",
                   "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "perturbed", "threshold",
-                  "cache", "mask_blur"],
+                  "apg", "apg_parallel", "apg_momentum", "cache", "mask_blur"],
     "/sdapi/v1/txt2img": ["seed", "subseed", "subseed_strength", "batch_size", "n_iter", "steps", "cfg_scale", "width",
                           "height", "eta", "refiner_switch_at"],
     "/v1/images/generations": ["n", "steps", "guidance", "seed", "strength", "partial_images", "output_compression"],

@@ -50,6 +50,7 @@ def test_names_with_line_breaks_have_their_hashes(kind):
     ("steps", 1, 1000), ("guidance", 0, 100), ("seed", 0, 2**64 - 1), ("clip_skip", 1, 48), ("eta", 0, 1),
     ("strength", 0, 1), ("variation_seed", 0, 2**64 - 1), ("variation_strength", 0, 1), ("hires", 1, 8),
     ("handover", 0, 1), ("rescale", 0, 1), ("perturbed", 0, 100), ("threshold", 0, 1), ("cache", 1, 100),
+    ("apg", 0, 10_000), ("apg_parallel", 0, 1), ("apg_momentum", -1, 1),
 ])  # fmt: skip
 def test_numbers_have_their_ranges(name, low, high):
     for value in (low, high):

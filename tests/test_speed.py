@@ -245,10 +245,11 @@ class Made(TorchFunctionMode):
         return out
 
 
-CHOICES = [{"sampler": name} for name in SAMPLERS] + [
+CHOICES = [{"sampler": name} for name in SAMPLERS if name != "dpm_adaptive"] + [  # which looks at its errors
     {"guidance": 1.0},
     {"rescale": 0.7},
     {"threshold": 0.995},
+    {"apg": 2.5},
     {"perturbed": 3.0},
     {"cache": 2},
     {"prompt": "a red apple AND a table"},

@@ -9,7 +9,7 @@ Shape letters: B pictures at once, L latent channels, H W height and width in pi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from plainsd.diffusion.samplers import Step
+from plainsd.diffusion.samplers import SAMPLERS, Step
 from plainsd.errors import UserError
 from plainsd.models.variants import edits
 from plainsd.pictures.control import Control, check_control, fitted
@@ -137,7 +137,7 @@ def text_to_image(
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
     each = settings_of_each(one, prompt, negative, count)
-    return Events(_from_text(sd, each, control), each, steps_to_run(sd, one))
+    return Events(drawn(_from_text, sd, each, control), each, steps_to_run(sd, one))
 
 
 def _from_text(sd: StableDiffusion, each: list[Resolved], control: Sequence[Control]) -> Generator[Step | Pictures]:
@@ -194,7 +194,7 @@ def image_to_image(
     image = _fitted(image, size)
     settings, steps = _with_picture(sd, image, strength, {"control": check_control(sd, control, image.size)} | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(_from_picture(sd, each, image, control), each, steps)
+    return Events(drawn(_from_picture, sd, each, image, control), each, steps)
 
 
 def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> tuple[Resolved, int]:
@@ -282,7 +282,7 @@ def inpaint(
     notes = {"masked": "outpaint" not in choices, "control": check_control(sd, control, canvas.image.size)}
     settings, steps = _with_picture(sd, canvas.image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(_repainted(sd, each, canvas, control), each, steps)
+    return Events(drawn(_repainted, sd, each, canvas, control), each, steps)
 
 
 def mask_options(choices: Mapping[str, Any]) -> MaskOptions:
@@ -337,6 +337,24 @@ def outpaint(
     return inpaint(sd, prompt, canvas, mask, outpaint=sides, **choices)
 
 
+def drawn(
+    task: Callable[..., Generator[Step | Pictures]], sd: StableDiffusion, each: list[Resolved], *args: Any
+) -> Generator[Step | Pictures]:
+    """The task's events. Where a sampler's steps depend on what it draws, each picture is drawn alone, all of them a
+    step at a time, so that none depends on its neighbours."""
+    samplers = filter(None, (each[0].sampler, each[0].hires_sampler))
+    if all(SAMPLERS[sampler].batched for sampler in samplers):
+        yield from task(sd, each, *args)
+        return
+    for events in zip(*(task(sd, [one], *args) for one in each), strict=True):
+        if isinstance(events[0], Step):
+            x, denoised = torch.cat([event.x for event in events]), torch.cat([event.denoised for event in events])
+            yield Step(events[0].index, max(event.sigma for event in events), x, denoised)
+        else:
+            images, latents = [event.images[0] for event in events], torch.cat([event.latents for event in events])
+            yield Pictures(images, [event.settings[0] for event in events], latents)
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -354,9 +372,9 @@ def batch(
     """
     each, one = list(each), each[0]
     if image is None:
-        return Events(_from_text(sd, each, control), each, steps_to_run(sd, one))
+        return Events(drawn(_from_text, sd, each, control), each, steps_to_run(sd, one))
     steps = steps_to_run(sd, one, on_picture=True)
     if mask is None:
-        return Events(_from_picture(sd, each, image, control), each, steps)
+        return Events(drawn(_from_picture, sd, each, image, control), each, steps)
     canvas = canvas_of(image, mask, image.size, MaskOptions(soft=one.soft_mask))
-    return Events(_repainted(sd, each, canvas, control), each, steps)
+    return Events(drawn(_repainted, sd, each, canvas, control), each, steps)

@@ -171,6 +171,12 @@ class GenerateFlags:
     """perturbed-attention guidance, such as 3"""
     threshold: Annotated[float | None, flag("PERCENTILE")] = None
     """dynamic thresholding at this percentile, such as 0.995"""
+    apg: Annotated[float | None, flag("LENGTH")] = None
+    """adaptive projected guidance with steps of at most this length, such as 15"""
+    apg_parallel: Annotated[float | None, flag("SHARE")] = None
+    """of it, the part along the prompted estimate that stays, 0 to 1"""
+    apg_momentum: Annotated[float | None, flag("SHARE")] = None
+    """of it, what earlier steps count, such as -0.5"""
     tiling: bool = False
     """a picture that repeats without a seam"""
     cache: Annotated[int | None, flag("N")] = None

@@ -155,6 +155,30 @@ def thresholded(pair: Pair, scale: float, percentile: float = 0.995, limit: floa
     return denoise
 
 
+def projected(pair: Pair, scale: float, limit: float, parallel: float = 0.0, momentum: float = 0.0) -> Denoise:
+    """Guidance that turns the prompted estimate rather than stretch it, which is what burns colours at high scales
+    (Sadat et al. 2024, "adaptive projected guidance", arXiv:2410.02416, algorithm 1).
+
+    The difference of the estimates, with `momentum` times the sum so far, is cut to the length `limit` in each sample;
+    of its part along the prompted estimate only the share `parallel` counts (the paper's beta, r and eta). The sum goes
+    on from call to call: make one of these for each drawing.
+    """
+    total: Tensor | float = 0.0
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        nonlocal total
+        cond, uncond = pair(x, sigma)
+        total = cond - uncond + momentum * total
+        one = tuple(range(1, x.ndim))
+        length = torch.linalg.vector_norm(total, dim=one, keepdim=True)
+        update = total * (limit / length).clamp(max=1)
+        square = cond.square().sum(one, keepdim=True).clamp(min=torch.finfo(cond.dtype).tiny)
+        along = cond * ((update * cond).sum(one, keepdim=True) / square)
+        return cond + (scale - 1) * (update - (1 - parallel) * along)
+
+    return denoise
+
+
 def interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
     """One `Denoise` at levels in (low, high], another elsewhere: guidance only where it helps (Kynkäänniemi et al.
     2024). Outside, the prompted estimate alone costs one pass instead of two."""
@@ -206,8 +230,10 @@ def inpainting(denoise: Estimator, known: Tensor, mask: Tensor, noise: Tensor, s
 
 def differential(denoise: Estimator, known: Tensor, change: Tensor, sigmas: Sequence[float]) -> Estimator:
     """Repaint each place from its own step on: where `change` is 1 from the first, where it is 0.3 in the last 0.3 of
-    them and one before, where it is 0 never (Levin and Fried 2023, "Differential Diffusion", algorithm 1). `change` (1, 1, h, w);
-    `sigmas` are the levels of the drawing, which begins with the known latents and their noise."""
+    them and one before, where it is 0 never (Levin and Fried 2023, "Differential Diffusion", algorithm 1).
+
+    `change` (1, 1, h, w); `sigmas` are the levels of the drawing, which begins with the known latents and their noise.
+    """
     rising, steps = [-sigma for sigma in sigmas], len(sigmas) - 1
 
     def repaint(x: Tensor, sigma: float) -> Any:

@@ -30,6 +30,7 @@ from plainsd.diffusion.denoiser import (
     guided,
     interval,
     perturbed,
+    projected,
     rescaled,
     thresholded,
 )
@@ -200,7 +201,7 @@ def _composed(found: Mapping[tuple[int, int], list[tuple[Tensor, float]]], kind:
 
 
 def check_guidance(sd: StableDiffusion, settings: Settings) -> None:
-    chosen = [name for name in ("rescale", "perturbed", "threshold") if getattr(settings, name)]
+    chosen = [name for name in ("rescale", "perturbed", "threshold", "apg") if getattr(settings, name)]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} do not go together; choose one of them", field=chosen[0])
     editing = edits(sd.unet.config, sd.vae.config)
@@ -268,6 +269,8 @@ def guided_denoise(
         denoise = rescaled(pair, scale, settings.rescale, prediction, sigma_data)
     elif settings.threshold:
         denoise = thresholded(pair, scale, settings.threshold)
+    elif settings.apg:
+        denoise = projected(pair, scale, settings.apg, settings.apg_parallel, settings.apg_momentum)
     else:
         denoise = guided(pair, scale)
     return interval(denoise, cond, *settings.interval) if settings.interval else denoise

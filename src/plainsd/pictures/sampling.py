@@ -116,12 +116,6 @@ class Known:
     change: Tensor | None = None  # (1, 1, h, w), 0 to 1: how early each place begins to change, see `differential`
     concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
 
-    def of_picture(self, i: int) -> Known:
-        """Of one picture of the batch."""
-        one = slice(i, i + 1)
-        latents, concat = (None if part is None else part[one] for part in (self.latents, self.concat))
-        return replace(self, latents=latents, concat=concat)
-
 
 def levels_of(sd: StableDiffusion, one: Resolved, *, on_picture: bool = False, second_pass: bool = False) -> Levels:
     """What the drawing visits, from noise or on a picture that there is."""
@@ -182,8 +176,6 @@ def sample(
     change on the way; `control` are maps to follow, which a refiner does not.
     """
     one, shape = each[0], noise.shape[1:]
-    if len(each) > 1 and not SAMPLERS[one.sampler].batched:
-        return (yield from _side_by_side(sd, each, size, noise, draw, known, first_pass, control))
     again = first_pass is not None
     levels = levels_of(sd, one, on_picture=known is not None, second_pass=again)
     row = levels.sigmas if known is None else row_of(sd, one, second_pass=again)
@@ -219,43 +211,6 @@ def sample(
     if known is not None and known.mask is not None:
         clean = known.mask * clean + (1 - known.mask) * known.latents
     return clean
-
-
-def _side_by_side(
-    sd: StableDiffusion,
-    each: Sequence[Resolved],
-    size: tuple[int, int],
-    noise: Tensor,
-    draw: Draw,
-    known: Known | None,
-    first_pass: int | None,
-    control: Sequence[Fitted],
-) -> Generator[Step, None, Tensor]:
-    """`sample` of each picture alone, all of them a step at a time: for samplers whose steps hang on what they draw."""
-    drawn: list[Tensor] = []  # (B, L, h, w) each, in the order of draws
-
-    def of_picture(i: int) -> Draw:
-        place = count()
-
-        def draw_one(shape: tuple[int, ...]) -> Tensor:
-            now = next(place)
-            while len(drawn) <= now:
-                drawn.append(draw(shape))
-            return drawn[now][i : i + 1]
-
-        return draw_one
-
-    clean: list[Tensor] = []
-
-    def steps_of(i: int) -> Iterator[Step]:
-        one, own = slice(i, i + 1), known and known.of_picture(i)
-        run = sample(sd, each[one], size, noise[one], of_picture(i), own, first_pass, control)
-        clean.append((yield from run))
-
-    for steps in zip(*map(steps_of, range(len(each))), strict=True):
-        index, sigma = steps[0].index, max(step.sigma for step in steps)
-        yield Step(index, sigma, torch.cat([s.x for s in steps]), torch.cat([s.denoised for s in steps]))
-    return torch.cat(clean)
 
 
 def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[list[StableDiffusion], Levels]]:

@@ -73,6 +73,9 @@ class Settings:
     interval: tuple[float, float] | None = None  # sigmas between which guidance acts (arXiv:2404.07724)
     perturbed: float = 0.0  # scale of perturbed-attention guidance (arXiv:2403.17377)
     threshold: float | None = None  # percentile of dynamic thresholding, .995 (arXiv:2205.11487)
+    apg: float = 0.0  # adaptive projected guidance: the most length of its step, 15 for SDXL (arXiv:2410.02416)
+    apg_parallel: float = 0.0  # share of that step's part along the prompted estimate, the paper's eta
+    apg_momentum: float = -0.5  # what earlier steps count, the paper's beta
     tiling: bool = False  # the picture repeats without a seam
     cache: int | None = None  # deep layers run at every so many-th call only (arXiv:2312.00858)
     embeddings: tuple[str, ...] = ()  # learned words in the prompts, for the text
@@ -168,6 +171,7 @@ RANGES = {
     "mask_blur": (0, 64), "mask_grow": (-256, 256), "masked_padding": (0, 4096),
     "handover": (0, 1), "ensd": (0, 2**64 - 1), "seed_resize": SIZES, "batch_index": (0, 4095), "batch_size": (1, 4096),
     "rescale": (0, 1), "interval": (0, 1e9), "perturbed": (0, 100), "threshold": (0, 1),
+    "apg": (0, 10_000), "apg_parallel": (0, 1), "apg_momentum": (-1, 1),
     "cache": (1, 100),
 }  # fmt: skip
 WHOLE = (

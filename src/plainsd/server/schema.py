@@ -111,6 +111,9 @@ class JobRequest(BaseModel):
     interval: tuple[float, float] | None = None
     perturbed: float | None = None
     threshold: float | None = None
+    apg: float | None = None
+    apg_parallel: float | None = None
+    apg_momentum: float | None = None
     cache: int | None = Field(None, description="deep layers run at every so many-th step only: faster, less exact")
     grid: list[Axis] | None = Field(
         None, min_length=1, max_length=2, description="one picture for each pair of values, and a sheet of them all"
@@ -120,7 +123,8 @@ class JobRequest(BaseModel):
         """What is not left open of the settings that the tasks know."""
         names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires",
                  "upscaler", "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval",
-                 "perturbed", "threshold", "cache", "handover", "outpaint", "like", "noise", "ensd", "seed_resize",
+                 "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "cache", "handover",
+                 "outpaint", "like", "noise", "ensd", "seed_resize",
                  "batch_index", "batch_size", "hires_steps", "hires_sampler",
                  "hires_spacing", "hires_prompt", "hires_negative", "hires_guidance")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}

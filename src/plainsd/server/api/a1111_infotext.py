@@ -16,7 +16,9 @@ from plainsd.server.pool import Models
 from plainsd.server.schema import JobRequest, clean
 
 Some = TypeVar("Some", bound=Common)
-OURS = ("rescale", "interval", "perturbed", "threshold", "cache")  # settings that requests have no field for there
+OURS = (  # settings that requests have no field for there
+    "rescale", "interval", "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "cache",
+)  # fmt: skip
 BY_OPTION = {  # labels of options, whose value is checked as that of the option
     "Face restoration": "face_restoration", "Tiling": "tiling", "Token merging ratio": "token_merging_ratio",
     "Token merging ratio hr": "token_merging_ratio_hr", "Conditional mask weight": "inpainting_mask_weight",

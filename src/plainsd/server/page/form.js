@@ -4,7 +4,7 @@ import { $, element } from "./api.js";
 import * as paint from "./paint.js";
 
 const NUMBERS = ["steps", "guidance", "count", "strength", "mask_blur", "hires", "variation_strength", "clip_skip", "eta",
-  "rescale", "perturbed", "threshold", "cache", "handover"];
+  "rescale", "perturbed", "threshold", "apg", "cache", "handover"];
 const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "upscaler", "variation_seed", "refiner", "like"];
 const SIDES = ["left", "top", "right", "bottom"].map((side) => `outpaint-${side}`);
 const WITH_PICTURE = ["strength", "mask_blur"];
@@ -162,7 +162,7 @@ export function fill(settings, loras = []) {
   $("model").value = known.name;
   if (!info.samplers[$("sampler").value]) $("sampler").value = "";
   if (!info.spacings[$("spacing").value]) $("spacing").value = "";
-  for (const [name, none] of [["variation_strength", 0], ["rescale", 0], ["perturbed", 0], ["upscaler", "latent"], ["clip_skip", 1]]) {
+  for (const [name, none] of [["variation_strength", 0], ["rescale", 0], ["perturbed", 0], ["apg", 0], ["upscaler", "latent"], ["clip_skip", 1]]) {
     if (settings[name] === none) set(name, "");
   }
   $("interval").value = settings.interval?.join(", ") ?? "";

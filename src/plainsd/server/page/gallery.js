@@ -43,10 +43,12 @@ const LABELS = {
   model: "Model", size: "Size", steps: "Steps", sampler: "Sampler", spacing: "Spacing", guidance: "Guidance", seed: "Seed",
   strength: "Strength", negative: "Without", clip_skip: "Clip skip", eta: "Eta", hires: "Enlarged", upscaler: "By",
   variation_seed: "Variation seed", variation_strength: "Variation", rescale: "Rescale", interval: "Guidance from, to",
-  perturbed: "Perturbed", threshold: "Threshold", cache: "Deep cache", refiner: "Refiner", handover: "Refiner from", embeddings: "Embeddings",
+  perturbed: "Perturbed", threshold: "Threshold", apg: "Projected",
+  apg_parallel: "Projected, along", apg_momentum: "Projected, momentum", cache: "Deep cache", refiner: "Refiner", handover: "Refiner from", embeddings: "Embeddings",
   outpaint: "Continued",
 };
-const PLAIN = { clip_skip: 1, upscaler: "latent", variation_strength: 0, rescale: 0, perturbed: 0, negative: "" };
+const PLAIN = { clip_skip: 1, upscaler: "latent", variation_strength: 0, rescale: 0, perturbed: 0, apg: 0, apg_parallel: 0, apg_momentum: -0.5,
+  negative: "" };
 
 function view(place) {
   current = place;
