@@ -27,8 +27,8 @@ class ExampleBatch(NamedTuple):
     x0: Tensor  # (B, L, h, w), scaled latents
     noise: NoisyLatents
     mask: Tensor | None  # (B, 1, h, w)
-    maps: Tensor | None  # (B, 3, H, W), 0 to 1, for a control net
     sizes: Tensor  # (B, 6): height and width of the original; top, left, height, width of the crop
+    maps: Tensor | None = None  # (B, 3, H, W), 0 to 1, for a control net
 
 
 def draw_caption(pictures: PictureSet, pick: Pick, dropout: float) -> str:
@@ -67,7 +67,7 @@ class Examples:
         noise = draw_noise(picks, x0.shape[1:], objective)
         maps = self.pictures.maps([p.index for p in picks], views)
         masks, sizes = self.latents.masks(picks, views), self._sizes(picks, views)
-        return ExampleBatch(captions, timesteps, x0, noise, masks, maps, sizes)
+        return ExampleBatch(captions, timesteps, x0, noise, masks, sizes, maps)
 
     def _sizes(self, picks: Sequence[Pick], views: Sequence[int]) -> Tensor:
         rows = []
