@@ -284,7 +284,7 @@ def described(pictures: PictureSet) -> str:
     return "\n".join(lines)
 
 
-def joined(parts: Iterable[PictureSet]) -> PictureSet:
+def joined_sets(parts: Iterable[PictureSet]) -> PictureSet:
     """Several sets as one, cut and captioned as the first."""
     parts = list(parts)
     return replace(parts[0], items=tuple(item for part in parts for item in part.items))
