@@ -401,7 +401,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("mask = F.max_pool2d(light_padded, sd.vae.config.factor)",
          "mask = F.avg_pool2d(light_padded, sd.vae.config.factor)",
          "test_generate.py::test_one_light_pixel_frees_the_whole_latent_under_it"),
-        ("around = encode(sd, pixels * (1 - light_padded), draw", "around = encode(sd, pixels, draw",
+        ("around = encode(sd, pixels * (1 - light_padded), draw, ", "around = encode(sd, pixels, draw, ",
          "test_generate.py::test_inpainting_is_diffusers_picture"),
         ("first_pass=one.steps, ", "", "test_generate.py::test_the_second_pass_counts_its_steps_on_from_the_first"),
         ("(0, -width % MULTIPLE, 0, -height % MULTIPLE)", "(0, -height % MULTIPLE, 0, -width % MULTIPLE)",

@@ -47,10 +47,10 @@ class Upscale:
         for path, image in zip(self.pictures, images, strict=True):
             times = upscaler.scale if self.times is None else self.times
             size = round(image.width * times), round(image.height * times)
-            print(target.write(upscaled(image, upscaler, size), told(path, times, upscaler.name)))
+            print(target.write(upscaled(image, upscaler, size), upscaled_settings(path, times, upscaler.name)))
 
 
-def told(path: Path, times: float, name: str) -> Settings:
+def upscaled_settings(path: Path, times: float, name: str) -> Settings:
     """The picture's own settings, where it has any, and what was done to it since, in A1111's words."""
     from plainsd.pictures.images import read_settings
     from plainsd.pictures.settings import plain_number

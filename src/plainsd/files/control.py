@@ -34,14 +34,14 @@ from plainsd.models.control import ControlConfig, ControlNet, way_down
 from plainsd.models.unet import UNetConfig
 from plainsd.models.variants import XL_UNET
 
-NOTE = "plainsd.control"  # in a file's metadata: config.json
+CONTROL_KEY = "plainsd.control"  # in a file's metadata: config.json
 PREFIX = "control_model."
-DIFFERENCE, LORA = "difference", "lora_controlnet"  # tensors that are words
+DIFFERENCE, CONTROL_LORA = "difference", "lora_controlnet"  # tensors that are words
 LAYOUTS = ("diffusers", "single-file")
 ENDS = {"conv_in": -1, "conv_out": 1000}  # the first and the last of the convolutions that diffusers numbers between
 XL_MID = replace(XL_UNET, depth=(0, 0, 1), mid_depth=1)  # diffusers' smaller nets for SDXL
 XL_SMALL = replace(XL_UNET, depth=(0, 0, 0), mid_depth=0)
-FORMS = {"": "a control net", DIFFERENCE: "a control net's difference to a base", LORA: "a ControlLoRA"}
+FORMS = {"": "a control net", DIFFERENCE: "a control net's difference to a base", CONTROL_LORA: "a ControlLoRA"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StoredControl:
     file: TensorFile
     conv: bool  # whether its files hold projections as convolutions
     names: str = "diffusers"  # or "original"
-    form: str = ""  # or DIFFERENCE, LORA: what it takes from a base
+    form: str = ""  # or DIFFERENCE, CONTROL_LORA: what it takes from a base
 
     def network(self, base: Mapping[str, Tensor] | None = None) -> StoredNetwork:
         """The whole net. `base`: a UNet's weights by our names, where the file has a part only."""
@@ -80,7 +80,7 @@ def is_control(path: Path) -> bool:
 def holds_control(file: TensorFile) -> bool:
     names = file.tensors
     starts = ("controlnet_cond_embedding.", f"{PREFIX}input_hint_block.", "input_hint_block.")
-    return NOTE in file.metadata or LORA in names or any(name.startswith(starts) for name in names)
+    return CONTROL_KEY in file.metadata or CONTROL_LORA in names or any(name.startswith(starts) for name in names)
 
 
 def open_control(path: Path, variant_file: str | None = None) -> StoredControl:
@@ -91,7 +91,7 @@ def open_control(path: Path, variant_file: str | None = None) -> StoredControl:
     file = open_tensors(path)
     if not holds_control(file):
         raise UserError(f"{path} is no control net: it seems to be {detect.seems(file.tensors)}", field="control")
-    form = next((word for word in (LORA, DIFFERENCE) if word in file.tensors), "")
+    form = next((word for word in (CONTROL_LORA, DIFFERENCE) if word in file.tensors), "")
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in file.tensors.items() if name != form}
     file = TensorFile(path, tensors, file.metadata)
     names = "original" if "zero_convs.0.0.weight" in tensors else "diffusers"
@@ -102,12 +102,12 @@ def open_control(path: Path, variant_file: str | None = None) -> StoredControl:
 
 def noted(file: TensorFile) -> ControlConfig | None:
     """The settings in a file of ours."""
-    if NOTE not in file.metadata:
+    if CONTROL_KEY not in file.metadata:
         return None
     try:
-        return read_control(json.loads(file.metadata[NOTE]), str(file.path))[0]
+        return read_control(json.loads(file.metadata[CONTROL_KEY]), str(file.path))[0]
     except (ValueError, AttributeError) as error:
-        raise damaged(file.path, f"the note {NOTE!r} in its metadata is not JSON") from error
+        raise damaged(file.path, f"the note {CONTROL_KEY!r} in its metadata is not JSON") from error
 
 
 def shaped(file: TensorFile, names: str, partial: bool) -> ControlConfig:
@@ -202,7 +202,7 @@ def summed(control: StoredControl, place: TensorPlace, base: Tensor | None, dtyp
         change = (up @ down).view(shape)
     elif place.name in tensors:
         change = place.to_ours(tensors[place.name].read(torch.float32))[0]
-        if control.form == LORA or base is None:
+        if control.form == CONTROL_LORA or base is None:
             return change.to(dtype or torch.float32)
     assert base is not None  # `fits` sees to it
     return (base.detach().float().cpu() + change).to(dtype or torch.float32)
@@ -231,4 +231,4 @@ def write_control_net(
     names, prefix = ("diffusers", "") if network.config.kinds else ("original", PREFIX)
     tensors = packed_tensors(network, names, conv=conv, prefix=prefix, dtype=dtype)
     with written_whole(target) as draft:
-        write_safetensors(draft, tensors, {NOTE: text})
+        write_safetensors(draft, tensors, {CONTROL_KEY: text})

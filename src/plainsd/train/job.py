@@ -29,7 +29,7 @@ from plainsd.train.data.crops import Framing
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.heldout import of_run
 from plainsd.train.data.latents import Latents, cache_latents
-from plainsd.train.data.pictures import PictureSet, described, joined
+from plainsd.train.data.pictures import PictureSet, described, joined_sets
 from plainsd.train.data.sources import Reading, parse_source, read_source
 from plainsd.train.objective import Objective
 from plainsd.train.options import FitOptions, TrainOptions, given
@@ -135,7 +135,7 @@ class TrainJob:
         framing = Framing(data.buckets, data.crop, data.places, data.flip)
         size, prior = data.size or size, self.options.prior.prior
         sources = [Path(parse_source(source)[0]) for source in self.options.data]
-        found = joined(self.read(source, size, data.heldout, prior) for source in self.options.data)
+        found = joined_sets(self.read(source, size, data.heldout, prior) for source in self.options.data)
         pictures = PictureSet(found.items, size, framing, data.shuffle_tags)
         heldout = None
         if data.heldout:

@@ -1,4 +1,4 @@
-"""What is trained on: captioned pictures found, read, cut, and turned into latents and text once.
+"""Training data: captioned pictures, found, checked, cropped, and encoded once into latents and text states.
 
-Which of them a step shows is told by train/order.py.
+The order in which steps use them is in train/order.py.
 """

@@ -1,7 +1,7 @@
-"""Captions as a UNet reads them, for training: plain text without notation, cut to a fixed length.
+"""Encodes captions for training: plain text without prompt syntax, at a fixed length.
 
-A fixed length makes a picture's error independent of its neighbours in the batch. Encoders that do not learn see every
-caption once, alone and in float32, so that its states are the same numbers in every run and after every resume.
+A fixed length makes a picture's loss independent of the rest of its batch. Frozen encoders encode each caption once,
+alone and in float32, so that its states are identical in every run and after every resume.
 
 Shape letters: B captions, M = positions * chunks (77 with CLIP), D width of the states, P of the pooled state, V of
 SDXL's vector.
@@ -19,16 +19,16 @@ from plainsd.pictures.conditioning import SINUSOID, chunked, encode_prompts, siz
 from plainsd.pictures.model import StableDiffusion
 from plainsd.text.prompts import Weighted
 
-SCORE = 6.0  # what SDXL's refiner is told of how good a picture looks
+SCORE = 6.0  # the aesthetic score that SDXL's refiner is conditioned on
 
 
 @dataclass
 class Reader:
-    """Captions to text states. What it remembers takes `room` bytes at most; the one longest out of use goes first."""
+    """Captions to text states, with an LRU cache of at most `room` bytes."""
 
     sd: StableDiffusion
-    learns: bool = False  # the text encoders train: nothing is remembered, and gradients flow
-    chunks: int = 1  # of 75 tokens each with CLIP; what a caption has more is cut off
+    learns: bool = False  # the text encoders are trained: no cache, with gradients
+    chunks: int = 1  # of 75 tokens each with CLIP; longer captions are truncated
     room: int = 2**30
     _known: OrderedDict[str, tuple[Tensor, Tensor | None]] = field(default_factory=OrderedDict)
     _bytes: int = 0
@@ -38,7 +38,7 @@ class Reader:
             raise UserError(f"{self.chunks} chunks of caption; give at least 1")
 
     def __call__(self, captions: Sequence[str], sizes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Context (B, M, D) and SDXL's vector (B, V). `sizes` (B, 6) is what SDXL is told of each picture."""
+        """Context (B, M, D) and SDXL's vector (B, V). `sizes` (B, 6) is SDXL's size conditioning."""
         if self.learns:
             context, pooled = self._encode(captions)
         else:
@@ -78,7 +78,7 @@ class Reader:
         return context, pooled
 
     def _cut(self, context: Tensor) -> Tensor:
-        """(B, any length, D) -> (B, M, D): cut off, or filled up with an empty caption's states."""
+        """(B, any length, D) -> (B, M, D): truncated, or padded with an empty caption's states."""
         length = self.sd.text_encoders[0].config.positions * self.chunks
         if context.shape[1] < length:
             empty = encode_prompts(self.sd, [[Weighted("")]]).context
@@ -87,7 +87,7 @@ class Reader:
         return context[:, :length]
 
     def _numbers(self, sizes: Tensor, pooled: Tensor) -> Tensor:
-        """SDXL's base model is told six sizes, its refiner four and a score."""
+        """SDXL's base model is conditioned on six sizes, its refiner on four and a score."""
         if self.sd.unet.config.vector - pooled.shape[1] == 6 * SINUSOID:
             return sizes
         return torch.cat([sizes[:, :4], torch.full((len(sizes), 1), SCORE)], dim=1)
@@ -98,7 +98,7 @@ def _size(states: tuple[Tensor, Tensor | None]) -> int:
 
 
 def cut_captions(sd: StableDiffusion, captions: Sequence[str], chunks: int) -> int:
-    """How many captions are longer than what is read of them."""
+    """How many captions are truncated."""
     encoders = [
         (tokenizer, encoder.config.positions - 2)
         for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True)

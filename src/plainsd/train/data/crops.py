@@ -1,8 +1,8 @@
-"""Which part of a picture is trained on: its size, its place, mirrored or not.
+"""Crops of training pictures: size, position, mirroring.
 
-A picture is scaled until it covers its box, and the box is cut out. The box is a square, or, with buckets, the one of
-about the same area whose shape is nearest to the picture's, so that little is cut off (NovelAI 2022, "aspect ratio
-bucketing"). Each picture has a fixed number of views, so that every view's latent can be made once and kept.
+A picture is scaled to cover its box, and cropped to it. The box is a square, or, with buckets, the one of about the
+same area with the nearest aspect ratio, so that little is cut off (NovelAI 2022, "aspect ratio bucketing"). Each
+picture has a fixed number of views, so that the latents of all views can be cached.
 
 All sizes are (width, height) in pixels.
 """
@@ -32,7 +32,7 @@ class View(NamedTuple):
 
 
 def view_of(original: Size, size: Size, across: float = 0.5, down: float = 0.5, mirrored: bool = False) -> View:
-    """A view of the given size, at a place between 0 (left, top) and 1 (right, bottom) of what is to spare."""
+    """A view of the given size; `across` and `down` place it, from 0 (left, top) to 1 (right, bottom)."""
     scale = max(box / side for box, side in zip(size, original, strict=True))
     scaled = max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
     left, top = int((scaled[0] - size[0]) * across), int((scaled[1] - size[1]) * down)
@@ -49,11 +49,11 @@ def cut_out(picture: Image.Image, view: View) -> Image.Image:
 
 @dataclass(frozen=True)
 class Framing:
-    """How views are chosen. The default is one: the middle square."""
+    """How views are chosen. The default is one centre crop."""
 
     buckets: bool = False
     crop: Literal["centre", "random"] = "centre"
-    places: int = 4  # with random crops: how many of them each picture has
+    places: int = 4  # random crops per picture
     flip: bool = False  # each also mirrored
 
     def __post_init__(self):
@@ -68,7 +68,7 @@ class Framing:
         return (self.places if self.crop == "random" else 1) * (1 + self.flip)
 
     def views(self, name: str, original: Size, size: int) -> list[View]:
-        """All views of a picture. Random places are drawn from its name, so that they are the same in every run."""
+        """All views of a picture. Random positions are seeded by its name, so that they are the same in every run."""
         box = nearest_box(original, size) if self.buckets else (size, size)
         places = [(0.5, 0.5)]
         if self.crop == "random":

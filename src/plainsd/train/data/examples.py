@@ -1,5 +1,5 @@
-"""What a step is made of: captioned latents with noise and timesteps, each drawn by its own generator; and the same for
-a validation, where nothing is drawn twice differently."""
+"""Training batches: captioned latents with noise and timesteps, each drawn by its own generator; and deterministic ones
+for validation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class ExampleBatch(NamedTuple):
 
 
 def draw_caption(pictures: PictureSet, pick: Pick, dropout: float) -> str:
-    """A caption, or with a chance of `dropout` none: what guidance steers away from (Ho and Salimans 2022,
+    """A caption, or with probability `dropout` an empty one, for classifier-free guidance (Ho and Salimans 2022,
     arXiv:2207.12598)."""
     drop = float(torch.rand((), generator=pick.generator)) < dropout
     caption = pictures.caption(pick.index, pick.generator)
@@ -49,13 +49,13 @@ class Examples:
     timestep_power: float = 1.0  # timesteps are count * chance ** power: below 1, noisy ones come more often
 
     def draw(self, picks: Sequence[Pick], steps: int, objective: Objective = PLAIN_OBJECTIVE) -> ExampleBatch:
-        """A batch of what the picks say, each at one of `steps` timesteps."""
+        """The batch of these picks, each at one of `steps` timesteps."""
         captions = [draw_caption(self.pictures, p, self.dropout) for p in picks]
         timesteps = draw_timesteps(picks, steps, self.timestep_power)
         return self._batch(picks, captions, timesteps, self.latents.choose(picks), objective)
 
     def fixed(self, steps: int, batch: int) -> Iterator[ExampleBatch]:
-        """Every picture once: its first caption, its first view, and always the same timestep and noise."""
+        """Every picture once: its first caption and view, with fixed timestep and noise."""
         for picks, timesteps in fixed_picks(self.pictures, steps, batch, self.latents.shapes):
             captions = [self.pictures.items[p.index].texts[0] for p in picks]
             yield self._batch(picks, captions, timesteps, [0] * len(picks), PLAIN_OBJECTIVE)

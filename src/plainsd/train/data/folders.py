@@ -1,12 +1,11 @@
-"""What a folder of captioned pictures holds: which file is a picture, which is its caption, which is its mask.
+"""Finds the pictures of a folder, with their captions and masks.
 
     metadata.jsonl         one line a picture: `file_name`, and `text`: a caption or a list of them; perhaps `mask`
                            and `cond`
     cat.png + cat.txt      or pairs, one caption a line; cat.mask.png is the mask, and cat.cond.png the map that a
                            control net reads. Subfolders count
 
-Endings are the same in either case, and any picture's ending will do for a mask or a map. A picture is never passed
-over in silence: what is not used is told.
+Suffixes are case-insensitive, and a mask or a map may have any picture suffix. Pictures that are not used are reported.
 """
 
 import json
@@ -26,9 +25,22 @@ MAPS = ("cond", "conditioning_image")  # keys and columns with maps; the second 
 PICTURES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
     *(".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".tga", ".ppm", ".pgm", ".pnm", ".qoi"),
-    *(".heic", ".heif", ".jxl"),  # which Pillow reads where it has learned to, and else says that it cannot
+    *(".heic", ".heif", ".jxl"),  # read by Pillow with plugins only; otherwise an error
 )
-UNREAD = (".svg", ".xcf", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")  # told only
+UNREAD = (
+    ".svg",
+    ".xcf",
+    ".exr",
+    ".hdr",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".orf",
+    ".raf",
+    ".rw2",
+)  # reported
 
 
 class FoundPicture(NamedTuple):
@@ -42,7 +54,7 @@ class FoundPicture(NamedTuple):
 
 
 def found_in(folder: Path, without: Iterable[Path], say: Callable[[str], None]) -> list[FoundPicture]:
-    """All pictures of a folder. `without`: files and folders that are for something else."""
+    """All pictures of a folder. `without`: files and folders to skip."""
     if not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r}; --data wants a folder of captioned pictures")
     without = list(without)
@@ -156,6 +168,6 @@ def shortened(names: Sequence[object]) -> str:
 
 
 def refused(error: OSError) -> None:
-    """A subfolder that may not be read: what it holds would be missing in silence."""
+    """An unreadable subfolder is an error: its pictures would be missing silently."""
     if not isinstance(error, FileNotFoundError):  # gone meanwhile
         raise UserError(f"cannot read the folder {error.filename} ({error.strerror}); check its permissions") from None

@@ -1,9 +1,9 @@
-"""Which pictures are held out to measure with, and that they stay so: nothing is measured that was trained on.
+"""The train / validation split, which stays fixed during a run.
 
-Pictures are chosen by what they are: the smallest digests of their stored bytes go first. So another picture more or
-less moves hardly another one, and copies of one picture are on one side. What a run holds out it writes down at its
-start: pictures that come later are trained on, and one that is edited or renamed stays held out, since it is known by
-its bytes and by its place.
+Pictures with the smallest digests of their stored bytes are held out. So adding or removing a picture hardly changes
+the split, and copies of a picture are on the same side. A run records its held-out pictures at the start: pictures
+added later are trained on, and one that is edited or renamed stays held out, since it is known by its bytes and by its
+path.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ class Kept(Protocol):
 
 
 def count_of(share: float, count: int) -> int:
-    """How many of `count` pictures a share is: at least one, and not all."""
+    """The number of pictures in a share of `count`: at least one, and not all."""
     if not 0 < share < 1 or count < 2:
         raise UserError(f"cannot hold out a share of {share:g} of {count} pictures; give one between 0 and 1")
     return min(count - 1, max(1, round(share * count)))
 
 
 def digests(items: Sequence[Kept], known: Path | None = None) -> list[str]:
-    """Of each picture's stored bytes. `known`: a file that remembers those of pictures that have not changed."""
+    """The digest of each picture's stored bytes. `known`: a cache file."""
     told = read_json(known) if known and known.is_file() else {}
     before, found = len(told), []
     for item in items:
@@ -56,7 +56,7 @@ def digests(items: Sequence[Kept], known: Path | None = None) -> list[str]:
 
 
 def chosen_pictures(marks: Sequence[str], share: float) -> set[int]:
-    """The numbers of those with the smallest digests. Copies of one picture go together, where that leaves others."""
+    """The indices of the smallest digests. Copies of a picture go together, unless that leaves none to train on."""
     count = count_of(share, len(marks))
     last = sorted(marks)[count - 1]
     held = {i for i, mark in enumerate(marks) if mark <= last}
@@ -64,7 +64,7 @@ def chosen_pictures(marks: Sequence[str], share: float) -> set[int]:
 
 
 def chosen_before(count: int, share: float) -> set[int]:
-    """As runs chose that wrote nothing down: by the number of pictures."""
+    """The split of old runs, which did not record it: by the number of pictures."""
     order = torch.randperm(count, generator=random(0, 4, count)).tolist()
     return set(order[: count_of(share, count)])
 
@@ -72,7 +72,7 @@ def chosen_before(count: int, share: float) -> set[int]:
 def of_run(
     items: Sequence[Kept], share: float, run: Path, *, begun: bool, writes: bool = True, say: Callable[[str], None]
 ) -> set[int]:
-    """The numbers of those that a run in the folder `run` holds out. `begun`: it has a state to go on from."""
+    """The indices of the pictures held out by the run in folder `run`. `begun`: it has a checkpoint to resume from."""
     record, marks = run / "heldout.json", digests(items, run / "cache" / "digests.json")
     if begun and record.is_file():
         held = kept(items, marks, record)
@@ -91,14 +91,14 @@ def of_run(
 
 
 def kept(items: Sequence[Kept], marks: Sequence[str], record: Path) -> set[int]:
-    """The numbers of those that a run wrote down."""
+    """The indices of the pictures that a run recorded."""
     written = read_json(record)["pictures"]
     contents, places = {mark for mark, _ in written}, {place for _, place in written if place}
     return {i for i, item in enumerate(items) if marks[i] in contents or item.place in places}
 
 
 def keep(items: Sequence[Kept], marks: Sequence[str], held: set[int], record: Path) -> None:
-    """Writes them down: digest, and place where they are files of their own."""
+    """Records them: digest, and path if they are files."""
     pictures = [[marks[i], items[i].place] for i in sorted(held)]
     with written_whole(record) as unfinished:
         unfinished.write_text(json.dumps({"pictures": pictures}, indent=1), encoding="utf-8")

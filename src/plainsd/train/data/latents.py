@@ -1,8 +1,8 @@
-"""Latents made once and kept: a frozen autoencoder gives the same ones every epoch.
+"""The latent cache: a frozen autoencoder gives the same latents every epoch.
 
-One file a set of pictures: the Gaussian of every view of every picture, float16, one after the other. Beside it lies a
-file of keys, one a view, each a digest of the picture, the view and the autoencoder: what another set's file in the
-same folder has already is copied, so that a few new pictures cost a few encodings.
+One file per set of pictures: the Gaussians of all views in float16, concatenated. A second file has one key per view, a
+digest of picture, view and autoencoder: latents found in another set's file in the same folder are copied, so that only
+new pictures are encoded.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ class Latents:
         return (mean + std * noise) * self.scaling_factor
 
     def masks(self, picks: Sequence[Pick], views: Sequence[int] | None = None) -> Tensor | None:
-        """How much each position counts, 0 to 1: (B, 1, h, w)."""
+        """The loss weight of each position, 0 to 1: (B, 1, h, w)."""
         return self._stacked(picks, views)[:, -1:] if self.masked else None
 
     def _stacked(self, picks: Sequence[Pick], views: Sequence[int] | None) -> Tensor:
@@ -218,7 +218,7 @@ def _add_weights(digest, vae: VAE) -> None:
 
 
 def _kept(folder: Path) -> dict[str, tuple[Path, int, int]]:
-    """What the files of a folder hold: key -> file, start, size."""
+    """The latents in the files of a folder: key -> file, start, size."""
     kept: dict[str, tuple[Path, int, int]] = {}
     for keys in sorted(folder.glob("latents-*.keys")):
         file = keys.with_suffix(".f16")

@@ -1,6 +1,6 @@
-"""Captioned pictures: from a folder, checked, cut to the sizes that are trained on.
+"""Captioned pictures: from a folder, checked, cropped to the training sizes.
 
-What a folder holds is told by folders.py. Other sources are read by sources.py into the same `Pictures`.
+folders.py finds the files of a folder; sources.py reads other sources into the same classes.
 """
 
 import json
@@ -28,7 +28,7 @@ SMALLEST = 8  # pixels of a picture's shorter side
 
 
 class Entry(Protocol):
-    """One captioned picture, wherever it lies. Entries are frozen dataclasses, so that a scan can fill in `size`."""
+    """One captioned picture from any source. Entries are frozen dataclasses, so that a scan can fill in `size`."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # what makes it a dataclass to `replace`
 
@@ -37,7 +37,7 @@ class Entry(Protocol):
 
     @property
     def repeats(self) -> int:
-        """How often an epoch shows it."""
+        """Repeats per epoch."""
 
     @property
     def size(self) -> Size | None:
@@ -123,7 +123,7 @@ def file_mark(path: Path) -> str:
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Pictures of about `size` x `size` pixels, and how they are cut and captioned."""
+    """Pictures of about `size` x `size` pixels, with their cropping and caption options."""
 
     items: tuple[Entry, ...]
     size: int
@@ -197,9 +197,8 @@ def read_pictures(
 ) -> PictureSet:
     """All captioned pictures of a folder. Broken pictures and empty captions are left out, counted and listed.
 
-    More than `bad_share` of them is a UserError: then something is wrong with the folder, not with a file. `caption` is
-    for pictures that have none. `known`: a file that remembers which pictures were found whole. `without`: files and
-    folders in it that are for something else.
+    More than `bad_share` of them is a UserError: then the folder itself is wrong. `caption` is for pictures without
+    one. `known`: a cache file of checked pictures. `without`: files and folders to skip.
     """
     folder = Path(folder)
     found = found_in(folder, without, say)
@@ -268,7 +267,7 @@ def _checked(entry: Entry, whole: dict[str, Sequence[int]]) -> tuple[Entry, str 
 
 
 def described(pictures: PictureSet) -> str:
-    """What a scan found, in a line or two."""
+    """A summary of a scan, in a line or two."""
     sides = [min(item.size) for item in pictures.items if item.size]
     small = sum(side < pictures.size for side in sides)
     texts = {text for item in pictures.items for text in item.texts}
@@ -284,7 +283,7 @@ def described(pictures: PictureSet) -> str:
     return "\n".join(lines)
 
 
-def joined(parts: Iterable[PictureSet]) -> PictureSet:
-    """Several sets as one, cut and captioned as the first."""
+def joined_sets(parts: Iterable[PictureSet]) -> PictureSet:
+    """Several sets as one, with the options of the first."""
     parts = list(parts)
     return replace(parts[0], items=tuple(item for part in parts for item in part.items))

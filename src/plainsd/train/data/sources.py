@@ -1,4 +1,4 @@
-"""Captioned pictures from wherever they lie: a folder, parquet files, tar shards, a dataset on the hub.
+"""Captioned pictures from any source: a folder, parquet files, tar shards, a dataset on the hub.
 
     cats                     a folder with metadata.jsonl, or with name.png + name.txt pairs; needs nothing else
     cats:10                  any source: ten times an epoch
@@ -67,7 +67,7 @@ class Bytes(BytesIO):
 
 @dataclass(frozen=True, eq=False)
 class DatasetRow:
-    """A picture in a row of a `datasets.Dataset`, whose picture columns are not decoded by it."""
+    """A picture in a row of a `datasets.Dataset`, with decoding turned off."""
 
     table: Any
     number: int
@@ -125,7 +125,7 @@ class DatasetRow:
 def read_source(
     source: str, size: int, cache: Path, reading: Reading = Reading(), say: Callable[[str], None] = print
 ) -> PictureSet:
-    """The pictures of one source, checked. `cache` is a folder for what is fetched, converted and remembered."""
+    """The pictures of one source, checked. `cache` is a folder for downloads, conversions and scans."""
     place, repeats = parse_source(source)
     path, known = Path(place), cache / "scanned.json"
     kind, files = source_kind(path, reading.without)
@@ -160,7 +160,7 @@ def read_source(
 
 
 def parse_source(source: str) -> tuple[str, int]:
-    """Where a source lies, and how often an epoch shows it."""
+    """A source's path or name, and its repeats per epoch."""
     found = None if Path(source).exists() else SOURCE.fullmatch(source)
     return (found[1], int(found[2] or 1)) if found else (source, 1)
 
@@ -209,7 +209,7 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
             table = datasets.load_dataset(kind, data_files=files, **options)
         if table.features is None:  # streams do not always tell before the first row
             table = table._resolve_features()
-    except Exception as error:  # builders meet damaged files with errors of every kind
+    except Exception as error:  # builders raise anything on damaged files
         reason = error.__cause__ or error
         raise UserError(
             f"cannot read {place!r}: {' '.join(str(reason).split())[:200]}; check the name and the files"
@@ -300,7 +300,7 @@ def _texts(value: Any, caption: str | None) -> tuple[str, ...]:
 
 
 def fetched_rows(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> Path:
-    """The first rows of a dataset as a folder with metadata.jsonl. One that was cut short is gone on with."""
+    """The first rows of a dataset as a folder with metadata.jsonl. An interrupted one is continued."""
     if not reading.limit:
         raise UserError("streaming needs --limit, the number of pictures to take from the dataset")
     name = re.sub(r"[^\w.-]", "_", f"{place}-{reading.split}-{reading.limit}")

@@ -1,4 +1,4 @@
-"""What is trained, a file a method: which weights move, and by which loss.
+"""Training methods, one file each: the trainable weights and the loss.
 
-The loop around them is train/loop.py, and how a run is put together train/from_scratch.py and train/from_model.py.
+The loop is in train/loop.py; train/from_scratch.py and train/from_model.py set up runs.
 """

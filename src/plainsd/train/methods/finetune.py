@@ -23,14 +23,14 @@ from plainsd.train.order import Pick
 
 @dataclass
 class FineTune:
-    """A method for `fit`: everything in `modules` that requires a gradient moves."""
+    """A method for `fit`: all parameters in `modules` that require gradients are trained."""
 
     sd: StableDiffusion
     examples: Examples
     modules: nn.ModuleDict
     reader: Reader
     objective: Objective = PLAIN_OBJECTIVE
-    prior: Examples | None = None  # pictures of the kind in general, with general captions
+    prior: Examples | None = None  # class pictures with class captions
     prior_weight: float = 1.0
     network: Callable[[Tensor | None], Callable[..., Tensor]] | None = (
         None  # from maps to what is called as the UNet is
@@ -73,7 +73,7 @@ class FineTune:
 
 
 def frozen(sd: StableDiffusion) -> StableDiffusion:
-    """Nothing of the model moves; where gradients are wanted, they are switched on afterwards."""
+    """Freezes the whole model; methods then turn on gradients of what they train."""
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
         raise UserError(
             "this model reads a mask or a picture beside the latents, which the training pictures do not have; "

@@ -1,4 +1,4 @@
-"""Method `full`: every weight of the UNet moves, and if wanted those of the text encoders."""
+"""Method `full`: trains every weight of the UNet, and optionally of the text encoders."""
 
 from torch import nn
 

@@ -1,6 +1,5 @@
-"""Method `inversion`: the model stays, and a new word is learned as one vector or several (Gal et al. 2022,
-arXiv:2208.01618). Only the new vectors are parameters, so no others can move, decay or take up the optimizer's
-memory."""
+"""Method `inversion`: learns a new word, as one or more vectors, for a frozen model (Gal et al. 2022,
+arXiv:2208.01618). Only the new vectors are parameters, so that no others change, decay or use optimizer memory."""
 
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ from plainsd.train.objective import PLAIN_OBJECTIVE, Objective
 
 
 class Taught(nn.Embedding):
-    """A table of tokens some rows of which lie in a parameter of their own, `rows` (N, D), from id `first` on."""
+    """A token table with N trainable rows in a separate parameter, `rows` (N, D), from id `first` on."""
 
     rows: nn.Parameter
     first: int
@@ -31,7 +30,7 @@ class Taught(nn.Embedding):
 
 
 def teach(encoder: TextEncoder, ids: Sequence[int]) -> nn.Parameter:
-    """Makes a parameter of the rows of these ids, which follow each other."""
+    """Turns the rows of these consecutive ids into a parameter."""
     table = encoder.token
     rows = table.weight[list(ids)].detach()
     table.rows = nn.Parameter(rows.to(torch.promote_types(rows.dtype, torch.float32)))
@@ -40,7 +39,7 @@ def teach(encoder: TextEncoder, ids: Sequence[int]) -> nn.Parameter:
 
 
 def written_down(sd: StableDiffusion) -> StableDiffusion:
-    """What was learned so far goes into the tables too, where it is saved from; the training goes on beside them."""
+    """Copies the current vectors into the tables, for saving; training continues."""
     for encoder in sd.text_encoders:
         table = encoder.token
         if isinstance(table, Taught):
@@ -49,7 +48,7 @@ def written_down(sd: StableDiffusion) -> StableDiffusion:
 
 
 def settle(sd: StableDiffusion) -> StableDiffusion:
-    """What was learned goes into the tables, which are ordinary ones again."""
+    """Writes the learned vectors into the tables, and makes them ordinary tables again."""
     for encoder in written_down(sd).text_encoders:
         table = encoder.token
         if isinstance(table, Taught):
@@ -59,7 +58,7 @@ def settle(sd: StableDiffusion) -> StableDiffusion:
 
 
 def first_rows(sd: StableDiffusion, initial: str | None, vectors: int, seed: int) -> list[Tensor]:
-    """(N, D) for each text encoder: the vectors of a known word, over and over, or random ones of the usual size."""
+    """Initial vectors (N, D) for each text encoder: those of a known word, repeated, or random ones of typical norm."""
     found = []
     for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
         table = encoder.token.weight.detach()

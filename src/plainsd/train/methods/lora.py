@@ -1,5 +1,5 @@
-"""Method `lora`: the weights stay, changes to some of them are learned that are small in a file: of low rank (Hu et al.
-2021, arXiv:2106.09685), or LyCORIS' LoHa and LoKr; adapters/layers.py has the formulas."""
+"""Method `lora`: trains an adapter for frozen weights: LoRA (Hu et al. 2021, arXiv:2106.09685), or LyCORIS' LoHa and
+LoKr; adapters/layers.py has the formulas."""
 
 from collections.abc import Sequence
 

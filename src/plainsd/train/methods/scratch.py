@@ -1,7 +1,7 @@
-"""Training text encoder and UNet together, from nothing (method `scratch`): the first weights, and then `full`.
+"""Training text encoder and UNet together from scratch (method `scratch`): initialisation, and then `full`.
 
-Latent diffusion (Rombach et al. 2022, arXiv:2112.10752) on latents that the frozen VAE made once. A description of the
-networks is a JSON file, see `plainsd.files.described`.
+Latent diffusion (Rombach et al. 2022, arXiv:2112.10752) on cached latents of a frozen VAE. The networks are described
+by a JSON file, see `plainsd.files.described`.
 """
 
 from dataclasses import replace
@@ -18,8 +18,8 @@ from plainsd.text.tokenizer import Tokenizer
 
 
 def from_scratch(variant: Variant, vae: VAE, tokenizer: Tokenizer) -> StableDiffusion:
-    """A model that has learned nothing yet, around a trained autoencoder. Its text encoder is as large as the
-    tokenizer's vocabulary. Random numbers come from PyTorch's own generator: seed it first."""
+    """An untrained model around a trained autoencoder, with a text encoder for the tokenizer's vocabulary. Random
+    numbers come from PyTorch's global generator: seed it first."""
     if len(variant.text) != 1:
         raise UserError(f"the model has {len(variant.text)} text encoders, and method scratch trains one; describe one")
     text = replace(variant.text[0], vocab=len(tokenizer), eos=tokenizer.end)
@@ -31,10 +31,9 @@ def from_scratch(variant: Variant, vae: VAE, tokenizer: Tokenizer) -> StableDiff
 
 
 def init_weights(unet: UNet, encoder: TextEncoder) -> None:
-    """Small text embeddings (as CLIP's), and a UNet whose residual branches and output begin at zero.
+    """Small text embeddings (as CLIP's), and zero-initialised residual branches and output of the UNet.
 
-    A branch that begins at zero lets the signal through unchanged, so that the first steps are not spent on undoing
-    noise.
+    A zero branch passes its input through unchanged, so that the first steps are not spent on undoing noise.
     """
     nn.init.normal_(encoder.token.weight, std=0.02)
     nn.init.normal_(encoder.position.weight, std=0.01)

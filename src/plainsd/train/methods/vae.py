@@ -1,9 +1,8 @@
 """Training the autoencoder (method `vae`).
 
 Kingma and Welling 2013 (arXiv:1312.6114) with the losses of Rombach et al. 2022 (arXiv:2112.10752): the absolute and
-squared error of pixels, the absolute error of their differences (edges), a little pull of the latents towards the unit
-normal, and, late and if asked for, a patch discriminator (Isola et al. 2016, arXiv:1611.07004; hinge loss, Lim and Ye
-2017, arXiv:1705.02894).
+squared error of pixels, the absolute error of their differences (edges), a small KL term, and optionally, later on, a
+patch discriminator (Isola et al. 2016, arXiv:1611.07004; hinge loss, Lim and Ye 2017, arXiv:1705.02894).
 """
 
 from dataclasses import dataclass, field
@@ -30,10 +29,10 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def init_vae(vae: VAE) -> None:
-    """First weights that keep every layer's output unit-sized, and residual branches that begin at zero.
+    """Initialisation with unit-variance outputs of every layer, and zero residual branches.
 
-    He et al. 2015 (arXiv:1502.01852). The log variance begins at -4, so that pictures get through the bottleneck from
-    the first step on. After 2,900 pictures of the emoji recipe: 17.6 dB, and 12.8 dB from PyTorch's own (one run each).
+    He et al. 2015 (arXiv:1502.01852). The log variance starts at -4, so that pictures pass the bottleneck from the
+    first step on. After 2,900 pictures of the emoji recipe: 17.6 dB, and 12.8 dB from PyTorch's own (one run each).
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
@@ -45,7 +44,7 @@ def init_vae(vae: VAE) -> None:
 
 
 class Discriminator(nn.Module):
-    """Says of each patch of a picture how real it looks. (B, 3, H, W) -> (B, 1, H/8, W/8)."""
+    """PatchGAN discriminator: a realness logit for each patch. (B, 3, H, W) -> (B, 1, H/8, W/8)."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -68,7 +67,7 @@ class VaeMethod:
     edge_weight: float = 1.0
     kl_weight: float = 1e-4  # of the mean over latent numbers, in nats
     patch_weight: float = 0.0  # 0: no discriminator
-    patch_after: int = 0  # pictures seen before the VAE starts to listen to it
+    patch_after: int = 0  # pictures seen before it starts
     modules: nn.ModuleDict = field(init=False)
 
     def __post_init__(self):
@@ -98,7 +97,8 @@ class VaeMethod:
         return loss, numbers
 
     def _adversarial(self, real: Tensor, fake: Tensor, numbers: dict[str, Tensor], joined: bool) -> Tensor:
-        """Both players' losses in one sum. Each sees the other's weights as constants, so that one optimizer serves."""
+        """The losses of generator and discriminator in one sum, each with the other's weights detached, for one
+        optimizer."""
         judge = self.modules["discriminator"]
         fixed = {name: p.detach() for name, p in judge.named_parameters()}
         fool = -functional_call(judge, fixed, (fake,)).float().mean()
