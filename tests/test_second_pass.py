@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_sd
 
-from plainsd.diffusion.samplers import Step, sampler_levels
+from plainsd.diffusion.samplers import Levels, Step, sampler_levels
 from plainsd.errors import UserError
 from plainsd.generate import LATENT_MODES, text_to_image
-from plainsd.pictures.sampling import Known, second_pass, steps_to_run
+from plainsd.pictures.sampling import second_pass, steps_to_run
 from plainsd.pictures.settings import UPSCALERS, Settings
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.labels import UPSCALER_LABELS
@@ -30,8 +30,7 @@ def drawn(sd, **options):
 def test_latents_are_enlarged_as_pytorch_does_it(sd, upscaler, monkeypatch):
     mode, antialias = LATENT_MODES[upscaler]
     seen = []
-    known = lambda latents, **more: seen.append(latents) or Known(latents, **more)  # noqa: E731
-    monkeypatch.setattr("plainsd.generate.Known", known)
+    monkeypatch.setattr(Levels, "from_picture", lambda self, x, noise: seen.append(x) or x + noise)
     first, _, _ = drawn(sd, upscaler=upscaler, strength=0.7)
     height, width = (side * 3 // 2 for side in first.shape[-2:])
     assert torch.allclose(seen[0], F.interpolate(first, (height, width), mode=mode, antialias=antialias), atol=1e-6)

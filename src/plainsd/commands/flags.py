@@ -91,8 +91,8 @@ class GenerateFlags:
     """ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms unipc
     lcm"""
     spacing: Annotated[str | None, flag("NAME")] = None
-    """spacing of the noise levels: leading trailing linspace karras exponential polyexponential uniform sgm_uniform simple
-    ddim_uniform beta beta_a1111 kl_optimal kl_optimal_a1111 align_your_steps align_your_steps_xl"""
+    """spacing of the noise levels: leading trailing linspace karras exponential polyexponential uniform sgm_uniform
+    simple ddim_uniform beta beta_a1111 kl_optimal kl_optimal_a1111 align_your_steps align_your_steps_xl"""
     like: Annotated[str | None, flag("PROGRAM")] = None
     """diffusers, a1111 or comfyui: draw what that program draws of the same settings (with --from: the one it is of)"""
     seed: Annotated[str | None, flag("N")] = None

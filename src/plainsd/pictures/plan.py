@@ -24,7 +24,7 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.text.prompts import alternates, compose, parse_words, schedule
 from plainsd.text.tokenizer import Tokenizer
 
-LARGE = 8  # tokens; a stretch of fewer is not parted between two of ComfyUI's chunks
+WHOLE_BELOW = 8  # tokens; a stretch of fewer is not parted between two of ComfyUI's chunks
 
 Encoded = tuple[Tensor, Tensor]  # a text's context (1, M, D) and pooled state (1, P)
 
@@ -198,7 +198,7 @@ def chunked_by_stretch(tokenizer: Tokenizer, pieces: Sequence, room: int = 75) -
     chunk: Chunk = []
     for piece in pieces:
         stretch = [(key, piece.weight) for unit in tokenizer.units(piece.text) for key in unit]
-        large = len(stretch) >= min(LARGE, room)
+        large = len(stretch) >= min(WHOLE_BELOW, room)
         while len(stretch) + len(chunk) > room:
             fits = room - len(chunk) if large else 0
             done, chunk, stretch = [*done, chunk + stretch[:fits]], [], stretch[fits:]

@@ -44,7 +44,6 @@ function wire() {
     $(`${name}-range`).oninput = () => ($(name).value = $(`${name}-range`).value);
     $(name).addEventListener("input", () => ($(`${name}-range`).value = $(name).value));
   }
-  for (const id of ["guidance", "guidance-range"]) $(id).addEventListener("input", () => set("like", "")); // it told what a restored picture's own guidance means
   $("model").onchange = takeDefaults;
   $("idea").onclick = () => {
     const { ideas } = modelOf($("model").value);
