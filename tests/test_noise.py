@@ -19,7 +19,7 @@ from plainsd.errors import UserError
 from plainsd.generate import batch, final, text_to_image
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.noise import NoiseOfEach
-from plainsd.pictures.settings import Resolved, Settings, noise_of, notes
+from plainsd.pictures.settings import LIKE, Resolved, Settings, noise_of, notes
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 
 CPU = torch.device("cpu")
@@ -105,9 +105,10 @@ def test_a1111s_noise_by_its_seeds(source):
     assert torch.equal(again, begin)
 
 
-def test_without_ensd_noise_goes_on():
+@pytest.mark.parametrize("like", [None, "diffusers"])
+def test_without_ensd_noise_goes_on(like):
     for source in ("cpu", "nv"):
-        drawn, expected = noise(settings(seed=7, noise=source)), stream(source, 7)
+        drawn, expected = noise(settings(seed=7, noise=source, like=like)), stream(source, 7)
         assert torch.equal(drawn.first(SHAPE)[0], expected(SHAPE)) and torch.equal(drawn(SHAPE)[0], expected(SHAPE))
         assert torch.equal(
             drawn.anew(drawn.each).first(SHAPE)[0], expected(SHAPE)
@@ -181,7 +182,7 @@ def test_a1111s_paths_by_their_seeds():
 
 def test_the_path_is_over_the_levels_of_either_program():
     """A1111's over the whole schedule, ComfyUI's over what is visited; diffusers gives each step noise of its own."""
-    assert noise(settings(seed=7)).path(SHAPE, SIGMAS, SIGMAS) is None
+    assert all(noise(settings(seed=7, like=like)).path(SHAPE, SIGMAS, SIGMAS) is None for like in (None, "diffusers"))
     visited = SIGMAS[2:]
     for like, high in (("a1111", SIGMAS[0]), ("comfyui", visited[0])):
         one = settings(seed=7, like=like if like == "a1111" else None, noise="cpu" if like == "a1111" else like)
@@ -294,7 +295,7 @@ def test_each_noise_makes_another_picture(sd):
 
 
 def test_what_a_program_takes_where_nothing_is_said(sd):
-    assert [noise_of(Settings(like=like)) for like in (None, "a1111")] == ["cpu", "nv"]
+    assert [noise_of(Settings(like=like)) for like in (None, *LIKE)] == ["cpu", "cpu", "nv", "comfyui"]
     assert noise_of(Settings(like="a1111", noise="cpu")) == "cpu"
     assert text_to_image(sd, "x", like="a1111").settings[0].noise == "nv"
     (first, second) = text_to_image(sd, "x", noise="comfyui", seed=5, count=2).settings

@@ -26,7 +26,8 @@ class NoiseOfEach:
 
     def __init__(self, each: Sequence[Resolved], device: torch.device):
         self.each, self.device, kind = each, device, noise_of(each[0])
-        self.like = "comfyui" if kind == "comfyui" else each[0].like
+        like = "comfyui" if kind == "comfyui" else each[0].like
+        self.like = None if like == "diffusers" else like
         self.generator = "nv" if kind == "nv" else "cpu"
         # ComfyUI draws for a whole batch at once, of which each picture is a row; elsewhere each is its own batch
         self.places = [(one.batch_index, one.batch_size or 1) if kind == "comfyui" else (0, 1) for one in each]
