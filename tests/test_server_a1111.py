@@ -306,7 +306,7 @@ def test_lists_and_options(api, server):
         assert api.get_options()["CLIP_stop_at_last_layers"] == 2
         assert server.post("/sdapi/v1/options", {"sd_model_checkpoint": "none such"}).status_code == 404
         assert server.post("/sdapi/v1/options", {"CLIP_stop_at_last_layers": "two"}).status_code == 422
-        assert server.post("/sdapi/v1/options", {"tiling": True}).status_code == 422
+        assert server.post("/sdapi/v1/options", {"face_restoration": True}).status_code == 422
     finally:
         api.set_options({"sd_model_checkpoint": "tiny", "CLIP_stop_at_last_layers": 1})
     api.util_wait_for_ready()
@@ -330,7 +330,7 @@ def test_unknown_names_and_what_is_not_had(server, drawing):
     wrong = [
         ("txt2img", {"sampler_name": "Euler z"}, 404), ("txt2img", {"scheduler": "Turbo"}, 404),
         ("img2img", {}, 404),
-        ("img2img", {"init_images": [base64_of(drawing)] * 2}, 422), ("txt2img", {"tiling": True}, 422),
+        ("img2img", {"init_images": [base64_of(drawing)] * 2}, 422),
         ("txt2img", {"s_churn": 1.5}, 422), ("txt2img", {"enable_hr": True, "hr_sampler_name": "Euler z"}, 404),
         ("txt2img", {"enable_hr": True, "hr_resize_x": 128, "hr_resize_y": 64, "width": 64, "height": 64}, 422),
         ("txt2img", {"eta": float("nan")}, 422), ("txt2img", {"styles": ["my style"]}, 422),

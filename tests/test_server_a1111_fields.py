@@ -65,7 +65,7 @@ HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}
 
 
 @pytest.mark.parametrize(("word", "fields"), [
-    ("restore_faces", {"restore_faces": True}), ("tiling", {"tiling": True}), ("styles", {"styles": ["s"]}),
+    ("restore_faces", {"restore_faces": True}), ("styles", {"styles": ["s"]}),
     ("script_name", {"script_name": "x/y/z plot"}), ("s_min_uncond", {"s_min_uncond": 0.5}),
     ("seed_resize_from_h", {"seed_resize_from_h": 64, "seed_resize_from_w": 32}),
     ("s_churn", {"s_churn": 1.5, "sampler_name": "Euler"}), ("s_noise", {"s_noise": 1.1, "sampler_name": "DPM2 a"}),
@@ -82,7 +82,7 @@ HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}
     ("clip_stop", {"override_settings": {"clip_stop": 2}}),
     ("batch_size", {"batch_size": -5, "n_iter": -5}), ("n_iter", {"n_iter": 0}),
     ("hr_scale", {**HIRES, "hr_scale": 1e308}), ("infotext", {"infotext": "no settings"}),
-    ("tiling", {"infotext": "p\nSteps: 2, Sampler: Euler, CFG scale: 3, Tiling: True"}),
+    ("face_restoration", {"infotext": "p\nSteps: 2, Sampler: Euler, CFG scale: 3, Face restoration: CodeFormer"}),
 ])  # fmt: skip
 def test_what_would_change_the_picture_and_is_not_had_is_refused_by_its_name(server, word, fields):
     answer = server.post("/sdapi/v1/txt2img", SMALL | fields)
@@ -109,6 +109,16 @@ def test_what_changes_nothing_there_is_taken(server, sd, fields):
 def test_null_prompts_are_empty_ones(server, sd):
     answer = asked(server, prompt=None, negative_prompt=None)
     assert alike(first(answer), plainsd.final(plainsd.text_to_image(sd, "", **DRAWN))[0])
+
+
+def test_tiling_as_a_field_an_option_and_in_a_text(server, sd):
+    (expected,) = plainsd.final(plainsd.text_to_image(sd, "p", tiling=True, **DRAWN))
+    text = "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, Tiling: True"
+    for fields in ({"tiling": True}, {"override_settings": {"tiling": True}}, {"infotext": text}):
+        assert alike(first(asked(server, **fields)), expected)
+    plain = first(asked(server, tiling=False, override_settings={"tiling": True}))
+    assert not alike(plain, expected, 3)
+    assert server.post("/sdapi/v1/options", {"tiling": "sideways"}).status_code == 422
 
 
 def test_disabled_extra_networks_are_taken_out_of_the_prompt(server, sd):

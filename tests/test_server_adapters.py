@@ -126,7 +126,7 @@ def test_what_the_history_tells_of_words_makes_the_picture_again(server):
     (["/etc/passwd"], "unknown embedding"), (["wide"], "vectors of 48 numbers"), (["pickle"], "unknown embedding"),
     (["broken"], "'broken' cannot be used"), (["lora"], "'lora' cannot be used"),
     (["x"], "is a word of this model already"),
-    (["a, b"], "unknown embedding"),
+    (["a, b"], "cannot be written in a prompt"),
 ])  # fmt: skip
 def test_a_word_that_is_not_there_or_does_not_fit_is_refused(server, names, says):
     answer = server.post("/api/jobs", {"prompt": "p", "embeddings": names})

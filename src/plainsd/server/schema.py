@@ -114,6 +114,7 @@ class JobRequest(BaseModel):
     apg: float | None = None
     apg_parallel: float | None = None
     apg_momentum: float | None = None
+    tiling: bool | None = Field(None, description="the picture repeats without a seam")
     cache: int | None = Field(None, description="deep layers run at every so many-th step only: faster, less exact")
     grid: list[Axis] | None = Field(
         None, min_length=1, max_length=2, description="one picture for each pair of values, and a sheet of them all"
@@ -123,7 +124,7 @@ class JobRequest(BaseModel):
         """What is not left open of the settings that the tasks know."""
         names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires",
                  "upscaler", "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval",
-                 "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "cache", "handover",
+                 "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "tiling", "cache", "handover",
                  "outpaint", "like", "noise", "ensd", "seed_resize",
                  "batch_index", "batch_size", "hires_steps", "hires_sampler",
                  "hires_spacing", "hires_prompt", "hires_negative", "hires_guidance")  # fmt: skip

@@ -42,7 +42,11 @@ SENT = ("init_images", "mask")  # ... nor these, unless include_init_images asks
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
-    options: dict[str, Any] = {"sd_model_checkpoint": service.models.default, "CLIP_stop_at_last_layers": 1}
+    options: dict[str, Any] = {
+        "sd_model_checkpoint": service.models.default,
+        "CLIP_stop_at_last_layers": 1,
+        "tiling": False,
+    }
 
     @router.post("/txt2img")
     async def txt2img(body: Text2Image, request: Request) -> dict:
@@ -91,8 +95,9 @@ def routes(service: Service) -> APIRouter:
     def set_options(body: dict[str, Any]) -> dict:
         """For requests through this API, until the server ends."""
         given = known_options(body, "options")
-        if (skip := job_request(clip_skip=given.get("CLIP_stop_at_last_layers")).clip_skip) is not None:
-            Settings(clip_skip=skip).check()
+        wanted = job_request(clip_skip=given.get("CLIP_stop_at_last_layers"), tiling=given.get("tiling"))
+        if wanted.clip_skip is not None:
+            Settings(clip_skip=wanted.clip_skip).check()
         if "sd_model_checkpoint" in given:
             given["sd_model_checkpoint"] = service.models[model_of(given["sd_model_checkpoint"], service.models)].name
         options.update(given)

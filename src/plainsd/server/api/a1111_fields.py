@@ -1,7 +1,7 @@
 """What clients of AUTOMATIC1111's web UI say, and what it means here: the fields that act.
 
 What a client leaves out takes the model's own defaults (there 512x512, 50 steps, Euler, scale 7). What would change the
-picture and is not had here (scripts, face restoration, tiling, styles, ...) is refused: a1111_table.py.
+picture and is not had here (scripts, face restoration, styles, ...) is refused: a1111_table.py.
 """
 
 import secrets
@@ -45,6 +45,7 @@ class Common(BaseModel):
     width: int | None = None
     height: int | None = None
     eta: float | None = Field(None, ge=0, le=1)
+    tiling: bool | None = Field(None, description="none: as the option of this name")
     denoising_strength: float | None = Field(None, ge=0, le=1)
     override_settings: dict[str, Any] | None = None
     override_settings_restore_afterwards: bool | None = Field(True, description="false: they stay as options")
@@ -67,6 +68,7 @@ class Common(BaseModel):
             "seed": RANDOM if self.seed is None else self.seed,
             "clip_skip": options.get("CLIP_stop_at_last_layers"),
             "eta": self.eta if sampler in WITH_ETA else None,
+            "tiling": (options.get("tiling") if self.tiling is None else self.tiling) or None,
             "like": "a1111",
         }  # fmt: skip
         if self.disable_extra_networks:

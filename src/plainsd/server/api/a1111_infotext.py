@@ -20,7 +20,7 @@ OURS = (  # settings that requests have no field for there
     "rescale", "interval", "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "cache",
 )  # fmt: skip
 BY_OPTION = {  # labels of options, whose value is checked as that of the option
-    "Face restoration": "face_restoration", "Tiling": "tiling", "Token merging ratio": "token_merging_ratio",
+    "Face restoration": "face_restoration", "Token merging ratio": "token_merging_ratio",
     "Token merging ratio hr": "token_merging_ratio_hr", "Conditional mask weight": "inpainting_mask_weight",
     "Noise multiplier": "initial_noise_multiplier", "Extra noise": "img2img_extra_noise",
     "ENSD": "eta_noise_seed_delta", "Sigma churn": "s_churn", "Sigma noise": "s_noise", "Pad conds": "pad_cond_uncond",
@@ -74,7 +74,7 @@ def told(settings: Settings, other: dict[str, str], models: Models) -> tuple[dic
         "denoising_strength": settings.strength,
         "subseed": settings.variation_seed, "subseed_strength": settings.variation_strength,
         "refiner_checkpoint": settings.refiner, "refiner_switch_at": settings.handover,
-        "image_cfg_scale": settings.image_guidance,
+        "image_cfg_scale": settings.image_guidance, "tiling": settings.tiling or None,
         "batch_size": int(size) if (size := other.get("Batch size", "")).isdecimal() and len(size) < 9 else None,
     }  # fmt: skip
     if settings.hires:

@@ -40,7 +40,7 @@ def resized_noise(value: Any, asked: Asked) -> bool:
 
 
 REFUSED: dict[str, Harm] = {
-    "restore_faces": unless(False), "tiling": unless(False), "styles": unless(), "script_name": unless("None", "none"),
+    "restore_faces": unless(False), "styles": unless(), "script_name": unless("None", "none"),
     "seed_resize_from_h": resized_noise, "seed_resize_from_w": resized_noise, "s_min_uncond": unless(0),
     "s_churn": lambda value, asked: value != 0 and asked["sampler"] in CHURNED,
     "s_noise": lambda value, asked: value != 1 and asked["sampler"] in NOISED,
@@ -100,7 +100,7 @@ def acts(script: Any) -> bool:
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
-OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")  # those that act
+OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers", "tiling")  # those that act
 FIXED: dict[str, tuple[Any, ...]] = {  # options that would change the picture, and their values that are as here
     "sd_vae": ("Automatic", "None"), "sd_unet": ("Automatic", "None"), "sd_hypernetwork": ("None",),
     "sd_lora": ("None",), "extra_networks_default_multiplier": (1,), "lora_functional": (False,),
@@ -109,7 +109,7 @@ FIXED: dict[str, tuple[Any, ...]] = {  # options that would change the picture, 
     "dont_fix_second_order_samplers_schedule": (False,), "pad_cond_uncond": (False,), "pad_cond_uncond_v0": (False,),
     "s_min_uncond": (0,), "s_min_uncond_all": (False,), "skip_early_cond": (0,),
     "randn_source": ("CPU",), "eta_noise_seed_delta": (0,), "enable_batch_seeds": (True,),
-    "no_dpmpp_sde_batch_determinism": (False,), "tiling": (False,), "fp8_storage": ("Disable",),
+    "no_dpmpp_sde_batch_determinism": (False,), "fp8_storage": ("Disable",),
     "token_merging_ratio": (0,), "token_merging_ratio_img2img": (0,), "token_merging_ratio_hr": (0,),
     "eta_ddim": (0,), "eta_ancestral": (1,), "ddim_discretize": ("uniform",), "s_churn": (0,), "s_tmin": (0,),
     "s_tmax": (0,), "s_noise": (1,), "k_sched_type": ("Automatic",), "sigma_min": (0,), "sigma_max": (0,), "rho": (0,),

@@ -57,6 +57,11 @@ class Connection(H11Protocol):
         elif data:
             self.expect_head()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing() and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self.expect_head()  # of a request that was begun before the answer to the last one
+
     def connection_lost(self, exc: Exception | None) -> None:
         self.cease()
         super().connection_lost(exc)

@@ -242,9 +242,8 @@ class Store:
                 row,
             )
             if job.done | {place} == job.places:
-                db.execute(
-                    "UPDATE jobs SET state = ?, finished = ?, alone = 0 WHERE id = ?", (DONE, time.time(), job.id)
-                )
+                ended = (DONE, time.time(), job.id)
+                db.execute("UPDATE jobs SET state = ?, finished = ?, alone = 0 WHERE id = ?", ended)
 
     def picture(self, id: str) -> Picture | None:
         with self.lock:
