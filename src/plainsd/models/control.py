@@ -21,7 +21,7 @@ from plainsd.models.clip import quick_gelu
 from plainsd.models.layers import Attention, timestep_embedding
 from plainsd.models.unet import UNet, UNetConfig, WayDown, embedding_mlp
 
-SINUSOID = 256  # numbers that stand for each kind of a union net's maps, given or not
+KIND_SINUSOID = 256  # numbers that stand for each kind of a union net's maps, given or not
 UNION_HEADS = 8
 
 
@@ -78,13 +78,13 @@ class Union(nn.Module):
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
         self.shift = zeroed(nn.Linear(dim, dim))
-        self.time = embedding_mlp(SINUSOID * config.kinds, 4 * dim)
+        self.time = embedding_mlp(KIND_SINUSOID * config.kinds, 4 * dim)
 
     def embed(self, kinds: Sequence[int]) -> Tensor:
         """Which kinds are given, beside the timestep: (1, E)."""
         on = torch.zeros(len(self.kind.weight), device=self.kind.weight.device)
         on[list(kinds)] = 1
-        return self.time(timestep_embedding(on, SINUSOID).flatten()[None].to(self.kind.weight))
+        return self.time(timestep_embedding(on, KIND_SINUSOID).flatten()[None].to(self.kind.weight))
 
     def forward(self, hint: Tensor, kind: int, share: float) -> Tensor:
         """One map, `share` of it: (B, C, H, W) -> (B, C, H, W)."""
