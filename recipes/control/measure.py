@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace) -> None:
     for name, pictures in drawn.items():
         score, precision, recall = f1(list(zip(pictures, maps, strict=True)))
         print(
-            f"{name:8} the net: edges F1 {score:.3f} (precision {precision:.3f}, recall {recall:.3f}), {len(maps)} pictures"
+            f"{name:8} the net: F1 {score:.3f} (precision {precision:.3f}, recall {recall:.3f}), {len(maps)} pictures"
         )
     if options.sheet:
         originals = [Image.open(str(file).replace(".cond.png", ".png")).convert("RGB") for file in files]
