@@ -175,6 +175,21 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("x = x + self.attn(self.norm1(x), causal=True)", "x = x + self.attn(self.norm1(x))",
          "test_models.py::test_text_encoder_equals_transformers"),
     ],
+    "models/control.py": [
+        ("x = hint.mean((2, 3)) + share * self.kind.weight[kind]", "x = hint.mean((2, 3)) + self.kind.weight[kind]",
+         "test_control.py::test_a_union_net_equals_diffusers"),
+        ("one.flip(1) if self.control.bgr else one", "one", "test_control.py::test_a_net_equals_diffusers"),
+        ("outputs.append(self.mid(x, emb, context))", "outputs.append(x)",
+         "test_control.py::test_a_net_equals_diffusers"),
+    ],
+    "pictures/control.py": [
+        ("(step + 1) / steps <= self.end", "step / steps <= self.end",
+         "test_control_pictures.py::test_the_steps_that_it_acts_in_are_diffusers"),
+        ("with_prompt or not control.prompted_only", "with_prompt or control.prompted_only",
+         "test_control_pictures.py::test_rows_without_prompt_are_left_alone"),
+        ("10 ** (k / (count - 1) - 1)", "10 ** (k / count - 1)",
+         "test_control_pictures.py::test_weights_of_each_mode"),
+    ],
     "models/deep_cache.py": [
         ("self.deep[self.place : self.place + 1] = [x]", "self.deep[:1] = [x]",
          "test_approximate.py::test_each_call_of_a_step_keeps_its_own"),

@@ -280,9 +280,9 @@ def test_canny_makes_the_map(sd, generate, tmp_path, photo):
 # --- what a picture's text says --------------------------------------------------------------------------------------
 
 EXTENSION = (
-    'ControlNet 0: "Module: canny, Model: control_v11p_sd15_canny [d14c016b], Weight: 0.75, Resize Mode: Crop and '
-    "Resize, Processor Res: 512, Threshold A: 100.0, Threshold B: 200.0, Guidance Start: 0.1, Guidance End: 0.9, Pixel "
-    'Perfect: True, Control Mode: ControlNet is more important"'
+    'ControlNet 0: "Module: canny, Model: control_v11p_sd15_canny [d14c016b], Weight: 0.75, '
+    "Resize Mode: Crop and Resize, Processor Res: 512, Threshold A: 100.0, Threshold B: 200.0, Guidance Start: 0.1, "
+    'Guidance End: 0.9, Pixel Perfect: True, Control Mode: ControlNet is more important"'
 )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from plainsd.pictures.control import Control
     from plainsd.pictures.model import StableDiffusion
 
-T = TypeVar("T")
+Each = TypeVar("Each")
 
 
 def check_control_flags(command: GenerateFlags, recorded: Sequence[ControlNote]) -> None:
@@ -81,7 +81,7 @@ def chosen_controls(command: GenerateFlags, sd: StableDiffusion, recorded: Seque
     return found
 
 
-def nth(given: Sequence[T], number: int, default: T) -> T:
+def nth(given: Sequence[Each], number: int, default: Each) -> Each:
     """One for each, one for all, or none."""
     return given[number if len(given) > 1 else 0] if given else default
 

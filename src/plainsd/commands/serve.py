@@ -40,6 +40,8 @@ class Serve:
     """LoRA files, used by name"""
     embeddings: Annotated[Path | None, flag("FOLDER")] = None
     """embeddings (textual inversion), each a word for prompts"""
+    controls: Annotated[Path | None, flag("FOLDER")] = None
+    """control nets, files or folders, used by name"""
     vae: Annotated[Path | None, flag("PATH")] = None
     """autoencoder for all models instead of their own: a folder, a file, or a whole checkpoint"""
     preview_vae: Annotated[Path | None, flag("PATH")] = None
@@ -97,6 +99,7 @@ class Serve:
             fast=self.fast,
             loras=self.loras,
             embeddings=self.embeddings,
+            controls=self.controls,
             vae=self.vae,
             preview_vae=self.preview_vae,
             prediction=self.prediction,
@@ -119,7 +122,7 @@ class Serve:
             raise UserError(f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time")
         if not 0 <= self.port < 65536:
             raise UserError(f"port {self.port} is out of range; choose 1 to 65535, or 0 for any that is free")
-        for name in ("loras", "embeddings"):
+        for name in ("loras", "embeddings", "controls"):
             if (folder := getattr(self, name)) is not None and not folder.is_dir():
                 raise UserError(f"{name}: there is no folder '{folder}'; make it, or leave --{name} out")
 

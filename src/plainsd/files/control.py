@@ -34,14 +34,17 @@ from plainsd.models.control import ControlConfig, ControlNet, way_down
 from plainsd.models.unet import UNetConfig
 from plainsd.models.variants import XL_UNET
 
-CONTROL_KEY = "plainsd.control"  # in a file's metadata: config.json
+CONTROL_NOTE = "plainsd.control"  # in a file's metadata: config.json
 PREFIX = "control_model."
-DIFFERENCE, CONTROL_LORA = "difference", "lora_controlnet"  # tensors that are words
-LAYOUTS = ("diffusers", "single-file")
-ENDS = {"conv_in": -1, "conv_out": 1000}  # the first and the last of the convolutions that diffusers numbers between
+DIFFERENCE, LOW_RANK = "difference", "lora_controlnet"  # tensors that are words
+CONTROL_LAYOUTS = ("diffusers", "single-file")
+OUTERMOST = {
+    "conv_in": -1,
+    "conv_out": 1000,
+}  # the first and the last of the convolutions that diffusers numbers between
 XL_MID = replace(XL_UNET, depth=(0, 0, 1), mid_depth=1)  # diffusers' smaller nets for SDXL
 XL_SMALL = replace(XL_UNET, depth=(0, 0, 0), mid_depth=0)
-FORMS = {"": "a control net", DIFFERENCE: "a control net's difference to a base", CONTROL_LORA: "a ControlLoRA"}
+CONTROL_FORMS = {"": "a control net", DIFFERENCE: "a control net's difference to a base", LOW_RANK: "a ControlLoRA"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class StoredControl:
     file: TensorFile
     conv: bool  # whether its files hold projections as convolutions
     names: str = "diffusers"  # or "original"
-    form: str = ""  # or DIFFERENCE, CONTROL_LORA: what it takes from a base
+    form: str = ""  # or DIFFERENCE, LOW_RANK: what it takes from a base
 
     def network(self, base: Mapping[str, Tensor] | None = None) -> StoredNetwork:
         """The whole net. `base`: a UNet's weights by our names, where the file has a part only."""
@@ -60,7 +63,8 @@ class StoredControl:
             return read_network(self.file, ControlNet, self.config, conv=self.conv, layout=self.names)
         if base is None:
             raise UserError(
-                f"{self.file.path} is {FORMS[self.form]}, and needs the model that it is for; give that with base=",
+                f"{self.file.path} is {CONTROL_FORMS[self.form]}, and needs the model that it is for; give "
+                "it with base=",
                 field="control",
             )
         return StoredNetwork(ControlNet, self.config, with_base(self, base))
@@ -80,7 +84,7 @@ def is_control(path: Path) -> bool:
 def holds_control(file: TensorFile) -> bool:
     names = file.tensors
     starts = ("controlnet_cond_embedding.", f"{PREFIX}input_hint_block.", "input_hint_block.")
-    return CONTROL_KEY in file.metadata or CONTROL_LORA in names or any(name.startswith(starts) for name in names)
+    return CONTROL_NOTE in file.metadata or LOW_RANK in names or any(name.startswith(starts) for name in names)
 
 
 def open_control(path: Path, variant_file: str | None = None) -> StoredControl:
@@ -91,7 +95,7 @@ def open_control(path: Path, variant_file: str | None = None) -> StoredControl:
     file = open_tensors(path)
     if not holds_control(file):
         raise UserError(f"{path} is no control net: it seems to be {detect.seems(file.tensors)}", field="control")
-    form = next((word for word in (CONTROL_LORA, DIFFERENCE) if word in file.tensors), "")
+    form = next((word for word in (LOW_RANK, DIFFERENCE) if word in file.tensors), "")
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in file.tensors.items() if name != form}
     file = TensorFile(path, tensors, file.metadata)
     names = "original" if "zero_convs.0.0.weight" in tensors else "diffusers"
@@ -102,12 +106,12 @@ def open_control(path: Path, variant_file: str | None = None) -> StoredControl:
 
 def noted(file: TensorFile) -> ControlConfig | None:
     """The settings in a file of ours."""
-    if CONTROL_KEY not in file.metadata:
+    if CONTROL_NOTE not in file.metadata:
         return None
     try:
-        return read_control(json.loads(file.metadata[CONTROL_KEY]), str(file.path))[0]
+        return read_control(json.loads(file.metadata[CONTROL_NOTE]), str(file.path))[0]
     except (ValueError, AttributeError) as error:
-        raise damaged(file.path, f"the note {CONTROL_KEY!r} in its metadata is not JSON") from error
+        raise damaged(file.path, f"the note {CONTROL_NOTE!r} in its metadata is not JSON") from error
 
 
 def shaped(file: TensorFile, names: str, partial: bool) -> ControlConfig:
@@ -141,7 +145,7 @@ def hint_of(file: TensorFile, names: str) -> tuple[tuple[int, ...], int]:
     for name, tensor in file.tensors.items():
         place = name.removeprefix(start).removesuffix(".weight").removeprefix("blocks.")
         if name.startswith(start) and len(tensor.shape) == 4:
-            shapes[ENDS[place] if place in ENDS else int(place) if place.isdigit() else 0] = tensor.shape
+            shapes[OUTERMOST[place] if place in OUTERMOST else int(place) if place.isdigit() else 0] = tensor.shape
     found = [shape for _, shape in sorted(shapes.items())]  # each width twice, then the UNet's
     if len(found) < 2:
         return ControlConfig.hint, 3
@@ -202,7 +206,7 @@ def summed(control: StoredControl, place: TensorPlace, base: Tensor | None, dtyp
         change = (up @ down).view(shape)
     elif place.name in tensors:
         change = place.to_ours(tensors[place.name].read(torch.float32))[0]
-        if control.form == CONTROL_LORA or base is None:
+        if control.form == LOW_RANK or base is None:
             return change.to(dtype or torch.float32)
     assert base is not None  # `fits` sees to it
     return (base.detach().float().cpu() + change).to(dtype or torch.float32)
@@ -217,8 +221,8 @@ def write_control_net(
     """A folder, or a file in the original's names with its settings in the metadata; a union net's has diffusers'. The
     layout None: a file where the target ends in .safetensors."""
     layout = layout or ("single-file" if suffix_of(target) == ".safetensors" else "diffusers")
-    if layout not in LAYOUTS:
-        raise unknown("layout", layout, LAYOUTS)
+    if layout not in CONTROL_LAYOUTS:
+        raise unknown("layout", layout, CONTROL_LAYOUTS)
     text = json.dumps(write_control(network.config, conv), indent=2, sort_keys=True) + "\n"
     if layout == "diffusers":
         with whole_folder(target) as folder:
@@ -231,4 +235,4 @@ def write_control_net(
     names, prefix = ("diffusers", "") if network.config.kinds else ("original", PREFIX)
     tensors = packed_tensors(network, names, conv=conv, prefix=prefix, dtype=dtype)
     with written_whole(target) as draft:
-        write_safetensors(draft, tensors, {CONTROL_KEY: text})
+        write_safetensors(draft, tensors, {CONTROL_NOTE: text})

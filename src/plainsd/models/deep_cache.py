@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plainsd.models.unet import UNet, joined
+from plainsd.models.unet import UNet, plus
 
 
 class DeepCache:
@@ -40,13 +40,13 @@ class DeepCache:
         fresh = self.advance(timestep, len(x))
         emb = unet.embed(timestep, x, vector, guidance)
         added = iter(features or [None] * (len(unet.down) + 2))
-        skips = [x := joined(unet.conv_in(x), next(added))]
+        skips = [x := plus(unet.conv_in(x), next(added))]
         for block in unet.down if fresh else unet.down[: self.shallow]:
-            skips.append(x := joined(block(x, emb, context), next(added)))
+            skips.append(x := plus(block(x, emb, context), next(added)))
         if fresh:
-            x = joined(unet.mid(x, emb, context), next(added))
-            x = joined(x, residuals and residuals[-1])
-        skips = [joined(*pair) for pair in zip(skips, residuals or [None] * len(skips), strict=False)]
+            x = plus(unet.mid(x, emb, context), next(added))
+            x = plus(x, residuals and residuals[-1])
+        skips = [plus(*pair) for pair in zip(skips, residuals or [None] * len(skips), strict=False)]
         for place, block in enumerate(unet.up):
             if place == split:
                 x = self.kept(x, fresh)

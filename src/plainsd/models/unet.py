@@ -127,7 +127,7 @@ class Middle(nn.Module):
         return x if self.res2 is None else self.res2(x, emb)
 
 
-def joined(x: Tensor, more: Tensor | None) -> Tensor:
+def plus(x: Tensor, more: Tensor | None) -> Tensor:
     return x if more is None else x + more
 
 
@@ -220,12 +220,12 @@ class UNet(WayDown):
     ) -> Tensor:
         emb = self.embed(timestep, x, vector, guidance)
         added = iter(features or [None] * (len(self.down) + 2))
-        skips = [x := joined(self.conv_in(x), next(added))]
+        skips = [x := plus(self.conv_in(x), next(added))]
         for block in self.down:
-            skips.append(x := joined(block(x, emb, context), next(added)))
-        x = joined(self.mid(x, emb, context), next(added))
+            skips.append(x := plus(block(x, emb, context), next(added)))
+        x = plus(self.mid(x, emb, context), next(added))
         if residuals is not None:
-            *skips, x = (joined(*pair) for pair in zip([*skips, x], residuals, strict=True))
+            *skips, x = (plus(*pair) for pair in zip([*skips, x], residuals, strict=True))
         for block in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
             size = skips[-1].shape[-2:] if block.resample is not None else None

@@ -38,7 +38,7 @@ from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import CONTROL_MODES, ControlNote
 
-MAP_MULTIPLE = 8  # sides to which maps are padded, as pictures are
+PADDED_TO = 8  # sides to which maps are padded, as pictures are
 SOFT = 0.825  # A1111's ratio from one residual to the next
 STRONGEST = 10.0
 
@@ -109,7 +109,7 @@ def check_control(sd: StableDiffusion, controls: Sequence[Control], size: tuple[
         which = f"control {number} ({control.name})" if len(controls) > 1 else f"control {control.name!r}"
         _check_numbers(control, which)
         _check_maps(control, which)
-        if reason := control_misfit(control.net, sd):
+        if reason := mismatch(control.net, sd):
             raise UserError(f"{which} does not fit the model: {reason}; choose a net of its family", field="control")
         for image in control.images:
             if image.size != size:
@@ -151,7 +151,7 @@ def _check_maps(control: Control, which: str) -> None:
         )
 
 
-def control_misfit(net: ControlNet, sd: StableDiffusion) -> str | None:
+def mismatch(net: ControlNet, sd: StableDiffusion) -> str | None:
     """Why the net cannot speak to this model's UNet; None: it can."""
     own, its = sd.unet.config, net.config
     if (net.widths, its.in_channels) != (sd.unet.widths, sd.vae.config.latent_channels):
@@ -185,7 +185,7 @@ def as_map(image: Image.Image, size: tuple[int, int]) -> Tensor:
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-    return F.pad(pixels, (0, -size[0] % MAP_MULTIPLE, 0, -size[1] % MAP_MULTIPLE), mode="replicate")
+    return F.pad(pixels, (0, -size[0] % PADDED_TO, 0, -size[1] % PADDED_TO), mode="replicate")
 
 
 # --- at each step ----------------------------------------------------------------------------------------------------

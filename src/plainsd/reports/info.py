@@ -14,7 +14,7 @@ from plainsd.adapters.names import BUNDLE, split_name
 from plainsd.adapters.peft import PeftSettings
 from plainsd.adapters.reading import made_for
 from plainsd.diffusion.schedule import EDMSchedule
-from plainsd.files.control import CONTROL_KEY, FORMS, is_control, open_control
+from plainsd.files.control import CONTROL_FORMS, CONTROL_NOTE, is_control, open_control
 from plainsd.files.detect import EMBEDDING, seems
 from plainsd.files.folder import read_folder
 from plainsd.files.hub import find
@@ -98,12 +98,12 @@ def control_info(path: Path, variant_file: str | None) -> str:
     means = ["means over the whole picture"] if config.pooled else []
     return "\n".join(
         [
-            f"{path}: {FORMS[control.form]}{kinds}, {names}",
+            f"{path}: {CONTROL_FORMS[control.form]}{kinds}, {names}",
             row("for", family(unet)),
             row("tensors", sizes(control.file.tensors.values())),
             row("map", f"{config.hint_channels} channels, {config.factor} pixels a latent"),
             *[row("residuals", text) for text in means],
-            *note_lines({name: text for name, text in control.file.metadata.items() if name != CONTROL_KEY}),
+            *note_lines({name: text for name, text in control.file.metadata.items() if name != CONTROL_NOTE}),
         ]
     )
 

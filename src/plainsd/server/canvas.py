@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -29,7 +30,9 @@ class Base:
     def kept(self) -> tuple[Source, dict[str, bytes]]:
         """The names under which they will lie among the inputs, and their files."""
         files = {name: png(image) for name in ("image", "hole", "base", "alpha") if (image := getattr(self, name))}
-        names = {name: f"{hashlib.sha256(content).hexdigest()[:32]}.png" for name, content in files.items()}
+        names: dict[str, Any] = {
+            name: f"{hashlib.sha256(content).hexdigest()[:32]}.png" for name, content in files.items()
+        }
         return Source(**names, box=self.box), {names[name]: content for name, content in files.items()}
 
 

@@ -30,6 +30,7 @@ from plainsd.pictures.defaults import check_refiner, model_name
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import Previewer, previewer
 from plainsd.pictures.settings import Settings
+from plainsd.server.controls import ControlNets
 from plainsd.server.embeddings import Word, Words, taught
 from plainsd.server.errors import Refused
 from plainsd.server.folders import readable
@@ -49,6 +50,7 @@ class PoolOptions:
     fast: bool = False  # weights packed for the processor; not together with LoRAs
     loras: Path | None = None  # folder
     embeddings: Path | None = None  # folder
+    controls: Path | None = None  # folder
     vae: Path | None = None  # another autoencoder than the models' own, for all of them
     preview_vae: Path | None = None  # TAESD, for previews
     prediction: str | None = None  # what the network of the one model predicts, where its files say it wrong or not
@@ -96,6 +98,7 @@ class Models:
     def __init__(self, sources: Sequence[str | None], options: PoolOptions = PoolOptions()):
         options.check(len(sources))
         self.options, self.words = options, Words(options.embeddings)
+        self.controls = ControlNets(options.controls)
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         self.budget = budget_of(self.device) if options.memory is None else options.memory

@@ -11,12 +11,14 @@ from pydantic import ValidationError
 from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
 from plainsd.pictures.conditioning import as_weighted
+from plainsd.pictures.control import Control
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
 from plainsd.pictures.texts.fields import FIELDS
 from plainsd.server.canvas import Base, base_of
+from plainsd.server.controls import controls_of
 from plainsd.server.errors import Refused
-from plainsd.server.jobs.job import Job, Sheet
+from plainsd.server.jobs.job import Job, Sheet, Source
 from plainsd.server.jobs.pictures import new_id, new_place
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models
@@ -41,10 +43,16 @@ def job_request(**fields: Any) -> JobRequest:
 
 
 def checked(
-    bare: StableDiffusion, request: JobRequest, base: Base | None, prompt: str, negative: str, **cell: Any
+    bare: StableDiffusion,
+    request: JobRequest,
+    base: Base | None,
+    control: list[Control],
+    prompt: str,
+    negative: str,
+    **cell: Any,
 ) -> list[Resolved]:
     """The settings of each picture, nothing left open. UserError where the model cannot do it."""
-    choices = request.choices() | cell
+    choices = request.choices() | cell | {"control": control}
     if base is None:
         if "strength" in choices and "hires" not in choices:
             raise UserError(
@@ -140,23 +148,38 @@ def new_job(
             )
         words = models.words.used(bare, request.embeddings, prompt, request.negative)
         base = base or base_of(request, limits)
+        control, followed, maps = controls_of(request.controls, models.controls, limits)
         each = [
             replace(one, embeddings=tuple(word.text for word in words))
-            for cell in cells(request) for one in checked(bare, request, base, prompt, request.negative, **cell)
-        ]  # fmt: skip
+            for cell in cells(request)
+            for one in checked(bare, request, base, control, prompt, request.negative, **cell)
+        ]
         said = [note for cell in cells(request) for note in notes(Settings(**told_of(request, cell)))]
+        said += scaled_maps(control, each[0].size)
         check_clip_skip(bare, each)
         check_work(each, limits)
         check_prompts(each, limits)
     except UserError as error:
-        raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask"})) from None
+        raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask", "controls"})) from None
     source, inputs = base.kept() if base else (None, {})
+    if followed:
+        source, inputs = replace(source or Source(), controls=tuple(followed)), inputs | maps
     id, created = new_id(), time.time()
     return Job(
         id=id, client=client, api=api, model=model.name, loras=loras, created=created, each=each,
         place=new_place(prompt, id, created), source=source, inputs=inputs, sheet=sheet_of(request),
         notes=list(dict.fromkeys(said)),
     )  # fmt: skip
+
+
+def scaled_maps(control: list[Control], size: tuple[int, int]) -> list[str]:
+    """What a user should know of maps of another size."""
+    return [
+        f"the map of {one.name} is {image.width}x{image.height} and the picture {size[0]}x{size[1]}: it is scaled"
+        for one in control
+        for image in one.images
+        if image.size != size
+    ]
 
 
 def told_of(request: JobRequest, cell: dict[str, Any]) -> dict[str, Any]:

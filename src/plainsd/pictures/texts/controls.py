@@ -12,7 +12,7 @@ import re
 from plainsd.errors import UserError
 from plainsd.pictures.settings import CONTROL_MODES, ControlNote
 
-UNIT = re.compile(r"ControlNet \d{1,3}")
+UNIT_KEY = re.compile(r"ControlNet \d{1,3}")
 MODES = {label: name for name, label in CONTROL_MODES.items()}
 
 
@@ -42,7 +42,7 @@ def unit_text(note: ControlNote) -> str:
 
 def controls_read(said: dict[str, str]) -> tuple[ControlNote, ...]:
     """Takes the units out of what a text says. UserError for one that cannot be read."""
-    return tuple(read_unit(key, said.pop(key)) for key in sorted(filter(UNIT.fullmatch, said), key=unit_number))
+    return tuple(read_unit(key, said.pop(key)) for key in sorted(filter(UNIT_KEY.fullmatch, said), key=unit_number))
 
 
 def unit_number(key: str) -> int:

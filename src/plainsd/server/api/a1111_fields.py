@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.pictures.settings import RANDOM
+from plainsd.server.api.a1111_control import units_of
 from plainsd.server.api.a1111_names import model_of, sampler_of, upscaler_of
 from plainsd.server.api.a1111_table import ABSENT, check_scripts, known_options, refuse_what_is_not_had
 from plainsd.server.errors import Refused
@@ -70,6 +71,7 @@ class Common(BaseModel):
             "eta": self.eta if sampler in WITH_ETA else None,
             "tiling": (options.get("tiling") if self.tiling is None else self.tiling) or None,
             "like": "a1111",
+            "controls": units_of(self.alwayson_scripts or {}),
         }  # fmt: skip
         if self.disable_extra_networks:
             fields["prompt"] = lora_tags(self.prompt or "")[0]

@@ -79,9 +79,9 @@ def refuse_what_is_not_had(extras: Asked, asked: Asked, known: Iterable[str]) ->
 
 
 def check_scripts(scripts: dict[str, Any]) -> None:
-    """Refused for a script that would act; units that are switched off would not."""
+    """Refused for a script that would act and is not had; units that are switched off would not."""
     for name, script in scripts.items():
-        if acts(script):
+        if name.lower() != "controlnet" and acts(script):
             raise Refused(422, f"script {name!r} is not had here; leave it out", "alwayson_scripts", name)
 
 

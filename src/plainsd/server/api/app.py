@@ -16,7 +16,8 @@ from starlette.concurrency import run_in_threadpool
 from plainsd import __version__
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.models.variants import edits
-from plainsd.pictures.settings import RANGES, UPSCALERS
+from plainsd.pictures.preprocess import PREPROCESSORS
+from plainsd.pictures.settings import CONTROL_MODES, RANGES, UPSCALERS
 from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.errors import add_errors
@@ -228,7 +229,10 @@ def add_page(app: FastAPI, service: Service) -> None:
             "spacings": {name: spacing_label(name) for name in shared_spacings()},
             "upscalers": UPSCALERS, "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
             "loras": sorted(service.models.loras()),
-            "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.words.unusable},
+            "controls": sorted(service.models.controls.known()), "preprocessors": PREPROCESSORS,
+            "control_modes": CONTROL_MODES,
+            "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.words.unusable,
+                         "controls": service.models.controls.unusable},
         }  # fmt: skip
 
     @app.get("/healthz", tags=["service"])

@@ -17,17 +17,40 @@ ACTIVE = (QUEUED, RUNNING)
 
 
 @dataclass(frozen=True)
+class Followed:
+    """A map that a job follows: its file among the inputs, and how the net acts, see pictures/control.py."""
+
+    net: str
+    map: str
+    strength: float
+    start: float
+    end: float
+    guess: bool
+    mode: str
+    kinds: tuple[int, ...]
+    preprocess: str  # what has made it, for the text
+
+
+@dataclass(frozen=True)
 class Source:
     """What a job draws on, as names of files in the inputs' folder."""
 
-    image: str  # what the model starts from
+    image: str | None = None  # what the model starts from
     hole: str | None = None  # of the same size, white where it is drawn anew
     base: str | None = None  # what the result is pasted into ...
     alpha: str | None = None  # ... with this opacity, of the same size as `base` ...
     box: tuple[int, int, int, int] | None = None  # ... scaled to this place: left, top, right, bottom
+    controls: tuple[Followed, ...] = ()
 
     def files(self) -> set[str]:
-        return {name for name in (self.image, self.hole, self.base, self.alpha) if name}
+        maps = [one.map for one in self.controls]
+        return {name for name in (self.image, self.hole, self.base, self.alpha, *maps) if name}
+
+
+def source_from(data: dict[str, Any]) -> Source:
+    """What `asdict` and JSON made of one, back."""
+    controls = tuple(Followed(**{**one, "kinds": tuple(one["kinds"])}) for one in data.get("controls", ()))
+    return Source(**{**data, "box": data["box"] and tuple(data["box"]), "controls": controls})
 
 
 @dataclass(frozen=True)

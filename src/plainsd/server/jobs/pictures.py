@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, fields, replace
 from types import NoneType
 
-from plainsd.pictures.settings import RANGES, Resolved, plain_number
+from plainsd.pictures.settings import RANGES, ControlNote, Resolved, plain_number
 
 SAFE_INTEGER = 2**53 - 1  # JavaScript's
 
@@ -42,6 +42,7 @@ def settings_from(data: dict, *, strict: bool = False) -> Resolved:
     foreign = {name: value for name, value in data.items() if name not in KNOWN}
     if foreign and strict:
         raise ValueError(f"it is of another version, which knows {next(iter(foreign))!r}")
+    pairs["control"] = tuple(ControlNote(*one)._replace(kinds=tuple(one[-1])) for one in data.get("control", ()))
     pairs["other"] += tuple((name, json.dumps(value)) for name, value in foreign.items())
     settings = Resolved(**{name: value for name, value in {**data, **tuples, **pairs}.items() if name in KNOWN})
     for name in ("prompt", "negative", "sampler", "spacing"):

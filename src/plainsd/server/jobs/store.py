@@ -25,7 +25,7 @@ from PIL import Image
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.pictures.images import write_png
-from plainsd.server.jobs.job import ACTIVE, DONE, QUEUED, RUNNING, Job, Sheet, Source
+from plainsd.server.jobs.job import ACTIVE, DONE, QUEUED, RUNNING, Job, Sheet, source_from
 from plainsd.server.jobs.pictures import (
     NO_SETTINGS,
     UNREADABLE,
@@ -192,7 +192,7 @@ class Store:
             each = [settings_from(one, strict=row["state"] in ACTIVE) for one in json.loads(row["pictures"])]
             return Job(
                 **known, each=each or [NO_SETTINGS], loras=loras_from(row["loras"]),
-                source=Source(**{**source, "box": source["box"] and tuple(source["box"])}) if source else None,
+                source=source_from(source) if source else None,
                 sheet=Sheet(**sheet) if sheet else None,
             )  # fmt: skip
         except UNREADABLE as error:

@@ -18,6 +18,7 @@ from plainsd.generate import Pictures, batch
 from plainsd.pictures.images import grid
 from plainsd.pictures.masks import pasted
 from plainsd.pictures.model import StableDiffusion
+from plainsd.server.controls import control_at
 from plainsd.server.jobs.job import FAILED, Job, Unit
 from plainsd.server.jobs.queue import Queue
 from plainsd.server.jobs.store import Store
@@ -112,7 +113,11 @@ class Worker(threading.Thread):
         source = units[0].job.source
         image = self.store.input(source.image) if source and source.image else None
         hole = self.store.input(source.hole) if source and source.hole else None
-        events = batch(sd, [unit.settings for unit in units], image, hole)
+        nets, name = self.models.controls, units[0].job.model
+        control = [
+            control_at(one, name, sd, self.store.input(one.map), nets) for one in (source.controls if source else ())
+        ]
+        events = batch(sd, [unit.settings for unit in units], image, hole, control)
         watch = Watch(self, model, units, events.steps)
         with closing(events):
             for event in events:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plainsd.errors import UserError
 from plainsd.models.control import ControlNet, control_of
 from plainsd.models.unet import UNet
-from plainsd.pictures.control import control_misfit
+from plainsd.pictures.control import mismatch
 from plainsd.pictures.model import StableDiffusion
 from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import Examples
@@ -40,7 +40,7 @@ def controlnet(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = control_of(sd.unet).float()
-    elif reason := control_misfit(net, sd):
+    elif reason := mismatch(net, sd):
         raise UserError(f"the control net to go on from does not fit the model: {reason}")
     elif net.control.kinds:
         raise UserError("a union net is for several kinds of maps, and training knows those for one; give another")

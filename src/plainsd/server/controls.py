@@ -1,0 +1,119 @@
+"""Control nets by name out of the server's folder, and the maps of a request."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from plainsd.checkpoint import load_control
+from plainsd.errors import UserError, unknown
+from plainsd.files.control import is_control, open_control
+from plainsd.files.stored import empty
+from plainsd.listing import hidden
+from plainsd.models.control import ControlNet
+from plainsd.pictures.control import Control, control_name
+from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.preprocess import preprocessed
+from plainsd.server.errors import Refused
+from plainsd.server.folders import readable
+from plainsd.server.jobs.job import Followed
+from plainsd.server.limits import Limits
+from plainsd.server.schema import ControlRequest
+from plainsd.server.uploads import picture, png
+
+KEPT = 2  # nets in memory
+
+
+class ControlNets:
+    """Those in a folder, looked for anew each time: files, and folders in diffusers' layout. The worker's thread alone
+    loads them."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self.unusable: dict[str, str] = {}
+        self.loaded: dict[tuple[str, str], ControlNet] = {}  # by name and model, the one used last at the end
+
+    def known(self) -> dict[str, Path]:
+        found = {name: path for name, (path, _) in readable(control_in, self.folder, self.unusable).items()}
+        below = sorted(self.folder.iterdir()) if self.folder else []
+        return found | {
+            path.name: path for path in below if path.is_dir() and not hidden(path.name) and is_control(path)
+        }
+
+    def path(self, name: str) -> Path:
+        """By name, with or without the digits behind it that A1111's clients send."""
+        known = self.known()
+        bare = name.rpartition(" [")[0] if name.endswith("]") else name
+        for wanted in (name, bare):
+            if wanted in known:
+                return known[wanted]
+        if name in self.unusable:
+            raise UserError(f"controls: {name!r} cannot be used: {self.unusable[name]}", field="controls")
+        if self.folder is None:
+            raise UserError(
+                f"controls: there is none called {name!r}; start the server with --controls FOLDER", field="controls"
+            )
+        raise UserError(f"controls: {unknown('control net', name, known)}", field="controls")
+
+    def bare(self, name: str) -> ControlNet:
+        """Without weights: enough to check a request."""
+        net = empty(ControlNet, open_control(self.path(name)).config)
+        assert isinstance(net, ControlNet)
+        return net
+
+    def net(self, name: str, model: str, sd: StableDiffusion) -> ControlNet:
+        """Loaded beside the model, for files that are changes to one."""
+        key = (name, model)
+        net = self.loaded.pop(key, None) or load_control(self.path(name), sd)
+        self.loaded[key] = net
+        for old in list(self.loaded)[:-KEPT]:
+            del self.loaded[old]
+        return net
+
+
+def control_in(path: Path) -> bool:
+    """Whether a file holds one; UserError where it does not. Of the file nothing is kept."""
+    return bool(open_control(path).file.tensors)
+
+
+# --- of a request ----------------------------------------------------------------------------------------------------
+
+
+def controls_of(
+    units: list[ControlRequest], nets: ControlNets, limits: Limits
+) -> tuple[list[Control], list[Followed], dict[str, bytes]]:
+    """What the tasks check, what the job keeps, and its files by their names among the inputs."""
+    controls, followed, files = [], [], {}
+    for unit in units:
+        map = map_in(unit, limits)
+        content = png(map)
+        file = f"{hashlib.sha256(content).hexdigest()[:32]}.png"
+        kept = Followed(unit.name, file, unit.strength, unit.start, unit.end, unit.guess, unit.mode, tuple(unit.kind),
+                        unit.preprocess)  # fmt: skip
+        controls.append(as_control(kept, nets.bare(unit.name), map, nets))
+        followed.append(kept)
+        files[file] = content
+    return controls, followed, files
+
+
+def map_in(unit: ControlRequest, limits: Limits) -> Image.Image:
+    given = picture(unit.image, "controls", limits, "black")
+    try:
+        return preprocessed(given, unit.preprocess, (unit.low, unit.high), unit.resolution)
+    except UserError as error:
+        raise Refused(422, f"controls: {error}", "controls", unit.preprocess) from None
+
+
+def as_control(kept: Followed, net: ControlNet, map: Image.Image, nets: ControlNets) -> Control:
+    name = control_name(nets.path(kept.net))
+    return Control(net, map, kept.strength, kept.start, kept.end, kept.guess, kept.mode, kept.kinds or None, name,
+                   kept.preprocess)  # fmt: skip
+
+
+def control_at(kept: Followed, model: str, sd: StableDiffusion, map: Image.Image, nets: ControlNets) -> Control:
+    """For the drawing: the net with its weights."""
+    with torch.inference_mode():
+        return as_control(kept, nets.net(kept.net, model, sd), map, nets)

@@ -1,0 +1,128 @@
+"""Maps to follow on the server: nets by name, checked before queueing, in all three ways in."""
+
+import base64
+from io import BytesIO
+
+import numpy as np
+import pytest
+from conftest import tiny_sd
+from serving import model_folder, open_service, served
+from test_control_pictures import picture_of, tiny_net
+
+import plainsd
+from plainsd.generate import final, text_to_image
+from plainsd.pictures.images import read_settings
+from plainsd.server.api.a1111_control import unit_of
+from plainsd.server.errors import Refused
+
+
+def encoded(image) -> str:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    nets, sd = folder / "nets", tiny_sd()
+    nets.mkdir()
+    plainsd.save_control(tiny_net(sd), nets / "edges.safetensors")
+    plainsd.save_control(tiny_net(sd, 1), nets / "depth")
+    plainsd.save_control(tiny_net(tiny_sd(channels=(32, 32))), nets / "narrow.safetensors")
+    (nets / "broken.safetensors").write_bytes(b"no such thing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    service = open_service([model_folder(folder)], tmp_path_factory.mktemp("data"), controls=folder / "nets")
+    with served(service) as server:
+        yield server
+
+
+def png_of(server, id):
+    return BytesIO(server.get(f"/api/images/{id}.png").content)
+
+
+MAP = picture_of(0)
+UNIT = {"name": "edges", "image": encoded(MAP), "strength": 0.8, "end": 0.7}
+
+
+def test_what_is_there_is_told(server):
+    info = server.get("/api/info").json()
+    assert info["controls"] == ["depth", "edges", "narrow"] and "broken" in info["unusable"]["controls"]
+    assert info["preprocessors"] == ["none", "canny"] and "balanced" in info["control_modes"]
+
+
+def test_a_job_follows_its_maps(server, folder):
+    job = server.drawn(prompt="a red apple", seed=3, steps=3, controls=[UNIT, {**UNIT, "name": "depth", "guess": True}])
+    sd = plainsd.load(folder / "tiny", device="cpu", dtype="float32")
+    nets = [plainsd.load_control(folder / "nets" / name, sd) for name in ("edges.safetensors", "depth")]
+    control = [plainsd.Control(nets[0], MAP, 0.8, end=0.7), plainsd.Control(nets[1], MAP, 0.8, end=0.7, guess=True)]
+    expected = final(text_to_image(sd, "a red apple", seed=3, steps=3, control=control))[0]
+    drawn = server.picture(job["images"][0])
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 1
+    notes = read_settings(png_of(server, job["images"][0])).control
+    assert [note.model.split()[0] for note in notes] == ["edges", "depth"] and notes[1].guess and notes[0].weight == 0.8
+    again = server.get(f"/api/images/{job['images'][0]}").json()
+    assert again["problem"] is None and "ControlNet 1" in again["parameters"]
+
+
+@pytest.mark.parametrize(
+    "unit, says",
+    [
+        ({"name": "edgs"}, "unknown control net 'edgs'; did you mean 'edges'"),
+        ({"name": "broken"}, "'broken' cannot be used"),
+        ({"name": "narrow"}, "does not fit the model"),
+        ({"image": "no picture"}, ""),
+        ({"preprocess": "hed"}, "unknown preprocessor 'hed'"),
+        ({"start": 0.9, "end": 0.1}, "act from 0.9 to 0.1"),
+        ({"kind": [1]}, "is for union nets"),
+    ],
+    ids=str,
+)
+def test_wrong_units_are_refused_at_the_door(server, unit, says):
+    answer = server.post("/api/jobs", {"prompt": "p", "controls": [UNIT | unit]})
+    error = answer.json()["error"]
+    assert answer.status_code == 422 and says in error["message"] and error["field"] in ("controls", "control")
+
+
+def test_a1111s_units(server):
+    unit = {"enabled": True, "input_image": encoded(MAP), "model": "edges [01234567]", "module": "none", "weight": 0.8,
+            "guidance_end": 0.7, "control_mode": "Balanced", "processor_res": 512, "pixel_perfect": False}  # fmt: skip
+    body = {"prompt": "a red apple", "seed": 3, "steps": 3, "width": 64, "height": 64}
+    answer = server.post("/sdapi/v1/txt2img", body | {"alwayson_scripts": {"controlnet": {"args": [unit]}}})
+    assert answer.status_code == 200, answer.text
+    drawn = BytesIO(base64.b64decode(answer.json()["images"][0]))
+    (note,) = read_settings(drawn).control
+    assert note.model.startswith("edges [") and (note.weight, note.end) == (0.8, 0.7)
+    plain = server.post(
+        "/sdapi/v1/txt2img", body | {"alwayson_scripts": {"controlnet": {"args": [unit | {"enabled": False}]}}}
+    )
+    assert plain.status_code == 200 and plain.json()["images"] != answer.json()["images"]
+
+
+@pytest.mark.parametrize(
+    "unit, says",
+    [
+        ({"module": "openpose_full"}, "module 'openpose_full' is not had here"),
+        ({"image": None}, "a unit has no image"),
+        ({"control_mode": "Strict"}, "control_mode 'Strict' is none"),
+        ({"weight": -3}, "strength"),
+        ({"advanced_weighting": [1.0]}, "advanced_weighting"),
+        ({"resize_mode": "Resize and Fill"}, "resize_mode"),
+        ({"image": {"image": "x", "mask": "y"}}, "a mask beside the image"),
+    ],
+    ids=str,
+)
+def test_a1111s_units_that_are_not_had_are_named(unit, says):
+    with pytest.raises(Refused, match=says):
+        unit_of({"model": "edges", "image": "eA=="} | unit)
+
+
+def test_modes_and_thresholds_of_units():
+    unit = {"model": "edges", "image": "eA==", "module": "canny", "control_mode": 2, "processor_res": 512,
+            "threshold_a": 50, "threshold_b": -1}  # fmt: skip
+    found = unit_of(unit)
+    assert (found.mode, found.resolution, found.low, found.high) == ("control", 512, 50, 200)
