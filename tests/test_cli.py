@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY_REFINER, TINY_XL, pixels, tiny_sd
-from PIL import Image
+from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 import plainsd
@@ -279,7 +279,9 @@ def test_a_grid_is_one_labelled_sheet(generate):
     sheet = Image.open(out.strip())
     assert sheet.width > 2 * 64 and sheet.height > 3 * 64
     _, single, _ = generate("x", "--guidance", 7.5, "--sampler", "euler")
-    cell = sheet.crop((sheet.width - 64, sheet.height - 128, sheet.width, sheet.height - 64))
+    wide = max(64, round(ImageFont.load_default(12).getlength("guidance 7.5")) + 12)
+    left = sheet.width - wide + (wide - 64) // 2
+    cell = sheet.crop((left, sheet.height - 128, left + 64, sheet.height - 64))
     assert np.abs(np.asarray(cell).astype(int) - pixels(single.strip())).max() <= 1
 
 

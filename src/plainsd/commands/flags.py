@@ -119,7 +119,7 @@ class GenerateFlags:
     settings"""
 
     image: Annotated[Path | None, flag("FILE")] = None
-    """a picture to start from"""
+    """a picture to start from, or a folder of them, each of which is drawn over"""
     strength: Annotated[float | None, flag("SHARE")] = None
     """denoising strength: the share of the steps that run (default 0.75; 1 with a mask)"""
     mask: Annotated[Path | None, flag("FILE")] = None

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from plainsd.commands.adapters import chosen_loras, learned, prompts_and_loras
 from plainsd.commands.control import check_control_flags, chosen_controls
 from plainsd.commands.flags import GenerateFlags
-from plainsd.commands.grid import axis, grid_cells, sheet
+from plainsd.commands.grid import axis, by_setup, grid_cells, sheet
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_of, recorded, say_unused, with_notes
 from plainsd.commands.torchrun import share_of_torchrun
-from plainsd.errors import UserError
-from plainsd.listing import read_prompts, suffix_of
+from plainsd.errors import UserError, unknown
+from plainsd.listing import hidden, read_prompts, suffix_of
 from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
 from plainsd.text.styles import read_styles, styled
 from plainsd.text.wildcards import combinations, settled
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from plainsd.pictures.model import StableDiffusion
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CHECKED = (*SEEDS, "guidance")  # what `notes` looks at
 
 
@@ -66,7 +67,9 @@ class Generate(GenerateFlags):
         say_notes(Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
         followed = choices.pop("control", ())
         check_control_flags(self, followed)
-        task, part = self.task(choices), share.part(len(prompts))
+        tasks, part = self.tasks(choices), share.part(len(prompts))
+        if len(tasks) > 1 and axes:
+            raise UserError("a grid is drawn on one picture, and --image is a folder of several; give one of them")
         target.number = None if share.alone else share.agreed(target.next_number()) + part.start
         if not part:
             return
@@ -81,33 +84,52 @@ class Generate(GenerateFlags):
         loras = chosen_loras(self.lora, tags, self.lora_folder)
         files = [learned(text) for text in self.embedding]
         device = choose_device(share.device(self.device))
-        sd = placed(partial(self.loaded, device, loras, noise), device, self.low_memory)
-        words = {add_embedding(sd, file, word or None): file for file, word in files}
+
+        def ready(model: str | None) -> tuple[StableDiffusion, dict[str, Path]]:
+            """A model with all that goes with it, and the words that it learned."""
+            sd = placed(partial(self.loaded, model, device, loras, noise), device, self.low_memory)
+            words = {add_embedding(sd, file, word or None): file for file, word in files}
+            if self.int8:
+                from plainsd.speed.int8 import int8
+
+                int8(sd)
+            if self.fast or self.compile:
+                from plainsd.speed.model import faster
+
+                faster(sd, compiled=self.compile, tell=partial(tqdm.write, file=sys.stderr))
+            return sd, words
+
+        cells = list(grid_cells(prompts[0], choices, axes)) if axes else []
+        setups = by_setup(cells)
+        first = next(iter(setups))[0] if axes else None
+        sd, words = ready(first or self.model)
         say_unwritten(words, [*prompts, choices.get("negative") or ""])
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
-        if self.int8:
-            from plainsd.speed.int8 import int8
-
-            int8(sd)
-        if self.fast or self.compile:
-            from plainsd.speed.model import faster
-
-            faster(sd, compiled=self.compile, tell=partial(tqdm.write, file=sys.stderr))
         if self.control:
             choices["control"] = chosen_controls(self, sd, followed)
+            for _, cell in cells:
+                cell["control"] = choices["control"]
         loaded = time.perf_counter()
-        batches = grid_cells(prompts[0], choices, axes) if axes else prompt_batches(prompts, choices, self.batch, part)
         images: list[Image.Image] = []
         say = partial(tqdm.write, file=sys.stdout)  # keeps clear of the progress bar
         show = Preview(sd, self.preview, self.preview_vae) if self.preview and not share.rank else None
-        for pictures in draw(sd, task, list(batches), show, hidden=share.rank > 0):
-            images += pictures.images
-            if not axes:
+        if axes:
+            found: dict[int, Image.Image] = {}
+            for (model, strengths), places in setups.items():
+                sd, words = (sd, words) if model == first else ready(model)
+                first = model
+                set_strengths(sd, strengths)
+                for place, pictures in zip(places, draw(sd, tasks[0], [cells[i] for i in places], show), strict=True):
+                    (found[place],) = pictures.images
+            images = [found[place] for place in range(len(cells))]
+            say(str(target.write(sheet(images, axes), None)))
+        else:
+            batches = list(prompt_batches(prompts, choices, self.batch, part))
+            for pictures in (one for task in tasks for one in draw(sd, task, batches, show, hidden=share.rank > 0)):
+                images += pictures.images
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
                     say(str(target.write(image, with_notes(settings, sd, loras, words, self.vae, noise))))
-        if axes:
-            say(str(target.write(sheet(images, axes), None)))
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
         print(
             f"{len(images)} picture{'s' * (len(images) > 1)} in {time.perf_counter() - loaded:.1f} s ({steps} steps of "
@@ -115,13 +137,15 @@ class Generate(GenerateFlags):
             file=sys.stderr,
         )
 
-    def loaded(self, device: torch.device, loras: list, noise: dict, place: torch.device) -> StableDiffusion:
+    def loaded(
+        self, model: str | None, device: torch.device, loras: list, noise: dict, place: torch.device
+    ) -> StableDiffusion:
         """The model, and its refiner, at a place, in the precision of the device where it will draw."""
         from plainsd.checkpoint import load
         from plainsd.device import choose_dtype
 
         where = {"device": place, "dtype": choose_dtype(self.dtype, device)}
-        sd = load(self.model, vae=self.vae, loras=loras, lora_partial=self.lora_partial, **noise, **where)
+        sd = load(model, vae=self.vae, loras=loras, lora_partial=self.lora_partial, **noise, **where)
         if self.refiner:
             sd.refiner = load(self.refiner, **where)
         if network := self.network():
@@ -212,8 +236,8 @@ class Generate(GenerateFlags):
             print(f"{name.replace('_', ' ')} {found[name]}", file=sys.stderr)
         return found
 
-    def task(self, choices: dict) -> Callable:
-        """(sd, prompts, **choices) -> events."""
+    def tasks(self, choices: dict) -> list[Callable]:
+        """(sd, prompts, **choices) -> events; one for each picture of a folder."""
         if self.mask and self.outpaint:
             raise UserError("--mask and --outpaint do not go together; choose one of them")
         sides = choices.pop("outpaint", None)  # of --from, too
@@ -222,17 +246,50 @@ class Generate(GenerateFlags):
         if not self.image:
             if choices.get("strength") is not None and not choices.get("hires"):
                 raise UserError(f"strength {choices['strength']} means a picture was drawn over; give it with --image")
-            return lambda sd, prompts, **more: generate().text_to_image(sd, prompts, **more)
+            return [lambda sd, prompts, **more: generate().text_to_image(sd, prompts, **more)]
 
         from plainsd.pictures.images import open_picture
 
-        image = open_picture(self.image)
+        images = [open_picture(path) for path in pictures_of(self.image)]
         if self.mask:
             mask = open_picture(self.mask, background="black")
-            return lambda sd, prompts, **more: generate().inpaint(sd, prompts, image, mask, **more)
+            return [partial(inpaint_with, image, mask) for image in images]
         if sides:
-            return lambda sd, prompts, **more: generate().outpaint(sd, prompts, image, *sides, **more)
-        return lambda sd, prompts, **more: generate().image_to_image(sd, prompts, image, **more)
+            return [partial(outpaint_with, image, sides) for image in images]
+        return [partial(draw_over, image) for image in images]
+
+
+def inpaint_with(image: Image.Image, mask: Image.Image, sd: StableDiffusion, prompts: list[str], **more):
+    return generate().inpaint(sd, prompts, image, mask, **more)
+
+
+def outpaint_with(image: Image.Image, sides: tuple, sd: StableDiffusion, prompts: list[str], **more):
+    return generate().outpaint(sd, prompts, image, *sides, **more)
+
+
+def draw_over(image: Image.Image, sd: StableDiffusion, prompts: list[str], **more):
+    return generate().image_to_image(sd, prompts, image, **more)
+
+
+def pictures_of(path: Path) -> list[Path]:
+    """The file, or all pictures of the folder, by name."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(one for one in path.iterdir() if suffix_of(one) in PICTURE_SUFFIXES and not hidden(one.name))
+    if not found:
+        raise UserError(f"--image '{path}' is a folder without pictures; give one with {' '.join(PICTURE_SUFFIXES)}")
+    return found
+
+
+def set_strengths(sd: StableDiffusion, strengths: Iterable[tuple[str, float]]) -> None:
+    """Of LoRAs on the model, by their names."""
+    from plainsd.adapters.lora import attached
+
+    on = {lora.name.removeprefix("lora_"): lora for lora in attached(sd)}
+    for name, strength in strengths:
+        if name not in on:
+            raise unknown("LoRA", name, on or ["none: give one with --lora"], field="lora")
+        on[name].set_strength(strength)
 
 
 def say_unwritten(words: dict[str, Path], texts: list[str]) -> None:

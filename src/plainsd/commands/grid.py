@@ -1,4 +1,7 @@
-"""`--grid guidance=3,5,7`: one labelled sheet over several values of one setting, or of two."""
+"""`--grid guidance=3,5,7`: one labelled sheet over several values of one setting, or of two.
+
+Three are no settings of a picture: `prompt=apple,pear` puts each in place of the first one in the prompt (A1111's
+"Prompt S/R"), `lora:style=0,0.5,1` are strengths of a LoRA that is on the model, `model=a,b` are models."""
 
 from __future__ import annotations
 
@@ -32,6 +35,9 @@ NOT_HERE = (
 # pictures of one size; what flags alone say
 
 
+PROMPT, MODEL, LORA_AXIS = "prompt", "model", "lora:"
+
+
 @dataclass(frozen=True)
 class GridAxis:
     name: str
@@ -41,11 +47,12 @@ class GridAxis:
 def axis(text: str) -> GridAxis:
     """`guidance=3,5,7` -> the setting and its values."""
     readers = {name: read for _, name, read, _ in FIELDS if name not in NOT_HERE}
-    readers |= {"sampler": str, "spacing": str} | dict.fromkeys(SEEDS, read_seed)
+    readers |= dict.fromkeys(("sampler", "spacing", PROMPT, MODEL), str) | dict.fromkeys(SEEDS, read_seed)
     key, equals, values = text.partition("=")
-    name = key.strip().replace("-", "_")
+    name = key.strip() if key.strip().startswith(LORA_AXIS) else key.strip().replace("-", "_")
+    readers |= {name: float} if name.startswith(LORA_AXIS) else {}
     if name not in readers:
-        raise unknown("grid setting", key, readers)
+        raise unknown("grid setting", key, [*readers, f"{LORA_AXIS}NAME"])
     try:
         parsed = [readers[name](value.strip()) for value in values.split(",")]
     except ValueError:
@@ -58,7 +65,31 @@ def axis(text: str) -> GridAxis:
 def grid_cells(prompt: str, choices: dict, axes: list[GridAxis]) -> Iterator[tuple[list[str], dict]]:
     """One picture a cell, row by row: the first axis runs across, the second down."""
     for values in product(*(one.values for one in reversed(axes))):
-        yield [prompt], choices | dict(zip((one.name for one in reversed(axes)), values, strict=True))
+        cell = dict(zip((one.name for one in reversed(axes)), values, strict=True))
+        yield [replaced(prompt, axes, cell.pop(PROMPT, None))], choices | cell
+
+
+def replaced(prompt: str, axes: list[GridAxis], value: str | None) -> str:
+    """The prompt with this value in place of the axis' first one."""
+    if value is None:
+        return prompt
+    (first,) = (one.values[0] for one in axes if one.name == PROMPT)
+    if first not in prompt:
+        raise UserError(f"grid prompt={first},...: {first!r} is not in the prompt; begin with words that are")
+    return prompt.replace(first, value)
+
+
+Setup = tuple[str | None, tuple[tuple[str, float], ...]]  # a model, and strengths of LoRAs
+
+
+def by_setup(cells: list[tuple[list[str], dict]]) -> dict[Setup, list[int]]:
+    """Places of the cells that one model draws with the same LoRAs; these choices are taken out of the cells."""
+    found: dict[Setup, list[int]] = {}
+    for place, (_, choices) in enumerate(cells):
+        names = [name for name in choices if name.startswith(LORA_AXIS)]
+        strengths = tuple((name.removeprefix(LORA_AXIS), choices.pop(name)) for name in names)
+        found.setdefault((choices.pop(MODEL, None), strengths), []).append(place)
+    return dict(sorted(found.items(), key=lambda entry: str(entry[0][0] or "")))
 
 
 def sheet(images: list[Image.Image], axes: list[GridAxis]) -> Image.Image:

@@ -186,12 +186,13 @@ def _save(image: Image.Image, path: Path, kind: str, settings: Settings | None) 
 def grid(
     images: Sequence[Image.Image], columns: int, across: Sequence[str] = (), down: Sequence[str] = ()
 ) -> Image.Image:
-    """Pictures row by row on one sheet, with a label over each column (`across`) and left of each row (`down`)."""
+    """Pictures row by row on one sheet, with a label over each column (`across`) and left of each row (`down`). Columns
+    are as wide as their pictures and labels."""
     width, height = (max(size) for size in zip(*(image.size for image in images), strict=True))
     rows = -(-len(images) // columns)
     font = ImageFont.load_default(max(12, height // 24))
-    boxes = [font.getbbox(label) for label in down]
-    left = max((box[2] + 16 for box in boxes), default=0)
+    width = max(width, *(round(font.getlength(label)) + 12 for label in across), 0)
+    left = max((round(font.getlength(label)) + 16 for label in down), default=0)
     top = font.getbbox("Ag")[3] + 12 if across else 0
     sheet = Image.new("RGB", (left + columns * width, top + rows * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -200,7 +201,8 @@ def grid(
     for i, label in enumerate(down):
         draw.text((left - 8, top + (i + 0.5) * height), label, "black", font, anchor="rm")
     for i, image in enumerate(images):
-        sheet.paste(image, (left + i % columns * width, top + i // columns * height))
+        beside = (width - image.width) // 2 if across else 0
+        sheet.paste(image, (left + i % columns * width + beside, top + i // columns * height))
     return sheet
 
 
