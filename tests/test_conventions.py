@@ -204,7 +204,8 @@ def euler(sd, x, sigmas, plan, guidance, steps=None):
 @torch.inference_mode()
 @pytest.mark.parametrize("like", ["a1111", "comfyui"])
 def test_text_to_image(sd, like):
-    events = text_to_image(sd, "a red apple", "blurred", like=like, sampler="euler", steps=4, guidance=3, seed=5)
+    chosen = {"sampler": "euler", "steps": 4, "guidance": 3, "seed": 5, "noise": "cpu"}
+    events = text_to_image(sd, "a red apple", "blurred", like=like, **chosen)
     *_, last = events
     row, high = levels("euler", 4, "uniform", like, schedule=sd.schedule), sd.schedule.sigma_max
     noise = torch.randn(last.latents.shape, generator=torch.Generator().manual_seed(5))
@@ -218,8 +219,8 @@ def test_text_to_image(sd, like):
 @torch.inference_mode()
 def test_edits_count_calls_and_the_first_one_as_none(sd):
     """A1111: of [a:b:2] three calls read a; all steps count on a picture, whether they run or not."""
-    steps = 6
-    *_, last = text_to_image(sd, "[red:blue:2] apple", like="a1111", sampler="euler", steps=steps, guidance=3, seed=5)
+    steps, chosen = 6, {"sampler": "euler", "steps": 6, "guidance": 3, "seed": 5}
+    *_, last = text_to_image(sd, "[red:blue:2] apple", like="a1111", noise="cpu", **chosen)
     noise = torch.randn(last.latents.shape, generator=torch.Generator().manual_seed(5))
     plan = encode_prompt(sd, "[red:blue:2] apple", "", steps, like="a1111", size=(64, 64))
     assert [texts[1] for texts in plan.parts] == [("red apple",) * 3 + ("blue apple",) * 4]
