@@ -71,7 +71,7 @@ def test_txt2img(api, sd):
                          n_iter=2, sampler_name="DPM++ 2M", scheduler="Karras")  # fmt: skip
     expected = plainsd.final(plainsd.text_to_image(sd, "a red apple", "blue", seed=7, guidance=4, size=(64, 72),
                                                    steps=3, count=4,
-                                                   sampler="dpmpp_2m", spacing="karras"))  # fmt: skip
+                                                   sampler="dpmpp_2m", spacing="karras", like="a1111"))  # fmt: skip
     assert len(result.images) == 4 and all(alike(a, b) for a, b in zip(result.images, expected, strict=True))
     info = result.info
     assert (info["seed"], info["all_seeds"], info["sampler_name"], info["cfg_scale"]) == (
@@ -90,13 +90,17 @@ def test_older_sampler_names_eta_and_a_random_seed(api, sd):
     assert alike(
         one.image,
         plainsd.final(
-            plainsd.text_to_image(sd, "p", seed=1, steps=3, guidance=7, sampler="dpmpp_2m", spacing="karras")
+            plainsd.text_to_image(
+                sd, "p", seed=1, steps=3, guidance=7, sampler="dpmpp_2m", spacing="karras", like="a1111"
+            )
         )[0],
     )
     half = api.txt2img(prompt="p", seed=1, sampler_name="DDIM", eta=0.5, width=64, height=64)
     assert alike(
         half.image,
-        plainsd.final(plainsd.text_to_image(sd, "p", seed=1, steps=3, guidance=7, sampler="ddim", eta=0.5))[0],
+        plainsd.final(
+            plainsd.text_to_image(sd, "p", seed=1, steps=3, guidance=7, sampler="ddim", eta=0.5, like="a1111")
+        )[0],
     )
     seeds = {api.txt2img(prompt="p", width=64, height=64, steps=1).info["seed"] for _ in range(2)}
     assert len(seeds) == 2 and -1 not in seeds
@@ -105,7 +109,7 @@ def test_older_sampler_names_eta_and_a_random_seed(api, sd):
 def test_cfg_scale_0_is_by_their_formula(api, sd):
     """uncond + 0 (cond - uncond): the negative prompt alone; here as in a picture that is made again."""
     zero = api.txt2img(prompt="p", negative_prompt="n", seed=1, cfg_scale=0, width=64, height=64)
-    asked = {"seed": 1, "steps": 3, "sampler": "euler_a"}
+    asked = {"seed": 1, "steps": 3, "sampler": "euler_a", "like": "a1111"}
     assert alike(zero.image, plainsd.final(plainsd.text_to_image(sd, "n", guidance=1, **asked))[0])
     assert zero.info["notes"] == [] and zero.info["cfg_scale"] == 0 and "CFG scale: 0," in zero.info["infotexts"][0]
     below = api.txt2img(prompt="p", negative_prompt="n", seed=1, cfg_scale=0.5, width=64, height=64)
@@ -113,8 +117,14 @@ def test_cfg_scale_0_is_by_their_formula(api, sd):
 
 
 def test_long_seeds(api):
-    short, long = (api.txt2img(prompt="p", seed=seed, width=64, height=64, steps=1) for seed in (4, 2**40 + 4))
-    assert alike(short.image, long.image) and long.info["seed"] == 2**40 + 4
+    """Of CPU's numbers the low 32 bits count, of a GPU's all."""
+    cpu = {"randn_source": "CPU"}
+    short, long, other = (
+        api.txt2img(prompt="p", seed=seed, width=64, height=64, steps=1, override_settings=options)
+        for seed, options in ((4, cpu), (2**40 + 4, cpu), (2**40 + 4, {}))
+    )
+    assert alike(short.image, long.image) and not alike(other.image, long.image) and other.info["notes"] == []
+    assert long.info["seed"] == 2**40 + 4
     assert short.info["notes"] == [] and "draws the same as 4" in long.info["notes"][0]
 
 
@@ -132,7 +142,9 @@ def test_hires_and_variations(api, sd):
     assert alike(
         large.image,
         plainsd.final(
-            plainsd.text_to_image(sd, "p", seed=2, steps=3, guidance=7, sampler="euler_a", hires=1.5, strength=0.6)
+            plainsd.text_to_image(
+                sd, "p", seed=2, steps=3, guidance=7, sampler="euler_a", hires=1.5, strength=0.6, like="a1111"
+            )
         )[0],
     )
     sized = api.txt2img(prompt="p", seed=2, width=64, height=64, enable_hr=True, hr_resize_x=96, hr_second_pass_steps=0,
@@ -141,7 +153,7 @@ def test_hires_and_variations(api, sd):
     varied = api.txt2img(prompt="p", seed=2, subseed=5, subseed_strength=0.3, width=64, height=64, batch_size=2)
     expected = plainsd.final(plainsd.text_to_image(sd, "p", seed=2, steps=3, guidance=7, sampler="euler_a", eta=1.0,
                                                    count=2,
-                                                   variation_seed=5, variation_strength=0.3))  # fmt: skip
+                                                   variation_seed=5, variation_strength=0.3, like="a1111"))  # fmt: skip
     assert all(alike(a, b) for a, b in zip(varied.images, expected, strict=True))
     assert varied.info["all_seeds"] == [2, 2] and varied.info["all_subseeds"] == [5, 6]
 
@@ -151,14 +163,16 @@ def test_a_lora_in_the_prompt(api, server):
     assert "a boat <lora:paper:0.5>" in result.info["infotexts"][0]
     files = [(server.service.models.lora("paper"), 0.5)]
     sd = plainsd.load(server.service.models.known["tiny"].source, device="cpu", dtype="float32", loras=files)
-    expected = plainsd.text_to_image(sd, "a boat", seed=3, steps=3, guidance=7, sampler="euler_a")
+    expected = plainsd.text_to_image(sd, "a boat", seed=3, steps=3, guidance=7, sampler="euler_a", like="a1111")
     assert alike(result.image, plainsd.final(expected)[0])
 
 
 def test_img2img(api, sd, drawing):
     result = api.img2img(images=[drawing], prompt="p", denoising_strength=0.7, seed=3, width=72, height=64)
     expected = plainsd.final(
-        plainsd.image_to_image(sd, "p", drawing, 0.7, seed=3, steps=3, guidance=7, sampler="euler_a", size=(72, 64))
+        plainsd.image_to_image(
+            sd, "p", drawing, 0.7, seed=3, steps=3, guidance=7, sampler="euler_a", size=(72, 64), like="a1111"
+        )
     )[0]
     assert alike(result.image, expected) and result.info["denoising_strength"] == 0.7
     wide = Image.new("RGB", (128, 64), "red")
@@ -182,7 +196,7 @@ def test_inpainting_the_whole_picture(api, sd, drawing):
                          prompt="p",
                          denoising_strength=0.9, seed=3, width=64, height=64)  # fmt: skip
     expected = plainsd.final(
-        plainsd.inpaint(sd, "p", drawing, mask, 0.9, seed=3, steps=3, guidance=7, sampler="euler_a")
+        plainsd.inpaint(sd, "p", drawing, mask, 0.9, seed=3, steps=3, guidance=7, sampler="euler_a", like="a1111")
     )[0]
     assert alike(result.image, expected)
     inverted = api.img2img(images=[drawing], mask_image=mask, mask_blur=0, inpainting_fill=1, inpaint_full_res=False,

@@ -67,7 +67,8 @@ HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}
 @pytest.mark.parametrize(("word", "fields"), [
     ("restore_faces", {"restore_faces": True}), ("styles", {"styles": ["s"]}),
     ("script_name", {"script_name": "x/y/z plot"}), ("s_min_uncond", {"s_min_uncond": 0.5}),
-    ("seed_resize_from_h", {"seed_resize_from_h": 64, "seed_resize_from_w": 32}),
+    ("randn_source", {"override_settings": {"randn_source": "TPU"}}),
+    ("ensd -1", {"override_settings": {"eta_noise_seed_delta": -1}}),
     ("s_churn", {"s_churn": 1.5, "sampler_name": "Euler"}), ("s_noise", {"s_noise": 1.1, "sampler_name": "DPM2 a"}),
     ("firstphase_width", {"firstphase_width": 32}), ("firstpass_image", {**HIRES, "firstpass_image": "AAAA"}),
     ("hr_checkpoint_name", {**HIRES, "hr_checkpoint_name": "other"}),
@@ -104,6 +105,20 @@ def test_what_changes_nothing_there_is_taken(server, sd, fields):
     """Swagger's example of every field, switched-off units, and options about files."""
     expected = plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN))[0]
     assert alike(first(asked(server, **fields)), expected)
+
+
+@pytest.mark.parametrize(("fields", "ours"), [
+    ({"override_settings": {"randn_source": "CPU", "eta_noise_seed_delta": 31337}}, {"noise": "cpu", "ensd": 31337}),
+    ({"override_settings": {"randn_source": "NV"}}, {}), ({"override_settings": {"randn_source": "GPU"}}, {}),
+    ({"seed_resize_from_w": 32, "seed_resize_from_h": 48}, {"seed_resize": (32, 48)}),
+    ({"infotext": "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, RNG: CPU, ENSD: 7, "
+                  "Seed resize from: 32x48"}, {"noise": "cpu", "ensd": 7, "seed_resize": (32, 48)}),
+])  # fmt: skip
+def test_the_noise_is_the_one_that_is_named(server, sd, fields, ours):
+    expected = plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN | ours))[0]
+    assert alike(first(asked(server, **fields)), expected)
+    other = plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN))[0]
+    assert alike(other, expected) == (ours == {})
 
 
 def test_null_prompts_are_empty_ones(server, sd):

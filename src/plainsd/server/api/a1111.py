@@ -89,7 +89,11 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/options")
     def get_options() -> dict:
-        return options | {"samples_format": "png", "sd_checkpoint_hash": None, "eta_noise_seed_delta": 0}
+        return (
+            {"randn_source": "GPU", "eta_noise_seed_delta": 0}
+            | options
+            | {"samples_format": "png", "sd_checkpoint_hash": None}
+        )
 
     @router.post("/options")
     def set_options(body: dict[str, Any]) -> dict:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from plainsd.errors import unknown
 from plainsd.pictures.settings import RANDOM
 from plainsd.server.api.a1111_control import units_of
 from plainsd.server.api.a1111_names import model_of, sampler_of, upscaler_of
@@ -19,6 +20,7 @@ from plainsd.server.schema import Text
 from plainsd.text.prompts import lora_tags
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
+SOURCES = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}  # randn_source
 NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
     "sd-vae": [], "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
     "prompt-styles": [], "script-info": [],
@@ -36,6 +38,8 @@ class Common(BaseModel):
     seed: int | None = Field(-1, description="-1: a random one")
     subseed: int | None = Field(-1, ge=-1, lt=2**64)
     subseed_strength: float | None = Field(0.0, ge=0, le=1)
+    seed_resize_from_w: int | None = Field(-1, description="the first noise is that of a picture of this width ...")
+    seed_resize_from_h: int | None = Field(-1, description="... and this height; one alone does nothing")
     sampler_name: Text | None = None
     sampler_index: Text | None = Field(None, description="older name of sampler_name")
     scheduler: Text | None = None
@@ -72,7 +76,7 @@ class Common(BaseModel):
             "tiling": (options.get("tiling") if self.tiling is None else self.tiling) or None,
             "like": "a1111",
             "controls": units_of(self.alwayson_scripts or {}),
-        }  # fmt: skip
+        } | self.noise_wished(options)  # fmt: skip
         if self.disable_extra_networks:
             fields["prompt"] = lora_tags(self.prompt or "")[0]
         if self.refiner_checkpoint not in (*ABSENT, "None", "none"):
@@ -82,6 +86,20 @@ class Common(BaseModel):
         if self.subseed_strength:
             varied = secrets.randbelow(2**32) if self.subseed in (None, -1) else self.subseed
             fields |= {"variation_strength": self.subseed_strength, "variation_seed": varied}
+        return fields
+
+    def noise_wished(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What is said of the random numbers; where nothing is, they are a GPU's, as there."""
+        fields: dict[str, Any] = {}
+        if source := options.get("randn_source"):
+            if source not in SOURCES:
+                raise Refused(422, str(unknown("randn_source", source, SOURCES)), "override_settings", source)
+            fields["noise"] = SOURCES[source]
+        if ensd := options.get("eta_noise_seed_delta"):
+            fields["ensd"] = ensd
+        sides = (self.seed_resize_from_w or 0, self.seed_resize_from_h or 0)
+        if min(sides) > 0:
+            fields["seed_resize"] = sides
         return fields
 
     def refuse_what_is_not_had(self) -> None:

@@ -18,12 +18,13 @@ from plainsd.server.schema import JobRequest, clean
 Some = TypeVar("Some", bound=Common)
 OURS = (  # settings that requests have no field for there
     "rescale", "interval", "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "cache",
+    "noise", "ensd", "seed_resize", "batch_index", "batch_size",
 )  # fmt: skip
 BY_OPTION = {  # labels of options, whose value is checked as that of the option
     "Face restoration": "face_restoration", "Token merging ratio": "token_merging_ratio",
     "Token merging ratio hr": "token_merging_ratio_hr", "Conditional mask weight": "inpainting_mask_weight",
     "Noise multiplier": "initial_noise_multiplier", "Extra noise": "img2img_extra_noise",
-    "ENSD": "eta_noise_seed_delta", "Sigma churn": "s_churn", "Sigma noise": "s_noise", "Pad conds": "pad_cond_uncond",
+    "Sigma churn": "s_churn", "Sigma noise": "s_noise", "Pad conds": "pad_cond_uncond",
     "Schedule rho": "rho", "Schedule max sigma": "sigma_max", "Schedule min sigma": "sigma_min",
     "Discard penultimate sigma": "always_discard_next_to_last_sigma", "Emphasis": "emphasis",
     "VAE Encoder": "sd_vae_encode_method", "VAE Decoder": "sd_vae_decode_method", "FP8 weight": "fp8_storage",
