@@ -227,8 +227,8 @@ def test_a_map_without_a_picture_is_said(tmp_path):
 def test_the_command(model, folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red apple\n")
     out = tmp_path / "edges"
-    flags = ["train", "--method", "controlnet", "--base", model, "--data", str(folder), "--out", str(out), "--size", "64",
-             "--device", "cpu", "--dtype", "float32", "--batch", "2", "--accumulate", "1", "--lr", "1e-3",
+    flags = ["train", "--method", "controlnet", "--base", model, "--data", str(folder), "--out", str(out), "--size",
+             "64", "--device", "cpu", "--dtype", "float32", "--batch", "2", "--accumulate", "1", "--lr", "1e-3",
              "--prompts", str(tmp_path / "prompts.txt"), "--save-dtype", "float32", "--hold-out", "0.2"]  # fmt: skip
     assert main([*flags, "--steps", "2"]) == 0, capsys.readouterr().err
     assert (out / "samples").is_dir() and "control net in" in capsys.readouterr().out
@@ -258,8 +258,9 @@ def test_wrong_options_are_one_line(model, folder, tmp_path, capsys, flags, says
     narrow = replace(sd.unet.config, channels=(32, 32))
     plainsd.save_control(ControlNet(ControlConfig(narrow, (4, 4, 8, 8))), tmp_path / "other")
     flags = [str(tmp_path / "other") if flag == "OTHER" else flag for flag in flags]
-    code = main(["train", "--method", "controlnet", "--base", model, "--data", str(folder), "--out", str(tmp_path / "o"),
-                 "--size", "64", "--device", "cpu", "--dtype", "float32", "--steps", "1", *flags])  # fmt: skip
+    code = main(["train", "--method", "controlnet", "--base", model, "--data", str(folder), "--out",
+                 str(tmp_path / "o"), "--size", "64", "--device", "cpu", "--dtype", "float32", "--steps", "1",
+                 *flags])  # fmt: skip
     err = capsys.readouterr().err
     assert code == 2 and says in err and not (tmp_path / "o" / "o").exists()
 
