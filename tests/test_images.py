@@ -248,12 +248,24 @@ def test_grid_places_pictures_row_by_row():
     plain = images.grid(pictures, columns=2)
     assert plain.size == (128, 96)
     assert [plain.getpixel(p) for p in [(5, 5), (70, 5), (5, 50), (70, 50)]] == colours
-    labelled = images.grid(pictures, columns=2, across=["guidance 3", "guidance 5"], down=["steps 10", "steps 20"])
+    labelled = images.grid(pictures, columns=2, across=["cfg 3", "cfg 5"], down=["steps 10", "steps 20"])
     left, top = labelled.width - 128, labelled.height - 96
     assert left > 40 and top > 12
     assert labelled.crop((left, top, *labelled.size)).tobytes() == plain.tobytes()
     assert min(labelled.crop((left, 0, left + 64, top)).convert("L").get_flattened_data()) < 128  # text is there
     assert min(labelled.crop((0, top, left, top + 48)).convert("L").get_flattened_data()) < 128
+
+
+def test_labels_do_not_run_into_each_other():
+    """Their columns are as wide as they are, and pictures stay in the middle."""
+    colours = [(255, 0, 0), (0, 255, 0)]
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in colours]
+    sheet = images.grid(pictures, columns=2, across=["sampler dpmpp_2m_sde", "sampler euler"])
+    wide = sheet.width // 2
+    assert wide > 100 and sheet.getpixel((wide // 2, sheet.height - 8)) == colours[0]
+    assert sheet.getpixel((wide + wide // 2, sheet.height - 8)) == colours[1]
+    edge = sheet.crop((wide - 5, 0, wide + 5, sheet.height - 16)).convert("L")
+    assert min(edge.get_flattened_data()) == 255
 
 
 def test_a_grid_may_have_a_short_last_row():

@@ -126,6 +126,21 @@ def test_null_prompts_are_empty_ones(server, sd):
     assert alike(first(answer), plainsd.final(plainsd.text_to_image(sd, "", **DRAWN))[0])
 
 
+def test_noise_by_options_fields_and_texts(server, sd):
+    def drawn(**more):
+        return plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN | more))[0]
+
+    text = "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64"
+    assert alike(first(asked(server)), drawn(noise="nv")) and not alike(drawn(noise="nv"), drawn(noise="cpu"), 3)
+    for said, noise in (("", "nv"), (", RNG: CPU", "cpu"), (", RNG: NV", "nv")):
+        assert alike(first(asked(server, infotext=text + said)), drawn(noise=noise))
+    cpu = asked(server, infotext=text, override_settings={"randn_source": "CPU", "eta_noise_seed_delta": 31337})
+    assert alike(first(cpu), drawn(noise="cpu", ensd=31337))
+    assert alike(first(asked(server, infotext=text + ", ENSD: 31337")), drawn(ensd=31337))
+    resized = asked(server, seed_resize_from_w=32, seed_resize_from_h=48)
+    assert alike(first(resized), drawn(seed_resize=(32, 48))) and not alike(first(resized), drawn(), 3)
+
+
 def test_tiling_as_a_field_an_option_and_in_a_text(server, sd):
     (expected,) = plainsd.final(plainsd.text_to_image(sd, "p", tiling=True, **DRAWN))
     text = "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, Tiling: True"

@@ -83,6 +83,9 @@ class Common(BaseModel):
             refiner = model_of(self.refiner_checkpoint, models)
             if refiner != fields["model"]:  # there, too, a model does not refine itself
                 fields |= {"refiner": refiner, "handover": self.refiner_switch_at}
+        sides = (self.seed_resize_from_w or 0, self.seed_resize_from_h or 0)
+        if min(sides) > 0:
+            fields["seed_resize"] = sides
         if self.subseed_strength:
             varied = secrets.randbelow(2**32) if self.subseed in (None, -1) else self.subseed
             fields |= {"variation_strength": self.subseed_strength, "variation_seed": varied}

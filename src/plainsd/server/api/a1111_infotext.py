@@ -32,7 +32,7 @@ BY_OPTION = {  # labels of options, whose value is checked as that of the option
     "UniPC skip type": "uni_pc_skip_type", "UniPC order": "uni_pc_order",
 }  # fmt: skip
 WORDS: dict[str, Any] = {"True": True, "False": False}
-SILENT = (
+UNTOLD_HERE = (
     "Batch size",
     "Batch pos",
     "Hashes",
@@ -88,8 +88,14 @@ def told(settings: Settings, other: dict[str, str], models: Models) -> tuple[dic
         "hr_negative_prompt": settings.hires_negative, "hr_cfg": settings.hires_guidance,
         "hr_checkpoint_name": other.get("Hires checkpoint"),
     }  # fmt: skip
-    options: dict[str, Any] = {"CLIP_stop_at_last_layers": settings.clip_skip}
-    idle = [f"{key}: {text}" for key, text in other.items() if key not in (*BY_OPTION, *SILENT)]
+    options: dict[str, Any] = {
+        "CLIP_stop_at_last_layers": settings.clip_skip,
+        "randn_source": "CPU" if settings.noise == "cpu" else "NV",  # not told is a GPU's there
+        "eta_noise_seed_delta": settings.ensd or 0,
+    }
+    if settings.seed_resize:
+        fields["seed_resize_from_w"], fields["seed_resize_from_h"] = settings.seed_resize
+    idle = [f"{key}: {text}" for key, text in other.items() if key not in (*BY_OPTION, *UNTOLD_HERE)]
     model = model_of(settings.model, models) or model_of(dict(settings.hashes).get("model"), models)
     if model in models.known:
         options["sd_model_checkpoint"] = model
