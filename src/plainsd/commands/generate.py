@@ -15,7 +15,7 @@ from plainsd.commands.control import check_control_flags, chosen_controls
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, by_setup, grid_cells, sheet
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
-from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_of, recorded, say_unused, with_notes
+from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_flags, recorded, say_unused, with_notes
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError, unknown
 from plainsd.listing import hidden, read_prompts, suffix_of
@@ -62,7 +62,7 @@ class Generate(GenerateFlags):
         axes = [axis(text) for text in self.grid]
         if len(axes) > 2 or (axes and len(prompts) > 1):
             raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
-        noise = noise_of(self, choices)
+        noise = noise_flags(self, choices)
         like: dict[str, Any] = {name: choices.get(name) for name in ("noise", "like")}
         say_notes(Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
         followed = choices.pop("control", ())

@@ -68,7 +68,7 @@ def check_recorded(
         )
 
 
-def noise_of(command: GenerateFlags, choices: dict) -> dict:
+def noise_flags(command: GenerateFlags, choices: dict) -> dict:
     """The arguments for `load` that say how the model is to be read. Takes them out of the choices."""
     from plainsd.files.predicted import check_prediction, on_or_off
 

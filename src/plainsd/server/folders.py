@@ -41,7 +41,7 @@ def readable(
     for name, path in named_files(folder).items():
         content, why = attempted(read, path, changed_at(path))
         if not content:
-            unusable[visible(name)] = why.replace(str(path), name)
+            unusable[shown_name(name)] = why.replace(str(path), name)
         else:
             found[name] = path, content
     return found
@@ -59,10 +59,10 @@ def attempted(read: Callable[[Path], Content], path: Path, _: int) -> tuple[Cont
             why = str(error)
         except Exception as error:  # what others wrote is damaged in every way
             why = f"it cannot be read ({type(error).__name__}: {error})"
-    why = visible(why)[:300]
-    log.warning("%s is passed over: %s", visible(str(path)), why)
+    why = shown_name(why)[:300]
+    log.warning("%s is passed over: %s", shown_name(str(path)), why)
     return None, why
 
 
-def visible(text: str) -> str:
+def shown_name(text: str) -> str:
     return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -71,7 +71,7 @@ def found_in(folder: Path, without: Iterable[Path], say: Callable[[str], None]) 
         ("of kinds that are not read here; save them as PNG", [p for p in rest if is_unread(p)]),
     ):
         if these:
-            say(f"{folder}: {len(these)} not used, {why}: {shortened([path.relative_to(folder) for path in these])}")
+            say(f"{folder}: {len(these)} not used, {why}: {first_few([path.relative_to(folder) for path in these])}")
     return found
 
 
@@ -110,7 +110,7 @@ def of_pairs(files: Sequence[Path]) -> Iterator[FoundPicture]:
         masks, maps = beside.get((bare, False), []), beside.get((bare, True), [])
         for what, these in (("masks", masks), ("maps", maps)):
             if len(these) > 1:
-                names = shortened([p.name for p in these])
+                names = first_few([p.name for p in these])
                 yield FoundPicture(path, fault=f"it has {len(these)} {what} ({names})")
                 break
         else:
@@ -163,7 +163,7 @@ def spoken(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(text for text in texts if text.strip())
 
 
-def shortened(names: Sequence[object]) -> str:
+def first_few(names: Sequence[object]) -> str:
     return f"{', '.join(map(str, names[:5]))}{' ...' if len(names) > 5 else ''}"
 
 
