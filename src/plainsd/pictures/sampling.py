@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.conventions import convention, planned_levels, whole_row
-from plainsd.diffusion.denoiser import Denoise, Pair, inpainting, spread_of
+from plainsd.diffusion.denoiser import Denoise, Pair, inpainting, spread_of, told_nearest
 from plainsd.diffusion.noise import Path
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step
 from plainsd.diffusion.schedule import EDMSchedule, Level, NoiseSchedule
@@ -206,6 +206,8 @@ def sample(
         )
         if later:
             denoise = handed_over(denoise, later[0], sd.schedule, one.handover)
+        if convention(one.like).whole_timesteps and isinstance(sd.schedule, NoiseSchedule):
+            denoise = told_nearest(denoise, sd.schedule)
         if known is not None and known.mask is not None:
             denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
         options = sampler_options(models[0], one, own, path, denoise)
@@ -298,7 +300,8 @@ def sampler_options(
         "sigma_at": sd.schedule.sigma if isinstance(sd.schedule, NoiseSchedule) else None,
         "pair": pair,
     }
-    return {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
+    taken = {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
+    return {**taken, **convention(one.like).solvers.get(one.sampler, {})}
 
 
 def _denoise(
