@@ -178,9 +178,9 @@ def diffusers_cells(folders: dict[str, Path], only: str) -> Iterator[Cell]:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Path], str], Iterator[Cell]]]] = {
+    "diffusers": ((), diffusers_cells),  # first: it looks for packages for which others bring stand-ins
     "A1111": (("a1111", "k_diffusion"), a1111_cells),
     "ComfyUI": (("comfyui",), comfyui_cells),
-    "diffusers": ((), diffusers_cells),
 }
 
 
