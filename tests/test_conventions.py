@@ -76,9 +76,55 @@ def test_timesteps_are_not_rounded_and_no_level_is_left_out():
 @pytest.mark.parametrize("name, like", [("dpm2", "a1111"), ("dpm2_a", "a1111"), ("dpmpp_3m_sde", "a1111"),
                                         ("dpm2", "comfyui"), ("unipc", "comfyui")])  # fmt: skip
 def test_the_last_level_but_one_is_dropped(name, like):
-    longer = karras(SD.sigma_min, SD.sigma_max, 11)
-    np.testing.assert_allclose(levels(name, 10, "karras", like).sigmas, [*longer[:-1], 0], rtol=1e-12)
+    longer, end = karras(SD.sigma_min, SD.sigma_max, 11), 0.001 if (name, like) == ("unipc", "comfyui") else 0
+    np.testing.assert_allclose(levels(name, 10, "karras", like).sigmas, [*longer[:-1], end], rtol=1e-12)
     assert levels("euler", 10, "karras", like).sigmas[-2] == pytest.approx(SD.sigma_min)
+
+
+def test_comfyui_tells_the_network_whole_timesteps(sd):
+    """The entry of the table whose log sigma is nearest; half-way between two, what float32 makes of it: of these its
+    own code (0.8.0, on a CPU) takes the upper 334 times of 999, of 500.5 and 832.5 for instance."""
+    for timestep in (0, 3.2, 3.8, 500, 998.7, 999):
+        assert SD.nearest(SD.sigma(timestep)) == round(timestep)
+    halves = [SD.nearest(SD.sigma(timestep)) - timestep for timestep in np.arange(999) + 0.5]
+    assert set(halves) == {-0.5, 0.5} and halves.count(0.5) == 334
+    assert [halves[low] for low in (15, 500, 832, 998)] == [-0.5, 0.5, 0.5, -0.5]
+    told = []
+    sd.unet.register_forward_pre_hook(lambda network, given: told.append(float(torch.as_tensor(given[1]).max())))
+    run = dict(steps=4, sampler="heun", spacing="karras", guidance=1)
+    for like, whole in (("comfyui", True), ("a1111", False)):
+        told.clear()
+        plainsd.final(text_to_image(sd, "x", like=like, **run))
+        assert all(timestep == int(timestep) for timestep in told) is whole
+    sd.unet._forward_pre_hooks.clear()
+
+
+def test_samplers_told_their_ends_run_over_the_whole_table():
+    """A1111's DPM fast and adaptive: from the first latent of the schedule that was asked for, over all levels."""
+    found = levels("dpm_fast", 10, "ddim_uniform", "a1111")
+    assert found.sigmas[0] == pytest.approx(SD.sigma_max) and found.sigmas[-1] == pytest.approx(SD.sigma_min)
+    assert found.first_scale == levels("euler", 10, "ddim_uniform", "a1111").sigmas[0] < 10
+
+
+@pytest.mark.parametrize("bh1", [False, True])
+@pytest.mark.parametrize("steps", [4, 9])
+def test_unipc_of_third_order_equals_diffusers(bh1, steps):
+    """A1111 and ComfyUI run it, with B(h) = h."""
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="sample",
+        solver_order=3, solver_type="bh1" if bh1 else "bh2", final_sigmas_type="sigma_min",
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas = scheduler.sigmas.double()
+    sigmas, x = scheduler.sigmas.tolist(), torch.tensor([[3.0, -9.0, 0.5]], dtype=torch.float64)
+    run = SAMPLERS["unipc"].run(lambda x, sigma: torch.sin(x) / (1 + sigma), x, sigmas, None, order=3, bh1=bh1)
+    sample = x / math.sqrt(1 + sigmas[0] ** 2)
+    for timestep, sigma, step in zip(scheduler.timesteps, sigmas, run, strict=False):
+        estimate = torch.sin(sample * math.sqrt(1 + sigma**2)) / (1 + sigma)
+        sample = scheduler.step(estimate, timestep, sample).prev_sample
+    torch.testing.assert_close(step.x, sample * math.sqrt(1 + sigmas[-1] ** 2), rtol=1e-6, atol=1e-6)
 
 
 def test_the_first_latent():

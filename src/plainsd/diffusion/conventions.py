@@ -7,7 +7,8 @@ picture, how many steps run on it, and how prompts are read (pictures/conditioni
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,9 @@ class Convention:
     otherwise: str | None = None  # the spacing of other samplers then; None: the model's, or the sampler's own
     drops: tuple[str, ...] = ()  # samplers that leave out the last level but one, of a row of one step more
     by_timesteps: Mapping[str, str] = field(default_factory=dict)  # sampler -> its spacing, whatever is asked for
-    to_zero: tuple[str, ...] = ()  # samplers that end at 0 here and in diffusers do not
+    ends: Mapping[str, float] = field(default_factory=dict)  # sampler -> where it ends, if not as in diffusers
+    whole_timesteps: bool = False  # the network is told the nearest entry of the table, also between levels
+    solvers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sampler -> what it is run with
     top_counts_latent: bool = False  # from the table's highest level, unit noise is scaled by sqrt(1 + sigma^2)
     second_pass_whole: bool = False  # all steps run in the second pass of hires, the last of a longer row
     image_keeps: bool = False  # at strength 1, too, noise is added to the picture and does not replace it
@@ -49,6 +52,7 @@ CONVENTIONS = {
         drops=("dpm2", "dpm2_a", "dpmpp_3m_sde"),
         by_timesteps=dict.fromkeys(("ddim", "ddim_cfg_pp", "plms"), "ddim_uniform") | {"unipc": "uniform"},
         ends_only=("dpm_fast", "dpm_adaptive"),
+        solvers={"unipc": {"order": 3, "bh1": True}},
         second_pass_whole=True,
         image_keeps=True,
         guidance_zero=True,
@@ -60,8 +64,12 @@ CONVENTIONS = {
         plain_levels=True,
         otherwise="uniform",
         drops=("dpm2", "dpm2_a", "unipc"),
-        to_zero=("ddim",),  # it is Euler there
-        top_counts_latent=True,
+        ends={"ddim": 0.0, "unipc": 0.001},  # DDIM is Euler there; UniPC stops short of 0
+        whole_timesteps=True,
+        whole_timesteps=True,
+        ends_only=("dpm_fast", "dpm_adaptive"),
+        solvers={"unipc": {"order": 3, "bh1": True}, "dpm_fast": {"eta": 0.0}, "dpm_adaptive": {"eta": 0.0}},
+        _counts_latent=True,
         image_keeps=True,
         guidance_zero=True,
         prompts="words",
@@ -114,7 +122,8 @@ def planned_levels(
     if like == "comfyui":
         share = 1.0 if strength is None or strength > 0.9999 else _above_zero(steps, strength)
         sigmas = _plain(rules, schedule, sampler, int(steps / share), spacing)
-        return _levels(rules, schedule, sigmas if share == 1 else sigmas[-(steps + 1) :])
+        sigmas = sigmas if share == 1 else sigmas[-(steps + 1) :]
+        return _between(rules, schedule, sampler, sigmas, (sigmas[-2], sigmas[0]))
     total, before = steps, None
     if strength is not None:
         share = min(_above_zero(steps, strength), 0.999)
@@ -124,11 +133,8 @@ def planned_levels(
     sigmas = _plain(rules, schedule, sampler, total, spacing)
     if before is not None:
         sigmas = sigmas[total - before - 1 :]
-    if sampler in rules.ends_only:
-        low = schedule.sigma_min if before is None else sigmas[-2]
-        between = exponential(low, sigmas[0], len(sigmas))
-        sigmas = [Level(sigma, schedule.timestep(sigma)) for sigma in between]
-    return _levels(rules, schedule, sigmas)
+    ends = (schedule.sigma_min, schedule.sigma_max) if before is None else (sigmas[-2], sigmas[0])
+    return _between(rules, schedule, sampler, sigmas, ends)
 
 
 def whole_row(
@@ -170,14 +176,29 @@ def _plain(
 ) -> list[Level]:
     """The levels of k-diffusion's samplers, and where the last step ends."""
     rule = SPACINGS[spacing]
-    to_zero = SAMPLERS[sampler].ends_at_zero or sampler in (*rules.to_zero, *rules.ends_only)
+    to_zero = SAMPLERS[sampler].ends_at_zero or sampler in (*rules.ends, *rules.ends_only)
     dropped = sampler in rules.drops
     sigmas = spaced(schedule, spacing, steps + dropped, spare=int(rule.least and not to_zero))
     if not rule.closed:
-        sigmas.append(Level(0.0 if to_zero else schedule.sigma_min, 0.0))
+        sigmas.append(Level(rules.ends.get(sampler, 0.0 if to_zero else schedule.sigma_min), 0.0))
     if dropped:
         del sigmas[-2]
     return sigmas
+
+
+def _between(
+    rules: Convention,
+    schedule: NoiseSchedule | EDMSchedule,
+    sampler: str,
+    sigmas: list[Level],
+    ends: tuple[float, float],
+) -> Levels:
+    """Those levels; for samplers that are told the ends alone, as many between these."""
+    levels = _levels(rules, schedule, sigmas)
+    if sampler not in rules.ends_only:
+        return levels
+    between = exponential(*ends, len(sigmas))
+    return replace(levels, sigmas=tuple(Level(sigma, schedule.timestep(sigma)) for sigma in between))
 
 
 def _levels(rules: Convention, schedule: NoiseSchedule | EDMSchedule, sigmas: list[Level]) -> Levels:

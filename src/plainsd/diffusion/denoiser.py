@@ -80,6 +80,11 @@ def spread_of(schedule: NoiseSchedule | EDMSchedule) -> float:
     return schedule.sigma_data if isinstance(schedule, EDMSchedule) else 1.0
 
 
+def told_nearest(denoise: Callable[[Tensor, float], Any], schedule: NoiseSchedule) -> Callable[[Tensor, float], Any]:
+    """The same, but the network is told whole timesteps only: of each level the nearest."""
+    return lambda x, sigma: denoise(x, Level(sigma, schedule.nearest(sigma)))
+
+
 def denoiser(predict: Predict, schedule: NoiseSchedule | EDMSchedule, prediction: str) -> Denoise:
     """A network as a `Denoise`.
 

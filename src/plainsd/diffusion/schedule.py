@@ -101,6 +101,17 @@ class NoiseSchedule:
         """The fractional timestep of a noise level, the inverse of `sigma`; the table's end where it is outside."""
         return float(np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self))))
 
+    def nearest(self, sigma: float) -> float:
+        """The whole timestep whose log sigma is nearest. Half-way between two, float32 decides: the level is made of
+        its logarithm and taken apart again, and the lower entry has the better of a draw."""
+        timestep = self.timestep(sigma)
+        low = math.floor(timestep)
+        if abs(timestep - low - 0.5) > 1e-6:
+            return float(round(timestep))
+        around = self.sigmas[low : low + 2].log().float()
+        level = (0.5 * around[0] + 0.5 * around[1]).exp().log()
+        return float(low + (level - around).abs().argmin().item())
+
 
 @dataclass(frozen=True)
 class EDMSchedule:

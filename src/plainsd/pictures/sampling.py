@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.conventions import convention, planned_levels, whole_row
-from plainsd.diffusion.denoiser import Denoise, Pair, differential, inpainting, spread_of
+from plainsd.diffusion.denoiser import Denoise, Pair, differential, inpainting, spread_of, told_nearest
 from plainsd.diffusion.noise import Path
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step
 from plainsd.diffusion.schedule import EDMSchedule, Level, NoiseSchedule
@@ -199,6 +199,8 @@ def sample(
         )
         if later:
             denoise = handed_over(denoise, later[0], sd.schedule, one.handover)
+        if convention(one.like).whole_timesteps and isinstance(sd.schedule, NoiseSchedule):
+            denoise = told_nearest(denoise, sd.schedule)
         if known is not None and known.change is not None:
             denoise = differential(denoise, known.latents, known.change, levels.sigmas)
         elif known is not None and known.mask is not None:
@@ -256,7 +258,8 @@ def sampler_options(
         "sigma_at": sd.schedule.sigma if isinstance(sd.schedule, NoiseSchedule) else None,
         "pair": pair,
     }
-    return {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
+    taken = {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
+    return {**convention(one.like).solvers.get(one.sampler, {}), **taken}
 
 
 def _denoise(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import numpy as np
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise
@@ -77,21 +78,58 @@ def dpmpp_3m_sde(
         yield Step(index, sigma_next, x, denoised)
 
 
-def unipc(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """Third order: `dpmpp_2m`, and each step is taken once more when the estimate at its end is known, at the cost of
-    no call (UniPC-2 with B(h) = exp(h) - 1, Zhao et al. 2023). The last step, to level 0, is of first order."""
+def unipc(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, order: int = 2, bh1: bool = False
+) -> Iterator[Step]:
+    """A predictor through the last `order` estimates, and each step is taken once more when the estimate at its end is
+    known, at the cost of no call (UniPC with B(h) = exp(h) - 1, or with `bh1` B(h) = h, Zhao et al. 2023,
+    arXiv:2302.04867): one order more than the predictor's. The first steps know fewer estimates. So do the last ones,
+    down to one, of the third order, as published, and of every order before level 0."""
+    falling = order > 2 or sigmas[-1] == 0
     start = x  # where the step before began
     estimates: list[Tensor] = []  # newest first
+    used = 0  # how many the step before used
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised = aim = denoise(x, sigma)
-        estimates = [denoised, *estimates[:2]]
+        denoised = denoise(x, sigma)
+        estimates = [denoised, *estimates[:order]]
+        known = newest_first(sigmas, index, order + 1)
         if index > 0:
-            x = toward(start, _corrected(estimates, newest_first(sigmas, index, 3)), sigmas[index - 1], sigma)
-            if sigma_next > 0:
-                stride, stride_before = math.log(sigma / sigma_next), math.log(sigmas[index - 1] / sigma)
-                aim = denoised + (denoised - estimates[1]) * (stride / stride_before / 2)
+            aim = _united(estimates[1 : used + 1], known[1 : used + 1], sigma, bh1, end=denoised)
+            x = toward(start, aim, sigmas[index - 1], sigma)
+        used = min(order, index + 1, len(sigmas) - 1 - index if falling else order)
+        aim = _united(estimates[:used], known[:used], sigma_next, bh1)
         start, x = x, toward(x, aim, sigma, sigma_next)
         yield Step(index, sigma_next, x, denoised)
+
+
+def _united(
+    estimates: Sequence[Tensor], sigmas: Sigmas, sigma_next: float, bh1: bool, end: Tensor | None = None
+) -> Tensor:
+    """The aim of a step of UniPC from sigmas[0] to sigma_next: from the estimates at those levels, newest first, and
+    once it is known from that at its end (equations 5 and 9; theorem 3.1 has the weights)."""
+    here, *earlier = estimates
+    if end is None and not earlier:
+        return here
+    h = -math.log(sigma_next / sigmas[0])  # positive, and -h in the paper's data prediction
+    places = [-math.log(sigma / sigmas[0]) / h for sigma in sigmas[1:]]  # where the step goes from 0 to 1
+    changes = [(estimate - here) / place for estimate, place in zip(earlier, places, strict=True)]
+    if end is not None:
+        changes, places = [*changes, end - here], [*places, 1.0]
+    scale = -h if bh1 else math.expm1(-h)
+    weights = [0.5] if len(changes) == 1 else _united_weights(places, h, scale)
+    ratio = scale / math.expm1(-h)
+    return here + sum(ratio * weight * change for weight, change in zip(weights, changes, strict=True))
+
+
+def _united_weights(places: Sequence[float], h: float, scale: float) -> list[float]:
+    """Those with which powers of the place are integrated exactly, each by one equation more."""
+    phi, factorial, wanted = math.expm1(-h) / -h - 1, 1, []
+    for power in range(1, len(places) + 1):
+        wanted.append(phi * factorial / scale)
+        factorial *= power + 1
+        phi = phi / -h - 1 / factorial
+    powers = [[place**power for place in places] for power in range(len(places))]
+    return np.linalg.solve(np.array(powers), np.array(wanted)).tolist()
 
 
 def _parabola(estimates: Sequence[Tensor], sigmas: Sigmas) -> tuple[Tensor, Tensor | float]:
@@ -102,16 +140,3 @@ def _parabola(estimates: Sequence[Tensor], sigmas: Sigmas) -> tuple[Tensor, Tens
     far = (estimates[1] - estimates[2]) / math.log(sigmas[2] / sigmas[1])
     curve = (near - far) / math.log(sigmas[2] / sigmas[0])
     return near + curve * math.log(sigmas[1] / sigmas[0]), curve
-
-
-def _corrected(estimates: Sequence[Tensor], sigmas: Sigmas) -> Tensor:
-    """The aim of UniC for the step from sigmas[1] to sigmas[0], from the estimates at its end, its start and before."""
-    end, start, *earlier = estimates
-    if not earlier:
-        return (start + end) / 2
-    h = -math.log(sigmas[1] / sigmas[0])
-    place = math.log(sigmas[2] / sigmas[1]) / h  # of the earlier estimate, where the step goes from 0 to 1
-    b_1 = (math.expm1(h) / h - 1) / math.expm1(h)
-    b_2 = ((math.expm1(h) / h - 1) / h - 0.5) * 2 / math.expm1(h)
-    weight = (b_1 - b_2) / (1 - place)
-    return start + (earlier[0] - start) * (weight / place) + (end - start) * (b_1 - weight)
