@@ -121,10 +121,11 @@ def test_unipc_of_third_order_equals_diffusers(bh1, steps):
     sigmas, x = scheduler.sigmas.tolist(), torch.tensor([[3.0, -9.0, 0.5]], dtype=torch.float64)
     run = SAMPLERS["unipc"].run(lambda x, sigma: torch.sin(x) / (1 + sigma), x, sigmas, None, order=3, bh1=bh1)
     sample = x / math.sqrt(1 + sigmas[0] ** 2)
-    for timestep, sigma, step in zip(scheduler.timesteps, sigmas, run, strict=False):
+    *_, last = run
+    for timestep, sigma in zip(scheduler.timesteps, sigmas, strict=False):
         estimate = torch.sin(sample * math.sqrt(1 + sigma**2)) / (1 + sigma)
         sample = scheduler.step(estimate, timestep, sample).prev_sample
-    torch.testing.assert_close(step.x, sample * math.sqrt(1 + sigmas[-1] ** 2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(last.x, sample * math.sqrt(1 + sigmas[-1] ** 2), rtol=1e-6, atol=1e-6)
 
 
 def test_the_first_latent():

@@ -66,7 +66,8 @@ CONVENTIONS = {
         drops=("dpm2", "dpm2_a", "unipc"),
         ends={"ddim": 0.0, "unipc": 0.001},  # DDIM is Euler there; UniPC stops short of 0
         whole_timesteps=True,
-        solvers={"unipc": {"order": 3, "bh1": True}},
+        ends_only=("dpm_fast", "dpm_adaptive"),
+        solvers={"unipc": {"order": 3, "bh1": True}, "dpm_fast": {"eta": 0.0}, "dpm_adaptive": {"eta": 0.0}},
         top_counts_latent=True,
         image_keeps=True,
         guidance_zero=True,
@@ -120,7 +121,8 @@ def planned_levels(
     if like == "comfyui":
         share = 1.0 if strength is None or strength > 0.9999 else _above_zero(steps, strength)
         sigmas = _plain(rules, schedule, sampler, int(steps / share), spacing)
-        return _levels(rules, schedule, sigmas if share == 1 else sigmas[-(steps + 1) :])
+        sigmas = sigmas if share == 1 else sigmas[-(steps + 1) :]
+        return _between(rules, schedule, sampler, sigmas, (sigmas[-2], sigmas[0]))
     total, before = steps, None
     if strength is not None:
         share = min(_above_zero(steps, strength), 0.999)
@@ -130,11 +132,8 @@ def planned_levels(
     sigmas = _plain(rules, schedule, sampler, total, spacing)
     if before is not None:
         sigmas = sigmas[total - before - 1 :]
-    if sampler in rules.ends_only:
-        ends = (schedule.sigma_min, schedule.sigma_max) if before is None else (sigmas[-2], sigmas[0])
-        between = [Level(sigma, schedule.timestep(sigma)) for sigma in exponential(*ends, len(sigmas))]
-        return replace(_levels(rules, schedule, sigmas), sigmas=tuple(between))
-    return _levels(rules, schedule, sigmas)
+    ends = (schedule.sigma_min, schedule.sigma_max) if before is None else (sigmas[-2], sigmas[0])
+    return _between(rules, schedule, sampler, sigmas, ends)
 
 
 def whole_row(
@@ -184,6 +183,21 @@ def _plain(
     if dropped:
         del sigmas[-2]
     return sigmas
+
+
+def _between(
+    rules: Convention,
+    schedule: NoiseSchedule | EDMSchedule,
+    sampler: str,
+    sigmas: list[Level],
+    ends: tuple[float, float],
+) -> Levels:
+    """Those levels; for samplers that are told the ends alone, as many between these."""
+    levels = _levels(rules, schedule, sigmas)
+    if sampler not in rules.ends_only:
+        return levels
+    between = exponential(*ends, len(sigmas))
+    return replace(levels, sigmas=tuple(Level(sigma, schedule.timestep(sigma)) for sigma in between))
 
 
 def _levels(rules: Convention, schedule: NoiseSchedule | EDMSchedule, sigmas: list[Level]) -> Levels:

@@ -259,7 +259,7 @@ def sampler_options(
         "pair": pair,
     }
     taken = {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
-    return {**taken, **convention(one.like).solvers.get(one.sampler, {})}
+    return {**convention(one.like).solvers.get(one.sampler, {}), **taken}
 
 
 def _denoise(
