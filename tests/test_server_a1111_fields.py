@@ -67,7 +67,7 @@ HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}
 @pytest.mark.parametrize(("word", "fields"), [
     ("restore_faces", {"restore_faces": True}), ("styles", {"styles": ["s"]}),
     ("script_name", {"script_name": "x/y/z plot"}), ("s_min_uncond", {"s_min_uncond": 0.5}),
-    ("seed_resize_from_h", {"seed_resize_from_h": 64, "seed_resize_from_w": 32}),
+    ("randn_source", {"override_settings": {"randn_source": "Dice"}}),
     ("s_churn", {"s_churn": 1.5, "sampler_name": "Euler"}), ("s_noise", {"s_noise": 1.1, "sampler_name": "DPM2 a"}),
     ("firstphase_width", {"firstphase_width": 32}), ("firstpass_image", {**HIRES, "firstpass_image": "AAAA"}),
     ("hr_checkpoint_name", {**HIRES, "hr_checkpoint_name": "other"}),
@@ -109,6 +109,21 @@ def test_what_changes_nothing_there_is_taken(server, sd, fields):
 def test_null_prompts_are_empty_ones(server, sd):
     answer = asked(server, prompt=None, negative_prompt=None)
     assert alike(first(answer), plainsd.final(plainsd.text_to_image(sd, "", **DRAWN))[0])
+
+
+def test_noise_by_options_fields_and_texts(server, sd):
+    def drawn(**more):
+        return plainsd.final(plainsd.text_to_image(sd, "p", **DRAWN | more))[0]
+
+    text = "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64"
+    assert alike(first(asked(server)), drawn(noise="nv")) and not alike(drawn(noise="nv"), drawn(noise="cpu"), 3)
+    for said, noise in (("", "nv"), (", RNG: CPU", "cpu"), (", RNG: NV", "nv")):
+        assert alike(first(asked(server, infotext=text + said)), drawn(noise=noise))
+    cpu = asked(server, infotext=text, override_settings={"randn_source": "CPU", "eta_noise_seed_delta": 31337})
+    assert alike(first(cpu), drawn(noise="cpu", ensd=31337))
+    assert alike(first(asked(server, infotext=text + ", ENSD: 31337")), drawn(ensd=31337))
+    resized = asked(server, seed_resize_from_w=32, seed_resize_from_h=48)
+    assert alike(first(resized), drawn(seed_resize=(32, 48))) and not alike(first(resized), drawn(), 3)
 
 
 def test_tiling_as_a_field_an_option_and_in_a_text(server, sd):

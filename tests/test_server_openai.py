@@ -12,6 +12,8 @@ from PIL import Image
 from serving import Brake, alike, from_base64, model_folder, open_service, png_bytes, served, until
 
 import plainsd
+from plainsd.errors import UserError
+from plainsd.server.jobs import worker
 from plainsd.server.limits import Limits
 
 TOKEN = "a-token-for-openai"
@@ -134,8 +136,12 @@ def test_programs_that_hard_code_a_name_of_openais_draw_with_the_default(client,
 
 
 def test_whose_fault_a_failure_is_shows_in_its_status(client, server, monkeypatch):
-    with pytest.raises(openai.UnprocessableEntityError, match="not finite") as asked:
-        client.images.generate(prompt=f"a AND b:1{39 * '0'}", size="64x64")
+    def wrong(*_):
+        raise UserError("the picture is not finite")
+
+    with monkeypatch.context() as patched, pytest.raises(openai.UnprocessableEntityError, match="not finite") as asked:
+        patched.setattr(worker, "batch", wrong)
+        client.images.generate(prompt="p", size="64x64")
     assert asked.value.status_code == 422
 
     def full(*_):

@@ -18,7 +18,7 @@ from plainsd.adapters.embeddings import embedding_content as read_content
 from plainsd.errors import UserError, unknown
 from plainsd.models.clip import TextEncoder
 from plainsd.pictures.model import StableDiffusion
-from plainsd.server.folders import attempted, changed, readable
+from plainsd.server.folders import attempted, changed_at, readable
 
 LARGEST = 16 * 2**20  # bytes; what is larger is something else
 
@@ -59,7 +59,7 @@ class Words:
             if text in found:
                 unusable[name] = f"{text!r} is the word of {found[text].name!r} already; take one of them away"
             else:
-                found[text] = Word(name, text, path, changed(path))
+                found[text] = Word(name, text, path, changed_at(path))
         self.unusable = unusable
         return list(found.values())
 

@@ -24,7 +24,7 @@ def named_files(folder: Path | None) -> dict[str, Path]:
     return {path.stem if stems[path.stem] == 1 else place: path for path, place in zip(paths, places, strict=True)}
 
 
-def changed(path: Path) -> int:
+def changed_at(path: Path) -> int:
     """When, in nanoseconds; 0 where it is gone meanwhile."""
     try:
         return path.stat().st_mtime_ns
@@ -39,9 +39,9 @@ def readable(
     found: dict[str, tuple[Path, Content]] = {}
     unusable.clear()
     for name, path in named_files(folder).items():
-        content, why = attempted(read, path, changed(path))
+        content, why = attempted(read, path, changed_at(path))
         if not content:
-            unusable[printable(name)] = why.replace(str(path), name)
+            unusable[visible(name)] = why.replace(str(path), name)
         else:
             found[name] = path, content
     return found
@@ -59,10 +59,10 @@ def attempted(read: Callable[[Path], Content], path: Path, _: int) -> tuple[Cont
             why = str(error)
         except Exception as error:  # what others wrote is damaged in every way
             why = f"it cannot be read ({type(error).__name__}: {error})"
-    why = printable(why)[:300]
-    log.warning("%s is passed over: %s", printable(str(path)), why)
+    why = visible(why)[:300]
+    log.warning("%s is passed over: %s", visible(str(path)), why)
     return None, why
 
 
-def printable(text: str) -> str:
+def visible(text: str) -> str:
     return "".join(sign if sign.isprintable() else "?" for sign in text)

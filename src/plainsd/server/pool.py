@@ -193,7 +193,7 @@ class Models:
     def loras(self) -> dict[str, Path]:
         """Those in their folder, looked for anew each time, by the name that a `<lora:name:1>` tag has for them."""
         unusable: dict[str, str] = {}
-        files = {name: path for name, (path, _) in readable(adapter_in, self.options.loras, unusable).items()}
+        files = {name: path for name, (path, _) in readable(has_adapter, self.options.loras, unusable).items()}
         written = {name for name in files if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
         unusable |= dict.fromkeys(files.keys() - written, "its name cannot be written in a prompt; rename it")
         self.unusable_loras = unusable
@@ -279,7 +279,7 @@ class Models:
         return sum(model.bytes for model in self.known.values() if model.sd is not None)
 
 
-def adapter_in(path: Path) -> bool:
+def has_adapter(path: Path) -> bool:
     """Whether a file has one; UserError where it does not. Of the file nothing is kept."""
     return bool(open_lora(path).tensors)
 

@@ -13,7 +13,6 @@ from starlette.concurrency import run_in_threadpool
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.generate import LATENT_MODES
 from plainsd.models.variants import edits
-from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.embedded import texts_in
 from plainsd.pictures.texts.entries import entries
@@ -28,7 +27,7 @@ from plainsd.server.embeddings import Word, problem
 from plainsd.server.errors import Refused, printable
 from plainsd.server.jobs.job import CANCELLED, Job
 from plainsd.server.jobs.pictures import json_seed, tagged
-from plainsd.server.requests import job_request
+from plainsd.server.requests import check_numbers, job_request
 from plainsd.server.schema import JobRequest, clean
 from plainsd.server.service import Service, client_of, why_not
 from plainsd.server.uploads import decoded, opened
@@ -45,8 +44,9 @@ def routes(service: Service) -> APIRouter:
     options: dict[str, Any] = {
         "sd_model_checkpoint": service.models.default,
         "CLIP_stop_at_last_layers": 1,
-        "tiling": False,
-    }
+        "tiling": False, "randn_source": "GPU",
+        "eta_noise_seed_delta": 0,
+    }  # fmt: skip
 
     @router.post("/txt2img")
     async def txt2img(body: Text2Image, request: Request) -> dict:
@@ -56,7 +56,7 @@ def routes(service: Service) -> APIRouter:
             size = (asked.width or native, asked.height or native)
             return Wanted(asked, job_request(**fields | {"size": size} | asked.second_pass(size)), notes)
 
-        return await drawn(service, await run_in_threadpool(wanted), request, options)
+        return await picture_answer(service, await run_in_threadpool(wanted), request, options)
 
     @router.post("/img2img")
     async def img2img(body: Image2Image, request: Request) -> dict:
@@ -68,7 +68,7 @@ def routes(service: Service) -> APIRouter:
                 fields["image_guidance"] = asked.image_cfg_scale
             return Wanted(asked, job_request(**fields), notes, prepared(asked, service.limits))
 
-        return await drawn(service, await run_in_threadpool(wanted), request, options)
+        return await picture_answer(service, await run_in_threadpool(wanted), request, options)
 
     @router.get("/progress")
     async def progress(request: Request, skip_current_image: bool = False) -> dict:
@@ -89,15 +89,14 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/options")
     def get_options() -> dict:
-        return options | {"samples_format": "png", "sd_checkpoint_hash": None, "eta_noise_seed_delta": 0}
+        return options | {"samples_format": "png", "sd_checkpoint_hash": None}
 
     @router.post("/options")
     def set_options(body: dict[str, Any]) -> dict:
         """For requests through this API, until the server ends."""
         given = known_options(body, "options")
-        wanted = job_request(clip_skip=given.get("CLIP_stop_at_last_layers"), tiling=given.get("tiling"))
-        if wanted.clip_skip is not None:
-            Settings(clip_skip=wanted.clip_skip).check()
+        asked = Common.model_validate({"override_settings": given}).wished({}, service.models)
+        check_numbers(job_request(**{name: asked[name] for name in ("clip_skip", "tiling", "noise", "ensd")}))
         if "sd_model_checkpoint" in given:
             given["sd_model_checkpoint"] = service.models[model_of(given["sd_model_checkpoint"], service.models)].name
         options.update(given)
@@ -185,7 +184,7 @@ def understood(body: Some, options: dict[str, Any], service: Service) -> tuple[S
     return asked, more | asked.wished(options, service.models), notes
 
 
-async def drawn(service: Service, wanted: Wanted, request: Request, options: dict[str, Any]) -> dict:
+async def picture_answer(service: Service, wanted: Wanted, request: Request, options: dict[str, Any]) -> dict:
     job = await service.submit(wanted.job, client_of(request), "a1111", wanted.base)
     job.notes += wanted.notes
     if wanted.asked.override_settings_restore_afterwards is False:

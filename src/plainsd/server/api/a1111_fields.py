@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.pictures.settings import RANDOM
 from plainsd.server.api.a1111_control import units_of
-from plainsd.server.api.a1111_names import model_of, sampler_of, upscaler_of
+from plainsd.server.api.a1111_names import model_of, noise_of_option, sampler_of, upscaler_of
 from plainsd.server.api.a1111_table import ABSENT, check_scripts, known_options, refuse_what_is_not_had
 from plainsd.server.errors import Refused
 from plainsd.server.pool import Models
@@ -36,6 +36,8 @@ class Common(BaseModel):
     seed: int | None = Field(-1, description="-1: a random one")
     subseed: int | None = Field(-1, ge=-1, lt=2**64)
     subseed_strength: float | None = Field(0.0, ge=0, le=1)
+    seed_resize_from_w: int | None = Field(-1, ge=-1, le=65536, description="noise of this size, where both are given")
+    seed_resize_from_h: int | None = Field(-1, ge=-1, le=65536)
     sampler_name: Text | None = None
     sampler_index: Text | None = Field(None, description="older name of sampler_name")
     scheduler: Text | None = None
@@ -70,6 +72,8 @@ class Common(BaseModel):
             "clip_skip": options.get("CLIP_stop_at_last_layers"),
             "eta": self.eta if sampler in WITH_ETA else None,
             "tiling": (options.get("tiling") if self.tiling is None else self.tiling) or None,
+            "noise": noise_of_option(options.get("randn_source")),
+            "ensd": options.get("eta_noise_seed_delta") or None,
             "like": "a1111",
             "controls": units_of(self.alwayson_scripts or {}),
         }  # fmt: skip
@@ -79,6 +83,9 @@ class Common(BaseModel):
             refiner = model_of(self.refiner_checkpoint, models)
             if refiner != fields["model"]:  # there, too, a model does not refine itself
                 fields |= {"refiner": refiner, "handover": self.refiner_switch_at}
+        sides = (self.seed_resize_from_w or 0, self.seed_resize_from_h or 0)
+        if min(sides) > 0:
+            fields["seed_resize"] = sides
         if self.subseed_strength:
             varied = secrets.randbelow(2**32) if self.subseed in (None, -1) else self.subseed
             fields |= {"variation_strength": self.subseed_strength, "variation_seed": varied}

@@ -23,7 +23,7 @@ BY_OPTION = {  # labels of options, whose value is checked as that of the option
     "Face restoration": "face_restoration", "Token merging ratio": "token_merging_ratio",
     "Token merging ratio hr": "token_merging_ratio_hr", "Conditional mask weight": "inpainting_mask_weight",
     "Noise multiplier": "initial_noise_multiplier", "Extra noise": "img2img_extra_noise",
-    "ENSD": "eta_noise_seed_delta", "Sigma churn": "s_churn", "Sigma noise": "s_noise", "Pad conds": "pad_cond_uncond",
+    "Sigma churn": "s_churn", "Sigma noise": "s_noise", "Pad conds": "pad_cond_uncond",
     "Schedule rho": "rho", "Schedule max sigma": "sigma_max", "Schedule min sigma": "sigma_min",
     "Discard penultimate sigma": "always_discard_next_to_last_sigma", "Emphasis": "emphasis",
     "VAE Encoder": "sd_vae_encode_method", "VAE Decoder": "sd_vae_decode_method", "FP8 weight": "fp8_storage",
@@ -31,7 +31,7 @@ BY_OPTION = {  # labels of options, whose value is checked as that of the option
     "UniPC skip type": "uni_pc_skip_type", "UniPC order": "uni_pc_order",
 }  # fmt: skip
 WORDS: dict[str, Any] = {"True": True, "False": False}
-SILENT = (
+UNTOLD_HERE = (
     "Batch size",
     "Batch pos",
     "Hashes",
@@ -87,8 +87,14 @@ def told(settings: Settings, other: dict[str, str], models: Models) -> tuple[dic
         "hr_negative_prompt": settings.hires_negative, "hr_cfg": settings.hires_guidance,
         "hr_checkpoint_name": other.get("Hires checkpoint"),
     }  # fmt: skip
-    options: dict[str, Any] = {"CLIP_stop_at_last_layers": settings.clip_skip}
-    idle = [f"{key}: {text}" for key, text in other.items() if key not in (*BY_OPTION, *SILENT)]
+    options: dict[str, Any] = {
+        "CLIP_stop_at_last_layers": settings.clip_skip,
+        "randn_source": "CPU" if settings.noise == "cpu" else "NV",  # not told is a GPU's there
+        "eta_noise_seed_delta": settings.ensd or 0,
+    }
+    if settings.seed_resize:
+        fields["seed_resize_from_w"], fields["seed_resize_from_h"] = settings.seed_resize
+    idle = [f"{key}: {text}" for key, text in other.items() if key not in (*BY_OPTION, *UNTOLD_HERE)]
     model = model_of(settings.model, models) or model_of(dict(settings.hashes).get("model"), models)
     if model in models.known:
         options["sd_model_checkpoint"] = model

@@ -47,6 +47,16 @@ def upscaler_of(name: str | None) -> str:
     return known
 
 
+NOISES = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}  # theirs on a GPU is that of NVIDIA's
+
+
+def noise_of_option(name: Any) -> str | None:
+    """The option randn_source; none is the web UI's own, which `like` says."""
+    if name is not None and name not in NOISES:
+        raise Refused(422, str(unknown("randn_source", name, NOISES)), "noise", name)
+    return NOISES.get(name)
+
+
 def model_of(title: Any, models: Models) -> str | None:
     """A model by its name, as a file ("sd/dream.safetensors"), with its hash ("dream [0123abcd]"), or by its hash."""
     if title is None or title == "":

@@ -33,15 +33,9 @@ def with_mask(*harmless: Any) -> Harm:
     return lambda value, asked: bool(asked.get("mask")) and value not in harmless
 
 
-def resized_noise(value: Any, asked: Asked) -> bool:
-    """There, noise of another size is taken only where both sides of it are given."""
-    sides = [asked.get(f"seed_resize_from_{side}") for side in "wh"]
-    return all(isinstance(side, (int, float)) and side > 0 for side in sides)
-
-
 REFUSED: dict[str, Harm] = {
     "restore_faces": unless(False), "styles": unless(), "script_name": unless("None", "none"),
-    "seed_resize_from_h": resized_noise, "seed_resize_from_w": resized_noise, "s_min_uncond": unless(0),
+    "s_min_uncond": unless(0),
     "s_churn": lambda value, asked: value != 0 and asked["sampler"] in CHURNED,
     "s_noise": lambda value, asked: value != 1 and asked["sampler"] in NOISED,
     "token_merging_ratio": unless(0), "token_merging_ratio_hr": with_hires(0),
@@ -100,7 +94,14 @@ def acts(script: Any) -> bool:
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
-OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers", "tiling")  # those that act
+# those that act
+OPTIONS = (
+    "sd_model_checkpoint",
+    "CLIP_stop_at_last_layers",
+    "tiling",
+    "randn_source",
+    "eta_noise_seed_delta",
+)  # those that act
 FIXED: dict[str, tuple[Any, ...]] = {  # options that would change the picture, and their values that are as here
     "sd_vae": ("Automatic", "None"), "sd_unet": ("Automatic", "None"), "sd_hypernetwork": ("None",),
     "sd_lora": ("None",), "extra_networks_default_multiplier": (1,), "lora_functional": (False,),
@@ -108,7 +109,7 @@ FIXED: dict[str, tuple[Any, ...]] = {  # options that would change the picture, 
     "comma_padding_backtrack": (20,), "use_old_scheduling": (False,),
     "dont_fix_second_order_samplers_schedule": (False,), "pad_cond_uncond": (False,), "pad_cond_uncond_v0": (False,),
     "s_min_uncond": (0,), "s_min_uncond_all": (False,), "skip_early_cond": (0,),
-    "randn_source": ("CPU",), "eta_noise_seed_delta": (0,), "enable_batch_seeds": (True,),
+    "enable_batch_seeds": (True,),
     "no_dpmpp_sde_batch_determinism": (False,), "fp8_storage": ("Disable",),
     "token_merging_ratio": (0,), "token_merging_ratio_img2img": (0,), "token_merging_ratio_hr": (0,),
     "eta_ddim": (0,), "eta_ancestral": (1,), "ddim_discretize": ("uniform",), "s_churn": (0,), "s_tmin": (0,),

@@ -31,7 +31,7 @@ class Picture:
 
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)  # what a damaged row may raise
 NO_SETTINGS = Resolved(size=(8, 8), steps=1, guidance=1.0, sampler="", spacing="")  # where they cannot be read
-KNOWN = {field.name for field in fields(Resolved)}
+SETTINGS = {field.name for field in fields(Resolved)}
 
 
 def settings_from(data: dict, *, strict: bool = False) -> Resolved:
@@ -39,12 +39,12 @@ def settings_from(data: dict, *, strict: bool = False) -> Resolved:
     an error, because what they say would not be drawn. Raises one of UNREADABLE."""
     tuples = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
     pairs = {name: tuple(map(tuple, data.get(name, ()))) for name in ("hashes", "other")}
-    foreign = {name: value for name, value in data.items() if name not in KNOWN}
+    foreign = {name: value for name, value in data.items() if name not in SETTINGS}
     if foreign and strict:
         raise ValueError(f"it is of another version, which knows {next(iter(foreign))!r}")
     pairs["control"] = tuple(ControlNote(*one)._replace(kinds=tuple(one[-1])) for one in data.get("control", ()))
     pairs["other"] += tuple((name, json.dumps(value)) for name, value in foreign.items())
-    settings = Resolved(**{name: value for name, value in {**data, **tuples, **pairs}.items() if name in KNOWN})
+    settings = Resolved(**{name: value for name, value in {**data, **tuples, **pairs}.items() if name in SETTINGS})
     for name in ("prompt", "negative", "sampler", "spacing"):
         if not isinstance(getattr(settings, name), str):
             raise TypeError(f"{name} is no text")
@@ -60,7 +60,7 @@ def loras_from(text: str) -> list[tuple[str, float]]:
     return [(str(name), float(strength)) for name, strength in json.loads(text)]
 
 
-def shortened(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
 

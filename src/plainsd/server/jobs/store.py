@@ -30,9 +30,9 @@ from plainsd.server.jobs.pictures import (
     NO_SETTINGS,
     UNREADABLE,
     Picture,
+    in_short,
     loras_from,
     settings_from,
-    shortened,
     tagged,
 )
 
@@ -197,7 +197,7 @@ class Store:
             )  # fmt: skip
         except UNREADABLE as error:
             return Job(
-                **known, each=[NO_SETTINGS], problem=f"its row in the database cannot be read ({shortened(error)})"
+                **known, each=[NO_SETTINGS], problem=f"its row in the database cannot be read ({in_short(error)})"
             )
 
     def counts(self) -> dict[str, int]:
@@ -274,7 +274,7 @@ class Store:
         try:
             settings, loras = settings_from(json.loads(row["settings"])), loras_from(row["loras"])
         except UNREADABLE as error:
-            why = f"its settings in the database cannot be read ({shortened(error)})"
+            why = f"its settings in the database cannot be read ({in_short(error)})"
             return Picture(**known, settings=NO_SETTINGS, loras=[], problem=why)
         return Picture(**known, settings=settings, loras=loras)
 
