@@ -35,7 +35,7 @@ NOT_HERE = (
 # pictures of one size; what flags alone say
 
 
-PROMPT, MODEL, LORA_AXIS = "prompt", "model", "lora:"
+PROMPT_AXIS, MODEL, LORA_AXIS = "prompt", "model", "lora:"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GridAxis:
 def axis(text: str) -> GridAxis:
     """`guidance=3,5,7` -> the setting and its values."""
     readers = {name: read for _, name, read, _ in FIELDS if name not in NOT_HERE}
-    readers |= dict.fromkeys(("sampler", "spacing", PROMPT, MODEL), str) | dict.fromkeys(SEEDS, read_seed)
+    readers |= dict.fromkeys(("sampler", "spacing", PROMPT_AXIS, MODEL), str) | dict.fromkeys(SEEDS, read_seed)
     key, equals, values = text.partition("=")
     name = key.strip() if key.strip().startswith(LORA_AXIS) else key.strip().replace("-", "_")
     readers |= {name: float} if name.startswith(LORA_AXIS) else {}
@@ -66,14 +66,14 @@ def grid_cells(prompt: str, choices: dict, axes: list[GridAxis]) -> Iterator[tup
     """One picture a cell, row by row: the first axis runs across, the second down."""
     for values in product(*(one.values for one in reversed(axes))):
         cell = dict(zip((one.name for one in reversed(axes)), values, strict=True))
-        yield [replaced(prompt, axes, cell.pop(PROMPT, None))], choices | cell
+        yield [replaced(prompt, axes, cell.pop(PROMPT_AXIS, None))], choices | cell
 
 
 def replaced(prompt: str, axes: list[GridAxis], value: str | None) -> str:
     """The prompt with this value in place of the axis' first one."""
     if value is None:
         return prompt
-    (first,) = (one.values[0] for one in axes if one.name == PROMPT)
+    (first,) = (one.values[0] for one in axes if one.name == PROMPT_AXIS)
     if first not in prompt:
         raise UserError(f"grid prompt={first},...: {first!r} is not in the prompt; begin with words that are")
     return prompt.replace(first, value)

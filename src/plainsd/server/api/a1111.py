@@ -96,7 +96,7 @@ def routes(service: Service) -> APIRouter:
         """For requests through this API, until the server ends."""
         given = known_options(body, "options")
         asked = Common.model_validate({"override_settings": given}).wished({}, service.models)
-        check_numbers(job_request(**{name: asked[name] for name in ("clip_skip", "tiling", "noise", "ensd")}))
+        check_numbers(job_request(**{name: asked.get(name) for name in ("clip_skip", "tiling", "noise", "ensd")}))
         if "sd_model_checkpoint" in given:
             given["sd_model_checkpoint"] = service.models[model_of(given["sd_model_checkpoint"], service.models)].name
         options.update(given)

@@ -29,7 +29,7 @@ def units_of(scripts: dict[str, Any]) -> list[ControlRequest]:
     args = script.get("args", []) if isinstance(script, dict) else script or []
     if not isinstance(args, list):
         raise Refused(422, "controlnet: args is no list of units", FIELD)
-    units = [one for one in args if isinstance(one, dict) and one.get("enabled", True) not in (False, 0)]
+    units = [one for one in args if isinstance(one, dict) and one and one.get("enabled", True) not in (False, 0)]
     return [unit_of(unit) for unit in units]
 
 

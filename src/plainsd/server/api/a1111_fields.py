@@ -20,7 +20,7 @@ from plainsd.server.schema import Text
 from plainsd.text.prompts import lora_tags
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
-SOURCES = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}  # randn_source
+NOISE_SOURCES = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}  # randn_source
 NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
     "sd-vae": [], "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
     "prompt-styles": [], "script-info": [],
@@ -95,9 +95,9 @@ class Common(BaseModel):
         """What is said of the random numbers; where nothing is, they are a GPU's, as there."""
         fields: dict[str, Any] = {}
         if source := options.get("randn_source"):
-            if source not in SOURCES:
-                raise Refused(422, str(unknown("randn_source", source, SOURCES)), "override_settings", source)
-            fields["noise"] = SOURCES[source]
+            if source not in NOISE_SOURCES:
+                raise Refused(422, str(unknown("randn_source", source, NOISE_SOURCES)), "override_settings", source)
+            fields["noise"] = NOISE_SOURCES[source]
         if ensd := options.get("eta_noise_seed_delta"):
             fields["ensd"] = ensd
         sides = (self.seed_resize_from_w or 0, self.seed_resize_from_h or 0)
