@@ -14,7 +14,7 @@ from plainsd.adapters.names import BUNDLE, split_name
 from plainsd.adapters.peft import PeftSettings
 from plainsd.adapters.reading import made_for
 from plainsd.diffusion.schedule import EDMSchedule
-from plainsd.files.control import CONTROL_FORMS, CONTROL_NOTE, is_control, open_control
+from plainsd.files.control import CONTROL_FORMS, CONTROL_NOTE, holds_control, is_control, open_control
 from plainsd.files.detect import EMBEDDING, seems
 from plainsd.files.folder import read_folder
 from plainsd.files.hub import find
@@ -38,7 +38,7 @@ def info(
 ) -> str:
     """Lines for a reader: the kind of model or adapter, its sizes, its notes."""
     path = adapter_in(find(source, variant_file))
-    if is_control(path):
+    if path.is_dir() and is_control(path):
         return control_info(path, variant_file)
     if path.is_dir():
         contents = told_otherwise(read_folder(path, variant_file), path, prediction, zero_snr)
@@ -56,6 +56,8 @@ def info(
             [f"{path}: {EMBEDDING}", row("the word", terminal_safe(word)), row("made of", vectors), *notes]
         )
     file = open_tensors(path)
+    if holds_control(file):
+        return control_info(path, variant_file)
     kind = reading.unsupported(file)
     if kind:
         lines = [
