@@ -472,11 +472,11 @@ def test_a_full_disk_leaves_nothing(generate, tmp_path, monkeypatch):
 def test_ctrl_c_keeps_what_is_done_and_nothing_half_written(generate, tmp_path, monkeypatch):
     calls = []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **named)
 
     import plainsd.generate as module
 

@@ -103,7 +103,7 @@ def test_second_pass_counts_on_from_the_first():
 def test_nesting_without_end():
     assert schedule("(" * 5000, 3) == [(3, "(" * 5000)]
     assert schedule("[" * 5000 + "a" + "]" * 5000, 3)[0][0] == 3
-    with pytest.raises(UserError, match="inside each other"):
+    with pytest.raises(UserError, match="nested edits"):
         schedule("[" * 5000 + "a" + ":0.5]" * 5000, 3)
 
 
