@@ -172,7 +172,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_models.py::test_text_encoder_equals_transformers"),
         ("end = (ids == self.config.eos).int().argmax(dim=1)", "end = ids.argmax(dim=1)",
          "test_models.py::test_text_encoder_equals_transformers"),
-        ("x = x + self.attn(self.norm1(x), causal=True)", "x = x + self.attn(self.norm1(x))",
+        ("x = x + self.attn(self.norm1(x), causal=self.causal)", "x = x + self.attn(self.norm1(x))",
          "test_models.py::test_text_encoder_equals_transformers"),
     ],
     "models/control.py": [

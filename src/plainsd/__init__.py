@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "checkpoint", "save": "checkpoint", "load_control": "checkpoint", "save_control": "checkpoint",
-    "Control": "pictures.control",
+    "Control": "pictures.control", "ImagePrompt": "pictures.image_prompt", "load_image_prompt": "checkpoint",
     "StableDiffusion": "pictures.model", "text_to_image": "generate", "image_to_image": "generate",
     "inpaint": "generate", "outpaint": "generate", "final": "generate", "Pictures": "generate",
     "add_lora": "adapters.lora", "save_lora": "adapters.lora",

@@ -17,13 +17,17 @@ from plainsd.files.control import open_control, write_control_net
 from plainsd.files.convert import read, read_vae_alone, write
 from plainsd.files.folder import PREVIEW, write_weights
 from plainsd.files.hub import find
+from plainsd.files.image_prompt import TOWER_FOLDER, open_image_adapter, open_tower, tower_beside
 from plainsd.files.predicted import asked, told_otherwise
 from plainsd.files.stored import Contents, StoredNetwork, empty, first, parts
 from plainsd.files.tensorfile import stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
 from plainsd.models.control import ControlNet
+from plainsd.models.image_prompt import ImageAdapter
 from plainsd.models.tiny_vae import AnyVAE, AnyVAEConfig
 from plainsd.models.variants import SD_VAE, Variant
+from plainsd.models.vision import VisionTower
+from plainsd.pictures.image_prompt import ImageReader
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import fit_latent_rgb, preview_text, read_preview
 
@@ -159,6 +163,39 @@ def save_control(
     own = next(net.parameters())
     packed = StoredNetwork(ControlNet, net.control, {name: stored(t) for name, t in net.state_dict().items()})
     write_control_net(packed, Path(path), layout, conv, dtype and choose_dtype(dtype, own.device))
+
+
+def load_image_prompt(
+    path: str | Path,
+    tower: str | Path | VisionTower | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> ImageReader:
+    """An IP-Adapter's file with the CLIP vision tower that it reads: a folder, a file, or one that is loaded already.
+    None: the folder `image_encoder` beside the adapter. See files/image_prompt.py."""
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    path = find(path)
+    adapter = open_image_adapter(path).build(device, dtype)
+    assert isinstance(adapter, ImageAdapter)
+    if tower is None:
+        tower = tower_beside(path)
+        if tower is None:
+            raise UserError(
+                f"{path} needs its CLIP vision tower, and there is no folder {TOWER_FOLDER!r} beside it; give one with "
+                "tower=, or --image-encoder",
+                field="image_encoder",
+            )
+    return ImageReader(adapter, tower if isinstance(tower, VisionTower) else load_tower(tower, device, dtype))
+
+
+def load_tower(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> VisionTower:
+    """A CLIP vision tower, or that of a whole CLIP."""
+    device = choose_device(device)
+    tower = open_tower(find(path)).build(device, choose_dtype(dtype, device))
+    assert isinstance(tower, VisionTower)
+    return tower
 
 
 def add_preview(folder: str | Path) -> None:

@@ -30,6 +30,7 @@ from plainsd.pictures.defaults import (
     resolved,
     settings_of_each,
 )
+from plainsd.pictures.image_prompt import ImagePrompt, check_image_prompts
 from plainsd.pictures.images import continued, to_pil, to_rgb, to_tensor
 from plainsd.pictures.masks import Canvas, MaskOptions, canvas_of
 from plainsd.pictures.model import StableDiffusion
@@ -107,13 +108,14 @@ def text_to_image(
     seed: int = 0,
     count: int = 1,
     control: Sequence[Control] = (),
+    image_prompt: Sequence[ImagePrompt] = (),
     **more,
 ) -> Events:
     """Pictures of a prompt, `count` of each; picture i has seed + i. None takes the model's own default.
 
     Seed -1 draws one; guidance 0 is off, as 1 is. `size` is (width, height) in pixels, multiples of 8. `more`: the
     other fields of `Settings`. With `hires`, a second pass runs on the enlarged picture, and its steps follow those of
-    the first. `control`: maps to follow, in both passes.
+    the first. `control`: maps to follow, and `image_prompt`: pictures to take after, in both passes.
     """
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
         if edits(sd.unet.config, sd.vae.config):
@@ -130,6 +132,7 @@ def text_to_image(
         spacing=spacing,
         seed=seed,
         control=check_control(sd, control, size),
+        image_prompt=check_image_prompts(sd, image_prompt),
         **more,
     )
     if settings.hires:
@@ -137,20 +140,24 @@ def text_to_image(
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
     each = settings_of_each(one, prompt, negative, count)
-    return Events(drawn(_from_text, sd, each, control), each, steps_to_run(sd, one))
+    return Events(drawn(_from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
 
 
-def _from_text(sd: StableDiffusion, each: list[Resolved], control: Sequence[Control]) -> Generator[Step | Pictures]:
+def _from_text(
+    sd: StableDiffusion, each: list[Resolved], control: Sequence[Control], image_prompt: Sequence[ImagePrompt]
+) -> Generator[Step | Pictures]:
     one, draw = each[0], NoiseOfEach(each, sd.device)
     noise = prepare_latents(sd, one.size, draw)
-    latents = yield from sample(sd, each, one.size, noise, draw, control=fitted(control, one.size))
+    maps = fitted(control, one.size)
+    latents = yield from sample(sd, each, one.size, noise, draw, control=maps, image_prompt=image_prompt)
     if one.hires:
         size = enlarged_size(one.size, one.hires)
         known = Known(_enlarged(sd, latents, size, one, draw))
         again, maps = [second_pass(one) for one in each], fitted(control, size)
         draw = draw.anew(again)
         noise = prepare_latents(sd, size, draw)
-        latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps, control=maps)
+        joins: dict[str, Any] = {"control": maps, "image_prompt": image_prompt}
+        latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps, **joins)
     yield Pictures(to_pil(decode(sd, latents, tiling=one.tiling)), each, latents)
 
 
@@ -178,6 +185,7 @@ def image_to_image(
     size: tuple[int, int] | None = None,
     count: int = 1,
     control: Sequence[Control] = (),
+    image_prompt: Sequence[ImagePrompt] = (),
     **choices,
 ) -> Events:
     """A picture drawn over (Meng et al. 2021, "SDEdit"): noise is added to it, and the last steps are run from there.
@@ -192,9 +200,13 @@ def image_to_image(
         raise UserError("this is an inpainting model; it needs a mask (inpaint, or --mask)", field="mask")
     strength = (1.0 if editing else STRENGTH) if strength is None else strength
     image = _fitted(image, size)
-    settings, steps = _with_picture(sd, image, strength, {"control": check_control(sd, control, image.size)} | choices)
+    notes = {
+        "control": check_control(sd, control, image.size),
+        "image_prompt": check_image_prompts(sd, image_prompt),
+    }
+    settings, steps = _with_picture(sd, image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(drawn(_from_picture, sd, each, image, control), each, steps)
+    return Events(drawn(_from_picture, sd, each, image, control, image_prompt), each, steps)
 
 
 def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> tuple[Resolved, int]:
@@ -210,7 +222,11 @@ def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choi
 
 
 def _from_picture(
-    sd: StableDiffusion, each: list[Resolved], image: Image.Image, control: Sequence[Control]
+    sd: StableDiffusion,
+    each: list[Resolved],
+    image: Image.Image,
+    control: Sequence[Control],
+    image_prompt: Sequence[ImagePrompt],
 ) -> Generator[Step | Pictures]:
     draw, pixels = NoiseOfEach(each, sd.device), _padded(to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
@@ -218,7 +234,7 @@ def _from_picture(
     latents = None if editing and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
     known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
     noise, maps = prepare_latents(sd, size, draw), fitted(control, image.size)
-    latents = yield from sample(sd, each, size, noise, draw, known, control=maps)
+    latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
     drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
     yield Pictures([picture.crop((0, 0, *image.size)) for picture in drawn], each, latents)
 
@@ -258,6 +274,7 @@ def inpaint(
     size: tuple[int, int] | None = None,
     count: int = 1,
     control: Sequence[Control] = (),
+    image_prompt: Sequence[ImagePrompt] = (),
     **choices,
 ) -> Events:
     """The light part of the mask is drawn anew, in the picture's own surroundings; every other pixel stays as it is.
@@ -279,10 +296,14 @@ def inpaint(
         raise UserError("soft masks are for models that read none, and this one does; leave soft_mask out",
                         field="soft_mask")  # fmt: skip
     canvas = canvas_of(_fitted(image, None), mask, _fitted_size(image, size), how)
-    notes = {"masked": "outpaint" not in choices, "control": check_control(sd, control, canvas.image.size)}
+    notes = {
+        "masked": "outpaint" not in choices,
+        "control": check_control(sd, control, canvas.image.size),
+        "image_prompt": check_image_prompts(sd, image_prompt),
+    }
     settings, steps = _with_picture(sd, canvas.image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(drawn(_repainted, sd, each, canvas, control), each, steps)
+    return Events(drawn(_repainted, sd, each, canvas, control, image_prompt), each, steps)
 
 
 def mask_options(choices: Mapping[str, Any]) -> MaskOptions:
@@ -293,7 +314,11 @@ def mask_options(choices: Mapping[str, Any]) -> MaskOptions:
 
 
 def _repainted(
-    sd: StableDiffusion, each: list[Resolved], canvas: Canvas, control: Sequence[Control]
+    sd: StableDiffusion,
+    each: list[Resolved],
+    canvas: Canvas,
+    control: Sequence[Control],
+    image_prompt: Sequence[ImagePrompt],
 ) -> Generator[Step | Pictures]:
     one, image = each[0], canvas.image
     levels = torch.from_numpy(np.array(canvas.hole))[None, None] / 255.0  # (1, 1, H, W)
@@ -313,7 +338,8 @@ def _repainted(
         known = Known(latents, mask, F.avg_pool2d(_padded(levels), sd.vae.config.factor).to(sd.device))
     else:
         known = Known(latents, mask)
-    latents = yield from sample(sd, each, size, noise, draw, known, control=fitted(control, image.size))
+    maps = fitted(control, image.size)
+    latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
     drawn = to_pil(decode(sd, latents, tiling=one.tiling))
     yield Pictures([canvas.finished(picture.crop((0, 0, *image.size))) for picture in drawn], each, latents)
 
@@ -364,17 +390,18 @@ def batch(
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
     control: Sequence[Control] = (),
+    image_prompt: Sequence[ImagePrompt] = (),
 ) -> Events:
     """Pictures of settings that leave nothing open, such as those of `Events.settings`, drawn together.
 
-    They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, a mask, and
-    maps to follow are the same for all; picture and mask have the size of the settings.
+    They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, a mask, maps
+    to follow and pictures to take after are the same for all; picture and mask have the size of the settings.
     """
     each, one = list(each), each[0]
     if image is None:
-        return Events(drawn(_from_text, sd, each, control), each, steps_to_run(sd, one))
+        return Events(drawn(_from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
     steps = steps_to_run(sd, one, on_picture=True)
     if mask is None:
-        return Events(drawn(_from_picture, sd, each, image, control), each, steps)
+        return Events(drawn(_from_picture, sd, each, image, control, image_prompt), each, steps)
     canvas = canvas_of(image, mask, image.size, MaskOptions(soft=one.soft_mask))
-    return Events(drawn(_repainted, sd, each, canvas, control), each, steps)
+    return Events(drawn(_repainted, sd, each, canvas, control, image_prompt), each, steps)

@@ -9,6 +9,7 @@ mark after `:` says how the file's tensor differs from ours:
     bare        the whole name: no `.weight` follows
     transposed  bare, and the transpose of ours
     third       one tensor, `_weight` or `_bias`, holds q, k and v of three rows, stacked
+    half        one tensor holds k and v of two rows, stacked
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 
 from plainsd.models.clip import TextEncoder
 from plainsd.models.control import ControlNet
+from plainsd.models.image_prompt import ImageAdapter
 from plainsd.models.tiny_vae import TinyBlock, TinyVAE
 from plainsd.models.unet import UNet, WayDown
 from plainsd.models.vae import VAE
+from plainsd.models.vision import VisionTower
 
 NameRow = tuple[str, ...]  # three names
 
@@ -167,10 +170,43 @@ TEXT_BLOCK = tuple((f"blocks.{{k}}.{ours}", f"text_model.encoder.layers.{{k}}.{h
     ("fc2",       "mlp.fc2",             "mlp.c_proj"),
 ))
 
+# --- the vision tower, likewise --------------------------------------------------------------------------------------
+
+VISION: tuple[NameRow, ...] = (
+    ("class_token",  "vision_model.embeddings.class_embedding:bare",  "visual.class_embedding:bare"),
+    ("patches",      "vision_model.embeddings.patch_embedding",       "visual.conv1"),
+    ("position",     "vision_model.embeddings.position_embedding",    "visual.positional_embedding:bare"),
+    ("norm_in",      "vision_model.pre_layrnorm",                     "visual.ln_pre"),
+    ("norm_out",     "vision_model.post_layernorm",                   "visual.ln_post"),
+    ("projection",   "visual_projection",                             "visual.proj:transposed"),
+)
+VISION_BLOCK = tuple((ours, hugging.replace("text_model", "vision_model"), f"visual.{openclip}")
+                     for ours, hugging, openclip in TEXT_BLOCK)
+
+# --- an image prompt's adapter, beside the vectors it multiplies; its file has one naming -----------------------------
+
+IMAGE_READERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "base": (("proj", "proj"), ("norm", "norm")),
+    "full": (("fc1", "proj.0"), ("fc2", "proj.2"), ("norm", "proj.3")),
+    "plus": (("queries", "latents:bare"), *((name, name) for name in ("proj_in", "proj_out", "norm_out"))),
+}
+RESAMPLER_BLOCK: tuple[tuple[str, str], ...] = (
+    ("norm_states",   "0.norm1"),
+    ("norm_queries",  "0.norm2"),
+    ("attn.q",        "0.to_q"),
+    ("attn.k",        "0.to_kv:half"),
+    ("attn.v",        "0.to_kv:half"),
+    ("attn.out",      "0.to_out"),
+    ("norm_ff",       "1.0"),
+    ("fc1",           "1.1"),
+    ("fc2",           "1.3"),
+)
+
 # --- other spellings of the same names --------------------------------------------------------------------------------
 
 SPELLINGS = (                         # as the tables have it, as some diffusers folders have it
     ("text_model.",  ""),             # transformers 5.6 and later write text encoders without the prefix
+    ("vision_model.",  ""),
     (".to_q.",       ".query."),      # and VAE folders of 2022 have the old names of attention
     (".to_k.",       ".key."),
     (".to_v.",       ".value."),
@@ -239,6 +275,23 @@ def tiny_vae_rows(vae: TinyVAE) -> Iterator[NameRow]:
                 yield ours, ours, f"{side}.{n + shift}{leaf}"
 
 
+def vision_rows(tower: VisionTower) -> Iterator[NameRow]:
+    yield from VISION
+    for k in range(tower.config.layers):
+        yield from filled_rows(VISION_BLOCK, k=k)
+
+
+def image_adapter_rows(adapter: ImageAdapter) -> Iterator[NameRow]:
+    """In files the projections are numbered 1, 3, 5, ...: with the self-attentions between them, which have none."""
+    config, prefix = adapter.config, "image_proj."
+    pairs = [(f"reader.{ours}", prefix + theirs) for ours, theirs in IMAGE_READERS[config.kind]]
+    for k in range(config.layers if config.kind == "plus" else 0):
+        pairs += [(f"reader.blocks.{k}.{ours}", f"{prefix}layers.{k}.{theirs}") for ours, theirs in RESAMPLER_BLOCK]
+    for n in range(len(config.widths)):
+        pairs += [(f"{side}.{n}", f"ip_adapter.{2 * n + 1}.to_{side}_ip") for side in ("k", "v")]
+    yield from ((ours, theirs, theirs) for ours, theirs in pairs)
+
+
 def text_rows(encoder: TextEncoder) -> Iterator[NameRow]:
     yield from TEXT
     for k in range(encoder.config.layers):
@@ -251,6 +304,8 @@ NAME_ROWS = {
     VAE: vae_rows,
     TinyVAE: tiny_vae_rows,
     TextEncoder: text_rows,
+    VisionTower: vision_rows,
+    ImageAdapter: image_adapter_rows,
 }
 
 
@@ -265,6 +320,8 @@ class TensorPlace:
     def to_ours(self, tensor: Tensor) -> list[Tensor]:
         if self.mark == "third":
             return list(tensor.chunk(3))
+        if self.mark == "half":
+            return list(tensor.chunk(2))
         if self.mark == "transposed":
             return [tensor.T]
         if self.mark.endswith("conv") and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
@@ -272,7 +329,7 @@ class TensorPlace:
         return [tensor]
 
     def to_theirs(self, tensors: list[Tensor]) -> Tensor:
-        if self.mark == "third":
+        if self.mark in ("third", "half"):
             return torch.cat(tensors)
         (tensor,) = tensors
         if self.mark == "transposed":
@@ -286,7 +343,7 @@ def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[Tensor
     found: dict[str, TensorPlace] = {}
     for ours in network.state_dict():
         module, _, leaf = ours.rpartition(".")
-        theirs, _, mark = names[module].partition(":")
+        theirs, _, mark = names[ours if ours in names else module].partition(":")
         if mark == "maybe-conv":
             mark = "conv" if conv else "maybe-conv"
         name = theirs if mark in ("bare", "transposed") else theirs + ("_" if mark == "third" else ".") + leaf

@@ -283,12 +283,17 @@ def _loaded(path: Path, allowed: list[tuple[type, str]], *, mapped: bool) -> obj
 
 
 def open_pickle(path: Path) -> TensorFile:
-    """A .ckpt, .bin or .pt: tensors by name, perhaps under `state_dict`. Only plain data is ever unpickled."""
+    """A .ckpt, .bin or .pt: tensors by name, perhaps under `state_dict`, or in groups, as `image_proj` and `ip_adapter`
+    are; then the names have the group's before them. Only plain data is ever unpickled."""
     content = unpickled(path)
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     table = content.items() if isinstance(content, dict) else ()
     tensors = {str(name): stored(value) for name, value in table if isinstance(value, Tensor)}
+    if not tensors:
+        groups = [(name, value) for name, value in table if isinstance(value, dict)]
+        inside = [(f"{group}.{name}", value) for group, named in groups for name, value in named.items()]
+        tensors = {name: stored(value) for name, value in inside if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; it is no checkpoint")
     return TensorFile(path, tensors, {})

@@ -46,10 +46,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 
 class TextBlock(nn.Module):
-    """Pre-norm transformer block: attention to earlier tokens only, then a two-layer MLP. (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block: attention, of texts to earlier tokens only, then a two-layer MLP. (B, N, D) ->
+    (B, N, D)."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, *, causal: bool = True):
         super().__init__()
+        self.causal = causal
         self.norm1 = nn.LayerNorm(config.width, config.eps)
         self.attn = Attention(config.width, config.heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(config.width, config.eps)
@@ -58,7 +60,7 @@ class TextBlock(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), causal=True)
+        x = x + self.attn(self.norm1(x), causal=self.causal)
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plainsd.models.unet import UNet, plus
+from plainsd.models.unet import EachBeside, UNet, plus
 
 
 class DeepCache:
@@ -35,16 +35,18 @@ class DeepCache:
         guidance: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
         features: Sequence[Tensor | None] | None = None,
+        beside: Sequence[EachBeside | None] | None = None,
     ) -> Tensor:
         unet, split = self.unet, len(self.unet.up) - 1 - self.shallow
         fresh = self.advance(timestep, len(x))
         emb = unet.embed(timestep, x, vector, guidance)
         added = iter(features or [None] * (len(unet.down) + 2))
+        more = beside or [None] * (len(unet.down) + 1 + len(unet.up))
         skips = [x := plus(unet.conv_in(x), next(added))]
-        for block in unet.down if fresh else unet.down[: self.shallow]:
-            skips.append(x := plus(block(x, emb, context), next(added)))
+        for place, block in enumerate(unet.down if fresh else unet.down[: self.shallow]):
+            skips.append(x := plus(block(x, emb, context, more[place]), next(added)))
         if fresh:
-            x = plus(unet.mid(x, emb, context), next(added))
+            x = plus(unet.mid(x, emb, context, more[len(unet.down)]), next(added))
             x = plus(x, residuals and residuals[-1])
         skips = [plus(*pair) for pair in zip(skips, residuals or [None] * len(skips), strict=False)]
         for place, block in enumerate(unet.up):
@@ -52,7 +54,8 @@ class DeepCache:
                 x = self.kept(x, fresh)
             if fresh or place >= split:
                 x = torch.cat([x, skips.pop()], dim=1)
-                x = block(x, emb, context, skips[-1].shape[-2:] if block.resample is not None else None)
+                size = skips[-1].shape[-2:] if block.resample is not None else None
+                x = block(x, emb, context, more[len(unet.down) + 1 + place], size)
         return unet.conv_out(F.silu(unet.norm_out(x)))
 
     def advance(self, timestep: float, rows: int) -> bool:

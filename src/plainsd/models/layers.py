@@ -4,6 +4,8 @@ Shape letters: B batch, C channels, H W height and width, N queries, M keys, D w
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,18 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+class Beside(NamedTuple):
+    """What queries look at beside their context, such as a picture (models/image_prompt.py)."""
+
+    k: Tensor  # (B, M, D)
+    v: Tensor  # (B, M, D), times the strength
+    where: Tensor | None = None  # (N, 1), how much of it counts at each query; None: all
+
+
 class Attention(nn.Module):
     """Multi-head attention, softmax(q k^T / sqrt(D / heads)) v. Keys and values come from `context`, or from x itself.
 
-    x (B, N, D), context (B, M, context_dim) -> (B, N, D).
+    x (B, N, D), context (B, M, context_dim) -> (B, N, D). What is found in each of `beside` is added.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, *, qkv_bias: bool = False):
@@ -38,14 +48,25 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.attend = F.scaled_dot_product_attention  # speed/ and training may replace it
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, beside: Sequence[Beside] = (), *, causal: bool = False
+    ) -> Tensor:
         context = x if context is None else context
         q, k, v = (
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or M, D / heads)
             for t in (self.q(x), self.k(context), self.v(context))
         )
         x = self.attend(q, k, v, is_causal=causal)
+        for more in beside:
+            x = x + found_beside(more, q, self.attend)
         return self.out(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+def found_beside(beside: Beside, q: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """What queries find there: (B, heads, N, D / heads) -> the same."""
+    k, v = (t.unflatten(-1, (q.shape[1], -1)).transpose(1, 2).contiguous() for t in (beside.k, beside.v))
+    found = attend(q, k, v)
+    return found if beside.where is None else beside.where * found
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:

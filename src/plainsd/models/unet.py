@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plainsd.models.layers import Attention, Downsample, ResBlock, Upsample, timestep_embedding
+from plainsd.models.layers import Attention, Beside, Downsample, ResBlock, Upsample, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention over positions, cross-attention to the text, feed-forward; each with a pre-norm and a residual.
-    (B, N, D), (B, M, T) -> (B, N, D)."""
+    """Self-attention over positions, cross-attention to the text (and what is beside it), feed-forward; each with a
+    pre-norm and a residual. (B, N, D), (B, M, T) -> (B, N, D)."""
 
     def __init__(self, dim: int, heads: int, context_dim: int):
         super().__init__()
@@ -72,10 +72,13 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, beside: Sequence[Beside] = ()) -> Tensor:
         x = x + self.self_attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm2(x), context)
+        x = x + self.cross_attn(self.norm2(x), context, beside)
         return x + self.ff(self.norm3(x))
+
+
+EachBeside = Sequence[Sequence[Beside]]  # for each of several cross-attentions
 
 
 class Transformer(nn.Module):
@@ -88,10 +91,10 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, beside: EachBeside | None = None) -> Tensor:
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, N, D)
-        for block in self.blocks:
-            h = block(h, context)
+        for block, more in zip(self.blocks, beside or [()] * len(self.blocks), strict=True):
+            h = block(h, context, more)
         return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -102,11 +105,18 @@ class Block(nn.Module):
         super().__init__()
         self.res, self.attn, self.resample = res, attn, resample
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor,
+        beside: EachBeside | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
         if self.res is not None:
             x = self.res(x, emb)
         if self.attn is not None:
-            x = self.attn(x, context)
+            x = self.attn(x, context, beside)
         if self.resample is not None:
             x = self.resample(x) if size is None else self.resample(x, size)
         return x
@@ -119,11 +129,11 @@ class Middle(nn.Module):
         super().__init__()
         self.res1, self.attn, self.res2 = res1, attn, res2
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, beside: EachBeside | None = None) -> Tensor:
         if self.res1 is not None:
             x = self.res1(x, emb)
         if self.attn is not None:
-            x = self.attn(x, context)
+            x = self.attn(x, context, beside)
         return x if self.res2 is None else self.res2(x, emb)
 
 
@@ -190,7 +200,9 @@ class UNet(WayDown):
     What joins it comes as tensors, one for conv_in's output, one for each block of the way down, the last for the
     middle's. `residuals` are added to what the way up is handed, and the way down never sees them (ControlNet, Zhang et
     al. 2023, arXiv:2302.05543); `features` to the outputs themselves, None where there is nothing to add, and what
-    follows goes on from there (T2I-Adapter, Mou et al. 2023, arXiv:2302.08453).
+    follows goes on from there (T2I-Adapter, Mou et al. 2023, arXiv:2302.08453). `beside`: for each block of the way
+    down, the middle and each block of the way up, what its cross-attentions read beside the text (IP-Adapter, Ye et al.
+    2023, arXiv:2308.06721), None where there are none.
     """
 
     def __init__(self, config: UNetConfig):
@@ -217,17 +229,19 @@ class UNet(WayDown):
         guidance: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
         features: Sequence[Tensor | None] | None = None,
+        beside: Sequence[EachBeside | None] | None = None,
     ) -> Tensor:
         emb = self.embed(timestep, x, vector, guidance)
         added = iter(features or [None] * (len(self.down) + 2))
+        more = iter(beside or [None] * (len(self.down) + 1 + len(self.up)))
         skips = [x := plus(self.conv_in(x), next(added))]
         for block in self.down:
-            skips.append(x := plus(block(x, emb, context), next(added)))
-        x = plus(self.mid(x, emb, context), next(added))
+            skips.append(x := plus(block(x, emb, context, next(more)), next(added)))
+        x = plus(self.mid(x, emb, context, next(more)), next(added))
         if residuals is not None:
             *skips, x = (plus(*pair) for pair in zip([*skips, x], residuals, strict=True))
         for block in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
             size = skips[-1].shape[-2:] if block.resample is not None else None
-            x = block(x, emb, context, size)
+            x = block(x, emb, context, next(more), size)
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -205,9 +205,9 @@ class Controls:
 
     def __call__(
         self, step: int, prompted: Sequence[bool], x: Tensor, timestep: float, conditioning: Conditioning
-    ) -> list[Tensor] | None:
-        """What is added to the UNet's skips and middle at a step, each (R, C, h, w) or (R, C, 1, 1); None: nothing.
-        `prompted`: of each row of x, whether it has its prompt."""
+    ) -> dict[str, list[Tensor]]:
+        """What joins the UNet at a step, each (R, C, h, w) or (R, C, 1, 1), by its argument's name. `prompted`: of each
+        row of x, whether it has its prompt."""
         total: list[Tensor] | None = None
         for control, hint in zip(self.controls, self.hints, strict=True):
             rows = [row for row, with_prompt in enumerate(prompted) if with_prompt or not control.prompted_only]
@@ -215,7 +215,7 @@ class Controls:
                 continue
             residuals = self._of_rows(control, hint, rows, x, timestep, conditioning)
             total = residuals if total is None else [a + b for a, b in zip(total, residuals, strict=True)]
-        return total
+        return {} if total is None else {"residuals": total}
 
     def _of_rows(
         self, control: Control, hint: Tensor, rows: list[int], x: Tensor, timestep: float, conditioning: Conditioning

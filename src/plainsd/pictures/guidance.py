@@ -39,7 +39,6 @@ from plainsd.errors import UserError
 from plainsd.models.unet import UNet
 from plainsd.models.variants import edits
 from plainsd.pictures.conditioning import Conditioning, stack
-from plainsd.pictures.control import Controls
 from plainsd.pictures.memory import on_stage, rows_at_once
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.plan import PromptPlan
@@ -47,7 +46,9 @@ from plainsd.pictures.settings import Resolved, Settings
 
 COND, UNCOND, PERTURBED, BLANK = range(4)  # kinds of estimates, and of rows; BLANK: without the picture to edit, too
 UNetCall = Callable[..., Tensor]  # called as the UNet is
-ControlStep = Callable[..., list[Tensor] | None]  # (prompted, x, timestep, conditioning) -> the UNet's `residuals`
+Join = Callable[
+    ..., dict
+]  # (step, prompted, x, timestep, conditioning) -> what joins the UNet, by its arguments' names
 Estimate = Callable[..., list[Tensor]]  # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
 
 
@@ -93,16 +94,16 @@ def predict(
     rows: Sequence[BatchRow],
     conditioning: Conditioning,
     guidances: Sequence[float],
-    control: ControlStep | None,
+    joins: Sequence[Join],
     x: Tensor,
     timestep: float,
 ) -> Tensor:
     """One call of the UNet. Latents are float32 outside and of the network's precision inside: (R, C, H, W)."""
     on_stage(sd, sd.unet)
     x = x.to(sd.dtype)
-    more = {}
-    if control is not None:
-        more["residuals"] = control([row.kind in (COND, PERTURBED) for row in rows], x, timestep, conditioning)
+    more: dict[str, Any] = {}
+    for join in joins:
+        more |= join([row.kind in (COND, PERTURBED) for row in rows], x, timestep, conditioning)
     if conditioning.concat is not None:
         x = torch.cat([x, conditioning.concat], dim=1)  # (R, 9, H, W)
     dim = sd.unet.config.guidance_dim
@@ -130,13 +131,13 @@ class Estimates:
         sigmas: Sequence[float],
         guidances: Sequence[float],
         network: UNetCall,
-        controls: Controls | None = None,
+        joins: Sequence[Join] = (),
         calls: Iterator[int] | None = None,
     ):
         """A plan, a row of `concat` and a scale of guidance each picture; the levels of the whole drawing; the UNet, or
         what stands in for it; what joins it."""
         self.sd, self.plans, self.concat, self.guidances, self.network = sd, plans, concat, guidances, network
-        self.controls, self.calls = controls, calls
+        self.joins, self.calls = joins, calls
         self.rising = [-sigma for sigma in sigmas]
         self.rows_at_once: dict[int, int] = {}  # of so many rows; the free memory is read only once
         self.batches: dict[tuple, Conditioning] = {}  # what these rows read, as one batch: the same tensors each step
@@ -151,8 +152,8 @@ class Estimates:
         found: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
         for rows in self.split(calls.values(), x):
             inputs = torch.cat([x[row.picture : row.picture + 1] for row in rows])  # (R, C, H, W)
-            control = partial(self.controls, step) if self.controls else None
-            call = partial(predict, self.sd, self.network, rows, self.batch(rows), self.guidances, control)
+            joins = [partial(join, step) for join in self.joins]
+            call = partial(predict, self.sd, self.network, rows, self.batch(rows), self.guidances, joins)
             estimates = denoiser(call, self.sd.schedule, self.sd.prediction)(inputs, sigma)
             for row, x0 in zip(rows, estimates.split(1), strict=True):
                 found[row.kind, row.picture].append((x0, row.weight))

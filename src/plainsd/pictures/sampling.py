@@ -30,7 +30,8 @@ from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures.control import Controls, Fitted
-from plainsd.pictures.guidance import Estimates, UNetCall, guided_denoise, guided_pair
+from plainsd.pictures.guidance import Estimates, Join, UNetCall, guided_denoise, guided_pair
+from plainsd.pictures.image_prompt import ImagePrompt, ImagePrompts
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.noise import Draw, NoiseOfEach
@@ -168,12 +169,13 @@ def sample(
     known: Known | None = None,
     first_pass: int | None = None,
     control: Sequence[Fitted] = (),
+    image_prompt: Sequence[ImagePrompt] = (),
 ) -> Generator[Step, None, Tensor]:
     """Yields the sampler's steps; returns clean latents (B, L, h, w).
 
     `each` differ in prompts, seeds and scale of guidance only; `size` is the picture's, as SDXL is told it; `noise` is
     the first one, and `draw` gives more; `first_pass` counts the steps of a pass before this one, for prompts that
-    change on the way; `control` are maps to follow, which a refiner does not.
+    change on the way; `control` are maps to follow and `image_prompt` pictures to take after, which a refiner does not.
     """
     one, shape = each[0], noise.shape[1:]
     again = first_pass is not None
@@ -192,9 +194,11 @@ def sample(
         path = draw.path(shape, row, levels.sigmas)
     calls = count() if convention(one.like).prompts == "batches" else None
     concat, done = known.concat if known else None, 0
+    joins: list[Join] = [Controls(sd, control, len(levels.sigmas) - 1)] if control else []
+    joins += [ImagePrompts(sd, image_prompt, size)] if image_prompt else []
     for models, own in turns(sd, one, levels):
         denoise, *later = (
-            _denoise(model, each, size, levels, concat, first_pass, control if model is sd else (), calls)
+            _denoise(model, each, size, levels, concat, first_pass, joins if model is sd else [], calls)
             for model in models
         )
         if later:
@@ -269,7 +273,7 @@ def _denoise(
     levels: Levels,
     concat: Tensor | None,
     first_pass: int | None,
-    control: Sequence[Fitted],
+    joins: Sequence[Join],
     calls: Iterator[int] | None,
 ) -> Denoise | Pair:
     """The network with its prompts, guidance and maps; for samplers that take one, the pair of estimates."""
@@ -287,8 +291,7 @@ def _denoise(
     network: UNetCall = DeepCache(sd.unet, one.cache) if one.cache else sd.unet
     if one.tiling:
         network = seamless(sd.unet, network)
-    controls = Controls(sd, control, len(levels.sigmas) - 1) if control else None
-    estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network, controls, calls)
+    estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network, joins, calls)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
     guide = guided_pair if "pair" in SAMPLERS[one.sampler].takes else guided_denoise

@@ -23,6 +23,15 @@ class ControlNote(NamedTuple):
     kinds: tuple[int, ...] = ()  # of maps, where the net is for several
 
 
+class ImagePromptNote(NamedTuple):
+    """What a picture's text says of pictures that it took after: see pictures/image_prompt.py."""
+
+    model: str = "None"
+    weight: float = 1.0
+    images: int = 1
+    masks: int = 0
+
+
 CONTROL_MODES = {"balanced": "Balanced", "prompt": "My prompt is more important",
                  "control": "ControlNet is more important"}  # fmt: skip
 
@@ -69,6 +78,7 @@ class Settings:
     soft_mask: bool = False
     outpaint: tuple[int, int, int, int] | None = None  # pixels added at left, top, right, bottom, for the text
     control: tuple[ControlNote, ...] = ()  # maps that it followed, for the text
+    image_prompt: tuple[ImagePromptNote, ...] = ()  # pictures that it took after, likewise
     rescale: float = 0.0  # Lin et al. 2023 (arXiv:2305.08891), 0 to 1
     interval: tuple[float, float] | None = None  # sigmas between which guidance acts (arXiv:2404.07724)
     perturbed: float = 0.0  # scale of perturbed-attention guidance (arXiv:2403.17377)

@@ -5,10 +5,12 @@ For inference in float32 and bfloat16, by a PyTorch with oneDNN; where kernels.c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from plainsd.models.layers import Attention, ResBlock, Upsample
+from plainsd.models.layers import Attention, Beside, ResBlock, Upsample, found_beside
 from plainsd.models.unet import FeedForward
 from plainsd.speed import kernels
 from plainsd.speed.kernels import have_kernels
@@ -233,11 +235,14 @@ class PackedCrossAttention(nn.Module):
         self.seen: Tensor | None = None
         self.kept: list[Tensor] = []
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, beside: Sequence[Beside] = ()) -> Tensor:
         if context is not self.seen:
             self.seen, self.kept = context, [t.contiguous() for t in split_heads(self.kv(context), 2, self.heads)]
         (q,) = split_heads(self.q(x), 1, self.heads)
-        return self.out(self.attend(q, *self.kept).transpose(1, 2).flatten(2))
+        x = self.attend(q, *self.kept)
+        for more in beside:
+            x = x + found_beside(more, q, self.attend)
+        return self.out(x.transpose(1, 2).flatten(2))
 
 
 PACKED = {"self_attn": PackedSelfAttention, "cross_attn": PackedCrossAttention}

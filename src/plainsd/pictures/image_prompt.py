@@ -1,0 +1,222 @@
+"""Pictures as prompts: what a drawing takes from them, at every step, through IP-Adapters (models/image_prompt.py).
+
+A vision tower reads each picture once; the adapter makes tokens of that, and of these the keys and values that each
+cross-attention reads beside the text. Rows without the prompt, from which guidance leads away, read the tokens of
+nothing: of a vector of zeros, or with "plus" and "full" adapters of a picture of zeros.
+
+Shape letters: R rows of the batch, K pictures of one prompt, M tokens, T width of the text, D of a cross-attention, N
+positions of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from plainsd.errors import UserError
+from plainsd.models.image_prompt import ImageAdapter, attentions_of
+from plainsd.models.layers import Beside
+from plainsd.models.unet import EachBeside, UNet
+from plainsd.models.vision import VisionTower
+from plainsd.pictures.control import STRONGEST, family
+from plainsd.pictures.images import to_rgb
+from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.settings import ImagePromptNote
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageReader:
+    """An IP-Adapter and the vision tower that it reads."""
+
+    adapter: ImageAdapter
+    tower: VisionTower
+
+    def __post_init__(self) -> None:
+        own, its = self.tower.config, self.adapter.config
+        width = own.projection if its.kind == "base" else own.width
+        if width != its.states:
+            raise UserError(
+                f"the vision tower does not fit the adapter: it gives {width} numbers and the adapter reads "
+                f"{its.states}; choose {TOWERS.get((its.kind == 'base', its.states), 'the tower it was trained with')}",
+                field="image_encoder",
+            )
+
+
+TOWERS = {  # by whether the projected vector is read, and its width: what public adapters were trained with
+    (True, 1024): "OpenCLIP's ViT-H/14",
+    (True, 1280): "OpenCLIP's ViT-bigG/14",
+    (False, 1280): "OpenCLIP's ViT-H/14",
+    (False, 1664): "OpenCLIP's ViT-bigG/14",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """Pictures to take after, of any mode and size. `mask`, a picture of what is drawn (another size is scaled): they
+    count where it is light; several masks are one for each picture."""
+
+    adapter: ImageReader
+    image: Image.Image | Sequence[Image.Image]
+    strength: float = 1.0
+    mask: Image.Image | Sequence[Image.Image] | None = None
+    name: str = "image prompt"  # of the adapter, for the picture's text
+    _read: dict = field(default_factory=dict, repr=False)  # tokens, by where and how precisely they were made
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [self.image] if isinstance(self.image, Image.Image) else list(self.image)
+
+    @property
+    def masks(self) -> list[Image.Image]:
+        """None, one for all pictures, or one for each."""
+        return [] if self.mask is None else [self.mask] if isinstance(self.mask, Image.Image) else list(self.mask)
+
+    @property
+    def note(self) -> ImagePromptNote:
+        return ImagePromptNote(self.name, float(self.strength), len(self.images), len(self.masks))
+
+    def tokens(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(2, K, M, T): of nothing, and of each picture. Adapter and tower are brought there, in place."""
+        if (device, dtype) not in self._read:
+            adapter, tower = (network.to(device, dtype) for network in (self.adapter.adapter, self.adapter.tower))
+            pixels = torch.cat([clip_pixels(image, tower.config.size) for image in self.images]).to(device, dtype)
+            states = tower(pixels)
+            black = tower(torch.zeros_like(pixels[:1])) if adapter.config.kind != "base" else states
+            nothing = adapter.nothing(states, black).expand(len(pixels), -1, -1)
+            self._read[device, dtype] = torch.stack([nothing, adapter.read(states)])
+        return self._read[device, dtype]
+
+
+def clip_pixels(image: Image.Image, size: int) -> Tensor:
+    """A picture as CLIP's towers read it: its shorter side scaled to `size`, its middle, normalised. (1, 3, size,
+    size)."""
+    image = to_rgb(image)
+    short, long = sorted(image.size)
+    wider = int(size * long / short)
+    image = image.resize((wider, size) if image.width >= image.height else (size, wider), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    levels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float64) / 255
+    normal = (levels - CLIP_MEAN) / CLIP_STD
+    return torch.from_numpy(normal).permute(2, 0, 1)[None].float()
+
+
+# --- at the door -----------------------------------------------------------------------------------------------------
+
+
+def check_image_prompts(sd: StableDiffusion, prompts: Sequence[ImagePrompt]) -> tuple[ImagePromptNote, ...]:
+    """What the pictures' text will say. UserError for what does not go together."""
+    for number, prompt in enumerate(prompts, 1):
+        which = f"image prompt {number} ({prompt.name})" if len(prompts) > 1 else f"image prompt {prompt.name!r}"
+        if not 0 <= prompt.strength <= STRONGEST:
+            raise UserError(
+                f"{which}: strength {prompt.strength} is out of range; choose 0 to {STRONGEST:g}",
+                field="image_prompt",
+                value=prompt.strength,
+            )
+        if not prompt.images:
+            raise UserError(f"{which} has no picture; give one or more", field="image_prompt")
+        if len(prompt.masks) not in (0, 1, len(prompt.images)):
+            what = f"{len(prompt.masks)} masks and {len(prompt.images)} pictures"
+            raise UserError(f"{which} has {what}; give one mask for all, or one for each", field="image_prompt")
+        if reason := image_misfit(prompt.adapter.adapter, sd):
+            raise UserError(f"{which} does not fit the model: {reason}; choose one of its family", field="image_prompt")
+    return tuple(prompt.note for prompt in prompts)
+
+
+def image_misfit(adapter: ImageAdapter, sd: StableDiffusion) -> str | None:
+    """Why the adapter cannot speak to this model's UNet; None: it can."""
+    own, its = sd.unet.config, adapter.config
+    if its.context != own.context:
+        return f"it is beside texts of {its.context} numbers, and {family(own)}'s are {own.context}"
+    widths = widths_of(sd.unet)
+    if its.widths != widths:
+        return (
+            f"it has {len(its.widths)} pairs of projections, and {family(own)} asks for {len(widths)} of other widths"
+        )
+    return None
+
+
+def widths_of(unet: UNet) -> tuple[int, ...]:
+    """Of each cross-attention, in the order of an adapter's file."""
+    blocks = [*unet.down, *unet.up, unet.mid]
+    return tuple(block.attn.norm.num_channels for block in blocks for _ in attentions_of(block))
+
+
+# --- at each step ----------------------------------------------------------------------------------------------------
+
+
+class ImagePrompts:
+    """All image prompts of one drawing. Keys and values are the same at every step, and made once."""
+
+    def __init__(self, sd: StableDiffusion, prompts: Sequence[ImagePrompt], size: tuple[int, int]):
+        """`size`: of what is drawn, width and height in pixels."""
+        self.unet = sd.unet
+        places = level_sizes(sd.unet, (size[1] // sd.vae.config.factor, size[0] // sd.vae.config.factor))
+        self.layers: list[list[Beside]] = [[] for _ in places]  # a cross-attention, in the order of an adapter's file
+        for prompt in prompts:
+            if prompt.strength:
+                self.read(prompt, prompt.tokens(sd.device, sd.dtype), places, size)
+        self.batches: dict[tuple[bool, ...], list[EachBeside]] = {}
+
+    def read(self, prompt: ImagePrompt, tokens: Tensor, places: list[tuple[int, int]], size: tuple[int, int]) -> None:
+        """Pictures without masks, or with one mask for all, are looked at together; else one by one, as in diffusers'
+        pipelines."""
+        masks = [light(mask, size).to(tokens) for mask in prompt.masks]
+        each = len(masks) > 1
+        for number in range(len(prompt.images) if each else 1):
+            some = tokens[:, number] if each else tokens.flatten(1, 2)  # (2, M, T) or (2, K M, T)
+            where = masks[number] if masks else None
+            for layer, place, (k, v) in zip(self.layers, places, prompt.adapter.adapter(some), strict=True):
+                layer.append(Beside(k, v * prompt.strength, None if where is None else shrunk(where, place)))
+
+    def __call__(self, step: int, prompted: Sequence[bool], *rest) -> dict[str, list[EachBeside]]:
+        """What the UNet is handed. `prompted`: of each row, whether it has its prompt."""
+        rows = tuple(prompted)
+        if rows not in self.batches:
+            some = [int(one) for one in rows]
+            layers = [[Beside(k[some], v[some], where) for k, v, where in layer] for layer in self.layers]
+            self.batches[rows] = by_block(self.unet, layers)
+        return {"beside": self.batches[rows]}
+
+
+def by_block(unet: UNet, layers: Sequence[Sequence[Beside]]) -> list[EachBeside]:
+    """From the order of an adapter's file (down, up, middle) to the UNet's, a list a block."""
+    following = iter(layers)
+    down, up, mid = (
+        [[next(following) for _ in attentions_of(block)] for block in part] for part in (unet.down, unet.up, [unet.mid])
+    )
+    return [*down, *mid, *up]
+
+
+def level_sizes(unet: UNet, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Height and width of what each cross-attention sees of latents of this size, in the order of an adapter's file."""
+    sizes, found = [size], []
+    for block in unet.down:
+        found += [sizes[-1] for _ in attentions_of(block)]
+        if block.resample is not None:
+            height, width = sizes[-1]
+            sizes.append((-(-height // 2), -(-width // 2)))
+    for place, block in enumerate(unet.up):
+        found += [sizes[-1 - place // (unet.config.layers + 1)] for _ in attentions_of(block)]
+    return found + [sizes[-1] for _ in attentions_of(unet.mid)]
+
+
+def light(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    """1 where a mask is light, 0 elsewhere: (1, 1, H, W)."""
+    grey = to_rgb(mask, background="black").convert("L")
+    if grey.size != size:
+        grey = grey.resize(size, Image.Resampling.LANCZOS)
+    return (torch.from_numpy(np.array(grey))[None, None] >= 127.5).float()
+
+
+def shrunk(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, 1, H, W) -> (N, 1) at a level of this size, bicubic."""
+    return F.interpolate(mask, size=size, mode="bicubic").flatten()[:, None]

@@ -1,0 +1,273 @@
+"""Image prompts: vision towers beside transformers', adapters and whole pipelines beside diffusers', in every task."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_XL, pipeline, seeded, smooth_picture, tiny_sd
+from PIL import Image
+from safetensors.torch import save_file
+from test_models import DTYPES, TOLERANCE, error, ours, unet_inputs, unet_reference
+
+import plainsd
+from plainsd import ImagePrompt
+from plainsd.checkpoint import load_tower
+from plainsd.files.configs import read_unet
+from plainsd.files.names import places
+from plainsd.generate import final, image_to_image, inpaint, text_to_image
+from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig
+from plainsd.models.layers import Beside
+from plainsd.models.unet import UNet
+from plainsd.models.vision import VISION_TOWERS, VisionTower
+from plainsd.pictures.image_prompt import ImageReader, by_block, clip_pixels, widths_of
+from plainsd.pictures.sampling import decode
+
+CPU = {"device": "cpu", "dtype": "float32"}
+OPTIONS = {"sampler": "ddim", "spacing": "leading", "steps": 4, "seed": 3, "guidance": 4.0}
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 7, "projection_dim": 24,
+}  # fmt: skip
+
+
+def tower_of_transformers(act: str = "quick_gelu", dtype=torch.float32, seed: int = 0):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(seed)
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**TOWER, hidden_act=act)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype)
+
+
+def picture_of(seed: int, size: tuple[int, int] = (60, 44)) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+# --- the tower -------------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@torch.no_grad()
+def test_a_tower_equals_transformers(tmp_path, act, dtype):
+    reference = tower_of_transformers(act, dtype)
+    reference.save_pretrained(tmp_path)
+    tower = load_tower(tmp_path, "cpu", dtype)
+    assert tower.config.activation == act
+    pixels = torch.randn(2, 3, 28, 28, generator=seeded(1)).to(dtype)
+    states, its = tower(pixels), reference(pixels, output_hidden_states=True)
+    assert len(states.hidden) == len(its.hidden_states) == 4
+    for own, theirs in zip([*states.hidden, states.embeds], [*its.hidden_states, its.image_embeds], strict=True):
+        assert error(own, theirs) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("size", [(224, 224), (300, 200), (123, 457), (28, 31), (17, 90)], ids=str)
+@pytest.mark.parametrize("side", [28, 224])
+def test_pixels_are_those_of_transformers(size, side):
+    from transformers import CLIPImageProcessor
+
+    image = picture_of(5, size)
+    theirs = CLIPImageProcessor(size=side, crop_size=side)(image, return_tensors="pt").pixel_values
+    assert torch.allclose(clip_pixels(image, side), theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("ViT-L/14", 303_966_208), ("ViT-H/14", 632_076_800), ("ViT-bigG/14", 1_844_907_264)],
+)
+def test_sizes_of_the_public_towers(name, parameters):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    own = VISION_TOWERS[name]
+    config = CLIPVisionConfig(
+        hidden_size=own.width, intermediate_size=own.mlp, num_hidden_layers=own.layers, num_attention_heads=own.heads,
+        patch_size=own.patch, image_size=own.size, projection_dim=own.projection,
+    )  # fmt: skip
+    with torch.device("meta"):
+        tower, reference = VisionTower(own), CLIPVisionModelWithProjection(config)
+    assert sum(p.numel() for p in tower.parameters()) == parameters
+    assert sum(p.numel() for p in reference.parameters()) == parameters
+    names = {place.name: place for place in places(tower, "transformers")}
+    assert set(names) == set(reference.state_dict()) and len(names) == len(tower.state_dict())
+
+
+# --- the adapter, beside diffusers -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def tiny_adapter(unet: UNet, kind: str = "base", seed: int = 0, states: int | None = None) -> ImageAdapter:
+    """One that changes pictures much."""
+    torch.manual_seed(seed)
+    width = TOWER["projection_dim" if kind == "base" else "hidden_size"]
+    config = ImageAdapterConfig(
+        widths_of(unet), kind, unet.config.context, states or width, tokens=4, inner=64, layers=4, heads=1
+    )
+    adapter = ImageAdapter(config).eval()
+    for name, parameter in adapter.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.4 if name.startswith(("k.", "v.")) else 0.3)
+    return adapter
+
+
+def in_a_file(adapter: ImageAdapter) -> dict[str, torch.Tensor]:
+    own = adapter.state_dict()
+    return {
+        place.name: place.to_theirs([own[name] for name in place.ours]).contiguous()
+        for place in places(adapter, "diffusers")
+    }
+
+
+def in_groups(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    groups: dict[str, dict] = {"image_proj": {}, "ip_adapter": {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = tensor
+    return groups
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["base", "plus", "full"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@torch.no_grad()
+def test_a_unet_with_adapters_equals_diffusers(name, kind, dtype):
+    """Two adapters, the first with two pictures, at two strengths; every row with embeddings of its own."""
+    reference = unet_reference(name, dtype)
+    config, conv = read_unet(dict(reference.config), name)
+    unet = ours(UNet, config, reference, conv=conv)
+    adapters = [tiny_adapter(unet, kind, seed).to(dtype) for seed in (0, 1)]
+    mine, theirs = unet_inputs(config, (8, 8), dtype)
+    reference._load_ip_adapter_weights([in_groups(in_a_file(one)) for one in adapters], low_cpu_mem_usage=False)
+    reference.to(dtype)
+    strengths = (0.7, 0.4)
+    for processor in reference.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = list(strengths)
+    shape = (adapters[0].config.states,) if kind == "base" else (5, adapters[0].config.states)
+    embeds = [torch.randn(3, pictures, *shape, generator=seeded(2)).to(dtype) for pictures in (2, 1)]
+    theirs["added_cond_kwargs"] = (theirs.get("added_cond_kwargs") or {}) | {"image_embeds": embeds}
+    its = reference(**theirs).sample
+    layers = [[] for _ in adapters[0].k]
+    for adapter, each, strength in zip(adapters, embeds, strengths, strict=True):
+        tokens = adapter.reader(each.flatten(0, 1)).unflatten(0, (3, -1)).flatten(1, 2)
+        for layer, (k, v) in zip(layers, adapter(tokens), strict=True):
+            layer.append(Beside(k, strength * v))
+    own = unet(**mine, beside=by_block(unet, layers))
+    assert error(own, its) < TOLERANCE[dtype]
+    assert error(unet(**mine), its) > 0.01
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return tiny_sd()
+
+
+@pytest.fixture(scope="module")
+def xl():
+    return tiny_sd(TINY_XL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, sd, xl):
+    """Two models, adapters of every kind, a tower."""
+    place = tmp_path_factory.mktemp("models")
+    plainsd.save(sd, place / "sd")
+    plainsd.save(xl, place / "xl")
+    tower_of_transformers().save_pretrained(place / "image_encoder")
+    for name, model in (("sd", sd), ("xl", xl)):
+        for kind in ("base", "plus", "full"):
+            save_file(in_a_file(tiny_adapter(model.unet, kind)), place / f"{name}-{kind}.safetensors")
+    save_file(in_a_file(tiny_adapter(sd.unet, "plus", 1)), place / "sd-plus-1.safetensors")
+    return place
+
+
+def reader_of(folder, name: str) -> ImageReader:
+    return plainsd.load_image_prompt(folder / f"{name}.safetensors", **CPU)
+
+
+def theirs(kind: str, folder, adapters: list[str], images, scales, **options) -> torch.Tensor:
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    made = pipeline(kind, folder / adapters[0][:2], "DDIMScheduler")
+    tower = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
+    made.register_modules(image_encoder=tower, feature_extractor=CLIPImageProcessor(size=28, crop_size=28))
+    made.load_ip_adapter(str(folder), subfolder="", weight_name=[f"{name}.safetensors" for name in adapters])
+    made.set_ip_adapter_scale(scales)
+    more = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"} | options
+    return torch.from_numpy(made(generator=seeded(3), ip_adapter_image=images, **more).images[0])
+
+
+def close(sd, events, reference: torch.Tensor) -> None:
+    *_, last = events
+    with torch.no_grad():
+        own = ((decode(sd, last.latents)[0].permute(1, 2, 0) + 1) / 2).clamp(0, 1)
+    assert own.shape == reference.shape and own.std() > 0.05
+    assert (own - reference).abs().max() < 3e-5, (own - reference).abs().max()
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+@pytest.mark.parametrize("model", ["sd", "xl"])
+@pytest.mark.parametrize("kind", ["base", "plus", "full"])
+def test_from_text(request, folder, model, kind, guidance):
+    sd, image = request.getfixturevalue(model), picture_of(0)
+    name = {"sd": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}[model]
+    reference = theirs(name, folder, [f"{model}-{kind}"], image, 0.6, prompt="a red apple", height=64, width=64,
+                       guidance_scale=guidance)  # fmt: skip
+    prompt = ImagePrompt(reader_of(folder, f"{model}-{kind}"), image, 0.6)
+    more = OPTIONS | {"size": 64, "guidance": guidance}
+    close(sd, text_to_image(sd, "a red apple", image_prompt=[prompt], **more), reference)
+    plain = final(text_to_image(sd, "a red apple", **more))[0]
+    assert (torch.from_numpy(np.asarray(plain) / 255) - reference).abs().max() > 0.1
+
+
+def test_two_adapters_and_several_pictures(sd, folder):
+    images = [picture_of(0), picture_of(1), picture_of(2, (30, 30))]
+    reference = theirs("StableDiffusionPipeline", folder, ["sd-base", "sd-plus"], [images[:2], images[2]], [0.5, 0.8],
+                       prompt="a red apple", height=64, width=72)  # fmt: skip
+    prompts = [
+        ImagePrompt(reader_of(folder, "sd-base"), images[:2], 0.5),
+        ImagePrompt(reader_of(folder, "sd-plus"), images[2], 0.8),
+    ]
+    close(sd, text_to_image(sd, "a red apple", size=(72, 64), image_prompt=prompts, **OPTIONS), reference)
+
+
+@pytest.mark.parametrize("model", ["sd", "xl"])
+def test_from_a_picture(request, folder, model):
+    sd, photo, image = request.getfixturevalue(model), smooth_picture(64), picture_of(0)
+    name = {"sd": "StableDiffusionImg2ImgPipeline", "xl": "StableDiffusionXLImg2ImgPipeline"}[model]
+    reference = theirs(name, folder, [f"{model}-plus"], image, 0.6, prompt="a red apple", image=photo, strength=0.75)
+    prompt = ImagePrompt(reader_of(folder, f"{model}-plus"), image, 0.6)
+    close(sd, image_to_image(sd, "a red apple", photo, 0.75, image_prompt=[prompt], **OPTIONS), reference)
+
+
+def test_inpainting(sd, folder):
+    photo, image, mask = smooth_picture(64), picture_of(0), Image.new("L", (64, 64))
+    mask.paste(255, (16, 8, 48, 40))
+    reference = theirs("StableDiffusionInpaintPipeline", folder, ["sd-base"], image, 0.9, prompt="a red apple",
+                       image=photo, mask_image=mask, strength=1.0, height=64, width=64)  # fmt: skip
+    prompt = ImagePrompt(reader_of(folder, "sd-base"), image, 0.9)
+    close(sd, inpaint(sd, "a red apple", photo, mask, image_prompt=[prompt], **OPTIONS), reference)
+
+
+def halves(size: tuple[int, int]) -> list[Image.Image]:
+    """The left half, and a round part of the right one."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    right = (x - 0.75 * size[0]) ** 2 + (y - 0.5 * size[1]) ** 2 < (0.2 * size[0]) ** 2
+    return [Image.fromarray((part * 255).astype(np.uint8)) for part in (x < size[0] / 2, right)]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64)], ids=str)
+def test_masks(sd, folder, size):
+    """One a picture; an adapter without one is everywhere."""
+    from diffusers.image_processor import IPAdapterMaskProcessor
+
+    images, masks = [picture_of(0), picture_of(1)], halves(size)
+    read = IPAdapterMaskProcessor().preprocess(masks, height=size[1], width=size[0])  # (2, 1, H, W)
+    for given, own in (
+        ([read.reshape(1, 2, size[1], size[0])], masks),
+        ([read[:1].reshape(1, 1, size[1], size[0])], masks[0]),
+    ):
+        some = images if own is masks else images[:1]
+        more = {"cross_attention_kwargs": {"ip_adapter_masks": given}, "height": size[1], "width": size[0]}
+        reference = theirs("StableDiffusionPipeline", folder, ["sd-plus"], [some], 0.7, prompt="a red apple", **more)
+        prompt = ImagePrompt(reader_of(folder, "sd-plus"), some, 0.7, own)
+        close(sd, text_to_image(sd, "a red apple", size=size, image_prompt=[prompt], **OPTIONS), reference)
