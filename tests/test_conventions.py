@@ -104,6 +104,8 @@ def test_samplers_told_their_ends_run_over_the_whole_table():
     found = levels("dpm_fast", 10, "ddim_uniform", "a1111")
     assert found.sigmas[0] == pytest.approx(SD.sigma_max) and found.sigmas[-1] == pytest.approx(SD.sigma_min)
     assert found.first_scale == levels("euler", 10, "ddim_uniform", "a1111").sigmas[0] < 10
+    row, found = (levels(name, 10, "ddim_uniform", "comfyui").sigmas for name in ("euler", "dpm_fast"))
+    assert found[0] == pytest.approx(row[0]) and found[-1] == pytest.approx(row[-2])  # there over the row's own
 
 
 @pytest.mark.parametrize("bh1", [False, True])
@@ -121,10 +123,11 @@ def test_unipc_of_third_order_equals_diffusers(bh1, steps):
     sigmas, x = scheduler.sigmas.tolist(), torch.tensor([[3.0, -9.0, 0.5]], dtype=torch.float64)
     run = SAMPLERS["unipc"].run(lambda x, sigma: torch.sin(x) / (1 + sigma), x, sigmas, None, order=3, bh1=bh1)
     sample = x / math.sqrt(1 + sigmas[0] ** 2)
-    for timestep, sigma, step in zip(scheduler.timesteps, sigmas, run, strict=False):
+    for timestep, sigma in zip(scheduler.timesteps, sigmas[:-1], strict=True):
         estimate = torch.sin(sample * math.sqrt(1 + sigma**2)) / (1 + sigma)
         sample = scheduler.step(estimate, timestep, sample).prev_sample
-    torch.testing.assert_close(step.x, sample * math.sqrt(1 + sigmas[-1] ** 2), rtol=1e-6, atol=1e-6)
+    *_, last = run
+    torch.testing.assert_close(last.x, sample * math.sqrt(1 + sigmas[-1] ** 2), rtol=1e-6, atol=1e-6)
 
 
 def test_the_first_latent():
