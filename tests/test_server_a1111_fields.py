@@ -96,7 +96,7 @@ def test_what_would_change_the_picture_and_is_not_had_is_refused_by_its_name(ser
      "s_churn": 0, "s_tmin": 0, "s_tmax": 0, "s_noise": 0, "comments": {"a": 1}, "force_task_id": "x",
      "firstphase_width": 0, "firstpass_image": "AAAA", "save_images": True, "do_not_save_grid": True},
     {"seed_resize_from_h": -1, "seed_resize_from_w": 64, "hr_prompt": "else", "hr_second_pass_steps": 20},
-    {"alwayson_scripts": {"ControlNet": {"args": [{"enabled": False, "model": "canny"}, {}]}, "Refiner": {"args": []},
+    {"alwayson_scripts": {"ControlNet": {"args": [{"enabled": False, "model": "canny"}]}, "Refiner": {"args": []},
                           "ADetailer": {"args": [False, False, {"ad_model": "face"}]}, "Seed": {}}},
     {"override_settings": {"eta_noise_seed_delta": 0, "sd_vae": "Automatic", "samples_format": "jpg",
                            "return_grid": False, "show_progress_every_n_steps": 3}},

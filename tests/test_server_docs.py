@@ -15,6 +15,7 @@ from PIL import Image
 from serving import embedding_file, model_folder, open_service, served, until
 
 from plainsd.commands.serve import Serve
+from plainsd.server.api import connections
 from plainsd.server.limits import Limits
 
 CHAPTER = Path(__file__).parents[1] / "docs" / "serving.md"
@@ -92,6 +93,11 @@ def test_limits_and_flags_are_as_told():
         "pixels of a picture, after enlarging": limits.pixels, "steps": limits.steps, "pictures of a job": limits.count,
         "seconds of drawing, for a job": limits.seconds, "jobs that wait or run": limits.queue,
         "characters of a prompt": limits.prompt, "bytes of a request, pixels of a picture sent": limits.upload,
+        "brackets inside each other, in a prompt": limits.nesting,
+        "characters of prompts times steps, all cells of a grid together": limits.reading,
+        "characters of settings, in a picture or as `infotext`": limits.text,
+        "seconds for the head of a request, and for its body": connections.HEAD_SECONDS,
+        "connections, in all and of one address": connections.CONNECTIONS,
     }  # fmt: skip
     known = {f"--{name.replace('_', '-')}" for name in Serve.__dataclass_fields__}
     assert set(re.findall(r"`(--[a-z-]+)`", TEXT)) <= known
