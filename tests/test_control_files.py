@@ -301,7 +301,7 @@ NOTES = (
 
 
 def test_texts_there_and_back():
-    settings = Settings(prompt="a", control=NOTES, steps=3, seed=1)
+    settings = Settings(prompt="a", control=NOTES, steps=3, seed=1, noise="cpu")
     text = format_settings(settings)
     assert (
         parse_settings(text) == settings
