@@ -38,8 +38,8 @@ class Common(BaseModel):
     seed: int | None = Field(-1, description="-1: a random one")
     subseed: int | None = Field(-1, ge=-1, lt=2**64)
     subseed_strength: float | None = Field(0.0, ge=0, le=1)
-    seed_resize_from_w: int | None = Field(-1, description="the first noise is that of a picture of this width ...")
-    seed_resize_from_h: int | None = Field(-1, description="... and this height; one alone does nothing")
+    seed_resize_from_w: int | None = Field(-1, ge=-1, le=65536, description="the first noise is of this width ...")
+    seed_resize_from_h: int | None = Field(-1, ge=-1, le=65536, description="... and this height, both given")
     sampler_name: Text | None = None
     sampler_index: Text | None = Field(None, description="older name of sampler_name")
     scheduler: Text | None = None
@@ -83,9 +83,6 @@ class Common(BaseModel):
             refiner = model_of(self.refiner_checkpoint, models)
             if refiner != fields["model"]:  # there, too, a model does not refine itself
                 fields |= {"refiner": refiner, "handover": self.refiner_switch_at}
-        sides = (self.seed_resize_from_w or 0, self.seed_resize_from_h or 0)
-        if min(sides) > 0:
-            fields["seed_resize"] = sides
         if self.subseed_strength:
             varied = secrets.randbelow(2**32) if self.subseed in (None, -1) else self.subseed
             fields |= {"variation_strength": self.subseed_strength, "variation_seed": varied}
