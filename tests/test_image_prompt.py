@@ -1,9 +1,13 @@
 """Image prompts: vision towers beside transformers', adapters and whole pipelines beside diffusers', in every task."""
 
+import math
+from dataclasses import replace
+from itertools import count
+
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_XL, pipeline, seeded, smooth_picture, tiny_sd
+from conftest import TINY_XL, difference, pipeline, seeded, smooth_picture, tiny_sd
 from PIL import Image
 from safetensors.torch import save_file
 from test_models import DTYPES, TOLERANCE, error, ours, unet_inputs, unet_reference
@@ -11,9 +15,10 @@ from test_models import DTYPES, TOLERANCE, error, ours, unet_inputs, unet_refere
 import plainsd
 from plainsd import ImagePrompt
 from plainsd.checkpoint import load_tower
+from plainsd.errors import UserError
 from plainsd.files.configs import read_unet
 from plainsd.files.names import places
-from plainsd.generate import final, image_to_image, inpaint, text_to_image
+from plainsd.generate import batch, final, image_to_image, inpaint, outpaint, text_to_image
 from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig
 from plainsd.models.layers import Beside
 from plainsd.models.unet import UNet
@@ -271,3 +276,109 @@ def test_masks(sd, folder, size):
         reference = theirs("StableDiffusionPipeline", folder, ["sd-plus"], [some], 0.7, prompt="a red apple", **more)
         prompt = ImagePrompt(reader_of(folder, "sd-plus"), some, 0.7, own)
         close(sd, text_to_image(sd, "a red apple", size=size, image_prompt=[prompt], **OPTIONS), reference)
+
+
+# --- every task ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompt(folder):
+    return [ImagePrompt(reader_of(folder, "sd-plus"), [picture_of(0), picture_of(1)], 0.8)]
+
+
+def test_alone_and_in_a_batch_the_same(sd, prompt):
+    prompts = ["a red apple", "a green [pear:plum:.5] AND a table", "x " * 90]
+    together = final(text_to_image(sd, prompts, "y", size=64, image_prompt=prompt, **OPTIONS))
+    for i, text in enumerate(prompts):
+        alone = final(text_to_image(sd, text, "y", size=64, image_prompt=prompt, **OPTIONS | {"seed": 3 + i}))[0]
+        assert difference(alone, together[i]) <= 1
+
+
+def test_again_from_its_settings(sd, prompt):
+    events = text_to_image(sd, ["a", "b"], size=64, image_prompt=prompt, **OPTIONS)
+    pictures = final(events)
+    assert [len(one.image_prompt) for one in events.settings] == [1, 1]
+    again = final(batch(sd, events.settings, image_prompt=prompt))
+    assert all(difference(a, b) == 0 for a, b in zip(pictures, again, strict=True))
+
+
+def test_each_task_takes_after_it(sd, prompt):
+    photo, mask = smooth_picture(60), Image.new("L", (60, 60), 255)
+    masked = [replace(prompt[0], mask=mask)]
+    for sampler in ("heun", "dpmpp_sde"):
+        options = OPTIONS | {"sampler": sampler, "spacing": None}
+        for task in (
+            lambda **more: text_to_image(sd, "a", size=64, **more),
+            lambda **more: text_to_image(sd, "a", size=64, hires=1.5, **more),
+            lambda **more: text_to_image(sd, "a", size=64, perturbed=2.0, **more),
+            lambda **more: image_to_image(sd, "a", photo, **more),
+            lambda **more: inpaint(sd, "a", photo, mask, **more),
+            lambda **more: outpaint(sd, "a", photo, 8, 0, 0, 4, **more),
+        ):
+            plain, after, light = (final(task(**options, **more))[0]
+                                   for more in ({}, {"image_prompt": prompt}, {"image_prompt": masked}))  # fmt: skip
+            assert plain.size == after.size and difference(plain, after) > 20
+            assert difference(after, light) <= 1  # a light mask counts everywhere
+
+
+def test_at_strength_0_and_under_a_dark_mask_nothing_changes(sd, prompt):
+    plain = final(text_to_image(sd, "a", size=64, **OPTIONS))[0]
+    for change in ({"strength": 0.0}, {"mask": Image.new("L", (64, 64))}):
+        same = final(text_to_image(sd, "a", size=64, image_prompt=[replace(prompt[0], **change)], **OPTIONS))[0]
+        assert difference(plain, same) == 0
+
+
+def test_pictures_are_read_once(sd, folder, monkeypatch):
+    made, forward = count(), VisionTower.forward
+    monkeypatch.setattr(VisionTower, "forward", lambda *rest: (next(made), forward(*rest))[1])
+    prompt = [ImagePrompt(reader_of(folder, "sd-base"), picture_of(0))]
+    for _ in range(2):
+        final(text_to_image(sd, "a", size=64, image_prompt=prompt, **OPTIONS))
+    assert next(made) == 1
+    other = [replace(prompt[0], image=picture_of(1))]
+    pictures = [final(text_to_image(sd, "a", size=64, image_prompt=one, **OPTIONS))[0] for one in (prompt, other)]
+    assert next(made) == 3 and difference(*pictures) > 20  # counting itself
+
+
+def test_the_deep_cache_and_packed_layers_take_after_it(sd, prompt):
+    from plainsd.speed.model import can_pack, pack
+
+    options = OPTIONS | {"size": 64, "image_prompt": prompt}
+    exact = final(text_to_image(sd, "a", **options))[0]
+    assert difference(exact, final(text_to_image(sd, "a", cache=1, **options))[0]) == 0
+    seldom = [final(text_to_image(sd, "a", cache=2, **options | more))[0] for more in ({}, {"image_prompt": []})]
+    assert difference(*seldom) > 20
+    if can_pack(torch.float32):
+        fast = tiny_sd()
+        pack(fast)
+        assert difference(exact, final(text_to_image(fast, "a", **options))[0]) <= 1
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"strength": -1}, "strength -1 is out of range; choose 0 to 10"),
+        ({"strength": math.nan}, "strength nan is out of range"),
+        ({"image": []}, "has no picture"),
+        ({"mask": [Image.new("L", (8, 8))] * 3}, "has 3 masks and 2 pictures"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_named(sd, prompt, options, says):
+    with pytest.raises(UserError, match=says) as caught:
+        text_to_image(sd, "a", size=64, image_prompt=[replace(prompt[0], **options)])
+    assert caught.value.field == "image_prompt"
+
+
+def test_what_does_not_fit_is_named(sd, xl, folder, prompt):
+    with pytest.raises(UserError, match="'image prompt' does not fit the model: it is beside texts of 32") as caught:
+        text_to_image(xl, "a", size=64, image_prompt=prompt)
+    assert caught.value.field == "image_prompt"
+    other = tiny_sd(channels=(32, 64), layers=2)
+    with pytest.raises(UserError, match="it has 7 pairs of projections, and .* asks for 11 of other widths"):
+        text_to_image(other, "a", size=64, image_prompt=prompt)
+    with pytest.raises(
+        UserError, match="gives 32 numbers and the adapter reads 1280; choose OpenCLIP's ViT-H"
+    ) as caught:
+        ImageReader(tiny_adapter(sd.unet, "plus", states=1280), prompt[0].adapter.tower)
+    assert caught.value.field == "image_encoder"

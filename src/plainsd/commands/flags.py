@@ -65,6 +65,14 @@ class GenerateFlags:
     """what makes the map of --control-image: none or canny; one for each --control, or one for all"""
     control_kind: Annotated[UseAppendAction[tuple[int, ...]], flag("N")] = ()
     """of the map, for a net of several kinds (union), counted from 0"""
+    image_prompt: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
+    """an IP-Adapter's file, such as ip-adapter_sd15.safetensors:0.6; more than once for several"""
+    image_prompt_image: Annotated[UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
+    """a picture to take after; several for one adapter, or one for each"""
+    image_prompt_mask: Annotated[UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
+    """where it counts, in the light parts; one for each picture, or one for all"""
+    image_encoder: Annotated[UseAppendAction[tuple[Path, ...]], flag("PATH")] = ()
+    """the CLIP vision tower that reads it (default: the folder image_encoder beside the adapter)"""
     refiner: Annotated[str | None, flag("MODEL")] = None
     """folder, file or hub name of a model for the last steps, such as SDXL's refiner"""
     handover: Annotated[float | None, flag("SHARE")] = None

@@ -14,6 +14,7 @@ from plainsd.commands.adapters import chosen_loras, learned, prompts_and_loras
 from plainsd.commands.control import check_control_flags, chosen_controls
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, by_setup, grid_cells, sheet
+from plainsd.commands.image_prompt import check_image_prompt_flags, chosen_image_prompts
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_flags, recorded, say_unused, with_notes
 from plainsd.commands.torchrun import share_of_torchrun
@@ -67,6 +68,8 @@ class Generate(GenerateFlags):
         say_notes(Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
         followed = choices.pop("control", ())
         check_control_flags(self, followed)
+        taken_after = choices.pop("image_prompt", ())
+        check_image_prompt_flags(self, taken_after)
         tasks, part = self.tasks(choices), share.part(len(prompts))
         if len(tasks) > 1 and axes:
             raise UserError("a grid is drawn on one picture, and --image is a folder of several; give one of them")
@@ -108,8 +111,10 @@ class Generate(GenerateFlags):
         say_unused(besides)
         if self.control:
             choices["control"] = chosen_controls(self, sd, followed)
-            for _, cell in cells:
-                cell["control"] = choices["control"]
+        if self.image_prompt:
+            choices["image_prompt"] = chosen_image_prompts(self, sd, taken_after)
+        for _, cell in cells:
+            cell |= {name: choices[name] for name in ("control", "image_prompt") if name in choices}
         loaded = time.perf_counter()
         images: list[Image.Image] = []
         say = partial(tqdm.write, file=sys.stdout)  # keeps clear of the progress bar

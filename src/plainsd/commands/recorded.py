@@ -28,6 +28,7 @@ ELSEWHERE = (
     "embeddings",
     "hashes",
     "control",
+    "image_prompt",
 )  # what a picture's text names, and flags give
 NOISE = ("prediction", "zero_snr")  # how the model is to be read: a picture's text says it, and flags change it
 

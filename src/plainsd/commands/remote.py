@@ -29,6 +29,7 @@ NOT_SENT = (
     "vae",
     "preview_vae",
     "control",
+    "image_prompt",
     "prediction",
     "zero_snr",
     "lora_folder",
@@ -48,6 +49,7 @@ NOT_FIELDS = (
     "hashes",
     "other",
     "control",
+    "image_prompt",
     *NOISE,
 )  # of what a picture's text says, no fields of a job
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings

@@ -68,7 +68,9 @@ class ImagePrompt:
     strength: float = 1.0
     mask: Image.Image | Sequence[Image.Image] | None = None
     name: str = "image prompt"  # of the adapter, for the picture's text
-    _read: dict = field(default_factory=dict, repr=False)  # tokens, by where and how precisely they were made
+    _read: dict = field(
+        init=False, default_factory=dict, repr=False
+    )  # tokens, by where and how precisely they were made
 
     @property
     def images(self) -> list[Image.Image]:

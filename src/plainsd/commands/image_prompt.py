@@ -1,0 +1,82 @@
+"""Pictures as prompts on the command line: `--image-prompt FILE:STRENGTH --image-prompt-image FILE`, with masks and the
+vision tower.
+
+One adapter takes all the pictures that are given; of several adapters each takes one, the first the first. Masks are
+one for all, or one for each picture; towers one for all, or one for each adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from plainsd.commands.adapters import from_flag
+from plainsd.commands.control import nth
+from plainsd.commands.flags import GenerateFlags
+from plainsd.errors import UserError
+from plainsd.pictures.settings import ImagePromptNote
+
+if TYPE_CHECKING:
+    from plainsd.pictures.image_prompt import ImagePrompt
+    from plainsd.pictures.model import StableDiffusion
+
+
+def check_image_prompt_flags(command: GenerateFlags, recorded: Sequence[ImagePromptNote]) -> None:
+    """UserError for flags that do not go together; before anything is loaded."""
+    adapters, images = len(command.image_prompt), len(command.image_prompt_image)
+    masks, towers = len(command.image_prompt_mask), len(command.image_encoder)
+    if adapters != images and (adapters != 1 or not images):
+        raise UserError(
+            f"{adapters} --image-prompt and {images} --image-prompt-image; give as many of both, or one adapter and "
+            "all its pictures",
+            field="image_prompt",
+        )
+    if masks not in (0, 1, images) or (masks and not images):
+        raise UserError(
+            f"{masks} --image-prompt-mask and {images} --image-prompt-image; give one mask for each, or one for all",
+            field="image_prompt",
+        )
+    if towers not in (0, 1, adapters) or (towers and not adapters):
+        raise UserError(
+            f"{towers} --image-encoder and {adapters} --image-prompt; give one for each, or one for all",
+            field="image_encoder",
+        )
+    if len(recorded) > adapters:
+        raise UserError(
+            f"'{command.from_}' was made with the image prompt {recorded[adapters].model!r}; give it with "
+            "--image-prompt FILE, and its pictures with --image-prompt-image FILE",
+            field="image_prompt",
+        )
+    for text in command.image_prompt:
+        from_flag(text, "image-prompt")
+
+
+def chosen_image_prompts(
+    command: GenerateFlags, sd: StableDiffusion, recorded: Sequence[ImagePromptNote]
+) -> list[ImagePrompt]:
+    """The adapters with their towers, loaded beside the model, and the pictures."""
+    from plainsd.checkpoint import load_image_prompt, load_tower
+    from plainsd.files.hub import find
+    from plainsd.pictures.control import control_name
+    from plainsd.pictures.image_prompt import ImagePrompt
+    from plainsd.pictures.images import open_picture
+
+    images = [open_picture(path) for path in command.image_prompt_image]
+    masks = [open_picture(path, background="black") for path in command.image_prompt_mask]
+    where = {"device": sd.device, "dtype": sd.dtype}
+    towers = {path: load_tower(path, **where) for path in command.image_encoder}
+    alone, found = len(command.image_prompt) == 1, []
+    for number, text in enumerate(command.image_prompt):
+        path, strength = from_flag(text, "image-prompt")
+        before = recorded[number] if number < len(recorded) else ImagePromptNote()
+        tower = nth(command.image_encoder, number, None)
+        found.append(
+            ImagePrompt(
+                load_image_prompt(path, towers.get(tower), **where),
+                images if alone else images[number],
+                before.weight if strength is None else strength,
+                (masks or None) if alone else nth(masks, number, None),
+                name=control_name(find(path)),
+            )
+        )
+    return found
