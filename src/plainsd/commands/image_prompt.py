@@ -72,7 +72,7 @@ def chosen_image_prompts(
         tower = nth(command.image_encoder, number, None)
         found.append(
             ImagePrompt(
-                load_image_prompt(path, towers.get(tower), **where),
+                load_image_prompt(path, towers[tower] if tower else None, **where),
                 images if alone else images[number],
                 before.weight if strength is None else strength,
                 (masks or None) if alone else nth(masks, number, None),
