@@ -249,7 +249,7 @@ def test_a_refiner_through_a1111(server, folder):
              "refiner_switch_at": 0.5}  # fmt: skip
     api = WebUIApi(port=int(server.url.rpartition(":")[2]))
     answer = api.post_and_get_api_result(f"{api.baseurl}/txt2img", asked, False)
-    assert alike(answer.image, refined(folder, "a boat", "tiny", "other", steps=4, handover=0.5))
+    assert alike(answer.image, refined(folder, "a boat", "tiny", "other", steps=4, handover=0.5, like="a1111"))
     assert answer.info["extra_generation_params"]["Refiner"] == "other"
     same = server.post("/sdapi/v1/txt2img", asked | {"refiner_checkpoint": "tiny"})
     assert same.status_code == 200 and "Refiner" not in same.json()["info"]
