@@ -262,7 +262,7 @@ def test_no_step_waits(choices, distilled, monkeypatch):
     """The UNet on a device that has no numbers: reading one would be an error. The first step may fetch the text."""
     sd = tiny_sd(guidance_dim=distilled)
     sd.unet.to("meta")
-    monkeypatch.setattr(NoiseOfEach, "_there", lambda self, noise: torch.empty_like(noise, device="meta"))
+    monkeypatch.setattr(NoiseOfEach, "_there", lambda self, noise: torch.empty(noise.shape, device="meta"))
     events = text_to_image(sd, **PROMPT | choices)
     next(events)
     with Crossings() as crossings:
