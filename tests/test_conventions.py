@@ -103,6 +103,7 @@ def test_samplers_told_their_ends_run_over_the_whole_table():
     """A1111's DPM fast and adaptive: from the first latent of the schedule that was asked for, over all levels."""
     found = levels("dpm_fast", 10, "ddim_uniform", "a1111")
     assert found.sigmas[0] == pytest.approx(SD.sigma_max) and found.sigmas[-1] == pytest.approx(SD.sigma_min)
+    assert len(levels("dpm_fast", 7, "ddim_uniform", "a1111").sigmas) == 8  # where the row itself has one more
     assert found.first_scale == levels("euler", 10, "ddim_uniform", "a1111").sigmas[0] < 10
     row, found = (levels(name, 10, "ddim_uniform", "comfyui").sigmas for name in ("euler", "dpm_fast"))
     assert found[0] == pytest.approx(row[0]) and found[-1] == pytest.approx(row[-2])  # there over the row's own

@@ -122,7 +122,7 @@ def planned_levels(
         share = 1.0 if strength is None or strength > 0.9999 else _above_zero(steps, strength)
         sigmas = _plain(rules, schedule, sampler, int(steps / share), spacing)
         sigmas = sigmas if share == 1 else sigmas[-(steps + 1) :]
-        return _between(rules, schedule, sampler, sigmas, (sigmas[-2], sigmas[0]))
+        return _between(rules, schedule, sampler, sigmas, (sigmas[-2], sigmas[0]), len(sigmas))
     total, before = steps, None
     if strength is not None:
         share = min(_above_zero(steps, strength), 0.999)
@@ -133,7 +133,7 @@ def planned_levels(
     if before is not None:
         sigmas = sigmas[total - before - 1 :]
     ends = (schedule.sigma_min, schedule.sigma_max) if before is None else (sigmas[-2], sigmas[0])
-    return _between(rules, schedule, sampler, sigmas, ends)
+    return _between(rules, schedule, sampler, sigmas, ends, steps + 1 if before is None else len(sigmas))
 
 
 def whole_row(
@@ -191,12 +191,13 @@ def _between(
     sampler: str,
     sigmas: list[Level],
     ends: tuple[float, float],
+    count: int,
 ) -> Levels:
-    """Those levels; for samplers that are told the ends alone, as many between these."""
+    """Those levels; for samplers that are told the ends alone, so many between these."""
     levels = _levels(rules, schedule, sigmas)
     if sampler not in rules.ends_only:
         return levels
-    between = exponential(*ends, len(sigmas))
+    between = exponential(*ends, count)
     return replace(levels, sigmas=tuple(Level(sigma, schedule.timestep(sigma)) for sigma in between))
 
 
