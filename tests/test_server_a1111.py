@@ -317,7 +317,11 @@ def test_lists_and_options(api, server):
     finally:
         api.set_options({"sd_model_checkpoint": "tiny", "CLIP_stop_at_last_layers": 1})
     api.util_wait_for_ready()
-    assert api.refresh_checkpoints() is None and {one["name"] for one in api.get_upscalers()} == {"None", "Lanczos"}
+    assert api.refresh_checkpoints() is None and {one["name"] for one in api.get_upscalers()} == {
+        "None",
+        "Lanczos",
+        "Nearest",
+    }
 
 
 @pytest.mark.parametrize(("name", "scheduler", "ours"), [

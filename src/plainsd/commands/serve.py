@@ -42,6 +42,8 @@ class Serve:
     """embeddings (textual inversion), each a word for prompts"""
     controls: Annotated[Path | None, flag("FOLDER")] = None
     """control nets, files or folders, used by name"""
+    upscalers: Annotated[Path | None, flag("FOLDER")] = None
+    """networks of ESRGAN's kind (.pth, .safetensors), used by name to enlarge pictures"""
     vae: Annotated[Path | None, flag("PATH")] = None
     """autoencoder for all models instead of their own: a folder, a file, or a whole checkpoint"""
     preview_vae: Annotated[Path | None, flag("PATH")] = None
@@ -100,6 +102,7 @@ class Serve:
             loras=self.loras,
             embeddings=self.embeddings,
             controls=self.controls,
+            upscalers=self.upscalers,
             vae=self.vae,
             preview_vae=self.preview_vae,
             prediction=self.prediction,
@@ -122,7 +125,7 @@ class Serve:
             raise UserError(f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time")
         if not 0 <= self.port < 65536:
             raise UserError(f"port {self.port} is out of range; choose 1 to 65535, or 0 for any that is free")
-        for name in ("loras", "embeddings", "controls"):
+        for name in ("loras", "embeddings", "controls", "upscalers"):
             if (folder := getattr(self, name)) is not None and not folder.is_dir():
                 raise UserError(f"{name}: there is no folder '{folder}'; make it, or leave --{name} out")
 

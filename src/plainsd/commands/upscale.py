@@ -53,11 +53,10 @@ class Upscale:
 def upscaled_settings(path: Path, times: float, name: str) -> Settings:
     """The picture's own settings, where it has any, and what was done to it since, in A1111's words."""
     from plainsd.pictures.images import read_settings
-    from plainsd.pictures.settings import plain_number
+    from plainsd.pictures.upscaling import enlarged_notes
 
     try:
         settings = read_settings(path)
     except UserError:  # made by something else
         settings = Settings()
-    done = (("Postprocess upscale by", plain_number(float(times))), ("Postprocess upscaler", name))
-    return replace(settings, other=(*settings.other, *done))
+    return replace(settings, other=(*settings.other, *enlarged_notes(times, name)))

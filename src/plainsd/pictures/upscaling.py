@@ -19,6 +19,7 @@ from plainsd.errors import UserError
 from plainsd.files.tensorfile import TensorFile, open_safetensors, unpickled
 from plainsd.listing import suffix_of
 from plainsd.pictures.images import to_pil, to_tensor
+from plainsd.pictures.settings import plain_number
 
 TILE = 192  # pixels of a tile's sides, what is blended included
 OVERLAP = 32  # pixels in which two tiles are blended
@@ -89,19 +90,30 @@ def upscaled(image: Image.Image, upscaler: Upscaler, size: tuple[int, int] | Non
     return large if size in (None, large.size) else large.resize(size, Image.Resampling.LANCZOS)
 
 
+def enlarged_notes(times: float, name: str) -> tuple[tuple[str, str], ...]:
+    """What was done to a picture, in A1111's words, behind its own settings."""
+    return ("Postprocess upscale by", plain_number(float(times))), ("Postprocess upscaler", name)
+
+
 # --- its file --------------------------------------------------------------------------------------------------------
 
 
-def load_upscaler(path: str | Path, device: torch.device | str = "cpu") -> Upscaler:
-    """A network of any kind that spandrel knows, from a .pth or .safetensors file, in float32. UserError where it is
-    none, where it does not enlarge pictures in colour, or where spandrel is not installed."""
-    path = Path(path)
+def library() -> tuple[Any, Any]:
+    """Spandrel's class of such networks, and its loader. UserError where it is not installed."""
     try:
         from spandrel import ImageModelDescriptor, ModelLoader
     except ImportError as error:
         raise UserError(
             f"upscaling needs {error.name}, which is not installed; pip install 'plainsd[upscale]'"
         ) from None
+    return ImageModelDescriptor, ModelLoader
+
+
+def load_upscaler(path: str | Path, device: torch.device | str = "cpu") -> Upscaler:
+    """A network of any kind that spandrel knows, from a .pth or .safetensors file, in float32. UserError where it is
+    none, where it does not enlarge pictures in colour, or where spandrel is not installed."""
+    path = Path(path)
+    ImageModelDescriptor, ModelLoader = library()
     if not path.is_file():
         raise UserError(f"there is no file {path}; give an upscaler's .pth or .safetensors", field="upscaler")
     try:

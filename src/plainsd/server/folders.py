@@ -14,11 +14,11 @@ Content = TypeVar("Content")
 log = logging.getLogger("plainsd.server")
 
 
-def named_files(folder: Path | None) -> dict[str, Path]:
-    """The .safetensors files in a folder by their names, or by their places below it where two have one name."""
+def named_files(folder: Path | None, suffixes: tuple[str, ...] = (".safetensors",)) -> dict[str, Path]:
+    """The files of these kinds in a folder by their names, or by their places below it where two have one name."""
     if folder is None:
         return {}
-    paths = [path for path in files_below(folder) if suffix_of(path) == ".safetensors" and path.is_file()]
+    paths = [path for path in files_below(folder) if suffix_of(path) in suffixes and path.is_file()]
     stems = Counter(path.stem for path in paths)
     places = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
     return {path.stem if stems[path.stem] == 1 else place: path for path, place in zip(paths, places, strict=True)}
@@ -33,12 +33,15 @@ def changed_at(path: Path) -> int:
 
 
 def readable(
-    read: Callable[[Path], Content], folder: Path | None, unusable: dict[str, str]
+    read: Callable[[Path], Content],
+    folder: Path | None,
+    unusable: dict[str, str],
+    suffixes: tuple[str, ...] = (".safetensors",),
 ) -> dict[str, tuple[Path, Content]]:
     """What `read` makes of each file in a folder, by name; `unusable` is told which it can make nothing of, and why."""
     found: dict[str, tuple[Path, Content]] = {}
     unusable.clear()
-    for name, path in named_files(folder).items():
+    for name, path in named_files(folder, suffixes).items():
         content, why = attempted(read, path, changed_at(path))
         if not content:
             unusable[shown_name(name)] = why.replace(str(path), name)

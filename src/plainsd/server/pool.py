@@ -29,11 +29,12 @@ from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures.defaults import check_refiner, model_name
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import Previewer, previewer
-from plainsd.pictures.settings import Settings
+from plainsd.pictures.settings import UPSCALERS, Settings
 from plainsd.server.controls import ControlNets
 from plainsd.server.embeddings import Word, Words, taught
 from plainsd.server.errors import Refused
 from plainsd.server.folders import readable
+from plainsd.server.upscalers import Upscalers
 from plainsd.speed.model import faster
 from plainsd.text.prompts import lora_tags
 
@@ -51,6 +52,7 @@ class PoolOptions:
     loras: Path | None = None  # folder
     embeddings: Path | None = None  # folder
     controls: Path | None = None  # folder
+    upscalers: Path | None = None  # folder
     vae: Path | None = None  # another autoencoder than the models' own, for all of them
     preview_vae: Path | None = None  # TAESD, for previews
     prediction: str | None = None  # what the network of the one model predicts, where its files say it wrong or not
@@ -100,6 +102,7 @@ class Models:
         self.options, self.words = options, Words(options.embeddings)
         self.controls = ControlNets(options.controls)
         self.device = choose_device(options.device)
+        self.upscalers = Upscalers(options.upscalers, self.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         self.budget = budget_of(self.device) if options.memory is None else options.memory
         self.lock, self.loads = threading.Lock(), 0
@@ -133,7 +136,7 @@ class Models:
 
     def ready(self, name: str, loras: NamedLoras, one: Settings) -> tuple[ServedModel, StableDiffusion]:
         """A model, and all that draws a picture of these settings: its networks with just these LoRAs, the words that
-        the prompts use, the refiner."""
+        the prompts use, the refiner, the upscaler."""
         model = self.resident(name, loras)
         assert model.sd is not None  # it is resident
         words = tuple(self.words.word(text) for text in one.embeddings)
@@ -142,6 +145,8 @@ class Models:
         sd = model.taught[1]
         if one.refiner is not None:
             sd = replace(sd, refiner=self.resident(one.refiner, beside=model).sd)
+        if one.hires and one.upscaler not in UPSCALERS:
+            sd = replace(sd, upscaler=self.upscalers.network(one.upscaler))
         return model, sd
 
     def hashes(self, model: ServedModel, loras: NamedLoras, one: Settings) -> Hashes:

@@ -147,6 +147,7 @@ def new_job(
                 value=request.handover,
             )
         words = models.words.used(bare, request.embeddings, prompt, request.negative)
+        bare = models.upscalers.bare(bare, request.upscaler)
         base = base or base_of(request, limits)
         control, followed, maps = controls_of(request.controls, models.controls, limits)
         each = [

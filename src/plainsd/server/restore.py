@@ -68,7 +68,8 @@ def missing_here(settings: Settings, models: Models) -> set[str]:
     had = {
         "model": settings.model in models.known, "sampler": settings.sampler in SAMPLERS,
         "hires_sampler": settings.hires_sampler in SAMPLERS,
-        "upscaler": settings.upscaler in UPSCALERS, "refiner": settings.refiner in models.known,
+        "upscaler": settings.upscaler in (*UPSCALERS, *models.upscalers.known()),
+        "refiner": settings.refiner in models.known,
         "handover": settings.refiner in models.known, "embeddings": words.issuperset(settings.embeddings),
     }  # fmt: skip
     return {name for name, is_had in had.items() if not is_had}

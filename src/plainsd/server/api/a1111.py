@@ -17,6 +17,7 @@ from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.embedded import texts_in
 from plainsd.pictures.texts.entries import entries
 from plainsd.pictures.texts.labels import UPSCALER_LABELS, sampler_label, spacing_label
+from plainsd.server.api.a1111_extras import add_extras
 from plainsd.server.api.a1111_fields import NONE_HERE, Common, Image2Image, PNGInfo, Text2Image
 from plainsd.server.api.a1111_infotext import Some, filled
 from plainsd.server.api.a1111_names import known_schedulers, model_of
@@ -54,7 +55,8 @@ def routes(service: Service) -> APIRouter:
             asked, fields, notes = understood(body, options, service)
             native = service.models[fields["model"]].bare.variant.size
             size = (asked.width or native, asked.height or native)
-            return Wanted(asked, job_request(**fields | {"size": size} | asked.second_pass(size)), notes)
+            again = asked.second_pass(size, service.models.upscalers.known())
+            return Wanted(asked, job_request(**fields | {"size": size} | again), notes)
 
         return await picture_answer(service, await run_in_threadpool(wanted), request, options)
 
@@ -128,13 +130,6 @@ def routes(service: Service) -> APIRouter:
             for name, path in service.models.loras().items()
         ]
 
-    @router.get("/upscalers")
-    def upscalers() -> list:
-        return [
-            {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
-            for name in ("None", "Lanczos")
-        ]
-
     @router.get("/latent-upscale-modes")
     def latent_upscale_modes() -> list:
         return [{"name": UPSCALER_LABELS[name]} for name in LATENT_MODES]
@@ -153,6 +148,7 @@ def routes(service: Service) -> APIRouter:
         """None are had here."""
         return NONE_HERE[request.url.path.rpartition("/")[2]]
 
+    add_extras(router, service)
     for name in NONE_HERE:
         router.add_api_route(f"/{name}", nothing, name=name)
 

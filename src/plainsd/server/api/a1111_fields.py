@@ -5,6 +5,7 @@ picture and is not had here (scripts, face restoration, styles, ...) is refused:
 """
 
 import secrets
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -125,8 +126,8 @@ class Text2Image(Common):
     hr_negative_prompt: Text | None = ""
     hr_cfg: float | None = Field(None, description="Forge's")
 
-    def second_pass(self, size: tuple[int, int]) -> dict[str, Any]:
-        """Its fields of a JobRequest; none where none is wanted."""
+    def second_pass(self, size: tuple[int, int], networks: Collection[str]) -> dict[str, Any]:
+        """Its fields of a JobRequest; none where none is wanted. `networks`: upscalers in the server's folder."""
         if not self.enable_hr:
             return {}
         wanted = (self.hr_resize_x or 0, self.hr_resize_y or 0)
@@ -140,9 +141,8 @@ class Text2Image(Common):
                 list(wanted),
             )
         scale = scales.pop() if scales else self.hr_scale or 2.0
-        return {"hires": scale, "upscaler": upscaler_of(self.hr_upscaler), "strength": self.denoising_strength} | (
-            self.changes()
-        )
+        upscaler = upscaler_of(self.hr_upscaler, networks)
+        return {"hires": scale, "upscaler": upscaler, "strength": self.denoising_strength} | self.changes()
 
     def changes(self) -> dict[str, Any]:
         """What the second pass draws with, where that is not what the first does."""

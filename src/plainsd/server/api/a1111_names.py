@@ -1,5 +1,6 @@
 """A1111's names for samplers, schedules, upscalers and models, and ours."""
 
+from collections.abc import Collection
 from typing import Any
 
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
@@ -40,10 +41,13 @@ def sampler_of(name: str | None, scheduler: str | None) -> tuple[str | None, str
     return sampler, own or spacing
 
 
-def upscaler_of(name: str | None) -> str:
+def upscaler_of(name: str | None, networks: Collection[str] = ()) -> str:
+    """A1111's name, or ours, or that of a network in the server's folder -> ours."""
+    if name and name in networks:
+        return name
     known = upscaler_named(name or "latent")
     if known not in UPSCALER_LABELS:
-        raise Refused(422, str(unknown("upscaler", name, UPSCALER_LABELS.values())), "hr_upscaler", name)
+        raise Refused(422, str(unknown("upscaler", name, (*UPSCALER_LABELS.values(), *networks))), "hr_upscaler", name)
     return known
 
 

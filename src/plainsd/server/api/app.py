@@ -227,12 +227,14 @@ def add_page(app: FastAPI, service: Service) -> None:
         return models() | {
             "version": __version__, "samplers": {name: sampler_label(name) for name in SAMPLERS},
             "spacings": {name: spacing_label(name) for name in shared_spacings()},
-            "upscalers": UPSCALERS, "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
+            "upscalers": (*UPSCALERS, *sorted(service.models.upscalers.known())),
+            "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
             "loras": sorted(service.models.loras()),
             "controls": sorted(service.models.controls.known()), "preprocessors": PREPROCESSORS,
             "control_modes": CONTROL_MODES,
             "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.words.unusable,
-                         "controls": service.models.controls.unusable},
+                         "controls": service.models.controls.unusable,
+                         "upscalers": service.models.upscalers.unusable},
         }  # fmt: skip
 
     @app.get("/healthz", tags=["service"])
