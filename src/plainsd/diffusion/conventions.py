@@ -1,7 +1,7 @@
-"""Three programs draw the same prompt, sampler and seed differently. Here is what each does, as data.
+"""diffusers, A1111 and ComfyUI draw the same prompt, sampler and seed differently. Here is what each does, as data.
 
-diffusers' samplers round timesteps and leave out levels, each in its own way: that is the table of samplers.py. A1111
-and ComfyUI run k-diffusion's samplers over plain levels, and differ in how these are chosen, how noise is put on a
+diffusers' samplers round timesteps and drop levels, each in its own way: that is the table of samplers.py. A1111 and
+ComfyUI run k-diffusion's samplers over unrounded levels, and differ in how these are chosen, how noise is added to a
 picture, how many steps run on it, and how prompts are read (pictures/conditioning.py).
 """
 
@@ -20,24 +20,24 @@ from plainsd.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Convention:
-    """What one program does where others do something else. The defaults are those of diffusers."""
+    """What one program does where programs differ. The defaults are those of diffusers."""
 
-    plain_levels: bool = False  # no rounding of timesteps, no level left out but by `drops`
-    automatic: Mapping[str, str] = field(default_factory=dict)  # sampler -> spacing, where none is asked for
-    otherwise: str | None = None  # the spacing of other samplers then; None: the model's, or the sampler's own
-    drops: tuple[str, ...] = ()  # samplers that leave out the last level but one, of a row of one step more
-    by_timesteps: Mapping[str, str] = field(default_factory=dict)  # sampler -> its spacing, whatever is asked for
+    plain_levels: bool = False  # no rounding of timesteps, no level dropped except by `drops`
+    automatic: Mapping[str, str] = field(default_factory=dict)  # sampler -> its default spacing
+    otherwise: str | None = None  # default spacing of the other samplers; None: the model's, or the sampler's own
+    drops: tuple[str, ...] = ()  # samplers that compute one step more and drop the last level but one
+    by_timesteps: Mapping[str, str] = field(default_factory=dict)  # sampler -> its spacing, whatever the user chose
     ends: Mapping[str, float] = field(default_factory=dict)  # sampler -> where it ends, if not as in diffusers
-    whole_timesteps: bool = False  # the network is told the nearest entry of the table, also between levels
-    solvers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sampler -> what it is run with
-    top_counts_latent: bool = False  # from the table's highest level, unit noise is scaled by sqrt(1 + sigma^2)
-    second_pass_whole: bool = False  # all steps run in the second pass of hires, the last of a longer row
-    image_keeps: bool = False  # at strength 1, too, noise is added to the picture and does not replace it
-    guidance_zero: bool = False  # guidance 0 is what its formula says: the estimate without the prompt
-    refines_midway: bool = False  # the refiner takes over inside the sampler, which remembers what was before
+    whole_timesteps: bool = False  # the network gets the nearest integer timestep, between levels too
+    solvers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sampler -> its options
+    top_counts_latent: bool = False  # at sigma_max the initial noise is scaled by sqrt(1 + sigma^2), not sigma
+    second_pass_whole: bool = False  # the hires pass runs all its steps, the last ones of a longer schedule
+    image_keeps: bool = False  # even at strength 1 noise is added to the picture instead of replacing it
+    guidance_zero: bool = False  # guidance 0 follows the formula: the uncond estimate
+    refines_midway: bool = False  # the refiner takes over inside the sampler, which keeps its history
     prompts: str = "pieces"  # how prompts are read, a name in pictures/conditioning.py: pieces, batches or words
-    second_order: tuple[str, ...] = ()  # samplers whose steps count twice for prompts that change on the way
-    ends_only: tuple[str, ...] = ()  # samplers that are told the first and the last level above 0, and choose between
+    second_order: tuple[str, ...] = ()  # samplers whose steps count twice for prompt editing
+    ends_only: tuple[str, ...] = ()  # samplers that get the first level and the last above 0, and choose the others
 
 
 A1111_KARRAS = ("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a", "restart")
@@ -77,7 +77,7 @@ CONVENTIONS = {
 
 
 def convention(like: str | None) -> Convention:
-    """Of this name; None is diffusers. UserError for an unknown one."""
+    """The convention of this name; None is diffusers. UserError for an unknown name."""
     if like not in (None, *CONVENTIONS):
         raise unknown("like", like, CONVENTIONS, field="like")
     return CONVENTIONS[like or "diffusers"]
@@ -105,10 +105,10 @@ def planned_levels(
     *,
     all_run: bool = False,
 ) -> Levels:
-    """What a drawing visits: the whole way from noise, or with a strength the part of it that runs on a picture.
+    """The levels of a run: the whole schedule from pure noise, or with a strength the part that runs on a picture.
 
-    With `all_run` the strength says where they begin: all of them run, the last of a longer row (always in ComfyUI).
-    UserError for a strength that leaves no step to run.
+    With `all_run` the strength only sets where it begins: all `steps` run, the last ones of a longer schedule (always
+    so in ComfyUI). UserError for a strength that leaves no step to run.
     """
     rules = convention(like)
     check_names(sampler, spacing)
@@ -146,13 +146,13 @@ def whole_row(
     *,
     all_run: bool = False,
 ) -> tuple[Level, ...]:
-    """The levels of the row, the last of which `planned_levels` gives for a picture of this strength."""
+    """The full schedule, of which `planned_levels` gives the last part for a picture of this strength."""
     total = int(steps / min(strength, 0.999)) if strength and all_run else steps
     return planned_levels(schedule, sampler, total, spacing, like).sigmas
 
 
 def steps_of_strength(steps: int, strength: float) -> int:
-    """How many of the steps run on a given picture, as diffusers counts them."""
+    """How many steps run at this strength, as diffusers counts them."""
     running = min(int(steps * strength), steps)
     if not running:
         raise _nothing_runs(steps, strength, 1 / steps)
@@ -193,7 +193,7 @@ def _between(
     ends: tuple[float, float],
     count: int,
 ) -> Levels:
-    """Those levels; for samplers that are told the ends alone, so many between these."""
+    """The same levels; for samplers of `ends_only`, so many evenly spaced between the two ends."""
     levels = _levels(rules, schedule, sigmas)
     if sampler not in rules.ends_only:
         return levels
@@ -211,8 +211,8 @@ def _levels(rules: Convention, schedule: NoiseSchedule | EDMSchedule, sigmas: li
 
 def _by_timesteps(schedule: NoiseSchedule, sampler: str, steps: int, before: int | None) -> Levels:
     """A1111's DDIM, PLMS and UniPC: every (1000 // steps)-th timestep from 1 up, the lowest of which DDIM and PLMS end
-    at. On a picture the noise is that of one timestep more than those which are visited: what the network is shown is
-    not changed, so x is taken for one at the level below."""
+    at. On a picture the noise is that of the timestep above the first one visited: the network's input is unchanged,
+    so x is relabelled to the level below."""
     known = ddim_uniform(len(schedule), steps)[::-1]
     some = known if before is None else known[:before]
     points = np.linspace(len(schedule) - 1 if before is None else some[-1], 0, len(some) + 1) if some else []

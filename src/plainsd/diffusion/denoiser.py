@@ -1,4 +1,4 @@
-"""From what a network predicts to an estimate of the clean latent, and everything that can be wrapped around that.
+"""From a network's prediction to an estimate of the clean latent, and the wrappers around it.
 
 Sampling code sees a model as one function, `Denoise`: noisy latent and noise level in, estimate of the clean latent
 out. Its coordinates are variance-exploding, x = x0 + sigma * noise, so x0 always has its full size. The network was
@@ -10,9 +10,9 @@ trained in variance-preserving ones, x / sqrt(1 + sigma^2), where the sum has un
     sample        x0 itself
     edm           -v                                             Karras et al. 2022, F of equation 7
 
-v and edm are in units of sigma_data, the spread of the clean latents: 1 for all models but those in EDM's form. With
+v and edm are in units of sigma_data, the standard deviation of the clean latents: 1 for all models but EDM's. With
 alpha_bar = 1 / (1 + sigma^2) these are the only lines of plainsd that know the difference. Guidance in all its
-forms, and inpainting, are small functions that take such functions and return a `Denoise`.
+forms, and inpainting, are small functions that wrap estimates and return a `Denoise`.
 
 The last part is for training, in the network's own coordinates, with a timestep for each sample of the batch.
 
@@ -32,12 +32,12 @@ from plainsd.errors import unknown
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> x0
 Predict = Callable[[Tensor, float], Tensor]  # (x / sqrt(sigma_data^2 + sigma^2), timestep) -> epsilon, v or x0
-Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (x, sigma) -> x0 (with the prompt, without it)
-Triple = Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]  # ... and a third one
+Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (x, sigma) -> x0 (cond, uncond)
+Triple = Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]  # ... and a third
 
 Estimator = TypeVar("Estimator", Denoise, Pair)
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of models with a table of levels
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of models with a noise table
 KNOWN = (*PREDICTIONS, "edm")
 
 
@@ -45,9 +45,9 @@ KNOWN = (*PREDICTIONS, "edm")
 
 
 def x0_from(prediction: str, x: Tensor, output: Tensor, sigma: float, sigma_data: float = 1.0) -> Tensor:
-    """The clean latent that a network's output means for x at level sigma.
+    """The clean latent implied by a network's output for x at level sigma.
 
-    The form for v never subtracts large numbers, so it stays exact where sigma is 4096 and x is almost pure noise.
+    The form for v never subtracts large numbers, so it stays exact at sigma 4096, where x is almost pure noise.
     """
     if prediction == "epsilon":
         return x - sigma * output
@@ -62,7 +62,7 @@ def x0_from(prediction: str, x: Tensor, output: Tensor, sigma: float, sigma_data
 
 
 def output_from(prediction: str, x: Tensor, x0: Tensor, sigma: float, sigma_data: float = 1.0) -> Tensor:
-    """The network output that would have meant x0: the inverse of `x0_from`, for sigma above 0."""
+    """The network output that implies x0: the inverse of `x0_from`, for sigma above 0."""
     if prediction == "epsilon":
         return (x - x0) / sigma
     if prediction == "v_prediction":
@@ -76,20 +76,20 @@ def output_from(prediction: str, x: Tensor, x0: Tensor, sigma: float, sigma_data
 
 
 def spread_of(schedule: NoiseSchedule | EDMSchedule) -> float:
-    """sigma_data: the unit in which v is counted."""
+    """sigma_data: the unit of v."""
     return schedule.sigma_data if isinstance(schedule, EDMSchedule) else 1.0
 
 
 def told_nearest(denoise: Callable[[Tensor, float], Any], schedule: NoiseSchedule) -> Callable[[Tensor, float], Any]:
-    """The same, but the network is told whole timesteps only: of each level the nearest."""
+    """The same, but the network only gets integer timesteps: the nearest to each level."""
     return lambda x, sigma: denoise(x, Level(sigma, schedule.nearest(sigma)))
 
 
 def denoiser(predict: Predict, schedule: NoiseSchedule | EDMSchedule, prediction: str) -> Denoise:
     """A network as a `Denoise`.
 
-    The network is told the (fractional) timestep whose level is sigma; at a `Level` the one that this names, since some
-    published samplers round.
+    The network gets the (fractional) timestep of sigma; for a `Level`, the timestep stored in it, since some published
+    samplers round.
     """
     if prediction not in KNOWN:
         raise unknown("prediction", prediction, KNOWN)
@@ -108,12 +108,12 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return x0 + sigma * noise
 
 
-# Guidance: two or three estimates made into one. All of these are sums with weights that add to 1, and so mean the
-# same on x0 as on epsilon or v; only `rescaled` looks at the prediction itself.
+# Guidance: two or three estimates combined into one. All are sums with weights that add to 1, and so are the same on
+# x0 as on epsilon or v; only `rescaled` looks at the prediction itself.
 
 
 def guided(pair: Pair, scale: float) -> Denoise:
-    """Classifier-free guidance: past the estimate with the prompt, away from that without (Ho and Salimans 2022)."""
+    """Classifier-free guidance: from the uncond estimate past the cond one (Ho and Salimans 2022)."""
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         cond, uncond = pair(x, sigma)
@@ -123,9 +123,9 @@ def guided(pair: Pair, scale: float) -> Denoise:
 
 
 def rescaled(pair: Pair, scale: float, phi: float, prediction: str = "epsilon", sigma_data: float = 1.0) -> Denoise:
-    """Guidance whose prediction keeps the spread of the prompted one, by a share phi (Lin et al. 2023, section 3.4).
+    """Guidance rescaled to the cond prediction's standard deviation, by a factor phi (Lin et al. 2023, section 3.4).
 
-    Standard deviations are taken over each sample, on what the network predicts.
+    Standard deviations are per sample, of what the network predicts.
     """
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -141,9 +141,9 @@ def rescaled(pair: Pair, scale: float, phi: float, prediction: str = "epsilon", 
 def thresholded(pair: Pair, scale: float, percentile: float = 0.995, limit: float | None = None) -> Denoise:
     """Guidance with dynamic thresholding (Saharia et al. 2022, "Imagen", section 2.3).
 
-    Values of a sample beyond its percentile of magnitude are clipped, and the rest is scaled so that this percentile
-    comes to lie at `limit`, if it was above. The paper's limit is 1, the range of pixels. Latents have no such range:
-    the default is the same percentile of the prompted estimate, the reach it has without guidance.
+    Each sample is clipped at its percentile of magnitude, and scaled to bring this percentile down to `limit` if it was
+    above. The paper's limit is 1, the range of pixels. Latents have no such range: the default is the same percentile
+    of the cond estimate, its range without guidance.
     """
 
     def reach(x0: Tensor) -> Tensor:
@@ -161,12 +161,12 @@ def thresholded(pair: Pair, scale: float, percentile: float = 0.995, limit: floa
 
 
 def projected(pair: Pair, scale: float, limit: float, parallel: float = 0.0, momentum: float = 0.0) -> Denoise:
-    """Guidance that turns the prompted estimate rather than stretch it, which is what burns colours at high scales
-    (Sadat et al. 2024, "adaptive projected guidance", arXiv:2410.02416, algorithm 1).
+    """Guidance that turns the cond estimate rather than stretching it, which oversaturates at high scales (Sadat et al.
+    2024, "adaptive projected guidance", arXiv:2410.02416, algorithm 1).
 
-    The difference of the estimates, with `momentum` times the sum so far, is cut to the length `limit` in each sample;
-    of its part along the prompted estimate only the share `parallel` counts (the paper's beta, r and eta). The sum goes
-    on from call to call: make one of these for each drawing.
+    The difference of the estimates, plus `momentum` times the running sum, is clipped per sample to the norm `limit`;
+    its component parallel to the cond estimate is multiplied by `parallel` (the paper's beta, r and eta). The sum is
+    kept between calls: make one of these for each run.
     """
     total: Tensor | float = 0.0
 
@@ -186,12 +186,12 @@ def projected(pair: Pair, scale: float, limit: float, parallel: float = 0.0, mom
 
 def interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
     """One `Denoise` at levels in (low, high], another elsewhere: guidance only where it helps (Kynkäänniemi et al.
-    2024). Outside, the prompted estimate alone costs one pass instead of two."""
+    2024). Outside, the cond estimate alone costs one pass instead of two."""
     return lambda x, sigma: (inside if low < sigma <= high else outside)(x, sigma)
 
 
 def perturbed(triple: Triple, scale: float, perturbed_scale: float) -> Denoise:
-    """Guidance by the prompt, and away from an estimate with its self-attention maps made identities (Ahn et al. 2024,
+    """Guidance by the prompt, and away from an estimate whose self-attention maps are identities (Ahn et al. 2024,
     "perturbed-attention guidance")."""
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -202,9 +202,9 @@ def perturbed(triple: Triple, scale: float, perturbed_scale: float) -> Denoise:
 
 
 def edited(triple: Triple, scale: float, image_scale: float) -> Denoise:
-    """Two guidances: by the prompt, and by the picture that is edited (Brooks et al. 2023, arXiv:2211.09800, eq. 3).
+    """Guidance by the prompt and by the input picture (Brooks et al. 2023, arXiv:2211.09800, eq. 3).
 
-    `triple`: with prompt and picture, with the picture alone, with neither.
+    `triple`: with prompt and picture, with the picture only, with neither.
     """
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -215,11 +215,11 @@ def edited(triple: Triple, scale: float, image_scale: float) -> Denoise:
 
 
 def inpainting(denoise: Estimator, known: Tensor, mask: Tensor, noise: Tensor, start: float = math.inf) -> Estimator:
-    """Repaint the part of a picture where mask is 1, with a model that knows nothing of masks (Lugmayr et al. 2022).
+    """Repaint a picture where the mask is 1, with a model that takes no mask (Lugmayr et al. 2022).
 
-    Elsewhere the model is shown the known latents with the same `noise` at each level, and its estimate is replaced
-    by them. At `start` and above x is shown as it is: diffusers begins a full repaint with noise alone, so give
-    sigmas[0] to follow it. A sampler that stops above level 0 leaves that little noise on the known part: paste it.
+    Elsewhere the model sees the known latents with the same `noise` at each level, and they replace its estimate. At
+    `start` and above it sees x unchanged: diffusers begins a full repaint from pure noise, so pass sigmas[0] to follow
+    it. A sampler that stops above level 0 leaves a little noise on the known part: paste the original over it.
     Of a pair of estimates both are replaced.
     """
 
@@ -234,16 +234,16 @@ def inpainting(denoise: Estimator, known: Tensor, mask: Tensor, noise: Tensor, s
 
 
 def differential(denoise: Estimator, known: Tensor, change: Tensor, sigmas: Sequence[float]) -> Estimator:
-    """Repaint each place from its own step on: where `change` is 1 from the first, where it is 0.3 in the last 0.3 of
-    them and one before, where it is 0 never (Levin and Fried 2023, "Differential Diffusion", algorithm 1).
+    """Repaint each position from its own step on: with `change` 1 from the first, with 0.3 in the last 30% of the steps
+    and one before, with 0 never (Levin and Fried 2023, "Differential Diffusion", algorithm 1).
 
-    `change` (1, 1, h, w); `sigmas` are the levels of the drawing, which begins with the known latents and their noise.
+    `change` (1, 1, h, w); `sigmas` are the levels of the run, which begins with the noised known latents.
     """
     rising, steps = [-sigma for sigma in sigmas], len(sigmas) - 1
 
     def repaint(x: Tensor, sigma: float) -> Any:
         step = min(max(bisect_right(rising, -sigma) - 1, 0), steps - 1)
-        begun = ((change > 0) & (1 - change <= (step + 1) / steps)).to(x)  # here the end of the step is kept
+        begun = ((change > 0) & (1 - change <= (step + 1) / steps)).to(x)  # here by the end of the step
         found = denoise(x, sigma)
         both = [begun * x0 + (1 - begun) * known for x0 in (found if isinstance(found, tuple) else (found,))]
         return tuple(both) if isinstance(found, tuple) else both[0]
@@ -260,13 +260,13 @@ def _per_sample(alpha_bar: Tensor, like: Tensor) -> Tensor:
 
 
 def network_input(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network is shown in training: sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * noise."""
+    """The network's input in training: sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * noise."""
     alpha_bar = _per_sample(alpha_bar, x0)
     return alpha_bar.sqrt().to(x0) * x0 + (1 - alpha_bar).sqrt().to(x0) * noise
 
 
 def train_target(prediction: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network should answer."""
+    """The training target: epsilon, v or x0."""
     alpha_bar = _per_sample(alpha_bar, x0)
     if prediction == "epsilon":
         return noise

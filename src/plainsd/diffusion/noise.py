@@ -1,6 +1,6 @@
-"""Noise that is the same on any machine: NVIDIA's random numbers, the mix of two noises, one path over all levels.
+"""Noise that is the same on any machine: NVIDIA's random numbers, slerp of two noises, a Brownian path over all levels.
 
-A stream gives, call after call, unit noise of the shape that is asked for; its seed says which.
+A stream is a seeded generator: each call returns the next unit noise of the given shape.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Path = Callable[[float, float], Tensor]  # (sigma, sigma_next) -> the unit noise
 
 
 def stream(kind: str, seed: int) -> Stream:
-    """PyTorch's generator on a CPU ("cpu"), or NVIDIA's ("nv"). Seeds count modulo 2**64."""
+    """PyTorch's CPU generator ("cpu"), or NVIDIA's ("nv"). Seeds are taken modulo 2**64."""
     if kind == "nv":
         return Philox(seed % 2**64)
     generator = torch.Generator().manual_seed(seed % 2**64)
@@ -49,9 +49,9 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int], rounds: int = 
 class Philox:
     """The stream of `torch.randn(..., device="cuda")`, on any machine.
 
-    On a GPU each number has a thread of its own: the key is the seed, word 0 of the counter the call, word 2 the
-    thread, and of the four words two make a pair of normal numbers (Box and Muller 1958), of which the sine is kept.
-    So it is there while a GPU has that many threads; where a tensor is larger, GPUs differ among themselves.
+    On a GPU each number has its own thread: the key is the seed, word 0 of the counter the call, word 2 the thread, and
+    two of the four words make a pair of normal numbers (Box and Muller 1958), of which the sine one is kept. This holds
+    as long as a GPU has that many threads; for larger tensors GPUs differ from each other.
     """
 
     def __init__(self, seed: int):
@@ -66,11 +66,11 @@ class Philox:
         return torch.from_numpy((radius * np.sin(y * TURN + TURN / 2)).astype(np.float32)).reshape(shape)
 
 
-# --- two noises mixed ------------------------------------------------------------------------------------------------
+# --- interpolated noise ----------------------------------------------------------------------------------------------
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From a towards b on the sphere through both: a mix of two noises as long as each of them (Shoemake 1985)."""
+    """Spherical interpolation from a to b, which keeps the norm (Shoemake 1985)."""
     cosine = torch.dot(a.flatten() / a.norm(), b.flatten() / b.norm()).clamp(-1, 1)
     angle = torch.acos(cosine)
     if angle < 1e-4:
@@ -79,30 +79,30 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 def slerp_columns(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """The same for each column of each channel by itself, (L, h, w), as A1111 mixes a variation. Where the two are
-    nearly one, by a straight line, of which A1111 has the ends the other way round."""
+    """`slerp` of each column of each channel, (L, h, w), as A1111 mixes a variation. Where the two are nearly parallel,
+    a linear mix, whose ends A1111 has swapped."""
     cosine = (a / a.norm(dim=1, keepdim=True) * (b / b.norm(dim=1, keepdim=True))).sum(1, keepdim=True)
     if cosine.mean() > 0.9995:
         return share * a + (1 - share) * b
-    angle = torch.acos(cosine.clamp(2**-23 - 1, 1 - 2**-23))  # of one row alone all are parallel
+    angle = torch.acos(cosine.clamp(2**-23 - 1, 1 - 2**-23))  # columns of a single row are all parallel
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
 # --- one path over all levels ----------------------------------------------------------------------------------------
 
-DIGITS = 6  # to which levels are told apart
+DIGITS = 6  # decimals of a level
 
 
 class BrownianTree:
-    """A Brownian motion W over noise levels, the same whatever is asked of it in whatever order.
+    """A Brownian motion W over noise levels, independent of the order of queries.
 
-    The middle of an interval is drawn when its ends are known, by a seed of its own, and so on to the level that is
-    asked for (Li et al. 2020, arXiv:2001.01328, section 4), with the seeds of torchsde 0.2.6, which k-diffusion uses.
-    Two levels that differ in the seventh digit behind the point are the same, and in the sixth W differs by 0.001.
+    The midpoint of an interval is drawn from its ends with its own seed, recursively down to the queried level (Li et
+    al. 2020, arXiv:2001.01328, section 4), with the seeds of torchsde 0.2.6, which k-diffusion uses. Levels that differ
+    only in the seventh decimal are the same; a difference in the sixth changes W by 0.001.
     """
 
     def __init__(self, low: float, high: float, seed: int, draw: Callable[[int], Tensor]):
-        """`draw` gives the unit noise of a seed of 32 bits."""
+        """`draw` returns the unit noise of a 32-bit seed."""
         self.low, self.high, self.seed = round(low, DIGITS), round(high, DIGITS), seed
         self.draw = lru_cache(64)(draw)  # neighbours share most of the way down
         self.whole = draw(self._seed_of()) * math.sqrt(high - low)
@@ -118,7 +118,7 @@ class BrownianTree:
     def _parts(
         self, a: float, b: float, start: float, end: float, w: Tensor, branch: int, depth: int
     ) -> Iterator[Tensor]:
-        """What lies of a to b within the interval from start to end, over which W grows by w."""
+        """Increments of W over the part of [a, b] in [start, end], an interval over which W grows by w."""
         if (a, b) == (start, end):
             yield w
             return
@@ -135,6 +135,6 @@ class BrownianTree:
         return int(np.random.SeedSequence(self.seed, spawn_key=node, pool_size=24).generate_state(1)[0])
 
     def step(self, sigma: float, sigma_next: float) -> Tensor:
-        """The unit noise of the step from one level down to another. Levels count in float32."""
+        """The unit noise of the step from one level down to another, with levels rounded to float32."""
         high, low = np.float32(sigma), np.float32(sigma_next)
         return -self.increment(float(low), float(high)) / float(np.sqrt(high - low))

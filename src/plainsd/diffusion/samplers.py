@@ -1,7 +1,7 @@
-"""Every sampler by name, with the levels it visits: the ways to walk from pure noise to a clean latent.
+"""Every sampler by name, with the levels it visits: the ways from pure noise to a clean latent.
 
-A sampler sees the model as a `Denoise`, (x, sigma) -> estimate of the clean latent, and a falling row of noise levels.
-`step.py` has what all share, `solvers/` has them, a file a kind. The table here says for each name which levels it
+A sampler gets the model as a `Denoise`, (x, sigma) -> estimate of the clean latent, and falling noise levels.
+`step.py` has what all share, `solvers/` the samplers, one file per kind. The table here gives the levels each one
 visits, so that pictures equal those of diffusers' scheduler of the same name.
 
 Orders of accuracy are those of the noise-free path, measured in tests/test_samplers.py.
@@ -26,7 +26,7 @@ from plainsd.diffusion.solvers.two_calls import dpm2, dpmpp_2s_a, dpmpp_sde, heu
 from plainsd.diffusion.step import Noise, Sigmas, Step, Stride, Strides, ancestral, toward
 from plainsd.errors import unknown
 
-__all__ = [  # the last lines hand on what a sampler of one's own is made of
+__all__ = [  # the last line re-exports what a sampler of your own needs
     "SAMPLERS", "Levels", "Sampler", "check_names", "sampler_levels", "shared_spacings",
     "Noise", "Sigmas", "Step", "Stride", "Strides", "ancestral", "toward",
 ]  # fmt: skip
@@ -34,25 +34,25 @@ __all__ = [  # the last lines hand on what a sampler of one's own is made of
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler and the levels it visits: those of diffusers' scheduler of the same name, with what that rounds.
+    """A sampler and the levels it visits: those of diffusers' scheduler of the same name, rounded as there.
 
-    The defaults are those of the samplers that came with k-diffusion.
+    The defaults are those of k-diffusion's samplers.
     """
 
     run: Callable[..., Iterator[Step]]  # (denoise, x, sigmas, noise)
-    spacing: str = "linspace"  # used when none is asked for, as Stable Diffusion 1.5 gets it from diffusers
-    ends_at_zero: bool = True  # else at the table's first level, as the original DDIM and PLMS
-    same_stride: bool = False  # all its steps are 1000 // steps timesteps long: see `renamed`
-    unit_first: bool = False  # the first latent counts a clean latent's own spread
-    rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> for timesteps
-    spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points left out at the clean end
-    takes: tuple[str, ...] = ()  # of "eta", "strides", "prediction", "sigma_data", "sigma_at", "pair", "path"
-    batched: bool = True  # several pictures at once are what each is alone
-    guidance_unit: float = 1.0  # what guidance is multiplied by
+    spacing: str = "linspace"  # the default, as diffusers has it for Stable Diffusion 1.5
+    ends_at_zero: bool = True  # else at the table's lowest level, as the original DDIM and PLMS do
+    same_stride: bool = False  # every step is 1000 // steps timesteps long: see `renamed`
+    unit_first: bool = False  # initial noise is scaled by sqrt(1 + sigma^2), not sigma
+    rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> rounding of timesteps
+    spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points dropped at the clean end
+    takes: tuple[str, ...] = ()  # from "eta", "strides", "prediction", "sigma_data", "sigma_at", "pair", "path"
+    batched: bool = True  # a picture in a batch is the same as alone
+    guidance_unit: float = 1.0  # factor on the guidance scale
 
 
 def whole_part(timestep: float) -> float:
-    """Its whole part; the last digits of a whole number do not count against it."""
+    """Floor, tolerant of rounding errors just below an integer."""
     return math.floor(timestep + 1e-9)
 
 
@@ -114,40 +114,40 @@ SAMPLERS: dict[str, Sampler] = {
 
 @dataclass(frozen=True)
 class Levels:
-    """All that the drawing of one picture visits, worked out once and handed on."""
+    """The noise levels of one run, and how latents are scaled at both ends."""
 
     sigmas: tuple[Level, ...]  # steps + 1, falling
-    strides: Strides  # for samplers that take them; empty where each step ends where the next one begins
-    first_scale: float  # unit noise times this is the first latent
-    added: float | None = None  # unit noise times this is added to a picture; None: times the first level
-    picture_scale: float = 1.0  # the sum times this is the first latent
-    last_scale: float | None = None  # the last latent times this is clean; None: 1 / sqrt(1 + sigma^2)
+    strides: Strides  # for samplers that take them; empty if each step ends where the next begins
+    first_scale: float  # initial latent = unit noise times this
+    added: float | None = None  # level of the noise added to a picture; None: the first level
+    picture_scale: float = 1.0  # initial latent = the noised picture times this
+    last_scale: float | None = None  # clean latent = the last x times this; None: 1 / sqrt(1 + sigma^2)
 
     def from_noise(self, noise: Tensor) -> Tensor:
-        """The first latent of a picture that is drawn from unit noise alone."""
+        """The initial latent of text to image, from unit noise."""
         return noise * self.first_scale
 
     def from_picture(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The first latent of one that is drawn over clean latents."""
+        """The initial latent of image to image, from clean latents."""
         return (latents + noise * (self.sigmas[0] if self.added is None else self.added)) * self.picture_scale
 
     def clean(self, x: Tensor, sigma: float) -> Tensor:
-        """What is decoded of the last latent; some samplers leave a little noise, and it stays."""
+        """The latent to decode; a little noise that some samplers leave stays in it."""
         return x / math.sqrt(1 + sigma**2) if self.last_scale is None else x * self.last_scale
 
     @property
     def timesteps(self) -> list[float]:
-        """What the network is told where each step begins."""
+        """The network's timestep at the start of each step."""
         return [sigma.timestep for sigma in self.sigmas[:-1]]
 
     def part(self, start: int, stop: int | None = None) -> "Levels":
-        """Of the steps from `start` up to `stop` only."""
+        """The steps from `start` up to `stop` only."""
         stop = len(self.sigmas) - 1 if stop is None else stop
         return replace(self, sigmas=self.sigmas[start : stop + 1], strides=self.strides[start : stop + 1])
 
 
 def sampler_levels(schedule: NoiseSchedule | EDMSchedule, name: str, steps: int, spacing: str | None = None) -> Levels:
-    """What SAMPLERS[name] visits in so many steps; None takes its own spacing. UserError for unknown names."""
+    """The levels of SAMPLERS[name]; None takes its default spacing. UserError for unknown names."""
     check_names(name, spacing)
     sampler = SAMPLERS[name]
     spacing = spacing or sampler.spacing
@@ -157,8 +157,8 @@ def sampler_levels(schedule: NoiseSchedule | EDMSchedule, name: str, steps: int,
     strides: Strides = ()
     if sampler.same_stride and isinstance(schedule, NoiseSchedule) and not (rule.of_levels or rule.log):
         strides = _strides(schedule, sigmas)
-    # A latent's own spread counts, sqrt(1 + sigma^2); the k-diffusion samplers leave out the 1 unless spacing is
-    # leading or the model is EDM's, and so it is in diffusers.
+    # The scale includes the latent's own variance, sqrt(1 + sigma^2); as in diffusers, k-diffusion samplers omit the 1
+    # unless the spacing is leading or the model is EDM's.
     with_latent = sampler.unit_first or spacing == "leading" or isinstance(schedule, EDMSchedule)
     first_scale = math.sqrt(1 + sigmas[0] ** 2) if with_latent else float(sigmas[0])
     if not rule.closed:
@@ -167,7 +167,7 @@ def sampler_levels(schedule: NoiseSchedule | EDMSchedule, name: str, steps: int,
 
 
 def check_names(sampler: str | None, spacing: str | None) -> None:
-    """UserError for a name that is in neither table; None is any."""
+    """UserError for an unknown name, or a spacing of another sampler; None passes."""
     if sampler not in (None, *SAMPLERS):
         raise unknown("sampler", sampler, SAMPLERS, field="sampler")
     own = SAMPLERS[sampler].spacing if sampler else None
@@ -176,12 +176,12 @@ def check_names(sampler: str | None, spacing: str | None) -> None:
 
 
 def shared_spacings() -> list[str]:
-    """Those that go with every sampler."""
+    """Spacings that work with every sampler."""
     return [name for name, spacing in SPACINGS.items() if not spacing.own]
 
 
 def _strides(schedule: NoiseSchedule, sigmas: Sequence[Level]) -> Strides:
-    """The levels one stride above and below each of those, within the table."""
+    """The levels one stride above and below each of `sigmas`, within the table."""
     stride, top, table = len(schedule) // len(sigmas), len(schedule) - 1, schedule.sigmas.tolist()
     at = [int(sigma.timestep) for sigma in sigmas]
     return tuple(Stride(table[min(t + stride, top)], table[max(t - stride, 0)]) for t in at)

@@ -1,17 +1,17 @@
-"""The noise schedule: how much noise each timestep of training means, and which levels a sampler visits.
+"""The noise schedule: the noise level of each training timestep, and which levels a sampler visits.
 
 Training (Ho et al. 2020, "Denoising Diffusion Probabilistic Models") mixes a clean latent with noise,
 
     x_t = sqrt(alpha_bar_t) * x0 + sqrt(1 - alpha_bar_t) * noise          t = 0 .. T-1, T = 1000
 
 Divided by sqrt(alpha_bar_t) this is x0 + sigma_t * noise with sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t). All
-sampling code works with that sigma, the noise level beside a clean latent of full size. `NoiseSchedule` is the table
-that translates; below it stand the spacings, the ways to choose a few levels out of the thousand.
+sampling code works with that sigma, the noise level on a clean latent of unchanged scale. `NoiseSchedule` is the table
+between the two; below it are the spacings, the ways to choose a few levels out of the thousand.
 
-Models in the form of Karras et al. 2022 ("EDM") have no table: `EDMSchedule` is a range of levels with a formula.
+EDM models (Karras et al. 2022) have no table: `EDMSchedule` is a range of levels with a formula.
 
-The table is float64, made once on the CPU. Levels and timesteps are plain Python floats, so no sampler ever waits for
-a device to tell it a number.
+The table is float64, made once on the CPU. Levels and timesteps are plain Python floats, so samplers never synchronize
+with the device.
 """
 
 import math
@@ -26,12 +26,12 @@ from torch import Tensor
 from plainsd.diffusion import spacings
 from plainsd.errors import UserError
 
-TERMINAL_ALPHA_BAR = 2.0**-24  # stands for zero in zero-terminal-SNR tables: sigma is then 4096, not infinite
+TERMINAL_ALPHA_BAR = 2.0**-24  # instead of zero in zero-terminal-SNR tables, so that sigma is 4096, not infinite
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The table alpha_bar over the training timesteps, and its other face, sigma.
+    """The table of alpha_bar over the training timesteps, and the sigma of each.
 
     Shapes: (T,) float64, alpha_bar falling from almost 1, sigma rising from almost 0.
     """
@@ -40,7 +40,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "NoiseSchedule":
-        """The table of the forward process that mixes in a variance of beta_t at timestep t."""
+        """The table of a forward process that adds noise of variance beta_t at timestep t."""
         return cls((1 - betas.double()).cumprod(0))
 
     @classmethod
@@ -61,7 +61,7 @@ class NoiseSchedule:
         return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
 
     def zero_terminal_snr(self) -> "NoiseSchedule":
-        """The same table bent so that its last timestep is pure noise (Lin et al. 2023, algorithm 1).
+        """The same table rescaled so that its last timestep is pure noise (Lin et al. 2023, algorithm 1).
 
         Shifts and scales sqrt(alpha_bar): the first entry stays, the last becomes zero, here 2**-24.
         """
@@ -98,12 +98,12 @@ class NoiseSchedule:
         return math.exp(np.interp(timestep, np.arange(len(self)), self._log_sigmas))
 
     def timestep(self, sigma: float) -> float:
-        """The fractional timestep of a noise level, the inverse of `sigma`; the table's end where it is outside."""
+        """The fractional timestep of a noise level, clamped to the table: the inverse of `sigma`."""
         return float(np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self))))
 
     def nearest(self, sigma: float) -> float:
-        """The whole timestep whose log sigma is nearest. Half-way between two, float32 decides: the level is made of
-        its logarithm and taken apart again, and the lower entry has the better of a draw."""
+        """The integer timestep with the nearest log sigma. Halfway between two, float32 decides, as elsewhere: sigma is
+        exp of its logarithm, taken again; ties go to the lower entry."""
         timestep = self.timestep(sigma)
         low = math.floor(timestep)
         if abs(timestep - low - 0.5) > 1e-6:
@@ -115,7 +115,7 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class EDMSchedule:
-    """No table: every level between two ends was trained (Karras et al. 2022, arXiv:2206.00364, table 1).
+    """No table: trained on all levels between two ends (Karras et al. 2022, arXiv:2206.00364, table 1).
 
     Latents have the standard deviation `sigma_data`; the paper's preconditioning, for the network F and the
     level sigma,
@@ -123,7 +123,7 @@ class EDMSchedule:
         x0 = c_skip x + c_out F(c_in x, c_noise)          c_in = 1 / sqrt(sigma^2 + sigma_data^2)
         c_skip = (sigma_data c_in)^2                      c_out = sigma sigma_data c_in
 
-    is v-prediction in units of sigma_data, but for the sign of F: see denoiser.py.
+    is v-prediction in units of sigma_data, up to the sign of F: see denoiser.py.
     """
 
     sigma_min: float = 0.002
@@ -133,18 +133,18 @@ class EDMSchedule:
     count: int = 1000  # the most steps
 
     def build(self) -> "EDMSchedule":
-        """Itself: there is no table to make."""
+        """Returns itself: there is no table to make."""
         return self
 
     def __len__(self) -> int:
         return self.count
 
     def sigma(self, timestep: float) -> float:
-        """Noise level that a network was told as this timestep."""
+        """The inverse of `timestep`."""
         return math.exp(4 * timestep)
 
     def timestep(self, sigma: float) -> float:
-        """What the network is told of a level: c_noise, a quarter of its logarithm."""
+        """The network's input for a level: c_noise, a quarter of its logarithm."""
         return math.log(sigma) / 4
 
 
@@ -154,7 +154,7 @@ def same_schedule(a: NoiseSchedule | EDMSchedule, b: NoiseSchedule | EDMSchedule
     return torch.equal(a.alphas_cumprod, b.alphas_cumprod)
 
 
-# Spacings: rules that choose timesteps, named by Lin et al. 2023 in their table 2, and rules that choose levels.
+# Spacings: rules that choose timesteps, named as in table 2 of Lin et al. 2023, and rules that choose levels.
 
 
 def leading(count: int, steps: int, offset: int = 1) -> list[float]:
@@ -178,7 +178,7 @@ def linspace(count: int, steps: int) -> list[float]:
 
 
 def distilled(count: int, steps: int, taught: int = 50) -> list[float]:
-    """Some of the 50 timesteps at which latent consistency models were taught (Luo et al. 2023)."""
+    """A subset of the 50 timesteps that latent consistency models are trained on (Luo et al. 2023)."""
     if steps > taught:
         raise UserError(
             f"steps {steps} is more than the {taught} that lcm models know; choose 1 to {taught}",
@@ -190,26 +190,26 @@ def distilled(count: int, steps: int, taught: int = 50) -> list[float]:
 
 
 def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> list[float]:
-    """Levels whose rho-th root falls evenly: dense near the clean end (Karras et al. 2022, equation 5)."""
+    """Levels linear in sigma^(1/rho): dense near the clean end (Karras et al. 2022, equation 5)."""
     return (np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho).tolist()
 
 
 def exponential(sigma_min: float, sigma_max: float, steps: int) -> list[float]:
-    """Levels in a geometric row: log sigma falls evenly."""
+    """Levels linear in log sigma: a geometric sequence."""
     return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps)).tolist()
 
 
 @dataclass(frozen=True)
 class Spacing:
-    """A rule that chooses `steps` falling points: timesteps out of (count, steps), or levels out of (sigma_min,
-    sigma_max, steps)."""
+    """A rule that gives `steps` falling points: timesteps from (count, steps), or levels from (sigma_min, sigma_max,
+    steps)."""
 
     points: Callable[..., list[float]]
     of_levels: bool = False
-    own: bool = False  # of the samplers that name it, and of no others
+    own: bool = False  # only for samplers whose default it is
     log: bool = False  # between timesteps log sigma is linear, as in k-diffusion; else sigma, as in diffusers
-    least: bool = False  # the last point is the lowest level: a sampler that ends there leaves it out
-    closed: bool = False  # one point more than steps: where the drawing ends
+    least: bool = False  # the last point is the lowest level: a sampler that ends there drops it
+    closed: bool = False  # steps + 1 points: the last is where the run ends
 
 
 SPACINGS: dict[str, Spacing] = {
@@ -234,9 +234,8 @@ SPACINGS: dict[str, Spacing] = {
 
 
 class Level(float):
-    """A noise level that a sampler visits: the number sigma, which also knows the timestep that the network is told
-    there. What is computed from it, such as a level between two visited ones, is a plain number, whose timestep is
-    looked up in the table."""
+    """A noise level that a sampler visits: sigma, with the timestep that the network gets there. Numbers computed from
+    it, such as a level between two visited ones, are plain floats, whose timestep is looked up in the table."""
 
     timestep: float
 
@@ -253,11 +252,11 @@ def spaced(
     spare: int = 0,
     rounded: Callable[[float], float] = float,
 ) -> list[Level]:
-    """The levels, falling, at which a sampler's steps begin; of a closed spacing also that where the last one ends.
+    """The falling levels at which a sampler's steps begin; for a closed spacing also where the last one ends.
 
-    steps + spare points are spaced out and the spare ones at the clean end left out; a few spacings have another
-    number of points than is asked for. `rounded` is applied to timesteps
-    before their level is looked up; where the spacing chooses levels these stay, and only the timestep is rounded.
+    steps + spare points are spaced and the spare ones dropped at the clean end; a few spacings give another number of
+    points. `rounded` is applied to timesteps before their level is looked up; of a spacing of levels only the timestep
+    is rounded.
     """
     count, points = len(schedule), steps + spare
     if not 1 <= steps <= count - spare:
@@ -282,7 +281,7 @@ def _without(points: list, spare: int) -> list:
 
 
 def spaced_freely(schedule: EDMSchedule, spacing: str, points: int) -> list[Level]:
-    """Levels where every one was trained: none is rounded."""
+    """Levels for an EDM schedule: none is rounded."""
     rule, ends = SPACINGS[spacing], (schedule.sigma_min, schedule.sigma_max, points)
     if not rule.of_levels:
         names = " or ".join(name for name, other in SPACINGS.items() if other.of_levels)

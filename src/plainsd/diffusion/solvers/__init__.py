@@ -1,1 +1,1 @@
-"""The samplers, a file a kind; `diffusion.samplers` has them by name, with the levels they visit."""
+"""The samplers, one file per kind; `diffusion.samplers` has them by name, with the levels they visit."""

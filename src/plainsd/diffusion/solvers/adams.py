@@ -1,4 +1,4 @@
-"""One call of the model a step, remembering slopes: Adams-Bashforth and kin on dx / dsigma or the network's output."""
+"""Multistep samplers with one model call per step: Adams-Bashforth and kin on dx / dsigma or the network's output."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ def plms(
     strides: Strides = (),
 ) -> Iterator[Step]:
     """Adams-Bashforth on the network's output, with the weights for even steps of sigma: fourth order there, second on
-    a table's timesteps (PNDM, Liu et al. 2022, as Stable Diffusion's original uses it, without the Runge-Kutta start).
+    a table's timesteps (PNDM, Liu et al. 2022, as the original Stable Diffusion uses it, without Runge-Kutta warm-up).
 
-    The first step is taken twice: with the output at its start, then from there with the mean of both ends; the second
-    time it is one stride that ends where the next step begins (see `renamed`).
-    `prediction` says which output is extrapolated. The original always takes epsilon; diffusers takes v where the
-    network predicts v, which is only of first order.
+    The first step is taken twice: with the output at its start, then with the mean of the outputs at both ends; the
+    second time it is one stride that ends where the next step begins (see `renamed`).
+    `prediction` says which output is extrapolated. The original always extrapolates epsilon; diffusers extrapolates v
+    if the network predicts v, which is only first order.
     """
     outputs: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -54,10 +54,10 @@ ADAMS_BASHFORTH = {  # number of known outputs, newest first -> their weights
 
 
 def lms(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """Adams-Bashforth on the slope dx / dsigma, its weights integrated for the levels at hand: fourth order once four
-    slopes are known (the linear multistep sampler of k-diffusion).
+    """Adams-Bashforth on the slope dx / dsigma, with weights integrated for the actual levels: fourth order once four
+    slopes are known (k-diffusion's linear multistep sampler).
 
-    The weights add to 1, so only differences of slopes enter the aim: where sigma is huge nothing cancels.
+    The weights add to 1, so only differences of slopes matter: nothing cancels even at a huge sigma.
     """
     slopes: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -69,8 +69,9 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[S
 
 
 def ipndm(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """Adams-Bashforth on the slope with the weights for even steps, of which sigma takes none: second order at best
-    (iPNDM, Zhang and Chen 2022, arXiv:2204.13902). `plms` without its second call. One to level 0 is of first order."""
+    """Adams-Bashforth on the slope with the weights for even steps, although those of sigma are not: second order at
+    best (iPNDM, Zhang and Chen 2022, arXiv:2204.13902). `plms` without its second call. A step to level 0 is first
+    order."""
     slopes: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
@@ -84,9 +85,9 @@ def ipndm(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator
 def gradient_estimation(
     denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, gamma: float = 2.0
 ) -> Iterator[Step]:
-    """The slope pushed on by gamma - 1 times its last change (Permenter and Yuan 2024, arXiv:2306.04848, algorithm 2).
+    """The slope plus gamma - 1 times its last change (Permenter and Yuan 2024, arXiv:2306.04848, algorithm 2).
 
-    A step of Euler that answers the estimate's errors; its order is 1. One to level 0 is Euler's own.
+    Euler with a correction of the estimate's errors: first order. A step to level 0 is plain Euler.
     """
     before = None
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -99,13 +100,13 @@ def gradient_estimation(
         yield Step(index, sigma_next, x, denoised)
 
 
-FEW_STEPS = 15  # below, DEIS ends with lower orders
+FEW_STEPS = 15  # below this DEIS ends with lower orders
 
 
 def deis(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, most: int = 2) -> Iterator[Step]:
-    """Second order: a line in log sigma through the last two slopes, integrated over sigma (DEIS of kind log-rho, Zhang
-    and Chen 2022, arXiv:2204.13902); with `most` = 3 a parabola. The first steps, and in few steps the last ones, are
-    of lower order."""
+    """Second order: a line in log sigma through the last two slopes, integrated over sigma (log-rho DEIS, Zhang and
+    Chen 2022, arXiv:2204.13902); with `most` = 3 a parabola. The first steps, and of few steps the last ones, are of
+    lower order."""
     steps = len(sigmas) - 1
     slopes: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -119,19 +120,19 @@ def deis(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, most: int
         yield Step(index, sigma_next, x, denoised)
 
 
-# What they aim at, and their weights.
+# Targets and weights.
 
 
 def _mixed(denoised: Tensor, sigma: float, slopes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The aim of a step along a mix of slopes, newest first; the weights add to 1."""
+    """The target of a step along a weighted mean of slopes, newest first; the weights add to 1."""
     return denoised + weighted([sigma * (slopes[0] - slope) for slope in slopes[1:]], weights[1:])
 
 
 def _log_means(known: Sigmas, sigma: float, sigma_next: float) -> list[float]:
-    """As `_lagrange_means`, for polynomials of log sigma, through two or three values, the first of them at sigma.
+    """`_lagrange_means` for polynomials in log sigma through two or three values, the first at sigma.
 
-    With u = log(level / sigma), from 0 to log r at the end, the means over the level of u and u^2 are those of
-    log q and log^2 q for q from 1 to r.
+    With u = log(level / sigma), from 0 to log r, the means of u and u^2 over the level are those of log q and log^2 q
+    for q from 1 to r.
     """
     r, places = sigma_next / sigma, [math.log(level / sigma) for level in known]
     mean = -1 - r * math.log(r) / (1 - r)
@@ -146,7 +147,7 @@ def _log_means(known: Sigmas, sigma: float, sigma_next: float) -> list[float]:
 def _lagrange_means(known: Sigmas, sigma: float, sigma_next: float) -> list[float]:
     """Weights that turn values at the known levels into the mean of their polynomial between sigma and sigma_next.
 
-    Gauss's rule with two points is exact for the cubics that four values make.
+    Two-point Gauss quadrature is exact for the cubic through four values.
     """
     centre, reach = (sigma + sigma_next) / 2, (sigma - sigma_next) / 2 / math.sqrt(3)
     points = (centre - reach, centre + reach)

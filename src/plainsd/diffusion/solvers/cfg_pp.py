@@ -1,8 +1,8 @@
-"""CFG++: aim at the guided estimate, along the noise that the estimate without the prompt leaves (Chung et al. 2024,
-arXiv:2406.08070, algorithm 2).
+"""CFG++: aim at the guided estimate, but renoise with the noise of the uncond one (Chung et al. 2024, arXiv:2406.08070,
+algorithm 2).
 
-Guidance then mixes two estimates and no longer pushes past them, so it is small: 1 is about what 12.5 is elsewhere.
-Both estimates come from one call, of `pair`: (x, sigma) -> x0 (guided, without the prompt). Without a pair they are the
+Guidance then interpolates between two estimates instead of extrapolating, so its scale is small: 1 is about 12.5
+elsewhere. Both estimates come from one call of `pair`: (x, sigma) -> x0 (guided, uncond). Without a pair they are the
 same, and these are the samplers of the same name without CFG++.
 """
 
@@ -17,7 +17,7 @@ from plainsd.diffusion.step import Noise, Sigmas, Step, Strides, ancestral, rena
 
 
 def both(denoise: Denoise) -> Pair:
-    """A model that knows no guidance."""
+    """The pair of a model without guidance."""
 
     def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         denoised = denoise(x, sigma)
@@ -36,7 +36,7 @@ def euler_cfg_pp(
     strides: Strides = (),
     pair: Pair | None = None,
 ) -> Iterator[Step]:
-    """`ddim` so: Euler with eta 0, Euler a with eta 1. First order."""
+    """`ddim` with CFG++: Euler with eta 0, Euler a with eta 1. First order."""
     pair = pair or both(denoise)
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised, plain = pair(x, sigma)
@@ -50,7 +50,7 @@ def euler_cfg_pp(
 def dpmpp_2m_cfg_pp(
     denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, pair: Pair | None = None
 ) -> Iterator[Step]:
-    """`dpmpp_2m` so, as ComfyUI has it: the estimate's change counts from the last one without the prompt."""
+    """`dpmpp_2m` with CFG++, as in ComfyUI: the estimate's change is from the last uncond estimate."""
     pair, previous = pair or both(denoise), None
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised, plain = pair(x, sigma)

@@ -1,7 +1,7 @@
-"""DPM-Solver with steps of its own (Lu et al. 2022a, arXiv:2206.00927): of a number of calls, or of an error.
+"""DPM-Solvers that choose their own steps (Lu et al. 2022a, arXiv:2206.00927), by number of calls or by error.
 
-Both go from sigmas[0] to sigmas[-1] at levels which they choose, and take what they have there for clean, as
-k-diffusion does. They yield as many steps as the row has all the same, so that progress means what it always means.
+Both go from sigmas[0] to sigmas[-1] at levels of their own, and treat the result there as clean, as k-diffusion does.
+They still yield one step for each of `sigmas`, so that progress means the same as elsewhere.
 """
 
 import math
@@ -15,14 +15,14 @@ from plainsd.diffusion.denoiser import Denoise
 from plainsd.diffusion.step import Noise, Sigmas, Step, ancestral, renoised, slope_share, toward
 
 RTOL, ATOL, FIRST_STEP, SAFETY = 0.05, 0.0078, 0.05, 0.81  # of dpm_adaptive, as in k-diffusion
-NEAR = 1e-5  # the end is reached, in log sigma
+NEAR = 1e-5  # in log sigma: closer than this the end is reached
 
 
 def dpm_solver(
     denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, order: int
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """One step of DPM-Solver-1, 2 or 3, call by call: after each the level that it leads to, the aim of the line from x
-    to there, and the estimate at the start. Each call but the first is made where the one before led to.
+    """One step of DPM-Solver-1, 2 or 3, call by call: yields the level it leads to, the target of the line from x to
+    there, and the estimate at the start. Each later call is made where the one before led.
     """
     h = math.log(sigma / sigma_next)
     levels = [*(sigma * math.exp(-h * part / order) for part in range(1, order)), sigma_next]
@@ -39,7 +39,7 @@ def dpm_solver(
 
 
 def with_floor(sigma: float, sigma_next: float, eta: float, floor: float) -> tuple[float, float]:
-    """`ancestral`, never aiming below the end of the row."""
+    """`ancestral`, never aiming below the last level."""
     sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
     if sigma_down < floor:
         sigma_down, sigma_up = floor, math.sqrt(sigma_next**2 - floor**2)
@@ -47,9 +47,9 @@ def with_floor(sigma: float, sigma_next: float, eta: float, floor: float) -> tup
 
 
 def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
-    """As many calls as steps were asked for, three to a step of DPM-Solver-3, at even strides of log sigma.
+    """One call for each step of `sigmas`: DPM-Solver-3, three calls to a step, evenly spaced in log sigma.
 
-    Yields after each call; in the middle of a step x is what the next call is asked about.
+    Yields after each call; in the middle of a step x is the input of the next call.
     """
     calls, low, index = len(sigmas) - 1, float(sigmas[-1]), 0
     orders = [3] * (calls // 3 - 1) + [2, 1] if calls % 3 == 0 else [3] * (calls // 3) + [calls % 3]
@@ -67,10 +67,10 @@ def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: 
 
 
 def dpm_adaptive(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
-    """Steps of DPM-Solver-3, three calls each, as long as its difference to DPM-Solver-2 allows.
+    """DPM-Solver-3 with adaptive steps of three calls each, as long as its difference to DPM-Solver-2 allows.
 
-    Of the row only the ends count for the result. Each step of the row is yielded as soon as its level is passed, with
-    what there is then. The difference is that of the whole batch: pictures drawn together depend on each other.
+    Only the ends of `sigmas` affect the result. Each of its steps is yielded once its level is passed, with the current
+    x. The error is that of the whole batch: pictures of a batch depend on each other.
     """
     sigma, low, h, index = float(sigmas[0]), float(sigmas[-1]), FIRST_STEP, 0
     denoised = low_before = x
@@ -82,7 +82,7 @@ def dpm_adaptive(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, e
         x_2, x_3 = (toward(x, one, sigma, sigma_down) for one in (aim_2, aim_3))
         allowed = (RTOL * torch.maximum(x_2.abs(), low_before.abs())).clamp(min=ATOL)
         error = ((x_2 - x_3) / allowed).square().mean().sqrt().item()
-        error = error if math.isfinite(error) else 0.0  # on to the end, where numbers are looked at
+        error = error if math.isfinite(error) else 0.0  # go on: non-finite results are caught at the end
         factor = 1 + math.atan((error + 1e-8) ** (-1 / (1.5 if eta else 3)) - 1)
         h *= factor
         if factor < SAFETY:

@@ -1,4 +1,4 @@
-"""One call of the model a step, remembering the estimates of the calls before: their change comes free."""
+"""Multistep samplers: one model call per step, with the estimates of previous steps reused."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -34,11 +34,11 @@ def dpmpp_2m(
     split: Split = reverse_sde,
     path: Path | None = None,
 ) -> Iterator[Step]:
-    """Second order: the estimate changes on as it did over the last step (DPM-Solver++(2M), Lu et al. 2022b).
+    """Second order: the estimate extrapolated from its change over the last step (DPM-Solver++(2M), Lu et al. 2022b).
 
-    Its line is taken in the middle of the step, or with `heun` integrated over the step. With eta = 1 the stochastic
-    form, SDE-DPM-Solver++(2M). With `heun` and the other split, `ancestral`, it is RES's second order (Zhang et al.
-    2023, arXiv:2308.02157). The first step and one to level 0 are of first order.
+    The extrapolation is taken at the middle of the step, or with `heun` integrated over it. With eta = 1 it is
+    SDE-DPM-Solver++(2M); with `heun` and the split `ancestral`, second-order RES (Zhang et al. 2023,
+    arXiv:2308.02157). The first step and one to level 0 are first order.
     """
     previous, reach_before = None, 0.0
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -60,7 +60,7 @@ def dpmpp_3m_sde(
 ) -> Iterator[Step]:
     """A parabola through the last three estimates, integrated over the step (SDE-DPM-Solver++(3M) of k-diffusion).
 
-    As published it counts the parabola's curvature by half, which makes its order 2 and not 3.
+    As published it halves the parabola's curvature, which makes it second order, not third.
     """
     estimates: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -81,14 +81,14 @@ def dpmpp_3m_sde(
 def unipc(
     denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, order: int = 2, bh1: bool = False
 ) -> Iterator[Step]:
-    """A predictor through the last `order` estimates, and each step is taken once more when the estimate at its end is
-    known, at the cost of no call (UniPC with B(h) = exp(h) - 1, or with `bh1` B(h) = h, Zhao et al. 2023,
-    arXiv:2302.04867): one order more than the predictor's. The first steps know fewer estimates. So do the last ones,
-    down to one, of the third order, as published, and of every order before level 0."""
+    """A predictor through the last `order` estimates, and a corrector that repeats each step once the estimate at its
+    end is known, without another call (UniPC with B(h) = exp(h) - 1, or with `bh1` B(h) = h, Zhao et al. 2023,
+    arXiv:2302.04867): one order above the predictor. The first steps use fewer estimates. So do the last ones, down to
+    one, for order 3, as published, and for every order before level 0."""
     falling = order > 2 or sigmas[-1] == 0
-    start = x  # where the step before began
+    start = x  # of the previous step
     estimates: list[Tensor] = []  # newest first
-    used = 0  # how many the step before used
+    used = 0  # number of estimates in the previous step
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         estimates = [denoised, *estimates[:order]]
@@ -105,13 +105,13 @@ def unipc(
 def _united(
     estimates: Sequence[Tensor], sigmas: Sigmas, sigma_next: float, bh1: bool, end: Tensor | None = None
 ) -> Tensor:
-    """The aim of a step of UniPC from sigmas[0] to sigma_next: from the estimates at those levels, newest first, and
-    once it is known from that at its end (equations 5 and 9; theorem 3.1 has the weights)."""
+    """The target of a UniPC step from sigmas[0] to sigma_next: from the estimates at `sigmas`, newest first, and in the
+    corrector from that at its end (equations 5 and 9; theorem 3.1 has the weights)."""
     here, *earlier = estimates
     if end is None and not earlier:
         return here
     h = -math.log(sigma_next / sigmas[0])  # positive, and -h in the paper's data prediction
-    places = [-math.log(sigma / sigmas[0]) / h for sigma in sigmas[1:]]  # where the step goes from 0 to 1
+    places = [-math.log(sigma / sigmas[0]) / h for sigma in sigmas[1:]]  # with the step from 0 to 1
     changes = [(estimate - here) / place for estimate, place in zip(earlier, places, strict=True)]
     if end is not None:
         changes, places = [*changes, end - here], [*places, 1.0]
@@ -122,7 +122,7 @@ def _united(
 
 
 def _united_weights(places: Sequence[float], h: float, scale: float) -> list[float]:
-    """Those with which powers of the place are integrated exactly, each by one equation more."""
+    """The weights that integrate powers of `places` exactly, one equation per power."""
     phi, factorial, wanted = math.expm1(-h) / -h - 1, 1, []
     for power in range(1, len(places) + 1):
         wanted.append(phi * factorial / scale)
@@ -133,7 +133,7 @@ def _united_weights(places: Sequence[float], h: float, scale: float) -> list[flo
 
 
 def _parabola(estimates: Sequence[Tensor], sigmas: Sigmas) -> tuple[Tensor, Tensor | float]:
-    """Slope and curvature, over -log sigma at the newest, of the line or parabola through two or three estimates."""
+    """Slope and curvature in -log sigma, at the newest, of the line or parabola through two or three estimates."""
     near = (estimates[0] - estimates[1]) / math.log(sigmas[1] / sigmas[0])
     if len(estimates) == 2:
         return near, 0.0

@@ -1,4 +1,4 @@
-"""One call of the model a step, no memory."""
+"""Single-step samplers with one model call per step."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from plainsd.diffusion.step import Noise, Sigmas, Step, Strides, ancestral, rena
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """First order, noise-free (Karras et al. 2022, algorithm 1 without churn)."""
+    """First order, deterministic (Karras et al. 2022, algorithm 1 without churn)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         x = toward(x, denoised, sigma, sigma_next)
@@ -33,9 +33,9 @@ def ddim(
 
 
 def lcm(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """Jump to the estimate and add all the noise anew, for models taught to be right at once (Luo et al. 2023).
+    """Jump to the estimate and renoise, for latent consistency models (Luo et al. 2023).
 
-    Their c_skip, 7e-6 of x at the lowest timestep they know and less above, is left out.
+    Their c_skip, 7e-6 at the lowest timestep they are trained on and less above, is omitted.
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
@@ -52,14 +52,14 @@ def tcd(
     eta: float = 0.3,
     sigma_at: Callable[[float], float] | None = None,
 ) -> Iterator[Step]:
-    """Trajectory consistency (Zheng et al. 2024, arXiv:2402.19159, algorithm 4): go on to timestep (1 - eta) t' and add
-    noise back up to t', where the next step begins. For models taught so; eta is the paper's gamma.
+    """Trajectory consistency (Zheng et al. 2024, arXiv:2402.19159, algorithm 4): go to timestep (1 - eta) t' and add
+    noise back up to t', where the next step begins. For models distilled so; eta is the paper's gamma.
 
     `sigma_at`: timestep -> level. Without it time is sigma itself.
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        if eta == 0 or index == len(sigmas) - 2:  # nothing is added at the end of the row
+        if eta == 0 or index == len(sigmas) - 2:  # no noise is added in the last step
             sigma_down = float(sigma_next)
         elif sigma_at is not None and isinstance(sigma_next, Level):
             sigma_down = sigma_at(math.floor((1 - eta) * sigma_next.timestep))

@@ -1,4 +1,4 @@
-"""Samplers of stochastic differential equations, and those that go back up."""
+"""SDE samplers, and those that go back up to higher noise levels."""
 
 import math
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from plainsd.diffusion.schedule import Level, karras
 from plainsd.diffusion.solvers.two_calls import heun_step
 from plainsd.diffusion.step import Noise, Sigmas, Step, renoised, reverse_sde, toward
 
-RESTART_FROM, RESTART_AT = 2.0, 0.1  # levels, of latents with unit spread
+RESTART_FROM, RESTART_AT = 2.0, 0.1  # sigmas, for latents of unit variance
 
 
 def restart(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """`heun`; at a low level noise is added up to a high one, from which the path is walked again: errors of before
-    shrink, and fresh ones are few (Xu et al. 2023, arXiv:2306.14878). Of as many steps as were asked for.
+    """`heun`; at a low level noise is added back up to a high one and the interval is sampled again, which contracts
+    earlier errors (Xu et al. 2023, arXiv:2306.14878). The number of steps stays the same.
 
-    As A1111 has it: below 20 steps no restart; 9 of 20 steps and more walk again, of 36 and more twice a quarter.
+    As in A1111: below 20 steps no restart; from 20 steps 9 are repeated, from 36 a quarter, twice.
     """
     level = float(sigmas[0])
     for index, (sigma, sigma_next) in enumerate(restarted(sigmas)):
@@ -30,7 +30,7 @@ def restart(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterat
 
 
 def restarted(sigmas: Sigmas) -> list[tuple[float, float]]:
-    """The steps of `restart`: (from, to) each; where noise is added one begins above the end of the one before."""
+    """The steps of `restart` as (from, to); a step that begins above the end of the last one adds noise first."""
     steps, again, times = len(sigmas) - 1, 9, 1
     if steps >= 36:
         again, times = steps // 4, 2
@@ -45,10 +45,10 @@ def restarted(sigmas: Sigmas) -> list[tuple[float, float]]:
 
 
 def er_sde(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """The reverse SDE with noise by the rule phi(sigma) = sigma (exp(sigma^0.3) + 10), from the estimate and its first
-    two derivatives in sigma (ER-SDE-Solver-3, Cui et al. 2023, arXiv:2309.06169).
+    """The reverse SDE with noise scale phi(sigma) = sigma (exp(sigma^0.3) + 10), from the estimate and its first two
+    derivatives in sigma (ER-SDE-Solver-3, Cui et al. 2023, arXiv:2309.06169).
 
-    The last step, to level 0, is of first order.
+    The last step, to level 0, is first order.
     """
     estimates: list[Tensor] = []  # newest first
     slope_before: Tensor | float = 0.0
@@ -74,7 +74,7 @@ def _er_noise(sigma: float) -> float:
 
 
 def _er_integrals(sigma: float, sigma_next: float, points: int = 200) -> tuple[float, float]:
-    """What the first and second derivative of the estimate count in a step; sums over so many points, as published."""
+    """Weights of the estimate's first and second derivatives in a step, as sums over `points`, as published."""
     width = (sigma - sigma_next) / points
     places = [sigma_next + i * width for i in range(points)]
     first = math.fsum(1 / _er_noise(place) for place in places) * width
@@ -87,13 +87,13 @@ NOISY = (200, 800)  # timesteps between which sa_solver adds noise
 
 
 def sa_solver(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
-    """A stochastic Adams method: `dpmpp_2m`, and each step is taken once more, with the same noise, when the estimate
-    at its end is known (SA-Solver, Xue et al. 2023, arXiv:2309.05019, orders 2 and 2, weights of its appendix D).
+    """A stochastic Adams method: `dpmpp_2m`, with each step corrected, with the same noise, once the estimate at its
+    end is known (SA-Solver, Xue et al. 2023, arXiv:2309.05019, orders 2 and 2, weights of its appendix D).
 
-    eta is the paper's tau, between timesteps 200 and 800, at levels that know their timestep; 0 outside. The last step
-    is of first order. Noise is drawn at each step, used or not, as diffusers draws it.
+    eta is the paper's tau between timesteps 200 and 800, for levels with a timestep; 0 outside. The last step is first
+    order. Noise is drawn at each step, used or not, as in diffusers.
     """
-    start, fresh, previous, before = x, x, None, (0.0, 0.0)  # of the step before; the last is how it was split
+    start, fresh, previous, before = x, x, None, (0.0, 0.0)  # of the previous step; `before` is its split
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
         if previous is not None:

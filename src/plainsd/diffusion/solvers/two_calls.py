@@ -1,4 +1,4 @@
-"""Two or three calls of the model a step: the later ones tell how the estimate changes along the way."""
+"""Single-step samplers with two or three model calls per step."""
 
 import math
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from plainsd.diffusion.step import Noise, Sigmas, Step, along, ancestral, renois
 
 
 def heun_step(denoise: Denoise, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
-    """x at sigma_next, and the estimate at sigma.
+    """Returns x at sigma_next, and the estimate at sigma.
 
-    The slope at the end, met by a line from x, aims at denoised + (second - denoised) * sigma / sigma_next; so the
-    mean of both slopes is one step toward the mean of both aims.
+    A step from x along the slope at the end aims at denoised + (second - denoised) * sigma / sigma_next, so the mean of
+    both slopes is one step toward the mean of both targets.
     """
     denoised = aim = denoise(x, sigma)
     if sigma_next > 0:
@@ -33,14 +33,14 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[
 
 
 def heunpp2(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
-    """Heun++, as ComfyUI has it: the slopes where two steps of Euler lead, weighted by level / (3 sigmas[0]), and for
-    the rest the slope here. Three calls a step, two in the last but one, one in the last.
+    """Heun++, as in ComfyUI: the slopes after one and two Euler steps, weighted by level / (3 sigmas[0]), and the
+    current slope for the rest. Three calls per step, two in the last but one, one in the last.
 
     The weights do not depend on the length of the step, so its order is 1.
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
-        ahead = min(len(sigmas) - 2 - index, 2)  # so many calls at levels to come
+        ahead = min(len(sigmas) - 2 - index, 2)  # extra calls, at the following levels
         share = sigma / sigmas[0] / (ahead + 1)
         if ahead > 0:
             end = toward(x, denoised, sigma, sigma_next)
@@ -55,19 +55,19 @@ def heunpp2(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterat
 
 
 def halfway(sigma: float, sigma_down: float) -> float:
-    """The level in the middle, in log sigma. No `Level`: the network is told its exact timestep, also where it happens
-    to be sigma_next (eta = 1), for which a rounded one may be kept."""
+    """The midpoint in log sigma. Not a `Level`: the network gets its exact timestep, even where it happens to be
+    sigma_next (eta = 1), whose own may be rounded."""
     return math.sqrt(sigma * sigma_down)
 
 
 def halfway_in_float32(sigma: float, sigma_next: float) -> float:
-    """The same to the last digit of k-diffusion's, by which a path tells levels apart."""
+    """The midpoint with k-diffusion's rounding, which a Brownian path depends on."""
     t, t_next = (-torch.tensor(level, dtype=torch.float32).log() for level in (sigma, sigma_next))
     return (-(t + (t_next - t) / 2)).exp().item()
 
 
 def dpm2(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
-    """Second order: the slope in the middle of the step, in log sigma (DPM-Solver-2, Lu et al. 2022a)."""
+    """Second order: the slope at the midpoint in log sigma (DPM-Solver-2, Lu et al. 2022a)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
@@ -80,7 +80,7 @@ def dpm2(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: floa
 
 
 def dpmpp_2s_a(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
-    """Second order: the estimate in the middle of the step (DPM-Solver++(2S), Lu et al. 2022b, algorithm 1)."""
+    """Second order: the estimate at the midpoint in log sigma (DPM-Solver++(2S), Lu et al. 2022b, algorithm 1)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
         sigma_down, sigma_up = ancestral(sigma, sigma_next, eta)
@@ -94,9 +94,9 @@ def dpmpp_2s_a(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta
 def dpmpp_sde(
     denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, path: Path | None = None
 ) -> Iterator[Step]:
-    """As `dpmpp_2s_a`, with noise on the way to the middle too: one Brownian path over sigma, seen twice.
+    """`dpmpp_2s_a` with noise on the way to the midpoint too, from one Brownian path over sigma.
 
-    The noise of the whole step is that of its first part and that of the rest, by their shares of the step.
+    The noise of the whole step is that of its two parts, weighted by their lengths.
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
