@@ -243,7 +243,7 @@ def test_what_is_left_open(sd):
 def euler(sd, x, sigmas, plan, guidance, steps=None):
     """k-diffusion's Euler, in double since it begins at sigma 4096; `steps` says which text each call reads."""
     x = x.double()
-    estimates = Estimates(sd, [plan], None, sigmas, [guidance], sd.unet, None, iter(steps) if steps else None)
+    estimates = Estimates(sd, [plan], None, sigmas, [guidance], sd.unet, calls=iter(steps) if steps else None)
     for sigma, sigma_next in pairwise(sigmas):
         cond, uncond = estimates(x.float(), sigma, COND, UNCOND)
         slope = (x - (uncond + guidance * (cond - uncond))) / sigma
