@@ -20,10 +20,12 @@ from plainsd.files.hub import find
 from plainsd.files.image_prompt import TOWER_FOLDER, open_image_adapter, open_tower, tower_beside
 from plainsd.files.predicted import asked, told_otherwise
 from plainsd.files.stored import Contents, StoredNetwork, empty, first, parts
+from plainsd.files.t2i_adapter import is_t2i_adapter, open_t2i_adapter
 from plainsd.files.tensorfile import stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
 from plainsd.models.control import ControlNet
 from plainsd.models.image_prompt import ImageAdapter
+from plainsd.models.t2i_adapter import T2IAdapter
 from plainsd.models.tiny_vae import AnyVAE, AnyVAEConfig
 from plainsd.models.variants import SD_VAE, Variant
 from plainsd.models.vision import VisionTower
@@ -141,8 +143,9 @@ def load_control(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     variant_file: str | None = None,
-) -> ControlNet:
-    """A control net: a folder, a file in either naming, or on the hub; see files/control.py.
+) -> ControlNet | T2IAdapter:
+    """A control net or a T2I-Adapter: a folder, a file in either naming, or on the hub; see files/control.py and
+    files/t2i_adapter.py.
 
     `base`: the model that it is for. Files that hold changes to one (`difference`, ControlLoRA) need it. The net comes
     to the base's device and precision where they are "auto".
@@ -150,8 +153,10 @@ def load_control(
     device = base.device if base is not None and device == "auto" else choose_device(device)
     dtype = base.dtype if base is not None and dtype == "auto" else choose_dtype(dtype, device)
     weights = None if base is None else base.unet.state_dict()
-    net = open_control(find(path, variant_file), variant_file).network(weights).build(device, dtype)
-    assert isinstance(net, ControlNet)
+    path = find(path, variant_file)
+    stored = open_t2i_adapter(path) if is_t2i_adapter(path) else open_control(path, variant_file).network(weights)
+    net = stored.build(device, dtype)
+    assert isinstance(net, ControlNet | T2IAdapter)
     return net
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from plainsd.models.clip import TextEncoder
 from plainsd.models.control import ControlNet
 from plainsd.models.image_prompt import ImageAdapter
+from plainsd.models.t2i_adapter import T2IAdapter
 from plainsd.models.tiny_vae import TinyBlock, TinyVAE
 from plainsd.models.unet import UNet, WayDown
 from plainsd.models.vae import VAE
@@ -107,6 +108,18 @@ UNION = tuple((f"union.{ours}", *[theirs] * 2) for ours, theirs in (
     ("time.0",    "control_add_embedding.linear_1"),
     ("time.2",    "control_add_embedding.linear_2"),
 ))
+
+# --- a T2I-Adapter: ours, diffusers, original ------------------------------------------------------------------------
+
+T2I_TOP: tuple[NameRow, ...] = (("conv_in", "adapter.conv_in", "conv_in"),)
+T2I_LEVEL: tuple[NameRow, ...] = (  # {n}: the original counts full adapters' blocks through all levels
+    ("levels.{i}.proj_in",   "adapter.body.{i}.in_conv",   "body.{n}.in_conv"),
+    ("levels.{i}.proj_out",  "adapter.body.{i}.out_conv",  "body.{i}.out_conv"),
+)
+T2I_BLOCK: tuple[NameRow, ...] = (
+    ("levels.{i}.blocks.{j}.conv1",  "adapter.body.{i}.resnets.{j}.block1",  "{place}.block1"),
+    ("levels.{i}.blocks.{j}.conv2",  "adapter.body.{i}.resnets.{j}.block2",  "{place}.block2"),
+)
 
 # --- the VAE: ours, diffusers, original ------------------------------------------------------------------------------
 
@@ -255,6 +268,17 @@ def control_rows(net: ControlNet) -> Iterator[NameRow]:
         yield from filled_rows(CONTROL_MID if n == len(net.zero) - 1 else CONTROL_ZERO, n=n)
 
 
+def t2i_rows(adapter: T2IAdapter) -> Iterator[NameRow]:
+    config, light = adapter.config, adapter.config.kind == "light"
+    yield from T2I_TOP
+    for i in range(len(config.channels)):
+        first = i if light else i * config.layers
+        yield from filled_rows(T2I_LEVEL, i=i, n=first)
+        for j in range(config.layers):
+            place = f"body.{i}.body.{j}" if light else f"body.{first + j}"
+            yield from (tuple(name.format(i=i, j=j, place=place) for name in row) for row in T2I_BLOCK)
+
+
 def vae_rows(vae: VAE) -> Iterator[NameRow]:
     levels = len(vae.config.channels)
     yield from VAE_TOP
@@ -301,6 +325,7 @@ def text_rows(encoder: TextEncoder) -> Iterator[NameRow]:
 NAME_ROWS = {
     UNet: unet_rows,
     ControlNet: control_rows,
+    T2IAdapter: t2i_rows,
     VAE: vae_rows,
     TinyVAE: tiny_vae_rows,
     TextEncoder: text_rows,

@@ -8,6 +8,9 @@ weight of its own, counted from conv_in's output to the middle's:
     prompt     0.825 ** (12 - k)      all rows         A1111's "My prompt is more important"
     control    0.825 ** (12 - k)      prompted rows    A1111's "ControlNet is more important"
 
+T2I-Adapters' features add up likewise; "prompt" and "control" weigh them by 0.25, 0.62, 0.825 and 1, as A1111 does, and
+guess mode is not for them.
+
 "Prompted rows": the estimate without the prompt, from which guidance leads away, is made without the map, so that the
 map's effect is multiplied by the guidance as the prompt's is. For SDXL's ten residuals A1111 counts from 12 as well.
 
@@ -20,7 +23,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +34,8 @@ from torch import Tensor
 from plainsd.errors import UserError, unknown
 from plainsd.files.hashes import legacy_hash
 from plainsd.models.control import ControlNet
-from plainsd.models.unet import UNetConfig
+from plainsd.models.t2i_adapter import T2IAdapter, as_features
+from plainsd.models.unet import UNetConfig, plus
 from plainsd.models.variants import VARIANTS
 from plainsd.pictures.conditioning import Conditioning
 from plainsd.pictures.images import to_rgb
@@ -40,6 +44,7 @@ from plainsd.pictures.settings import CONTROL_MODES, ControlNote
 
 PADDED_TO = 8  # sides to which maps are padded, as pictures are
 SOFT = 0.825  # A1111's ratio from one residual to the next
+SOFT_FEATURES = (0.25, 0.62, 0.825, 1.0)  # its weights of a T2I-Adapter's features
 STRONGEST = 10.0
 
 
@@ -48,7 +53,7 @@ class Control:
     """A map, and the net that reads it. Pictures of any mode; where their size is not that of what is drawn, they are
     scaled to it."""
 
-    net: ControlNet
+    net: ControlNet | T2IAdapter
     image: Image.Image | Sequence[Image.Image]  # several for a union net only
     strength: float = 1.0
     start: float = 0.0  # of the steps, from which share ...
@@ -75,12 +80,25 @@ class Control:
     @property
     def prompted_only(self) -> bool:
         """Whether rows without the prompt are left as they are; so they are with nets whose residuals are means."""
-        return self.guess or self.mode == "control" or self.net.control.pooled
+        return self.guess or self.mode == "control" or self.pooled
+
+    @property
+    def pooled(self) -> bool:
+        return isinstance(self.net, ControlNet) and self.net.control.pooled
+
+    @property
+    def known_kinds(self) -> int:
+        """Of maps, for a union net; 0 for all others."""
+        return self.net.control.kinds if isinstance(self.net, ControlNet) else 0
 
     def weights(self, count: int) -> list[float]:
         """Of so many residuals. Several maps of a union net have had their strength where they were read."""
         strength = 1.0 if len(self.images) > 1 else self.strength
-        if self.guess and not self.net.control.pooled:
+        if isinstance(self.net, T2IAdapter):
+            return [strength * share for share in ((1.0,) * count if self.mode == "balanced" else SOFT_FEATURES)][
+                :count
+            ]
+        if self.guess and not self.pooled:
             return [strength * 10 ** (k / (count - 1) - 1) for k in range(count)]
         return [strength * (1.0 if self.mode == "balanced" else SOFT ** (12 - k)) for k in range(count)]
 
@@ -136,10 +154,14 @@ def _check_numbers(control: Control, which: str) -> None:
         raise unknown("control mode", control.mode, CONTROL_MODES, field="control")
     if control.guess and control.mode != "balanced":
         raise UserError(f"{which}: guess and mode {control.mode!r} do not go together; choose one", field="control")
+    if control.guess and isinstance(control.net, T2IAdapter):
+        raise UserError(
+            f"{which}: guess mode is for control nets, and this is a T2I-Adapter; leave it out", field="control"
+        )
 
 
 def _check_maps(control: Control, which: str) -> None:
-    kinds, images, known = control.kinds, control.images, control.net.control.kinds
+    kinds, images, known = control.kinds, control.images, control.known_kinds
     if not known and (kinds or len(images) != 1):
         what = f"kind {control.kind}" if kinds else f"{len(images)} maps"
         raise UserError(f"{which}: {what} is for union nets, and this net is for one; give one map", field="control")
@@ -151,8 +173,10 @@ def _check_maps(control: Control, which: str) -> None:
         )
 
 
-def mismatch(net: ControlNet, sd: StableDiffusion) -> str | None:
+def mismatch(net: ControlNet | T2IAdapter, sd: StableDiffusion) -> str | None:
     """Why the net cannot speak to this model's UNet; None: it can."""
+    if isinstance(net, T2IAdapter):
+        return adapter_mismatch(net, sd)
     own, its = sd.unet.config, net.config
     if (net.widths, its.in_channels) != (sd.unet.widths, sd.vae.config.latent_channels):
         return f"it is for {family(its)} and this is {family(own)}"
@@ -166,6 +190,22 @@ def mismatch(net: ControlNet, sd: StableDiffusion) -> str | None:
     return None
 
 
+def adapter_mismatch(net: T2IAdapter, sd: StableDiffusion) -> str | None:
+    """Likewise. Its features must have the widths of the UNet's levels, and their sizes."""
+    own, its = sd.unet.config, net.config
+    last = len(own.channels) - 1
+    halved = [level + (not depth and level < last) for level, depth in enumerate(own.depth)]
+    wanted = [
+        (own.channels[level], sd.vae.config.factor * 2**times) for level, times in enumerate([*halved, last][:-1])
+    ]
+    wanted.append((own.channels[-1], sd.vae.config.factor * 2**last))
+    sides = [its.factor * 2 ** sum(its.halved[: level + 1]) for level in range(len(its.channels))]
+    if list(zip(its.channels, sides, strict=True)) in (wanted, wanted[:-1]):
+        return None
+    widths = "-".join(map(str, its.channels))
+    return f"it gives features of widths {widths} from {its.factor} pixels on, and this is {family(own)}"
+
+
 def family(unet: UNetConfig) -> str:
     """The known model with a UNet of this shape, or the shape."""
     for known in VARIANTS.values():
@@ -177,15 +217,18 @@ def family(unet: UNetConfig) -> str:
 
 def fitted(controls: Iterable[Control], size: tuple[int, int]) -> list[Fitted]:
     """The maps at the size of a picture, and padded as it is. `size`: width and height."""
-    return [Fitted(control, [as_map(image, size) for image in control.images]) for control in controls]
+    return [Fitted(control, [as_map(image, size, control.net) for image in control.images]) for control in controls]
 
 
-def as_map(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    image = to_rgb(image, background="black")
+def as_map(image: Image.Image, size: tuple[int, int], net: ControlNet | T2IAdapter) -> Tensor:
+    image, multiple = to_rgb(image, background="black"), PADDED_TO
+    if isinstance(net, T2IAdapter):
+        image, multiple = image.convert("L" if net.config.hint_channels == 1 else "RGB"), net.config.factor
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-    return F.pad(pixels, (0, -size[0] % PADDED_TO, 0, -size[1] % PADDED_TO), mode="replicate")
+    levels = np.array(image).reshape(*image.size[::-1], -1)
+    pixels = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 255  # (1, 3 or 1, H, W)
+    return F.pad(pixels, (0, -size[0] % multiple, 0, -size[1] % multiple), mode="replicate")
 
 
 # --- at each step ----------------------------------------------------------------------------------------------------
@@ -197,30 +240,47 @@ class Controls:
     def __init__(self, sd: StableDiffusion, each: Sequence[Fitted], steps: int):
         """The nets are brought to the model's device and precision, in place."""
         self.steps, self.controls = steps, [one.control for one in each]
-        self.hints = []
+        self.hints: list[Any] = []  # a tensor, of a T2I-Adapter all its features
         for control, maps in each:
             net = control.net.to(sd.device, sd.dtype)
             maps = [one.to(sd.device, sd.dtype) for one in maps]
-            self.hints.append(net.read(maps, control.kinds, control.strength if len(maps) > 1 else 1.0))
+            if isinstance(net, T2IAdapter):
+                features = net(maps[0])
+                weighted = [weight * one for weight, one in zip(control.weights(len(features)), features, strict=True)]
+                self.hints.append(as_features(sd.unet, weighted))
+            else:
+                self.hints.append(net.read(maps, control.kinds, control.strength if len(maps) > 1 else 1.0))
 
     def __call__(
         self, step: int, prompted: Sequence[bool], x: Tensor, timestep: float, conditioning: Conditioning
-    ) -> dict[str, list[Tensor]]:
+    ) -> dict[str, list[Tensor | None]]:
         """What joins the UNet at a step, each (R, C, h, w) or (R, C, 1, 1), by its argument's name. `prompted`: of each
         row of x, whether it has its prompt."""
-        total: list[Tensor] | None = None
+        joins: dict[str, list[Tensor | None]] = {}
         for control, hint in zip(self.controls, self.hints, strict=True):
             rows = [row for row, with_prompt in enumerate(prompted) if with_prompt or not control.prompted_only]
             if not rows or not control.acts(step, self.steps):
                 continue
-            residuals = self._of_rows(control, hint, rows, x, timestep, conditioning)
-            total = residuals if total is None else [a + b for a, b in zip(total, residuals, strict=True)]
-        return {} if total is None else {"residuals": total}
+            if isinstance(control.net, T2IAdapter):
+                name, found = "features", self._features(hint, rows, len(x))
+            else:
+                name, found = "residuals", self._residuals(control, hint, rows, x, timestep, conditioning)
+            before = joins.get(name, [None] * len(found))
+            joins[name] = [a if b is None else plus(b, a) for a, b in zip(before, found, strict=True)]
+        return joins
 
-    def _of_rows(
+    def _features(self, features: list[Tensor | None], rows: list[int], count: int) -> list[Tensor | None]:
+        """A T2I-Adapter's, the same at every step, for some of so many rows; the others get zeros."""
+        if len(rows) == count:
+            return features
+        on = torch.zeros(count, 1, 1, 1).index_fill(0, torch.tensor(rows), 1.0)
+        return [None if one is None else on.to(one) * one for one in features]
+
+    def _residuals(
         self, control: Control, hint: Tensor, rows: list[int], x: Tensor, timestep: float, conditioning: Conditioning
     ) -> list[Tensor]:
         """One net's residuals for some of the rows; the others get zeros."""
+        assert isinstance(control.net, ControlNet)
         some = rows if len(rows) < len(x) else slice(None)
         vector = None if conditioning.vector is None else conditioning.vector[some]
         found = control.net(x[some], timestep, conditioning.context[some], hint, vector, control.kinds)

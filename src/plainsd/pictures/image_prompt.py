@@ -128,12 +128,12 @@ def check_image_prompts(sd: StableDiffusion, prompts: Sequence[ImagePrompt]) -> 
         if len(prompt.masks) not in (0, 1, len(prompt.images)):
             what = f"{len(prompt.masks)} masks and {len(prompt.images)} pictures"
             raise UserError(f"{which} has {what}; give one mask for all, or one for each", field="image_prompt")
-        if reason := image_misfit(prompt.adapter.adapter, sd):
+        if reason := image_mismatch(prompt.adapter.adapter, sd):
             raise UserError(f"{which} does not fit the model: {reason}; choose one of its family", field="image_prompt")
     return tuple(prompt.note for prompt in prompts)
 
 
-def image_misfit(adapter: ImageAdapter, sd: StableDiffusion) -> str | None:
+def image_mismatch(adapter: ImageAdapter, sd: StableDiffusion) -> str | None:
     """Why the adapter cannot speak to this model's UNet; None: it can."""
     own, its = sd.unet.config, adapter.config
     if its.context != own.context:

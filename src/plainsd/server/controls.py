@@ -12,8 +12,10 @@ from plainsd.checkpoint import load_control
 from plainsd.errors import UserError, unknown
 from plainsd.files.control import is_control, open_control
 from plainsd.files.stored import empty
+from plainsd.files.t2i_adapter import is_t2i_adapter, open_t2i_adapter
 from plainsd.listing import hidden
 from plainsd.models.control import ControlNet
+from plainsd.models.t2i_adapter import T2IAdapter
 from plainsd.pictures.control import Control, control_name
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.preprocess import preprocessed
@@ -34,13 +36,17 @@ class ControlNets:
     def __init__(self, folder: Path | None):
         self.folder = folder
         self.unusable: dict[str, str] = {}
-        self.loaded: dict[tuple[str, str], ControlNet] = {}  # by name and model, the one used last at the end
+        self.loaded: dict[
+            tuple[str, str], ControlNet | T2IAdapter
+        ] = {}  # by name and model, the one used last at the end
 
     def known(self) -> dict[str, Path]:
         found = {name: path for name, (path, _) in readable(control_in, self.folder, self.unusable).items()}
         below = sorted(self.folder.iterdir()) if self.folder else []
         return found | {
-            path.name: path for path in below if path.is_dir() and not hidden(path.name) and is_control(path)
+            path.name: path
+            for path in below
+            if path.is_dir() and not hidden(path.name) and (is_control(path) or is_t2i_adapter(path))
         }
 
     def path(self, name: str) -> Path:
@@ -58,13 +64,16 @@ class ControlNets:
             )
         raise UserError(f"controls: {unknown('control net', name, known)}", field="controls")
 
-    def bare(self, name: str) -> ControlNet:
+    def bare(self, name: str) -> ControlNet | T2IAdapter:
         """Without weights: enough to check a request."""
-        net = empty(ControlNet, open_control(self.path(name)).config)
-        assert isinstance(net, ControlNet)
+        path = self.path(name)
+        of_adapter = is_t2i_adapter(path)
+        config = open_t2i_adapter(path).config if of_adapter else open_control(path).config
+        net = empty(T2IAdapter if of_adapter else ControlNet, config)
+        assert isinstance(net, ControlNet | T2IAdapter)
         return net
 
-    def net(self, name: str, model: str, sd: StableDiffusion) -> ControlNet:
+    def net(self, name: str, model: str, sd: StableDiffusion) -> ControlNet | T2IAdapter:
         """Loaded beside the model, for files that are changes to one."""
         key = (name, model)
         net = self.loaded.pop(key, None) or load_control(self.path(name), sd)
@@ -76,7 +85,7 @@ class ControlNets:
 
 def control_in(path: Path) -> bool:
     """Whether a file holds one; UserError where it does not. Of the file nothing is kept."""
-    return bool(open_control(path).file.tensors)
+    return is_t2i_adapter(path) or bool(open_control(path).file.tensors)
 
 
 # --- of a request ----------------------------------------------------------------------------------------------------
@@ -107,7 +116,7 @@ def map_in(unit: ControlRequest, limits: Limits) -> Image.Image:
         raise Refused(422, f"controls: {error}", "controls", unit.preprocess) from None
 
 
-def as_control(kept: Followed, net: ControlNet, map: Image.Image, nets: ControlNets) -> Control:
+def as_control(kept: Followed, net: ControlNet | T2IAdapter, map: Image.Image, nets: ControlNets) -> Control:
     name = control_name(nets.path(kept.net))
     return Control(net, map, kept.strength, kept.start, kept.end, kept.guess, kept.mode, kept.kinds or None, name,
                    kept.preprocess)  # fmt: skip

@@ -134,6 +134,10 @@ def train_controlnet(job: TrainJob) -> None:
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         own = job.options.control.control
         start = load_control(own, device=job.world.device, dtype="float32") if own else None
+        if not isinstance(start, ControlNet | None):
+            raise UserError(
+                f"method controlnet goes on from control nets, and {own} is a T2I-Adapter; choose another one"
+            )
         kept = {name: shared[name] for name in ("objective", "chunks")}
         method = controlnet(sd, examples, start, seed=job.options.pace.seed, **kept)
         found.append(cast(ControlNet, method.modules["net"]))
