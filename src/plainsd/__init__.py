@@ -19,6 +19,7 @@ _HOME = {
     "inpaint": "generate", "outpaint": "generate", "final": "generate", "Pictures": "generate",
     "add_lora": "adapters.lora", "save_lora": "adapters.lora",
     "add_embedding": "adapters.embeddings", "save_embedding": "adapters.embeddings",
+    "explain": "reports.explain",
     "Step": "diffusion.samplers", "Settings": "pictures.settings", "UserError": "errors",
 }  # fmt: skip
 __all__ = list(_HOME)

@@ -105,7 +105,7 @@ def chunked(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) ->
     return [*done, chunk] if chunk or not done else done
 
 
-def _framed(tokenizer: Tokenizer, chunk: Chunk, positions: int) -> Chunk:
+def framed(tokenizer: Tokenizer, chunk: Chunk, positions: int) -> Chunk:
     """With start, end and padding; these weigh 1."""
     padding = [(tokenizer.pad, 1.0)] * (positions - len(chunk) - 2)
     return [(tokenizer.start, 1.0), *chunk, (tokenizer.end, 1.0), *padding]
@@ -169,7 +169,7 @@ def encode_chunks(
     for tokenizer, encoder, each in zip(sd.tokenizers, sd.text_encoders, cuts, strict=True):
         on_stage(sd, encoder)
         rows = [
-            _framed(tokenizer, chunk, encoder.config.positions)
+            framed(tokenizer, chunk, encoder.config.positions)
             for chunks in each
             for chunk in [*chunks, *[[]] * (count - len(chunks))]
         ]
