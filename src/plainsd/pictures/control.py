@@ -1,15 +1,15 @@
-"""Maps that a drawing follows: which of them act at a step, on which rows, and what they add to the UNet.
+"""ControlNet in the sampling loop: which nets act at a step, on which rows, and what they add to the UNet.
 
-The networks are models/control.py. Residuals of several maps add up. Each is multiplied by the map's strength and by a
-weight of its own, counted from conv_in's output to the middle's:
+The networks are in models/control.py. Residuals of several nets add up. Each is multiplied by the control's strength
+and by a weight by its index k, from conv_in's output to the middle block's:
 
     balanced   1                      all rows         diffusers' own, and A1111's "Balanced"
     guess      0.1 to 1, logspace     prompted rows    Zhang et al. 2023, "guess mode", as diffusers has it
     prompt     0.825 ** (12 - k)      all rows         A1111's "My prompt is more important"
     control    0.825 ** (12 - k)      prompted rows    A1111's "ControlNet is more important"
 
-"Prompted rows": the estimate without the prompt, from which guidance leads away, is made without the map, so that the
-map's effect is multiplied by the guidance as the prompt's is. For SDXL's ten residuals A1111 counts from 12 as well.
+"Prompted rows": the uncond estimate is made without the map, so that guidance amplifies the map's effect as it does the
+prompt's. For SDXL's ten residuals A1111 counts from 12 as well.
 
 Shape letters: R rows of the batch, C channels, H W height and width in pixels, h w those of the latents.
 """
@@ -38,26 +38,25 @@ from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import CONTROL_MODES, ControlNote
 
-PADDED_TO = 8  # sides to which maps are padded, as pictures are
+PADDED_TO = 8  # maps are padded to multiples of this, as pictures are
 SOFT = 0.825  # A1111's ratio from one residual to the next
 STRONGEST = 10.0
 
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """A map, and the net that reads it. Pictures of any mode; where their size is not that of what is drawn, they are
-    scaled to it."""
+    """A control map and the net that reads it. Pictures of any mode; they are scaled to the size of the result."""
 
     net: ControlNet
     image: Image.Image | Sequence[Image.Image]  # several for a union net only
     strength: float = 1.0
-    start: float = 0.0  # of the steps, from which share ...
-    end: float = 1.0  # ... to which it acts: a step has to lie between the two with its whole length, as in diffusers
+    start: float = 0.0  # from this fraction of the steps ...
+    end: float = 1.0  # ... to this: only steps that lie entirely between the two, as in diffusers
     guess: bool = False
     mode: str = "balanced"  # or "prompt", "control"
-    kind: int | Sequence[int] | None = None  # of the map, or of each, for a union net: counted from 0
-    name: str = "control"  # of the net, for the picture's text
-    module: str = "none"  # what made the map, likewise
+    kind: int | Sequence[int] | None = None  # for a union net: the type of the map, or of each, from 0
+    name: str = "control"  # of the net, for the metadata
+    module: str = "none"  # the preprocessor, likewise
 
     @property
     def images(self) -> list[Image.Image]:
@@ -74,11 +73,11 @@ class Control:
 
     @property
     def prompted_only(self) -> bool:
-        """Whether rows without the prompt are left as they are; so they are with nets whose residuals are means."""
+        """Whether uncond rows are left alone, as they also are for nets whose residuals are means."""
         return self.guess or self.mode == "control" or self.net.control.pooled
 
     def weights(self, count: int) -> list[float]:
-        """Of so many residuals. Several maps of a union net have had their strength where they were read."""
+        """The weights of `count` residuals. Several maps of a union net already got their strength in the net."""
         strength = 1.0 if len(self.images) > 1 else self.strength
         if self.guess and not self.net.control.pooled:
             return [strength * 10 ** (k / (count - 1) - 1) for k in range(count)]
@@ -89,14 +88,14 @@ class Control:
 
 
 class Fitted(NamedTuple):
-    """A control with its maps as the net reads them."""
+    """A control with its maps as tensors for the net."""
 
     control: Control
     maps: list[Tensor]  # (1, 3, H, W), 0 to 1
 
 
 def control_name(path: Path) -> str:
-    """What stands in a picture's text: the file's name, and what A1111 tells files of a name apart by."""
+    """The name in a picture's metadata: the file's, with the hash by which A1111 tells files apart."""
     return f"{path.name if path.is_dir() else path.stem} [{legacy_hash(path)}]"
 
 
@@ -104,7 +103,7 @@ def control_name(path: Path) -> str:
 
 
 def check_control(sd: StableDiffusion, controls: Sequence[Control], size: tuple[int, int]) -> tuple[ControlNote, ...]:
-    """What the pictures' text will say. UserError for what does not go together; another size of a map is said."""
+    """Notes for the pictures' metadata. UserError for what does not fit; a map of another size gets a warning."""
     for number, control in enumerate(controls, 1):
         which = f"control {number} ({control.name})" if len(controls) > 1 else f"control {control.name!r}"
         _check_numbers(control, which)
@@ -152,7 +151,7 @@ def _check_maps(control: Control, which: str) -> None:
 
 
 def mismatch(net: ControlNet, sd: StableDiffusion) -> str | None:
-    """Why the net cannot speak to this model's UNet; None: it can."""
+    """Why the net does not fit this model's UNet; None if it does."""
     own, its = sd.unet.config, net.config
     if (net.widths, its.in_channels) != (sd.unet.widths, sd.vae.config.latent_channels):
         return f"it is for {family(its)} and this is {family(own)}"
@@ -167,7 +166,7 @@ def mismatch(net: ControlNet, sd: StableDiffusion) -> str | None:
 
 
 def family(unet: UNetConfig) -> str:
-    """The known model with a UNet of this shape, or the shape."""
+    """The name of the known model with this UNet shape, or else the shape."""
     for known in VARIANTS.values():
         other = known.unet
         if (other.channels, other.context, other.vector) == (unet.channels, unet.context, unet.vector):
@@ -176,7 +175,7 @@ def family(unet: UNetConfig) -> str:
 
 
 def fitted(controls: Iterable[Control], size: tuple[int, int]) -> list[Fitted]:
-    """The maps at the size of a picture, and padded as it is. `size`: width and height."""
+    """The maps scaled to a picture's size, and padded as it is. `size`: width and height."""
     return [Fitted(control, [as_map(image, size) for image in control.images]) for control in controls]
 
 
@@ -192,10 +191,10 @@ def as_map(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 class Controls:
-    """All maps of one drawing. What the nets make of a map alone is the same at every step, and made once."""
+    """All controls of one run. What a net computes from its map alone is computed once, for all steps."""
 
     def __init__(self, sd: StableDiffusion, each: Sequence[Fitted], steps: int):
-        """The nets are brought to the model's device and precision, in place."""
+        """Moves the nets to the model's device and dtype, in place."""
         self.steps, self.controls = steps, [one.control for one in each]
         self.hints = []
         for control, maps in each:
@@ -206,8 +205,8 @@ class Controls:
     def __call__(
         self, step: int, prompted: Sequence[bool], x: Tensor, timestep: float, conditioning: Conditioning
     ) -> dict[str, list[Tensor]]:
-        """What joins the UNet at a step, each (R, C, h, w) or (R, C, 1, 1), by its argument's name. `prompted`: of each
-        row of x, whether it has its prompt."""
+        """Extra arguments of the UNet at a step, each (R, C, h, w) or (R, C, 1, 1). `prompted`: whether each row of x
+        has its prompt."""
         total: list[Tensor] | None = None
         for control, hint in zip(self.controls, self.hints, strict=True):
             rows = [row for row, with_prompt in enumerate(prompted) if with_prompt or not control.prompted_only]
@@ -220,7 +219,7 @@ class Controls:
     def _of_rows(
         self, control: Control, hint: Tensor, rows: list[int], x: Tensor, timestep: float, conditioning: Conditioning
     ) -> list[Tensor]:
-        """One net's residuals for some of the rows; the others get zeros."""
+        """One net's residuals for some rows; the others get zeros."""
         some = rows if len(rows) < len(x) else slice(None)
         vector = None if conditioning.vector is None else conditioning.vector[some]
         found = control.net(x[some], timestep, conditioning.context[some], hint, vector, control.kinds)
