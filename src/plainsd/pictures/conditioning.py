@@ -1,8 +1,8 @@
-"""From prompts to what the UNet reads: the text's states, and SDXL's vector of pooled text and sizes.
+"""From prompts to the UNet's conditioning: text encoder states, and SDXL's vector of pooled text and sizes.
 
 A text encoder sees 77 positions: start, up to 75 tokens, end, padding. A longer prompt is cut into chunks that are
-encoded one by one and laid side by side, as A1111 does. A token's weight multiplies its states; then the chunk is
-scaled so that its mean is what it was.
+encoded one by one and concatenated, as in A1111. A token's weight multiplies its state; then the chunk is rescaled to
+its original mean.
 
 Shape letters: B prompts, K chunks, N positions of a chunk, M = K N, D width of the states (all encoders' together),
 P width of the pooled state, V = P + 256 * (5 or 6) width of the vector.
@@ -25,7 +25,7 @@ from plainsd.text.prompts import BREAK, Weighted, parse
 from plainsd.text.tokenizer import WORD_END, Tokenizer
 
 BACKTRACK = 20  # tokens after a comma that move on with what follows when a chunk is full
-SINUSOID = 256  # numbers that stand for one size in SDXL's vector
+SINUSOID = 256  # width of one number's embedding in SDXL's vector
 
 Size = tuple[int, int]  # in pixels: width and height, or left and top
 Chunk = list[tuple[int, float]]  # token ids and their weights, without start, end and padding
@@ -34,14 +34,14 @@ Weighing = Callable[[Tensor, Sequence[Sequence[float]], int], Tensor]  # states 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is told, one row a picture."""
+    """The conditioning of a denoiser, one row per picture."""
 
     context: Tensor  # (B, M, D)
     vector: Tensor | None = None  # (B, V), SDXL
     concat: Tensor | None = None  # (B, 5, H, W), inpainting models
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        """The same change made to every tensor that is there."""
+        """Applies `change` to every tensor that is not None."""
         parts = (self.context, self.vector, self.concat)
         return Conditioning(*(None if part is None else change(part) for part in parts))
 
@@ -54,7 +54,7 @@ class Conditioning:
 
 
 def stack(conditionings: Sequence[Conditioning], empty: Conditioning | None = None) -> Conditioning:
-    """All rows in one batch. Contexts of fewer chunks are filled up with that of `empty`, an encoded empty prompt."""
+    """All rows in one batch. Contexts of fewer chunks are padded with that of `empty`, an encoded empty prompt."""
     length = max(one.context.shape[1] for one in conditionings)
     contexts = []
     for one in conditionings:
@@ -77,8 +77,8 @@ def stack(conditionings: Sequence[Conditioning], empty: Conditioning | None = No
 def chunked(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) -> list[Chunk]:
     """A prompt's tokens in chunks of at most `room`, as A1111 cuts them.
 
-    Where a chunk is full, what follows its last comma moves to the next chunk if that is at most 20 tokens. A BREAK
-    ends a chunk. The vectors of one learned token stay together.
+    When a chunk is full, the tokens after its last comma move to the next chunk if they are at most 20. A BREAK ends a
+    chunk. The vectors of one textual inversion stay together.
     """
     comma = tokenizer.vocabulary.get("," + WORD_END)
     done: list[Chunk] = []
@@ -112,7 +112,7 @@ def framed(tokenizer: Tokenizer, chunk: Chunk, positions: int) -> Chunk:
 
 
 def as_weighted(prompt: str | Sequence[Weighted]) -> Sequence[Weighted]:
-    """A prompt's pieces. UserError for a weight that nobody means."""
+    """A prompt's weighted pieces. UserError for weights of 10,000 and more, and for nan."""
     pieces = parse(prompt) if isinstance(prompt, str) else prompt
     for piece in pieces:
         if not abs(piece.weight) < 1e4:  # infinite weights and nan included
@@ -136,11 +136,11 @@ def encode_prompts(
     crop: Size = (0, 0),
     score: float = 6.0,
 ) -> Conditioning:
-    """Prompts (or what `parse` makes of them) -> one row each. Text with no notation in it: `[Weighted(text)]`.
+    """Prompts, raw or parsed -> one row each. Text to take literally: `[Weighted(text)]`.
 
     `clip_skip` counts as in A1111: 1 is the last layer, 2 the one before; SDXL reads the one before in both cases.
-    SDXL is told the sizes (width, height) of the picture and of the original it was cut from, and the crop
-    (left, top), in pixels; its refiner an aesthetic `score` (1 to 10) in place of the picture's size.
+    SDXL is conditioned on the sizes (width, height) of the picture and of the original, and on the crop (left, top),
+    in pixels; its refiner on an aesthetic `score` (1 to 10) instead of the picture's size.
     """
     context, pooled = _encode(sd, [as_weighted(prompt) for prompt in prompts], clip_skip)
     return Conditioning(context, vector_of(sd, pooled, size, original, crop, score))
@@ -152,7 +152,7 @@ def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: i
 
 
 def cut(sd: StableDiffusion, prompts: Sequence[Sequence[Weighted]], cutting=chunked) -> list[list[list[Chunk]]]:
-    """For each text encoder and each prompt its chunks."""
+    """Chunks by text encoder and prompt."""
     parts = zip(sd.tokenizers, sd.text_encoders, strict=True)
     return [
         [cutting(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts] for tokenizer, encoder in parts
@@ -162,7 +162,7 @@ def cut(sd: StableDiffusion, prompts: Sequence[Sequence[Weighted]], cutting=chun
 def encode_chunks(
     sd: StableDiffusion, cuts: list[list[list[Chunk]]], clip_skip: int, weighing: Weighing | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `cut` gives -> (B, M, D) and (B, P). Prompts of fewer chunks are filled up with empty ones."""
+    """The chunks of `cut` -> (B, M, D) and (B, P). Prompts of fewer chunks are padded with empty ones."""
     weighing = weighing or (lambda states, weights, count: weigh(states, weights))
     count, size = max(len(chunks) for each in cuts for chunks in each), len(cuts[0])
     contexts = []
@@ -183,7 +183,7 @@ def encode_chunks(
 
 
 def _layer(sd: StableDiffusion, encoder: TextEncoder, states, clip_skip: int) -> Tensor:
-    """SD 1.x and 2.x read a layer through the final norm (SD 2's encoder is stored one layer short), SDXL without."""
+    """SD 1.x and 2.x apply the final norm to a layer (SD 2's encoder is stored one layer short), SDXL does not."""
     layers = encoder.config.layers
     if not 1 <= clip_skip <= layers:
         raise UserError(
@@ -197,10 +197,10 @@ def _layer(sd: StableDiffusion, encoder: TextEncoder, states, clip_skip: int) ->
 
 
 def weigh(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
-    """Each token's states times its weight, then each row scaled to have its mean again. (R, N, D), R rows of N.
+    """Each token's state times its weight, then each row rescaled to its original mean. (R, N, D), R rows of N.
 
-    This is A1111's original emphasis. The mean is a measure of size only where the tokens' means do not cancel out, as
-    in CLIP; a small encoder may have a mean of nearly 0. So a row is not scaled by more than its weights could ask for.
+    This is A1111's original emphasis. The mean measures magnitude only if the tokens' means do not cancel, as in CLIP;
+    a small encoder's may be nearly 0. So the scale of a row is bounded by its weights.
     """
     changed = [row for row, line in enumerate(weights) if any(weight != 1 for weight in line)]
     if not changed:
@@ -218,8 +218,8 @@ def weigh(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
 def size_vector(pooled: Tensor, numbers: Tensor) -> Tensor:
     """SDXL's vector (Podell et al. 2023, arXiv:2307.01952, section 2.2): pooled (B, P), numbers (B, S) -> (B, V).
 
-    The numbers are original height and width, crop top and left, target height and width; the refiner's an
-    aesthetic score in place of the last two.
+    The numbers are original height and width, crop top and left, target height and width; for the refiner an aesthetic
+    score instead of the last two.
     """
     sinusoids = timestep_embedding(numbers.flatten(), SINUSOID).unflatten(0, numbers.shape).flatten(1)
     return torch.cat([pooled, sinusoids.to(pooled.dtype)], dim=1)
@@ -243,7 +243,7 @@ def vector_of(
 
 
 def is_base(sd: StableDiffusion, pooled: Tensor) -> bool:
-    """SDXL's base model is told six numbers, its refiner five."""
+    """SDXL's base model takes six numbers, its refiner five."""
     count, rest = divmod(sd.unet.config.vector - pooled.shape[1], SINUSOID)
     if rest or count not in (5, 6):
         raise UserError(

@@ -1,7 +1,7 @@
-"""Maps that a drawing follows: which of them act at a step, on which rows, and what they add to the UNet.
+"""ControlNet in the sampling loop: which nets act at a step, on which rows, and what they add to the UNet.
 
-The networks are models/control.py. Residuals of several maps add up. Each is multiplied by the map's strength and by a
-weight of its own, counted from conv_in's output to the middle's:
+The networks are in models/control.py. Residuals of several nets add up. Each is multiplied by the control's strength
+and by a weight by its index k, from conv_in's output to the middle block's:
 
     balanced   1                      all rows         diffusers' own, and A1111's "Balanced"
     guess      0.1 to 1, logspace     prompted rows    Zhang et al. 2023, "guess mode", as diffusers has it
@@ -42,7 +42,7 @@ from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import CONTROL_MODES, ControlNote
 
-PADDED_TO = 8  # sides to which maps are padded, as pictures are
+PADDED_TO = 8  # maps are padded to multiples of this, as pictures are
 SOFT = 0.825  # A1111's ratio from one residual to the next
 SOFT_FEATURES = (0.25, 0.62, 0.825, 1.0)  # its weights of a T2I-Adapter's features
 STRONGEST = 10.0
@@ -50,19 +50,18 @@ STRONGEST = 10.0
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """A map, and the net that reads it. Pictures of any mode; where their size is not that of what is drawn, they are
-    scaled to it."""
+    """A control map and the net that reads it. Pictures of any mode; they are scaled to the size of the result."""
 
     net: ControlNet | T2IAdapter
     image: Image.Image | Sequence[Image.Image]  # several for a union net only
     strength: float = 1.0
-    start: float = 0.0  # of the steps, from which share ...
-    end: float = 1.0  # ... to which it acts: a step has to lie between the two with its whole length, as in diffusers
+    start: float = 0.0  # from this fraction of the steps ...
+    end: float = 1.0  # ... to this: only steps that lie entirely between the two, as in diffusers
     guess: bool = False
     mode: str = "balanced"  # or "prompt", "control"
-    kind: int | Sequence[int] | None = None  # of the map, or of each, for a union net: counted from 0
-    name: str = "control"  # of the net, for the picture's text
-    module: str = "none"  # what made the map, likewise
+    kind: int | Sequence[int] | None = None  # for a union net: the type of the map, or of each, from 0
+    name: str = "control"  # of the net, for the metadata
+    module: str = "none"  # the preprocessor, likewise
 
     @property
     def images(self) -> list[Image.Image]:
@@ -92,7 +91,7 @@ class Control:
         return self.net.control.kinds if isinstance(self.net, ControlNet) else 0
 
     def weights(self, count: int) -> list[float]:
-        """Of so many residuals. Several maps of a union net have had their strength where they were read."""
+        """The weights of `count` residuals. Several maps of a union net already got their strength in the net."""
         strength = 1.0 if len(self.images) > 1 else self.strength
         if isinstance(self.net, T2IAdapter):
             return [strength * share for share in ((1.0,) * count if self.mode == "balanced" else SOFT_FEATURES)][
@@ -107,14 +106,14 @@ class Control:
 
 
 class Fitted(NamedTuple):
-    """A control with its maps as the net reads them."""
+    """A control with its maps as tensors for the net."""
 
     control: Control
     maps: list[Tensor]  # (1, 3, H, W), 0 to 1
 
 
 def control_name(path: Path) -> str:
-    """What stands in a picture's text: the file's name, and what A1111 tells files of a name apart by."""
+    """The name in a picture's metadata: the file's, with the hash by which A1111 tells files apart."""
     return f"{path.name if path.is_dir() else path.stem} [{legacy_hash(path)}]"
 
 
@@ -122,7 +121,7 @@ def control_name(path: Path) -> str:
 
 
 def check_control(sd: StableDiffusion, controls: Sequence[Control], size: tuple[int, int]) -> tuple[ControlNote, ...]:
-    """What the pictures' text will say. UserError for what does not go together; another size of a map is said."""
+    """Notes for the pictures' metadata. UserError for what does not fit; a map of another size gets a warning."""
     for number, control in enumerate(controls, 1):
         which = f"control {number} ({control.name})" if len(controls) > 1 else f"control {control.name!r}"
         _check_numbers(control, which)
@@ -207,7 +206,7 @@ def adapter_mismatch(net: T2IAdapter, sd: StableDiffusion) -> str | None:
 
 
 def family(unet: UNetConfig) -> str:
-    """The known model with a UNet of this shape, or the shape."""
+    """The name of the known model with this UNet shape, or else the shape."""
     for known in VARIANTS.values():
         other = known.unet
         if (other.channels, other.context, other.vector) == (unet.channels, unet.context, unet.vector):
@@ -235,10 +234,10 @@ def as_map(image: Image.Image, size: tuple[int, int], net: ControlNet | T2IAdapt
 
 
 class Controls:
-    """All maps of one drawing. What the nets make of a map alone is the same at every step, and made once."""
+    """All controls of one run. What a net computes from its map alone is computed once, for all steps."""
 
     def __init__(self, sd: StableDiffusion, each: Sequence[Fitted], steps: int):
-        """The nets are brought to the model's device and precision, in place."""
+        """Moves the nets to the model's device and dtype, in place."""
         self.steps, self.controls = steps, [one.control for one in each]
         self.hints: list[Any] = []  # a tensor, of a T2I-Adapter all its features
         for control, maps in each:

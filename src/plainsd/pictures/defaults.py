@@ -1,6 +1,6 @@
-"""What is wanted, made complete and checked: the model's defaults where nothing is said, an error where nothing fits.
+"""Settings resolved and checked: the model's defaults in place of None, an error for what does not fit.
 
-Everything a user can get wrong in a task's settings is found here, before any network runs.
+Everything a user can get wrong in a task's settings is caught here, before any network runs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from plainsd.pictures.seamless import check_seamless
 from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, UPSCALERS, Resolved, Settings, drawn_seed, noise_of
 from plainsd.text.prompts import lora_tags
 
-IMAGE_GUIDANCE = 1.5  # of models that edit a picture, if nothing is said
-HANDOVER = 0.8  # where a refiner takes over, if nothing is said
-MULTIPLE = 8  # sides of pictures, in pixels; also where a VAE's own factor is less
+IMAGE_GUIDANCE = 1.5  # default, for models that edit a picture
+HANDOVER = 0.8  # default: where a refiner takes over
+MULTIPLE = 8  # of the sides of pictures, in pixels, even if the VAE's factor is less
 
 
 def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
-    """Nothing left open: the model's defaults in place of None. UserError where a value cannot be."""
+    """Settings with the model's defaults in place of None. UserError for invalid values."""
     settings.check()
     check_guidance(sd, settings)
     refined = check_refiner(sd, settings)
@@ -39,11 +39,11 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     like = None if settings.like == "diffusers" else settings.like
     spacing = automatic_spacing(like, sampler, variant.spacing, settings.spacing)
     if spacing == "uniform" and settings.spacing is None and isinstance(sd.schedule, EDMSchedule):
-        spacing = variant.spacing or "karras"  # there is no table to be uniform in
+        spacing = variant.spacing or "karras"  # EDM models have no table of timesteps
     if spacing == "align_your_steps" and sd.unet.config.vector is not None:
         spacing = "align_your_steps_xl"
     steps = settings.steps or variant.steps
-    planned_levels(sd.schedule, sampler, steps, spacing, like)  # raises where they do not go together
+    planned_levels(sd.schedule, sampler, steps, spacing, like)  # raises if they do not go together
     if settings.eta is not None and "eta" not in SAMPLERS[sampler].takes:
         raise UserError(
             f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'",
@@ -71,7 +71,7 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
         )
     guidance = variant.guidance if settings.guidance is None else settings.guidance
     if guidance == 0 and not convention(like).guidance_zero:
-        guidance = 1  # off, as diffusers has it, and as Turbo models' cards write it
+        guidance = 1  # off, as in diffusers and on the model cards of Turbo models
     choices: dict[str, Any] = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
     choices["like"] = like
     seeds = {name: drawn_seed() for name in SEEDS if getattr(settings, name) == RANDOM}
@@ -83,7 +83,7 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
 
 
 def with_second_pass(sd: StableDiffusion, settings: Settings, whole: Resolved) -> Resolved:
-    """The spacing of another sampler is its own, unless one is wanted. UserError where its steps cannot be."""
+    """Resolves the hires pass: another sampler gets its own default spacing. UserError for steps that do not fit."""
     wanted: dict[str, Any] = {
         "hires": None,
         "handover": None,
@@ -113,7 +113,7 @@ def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
             "noise levels (EDM); leave --refiner out"
         )
     scales = [(config.scaling_factor, config.latents_mean, config.latents_std) for config in (ours, its)]
-    tiny = isinstance(ours, TinyVAEConfig) or isinstance(its, TinyVAEConfig)  # the UNet's own latents, whose it may be
+    tiny = isinstance(ours, TinyVAEConfig) or isinstance(its, TinyVAEConfig)  # TAESD takes the UNet's own latents
     if ours.latent_channels != sd.refiner.unet.config.in_channels or scales[0] != scales[1] and not tiny:
         names = f"{model_name(sd.refiner)!r} cannot refine what {model_name(sd)!r} draws"
         raise UserError(f"{names}: their latents differ; choose a refiner of the same family", field="refiner")
@@ -133,7 +133,7 @@ def encodes(sd: StableDiffusion) -> bool:
 
 
 def model_name(sd: StableDiffusion) -> str:
-    """What stands in a picture's settings: the model's own name, and nothing of where it lies on this machine."""
+    """The model's name for a picture's settings, without its path on this machine."""
     if sd.path is None:
         return sd.variant.name
     if sd.path.parent.name == "snapshots":  # hub cache: models--owner--name/snapshots/hash
@@ -144,7 +144,7 @@ def model_name(sd: StableDiffusion) -> str:
 def settings_of_each(
     settings: Resolved, prompt: str | Sequence[str], negative: str | Sequence[str], count: int
 ) -> list[Resolved]:
-    """One for each picture: each prompt `count` times, and one seed after the other."""
+    """Settings for each picture: each prompt `count` times, with consecutive seeds."""
     if count < 1:
         raise UserError(f"count {count} is out of range; choose 1 or more", field="count", value=count)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)

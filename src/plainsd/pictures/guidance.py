@@ -1,9 +1,9 @@
-"""From a model and its prompts to one `Denoise`: which rows the network is asked, and how its answers are mixed.
+"""From a model and its prompts to one `Denoise`: which rows go through the network, and how its outputs are combined.
 
-All that one step needs goes through the network as one batch: each picture with its prompt, without it (Ho and Salimans
-2022, arXiv:2207.12598), and, for perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377), with its prompt
-while the middle's self-attention looks at nothing but itself. Guidance 1 needs no second row and asks for none. A model
-that edits a picture (Brooks et al. 2023, arXiv:2211.09800) is also asked without the prompt and without the picture.
+All rows of a step go through the network as one batch: each picture cond and uncond (Ho and Salimans 2022,
+arXiv:2207.12598), and, for perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377), cond with the middle
+block's self-attention map an identity. Guidance 1 needs no uncond row, and makes none. A model that edits a picture
+(Brooks et al. 2023, arXiv:2211.09800) also gets a row with neither prompt nor picture.
 
 Shape letters: B pictures, R rows of the batch, C channels, H W latent height and width.
 """
@@ -44,11 +44,9 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.plan import PromptPlan
 from plainsd.pictures.settings import Resolved, Settings
 
-COND, UNCOND, PERTURBED, BLANK = range(4)  # kinds of estimates, and of rows; BLANK: without the picture to edit, too
-UNetCall = Callable[..., Tensor]  # called as the UNet is
-Join = Callable[
-    ..., dict
-]  # (step, prompted, x, timestep, conditioning) -> what joins the UNet, by its arguments' names
+COND, UNCOND, PERTURBED, BLANK = range(4)  # kinds of estimates and rows; BLANK: uncond and without the picture to edit
+UNetCall = Callable[..., Tensor]  # the UNet's signature
+Join = Callable[..., dict]  # (step, prompted, x, timestep, conditioning) -> extra arguments of the UNet
 Estimate = Callable[..., list[Tensor]]  # (x, sigma, *kinds) -> an x0 for each kind, (B, C, H, W)
 
 
@@ -56,7 +54,7 @@ class BatchRow(NamedTuple):
     """One row of the network's batch."""
 
     kind: int
-    picture: int  # which of the batch
+    picture: int  # index in the batch
     conditioning: Conditioning  # one row
     weight: float  # of this part of the prompt
 
@@ -65,7 +63,7 @@ class BatchRow(NamedTuple):
 
 
 def guidance_embedding(scale: float, dim: int, device: torch.device | None = None) -> Tensor:
-    """The guidance scale as distilled models are told it (Meng et al. 2023, arXiv:2210.03142): (1, dim)."""
+    """The guidance scale's embedding, for distilled models (Meng et al. 2023, arXiv:2210.03142): (1, dim)."""
     frequencies = torch.exp(torch.arange(dim // 2, device=device) * -(math.log(10_000.0) / (dim // 2 - 1)))
     angle = 1000.0 * (scale - 1) * frequencies
     return torch.cat([angle.sin(), angle.cos()])[None]
@@ -73,13 +71,13 @@ def guidance_embedding(scale: float, dim: int, device: torch.device | None = Non
 
 @contextmanager
 def blind_attention(unet: UNet, rows: int) -> Iterator[None]:
-    """In the last rows, the middle's self-attention gives each position its own value: its map is an identity."""
+    """Makes the middle block's self-attention map an identity in the last `rows` rows: each position reads itself."""
 
     def replace(attention, args, output):
         blind = attention.out(attention.v(args[0][-rows:]))
         return torch.cat([output[:-rows], blind])
 
-    assert unet.mid.attn is not None  # `check_guidance` sees to it
+    assert unet.mid.attn is not None  # ensured by `check_guidance`
     handles = [block.self_attn.register_forward_hook(replace) for block in unet.mid.attn.blocks]
     try:
         yield
@@ -98,7 +96,7 @@ def predict(
     x: Tensor,
     timestep: float,
 ) -> Tensor:
-    """One call of the UNet. Latents are float32 outside and of the network's precision inside: (R, C, H, W)."""
+    """One call of the UNet. Latents (R, C, H, W) are float32 outside, in the network's dtype inside."""
     on_stage(sd, sd.unet)
     x = x.to(sd.dtype)
     more: dict[str, Any] = {}
@@ -116,11 +114,11 @@ def predict(
 
 
 class Estimates:
-    """The network as a function of x, sigma and the kinds of estimates that are wanted: an x0 for each kind.
+    """The network as a function of x, sigma and the requested kinds of estimates: an x0 for each kind.
 
-    Rows with contexts of different lengths go in separate calls, so that a picture never depends on its neighbours'
-    prompts. The step, for prompts that change on the way, is the one that begins at sigma or above; with `calls`, a
-    count of all calls of the drawing, it is the next of these.
+    Rows with contexts of different lengths go in separate calls, so that a picture never depends on the prompts of its
+    batch. The step, for prompt editing, is the one that begins at sigma or above; with `calls`, a counter of all calls
+    of the run, it is the next call.
     """
 
     def __init__(
@@ -134,13 +132,13 @@ class Estimates:
         joins: Sequence[Join] = (),
         calls: Iterator[int] | None = None,
     ):
-        """A plan, a row of `concat` and a scale of guidance each picture; the levels of the whole drawing; the UNet, or
-        what stands in for it; what joins it."""
+        """A plan, a `concat` row and a guidance scale per picture; the levels of the whole run; the UNet or a
+        replacement; sources of its extra arguments."""
         self.sd, self.plans, self.concat, self.guidances, self.network = sd, plans, concat, guidances, network
         self.joins, self.calls = joins, calls
         self.rising = [-sigma for sigma in sigmas]
-        self.rows_at_once: dict[int, int] = {}  # of so many rows; the free memory is read only once
-        self.batches: dict[tuple, Conditioning] = {}  # what these rows read, as one batch: the same tensors each step
+        self.rows_at_once: dict[int, int] = {}  # by number of rows; the free memory is read only once
+        self.batches: dict[tuple, Conditioning] = {}  # conditioning of the same rows, batched once for all steps
 
     def __call__(self, x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
         step = self.step(sigma)
@@ -174,7 +172,7 @@ class Estimates:
         return [(plan.negative(step), 1.0)] if kind in (UNCOND, BLANK) else plan.positive(step)
 
     def split(self, calls: Iterable[list[BatchRow]], x: Tensor) -> Iterator[list[BatchRow]]:
-        """As many rows a call as the free memory allows."""
+        """Splits calls into as many rows as the free memory allows."""
         for rows in calls:
             if len(rows) not in self.rows_at_once:
                 self.rows_at_once[len(rows)] = rows_at_once(self.sd, x.shape[-2] * x.shape[-1], len(rows))
@@ -235,10 +233,10 @@ def guided_denoise(
     distilled: bool,
     device: torch.device,
 ) -> Denoise:
-    """The wrappers that the settings ask for, around the network. They may differ in scale, but not in whether it is 1.
+    """The network with the guidance that the settings ask for. Scales may differ per picture, but not whether one is 1.
 
-    `composed`: the estimate without the prompt is needed in any case, as where prompts are joined by AND. `distilled`:
-    the network is told the scale, and needs no second row.
+    `composed`: the uncond estimate is always needed, as with prompts joined by AND. `distilled`: the network takes the
+    scale as an input, and needs no uncond row.
     """
     settings, unit = each[0], SAMPLERS[each[0].sampler].guidance_unit
     scales = [1.0 if distilled else one.guidance * unit for one in each]
@@ -278,7 +276,7 @@ def guided_denoise(
 
 
 def guided_pair(estimate: Estimate, each: Sequence[Resolved], *args: Any, composed: bool, **options: Any) -> Pair:
-    """`guided_denoise` and, from the same pass of the network, the estimate without the prompt: what CFG++ needs."""
+    """`guided_denoise` and the uncond estimate of the same forward pass, for CFG++."""
     found: dict[int, Tensor] = {}  # of the last pass
 
     def keeping(x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:

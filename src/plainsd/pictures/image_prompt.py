@@ -1,8 +1,8 @@
-"""Pictures as prompts: what a drawing takes from them, at every step, through IP-Adapters (models/image_prompt.py).
+"""Pictures as prompts, through IP-Adapters (models/image_prompt.py).
 
-A vision tower reads each picture once; the adapter makes tokens of that, and of these the keys and values that each
-cross-attention reads beside the text. Rows without the prompt, from which guidance leads away, read the tokens of
-nothing: of a vector of zeros, or with "plus" and "full" adapters of a picture of zeros.
+A vision tower encodes each picture once; the adapter projects that to tokens, and these to extra keys and values for
+each cross-attention. Uncond rows get the tokens of a vector of zeros, or with "plus" and "full" adapters those of a
+picture of zeros.
 
 Shape letters: R rows of the batch, K pictures of one prompt, M tokens, T width of the text, D of a cross-attention, N
 positions of a level.
@@ -34,7 +34,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True, eq=False)
 class ImageReader:
-    """An IP-Adapter and the vision tower that it reads."""
+    """An IP-Adapter and its vision tower."""
 
     adapter: ImageAdapter
     tower: VisionTower
@@ -50,7 +50,7 @@ class ImageReader:
             )
 
 
-TOWERS = {  # by whether the projected vector is read, and its width: what public adapters were trained with
+TOWERS = {  # by whether the projected vector is used, and its width: those of public adapters
     (True, 1024): "OpenCLIP's ViT-H/14",
     (True, 1280): "OpenCLIP's ViT-bigG/14",
     (False, 1280): "OpenCLIP's ViT-H/14",
@@ -60,17 +60,15 @@ TOWERS = {  # by whether the projected vector is read, and its width: what publi
 
 @dataclass(frozen=True, eq=False)
 class ImagePrompt:
-    """Pictures to take after, of any mode and size. `mask`, a picture of what is drawn (another size is scaled): they
-    count where it is light; several masks are one for each picture."""
+    """Pictures to use as a prompt, of any mode and size. `mask`: they act where it is light (scaled to the result's
+    size); several masks are one for each picture."""
 
     adapter: ImageReader
     image: Image.Image | Sequence[Image.Image]
     strength: float = 1.0
     mask: Image.Image | Sequence[Image.Image] | None = None
-    name: str = "image prompt"  # of the adapter, for the picture's text
-    _read: dict = field(
-        init=False, default_factory=dict, repr=False
-    )  # tokens, by where and how precisely they were made
+    name: str = "image prompt"  # of the adapter, for the metadata
+    _read: dict = field(init=False, default_factory=dict, repr=False)  # tokens, by device and dtype
 
     @property
     def images(self) -> list[Image.Image]:
@@ -78,7 +76,7 @@ class ImagePrompt:
 
     @property
     def masks(self) -> list[Image.Image]:
-        """None, one for all pictures, or one for each."""
+        """Empty, one for all pictures, or one for each."""
         return [] if self.mask is None else [self.mask] if isinstance(self.mask, Image.Image) else list(self.mask)
 
     @property
@@ -86,7 +84,7 @@ class ImagePrompt:
         return ImagePromptNote(self.name, float(self.strength), len(self.images), len(self.masks))
 
     def tokens(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(2, K, M, T): of nothing, and of each picture. Adapter and tower are brought there, in place."""
+        """(2, K, M, T): uncond tokens, and those of each picture. Moves adapter and tower there, in place."""
         if (device, dtype) not in self._read:
             adapter, tower = (network.to(device, dtype) for network in (self.adapter.adapter, self.adapter.tower))
             pixels = torch.cat([clip_pixels(image, tower.config.size) for image in self.images]).to(device, dtype)
@@ -98,8 +96,7 @@ class ImagePrompt:
 
 
 def clip_pixels(image: Image.Image, size: int) -> Tensor:
-    """A picture as CLIP's towers read it: its shorter side scaled to `size`, its middle, normalised. (1, 3, size,
-    size)."""
+    """CLIP's image preprocessing: shorter side scaled to `size`, centre crop, normalised. (1, 3, size, size)."""
     image = to_rgb(image)
     short, long = sorted(image.size)
     wider = int(size * long / short)
@@ -114,7 +111,7 @@ def clip_pixels(image: Image.Image, size: int) -> Tensor:
 
 
 def check_image_prompts(sd: StableDiffusion, prompts: Sequence[ImagePrompt]) -> tuple[ImagePromptNote, ...]:
-    """What the pictures' text will say. UserError for what does not go together."""
+    """Notes for the pictures' metadata. UserError for what does not fit."""
     for number, prompt in enumerate(prompts, 1):
         which = f"image prompt {number} ({prompt.name})" if len(prompts) > 1 else f"image prompt {prompt.name!r}"
         if not 0 <= prompt.strength <= STRONGEST:
@@ -147,7 +144,7 @@ def image_mismatch(adapter: ImageAdapter, sd: StableDiffusion) -> str | None:
 
 
 def widths_of(unet: UNet) -> tuple[int, ...]:
-    """Of each cross-attention, in the order of an adapter's file."""
+    """The width of each cross-attention, in the order of an adapter's file."""
     blocks = [*unet.down, *unet.up, unet.mid]
     return tuple(block.attn.norm.num_channels for block in blocks for _ in attentions_of(block))
 
@@ -156,10 +153,10 @@ def widths_of(unet: UNet) -> tuple[int, ...]:
 
 
 class ImagePrompts:
-    """All image prompts of one drawing. Keys and values are the same at every step, and made once."""
+    """All image prompts of one run. Keys and values are computed once, for all steps."""
 
     def __init__(self, sd: StableDiffusion, prompts: Sequence[ImagePrompt], size: tuple[int, int]):
-        """`size`: of what is drawn, width and height in pixels."""
+        """`size`: width and height of the result, in pixels."""
         self.unet = sd.unet
         places = level_sizes(sd.unet, (size[1] // sd.vae.config.factor, size[0] // sd.vae.config.factor))
         self.layers: list[list[Beside]] = [[] for _ in places]  # a cross-attention, in the order of an adapter's file
@@ -169,7 +166,7 @@ class ImagePrompts:
         self.batches: dict[tuple[bool, ...], list[EachBeside]] = {}
 
     def read(self, prompt: ImagePrompt, tokens: Tensor, places: list[tuple[int, int]], size: tuple[int, int]) -> None:
-        """Pictures without masks, or with one mask for all, are looked at together; else one by one, as in diffusers'
+        """Pictures without masks, or with one mask for all, are attended to together; else one by one, as in diffusers'
         pipelines."""
         masks = [light(mask, size).to(tokens) for mask in prompt.masks]
         each = len(masks) > 1
@@ -180,7 +177,7 @@ class ImagePrompts:
                 layer.append(Beside(k, v * prompt.strength, None if where is None else shrunk(where, place)))
 
     def __call__(self, step: int, prompted: Sequence[bool], *rest) -> dict[str, list[EachBeside]]:
-        """What the UNet is handed. `prompted`: of each row, whether it has its prompt."""
+        """The UNet's extra arguments. `prompted`: whether each row has its prompt."""
         rows = tuple(prompted)
         if rows not in self.batches:
             some = [int(one) for one in rows]
@@ -190,7 +187,7 @@ class ImagePrompts:
 
 
 def by_block(unet: UNet, layers: Sequence[Sequence[Beside]]) -> list[EachBeside]:
-    """From the order of an adapter's file (down, up, middle) to the UNet's, a list a block."""
+    """From the order of an adapter's file (down, up, middle) to the UNet's, one list per block."""
     following = iter(layers)
     down, up, mid = (
         [[next(following) for _ in attentions_of(block)] for block in part] for part in (unet.down, unet.up, [unet.mid])
@@ -199,7 +196,7 @@ def by_block(unet: UNet, layers: Sequence[Sequence[Beside]]) -> list[EachBeside]
 
 
 def level_sizes(unet: UNet, size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Height and width of what each cross-attention sees of latents of this size, in the order of an adapter's file."""
+    """Height and width of each cross-attention's input for latents of this size, in the order of an adapter's file."""
     sizes, found = [size], []
     for block in unet.down:
         found += [sizes[-1] for _ in attentions_of(block)]
@@ -220,5 +217,5 @@ def light(mask: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def shrunk(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, 1, H, W) -> (N, 1) at a level of this size, bicubic."""
+    """(1, 1, H, W) -> (N, 1) at a level of this size, by bicubic scaling."""
     return F.interpolate(mask, size=size, mode="bicubic").flatten()[:, None]

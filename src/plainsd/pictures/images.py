@@ -1,4 +1,4 @@
-"""Pictures: in from any file people have, out as files that know how they were made; grids and previews.
+"""Pictures: read from any common file, written with the settings they were made with; grids and previews.
 
 Pixels as tensors are float32 in [-1, 1], (B, 3, H, W).
 """
@@ -19,10 +19,10 @@ from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.comfyui import parse_workflow
 from plainsd.pictures.texts.embedded import exif_of, settings_in
 
-WRITTEN_AS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # that pictures are written in
+WRITTEN_AS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # formats of pictures that are written
 LOSSY: dict[str, dict] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 JPEG_EXIF = 65_533  # bytes that fit into one segment
-SETTINGS_FILES = (".txt", ".json")  # files of settings without a picture
+SETTINGS_FILES = (".txt", ".json")  # settings without a picture
 LARGEST_TEXT = 2**25  # bytes
 LARGEST = 89_478_485  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
 
@@ -37,18 +37,18 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W), about [-1, 1] -> B pictures of mode RGB. What lies outside is cut off."""
+    """(B, 3, H, W), about [-1, 1] -> B pictures of mode RGB. Values outside are clamped."""
     pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def enlarged_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A rough picture at this size, its pixels as squares; one that has it already stays."""
+    """A preview scaled to this size by nearest neighbour; unchanged if it has the size."""
     return image if image.size == size else image.resize(size, Image.Resampling.NEAREST)
 
 
 def to_mask(image: Image.Image) -> Tensor:
-    """A picture whose light parts are to be drawn anew -> (1, 1, H, W) of 0 and 1. Transparent parts count as dark."""
+    """A picture whose light parts are to be repainted -> (1, 1, H, W) of 0 and 1. Transparent parts count as dark."""
     light = np.array(to_rgb(image, background="black").convert("L")) >= 128
     return torch.from_numpy(light)[None, None].float()
 
@@ -67,7 +67,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Pixels in another colour space (a printer's CMYK, a phone's Display P3) -> sRGB, by the profile in the file."""
+    """Pixels in another colour space (CMYK, Display P3) -> sRGB, by the profile in the file."""
     if not profile or image.mode not in ("RGB", "CMYK"):
         return image
     try:
@@ -75,9 +75,9 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         if "sRGB" in ImageCms.getProfileDescription(source):
             return image
         made = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        return image if made is None else made  # None: done in place, which is not asked for
+        return image if made is None else made  # None means in place, which is not requested
     except (ImageCms.PyCMSError, OSError):
-        return image  # a profile nobody can read: every viewer shows the bare numbers, and so do we
+        return image  # unreadable profile: take the pixels as they are, as viewers do
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
@@ -93,7 +93,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def open_picture(path: str | Path | BytesIO, background: str = "white") -> Image.Image:
-    """A picture file -> RGB, turned as its EXIF data says. UserError, with the reason, for what is not whole."""
+    """A picture file -> RGB, rotated by its EXIF data. UserError, with the reason, for a damaged file."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > LARGEST:
@@ -115,21 +115,20 @@ def open_picture(path: str | Path | BytesIO, background: str = "white") -> Image
         raise UserError(f"'{path}' is not a picture in a format that can be read; use PNG, JPEG or WebP") from None
     except Image.DecompressionBombError:
         raise UserError(f"picture '{path}' claims too many pixels; scale it below {LARGEST} in all") from None
-    except Exception as error:  # decoders meet hostile bytes with errors of every kind
+    except Exception as error:  # decoders raise errors of every kind on hostile bytes
         raise UserError(f"picture '{path}' is broken or cut short ({error}); fetch or save it again") from None
 
 
 def read_settings(path: str | Path | BytesIO) -> Settings:
-    """The settings inside a picture's file, or in a file of text or of JSON that holds no more; UserError where there
-    are none."""
+    """The settings in a picture's metadata, or in a text or JSON file of settings; UserError if there are none."""
     if isinstance(path, (str, Path)) and Path(path).suffix.lower() in SETTINGS_FILES:
         return _settings_alone(Path(path))
     try:
         with Image.open(path) as image:
-            image.load()  # text may stand behind the pixels
+            image.load()  # metadata may follow the pixels
             held = image.copy() if image.format == "MPO" else image
     except Exception:
-        open_picture(path)  # says what is wrong with it
+        open_picture(path)  # raises the error that fits
         raise
     try:
         return settings_in(held)
@@ -153,13 +152,13 @@ def _settings_alone(path: Path) -> Settings:
 
 
 def write_png(image: Image.Image, path: str | Path, settings: Settings | None = None) -> None:
-    """Writes the picture with its settings as `parameters`; the file is whole or absent, an older one is replaced."""
+    """Writes the picture with its settings as `parameters`, atomically; an existing file is replaced."""
     with written_whole(Path(path)) as temporary:
         _save(image, temporary, "PNG", settings)
 
 
 def write_new_picture(image: Image.Image, path: Path, settings: Settings | None = None) -> Path:
-    """As PNG, JPEG or WebP, as the name ends, with its settings, but never over another file: under the first free name
+    """Writes PNG, JPEG or WebP by the suffix, with the settings, never over an existing file: under the first free name
     of `x.png`, `x-2.png`, `x-3.png`, ..."""
     with draft_of(path) as draft:
         _save(image, draft, WRITTEN_AS[path.suffix.lower()], settings)
@@ -186,7 +185,7 @@ def _save(image: Image.Image, path: Path, kind: str, settings: Settings | None) 
 def grid(
     images: Sequence[Image.Image], columns: int, across: Sequence[str] = (), down: Sequence[str] = ()
 ) -> Image.Image:
-    """Pictures row by row on one sheet, with a label over each column (`across`) and left of each row (`down`). Columns
+    """A sheet of pictures, row by row, with labels above the columns (`across`) and left of the rows (`down`). Columns
     are as wide as their pictures and labels."""
     width, height = (max(size) for size in zip(*(image.size for image in images), strict=True))
     rows = -(-len(images) // columns)
@@ -210,8 +209,8 @@ def grid(
 
 
 def continued(image: Image.Image, sides: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
-    """The picture with so many pixels more at its left, top, right and bottom, in the colours of its edges; and a mask
-    that is light there."""
+    """The picture extended by so many pixels at the left, top, right and bottom, in the colours of its edges; and a
+    mask that is light there."""
     left, top, right, bottom = sides
     pixels = np.pad(np.array(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge")
     canvas = Image.fromarray(pixels)

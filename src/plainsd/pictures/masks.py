@@ -1,5 +1,4 @@
-"""Masks of inpainting: how they are softened, what lies under them, the part around them, and the way back into the
-picture."""
+"""Inpainting masks: blurring, filling what is under them, cropping around them, and pasting the result back."""
 
 from __future__ import annotations
 
@@ -20,20 +19,20 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 class MaskOptions:
     """How a mask is used. Pixels are those of the picture."""
 
-    blur: float = 0.0  # standard deviation of its edge, in pixels
-    grow: int = 0  # pixels by which it is widened, or narrowed below 0
-    padding: int | None = None  # the masked part alone is drawn, at the whole size, with so much around it
+    blur: float = 0.0  # standard deviation of the edge's blur, in pixels
+    grow: int = 0  # pixels to dilate by, or below 0 to erode by
+    padding: int | None = None  # draw only the masked part, at full size, with this much around it
     fill: str = "original"
-    soft: bool = False  # grey levels say when a place begins to change (Levin and Fried 2023, arXiv:2306.00950)
+    soft: bool = False  # grey levels set when a pixel begins to change (Levin and Fried 2023, arXiv:2306.00950)
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What is drawn on, and where it goes."""
+    """The picture to draw on, and where the result goes."""
 
-    image: Image.Image  # at the size at which it is drawn
-    hole: Image.Image  # L: what is drawn anew, 0 or 255; of a soft mask its levels
-    whole: Image.Image | None = None  # the picture into which it is pasted, if not as it is ...
+    image: Image.Image  # at the size of the run
+    hole: Image.Image  # L: what is repainted, 0 or 255; for a soft mask its grey levels
+    whole: Image.Image | None = None  # the picture to paste into, if any ...
     alpha: Image.Image | None = None  # ... with this opacity, of its size
     box: Box | None = None  # ... in this part of it
 
@@ -45,7 +44,7 @@ class Canvas:
 
 
 def canvas_of(image: Image.Image, mask: Image.Image, size: tuple[int, int], how: MaskOptions) -> Canvas:
-    """A picture and its mask, of one size, made ready to be drawn on at `size`. UserError for a mask that is dark."""
+    """Prepares a picture and its mask, of one size, for a run at `size`. UserError for an all-dark mask."""
     levels = Image.fromarray(np.array(to_rgb(mask, background="black").convert("L")))
     levels = grown(levels if how.soft else hard(levels), how.grow)
     alpha = levels if not how.blur else levels.filter(ImageFilter.GaussianBlur(how.blur))
@@ -76,15 +75,15 @@ def hard(levels: Image.Image) -> Image.Image:
 
 
 def grown(levels: Image.Image, pixels: int) -> Image.Image:
-    """Its light parts wider by so many pixels on every side, or narrower."""
+    """The mask dilated by so many pixels, or eroded if below 0."""
     if pixels == 0:
         return levels
     return levels.filter((ImageFilter.MaxFilter if pixels > 0 else ImageFilter.MinFilter)(2 * abs(pixels) + 1))
 
 
 def alpha_of(mask: Image.Image, blur: float | tuple[float, float] = 0, *, inverted: bool = False) -> Image.Image:
-    """A picture whose light parts are to be drawn anew -> opacity of the new, 0 to 255, with soft edges if blurred: all
-    round, or across and down."""
+    """A mask, light where to repaint -> opacity of the result, 0 to 255, with soft edges if blurred: by one radius, or
+    by one across and one down."""
     alpha = hard(mask.convert("L"))
     if inverted:
         alpha = ImageChops.invert(alpha)
@@ -92,12 +91,12 @@ def alpha_of(mask: Image.Image, blur: float | tuple[float, float] = 0, *, invert
 
 
 def hole_of(alpha: Image.Image) -> Image.Image:
-    """All that shows anything of the new is drawn anew."""
+    """What is repainted: everywhere that alpha is above 0."""
     return alpha.point(lambda level: 255 if level else 0)
 
 
 def filled_hole(image: Image.Image, hole: Image.Image) -> Image.Image:
-    """The hole filled with the colours around it, smoothly: means over ever coarser grids, until there is one."""
+    """The hole filled smoothly with the colours around it: each pixel from the finest grid of means that has one."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
     known = torch.from_numpy(np.array(hole) == 0)[None, None].double()  # (1, 1, H, W)
     result, weight, size = pixels * known, known, pixels.shape[2:]
@@ -117,7 +116,7 @@ def filled_hole(image: Image.Image, hole: Image.Image) -> Image.Image:
 
 
 def box_around(alpha: Image.Image, padding: int, size: tuple[int, int]) -> Box:
-    """The part of the picture around the mask, in the proportions of `size` as far as the picture has room."""
+    """The part of the picture around the mask, with the aspect ratio of `size` as far as the picture has room."""
     left, top, right, bottom = alpha.getbbox() or (0, 0, *alpha.size)
     left, top = max(0, left - padding), max(0, top - padding)
     right, bottom = min(alpha.width, right + padding), min(alpha.height, bottom + padding)
@@ -130,14 +129,14 @@ def box_around(alpha: Image.Image, padding: int, size: tuple[int, int]) -> Box:
 
 
 def widened(start: int, end: int, length: int, room: int) -> tuple[int, int]:
-    """A stretch of that length around the one given, inside 0 to room."""
+    """The interval widened to `length`, within 0 to `room`."""
     length = min(max(length, end - start), room)
     start = min(max(0, (start + end - length) // 2), room - length)
     return start, start + length
 
 
 def resized(image: Image.Image, size: tuple[int, int], how: str = "stretch") -> Image.Image:
-    """To that size: stretched, cut ("crop"), or with the edges' colours beside it ("fill")."""
+    """The picture at this size: stretched, cropped ("crop"), or padded with its edges' colours ("fill")."""
     if how == "crop":
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     if how == "fill":
@@ -150,7 +149,7 @@ def resized(image: Image.Image, size: tuple[int, int], how: str = "stretch") -> 
 
 
 def pasted(drawn: Image.Image, base: Image.Image, alpha: Image.Image, box: Box | None) -> Image.Image:
-    """The new picture in its place in the old one."""
+    """The new picture pasted into the old one."""
     whole = base.copy()
     box = box or (0, 0, *base.size)
     whole.paste(resized(drawn, (box[2] - box[0], box[3] - box[1])), box[:2])

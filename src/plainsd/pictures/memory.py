@@ -1,12 +1,12 @@
-"""Memory: what a picture needs, what is free, and what is done where that is not enough.
+"""Memory: what a picture needs, what is free, and what saves memory if that is not enough.
 
-    bands      the VAE works through its maps band by band (models/vae_bands.py)  the same picture
+    bands      the VAE runs band by band (models/vae_bands.py)                    the same picture
     rows       the UNet takes a few rows of its batch at a time, down to one:
-               guidance, two rows a picture, then takes two calls                 the same picture
-    offload    networks wait on the CPU and come to the device for their turn     the same picture
+               guidance, two rows per picture, then takes two calls               the same picture
+    offload    networks stay on the CPU and move to the device only to run        the same picture
 
-The first two are chosen by themselves where the free memory asks for it, and said in one line when that happens; a
-picture of settings is the same either way. `least` asks for both always.
+The first two are chosen automatically when free memory is short, with a line that says so; the same settings give the
+same picture either way. `least` always turns both on.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from plainsd.pictures.model import Saving, StableDiffusion, Stage
 
 GB = 10**9
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-SHARE = 0.8  # of the free memory that a network may take; the rest is for what others do meanwhile
-VAE_MAPS = 6  # maps of the widest full-size layer that a plain decode has in memory at its peak
-UNET_MAPS = 36  # likewise of the widest level of the UNet, beside what the way up is handed
+SHARE = 0.8  # of the free memory that a network may take; the rest is for other processes
+VAE_MAPS = 6  # peak of a plain decode, in feature maps of the widest full-size layer
+UNET_MAPS = 36  # likewise of the widest level of the UNet, skip connections apart
 
 
 NOTHING = Saving(bands=False, rows=2**31)
@@ -38,7 +38,7 @@ LEAST = Saving(bands=True, rows=1)
 
 
 def free(device: torch.device) -> float:
-    """Bytes that can still be had; infinite where that cannot be known."""
+    """Bytes of free memory; infinite if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -49,12 +49,12 @@ def free(device: torch.device) -> float:
 
 
 def _free_in_group() -> float:
-    """What a container may still take, where it is one with a limit (cgroup v2)."""
+    """Bytes left under the container's memory limit (cgroup v2), if any."""
     limit = CGROUP / "memory.max"
     if not limit.exists() or (most := limit.read_text().strip()) == "max":
         return math.inf
     counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    used = int((CGROUP / "memory.current").read_text()) - int(counts["inactive_file"])  # cached files make way
+    used = int((CGROUP / "memory.current").read_text()) - int(counts["inactive_file"])  # page cache can be reclaimed
     return int(most) - used
 
 
@@ -62,13 +62,13 @@ def _free_in_group() -> float:
 
 
 def vae_needs(config: AnyVAEConfig, pixels: int, itemsize: int) -> int:
-    """Bytes at the peak of a plain pass over so many pixels, beside the weights. bench/memory.py measures it."""
+    """Peak bytes of a plain pass over so many pixels, without the weights. bench/memory.py measures it."""
     return VAE_MAPS * pixels * config.widest * itemsize
 
 
 def unet_needs(config: UNetConfig, positions: int, itemsize: int) -> int:
-    """Bytes at the peak of one row of so many latent positions, beside the weights."""
-    levels = [positions * width // 4**i for i, width in enumerate(config.channels)]  # numbers in one map
+    """Peak bytes of one row of so many latent positions, without the weights."""
+    levels = [positions * width // 4**i for i, width in enumerate(config.channels)]  # elements of one feature map
     return (UNET_MAPS * max(levels) + (config.layers + 1) * sum(levels)) * itemsize
 
 
@@ -86,7 +86,7 @@ def in_bands(sd: StableDiffusion, pixels: int) -> bool:
 
 
 def rows_at_once(sd: StableDiffusion, positions: int, rows: int) -> int:
-    """How many of the rows that a step asks for go through the UNet together."""
+    """How many rows of a step's batch go through the UNet together."""
     if sd.saving.rows is not None:
         return min(rows, sd.saving.rows)
     each, had = unet_needs(sd.unet.config, positions, sd.dtype.itemsize), free(sd.device)
@@ -107,7 +107,7 @@ def say(line: str) -> None:
 
 
 def offload(sd: StableDiffusion, device: torch.device | str) -> StableDiffusion:
-    """From now on the networks, the refiner's too, wait on the CPU, and each comes to the device for its turn."""
+    """Keeps the networks, the refiner's too, on the CPU; each moves to the device only to run."""
     models = [sd] if sd.refiner is None else [sd, sd.refiner]
     networks = [network for model in models for network in (*model.text_encoders, model.unet, model.vae)]
     stage = Stage(torch.device(device), networks)
@@ -125,7 +125,7 @@ def on_stage(sd: StableDiffusion, network: nn.Module) -> nn.Module:
 
 
 def placed(make: Callable[[torch.device], StableDiffusion], device: torch.device, least: bool) -> StableDiffusion:
-    """A model on its device; where it does not fit there, or the least memory is asked for, offloaded to the CPU."""
+    """A model on its device; offloaded to the CPU if it does not fit, or with `least`."""
     sd = None
     if device.type == "cpu" or not least:
         try:

@@ -1,4 +1,4 @@
-"""A whole model: its networks and tokenizers, its schedule, and what is done to need less memory."""
+"""A whole model: its networks and tokenizers, its noise schedule, and its memory options."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from plainsd.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Saving:
-    """What is done to need less memory. None: where the free memory asks for it."""
+    """Options that save memory. None: when free memory is short."""
 
     bands: bool | None = None
-    rows: int | None = None  # of a batch that go through the UNet, or the VAE, at once, at most
+    rows: int | None = None  # at most so many of a batch go through the UNet or the VAE at once
 
 
 class Stage:
-    """The device on which one network at a time has its turn; the others wait on the CPU."""
+    """The device that holds one network at a time; the others stay on the CPU."""
 
     def __init__(self, device: torch.device, networks: list[nn.Module]):
         self.device, self.networks = device, networks
@@ -51,11 +51,11 @@ class StableDiffusion:
     prediction: str  # what the network predicts: "epsilon" or "v_prediction"
     variant: Variant
     path: Path | None = None  # where it was loaded from
-    refiner: StableDiffusion | None = None  # draws at the lowest noise levels, see `sampling.turns`
-    upscaler: Upscaler | None = None  # enlarges pictures in hires, where settings name it
-    saving: Saving = Saving()  # what is done to need less memory
-    stage: Stage | None = None  # where networks have their turns, if they are not all on the device
-    latent_rgb: Tensor | None = None  # (L + 1, 3), as it was stored with the model, see previews.py
+    refiner: StableDiffusion | None = None  # samples the lowest noise levels, see `sampling.turns`
+    upscaler: Upscaler | None = None  # for the hires pass, if the settings name it
+    saving: Saving = Saving()  # memory options
+    stage: Stage | None = None  # runs offloaded networks; None: all are on the device
+    latent_rgb: Tensor | None = None  # (L + 1, 3), as stored with the model, see previews.py
 
     @property
     def device(self) -> torch.device:
@@ -83,8 +83,8 @@ def assemble(
     latent_rgb: Tensor | None = None,
 ) -> StableDiffusion:
     """A model from its parts: the networks by their folders' names (`unet`, `vae`, `text_encoder`, `text_encoder_2`),
-    the schedule and the prediction that its variant says. Whoever asks for names and shapes alone leaves the tokenizers
-    out, and gives networks without memory (`plainsd.files.stored.empties`)."""
+    the schedule and the prediction type of its variant. For names and shapes alone, leave the tokenizers out and pass
+    networks on the meta device (`plainsd.files.stored.empties`)."""
     return StableDiffusion(
         tokenizers=list(tokenizers),
         text_encoders=[networks[name] for name in encoder_names(variant)],

@@ -1,8 +1,8 @@
-"""The noise of pictures that are drawn together: each gets the same as alone, on any device.
+"""The noise of a batch: each picture gets the same as alone, on any device.
 
-Four kinds of draws make a picture: the first latents, fresh noise on the way, the path of samplers that solve a
-stochastic differential equation, and what the VAE's encoder leaves open. Which numbers they are is `Settings.noise`,
-which programs that people come from do in their own ways (`Settings.like`).
+A picture takes four kinds of noise: the initial latents, fresh noise in ancestral steps, the Brownian path of SDE
+samplers, and the sample from the VAE encoder's distribution. The generator is `Settings.noise`; diffusers, A1111 and
+ComfyUI seed it in their own ways (`Settings.like`).
 
 Shape letters: B pictures at once, L latent channels, h w height and width of the latents.
 """
@@ -17,19 +17,19 @@ from torch import Tensor
 from plainsd.diffusion.noise import BrownianTree, Path, Shape, Stream, slerp, slerp_columns, stream
 from plainsd.pictures.settings import Resolved, noise_of
 
-EIGHTH = 8  # pixels a latent, in which `seed_resize` counts
+EIGHTH = 8  # pixels per latent, for `seed_resize`
 Draw = Callable[[Shape], Tensor]  # shape (L, h, w) -> unit noise (B, L, h, w)
 
 
 class NoiseOfEach:
-    """Called with a shape (L, h, w) it draws the next noise of each picture, (B, L, h, w)."""
+    """Called with a shape (L, h, w), draws the next noise of each picture, (B, L, h, w)."""
 
     def __init__(self, each: Sequence[Resolved], device: torch.device):
         self.each, self.device, kind = each, device, noise_of(each[0])
         like = "comfyui" if kind == "comfyui" else each[0].like
         self.like = None if like == "diffusers" else like
         self.generator = "nv" if kind == "nv" else "cpu"
-        # ComfyUI draws for a whole batch at once, of which each picture is a row; elsewhere each is its own batch
+        # ComfyUI draws a whole batch at once, one row per picture; elsewhere each picture is a batch of its own
         self.places = [(one.batch_index, one.batch_size or 1) if kind == "comfyui" else (0, 1) for one in each]
         self.draw = self._draws([one.seed for one in each])
 
@@ -37,25 +37,25 @@ class NoiseOfEach:
         return self._there(self.draw(shape))
 
     def first(self, shape: Shape) -> Tensor:
-        """What the drawing begins with. What follows comes from the same generators, or from others by `ensd`; in
-        ComfyUI, on a CPU, from one more than the seed."""
+        """The initial noise. Later noise comes from the same generators, or with `ensd` from others; in ComfyUI, on a
+        CPU, from seed + 1."""
         noise = self._first(shape)
         if ahead := (self.each[0].ensd or 0) + (self.like == "comfyui"):
             self.draw = self._draws([one.seed + ahead for one in self.each])
         return self._there(noise)
 
     def anew(self, each: Sequence[Resolved]) -> NoiseOfEach:
-        """For their second pass. A1111 and ComfyUI begin it with the first numbers again."""
+        """The noise of the hires pass. A1111 and ComfyUI restart the generators for it."""
         return NoiseOfEach(each, self.device) if self.like else self
 
     def encoder(self, shape: Shape) -> Tensor:
-        """By which an encoded picture strays from the encoder's mean. A1111 and ComfyUI draw it by no seed of theirs;
-        then it is nothing, the nearest to all that they might draw."""
+        """The noise that samples the encoder's distribution. A1111 and ComfyUI draw it unseeded; for them it is zero,
+        the mean."""
         return torch.zeros(len(self.each), *shape, device=self.device) if self.like else self(shape)
 
     def path(self, shape: Shape, schedule: Sequence[float], visited: Sequence[float]) -> Path | None:
-        """One Brownian motion over the levels, as A1111 and ComfyUI give it to SDE samplers: over all levels of the
-        schedule there, here over those which are visited. Elsewhere None: each step has noise of its own."""
+        """The Brownian path over the levels that A1111 (over those of the whole schedule) and ComfyUI (over the visited
+        ones) give to SDE samplers. Elsewhere None: each step draws its own noise."""
         if not self.like:
             return None
         levels = [sigma for sigma in (visited if self.like == "comfyui" else schedule) if sigma > 0]
@@ -93,7 +93,7 @@ class NoiseOfEach:
         return [one.seed for one in self.each]
 
     def _keys(self, seeds: Sequence[int]) -> list[tuple[int, int]]:
-        """Seed and size of each batch that is drawn from; those of `each`, in order."""
+        """Seed and size of each picture's batch, in the order of `each`."""
         return [(seed, batch) for seed, (_, batch) in zip(seeds, self.places, strict=True)]
 
     def _rows(self, seeds: Sequence[int], batches: dict[tuple[int, int], Tensor]) -> Tensor:
@@ -101,13 +101,13 @@ class NoiseOfEach:
         return torch.stack([batches[key][index] for key, (index, _) in places])
 
     def _there(self, noise: Tensor) -> Tensor:
-        if self.device.type == "cuda":  # from pinned memory it comes while the GPU is at work
+        if self.device.type == "cuda":  # pinned, so that the copy overlaps with GPU work
             return noise.pin_memory().to(self.device, non_blocking=True)
         return noise.to(self.device)
 
 
 def _centred(noise: Tensor, around: Tensor) -> Tensor:
-    """The noise of one size in the middle of that of another; where it is larger, as much is cut off at either side."""
+    """Noise of one size pasted into the middle of another; if larger, it is centre-cropped."""
     inside = around
     for dim in (-2, -1):
         edge = (around.shape[dim] - noise.shape[dim]) // 2

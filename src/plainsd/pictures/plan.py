@@ -1,12 +1,12 @@
-"""Which text each step reads: prompts with editing, alternation and AND, encoded as one of three programs does.
+"""The text of each step: prompts with editing, alternation and AND, encoded in one of three ways.
 
 pieces   diffusers' convention: every text by itself, A1111's notation
-batches  A1111's own: the variants of an edited prompt are encoded as one batch, whose mean is restored as a whole, and
-         filled up to the longest; parts of an AND are made as long as the longest by repeating the last state. Calls of
-         the network are counted, not steps, and the first one counts as none.
-words    ComfyUI's: another notation, no editing and no AND; weights are measured from the states of an empty text
+batches  A1111's own: the variants of an edited prompt are encoded as one batch, with one mean restored for all, and
+         padded to the longest; parts of an AND are padded to the longest by repeating the last state. Network calls are
+         counted, not steps, and the first one does not count.
+words    ComfyUI's: another notation, no editing and no AND; weights interpolate from the states of an empty text
 
-All give each text as many chunks as it needs: a short negative prompt stays short beside a long prompt.
+All give each text as many chunks as it needs: a short negative prompt is not padded to a long prompt's length.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.text.prompts import alternates, compose, parse_words, schedule
 from plainsd.text.tokenizer import Tokenizer
 
-WHOLE_BELOW = 8  # tokens; a stretch of fewer is not parted between two of ComfyUI's chunks
+WHOLE_BELOW = 8  # tokens; ComfyUI does not split shorter segments between two chunks
 
 Encoded = tuple[Tensor, Tensor]  # a text's context (1, M, D) and pooled state (1, P)
 
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """Which texts each step reads. Every text is encoded once; lengths M may differ from text to text."""
+    """The texts of each step. Every text is encoded once; lengths M may differ between texts."""
 
-    parts: tuple[tuple[float, tuple[str, ...]], ...]  # for each part of an AND: its weight, its text at each step
-    negatives: tuple[str, ...]  # the negative text at each step; the last one stays
+    parts: tuple[tuple[float, tuple[str, ...]], ...]  # for each part of an AND: its weight, and its text at each step
+    negatives: tuple[str, ...]  # the negative text at each step; the last one is repeated
     encoded: dict[str, Conditioning]
     encoded_negatives: dict[str, Conditioning]
-    alike: bool = False  # parts of one step are made as long as the longest of them
-    lengthened: dict[tuple[str, int], Conditioning] = field(default_factory=dict)  # made when first asked for
+    alike: bool = False  # the parts of a step are padded to the longest
+    lengthened: dict[tuple[str, int], Conditioning] = field(default_factory=dict)  # a cache
 
     def positive(self, step: int) -> list[tuple[Conditioning, float]]:
-        """What to denoise towards at a step (counted from 0): one row each, with its weight."""
+        """The cond rows of a step (counted from 0), each with its weight."""
         texts = [(texts[min(step, len(texts) - 1)], weight) for weight, texts in self.parts]
         length = max(self.encoded[text].context.shape[1] for text, _ in texts) if self.alike else 0
         return [(self._at_least(text, length), weight) for text, weight in texts]
@@ -50,7 +50,7 @@ class PromptPlan:
         return self.encoded_negatives[self.negatives[min(step, len(self.negatives) - 1)]]
 
     def _at_least(self, text: str, length: int) -> Conditioning:
-        """A text's row, its last state repeated up to this length: the same tensor at each step."""
+        """A text's row, padded to this length by repeating its last state; the same tensor at each step."""
         one = self.encoded[text]
         missing = length - one.context.shape[1]
         if missing <= 0:
@@ -77,7 +77,7 @@ def encode_prompt(
     """A prompt with editing, alternation and AND, and a negative prompt without AND, encoded for `steps` steps.
 
     `sizes` are `size`, `original` and `crop` of `encode_prompts`; `scores` the refiner's for prompt and negative.
-    An empty negative prompt is all zeros to SDXL's base model, which was trained so (not in ComfyUI).
+    For SDXL's base model an empty negative prompt is all zeros, as it was trained (not in ComfyUI).
     """
     how = convention(like).prompts
     composed = [(prompt, 1.0)] if how == "words" else compose(prompt)
@@ -98,7 +98,7 @@ def encode_prompt(
 
 
 def by_steps(prompt: str, steps: int, first_pass: int | None) -> tuple[str, ...]:
-    """The text that each step reads."""
+    """The text of each step."""
     texts: list[str] = []
     for last, text in schedule(prompt, steps, first_pass):
         texts += [text] * (last - len(texts))
@@ -106,13 +106,13 @@ def by_steps(prompt: str, steps: int, first_pass: int | None) -> tuple[str, ...]
 
 
 def by_call(prompt: str, calls: int, first_pass: int | None) -> tuple[str, ...]:
-    """The text that each call of the network reads in A1111, where a text of the first n is read n + 1 times."""
+    """The text of each network call in A1111, where a text for the first n calls is used n + 1 times."""
     texts = by_steps(prompt, calls, first_pass)
     return (texts[0], *texts)
 
 
 def variants(prompt: str, calls: int, first_pass: int | None) -> tuple[str, ...]:
-    """The texts of an edited prompt that A1111 encodes together; where it alternates, one for each call."""
+    """The texts of an edited prompt that A1111 encodes together; with alternation, one for each call."""
     if alternates(prompt):
         return by_steps(prompt, calls, first_pass)
     return tuple(text for _, text in schedule(prompt, calls, first_pass))
@@ -130,7 +130,7 @@ Tables = tuple[dict[str, Encoded], dict[str, Encoded]]  # of the prompt's texts,
 
 
 def _encode_pieces(sd: StableDiffusion, parts: Sequence[Texts], negatives: Texts, clip_skip: int) -> Tables:
-    """Each text by itself; those of equally many chunks go through the encoders together."""
+    """Each text by itself; texts with the same number of chunks are encoded as one batch."""
     wanted = list(dict.fromkeys(text for texts in parts for text in texts))
     unwanted = list(dict.fromkeys(negatives))
     cuts = cut(sd, [as_weighted(text) for text in [*wanted, *unwanted]])
@@ -159,8 +159,8 @@ def _encode_batches(sd: StableDiffusion, parts: Sequence[Texts], negatives: Text
 
 
 def weigh_together(states: Tensor, weights: Sequence[Sequence[float]], count: int) -> Tensor:
-    """Each state times its weight; then all first chunks of the batch are scaled to have their common mean again, all
-    second ones theirs, and so on: A1111's "Original" emphasis. (B K, N, D), K = `count` chunks."""
+    """Each state times its weight; then the first chunks of the batch are rescaled together to their original mean, the
+    second ones to theirs, and so on: A1111's "Original" emphasis. (B K, N, D), K = `count` chunks."""
     factors = torch.tensor(weights, device=states.device)[..., None]  # (B K, N, 1)
     if bool((factors == 1).all()):
         return states
@@ -172,7 +172,7 @@ def weigh_together(states: Tensor, weights: Sequence[Sequence[float]], count: in
 
 
 def _encode_words(sd: StableDiffusion, parts: Sequence[Texts], negatives: Texts, clip_skip: int) -> Tables:
-    """Each of two texts beside an empty one."""
+    """Prompt and negative prompt, each in a batch with an empty text."""
     tables = []
     for text in (parts[0][0], negatives[0]):
         cuts: list[list[list[Chunk]]] = [
@@ -184,16 +184,16 @@ def _encode_words(sd: StableDiffusion, parts: Sequence[Texts], negatives: Texts,
 
 
 def weigh_from_empty(states: Tensor, weights: Sequence[Sequence[float]], count: int) -> Tensor:
-    """z_empty + w (z - z_empty) at each position, of w other than 1: ComfyUI's. The empty text is the last of the
-    batch. (B K, N, D)"""
+    """ComfyUI's weights: z_empty + w (z - z_empty) at each position with w other than 1. The empty text is the last of
+    the batch. (B K, N, D)"""
     factors = torch.tensor(weights, device=states.device)[..., None]  # (B K, N, 1)
     plain, empty = states.float(), states[-count].float()
     return torch.where(factors == 1, plain, empty + factors * (plain - empty)).to(states.dtype)
 
 
 def chunked_by_stretch(tokenizer: Tokenizer, pieces: Sequence, room: int = 75) -> list[Chunk]:
-    """A prompt's tokens in chunks of at most `room` as ComfyUI cuts them: a stretch of equal weight, or a learned word,
-    of fewer than 8 tokens goes whole to the next chunk where it does not fit; longer ones are cut at a chunk's end."""
+    """A prompt's tokens in chunks of at most `room`, as ComfyUI cuts them: a segment of equal weight, or an embedding,
+    of fewer than 8 tokens moves whole to the next chunk if it does not fit; longer ones are split at a chunk's end."""
     done: list[Chunk] = []
     chunk: Chunk = []
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""From a picture to a map that a control net reads."""
+"""Preprocessors: from a picture to a control map."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ THRESHOLDS = (100, 200)
 def preprocessed(
     image: Image.Image, name: str, thresholds: tuple[float, float] = THRESHOLDS, resolution: int | None = None
 ) -> Image.Image:
-    """The map that a preprocessor makes of a picture. `resolution`: of its shorter side, in pixels, to which it is
-    scaled first."""
+    """A preprocessor's map of a picture, whose shorter side is first scaled to `resolution` pixels."""
     if name not in PREPROCESSORS:
         raise unknown("preprocessor", name, PREPROCESSORS, field="control")
     image = to_rgb(image)
@@ -28,8 +27,8 @@ def preprocessed(
 
 
 def canny(image: Image.Image, low: float = THRESHOLDS[0], high: float = THRESHOLDS[1]) -> Image.Image:
-    """White edges on black (Canny 1986), by OpenCV: an edge begins where the gradient is above `high`, and goes on as
-    long as it is above `low`; of 8-bit pixels."""
+    """White edges on black (Canny 1986), by OpenCV: an edge starts where the gradient of the 8-bit pixels is above
+    `high`, and continues while it is above `low`."""
     try:
         import cv2
     except ImportError:

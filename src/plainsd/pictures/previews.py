@@ -1,12 +1,12 @@
-"""Pictures of latents while they are drawn: by TAESD where it is given, else by a projection that costs nothing.
+"""Previews of latents during sampling: by TAESD if given, else by a linear projection that costs next to nothing.
 
-`preview.json` is that projection from latents to rough pixels, stored with its model.
+`preview.json` is that projection from latents to RGB, stored with its model.
 
     {"latent_rgb": {"matrix": [[...], [...], [...]], "bias": [r, g, b]}}
 
 One row of `matrix` for red, green and blue, (3, L) in all; a latent z, as the UNet sees it, becomes the pixel
-`matrix @ z + bias`, -1 to 1. The file lies beside model_index.json, and in a single file's metadata; `plainsd.save`
-writes it. For models of others, which have none, the projection is fitted when it is asked for.
+`matrix @ z + bias`, -1 to 1. It is stored beside model_index.json, or in a single file's metadata; `plainsd.save`
+writes it. For models without one the projection is fitted on first use.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from plainsd.pictures.model import StableDiffusion
 
 @dataclass(frozen=True)
 class Previewer:
-    """What makes the pictures: one of the two."""
+    """Makes previews in one of the two ways."""
 
-    latent_rgb: Tensor | None  # (L + 1, 3), a pixel a latent
+    latent_rgb: Tensor | None  # (L + 1, 3), one pixel per latent
     tiny: TinyVAE | None = None  # the whole picture, a little blurred
 
     @torch.inference_mode()
@@ -45,8 +45,8 @@ class Previewer:
 
 
 def previewer(sd: StableDiffusion, vae: AnyVAE | None = None) -> Previewer:
-    """That of a model. `vae`: TAESD's, which must be of the model's family; a model that decodes by TAESD needs none
-    beside it. UserError for another autoencoder: it would take longer than the step that it shows."""
+    """The previewer of a model. `vae`: a TAESD of the model's family; a model that decodes by TAESD needs none.
+    UserError for another autoencoder: it would take longer than the step itself."""
     vae = sd.vae if vae is None else vae
     if isinstance(vae, TinyVAE):
         check_same_latents(vae.config, sd.vae.config, "the autoencoder for previews", "preview_vae")
@@ -57,7 +57,7 @@ def previewer(sd: StableDiffusion, vae: AnyVAE | None = None) -> Previewer:
 
 
 def latent_rgb(sd: StableDiffusion) -> Tensor:
-    """What came with the model, or else a fit: (L + 1, 3), the last row the constant."""
+    """The model's own projection, or else a fit: (L + 1, 3), the last row the bias."""
     return fit_latent_rgb(sd.vae) if sd.latent_rgb is None else sd.latent_rgb
 
 
@@ -68,7 +68,7 @@ def preview_text(projection: Tensor) -> str:
 
 
 def read_preview(texts: Mapping[str, str], channels: int, where: str) -> Tensor | None:
-    """The projection among a model's texts, (L + 1, 3); None where there is none."""
+    """The projection from a model's metadata, (L + 1, 3); None if there is none."""
     if PREVIEW not in texts:
         return None
     try:
@@ -87,12 +87,11 @@ def damaged_preview(where: str, why: str) -> UserError:
 
 @torch.inference_mode()
 def fit_latent_rgb(vae: AnyVAE, samples: int = 8, side: int = 8, seed: int = 0) -> Tensor:
-    """A matrix that turns a latent into one rough pixel: (L + 1, 3), its last row the constant.
+    """A least-squares projection from a latent to RGB: (L + 1, 3), its last row the bias.
 
-    Least squares over random latents and what the VAE decodes them to, averaged over each latent's patch of pixels. The
-    latents are noise of several coarsenesses, because a picture's latents are smooth for the most part. It takes an
-    eighth of the work of decoding one 512x512 picture. In float16 some VAEs overflow and CPUs crawl: float32 is
-    asked.
+    Fitted on random latents and the VAE's decoded pixels, averaged over each latent's patch. The latents are noise at
+    several scales, because a picture's latents are mostly smooth. It costs an eighth of decoding one 512x512 picture.
+    Use float32: in float16 some VAEs overflow and CPUs are very slow.
     """
     if next(vae.parameters()).dtype == torch.float16:
         vae = deepcopy(vae).float()
@@ -110,7 +109,7 @@ def fit_latent_rgb(vae: AnyVAE, samples: int = 8, side: int = 8, seed: int = 0) 
 
 
 def preview(latents: Tensor, latent_rgb: Tensor) -> list[Image.Image]:
-    """Latents (B, L, h, w) -> B rough pictures, a pixel a latent, without the VAE."""
+    """Latents (B, L, h, w) -> B rough pictures, one pixel per latent, without the VAE."""
     latents = latents.float().cpu()
     pixels = torch.einsum("blhw,lc->bchw", latents, latent_rgb[:-1]) + latent_rgb[-1][:, None, None]
     return to_pil(pixels)

@@ -1,4 +1,4 @@
-"""What every task shares: repeatable noise, the VAE on both sides, and the one loop from noise to clean latents.
+"""What every task shares: encoding and decoding by the VAE, and the sampling loop from noise to clean latents.
 
 Precision changes in two places: around the UNet (`guidance.predict`) and around the VAE (`through_vae`). Everything
 else is float32.
@@ -46,7 +46,7 @@ DECODED_AT_ONCE = 2**18  # pixels: one picture of 512x512, which takes about 2 G
 
 
 def through_vae(sd: StableDiffusion, run: Callable[[AnyVAE, Tensor], Tensor], x: Tensor) -> Tensor:
-    """`run` of the VAE on x, in the VAE's precision; float32 outside. What overflows there is done again in float32."""
+    """`run` of the VAE on x, in the VAE's dtype; float32 outside. On overflow it runs again in float32."""
     y = run(on_stage(sd, sd.vae), x.to(next(sd.vae.parameters()))).float()
     if y.isfinite().all():
         return y
@@ -61,7 +61,7 @@ def through_vae(sd: StableDiffusion, run: Callable[[AnyVAE, Tensor], Tensor], x:
 
 
 def encode(sd: StableDiffusion, pixels: Tensor, draw: NoiseOfEach, *, tiling: bool = False) -> Tensor:
-    """One picture, or one each (1 or B, 3, H, W) -> a latent each (B, L, h, w), drawn from what the encoder gives."""
+    """One picture, or one each (1 or B, 3, H, W) -> latents (B, L, h, w) sampled from the encoder's distribution."""
     mean, logvar = moments_of(sd, pixels, tiling=tiling)
     return sd.vae.config.scaled(mean + torch.exp(0.5 * logvar) * draw.encoder(mean.shape[1:]))
 
@@ -80,8 +80,8 @@ def moments_of(sd: StableDiffusion, pixels: Tensor, *, tiling: bool = False) -> 
 
 
 def to_edit(sd: StableDiffusion, pixels: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) as a model that edits them reads them: the encoder's mean, (B, L, h, w), not scaled, except
-    for EDM models (CosXL)."""
+    """Pictures (B, 3, H, W) as inputs of a model that edits them: the encoder's mean, (B, L, h, w), unscaled except for
+    EDM models (CosXL)."""
     mean = moments_of(sd, pixels)[0]
     return sd.vae.config.scaled(mean) if isinstance(sd.schedule, EDMSchedule) else mean
 
@@ -110,44 +110,44 @@ def decode(sd: StableDiffusion, latents: Tensor, *, tiling: bool = False) -> Ten
 
 @dataclass(frozen=True)
 class Known:
-    """What a task knows of the picture beforehand."""
+    """The given parts of a picture: latents to start from, masks, and extra input channels."""
 
-    latents: Tensor | None  # (B, L, h, w), clean; None: the drawing starts from noise alone
-    mask: Tensor | None = None  # (1, 1, h, w), 1 where it is drawn anew; elsewhere the latents are put back
-    change: Tensor | None = None  # (1, 1, h, w), 0 to 1: how early each place begins to change, see `differential`
-    concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for networks trained to read them
+    latents: Tensor | None  # (B, L, h, w), clean; None: sampling starts from pure noise
+    mask: Tensor | None = None  # (1, 1, h, w), 1 where to repaint; elsewhere the latents are kept
+    change: Tensor | None = None  # (1, 1, h, w), 0 to 1: how early each position begins to change, see `differential`
+    concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for inpainting models
 
 
 def levels_of(sd: StableDiffusion, one: Resolved, *, on_picture: bool = False, second_pass: bool = False) -> Levels:
-    """What the drawing visits, from noise or on a picture that there is."""
+    """The levels of a run, from pure noise or on a given picture."""
     strength, whole = one.strength if on_picture else None, second_pass and all_run(one)
     return planned_levels(sd.schedule, one.sampler, one.steps, one.spacing, one.like, strength, all_run=whole)
 
 
 def row_of(sd: StableDiffusion, one: Resolved, *, second_pass: bool = False) -> tuple[Level, ...]:
-    """All the levels whose last ones run on a picture."""
+    """The full schedule, of which the last part runs on a picture."""
     whole = second_pass and all_run(one)
     return whole_row(sd.schedule, one.sampler, one.steps, one.spacing, one.like, one.strength, all_run=whole)
 
 
 def all_run(one: Resolved) -> bool:
-    """Whether the second pass of hires runs all its steps, and the strength only says where they begin."""
+    """Whether the hires pass runs all its steps, the strength only setting where they begin."""
     return one.hires_steps is not None or convention(one.like).second_pass_whole
 
 
 def second_pass(one: Resolved) -> Resolved:
-    """What the second pass of hires draws with."""
+    """The settings of the hires pass."""
     names = ("sampler", "spacing", "prompt", "negative", "guidance", "steps")
     return replace(one, **{name: value for name in names if (value := getattr(one, f"hires_{name}")) is not None})
 
 
 def from_nothing(one: Resolved) -> bool:
-    """Whether a picture that is drawn anew, in part or by a network that reads it, begins from noise alone."""
+    """Whether inpainting and editing start from pure noise, at full strength."""
     return one.strength == 1 and not convention(one.like).image_keeps
 
 
 def steps_to_run(sd: StableDiffusion, one: Resolved, *, on_picture: bool = False) -> int:
-    """How many steps a task yields; of a picture in two passes those of both."""
+    """How many steps a task yields; with a hires pass those of both passes."""
     first = len(levels_of(sd, one, on_picture=on_picture).sigmas) - 1
     if on_picture or not one.hires:
         return first
@@ -155,7 +155,7 @@ def steps_to_run(sd: StableDiffusion, one: Resolved, *, on_picture: bool = False
 
 
 def prepare_latents(sd: StableDiffusion, size: tuple[int, int], draw: NoiseOfEach) -> Tensor:
-    """What the drawing of a picture of this size, width and height in pixels, begins with: (B, L, h, w)."""
+    """The initial noise for a picture of this width and height in pixels: (B, L, h, w)."""
     width, height = (side // sd.vae.config.factor for side in size)
     return draw.first((sd.vae.config.latent_channels, height, width))
 
@@ -173,9 +173,9 @@ def sample(
 ) -> Generator[Step, None, Tensor]:
     """Yields the sampler's steps; returns clean latents (B, L, h, w).
 
-    `each` differ in prompts, seeds and scale of guidance only; `size` is the picture's, as SDXL is told it; `noise` is
-    the first one, and `draw` gives more; `first_pass` counts the steps of a pass before this one, for prompts that
-    change on the way; `control` are maps to follow and `image_prompt` pictures to take after, which a refiner does not.
+    `each` differ in prompts, seeds and guidance scale only; `size` is the picture's, for SDXL's conditioning; `noise`
+    is the initial noise, and `draw` gives more; `first_pass` is the number of steps of an earlier pass, for prompt
+    editing; `control` and `image_prompt` do not act on a refiner.
     """
     one, shape = each[0], noise.shape[1:]
     again = first_pass is not None
@@ -190,7 +190,7 @@ def sample(
         start = math.inf
     path = None
     if "path" in SAMPLERS[one.sampler].takes:
-        assert isinstance(draw, NoiseOfEach)  # no sampler that takes a path draws its pictures one by one
+        assert isinstance(draw, NoiseOfEach)  # samplers that take a path are all batched
         path = draw.path(shape, row, levels.sigmas)
     calls = count() if convention(one.like).prompts == "batches" else None
     concat, done = known.concat if known else None, 0
@@ -220,14 +220,14 @@ def sample(
 
 
 def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[list[StableDiffusion], Levels]]:
-    """Who draws between which levels: the model, and below the share `handover` of the timesteps its refiner, if it has
-    one (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each runs the sampler anew, as two pipelines would; where
-    one hands over to the other inside the sampler, both are named for all levels."""
+    """Which model samples which levels: the base model, and after the fraction `handover` of the timesteps its refiner,
+    if any (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each starts the sampler afresh, as two pipelines would;
+    if the handover is inside the sampler, both are listed for all levels."""
     if sd.refiner is None:
         return [([sd], levels)]
     if convention(one.like).refines_midway:
         return [([sd, sd.refiner], levels)]
-    assert one.handover is not None  # `check_refiner` sees to it
+    assert one.handover is not None  # ensured by `check_refiner`
     entries = len(sd.schedule)
     last = round(entries - one.handover * entries)
     own = sum(timestep >= last for timestep in levels.timesteps)
@@ -238,8 +238,8 @@ def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[list
 def handed_over(
     denoise: Denoise, refined: Denoise, schedule: NoiseSchedule | EDMSchedule, handover: float | None
 ) -> Denoise:
-    """One model, and another one from the entry of the table on above which the share `handover` of it lies."""
-    assert isinstance(schedule, NoiseSchedule) and handover is not None  # `check_refiner` sees to it
+    """The first model, and the second one after the fraction `handover` of the table's timesteps."""
+    assert isinstance(schedule, NoiseSchedule) and handover is not None  # ensured by `check_refiner`
     table = schedule.sigmas
 
     def either(x: Tensor, sigma: float) -> Tensor:
@@ -252,7 +252,7 @@ def handed_over(
 def sampler_options(
     sd: StableDiffusion, one: Resolved, levels: Levels, path: Path | None, pair: Denoise | Pair
 ) -> dict[str, Any]:
-    """What the sampler takes by name, where it is not left to its default."""
+    """The sampler's keyword arguments that are not left at their defaults."""
     options = {
         "eta": one.eta,
         "prediction": "epsilon" if one.like == "a1111" else sd.prediction,
@@ -276,9 +276,9 @@ def _denoise(
     joins: Sequence[Join],
     calls: Iterator[int] | None,
 ) -> Denoise | Pair:
-    """The network with its prompts, guidance and maps; for samplers that take one, the pair of estimates."""
+    """The network with prompts, guidance and controls; for samplers that take a pair, both estimates."""
     one, steps = each[0], len(levels.sigmas) - 1
-    if calls is not None:  # of all steps that were asked for, run or not
+    if calls is not None:  # counting all requested steps, run or not
         twice = 2 if one.sampler in convention(one.like).second_order else 1
         steps, first_pass = one.steps * twice, None if first_pass is None else first_pass * twice
     if sd.unet.config.in_channels == sd.vae.config.latent_channels:

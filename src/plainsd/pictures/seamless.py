@@ -1,7 +1,7 @@
-"""Pictures that repeat without a seam: every convolution reads past an edge what lies at the opposite one.
+"""Seamlessly tiling pictures: every convolution pads circularly.
 
-A1111's "Tiling". The networks' own padding is changed for the time of a call only, so that other pictures drawn with
-the same model are as before.
+A1111's "Tiling". The networks' padding is changed for the duration of a call only, so that other pictures of the same
+model stay the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from plainsd.errors import UserError
 
 @contextmanager
 def wrapped_edges(network: nn.Module) -> Iterator[None]:
-    """Circular padding in place of zeros, for as long as this lasts."""
+    """Circular padding instead of zeros inside this context."""
     convs = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d) and any(layer.padding)]
     before = [conv.padding_mode for conv in convs]
     try:
@@ -38,7 +38,7 @@ def seamless(network: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]
 
 
 def check_seamless(*networks: nn.Module) -> None:
-    """UserError where a network's convolutions are packed, and pad by zeros always."""
+    """UserError if a network's convolutions are packed, which always pad with zeros."""
     for network in networks:
         convs = [name for name, layer in network.named_modules() if name.rpartition(".")[2] in ("conv_in", "conv_out")]
         if any(not isinstance(network.get_submodule(name), nn.Conv2d) for name in convs):

@@ -1,7 +1,7 @@
-"""Networks that enlarge pictures (ESRGAN, Wang et al. 2018, arXiv:1809.00219, and its kin), by the spandrel library.
+"""Upscaling networks (ESRGAN, Wang et al. 2018, arXiv:1809.00219, and its kin), by the spandrel library.
 
-A picture goes through in tiles, so that memory is bounded; neighbours overlap and are blended, and no seam shows.
-Where the network enlarges four times and twice is wanted, its result is scaled down, as A1111 does it.
+A picture is processed in tiles, so that memory is bounded; overlapping tiles are blended, so that no seam shows. If a
+4x network is used for 2x, its result is scaled down, as in A1111.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from plainsd.listing import suffix_of
 from plainsd.pictures.images import to_pil, to_tensor
 from plainsd.pictures.settings import plain_number
 
-TILE = 192  # pixels of a tile's sides, what is blended included
-OVERLAP = 32  # pixels in which two tiles are blended
-LARGEST_SIDE = 16_384  # of what comes out
+TILE = 192  # pixels per side of a tile, overlap included
+OVERLAP = 32  # pixels over which two tiles are blended
+LARGEST_SIDE = 16_384  # pixels, of the result
 
 
 @dataclass(frozen=True)
 class Upscaler:
-    """A network, and how many times it enlarges."""
+    """A network and its scale factor."""
 
     name: str
     scale: int
@@ -49,14 +49,14 @@ class Upscaler:
 
 
 def tiles_of(height: int, width: int) -> Iterator[tuple[tuple[int, int, Tensor], tuple[int, int, Tensor]]]:
-    """Rows and columns of each tile: first, last + 1, and what each of them counts where tiles are blended."""
+    """Rows and columns of each tile: start, stop, and their weights for blending."""
     for rows in spans(height):
         for columns in spans(width):
             yield rows, columns
 
 
 def spans(length: int) -> list[tuple[int, int, Tensor]]:
-    """Stretches of at most TILE that overlap by OVERLAP, with weights that add to 1 everywhere."""
+    """Intervals of at most TILE that overlap by OVERLAP, with weights that add to 1 everywhere."""
     step = TILE - OVERLAP
     starts = [0] if length <= TILE else [*range(0, length - TILE, step), length - TILE]
     found, total = [], torch.zeros(length)
@@ -78,7 +78,7 @@ def scaled_up(weights: Tensor, scale: int) -> Tensor:
 
 
 def upscaled(image: Image.Image, upscaler: Upscaler, size: tuple[int, int] | None = None) -> Image.Image:
-    """A picture enlarged by the network, then scaled to `size`, width and height, if that is given."""
+    """A picture upscaled by the network, then resized to `size` (width, height) if given."""
     if max(image.size) * upscaler.scale > LARGEST_SIDE:
         raise UserError(
             f"{image.width}x{image.height} times {upscaler.scale} is larger than {LARGEST_SIDE} on a side; scale the "
@@ -99,7 +99,7 @@ def enlarged_notes(times: float, name: str) -> tuple[tuple[str, str], ...]:
 
 
 def library() -> tuple[Any, Any]:
-    """Spandrel's class of such networks, and its loader. UserError where it is not installed."""
+    """Spandrel's class of such networks, and its loader. UserError if it is not installed."""
     try:
         from spandrel import ImageModelDescriptor, ModelLoader
     except ImportError as error:
@@ -110,8 +110,8 @@ def library() -> tuple[Any, Any]:
 
 
 def load_upscaler(path: str | Path, device: torch.device | str = "cpu") -> Upscaler:
-    """A network of any kind that spandrel knows, from a .pth or .safetensors file, in float32. UserError where it is
-    none, where it does not enlarge pictures in colour, or where spandrel is not installed."""
+    """A network of any architecture spandrel knows, from a .pth or .safetensors file, in float32. UserError if it is
+    none, if it does not upscale RGB pictures, or if spandrel is not installed."""
     path = Path(path)
     ImageModelDescriptor, ModelLoader = library()
     if not path.is_file():
@@ -134,7 +134,7 @@ def load_upscaler(path: str | Path, device: torch.device | str = "cpu") -> Upsca
 
 
 def weights_in(path: Path) -> dict[str, Any]:
-    """All of the file, the tables it may lie in included: spandrel knows their names."""
+    """The whole file, nested state dicts included: spandrel knows their names."""
     if suffix_of(path) == ".safetensors":
         file: TensorFile = open_safetensors(path)
         return {name: stored.read(None) for name, stored in file.tensors.items()}
