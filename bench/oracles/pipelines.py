@@ -37,7 +37,7 @@ SPACINGS: dict[str, dict[str, Any]] = {
     "exponential": {"timestep_spacing": "linspace", "use_exponential_sigmas": True},
 }
 
-UNSPACED = ("ddpm", "ddim", "plms")  # whose schedulers know timesteps only
+UNSPACED = ("ddpm", "ddim", "plms", "euler_a")  # whose schedulers know timesteps only
 
 
 class Pipelines:
