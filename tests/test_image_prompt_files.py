@@ -244,3 +244,21 @@ def test_settings_of_a_tower_are_read_or_refused(files):
     path.write_text(json.dumps(config | {"num_attention_heads": 5}))
     with pytest.raises(UserError, match="5 attention heads do not divide a width of 32"):
         open_tower(files / "image_encoder")
+
+
+def test_info_says_what_it_is(files, capsys):
+    from diffusers import T2IAdapter
+
+    from plainsd.cli import main
+
+    T2IAdapter(channels=[32, 64]).save_pretrained(files / "t2i")
+    capsys.readouterr()
+    for name, says in (
+        ("base.safetensors", "an IP-Adapter; give it with --image-prompt"),
+        ("image_encoder", "a CLIP vision tower; give it with --image-encoder"),
+        ("image_encoder/model.safetensors", "a CLIP vision tower; give it with --image-encoder"),
+        ("t2i", "a T2I-Adapter; give it with --control"),
+        ("t2i/diffusion_pytorch_model.safetensors", "a T2I-Adapter; give it with --control"),
+    ):
+        assert main(["info", str(files / name)]) == 0
+        assert says in capsys.readouterr().out

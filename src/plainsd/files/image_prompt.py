@@ -45,6 +45,13 @@ def naming_of_tower(names: Iterable[str]) -> str | None:
     return next((naming for naming, first in PATCHES.items() if names & set(first)), None)
 
 
+def is_tower(folder: Path) -> bool:
+    """Whether a folder holds a vision tower, or a whole CLIP."""
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return "vision_config" in config or config.get("model_type") == "clip_vision_model"
+
+
 def open_tower(path: Path) -> StoredNetwork:
     """A vision tower, or that of a whole CLIP."""
     file = open_part(path) if path.is_dir() else open_tensors(path)

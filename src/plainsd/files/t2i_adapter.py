@@ -13,10 +13,10 @@ from plainsd.files.tensorfile import TensorFile, open_tensors
 from plainsd.models.t2i_adapter import AdapterConfig, T2IAdapter
 
 T2I_CLASS = "T2IAdapter"
-TYPES = {"full_adapter": "full", "full_adapter_xl": "xl", "light_adapter": "light"}
+ADAPTER_TYPES = {"full_adapter": "full", "full_adapter_xl": "xl", "light_adapter": "light"}
 FIRST_BLOCK = re.compile(r"(?:adapter\.)?body\.0\.(?:resnets\.0\.|body\.0\.)?block1\.weight")
 BLOCKS = 2  # residual blocks a level, in all full adapters that were published
-SMALL, LARGE = 8, 16  # pixels a side that are folded, SD's and SDXL's
+FOLDED_SD, FOLDED_XL = 8, 16  # pixels a side that are folded, SD's and SDXL's
 
 
 def is_t2i_adapter(path: Path) -> bool:
@@ -39,14 +39,14 @@ def open_t2i_adapter(path: Path) -> StoredNetwork:
 def read_t2i_adapter(config: Config, where: str) -> AdapterConfig:
     """From diffusers' settings, which of a light adapter's levels leave the last out: it has the width of the one
     before."""
-    kind = TYPES[one_of(config, "adapter_type", where, "full_adapter", TYPES)]
+    kind = ADAPTER_TYPES[one_of(config, "adapter_type", where, "full_adapter", ADAPTER_TYPES)]
     channels = wholes({"channels": config.get("channels", AdapterConfig.channels)}, "channels", where)
     return AdapterConfig(
         kind,
         (*channels, channels[-1]) if kind == "light" else channels,
         whole_number(config, "num_res_blocks", where, BLOCKS, 64),
         whole_number(config, "in_channels", where, 3, 64),
-        whole_number(config, "downscale_factor", where, SMALL, 64),
+        whole_number(config, "downscale_factor", where, FOLDED_SD, 64),
     )
 
 
@@ -63,11 +63,11 @@ def shaped_t2i_adapter(file: TensorFile) -> AdapterConfig:
         "body.{}.out_conv.weight" if light else "body.{}.block1.weight" if flat else "body.{}.resnets.0.block1.weight"
     )
     widths = [shapes.get(name.format(level * BLOCKS if flat else level), (0,))[0] for level in range(levels)]
-    factor = LARGE if folded % LARGE**2 == 0 else SMALL
+    factor = FOLDED_XL if folded % FOLDED_XL**2 == 0 else FOLDED_SD
     if not folded or folded % factor**2 or 0 in widths:
         raise UserError(
             f"{file.path} is a T2I-Adapter of a kind that is not known here; give it as a folder with config.json",
             field="control",
         )
-    kind = "light" if light else "xl" if factor == LARGE else "full"
+    kind = "light" if light else "xl" if factor == FOLDED_XL else "full"
     return AdapterConfig(kind, tuple(widths), BLOCKS if flat else inside, folded // factor**2, factor)

@@ -45,7 +45,7 @@ class AdapterBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
-class Level(nn.Module):
+class AdapterLevel(nn.Module):
     """Halved, brought to a width, refined, and in light adapters brought to the level's width only then."""
 
     def __init__(self, config: AdapterConfig, c_in: int, c_out: int, halved: bool):
@@ -78,7 +78,7 @@ class T2IAdapter(nn.Module):
         self.conv_in = nn.Identity() if light else nn.Conv2d(folded, first, 3, padding=1)
         widths = (folded if light else first, *config.channels)
         self.levels = nn.ModuleList(
-            Level(config, *pair, halved)
+            AdapterLevel(config, *pair, halved)
             for pair, halved in zip(zip(widths, config.channels, strict=False), config.halved, strict=True)
         )
 

@@ -16,12 +16,14 @@ from plainsd.adapters.reading import made_for
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.files.control import CONTROL_FORMS, CONTROL_NOTE, holds_control, is_control, open_control
 from plainsd.files.detect import EMBEDDING, seems
-from plainsd.files.folder import read_folder
+from plainsd.files.folder import open_part, read_folder
 from plainsd.files.hub import find
+from plainsd.files.image_prompt import is_tower
 from plainsd.files.predicted import check_prediction, told_otherwise, with_noise
 from plainsd.files.renumbered import without_gaps
 from plainsd.files.single import FILES_KEY, by_name, known_beside, prefixes, read_networks, variant_in
 from plainsd.files.stored import StoredNetwork
+from plainsd.files.t2i_adapter import is_t2i_adapter
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
 from plainsd.listing import suffix_of
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
@@ -40,6 +42,9 @@ def info(
     path = adapter_in(find(source, variant_file))
     if path.is_dir() and is_control(path):
         return control_info(path, variant_file)
+    if path.is_dir() and (is_t2i_adapter(path) or is_tower(path)):
+        tensors = open_part(path).tensors
+        return "\n".join([f"{path}: {seems(tensors)}", row("tensors", sizes(tensors.values()))])
     if path.is_dir():
         contents = told_otherwise(read_folder(path, variant_file), path, prediction, zero_snr)
         return "\n".join(
