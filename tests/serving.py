@@ -111,8 +111,8 @@ class Brake:
         self.steps, self.batches, self.free = queue.Queue(), [], threading.Event()
         self.began, original = queue.Queue(), worker.batch
 
-        def slowed(sd, each, *pictures):
-            events = original(sd, each, *pictures)
+        def slowed(sd, each, *pictures, **more):
+            events = original(sd, each, *pictures, **more)
             self.batches.append(list(each))
             self.began.put(len(each))
             return Slowed(self, events)

@@ -351,7 +351,7 @@ def test_unknown_names_and_what_is_not_had(server, drawing):
         ("txt2img", {"steps": 0}, 422),
         ("txt2img", {"override_settings": {"sd_vae": "some.vae.pt"}}, 422),
         ("txt2img", {"enable_hr": True, "hr_upscaler": "ESRGAN_4x"}, 422),
-        ("img2img", {"init_images": [base64_of(drawing)], "mask": base64_of(drawing), "inpainting_fill": 2}, 422),
+        ("img2img", {"init_images": [base64_of(drawing)], "mask": base64_of(drawing), "inpainting_fill": 4}, 422),
         ("img2img", {"init_images": [base64_of(drawing)], "mask": base64_of(Image.new("L", (64, 64)))}, 422),
         ("img2img", {"init_images": ["http://example.com/a.png"]}, 422), ("png-info", {"image": "AAAA"}, 422),
     ]  # fmt: skip

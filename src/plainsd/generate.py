@@ -391,11 +391,14 @@ def batch(
     mask: Image.Image | None = None,
     control: Sequence[Control] = (),
     image_prompt: Sequence[ImagePrompt] = (),
+    *,
+    composed: bool = True,
 ) -> Events:
     """Pictures of settings that leave nothing open, such as those of `Events.settings`, drawn together.
 
     They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, a mask, maps
-    to follow and pictures to take after are the same for all; picture and mask have the size of the settings.
+    to follow and pictures to take after are the same for all; picture and mask have the size of the settings. Not
+    `composed`, what is drawn with a mask comes whole, for a caller who puts it into its place.
     """
     each, one = list(each), each[0]
     if image is None:
@@ -404,4 +407,6 @@ def batch(
     if mask is None:
         return Events(drawn(_from_picture, sd, each, image, control, image_prompt), each, steps)
     canvas = canvas_of(image, mask, image.size, MaskOptions(soft=one.soft_mask))
+    if not composed:
+        canvas = replace(canvas, whole=image, alpha=Image.new("L", image.size, 255))
     return Events(drawn(_repainted, sd, each, canvas, control, image_prompt), each, steps)

@@ -13,6 +13,7 @@ from tyro.conf import UseAppendAction
 
 from plainsd.commands.flags import flag
 from plainsd.errors import UserError
+from plainsd.text.styles import read_styles
 
 SHORTEST_TOKEN = 12
 
@@ -44,6 +45,10 @@ class Serve:
     """control nets, files or folders, used by name"""
     upscalers: Annotated[Path | None, flag("FOLDER")] = None
     """networks of ESRGAN's kind (.pth, .safetensors), used by name to enlarge pictures"""
+    wildcards: Annotated[Path | None, flag("FOLDER")] = None
+    """text files, one choice a line, for prompts with __colours__; {red|blue} needs none"""
+    styles: Annotated[Path | None, flag("FILE")] = None
+    """CSV file of styles, in A1111's format: name,prompt,negative_prompt"""
     vae: Annotated[Path | None, flag("PATH")] = None
     """autoencoder for all models instead of their own: a folder, a file, or a whole checkpoint"""
     preview_vae: Annotated[Path | None, flag("PATH")] = None
@@ -103,6 +108,8 @@ class Serve:
             embeddings=self.embeddings,
             controls=self.controls,
             upscalers=self.upscalers,
+            wildcards=self.wildcards,
+            styles=self.styles,
             vae=self.vae,
             preview_vae=self.preview_vae,
             prediction=self.prediction,
@@ -125,9 +132,12 @@ class Serve:
             raise UserError(f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time")
         if not 0 <= self.port < 65536:
             raise UserError(f"port {self.port} is out of range; choose 1 to 65535, or 0 for any that is free")
-        for name in ("loras", "embeddings", "controls", "upscalers"):
+        for name in ("loras", "embeddings", "controls", "upscalers", "wildcards"):
             if (folder := getattr(self, name)) is not None and not folder.is_dir():
                 raise UserError(f"{name}: there is no folder '{folder}'; make it, or leave --{name} out")
+
+        if self.styles is not None:
+            read_styles(self.styles)
 
     def wanted_token(self) -> str | None:
         from plainsd.server.api.security import is_loopback

@@ -98,7 +98,7 @@ def enlarged_notes(times: float, name: str) -> tuple[tuple[str, str], ...]:
 # --- its file --------------------------------------------------------------------------------------------------------
 
 
-def library() -> tuple[Any, Any]:
+def spandrel_classes() -> tuple[Any, Any]:
     """Spandrel's class of such networks, and its loader. UserError if it is not installed."""
     try:
         from spandrel import ImageModelDescriptor, ModelLoader
@@ -113,7 +113,7 @@ def load_upscaler(path: str | Path, device: torch.device | str = "cpu") -> Upsca
     """A network of any architecture spandrel knows, from a .pth or .safetensors file, in float32. UserError if it is
     none, if it does not upscale RGB pictures, or if spandrel is not installed."""
     path = Path(path)
-    ImageModelDescriptor, ModelLoader = library()
+    ImageModelDescriptor, ModelLoader = spandrel_classes()
     if not path.is_file():
         raise UserError(f"there is no file {path}; give an upscaler's .pth or .safetensors", field="upscaler")
     try:

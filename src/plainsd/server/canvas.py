@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from plainsd.pictures.images import continued
-from plainsd.pictures.masks import Box, alpha_of, hole_of, resized
+from plainsd.pictures.masks import Box, MaskOptions, canvas_of, resized
+from plainsd.pictures.settings import DEFAULTS
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Source
 from plainsd.server.limits import Limits
@@ -43,6 +44,7 @@ def base_of(request: JobRequest, limits: Limits) -> Base | None:
             raise Refused(422, "mask without an image; send the picture that it belongs to", "mask")
         if request.outpaint is not None:
             raise Refused(422, "outpaint without an image; send the picture that is continued", "outpaint")
+        refuse_mask_options(request)
         return None
     image, mask = picture(request.image, "image", limits), None
     if request.outpaint is not None:
@@ -52,11 +54,26 @@ def base_of(request: JobRequest, limits: Limits) -> Base | None:
     if request.mask is not None:
         mask = picture(request.mask, "mask", limits, "black")
     if mask is None:
+        refuse_mask_options(request)
         return Base(resized(image, size))
     if mask.size != image.size:
         raise differing(mask, image)
-    image, alpha = resized(image, size), alpha_of(mask.resize(size), request.mask_blur)
-    return Base(image, hole_of(alpha), image, alpha) if request.mask_blur else Base(image, alpha)
+    how = MaskOptions(
+        request.mask_blur,
+        request.mask_grow or 0,
+        request.masked_padding,
+        request.masked_content or "original",
+        request.soft_mask,
+    )
+    canvas = canvas_of(image, mask, size, how)
+    return Base(canvas.image, canvas.hole, canvas.whole, canvas.alpha, canvas.box)
+
+
+def refuse_mask_options(request: JobRequest) -> None:
+    """Where there is no mask."""
+    for name in ("mask_blur", "mask_grow", "masked_padding", "masked_content", "soft_mask"):
+        if (value := getattr(request, name)) not in (None, DEFAULTS[name]):
+            raise Refused(422, f"{name} {value} without a mask; send one, or leave {name} out", name, value)
 
 
 def outpainted(request: JobRequest, sides: Box, image: Image.Image, limits: Limits) -> tuple[Image.Image, Image.Image]:

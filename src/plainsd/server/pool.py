@@ -35,6 +35,7 @@ from plainsd.server.embeddings import Word, Words, taught
 from plainsd.server.errors import Refused
 from plainsd.server.folders import readable
 from plainsd.server.upscalers import Upscalers
+from plainsd.server.wording import Wording
 from plainsd.speed.model import faster
 from plainsd.text.prompts import lora_tags
 
@@ -53,6 +54,8 @@ class PoolOptions:
     embeddings: Path | None = None  # folder
     controls: Path | None = None  # folder
     upscalers: Path | None = None  # folder
+    wildcards: Path | None = None  # folder
+    styles: Path | None = None  # file
     vae: Path | None = None  # another autoencoder than the models' own, for all of them
     preview_vae: Path | None = None  # TAESD, for previews
     prediction: str | None = None  # what the network of the one model predicts, where its files say it wrong or not
@@ -100,7 +103,7 @@ class Models:
     def __init__(self, sources: Sequence[str | None], options: PoolOptions = PoolOptions()):
         options.check(len(sources))
         self.options, self.words = options, Words(options.embeddings)
-        self.controls = ControlNets(options.controls)
+        self.controls, self.wording = ControlNets(options.controls), Wording(options.wildcards, options.styles)
         self.device = choose_device(options.device)
         self.upscalers = Upscalers(options.upscalers, self.device)
         self.dtype = choose_dtype(options.dtype, self.device)

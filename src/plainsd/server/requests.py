@@ -21,13 +21,16 @@ from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Job, Sheet, Source
 from plainsd.server.jobs.pictures import new_id, new_place
 from plainsd.server.limits import Limits
-from plainsd.server.pool import Models
+from plainsd.server.pool import Models, NamedLoras
 from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import check_pixels, without_tags
+from plainsd.server.wording import Wording
 from plainsd.text.prompts import Weighted, compose, schedule
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
-                "hires_negative", "seed_resize", "batch_index", "batch_size")  # fmt: skip
+                "hires_negative", "seed_resize", "batch_index", "batch_size", "mask_blur", "mask_grow",
+                "masked_padding", "masked_content", "soft_mask")  # fmt: skip
+BEFORE = ("mask_blur", "mask_grow", "masked_padding", "masked_content")  # what was done as the canvas was made
 CELLS = [name for _, name, _, _ in FIELDS if name in JobRequest.model_fields and name not in NOT_IN_GRIDS]
 CELLS += ["sampler", "spacing"]
 
@@ -47,8 +50,8 @@ def checked(
     request: JobRequest,
     base: Base | None,
     control: list[Control],
-    prompt: str,
-    negative: str,
+    prompts: list[str],
+    negatives: list[str],
     **cell: Any,
 ) -> list[Resolved]:
     """The settings of each picture, nothing left open. UserError where the model cannot do it."""
@@ -60,11 +63,14 @@ def checked(
                 field="strength",
                 value=choices["strength"],
             )
-        return text_to_image(bare, prompt, negative, count=request.count, **choices).settings
-    choices |= {"size": base.image.size, "count": request.count, "negative": negative}
+        return text_to_image(bare, prompts, negatives, **choices).settings
+    choices |= {"size": base.image.size, "negative": negatives}
     if base.hole is None:
-        return image_to_image(bare, prompt, base.image, choices.pop("strength", None), **choices).settings
-    return inpaint(bare, prompt, base.image, base.hole, choices.pop("strength", 1.0), **choices).settings
+        return image_to_image(bare, prompts, base.image, choices.pop("strength", None), **choices).settings
+    done = {name: value for name, value in choices.items() if name in BEFORE}
+    choices = {name: value for name, value in choices.items() if name not in BEFORE}
+    each = inpaint(bare, prompts, base.image, base.hole, choices.pop("strength", 1.0), **choices).settings
+    return [replace(one, **done) for one in each]
 
 
 def cells(request: JobRequest) -> list[dict[str, Any]]:
@@ -85,13 +91,7 @@ def cells(request: JobRequest) -> list[dict[str, Any]]:
 
 
 def check_limits(request: JobRequest, limits: Limits) -> None:
-    for name in ("prompt", "negative"):
-        length = len(getattr(request, name))
-        if length > limits.prompt:
-            raise Refused(422, f"{name} has {length} characters; at most {limits.prompt} are taken", name, length)
-        if (depth := nesting(getattr(request, name))) > limits.nesting:
-            message = f"{name} has {depth} brackets inside each other; at most {limits.nesting} are read"
-            raise Refused(422, message, name, depth)
+    check_asked(request, limits)
     pictures = request.count
     for axis in request.grid or []:
         pictures *= len(axis.values)
@@ -101,6 +101,16 @@ def check_limits(request: JobRequest, limits: Limits) -> None:
         raise Refused(422, f"grid has {pictures} pictures; at most {limits.count} are drawn at once", "grid", pictures)
     if request.grid and request.count > 1:
         raise Refused(422, f"count {request.count} with a grid; leave count out", "count", request.count)
+
+
+def check_asked(asked: JobRequest | Settings, limits: Limits) -> None:
+    for name in ("prompt", "negative"):
+        length = len(getattr(asked, name))
+        if length > limits.prompt:
+            raise Refused(422, f"{name} has {length} characters; at most {limits.prompt} are taken", name, length)
+        if (depth := nesting(getattr(asked, name))) > limits.nesting:
+            message = f"{name} has {depth} brackets inside each other; at most {limits.nesting} are read"
+            raise Refused(422, message, name, depth)
 
 
 def nesting(prompt: str) -> int:
@@ -114,9 +124,19 @@ def nesting(prompt: str) -> int:
 
 def check_numbers(request: JobRequest) -> None:
     """UserError for the first that is none, or out of its range, in the request and in the cells of its grid."""
-    known = Settings.__dataclass_fields__.keys()
     for cell in cells(request):
-        Settings(**{name: value for name, value in (request.choices() | cell).items() if name in known}).check()
+        asked_settings(request, cell).check()
+
+
+def asked_settings(request: JobRequest, cell: dict[str, Any]) -> Settings:
+    known = Settings.__dataclass_fields__.keys()
+    return Settings(**{name: value for name, value in (request.choices() | cell).items() if name in known})
+
+
+def seeds_of(request: JobRequest, cell: dict[str, Any]) -> list[int]:
+    """Of each picture: they go up, unless something else does."""
+    one = asked_settings(request, cell)
+    return [one.seed + place * (one.counted == "seed") for place in range(request.count)]
 
 
 def check_work(each: list[Resolved], limits: Limits) -> None:
@@ -136,9 +156,6 @@ def new_job(
     request = request.model_copy(update={name: drawn_seed() for name in drawn})
     try:
         check_numbers(request)
-        prompt, loras = without_tags(request.prompt)
-        loras += [(lora.name, lora.strength) for lora in request.loras]
-        models.check_loras(model, loras)
         bare = models.refined(model, request.refiner)
         if bare.refiner is None and request.handover is not None:
             raise UserError(
@@ -146,15 +163,25 @@ def new_job(
                 field="handover",
                 value=request.handover,
             )
-        words = models.words.used(bare, request.embeddings, prompt, request.negative)
         bare = models.upscalers.bare(bare, request.upscaler)
         base = base or base_of(request, limits)
         control, followed, maps = controls_of(request.controls, models.controls, limits)
-        each = [
-            replace(one, embeddings=tuple(word.text for word in words))
-            for cell in cells(request)
-            for one in checked(bare, request, base, control, prompt, request.negative, **cell)
-        ]
+        choosing = api == "jobs" or models.wording.wildcards is not None  # elsewhere an extension does it
+        each: list[Resolved] = []
+        shared: NamedLoras | None = None
+        for cell in cells(request):
+            texts = texts_of(request, models.wording, seeds_of(request, cell), choosing)
+            prompts, shared = without_loras([one["prompt"] for one in texts], shared)
+            found = checked(bare, request, base, control, prompts, [one["negative"] for one in texts], **cell)
+            each += [replace(one, **of_second_pass(text)) for one, text in zip(found, texts, strict=True)]
+        loras = list(shared or [])
+        loras += [(lora.name, lora.strength) for lora in request.loras]
+        models.check_loras(model, loras)
+        for one in each:
+            check_asked(one, limits)
+        whole = ["\n".join(dict.fromkeys(getattr(one, name) for one in each)) for name in ("prompt", "negative")]
+        words = tuple(word.text for word in models.words.used(bare, request.embeddings, *whole))
+        each = [replace(one, embeddings=words) for one in each]
         said = [note for cell in cells(request) for note in notes(Settings(**told_of(request, cell)))]
         said += scaled_maps(control, each[0].size)
         check_clip_skip(bare, each)
@@ -168,9 +195,34 @@ def new_job(
     id, created = new_id(), time.time()
     return Job(
         id=id, client=client, api=api, model=model.name, loras=loras, created=created, each=each,
-        place=new_place(prompt, id, created), source=source, inputs=inputs, sheet=sheet_of(request),
+        place=new_place(each[0].prompt, id, created), source=source, inputs=inputs, sheet=sheet_of(request),
         notes=list(dict.fromkeys(said)),
     )  # fmt: skip
+
+
+def texts_of(request: JobRequest, wording: Wording, seeds: list[int], choosing: bool) -> list[dict[str, str]]:
+    """Of each picture by its seed, with styles around them and choices made: prompt, negative prompt, and those of the
+    second pass where it has its own."""
+    prompt, negative = wording.styled(request.prompt, request.negative, request.styles)
+    texts = {"prompt": prompt, "negative": negative}
+    texts |= {name: text for name in ("hires_prompt", "hires_negative") if (text := getattr(request, name))}
+    if not choosing:
+        return [texts] * len(seeds)
+    return [{name: wording.settled(name, text, seed) for name, text in texts.items()} for seed in seeds]
+
+
+def of_second_pass(texts: dict[str, str]) -> dict[str, Any]:
+    return {name: text for name, text in texts.items() if name.startswith("hires")}
+
+
+def without_loras(prompts: list[str], before: NamedLoras | None) -> tuple[list[str], list[tuple[str, float]]]:
+    """The prompts without the tags of LoRAs, and these, which all pictures of a job share."""
+    pairs = [without_tags(prompt) for prompt in prompts]
+    shared = pairs[0][1] if before is None else list(before)
+    if any(loras != shared for _, loras in pairs):
+        raise UserError("the prompt's choices give the pictures different LoRAs; draw them as several jobs",
+                        field="prompt")  # fmt: skip
+    return [prompt for prompt, _ in pairs], shared
 
 
 def scaled_maps(control: list[Control], size: tuple[int, int]) -> list[str]:

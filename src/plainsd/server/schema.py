@@ -65,8 +65,11 @@ class JobRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a red apple", "count": 2}]})
 
-    prompt: Text = Field("", description="what to draw")
+    prompt: Text = Field(
+        "", description="what to draw; {red|blue} and __wildcards__ are settled for each picture by its seed"
+    )
     negative: Text = Field("", description="what to keep away from")
+    styles: list[Text] = Field([], max_length=32, description="laid around prompt and negative, by name")
     model: Text | None = Field(None, description="one of GET /api/models")
     size: tuple[int, int] | None = Field(None, description="width and height in pixels, multiples of 8")
     steps: int | None = None
@@ -112,6 +115,14 @@ class JobRequest(BaseModel):
         None, description="so many pixels are added to the picture at its left, top, right, bottom"
     )
     mask_blur: float = Field(0, ge=0, le=64, allow_inf_nan=False, description="softness of the mask's edge, in pixels")
+    mask_grow: int | None = Field(None, description="pixels by which it is widened; below 0 it is narrowed")
+    masked_padding: int | None = Field(
+        None, description="the masked part alone is drawn, at the whole size, with so many pixels around it"
+    )
+    masked_content: Text | None = Field(
+        None, description="what lies under the mask at the start: original, fill, noise or nothing"
+    )
+    soft_mask: bool = Field(False, description="the mask's grey levels say how early each place begins to change")
     hires: float | None = Field(None, description="a second pass on the picture enlarged so many times")
     upscaler: Text | None = Field(None, description="how it is enlarged, one of `upscalers` in GET /api/info")
     hires_steps: int | None = Field(
@@ -144,7 +155,8 @@ class JobRequest(BaseModel):
         names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires",
                  "upscaler", "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval",
                  "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "tiling", "cache", "handover",
-                 "outpaint", "like", "noise", "ensd", "seed_resize",
+                 "outpaint", "mask_blur", "mask_grow", "masked_padding", "masked_content", "soft_mask",
+                 "like", "noise", "ensd", "seed_resize",
                  "batch_index", "batch_size", "hires_steps", "hires_sampler",
                  "hires_spacing", "hires_prompt", "hires_negative", "hires_guidance")  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}

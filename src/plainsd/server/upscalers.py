@@ -11,10 +11,10 @@ import torch
 from plainsd.errors import UserError, unknown
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import UPSCALERS
-from plainsd.pictures.upscaling import Upscaler, library, load_upscaler
+from plainsd.pictures.upscaling import Upscaler, load_upscaler, spandrel_classes
 from plainsd.server.folders import readable
 
-SUFFIXES = (".pth", ".safetensors")
+NETWORK_SUFFIXES = (".pth", ".safetensors")
 KEPT = 2  # networks in memory
 
 
@@ -27,11 +27,11 @@ class Upscalers:
         self.lock = threading.Lock()  # the worker draws with them, and others enlarge pictures
         self.loaded: dict[str, Upscaler] = {}  # the one used last at the end
         if folder is not None:
-            library()  # says at once where it is not installed
+            spandrel_classes()  # says at once where it is not installed
 
     def known(self) -> dict[str, tuple[Path, int]]:
         """Files by name, and how often each enlarges."""
-        return readable(scale_of, self.folder, self.unusable, SUFFIXES)
+        return readable(scale_of, self.folder, self.unusable, NETWORK_SUFFIXES)
 
     def found(self, wanted: str) -> tuple[str, Path, int]:
         """By name, in any case, as a text may have it. UserError where there is none such."""

@@ -68,6 +68,7 @@ def routes(service: Service) -> APIRouter:
             bare = service.models[fields["model"]].bare
             if edits(bare.unet.config, bare.vae.config):
                 fields["image_guidance"] = asked.image_cfg_scale
+            fields |= asked.of_the_mask()
             return Wanted(asked, job_request(**fields), notes, prepared(asked, service.limits))
 
         return await picture_answer(service, await run_in_threadpool(wanted), request, options)
@@ -128,6 +129,13 @@ def routes(service: Service) -> APIRouter:
         return [
             {"name": name, "alias": name, "path": path.name, "metadata": {}}
             for name, path in service.models.loras().items()
+        ]
+
+    @router.get("/prompt-styles")
+    def prompt_styles() -> list:
+        return [
+            {"name": name, "prompt": style.prompt, "negative_prompt": style.negative}
+            for name, style in service.models.wording.known_styles().items()
         ]
 
     @router.get("/latent-upscale-modes")
@@ -199,7 +207,8 @@ def answer(service: Service, asked: Common, job: Job) -> dict:
     shown = UNTOLD if getattr(asked, "include_init_images", False) else (*UNTOLD, *SENT)
     given = {name: getattr(asked, name) for name in type(asked).model_fields if name not in shown}
     images = [base64.b64encode(content).decode() for content in files] if asked.send_images is not False else []
-    return {"images": images, "parameters": given, "info": json.dumps(info_of(job))}
+    info = info_of(job) | {"styles": asked.styles or []}
+    return {"images": images, "parameters": given, "info": json.dumps(info)}
 
 
 def word_told(word: Word) -> dict:
@@ -228,7 +237,7 @@ def info_of(job: Job) -> dict:
         "sd_model_hash": None, "denoising_strength": one.strength,
         "extra_generation_params": {"Schedule type": spacing_label(one.spacing)} | (
             {"Refiner": one.refiner, "Refiner switch at": one.handover} if one.refiner else {}),
-        "notes": job.notes, "index_of_first_image": 0, "infotexts": [format_settings(s) for s in shown], "styles": [],
+        "notes": job.notes, "index_of_first_image": 0, "infotexts": [format_settings(s) for s in shown],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
         "clip_skip": one.clip_skip or 1, "is_using_inpainting_conditioning": False,
     }  # fmt: skip

@@ -26,10 +26,10 @@ from plainsd.server.service import Service
 from plainsd.server.uploads import NamedBytes, decoded, opened
 from plainsd.server.upscalers import Upscalers
 
-NONE, PLAIN = "None", {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
+UNCHANGED, RESAMPLED = "None", {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
 MOST_PASSES = 3  # through one network, until the picture is large enough
 FACES = ("gfpgan_visibility", "codeformer_visibility")
-IDLE = ("show_extras_results", "codeformer_weight", "upscale_first")  # of the page, and of what is refused
+IDLE_EXTRAS = ("show_extras_results", "codeformer_weight", "upscale_first")  # of the page, and of what is refused
 
 
 class Enlarge(BaseModel):
@@ -43,8 +43,8 @@ class Enlarge(BaseModel):
     upscaling_resize_w: int | None = Field(512, ge=8, le=16384)
     upscaling_resize_h: int | None = Field(512, ge=8, le=16384)
     upscaling_crop: bool | None = Field(True, description="to exactly that size; else the whole picture stays")
-    upscaler_1: Text | None = NONE
-    upscaler_2: Text | None = NONE
+    upscaler_1: Text | None = UNCHANGED
+    upscaler_2: Text | None = UNCHANGED
     extras_upscaler_2_visibility: float | None = Field(0, ge=0, le=1)
 
     def check(self, upscalers: Upscalers) -> None:
@@ -52,10 +52,10 @@ class Enlarge(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in FACES and value not in (0, *ABSENT):
                 raise Refused(422, f"{name} {value!r}: faces are not restored here; leave it out", name, value)
-            if name not in (*FACES, *IDLE):
-                names = (*type(self).model_fields, *FACES, *IDLE)
+            if name not in (*FACES, *IDLE_EXTRAS):
+                names = (*type(self).model_fields, *FACES, *IDLE_EXTRAS)
                 raise Refused(422, f"{unknown('field', name, names).what}; see /docs for what it takes", name, value)
-        known = (NONE, *PLAIN, *upscalers.known())
+        known = (UNCHANGED, *RESAMPLED, *upscalers.known())
         for field in ("upscaler_1", "upscaler_2"):
             if (name := getattr(self, field)) not in (*known, *ABSENT):
                 raise Refused(422, str(unknown("upscaler", name, known)), field, name)
@@ -77,7 +77,7 @@ def add_extras(router: APIRouter, service: Service) -> None:
 
     @router.get("/upscalers")
     def listed() -> list:
-        rows: list[tuple[str, str | None, int]] = [(name, None, 4) for name in (NONE, *PLAIN)]
+        rows: list[tuple[str, str | None, int]] = [(name, None, 4) for name in (UNCHANGED, *RESAMPLED)]
         rows += [(name, path.name, scale) for name, (path, scale) in upscalers.known().items()]
         return [
             {"name": name, "model_name": None, "model_path": file, "model_url": None, "scale": float(scale)}
@@ -89,28 +89,28 @@ def answered(body: Enlarge, upscalers: Upscalers, limits: Limits) -> dict[str, A
     body.check(upscalers)
     content = decoded(body.image, "image")
     image = opened(content, "image", limits)
-    if body.upscaler_1 in (NONE, *ABSENT):  # there, too, it is then left as it is
-        return {"html_info": "", "image": base64.b64encode(with_text(image, settings_in(content))).decode()}
+    if body.upscaler_1 in (UNCHANGED, *ABSENT):  # there, too, it is then left as it is
+        return {"html_info": "", "image": base64.b64encode(with_text(image, settings_of_file(content))).decode()}
     times = body.times(image)
-    large = enlarged(image, str(body.upscaler_1), times, upscalers, limits)
-    if body.extras_upscaler_2_visibility and body.upscaler_2 not in (NONE, *ABSENT):
-        other = enlarged(image, str(body.upscaler_2), times, upscalers, limits)
+    large = enlarged_by(image, str(body.upscaler_1), times, upscalers, limits)
+    if body.extras_upscaler_2_visibility and body.upscaler_2 not in (UNCHANGED, *ABSENT):
+        other = enlarged_by(image, str(body.upscaler_2), times, upscalers, limits)
         large = Image.blend(large, other, body.extras_upscaler_2_visibility)
     if body.resize_mode == 1 and body.upscaling_crop:
-        large = cut(large, (body.upscaling_resize_w or 512, body.upscaling_resize_h or 512))
+        large = cut_to(large, (body.upscaling_resize_w or 512, body.upscaling_resize_h or 512))
     done = enlarged_notes(times, str(body.upscaler_1))
-    settings = settings_in(content)
+    settings = settings_of_file(content)
     file = with_text(large, replace(settings, other=(*settings.other, *done)))
     info = ", ".join(f"{name}: {value}" for name, value in done)
     return {"html_info": f"<p>{escape(info)}</p>", "image": base64.b64encode(file).decode()}
 
 
-def enlarged(image: Image.Image, name: str, times: float, upscalers: Upscalers, limits: Limits) -> Image.Image:
+def enlarged_by(image: Image.Image, name: str, times: float, upscalers: Upscalers, limits: Limits) -> Image.Image:
     """So often as large, both sides rounded down to eights, as there; a network's result is scaled to that."""
     size = max(8, int(image.width * times) // 8 * 8), max(8, int(image.height * times) // 8 * 8)
     check_room(size, limits)
-    if name in PLAIN:
-        return image.resize(size, PLAIN[name])
+    if name in RESAMPLED:
+        return image.resize(size, RESAMPLED[name])
     network = upscalers.network(name)
     for _ in range(MOST_PASSES):
         check_room((image.width * network.scale, image.height * network.scale), limits)
@@ -129,14 +129,14 @@ def check_room(size: tuple[int, int], limits: Limits) -> None:
         raise Refused(422, f"{what}; at most {limits.upload_pixels} in all are made here", "image", list(size))
 
 
-def cut(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def cut_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Its middle, of exactly that size, as there: on black where it is smaller by the rounding to eights."""
     whole = Image.new("RGB", size)
     whole.paste(image, (size[0] // 2 - image.width // 2, size[1] // 2 - image.height // 2))
     return whole
 
 
-def settings_in(content: bytes) -> Settings:
+def settings_of_file(content: bytes) -> Settings:
     """Those that the picture's file carries, or none."""
     try:
         return read_settings(NamedBytes(content, "image"))

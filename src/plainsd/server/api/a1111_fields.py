@@ -1,7 +1,7 @@
 """What clients of AUTOMATIC1111's web UI say, and what it means here: the fields that act.
 
 What a client leaves out takes the model's own defaults (there 512x512, 50 steps, Euler, scale 7). What would change the
-picture and is not had here (scripts, face restoration, styles, ...) is refused: a1111_table.py.
+picture and is not had here (scripts, face restoration, ...) is refused: a1111_table.py.
 """
 
 import secrets
@@ -22,9 +22,10 @@ from plainsd.text.prompts import lora_tags
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
 NOISE_SOURCES = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}  # randn_source
+FILLS = ("fill", "original", "noise", "nothing")  # inpainting_fill 0 to 3
 NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
     "sd-vae": [], "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
-    "prompt-styles": [], "script-info": [],
+    "script-info": [],
     "scripts": {"txt2img": [], "img2img": []},
 }  # fmt: skip
 
@@ -36,6 +37,7 @@ class Common(BaseModel):
 
     prompt: Text | None = ""
     negative_prompt: Text | None = ""
+    styles: list[Text] | None = None
     seed: int | None = Field(-1, description="-1: a random one")
     subseed: int | None = Field(-1, ge=-1, lt=2**64)
     subseed_strength: float | None = Field(0.0, ge=0, le=1)
@@ -76,6 +78,7 @@ class Common(BaseModel):
             "eta": self.eta if sampler in WITH_ETA else None,
             "tiling": (options.get("tiling") if self.tiling is None else self.tiling) or None,
             "like": "a1111",
+            "styles": self.styles or [],
             "controls": units_of(self.alwayson_scripts or {}),
         } | self.noise_wished(options)  # fmt: skip
         if self.disable_extra_networks:
@@ -165,7 +168,9 @@ class Image2Image(Common):
     mask_blur: float | None = Field(None, ge=0, le=64, description="in place of the two")
     mask_blur_x: float | None = Field(4, ge=0, le=64)
     mask_blur_y: float | None = Field(4, ge=0, le=64)
-    inpainting_fill: Literal[0, 1, 2, 3] | None = Field(0, description="0: the colours around, 1: what was there")
+    inpainting_fill: Literal[0, 1, 2, 3] | None = Field(
+        0, description="0: the colours around, 1: what was there, 2: noise, 3: nothing"
+    )
     inpaint_full_res: bool | None = True
     inpaint_full_res_padding: int | None = Field(0, ge=0, le=4096)
     inpainting_mask_invert: int | None = Field(0, ge=0, le=1)
@@ -174,6 +179,16 @@ class Image2Image(Common):
     image_cfg_scale: float | None = Field(
         None, ge=0, le=100, description="of models that edit pictures; without effect on others"
     )
+
+    def of_the_mask(self) -> dict[str, Any]:
+        """What is told of it: fields of a JobRequest."""
+        if not self.mask:
+            return {}
+        across, down = self.blur()
+        return {
+            "masked_padding": (self.inpaint_full_res_padding or 0) if self.inpaint_full_res else None,
+            "masked_content": FILLS[self.inpainting_fill or 0], "mask_blur": across if across == down else 0,
+        }  # fmt: skip
 
     def blur(self) -> tuple[float, float]:
         """Of the mask's edge, across and down."""

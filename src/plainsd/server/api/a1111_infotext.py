@@ -7,7 +7,7 @@ from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.fields import FIELDS
-from plainsd.server.api.a1111_fields import Common
+from plainsd.server.api.a1111_fields import FILLS, Common
 from plainsd.server.api.a1111_names import model_of
 from plainsd.server.api.a1111_table import known_options
 from plainsd.server.errors import Refused
@@ -75,6 +75,8 @@ def told(settings: Settings, other: dict[str, str], models: Models) -> tuple[dic
         "denoising_strength": settings.strength,
         "subseed": settings.variation_seed, "subseed_strength": settings.variation_strength,
         "refiner_checkpoint": settings.refiner, "refiner_switch_at": settings.handover,
+        "mask_blur": settings.mask_blur or None, "inpaint_full_res_padding": settings.masked_padding,
+        "inpainting_fill": FILLS.index(settings.masked_content) if settings.masked else None,
         "image_cfg_scale": settings.image_guidance, "tiling": settings.tiling or None,
         "batch_size": int(size) if (size := other.get("Batch size", "")).isdecimal() and len(size) < 9 else None,
     }  # fmt: skip
@@ -102,7 +104,8 @@ def told(settings: Settings, other: dict[str, str], models: Models) -> tuple[dic
     unread = [
         (key, show(value))
         for key, name, _, show in FIELDS
-        if name not in JobRequest.model_fields and (value := getattr(settings, name)) != DEFAULTS[name]
+        if (name not in JobRequest.model_fields or name in ("mask_grow", "soft_mask"))
+        and (value := getattr(settings, name)) != DEFAULTS[name]
     ]
     unread += [("Model", settings.model)] if settings.model and model not in models.known else []
     idle += [f"{key}: {text}" for key, text in unread]

@@ -26,9 +26,6 @@ def prepared(body: Image2Image, limits: Limits) -> Base:
     how = RESIZE[body.resize_mode or 0]
     if not body.mask:
         return Base(resized(image, size, how))
-    if body.inpainting_fill in (2, 3):
-        given = body.inpainting_fill
-        raise Refused(422, f"inpainting_fill {given} is not had here; choose 0 or 1", "inpainting_fill", given)
     mask = painted(body.mask, limits).resize(image.size)
     alpha = alpha_of(mask, body.blur(), inverted=bool(body.inpainting_mask_invert))
     if alpha.getbbox() is None:

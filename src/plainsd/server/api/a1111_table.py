@@ -34,7 +34,7 @@ def with_mask(*harmless: Any) -> Harm:
 
 
 REFUSED: dict[str, Harm] = {
-    "restore_faces": unless(False), "styles": unless(), "script_name": unless("None", "none"),
+    "restore_faces": unless(False), "script_name": unless("None", "none"),
     "s_min_uncond": unless(0),
     "s_churn": lambda value, asked: value != 0 and asked["sampler"] in CHURNED,
     "s_noise": lambda value, asked: value != 1 and asked["sampler"] in NOISED,

@@ -117,7 +117,8 @@ class Worker(threading.Thread):
         control = [
             control_at(one, name, sd, self.store.input(one.map), nets) for one in (source.controls if source else ())
         ]
-        events = batch(sd, [unit.settings for unit in units], image, hole, control)
+        here = source is None or source.base is None  # else `finished` puts it into its place
+        events = batch(sd, [unit.settings for unit in units], image, hole, control, composed=here)
         watch = Watch(self, model, units, events.steps)
         with closing(events):
             for event in events:

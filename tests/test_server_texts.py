@@ -1,0 +1,122 @@
+"""Choices, wildcards and styles in the prompts of all APIs: settled by each picture's seed, and written settled."""
+
+import json
+
+import pytest
+from serving import lora_file, model_folder, open_service, served
+
+from plainsd.commands.serve import Serve
+from plainsd.errors import UserError
+from plainsd.text.wildcards import settled
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "loras").mkdir()
+    (folder / "wildcards").mkdir()
+    (folder / "wildcards" / "colours.txt").write_text("red\ngreen\nblue\n")
+    (folder / "wildcards" / "inked.txt").write_text("plain\n<lora:ink:0.5> drawn\n")
+    (folder / "styles.csv").write_text("name,prompt,negative_prompt\nfilm,a still of {prompt},text\noil,in oil,\n")
+    lora_file(model_folder(folder), folder / "loras" / "ink.safetensors", 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    more = {"wildcards": folder / "wildcards", "styles": folder / "styles.csv", "loras": folder / "loras"}
+    with served(open_service([model_folder(folder)], tmp_path_factory.mktemp("data"), **more)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(folder, tmp_path_factory):
+    with served(open_service([model_folder(folder)], tmp_path_factory.mktemp("data"))) as server:
+        yield server
+
+
+def prompts(server, job, name="prompt"):
+    return [server.get(f"/api/images/{id}").json()["settings"][name] for id in job["images"]]
+
+
+def test_each_picture_is_settled_by_its_seed(server, folder):
+    asked = "a __colours__ {cat|dog|owl|fox}"
+    job = server.drawn(prompt=asked, negative="{rain|snow}", count=4, seed=7, steps=1)
+    expected = [settled(asked, 7 + place, folder / "wildcards") for place in range(4)]
+    assert prompts(server, job) == expected and len({*expected}) > 1
+    assert prompts(server, job, "negative") == [settled("{rain|snow}", 7 + place) for place in range(4)]
+    alone = server.drawn(prompt=asked, negative="{rain|snow}", seed=9, steps=1)
+    assert server.picture(alone["images"][0]).tobytes() == server.picture(job["images"][2]).tobytes()
+    told = server.get(f"/api/images/{job['images'][2]}").json()
+    assert (
+        told["parameters"].startswith(expected[2]) and server.get("/api/images?search=colours").json()["images"] == []
+    )
+
+
+def test_signs_that_are_meant_stay(server):
+    job = server.drawn(prompt=r"a \{b\|c\} my_file", seed=1, steps=1)
+    assert prompts(server, job) == [r"a \{b\|c\} my_file"]
+
+
+def test_a_lora_may_come_out_of_a_choice_for_all_pictures_alike(server):
+    job = server.drawn(prompt="{<lora:ink:0.5>} a boat", seed=1, steps=1)
+    told = server.get(f"/api/images/{job['images'][0]}").json()
+    assert told["loras"] == [{"name": "ink", "strength": 0.5}] and told["settings"]["prompt"] == "a boat"
+    answer = server.post("/api/jobs", {"prompt": "__inked__ boat", "seed": 0, "count": 16})
+    assert answer.status_code == 422 and "different LoRAs" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("body", "field", "says"), [
+    ({"prompt": "a {b|c"}, "prompt", "without its partner"),
+    ({"negative": "a } b"}, "negative", "without its partner"),
+    ({"prompt": "__colors__"}, "prompt", "unknown wildcard 'colors'; did you mean 'colours'"),
+    ({"styles": ["flim"]}, "styles", "unknown style 'flim'; did you mean 'film'"),
+    ({"prompt": "{2$$" + "x" * 1500 + "|" + "y" * 1500 + "}", "styles": ["film"] * 32}, "prompt", ""),
+])  # fmt: skip
+def test_what_cannot_be_read_is_named(server, body, field, says):
+    answer = server.post("/api/jobs", {"prompt": "a", **body})
+    if says:
+        error = answer.json()["error"]
+        assert answer.status_code == 422 and error["field"] == field and says in error["message"]
+    else:
+        assert answer.status_code == 202
+
+
+def test_what_a_wildcard_becomes_has_its_limits_too(server, folder):
+    (folder / "wildcards" / "long.txt").write_text("word " * 1000)
+    answer = server.post("/api/jobs", {"prompt": "__long__"})
+    assert answer.status_code == 422 and "prompt has 4999 characters" in answer.json()["error"]["message"]
+    (folder / "wildcards" / "long.txt").unlink()
+
+
+def test_without_a_folder_it_is_said(plain):
+    error = plain.post("/api/jobs", {"prompt": "a __colour__"}).json()["error"]
+    assert "__colour__ is a wildcard" in error["message"] and error["field"] == "prompt"
+    assert "--styles FILE" in plain.post("/api/jobs", {"styles": ["film"]}).json()["error"]["message"]
+
+
+def test_styles_lie_around_the_prompt(server):
+    job = server.drawn(prompt="a boat", negative="rain", styles=["film", "oil"], seed=1, steps=1)
+    assert prompts(server, job) == ["a still of a boat, in oil"]
+    assert prompts(server, job, "negative") == ["rain, text"]
+    again = server.drawn(prompt="a", hires=1.5, hires_prompt="{b}", strength=1, seed=1, steps=2)
+    assert prompts(server, again, "hires_prompt") == ["b"]
+    assert server.get("/api/info").json()["styles"] == ["film", "oil"]
+    listed = server.get("/sdapi/v1/prompt-styles").json()
+    assert listed[0] == {"name": "film", "prompt": "a still of {prompt}", "negative_prompt": "text"}
+    body = {"prompt": "a boat", "styles": ["oil"], "seed": 1, "steps": 4}
+    info = json.loads(server.post("/sdapi/v1/txt2img", body).json()["info"])
+    assert info["prompt"] == "a boat, in oil" and info["styles"] == ["oil"]
+
+
+def test_other_apis_read_choices_where_there_is_a_folder(server, plain):
+    body = {"prompt": "{red} boat", "seed": 1, "steps": 4}
+    told = [json.loads(one.post("/sdapi/v1/txt2img", body).json()["info"])["prompt"] for one in (server, plain)]
+    assert told == ["red boat", "{red} boat"]
+
+
+def test_the_flags_are_checked_at_the_start(tmp_path):
+    with pytest.raises(UserError, match="wildcards: there is no folder"):
+        Serve(wildcards=tmp_path / "none").check()
+    with pytest.raises(UserError, match="cannot read"):
+        Serve(styles=tmp_path / "none.csv").check()
