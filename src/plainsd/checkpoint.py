@@ -33,10 +33,10 @@ from plainsd.pictures.image_prompt import ImageReader
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import fit_latent_rgb, preview_text, read_preview
 
-# --- where, and how precisely ----------------------------------------------------------------------------------------
+# --- device and dtype ------------------------------------------------------------------------------------------------
 
 
-# --- the three things to do ------------------------------------------------------------------------------------------
+# --- load, save, convert ---------------------------------------------------------------------------------------------
 
 
 def load(
@@ -52,13 +52,13 @@ def load(
     prediction: str | None = None,
     zero_snr: bool | None = None,
 ) -> StableDiffusion:
-    """The embedded model, or the one in a folder, in a single file, or on the hub.
+    """Loads the embedded model, or one from a folder, a single file, or the hub.
 
-    `variant_file`: "fp16" reads `*.fp16.safetensors` of a folder; None: the plain files, or where there are none those
-    of a variant, which is said. `family`: a name in VARIANTS, for a single file that
-    does not tell. `vae`: another autoencoder, a folder or a file, in place of the model's own. `loras`: files and
-    strengths; with `lora_partial`, names in them that have no place are left out. `prediction`: "epsilon" or
-    "v_prediction", and `zero_snr`: whether its noise table ends at zero SNR, where the files say it wrong or not.
+    `variant_file`: "fp16" reads `*.fp16.safetensors` of a folder; None: the plain files, or if there are none those of
+    a variant, with a notice. `family`: a name in VARIANTS, for a single file that does not reveal it. `vae`: a folder
+    or file of another autoencoder, instead of the model's own. `loras`: files and strengths; with `lora_partial`,
+    unmatched names in them are skipped. `prediction`: "epsilon" or "v_prediction", and `zero_snr`: whether the noise
+    schedule ends at zero SNR, if the files lack it or are wrong.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
@@ -79,8 +79,8 @@ def save(
 ) -> None:
     """Writes a model as a diffusers folder or a single file, with its projection for previews.
 
-    `layout`: "diffusers" or "single-file"; None: a single file where the path ends in .safetensors. `dtype`: what it
-    shall hold; None: the networks' own.
+    `layout`: "diffusers" or "single-file"; None: a single file if the path ends in .safetensors. `dtype`: of the stored
+    weights; None: the networks' own.
     """
     networks = [sd.unet, sd.vae, *sd.text_encoders]
     variant = replace(
@@ -105,7 +105,7 @@ def save(
 
 
 def packed_network(network: nn.Module) -> StoredNetwork:
-    """A network in memory, ready to be written."""
+    """A network in memory, in the form that writers take."""
     state, bare = network.state_dict(), empty(type(network), network.config).state_dict()
     if extra := [name for name in state if name not in bare]:
         raise UserError(
@@ -123,13 +123,13 @@ def load_vae(
     like: AnyVAEConfig = SD_VAE,
     variant_file: str | None = None,
 ) -> AnyVAE:
-    """An autoencoder alone, see `plainsd.files.convert.read_vae_alone`."""
+    """Loads an autoencoder alone, see `plainsd.files.convert.read_vae_alone`."""
     device = choose_device(device)
     return read_vae_alone(path, like, variant_file).build(device, choose_dtype(dtype, device))
 
 
 def save_vae(vae: AnyVAE, path: str | Path, variant: Variant, dtype: torch.dtype | None = None) -> None:
-    """An autoencoder alone, as the `vae` folder of a diffusers model."""
+    """Writes an autoencoder alone, as the `vae` folder of a diffusers model."""
     text = write_variant(replace(variant, vae=vae.config))["vae/config.json"]
     with whole_folder(Path(path)) as folder:
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -147,8 +147,8 @@ def load_control(
     """A control net or a T2I-Adapter: a folder, a file in either naming, or on the hub; see files/control.py and
     files/t2i_adapter.py.
 
-    `base`: the model that it is for. Files that hold changes to one (`difference`, ControlLoRA) need it. The net comes
-    to the base's device and precision where they are "auto".
+    `base`: the model that it is for. Files of differences to it (`difference`, ControlLoRA) need it. "auto" takes the
+    base's device and dtype.
     """
     device = base.device if base is not None and device == "auto" else choose_device(device)
     dtype = base.dtype if base is not None and dtype == "auto" else choose_dtype(dtype, device)
@@ -163,7 +163,7 @@ def load_control(
 def save_control(
     net: ControlNet, path: str | Path, layout: str | None = None, dtype: str | torch.dtype | None = None
 ) -> None:
-    """Writes a control net as a diffusers folder, or a single file in the original's names. Arguments as for `save`."""
+    """Writes a ControlNet as a diffusers folder, or a single file with the original names. Arguments as for `save`."""
     conv = net.config.vector is None and net.config.context != 1024  # SD 2.x's and SDXL's files hold linear layers
     own = next(net.parameters())
     packed = StoredNetwork(ControlNet, net.control, {name: stored(t) for name, t in net.state_dict().items()})
@@ -177,8 +177,8 @@ def load_image_prompt(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> ImageReader:
-    """An IP-Adapter's file with the CLIP vision tower that it reads: a folder, a file, or one that is loaded already.
-    None: the folder `image_encoder` beside the adapter. See files/image_prompt.py."""
+    """Loads an IP-Adapter file with its CLIP vision tower: a folder, a file, or one already loaded. None: the folder
+    `image_encoder` beside the adapter. See files/image_prompt.py."""
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     path = find(path)
@@ -196,7 +196,7 @@ def load_image_prompt(
 
 
 def load_tower(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> VisionTower:
-    """A CLIP vision tower, or that of a whole CLIP."""
+    """Loads a CLIP vision tower, alone or from a whole CLIP."""
     device = choose_device(device)
     tower = open_tower(find(path)).build(device, choose_dtype(dtype, device))
     assert isinstance(tower, VisionTower)
@@ -204,7 +204,7 @@ def load_tower(path: str | Path, device: str | torch.device = "auto", dtype: str
 
 
 def add_preview(folder: str | Path) -> None:
-    """Gives a model's folder the projection for previews that `save` would have written; see previews.py."""
+    """Adds to a model's folder the preview projection that `save` would have written; see previews.py."""
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"{folder} is no folder of a model: it has no model_index.json; give one in diffusers' layout")
     text = preview_text(fit_latent_rgb(load_vae(folder, device="cpu", dtype="float32")))

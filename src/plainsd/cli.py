@@ -1,10 +1,10 @@
 """The `plainsd` command: finds the sub-command, reads its flags, and turns errors into one line and an exit code.
 
 0 done; 1 from verify alone: something differs; 2 wrong input, an unreadable or an unwritable file; 130 interrupted;
-141 where nobody reads what is printed any more, as after `plainsd ... | head`. PLAINSD_DEBUG=1 shows the traceback.
+141 when stdout is closed, as after `plainsd ... | head`. PLAINSD_DEBUG=1 shows the traceback.
 
-A sub-command is a dataclass with a `run()` that returns an exit code, or None for 0. It is imported only when it is
-called, and imports torch only in `run()`, so that help comes at once.
+A sub-command is a dataclass with a `run()` that returns an exit code, or None for 0. It is imported only when called,
+and imports torch only in `run()`, so that help is instant.
 """
 
 import io
@@ -44,13 +44,13 @@ PLAINLY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; the exit code."""
+    """Runs one command line, and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place, **more: print(f"plainsd: {message}", file=sys.stderr)
         try:
             code = exit_code(arguments)
-            sys.stdout.flush()  # what is left over shows a closed pipe here, not when Python ends
+            sys.stdout.flush()  # a closed pipe shows here, not when Python exits
             return code
         except BrokenPipeError:
             return hung_up()
@@ -72,14 +72,14 @@ def exit_code(arguments: list[str]) -> int:
 
 
 def hung_up() -> int:
-    """The reader of a pipe has gone. What is still in the buffers goes nowhere, so that nothing fails once more."""
+    """The pipe was closed. Discards what is still buffered, so that no further write fails."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BrokenPipeError:
             os.dup2(nowhere, stream.fileno())
-    return 141  # 128 + SIGPIPE, as other programs end
+    return 141  # 128 + SIGPIPE, as is usual
 
 
 def complain(message: str) -> int:
@@ -116,7 +116,7 @@ def overview() -> str:
 
 
 def parsed(kind: type, name: str, arguments: list[str]):
-    """The flags as an instance of the command's dataclass; None where help was asked for. Wrong ones in one line."""
+    """The flags as an instance of the command's dataclass; None if help was printed. One-line errors."""
     import tyro
 
     said = io.StringIO()
@@ -130,9 +130,9 @@ def parsed(kind: type, name: str, arguments: list[str]):
 
 
 def in_one_line(box: str) -> str:
-    """What tyro says in a framed box under a title, up to its next rule: `Error parsing --steps: ...`."""
+    """The message in tyro's framed box under a title, up to the next rule: `Error parsing --steps: ...`."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()[1:]]
-    lines = lines[1:] if lines and not lines[0].strip("-─") else lines  # the frame where there is only ASCII
+    lines = lines[1:] if lines and not lines[0].strip("-─") else lines  # the frame in ASCII terminals
     ends = (i for i, line in enumerate(lines) if (line and not line.strip("-─")) or line == "Got errors:")
     upto = next(ends, len(lines))
     line = " ".join(lines[:upto])

@@ -1,4 +1,4 @@
-"""Where a model computes, and how precisely."""
+"""The device and dtype of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """auto: the accelerator where there is one, else the CPU. UserError for one that this machine has not."""
+    """auto: the accelerator if there is one, else the CPU. UserError for a device that this machine lacks."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if str(device) == "auto":
         return found or torch.device("cpu")
@@ -32,7 +32,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the processor or GPU computes in it, else float32."""
+    """auto: bfloat16 if the processor or GPU supports it natively, else float32."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written; texts and JSON read with one clear error."""
+"""Atomic writes: files are whole or absent. Texts and JSON are read with one clear error."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from plainsd.errors import DiskError, UserError
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, to be written; at the end it becomes `path` in one step, or it vanishes.
+    """A temporary file beside `path` to write to; at the end it atomically replaces `path`, or on an error is deleted.
 
-    Folders above it are made. DiskError where the disk refuses any of this; then `path` is what it was before.
+    Parent folders are created. DiskError if the disk refuses any of this; then `path` is unchanged.
     """
     with draft_of(path) as draft:
         yield draft
@@ -28,7 +28,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what still bears it at the end vanishes."""
+    """A temporary name beside `path`; a file still there at the end is deleted."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with refusals(path, draft):
@@ -40,9 +40,9 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def under_free_name(draft: Path, path: Path) -> Path:
-    """Gives a written file the first free name of `x.png`, `x-2.png`, `x-3.png`, ...; says which.
+    """Renames a written file to the first free name of `x.png`, `x-2.png`, `x-3.png`, ...; returns it.
 
-    A hard link fails where the name is taken, so that two programs writing at once keep both their files.
+    A hard link fails if the name is taken, so that two programs writing at once both keep their files.
     """
     flush(draft)
     for name in chain([path], (path.with_stem(f"{path.stem}-{n}") for n in count(2))):
@@ -50,7 +50,7 @@ def under_free_name(draft: Path, path: Path) -> Path:
             os.link(draft, name)
         except FileExistsError:
             continue
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             if name.exists():
                 continue
             os.replace(draft, name)
@@ -60,8 +60,8 @@ def under_free_name(draft: Path, path: Path) -> Path:
 
 @contextmanager
 def refusals(path: Path, draft: Path) -> Iterator[None]:
-    """Inside, whatever the disk refuses of `path` becomes a DiskError. What fails about another file, which is read
-    meanwhile, or about a pipe that shows a bar, stays what it is."""
+    """Turns an OSError about writing `path` into a DiskError. Errors about other files that are read meanwhile, or
+    about the pipe of a progress bar, pass unchanged."""
     try:
         yield
     except BrokenPipeError:
@@ -74,13 +74,13 @@ def refusals(path: Path, draft: Path) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's bytes are on the disk."""
+    """Syncs a file to the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes the names in a folder safe against a loss of power."""
+    """Syncs a folder's entries, so that they survive a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -98,7 +98,7 @@ def read_text_file(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """The user's own, for what can always be made again. It may not exist yet."""
+    """The user's cache folder. It may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
 
 
@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
     text = read_text_file(path)
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # the former also of a number with thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError also for a number with thousands of digits
         raise UserError(f"{path} is damaged: it is not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it is not a table of settings; fetch it again")
@@ -115,18 +115,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` when all went well, and vanishes if not.
+    """A temporary folder to write into, which replaces `target` on success, and is deleted on an error.
 
-    DiskError where the disk refuses any of this; then `target` is what it was before.
+    DiskError if the disk refuses any of this; then `target` is unchanged.
     """
-    ours = ("model_index.json", "config.json")  # a model's folder, or a part's, may be replaced
+    ours = ("model_index.json", "config.json")  # the folder of a model or a part may be replaced
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not any((target / name).is_file() for name in ours):
         raise UserError(f"{target} exists and is no folder of a model; choose another place")
     draft, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         with refusals(target, draft):
-            shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(draft, ignore_errors=True)  # left by a killed process
             draft.mkdir(parents=True)
             yield draft
             for path in draft.rglob("*"):

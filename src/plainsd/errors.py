@@ -1,4 +1,4 @@
-"""One kind of error for everything a user can put right: one line that says what, which value, and what to do."""
+"""One kind of error for everything a user can fix: one line that says what, which value, and what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -11,7 +11,7 @@ class UserError(ValueError):
     exits with code 2.
 
     `field` names the setting that is wrong, as `Settings` and the server's requests spell it (`clip_skip`), and `value`
-    is what it was; None where the error is about no single setting. The page marks that field.
+    is its value; None if the error is not about a single setting. The page marks that field.
     """
 
     def __init__(self, message: str, *, field: str | None = None, value: Any = None):
@@ -30,7 +30,7 @@ class UserError(ValueError):
 
 
 class DiskError(UserError):
-    """The disk refuses what is to be written; `reason` is its own word for why. On a server no request is at fault."""
+    """A failed write; `reason` is the system's message. On a server it is not the request's fault."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"cannot write {path}: {reason}; nothing was kept: choose another place, or make room")

@@ -1,8 +1,7 @@
 """From a prompt to pictures: the parts of a model, and the tasks on it.
 
 Rombach et al. 2022 (arXiv:2112.10752). Every task checks its input at once and returns a generator: a `Step` for each
-step of the sampler, and at the end `Pictures`. What they share, the way through the networks, is
-pictures/sampling.py.
+step of the sampler, and at the end `Pictures`. The sampling loop that they share is in pictures/sampling.py.
 
 Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
 """
@@ -49,9 +48,9 @@ from plainsd.pictures.sampling import (
 from plainsd.pictures.settings import SIZES, UPSCALERS, Resolved, Settings
 from plainsd.pictures.upscaling import upscaled
 
-STRENGTH = 0.75  # of a picture drawn over, where none is given
-HIRES_STRENGTH = 0.7  # of the second pass, where none is given
-LATENT_MODES = {  # upscalers that enlarge the latents themselves, as A1111's of these names do: mode, antialiased
+STRENGTH = 0.75  # default for image to image
+HIRES_STRENGTH = 0.7  # default for the hires pass
+LATENT_MODES = {  # upscalers in latent space, as A1111's of these names: mode, antialiased
     "latent": ("bilinear", False), "latent-antialiased": ("bilinear", True), "latent-bicubic": ("bicubic", False),
     "latent-bicubic-antialiased": ("bicubic", True), "latent-nearest": ("nearest", False),
     "latent-nearest-exact": ("nearest-exact", False),
@@ -62,15 +61,15 @@ class Pictures(NamedTuple):
     """The last event of every task."""
 
     images: list[Image.Image]
-    settings: list[Resolved]  # one a picture, with nothing left open: the same call makes it again
+    settings: list[Resolved]  # one per picture, fully resolved: enough to reproduce it
     latents: Tensor  # (B, L, h, w), as the UNet sees them, clean
 
 
 class Events:
-    """A task under way: an iterator over its events. Its own code runs in inference mode, the caller's as before."""
+    """A running task: an iterator over its events. Only its own code runs in inference mode, not the caller's."""
 
     def __init__(self, events: Generator[Step | Pictures], settings: list[Resolved], steps: int):
-        self._events, self.settings, self.steps = events, settings, steps  # steps: how many there will be
+        self._events, self.settings, self.steps = events, settings, steps  # steps: their total number
 
     def __iter__(self) -> Events:
         return self
@@ -85,7 +84,7 @@ class Events:
 
 
 def final(events: Iterable[Step | Pictures]) -> list[Image.Image]:
-    """Runs a task to its end; the pictures."""
+    """Runs a task to its end, and returns the pictures."""
     for event in events:
         last = event
     assert isinstance(last, Pictures)
@@ -111,11 +110,11 @@ def text_to_image(
     image_prompt: Sequence[ImagePrompt] = (),
     **more,
 ) -> Events:
-    """Pictures of a prompt, `count` of each; picture i has seed + i. None takes the model's own default.
+    """Pictures from a prompt, `count` of each; picture i has seed + i. None takes the model's default.
 
-    Seed -1 draws one; guidance 0 is off, as 1 is. `size` is (width, height) in pixels, multiples of 8. `more`: the
-    other fields of `Settings`. With `hires`, a second pass runs on the enlarged picture, and its steps follow those of
-    the first. `control`: maps to follow, and `image_prompt`: pictures to take after, in both passes.
+    Seed -1 draws a random one; guidance 0 turns it off, as 1 does. `size` is (width, height) in pixels, multiples of 8.
+    `more`: the other fields of `Settings`. With `hires`, a second pass runs on the enlarged picture, and its steps
+    follow those of the first. `control` and `image_prompt` act in both passes.
     """
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
         if edits(sd.unet.config, sd.vae.config):
@@ -188,12 +187,12 @@ def image_to_image(
     image_prompt: Sequence[ImagePrompt] = (),
     **choices,
 ) -> Events:
-    """A picture drawn over (Meng et al. 2021, "SDEdit"): noise is added to it, and the last steps are run from there.
+    """Image to image (Meng et al. 2021, "SDEdit"): noise is added to a picture, and the last steps run from there.
 
-    Of the steps, min(int(steps * strength), steps) run; None is 0.75. A model that edits pictures (InstructPix2Pix,
-    Brooks et al. 2023, arXiv:2211.09800) reads the picture beside the latents: the prompt says what to change,
-    `image_guidance` how much of the picture stays, and None is 1, from noise alone. Any size from 8 to 4096 will do; it
-    is padded inside. With `size` it is scaled first. `choices` as for `text_to_image`.
+    Of the steps, min(int(steps * strength), steps) run; strength None is 0.75. A model that edits pictures
+    (InstructPix2Pix, Brooks et al. 2023, arXiv:2211.09800) gets the picture as extra input channels: the prompt says
+    what to change, `image_guidance` how much of the picture stays, and strength None is 1, from pure noise. Any size
+    from 8 to 4096 works, padded internally. With `size` it is scaled first. `choices` as for `text_to_image`.
     """
     editing = edits(sd.unet.config, sd.vae.config)
     if sd.unet.config.in_channels != sd.vae.config.latent_channels and not editing:
@@ -240,7 +239,7 @@ def _from_picture(
 
 
 def _fitted(image: Image.Image, size: tuple[int, int] | int | None) -> Image.Image:
-    """The picture at the wanted size, in RGB."""
+    """The picture scaled to `size`, in RGB."""
     size, image = _fitted_size(image, size), to_rgb(image)
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
@@ -277,14 +276,14 @@ def inpaint(
     image_prompt: Sequence[ImagePrompt] = (),
     **choices,
 ) -> Events:
-    """The light part of the mask is drawn anew, in the picture's own surroundings; every other pixel stays as it is.
+    """Repaints the light part of the mask to fit its surroundings; every other pixel is unchanged.
 
-    Models trained for it read mask and picture beside the latents; with others, the known part is put back at every
-    step (Lugmayr et al. 2022, "RePaint"). At strength 1 the drawing starts from noise alone. `choices` may say how the
-    mask is used, in pixels of the picture: `mask_blur` softens its edge, `mask_grow` widens it, `masked_padding` draws
-    the masked part alone, with so much around it, at `size`; `masked_content` is what lies under it at the start,
-    "original", "fill" (the colours around), "noise" or "nothing"; `soft_mask` takes its grey levels for how early each
-    place begins to change (Levin and Fried 2023, arXiv:2306.00950). Otherwise as `image_to_image`.
+    Inpainting models get mask and masked picture as extra input channels; with others, the known latents are restored
+    at every step (Lugmayr et al. 2022, "RePaint"). Strength 1 starts from pure noise. Mask options in `choices`, in
+    pixels of the picture: `mask_blur` softens its edge, `mask_grow` dilates it, `masked_padding` draws only the masked
+    part, with so much around it, at `size`; `masked_content` is what is under it at the start, "original", "fill" (the
+    colours around), "noise" or "nothing"; `soft_mask` uses its grey levels for how early each position begins to change
+    (Levin and Fried 2023, arXiv:2306.00950). Otherwise as `image_to_image`.
     """
     if edits(sd.unet.config, sd.vae.config):
         raise UserError("this model edits whole pictures and reads no mask; leave the mask, or outpainting, out")
@@ -307,7 +306,7 @@ def inpaint(
 
 
 def mask_options(choices: Mapping[str, Any]) -> MaskOptions:
-    """Of a task's choices; UserError where one is out of its range."""
+    """The mask options among a task's choices; UserError for one out of range."""
     given = Settings(**{name: value for name, value in choices.items() if "mask" in name})
     given.check()
     return MaskOptions(given.mask_blur, given.mask_grow, given.masked_padding, given.masked_content, given.soft_mask)
@@ -325,7 +324,7 @@ def _repainted(
     light = (levels > 0).float()
     draw, pixels, light_padded = NoiseOfEach(each, sd.device), _padded(to_tensor(image)), _padded(light)
     size = (pixels.shape[3], pixels.shape[2])
-    mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is anew if any of its pixels is
+    mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is masked if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
     latents = None if reads_mask and from_nothing(one) else encode(sd, pixels, draw, tiling=one.tiling)
     noise = prepare_latents(sd, size, draw)
@@ -354,7 +353,7 @@ def outpaint(
     bottom: int = 0,
     **choices,
 ) -> Events:
-    """A picture continued past its edges, by so many pixels on each side. Otherwise as `inpaint`."""
+    """Extends a picture past its edges by so many pixels on each side. Otherwise as `inpaint`."""
     sides = (left, top, right, bottom)
     if not all(0 <= side <= SIZES[1] for side in sides) or not any(sides):
         wanted = f"give pixels to add on each side, 0 to {SIZES[1]}, at least one above 0"
@@ -366,8 +365,8 @@ def outpaint(
 def drawn(
     task: Callable[..., Generator[Step | Pictures]], sd: StableDiffusion, each: list[Resolved], *args: Any
 ) -> Generator[Step | Pictures]:
-    """The task's events. Where a sampler's steps depend on what it draws, each picture is drawn alone, all of them a
-    step at a time, so that none depends on its neighbours."""
+    """The task's events. If a sampler's step sizes depend on the latents, each picture is sampled alone, interleaved
+    step by step, so that none depends on the rest of the batch."""
     samplers = filter(None, (each[0].sampler, each[0].hires_sampler))
     if all(SAMPLERS[sampler].batched for sampler in samplers):
         yield from task(sd, each, *args)
@@ -394,7 +393,7 @@ def batch(
     *,
     composed: bool = True,
 ) -> Events:
-    """Pictures of settings that leave nothing open, such as those of `Events.settings`, drawn together.
+    """Pictures from resolved settings, such as those of `Events.settings`, as one batch.
 
     They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, a mask, maps
     to follow and pictures to take after are the same for all; picture and mask have the size of the settings. Not

@@ -1,16 +1,16 @@
-"""Captioned emoji: which ones, how they are drawn, what is said of them. For `recipes/emoji/data.py` and `evaluate`.
+"""Captioned emoji: which ones, how they are drawn, and their captions. For `recipes/emoji/data.py` and `evaluate`.
 
 A picture shows one emoji (the concept) on one flat background colour. The glyph is cropped to its visible part; the
-longer side of that part is 60 to 95 % of the picture's side, and it lies anywhere wholly inside the frame.
+longer side of that part is 60 to 95 % of the picture's side, at a random place wholly inside the frame.
 
 The emoji are chosen by this rule, which has no randomness:
 1. candidates are single characters that the font draws, fully qualified in the `emoji` package, whose English name has
    at most three words, none of them in `LEFT_OUT` (clock faces, buttons, arrows, letters, signs, flags, moons...);
-2. the groups of `GROUPS` (food, animals, ...) are walked in turn, shorter names (in words) first, then by code point,
+2. the groups of `GROUPS` (food, animals, ...) are taken in order, shorter names (in words) first, then by code point,
    each group up to its share of the count;
-3. a candidate nearer than `NEAR` to one already chosen is a near duplicate and passed over. The distance is the root
-   mean square difference, 0..1, of the two glyphs as 24x24 pictures on mid grey, over the part where either is visible;
-4. shares that a group could not fill go to the last group (objects), then to the other groups in order.
+3. a candidate nearer than `NEAR` to one already chosen is skipped as a near duplicate. The distance is the root mean
+   square difference, 0..1, of the two glyphs as 24x24 pictures on mid grey, over the part where either is visible;
+4. shares that a group cannot fill go to the last group (objects), then to the other groups in order.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ STRIKE = 109  # the only size of the font's bitmaps, in Pillow's units
 SMALLEST_SCALE, LARGEST_SCALE = 0.80, 0.95  # longer side of the visible part, as a share of the picture's side
 NEAR = 0.13  # two glyphs nearer than this are near duplicates
 
-# Any two are at least 97 apart in RGB, so the nearest name is never in doubt.
+# Any two are at least 97 apart in RGB, so the nearest name is unambiguous.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "orange": (255, 140, 0),
@@ -85,7 +85,7 @@ GROUPS: tuple[tuple[str, float, str], ...] = (  # name, share of the count, code
     ),
 )
 
-# Words for stuff that is not counted, and plurals that do not end in s: said without "a".
+# Uncountable nouns, and plurals that do not end in s: no "a".
 UNCOUNTED = frozenset(
     """
     bread rice spaghetti oden sushi popcorn garlic bacon butter salt ice sake coral wood herb broccoli
@@ -94,14 +94,14 @@ UNCOUNTED = frozenset(
     arts racing hockey pong
 """.split()
 )
-SINGULAR_S = ("ss", "us", "os")  # words that end in s and yet are one thing: compass, octopus
+SINGULAR_S = ("ss", "us", "os")  # endings of singular words in s: compass, octopus
 AN = ("a", "e", "i", "o", "u", "hour", "x-ray")
 NOT_AN = ("uni", "ewe", "one-", "euro", "use", "uk")
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji. `phrase` is its name as a caption says it, with the article where there is one."""
+    """One emoji. `phrase` is its name as used in captions, with its article if any."""
 
     name: str
     character: str
@@ -115,7 +115,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class GlyphBox:
-    """Where a glyph lies in a picture: the box of its visible part, in pixels."""
+    """The bounding box of a glyph's visible part in a picture, in pixels."""
 
     left: int
     top: int
@@ -135,7 +135,7 @@ def caption(template: str, concept: Concept, background: str) -> str:
 
 
 def open_font(path: Path | str | None = None) -> ImageFont.FreeTypeFont:
-    """The colour bitmap font; None means Debian's place for it."""
+    """The colour bitmap font; None means Debian's path."""
     path = Path(path or FONT)
     if not path.is_file():
         raise UserError(f"no emoji font at {path}; apt-get install fonts-noto-color-emoji, or give --font FILE")
@@ -154,7 +154,7 @@ def font_identity(path: Path | str | None = None) -> dict[str, str]:
 
 
 def draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
-    """The emoji as RGBA, cropped to its visible part; None where the font has no such bitmap."""
+    """The emoji as RGBA, cropped to its visible part; None if the font has no bitmap for it."""
     canvas = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(canvas).text((8, 8), character, font=font, embedded_color=True)
     box = canvas.getchannel("A").getbbox()
@@ -188,8 +188,8 @@ def split_pairs(
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """All (concept, background) index pairs as (seen, held out): every concept and background is among the seen ones.
 
-    The held-out pairs walk the shuffled concepts and the backgrounds in step, so both are hit evenly. Both lists are
-    shuffled, so any stretch of them is a fair sample.
+    The held-out pairs cycle through shuffled concepts and backgrounds together, so both are covered evenly. Both lists
+    are shuffled, so any slice of them is a fair sample.
     """
     count = round(concepts * backgrounds * share)
     order = sorted(range(concepts), key=lambda i: random.Random(f"{seed}:concept:{i}").random())
@@ -203,7 +203,7 @@ def split_pairs(
 
 
 def candidates(font: ImageFont.FreeTypeFont) -> dict[int, Concept]:
-    """Step 1 of the rule: code point -> Concept, for all that the font draws and whose name will do."""
+    """Step 1 of the rule: code point -> Concept, for all that the font draws and whose name is allowed."""
     try:
         import emoji
     except ImportError:
@@ -240,7 +240,7 @@ def thumbnail_of(glyph: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distance(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
-    """Step 3's measure between two thumbnails."""
+    """Step 3's distance between two thumbnails."""
     where = one[1] | other[1]
     return float(np.sqrt(np.mean((one[0] - other[0])[where] ** 2)))
 

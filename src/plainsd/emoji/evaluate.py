@@ -1,7 +1,7 @@
 """Score a model that was trained on captioned emoji: is the background right, and is the object right?
 
-Prompts are made from concepts.json, half of pairs that were trained on and half of held-out pairs. `emoji_scorer` says
-what the pictures show; nothing learned takes part in it, so the font and concepts.json are enough to repeat the scores.
+Prompts are made from concepts.json, half from training pairs and half from held-out pairs. scorer.py recognizes what
+the pictures show, without any learned part, so the font and concepts.json are enough to reproduce the scores.
 The same scorer runs on freshly drawn pictures (it must find nearly all) and on those after the VAE's encode and decode
 (the most that any denoiser could reach).
 """
@@ -25,7 +25,7 @@ from plainsd.errors import UserError
 from plainsd.pictures.images import to_pil, to_tensor, write_png
 
 OnProgress = Callable[[str, int, int], None]  # the row's name, pictures of it scored so far, pictures in all
-BATCH = 32  # pictures at once: generated, or sent through the VAE
+BATCH = 32  # pictures generated, or sent through the VAE, at once
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def draw_all(concepts: dict, font: Path | None) -> list[Image.Image]:
 def real_pictures(
     asked: Sequence[Question], glyphs: Sequence[Image.Image], concepts: dict, seed: int
 ) -> list[Image.Image]:
-    """The right answer to each question, drawn as in training but at places and sizes that training has not seen."""
+    """The right answer to each question, drawn as in training but at places and sizes not seen in training."""
     size, pictures = concepts["size"], []
     for k, question in enumerate(asked):
         glyph = glyphs[question.concept]
@@ -97,7 +97,7 @@ def real_pictures(
 
 @torch.inference_mode()
 def reconstructed(sd: generate.StableDiffusion, pictures: Sequence[Image.Image]) -> Iterable[Image.Image]:
-    """Scale to the model's own size, as for training; encode to the mean and decode."""
+    """Scales to the model's size, as for training; encodes to the mean and decodes."""
     weight, side = next(sd.vae.parameters()), sd.variant.size
     pictures = [picture.resize((side, side), Image.Resampling.LANCZOS) for picture in pictures]
     for start in range(0, len(pictures), BATCH):
@@ -106,7 +106,7 @@ def reconstructed(sd: generate.StableDiffusion, pictures: Sequence[Image.Image])
 
 
 def generated(sd: generate.StableDiffusion, asked: Sequence[Question], seed: int, **options) -> Iterable[Image.Image]:
-    """One picture a question; picture k has seed + k whatever the batch."""
+    """One picture per question; picture k has seed + k whatever the batch."""
     for start in range(0, len(asked), BATCH):
         prompts = [question.prompt for question in asked[start : start + BATCH]]
         yield from generate.final(generate.text_to_image(sd, prompts, seed=seed + start, **options))
@@ -128,9 +128,10 @@ def evaluate(
     font: Path | None = None,
     progress: OnProgress = lambda row, done, count: None,
 ) -> dict:
-    """The scorer's own ceiling on real pictures, the VAE's, then the model without and with guidance, as shares of 1.
+    """Accuracies, 0 to 1: on real pictures (the scorer's ceiling), after the VAE, and of the model without and with
+    guidance.
 
-    None takes the variant's own guidance and sampler. With `out`, a folder, `scores.json`, `scores.txt` and
+    None takes the variant's default guidance and sampler. With a folder `out`, `scores.json`, `scores.txt` and
     `contact-sheet.png` (of the last row) are written there.
     """
     if prompts < 2:
@@ -173,7 +174,7 @@ def evaluate(
 
 
 def summary(asked: Sequence[Question], scores: Sequence[Score]) -> dict[str, dict[str, float]]:
-    """Shares of right answers among seen pairs and held-out pairs."""
+    """Accuracies on seen pairs and held-out pairs."""
     parts = {}
     for part, seen in (("seen", True), ("heldout", False)):
         both = [(q, s) for q, s in zip(asked, scores, strict=True) if q.seen == seen]
@@ -234,7 +235,7 @@ def contact_sheet(
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text in lines that fit the width in pixels."""
+    """The text wrapped to a width in pixels."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
@@ -246,7 +247,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def write_file(content: str | Image.Image, path: Path) -> None:
-    """A text or a PNG, whole or not at all."""
+    """Writes a text or a PNG atomically."""
     if isinstance(content, Image.Image):
         write_png(content, path)
     else:

@@ -1,9 +1,9 @@
-"""Name the background and the object of a picture, among all emoji of a set, with nothing learned.
+"""Recognize the background and the emoji of a picture, without any learned part.
 
 A picture's background is the median colour of its border, named after the nearest colour of the set. Its object is the
-emoji which, drawn on that measured background at the best place and size, differs least from the picture: the mean
-squared error over the whole picture. All places are tried at once by a correlation in Fourier space, first for every
-emoji on a coarse grid, then for the best few on a finer one.
+emoji which, drawn on that background at the best place and size, has the least mean squared error over the whole
+picture. All places are tried at once by correlation in Fourier space, first for every emoji on a coarse grid, then for
+the best few on a finer one.
 
 Shape letters: K drawn emoji (each at several sizes), G side of the search grid.
 """
@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from plainsd.emoji import drawing
 
 COARSE, FINE = 32, 64  # sides of the two search grids, in cells
-KEPT = 16  # emoji that the coarse search hands to the fine one
+KEPT = 16  # candidates of the coarse search for the fine one
 COARSE_SIZES = 10  # sizes from the smallest to the largest, tried on the coarse grid
 
 
@@ -32,12 +32,12 @@ class Drawn:
 
     spectrum: Tensor  # (K, 4, G, G // 2 + 1) complex
     energy: Tensor  # (K, 5): sums over the grid of (alpha colour)^2; alpha^2 colour, three; alpha^2
-    room: Tensor  # (K, 2): how many rows and columns it can lie at, inside the frame
+    room: Tensor  # (K, 2): number of rows and columns it can be placed at, inside the frame
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the scorer sees in one picture: the background's name, and the likeliest concepts, best first."""
+    """The scorer's result for one picture: the background's name, and the likeliest concepts, best first."""
 
     background: str
     objects: tuple[int, ...]
@@ -45,7 +45,7 @@ class Score:
 
 
 class Scorer:
-    """Names the background and the object of pictures `size` pixels wide, among the given glyphs."""
+    """Recognizes background and object of pictures `size` pixels wide, among the given glyphs."""
 
     def __init__(self, glyphs: Sequence[Image.Image], backgrounds: dict[str, Sequence[int]], size: int):
         self.glyphs, self.backgrounds, self.size = list(glyphs), backgrounds, size
@@ -84,7 +84,7 @@ class Scorer:
         return Score(nearest_name(colour.numpy(), self.backgrounds), tuple(near[k] for k in order), min(fine))
 
     def fine_error(self, difference: Tensor, colour: Tensor, concept: int, longer: float) -> float:
-        """The least error of one emoji at all sizes, a fine cell apart, around the one that the coarse search liked."""
+        """The least error of one emoji at sizes one fine cell apart, around the coarse search's best."""
         low, high = math.ceil(drawing.SMALLEST_SCALE * self.size), math.floor(drawing.LARGEST_SCALE * self.size)
         reach, step = round(self.step), max(1, self.size // FINE)
         sizes = {min(max(round(longer) + offset, low), high) for offset in range(-reach, reach + 1, step)}
@@ -101,7 +101,7 @@ def best_errors(difference: Tensor, colour: Tensor, drawn: Drawn, grid: int) -> 
 
     With d = picture - background b, alpha a and colour c, the error of a place is the sum of (d - a (c - b))^2, that is
     |d|^2 - 2 <d, a c> + 2 <d . b, a> + |a c|^2 - 2 b . <a c, a> + |b|^2 |a|^2. The two inner products for all places at
-    once are one circular correlation; it never wraps, for only places inside the frame are looked at.
+    once are one circular correlation; it never wraps, as only places inside the frame are used.
     """
     cells = interpolate(difference, (grid, grid), mode="area")[0]  # (3, G, G)
     against = (cells * colour[:, None, None]).sum(0, keepdim=True)

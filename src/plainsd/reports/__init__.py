@@ -1,4 +1,4 @@
-"""A model told, compared and timed: what is in it, its numbers beside diffusers', its seconds beside others'.
+"""Reports on a model: what is in it, how its outputs compare with diffusers', how its speed compares with others'.
 
-References to other libraries stand here and nowhere else.
+Other libraries are referenced here and nowhere else.
 """

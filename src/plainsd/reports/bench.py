@@ -1,12 +1,11 @@
-"""Benchmarks: the same work by us and by others, in one process, taking turns.
+"""Benchmarks: the same work by us and by others, interleaved in one process.
 
-Each row is a piece of work; its sides are functions that do it on the same weights. After a first call that does not
-count, in which compilers compile, rounds follow in which every side has its turn, so that what else the machine does
-hits all of them. Told are the least and the median of each side, its first call, and diffusers' least over ours.
-OpenVINO takes part where it is installed.
+Each row is a piece of work; its sides are functions that do it on the same weights. After a warm-up call, in which
+compilers compile, each round runs every side once, so that other load on the machine hits all of them. Reported are
+each side's minimum and median, its first call, and diffusers' minimum over ours. OpenVINO is included if installed.
 
-Weights are random and have the shape of SD 1.5, and for some rows of SDXL, which changes nothing in the time, unless a
-model is given.
+Unless a model is given, weights are random, with the shapes of SD 1.5 or for some rows SDXL, which does not change the
+time.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ Sides = dict[str, Callable[[], Any]]
 
 @dataclass
 class Timing:
-    """One piece of work: the seconds that each side took, round by round, and in a first call before; how far its
-    result is from float32's; and the most memory that it took, in bytes beside what its imports take."""
+    """One piece of work: each side's seconds per round, and in the first call; the distance of its result from
+    float32's; and its peak memory in bytes, imports excluded."""
 
     name: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -53,7 +52,7 @@ class Timing:
 
 
 def race(name: str, sides: Sides, rounds: int, first: Sides | None = None) -> Timing:
-    """`first`: the calls that do not count, where they need not be the whole work."""
+    """Times `sides` in turns. `first`: cheaper warm-up calls, if they need not be the whole work."""
     row = Timing(name, {side: [] for side in sides})
     with torch.inference_mode():
         for side, work in (first or sides).items():
@@ -65,7 +64,7 @@ def race(name: str, sides: Sides, rounds: int, first: Sides | None = None) -> Ti
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds until the work is done, on a GPU too, which goes on when the call has returned."""
+    """Seconds until the work is done, with GPUs synchronized."""
     began = time.perf_counter()
     work()
     if torch.accelerator.is_available():
@@ -74,7 +73,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def with_distances(row: Timing, sides: Sides, exact: torch.Tensor) -> Timing:
-    """Notes each side's distance from the exact result, relative, and refuses sides that did other work."""
+    """Adds each side's relative distance from the exact result; raises for sides that did different work."""
     with torch.inference_mode():
         row.errors = {side: ((work().float() - exact).norm() / exact.norm()).item() for side, work in sides.items()}
     for side, error in row.errors.items():
@@ -147,7 +146,7 @@ def decode_row(place: Workbench, compiled: bool) -> Timing:
 
 
 def noise(sd: StableDiffusion) -> torch.Tensor:
-    """A latent of the model's own size, (1, L, h, w)."""
+    """A random latent of the model's default size, (1, L, h, w)."""
     config, generator = sd.vae.config, torch.Generator().manual_seed(0)
     side = sd.variant.size // config.factor
     return torch.randn((1, config.latent_channels, side, side), generator=generator)
@@ -182,7 +181,7 @@ def sampled_images(sd: StableDiffusion, options: dict[str, Any]) -> list[Image.I
 
 
 def small_row(place: Workbench, compiled: bool) -> Timing:
-    """The embedded model, 20 guided steps: mostly the cost of calls."""
+    """The embedded model, 20 guided steps: mostly call overhead."""
     embedded = load(device=place.device)
     assert embedded.path is not None  # it was loaded from there
     pipe, size = diffusers_pipeline(place, embedded.path), embedded.variant.size
@@ -197,7 +196,7 @@ def small_row(place: Workbench, compiled: bool) -> Timing:
 
 
 def start_row(place: Workbench, compiled: bool) -> Timing:
-    """A new process, until it can be told what to do."""
+    """Start-up of a new process, until it can take work."""
 
     def process(*arguments: str) -> Callable[[], object]:
         return lambda: subprocess.run(
@@ -290,7 +289,7 @@ def machine(place: Workbench) -> dict[str, object]:
 
 
 def processor() -> str:
-    """The processor's name, and which of the instructions that count here it has."""
+    """The processor's name, and the relevant instruction sets it has."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a file or a folder is, told without reading its weights: `plainsd info`."""
+"""What a file or folder holds, without reading its weights: `plainsd info`."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def info(
     prediction: str | None = None,
     zero_snr: bool | None = None,
 ) -> str:
-    """Lines for a reader: the kind of model or adapter, its sizes, its notes."""
+    """Lines of text: the kind of model or adapter, its sizes, its metadata."""
     path = adapter_in(find(source, variant_file))
     if path.is_dir() and is_control(path):
         return control_info(path, variant_file)
@@ -128,7 +128,7 @@ def row(name: str, text: str) -> str:
 
 
 def sizes(tensors: Iterable[Stored]) -> str:
-    """Count of numbers, their types, and bytes."""
+    """Number of parameters, their dtypes, and bytes."""
     tensors = list(tensors)
     kinds: Counter[str] = Counter()
     for stored in tensors:
@@ -200,7 +200,7 @@ PARTS = (
     ("clip_", "text_encoder"),
     ("lycoris_text_model_", "text_encoder"),
     ("", "unet"),
-)  # of a module's name the first beginning that fits
+)  # the first prefix that matches a module's name
 
 
 KINDS = {
@@ -215,7 +215,7 @@ KINDS = {
     InputRotation: "OFT",  # by PEFT
     InputButterfly: "BOFT",
 }
-RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "a2")  # factors with as many rows as the rank is
+RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "a2")  # factors with as many rows as the rank
 
 
 def lora_lines(file: TensorFile) -> list[str]:
@@ -275,7 +275,7 @@ def counted(counter: Counter) -> str:
 
 
 def note_lines(metadata: Mapping[str, str]) -> list[str]:
-    """Whoever trained or merged a model often leaves notes: kohya's `ss_...`, `modelspec....`, and others."""
+    """Metadata left by trainers and merge tools: kohya's `ss_...`, `modelspec....`, and others."""
     notes = {name: text for name, text in metadata.items() if name != "format" and not name.startswith("plainsd.")}
     tags = most_frequent(notes.pop("ss_tag_frequency", ""))
     notes = {name: text for name, text in sorted(notes.items()) if text not in ("", "None")}
@@ -285,15 +285,15 @@ def note_lines(metadata: Mapping[str, str]) -> list[str]:
 
 
 def most_frequent(text: str, count: int = 20) -> str:
-    """kohya's table of tags, {folder: {tag: count}}, as its most frequent ones."""
+    """The most frequent tags of kohya's table, {folder: {tag: count}}."""
     try:
         total = sum((Counter(table) for table in json.loads(text).values()), Counter())
         return ", ".join(f"{tag.strip()} ({number})" for tag, number in total.most_common(count))
     except (ValueError, AttributeError, TypeError):
-        return ""  # notes are free text: what has another form is not a table
+        return ""  # metadata is free text: any other form is no table
 
 
 def terminal_safe(text: str) -> str:
-    """One line that cannot steer a terminal."""
+    """One line without terminal control characters."""
     text = "".join(sign if sign.isprintable() else " " for sign in text)
     return text if len(text) <= LONGEST else text[:LONGEST] + "..."

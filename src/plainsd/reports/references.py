@@ -1,7 +1,7 @@
 """diffusers and transformers over a model's own weights: what `plainsd verify` compares with.
 
-A folder is read by their own loaders, a single file goes through their own conversion, so that our reading is compared
-too. This needs the packages of plainsd[verify]; only `plainsd bench` imports them beside it (rivals.py).
+A folder is read by their loaders, a single file by their conversion, so that our reading is compared too. This needs
+the packages of plainsd[verify]; only `plainsd bench` also imports them (rivals.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from plainsd.models.variants import Variant, encoder_names
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Their notices about settings that do not matter here stay away."""
+    """Silences their warnings about settings that do not matter here."""
     import diffusers
     import transformers
 
@@ -72,7 +72,7 @@ def reference_network(contents: Contents, path: Path, name: str, variant_file: s
 
 
 def converted(path: Path, name: str, variant: Variant, config: dict, network: nn.Module) -> dict[str, Tensor]:
-    """A single file's tensors in diffusers' names, by diffusers' own conversion."""
+    """A single file's state dict with diffusers' names, by diffusers' conversion."""
     from diffusers.loaders import single_file_utils as convert
 
     prefix, layout = prefixes(variant)[name]
@@ -102,7 +102,7 @@ def spelled_as(weights: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> di
 
 
 def tokenizers_there(contents: Contents, path: Path) -> list:
-    """transformers' tokenizers from the model's own files, or from ours where a single file has none."""
+    """transformers' tokenizers from the model's files, or for a single file from ours."""
     from transformers import CLIPTokenizer
 
     texts = {at: text for at, text in contents.texts.items() if at.startswith("tokenizer")}
@@ -115,7 +115,7 @@ def tokenizers_there(contents: Contents, path: Path) -> list:
 
 
 def pipe_there(contents: Contents, path: Path, variant_file: str | None, spacing: str, device: torch.device):
-    """Their pipeline over their networks, with the scheduler that our `ddim` is."""
+    """Their pipeline of their networks, with the scheduler equal to our `ddim`."""
     import diffusers
 
     variant, name = contents.variant, pipeline(contents.variant)

@@ -22,13 +22,13 @@ from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
 
 class Workbench(NamedTuple):
-    """Where the work is done, and on what."""
+    """The model, device and dtype of a benchmark."""
 
     folder: Path  # the model, a diffusers folder
     dtype: torch.dtype
     device: torch.device
     rounds: int
-    room: Path | None = None  # where other models may be written for a while
+    room: Path | None = None  # scratch space for other models
 
 
 def random_folder(folder: Path, dtype: torch.dtype, family: str = "sd1") -> Path:
@@ -63,7 +63,7 @@ def diffusers_pipeline(place: Workbench, folder: Path | None = None):
 
 
 def theirs_compiled(place: Workbench):
-    """The same with its UNet compiled, as ours is by speed.compile_unet."""
+    """diffusers' pipeline with its UNet compiled, as ours is by speed.compile_unet."""
     pipe = diffusers_pipeline(place)
     pipe.unet = torch.compile(pipe.unet, dynamic=False, fullgraph=True, options=compiler_options(place.device))
     return pipe
@@ -80,12 +80,12 @@ def our_models(place: Workbench, compiled: bool) -> dict[str, StableDiffusion]:
 
 
 def openvino(place: Workbench, make: Callable[[], torch.nn.Module], *inputs: torch.Tensor) -> Callable | None:
-    """diffusers' network as OpenVINO runs it in the same precision; None where it is not installed, or for a GPU."""
+    """diffusers' network run by OpenVINO in the same precision; None if it is not installed, or for a GPU."""
     if place.device.type != "cpu" or importlib.util.find_spec("openvino") is None:
         return None
     import openvino as ov
 
-    clones = [part.float().clone() for part in inputs]  # made in inference mode, they could not be traced
+    clones = [part.float().clone() for part in inputs]  # inference tensors cannot be traced
     model = ov.convert_model(make().float(), example_input=tuple(clones))  # from float32, as their users export it
     wanted = "bf16" if place.dtype == torch.bfloat16 else "f32"
     compiled = ov.compile_model(

@@ -1,8 +1,8 @@
-"""A model beside diffusers and transformers, on the user's own weights: `plainsd verify`.
+"""A model compared with diffusers and transformers, on the user's own weights: `plainsd verify`.
 
-Each network is built once here and once there, in float32, and given the same input; then both draw the same picture
-in five steps. A folder is read there by their own loaders, a single file goes through their own conversion, so that our
-reading is compared too. One network is in memory at a time; for the picture, one whole model.
+Each network is built by both in float32 and given the same input; then both draw the same picture in five steps. A
+folder is read by their loaders, a single file by their conversion, so that our reading is compared too. One network is
+in memory at a time; for the picture, one whole model.
 
 Shape letters: B batch, C channels, H W height and width in pixels, h w those of the latents, N tokens.
 """
@@ -43,7 +43,7 @@ TOLERANCE = 1e-4  # relative, of one network; float32 rounding gives 1e-7 to 1e-
 DRAWN = 2e-3  # of the latents after five steps; with zero terminal SNR they begin at sigma 4096
 STEPS = 5
 MAX_SIDE = 256  # pixels: the arithmetic is the same at any size
-WORDS = ("a red apple", "blurred")  # short: diffusers cuts off what is longer than the text encoder
+WORDS = ("a red apple", "blurred")  # short: diffusers truncates prompts longer than the text encoder's 77 tokens
 TEXTS = (
     *WORDS,
     "",
@@ -64,7 +64,7 @@ class Comparison(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.tolerance  # nan does not
+        return self.error <= self.tolerance  # False for nan
 
 
 def check_packages() -> None:
@@ -110,7 +110,7 @@ def verify(
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """GPUs round float32 products to 10 bits for speed where nobody forbids it."""
+    """Turns off TF32, in which GPUs round float32 products to 10 bits."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [setting.allow_tf32 for setting in settings]
     try:
@@ -126,7 +126,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def error(ours: Tensor, other: Tensor) -> float:
-    """The largest difference, relative to the largest value there."""
+    """The largest difference, relative to the reference's largest value."""
     if ours.shape != other.shape:
         return float("inf")
     return ((ours - other).abs().max() / other.abs().max()).item()
@@ -135,7 +135,7 @@ def error(ours: Tensor, other: Tensor) -> float:
 def differences(
     device: torch.device, build: Callable, build_there: Callable, ours: Callable, there: Callable
 ) -> list[float]:
-    """`ours` of our network beside `there` of theirs, each a list of tensors; never both networks at once."""
+    """Compares `ours` of our network with `there` of theirs, lists of tensors; never both networks in memory."""
     network = build(device, torch.float32)
     mine = ours(network)
     del network
@@ -224,7 +224,7 @@ def compare_unet(
 
 
 def tokenizer_rows(contents: Contents, path: Path) -> Iterator[Comparison]:
-    """How many of some texts are cut otherwise."""
+    """How many test texts are tokenized differently."""
     names, ours = tokenizer_names(contents.variant), tokenizers(contents, path)
     for name, mine, other in zip(names, ours, tokenizers_there(contents, path), strict=True):
         wrong = sum([mine.start, *mine.encode(text), mine.end] != other(text).input_ids for text in TEXTS)
@@ -306,7 +306,7 @@ def bytes_of(pixels: Tensor) -> np.ndarray:
 
 
 def lines(rows: Iterable[Comparison], failed: list[Comparison]) -> Iterator[str]:
-    """The table, a line as soon as its row is there. Rows beyond their tolerance are put into `failed`."""
+    """The table, line by line as rows come. Rows beyond their tolerance are appended to `failed`."""
     for number, row in enumerate(rows):
         if not number:
             yield f"{'':<24}{'error':>10}{'tolerance':>12}"

@@ -1,7 +1,7 @@
 """Faster, and the same but for rounding (part V): functions over a loaded model.
 
-The plain forward passes in models/ are the specification and know nothing of this room. What changes a picture more
-than rounding does says so (int8.py). Each function has an equality test and a row in `plainsd bench`.
+The plain forward passes in models/ are the specification and do not depend on this folder. What changes a picture by
+more than rounding says so (int8.py). Each function has an equality test and a row in `plainsd bench`.
 """
 
 from importlib import import_module

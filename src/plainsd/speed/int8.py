@@ -1,4 +1,4 @@
-"""Exactness for speed or memory, only when asked: each of these gives another picture, a little or a lot.
+"""Opt-in speed or memory at the cost of exactness: each of these changes the picture, a little or a lot.
 
     cache       the UNet's deep layers run at every N-th call only      Settings.cache, --cache N (models/deep_cache.py)
     int8        the UNet's Linear weights in 8 bits                     --int8
@@ -18,10 +18,10 @@ from plainsd.pictures.model import StableDiffusion
 
 
 def int8(sd: StableDiffusion, *, activations: bool = False) -> StableDiffusion:
-    """The weights of the UNet's Linear layers, in place, as 8-bit numbers with a scale for each row; needs torchao.
+    """Quantizes the UNet's Linear weights to int8 in place, with one scale per row; needs torchao.
 
-    `activations`: what goes in becomes 8-bit too, so that the processor multiplies in 8 bits. Comes after adapters, and
-    before torch.compile. A model with such weights can be neither trained nor saved.
+    `activations`: quantizes activations too, for int8 matrix products. Apply it after adapters and before
+    torch.compile. A quantized model can be neither trained nor saved.
     """
     with _quiet():
         try:
@@ -37,7 +37,7 @@ def int8(sd: StableDiffusion, *, activations: bool = False) -> StableDiffusion:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torchao logs what it cannot load of itself and does without."""
+    """Silences torchao's log of optional parts that it cannot load."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

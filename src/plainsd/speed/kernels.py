@@ -1,7 +1,7 @@
 """The kernels in kernels.cpp: attention and small linear layers, for inference; GroupNorm, SiLU, GEGLU, to train too.
 
-They are compiled with the machine's own C++ compiler when first asked for, some three seconds, and kept in the user's
-cache folder (XDG_CACHE_HOME or ~/.cache, in plainsd/) for later processes.
+They are compiled with the machine's C++ compiler on first use, in some three seconds, and cached in the user's cache
+folder (XDG_CACHE_HOME or ~/.cache, in plainsd/) for later processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from plainsd.errors import DiskError
 from plainsd.models.unet import geglu
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
-LONG = 2**16  # queries times keys from which on attention in training beats PyTorch's
+LONG = 2**16  # queries times keys from which attention in training beats PyTorch's
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 AFTER = {"none": 0, "gelu": 1, "times": 2}
 
@@ -38,13 +38,13 @@ class Unavailable(Exception):
 
 
 def suit(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies in this precision as the kernels do."""
+    """Whether this processor has the kernels' instructions for this dtype."""
     queries = {torch.float32: torch.cpu._is_avx512_supported, torch.bfloat16: torch.cpu._is_avx512_bf16_supported}
     return dtype in queries and torch.backends.cpu.get_cpu_capability() == "AVX512" and queries[dtype]()
 
 
 def amx() -> bool:
-    """Whether PyTorch's products in bfloat16 are those of AMX, which the kernels do not use."""
+    """Whether PyTorch uses AMX for bfloat16 products; the kernels do not."""
     return suit(torch.bfloat16) and torch.cpu._is_amx_tile_supported()
 
 
@@ -56,12 +56,12 @@ def _is_intel() -> bool:
         return False
 
 
-INTEL = _is_intel()  # PyTorch's products are MKL's and oneDNN's, which are at home there
+INTEL = _is_intel()  # PyTorch uses MKL and oneDNN, which are tuned for Intel
 
 
 @functools.cache
 def have_kernels(dtype: torch.dtype) -> bool:
-    """Whether kernels.cpp works here. If it cannot be compiled, a warning says why, once."""
+    """Whether kernels.cpp works here. If it cannot be compiled, warns once with the reason."""
     try:
         return suit(dtype) and bool(library())
     except Unavailable as error:
@@ -76,8 +76,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tenso
     """softmax(q k^T / sqrt(d)) v. q (B, heads, N, d), k and v (B, heads, M, d), float32 or bfloat16
     -> (B, heads, N, d).
 
-    PyTorch's own where that is faster (`pays`), and for what the kernel is not made for: other precisions and devices,
-    odd d in bfloat16, is_causal, gradients.
+    Falls back to PyTorch's where that is faster (`pays`), and for what the kernel does not support: other dtypes and
+    devices, odd d in bfloat16, is_causal, gradients.
     """
     (_, heads, n, d), m = q.shape, k.shape[2]
     fits = q.is_cpu and q.dtype in BITS and d * BITS[q.dtype] % 32 == 0 and not is_causal
@@ -87,7 +87,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tenso
 
 
 def pays(dtype: torch.dtype, heads: int, n: int, m: int, d: int) -> bool:
-    """Whether the kernel is faster than PyTorch's at this shape, as measured in either precision.
+    """Whether the kernel is faster than PyTorch's at this shape, as measured in either dtype.
 
     On Intel where maps are large and heads narrow: 1.01 to 1.21 times as fast at 4,096 x 4,096 and up to 64 wide, but
     0.64 to 0.83 times at 512 wide, and 0.86 to 1.01 times at 1,024 x 1,024. Elsewhere from so many multiplications of q
@@ -118,7 +118,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> T
 
 
 def _rows(x: Tensor) -> Tensor:
-    """With a row's numbers side by side."""
+    """With contiguous rows."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 
@@ -128,7 +128,7 @@ def _strides(tensors: list[Tensor]) -> ctypes.Array:
 
 
 def _empty(q: Tensor, *_: Tensor) -> Tensor:
-    """As the linear layer after it reads it: the heads of a position lie together."""
+    """An output in the layout of the next linear layer: the heads of a position are contiguous."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
@@ -174,7 +174,7 @@ class _Attend(torch.autograd.Function):
 
 
 def packed_weight(weight: Tensor) -> Tensor:
-    """A weight (n, k) as `linear` reads it; k even in bfloat16."""
+    """A weight (n, k) packed for `linear`; k even in bfloat16."""
     (n, k), weight = weight.shape, weight.contiguous()
     packed = torch.zeros(k * BITS[weight.dtype] // 32, -(-n // 16) * 16, dtype=torch.int32)
     library().pack(BITS[weight.dtype], weight.data_ptr(), packed.data_ptr(), k, n)
@@ -280,7 +280,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-        kept = torch.empty(2, len(x), x.shape[1])  # means and 1 / deviations
+        kept = torch.empty(2, len(x), x.shape[1])  # means and 1 / standard deviations
         ctx.how = groups, silu
         ctx.save_for_backward(x, weight, bias, kept)
         return _norm(x, weight, bias, groups, eps, silu, kept=kept)
@@ -319,7 +319,7 @@ class _Geglu(torch.autograd.Function):
         return out
 
 
-# For training. On another device, and for what is neither float32 nor bfloat16, they are PyTorch's.
+# For training. On other devices and for other dtypes than float32 and bfloat16 they fall back to PyTorch's.
 
 
 def trained_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False) -> Tensor:
@@ -352,7 +352,7 @@ def trained_geglu(x: Tensor) -> Tensor:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """kernels.cpp, ready to be called. Errors: Unavailable, with the compiler's first complaint."""
+    """kernels.cpp, compiled and loaded. Errors: Unavailable, with the compiler's first error."""
     source = files("plainsd.speed").joinpath("kernels.cpp").read_bytes()
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
@@ -382,7 +382,7 @@ def library() -> ctypes.CDLL:
 
 
 def _key(source: bytes, compiler: str) -> str:
-    """Of all that the compiled file depends on. A home folder may be shared by machines with other processors."""
+    """A hash of all that the compiled file depends on: machines with other processors may share a home folder."""
     try:
         cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):

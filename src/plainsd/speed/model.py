@@ -1,4 +1,4 @@
-"""Speed: functions that make a loaded model faster, and its pictures the same but for rounding.
+"""Speed: functions that make a loaded model faster, with the same pictures but for rounding.
 
     pack               weights laid out once as the processor's matrix units read them, and not anew at each call;
                        GEGLU's gate and product inside the two projections that they follow; queries, keys and
@@ -9,8 +9,8 @@
     trained_faster     GroupNorm and SiLU, and GEGLU, in one while training; long attention   (CPU with AVX512_BF16)
     compile_unet       fused kernels by torch.compile; minutes the first time                 (CPU, GPU)
 
-`faster` applies what pays on the model's own device. All of them work in place and are meant to come last: a packed
-model can no longer be trained or saved, or take up adapters. The plain forward passes stay as they are.
+`faster` applies what pays on the model's device. All of them work in place and come last: a packed model can no longer
+be trained, saved or given adapters. The plain forward passes stay as they are.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from plainsd.speed.kernels import have_kernels
 from plainsd.speed.packed import PackedCrossAttention, PackedSelfAttention, pack_inside
 
 PIECE = 512  # queries whose attention maps are in memory at once
-LONG = 1024  # queries from which on that pays
+LONG = 1024  # queries from which this pays
 
 
 def faster(
     sd: StableDiffusion, *, compiled: bool = False, tell: Callable[[str], None] = lambda line: None
 ) -> StableDiffusion:
-    """The same model, in place, with what pays on its device. `compiled`: torch.compile too; `tell` is told when it
-    compiles, and how long that took."""
+    """Speeds the model up in place, with what pays on its device. `compiled`: torch.compile too; `tell` is called with
+    a line when it compiles, and with the time it took."""
     if sd.refiner is not None:
         faster(sd.refiner, compiled=compiled, tell=tell)
     for network in networks_of(sd):
@@ -58,7 +58,7 @@ def networks_of(sd: StableDiffusion) -> list[nn.Module]:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there and multiplies in this precision on this processor; in bfloat16 it asks for AVX-512 or
+    """Whether oneDNN is available and supports this dtype on this processor; bfloat16 needs AVX-512 or
     AVX-NE-CONVERT."""
     if not torch.backends.mkldnn.is_available():
         return False
@@ -66,10 +66,10 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack(sd: StableDiffusion, *, unet: bool = True) -> None:
-    """Puts packed layers in place of every plain Linear, Conv2d and FeedForward, and of the UNet's attention. What
-    carries a LoRA stays.
+    """Replaces every plain Linear, Conv2d and FeedForward, and the UNet's attention, by packed layers, except those
+    with a LoRA.
 
-    `unet`: the UNet too; torch.compile packs for itself.
+    `unet`: the UNet too; torch.compile does its own packing.
     """
     if sd.device.type != "cpu" or not can_pack(sd.dtype):
         raise UserError(
@@ -91,8 +91,8 @@ def attentions(sd: StableDiffusion) -> Iterator[nn.Module]:
 
 
 def attention_for(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The fastest form of attention that this processor has in this precision. Ours leave to PyTorch's the shapes at
-    which that is faster: see `kernels.pays`.
+    """The fastest attention for this processor and dtype. Ours fall back to PyTorch's at shapes where that is faster:
+    see `kernels.pays`.
 
                               with kernels.cpp    without
         float32               our kernel          PyTorch's
@@ -107,7 +107,7 @@ def attention_for(dtype: torch.dtype) -> Callable[..., Tensor]:
 
 
 def attend_faster(sd: StableDiffusion) -> None:
-    """Puts the fastest form of attention that this processor and this precision have in place of PyTorch's."""
+    """Replaces PyTorch's attention by the fastest one for this processor and dtype."""
     form = attention_for(sd.dtype)
     for attention in attentions(sd):
         attention.attend = form
@@ -117,7 +117,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
     """softmax(q k^T / sqrt(d)) v, head by head and PIECE queries at a time. q, k, v (B, heads, N or M, d)
     -> (B, heads, N, d).
 
-    Where few queries look at few keys, PyTorch's own.
+    PyTorch's own for few queries and keys.
     """
     if is_causal or q.shape[2] < LONG or k.shape[2] < LONG:
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -138,9 +138,9 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
 
 
 def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
-    """Compiles the UNet for the shapes that it meets: on a GPU with CUDA graphs, on a CPU with its weights frozen in.
+    """Compiles the UNet for each input shape: on a GPU with CUDA graphs, on a CPU with frozen weights.
 
-    The first step of each shape takes a minute or two; later processes find most of it in torch's cache.
+    The first step of each shape takes a minute or two; later processes reuse most of it from torch's cache.
     """
     met = set()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -149,7 +149,7 @@ def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
     def forward(
         x: Tensor, timestep: Tensor | float, context: Tensor, *rest: Tensor | None, **named: Tensor | None
     ) -> Tensor:
-        if not isinstance(timestep, Tensor):  # a number would be compiled in, and each step anew
+        if not isinstance(timestep, Tensor):  # a float would be a constant, recompiled at each step
             timestep = x.new_full((), timestep, dtype=torch.float32)
         shape, began = (x.shape, context.shape), time.perf_counter()
         if new := shape not in met:
@@ -158,7 +158,7 @@ def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
                 "minutes"
             )
         out = compiled(x, timestep, context, *rest, **named)
-        if sd.device.type == "cuda":  # a graph's output is written over when it runs again
+        if sd.device.type == "cuda":  # a CUDA graph's output is overwritten when it runs again
             out = out.clone()
         if new:
             met.add(shape)

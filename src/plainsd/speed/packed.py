@@ -1,6 +1,6 @@
-"""Layers with weights laid out as a CPU's matrix units read them, which take the place of plain ones; see model.py.
+"""Layers with weights packed for a CPU's matrix units, which replace the plain ones; see model.py.
 
-For inference in float32 and bfloat16, by a PyTorch with oneDNN; where kernels.cpp works, by that too.
+For inference in float32 and bfloat16, with PyTorch's oneDNN, and kernels.cpp where that works.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from plainsd.models.unet import FeedForward
 from plainsd.speed import kernels
 from plainsd.speed.kernels import have_kernels
 
-SMALL, SHORT = 2**18, 2**23  # numbers in a weight, and multiplications with it, up to which our kernel beats oneDNN's
+SMALL, SHORT = 2**18, 2**23  # elements of a weight, and multiplications, up to which our kernel beats oneDNN's
 
 
 def pack_inside(module: nn.Module) -> None:
-    """Puts packed layers in place of the plain ones inside. What carries a LoRA stays."""
+    """Replaces the plain layers inside by packed ones, except those with a LoRA."""
     for name, child in module.named_children():
         if type(child) is ResBlock and have_kernels(child.conv1.weight.dtype):
             child = PackedResBlock(child)
@@ -41,7 +41,7 @@ def pack_inside(module: nn.Module) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A Linear whose weight is laid out as the one that multiplies wants it: oneDNN, or for little work our kernel."""
+    """A Linear whose weight is packed for oneDNN, or for small products our kernel."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -63,7 +63,7 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """The output times another tensor, likewise."""
+        """The output times another tensor, fused likewise."""
         if self.short(x):
             return kernels.linear(x, self.small, self.n, self.bias, "times", other)
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A Conv2d likewise, over channels-last maps. The best layout depends on the map's size: another size lays anew."""
+    """A packed Conv2d on channels-last maps. The best layout depends on the map's size: another size repacks."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -95,7 +95,7 @@ def is_point(conv: nn.Conv2d) -> bool:
 
 
 class PackedPoint(nn.Module):
-    """A 1x1 Conv2d as what it is, a Linear over the numbers of each position. (B, C, H, W) -> (B, C', H, W)."""
+    """A 1x1 Conv2d as a Linear over the channels of each position. (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -106,7 +106,7 @@ class PackedPoint(nn.Module):
 
 
 class PackedLayerNorm(nn.LayerNorm):
-    """Its weight and bias are float32, as the kernel reads them."""
+    """LayerNorm with float32 weight and bias, for the kernel."""
 
     def __init__(self, plain: nn.LayerNorm):
         super().__init__(plain.normalized_shape, plain.eps)
@@ -149,12 +149,12 @@ class PackedResBlock(nn.Module):
 
 
 class PackedUpsample(nn.Module):
-    """Doubling and the 3x3 convolution after it, in 16 multiplications a pixel and channel instead of 36.
+    """2x upsampling and the 3x3 convolution after it, in 16 multiplications per input pixel and channel, not 36.
 
-    In the doubled map, the three rows that an even row reads are two of the small map: one of the three weights meets
-    the row above, two meet its own. So even rows are a convolution of the small map with two rows of weights, whose
-    second is the sum of two; odd rows likewise; and columns. One convolution for each of the four kinds of pixel then
-    does. (Shi et al. 2016, arXiv:1609.05158, have such a convolution learned.)
+    In the doubled map, the three rows that an even output row reads are two rows of the small map: one weight meets the
+    row above, two meet its own. So even rows are a convolution of the small map with two rows of weights, the second
+    the sum of two; likewise odd rows, and columns: one 2x2 convolution for each of the four kinds of pixel. (Shi et al.
+    2016, arXiv:1609.05158, learn such a convolution.)
     """
 
     def __init__(self, plain: Upsample):
@@ -172,7 +172,7 @@ class PackedUpsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         height, width = x.shape[2:]
-        if size is not None and tuple(size) != (2 * height, 2 * width):  # an odd side: not quite doubled
+        if size is not None and tuple(size) != (2 * height, 2 * width):  # an odd side: not exactly doubled
             return self.whole(nn.functional.interpolate(x, size=size, mode="nearest"))
         out = x.new_empty(len(x), 2 * height, 2 * width, self.channels).permute(0, 3, 1, 2)
         for row, column in KINDS:
@@ -204,13 +204,13 @@ class PackedFeedForward(nn.Module):
 
 
 def together(*layers: nn.Linear) -> PackedLinear:
-    """Layers with the same input as one, whose output is theirs side by side."""
+    """Layers with the same input fused into one, with their outputs concatenated."""
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return PackedLinear(torch.cat([layer.weight for layer in layers]), bias)
 
 
 class PackedSelfAttention(nn.Module):
-    """The UNet's attention of positions to each other, with its queries, keys and values out of one product."""
+    """The UNet's self-attention, with queries, keys and values from one product."""
 
     def __init__(self, plain: Attention):
         super().__init__()
@@ -225,7 +225,7 @@ class PackedSelfAttention(nn.Module):
 
 
 class PackedCrossAttention(nn.Module):
-    """The UNet's attention to a text. Its keys and values are made once, and kept while the text is the same tensor."""
+    """The UNet's cross-attention. Keys and values are computed once and kept while the context is the same tensor."""
 
     def __init__(self, plain: Attention):
         super().__init__()
