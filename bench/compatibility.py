@@ -105,7 +105,7 @@ COMFY_TASKS: dict[str, dict[str, Any]] = {
 COMFY_NAMES = {  # where ours differ
     "euler_ancestral": "euler_a", "euler_ancestral_cfg_pp": "euler_a_cfg_pp", "dpm_2": "dpm2",
     "dpm_2_ancestral": "dpm2_a", "dpmpp_2s_ancestral": "dpmpp_2s_a", "res_multistep_ancestral": "res_multistep_a",
-    "uni_pc": "unipc", "normal": "uniform",
+    "uni_pc": "unipc", "uni_pc_bh2": "unipc_bh2", "normal": "uniform",
     **{f"{name}_gpu": name for name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")},
 }  # fmt: skip
 

@@ -172,6 +172,19 @@ def test_what_has_no_effect_is_written_again(generate, tmp_path):
     assert read_settings(out.strip()).other == (("Face restoration", "GFPGAN"),)
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--like", "a1111"), "7 of 9 steps run"),  # the first pass makes 8
+        (("--hires-steps", 3), "3 of 3 steps run"),
+        (("--like", "a1111", "--sampler", "euler"), "9 of 9 steps run"),
+    ],
+)
+def test_hires_counts_the_steps_of_its_second_pass(generate, flags, says):
+    code, _, err = generate("x", "--hires", 1.5, "--steps", 9, "--strength", 0.5, "--sampler", "ddim", *flags)
+    assert code == 0 and says in err
+
+
 def test_hires_says_so_too(generate):
     code, out, err = generate("x", "--hires", 1.5, "--steps", 4, "--strength", 0.5)
     assert code == 0 and "2 of 4 steps run at strength 0.5" in err

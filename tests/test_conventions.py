@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import plainsd
-from plainsd.diffusion.conventions import CONVENTIONS, automatic_spacing, convention, planned_levels
+from plainsd.diffusion.conventions import CONVENTIONS, automatic_spacing, convention, planned_levels, told_timestep
 from plainsd.diffusion.denoiser import denoiser
 from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
 from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule, karras
@@ -74,9 +74,10 @@ def test_timesteps_are_not_rounded_and_no_level_is_left_out():
 
 
 @pytest.mark.parametrize("name, like", [("dpm2", "a1111"), ("dpm2_a", "a1111"), ("dpmpp_3m_sde", "a1111"),
-                                        ("dpm2", "comfyui"), ("unipc", "comfyui")])  # fmt: skip
+                                        ("dpm2", "comfyui"), ("unipc", "comfyui"),
+                                        ("unipc_bh2", "comfyui")])  # fmt: skip
 def test_the_last_level_but_one_is_dropped(name, like):
-    longer, end = karras(SD.sigma_min, SD.sigma_max, 11), 0.001 if (name, like) == ("unipc", "comfyui") else 0
+    longer, end = karras(SD.sigma_min, SD.sigma_max, 11), 0.001 if name.startswith("unipc") else 0
     np.testing.assert_allclose(levels(name, 10, "karras", like).sigmas, [*longer[:-1], end], rtol=1e-12)
     assert levels("euler", 10, "karras", like).sigmas[-2] == pytest.approx(SD.sigma_min)
 
@@ -107,6 +108,23 @@ def test_samplers_told_their_ends_run_over_the_whole_table():
     assert found.first_scale == levels("euler", 10, "ddim_uniform", "a1111").sigmas[0] < 10
     row, found = (levels(name, 10, "ddim_uniform", "comfyui").sigmas for name in ("euler", "dpm_fast"))
     assert found[0] == pytest.approx(row[0]) and found[-1] == pytest.approx(row[-2])  # there over the row's own
+
+
+def test_a1111s_lcm_knows_fifty_entries_of_the_table(sd):
+    """Whatever schedule is asked for chooses among timesteps 19, 39 ... 999, and the network is told one of them."""
+    found = levels("lcm", 4, automatic_spacing("a1111", "lcm", None), "a1111")
+    np.testing.assert_allclose(found.timesteps, [999, 999 - 980 / 3, 19 + 980 / 3, 19], atol=0.2)
+    assert found.sigmas[0] == pytest.approx(SD.sigma_max) and found.sigmas[-1] == 0
+    few = levels("lcm", 4, "karras", "a1111").sigmas
+    np.testing.assert_allclose(few, [*karras(TABLE[19], SD.sigma_max, 4), 0], rtol=1e-6)
+    names = []
+    sd.unet.register_forward_pre_hook(lambda network, given: names.append(float(torch.as_tensor(given[1]).max())))
+    plainsd.final(text_to_image(sd, "x", like="a1111", sampler="lcm", steps=4, guidance=1))
+    assert names == [999, 679, 339, 19]
+    told = told_timestep(SD, "lcm", "a1111")
+    halves = [told(level) for level in levels("lcm", 7, "uniform", "a1111").sigmas[:-1]]
+    assert halves == [999, 839, 679, 499, 339, 179, 19]  # the one at 509, between two entries, is told as the lower
+    assert automatic_spacing("comfyui", "lcm", None) == "distilled"
 
 
 @pytest.mark.parametrize("bh1", [False, True])

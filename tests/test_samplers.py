@@ -62,6 +62,7 @@ SCHEDULERS = {
     "tcd": ("tcd", "TCDScheduler", {}),
     "deis": ("deis_multistep", "DEISMultistepScheduler", {}),
     "sa_solver": ("sasolver", "SASolverScheduler", {}),
+    "unipc_bh2": ("unipc_multistep", "UniPCMultistepScheduler", {"solver_order": 3}),
 }  # fmt: skip
 OF_ITS_OWN = ("dpm_fast", "dpm_adaptive")  # choose their levels, and take what they have at the last for clean
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
@@ -490,7 +491,7 @@ def even(count: int) -> list[float]:
     [
         ("euler", {}, 1), ("ddim", {}, 1), ("heun", {}, 2), ("dpm2", {}, 2), ("dpmpp_2m", {}, 2), ("plms", {}, 2),
         ("dpm2_a", {"eta": 0.0}, 2), ("dpmpp_2s_a", {"eta": 0.0}, 2), ("dpmpp_sde", {"eta": 0.0}, 2),
-        ("dpmpp_2m_sde", {"eta": 0.0}, 2), ("dpmpp_3m_sde", {"eta": 0.0}, 2), ("unipc", {}, 3),
+        ("dpmpp_2m_sde", {"eta": 0.0}, 2), ("dpmpp_3m_sde", {"eta": 0.0}, 2), ("unipc", {}, 3), ("unipc_bh2", {}, 2),
         ("plms", {"prediction": "v_prediction"}, 1), ("dpmpp_2m_sde_heun", {"eta": 0.0}, 2), ("res_multistep", {}, 2),
         ("res_multistep_a", {"eta": 0.0}, 2), ("gradient_estimation", {}, 1), ("deis", {}, 2),
         ("deis", {"most": 3}, 2), ("ipndm", {}, 2), ("sa_solver", {"eta": 0.0}, 2), ("heunpp2", {}, 1),
@@ -657,7 +658,8 @@ def test_names_and_ends():
         == (
             "ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms "
             "unipc lcm dpmpp_2m_sde_heun restart dpm_fast dpm_adaptive ddim_cfg_pp euler_cfg_pp euler_a_cfg_pp "
-            "dpmpp_2m_cfg_pp tcd res_multistep res_multistep_a gradient_estimation deis ipndm er_sde sa_solver heunpp2"
+            "dpmpp_2m_cfg_pp tcd res_multistep res_multistep_a gradient_estimation deis ipndm er_sde sa_solver heunpp2 "
+            "unipc_bh2"
         ).split()
     )
     for name in SAMPLERS:

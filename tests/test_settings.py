@@ -154,6 +154,12 @@ def test_whatever_is_written_comes_back(made):
     assert parse_settings(format_settings(made)) == replace(made, **wanted)
 
 
+@pytest.mark.parametrize("key", ["Tiling", "Hires steps", "Like", "Sampler", "Version"])
+def test_what_has_no_effect_is_not_written_under_a_key_that_has(key):
+    written = format_settings(Settings(other=((key, "x"), ("Styles", "y"))))
+    assert parse_settings(written) == Settings(noise="cpu", other=(("Styles", "y"),)) and f"{key}: x" not in written
+
+
 def test_a_text_by_a1111_itself():
     text = (
         "photo of (a cat:1.2),\non a mat\nNegative prompt: dog,\nbird\nSteps: 30, Sampler: DPM++ 2M SDE, "

@@ -50,7 +50,8 @@ def test_names_of_comfyui_and_k_diffusion():
     names = {
         "euler_ancestral": "euler_a", "dpm_2": "dpm2", "dpm_2_ancestral": "dpm2_a", "dpmpp_2s_ancestral": "dpmpp_2s_a",
         "dpmpp_sde_gpu": "dpmpp_sde", "dpmpp_2m_sde_gpu": "dpmpp_2m_sde", "dpmpp_3m_sde_gpu": "dpmpp_3m_sde",
-        "uni_pc": "unipc", "uni_pc_bh2": "unipc", "res_multistep_ancestral": "res_multistep_a", "heunpp2": "heunpp2",
+        "uni_pc": "unipc", "uni_pc_bh2": "unipc_bh2", "res_multistep_ancestral": "res_multistep_a",
+        "heunpp2": "heunpp2",
     }  # fmt: skip
     assert {name: sampler_named(name) for name in names} == names
     schedules = {"normal": "uniform", "karras": "karras", "sgm_uniform": "sgm_uniform", "simple": "simple",

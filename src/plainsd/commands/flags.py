@@ -98,7 +98,7 @@ class GenerateFlags:
     sampler: Annotated[str | None, flag("NAME")] = None
     """ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms unipc
     lcm dpmpp_2m_sde_heun restart dpm_fast dpm_adaptive ddim_cfg_pp euler_cfg_pp euler_a_cfg_pp dpmpp_2m_cfg_pp tcd
-    res_multistep res_multistep_a gradient_estimation deis ipndm er_sde sa_solver heunpp2"""
+    res_multistep res_multistep_a gradient_estimation deis ipndm er_sde sa_solver heunpp2 unipc_bh2"""
     spacing: Annotated[str | None, flag("NAME")] = None
     """spacing of the noise levels: leading trailing linspace karras exponential polyexponential uniform sgm_uniform
     simple ddim_uniform beta beta_a1111 kl_optimal kl_optimal_a1111 align_your_steps align_your_steps_xl"""

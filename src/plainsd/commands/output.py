@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,12 +97,13 @@ def draw(
     from tqdm import tqdm
 
     from plainsd.diffusion.samplers import Step
+    from plainsd.pictures.sampling import second_pass, steps_to_run
 
     runs = [task(sd, prompts, **choices) for prompts, choices in batches]  # wrong input shows here
     one = runs[0].settings[0]
     if one.strength is not None:
-        again = runs[0].steps - one.steps if one.hires else runs[0].steps
-        print(f"{again} of {one.steps} steps run at strength {one.strength}", file=sys.stderr)
+        first, last = (steps_to_run(sd, replace(one, hires=None)), second_pass(one)) if one.hires else (0, one)
+        print(f"{runs[0].steps - first} of {last.steps} steps run at strength {one.strength}", file=sys.stderr)
     with tqdm(total=sum(run.steps for run in runs), unit="step", disable=hidden or None, dynamic_ncols=True) as bar:
         for run in runs:
             try:

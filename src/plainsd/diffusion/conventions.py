@@ -6,7 +6,7 @@ picture, how many steps run on it, and how prompts are read (pictures/conditioni
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ class Convention:
     drops: tuple[str, ...] = ()  # samplers that compute one step more and drop the last level but one
     by_timesteps: Mapping[str, str] = field(default_factory=dict)  # sampler -> its spacing, whatever the user chose
     ends: Mapping[str, float] = field(default_factory=dict)  # sampler -> where it ends, if not as in diffusers
+    taught: Mapping[str, int] = field(default_factory=dict)  # sampler -> the timesteps it knows, so many evenly spaced
     whole_timesteps: bool = False  # the network gets the nearest integer timestep, between levels too
     solvers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sampler -> its options
     top_counts_latent: bool = False  # at sigma_max the initial noise is scaled by sqrt(1 + sigma^2), not sigma
@@ -58,13 +59,14 @@ CONVENTIONS = {
         guidance_zero=True,
         refines_midway=True,
         prompts="batches",
+        taught={"lcm": 50},
         second_order=("heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "restart"),
     ),
     "comfyui": Convention(
         plain_levels=True,
         otherwise="uniform",
-        drops=("dpm2", "dpm2_a", "unipc"),
-        ends={"ddim": 0.0, "unipc": 0.001},  # DDIM is Euler there; UniPC stops short of 0
+        drops=("dpm2", "dpm2_a", "unipc", "unipc_bh2"),
+        ends={"ddim": 0.0, "unipc": 0.001, "unipc_bh2": 0.001},  # DDIM is Euler there; UniPC stops short of 0
         whole_timesteps=True,
         ends_only=("dpm_fast", "dpm_adaptive"),
         solvers={"unipc": {"order": 3, "bh1": True}, "dpm_fast": {"eta": 0.0}, "dpm_adaptive": {"eta": 0.0}},
@@ -90,7 +92,7 @@ def automatic_spacing(like: str | None, sampler: str, model: str | None, asked: 
         return rules.by_timesteps[sampler]
     if asked is not None:
         return asked
-    if own == "distilled":
+    if own == "distilled" and sampler not in rules.taught:
         return own
     return rules.automatic.get(sampler) or rules.otherwise or model or own
 
@@ -129,7 +131,11 @@ def planned_levels(
         total, before = (int(steps / share), steps - 1) if all_run else (steps, int(share * steps))
     if sampler in rules.by_timesteps and isinstance(schedule, NoiseSchedule):
         return _by_timesteps(schedule, sampler, total, before)
-    sigmas = _plain(rules, schedule, sampler, total, spacing)
+    if sampler in rules.taught and isinstance(schedule, NoiseSchedule):
+        sigmas = _plain(rules, _every(schedule, rules.taught[sampler]), sampler, total, spacing)
+        sigmas = [Level(sigma, schedule.timestep(sigma) if sigma else 0.0) for sigma in sigmas]
+    else:
+        sigmas = _plain(rules, schedule, sampler, total, spacing)
     if before is not None:
         sigmas = sigmas[total - before - 1 :]
     ends = (schedule.sigma_min, schedule.sigma_max) if before is None else (sigmas[-2], sigmas[0])
@@ -149,6 +155,27 @@ def whole_row(
     """The full schedule, of which `planned_levels` gives the last part for a picture of this strength."""
     total = int(steps / min(strength, 0.999)) if strength and all_run else steps
     return planned_levels(schedule, sampler, total, spacing, like).sigmas
+
+
+def told_timestep(
+    schedule: NoiseSchedule | EDMSchedule, sampler: str, like: str | None
+) -> Callable[[float], float] | None:
+    """Level -> the timestep that the network gets, where it only gets some; None: the level's own."""
+    rules = convention(like)
+    if isinstance(schedule, EDMSchedule):
+        return None
+    if sampler in rules.taught:
+        few = _every(schedule, rules.taught[sampler])
+        stride = len(schedule) // len(few)
+        return lambda sigma: few.nearest(sigma) * stride + stride - 1
+    return schedule.nearest if rules.whole_timesteps else None
+
+
+def _every(schedule: NoiseSchedule, count: int) -> NoiseSchedule:
+    """So many entries of the table, evenly spaced down from the last; in float32, whose rounding decides in A1111 which
+    of two entries is nearest to a level half-way between them."""
+    stride = len(schedule) // count
+    return NoiseSchedule(schedule.alphas_cumprod[stride - 1 :: stride].float())
 
 
 def steps_of_strength(steps: int, strength: float) -> int:

@@ -80,9 +80,9 @@ def spread_of(schedule: NoiseSchedule | EDMSchedule) -> float:
     return schedule.sigma_data if isinstance(schedule, EDMSchedule) else 1.0
 
 
-def told_nearest(denoise: Callable[[Tensor, float], Any], schedule: NoiseSchedule) -> Callable[[Tensor, float], Any]:
-    """The same, but the network only gets integer timesteps: the nearest to each level."""
-    return lambda x, sigma: denoise(x, Level(sigma, schedule.nearest(sigma)))
+def told(denoise: Callable[[Tensor, float], Any], timestep: Callable[[float], float]) -> Callable[[Tensor, float], Any]:
+    """The same, but the network gets the timestep that this function gives for each level."""
+    return lambda x, sigma: denoise(x, Level(sigma, timestep(sigma)))
 
 
 def denoiser(predict: Predict, schedule: NoiseSchedule | EDMSchedule, prediction: str) -> Denoise:

@@ -109,6 +109,7 @@ SAMPLERS: dict[str, Sampler] = {
     "er_sde": Sampler(er_sde),
     "sa_solver": Sampler(sa_solver, **SOLVER_TO_FIRST, takes=("eta",)),
     "heunpp2": Sampler(heunpp2),
+    "unipc_bh2": Sampler(partial(unipc, order=3), **SOLVER),  # ComfyUI's name
 }
 
 

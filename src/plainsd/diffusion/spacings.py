@@ -81,7 +81,7 @@ def align_your_steps_xl(sigma_min: float, sigma_max: float, steps: int) -> list[
 
 
 def _aligned(known: tuple[float, ...], sigma_min: float, sigma_max: float, steps: int) -> list[float]:
-    if known[-1] < 0.99 * sigma_min or known[0] > 1.01 * sigma_max:
+    if known[-1] < 0.2 * sigma_min or known[0] > 1.01 * sigma_max:
         raise UserError(
             f"align_your_steps is made for noise levels {known[-1]} to {known[0]}, and this model's are "
             f"{sigma_min:.3g} to {sigma_max:.3g}; choose another spacing, such as karras",

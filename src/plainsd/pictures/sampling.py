@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plainsd.diffusion.conventions import convention, planned_levels, whole_row
-from plainsd.diffusion.denoiser import Denoise, Pair, differential, inpainting, spread_of, told_nearest
+from plainsd.diffusion.conventions import convention, planned_levels, told_timestep, whole_row
+from plainsd.diffusion.denoiser import Denoise, Pair, differential, inpainting, spread_of, told
 from plainsd.diffusion.noise import Path
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step
 from plainsd.diffusion.schedule import EDMSchedule, Level, NoiseSchedule
@@ -203,8 +203,8 @@ def sample(
         )
         if later:
             denoise = handed_over(denoise, later[0], sd.schedule, one.handover)
-        if convention(one.like).whole_timesteps and isinstance(sd.schedule, NoiseSchedule):
-            denoise = told_nearest(denoise, sd.schedule)
+        if (timestep := told_timestep(sd.schedule, one.sampler, one.like)) is not None:
+            denoise = told(denoise, timestep)
         if known is not None and known.change is not None:
             denoise = differential(denoise, known.latents, known.change, levels.sigmas)
         elif known is not None and known.mask is not None:

@@ -32,6 +32,7 @@ from plainsd.pictures.texts.labels import (
 
 HASHES = {"model": "Model hash", "vae": "VAE hash"}  # A1111's keys for one ...
 SEVERAL = {"lora:": "Lora hashes", "embed:": "TI hashes"}  # ... and for "name: hash, name: hash"
+OURS = {"Sampler", "Spacing", "Version", *(key for key, *_ in FIELDS)}  # read as fields, never as something other
 ALWAYS = ("seed", "noise")  # written even where they have their default value: for A1111, no RNG is the GPU's
 SECOND = "hires "  # what begins the keys of the second pass
 NEGATIVE = "Negative prompt:"
@@ -57,7 +58,7 @@ def format_settings(settings: Settings) -> str:
     pairs += _hashes_written(settings.hashes)
     if settings.masked_padding is not None:
         pairs.append(PART)
-    known = {key for key, _ in pairs}
+    known = OURS | {key for key, _ in pairs}
     pairs += [pair for pair in settings.other if pair[0] not in known]
     pairs.append(("Version", f"plainsd {__version__}"))
     parts = [settings.prompt] if settings.prompt else []

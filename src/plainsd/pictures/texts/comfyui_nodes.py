@@ -179,8 +179,6 @@ class GraphReader:
             self._pass(node)  # its own range, and shape, of the levels
 
     def _names(self, stage: SamplerPass, sampler: str | None, scheduler: str | None) -> None:
-        if sampler == "uni_pc":
-            self.idle["uni_pc's B(h) = h"] = None  # ours is that of uni_pc_bh2
         if sampler is not None:
             stage.sampler = sampler_named(sampler) or sampler[:60]
         if scheduler is not None:

@@ -13,6 +13,7 @@ SAMPLER_LABELS = {
     "euler_a_cfg_pp": "Euler a CFG++", "dpmpp_2m_cfg_pp": "DPM++ 2M CFG++", "tcd": "TCD", "heunpp2": "HeunPP2",
     "ipndm": "IPNDM", "deis": "DEIS", "res_multistep": "Res Multistep", "res_multistep_a": "Res Multistep a",
     "gradient_estimation": "Gradient Estimation", "er_sde": "ER SDE", "sa_solver": "SA Solver",
+    "unipc_bh2": "UniPC bh2",
 }  # fmt: skip
 SPACING_LABELS = {  # only what A1111 means by them, level for level
     "karras": "Karras", "exponential": "Exponential", "polyexponential": "Polyexponential", "uniform": "Uniform",
@@ -29,6 +30,7 @@ SPARED = (
     "dpmpp_2m_sde",
     "dpmpp_3m_sde",
     "unipc",
+    "unipc_bh2",
 )  # their linspace leaves out the last, as SGM Uniform does
 SUFFIXES = ("karras", "exponential")  # written behind the sampler's name; the others as "Schedule type"
 BEFORE_0_2 = {"Uniform": "linspace", "SGM Uniform": "trailing", "DDIM": "leading", "Distilled": "distilled"}
@@ -50,7 +52,7 @@ SAMPLER_NAMES = {folded(word): name for name, label in SAMPLER_LABELS.items() fo
     "dpm2ancestral": "dpm2_a", "dpmad": "dpm_adaptive", "dpmpp2sancestral": "dpmpp_2s_a", "dpmppsdegpu": "dpmpp_sde",
     "dpmpp2msdegpu": "dpmpp_2m_sde", "dpmpp3msdegpu": "dpmpp_3m_sde", "dpmpp2msdebt": "dpmpp_2m_sde",
     "dpmpp2msdeheungpu": "dpmpp_2m_sde_heun", "ddimcfgpp": "ddim_cfg_pp", "ddimtrailing": "ddim",
-    "resmultistepancestral": "res_multistep_a", "unipcbh2": "unipc",
+    "resmultistepancestral": "res_multistep_a",
 }  # fmt: skip
 SPACING_NAMES = {folded(word): name for name, label in SPACING_LABELS.items() for word in (name, label)} | {
     "normal": "uniform", "discrete": "uniform", "ddim": "ddim_uniform", "ays": "align_your_steps",
