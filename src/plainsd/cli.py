@@ -29,6 +29,7 @@ COMMANDS = {                          # name: module, class, what it does
     "extract-lora": ("plainsd.commands.merge", "ExtractLora", "a LoRA out of a tuned model and its base"),
     "upscale": ("plainsd.commands.upscale", "Upscale", "pictures enlarged by a network of ESRGAN's kind"),
     "tokens": ("plainsd.commands.inspect", "Tokens", "how a prompt is cut and weighted"),
+    "explain": ("plainsd.commands.explain", "Explain", "how a picture was drawn, as a page to look at"),
     "verify": ("plainsd.commands.inspect", "Verify", "a model beside diffusers and transformers, digit by digit"),
     "eval": ("plainsd.commands.evaluate", "Evaluate", "how well a model trained on emoji draws them"),
     "train": ("plainsd.commands.train", "Train", "train a model, from nothing or from another"),

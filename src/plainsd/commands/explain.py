@@ -1,0 +1,95 @@
+"""`plainsd explain`: how a picture was drawn, as a page to look at."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional
+
+from plainsd.commands.flags import flag, several
+from plainsd.commands.output import check_writable
+from plainsd.errors import UserError, unknown
+from plainsd.pictures.settings import RANDOM, drawn_seed, read_seed
+
+BESIDE = {"negative": str, "steps": int, "guidance": float, "sampler": str, "spacing": str, "seed": int}
+PAIR = re.compile(r"\s*(\w+)=([^,]*)")
+
+
+@dataclass
+class Explain:
+    """Draws one picture and writes a page about it: its words and where they act, each step, guidance, the schedule."""
+
+    prompt: Annotated[Positional[str], flag("PROMPT")]
+    """what to draw"""
+    out: Annotated[Path, flag("FILE")] = Path("explain.html")
+    """the page, which needs nothing beside it; one that is there is replaced"""
+    beside: Annotated[str | None, flag("TEXT")] = None
+    """a second drawing beside it: another prompt, or other settings, such as "guidance=1, steps=10" """
+    model: Annotated[str | None, flag("MODEL")] = None
+    """folder, single file or hub name of a model; the embedded one if not given"""
+    negative: Annotated[str, flag("TEXT")] = ""
+    """negative prompt"""
+    size: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
+    """in pixels, multiples of 8"""
+    steps: Annotated[int | None, flag("N")] = None
+    """sampling steps"""
+    guidance: Annotated[float | None, flag("SCALE")] = None
+    """guidance scale (CFG)"""
+    sampler: Annotated[str | None, flag("NAME")] = None
+    """one of those of plainsd generate"""
+    spacing: Annotated[str | None, flag("NAME")] = None
+    """spacing of the noise levels"""
+    seed: Annotated[str, flag("N")] = "0"
+    """random or -1 draws one"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16"""
+
+    def run(self) -> None:
+        if self.out.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"--out '{self.out}': the page is written as HTML; name it {self.out.stem or 'x'}.html")
+        if self.out.is_dir():
+            raise UserError(f"--out '{self.out}' is a folder; give a file")
+        check_writable(self.out.parent)
+        names = ("negative", "size", "steps", "guidance", "sampler", "spacing")
+        seed = read_seed(self.seed)
+        first = {"prompt": self.prompt, **{name: getattr(self, name) for name in names}}
+        first["seed"] = drawn_seed() if seed == RANDOM else seed
+        drawings = [first, *([] if self.beside is None else [first | read_beside(self.beside)])]
+
+        from tqdm import tqdm
+
+        from plainsd.checkpoint import load
+        from plainsd.disk import written_whole
+        from plainsd.reports.explain import explain
+        from plainsd.reports.explain_page import page
+
+        sd, seen = load(self.model, device=self.device, dtype=self.dtype), []
+        with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
+            for choices in drawings:
+                seen.append(explain(sd, **choices, show=lambda step: bar.update()))
+        text = page(seen)
+        with written_whole(self.out) as draft:
+            draft.write_text(text, encoding="utf-8")
+        print(self.out)
+
+
+def read_beside(text: str) -> dict[str, Any]:
+    """What another drawing changes: settings where the text is NAME=VALUE, ...; else the prompt."""
+    pairs = [PAIR.fullmatch(part) for part in text.split(",")]
+    if not all(pairs):
+        return {"prompt": text}
+    found: dict[str, Any] = {}
+    for name, value in (pair.groups() for pair in pairs if pair):
+        if name not in BESIDE:
+            raise unknown("setting", name, BESIDE, field="beside")
+        try:
+            found[name] = BESIDE[name](value.strip())
+        except ValueError:
+            kind = "whole number" if BESIDE[name] is int else "number"
+            raise UserError(f"--beside: {name} {value.strip()!r} is no {kind}; give one", field="beside") from None
+    return found
