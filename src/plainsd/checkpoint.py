@@ -144,8 +144,8 @@ def load_control(
     dtype: str | torch.dtype = "auto",
     variant_file: str | None = None,
 ) -> ControlNet | T2IAdapter:
-    """A control net or a T2I-Adapter: a folder, a file in either naming, or on the hub; see files/control.py and
-    files/t2i_adapter.py.
+    """Loads a ControlNet or T2I-Adapter from a folder, a file with either kind of names, or the hub; see
+    files/control.py and files/t2i_adapter.py.
 
     `base`: the model that it is for. Files of differences to it (`difference`, ControlLoRA) need it. "auto" takes the
     base's device and dtype.

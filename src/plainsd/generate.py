@@ -395,9 +395,9 @@ def batch(
 ) -> Events:
     """Pictures from resolved settings, such as those of `Events.settings`, as one batch.
 
-    They may differ in prompts and seeds only; each picture is the same as alone. A picture to draw over, a mask, maps
-    to follow and pictures to take after are the same for all; picture and mask have the size of the settings. Not
-    `composed`, what is drawn with a mask comes whole, for a caller who puts it into its place.
+    They may differ in prompts and seeds only; each picture is the same as alone. Input picture, mask, controls and
+    image prompts are shared by all; picture and mask have the size of the settings. Without `composed`, masked pictures
+    are returned whole, for the caller to paste.
     """
     each, one = list(each), each[0]
     if image is None:
