@@ -14,7 +14,7 @@ from plainsd.commands.output import check_writable
 from plainsd.errors import UserError, unknown
 from plainsd.pictures.settings import RANDOM, drawn_seed, read_seed
 
-BESIDE = {"negative": str, "steps": int, "guidance": float, "sampler": str, "spacing": str, "seed": int}
+BESIDE_FIELDS = {"negative": str, "steps": int, "guidance": float, "sampler": str, "spacing": str, "seed": int}
 PAIR = re.compile(r"\s*(\w+)=([^,]*)")
 
 
@@ -85,11 +85,11 @@ def read_beside(text: str) -> dict[str, Any]:
         return {"prompt": text}
     found: dict[str, Any] = {}
     for name, value in (pair.groups() for pair in pairs if pair):
-        if name not in BESIDE:
-            raise unknown("setting", name, BESIDE, field="beside")
+        if name not in BESIDE_FIELDS:
+            raise unknown("setting", name, BESIDE_FIELDS, field="beside")
         try:
-            found[name] = BESIDE[name](value.strip())
+            found[name] = BESIDE_FIELDS[name](value.strip())
         except ValueError:
-            kind = "whole number" if BESIDE[name] is int else "number"
+            kind = "whole number" if BESIDE_FIELDS[name] is int else "number"
             raise UserError(f"--beside: {name} {value.strip()!r} is no {kind}; give one", field="beside") from None
     return found

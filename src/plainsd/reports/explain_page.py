@@ -27,7 +27,7 @@ from plainsd.pictures.previews import preview
 from plainsd.reports.explain import Explanation
 
 LARGEST_PAGE = 5_000_000  # bytes
-TINY = 64  # pixels: pictures up to here are stored without loss
+LOSSLESS = 64  # pixels: pictures up to here are stored without loss
 BINS = torch.linspace(-4, 4, 41)  # of the histograms, in standard deviations of the noise
 CURVE = 80  # points of the schedule that are drawn
 
@@ -48,14 +48,14 @@ def page(explanations: Sequence[Explanation]) -> str:
     """The page of one drawing, or of several beside each other. UserError where it would be too large."""
     template = (files("plainsd") / "reports" / "explain_page.html").read_text("utf-8")
     for detail in DETAIL:
-        text = json.dumps([described(one, detail) for one in explanations], ensure_ascii=False)
+        text = json.dumps([page_data(one, detail) for one in explanations], ensure_ascii=False)
         whole = template.replace("__DATA__", text.replace("<", "\\u003c"))  # no prompt ends the script that holds it
         if len(whole.encode()) < LARGEST_PAGE:
             return whole
     raise UserError("the page would be larger than 5 MB; explain fewer drawings, or a shorter prompt")
 
 
-def described(one: Explanation, detail: Detail) -> dict:
+def page_data(one: Explanation, detail: Detail) -> dict:
     """What the page is told of a drawing."""
     shown = spread_out(len(one.timesteps), detail.steps)
     settings = one.settings
@@ -82,12 +82,12 @@ def described(one: Explanation, detail: Detail) -> dict:
         "picture": encoded(one.image, 2 * detail.picture),
         "pictures": pictures,
         "cross": [
-            map_of(torch.stack([shrunk(maps[shown][:, at].sum(1), detail.cross) for _, _, at in groups], 1),
+            packed_maps(torch.stack([pooled_maps(maps[shown][:, at].sum(1), detail.cross) for _, _, at in groups], 1),
                    layers=one.layers[size], size=list(size))
             for size, maps in one.cross_attention.items()
         ],
         "self": [shrunk_self(one, shown, detail.self)] if one.self_attention else [],
-        "difference": None if one.uncond is None else map_of(rms(one.cond - one.uncond, 1)[shown]),
+        "difference": None if one.uncond is None else packed_maps(rms(one.cond - one.uncond, 1)[shown]),
         "histograms": {name: [histogram(each[i]) for i in range(len(shown))] for name, each in latents.items()},
         "bins": BINS.tolist(),
     }  # fmt: skip
@@ -126,7 +126,7 @@ def histogram(x: Tensor) -> list[float]:
     return [round(value, 4) for value in (counts / counts.sum() / (BINS[1] - BINS[0])).tolist()]
 
 
-def shrunk(maps: Tensor, most: int) -> Tensor:
+def pooled_maps(maps: Tensor, most: int) -> Tensor:
     """(..., height, width), each side at most so long: means over areas."""
     return F.adaptive_avg_pool2d(maps, [min(side, most) for side in maps.shape[-2:]])
 
@@ -136,15 +136,17 @@ def shrunk_self(one: Explanation, shown: list[int], most: int) -> dict:
     size = max(one.self_attention)
     maps = one.self_attention[size][shown].unflatten(2, size)  # (S, N, height, width)
     maps = (
-        shrunk(maps, most).movedim(1, -1).unflatten(-1, size)
+        pooled_maps(maps, most).movedim(1, -1).unflatten(-1, size)
     )  # (S, height, width, ...) of what is read, then readers
-    maps = shrunk(maps.flatten(0, 2)[:, None], most)[:, 0].unflatten(0, (len(shown), -1)).flatten(2)  # (S, read, N)
+    maps = (
+        pooled_maps(maps.flatten(0, 2)[:, None], most)[:, 0].unflatten(0, (len(shown), -1)).flatten(2)
+    )  # (S, read, N)
     height, width = (min(side, most) for side in size)
     maps *= math.prod(size) / (height * width)  # several places are read as one: it still adds up to 1
-    return map_of(maps.transpose(1, 2).unflatten(2, (height, width)), size=list(size))
+    return packed_maps(maps.transpose(1, 2).unflatten(2, (height, width)), size=list(size))
 
 
-def map_of(maps: Tensor, **more) -> dict:
+def packed_maps(maps: Tensor, **more) -> dict:
     """(..., height, width) as bytes, each map scaled to its highest value, which is given beside."""
     peak = maps.flatten(-2).amax(-1).clamp(min=1e-12)
     bytes_ = (maps / peak[..., None, None] * 255).round().to(torch.uint8)
@@ -161,6 +163,6 @@ def encoded(picture: Image.Image, most: int) -> str:
     if max(picture.size) > most:
         picture = picture.copy()
         picture.thumbnail((most, most), Image.Resampling.LANCZOS)
-    file, lossless = BytesIO(), max(picture.size) <= TINY
+    file, lossless = BytesIO(), max(picture.size) <= LOSSLESS
     picture.save(file, "PNG" if lossless else "WEBP", **({"optimize": True} if lossless else {"quality": 82}))
     return f"data:image/{'png' if lossless else 'webp'};base64,{b64encode(file.getvalue()).decode()}"

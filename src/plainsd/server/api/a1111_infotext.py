@@ -55,7 +55,7 @@ def filled(body: Some, models: Models, limits: Limits) -> tuple[Some, dict[str, 
         raise Refused(422, f"infotext: {error}", "infotext") from None
     other = dict(settings.other)
     known_options({BY_OPTION[key]: value_of(text) for key, text in other.items() if key in BY_OPTION}, "infotext")
-    said, idle = told(settings, other, models)
+    said, idle = read_infotext(settings, other, models)
     given = body.model_dump(exclude_unset=True, exclude_none=True)
     options = said.pop("override_settings") | given.get("override_settings", {})
     known = {*type(body).model_fields, "hr_checkpoint_name"}  # which is refused where it would act
@@ -65,7 +65,7 @@ def filled(body: Some, models: Models, limits: Limits) -> tuple[Some, dict[str, 
     return body, more, [f"infotext: {entry} has no effect here" for entry in idle]
 
 
-def told(settings: Settings, other: dict[str, str], models: Models) -> tuple[dict[str, Any], list[str]]:
+def read_infotext(settings: Settings, other: dict[str, str], models: Models) -> tuple[dict[str, Any], list[str]]:
     """The settings by A1111's fields, and the entries that mean nothing here."""
     width, height = settings.size or (None, None)
     fields = {
