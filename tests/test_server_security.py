@@ -11,6 +11,7 @@ import requests
 from serving import model_folder, open_service, served
 
 from plainsd.cli import main
+from plainsd.commands.serve import Serve
 from plainsd.server.api import security
 from plainsd.server.api.security import COOKIE, Hosts, is_loopback
 
@@ -215,3 +216,13 @@ def test_fastapi_is_imported_only_when_serving():
         "import sys, plainsd.cli, plainsd.commands.serve; sys.exit('fastapi' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("host", "opens"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("192.0.2.7", "192.0.2.7")])
+def test_the_address_that_is_printed_opens(host, opens, tmp_path, capsys):
+    service = open_service([], tmp_path)
+    Serve(host=host).greet(service, 7860, "a-long-token")
+    service.close()
+    told = capsys.readouterr()
+    assert told.out == f"http://{opens}:7860/?token=a-long-token\n"
+    assert ("from other machines: http://" in told.err) == (host != opens) and f"//{host}:" not in told.err

@@ -153,7 +153,8 @@ class Serve:
         return token if token is not None or is_loopback(self.host) else secrets.token_urlsafe(18)
 
     def greet(self, service, port: int, token: str | None) -> None:
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # which are no addresses to open
+        host = everywhere.get(self.host, self.host)
         models = service.models
         print(
             f"models: {', '.join(models.known)} ({models.device}, {str(models.dtype).removeprefix('torch.')})",
@@ -162,7 +163,27 @@ class Serve:
         print(f"pictures go to {service.store.folder / 'pictures'}", file=sys.stderr)
         if waiting := sum(service.queue.counts().values()):
             print(f"going on with {waiting} unfinished jobs", file=sys.stderr)
-        print(f"http://{host}:{port}/{f'?token={token}' if token else ''}", flush=True)
+        if self.host in everywhere:
+            print(f"from other machines: {opened_at(own_address(), port, token)}", file=sys.stderr)
+        print(opened_at(host, port, token), flush=True)
+
+
+def opened_at(host: str, port: int, token: str | None) -> str:
+    """What a browser opens."""
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}/{f'?token={token}' if token else ''}"
+
+
+def own_address() -> str:
+    """Of this machine in its network; its name where it has none."""
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))  # nothing is sent: it only asks which way it would go (RFC 5737)
+            return sock.getsockname()[0]
+        except OSError:
+            return socket.gethostname()
 
 
 def server_of(app, grace: int = 5):

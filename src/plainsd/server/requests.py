@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from plainsd.diffusion.schedule import SPACINGS
 from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
 from plainsd.pictures.conditioning import as_weighted
@@ -15,6 +16,7 @@ from plainsd.pictures.control import Control
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
 from plainsd.pictures.texts.fields import FIELDS
+from plainsd.pictures.texts.labels import sampler_named, spacing_named
 from plainsd.server.canvas import Base, base_of
 from plainsd.server.controls import controls_of
 from plainsd.server.errors import Refused
@@ -75,7 +77,8 @@ def checked(
 
 def cells(request: JobRequest) -> list[dict[str, Any]]:
     """The settings in which the pictures of a grid differ, row by row; one empty set without a grid."""
-    readers = {name: read for _, name, read, _ in FIELDS} | {"sampler": str, "spacing": str}
+    readers = {name: read for _, name, read, _ in FIELDS}
+    readers |= {"sampler": lambda text: sampler_named(text) or text, "spacing": spacing_asked}
     readers |= dict.fromkeys(SEEDS, read_seed)
     axes = []
     for axis in request.grid or []:
@@ -88,6 +91,11 @@ def cells(request: JobRequest) -> list[dict[str, Any]]:
             message = f"grid {axis.name} has a value that cannot be read; give numbers such as 3, 5, 7"
             raise Refused(422, message, "grid", axis.values) from None
     return [dict(pairs) for pairs in product(*reversed(axes))]
+
+
+def spacing_asked(text: str) -> str:
+    """By our name, or by the one that people see."""
+    return text if text in SPACINGS else spacing_named(text) or text
 
 
 def check_limits(request: JobRequest, limits: Limits) -> None:
@@ -188,6 +196,8 @@ def new_job(
         check_work(each, limits)
         check_prompts(each, limits)
     except UserError as error:
+        if error.field in {axis.name.strip().replace(" ", "_") for axis in request.grid or []}:
+            error.field = "grid"
         raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask", "controls"})) from None
     source, inputs = base.kept() if base else (None, {})
     if followed:
@@ -275,4 +285,5 @@ def sheet_of(request: JobRequest) -> Sheet | None:
     if not request.grid:
         return None
     labels = [[f"{axis.name.replace('_', ' ')} {value}" for value in axis.values] for axis in request.grid]
-    return Sheet(labels[0], labels[1] if len(labels) > 1 else [])
+    axes = [(axis.name, [str(value) for value in axis.values]) for axis in request.grid]
+    return Sheet(labels[0], labels[1] if len(labels) > 1 else [], axes)

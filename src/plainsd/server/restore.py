@@ -10,6 +10,7 @@ from plainsd.pictures.settings import DEFAULTS, SEEDS, UPSCALERS, Settings
 from plainsd.pictures.texts.a1111 import format_settings
 from plainsd.pictures.texts.fields import FIELDS
 from plainsd.server.errors import Refused
+from plainsd.server.jobs.job import GRID_SIDES
 from plainsd.server.jobs.pictures import Picture, json_seed, tagged
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models
@@ -26,6 +27,9 @@ def picture_told(row: Picture) -> dict[str, Any]:
     settings = row.settings
     fields = {name: value for name, value in vars(settings).items() if name in TAKEN}
     fields |= exact_seeds(settings)
+    if grid := grid_in(settings):
+        fields = {name: value for name, value in fields.items() if name not in {one["name"] for one in grid}}
+        fields["grid"] = grid
     return {
         "id": row.id, "number": row.number, "job": row.job, "url": f"/api/images/{row.id}.png",
         "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height,
@@ -33,6 +37,12 @@ def picture_told(row: Picture) -> dict[str, Any]:
         "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
         "parameters": format_settings(tagged(settings, row.loras)), "problem": row.problem,
     }  # fmt: skip
+
+
+def grid_in(settings: Settings) -> list[dict[str, Any]]:
+    """The axes of a sheet, as a request has them."""
+    axes = [text.partition(": ") for side, text in settings.other if side in GRID_SIDES]
+    return [{"name": name.replace(" ", "_"), "values": values.split(", ")} for name, _, values in axes]
 
 
 def exact_seeds(settings: Settings) -> dict[str, Any]:
@@ -54,6 +64,9 @@ def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
     unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in taken]
     unused += [("Sampler", settings.sampler)] if settings.sampler and "sampler" not in taken else []
     fields = {name: value for name, value in said.items() if name in taken}
+    if grid := grid_in(settings):
+        fields["grid"] = grid
+        settings = replace(settings, other=tuple(entry for entry in settings.other if entry[0] not in GRID_SIDES))
     return {
         "prompt": prompt,
         **fields,

@@ -17,7 +17,7 @@ from plainsd import __version__
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.models.variants import edits
 from plainsd.pictures.preprocess import PREPROCESSORS
-from plainsd.pictures.settings import CONTROL_MODES, MASKED_CONTENTS, RANGES, UPSCALERS
+from plainsd.pictures.settings import CONTROL_MODES, LIKE, MASKED_CONTENTS, NOISE_OF, RANGES, UPSCALERS
 from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.errors import add_errors
@@ -230,7 +230,7 @@ def add_page(app: FastAPI, service: Service) -> None:
             "upscalers": (*UPSCALERS, *sorted(service.models.upscalers.known())),
             "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
             "loras": sorted(service.models.loras()), "styles": [*service.models.wording.known_styles()],
-            "masked_contents": MASKED_CONTENTS,
+            "masked_contents": MASKED_CONTENTS, "like": LIKE, "noises": sorted({*NOISE_OF.values()}),
             "controls": sorted(service.models.controls.known()), "preprocessors": PREPROCESSORS,
             "control_modes": CONTROL_MODES,
             "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.words.unusable,

@@ -53,12 +53,22 @@ def source_from(data: dict[str, Any]) -> Source:
     return Source(**{**data, "box": data["box"] and tuple(data["box"]), "controls": controls})
 
 
+GRID_SIDES = ("Grid across", "Grid down")  # in a sheet's text
+
+
 @dataclass(frozen=True)
 class Sheet:
     """The labels of an X/Y grid: the job's pictures on one sheet, as its last picture."""
 
     across: list[str]
     down: list[str]
+    axes: list[tuple[str, list[str]]] = field(default_factory=list)  # settings and their values, across and down
+
+    def told(self, first: Resolved) -> Resolved:
+        """What all its pictures share, from the first of them, and in which they differ."""
+        sides = zip(GRID_SIDES, self.axes, strict=False)
+        differing = [(side, f"{name}: {', '.join(values)}") for side, (name, values) in sides]
+        return replace(first, other=(*first.other, *differing))
 
 
 class Bell:
@@ -143,6 +153,8 @@ class Job:
         return [place for place in left if place < len(self.each) or ready]
 
     def settings_of(self, place: int) -> Resolved:
+        if self.sheet is not None and place == len(self.each):
+            return self.sheet.told(self.each[0])
         return self.each[min(place, len(self.each) - 1)]
 
     def picture_id(self, place: int) -> str:

@@ -42,6 +42,7 @@ function login() {
         $("login").close();
         open = null;
         resolve();
+        $("prompt")?.focus();
       } catch (error) {
         $("login-error").textContent = error.message;
       }

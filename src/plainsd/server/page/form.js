@@ -3,11 +3,13 @@
 import { $, element } from "./api.js";
 import * as paint from "./paint.js";
 
-const NUMBERS = ["steps", "guidance", "count", "strength", "mask_blur", "hires", "variation_strength", "clip_skip", "eta",
+const NUMBERS = ["steps", "guidance", "image_guidance", "count", "strength", "mask_blur", "mask_grow", "masked_padding", "hires", "variation_strength", "clip_skip", "eta",
   "rescale", "perturbed", "threshold", "apg", "cache", "handover"];
-const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "upscaler", "variation_seed", "refiner", "like"];
+const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "upscaler", "variation_seed", "refiner", "like", "noise", "masked_content"];
+const CHECKS = ["tiling", "soft_mask"];
 const SIDES = ["left", "top", "right", "bottom"].map((side) => `outpaint-${side}`);
-const WITH_PICTURE = ["strength", "mask_blur"];
+const OF_MASK = ["mask_blur", "mask_grow", "masked_padding", "masked_content", "soft_mask"];
+const WITH_PICTURE = ["strength", ...OF_MASK];
 const DRAFT = "plainsd.draft";
 let info;
 let lastSeed = null;
@@ -22,6 +24,11 @@ export function setUp(told) {
   $("model-field").hidden = info.models.length < 2;
   $("spacing").replaceChildren(...options([["", "Automatic"], ...Object.entries(info.spacings)]));
   $("upscaler").replaceChildren(...options([["", "latent"], ...info.upscalers.filter((name) => name !== "latent").map((name) => [name, name])]));
+  $("masked_content").replaceChildren(...options(info.masked_contents.map((name) => [name === "original" ? "" : name, name])));
+  $("like").replaceChildren(...options([["", "plainsd"], ...info.like.map((name) => [name, name])]));
+  $("noise").replaceChildren(...options([["", "as it draws"], ...info.noises.map((name) => [name, name])]));
+  $("styles").replaceChildren(...options(info.styles.map((name) => [name, name])));
+  $("styles-field").hidden = info.styles.length === 0;
   for (const side of ["x", "y"]) {
     $(`${side}-name`).replaceChildren(...options([["", "–"], ...info.grid.map((name) => [name, name.replaceAll("_", " ")])]));
   }
@@ -40,7 +47,7 @@ export function setUp(told) {
 }
 
 function wire() {
-  for (const name of ["steps", "guidance"]) {
+  for (const name of ["steps", "guidance", "image_guidance"]) {
     $(`${name}-range`).oninput = () => ($(name).value = $(`${name}-range`).value);
     $(name).addEventListener("input", () => ($(`${name}-range`).value = $(name).value));
   }
@@ -63,9 +70,10 @@ function wire() {
 
 // What suits the model, in place of what suited the one before.
 function takeDefaults() {
-  const { defaults, ideas, refiners, embeddings } = modelOf($("model").value);
+  const { defaults, ideas, refiners, embeddings, edits } = modelOf($("model").value);
   const { size, steps, guidance, sampler } = defaults;
   $("idea").hidden = ideas.length === 0;
+  $("image_guidance").closest(".field").hidden = !edits;
   [$("width").value, $("height").value] = size;
   paint.setNative(size[0]);
   set("steps", steps);
@@ -98,6 +106,8 @@ function set(name, value) {
 export function worded(name, value) {
   if (name === "size") return value.join(" × ");
   const labels = { sampler: info.samplers, spacing: info.spacings }[name] ?? {};
+  if (name === "grid") return value.map((axis) => `${axis.name.replaceAll("_", " ")} ${axis.values.map((one) => worded(axis.name, one)).join(", ")}`).join(" × ");
+  if (typeof value === "boolean") return value ? "yes" : "no";
   return labels[value] ?? [value].flat().join(", ");
 }
 
@@ -113,6 +123,9 @@ function draft() {
   const fields = {};
   for (const name of TEXTS) if ($(name).value.trim() !== "") fields[name] = $(name).value;
   for (const name of NUMBERS) if ($(name).value !== "") fields[name] = Number($(name).value);
+  for (const name of CHECKS) if ($(name).checked) fields[name] = true;
+  const styles = [...$("styles").selectedOptions].map((one) => one.value);
+  if (styles.length) fields.styles = styles;
   const [low, high] = $("interval").value.split(",").map((part) => part.trim());
   if (low && high) fields.interval = [low, high];
   fields.size = [Number($("width").value), Number($("height").value)];
@@ -138,7 +151,8 @@ export async function request() {
   if (paint.hasPicture()) Object.assign(fields, await paint.pictures(...fields.size));
   else delete fields.outpaint;
   if (!fields.image && !fields.hires) delete fields.strength;
-  if (!fields.mask && !fields.outpaint) delete fields.mask_blur;
+  if (!fields.mask && !fields.outpaint) for (const name of OF_MASK) delete fields[name];
+  if ($("image_guidance").closest(".field").hidden) delete fields.image_guidance;
   if (fields.outpaint) delete fields.size; // the picture's own, and what is added
   if (!fields.refiner) delete fields.handover;
   const axes = grid();
@@ -165,6 +179,9 @@ export function fill(settings, loras = []) {
   for (const [name, none] of [["variation_strength", 0], ["rescale", 0], ["perturbed", 0], ["apg", 0], ["upscaler", "latent"], ["clip_skip", 1]]) {
     if (settings[name] === none) set(name, "");
   }
+  for (const [name, none] of [["mask_blur", 0], ["mask_grow", 0], ["masked_content", "original"]]) if (settings[name] === none) set(name, "");
+  for (const name of CHECKS) if (name in settings || !WITH_PICTURE.includes(name)) $(name).checked = settings[name] === true;
+  for (const one of $("styles").options) one.selected = (settings.styles ?? []).includes(one.value);
   $("interval").value = settings.interval?.join(", ") ?? "";
   const sides = settings.outpaint ?? ["", "", "", ""];
   SIDES.forEach((id, i) => set(id, sides[i]));
@@ -172,7 +189,11 @@ export function fill(settings, loras = []) {
   $("loras").replaceChildren();
   for (const { name, strength } of loras) addLora(name, strength);
   $("lora-section").open = loras.length > 0;
-  for (const side of ["x", "y"]) $(`${side}-name`).value = $(`${side}-values`).value = "";
+  ["x", "y"].forEach((side, i) => {
+    $(`${side}-name`).value = settings.grid?.[i]?.name ?? "";
+    $(`${side}-values`).value = settings.grid?.[i]?.values.map((value) => worded(settings.grid[i].name, value)).join(", ") ?? "";
+  });
+  $("grid-section").open = Boolean(settings.grid);
   clearErrors();
   localStorage.setItem(DRAFT, JSON.stringify(draft()));
 }

@@ -26,7 +26,7 @@ export async function load(more = false) {
 
 function tile(picture) {
   const image = element("img", { src: picture.thumbnail, alt: picture.settings.prompt || "picture without a prompt", loading: "lazy" });
-  const button = element("button", { type: "button", className: "tile", title: picture.settings.prompt }, image);
+  const button = element("button", { type: "button", className: picture.settings.grid ? "tile sheet" : "tile", title: picture.settings.prompt }, image);
   button.dataset.id = picture.id;
   button.onclick = () => open(picture.id);
   return button;
@@ -45,10 +45,12 @@ const LABELS = {
   variation_seed: "Variation seed", variation_strength: "Variation", rescale: "Rescale", interval: "Guidance from, to",
   perturbed: "Perturbed", threshold: "Threshold", apg: "Projected",
   apg_parallel: "Projected, along", apg_momentum: "Projected, momentum", cache: "Deep cache", refiner: "Refiner", handover: "Refiner from", embeddings: "Embeddings",
-  outpaint: "Continued",
+  outpaint: "Continued", grid: "Compared", image_guidance: "Of the picture", mask_blur: "Soft edge", mask_grow: "Mask widened",
+  masked_padding: "Around the mask", masked_content: "Mask starts from", soft_mask: "Soft mask", tiling: "Seamless",
+  like: "As drawn by", noise: "Random numbers",
 };
 const PLAIN = { clip_skip: 1, upscaler: "latent", variation_strength: 0, rescale: 0, perturbed: 0, apg: 0, apg_parallel: 0, apg_momentum: -0.5,
-  negative: "" };
+  negative: "", mask_blur: 0, mask_grow: 0, masked_content: "original", soft_mask: false, tiling: false };
 
 function view(place) {
   current = place;
@@ -57,7 +59,7 @@ function view(place) {
   $("viewer-image").src = picture.url;
   $("viewer-image").alt = settings.prompt;
   $("viewer-prompt").textContent = settings.prompt || "(no prompt)";
-  const told = (value, plain) => value !== null && value !== plain && value?.length !== 0;
+  const told = (value, plain) => value !== null && value !== undefined && value !== plain && value?.length !== 0;
   const rows = Object.entries(LABELS).filter(([name]) => told(settings[name], PLAIN[name]));
   const loras = picture.loras.map(({ name, strength }) => `${name} ${strength}`).join(", ");
   $("viewer-settings").replaceChildren(
