@@ -135,12 +135,9 @@ def shrunk_self(one: Explanation, shown: list[int], most: int) -> dict:
     """The finest self-attention that there is: (S, N, height, width), a row of N for each place that reads."""
     size = max(one.self_attention)
     maps = one.self_attention[size][shown].unflatten(2, size)  # (S, N, height, width)
-    maps = (
-        pooled_maps(maps, most).movedim(1, -1).unflatten(-1, size)
-    )  # (S, height, width, ...) of what is read, then readers
-    maps = (
-        pooled_maps(maps.flatten(0, 2)[:, None], most)[:, 0].unflatten(0, (len(shown), -1)).flatten(2)
-    )  # (S, read, N)
+    maps = pooled_maps(maps, most).movedim(1, -1).unflatten(-1, size)  # (S, height, width, ...): read, then readers
+    maps = pooled_maps(maps.flatten(0, 2)[:, None], most)[:, 0].unflatten(0, (len(shown), -1))
+    maps = maps.flatten(2)  # (S, read, N)
     height, width = (min(side, most) for side in size)
     maps *= math.prod(size) / (height * width)  # several places are read as one: it still adds up to 1
     return packed_maps(maps.transpose(1, 2).unflatten(2, (height, width)), size=list(size))
