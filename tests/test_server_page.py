@@ -272,6 +272,15 @@ def test_inpainting_with_the_brush(page):
     changed = [sum(a != b for a, b in zip(picture.crop(box).tobytes(), image.crop(box).tobytes(), strict=True))
                for box in ((0, 8, 64, 24), (0, 40, 64, 64))]  # fmt: skip
     assert changed[0] > 300 and changed[1] == 0  # drawn anew under the brush, as it was elsewhere
+    page.find("#remove").click()
+    page.find(".card .whole").click()
+    page.find("#use").click()  # with its picture and mask
+    again = page.drawn()
+    assert page.server.picture(again["images"][0]).tobytes() == picture.tobytes()
+    page.load()
+    page.find(".tile").click()
+    page.find("#use").click()
+    assert "drawn on a picture that is not here any more" in page.find("#toast").text
 
 
 def test_the_brush_works_from_the_keyboard(page):

@@ -10,7 +10,10 @@ async function draw() {
   form.clearErrors();
   $("generate").disabled = true;
   try {
-    jobs.watch(await call("/api/jobs", await form.request()));
+    const [body, start] = [await form.request(), paint.kept()];
+    const job = await call("/api/jobs", body);
+    if (start) gallery.remember(job.id, start);
+    jobs.watch(job);
     if (matchMedia("(max-width: 800px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
   } catch (error) {
     form.showError(error);

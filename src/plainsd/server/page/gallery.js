@@ -8,6 +8,9 @@ let shown = []; // pictures, newest first
 let next = null;
 let current = -1;
 let loading = 0;
+const starts = new Map(); // job id -> picture and mask that it was drawn on, for as long as the page is open
+
+export const remember = (job, start) => starts.set(job, start);
 
 export async function load(more = false) {
   const turn = ++loading;
@@ -81,8 +84,14 @@ function move(by) {
 function use(withSeed) {
   const { settings, loras } = shown[current];
   form.fill(withSeed ? settings : { ...settings, seed: "" }, loras);
+  const start = starts.get(shown[current].job);
+  if (start) paint.putBack(start);
+  else paint.remove();
   $("viewer").close();
   $("prompt").focus();
+  if (!start && settings.strength !== null && settings.strength !== undefined && !settings.hires) {
+    return toast("Settings restored. It was drawn on a picture that is not here any more: put that in again first.");
+  }
   toast(withSeed ? "Settings restored, with the seed." : "Settings restored, with a new seed each time.");
 }
 

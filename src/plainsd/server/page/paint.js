@@ -23,6 +23,18 @@ export async function take(file, side = native) {
   show();
 }
 
+// What is there, to be put back as it is; null where there is nothing.
+export function kept() {
+  return source && { source, mask: painted ? drawing().getImageData(0, 0, $("mask").width, $("mask").height) : null };
+}
+
+export function putBack(start) {
+  source = start.source;
+  show();
+  if (start.mask) drawing().putImageData(start.mask, 0, 0);
+  painted = start.mask !== null;
+}
+
 export function remove() {
   source = null;
   painted = false;
