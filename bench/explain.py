@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def measured(sd, question: Question, name: str, glyphs, seed: int, steps: int):
-    seen = explain(sd, question.prompt, seed=seed, steps=steps)
+    seen = explain(sd, question.prompt, seed=seed, steps=steps, decoded=False)
     size = seen.image.height, seen.image.width
     regions = laid(glyphs[question.concept], seen.image)
     heats = [seen.heat(places(seen, words), size).numpy() for words in (name, question.background)]

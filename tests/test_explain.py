@@ -1,19 +1,30 @@
 """`plainsd explain`: maps beside diffusers' own, the same picture to the bit, and a page that asks nobody."""
 
+import json
 import math
+import re
+from base64 import b64decode
+from dataclasses import replace
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
+from browser import chromium, needed  # noqa: F401
 from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
+from PIL import Image
+from serving import until
 
 import plainsd
+from plainsd.cli import main
+from plainsd.commands.explain import read_beside
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.generate import Pictures, text_to_image
 from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
-from plainsd.reports import watching
-from plainsd.reports.explain import read_prompt
+from plainsd.reports import explain_page, watching
+from plainsd.reports.explain import Token, read_prompt
 
 PROMPT = "a red apple"
 
@@ -138,9 +149,14 @@ def test_estimates_make_the_guided_one(explained):
     }
 
 
+def test_steps_are_decoded_only_if_asked_for(embedded, explained):
+    seen = plainsd.explain(embedded, PROMPT, seed=7, steps=4, decoded=False)
+    assert seen.decoded == {} and seen.image.tobytes() == explained.image.tobytes()
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_is_watched_where_its_steps_begin(embedded, sampler):
-    seen = plainsd.explain(embedded, PROMPT, steps=3, sampler=sampler)
+    seen = plainsd.explain(embedded, PROMPT, steps=3, sampler=sampler, decoded=False)
     levels = [embedded.schedule.timestep(sigma) for sigma in seen.sigmas[:-1]]
     assert seen.timesteps == pytest.approx(levels, abs=0.51)
     assert seen.noisy.shape[0] == len(seen.timesteps) + 1 == len(seen.sigmas)
@@ -172,3 +188,187 @@ def test_hooks_go_when_the_drawing_fails(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         plainsd.explain(sd, PROMPT)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in sd.unet.modules())
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def told(page: str) -> list[dict]:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def values(stored: dict) -> np.ndarray:
+    bytes_ = np.frombuffer(b64decode(stored["data"]), np.uint8).reshape(stored["shape"]) / 255
+    return bytes_ * np.frombuffer(b64decode(stored["peak"]), np.float32).reshape(*stored["shape"][:-2], 1, 1)
+
+
+def test_the_page_holds_the_maps(explained):
+    (one,) = told(explain_page.page([explained]))
+    assert [group["text"] for group in one["groups"]] == ["start", "a", "red", "apple", "end and padding"]
+    ids = [at for group in one["groups"] for at in group["ids"]]
+    assert sorted(ids) == sorted(list(token.ids) for token in explained.tokens)
+    for stored in one["cross"]:
+        maps = explained.cross_attention[tuple(stored["size"])]
+        found = values(stored)  # (S, G, height, width)
+        np.testing.assert_allclose(found[:, 3], maps[:, 3], atol=1 / 255)
+        np.testing.assert_allclose(found.sum(1), 1, atol=5 / 255)
+    np.testing.assert_allclose(
+        values(one["self"][0]), explained.self_attention[8, 8].unflatten(2, (8, 8)), atol=1 / 255
+    )
+    np.testing.assert_allclose(values(one["self"][0]).sum((2, 3)), 1, atol=0.05)
+    difference = (explained.cond - explained.uncond).square().mean(1).sqrt()
+    np.testing.assert_allclose(values(one["difference"]), difference, atol=0.01 * difference.max())
+    assert {name: len(each) for name, each in one["pictures"].items()} == dict.fromkeys(
+        ("noisy", "estimate", "denoised", "cond", "uncond"), 4
+    )
+    assert np.sum(one["histograms"]["noisy"][0]) * 0.2 == pytest.approx(1, abs=1e-2)
+    picture = Image.open(BytesIO(b64decode(one["picture"].partition(",")[2])))
+    assert np.array_equal(np.asarray(picture), np.asarray(explained.image))
+
+
+def test_the_page_asks_nobody(explained):
+    page = explain_page.page([explained])
+    assert "default-src 'none'; img-src data:;" in page
+    outside = re.sub(r"http://www\.w3\.org/2000/svg", "", page)  # a name, not an address
+    assert not re.search(
+        r"https?:|//[a-z]+\.|@import|url\((?!data:)|\bfetch\(|XMLHttp|<link(?! rel=\"icon\" href=\"data:)", outside
+    )
+    assert not re.search(r"(?:src|href)=\"(?!data:)", outside)
+
+
+def test_a_prompt_does_not_end_the_script(explained):
+    other = replace(explained, settings=replace(explained.settings, prompt="</script><script>alert(1)</script>"))
+    page = explain_page.page([other])
+    assert page.count("</script>") == 2 and told(page)[0]["prompt"] == other.settings.prompt
+
+
+def test_a_page_of_a_large_model_stays_below_5_mb(explained):
+    """As of Stable Diffusion 1.5 with a full prompt: with smaller pictures and coarser maps."""
+    steps, tokens, words = 24, 77, 60
+    noise = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=noise)
+
+    pictures = [Image.fromarray((random(256, 256, 3) * 255).byte().numpy())] * steps
+    large = replace(
+        explained,
+        tokens=[
+            explained.tokens[0],
+            *(Token("x</w>", (5,), 1.0, i) for i in range(words)),
+            *[explained.tokens[-1]] * 80,
+        ],
+        words=["x"] * words,
+        sigmas=[float(steps - i) for i in range(steps + 1)],
+        timesteps=[float(steps - i) for i in range(steps)],
+        noisy=torch.randn(steps + 1, 8, 64, 64, generator=noise),
+        denoised=random(steps, 8, 64, 64),
+        cond=random(steps, 8, 64, 64),
+        uncond=random(steps, 8, 64, 64),
+        cross_attention={(side, side): random(steps, 1, side, side).expand(-1, tokens, -1, -1) for side in (64, 8)},
+        self_attention={(32, 32): random(steps, 1, 1024).expand(-1, 1024, -1)},
+        layers={(64, 64): 5, (8, 8): 1},
+        decoded=dict.fromkeys(("denoised", "cond", "uncond"), pictures),
+    )
+    page = explain_page.page([large])
+    assert 1_000_000 < len(page.encode()) < 5_000_000
+    (one,) = told(page)
+    assert one["steps"][0] == 0 and one["steps"][-1] == steps - 1
+    assert one["cross"][0]["shape"][2:] < [32, 32]
+
+
+def test_a_page_that_stays_too_large_is_refused(explained, monkeypatch):
+    monkeypatch.setattr(explain_page, "LARGEST_PAGE", 50_000)
+    with pytest.raises(UserError, match="larger than 5 MB"):
+        explain_page.page([explained])
+
+
+def test_shrunk_self_attention_still_adds_up_to_one(explained):
+    stored = explain_page.shrunk_self(explained, [0, 3], 4)
+    assert stored["shape"] == [2, 16, 4, 4]
+    maps = explained.self_attention[8, 8][3].view(4, 2, 4, 2, 4, 2, 4, 2)  # readers, then what is read
+    np.testing.assert_allclose(
+        values(stored)[1], maps.sum((5, 7)).mean((1, 3)).view(16, 4, 4), atol=float(maps.max()) * 4 / 255
+    )
+    np.testing.assert_allclose(values(stored).sum((2, 3)), 1, atol=0.02)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Two drawings beside each other, as the command writes them."""
+    out = tmp_path_factory.mktemp("page") / "explain.html"
+    arguments = [PROMPT, "--seed", "7", "--steps", "4", "--beside", "steps=2, guidance=1", "--out", str(out)]
+    assert main(["explain", *arguments, "--device", "cpu", "--dtype", "float32"]) == 0
+    return out
+
+
+def test_the_command_writes_the_page(written, explained):
+    first, second = told(written.read_text("utf-8"))
+    assert first == told(explain_page.page([explained]))[0]
+    assert second["settings"] == "seed 7, 2 steps of dpmpp_2m (trailing spacing), guidance 1, 64x64"
+    assert second["difference"] is None and len(second["timesteps"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "x.png"], "the page is written as HTML; name it x.html"),
+        (["--beside", "stepz=3"], "unknown setting 'stepz'; did you mean 'steps'?"),
+        (["--beside", "steps=many"], "--beside: steps 'many' is no whole number"),
+        (["--steps", "0"], "steps"),
+    ],
+)
+def test_wrong_requests_are_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["explain", PROMPT, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("plainsd: ") == 1 and not list(tmp_path.iterdir())
+
+
+def test_beside_is_a_prompt_or_settings():
+    assert read_beside("a green apple, shiny") == {"prompt": "a green apple, shiny"}
+    assert read_beside("guidance=1, sampler=euler") == {"guidance": 1.0, "sampler": "euler"}
+
+
+@needed
+def test_the_page_works_by_keyboard_at_three_widths(chromium, written):  # noqa: F811
+    from selenium.webdriver import ActionChains, Keys
+
+    chromium.get(written.as_uri())
+    until(lambda: chromium.execute_script("return document.documentElement.dataset.ready === 'yes'"), 60)
+
+    def js(code):
+        return chromium.execute_script(f"return {code}")
+
+    try:
+        for width in (390, 820, 1400):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            assert js("document.documentElement.scrollWidth <= innerWidth")
+        for scheme, ground in (("light", "rgb(246, 245, 242)"), ("dark", "rgb(20, 19, 24)")):
+            chosen = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", chosen)
+            assert js("getComputedStyle(document.body).backgroundColor") == ground
+    finally:
+        chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert js("document.getElementById('at').textContent").startswith("4 of 4 (")
+    before = js("document.querySelector('img[data-of=denoised]').src")
+    chromium.find_element("id", "step").send_keys(Keys.ARROW_LEFT)
+    assert js("document.getElementById('at').textContent").startswith("3 of 4 (")
+    assert js("document.querySelector('img[data-of=denoised]').src") != before
+    words = chromium.find_elements("css selector", ".words button")
+    words[2].click()
+    ActionChains(chromium).send_keys(Keys.TAB).perform()
+    chosen = "[...document.querySelectorAll('.words [aria-pressed=true]')]"
+    pressed = f"{chosen}.map((button) => button.lastChild.previousSibling.data)"
+    assert js(pressed) == ["apple", "apple"]  # in both drawings
+    place = chromium.find_element("css selector", "canvas.places")
+    place.send_keys(Keys.ARROW_RIGHT)
+    assert js("document.querySelector('.where').textContent").startswith("column 6 of 8, row 5 of 8")
+    messages = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    asked = {
+        m["params"]["request"]["url"].split(":")[0] for m in messages if m["method"] == "Network.requestWillBeSent"
+    }
+    assert asked <= {"file", "data"}
+    assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []

@@ -62,7 +62,7 @@ class Explanation:
     layers           height and width of a map -> how many layers attend at that size
     latent_rgb       (L + 1, 3) rough colours of a latent, see pictures/previews.py
     schedule         (T,) all levels of the noise table, rising; empty for models without a table
-    decoded          "denoised", "cond", "uncond" -> S pictures
+    decoded          "denoised", "cond", "uncond" -> S pictures; empty where they were not asked for
     """
 
     settings: Resolved
@@ -116,11 +116,13 @@ def explain(
     sampler: str | None = None,
     spacing: str | None = None,
     seed: int = 0,
+    decoded: bool = True,
     show: Callable[[Step], None] = lambda step: None,
 ) -> Explanation:
     """Draws one picture, the same as `text_to_image` with these choices, and keeps what is seen on the way.
 
-    `show` is told each step. UserError for prompts that change on the way or are joined by AND, for models with a
+    Without `decoded` the estimates of the steps are not decoded, which takes about as long as the drawing. `show` is
+    told each step. UserError for prompts that change on the way or are joined by AND, for models with a
     refiner, and for those that `faster` has packed.
     """
     if sd.refiner is not None:
@@ -142,7 +144,7 @@ def explain(
             events.append(event)
             show(event)
     assert pictures is not None  # every task ends with them
-    return explanation_of(sd, settings, tokens, words, seen, events, pictures)
+    return explanation_of(sd, settings, tokens, words, seen, events, pictures, decoded)
 
 
 def read_prompt(sd: StableDiffusion, prompt: str, steps: int) -> tuple[list[Token], list[str]]:
@@ -184,6 +186,7 @@ def explanation_of(
     seen: list[Seen],
     events: list[Step],
     pictures: Pictures,
+    decoded: bool,
 ) -> Explanation:
     """What the hooks saw and the sampler yielded, as one `Explanation`."""
     spread = spread_of(sd.schedule)
@@ -198,7 +201,7 @@ def explanation_of(
     if all(len(one.outputs) > 1 for one in seen):
         latents["uncond"] = estimates(1)
     with torch.inference_mode():
-        decoded = {name: to_pil(decode(sd, each)) for name, each in latents.items()}
+        shown = {name: to_pil(decode(sd, each)) for name, each in latents.items()} if decoded else {}
     return Explanation(
         settings=settings,
         image=pictures.images[0],
@@ -215,7 +218,7 @@ def explanation_of(
         layers={size: len(maps) for size, maps in seen[0].cross.items()},
         latent_rgb=latent_rgb(sd).float().cpu(),
         schedule=sd.schedule.sigmas if isinstance(sd.schedule, NoiseSchedule) else torch.empty(0),
-        decoded=decoded,
+        decoded=shown,
     )
 
 
