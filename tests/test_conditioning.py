@@ -403,6 +403,11 @@ def test_describe(sd1):
         "   1.000  d</w>",
     ]
     assert "steps 1-5 of 10" in describe(sd1[0], "[a:b:.5]", steps=10)
+    assert "steps 1-6 of 10" in describe(sd1[0], "[a:b:.5]", steps=10, like="a1111")
+    words = describe(sd1[0], "((a:0.5)) [b:c:.5] AND d", like="comfyui")
+    assert "part" not in words and "steps" not in words and "   0.500  a</w>" in words and "and</w> d</w>" in words
+    with pytest.raises(UserError, match="unknown like 'comfy'"):
+        describe(sd1[0], "a", like="comfy")
     assert describe(sd1[0], "cat " * 200).count("cat</w>") == 200
 
 

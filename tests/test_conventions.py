@@ -123,7 +123,7 @@ def test_a1111s_lcm_knows_fifty_entries_of_the_table(sd):
     assert names == [999, 679, 339, 19]
     told = told_timestep(SD, "lcm", "a1111")
     halves = [told(level) for level in levels("lcm", 7, "uniform", "a1111").sigmas[:-1]]
-    assert halves == [999, 839, 679, 499, 339, 179, 19]  # the one at 509, between two entries, is told as the lower
+    assert halves == [999, 839, 679, 519, 339, 179, 19]  # float32 gives 509, half-way, to the upper
     assert automatic_spacing("comfyui", "lcm", None) == "distilled"
 
 

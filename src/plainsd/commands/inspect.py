@@ -83,6 +83,8 @@ class Tokens:
     """model whose tokenizer to use: folder, file or hub name; the embedded one if not given"""
     steps: int = 20
     """steps, for prompts with editing or alternation"""
+    like: Annotated[str | None, arg(metavar="PROGRAM")] = None
+    """diffusers, a1111 or comfyui: how that program reads it"""
 
     def run(self) -> None:
         from plainsd.commands.tokens import describe
@@ -95,7 +97,7 @@ class Tokens:
         path = find(self.model)
         contents = read(path, ask=False)
         sd = assemble(contents.variant, empties(contents.variant), tokenizers(contents, path), path)  # reads no weights
-        print(describe(sd, self.prompt, self.steps))
+        print(describe(sd, self.prompt, self.steps, self.like))
 
 
 @dataclass

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from plainsd.diffusion.conventions import convention
 from plainsd.pictures.conditioning import as_weighted, chunked
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.plan import by_steps
-from plainsd.text.prompts import compose, lora_tags
+from plainsd.pictures.plan import READERS, chunked_by_stretch
+from plainsd.text.prompts import compose, lora_tags, parse_words
 
 
-def describe(sd: StableDiffusion, prompt: str, steps: int = 20) -> str:
-    """How a prompt is cut and weighted, as `plainsd tokens` prints it: LoRAs, parts, steps, chunks, weights, tokens."""
+def describe(sd: StableDiffusion, prompt: str, steps: int = 20, like: str | None = None) -> str:
+    """How a prompt is cut and weighted, as `plainsd tokens` prints it: LoRAs, parts, steps, chunks, weights, tokens.
+
+    `like`: the program that reads it. UserError for an unknown one.
+    """
+    how = convention(like).prompts
     prompt, loras = lora_tags(prompt)
     lines = [f"LoRA {name}, strength {strength:g}" for name, strength in loras]
-    parts = compose(prompt)
+    parts = [(prompt, 1.0)] if how == "words" else compose(prompt)
     for number, (part, weight) in enumerate(parts, 1):
         if len(parts) > 1:
             lines.append(f"part {number} of {len(parts)}, weight {weight:g}")
-        by_step = by_steps(part, steps, None)
+        by_step = READERS[how][0](part, steps, None)[:steps]
         for text in dict.fromkeys(by_step):
             if len(set(by_step)) > 1:
                 lines.append(f"steps {_spans([step for step, at in enumerate(by_step, 1) if at == text])} of {steps}")
-            lines += _chunk_lines(sd, text)
+            lines += _chunk_lines(sd, text, how)
     return "\n".join(lines)
 
 
@@ -31,12 +36,15 @@ def _spans(steps: list[int]) -> str:
     return ", ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))
 
 
-def _chunk_lines(sd: StableDiffusion, text: str) -> list[str]:
+def _chunk_lines(sd: StableDiffusion, text: str, how: str) -> list[str]:
     """One line a chunk, then one a stretch of equal weight; for both of SDXL's tokenizers where they differ."""
     views = []
     for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
         room = encoder.config.positions - 2
-        chunks = chunked(tokenizer, as_weighted(text), room)
+        if how == "words":
+            chunks = chunked_by_stretch(tokenizer, as_weighted(parse_words(text)), room)
+        else:
+            chunks = chunked(tokenizer, as_weighted(text), room)
         lines = []
         for number, chunk in enumerate(chunks, 1):
             lines.append(f"chunk {number} of {len(chunks)}: {len(chunk)} of {room} tokens")

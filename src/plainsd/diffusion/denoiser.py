@@ -80,7 +80,9 @@ def spread_of(schedule: NoiseSchedule | EDMSchedule) -> float:
     return schedule.sigma_data if isinstance(schedule, EDMSchedule) else 1.0
 
 
-def told(denoise: Callable[[Tensor, float], Any], timestep: Callable[[float], float]) -> Callable[[Tensor, float], Any]:
+def with_timesteps(
+    denoise: Callable[[Tensor, float], Any], timestep: Callable[[float], float]
+) -> Callable[[Tensor, float], Any]:
     """The same, but the network gets the timestep that this function gives for each level."""
     return lambda x, sigma: denoise(x, Level(sigma, timestep(sigma)))
 

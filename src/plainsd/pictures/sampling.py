@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.conventions import convention, planned_levels, told_timestep, whole_row
-from plainsd.diffusion.denoiser import Denoise, Pair, differential, inpainting, spread_of, told
+from plainsd.diffusion.denoiser import Denoise, Pair, differential, inpainting, spread_of, with_timesteps
 from plainsd.diffusion.noise import Path
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step
 from plainsd.diffusion.schedule import EDMSchedule, Level, NoiseSchedule
@@ -204,7 +204,7 @@ def sample(
         if later:
             denoise = handed_over(denoise, later[0], sd.schedule, one.handover)
         if (timestep := told_timestep(sd.schedule, one.sampler, one.like)) is not None:
-            denoise = told(denoise, timestep)
+            denoise = with_timesteps(denoise, timestep)
         if known is not None and known.change is not None:
             denoise = differential(denoise, known.latents, known.change, levels.sigmas)
         elif known is not None and known.mask is not None:
