@@ -362,7 +362,7 @@ def test_the_deep_cache_and_packed_layers_take_after_it(sd, prompt):
         ({"image": []}, "has no picture"),
         ({"mask": [Image.new("L", (8, 8))] * 3}, "has 3 masks and 2 pictures"),
     ],
-    ids=str,
+    ids=["strength", "nan", "no picture", "masks"],
 )
 def test_wrong_values_are_named(sd, prompt, options, says):
     with pytest.raises(UserError, match=says) as caught:
