@@ -1,12 +1,13 @@
 """Do the words act where they should? Attention of the embedded model's words, on its glyphs and off them.
 
-    python bench/explain.py [--prompts 200] [--steps 20] [--seed 0] [--model FOLDER] [--font FILE]
+    python bench/explain.py [--prompts 200] [--skip 0] [--steps 20] [--seed 0] [--model FOLDER] [--font FILE]
 
 Each prompt of `plainsd.emoji.evaluate.questions` names an object and the colour of the background. The picture is drawn
 under `plainsd.explain`; the object's glyph, drawn as for training, is laid where it differs least from the picture, at
 every size and place that the data has. A word counts as lying more on the glyph than off it where the mean of its heat
 map over the glyph is above the mean over the rest: once for the glyph's box, once for its shape (alpha). Pictures that
-the scorer takes for another object are counted apart, since there the true glyph is not in the picture.
+the scorer takes for another object are counted apart, since there the true glyph is not in the picture. `--skip`: leave
+the first of the prompts out, to go on where a run stopped.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def places(seen: Explanation, name: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for flag, value in (("prompts", 200), ("steps", 20), ("seed", 0)):
+    for flag, value in (("prompts", 200), ("skip", 0), ("steps", 20), ("seed", 0)):
         parser.add_argument(f"--{flag}", type=int, default=value)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--font", type=Path)
@@ -72,7 +73,7 @@ def main() -> None:
     glyphs, names = draw_all(concepts, asked.font), read_concepts(concepts)
     scorer = Scorer(glyphs, concepts["backgrounds"], concepts["size"])
     found, right = [], []
-    for k, question in enumerate(questions(concepts, asked.prompts, asked.seed)):
+    for k, question in list(enumerate(questions(concepts, asked.prompts, asked.seed)))[asked.skip :]:
         found.append(measured(sd, question, names[question.concept].name, glyphs, asked.seed + k, asked.steps))
         right.append(scorer(found[-1][1]).objects[0] == question.concept)
     ratios, right = np.array([ratio for ratio, _ in found]), np.array(right)
