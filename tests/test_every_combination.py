@@ -218,8 +218,8 @@ def test_inpainting_is_diffusers_picture(models, pipe, monkeypatch, family, name
     """To networks that do not read it, diffusers encodes the masked picture too, which draws noise once more."""
     if models[family].unet.config.in_channels == 4:
         prepared = plainsd.generate.prepare_latents
-        monkeypatch.setattr(plainsd.generate, "prepare_latents", lambda sd, each, size, draw: (
-            noise := prepared(sd, each, size, draw), draw(noise.shape[1:]))[0])  # fmt: skip
+        monkeypatch.setattr(plainsd.generate, "prepare_latents", lambda sd, size, draw: (
+            noise := prepared(sd, size, draw), draw(noise.shape[1:]))[0])  # fmt: skip
     for sampler in samplers:
         told = {"image": PHOTO, "mask_image": MASK, "height": SIZE, "width": SIZE}
         expected = theirs(pipe(name, family, sampler), **told, strength=strength)

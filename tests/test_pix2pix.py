@@ -174,7 +174,7 @@ def test_a_server_draws_it(editor, tmp_path):
     photo.save(png, format="PNG")
     encoded = base64.b64encode(png.getvalue()).decode()
     with served(open_service([editor], tmp_path / "data")) as server:
-        wanted = {"prompt": "red", "init_images": [encoded], "steps": 2, "seed": 3, "image_cfg_scale": 1.8}
+        wanted = {"prompt": "red", "init_images": [encoded], "steps": 4, "seed": 3, "image_cfg_scale": 1.8}
         found = server.post("/sdapi/v1/img2img", wanted | {"denoising_strength": 1.0})
         assert found.status_code == 200, found.text
         drawn = base64.b64decode(found.json()["images"][0])
@@ -183,5 +183,5 @@ def test_a_server_draws_it(editor, tmp_path):
         assert refused.status_code == 422 and refused.json()["error"]["field"] == "image_guidance", refused.text
         assert server.get("/api/models").json()["models"][0]["edits"] is True
     sd = plainsd.load(editor, **CPU)
-    ours = plainsd.final(plainsd.image_to_image(sd, "red", photo, steps=2, seed=3, image_guidance=1.8))[0]
+    ours = plainsd.final(plainsd.image_to_image(sd, "red", photo, steps=4, seed=3, image_guidance=1.8, like="a1111"))[0]
     assert difference(ours, Image.open(BytesIO(drawn)).convert("RGB")) <= 1

@@ -179,7 +179,7 @@ def test_what_a_server_does_not_take_is_one_line(generate):
 
 def test_every_flag_is_sent_or_refused():
     sent = {"prompts", "lora", "embedding", "from_"} | JobRequest.model_fields.keys()
-    here = {"out", "preview", "server"}
+    here = {"out", "format", "preview", "server", "wildcards", "combinations", "style"}  # settled before it is sent
     assert {field.name for field in fields(Generate)} - sent - here == set(NOT_SENT)
 
 

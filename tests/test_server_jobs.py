@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from serving import Brake, alike, base64_of, lora_file, model_folder, open_service, until
 
 import plainsd
@@ -154,9 +154,10 @@ def test_a_grid_is_its_cells_and_a_sheet(opened):
     ]
     sheet = Image.open(service.store.path(rows[6]))
     assert len(rows) == 7 and sheet.width > 3 * 64 and sheet.height > 2 * 64
-    assert alike(
-        sheet.crop((sheet.width - 64, sheet.height - 64, *sheet.size)), Image.open(service.store.path(rows[5])), 0
-    )
+    wide = max(64, round(ImageFont.load_default(12).getlength("guidance 7.5")) + 12)
+    left = sheet.width - wide + (wide - 64) // 2
+    cell = sheet.crop((left, sheet.height - 64, left + 64, sheet.height))
+    assert alike(cell, Image.open(service.store.path(rows[5])), 0)
 
 
 def test_names_of_files_come_from_nothing_dangerous(opened):
@@ -239,10 +240,10 @@ def test_one_job_of_a_batch_is_cancelled_and_the_others_are_not(opened, brake):
 def test_a_failure_is_the_failure_of_one(opened, monkeypatch):
     batch = worker_module.batch
 
-    def failing(sd, each, *more):
+    def failing(sd, each, *more, **named):
         if any(one.prompt == "bad" for one in each):
             raise UserError("the picture is not finite")
-        return batch(sd, each, *more)
+        return batch(sd, each, *more, **named)
 
     monkeypatch.setattr(worker_module, "batch", failing)
     service = opened(start=False)

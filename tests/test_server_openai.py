@@ -136,7 +136,7 @@ def test_programs_that_hard_code_a_name_of_openais_draw_with_the_default(client,
 
 
 def test_whose_fault_a_failure_is_shows_in_its_status(client, server, monkeypatch):
-    def wrong(*_):
+    def wrong(*_, **__):
         raise UserError("the picture is not finite")
 
     with monkeypatch.context() as patched, pytest.raises(openai.UnprocessableEntityError, match="not finite") as asked:

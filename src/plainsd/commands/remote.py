@@ -30,6 +30,8 @@ NOT_SENT = (
     "preview_vae",
     "control",
     "image_prompt",
+    *("control_image", "control_range", "guess", "control_mode", "preprocess", "control_kind"),
+    *("image_prompt_image", "image_prompt_mask", "image_encoder"),
     "prediction",
     "zero_snr",
     "lora_folder",

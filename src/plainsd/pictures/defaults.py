@@ -56,6 +56,7 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     if (
         not encodes(sd)
         and settings.strength is not None
+        and not isinstance(settings, Resolved)  # the second pass, of what was checked before
         and not (settings.hires and settings.upscaler.startswith("latent"))
     ):
         raise UserError(
