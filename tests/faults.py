@@ -465,7 +465,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("if other is not network:", "if other is network:",
          "test_memory.py::test_one_network_is_on_the_device_at_a_time"),
     ],
-    "generate.py": [
+    "pictures/drawing.py": [
         ("mask = F.max_pool2d(light_padded, sd.vae.config.factor)",
          "mask = F.avg_pool2d(light_padded, sd.vae.config.factor)",
          "test_generate.py::test_one_light_pixel_frees_the_whole_latent_under_it"),

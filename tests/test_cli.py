@@ -491,7 +491,7 @@ def test_ctrl_c_keeps_what_is_done_and_nothing_half_written(generate, tmp_path, 
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
-    import plainsd.generate as module
+    import plainsd.pictures.drawing as module
 
     real = module.decode
     monkeypatch.setattr(module, "decode", interrupted)

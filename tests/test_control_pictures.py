@@ -12,10 +12,11 @@ from PIL import Image
 import plainsd
 from plainsd import Control
 from plainsd.errors import UserError
-from plainsd.generate import Pictures, batch, final, image_to_image, inpaint, outpaint, text_to_image
+from plainsd.generate import batch, final, image_to_image, inpaint, outpaint, text_to_image
 from plainsd.models.control import ControlConfig, ControlNet, control_of
 from plainsd.models.unet import UNet
 from plainsd.pictures.control import fitted
+from plainsd.pictures.drawing import Pictures
 
 HINT = (4, 4, 8, 8)
 OPTIONS = {"sampler": "ddim", "spacing": "leading", "steps": 6, "seed": 3, "guidance": 4.0}

@@ -44,6 +44,11 @@ def promised(code: str) -> list[str]:
     return re.findall(r"# -> (.*)$", code, re.MULTILINE)
 
 
+def test_the_readme_counts_the_samplers():
+    (count,) = re.findall(r"(\d+) samplers, guidance", (ROOT / "README.md").read_text("utf-8"))
+    assert int(count) == len(SAMPLERS)
+
+
 @EACH
 def test_python_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, tables):
     """A page's blocks share their names, as they would in one interpreter."""

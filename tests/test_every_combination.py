@@ -13,6 +13,7 @@ from PIL import Image
 import plainsd
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.generate import batch, final, image_to_image, inpaint, outpaint, text_to_image
+from plainsd.pictures import drawing
 from plainsd.pictures.model import StableDiffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own, thousands of them
@@ -217,8 +218,8 @@ def test_image_to_image_is_diffusers_picture(models, pipe, family, name, sampler
 def test_inpainting_is_diffusers_picture(models, pipe, monkeypatch, family, name, samplers, strength):
     """To networks that do not read it, diffusers encodes the masked picture too, which draws noise once more."""
     if models[family].unet.config.in_channels == 4:
-        prepared = plainsd.generate.prepare_latents
-        monkeypatch.setattr(plainsd.generate, "prepare_latents", lambda sd, size, draw: (
+        prepared = drawing.prepare_latents
+        monkeypatch.setattr(drawing, "prepare_latents", lambda sd, size, draw: (
             noise := prepared(sd, size, draw), draw(noise.shape[1:]))[0])  # fmt: skip
     for sampler in samplers:
         told = {"image": PHOTO, "mask_image": MASK, "height": SIZE, "width": SIZE}

@@ -20,9 +20,10 @@ from plainsd.cli import main
 from plainsd.commands.explain import read_beside
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
-from plainsd.generate import Pictures, text_to_image
+from plainsd.generate import text_to_image
 from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
+from plainsd.pictures.drawing import Pictures
 from plainsd.reports import explain_page, watching
 from plainsd.reports.explain import Token, read_prompt
 

@@ -152,7 +152,7 @@ PRIVATE_TWICE = {  # names of two modules that no other module imports
     *("DRAWN", "HASHES", "KEPT", "KINDS", "LARGEST", "LONG", "LONGEST", "NEAR", "OTHERS", "OURS", "PARTS"),
     *("PATIENCE", "PICKLES", "PREVIEW_EVERY", "PROMPT", "SAFETY", "SETTINGS", "SHARE", "SILENT", "SOURCES", "STEPS"),
     *("WEIGHTS", "WHOLE", "WITHOUT", "WORD", "WORDS", "ZERO_SNR", "_key", "_rows", "_strides", "_texts", "adapter_in"),
-    *("drawn", "log"),
+    "log",
 }
 PUBLIC_TWICE = {
     "routes",  # openai.routes and a1111.routes: each of one API

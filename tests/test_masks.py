@@ -179,6 +179,23 @@ def test_the_command_line_gives_it_back(generate, tmp_path):
     assert code == 2 and "mask blur 100" in err
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"mask_blur": 4.0}, {"mask_grow": -1}, {"masked_padding": 0}, {"masked_content": "fill"}, {"soft_mask": True}],
+)
+def test_options_without_a_mask_are_refused(sd, options):
+    """They would be written into the picture, and have done nothing."""
+    (name,) = options
+    for task in (
+        lambda: plainsd.text_to_image(sd, "a", steps=2, **options),
+        lambda: plainsd.image_to_image(sd, "a", PHOTO, steps=2, **options),
+    ):
+        with pytest.raises(UserError, match="without a mask; give one, or leave it out") as caught:
+            task()
+        assert caught.value.field == name
+    plainsd.outpaint(sd, "a", PHOTO, left=8, steps=2, **options)  # whose mask is what it adds
+
+
 def test_networks_that_read_masks_take_no_soft_ones(sd):
     reading = tiny_sd(in_channels=9)
     assert painted(reading, mask_blur=2, mask_grow=1).size == (64, 64)

@@ -7,9 +7,9 @@ from conftest import tiny_sd
 
 from plainsd.diffusion.samplers import Levels, Step, sampler_levels
 from plainsd.errors import UserError
-from plainsd.generate import LATENT_MODES, text_to_image
+from plainsd.generate import text_to_image
 from plainsd.pictures.sampling import second_pass, steps_to_run
-from plainsd.pictures.settings import UPSCALERS, Settings
+from plainsd.pictures.settings import LATENT_MODES, UPSCALERS, Settings
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.labels import UPSCALER_LABELS
 

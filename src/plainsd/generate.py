@@ -1,68 +1,33 @@
-"""From a prompt to pictures: the parts of a model, and the tasks on it.
+"""The tasks: from a prompt, a picture, a mask to pictures (Rombach et al. 2022, arXiv:2112.10752).
 
-Rombach et al. 2022 (arXiv:2112.10752). Every task checks its input at once and returns a generator: a `Step` for each
-step of the sampler, and at the end `Pictures`. The sampling loop that they share is in pictures/sampling.py.
-
-Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
+Every task checks its input at once and returns a generator: a `Step` for each step of the sampler, and at the end
+`Pictures`. pictures/drawing.py is what each of them does, pictures/sampling.py the loop that they share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
-from plainsd.diffusion.samplers import SAMPLERS, Step
+from plainsd.diffusion.samplers import Step
 from plainsd.errors import UserError
 from plainsd.models.variants import edits
-from plainsd.pictures.control import Control, check_control, fitted
-from plainsd.pictures.defaults import (
-    MULTIPLE,
-    check_size,
-    enlarged_size,
-    resolved,
-    settings_of_each,
-)
+from plainsd.pictures.control import Control, check_control
+from plainsd.pictures.defaults import check_size, enlarged_size, resolved, settings_of_each
+from plainsd.pictures.drawing import Pictures, from_picture, from_text, repainted, side_by_side
 from plainsd.pictures.image_prompt import ImagePrompt, check_image_prompts
-from plainsd.pictures.images import continued, to_pil, to_rgb, to_tensor
-from plainsd.pictures.masks import Canvas, MaskOptions, canvas_of
+from plainsd.pictures.images import continued, to_rgb
+from plainsd.pictures.masks import MaskOptions, canvas_of
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.noise import NoiseOfEach
-from plainsd.pictures.sampling import (
-    Known,
-    decode,
-    encode,
-    from_nothing,
-    prepare_latents,
-    sample,
-    second_pass,
-    steps_to_run,
-    to_edit,
-)
-from plainsd.pictures.settings import SIZES, UPSCALERS, Resolved, Settings
-from plainsd.pictures.upscaling import upscaled
+from plainsd.pictures.sampling import steps_to_run
+from plainsd.pictures.settings import MASK_OPTIONS, SIZES, Resolved, Settings
 
 STRENGTH = 0.75  # default for image to image
 HIRES_STRENGTH = 0.7  # default for the hires pass
-LATENT_MODES = {  # upscalers in latent space, as A1111's of these names: mode, antialiased
-    "latent": ("bilinear", False), "latent-antialiased": ("bilinear", True), "latent-bicubic": ("bicubic", False),
-    "latent-bicubic-antialiased": ("bicubic", True), "latent-nearest": ("nearest", False),
-    "latent-nearest-exact": ("nearest-exact", False),
-}  # fmt: skip
-
-
-class Pictures(NamedTuple):
-    """The last event of every task."""
-
-    images: list[Image.Image]
-    settings: list[Resolved]  # one per picture, fully resolved: enough to reproduce it
-    latents: Tensor  # (B, L, h, w), as the UNet sees them, clean
 
 
 class Events:
@@ -139,39 +104,7 @@ def text_to_image(
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
     each = settings_of_each(one, prompt, negative, count)
-    return Events(drawn(_from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
-
-
-def _from_text(
-    sd: StableDiffusion, each: list[Resolved], control: Sequence[Control], image_prompt: Sequence[ImagePrompt]
-) -> Generator[Step | Pictures]:
-    one, draw = each[0], NoiseOfEach(each, sd.device)
-    noise = prepare_latents(sd, one.size, draw)
-    maps = fitted(control, one.size)
-    latents = yield from sample(sd, each, one.size, noise, draw, control=maps, image_prompt=image_prompt)
-    if one.hires:
-        size = enlarged_size(one.size, one.hires)
-        known = Known(_enlarged(sd, latents, size, one, draw))
-        again, maps = [second_pass(one) for one in each], fitted(control, size)
-        draw = draw.anew(again)
-        noise = prepare_latents(sd, size, draw)
-        joins: dict[str, Any] = {"control": maps, "image_prompt": image_prompt}
-        latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps, **joins)
-    yield Pictures(to_pil(decode(sd, latents, tiling=one.tiling)), each, latents)
-
-
-def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], one: Resolved, draw: NoiseOfEach) -> Tensor:
-    if one.upscaler in LATENT_MODES:
-        width, height = (side // sd.vae.config.factor for side in size)
-        mode, antialias = LATENT_MODES[one.upscaler]
-        return F.interpolate(latents, (height, width), mode=mode, antialias=antialias)
-    decoded = to_pil(decode(sd, latents, tiling=one.tiling))
-    if one.upscaler in UPSCALERS:
-        pictures = [image.resize(size, Image.Resampling.LANCZOS) for image in decoded]
-    else:
-        assert sd.upscaler is not None  # `check_upscaler` sees to it
-        pictures = [upscaled(image, sd.upscaler, size) for image in decoded]
-    return encode(sd, torch.cat([to_tensor(picture) for picture in pictures]), draw, tiling=one.tiling)
+    return Events(side_by_side(from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
 
 
 def image_to_image(
@@ -205,7 +138,7 @@ def image_to_image(
     }
     settings, steps = _with_picture(sd, image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(drawn(_from_picture, sd, each, image, control, image_prompt), each, steps)
+    return Events(side_by_side(from_picture, sd, each, image, control, image_prompt), each, steps)
 
 
 def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> tuple[Resolved, int]:
@@ -218,24 +151,6 @@ def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choi
             value=settings.hires,
         )
     return settings, steps_to_run(sd, settings, on_picture=True)
-
-
-def _from_picture(
-    sd: StableDiffusion,
-    each: list[Resolved],
-    image: Image.Image,
-    control: Sequence[Control],
-    image_prompt: Sequence[ImagePrompt],
-) -> Generator[Step | Pictures]:
-    draw, pixels = NoiseOfEach(each, sd.device), _padded(to_tensor(image))
-    size = (pixels.shape[3], pixels.shape[2])
-    editing = edits(sd.unet.config, sd.vae.config)
-    latents = None if editing and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
-    known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
-    noise, maps = prepare_latents(sd, size, draw), fitted(control, image.size)
-    latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
-    drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
-    yield Pictures([picture.crop((0, 0, *image.size)) for picture in drawn], each, latents)
 
 
 def _fitted(image: Image.Image, size: tuple[int, int] | int | None) -> Image.Image:
@@ -254,12 +169,6 @@ def _fitted_size(image: Image.Image, size: tuple[int, int] | int | None) -> tupl
             value=(width, height),
         )
     return width, height
-
-
-def _padded(pixels: Tensor) -> Tensor:
-    """Its last row and column repeated until both sides are multiples of 8."""
-    height, width = pixels.shape[2:]
-    return F.pad(pixels, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
 
 
 def inpaint(
@@ -302,45 +211,14 @@ def inpaint(
     }
     settings, steps = _with_picture(sd, canvas.image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(drawn(_repainted, sd, each, canvas, control, image_prompt), each, steps)
+    return Events(side_by_side(repainted, sd, each, canvas, control, image_prompt), each, steps)
 
 
 def mask_options(choices: Mapping[str, Any]) -> MaskOptions:
     """The mask options among a task's choices; UserError for one out of range."""
-    given = Settings(**{name: value for name, value in choices.items() if "mask" in name})
+    given = Settings(**{name: choices[name] for name in MASK_OPTIONS if name in choices})
     given.check()
-    return MaskOptions(given.mask_blur, given.mask_grow, given.masked_padding, given.masked_content, given.soft_mask)
-
-
-def _repainted(
-    sd: StableDiffusion,
-    each: list[Resolved],
-    canvas: Canvas,
-    control: Sequence[Control],
-    image_prompt: Sequence[ImagePrompt],
-) -> Generator[Step | Pictures]:
-    one, image = each[0], canvas.image
-    levels = torch.from_numpy(np.array(canvas.hole))[None, None] / 255.0  # (1, 1, H, W)
-    light = (levels > 0).float()
-    draw, pixels, light_padded = NoiseOfEach(each, sd.device), _padded(to_tensor(image)), _padded(light)
-    size = (pixels.shape[3], pixels.shape[2])
-    mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is masked if any of its pixels is
-    reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
-    latents = None if reads_mask and from_nothing(one) else encode(sd, pixels, draw, tiling=one.tiling)
-    noise = prepare_latents(sd, size, draw)
-    if latents is not None and one.masked_content in ("noise", "nothing"):
-        latents = (1 - mask) * latents + mask * (noise if one.masked_content == "noise" else 0)
-    if reads_mask:
-        around = encode(sd, pixels * (1 - light_padded), draw, tiling=one.tiling)  # the hole is mid-grey
-        known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))
-    elif one.soft_mask:
-        known = Known(latents, mask, F.avg_pool2d(_padded(levels), sd.vae.config.factor).to(sd.device))
-    else:
-        known = Known(latents, mask)
-    maps = fitted(control, image.size)
-    latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
-    drawn = to_pil(decode(sd, latents, tiling=one.tiling))
-    yield Pictures([canvas.finished(picture.crop((0, 0, *image.size))) for picture in drawn], each, latents)
+    return MaskOptions(*(getattr(given, name) for name in MASK_OPTIONS))
 
 
 def outpaint(
@@ -360,24 +238,6 @@ def outpaint(
         raise UserError(f"outpaint {' '.join(map(str, sides))}: {wanted}", field="outpaint", value=sides)
     canvas, mask = continued(image, sides)
     return inpaint(sd, prompt, canvas, mask, outpaint=sides, **choices)
-
-
-def drawn(
-    task: Callable[..., Generator[Step | Pictures]], sd: StableDiffusion, each: list[Resolved], *args: Any
-) -> Generator[Step | Pictures]:
-    """The task's events. If a sampler's step sizes depend on the latents, each picture is sampled alone, interleaved
-    step by step, so that none depends on the rest of the batch."""
-    samplers = filter(None, (each[0].sampler, each[0].hires_sampler))
-    if all(SAMPLERS[sampler].batched for sampler in samplers):
-        yield from task(sd, each, *args)
-        return
-    for events in zip(*(task(sd, [one], *args) for one in each), strict=True):
-        if isinstance(events[0], Step):
-            x, denoised = torch.cat([event.x for event in events]), torch.cat([event.denoised for event in events])
-            yield Step(events[0].index, max(event.sigma for event in events), x, denoised)
-        else:
-            images, latents = [event.images[0] for event in events], torch.cat([event.latents for event in events])
-            yield Pictures(images, [event.settings[0] for event in events], latents)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -401,11 +261,11 @@ def batch(
     """
     each, one = list(each), each[0]
     if image is None:
-        return Events(drawn(_from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
+        return Events(side_by_side(from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
     steps = steps_to_run(sd, one, on_picture=True)
     if mask is None:
-        return Events(drawn(_from_picture, sd, each, image, control, image_prompt), each, steps)
+        return Events(side_by_side(from_picture, sd, each, image, control, image_prompt), each, steps)
     canvas = canvas_of(image, mask, image.size, MaskOptions(soft=one.soft_mask))
     if not composed:
         canvas = replace(canvas, whole=image, alpha=Image.new("L", image.size, 255))
-    return Events(drawn(_repainted, sd, each, canvas, control, image_prompt), each, steps)
+    return Events(side_by_side(repainted, sd, each, canvas, control, image_prompt), each, steps)

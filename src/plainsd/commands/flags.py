@@ -92,7 +92,8 @@ class GenerateFlags:
     steps: Annotated[int | None, flag("N")] = None
     """sampling steps"""
     guidance: Annotated[float | None, flag("SCALE")] = None
-    """guidance scale (CFG); 1 or 0 turns it off: twice as fast, and --negative has no effect"""
+    """guidance scale (CFG); 1 turns it off (so does 0, but for --like a1111 and comfyui): twice as fast, and --negative
+    has no effect"""
     image_guidance: Annotated[float | None, flag("SCALE")] = None
     """image guidance scale of models that edit pictures: how closely to follow --image (default 1.5)"""
     sampler: Annotated[str | None, flag("NAME")] = None

@@ -194,6 +194,10 @@ class Generate(GenerateFlags):
             prompts, choices["negative"] = self.in_style(prompts, choices.get("negative") or "")
         settings = Settings(**choices)
         settings.check()
+        if self.network() and not settings.hires:
+            raise UserError(
+                f"--upscaler {self.upscaler} is for --hires; give that too, or use plainsd upscale", field="upscaler"
+            )
         if self.prompt or self.prompts:  # those of --from have no choices left
             prompts = self.each_settled(prompts, choices.get(settings.counted) or 0)
             if "negative" in given or self.style:

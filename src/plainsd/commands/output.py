@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from plainsd.diffusion.samplers import Step
-    from plainsd.generate import Pictures
+    from plainsd.pictures.drawing import Pictures
     from plainsd.pictures.model import StableDiffusion
 
 PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")  # those of pictures/images.py, which needs torch

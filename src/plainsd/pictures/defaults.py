@@ -20,7 +20,19 @@ from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.sampling import levels_of, second_pass
 from plainsd.pictures.seamless import check_seamless
-from plainsd.pictures.settings import RANDOM, SEEDS, SIZES, UPSCALERS, Resolved, Settings, drawn_seed, noise_of
+from plainsd.pictures.settings import (
+    DEFAULTS,
+    LATENT_MODES,
+    MASK_OPTIONS,
+    RANDOM,
+    SEEDS,
+    SIZES,
+    UPSCALERS,
+    Resolved,
+    Settings,
+    drawn_seed,
+    noise_of,
+)
 from plainsd.text.prompts import lora_tags
 
 IMAGE_GUIDANCE = 1.5  # default, for models that edit a picture
@@ -51,13 +63,14 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
             value=settings.eta,
         )
     check_upscaler(sd, settings.upscaler)
+    check_mask_options(settings)
     if settings.tiling:
         check_seamless(sd.unet, sd.vae)
     if (
         not encodes(sd)
         and settings.strength is not None
         and not isinstance(settings, Resolved)  # the second pass, of what was checked before
-        and not (settings.hires and settings.upscaler.startswith("latent"))
+        and not (settings.hires and settings.upscaler in LATENT_MODES)
     ):
         raise UserError(
             "this model's autoencoder is a decoder alone, and the picture would have to be encoded; put taesd_encoder "
@@ -127,6 +140,15 @@ def check_upscaler(sd: StableDiffusion, name: str) -> None:
         raise unknown(
             "upscaler", name, [*UPSCALERS, *own, "or give a network's file with --upscaler"], field="upscaler"
         )
+
+
+def check_mask_options(settings: Settings) -> None:
+    """UserError for the first that is set where there is no mask."""
+    for name in MASK_OPTIONS:
+        if (value := getattr(settings, name)) != DEFAULTS[name] and not (settings.masked or settings.outpaint):
+            raise UserError(
+                f"{name.replace('_', ' ')} {value} without a mask; give one, or leave it out", field=name, value=value
+            )
 
 
 def encodes(sd: StableDiffusion) -> bool:

@@ -159,18 +159,16 @@ class Resolved(Settings):
     spacing: str
 
 
-UPSCALERS = (
-    "latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased", "latent-nearest",
-    "latent-nearest-exact", "lanczos",
-)  # fmt: skip
+LATENT_MODES = {  # upscalers in latent space, as A1111's of these names: mode, antialiased
+    "latent": ("bilinear", False), "latent-antialiased": ("bilinear", True), "latent-bicubic": ("bicubic", False),
+    "latent-bicubic-antialiased": ("bicubic", True), "latent-nearest": ("nearest", False),
+    "latent-nearest-exact": ("nearest-exact", False),
+}  # fmt: skip
+UPSCALERS = (*LATENT_MODES, "lanczos")
+MASK_OPTIONS = ("mask_blur", "mask_grow", "masked_padding", "masked_content", "soft_mask")
 MASKED_CONTENTS = ("original", "fill", "noise", "nothing")  # what is under the mask at the start
 LIKE = ("diffusers", "a1111", "comfyui")
-NOISE_OF = {
-    None: "cpu",
-    "diffusers": "cpu",
-    "a1111": "nv",
-    "comfyui": "comfyui",
-}  # defaults by `like`
+NOISE_OF = {None: "cpu", "diffusers": "cpu", "a1111": "nv", "comfyui": "comfyui"}  # by `like`, if nothing is said
 SIZES = (8, 4096)  # pixels per side
 RANGES = {
     "size": SIZES, "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**64 - 1), "clip_skip": (1, 48),
@@ -183,21 +181,10 @@ RANGES = {
     "apg": (0, 10_000), "apg_parallel": (0, 1), "apg_momentum": (-1, 1),
     "cache": (1, 100),
 }  # fmt: skip
-WHOLE = (
-    *(
-        "steps",
-        "hires_steps",
-        "seed",
-        "clip_skip",
-        "variation_seed",
-        "cache",
-        "ensd",
-        "batch_index",
-        "batch_size",
-        "mask_grow",
-        "masked_padding",
-    ),
-)
+WHOLE = (  # fields that must be whole numbers
+    "steps", "hires_steps", "seed", "clip_skip", "variation_seed", "cache",
+    "ensd", "batch_index", "batch_size", "mask_grow", "masked_padding",
+)  # fmt: skip
 SEEDS = ("seed", "variation_seed")
 RANDOM = -1  # as a seed
 

@@ -21,8 +21,9 @@ from plainsd.diffusion.denoiser import spread_of, x0_from
 from plainsd.diffusion.samplers import Step
 from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import UserError, unknown
-from plainsd.generate import Pictures, text_to_image
+from plainsd.generate import text_to_image
 from plainsd.pictures.conditioning import as_weighted, cut, framed
+from plainsd.pictures.drawing import Pictures
 from plainsd.pictures.images import to_pil
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.plan import by_steps

@@ -31,10 +31,11 @@ from plainsd.files.hub import find
 from plainsd.files.predicted import CHOICES
 from plainsd.files.stored import Contents
 from plainsd.files.tokenizers import tokenizer_names, tokenizers
-from plainsd.generate import Pictures, image_to_image, inpaint, text_to_image
+from plainsd.generate import image_to_image, inpaint, text_to_image
 from plainsd.models.clip import TextEncoder
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
 from plainsd.pictures.conditioning import SINUSOID, size_vector
+from plainsd.pictures.drawing import Pictures
 from plainsd.pictures.images import to_pil, to_tensor
 from plainsd.pictures.sampling import decode
 from plainsd.reports.references import pipe_there, quiet, reference_network, tokenizers_there

@@ -10,7 +10,7 @@ from PIL import Image
 
 from plainsd.pictures.images import continued
 from plainsd.pictures.masks import Box, MaskOptions, canvas_of, resized
-from plainsd.pictures.settings import DEFAULTS
+from plainsd.pictures.settings import DEFAULTS, MASK_OPTIONS
 from plainsd.server.errors import Refused
 from plainsd.server.jobs.job import Source
 from plainsd.server.limits import Limits
@@ -71,7 +71,7 @@ def base_of(request: JobRequest, limits: Limits) -> Base | None:
 
 def refuse_mask_options(request: JobRequest) -> None:
     """Where there is no mask."""
-    for name in ("mask_blur", "mask_grow", "masked_padding", "masked_content", "soft_mask"):
+    for name in MASK_OPTIONS:
         if (value := getattr(request, name)) not in (None, DEFAULTS[name]):
             raise Refused(422, f"{name} {value} without a mask; send one, or leave {name} out", name, value)
 

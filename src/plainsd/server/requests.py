@@ -14,7 +14,7 @@ from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_ima
 from plainsd.pictures.conditioning import as_weighted
 from plainsd.pictures.control import Control
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
+from plainsd.pictures.settings import MASK_OPTIONS, RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
 from plainsd.pictures.texts.fields import FIELDS
 from plainsd.pictures.texts.labels import sampler_named, spacing_named
 from plainsd.server.canvas import Base, base_of
@@ -30,9 +30,8 @@ from plainsd.server.wording import Wording
 from plainsd.text.prompts import Weighted, compose, schedule
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
-                "hires_negative", "seed_resize", "batch_index", "batch_size", "mask_blur", "mask_grow",
-                "masked_padding", "masked_content", "soft_mask")  # fmt: skip
-BEFORE = ("mask_blur", "mask_grow", "masked_padding", "masked_content")  # what was done as the canvas was made
+                "hires_negative", "seed_resize", "batch_index", "batch_size", *MASK_OPTIONS)  # fmt: skip
+BEFORE = tuple(name for name in MASK_OPTIONS if name != "soft_mask")  # what was done as the canvas was made
 CELLS = [name for _, name, _, _ in FIELDS if name in JobRequest.model_fields and name not in NOT_IN_GRIDS]
 CELLS += ["sampler", "spacing"]
 

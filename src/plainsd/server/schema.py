@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from plainsd.pictures.settings import RANDOM
+from plainsd.pictures.settings import MASK_OPTIONS, RANDOM
 
 UNSOUND = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # surrogates stand alone in Python's strings
 
@@ -155,7 +155,7 @@ class JobRequest(BaseModel):
         names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires",
                  "upscaler", "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval",
                  "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "tiling", "cache", "handover",
-                 "outpaint", "mask_blur", "mask_grow", "masked_padding", "masked_content", "soft_mask",
+                 "outpaint", *MASK_OPTIONS,
                  "like", "noise", "ensd", "seed_resize",
                  "batch_index", "batch_size", "hires_steps", "hires_sampler",
                  "hires_spacing", "hires_prompt", "hires_negative", "hires_guidance")  # fmt: skip

@@ -25,13 +25,8 @@ NEAREST_LABELS = {  # A1111's nearest, of those that it has not; our own name st
     "linspace": "Uniform", "trailing": "Simple", "leading": "DDIM", "beta": "Beta", "kl_optimal": "KL Optimal",
     "align_your_steps_xl": "Align Your Steps", "distilled": "Automatic",
 }  # fmt: skip
-SPARED = (
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_3m_sde",
-    "unipc",
-    "unipc_bh2",
-)  # their linspace leaves out the last, as SGM Uniform does
+# their linspace leaves out the last level, as SGM Uniform does
+SPARED = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc", "unipc_bh2")
 SUFFIXES = ("karras", "exponential")  # written behind the sampler's name; the others as "Schedule type"
 BEFORE_0_2 = {"Uniform": "linspace", "SGM Uniform": "trailing", "DDIM": "leading", "Distilled": "distilled"}
 UPSCALER_LABELS = {

@@ -11,8 +11,8 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from plainsd.diffusion.samplers import SAMPLERS
-from plainsd.generate import LATENT_MODES
 from plainsd.models.variants import edits
+from plainsd.pictures.settings import LATENT_MODES
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.embedded import texts_in
 from plainsd.pictures.texts.entries import entries

@@ -14,7 +14,8 @@ from prometheus_client import Histogram
 
 from plainsd.diffusion.samplers import Step
 from plainsd.errors import DiskError, UserError
-from plainsd.generate import Pictures, batch
+from plainsd.generate import batch
+from plainsd.pictures.drawing import Pictures
 from plainsd.pictures.images import grid
 from plainsd.pictures.masks import pasted
 from plainsd.pictures.model import StableDiffusion

@@ -1,0 +1,141 @@
+"""What each task does, from resolved settings to pictures: from noise, over a picture, under a mask.
+
+Shape letters: B pictures at once, L latent channels, H W height and width in pixels, h w those of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from plainsd.diffusion.samplers import SAMPLERS, Step
+from plainsd.models.variants import edits
+from plainsd.pictures.control import Control, fitted
+from plainsd.pictures.defaults import MULTIPLE, enlarged_size
+from plainsd.pictures.image_prompt import ImagePrompt
+from plainsd.pictures.images import to_pil, to_tensor
+from plainsd.pictures.masks import Canvas
+from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.noise import NoiseOfEach
+from plainsd.pictures.sampling import Known, decode, encode, from_nothing, prepare_latents, sample, second_pass, to_edit
+from plainsd.pictures.settings import LATENT_MODES, UPSCALERS, Resolved
+from plainsd.pictures.upscaling import upscaled
+
+
+class Pictures(NamedTuple):
+    """The last event of every task."""
+
+    images: list[Image.Image]
+    settings: list[Resolved]  # one per picture, fully resolved: enough to reproduce it
+    latents: Tensor  # (B, L, h, w), as the UNet sees them, clean
+
+
+def from_text(
+    sd: StableDiffusion, each: list[Resolved], control: Sequence[Control], image_prompt: Sequence[ImagePrompt]
+) -> Generator[Step | Pictures]:
+    one, draw = each[0], NoiseOfEach(each, sd.device)
+    noise = prepare_latents(sd, one.size, draw)
+    maps = fitted(control, one.size)
+    latents = yield from sample(sd, each, one.size, noise, draw, control=maps, image_prompt=image_prompt)
+    if one.hires:
+        size = enlarged_size(one.size, one.hires)
+        known = Known(_enlarged(sd, latents, size, one, draw))
+        again, maps = [second_pass(one) for one in each], fitted(control, size)
+        draw = draw.anew(again)
+        noise = prepare_latents(sd, size, draw)
+        joins: dict[str, Any] = {"control": maps, "image_prompt": image_prompt}
+        latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps, **joins)
+    yield Pictures(to_pil(decode(sd, latents, tiling=one.tiling)), each, latents)
+
+
+def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], one: Resolved, draw: NoiseOfEach) -> Tensor:
+    if one.upscaler in LATENT_MODES:
+        width, height = (side // sd.vae.config.factor for side in size)
+        mode, antialias = LATENT_MODES[one.upscaler]
+        return F.interpolate(latents, (height, width), mode=mode, antialias=antialias)
+    decoded = to_pil(decode(sd, latents, tiling=one.tiling))
+    if one.upscaler in UPSCALERS:
+        pictures = [image.resize(size, Image.Resampling.LANCZOS) for image in decoded]
+    else:
+        assert sd.upscaler is not None  # `check_upscaler` sees to it
+        pictures = [upscaled(image, sd.upscaler, size) for image in decoded]
+    return encode(sd, torch.cat([to_tensor(picture) for picture in pictures]), draw, tiling=one.tiling)
+
+
+def from_picture(
+    sd: StableDiffusion,
+    each: list[Resolved],
+    image: Image.Image,
+    control: Sequence[Control],
+    image_prompt: Sequence[ImagePrompt],
+) -> Generator[Step | Pictures]:
+    draw, pixels = NoiseOfEach(each, sd.device), _padded(to_tensor(image))
+    size = (pixels.shape[3], pixels.shape[2])
+    editing = edits(sd.unet.config, sd.vae.config)
+    latents = None if editing and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
+    known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
+    noise, maps = prepare_latents(sd, size, draw), fitted(control, image.size)
+    latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
+    drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
+    yield Pictures([picture.crop((0, 0, *image.size)) for picture in drawn], each, latents)
+
+
+def _padded(pixels: Tensor) -> Tensor:
+    """Its last row and column repeated until both sides are multiples of 8."""
+    height, width = pixels.shape[2:]
+    return F.pad(pixels, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
+
+
+def repainted(
+    sd: StableDiffusion,
+    each: list[Resolved],
+    canvas: Canvas,
+    control: Sequence[Control],
+    image_prompt: Sequence[ImagePrompt],
+) -> Generator[Step | Pictures]:
+    one, image = each[0], canvas.image
+    levels = torch.from_numpy(np.array(canvas.hole))[None, None] / 255.0  # (1, 1, H, W)
+    light = (levels > 0).float()
+    draw, pixels, light_padded = NoiseOfEach(each, sd.device), _padded(to_tensor(image)), _padded(light)
+    size = (pixels.shape[3], pixels.shape[2])
+    mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is masked if any of its pixels is
+    reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
+    latents = None if reads_mask and from_nothing(one) else encode(sd, pixels, draw, tiling=one.tiling)
+    noise = prepare_latents(sd, size, draw)
+    if latents is not None and one.masked_content in ("noise", "nothing"):
+        latents = (1 - mask) * latents + mask * (noise if one.masked_content == "noise" else 0)
+    if reads_mask:
+        around = encode(sd, pixels * (1 - light_padded), draw, tiling=one.tiling)  # the hole is mid-grey
+        known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))
+    elif one.soft_mask:
+        known = Known(latents, mask, F.avg_pool2d(_padded(levels), sd.vae.config.factor).to(sd.device))
+    else:
+        known = Known(latents, mask)
+    maps = fitted(control, image.size)
+    latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
+    drawn = to_pil(decode(sd, latents, tiling=one.tiling))
+    yield Pictures([canvas.finished(picture.crop((0, 0, *image.size))) for picture in drawn], each, latents)
+
+
+def side_by_side(
+    task: Callable[..., Generator[Step | Pictures]], sd: StableDiffusion, each: list[Resolved], *args: Any
+) -> Generator[Step | Pictures]:
+    """The task's events. If a sampler's step sizes depend on the latents, each picture is sampled alone, interleaved
+    step by step, so that none depends on the rest of the batch."""
+    samplers = filter(None, (each[0].sampler, each[0].hires_sampler))
+    if all(SAMPLERS[sampler].batched for sampler in samplers):
+        yield from task(sd, each, *args)
+        return
+    for events in zip(*(task(sd, [one], *args) for one in each), strict=True):
+        if isinstance(events[0], Step):
+            x, denoised = torch.cat([event.x for event in events]), torch.cat([event.denoised for event in events])
+            yield Step(events[0].index, max(event.sigma for event in events), x, denoised)
+        else:
+            images, latents = [event.images[0] for event in events], torch.cat([event.latents for event in events])
+            yield Pictures(images, [event.settings[0] for event in events], latents)
