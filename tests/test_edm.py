@@ -15,7 +15,8 @@ from plainsd.diffusion.denoiser import denoiser, output_from, x0_from
 from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
-from plainsd.files.configs import read_schedule, read_vae
+from plainsd.files.config_noise import read_schedule
+from plainsd.files.config_vae import read_vae
 from plainsd.files.tensorfile import open_tensors
 from plainsd.models.variants import VARIANTS
 

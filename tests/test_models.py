@@ -6,7 +6,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from plainsd.files.configs import read_text, read_unet, read_vae
+from plainsd.files.config_vae import read_vae
+from plainsd.files.configs import read_text, read_unet
 from plainsd.files.configs_out import write_unet
 from plainsd.files.folder import read_network
 from plainsd.files.tensorfile import TensorFile, stored

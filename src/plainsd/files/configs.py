@@ -4,22 +4,19 @@ Reading is strict: a setting that changes what a network computes and is not sup
 so is an impossible value.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_type_hints
 
-from plainsd.diffusion.denoiser import PREDICTIONS
-from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
-from plainsd.files.checked import MOST, WIDEST, read_value
+from plainsd.files.checked import MOST, read_value
+from plainsd.files.config_noise import read_schedule
+from plainsd.files.config_vae import read_vae
+from plainsd.files.config_values import Config, check_fixed, divides, one_of, real_number, whole_number, wholes
 from plainsd.models.clip import ACTIVATIONS, TextConfig
 from plainsd.models.control import ControlConfig, way_down
-from plainsd.models.tiny_vae import AnyVAEConfig, TinyVAEConfig
 from plainsd.models.unet import UNetConfig
-from plainsd.models.vae import VAEConfig
-from plainsd.models.variants import ScheduleConfig, Variant, check_reads, edits, encoder_names, nearest
-
-Config = Mapping[str, Any]  # one config.json
+from plainsd.models.variants import Variant, check_reads, edits, encoder_names, nearest
 
 NOTE = "_plainsd"  # our entry in model_index.json; diffusers ignores names that begin with _
 NOTED = ("name", "context", "size", "guidance", "sampler", "steps", "spacing")  # the fields of a Variant kept there
@@ -62,98 +59,9 @@ CONTROL_CLASSES = {  # and whether they are for several kinds of maps
 }
 HINT = "conditioning_embedding_out_channels"
 UNION_FIXED = {"num_trans_head": 8, "num_trans_layer": 1}
-VAE_FIXED = {
-    "act_fn": "silu",
-    "shift_factor": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
-TINY = "AutoencoderTiny"
-TINY_FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "scaling_factor": 1.0}
-TINY_FIXED |= {"shift_factor": 0.0}
-TINY_LEVELS = (
-    *("encoder_block_out_channels", "decoder_block_out_channels"),
-    *("num_encoder_blocks", "num_decoder_blocks"),
-)
-CURVES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
-OF_TIMESTEPS = ("leading", "trailing", "linspace")  # diffusers' names for spacings
-OF_LEVELS = ("karras", "exponential")
-SCHEDULERS = (  # diffusers' classes that differ only in the sampler, not in the noise schedule
-    *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
-    *("PNDMScheduler", "LCMScheduler", "TCDScheduler", "RePaintScheduler"),
-)
-SIGMA_SCHEDULERS = (  # likewise; these also have karras and exponential spacing
-    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
-    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
-    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "SASolverScheduler"),
-    "DPMSolverMultistepInverseScheduler",
-)
-EDM_SCHEDULERS = {"EDMDPMSolverMultistepScheduler": "dpmpp_2m", "EDMEulerScheduler": "euler"}  # and the sampler in each
-SCHEDULE_FIXED = {  # other settings that would change noise or estimates; the rest belong to samplers
-    "trained_betas": None,
-    "thresholding": False,
-    "use_flow_sigmas": False,
-    "snr_shift_scale": 1.0,
-}
-LEARNED = ("learned", "learned_range")  # of variance_type: half of the network's output would be a variance
 PIX2PIX = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
 TEXT_CLASSES = {"CLIPTextModel": None, "CLIPTextModelWithProjection": None}
 LEGACY_EOS = 2  # older CLIP configs have 2, which stands for the largest id
-
-
-# --- one setting -----------------------------------------------------------------------------------------------------
-
-
-def check_fixed(config: Config, fixed: Config, where: str) -> None:
-    for name, value in fixed.items():
-        found = config.get(name, value)
-        if found != value and not (found in (None, False) and value in (None, False)):
-            raise UserError(f"{where}: {name} is {found!r}, and only {value!r} is supported")
-
-
-def setting(config: Config, name: str, where: str, default: Any = None) -> Any:
-    value = config.get(name, default)
-    if value is None:
-        raise UserError(f"{where}: the setting {name!r} is missing; fetch the file again")
-    return value
-
-
-def whole_number(config: Config, name: str, where: str, default: int | None = None, most: int = WIDEST) -> int:
-    value = setting(config, name, where, default)
-    if type(value) is not int or not 0 < value <= most:
-        raise UserError(f"{where}: {name} is {value!r}, and must be a whole number from 1 to {most}")
-    return value
-
-
-def real_number(config: Config, name: str, where: str, default: float | None, most: float = 1e3) -> float:
-    value = setting(config, name, where, default)
-    if type(value) not in (int, float) or not 0 < value <= most:  # nan included
-        raise UserError(f"{where}: {name} is {value!r}, and must be a number above 0 and up to {most:g}")
-    return float(value)
-
-
-def one_of(config: Config, name: str, where: str, default: str, choices: Mapping[str, Any]) -> str:
-    value = setting(config, name, where, default)
-    if not isinstance(value, str) or value not in choices:
-        raise UserError(f"{where}: {name} {value!r} is not supported, only {', '.join(choices)}")
-    return value
-
-
-def wholes(
-    config: Config, name: str, where: str, count: int | None = None, default: int | None = None, most: int = WIDEST
-) -> tuple[int, ...]:
-    """One number a level; a single number applies to all levels."""
-    value = setting(config, name, where, default)
-    values = value if isinstance(value, (list, tuple)) else [value] * (count or 1)
-    if len(values) != (count or len(values)) or not 0 < len(values) <= MOST:
-        raise UserError(f"{where}: {name} is {value!r}, and must be a number a level, of which there are {count}")
-    return tuple(whole_number({name: one}, name, where, most=most) for one in values)
-
-
-def divides(number: int, widths: tuple[int, ...], what: str, where: str) -> None:
-    if bad := next((width for width in widths if width % number), None):
-        raise UserError(f"{where}: {number} {what} do not divide a width of {bad}")
 
 
 # --- the networks ----------------------------------------------------------------------------------------------------
@@ -265,56 +173,6 @@ def middle_depth(config: Config, where: str) -> int:
     return whole_number({"transformer_layers_per_block": blocks}, "transformer_layers_per_block", where, most=MOST)
 
 
-def read_tiny_vae(config: Config, where: str) -> TinyVAEConfig:
-    check_fixed(config, TINY_FIXED, where)
-    tables = {name: wholes(config, name, where) for name in TINY_LEVELS if name in config}
-    widths = {
-        width for name in ("encoder_block_out_channels", "decoder_block_out_channels") for width in tables.get(name, ())
-    }
-    if len(widths) > 1:
-        raise UserError(f"{where}: block_out_channels are {sorted(widths)}, and only one width for all is supported")
-    plain = TinyVAEConfig()
-    return TinyVAEConfig(
-        width=widths.pop() if widths else plain.width,
-        encoder_blocks=tables.get("num_encoder_blocks", plain.encoder_blocks),
-        decoder_blocks=tables.get("num_decoder_blocks", plain.decoder_blocks),
-        latent_channels=whole_number(config, "latent_channels", where, 4),
-        pixel_channels=whole_number(config, "in_channels", where, 3),
-    )
-
-
-def read_vae(config: Config, where: str) -> AnyVAEConfig:
-    if config.get("_class_name") == TINY:
-        return read_tiny_vae(config, where)
-    check_fixed(config, VAE_FIXED, where)
-    vae = VAEConfig(
-        channels=wholes(config, "block_out_channels", where),
-        layers=whole_number(config, "layers_per_block", where, 1, MOST),
-        latent_channels=whole_number(config, "latent_channels", where, 4),
-        groups=whole_number(config, "norm_num_groups", where, 32),
-        scaling_factor=real_number(config, "scaling_factor", where, 0.18215),
-        pixel_channels=whole_number(config, "in_channels", where, 3),
-        latents_mean=channelwise(config, "latents_mean", where),
-        latents_std=channelwise(config, "latents_std", where),
-    )
-    if (vae.latents_mean is None) != (vae.latents_std is None):
-        raise UserError(f"{where}: latents_mean and latents_std belong together; give both or neither")
-    divides(vae.groups, vae.channels, "groups of the norms", where)
-    return vae
-
-
-def channelwise(config: Config, name: str, where: str) -> tuple[float, ...] | None:
-    """One number a latent channel, standard deviations above 0; None where there are none."""
-    values = config.get(name)
-    if values is None:
-        return None
-    channels, low = whole_number(config, "latent_channels", where, 4), 0 if name == "latents_std" else -1e6
-    good = isinstance(values, (list, tuple)) and len(values) == channels
-    if not good or not all(type(value) in (int, float) and low < value <= 1e6 for value in values):
-        raise UserError(f"{where}: {name} is {values!r}, and must be {channels} numbers, one a latent channel")
-    return tuple(map(float, values))
-
-
 def read_text(config: Config, where: str) -> TextConfig:
     vocab, eos = whole_number(config, "vocab_size", where, 49_408), whole_number(config, "eos_token_id", where, 49_407)
     projected = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
@@ -332,72 +190,6 @@ def read_text(config: Config, where: str) -> TextConfig:
     )
     divides(text.heads, (text.width,), "attention heads", where)
     return text
-
-
-def read_schedule(config: Config, where: str, kind: str = "DDIMScheduler") -> dict[str, Any]:
-    """Noise schedule, prediction type, and the spacing if the file has one, as fields of a Variant. `kind` is the
-    scheduler's class where the file does not name it."""
-    kind = str(config.get("_class_name") or kind).removeprefix("Flax")
-    continuous = config.get("timestep_type") == "continuous"
-    if kind in EDM_SCHEDULERS or continuous and kind in SIGMA_SCHEDULERS:
-        return read_edm(config, where, kind)
-    if kind not in (*SCHEDULERS, *SIGMA_SCHEDULERS):
-        raise UserError(
-            f"{where}: the scheduler {kind!r} means another kind of noise or network than Stable Diffusion's, and is "
-            f"not supported; choose a model made with {SCHEDULERS[0]}, {', '.join(EDM_SCHEDULERS)} or their like"
-        )
-    check_fixed(config, SCHEDULE_FIXED, where)
-    if config.get("variance_type") in LEARNED:
-        raise UserError(
-            f"{where}: variance_type is {config['variance_type']!r}, and learned variances are not supported"
-        )
-    schedule = ScheduleConfig(
-        curve=CURVES[one_of(config, "beta_schedule", where, "linear", CURVES)],
-        beta_start=real_number(config, "beta_start", where, 0.0001, 0.999),
-        beta_end=real_number(config, "beta_end", where, 0.02, 0.999),
-        count=whole_number(config, "num_train_timesteps", where, 1000, 100_000),
-        zero_terminal_snr=config.get("rescale_betas_zero_snr") is True,
-    )
-    timesteps = one_of(config, "timestep_spacing", where, "leading", dict.fromkeys(OF_TIMESTEPS))
-    spacing = "trailing" if timesteps == "trailing" else None  # the others belong to samplers, not to models
-    if kind in SIGMA_SCHEDULERS and (levels := spacing_of_levels(config)):
-        check_fixed(config, {"sigma_min": None, "sigma_max": None}, where)
-        spacing = levels
-    prediction = one_of(config, "prediction_type", where, "epsilon", dict.fromkeys(PREDICTIONS))
-    return {"schedule": schedule, "prediction": prediction, "spacing": spacing}
-
-
-def spacing_of_levels(config: Config) -> str | None:
-    return next((name for name in OF_LEVELS if config.get(f"use_{name}_sigmas") is True), None)
-
-
-def read_edm(config: Config, where: str, kind: str) -> dict[str, Any]:
-    """Karras et al. 2022 (EDM). The Euler scheduler has it too, as v-prediction with continuous timesteps."""
-    check_fixed(config, SCHEDULE_FIXED, where)
-    own = kind in EDM_SCHEDULERS
-    spacing: str | None
-    if own:
-        known = {"epsilon": "edm", "v_prediction": "v_prediction"}
-        prediction = known[one_of(config, "prediction_type", where, "epsilon", known)]
-        spacing = one_of(config, "sigma_schedule", where, "karras", dict.fromkeys(OF_LEVELS))
-    else:
-        prediction, spacing = config.get("prediction_type", "epsilon"), spacing_of_levels(config)
-        if prediction != "v_prediction" or spacing is None:
-            raise UserError(
-                f"{where}: timestep_type is 'continuous', which is supported with prediction_type 'v_prediction' and "
-                "use_karras_sigmas or use_exponential_sigmas only; choose a model with such settings"
-            )
-    schedule = EDMSchedule(
-        sigma_min=real_number(config, "sigma_min", where, 0.002 if own else None),
-        sigma_max=real_number(config, "sigma_max", where, 80.0 if own else None, 1e6),
-        sigma_data=real_number(config, "sigma_data", where, 0.5) if own else 1.0,
-        rho=real_number(config, "rho", where, 7.0),
-        count=whole_number(config, "num_train_timesteps", where, 1000, 100_000),
-    )
-    if schedule.sigma_min >= schedule.sigma_max:
-        raise UserError(f"{where}: sigma_min {schedule.sigma_min} is not below sigma_max {schedule.sigma_max}; mend it")
-    fields = {"schedule": schedule, "prediction": prediction, "spacing": spacing}
-    return fields | {"sampler": EDM_SCHEDULERS.get(kind, "euler")}
 
 
 # --- a whole model ---------------------------------------------------------------------------------------------------

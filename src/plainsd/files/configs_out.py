@@ -6,7 +6,9 @@ from typing import Any
 
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
-from plainsd.files.configs import MIDDLES, NOTE, NOTED, OF_LEVELS, TINY
+from plainsd.files.config_noise import OF_LEVELS
+from plainsd.files.config_vae import TINY
+from plainsd.files.configs import MIDDLES, NOTE, NOTED
 from plainsd.models.clip import TextConfig
 from plainsd.models.control import ControlConfig
 from plainsd.models.tiny_vae import TinyVAEConfig

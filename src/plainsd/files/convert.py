@@ -13,7 +13,7 @@ import torch
 from plainsd.device import choose_dtype
 from plainsd.disk import read_json
 from plainsd.errors import UserError, unknown
-from plainsd.files.configs import read_vae
+from plainsd.files.config_vae import read_vae
 from plainsd.files.configs_out import write_variant
 from plainsd.files.control import is_control, open_control, write_control_net
 from plainsd.files.detect import UNET_PREFIX, seems

@@ -9,7 +9,8 @@ from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.disk import read_json
 from plainsd.errors import UserError, unknown
 from plainsd.files.checked import read_fields, wrong
-from plainsd.files.configs import CURVES, read_variant
+from plainsd.files.config_noise import CURVES
+from plainsd.files.configs import read_variant
 from plainsd.files.configs_out import write_variant
 from plainsd.models.clip import ACTIVATIONS
 from plainsd.models.tiny_vae import AnyVAEConfig, TinyVAEConfig

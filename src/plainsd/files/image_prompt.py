@@ -15,7 +15,7 @@ from pathlib import Path
 
 from plainsd.disk import read_json
 from plainsd.errors import UserError
-from plainsd.files.configs import Config, divides, one_of, real_number, whole_number
+from plainsd.files.config_values import Config, divides, one_of, real_number, whole_number
 from plainsd.files.detect import seems
 from plainsd.files.folder import open_part, read_network
 from plainsd.files.stored import StoredNetwork

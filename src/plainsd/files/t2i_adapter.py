@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plainsd.disk import read_json
 from plainsd.errors import UserError
-from plainsd.files.configs import Config, one_of, whole_number, wholes
+from plainsd.files.config_values import Config, one_of, whole_number, wholes
 from plainsd.files.folder import open_part, read_network
 from plainsd.files.stored import StoredNetwork
 from plainsd.files.tensorfile import TensorFile, open_tensors
