@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from plainsd.commands.adapters import chosen_loras, learned, prompts_and_loras
 from plainsd.commands.control import check_control_flags, chosen_controls
 from plainsd.commands.flags import GenerateFlags
-from plainsd.commands.grid import axis, by_setup, grid_cells, sheet
+from plainsd.commands.grid import axis, by_setup, cell_by_cell, grid_cells, sheet
 from plainsd.commands.image_prompt import check_image_prompt_flags, chosen_image_prompts
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_flags, recorded, say_unused, with_notes
+from plainsd.commands.tasks import tasks_of
 from plainsd.commands.torchrun import share_of_torchrun
-from plainsd.errors import UserError, unknown
-from plainsd.listing import hidden, read_prompts, suffix_of
+from plainsd.errors import UserError
+from plainsd.listing import read_prompts, suffix_of
 from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
 from plainsd.text.styles import read_styles, styled
 from plainsd.text.wildcards import combinations, settled
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from plainsd.pictures.model import StableDiffusion
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CHECKED = (*SEEDS, "guidance")  # what `notes` looks at
 
 
@@ -70,7 +70,7 @@ class Generate(GenerateFlags):
         check_control_flags(self, followed)
         taken_after = choices.pop("image_prompt", ())
         check_image_prompt_flags(self, taken_after)
-        tasks, part = self.tasks(choices), share.part(len(prompts))
+        tasks, part = tasks_of(self, choices), share.part(len(prompts))
         if len(tasks) > 1 and axes:
             raise UserError("a grid is drawn on one picture, and --image is a folder of several; give one of them")
         target.number = None if share.alone else share.agreed(target.next_number()) + part.start
@@ -120,14 +120,10 @@ class Generate(GenerateFlags):
         say = partial(tqdm.write, file=sys.stdout)  # keeps clear of the progress bar
         show = Preview(sd, self.preview, self.preview_vae) if self.preview and not share.rank else None
         if axes:
-            found: dict[int, Image.Image] = {}
-            for (model, strengths), places in setups.items():
-                sd, words = (sd, words) if model == first else ready(model)
-                first = model
-                set_strengths(sd, strengths)
-                for place, pictures in zip(places, draw(sd, tasks[0], [cells[i] for i in places], show), strict=True):
-                    (found[place],) = pictures.images
-            images = [found[place] for place in range(len(cells))]
+            for pictures in cell_by_cell(
+                cells, setups, sd, lambda model: ready(model)[0], partial(draw, show=show), tasks[0]
+            ):
+                images += pictures.images
             say(str(target.write(sheet(images, axes), None)))
         else:
             batches = list(prompt_batches(prompts, choices, self.batch, part))
@@ -245,61 +241,6 @@ class Generate(GenerateFlags):
             print(f"{name.replace('_', ' ')} {found[name]}", file=sys.stderr)
         return found
 
-    def tasks(self, choices: dict) -> list[Callable]:
-        """(sd, prompts, **choices) -> events; one for each picture of a folder."""
-        if self.mask and self.outpaint:
-            raise UserError("--mask and --outpaint do not go together; choose one of them")
-        sides = choices.pop("outpaint", None)  # of --from, too
-        if (self.mask or sides) and not self.image:
-            raise UserError(f"{'--mask' if self.mask else 'outpainting'} needs the picture; give it with --image")
-        if not self.image:
-            if choices.get("strength") is not None and not choices.get("hires"):
-                raise UserError(f"strength {choices['strength']} means a picture was drawn over; give it with --image")
-            return [lambda sd, prompts, **more: generate().text_to_image(sd, prompts, **more)]
-
-        from plainsd.pictures.images import open_picture
-
-        images = [open_picture(path) for path in pictures_of(self.image)]
-        if self.mask:
-            mask = open_picture(self.mask, background="black")
-            return [partial(inpaint_with, image, mask) for image in images]
-        if sides:
-            return [partial(outpaint_with, image, sides) for image in images]
-        return [partial(draw_over, image) for image in images]
-
-
-def inpaint_with(image: Image.Image, mask: Image.Image, sd: StableDiffusion, prompts: list[str], **more):
-    return generate().inpaint(sd, prompts, image, mask, **more)
-
-
-def outpaint_with(image: Image.Image, sides: tuple, sd: StableDiffusion, prompts: list[str], **more):
-    return generate().outpaint(sd, prompts, image, *sides, **more)
-
-
-def draw_over(image: Image.Image, sd: StableDiffusion, prompts: list[str], **more):
-    return generate().image_to_image(sd, prompts, image, **more)
-
-
-def pictures_of(path: Path) -> list[Path]:
-    """The file, or all pictures of the folder, by name."""
-    if not path.is_dir():
-        return [path]
-    found = sorted(one for one in path.iterdir() if suffix_of(one) in PICTURE_SUFFIXES and not hidden(one.name))
-    if not found:
-        raise UserError(f"--image '{path}' is a folder without pictures; give one with {' '.join(PICTURE_SUFFIXES)}")
-    return found
-
-
-def set_strengths(sd: StableDiffusion, strengths: Iterable[tuple[str, float]]) -> None:
-    """Of LoRAs on the model, by their names."""
-    from plainsd.adapters.lora import attached
-
-    on = {lora.name.removeprefix("lora_"): lora for lora in attached(sd)}
-    for name, strength in strengths:
-        if name not in on:
-            raise unknown("LoRA", name, on or ["none: give one with --lora"], field="lora")
-        on[name].set_strength(strength)
-
 
 def say_unwritten(words: dict[str, Path], texts: list[str]) -> None:
     """A learned word does nothing where it is not written."""
@@ -311,12 +252,6 @@ def say_unwritten(words: dict[str, Path], texts: list[str]) -> None:
 def say_notes(each: Iterable[Settings]) -> None:
     for note in dict.fromkeys(note for one in each for note in notes(one)):
         print(f"note: {note}", file=sys.stderr)
-
-
-def generate():
-    from plainsd import generate as module
-
-    return module
 
 
 def prompt_batches(prompts: list[str], choices: dict, size: int, part: range) -> Iterator[PromptBatch]:

@@ -5,7 +5,7 @@ Three are no settings of a picture: `prompt=apple,pear` puts each in place of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -16,6 +16,9 @@ from plainsd.pictures.texts.fields import FIELDS
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from plainsd.pictures.drawing import Pictures
+    from plainsd.pictures.model import StableDiffusion
 
 NOT_HERE = (
     "size",
@@ -90,6 +93,36 @@ def by_setup(cells: list[tuple[list[str], dict]]) -> dict[Setup, list[int]]:
         strengths = tuple((name.removeprefix(LORA_AXIS), choices.pop(name)) for name in names)
         found.setdefault((choices.pop(MODEL, None), strengths), []).append(place)
     return dict(sorted(found.items(), key=lambda entry: str(entry[0][0] or "")))
+
+
+def set_strengths(sd: StableDiffusion, strengths: Iterable[tuple[str, float]]) -> None:
+    """Of LoRAs on the model, by their names."""
+    from plainsd.adapters.lora import attached
+
+    on = {lora.name.removeprefix("lora_"): lora for lora in attached(sd)}
+    for name, strength in strengths:
+        if name not in on:
+            raise unknown("LoRA", name, on or ["none: give one with --lora"], field="lora")
+        on[name].set_strength(strength)
+
+
+def cell_by_cell(
+    cells: list[tuple[list[str], dict]],
+    setups: dict[Setup, list[int]],
+    sd: StableDiffusion,
+    ready: Callable[[str | None], StableDiffusion],
+    draw: Callable[..., Iterable[Pictures]],
+    task: Callable,
+) -> list[Pictures]:
+    """The cells' pictures, in order. `sd` is the first setup's model; `ready` loads another."""
+    found: dict[int, Pictures] = {}
+    before = next(iter(setups))[0]
+    for (model, strengths), places in setups.items():
+        sd = sd if model == before else ready(model)
+        before = model
+        set_strengths(sd, strengths)
+        found |= zip(places, draw(sd, task, [cells[place] for place in places]), strict=True)
+    return [found[place] for place in range(len(cells))]
 
 
 def sheet(images: list[Image.Image], axes: list[GridAxis]) -> Image.Image:

@@ -1,0 +1,46 @@
+"""What `plainsd generate` draws: from nothing, over a picture or each of a folder, under a mask, past an edge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from plainsd.commands.flags import GenerateFlags
+from plainsd.errors import UserError
+from plainsd.listing import hidden, suffix_of
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def tasks_of(command: GenerateFlags, choices: dict) -> list[Callable]:
+    """(sd, prompts, **choices) -> events; one for each picture of a folder."""
+    if command.mask and command.outpaint:
+        raise UserError("--mask and --outpaint do not go together; choose one of them")
+    sides = choices.pop("outpaint", None)  # of --from, too
+    if (command.mask or sides) and not command.image:
+        raise UserError(f"{'--mask' if command.mask else 'outpainting'} needs the picture; give it with --image")
+    if not command.image and choices.get("strength") is not None and not choices.get("hires"):
+        raise UserError(f"strength {choices['strength']} means a picture was drawn over; give it with --image")
+
+    from plainsd.generate import image_to_image, inpaint, outpaint, text_to_image
+    from plainsd.pictures.images import open_picture
+
+    if not command.image:
+        return [text_to_image]
+    task: Callable = image_to_image
+    if command.mask:
+        task = partial(inpaint, mask=open_picture(command.mask, background="black"))
+    elif sides:
+        task = partial(outpaint, **dict(zip(("left", "top", "right", "bottom"), sides, strict=True)))
+    return [partial(task, image=open_picture(path)) for path in pictures_of(command.image)]
+
+
+def pictures_of(path: Path) -> list[Path]:
+    """The file, or all pictures of the folder, by name."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(one for one in path.iterdir() if suffix_of(one) in PICTURE_SUFFIXES and not hidden(one.name))
+    if not found:
+        raise UserError(f"--image '{path}' is a folder without pictures; give one with {' '.join(PICTURE_SUFFIXES)}")
+    return found
