@@ -95,6 +95,11 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
 
 
+def noise_picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of noise. Pillow's own `effect_noise` is another one at each call."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 def smooth_picture(size: int) -> Image.Image:
     """Smooth shapes, square."""
     y, x = np.mgrid[:size, :size] / size

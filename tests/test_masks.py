@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_sd
+from conftest import noise_picture, tiny_sd
 from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw
 
@@ -17,7 +17,7 @@ from plainsd.pictures.masks import MaskOptions, canvas_of
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 
-PHOTO = Image.effect_noise((64, 64), 80).convert("RGB")
+PHOTO = noise_picture(64, 64)
 
 
 def mask_of(box=(16, 16, 47, 47), size=(64, 64), level=255):

@@ -6,6 +6,7 @@ import threading
 from functools import partial
 
 import pytest
+from conftest import noise_picture
 from PIL import Image, PngImagePlugin
 from serving import (
     Brake,
@@ -67,7 +68,7 @@ def brake(monkeypatch):
 
 @pytest.fixture(scope="module")
 def drawing():
-    return Image.effect_noise((64, 64), 90).convert("RGB")
+    return noise_picture(64, 64)
 
 
 def test_txt2img(api, sd):
@@ -198,7 +199,7 @@ def test_inpainting_the_whole_picture(api, sd, drawing):
 
 
 def test_inpainting_only_around_the_mask(api):
-    large = Image.effect_noise((256, 192), 90).convert("RGB")
+    large = noise_picture(256, 192)
     result = api.img2img(images=[large], mask_image=mask_of(100, 80, 140, 110, size=(256, 192)), mask_blur=4,
                          inpaint_full_res=True,
                          inpaint_full_res_padding=16, denoising_strength=1.0, seed=3, width=64, height=64)  # fmt: skip

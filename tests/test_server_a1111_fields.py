@@ -1,6 +1,7 @@
 """A1111's requests field by field: each acts, or has no part in the picture, or is refused by its name."""
 
 import pytest
+from conftest import noise_picture
 from PIL import Image
 from serving import alike, base64_of, from_base64, lora_file, model_folder, open_service, served
 
@@ -231,7 +232,7 @@ def test_masks_are_blurred_across_and_down_and_may_be_painted_in_alpha(server):
     mask.paste(255, (24, 24, 40, 40))
     across = alpha_of(mask, (6, 0))
     assert across.getpixel((20, 32)) > 0 and across.getpixel((32, 20)) == 0
-    drawing = Image.effect_noise((64, 64), 90).convert("RGB")
+    drawing = noise_picture(64, 64)
     alpha = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     alpha.paste((0, 0, 0, 255), (24, 24, 40, 40))  # black paint on nothing
     common = {"init_images": [base64_of(drawing)], "inpaint_full_res": False, "denoising_strength": 0.9}

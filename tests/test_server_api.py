@@ -8,6 +8,7 @@ import time
 from io import BytesIO
 
 import pytest
+from conftest import noise_picture
 from PIL import Image, PngImagePlugin
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Brake, alike, base64_of, from_base64, model_folder, open_service, png_bytes, served, until
@@ -37,7 +38,7 @@ def sd(model):
 
 @pytest.fixture(scope="module")
 def drawing():
-    return Image.effect_noise((64, 64), 80).convert("RGB")
+    return noise_picture(64, 64)
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """The other end of the API: what `plainsd generate --server` uses."""
 
+import threading
 from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 
 import pytest
+from conftest import noise_picture
 from PIL import Image
 from serving import (
     Brake,
@@ -58,7 +60,7 @@ def test_pictures_come_home(server):
     )
     assert [event.settings["seed"] for event in pictures] == [3, 4]
     assert isinstance(events[0], Progress) and events[0].share < 1
-    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    image = noise_picture(64, 64)
     *_, over = Remote(server.url, TOKEN).draw(prompt="p", image=base64_of(image), strength=0.5, seed=1)
     assert over.settings["strength"] == 0.5
 
@@ -120,7 +122,7 @@ def generate(server, tmp_path, capsys, monkeypatch):
     ("a boat", "--refiner", "other", "--handover", 0.5, "--steps", 4),
 ])  # fmt: skip
 def test_the_same_command_draws_the_same_there_as_here(generate, server, tmp_path, arguments):
-    Image.effect_noise((72, 64), 90).convert("RGB").save(tmp_path / "PHOTO.png")
+    noise_picture(72, 64).save(tmp_path / "PHOTO.png")
     Image.new("L", (72, 64)).save(tmp_path / "MASK.png")
     with Image.open(tmp_path / "MASK.png") as mask:
         mask.paste(255, (16, 16, 48, 48))
@@ -141,17 +143,24 @@ def test_the_same_command_draws_the_same_there_as_here(generate, server, tmp_pat
 
 
 def test_a_lora_a_preview_and_from(generate, server, tmp_path, brake):
-    brake.off()
-    flags = ("--lora", "paper.safetensors:0.7", "--preview", tmp_path / "p.png", "--steps", 3)
+    preview = tmp_path / "p.png"
+
+    def steps():
+        brake.step(2)
+        until(preview.exists)
+        brake.off()
+
+    threading.Thread(target=steps).start()
+    flags = ("--lora", "paper.safetensors:0.7", "--preview", preview, "--steps", 3)
     code, (path,), _ = generate("a boat", *flags)
     assert code == 0 and "<lora:paper:0.7>" in Image.open(path).info["parameters"]
-    assert Image.open(tmp_path / "p.png").size == (64, 64)
+    assert Image.open(preview).size == (64, 64)
     _, (again,), _ = generate("--from", path)
     assert alike(Image.open(again), Image.open(path), 0)
 
 
 def test_from_asks_for_the_same_words_refiner_and_margins(generate, tmp_path):
-    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "photo.png")
+    noise_picture(64, 64).save(tmp_path / "photo.png")
     drawing = ("--image", tmp_path / "photo.png", "--outpaint", 8, 8, 0, 0)
     flags = ("--embedding", "any/where.pt:<cat>", "--refiner", "other", "--handover", 0.6, "--steps", 4, *drawing)
     code, (path,), err = generate("a <cat>", *flags)

@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from conftest import noise_picture
 from PIL import Image, ImageFont
 from serving import Brake, alike, base64_of, lora_file, model_folder, open_service, until
 
@@ -532,7 +533,7 @@ def test_a_proper_stop_counts_no_attempt(opened, brake):
 
 def test_inputs_live_as_long_as_their_jobs(opened, brake):
     service = opened(batch=1)
-    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    image = noise_picture(64, 64)
     inputs = service.store.folder / "inputs"
     jobs = [ask(service, image=base64_of(image), strength=0.9, seed=i) for i in range(2)]
     assert len(list(inputs.iterdir())) == 1  # the same picture lies there once

@@ -1,12 +1,13 @@
 """How a mask is used, on the server: the same pictures as `inpaint` gives, by jobs and by A1111's names."""
 
 import pytest
+from conftest import noise_picture
 from PIL import Image
 from serving import alike, base64_of, from_base64, model_folder, open_service, served
 
 import plainsd
 
-PHOTO = Image.effect_noise((96, 80), 90).convert("RGB")
+PHOTO = noise_picture(96, 80)
 MASK = Image.new("L", PHOTO.size)
 MASK.paste(255, (40, 24, 64, 48))
 GREY = Image.linear_gradient("L").resize(PHOTO.size)

@@ -7,6 +7,7 @@ from typing import get_args
 
 import openai
 import pytest
+from conftest import noise_picture
 from openai.types import ImageModel
 from PIL import Image
 from serving import Brake, alike, from_base64, model_folder, open_service, png_bytes, served, until
@@ -81,7 +82,7 @@ def test_other_file_formats(client, kind):
 
 
 def test_edit_inside_the_transparent_part(client, sd):
-    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    image = noise_picture(64, 64)
     window = Image.new("RGBA", (64, 64), "black")
     window.paste((0, 0, 0, 0), (16, 16, 48, 48))
     hole = Image.new("L", (64, 64), 0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from browser import Page, chromium, needed  # noqa: F401
+from conftest import noise_picture
 from PIL import Image
 from serving import Brake, embedding_file, lora_file, model_folder, open_service, png_bytes, served, until
 
@@ -233,7 +234,7 @@ def test_a_dropped_png_restores_its_settings(page, tmp_path):
 
 
 def test_image_to_image_with_a_dropped_picture(page):
-    image = Image.effect_noise((128, 64), 90).convert("RGB")
+    image = noise_picture(128, 64)
     page.drop("#drop", "noise.png", png_bytes(image))
     page.until("!document.getElementById('canvas-tools').hidden")
     assert (page.value("width"), page.value("height")) == ("88", "48")  # its shape, at the model's number of pixels
@@ -246,7 +247,7 @@ def test_image_to_image_with_a_dropped_picture(page):
 def test_inpainting_with_the_brush(page):
     from selenium.webdriver import ActionChains
 
-    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    image = noise_picture(64, 64)
     page.drop("#drop", "noise.png", png_bytes(image))
     page.until("!document.getElementById('canvas-tools').hidden")
     mask = page.find("#mask")
@@ -445,7 +446,7 @@ def test_a_refiner_is_chosen_and_comes_back_with_its_picture(page):
 
 
 def test_a_picture_is_continued_past_its_edges(page):
-    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    image = noise_picture(64, 64)
     page.set("outpaint-left", 8)  # of no effect without a picture
     assert page.settings(page.drawn())["size"] == [64, 64]
     page.drop("#drop", "noise.png", png_bytes(image))

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_sd
+from conftest import TINY, noise_picture, tiny_sd
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -268,7 +268,7 @@ def test_inversion(train, base, pictures, tmp_path):
 def test_a_learned_word_is_used_without_being_told(base, tmp_path, capsys):
     """By the command line and by the server, from the file of either dialect."""
     (tmp_path / "pictures").mkdir()
-    Image.effect_noise((16, 16), 50).convert("RGB").save(tmp_path / "pictures" / "a.png")
+    noise_picture(16, 16).save(tmp_path / "pictures" / "a.png")
     (tmp_path / "pictures" / "a.txt").write_text("a <stri/py> thing")
     shared = ["--base", str(base), "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run"), *FAST]
     more = ["--steps", "1", "--lr", "0.5", "--token", "<stri/py>"]

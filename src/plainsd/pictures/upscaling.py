@@ -1,7 +1,7 @@
 """Upscaling networks (ESRGAN, Wang et al. 2018, arXiv:1809.00219, and its kin), by the spandrel library.
 
-A picture is processed in tiles, so that memory is bounded; overlapping tiles are blended, so that no seam shows. If a
-4x network is used for 2x, its result is scaled down, as in A1111.
+A picture is processed in tiles, so that memory is bounded; overlapping tiles are blended away from their edges, so that
+no seam shows. If a 4x network is used for 2x, its result is scaled down, as in A1111.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from plainsd.pictures.images import to_pil, to_tensor
 from plainsd.pictures.settings import plain_number
 
 TILE = 192  # pixels per side of a tile, overlap included
-OVERLAP = 32  # pixels over which two tiles are blended
+OVERLAP = 32  # pixels that two tiles share
+EDGE = 8  # pixels of a tile that are not used: the network has seen too little around them
 LARGEST_SIDE = 16_384  # pixels, of the result
 
 
@@ -56,8 +57,9 @@ def tiles_of(height: int, width: int) -> Iterator[tuple[tuple[int, int, Tensor],
 
 
 def spans(length: int) -> list[tuple[int, int, Tensor]]:
-    """Intervals of at most TILE that overlap by OVERLAP, with weights that add to 1 everywhere."""
-    step = TILE - OVERLAP
+    """Intervals of at most TILE that overlap by OVERLAP, with weights that add to 1 everywhere: 0 within EDGE of
+    another tile, rising from there to where that one's are 0."""
+    step, ramp = TILE - OVERLAP, OVERLAP - 2 * EDGE
     starts = [0] if length <= TILE else [*range(0, length - TILE, step), length - TILE]
     found, total = [], torch.zeros(length)
     for start in starts:
@@ -65,9 +67,10 @@ def spans(length: int) -> list[tuple[int, int, Tensor]]:
         distance = torch.arange(stop - start) + 0.5
         weight = torch.ones(stop - start)
         if start > 0:
-            weight = torch.minimum(weight, distance / OVERLAP)
+            weight = torch.minimum(weight, (distance - EDGE) / ramp)
         if stop < length:
-            weight = torch.minimum(weight, (stop - start - distance) / OVERLAP)
+            weight = torch.minimum(weight, (stop - start - distance - EDGE) / ramp)
+        weight = weight.clamp(min=0)
         total[start:stop] += weight
         found.append((start, stop, weight))
     return [(start, stop, weight / total[start:stop]) for start, stop, weight in found]
