@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import answers, blocks, fences
 
 from plainsd.adapters.making import KINDS_BY_PARTS
 from plainsd.adapters.names import ENDINGS
@@ -20,6 +21,8 @@ from plainsd.models.variants import VARIANTS
 ROOT = Path(__file__).parents[1]
 ITS_OWN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 PAGES = sorted([*ROOT.glob("docs/*.md"), *ITS_OWN, *ROOT.glob("recipes/*/README.md")])
+LANGUAGES = {"", "python", "py", "python client", "sh", "sh serve", "json", "toml", "math", "text"}
+WITH_EXERCISES: list[str] = []  # the chapters that have them
 EACH = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 COMMAND = re.compile(r"^ *(?:\$ )?(?:\.venv/bin/)?(plainsd (?:.*\\\n)*.*)$", re.MULTILINE)
 
@@ -33,10 +36,6 @@ def tables():
         table.clear()
         table.update(entries)
     KINDS_BY_PARTS[:] = before[1]
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def promised(code: str) -> list[str]:
@@ -61,6 +60,19 @@ def test_python_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, tables
             exec(compile(code, str(page), "exec"), names)
         if promised(code):
             assert said.getvalue().splitlines() == promised(code)
+
+
+@EACH
+def test_no_block_is_passed_over(page):
+    """Python that a test does not run would have another name, such as `Python` or `python3`; those are refused."""
+    assert {fence.language for fence in fences(page.read_text("utf-8"))} <= LANGUAGES
+
+
+@pytest.mark.parametrize("name", WITH_EXERCISES)
+def test_a_chapter_has_three_exercises_with_answers_that_run(name):
+    """`test_python_runs_and_prints_what_it_says` runs them, in order with the chapter's other blocks."""
+    found = answers((ROOT / "docs" / name).read_text("utf-8"))
+    assert len(found) >= 3 and all(blocks(answer, "python") for answer in found)
 
 
 @EACH
@@ -111,6 +123,28 @@ def test_the_readers_of_pages_see_them(tmp_path):
             check(page)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
         test_python_runs_and_prints_what_it_says(page, tmp_path, patch, None)
+
+
+def test_blocks_are_found_where_readers_see_them():
+    page = (
+        "```python\na = 1\n```\n\n<details><summary>Answer</summary>\n\n```python\nb = 2\n```\n</details>\n\n"
+        "1. An exercise.\n\n   <details><summary>Answer</summary>\n\n   ```python\n   if c:\n       d = 3\n   ```\n\n"
+        "   </details>\n\n````text\n```python\nnot code\n```\n````\n"
+    )
+    assert blocks(page, "python") == ["a = 1\n", "b = 2\n", "if c:\n    d = 3\n"]
+    assert [blocks(answer, "python") for answer in answers(page)] == [["b = 2\n"], ["if c:\n    d = 3\n"]]
+    assert blocks(page, "text") == ["```python\nnot code\n```\n"]
+    with pytest.raises(ValueError, match="line 1: the fence '```python' is not closed"):
+        fences("```python\na = 1\n")
+
+
+def test_an_answer_that_fails_is_seen(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "- x\n\n  <details><summary>Answer</summary>\n\n  ```python\n  print(1)  # -> 2\n  ```\n  </details>\n"
+    )
+    with pytest.raises(AssertionError):
+        test_python_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, None)
 
 
 def test_what_a_page_registers_does_not_stay():
