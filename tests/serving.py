@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import plainsd
 from plainsd.adapters.lora import inject, save_lora
-from plainsd.commands.serve import bound, server_of
+from plainsd.commands.serve import listening_socket, server_of
 from plainsd.models.variants import Variant
 from plainsd.server.api.app import create_app
 from plainsd.server.api.security import Hosts
@@ -90,7 +90,7 @@ class Server:
 
 @contextmanager
 def served(service: Service, token: str | None = None, hosts: Hosts | None = None, port: int = 0):
-    sock = bound("127.0.0.1", port)
+    sock = listening_socket("127.0.0.1", port)
     app = create_app(service, hosts or Hosts("127.0.0.1"), token)
     server = server_of(app, 1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

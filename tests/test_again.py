@@ -86,7 +86,7 @@ def test_from_text_alone(made, kind):
 def test_a_picture_drawn_over(made, refused, photo):
     first = made("x", "--steps", 4, "--image", photo, "--strength", 0.6)
     assert same(made("--from", first, "--image", photo), first)
-    assert "means a picture was drawn over; give it with --image" in refused("--from", first)
+    assert "needs a picture; give it with --image" in refused("--from", first)
 
 
 def test_a_masked_picture(made, refused, photo, mask):
@@ -103,7 +103,7 @@ def test_a_picture_continued_past_its_edges(made, refused, photo, mask):
     first = made("x", "--steps", 4, "--image", photo, "--outpaint", 4, 0, 8, 0)
     assert read_settings(first).outpaint == (4, 0, 8, 0) and not read_settings(first).masked
     assert same(made("--from", first, "--image", photo), first)
-    assert "outpainting needs the picture; give it with --image" in refused("--from", first)
+    assert "outpainting needs a picture; give it with --image" in refused("--from", first)
     other = made("--from", first, "--image", photo, "--outpaint", 0, 16, 0, 0)
     assert pixels(other).shape == (56, 52, 3) and read_settings(other).outpaint == (0, 16, 0, 0)
     assert (pixels(other)[16:] == pixels(photo)).all()
@@ -118,7 +118,7 @@ def test_another_vae_is_named_and_asked_for(made, refused, tmp_path):
     assert read_settings(first).vae == "sharp"
     assert np.abs(pixels(made("x", "--steps", 2)) - pixels(first)).max() > 5
     assert same(made("--from", first, "--vae", tmp_path / "sharp"), first)
-    assert "was made with the VAE 'sharp'; say where that is with --vae" in refused("--from", first)
+    assert "was made with the VAE 'sharp'; give it with --vae" in refused("--from", first)
     assert "nowhere" in refused("--from", first, "--vae", tmp_path / "nowhere")
 
 
@@ -156,7 +156,7 @@ def theirs(tmp_path):
 )
 def test_a_picture_of_a1111(generate, theirs, sampler, more, ours):
     code, out, err = generate("--from", theirs(sampler, more))
-    assert code == 0 and "was made with the weights 6ce0161689, and these are" in err
+    assert code == 0 and "was made with the weights 6ce0161689, and those of" in err
     assert "no effect here" not in err
     settings = read_settings(out.strip())
     assert (settings.sampler, settings.spacing) == ours

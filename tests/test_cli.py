@@ -249,7 +249,7 @@ def test_embeddings_by_flag(generate, model, tmp_path):
     plain = made("a kitty")
     learned = made("a kitty", "--embedding", file, "--embedding", tmp_path / "other.safetensors")
     err = generate("a Kitty", "--embedding", file, "--embedding", tmp_path / "other.safetensors")[2]
-    assert err.count("note: ") == 1 and "other.safetensors is the word 'other', which no prompt has" in err
+    assert err.count("note: ") == 1 and "other.safetensors has no effect: no prompt has its word 'other'" in err
     assert np.abs(pixels(plain) - pixels(learned)).max() > 5
     assert read_settings(plain).embeddings == () and read_settings(learned).embeddings == ("kitty",)
     renamed = made("a <cat>", "--embedding", f"{file}:<cat>")
@@ -279,7 +279,7 @@ def test_a_refiner_takes_over_and_is_asked_for_again(tmp_path, capsys):
     plain = made("x", "--steps", 4)[1]
     assert np.abs(pixels(refined) - pixels(plain)).max() > 5
     code, out, err = made("--from", refined)
-    assert (code, out) == (2, "") and "made with the refiner 'refiner'; say where that is with --refiner" in err
+    assert (code, out) == (2, "") and "made with the refiner 'refiner'; give it with --refiner" in err
     again = made("--from", refined, "--refiner", tmp_path / "refiner")[1]
     assert np.abs(pixels(again) - pixels(refined)).max() <= 1 and read_settings(again) == settings
     code, out, err = made("x", "--handover", 0.5)
@@ -326,7 +326,7 @@ WRONG = {
     "steps": (["x", "--steps", "0"], "steps 0 is out of range"),
     "too many steps": (["x", "--steps", "1001"], "steps 1001 is out of range"),
     "no number": (["x", "--steps", "many"], "--steps: cannot read ['many']"),
-    "a word as size": (["--size", "64", "x", "--steps", "2"], "--size: 'x' is no whole number"),
+    "a word as size": (["--size", "64", "x", "--steps", "2"], "--size: 'x' is not a whole number"),
     "half a size": (["x", "--size", "64"], "--size"),
     "unknown flag": (["x", "--sped", "3"], "--sped"),
     "misspelled flag": (["x", "--stepz", "3"], "--stepz, 3; did you mean --steps?"),
@@ -338,9 +338,9 @@ WRONG = {
     "a long seed": (["x", "--seed", str(2**64)], "seed 18446744073709551616 is out of range"),
     "half a seed": (
         ["x", "--seed", "1.5"],
-        "seed '1.5' is no whole number; give one from 0 to 18446744073709551615, or",
+        "seed '1.5' is not a whole number; give one from 0 to 18446744073709551615, or",
     ),
-    "variation seed": (["x", "--variation-seed", "rand"], "variation seed 'rand' is no whole number"),
+    "variation seed": (["x", "--variation-seed", "rand"], "variation seed 'rand' is not a whole number"),
     "seeds past the last": (["x", "--seed", str(2**64 - 2), "--count", "3"], "and the 2 after it pass"),
     "a seed of a grid": (["x", "--grid", "seed=1,2.5"], "grid 'seed=1,2.5' has a value that cannot be read"),
     "guidance": (["x", "--guidance", "nan"], "guidance nan is out of range"),
@@ -359,9 +359,9 @@ WRONG = {
     ),
     "dtype": (["x", "--dtype", "float8"], "unknown dtype 'float8'"),
     "lora": (["x", "--lora", "/nowhere.safetensors:0.5"], "/nowhere.safetensors"),
-    "lora's strength": (["x", "--lora", "/nowhere:strong"], "'strong' is no strength"),
+    "lora's strength": (["x", "--lora", "/nowhere:strong"], "'strong' is not a strength"),
     "lora by tag": (["x <lora:style:1>"], "names the LoRA 'style'"),
-    "embedding": (["x", "--embedding", "/nowhere.pt:<cat>"], "there is no file '/nowhere.pt'"),
+    "embedding": (["x", "--embedding", "/nowhere.pt:<cat>"], "no such file '/nowhere.pt'"),
     "embedding that is none": (["x", "--embedding", "PHOTO"], "photo.png"),
     "handover": (["x", "--handover", "2"], "handover 2.0 is out of range"),
     "handover alone": (["x", "--handover", "0.5"], "needs a refiner"),
@@ -369,10 +369,10 @@ WRONG = {
     "from nothing": (["--from", "/nowhere.png"], "does not exist"),
     "from a photo": (["--from", "PHOTO"], "carries no settings"),
     "image": (["x", "--image", "/nowhere.png"], "does not exist"),
-    "mask alone": (["x", "--mask", "PHOTO"], "--mask needs the picture"),
+    "mask alone": (["x", "--mask", "PHOTO"], "--mask needs a picture"),
     "mask of another size": (["x", "--image", "PHOTO", "--mask", "SMALL"], "the mask is 8x8 and the picture 52x40"),
     "dark mask": (["x", "--image", "SMALL", "--mask", "SMALL"], "the mask is dark everywhere"),
-    "outpaint alone": (["x", "--outpaint", "8", "0", "0", "0"], "outpainting needs the picture; give it with --image"),
+    "outpaint alone": (["x", "--outpaint", "8", "0", "0", "0"], "outpainting needs a picture; give it with --image"),
     "absurd outpaint": (["x", "--image", "PHOTO", "--outpaint", "0", "999999999", "0", "0"], "0 to 4096, at least one"),
     "strength alone": (["x", "--strength", "0.5"], "give it with --image"),
     "strength": (["x", "--image", "PHOTO", "--strength", "1.5"], "strength 1.5 is out of range"),
@@ -384,7 +384,7 @@ WRONG = {
     "three axes": (["x", *["--grid", "steps=1"] * 3], "one or two axes"),
     "gif": (["x", "--out", "x.gif"], "written as PNG, JPEG or WebP"),
     "format": (["x", "--format", "gif"], "unknown format 'gif'"),
-    "two formats": (["x", "--format", "webp", "--out", "x.jpg"], "do not go together"),
+    "two formats": (["x", "--format", "webp", "--out", "x.jpg"], "disagree; leave one of them out"),
     "file in the way": (["x", "--out", "PHOTO/sub"], "is not a folder"),
     "prompts": (["--prompts", "PHOTO"], "cannot read the prompts"),
 }  # fmt: skip
@@ -443,7 +443,7 @@ def test_a_picture_of_another_model(generate, model, photo, tmp_path, monkeypatc
     monkeypatch.setattr("plainsd.checkpoint.find", lambda source, variant_file: Path(model).rename(tmp_path / "other"))
     assert main(["generate", "--from", out.strip(), "--out", str(tmp_path / "y")]) == 2
     (tmp_path / "other").rename(model)
-    assert "was made with the model 'tiny', and this is 'other'" in capsys.readouterr().err
+    assert "was made with the model 'tiny', not 'other'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["info"], ["tokens", "x"], ["nothing"]])

@@ -220,7 +220,7 @@ def test_generate_follows_and_its_text_is_read_back(sd, generate, tmp_path, mode
     (note,) = settings.control
     assert note.model.startswith("net [") and (note.weight, note.start, note.end) == (0.7, 0.0, 0.6)
     code, again, err = generate("--from", out.strip())
-    assert code == 2 and "was made with the control net 'net [" in err and "--control-image" in err
+    assert code == 2 and "was made with the ControlNet 'net [" in err and "--control-image" in err
     code, again, err = generate("--from", out.strip(), "--control", tmp_path / "net.safetensors", "--control-image",
                                 tmp_path / "map.png")  # fmt: skip
     assert code == 0, err
@@ -233,13 +233,13 @@ def test_generate_follows_and_its_text_is_read_back(sd, generate, tmp_path, mode
     [
         (["--control", "NET"], "1 --control and 0 --control-image"),
         (["--control-image", "MAP"], "0 --control and 1 --control-image"),
-        (["--guess"], "--guess and --control-mode say how a net acts"),
-        (["--control", "NET:much", "--control-image", "MAP"], "'much' is no strength"),
+        (["--guess"], "--guess and --control-mode need a ControlNet"),
+        (["--control", "NET:much", "--control-image", "MAP"], "'much' is not a strength"),
         (["--control", "NET", "--control-image", "nowhere.png"], "picture 'nowhere.png' does not exist"),
         (["--control", "NET", "--control-image", "MAP", "--preprocess", "hed"], "unknown preprocessor 'hed'"),
         (["--control", "MAP", "--control-image", "MAP"], "map.png"),
         (["--control", "MODEL", "--control-image", "MAP"], "is no control net"),
-        (["--control", "NET", "--control-image", "MAP", *["--control-range", "0", "1"] * 2], "2 --control-range and 1"),
+        (["--control", "NET", "--control-image", "MAP", *["--control-range", "0", "1"] * 2], "2 --control-range for 1"),
         (["--control", "NET", "--control-image", "MAP", "--control-range", "0.7", "0.2"], "act from 0.7 to 0.2"),
         (["--control", "NET", "--control-image", "MAP", "--control-mode", "ballanced"], "unknown control mode"),
         (["--control", "NET", "--control-image", "MAP", "--control-kind", "1"], "is for union nets"),

@@ -197,7 +197,7 @@ def test_what_the_disk_refuses_is_one_line(tmp_path):
     """A path through a file, the folder of a file that is gone; and what is refused of another file is not ours."""
     (tmp_path / "file").write_text("x")
     with pytest.raises(
-        DiskError, match=r"^cannot write .*/file/a/b.txt: Not a directory; .*choose another place"
+        DiskError, match=r"^cannot write .*/file/a/b.txt: Not a directory; .*choose another folder"
     ) as told:
         with written_whole(tmp_path / "file" / "a" / "b.txt"):
             raise AssertionError("there is no draft")
@@ -253,7 +253,7 @@ def test_where_the_new_folder_cannot_get_its_name_the_old_one_is_back(place, mon
         rename(source, target, **more)
 
     monkeypatch.setattr(os, "replace", once)
-    with pytest.raises(UserError, match="No space left on device; nothing was kept"):
+    with pytest.raises(UserError, match="No space left on device; nothing was written"):
         folder(place, 1)
     assert refused and contents(place) == before
 

@@ -313,9 +313,9 @@ def test_the_command_writes_the_page(written, explained):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--out", "x.png"], "the page is written as HTML; name it x.html"),
+        (["--out", "x.png"], "the page is an HTML file; name it x.html"),
         (["--beside", "stepz=3"], "unknown setting 'stepz'; did you mean 'steps'?"),
-        (["--beside", "steps=many"], "--beside: steps 'many' is no whole number"),
+        (["--beside", "steps=many"], "--beside: steps 'many' is not a whole number"),
         (["--steps", "0"], "steps"),
     ],
 )

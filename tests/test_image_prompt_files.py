@@ -204,7 +204,7 @@ ONE = ("--image-prompt", "base.safetensors", "--image-prompt-image", "0.png")
         ([*ONE, *ONE, "--image-prompt-image", "1.png"], "2 --image-prompt and 3 --image-prompt-image"),
         ([*ONE, *["--image-prompt-mask", "1.png"] * 2], "2 --image-prompt-mask and 1 --image-prompt-image"),
         (["--image-encoder", "image_encoder"], "1 --image-encoder and 0 --image-prompt"),
-        (["--image-prompt", "base.safetensors:much", *ONE[2:]], "'much' is no strength"),
+        (["--image-prompt", "base.safetensors:much", *ONE[2:]], "'much' is not a strength"),
         (["--image-prompt", "base.safetensors:-1", *ONE[2:]], "strength -1.0 is out of range"),
         (["--image-prompt", "alone/base.safetensors", *ONE[2:]], "needs its CLIP vision tower"),
         (["--image-prompt", "other.safetensors", *ONE[2:]], "it gives 24 numbers and the adapter reads 23"),
@@ -212,7 +212,7 @@ ONE = ("--image-prompt", "base.safetensors", "--image-prompt-image", "0.png")
         (["--image-prompt", "model.safetensors", *ONE[2:]], "is no IP-Adapter"),
         ([*ONE, "--image-encoder", "model.safetensors"], "is no CLIP vision tower"),
         (["--image-prompt", "nowhere.safetensors", *ONE[2:]], "there is no model at 'nowhere.safetensors'"),
-        ([*ONE, "--server", "http://127.0.0.1:1"], "--image-prompt is not sent to a server"),
+        ([*ONE, "--server", "http://127.0.0.1:1"], "--image-prompt does not go with --server"),
     ],
     ids=str,
 )

@@ -37,7 +37,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert ProcessShare(3, 4, 1).device("auto") == "cuda:1" and ProcessShare(3, 4, 1).device("cpu") == "cpu"
     assert ProcessShare().device("auto") == "auto"
-    with pytest.raises(UserError, match="2 GPUs cannot serve process 3 of this machine"):
+    with pytest.raises(UserError, match="3 or more processes on a machine with 2 GPUs"):
         ProcessShare(2, 4, 2).device("cuda")
 
 
@@ -64,7 +64,7 @@ def test_what_is_for_one_process_says_so(flag, monkeypatch, capsys):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     assert main(["generate", "a", *flag]) == 2
-    assert f"{flag[0]} is for one process; leave torchrun out" in capsys.readouterr().err
+    assert f"{flag[0]} runs in one process; start it without torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--low-memory"], ["--cache", "2"], ["--int8"]])
@@ -77,4 +77,4 @@ def test_flags_of_memory_and_speed_draw(flags, tmp_path, capsys):
 
 def test_int8_and_fast_do_not_go_together(capsys):
     assert main(["generate", "a", "--int8", "--fast"]) == 2
-    assert "--int8 does not go with --fast or --compile" in capsys.readouterr().err
+    assert "--int8 cannot be combined with --fast or --compile" in capsys.readouterr().err

@@ -176,11 +176,11 @@ def test_from_asks_for_the_same_words_refiner_and_margins(generate, tmp_path):
 
 def test_what_a_server_does_not_take_is_one_line(generate):
     for flags, says in (
-        (["--device", "cpu"], "--device is not sent to a server"), (["--model", "none"], "unknown model 'none'"),
+        (["--device", "cpu"], "--device does not go with --server"), (["--model", "none"], "unknown model 'none'"),
         (["--lora", "none.safetensors"], "unknown LoRA 'none'"), (["--image", "none.png"], "cannot read 'none.png'"),
         (["--outpaint", 8, 8, 8, 8], "outpaint without an image"), (["--refiner", "none"], "unknown refiner 'none'"),
         (["--embedding", "none.pt"], "unknown embedding 'none'"), (["--handover", 0.5], "without a refiner"),
-        (["--vae", "x"], "--vae is not sent"), (["--sampler", "eular"], "did you mean 'euler'"),
+        (["--vae", "x"], "--vae does not go with --server"), (["--sampler", "eular"], "did you mean 'euler'"),
     ):  # fmt: skip
         code, _, err = generate("p", *flags)
         assert code == 2 and says in err and err.count("\n") == 1, err

@@ -19,7 +19,7 @@ from pathlib import Path
 from serving import open_service
 from plainsd.server.jobs import worker
 from plainsd.server.api.app import create_app
-from plainsd.commands.serve import bound, server_of
+from plainsd.commands.serve import listening_socket, server_of
 from plainsd.server.api.security import Hosts
 keep = worker.Worker.keep
 def slowly(*given):                   # room for a kill between the file, the row and the next picture
@@ -28,7 +28,7 @@ def slowly(*given):                   # room for a kill between the file, the ro
     time.sleep({pause})
 worker.Worker.keep = slowly
 service = open_service([{model!r}], Path({data!r}), batch=2)
-sock = bound("127.0.0.1", 0)
+sock = listening_socket("127.0.0.1", 0)
 app = create_app(service, Hosts("127.0.0.1"), None, lambda: print(sock.getsockname()[1], flush=True))
 server_of(app, 1).run(sockets=[sock])
 """

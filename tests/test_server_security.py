@@ -187,8 +187,8 @@ def test_beyond_this_machine_a_token_is_required(model, tmp_path):
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "192.168.1.7", "example.org"))
     from plainsd.commands.serve import Serve
 
-    assert Serve().wanted_token() is None and len(Serve(host="0.0.0.0").wanted_token()) >= 20
-    assert Serve(host="0.0.0.0").wanted_token() != Serve(host="0.0.0.0").wanted_token()
+    assert Serve().checked_token() is None and len(Serve(host="0.0.0.0").checked_token()) >= 20
+    assert Serve(host="0.0.0.0").checked_token() != Serve(host="0.0.0.0").checked_token()
 
 
 def test_wrong_flags_are_one_line_and_code_2(model, tmp_path, capsys, monkeypatch):
@@ -196,8 +196,8 @@ def test_wrong_flags_are_one_line_and_code_2(model, tmp_path, capsys, monkeypatc
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         wrong = {
-            "must have 12 characters": ["--token", "short"], "port 99999 is out of range": ["--port", "99999"],
-            "there is no folder": ["--loras", str(tmp_path / "none")],
+            "must be 12 or more": ["--token", "short"], "port 99999 is out of range": ["--port", "99999"],
+            "no such folder": ["--loras", str(tmp_path / "none")],
             "no model at": ["--model", "no/such/model/here", "--port", "0"],
             "choose others with --host and --port": ["--port", str(taken.getsockname()[1])],
             "batch 0": ["--batch", "0"], "memory -1.0": ["--memory", "-1"],

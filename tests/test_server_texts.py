@@ -116,7 +116,7 @@ def test_other_apis_read_choices_where_there_is_a_folder(server, plain):
 
 
 def test_the_flags_are_checked_at_the_start(tmp_path):
-    with pytest.raises(UserError, match="wildcards: there is no folder"):
+    with pytest.raises(UserError, match="--wildcards '.*': no such folder"):
         Serve(wildcards=tmp_path / "none").check()
     with pytest.raises(UserError, match="cannot read"):
         Serve(styles=tmp_path / "none.csv").check()

@@ -76,7 +76,7 @@ def test_every_picture_of_a_folder_is_drawn_over(made, generate, tmp_path):
         (alone,) = made("x", "--image", photos / name, "--strength", 0.5)
         assert np.abs(pixels(path) - pixels(alone)).max() <= 1 and read_settings(path).seed == 3
     code, _, err = generate("x", "--image", photos, "--strength", 0.5, "--grid", "steps=2,3")
-    assert code == 2 and "give one of them" in err
+    assert code == 2 and "give one file" in err
     (tmp_path / "empty").mkdir()
     code, _, err = generate("x", "--image", tmp_path / "empty")
     assert code == 2 and "a folder without pictures" in err

@@ -666,7 +666,7 @@ CONFIGS = {
     "dora = 'yes'": "dora = 'yes' cannot be read; give true or false",
     "[lora]\nrank = 8": "unknown option 'lora'",
     "rank = 2026-01-01": "cannot be read",
-    "rank = 'many'": "Error parsing --rank: 'many' is no whole number",
+    "rank = 'many'": "Error parsing --rank: 'many' is not a whole number",
     "rank 8": "is no TOML file: ",
     "rank = 8\nrank = 9": "is no TOML file: ",
     "": "missing: --method, --data, --out",
@@ -699,7 +699,7 @@ def test_random_and_wrong_seeds(train, tmp_path, capsys):
     assert read_json(tmp_path / "run" / "options.json")["seed"] == drawn and 0 <= int(drawn) < 2**32
     assert train("lora", "--seed", "-1", *more, out=tmp_path / "other") == (0, [])
     assert read_json(tmp_path / "other" / "options.json")["seed"] != drawn
-    for seed, says in (("1.5", "seed '1.5' is no whole number"), ("-2", "seed -2 is out of range"),
+    for seed, says in (("1.5", "seed '1.5' is not a whole number"), ("-2", "seed -2 is out of range"),
                        (str(2**64), "is out of range")):  # fmt: skip
         code, said = train("lora", "--seed", seed, *more, out=tmp_path / "wrong")
         assert code == 2 and len(said) == 1 and says in said[0] and not (tmp_path / "wrong").exists()
@@ -725,8 +725,8 @@ def test_a_full_disk_leaves_the_last_good_state(train, tmp_path, monkeypatch):
     code, said = train("lora", "--steps", "5", "--rank", "1", "--save-every", "1")
     assert code == 1
     assert said == [
-        "plainsd: cannot write the state of step 3: No space left on device; the state of step 2 is kept; "
-        "make room, and the same command goes on from there"
+        "plainsd: cannot write the state of step 3: No space left on device; the checkpoint of step 2 is intact; "
+        "free disk space and run the same command again to resume"
     ]
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] != []
     monkeypatch.undo()
@@ -741,7 +741,7 @@ def test_a_full_disk_when_the_result_is_written(train, tmp_path, monkeypatch):
     monkeypatch.setattr("plainsd.train.from_model.save", full)
     code, said = train("full", "--steps", "1")
     assert code == 1
-    assert said[0].startswith("plainsd: cannot write the model: No space left on device; the state of step 1 is")
+    assert said[0].startswith("plainsd: cannot write the model: No space left on device; the checkpoint of step 1 is")
 
 
 def test_a_learning_rate_that_is_too_high(train, tmp_path):

@@ -108,7 +108,7 @@ def test_on_the_command_line(network, generate, tmp_path, capsys):
     (again,) = {*(tmp_path / "out").glob("*.png")} - {made}
     assert again.read_bytes() == made.read_bytes()
     code, _, err = generate("a", "--upscaler", network)
-    assert code == 2 and "is for --hires; give that too, or use plainsd upscale" in err
+    assert code == 2 and "needs --hires; give that too, or use plainsd upscale" in err
     capsys.readouterr()
     command = ["upscale", str(made), "--with", str(network), "--out", str(tmp_path / "large.png")]
     assert main(command) == 0

@@ -165,9 +165,9 @@ def test_a_picture_of_a_settled_prompt_comes_back(generate, tmp_path):
 def test_the_command_line_says_what_is_missing(generate):
     for arguments, says in (
         (("a __colours__",), "give one with --wildcards"),
-        (("a", "--wildcards", "nowhere"), "there is no folder 'nowhere'"),
+        (("a", "--wildcards", "nowhere"), "--wildcards 'nowhere': no such folder"),
         (("a", "--style", "ink"), "cannot read styles.csv"),
-        (("{a|b}", "--combinations", "--grid", "steps=1,2"), "one prompt"),
+        (("{a|b}", "--combinations", "--grid", "steps=1,2"), "a single prompt"),
     ):
         code, _, err = generate(*arguments)
         assert code == 2 and says in err

@@ -22,25 +22,25 @@ from plainsd import __version__
 from plainsd.errors import UserError, unknown
 
 COMMANDS = {                          # name: module, class, what it does
-    "generate": ("plainsd.commands.generate", "Generate", "pictures of a prompt, from nothing or from a picture"),
-    "info": ("plainsd.commands.inspect", "Info", "what a model or adapter is, without reading its weights"),
-    "convert": ("plainsd.commands.inspect", "Convert", "a model from one file layout to another"),
-    "merge": ("plainsd.commands.merge", "Merge", "two or three models into one"),
-    "extract-lora": ("plainsd.commands.merge", "ExtractLora", "a LoRA out of a tuned model and its base"),
-    "upscale": ("plainsd.commands.upscale", "Upscale", "pictures enlarged by a network of ESRGAN's kind"),
-    "tokens": ("plainsd.commands.inspect", "Tokens", "how a prompt is cut and weighted"),
-    "explain": ("plainsd.commands.explain", "Explain", "how a picture was drawn, as a page to look at"),
-    "verify": ("plainsd.commands.inspect", "Verify", "a model beside diffusers and transformers, digit by digit"),
-    "eval": ("plainsd.commands.evaluate", "Evaluate", "how well a model trained on emoji draws them"),
-    "train": ("plainsd.commands.train", "Train", "train a model, from nothing or from another"),
-    "bench": ("plainsd.commands.bench", "Bench", "our speed beside that of others, on this machine"),
-    "serve": ("plainsd.commands.serve", "Serve", "a page and three APIs in the browser and for programs"),
+    "generate": ("plainsd.commands.generate", "Generate", "generate pictures from a prompt and, if given, a picture"),
+    "info": ("plainsd.commands.inspect", "Info", "show what a model or adapter is, without reading its weights"),
+    "convert": ("plainsd.commands.inspect", "Convert", "convert a model from one file layout to another"),
+    "merge": ("plainsd.commands.merge", "Merge", "merge two or three models into one"),
+    "extract-lora": ("plainsd.commands.merge", "ExtractLora", "extract a LoRA from a fine-tuned model and its base"),
+    "upscale": ("plainsd.commands.upscale", "Upscale", "enlarge pictures with an ESRGAN-type upscaler"),
+    "tokens": ("plainsd.commands.inspect", "Tokens", "show a prompt's tokens, chunks and weights"),
+    "explain": ("plainsd.commands.explain", "Explain", "write an HTML page that shows how a picture was generated"),
+    "verify": ("plainsd.commands.inspect", "Verify", "compare a model numerically with diffusers and transformers"),
+    "eval": ("plainsd.commands.evaluate", "Evaluate", "score a model trained on emoji"),
+    "train": ("plainsd.commands.train", "Train", "train a model, from scratch or from another"),
+    "bench": ("plainsd.commands.bench", "Bench", "compare speed with diffusers and OpenVINO on this machine"),
+    "serve": ("plainsd.commands.serve", "Serve", "serve a web page and three HTTP APIs"),
 }  # fmt: skip
 HELP = ("-h", "--help")
 PLAINLY = (
     (r"no type matching .+ could be instantiated from", "cannot read"),
-    (r"invalid literal for int\(\) with base 10: (.+)", r"\1 is no whole number"),
-    (r"could not convert string to float: (.+)", r"\1 is no number"),
+    (r"invalid literal for int\(\) with base 10: (.+)", r"\1 is not a whole number"),
+    (r"could not convert string to float: (.+)", r"\1 is not a number"),
 )
 
 
@@ -48,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line, and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *place, **more: print(f"plainsd: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *args, **kwargs: print(f"plainsd: {message}", file=sys.stderr)
         try:
             code = exit_code(arguments)
             sys.stdout.flush()  # a closed pipe shows here, not when Python exits
             return code
         except BrokenPipeError:
-            return hung_up()
+            return broken_pipe()
 
 
 def exit_code(arguments: list[str]) -> int:
@@ -65,22 +65,22 @@ def exit_code(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        return complain(f"{place}{error.strerror or error}; choose another place, or make room")
+        path = f"{error.filename}: " if error.filename else ""
+        return complain(f"{path}{error.strerror or error}; choose another path, or free disk space")
     except KeyboardInterrupt:
         print("plainsd: interrupted", file=sys.stderr)
         return 130
 
 
-def hung_up() -> int:
-    """The pipe was closed. Discards what is still buffered, so that no further write fails."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+def broken_pipe() -> int:
+    """Exit code when stdout is a closed pipe. Discards what is still buffered, so that no further write fails."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BrokenPipeError:
-            os.dup2(nowhere, stream.fileno())
-    return 141  # 128 + SIGPIPE, as is usual
+            os.dup2(devnull, stream.fileno())
+    return 141  # 128 + SIGPIPE, by convention
 
 
 def complain(message: str) -> int:
@@ -111,23 +111,25 @@ def run(arguments: list[str]) -> int:
 
 
 def overview() -> str:
-    lines = ["usage: plainsd COMMAND ...", "", "Stable Diffusion, written plainly.", "", "commands"]
-    lines += [f"  {name:14}{says}" for name, (_, _, says) in COMMANDS.items()]
-    return "\n".join([*lines, "", "plainsd COMMAND --help shows a command's flags, plainsd --version the version."])
+    lines = ["usage: plainsd COMMAND ...", "", "Stable Diffusion in plain PyTorch.", "", "commands"]
+    lines += [f"  {name:14}{summary}" for name, (_, _, summary) in COMMANDS.items()]
+    return "\n".join(
+        [*lines, "", "plainsd COMMAND --help shows the flags of a command, plainsd --version the version."]
+    )
 
 
 def parsed(kind: type, name: str, arguments: list[str]):
     """The flags as an instance of the command's dataclass; None if help was printed. One-line errors."""
     import tyro
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(stderr):
             return tyro.cli(kind, prog=f"plainsd {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if not stop.code:
             return None
-        raise UserError(f"{in_one_line(said.getvalue())}; see plainsd {name} --help") from None
+        raise UserError(f"{in_one_line(stderr.getvalue())}; see plainsd {name} --help") from None
 
 
 def in_one_line(box: str) -> str:
@@ -135,9 +137,11 @@ def in_one_line(box: str) -> str:
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()[1:]]
     lines = lines[1:] if lines and not lines[0].strip("-─") else lines  # the frame in ASCII terminals
     ends = (i for i, line in enumerate(lines) if (line and not line.strip("-─")) or line == "Got errors:")
-    upto = next(ends, len(lines))
-    line = " ".join(lines[:upto])
-    missing = re.findall(r"^[^\w-]{0,2} {4}(--[a-z-]+|[A-Z][A-Z-]+)\b", box, re.MULTILINE)  # what is said of each: 8
+    end = next(ends, len(lines))
+    line = " ".join(lines[:end])
+    missing = re.findall(
+        r"^[^\w-]{0,2} {4}(--[a-z-]+|[A-Z][A-Z-]+)\b", box, re.MULTILINE
+    )  # their help is indented by 8
     if line.startswith("Missing from") and missing:
         line = f"missing: {', '.join(missing)}"
     for pattern, plainly in PLAINLY:

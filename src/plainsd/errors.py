@@ -33,7 +33,9 @@ class DiskError(UserError):
     """A failed write; `reason` is the system's message. On a server it is not the request's fault."""
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(f"cannot write {path}: {reason}; nothing was kept: choose another place, or make room")
+        super().__init__(
+            f"cannot write {path}: {reason}; nothing was written; choose another folder, or free disk space"
+        )
         self.reason = reason
 
 

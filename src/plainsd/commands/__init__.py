@@ -1,4 +1,4 @@
-"""The command line, a file a command: flags in, calls of the other rooms, lines out.
+"""The command line, one file per command: reads flags, calls the other packages, prints results.
 
 Nothing is computed here. cli.py finds the command and turns errors into exit codes.
 """

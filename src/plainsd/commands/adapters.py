@@ -1,7 +1,7 @@
 """Adapters on the command line: `--lora FILE:0.8`, A1111's `<lora:name:0.8>` in a prompt, `--embedding FILE:word`.
 
-The text that a picture carries always has the tags, whichever way the LoRAs came, so that --from finds them again; and
-the learned words that its prompts use, so that --from can ask for them.
+LoRAs are recorded in a picture's settings as `<lora:...>` tags, however they were given, so that --from finds them
+again. So are the embeddings that its prompts use, so that --from can ask for them.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,18 @@ from plainsd.errors import UserError
 from plainsd.pictures.settings import plain_number
 from plainsd.text.prompts import lora_tags
 
+FLAG_FIELDS = {"lora": "loras", "control": "control", "image-prompt": "image_prompt"}  # flag: field of the settings
 LoraFiles = list[tuple[Path, float]]  # files and strengths
 
 
 def prompts_and_loras(prompts: Sequence[str]) -> tuple[list[str], dict[str, float]]:
-    """The prompts without their tags, and the LoRAs that they all name, with strengths."""
+    """The prompts without LoRA tags, and the LoRAs they name, with strengths. UserError if prompts differ in them."""
     texts, tags = zip(*map(lora_tags, prompts), strict=True)
     if any(one != tags[0] for one in tags):
-        raise UserError("the prompts name different LoRAs, and one run has one set of them; run these prompts apart")
+        raise UserError(
+            "the prompts name different LoRAs, and all prompts of a run share one set; run them separately",
+            field="prompt",
+        )
     return [text.rstrip() for text in texts], dict(tags[0])
 
 
@@ -27,27 +31,30 @@ def tags_of(loras: LoraFiles) -> str:
 
 
 def from_flag(text: str, flag: str = "lora") -> tuple[Path, float | None]:
-    """`style.safetensors:0.8` -> file and strength; no strength is None."""
+    """`style.safetensors:0.8` -> file and strength; None if no strength is given."""
     path, colon, strength = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), None
     try:
         return Path(path), float(strength)
     except ValueError:
-        raise UserError(f"--{flag} {text!r} is no file, and {strength!r} is no strength; write FILE:0.8") from None
+        what = f"--{flag} {text!r}: no such file, and {strength!r} is not a strength"
+        raise UserError(f"{what}; write FILE or FILE:0.8", field=FLAG_FIELDS[flag], value=text) from None
 
 
-def learned(text: str) -> tuple[Path, str]:
-    """`cat.safetensors:<cat>` -> file and word; without a word, the file's own is to be asked for: empty."""
+def embedding_from_flag(text: str) -> tuple[Path, str]:
+    """`cat.safetensors:<cat>` -> file and word; an empty word stands for the one that the file names."""
     path, colon, word = text.rpartition(":")
     file, word = (Path(text), "") if not colon or Path(text).exists() else (Path(path), word)
     if not file.exists():
-        raise UserError(f"--embedding {text!r}: there is no file {str(file)!r}; write FILE, or FILE:word")
+        raise UserError(
+            f"--embedding {text!r}: no such file {str(file)!r}; write FILE or FILE:word", field="embeddings", value=text
+        )
     return file, word
 
 
 def chosen_loras(flags: Sequence[str], tags: dict[str, float], folder: Path | None) -> LoraFiles:
-    """The files of the flags, then those that only tags name, looked up in the folder. A flag's strength goes first."""
+    """The LoRAs of --lora, then those that only tags name, found in `folder`. A flag's strength overrides a tag's."""
     from plainsd.adapters.lora import find_lora
 
     given = [from_flag(text) for text in flags]
@@ -55,6 +62,10 @@ def chosen_loras(flags: Sequence[str], tags: dict[str, float], folder: Path | No
     for name, strength in tags.items():
         if not any(path.stem == Path(name).name for path, _ in loras):
             if folder is None:
-                raise UserError(f"the prompt names the LoRA {name!r}; give it with --lora FILE or --lora-folder FOLDER")
+                raise UserError(
+                    f"the prompt names the LoRA {name!r}; give it with --lora FILE or --lora-folder FOLDER",
+                    field="loras",
+                    value=name,
+                )
             loras.append((find_lora(folder, name), strength))
     return loras

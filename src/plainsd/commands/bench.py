@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
+from plainsd.commands.flags import flag
 from plainsd.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -20,22 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """The same work by diffusers, OpenVINO (if installed) and plainsd, in turns; a table of seconds.
+    """Times the same work in diffusers, OpenVINO (if installed) and plainsd, in turns, and prints a table of seconds.
 
     Needs the extra [bench], and an otherwise idle machine.
     """
 
-    rows: Annotated[Positional[tuple[str, ...]], arg(metavar="ROW")] = ()
-    """small, unet, decode, picture, load, start; for a GPU, 30 steps of 1 or 8 pictures by random weights: sd1-1,
-    sd1-8, sdxl-1, sdxl-8. If none is given, all that the device is for"""
-    model: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """a diffusers folder of SD 1.x; random weights of that shape if not given"""
-    rounds: Annotated[int, arg(metavar="N")] = 5
+    rows: Annotated[Positional[tuple[str, ...]], flag("ROW")] = ()
+    """small, unet, decode, picture, load, start; on a GPU also 30 steps of 1 or 8 pictures with random weights: sd1-1,
+    sd1-8, sdxl-1, sdxl-8. Default: all rows for the device"""
+    model: Annotated[Path | None, flag("FOLDER")] = None
+    """an SD 1.x model in diffusers layout; random weights of the same shapes if not given"""
+    rounds: Annotated[int, flag("N")] = 5
     """rounds per side"""
     compile: bool = False
-    """also torch.compile, which takes minutes to start"""
-    out: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """folder for bench.json and bench.png"""
+    """also time torch.compile, which takes minutes to compile"""
+    out: Annotated[Path | None, flag("FOLDER")] = None
+    """where to write bench.json and bench.png"""
     device: str = "auto"
     dtype: str = "auto"
 
@@ -43,9 +44,9 @@ class Bench:
         import importlib.util
 
         if missing := [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name) is None]:
-            raise UserError(f"the comparison needs {' and '.join(missing)}; pip install 'plainsd[bench]'")
+            raise UserError(f"bench needs {' and '.join(missing)}; pip install 'plainsd[bench]'")
         if self.rounds < 1:
-            raise UserError(f"rounds {self.rounds} is out of range; give 1 or more")
+            raise UserError(f"rounds {self.rounds} is out of range; give 1 or more", field="rounds", value=self.rounds)
 
         from plainsd.commands.output import check_writable
         from plainsd.device import choose_device, choose_dtype
@@ -54,22 +55,22 @@ class Bench:
         known = bench.BENCHMARKS | bench.GPU_BENCHMARKS
         for name in self.rows:
             if name not in known:
-                raise unknown("row", name, known)
+                raise unknown("row", name, known, field="rows")
         if self.out:
             check_writable(self.out)
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         with tempfile.TemporaryDirectory() as temporary:
             wanted = self.rows or tuple(bench.BENCHMARKS if device.type == "cpu" else known)
-            rows, folder = [], self.model or Path(temporary) / "sd1"  # where a later row finds it
+            rows, folder = [], self.model or Path(temporary) / "sd1"  # shared by the rows
             if self.model is None and set(wanted) & {"unet", "decode", "picture", "load"}:
-                print("making random weights of SD 1.5's shape", file=sys.stderr)
+                print("making random weights of SD 1.5", file=sys.stderr)
                 bench.random_folder(folder, dtype)
-            place = bench.Workbench(folder, dtype, device, self.rounds, Path(temporary))
+            workbench = bench.Workbench(folder, dtype, device, self.rounds, Path(temporary))
             for name in wanted:
                 print(f"timing {name}", file=sys.stderr)
-                rows.append(known[name](place, self.compile))
-        about = bench.machine(place)
+                rows.append(known[name](workbench, self.compile))
+        about = bench.machine(workbench)
         print(timing_table(rows, about), end="")
         if self.out:
             from plainsd.disk import written_whole
@@ -81,7 +82,7 @@ class Bench:
 
 
 def timing_table(rows: list[Timing], about: dict[str, object]) -> str:
-    """As Markdown."""
+    """The timings as a Markdown table."""
     lines = [
         ", ".join(f"{name} {value}" for name, value in about.items()),
         "",
@@ -102,11 +103,11 @@ def timing_table(rows: list[Timing], about: dict[str, object]) -> str:
 
 
 def plot(rows: list[Timing], about: dict[str, object], path: Path) -> None:
-    """Bars: how many times diffusers' speed each side has."""
+    """Bar chart of speed relative to diffusers, as a PNG."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("the picture of the table needs matplotlib; pip install 'plainsd[bench]'") from None
+        raise UserError("the bar chart needs matplotlib; pip install 'plainsd[bench]'") from None
     bars = [
         (f"{row.name}: {side}", min(row.seconds["diffusers"]) / min(seconds))
         for row in reversed(rows)
@@ -118,7 +119,7 @@ def plot(rows: list[Timing], about: dict[str, object], path: Path) -> None:
     drawn = axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
     axes.bar_label(drawn, [f"{ratio:.2f}" for _, ratio in bars], padding=3)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlim(0, min(4.0, 1.15 * max(ratio for _, ratio in bars)))  # longer bars are cut
+    axes.set_xlim(0, min(4.0, 1.15 * max(ratio for _, ratio in bars)))  # longer bars are clipped
     axes.set_xlabel("times diffusers' speed")
     axes.set_title(f"{about['device']}, {about['threads']} threads, {about['dtype']}", fontsize=8)
     figure.savefig(path, dpi=120, format="png")

@@ -1,8 +1,7 @@
-"""Maps to follow on the command line: `--control FILE:STRENGTH --control-image FILE`, and what goes with each of them.
+"""ControlNets and T2I-Adapters on the command line: `--control FILE:STRENGTH --control-image FILE`, and their options.
 
 The first `--control-image` belongs to the first `--control`, and so on; so do `--control-range`, `--preprocess` and
-`--control-kind`, of which one may stand for all. What a picture was made with (`--from`) stands in for what is not
-given.
+`--control-kind`, which may also be given once for all. What is not given is taken from the picture of `--from`.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ Each = TypeVar("Each")
 
 
 def check_control_flags(command: GenerateFlags, recorded: Sequence[ControlNote]) -> None:
-    """UserError for flags that do not go together; before anything is loaded."""
+    """UserError for flags that do not go together. Called before anything is loaded."""
     nets, maps = len(command.control), len(command.control_image)
     if nets != maps:
         raise UserError(
-            f"{nets} --control and {maps} --control-image; give as many of both, the first image for the first net",
+            f"{nets} --control and {maps} --control-image; give one image for each, in the same order",
             field="control",
         )
     beside = ("control_range", "preprocess", "control_kind")
@@ -38,13 +37,13 @@ def check_control_flags(command: GenerateFlags, recorded: Sequence[ControlNote])
         given = len(getattr(command, name))
         if given not in (0, 1, nets) or (given and not nets):
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{given} {flag} and {nets} --control; give one for each, or one for all", field="control")
+            raise UserError(f"{given} {flag} for {nets} --control; give one for each, or one for all", field="control")
     if not nets and (command.guess or command.control_mode):
-        raise UserError("--guess and --control-mode say how a net acts; give one with --control", field="control")
+        raise UserError("--guess and --control-mode need a ControlNet; give one with --control", field="control")
     if len(recorded) > nets:
         missing = recorded[nets].model
         raise UserError(
-            f"'{command.from_}' was made with the control net {missing!r}; give it with --control FILE, and its map "
+            f"'{command.from_}' was made with the ControlNet {missing!r}; give it with --control FILE, and its map "
             "with --control-image FILE",
             field="control",
         )
@@ -53,7 +52,7 @@ def check_control_flags(command: GenerateFlags, recorded: Sequence[ControlNote])
 
 
 def chosen_controls(command: GenerateFlags, sd: StableDiffusion, recorded: Sequence[ControlNote]) -> list[Control]:
-    """The nets, loaded beside the model, and the maps."""
+    """The ControlNets and T2I-Adapters, loaded on the model's device, with their maps."""
     from plainsd.checkpoint import load_control
     from plainsd.files.hub import find
     from plainsd.pictures.control import Control, control_name
@@ -82,7 +81,7 @@ def chosen_controls(command: GenerateFlags, sd: StableDiffusion, recorded: Seque
 
 
 def nth(given: Sequence[Each], number: int, default: Each) -> Each:
-    """One for each, one for all, or none."""
+    """Entry `number` of a flag that is given once for each, once for all (then the first), or not at all."""
     return given[number if len(given) > 1 else 0] if given else default
 
 

@@ -1,4 +1,4 @@
-"""`plainsd explain`: how a picture was drawn, as a page to look at."""
+"""`plainsd explain`: an HTML page that shows how a picture was generated."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PAIR = re.compile(r"\s*(\w+)=([^,]*)")
 
 @dataclass
 class Explain:
-    """Draws one picture and writes a page about it: its words and where they act, each step, guidance, the schedule."""
+    """Generates a picture and writes an HTML page about it: where each word acts, the steps, guidance, the schedule."""
 
     prompt: Annotated[Positional[str], flag("PROMPT")]
-    """what to draw"""
+    """what the picture should show"""
     out: Annotated[Path, flag("FILE")] = Path("explain.html")
-    """the page, which needs nothing beside it; one that is there is replaced"""
+    """the page, one self-contained HTML file; overwritten if it exists"""
     beside: Annotated[str | None, flag("TEXT")] = None
-    """a second drawing beside it: another prompt, or other settings, such as "guidance=1, steps=10" """
+    """a second picture for comparison: another prompt, or other settings, such as "guidance=1, steps=10" """
     model: Annotated[str | None, flag("MODEL")] = None
-    """folder, single file or hub name of a model; the embedded one if not given"""
+    """folder, single file or Hub id of a model; the embedded model if not given"""
     negative: Annotated[str, flag("TEXT")] = ""
     """negative prompt"""
     size: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
@@ -39,11 +39,11 @@ class Explain:
     guidance: Annotated[float | None, flag("SCALE")] = None
     """guidance scale (CFG)"""
     sampler: Annotated[str | None, flag("NAME")] = None
-    """one of those of plainsd generate"""
+    """a sampler of plainsd generate"""
     spacing: Annotated[str | None, flag("NAME")] = None
     """spacing of the noise levels"""
     seed: Annotated[str, flag("N")] = "0"
-    """random or -1 draws one"""
+    """random or -1 picks one"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
@@ -51,9 +51,11 @@ class Explain:
 
     def run(self) -> None:
         if self.out.suffix.lower() not in (".html", ".htm"):
-            raise UserError(f"--out '{self.out}': the page is written as HTML; name it {self.out.stem or 'x'}.html")
+            raise UserError(
+                f"--out '{self.out}': the page is an HTML file; name it {self.out.stem or 'x'}.html", field="out"
+            )
         if self.out.is_dir():
-            raise UserError(f"--out '{self.out}' is a folder; give a file")
+            raise UserError(f"--out '{self.out}' is a folder; give a file", field="out")
         check_writable(self.out.parent)
         names = ("negative", "size", "steps", "guidance", "sampler", "spacing")
         seed = read_seed(self.seed)
@@ -79,7 +81,7 @@ class Explain:
 
 
 def read_beside(text: str) -> dict[str, Any]:
-    """What another drawing changes: settings where the text is NAME=VALUE, ...; else the prompt."""
+    """What --beside changes: settings if the text is NAME=VALUE, ...; else the prompt."""
     pairs = [PAIR.fullmatch(part) for part in text.split(",")]
     if not all(pairs):
         return {"prompt": text}
@@ -91,5 +93,5 @@ def read_beside(text: str) -> dict[str, Any]:
             found[name] = BESIDE_FIELDS[name](value.strip())
         except ValueError:
             kind = "whole number" if BESIDE_FIELDS[name] is int else "number"
-            raise UserError(f"--beside: {name} {value.strip()!r} is no {kind}; give one", field="beside") from None
+            raise UserError(f"--beside: {name} {value.strip()!r} is not a {kind}; give one", field="beside") from None
     return found

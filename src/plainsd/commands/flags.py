@@ -1,4 +1,4 @@
-"""Flags, as tyro reads them off a dataclass."""
+"""The flags of `plainsd generate` as a dataclass, which tyro parses, and helpers for such dataclasses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def flag(metavar: str, name: str | None = None):
 
 
 def several(kind: type, count: int):
-    """Exactly so many numbers, or None. tyro by itself takes whatever follows, and with it the prompt."""
+    """Exactly `count` values of `kind`, or None. tyro's own `tuple | None` is greedy, and would consume the prompt."""
     return PrimitiveConstructorSpec(
         nargs=count,
         metavar="",
@@ -34,49 +34,50 @@ class GenerateFlags:
     """The flags of `plainsd generate`."""
 
     prompt: Annotated[Positional[str], flag("PROMPT")] = ""
-    """what to draw"""
+    """what the picture should show"""
     model: Annotated[str | None, flag("MODEL")] = None
-    """folder, single file or hub name of a model; the embedded one if not given"""
+    """folder, single file or Hub id of a model; the embedded model if not given"""
     vae: Annotated[Path | None, flag("PATH")] = None
-    """another autoencoder, a folder or a file, in place of the model's own"""
+    """another autoencoder in place of the model's own: a folder, a file, or a whole checkpoint"""
     prediction: Annotated[str | None, flag("NAME")] = None
     """override what the model predicts: epsilon or v_prediction"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether the model has zero terminal SNR"""
     lora: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
-    """a LoRA, such as style.safetensors:0.8; more than once for several"""
+    """a LoRA, such as style.safetensors:0.8; repeatable"""
     lora_folder: Annotated[Path | None, flag("FOLDER")] = None
-    """folder of the LoRAs that prompts name, as in <lora:style:0.8>"""
+    """where to look for LoRAs named in prompts, as in <lora:style:0.8>"""
     lora_partial: bool = False
     """ignore the parts of a LoRA that do not fit the model"""
     embedding: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:WORD")] = ()
-    """a learned word (textual inversion), such as cat.pt:<cat>, or FILE alone; more than once for several"""
+    """a textual-inversion embedding and its word, such as cat.pt:<cat>, or FILE alone; repeatable"""
     control: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
-    """a control net, such as canny.safetensors:0.8, folder or file; more than once for several"""
+    """a ControlNet or T2I-Adapter, file or folder, such as canny.safetensors:0.8; repeatable"""
     control_image: Annotated[UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
-    """the map that it follows; as many as --control. Another size is scaled"""
+    """its control map, one for each --control; scaled if its size differs"""
     control_range: Annotated[UseAppendAction[tuple[tuple[float, float], ...]], flag("START END")] = ()
-    """between which shares of the steps it acts (default 0 1); one for each --control, or one for all"""
+    """fractions of the steps between which it acts (default 0 1); one for each --control, or one for all"""
     guess: bool = False
-    """guess mode: prompted rows only, less for finer parts (0.1 to 1); for maps without a prompt, guidance 3 to 5"""
+    """guess mode: control on the cond pass only, weaker at finer levels (0.1 to 1); made for use without a
+    prompt, at guidance 3 to 5"""
     control_mode: Annotated[str | None, flag("NAME")] = None
-    """balanced, prompt or control: which is more important, as A1111 weighs them"""
+    """balanced, prompt or control: which is more important, weighted as in A1111"""
     preprocess: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
-    """what makes the map of --control-image: none or canny; one for each --control, or one for all"""
+    """preprocessor of --control-image: none or canny; one for each --control, or one for all"""
     control_kind: Annotated[UseAppendAction[tuple[int, ...]], flag("N")] = ()
-    """of the map, for a net of several kinds (union), counted from 0"""
+    """control type of the map, for a union ControlNet, counted from 0"""
     image_prompt: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
-    """an IP-Adapter's file, such as ip-adapter_sd15.safetensors:0.6; more than once for several"""
+    """an IP-Adapter, such as ip-adapter_sd15.safetensors:0.6; repeatable"""
     image_prompt_image: Annotated[UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
-    """a picture to take after; several for one adapter, or one for each"""
+    """its picture; several for one adapter, or one for each adapter"""
     image_prompt_mask: Annotated[UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
-    """where it counts, in the light parts; one for each picture, or one for all"""
+    """mask whose light part the picture applies to; one for each picture, or one for all"""
     image_encoder: Annotated[UseAppendAction[tuple[Path, ...]], flag("PATH")] = ()
-    """the CLIP vision tower that reads it (default: the folder image_encoder beside the adapter)"""
+    """the adapter's CLIP image encoder (default: the folder image_encoder beside the adapter)"""
     refiner: Annotated[str | None, flag("MODEL")] = None
-    """folder, file or hub name of a model for the last steps, such as SDXL's refiner"""
-    handover: Annotated[float | None, flag("SHARE")] = None
-    """share of the timesteps after which the refiner takes over (default 0.8)"""
+    """folder, file or Hub id of a model for the last steps, such as SDXL's refiner"""
+    handover: Annotated[float | None, flag("FRACTION")] = None
+    """fraction of the timesteps after which the refiner takes over (default 0.8)"""
     negative: Annotated[str | None, flag("TEXT")] = None
     """negative prompt"""
     wildcards: Annotated[Path | None, flag("FOLDER")] = None
@@ -84,18 +85,18 @@ class GenerateFlags:
     combinations: bool = False
     """every combination of the prompt's choices instead of random ones"""
     style: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
-    """a style around the prompt; more than once for several"""
+    """a style to apply to the prompt; repeatable"""
     styles: Annotated[Path, flag("FILE")] = Path("styles.csv")
     """CSV file of styles, in A1111's format: name,prompt,negative_prompt"""
     size: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
-    """in pixels, multiples of 8; with --image any size, to which the picture is scaled"""
+    """in pixels, multiples of 8; with --image any size, the picture is scaled to it"""
     steps: Annotated[int | None, flag("N")] = None
     """sampling steps"""
     guidance: Annotated[float | None, flag("SCALE")] = None
-    """guidance scale (CFG); 1 turns it off (so does 0, but for --like a1111 and comfyui): twice as fast, and --negative
-    has no effect"""
+    """guidance scale (CFG); 1 turns it off: twice as fast, and --negative has no effect (so does 0, except with
+    --like a1111 and comfyui)"""
     image_guidance: Annotated[float | None, flag("SCALE")] = None
-    """image guidance scale of models that edit pictures: how closely to follow --image (default 1.5)"""
+    """image guidance scale of editing models (InstructPix2Pix): how closely to follow --image (default 1.5)"""
     sampler: Annotated[str | None, flag("NAME")] = None
     """ddpm ddim plms euler euler_a heun dpm2 dpm2_a dpmpp_2m dpmpp_2s_a dpmpp_sde dpmpp_2m_sde dpmpp_3m_sde lms unipc
     lcm dpmpp_2m_sde_heun restart dpm_fast dpm_adaptive ddim_cfg_pp euler_cfg_pp euler_a_cfg_pp dpmpp_2m_cfg_pp tcd
@@ -104,54 +105,55 @@ class GenerateFlags:
     """spacing of the noise levels: leading trailing linspace karras exponential polyexponential uniform sgm_uniform
     simple ddim_uniform beta beta_a1111 kl_optimal kl_optimal_a1111 align_your_steps align_your_steps_xl"""
     like: Annotated[str | None, flag("PROGRAM")] = None
-    """diffusers, a1111 or comfyui: draw what that program draws of the same settings (with --from: the one it is of)"""
+    """diffusers, a1111 or comfyui: reproduce what that program makes of the same settings (default:
+    diffusers; with --from, the program that made the picture)"""
     seed: Annotated[str | None, flag("N")] = None
-    """seed of the first picture (default 0; random or -1 draws one); further pictures have the next seeds"""
+    """seed of the first picture (default 0; random or -1 picks one); further pictures have the next seeds"""
     noise: Annotated[str | None, flag("NAME")] = None
-    """whose random numbers: cpu, nv (those of an NVIDIA GPU, on any device), comfyui"""
+    """source of the random numbers: cpu, nv (those of an NVIDIA GPU, on any device) or comfyui"""
     ensd: Annotated[int | None, flag("N")] = None
-    """A1111's eta noise seed delta, added to the seed for the noise on the way"""
+    """A1111's eta noise seed delta (ENSD), added to the seed for ancestral noise"""
     seed_resize: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
-    """the first noise is that of a picture of this size, in the middle of this one's"""
+    """initial noise of a picture of this size, in the middle of this one's (A1111's resize seed)"""
     count: Annotated[int, flag("N")] = 1
     """pictures per prompt"""
     batch: Annotated[int, flag("N")] = 4
-    """batch size; smaller needs less memory"""
+    """batch size; a smaller one needs less memory"""
     prompts: Annotated[Path | None, flag("FILE")] = None
-    """text file of prompts, one a line, instead of PROMPT; lines that start with # are comments"""
+    """text file of prompts, one per line, instead of PROMPT; lines that start with # are comments"""
     out: Annotated[Path, flag("FILE-OR-FOLDER")] = Path("out")
-    """where pictures go; nothing is overwritten, files are numbered"""
+    """where to write; nothing is overwritten, files in a folder are numbered"""
     format: Annotated[str | None, flag("NAME")] = None
-    """of pictures in a folder: png, jpg or webp (default png); a file's is what its name ends with"""
+    """file format in a folder: png, jpg or webp (default png); for a file, its suffix decides"""
     from_: Annotated[Path | None, flag("FILE", "from")] = None
-    """recreate this picture of plainsd, A1111 or ComfyUI (its workflow in JSON, too); other flags override single
-    settings"""
+    """recreate a picture made by plainsd, A1111 or ComfyUI (or a ComfyUI workflow in JSON); other flags override
+    its settings"""
 
     image: Annotated[Path | None, flag("FILE")] = None
-    """a picture to start from, or a folder of them, each of which is drawn over"""
-    strength: Annotated[float | None, flag("SHARE")] = None
-    """denoising strength: the share of the steps that run (default 0.75; 1 with a mask)"""
+    """a picture to start from (image-to-image), or a folder of them"""
+    strength: Annotated[float | None, flag("FRACTION")] = None
+    """denoising strength: fraction of the steps that run (default 0.75; 1 with a mask)"""
     mask: Annotated[Path | None, flag("FILE")] = None
-    """inpainting mask, of the same size; the light part of --image is redrawn"""
+    """inpainting mask, of the size of --image; its light part is repainted"""
     mask_blur: Annotated[float | None, flag("PIXELS")] = None
-    """softness of the mask's edge"""
+    """blurs the mask"""
     mask_grow: Annotated[int | None, flag("PIXELS")] = None
-    """widens the mask; below 0 narrows it"""
+    """grows the mask; a negative value shrinks it"""
     masked_padding: Annotated[int | None, flag("PIXELS")] = None
-    """draws the masked part alone, with so much around it, at --size"""
+    """inpaints only the masked area plus this margin, at --size"""
     masked_content: Annotated[str | None, flag("NAME")] = None
-    """what lies under the mask at the start: original, fill, noise or nothing"""
+    """initial content under the mask: original, fill, noise or nothing"""
     soft_mask: bool = False
-    """grey levels of the mask say how early each place begins to change"""
+    """grey levels of the mask set how early each pixel starts to change (differential diffusion)"""
     outpaint: Annotated[tuple[int, int, int, int] | None, flag("L T R B"), several(int, 4)] = None
-    """extend --image by so many pixels at its left, top, right, bottom"""
+    """extend --image by this many pixels at the left, top, right and bottom"""
     hires: Annotated[float | None, flag("TIMES")] = None
     """hires fix: a second pass on the picture enlarged by this factor"""
     upscaler: Annotated[str | None, flag("NAME|FILE")] = None
-    """how to enlarge it: latent, latent-antialiased, latent-bicubic, latent-bicubic-antialiased, latent-nearest,
-    latent-nearest-exact, lanczos, or the file of a network of ESRGAN's kind"""
+    """hires upscaler: latent, latent-antialiased, latent-bicubic, latent-bicubic-antialiased, latent-nearest,
+    latent-nearest-exact, lanczos, or the file of an ESRGAN-type upscaler"""
     hires_steps: Annotated[int | None, flag("N")] = None
-    """steps that the second pass runs (default: the share --strength of --steps)"""
+    """steps of the second pass (default: --strength times --steps)"""
     hires_sampler: Annotated[str | None, flag("NAME")] = None
     """sampler of the second pass"""
     hires_spacing: Annotated[str | None, flag("NAME")] = None
@@ -163,50 +165,50 @@ class GenerateFlags:
     hires_guidance: Annotated[float | None, flag("SCALE")] = None
     """guidance scale of the second pass"""
     variation_seed: Annotated[str | None, flag("N")] = None
-    """a second seed, to vary a picture; random or -1 for any"""
-    variation_strength: Annotated[float | None, flag("SHARE")] = None
-    """how far towards the second seed, 0 to 1"""
+    """variation seed, towards which the noise is interpolated; random or -1 picks one"""
+    variation_strength: Annotated[float | None, flag("FRACTION")] = None
+    """how far towards the variation seed, 0 to 1"""
     grid: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME=A,B,C")] = ()
-    """contact sheet over several values of a setting; twice for columns and rows"""
+    """grid over several values of a setting, as one labelled sheet; give it twice for columns and rows"""
 
     clip_skip: Annotated[int | None, flag("N")] = None
-    """text-encoder layer to read: 1 is the last, 2 the one before"""
-    eta: Annotated[float | None, flag("SHARE")] = None
+    """text encoder layer to use: 1 is the last, 2 the one before"""
+    eta: Annotated[float | None, flag("FRACTION")] = None
     """fresh noise per step, 0 to 1, for samplers with this option"""
-    rescale: Annotated[float | None, flag("SHARE")] = None
-    """guidance rescale, such as 0.7"""
+    rescale: Annotated[float | None, flag("FRACTION")] = None
+    """guidance rescale, 0 to 1, such as 0.7"""
     interval: Annotated[tuple[float, float] | None, flag("LOW HIGH"), several(float, 2)] = None
-    """guidance interval: only between these noise levels (sigma)"""
+    """guidance interval: guidance only between these noise levels (sigma)"""
     perturbed: Annotated[float | None, flag("SCALE")] = None
     """perturbed-attention guidance, such as 3"""
     threshold: Annotated[float | None, flag("PERCENTILE")] = None
     """dynamic thresholding at this percentile, such as 0.995"""
     apg: Annotated[float | None, flag("LENGTH")] = None
-    """adaptive projected guidance with steps of at most this length, such as 15"""
-    apg_parallel: Annotated[float | None, flag("SHARE")] = None
-    """of it, the part along the prompted estimate that stays, 0 to 1"""
-    apg_momentum: Annotated[float | None, flag("SHARE")] = None
-    """of it, what earlier steps count, such as -0.5"""
+    """adaptive projected guidance, with this limit on the norm of its update, such as 15"""
+    apg_parallel: Annotated[float | None, flag("FRACTION")] = None
+    """of it, the fraction of the component parallel to the cond estimate that is kept, 0 to 1"""
+    apg_momentum: Annotated[float | None, flag("FRACTION")] = None
+    """of it, the momentum over steps, such as -0.5"""
     tiling: bool = False
-    """a picture that repeats without a seam"""
+    """seamless tiling: a picture that repeats without a visible seam"""
     cache: Annotated[int | None, flag("N")] = None
-    """DeepCache: run the UNet's deep layers at every N-th step only; faster, slightly different pictures"""
+    """DeepCache: run the UNet's deep layers only every N steps; faster, slightly different pictures"""
 
     preview: Annotated[Path | None, flag("FILE")] = None
-    """a PNG file that shows the picture while it is drawn"""
+    """a PNG file that shows the picture during sampling"""
     preview_vae: Annotated[Path | None, flag("FILE")] = None
-    """TAESD, which shows it sharper: taesd_decoder, or a folder"""
+    """TAESD, for sharper previews: the file taesd_decoder, or a folder"""
     server: Annotated[str | None, flag("URL")] = None
-    """draw on a running `plainsd serve`; its token comes with the URL, as ?token=..., or from $PLAINSD_TOKEN"""
+    """generate on a running `plainsd serve`; give its token with the URL, as ?token=..., or in $PLAINSD_TOKEN"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16"""
     fast: bool = False
-    """weights packed for the processor: a second more at the start, less at every step; the same but for rounding"""
+    """pack the weights for the processor: takes a second at the start, speeds up every step; equal up to rounding"""
     compile: bool = False
-    """torch.compile too, which takes minutes the first time that a size is drawn"""
+    """use torch.compile too, which takes minutes for each new size"""
     int8: bool = False
-    """the UNet's weights in 8 bits: less memory, and not quite the same picture; needs torchao"""
+    """8-bit UNet weights: less memory, slightly different pictures; needs torchao"""
     low_memory: bool = False
-    """the least memory, for more time: done by itself, and said, where memory is short"""
+    """use the least memory, at the cost of time; switched on by itself, with a note, if memory is short"""

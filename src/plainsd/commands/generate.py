@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plainsd.commands.adapters import chosen_loras, learned, prompts_and_loras
+from plainsd.commands.adapters import chosen_loras, embedding_from_flag, prompts_and_loras
 from plainsd.commands.control import check_control_flags, chosen_controls
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, by_setup, cell_by_cell, grid_cells, sheet
@@ -31,48 +31,55 @@ if TYPE_CHECKING:
 
     from plainsd.pictures.model import StableDiffusion
 
-CHECKED = (*SEEDS, "guidance")  # what `notes` looks at
+RECORDED_NOTES = (*SEEDS, "guidance")  # the settings that `notes` may comment on
 
 
 @dataclass
 class Generate(GenerateFlags):
-    """Pictures of a prompt, written to files that know how they were made.
+    """Generates pictures from a prompt, and writes them with their settings in the metadata.
 
-    Flags that are not given take the model's own defaults; with --from, those of the picture.
+    Flags that are not given take the defaults of the model, or with --from those of the picture.
     """
 
     def run(self) -> None:
-        prompts, choices = self.wanted()
+        prompts, choices = self.prompts_and_choices()
         besides = [key for key, _ in choices.get("other", ())]
         share = share_of_torchrun()
         if not share.alone and (self.server or self.grid):
-            raise UserError(f"{'--server' if self.server else '--grid'} is for one process; leave torchrun out")
+            raise UserError(f"{'--server' if self.server else '--grid'} runs in one process; start it without torchrun")
         if self.int8 and (self.fast or self.compile):
-            raise UserError("--int8 does not go with --fast or --compile; leave one of them out")
+            raise UserError("--int8 cannot be combined with --fast or --compile; leave one of them out")
         if self.server:
             from plainsd.commands import remote
 
             say_unused(besides)
             return remote.generate_remotely(self, prompts, choices)
         prompts, tags = prompts_and_loras(prompts)
-        target = Target(self.out, self.format)  # says at once where nothing can be written
+        target = Target(self.out, self.format)  # UserError if it is not writable
         if self.preview:
             check_writable(self.preview.parent)
         elif self.preview_vae:
-            raise UserError("--preview-vae needs --preview, a file to show the picture; give both", field="preview")
+            raise UserError("--preview-vae needs --preview, the file to write; give both", field="preview")
         axes = [axis(text) for text in self.grid]
         if len(axes) > 2 or (axes and len(prompts) > 1):
-            raise UserError("a grid has one or two axes and one prompt; leave out --count, or give fewer --grid")
+            raise UserError(
+                "a grid takes one or two axes and a single prompt; leave out --count, or give fewer --grid",
+                field="grid",
+            )
         noise = noise_flags(self, choices)
         like: dict[str, Any] = {name: choices.get(name) for name in ("noise", "like")}
-        say_notes(Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in CHECKED)
-        followed = choices.pop("control", ())
-        check_control_flags(self, followed)
-        taken_after = choices.pop("image_prompt", ())
-        check_image_prompt_flags(self, taken_after)
+        say_notes(
+            Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in RECORDED_NOTES
+        )
+        recorded_controls = choices.pop("control", ())
+        check_control_flags(self, recorded_controls)
+        recorded_prompts = choices.pop("image_prompt", ())
+        check_image_prompt_flags(self, recorded_prompts)
         tasks, part = tasks_of(self, choices), share.part(len(prompts))
         if len(tasks) > 1 and axes:
-            raise UserError("a grid is drawn on one picture, and --image is a folder of several; give one of them")
+            raise UserError(
+                "a grid takes one picture, and --image is a folder of several; give one file", field="image"
+            )
         target.number = None if share.alone else share.agreed(target.next_number()) + part.start
         if not part:
             return
@@ -85,11 +92,11 @@ class Generate(GenerateFlags):
 
         began = time.perf_counter()
         loras = chosen_loras(self.lora, tags, self.lora_folder)
-        files = [learned(text) for text in self.embedding]
+        files = [embedding_from_flag(text) for text in self.embedding]
         device = choose_device(share.device(self.device))
 
         def ready(model: str | None) -> tuple[StableDiffusion, dict[str, Path]]:
-            """A model with all that goes with it, and the words that it learned."""
+            """The model with its LoRAs, refiner and upscaler, and the words of the embeddings added to it."""
             sd = placed(partial(self.loaded, model, device, loras, noise), device, self.low_memory)
             words = {add_embedding(sd, file, word or None): file for file, word in files}
             if self.int8:
@@ -106,18 +113,18 @@ class Generate(GenerateFlags):
         setups = by_setup(cells)
         first = next(iter(setups))[0] if axes else None
         sd, words = ready(first or self.model)
-        say_unwritten(words, [*prompts, choices.get("negative") or ""])
+        note_unused_embeddings(words, [*prompts, choices.get("negative") or ""])
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
         if self.control:
-            choices["control"] = chosen_controls(self, sd, followed)
+            choices["control"] = chosen_controls(self, sd, recorded_controls)
         if self.image_prompt:
-            choices["image_prompt"] = chosen_image_prompts(self, sd, taken_after)
+            choices["image_prompt"] = chosen_image_prompts(self, sd, recorded_prompts)
         for _, cell in cells:
             cell |= {name: choices[name] for name in ("control", "image_prompt") if name in choices}
         loaded = time.perf_counter()
         images: list[Image.Image] = []
-        say = partial(tqdm.write, file=sys.stdout)  # keeps clear of the progress bar
+        say = partial(tqdm.write, file=sys.stdout)  # does not break the progress bar
         show = Preview(sd, self.preview, self.preview_vae) if self.preview and not share.rank else None
         if axes:
             for pictures in cell_by_cell(
@@ -141,7 +148,7 @@ class Generate(GenerateFlags):
     def loaded(
         self, model: str | None, device: torch.device, loras: list, noise: dict, place: torch.device
     ) -> StableDiffusion:
-        """The model, and its refiner, at a place, in the precision of the device where it will draw."""
+        """The model with refiner and upscaler, loaded on `place`, in the precision for `device`, where it computes."""
         from plainsd.checkpoint import load
         from plainsd.device import choose_dtype
 
@@ -155,10 +162,10 @@ class Generate(GenerateFlags):
             sd.upscaler = load_upscaler(network, place)
         return sd
 
-    # --- what is wanted ---------------------------------------------------------------------------------------------
+    # --- prompts and settings ---------------------------------------------------------------------------------------
 
-    def wanted(self) -> tuple[list[str], dict]:
-        """The prompts, and every other choice: those of --from under those of the flags. `other`: what no flag has."""
+    def prompts_and_choices(self) -> tuple[list[str], dict]:
+        """The prompts, and all other settings: of --from, overridden by flags. `other` holds those without effect."""
         choices: dict = {}
         prompts = [self.prompt] if self.prompt else []
         if self.from_:
@@ -168,7 +175,9 @@ class Generate(GenerateFlags):
         if self.prompts:
             prompts = read_prompts(self.prompts)
         if not prompts:
-            raise UserError("there is no prompt; give one, or a picture with --from, or a file with --prompts")
+            raise UserError(
+                "there is no prompt; give one, or a picture with --from, or a file with --prompts", field="prompt"
+            )
         choosable = DEFAULTS.keys() - {"prompt", *ELSEWHERE, *NOISE}
         given = {
             name: value
@@ -176,13 +185,17 @@ class Generate(GenerateFlags):
             if name in choosable and value is not None and value is not False
         }
         if self.count < 1 or self.batch < 1:
-            raise UserError(f"count {self.count} and batch {self.batch} must be 1 or more")
+            name = "count" if self.count < 1 else "batch"
+            value = getattr(self, name)
+            raise UserError(f"{name} {value} is out of range; give 1 or more", field=name, value=value)
         if self.outpaint:
-            choices.pop("size", None)  # of another canvas
+            choices.pop("size", None)  # of the canvas before it was extended
         if self.mask:
             choices.pop("outpaint", None)
         if choices.pop("masked", False) and not (self.mask or self.outpaint):
-            raise UserError(f"'{self.from_}' was made with a mask; give picture and mask with --image and --mask")
+            raise UserError(
+                f"'{self.from_}' was made with a mask; give picture and mask with --image and --mask", field="mask"
+            )
         choices |= given | self.seeds()
         if self.network():
             choices["upscaler"] = Path(self.upscaler or "").stem
@@ -192,10 +205,10 @@ class Generate(GenerateFlags):
         settings.check()
         if self.network() and not settings.hires:
             raise UserError(
-                f"--upscaler {self.upscaler} is for --hires; give that too, or use plainsd upscale", field="upscaler"
+                f"--upscaler {self.upscaler} needs --hires; give that too, or use plainsd upscale", field="upscaler"
             )
-        if self.prompt or self.prompts:  # those of --from have no choices left
-            prompts = self.each_settled(prompts, choices.get(settings.counted) or 0)
+        if self.prompt or self.prompts:  # the choices in a prompt of --from are made already
+            prompts = self.settled_prompts(prompts, choices.get(settings.counted) or 0)
             if "negative" in given or self.style:
                 choices["negative"] = settled(choices.get("negative") or "", choices.get("seed") or 0, self.wildcards)
         else:
@@ -209,7 +222,7 @@ class Generate(GenerateFlags):
         return prompts, choices
 
     def network(self) -> Path | None:
-        """The file of an upscaler, where --upscaler gives one."""
+        """The file in --upscaler; None if that is a built-in upscaler."""
         return (
             Path(self.upscaler)
             if self.upscaler and suffix_of(Path(self.upscaler)) in (".pth", ".safetensors")
@@ -222,18 +235,19 @@ class Generate(GenerateFlags):
             "", negative, self.style, styles
         )[1]
 
-    def each_settled(self, prompts: list[str], seed: int) -> list[str]:
-        """One prompt a picture, with every choice made: by the picture's seed, or all combinations."""
+    def settled_prompts(self, prompts: list[str], seed: int) -> list[str]:
+        """One prompt per picture, with every choice made: by the picture's seed, or all combinations."""
         if self.wildcards is not None and not self.wildcards.is_dir():
-            raise UserError(f"there is no folder '{self.wildcards}'; give one of text files with --wildcards")
+            raise UserError(f"--wildcards '{self.wildcards}': no such folder; give one of text files")
         if self.combinations:
-            every = [one for prompt in prompts for one in combinations(prompt, self.wildcards)]
-            return [prompt for prompt in every for _ in range(self.count)]
-        each = [prompt for prompt in prompts for _ in range(self.count)]
-        return [settled(prompt, seed + place, self.wildcards) for place, prompt in enumerate(each)]
+            prompts = [text for prompt in prompts for text in combinations(prompt, self.wildcards)]
+        repeated = [prompt for prompt in prompts for _ in range(self.count)]
+        if self.combinations:
+            return repeated
+        return [settled(prompt, seed + index, self.wildcards) for index, prompt in enumerate(repeated)]
 
     def seeds(self) -> dict[str, int]:
-        """Those that were given, as numbers; random ones are drawn, and said."""
+        """The given seeds as numbers. Random ones are picked here, and printed."""
         texts = {name: text for name in SEEDS if (text := getattr(self, name)) is not None}
         found = {name: read_seed(text, name.replace("_", " ")) for name, text in texts.items()}
         for name in [name for name, seed in found.items() if seed == RANDOM]:
@@ -242,20 +256,19 @@ class Generate(GenerateFlags):
         return found
 
 
-def say_unwritten(words: dict[str, Path], texts: list[str]) -> None:
-    """A learned word does nothing where it is not written."""
+def note_unused_embeddings(words: dict[str, Path], texts: list[str]) -> None:
     for word, file in words.items():
         if not any(word.lower() in text.lower() for text in texts):
-            print(f"note: {file} is the word {word!r}, which no prompt has", file=sys.stderr)
+            print(f"note: the embedding {file} has no effect: no prompt has its word {word!r}", file=sys.stderr)
 
 
-def say_notes(each: Iterable[Settings]) -> None:
-    for note in dict.fromkeys(note for one in each for note in notes(one)):
+def say_notes(settings: Iterable[Settings]) -> None:
+    for note in dict.fromkeys(note for one in settings for note in notes(one)):
         print(f"note: {note}", file=sys.stderr)
 
 
 def prompt_batches(prompts: list[str], choices: dict, size: int, part: range) -> Iterator[PromptBatch]:
-    """Batches of at most `size` prompts, of those in `part`; the seeds go on from prompt to prompt."""
+    """Batches of at most `size` of the prompts in `part`. The seed increases by one from prompt to prompt."""
     counted = Settings(**choices).counted
     first = choices.get(counted, 0)
     for start in part[::size]:

@@ -1,7 +1,7 @@
-"""`--grid guidance=3,5,7`: one labelled sheet over several values of one setting, or of two.
+"""`--grid guidance=3,5,7`: one labelled sheet over several values of one or two settings.
 
-Three are no settings of a picture: `prompt=apple,pear` puts each in place of the first one in the prompt (A1111's
-"Prompt S/R"), `lora:style=0,0.5,1` are strengths of a LoRA that is on the model, `model=a,b` are models."""
+Three axes are not settings: `prompt=apple,pear` replaces the first text in the prompt by each of them (A1111's "Prompt
+S/R"), `lora:style=0,0.5,1` gives strengths of a LoRA on the model, `model=a,b` gives models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from plainsd.pictures.drawing import Pictures
     from plainsd.pictures.model import StableDiffusion
 
-NOT_HERE = (
+NOT_GRIDDABLE = (  # they change the sheet's cell size, or come from other flags
     "size",
     "outpaint",
     "interval",
@@ -35,9 +35,6 @@ NOT_HERE = (
     "batch_index",
     "batch_size",
 )
-# pictures of one size; what flags alone say
-
-
 PROMPT_AXIS, MODEL, LORA_AXIS = "prompt", "model", "lora:"
 
 
@@ -49,60 +46,64 @@ class GridAxis:
 
 def axis(text: str) -> GridAxis:
     """`guidance=3,5,7` -> the setting and its values."""
-    readers = {name: read for _, name, read, _ in FIELDS if name not in NOT_HERE}
+    readers = {name: read for _, name, read, _ in FIELDS if name not in NOT_GRIDDABLE}
     readers |= dict.fromkeys(("sampler", "spacing", PROMPT_AXIS, MODEL), str) | dict.fromkeys(SEEDS, read_seed)
     key, equals, values = text.partition("=")
     name = key.strip() if key.strip().startswith(LORA_AXIS) else key.strip().replace("-", "_")
     readers |= {name: float} if name.startswith(LORA_AXIS) else {}
     if name not in readers:
-        raise unknown("grid setting", key, [*readers, f"{LORA_AXIS}NAME"])
+        raise unknown("grid setting", key, [*readers, f"{LORA_AXIS}NAME"], field="grid")
     try:
         parsed = [readers[name](value.strip()) for value in values.split(",")]
     except ValueError:
-        raise UserError(f"grid {text!r} has a value that cannot be read; write it as guidance=3,5,7") from None
+        raise UserError(
+            f"grid {text!r} has a value that cannot be read; write it as guidance=3,5,7", field="grid", value=text
+        ) from None
     if not equals or not values:
-        raise UserError(f"grid {text!r} has no values; write it as guidance=3,5,7")
+        raise UserError(f"grid {text!r} has no values; write it as guidance=3,5,7", field="grid", value=text)
     return GridAxis(name, parsed)
 
 
 def grid_cells(prompt: str, choices: dict, axes: list[GridAxis]) -> Iterator[tuple[list[str], dict]]:
-    """One picture a cell, row by row: the first axis runs across, the second down."""
+    """The prompt and the settings of each cell, row by row: the first axis gives the columns, the second the rows."""
     for values in product(*(one.values for one in reversed(axes))):
         cell = dict(zip((one.name for one in reversed(axes)), values, strict=True))
         yield [replaced(prompt, axes, cell.pop(PROMPT_AXIS, None))], choices | cell
 
 
 def replaced(prompt: str, axes: list[GridAxis], value: str | None) -> str:
-    """The prompt with this value in place of the axis' first one."""
+    """The prompt with the prompt axis's first value replaced by `value`."""
     if value is None:
         return prompt
     (first,) = (one.values[0] for one in axes if one.name == PROMPT_AXIS)
     if first not in prompt:
-        raise UserError(f"grid prompt={first},...: {first!r} is not in the prompt; begin with words that are")
+        raise UserError(
+            f"grid prompt={first},...: {first!r} is not in the prompt; begin with words that are", field="grid"
+        )
     return prompt.replace(first, value)
 
 
-Setup = tuple[str | None, tuple[tuple[str, float], ...]]  # a model, and strengths of LoRAs
+Setup = tuple[str | None, tuple[tuple[str, float], ...]]  # a model, and names and strengths of LoRAs
 
 
 def by_setup(cells: list[tuple[list[str], dict]]) -> dict[Setup, list[int]]:
-    """Places of the cells that one model draws with the same LoRAs; these choices are taken out of the cells."""
+    """Cell indices by model and LoRA strengths, so that each model is loaded once. Removes both from the cells."""
     found: dict[Setup, list[int]] = {}
-    for place, (_, choices) in enumerate(cells):
+    for index, (_, choices) in enumerate(cells):
         names = [name for name in choices if name.startswith(LORA_AXIS)]
         strengths = tuple((name.removeprefix(LORA_AXIS), choices.pop(name)) for name in names)
-        found.setdefault((choices.pop(MODEL, None), strengths), []).append(place)
+        found.setdefault((choices.pop(MODEL, None), strengths), []).append(index)
     return dict(sorted(found.items(), key=lambda entry: str(entry[0][0] or "")))
 
 
 def set_strengths(sd: StableDiffusion, strengths: Iterable[tuple[str, float]]) -> None:
-    """Of LoRAs on the model, by their names."""
+    """Sets the strengths of LoRAs on the model, by name. UserError for an unknown name."""
     from plainsd.adapters.lora import attached
 
     on = {lora.name.removeprefix("lora_"): lora for lora in attached(sd)}
     for name, strength in strengths:
         if name not in on:
-            raise unknown("LoRA", name, on or ["none: give one with --lora"], field="lora")
+            raise unknown("LoRA", name, on or ["none: give one with --lora"], field="loras")
         on[name].set_strength(strength)
 
 
@@ -114,15 +115,15 @@ def cell_by_cell(
     draw: Callable[..., Iterable[Pictures]],
     task: Callable,
 ) -> list[Pictures]:
-    """The cells' pictures, in order. `sd` is the first setup's model; `ready` loads another."""
+    """The cells' pictures, in the order of the cells. `sd` is the model of the first setup; `ready` loads another."""
     found: dict[int, Pictures] = {}
     before = next(iter(setups))[0]
-    for (model, strengths), places in setups.items():
+    for (model, strengths), indices in setups.items():
         sd = sd if model == before else ready(model)
         before = model
         set_strengths(sd, strengths)
-        found |= zip(places, draw(sd, task, [cells[place] for place in places]), strict=True)
-    return [found[place] for place in range(len(cells))]
+        found |= zip(indices, draw(sd, task, [cells[index] for index in indices]), strict=True)
+    return [found[index] for index in range(len(cells))]
 
 
 def sheet(images: list[Image.Image], axes: list[GridAxis]) -> Image.Image:

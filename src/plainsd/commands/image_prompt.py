@@ -1,8 +1,8 @@
-"""Pictures as prompts on the command line: `--image-prompt FILE:STRENGTH --image-prompt-image FILE`, with masks and the
-vision tower.
+"""IP-Adapters on the command line: `--image-prompt FILE:STRENGTH --image-prompt-image FILE`, with masks and image
+encoders.
 
-One adapter takes all the pictures that are given; of several adapters each takes one, the first the first. Masks are
-one for all, or one for each picture; towers one for all, or one for each adapter.
+A single adapter takes all the pictures that are given; several adapters take one each, in order. Masks are one for all,
+or one for each picture; image encoders one for all, or one for each adapter.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def check_image_prompt_flags(command: GenerateFlags, recorded: Sequence[ImagePromptNote]) -> None:
-    """UserError for flags that do not go together; before anything is loaded."""
+    """UserError for flags that do not go together. Called before anything is loaded."""
     adapters, images = len(command.image_prompt), len(command.image_prompt_image)
-    masks, towers = len(command.image_prompt_mask), len(command.image_encoder)
+    masks, encoders = len(command.image_prompt_mask), len(command.image_encoder)
     if adapters != images and (adapters != 1 or not images):
         raise UserError(
             f"{adapters} --image-prompt and {images} --image-prompt-image; give as many of both, or one adapter and "
@@ -36,9 +36,9 @@ def check_image_prompt_flags(command: GenerateFlags, recorded: Sequence[ImagePro
             f"{masks} --image-prompt-mask and {images} --image-prompt-image; give one mask for each, or one for all",
             field="image_prompt",
         )
-    if towers not in (0, 1, adapters) or (towers and not adapters):
+    if encoders not in (0, 1, adapters) or (encoders and not adapters):
         raise UserError(
-            f"{towers} --image-encoder and {adapters} --image-prompt; give one for each, or one for all",
+            f"{encoders} --image-encoder and {adapters} --image-prompt; give one for each, or one for all",
             field="image_encoder",
         )
     if len(recorded) > adapters:
@@ -54,7 +54,7 @@ def check_image_prompt_flags(command: GenerateFlags, recorded: Sequence[ImagePro
 def chosen_image_prompts(
     command: GenerateFlags, sd: StableDiffusion, recorded: Sequence[ImagePromptNote]
 ) -> list[ImagePrompt]:
-    """The adapters with their towers, loaded beside the model, and the pictures."""
+    """The adapters with their image encoders, loaded on the model's device, and their pictures."""
     from plainsd.checkpoint import load_image_prompt, load_tower
     from plainsd.files.hub import find
     from plainsd.pictures.control import control_name

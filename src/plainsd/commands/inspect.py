@@ -6,20 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction
+
+from plainsd.commands.flags import flag
 
 
 @dataclass
 class Info:
-    """Family, networks, sizes and metadata of a model or an adapter, without reading its weights."""
+    """Shows family, networks, sizes and metadata of a model or an adapter, without reading its weights."""
 
-    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
-    """folder, file or hub name; the embedded model if not given"""
-    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    model: Annotated[Positional[str | None], flag("MODEL")] = None
+    """folder, file or Hub id; the embedded model if not given"""
+    variant_file: Annotated[str | None, flag("NAME")] = None
     """fp16 reads the files *.fp16.safetensors of a folder"""
-    prediction: Annotated[str | None, arg(metavar="NAME")] = None
+    prediction: Annotated[str | None, flag("NAME")] = None
     """override what it predicts: epsilon or v_prediction"""
-    zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
+    zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether it has zero terminal SNR"""
 
     def run(self) -> None:
@@ -31,30 +33,30 @@ class Info:
 
 @dataclass
 class Convert:
-    """Converts a model to another file layout, a tensor at a time; a round trip is bit-identical. With --lora, adapters
-    are merged into it."""
+    """Converts a model to another file layout, one tensor at a time; a round trip is bit-identical. With --lora,
+    adapters are merged into the weights."""
 
-    source: Annotated[Positional[str], arg(metavar="SRC")]
-    """folder, file or hub name of a model"""
-    target: Annotated[Positional[Path], arg(metavar="DST")]
+    source: Annotated[Positional[str], flag("SRC")]
+    """folder, file or Hub id of a model"""
+    target: Annotated[Positional[Path], flag("DST")]
     """where to write it"""
-    layout: Annotated[str | None, arg(metavar="NAME")] = None
+    layout: Annotated[str | None, flag("NAME")] = None
     """diffusers (a folder) or single-file; if not given, single-file where DST ends in .safetensors"""
-    dtype: Annotated[str | None, arg(metavar="NAME")] = None
+    dtype: Annotated[str | None, flag("NAME")] = None
     """float32, bfloat16 or float16; unchanged if not given"""
-    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    variant_file: Annotated[str | None, flag("NAME")] = None
     """fp16 reads the files *.fp16.safetensors of a folder"""
-    family: Annotated[str | None, arg(metavar="NAME")] = None
-    """family of a single file, where its shapes are ambiguous"""
-    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE:STRENGTH", help_behavior_hint="")] = ()
+    family: Annotated[str | None, flag("NAME")] = None
+    """model family of a single file, if its tensor shapes are ambiguous"""
+    lora: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
     """LoRA, LoHa or LoKr to merge into the weights; repeatable"""
     lora_partial: bool = False
     """ignore the parts of a LoRA that do not fit the model"""
-    prediction: Annotated[str | None, arg(metavar="NAME")] = None
+    prediction: Annotated[str | None, flag("NAME")] = None
     """override what it predicts: epsilon or v_prediction"""
-    zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
+    zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether it has zero terminal SNR"""
-    vae: Annotated[Path | None, arg(metavar="PATH")] = None
+    vae: Annotated[Path | None, flag("PATH")] = None
     """another autoencoder: a folder, a file, or a whole checkpoint"""
 
     def run(self) -> None:
@@ -76,15 +78,15 @@ class Convert:
 
 @dataclass
 class Tokens:
-    """A prompt's chunks of 75 tokens, with the weight of each token."""
+    """Shows a prompt's tokens in chunks of 75, with the weight of each token."""
 
-    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
-    model: Annotated[str | None, arg(metavar="MODEL")] = None
-    """model whose tokenizer to use: folder, file or hub name; the embedded one if not given"""
+    prompt: Annotated[Positional[str], flag("PROMPT")]
+    model: Annotated[str | None, flag("MODEL")] = None
+    """model whose tokenizer to use: folder, file or Hub id; the embedded model if not given"""
     steps: int = 20
-    """steps, for prompts with editing or alternation"""
-    like: Annotated[str | None, arg(metavar="PROGRAM")] = None
-    """diffusers, a1111 or comfyui: how that program reads it"""
+    """number of steps, for prompts with editing or alternation"""
+    like: Annotated[str | None, flag("PROGRAM")] = None
+    """diffusers, a1111 or comfyui: read the prompt as that program does (default: diffusers)"""
 
     def run(self) -> None:
         from plainsd.commands.tokens import describe
@@ -107,18 +109,18 @@ class Verify:
     Prints errors and tolerances; exit code 1 if one is exceeded. Needs pip install 'plainsd[verify]'.
     """
 
-    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
-    """folder, file or hub name; the embedded model if not given"""
-    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    model: Annotated[Positional[str | None], flag("MODEL")] = None
+    """folder, file or Hub id; the embedded model if not given"""
+    variant_file: Annotated[str | None, flag("NAME")] = None
     """fp16 reads the files *.fp16.safetensors of a folder"""
-    family: Annotated[str | None, arg(metavar="NAME")] = None
-    """family of a single file, where its shapes are ambiguous"""
-    prediction: Annotated[str | None, arg(metavar="NAME")] = None
+    family: Annotated[str | None, flag("NAME")] = None
+    """model family of a single file, if its tensor shapes are ambiguous"""
+    prediction: Annotated[str | None, flag("NAME")] = None
     """override what it predicts: epsilon or v_prediction"""
-    zero_snr: Annotated[str | None, arg(metavar="on|off")] = None
+    zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether it has zero terminal SNR"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ...; float32 everywhere"""
+    """auto, cpu, cuda, cuda:1, ...; always in float32"""
 
     def run(self) -> int:
         from plainsd.files.predicted import on_or_off
@@ -145,4 +147,4 @@ def check_family(name: str | None) -> None:
     from plainsd.models.variants import VARIANTS
 
     if name not in (None, *VARIANTS):
-        raise unknown("model family", name, VARIANTS)
+        raise unknown("model family", name, VARIANTS, field="family")

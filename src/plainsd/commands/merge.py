@@ -6,35 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
+from plainsd.commands.flags import flag
 from plainsd.commands.inspect import check_family
 
 
 @dataclass
 class Merge:
-    """Merges two models, A (1 - share) + B share; or with --difference three, A + share (B - C).
+    """Merges two models as (1 - share) A + share B, or with --difference three as A + share (B - C).
 
-    UNets and text encoders are merged; autoencoder, tokenizers and settings are A's. The difference adds to A what B
-    learned on top of C.
+    UNets and text encoders are merged; autoencoder, tokenizers and configs are A's. --difference adds to A what
+    B learned on top of C.
     """
 
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="A B [C]")]
-    """folders, files or hub names of models of one family; A may be an inpainting model where the others are not"""
-    out: Annotated[Path, arg(metavar="DST")]
+    models: Annotated[Positional[tuple[str, ...]], flag("A B [C]")]
+    """models of one family: folders, files or Hub ids; A may be an inpainting model if the others are not"""
+    out: Annotated[Path, flag("DST")]
     """where to write it"""
     share: float = 0.5
-    """weight of B, 0 to 1; with --difference the weight of the difference, such as 1"""
+    """weight of B, 0 to 1; with --difference the weight of the difference, usually 1"""
     difference: bool = False
-    """add the difference of B and C"""
-    layout: Annotated[str | None, arg(metavar="NAME")] = None
+    """add the difference B - C to A"""
+    layout: Annotated[str | None, flag("NAME")] = None
     """diffusers (a folder) or single-file; if not given, single-file where DST ends in .safetensors"""
-    dtype: Annotated[str | None, arg(metavar="NAME")] = None
+    dtype: Annotated[str | None, flag("NAME")] = None
     """float32, bfloat16 or float16; as in A if not given"""
-    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    variant_file: Annotated[str | None, flag("NAME")] = None
     """fp16 reads the files *.fp16.safetensors of folders"""
-    family: Annotated[str | None, arg(metavar="NAME")] = None
-    """family of single files, where shapes are ambiguous"""
+    family: Annotated[str | None, flag("NAME")] = None
+    """model family of single files, if their tensor shapes are ambiguous"""
 
     def run(self) -> None:
         from plainsd.files.merging import merge_models
@@ -55,25 +56,25 @@ class Merge:
 
 @dataclass
 class ExtractLora:
-    """Extracts a LoRA from a tuned model and its base: UNet and text encoders, convolutions too.
+    """Extracts a LoRA from a fine-tuned model and its base, for UNet and text encoders, convolutions included.
 
-    Prints how much of the difference's norm it keeps."""
+    Prints how much of the norm of the difference the LoRA keeps."""
 
-    tuned: Annotated[Positional[str], arg(metavar="TUNED")]
-    """folder, file or hub name of the tuned model"""
-    base: Annotated[Positional[str], arg(metavar="BASE")]
-    """folder, file or hub name of the base model"""
+    tuned: Annotated[Positional[str], flag("TUNED")]
+    """folder, file or Hub id of the fine-tuned model"""
+    base: Annotated[Positional[str], flag("BASE")]
+    """folder, file or Hub id of the base model"""
     rank: int
-    """rank of the LoRA: higher is closer, and a larger file; 16 to 128 are usual"""
-    out: Annotated[Path | None, arg(metavar="FILE")] = None
+    """rank of the LoRA: a higher one is more exact and makes a larger file; 16 to 128 are usual"""
+    out: Annotated[Path | None, flag("FILE")] = None
     """where to write it; TUNED-lora.safetensors if not given"""
     naming: Literal["kohya", "peft", "diffusers"] = "kohya"
-    """naming: kohya's (for A1111, ComfyUI and diffusers), PEFT's or diffusers'"""
+    """names of the tensors: kohya's (for A1111, ComfyUI and diffusers), PEFT's or diffusers'"""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    variant_file: Annotated[str | None, arg(metavar="NAME")] = None
+    variant_file: Annotated[str | None, flag("NAME")] = None
     """fp16 reads the files *.fp16.safetensors of folders"""
-    family: Annotated[str | None, arg(metavar="NAME")] = None
-    """family of single files, where shapes are ambiguous"""
+    family: Annotated[str | None, flag("NAME")] = None
+    """model family of single files, if their tensor shapes are ambiguous"""
 
     def run(self) -> None:
         from plainsd.adapters.extracting import extract_lora

@@ -1,4 +1,4 @@
-"""Drawing under a progress bar, and where pictures go: numbered files, and one that shows the picture as it forms."""
+"""Sampling with a progress bar, previews, and the files that pictures are written to."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from plainsd.pictures.drawing import Pictures
     from plainsd.pictures.model import StableDiffusion
 
-PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")  # those of pictures/images.py, which needs torch
+PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")  # as in pictures/images.py, which imports torch
 OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".avif")
 PREVIEW_EVERY = 0.2  # seconds
 PromptBatch = tuple[list[str], dict]  # prompts, and the choices that all of them share
 
 
 class Preview:
-    """A PNG file that follows the drawing: the current estimate, by TAESD or a projection, a few times a second."""
+    """Writes the current estimate to a PNG file a few times a second, decoded by TAESD or a linear projection."""
 
     def __init__(self, sd: StableDiffusion, path: Path, vae: Path | None = None):
         from plainsd.checkpoint import load_vae
@@ -50,21 +50,21 @@ class Preview:
 
 
 class Target:
-    """Where pictures go: a file, or a folder in which they are numbered. Nothing is overwritten."""
+    """Where pictures are written: a file, or a folder in which they are numbered. Nothing is overwritten."""
 
     def __init__(self, out: Path, format: str | None = None):
         suffix = out.suffix.lower()
         if suffix in OTHER_FORMATS:
             names = f"{out.stem}.png, {out.stem}.jpg or {out.stem}.webp"
-            raise UserError(f"--out '{out}': pictures are written as PNG, JPEG or WebP; name it {names}")
+            raise UserError(f"--out '{out}': pictures are written as PNG, JPEG or WebP; name it {names}", field="out")
         if format is not None and f".{format}" not in PICTURE_FILES:
             raise unknown("format", format, [name[1:] for name in PICTURE_FILES], field="format")
         self.file = out if suffix in PICTURE_FILES and not out.is_dir() else None
         if self.file and format and {suffix, f".{format}"} not in ({suffix}, {".jpg", ".jpeg"}):
-            raise UserError(f"--format {format} and --out '{out}' do not go together; leave one of them out")
+            raise UserError(f"--format {format} and --out '{out}' disagree; leave one of them out", field="format")
         self.suffix = f".{format or 'png'}"
         self.folder = out.parent if self.file else out
-        self.number: int | None = None  # of the next file, where other processes count too
+        self.number: int | None = None  # of the next file, if other processes write numbered files too
         check_writable(self.folder)
 
     def write(self, image: Image.Image, settings: Settings | None) -> Path:
@@ -82,11 +82,11 @@ class Target:
 
 
 def check_writable(folder: Path) -> None:
-    """Before the work, not after it. The nearest folder that exists decides."""
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    """UserError if the folder, or its nearest existing parent, is not writable. Called before any work."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        kind = "may not be written" if nearest.is_dir() else "is not a folder"
-        raise UserError(f"cannot write into '{folder}': '{nearest}' {kind}; choose another place with --out")
+        kind = "is not writable" if nearest.is_dir() else "is not a folder"
+        raise UserError(f"cannot write into '{folder}': '{nearest}' {kind}; choose another folder")
 
 
 def draw(
@@ -99,7 +99,7 @@ def draw(
     from plainsd.diffusion.samplers import Step
     from plainsd.pictures.sampling import second_pass, steps_to_run
 
-    runs = [task(sd, prompts, **choices) for prompts, choices in batches]  # wrong input shows here
+    runs = [task(sd, prompts, **choices) for prompts, choices in batches]  # wrong input raises here
     one = runs[0].settings[0]
     if one.strength is not None:
         first, last = (steps_to_run(sd, replace(one, hires=None)), second_pass(one)) if one.hires else (0, one)
@@ -116,4 +116,6 @@ def draw(
                         show(event)
             except torch.OutOfMemoryError:
                 many = len(run.settings)
-                raise UserError(f"{many} pictures at once need more memory than there is; try --batch 1") from None
+                raise UserError(
+                    f"out of memory on a batch of {many} pictures; try a smaller --batch, or --low-memory"
+                ) from None

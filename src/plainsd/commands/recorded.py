@@ -1,7 +1,7 @@
-"""What a picture's text holds on the way in and out: `--from`, and the names of what only flags can give.
+"""A picture's recorded settings: read for `--from`, and completed before a picture is written.
 
-A text names the model, the refiner, the VAE, learned words; where they lie is not in it. A picture that was made with
-them is made again only where flags say so.
+The settings name the model, the refiner, the VAE and embeddings, but not where these files are. To recreate a picture
+that was made with them, flags must give the files.
 """
 
 from __future__ import annotations
@@ -29,48 +29,50 @@ ELSEWHERE = (
     "hashes",
     "control",
     "image_prompt",
-)  # what a picture's text names, and flags give
-NOISE = ("prediction", "zero_snr")  # how the model is to be read: a picture's text says it, and flags change it
+)  # recorded by name; flags give the files
+NOISE = ("prediction", "zero_snr")  # how to read the model: recorded, and overridden by flags
 
 
 def recorded(path: Path) -> dict:
-    """What the picture's text says and the defaults do not."""
+    """The recorded settings that differ from the defaults."""
     from plainsd.pictures.images import read_settings
 
-    said = {name: value for name, value in asdict(read_settings(path)).items() if value != DEFAULTS[name]}
-    for name in said.keys() & {"hires_prompt", "hires_negative"}:
-        said[name] = lora_tags(said[name])[0]  # in both passes the LoRAs are those of the prompt
-    return said
+    found = {name: value for name, value in asdict(read_settings(path)).items() if value != DEFAULTS[name]}
+    for name in found.keys() & {"hires_prompt", "hires_negative"}:
+        found[name] = lora_tags(found[name])[0]  # the hires pass uses the LoRAs of the prompt
+    return found
 
 
 def check_recorded(
     command: GenerateFlags, sd: StableDiffusion, prompts: list[str], words: Collection[str], choices: dict
 ) -> None:
-    """What --from was made with, and its text only names, must be given. Takes the names out of the choices."""
+    """UserError if the picture of --from needs files that flags do not give. Removes their names from `choices`."""
     from plainsd.files.hashes import weights_hash
     from plainsd.pictures.defaults import model_name
 
-    model, refiner, vae, learned, hashes = (choices.pop(name, None) for name in ELSEWHERE[:5])
+    model, refiner, vae, embeddings, hashes = (choices.pop(name, None) for name in ELSEWHERE[:5])
     made = f"'{command.from_}' was made with the"
     if model not in (None, model_name(sd)) and command.model is None:
-        raise UserError(f"{made} model {model!r}, and this is {model_name(sd)!r}; say where that is with --model")
+        raise UserError(f"{made} model {model!r}, not {model_name(sd)!r}; give it with --model", field="model")
     if refiner and command.refiner is None:
-        raise UserError(f"{made} refiner {refiner!r}; say where that is with --refiner")
+        raise UserError(f"{made} refiner {refiner!r}; give it with --refiner", field="refiner")
     if vae and command.vae is None:
-        raise UserError(f"{made} VAE {vae!r}; say where that is with --vae")
+        raise UserError(f"{made} VAE {vae!r}; give it with --vae", field="vae")
     texts = " ".join([*prompts, choices.get("negative", "")])
-    if missing := [word for word in learned or () if word in texts and word not in words]:
-        raise UserError(f"{made} embedding {missing[0]!r}; give it with --embedding FILE:{missing[0]}")
+    if missing := [word for word in embeddings or () if word in texts and word not in words]:
+        raise UserError(
+            f"{made} embedding {missing[0]!r}; give it with --embedding FILE:{missing[0]}", field="embeddings"
+        )
     was = dict(hashes or ()).get("model")
     if was is not None and was != (now := weights_hash(sd.path, "unet")):
         print(
-            f"note: {made} weights {was}, and these are {now} ({model_name(sd)}): the picture will differ",
+            f"note: {made} weights {was}, and those of {model_name(sd)} are {now}: the picture will differ",
             file=sys.stderr,
         )
 
 
 def noise_flags(command: GenerateFlags, choices: dict) -> dict:
-    """The arguments for `load` that say how the model is to be read. Takes them out of the choices."""
+    """The arguments of `load` that say how to read the model. Removes them from `choices`."""
     from plainsd.files.predicted import check_prediction, on_or_off
 
     prediction, zero_snr = (choices.pop(name, None) for name in NOISE)
@@ -81,15 +83,15 @@ def noise_flags(command: GenerateFlags, choices: dict) -> dict:
 
 
 def say_unused(keys: list[str]) -> None:
-    """What a picture's text says that nothing here acts on, once all else is in order."""
+    """Prints the recorded settings that have no effect here."""
     if keys:
-        print(f"no effect here: {', '.join(keys)}", file=sys.stderr)
+        print(f"note: these settings have no effect here: {', '.join(keys)}", file=sys.stderr)
 
 
 def with_notes(
     settings: Settings, sd: StableDiffusion, loras: LoraFiles, words: dict[str, Path], vae: Path | None, noise: dict
 ) -> Settings:
-    """With what came by flags, and the hashes of all its files."""
+    """The settings to write: with LoRAs, embeddings and VAE from flags, and the hashes of all files."""
     from plainsd.files.hashes import hashes
 
     used = {word: path for word, path in words.items() if word in settings.prompt or word in settings.negative}

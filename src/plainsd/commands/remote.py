@@ -1,4 +1,4 @@
-"""`plainsd generate --server URL`: the same command, drawn by a running server. Its pictures are written here."""
+"""`plainsd generate --server URL`: the same command, run by a server. The pictures are written on this machine."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from plainsd.server.client import Finished, Progress, Remote
 if TYPE_CHECKING:
     from plainsd.commands.output import Target
 
-AHEAD = 4  # jobs sent before the first of them has ended, so that the server can join them
-ROUGH, ROUGH_SIDE = 8, 256  # times that a preview is enlarged, whose sides are below so many pixels
+AHEAD = 4  # jobs in flight, so that the server can batch them
+PREVIEW_SCALE, SMALL_PREVIEW = 8, 256  # previews with sides below 256 pixels are enlarged 8 times
 NOT_SENT = (
     "vae",
     "preview_vae",
@@ -53,15 +53,15 @@ NOT_FIELDS = (
     "control",
     "image_prompt",
     *NOISE,
-)  # of what a picture's text says, no fields of a job
-EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")  # of embeddings
+)  # recorded settings that a job has no field for
+EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
 
 
 def generate_remotely(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> None:
-    """Sends what `Generate.wanted` made of the flags, and writes what comes back."""
+    """Sends the prompts and settings of `Generate.prompts_and_choices` as jobs, and writes the pictures."""
     from plainsd.commands.output import Target, check_writable
 
-    assert command.server is not None  # else nobody calls this
+    assert command.server is not None
     check_sent(command, choices)
     jobs = list(jobs_of(command, prompts, choices))
     target, remote = Target(command.out, command.format), Remote(command.server, os.environ.get("PLAINSD_TOKEN"))
@@ -78,27 +78,30 @@ def generate_remotely(command: GenerateFlags, prompts: list[str], choices: dict[
           file=sys.stderr)  # fmt: skip
 
 
-# --- what is sent ----------------------------------------------------------------------------------------------------
+# --- requests --------------------------------------------------------------------------------------------------------
 
 
 def check_sent(command: GenerateFlags, choices: dict[str, Any]) -> None:
-    """UserError for a flag that a server does not take."""
+    """UserError for flags and recorded settings that a server does not take."""
     for name in NOT_SENT:
         if getattr(command, name) != getattr(type(command), name):
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is not sent to a server; leave it out, or draw here without --server")
-    if told := [name for name in NOISE if name in choices]:
-        raise UserError(f"'{command.from_}' was made with a {told[0].replace('_', '-')} told by flag, which a server "
-                        "takes at its start; draw here without --server")  # fmt: skip
+            raise UserError(f"--{flag} does not go with --server; leave one of them out", field=name)
+    if found := [name for name in NOISE if name in choices]:
+        flag = f"--{found[0].replace('_', '-')}"
+        raise UserError(f"'{command.from_}' was made with {flag}, which a server takes only when it is started; leave "
+                        "--server out", field=found[0], value=choices[found[0]])  # fmt: skip
     if choices.get("vae"):
-        raise UserError(f"'{command.from_}' was made with the VAE {choices['vae']!r}, which a server does not take; "
-                        "draw here without --server")  # fmt: skip
+        raise UserError(f"'{command.from_}' was made with the VAE {choices['vae']!r}, which cannot be sent to a "
+                        "server; leave --server out", field="vae", value=choices["vae"])  # fmt: skip
     if choices.get("masked") and command.mask is None:
-        raise UserError(f"'{command.from_}' was made with a mask; give picture and mask with --image and --mask")
+        raise UserError(
+            f"'{command.from_}' was made with a mask; give picture and mask with --image and --mask", field="mask"
+        )
 
 
 def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One body of POST /api/jobs for each prompt; the seeds go on from one to the next, as they do here."""
+    """The bodies of POST /api/jobs, one per prompt. Seeds increase from picture to picture, as without a server."""
     from plainsd.commands.adapters import from_flag
     from plainsd.commands.grid import axis
 
@@ -128,7 +131,7 @@ def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any])
 
 
 def embedding_of(flag: str) -> str:
-    """`cat.pt:<cat>` -> the word, `cat.pt` -> the file's name: a server knows an embedding by either."""
+    """`cat.pt:<cat>` -> the word, `cat.pt` -> the file's name. A server finds an embedding by either."""
     _, colon, word = flag.rpartition(":")
     path = Path(flag)
     if colon and word and not path.exists():
@@ -143,11 +146,11 @@ def file_content(path: Path) -> bytes:
         raise UserError(f"cannot read '{path}' ({error.strerror}); give a PNG, JPEG or WebP file") from None
 
 
-# --- what comes back -------------------------------------------------------------------------------------------------
+# --- responses -------------------------------------------------------------------------------------------------------
 
 
 def remote_pictures(remote: Remote, jobs: list[dict[str, Any]], preview: Path | None) -> Iterator[list[Finished]]:
-    """The pictures of each job in turn, under one progress bar. Whatever ends this early cancels what is left."""
+    """The pictures of each job in turn, with one progress bar. If closed early, cancels the remaining jobs."""
     from tqdm import tqdm
 
     sent: list[str] = []
@@ -178,7 +181,9 @@ def show(event: Progress, path: Path) -> None:
 
     images = [Image.open(BytesIO(png)).convert("RGB") for _, png in sorted(event.previews.items())]
     images = [
-        enlarged_to(image, (ROUGH * image.width, ROUGH * image.height)) if max(image.size) < ROUGH_SIDE else image
+        enlarged_to(image, (PREVIEW_SCALE * image.width, PREVIEW_SCALE * image.height))
+        if max(image.size) < SMALL_PREVIEW
+        else image
         for image in images
     ]
     write_png(grid(images, math.ceil(math.sqrt(len(images)))), path)

@@ -1,4 +1,4 @@
-"""`plainsd serve`: flags to a running server."""
+"""`plainsd serve`: starts a server with the options given as flags."""
 
 from __future__ import annotations
 
@@ -15,59 +15,60 @@ from plainsd.commands.flags import flag
 from plainsd.errors import UserError
 from plainsd.text.styles import read_styles
 
-SHORTEST_TOKEN = 12
+MIN_TOKEN_LENGTH = 12
 
 
 @dataclass
 class Serve:
-    """A web page and three APIs for one or more models; jobs, pictures and their settings survive restarts."""
+    """Serves a web page and three HTTP APIs for one or more models. Jobs and pictures survive restarts."""
 
     model: Annotated[UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
-    """folder, file or hub name; repeatable, the first is the default. The embedded one if not given"""
+    """folder, file or Hub id; repeatable, the first is the default. The embedded model if not given"""
     prediction: Annotated[str | None, flag("NAME")] = None
     """override what the (only) model predicts: epsilon or v_prediction"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether it has zero terminal SNR"""
     host: Annotated[str, flag("ADDRESS")] = "127.0.0.1"
-    """address to listen on; any but the loopback needs a token"""
+    """address to listen on; any but a loopback address requires a token"""
     port: Annotated[int, flag("N")] = 7860
     data: Annotated[Path, flag("FOLDER")] = Path("plainsd-data")
-    """where jobs and pictures are kept"""
+    """where to store jobs and pictures"""
     token: Annotated[str | None, flag("T")] = None
-    """access token of clients; $PLAINSD_TOKEN if not given, generated if one is needed"""
+    """access token for clients; default $PLAINSD_TOKEN, or a generated one if one is required"""
     allow_host: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
-    """another allowed host name of the server, such as a proxy's"""
+    """additional host name to accept, such as that of a reverse proxy; repeatable"""
     loras: Annotated[Path | None, flag("FOLDER")] = None
-    """LoRA files, used by name"""
+    """LoRAs, selected by name"""
     embeddings: Annotated[Path | None, flag("FOLDER")] = None
-    """embeddings (textual inversion), each a word for prompts"""
+    """textual-inversion embeddings, used by writing their words in prompts"""
     controls: Annotated[Path | None, flag("FOLDER")] = None
-    """control nets, files or folders, used by name"""
+    """ControlNets and T2I-Adapters, files or folders, selected by name"""
     upscalers: Annotated[Path | None, flag("FOLDER")] = None
-    """networks of ESRGAN's kind (.pth, .safetensors), used by name to enlarge pictures"""
+    """ESRGAN-type upscalers (.pth, .safetensors), selected by name"""
     wildcards: Annotated[Path | None, flag("FOLDER")] = None
-    """text files, one choice a line, for prompts with __colours__; {red|blue} needs none"""
+    """text files with one choice per line, for prompts with __colours__; {red|blue} needs none"""
     styles: Annotated[Path | None, flag("FILE")] = None
     """CSV file of styles, in A1111's format: name,prompt,negative_prompt"""
     vae: Annotated[Path | None, flag("PATH")] = None
-    """autoencoder for all models instead of their own: a folder, a file, or a whole checkpoint"""
+    """autoencoder for all models in place of their own: a folder, a file, or a whole checkpoint"""
     preview_vae: Annotated[Path | None, flag("PATH")] = None
-    """TAESD, for sharper previews: taesd_decoder, or a folder"""
+    """TAESD, for sharper previews: the file taesd_decoder, or a folder"""
     batch: Annotated[int, flag("N")] = 4
     """batch size"""
     memory: Annotated[float | None, flag("GB")] = None
-    """memory for models; the least recently used one is unloaded (default: half of the RAM, 3/4 of a GPU's memory)"""
+    """memory for models, beyond which the least recently used is unloaded (default: half of the RAM, 3/4 of a GPU)"""
     queue: Annotated[int, flag("N")] = 256
-    """longest queue, in jobs"""
+    """maximum length of the queue, in jobs"""
     max_pixels: Annotated[int, flag("N")] = 2048 * 2048
-    """pixels per picture"""
+    """maximum pixels per picture"""
     max_steps: Annotated[int, flag("N")] = 150
+    """maximum steps per picture"""
     max_count: Annotated[int, flag("N")] = 64
-    """pictures per job"""
+    """maximum pictures per job"""
     max_seconds: Annotated[float, flag("S")] = 3600
-    """time limit of a job"""
+    """time limit per job, in seconds"""
     fast: bool = False
-    """weights packed for the processor, as in `plainsd generate --fast`; not together with --loras"""
+    """pack the weights for the processor, as `plainsd generate --fast`; not with --loras"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
@@ -80,9 +81,7 @@ class Serve:
             import python_multipart  # noqa: F401
             import uvicorn  # noqa: F401
         except ImportError as error:
-            raise UserError(
-                f"serving needs {error.name}, which is not installed; pip install 'plainsd[serve]'"
-            ) from None
+            raise UserError(f"serve needs {error.name}, which is not installed; pip install 'plainsd[serve]'") from None
         from plainsd.files.predicted import on_or_off
         from plainsd.server.api.app import create_app
         from plainsd.server.api.security import Hosts
@@ -91,7 +90,7 @@ class Serve:
         from plainsd.server.service import Service
 
         self.check()
-        token = self.wanted_token()
+        token = self.checked_token()
         limits = Limits(
             queue=self.queue,
             pixels=self.max_pixels,
@@ -115,8 +114,8 @@ class Serve:
             prediction=self.prediction,
             zero_snr=on_or_off(self.zero_snr),
         )
-        sock = bound(self.host, self.port)
-        print("reading what the models are ...", file=sys.stderr)
+        sock = listening_socket(self.host, self.port)
+        print("inspecting the models ...", file=sys.stderr)
         service = Service.open(self.model, self.data, limits, options, batch=self.batch)
         app = create_app(
             service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
@@ -127,60 +126,67 @@ class Serve:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and field.name not in ("port", "memory", "fast") and not value >= 1:
-                raise UserError(f"{field.name.replace('_', ' ')} {value} is out of range; give 1 or more")
+                raise UserError(
+                    f"{field.name.replace('_', ' ')} {value} is out of range; give 1 or more", field=field.name
+                )
         if self.memory is not None and not self.memory >= 0:
-            raise UserError(f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time")
+            raise UserError(
+                f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time", field="memory"
+            )
         if not 0 <= self.port < 65536:
-            raise UserError(f"port {self.port} is out of range; choose 1 to 65535, or 0 for any that is free")
+            raise UserError(
+                f"port {self.port} is out of range; choose 1 to 65535, or 0 for any free port", field="port"
+            )
         for name in ("loras", "embeddings", "controls", "upscalers", "wildcards"):
             if (folder := getattr(self, name)) is not None and not folder.is_dir():
-                raise UserError(f"{name}: there is no folder '{folder}'; make it, or leave --{name} out")
-
+                raise UserError(f"--{name} '{folder}': no such folder; create it, or leave --{name} out", field=name)
         if self.styles is not None:
             read_styles(self.styles)
 
-    def wanted_token(self) -> str | None:
+    def checked_token(self) -> str | None:
+        """The token of --token or $PLAINSD_TOKEN, or a generated one if the address is not a loopback one."""
         from plainsd.server.api.security import is_loopback
 
         token = self.token or os.environ.get("PLAINSD_TOKEN") or None
         if token is not None and (
-            len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token
+            len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token
         ):
             raise UserError(
-                f"the token must have {SHORTEST_TOKEN} characters or more, ASCII and without spaces; "
-                "choose another, or none, and one is made up"
+                f"the token must be {MIN_TOKEN_LENGTH} or more ASCII characters without spaces; "
+                "choose another, or give none to have one generated",
+                field="token",
             )
         return token if token is not None or is_loopback(self.host) else secrets.token_urlsafe(18)
 
     def greet(self, service, port: int, token: str | None) -> None:
-        everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # which are no addresses to open
-        host = everywhere.get(self.host, self.host)
+        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening on all addresses: one for the URL
+        host = loopback.get(self.host, self.host)
         models = service.models
         print(
             f"models: {', '.join(models.known)} ({models.device}, {str(models.dtype).removeprefix('torch.')})",
             file=sys.stderr,
         )
-        print(f"pictures go to {service.store.folder / 'pictures'}", file=sys.stderr)
+        print(f"pictures are stored in {service.store.folder / 'pictures'}", file=sys.stderr)
         if waiting := sum(service.queue.counts().values()):
-            print(f"going on with {waiting} unfinished jobs", file=sys.stderr)
-        if self.host in everywhere:
-            print(f"from other machines: {opened_at(own_address(), port, token)}", file=sys.stderr)
-        print(opened_at(host, port, token), flush=True)
+            print(f"resuming {waiting} unfinished jobs", file=sys.stderr)
+        if self.host in loopback:
+            print(f"from other machines: {url(own_address(), port, token)}", file=sys.stderr)
+        print(url(host, port, token), flush=True)
 
 
-def opened_at(host: str, port: int, token: str | None) -> str:
-    """What a browser opens."""
+def url(host: str, port: int, token: str | None) -> str:
+    """The page's address, with the token if there is one."""
     host = f"[{host}]" if ":" in host else host
     return f"http://{host}:{port}/{f'?token={token}' if token else ''}"
 
 
 def own_address() -> str:
-    """Of this machine in its network; its name where it has none."""
+    """This machine's IPv4 address in its network, or its host name if it has none."""
     import socket
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
-            sock.connect(("192.0.2.1", 9))  # nothing is sent: it only asks which way it would go (RFC 5737)
+            sock.connect(("192.0.2.1", 9))  # UDP: selects the route and sends nothing (address of RFC 5737)
             return sock.getsockname()[0]
         except OSError:
             return socket.gethostname()
@@ -199,12 +205,12 @@ def server_of(app, grace: int = 5):
 
     return Server(uvicorn.Config(
         app, http=Connection, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=grace,
-        timeout_keep_alive=75,        # longer than most clients keep a connection: they are not cut off as they ask
+        timeout_keep_alive=75,        # longer than most clients', so that we do not close a connection in use
     ))  # fmt: skip
 
 
-def bound(host: str, port: int):
-    """A listening socket. UserError where the address cannot be used."""
+def listening_socket(host: str, port: int):
+    """UserError if the address is not available."""
     import socket
 
     try:

@@ -1,4 +1,4 @@
-"""What `plainsd generate` draws: from nothing, over a picture or each of a folder, under a mask, past an edge."""
+"""The task of `plainsd generate`: text-to-image, image-to-image (of a file or a folder), inpainting or outpainting."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def tasks_of(command: GenerateFlags, choices: dict) -> list[Callable]:
-    """(sd, prompts, **choices) -> events; one for each picture of a folder."""
+    """Functions (sd, prompts, **choices) -> events, one for each picture if --image is a folder. Removes what they bind
+    from `choices`."""
     if command.mask and command.outpaint:
-        raise UserError("--mask and --outpaint do not go together; choose one of them")
-    sides = choices.pop("outpaint", None)  # of --from, too
+        raise UserError("--mask and --outpaint do not go together; choose one of them", field="outpaint")
+    sides = choices.pop("outpaint", None)  # also from --from
     if (command.mask or sides) and not command.image:
-        raise UserError(f"{'--mask' if command.mask else 'outpainting'} needs the picture; give it with --image")
+        raise UserError(
+            f"{'--mask' if command.mask else 'outpainting'} needs a picture; give it with --image", field="image"
+        )
     if not command.image and choices.get("strength") is not None and not choices.get("hires"):
-        raise UserError(f"strength {choices['strength']} means a picture was drawn over; give it with --image")
+        raise UserError(f"strength {choices['strength']} needs a picture; give it with --image", field="strength")
 
     from plainsd.generate import image_to_image, inpaint, outpaint, text_to_image
     from plainsd.pictures.images import open_picture
@@ -42,5 +45,7 @@ def pictures_of(path: Path) -> list[Path]:
         return [path]
     found = sorted(one for one in path.iterdir() if suffix_of(one) in PICTURE_SUFFIXES and not hidden(one.name))
     if not found:
-        raise UserError(f"--image '{path}' is a folder without pictures; give one with {' '.join(PICTURE_SUFFIXES)}")
+        raise UserError(
+            f"--image '{path}' is a folder without pictures; give one with {' '.join(PICTURE_SUFFIXES)}", field="image"
+        )
     return found

@@ -1,4 +1,4 @@
-"""`plainsd tokens`: how a prompt is cut and weighted."""
+"""`plainsd tokens`: how a prompt is tokenized, chunked and weighted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from plainsd.text.prompts import compose, lora_tags, parse_words
 
 
 def describe(sd: StableDiffusion, prompt: str, steps: int = 20, like: str | None = None) -> str:
-    """How a prompt is cut and weighted, as `plainsd tokens` prints it: LoRAs, parts, steps, chunks, weights, tokens.
+    """The text that `plainsd tokens` prints: LoRAs, AND parts, steps, chunks, weights and tokens.
 
-    `like`: the program that reads it. UserError for an unknown one.
+    `like`: the program whose syntax to use, see diffusion/conventions.py. UserError for an unknown one.
     """
     how = convention(like).prompts
     prompt, loras = lora_tags(prompt)
@@ -37,7 +37,7 @@ def _spans(steps: list[int]) -> str:
 
 
 def _chunk_lines(sd: StableDiffusion, text: str, how: str) -> list[str]:
-    """One line a chunk, then one a stretch of equal weight; for both of SDXL's tokenizers where they differ."""
+    """A line per chunk, then a line per run of equal weight; for both of SDXL's tokenizers if they differ."""
     views = []
     for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
         room = encoder.config.positions - 2

@@ -1,4 +1,5 @@
-"""One command on several processes and devices: each draws its share of the prompts; pictures are the same as with one.
+"""`plainsd generate` under torchrun: each process takes its share of the prompts. The pictures are the same
+as from one process.
 
     torchrun --nproc-per-node 4 -m plainsd generate --prompts prompts.txt --out pictures
 
@@ -18,26 +19,26 @@ class ProcessShare:
 
     rank: int = 0
     size: int = 1
-    local: int = 0  # among those of this machine
+    local: int = 0  # local rank, on this machine
 
     @property
     def alone(self) -> bool:
         return self.size == 1
 
     def part(self, count: int) -> range:
-        """The range of prompts of this process: contiguous, so that batches stay whole."""
+        """Indices of this process's prompts out of `count`: contiguous, so that batches stay whole."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def device(self, name: str) -> str:
-        """This process's GPU, for "auto" and "cuda"."""
+        """The device `name`; for "auto" and "cuda", the GPU of the local rank. UserError if there are too few GPUs."""
         import torch
 
         if self.alone or name not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
         if self.local >= torch.cuda.device_count():
             raise UserError(
-                f"{torch.cuda.device_count()} GPUs cannot serve process {self.local + 1} of this machine; "
-                "start torchrun with as many processes as there are GPUs"
+                f"{self.local + 1} or more processes on a machine with {torch.cuda.device_count()} GPUs; "
+                "start torchrun with one process per GPU"
             )
         return f"cuda:{self.local}"
 
@@ -49,10 +50,10 @@ class ProcessShare:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-        told = torch.tensor([number])
-        dist.broadcast(told, 0)
+        value = torch.tensor([number])
+        dist.broadcast(value, 0)
         dist.destroy_process_group()
-        return int(told)
+        return int(value)
 
 
 def share_of_torchrun() -> ProcessShare:

@@ -1,4 +1,4 @@
-"""`plainsd train`: one command, one method each time."""
+"""`plainsd train`: one command for all training methods."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from plainsd.train import options
 
 @dataclass
 class Train(options.TrainOptions):
-    """Train on captioned pictures. Started again with the same --out, it resumes."""
+    """Trains on captioned pictures. Run again with the same --out, it resumes."""
 
     def run(self) -> int:
         from plainsd.device import choose_device, choose_dtype
@@ -30,7 +30,7 @@ class Train(options.TrainOptions):
         }[self.method]
         if self.method in ("vae", "scratch") and (self.prediction or self.zero_snr):
             raise UserError(
-                f"--prediction and --zero-snr speak of --base, which method {self.method} does not draw with; "
+                f"--prediction and --zero-snr describe the UNet of --base, which method {self.method} does not use; "
                 "leave them out"
             )
         filled = replace(self, pace=options.with_defaults(self.method, self.pace))
@@ -45,7 +45,14 @@ class Train(options.TrainOptions):
                 task(job)
             except SaveError as error:
                 states = checkpoints(self.out / "checkpoints")
-                kept = f"the state of step {int(states[-1].name[5:])} is kept" if states else "nothing was saved before"
-                print(f"plainsd: {error}; {kept}; make room, and the same command goes on from there", file=sys.stderr)
+                kept = (
+                    f"the checkpoint of step {int(states[-1].name[5:])} is intact"
+                    if states
+                    else "there is no checkpoint"
+                )
+                print(
+                    f"plainsd: {error}; {kept}; free disk space and run the same command again to resume",
+                    file=sys.stderr,
+                )
                 return 1
         return 0

@@ -1,4 +1,4 @@
-"""`plainsd upscale`: pictures enlarged by a network of ESRGAN's kind."""
+"""`plainsd upscale`: enlarges pictures with an ESRGAN-type network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from plainsd.commands.flags import flag
 from plainsd.commands.output import Target
@@ -16,27 +16,29 @@ from plainsd.pictures.settings import Settings
 
 @dataclass
 class Upscale:
-    """Pictures enlarged by a network of ESRGAN's kind, tile by tile. Needs pip install 'plainsd[upscale]'."""
+    """Enlarges pictures with an ESRGAN-type network, tile by tile. Needs pip install 'plainsd[upscale]'."""
 
-    pictures: Annotated[Positional[tuple[Path, ...]], arg(metavar="PICTURE")]
-    """one or several"""
+    pictures: Annotated[Positional[tuple[Path, ...]], flag("PICTURE")]
+    """one or more picture files"""
     with_: Annotated[Path, flag("FILE", name="with")]
     """the network: a .pth or .safetensors file"""
     times: Annotated[float | None, flag("TIMES")] = None
-    """how often as large (default: what the network makes of it)"""
+    """scale factor (default: the network's own)"""
     out: Annotated[Path, flag("FILE")] = Path("out")
-    """a .png file, or a folder in which they are numbered"""
+    """a .png, .jpg or .webp file, or a folder, in which files are numbered"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 
     def run(self) -> None:
         if not self.pictures:
-            raise UserError("there is no picture; give one or several")
+            raise UserError("there is no picture; give one or more")
         if self.times is not None and not 1 <= self.times <= 16:
             raise UserError(f"times {self.times} is out of range; choose 1 to 16", field="times", value=self.times)
         target = Target(self.out)
         if target.file and len(self.pictures) > 1:
-            raise UserError(f"--out {self.out} is one file for {len(self.pictures)} pictures; give a folder")
+            raise UserError(
+                f"--out {self.out} is one file for {len(self.pictures)} pictures; give a folder", field="out"
+            )
 
         from plainsd.device import choose_device
         from plainsd.pictures.images import open_picture
@@ -51,12 +53,12 @@ class Upscale:
 
 
 def upscaled_settings(path: Path, times: float, name: str) -> Settings:
-    """The picture's own settings, where it has any, and what was done to it since, in A1111's words."""
+    """The picture's recorded settings, if any, plus the upscaling, in A1111's notation."""
     from plainsd.pictures.images import read_settings
     from plainsd.pictures.upscaling import enlarged_notes
 
     try:
         settings = read_settings(path)
-    except UserError:  # made by something else
+    except UserError:  # it has none
         settings = Settings()
     return replace(settings, other=(*settings.other, *enlarged_notes(times, name)))

@@ -111,7 +111,7 @@ class Settings:
                     raise UserError(f"{what}; choose {low} to {high}{more}", field=name, value=entry)
         for name in WHOLE:
             if (value := getattr(self, name)) is not None and value != int(value):
-                what = f"{name.replace('_', ' ')} {value} is no whole number"
+                what = f"{name.replace('_', ' ')} {value} is not a whole number"
                 raise UserError(f"{what}; choose {int(value)}", field=name, value=value)
         if self.interval is not None and self.interval[0] >= self.interval[1]:
             raise UserError(
@@ -210,7 +210,7 @@ def read_seed(text: str, name: str = "seed") -> int:
         return int(text)
     except ValueError:
         raise UserError(
-            f"{name} {text!r} is no whole number; give one from 0 to {RANGES['seed'][1]}, or random"
+            f"{name} {text!r} is not a whole number; give one from 0 to {RANGES['seed'][1]}, or random"
         ) from None
 
 
