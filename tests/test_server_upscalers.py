@@ -6,10 +6,10 @@ from io import BytesIO
 
 import pytest
 import torch
+from conftest import noise_picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from serving import base64_of, from_base64, model_folder, open_service, png_bytes, served
-from test_upscaling import network, photo, spandrel  # noqa: F401
 
 import plainsd
 from plainsd.errors import UserError
@@ -24,7 +24,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(models, network, tmp_path_factory):  # noqa: F811
+def server(models, network, tmp_path_factory):
     torch.save({"a": torch.zeros(3)}, network.parent / "none.pth")
     limits = Limits(pixels=2**17, upload_pixels=2**19)
     service = open_service(models, tmp_path_factory.mktemp("data"), limits, upscalers=network.parent)
@@ -46,7 +46,7 @@ def test_they_are_told(server):
     assert told == {"None": 4, "Lanczos": 4, "Nearest": 4, "2x_Tiny": 2}
 
 
-def test_a_second_pass_draws_on_what_one_makes(server, models, network):  # noqa: F811
+def test_a_second_pass_draws_on_what_one_makes(server, models, network):
     choices = {"steps": 2, "hires": 1.5, "upscaler": "2x_Tiny", "seed": 4}
     job = server.drawn(prompt="a", **choices)
     sd = plainsd.load(models[0], device="cpu", dtype="float32")
@@ -97,8 +97,8 @@ def test_without_the_library_no_server_starts(models, tmp_path, monkeypatch):
         open_service(models, tmp_path / "data", upscalers=tmp_path)
 
 
-def test_extras_enlarge_by_a_factor(server, network):  # noqa: F811
-    image, net = photo(40, 24), load_upscaler(network)
+def test_extras_enlarge_by_a_factor(server, network):
+    image, net = noise_picture(40, 24), load_upscaler(network)
     answer = extras(server, image)
     large = from_base64(answer["image"])
     assert large.size == (80, 48) and large.tobytes() == upscaled(image, net).tobytes()
@@ -113,7 +113,7 @@ def test_extras_enlarge_by_a_factor(server, network):  # noqa: F811
 
 
 def test_extras_enlarge_to_a_size(server):
-    image = photo(40, 24)
+    image = noise_picture(40, 24)
     wanted = {"resize_mode": 1, "upscaling_resize_w": 64, "upscaling_resize_h": 64, "upscaler_1": "Lanczos"}
     whole = from_base64(extras(server, image, **wanted, upscaling_crop=False)["image"])
     assert whole.size == (104, 64)  # both sides are filled; 40 * 64 / 24 down to eights
@@ -122,7 +122,7 @@ def test_extras_enlarge_to_a_size(server):
 
 
 def test_extras_mix_two_and_keep_the_settings(server, tmp_path):
-    image = photo(16, 16)
+    image = noise_picture(16, 16)
     one, other = (from_base64(extras(server, image, upscaler_1=name)["image"]) for name in ("Lanczos", "Nearest"))
     mixed = extras(server, image, upscaler_1="Lanczos", upscaler_2="Nearest", extras_upscaler_2_visibility=0.25)
     assert from_base64(mixed["image"]).tobytes() == Image.blend(one, other, 0.25).tobytes()
@@ -152,9 +152,9 @@ def test_extras_mix_two_and_keep_the_settings(server, tmp_path):
     ({"upscaling_resize": 4}, "pixels on the way; at most 524288"),
 ])  # fmt: skip
 def test_extras_that_cannot_be_are_one_line(server, fields, says):
-    body = {"image": base64_of(photo(256, 256)), "upscaler_1": "2x_Tiny"} | fields
+    body = {"image": base64_of(noise_picture(256, 256)), "upscaler_1": "2x_Tiny"} | fields
     answer = server.post("/sdapi/v1/extra-single-image", body)
     assert answer.status_code == 422 and says in answer.json()["detail"], answer.text
     quiet = {"gfpgan_visibility": 0, "codeformer_visibility": 0, "codeformer_weight": 0, "show_extras_results": True,
              "upscale_first": False}  # fmt: skip
-    extras(server, photo(8, 8), **quiet)
+    extras(server, noise_picture(8, 8), **quiet)
