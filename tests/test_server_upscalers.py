@@ -10,6 +10,7 @@ from conftest import noise_picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from serving import base64_of, from_base64, model_folder, open_service, png_bytes, served
+from test_upscaling import network, spandrel  # noqa: F401
 
 import plainsd
 from plainsd.errors import UserError
@@ -24,7 +25,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(models, network, tmp_path_factory):
+def server(models, network, tmp_path_factory):  # noqa: F811
     torch.save({"a": torch.zeros(3)}, network.parent / "none.pth")
     limits = Limits(pixels=2**17, upload_pixels=2**19)
     service = open_service(models, tmp_path_factory.mktemp("data"), limits, upscalers=network.parent)
@@ -46,7 +47,7 @@ def test_they_are_told(server):
     assert told == {"None": 4, "Lanczos": 4, "Nearest": 4, "2x_Tiny": 2}
 
 
-def test_a_second_pass_draws_on_what_one_makes(server, models, network):
+def test_a_second_pass_draws_on_what_one_makes(server, models, network):  # noqa: F811
     choices = {"steps": 2, "hires": 1.5, "upscaler": "2x_Tiny", "seed": 4}
     job = server.drawn(prompt="a", **choices)
     sd = plainsd.load(models[0], device="cpu", dtype="float32")
@@ -97,7 +98,7 @@ def test_without_the_library_no_server_starts(models, tmp_path, monkeypatch):
         open_service(models, tmp_path / "data", upscalers=tmp_path)
 
 
-def test_extras_enlarge_by_a_factor(server, network):
+def test_extras_enlarge_by_a_factor(server, network):  # noqa: F811
     image, net = noise_picture(40, 24), load_upscaler(network)
     answer = extras(server, image)
     large = from_base64(answer["image"])
