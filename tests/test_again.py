@@ -99,7 +99,7 @@ def test_a_masked_picture(made, refused, photo, mask):
         )
 
 
-def test_a_picture_continued_past_its_edges(made, refused, photo, mask):
+def test_a_picture_continued_past_its_edges(generate, made, refused, photo, mask):
     first = made("x", "--steps", 4, "--image", photo, "--outpaint", 4, 0, 8, 0)
     assert read_settings(first).outpaint == (4, 0, 8, 0) and not read_settings(first).masked
     assert same(made("--from", first, "--image", photo), first)
@@ -107,8 +107,10 @@ def test_a_picture_continued_past_its_edges(made, refused, photo, mask):
     other = made("--from", first, "--image", photo, "--outpaint", 0, 16, 0, 0)
     assert pixels(other).shape == (56, 52, 3) and read_settings(other).outpaint == (0, 16, 0, 0)
     assert (pixels(other)[16:] == pixels(photo)).all()
-    masked = read_settings(made("--from", first, "--image", photo, "--mask", mask))
-    assert masked.masked and masked.outpaint is None
+    code, path, err = generate("--from", first, "--image", photo, "--mask", mask)
+    masked = read_settings(Path(path.strip()))
+    assert code == 0 and masked.masked and masked.outpaint is None
+    assert "was outpainted; --mask is used instead" in err
 
 
 def test_another_vae_is_named_and_asked_for(made, refused, tmp_path):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 
 import plainsd
 from plainsd.cli import COMMANDS, main
+from plainsd.commands.adapters import chosen_loras, embedding_from_flag, from_flag
+from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 
 
@@ -385,6 +388,7 @@ WRONG = {
     "gif": (["x", "--out", "x.gif"], "written as PNG, JPEG or WebP"),
     "format": (["x", "--format", "gif"], "unknown format 'gif'"),
     "two formats": (["x", "--format", "webp", "--out", "x.jpg"], "disagree; leave one of them out"),
+    "preview in a file": (["x", "--preview", "PHOTO/sub"], "choose another folder"),
     "file in the way": (["x", "--out", "PHOTO/sub"], "is not a folder"),
     "prompts": (["--prompts", "PHOTO"], "cannot read the prompts"),
 }  # fmt: skip
@@ -519,3 +523,16 @@ def test_a_real_interrupt(model, tmp_path):
     assert process.wait(timeout=60) == 130
     assert "Traceback" not in process.stderr.read()
     assert sorted(os.listdir(tmp_path)) == ["p.png"]
+
+
+def test_an_adapter_flag_that_cannot_be_read_names_its_field():
+    for call, field in (
+        (partial(from_flag, "a.safetensors:high"), "loras"),
+        (partial(from_flag, "a.safetensors:high", "control"), "control"),
+        (partial(from_flag, "a.safetensors:high", "image-prompt"), "image_prompt"),
+        (partial(embedding_from_flag, "none.pt:<cat>"), "embeddings"),
+        (partial(chosen_loras, [], {"ink": 1.0}, None), "loras"),
+    ):
+        with pytest.raises(UserError) as caught:
+            call()
+        assert caught.value.field == field

@@ -8,11 +8,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import style
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
-sys.path.insert(0, str(FOLDER))
 
-import style  # noqa: E402
 
 SCRIPTS = [path for path in sorted(FOLDER.glob("*.py")) if "def draw()" in path.read_text("utf-8")]
 NAMES = [path.stem for path in SCRIPTS]

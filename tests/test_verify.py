@@ -46,6 +46,7 @@ def test_every_family_as_a_folder(tmp_path, name):
 def test_a_wrong_epsilon_in_the_autoencoder_is_found(monkeypatch):
     """With the embedded model's weights, not random ones: 1e-5 for 1e-6, as other ports have it."""
     monkeypatch.setattr("plainsd.models.vae.EPS", 1e-5)
+    monkeypatch.setattr("plainsd.files.stored._shelf", {})  # networks made before, and after it those made here
     found = rows(None)
     assert {name for name, row in found.items() if not row.passed} == {"vae, encode", "vae, decode"}
 

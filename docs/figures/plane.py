@@ -1,4 +1,4 @@
-"""Pictures of two numbers: the swiss roll of chapter 0, clusters of points, and their best estimates, exactly."""
+"""Pictures of two numbers: a swiss roll, clusters of points, and their best estimates, exactly."""
 
 import math
 from collections.abc import Callable

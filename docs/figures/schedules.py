@@ -19,7 +19,7 @@ def draw() -> str:
         "linear (Ho et al. 2020)": (NoiseSchedule.linear(), GREEN),
         "cosine (Nichol and Dhariwal 2021)": (NoiseSchedule.cosine(), PURPLE),
     }
-    figure, axes = style.panels(2, 2, 5.4, left=0.1, wspace=0.28, hspace=0.42, top=0.95, bottom=0.09)
+    figure, axes = style.panels(2, 2, 5.4, left=0.14, wspace=0.28, hspace=0.42, top=0.95, bottom=0.09)
     signal, level, steps, gap = axes.flat
     for name, (table, colour) in tables.items():
         t = np.unique(np.r_[0 : len(table) : 20, len(table) - 1])

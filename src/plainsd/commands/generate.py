@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from plainsd.pictures.model import StableDiffusion
 
-RECORDED_NOTES = (*SEEDS, "guidance")  # the settings that `notes` may comment on
+COMMENTED = (*SEEDS, "guidance")  # the settings that `notes` may comment on
 
 
 @dataclass
@@ -68,9 +68,7 @@ class Generate(GenerateFlags):
             )
         noise = noise_flags(self, choices)
         like: dict[str, Any] = {name: choices.get(name) for name in ("noise", "like")}
-        say_notes(
-            Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in RECORDED_NOTES
-        )
+        say_notes(Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in COMMENTED)
         recorded_controls = choices.pop("control", ())
         check_control_flags(self, recorded_controls)
         recorded_prompts = choices.pop("image_prompt", ())
@@ -190,8 +188,8 @@ class Generate(GenerateFlags):
             raise UserError(f"{name} {value} is out of range; give 1 or more", field=name, value=value)
         if self.outpaint:
             choices.pop("size", None)  # of the canvas before it was extended
-        if self.mask:
-            choices.pop("outpaint", None)
+        if self.mask and choices.pop("outpaint", None):
+            print(f"note: '{self.from_}' was outpainted; --mask is used instead", file=sys.stderr)
         if choices.pop("masked", False) and not (self.mask or self.outpaint):
             raise UserError(
                 f"'{self.from_}' was made with a mask; give picture and mask with --image and --mask", field="mask"
