@@ -228,6 +228,35 @@ def test_generate_follows_and_its_text_is_read_back(sd, generate, tmp_path, mode
     assert torch.equal(first, second) and read_settings(again.strip()) == settings
 
 
+def test_an_inpainting_net_reads_picture_and_mask(sd, generate, tmp_path):
+    from PIL import Image
+
+    from plainsd.pictures.images import open_picture, read_settings
+
+    plainsd.save_control(tiny_net(sd), tmp_path / "net.safetensors")
+    picture_of(0).save(tmp_path / "photo.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    mask.save(tmp_path / "mask.png")
+    over = (
+        "--image",
+        tmp_path / "photo.png",
+        "--mask",
+        tmp_path / "mask.png",
+        "--control",
+        tmp_path / "net.safetensors",
+    )
+    code, out, err = generate("a red apple", *over)
+    assert code == 0, err
+    (note,) = read_settings(out.strip()).control
+    assert note.module == "inpaint"
+    code, again, err = generate("--from", out.strip(), *over)
+    assert code == 0, err
+    assert open_picture(out.strip()).tobytes() == open_picture(again.strip()).tobytes()
+    code, _, err = generate("a", *over, "--control-image", tmp_path / "photo.png", "--preprocess", "inpaint")
+    assert code == 2 and "give no map for it" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [

@@ -178,6 +178,39 @@ def test_inpainting(sd, folders, nets, model):
     close(sd, events, reference)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (72, 64)], ids=str)
+def test_the_inpainting_map_is_diffusers(sd, folders, nets, size):
+    """What its users hand the pipeline for control_v11p_sd15_inpaint: the picture, -1 under the mask."""
+    photo, mask = smooth_picture(72).crop((0, 0, *size)), Image.new("L", size)
+    mask.paste(255, (16, 8, 48, 40))
+    levels = np.array(photo).astype(np.float32) / 255
+    levels[np.array(mask) > 127] = -1
+    map = torch.from_numpy(levels).permute(2, 0, 1)[None]
+    reference = theirs("StableDiffusionControlNetInpaintPipeline", folders, ["net0"], prompt="a red apple", image=photo,
+                       control_image=map, mask_image=mask, strength=1.0, controlnet_conditioning_scale=0.8,
+                       width=size[0], height=size[1])  # fmt: skip
+    events = inpaint(sd, "a red apple", photo, mask, control=[Control(nets[0], strength=0.8)], **OPTIONS)
+    assert events.settings[0].control[0].module == "inpaint"
+    close(sd, events, reference)
+
+
+def test_without_a_map_the_picture_is_read(sd, nets):
+    photo, mask = smooth_picture(60), Image.new("L", (60, 60), 255)
+    own, given = (
+        final(image_to_image(sd, "a", photo, control=[Control(nets[0], map)], **OPTIONS))[0] for map in (None, photo)
+    )
+    assert difference(own, given) == 0
+    for control, task, says in (
+        (Control(nets[0]), lambda **more: text_to_image(sd, "a", size=64, **more), "there is no picture to read"),
+        (Control(nets[0], module="inpaint"), lambda **more: image_to_image(sd, "a", photo, **more), "and a mask"),
+        (Control(nets[0], photo, module="inpaint"), lambda **more: inpaint(sd, "a", photo, mask, **more), "no map of"),
+        (Control(nets[0], module="hed"), lambda **more: image_to_image(sd, "a", photo, **more), "unknown preproc"),
+    ):
+        with pytest.raises(UserError, match=says) as caught:
+            task(control=[control])
+        assert caught.value.field == "control"
+
+
 def test_sdxl(xl, folders):
     net, map = plainsd.load_control(folders / "xlnet", xl), picture_of(0)
     reference = theirs("StableDiffusionXLControlNetPipeline", folders, ["xlnet"], "xl", prompt="a red apple", image=map,

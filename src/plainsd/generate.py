@@ -16,7 +16,8 @@ from PIL import Image
 from plainsd.diffusion.samplers import Step
 from plainsd.errors import UserError
 from plainsd.models.variants import edits
-from plainsd.pictures.control import Control, check_control
+from plainsd.pictures.control import Control
+from plainsd.pictures.control_checks import check_control
 from plainsd.pictures.defaults import check_size, enlarged_size, resolved, settings_of_each
 from plainsd.pictures.drawing import Pictures, from_picture, from_text, repainted, side_by_side
 from plainsd.pictures.image_prompt import ImagePrompt, check_image_prompts
@@ -133,7 +134,7 @@ def image_to_image(
     strength = (1.0 if editing else STRENGTH) if strength is None else strength
     image = _fitted(image, size)
     notes = {
-        "control": check_control(sd, control, image.size),
+        "control": check_control(sd, control, image.size, "picture"),
         "image_prompt": check_image_prompts(sd, image_prompt),
     }
     settings, steps = _with_picture(sd, image, strength, notes | choices)
@@ -206,7 +207,7 @@ def inpaint(
     canvas = canvas_of(_fitted(image, None), mask, _fitted_size(image, size), how)
     notes = {
         "masked": "outpaint" not in choices,
-        "control": check_control(sd, control, canvas.image.size),
+        "control": check_control(sd, control, canvas.image.size, "mask"),
         "image_prompt": check_image_prompts(sd, image_prompt),
     }
     settings, steps = _with_picture(sd, canvas.image, strength, notes | choices)

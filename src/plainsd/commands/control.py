@@ -27,7 +27,7 @@ Each = TypeVar("Each")
 def check_control_flags(command: GenerateFlags, recorded: Sequence[ControlNote]) -> None:
     """UserError for flags that do not go together. Called before anything is loaded."""
     nets, maps = len(command.control), len(command.control_image)
-    if nets != maps:
+    if nets != maps and (maps or not command.image):
         raise UserError(
             f"{nets} --control and {maps} --control-image; give one image for each, in the same order",
             field="control",
@@ -66,7 +66,7 @@ def chosen_controls(command: GenerateFlags, sd: StableDiffusion, recorded: Seque
         kind = nth(command.control_kind, number, None)
         control = Control(
             load_control(path, sd),
-            map_of(command.control_image[number], module),
+            map_of(command.control_image[number], module) if command.control_image else None,
             before.weight if strength is None else strength,
             start,
             end,

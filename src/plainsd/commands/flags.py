@@ -54,7 +54,8 @@ class GenerateFlags:
     control: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
     """a ControlNet or T2I-Adapter, file or folder, such as canny.safetensors:0.8; repeatable"""
     control_image: Annotated[UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
-    """its control map, one for each --control; scaled if its size differs"""
+    """its control map, one for each --control; scaled if its size differs. Without any, --image is read (with --mask:
+    the map of inpainting nets)"""
     control_range: Annotated[UseAppendAction[tuple[tuple[float, float], ...]], flag("START END")] = ()
     """fractions of the steps between which it acts (default 0 1); one for each --control, or one for all"""
     guess: bool = False

@@ -8,6 +8,9 @@ and by a weight by its index k, from conv_in's output to the middle block's:
     prompt     0.825 ** (12 - k)      all rows         A1111's "My prompt is more important"
     control    0.825 ** (12 - k)      prompted rows    A1111's "ControlNet is more important"
 
+A control without a map of its own reads the picture that is drawn over, through its preprocessor; under a mask with the
+masked pixels at -1 ("inpaint"), as the inpainting nets of ControlNet 1.1 were trained. Union nets read 0 there.
+
 T2I-Adapters' features add up likewise; "prompt" and "control" weigh them by 0.25, 0.62, 0.825 and 1, as A1111 does, and
 guess mode is not for them.
 
@@ -19,9 +22,8 @@ Shape letters: R rows of the batch, C channels, H W height and width in pixels, 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,16 +33,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from plainsd.errors import UserError, unknown
 from plainsd.files.hashes import legacy_hash
 from plainsd.models.control import ControlNet
 from plainsd.models.t2i_adapter import T2IAdapter, as_features
-from plainsd.models.unet import UNetConfig, plus
-from plainsd.models.variants import VARIANTS
+from plainsd.models.unet import plus
 from plainsd.pictures.conditioning import Conditioning
 from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import CONTROL_MODES, ControlNote
+from plainsd.pictures.preprocess import INPAINT, preprocessed
+from plainsd.pictures.settings import ControlNote
 
 PADDED_TO = 8  # maps are padded to multiples of this, as pictures are
 SOFT = 0.825  # A1111's ratio from one residual to the next
@@ -53,7 +54,7 @@ class Control:
     """A control map and the net that reads it. Pictures of any mode; they are scaled to the size of the result."""
 
     net: ControlNet | T2IAdapter
-    image: Image.Image | Sequence[Image.Image]  # several for a union net only
+    image: Image.Image | Sequence[Image.Image] | None = None  # several: for a union net only; None: what is drawn over
     strength: float = 1.0
     start: float = 0.0  # from this fraction of the steps ...
     end: float = 1.0  # ... to this: only steps that lie entirely between the two, as in diffusers
@@ -61,11 +62,12 @@ class Control:
     mode: str = "balanced"  # or "prompt", "control"
     kind: int | Sequence[int] | None = None  # for a union net: the type of the map, or of each, from 0
     name: str = "control"  # of the net, for the metadata
-    module: str = "none"  # the preprocessor, likewise
+    module: str = "none"  # the preprocessor, likewise; where there is no map, it makes one of the picture drawn over
 
     @property
     def images(self) -> list[Image.Image]:
-        return [self.image] if isinstance(self.image, Image.Image) else list(self.image)
+        """Its own maps: none where the picture that is drawn over is read."""
+        return [] if self.image is None else [self.image] if isinstance(self.image, Image.Image) else list(self.image)
 
     @property
     def kinds(self) -> tuple[int, ...]:
@@ -117,109 +119,49 @@ def control_name(path: Path) -> str:
     return f"{path.name if path.is_dir() else path.stem} [{legacy_hash(path)}]"
 
 
-# --- at the door -----------------------------------------------------------------------------------------------------
+# --- maps -------------------------------------------------------------------------------------------------------------
 
 
-def check_control(sd: StableDiffusion, controls: Sequence[Control], size: tuple[int, int]) -> tuple[ControlNote, ...]:
-    """Notes for the pictures' metadata. UserError for what does not fit; a map of another size gets a warning."""
-    for number, control in enumerate(controls, 1):
-        which = f"control {number} ({control.name})" if len(controls) > 1 else f"control {control.name!r}"
-        _check_numbers(control, which)
-        _check_maps(control, which)
-        if reason := mismatch(control.net, sd):
-            raise UserError(f"{which} does not fit the model: {reason}; choose a net of its family", field="control")
-        for image in control.images:
-            if image.size != size:
-                sizes = f"its map is {image.width}x{image.height} and the picture {size[0]}x{size[1]}"
-                warnings.warn(f"{which}: {sizes}; it is scaled", stacklevel=3)
-    return tuple(control.note for control in controls)
+def with_module(control: Control, masked: bool) -> Control:
+    """Under a mask, a control without a map and a preprocessor reads the inpainting map."""
+    inpaints = masked and control.image is None and control.module == "none"
+    return replace(control, module=INPAINT) if inpaints else control
 
 
-def _check_numbers(control: Control, which: str) -> None:
-    if not 0 <= control.strength <= STRONGEST:
-        raise UserError(
-            f"{which}: strength {control.strength} is out of range; choose 0 to {STRONGEST:g}",
-            field="control",
-            value=control.strength,
-        )
-    if not 0 <= control.start < control.end <= 1:
-        raise UserError(
-            f"{which}: it is to act from {control.start} to {control.end} of the steps; give two shares from 0 to 1, "
-            "the lower one first",
-            field="control",
-            value=(control.start, control.end),
-        )
-    if control.mode not in CONTROL_MODES:
-        raise unknown("control mode", control.mode, CONTROL_MODES, field="control")
-    if control.guess and control.mode != "balanced":
-        raise UserError(f"{which}: guess and mode {control.mode!r} do not go together; choose one", field="control")
-    if control.guess and isinstance(control.net, T2IAdapter):
-        raise UserError(
-            f"{which}: guess mode is for control nets, and this is a T2I-Adapter; leave it out", field="control"
-        )
+def fitted(
+    controls: Iterable[Control],
+    size: tuple[int, int],
+    source: Image.Image | None = None,
+    hole: Image.Image | None = None,
+) -> list[Fitted]:
+    """The maps at the size of a picture, and padded as it is. `size`: width and height; `source`: the picture of this
+    size that is drawn over, `hole`: its mask, L."""
+    return [Fitted(one, maps_of(with_module(one, hole is not None), size, source, hole)) for one in controls]
 
 
-def _check_maps(control: Control, which: str) -> None:
-    kinds, images, known = control.kinds, control.images, control.known_kinds
-    if not known and (kinds or len(images) != 1):
-        what = f"kind {control.kind}" if kinds else f"{len(images)} maps"
-        raise UserError(f"{which}: {what} is for union nets, and this net is for one; give one map", field="control")
-    if known and (len(kinds) != len(images) or not images or not all(0 <= kind < known for kind in kinds)):
-        raise UserError(
-            f"{which}: a union net wants the kind of each map, 0 to {known - 1}, and has {len(images)} maps and "
-            f"{list(kinds)}",
-            field="control",
-        )
+def maps_of(
+    control: Control, size: tuple[int, int], source: Image.Image | None, hole: Image.Image | None
+) -> list[Tensor]:
+    if control.image is not None:
+        return [as_map(image, size, control.net) for image in control.images]
+    assert source is not None  # `_check_source` sees to it
+    if control.module != INPAINT:
+        return [as_map(preprocessed(source, control.module), size, control.net)]
+    assert hole is not None
+    return [inpaint_map(source, hole, control)]
 
 
-def mismatch(net: ControlNet | T2IAdapter, sd: StableDiffusion) -> str | None:
-    """Why the net cannot speak to this model's UNet; None: it can."""
-    if isinstance(net, T2IAdapter):
-        return adapter_mismatch(net, sd)
-    own, its = sd.unet.config, net.config
-    if (net.widths, its.in_channels) != (sd.unet.widths, sd.vae.config.latent_channels):
-        return f"it is for {family(its)} and this is {family(own)}"
-    attends = any(its.depth) or bool(its.mid_depth)
-    if attends and its.context != own.context or its.vector != own.vector:
-        return f"it is for {family(its)} and this is {family(own)}"
-    if net.control.factor != sd.vae.config.factor:
-        return (
-            f"it reads maps {net.control.factor} times as large as latents, and this model's are {sd.vae.config.factor}"
-        )
-    return None
-
-
-def adapter_mismatch(net: T2IAdapter, sd: StableDiffusion) -> str | None:
-    """Likewise. Its features must have the widths of the UNet's levels, and their sizes."""
-    own, its = sd.unet.config, net.config
-    last = len(own.channels) - 1
-    halved = [level + (not depth and level < last) for level, depth in enumerate(own.depth)]
-    wanted = [
-        (own.channels[level], sd.vae.config.factor * 2**times) for level, times in enumerate([*halved, last][:-1])
-    ]
-    wanted.append((own.channels[-1], sd.vae.config.factor * 2**last))
-    sides = [its.factor * 2 ** sum(its.halved[: level + 1]) for level in range(len(its.channels))]
-    if list(zip(its.channels, sides, strict=True)) in (wanted, wanted[:-1]):
-        return None
-    widths = "-".join(map(str, its.channels))
-    return f"it gives features of widths {widths} from {its.factor} pixels on, and this is {family(own)}"
-
-
-def family(unet: UNetConfig) -> str:
-    """The name of the known model with this UNet shape, or else the shape."""
-    for known in VARIANTS.values():
-        other = known.unet
-        if (other.channels, other.context, other.vector) == (unet.channels, unet.context, unet.vector):
-            return known.name
-    return f"a UNet of widths {'-'.join(map(str, unet.channels))} that reads texts of {unet.context} numbers"
-
-
-def fitted(controls: Iterable[Control], size: tuple[int, int]) -> list[Fitted]:
-    """The maps at the size of a picture, and padded as it is. `size`: width and height."""
-    return [Fitted(control, [as_map(image, size, control.net) for image in control.images]) for control in controls]
+def inpaint_map(image: Image.Image, hole: Image.Image, control: Control) -> Tensor:
+    """The picture, 0 to 1, with -1 under the light part of the mask, of the same size; for union nets with 0."""
+    map = as_map(image, image.size, control.net)
+    masked = torch.from_numpy(np.array(hole) > 127)
+    height, width = masked.shape
+    masked = F.pad(masked[None, None].float(), (0, map.shape[3] - width, 0, map.shape[2] - height), mode="replicate")
+    return torch.where(masked > 0, 0.0 if control.known_kinds else -1.0, map)
 
 
 def as_map(image: Image.Image, size: tuple[int, int], net: ControlNet | T2IAdapter) -> Tensor:
+    """(1, 3 or 1, H, W), 0 to 1."""
     image, multiple = to_rgb(image, background="black"), PADDED_TO
     if isinstance(net, T2IAdapter):
         image, multiple = image.convert("L" if net.config.hint_channels == 1 else "RGB"), net.config.factor

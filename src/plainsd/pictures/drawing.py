@@ -80,7 +80,7 @@ def from_picture(
     editing = edits(sd.unet.config, sd.vae.config)
     latents = None if editing and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
     known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
-    noise, maps = prepare_latents(sd, size, draw), fitted(control, image.size)
+    noise, maps = prepare_latents(sd, size, draw), fitted(control, image.size, image)
     latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
     drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
     yield Pictures([picture.crop((0, 0, *image.size)) for picture in drawn], each, latents)
@@ -117,7 +117,7 @@ def repainted(
         known = Known(latents, mask, F.avg_pool2d(_padded(levels), sd.vae.config.factor).to(sd.device))
     else:
         known = Known(latents, mask)
-    maps = fitted(control, image.size)
+    maps = fitted(control, image.size, image, canvas.hole)
     latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
     drawn = to_pil(decode(sd, latents, tiling=one.tiling))
     yield Pictures([canvas.finished(picture.crop((0, 0, *image.size))) for picture in drawn], each, latents)

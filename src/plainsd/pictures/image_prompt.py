@@ -24,7 +24,8 @@ from plainsd.models.image_prompt import ImageAdapter, attentions_of
 from plainsd.models.layers import Beside
 from plainsd.models.unet import EachBeside, UNet
 from plainsd.models.vision import VisionTower
-from plainsd.pictures.control import STRONGEST, family
+from plainsd.pictures.control import STRONGEST
+from plainsd.pictures.control_checks import family
 from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import ImagePromptNote

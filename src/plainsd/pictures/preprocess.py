@@ -1,4 +1,7 @@
-"""Preprocessors: from a picture to a control map."""
+"""Preprocessors: from a picture to a control map.
+
+"inpaint" is one by name: its map is made of the picture and the mask that are drawn over, see pictures/control.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from PIL import Image
 from plainsd.errors import UserError, unknown
 from plainsd.pictures.images import to_rgb
 
+INPAINT = "inpaint"
 PREPROCESSORS = ("none", "canny")
 THRESHOLDS = (100, 200)
 
@@ -16,6 +20,9 @@ def preprocessed(
     image: Image.Image, name: str, thresholds: tuple[float, float] = THRESHOLDS, resolution: int | None = None
 ) -> Image.Image:
     """A preprocessor's map of a picture, whose shorter side is first scaled to `resolution` pixels."""
+    if name == INPAINT:
+        raise UserError("the inpainting map is made of the picture that is drawn over and its mask; give no map for it",
+                        field="control")  # fmt: skip
     if name not in PREPROCESSORS:
         raise unknown("preprocessor", name, PREPROCESSORS, field="control")
     image = to_rgb(image)

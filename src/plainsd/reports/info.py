@@ -27,7 +27,7 @@ from plainsd.files.t2i_adapter import is_t2i_adapter
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
 from plainsd.listing import suffix_of
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
-from plainsd.pictures.control import family
+from plainsd.pictures.control_checks import family
 
 LONGEST = 200  # characters of a note
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plainsd.errors import UserError
 from plainsd.models.control import ControlNet, control_of
 from plainsd.models.unet import UNet
-from plainsd.pictures.control import mismatch
+from plainsd.pictures.control_checks import mismatch
 from plainsd.pictures.model import StableDiffusion
 from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import Examples
