@@ -1,5 +1,6 @@
 """What tests share: tiny models with random weights, diffusers' pipelines over them, marks for what a machine lacks."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from plainsd.models.variants import ScheduleConfig, Variant, encoder_names
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed import kernels
 from plainsd.text.tokenizer import WORD_END, Tokenizer, byte_symbols
+
+os.environ["PLAINSD_KEEP_MEMORY"] = "0"  # commands that tests run in this process leave its allocator alone
 
 BYTES = byte_symbols()
 VOCABULARY = [*BYTES, *(symbol + WORD_END for symbol in BYTES), "<|startoftext|>", "<|endoftext|>"]

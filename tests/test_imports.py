@@ -15,6 +15,7 @@ ORDER = (  # lowest first: a file imports from its own room and from those above
     "errors",
     "listing",
     "disk",
+    "allocator",
     "device",
     "diffusion",
     "models",

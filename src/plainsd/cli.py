@@ -37,6 +37,7 @@ COMMANDS = {                          # name: module, class, what it does
     "serve": ("plainsd.commands.serve", "Serve", "serve a web page and three HTTP APIs"),
 }  # fmt: skip
 HELP = ("-h", "--help")
+DRAWING = ("generate", "upscale", "explain", "eval", "serve")  # commands that gain from keeping freed memory
 PLAINLY = (
     (r"no type matching .+ could be instantiated from", "cannot read"),
     (r"invalid literal for int\(\) with base 10: (.+)", r"\1 is not a whole number"),
@@ -107,7 +108,13 @@ def run(arguments: list[str]) -> int:
 
         rest = with_config(rest, kind)
     command = parsed(kind, name, rest)
-    return 0 if command is None else command.run() or 0
+    if command is None:
+        return 0
+    if name in DRAWING:
+        from plainsd.allocator import keep_freed_memory
+
+        keep_freed_memory()
+    return command.run() or 0
 
 
 def overview() -> str:

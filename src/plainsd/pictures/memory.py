@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from plainsd.allocator import release_freed_memory
 from plainsd.models.tiny_vae import AnyVAEConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.pictures.model import Saving, StableDiffusion, Stage
@@ -46,6 +47,15 @@ def free(device: torch.device) -> float:
         return math.inf
     entries = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
     return min(int(entries["MemAvailable"].split()[0]) * 1024, _free_in_group())
+
+
+def _free_for(needed: float, device: torch.device) -> float:
+    """Bytes of free memory. Where `needed` of them would be more than SHARE, the process first gives back what it has
+    freed and kept."""
+    had = free(device)
+    if device.type == "cpu" and needed > SHARE * had and release_freed_memory():
+        had = free(device)
+    return had
 
 
 def _free_in_group() -> float:
@@ -79,7 +89,8 @@ def in_bands(sd: StableDiffusion, pixels: int) -> bool:
     """Whether the VAE works in bands on so many pixels."""
     if sd.saving.bands is not None:
         return sd.saving.bands
-    needed, had = vae_needs(sd.vae.config, pixels, next(sd.vae.parameters()).itemsize), free(sd.device)
+    needed = vae_needs(sd.vae.config, pixels, next(sd.vae.parameters()).itemsize)
+    had = _free_for(needed, sd.device)
     if short := needed > SHARE * had:
         say(f"{had / GB:.1f} GB of memory are free and the VAE would take {needed / GB:.1f} GB: it works in bands")
     return short
@@ -89,7 +100,8 @@ def rows_at_once(sd: StableDiffusion, positions: int, rows: int) -> int:
     """How many rows of a step's batch go through the UNet together."""
     if sd.saving.rows is not None:
         return min(rows, sd.saving.rows)
-    each, had = unet_needs(sd.unet.config, positions, sd.dtype.itemsize), free(sd.device)
+    each = unet_needs(sd.unet.config, positions, sd.dtype.itemsize)
+    had = _free_for(rows * each, sd.device)
     most = max(1, int(min(rows, SHARE * had / each)))
     if most < rows:
         say(

@@ -16,6 +16,7 @@ import torch
 from plainsd.adapters.embeddings import bundled
 from plainsd.adapters.lora import add_lora, attached, check_strengths
 from plainsd.adapters.reading import open_lora, tensors_by_module
+from plainsd.allocator import release_freed_memory
 from plainsd.checkpoint import load, load_vae
 from plainsd.device import choose_device, choose_dtype
 from plainsd.errors import UserError, unknown
@@ -178,6 +179,7 @@ class Models:
             preview, digest = previewer(sd, self.tiny_vae(sd)), weights_hash(sd.path, "unet")
             if self.options.fast:
                 faster(sd)
+            release_freed_memory()  # what loading took and needs no more
             with self.lock:
                 model.sd, model.preview, model.loras, model.hash = sd, preview, (), digest
                 self.loads += 1
@@ -281,6 +283,7 @@ class Models:
             model.sd = model.preview = model.loras = model.taught = None
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
+        release_freed_memory()
 
     def bytes(self) -> int:
         """What the resident ones take."""

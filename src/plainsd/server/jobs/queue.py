@@ -8,6 +8,7 @@ another's hundred.
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from prometheus_client import Histogram
 
@@ -16,6 +17,7 @@ from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUN
 
 SHARE = 0.5  # of the queue that one client may fill
 ATTEMPTS = 3  # ends of the whole server while one job was drawn by itself
+IDLE_AFTER = 30.0  # seconds
 WAITS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)  # seconds, bounds of the buckets
 
 
@@ -84,11 +86,15 @@ class Queue:
 
     # --- from the worker ---------------------------------------------------------------------------------------------
 
-    def take(self, size: int) -> list[Unit]:
-        """The next batch, waiting for one; empty when the server stops."""
+    def take(self, size: int, idle: Callable[[], object] = bool) -> list[Unit]:
+        """The next batch, waiting for one; empty when the server stops. `idle` is called once if none comes for
+        IDLE_AFTER seconds."""
         with self.changed:
+            rest: float | None = IDLE_AFTER
             while not self.stopping and not (waiting := self.waiting()):
-                self.changed.wait()
+                if not self.changed.wait(rest):
+                    rest = None
+                    idle()
             if self.stopping:
                 return []
             batch: list[Unit] = []

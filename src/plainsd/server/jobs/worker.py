@@ -12,6 +12,7 @@ from dataclasses import replace
 from PIL import Image
 from prometheus_client import Histogram
 
+from plainsd.allocator import release_freed_memory
 from plainsd.diffusion.samplers import Step
 from plainsd.errors import DiskError, UserError
 from plainsd.generate import batch
@@ -56,7 +57,7 @@ class Worker(threading.Thread):
         while True:
             units: list[Unit] = []
             try:
-                units = self.queue.take(self.size)
+                units = self.queue.take(self.size, idle=release_freed_memory)
                 if not units:
                     return
                 self.serve(units)
