@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise
@@ -43,3 +44,10 @@ def run(denoise: Denoise, name: str, steps: int, x: Tensor, noise: Callable[[], 
 def unit_noise(count: int, seed: int) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return lambda: torch.randn(count, 2, 1, 1, generator=generator, dtype=torch.float64)
+
+
+def dots(axes: Axes, points: Tensor, colour: str, size: float) -> None:
+    """Points (N, 2, 1, 1) or (N, 2) as one path, a fifth of the bytes of markers."""
+    twice = points.flatten(1)[:, None].expand(-1, 2, -1)  # a line of no length, with round ends
+    apart = torch.full_like(twice[:, :1], math.nan)
+    axes.plot(*torch.cat([twice, apart], 1).flatten(0, 1).T, color=colour, linewidth=size, solid_capstyle="round")
