@@ -6,12 +6,14 @@ from io import BytesIO
 import numpy as np
 import pytest
 from conftest import tiny_sd
+from PIL import Image
 from serving import model_folder, open_service, served
 from test_control_pictures import picture_of, tiny_net
 
 import plainsd
 from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import read_settings
+from plainsd.pictures.preprocess import preprocessed
 from plainsd.server.api.a1111_control import unit_of
 from plainsd.server.errors import Refused
 
@@ -52,6 +54,8 @@ UNIT = {"name": "edges", "image": encoded(MAP), "strength": 0.8, "end": 0.7}
 def test_what_is_there_is_told(server):
     info = server.get("/api/info").json()
     assert info["controls"] == ["depth", "edges", "narrow"] and "broken" in info["unusable"]["controls"]
+    assert info["control_nets"]["edges"] == {"kinds": 0, "adapter": False}
+    assert info["models"][0]["controls"] == ["depth", "edges"]  # those that fit it
     assert info["preprocessors"] == ["none", "canny"] and "balanced" in info["control_modes"]
 
 
@@ -67,6 +71,12 @@ def test_a_job_follows_its_maps(server, folder):
     assert [note.model.split()[0] for note in notes] == ["edges", "depth"] and notes[1].guess and notes[0].weight == 0.8
     again = server.get(f"/api/images/{job['images'][0]}").json()
     assert again["problem"] is None and "ControlNet 1" in again["parameters"]
+    unit = {"strength": 0.8, "start": 0.0, "end": 0.7, "mode": "balanced", "preprocess": "none", "kind": []}
+    units = [{"name": "edges", "guess": False, **unit}, {"name": "depth", "guess": True, **unit}]
+    assert again["controls"] == units  # of the history, and of its file: as a request has them, without maps
+    file = base64.b64encode(png_of(server, job["images"][0]).getvalue()).decode()
+    told = server.post("/api/settings", {"image": file}).json()
+    assert told["controls"] == units and told["unused"] == []
 
 
 @pytest.mark.parametrize(
@@ -79,13 +89,32 @@ def test_a_job_follows_its_maps(server, folder):
         ({"preprocess": "hed"}, "unknown preprocessor 'hed'"),
         ({"start": 0.9, "end": 0.1}, "act from 0.9 to 0.1"),
         ({"kind": [1]}, "is for union nets"),
+        ({"strength": 11}, "controls.1.strength"),
+        ({"preprocess": "canny", "low": 300}, "canny thresholds 300.0 and 200"),
     ],
     ids=str,
 )
 def test_wrong_units_are_refused_at_the_door(server, unit, says):
-    answer = server.post("/api/jobs", {"prompt": "p", "controls": [UNIT | unit]})
+    answer = server.post("/api/jobs", {"prompt": "p", "controls": [UNIT, UNIT | unit]})
     error = answer.json()["error"]
-    assert answer.status_code == 422 and says in error["message"] and error["field"] in ("controls", "control")
+    assert answer.status_code == 422 and says in error["message"]
+    assert (error["field"], error["entry"]) == ("controls", 1)
+
+
+def test_a_map_is_made_before_anything_is_drawn(server):
+    pytest.importorskip("cv2")
+    body = {"image": encoded(MAP), "preprocess": "canny", "low": 50, "high": 100, "resolution": 128}
+    answer = server.post("/api/preprocess", body)
+    assert answer.headers["Content-Type"] == "image/png"
+    expected = preprocessed(MAP, "canny", (50, 100), 128)
+    assert Image.open(BytesIO(answer.content)).tobytes() == expected.tobytes()
+    for wrong, field in (
+        ({"preprocess": "hed"}, "preprocess"),
+        ({"image": "no picture"}, "image"),
+        ({"low": -1}, "low"),
+    ):
+        error = server.post("/api/preprocess", body | wrong).json()["error"]
+        assert error["field"] == field and error["remedy"]
 
 
 def test_a1111s_units(server):

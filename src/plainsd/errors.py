@@ -11,12 +11,13 @@ class UserError(ValueError):
     exits with code 2.
 
     `field` names the setting that is wrong, as `Settings` and the server's requests spell it (`clip_skip`), and `value`
-    is its value; None if the error is not about a single setting. The page marks that field.
+    is its value; None if the error is not about a single setting. The page marks that field. `entry` is the index in
+    a setting that is a list, from 0.
     """
 
-    def __init__(self, message: str, *, field: str | None = None, value: Any = None):
+    def __init__(self, message: str, *, field: str | None = None, value: Any = None, entry: int | None = None):
         super().__init__(message)
-        self.field, self.value = field, value
+        self.field, self.value, self.entry = field, value, entry
 
     @property
     def what(self) -> str:

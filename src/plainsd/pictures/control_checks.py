@@ -25,16 +25,24 @@ def check_control(
     controls = [with_module(control, over == "mask") for control in controls]
     for number, control in enumerate(controls, 1):
         which = f"control {number} ({control.name})" if len(controls) > 1 else f"control {control.name!r}"
-        _check_numbers(control, which)
-        _check_source(control, which, over)
-        _check_maps(control, which)
-        if reason := mismatch(control.net, sd):
-            raise UserError(f"{which} does not fit the model: {reason}; choose a net of its family", field="control")
+        try:
+            _check_numbers(control, which)
+            _check_source(control, which, over)
+            _check_maps(control, which)
+            _check_family(control, which, sd)
+        except UserError as error:
+            error.entry = number - 1
+            raise
         for image in control.images:
             if image.size != size:
                 sizes = f"its map is {image.width}x{image.height} and the picture {size[0]}x{size[1]}"
                 warnings.warn(f"{which}: {sizes}; it is scaled", stacklevel=3)
     return tuple(control.note for control in controls)
+
+
+def _check_family(control: Control, which: str, sd: StableDiffusion) -> None:
+    if reason := mismatch(control.net, sd):
+        raise UserError(f"{which} does not fit the model: {reason}; choose a net of its family", field="control")
 
 
 def _check_source(control: Control, which: str, over: str | None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,10 +19,11 @@ from plainsd.listing import hidden
 from plainsd.models.control import ControlNet
 from plainsd.models.t2i_adapter import T2IAdapter
 from plainsd.pictures.control import Control, control_name
+from plainsd.pictures.control_checks import mismatch
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.preprocess import preprocessed
 from plainsd.server.errors import Refused
-from plainsd.server.folders import readable
+from plainsd.server.folders import changed_at, readable
 from plainsd.server.jobs.job import Followed
 from plainsd.server.limits import Limits
 from plainsd.server.schema import ControlRequest
@@ -67,11 +70,18 @@ class ControlNets:
     def bare(self, name: str) -> ControlNet | T2IAdapter:
         """Without weights: enough to check a request."""
         path = self.path(name)
-        of_adapter = is_t2i_adapter(path)
-        config = open_t2i_adapter(path).config if of_adapter else open_control(path).config
-        net = empty(T2IAdapter if of_adapter else ControlNet, config)
-        assert isinstance(net, ControlNet | T2IAdapter)
-        return net
+        return net_without_weights(path, changed_at(path))
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Those that are known: how many kinds of maps a net tells apart (0: it is for one), and whether it is a
+        T2I-Adapter."""
+        nets = {name: self.bare(name) for name in sorted(self.known())}
+        return {name: {"kinds": 0 if isinstance(net, T2IAdapter) else net.control.kinds,
+                       "adapter": isinstance(net, T2IAdapter)} for name, net in nets.items()}  # fmt: skip
+
+    def fitting(self, sd: StableDiffusion) -> list[str]:
+        """Those that can be used with this model."""
+        return [name for name in sorted(self.known()) if mismatch(self.bare(name), sd) is None]
 
     def net(self, name: str, model: str, sd: StableDiffusion) -> ControlNet | T2IAdapter:
         """Loaded beside the model, for files that are changes to one."""
@@ -88,6 +98,16 @@ def control_in(path: Path) -> bool:
     return is_t2i_adapter(path) or bool(open_control(path).file.tensors)
 
 
+@lru_cache(256)
+def net_without_weights(path: Path, _: int) -> ControlNet | T2IAdapter:
+    """Made once for each time that the file was changed."""
+    of_adapter = is_t2i_adapter(path)
+    config = open_t2i_adapter(path).config if of_adapter else open_control(path).config
+    net = empty(T2IAdapter if of_adapter else ControlNet, config)
+    assert isinstance(net, ControlNet | T2IAdapter)
+    return net
+
+
 # --- of a request ----------------------------------------------------------------------------------------------------
 
 
@@ -97,12 +117,16 @@ def controls_of(
     """What the tasks check, what the job keeps, and its files by their names among the inputs."""
     controls, followed, files = [], [], {}
     for unit in units:
-        map = map_in(unit, limits)
-        content = png(map)
-        file = f"{hashlib.sha256(content).hexdigest()[:32]}.png"
-        kept = Followed(unit.name, file, unit.strength, unit.start, unit.end, unit.guess, unit.mode, tuple(unit.kind),
-                        unit.preprocess)  # fmt: skip
-        controls.append(as_control(kept, nets.bare(unit.name), map, nets))
+        try:
+            map = map_in(unit, limits)
+            content = png(map)
+            file = f"{hashlib.sha256(content).hexdigest()[:32]}.png"
+            kept = Followed(unit.name, file, unit.strength, unit.start, unit.end, unit.guess, unit.mode,
+                            tuple(unit.kind), unit.preprocess)  # fmt: skip
+            controls.append(as_control(kept, nets.bare(unit.name), map, nets))
+        except (UserError, Refused) as error:
+            error.entry = len(controls)
+            raise
         followed.append(kept)
         files[file] = content
     return controls, followed, files

@@ -25,8 +25,10 @@ class Refused(Exception):
         field: str | None = None,
         value: Any = None,
         headers: dict[str, str] | None = None,
+        entry: int | None = None,
     ):
         super().__init__(message)
+        self.entry = entry  # of a field that is a list, from 0
         self.status, self.message, self.field, self.headers = status, printable(message), field, headers or {}
         self.value = shown(value)
 
@@ -34,7 +36,7 @@ class Refused(Exception):
     def from_user_error(cls, error: UserError, values: dict[str, Any] | None = None) -> "Refused":
         """With the field that the error names; the value is what the request had there, else the error's own."""
         value = (values or {}).get(error.field) if error.field else None
-        return cls(422, str(error), error.field, error.value if value is None else value)
+        return cls(422, str(error), error.field, error.value if value is None else value, entry=error.entry)
 
     def body(self, path: str) -> dict:
         """The error as the API of that path puts it."""
@@ -46,7 +48,7 @@ class Refused(Exception):
         if path.startswith("/sdapi/"):
             return {"error": "HTTPException", "detail": self.message, "body": "", "errors": self.message}
         told = {"message": self.message, "what": what, "value": self.value, "remedy": remedy or None}
-        return {"error": told | {"field": self.field}}
+        return {"error": told | {"field": self.field, "entry": self.entry}}
 
 
 def printable(text: str) -> str:

@@ -18,6 +18,7 @@ class Limits:
     upload: int = 32 * 2**20  # bytes of one request
     upload_pixels: int = 40_000_000  # of one picture that is sent
     queue: int = 256  # jobs that wait or run
+    selection: int = 500  # pictures of the history that are marked, deleted or packed at once
     seconds: float = 3600  # of drawing, for one job
 
     @property

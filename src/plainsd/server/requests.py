@@ -197,6 +197,7 @@ def new_job(
     except UserError as error:
         if error.field in {axis.name.strip().replace(" ", "_") for axis in request.grid or []}:
             error.field = "grid"
+        error.field = "controls" if error.field == "control" else error.field  # the tasks' name, and the request's
         raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask", "controls"})) from None
     source, inputs = base.kept() if base else (None, {})
     if followed:

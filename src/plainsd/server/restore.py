@@ -6,7 +6,7 @@ from typing import Any
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
-from plainsd.pictures.settings import DEFAULTS, SEEDS, UPSCALERS, Settings
+from plainsd.pictures.settings import DEFAULTS, SEEDS, UPSCALERS, ControlNote, Settings
 from plainsd.pictures.texts.a1111 import format_settings
 from plainsd.pictures.texts.fields import FIELDS
 from plainsd.server.errors import Refused
@@ -34,9 +34,20 @@ def picture_told(row: Picture) -> dict[str, Any]:
         "id": row.id, "number": row.number, "job": row.job, "url": f"/api/images/{row.id}.png",
         "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height,
         "created": row.created,
+        "favourite": row.favourite,
         "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
+        "controls": controls_told(settings.control),
         "parameters": format_settings(tagged(settings, row.loras)), "problem": row.problem,
     }  # fmt: skip
+
+
+def controls_told(notes: tuple[ControlNote, ...]) -> list[dict[str, Any]]:
+    """As a request has them, without their maps."""
+    return [
+        {"name": note.model.rpartition(" [")[0] or note.model, "strength": note.weight, "start": note.start,
+         "end": note.end, "guess": note.guess, "mode": note.mode, "preprocess": note.module, "kind": list(note.kinds)}
+        for note in notes
+    ]  # fmt: skip
 
 
 def grid_in(settings: Settings) -> list[dict[str, Any]]:
@@ -50,7 +61,8 @@ def exact_seeds(settings: Settings) -> dict[str, Any]:
 
 
 def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
-    """The settings text of a PNG, as the fields of a request. What has no meaning here stands under `unused`."""
+    """The settings text of a PNG, as the fields of a request, but for the maps of its `controls`, which no file has.
+    What has no meaning here stands under `unused`."""
     opened(content, "image", limits)
     try:
         settings = read_settings(NamedBytes(content, "image"))
@@ -71,6 +83,7 @@ def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
         "prompt": prompt,
         **fields,
         "loras": [{"name": name, "strength": strength} for name, strength in loras],
+        **({"controls": controls_told(settings.control)} if settings.control else {}),
         "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)],
     }
 

@@ -34,21 +34,26 @@ class LoRA(BaseModel):
     strength: float = Field(1.0, ge=-10, le=10)
 
 
-class ControlRequest(BaseModel):
-    """A map to follow, and a net out of the server's folder that reads it."""
+class MapRequest(BaseModel):
+    """A control map, or the picture that one is made of."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    name: Text
     image: Text = Field(description="a picture in base64: the map, or what `preprocess` makes one of")
+    preprocess: Text = Field("none", description="none or canny")
+    low: float = Field(100, ge=0, le=1e4, description="canny's thresholds")
+    high: float = Field(200, ge=0, le=1e4)
+    resolution: int | None = Field(None, ge=64, le=2048, description="of the shorter side, before it is preprocessed")
+
+
+class ControlRequest(MapRequest):
+    """A map to follow, and a net out of the server's folder that reads it."""
+
+    name: Text
     strength: float = Field(1.0, ge=0, le=10)
     start: float = Field(0.0, ge=0, le=1, description="of the steps, the share from which it acts ...")
     end: float = Field(1.0, ge=0, le=1, description="... and to which")
     guess: bool = Field(False, description="prompted rows only, less for finer parts")
     mode: Text = Field("balanced", description="balanced, prompt or control: which is more important, as in A1111")
-    preprocess: Text = Field("none", description="none or canny")
-    low: float = Field(100, ge=0, le=1e4, description="canny's thresholds")
-    high: float = Field(200, ge=0, le=1e4)
-    resolution: int | None = Field(None, ge=64, le=2048, description="of the shorter side, before it is preprocessed")
     kind: list[int] = Field([], max_length=1, description="of the map, for a net of several kinds (union), from 0")
 
 

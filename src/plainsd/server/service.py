@@ -142,6 +142,13 @@ class Service:
             raise Refused(404, f"there is no picture {id!r}; GET /api/images lists them")
         return found
 
+    def selected(self, ids: list[str], field: str) -> list[Picture]:
+        """Those of these that are there, in this order, each once."""
+        if not 1 <= len(ids) <= self.limits.selection:
+            what = f"{field} names {len(ids)} pictures"
+            raise Refused(422, f"{what}; give 1 to {self.limits.selection}", field, len(ids))
+        return [found for id in dict.fromkeys(ids) if (found := self.store.picture(id))]
+
     def files(self, job: Job) -> list[tuple[Picture, bytes]]:
         """The pictures of a job that is done, with their files, in order."""
         rows = sorted(self.store.pictures(job=job.id, limit=len(job.places)), key=lambda row: row.place)

@@ -21,15 +21,14 @@ from plainsd.pictures.settings import CONTROL_MODES, LIKE, MASKED_CONTENTS, NOIS
 from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.errors import add_errors
+from plainsd.server.api.pictures import add_pictures
 from plainsd.server.api.security import Gate, Hosts
 from plainsd.server.errors import ERRORS, Refused
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, Job
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.requests import CELLS
-from plainsd.server.restore import picture_told, settings_inside
 from plainsd.server.schema import JobRequest, Text
 from plainsd.server.service import Service, client_of
-from plainsd.server.uploads import decoded
 
 PAGE = Path(str(files("plainsd.server") / "page"))
 TYPES = {
@@ -38,15 +37,10 @@ TYPES = {
     ".css": "text/css; charset=utf-8",
     ".png": "image/png",
 }
-PICTURE_HEADERS = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 
 class Login(BaseModel):
     token: Text
-
-
-class Upload(BaseModel):
-    image: Text
 
 
 def create_app(service: Service, hosts: Hosts, token: str | None = None, on_start=lambda: None) -> FastAPI:
@@ -138,60 +132,6 @@ def add_jobs(app: FastAPI, service: Service) -> None:
         return service.told(job or found(id))
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def add_pictures(app: FastAPI, service: Service) -> None:
-    @app.get("/api/images", tags=["pictures"])
-    def images(
-        search: Annotated[Text, Query(max_length=500)] = "",
-        before: Annotated[int | None, Query(ge=0, lt=2**62)] = None,
-        limit: Annotated[int, Query(ge=1, le=200)] = 48,
-    ) -> dict:
-        """The history, newest first. `before` is the `next` of the answer before."""
-        rows = service.store.pictures(search, before, limit)
-        return {"images": [picture_told(row) for row in rows], "next": rows[-1].number if len(rows) == limit else None}
-
-    @app.get(
-        "/api/images/{id}.png",
-        tags=["pictures"],
-        response_class=FileResponse,
-        responses={200: {"content": {"image/png": {}}}},
-    )
-    def image(id: Text) -> FileResponse:
-        return sent(service.store.path(service.picture(id)), "image/png")
-
-    @app.get(
-        "/api/images/{id}/thumbnail",
-        tags=["pictures"],
-        response_class=FileResponse,
-        responses={200: {"content": {"image/png": {}, "image/webp": {}}}},
-    )
-    def thumbnail(id: Text) -> FileResponse:
-        path = service.store.thumbnail(service.picture(id))
-        return sent(path, "image/webp" if path.suffix == ".webp" else "image/png")
-
-    @app.get("/api/images/{id}", tags=["pictures"])
-    def image_settings(id: Text) -> dict:
-        return picture_told(service.picture(id))
-
-    @app.delete("/api/images/{id}", tags=["pictures"], status_code=204)
-    def delete(id: Text) -> Response:
-        service.store.delete(service.picture(id))
-        return Response(status_code=204)
-
-    @app.post("/api/settings", tags=["pictures"])
-    def settings(body: Upload) -> dict:
-        """The settings inside a PNG file of plainsd or A1111, as POST /api/jobs takes them."""
-        return settings_inside(decoded(body.image, "image"), service.limits, service.models)
-
-
-def sent(path: Path, kind: str) -> FileResponse:
-    if not path.is_file():
-        raise Refused(404, "the file of this picture is gone; delete it from the history")
-    return FileResponse(path, media_type=kind, headers=PICTURE_HEADERS)
-
-
 # --- the page, and what it needs to know -----------------------------------------------------------------------------
 
 
@@ -231,7 +171,8 @@ def add_page(app: FastAPI, service: Service) -> None:
             "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
             "loras": sorted(service.models.loras()), "styles": [*service.models.wording.known_styles()],
             "masked_contents": MASKED_CONTENTS, "like": LIKE, "noises": sorted({*NOISE_OF.values()}),
-            "controls": sorted(service.models.controls.known()), "preprocessors": PREPROCESSORS,
+            "controls": sorted(service.models.controls.known()),
+            "control_nets": service.models.controls.described(), "preprocessors": PREPROCESSORS,
             "control_modes": CONTROL_MODES,
             "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.words.unusable,
                          "controls": service.models.controls.unusable,
@@ -259,6 +200,7 @@ def described_model(model: ServedModel, models: Models) -> dict:
         "name": model.name, "kind": variant.name, "resident": model.sd is not None, "bytes": model.bytes,
         "ideas": model.ideas, "refiners": models.refiners(model),
         "embeddings": [word.text for word in models.words.fitting(model.bare)],
+        "controls": models.controls.fitting(model.bare),
         "inpainting_only": variant.unet.in_channels == 2 * variant.vae.latent_channels + 1,
         "edits": edits(variant.unet, variant.vae),
         "defaults": {"size": [variant.size, variant.size], "steps": variant.steps, "guidance": variant.guidance,

@@ -33,7 +33,9 @@ def add_errors(app: FastAPI) -> None:
         said = first["msg"].removeprefix("Value error, ")
         what = f"{'.'.join(place) or 'the body'}: {said[:1].lower()}{said[1:]}"
         message = what if ";" in said else f"{what}; see /docs for what it takes"
-        return refused(request, Refused(422, message, place[0] if place else None, first.get("input")))
+        entry = next((part for part in first["loc"][2:3] if isinstance(part, int)), None)
+        field = place[0] if place else None
+        return refused(request, Refused(422, message, field, first.get("input"), entry=entry))
 
     @app.exception_handler(HTTPException)
     def plain(request: Request, error: HTTPException) -> JSONResponse:

@@ -26,6 +26,7 @@ class Picture:
     settings: Resolved
     loras: list[tuple[str, float]]
     created: float
+    favourite: bool = False
     problem: str | None = None  # why its settings cannot be read
 
 

@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,6 +56,7 @@ CREATE TABLE IF NOT EXISTS images (
 UPDATE jobs SET attempts = 0;
 ALTER TABLE jobs ADD COLUMN alone INTEGER NOT NULL DEFAULT 0;
 """,
+    "ALTER TABLE images ADD COLUMN favourite INTEGER NOT NULL DEFAULT 0;",
 )
 INPUT = re.compile(r"[0-9a-f]{32}\.png")  # names of `canvas.Base.kept`
 DRAFT = re.compile(r"\..+\.\d+\.part")  # names of `disk.draft_of`
@@ -251,7 +252,12 @@ class Store:
         return self._picture(row) if row else None
 
     def pictures(
-        self, search: str = "", before: int | None = None, limit: int = 50, job: str | None = None
+        self,
+        search: str = "",
+        before: int | None = None,
+        limit: int = 50,
+        job: str | None = None,
+        favourites: bool = False,
     ) -> list[Picture]:
         """Newest first. Every word of `search` must be found in prompt, negative prompt, model or seed."""
         where = ["number < ?"]
@@ -262,6 +268,8 @@ class Store:
         if job is not None:
             where.append("job = ?")
             values.append(job)
+        if favourites:
+            where.append("favourite")
         with self.lock:
             rows = self.db.execute(
                 f"SELECT * FROM images WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?", (*values, limit)
@@ -271,6 +279,7 @@ class Store:
     def _picture(self, row: sqlite3.Row) -> Picture:
         """One row. What cannot be read of it is told in `problem`."""
         known = {name: row[name] for name in ("number", "id", "job", "place", "file", "width", "height", "created")}
+        known["favourite"] = bool(row["favourite"])
         try:
             settings, loras = settings_from(json.loads(row["settings"])), loras_from(row["loras"])
         except UNREADABLE as error:
@@ -297,8 +306,17 @@ class Store:
                     image.save(temporary, format="WEBP", quality=85)
         return path
 
-    def delete(self, picture: Picture) -> None:
+    def mark(self, pictures: list[Picture], favourite: bool) -> None:
+        """As favourites, or no longer: all of them or, where that fails, none."""
         with self.transaction() as db:
-            db.execute("DELETE FROM images WHERE id = ?", (picture.id,))
-        self.path(picture).unlink(missing_ok=True)
-        (self.folder / "thumbnails" / f"{picture.id}.webp").unlink(missing_ok=True)
+            rows = [(favourite, picture.id) for picture in pictures]
+            db.executemany("UPDATE images SET favourite = ? WHERE id = ?", rows)
+
+    def delete(self, pictures: list[Picture]) -> None:
+        """Their rows, all of them or none; then their files."""
+        with self.transaction() as db:
+            db.executemany("DELETE FROM images WHERE id = ?", [(picture.id,) for picture in pictures])
+        for picture in pictures:
+            with suppress(FileNotFoundError):  # of a row that does not name a file of ours
+                self.path(picture).unlink()
+            (self.folder / "thumbnails" / f"{picture.id}.webp").unlink(missing_ok=True)
