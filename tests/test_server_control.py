@@ -33,6 +33,9 @@ def folder(tmp_path_factory):
     plainsd.save_control(tiny_net(sd, 1), nets / "depth")
     plainsd.save_control(tiny_net(tiny_sd(channels=(32, 32))), nets / "narrow.safetensors")
     (nets / "broken.safetensors").write_bytes(b"no such thing")
+    for name, config in (("torn", "{"), ("bare", (nets / "depth" / "config.json").read_text()), ("other", "{}")):
+        (nets / name).mkdir()
+        (nets / name / "config.json").write_text(config)
     return folder
 
 
@@ -53,7 +56,8 @@ UNIT = {"name": "edges", "image": encoded(MAP), "strength": 0.8, "end": 0.7}
 
 def test_what_is_there_is_told(server):
     info = server.get("/api/info").json()
-    assert info["controls"] == ["depth", "edges", "narrow"] and "broken" in info["unusable"]["controls"]
+    assert info["controls"] == ["depth", "edges", "narrow"] and [*info["control_nets"]] == info["controls"]
+    assert sorted(info["unusable"]["controls"]) == ["bare", "broken", "torn"]  # with "other" it has nothing to do
     assert info["control_nets"]["edges"] == {"kinds": 0, "adapter": False}
     assert info["models"][0]["controls"] == ["depth", "edges"]  # those that fit it
     assert info["preprocessors"] == ["none", "canny"] and "balanced" in info["control_modes"]

@@ -17,10 +17,10 @@ import plainsd
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.server.errors import Refused
-from plainsd.server.jobs import store as store_module
+from plainsd.server.jobs import migrations
 from plainsd.server.jobs import worker as worker_module
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING
-from plainsd.server.jobs.store import MIGRATIONS
+from plainsd.server.jobs.migrations import MIGRATIONS
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.restore import picture_told, settings_inside
@@ -495,7 +495,7 @@ def test_databases_of_other_versions(opened, tmp_path):
 
 def test_a_migration_is_whole_or_not_at_all(opened, monkeypatch):
     stop(opened(start=False))
-    monkeypatch.setattr(store_module, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE jobs ADD COLUMN new TEXT; NONSENSE;"))
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE jobs ADD COLUMN new TEXT; NONSENSE;"))
     with pytest.raises(UserError, match="cannot use the data folder .*syntax error"):
         opened(start=False)
     monkeypatch.undo()

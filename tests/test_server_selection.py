@@ -8,12 +8,19 @@ from io import BytesIO
 
 import pytest
 from conftest import noise_picture
-from serving import model_folder, open_service, png_bytes, served
+from serving import model_folder, open_service, png_bytes, served, until
 
 from plainsd.pictures.images import read_settings
 from plainsd.server import zips
-from plainsd.server.jobs.store import MIGRATIONS, Store
+from plainsd.server.jobs.migrations import MIGRATIONS
+from plainsd.server.jobs.store import Store
 from plainsd.server.limits import Limits
+
+ROW = ("a-0", "a", 0, "pictures/d/a-0.png", 8, 8, "{}", "[]", "", 1.0)
+ENTERED = (
+    "INSERT INTO images (id, job, place, file, width, height, settings, loras, search, created) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,30 +59,71 @@ def test_favourites_are_kept_with_the_picture_and_filter_the_history(server):
 def test_a_database_of_before_gets_its_column(tmp_path):
     with closing(sqlite3.connect(tmp_path / "plainsd.sqlite")) as db, db:
         db.executescript(MIGRATIONS[0] + MIGRATIONS[1] + "PRAGMA user_version = 2;")
-        values = ("a-0", "a", 0, "pictures/d/a-0.png", 8, 8, "{}", "[]", "", 1.0)
-        names = "id, job, place, file, width, height, settings, loras, search, created"
-        db.execute(f"INSERT INTO images ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        db.execute(ENTERED, ROW)
     with closing(Store(tmp_path)) as store:
         (picture,) = store.pictures()
         assert picture.favourite is False
         store.mark([picture], True)
         assert store.picture("a-0").favourite is True
+        assert store.db.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS) == 3
 
 
 # --- deletion --------------------------------------------------------------------------------------------------------
 
 
-def test_a_selection_is_deleted_with_its_files(server):
+def listed(server):
+    return {one["id"] for one in server.get("/api/images", params={"limit": 200}).json()["images"]}
+
+
+def test_a_selection_is_deleted_and_restored(server):
     ids = drawn(server)
-    paths = [server.service.store.path(server.service.picture(id)) for id in ids]
+    server.post("/api/images/favourites", {"ids": [ids[0]]})
     answer = server.post("/api/images/delete", {"ids": [ids[0], "nobody", ids[2]]})
-    assert answer.json() == {"ids": [ids[0], ids[2]]}
-    assert [path.exists() for path in paths] == [False, True, False]
-    assert server.get(f"/api/images/{ids[0]}").status_code == 404
-    assert server.get(f"/api/images/{ids[1]}").status_code == 200
+    assert answer.json() == {"ids": [ids[0], ids[2]]} and listed(server).isdisjoint({ids[0], ids[2]})
+    for path in (f"/api/images/{ids[0]}", f"/api/images/{ids[0]}.png", f"/api/images/{ids[0]}/thumbnail"):
+        assert server.get(path).status_code == 404
+    assert packed(server, [ids[0]]).status_code == 404
+    assert server.get("/api/images", params={"favourites": True}).json()["images"] == []
+    server.service.store.empty_trash(server.service.limits.undo)  # too early
+    restored = server.post("/api/images/restore", {"ids": [ids[0], "nobody", ids[2]]})
+    assert restored.json() == {"ids": [ids[0], ids[2]]} and listed(server) >= set(ids)
+    assert server.get(f"/api/images/{ids[0]}").json()["favourite"] is True
+    assert server.picture(ids[2]).size == (64, 64)
 
 
-@pytest.mark.parametrize("path", ["/api/images/delete", "/api/images/favourites"])
+def test_the_trash_is_emptied_in_time(tmp_path):
+    service = open_service([model_folder(tmp_path)], tmp_path / "data", Limits(undo=0.2))
+    with served(service) as server:
+        kept, gone = drawn(server, 2)
+        path = service.store.path(service.picture(gone))
+        server.post("/api/images/delete", {"ids": [gone]})
+        assert path.is_file() or service.store.restore([gone]) == []
+        until(lambda: not path.exists())
+        assert server.post("/api/images/restore", {"ids": [gone]}).json() == {"ids": []}
+        assert listed(server) == {kept} and service.store.path(service.picture(kept)).is_file()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_server_that_stops_empties_the_trash(tmp_path, killed):
+    store = Store(tmp_path)
+    (tmp_path / "pictures" / "d").mkdir()
+    path = tmp_path / "pictures" / "d" / "a-0.png"
+    path.write_bytes(b"png")
+    with store.transaction() as db:
+        db.execute(ENTERED.replace("created)", "created, deleted)").replace("?)", "?, 1.0)"), ROW)
+    store.db.close() if killed else store.close()
+    assert path.exists() == killed
+    with closing(Store(tmp_path)) as store:
+        assert not path.exists() and store.restore(["a-0"]) == []
+
+
+def test_a_picture_of_a_job_that_has_ended_is_not_named_any_more(server):
+    job = server.drawn(prompt="several", steps=1, count=2)
+    server.post("/api/images/delete", {"ids": [job["images"][0]]})
+    assert server.service.store.job(job["id"]).done == {1}
+
+
+@pytest.mark.parametrize("path", ["/api/images/delete", "/api/images/favourites", "/api/images/restore"])
 @pytest.mark.parametrize("ids", [[], ["a"] * 5])
 def test_a_selection_has_limits(server, path, ids):
     error = server.post(path, {"ids": ids}).json()["error"]

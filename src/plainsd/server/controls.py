@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from plainsd.pictures.control_checks import mismatch
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.preprocess import preprocessed
 from plainsd.server.errors import Refused
-from plainsd.server.folders import changed_at, readable
+from plainsd.server.folders import attempted, changed_at, readable, shown_name
 from plainsd.server.jobs.job import Followed
 from plainsd.server.limits import Limits
 from plainsd.server.schema import ControlRequest
@@ -46,11 +47,14 @@ class ControlNets:
     def known(self) -> dict[str, Path]:
         found = {name: path for name, (path, _) in readable(control_in, self.folder, self.unusable).items()}
         below = sorted(self.folder.iterdir()) if self.folder else []
-        return found | {
-            path.name: path
-            for path in below
-            if path.is_dir() and not hidden(path.name) and (is_control(path) or is_t2i_adapter(path))
-        }
+        for path in below:
+            if (config := path / "config.json").is_file() and not hidden(path.name):
+                content, why = attempted(control_in_folder, path, changed_at(config))
+                if content:
+                    found[path.name] = path
+                elif why:
+                    self.unusable[shown_name(path.name)] = why.replace(str(path), path.name)
+        return found
 
     def path(self, name: str) -> Path:
         """By name, with or without the digits behind it that A1111's clients send."""
@@ -69,19 +73,25 @@ class ControlNets:
 
     def bare(self, name: str) -> ControlNet | T2IAdapter:
         """Without weights: enough to check a request."""
-        path = self.path(name)
-        return net_without_weights(path, changed_at(path))
+        return bare_at(self.path(name))
+
+    def usable(self) -> dict[str, ControlNet | T2IAdapter]:
+        """All of them, without weights."""
+        nets = {}
+        for name, path in sorted(self.known().items()):
+            with suppress(UserError, OSError):  # it is gone since
+                nets[name] = bare_at(path)
+        return nets
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Those that are known: how many kinds of maps a net tells apart (0: it is for one), and whether it is a
         T2I-Adapter."""
-        nets = {name: self.bare(name) for name in sorted(self.known())}
         return {name: {"kinds": 0 if isinstance(net, T2IAdapter) else net.control.kinds,
-                       "adapter": isinstance(net, T2IAdapter)} for name, net in nets.items()}  # fmt: skip
+                       "adapter": isinstance(net, T2IAdapter)} for name, net in self.usable().items()}  # fmt: skip
 
     def fitting(self, sd: StableDiffusion) -> list[str]:
         """Those that can be used with this model."""
-        return [name for name in sorted(self.known()) if mismatch(self.bare(name), sd) is None]
+        return [name for name, net in self.usable().items() if mismatch(net, sd) is None]
 
     def net(self, name: str, model: str, sd: StableDiffusion) -> ControlNet | T2IAdapter:
         """Loaded beside the model, for files that are changes to one."""
@@ -96,6 +106,15 @@ class ControlNets:
 def control_in(path: Path) -> bool:
     """Whether a file holds one; UserError where it does not. Of the file nothing is kept."""
     return is_t2i_adapter(path) or bool(open_control(path).file.tensors)
+
+
+def control_in_folder(path: Path) -> bool:
+    """Likewise of a folder in diffusers' layout; False where it is for something else."""
+    return (is_control(path) or is_t2i_adapter(path)) and bare_at(path) is not None
+
+
+def bare_at(path: Path) -> ControlNet | T2IAdapter:
+    return net_without_weights(path, changed_at(path / "config.json" if path.is_dir() else path))
 
 
 @lru_cache(256)

@@ -19,6 +19,7 @@ class Limits:
     upload_pixels: int = 40_000_000  # of one picture that is sent
     queue: int = 256  # jobs that wait or run
     selection: int = 500  # pictures of the history that are marked, deleted or packed at once
+    undo: float = 60  # seconds for which deleted pictures can be restored
     seconds: float = 3600  # of drawing, for one job
 
     @property

@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import logging
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from plainsd.server.pool import Models, PoolOptions
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
 
+log = logging.getLogger("plainsd.server")
 HEARTBEAT = 15.0  # seconds between signs of life on an event stream
+TRASH_ROUND = 15.0  # seconds between looks at what is in the trash
 LAST_STEP = 30.0  # seconds that a stopping server waits for the step under way
 
 
@@ -39,6 +43,7 @@ class Service:
     queue: Queue
     worker: Worker
     limits: Limits
+    closing: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def open(
@@ -61,6 +66,20 @@ class Service:
             raise UserError(f"{what}; mend it or move it away, or choose another place with --data") from None
         return cls(models, store, queue, Worker(queue, models, store, limits, batch), limits)
 
+    def start(self) -> None:
+        """Draws what waits, and empties the trash from time to time."""
+        self.worker.start()
+        threading.Thread(target=self.keep_trash, name="trash", daemon=True).start()
+
+    def keep_trash(self) -> None:
+        while not self.closing.wait(min(TRASH_ROUND, self.limits.undo)):
+            try:
+                with self.store.lock:  # `close` takes it too
+                    if not self.closing.is_set():
+                        self.store.empty_trash(self.limits.undo)
+            except (sqlite3.Error, OSError) as error:
+                log.warning("the trash cannot be emptied (%s); it is tried again", error)
+
     def stop(self) -> None:
         """The worker stops after the step under way, and whoever listens or waits is let go."""
         self.queue.stop()
@@ -73,6 +92,7 @@ class Service:
         if self.worker.is_alive():
             self.worker.join(LAST_STEP)
         self.store.put_back()
+        self.closing.set()
         self.store.close()
 
     # --- jobs --------------------------------------------------------------------------------------------------------
@@ -144,10 +164,14 @@ class Service:
 
     def selected(self, ids: list[str], field: str) -> list[Picture]:
         """Those of these that are there, in this order, each once."""
+        return [found for id in self.selection(ids, field) if (found := self.store.picture(id))]
+
+    def selection(self, ids: list[str], field: str) -> list[str]:
+        """Each once; Refused where they are too many, or none."""
         if not 1 <= len(ids) <= self.limits.selection:
             what = f"{field} names {len(ids)} pictures"
             raise Refused(422, f"{what}; give 1 to {self.limits.selection}", field, len(ids))
-        return [found for id in dict.fromkeys(ids) if (found := self.store.picture(id))]
+        return [*dict.fromkeys(ids)]
 
     def files(self, job: Job) -> list[tuple[Picture, bytes]]:
         """The pictures of a job that is done, with their files, in order."""

@@ -48,7 +48,7 @@ def create_app(service: Service, hosts: Hosts, token: str | None = None, on_star
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
+        service.start()
         on_start()
         yield
         await run_in_threadpool(service.close)

@@ -26,6 +26,7 @@ from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.pictures.images import write_png
 from plainsd.server.jobs.job import ACTIVE, DONE, QUEUED, RUNNING, Job, Sheet, source_from
+from plainsd.server.jobs.migrations import migrate
 from plainsd.server.jobs.pictures import (
     NO_SETTINGS,
     UNREADABLE,
@@ -36,30 +37,9 @@ from plainsd.server.jobs.pictures import (
     tagged,
 )
 
-MIGRATIONS = (  # from each version of the database to the next; the first makes it
-    """
-CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, client TEXT NOT NULL, api TEXT NOT NULL,
-    model TEXT NOT NULL, loras TEXT NOT NULL, pictures TEXT NOT NULL, source TEXT, sheet TEXT, place TEXT NOT NULL,
-    state TEXT NOT NULL, error TEXT, attempts INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, started REAL,
-    finished REAL
-);
-CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state);
-CREATE TABLE IF NOT EXISTS images (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job TEXT NOT NULL, place INTEGER NOT NULL,
-    file TEXT NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, settings TEXT NOT NULL, loras TEXT NOT NULL,
-    search TEXT NOT NULL, created REAL NOT NULL, UNIQUE (job, place)
-);
-""",
-    # attempts are now those that ended the server; `alone` is 1 while a job is drawn by itself
-    """
-UPDATE jobs SET attempts = 0;
-ALTER TABLE jobs ADD COLUMN alone INTEGER NOT NULL DEFAULT 0;
-""",
-    "ALTER TABLE images ADD COLUMN favourite INTEGER NOT NULL DEFAULT 0;",
-)
 INPUT = re.compile(r"[0-9a-f]{32}\.png")  # names of `canvas.Base.kept`
 DRAFT = re.compile(r"\..+\.\d+\.part")  # names of `disk.draft_of`
+TRASHED = "SELECT 1 FROM images WHERE id = ? AND deleted IS NOT NULL"
 THUMBNAIL = 320  # pixels, the longer side
 
 
@@ -76,31 +56,17 @@ class Store:
             self.db.text_factory = lambda text: text.decode("utf-8", "replace")
             self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self.db.execute("PRAGMA journal_mode = WAL")
-            self.migrate()
+            migrate(self.db, self.folder)
             self.db.execute(
                 "UPDATE jobs SET attempts = attempts + alone, alone = 0 WHERE alone"
             )  # of one that was killed
             self.db.commit()
             self.sweep()
+            self.empty_trash()
         except (sqlite3.Error, OSError) as error:
             busy = "is locked" in str(error)
             why = "another server uses it; stop that one, or" if busy else f"{error};"
             raise UserError(f"cannot use the data folder '{folder}': {why} choose another place with --data") from None
-
-    def migrate(self) -> None:
-        """Brings an older database to this version, a step at a time, each whole or not at all. UserError for a newer
-        one."""
-        (version,) = self.db.execute("PRAGMA user_version").fetchone()
-        if version > len(MIGRATIONS):
-            what = f"cannot use the data folder '{self.folder}': its database is of version {version}"
-            remedy = "update it, or choose another place with --data"
-            raise UserError(f"{what}, this plainsd knows up to {len(MIGRATIONS)}; {remedy}")
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            try:
-                self.db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
-            except sqlite3.Error:
-                self.db.rollback()
-                raise
 
     def sweep(self) -> None:
         """Removes what a server that was killed had not finished writing; nobody else writes into this folder."""
@@ -112,6 +78,8 @@ class Store:
 
     def close(self) -> None:
         with self.lock:
+            with suppress(sqlite3.Error, OSError):  # the next start tries again
+                self.empty_trash()
             self.db.close()
 
     @contextmanager
@@ -184,7 +152,9 @@ class Store:
     def _job(self, row: sqlite3.Row) -> Job:
         """One row. What cannot be read of it is told in `problem`."""
         with self.lock:
-            done = self.db.execute("SELECT place FROM images WHERE job = ?", (row["id"],)).fetchall()
+            done = self.db.execute(
+                "SELECT place FROM images WHERE job = ? AND deleted IS NULL", (row["id"],)
+            ).fetchall()
         names = ("id", "number", "client", "api", "model", "place", "state", "error", "attempts", "created", "started",
                  "finished")  # fmt: skip
         known = {name: row[name] for name in names} | {"done": {place for (place,) in done}}
@@ -248,7 +218,7 @@ class Store:
 
     def picture(self, id: str) -> Picture | None:
         with self.lock:
-            row = self.db.execute("SELECT * FROM images WHERE id = ?", (id,)).fetchone()
+            row = self.db.execute("SELECT * FROM images WHERE id = ? AND deleted IS NULL", (id,)).fetchone()
         return self._picture(row) if row else None
 
     def pictures(
@@ -260,7 +230,7 @@ class Store:
         favourites: bool = False,
     ) -> list[Picture]:
         """Newest first. Every word of `search` must be found in prompt, negative prompt, model or seed."""
-        where = ["number < ?"]
+        where = ["number < ?", "deleted IS NULL"]
         values: list[int | str] = [before if before is not None else 2**62]
         for word in search.casefold().split():
             where.append("instr(search, ?)")
@@ -312,8 +282,28 @@ class Store:
             rows = [(favourite, picture.id) for picture in pictures]
             db.executemany("UPDATE images SET favourite = ? WHERE id = ?", rows)
 
+    def trash(self, pictures: list[Picture]) -> None:
+        """Out of the history, all of them or none; `restore` brings them back until `empty_trash` removes them."""
+        with self.transaction() as db:
+            rows = [(time.time(), picture.id) for picture in pictures]
+            db.executemany("UPDATE images SET deleted = ? WHERE id = ?", rows)
+
+    def restore(self, ids: list[str]) -> list[str]:
+        """Back into the history; the ids of those that were in the trash."""
+        with self.transaction() as db:
+            found = [id for id in ids if db.execute(TRASHED, (id,)).fetchone()]
+            db.executemany("UPDATE images SET deleted = NULL WHERE id = ?", [(id,) for id in found])
+        return found
+
+    def empty_trash(self, seconds: float = 0.0) -> None:
+        """Deletes what has been in the trash for so long."""
+        with self.lock:
+            rows = self.db.execute("SELECT * FROM images WHERE deleted <= ?", (time.time() - seconds,)).fetchall()
+            if rows:
+                self.delete([self._picture(row) for row in rows])
+
     def delete(self, pictures: list[Picture]) -> None:
-        """Their rows, all of them or none; then their files."""
+        """For good: their rows, all of them or none; then their files."""
         with self.transaction() as db:
             db.executemany("DELETE FROM images WHERE id = ?", [(picture.id,) for picture in pictures])
         for picture in pictures:
