@@ -24,7 +24,7 @@ from plainsd.pictures.control_checks import mismatch
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.preprocess import preprocessed
 from plainsd.server.errors import Refused
-from plainsd.server.folders import attempted, changed_at, readable, shown_name
+from plainsd.server.folders import attempted, changed_at, named_files, readable, shown_name
 from plainsd.server.jobs.job import Followed
 from plainsd.server.limits import Limits
 from plainsd.server.schema import ControlRequest
@@ -46,6 +46,10 @@ class ControlNets:
 
     def known(self) -> dict[str, Path]:
         found = {name: path for name, (path, _) in readable(control_in, self.folder, self.unusable).items()}
+        for name, path in named_files(self.folder).items():
+            if path.parent != self.folder and (path.parent / "config.json").is_file():  # it goes by its folder's name
+                found.pop(name, None)
+                self.unusable.pop(shown_name(name), None)
         below = sorted(self.folder.iterdir()) if self.folder else []
         for path in below:
             if (config := path / "config.json").is_file() and not hidden(path.name):
