@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import tiny_sd
+from conftest import difference, tiny_sd
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 
 import plainsd
-from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.sampling import decode
 from plainsd.pictures.seamless import seamless
@@ -88,11 +87,22 @@ def test_it_is_written_and_read(generate, tmp_path):
     assert again.read_bytes() == made.read_bytes()
 
 
-def test_packed_layers_are_refused():
+@pytest.mark.parametrize("cache", [None, 2])
+def test_packed_layers_see_past_an_edge_too(cache):
+    """Maps are doubled by smaller convolutions there; and the same model draws with edges and without, in any order."""
     from plainsd.speed.model import can_pack, faster
 
     if not can_pack(torch.float32):
         pytest.skip("this PyTorch has no oneDNN")
-    with pytest.raises(UserError, match="leave --fast out") as caught:
-        plainsd.text_to_image(faster(tiny_sd()), "a", steps=1, tiling=True)
-    assert caught.value.field == "tiling"
+    plain, fast = tiny_sd(), faster(tiny_sd())
+    for tiling in (True, False, True):
+        one, other = (
+            plainsd.final(plainsd.text_to_image(sd, "a", steps=2, guidance=4.0, tiling=tiling, cache=cache))[0]
+            for sd in (plain, fast)
+        )
+        assert difference(one, other) <= 1
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    factor = fast.vae.config.factor
+    with torch.no_grad():
+        whole, shifted = decode(fast, latents, tiling=True), decode(fast, latents.roll((4, 6), (2, 3)), tiling=True)
+    assert (shifted - whole.roll((4 * factor, 6 * factor), (2, 3))).abs().max() < 1e-5

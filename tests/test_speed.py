@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from plainsd.adapters.layers import LowRank, attach
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
+from plainsd.models.forms import OtherForm
 from plainsd.models.layers import Attention, Upsample
 from plainsd.models.unet import FeedForward
 from plainsd.pictures.noise import NoiseOfEach
@@ -86,6 +88,69 @@ def test_faster_in_bfloat16_is_no_less_exact():
         for sd in (tiny_sd().to(dtype=torch.bfloat16), model.faster(tiny_sd().to(dtype=torch.bfloat16)))
     )
     assert 1e-4 < plain and fast < 1.2 * plain
+
+
+# ---- packed layers give back what they were made from
+
+
+def weights_of(sd):
+    return [
+        {name: (tensor.dtype, tensor) for name, tensor in network.state_dict().items()}
+        for network in model.networks_of(sd)
+    ]
+
+
+def assert_equal_weights(found, expected):
+    for ours, theirs in zip(weights_of(found), weights_of(expected), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, (dtype, tensor) in theirs.items():
+            assert ours[name][0] == dtype and torch.equal(ours[name][1], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", [{}, {"variant": TINY_XL}], ids=["sd1", "sdxl"])
+def test_a_packed_model_is_unpacked_exactly(variant, dtype):
+    """After it has drawn at two sizes; and what is drawn then has the same bits as before packing."""
+    needs_onednn_in(dtype)
+    plain, packed = (tiny_sd(**variant).to(dtype=dtype) for _ in range(2))
+    model.faster(packed)
+    for size in (64, 48):
+        final(text_to_image(packed, **PROMPT | {"size": size, "tiling": size == 48}))
+    assert_equal_weights(packed, plain)
+    model.unpack(packed)
+    kinds = {type(module) for network in model.networks_of(packed) for module in network.modules()}
+    assert kinds == {type(module) for network in model.networks_of(plain) for module in network.modules()}
+    assert_equal_weights(packed, plain)
+    plain.unet.to(memory_format=torch.channels_last)
+    assert torch.equal(latents(packed), latents(plain))
+    assert not any(isinstance(module, OtherForm) for module in packed.unet.modules())
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda sd: pickle.loads(pickle.dumps(sd))], ids=["copy", "pickle"])
+def test_a_packed_model_is_copied(change):
+    packed = model.faster(tiny_sd())
+    twin = change(packed)
+    assert_equal_weights(twin, packed)
+    assert torch.equal(latents(twin), latents(packed))
+
+
+def test_a_packed_model_changes_its_precision():
+    """As the VAE does that overflows."""
+    needs_onednn_in(torch.bfloat16)
+    packed, plain = model.faster(tiny_sd().to(dtype=torch.bfloat16)), tiny_sd().to(dtype=torch.bfloat16)
+    for sd in (packed, plain):
+        sd.to(dtype=torch.float32)
+    assert_equal_weights(packed, plain)
+    assert relative(latents(packed), latents(plain)) < 1e-4
+
+
+def test_a_packed_model_is_saved_as_the_plain_one(tmp_path):
+    import plainsd
+
+    for name, sd in (("plain", tiny_sd()), ("packed", model.faster(tiny_sd()))):
+        plainsd.save(sd, tmp_path / name)
+    for path in (tmp_path / "plain").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "packed" / path.relative_to(tmp_path / "plain")).read_bytes(), path
 
 
 def test_the_refiner_is_made_faster_too():

@@ -19,7 +19,6 @@ from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.sampling import levels_of, second_pass
-from plainsd.pictures.seamless import check_seamless
 from plainsd.pictures.settings import (
     DEFAULTS,
     LATENT_MODES,
@@ -64,8 +63,6 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
         )
     check_upscaler(sd, settings.upscaler)
     check_mask_options(settings)
-    if settings.tiling:
-        check_seamless(sd.unet, sd.vae)
     if (
         not encodes(sd)
         and settings.strength is not None

@@ -123,8 +123,7 @@ def explain(
     """Draws one picture, the same as `text_to_image` with these choices, and keeps what is seen on the way.
 
     Without `decoded` the estimates of the steps are not decoded, which takes about as long as the drawing. `show` is
-    told each step. UserError for prompts that change on the way or are joined by AND, for models with a
-    refiner, and for those that `faster` has packed.
+    told each step. UserError for prompts that change on the way or are joined by AND, and for models with a refiner.
     """
     if sd.refiner is not None:
         raise UserError("explain watches one model, and this one has a refiner; leave the refiner out", field="refiner")

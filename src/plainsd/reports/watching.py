@@ -18,7 +18,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from plainsd.errors import UserError
 from plainsd.models.layers import Attention
 from plainsd.models.unet import Transformer, TransformerBlock, UNet
 from plainsd.pictures.model import StableDiffusion
@@ -93,11 +92,9 @@ def attention_map(attention: Attention, x: Tensor, context: Tensor) -> Tensor:
 
 @contextmanager
 def watched(sd: StableDiffusion) -> Iterator[Watcher]:
-    """Hooks on the UNet, gone afterwards. UserError where its attention is no longer plain."""
+    """Hooks on the UNet, gone afterwards."""
     watch, handles = Watcher(), []
     blocks = [block for block in sd.unet.modules() if isinstance(block, TransformerBlock)]
-    if not all(isinstance(layer, Attention) for block in blocks for layer in (block.self_attn, block.cross_attn)):
-        raise UserError("the model's attention is packed, and its maps cannot be read; load it anew, and not faster")
     try:
         handles.append(sd.unet.register_forward_pre_hook(watch.asked))
         handles.append(sd.unet.register_forward_hook(watch.answered))

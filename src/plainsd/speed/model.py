@@ -9,8 +9,8 @@
     trained_faster     GroupNorm and SiLU, and GEGLU, in one while training; long attention   (CPU with AVX512_BF16)
     compile_unet       fused kernels by torch.compile; minutes the first time                 (CPU, GPU)
 
-`faster` applies what pays on the model's device. All of them work in place and come last: a packed model can no longer
-be trained, saved or given adapters. The plain forward passes stay as they are.
+`faster` applies what pays on the model's device. All of them work in place and come last: adapters are added before. A
+packed model is saved as ever, and trained after `unpack`. The plain forward passes stay as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from plainsd.errors import UserError
+from plainsd.models import forms
 from plainsd.models.layers import Attention
 from plainsd.pictures.model import StableDiffusion
 from plainsd.speed import kernels
@@ -63,6 +64,18 @@ def can_pack(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def unpack(sd: StableDiffusion) -> None:
+    """Gives a packed model its plain layers back, with the same numbers and weights channels last, to train it or to
+    give it adapters; then `faster` again."""
+    for model in (sd, sd.refiner):
+        for network in networks_of(model) if model is not None else []:
+            forms.unpack(network)
+            network.to(memory_format=torch.channels_last)
+            for module in network.modules():
+                if isinstance(module, Attention):
+                    module.attend = nn.functional.scaled_dot_product_attention
 
 
 def pack(sd: StableDiffusion, *, unet: bool = True) -> None:

@@ -1,15 +1,18 @@
 """Layers with weights packed for a CPU's matrix units, which replace the plain ones; see model.py.
 
-For inference in float32 and bfloat16, with PyTorch's oneDNN, and kernels.cpp where that works.
+For inference in float32 and bfloat16, with PyTorch's oneDNN, and kernels.cpp where that works. Packing moves numbers,
+and changes none: `plain()` of each gives the layer back exactly (models/forms.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plainsd.models.forms import OtherForm, plain_of, refilled
 from plainsd.models.layers import Attention, Beside, ResBlock, Upsample, found_beside
 from plainsd.models.unet import FeedForward
 from plainsd.speed import kernels
@@ -19,19 +22,19 @@ SMALL, SHORT = 2**18, 2**23  # elements of a weight, and multiplications, up to 
 
 
 def pack_inside(module: nn.Module) -> None:
-    """Replaces the plain layers inside by packed ones, except those with a LoRA."""
+    """Replaces the plain layers inside by packed ones, except those with a LoRA, or with weights in 8 bits."""
     for name, child in module.named_children():
         if type(child) is ResBlock and have_kernels(child.conv1.weight.dtype):
             child = PackedResBlock(child)
             setattr(module, name, child)
-        if type(child) is FeedForward and type(child.up) is nn.Linear and type(child.down) is nn.Linear:
+        if type(child) is FeedForward and is_linear(child.up) and is_linear(child.down):
             setattr(module, name, PackedFeedForward(child))
         elif type(child) is Upsample and type(child.conv) is nn.Conv2d:
             setattr(module, name, PackedUpsample(child))
-        elif name in PACKED and all(type(layer) is nn.Linear for layer in (child.q, child.k, child.v, child.out)):
+        elif name in PACKED and type(child) is Attention and all(map(is_linear, child.children())):
             setattr(module, name, PACKED[name](child))
-        elif type(child) is nn.Linear:
-            setattr(module, name, PackedLinear(child.weight, child.bias))
+        elif is_linear(child):
+            setattr(module, name, PackedLinear(child))
         elif type(child) is nn.Conv2d:
             setattr(module, name, PackedPoint(child) if is_point(child) else PackedConv(child))
         elif type(child) in NORMS and have_kernels(child.weight.dtype):
@@ -40,16 +43,28 @@ def pack_inside(module: nn.Module) -> None:
             pack_inside(child)
 
 
-class PackedLinear(nn.Module):
+def is_linear(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+
+
+def own_bias(layer: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
+    return None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+
+
+class PackedLinear(OtherForm):
     """A Linear whose weight is packed for oneDNN, or for small products our kernel."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, plain: nn.Linear):
         super().__init__()
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        weight = plain.weight.detach()
+        self.form, self.bias = (refilled(plain, {}),), own_bias(plain)
         self.n, k = weight.shape
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         small = weight.numel() <= SMALL and k % 2 == 0 and have_kernels(weight.dtype)
-        self.small = kernels.packed_weight(weight.detach()) if small else None
+        self.small = kernels.packed_weight(weight) if small else None
+
+    def plain(self) -> nn.Linear:
+        return refilled(self.form[0], {"weight": self.weight.to_dense(), "bias": self.bias})
 
     def forward(self, x: Tensor) -> Tensor:
         if self.short(x):
@@ -72,58 +87,87 @@ class PackedLinear(nn.Module):
         return self.small is not None and x.numel() * self.n <= SHORT
 
 
-class PackedConv(nn.Module):
-    """A packed Conv2d on channels-last maps. The best layout depends on the map's size: another size repacks."""
+class PackedConv(OtherForm):
+    """A packed Conv2d on channels-last maps. The best layout depends on the map's size: another size repacks.
 
-    def __init__(self, conv: nn.Conv2d):
+    `padding_mode` may change between calls, as that of the plain one.
+    """
+
+    def __init__(self, plain: nn.Conv2d):
         super().__init__()
-        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
-        self.how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        self.weight, self.size = conv.weight.detach(), None
+        self.form, self.bias = (refilled(plain, {}),), own_bias(plain)
+        self.padding, self.padding_mode = list(plain.padding), plain.padding_mode
+        self.moves = (list(plain.stride), list(plain.dilation), plain.groups)
+        self.weight = plain.weight.detach()
+        self.suits: tuple[int, ...] | None = None  # height, width and padding of maps that the layout is for
+
+    def plain(self) -> nn.Conv2d:
+        weight = self.weight if self.suits is None else self.weight.to_dense()
+        plain = refilled(self.form[0], {"weight": weight, "bias": self.bias})
+        plain.padding_mode = self.padding_mode
+        return plain
 
     def forward(self, x: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            (rows, columns), padding = self.padding, [0, 0]
+            x = F.pad(x, (columns, columns, rows, rows), mode=self.padding_mode)
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.size != x.shape[2:]:
-            plain = self.weight if self.size is None else self.weight.to_dense()
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, *self.how, list(x.shape))
-            self.size = x.shape[2:]
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.how, "none", [], "")
+        if self.suits != (*x.shape[2:], *padding):
+            plain = self.weight if self.suits is None else self.weight.to_dense()
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, padding, *self.moves, list(x.shape))
+            self.suits = (*x.shape[2:], *padding)
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, padding, *self.moves, "none", [], "")
 
 
 def is_point(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
-class PackedPoint(nn.Module):
+class PackedPoint(OtherForm):
     """A 1x1 Conv2d as a Linear over the channels of each position. (B, C, H, W) -> (B, C', H, W)."""
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, plain: nn.Conv2d):
         super().__init__()
-        self.linear = PackedLinear(conv.weight.flatten(1), conv.bias)
+        self.form, self.linear = (refilled(plain, {}),), PackedLinear(linear_of(plain.weight.flatten(1), plain.bias))
+
+    def plain(self) -> nn.Conv2d:
+        linear = self.linear.plain()
+        return refilled(self.form[0], {"weight": linear.weight[:, :, None, None], "bias": linear.bias})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
-class PackedLayerNorm(nn.LayerNorm):
-    """LayerNorm with float32 weight and bias, for the kernel."""
+class PackedNorm(OtherForm):
+    """A normalisation with float32 weight and bias, for the kernel."""
+
+    def take(self, plain: nn.LayerNorm | nn.GroupNorm) -> None:
+        self.form, self.kind = (refilled(plain, {}),), plain.weight.dtype
+        self.load_state_dict(plain.state_dict())
+        self.requires_grad_(False)
+
+    def plain(self) -> nn.Module:
+        return refilled(self.form[0], {name: weight.to(self.kind) for name, weight in self.named_parameters()})
+
+
+class PackedLayerNorm(PackedNorm, nn.LayerNorm):
+    """LayerNorm of rows."""
 
     def __init__(self, plain: nn.LayerNorm):
         super().__init__(plain.normalized_shape, plain.eps)
-        self.load_state_dict(plain.state_dict())
-        self.requires_grad_(False)
+        self.take(plain)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(self, x)
 
 
-class PackedGroupNorm(nn.GroupNorm):
-    """Likewise. Its output is channels last."""
+class PackedGroupNorm(PackedNorm, nn.GroupNorm):
+    """GroupNorm of maps, its output channels last."""
 
     def __init__(self, plain: nn.GroupNorm):
         super().__init__(plain.num_groups, plain.num_channels, plain.eps)
-        self.load_state_dict(plain.state_dict())
-        self.requires_grad_(False)
+        self.take(plain)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.group_norm(self, x)
@@ -132,14 +176,18 @@ class PackedGroupNorm(nn.GroupNorm):
 NORMS = {nn.LayerNorm: PackedLayerNorm, nn.GroupNorm: PackedGroupNorm}
 
 
-class PackedResBlock(nn.Module):
+class PackedResBlock(OtherForm):
     """A ResBlock whose normalisations, shift and SiLUs are one pass each."""
 
     def __init__(self, plain: ResBlock):
         super().__init__()
+        self.form = (refilled(plain, {}),)
         for name, child in plain.named_children():
             setattr(self, name, PackedGroupNorm(child) if name in ("norm1", "norm2") else child)
         self.emb = plain.emb
+
+    def plain(self) -> ResBlock:
+        return refilled(self.form[0], {}, {name: plain_of(child) for name, child in self.named_children()})
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(kernels.fused_norm_silu(self.norm1, x))
@@ -148,7 +196,7 @@ class PackedResBlock(nn.Module):
         return h.add_(self.skip(x))
 
 
-class PackedUpsample(nn.Module):
+class PackedUpsample(OtherForm):
     """2x upsampling and the 3x3 convolution after it, in 16 multiplications per input pixel and channel, not 36.
 
     In the doubled map, the three rows that an even output row reads are two rows of the small map: one weight meets the
@@ -159,16 +207,17 @@ class PackedUpsample(nn.Module):
 
     def __init__(self, plain: Upsample):
         super().__init__()
-        self.whole, weight = PackedConv(plain.conv), plain.conv.weight
-        self.channels = len(weight)
+        weight, bias = plain.conv.weight.detach(), plain.conv.bias
+        self.form, self.whole, self.channels = (refilled(plain, {}),), PackedConv(plain.conv), len(weight)
         self.kinds = nn.ModuleDict()
         for row, column in KINDS:
-            conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 2, padding=1, dtype=weight.dtype).requires_grad_(
-                False
-            )
-            conv.weight.copy_(_merged(_merged(weight.float(), 2, row), 3, column))
-            conv.bias.copy_(plain.conv.bias)
+            merged = _merged(_merged(weight.float(), 2, row), 3, column).to(weight.dtype)
+            conv = refilled(plain.conv, {"weight": merged, "bias": bias})
+            conv.kernel_size = (2, 2)
             self.kinds[f"{row}{column}"] = PackedConv(conv)
+
+    def plain(self) -> Upsample:
+        return refilled(self.form[0], {}, {"conv": self.whole.plain()})
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         height, width = x.shape[2:]
@@ -190,50 +239,82 @@ def _merged(weight: Tensor, dim: int, odd: int) -> Tensor:
     return torch.stack([first + second, third] if odd else [first, second + third], dim)
 
 
-class PackedFeedForward(nn.Module):
+class PackedFeedForward(OtherForm):
     """GEGLU in three calls: gate = GELU of one half of the projection, value * gate, down."""
 
     def __init__(self, plain: FeedForward):
         super().__init__()
-        (value, gate), biases = plain.up.weight.chunk(2), plain.up.bias.chunk(2)
-        self.value, self.gate = PackedLinear(value, biases[0]), PackedLinear(gate, biases[1])
-        self.down = PackedLinear(plain.down.weight, plain.down.bias)
+        self.form, halves = (refilled(plain, {}),), linears(plain.up, 2)
+        self.value, self.gate, self.down = (PackedLinear(layer) for layer in (*halves, plain.down))
+
+    def plain(self) -> FeedForward:
+        up = together(self.value.plain(), self.gate.plain())
+        return refilled(self.form[0], {}, {"up": up, "down": self.down.plain()})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.value.times(x, self.gate.gelu(x)))
 
 
-def together(*layers: nn.Linear) -> PackedLinear:
+def together(*layers: nn.Linear) -> nn.Linear:
     """Layers with the same input fused into one, with their outputs concatenated."""
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return PackedLinear(torch.cat([layer.weight for layer in layers]), bias)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return linear_of(torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
 
 
-class PackedSelfAttention(nn.Module):
+def linears(layer: nn.Linear, parts: int) -> list[nn.Linear]:
+    """The inverse of `together`, for parts of equal width."""
+    biases = [None] * parts if layer.bias is None else layer.bias.chunk(parts)
+    return [linear_of(*pair) for pair in zip(layer.weight.chunk(parts), biases, strict=True)]
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear with these weights; none are drawn for it."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    (layer.out_features, layer.in_features), layer.weight = weight.shape, nn.Parameter(weight.detach())
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
+    return layer
+
+
+class PackedSelfAttention(OtherForm):
     """The UNet's self-attention, with queries, keys and values from one product."""
 
     def __init__(self, plain: Attention):
         super().__init__()
-        self.heads, self.attend = plain.heads, plain.attend
-        self.qkv, self.out = together(plain.q, plain.k, plain.v), PackedLinear(plain.out.weight, plain.out.bias)
+        self.form, self.heads, self.attend = (refilled(plain, {}),), plain.heads, plain.attend
+        self.qkv, self.out = PackedLinear(together(plain.q, plain.k, plain.v)), PackedLinear(plain.out)
+
+    def plain(self) -> Attention:
+        q, k, v = linears(self.qkv.plain(), 3)
+        return attention_of(self.form[0], self.attend, q, k, v, self.out.plain())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.attend(*split_heads(self.qkv(x), 3, self.heads)).transpose(1, 2).flatten(2))
+
+    def q(self, x: Tensor) -> Tensor:
+        return self.qkv(x).chunk(3, dim=-1)[0]
+
+    def k(self, x: Tensor) -> Tensor:
+        return self.qkv(x).chunk(3, dim=-1)[1]
 
     def v(self, x: Tensor) -> Tensor:
         return self.qkv(x).chunk(3, dim=-1)[2]
 
 
-class PackedCrossAttention(nn.Module):
+class PackedCrossAttention(OtherForm):
     """The UNet's cross-attention. Keys and values are computed once and kept while the context is the same tensor."""
 
     def __init__(self, plain: Attention):
         super().__init__()
-        self.heads, self.attend = plain.heads, plain.attend
-        self.q, self.out = (PackedLinear(layer.weight, layer.bias) for layer in (plain.q, plain.out))
-        self.kv = together(plain.k, plain.v)
+        self.form, self.heads, self.attend = (refilled(plain, {}),), plain.heads, plain.attend
+        self.q, self.out = PackedLinear(plain.q), PackedLinear(plain.out)
+        self.kv = PackedLinear(together(plain.k, plain.v))
         self.seen: Tensor | None = None
         self.kept: list[Tensor] = []
+
+    def plain(self) -> Attention:
+        k, v = linears(self.kv.plain(), 2)
+        return attention_of(self.form[0], self.attend, self.q.plain(), k, v, self.out.plain())
 
     def forward(self, x: Tensor, context: Tensor, beside: Sequence[Beside] = ()) -> Tensor:
         if context is not self.seen:
@@ -243,6 +324,16 @@ class PackedCrossAttention(nn.Module):
         for more in beside:
             x = x + found_beside(more, q, self.attend)
         return self.out(x.transpose(1, 2).flatten(2))
+
+    def k(self, context: Tensor) -> Tensor:
+        return self.kv(context).chunk(2, dim=-1)[0]
+
+
+def attention_of(like: Attention, attend: Callable[..., Tensor], *layers: nn.Linear) -> Attention:
+    """An Attention of the layers q, k, v and out."""
+    plain = refilled(like, {}, dict(zip(("q", "k", "v", "out"), layers, strict=True)))
+    plain.attend = attend
+    return plain
 
 
 PACKED = {"self_attn": PackedSelfAttention, "cross_attn": PackedCrossAttention}
