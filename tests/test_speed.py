@@ -12,12 +12,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from plainsd.adapters.kinds import Difference
 from plainsd.adapters.layers import LowRank, attach
+from plainsd.adapters.lora import add_lora, inject, save_lora
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.models.forms import OtherForm
-from plainsd.models.layers import Attention, Upsample
+from plainsd.models.layers import Upsample
 from plainsd.models.unet import FeedForward
 from plainsd.pictures.noise import NoiseOfEach
 from plainsd.speed import model
@@ -117,7 +119,7 @@ def test_a_packed_model_is_unpacked_exactly(variant, dtype):
     for size in (64, 48):
         final(text_to_image(packed, **PROMPT | {"size": size, "tiling": size == 48}))
     assert_equal_weights(packed, plain)
-    model.unpack(packed)
+    model.plain_again(packed)
     kinds = {type(module) for network in model.networks_of(packed) for module in network.modules()}
     assert kinds == {type(module) for network in model.networks_of(plain) for module in network.modules()}
     assert_equal_weights(packed, plain)
@@ -160,19 +162,53 @@ def test_the_refiner_is_made_faster_too():
     assert isinstance(sd.refiner.unet.conv_in, PackedConv)
 
 
-def test_layers_with_a_lora_stay_and_keep_it():
+@pytest.mark.parametrize(
+    "place",
+    [
+        "mid.attn.blocks.0.self_attn.q",
+        "mid.attn.blocks.0.cross_attn.v",
+        "mid.attn.blocks.0.ff.up",
+        "mid.res1.conv1",
+        "mid.res1.norm1",
+        "mid.res1.emb",
+        "up.1.resample.conv",
+    ],
+)
+def test_layers_with_a_lora_stay_and_keep_it(place):
     def adapted():
-        sd = tiny_sd()
-        layer = next(module for module in sd.unet.modules() if isinstance(module, Attention)).q
-        generator = torch.Generator().manual_seed(0)
-        down, up = (
-            torch.randn(shape, generator=generator) for shape in ((2, layer.in_features), (layer.out_features, 2))
-        )
-        attach(layer, "one", LowRank(down, up, 2.0))
+        sd, generator = tiny_sd(), torch.Generator().manual_seed(0)
+        layer = sd.unet.get_submodule(place)
+        if layer.weight.ndim == 1:
+            shape = layer.weight.shape
+            attach(layer, "one", Difference({"diff": torch.randn(shape, generator=generator)}, 1.0, shape))
+        else:
+            (o, i), sides = layer.weight.shape[:2], layer.weight.shape[2:]
+            down, up = torch.randn(2, i, *sides, generator=generator), torch.randn(o, 2, generator=generator) / 2
+            attach(layer, "one", LowRank(down, up[(...,) + (None,) * len(sides)], 2.0))
         return sd
 
     assert_as_exact(model.faster(adapted()), adapted)
     assert relative(latents(adapted()), latents(tiny_sd())) > 1e-3
+
+
+def test_a_lora_is_added_to_a_packed_model(tmp_path):
+    """Whose layers are then plain again; packed anew it draws as one that had it before."""
+    sd = tiny_sd()
+    lora = inject(sd.unet, rank=2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for weight in lora.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) / 4)
+    save_lora(sd, tmp_path / "one.safetensors")
+
+    def adapted(sd):
+        add_lora(sd, tmp_path / "one.safetensors", 0.7)
+        return sd
+
+    with pytest.warns(UserWarning, match="call faster again after them"):
+        late = adapted(model.faster(tiny_sd()))
+    assert_equal_weights(late, adapted(tiny_sd()))
+    assert torch.equal(latents(model.faster(late)), latents(model.faster(adapted(tiny_sd()))))
+    assert relative(latents(late), latents(tiny_sd())) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def load_control(
     """
     device = base.device if base is not None and device == "auto" else choose_device(device)
     dtype = base.dtype if base is not None and dtype == "auto" else choose_dtype(dtype, device)
-    weights = None if base is None else base.unet.state_dict()
+    weights = None if base is None else base.unet.state_dict
     path = find(path, variant_file)
     stored = open_t2i_adapter(path) if is_t2i_adapter(path) else open_control(path, variant_file).network(weights)
     net = stored.build(device, dtype)

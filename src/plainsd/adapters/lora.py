@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from plainsd.adapters.reading import open_lora, tensors_by_module
 from plainsd.adapters.writing import write_lora
 from plainsd.errors import UserError, unknown
 from plainsd.listing import files_below, suffix_of
+from plainsd.models.forms import make_plain
 from plainsd.pictures.model import StableDiffusion
 
 LORA_SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
@@ -136,7 +138,10 @@ def add_lora(
 ) -> Lora:
     """Adds a file's LoRA to a model, on top of others. Names that fit no module are an error, or, if `partial`,
     ignored. Adapters have the device and dtype of the weights. Words in the file are added to the model, and stay when
-    the LoRA is removed."""
+    the LoRA is removed. Networks that `faster` has packed are unpacked, with a warning."""
+    unpacked = [make_plain(network) for network in adaptable_networks(sd).values()]  # all of them
+    if any(unpacked):
+        warnings.warn("the model was packed, and LoRAs need plain layers: call faster again after them", stacklevel=2)
     file = open_lora(Path(path))
     text_strength = strength if text_strength is None else text_strength
     check_strengths(strength, text_strength)

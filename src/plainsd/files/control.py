@@ -12,7 +12,7 @@ A file from elsewhere must have the shape of a known model's net; one of ours ha
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,8 +57,8 @@ class StoredControl:
     names: str = "diffusers"  # or "original"
     form: str = ""  # or DIFFERENCE, LOW_RANK: what it takes from a base
 
-    def network(self, base: Mapping[str, Tensor] | None = None) -> StoredNetwork:
-        """The whole net. `base`: a UNet's weights by our names, where the file has a part only."""
+    def network(self, base: Callable[[], Mapping[str, Tensor]] | None = None) -> StoredNetwork:
+        """The whole net. `base`: gives a UNet's weights by our names, where the file has a part only."""
         if not self.form:
             return read_network(self.file, ControlNet, self.config, conv=self.conv, layout=self.names)
         if base is None:
@@ -67,7 +67,7 @@ class StoredControl:
                 "it with base=",
                 field="control",
             )
-        return StoredNetwork(ControlNet, self.config, with_base(self, base))
+        return StoredNetwork(ControlNet, self.config, with_base(self, base()))
 
 
 # --- what it is ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class OtherForm(nn.Module):
         return type(self), (self.plain(),)
 
 
-def unpack(network: nn.Module) -> bool:
+def make_plain(network: nn.Module) -> bool:
     """Replaces all layers in another form by the plain ones they were made from. Whether there were any."""
     found = False
     for name, child in network.named_children():
@@ -40,7 +40,7 @@ def unpack(network: nn.Module) -> bool:
             setattr(network, name, child.plain())
             found = True
         else:
-            found |= unpack(child)
+            found |= make_plain(child)
     return found
 
 

@@ -6,7 +6,13 @@ more than rounding says so (int8.py). Each function has an equality test and a r
 
 from importlib import import_module
 
-_HOME = {"faster": "model", "pack": "model", "unpack": "model", "compile_unet": "model", "trained_faster": "training"}
+_HOME = {
+    "faster": "model",
+    "pack": "model",
+    "plain_again": "model",
+    "compile_unet": "model",
+    "trained_faster": "training",
+}
 __all__ = list(_HOME)
 
 

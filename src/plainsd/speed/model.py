@@ -10,7 +10,7 @@
     compile_unet       fused kernels by torch.compile; minutes the first time                 (CPU, GPU)
 
 `faster` applies what pays on the model's device. All of them work in place and come last: adapters are added before. A
-packed model is saved as ever, and trained after `unpack`. The plain forward passes stay as they are.
+packed model is saved as ever, and trained after `plain_again`. The plain forward passes stay as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def faster(
     if sd.refiner is not None:
         faster(sd.refiner, compiled=compiled, tell=tell)
     for network in networks_of(sd):
-        network.to(memory_format=torch.channels_last)
+        channels_last(network)
     if sd.device.type == "cpu":
         attend_faster(sd)
         if can_pack(sd.dtype):
@@ -55,6 +55,13 @@ def networks_of(sd: StableDiffusion) -> list[nn.Module]:
     return [*sd.text_encoders, sd.unet, sd.vae]
 
 
+def channels_last(network: nn.Module) -> None:
+    """Lays out the weights of its plain convolutions so."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+
+
 # ---- packed weights
 
 
@@ -66,13 +73,13 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def unpack(sd: StableDiffusion) -> None:
+def plain_again(sd: StableDiffusion) -> None:
     """Gives a packed model its plain layers back, with the same numbers and weights channels last, to train it or to
     give it adapters; then `faster` again."""
     for model in (sd, sd.refiner):
         for network in networks_of(model) if model is not None else []:
-            forms.unpack(network)
-            network.to(memory_format=torch.channels_last)
+            forms.make_plain(network)
+            channels_last(network)
             for module in network.modules():
                 if isinstance(module, Attention):
                     module.attend = nn.functional.scaled_dot_product_attention

@@ -24,10 +24,9 @@ SMALL, SHORT = 2**18, 2**23  # elements of a weight, and multiplications, up to 
 def pack_inside(module: nn.Module) -> None:
     """Replaces the plain layers inside by packed ones, except those with a LoRA, or with weights in 8 bits."""
     for name, child in module.named_children():
-        if type(child) is ResBlock and have_kernels(child.conv1.weight.dtype):
-            child = PackedResBlock(child)
-            setattr(module, name, child)
-        if type(child) is FeedForward and is_linear(child.up) and is_linear(child.down):
+        if type(child) is ResBlock and fuses(child):
+            setattr(module, name, PackedResBlock(child))
+        elif type(child) is FeedForward and is_linear(child.up) and is_linear(child.down):
             setattr(module, name, PackedFeedForward(child))
         elif type(child) is Upsample and type(child.conv) is nn.Conv2d:
             setattr(module, name, PackedUpsample(child))
@@ -41,6 +40,10 @@ def pack_inside(module: nn.Module) -> None:
             setattr(module, name, NORMS[type(child)](child))
         else:
             pack_inside(child)
+
+
+def fuses(block: ResBlock) -> bool:
+    return type(block.norm1) is type(block.norm2) is nn.GroupNorm and have_kernels(block.norm1.weight.dtype)
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -185,6 +188,7 @@ class PackedResBlock(OtherForm):
         for name, child in plain.named_children():
             setattr(self, name, PackedGroupNorm(child) if name in ("norm1", "norm2") else child)
         self.emb = plain.emb
+        pack_inside(self)
 
     def plain(self) -> ResBlock:
         return refilled(self.form[0], {}, {name: plain_of(child) for name, child in self.named_children()})
