@@ -103,7 +103,7 @@ def test_comfyuis_notation(prompt, expected):
 
 
 def test_brackets_without_end():
-    with pytest.raises(UserError, match="too many brackets inside each other"):
+    with pytest.raises(UserError, match="more than 64 brackets inside each other"):
         parse_words("(" * 5000 + "a" + ")" * 5000)
 
 

@@ -4,7 +4,18 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from plainsd.errors import UserError
-from plainsd.text.prompts import BREAK, Weighted, compose, escape, lora_tags, parse, schedule
+from plainsd.text.prompts import (
+    BREAK,
+    DEEPEST_BRACKET,
+    Weighted,
+    alternates,
+    compose,
+    escape,
+    lora_tags,
+    parse,
+    parse_words,
+    schedule,
+)
 
 MARKS = [*"ab 1.5:,()[]|\\\n", " BREAK ", ":1.2)", ":0.5]"]
 PROMPTS = strategies.lists(strategies.sampled_from(MARKS), max_size=40).map("".join)
@@ -100,11 +111,24 @@ def test_second_pass_counts_on_from_the_first():
     assert schedule("[a:b:12]", 6, first_pass=10) == [(2, "a"), (6, "b")]
 
 
-def test_nesting_without_end():
-    assert schedule("(" * 5000, 3) == [(3, "(" * 5000)]
-    assert schedule("[" * 5000 + "a" + "]" * 5000, 3)[0][0] == 3
-    with pytest.raises(UserError, match="nested edits"):
-        schedule("[" * 5000 + "a" + ":0.5]" * 5000, 3)
+@pytest.mark.parametrize("opened, closed", [("(", ""), ("[", ""), ("(", ")"), ("[", "]"), ("[", ":0.5]"), ("[", "|b]")])
+def test_nesting_has_an_end(opened, closed):
+    """A1111 and ComfyUI have none, and take minutes for long prompts of brackets, or fail."""
+    for reader in (parse, parse_words, alternates, lambda text: schedule(text, 3)):
+        reader(opened * DEEPEST_BRACKET + "a" + closed * DEEPEST_BRACKET)
+    for reader in (parse, alternates, lambda text: schedule(text, 3)):
+        with pytest.raises(UserError, match="more than 64 brackets inside each other"):
+            reader(opened * 5000 + "a" + closed * 5000)
+    with pytest.raises(UserError, match="more than 64 brackets inside each other"):
+        parse_words("(" * 65 + "a" + ")" * 65)
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "10000", "-99999"])
+def test_infinite_weights_are_refused(number):
+    for reader, prompt in ((compose, f"a AND b:{number}"), (lora_tags, f"<lora:x:{number}>")):
+        with pytest.raises(UserError, match="out of bounds") as error:
+            reader(prompt)
+        assert error.value.field == "prompt" and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+LONGEST = 300  # characters of a message; what stands in files may be of any length
+WITH_NAMES, WITH_CHOICES = 600, 1500  # of one that lists names from a file; of one that lists choices
+
+
+def shortened(text: str, most: int = LONGEST) -> str:
+    """A text in one line, without its middle where it is longer than `most` characters: a message begins with what is
+    wrong, and ends with what to do."""
+    if len(text) > most:
+        end = most // 2
+        text = f"{text[: most - end - 5]} ... {text[-end:]}"
+    return " ".join(text.splitlines())
+
 
 class UserError(ValueError):
     """Wrong input. The message is one complete line, `what, which value; what to do`; the command line prints it and
@@ -15,8 +27,16 @@ class UserError(ValueError):
     a setting that is a list, from 0.
     """
 
-    def __init__(self, message: str, *, field: str | None = None, value: Any = None, entry: int | None = None):
-        super().__init__(message)
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        value: Any = None,
+        entry: int | None = None,
+        most: int = LONGEST,
+    ):
+        super().__init__(shortened(message, most))
         self.field, self.value, self.entry = field, value, entry
 
     @property
@@ -43,6 +63,8 @@ class DiskError(UserError):
 def unknown(what: str, value: object, choices: Iterable[str], *, field: str | None = None) -> UserError:
     """`unknown sampler 'eular'; did you mean 'euler'? choose from ...`"""
     names = list(choices)
-    near = get_close_matches(str(value), names, n=1, cutoff=0.5)
+    near = get_close_matches(str(value)[:100], names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return UserError(f"unknown {what} {value!r}{hint} choose from {', '.join(names)}", field=field, value=value)
+    shown = shortened(repr(value), 100)
+    return UserError(f"unknown {what} {shown}{hint} choose from {', '.join(names)}", field=field, value=value,
+                     most=WITH_CHOICES)  # fmt: skip

@@ -13,7 +13,7 @@ from plainsd.adapters.layers import LowRank, reshaped
 from plainsd.adapters.making import SIDE_PARTS, adapter_kind, made_of
 from plainsd.adapters.names import BUNDLE, UNUSED, Adaptable, ModulePlace, adaptable_networks, known_names, split_name
 from plainsd.adapters.peft import REMEDY, PeftSettings
-from plainsd.errors import UserError
+from plainsd.errors import WITH_NAMES, UserError, shortened
 from plainsd.files.detect import LORA, seems
 from plainsd.files.stored import first
 from plainsd.files.tensorfile import TensorFile, open_tensors
@@ -88,7 +88,9 @@ def made_for(file: TensorFile) -> str:
 def misfit(file: TensorFile, model: Adaptable, what: str, remedy: str) -> UserError:
     name = "this network" if isinstance(model, nn.Module) else f"this model ({model.variant.name})"
     made = made_for(file)
-    return UserError(f"{file.path} does not fit {name}: {what}{made and f'; it seems to be made for {made}'}; {remedy}")
+    made = shortened(made, 60)
+    return UserError(f"{file.path} does not fit {name}: {what}{made and f'; it seems to be made for {made}'}; {remedy}",
+                     most=WITH_NAMES)  # fmt: skip
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -108,7 +110,8 @@ def open_lora(path: Path) -> TensorFile:
         what = foreign(file) or seems(file.tensors)
         raise UserError(
             f"{path} is no adapter of a kind known here: its names, such as {first(list(file.tensors)[:2])}, "
-            f"{'are those of no dialect' if what.startswith(LORA) else f'tell of {what}'}; take a LoRA"
+            f"{'are those of no dialect' if what.startswith(LORA) else f'tell of {what}'}; take a LoRA",
+            most=WITH_NAMES,
         )
     return file
 

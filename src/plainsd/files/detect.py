@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
-from plainsd.errors import UserError, unknown
+from plainsd.errors import WITH_NAMES, UserError, shortened, unknown
 from plainsd.files.tensorfile import TensorFile
 from plainsd.models.layers import timestep_embedding
 from plainsd.models.variants import VARIANTS, ScheduleConfig, Variant, check_reads
@@ -73,9 +73,9 @@ def traits(file: TensorFile) -> Traits:
     if FIRST not in shapes:
         lacks = "is no single-file checkpoint"
         if shapes:
-            some = ", ".join(list(shapes)[:5])
+            some = ", ".join(shortened(name, 90) for name in list(shapes)[:5])
             lacks = f"is incomplete: {FIRST} is not among the {len(shapes)} weights of its UNet ({some}, ...)"
-        raise UserError(f"{file.path} {lacks}: it seems to be {seems(file.tensors)}")
+        raise UserError(f"{file.path} {lacks}: it seems to be {seems(file.tensors)}", most=WITH_NAMES)
     contexts = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
     width, channels = (*shapes[FIRST], 0, 0)[:2]
     return {

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from plainsd.errors import UserError
+from plainsd.errors import WITH_NAMES, UserError, shortened
 from plainsd.files.detect import seems
 from plainsd.files.names import SPELLINGS, TensorPlace, places, spelled
 from plainsd.files.tensorfile import Stored, TensorFile
@@ -186,9 +186,10 @@ def check_tensor_names(wanted: Collection[str], file: TensorFile) -> None:
     if missing or unexpected:
         raise UserError(
             f"{file.path} does not fit its settings: {len(missing)} names missing ({first(missing)}), "
-            f"{len(unexpected)} unexpected ({first(unexpected)}); it seems to be {seems(file.tensors)}"
+            f"{len(unexpected)} unexpected ({first(unexpected)}); it seems to be {seems(file.tensors)}",
+            most=WITH_NAMES,
         )
 
 
 def first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
+    return ", ".join(shortened(name, 90) for name in names[:5]) + (", ..." if len(names) > 5 else "") or "none"

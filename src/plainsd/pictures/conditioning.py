@@ -21,7 +21,7 @@ from plainsd.models.clip import TextEncoder
 from plainsd.models.layers import timestep_embedding
 from plainsd.pictures.memory import on_stage
 from plainsd.pictures.model import StableDiffusion
-from plainsd.text.prompts import BREAK, Weighted, parse
+from plainsd.text.prompts import BREAK, Weighted, check_weight, parse
 from plainsd.text.tokenizer import WORD_END, Tokenizer
 
 BACKTRACK = 20  # tokens after a comma that move on with what follows when a chunk is full
@@ -86,7 +86,8 @@ def chunked(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) ->
     comma_at: int | None = None  # in the chunk that is being filled
     for piece in pieces:
         if piece is BREAK:
-            done, chunk, comma_at = [*done, chunk], [], None
+            done.append(chunk)
+            chunk, comma_at = [], None
             continue
         for unit in tokenizer.units(piece.text):
             if len(unit) > room:
@@ -98,9 +99,11 @@ def chunked(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) ->
             if unit == [comma]:
                 comma_at = len(chunk)
             elif len(chunk) == room and comma_at is not None and room - comma_at <= BACKTRACK:
-                done, chunk, comma_at = [*done, chunk[: comma_at + 1]], chunk[comma_at + 1 :], None
+                done.append(chunk[: comma_at + 1])
+                chunk, comma_at = chunk[comma_at + 1 :], None
             if len(chunk) + len(unit) > room:
-                done, chunk, comma_at = [*done, chunk], [], None
+                done.append(chunk)
+                chunk, comma_at = [], None
             chunk += [(key, piece.weight) for key in unit]
     return [*done, chunk] if chunk or not done else done
 
@@ -112,14 +115,10 @@ def framed(tokenizer: Tokenizer, chunk: Chunk, positions: int) -> Chunk:
 
 
 def as_weighted(prompt: str | Sequence[Weighted]) -> Sequence[Weighted]:
-    """A prompt's weighted pieces. UserError for weights of 10,000 and more, and for nan."""
+    """A prompt's weighted pieces. UserError for weights of 10,000 and more, infinity and NaN included."""
     pieces = parse(prompt) if isinstance(prompt, str) else prompt
     for piece in pieces:
-        if not abs(piece.weight) < 1e4:  # infinite weights and nan included
-            raise UserError(
-                f"the weight {piece.weight:g} of {piece.text!r} is out of bounds; most are between 0 and 2",
-                field="prompt",
-            )
+        check_weight(piece.weight, piece.text)
     return pieces
 
 

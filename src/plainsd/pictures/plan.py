@@ -199,10 +199,12 @@ def chunked_by_stretch(tokenizer: Tokenizer, pieces: Sequence, room: int = 75) -
     for piece in pieces:
         stretch = [(key, piece.weight) for unit in tokenizer.units(piece.text) for key in unit]
         large = len(stretch) >= min(WHOLE_BELOW, room)
-        while len(stretch) + len(chunk) > room:
+        at = 0
+        while len(stretch) - at + len(chunk) > room:
             fits = room - len(chunk) if large else 0
-            done, chunk, stretch = [*done, chunk + stretch[:fits]], [], stretch[fits:]
-        chunk = chunk + stretch
+            done.append(chunk + stretch[at : at + fits])
+            chunk, at = [], at + fits
+        chunk = chunk + stretch[at:]
     return [*done, chunk]
 
 

@@ -14,15 +14,20 @@ are handled as in A1111: an unclosed edit or alternation is plain text, an unclo
 follows it, a stray closing one is plain text. A few quirks of A1111 are not reproduced: it drops a lone backslash,
 treats BREAK inside weighted brackets as a word, may fail to parse an edit next to a stray bracket or `|`, and reads a
 prompt that ends in `:2` as an AND of one part.
+
+Reading takes time in proportion to the prompt's length. Brackets may stand inside each other, DEEPEST_BRACKET at once.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from plainsd.errors import UserError
 
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+DEEPEST_BRACKET = 64  # brackets open at once
+MOST_WEIGHT = 1e4  # weights below this
+NUMBER = r"[+-]?(?:\d++(?:\.\d*+)?|\.\d++)"  # no digit is looked at twice
 PIECES = re.compile(rf"\\[()\[\]{{}}|\\]|:\s*({NUMBER})\s*\)|[()\[\]:\\]|[^()\[\]:\\]+")
 SIGNS = re.compile(r"\\.|[()\[\]:|\\]|[^()\[\]:|\\]+", re.DOTALL)
 WHEN = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?\d+)?)\s*")
@@ -69,6 +74,7 @@ def parse(prompt: str) -> list[Weighted]:
             pieces.append((sign[1], 1.0))
         elif sign in opened:
             opened[sign].append(len(pieces))
+            check_brackets(sum(map(len, opened.values())))
         elif opened["("] and match[1]:
             close(opened["("].pop(), float(match[1]))
         elif opened["("] and sign == ")":
@@ -76,7 +82,7 @@ def parse(prompt: str) -> list[Weighted]:
         elif opened["["] and sign == "]":
             close(opened["["].pop(), SQUARE)
         else:
-            for index, text in enumerate(re.split(r"\s*\bBREAK\b\s*", sign)):
+            for index, text in enumerate(_between_breaks(sign)):
                 pieces += [None, (text, 1.0)] if index else [(text, 1.0)]
     for start in opened["("]:
         close(start, ROUND)
@@ -85,26 +91,39 @@ def parse(prompt: str) -> list[Weighted]:
     return _joined(pieces)
 
 
+def check_brackets(count: int) -> None:
+    """UserError for more than DEEPEST_BRACKET brackets open at once."""
+    if count > DEEPEST_BRACKET:
+        raise UserError(
+            f"the prompt has more than {DEEPEST_BRACKET} brackets inside each other; write fewer", field="prompt"
+        )
+
+
+def _between_breaks(text: str) -> list[str]:
+    """The parts of a text before and behind each word BREAK, without the blanks around that."""
+    first, *others = re.split(r"\bBREAK\b", text)
+    if not others:
+        return [first]
+    return [first.rstrip(), *(part.strip() for part in others[:-1]), others[-1].lstrip()]
+
+
 def parse_words(prompt: str) -> list[Weighted]:
     """ComfyUI's notation: (a) weighs 1.1 times what is around it, (a:1.3) 1.3 whatever is around it; brackets behind a
     backslash are text, and so is all else, [a], BREAK and AND too; `embedding:name` is the learned word of this name.
     """
     hidden = prompt.replace(r"\)", "\0\1").replace(r"\(", "\0\2")
-    try:
-        found = _inner_weights(hidden, 1.0)
-    except RecursionError as error:
-        raise UserError("the prompt has too many brackets inside each other; write fewer", field="prompt") from error
     pieces = []
-    for text, weight in found:
+    for text, weight in _inner_weights(hidden, 1.0):
         text = text.replace("\0\1", ")").replace("\0\2", "(")
         first, *learned = re.split(r"[ \n]embedding:", text.removeprefix("embedding:"))
         pieces += [Weighted(part, weight) for part in (first, *learned) if part]
     return pieces or [Weighted("")]
 
 
-def _inner_weights(text: str, weight: float) -> list[tuple[str, float]]:
+def _inner_weights(text: str, weight: float, depth: int = 0) -> list[tuple[str, float]]:
     """The stretches of a text outside and, recursively, inside its outermost brackets. One that is not closed is
     text."""
+    check_brackets(depth)
     found: list[tuple[str, float]] = []
     for part in _outermost(text):
         if not (len(part) > 1 and part[0] == "(" and part[-1] == ")"):
@@ -117,7 +136,7 @@ def _inner_weights(text: str, weight: float) -> list[tuple[str, float]]:
                 inner, own = before, float(number)
             except ValueError:
                 pass
-        found += _inner_weights(inner, own)
+        found += _inner_weights(inner, own, depth + 1)
     return found
 
 
@@ -140,14 +159,12 @@ def _outermost(text: str) -> list[str]:
 
 def _joined(pieces: Sequence[tuple[str, float] | None]) -> list[Weighted]:
     result: list[Weighted] = []
-    for piece in pieces:
-        if piece is None:
-            result.append(BREAK)
-        elif piece[0]:
-            text, weight = piece
-            if result and result[-1] is not BREAK and result[-1].weight == weight:
-                text = result.pop().text + text
-            result.append(Weighted(text, weight))
+    written = (piece for piece in pieces if piece is None or piece[0])
+    for weight, alike in groupby(written, lambda piece: None if piece is None else piece[1]):
+        if weight is None:
+            result += [BREAK for _ in alike]
+        else:
+            result.append(Weighted("".join(piece[0] for piece in alike if piece), weight))
     return result or [Weighted("")]
 
 
@@ -163,11 +180,10 @@ def schedule(prompt: str, steps: int, first_pass: int | None = None) -> list[tup
     A number with a decimal point is a share of `steps`, one without is a step. In the second of two passes,
     `first_pass` is the number of steps of the first: its steps and the share 1.0 are then already past.
     """
-    try:
-        tree = _tree(prompt)
-        texts = [_at(tree, step, steps, first_pass) for step in range(1, steps + 1)]
-    except RecursionError as error:
-        raise UserError("the prompt has too many nested edits; nest fewer [a:b:0.5]", field="prompt") from error
+    tree = _tree(prompt)
+    if all(isinstance(node, str) for node in tree):
+        return [(steps, prompt)]
+    texts = [_at(tree, step, steps, first_pass) for step in range(1, steps + 1)]
     last = [step for step in range(1, steps) if texts[step] != texts[step - 1]]
     return [(step, texts[step - 1]) for step in [*last, steps]]
 
@@ -185,15 +201,15 @@ def alternates(prompt: str) -> bool:
 
 
 def _at(tree: Sequence, step: int, steps: int, first_pass: int | None) -> str:
-    text = ""
+    texts = []
     for node in tree:
         if isinstance(node, Edit):
             done = step > _last_step(node.when, steps, first_pass)
             node = _at(node.after if done else node.before, step, steps, first_pass)
         elif isinstance(node, Alternate):
             node = _at(node.options[(step - 1) % len(node.options)], step, steps, first_pass)
-        text += node
-    return text
+        texts.append(node)
+    return "".join(texts)
 
 
 def _last_step(when: str, steps: int, first_pass: int | None) -> int:
@@ -210,7 +226,8 @@ class _Group:
     """An open bracket: its parts, and the `:` and `|` between them."""
 
     def __init__(self, bracket: str = ""):
-        self.bracket, self.separators = bracket, ""
+        self.bracket = bracket
+        self.separators: list[str] = []
         self.parts: list[list] = [[]]
 
     def literal(self) -> list:
@@ -221,14 +238,15 @@ class _Group:
 
     def closed(self) -> list | None:
         """What the closed group means; None where it is no edit or alternation."""
-        if self.separators == "" or (self.bracket == "(" and self.separators == ":"):
+        if not self.separators or (self.bracket == "(" and self.separators == [":"]):
             return [*self.literal(), PAIRS[self.bracket]]  # a weight: left to `parse`
         if self.bracket == "[" and set(self.separators) == {"|"}:
             return [Alternate(tuple(map(tuple, self.parts)))]
-        number = WHEN.fullmatch("".join(map(str, self.parts[-1])))
-        if self.bracket == "[" and self.separators in (":", "::") and number:
-            before = self.parts[0] if len(self.parts) == 3 else ()
-            return [Edit(tuple(before), tuple(self.parts[-2]), number[1])]
+        *texts, when = self.parts
+        if self.bracket == "[" and self.separators in ([":"], [":", ":"]) and all(isinstance(one, str) for one in when):
+            if number := WHEN.fullmatch("".join(when)):
+                before = texts[0] if len(texts) == 2 else ()
+                return [Edit(tuple(before), tuple(texts[-1]), number[1])]
         return None
 
 
@@ -247,9 +265,10 @@ def _tree(prompt: str) -> list:
     for sign in SIGNS.findall(prompt):
         top = stack[-1]
         if sign in PAIRS:
+            check_brackets(len(stack))
             stack.append(_Group(sign))
         elif sign in (":", "|") and top.bracket:
-            top.separators += sign
+            top.separators.append(sign)
             top.parts.append([])
         elif sign in PAIRS.values():
             nodes = top.closed() if PAIRS.get(top.bracket) == sign else None
@@ -275,9 +294,18 @@ def compose(prompt: str) -> list[tuple[str, float]]:
         return [(prompt, 1.0)]
     parts = []
     for text in texts:
-        weighted = re.fullmatch(rf"(.*?)\s*:\s*({NUMBER})\s*", text, re.DOTALL)
-        parts.append((weighted[1].strip(), float(weighted[2])) if weighted else (text.strip(), 1.0))
+        before, _, behind = text.rpartition(":")
+        weight = behind.strip()
+        parts.append((before.strip(), float(weight)) if re.fullmatch(NUMBER, weight) else (text.strip(), 1.0))
+        check_weight(parts[-1][1], parts[-1][0])
     return parts
+
+
+def check_weight(weight: float, text: str) -> None:
+    """UserError for a weight of MOST_WEIGHT and more, infinity and NaN included."""
+    if not abs(weight) < MOST_WEIGHT:
+        what = f"the weight {weight:g} of {text[:60]!r} is out of bounds"
+        raise UserError(f"{what}; most are between 0 and 2", field="prompt", value=weight)
 
 
 def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
@@ -294,4 +322,5 @@ def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
                 f"<{kind}:{content}> is not a LoRA with one strength; write it as <lora:name:0.8>", field="prompt"
             )
         loras.append((name.strip(), float(strengths[0]) if strengths else 1.0))
+        check_weight(loras[-1][1], f"<{kind}:{content}>")
     return LORA_TAG.sub("", prompt), loras

@@ -50,6 +50,9 @@ def styled(prompt: str, negative: str, names: Iterable[str], styles: Mapping[str
 
 
 def _around(own: str, style: str) -> str:
+    if len(style) + style.count(PLACE) * len(own) > LONGEST_FILE:
+        raise UserError(f"these styles make a prompt of more than {LONGEST_FILE} characters; choose fewer",
+                        field="styles")  # fmt: skip
     if PLACE in style:
         return style.replace(PLACE, own)
     return ", ".join(text for text in (own.strip(), style.strip()) if text)

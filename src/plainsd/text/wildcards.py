@@ -14,7 +14,7 @@ a choice a line; empty lines and those that begin with # do not count.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, permutations, product
 from pathlib import Path
@@ -54,14 +54,13 @@ def template_of(prompt: str) -> Template:
     """A prompt's choices. UserError for braces without a partner, and for notation that is not read here."""
     parts: list[str | Choice | Wildcard] = []
     opened: list[tuple[int, list, list]] = []  # of each open brace: where, what stands before it, its options
-    for match in TOKEN.finditer(prompt):
-        sign = match[0]
+    for sign, name, at in _signs(prompt):
         if sign == "{":
             if len(opened) == DEEPEST_CHOICE:
                 raise UserError(
                     f"choices are more than {DEEPEST_CHOICE} deep in each other; write fewer", field="prompt"
                 )
-            opened.append((match.start(), parts, []))
+            opened.append((at, parts, []))
             parts = []
         elif sign == "|" and opened:
             opened[-1][2].append(parts)
@@ -71,16 +70,32 @@ def template_of(prompt: str) -> Template:
             outer.append(choice_of([*options, parts]))
             parts = outer
         elif sign == "}":
-            raise unpaired("}", prompt, match.start())
-        elif match[1]:
-            parts.append(Wildcard(match[1].removeprefix("~")))
-        elif parts and isinstance(parts[-1], str):
-            parts[-1] += sign
+            raise unpaired("}", prompt, at)
+        elif name:
+            parts.append(Wildcard(name.removeprefix("~")))
         else:
             parts.append(sign)
     if opened:
         raise unpaired("{", prompt, opened[-1][0])
     return tuple(parts)
+
+
+def _signs(prompt: str) -> Iterator[tuple[str, str | None, int]]:
+    """The braces and bars of a prompt, its wildcards with their names, the text between them in one piece; each with
+    its place. A bar outside all braces is text."""
+    text: list[str] = []
+    depth = 0
+    for match in TOKEN.finditer(prompt):
+        if match[0] in ("{", "}") or match[1] or (match[0] == "|" and depth):
+            if text:
+                yield "".join(text), None, match.start()
+                text.clear()
+            depth += {"{": 1, "}": -1}.get(match[0], 0)
+            yield match[0], match[1], match.start()
+        else:
+            text.append(match[0])
+    if text:
+        yield "".join(text), None, len(prompt)
 
 
 def unpaired(sign: str, prompt: str, at: int) -> UserError:
@@ -199,35 +214,40 @@ def _sampled(options: Sequence[tuple[float, Template]], count: int, random: Rand
 
 
 def combinations(prompt: str, folder: Path | None = None) -> list[str]:
-    """Every prompt that it may become, the last choice changing fastest; each once."""
-    found: list[str] = []
-    for text in dict.fromkeys(_all(template_of(prompt), folder, 0)):
-        if len(found) == MOST_COMBINATIONS:
-            raise UserError(
-                f"the prompt has more than {MOST_COMBINATIONS} combinations; draw at random instead", field="prompt"
-            )
-        found.append(text)
-    return found
+    """Every prompt that it may become, the last choice changing fastest; each once. UserError for more than
+    MOST_COMBINATIONS."""
+    return _all(template_of(prompt), folder, 0)
 
 
-def _all(template: Template, folder: Path | None, depth: int) -> Iterator[str]:
+def _all(template: Template, folder: Path | None, depth: int) -> list[str]:
     check_depth(depth)
-    each = [list(islice(_of_part(part, folder, depth), MOST_COMBINATIONS + 1)) for part in template]
-    return map("".join, product(*each))
+    each = [_of_part(part, folder, depth) for part in template]
+    return distinct_texts("".join(texts) for texts in product(*each))
 
 
-def _of_part(part: str | Choice | Wildcard, folder: Path | None, depth: int) -> Iterator[str]:
+def _of_part(part: str | Choice | Wildcard, folder: Path | None, depth: int) -> list[str]:
     if isinstance(part, str):
-        yield part
-    elif isinstance(part, Wildcard):
-        for line in wildcard_lines(part.name, folder):
-            yield from _all(template_of(line), folder, depth + 1)
-    else:
-        options = [option for weight, option in part.options if weight]
-        for count in range(part.low, min(part.high, len(options)) + 1):
-            for order in permutations(options, count):
-                for texts in product(*(list(_all(option, folder, depth + 1)) for option in order)):
-                    yield part.joiner.join(texts)
+        return [part]
+    if isinstance(part, Wildcard):
+        lines = map(template_of, wildcard_lines(part.name, folder))
+        return distinct_texts(text for line in lines for text in _all(line, folder, depth + 1))
+    options = [_all(option, folder, depth + 1) for weight, option in part.options if weight]
+    return distinct_texts(
+        part.joiner.join(texts)
+        for count in range(part.low, min(part.high, len(options)) + 1)
+        for order in permutations(options, count)
+        for texts in product(*order)
+    )
+
+
+def distinct_texts(texts: Iterable[str]) -> list[str]:
+    """The distinct texts in order. Not even copies may be more than MOST_COMBINATIONS: to pass over them takes time."""
+    found = list(islice(texts, MOST_COMBINATIONS + 1))
+    if len(found) > MOST_COMBINATIONS:
+        raise UserError(
+            f"the prompt has more than {MOST_COMBINATIONS} combinations; draw at random instead", field="prompt"
+        )
+    return list(dict.fromkeys(found))
 
 
 def check_depth(depth: int) -> None:

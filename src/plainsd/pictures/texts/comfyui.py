@@ -31,6 +31,7 @@ MASKING = ("VAEEncodeForInpaint", "SetLatentNoiseMask", "InpaintModelConditionin
 LATENT = {"bilinear": "latent", "bicubic": "latent-bicubic", "nearest-exact": "latent-nearest-exact"}
 OTHERS = re.compile("Video|Audio|SVD|SD3|Flux|Hunyuan|3D|Zero123|Wan|Mochi|Cosmos|LTX|HiDream|Lumina|AuraFlow|Qwen|DiT")
 NETWORK = "ImageUpscaleWithModel"
+MOST_ENDS = 20  # nodes that save, or samplers, from which the way back is followed
 ENLARGING = ("LatentUpscale", "LatentUpscaleBy", "ImageScale", "ImageScaleBy")
 
 
@@ -79,14 +80,16 @@ class Workflow:
         """The sampler whose picture is saved: of several, the one that others go before."""
         graph = self.reader.graph
         ends = sorted((node for node in graph.values() if node.kind in SAVED), key=lambda node: SAVED.index(node.kind))
-        ways = [way for node in ends if (way := self.way(node)) and way[-1].kind in SAMPLING]
+        ways = [way for node in ends[:MOST_ENDS] if (way := self.way(node)) and way[-1].kind in SAMPLING]
         self.decoders = {way[-1].name: one for way in reversed(ways) for one in way if one.kind in DECODING}
         found = [way[-1] for way in ways]
         found = found or [node for node in graph.values() if node.kind in SAMPLING]
         if not found:
             kinds = ", ".join(SAMPLING)
             raise UserError(f"none of its nodes is a sampler that is read here ({kinds})")
-        earlier = {way[-1].name for node in found[:100] if (way := self.way(self.reader.next(node, *IMAGE_INPUTS)))}
+        earlier = {
+            way[-1].name for node in found[:MOST_ENDS] if (way := self.way(self.reader.next(node, *IMAGE_INPUTS)))
+        }
         last = next((node for node in found if node.name not in earlier), found[0])
         for one in next((way for way in ways if way[-1] is last), []):  # what is done with the picture afterwards
             if one is not last and one.kind not in SAID_ELSEWHERE:

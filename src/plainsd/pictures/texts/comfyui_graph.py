@@ -115,6 +115,7 @@ class Editor:
         self.raw: dict[str, dict[str, Any]] = {}  # each node by its whole name, "7:3" being node 3 of the subgraph 7
         self.ends: dict[tuple[str, Any], tuple[Any, Any]] = {}  # (where, link) -> origin and its output
         self.outputs: dict[tuple[str, int], Any] = {}  # (a subgraph's node, its output) -> the link inside it
+        self.firsts: dict[str, dict[str, Any]] = {}  # of a bypassed node: its first link of each type
         self._unfold(whole, "", 0)
 
     def _unfold(self, part: dict[str, Any], where: str, depth: int) -> None:
@@ -173,7 +174,7 @@ class Editor:
             if raw is None or not is_slot(slot) or raw.get("mode") == MUTED:
                 return None
             if raw.get("mode") == BYPASSED:
-                number = self._past(raw, slot)
+                number = self._past(name, slot)
             elif (name, slot) in self.outputs:
                 where, number = f"{name}:", self.outputs[name, slot]
             else:
@@ -181,15 +182,23 @@ class Editor:
         return None
 
     def _input(self, name: str, slot: Any) -> Any:
-        inputs = list(dicts(self.raw.get(name, {}).get("inputs")))
-        return inputs[slot].get("link") if is_slot(slot) and 0 <= slot < len(inputs) else None
+        one = table_at(self.raw.get(name, {}).get("inputs"), slot)
+        return one and one.get("link")
 
-    @staticmethod
-    def _past(raw: dict[str, Any], slot: int) -> Any:
+    def _past(self, name: str, slot: int) -> Any:
         """Of a bypassed node's inputs, the first of the same type as its output."""
-        outputs = list(dicts(raw.get("outputs")))
-        kind = outputs[slot].get("type") if 0 <= slot < len(outputs) else None
-        return next((one.get("link") for one in dicts(raw.get("inputs")) if one.get("type") == kind), None)
+        raw = self.raw[name]
+        if name not in self.firsts:
+            inputs = reversed([*dicts(raw.get("inputs"))])
+            self.firsts[name] = {str(one.get("type")): one.get("link") for one in inputs}
+        one = table_at(raw.get("outputs"), slot)
+        return one and self.firsts[name].get(str(one.get("type")))
+
+
+def table_at(values: Any, place: Any) -> dict[str, Any] | None:
+    """Of a list the table at this place."""
+    there = isinstance(values, list) and is_slot(place) and 0 <= place < len(values)
+    return values[place] if there and isinstance(values[place], dict) else None
 
 
 def dicts(value: Any) -> Iterator[dict[str, Any]]:
