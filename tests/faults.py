@@ -263,6 +263,10 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_prompts.py::test_lora_tags"),
     ],
     "files/tensorfile.py": [
+        ("        check_tensors(path, content)\n", "",
+         "test_hostile_files.py::test_pickles_that_are_not_plain_numbers"),
+        ("if (total := sum(record.file_size for record in records)) > size:", "if False:",
+         "test_hostile_files.py::test_archives_that_grow"),
         ('text += b" " * (-len(text) % 8)', 'text += b" " * (len(text) % 8)',
          "test_tensorfile.py::test_the_first_tensor_lies_at_a_multiple_of_8_bytes"),
         ("tensor = stored.read().detach().cpu().contiguous()", "tensor = stored.read().detach().cpu()",
@@ -797,6 +801,15 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "commands/remote.py": [
         ("first += count", "first += 1", "test_server_client.py::test_the_same_command_draws_the_same_there_as_here"),
+    ],
+    "json_reader.py": [
+        ("if _count_signs(bare) > most:", "if False:", "test_hostile_files.py::test_json_has_bounds"),
+        ("    _check_depth(content)\n", "", "test_hostile_files.py::test_json_has_bounds"),
+    ],
+    "adapters/patterns.py": [
+        ("        if self.work > MOST_WORK:", "        if False:",
+         "test_hostile_files.py::test_the_patterns_of_a_file_have_a_budget"),
+        ("if number >= low:", "if number > low:", "test_hostile_files.py::test_patterns_fit_what_pythons_fit"),
     ],
     "errors.py": [
         ("super().__init__(shortened(message, most))", "super().__init__(message)",

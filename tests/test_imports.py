@@ -13,6 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "plainsd"
 ORDER = (  # lowest first: a file imports from its own room and from those above it here
     "errors",
+    "json_reader",
     "listing",
     "disk",
     "allocator",

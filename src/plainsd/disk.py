@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plainsd.errors import DiskError, UserError
+from plainsd.json_reader import LONGEST_JSON, BadJSON, parsed_json
 
 
 @contextmanager
@@ -88,13 +88,16 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_text_file(path: Path) -> str:
+def read_text_file(path: Path, remedy: str = "fetch it again") -> str:
     try:
+        size = path.stat().st_size
+        if size > 4 * LONGEST_JSON:
+            raise UserError(f"{path} has {size} bytes, and at most {4 * LONGEST_JSON} are read; {remedy}")
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; a model's folder needs this file") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: it is not text; fetch it again") from error
+        raise UserError(f"{path} is damaged: it is not text; {remedy}") from error
 
 
 def cache_folder() -> Path:
@@ -102,14 +105,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    text = read_text_file(path)
+def read_json(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:
+    """The table in a JSON file. UserError, which ends with the remedy, for anything else."""
+    text = read_text_file(path, remedy)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError also for a number with thousands of digits
-        raise UserError(f"{path} is damaged: it is not JSON ({error}); fetch it again") from error
+        content = parsed_json(text)
+    except BadJSON as error:
+        raise UserError(f"{path} is damaged: it is not JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it is not a table of settings; fetch it again")
+        raise UserError(f"{path} is damaged: it is not a table of settings; {remedy}")
     return content
 
 

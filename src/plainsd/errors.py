@@ -1,17 +1,21 @@
 """One kind of error for everything a user can fix: one line that says what, which value, and what to do."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 LONGEST = 300  # characters of a message; what stands in files may be of any length
+LONG_WORD = re.compile(r"\S{80,}")
 WITH_NAMES, WITH_CHOICES = 600, 1500  # of one that lists names from a file; of one that lists choices
 
 
 def shortened(text: str, most: int = LONGEST) -> str:
-    """A text in one line, without its middle where it is longer than `most` characters: a message begins with what is
-    wrong, and ends with what to do."""
+    """A text in one line of at most `most` characters. Where it is longer, long words lose their middle, such as paths,
+    and then the text does: a message begins with what is wrong, and ends with what to do."""
+    if len(text) > most:
+        text = LONG_WORD.sub(lambda word: f"{word[0][:25]}...{word[0][-50:]}", text)
     if len(text) > most:
         end = most // 2
         text = f"{text[: most - end - 5]} ... {text[-end:]}"

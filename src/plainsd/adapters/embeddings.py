@@ -141,6 +141,8 @@ def learn(sd: StableDiffusion, words: Mapping[str, Sequence[Tensor]]) -> None:
 class Parameters:
     """Stands in for torch.nn.ParameterDict in a pickle, and keeps its tensors."""
 
+    tensors: object = None
+
     def __setstate__(self, state: Mapping[str, object]) -> None:
         self.tensors = state["_parameters"]
 

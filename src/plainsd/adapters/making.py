@@ -13,7 +13,7 @@ from plainsd.adapters.kinds import TERMS, Butterfly, Difference, Gains, Global, 
 from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
 from plainsd.adapters.names import split_name
 from plainsd.adapters.peft import REMEDY, PeftSettings, start_of
-from plainsd.errors import UserError
+from plainsd.errors import WITH_NAMES, UserError
 from plainsd.files.tensorfile import TensorFile, damaged
 
 SIDE_PARTS = ("alpha", "dora_scale", "magnitude", "rescale", "diff_b", "on_input")  # parts that do not identify a kind
@@ -149,7 +149,8 @@ def read_adapter(
         raise UserError(
             f"{file.path}: {parts['down']!r} is of rank {adapter.rank}, and {settings.beside} says "
             f"{settings.rank(name)}; "
-            "they do not belong together, put the file into a folder with its own"
+            "they do not belong together, put the file into a folder with its own",
+            most=WITH_NAMES,
         )
     if kind is LowRank and (start := settings.start(name)):
         redo_start(adapter, weight, start, file, parts["down"])

@@ -6,7 +6,6 @@ with the network's name. A pattern in them is a regular expression for a module'
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plainsd.errors import UserError
+from plainsd.adapters.patterns import BadPattern, Patterns
+from plainsd.errors import UserError, shortened
 from plainsd.files.tensorfile import TensorFile, damaged
+from plainsd.json_reader import parsed_json
 
 METADATA_KEY = "lora_adapter_metadata"  # in the metadata of diffusers' files: PEFT's settings, as JSON
 SETTINGS_FILE = "adapter_config.json"  # in the folder of PEFT's adapter_model
 OWN = "base_model.model."  # prefix of every name in PEFT's own files
 
+MOST_PATTERNS = 5000  # one a module, of the largest models
 KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")  # peft_type
 PLAIN = ("gaussian", "eva", "orthogonal", "mica")  # initialisations that leave the base unchanged
 AS_LOADED = ("pissa", "olora")  # initialisations from the base, which can be recomputed
@@ -40,7 +42,7 @@ class PeftSettings:
 
     def __init__(self, file: TensorFile):
         """UserError for unsupported kinds that tensor names do not reveal."""
-        self.path = file.path
+        self.path, self.patterns = file.path, Patterns()
         self.values: dict[str, Any] = {}
         self.beside: Path | None = None
         beside = file.path.parent / SETTINGS_FILE
@@ -51,7 +53,7 @@ class PeftSettings:
         else:
             return
         try:
-            values = json.loads(text)
+            values = parsed_json(text)
         except ValueError:
             values = None
         if not isinstance(values, dict):
@@ -81,12 +83,12 @@ class PeftSettings:
         exceptions = table.get(pattern) or {}
         if not isinstance(exceptions, dict):
             raise damaged(self.path, f"PEFT's settings have a {pattern} that is no table")
+        if len(exceptions) > MOST_PATTERNS:
+            raise damaged(
+                self.path, f"PEFT's settings have {len(exceptions)} patterns, at most {MOST_PATTERNS} are read"
+            )
         for key, value in exceptions.items():
-            try:
-                fits = any(re.match(rf"(.*\.)?({key})$", one) for one in module_names(name))
-            except re.error as error:
-                raise damaged(self.path, f"PEFT's settings have the pattern {key!r}, which is none ({error})") from None
-            if fits:
+            if self.fits(key, name):
                 return value
         return next((table[key] for key in otherwise if table.get(key) is not None), None)
 
@@ -119,8 +121,19 @@ class PeftSettings:
                 f"the {SETTINGS_FILE} that came with it beside it"
             )
         if isinstance(modules, str):
-            return any(re.fullmatch(modules, one) for one in module_names(name))
+            return self.fits(modules, name, behind=False)
+        if not (isinstance(modules, list) and all(isinstance(ending, str) for ending in modules)):
+            raise damaged(self.path, "PEFT's settings have feedforward_modules that are no list of names")
         return any(one.endswith(ending) for one in module_names(name) for ending in modules)
+
+    def fits(self, pattern: str, name: str, *, behind: bool = True) -> bool:
+        """Whether a pattern fits a module's name; `behind`: or its end behind a point."""
+        try:
+            each = module_names(name)
+            return any((self.patterns.fits_end if behind else self.patterns.fits)(pattern, one) for one in each)
+        except BadPattern as error:
+            what = shortened(pattern, 60)
+            raise damaged(self.path, f"PEFT's settings have the pattern {what!r}, which is none ({error})") from None
 
 
 def module_names(name: str) -> set[str]:

@@ -29,6 +29,7 @@ from plainsd.files.folder import STEMS, open_part, read_network
 from plainsd.files.names import TensorPlace, places
 from plainsd.files.stored import StoredNetwork, blueprint, packed_tensors, places_of
 from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, write_safetensors
+from plainsd.json_reader import parsed_json
 from plainsd.listing import suffix_of
 from plainsd.models.control import ControlConfig, ControlNet, way_down
 from plainsd.models.unet import UNetConfig
@@ -109,7 +110,7 @@ def noted(file: TensorFile) -> ControlConfig | None:
     if CONTROL_NOTE not in file.metadata:
         return None
     try:
-        return read_control(json.loads(file.metadata[CONTROL_NOTE]), str(file.path))[0]
+        return read_control(parsed_json(file.metadata[CONTROL_NOTE]), str(file.path))[0]
     except (ValueError, AttributeError) as error:
         raise damaged(file.path, f"the note {CONTROL_NOTE!r} in its metadata is not JSON") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from plainsd.disk import read_json, read_text_file, whole_folder
-from plainsd.errors import UserError
+from plainsd.errors import WITH_NAMES, UserError
 from plainsd.files.configs import NOTE, read_variant
 from plainsd.files.distilled import with_distilled_settings
 from plainsd.files.stored import (
@@ -26,6 +26,7 @@ from plainsd.files.stored import (
     unpack,
 )
 from plainsd.files.tensorfile import TensorFile, joined_files, open_tensors, write_safetensors
+from plainsd.json_reader import parsed_json
 from plainsd.listing import hidden, suffix_of
 from plainsd.models.clip import TextEncoder
 
@@ -122,7 +123,8 @@ def open_part(folder: Path, variant_file: str | None = None) -> TensorFile:
     kind = f" of the variant {variant_file!r}" if variant_file else ""
     middle = f".{variant_file}" if variant_file else ""
     there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    raise UserError(f"{folder} holds no weights{kind}, such as {STEMS[0]}{middle}.safetensors; it holds {there}")
+    raise UserError(f"{folder} holds no weights{kind}, such as {STEMS[0]}{middle}.safetensors; it holds {there}",
+                    most=WITH_NAMES)  # fmt: skip
 
 
 def open_shards(folder: Path, index: Path) -> TensorFile:
@@ -192,13 +194,13 @@ def spelling(contents: Contents, layout: str, name: str) -> list[str]:
 
 def agreeing(text: str) -> str:
     """A text encoder's config.json that makes transformers compute in float32, as diffusers does in the other parts."""
-    config = {name: value for name, value in json.loads(text).items() if name not in ("dtype", "torch_dtype")}
+    config = {name: value for name, value in parsed_json(text).items() if name not in ("dtype", "torch_dtype")}
     return json.dumps(config | {"torch_dtype": "float32"}, indent=2, sort_keys=True) + "\n"
 
 
 def index_text(text: str, contents: Contents) -> str:
     """model_index.json without the parts that are not written, and with the tensor-name spellings of other layouts."""
-    index = json.loads(text)
+    index = parsed_json(text)
     index |= {name: [None, None] for name in SAFETY if name in index}
     others = [note for note in contents.spellings if not note.startswith("diffusers ")]
     if others:

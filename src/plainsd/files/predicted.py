@@ -16,6 +16,7 @@ from plainsd.files.configs import NOTE, NOTED
 from plainsd.files.configs_out import write_variant
 from plainsd.files.detect import predicting, probe
 from plainsd.files.stored import Contents
+from plainsd.json_reader import parsed_json
 from plainsd.models.variants import Variant
 
 CHOICES = ("epsilon", "v_prediction")
@@ -63,12 +64,12 @@ def with_noise(variant: Variant, path: Path, prediction: str | None, zero_snr: b
 def changed_texts(texts: dict[str, str], variant: Variant) -> dict[str, str]:
     """The settings of a folder that concern noise, and our entry in them."""
     ours = write_variant(variant)
-    wanted = json.loads(ours[SCHEDULER])
+    wanted = parsed_json(ours[SCHEDULER])
     names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
-    config: dict[str, Any] = json.loads(texts[SCHEDULER]) | {name: wanted[name] for name in names}
-    index: dict[str, Any] = json.loads(texts["model_index.json"])
+    config: dict[str, Any] = parsed_json(texts[SCHEDULER]) | {name: wanted[name] for name in names}
+    index: dict[str, Any] = parsed_json(texts["model_index.json"])
     if NOTE in index:
-        noted = json.loads(ours["model_index.json"])[NOTE]
+        noted = parsed_json(ours["model_index.json"])[NOTE]
         index[NOTE] = index[NOTE] | {name: noted[name] for name in NOTED}
     changed = {SCHEDULER: config, "model_index.json": index}
     return {path: json.dumps(content, indent=2, sort_keys=True) + "\n" for path, content in changed.items()}

@@ -13,6 +13,7 @@ from plainsd.errors import UserError
 from plainsd.files.configs import NOTE
 from plainsd.files.hashes import file_hash, weights_hash
 from plainsd.files.stored import Contents
+from plainsd.json_reader import parsed_json
 
 AVERAGED = "model_ema."  # the EMA copy of the weights, which no longer fits the merged model
 
@@ -21,7 +22,7 @@ def with_recipe(contents: Contents, recipe: Mapping[str, Any], models: Mapping[s
     """The contents with their recipe; `models`: hash -> name of every source.
 
     A single file gets A1111's two entries of metadata; every layout gets the recipe in model_index.json."""
-    index = json.loads(contents.texts["model_index.json"])
+    index = parsed_json(contents.texts["model_index.json"])
     index[NOTE] = (index.get(NOTE) or {}) | {"recipe": dict(recipe)}
     texts = contents.texts | {"model_index.json": json.dumps(index, indent=2, sort_keys=True) + "\n"}
     notes = {

@@ -33,6 +33,7 @@ from plainsd.files.stored import (
     unpack,
 )
 from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, stored, write_safetensors
+from plainsd.json_reader import BadJSON, parsed_json
 from plainsd.listing import suffix_of
 from plainsd.models.variants import Variant
 
@@ -120,8 +121,8 @@ def variant_in(file: TensorFile, family: str | None = None, prediction: str | No
 
     def get(name: str) -> dict:
         try:
-            return json.loads(texts[name])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            return parsed_json(texts[name])
+        except (KeyError, TypeError, BadJSON) as error:
             raise damaged(file.path, f"the settings {name!r} in its metadata are incomplete") from error
 
     variant, certain = (read_variant(get, str(file.path)), True) if texts else detect(file, family)
@@ -189,8 +190,8 @@ def extra_names(file: TensorFile, part: str, prefix: str, layout: str) -> dict[s
 
 def note_in(file: TensorFile, name: str, default: Note) -> Note:
     try:
-        content = json.loads(file.metadata.get(name, "null"))
-    except json.JSONDecodeError as error:
+        content = parsed_json(file.metadata.get(name, "null"))
+    except BadJSON as error:
         raise damaged(file.path, f"the note {name!r} in its metadata is not JSON") from error
     if content is not None and type(content) is not type(default):
         raise damaged(file.path, f"the note {name!r} in its metadata is a {type(content).__name__}")

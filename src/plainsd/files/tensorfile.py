@@ -12,6 +12,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plainsd.errors import UserError
+from plainsd.errors import UserError, shortened
+from plainsd.json_reader import LONGEST_JSON, BadJSON, parsed_json
 from plainsd.listing import suffix_of
 
 STORED_DTYPES = {
@@ -40,7 +42,8 @@ STORED_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+HEADER_LIMIT = LONGEST_JSON  # bytes; the largest known have a few millions, the format allows 100
+MOST_DIMENSIONS, MOST_NUMBERS = 64, 2**56  # of a tensor
 WINDOW = 2**26  # bytes of a file that stay mapped after reading
 
 
@@ -100,11 +103,11 @@ def read_header(path: Path) -> tuple[dict, int]:
                 raise UserError(f"{path} is a pickle, not safetensors; give it the ending .ckpt, or fetch it again")
             if length > min(size - 8, HEADER_LIMIT):
                 raise damaged(path, f"it has {size} bytes and claims a header of {length}")
-            header = json.loads(file.read(length).decode("utf-8"))
+            header = parsed_json(file.read(length))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise damaged(path, "its header is not JSON") from error
+    except BadJSON as error:
+        raise damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise damaged(path, "its header is not a table of names")
     return header, 8 + length
@@ -112,13 +115,17 @@ def read_header(path: Path) -> tuple[dict, int]:
 
 def check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Type, shape and the two offsets of one tensor, which must agree with each other."""
+    name = shortened(name, 90)
     try:
-        dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        if not isinstance(dtype, str) or len(dtype) > 32 or len(shape) > MOST_DIMENSIONS:
+            raise ValueError
     except (TypeError, KeyError, ValueError) as error:
         raise damaged(path, f"the header's entry for {name!r} is incomplete") from error
+    possible = numbers and math.prod(max(side, 1) for side in shape) <= MOST_NUMBERS  # torch's limit, empty or not
     itemsize = STORED_DTYPES[dtype].itemsize if dtype in STORED_DTYPES else None
-    if not numbers or begin > end or (itemsize and end - begin != math.prod(shape) * itemsize):
+    if not possible or begin > end or (itemsize and end - begin != math.prod(shape) * itemsize):
         raise damaged(path, f"{name!r} of shape {list(shape)} and type {dtype} cannot fill bytes {begin} to {end}")
     return dtype, shape, begin, end
 
@@ -129,8 +136,8 @@ def unread(path: Path, name: str, kind: str, pages: "_Pages", start: int, size: 
     def read(dtype: torch.dtype | None = None) -> Tensor:
         if dtype not in (None, torch.uint8):
             raise UserError(
-                f"{path}: {name!r} has the type {kind!r}, which is not supported; known: {', '.join(STORED_DTYPES)}; "
-                "give the model in another precision"
+                f"{path}: {shortened(name, 90)!r} has the type {kind!r}, which is not supported; known: "
+                f"{', '.join(STORED_DTYPES)}; give the model in another precision"
             )
         return pages.read(start, torch.uint8, (size,))
 
@@ -147,7 +154,7 @@ def open_safetensors(path: Path) -> TensorFile:
     at = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != at:
-            raise damaged(path, f"{name!r} begins at byte {begin} where byte {at} is due")
+            raise damaged(path, f"{shortened(name, 90)!r} begins at byte {begin} where byte {at} is due")
         at = end
     size = path.stat().st_size - base
     if at != size:
@@ -242,6 +249,8 @@ HARMLESS = re.compile(
     r"|argparse\.Namespace|collections\.defaultdict"
 )
 MOST_NAMES = 200
+MOST_WRAPPERS = 8  # state_dict inside state_dict
+PICKLE_LIMIT = 2**27  # bytes without the tensors'
 
 
 def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
@@ -253,7 +262,12 @@ def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
         check_kind(path, start)
         if start[:2] != b"PK" and start[:1] != b"\x80":
             raise UserError(f"{path} is no PyTorch file, and no safetensors either; give a model's file or folder")
-        return _loaded(path, list(stand_ins), mapped=start[:2] == b"PK")  # only the newer, zipped files can be mapped
+        zipped = start[:2] == b"PK"
+        if zipped:
+            check_zip(path)
+        content = _loaded(path, list(stand_ins), mapped=zipped)  # only the newer, zipped files can be mapped
+        check_tensors(path, content)
+        return content
     except UserError:
         raise
     except OSError as error:
@@ -282,12 +296,68 @@ def _loaded(path: Path, allowed: list[tuple[type, str]], *, mapped: bool) -> obj
             allowed = [*allowed, (IgnoredTable if "dict" in asked[1].lower() else Ignored, asked[1])]
 
 
+def check_zip(path: Path) -> None:
+    """UserError where a zipped file holds more than its own size, or a pickle of more than PICKLE_LIMIT: that pickle is
+    read as a whole, and its objects take many times its length."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise damaged(path, "it is compressed, as PyTorch's files never are")
+    if (total := sum(record.file_size for record in records)) > size:
+        raise damaged(path, f"it has {size} bytes and claims records of {total}")
+    for record in records:
+        if record.filename.endswith(".pkl") and record.file_size > PICKLE_LIMIT:
+            raise damaged(path, f"its pickle has {record.file_size} bytes, and at most {PICKLE_LIMIT} are read")
+
+
+def check_tensors(path: Path, content: object) -> None:
+    """Every tensor in a pickle's contents: UserError for kinds that are not plain numbers, and for one that shows more
+    numbers than its storage holds. Together their storages are no larger than the file. Nothing is read here, and
+    containers may hold themselves."""
+    seen, storages, total, size = set(), set(), 0, path.stat().st_size
+    waiting: list[tuple[str, object]] = [("", content)]
+    while waiting:
+        name, one = waiting.pop()
+        if id(one) in seen:
+            continue
+        if isinstance(one, Tensor):
+            seen.add(id(one))
+            if kind := strange_kind(one):
+                raise UserError(f"{path}: {name!r} is {kind}, which is not supported; save it as an ordinary tensor")
+            storage = one.untyped_storage()
+            total += 0 if storage.data_ptr() in storages else storage.nbytes()
+            storages.add(storage.data_ptr())
+            if one.numel() * one.element_size() > storage.nbytes():
+                raise damaged(path, f"{name!r} of shape {list(one.shape)} shows more numbers than are stored")
+            if total > size:
+                raise damaged(path, f"up to {name!r} its tensors need more bytes than it has (cut short)")
+        elif isinstance(one, dict | list | tuple | set):
+            seen.add(id(one))
+            inside: Iterable[tuple[Any, Any]] = one.items() if isinstance(one, dict) else enumerate(one)
+            waiting += [(shortened(f"{name}.{key}".strip("."), 90), value) for key, value in inside]
+        elif isinstance(kept := getattr(one, "tensors", None), dict):  # a stand-in's
+            waiting.append((name, kept))
+
+
+def strange_kind(tensor: Tensor) -> str | None:
+    """What a tensor is, if not a plain array of a known type in this machine's memory."""
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "a sparse or nested tensor"
+    if tensor.device.type != "cpu":
+        return f"a tensor without numbers (device {tensor.device.type})"
+    return None
+
+
 def open_pickle(path: Path) -> TensorFile:
     """A .ckpt, .bin or .pt: tensors by name, perhaps under `state_dict`, or in groups, as `image_proj` and `ip_adapter`
     are; then the names have the group's before them. Only plain data is ever unpickled."""
     content = unpickled(path)
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for _ in range(MOST_WRAPPERS):  # a dict may hold itself
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
     table = content.items() if isinstance(content, dict) else ()
     tensors = {str(name): stored(value) for name, value in table if isinstance(value, Tensor)}
     if not tensors:
@@ -296,6 +366,10 @@ def open_pickle(path: Path) -> TensorFile:
         tensors = {name: stored(value) for name, value in inside if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; it is no checkpoint")
+    if unknown := next(((name, one.dtype) for name, one in tensors.items() if one.dtype not in DTYPE_NAMES), None):
+        name, kind = unknown
+        raise UserError(f"{path}: {shortened(name, 90)!r} has the type {kind}, which is not supported; "
+                        "give the model in another precision")  # fmt: skip
     return TensorFile(path, tensors, {})
 
 

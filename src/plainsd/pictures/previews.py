@@ -23,6 +23,7 @@ from torch import Tensor
 
 from plainsd.errors import UserError
 from plainsd.files.folder import PREVIEW
+from plainsd.json_reader import parsed_json
 from plainsd.models.tiny_vae import AnyVAE, TinyVAE, check_same_latents
 from plainsd.pictures.images import to_pil
 from plainsd.pictures.model import StableDiffusion
@@ -72,7 +73,7 @@ def read_preview(texts: Mapping[str, str], channels: int, where: str) -> Tensor 
     if PREVIEW not in texts:
         return None
     try:
-        table = json.loads(texts[PREVIEW])["latent_rgb"]
+        table = parsed_json(texts[PREVIEW])["latent_rgb"]
         matrix, bias = (torch.tensor(table[name], dtype=torch.float32) for name in ("matrix", "bias"))
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
         raise damaged_preview(where, f"it cannot be read ({error})") from error

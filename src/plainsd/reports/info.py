@@ -1,6 +1,5 @@
 """What a file or folder holds, without reading its weights: `plainsd info`."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,7 @@ from plainsd.files.single import FILES_KEY, by_name, known_beside, prefixes, rea
 from plainsd.files.stored import StoredNetwork
 from plainsd.files.t2i_adapter import is_t2i_adapter
 from plainsd.files.tensorfile import Stored, TensorFile, open_tensors
+from plainsd.json_reader import parsed_json
 from plainsd.listing import suffix_of
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
 from plainsd.pictures.control_checks import family
@@ -287,7 +287,7 @@ def note_lines(metadata: Mapping[str, str]) -> list[str]:
 def most_frequent(text: str, count: int = 20) -> str:
     """The most frequent tags of kohya's table, {folder: {tag: count}}."""
     try:
-        total = sum((Counter(table) for table in json.loads(text).values()), Counter())
+        total = sum((Counter(table) for table in parsed_json(text).values()), Counter())
         return ", ".join(f"{tag.strip()} ({number})" for tag, number in total.most_common(count))
     except (ValueError, AttributeError, TypeError):
         return ""  # metadata is free text: any other form is no table

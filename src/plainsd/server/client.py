@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 from plainsd.errors import UserError
+from plainsd.json_reader import BadJSON, parsed_json
 
 PATIENCE = 60.0  # seconds without any sign of life; the server sends one every 15
 
@@ -89,10 +90,13 @@ class Remote:
                 if key == "event":
                     name = value
                 elif key == "data":
-                    yield name, json.loads(value)
+                    yield name, parsed_json(value)
 
     def call(self, path: str, body: Any = None) -> dict[str, Any]:
-        return json.loads(self.bytes(path, body))
+        try:
+            return parsed_json(self.bytes(path, body))
+        except BadJSON as error:
+            raise UserError(f"{self.url} answered what is not JSON ({error}); is this a plainsd server?") from None
 
     def bytes(self, path: str, body: Any = None) -> bytes:
         with self.open(path, body) as answer:
@@ -114,6 +118,6 @@ class Remote:
 
 def message_of(error: urllib.error.HTTPError) -> str:
     try:
-        return json.loads(error.read())["error"]["message"]
+        return parsed_json(error.read())["error"]["message"]
     except (ValueError, KeyError, TypeError, OSError):
         return f"it answered {error.code}; is this a plainsd server?"

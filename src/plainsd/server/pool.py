@@ -1,6 +1,5 @@
 """The models that the server knows by name: loaded when a job wants them, kept as long as memory allows."""
 
-import json
 import os
 import threading
 import time
@@ -26,6 +25,7 @@ from plainsd.files.hub import find
 from plainsd.files.predicted import asked
 from plainsd.files.stored import empties
 from plainsd.files.tokenizers import tokenizers
+from plainsd.json_reader import parsed_json
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures.defaults import check_refiner, model_name
 from plainsd.pictures.model import StableDiffusion, assemble
@@ -298,7 +298,7 @@ def has_adapter(path: Path) -> bool:
 def ideas(path: Path) -> list[str]:
     """Prompts out of the `concepts.json` that lies beside a model trained by recipes/emoji; none for other models."""
     try:
-        told = json.loads((path / "concepts.json").read_text("utf-8-sig"))
+        told = parsed_json((path / "concepts.json").read_text("utf-8-sig"))
         phrases, colours = [concept["phrase"] for concept in told["concepts"]], list(told["backgrounds"])
     except (OSError, ValueError, LookupError, TypeError):
         return []

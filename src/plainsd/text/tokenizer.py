@@ -22,7 +22,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from plainsd.disk import read_text_file, written_whole
-from plainsd.errors import UserError
+from plainsd.errors import UserError, shortened
+from plainsd.json_reader import BadJSON, parsed_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -35,6 +36,7 @@ ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": EN
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 CLIP = Path(str(files("plainsd") / "assets" / "clip" / VOCABULARY))
 CLIP_SIZE = 49_408
+MOST_TOKENS = 2**24  # of any vocabulary
 
 
 class Tokenizer:
@@ -73,15 +75,27 @@ class Tokenizer:
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], where: str | Path) -> "Tokenizer":
         """From the texts of `tokenizer.json`, or of `vocab.json` and `merges.txt`, with the files of special tokens.
-        `where` is their source, for error messages."""
+        `where` is their source, for error messages. UserError where they hold something else."""
+        try:
+            return cls._from_texts(texts, where)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
+            what = shortened(f"{type(error).__name__}: {error}", 100)
+            raise UserError(f"{where}: the tokenizer's files hold something else ({what}); fetch them again") from error
+
+    @classmethod
+    def _from_texts(cls, texts: Mapping[str, str], where: str | Path) -> "Tokenizer":
         added: dict[int, AddedToken | str] = {}
         if "tokenizer.json" in texts:  # all that transformers 5 writes; it takes precedence there too
             whole = _read_json(texts, "tokenizer.json", where)
             model = whole.get("model", {})
             if model.get("type", "BPE") != "BPE" or "vocab" not in model or "merges" not in model:
                 raise UserError(f"{where}: tokenizer.json holds no byte-pair vocabulary; take CLIP's tokenizer")
-            vocabulary = model["vocab"]
+            vocabulary = check_vocabulary(model["vocab"], where)
             merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+            if not all(len(pair) == 2 and all(isinstance(one, str) for one in pair) for pair in merges):
+                raise UserError(f"{where}: tokenizer.json has merges that are no pairs of symbols; fetch it again")
             added = {token["id"]: _token(token) for token in whole.get("added_tokens", ())}
         else:
             vocabulary, merges = _read_vocabulary(texts, where)
@@ -270,12 +284,25 @@ def _backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]], unkn
 
 
 def _read_vocabulary(texts: Mapping[str, str], where: str | Path) -> tuple[dict[str, int], list[tuple[str, ...]]]:
-    vocabulary = _read_json(texts, "vocab.json", where)
+    vocabulary = check_vocabulary(_read_json(texts, "vocab.json", where), where)
     lines = _text(texts, "merges.txt", where).split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if bad := next((pair for pair in merges if len(pair) != 2), None):
-        raise UserError(f"{where}: merges.txt: {' '.join(bad)!r} is not a pair of symbols; the file is damaged")
+        raise UserError(
+            f"{where}: merges.txt: {shortened(' '.join(bad), 60)!r} is not a pair of symbols; the file is damaged"
+        )
     return vocabulary, merges
+
+
+def check_vocabulary(vocabulary: object, where: str | Path) -> dict[str, int]:
+    """UserError unless it gives every symbol an id that a text encoder can have."""
+    if not isinstance(vocabulary, dict):
+        raise UserError(f"{where}: the vocabulary is no table of symbols; fetch it again")
+    for symbol, key in vocabulary.items():
+        if type(key) is not int or not 0 <= key < MOST_TOKENS:
+            what = f"the vocabulary gives {shortened(symbol, 60)!r} the id {shortened(repr(key), 60)}"
+            raise UserError(f"{where}: {what}; fetch it again")
+    return vocabulary
 
 
 def _token(value: str | dict) -> AddedToken | str:
@@ -312,8 +339,8 @@ def _read_json(texts: Mapping[str, str], name: str, where: str | Path, missing: 
     if missing is not None and name not in texts:
         return missing
     try:
-        content = json.loads(_text(texts, name, where))
-    except json.JSONDecodeError as error:
+        content = parsed_json(_text(texts, name, where))
+    except BadJSON as error:
         raise UserError(f"{where}: {name} is not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(

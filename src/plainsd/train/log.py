@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from plainsd.disk import written_whole
+from plainsd.json_reader import parsed_json
 
 
 class Log:
@@ -31,7 +32,7 @@ def read_log(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     lines = path.read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    return [parsed_json(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def draw_curve(log: Path, path: Path) -> None:

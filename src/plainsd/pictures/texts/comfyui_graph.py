@@ -5,12 +5,12 @@ The API's form is that already, and what ran: {"3": {"class_type": "KSampler", "
 widgets in the order of the screen, and links apart; parts of it may be folded into subgraphs, muted or bypassed.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from plainsd.errors import UserError
+from plainsd.json_reader import BadJSON, parsed_json
 from plainsd.pictures.texts.entries import check_length
 
 LONGEST = 2**24  # characters
@@ -67,8 +67,8 @@ def read_graph(text: str) -> Graph:
     """A workflow's JSON, in either form. UserError for anything else."""
     check_length(text, LONGEST)
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
+        whole = parsed_json(text)
+    except BadJSON:
         raise UserError("this is no workflow: its JSON is broken; save it again in ComfyUI") from None
     if isinstance(whole, dict) and isinstance(whole.get("prompt"), dict):
         whole = whole["prompt"]  # as it is sent to ComfyUI's server

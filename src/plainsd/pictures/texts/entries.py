@@ -4,6 +4,7 @@ import json
 import re
 
 from plainsd.errors import UserError
+from plainsd.json_reader import parsed_json
 
 LONGEST_TEXT = 2**20  # characters of a text; A1111's have some hundreds to some thousands
 KEY = re.compile(r"\w[\w \-/]+")
@@ -19,7 +20,7 @@ def quote(text: str) -> str:
 
 def unquote(text: str) -> str:
     try:
-        read = json.loads(text) if text.startswith('"') else text
+        read = parsed_json(text) if text.startswith('"') else text
     except ValueError:  # another program's bare value that starts with a quote
         return text
     return read if isinstance(read, str) else text

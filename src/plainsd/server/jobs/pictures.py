@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, fields, replace
 from types import NoneType
 
+from plainsd.json_reader import parsed_json
 from plainsd.pictures.settings import RANGES, ControlNote, Resolved, plain_number
 
 SAFE_INTEGER = 2**53 - 1  # JavaScript's
@@ -58,7 +59,7 @@ def settings_from(data: dict, *, strict: bool = False) -> Resolved:
 
 
 def loras_from(text: str) -> list[tuple[str, float]]:
-    return [(str(name), float(strength)) for name, strength in json.loads(text)]
+    return [(str(name), float(strength)) for name, strength in parsed_json(text)]
 
 
 def in_short(error: Exception) -> str:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
+from plainsd.json_reader import parsed_json
 from plainsd.pictures.images import write_png
 from plainsd.server.jobs.job import ACTIVE, DONE, QUEUED, RUNNING, Job, Sheet, source_from
 from plainsd.server.jobs.migrations import migrate
@@ -159,8 +160,8 @@ class Store:
                  "finished")  # fmt: skip
         known = {name: row[name] for name in names} | {"done": {place for (place,) in done}}
         try:
-            source, sheet = (json.loads(row[name]) if row[name] else None for name in ("source", "sheet"))
-            each = [settings_from(one, strict=row["state"] in ACTIVE) for one in json.loads(row["pictures"])]
+            source, sheet = (parsed_json(row[name]) if row[name] else None for name in ("source", "sheet"))
+            each = [settings_from(one, strict=row["state"] in ACTIVE) for one in parsed_json(row["pictures"])]
             return Job(
                 **known, each=each or [NO_SETTINGS], loras=loras_from(row["loras"]),
                 source=source_from(source) if source else None,
@@ -251,7 +252,7 @@ class Store:
         known = {name: row[name] for name in ("number", "id", "job", "place", "file", "width", "height", "created")}
         known["favourite"] = bool(row["favourite"])
         try:
-            settings, loras = settings_from(json.loads(row["settings"])), loras_from(row["loras"])
+            settings, loras = settings_from(parsed_json(row["settings"])), loras_from(row["loras"])
         except UNREADABLE as error:
             why = f"its settings in the database cannot be read ({in_short(error)})"
             return Picture(**known, settings=NO_SETTINGS, loras=[], problem=why)

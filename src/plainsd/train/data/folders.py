@@ -8,7 +8,6 @@
 Suffixes are case-insensitive, and a mask or a map may have any picture suffix. Pictures that are not used are reported.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from plainsd.errors import UserError
+from plainsd.json_reader import parsed_json
 from plainsd.listing import file_named, files_below, lies_in, lines_of, others, suffix_of
 
 METADATA = "metadata.jsonl"
@@ -85,7 +85,7 @@ def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[FoundPictu
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parsed_json(line)
             texts = row.get("text", ())
             texts = texts if isinstance(texts, list) else [texts] if texts else []
             mask = folder / row["mask"] if row.get("mask") else None

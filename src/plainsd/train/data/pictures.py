@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
+from plainsd.json_reader import parsed_json
 from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture, to_tensor
 from plainsd.train.data.crops import Framing, View, cut_out, view_of
@@ -223,7 +224,7 @@ def scan(
     say: Callable[[str], None] = print,
 ) -> tuple[Entry, ...]:
     """The entries that can be used, with their sizes. `found` has each with what is wrong with it already, or None."""
-    whole = json.loads(known.read_text("utf-8")) if known and known.is_file() else {}
+    whole = parsed_json(known.read_text("utf-8")) if known and known.is_file() else {}
     entries, bad, before = [], [], len(whole)
     for entry, fault in tqdm(found, "checking pictures", disable=None if check else True, leave=False):
         fault = fault or (None if entry.texts else "no caption")
