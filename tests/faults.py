@@ -680,7 +680,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ('                db.execute("UPDATE jobs SET state = ?, finished = ?, alone = 0 WHERE id = ?", ended)',
          '                db.commit(), db.execute("UPDATE jobs SET state = ?, finished = ?, alone = 0 WHERE id = ?", ended)',
          "test_server_jobs.py::test_the_last_row_and_the_end_of_its_job_are_one_transaction"),
-        ("            if job.done | {place} == job.places:", "            if False:",
+        ("            if job.done | {index} == job.indices:", "            if False:",
          "test_server_jobs.py::test_the_last_row_and_the_end_of_its_job_are_one_transaction"),
         ('        (self.folder / "thumbnails" / f"{picture.id}.webp").unlink(missing_ok=True)', "        pass",
          "test_server_api.py::test_a_large_picture_is_deleted_with_its_thumbnail"),
@@ -694,7 +694,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_selection.py::test_a_selection_is_deleted_and_restored"),
         ("(time.time() - seconds,)", "(time.time(),)",
          "test_server_selection.py::test_a_selection_is_deleted_and_restored"),
-        (' or ".." in place.parts:', ":",
+        (' or ".." in path.parts:', ":",
          "test_server_jobs.py::test_names_of_files_come_from_nothing_dangerous"),
     ],
     "server/jobs/migrations.py": [
@@ -768,9 +768,9 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_api.py::test_bad_pictures"),
     ],
     "server/service.py": [
-        ("return Refused(422 if job.at_fault else 500,", "return Refused(500 if job.at_fault else 422,",
+        ("return APIError(422 if job.bad_request else 500,", "return APIError(500 if job.bad_request else 422,",
          "test_server_openai.py::test_whose_fault_a_failure_is_shows_in_its_status"),
-        ("self.store.put_back()", "pass", "test_server_jobs.py::test_a_proper_stop_counts_no_attempt"),
+        ("self.store.requeue_running()", "pass", "test_server_jobs.py::test_a_proper_stop_counts_no_attempt"),
     ],
     "server/client.py": [
         ('finally:\n            self.cancel(id)', 'finally:\n            pass',

@@ -187,7 +187,7 @@ def test_a_server_reads_its_one_model_so(model, tmp_path):
     models = Models([model], PoolOptions("cpu", "float32", prediction="v_prediction", zero_snr=True))
     assert models[None].bare.prediction == "v_prediction"
     job = new_job(JobRequest(prompt="x"), models, Limits(), "me", "jobs")
-    assert job.each[0].spacing == "trailing"
+    assert job.settings[0].spacing == "trailing"
     assert models.resident(models.default).sd.prediction == "v_prediction"
     with pytest.raises(UserError, match="speak of one model"):
         Models([model, None], PoolOptions(prediction="v_prediction"))

@@ -25,7 +25,7 @@ from webuiapi import HiResUpscaler, WebUIApi
 import plainsd
 from plainsd.pictures.masks import box_around, filled_hole
 from plainsd.server.api.a1111_names import sampler_of
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
@@ -337,7 +337,7 @@ def test_sampler_names(name, scheduler, ours):
 
 
 def test_unknown_names_and_what_is_not_had(server, drawing):
-    with pytest.raises(Refused, match="did you mean 'Euler a'"):
+    with pytest.raises(APIError, match="did you mean 'Euler a'"):
         sampler_of("Euler q", None)
     wrong = [
         ("txt2img", {"sampler_name": "Euler z"}, 404), ("txt2img", {"scheduler": "Turbo"}, 404),

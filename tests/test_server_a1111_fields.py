@@ -11,7 +11,7 @@ from plainsd.server.api import a1111_table
 from plainsd.server.api.a1111_fields import Image2Image, Text2Image
 from plainsd.server.api.a1111_names import model_of, sampler_of
 from plainsd.server.api.a1111_table import FIXED, OPTIONS, REFUSED, WITHOUT_EFFECT, known_options
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 
 BOTH = """prompt negative_prompt styles seed subseed subseed_strength seed_resize_from_h seed_resize_from_w sampler_name
 scheduler batch_size n_iter steps cfg_scale width height restore_faces tiling do_not_save_samples do_not_save_grid eta
@@ -253,7 +253,7 @@ def test_models_by_title_file_and_hash(server):
     for title in ("other", "other.safetensors", "other.safetensors [0123abcd45]", "sd/other.ckpt", "0123abcd45"):
         assert model_of(title, models) == "other", title
     assert model_of(None, models) is None and model_of("none such.safetensors", models) == "none such.safetensors"
-    with pytest.raises(Refused, match="no name"):
+    with pytest.raises(APIError, match="no name"):
         model_of(3, models)
 
 
@@ -266,5 +266,5 @@ def test_options_are_refused_with_what_they_may_be():
     assert known_options({"CLIP_stop_at_last_layers": 2, "sd_vae": "None", "js_modal_lightbox": False}) == {
         "CLIP_stop_at_last_layers": 2
     }
-    with pytest.raises(Refused, match="option s_noise 0 is not had here; make it 1, or leave it out"):
+    with pytest.raises(APIError, match="option s_noise 0 is not had here; make it 1, or leave it out"):
         known_options({"s_noise": 0})

@@ -132,7 +132,7 @@ def test_a_word_that_is_not_there_or_does_not_fit_is_refused(server, names, says
     answer = server.post("/api/jobs", {"prompt": "p", "embeddings": names})
     error = answer.json()["error"]
     assert (answer.status_code, error["field"]) == (422, "embeddings") and says in error["message"]
-    assert str(server.service.models.words.folder) not in error["message"]
+    assert str(server.service.models.embeddings.folder) not in error["message"]
     assert not server.get("/api/jobs").json()["active"]
 
 

@@ -164,8 +164,8 @@ def test_an_event_stream_that_has_nothing_to_tell_stays_alive_and_ends_with_its_
         lines = stream.iter_lines(decode_unicode=True)
         while next(lines) != ": ping":
             pass
-        assert len(server.service.queue.jobs[id].bell.waiting) == 1
-    until(lambda: server.service.queue.jobs[id].bell.waiting == [])
+        assert len(server.service.queue.jobs[id].notifier.waiting) == 1
+    until(lambda: server.service.queue.jobs[id].notifier.waiting == [])
     brake.off()
     assert server.wait(id)["state"] == "done"
 
@@ -191,7 +191,7 @@ def test_a_server_that_stops_lets_its_listeners_go_and_keeps_their_jobs(model, t
     assert answers[0].status_code == 503 and "is drawn when it is there again" in answers[0].text
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
     again = open_service([model], tmp_path)
-    assert {job.each[0].prompt for job in again.queue.jobs.values()} == {"listened to", "waited for"}
+    assert {job.settings[0].prompt for job in again.queue.jobs.values()} == {"listened to", "waited for"}
     again.close()
 
 

@@ -71,7 +71,7 @@ def test_who_stops_listening_cancels(server, brake):
     brake.wait()
     events.close()
     until(lambda: not server.service.queue.jobs)
-    assert server.service.store.jobs(("cancelled",), 1)[0].each[0].prompt == "slow"
+    assert server.service.store.jobs(("cancelled",), 1)[0].settings[0].prompt == "slow"
 
 
 def test_errors_are_one_line(server):
@@ -201,4 +201,4 @@ def test_an_interrupt_cancels_what_was_sent(generate, server, brake, monkeypatch
     monkeypatch.setattr("plainsd.commands.remote.Remote.follow", interrupted)
     assert generate("--prompts", tmp_path / "prompts.txt")[0] == 130
     until(lambda: not server.service.queue.jobs)
-    assert {job.each[0].prompt for job in server.service.store.jobs(("cancelled",), 3)} == {"one", "two", "three"}
+    assert {job.settings[0].prompt for job in server.service.store.jobs(("cancelled",), 3)} == {"one", "two", "three"}

@@ -15,7 +15,7 @@ from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.preprocess import preprocessed
 from plainsd.server.api.a1111_control import unit_of
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 
 
 def encoded(image) -> str:
@@ -150,7 +150,7 @@ def test_a1111s_units(server):
     ids=str,
 )
 def test_a1111s_units_that_are_not_had_are_named(unit, says):
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(APIError, match=says):
         unit_of({"model": "edges", "image": "eA=="} | unit)
 
 

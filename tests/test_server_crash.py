@@ -21,12 +21,12 @@ from plainsd.server.jobs import worker
 from plainsd.server.api.app import create_app
 from plainsd.commands.serve import listening_socket, server_of
 from plainsd.server.api.security import Hosts
-keep = worker.Worker.keep
+keep = worker.Worker.save
 def slowly(*given):                   # room for a kill between the file, the row and the next picture
     time.sleep({pause})
     keep(*given)
     time.sleep({pause})
-worker.Worker.keep = slowly
+worker.Worker.save = slowly
 service = open_service([{model!r}], Path({data!r}), batch=2)
 sock = listening_socket("127.0.0.1", 0)
 app = create_app(service, Hosts("127.0.0.1"), None, lambda: print(sock.getsockname()[1], flush=True))

@@ -16,14 +16,14 @@ from serving import Brake, alike, base64_of, lora_file, model_folder, open_servi
 import plainsd
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.jobs import migrations
 from plainsd.server.jobs import worker as worker_module
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING
 from plainsd.server.jobs.migrations import MIGRATIONS
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
-from plainsd.server.restore import picture_told, settings_inside
+from plainsd.server.restore import picture_as_json, settings_in_file
 from plainsd.server.schema import JobRequest
 
 
@@ -114,28 +114,30 @@ def test_a_count_has_one_seed_after_the_other(opened):
 
 def test_random_and_long_seeds(opened):
     service = opened(start=False)
-    either = [ask(service, seed=seed, variation_seed=seed, variation_strength=0.5).each[0] for seed in (-1, "random")]
+    either = [
+        ask(service, seed=seed, variation_seed=seed, variation_strength=0.5).settings[0] for seed in (-1, "random")
+    ]
     drawn = [one.seed for one in either] + [one.variation_seed for one in either]
     assert len(set(drawn)) == 4 and all(0 <= seed < 2**32 for seed in drawn)
     assert ask(service, seed=5).notes == []
     long = ask(service, seed=2**64 - 1)
-    assert long.each[0].seed == 2**64 - 1 and service.told(long)["notes"] == long.notes
+    assert long.settings[0].seed == 2**64 - 1 and service.as_json(long)["notes"] == long.notes
     assert long.notes[0].startswith("seed 18446744073709551615 draws the same as 4294967295: ")
 
 
 def test_guidance_0_is_off_and_this_is_said(opened):
     service = opened(start=False)
     off = ask(service, guidance=0)
-    assert off.each[0].guidance == 1 and off.notes[0].startswith("guidance 0 is off, as 1 is")
+    assert off.settings[0].guidance == 1 and off.notes[0].startswith("guidance 0 is off, as 1 is")
     cells = ask(service, grid=[{"name": "guidance", "values": [0, 2]}])
-    assert [one.guidance for one in cells.each] == [1, 2] and cells.notes == off.notes
+    assert [one.guidance for one in cells.settings] == [1, 2] and cells.notes == off.notes
     theirs = ask(service, guidance=0, like="a1111")
-    assert theirs.each[0].guidance == 0 and theirs.notes == []
+    assert theirs.settings[0].guidance == 0 and theirs.notes == []
 
 
 def test_without_a_seed_each_job_draws_one_and_keeps_it(opened):
     service = opened(start=False)
-    assert ask(service).each[0].seed != ask(service).each[0].seed
+    assert ask(service).settings[0].seed != ask(service).settings[0].seed
 
 
 def test_a_grid_is_its_cells_and_a_sheet(opened):
@@ -144,7 +146,7 @@ def test_a_grid_is_its_cells_and_a_sheet(opened):
         ask(service, seed=4, grid=[{"name": "guidance", "values": [1, 3, "7.5"]}, {"name": "steps", "values": [2, 3]}])
     )
     assert job.state == DONE, job.error
-    rows = sorted(service.store.pictures(job=job.id), key=lambda row: row.place)
+    rows = sorted(service.store.pictures(job=job.id), key=lambda row: row.index)
     assert [(row.settings.guidance, row.settings.steps) for row in rows[:6]] == [
         (1, 2),
         (3, 2),
@@ -194,11 +196,11 @@ def test_clients_take_turns_picture_by_picture(opened, brake):
 def test_the_queue_is_bounded_and_no_client_fills_it_alone(opened):
     service = opened(limits=Limits(queue=4), start=False)
     ask(service), ask(service)
-    with pytest.raises(Refused, match="queue is full with 2 jobs, 2 of them yours; try again in") as refused:
+    with pytest.raises(APIError, match="queue is full with 2 jobs, 2 of them yours; try again in") as refused:
         ask(service)
     assert refused.value.status == 429 and int(refused.value.headers["Retry-After"]) >= 1
     ask(service, client="b"), ask(service, client="c")
-    with pytest.raises(Refused, match="none of them yours"):
+    with pytest.raises(APIError, match="none of them yours"):
         ask(service, client="d")
     assert len(service.store.unfinished()) == 4
 
@@ -219,7 +221,7 @@ def test_cancel_while_queued_and_while_running(opened, brake):
     until(lambda: not running.drawing or service.queue.waiting() == [])
     assert [row.id for row in service.store.pictures()] == [running.picture_id(0)]
     assert service.store.job(running.id).state == CANCELLED
-    with pytest.raises(Refused, match="is cancelled already") as refused:
+    with pytest.raises(APIError, match="is cancelled already") as refused:
         service.queue.cancel(running.id)
     assert refused.value.status == 409 and service.queue.cancel("nobody") is None
     assert ended(ask(service)).state == DONE  # the worker goes on
@@ -251,7 +253,7 @@ def test_a_failure_is_the_failure_of_one(opened, monkeypatch):
     good, bad, fine = ask(service, seed=1), ask(service, "bad"), ask(service, "fine", seed=2)
     service.worker.start()
     assert [ended(job).state for job in (good, bad, fine)] == [DONE, FAILED, DONE]
-    assert "not finite" in bad.error and bad.at_fault
+    assert "not finite" in bad.error and bad.bad_request
     assert service.worker.failures == 1 and service.worker.pictures == 2
 
 
@@ -317,7 +319,7 @@ def test_a_history_that_cannot_be_written_holds_the_worker_up_and_loses_nothing(
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(service.store, "started", full)
+        patched.setattr(service.store, "mark_started", full)
         service.worker.start()
         until(lambda: len(refusals) >= 2)
         assert service.worker.is_alive() and job.state == QUEUED
@@ -384,17 +386,17 @@ def test_the_last_row_and_the_end_of_its_job_are_one_transaction(opened):
     """A crash right after a picture is entered, and a disk that is full amid it."""
     service = opened(start=False)
     job = ask(service, count=2)
-    service.store.enter(job, 0, "pictures/a.png", (64, 64))
+    service.store.add_picture(job, 0, "pictures/a.png", (64, 64))
     job.done.add(0)
     assert service.store.job(job.id).state == QUEUED
     with service.store.transaction() as db:
         db.execute("CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
     with pytest.raises(sqlite3.Error, match="disk is full"):
-        service.store.enter(job, 1, "pictures/b.png", (64, 64))
-    assert [row.place for row in service.store.pictures()] == [0]  # neither the row nor the end
+        service.store.add_picture(job, 1, "pictures/b.png", (64, 64))
+    assert [row.index for row in service.store.pictures()] == [0]  # neither the row nor the end
     with service.store.transaction() as db:
         db.execute("DROP TRIGGER full")
-    service.store.enter(job, 1, "pictures/b.png", (64, 64))
+    service.store.add_picture(job, 1, "pictures/b.png", (64, 64))
     stop(service)
     found = opened(start=False).store.job(job.id)
     assert (found.state, found.done) == (DONE, {0, 1}) and found.finished >= found.created
@@ -405,8 +407,8 @@ def test_a_job_that_ends_the_server_again_and_again_is_given_up(opened):
     job = ask(service)
     for _ in range(3):
         assert service.queue.jobs[job.id].active
-        service.store.started(job, 1.0)
-        service.store.alone(job, True)
+        service.store.mark_started(job, 1.0)
+        service.store.mark_alone(job, True)
         stop(service)
         service = opened(start=False)
     found = service.store.job(job.id)
@@ -470,9 +472,9 @@ def test_a_bad_row_is_marked_and_stands_alone(opened):
     first, second = service.store.pictures()
     assert "cannot be read" in first.problem and first.job == bad.id and service.store.path(first).is_file()
     assert second.problem is None and ("sparkle", "0.5") in second.settings.other
-    assert picture_told(first)["problem"] == first.problem and picture_told(second)["problem"] is None
+    assert picture_as_json(first)["problem"] == first.problem and picture_as_json(second)["problem"] is None
     jobs = {job.id: job for job in service.store.jobs((DONE, FAILED))}
-    assert jobs[bad.id].problem and service.told(jobs[bad.id])["error"] == jobs[bad.id].problem
+    assert jobs[bad.id].problem and service.as_json(jobs[bad.id])["error"] == jobs[bad.id].problem
     assert jobs[waiting.id].state == FAILED and "cannot be read" in jobs[waiting.id].error
     assert jobs[foreign.id].state == FAILED and "which knows 'sparkle'" in jobs[foreign.id].error
     assert not service.queue.jobs and jobs[good.id].problem is None
@@ -594,14 +596,14 @@ def test_a_model_that_says_what_it_was_trained_on_gives_ideas(opened, folder, tm
         '{"concepts": [{"phrase": "a taco"}, {"phrase": "grapes"}], '
         '"backgrounds": {"red": [1, 2, 3], "orange": [1, 2, 3]}}'
     )
-    assert opened(str(path), start=False).models["taught"].ideas == [
+    assert opened(str(path), start=False).models["taught"].example_prompts == [
         "a taco on a red background", "grapes on an orange background"]  # fmt: skip
     (path / "concepts.json").write_text('{"concepts": [{}], "backgrounds": []}')
-    assert opened(str(path), data="other", start=False).models["taught"].ideas == []
+    assert opened(str(path), data="other", start=False).models["taught"].example_prompts == []
 
 
 def test_unknown_models_and_two_of_one_name(opened, folder, tmp_path):
-    with pytest.raises(Refused, match="unknown model 'tinny'; did you mean 'tiny'") as refused:
+    with pytest.raises(APIError, match="unknown model 'tinny'; did you mean 'tiny'") as refused:
         ask(opened(start=False), model="tinny")
     assert refused.value.status == 404
     with pytest.raises(UserError, match="two models are called 'tiny'"):
@@ -654,7 +656,7 @@ def test_loras_come_and_go_with_their_jobs(opened, folder, tmp_path):
                           loras=[(service.models.lora(name), strength) for name, strength in loras])  # fmt: skip
         assert alike(picture, plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3))[0]) and row.loras == loras
     assert not alike(pictures[0], pictures[1], 8) and alike(pictures[1], pictures[4])
-    told = settings_inside(service.store.path(rows[4]).read_bytes(), service.limits, service.models)
+    told = settings_in_file(service.store.path(rows[4]).read_bytes(), service.limits, service.models)
     assert told["prompt"] == "a boat" and told["loras"] == [{"name": "paper", "strength": 0.8}]
     assert "<lora:paper:0.8>" in pictures[4].info["parameters"]
 
@@ -673,7 +675,7 @@ def test_a_lora_that_is_not_there_or_does_not_fit_is_refused_at_the_door(opened,
         ("broken", "broken"),
         ("pickle", "unknown LoRA 'pickle'"),
     ):
-        with pytest.raises(Refused, match=says) as refused:
+        with pytest.raises(APIError, match=says) as refused:
             ask(service, f"a boat <lora:{name}>")
         assert refused.value.status == 422
     assert service.queue.jobs == {}

@@ -85,7 +85,7 @@ def test_nothing_is_lost_and_nothing_is_doubled(tmp_path, clients, turns):
         assert not [job for job in jobs.values() if job.state == FAILED]
         done = {id for id, job in jobs.items() if job.state == DONE}
         assert Counter(row.job for row in rows) == Counter(done)  # a picture for each job that is done, and no other
-        assert {row.settings.prompt for row in rows} == {jobs[id].each[0].prompt for id in done}
+        assert {row.settings.prompt for row in rows} == {jobs[id].settings[0].prompt for id in done}
         assert {path.name for path in service.store.folder.rglob("pictures/*/*")} == {
             service.store.path(row).name for row in rows
         }

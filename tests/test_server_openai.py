@@ -187,7 +187,7 @@ def test_a_full_queue_is_a_rate_limit_and_a_client_that_hangs_up_cancels(client,
     with pytest.raises(openai.APITimeoutError):
         impatient.images.generate(prompt="nobody waits for this")
     until(lambda: not server.service.queue.jobs)
-    assert server.service.store.jobs(("cancelled",), 1)[0].each[0].prompt == "nobody waits for this"
+    assert server.service.store.jobs(("cancelled",), 1)[0].settings[0].prompt == "nobody waits for this"
     jobs = [
         server.session.post(
             server.url + "/api/jobs", json={"prompt": "p"}, headers={"Authorization": f"Bearer {TOKEN}"}

@@ -26,7 +26,7 @@ from plainsd.cli import main
 from plainsd.disk import read_json
 from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import read_settings
-from plainsd.server.embeddings import Words
+from plainsd.server.embeddings import Embeddings
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
@@ -288,7 +288,7 @@ def test_a_learned_word_is_used_without_being_told(base, tmp_path, capsys):
     plain = np.asarray(Image.open(tmp_path / "plain.png"), dtype=int)
     assert np.array_equal(*pixels) and np.abs(pixels[0] - plain).max() > 5
     (tmp_path / "run" / "learned_embeds.safetensors").unlink()
-    assert [(word.text, word.name) for word in Words(tmp_path / "run").known()] == [("<stri/py>", "stri-py")]
+    assert [(word.text, word.name) for word in Embeddings(tmp_path / "run").known()] == [("<stri/py>", "stri-py")]
 
 
 def test_dreambooth_makes_its_prior(train, tmp_path):

@@ -11,15 +11,15 @@ from PIL import Image
 from plainsd.pictures.images import continued
 from plainsd.pictures.masks import Box, MaskOptions, canvas_of, resized
 from plainsd.pictures.settings import DEFAULTS, MASK_OPTIONS
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import Source
 from plainsd.server.limits import Limits
 from plainsd.server.schema import JobRequest
-from plainsd.server.uploads import check_pixels, differing, picture, png
+from plainsd.server.uploads import check_pixels, picture, png, size_mismatch
 
 
 @dataclass(frozen=True)
-class Base:
+class InitImages:
     """Pictures to draw on, ready: see `Source`."""
 
     image: Image.Image
@@ -28,7 +28,7 @@ class Base:
     alpha: Image.Image | None = None
     box: Box | None = None
 
-    def kept(self) -> tuple[Source, dict[str, bytes]]:
+    def as_source(self) -> tuple[Source, dict[str, bytes]]:
         """The names under which they will lie among the inputs, and their files."""
         files = {name: png(image) for name in ("image", "hole", "base", "alpha") if (image := getattr(self, name))}
         names: dict[str, Any] = {
@@ -37,13 +37,13 @@ class Base:
         return Source(**names, box=self.box), {names[name]: content for name, content in files.items()}
 
 
-def base_of(request: JobRequest, limits: Limits) -> Base | None:
+def init_images_of(request: JobRequest, limits: Limits) -> InitImages | None:
     """The pictures of a request, decoded, at the size at which they are drawn on."""
     if request.image is None:
         if request.mask is not None:
-            raise Refused(422, "mask without an image; send the picture that it belongs to", "mask")
+            raise APIError(422, "mask without an image; send the picture that it belongs to", "mask")
         if request.outpaint is not None:
-            raise Refused(422, "outpaint without an image; send the picture that is continued", "outpaint")
+            raise APIError(422, "outpaint without an image; send the picture that is continued", "outpaint")
         refuse_mask_options(request)
         return None
     image, mask = picture(request.image, "image", limits), None
@@ -55,9 +55,9 @@ def base_of(request: JobRequest, limits: Limits) -> Base | None:
         mask = picture(request.mask, "mask", limits, "black")
     if mask is None:
         refuse_mask_options(request)
-        return Base(resized(image, size))
+        return InitImages(resized(image, size))
     if mask.size != image.size:
-        raise differing(mask, image)
+        raise size_mismatch(mask, image)
     how = MaskOptions(
         request.mask_blur,
         request.mask_grow or 0,
@@ -66,22 +66,22 @@ def base_of(request: JobRequest, limits: Limits) -> Base | None:
         request.soft_mask,
     )
     canvas = canvas_of(image, mask, size, how)
-    return Base(canvas.image, canvas.hole, canvas.whole, canvas.alpha, canvas.box)
+    return InitImages(canvas.image, canvas.hole, canvas.whole, canvas.alpha, canvas.box)
 
 
 def refuse_mask_options(request: JobRequest) -> None:
     """Where there is no mask."""
     for name in MASK_OPTIONS:
         if (value := getattr(request, name)) not in (None, DEFAULTS[name]):
-            raise Refused(422, f"{name} {value} without a mask; send one, or leave {name} out", name, value)
+            raise APIError(422, f"{name} {value} without a mask; send one, or leave {name} out", name, value)
 
 
 def outpainted(request: JobRequest, sides: Box, image: Image.Image, limits: Limits) -> tuple[Image.Image, Image.Image]:
     """The picture on its larger canvas, and the mask of what is new."""
     left, top, right, bottom = sides
     if request.mask is not None:
-        raise Refused(422, "outpaint and a mask do not go together; leave one of them out", "outpaint", list(sides))
+        raise APIError(422, "outpaint and a mask do not go together; leave one of them out", "outpaint", list(sides))
     if not any(sides):
-        raise Refused(422, "outpaint adds nothing; give pixels for one side at least", "outpaint", list(sides))
+        raise APIError(422, "outpaint adds nothing; give pixels for one side at least", "outpaint", list(sides))
     check_pixels((left + image.width + right, top + image.height + bottom), limits, "outpaint")
     return continued(image, sides)

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 from plainsd.errors import UserError
 from plainsd.json_reader import BadJSON, parsed_json
 
-PATIENCE = 60.0  # seconds without any sign of life; the server sends one every 15
+TIMEOUT = 60.0  # seconds without any sign of life; the server sends one every 15
 
 
 class Progress(NamedTuple):
@@ -66,15 +66,15 @@ class Remote:
         job: dict[str, Any] = {}
         for name, job in self.events(id):
             if name == "progress":
-                rough = {int(place): base64.b64decode(url.partition(",")[2]) for place, url in job["previews"].items()}
+                rough = {int(index): base64.b64decode(url.partition(",")[2]) for index, url in job["previews"].items()}
                 yield Progress(job["step"], job["steps"], job["progress"], job["position"], rough)
         if name != "end":
             raise UserError(f"{self.url} broke off; job {id} goes on when the server is there again, in its gallery")
         if job["state"] != "done":
             raise UserError(f"the server's job {id} {job['state']}: {job['error'] or 'somebody cancelled it'}")
         for picture in job["images"]:
-            png, told = self.bytes(f"/api/images/{picture}.png"), self.call(f"/api/images/{picture}")
-            yield Finished(picture, png, told["settings"])
+            png, details = self.bytes(f"/api/images/{picture}.png"), self.call(f"/api/images/{picture}")
+            yield Finished(picture, png, details["settings"])
 
     def cancel(self, id: str) -> None:
         """Nothing, where it has ended already or the server is gone."""
@@ -107,7 +107,7 @@ class Remote:
         headers |= {"Authorization": f"Bearer {self.token}"} if self.token else {}
         data = None if body is None else json.dumps(body).encode()
         try:
-            return self.opener.open(urllib.request.Request(self.url + path, data, headers), timeout=PATIENCE)
+            return self.opener.open(urllib.request.Request(self.url + path, data, headers), timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             raise UserError(f"{self.url}: {message_of(error)}") from None
         except (OSError, ValueError) as error:

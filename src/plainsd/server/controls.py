@@ -23,9 +23,9 @@ from plainsd.pictures.control import Control, control_name
 from plainsd.pictures.control_checks import mismatch
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.preprocess import preprocessed
-from plainsd.server.errors import Refused
-from plainsd.server.folders import attempted, changed_at, named_files, readable, shown_name
-from plainsd.server.jobs.job import Followed
+from plainsd.server.errors import APIError
+from plainsd.server.folders import changed_at, named_files, printable_name, read_cached, readable_files
+from plainsd.server.jobs.job import ControlInput
 from plainsd.server.limits import Limits
 from plainsd.server.schema import ControlRequest
 from plainsd.server.uploads import picture, png
@@ -45,19 +45,19 @@ class ControlNets:
         ] = {}  # by name and model, the one used last at the end
 
     def known(self) -> dict[str, Path]:
-        found = {name: path for name, (path, _) in readable(control_in, self.folder, self.unusable).items()}
+        found = {name: path for name, (path, _) in readable_files(control_in, self.folder, self.unusable).items()}
         for name, path in named_files(self.folder).items():
             if path.parent != self.folder and (path.parent / "config.json").is_file():  # it goes by its folder's name
                 found.pop(name, None)
-                self.unusable.pop(shown_name(name), None)
+                self.unusable.pop(printable_name(name), None)
         below = sorted(self.folder.iterdir()) if self.folder else []
         for path in below:
             if (config := path / "config.json").is_file() and not hidden(path.name):
-                content, why = attempted(control_in_folder, path, changed_at(config))
+                content, why = read_cached(control_in_folder, path, changed_at(config))
                 if content:
                     found[path.name] = path
                 elif why:
-                    self.unusable[shown_name(path.name)] = why.replace(str(path), path.name)
+                    self.unusable[printable_name(path.name)] = why.replace(str(path), path.name)
         return found
 
     def path(self, name: str) -> Path:
@@ -136,23 +136,32 @@ def net_without_weights(path: Path, _: int) -> ControlNet | T2IAdapter:
 
 def controls_of(
     units: list[ControlRequest], nets: ControlNets, limits: Limits
-) -> tuple[list[Control], list[Followed], dict[str, bytes]]:
+) -> tuple[list[Control], list[ControlInput], dict[str, bytes]]:
     """What the tasks check, what the job keeps, and its files by their names among the inputs."""
-    controls, followed, files = [], [], {}
+    controls, control_inputs, files = [], [], {}
     for unit in units:
         try:
             map = map_in(unit, limits)
             content = png(map)
             file = f"{hashlib.sha256(content).hexdigest()[:32]}.png"
-            kept = Followed(unit.name, file, unit.strength, unit.start, unit.end, unit.guess, unit.mode,
-                            tuple(unit.kind), unit.preprocess)  # fmt: skip
-            controls.append(as_control(kept, nets.bare(unit.name), map, nets))
-        except (UserError, Refused) as error:
+            entry = ControlInput(
+                unit.name,
+                file,
+                unit.strength,
+                unit.start,
+                unit.end,
+                unit.guess,
+                unit.mode,
+                tuple(unit.kind),
+                unit.preprocess,
+            )
+            controls.append(as_control(entry, nets.bare(unit.name), map, nets))
+        except (UserError, APIError) as error:
             error.entry = len(controls)
             raise
-        followed.append(kept)
+        control_inputs.append(entry)
         files[file] = content
-    return controls, followed, files
+    return controls, control_inputs, files
 
 
 def map_in(unit: ControlRequest, limits: Limits) -> Image.Image:
@@ -160,16 +169,16 @@ def map_in(unit: ControlRequest, limits: Limits) -> Image.Image:
     try:
         return preprocessed(given, unit.preprocess, (unit.low, unit.high), unit.resolution)
     except UserError as error:
-        raise Refused(422, f"controls: {error}", "controls", unit.preprocess) from None
+        raise APIError(422, f"controls: {error}", "controls", unit.preprocess) from None
 
 
-def as_control(kept: Followed, net: ControlNet | T2IAdapter, map: Image.Image, nets: ControlNets) -> Control:
-    name = control_name(nets.path(kept.net))
-    return Control(net, map, kept.strength, kept.start, kept.end, kept.guess, kept.mode, kept.kinds or None, name,
-                   kept.preprocess)  # fmt: skip
+def as_control(entry: ControlInput, net: ControlNet | T2IAdapter, map: Image.Image, nets: ControlNets) -> Control:
+    name = control_name(nets.path(entry.net))
+    return Control(net, map, entry.strength, entry.start, entry.end, entry.guess, entry.mode, entry.kinds or None, name,
+                   entry.preprocess)  # fmt: skip
 
 
-def control_at(kept: Followed, model: str, sd: StableDiffusion, map: Image.Image, nets: ControlNets) -> Control:
+def control_at(entry: ControlInput, model: str, sd: StableDiffusion, map: Image.Image, nets: ControlNets) -> Control:
     """For the drawing: the net with its weights."""
     with torch.inference_mode():
-        return as_control(kept, nets.net(kept.net, model, sd), map, nets)
+        return as_control(entry, nets.net(entry.net, model, sd), map, nets)

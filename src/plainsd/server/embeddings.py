@@ -18,12 +18,12 @@ from plainsd.adapters.embeddings import embedding_content as read_content
 from plainsd.errors import UserError, unknown
 from plainsd.models.clip import TextEncoder
 from plainsd.pictures.model import StableDiffusion
-from plainsd.server.folders import attempted, changed_at, readable
+from plainsd.server.folders import changed_at, read_cached, readable_files
 
 LARGEST = 16 * 2**20  # bytes; what is larger is something else
 
 
-class Word(NamedTuple):
+class Embedding(NamedTuple):
     name: str  # the file's, or its place below the folder
     text: str  # what is written in prompts
     path: Path
@@ -36,7 +36,7 @@ class Word(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """By the file's names; none where the file is gone."""
-        held, _ = attempted(content_of, self.path, self.changed)
+        held, _ = read_cached(content_of, self.path, self.changed)
         return held[1] if held else {}
 
     def vectors(self) -> list[Tensor]:
@@ -44,31 +44,31 @@ class Word(NamedTuple):
         return list(self.tensors().values())
 
 
-class Words:
+class Embeddings:
     """Those in the folder, looked for anew each time. Safetensors only."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
         self.unusable: dict[str, str] = {}  # files that are passed over, and why; as of the last look
 
-    def known(self) -> list[Word]:
-        found: dict[str, Word] = {}
+    def known(self) -> list[Embedding]:
+        found: dict[str, Embedding] = {}
         unusable: dict[str, str] = {}
-        for name, (path, (text, _)) in readable(content_of, self.folder, unusable).items():
+        for name, (path, (text, _)) in readable_files(content_of, self.folder, unusable).items():
             text = text or path.stem
             if text in found:
                 unusable[name] = f"{text!r} is the word of {found[text].name!r} already; take one of them away"
             else:
-                found[text] = Word(name, text, path, changed_at(path))
+                found[text] = Embedding(name, text, path, changed_at(path))
         self.unusable = unusable
         return list(found.values())
 
-    def word(self, wanted: str) -> Word:
+    def get(self, wanted: str) -> Embedding:
         """By its word, or by its file's name."""
         known = self.known()
-        for word in known:
-            if wanted in (word.text, word.name):
-                return word
+        for embedding in known:
+            if wanted in (embedding.text, embedding.name):
+                return embedding
         if wanted in self.unusable:
             what = f"embeddings: {wanted!r} cannot be used: {self.unusable[wanted]}"
             raise UserError(what, field="embeddings", value=wanted)
@@ -83,25 +83,27 @@ class Words:
                 field="embeddings",
             )
         raise UserError(
-            f"embeddings: {unknown('embedding', wanted, [word.text for word in known])}", field="embeddings"
+            f"embeddings: {unknown('embedding', wanted, [embedding.text for embedding in known])}", field="embeddings"
         )
 
-    def fitting(self, bare: StableDiffusion) -> list[Word]:
+    def fitting(self, bare: StableDiffusion) -> list[Embedding]:
         """Those made for this kind of model."""
-        return [word for word in self.known() if problem(bare, word) is None]
+        return [embedding for embedding in self.known() if incompatibility(bare, embedding) is None]
 
-    def used(self, bare: StableDiffusion, wanted: Sequence[str], prompt: str, negative: str) -> list[Word]:
+    def used(self, bare: StableDiffusion, wanted: Sequence[str], prompt: str, negative: str) -> list[Embedding]:
         """What these prompts use. UserError where one that is wanted is not there, or does not fit the model."""
         texts = f"{prompt}\n{negative}"
-        relied = [self.word(one) for one in wanted]
-        for word in relied:
-            if (why := problem(bare, word)) is not None:
+        requested = [self.get(one) for one in wanted]
+        for embedding in requested:
+            if (why := incompatibility(bare, embedding)) is not None:
                 raise UserError(f"embeddings: {why}", field="embeddings")
-        words = [
-            word for word in self.known() if word.within(texts) and (word in relied or problem(bare, word) is None)
+        embeddings = [
+            embedding
+            for embedding in self.known()
+            if embedding.within(texts) and (embedding in requested or incompatibility(bare, embedding) is None)
         ]
-        taught(bare, words)
-        return words
+        with_embeddings(bare, embeddings)
+        return embeddings
 
 
 def content_of(path: Path) -> tuple[str | None, dict[str, Tensor]]:
@@ -117,36 +119,36 @@ def content_of(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     return name, {key: one.reshape(-1, one.shape[-1]) for key, one in found.items()}
 
 
-def problem(bare: StableDiffusion, word: Word) -> str | None:
+def incompatibility(bare: StableDiffusion, embedding: Embedding) -> str | None:
     """Why a model cannot learn this word; None where it can. Clients need not know where its file lies."""
     try:
-        vectors = fitting(bare, word.path, word.tensors())
+        vectors = fitting(bare, embedding.path, embedding.tensors())
     except UserError as error:
-        return str(error).replace(str(word.path), word.name)
-    if any(word.text in tokenizer.vocabulary for tokenizer in bare.tokenizers):
-        return f"{word.text!r} is a word of this model already; give the file of the embedding another name"
+        return str(error).replace(str(embedding.path), embedding.name)
+    if any(embedding.text in tokenizer.vocabulary for tokenizer in bare.tokenizers):
+        return f"{embedding.text!r} is a word of this model already; give the file of the embedding another name"
     room = min(encoder.config.positions for encoder in bare.text_encoders) - 2
     if (count := max(map(len, vectors))) > room:
-        return f"{word.text!r} has {count} vectors, and this model reads at most {room} tokens; take a shorter one"
+        return f"{embedding.text!r} has {count} vectors, and this model reads at most {room} tokens; take a shorter one"
     return None
 
 
-def taught(sd: StableDiffusion, words: Sequence[Word]) -> StableDiffusion:
+def with_embeddings(sd: StableDiffusion, embeddings: Sequence[Embedding]) -> StableDiffusion:
     """The model with these words, and no others; the one given stays as it is. They share all but the tables of
     tokens."""
-    if not words:
+    if not embeddings:
         return sd
     learned = replace(
         sd,
         tokenizers=[deepcopy(one) for one in sd.tokenizers],
         text_encoders=[with_own_table(one) for one in sd.text_encoders],
     )
-    for word in words:
+    for embedding in embeddings:
         try:
-            add_embedding(learned, word.path, word.text)
+            add_embedding(learned, embedding.path, embedding.text)
         except UserError as error:
             raise UserError(
-                f"embeddings: {str(error).replace(str(word.path), word.name)}", field="embeddings"
+                f"embeddings: {str(error).replace(str(embedding.path), embedding.name)}", field="embeddings"
             ) from None
     return learned
 

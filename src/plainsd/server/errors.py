@@ -5,7 +5,7 @@ from typing import Any
 
 from plainsd.errors import UserError
 
-LONGEST = 1000  # characters of a message
+MAX_MESSAGE = 1000  # characters of a message
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
@@ -15,7 +15,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Refused(Exception):
+class APIError(Exception):
     """A request that is answered with an error. The message is one line: what, which value; what to do."""
 
     def __init__(
@@ -30,10 +30,10 @@ class Refused(Exception):
         super().__init__(message)
         self.entry = entry  # of a field that is a list, from 0
         self.status, self.message, self.field, self.headers = status, printable(message), field, headers or {}
-        self.value = shown(value)
+        self.value = json_value(value)
 
     @classmethod
-    def from_user_error(cls, error: UserError, values: dict[str, Any] | None = None) -> "Refused":
+    def from_user_error(cls, error: UserError, values: dict[str, Any] | None = None) -> "APIError":
         """With the field that the error names; the value is what the request had there, else the error's own."""
         value = (values or {}).get(error.field) if error.field else None
         return cls(422, str(error), error.field, error.value if value is None else value, entry=error.entry)
@@ -47,21 +47,21 @@ class Refused(Exception):
             return {"error": {"message": self.message, "type": kind, "param": self.field, "code": code}}
         if path.startswith("/sdapi/"):
             return {"error": "HTTPException", "detail": self.message, "body": "", "errors": self.message}
-        told = {"message": self.message, "what": what, "value": self.value, "remedy": remedy or None}
-        return {"error": told | {"field": self.field, "entry": self.entry}}
+        error = {"message": self.message, "what": what, "value": self.value, "remedy": remedy or None}
+        return {"error": error | {"field": self.field, "entry": self.entry}}
 
 
 def printable(text: str) -> str:
     """One line of sound Unicode, however hostile the input that it quotes."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())[:LONGEST]
+    return " ".join(text.encode("utf-8", "replace").decode().split())[:MAX_MESSAGE]
 
 
-def shown(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A value as it can stand in JSON."""
     if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, (list, tuple)) and len(value) <= 16:
-        return [shown(one) for one in value]
+        return [json_value(one) for one in value]
     return printable(str(value))[:200]
 
 

@@ -32,7 +32,7 @@ def changed_at(path: Path) -> int:
         return 0
 
 
-def readable(
+def readable_files(
     read: Callable[[Path], Content],
     folder: Path | None,
     unusable: dict[str, str],
@@ -42,16 +42,16 @@ def readable(
     found: dict[str, tuple[Path, Content]] = {}
     unusable.clear()
     for name, path in named_files(folder, suffixes).items():
-        content, why = attempted(read, path, changed_at(path))
+        content, why = read_cached(read, path, changed_at(path))
         if not content:
-            unusable[shown_name(name)] = why.replace(str(path), name)
+            unusable[printable_name(name)] = why.replace(str(path), name)
         else:
             found[name] = path, content
     return found
 
 
 @lru_cache(4096)
-def attempted(read: Callable[[Path], Content], path: Path, _: int) -> tuple[Content | None, str]:
+def read_cached(read: Callable[[Path], Content], path: Path, _: int) -> tuple[Content | None, str]:
     """Read once for each time that the file was changed; None with why it is passed over."""
     if not path.name.isprintable():
         why = "its name has characters that cannot be shown; rename it"
@@ -62,10 +62,10 @@ def attempted(read: Callable[[Path], Content], path: Path, _: int) -> tuple[Cont
             why = str(error)
         except Exception as error:  # what others wrote is damaged in every way
             why = f"it cannot be read ({type(error).__name__}: {error})"
-    why = shown_name(why)[:300]
-    log.warning("%s is passed over: %s", shown_name(str(path)), why)
+    why = printable_name(why)[:300]
+    log.warning("%s is passed over: %s", printable_name(str(path)), why)
     return None, why
 
 
-def shown_name(text: str) -> str:
+def printable_name(text: str) -> str:
     return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -32,11 +32,11 @@ from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import Previewer, previewer
 from plainsd.pictures.settings import UPSCALERS, Settings
 from plainsd.server.controls import ControlNets
-from plainsd.server.embeddings import Word, Words, taught
-from plainsd.server.errors import Refused
-from plainsd.server.folders import readable
+from plainsd.server.embeddings import Embedding, Embeddings, with_embeddings
+from plainsd.server.errors import APIError
+from plainsd.server.folders import readable_files
+from plainsd.server.prompt_templates import PromptTemplates
 from plainsd.server.upscalers import Upscalers
-from plainsd.server.wording import Wording
 from plainsd.speed.model import faster
 from plainsd.text.prompts import lora_tags
 
@@ -93,8 +93,8 @@ class ServedModel:
     sd: StableDiffusion | None = None
     preview: Previewer | None = None
     loras: tuple[tuple[str, float], ...] | None = None  # those on it
-    taught: tuple[tuple[Word, ...], StableDiffusion] | None = None  # words learned last, and the model with them
-    ideas: list[str] = field(default_factory=list)  # prompts that it was trained for, where it says so
+    embedded: tuple[tuple[Embedding, ...], StableDiffusion] | None = None  # words learned last, and the model with them
+    example_prompts: list[str] = field(default_factory=list)  # prompts that it was trained for, where it says so
     used: float = field(default_factory=time.monotonic)
 
 
@@ -103,8 +103,9 @@ class Models:
 
     def __init__(self, sources: Sequence[str | None], options: PoolOptions = PoolOptions()):
         options.check(len(sources))
-        self.options, self.words = options, Words(options.embeddings)
-        self.controls, self.wording = ControlNets(options.controls), Wording(options.wildcards, options.styles)
+        self.options, self.embeddings = options, Embeddings(options.embeddings)
+        self.controls = ControlNets(options.controls)
+        self.templates = PromptTemplates(options.wildcards, options.styles)
         self.device = choose_device(options.device)
         self.upscalers = Upscalers(options.upscalers, self.device)
         self.dtype = choose_dtype(options.dtype, self.device)
@@ -123,30 +124,32 @@ class Models:
         """What a model is, without reading its weights."""
         path = find(source)
         contents = read(path, vae=self.options.vae, **self.options.noise, ask=False)
-        told, contents = contents.certain, asked(contents, path)
+        certain, contents = contents.certain, asked(contents, path)
         variant = contents.variant
         networks = empties(variant)
-        bare = assemble(variant, networks, tokenizers(contents, path) if self.words.folder else [], path)
+        bare = assemble(variant, networks, tokenizers(contents, path) if self.embeddings.folder else [], path)
         numbers = sum(prod(tensor.shape) for network in networks.values() for tensor in network.state_dict().values())
-        noise = self.options.noise if told else self.options.noise | {"prediction": variant.prediction}
-        return ServedModel(model_name(bare), source, bare, numbers * self.dtype.itemsize, noise, ideas=ideas(path))
+        noise = self.options.noise if certain else self.options.noise | {"prediction": variant.prediction}
+        return ServedModel(
+            model_name(bare), source, bare, numbers * self.dtype.itemsize, noise, example_prompts=example_prompts(path)
+        )
 
     def __getitem__(self, name: str | None) -> ServedModel:
         """By name; None is the default. 404 where there is none such."""
         name = self.default if name is None else name
         if name not in self.known:
-            raise Refused(404, str(unknown("model", name, self.known)), "model", name)
+            raise APIError(404, str(unknown("model", name, self.known)), "model", name)
         return self.known[name]
 
-    def ready(self, name: str, loras: NamedLoras, one: Settings) -> tuple[ServedModel, StableDiffusion]:
+    def prepare(self, name: str, loras: NamedLoras, one: Settings) -> tuple[ServedModel, StableDiffusion]:
         """A model, and all that draws a picture of these settings: its networks with just these LoRAs, the words that
         the prompts use, the refiner, the upscaler."""
         model = self.resident(name, loras)
         assert model.sd is not None  # it is resident
-        words = tuple(self.words.word(text) for text in one.embeddings)
-        if model.taught is None or model.taught[0] != words:
-            model.taught = words, taught(model.sd, words)
-        sd = model.taught[1]
+        embeddings = tuple(self.embeddings.get(text) for text in one.embeddings)
+        if model.embedded is None or model.embedded[0] != embeddings:
+            model.embedded = embeddings, with_embeddings(model.sd, embeddings)
+        sd = model.embedded[1]
         if one.refiner is not None:
             sd = replace(sd, refiner=self.resident(one.refiner, beside=model).sd)
         if one.hires and one.upscaler not in UPSCALERS:
@@ -155,10 +158,13 @@ class Models:
 
     def hashes(self, model: ServedModel, loras: NamedLoras, one: Settings) -> Hashes:
         """Of the files that drew a picture of these settings."""
-        words = {word.text: word.path for word in map(self.words.word, one.embeddings)}
+        embeddings = {embedding.text: embedding.path for embedding in map(self.embeddings.get, one.embeddings)}
         assert model.sd is not None  # it has just drawn
         return hashes(
-            model.sd.path, self.options.vae, loras=[(name, self.lora(name)) for name, _ in loras], words=words.items()
+            model.sd.path,
+            self.options.vae,
+            loras=[(name, self.lora(name)) for name, _ in loras],
+            words=embeddings.items(),
         )
 
     def resident(self, name: str, loras: NamedLoras = (), beside: ServedModel | None = None) -> ServedModel:
@@ -173,8 +179,8 @@ class Models:
         model = self.known[name]
         model.used = time.monotonic()
         if model.sd is None:
-            while self.bytes() + model.bytes > self.budget and (oldest := self.oldest(beside)) is not None:
-                self.drop(oldest)
+            while self.bytes() + model.bytes > self.budget and (oldest := self.least_recently_used(beside)) is not None:
+                self.unload(oldest)
             sd = load(model.source, device=self.device, dtype=self.dtype, vae=self.options.vae, **model.noise)
             preview, digest = previewer(sd, self.tiny_vae(sd)), weights_hash(sd.path, "unet")
             if self.options.fast:
@@ -186,7 +192,7 @@ class Models:
         if model.loras != tuple(loras):
             for lora in attached(model.sd):
                 lora.remove()
-            model.loras = model.taught = None  # neither the old nor the new, should one of these fail
+            model.loras = model.embedded = None  # neither the old nor the new, should one of these fail
             for file, strength in loras:
                 add_lora(model.sd, self.lora(file), strength)
             model.loras = tuple(loras)
@@ -203,7 +209,7 @@ class Models:
     def loras(self) -> dict[str, Path]:
         """Those in their folder, looked for anew each time, by the name that a `<lora:name:1>` tag has for them."""
         unusable: dict[str, str] = {}
-        files = {name: path for name, (path, _) in readable(has_adapter, self.options.loras, unusable).items()}
+        files = {name: path for name, (path, _) in readable_files(has_adapter, self.options.loras, unusable).items()}
         written = {name for name in files if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
         unusable |= dict.fromkeys(files.keys() - written, "its name cannot be written in a prompt; rename it")
         self.unusable_loras = unusable
@@ -244,11 +250,11 @@ class Models:
     # --- refiners ----------------------------------------------------------------------------------------------------
 
     def refined(self, model: ServedModel, refiner: str | None) -> StableDiffusion:
-        """The model without weights, with its refiner, which is another of those served. Refused where it cannot be."""
+        """The model without weights, with its refiner, which is another of those served. APIError if it cannot."""
         if refiner is None:
             return model.bare
         if refiner not in self.known:
-            raise Refused(404, str(unknown("refiner", refiner, self.known)), "refiner", refiner)
+            raise APIError(404, str(unknown("refiner", refiner, self.known)), "refiner", refiner)
         if refiner == model.name:
             raise UserError(
                 f"refiner {refiner!r} is the model itself; choose another, or leave it out",
@@ -259,7 +265,7 @@ class Models:
         try:
             check_refiner(refined, Settings())
         except UserError as error:
-            raise Refused(422, f"refiner: {error}", "refiner", refiner) from None
+            raise APIError(422, f"refiner: {error}", "refiner", refiner) from None
         return refined
 
     def refiners(self, model: ServedModel) -> list[str]:
@@ -269,18 +275,18 @@ class Models:
     def can_refine(self, name: str, model: ServedModel) -> bool:
         try:
             return bool(self.refined(model, name))
-        except (Refused, UserError):
+        except (APIError, UserError):
             return False
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def oldest(self, but: ServedModel | None = None) -> ServedModel | None:
-        resident = [model for model in self.known.values() if model.sd is not None and model is not but]
+    def least_recently_used(self, exclude: ServedModel | None = None) -> ServedModel | None:
+        resident = [model for model in self.known.values() if model.sd is not None and model is not exclude]
         return min(resident, key=lambda model: model.used, default=None)
 
-    def drop(self, model: ServedModel) -> None:
+    def unload(self, model: ServedModel) -> None:
         with self.lock:
-            model.sd = model.preview = model.loras = model.taught = None
+            model.sd = model.preview = model.loras = model.embedded = None
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
         release_freed_memory()
@@ -295,11 +301,11 @@ def has_adapter(path: Path) -> bool:
     return bool(open_lora(path).tensors)
 
 
-def ideas(path: Path) -> list[str]:
+def example_prompts(path: Path) -> list[str]:
     """Prompts out of the `concepts.json` that lies beside a model trained by recipes/emoji; none for other models."""
     try:
-        told = parsed_json((path / "concepts.json").read_text("utf-8-sig"))
-        phrases, colours = [concept["phrase"] for concept in told["concepts"]], list(told["backgrounds"])
+        data = parsed_json((path / "concepts.json").read_text("utf-8-sig"))
+        phrases, colours = [concept["phrase"] for concept in data["concepts"]], list(data["backgrounds"])
     except (OSError, ValueError, LookupError, TypeError):
         return []
     grounds = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} background" for colour in colours]

@@ -17,21 +17,21 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import MASK_OPTIONS, RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
 from plainsd.pictures.texts.fields import FIELDS
 from plainsd.pictures.texts.labels import sampler_named, spacing_named
-from plainsd.server.canvas import Base, base_of
+from plainsd.server.canvas import InitImages, init_images_of
 from plainsd.server.controls import controls_of
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import Job, Sheet, Source
-from plainsd.server.jobs.pictures import new_id, new_place
+from plainsd.server.jobs.pictures import new_id, new_path_prefix
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models, NamedLoras
+from plainsd.server.prompt_templates import PromptTemplates
 from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import check_pixels, without_tags
-from plainsd.server.wording import Wording
 from plainsd.text.prompts import Weighted, compose, schedule
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
                 "hires_negative", "seed_resize", "batch_index", "batch_size", *MASK_OPTIONS)  # fmt: skip
-BEFORE = tuple(name for name in MASK_OPTIONS if name != "soft_mask")  # what was done as the canvas was made
+CANVAS_OPTIONS = tuple(name for name in MASK_OPTIONS if name != "soft_mask")  # what was done as the canvas was made
 CELLS = [name for _, name, _, _ in FIELDS if name in JobRequest.model_fields and name not in NOT_IN_GRIDS]
 CELLS += ["sampler", "spacing"]
 
@@ -43,13 +43,13 @@ def job_request(**fields: Any) -> JobRequest:
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
-        raise Refused(422, f"{field}: {first['msg']}; see /docs for what it takes", field, first["input"]) from None
+        raise APIError(422, f"{field}: {first['msg']}; see /docs for what it takes", field, first["input"]) from None
 
 
-def checked(
+def resolved_settings(
     bare: StableDiffusion,
     request: JobRequest,
-    base: Base | None,
+    init: InitImages | None,
     control: list[Control],
     prompts: list[str],
     negatives: list[str],
@@ -57,7 +57,7 @@ def checked(
 ) -> list[Resolved]:
     """The settings of each picture, nothing left open. UserError where the model cannot do it."""
     choices = request.choices() | cell | {"control": control}
-    if base is None:
+    if init is None:
         if "strength" in choices and "hires" not in choices:
             raise UserError(
                 f"strength {choices['strength']} without an image; send one, or leave strength out",
@@ -65,66 +65,68 @@ def checked(
                 value=choices["strength"],
             )
         return text_to_image(bare, prompts, negatives, **choices).settings
-    choices |= {"size": base.image.size, "negative": negatives}
-    if base.hole is None:
-        return image_to_image(bare, prompts, base.image, choices.pop("strength", None), **choices).settings
-    done = {name: value for name, value in choices.items() if name in BEFORE}
-    choices = {name: value for name, value in choices.items() if name not in BEFORE}
-    each = inpaint(bare, prompts, base.image, base.hole, choices.pop("strength", 1.0), **choices).settings
-    return [replace(one, **done) for one in each]
+    choices |= {"size": init.image.size, "negative": negatives}
+    if init.hole is None:
+        return image_to_image(bare, prompts, init.image, choices.pop("strength", None), **choices).settings
+    done = {name: value for name, value in choices.items() if name in CANVAS_OPTIONS}
+    choices = {name: value for name, value in choices.items() if name not in CANVAS_OPTIONS}
+    settings = inpaint(bare, prompts, init.image, init.hole, choices.pop("strength", 1.0), **choices).settings
+    return [replace(one, **done) for one in settings]
 
 
 def cells(request: JobRequest) -> list[dict[str, Any]]:
     """The settings in which the pictures of a grid differ, row by row; one empty set without a grid."""
     readers = {name: read for _, name, read, _ in FIELDS}
-    readers |= {"sampler": lambda text: sampler_named(text) or text, "spacing": spacing_asked}
+    readers |= {"sampler": lambda text: sampler_named(text) or text, "spacing": spacing_from}
     readers |= dict.fromkeys(SEEDS, read_seed)
     axes = []
     for axis in request.grid or []:
         name = axis.name.strip().replace(" ", "_")
         if name not in CELLS:
-            raise Refused(422, str(unknown("grid setting", axis.name, CELLS)), "grid", axis.name)
+            raise APIError(422, str(unknown("grid setting", axis.name, CELLS)), "grid", axis.name)
         try:
             axes.append([(name, readers[name](str(value).strip())) for value in axis.values])
         except (ValueError, OverflowError):
             message = f"grid {axis.name} has a value that cannot be read; give numbers such as 3, 5, 7"
-            raise Refused(422, message, "grid", axis.values) from None
+            raise APIError(422, message, "grid", axis.values) from None
     return [dict(pairs) for pairs in product(*reversed(axes))]
 
 
-def spacing_asked(text: str) -> str:
+def spacing_from(text: str) -> str:
     """By our name, or by the one that people see."""
     return text if text in SPACINGS else spacing_named(text) or text
 
 
 def check_limits(request: JobRequest, limits: Limits) -> None:
-    check_asked(request, limits)
+    check_prompt_size(request, limits)
     pictures = request.count
     for axis in request.grid or []:
         pictures *= len(axis.values)
     if not 1 <= request.count <= limits.count:
-        raise Refused(422, f"count {request.count} is out of range; choose 1 to {limits.count}", "count", request.count)
+        raise APIError(
+            422, f"count {request.count} is out of range; choose 1 to {limits.count}", "count", request.count
+        )
     if pictures > limits.count:
-        raise Refused(422, f"grid has {pictures} pictures; at most {limits.count} are drawn at once", "grid", pictures)
+        raise APIError(422, f"grid has {pictures} pictures; at most {limits.count} are drawn at once", "grid", pictures)
     if request.grid and request.count > 1:
-        raise Refused(422, f"count {request.count} with a grid; leave count out", "count", request.count)
+        raise APIError(422, f"count {request.count} with a grid; leave count out", "count", request.count)
 
 
-def check_asked(asked: JobRequest | Settings, limits: Limits) -> None:
+def check_prompt_size(asked: JobRequest | Settings, limits: Limits) -> None:
     for name in ("prompt", "negative"):
         length = len(getattr(asked, name))
         if length > limits.prompt:
-            raise Refused(422, f"{name} has {length} characters; at most {limits.prompt} are taken", name, length)
+            raise APIError(422, f"{name} has {length} characters; at most {limits.prompt} are taken", name, length)
         if (depth := nesting(getattr(asked, name))) > limits.nesting:
             message = f"{name} has {depth} brackets inside each other; at most {limits.nesting} are read"
-            raise Refused(422, message, name, depth)
+            raise APIError(422, message, name, depth)
 
 
 def nesting(prompt: str) -> int:
     """How many brackets are open at once, at most."""
     deepest = depth = 0
-    for sign in re.findall(r"\\.|[()\[\]]", prompt):
-        depth = depth + 1 if sign in "([" else max(0, depth - 1) if sign in ")]" else depth
+    for character in re.findall(r"\\.|[()\[\]]", prompt):
+        depth = depth + 1 if character in "([" else max(0, depth - 1) if character in ")]" else depth
         deepest = max(deepest, depth)
     return deepest
 
@@ -132,35 +134,37 @@ def nesting(prompt: str) -> int:
 def check_numbers(request: JobRequest) -> None:
     """UserError for the first that is none, or out of its range, in the request and in the cells of its grid."""
     for cell in cells(request):
-        asked_settings(request, cell).check()
+        settings_of_cell(request, cell).check()
 
 
-def asked_settings(request: JobRequest, cell: dict[str, Any]) -> Settings:
+def settings_of_cell(request: JobRequest, cell: dict[str, Any]) -> Settings:
     known = Settings.__dataclass_fields__.keys()
     return Settings(**{name: value for name, value in (request.choices() | cell).items() if name in known})
 
 
 def seeds_of(request: JobRequest, cell: dict[str, Any]) -> list[int]:
     """Of each picture: they go up, unless something else does."""
-    one = asked_settings(request, cell)
-    return [one.seed + place * (one.counted == "seed") for place in range(request.count)]
+    one = settings_of_cell(request, cell)
+    return [one.seed + index * (one.counted == "seed") for index in range(request.count)]
 
 
-def check_work(each: list[Resolved], limits: Limits) -> None:
-    for one in each:
+def check_work(settings: list[Resolved], limits: Limits) -> None:
+    for one in settings:
         check_pixels(enlarged_size(one.size, one.hires) if one.hires else one.size, limits)
         if one.steps > limits.steps:
-            raise Refused(422, f"steps {one.steps} is out of range; choose 1 to {limits.steps}", "steps", one.steps)
+            raise APIError(422, f"steps {one.steps} is out of range; choose 1 to {limits.steps}", "steps", one.steps)
 
 
 def new_job(
-    request: JobRequest, models: Models, limits: Limits, client: str, api: str, base: Base | None = None
+    request: JobRequest, models: Models, limits: Limits, client: str, api: str, init: InitImages | None = None
 ) -> Job:
-    """A request, checked to the last field, as a job; it is not in the queue yet. Refused where something is wrong."""
+    """A request, checked to the last field, as a job; it is not in the queue yet. APIError where something is wrong."""
     model = models[request.model]
     check_limits(request, limits)
-    drawn = [name for name in SEEDS if getattr(request, name) == RANDOM or (name == "seed" and request.seed is None)]
-    request = request.model_copy(update={name: drawn_seed() for name in drawn})
+    random_seeds = [
+        name for name in SEEDS if getattr(request, name) == RANDOM or (name == "seed" and request.seed is None)
+    ]
+    request = request.model_copy(update={name: drawn_seed() for name in random_seeds})
     try:
         check_numbers(request)
         bare = models.refined(model, request.refiner)
@@ -171,54 +175,56 @@ def new_job(
                 value=request.handover,
             )
         bare = models.upscalers.bare(bare, request.upscaler)
-        base = base or base_of(request, limits)
-        control, followed, maps = controls_of(request.controls, models.controls, limits)
-        choosing = api == "jobs" or models.wording.wildcards is not None  # elsewhere an extension does it
-        each: list[Resolved] = []
+        init = init or init_images_of(request, limits)
+        control, control_inputs, maps = controls_of(request.controls, models.controls, limits)
+        resolve_choices = api == "jobs" or models.templates.wildcards is not None  # elsewhere an extension does it
+        settings: list[Resolved] = []
         shared: NamedLoras | None = None
         for cell in cells(request):
-            texts = texts_of(request, models.wording, seeds_of(request, cell), choosing)
+            texts = texts_of(request, models.templates, seeds_of(request, cell), resolve_choices)
             prompts, shared = without_loras([one["prompt"] for one in texts], shared)
-            found = checked(bare, request, base, control, prompts, [one["negative"] for one in texts], **cell)
-            each += [replace(one, **of_second_pass(text)) for one, text in zip(found, texts, strict=True)]
+            found = resolved_settings(bare, request, init, control, prompts, [one["negative"] for one in texts], **cell)
+            settings += [replace(one, **of_second_pass(text)) for one, text in zip(found, texts, strict=True)]
         loras = list(shared or [])
         loras += [(lora.name, lora.strength) for lora in request.loras]
         models.check_loras(model, loras)
-        for one in each:
-            check_asked(one, limits)
-        whole = ["\n".join(dict.fromkeys(getattr(one, name) for one in each)) for name in ("prompt", "negative")]
-        words = tuple(word.text for word in models.words.used(bare, request.embeddings, *whole))
-        each = [replace(one, embeddings=words) for one in each]
-        said = [note for cell in cells(request) for note in notes(Settings(**told_of(request, cell)))]
-        said += scaled_maps(control, each[0].size)
-        check_clip_skip(bare, each)
-        check_work(each, limits)
-        check_prompts(each, limits)
+        for one in settings:
+            check_prompt_size(one, limits)
+        whole = ["\n".join(dict.fromkeys(getattr(one, name) for one in settings)) for name in ("prompt", "negative")]
+        embeddings = tuple(embedding.text for embedding in models.embeddings.used(bare, request.embeddings, *whole))
+        settings = [replace(one, embeddings=embeddings) for one in settings]
+        messages = [note for cell in cells(request) for note in notes(Settings(**note_settings(request, cell)))]
+        messages += scaled_maps(control, settings[0].size)
+        check_clip_skip(bare, settings)
+        check_work(settings, limits)
+        check_prompts(settings, limits)
     except UserError as error:
         if error.field in {axis.name.strip().replace(" ", "_") for axis in request.grid or []}:
             error.field = "grid"
         error.field = "controls" if error.field == "control" else error.field  # the tasks' name, and the request's
-        raise Refused.from_user_error(error, request.model_dump(exclude={"image", "mask", "controls"})) from None
-    source, inputs = base.kept() if base else (None, {})
-    if followed:
-        source, inputs = replace(source or Source(), controls=tuple(followed)), inputs | maps
+        raise APIError.from_user_error(error, request.model_dump(exclude={"image", "mask", "controls"})) from None
+    source, inputs = init.as_source() if init else (None, {})
+    if control_inputs:
+        source, inputs = replace(source or Source(), controls=tuple(control_inputs)), inputs | maps
     id, created = new_id(), time.time()
     return Job(
-        id=id, client=client, api=api, model=model.name, loras=loras, created=created, each=each,
-        place=new_place(each[0].prompt, id, created), source=source, inputs=inputs, sheet=sheet_of(request),
-        notes=list(dict.fromkeys(said)),
+        id=id, client=client, api=api, model=model.name, loras=loras, created=created, settings=settings,
+        path_prefix=new_path_prefix(settings[0].prompt, id, created),
+        source=source, inputs=inputs, sheet=sheet_of(request), notes=list(dict.fromkeys(messages)),
     )  # fmt: skip
 
 
-def texts_of(request: JobRequest, wording: Wording, seeds: list[int], choosing: bool) -> list[dict[str, str]]:
+def texts_of(
+    request: JobRequest, templates: PromptTemplates, seeds: list[int], resolve_choices: bool
+) -> list[dict[str, str]]:
     """Of each picture by its seed, with styles around them and choices made: prompt, negative prompt, and those of the
     second pass where it has its own."""
-    prompt, negative = wording.styled(request.prompt, request.negative, request.styles)
+    prompt, negative = templates.styled(request.prompt, request.negative, request.styles)
     texts = {"prompt": prompt, "negative": negative}
     texts |= {name: text for name in ("hires_prompt", "hires_negative") if (text := getattr(request, name))}
-    if not choosing:
+    if not resolve_choices:
         return [texts] * len(seeds)
-    return [{name: wording.settled(name, text, seed) for name, text in texts.items()} for seed in seeds]
+    return [{name: templates.settled(name, text, seed) for name, text in texts.items()} for seed in seeds]
 
 
 def of_second_pass(texts: dict[str, str]) -> dict[str, Any]:
@@ -245,16 +251,16 @@ def scaled_maps(control: list[Control], size: tuple[int, int]) -> list[str]:
     ]
 
 
-def told_of(request: JobRequest, cell: dict[str, Any]) -> dict[str, Any]:
+def note_settings(request: JobRequest, cell: dict[str, Any]) -> dict[str, Any]:
     """What `notes` looks at."""
     return {name: getattr(request, name) for name in (*SEEDS, "guidance", "like", "noise")} | {
         name: value for name, value in cell.items() if name in (*SEEDS, "guidance", "noise")
     }
 
 
-def check_clip_skip(bare: StableDiffusion, each: list[Resolved]) -> None:
+def check_clip_skip(bare: StableDiffusion, settings: list[Resolved]) -> None:
     layers = min(text.layers for one in (bare, bare.refiner) if one for text in one.variant.text)
-    for one in each:
+    for one in settings:
         if (one.clip_skip or 1) > layers:
             raise UserError(
                 f"clip skip {one.clip_skip} is out of range; this model has {layers} layers",
@@ -263,13 +269,13 @@ def check_clip_skip(bare: StableDiffusion, each: list[Resolved]) -> None:
             )
 
 
-def check_prompts(each: list[Resolved], limits: Limits) -> None:
+def check_prompts(settings: list[Resolved], limits: Limits) -> None:
     """Every text that the prompts become on the way, by the functions that will read them."""
-    distinct = dict.fromkeys((one.prompt, one.negative, one.steps) for one in each)
+    distinct = dict.fromkeys((one.prompt, one.negative, one.steps) for one in settings)
     reading = sum((len(prompt) + len(negative)) * steps for prompt, negative, steps in distinct)
     if reading > limits.reading:
         message = f"prompts of {reading} characters, each counted once a step; at most {limits.reading} are read for "
-        raise Refused(422, f"{message}one job: write shorter ones, or fewer cells of a grid", "prompt", reading)
+        raise APIError(422, f"{message}one job: write shorter ones, or fewer cells of a grid", "prompt", reading)
     for prompt, negative, steps in distinct:
         for name, whole, parts in (("prompt", prompt, compose(prompt)), ("negative", negative, [(negative, 1.0)])):
             try:
@@ -278,7 +284,7 @@ def check_prompts(each: list[Resolved], limits: Limits) -> None:
                 for text in {text for part, _ in parts for _, text in schedule(part, steps)}:
                     as_weighted(text)
             except UserError as error:
-                raise Refused(422, f"{name}: {error}", name, whole) from None
+                raise APIError(422, f"{name}: {error}", name, whole) from None
 
 
 def sheet_of(request: JobRequest) -> Sheet | None:

@@ -9,23 +9,23 @@ from plainsd.pictures.images import read_settings
 from plainsd.pictures.settings import DEFAULTS, SEEDS, UPSCALERS, ControlNote, Settings
 from plainsd.pictures.texts.a1111 import format_settings
 from plainsd.pictures.texts.fields import FIELDS
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import GRID_SIDES
-from plainsd.server.jobs.pictures import Picture, json_seed, tagged
+from plainsd.server.jobs.pictures import Picture, json_seed, with_lora_tags
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models
 from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import NamedBytes, opened, without_tags
 
-TAKEN = JobRequest.model_fields.keys()  # what stands in a file beside these has no effect here
+REQUEST_FIELDS = JobRequest.model_fields.keys()  # what stands in a file beside these has no effect here
 
-AGAIN = ("hires_prompt", "hires_negative")  # of the second pass; LoRAs are those of the prompt
+SECOND_PASS_PROMPTS = ("hires_prompt", "hires_negative")  # of the second pass; LoRAs are those of the prompt
 
 
-def picture_told(row: Picture) -> dict[str, Any]:
+def picture_as_json(row: Picture) -> dict[str, Any]:
     """A picture of the history as JSON: what it is, and the settings that make it again."""
     settings = row.settings
-    fields = {name: value for name, value in vars(settings).items() if name in TAKEN}
+    fields = {name: value for name, value in vars(settings).items() if name in REQUEST_FIELDS}
     fields |= exact_seeds(settings)
     if grid := grid_in(settings):
         fields = {name: value for name, value in fields.items() if name not in {one["name"] for one in grid}}
@@ -36,12 +36,12 @@ def picture_told(row: Picture) -> dict[str, Any]:
         "created": row.created,
         "favourite": row.favourite,
         "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
-        "controls": controls_told(settings.control),
-        "parameters": format_settings(tagged(settings, row.loras)), "problem": row.problem,
+        "controls": controls_as_json(settings.control),
+        "parameters": format_settings(with_lora_tags(settings, row.loras)), "problem": row.problem,
     }  # fmt: skip
 
 
-def controls_told(notes: tuple[ControlNote, ...]) -> list[dict[str, Any]]:
+def controls_as_json(notes: tuple[ControlNote, ...]) -> list[dict[str, Any]]:
     """As a request has them, without their maps."""
     return [
         {"name": note.model.rpartition(" [")[0] or note.model, "strength": note.weight, "start": note.start,
@@ -60,19 +60,21 @@ def exact_seeds(settings: Settings) -> dict[str, Any]:
     return {name: json_seed(value) for name in SEEDS if (value := getattr(settings, name)) is not None}
 
 
-def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
+def settings_in_file(content: bytes, limits: Limits, models: Models) -> dict:
     """The settings text of a PNG, as the fields of a request, but for the maps of its `controls`, which no file has.
     What has no meaning here stands under `unused`."""
     opened(content, "image", limits)
     try:
         settings = read_settings(NamedBytes(content, "image"))
     except UserError as error:
-        raise Refused(422, str(error), "image") from None
+        raise APIError(422, str(error), "image") from None
     prompt, loras = without_tags(settings.prompt)
-    again: dict[str, Any] = {name: without_tags(text)[0] for name in AGAIN if (text := getattr(settings, name))}
+    again: dict[str, Any] = {
+        name: without_tags(text)[0] for name in SECOND_PASS_PROMPTS if (text := getattr(settings, name))
+    }
     settings = replace(settings, **exact_seeds(settings), **again)
     said = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name != "prompt"}
-    taken = TAKEN - missing_here(settings, models)
+    taken = REQUEST_FIELDS - unavailable_fields(settings, models)
     unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in taken]
     unused += [("Sampler", settings.sampler)] if settings.sampler and "sampler" not in taken else []
     fields = {name: value for name, value in said.items() if name in taken}
@@ -83,19 +85,19 @@ def settings_inside(content: bytes, limits: Limits, models: Models) -> dict:
         "prompt": prompt,
         **fields,
         "loras": [{"name": name, "strength": strength} for name, strength in loras],
-        **({"controls": controls_told(settings.control)} if settings.control else {}),
+        **({"controls": controls_as_json(settings.control)} if settings.control else {}),
         "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)],
     }
 
 
-def missing_here(settings: Settings, models: Models) -> set[str]:
+def unavailable_fields(settings: Settings, models: Models) -> set[str]:
     """The fields that name what this server does not have."""
-    words = {word.text for word in models.words.known()}
-    had = {
+    embeddings = {embedding.text for embedding in models.embeddings.known()}
+    available = {
         "model": settings.model in models.known, "sampler": settings.sampler in SAMPLERS,
         "hires_sampler": settings.hires_sampler in SAMPLERS,
         "upscaler": settings.upscaler in (*UPSCALERS, *models.upscalers.known()),
         "refiner": settings.refiner in models.known,
-        "handover": settings.refiner in models.known, "embeddings": words.issuperset(settings.embeddings),
+        "handover": settings.refiner in models.known, "embeddings": embeddings.issuperset(settings.embeddings),
     }  # fmt: skip
-    return {name for name, is_had in had.items() if not is_had}
+    return {name for name, is_available in available.items() if not is_available}

@@ -16,8 +16,8 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from plainsd.errors import UserError
-from plainsd.server.canvas import Base
-from plainsd.server.errors import Refused
+from plainsd.server.canvas import InitImages
+from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import DONE, FAILED, QUEUED, Job
 from plainsd.server.jobs.pictures import Picture, json_seed
 from plainsd.server.jobs.queue import Queue
@@ -84,34 +84,34 @@ class Service:
         """The worker stops after the step under way, and whoever listens or waits is let go."""
         self.queue.stop()
         for job in list(self.queue.jobs.values()):
-            job.bell.ring()
+            job.notifier.notify()
 
     def close(self) -> None:
         """What was running is queued again for the next start."""
         self.stop()
         if self.worker.is_alive():
             self.worker.join(LAST_STEP)
-        self.store.put_back()
+        self.store.requeue_running()
         self.closing.set()
         self.store.close()
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    async def submit(self, request: JobRequest, client: str, api: str, base: Base | None = None) -> Job:
+    async def submit(self, request: JobRequest, client: str, api: str, init: InitImages | None = None) -> Job:
         """Checked, written down, queued."""
 
-        def enter() -> Job:
-            job = new_job(request, self.models, self.limits, client, api, base)
+        def create() -> Job:
+            job = new_job(request, self.models, self.limits, client, api, init)
             self.queue.add(job)
             return job
 
-        return await run_in_threadpool(enter)
+        return await run_in_threadpool(create)
 
-    async def outcome(self, job: Job, request: Request) -> Job:
+    async def wait_for_end(self, job: Job, request: Request) -> Job:
         """Waits for the end of a job, or of the server. It is cancelled when the client hangs up: nobody waits."""
-        heard = 0
+        seen = 0
         while job.active and not self.queue.stopping:
-            heard = await job.bell.wait(heard, 0.5)
+            seen = await job.notifier.wait(seen, 0.5)
             if await request.is_disconnected():
                 self.abandon(job)
         return job
@@ -119,19 +119,19 @@ class Service:
     def abandon(self, job: Job) -> None:
         """Its client is gone. A server that stops keeps it all the same."""
         if not self.queue.stopping:
-            with suppress(Refused):  # it has ended meanwhile
+            with suppress(APIError):  # it has ended meanwhile
                 self.queue.cancel(job.id)
 
-    def told(self, job: Job) -> dict[str, Any]:
+    def as_json(self, job: Job) -> dict[str, Any]:
         """A job as JSON."""
         with self.queue.changed:  # between two changes, never amid one
             return {
-                "id": job.id, "state": job.state, "api": job.api, "model": job.model, "prompt": job.each[0].prompt,
-                "count": len(job.places), "done": len(job.done), "progress": round(job.progress(), 4),
+                "id": job.id, "state": job.state, "api": job.api, "model": job.model, "prompt": job.settings[0].prompt,
+                "count": len(job.indices), "done": len(job.done), "progress": round(job.progress(), 4),
                 "step": job.step, "steps": job.steps, "seconds_left": job.seconds_left(),
                 "position": self.queue.position(job) if job.state == QUEUED else None,
-                "seeds": [json_seed(one.seed) for one in job.each], "notes": job.notes,
-                "images": [job.picture_id(place) for place in sorted(job.done)],
+                "seeds": [json_seed(one.seed) for one in job.settings], "notes": job.notes,
+                "images": [job.picture_id(index) for index in sorted(job.done)],
                 "error": job.error or job.problem,
                 "created": job.created, "started": job.started, "finished": job.finished,
             }  # fmt: skip
@@ -139,19 +139,19 @@ class Service:
     async def events(self, job: Job) -> AsyncIterator[tuple[str, dict]]:
         """`progress` whenever something has changed, `beat` where nothing has for long, `end` at the job's end. When
         the server stops, nothing ends but the stream: a browser asks again by itself."""
-        heard = -1
+        seen = -1
         shown: dict[int, bytes] = {}
         while not self.queue.stopping:
             if not job.active:
-                yield "end", await run_in_threadpool(self.told, job)
+                yield "end", await run_in_threadpool(self.as_json, job)
                 return
-            fresh = {place: image for place, image in list(job.previews.items()) if shown.get(place) is not image}
+            fresh = {index: image for index, image in list(job.previews.items()) if shown.get(index) is not image}
             shown |= fresh
-            previews = {str(place): data_url(image) for place, image in fresh.items()}
-            yield "progress", await run_in_threadpool(self.told, job) | {"previews": previews}
-            while (rings := await job.bell.wait(heard, HEARTBEAT)) == heard:
+            previews = {str(index): data_url(image) for index, image in fresh.items()}
+            yield "progress", await run_in_threadpool(self.as_json, job) | {"previews": previews}
+            while (count := await job.notifier.wait(seen, HEARTBEAT)) == seen:
                 yield "beat", {}
-            heard = rings
+            seen = count
             await asyncio.sleep(0.05)  # steps that come faster are told together
 
     # --- pictures ----------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Service:
     def picture(self, id: str) -> Picture:
         found = self.store.picture(id)
         if found is None:
-            raise Refused(404, f"there is no picture {id!r}; GET /api/images lists them")
+            raise APIError(404, f"there is no picture {id!r}; GET /api/images lists them")
         return found
 
     def selected(self, ids: list[str], field: str) -> list[Picture]:
@@ -167,15 +167,15 @@ class Service:
         return [found for id in self.selection(ids, field) if (found := self.store.picture(id))]
 
     def selection(self, ids: list[str], field: str) -> list[str]:
-        """Each once; Refused where they are too many, or none."""
+        """Each once; APIError where they are too many, or none."""
         if not 1 <= len(ids) <= self.limits.selection:
             what = f"{field} names {len(ids)} pictures"
-            raise Refused(422, f"{what}; give 1 to {self.limits.selection}", field, len(ids))
+            raise APIError(422, f"{what}; give 1 to {self.limits.selection}", field, len(ids))
         return [*dict.fromkeys(ids)]
 
     def files(self, job: Job) -> list[tuple[Picture, bytes]]:
         """The pictures of a job that is done, with their files, in order."""
-        rows = sorted(self.store.pictures(job=job.id, limit=len(job.places)), key=lambda row: row.place)
+        rows = sorted(self.store.pictures(job=job.id, limit=len(job.indices)), key=lambda row: row.index)
         return [(row, self.store.path(row).read_bytes()) for row in rows]
 
 
@@ -183,15 +183,15 @@ def data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def why_not(job: Job) -> Refused | None:
+def failure_of(job: Job) -> APIError | None:
     """For APIs that wait: the error in place of pictures."""
     if job.state == DONE:
         return None
     if job.state == FAILED:
-        return Refused(422 if job.at_fault else 500, str(job.error))
+        return APIError(422 if job.bad_request else 500, str(job.error))
     if job.active:
-        return Refused(503, f"the server is stopping; job {job.id} is drawn when it is there again")
-    return Refused(409, f"job {job.id} was {job.state}; ask again")
+        return APIError(503, f"the server is stopping; job {job.id} is drawn when it is there again")
+    return APIError(409, f"job {job.id} was {job.state}; ask again")
 
 
 def client_of(request: Request, user: str | None = None) -> str:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from plainsd.errors import UserError
 from plainsd.pictures.images import open_picture
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
 from plainsd.text.prompts import lora_tags
 
@@ -34,12 +34,12 @@ class NamedBytes(BytesIO):
 def decoded(text: str, field: str) -> bytes:
     """Base64, bare or as a data: address."""
     if re.match(r"\s*(?:https?|file|ftp):", text):
-        raise Refused(422, f"{field} {text[:60]!r} is an address; send the picture itself, in base64", field)
+        raise APIError(422, f"{field} {text[:60]!r} is an address; send the picture itself, in base64", field)
     found = DATA_URL.match(text)
     try:
         return b64decode("".join(text[found.end() if found else 0 :].split()), validate=True)
     except (binascii.Error, ValueError):
-        raise Refused(
+        raise APIError(
             422, f"{field} {text[:20]!r}... is not base64; send the bytes of a PNG, JPEG or WebP file so", field
         ) from None
 
@@ -50,17 +50,17 @@ def opened(content: bytes, field: str, limits: Limits, background: str | None = 
         with Image.open(BytesIO(content), formats=FORMATS) as file:
             width, height = file.size
     except Image.UnidentifiedImageError:
-        raise Refused(422, f"{field} is no PNG, JPEG or WebP picture; save it as one of them", field) from None
+        raise APIError(422, f"{field} is no PNG, JPEG or WebP picture; save it as one of them", field) from None
     except Image.DecompressionBombError:
         width = height = 10**6
     except Exception as error:  # decoders meet hostile bytes with errors of every kind
-        raise Refused(422, f"{field} is broken ({error}); save it again", field) from None
+        raise APIError(422, f"{field} is broken ({error}); save it again", field) from None
     if width * height > limits.upload_pixels:
-        raise Refused(413, f"{field} has {width}x{height} pixels; scale it below {limits.upload_pixels} in all", field)
+        raise APIError(413, f"{field} has {width}x{height} pixels; scale it below {limits.upload_pixels} in all", field)
     try:
         image = open_picture(NamedBytes(content, field), background or "white")
     except UserError as error:
-        raise Refused(422, str(error), field) from None
+        raise APIError(422, str(error), field) from None
     if background is None:
         with Image.open(BytesIO(content), formats=FORMATS) as whole:
             image.putalpha(ImageOps.exif_transpose(whole).convert("RGBA").getchannel("A"))
@@ -80,19 +80,19 @@ def without_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
-def differing(mask: Image.Image, image: Image.Image) -> Refused:
+def size_mismatch(mask: Image.Image, image: Image.Image) -> APIError:
     sizes = f"mask {mask.width}x{mask.height} and image {image.width}x{image.height}"
-    return Refused(422, f"{sizes} differ in size; make them the same", "mask", list(mask.size))
+    return APIError(422, f"{sizes} differ in size; make them the same", "mask", list(mask.size))
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
 def check_pixels(size: tuple[int, int], limits: Limits, field: str = "size") -> None:
-    """Refused for a picture that is larger than this server draws, or none at all."""
+    """APIError for a picture that is larger than this server draws, or none at all."""
     width, height = size
     if min(size) < 8 or width * height > limits.pixels:
-        raise Refused(422, f"{field} {width}x{height} is out of range; choose a size from 8x8 to {limits.pixels} "
+        raise APIError(422, f"{field} {width}x{height} is out of range; choose a size from 8x8 to {limits.pixels} "
                       "pixels in all", field, [width, height])  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from plainsd.errors import UserError, unknown
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import UPSCALERS
 from plainsd.pictures.upscaling import Upscaler, load_upscaler, spandrel_classes
-from plainsd.server.folders import readable
+from plainsd.server.folders import readable_files
 
 NETWORK_SUFFIXES = (".pth", ".safetensors")
 KEPT = 2  # networks in memory
@@ -31,7 +31,7 @@ class Upscalers:
 
     def known(self) -> dict[str, tuple[Path, int]]:
         """Files by name, and how often each enlarges."""
-        return readable(scale_of, self.folder, self.unusable, NETWORK_SUFFIXES)
+        return readable_files(scale_of, self.folder, self.unusable, NETWORK_SUFFIXES)
 
     def found(self, wanted: str) -> tuple[str, Path, int]:
         """By name, in any case, as a text may have it. UserError where there is none such."""

@@ -18,23 +18,23 @@ from plainsd.pictures.texts.embedded import texts_in
 from plainsd.pictures.texts.entries import entries
 from plainsd.pictures.texts.labels import UPSCALER_LABELS, sampler_label, spacing_label
 from plainsd.server.api.a1111_extras import add_extras
-from plainsd.server.api.a1111_fields import NONE_HERE, Common, Image2Image, PNGInfo, Text2Image
-from plainsd.server.api.a1111_infotext import Some, filled
+from plainsd.server.api.a1111_fields import EMPTY_RESPONSES, Common, Image2Image, PNGInfo, Text2Image
+from plainsd.server.api.a1111_infotext import CommonT, with_infotext
 from plainsd.server.api.a1111_names import known_schedulers, model_of
-from plainsd.server.api.a1111_pictures import prepared
+from plainsd.server.api.a1111_pictures import prepare_init_images
 from plainsd.server.api.a1111_table import known_options
-from plainsd.server.canvas import Base
-from plainsd.server.embeddings import Word, problem
-from plainsd.server.errors import Refused, printable
+from plainsd.server.canvas import InitImages
+from plainsd.server.embeddings import Embedding, incompatibility
+from plainsd.server.errors import APIError, printable
 from plainsd.server.jobs.job import CANCELLED, Job
-from plainsd.server.jobs.pictures import json_seed, tagged
+from plainsd.server.jobs.pictures import json_seed, with_lora_tags
 from plainsd.server.requests import check_numbers, job_request
 from plainsd.server.schema import JobRequest, clean
-from plainsd.server.service import Service, client_of, why_not
+from plainsd.server.service import Service, client_of, failure_of
 from plainsd.server.uploads import decoded, opened
 
-UNTOLD = ("override_settings", "alwayson_scripts")  # of a request, in its answer ...
-SENT = ("init_images", "mask")  # ... nor these, unless include_init_images asks for them
+NOT_ECHOED = ("override_settings", "alwayson_scripts")  # of a request, in its answer ...
+INPUT_IMAGES = ("init_images", "mask")  # ... nor these, unless include_init_images asks for them
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------
@@ -51,32 +51,32 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/txt2img")
     async def txt2img(body: Text2Image, request: Request) -> dict:
-        def wanted() -> Wanted:
-            asked, fields, notes = understood(body, options, service)
+        def wanted() -> ParsedRequest:
+            asked, fields, notes = parse_request(body, options, service)
             native = service.models[fields["model"]].bare.variant.size
             size = (asked.width or native, asked.height or native)
             again = asked.second_pass(size, service.models.upscalers.known())
-            return Wanted(asked, job_request(**fields | {"size": size} | again), notes)
+            return ParsedRequest(asked, job_request(**fields | {"size": size} | again), notes)
 
-        return await picture_answer(service, await run_in_threadpool(wanted), request, options)
+        return await submit_and_wait(service, await run_in_threadpool(wanted), request, options)
 
     @router.post("/img2img")
     async def img2img(body: Image2Image, request: Request) -> dict:
-        def wanted() -> Wanted:
-            asked, fields, notes = understood(body, options, service)
+        def wanted() -> ParsedRequest:
+            asked, fields, notes = parse_request(body, options, service)
             fields["strength"] = 0.75 if asked.denoising_strength is None else asked.denoising_strength
             bare = service.models[fields["model"]].bare
             if edits(bare.unet.config, bare.vae.config):
                 fields["image_guidance"] = asked.image_cfg_scale
-            fields |= asked.of_the_mask()
-            return Wanted(asked, job_request(**fields), notes, prepared(asked, service.limits))
+            fields |= asked.mask_fields()
+            return ParsedRequest(asked, job_request(**fields), notes, prepare_init_images(asked, service.limits))
 
-        return await picture_answer(service, await run_in_threadpool(wanted), request, options)
+        return await submit_and_wait(service, await run_in_threadpool(wanted), request, options)
 
     @router.get("/progress")
     async def progress(request: Request, skip_current_image: bool = False) -> dict:
         job = running(service, request)
-        return await run_in_threadpool(progress_told, service, job, not skip_current_image)
+        return await run_in_threadpool(progress_as_json, service, job, not skip_current_image)
 
     @router.post("/interrupt")
     @router.post("/skip")
@@ -88,7 +88,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/png-info")
     def png_info(body: PNGInfo) -> dict:
-        return info_told(decoded(body.image, "image"), service)
+        return png_info_as_json(decoded(body.image, "image"), service)
 
     @router.get("/options")
     def get_options() -> dict:
@@ -98,7 +98,7 @@ def routes(service: Service) -> APIRouter:
     def set_options(body: dict[str, Any]) -> dict:
         """For requests through this API, until the server ends."""
         given = known_options(body, "options")
-        asked = Common.model_validate({"override_settings": given}).wished({}, service.models)
+        asked = Common.model_validate({"override_settings": given}).job_fields({}, service.models)
         check_numbers(job_request(**{name: asked.get(name) for name in ("clip_skip", "tiling", "noise", "ensd")}))
         if "sd_model_checkpoint" in given:
             given["sd_model_checkpoint"] = service.models[model_of(given["sd_model_checkpoint"], service.models)].name
@@ -135,7 +135,7 @@ def routes(service: Service) -> APIRouter:
     def prompt_styles() -> list:
         return [
             {"name": name, "prompt": style.prompt, "negative_prompt": style.negative}
-            for name, style in service.models.wording.known_styles().items()
+            for name, style in service.models.templates.known_styles().items()
         ]
 
     @router.get("/latent-upscale-modes")
@@ -145,19 +145,19 @@ def routes(service: Service) -> APIRouter:
     @router.get("/embeddings")
     def embeddings() -> dict:
         """Those that fit the model of the options, and those that do not."""
-        known, bare = service.models.words.known(), service.models[options["sd_model_checkpoint"]].bare
-        told = [(problem(bare, word) is None, word) for word in known]
+        known, bare = service.models.embeddings.known(), service.models[options["sd_model_checkpoint"]].bare
+        checked = [(incompatibility(bare, embedding) is None, embedding) for embedding in known]
         return {
-            "loaded": {word.text: word_told(word) for fits, word in told if fits},
-            "skipped": {word.text: word_told(word) for fits, word in told if not fits},
+            "loaded": {embedding.text: embedding_as_json(embedding) for fits, embedding in checked if fits},
+            "skipped": {embedding.text: embedding_as_json(embedding) for fits, embedding in checked if not fits},
         }
 
     def nothing(request: Request) -> Any:
         """None are had here."""
-        return NONE_HERE[request.url.path.rpartition("/")[2]]
+        return EMPTY_RESPONSES[request.url.path.rpartition("/")[2]]
 
     add_extras(router, service)
-    for name in NONE_HERE:
+    for name in EMPTY_RESPONSES:
         router.add_api_route(f"/{name}", nothing, name=name)
 
     @router.post("/refresh-checkpoints")
@@ -172,47 +172,49 @@ def routes(service: Service) -> APIRouter:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-class Wanted(NamedTuple):
+class ParsedRequest(NamedTuple):
     """A request, understood."""
 
     asked: Common
     job: JobRequest
     notes: list[str]
-    base: Base | None = None
+    init: InitImages | None = None
 
 
-def understood(body: Some, options: dict[str, Any], service: Service) -> tuple[Some, dict[str, Any], list[str]]:
-    """The request with its infotext, and its fields of a JobRequest. Refused for what is not had here."""
-    asked, more, notes = filled(body, service.models, service.limits)
-    asked.refuse_what_is_not_had()
-    return asked, more | asked.wished(options, service.models), notes
+def parse_request(
+    body: CommonT, options: dict[str, Any], service: Service
+) -> tuple[CommonT, dict[str, Any], list[str]]:
+    """The request with its infotext, and its fields of a JobRequest. APIError for what is not had here."""
+    asked, more, notes = with_infotext(body, service.models, service.limits)
+    asked.reject_unsupported()
+    return asked, more | asked.job_fields(options, service.models), notes
 
 
-async def picture_answer(service: Service, wanted: Wanted, request: Request, options: dict[str, Any]) -> dict:
-    job = await service.submit(wanted.job, client_of(request), "a1111", wanted.base)
+async def submit_and_wait(service: Service, wanted: ParsedRequest, request: Request, options: dict[str, Any]) -> dict:
+    job = await service.submit(wanted.job, client_of(request), "a1111", wanted.init)
     job.notes += wanted.notes
     if wanted.asked.override_settings_restore_afterwards is False:
         options.update(known_options(wanted.asked.override_settings or {}))
-    await service.outcome(job, request)
-    if job.state != CANCELLED and (refused := why_not(job)) is not None:
+    await service.wait_for_end(job, request)
+    if job.state != CANCELLED and (refused := failure_of(job)) is not None:
         raise refused
-    return await run_in_threadpool(answer, service, wanted.asked, job)
+    return await run_in_threadpool(response_of, service, wanted.asked, job)
 
 
-def answer(service: Service, asked: Common, job: Job) -> dict:
+def response_of(service: Service, asked: Common, job: Job) -> dict:
     """The pictures; after an interrupt those that were finished, and the one under way as far as it had come."""
     files = [content for _, content in service.files(job)]
-    if job.state == CANCELLED and len(files) < len(job.each):
-        files += [enlarged(rough, job.each[place].size) for place, rough in sorted(job.previews.items())]
-    shown = UNTOLD if getattr(asked, "include_init_images", False) else (*UNTOLD, *SENT)
+    if job.state == CANCELLED and len(files) < len(job.settings):
+        files += [enlarged(rough, job.settings[index].size) for index, rough in sorted(job.previews.items())]
+    shown = NOT_ECHOED if getattr(asked, "include_init_images", False) else (*NOT_ECHOED, *INPUT_IMAGES)
     given = {name: getattr(asked, name) for name in type(asked).model_fields if name not in shown}
     images = [base64.b64encode(content).decode() for content in files] if asked.send_images is not False else []
     info = info_of(job) | {"styles": asked.styles or []}
     return {"images": images, "parameters": given, "info": json.dumps(info)}
 
 
-def word_told(word: Word) -> dict:
-    vectors = word.vectors()
+def embedding_as_json(embedding: Embedding) -> dict:
+    vectors = embedding.vectors()
     return {
         "step": None,
         "sd_checkpoint": None,
@@ -223,16 +225,16 @@ def word_told(word: Word) -> dict:
 
 
 def info_of(job: Job) -> dict:
-    shown = [tagged(settings, job.loras) for settings in job.each]
+    shown = [with_lora_tags(settings, job.loras) for settings in job.settings]
     one = shown[0]
     return {
         "prompt": one.prompt, "all_prompts": [s.prompt for s in shown], "negative_prompt": one.negative,
         "all_negative_prompts": [s.negative for s in shown], "seed": json_seed(one.seed),
-        "all_seeds": [json_seed(s.seed) for s in job.each], "subseed": json_seed(getattr(one, one.counted)),
+        "all_seeds": [json_seed(s.seed) for s in job.settings], "subseed": json_seed(getattr(one, one.counted)),
         "subseed_strength": one.variation_strength,
-        "all_subseeds": [json_seed(getattr(s, s.counted)) for s in job.each],
+        "all_subseeds": [json_seed(getattr(s, s.counted)) for s in job.settings],
         "width": one.size[0], "height": one.size[1], "sampler_name": sampler_label(one.sampler),
-        "cfg_scale": one.guidance, "steps": one.steps, "batch_size": len(job.each), "restore_faces": False,
+        "cfg_scale": one.guidance, "steps": one.steps, "batch_size": len(job.settings), "restore_faces": False,
         "sd_model_name": job.model,
         "sd_model_hash": None, "denoising_strength": one.strength,
         "extra_generation_params": {"Schedule type": spacing_label(one.spacing)} | (
@@ -257,14 +259,14 @@ def running(service: Service, request: Request) -> Job | None:
     return min(mine, key=lambda job: (job.state != "running", job.number), default=None)
 
 
-def progress_told(service: Service, job: Job | None, with_image: bool) -> dict:
+def progress_as_json(service: Service, job: Job | None, with_image: bool) -> dict:
     image = None
     if job is not None and with_image and job.previews:
-        place, rough = min(job.previews.items())
-        image = base64.b64encode(enlarged(rough, job.each[place].size)).decode()
+        index, rough = min(job.previews.items())
+        image = base64.b64encode(enlarged(rough, job.settings[index].size)).decode()
     state = {
         "skipped": False, "interrupted": False, "stopping_generation": False, "job": job.id if job else "",
-        "job_count": len(job.places) if job else 0,
+        "job_count": len(job.indices) if job else 0,
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created if job else 0)),
         "job_no": len(job.done) if job else 0, "sampling_step": job.step if job else 0,
         "sampling_steps": job.steps if job else 0,
@@ -279,7 +281,7 @@ def progress_told(service: Service, job: Job | None, with_image: bool) -> dict:
     }
 
 
-def info_told(content: bytes, service: Service) -> dict:
+def png_info_as_json(content: bytes, service: Service) -> dict:
     """The text in a picture's file, and what it says. Empty, not an error, where there is none."""
     opened(content, "image", service.limits)
     with Image.open(BytesIO(content)) as image:
@@ -287,7 +289,7 @@ def info_told(content: bytes, service: Service) -> dict:
         items = {str(name): printable(value) for name, value in image.info.items() if isinstance(value, str)}
         text = texts_in(image).get("parameters", "")
     if len(text) > service.limits.text:
-        raise Refused(422, f"image carries {len(text)} characters of settings; at most {service.limits.text} are read",
+        raise APIError(422, f"image carries {len(text)} characters of settings; at most {service.limits.text} are read",
                       "image", len(text))  # fmt: skip
     items["parameters"] = text
     try:

@@ -4,7 +4,7 @@ from typing import Any
 
 from plainsd.pictures.preprocess import PREPROCESSORS
 from plainsd.pictures.settings import CONTROL_MODES
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.schema import ControlRequest
 
 FIELD = "alwayson_scripts"
@@ -24,17 +24,17 @@ IDLE_FIELDS = ("low_vram", "save_detected_map", "is_ui", "input_mode", "batch_im
 
 
 def units_of(scripts: dict[str, Any]) -> list[ControlRequest]:
-    """Refused, by name, for what would act and is not had here."""
+    """APIError, by name, for what would act and is not had here."""
     given = next((name for name in scripts if name.lower() == "controlnet"), "")
     script = scripts.get(given)
     args = script.get("args", []) if isinstance(script, dict) else script or []
     if not isinstance(args, list):
-        raise Refused(422, f"script {given!r}: args is no list of units", FIELD)
+        raise APIError(422, f"script {given!r}: args is no list of units", FIELD)
     units = [one for one in args if isinstance(one, dict) and one and one.get("enabled", True) not in (False, 0)]
     try:
         return [unit_of(unit) for unit in units]
-    except Refused as error:
-        raise Refused(error.status, f"script {given!r}: {error.message}", FIELD, given) from None
+    except APIError as error:
+        raise APIError(error.status, f"script {given!r}: {error.message}", FIELD, given) from None
 
 
 def unit_of(unit: dict[str, Any]) -> ControlRequest:
@@ -43,13 +43,13 @@ def unit_of(unit: dict[str, Any]) -> ControlRequest:
         if name in ACTING or name in IDLE_FIELDS:
             continue
         if name not in IDLE or value not in IDLE[name]:
-            raise Refused(422, f"{name} {str(value)[:40]!r} is not had here; leave it out", FIELD, name)
+            raise APIError(422, f"{name} {str(value)[:40]!r} is not had here; leave it out", FIELD, name)
     module = str(unit.get("module") or "none").lower()
     if module not in PREPROCESSORS:
-        raise Refused(422, f"module {module!r} is not had here; send the finished map, or choose canny", FIELD)
+        raise APIError(422, f"module {module!r} is not had here; send the finished map, or choose canny", FIELD)
     mode = unit.get("control_mode", "Balanced")
     if mode not in UNIT_MODES:
-        raise Refused(422, f"control_mode {mode!r} is none; choose one of {', '.join(CONTROL_MODES.values())}", FIELD)
+        raise APIError(422, f"control_mode {mode!r} is none; choose one of {', '.join(CONTROL_MODES.values())}", FIELD)
     fields = {
         "name": str(unit.get("model") or ""), "image": image_of(unit.get("image")), "preprocess": module,
         "mode": UNIT_MODES[mode], "strength": unit.get("weight"), "start": unit.get("guidance_start"),
@@ -59,7 +59,7 @@ def unit_of(unit: dict[str, Any]) -> ControlRequest:
     try:
         return ControlRequest(**{name: value for name, value in fields.items() if value is not None})
     except ValueError as error:
-        raise Refused(422, f"{' '.join(str(error).split())[:200]}", FIELD) from None
+        raise APIError(422, f"{' '.join(str(error).split())[:200]}", FIELD) from None
 
 
 def positive(unit: dict[str, Any], name: str) -> Any:
@@ -72,8 +72,8 @@ def image_of(value: Any) -> str:
     """A picture in base64, alone or beside a mask that there is none of."""
     if isinstance(value, dict):
         if value.get("mask"):
-            raise Refused(422, "a mask beside the image is not had here; leave it out", FIELD)
+            raise APIError(422, "a mask beside the image is not had here; leave it out", FIELD)
         value = value.get("image")
     if not isinstance(value, str) or not value:
-        raise Refused(422, "a unit has no image; send one in base64 as image, or input_image", FIELD)
+        raise APIError(422, "a unit has no image; send one in base64 as image, or input_image", FIELD)
     return value

@@ -18,8 +18,8 @@ from plainsd.pictures.images import read_settings
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings
 from plainsd.pictures.upscaling import enlarged_notes, upscaled
-from plainsd.server.api.a1111_table import ABSENT
-from plainsd.server.errors import Refused
+from plainsd.server.api.a1111_table import EMPTY_VALUES
+from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
 from plainsd.server.schema import Text
 from plainsd.server.service import Service
@@ -48,17 +48,17 @@ class Enlarge(BaseModel):
     extras_upscaler_2_visibility: float | None = Field(0, ge=0, le=1)
 
     def check(self, upscalers: Upscalers) -> None:
-        """Refused for what would change the picture and is not had here, and for unknown upscalers."""
+        """APIError for what would change the picture and is not had here, and for unknown upscalers."""
         for name, value in (self.model_extra or {}).items():
-            if name in FACES and value not in (0, *ABSENT):
-                raise Refused(422, f"{name} {value!r}: faces are not restored here; leave it out", name, value)
+            if name in FACES and value not in (0, *EMPTY_VALUES):
+                raise APIError(422, f"{name} {value!r}: faces are not restored here; leave it out", name, value)
             if name not in (*FACES, *IDLE_EXTRAS):
                 names = (*type(self).model_fields, *FACES, *IDLE_EXTRAS)
-                raise Refused(422, f"{unknown('field', name, names).what}; see /docs for what it takes", name, value)
+                raise APIError(422, f"{unknown('field', name, names).what}; see /docs for what it takes", name, value)
         known = (UNCHANGED, *RESAMPLED, *upscalers.known())
         for field in ("upscaler_1", "upscaler_2"):
-            if (name := getattr(self, field)) not in (*known, *ABSENT):
-                raise Refused(422, str(unknown("upscaler", name, known)), field, name)
+            if (name := getattr(self, field)) not in (*known, *EMPTY_VALUES):
+                raise APIError(422, str(unknown("upscaler", name, known)), field, name)
 
     def times(self, image: Image.Image) -> float:
         """How often as large; to a size, as often as both sides of it are filled."""
@@ -68,12 +68,12 @@ class Enlarge(BaseModel):
 
 
 def add_extras(router: APIRouter, service: Service) -> None:
-    upscalers, turn = service.models.upscalers, asyncio.Semaphore(1)
+    upscalers, semaphore = service.models.upscalers, asyncio.Semaphore(1)
 
     @router.post("/extra-single-image")
     async def extra_single_image(body: Enlarge) -> dict:
-        async with turn:  # one at a time; whoever waits holds no thread
-            return await run_in_threadpool(answered, body, upscalers, service.limits)
+        async with semaphore:  # one at a time; whoever waits holds no thread
+            return await run_in_threadpool(extras_response, body, upscalers, service.limits)
 
     @router.get("/upscalers")
     def listed() -> list:
@@ -85,19 +85,19 @@ def add_extras(router: APIRouter, service: Service) -> None:
         ]
 
 
-def answered(body: Enlarge, upscalers: Upscalers, limits: Limits) -> dict[str, Any]:
+def extras_response(body: Enlarge, upscalers: Upscalers, limits: Limits) -> dict[str, Any]:
     body.check(upscalers)
     content = decoded(body.image, "image")
     image = opened(content, "image", limits)
-    if body.upscaler_1 in (UNCHANGED, *ABSENT):  # there, too, it is then left as it is
+    if body.upscaler_1 in (UNCHANGED, *EMPTY_VALUES):  # there, too, it is then left as it is
         return {"html_info": "", "image": base64.b64encode(with_text(image, settings_of_file(content))).decode()}
     times = body.times(image)
     large = enlarged_by(image, str(body.upscaler_1), times, upscalers, limits)
-    if body.extras_upscaler_2_visibility and body.upscaler_2 not in (UNCHANGED, *ABSENT):
+    if body.extras_upscaler_2_visibility and body.upscaler_2 not in (UNCHANGED, *EMPTY_VALUES):
         other = enlarged_by(image, str(body.upscaler_2), times, upscalers, limits)
         large = Image.blend(large, other, body.extras_upscaler_2_visibility)
     if body.resize_mode == 1 and body.upscaling_crop:
-        large = cut_to(large, (body.upscaling_resize_w or 512, body.upscaling_resize_h or 512))
+        large = cropped_to(large, (body.upscaling_resize_w or 512, body.upscaling_resize_h or 512))
     done = enlarged_notes(times, str(body.upscaler_1))
     settings = settings_of_file(content)
     file = with_text(large, replace(settings, other=(*settings.other, *done)))
@@ -108,28 +108,28 @@ def answered(body: Enlarge, upscalers: Upscalers, limits: Limits) -> dict[str, A
 def enlarged_by(image: Image.Image, name: str, times: float, upscalers: Upscalers, limits: Limits) -> Image.Image:
     """So often as large, both sides rounded down to eights, as there; a network's result is scaled to that."""
     size = max(8, int(image.width * times) // 8 * 8), max(8, int(image.height * times) // 8 * 8)
-    check_room(size, limits)
+    check_upscaled_size(size, limits)
     if name in RESAMPLED:
         return image.resize(size, RESAMPLED[name])
     network = upscalers.network(name)
     for _ in range(MOST_PASSES):
-        check_room((image.width * network.scale, image.height * network.scale), limits)
+        check_upscaled_size((image.width * network.scale, image.height * network.scale), limits)
         try:
             image = upscaled(image, network)
         except UserError as error:
-            raise Refused.from_user_error(error) from None
+            raise APIError.from_user_error(error) from None
         if network.scale == 1 or (image.width >= size[0] and image.height >= size[1]):
             break
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def check_room(size: tuple[int, int], limits: Limits) -> None:
+def check_upscaled_size(size: tuple[int, int], limits: Limits) -> None:
     if size[0] * size[1] > limits.upload_pixels:
         what = f"image would have {size[0]}x{size[1]} pixels on the way"
-        raise Refused(422, f"{what}; at most {limits.upload_pixels} in all are made here", "image", list(size))
+        raise APIError(422, f"{what}; at most {limits.upload_pixels} in all are made here", "image", list(size))
 
 
-def cut_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def cropped_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Its middle, of exactly that size, as there: on black where it is smaller by the rounding to eights."""
     whole = Image.new("RGB", size)
     whole.paste(image, (size[0] // 2 - image.width // 2, size[1] // 2 - image.height // 2))

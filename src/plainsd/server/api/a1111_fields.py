@@ -14,8 +14,8 @@ from plainsd.errors import unknown
 from plainsd.pictures.settings import RANDOM
 from plainsd.server.api.a1111_control import units_of
 from plainsd.server.api.a1111_names import model_of, sampler_of, upscaler_of
-from plainsd.server.api.a1111_table import ABSENT, check_scripts, known_options, refuse_what_is_not_had
-from plainsd.server.errors import Refused
+from plainsd.server.api.a1111_table import EMPTY_VALUES, check_scripts, known_options, reject_unsupported
+from plainsd.server.errors import APIError
 from plainsd.server.pool import Models
 from plainsd.server.schema import Text
 from plainsd.text.prompts import lora_tags
@@ -23,7 +23,7 @@ from plainsd.text.prompts import lora_tags
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
 NOISE_SOURCES = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}  # randn_source
 FILLS = ("fill", "original", "noise", "nothing")  # inpainting_fill 0 to 3
-NONE_HERE: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
+EMPTY_RESPONSES: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
     "sd-vae": [], "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
     "script-info": [],
     "scripts": {"txt2img": [], "img2img": []},
@@ -64,7 +64,7 @@ class Common(BaseModel):
     infotext: Text | None = Field(None, description="settings as a picture has them; the other fields go before it")
     send_images: bool | None = True
 
-    def wished(self, options: dict[str, Any], models: Models) -> dict[str, Any]:
+    def job_fields(self, options: dict[str, Any], models: Models) -> dict[str, Any]:
         """As fields of a JobRequest."""
         options = options | known_options(self.override_settings or {})
         sampler, spacing = sampler_of(self.sampler_name or self.sampler_index, self.scheduler)
@@ -80,10 +80,10 @@ class Common(BaseModel):
             "like": "a1111",
             "styles": self.styles or [],
             "controls": units_of(self.alwayson_scripts or {}),
-        } | self.noise_wished(options)  # fmt: skip
+        } | self.noise_fields(options)  # fmt: skip
         if self.disable_extra_networks:
             fields["prompt"] = lora_tags(self.prompt or "")[0]
-        if self.refiner_checkpoint not in (*ABSENT, "None", "none"):
+        if self.refiner_checkpoint not in (*EMPTY_VALUES, "None", "none"):
             refiner = model_of(self.refiner_checkpoint, models)
             if refiner != fields["model"]:  # there, too, a model does not refine itself
                 fields |= {"refiner": refiner, "handover": self.refiner_switch_at}
@@ -92,12 +92,12 @@ class Common(BaseModel):
             fields |= {"variation_strength": self.subseed_strength, "variation_seed": varied}
         return fields
 
-    def noise_wished(self, options: dict[str, Any]) -> dict[str, Any]:
+    def noise_fields(self, options: dict[str, Any]) -> dict[str, Any]:
         """What is said of the random numbers; where nothing is, they are a GPU's, as there."""
         fields: dict[str, Any] = {}
         if source := options.get("randn_source"):
             if source not in NOISE_SOURCES:
-                raise Refused(422, str(unknown("randn_source", source, NOISE_SOURCES)), "override_settings", source)
+                raise APIError(422, str(unknown("randn_source", source, NOISE_SOURCES)), "override_settings", source)
             fields["noise"] = NOISE_SOURCES[source]
         if ensd := options.get("eta_noise_seed_delta"):
             fields["ensd"] = ensd
@@ -106,11 +106,11 @@ class Common(BaseModel):
             fields["seed_resize"] = sides
         return fields
 
-    def refuse_what_is_not_had(self) -> None:
+    def reject_unsupported(self) -> None:
         """By a1111_table.py."""
         asked = {name: getattr(self, name) for name in type(self).model_fields} | (self.model_extra or {})
         asked["sampler"] = sampler_of(self.sampler_name or self.sampler_index, None)[0]
-        refuse_what_is_not_had(self.model_extra or {}, asked, type(self).model_fields)
+        reject_unsupported(self.model_extra or {}, asked, type(self).model_fields)
         check_scripts(self.alwayson_scripts or {})
 
 
@@ -136,7 +136,7 @@ class Text2Image(Common):
         wanted = (self.hr_resize_x or 0, self.hr_resize_y or 0)
         scales = {large / small for large, small in zip(wanted, size, strict=True) if large and small}
         if len(scales) > 1:
-            raise Refused(
+            raise APIError(
                 422,
                 f"hr_resize {wanted[0]}x{wanted[1]} has another shape than {size[0]}x{size[1]}; leave "
                 "one of the two out",
@@ -145,9 +145,9 @@ class Text2Image(Common):
             )
         scale = scales.pop() if scales else self.hr_scale or 2.0
         upscaler = upscaler_of(self.hr_upscaler, networks)
-        return {"hires": scale, "upscaler": upscaler, "strength": self.denoising_strength} | self.changes()
+        return {"hires": scale, "upscaler": upscaler, "strength": self.denoising_strength} | self.hires_overrides()
 
-    def changes(self) -> dict[str, Any]:
+    def hires_overrides(self) -> dict[str, Any]:
         """What the second pass draws with, where that is not what the first does."""
         sampler = None if self.hr_sampler_name == "Use same sampler" else self.hr_sampler_name
         schedule = None if self.hr_scheduler == "Use same scheduler" else self.hr_scheduler
@@ -180,7 +180,7 @@ class Image2Image(Common):
         None, ge=0, le=100, description="of models that edit pictures; without effect on others"
     )
 
-    def of_the_mask(self) -> dict[str, Any]:
+    def mask_fields(self) -> dict[str, Any]:
         """What is told of it: fields of a JobRequest."""
         if not self.mask:
             return {}

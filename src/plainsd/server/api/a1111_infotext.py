@@ -10,13 +10,13 @@ from plainsd.pictures.texts.fields import FIELDS
 from plainsd.server.api.a1111_fields import FILLS, Common
 from plainsd.server.api.a1111_names import model_of
 from plainsd.server.api.a1111_table import known_options
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models
 from plainsd.server.schema import JobRequest, clean
 
-Some = TypeVar("Some", bound=Common)
-OURS = (  # settings that requests have no field for there
+CommonT = TypeVar("CommonT", bound=Common)
+WITHOUT_A1111_FIELD = (  # settings that requests have no field for there
     "rescale", "interval", "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "cache",
     "noise", "ensd", "seed_resize", "batch_index", "batch_size",
 )  # fmt: skip
@@ -31,8 +31,8 @@ BY_OPTION = {  # labels of options, whose value is checked as that of the option
     "NGMS": "s_min_uncond", "Skip Early CFG": "skip_early_cond", "UniPC variant": "uni_pc_variant",
     "UniPC skip type": "uni_pc_skip_type", "UniPC order": "uni_pc_order",
 }  # fmt: skip
-WORDS: dict[str, Any] = {"True": True, "False": False}
-UNTOLD_HERE = (
+BOOLEANS: dict[str, Any] = {"True": True, "False": False}
+NOT_REPORTED = (
     "Batch size",
     "Batch pos",
     "Hashes",
@@ -43,16 +43,16 @@ UNTOLD_HERE = (
 )  # said otherwise, or nothing
 
 
-def filled(body: Some, models: Models, limits: Limits) -> tuple[Some, dict[str, Any], list[str]]:
+def with_infotext(body: CommonT, models: Models, limits: Limits) -> tuple[CommonT, dict[str, Any], list[str]]:
     """The request with what its infotext says, further fields of a JobRequest, and what has no effect here."""
     if not body.infotext:
         return body, {}, []
     if (length := len(body.infotext)) > limits.text:
-        raise Refused(422, f"infotext has {length} characters; at most {limits.text} are read", "infotext", length)
+        raise APIError(422, f"infotext has {length} characters; at most {limits.text} are read", "infotext", length)
     try:
         settings = parse_settings(clean(body.infotext))
     except (UserError, ValueError) as error:
-        raise Refused(422, f"infotext: {error}", "infotext") from None
+        raise APIError(422, f"infotext: {error}", "infotext") from None
     other = dict(settings.other)
     known_options({BY_OPTION[key]: value_of(text) for key, text in other.items() if key in BY_OPTION}, "infotext")
     said, idle = read_infotext(settings, other, models)
@@ -61,7 +61,7 @@ def filled(body: Some, models: Models, limits: Limits) -> tuple[Some, dict[str, 
     known = {*type(body).model_fields, "hr_checkpoint_name"}  # which is refused where it would act
     said = {name: value for name, value in said.items() if name in known and name not in given}
     body = body.model_copy(update={**said, "override_settings": options})
-    more = {name: value for name in OURS if (value := getattr(settings, name)) != DEFAULTS[name]}
+    more = {name: value for name in WITHOUT_A1111_FIELD if (value := getattr(settings, name)) != DEFAULTS[name]}
     return body, more, [f"infotext: {entry} has no effect here" for entry in idle]
 
 
@@ -97,7 +97,7 @@ def read_infotext(settings: Settings, other: dict[str, str], models: Models) -> 
     }
     if settings.seed_resize:
         fields["seed_resize_from_w"], fields["seed_resize_from_h"] = settings.seed_resize
-    idle = [f"{key}: {text}" for key, text in other.items() if key not in (*BY_OPTION, *UNTOLD_HERE)]
+    idle = [f"{key}: {text}" for key, text in other.items() if key not in (*BY_OPTION, *NOT_REPORTED)]
     model = model_of(settings.model, models) or model_of(dict(settings.hashes).get("model"), models)
     if model in models.known:
         options["sd_model_checkpoint"] = model
@@ -116,13 +116,13 @@ def sides_of(text: str) -> dict[str, int]:
     """ "512x768" -> the fields for it."""
     found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
     if found is None:
-        raise Refused(422, f"infotext: 'Hires resize' {text[:40]!r} cannot be read; write it as 512x768", "infotext")
+        raise APIError(422, f"infotext: 'Hires resize' {text[:40]!r} cannot be read; write it as 512x768", "infotext")
     return {"hr_resize_x": int(found[1]), "hr_resize_y": int(found[2])}
 
 
 def value_of(text: str) -> Any:
     """As the option has it: a number, a truth, or a word."""
     try:
-        return WORDS[text] if text in WORDS else float(text)
+        return BOOLEANS[text] if text in BOOLEANS else float(text)
     except ValueError:
         return text

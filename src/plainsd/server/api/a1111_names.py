@@ -13,7 +13,7 @@ from plainsd.pictures.texts.labels import (
     spacing_named,
     upscaler_named,
 )
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.pool import Models
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth")  # what a model's title may end with
@@ -30,14 +30,14 @@ def sampler_of(name: str | None, scheduler: str | None) -> tuple[str | None, str
     if scheduler and scheduler.lower() != "automatic":
         spacing = scheduler if scheduler in known_schedulers() else spacing_named(scheduler)
         if spacing not in known_schedulers():
-            raise Refused(
+            raise APIError(
                 404, str(unknown("scheduler", scheduler, known_schedulers().values())), "scheduler", scheduler
             )
     if not name:
         return None, spacing
     sampler, own = both_named(name)
     if sampler not in SAMPLERS:
-        raise Refused(404, str(unknown("sampler", name, map(sampler_label, SAMPLERS))), "sampler_name", name)
+        raise APIError(404, str(unknown("sampler", name, map(sampler_label, SAMPLERS))), "sampler_name", name)
     return sampler, own or spacing
 
 
@@ -47,7 +47,7 @@ def upscaler_of(name: str | None, networks: Collection[str] = ()) -> str:
         return name
     known = upscaler_named(name or "latent")
     if known not in UPSCALER_LABELS:
-        raise Refused(422, str(unknown("upscaler", name, (*UPSCALER_LABELS.values(), *networks))), "hr_upscaler", name)
+        raise APIError(422, str(unknown("upscaler", name, (*UPSCALER_LABELS.values(), *networks))), "hr_upscaler", name)
     return known
 
 
@@ -57,7 +57,7 @@ def model_of(title: Any, models: Models) -> str | None:
         return None
     if not isinstance(title, str):
         message = f"sd_model_checkpoint {title!r} is no name; GET /sdapi/v1/sd-models lists them"
-        raise Refused(422, message, "model", title)
+        raise APIError(422, message, "model", title)
     name = title.partition(" [")[0].strip()
     stem = name.replace("\\", "/").rpartition("/")[2]
     for suffix in WEIGHTS:

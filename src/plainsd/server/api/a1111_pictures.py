@@ -5,31 +5,31 @@ from PIL import Image
 from plainsd.generate import check_size
 from plainsd.pictures.masks import alpha_of, box_around, filled_hole, hole_of, resized
 from plainsd.server.api.a1111_fields import Image2Image
-from plainsd.server.canvas import Base
-from plainsd.server.errors import Refused
+from plainsd.server.canvas import InitImages
+from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
 from plainsd.server.uploads import check_pixels, decoded, opened, picture
 
 RESIZE = ("stretch", "crop", "fill")  # resize_mode 0, 1, 2
 
 
-def prepared(body: Image2Image, limits: Limits) -> Base:
+def prepare_init_images(body: Image2Image, limits: Limits) -> InitImages:
     """The picture at the wanted size; with a mask, the part around it where inpaint_full_res asks for that."""
     if not body.init_images or len(body.init_images) > 1:
         count = len(body.init_images or [])
-        raise Refused(404 if count == 0 else 422, f"init_images has {count} pictures; send one", "init_images", count)
+        raise APIError(404 if count == 0 else 422, f"init_images has {count} pictures; send one", "init_images", count)
     image = picture(body.init_images[0], "init_images", limits)
     size = check_size((body.width or image.width - image.width % 8, body.height or image.height - image.height % 8))
     check_pixels(size, limits)
     if body.resize_mode == 3:
-        raise Refused(422, "resize_mode 3 is not had here; choose 0, 1 or 2", "resize_mode", 3)
+        raise APIError(422, "resize_mode 3 is not had here; choose 0, 1 or 2", "resize_mode", 3)
     how = RESIZE[body.resize_mode or 0]
     if not body.mask:
-        return Base(resized(image, size, how))
-    mask = painted(body.mask, limits).resize(image.size)
+        return InitImages(resized(image, size, how))
+    mask = painted_area(body.mask, limits).resize(image.size)
     alpha = alpha_of(mask, body.blur(), inverted=bool(body.inpainting_mask_invert))
     if alpha.getbbox() is None:
-        raise Refused(422, "mask is dark everywhere, so nothing would be drawn; make it white where the picture is to "
+        raise APIError(422, "mask is dark everywhere, so nothing would be drawn; make it white where the picture is to "
                       "change", "mask")  # fmt: skip
     whole, box = image, None
     if body.inpaint_full_res:
@@ -41,10 +41,10 @@ def prepared(body: Image2Image, limits: Limits) -> Base:
         hole = hole_of(alpha)
     if body.inpainting_fill in (0, None):
         image = filled_hole(image, hole)
-    return Base(image, hole, whole, alpha, box)
+    return InitImages(image, hole, whole, alpha, box)
 
 
-def painted(mask: str, limits: Limits) -> Image.Image:
+def painted_area(mask: str, limits: Limits) -> Image.Image:
     """What was painted over: where it is opaque, if it is not so everywhere; else where it is light."""
     image = opened(decoded(mask, "mask"), "mask", limits, None)
     alpha = image.getchannel("A")

@@ -10,34 +10,34 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from plainsd.errors import unknown
-from plainsd.server.errors import Refused, shown
+from plainsd.server.errors import APIError, json_value
 
-Asked = dict[str, Any]  # the whole request, by its fields
-Harm = Callable[[Any, Asked], bool]  # whether a value, in such a request, would change the picture
-ABSENT: tuple[Any, ...] = (None, "", [], {})  # of any field
+RequestFields = dict[str, Any]  # the whole request, by its fields
+Predicate = Callable[[Any, RequestFields], bool]  # whether a value, in such a request, would change the picture
+EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})  # of any field
 
-CHURNED = (None, "euler", "heun", "dpm2")  # the samplers that read s_churn there, where none is Euler ...
-NOISED = ("dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpm_fast")  # ... and s_noise
-
-
-def unless(*harmless: Any) -> Harm:
-    return lambda value, asked: value not in harmless
+USE_S_CHURN = (None, "euler", "heun", "dpm2")  # the samplers that read s_churn there, where none is Euler ...
+USE_S_NOISE = ("dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpm_fast")  # ... and s_noise
 
 
-def with_hires(*harmless: Any) -> Harm:
+def unless(*neutral: Any) -> Predicate:
+    return lambda value, asked: value not in neutral
+
+
+def with_hires(*neutral: Any) -> Predicate:
     """Only where a second pass is asked for."""
-    return lambda value, asked: bool(asked.get("enable_hr")) and value not in harmless
+    return lambda value, asked: bool(asked.get("enable_hr")) and value not in neutral
 
 
-def with_mask(*harmless: Any) -> Harm:
-    return lambda value, asked: bool(asked.get("mask")) and value not in harmless
+def with_mask(*neutral: Any) -> Predicate:
+    return lambda value, asked: bool(asked.get("mask")) and value not in neutral
 
 
-REFUSED: dict[str, Harm] = {
+REFUSED: dict[str, Predicate] = {
     "restore_faces": unless(False), "script_name": unless("None", "none"),
     "s_min_uncond": unless(0),
-    "s_churn": lambda value, asked: value != 0 and asked["sampler"] in CHURNED,
-    "s_noise": lambda value, asked: value != 1 and asked["sampler"] in NOISED,
+    "s_churn": lambda value, asked: value != 0 and asked["sampler"] in USE_S_CHURN,
+    "s_noise": lambda value, asked: value != 1 and asked["sampler"] in USE_S_NOISE,
     "token_merging_ratio": unless(0), "token_merging_ratio_hr": with_hires(0),
     "firstphase_width": unless(0), "firstphase_height": unless(0),  # they are the size there, hires or not
     "firstpass_image": with_hires(), "hr_checkpoint_name": with_hires("Use same checkpoint"),
@@ -57,39 +57,39 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def refuse_what_is_not_had(extras: Asked, asked: Asked, known: Iterable[str]) -> None:
-    """Refused for the first of the `extras` that would change the picture."""
+def reject_unsupported(extras: RequestFields, asked: RequestFields, known: Iterable[str]) -> None:
+    """APIError for the first of the `extras` that would change the picture."""
     for name, value in extras.items():
-        if value in ABSENT or name in WITHOUT_EFFECT:
+        if value in EMPTY_VALUES or name in WITHOUT_EFFECT:
             continue
         if name not in REFUSED:
             names = (*known, *WITHOUT_EFFECT, *REFUSED)
-            raise Refused(422, f"{unknown('field', name, names).what}; see /docs for what it takes", name, value)
+            raise APIError(422, f"{unknown('field', name, names).what}; see /docs for what it takes", name, value)
         if REFUSED[name](value, asked):
-            raise Refused(422, f"{name} {shown(value)!r} is not had here; leave it out", name, value)
+            raise APIError(422, f"{name} {json_value(value)!r} is not had here; leave it out", name, value)
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
 
 
 def check_scripts(scripts: dict[str, Any]) -> None:
-    """Refused for a script that would act and is not had; units that are switched off would not."""
+    """APIError for a script that would act and is not had; units that are switched off would not."""
     for name, script in scripts.items():
-        if name.lower() != "controlnet" and acts(script):
-            raise Refused(422, f"script {name!r} is not had here; leave it out", "alwayson_scripts", name)
+        if name.lower() != "controlnet" and is_active(script):
+            raise APIError(422, f"script {name!r} is not had here; leave it out", "alwayson_scripts", name)
 
 
-def acts(script: Any) -> bool:
+def is_active(script: Any) -> bool:
     """By the ways in which scripts are switched off: no arguments, a leading False, units that are not enabled."""
     args = script.get("args") if isinstance(script, dict) else script
     if not isinstance(args, list):
-        return args not in ABSENT
+        return args not in EMPTY_VALUES
     units = [one for one in args if isinstance(one, dict) and one]
     if any("enabled" in unit for unit in units):
         return any(unit.get("enabled", True) not in (False, 0) for unit in units)
     if args and args[0] is False:
         return False
-    return any(one not in (False, *ABSENT) for one in args)
+    return any(one not in (False, *EMPTY_VALUES) for one in args)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -146,12 +146,12 @@ def known_options(given: dict[str, Any], field: str = "override_settings") -> di
     """Of A1111's many options those that act here. One that would change the picture and is not had is refused."""
     for name, value in given.items():
         if name in FIXED:
-            if value not in (*FIXED[name], *ABSENT):
-                what = f"option {name} {shown(value)!r} is not had here"
+            if value not in (*FIXED[name], *EMPTY_VALUES):
+                what = f"option {name} {json_value(value)!r} is not had here"
                 leave = f" {FIXED[name][0]!r}, or" if FIXED[name] else ""
-                raise Refused(
+                raise APIError(
                     422, f"{what}; make it{leave} leave it out" if leave else f"{what}; leave it out", field, name
                 )
-        elif name not in OPTIONS and not name.startswith(OF_FILES_AND_PAGES) and value not in ABSENT:
-            raise Refused(422, str(unknown("option", name, (*OPTIONS, *FIXED)))[:300], field, name)
+        elif name not in OPTIONS and not name.startswith(OF_FILES_AND_PAGES) and value not in EMPTY_VALUES:
+            raise APIError(422, str(unknown("option", name, (*OPTIONS, *FIXED)))[:300], field, name)
     return {name: value for name, value in given.items() if name in OPTIONS and value is not None}

@@ -22,8 +22,8 @@ from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.errors import add_errors
 from plainsd.server.api.pictures import add_pictures
-from plainsd.server.api.security import Gate, Hosts
-from plainsd.server.errors import ERRORS, Refused
+from plainsd.server.api.security import Hosts, SecurityMiddleware
+from plainsd.server.errors import ERRORS, APIError
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, Job
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.requests import CELLS
@@ -67,20 +67,20 @@ def create_app(service: Service, hosts: Hosts, token: str | None = None, on_star
     add_jobs(app, service)
     add_pictures(app, service)
     add_page(app, service)
-    gate = Gate(app, hosts, token, service.limits)
+    security = SecurityMiddleware(app, hosts, token, service.limits)
 
     @app.post("/api/login", tags=["page"], status_code=204)
     def login(body: Login) -> Response:
         """The token for a cookie, which only this page can use."""
         answer = Response(status_code=204)
         if token is not None:
-            gate.check_equal(body.token)
-            gate.set_cookie(answer)
+            security.check_equal(body.token)
+            security.set_cookie(answer)
         return answer
 
     app.include_router(openai.routes(service))
     app.include_router(a1111.routes(service))
-    app.add_middleware(Gate, hosts=hosts, token=token, limits=service.limits)
+    app.add_middleware(SecurityMiddleware, hosts=hosts, token=token, limits=service.limits)
     return app
 
 
@@ -98,25 +98,25 @@ def add_jobs(app: FastAPI, service: Service) -> None:
         """Queue pictures. Clients take turns; X-Client tells several behind one address apart."""
         job = await service.submit(body, client_of(request, x_client), "jobs")
         response.headers["Location"] = f"/api/jobs/{job.id}"
-        return await run_in_threadpool(service.told, job)
+        return await run_in_threadpool(service.as_json, job)
 
     @app.get("/api/jobs", tags=["jobs"])
     def all_jobs(limit: Annotated[int, Query(ge=0, le=500)] = 50) -> dict:
         """What waits and runs, oldest first; and what ended last."""
         with service.queue.changed:
-            active = [service.told(job) for job in service.queue.jobs.values()]
+            active = [service.as_json(job) for job in service.queue.jobs.values()]
         ended = service.store.jobs((DONE, FAILED, CANCELLED), limit)
-        return {"active": active, "ended": [service.told(job) for job in ended]}
+        return {"active": active, "ended": [service.as_json(job) for job in ended]}
 
     def found(id: Text) -> Job:
         job = service.queue.get(id)
         if job is None:
-            raise Refused(404, f"there is no job {id!r}; GET /api/jobs lists them")
+            raise APIError(404, f"there is no job {id!r}; GET /api/jobs lists them")
         return job
 
     @app.get("/api/jobs/{id}", tags=["jobs"])
     def one_job(id: Text) -> dict:
-        return service.told(found(id))
+        return service.as_json(found(id))
 
     @app.get("/api/jobs/{id}/events", tags=["jobs"], response_class=EventSourceResponse)
     async def events(job: Annotated[Job, Depends(found)]) -> AsyncIterator[ServerSentEvent]:
@@ -129,7 +129,7 @@ def add_jobs(app: FastAPI, service: Service) -> None:
     def cancel(id: Text) -> dict:
         """At once, whether it waits or runs. Pictures that are finished stay."""
         job = service.queue.cancel(id)
-        return service.told(job or found(id))
+        return service.as_json(job or found(id))
 
 
 # --- the page, and what it needs to know -----------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     def page(name: str) -> FileResponse:
         path = PAGE / name
         if path.parent != PAGE or path.suffix not in TYPES or not path.is_file():
-            raise Refused(404, f"there is no page {name!r}; the page is at /")
+            raise APIError(404, f"there is no page {name!r}; the page is at /")
         return FileResponse(path, media_type=TYPES[path.suffix], headers={"Cache-Control": "no-cache"})
 
     @app.get("/", include_in_schema=False)
@@ -169,12 +169,12 @@ def add_page(app: FastAPI, service: Service) -> None:
             "spacings": {name: spacing_label(name) for name in shared_spacings()},
             "upscalers": (*UPSCALERS, *sorted(service.models.upscalers.known())),
             "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
-            "loras": sorted(service.models.loras()), "styles": [*service.models.wording.known_styles()],
+            "loras": sorted(service.models.loras()), "styles": [*service.models.templates.known_styles()],
             "masked_contents": MASKED_CONTENTS, "like": LIKE, "noises": sorted({*NOISE_OF.values()}),
             "controls": sorted(service.models.controls.known()),
             "control_nets": service.models.controls.described(), "preprocessors": PREPROCESSORS,
             "control_modes": CONTROL_MODES,
-            "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.words.unusable,
+            "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.embeddings.unusable,
                          "controls": service.models.controls.unusable,
                          "upscalers": service.models.upscalers.unusable},
         }  # fmt: skip
@@ -198,8 +198,8 @@ def described_model(model: ServedModel, models: Models) -> dict:
     variant = model.bare.variant
     return {
         "name": model.name, "kind": variant.name, "resident": model.sd is not None, "bytes": model.bytes,
-        "ideas": model.ideas, "refiners": models.refiners(model),
-        "embeddings": [word.text for word in models.words.fitting(model.bare)],
+        "ideas": model.example_prompts, "refiners": models.refiners(model),
+        "embeddings": [embedding.text for embedding in models.embeddings.fitting(model.bare)],
         "controls": models.controls.fitting(model.bare),
         "inpainting_only": variant.unet.in_channels == 2 * variant.vae.latent_channels + 1,
         "edits": edits(variant.unet, variant.vae),

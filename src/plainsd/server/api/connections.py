@@ -18,16 +18,18 @@ CONNECTIONS = 1000  # open at once
 OF_ONE_ADDRESS = 250  # of these
 
 
-def closing(status: int, reason: str, says: str) -> bytes:
+def closing_response(status: int, reason: str, text: str) -> bytes:
     """A whole answer, after which the connection ends."""
-    body = (says + "\n").encode()
+    body = (text + "\n").encode()
     headers = HEADERS | {"Content-Type": "text/plain; charset=utf-8", "Connection": "close"}
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
-FULL = closing(503, "Service Unavailable", "too many connections are open; close some, and try again")
-SILENT = closing(408, "Request Timeout", f"no request came within {HEAD_SECONDS:g} s; send it at once")
+TOO_MANY_CONNECTIONS = closing_response(
+    503, "Service Unavailable", "too many connections are open; close some, and try again"
+)
+NO_REQUEST = closing_response(408, "Request Timeout", f"no request came within {HEAD_SECONDS:g} s; send it at once")
 
 
 class Connection(H11Protocol):
@@ -40,7 +42,7 @@ class Connection(H11Protocol):
         everyone = [other for other in self.connections if isinstance(other, Connection)]
         mine = sum(other.address == self.address for other in everyone)
         if len(everyone) > CONNECTIONS or mine > OF_ONE_ADDRESS:
-            self.end(FULL)
+            self.end(TOO_MANY_CONNECTIONS)
         else:
             self.expect_head()
 
@@ -53,7 +55,7 @@ class Connection(H11Protocol):
             return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self.cease()
+            self.cancel_timer()
         elif data:
             self.expect_head()
 
@@ -63,24 +65,24 @@ class Connection(H11Protocol):
             self.expect_head()  # of a request that was begun before the answer to the last one
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.cease()
+        self.cancel_timer()
         super().connection_lost(exc)
 
     def expect_head(self) -> None:
         """From the first of its bytes on, or from the beginning of the connection."""
         if self.waiting is None:
-            self.waiting = self.loop.call_later(HEAD_SECONDS, self.end, SILENT)
+            self.waiting = self.loop.call_later(HEAD_SECONDS, self.end, NO_REQUEST)
 
-    def cease(self) -> None:
+    def cancel_timer(self) -> None:
         if self.waiting is not None:
             self.waiting.cancel()
             self.waiting = None
 
     def end(self, answer: bytes) -> None:
-        self.cease()
+        self.cancel_timer()
         if not self.transport.is_closing():
             self.transport.write(answer)
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        self.end(closing(400, "Bad Request", msg))
+        self.end(closing_response(400, "Bad Request", msg))

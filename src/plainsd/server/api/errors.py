@@ -10,45 +10,45 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from plainsd.errors import DiskError, UserError
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 
 
 def add_errors(app: FastAPI) -> None:
     """Every error in the one form of its API."""
 
-    @app.exception_handler(Refused)
-    def refused(request: Request, error: Refused) -> JSONResponse:
+    @app.exception_handler(APIError)
+    def refused(request: Request, error: APIError) -> JSONResponse:
         return JSONResponse(error.body(request.url.path), error.status, error.headers)
 
     @app.exception_handler(UserError)
     def wrong(request: Request, error: UserError) -> JSONResponse:
-        return refused(request, Refused.from_user_error(error))
+        return refused(request, APIError.from_user_error(error))
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return refused(request, Refused(400, "the body is not JSON; send one object"))
+            return refused(request, APIError(400, "the body is not JSON; send one object"))
         place = [str(part) for part in first["loc"][1:]]
         said = first["msg"].removeprefix("Value error, ")
         what = f"{'.'.join(place) or 'the body'}: {said[:1].lower()}{said[1:]}"
         message = what if ";" in said else f"{what}; see /docs for what it takes"
         entry = next((part for part in first["loc"][2:3] if isinstance(part, int)), None)
         field = place[0] if place else None
-        return refused(request, Refused(422, message, field, first.get("input"), entry=entry))
+        return refused(request, APIError(422, message, field, first.get("input"), entry=entry))
 
     @app.exception_handler(HTTPException)
     def plain(request: Request, error: HTTPException) -> JSONResponse:
         says = {404: f"there is no {request.url.path}; see /docs for what there is",
                 405: f"{request.method} is not for {request.url.path}; see /docs for what is"}  # fmt: skip
         message = says.get(error.status_code, f"{error.detail}; see /docs")
-        return refused(request, Refused(error.status_code, message, headers=dict(error.headers or {})))
+        return refused(request, APIError(error.status_code, message, headers=dict(error.headers or {})))
 
     @app.exception_handler(DiskError)
     @app.exception_handler(OSError)
     @app.exception_handler(sqlite3.OperationalError)
     def disk(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, FileNotFoundError):
-            return refused(request, Refused(404, "the file of a picture is gone; delete it from the history"))
+            return refused(request, APIError(404, "the file of a picture is gone; delete it from the history"))
         why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        return refused(request, Refused(507, f"the server cannot write ({why}); make room in its data folder"))
+        return refused(request, APIError(507, f"the server cannot write ({why}); make room in its data folder"))

@@ -14,12 +14,12 @@ from plainsd.server.service import Service
 
 def registry_of(service: Service) -> CollectorRegistry:
     registry = CollectorRegistry()
-    for collector in (Counted(service), service.queue.waits, service.worker.steps):
+    for collector in (ServiceCollector(service), service.queue.waits, service.worker.steps):
         registry.register(collector)
     return registry
 
 
-class Counted(Collector):
+class ServiceCollector(Collector):
     """What the parts of the server count anyway, read as it is asked for."""
 
     def __init__(self, service: Service):

@@ -21,19 +21,19 @@ from starlette.datastructures import UploadFile
 from plainsd.pictures.images import JPEG_EXIF
 from plainsd.pictures.masks import resized
 from plainsd.pictures.texts.embedded import exif_of
-from plainsd.server.canvas import Base
-from plainsd.server.errors import Refused
+from plainsd.server.canvas import InitImages
+from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import Job
 from plainsd.server.jobs.pictures import Picture, json_seed
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.requests import job_request
 from plainsd.server.schema import JobRequest, Text
-from plainsd.server.service import Service, client_of, now, why_not
-from plainsd.server.uploads import check_pixels, differing, opened
+from plainsd.server.service import Service, client_of, failure_of, now
+from plainsd.server.uploads import check_pixels, opened, size_mismatch
 
 ALIASES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "chatgpt-image-latest", "dall-e-2", "dall-e-3")
-THEIRS = ("gpt-image-", "chatgpt-image-", "dall-e-")  # how the names begin that programs hard-code
-OURS = ("negative", "steps", "guidance", "sampler", "spacing", "seed", "strength")  # taken beside OpenAI's own fields
+OPENAI_PREFIXES = ("gpt-image-", "chatgpt-image-", "dall-e-")  # how the names begin that programs hard-code
+EXTRA_FIELDS = ("negative", "steps", "guidance", "sampler", "spacing", "seed", "strength")  # beside OpenAI's
 
 
 class ImagesRequest(BaseModel):
@@ -65,8 +65,8 @@ class ImagesRequest(BaseModel):
     strength: float | None = Field(None, description="of edits without a mask, 0 to 1")
 
     def job(self, models: Models) -> JobRequest:
-        model = known_model(self.model, models).name
-        given = {name: value for name in OURS if (value := getattr(self, name)) is not None}
+        model = served_model(self.model, models).name
+        given = {name: value for name in EXTRA_FIELDS if (value := getattr(self, name)) is not None}
         return job_request(
             prompt=self.prompt, model=model, count=1 if self.n is None else self.n, size=self.pixels(), **given
         )
@@ -76,7 +76,7 @@ class ImagesRequest(BaseModel):
             return None
         width, cross, height = self.size.partition("x")
         if not (cross and width.isdecimal() and height.isdecimal() and len(self.size) < 12):
-            raise Refused(422, f"size {self.size!r} cannot be read; write it as 512x512, or auto", "size", self.size)
+            raise APIError(422, f"size {self.size!r} cannot be read; write it as 512x512, or auto", "size", self.size)
         return int(width), int(height)
 
 
@@ -103,8 +103,8 @@ def routes(service: Service) -> APIRouter:
         async with request.form(max_files=4, max_fields=40) as form:
             body, content, mask = await edit_of(form)
         wanted = body.job(service.models)
-        base = await run_in_threadpool(edit_canvas, wanted, content, mask, service)
-        job = await service.submit(wanted, client_of(request, body.user), "openai", base)
+        init = await run_in_threadpool(edit_canvas, wanted, content, mask, service)
+        job = await service.submit(wanted, client_of(request, body.user), "openai", init)
         return await images_response(service, job, body, request, "image_edit")
 
     @router.get("/models")
@@ -121,15 +121,15 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def known_model(name: str | None, models: Models) -> ServedModel:
+def served_model(name: str | None, models: Models) -> ServedModel:
     """By its name; a name of OpenAI's that no model has here is the default: many programs send no other."""
-    return models[None if name and name.startswith(THEIRS) and name not in models.known else name]
+    return models[None if name and name.startswith(OPENAI_PREFIXES) and name not in models.known else name]
 
 
 def openai_model(name: str, models: Models) -> dict:
-    model = known_model(name, models)
-    told = {"id": name, "object": "model", "created": 0, "owned_by": "plainsd"}
-    return told if model.name == name else told | {"alias_of": model.name}
+    model = served_model(name, models)
+    data = {"id": name, "object": "model", "created": 0, "owned_by": "plainsd"}
+    return data if model.name == name else data | {"alias_of": model.name}
 
 
 # --- edits -----------------------------------------------------------------------------------------------------------
@@ -141,34 +141,36 @@ async def edit_of(form: Any) -> tuple[ImagesRequest, bytes, bytes | None]:
     masks = form.getlist("mask")
     if len(images) != 1 or len(masks) > 1 or not all(isinstance(part, UploadFile) for part in images + masks):
         message = f"image: {len(images)} files were sent; send one as 'image', and at most one as 'mask'"
-        raise Refused(422, message, "image", len(images))
+        raise APIError(422, message, "image", len(images))
     try:
         text = {name: value for name, value in form.items() if name not in ("image", "image[]", "mask")}
         body = ImagesRequest.model_validate(text)
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
-        raise Refused(422, f"{field}: {first['msg']}; see /docs for what it takes", field, first.get("input")) from None
+        raise APIError(
+            422, f"{field}: {first['msg']}; see /docs for what it takes", field, first.get("input")
+        ) from None
     return body, await images[0].read(), await masks[0].read() if masks else None
 
 
-def edit_canvas(wanted: JobRequest, content: bytes, mask: bytes | None, service: Service) -> Base:
+def edit_canvas(wanted: JobRequest, content: bytes, mask: bytes | None, service: Service) -> InitImages:
     """What is transparent, in the mask or else in the picture, is drawn anew; if nothing is, all is drawn over."""
     image = opened(content, "image", service.limits, None)
     window = opened(mask, "mask", service.limits, None) if mask is not None else image
     if window.size != image.size:
-        raise differing(window, image)
+        raise size_mismatch(window, image)
     size = wanted.size or image.size
     check_pixels(size, service.limits)
     hole = ImageChops.invert(window.getchannel("A")).point(lambda level: 255 if level >= 128 else 0)
     whole = resized(image.convert("RGB"), size)
     if hole.getbbox() is None:
         if mask is not None:
-            raise Refused(422, "mask has no transparent part, so nothing would be drawn; make it transparent where the "
-                          "picture is to change", "mask")  # fmt: skip
-        return Base(whole)
+            raise APIError(422, "mask has no transparent part, so nothing would be drawn; make it transparent where "
+                          "the picture is to change", "mask")  # fmt: skip
+        return InitImages(whole)
     wanted.strength = wanted.strength or 1.0
-    return Base(whole, hole.resize(size))
+    return InitImages(whole, hole.resize(size))
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -179,26 +181,26 @@ async def images_response(
 ) -> JSONResponse | EventSourceResponse:
     if body.stream:
         return EventSourceResponse(sse_stream(service, job, body, kind))
-    await service.outcome(job, request)
-    if (refused := why_not(job)) is not None:
+    await service.wait_for_end(job, request)
+    if (refused := failure_of(job)) is not None:
         raise refused
     url = str(request.base_url).rstrip("/")
 
-    def told() -> list[dict]:
-        return [image_told(row, content, body, url) for row, content in service.files(job)]
+    def data() -> list[dict]:
+        return [image_as_json(row, content, body, url) for row, content in service.files(job)]
 
     notes = {"notes": job.notes} if job.notes else {}
-    answer = {"created": now(), "data": await run_in_threadpool(told), "output_format": body.output_format or "png"}
+    answer = {"created": now(), "data": await run_in_threadpool(data), "output_format": body.output_format or "png"}
     return JSONResponse(answer | notes)
 
 
-def image_told(row: Picture, content: bytes, body: ImagesRequest, url: str) -> dict:
-    told: dict[str, Any] = {"seed": json_seed(row.settings.seed)}
+def image_as_json(row: Picture, content: bytes, body: ImagesRequest, url: str) -> dict:
+    data: dict[str, Any] = {"seed": json_seed(row.settings.seed)}
     if body.response_format != "b64_json":
-        told["url"] = f"{url}/api/images/{row.id}.png"
+        data["url"] = f"{url}/api/images/{row.id}.png"
     if body.response_format != "url":
-        told["b64_json"] = base64.b64encode(recoded(content, body)).decode()
-    return told
+        data["b64_json"] = base64.b64encode(recoded(content, body)).decode()
+    return data
 
 
 def recoded(png: bytes, body: ImagesRequest) -> bytes:
@@ -228,7 +230,7 @@ async def sse_stream(service: Service, job: Job, body: ImagesRequest, kind: str)
             if rough is not None and sent < wanted and data["progress"] * (wanted + 1) >= sent + 1:
                 yield event(f"{kind}.partial_image", body, rough, partial_image_index=sent)
                 sent += 1
-        if (refused := why_not(job)) is not None:
+        if (refused := failure_of(job)) is not None:
             yield sse("error", refused.body("/v1/") | {"type": "error"})
             return
         for row, content in await run_in_threadpool(service.files, job):

@@ -11,8 +11,8 @@ from starlette.background import BackgroundTask
 
 from plainsd.errors import UserError
 from plainsd.pictures.preprocess import preprocessed
-from plainsd.server.errors import Refused
-from plainsd.server.restore import picture_told, settings_inside
+from plainsd.server.errors import APIError
+from plainsd.server.restore import picture_as_json, settings_in_file
 from plainsd.server.schema import MapRequest, Text
 from plainsd.server.service import Service
 from plainsd.server.uploads import decoded, picture, png
@@ -46,7 +46,10 @@ def add_pictures(app: FastAPI, service: Service) -> None:
     ) -> dict:
         """The history, newest first. `before` is the `next` of the answer before."""
         rows = service.store.pictures(search, before, limit, favourites=favourites)
-        return {"images": [picture_told(row) for row in rows], "next": rows[-1].number if len(rows) == limit else None}
+        return {
+            "images": [picture_as_json(row) for row in rows],
+            "next": rows[-1].number if len(rows) == limit else None,
+        }
 
     @app.get(
         "/api/images/{id}.png",
@@ -69,7 +72,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/images/{id}", tags=["pictures"])
     def image_settings(id: Text) -> dict:
-        return picture_told(service.picture(id))
+        return picture_as_json(service.picture(id))
 
     @app.delete("/api/images/{id}", tags=["pictures"], status_code=204)
     def delete(id: Text) -> Response:
@@ -80,7 +83,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
     @app.post("/api/settings", tags=["pictures"])
     def settings(body: Upload) -> dict:
         """The settings inside a PNG file of plainsd or A1111, as POST /api/jobs takes them."""
-        return settings_inside(decoded(body.image, "image"), service.limits, service.models)
+        return settings_in_file(decoded(body.image, "image"), service.limits, service.models)
 
     @app.post(
         "/api/preprocess",
@@ -94,7 +97,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         try:
             made = preprocessed(given, body.preprocess, (body.low, body.high), body.resolution)
         except UserError as error:
-            raise Refused(422, str(error), "preprocess", body.preprocess) from None
+            raise APIError(422, str(error), "preprocess", body.preprocess) from None
         return Response(png(made), media_type="image/png")
 
     add_selections(app, service)
@@ -133,10 +136,10 @@ def add_selections(app: FastAPI, service: Service) -> None:
         It is written while it is sent."""
         found = service.selected(id, "id")
         if missing := set(id) - {one.id for one in found}:
-            raise Refused(404, f"there is no picture {min(missing)!r}; GET /api/images lists them", "id", min(missing))
+            raise APIError(404, f"there is no picture {min(missing)!r}; GET /api/images lists them", "id", min(missing))
         files = [(service.store.path(one), one.created) for one in found]
         if gone := next((path for path, _ in files if not path.is_file()), None):
-            raise Refused(404, f"the file {gone.name!r} is gone; delete its picture from the history", "id")
+            raise APIError(404, f"the file {gone.name!r} is gone; delete its picture from the history", "id")
         name = time.strftime("plainsd-%Y%m%d-%H%M%S.zip")
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         pieces = zipped(files)
@@ -146,5 +149,5 @@ def add_selections(app: FastAPI, service: Service) -> None:
 
 def sent(path: Path, kind: str) -> FileResponse:
     if not path.is_file():
-        raise Refused(404, "the file of this picture is gone; delete it from the history")
+        raise APIError(404, "the file of this picture is gone; delete it from the history")
     return FileResponse(path, media_type=kind, headers=PICTURE_HEADERS)

@@ -20,13 +20,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from plainsd.server.errors import Refused
+from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
 
 log = logging.getLogger("plainsd.server")
 COOKIE = "plainsd_session"
-OPEN = ("/", "/healthz", "/api/login")  # answered without the token; so is everything below /page/
-FORMS = ("/v1/images/edits",)  # the one thing that comes as a form, not as JSON
+PUBLIC_PATHS = ("/", "/healthz", "/api/login")  # answered without the token; so is everything below /page/
+FORM_PATHS = ("/v1/images/edits",)  # the one thing that comes as a form, not as JSON
 BODY_SECONDS = 120  # within which a body must have come
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -84,7 +84,7 @@ def session_of(token: str) -> str:
     return hmac.new(token.encode(), b"plainsd session", hashlib.sha256).hexdigest()
 
 
-class Gate:
+class SecurityMiddleware:
     """ASGI middleware: host, origin, token, content type, size; security headers on every answer."""
 
     def __init__(self, app: ASGIApp, hosts: Hosts, token: str | None, limits: Limits):
@@ -96,12 +96,12 @@ class Gate:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
 
-        begun = False
+        started = False
 
-        async def guarded(message: Message) -> None:
-            nonlocal begun
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
@@ -113,16 +113,16 @@ class Gate:
             self.check_host(scope, headers)
             self.check_origin(scope, headers)
             if (login := self.login_link(scope)) is not None:
-                return await login(scope, receive, guarded)
+                return await login(scope, receive, send_with_headers)
             self.check_token(scope, headers)
             body = await self.body(scope, headers, receive)
-            await self.app(scope, replay(body, receive), guarded)
+            await self.app(scope, replay(body, receive), send_with_headers)
         except Exception as error:
-            if begun:  # it is too late for another answer
+            if started:  # it is too late for another answer
                 raise
-            refused = error if isinstance(error, Refused) else failed(scope, error)
+            refused = error if isinstance(error, APIError) else internal_error(scope, error)
             answer = JSONResponse(refused.body(scope["path"]), refused.status, refused.headers)
-            await answer(scope, receive, guarded)
+            await answer(scope, receive, send_with_headers)
 
     def check_host(self, scope: Scope, headers: Headers) -> None:
         hosts = headers.getlist("host")
@@ -130,18 +130,18 @@ class Gate:
             return
         if len(hosts) != 1 or hosts[0] not in self.hosts:
             said = ", ".join(hosts) or "none"
-            raise Refused(
+            raise APIError(
                 403, f"host {said!r} is not a name of this server; start it with --allow-host NAME to add one"
             )
 
     def check_origin(self, scope: Scope, headers: Headers) -> None:
         for origin in headers.getlist("origin"):
             if netloc(origin) != headers.get("host", "").lower():
-                raise Refused(403, f"origin {origin!r} is foreign; open the page of this server itself")
+                raise APIError(403, f"origin {origin!r} is foreign; open the page of this server itself")
         site = headers.get("sec-fetch-site", "none")
         opened = (scope["method"], scope["path"], headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
         if site not in ("none", "same-origin") and opened != ("GET", "/", "navigate", "document"):
-            raise Refused(403, f"the browser calls this request {site!r}; only the server's own page may send it")
+            raise APIError(403, f"the browser calls this request {site!r}; only the server's own page may send it")
 
     def login_link(self, scope: Scope) -> RedirectResponse | None:
         """`/?token=T`, as printed at the start: a cookie, and the token leaves the address bar."""
@@ -159,11 +159,11 @@ class Gate:
 
     def check_equal(self, given: str) -> None:
         if not hmac.compare_digest(given.encode(), (self.token or "").encode()):
-            raise Refused(401, "the token is wrong; it was printed when the server started", "token")
+            raise APIError(401, "the token is wrong; it was printed when the server started", "token")
 
     def check_token(self, scope: Scope, headers: Headers) -> None:
         """Bearer (OpenAI's clients), Basic with any user name (A1111's), or the page's cookie."""
-        if self.token is None or scope["path"] in OPEN or scope["path"].startswith("/page/"):
+        if self.token is None or scope["path"] in PUBLIC_PATHS or scope["path"].startswith("/page/"):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
@@ -172,10 +172,10 @@ class Gate:
             try:
                 return self.check_equal(b64decode(given).decode().partition(":")[2])
             except ValueError:
-                raise Refused(401, "the Authorization header cannot be read; send 'Bearer TOKEN'", "token") from None
+                raise APIError(401, "the Authorization header cannot be read; send 'Bearer TOKEN'", "token") from None
         if hmac.compare_digest(cookie(headers).encode(), session_of(self.token).encode()):
             return
-        raise Refused(
+        raise APIError(
             401,
             "a token is needed; send it as 'Authorization: Bearer TOKEN'",
             "token",
@@ -187,7 +187,7 @@ class Gate:
         """The whole body, which is never longer than the limit."""
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return b""
-        too_long = Refused(413, f"the request has more than {self.limits.upload} bytes; send smaller pictures")
+        too_long = APIError(413, f"the request has more than {self.limits.upload} bytes; send smaller pictures")
         said = headers.get("content-length", "0")
         if not said.isdecimal() or len(said) > 15 or int(said) > self.limits.upload:
             raise too_long
@@ -198,17 +198,17 @@ class Gate:
                 while more:
                     message = await receive()
                     if message["type"] != "http.request":
-                        raise Refused(400, "the request was cut short; send it again")
+                        raise APIError(400, "the request was cut short; send it again")
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self.limits.upload:
                         raise too_long
         except TimeoutError:
-            raise Refused(408, f"the request took longer than {BODY_SECONDS} s to come; send it again") from None
+            raise APIError(408, f"the request took longer than {BODY_SECONDS} s to come; send it again") from None
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        wanted = "multipart/form-data" if scope["path"] in FORMS else "application/json"
+        wanted = "multipart/form-data" if scope["path"] in FORM_PATHS else "application/json"
         if body and kind != wanted:
-            raise Refused(415, f"content type {kind or 'none'!r} is not read here; send {wanted}")
+            raise APIError(415, f"content type {kind or 'none'!r} is not read here; send {wanted}")
         return bytes(body)
 
 
@@ -220,10 +220,10 @@ def netloc(origin: str) -> str:
         return ""
 
 
-def failed(scope: Scope, error: Exception) -> Refused:
+def internal_error(scope: Scope, error: Exception) -> APIError:
     """A fault of ours. The log has all of it, the client only its kind."""
     log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
-    return Refused(500, f"the server failed on this request ({type(error).__name__}); see its log")
+    return APIError(500, f"the server failed on this request ({type(error).__name__}); see its log")
 
 
 def cookie(headers: Headers) -> str:

@@ -17,7 +17,7 @@ ACTIVE = (QUEUED, RUNNING)
 
 
 @dataclass(frozen=True)
-class Followed:
+class ControlInput:
     """A map that a job follows: its file among the inputs, and how the net acts, see pictures/control.py."""
 
     net: str
@@ -40,7 +40,7 @@ class Source:
     base: str | None = None  # what the result is pasted into ...
     alpha: str | None = None  # ... with this opacity, of the same size as `base` ...
     box: tuple[int, int, int, int] | None = None  # ... scaled to this place: left, top, right, bottom
-    controls: tuple[Followed, ...] = ()
+    controls: tuple[ControlInput, ...] = ()
 
     def files(self) -> set[str]:
         maps = [one.map for one in self.controls]
@@ -49,7 +49,7 @@ class Source:
 
 def source_from(data: dict[str, Any]) -> Source:
     """What `asdict` and JSON made of one, back."""
-    controls = tuple(Followed(**{**one, "kinds": tuple(one["kinds"])}) for one in data.get("controls", ()))
+    controls = tuple(ControlInput(**{**one, "kinds": tuple(one["kinds"])}) for one in data.get("controls", ()))
     return Source(**{**data, "box": data["box"] and tuple(data["box"]), "controls": controls})
 
 
@@ -64,32 +64,32 @@ class Sheet:
     down: list[str]
     axes: list[tuple[str, list[str]]] = field(default_factory=list)  # settings and their values, across and down
 
-    def told(self, first: Resolved) -> Resolved:
+    def shared_settings(self, first: Resolved) -> Resolved:
         """What all its pictures share, from the first of them, and in which they differ."""
         sides = zip(GRID_SIDES, self.axes, strict=False)
         differing = [(side, f"{name}: {', '.join(values)}") for side, (name, values) in sides]
         return replace(first, other=(*first.other, *differing))
 
 
-class Bell:
+class Notifier:
     """Wakes coroutines from any thread."""
 
     def __init__(self):
-        self.rings, self.lock, self.waiting = 0, threading.Lock(), []
+        self.count, self.lock, self.waiting = 0, threading.Lock(), []
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         with self.lock:
-            self.rings += 1
+            self.count += 1
             waiting, self.waiting = self.waiting, []
         for loop, event in waiting:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(event.set)
 
-    async def wait(self, heard: int, seconds: float) -> int:
-        """Until it has rung more than `heard` times, or so long; how often it has rung."""
+    async def wait(self, seen: int, seconds: float) -> int:
+        """Until it has rung more than `seen` times, or so long; how often it has rung."""
         event = asyncio.Event()
         with self.lock:
-            if self.rings == heard:
+            if self.count == seen:
                 self.waiting.append((asyncio.get_running_loop(), event))
             else:
                 event.set()
@@ -100,7 +100,7 @@ class Bell:
         finally:
             with self.lock:
                 self.waiting = [one for one in self.waiting if one[1] is not event]
-        return self.rings
+        return self.count
 
 
 @dataclass(eq=False)
@@ -111,8 +111,8 @@ class Job:
     client: str
     api: str  # through which it came: "jobs", "openai" or "a1111"
     model: str
-    each: list[Resolved]
-    place: str  # of its files, below pictures/
+    settings: list[Resolved]
+    path_prefix: str  # of its files, below pictures/
     created: float
     loras: list[tuple[str, float]] = field(default_factory=list)
     source: Source | None = None
@@ -134,36 +134,36 @@ class Job:
     previews: dict[int, bytes] = field(default_factory=dict)  # rough PNGs
     seconds: float = 0.0  # of drawing so far
     alone: bool = False  # after a failure together with others
-    at_fault: bool = True  # whether a failure was in the request
-    bell: Bell = field(default_factory=Bell)
+    bad_request: bool = True  # whether a failure was in the request
+    notifier: Notifier = field(default_factory=Notifier)
 
     @property
-    def places(self) -> set[int]:
+    def indices(self) -> set[int]:
         """The numbers of its pictures; a sheet is the last."""
-        return set(range(len(self.each) + (self.sheet is not None)))
+        return set(range(len(self.settings) + (self.sheet is not None)))
 
     @property
     def active(self) -> bool:
         return self.state in ACTIVE
 
-    def todo(self) -> list[int]:
+    def pending(self) -> list[int]:
         """What can be drawn now: a sheet only when its pictures are there."""
-        left = sorted(self.places - self.done - self.drawing)
-        ready = not self.drawing and len(self.done) == len(self.each)
-        return [place for place in left if place < len(self.each) or ready]
+        left = sorted(self.indices - self.done - self.drawing)
+        ready = not self.drawing and len(self.done) == len(self.settings)
+        return [index for index in left if index < len(self.settings) or ready]
 
-    def settings_of(self, place: int) -> Resolved:
-        if self.sheet is not None and place == len(self.each):
-            return self.sheet.told(self.each[0])
-        return self.each[min(place, len(self.each) - 1)]
+    def settings_of(self, index: int) -> Resolved:
+        if self.sheet is not None and index == len(self.settings):
+            return self.sheet.shared_settings(self.settings[0])
+        return self.settings[min(index, len(self.settings) - 1)]
 
-    def picture_id(self, place: int) -> str:
-        return f"{self.id}-{place}"
+    def picture_id(self, index: int) -> str:
+        return f"{self.id}-{index}"
 
     def progress(self) -> float:
         """0 to 1, by pictures and their steps."""
         begun = len(self.drawing) * self.step / self.steps if self.steps else 0
-        return (len(self.done) + begun) / len(self.places)
+        return (len(self.done) + begun) / len(self.indices)
 
     def seconds_left(self) -> float | None:
         """By the time it has taken since it began; None before there is something to go by."""
@@ -173,30 +173,30 @@ class Job:
         return (time.time() - self.started) * (1 - share) / share
 
     @cached_property
-    def alike(self) -> list[Resolved]:
+    def batch_keys(self) -> list[Resolved]:
         """What pictures must have in common to be drawn together: all but prompts, seeds, and the scale of guidance,
         where there is any."""
         own: dict[str, Any] = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None, "hashes": ()}
         own |= {"batch_index": 0, "batch_size": None}
-        return [replace(one, **own, guidance=float(one.guidance == 1)) for one in self.each]
+        return [replace(one, **own, guidance=float(one.guidance == 1)) for one in self.settings]
 
 
 class Unit(NamedTuple):
     """One picture of a job."""
 
     job: Job
-    place: int
+    index: int  # type: ignore[assignment]  # tuple.index
 
     @property
     def settings(self) -> Resolved:
-        return self.job.settings_of(self.place)
+        return self.job.settings_of(self.index)
 
     @property
     def is_sheet(self) -> bool:
-        return self.place == len(self.job.each)
+        return self.index == len(self.job.settings)
 
-    def kind(self) -> tuple:
+    def batch_key(self) -> tuple:
         """Pictures of one kind may be drawn in one batch."""
         if self.is_sheet or self.job.alone:
-            return (self.job.id, self.place)
-        return (self.job.model, tuple(self.job.loras), self.job.source, self.job.alike[self.place])
+            return (self.job.id, self.index)
+        return (self.job.model, tuple(self.job.loras), self.job.source, self.job.batch_keys[self.index])

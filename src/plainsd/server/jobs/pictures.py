@@ -20,7 +20,7 @@ class Picture:
     number: int  # rises; the newest has the highest
     id: str
     job: str
-    place: int  # in its job
+    index: int  # in its job
     file: str  # below the data folder
     width: int
     height: int
@@ -62,11 +62,11 @@ def loras_from(text: str) -> list[tuple[str, float]]:
     return [(str(name), float(strength)) for name, strength in parsed_json(text)]
 
 
-def in_short(error: Exception) -> str:
+def shortened(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
 
-def tagged(settings: Resolved, loras: list[tuple[str, float]]) -> Resolved:
+def with_lora_tags(settings: Resolved, loras: list[tuple[str, float]]) -> Resolved:
     """As it is written into a picture: with its LoRAs in the prompt, where every program looks for them."""
     tags = [f"<lora:{name}:{plain_number(strength)}>" for name, strength in loras]
     return replace(settings, prompt=" ".join(filter(None, [settings.prompt, *tags])))
@@ -76,7 +76,7 @@ def new_id() -> str:
     return secrets.token_hex(8)
 
 
-def new_place(prompt: str, id: str, created: float) -> str:
+def new_path_prefix(prompt: str, id: str, created: float) -> str:
     """`2026-05-14/153012-a-red-apple-1f0c...`: nothing of a prompt reaches a file's name but letters and digits."""
     when = time.localtime(created)
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower().encode("ascii", "ignore").decode())[:40].strip("-")

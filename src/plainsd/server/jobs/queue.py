@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from prometheus_client import Histogram
 
-from plainsd.server.errors import Refused
-from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Bell, Job, Unit
+from plainsd.server.errors import APIError
+from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Notifier, Unit
 
 SHARE = 0.5  # of the queue that one client may fill
 ATTEMPTS = 3  # ends of the whole server while one job was drawn by itself
@@ -26,7 +26,7 @@ class Queue:
 
     def __init__(self, store, limit: int):
         self.store, self.limit = store, limit
-        self.changed, self.bell = threading.Condition(threading.RLock()), Bell()
+        self.changed, self.notifier = threading.Condition(threading.RLock()), Notifier()
         self.jobs: dict[str, Job] = {}  # oldest first
         self.served: Counter[str] = Counter()  # pictures begun for each client, as long as it has jobs
         self.ended: Counter[str] = Counter()  # states, since the start
@@ -35,7 +35,7 @@ class Queue:
             "plainsd_queue_wait_seconds", "from a job's arrival to its first batch", buckets=WAITS, registry=None
         )
         self.stopping = False
-        self.pace = 1.0  # seconds a picture, smoothed
+        self.seconds_per_picture = 1.0  # seconds a picture, smoothed
         for job in store.unfinished():
             job.alone = job.state == RUNNING or job.attempts > 0  # when the server ended: it may have been the cause
             job.state = QUEUED
@@ -52,8 +52,8 @@ class Queue:
             mine = sum(other.client == job.client for other in self.jobs.values())
             if len(self.jobs) >= self.limit or mine >= max(1, self.limit * SHARE):
                 whose = f"{mine} of them yours" if mine else "none of them yours"
-                wait = max(1, round(self.pace * len(self.jobs) / 4))
-                raise Refused(
+                wait = max(1, round(self.seconds_per_picture * len(self.jobs) / 4))
+                raise APIError(
                     429,
                     f"the queue is full with {len(self.jobs)} jobs, {whose}; try again in {wait} s",
                     headers={"Retry-After": str(wait)},
@@ -63,7 +63,7 @@ class Queue:
                 self.served[job.client] = min((self.served[other.client] for other in self.jobs.values()), default=0)
             self.jobs[job.id] = job
             self.changed.notify_all()
-        self.bell.ring()
+        self.notifier.notify()
 
     def get(self, id: str) -> Job | None:
         with self.changed:
@@ -80,13 +80,13 @@ class Queue:
             job = self.get(id)
             if job is not None:
                 if not job.active:
-                    raise Refused(409, f"job {id} is {job.state} already; there is nothing to cancel")
+                    raise APIError(409, f"job {id} is {job.state} already; there is nothing to cancel")
                 self.end(job, CANCELLED)
             return job
 
     # --- from the worker ---------------------------------------------------------------------------------------------
 
-    def take(self, size: int, idle: Callable[[], object] = bool) -> list[Unit]:
+    def next_batch(self, size: int, idle: Callable[[], object] = bool) -> list[Unit]:
         """The next batch, waiting for one; empty when the server stops. `idle` is called once if none comes for
         IDLE_AFTER seconds."""
         with self.changed:
@@ -99,58 +99,58 @@ class Queue:
                 return []
             batch: list[Unit] = []
             while waiting and len(batch) < size:
-                unit = min(waiting, key=lambda unit: (self.served[unit.job.client], unit.job.number, unit.place))
+                unit = min(waiting, key=lambda unit: (self.served[unit.job.client], unit.job.number, unit.index))
                 batch.append(unit)
                 self.served[unit.job.client] += 1
-                waiting = [other for other in waiting if other != unit and other.kind() == unit.kind()]
+                waiting = [other for other in waiting if other != unit and other.batch_key() == unit.batch_key()]
             for job in dict.fromkeys(unit.job for unit in batch):
                 if job.state == QUEUED:
                     now = time.time()
-                    self.store.started(job, now)
+                    self.store.mark_started(job, now)
                     if job.started is None:  # not one that a stopped server had begun
                         self.waits.observe(now - job.created)
                     job.state, job.started = RUNNING, now
-                job.bell.ring()
+                job.notifier.notify()
             for unit in batch:
-                unit.job.drawing.add(unit.place)
+                unit.job.drawing.add(unit.index)
                 unit.job.step = unit.job.steps = 0  # those of the batch before say nothing about this one
             return batch
 
     def waiting(self) -> list[Unit]:
-        return [Unit(job, place) for job in self.jobs.values() for place in job.todo()]
+        return [Unit(job, index) for job in self.jobs.values() for index in job.pending()]
 
-    def entered(self, unit: Unit, file: str, size: tuple[int, int]) -> bool:
+    def add_picture(self, unit: Unit, file: str, size: tuple[int, int]) -> bool:
         """A picture's file is written: its row too, unless its job was cancelled meanwhile."""
         job = unit.job
         with self.changed:
             if not job.active:
                 return False
-            self.store.enter(job, unit.place, file, size)
-            job.done.add(unit.place)
-            job.drawing.discard(unit.place)
-            job.previews.pop(unit.place, None)
-            if job.done == job.places:
+            self.store.add_picture(job, unit.index, file, size)
+            job.done.add(unit.index)
+            job.drawing.discard(unit.index)
+            job.previews.pop(unit.index, None)
+            if job.done == job.indices:
                 self.end(job, DONE)
             self.changed.notify_all()
-            job.bell.ring()
+            job.notifier.notify()
             return True
 
-    def put_back(self, units: list[Unit], *, alone: bool = False) -> None:
+    def requeue(self, units: list[Unit], *, alone: bool = False) -> None:
         """A batch was given up; its pictures wait again."""
         with self.changed:
-            for job, place in units:
-                job.drawing.discard(place)
+            for job, index in units:
+                job.drawing.discard(index)
                 job.step = job.steps = 0
                 job.alone = job.alone or alone
             self.changed.notify_all()
 
-    def end(self, job: Job, state: str, error: str | None = None, *, at_fault: bool = True) -> None:
+    def end(self, job: Job, state: str, error: str | None = None, *, bad_request: bool = True) -> None:
         with self.changed:
             if not job.active:
                 return
             finished = time.time()
-            self.store.ended(job, state, error, finished)
-            job.error, job.finished, job.at_fault = error, finished, at_fault
+            self.store.mark_ended(job, state, error, finished)
+            job.error, job.finished, job.bad_request = error, finished, bad_request
             job.state = state
             del self.jobs[job.id]
             if all(other.client != job.client for other in self.jobs.values()):
@@ -158,15 +158,15 @@ class Queue:
             self.ended[state] += 1
             self.seconds += job.finished - job.created
             self.changed.notify_all()
-        job.bell.ring()
-        self.bell.ring()
+        job.notifier.notify()
+        self.notifier.notify()
 
     def stop(self) -> None:
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
 
-    def wait_stopped(self, seconds: float) -> bool:
+    def wait_for_stop(self, seconds: float) -> bool:
         """Whether the server stops within that time."""
         with self.changed:
             return self.changed.wait_for(lambda: self.stopping, seconds)

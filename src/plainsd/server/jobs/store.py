@@ -32,13 +32,13 @@ from plainsd.server.jobs.pictures import (
     NO_SETTINGS,
     UNREADABLE,
     Picture,
-    in_short,
     loras_from,
     settings_from,
-    tagged,
+    shortened,
+    with_lora_tags,
 )
 
-INPUT = re.compile(r"[0-9a-f]{32}\.png")  # names of `canvas.Base.kept`
+INPUT = re.compile(r"[0-9a-f]{32}\.png")  # names of `canvas.InitImages.as_source`
 DRAFT = re.compile(r"\..+\.\d+\.part")  # names of `disk.draft_of`
 TRASHED = "SELECT 1 FROM images WHERE id = ? AND deleted IS NOT NULL"
 THUMBNAIL = 320  # pixels, the longer side
@@ -62,20 +62,20 @@ class Store:
                 "UPDATE jobs SET attempts = attempts + alone, alone = 0 WHERE alone"
             )  # of one that was killed
             self.db.commit()
-            self.sweep()
+            self.remove_drafts()
             self.empty_trash()
         except (sqlite3.Error, OSError) as error:
             busy = "is locked" in str(error)
             why = "another server uses it; stop that one, or" if busy else f"{error};"
             raise UserError(f"cannot use the data folder '{folder}': {why} choose another place with --data") from None
 
-    def sweep(self) -> None:
+    def remove_drafts(self) -> None:
         """Removes what a server that was killed had not finished writing; nobody else writes into this folder."""
         for name in ("pictures", "inputs", "thumbnails"):
-            for place, _, files in os.walk(self.folder / name):
+            for parent, _, files in os.walk(self.folder / name):
                 for file in files:
                     if DRAFT.fullmatch(file):
-                        Path(place, file).unlink(missing_ok=True)
+                        Path(parent, file).unlink(missing_ok=True)
 
     def close(self) -> None:
         with self.lock:
@@ -93,7 +93,7 @@ class Store:
     def add(self, job: Job) -> None:
         values = {
             "id": job.id, "client": job.client, "api": job.api, "model": job.model, "loras": json.dumps(job.loras),
-            "pictures": json.dumps([asdict(one) for one in job.each]), "place": job.place, "state": job.state,
+            "pictures": json.dumps([asdict(one) for one in job.settings]), "place": job.path_prefix, "state": job.state,
             "source": json.dumps(asdict(job.source)) if job.source else None,
             "sheet": json.dumps(asdict(job.sheet)) if job.sheet else None, "created": job.created,
         }  # fmt: skip
@@ -103,19 +103,19 @@ class Store:
                 with written_whole(self.folder / "inputs" / name) as temporary:
                     temporary.write_bytes(content)
             job.inputs = {}
-            holes = ", ".join(f":{name}" for name in values)
-            job.number = db.execute(f"INSERT INTO jobs ({names}) VALUES ({holes})", values).lastrowid or 0
+            placeholders = ", ".join(f":{name}" for name in values)
+            job.number = db.execute(f"INSERT INTO jobs ({names}) VALUES ({placeholders})", values).lastrowid or 0
 
-    def started(self, job: Job, when: float) -> None:
+    def mark_started(self, job: Job, when: float) -> None:
         with self.transaction() as db:
             db.execute("UPDATE jobs SET state = ?, started = ? WHERE id = ?", (RUNNING, when, job.id))
 
-    def alone(self, job: Job, is_alone: bool) -> None:
+    def mark_alone(self, job: Job, is_alone: bool) -> None:
         """Whether it is the only one that is drawn: a server that ends meanwhile was ended by it."""
         with self.transaction() as db:
             db.execute("UPDATE jobs SET alone = ? WHERE id = ?", (is_alone, job.id))
 
-    def ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
+    def mark_ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
         """Its last state. What it was drawn on is no longer kept, unless another job needs it."""
         with self.transaction() as db:
             db.execute(
@@ -123,9 +123,9 @@ class Store:
                 (state, error, finished, job.id),
             )
         if job.source:
-            self.tidy(job.source.files())
+            self.remove_unused_inputs(job.source.files())
 
-    def put_back(self) -> None:
+    def requeue_running(self) -> None:
         """The server stops as it should: what was running is queued again, and no attempt is counted."""
         with self.transaction() as db:
             db.execute("UPDATE jobs SET state = ?, alone = 0 WHERE state = ?", (QUEUED, RUNNING))
@@ -137,17 +137,17 @@ class Store:
 
     def jobs(self, states: tuple[str, ...], limit: int = -1) -> list[Job]:
         """Oldest first; with a limit, the newest of them."""
-        holes = ", ".join("?" * len(states))
+        placeholders = ", ".join("?" * len(states))
         with self.lock:
             rows = self.db.execute(
-                f"SELECT * FROM jobs WHERE state IN ({holes}) ORDER BY number DESC LIMIT ?", (*states, limit)
+                f"SELECT * FROM jobs WHERE state IN ({placeholders}) ORDER BY number DESC LIMIT ?", (*states, limit)
             ).fetchall()
         return [self._job(row) for row in reversed(rows)]
 
     def unfinished(self) -> list[Job]:
         """What a crash or a stop left: queued, and running. Also clears inputs that nobody needs."""
         jobs = self.jobs((QUEUED, RUNNING))
-        self.tidy({path.name for path in (self.folder / "inputs").iterdir()})
+        self.remove_unused_inputs({path.name for path in (self.folder / "inputs").iterdir()})
         return jobs
 
     def _job(self, row: sqlite3.Row) -> Job:
@@ -156,20 +156,23 @@ class Store:
             done = self.db.execute(
                 "SELECT place FROM images WHERE job = ? AND deleted IS NULL", (row["id"],)
             ).fetchall()
-        names = ("id", "number", "client", "api", "model", "place", "state", "error", "attempts", "created", "started",
+        names = ("id", "number", "client", "api", "model", "state", "error", "attempts", "created", "started",
                  "finished")  # fmt: skip
-        known = {name: row[name] for name in names} | {"done": {place for (place,) in done}}
+        known = {name: row[name] for name in names} | {
+            "path_prefix": row["place"],
+            "done": {index for (index,) in done},
+        }
         try:
             source, sheet = (parsed_json(row[name]) if row[name] else None for name in ("source", "sheet"))
-            each = [settings_from(one, strict=row["state"] in ACTIVE) for one in parsed_json(row["pictures"])]
+            settings = [settings_from(one, strict=row["state"] in ACTIVE) for one in parsed_json(row["pictures"])]
             return Job(
-                **known, each=each or [NO_SETTINGS], loras=loras_from(row["loras"]),
+                **known, settings=settings or [NO_SETTINGS], loras=loras_from(row["loras"]),
                 source=source_from(source) if source else None,
                 sheet=Sheet(**sheet) if sheet else None,
             )  # fmt: skip
         except UNREADABLE as error:
             return Job(
-                **known, each=[NO_SETTINGS], problem=f"its row in the database cannot be read ({in_short(error)})"
+                **known, settings=[NO_SETTINGS], problem=f"its row in the database cannot be read ({shortened(error)})"
             )
 
     def counts(self) -> dict[str, int]:
@@ -183,7 +186,7 @@ class Store:
             image.load()
             return image
 
-    def tidy(self, names: set[str]) -> None:
+    def remove_unused_inputs(self, names: set[str]) -> None:
         """Removes those of these inputs that no unfinished job draws on."""
         with self.lock:
             rows = self.db.execute(
@@ -195,17 +198,17 @@ class Store:
 
     # --- pictures ----------------------------------------------------------------------------------------------------
 
-    def write(self, job: Job, place: int, image: Image.Image) -> str:
+    def write(self, job: Job, index: int, image: Image.Image) -> str:
         """The PNG file of one picture; its path below the data folder."""
-        file = f"pictures/{job.place}-{place}.png"
-        write_png(image, self.folder / file, tagged(job.settings_of(place), job.loras))
+        file = f"pictures/{job.path_prefix}-{index}.png"
+        write_png(image, self.folder / file, with_lora_tags(job.settings_of(index), job.loras))
         return file
 
-    def enter(self, job: Job, place: int, file: str, size: tuple[int, int]) -> None:
+    def add_picture(self, job: Job, index: int, file: str, size: tuple[int, int]) -> None:
         """The row of a picture whose file is written; with the last one the job is done."""
-        settings = job.settings_of(place)
+        settings = job.settings_of(index)
         search = f"{settings.prompt}\n{settings.negative}\n{job.model}\nseed {settings.seed}".casefold()
-        row = (job.picture_id(place), job.id, place, file, *size, json.dumps(asdict(settings)), json.dumps(job.loras),
+        row = (job.picture_id(index), job.id, index, file, *size, json.dumps(asdict(settings)), json.dumps(job.loras),
                search, time.time())  # fmt: skip
         with self.transaction() as db:
             db.execute(
@@ -213,7 +216,7 @@ class Store:
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
-            if job.done | {place} == job.places:
+            if job.done | {index} == job.indices:
                 ended = (DONE, time.time(), job.id)
                 db.execute("UPDATE jobs SET state = ?, finished = ?, alone = 0 WHERE id = ?", ended)
 
@@ -249,21 +252,22 @@ class Store:
 
     def _picture(self, row: sqlite3.Row) -> Picture:
         """One row. What cannot be read of it is told in `problem`."""
-        known = {name: row[name] for name in ("number", "id", "job", "place", "file", "width", "height", "created")}
+        known = {name: row[name] for name in ("number", "id", "job", "file", "width", "height", "created")}
+        known["index"] = row["place"]
         known["favourite"] = bool(row["favourite"])
         try:
             settings, loras = settings_from(parsed_json(row["settings"])), loras_from(row["loras"])
         except UNREADABLE as error:
-            why = f"its settings in the database cannot be read ({in_short(error)})"
+            why = f"its settings in the database cannot be read ({shortened(error)})"
             return Picture(**known, settings=NO_SETTINGS, loras=[], problem=why)
         return Picture(**known, settings=settings, loras=loras)
 
     def path(self, picture: Picture) -> Path:
         """Where its file lies: below `pictures`, whatever the database says. That, or a day in it, may be a link."""
-        place = Path(picture.file)
-        if place.is_absolute() or place.parts[:1] != ("pictures",) or ".." in place.parts:
-            raise FileNotFoundError(place)
-        return self.folder / place
+        path = Path(picture.file)
+        if path.is_absolute() or path.parts[:1] != ("pictures",) or ".." in path.parts:
+            raise FileNotFoundError(path)
+        return self.folder / path
 
     def thumbnail(self, picture: Picture) -> Path:
         """A WebP of at most 320 pixels; the picture itself where it is no larger."""

@@ -11,7 +11,7 @@ from plainsd.text.wildcards import settled
 
 
 @dataclass(frozen=True)
-class Wording:
+class PromptTemplates:
     """The server's wildcards and styles, read anew each time."""
 
     wildcards: Path | None = None  # folder
