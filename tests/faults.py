@@ -196,12 +196,28 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_control.py::test_a_net_equals_diffusers"),
     ],
     "pictures/control.py": [
-        ("(step + 1) / steps <= self.end", "step / steps <= self.end",
+        ("(step + 1) / steps <= end", "step / steps <= end",
          "test_control_pictures.py::test_the_steps_that_it_acts_in_are_diffusers"),
         ("with_prompt or not control.prompted_only", "with_prompt or control.prompted_only",
          "test_control_pictures.py::test_rows_without_prompt_are_left_alone"),
         ("10 ** (k / (count - 1) - 1)", "10 ** (k / count - 1)",
          "test_control_pictures.py::test_weights_of_each_mode"),
+    ],
+    "pictures/clip_score.py": [
+        ("SCORE_WEIGHT * cosines.clamp(min=0)", "SCORE_WEIGHT * cosines",
+         "test_clip_score.py::test_scores_are_those_of_transformers"),
+        ("[: room - 2], self.tokenizer.end]", "[: room - 1], self.tokenizer.end][:room]",
+         "test_clip_score.py::test_scores_are_those_of_transformers"),
+    ],
+    "reports/embeddings.py": [
+        ("np.where(kept[:number], cosines[row, :number], -np.inf)", "cosines[row, :number]",
+         "test_clip_score.py::test_near_duplicates_by_hand"),
+    ],
+    "server/image_prompts.py": [
+        ("            if tower_fits(open_tower(candidate).config, config):", "            if candidate:",
+         "test_server_image_prompts.py::test_wrong_image_prompts_are_refused_with_field_and_index"),
+        ("masks or None, kept.start, kept.end, name)", "masks or None, name=name)",
+         "test_server_image_prompts.py::test_a_job_reads_its_pictures"),
     ],
     "models/image_prompt.py": [
         ("states.embeds if self.config.kind == \"base\" else states.hidden[-2]",
@@ -702,10 +718,13 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_selection.py::test_a_database_of_before_gets_its_column"),
     ],
     "server/controls.py": [
-        ("            error.entry = len(controls)", "            pass",
+        ('raise APIError(422, f"{where}: {error}", field, error.value, entry=number)',
+         'raise APIError(422, f"{where}: {error}", field, error.value)',
          "test_server_control.py::test_wrong_units_are_refused_at_the_door"),
-        ("                found.pop(name, None)", "                pass",
+        ("            found.pop(name, None)", "            pass",
          "test_server_control.py::test_what_is_there_is_told"),
+        ("module = INPAINT if map is None else unit.preprocess", "module = unit.preprocess",
+         "test_server_image_prompts.py::test_an_inpainting_net_reads_picture_and_mask"),
     ],
     "server/jobs/worker.py": [
         ("(self.store.folder / file).unlink(missing_ok=True)", "pass",
@@ -800,6 +819,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_cli.py::test_a_grid_is_one_labelled_sheet"),
     ],
     "commands/remote.py": [
+        ("None if map is None else encoded_file(map)", "map and encoded_file(command.control_image[0])",
+         "test_server_image_prompts.py::test_the_same_command_draws_the_same_there_as_here"),
         ("first += count", "first += 1", "test_server_client.py::test_the_same_command_draws_the_same_there_as_here"),
     ],
     "json_reader.py": [

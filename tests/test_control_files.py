@@ -254,7 +254,7 @@ def test_an_inpainting_net_reads_picture_and_mask(sd, generate, tmp_path):
     assert code == 0, err
     assert open_picture(out.strip()).tobytes() == open_picture(again.strip()).tobytes()
     code, _, err = generate("a", *over, "--control-image", tmp_path / "photo.png", "--preprocess", "inpaint")
-    assert code == 2 and "give no map for it" in err and err.count("\n") == 1
+    assert code == 2 and "give one image for each without --preprocess inpaint" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -375,3 +375,63 @@ def test_the_hint_of_a_public_file_is_read_off_its_shapes(tmp_path, sd, tiny_kno
     plainsd.save_control(tiny_net(sd), tmp_path / "own.safetensors")
     save_file(load_file(tmp_path / "own.safetensors"), tmp_path / "x.safetensors")
     assert open_control(tmp_path / "x.safetensors").config.hint == HINT
+
+
+# --- grids over models -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(sd, tmp_path, monkeypatch):
+    """Two models of one family, and one that no net here fits."""
+    plainsd.save(sd, tmp_path / "first")
+    plainsd.save(tiny_sd(seed=1), tmp_path / "second")
+    plainsd.save(tiny_sd(channels=(32, 32)), tmp_path / "narrow")
+    plainsd.save_control(tiny_net(sd), tmp_path / "net.safetensors")
+    picture_of(0).save(tmp_path / "map.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_grid_over_models_refuses_a_net_that_does_not_fit_one_before_it_draws(generate, models, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("plainsd.commands.generate.draw", lambda *given, **more: drawn.append(1))
+    for order in ("first,narrow", "second,first,narrow"):
+        code, out, err = generate("a", "--control", "net.safetensors", "--control-image", "map.png", "--grid",
+                                  f"model={order}")  # fmt: skip
+        assert code == 2 and err.count("\n") == 1 and not out and not drawn, err
+        assert "grid model=narrow: control 'net [" in err and "does not fit it" in err
+
+
+def test_in_a_grid_over_models_each_net_is_made_of_its_own_model(generate, sd, models, monkeypatch, tiny_known):
+    """Differences are added to the weights of the model that is drawn with."""
+    tensors, base = original(sd, tiny_net(sd), models)
+    changes = {name: tensor - base[name] if name in base else tensor for name, tensor in tensors.items()}
+    save_file(changes | {"difference": torch.tensor(1.0)}, models / "delta.safetensors")
+    sheets = []
+    monkeypatch.setattr("plainsd.commands.generate.sheet", lambda images, axes: sheets.append(images) or images[0])
+    flags = ("--control", "delta.safetensors", "--control-image", "map.png", "--steps", 3, "--grid")
+    for values in ("first,second", "first", "second"):
+        code, _, err = generate("a", *flags, f"model={values}")
+        assert code == 0, err
+    (one, two), (first,), (second,) = sheets
+    assert one.tobytes() == first.tobytes() and two.tobytes() == second.tobytes() != one.tobytes()
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_compiled_a_net_draws_the_same(generate, sd, tmp_path):
+    """A net for the first half of the steps, so that the UNet is called with residuals and without."""
+    from plainsd.pictures.images import open_picture
+
+    plainsd.save_control(tiny_net(sd), tmp_path / "net.safetensors")
+    picture_of(0).save(tmp_path / "map.png")
+    flags = ("a", "--control", tmp_path / "net.safetensors", "--control-image", tmp_path / "map.png", "--steps", 4,
+             "--control-range", 0, 0.5)  # fmt: skip
+    pictures = []
+    for more in ((), ("--compile",)):
+        code, out, err = generate(*flags, *more)
+        assert code == 0, err
+        pictures.append(torch.frombuffer(bytearray(open_picture(out.strip()).tobytes()), dtype=torch.uint8).int())
+    assert "compiled in" in err and (pictures[0] - pictures[1]).abs().max() <= 1

@@ -235,6 +235,31 @@ def test_two_adapters_and_several_pictures(sd, folder):
     close(sd, text_to_image(sd, "a red apple", size=(72, 64), image_prompt=prompts, **OPTIONS), reference)
 
 
+def test_the_steps_that_it_acts_in(sd, folder):
+    """What diffusers draws when its strength is set to 0 after half of the steps; and two adapters, one after the
+    other, are not both at once."""
+    image = picture_of(0)
+
+    def off(made, step, timestep, tensors):
+        if step == 1:
+            made.set_ip_adapter_scale(0.0)
+        return tensors
+
+    reference = theirs("StableDiffusionPipeline", folder, ["sd-plus"], image, 0.6, prompt="a red apple", height=64,
+                       width=64, callback_on_step_end=off)  # fmt: skip
+    reader, more = reader_of(folder, "sd-plus"), OPTIONS | {"size": 64}
+    close(
+        sd, text_to_image(sd, "a red apple", image_prompt=[ImagePrompt(reader, image, 0.6, end=0.5)], **more), reference
+    )
+    first, second, both, last = (
+        final(text_to_image(sd, "a", image_prompt=[ImagePrompt(reader, image, 0.6, start=a, end=b) for a, b in spans],
+                            **more))[0]
+        for spans in ([(0, 0.5)], [(0, 0.5), (0.5, 1)], [(0, 1)], [(0.9, 1)])
+    )  # fmt: skip
+    assert difference(second, both) == 0 and difference(first, both) > 0
+    assert difference(last, final(text_to_image(sd, "a", **more))[0]) == 0  # no whole step lies in it
+
+
 @pytest.mark.parametrize("model", ["sd", "xl"])
 def test_from_a_picture(request, folder, model):
     sd, photo, image = request.getfixturevalue(model), smooth_picture(64), picture_of(0)

@@ -17,7 +17,7 @@ from plainsd.files.names import places
 from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig
 from plainsd.models.vision import VISION_TOWERS, VisionConfig
 from plainsd.pictures.images import read_settings
-from plainsd.pictures.settings import ImagePromptNote, Settings
+from plainsd.pictures.settings import ControlNote, ImagePromptNote, Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 
 TINY_TOWER = VisionConfig(width=32, layers=3, heads=4, mlp=48, patch=7, size=28, projection=24)
@@ -180,7 +180,7 @@ def test_generate_takes_after_a_picture_and_its_text_is_read_back(generate, file
     assert code == 0, err
     settings = read_settings(out.strip())
     (note,) = settings.image_prompt
-    assert note.model.startswith("base [") and note[1:] == (0.7, 2, 1)
+    assert note.model.startswith("base [") and note[1:] == (0.7, 2, 1, 0.0, 1.0)
     code, _, err = generate("--from", out.strip())
     assert code == 2 and "was made with the image prompt 'base [" in err and "--image-prompt-image" in err
     code, again, err = generate("--from", out.strip(), "--image-prompt", files / "base.safetensors", *flags[2:])
@@ -212,7 +212,8 @@ ONE = ("--image-prompt", "base.safetensors", "--image-prompt-image", "0.png")
         (["--image-prompt", "model.safetensors", *ONE[2:]], "is no IP-Adapter"),
         ([*ONE, "--image-encoder", "model.safetensors"], "is no CLIP vision tower"),
         (["--image-prompt", "nowhere.safetensors", *ONE[2:]], "there is no model at 'nowhere.safetensors'"),
-        ([*ONE, "--server", "http://127.0.0.1:1"], "--image-prompt does not go with --server"),
+        ([*ONE, *["--image-prompt-range", "0", "1"] * 2], "2 --image-prompt-range and 1 --image-prompt"),
+        ([*ONE, "--image-prompt-range", "0.5", "0.5"], "act from 0.5 to 0.5 of the steps"),
     ],
     ids=str,
 )
@@ -226,12 +227,20 @@ def test_wrong_flags_are_one_line(generate, files, monkeypatch, flags, says):
 
 
 def test_texts_there_and_back():
-    notes = (ImagePromptNote(), ImagePromptNote("plus [01234567]", 0.3, 3, 1))
-    settings = Settings(prompt="a", image_prompt=notes, steps=3, seed=1, noise="cpu")
+    """As units of A1111's ControlNet extension, after those of control nets."""
+    notes = (ImagePromptNote(), ImagePromptNote("plus [01234567]", 0.3, 3, 1, 0.1, 0.9))
+    control = (ControlNote("inpaint", "fill [76543210]"),)
+    settings = Settings(prompt="a", control=control, image_prompt=notes, steps=3, seed=1, noise="cpu")
     text = format_settings(settings)
-    assert 'Image Prompt 1: "Model: plus [01234567], Weight: 0.3, Images: 3, Masks: 1"' in text
+    assert 'ControlNet 0: "Module: inpaint_only, Model: fill [76543210], Weight: 1.0, ' in text
+    assert 'ControlNet 2: "Module: ip-adapter-auto, Model: plus [01234567], Weight: 0.3, ' in text
+    assert "Guidance Start: 0.1, Guidance End: 0.9, " in text and ', Images: 3, Masks: 1"' in text
     assert parse_settings(text) == settings
-    with pytest.raises(UserError, match="'Image Prompt 1' has a value that cannot be read"):
+    for module in ("inpaint", "inpaint_global_harmonious"):
+        assert parse_settings(text.replace("inpaint_only", module)) == settings
+    for module in ("ip-adapter_clip_h", "ip-adapter_clip_sd15", "ip-adapter_clip_sdxl_plus_vith"):
+        assert parse_settings(text.replace("ip-adapter-auto", module)) == settings
+    with pytest.raises(UserError, match="'ControlNet 2' has a value that cannot be read"):
         parse_settings(text.replace("0.3", "heavy"))
 
 
@@ -262,3 +271,26 @@ def test_info_says_what_it_is(files, capsys):
     ):
         assert main(["info", str(files / name)]) == 0
         assert says in capsys.readouterr().out
+
+
+def test_a_grid_over_models_refuses_an_adapter_that_does_not_fit_one(generate, sd, files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr("plainsd.commands.generate.draw", None)
+    plainsd.save(tiny_sd(TINY_XL), files / "xl")
+    code, out, err = generate("a", *ONE, "--grid", "model=model.safetensors,xl")
+    assert code == 2 and "grid model=xl: image prompt 'base [" in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.full
+def test_compiled_an_adapter_draws_the_same(generate, files):
+    """For half of the steps, under a mask."""
+    from PIL import Image
+
+    flags = ("a", "--image-prompt", files / "plus.safetensors", "--image-prompt-image", files / "0.png", "--steps", 4,
+             "--image-prompt-mask", files / "1.png", "--image-prompt-range", 0, 0.5)  # fmt: skip
+    pictures = []
+    for more in ((), ("--compile",)):
+        code, out, err = generate(*flags, *more)
+        assert code == 0, err
+        pictures.append(torch.frombuffer(bytearray(Image.open(out.strip()).tobytes()), dtype=torch.uint8).int())
+    assert "compiled in" in err and (pictures[0] - pictures[1]).abs().max() <= 1

@@ -188,6 +188,8 @@ def test_what_a_server_does_not_take_is_one_line(generate):
 
 def test_every_flag_is_sent_or_refused():
     sent = {"prompts", "lora", "embedding", "from_"} | JobRequest.model_fields.keys()
+    sent |= {"control", "control_image", "control_range", "guess", "control_mode", "preprocess", "control_kind"}
+    sent |= {"image_prompt", "image_prompt_image", "image_prompt_mask", "image_prompt_range", "image_encoder"}
     here = {"out", "format", "preview", "server", "wildcards", "combinations", "style"}  # settled before it is sent
     assert {field.name for field in fields(Generate)} - sent - here == set(NOT_SENT)
 

@@ -60,7 +60,7 @@ def test_what_is_there_is_told(server):
     assert sorted(info["unusable"]["controls"]) == ["bare", "broken", "torn"]  # with "other" it has nothing to do
     assert info["control_nets"]["edges"] == {"kinds": 0, "adapter": False}
     assert info["models"][0]["controls"] == ["depth", "edges"]  # those that fit it
-    assert info["preprocessors"] == ["none", "canny"] and "balanced" in info["control_modes"]
+    assert info["preprocessors"] == ["none", "canny", "inpaint"] and "balanced" in info["control_modes"]
 
 
 def test_a_job_follows_its_maps(server, folder):

@@ -12,6 +12,7 @@ from plainsd.device import choose_device, choose_dtype
 from plainsd.diffusion.schedule import same_schedule
 from plainsd.disk import whole_folder, written_whole
 from plainsd.errors import UserError
+from plainsd.files.clip import open_clip
 from plainsd.files.configs_out import write_variant
 from plainsd.files.control import open_control, write_control_net
 from plainsd.files.convert import read, read_vae_alone, write
@@ -23,12 +24,14 @@ from plainsd.files.stored import Contents, StoredNetwork, empty, first, parts
 from plainsd.files.t2i_adapter import is_t2i_adapter, open_t2i_adapter
 from plainsd.files.tensorfile import stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
+from plainsd.models.clip import TextEncoder
 from plainsd.models.control import ControlNet
 from plainsd.models.image_prompt import ImageAdapter
 from plainsd.models.t2i_adapter import T2IAdapter
 from plainsd.models.tiny_vae import AnyVAE, AnyVAEConfig
 from plainsd.models.variants import SD_VAE, Variant
 from plainsd.models.vision import VisionTower
+from plainsd.pictures.clip_score import Clip
 from plainsd.pictures.image_prompt import ImageReader
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import fit_latent_rgb, preview_text, read_preview
@@ -201,6 +204,15 @@ def load_tower(path: str | Path, device: str | torch.device = "auto", dtype: str
     tower = open_tower(find(path)).build(device, choose_dtype(dtype, device))
     assert isinstance(tower, VisionTower)
     return tower
+
+
+def load_clip(path: str | Path, device: str | torch.device = "auto") -> Clip:
+    """Loads a whole CLIP, in float32: a folder of transformers', or a file of a known size. See files/clip.py."""
+    device = choose_device(device)
+    text, tower, tokenizer = open_clip(find(path))
+    encoder, vision = text.build(device, torch.float32), tower.build(device, torch.float32)
+    assert isinstance(encoder, TextEncoder) and isinstance(vision, VisionTower)
+    return Clip(encoder, vision, tokenizer)
 
 
 def add_preview(folder: str | Path) -> None:

@@ -1,19 +1,20 @@
 """ControlNets and T2I-Adapters on the command line: `--control FILE:STRENGTH --control-image FILE`, and their options.
 
 The first `--control-image` belongs to the first `--control`, and so on; so do `--control-range`, `--preprocess` and
-`--control-kind`, which may also be given once for all. What is not given is taken from the picture of `--from`.
+`--control-kind`, which may also be given once for all. A net with `--preprocess inpaint` reads the picture that is
+drawn over, and has no map among the others. What is not given is taken from the picture of `--from`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from plainsd.commands.adapters import from_flag
 from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
-from plainsd.pictures.settings import ControlNote
+from plainsd.pictures.settings import INPAINT, ControlNote
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,17 +28,23 @@ Each = TypeVar("Each")
 def check_control_flags(command: GenerateFlags, recorded: Sequence[ControlNote]) -> None:
     """UserError for flags that do not go together. Called before anything is loaded."""
     nets, maps = len(command.control), len(command.control_image)
-    if nets != maps and (maps or not command.image):
-        raise UserError(
-            f"{nets} --control and {maps} --control-image; give one image for each, in the same order",
-            field="control",
-        )
     beside = ("control_range", "preprocess", "control_kind")
     for name in beside:
         given = len(getattr(command, name))
         if given not in (0, 1, nets) or (given and not nets):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{given} {flag} for {nets} --control; give one for each, or one for all", field="control")
+    inpainting = sum(module == INPAINT for module in preprocessors_of(command, recorded))
+    if maps != nets - inpainting and (maps or not command.image):
+        but = f" without --preprocess {INPAINT}" if inpainting else ""
+        raise UserError(
+            f"{nets} --control and {maps} --control-image; give one image for each{but}, in the same order",
+            field="control",
+        )
+    if inpainting and not command.image:
+        raise UserError(
+            f"--preprocess {INPAINT} reads a picture and its mask; give --image and --mask", field="control"
+        )
     if not nets and (command.guess or command.control_mode):
         raise UserError("--guess and --control-mode need a ControlNet; give one with --control", field="control")
     if len(recorded) > nets:
@@ -57,27 +64,52 @@ def chosen_controls(command: GenerateFlags, sd: StableDiffusion, recorded: Seque
     from plainsd.files.hub import find
     from plainsd.pictures.control import Control, control_name
 
-    found = []
-    for number, text in enumerate(command.control):
+    return [
+        Control(
+            load_control(path, sd),
+            None if map is None else map_of(map, note.module),
+            note.weight,
+            note.start,
+            note.end,
+            guess=note.guess,
+            mode=note.mode,
+            kind=note.kinds or None,
+            name=control_name(find(path)),
+            module=note.module,
+        )
+        for path, map, note in asked_controls(command, recorded)
+    ]
+
+
+def asked_controls(
+    command: GenerateFlags, recorded: Sequence[ControlNote]
+) -> Iterator[tuple[Path, Path | None, ControlNote]]:
+    """For each --control: its file, the file of its map, if it has one, and how it acts."""
+    maps = iter(command.control_image)
+    for number, (text, module) in enumerate(zip(command.control, preprocessors_of(command, recorded), strict=True)):
         path, strength = from_flag(text, "control")
         before = recorded[number] if number < len(recorded) else ControlNote()
         start, end = nth(command.control_range, number, (before.start, before.end))
-        module = nth(command.preprocess, number, before.module)
         kind = nth(command.control_kind, number, None)
-        control = Control(
-            load_control(path, sd),
-            map_of(command.control_image[number], module) if command.control_image else None,
-            before.weight if strength is None else strength,
-            start,
-            end,
-            guess=command.guess or (before.guess and not command.control_mode),
+        note = ControlNote(
+            module,
+            weight=before.weight if strength is None else strength,
+            start=start,
+            end=end,
             mode=command.control_mode or (before.mode if not command.guess else "balanced"),
-            kind=before.kinds or None if kind is None else kind,
-            name=control_name(find(path)),
-            module=module,
+            guess=command.guess or (before.guess and not command.control_mode),
+            kinds=before.kinds if kind is None else (kind,),
         )
-        found.append(control)
-    return found
+        yield path, None if module == INPAINT else next(maps, None), note
+
+
+def preprocessors_of(command: GenerateFlags, recorded: Sequence[ControlNote]) -> list[str]:
+    """The preprocessor of each --control."""
+    before = [note.module for note in recorded]
+    return [
+        nth(command.preprocess, number, before[number] if number < len(before) else ControlNote().module)
+        for number in range(len(command.control))
+    ]
 
 
 def nth(given: Sequence[Each], number: int, default: Each) -> Each:

@@ -54,8 +54,8 @@ class GenerateFlags:
     control: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
     """a ControlNet or T2I-Adapter, file or folder, such as canny.safetensors:0.8; repeatable"""
     control_image: Annotated[UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
-    """its control map, one for each --control; scaled if its size differs. Without any, --image is read (with --mask:
-    the map of inpainting nets)"""
+    """its control map, one for each --control, except those with --preprocess inpaint; scaled if its size differs.
+    Without any, --image is read (with --mask: the map of inpainting nets)"""
     control_range: Annotated[UseAppendAction[tuple[tuple[float, float], ...]], flag("START END")] = ()
     """fractions of the steps between which it acts (default 0 1); one for each --control, or one for all"""
     guess: bool = False
@@ -64,7 +64,8 @@ class GenerateFlags:
     control_mode: Annotated[str | None, flag("NAME")] = None
     """balanced, prompt or control: which is more important, weighted as in A1111"""
     preprocess: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
-    """preprocessor of --control-image: none or canny; one for each --control, or one for all"""
+    """preprocessor of --control-image: none, canny, or inpaint (reads --image and --mask instead); one for each
+    --control, or one for all"""
     control_kind: Annotated[UseAppendAction[tuple[int, ...]], flag("N")] = ()
     """control type of the map, for a union ControlNet, counted from 0"""
     image_prompt: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
@@ -73,6 +74,8 @@ class GenerateFlags:
     """its picture; several for one adapter, or one for each adapter"""
     image_prompt_mask: Annotated[UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
     """mask whose light part the picture applies to; one for each picture, or one for all"""
+    image_prompt_range: Annotated[UseAppendAction[tuple[tuple[float, float], ...]], flag("START END")] = ()
+    """fractions of the steps between which it acts (default 0 1); one for each --image-prompt, or one for all"""
     image_encoder: Annotated[UseAppendAction[tuple[Path, ...]], flag("PATH")] = ()
     """the adapter's CLIP image encoder (default: the folder image_encoder beside the adapter)"""
     refiner: Annotated[str | None, flag("MODEL")] = None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from plainsd.commands.adapters import chosen_loras, embedding_from_flag, prompts_and_loras
 from plainsd.commands.control import check_control_flags, chosen_controls
 from plainsd.commands.flags import GenerateFlags
-from plainsd.commands.grid import axis, by_setup, cell_by_cell, grid_cells, sheet
+from plainsd.commands.grid import axis, by_setup, cell_by_cell, check_models, grid_cells, sheet
 from plainsd.commands.image_prompt import check_image_prompt_flags, chosen_image_prompts
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_flags, recorded, say_unused, with_notes
@@ -114,19 +114,27 @@ class Generate(GenerateFlags):
         note_unused_embeddings(words, [*prompts, choices.get("negative") or ""])
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
-        if self.control:
-            choices["control"] = chosen_controls(self, sd, recorded_controls)
-        if self.image_prompt:
-            choices["image_prompt"] = chosen_image_prompts(self, sd, recorded_prompts)
+
+        def joins_of(sd: StableDiffusion) -> dict[str, Any]:
+            """The control nets and image prompts for a model."""
+            return {
+                "control": chosen_controls(self, sd, recorded_controls),
+                "image_prompt": chosen_image_prompts(self, sd, recorded_prompts),
+            }
+
+        joins = joins_of(sd)
+        choices |= joins
+        if self.control or self.image_prompt:
+            check_models([model for model, _ in setups if model not in (None, first)], joins, self.vae)
         for _, cell in cells:
-            cell |= {name: choices[name] for name in ("control", "image_prompt") if name in choices}
+            cell |= joins
         loaded = time.perf_counter()
         images: list[Image.Image] = []
         say = partial(tqdm.write, file=sys.stdout)  # does not break the progress bar
         show = Preview(sd, self.preview, self.preview_vae) if self.preview and not share.rank else None
         if axes:
             for pictures in cell_by_cell(
-                cells, setups, sd, lambda model: ready(model)[0], partial(draw, show=show), tasks[0]
+                cells, setups, sd, lambda model: ready(model)[0], partial(draw, show=show), tasks[0], joins_of
             ):
                 images += pictures.images
             say(str(target.write(sheet(images, axes), None)))

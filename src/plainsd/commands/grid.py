@@ -5,9 +5,10 @@ S/R"), `lora:style=0,0.5,1` gives strengths of a LoRA on the model, `model=a,b` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plainsd.errors import UserError, unknown
@@ -107,6 +108,30 @@ def set_strengths(sd: StableDiffusion, strengths: Iterable[tuple[str, float]]) -
         on[name].set_strength(strength)
 
 
+def check_models(models: Iterable[str], joins: Mapping[str, Sequence], vae: Path | None) -> None:
+    """UserError where a control or an image prompt does not fit one of the models. Reads no weights."""
+    from plainsd.files.convert import read
+    from plainsd.files.hub import find
+    from plainsd.files.stored import empties
+    from plainsd.pictures.control_checks import mismatch
+    from plainsd.pictures.image_prompt import image_mismatch
+    from plainsd.pictures.model import assemble
+
+    for model in models:
+        path = find(model)
+        variant = read(path, vae=vae, ask=False).variant
+        bare = assemble(variant, empties(variant), [], path)
+        reasons = [(f"control {one.name!r}", mismatch(one.net, bare)) for one in joins.get("control", ())]
+        reasons += [
+            (f"image prompt {one.name!r}", image_mismatch(one.adapter.adapter, bare))
+            for one in joins.get("image_prompt", ())
+        ]
+        for which, reason in reasons:
+            if reason:
+                raise UserError(f"grid model={model}: {which} does not fit it: {reason}; leave one of them out",
+                                field="grid", value=model)  # fmt: skip
+
+
 def cell_by_cell(
     cells: list[tuple[list[str], dict]],
     setups: dict[Setup, list[int]],
@@ -114,12 +139,18 @@ def cell_by_cell(
     ready: Callable[[str | None], StableDiffusion],
     draw: Callable[..., Iterable[Pictures]],
     task: Callable,
+    joins_of: Callable[[StableDiffusion], dict],
 ) -> list[Pictures]:
-    """The cells' pictures, in the order of the cells. `sd` is the model of the first setup; `ready` loads another."""
+    """The cells' pictures, in the order of the cells. `sd` is the model of the first setup; `ready` loads another, and
+    `joins_of` gives its control nets and image prompts."""
     found: dict[int, Pictures] = {}
     before = next(iter(setups))[0]
     for (model, strengths), indices in setups.items():
-        sd = sd if model == before else ready(model)
+        if model != before:
+            sd = ready(model)
+            joins = joins_of(sd)
+            for index in indices:
+                cells[index][1].update(joins)
         before = model
         set_strengths(sd, strengths)
         found |= zip(indices, draw(sd, task, [cells[index] for index in indices]), strict=True)

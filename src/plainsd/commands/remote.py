@@ -7,17 +7,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plainsd.commands.control import asked_controls, check_control_flags
 from plainsd.commands.flags import GenerateFlags
+from plainsd.commands.image_prompt import asked_image_prompts, check_image_prompt_flags
 from plainsd.commands.recorded import NOISE
 from plainsd.errors import UserError
 from plainsd.listing import suffix_of
-from plainsd.pictures.settings import Settings
+from plainsd.pictures.settings import ControlNote, ImagePromptNote, Settings
 from plainsd.server.client import Finished, Progress, Remote
 
 if TYPE_CHECKING:
@@ -28,10 +30,6 @@ PREVIEW_SCALE, SMALL_PREVIEW = 8, 256  # previews with sides below 256 pixels ar
 NOT_SENT = (
     "vae",
     "preview_vae",
-    "control",
-    "image_prompt",
-    *("control_image", "control_range", "guess", "control_mode", "preprocess", "control_kind"),
-    *("image_prompt_image", "image_prompt_mask", "image_encoder"),
     "prediction",
     "zero_snr",
     "lora_folder",
@@ -55,6 +53,7 @@ NOT_FIELDS = (
     *NOISE,
 )  # recorded settings that a job has no field for
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".bin")
 
 
 def generate_remotely(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> None:
@@ -110,7 +109,9 @@ def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any])
         shared[name] = getattr(command, name) or choices.get(name)
     for name, path in (("image", command.image), ("mask", command.mask)):
         if path is not None:
-            shared[name] = base64.b64encode(file_content(path)).decode()
+            shared[name] = encoded_file(path)
+    shared["controls"] = list(control_fields(command, choices.get("control", ())))
+    shared["image_prompts"] = list(image_prompt_fields(command, choices.get("image_prompt", ())))
     loras = [from_flag(text) for text in command.lora]
     shared["loras"] = [{"name": path.stem if suffix_of(path) == ".safetensors" else str(path),
                         "strength": 1.0 if strength is None else strength} for path, strength in loras]  # fmt: skip
@@ -128,6 +129,38 @@ def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any])
         count = len(list(group))
         yield shared | {"prompt": prompt, "count": count, counted: first}
         first += count
+
+
+def control_fields(command: GenerateFlags, recorded: Sequence[ControlNote]) -> Iterator[dict[str, Any]]:
+    """`controls` of POST /api/jobs. The server finds a net by the name of its file or folder."""
+    check_control_flags(command, recorded)
+    for path, map, note in asked_controls(command, recorded):
+        yield {
+            "name": name_there(path), "image": None if map is None else encoded_file(map), "preprocess": note.module,
+            "strength": note.weight, "start": note.start, "end": note.end, "guess": note.guess, "mode": note.mode,
+            "kind": list(note.kinds),
+        }  # fmt: skip
+
+
+def image_prompt_fields(command: GenerateFlags, recorded: Sequence[ImagePromptNote]) -> Iterator[dict[str, Any]]:
+    """`image_prompts` of POST /api/jobs, likewise."""
+    check_image_prompt_flags(command, recorded)
+    for asked in asked_image_prompts(command, recorded):
+        yield {
+            "name": name_there(asked.path), "images": [encoded_file(path) for path in asked.images],
+            "masks": [encoded_file(path) for path in asked.masks], "strength": asked.note.weight,
+            "start": asked.note.start, "end": asked.note.end,
+            "encoder": name_there(asked.encoder) if asked.encoder else None,
+        }  # fmt: skip
+
+
+def name_there(path: Path) -> str:
+    """`nets/canny.safetensors` -> canny, a folder's own name."""
+    return path.stem if suffix_of(path) in WEIGHT_SUFFIXES else path.name
+
+
+def encoded_file(path: Path) -> str:
+    return base64.b64encode(file_content(path)).decode()
 
 
 def embedding_of(flag: str) -> str:

@@ -42,7 +42,7 @@ class Serve:
     embeddings: Annotated[Path | None, flag("FOLDER")] = None
     """textual-inversion embeddings, used by writing their words in prompts"""
     controls: Annotated[Path | None, flag("FOLDER")] = None
-    """ControlNets and T2I-Adapters, files or folders, selected by name"""
+    """ControlNets, T2I-Adapters, and IP-Adapters with their image encoders, files or folders, selected by name"""
     upscalers: Annotated[Path | None, flag("FOLDER")] = None
     """ESRGAN-type upscalers (.pth, .safetensors), selected by name"""
     wildcards: Annotated[Path | None, flag("FOLDER")] = None

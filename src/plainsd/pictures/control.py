@@ -104,7 +104,12 @@ class Control:
         return [strength * (1.0 if self.mode == "balanced" else SOFT ** (12 - k)) for k in range(count)]
 
     def acts(self, step: int, steps: int) -> bool:
-        return self.start <= step / steps and (step + 1) / steps <= self.end
+        return acts_between(self.start, self.end, step, steps)
+
+
+def acts_between(start: float, end: float, step: int, steps: int) -> bool:
+    """Whether a step lies between two fractions of the steps with its whole length, as in diffusers."""
+    return start <= step / steps and (step + 1) / steps <= end
 
 
 class Fitted(NamedTuple):

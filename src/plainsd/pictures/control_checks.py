@@ -71,13 +71,7 @@ def _check_numbers(control: Control, which: str) -> None:
             field="control",
             value=control.strength,
         )
-    if not 0 <= control.start < control.end <= 1:
-        raise UserError(
-            f"{which}: it is to act from {control.start} to {control.end} of the steps; give two shares from 0 to 1, "
-            "the lower one first",
-            field="control",
-            value=(control.start, control.end),
-        )
+    check_range(control.start, control.end, which, "control")
     if control.mode not in CONTROL_MODES:
         raise unknown("control mode", control.mode, CONTROL_MODES, field="control")
     if control.guess and control.mode != "balanced":
@@ -85,6 +79,15 @@ def _check_numbers(control: Control, which: str) -> None:
     if control.guess and isinstance(control.net, T2IAdapter):
         raise UserError(
             f"{which}: guess mode is for control nets, and this is a T2I-Adapter; leave it out", field="control"
+        )
+
+
+def check_range(start: float, end: float, which: str, field: str) -> None:
+    if not 0 <= start < end <= 1:
+        raise UserError(
+            f"{which}: it is to act from {start} to {end} of the steps; give two fractions, the lower one first",
+            field=field,
+            value=(start, end),
         )
 
 

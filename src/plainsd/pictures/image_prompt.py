@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from plainsd.errors import UserError
-from plainsd.models.image_prompt import ImageAdapter, attentions_of
+from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig, attentions_of
 from plainsd.models.layers import Beside
 from plainsd.models.unet import EachBeside, UNet
-from plainsd.models.vision import VisionTower
-from plainsd.pictures.control import STRONGEST
-from plainsd.pictures.control_checks import family
+from plainsd.models.vision import VisionConfig, VisionTower
+from plainsd.pictures.control import STRONGEST, acts_between
+from plainsd.pictures.control_checks import check_range, family
 from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import ImagePromptNote
@@ -42,11 +42,10 @@ class ImageReader:
 
     def __post_init__(self) -> None:
         own, its = self.tower.config, self.adapter.config
-        width = own.projection if its.kind == "base" else own.width
-        if width != its.states:
+        if not tower_fits(own, its):
             raise UserError(
-                f"the vision tower does not fit the adapter: it gives {width} numbers and the adapter reads "
-                f"{its.states}; choose {TOWERS.get((its.kind == 'base', its.states), 'the tower it was trained with')}",
+                f"the vision tower does not fit the adapter: it gives {width_read(own, its)} numbers and the adapter "
+                f"reads {its.states}; choose {encoder_of(its)}",
                 field="image_encoder",
             )
 
@@ -59,6 +58,20 @@ TOWERS = {  # by whether the projected vector is used, and its width: those of p
 }
 
 
+def width_read(tower: VisionConfig, adapter: ImageAdapterConfig) -> int:
+    """The width of the states that the adapter reads of this tower."""
+    return tower.projection if adapter.kind == "base" else tower.width
+
+
+def tower_fits(tower: VisionConfig, adapter: ImageAdapterConfig) -> bool:
+    return width_read(tower, adapter) == adapter.states
+
+
+def encoder_of(adapter: ImageAdapterConfig) -> str:
+    """The name of the tower that a public adapter of these sizes was trained with."""
+    return TOWERS.get((adapter.kind == "base", adapter.states), "the tower it was trained with")
+
+
 @dataclass(frozen=True, eq=False)
 class ImagePrompt:
     """Pictures to use as a prompt, of any mode and size. `mask`: they act where it is light (scaled to the result's
@@ -68,6 +81,8 @@ class ImagePrompt:
     image: Image.Image | Sequence[Image.Image]
     strength: float = 1.0
     mask: Image.Image | Sequence[Image.Image] | None = None
+    start: float = 0.0  # from this fraction of the steps ...
+    end: float = 1.0  # ... to this: as of a Control
     name: str = "image prompt"  # of the adapter, for the metadata
     _read: dict = field(init=False, default_factory=dict, repr=False)  # tokens, by device and dtype
 
@@ -82,7 +97,12 @@ class ImagePrompt:
 
     @property
     def note(self) -> ImagePromptNote:
-        return ImagePromptNote(self.name, float(self.strength), len(self.images), len(self.masks))
+        return ImagePromptNote(
+            self.name, float(self.strength), len(self.images), len(self.masks), float(self.start), float(self.end)
+        )
+
+    def acts(self, step: int, steps: int) -> bool:
+        return acts_between(self.start, self.end, step, steps)
 
     def tokens(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(2, K, M, T): uncond tokens, and those of each picture. Moves adapter and tower there, in place."""
@@ -115,20 +135,29 @@ def check_image_prompts(sd: StableDiffusion, prompts: Sequence[ImagePrompt]) -> 
     """Notes for the pictures' metadata. UserError for what does not fit."""
     for number, prompt in enumerate(prompts, 1):
         which = f"image prompt {number} ({prompt.name})" if len(prompts) > 1 else f"image prompt {prompt.name!r}"
-        if not 0 <= prompt.strength <= STRONGEST:
-            raise UserError(
-                f"{which}: strength {prompt.strength} is out of range; choose 0 to {STRONGEST:g}",
-                field="image_prompt",
-                value=prompt.strength,
-            )
-        if not prompt.images:
-            raise UserError(f"{which} has no picture; give one or more", field="image_prompt")
-        if len(prompt.masks) not in (0, 1, len(prompt.images)):
-            what = f"{len(prompt.masks)} masks and {len(prompt.images)} pictures"
-            raise UserError(f"{which} has {what}; give one mask for all, or one for each", field="image_prompt")
-        if reason := image_mismatch(prompt.adapter.adapter, sd):
-            raise UserError(f"{which} does not fit the model: {reason}; choose one of its family", field="image_prompt")
+        try:
+            _check_image_prompt(sd, prompt, which)
+        except UserError as error:
+            error.entry = number - 1
+            raise
     return tuple(prompt.note for prompt in prompts)
+
+
+def _check_image_prompt(sd: StableDiffusion, prompt: ImagePrompt, which: str) -> None:
+    if not 0 <= prompt.strength <= STRONGEST:
+        raise UserError(
+            f"{which}: strength {prompt.strength} is out of range; choose 0 to {STRONGEST:g}",
+            field="image_prompt",
+            value=prompt.strength,
+        )
+    check_range(prompt.start, prompt.end, which, "image_prompt")
+    if not prompt.images:
+        raise UserError(f"{which} has no picture; give one or more", field="image_prompt")
+    if len(prompt.masks) not in (0, 1, len(prompt.images)):
+        what = f"{len(prompt.masks)} masks and {len(prompt.images)} pictures"
+        raise UserError(f"{which} has {what}; give one mask for all, or one for each", field="image_prompt")
+    if reason := image_mismatch(prompt.adapter.adapter, sd):
+        raise UserError(f"{which} does not fit the model: {reason}; choose one of its family", field="image_prompt")
 
 
 def image_mismatch(adapter: ImageAdapter, sd: StableDiffusion) -> str | None:
@@ -156,35 +185,44 @@ def widths_of(unet: UNet) -> tuple[int, ...]:
 class ImagePrompts:
     """All image prompts of one run. Keys and values are computed once, for all steps."""
 
-    def __init__(self, sd: StableDiffusion, prompts: Sequence[ImagePrompt], size: tuple[int, int]):
+    def __init__(self, sd: StableDiffusion, prompts: Sequence[ImagePrompt], size: tuple[int, int], steps: int):
         """`size`: width and height of the result, in pixels."""
-        self.unet = sd.unet
+        self.unet, self.steps = sd.unet, steps
         places = level_sizes(sd.unet, (size[1] // sd.vae.config.factor, size[0] // sd.vae.config.factor))
-        self.layers: list[list[Beside]] = [[] for _ in places]  # a cross-attention, in the order of an adapter's file
-        for prompt in prompts:
-            if prompt.strength:
-                self.read(prompt, prompt.tokens(sd.device, sd.dtype), places, size)
-        self.batches: dict[tuple[bool, ...], list[EachBeside]] = {}
+        self.prompts = [prompt for prompt in prompts if prompt.strength]
+        self.each = [self.read(prompt, prompt.tokens(sd.device, sd.dtype), places, size) for prompt in self.prompts]
+        self.batches: dict[tuple[tuple[bool, ...], tuple[bool, ...]], list[EachBeside]] = {}
 
-    def read(self, prompt: ImagePrompt, tokens: Tensor, places: list[tuple[int, int]], size: tuple[int, int]) -> None:
-        """Pictures without masks, or with one mask for all, are attended to together; else one by one, as in diffusers'
+    def read(
+        self, prompt: ImagePrompt, tokens: Tensor, places: list[tuple[int, int]], size: tuple[int, int]
+    ) -> list[list[Beside]]:
+        """Keys and values for each cross-attention, in the order of an adapter's file.
+
+        Pictures without masks, or with one mask for all, are attended to together; else one by one, as in diffusers'
         pipelines."""
         masks = [light(mask, size).to(tokens) for mask in prompt.masks]
+        layers: list[list[Beside]] = [[] for _ in places]
         each = len(masks) > 1
         for number in range(len(prompt.images) if each else 1):
             some = tokens[:, number] if each else tokens.flatten(1, 2)  # (2, M, T) or (2, K M, T)
             where = masks[number] if masks else None
-            for layer, place, (k, v) in zip(self.layers, places, prompt.adapter.adapter(some), strict=True):
+            for layer, place, (k, v) in zip(layers, places, prompt.adapter.adapter(some), strict=True):
                 layer.append(Beside(k, v * prompt.strength, None if where is None else shrunk(where, place)))
+        return layers
 
     def __call__(self, step: int, prompted: Sequence[bool], *rest) -> dict[str, list[EachBeside]]:
         """The UNet's extra arguments. `prompted`: whether each row has its prompt."""
-        rows = tuple(prompted)
-        if rows not in self.batches:
-            some = [int(one) for one in rows]
-            layers = [[Beside(k[some], v[some], where) for k, v, where in layer] for layer in self.layers]
-            self.batches[rows] = by_block(self.unet, layers)
-        return {"beside": self.batches[rows]}
+        acting = tuple(prompt.acts(step, self.steps) for prompt in self.prompts)
+        if not any(acting):
+            return {}
+        key = tuple(prompted), acting
+        if key not in self.batches:
+            rows = [int(one) for one in prompted]
+            some = [layers for layers, acts in zip(self.each, acting, strict=True) if acts]
+            together = [[one for each in layers for one in each] for layers in zip(*some, strict=True)]
+            layers = [[Beside(k[rows], v[rows], where) for k, v, where in layer] for layer in together]
+            self.batches[key] = by_block(self.unet, layers)
+        return {"beside": self.batches[key]}
 
 
 def by_block(unet: UNet, layers: Sequence[Sequence[Beside]]) -> list[EachBeside]:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from plainsd.errors import UserError, unknown
 from plainsd.pictures.images import to_rgb
+from plainsd.pictures.settings import INPAINT
 
-INPAINT = "inpaint"
 PREPROCESSORS = ("none", "canny")
 THRESHOLDS = (100, 200)
 

@@ -195,7 +195,7 @@ def sample(
     calls = count() if convention(one.like).prompts == "batches" else None
     concat, done = known.concat if known else None, 0
     joins: list[Join] = [Controls(sd, control, len(levels.sigmas) - 1)] if control else []
-    joins += [ImagePrompts(sd, image_prompt, size)] if image_prompt else []
+    joins += [ImagePrompts(sd, image_prompt, size, len(levels.sigmas) - 1)] if image_prompt else []
     for models, own in turns(sd, one, levels):
         denoise, *later = (
             _denoise(model, each, size, levels, concat, first_pass, joins if model is sd else [], calls)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from plainsd.errors import UserError, unknown
 
+INPAINT = "inpaint"  # the preprocessor that reads the picture that is drawn over, and its mask
+
 
 class ControlNote(NamedTuple):
     """A control in a picture's metadata: see pictures/control.py."""
@@ -30,6 +32,8 @@ class ImagePromptNote(NamedTuple):
     weight: float = 1.0
     images: int = 1
     masks: int = 0
+    start: float = 0.0
+    end: float = 1.0
 
 
 CONTROL_MODES = {"balanced": "Balanced", "prompt": "My prompt is more important",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,27 @@ from PIL import Image
 from plainsd.checkpoint import load_control
 from plainsd.errors import UserError, unknown
 from plainsd.files.control import is_control, open_control
+from plainsd.files.image_prompt import holds_image_adapter, is_tower, naming_of_tower, open_image_adapter, open_tower
 from plainsd.files.stored import empty
 from plainsd.files.t2i_adapter import is_t2i_adapter, open_t2i_adapter
+from plainsd.files.tensorfile import open_tensors
 from plainsd.listing import hidden
 from plainsd.models.control import ControlNet
 from plainsd.models.t2i_adapter import T2IAdapter
 from plainsd.pictures.control import Control, control_name
 from plainsd.pictures.control_checks import mismatch
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.preprocess import preprocessed
+from plainsd.pictures.preprocess import INPAINT, preprocessed
+from plainsd.server.canvas import InitImages
 from plainsd.server.errors import APIError
 from plainsd.server.folders import changed_at, named_files, printable_name, read_cached, readable_files
 from plainsd.server.jobs.job import ControlInput
 from plainsd.server.limits import Limits
-from plainsd.server.schema import ControlRequest
+from plainsd.server.schema import ControlRequest, ImagePromptRequest
 from plainsd.server.uploads import picture, png
 
 KEPT = 2  # nets in memory
+CONTROL, IMAGE_ADAPTER, TOWER = "control net", "IP-Adapter", "image encoder"  # what a folder may hold
 
 
 class ControlNets:
@@ -45,35 +50,11 @@ class ControlNets:
         ] = {}  # by name and model, the one used last at the end
 
     def known(self) -> dict[str, Path]:
-        found = {name: path for name, (path, _) in readable_files(control_in, self.folder, self.unusable).items()}
-        for name, path in named_files(self.folder).items():
-            if path.parent != self.folder and (path.parent / "config.json").is_file():  # it goes by its folder's name
-                found.pop(name, None)
-                self.unusable.pop(printable_name(name), None)
-        below = sorted(self.folder.iterdir()) if self.folder else []
-        for path in below:
-            if (config := path / "config.json").is_file() and not hidden(path.name):
-                content, why = read_cached(control_in_folder, path, changed_at(config))
-                if content:
-                    found[path.name] = path
-                elif why:
-                    self.unusable[printable_name(path.name)] = why.replace(str(path), path.name)
-        return found
+        return of_kind(CONTROL, self.folder, self.unusable)
 
     def path(self, name: str) -> Path:
         """By name, with or without the digits behind it that A1111's clients send."""
-        known = self.known()
-        bare = name.rpartition(" [")[0] if name.endswith("]") else name
-        for wanted in (name, bare):
-            if wanted in known:
-                return known[wanted]
-        if name in self.unusable:
-            raise UserError(f"controls: {name!r} cannot be used: {self.unusable[name]}", field="controls")
-        if self.folder is None:
-            raise UserError(
-                f"controls: there is none called {name!r}; start the server with --controls FOLDER", field="controls"
-            )
-        raise UserError(f"controls: {unknown('control net', name, known)}", field="controls")
+        return found_by_name(name, CONTROL, self.known(), self.unusable, self.folder)
 
     def bare(self, name: str) -> ControlNet | T2IAdapter:
         """Without weights: enough to check a request."""
@@ -107,14 +88,65 @@ class ControlNets:
         return net
 
 
-def control_in(path: Path) -> bool:
-    """Whether a file holds one; UserError where it does not. Of the file nothing is kept."""
-    return is_t2i_adapter(path) or bool(open_control(path).file.tensors)
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
-def control_in_folder(path: Path) -> bool:
-    """Likewise of a folder in diffusers' layout; False where it is for something else."""
-    return (is_control(path) or is_t2i_adapter(path)) and bare_at(path) is not None
+def of_kind(kind: str, folder: Path | None, unusable: dict[str, str]) -> dict[str, Path]:
+    """Files and folders of one kind by name; `unusable` is filled with those that are of none."""
+    if folder is None:
+        return {}
+    found = {name: path for name, (path, its) in readable_files(kind_of_file, folder, unusable).items() if its == kind}
+    for name, path in named_files(folder).items():
+        if path.parent != folder and (path.parent / "config.json").is_file():  # it goes by its folder's name
+            found.pop(name, None)
+            unusable.pop(printable_name(name), None)
+    for path in sorted(folder.iterdir()):
+        if (config := path / "config.json").is_file() and not hidden(path.name):
+            its, why = read_cached(kind_of_folder, path, changed_at(config))
+            if its == kind:
+                found[path.name] = path
+            elif why:
+                unusable[printable_name(path.name)] = why.replace(str(path), path.name)
+    return found
+
+
+def kind_of_folder(path: Path) -> str:
+    """Likewise of a folder with a config.json; "" where it is for something else."""
+    if is_control(path) or is_t2i_adapter(path):
+        bare_at(path)
+        return CONTROL
+    if is_tower(path):
+        open_tower(path)
+        return TOWER
+    return ""
+
+
+def kind_of_file(path: Path) -> str:
+    """UserError where it is of no kind. Of the file nothing is kept."""
+    names = open_tensors(path).tensors
+    if holds_image_adapter(names):
+        open_image_adapter(path)
+        return IMAGE_ADAPTER
+    if naming_of_tower(names):
+        open_tower(path)
+        return TOWER
+    if not is_t2i_adapter(path):
+        open_control(path)
+    return CONTROL
+
+
+def found_by_name(name: str, kind: str, known: Mapping[str, Path], unusable: Mapping[str, str], given: object) -> Path:
+    """The file of this name, with or without the hash behind it that A1111's clients send. `given`: whether the server
+    has a folder of them."""
+    bare = name.rpartition(" [")[0] if name.endswith("]") else name
+    for wanted in (name, bare):
+        if wanted in known:
+            return known[wanted]
+    if why := unusable.get(name) or unusable.get(bare):
+        raise UserError(f"{name!r} cannot be used: {why}", value=name)
+    if not given:
+        raise UserError(f"there is no {kind} {name!r}; start the server with --controls FOLDER", value=name)
+    raise UserError(str(unknown(kind, name, known)), value=name)
 
 
 def bare_at(path: Path) -> ControlNet | T2IAdapter:
@@ -134,51 +166,69 @@ def net_without_weights(path: Path, _: int) -> ControlNet | T2IAdapter:
 # --- of a request ----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def of_unit(field: str, units: Sequence[ControlRequest | ImagePromptRequest], number: int) -> Iterator[None]:
+    """Errors inside name the field, and the unit by its index where there are several."""
+    where = units[number].label or (f"{field}[{number}]" if len(units) > 1 else field)
+    try:
+        yield
+    except APIError as error:
+        message = error.message if error.message.startswith(where) else f"{where}: {error.message}"
+        raise APIError(error.status, message, field, error.value, entry=number) from None
+    except UserError as error:
+        raise APIError(422, f"{where}: {error}", field, error.value, entry=number) from None
+
+
 def controls_of(
-    units: list[ControlRequest], nets: ControlNets, limits: Limits
+    units: list[ControlRequest], nets: ControlNets, limits: Limits, base: InitImages | None
 ) -> tuple[list[Control], list[ControlInput], dict[str, bytes]]:
     """What the tasks check, what the job keeps, and its files by their names among the inputs."""
     controls, control_inputs, files = [], [], {}
-    for unit in units:
-        try:
-            map = map_in(unit, limits)
-            content = png(map)
-            file = f"{hashlib.sha256(content).hexdigest()[:32]}.png"
-            entry = ControlInput(
-                unit.name,
-                file,
-                unit.strength,
-                unit.start,
-                unit.end,
-                unit.guess,
-                unit.mode,
-                tuple(unit.kind),
-                unit.preprocess,
-            )
+    for number, unit in enumerate(units):
+        with of_unit("controls", units, number):
+            map, file = map_of_unit(unit, limits, base), None
+            if map is not None:
+                content = png(map)
+                file = input_name(content)
+                files[file] = content
+            module = INPAINT if map is None else unit.preprocess
+            entry = ControlInput(unit.name, file, unit.strength, unit.start, unit.end, unit.guess, unit.mode,
+                            tuple(unit.kind), module)  # fmt: skip
             controls.append(as_control(entry, nets.bare(unit.name), map, nets))
-        except (UserError, APIError) as error:
-            error.entry = len(controls)
-            raise
-        control_inputs.append(entry)
-        files[file] = content
+            control_inputs.append(entry)
     return controls, control_inputs, files
 
 
-def map_in(unit: ControlRequest, limits: Limits) -> Image.Image:
-    given = picture(unit.image, "controls", limits, "black")
-    try:
-        return preprocessed(given, unit.preprocess, (unit.low, unit.high), unit.resolution)
-    except UserError as error:
-        raise APIError(422, f"controls: {error}", "controls", unit.preprocess) from None
+def input_name(content: bytes) -> str:
+    """Of a picture among the inputs: by its content."""
+    return f"{hashlib.sha256(content).hexdigest()[:32]}.png"
 
 
-def as_control(entry: ControlInput, net: ControlNet | T2IAdapter, map: Image.Image, nets: ControlNets) -> Control:
+def map_of_unit(unit: ControlRequest, limits: Limits, base: InitImages | None) -> Image.Image | None:
+    """The unit's map; None for the inpainting map, which is made of the picture that is drawn over and its mask."""
+    if unit.image is not None:
+        given = picture(unit.image, "image", limits, "black")
+    elif base is None:
+        raise APIError(422, "a control without an image reads the picture that is drawn over, and there is none; send "
+                      "its map as image")  # fmt: skip
+    elif unit.preprocess == INPAINT or (unit.preprocess == "none" and base.hole is not None):
+        return None
+    else:
+        given = base.image
+    return preprocessed(given, unit.preprocess, (unit.low, unit.high), unit.resolution)
+
+
+def as_control(
+    entry: ControlInput, net: ControlNet | T2IAdapter, map: Image.Image | None, nets: ControlNets
+) -> Control:
     name = control_name(nets.path(entry.net))
     return Control(net, map, entry.strength, entry.start, entry.end, entry.guess, entry.mode, entry.kinds or None, name,
                    entry.preprocess)  # fmt: skip
 
 
-def control_at(entry: ControlInput, model: str, sd: StableDiffusion, map: Image.Image, nets: ControlNets) -> Control:
+def control_at(
+    entry: ControlInput, model: str, sd: StableDiffusion, map: Image.Image | None, nets: ControlNets
+) -> Control:
     """For the drawing: the net with its weights."""
     with torch.inference_mode():
         return as_control(entry, nets.net(entry.net, model, sd), map, nets)

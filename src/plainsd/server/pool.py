@@ -35,6 +35,7 @@ from plainsd.server.controls import ControlNets
 from plainsd.server.embeddings import Embedding, Embeddings, with_embeddings
 from plainsd.server.errors import APIError
 from plainsd.server.folders import readable_files
+from plainsd.server.image_prompts import ImageAdapters
 from plainsd.server.prompt_templates import PromptTemplates
 from plainsd.server.upscalers import Upscalers
 from plainsd.speed.model import faster
@@ -106,6 +107,7 @@ class Models:
         self.options, self.embeddings = options, Embeddings(options.embeddings)
         self.controls = ControlNets(options.controls)
         self.templates = PromptTemplates(options.wildcards, options.styles)
+        self.image_adapters = ImageAdapters(options.controls)
         self.device = choose_device(options.device)
         self.upscalers = Upscalers(options.upscalers, self.device)
         self.dtype = choose_dtype(options.dtype, self.device)

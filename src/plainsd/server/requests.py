@@ -13,6 +13,7 @@ from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
 from plainsd.pictures.conditioning import as_weighted
 from plainsd.pictures.control import Control
+from plainsd.pictures.image_prompt import ImagePrompt
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import MASK_OPTIONS, RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
 from plainsd.pictures.texts.fields import FIELDS
@@ -20,6 +21,7 @@ from plainsd.pictures.texts.labels import sampler_named, spacing_named
 from plainsd.server.canvas import InitImages, init_images_of
 from plainsd.server.controls import controls_of
 from plainsd.server.errors import APIError
+from plainsd.server.image_prompts import image_prompts_of
 from plainsd.server.jobs.job import Job, Sheet, Source
 from plainsd.server.jobs.pictures import new_id, new_path_prefix
 from plainsd.server.limits import Limits
@@ -32,6 +34,11 @@ from plainsd.text.prompts import Weighted, compose, schedule
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
                 "hires_negative", "seed_resize", "batch_index", "batch_size", *MASK_OPTIONS)  # fmt: skip
 CANVAS_OPTIONS = tuple(name for name in MASK_OPTIONS if name != "soft_mask")  # what was done as the canvas was made
+UNIT_FIELDS = {
+    "control": "controls",
+    "image_prompt": "image_prompts",
+    "image_encoder": "image_prompts",
+}  # fields of a task
 CELLS = [name for _, name, _, _ in FIELDS if name in JobRequest.model_fields and name not in NOT_IN_GRIDS]
 CELLS += ["sampler", "spacing"]
 
@@ -51,12 +58,13 @@ def resolved_settings(
     request: JobRequest,
     init: InitImages | None,
     control: list[Control],
+    image_prompt: list[ImagePrompt],
     prompts: list[str],
     negatives: list[str],
     **cell: Any,
 ) -> list[Resolved]:
     """The settings of each picture, nothing left open. UserError where the model cannot do it."""
-    choices = request.choices() | cell | {"control": control}
+    choices = request.choices() | cell | {"control": control, "image_prompt": image_prompt}
     if init is None:
         if "strength" in choices and "hires" not in choices:
             raise UserError(
@@ -176,14 +184,17 @@ def new_job(
             )
         bare = models.upscalers.bare(bare, request.upscaler)
         init = init or init_images_of(request, limits)
-        control, control_inputs, maps = controls_of(request.controls, models.controls, limits)
+        control, control_inputs, maps = controls_of(request.controls, models.controls, limits, init)
+        image_prompt, shown, files = image_prompts_of(request.image_prompts, models.image_adapters, limits)
         resolve_choices = api == "jobs" or models.templates.wildcards is not None  # elsewhere an extension does it
         settings: list[Resolved] = []
         shared: NamedLoras | None = None
         for cell in cells(request):
             texts = texts_of(request, models.templates, seeds_of(request, cell), resolve_choices)
             prompts, shared = without_loras([one["prompt"] for one in texts], shared)
-            found = resolved_settings(bare, request, init, control, prompts, [one["negative"] for one in texts], **cell)
+            found = resolved_settings(
+                bare, request, init, control, image_prompt, prompts, [one["negative"] for one in texts], **cell
+            )
             settings += [replace(one, **of_second_pass(text)) for one, text in zip(found, texts, strict=True)]
         loras = list(shared or [])
         loras += [(lora.name, lora.strength) for lora in request.loras]
@@ -201,11 +212,14 @@ def new_job(
     except UserError as error:
         if error.field in {axis.name.strip().replace(" ", "_") for axis in request.grid or []}:
             error.field = "grid"
-        error.field = "controls" if error.field == "control" else error.field  # the tasks' name, and the request's
-        raise APIError.from_user_error(error, request.model_dump(exclude={"image", "mask", "controls"})) from None
+        error.field = UNIT_FIELDS.get(error.field or "", error.field)  # the tasks' name, and the request's
+        raise APIError.from_user_error(
+            error, request.model_dump(exclude={"image", "mask", *UNIT_FIELDS.values()})
+        ) from None
     source, inputs = init.as_source() if init else (None, {})
-    if control_inputs:
-        source, inputs = replace(source or Source(), controls=tuple(control_inputs)), inputs | maps
+    if control_inputs or shown:
+        source = replace(source or Source(), controls=tuple(control_inputs), image_prompts=tuple(shown))
+        inputs |= maps | files
     id, created = new_id(), time.time()
     return Job(
         id=id, client=client, api=api, model=model.name, loras=loras, created=created, settings=settings,

@@ -6,7 +6,7 @@ from typing import Any
 from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
-from plainsd.pictures.settings import DEFAULTS, SEEDS, UPSCALERS, ControlNote, Settings
+from plainsd.pictures.settings import DEFAULTS, SEEDS, UPSCALERS, ControlNote, ImagePromptNote, Settings
 from plainsd.pictures.texts.a1111 import format_settings
 from plainsd.pictures.texts.fields import FIELDS
 from plainsd.server.errors import APIError
@@ -36,7 +36,7 @@ def picture_as_json(row: Picture) -> dict[str, Any]:
         "created": row.created,
         "favourite": row.favourite,
         "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
-        "controls": controls_as_json(settings.control),
+        "controls": controls_as_json(settings.control), "image_prompts": image_prompts_told(settings.image_prompt),
         "parameters": format_settings(with_lora_tags(settings, row.loras)), "problem": row.problem,
     }  # fmt: skip
 
@@ -46,6 +46,15 @@ def controls_as_json(notes: tuple[ControlNote, ...]) -> list[dict[str, Any]]:
     return [
         {"name": note.model.rpartition(" [")[0] or note.model, "strength": note.weight, "start": note.start,
          "end": note.end, "guess": note.guess, "mode": note.mode, "preprocess": note.module, "kind": list(note.kinds)}
+        for note in notes
+    ]  # fmt: skip
+
+
+def image_prompts_told(notes: tuple[ImagePromptNote, ...]) -> list[dict[str, Any]]:
+    """Likewise, without their pictures and masks."""
+    return [
+        {"name": note.model.rpartition(" [")[0] or note.model, "strength": note.weight, "start": note.start,
+         "end": note.end}
         for note in notes
     ]  # fmt: skip
 
@@ -61,8 +70,8 @@ def exact_seeds(settings: Settings) -> dict[str, Any]:
 
 
 def settings_in_file(content: bytes, limits: Limits, models: Models) -> dict:
-    """The settings text of a PNG, as the fields of a request, but for the maps of its `controls`, which no file has.
-    What has no meaning here stands under `unused`."""
+    """The settings text of a PNG, as the fields of a request, but for the maps of its `controls` and the pictures of
+    its `image_prompts`, which no file has. What has no meaning here stands under `unused`."""
     opened(content, "image", limits)
     try:
         settings = read_settings(NamedBytes(content, "image"))
@@ -86,6 +95,7 @@ def settings_in_file(content: bytes, limits: Limits, models: Models) -> dict:
         **fields,
         "loras": [{"name": name, "strength": strength} for name, strength in loras],
         **({"controls": controls_as_json(settings.control)} if settings.control else {}),
+        **({"image_prompts": image_prompts_told(settings.image_prompt)} if settings.image_prompt else {}),
         "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)],
     }
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from plainsd.pictures.settings import MASK_OPTIONS, RANDOM
 
@@ -34,27 +34,66 @@ class LoRA(BaseModel):
     strength: float = Field(1.0, ge=-10, le=10)
 
 
-class MapRequest(BaseModel):
-    """A control map, or the picture that one is made of."""
+class Preprocessing(BaseModel):
+    """How a control map is made of a picture."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    image: Text = Field(description="a picture in base64: the map, or what `preprocess` makes one of")
-    preprocess: Text = Field("none", description="none or canny")
+    preprocess: Text = Field(
+        "none",
+        description="none, canny or inpaint: of the image drawn over, -1 under its mask. With a mask, and no image "
+        "here, none is inpaint",
+    )
     low: float = Field(100, ge=0, le=1e4, description="canny's thresholds")
     high: float = Field(200, ge=0, le=1e4)
     resolution: int | None = Field(None, ge=64, le=2048, description="of the shorter side, before it is preprocessed")
 
 
-class ControlRequest(MapRequest):
-    """A map to follow, and a net out of the server's folder that reads it."""
+class MapRequest(Preprocessing):
+    """A picture, and how a control map is made of it."""
 
-    name: Text
+    image: Text = Field(description="a picture in base64")
+
+
+class UnitRequest(BaseModel):
+    """What controls and image prompts share."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    name: Text = Field(description="of a file or folder in the server's folder")
     strength: float = Field(1.0, ge=0, le=10)
     start: float = Field(0.0, ge=0, le=1, description="of the steps, the share from which it acts ...")
     end: float = Field(1.0, ge=0, le=1, description="... and to which")
+    _label: str | None = PrivateAttr(None)
+
+    @property
+    def label(self) -> str | None:
+        """How error messages name it; None: by its place in the request."""
+        return self._label
+
+    def labelled(self, label: str) -> Self:
+        self._label = label
+        return self
+
+
+class ControlRequest(UnitRequest, Preprocessing):
+    """A control net or T2I-Adapter, and the map that it reads."""
+
+    image: Text | None = Field(
+        None,
+        description="a picture in base64: the map, or what `preprocess` makes one of; none: the image drawn over",
+    )
     guess: bool = Field(False, description="prompted rows only, less for finer parts")
     mode: Text = Field("balanced", description="balanced, prompt or control: which is more important, as in A1111")
     kind: list[int] = Field([], max_length=1, description="of the map, for a net of several kinds (union), from 0")
+
+
+class ImagePromptRequest(UnitRequest):
+    """An IP-Adapter, and the pictures that it reads."""
+
+    images: list[Text] = Field(min_length=1, max_length=16, description="pictures in base64")
+    masks: list[Text] = Field(
+        [], max_length=16, description="in base64; a picture acts where its mask is light. One for all, or one for each"
+    )
+    encoder: Text | None = Field(None, description="its image encoder, by name; none: the first that fits")
 
 
 class Axis(BaseModel):
@@ -106,6 +145,7 @@ class JobRequest(BaseModel):
     count: int = Field(1, description="pictures")
     loras: list[LoRA] = Field([], max_length=32)
     controls: list[ControlRequest] = Field([], max_length=4, description="maps to follow")
+    image_prompts: list[ImagePromptRequest] = Field([], max_length=4, description="pictures used as prompts")
     embeddings: list[Text] = Field(
         [], max_length=32, description="words of GET /api/models that the prompts rely on; others are found anyway"
     )

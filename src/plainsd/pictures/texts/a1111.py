@@ -18,7 +18,6 @@ from plainsd.pictures.texts.controls import controls_read, controls_written
 from plainsd.pictures.texts.dialects import as_a1111, written_by
 from plainsd.pictures.texts.entries import check_length, entries, quote
 from plainsd.pictures.texts.fields import FIELDS
-from plainsd.pictures.texts.image_prompts import image_prompts_read, image_prompts_written
 from plainsd.pictures.texts.labels import (
     BEFORE_0_2,
     SPACING_LABELS,
@@ -53,8 +52,7 @@ def format_settings(settings: Settings) -> str:
             pairs.append((f"{key} DDIM" if name == "eta" and settings.sampler in ETA_DDIM else key, write(value)))
     pairs[1:1] = _names_written(settings.sampler, settings.spacing)
     pairs += _names_written(settings.hires_sampler, settings.hires_spacing, SECOND)
-    pairs += controls_written(settings.control)
-    pairs += image_prompts_written(settings.image_prompt)
+    pairs += controls_written(settings.control, settings.image_prompt)
     pairs += _hashes_written(settings.hashes)
     if settings.masked_padding is not None:
         pairs.append(PART)
@@ -112,8 +110,7 @@ def parse_settings(text: str) -> Settings:
     found["sampler"], found["spacing"] = _names_read(said, old=old)
     found["hires_sampler"], found["hires_spacing"] = _names_read(said, SECOND)
     found["hashes"] = _hashes_read(said)
-    found["control"] = controls_read(said)
-    found["image_prompt"] = image_prompts_read(said)
+    found["control"], found["image_prompt"] = controls_read(said)
     if found["sampler"] in ETA_DDIM and "Eta DDIM" in said:
         said["Eta"] = said.pop("Eta DDIM")
     for key, name, read, _ in FIELDS:

@@ -4,26 +4,47 @@
     Processor Res: -1, Threshold A: -1.0, Threshold B: -1.0, Guidance Start: 0.0, Guidance End: 1.0,
     Pixel Perfect: False, Control Mode: Balanced"
 
-`Guess Mode` and `Union Kinds` are words of our own, written only where they are needed; the extension passes over them.
+`Guess Mode`, `Union Kinds`, `Images` and `Masks` are words of our own, written only where they are needed; the
+extension passes over them. Image prompts are units there too, of a module whose name begins with `ip-adapter`; here
+they follow the control nets, as the module that lets the extension choose the image encoder by the adapter's name.
 """
 
 import re
+from collections.abc import Mapping
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import CONTROL_MODES, ControlNote
+from plainsd.pictures.settings import CONTROL_MODES, ControlNote, ImagePromptNote
 
 UNIT_KEY = re.compile(r"ControlNet \d{1,3}")
 MODES = {label: name for name, label in CONTROL_MODES.items()}
+IMAGE_MODULES = ("ip-adapter-auto", "ip-adapter_clip_sd15", "ip-adapter_clip_h", "ip-adapter_clip_sdxl",
+                 "ip-adapter_clip_g", "ip-adapter_clip_sdxl_plus_vith")  # fmt: skip
+INPAINT_MODULES = ("inpaint_only", "inpaint", "inpaint_global_harmonious")  # the first is written: ours, under a mask
 
 
-def controls_written(notes: tuple[ControlNote, ...]) -> list[tuple[str, str]]:
-    return [(f"ControlNet {number}", unit_text(note)) for number, note in enumerate(notes)]
+def controls_written(
+    controls: tuple[ControlNote, ...], image_prompts: tuple[ImagePromptNote, ...] = ()
+) -> list[tuple[str, str]]:
+    """Keys and texts of the units: of the control nets, then of the image prompts."""
+    units = [unit_text(note) for note in controls] + [image_unit_text(note) for note in image_prompts]
+    return [(f"ControlNet {number}", text) for number, text in enumerate(units)]
 
 
 def unit_text(note: ControlNote) -> str:
+    more: dict[str, object] = {"Guess Mode": True} if note.guess else {}
+    more |= {"Union Kinds": " ".join(map(str, note.kinds))} if note.kinds else {}
+    return pairs_text(INPAINT_MODULES[0] if note.module == INPAINT_MODULES[1] else note.module, note, note.mode, more)
+
+
+def image_unit_text(note: ImagePromptNote) -> str:
+    more = {"Images": note.images} if note.images != 1 else {}
+    return pairs_text(IMAGE_MODULES[0], note, "balanced", more | ({"Masks": note.masks} if note.masks else {}))
+
+
+def pairs_text(module: str, note: ControlNote | ImagePromptNote, mode: str, more: Mapping[str, object]) -> str:
     """The extension parts a unit at commas and colons, so that names have none."""
     pairs: dict[str, object] = {
-        "Module": note.module,
+        "Module": module,
         "Model": note.model,
         "Weight": note.weight,
         "Resize Mode": "Just Resize",
@@ -33,27 +54,38 @@ def unit_text(note: ControlNote) -> str:
         "Guidance Start": note.start,
         "Guidance End": note.end,
         "Pixel Perfect": False,
-        "Control Mode": CONTROL_MODES[note.mode],
+        "Control Mode": CONTROL_MODES[mode],
     }
-    more: dict[str, object] = {"Guess Mode": True} if note.guess else {}
-    more |= {"Union Kinds": " ".join(map(str, note.kinds))} if note.kinds else {}
-    return ", ".join(f"{key}: {re.sub('[:,]', '', str(value))}" for key, value in (pairs | more).items())
+    return ", ".join(f"{key}: {re.sub('[:,]', '', str(value))}" for key, value in (pairs | dict(more)).items())
 
 
-def controls_read(said: dict[str, str]) -> tuple[ControlNote, ...]:
+def controls_read(said: dict[str, str]) -> tuple[tuple[ControlNote, ...], tuple[ImagePromptNote, ...]]:
     """Takes the units out of what a text says. UserError for one that cannot be read."""
-    return tuple(read_unit(key, said.pop(key)) for key in sorted(filter(UNIT_KEY.fullmatch, said), key=unit_number))
+    keys = sorted(filter(UNIT_KEY.fullmatch, said), key=unit_number)
+    units = [read_unit(key, said.pop(key)) for key in keys]
+    controls = tuple(unit for unit in units if isinstance(unit, ControlNote))
+    return controls, tuple(unit for unit in units if isinstance(unit, ImagePromptNote))
 
 
 def unit_number(key: str) -> int:
     return int(key.split()[1])
 
 
-def read_unit(key: str, text: str) -> ControlNote:
+def read_unit(key: str, text: str) -> ControlNote | ImagePromptNote:
     pairs = dict(entry.strip().partition(": ")[::2] for entry in text.split(","))
+    module = pairs.get("Module", "none")
     try:
+        if module in IMAGE_MODULES:
+            return ImagePromptNote(
+                pairs.get("Model", "None"),
+                float(pairs.get("Weight", 1.0)),
+                int(pairs.get("Images", 1)),
+                int(pairs.get("Masks", 0)),
+                float(pairs.get("Guidance Start", 0.0)),
+                float(pairs.get("Guidance End", 1.0)),
+            )
         return ControlNote(
-            module=pairs.get("Module", "none"),
+            module=INPAINT_MODULES[1] if module in INPAINT_MODULES else module,
             model=pairs.get("Model", "None"),
             weight=float(pairs.get("Weight", 1.0)),
             start=float(pairs.get("Guidance Start", 0.0)),

@@ -79,8 +79,8 @@ class Common(BaseModel):
             "tiling": (options.get("tiling") if self.tiling is None else self.tiling) or None,
             "like": "a1111",
             "styles": self.styles or [],
-            "controls": units_of(self.alwayson_scripts or {}),
         } | self.noise_fields(options)  # fmt: skip
+        fields |= units_of(self.alwayson_scripts or {}, getattr(self, "init_images", None))
         if self.disable_extra_networks:
             fields["prompt"] = lora_tags(self.prompt or "")[0]
         if self.refiner_checkpoint not in (*EMPTY_VALUES, "None", "none"):

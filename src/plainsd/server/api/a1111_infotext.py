@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
 from plainsd.pictures.texts.a1111 import parse_settings
+from plainsd.pictures.texts.controls import controls_written
 from plainsd.pictures.texts.fields import FIELDS
 from plainsd.server.api.a1111_fields import FILLS, Common
 from plainsd.server.api.a1111_names import model_of
@@ -107,6 +108,7 @@ def read_infotext(settings: Settings, other: dict[str, str], models: Models) -> 
         if (name not in JobRequest.model_fields or name in ("mask_grow", "soft_mask"))
         and (value := getattr(settings, name)) != DEFAULTS[name]
     ]
+    unread += controls_written(settings.control, settings.image_prompt)
     unread += [("Model", settings.model)] if settings.model and model not in models.known else []
     idle += [f"{key}: {text}" for key, text in unread]
     return {name: value for name, value in fields.items() if value is not None} | {"override_settings": options}, idle

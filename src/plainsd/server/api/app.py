@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from plainsd import __version__
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.models.variants import edits
-from plainsd.pictures.preprocess import PREPROCESSORS
+from plainsd.pictures.preprocess import INPAINT, PREPROCESSORS
 from plainsd.pictures.settings import CONTROL_MODES, LIKE, MASKED_CONTENTS, NOISE_OF, RANGES, UPSCALERS
 from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
@@ -172,8 +172,9 @@ def add_page(app: FastAPI, service: Service) -> None:
             "loras": sorted(service.models.loras()), "styles": [*service.models.templates.known_styles()],
             "masked_contents": MASKED_CONTENTS, "like": LIKE, "noises": sorted({*NOISE_OF.values()}),
             "controls": sorted(service.models.controls.known()),
-            "control_nets": service.models.controls.described(), "preprocessors": PREPROCESSORS,
-            "control_modes": CONTROL_MODES,
+            "control_nets": service.models.controls.described(), "preprocessors": [*PREPROCESSORS, INPAINT],
+            "control_modes": CONTROL_MODES, "image_prompts": sorted(service.models.image_adapters.known()),
+            "image_encoders": sorted(service.models.image_adapters.towers()),
             "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.embeddings.unusable,
                          "controls": service.models.controls.unusable,
                          "upscalers": service.models.upscalers.unusable},

@@ -21,7 +21,7 @@ class ControlInput:
     """A map that a job follows: its file among the inputs, and how the net acts, see pictures/control.py."""
 
     net: str
-    map: str
+    map: str | None  # None: the inpainting map, of the picture and its mask
     strength: float
     start: float
     end: float
@@ -29,6 +29,19 @@ class ControlInput:
     mode: str
     kinds: tuple[int, ...]
     preprocess: str  # what has made it, for the text
+
+
+@dataclass(frozen=True)
+class StoredImagePrompt:
+    """An image prompt of a job, with the names of its files among the inputs; see pictures/image_prompt.py."""
+
+    adapter: str
+    images: tuple[str, ...]
+    masks: tuple[str, ...]
+    strength: float
+    start: float
+    end: float
+    encoder: str | None  # None: the first that fits
 
 
 @dataclass(frozen=True)
@@ -41,16 +54,23 @@ class Source:
     alpha: str | None = None  # ... with this opacity, of the same size as `base` ...
     box: tuple[int, int, int, int] | None = None  # ... scaled to this place: left, top, right, bottom
     controls: tuple[ControlInput, ...] = ()
+    image_prompts: tuple[StoredImagePrompt, ...] = ()
 
     def files(self) -> set[str]:
-        maps = [one.map for one in self.controls]
-        return {name for name in (self.image, self.hole, self.base, self.alpha, *maps) if name}
+        more = [one.map for one in self.controls]
+        more += [name for one in self.image_prompts for name in (*one.images, *one.masks)]
+        return {name for name in (self.image, self.hole, self.base, self.alpha, *more) if name}
 
 
 def source_from(data: dict[str, Any]) -> Source:
     """What `asdict` and JSON made of one, back."""
     controls = tuple(ControlInput(**{**one, "kinds": tuple(one["kinds"])}) for one in data.get("controls", ()))
-    return Source(**{**data, "box": data["box"] and tuple(data["box"]), "controls": controls})
+    prompts = tuple(
+        StoredImagePrompt(**{**one, "images": tuple(one["images"]), "masks": tuple(one["masks"])})
+        for one in data.get("image_prompts", ())
+    )
+    box = data["box"] and tuple(data["box"])
+    return Source(**{**data, "box": box, "controls": controls, "image_prompts": prompts})
 
 
 GRID_SIDES = ("Grid across", "Grid down")  # in a sheet's text

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from types import NoneType
 
 from plainsd.json_reader import parsed_json
-from plainsd.pictures.settings import RANGES, ControlNote, Resolved, plain_number
+from plainsd.pictures.settings import RANGES, ControlNote, ImagePromptNote, Resolved, plain_number
 
 SAFE_INTEGER = 2**53 - 1  # JavaScript's
 
@@ -45,6 +45,7 @@ def settings_from(data: dict, *, strict: bool = False) -> Resolved:
     if foreign and strict:
         raise ValueError(f"it is of another version, which knows {next(iter(foreign))!r}")
     pairs["control"] = tuple(ControlNote(*one)._replace(kinds=tuple(one[-1])) for one in data.get("control", ()))
+    pairs["image_prompt"] = tuple(ImagePromptNote(*one) for one in data.get("image_prompt", ()))
     pairs["other"] += tuple((name, json.dumps(value)) for name, value in foreign.items())
     settings = Resolved(**{name: value for name, value in {**data, **tuples, **pairs}.items() if name in SETTINGS})
     for name in ("prompt", "negative", "sampler", "spacing"):

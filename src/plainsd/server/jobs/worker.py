@@ -21,6 +21,7 @@ from plainsd.pictures.images import grid
 from plainsd.pictures.masks import pasted
 from plainsd.pictures.model import StableDiffusion
 from plainsd.server.controls import control_at
+from plainsd.server.image_prompts import image_prompt_at
 from plainsd.server.jobs.job import FAILED, Job, Unit
 from plainsd.server.jobs.queue import Queue
 from plainsd.server.jobs.store import Store
@@ -119,10 +120,15 @@ class Worker(threading.Thread):
         hole = self.store.input(source.hole) if source and source.hole else None
         nets, name = self.models.controls, units[0].job.model
         control = [
-            control_at(one, name, sd, self.store.input(one.map), nets) for one in (source.controls if source else ())
+            control_at(one, name, sd, self.store.input(one.map) if one.map else None, nets)
+            for one in (source.controls if source else ())
+        ]
+        prompts = [
+            image_prompt_at(one, sd, self.store.input, self.models.image_adapters)
+            for one in (source.image_prompts if source else ())
         ]
         here = source is None or source.base is None  # else `composited` puts it into its place
-        events = batch(sd, [unit.settings for unit in units], image, hole, control, composed=here)
+        events = batch(sd, [unit.settings for unit in units], image, hole, control, prompts, composed=here)
         watch = ProgressMonitor(self, model, units, events.steps)
         with closing(events):
             for event in events:
