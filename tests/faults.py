@@ -229,7 +229,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "pictures/image_prompt.py": [
         ("wider = int(size * long / short)", "wider = round(size * long / short)",
          "test_image_prompt.py::test_pixels_are_those_of_transformers"),
-        ("k[some], v[some], where", "k[some], v[[1] * len(some)], where", "test_image_prompt.py::test_from_text"),
+        ("k[rows], v[rows], where", "k[rows], v[[1] * len(rows)], where", "test_image_prompt.py::test_from_text"),
     ],
     "models/t2i_adapter.py": [
         ("F.avg_pool2d(x, 2, ceil_mode=True)", "F.avg_pool2d(x, 2)",

@@ -22,7 +22,7 @@ from plainsd.pictures.control import control_name
 from plainsd.pictures.image_prompt import ImagePrompt, ImageReader, encoder_of, tower_fits
 from plainsd.pictures.model import StableDiffusion
 from plainsd.server.controls import IMAGE_ADAPTER, TOWER, found_by_name, input_name, of_kind, of_unit
-from plainsd.server.jobs.job import StoredImagePrompt
+from plainsd.server.jobs.job import ImagePromptInput
 from plainsd.server.limits import Limits
 from plainsd.server.schema import ImagePromptRequest
 from plainsd.server.uploads import picture, png
@@ -85,7 +85,7 @@ class ImageAdapters:
 
 def image_prompts_of(
     units: list[ImagePromptRequest], adapters: ImageAdapters, limits: Limits
-) -> tuple[list[ImagePrompt], list[StoredImagePrompt], dict[str, bytes]]:
+) -> tuple[list[ImagePrompt], list[ImagePromptInput], dict[str, bytes]]:
     """What the tasks check, what the job keeps, and its files by their names among the inputs."""
     prompts, stored, files = [], [], {}
     for number, unit in enumerate(units):
@@ -97,7 +97,7 @@ def image_prompts_of(
                 content = png(image)
                 names.append(input_name(content))
                 files[names[-1]] = content
-            kept = StoredImagePrompt(unit.name, tuple(names[: len(images)]), tuple(names[len(images) :]),
+            kept = ImagePromptInput(unit.name, tuple(names[: len(images)]), tuple(names[len(images) :]),
                                      unit.strength, unit.start, unit.end, unit.encoder)  # fmt: skip
             prompts.append(as_image_prompt(kept, adapters.bare(unit.name, unit.encoder), images, masks, adapters))
             stored.append(kept)
@@ -105,7 +105,7 @@ def image_prompts_of(
 
 
 def as_image_prompt(
-    kept: StoredImagePrompt,
+    kept: ImagePromptInput,
     reader: ImageReader,
     images: list[Image.Image],
     masks: list[Image.Image],
@@ -116,7 +116,7 @@ def as_image_prompt(
 
 
 def image_prompt_at(
-    kept: StoredImagePrompt, sd: StableDiffusion, read: Callable[[str], Image.Image], adapters: ImageAdapters
+    kept: ImagePromptInput, sd: StableDiffusion, read: Callable[[str], Image.Image], adapters: ImageAdapters
 ) -> ImagePrompt:
     """For the drawing: the adapter with its weights, and its pictures. `read`: a picture among the inputs."""
     images, masks = ([read(name) for name in names] for names in (kept.images, kept.masks))

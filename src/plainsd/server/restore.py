@@ -36,7 +36,7 @@ def picture_as_json(row: Picture) -> dict[str, Any]:
         "created": row.created,
         "favourite": row.favourite,
         "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
-        "controls": controls_as_json(settings.control), "image_prompts": image_prompts_told(settings.image_prompt),
+        "controls": controls_as_json(settings.control), "image_prompts": image_prompts_as_json(settings.image_prompt),
         "parameters": format_settings(with_lora_tags(settings, row.loras)), "problem": row.problem,
     }  # fmt: skip
 
@@ -50,7 +50,7 @@ def controls_as_json(notes: tuple[ControlNote, ...]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def image_prompts_told(notes: tuple[ImagePromptNote, ...]) -> list[dict[str, Any]]:
+def image_prompts_as_json(notes: tuple[ImagePromptNote, ...]) -> list[dict[str, Any]]:
     """Likewise, without their pictures and masks."""
     return [
         {"name": note.model.rpartition(" [")[0] or note.model, "strength": note.weight, "start": note.start,
@@ -95,7 +95,7 @@ def settings_in_file(content: bytes, limits: Limits, models: Models) -> dict:
         **fields,
         "loras": [{"name": name, "strength": strength} for name, strength in loras],
         **({"controls": controls_as_json(settings.control)} if settings.control else {}),
-        **({"image_prompts": image_prompts_told(settings.image_prompt)} if settings.image_prompt else {}),
+        **({"image_prompts": image_prompts_as_json(settings.image_prompt)} if settings.image_prompt else {}),
         "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)],
     }
 

@@ -32,7 +32,7 @@ class ControlInput:
 
 
 @dataclass(frozen=True)
-class StoredImagePrompt:
+class ImagePromptInput:
     """An image prompt of a job, with the names of its files among the inputs; see pictures/image_prompt.py."""
 
     adapter: str
@@ -54,7 +54,7 @@ class Source:
     alpha: str | None = None  # ... with this opacity, of the same size as `base` ...
     box: tuple[int, int, int, int] | None = None  # ... scaled to this place: left, top, right, bottom
     controls: tuple[ControlInput, ...] = ()
-    image_prompts: tuple[StoredImagePrompt, ...] = ()
+    image_prompts: tuple[ImagePromptInput, ...] = ()
 
     def files(self) -> set[str]:
         more = [one.map for one in self.controls]
@@ -66,7 +66,7 @@ def source_from(data: dict[str, Any]) -> Source:
     """What `asdict` and JSON made of one, back."""
     controls = tuple(ControlInput(**{**one, "kinds": tuple(one["kinds"])}) for one in data.get("controls", ()))
     prompts = tuple(
-        StoredImagePrompt(**{**one, "images": tuple(one["images"]), "masks": tuple(one["masks"])})
+        ImagePromptInput(**{**one, "images": tuple(one["images"]), "masks": tuple(one["masks"])})
         for one in data.get("image_prompts", ())
     )
     box = data["box"] and tuple(data["box"])
