@@ -4,7 +4,10 @@ stays where that fails. A test for each kind of file that is written."""
 import json
 import os
 import re
+import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,13 @@ from conftest import TINY, smooth_picture, tiny_sd
 from torch import nn
 
 import plainsd
+from plainsd import disk
 from plainsd.adapters.embeddings import add_word, save_embedding
 from plainsd.adapters.lora import inject, save_lora
 from plainsd.checkpoint import add_preview, save_vae
-from plainsd.disk import draft_of, under_free_name, written_whole
+from plainsd.disk import draft_name, draft_of, machine_tag, under_free_name, whole_folder, written_whole
 from plainsd.errors import DiskError, UserError
+from plainsd.files.hub import find
 from plainsd.pictures.images import write_png
 from plainsd.pictures.settings import Settings
 from plainsd.train.checkpoints import SaveError, save_checkpoint
@@ -167,6 +172,7 @@ def test_where_the_last_step_fails_what_was_there_stays(place, monkeypatch, writ
         rename(source, target, **more)
 
     monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(disk, "exchanged", lambda *names: False)
     with pytest.raises(DiskError if write is not state else SaveError, match="Permission denied"):
         write(place, 1)
     assert contents(place) == before
@@ -253,6 +259,7 @@ def test_where_the_new_folder_cannot_get_its_name_the_old_one_is_back(place, mon
         rename(source, target, **more)
 
     monkeypatch.setattr(os, "replace", once)
+    monkeypatch.setattr(disk, "exchanged", lambda *names: False)
     with pytest.raises(UserError, match="No space left on device; nothing was written"):
         folder(place, 1)
     assert refused and contents(place) == before
@@ -289,3 +296,96 @@ def test_latents_of_a_run_that_was_cut_short_are_made_again(place, monkeypatch):
     assert contents(place) == {}
     made = cache_latents(vae, data, place / "cache", batch=2)
     assert calls == [2, 1, 2, 1] and made.data.float().std() > 0.1
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from plainsd import disk
+target, exchanges, at = Path(sys.argv[1]), sys.argv[2] == "exchanges", int(sys.argv[3])
+if not exchanges:
+    disk.exchanged = lambda a, b: False
+calls = 0
+def audit(event, given):                     # before every rename, removal and new folder
+    global calls
+    if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlsym", "shutil.rmtree"):
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+disk.machine_tag()
+sys.addaudithook(audit)
+with disk.whole_folder(target) as draft:
+    for name in ("model_index.json", "b"):
+        (draft / name).write_text("new")
+print(calls)
+"""
+
+
+def killed_at(target: Path, how: str, at: int) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", KILLED, str(target), how, str(at)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("how", ("exchanges", "renames"))
+def test_a_model_that_is_replaced_is_there_whenever_its_writer_is_killed(tmp_path, how):
+    """Before each change of the folder: the old model or the new one has the name, or gets it back at the next load."""
+    target, ends = tmp_path / "m", []
+    for at in range(1, 30):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        for name in ("model_index.json", "b"):
+            (target / name).write_text("old")
+        ran = killed_at(target, how, at)
+        assert ran.returncode in (0, -9), ran.stderr
+        if how == "exchanges" and disk.exchanged(target, target):
+            assert (target / "b").is_file()
+        assert find(str(target)) == target
+        found = {path.name: path.read_text() for path in target.iterdir()}
+        assert found in ({"model_index.json": "old", "b": "old"}, {"model_index.json": "new", "b": "new"})
+        ends.append(found["b"])
+        with whole_folder(target) as draft:  # the next one that writes there sweeps
+            (draft / "model_index.json").write_text("third")
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+        disk.swept.clear()
+        if ran.returncode == 0:
+            break
+    assert len(ends) >= 4 and ends[0] == "old" and ends[-1] == "new"
+
+
+def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = machine_tag()
+    gone = [f".a.png.{here}-{ended.pid}.part", f".m.{here}-{ended.pid}.part", ".b.0123abcd-1.part", ".c.77.part",
+            f".mine.{here}-{os.getpid()}.part", f".m.{here}-{ended.pid}.old"]  # fmt: skip
+    kept = [f".d.{here}-{os.getppid()}.part", ".e.0123abcd-1.part", ".note.part", "f.part", f"a.{here}-1.part", "m"]
+    for name in (*gone, *kept):
+        if name.startswith(".m."):
+            (tmp_path / name / "unet").mkdir(parents=True)
+        else:
+            (tmp_path / name).write_text("x")
+    for name in (".b.0123abcd-1.part", ".c.77.part"):  # of another machine, and long ago
+        os.utime(tmp_path / name, (1e9, 1e9))
+    disk.swept.clear()
+    with written_whole(tmp_path / "new") as draft:
+        draft.write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "new"])
+    left = draft_name(tmp_path / "later")
+    left.write_text("x")  # as another thread's
+    with written_whole(tmp_path / "newer") as draft:
+        draft.write_text("x")
+    assert left.exists()
+
+
+def test_an_old_folder_gets_its_name_back_and_no_living_process_loses_its_own(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name, process in (("m", ended.pid), ("n", os.getppid()), ("o", os.getpid())):
+        (tmp_path / f".{name}.{machine_tag()}-{process}.old").mkdir()
+        (tmp_path / f".{name}.{machine_tag()}-{process}.old" / "model_index.json").write_text("{}")
+    assert find(str(tmp_path / "m")) == tmp_path / "m"
+    for name in "no":
+        with pytest.raises(UserError, match="there is no model"):
+            find(str(tmp_path / name))

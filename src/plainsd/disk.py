@@ -1,11 +1,23 @@
-"""Atomic writes: files are whole or absent. Texts and JSON are read with one clear error."""
+"""Atomic writes: files are whole or absent. Texts and JSON are read with one clear error.
+
+What is being written has the name of `draft_name`. A process that is killed leaves its drafts; the next one that writes
+into the same folder removes them, see `sweep_drafts`.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -29,7 +41,8 @@ def written_whole(path: Path) -> Iterator[Path]:
 @contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; a file still there at the end is deleted."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = draft_name(path)
+    sweep_drafts(path.parent)
     try:
         with refusals(path, draft):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +50,86 @@ def draft_of(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             draft.unlink()
+
+
+# --- what killed processes leave
+
+DRAFT = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-)?(\d{1,9})\.(?:part|old)")
+FORGOTTEN = 86_400  # seconds after which a draft of another machine is believed to be nobody's
+swept: set[tuple[int, Path]] = set()  # (process, folder): each looks into a folder once, before its first draft there
+sweeping = threading.Lock()
+
+
+def draft_name(path: Path, end: str = "part") -> Path:
+    """`.NAME.MACHINE-PROCESS.part`."""
+    return path.with_name(f".{path.name}.{machine_tag()}-{os.getpid()}.{end}")
+
+
+@cache
+def machine_tag() -> str:
+    """Eight hexadecimal digits of this machine, or container: where its process numbers mean something."""
+    space = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+def sweep_drafts(folder: Path) -> None:
+    """Removes the drafts of killed processes; and where one was killed between two renames, gives the old folder its
+    name back. Drafts of a process that lives stay, and so do another machine's unless they have lain for a day."""
+    here = os.getpid(), folder.absolute()
+    with sweeping:  # so that another thread's first draft comes after it
+        if here in swept:
+            return
+        swept.add(here)
+        for draft in left_in(folder, os.getpid()):
+            with suppress(OSError):
+                if not put_back(draft):
+                    shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
+
+
+def recover(target: Path) -> None:
+    """Gives a folder its name back that a killed `whole_folder` had taken away; nothing otherwise."""
+    if not target.exists():
+        for old in left_in(target.parent):
+            if DRAFT.sub(r"\1", old.name) == target.name:
+                put_back(old)
+
+
+def put_back(draft: Path) -> bool:
+    """Whether a draft is a folder that had the name before, and has it again."""
+    name = draft.with_name(DRAFT.sub(r"\1", draft.name))
+    if draft.suffix != ".old" or name.exists():
+        return False
+    with suppress(OSError):
+        os.replace(draft, name)
+    return name.exists()
+
+
+def left_in(folder: Path, dead: int | None = None) -> list[Path]:
+    """The drafts in a folder whose processes have ended; `dead` counts as ended."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        return [Path(one.path) for one in entries if (m := DRAFT.fullmatch(one.name)) and not is_owned(m, one, dead)]
+    except OSError:
+        return []
+
+
+def is_owned(match: re.Match[str], entry: os.DirEntry, dead: int | None) -> bool:
+    """Whether a draft may be some living process's."""
+    of, process = match[2], int(match[3])
+    if of != machine_tag():
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime < FORGOTTEN
+    if process == dead:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+# --- files
 
 
 def under_free_name(draft: Path, path: Path) -> Path:
@@ -117,28 +210,44 @@ def read_json(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:
     return content
 
 
+def read_cache(path: Path | None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The table in a cache file of ours, of any size; empty where there is none. One that cannot be read is empty too,
+    which `say` is told: it is made again."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = parsed_json(path.read_text("utf-8"), longest=sys.maxsize, most=sys.maxsize)
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    say(f"{path} cannot be read; it is made again")
+    return {}
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder to write into, which replaces `target` on success, and is deleted on an error.
 
     DiskError if the disk refuses any of this; then `target` is unchanged.
     """
+    sweep_drafts(target.parent)
     ours = ("model_index.json", "config.json")  # the folder of a model or a part may be replaced
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not any((target / name).is_file() for name in ours):
         raise UserError(f"{target} exists and is no folder of a model; choose another place")
-    draft, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    draft, old = draft_name(target), draft_name(target, "old")
     try:
         with refusals(target, draft):
-            shutil.rmtree(draft, ignore_errors=True)  # left by a killed process
             draft.mkdir(parents=True)
             yield draft
             for path in draft.rglob("*"):
                 if path.is_file():
                     flush(path)
-            if target.exists():
-                os.replace(target, old)
-            os.replace(draft, target)
+            if not (target.exists() and exchanged(draft, target)):
+                if target.exists():
+                    os.replace(target, old)  # a kill here leaves no folder of that name: see `recover`
+                os.replace(draft, target)
     except BaseException:
         if old.exists():
             os.replace(old, target)
@@ -146,3 +255,17 @@ def whole_folder(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def exchanged(a: Path, b: Path) -> bool:
+    """Exchanges two folders' names in one step, as Linux and macOS can on most file systems; False where not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(a), os.fsencode(b)
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        return libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        return libc.renamex_np(*names, RENAME_SWAP) == 0
+    return False
+
+
+AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2  # of fcntl.h, linux/fs.h and macOS's stdio.h

@@ -8,6 +8,7 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+from plainsd.disk import recover
 from plainsd.errors import UserError
 
 SETTINGS = ("model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*", "*.index*.json")
@@ -23,6 +24,7 @@ def find(source: str | Path | None, variant_file: str | None = None) -> Path:
         if not embedded.is_dir():
             raise UserError("this installation of plainsd lacks the embedded model; reinstall it, or give a model")
         return embedded
+    recover(Path(source))
     if Path(source).exists():
         return Path(source)
     name = str(source)

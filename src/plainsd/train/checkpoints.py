@@ -6,8 +6,11 @@ it is deleted. So every folder named `step-...` is complete.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +21,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from plainsd.disk import flush, flush_folder
-from plainsd.errors import UserError
+from plainsd.disk import flush, flush_folder, read_json
+from plainsd.errors import UserError, shortened
 from plainsd.train.trainer import Trainer
 
 UNFINISHED, UNWANTED = ".saving-", ".removing-"
@@ -30,8 +33,8 @@ class SaveError(OSError):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first."""
-    return sorted(folder.glob("step-*[0-9]"))
+    """All checkpoints, oldest first; what else lies there is none."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
 
 
 def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
@@ -50,6 +53,9 @@ def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
                 save_shards(trainer, unfinished)
             else:
                 save_whole(trainer, unfinished / "state.pt")
+            write_sums(unfinished, "*" if not world.sharded else f"__{world.rank}_*", f"sums-{world.rank}.json")
+            if world.sharded:
+                world.wait()
             if world.first:
                 flush_folder(unfinished)
                 os.replace(unfinished, place)
@@ -72,11 +78,44 @@ def save_whole(trainer: Trainer, path: Path) -> None:
     flush(path)
 
 
+def write_sums(folder: Path, pattern: str, name: str) -> None:
+    """The CRC-32 of each file that was just written, beside them."""
+    sums = {path.name: checksum(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
+    with open(folder / name, "w", encoding="utf-8") as file:
+        file.write(json.dumps(sums))
+    flush(folder / name)
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    total = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            total = zlib.crc32(part, total)
+    return total
+
+
+def check_sums(folder: Path) -> None:
+    """UserError for a file that is not as it was written. States of older runs have no sums."""
+    remedy = f"remove {folder} to go on from the state before"
+    for table in sorted(folder.glob("sums-*.json")):
+        for name, total in read_json(table, remedy).items():
+            path = folder / Path(name).name
+            if not path.is_file() or checksum(path) != total:
+                raise UserError(f"{path} is damaged: its bytes are not those that were written; {remedy}")
+
+
 def restore(trainer: Trainer, folder: Path) -> None:
-    """Loads the newest checkpoint, if there is one."""
+    """Loads the newest checkpoint, if there is one. UserError where it is damaged or another model's."""
     found = checkpoints(folder)
     if not found:
         return
+    try:
+        check_sums(found[-1])
+    except OSError as error:
+        raise UserError(f"cannot read {found[-1]} ({error.strerror}); give another --out") from error
+    if not any((found[-1] / name).is_file() for name in ("state.pt", ".metadata")):
+        raise UserError(f"{found[-1]} holds no state; remove it to go on from the state before")
     if trainer.world.sharded != (not (found[-1] / "state.pt").is_file()):
         how = "without" if trainer.world.sharded else "with"
         raise UserError(f"{found[-1]} was saved {how} --shard; go on as the run began")
@@ -85,11 +124,12 @@ def restore(trainer: Trainer, folder: Path) -> None:
     file = found[-1] / "state.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"cannot read {file} ({str(error).splitlines()[0]}); remove {found[-1]} to go on from the state before"
-        ) from error
-    trainer.load_state(state)
+        trainer.load_state(state)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything, and so can one that holds something else
+        what = shortened(f"{type(error).__name__}: {error}", 100)
+        raise UserError(f"cannot read {file} ({what}); remove {found[-1]} to go on from the state before") from error
 
 
 def sweep(folder: Path) -> None:
@@ -129,7 +169,7 @@ def load_shards(trainer: Trainer, folder: Path) -> None:
     except CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise UserError(
-            f"cannot read the state {folder} ({reason}); it may be of another model, or damaged: give "
+            f"cannot read the state {folder} ({shortened(reason, 100)}); it may be of another model, or damaged: give "
             "another --out, or remove it to go on from the state before"
         ) from error
     set_optimizer_state_dict(trainer.loss, trainer.optimizer, state["optimizer"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from dataclasses import field as made_by
@@ -30,6 +31,7 @@ from plainsd.train.data.examples import Examples
 from plainsd.train.data.heldout import of_run
 from plainsd.train.data.latents import Latents, cache_latents
 from plainsd.train.data.pictures import PictureSet, described, joined_sets
+from plainsd.train.data.record import changes, picture_digests, record
 from plainsd.train.data.sources import Reading, parse_source, read_source
 from plainsd.train.objective import Objective
 from plainsd.train.options import FitOptions, TrainOptions, given
@@ -53,6 +55,7 @@ class TrainJob:
     world: World
     dtype: torch.dtype  # of the arithmetic
     identity: dict[str, str] = made_by(default_factory=dict)  # as checked by `check_options`
+    trained_on: list[str] = made_by(default_factory=list)  # digests of the pictures, see data/record.py
 
     @property
     def out(self) -> Path:
@@ -85,7 +88,7 @@ class TrainJob:
         if self.options.pace.seed != RANDOM:
             return
         file = self.out / OPTIONS_FILE
-        seed = int(read_json(file).get("seed", 0)) if file.is_file() else drawn_seed()
+        seed = recorded_seed(file) if file.is_file() else drawn_seed()
         seed = int(self.world.total([seed if self.world.first else 0])[0])
         self.say(f"seed {seed}")
         self.options = replace(self.options, pace=replace(self.options.pace, seed=seed))
@@ -109,7 +112,7 @@ class TrainJob:
         """A run resumes only with the same options, except for those without effect on it, and for more steps or
         epochs. With cosine decay, more steps change the learning rate from here on."""
         path, now = self.out / OPTIONS_FILE, flat(self.options) | more
-        old = read_json(path) if path.is_file() else {}
+        old = read_json(path, DAMAGED) if path.is_file() else {}
         for name in now if old else ():
             if name in ("steps", "epochs") and longer(old.get(name), now[name]):
                 self.say(f"{self.out} was to end after {old[name]} {name}; it goes on to {now[name]}")
@@ -125,6 +128,8 @@ class TrainJob:
         """Takes the folder for this run. Called after all checks."""
         if self.world.first:
             says = f"plainsd train --config {self.out / CONFIG_FILE}\nPaths are as they were given, in {Path.cwd()}."
+            with saving("what is trained on"):
+                record(self.trained_on, self.out)
             claim(self.out, self.identity, config.config_text(self.options, says))
 
     # ---- pictures
@@ -147,7 +152,17 @@ class TrainJob:
             pictures, heldout = pictures.split(data.hold_out, self._held(pictures))
             heldout = PictureSet(heldout.items, size, Framing(data.buckets))
         self.say(described(pictures))
+        self.compare(pictures)
         return pictures, heldout
+
+    def compare(self, pictures: PictureSet) -> None:
+        """Says whether the pictures are those of the run's last start."""
+        if not self.world.first:
+            return
+        with saving("what is trained on"):
+            self.trained_on = picture_digests(pictures.items, self.out / "cache")
+        if checkpoints(self.out / "checkpoints") and (what := changes(self.trained_on, self.out)):
+            self.say(f"the pictures are not those that {self.out} was trained on so far: {what}; it goes on with these")
 
     def read(self, source: str, size: int, *others: Path | None) -> PictureSet:
         """One source, without other sources and the run's folder, which may lie inside it."""
@@ -332,9 +347,20 @@ class TrainJob:
         return sample
 
 
-def longer(old: str | None, now: str) -> bool:
+def longer(old: object, now: str) -> bool:
     """Of two numbers of steps or epochs as text, None among them."""
-    return old is not None and old.isdigit() and now.isdigit() and int(now) > int(old)
+    return isinstance(old, str) and old.isdecimal() and now.isdecimal() and int(now) > int(old[:20])
+
+
+DAMAGED = "put it back from a copy, or give another --out"
+
+
+def recorded_seed(file: Path) -> int:
+    """Of the run with these options."""
+    seed = read_json(file, DAMAGED).get("seed", "0")
+    if not (isinstance(seed, str) and re.fullmatch(r"\d{1,20}", seed)):
+        raise UserError(f"{file} is damaged: it has the seed {seed!r}; {DAMAGED}")
+    return int(seed)
 
 
 def flat(options) -> dict[str, str]:

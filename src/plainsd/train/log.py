@@ -2,14 +2,15 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 from plainsd.disk import written_whole
-from plainsd.json_reader import parsed_json
+from plainsd.json_reader import BadJSON, parsed_json
 
 
 class Log:
-    """JSON lines. On resume, lines of steps after the checkpoint are dropped."""
+    """JSON lines. On resume, lines of steps after the checkpoint are dropped, and what is no line of a log."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -22,17 +23,31 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
-        lines = [line for line in read_log(self.path) if line["step"] <= step]
+        """To the state of a step; before the first, 0, there is none."""
+        lines = [line for line in read_log(self.path, warn=True) if line["step"] <= step and step]
         with written_whole(self.path) as unfinished:
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def read_log(path: Path) -> list[dict]:
-    """Every complete line; a truncated last one is ignored."""
+def read_log(path: Path, *, warn: bool = False) -> list[dict]:
+    """Every line of a log; a truncated last one, and what is none, is left out, and counted on stderr with `warn`."""
     if not path.is_file():
         return []
-    lines = path.read_text("utf-8").split("\n")
-    return [parsed_json(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    lines = path.read_text("utf-8", errors="replace").split("\n")
+    found = [one for line in lines if (one := read_line(line)) is not None]
+    if warn and (strange := sum(bool(line.strip()) for line in lines[:-1]) - len(found)) > 0:
+        print(f"{path}: {strange} lines are none of a log; they are left out", file=sys.stderr)
+    return found
+
+
+def read_line(line: str) -> dict | None:
+    """A step with its numbers, or None."""
+    try:
+        read = parsed_json(line)
+    except BadJSON:
+        return None
+    numbers = isinstance(read, dict) and all(value is None or type(value) in (int, float) for value in read.values())
+    return read if numbers and type(read.get("step")) is int else None
 
 
 def draw_curve(log: Path, path: Path) -> None:

@@ -63,7 +63,7 @@ def loras_from(text: str) -> list[tuple[str, float]]:
     return [(str(name), float(strength)) for name, strength in parsed_json(text)]
 
 
-def shortened(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from plainsd.disk import written_whole
+from plainsd.disk import DRAFT, written_whole
 from plainsd.errors import UserError
 from plainsd.json_reader import parsed_json
 from plainsd.pictures.images import write_png
@@ -32,14 +32,13 @@ from plainsd.server.jobs.pictures import (
     NO_SETTINGS,
     UNREADABLE,
     Picture,
+    error_summary,
     loras_from,
     settings_from,
-    shortened,
     with_lora_tags,
 )
 
 INPUT = re.compile(r"[0-9a-f]{32}\.png")  # names of `canvas.InitImages.as_source`
-DRAFT = re.compile(r"\..+\.\d+\.part")  # names of `disk.draft_of`
 TRASHED = "SELECT 1 FROM images WHERE id = ? AND deleted IS NOT NULL"
 THUMBNAIL = 320  # pixels, the longer side
 
@@ -172,7 +171,9 @@ class Store:
             )  # fmt: skip
         except UNREADABLE as error:
             return Job(
-                **known, settings=[NO_SETTINGS], problem=f"its row in the database cannot be read ({shortened(error)})"
+                **known,
+                settings=[NO_SETTINGS],
+                problem=f"its row in the database cannot be read ({error_summary(error)})",
             )
 
     def counts(self) -> dict[str, int]:
@@ -258,7 +259,7 @@ class Store:
         try:
             settings, loras = settings_from(parsed_json(row["settings"])), loras_from(row["loras"])
         except UNREADABLE as error:
-            why = f"its settings in the database cannot be read ({shortened(error)})"
+            why = f"its settings in the database cannot be read ({error_summary(error)})"
             return Picture(**known, settings=NO_SETTINGS, loras=[], problem=why)
         return Picture(**known, settings=settings, loras=loras)
 

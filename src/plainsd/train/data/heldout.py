@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from plainsd.disk import read_json, written_whole
+from plainsd.disk import read_cache, read_json, written_whole
 from plainsd.errors import UserError
 from plainsd.train.order import random
 
@@ -42,7 +42,7 @@ def count_of(share: float, count: int) -> int:
 
 def digests(items: Sequence[Kept], known: Path | None = None) -> list[str]:
     """The digest of each picture's stored bytes. `known`: a cache file."""
-    told = read_json(known) if known and known.is_file() else {}
+    told = {mark: digest for mark, digest in read_cache(known).items() if isinstance(digest, str)}
     before, found = len(told), []
     for item in items:
         mark = item.mark()
@@ -92,8 +92,14 @@ def of_run(
 
 def kept(items: Sequence[Kept], marks: Sequence[str], record: Path) -> set[int]:
     """The indices of the pictures that a run recorded."""
-    written = read_json(record)["pictures"]
-    contents, places = {mark for mark, _ in written}, {place for _, place in written if place}
+    remedy = "put it back from a copy, or give another --out"
+    try:
+        written = read_json(record, remedy)["pictures"]
+        contents, places = {str(mark) for mark, _ in written}, {str(place) for _, place in written if place}
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{record} is damaged: it lists no pictures; {remedy}") from error
     return {i for i, item in enumerate(items) if marks[i] in contents or item.place in places}
 
 

@@ -7,6 +7,7 @@ new pictures are encoded.
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from plainsd.pictures.images import to_mask, to_tensor
 from plainsd.train.data.crops import Framing, View, cut_out
 from plainsd.train.data.pictures import PictureSet
 from plainsd.train.order import Pick
+
+KEY_LINE = re.compile(r"^([0-9a-f]{16}) (\d{1,15}) (\d{1,15})$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def cache_latents(
     sizes = [channels * h * w for h, w in shapes]  # of one view, in numbers
     starts = [0, *itertools.accumulate(size * count for size in sizes)]
     path = folder / f"latents-{fingerprint(vae, pictures)}.f16"
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size != 2 * starts[-1]:
         folder.mkdir(parents=True, exist_ok=True)
         wanted = [
             WantedView(i, view, starts[i] + n * sizes[i], sizes[i])
@@ -140,7 +143,7 @@ def _made(
     """(start, float16 bytes) of every view: copied from another file of the folder, or encoded."""
     kept, missing = _kept(folder), []
     for key, want in zip(keys, wanted, strict=True):
-        if key in kept:
+        if key in kept and kept[key][2] == want.size:
             file, start, size = kept[key]
             with open(file, "rb") as source:
                 source.seek(2 * start)
@@ -223,6 +226,8 @@ def _kept(folder: Path) -> dict[str, tuple[Path, int, int]]:
     for keys in sorted(folder.glob("latents-*.keys")):
         file = keys.with_suffix(".f16")
         if file.is_file():
-            lines = (line.split() for line in keys.read_text("utf-8").split("\n") if line)
-            kept |= {key: (file, int(start), int(size)) for key, start, size in lines}
+            lines = KEY_LINE.findall(keys.read_text("utf-8", errors="replace"))
+            there = file.stat().st_size // 2
+            found = ((key, int(start), int(size)) for key, start, size in lines)
+            kept |= {key: (file, start, size) for key, start, size in found if start + size <= there}
     return kept

@@ -16,9 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from plainsd.disk import written_whole
+from plainsd.disk import read_cache, written_whole
 from plainsd.errors import UserError
-from plainsd.json_reader import parsed_json
 from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture, to_tensor
 from plainsd.train.data.crops import Framing, View, cut_out, view_of
@@ -224,7 +223,7 @@ def scan(
     say: Callable[[str], None] = print,
 ) -> tuple[Entry, ...]:
     """The entries that can be used, with their sizes. `found` has each with what is wrong with it already, or None."""
-    whole = parsed_json(known.read_text("utf-8")) if known and known.is_file() else {}
+    whole = {mark: size for mark, size in read_cache(known, say).items() if is_size(size)}
     entries, bad, before = [], [], len(whole)
     for entry, fault in tqdm(found, "checking pictures", disable=None if check else True, leave=False):
         fault = fault or (None if entry.texts else "no caption")
@@ -245,6 +244,10 @@ def scan(
             f"(first: {bad[0]}); mend them or raise --bad-share"
         )
     return tuple(entries)
+
+
+def is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side >= SMALLEST for side in value)
 
 
 def _checked(entry: Entry, whole: dict[str, Sequence[int]]) -> tuple[Entry, str | None]:
