@@ -41,6 +41,13 @@ def test_help_of_each_command_needs_no_torch(name):
     code = f"import sys, plainsd.cli; print(plainsd.cli.main([{name!r}, '--help']), 'torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert f"usage: plainsd {name}" in said and said.endswith("0 False\n")
+    assert "default: False" not in said  # of a switch this is no news
+
+
+def test_a_choice_that_is_none_of_those_offered(capsys):
+    assert main(["extract-lora", "a", "b", "--out", "c", "--naming", "x"]) == 2
+    said = "plainsd: --naming: 'x' is not one of kohya, peft, diffusers; see plainsd extract-lora --help\n"
+    assert capsys.readouterr().err == said
 
 
 def test_version(capsys):
@@ -328,9 +335,16 @@ WRONG = {
     "huge": (["x", "--size", "64", "80000"], "out of range"),
     "steps": (["x", "--steps", "0"], "steps 0 is out of range"),
     "too many steps": (["x", "--steps", "1001"], "steps 1001 is out of range"),
-    "no number": (["x", "--steps", "many"], "--steps: cannot read ['many']"),
+    "no number": (["x", "--steps", "many"], "plainsd: --steps: 'many' is not a whole number; see"),
+    "half a number": (["x", "--count", "1.5"], "plainsd: --count: '1.5' is not a whole number; see"),
+    "a word as guidance": (["x", "--guidance", "high"], "plainsd: --guidance: 'high' is not a number; see"),
+    "a word in a pair": (["x", "--interval", "1", "b"], "plainsd: --interval: 'b' is not a number; see"),
+    "a word in a repeated pair": (["x", "--control-range", "a", "1"], "--control-range: 'a' is not a number; see"),
+    "a word as a repeated number": (["x", "--control-kind", "b"], "--control-kind: 'b' is not a whole number; see"),
+    "no value": (["x", "--device"], "plainsd: --device needs a value; see"),
+    "one of two values": (["x", "--interval", "1"], "plainsd: --interval needs 2 values; see"),
     "a word as size": (["--size", "64", "x", "--steps", "2"], "--size: 'x' is not a whole number"),
-    "half a size": (["x", "--size", "64"], "--size"),
+    "half a size": (["x", "--size", "64"], "--size needs 2 values"),
     "unknown flag": (["x", "--sped", "3"], "--sped"),
     "misspelled flag": (["x", "--stepz", "3"], "--stepz, 3; did you mean --steps?"),
     "two prompts": (["x", "y"], "Unrecognized options: y"),

@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "plainsd"
 ORDER = (  # lowest first: a file imports from its own room and from those above it here
     "errors",
     "json_reader",
+    "arguments",
     "listing",
     "disk",
     "allocator",

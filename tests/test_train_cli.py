@@ -666,7 +666,7 @@ CONFIGS = {
     "dora = 'yes'": "dora = 'yes' cannot be read; give true or false",
     "[lora]\nrank = 8": "unknown option 'lora'",
     "rank = 2026-01-01": "cannot be read",
-    "rank = 'many'": "Error parsing --rank: 'many' is not a whole number",
+    "rank = 'many'": "--rank: 'many' is not a whole number",
     "rank 8": "is no TOML file: ",
     "rank = 8\nrank = 9": "is no TOML file: ",
     "": "missing: --method, --data, --out",

@@ -7,18 +7,15 @@ A sub-command is a dataclass with a `run()` that returns an exit code, or None f
 and imports torch only in `run()`, so that help is instant.
 """
 
-import io
 import os
-import re
 import sys
-import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from importlib import import_module
 
 from plainsd import __version__
+from plainsd.commands.parsing import parsed
 from plainsd.errors import UserError, unknown
 
 COMMANDS = {                          # name: module, class, what it does
@@ -39,11 +36,6 @@ COMMANDS = {                          # name: module, class, what it does
 }  # fmt: skip
 HELP = ("-h", "--help")
 DRAWING = ("generate", "upscale", "explain", "eval", "serve")  # commands that gain from keeping freed memory
-PLAINLY = (
-    (r"no type matching .+ could be instantiated from", "cannot read"),
-    (r"invalid literal for int\(\) with base 10: (.+)", r"\1 is not a whole number"),
-    (r"could not convert string to float: (.+)", r"\1 is not a number"),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,36 +116,3 @@ def overview() -> str:
     return "\n".join(
         [*lines, "", "plainsd COMMAND --help shows the flags of a command, plainsd --version the version."]
     )
-
-
-def parsed(kind: type, name: str, arguments: list[str]):
-    """The flags as an instance of the command's dataclass; None if help was printed. One-line errors."""
-    import tyro
-
-    stderr = io.StringIO()
-    try:
-        with redirect_stderr(stderr):
-            return tyro.cli(kind, prog=f"plainsd {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        raise UserError(f"{in_one_line(stderr.getvalue())}; see plainsd {name} --help") from None
-
-
-def in_one_line(box: str) -> str:
-    """The message in tyro's framed box under a title, up to the next rule: `Error parsing --steps: ...`."""
-    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()[1:]]
-    lines = lines[1:] if lines and not lines[0].strip("-─") else lines  # the frame in ASCII terminals
-    ends = (i for i, line in enumerate(lines) if (line and not line.strip("-─")) or line == "Got errors:")
-    end = next(ends, len(lines))
-    line = " ".join(lines[:end])
-    missing = re.findall(
-        r"^[^\w-]{0,2} {4}(--[a-z-]+|[A-Z][A-Z-]+)\b", box, re.MULTILINE
-    )  # their help is indented by 8
-    if line.startswith("Missing from") and missing:
-        line = f"missing: {', '.join(missing)}"
-    for pattern, plainly in PLAINLY:
-        line = re.sub(pattern, plainly, line)
-    if "Perhaps you meant:" in lines:
-        line += f"; did you mean {lines[lines.index('Perhaps you meant:') + 1].split()[0]}?"
-    return textwrap.shorten(line, 300).rstrip(".")

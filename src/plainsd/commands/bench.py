@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional
 
+from plainsd.arguments import Switch
 from plainsd.commands.flags import flag
 from plainsd.errors import UserError, unknown
 
@@ -33,7 +34,7 @@ class Bench:
     """an SD 1.x model in diffusers layout; random weights of the same shapes if not given"""
     rounds: Annotated[int, flag("N")] = 5
     """rounds per side"""
-    compile: bool = False
+    compile: Switch = False
     """also time torch.compile, which takes minutes to compile"""
     out: Annotated[Path | None, flag("FOLDER")] = None
     """where to write bench.json and bench.png"""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from plainsd.commands.flags import flag, several
+from plainsd.commands.flags import flag
 from plainsd.commands.output import check_writable
 from plainsd.errors import UserError, unknown
 from plainsd.pictures.settings import RANDOM, drawn_seed, read_seed
@@ -32,7 +32,7 @@ class Explain:
     """folder, single file or Hub id of a model; the embedded model if not given"""
     negative: Annotated[str, flag("TEXT")] = ""
     """negative prompt"""
-    size: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
+    size: Annotated[tuple[int, int] | None, flag("W H")] = None
     """in pixels, multiples of 8"""
     steps: Annotated[int | None, flag("N")] = None
     """sampling steps"""

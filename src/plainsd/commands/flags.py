@@ -7,22 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
-from tyro.constructors import PrimitiveConstructorSpec
+
+from plainsd.arguments import Switch
 
 
 def flag(metavar: str, name: str | None = None):
     return arg(metavar=metavar, name=name, help_behavior_hint=default_hint)
-
-
-def several(kind: type, count: int):
-    """Exactly `count` values of `kind`, or None. tyro's own `tuple | None` is greedy, and would consume the prompt."""
-    return PrimitiveConstructorSpec(
-        nargs=count,
-        metavar="",
-        instance_from_str=lambda texts: tuple(map(kind, texts)),
-        is_instance=lambda value: value is None or isinstance(value, tuple),
-        str_from_instance=lambda value: [] if value is None else list(map(str, value)),
-    )
 
 
 def default_hint(default: str) -> str:
@@ -47,7 +37,7 @@ class GenerateFlags:
     """a LoRA, such as style.safetensors:0.8; repeatable"""
     lora_folder: Annotated[Path | None, flag("FOLDER")] = None
     """where to look for LoRAs named in prompts, as in <lora:style:0.8>"""
-    lora_partial: bool = False
+    lora_partial: Switch = False
     """ignore the parts of a LoRA that do not fit the model"""
     embedding: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:WORD")] = ()
     """a textual-inversion embedding and its word, such as cat.pt:<cat>, or FILE alone; repeatable"""
@@ -58,7 +48,7 @@ class GenerateFlags:
     Without any, --image is read (with --mask: the map of inpainting nets)"""
     control_range: Annotated[UseAppendAction[tuple[tuple[float, float], ...]], flag("START END")] = ()
     """fractions of the steps between which it acts (default 0 1); one for each --control, or one for all"""
-    guess: bool = False
+    guess: Switch = False
     """guess mode: control on the cond pass only, weaker at finer levels (0.1 to 1); made for use without a
     prompt, at guidance 3 to 5"""
     control_mode: Annotated[str | None, flag("NAME")] = None
@@ -86,13 +76,13 @@ class GenerateFlags:
     """negative prompt"""
     wildcards: Annotated[Path | None, flag("FOLDER")] = None
     """folder of text files, one choice a line, for prompts with __colours__; {red|blue} needs none"""
-    combinations: bool = False
+    combinations: Switch = False
     """every combination of the prompt's choices instead of random ones"""
     style: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
     """a style to apply to the prompt; repeatable"""
     styles: Annotated[Path, flag("FILE")] = Path("styles.csv")
     """CSV file of styles, in A1111's format: name,prompt,negative_prompt"""
-    size: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
+    size: Annotated[tuple[int, int] | None, flag("W H")] = None
     """in pixels, multiples of 8; with --image any size, the picture is scaled to it"""
     steps: Annotated[int | None, flag("N")] = None
     """sampling steps"""
@@ -117,7 +107,7 @@ class GenerateFlags:
     """source of the random numbers: cpu, nv (those of an NVIDIA GPU, on any device) or comfyui"""
     ensd: Annotated[int | None, flag("N")] = None
     """A1111's eta noise seed delta (ENSD), added to the seed for ancestral noise"""
-    seed_resize: Annotated[tuple[int, int] | None, flag("W H"), several(int, 2)] = None
+    seed_resize: Annotated[tuple[int, int] | None, flag("W H")] = None
     """initial noise of a picture of this size, in the middle of this one's (A1111's resize seed)"""
     count: Annotated[int, flag("N")] = 1
     """pictures per prompt"""
@@ -147,9 +137,9 @@ class GenerateFlags:
     """inpaints only the masked area plus this margin, at --size"""
     masked_content: Annotated[str | None, flag("NAME")] = None
     """initial content under the mask: original, fill, noise or nothing"""
-    soft_mask: bool = False
+    soft_mask: Switch = False
     """grey levels of the mask set how early each pixel starts to change (differential diffusion)"""
-    outpaint: Annotated[tuple[int, int, int, int] | None, flag("L T R B"), several(int, 4)] = None
+    outpaint: Annotated[tuple[int, int, int, int] | None, flag("L T R B")] = None
     """extend --image by this many pixels at the left, top, right and bottom"""
     hires: Annotated[float | None, flag("TIMES")] = None
     """hires fix: a second pass on the picture enlarged by this factor"""
@@ -181,7 +171,7 @@ class GenerateFlags:
     """fresh noise per step, 0 to 1, for samplers with this option"""
     rescale: Annotated[float | None, flag("FRACTION")] = None
     """guidance rescale, 0 to 1, such as 0.7"""
-    interval: Annotated[tuple[float, float] | None, flag("LOW HIGH"), several(float, 2)] = None
+    interval: Annotated[tuple[float, float] | None, flag("LOW HIGH")] = None
     """guidance interval: guidance only between these noise levels (sigma)"""
     perturbed: Annotated[float | None, flag("SCALE")] = None
     """perturbed-attention guidance, such as 3"""
@@ -193,7 +183,7 @@ class GenerateFlags:
     """of it, the fraction of the component parallel to the cond estimate that is kept, 0 to 1"""
     apg_momentum: Annotated[float | None, flag("FRACTION")] = None
     """of it, the momentum over steps, such as -0.5"""
-    tiling: bool = False
+    tiling: Switch = False
     """seamless tiling: a picture that repeats without a visible seam"""
     cache: Annotated[int | None, flag("N")] = None
     """DeepCache: run the UNet's deep layers only every N steps; faster, slightly different pictures"""
@@ -208,11 +198,11 @@ class GenerateFlags:
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16"""
-    fast: bool = False
+    fast: Switch = False
     """pack the weights for the processor: takes a second at the start, speeds up every step; equal up to rounding"""
-    compile: bool = False
+    compile: Switch = False
     """use torch.compile too, which takes minutes for each new size"""
-    int8: bool = False
+    int8: Switch = False
     """8-bit UNet weights: less memory, slightly different pictures; needs torchao"""
-    low_memory: bool = False
+    low_memory: Switch = False
     """use the least memory, at the cost of time; switched on by itself, with a note, if memory is short"""

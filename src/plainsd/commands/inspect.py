@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction
 
+from plainsd.arguments import Switch
 from plainsd.commands.flags import flag
 
 
@@ -50,7 +51,7 @@ class Convert:
     """model family of a single file, if its tensor shapes are ambiguous"""
     lora: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
     """LoRA, LoHa or LoKr to merge into the weights; repeatable"""
-    lora_partial: bool = False
+    lora_partial: Switch = False
     """ignore the parts of a LoRA that do not fit the model"""
     prediction: Annotated[str | None, flag("NAME")] = None
     """override what it predicts: epsilon or v_prediction"""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
+from plainsd.arguments import Switch
 from plainsd.commands.flags import flag
 from plainsd.commands.inspect import check_family
 
@@ -26,7 +27,7 @@ class Merge:
     """where to write it"""
     share: float = 0.5
     """weight of B, 0 to 1; with --difference the weight of the difference, usually 1"""
-    difference: bool = False
+    difference: Switch = False
     """add the difference B - C to A"""
     layout: Annotated[str | None, flag("NAME")] = None
     """diffusers (a folder) or single-file; if not given, single-file where DST ends in .safetensors"""

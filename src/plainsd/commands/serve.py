@@ -11,6 +11,7 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
+from plainsd.arguments import Switch
 from plainsd.commands.flags import flag
 from plainsd.errors import UserError
 from plainsd.text.styles import read_styles
@@ -67,7 +68,7 @@ class Serve:
     """maximum pictures per job"""
     max_seconds: Annotated[float, flag("S")] = 3600
     """time limit per job, in seconds"""
-    fast: bool = False
+    fast: Switch = False
     """pack the weights for the processor, as `plainsd generate --fast`; not with --loras"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""

@@ -68,7 +68,8 @@ def options_of(kind: type) -> dict[str, Any]:
         if isinstance(inner, type) and is_dataclass(inner):
             found |= options_of(inner)
         elif field.name != OPTION.strip("-"):
-            found[field.name.replace("_", "-")] = field.type
+            annotated = getattr(field.type, "__origin__", None)  # bool of Annotated[bool, ...]
+            found[field.name.replace("_", "-")] = bool if annotated is bool else field.type
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from tyro.conf import OmitArgPrefixes
 from tyro.constructors import PrimitiveConstructorSpec
 
+from plainsd.arguments import Switch
 from plainsd.errors import UserError
 from plainsd.pictures.settings import Settings, read_seed
 
@@ -43,13 +44,13 @@ class Data:
     """share of the data to hold out for validation instead; the same pictures throughout a run"""
     size: int | None = None
     """width and height of the training pictures, in pixels; the model's if not given"""
-    buckets: bool = False
+    buckets: Switch = False
     """aspect-ratio buckets: each picture keeps about its shape, at about size x size pixels in all"""
     crop: Literal["centre", "random"] = "centre"
     """how a picture of another shape is cropped"""
     places: int = 4
     """with --crop random: crops per picture, drawn once"""
-    flip: bool = False
+    flip: Switch = False
     """also use each picture mirrored"""
     caption: str | None = None
     """caption of pictures without one, such as "a photo of <cat>" """
@@ -63,7 +64,7 @@ class Data:
     """likewise"""
     split: str = "train"
     """split of a dataset on the hub"""
-    stream: bool = False
+    stream: Switch = False
     """stream only the first --limit pictures of a dataset"""
     limit: int | None = None
     """only the first N pictures of each source"""
@@ -106,11 +107,11 @@ class Steps:
     device: str = "auto"
     dtype: str = "auto"
     """precision: bfloat16 (autocast, float32 weights) or float32; auto: whichever suits the device"""
-    checkpointing: bool = False
+    checkpointing: Switch = False
     """gradient checkpointing: less memory, a third more time"""
-    adam8bit: bool = False
+    adam8bit: Switch = False
     """8-bit AdamW; needs torchao, and on a CPU a C++ compiler"""
-    shard: bool = False
+    shard: Switch = False
     """with torchrun: shard weights, gradients and optimizer states over the processes (FSDP2)"""
 
 
@@ -130,7 +131,7 @@ class Telling:
     log_every: int = 20
     validate_every: int = 500
     sample_every: int = 1000
-    tensorboard: bool = False
+    tensorboard: Switch = False
     """also log for TensorBoard"""
     save_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """dtype of the saved result"""
@@ -171,7 +172,7 @@ class Prior:
 class LoraOptions:
     """Methods full and lora."""
 
-    text_encoder: bool = False
+    text_encoder: Switch = False
     """train the text encoders too"""
     kind: Literal["lora", "loha", "lokr"] = "lora"
     """low-rank product (LoRA), elementwise product of two (LoHa), or Kronecker product (LoKr)"""
@@ -182,11 +183,11 @@ class LoraOptions:
     """lokr: largest side of the smaller matrix; as square as possible if not given"""
     targets: str = "attention"
     """target modules: attention, transformers, all-linear, all, or a pattern such as '*.cross_attn.*'"""
-    conv: bool = False
+    conv: Switch = False
     """train convolutions too"""
-    dora: bool = False
+    dora: Switch = False
     """weight-decomposed (DoRA)"""
-    half_base: bool = False
+    half_base: Switch = False
     """keep frozen weights in bfloat16: half the memory"""
 
 
@@ -231,7 +232,7 @@ class FromScratch:
     """vae: weight of the patch discriminator"""
     patch_after: int = 0
     """vae: pictures seen before the discriminator starts"""
-    decoder_only: bool = False
+    decoder_only: Switch = False
     """vae: freeze the encoder of --base, so that its UNets still fit"""
 
 
