@@ -148,7 +148,7 @@ def test_bad_single_files(tmp_path, small_families):
         ({"x": torch.zeros(1)}, "no kind of file"),
     ):
         save_file(content, tmp_path / "c.safetensors")
-        with pytest.raises(UserError, match=f"is no single-file checkpoint: it seems to be {what}"):
+        with pytest.raises(UserError, match=f"is not a single-file checkpoint: it seems to be {what}"):
             load(tmp_path / "c.safetensors", **CPU)
     save_file(tensors, tmp_path / "d.safetensors", metadata={"plainsd.files": "[1"})
     with pytest.raises(UserError, match="the note 'plainsd.files' in its metadata is not JSON"):

@@ -141,7 +141,7 @@ def test_half_a_clip_is_refused(tmp_path, folder, capsys):
     from test_image_prompt import tower_of_transformers
 
     tower_of_transformers().save_pretrained(tmp_path / "tower")
-    for path, says in ((tmp_path / "tower", "the vision tower of a CLIP alone"), (folder.parent, "holds no weights")):
+    for path, says in ((tmp_path / "tower", "the image encoder of a CLIP alone"), (folder.parent, "holds no weights")):
         with pytest.raises(UserError, match=says):
             open_clip(path)
 

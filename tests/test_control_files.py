@@ -1,4 +1,4 @@
-"""Control nets in files: every form there and back, told by contents, and what is wrong in one line."""
+"""ControlNets in files: every form there and back, told by contents, and what is wrong in one line."""
 
 import json
 
@@ -121,7 +121,7 @@ def test_differences_are_added_to_the_base(sd, tmp_path, tiny_known, prefix):
     plainsd.save_control(found, tmp_path / "whole.safetensors")
     whole = load_file(tmp_path / "whole.safetensors")
     assert all((whole["control_model." + name] - tensor).abs().max() < 1e-6 for name, tensor in expected.items())
-    with pytest.raises(UserError, match="is a control net's difference to a base, and needs the model that it is for"):
+    with pytest.raises(UserError, match="is a ControlNet's difference to a base, and needs the model that it is for"):
         plainsd.load_control(tmp_path / "d.safetensors", **CPU)
 
 
@@ -192,7 +192,7 @@ def test_info_says_what_it_is(net, tmp_path, capsys):
         plainsd.save_control(net, tmp_path / name)
         code, out, _ = run(capsys, "info", tmp_path / name)
         kinds = ", for 4 kinds of maps" if net.control.kinds else ""
-        assert code == 0 and f"{tmp_path / name}: a control net{kinds}" in out
+        assert code == 0 and f"{tmp_path / name}: a ControlNet{kinds}" in out
         assert f"{sum(p.numel() for p in net.parameters()):,} numbers" in out
 
 
@@ -267,7 +267,7 @@ def test_an_inpainting_net_reads_picture_and_mask(sd, generate, tmp_path):
         (["--control", "NET", "--control-image", "nowhere.png"], "picture 'nowhere.png' does not exist"),
         (["--control", "NET", "--control-image", "MAP", "--preprocess", "hed"], "unknown preprocessor 'hed'"),
         (["--control", "MAP", "--control-image", "MAP"], "map.png"),
-        (["--control", "MODEL", "--control-image", "MAP"], "is no control net"),
+        (["--control", "MODEL", "--control-image", "MAP"], "is not a ControlNet"),
         (["--control", "NET", "--control-image", "MAP", *["--control-range", "0", "1"] * 2], "2 --control-range for 1"),
         (["--control", "NET", "--control-image", "MAP", "--control-range", "0.7", "0.2"], "act from 0.7 to 0.2"),
         (["--control", "NET", "--control-image", "MAP", "--control-mode", "ballanced"], "unknown control mode"),
@@ -366,7 +366,7 @@ def test_broken_nets_are_named(sd, tmp_path, damage):
         where = tmp_path / "x.safetensors"
         save_file(tensors, where)
     says = {"missing": "1 names missing", "more": "1 unexpected", "shape": "conv_in.bias", "config": "class_embed_type",
-            "note": "is not JSON", "size": "of a size that is not known here"}[damage]  # fmt: skip
+            "note": "is not JSON", "size": "of an unknown size"}[damage]  # fmt: skip
     with pytest.raises(UserError, match=says):
         plainsd.load_control(where, **CPU)
 

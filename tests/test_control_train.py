@@ -1,4 +1,4 @@
-"""Training a control net: gradients equal to diffusers', data with maps, resuming, the command."""
+"""Training a ControlNet: gradients equal to diffusers', data with maps, resuming, the command."""
 
 import json
 from dataclasses import replace
@@ -231,7 +231,7 @@ def test_the_command(model, folder, tmp_path, capsys):
              "64", "--device", "cpu", "--dtype", "float32", "--batch", "2", "--accumulate", "1", "--lr", "1e-3",
              "--prompts", str(tmp_path / "prompts.txt"), "--save-dtype", "float32", "--hold-out", "0.2"]  # fmt: skip
     assert main([*flags, "--steps", "2"]) == 0, capsys.readouterr().err
-    assert (out / "samples").is_dir() and "control net in" in capsys.readouterr().out
+    assert (out / "samples").is_dir() and "ControlNet in" in capsys.readouterr().out
     one, other = (
         plainsd.load_control(out / name, device="cpu", dtype="float32") for name in ("edges", "edges.safetensors")
     )
@@ -249,7 +249,7 @@ def test_the_command(model, folder, tmp_path, capsys):
     [
         (["--prior-prompt", "a dog"], "which a prior set has not"),
         (["--control", "nowhere"], "there is no model at 'nowhere'"),
-        (["--control", "OTHER"], "the control net to go on from does not fit the model"),
+        (["--control", "OTHER"], "the ControlNet to go on from does not fit the model"),
     ],
     ids=str,
 )

@@ -139,7 +139,7 @@ def test_files_of_text_alone(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"prompt": GRAPH}))
     assert read_settings(tmp_path / "a.json").prompt == "a boat"
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
-    for name, says in (("b.txt", "no text in UTF-8"), ("c.json", "cannot read")):
+    for name, says in (("b.txt", "not UTF-8 text"), ("c.json", "cannot read")):
         with pytest.raises(UserError, match=says):
             read_settings(tmp_path / name)
 

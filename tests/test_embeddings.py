@@ -243,8 +243,8 @@ def test_bad_calls(tmp_path):
         "has '<kitty>' already": lambda: add_word(sd, "<kitty>", [vectors(1)]),
         "cannot read": lambda: add_embedding(sd, tmp_path / "none.safetensors"),
         "is a folder without": lambda: add_embedding(sd, tmp_path),
-        "'a' is no learned word": lambda: save_embedding(sd, "a", tmp_path / "a.pt"),
-        "'<kitty> <kitty>' is no learned word": lambda: save_embedding(sd, "<kitty> <kitty>", tmp_path / "a.pt"),
+        "'a' is not a learned word": lambda: save_embedding(sd, "a", tmp_path / "a.pt"),
+        "'<kitty> <kitty>' is not a learned word": lambda: save_embedding(sd, "<kitty> <kitty>", tmp_path / "a.pt"),
         "did you mean 'a1111'": lambda: save_embedding(sd, "<kitty>", tmp_path / "a.pt", "a111"),
         "or .bin; give it that ending": lambda: save_embedding(sd, "<kitty>", tmp_path / "a.pt", "diffusers"),
     }

@@ -1,4 +1,4 @@
-"""Image prompts: vision towers beside transformers', adapters and whole pipelines beside diffusers', in every task."""
+"""Image prompts: image encoders beside transformers', adapters and whole pipelines beside diffusers', in every task."""
 
 import math
 from dataclasses import replace

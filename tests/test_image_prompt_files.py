@@ -58,7 +58,7 @@ def test_a_tower_in_any_file_is_the_same(files, tmp_path, monkeypatch):
     """A folder, a file of a known size in transformers' names, with and without their prefix, and in OpenCLIP's."""
     tower = load_tower(files / "image_encoder", **CPU)
     assert tower.config == TINY_TOWER
-    with pytest.raises(UserError, match="of a size that is not known here") as caught:
+    with pytest.raises(UserError, match="of an unknown size") as caught:
         load_tower(files / "image_encoder" / "model.safetensors")
     assert caught.value.field == "image_encoder"
     monkeypatch.setitem(VISION_TOWERS, "tiny", TINY_TOWER)
@@ -206,11 +206,11 @@ ONE = ("--image-prompt", "base.safetensors", "--image-prompt-image", "0.png")
         (["--image-encoder", "image_encoder"], "1 --image-encoder and 0 --image-prompt"),
         (["--image-prompt", "base.safetensors:much", *ONE[2:]], "'much' is not a strength"),
         (["--image-prompt", "base.safetensors:-1", *ONE[2:]], "strength -1.0 is out of range"),
-        (["--image-prompt", "alone/base.safetensors", *ONE[2:]], "needs its CLIP vision tower"),
+        (["--image-prompt", "alone/base.safetensors", *ONE[2:]], "needs its CLIP image encoder"),
         (["--image-prompt", "other.safetensors", *ONE[2:]], "it gives 24 numbers and the adapter reads 23"),
         (["--image-prompt", "xl.safetensors", *ONE[2:]], "is beside texts of 64 numbers, and a UNet of widths 32-64"),
-        (["--image-prompt", "model.safetensors", *ONE[2:]], "is no IP-Adapter"),
-        ([*ONE, "--image-encoder", "model.safetensors"], "is no CLIP vision tower"),
+        (["--image-prompt", "model.safetensors", *ONE[2:]], "is not an IP-Adapter"),
+        ([*ONE, "--image-encoder", "model.safetensors"], "is not a CLIP image encoder"),
         (["--image-prompt", "nowhere.safetensors", *ONE[2:]], "there is no model at 'nowhere.safetensors'"),
         ([*ONE, *["--image-prompt-range", "0", "1"] * 2], "2 --image-prompt-range and 1 --image-prompt"),
         ([*ONE, "--image-prompt-range", "0.5", "0.5"], "act from 0.5 to 0.5 of the steps"),
@@ -227,7 +227,7 @@ def test_wrong_flags_are_one_line(generate, files, monkeypatch, flags, says):
 
 
 def test_texts_there_and_back():
-    """As units of A1111's ControlNet extension, after those of control nets."""
+    """As units of A1111's ControlNet extension, after those of ControlNets."""
     notes = (ImagePromptNote(), ImagePromptNote("plus [01234567]", 0.3, 3, 1, 0.1, 0.9))
     control = (ControlNote("inpaint", "fill [76543210]"),)
     settings = Settings(prompt="a", control=control, image_prompt=notes, steps=3, seed=1, noise="cpu")
@@ -264,8 +264,8 @@ def test_info_says_what_it_is(files, capsys):
     capsys.readouterr()
     for name, says in (
         ("base.safetensors", "an IP-Adapter; give it with --image-prompt"),
-        ("image_encoder", "a CLIP vision tower; give it with --image-encoder"),
-        ("image_encoder/model.safetensors", "a CLIP vision tower; give it with --image-encoder"),
+        ("image_encoder", "a CLIP image encoder; use it as --image-encoder"),
+        ("image_encoder/model.safetensors", "a CLIP image encoder; use it as --image-encoder"),
         ("t2i", "a T2I-Adapter; give it with --control"),
         ("t2i/diffusion_pytorch_model.safetensors", "a T2I-Adapter; give it with --control"),
     ):

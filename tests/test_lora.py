@@ -914,7 +914,7 @@ def renamed(prefix):
 
 
 BAD = {
-    "no LoRA": ({"model.diffusion_model.x": torch.zeros(1)}, "is no adapter of a kind known here.*tell of a UNet"),
+    "no LoRA": ({"model.diffusion_model.x": torch.zeros(1)}, "is not an adapter of a known kind.*tell of a UNet"),
     "an OFT of no shape": ({f"{KEY}.oft_blocks": torch.zeros(2, 2)}, "do not make a change of the weight"),
     "half a LoHa": ({f"{KEY}.hada_w1_a": torch.zeros(2, 2)}, "1 of its 1 names have no place"),
     "a LoHa for another": (
@@ -996,8 +996,8 @@ def test_partial(sd, tmp_path):
 @pytest.mark.parametrize("settings, message", [
     ("not JSON", "no table in JSON"), ("[1]", "no table in JSON"),
     (json.dumps({"unet.lora_alpha": "high"}), "'high' as an alpha"),
-    (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(to_k|to_q": 2}}), "pattern .* which is none"),
-    (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}), "alpha_pattern that is no table"),
+    (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(to_k|to_q": 2}}), "invalid pattern"),
+    (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}), "alpha_pattern that is not a table"),
     (json.dumps({"unet.lora_alpha": 1, "unet.init_lora_weights": "corda"}), "'corda', and does not tell how"),
     (json.dumps({"unet.lora_alpha": 1, "unet.init_lora_weights": "pissa_niter_4"}), "'pissa_niter_4', and does not"),
     (json.dumps({"unet.lora_alpha": 1, "unet.use_qalora": True}), "not supported, PEFT's use_qalora"),

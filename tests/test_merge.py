@@ -286,7 +286,7 @@ WRONG = {
     "a share above 1": (["{a}", "{b}", "--share", "1.5"], "--share 1.5 is out of range"),
     "no share": (["{a}", "{b}", "--share", "nan"], "--share nan is out of range"),
     "a share of no bounds": (["{a}", "{b}", "{c}", "--difference", "--share", "inf"], "--share inf is out of range"),
-    "another family": (["{a}", "{xl}"], "is no model like the first .sd1.: .*take models of one family"),
+    "another family": (["{a}", "{xl}"], "does not match the first model .sd1.: .*take models of one family"),
     "another prediction": (["{a}", "{v}"], "predicts v_prediction, not epsilon"),
     "other sizes": (["{a}", "{wide}"], "unet: channels .16, 64., not .16, 32."),
     "no model": (["{a}", "nowhere/at/all.safetensors"], "nowhere/at/all.safetensors"),
@@ -412,7 +412,7 @@ def test_wrong_extractions(zoo, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, said in (
         ([zoo["a"], zoo["a"], "--rank", 4], "do not differ in any layer"),
-        ([zoo["a"], zoo["xl"], "--rank", 4], "is no model like the first"),
+        ([zoo["a"], zoo["xl"], "--rank", 4], "does not match the first model"),
         ([zoo["a"], zoo["b"], "--rank", 0], "--rank 0 is out of range"),
         ([zoo["a"], zoo["b"], "--rank", 4, "--out", "x.bin"], "give it that ending"),
     ):

@@ -189,7 +189,7 @@ def test_a_server_reads_its_one_model_so(model, tmp_path):
     job = new_job(JobRequest(prompt="x"), models, Limits(), "me", "jobs")
     assert job.settings[0].spacing == "trailing"
     assert models.resident(models.default).sd.prediction == "v_prediction"
-    with pytest.raises(UserError, match="speak of one model"):
+    with pytest.raises(UserError, match="apply to a single model"):
         Models([model, None], PoolOptions(prediction="v_prediction"))
 
 

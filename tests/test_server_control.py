@@ -86,7 +86,7 @@ def test_a_job_follows_its_maps(server, folder):
 @pytest.mark.parametrize(
     "unit, says",
     [
-        ({"name": "edgs"}, "unknown control net 'edgs'; did you mean 'edges'"),
+        ({"name": "edgs"}, "unknown ControlNet 'edgs'; did you mean 'edges'"),
         ({"name": "broken"}, "'broken' cannot be used"),
         ({"name": "narrow"}, "does not fit the model"),
         ({"image": "no picture"}, ""),

@@ -1,4 +1,4 @@
-"""Image prompts and inpainting control nets on the server: jobs, A1111's units, a restart, `generate --server`."""
+"""Image prompts and inpainting ControlNets on the server: jobs, A1111's units, a restart, `generate --server`."""
 
 import base64
 import json
@@ -41,7 +41,7 @@ MASK, PHOTO = corner(), smooth_picture(64)
 
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory):
-    """What a server's folder holds: control nets, adapters, two image encoders, and what cannot be used."""
+    """What a server's folder holds: ControlNets, adapters, two image encoders, and what cannot be used."""
     place, sd = tmp_path_factory.mktemp("nets"), tiny_sd()
     plainsd.save_control(tiny_net(sd), place / "fill.safetensors")
     plainsd.save_control(tiny_net(sd, 1), place / "depth")
@@ -183,7 +183,7 @@ def test_wrong_image_prompts_are_refused_with_field_and_index(server, case):
 
 
 @pytest.mark.parametrize("unit, says", [
-    ({"name": "depht"}, "controls[1]: unknown control net 'depht'; did you mean 'depth'"),
+    ({"name": "depht"}, "controls[1]: unknown ControlNet 'depht'; did you mean 'depth'"),
     ({"image": "eA=="}, "controls[1]: image is no PNG"),
     ({"preprocess": "hed", "image": base64_of(PHOTO)}, "controls[1]: unknown preprocessor 'hed'"),
     ({"image": None}, "controls[1]: a control without an image reads the picture that is drawn over"),
@@ -377,7 +377,7 @@ def test_the_same_command_draws_the_same_there_as_here(server, model, nets, file
 def test_what_a_server_does_not_have_is_one_line(server, files, monkeypatch, capsys):
     monkeypatch.chdir(files)
     for flags, says in (
-        (["--control", "nets/fil.safetensors", "--control-image", "0.png"], "unknown control net 'fil'; did you mean"),
+        (["--control", "nets/fil.safetensors", "--control-image", "0.png"], "unknown ControlNet 'fil'; did you mean"),
         (["--control", "fill", "--control-image", "none.png"], "cannot read 'none.png'"),
         (["--control", "fill"], "1 --control and 0 --control-image"),
         (["--control", "fill"] * 3 + ["--preprocess", "none"] * 2, "2 --preprocess for 3 --control"),

@@ -42,7 +42,7 @@ def extras(server, image, **fields):
 def test_they_are_told(server):
     info = server.get("/api/info").json()
     assert info["upscalers"][-2:] == ["lanczos", "2x_Tiny"]
-    assert "is no upscaler that spandrel knows" in info["unusable"]["upscalers"]["none"]
+    assert "is not an upscaler that spandrel knows" in info["unusable"]["upscalers"]["none"]
     told = {one["name"]: one["scale"] for one in server.get("/sdapi/v1/upscalers").json()}
     assert told == {"None": 4, "Lanczos": 4, "Nearest": 4, "2x_Tiny": 2}
 

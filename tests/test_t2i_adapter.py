@@ -255,7 +255,7 @@ def test_maps_are_grey_and_padded_as_the_adapter_asks(sd, xl, folder):
 @pytest.mark.parametrize(
     "name, options, says",
     [
-        ("full", {"guess": True}, "guess mode is for control nets, and this is a T2I-Adapter"),
+        ("full", {"guess": True}, "guess mode is for ControlNets, and this is a T2I-Adapter"),
         ("full", {"kind": 1}, "kind 1 is for union nets"),
         ("xl", {}, "does not fit the model: it gives features of widths 32-64-64-64 from 16 pixels on"),
     ],

@@ -331,7 +331,7 @@ def test_a_pickle_where_safetensors_is_expected(tmp_path, old):
 
 def test_what_is_neither_is_called_neither(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
-    with pytest.raises(UserError, match="is no PyTorch file, and no safetensors either"):
+    with pytest.raises(UserError, match="is neither a PyTorch nor a safetensors file"):
         open_tensors(tmp_path / "picture.png")
 
 

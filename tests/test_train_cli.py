@@ -489,7 +489,7 @@ def test_folders_inside_the_data_are_not_trained_on(base, tmp_path, capsys, trai
 def test_a_held_out_folder_that_is_trained_on_is_told(base, pictures, tmp_path, capsys):
     flags = ["--base", str(base), "--data", str(pictures), "--out", str(tmp_path / "run"), "--heldout", str(pictures)]
     assert main(["train", "--method", "lora", *FAST, *flags, "--steps", "1", "--rank", "1"]) == 0
-    assert "is trained on too: what is measured with it is no validation" in capsys.readouterr().out
+    assert "is trained on too: what is measured with it is not validation" in capsys.readouterr().out
 
 
 def test_a_run_of_another_model_is_not_gone_on_with(train, base, tmp_path):
@@ -667,8 +667,8 @@ CONFIGS = {
     "[lora]\nrank = 8": "unknown option 'lora'",
     "rank = 2026-01-01": "cannot be read",
     "rank = 'many'": "--rank: 'many' is not a whole number",
-    "rank 8": "is no TOML file: ",
-    "rank = 8\nrank = 9": "is no TOML file: ",
+    "rank 8": "is not a TOML file: ",
+    "rank = 8\nrank = 9": "is not a TOML file: ",
     "": "missing: --method, --data, --out",
 }
 
@@ -688,7 +688,7 @@ def test_a_file_of_options_that_is_not_there(tmp_path, capsys):
     assert "none.toml: No such file or directory; give --config a TOML file" in capsys.readouterr().err
     (tmp_path / "a.toml").write_bytes(b"caption = '\xff'")
     assert main(["train", "--config", str(tmp_path / "a.toml")]) == 2
-    assert "is no TOML file" in capsys.readouterr().err
+    assert "is not a TOML file" in capsys.readouterr().err
 
 
 def test_random_and_wrong_seeds(train, tmp_path, capsys):

@@ -147,7 +147,7 @@ def test_a_hub_name_is_fetched_by_the_library(folder, tmp_path, monkeypatch):
     [
         ("nowhere/at/all", "there is no folder or file 'nowhere/at/all'"),
         ("{tmp}/empty", "no pictures; put metadata.jsonl there, or pairs"),
-        ("{tmp}/notes.txt", "is no source of pictures"),
+        ("{tmp}/notes.txt", "is not a source of pictures"),
         ("{tmp}/broken.parquet", "cannot read"),
     ],
 )

@@ -128,7 +128,7 @@ def test_what_is_no_upscaler_is_one_line(network, tmp_path, monkeypatch):
     torch.save([1], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("hello")
     for name, says in (
-        ("a.pth", "is no upscaler that spandrel knows"),
+        ("a.pth", "is not an upscaler that spandrel knows"),
         ("list.pth", "holds no tensors by name"),
         ("text.pth", "is no PyTorch file"),
         ("none.pth", "there is no file"),

@@ -1,4 +1,4 @@
-"""Write the training set of the embedded control net: captioned pictures of emoji, and beside each its edges.
+"""Write the training set of the embedded ControlNet: captioned pictures of emoji, and beside each its edges.
 
     python recipes/control/data.py runs/control/data
 

@@ -1,4 +1,4 @@
-"""How well pictures follow their maps, with a control net and without: edges of what was drawn beside edges of the map.
+"""How well pictures follow their maps, with a ControlNet and without: edges of what was drawn beside edges of the map.
 
     python recipes/control/measure.py runs/control/data/heldout --control runs/control/emoji-control/emoji-control
 

@@ -180,7 +180,7 @@ def load_image_prompt(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> ImageReader:
-    """Loads an IP-Adapter file with its CLIP vision tower: a folder, a file, or one already loaded. None: the folder
+    """Loads an IP-Adapter file with its CLIP image encoder: a folder, a file, or one already loaded. None: the folder
     `image_encoder` beside the adapter. See files/image_prompt.py."""
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
@@ -191,15 +191,15 @@ def load_image_prompt(
         tower = tower_beside(path)
         if tower is None:
             raise UserError(
-                f"{path} needs its CLIP vision tower, and there is no folder {TOWER_FOLDER!r} beside it; give one with "
-                "tower=, or --image-encoder",
+                f"{path} needs its CLIP image encoder, and there is no folder {TOWER_FOLDER!r} beside it; give one "
+                "with tower=, or --image-encoder",
                 field="image_encoder",
             )
     return ImageReader(adapter, tower if isinstance(tower, VisionTower) else load_tower(tower, device, dtype))
 
 
 def load_tower(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> VisionTower:
-    """Loads a CLIP vision tower, alone or from a whole CLIP."""
+    """Loads a CLIP image encoder, alone or from a whole CLIP."""
     device = choose_device(device)
     tower = open_tower(find(path)).build(device, choose_dtype(dtype, device))
     assert isinstance(tower, VisionTower)
@@ -218,7 +218,7 @@ def load_clip(path: str | Path, device: str | torch.device = "auto") -> Clip:
 def add_preview(folder: str | Path) -> None:
     """Adds to a model's folder the preview projection that `save` would have written; see previews.py."""
     if not (Path(folder) / "model_index.json").is_file():
-        raise UserError(f"{folder} is no folder of a model: it has no model_index.json; give one in diffusers' layout")
+        raise UserError(f"{folder} is not a model folder: it has no model_index.json; give one in diffusers' layout")
     text = preview_text(fit_latent_rgb(load_vae(folder, device="cpu", dtype="float32")))
     with written_whole(Path(folder) / PREVIEW) as draft:
         draft.write_text(text, encoding="utf-8")

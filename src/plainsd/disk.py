@@ -181,7 +181,7 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_text_file(path: Path, remedy: str = "fetch it again") -> str:
+def read_text_file(path: Path, remedy: str = "download it again") -> str:
     try:
         size = path.stat().st_size
         if size > 4 * LONGEST_JSON:
@@ -198,7 +198,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
 
 
-def read_json(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
     """The table in a JSON file. UserError, which ends with the remedy, for anything else."""
     text = read_text_file(path, remedy)
     try:
@@ -235,7 +235,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     ours = ("model_index.json", "config.json")  # the folder of a model or a part may be replaced
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not any((target / name).is_file() for name in ours):
-        raise UserError(f"{target} exists and is no folder of a model; choose another place")
+        raise UserError(f"{target} exists and is not a model folder; choose another place")
     draft, old = draft_name(target), draft_name(target, "old")
     try:
         with refusals(target, draft):

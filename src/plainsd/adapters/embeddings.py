@@ -94,7 +94,7 @@ def vectors_of(sd: StableDiffusion, token: str) -> list[Tensor]:
     for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
         units = tokenizer.units(token)
         if len(units) != 1 or min(units[0]) < len(tokenizer.vocabulary):
-            raise UserError(f"{token!r} is no learned word of this model; add it, or train it, first")
+            raise UserError(f"{token!r} is not a learned word of this model; add it, or train it, first")
         found.append(encoder.token.weight[units[0]].detach().clone())
     return found
 
@@ -172,7 +172,7 @@ def usable(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if vectors.ndim not in (1, 2) or not vectors.is_floating_point() or not vectors.isfinite().all():
             raise UserError(
                 f"{path} holds no usable vectors: shape {list(vectors.shape)}, {vectors.dtype}, or values "
-                "that are not finite; fetch it again"
+                "that are not finite; download it again"
             )
     return {key: vectors.detach().reshape(-1, vectors.shape[-1]) for key, vectors in found.items()}
 

@@ -167,7 +167,7 @@ def redo_start(adapter: LowRank, weight: Tensor, start: str, file: TensorFile, n
     converts such files."""
     if weight.ndim != 2:
         raise UserError(
-            f"{file.path} began with a part of the base ({start}) at {name!r}, which is no linear layer; convert it "
+            f"{file.path} began with a part of the base ({start}) at {name!r}, which is not a linear layer; convert it "
             "with PEFT (path_initial_model_for_weight_conversion)"
         )
     down, up = (part.to(weight.dtype) for part in start_of(weight, start, adapter.rank))

@@ -57,7 +57,7 @@ class PeftSettings:
         except ValueError:
             values = None
         if not isinstance(values, dict):
-            raise damaged(self.path, f"PEFT's settings ({METADATA_KEY} or {SETTINGS_FILE}) are no table in JSON")
+            raise damaged(self.path, f"PEFT's settings ({METADATA_KEY} or {SETTINGS_FILE}) are not a JSON table")
         self.values = values
         for name, value in self.values.items():
             self._check(name.rpartition(".")[2], value)
@@ -82,7 +82,7 @@ class PeftSettings:
         table = self.table(name)
         exceptions = table.get(pattern) or {}
         if not isinstance(exceptions, dict):
-            raise damaged(self.path, f"PEFT's settings have a {pattern} that is no table")
+            raise damaged(self.path, f"PEFT's settings have a {pattern} that is not a table")
         if len(exceptions) > MOST_PATTERNS:
             raise damaged(
                 self.path, f"PEFT's settings have {len(exceptions)} patterns, at most {MOST_PATTERNS} are read"
@@ -123,7 +123,7 @@ class PeftSettings:
         if isinstance(modules, str):
             return self.fits(modules, name, behind=False)
         if not (isinstance(modules, list) and all(isinstance(ending, str) for ending in modules)):
-            raise damaged(self.path, "PEFT's settings have feedforward_modules that are no list of names")
+            raise damaged(self.path, "PEFT's settings have feedforward_modules that are not a list of names")
         return any(one.endswith(ending) for one in module_names(name) for ending in modules)
 
     def fits(self, pattern: str, name: str, *, behind: bool = True) -> bool:
@@ -133,7 +133,7 @@ class PeftSettings:
             return any((self.patterns.fits_end if behind else self.patterns.fits)(pattern, one) for one in each)
         except BadPattern as error:
             what = shortened(pattern, 60)
-            raise damaged(self.path, f"PEFT's settings have the pattern {what!r}, which is none ({error})") from None
+            raise damaged(self.path, f"PEFT's settings have the pattern {what!r}, which is not one ({error})") from None
 
 
 def module_names(name: str) -> set[str]:

@@ -109,7 +109,7 @@ def open_lora(path: Path) -> TensorFile:
     if not holds_adapter(file):
         what = foreign(file) or seems(file.tensors)
         raise UserError(
-            f"{path} is no adapter of a kind known here: its names, such as {first(list(file.tensors)[:2])}, "
+            f"{path} is not an adapter of a known kind: its names, such as {first(list(file.tensors)[:2])}, "
             f"{'are those of no dialect' if what.startswith(LORA) else f'tell of {what}'}; take a LoRA",
             most=WITH_NAMES,
         )

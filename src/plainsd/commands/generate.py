@@ -116,7 +116,7 @@ class Generate(GenerateFlags):
         say_unused(besides)
 
         def joins_of(sd: StableDiffusion) -> dict[str, Any]:
-            """The control nets and image prompts for a model."""
+            """The ControlNets and image prompts for a model."""
             return {
                 "control": chosen_controls(self, sd, recorded_controls),
                 "image_prompt": chosen_image_prompts(self, sd, recorded_prompts),

@@ -142,7 +142,7 @@ def cell_by_cell(
     joins_of: Callable[[StableDiffusion], dict],
 ) -> list[Pictures]:
     """The cells' pictures, in the order of the cells. `sd` is the model of the first setup; `ready` loads another, and
-    `joins_of` gives its control nets and image prompts."""
+    `joins_of` gives its ControlNets and image prompts."""
     found: dict[int, Pictures] = {}
     before = next(iter(setups))[0]
     for (model, strengths), indices in setups.items():

@@ -1,4 +1,4 @@
-"""A whole CLIP in files: text encoder, vision tower and tokenizer.
+"""A whole CLIP in files: text encoder, image encoder and tokenizer.
 
 folder      of transformers' CLIPModel: config.json, weights, tokenizer files; without these CLIP's own vocabulary
 file        of a known size, in transformers' names or OpenCLIP's
@@ -19,7 +19,7 @@ from plainsd.models.clip import TextConfig, TextEncoder
 from plainsd.models.vision import VISION_TOWERS
 from plainsd.text.tokenizer import CLIP, Tokenizer
 
-CLIP_TEXTS = {  # the text encoders of the known vision towers
+CLIP_TEXTS = {  # the text encoders of the known image encoders
     "ViT-B/32": TextConfig(width=512, heads=8, mlp=2048, projection=512),
     "ViT-B/16": TextConfig(width=512, heads=8, mlp=2048, projection=512),
     "ViT-L/14": TextConfig(projection=768),
@@ -48,7 +48,7 @@ def open_clip(path: Path) -> StoredClip:
     file = open_part(path) if path.is_dir() else open_tensors(path)
     naming = naming_of_tower(file.tensors)
     if naming is None or FIRST_OF_TEXT[naming] not in file.tensors:
-        half = "the vision tower of a CLIP alone" if naming else seems(file.tensors)
+        half = "the image encoder of a CLIP alone" if naming else seems(file.tensors)
         raise UserError(
             f"{path} is no whole CLIP: it seems to be {half}; give a folder or file with both encoders, such as "
             "openai/clip-vit-large-patch14",
@@ -67,7 +67,7 @@ def open_clip(path: Path) -> StoredClip:
     if config.projection != tower.config.projection:
         raise UserError(
             f"{path}: its texts have {config.projection} numbers and its pictures {tower.config.projection}; "
-            "fetch it again",
+            "download it again",
             field="clip",
         )
     return StoredClip(text, tower, tokenizer_in(path))

@@ -93,6 +93,8 @@ def read_edm(config: Config, where: str, kind: str) -> dict[str, Any]:
         count=whole_number(config, "num_train_timesteps", where, 1000, 100_000),
     )
     if schedule.sigma_min >= schedule.sigma_max:
-        raise UserError(f"{where}: sigma_min {schedule.sigma_min} is not below sigma_max {schedule.sigma_max}; mend it")
+        raise UserError(
+            f"{where}: sigma_min {schedule.sigma_min} must be below sigma_max {schedule.sigma_max}; correct it"
+        )
     fields = {"schedule": schedule, "prediction": prediction, "spacing": spacing}
     return fields | {"sampler": EDM_SCHEDULERS.get(kind, "euler")}

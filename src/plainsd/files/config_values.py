@@ -19,7 +19,7 @@ def check_fixed(config: Config, fixed: Config, where: str) -> None:
 def setting(config: Config, name: str, where: str, default: Any = None) -> Any:
     value = config.get(name, default)
     if value is None:
-        raise UserError(f"{where}: the setting {name!r} is missing; fetch the file again")
+        raise UserError(f"{where}: the setting {name!r} is missing; download the file again")
     return value
 
 

@@ -105,7 +105,7 @@ def read_unet(config: Config, where: str) -> tuple[UNetConfig, bool]:
 
 
 def read_control(config: Config, where: str) -> tuple[ControlConfig, bool]:
-    """The control net that a diffusers config.json describes; likewise whether its files hold convolutions."""
+    """The ControlNet that a diffusers config.json describes; likewise whether its files hold convolutions."""
     told = one_of(config, "_class_name", where, "ControlNetModel", CONTROL_CLASSES)
     union = CONTROL_CLASSES[told] or "num_control_type" in config
     unet, conv = read_unet(config, where)
@@ -250,7 +250,7 @@ def check_index(index: Config, where: str) -> None:
         if not any(isinstance(entry, list) and any(entry) for entry in entries):
             kind = index.get("_class_name") or "a pipeline without a name"
             raise UserError(
-                f"{where}: model_index.json ({kind}) lists no {name}, which Stable Diffusion needs; fetch the whole "
+                f"{where}: model_index.json ({kind}) lists no {name}, which Stable Diffusion needs; download the whole "
                 "model, or add the entry where the folder has that part"
             )
 
@@ -261,7 +261,7 @@ def text_classes(index: Config, where: str) -> dict[str, str]:
     for name in ("text_encoder", "text_encoder_2"):
         entry = index.get(name) or [None, None]
         if not isinstance(entry, list) or len(entry) != 2:
-            raise UserError(f"{where}: model_index.json says {entry!r} for {name}; fetch it again")
+            raise UserError(f"{where}: model_index.json says {entry!r} for {name}; download it again")
         if entry[1] is not None:
             found[name] = one_of({name: entry[1]}, name, f"{where}: model_index.json", "", TEXT_CLASSES)
     return found

@@ -60,7 +60,7 @@ def write_unet(variant: Variant) -> dict[str, Any]:
 
 
 def write_control(control: ControlConfig, conv: bool) -> dict[str, Any]:
-    """Of a control net in a folder of its own."""
+    """Of a ControlNet in a folder of its own."""
     unet = control.unet
     config = write_unet(Variant("control", unet, VAEConfig(), (), conv_projections=conv))
     beside = ("out_channels", "sample_size", "time_cond_proj_dim", "up_block_types", "center_input_sample")

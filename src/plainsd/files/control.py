@@ -1,4 +1,4 @@
-"""Control nets in files: a diffusers folder or file, the original's names, differences to a base, and ControlLoRAs.
+"""ControlNets in files: a diffusers folder or file, the original's names, differences to a base, and ControlLoRAs.
 
     folder        config.json and weights in diffusers' names
     original      `input_blocks.0.0.weight`, `zero_convs.0.0.weight`, perhaps under `control_model.`
@@ -45,12 +45,12 @@ OUTERMOST = {
 }  # the first and the last of the convolutions that diffusers numbers between
 XL_MID = replace(XL_UNET, depth=(0, 0, 1), mid_depth=1)  # diffusers' smaller nets for SDXL
 XL_SMALL = replace(XL_UNET, depth=(0, 0, 0), mid_depth=0)
-CONTROL_FORMS = {"": "a control net", DIFFERENCE: "a control net's difference to a base", LOW_RANK: "a ControlLoRA"}
+CONTROL_FORMS = {"": "a ControlNet", DIFFERENCE: "a ControlNet's difference to a base", LOW_RANK: "a ControlLoRA"}
 
 
 @dataclass(frozen=True)
 class StoredControl:
-    """A control net whose weights are still in their file."""
+    """A ControlNet whose weights are still in their file."""
 
     config: ControlConfig
     file: TensorFile
@@ -75,7 +75,7 @@ class StoredControl:
 
 
 def is_control(path: Path) -> bool:
-    """Whether a folder or a file holds a control net."""
+    """Whether a folder or a file holds a ControlNet."""
     if path.is_dir():
         file = path / "config.json"
         return file.is_file() and read_json(file).get("_class_name") in CONTROL_CLASSES
@@ -89,13 +89,13 @@ def holds_control(file: TensorFile) -> bool:
 
 
 def open_control(path: Path, variant_file: str | None = None) -> StoredControl:
-    """A control net in any of its forms."""
+    """A ControlNet in any of its forms."""
     if path.is_dir():
         config, conv = read_control(read_json(path / "config.json"), str(path / "config.json"))
         return StoredControl(config, open_part(path, variant_file), conv)
     file = open_tensors(path)
     if not holds_control(file):
-        raise UserError(f"{path} is no control net: it seems to be {detect.seems(file.tensors)}", field="control")
+        raise UserError(f"{path} is not a ControlNet: it seems to be {detect.seems(file.tensors)}", field="control")
     form = next((word for word in (LOW_RANK, DIFFERENCE) if word in file.tensors), "")
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in file.tensors.items() if name != form}
     file = TensorFile(path, tensors, file.metadata)
@@ -127,7 +127,7 @@ def shaped(file: TensorFile, names: str, partial: bool) -> ControlConfig:
         if fits(file, config, names, partial):
             return config
     raise UserError(
-        f"{file.path} is a control net of a size that is not known here ({len(file.tensors)} tensors); give it as a "
+        f"{file.path} is a ControlNet of an unknown size ({len(file.tensors)} tensors); give it as a "
         "folder with config.json",
         field="control",
     )

@@ -31,7 +31,7 @@ SEEMS = (  # the first pattern that matches any name
     (r"^(control_model\.|controlnet_cond_embedding\.|input_hint_block\.)", "a ControlNet"),
     (r"^(adapter\.)?body\.\d+\.(in_conv|block1|resnets)", "a T2I-Adapter; give it with --control"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter; give it with --image-prompt"),
-    (r"^(vision_model\.)?embeddings\.patch_embedding\.|^visual\.", "a CLIP vision tower; give it with --image-encoder"),
+    (r"^(vision_model\.)?embeddings\.patch_embedding\.|^visual\.", "a CLIP image encoder; use it as --image-encoder"),
     (r"^(string_to_param|emb_params|clip_[lg])\b|^<.*>$", EMBEDDING),
     (r"joint_blocks\.", "Stable Diffusion 3"),
     (r"double_blocks\.", "FLUX or another rectified-flow transformer"),
@@ -71,7 +71,7 @@ def traits(file: TensorFile) -> Traits:
         if name.startswith(UNET_PREFIX)
     }
     if FIRST not in shapes:
-        lacks = "is no single-file checkpoint"
+        lacks = "is not a single-file checkpoint"
         if shapes:
             some = ", ".join(shortened(name, 90) for name in list(shapes)[:5])
             lacks = f"is incomplete: {FIRST} is not among the {len(shapes)} weights of its UNet ({some}, ...)"
@@ -169,7 +169,7 @@ def noise_told(file: TensorFile) -> dict[str, Any]:
 def values_of(file: TensorFile, name: str) -> tuple[float, ...]:
     values = tuple(file.tensors[name].read().double().flatten().tolist())
     if not values or not all(0 < abs(value) < 1e6 for value in values):
-        raise UserError(f"{file.path}: {name!r} holds {values}, which cannot be; fetch the file again")
+        raise UserError(f"{file.path}: {name!r} holds {values}, which cannot be; download the file again")
     return values
 
 

@@ -97,7 +97,7 @@ def read_texts(folder: Path, names: dict) -> dict[str, str]:
     paths = ["model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in names)]
     for tokenizer in (name.replace("text_encoder", "tokenizer") for name in names if "text" in name):
         if not (folder / tokenizer).is_dir():
-            raise UserError(f"{folder} has no folder {tokenizer!r}, which a model needs; fetch it again")
+            raise UserError(f"{folder} has no folder {tokenizer!r}, which a model needs; download it again")
         paths += [
             f"{tokenizer}/{path.name}"
             for path in sorted((folder / tokenizer).iterdir())
@@ -110,7 +110,7 @@ def read_texts(folder: Path, names: dict) -> dict[str, str]:
 def open_part(folder: Path, variant_file: str | None = None) -> TensorFile:
     """The weights in one folder: one file, or shards listed in an index. Safetensors before pickles."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; a model's folder needs it; fetch it again")
+        raise UserError(f"there is no folder {folder}; a model's folder needs it; download it again")
     for variant in [variant_file] if variant_file else ["", *variants_there(folder)]:
         middle = f".{variant}" if variant else ""
         for ending, stems in (("safetensors", STEMS), ("bin", PICKLES)):
@@ -130,7 +130,7 @@ def open_part(folder: Path, variant_file: str | None = None) -> TensorFile:
 def open_shards(folder: Path, index: Path) -> TensorFile:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{index} is damaged: it lists no files; fetch it again")
+        raise UserError(f"{index} is damaged: it lists no files; download it again")
     return joined_files(open_tensors(folder / Path(name).name) for name in dict.fromkeys(names.values()))
 
 

@@ -80,7 +80,7 @@ def _file_hash(path: Path, size: int, time: int, tensors_only: bool) -> str:
 
 
 def legacy_hash(path: Path) -> str:
-    """The eight digits by which A1111 names control nets, and named models before 2023: of 64 kB a megabyte in."""
+    """The eight digits by which A1111 names ControlNets, and named models before 2023: of 64 kB a megabyte in."""
     with weights_of(path)[0].open("rb") as file:
         file.seek(0x100000)
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]

@@ -35,8 +35,8 @@ def find(source: str | Path | None, variant_file: str | None = None) -> Path:
 
         return Path(fetched(name, lambda: hf_hub_download(*file.groups())))
     raise UserError(
-        f"there is no model at {name!r}; give a model's folder, a .safetensors or .ckpt file, or a name on "
-        "the hub such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+        f"there is no model at {name!r}; give a model's folder, a .safetensors or .ckpt file, or a Hub "
+        "repository id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
     )
 
 
@@ -70,16 +70,16 @@ def fetched(name: str, fetch) -> str:
         return fetch()
     except GatedRepoError as error:
         raise UserError(
-            f"{name} asks for an agreement: accept it on the hub, then log in with `hf auth login`"
+            f"{name} asks for an agreement: accept it on the Hub, then log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"there is no folder {name!r} here, and no public repository of that name on the hub"
+            f"there is no folder {name!r} here, and no public repository of that name on the Hub"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(
-            f"there is no folder {name!r} here, the hub's cache does not hold it, and the hub cannot be "
+            f"there is no folder {name!r} here, the Hub's cache does not hold it, and the Hub cannot be "
             "reached; connect, or copy the model here"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"cannot fetch {name!r} from the hub: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot download {name!r} from the Hub: {str(error).splitlines()[0]}") from error

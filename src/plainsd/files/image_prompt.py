@@ -1,4 +1,4 @@
-"""Image prompts in files: IP-Adapters as they are published, and the CLIP vision towers that they read.
+"""Image prompts in files: IP-Adapters as they are published, and the CLIP image encoders that they read.
 
     adapter       `image_proj.proj.weight`, `ip_adapter.1.to_k_ip.weight`; or a pickle of two groups of these names
     tower         a folder of transformers' (config.json, model.safetensors), a file of a known size in its names or
@@ -40,25 +40,25 @@ PATCHES = {  # the first weight in each naming
 
 
 def naming_of_tower(names: Iterable[str]) -> str | None:
-    """Which naming a vision tower has among these names; None: there is none."""
+    """Which naming an image encoder has among these names; None: there is none."""
     names = set(names)
     return next((naming for naming, first in PATCHES.items() if names & set(first)), None)
 
 
 def is_tower(folder: Path) -> bool:
-    """Whether a folder holds a vision tower, or a whole CLIP."""
+    """Whether a folder holds an image encoder, or a whole CLIP."""
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
     return "vision_config" in config or config.get("model_type") == "clip_vision_model"
 
 
 def open_tower(path: Path) -> StoredNetwork:
-    """A vision tower, or that of a whole CLIP."""
+    """An image encoder, or that of a whole CLIP."""
     file = open_part(path) if path.is_dir() else open_tensors(path)
     naming = naming_of_tower(file.tensors)
     if naming is None:
         raise UserError(
-            f"{path} is no CLIP vision tower: it seems to be {seems(file.tensors)}; give one with --image-encoder, "
+            f"{path} is not a CLIP image encoder: it seems to be {seems(file.tensors)}; give one with --image-encoder, "
             f"such as the folder {TOWER_FOLDER!r} that is published beside IP-Adapters",
             field="image_encoder",
         )
@@ -100,7 +100,7 @@ def known_tower(file: TensorFile, naming: str) -> VisionConfig:
         if (known.width, known.patch, known.size, known.layers) == (patches[0], patches[-1], size, len(layers)):
             return known
     raise UserError(
-        f"{file.path} is a vision tower of a size that is not known here (width {patches[0]}, {len(layers)} layers); "
+        f"{file.path} is an image encoder of an unknown size (width {patches[0]}, {len(layers)} layers); "
         f"give it as a folder with config.json, or choose from {', '.join(VISION_TOWERS)}",
         field="image_encoder",
     )
@@ -119,11 +119,11 @@ def open_image_adapter(path: Path) -> StoredNetwork:
         raise UserError(f"{path} is a folder; give the file of an IP-Adapter in it", field="image_prompt")
     file = open_tensors(path)
     if not holds_image_adapter(file.tensors):
-        raise UserError(f"{path} is no IP-Adapter: it seems to be {seems(file.tensors)}", field="image_prompt")
+        raise UserError(f"{path} is not an IP-Adapter: it seems to be {seems(file.tensors)}", field="image_prompt")
     if kind := of_faces(file.tensors):
         raise UserError(
             f"{path} is {kind}, which reads a face recognition network (InsightFace) and is not supported; choose "
-            "ip-adapter-plus-face, which reads a CLIP vision tower",
+            "ip-adapter-plus-face, which reads a CLIP image encoder",
             field="image_prompt",
         )
     return read_network(file, ImageAdapter, read_image_adapter(file), conv=False)
@@ -144,7 +144,7 @@ def read_image_adapter(file: TensorFile) -> ImageAdapterConfig:
     shapes = {name: stored.shape for name, stored in file.tensors.items()}
     keys = sorted((int(found[1]), shape) for name, shape in shapes.items() if (found := KEY_NAME.fullmatch(name)))
     if not keys or any(len(shape) != 2 for _, shape in keys):
-        raise UserError(f"{file.path} lacks its projections ip_adapter.1.to_k_ip.weight, ...; fetch the file again",
+        raise UserError(f"{file.path} lacks its projections ip_adapter.1.to_k_ip.weight, ...; download the file again",
                         field="image_prompt")  # fmt: skip
     context = keys[0][1][1]
     config = ImageAdapterConfig(widths=tuple(shape[0] for _, shape in keys), context=context)

@@ -113,6 +113,6 @@ def check_alike(first: Contents, other: Contents, name: str, *, inpainting: bool
     differences += [f"has a {part}" for part in pairs[1] if part not in pairs[0]]
     if differences:
         raise UserError(
-            f"{name} ({other.variant.name}) is no model like the first ({first.variant.name}): "
+            f"{name} ({other.variant.name}) does not match the first model ({first.variant.name}): "
             f"{'; '.join(differences[:3]).replace(';', ',')}; take models of one family"
         )

@@ -87,7 +87,7 @@ TRANSFORMER_BLOCK = tuple((f"blocks.{{k}}.{ours}", *[f"transformer_blocks.{{k}}.
     ("ff.down",         "ff.net.2"),
 ))
 
-# --- a control net, beside its way down: ours, diffusers, original ---------------------------------------------------
+# --- a ControlNet, beside its way down: ours, diffusers, original ------------------------------------------------------
 
 CONTROL_HINT: tuple[NameRow, ...] = (  # {k} in our list; diffusers names the first and the last apart
     ("hint.{k}",  "controlnet_cond_embedding.blocks.{before}",  "input_hint_block.{twice}"),
@@ -183,7 +183,7 @@ TEXT_BLOCK = tuple((f"blocks.{{k}}.{ours}", f"text_model.encoder.layers.{{k}}.{h
     ("fc2",       "mlp.fc2",             "mlp.c_proj"),
 ))
 
-# --- the vision tower, likewise --------------------------------------------------------------------------------------
+# --- the image encoder, likewise -------------------------------------------------------------------------------------
 
 VISION: tuple[NameRow, ...] = (
     ("class_token",  "vision_model.embeddings.class_embedding:bare",  "visual.class_embedding:bare"),

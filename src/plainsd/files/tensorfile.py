@@ -71,10 +71,10 @@ class TensorFile:
 
 
 OTHERS = {  # first bytes of files that are no weights, and what to do
-    b"version https://git-lfs": "is a Git LFS pointer and holds no weights; run `git lfs pull` there, or fetch it",
+    b"version https://git-lfs": "is a Git LFS pointer and holds no weights; run `git lfs pull` there, or download it",
     b"gguf": "is a GGUF file, whose weights are quantised for other programs; give the model as .safetensors",
-    b"<!doctype html": "is a web page and no model; the download went wrong, or asks for a login: fetch it again",
-    b"<html": "is a web page and no model; the download went wrong, or asks for a login: fetch it again",
+    b"<!doctype html": "is a web page, not a model; the download went wrong, or asks for a login: download it again",
+    b"<html": "is a web page, not a model; the download went wrong, or asks for a login: download it again",
 }
 
 
@@ -85,7 +85,7 @@ def check_kind(path: Path, head: bytes) -> None:
 
 
 def damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged: {what}; fetch or save it again")
+    return UserError(f"{path} is damaged: {what}; download or save it again")
 
 
 def read_header(path: Path) -> tuple[dict, int]:
@@ -100,7 +100,7 @@ def read_header(path: Path) -> tuple[dict, int]:
                 raise damaged(path, f"it has only {size} bytes")
             (length,) = struct.unpack("<Q", start)
             if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and length > HEADER_LIMIT):  # PyTorch's, new, old
-                raise UserError(f"{path} is a pickle, not safetensors; give it the ending .ckpt, or fetch it again")
+                raise UserError(f"{path} is a pickle, not safetensors; give it the ending .ckpt, or download it again")
             if length > min(size - 8, HEADER_LIMIT):
                 raise damaged(path, f"it has {size} bytes and claims a header of {length}")
             header = parsed_json(file.read(length))
@@ -261,7 +261,7 @@ def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
             start = file.read(64)
         check_kind(path, start)
         if start[:2] != b"PK" and start[:1] != b"\x80":
-            raise UserError(f"{path} is no PyTorch file, and no safetensors either; give a model's file or folder")
+            raise UserError(f"{path} is neither a PyTorch nor a safetensors file; give a model's file or folder")
         zipped = start[:2] == b"PK"
         if zipped:
             check_zip(path)
@@ -280,7 +280,7 @@ def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
                 f"{path} is a pickle that{name} could run code; it is not opened; look for a .safetensors "
                 "file of the model"
             ) from error
-        raise damaged(path, f"it is no PyTorch file ({type(error).__name__})") from error
+        raise damaged(path, f"it is not a PyTorch file ({type(error).__name__})") from error
 
 
 def _loaded(path: Path, allowed: list[tuple[type, str]], *, mapped: bool) -> object:
@@ -365,7 +365,7 @@ def open_pickle(path: Path) -> TensorFile:
         inside = [(f"{group}.{name}", value) for group, named in groups for name, value in named.items()]
         tensors = {name: stored(value) for name, value in inside if isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(f"{path} holds no tensors by name; it is no checkpoint")
+        raise UserError(f"{path} holds no tensors by name; it is not a checkpoint")
     if unknown := next(((name, one.dtype) for name, one in tensors.items() if one.dtype not in DTYPE_NAMES), None):
         name, kind = unknown
         raise UserError(f"{path}: {shortened(name, 90)!r} has the type {kind}, which is not supported; "
@@ -394,6 +394,6 @@ def joined_files(files: Iterable[TensorFile]) -> TensorFile:
     tensors: dict[str, Stored] = {}
     for file in files:
         if twice := next((name for name in file.tensors if name in tensors), None):
-            raise UserError(f"{file.path}: {twice!r} is in another file of the same model too; fetch them again")
+            raise UserError(f"{file.path}: {twice!r} is in another file of the same model too; download them again")
         tensors |= file.tensors
     return TensorFile(files[0].path, tensors, files[0].metadata)

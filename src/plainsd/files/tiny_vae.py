@@ -39,7 +39,7 @@ def read_tiny_vae_file(file: TensorFile) -> StoredNetwork:
     encodes = any(name.startswith("encoder.") for name in tensors)
     first = tensors.get("decoder.layers.0.weight" if layout == "diffusers" else "decoder.1.weight")
     if first is None or len(first.shape) != 4:
-        raise UserError(f"{file.path} lacks the first layer of TAESD's decoder; fetch the file again", field="vae")
+        raise UserError(f"{file.path} lacks the first layer of TAESD's decoder; download the file again", field="vae")
     config = TinyVAEConfig(width=first.shape[0], latent_channels=first.shape[1], encodes=encodes)
     return read_network(TensorFile(file.path, tensors, file.metadata), TinyVAE, config, conv=False, layout=layout)
 

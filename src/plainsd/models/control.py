@@ -148,7 +148,7 @@ def zeroed(module: nn.Module) -> nn.Module:
 def control_of(unet: UNet, hint: Sequence[int] = ControlConfig.hint) -> ControlNet:
     """A new net for a UNet, which does not change it yet: the weights of its way down and middle are copied."""
     if unet.config.in_channels != unet.config.out_channels:
-        raise UserError("a control net reads latents alone; make it of the model that this one was made from")
+        raise UserError("a ControlNet reads latents alone; make it of the model that this one was made from")
     net = ControlNet(ControlConfig(way_down(unet.config), tuple(hint)))
     own, theirs = net.state_dict(), unet.state_dict()
     net.load_state_dict({name: theirs.get(name, tensor) for name, tensor in own.items()})
@@ -156,5 +156,5 @@ def control_of(unet: UNet, hint: Sequence[int] = ControlConfig.hint) -> ControlN
 
 
 def way_down(config: UNetConfig) -> UNetConfig:
-    """What of a UNet's config a control net has."""
+    """What of a UNet's config a ControlNet has."""
     return replace(config, up_depth=None, out_channels=config.in_channels, guidance_dim=None)

@@ -1,4 +1,4 @@
-"""IP-Adapter: what a vision tower says of a picture, as tokens that the UNet's cross-attention reads beside the text.
+"""IP-Adapter: what an image encoder says of a picture, as tokens that the UNet's cross-attention reads beside the text.
 
 Ye et al. 2023 (arXiv:2308.06721), equation 5: each cross-attention gets a second pair of projections, for the keys and
 values of picture tokens, and adds what its queries find there, times a strength, to what they find in the text. Tokens

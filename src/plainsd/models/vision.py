@@ -1,4 +1,4 @@
-"""The CLIP vision tower: a picture to one vector, and to one for each of its patches.
+"""The CLIP image encoder: a picture to one vector, and to one for each of its patches.
 
 Radford et al. 2021 (arXiv:2103.00020); Dosovitskiy et al. 2020 (ViT, arXiv:2010.11929). Image prompts read OpenCLIP's
 ViT-H/14 or ViT-bigG/14 (models/image_prompt.py); CLIP scores are made with OpenAI's ViT-L/14 and others: the same

@@ -60,7 +60,7 @@ def _check_source(control: Control, which: str, over: str | None) -> None:
     if over != "mask":
         raise UserError(f"{which}: the inpainting map needs a picture and a mask; give both", field="control")
     if isinstance(control.net, T2IAdapter):
-        raise UserError(f"{which}: inpainting maps are for control nets, and this is a T2I-Adapter; give it a map",
+        raise UserError(f"{which}: inpainting maps are for ControlNets, and this is a T2I-Adapter; give it a map",
                         field="control")  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def _check_numbers(control: Control, which: str) -> None:
         raise UserError(f"{which}: guess and mode {control.mode!r} do not go together; choose one", field="control")
     if control.guess and isinstance(control.net, T2IAdapter):
         raise UserError(
-            f"{which}: guess mode is for control nets, and this is a T2I-Adapter; leave it out", field="control"
+            f"{which}: guess mode is for ControlNets, and this is a T2I-Adapter; leave it out", field="control"
         )
 
 

@@ -1,6 +1,6 @@
 """Pictures as prompts, through IP-Adapters (models/image_prompt.py).
 
-A vision tower encodes each picture once; the adapter projects that to tokens, and these to extra keys and values for
+An image encoder encodes each picture once; the adapter projects that to tokens, and these to extra keys and values for
 each cross-attention. Uncond rows get the tokens of a vector of zeros, or with "plus" and "full" adapters those of a
 picture of zeros.
 
@@ -35,7 +35,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True, eq=False)
 class ImageReader:
-    """An IP-Adapter and its vision tower."""
+    """An IP-Adapter and its image encoder."""
 
     adapter: ImageAdapter
     tower: VisionTower
@@ -44,7 +44,7 @@ class ImageReader:
         own, its = self.tower.config, self.adapter.config
         if not tower_fits(own, its):
             raise UserError(
-                f"the vision tower does not fit the adapter: it gives {width_read(own, its)} numbers and the adapter "
+                f"the image encoder does not fit the adapter: it gives {width_read(own, its)} numbers and the adapter "
                 f"reads {its.states}; choose {encoder_of(its)}",
                 field="image_encoder",
             )

@@ -116,7 +116,7 @@ def open_picture(path: str | Path | BytesIO, background: str = "white") -> Image
     except Image.DecompressionBombError:
         raise UserError(f"picture '{path}' claims too many pixels; scale it below {LARGEST} in all") from None
     except Exception as error:  # decoders raise errors of every kind on hostile bytes
-        raise UserError(f"picture '{path}' is broken or cut short ({error}); fetch or save it again") from None
+        raise UserError(f"picture '{path}' is broken or cut short ({error}); download or save it again") from None
 
 
 def read_settings(path: str | Path | BytesIO) -> Settings:
@@ -144,7 +144,7 @@ def _settings_alone(path: Path) -> Settings:
     except OSError as error:
         raise UserError(f"cannot read '{path}' ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
-        raise UserError(f"'{path}' is no text in UTF-8; save it as such") from None
+        raise UserError(f"'{path}' is not UTF-8 text; save it as UTF-8") from None
     return parse_workflow(text) if text.lstrip().startswith(("{", "[")) else parse_settings(text)
 
 

@@ -125,7 +125,7 @@ def load_upscaler(path: str | Path, device: torch.device | str = "cpu") -> Upsca
         raise
     except Exception as error:  # spandrel's own, and those of networks that do not fit
         raise UserError(
-            f"{path} is no upscaler that spandrel knows ({type(error).__name__}); give one of ESRGAN's kind",
+            f"{path} is not an upscaler that spandrel knows ({type(error).__name__}); give one of ESRGAN's kind",
             field="upscaler",
         ) from error
     if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):

@@ -93,7 +93,7 @@ def info(
 
 
 def control_info(path: Path, variant_file: str | None) -> str:
-    """Lines about a control net."""
+    """Lines about a ControlNet."""
     control = open_control(path, variant_file)
     config, unet = control.config, control.config.unet
     names = (

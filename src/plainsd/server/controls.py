@@ -1,4 +1,4 @@
-"""Control nets by name out of the server's folder, and the maps of a request."""
+"""ControlNets by name out of the server's folder, and the maps of a request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from plainsd.server.schema import ControlRequest, ImagePromptRequest
 from plainsd.server.uploads import picture, png
 
 KEPT = 2  # nets in memory
-CONTROL, IMAGE_ADAPTER, TOWER = "control net", "IP-Adapter", "image encoder"  # what a folder may hold
+CONTROL, IMAGE_ADAPTER, TOWER = "ControlNet", "IP-Adapter", "image encoder"  # what a folder may hold
 
 
 class ControlNets:

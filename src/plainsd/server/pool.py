@@ -78,7 +78,9 @@ class PoolOptions:
         if self.fast and self.loras is not None:
             raise UserError("--fast packs the weights, and LoRAs need them plain; leave out --fast or --loras")
         if models > 1 and (self.prediction, self.zero_snr) != (None, None):
-            raise UserError("--prediction and --zero-snr speak of one model; leave them out, or serve that model alone")
+            raise UserError(
+                "--prediction and --zero-snr apply to a single model; leave them out, or serve that model alone"
+            )
 
 
 @dataclass

@@ -75,7 +75,7 @@ class UnitRequest(BaseModel):
 
 
 class ControlRequest(UnitRequest, Preprocessing):
-    """A control net or T2I-Adapter, and the map that it reads."""
+    """A ControlNet or T2I-Adapter, and the map that it reads."""
 
     image: Text | None = Field(
         None,

@@ -29,14 +29,14 @@ def read_styles(path: Path) -> dict[str, Style]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             if not {"name", "prompt"} <= {*(rows.fieldnames or ())}:
-                raise UserError(f"{path} is no file of styles: its first line should read {','.join(COLUMNS)}")
+                raise UserError(f"{path} is not a styles file: its first line should read {','.join(COLUMNS)}")
             styles = {
                 row["name"]: Style(row["prompt"] or "", row.get("negative_prompt") or "") for row in rows if row["name"]
             }
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a file of styles") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no file of styles ({error}); save it as CSV in UTF-8") from None
+        raise UserError(f"{path} is not a styles file ({error}); save it as CSV in UTF-8") from None
     return styles
 
 
@@ -44,7 +44,7 @@ def styled(prompt: str, negative: str, names: Iterable[str], styles: Mapping[str
     """Prompt and negative prompt with these styles around them, one after the other."""
     for name in names:
         if name not in styles:
-            raise unknown("style", name, styles or ["none: there is no file of styles"], field="styles")
+            raise unknown("style", name, styles or ["none: there is no styles file"], field="styles")
         prompt, negative = _around(prompt, styles[name].prompt), _around(negative, styles[name].negative)
     return prompt, negative
 

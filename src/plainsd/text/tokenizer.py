@@ -82,7 +82,9 @@ class Tokenizer:
             if isinstance(error, UserError):
                 raise
             what = shortened(f"{type(error).__name__}: {error}", 100)
-            raise UserError(f"{where}: the tokenizer's files hold something else ({what}); fetch them again") from error
+            raise UserError(
+                f"{where}: the tokenizer's files hold something else ({what}); download them again"
+            ) from error
 
     @classmethod
     def _from_texts(cls, texts: Mapping[str, str], where: str | Path) -> "Tokenizer":
@@ -95,7 +97,7 @@ class Tokenizer:
             vocabulary = check_vocabulary(model["vocab"], where)
             merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
             if not all(len(pair) == 2 and all(isinstance(one, str) for one in pair) for pair in merges):
-                raise UserError(f"{where}: tokenizer.json has merges that are no pairs of symbols; fetch it again")
+                raise UserError(f"{where}: tokenizer.json has merges that are not pairs of symbols; download it again")
             added = {token["id"]: _token(token) for token in whole.get("added_tokens", ())}
         else:
             vocabulary, merges = _read_vocabulary(texts, where)
@@ -133,7 +135,7 @@ class Tokenizer:
             try:
                 lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
             except (OSError, EOFError, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read the vocabulary {path}: {error}; fetch {VOCABULARY} again") from error
+                raise UserError(f"cannot read the vocabulary {path}: {error}; download {VOCABULARY} again") from error
             symbols = byte_symbols()
             merges = [tuple(line.split()) for line in lines[1 : CLIP_SIZE - 2 * len(symbols) - 1]]
             words = [*symbols, *(symbol + WORD_END for symbol in symbols), *map("".join, merges), START, END]
@@ -297,11 +299,11 @@ def _read_vocabulary(texts: Mapping[str, str], where: str | Path) -> tuple[dict[
 def check_vocabulary(vocabulary: object, where: str | Path) -> dict[str, int]:
     """UserError unless it gives every symbol an id that a text encoder can have."""
     if not isinstance(vocabulary, dict):
-        raise UserError(f"{where}: the vocabulary is no table of symbols; fetch it again")
+        raise UserError(f"{where}: the vocabulary is not a table of symbols; download it again")
     for symbol, key in vocabulary.items():
         if type(key) is not int or not 0 <= key < MOST_TOKENS:
             what = f"the vocabulary gives {shortened(symbol, 60)!r} the id {shortened(repr(key), 60)}"
-            raise UserError(f"{where}: {what}; fetch it again")
+            raise UserError(f"{where}: {what}; download it again")
     return vocabulary
 
 
@@ -331,7 +333,7 @@ def _texts(folder: Path) -> dict[str, str]:
 
 def _text(texts: Mapping[str, str], name: str, where: str | Path) -> str:
     if name not in texts:
-        raise UserError(f"{where} has no {name}, which a tokenizer needs; fetch it again")
+        raise UserError(f"{where} has no {name}, which a tokenizer needs; download it again")
     return texts[name]
 
 
@@ -341,9 +343,9 @@ def _read_json(texts: Mapping[str, str], name: str, where: str | Path, missing: 
     try:
         content = parsed_json(_text(texts, name, where))
     except BadJSON as error:
-        raise UserError(f"{where}: {name} is not JSON ({error}); fetch it again") from error
+        raise UserError(f"{where}: {name} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(
-            f"{where}: {name} holds a {type(content).__name__} where names with values are expected; fetch it again"
+            f"{where}: {name} holds a {type(content).__name__} where names with values are expected; download it again"
         )
     return content

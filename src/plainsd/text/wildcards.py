@@ -121,7 +121,7 @@ def choice_of(options: list[list]) -> Choice:
         joiner = joiner if between is None else between
         start = start[found.end() :]
         if low > high:
-            raise UserError(f"{{{found[0]}...}} asks for {low} to {high} of its options; mend it", field="prompt")
+            raise UserError(f"{{{found[0]}...}} asks for {low} to {high} of its options; correct it", field="prompt")
     if options[0]:
         options = [[start, *options[0][1:]] if isinstance(options[0][0], str) else options[0], *options[1:]]
     return Choice(tuple(weighed(option) for option in options), min(low, len(options)), min(high, len(options)), joiner)
@@ -170,7 +170,7 @@ def choices_in(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path.name} is no UTF-8; save it so") from None
+        raise UserError(f"{path.name} is not UTF-8 text; save it as UTF-8") from None
     return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 

@@ -57,7 +57,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give {OPTION} a TOML file of options") from error
     except ValueError as error:  # no UTF-8, or no TOML
-        raise UserError(f"{path} is no TOML file: {error}; write lines such as rank = 8") from error
+        raise UserError(f"{path} is not a TOML file: {error}; write lines such as rank = 8") from error
 
 
 def options_of(kind: type) -> dict[str, Any]:

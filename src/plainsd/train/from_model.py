@@ -136,7 +136,7 @@ def train_controlnet(job: TrainJob) -> None:
         start = load_control(own, device=job.world.device, dtype="float32") if own else None
         if not isinstance(start, ControlNet | None):
             raise UserError(
-                f"method controlnet goes on from control nets, and {own} is a T2I-Adapter; choose another one"
+                f"method controlnet goes on from ControlNets, and {own} is a T2I-Adapter; choose another one"
             )
         kept = {name: shared[name] for name in ("objective", "chunks")}
         method = controlnet(sd, examples, start, seed=job.options.pace.seed, **kept)
@@ -149,9 +149,9 @@ def train_controlnet(job: TrainJob) -> None:
         save_control(found[0], place, dtype=job.save_dtype)
 
     if sd := tuned(job, make, write):
-        with saving("the control net"):
+        with saving("the ControlNet"):
             write(sd, None)
-        job.say(f"control net in {job.result()}.safetensors (the original's names) and {job.result()} (diffusers')")
+        job.say(f"ControlNet in {job.result()}.safetensors (the original's names) and {job.result()} (diffusers')")
 
 
 def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:

@@ -147,7 +147,7 @@ class TrainJob:
             found = self.read(str(data.heldout), size, *sources, prior)
             heldout = PictureSet(found.items, size, Framing(data.buckets))
             if data.heldout.resolve() in [source.resolve() for source in sources]:
-                self.say(f"--heldout {data.heldout} is trained on too: what is measured with it is no validation")
+                self.say(f"--heldout {data.heldout} is trained on too: what is measured with it is not validation")
         elif data.hold_out:
             pictures, heldout = pictures.split(data.hold_out, self._held(pictures))
             heldout = PictureSet(heldout.items, size, Framing(data.buckets))
@@ -323,7 +323,7 @@ class TrainJob:
     def sampler(
         self, sd: "StableDiffusion", net: ControlNet | None = None, *, pictures: PictureSet | None = None
     ) -> Callable[[Path], None] | None:
-        """Draws a grid of the prompts, always with the same noise; with a control net each after the map of one of the
+        """Draws a grid of the prompts, always with the same noise; with a ControlNet each after the map of one of the
         pictures, the first, the second, ..."""
         file = self.options.telling.prompts
         if file is None:

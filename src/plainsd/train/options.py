@@ -208,7 +208,7 @@ class Controlling:
     """Method controlnet."""
 
     control: str | None = None
-    """a control net to go on from, a folder or a file; a new one, made of the model's own weights, if not given"""
+    """a ControlNet to go on from, a folder or a file; a new one, made of the model's own weights, if not given"""
 
 
 @dataclass
@@ -252,8 +252,8 @@ class TrainOptions:
     config: Path | None = None
     """TOML file with any of these options, such as a run's run.toml; flags take precedence"""
     base: str | None = None
-    """model to fine-tune: a folder, a file or a hub name; the embedded one if not given. Methods vae and scratch start
-    from its weights if it is given"""
+    """model to fine-tune: a folder, a file or a Hub repository id; the embedded one if not given. With methods vae and
+    scratch, training starts from its weights if it is given"""
     prediction: str | None = None
     """override what --base predicts: epsilon or v_prediction"""
     zero_snr: str | None = None

@@ -69,14 +69,14 @@ def read_graph(text: str) -> Graph:
     try:
         whole = parsed_json(text)
     except BadJSON:
-        raise UserError("this is no workflow: its JSON is broken; save it again in ComfyUI") from None
+        raise UserError("this is not a workflow: its JSON is broken; save it again in ComfyUI") from None
     if isinstance(whole, dict) and isinstance(whole.get("prompt"), dict):
         whole = whole["prompt"]  # as it is sent to ComfyUI's server
     if not isinstance(whole, dict):
-        raise UserError("this is no workflow of ComfyUI; give what its Save or Export (API) writes")
+        raise UserError("this is not a workflow of ComfyUI; give what its Save or Export (API) writes")
     graph = Editor(whole).graph() if isinstance(whole.get("nodes"), list) else from_api(whole)
     if not graph:
-        raise UserError("this is no workflow of ComfyUI: it has no nodes; give what its Save or Export (API) writes")
+        raise UserError("this is not a workflow of ComfyUI: it has no nodes; give what its Save or Export (API) writes")
     return graph
 
 

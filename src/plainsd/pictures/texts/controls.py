@@ -6,7 +6,7 @@
 
 `Guess Mode`, `Union Kinds`, `Images` and `Masks` are words of our own, written only where they are needed; the
 extension passes over them. Image prompts are units there too, of a module whose name begins with `ip-adapter`; here
-they follow the control nets, as the module that lets the extension choose the image encoder by the adapter's name.
+they follow the ControlNets, as the module that lets the extension choose the image encoder by the adapter's name.
 """
 
 import re
@@ -25,7 +25,7 @@ INPAINT_MODULES = ("inpaint_only", "inpaint", "inpaint_global_harmonious")  # th
 def controls_written(
     controls: tuple[ControlNote, ...], image_prompts: tuple[ImagePromptNote, ...] = ()
 ) -> list[tuple[str, str]]:
-    """Keys and texts of the units: of the control nets, then of the image prompts."""
+    """Keys and texts of the units: of the ControlNets, then of the image prompts."""
     units = [unit_text(note) for note in controls] + [image_unit_text(note) for note in image_prompts]
     return [(f"ControlNet {number}", text) for number, text in enumerate(units)]
 

@@ -15,14 +15,14 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _whole(text: str) -> int:
     if len(text) > 25:
-        raise ValueError(f"{text[:25]!r}... is no whole number in range")
+        raise ValueError(f"{text[:25]!r}... is not a whole number in range")
     return int(text)
 
 
 def read_size(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     if max(len(width), len(height)) > 9:
-        raise ValueError(f"{text[:40]!r} is no size")
+        raise ValueError(f"{text[:40]!r} is not a size")
     return int(width), int(height)
 
 

@@ -1,4 +1,4 @@
-"""The units of A1111's ControlNet extension, `alwayson_scripts.controlnet.args`: control nets, and IP-Adapters as image
+"""The units of A1111's ControlNet extension, `alwayson_scripts.controlnet.args`: ControlNets, and IP-Adapters as image
 prompts."""
 
 from typing import Any

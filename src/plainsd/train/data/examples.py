@@ -28,7 +28,7 @@ class ExampleBatch(NamedTuple):
     noise: NoisyLatents
     mask: Tensor | None  # (B, 1, h, w)
     sizes: Tensor  # (B, 6): height and width of the original; top, left, height, width of the crop
-    maps: Tensor | None = None  # (B, 3, H, W), 0 to 1, for a control net
+    maps: Tensor | None = None  # (B, 3, H, W), 0 to 1, for a ControlNet
 
 
 def draw_caption(pictures: PictureSet, pick: Pick, dropout: float) -> str:

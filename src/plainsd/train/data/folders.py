@@ -3,7 +3,7 @@
     metadata.jsonl         one line a picture: `file_name`, and `text`: a caption or a list of them; perhaps `mask`
                            and `cond`
     cat.png + cat.txt      or pairs, one caption a line; cat.mask.png is the mask, and cat.cond.png the map that a
-                           control net reads. Subfolders count
+                           ControlNet reads. Subfolders count
 
 Suffixes are case-insensitive, and a mask or a map may have any picture suffix. Pictures that are not used are reported.
 """
@@ -49,7 +49,7 @@ class FoundPicture(NamedTuple):
     path: Path
     texts: tuple[str, ...] = ()
     mask: Path | None = None
-    map: Path | None = None  # for a control net
+    map: Path | None = None  # for a ControlNet
     fault: str | None = None
 
 

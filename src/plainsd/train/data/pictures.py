@@ -48,7 +48,7 @@ class Entry(Protocol):
 
     @property
     def mapped(self) -> bool:
-        """Whether it has a map, for a control net."""
+        """Whether it has a map, for a ControlNet."""
 
     @property
     def name(self) -> str: ...
@@ -241,7 +241,7 @@ def scan(
     if not entries or len(bad) > bad_share * len(found):
         raise UserError(
             f"{where}: {len(bad)} of {len(found)} pictures cannot be used, more than {bad_share:.0%} "
-            f"(first: {bad[0]}); mend them or raise --bad-share"
+            f"(first: {bad[0]}); fix them or raise --bad-share"
         )
     return tuple(entries)
 

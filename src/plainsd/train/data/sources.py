@@ -9,7 +9,7 @@
 
 A picture column is one of that type, or with one of the names in PICTURE_COLUMNS; a text column has a caption, a list
 of them, or (tar) a table with one; a column `mask` holds pictures whose dark parts do not
-count, and a column `cond`, or `conditioning_image`, the maps of a control net. With `stream` a dataset is not fetched
+count, and a column `cond`, or `conditioning_image`, the maps of a ControlNet. With `stream` a dataset is not fetched
 as a whole: its first `limit` rows are read one after the other and kept in the cache folder.
 """
 
@@ -77,7 +77,7 @@ class DatasetRow:
     repeats: int = 1
     size: Size | None = None
     mask: str | None = None  # the column with its mask
-    map: str | None = None  # likewise, its map for a control net
+    map: str | None = None  # likewise, its map for a ControlNet
 
     @property
     def masked(self) -> bool:
@@ -170,7 +170,7 @@ def source_kind(path: Path, without: Iterable[Path] = ()) -> tuple[str | None, l
     if path.is_file():
         kind = {".parquet": "parquet", ".tar": "webdataset"}.get(suffix_of(path))
         if kind is None:
-            raise UserError(f"{path} is no source of pictures; give a folder, a .parquet or a .tar file")
+            raise UserError(f"{path} is not a source of pictures; give a folder, a .parquet or a .tar file")
         return kind, [str(path)]
     if not path.is_dir():
         return None, []

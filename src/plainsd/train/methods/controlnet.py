@@ -41,7 +41,7 @@ def controlnet(
             torch.manual_seed(seed)
             net = control_of(sd.unet).float()
     elif reason := mismatch(net, sd):
-        raise UserError(f"the control net to go on from does not fit the model: {reason}")
+        raise UserError(f"the ControlNet to go on from does not fit the model: {reason}")
     elif net.control.kinds:
         raise UserError("a union net is for several kinds of maps, and training knows those for one; give another")
     modules = nn.ModuleDict({"net": net}).to(sd.device).requires_grad_(True).train()
