@@ -301,7 +301,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "files/folder.py": [
         ("folder / Path(name).name", "folder / name",
          "test_disk.py::test_an_index_of_shards_names_no_file_of_another_folder"),
-        ("index |= {name: [None, None] for name in SAFETY if name in index}", "pass",
+        ("index |= {name: [None, None] for name in UNUSED_PARTS if name in index}", "pass",
          "test_convert.py::test_parts_that_are_not_written_are_not_named"),
     ],
     "files/single.py": [
@@ -325,7 +325,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ('file.seek(8 + int.from_bytes(file.read(8), "little"))',
          'file.seek(int.from_bytes(file.read(8), "little"))',
          "test_again.py::test_a_picture_names_the_weights_that_drew_it"),
-        ("(key, digest)][-KEPT:]", "(key, digest)][:KEPT]", "test_again.py::test_the_newest_hashes_are_kept"),
+        ("(key, digest)][-MAX_CACHED_HASHES:]", "(key, digest)][:MAX_CACHED_HASHES]", "test_again.py::test_the_newest_hashes_are_kept"),
     ],
     "files/detect.py": [
         ('if prediction == "v_prediction" and "ztsnr" in file.tensors:', 'if prediction == "v_prediction":',
@@ -485,7 +485,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("EDGE = 8", "EDGE = 0", "test_upscaling.py::test_tiles_add_up_to_the_whole"),
     ],
     "pictures/memory.py": [
-        ("most = max(1, int(min(rows, SHARE * had / each)))", "most = int(min(rows, SHARE * had / each))",
+        ("most = max(1, int(min(rows, MEMORY_SHARE * had / each)))", "most = int(min(rows, MEMORY_SHARE * had / each))",
          "test_memory.py::test_what_is_done_is_said_in_one_line"),
         ("return int(most) - used", "return int(most)",
          "test_memory.py::test_free_memory_is_read_from_the_machine_and_its_container"),
@@ -740,7 +740,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_jobs.py::test_a_job_has_a_time_limit"),
     ],
     "server/jobs/queue.py": [
-        ("mine >= max(1, self.limit * SHARE)", "mine > max(1, self.limit * SHARE)",
+        ("mine >= max(1, self.limit * CLIENT_SHARE)", "mine > max(1, self.limit * CLIENT_SHARE)",
          "test_server_jobs.py::test_the_queue_is_bounded_and_no_client_fills_it_alone"),
         ("self.served[unit.job.client] += 1", "pass",
          "test_server_jobs.py::test_clients_take_turns_picture_by_picture"),

@@ -277,7 +277,7 @@ def test_hashes_of_large_files_are_kept(tmp_path, monkeypatch):
 def test_the_newest_hashes_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(hashes, "LARGE", 8)
-    monkeypatch.setattr(hashes, "KEPT", 3)
+    monkeypatch.setattr(hashes, "MAX_CACHED_HASHES", 3)
     for number in range(5):
         (tmp_path / f"{number}.bin").write_bytes(b"0123456789" * (1 + number))
         hashes.file_hash(tmp_path / f"{number}.bin")

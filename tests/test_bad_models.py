@@ -62,7 +62,7 @@ WRONG = {
     ),
     "no text encoder listed": (
         lambda m: relist(m, "text_encoder", None),
-        r"model_index.json \(StableDiffusionPipeline\) lists no text_encoder, which Stable Diffusion needs; fetch",
+        r"model_index.json \(StableDiffusionPipeline\) lists no text_encoder, which Stable Diffusion needs; download",
     ),
     "text encoder listed as nothing": (
         lambda m: relist(m, "text_encoder", [None, None]),
@@ -251,8 +251,8 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "other" / "letter.txt").write_text("x")
     for target, message in (
         (tmp_path / "file" / "m", "cannot write"),
-        (tmp_path / "other", "no folder of a model"),
-        (tmp_path / "file", "no folder of a model"),
+        (tmp_path / "other", "not a model folder"),
+        (tmp_path / "file", "not a model folder"),
     ):
         with pytest.raises(UserError, match=message):
             save(sd, target)

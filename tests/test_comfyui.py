@@ -281,7 +281,7 @@ def test_subgraphs_are_unfolded():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "broken"), ("{", "broken"), ("[1]", "no workflow"), ("{}", "no nodes"), ("5", "no workflow"),
+        ("", "broken"), ("{", "broken"), ("[1]", "not a workflow"), ("{}", "no nodes"), ("5", "not a workflow"),
         ("[" * 100_000, "broken"), ('{"a": ' * 100_000, "broken"), ('{"nodes": [], "links": 3}', "no nodes"),
         ('{"nodes": [{"id": 1, "type": "Note"}], "links": [[1, 2], "x", {"id": []}]}', "none of its nodes is a"),
     ],

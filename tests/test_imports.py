@@ -151,12 +151,7 @@ def test_each_room_says_what_belongs_in_it():
         assert len(body) == 1 and len(ast.literal_eval(body[0].value)) > 60, path
 
 
-PRIVATE_TWICE = {  # names of two modules that no other module imports
-    *("DRAWN", "HASHES", "KEPT", "KINDS", "LARGEST", "LONG", "LONGEST", "NEAR", "OTHERS", "OURS", "PARTS"),
-    *("PATIENCE", "PICKLES", "PREVIEW_EVERY", "PROMPT", "SAFETY", "SETTINGS", "SHARE", "SILENT", "SOURCES", "STEPS"),
-    *("WEIGHTS", "WHOLE", "WITHOUT", "WORD", "WORDS", "ZERO_SNR", "_key", "_rows", "_strides", "_texts", "adapter_in"),
-    "log",
-}
+PRIVATE_TWICE = {"log"}  # names of two modules that no other module imports: loggers
 PUBLIC_TWICE = {
     "routes",  # openai.routes and a1111.routes: each of one API
 }

@@ -218,7 +218,7 @@ def test_geglu_and_its_gradients(dtype, shape):
 def test_gradients_of_attention(batch, heads, n, m, d, scale, monkeypatch):
     """As far from float64 as their formula, rounded where ours is, within a fifth; `scale`: up to scores of +-200, at
     which most weights are nothing."""
-    monkeypatch.setattr(kernels, "LONG", 0)
+    monkeypatch.setattr(kernels, "MIN_TRAINING_SIZE", 0)
     generator = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn((batch, heads, length, d), generator=generator).bfloat16() for length in (n, m, m, n))
     q, k = scale * q, scale * k
@@ -370,7 +370,7 @@ def test_compiled_files_are_told_apart_by_all_that_they_depend_on(tmp_path, monk
             for source in (b"one", b"two"):
                 for flags in (("-O3",), ("-O2",)):
                     monkeypatch.setattr(kernels, "FLAGS", flags)
-                    keys += [kernels._key(source, str(compiler))] * 2
+                    keys += [kernels._build_key(source, str(compiler))] * 2
     assert len(set(keys)) == 16 and all(a == b for a, b in zip(keys[::2], keys[1::2], strict=True))
 
 

@@ -80,7 +80,7 @@ def test_what_is_chosen_there_draws_the_same_here(on, monkeypatch, processor, fl
         pytest.skip("this processor does not have what that one has")
     on(processor)
     monkeypatch.setattr(kernels, "pays", lambda *shape: True)
-    monkeypatch.setattr(model, "LONG", 1)
+    monkeypatch.setattr(model, "MIN_QUERIES", 1)
     fast = model.faster(tiny_sd().to(dtype=dtype))
     assert {module.attend for module in model.attentions(fast)} == {float32 if dtype == torch.float32 else bfloat16}
     fused = any(isinstance(module, PackedResBlock) for module in fast.vae.modules())

@@ -327,5 +327,5 @@ def test_damaged_folders(clip, tmp_path, name, content, message):
 
 def test_damaged_vocabulary_file(tmp_path):
     (tmp_path / VOCABULARY).write_bytes(find_vocabulary().read_bytes()[:5000])
-    with pytest.raises(UserError, match="fetch"):
+    with pytest.raises(UserError, match="download"):
         Tokenizer.from_vocabulary(tmp_path / VOCABULARY)

@@ -6,12 +6,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-LONGEST = 300  # characters of a message; what stands in files may be of any length
+LONGEST_MESSAGE = 300  # characters of a message; what stands in files may be of any length
 LONG_WORD = re.compile(r"\S{80,}")
 WITH_NAMES, WITH_CHOICES = 600, 1500  # of one that lists names from a file; of one that lists choices
 
 
-def shortened(text: str, most: int = LONGEST) -> str:
+def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
     """A text in one line of at most `most` characters. Where it is longer, long words lose their middle, such as paths,
     and then the text does: a message begins with what is wrong, and ends with what to do."""
     if len(text) > most:
@@ -38,7 +38,7 @@ class UserError(ValueError):
         field: str | None = None,
         value: Any = None,
         entry: int | None = None,
-        most: int = LONGEST,
+        most: int = LONGEST_MESSAGE,
     ):
         super().__init__(shortened(message, most))
         self.field, self.value, self.entry = field, value, entry

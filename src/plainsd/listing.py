@@ -11,12 +11,12 @@ from pathlib import Path
 
 from plainsd.errors import UserError
 
-OTHERS = ("__MACOSX", "@eaDir")  # folders that archivers and file servers add, with thumbnails and metadata
+FOREIGN_FOLDERS = ("__MACOSX", "@eaDir")  # folders that archivers and file servers add, with thumbnails and metadata
 
 
 def hidden(name: str) -> bool:
     """Whether a file or folder of this name is hidden or added by some program."""
-    return name.startswith(".") or name in OTHERS
+    return name.startswith(".") or name in FOREIGN_FOLDERS
 
 
 def suffix_of(path: Path) -> str:

@@ -35,10 +35,10 @@ from plainsd.models.variants import encoder_names
 from plainsd.pictures.model import StableDiffusion
 
 DIALECTS = ("a1111", "diffusers")
-PICKLES = (".pt", ".bin")
+PICKLE_SUFFIXES = (".pt", ".bin")
 EMBEDDING_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-WORD = "plainsd.word"  # in a safetensors file's metadata, or next to the vectors in a pickle
+WORD_KEY = "plainsd.word"  # in a safetensors file's metadata, or next to the vectors in a pickle
 ONLY = "only"  # the key of a file's vectors where it has those of one text encoder
 FAMILIES = {(768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL", (1280,): "SDXL's refiner"}  # by all widths
 
@@ -161,7 +161,7 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     content = embedding_content(path)
     name, found = parsed_embedding(content)
     if not found:
-        names = [name for name in content if name != WORD] if isinstance(content, dict) else []
+        names = [name for name in content if name != WORD_KEY] if isinstance(content, dict) else []
         raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
     return name, usable(path, found)
 
@@ -179,11 +179,11 @@ def usable(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def embedding_content(path: Path, *, shapes_only: bool = False) -> object:
     """A file's tensors by name. `shapes_only`: do not read the values of a safetensors file."""
-    if suffix_of(path) in PICKLES:
+    if suffix_of(path) in PICKLE_SUFFIXES:
         return pickled(path)
     file = open_safetensors(path)
     read = (lambda one: torch.empty(one.shape, device="meta")) if shapes_only else (lambda one: one.read())
-    word = {WORD: file.metadata[WORD]} if WORD in file.metadata else {}
+    word = {WORD_KEY: file.metadata[WORD_KEY]} if WORD_KEY in file.metadata else {}
     return {name: read(tensor) for name, tensor in file.tensors.items()} | word
 
 
@@ -194,10 +194,10 @@ def pickled(path: Path) -> object:
 def embedding_in(path: Path) -> tuple[str, str] | None:
     """A summary of an embedding file, by names and shapes: its word, and `3 vectors of 768 numbers, SD 1.x`. None for
     other files."""
-    if suffix_of(path) not in (*PICKLES, ".safetensors"):
+    if suffix_of(path) not in (*PICKLE_SUFFIXES, ".safetensors"):
         return None
     content = embedding_content(path, shapes_only=True)
-    if not isinstance(content, dict) or (WORD not in content and seems(map(str, content)) != EMBEDDING):
+    if not isinstance(content, dict) or (WORD_KEY not in content and seems(map(str, content)) != EMBEDDING):
         return None
     word, tensors = parsed_embedding(content)
     found = [vectors for _, vectors in sorted(tensors.items(), reverse=True)]  # clip_l first
@@ -215,7 +215,7 @@ def parsed_embedding(content: object) -> tuple[str | None, dict[str, Tensor]]:
         return None, {ONLY: content}
     if not isinstance(content, dict):
         return None, {}
-    word = content.get(WORD)
+    word = content.get(WORD_KEY)
     word = word if isinstance(word, str) and word.isprintable() and word.strip() else None
     table = content.get("string_to_param")
     if table is not None:
@@ -271,14 +271,14 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
             "string_to_token": {"*": 265},
             "string_to_param": {"*": vectors[0]},
             "name": token,
-            WORD: token,
+            WORD_KEY: token,
         }
         content |= {"step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None}
     else:  # diffusers takes the key of a lone entry as the word: there must be no other entry
-        content = table | {WORD: token} if xl else table
+        content = table | {WORD_KEY: token} if xl else table
     with written_whole(path) as draft:
         if suffix_of(path) == ".safetensors":
-            write_safetensors(draft, {key: stored(rows) for key, rows in table.items()}, {WORD: token})
+            write_safetensors(draft, {key: stored(rows) for key, rows in table.items()}, {WORD_KEY: token})
         else:
             with open(draft, "wb") as file:  # torch would wrap an error of the disk in its own
                 torch.save(content, file)

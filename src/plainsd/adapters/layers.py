@@ -277,7 +277,7 @@ WITH = {
     nn.GroupNorm: LoraGroupNorm,
     nn.Embedding: LoraEmbedding,
 }
-WITHOUT = {adapted: bare for bare, adapted in WITH.items()}
+UNADAPTED = {adapted: bare for bare, adapted in WITH.items()}
 
 
 def attach(base: nn.Module, name: str, adapter: Adapter) -> None:
@@ -291,4 +291,4 @@ def detach(base: Adapted, name: str) -> None:
     del base.adapters[name]
     if not base.adapters:
         del base.adapters
-        base.__class__ = WITHOUT[type(base)]
+        base.__class__ = UNADAPTED[type(base)]

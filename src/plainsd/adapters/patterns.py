@@ -13,7 +13,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-LONGEST, MOST_STATES, LONGEST_NAME = 1000, 2000, 1000  # of a pattern, of its machine, of a name
+LONGEST_PATTERN, MOST_STATES, LONGEST_NAME = 1000, 2000, 1000  # of a pattern, of its machine, of a name
 MOST_WORK = 10**7  # states in all, of all matches of one file; ordinary files need thousands
 DEEPEST_GROUP = 50  # groups inside each other
 ESCAPED = re.compile(r"\\[dDwWsS]|\\[^a-zA-Z0-9]")
@@ -37,8 +37,8 @@ class PatternReader:
         self.pattern, self.at = pattern, 0
 
     def whole(self) -> PatternNode:
-        if len(self.pattern) > LONGEST:
-            raise BadPattern(f"it has {len(self.pattern)} characters, and at most {LONGEST} are read")
+        if len(self.pattern) > LONGEST_PATTERN:
+            raise BadPattern(f"it has {len(self.pattern)} characters, and at most {LONGEST_PATTERN} are read")
         node = self.choice(0)
         if self.at < len(self.pattern):
             raise BadPattern("it closes a bracket that is not open")

@@ -23,7 +23,7 @@ SETTINGS_FILE = "adapter_config.json"  # in the folder of PEFT's adapter_model
 OWN = "base_model.model."  # prefix of every name in PEFT's own files
 
 MOST_PATTERNS = 5000  # one a module, of the largest models
-KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")  # peft_type
+PEFT_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")  # peft_type
 PLAIN = ("gaussian", "eva", "orthogonal", "mica")  # initialisations that leave the base unchanged
 AS_LOADED = ("pissa", "olora")  # initialisations from the base, which can be recomputed
 UNSUPPORTED_SETTINGS = (  # settings that change the meaning of LoRA tensors
@@ -63,7 +63,7 @@ class PeftSettings:
             self._check(name.rpartition(".")[2], value)
 
     def _check(self, name: str, value: Any) -> None:
-        if name == "peft_type" and value not in KINDS:
+        if name == "peft_type" and value not in PEFT_TYPES:
             raise UserError(f"{self.path} is an adapter of a kind that is not supported, {value} of PEFT; {REMEDY}")
         if name in UNSUPPORTED_SETTINGS and value:
             raise UserError(f"{self.path} is a LoRA of a kind that is not supported, PEFT's {name}; {REMEDY}")

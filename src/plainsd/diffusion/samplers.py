@@ -56,12 +56,12 @@ def whole_part(timestep: float) -> float:
     return math.floor(timestep + 1e-9)
 
 
-WHOLE = {"linspace": round}
+ROUNDING = {"linspace": round}
 TO_FIRST: dict[str, Any] = {
     "ends_at_zero": False,
     "same_stride": True,
     "unit_first": True,
-    "rounding": WHOLE,
+    "rounding": ROUNDING,
 }
 SOLVER: dict[str, Any] = {
     "unit_first": True,
@@ -74,7 +74,7 @@ SOLVER_TO_FIRST = SOLVER | {
 }
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding=WHOLE, takes=("eta",)),
+    "ddpm": Sampler(partial(ddim, eta=1.0), "leading", unit_first=True, rounding=ROUNDING, takes=("eta",)),
     "ddim": Sampler(ddim, "leading", **TO_FIRST, takes=("eta", "strides")),
     "plms": Sampler(plms, "leading", **TO_FIRST, takes=("prediction", "sigma_data", "strides")),
     "euler": Sampler(euler),

@@ -8,8 +8,9 @@ The emoji are chosen by this rule, which has no randomness:
    at most three words, none of them in `LEFT_OUT` (clock faces, buttons, arrows, letters, signs, flags, moons...);
 2. the groups of `GROUPS` (food, animals, ...) are taken in order, shorter names (in words) first, then by code point,
    each group up to its share of the count;
-3. a candidate nearer than `NEAR` to one already chosen is skipped as a near duplicate. The distance is the root mean
-   square difference, 0..1, of the two glyphs as 24x24 pictures on mid grey, over the part where either is visible;
+3. a candidate nearer than `DUPLICATE_DISTANCE` to one already chosen is skipped as a near duplicate. The distance is
+   the root mean square difference, 0..1, of the two glyphs as 24x24 pictures on mid grey, over the part where either is
+   visible;
 4. shares that a group cannot fill go to the last group (objects), then to the other groups in order.
 """
 
@@ -26,7 +27,7 @@ from plainsd.errors import UserError
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 STRIKE = 109  # the only size of the font's bitmaps, in Pillow's units
 SMALLEST_SCALE, LARGEST_SCALE = 0.80, 0.95  # longer side of the visible part, as a share of the picture's side
-NEAR = 0.13  # two glyphs nearer than this are near duplicates
+DUPLICATE_DISTANCE = 0.13  # two glyphs nearer than this are near duplicates
 
 # Any two are at least 97 apart in RGB, so the nearest name is unambiguous.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -261,7 +262,7 @@ def choose(font: ImageFont.FreeTypeFont, count: int) -> list[Concept]:
             if glyph is None or found[code].name in names:
                 continue
             thumbnail = thumbnail_of(glyph)
-            if all(distance(thumbnail, other) >= NEAR for other in thumbnails):
+            if all(distance(thumbnail, other) >= DUPLICATE_DISTANCE for other in thumbnails):
                 chosen[code] = found[code]
                 names.add(found[code].name)
                 thumbnails.append(thumbnail)

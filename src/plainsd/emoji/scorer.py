@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from plainsd.emoji import drawing
 
 COARSE, FINE = 32, 64  # sides of the two search grids, in cells
-KEPT = 16  # candidates of the coarse search for the fine one
+FINE_CANDIDATES = 16  # candidates of the coarse search for the fine one
 COARSE_SIZES = 10  # sizes from the smallest to the largest, tried on the coarse grid
 
 
@@ -71,14 +71,14 @@ class Scorer:
         return Drawn(torch.fft.rfft2(cells), energy, torch.tensor([room]))
 
     def __call__(self, picture: Image.Image) -> Score:
-        """Coarse search over every emoji, then the fine one over the best `KEPT` of them."""
+        """Coarse search over every emoji, then the fine one over the best `FINE_CANDIDATES` of them."""
         picture = picture.convert("RGB").resize((self.size, self.size), Image.Resampling.BOX)
         pixels = np.asarray(picture, np.float32) / 255
         colour = border_colour(pixels)
         difference = torch.from_numpy(pixels - colour).permute(2, 0, 1)[None]
         colour = torch.from_numpy(colour)
         errors = best_errors(difference, colour, self.coarse, COARSE).view(len(self.glyphs), COARSE_SIZES)
-        near = errors.min(1).values.argsort()[:KEPT].tolist()
+        near = errors.min(1).values.argsort()[:FINE_CANDIDATES].tolist()
         fine = [self.fine_error(difference, colour, i, self.sizes[int(errors[i].argmin())]) for i in near]
         order = sorted(range(len(near)), key=fine.__getitem__)
         return Score(nearest_name(colour.numpy(), self.backgrounds), tuple(near[k] for k in order), min(fine))

@@ -9,7 +9,7 @@ from typing import Any
 
 from plainsd.errors import UserError, unknown
 
-WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 WIDEST, MOST = 2**20, 100  # limits of widths; of layers, levels and blocks
 FEW = (0, MOST)
 BOUNDS = {  # of a field's numbers, inclusive; other integers are 1 to WIDEST, other floats up to 1000
@@ -45,11 +45,11 @@ def read_value(hint: Any, value: Any, where: str, at: str) -> Any:
         inner = typing.get_args(hint)[0]
         return tuple(read_value(inner, one, where, f"{at}[{i}]") for i, one in enumerate(value))
     if type(value) is not hint and not (hint is float and type(value) is int):
-        raise wrong(where, at, value, WORDS[hint])
+        raise wrong(where, at, value, TYPE_NAMES[hint])
     if hint in (int, float):
         low, high = BOUNDS.get(at.rpartition(".")[2].partition("[")[0], (1, WIDEST) if hint is int else (1e-9, 1e3))
         if not low <= value <= high:  # nan included
-            raise wrong(where, at, value, f"{WORDS[hint]} from {low:g} to {high:g}")
+            raise wrong(where, at, value, f"{TYPE_NAMES[hint]} from {low:g} to {high:g}")
     return float(value) if hint is float else value
 
 

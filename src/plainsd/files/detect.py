@@ -17,7 +17,7 @@ from plainsd.models.variants import VARIANTS, ScheduleConfig, Variant, check_rea
 UNET_PREFIX = "model.diffusion_model."
 FIRST = "input_blocks.0.0.weight"  # the UNet's first weight
 ENDS = ("sigma_min", "sigma_max")
-ZERO_SNR: dict[str, Any] = {"schedule": ScheduleConfig(zero_terminal_snr=True), "spacing": "trailing"}
+ZERO_SNR_SETTINGS: dict[str, Any] = {"schedule": ScheduleConfig(zero_terminal_snr=True), "spacing": "trailing"}
 SAID = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}  # in metadata
 MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", *(f"edm_vpred.{name}" for name in ENDS))  # tensors used as flags
 
@@ -162,7 +162,7 @@ def noise_told(file: TensorFile) -> dict[str, Any]:
         return {"schedule": schedule, "prediction": "v_prediction", "spacing": "exponential"}
     prediction = prediction_told(file)
     if prediction == "v_prediction" and "ztsnr" in file.tensors:  # with other predictions it is ignored
-        return {"prediction": prediction, **ZERO_SNR}
+        return {"prediction": prediction, **ZERO_SNR_SETTINGS}
     return {} if prediction is None else {"prediction": prediction}
 
 
@@ -185,7 +185,7 @@ def predicting(variant: Variant, prediction: str, zero_snr: bool = False) -> Var
     """The variant with that prediction: a known one with the same networks if there is one. `zero_snr`: the file has a
     `ztsnr`, which counts for v-prediction only."""
     if prediction == "v_prediction" and zero_snr:
-        return replace(predicting(variant, prediction), **ZERO_SNR)
+        return replace(predicting(variant, prediction), **ZERO_SNR_SETTINGS)
     if variant.prediction == prediction:
         return variant
     for known in VARIANTS.values():

@@ -13,7 +13,7 @@ from typing import Any
 
 from plainsd.models.variants import LCM, TURBO, VARIANTS, Variant
 
-SETTINGS: dict[str, dict[str, Any]] = {
+DISTILLED_SETTINGS: dict[str, dict[str, Any]] = {
     "Turbo": {"guidance": 2.0, "sampler": "dpmpp_sde", "steps": 6, "spacing": "karras"},  # others' merges of it
     "Lightning": {"guidance": 1.0, "sampler": "euler", "steps": 4, "spacing": "trailing"},
     "Hyper": {"guidance": 1.0, "sampler": "ddim", "steps": 8, "spacing": "trailing"},
@@ -23,15 +23,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 OWN_TURBO = re.compile(
     r"^(sd|stable[-_ ]diffusion)[-_ ]?(xl)?([-_ ]?(1|2)\.\d)?[-_ ]turbo", re.IGNORECASE
 )  # Stability's
-WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # camelCase, snake_case and numbers come apart
+NAME_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # camelCase, snake_case and numbers come apart
 HYPER = {"", "sd", "sdxl", "xl", "vae", "cfg", "unet", "step", "steps"}  # what follows it; not "hyperRealistic"
-STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?", re.IGNORECASE)
+STEPS_IN_NAME = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?", re.IGNORECASE)
 MOST_STEPS = 16
 
 
 def distillation_named(text: str) -> str | None:
     """The distillation that a name refers to."""
-    words = [word.lower() for word in WORD.findall(text)]
+    words = [word.lower() for word in NAME_WORD.findall(text)]
     for word, following in pairwise([*words, ""]):
         if word in ("turbo", "lightning", "lcm"):
             return {"turbo": "Turbo", "lightning": "Lightning", "lcm": "LCM"}[word]
@@ -51,11 +51,11 @@ def with_distilled_settings(variant: Variant, names: Iterable[str]) -> tuple[Var
         return variant, None
     for name in names:
         if kind := distillation_named(name):
-            settings = SETTINGS[kind]
+            settings = DISTILLED_SETTINGS[kind]
             own = next((v for v in VARIANTS.values() if v.name.endswith("-turbo") and v.unet == variant.unet), None)
             if kind == "Turbo" and own and OWN_TURBO.match(name):
                 settings = TURBO | {"name": own.name}
-            if told := [int(number) for number in STEPS.findall(name) if 0 < int(number) <= MOST_STEPS]:
+            if told := [int(number) for number in STEPS_IN_NAME.findall(name) if 0 < int(number) <= MOST_STEPS]:
                 settings = settings | {"steps": told[-1]}
             changed = replace(variant, **settings)
             spacing = f", spacing {changed.spacing}" if changed.spacing else ""

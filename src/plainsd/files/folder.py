@@ -32,9 +32,9 @@ from plainsd.models.clip import TextEncoder
 
 PREVIEW = "preview.json"  # latents to rough RGB, see pictures/previews.py
 LEFTOVERS = "leftovers.safetensors"  # tensors of a single file that have no place in a folder, kept for a round trip
-SAFETY = ("safety_checker", "feature_extractor", "image_encoder")  # in public folders, but not part of the model
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # in public folders, but not part of the model
 STEMS = ("diffusion_pytorch_model", "model")
-PICKLES = ("diffusion_pytorch_model", "pytorch_model")
+PICKLE_STEMS = ("diffusion_pytorch_model", "pytorch_model")
 VARIANT_FILE = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?"
     r"(\.(?P<of_whole>\w+)\.(safetensors|bin)|\.(safetensors|bin)\.index\.(?P<of_index>\w+)\.json"
@@ -113,7 +113,7 @@ def open_part(folder: Path, variant_file: str | None = None) -> TensorFile:
         raise UserError(f"there is no folder {folder}; a model's folder needs it; download it again")
     for variant in [variant_file] if variant_file else ["", *variants_there(folder)]:
         middle = f".{variant}" if variant else ""
-        for ending, stems in (("safetensors", STEMS), ("bin", PICKLES)):
+        for ending, stems in (("safetensors", STEMS), ("bin", PICKLE_STEMS)):
             for stem in stems:
                 whole, index = folder / f"{stem}{middle}.{ending}", folder / f"{stem}.{ending}.index{middle}.json"
                 if whole.is_file():
@@ -201,7 +201,7 @@ def agreeing(text: str) -> str:
 def index_text(text: str, contents: Contents) -> str:
     """model_index.json without the parts that are not written, and with the tensor-name spellings of other layouts."""
     index = parsed_json(text)
-    index |= {name: [None, None] for name in SAFETY if name in index}
+    index |= {name: [None, None] for name in UNUSED_PARTS if name in index}
     others = [note for note in contents.spellings if not note.startswith("diffusers ")]
     if others:
         index[NOTE] = (index.get(NOTE) or {}) | {"spellings": others}

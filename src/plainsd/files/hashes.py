@@ -19,8 +19,8 @@ from plainsd.errors import DiskError, UserError
 from plainsd.listing import hidden, suffix_of
 
 LARGE = 2**26  # bytes; smaller files are hashed every time
-KEPT = 500  # hashes of large files
-WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+MAX_CACHED_HASHES = 500  # hashes of large files
+HASHED_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 Hashes = tuple[tuple[str, str], ...]  # ("model", "6ce0161689"), ("vae", ...), ("lora:name", ...), ("embed:word", ...)
 
 
@@ -52,7 +52,7 @@ def weights_of(path: Path) -> list[Path]:
     return (
         [path]
         if path.is_file()
-        else [file for file in sorted(path.iterdir()) if suffix_of(file) in WEIGHTS and not hidden(file.name)]
+        else [file for file in sorted(path.iterdir()) if suffix_of(file) in HASHED_SUFFIXES and not hidden(file.name)]
     )
 
 
@@ -75,7 +75,7 @@ def _file_hash(path: Path, size: int, time: int, tensors_only: bool) -> str:
             file.seek(8 + int.from_bytes(file.read(8), "little"))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if size >= LARGE:
-        _keep(kept, dict([*_known(kept).items(), (key, digest)][-KEPT:]))
+        _keep(kept, dict([*_known(kept).items(), (key, digest)][-MAX_CACHED_HASHES:]))
     return digest
 
 

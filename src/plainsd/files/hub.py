@@ -11,8 +11,8 @@ from pathlib import Path
 from plainsd.disk import recover
 from plainsd.errors import UserError
 
-SETTINGS = ("model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*", "*.index*.json")
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+SETTINGS_PATTERNS = ("model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*", "*.index*.json")
+MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?i:safetensors|ckpt))")
 
@@ -47,9 +47,11 @@ def snapshot(name: str, variant_file: str | None) -> Path:
     for variant in [variant_file] if variant_file else [None, "fp16", "bf16"]:  # full precision before half precision
         middle = f".{variant}" if variant else ""
         for ending in ("safetensors", "bin"):
-            weights = [f"{part}/*model{middle}{shard}.{ending}" for part in PARTS for shard in ("", "-?????-of-?????")]
-            weights += [f"{part}/*model-?????-of-?????{middle}.{ending}" for part in PARTS if middle]
-            patterns = [*SETTINGS, *weights]
+            weights = [
+                f"{part}/*model{middle}{shard}.{ending}" for part in MODEL_PARTS for shard in ("", "-?????-of-?????")
+            ]
+            weights += [f"{part}/*model-?????-of-?????{middle}.{ending}" for part in MODEL_PARTS if middle]
+            patterns = [*SETTINGS_PATTERNS, *weights]
             folder = Path(fetched(name, partial(snapshot_download, name, allow_patterns=patterns)))
             if any(folder.glob(f"unet/*.{ending}")):
                 return folder

@@ -21,7 +21,7 @@ from plainsd.files.recipe import digits_of, narrowed, with_recipe
 from plainsd.files.stored import Contents, parts
 from plainsd.files.tensorfile import Stored
 
-HASHES = ("primary_model_hash", "secondary_model_hash", "tertiary_model_hash")
+MERGE_HASH_KEYS = ("primary_model_hash", "secondary_model_hash", "tertiary_model_hash")
 METHODS = {False: "Weighted sum", True: "Add difference"}  # as A1111 calls them
 
 
@@ -45,7 +45,7 @@ def merge_models(
         made = merged_models(contents, others, share)
         digits = {digits_of(path): path.name for path in paths}
         recipe = {"type": "plainsd", "interp_method": METHODS[difference], "multiplier": share}
-        recipe |= dict(zip(HASHES, map(digits_of, paths), strict=False))
+        recipe |= dict(zip(MERGE_HASH_KEYS, map(digits_of, paths), strict=False))
         return with_recipe(made, recipe, digits)
 
     convert(models[0], target, layout, dtype=dtype, variant_file=variant_file, family=family, change=change)

@@ -87,7 +87,7 @@ TRANSFORMER_BLOCK = tuple((f"blocks.{{k}}.{ours}", *[f"transformer_blocks.{{k}}.
     ("ff.down",         "ff.net.2"),
 ))
 
-# --- a ControlNet, beside its way down: ours, diffusers, original ------------------------------------------------------
+# --- a ControlNet, beside its way down: ours, diffusers, original ----------------------------------------------------
 
 CONTROL_HINT: tuple[NameRow, ...] = (  # {k} in our list; diffusers names the first and the last apart
     ("hint.{k}",  "controlnet_cond_embedding.blocks.{before}",  "input_hint_block.{twice}"),
@@ -196,7 +196,7 @@ VISION: tuple[NameRow, ...] = (
 VISION_BLOCK = tuple((ours, hugging.replace("text_model", "vision_model"), f"visual.{openclip}")
                      for ours, hugging, openclip in TEXT_BLOCK)
 
-# --- an image prompt's adapter, beside the vectors it multiplies; its file has one naming -----------------------------
+# --- an image prompt's adapter, beside the vectors it multiplies; its file has one naming ----------------------------
 
 IMAGE_READERS: dict[str, tuple[tuple[str, str], ...]] = {
     "base": (("proj", "proj"), ("norm", "norm")),
@@ -215,7 +215,7 @@ RESAMPLER_BLOCK: tuple[tuple[str, str], ...] = (
     ("fc2",           "1.3"),
 )
 
-# --- other spellings of the same names --------------------------------------------------------------------------------
+# --- other spellings of the same names -------------------------------------------------------------------------------
 
 SPELLINGS = (                         # as the tables have it, as some diffusers folders have it
     ("text_model.",  ""),             # transformers 5.6 and later write text encoders without the prefix

@@ -40,7 +40,7 @@ from plainsd.models.variants import Variant
 FILES_KEY = "plainsd.files"  # in the metadata, as JSON: the settings files of a folder
 SPELLINGS_KEY = "plainsd.spellings"  # and how its tensor names differ from the tables
 Note = TypeVar("Note", dict, list)
-KEPT = "leftovers."  # prefix of a folder's tensors that single files do not have
+LEFTOVER_PREFIX = "leftovers."  # prefix of a folder's tensors that single files do not have
 
 PATH = re.compile(r"(model_index|preview|(unet|vae|scheduler|(text_encoder|tokenizer)(_2)?)/\w[\w.-]*)\.(json|txt)")
 
@@ -61,7 +61,7 @@ BESIDE = re.compile(
             r"cond_stage_model\.(logit_scale|text_projection)",
             r".*\.position_ids$",
             r".*\.logit_scale$",
-            re.escape(KEPT),
+            re.escape(LEFTOVER_PREFIX),
             r"cond_stage_model\.transformer\.text_projection\.weight$",
             r"conditioner\.embedders\.0\.transformer\.text_projection\.weight$",
             r"(cond_stage_model|conditioner\.embedders\.0)\.model\."
@@ -177,7 +177,7 @@ def lacking(file: TensorFile, name: str) -> UserError:
 
 def extra_names(file: TensorFile, part: str, prefix: str, layout: str) -> dict[str, str]:
     """Names of tensors that a network's file in a folder has besides weights (`position_ids`): here -> there."""
-    kept = f"{KEPT}{part}."
+    kept = f"{LEFTOVER_PREFIX}{part}."
     public = [
         name
         for name in file.tensors
@@ -228,7 +228,7 @@ def write_single(contents: Contents, target: Path, dtype: torch.dtype | None = N
             dtype=dtype,
             spelling=spelling(contents, "single-file", name),
         )
-        before = prefix if layout == "transformers" else f"{KEPT}{name}."
+        before = prefix if layout == "transformers" else f"{LEFTOVER_PREFIX}{name}."
         tensors |= {before + key: stored for key, stored in network.extras.items()}
     others = [note for note in contents.spellings if not note.startswith("single-file ")]
     metadata = contents.notes | {FILES_KEY: json.dumps(contents.texts)}

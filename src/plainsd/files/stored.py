@@ -67,12 +67,12 @@ class Undrawn(TorchFunctionMode):
     """Skips weight initialisation: useless for meta tensors, and it would import PyTorch's compiler."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in DRAWN:
+        if func in RANDOM_INITS:
             return kwargs["tensor"] if kwargs else args[0]
         return func(*args, **(kwargs or {}))
 
 
-DRAWN = (nn.init.normal_, nn.init.kaiming_uniform_, torch.Tensor.uniform_, torch.Tensor.normal_)
+RANDOM_INITS = (nn.init.normal_, nn.init.kaiming_uniform_, torch.Tensor.uniform_, torch.Tensor.normal_)
 
 
 def empty(kind: type[nn.Module], config: Any) -> nn.Module:

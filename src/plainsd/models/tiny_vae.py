@@ -108,12 +108,12 @@ class TinyVAE(nn.Module):
 
 
 AnyVAE = VAE | TinyVAE
-KINDS: dict[type, type[AnyVAE]] = {VAEConfig: VAE, TinyVAEConfig: TinyVAE}
+VAE_CLASSES: dict[type, type[AnyVAE]] = {VAEConfig: VAE, TinyVAEConfig: TinyVAE}
 
 
 def vae_class(config: AnyVAEConfig) -> type[AnyVAE]:
     """The network that a configuration describes."""
-    return KINDS[type(config)]
+    return VAE_CLASSES[type(config)]
 
 
 def check_same_latents(vae: AnyVAEConfig, own: AnyVAEConfig, what: str, field: str) -> None:

@@ -24,7 +24,7 @@ LOSSY: dict[str, dict] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, 
 JPEG_EXIF = 65_533  # bytes that fit into one segment
 SETTINGS_FILES = (".txt", ".json")  # settings without a picture
 LARGEST_TEXT = 2**25  # bytes
-LARGEST = 89_478_485  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
+MAX_PIXELS = 89_478_485  # pixels; Pillow's own warning limit, a quarter of a gibibyte of RGB
 
 
 # --- pictures and tensors --------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ def open_picture(path: str | Path | BytesIO, background: str = "white") -> Image
     """A picture file -> RGB, rotated by its EXIF data. UserError, with the reason, for a damaged file."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > LARGEST:
-                raise UserError(f"claims {image.width}x{image.height} pixels; scale it below {LARGEST} in all")
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"claims {image.width}x{image.height} pixels; scale it below {MAX_PIXELS} in all")
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with a second view behind it
                 raise UserError(f"is animated or has several pages ({frames}); save the one you want on its own")
@@ -114,7 +114,7 @@ def open_picture(path: str | Path | BytesIO, background: str = "white") -> Image
     except Image.UnidentifiedImageError:
         raise UserError(f"'{path}' is not a picture in a format that can be read; use PNG, JPEG or WebP") from None
     except Image.DecompressionBombError:
-        raise UserError(f"picture '{path}' claims too many pixels; scale it below {LARGEST} in all") from None
+        raise UserError(f"picture '{path}' claims too many pixels; scale it below {MAX_PIXELS} in all") from None
     except Exception as error:  # decoders raise errors of every kind on hostile bytes
         raise UserError(f"picture '{path}' is broken or cut short ({error}); download or save it again") from None
 

@@ -26,7 +26,7 @@ from plainsd.pictures.model import Saving, StableDiffusion, Stage
 
 GB = 10**9
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-SHARE = 0.8  # of the free memory that a network may take; the rest is for other processes
+MEMORY_SHARE = 0.8  # of the free memory that a network may take; the rest is for other processes
 VAE_MAPS = 6  # peak of a plain decode, in feature maps of the widest full-size layer
 UNET_MAPS = 36  # likewise of the widest level of the UNet, skip connections apart
 
@@ -53,7 +53,7 @@ def _free_for(needed: float, device: torch.device) -> float:
     """Bytes of free memory. Where `needed` of them would be more than SHARE, the process first gives back what it has
     freed and kept."""
     had = free(device)
-    if device.type == "cpu" and needed > SHARE * had and release_freed_memory():
+    if device.type == "cpu" and needed > MEMORY_SHARE * had and release_freed_memory():
         had = free(device)
     return had
 
@@ -91,7 +91,7 @@ def in_bands(sd: StableDiffusion, pixels: int) -> bool:
         return sd.saving.bands
     needed = vae_needs(sd.vae.config, pixels, next(sd.vae.parameters()).itemsize)
     had = _free_for(needed, sd.device)
-    if short := needed > SHARE * had:
+    if short := needed > MEMORY_SHARE * had:
         say(f"{had / GB:.1f} GB of memory are free and the VAE would take {needed / GB:.1f} GB: it works in bands")
     return short
 
@@ -102,7 +102,7 @@ def rows_at_once(sd: StableDiffusion, positions: int, rows: int) -> int:
         return min(rows, sd.saving.rows)
     each = unet_needs(sd.unet.config, positions, sd.dtype.itemsize)
     had = _free_for(rows * each, sd.device)
-    most = max(1, int(min(rows, SHARE * had / each)))
+    most = max(1, int(min(rows, MEMORY_SHARE * had / each)))
     if most < rows:
         say(
             f"{had / GB:.1f} GB of memory are free and {rows} rows at once would take {rows * each / GB:.1f} GB: "

@@ -113,7 +113,7 @@ class Settings:
                     what = f"{name.replace('_', ' ')} {entry} is out of range"
                     more = f", or {RANDOM} for a random one" if name in SEEDS else ""
                     raise UserError(f"{what}; choose {low} to {high}{more}", field=name, value=entry)
-        for name in WHOLE:
+        for name in WHOLE_NUMBERS:
             if (value := getattr(self, name)) is not None and value != int(value):
                 what = f"{name.replace('_', ' ')} {value} is not a whole number"
                 raise UserError(f"{what}; choose {int(value)}", field=name, value=value)
@@ -185,7 +185,7 @@ RANGES = {
     "apg": (0, 10_000), "apg_parallel": (0, 1), "apg_momentum": (-1, 1),
     "cache": (1, 100),
 }  # fmt: skip
-WHOLE = (  # fields that must be whole numbers
+WHOLE_NUMBERS = (  # fields that must be whole numbers
     "steps", "hires_steps", "seed", "clip_skip", "variation_seed", "cache",
     "ensd", "batch_index", "batch_size", "mask_grow", "masked_padding",
 )  # fmt: skip

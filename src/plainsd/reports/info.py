@@ -29,7 +29,7 @@ from plainsd.listing import suffix_of
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
 from plainsd.pictures.control_checks import family
 
-LONGEST = 200  # characters of a note
+LONGEST_NOTE = 200  # characters of a note
 
 
 def info(
@@ -190,7 +190,7 @@ def beside_lines(file: TensorFile, variant: Variant) -> list[str]:
 
 # --- LoRAs -----------------------------------------------------------------------------------------------------------
 
-PARTS = (
+PART_BY_PREFIX = (
     ("lora_te2_", "text_encoder_2"),
     ("text_encoder_2.", "text_encoder_2"),
     ("clip_g.", "text_encoder_2"),
@@ -203,7 +203,7 @@ PARTS = (
 )  # the first prefix that matches a module's name
 
 
-KINDS = {
+LORA_KINDS = {
     LowRank: "LoRA",
     Hadamard: "LoHa",
     Kronecker: "LoKr",
@@ -231,7 +231,7 @@ def lora_lines(file: TensorFile) -> list[str]:
     for module, parts in modules.items():
         kind = making.adapter_kind({part: part for part in parts})
         kind = Butterfly if kind is Rotation and len(parts["oft_blocks"].shape) == 4 else kind
-        kinds[KINDS[kind] if kind in KINDS else "incomplete"] += 1
+        kinds[LORA_KINDS[kind] if kind in LORA_KINDS else "incomplete"] += 1
         rank = next((parts[part].shape[0] for part in RANKED if part in parts), None)
         rank = settings.rank(module) if rank is None and kind is Kronecker else rank
         ranks.update([] if rank is None else [rank])
@@ -239,7 +239,7 @@ def lora_lines(file: TensorFile) -> list[str]:
             alphas[float(parts["alpha"].read().float())] += 1
         elif rank is not None and (alpha := settings.alpha(module, rank)) is not None:
             alphas[alpha] += 1
-        network = next(network for start, network in PARTS if module.startswith(start))
+        network = next(network for start, network in PART_BY_PREFIX if module.startswith(start))
         targets.setdefault(network, Counter())[layer_kind(parts)] += 1
     words = sorted({match[1] for name in file.tensors if (match := BUNDLED.fullmatch(name))})
     whole = "none: whole factors"
@@ -296,4 +296,4 @@ def most_frequent(text: str, count: int = 20) -> str:
 def terminal_safe(text: str) -> str:
     """One line without terminal control characters."""
     text = "".join(sign if sign.isprintable() else " " for sign in text)
-    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
+    return text if len(text) <= LONGEST_NOTE else text[:LONGEST_NOTE] + "..."

@@ -41,12 +41,12 @@ from plainsd.pictures.sampling import decode
 from plainsd.reports.references import pipe_there, quiet, reference_network, tokenizers_there
 
 TOLERANCE = 1e-4  # relative, of one network; float32 rounding gives 1e-7 to 1e-5
-DRAWN = 2e-3  # of the latents after five steps; with zero terminal SNR they begin at sigma 4096
-STEPS = 5
+LATENT_TOLERANCE = 2e-3  # of the latents after five steps; with zero terminal SNR they begin at sigma 4096
+VERIFY_STEPS = 5
 MAX_SIDE = 256  # pixels: the arithmetic is the same at any size
-WORDS = ("a red apple", "blurred")  # short: diffusers truncates prompts longer than the text encoder's 77 tokens
+VERIFY_PROMPTS = ("a red apple", "blurred")  # short: diffusers truncates prompts longer than 77 tokens
 TEXTS = (
-    *WORDS,
+    *VERIFY_PROMPTS,
     "",
     "a cat on a wooden table, 50mm photo",
     "Größe 3½ naïve's",
@@ -265,20 +265,20 @@ def picture_rows(
     edm = isinstance(variant.schedule, EDMSchedule)
     zero_snr = not isinstance(variant.schedule, EDMSchedule) and variant.schedule.zero_terminal_snr
     spacing = variant.spacing if edm else "trailing" if variant.spacing == "trailing" else "leading"
-    choices: dict[str, Any] = {"steps": STEPS, "sampler": "euler" if edm else "ddim", "spacing": spacing}
+    choices: dict[str, Any] = {"steps": VERIFY_STEPS, "sampler": "euler" if edm else "ddim", "spacing": spacing}
     name = pipeline(variant)
     noise: dict[str, Any] = {"prediction": variant.prediction} if variant.prediction in CHOICES and not edm else {}
     noise |= {} if edm else {"zero_snr": zero_snr}
     family = variant.name if variant.name in VARIANTS else None
     sd = load(path, device=device, dtype=torch.float32, variant_file=variant_file, family=family, **noise)
     if "Inpaint" in name:
-        events = inpaint(sd, WORDS[0], photo, mask, 1.0, WORDS[1], **choices)
+        events = inpaint(sd, VERIFY_PROMPTS[0], photo, mask, 1.0, VERIFY_PROMPTS[1], **choices)
     elif "Pix2Pix" in name:
-        events = image_to_image(sd, WORDS[0], photo, None, WORDS[1], **choices)
+        events = image_to_image(sd, VERIFY_PROMPTS[0], photo, None, VERIFY_PROMPTS[1], **choices)
     elif "Img2Img" in name:
-        events = image_to_image(sd, WORDS[0], photo, 1.0, WORDS[1], **choices)
+        events = image_to_image(sd, VERIFY_PROMPTS[0], photo, 1.0, VERIFY_PROMPTS[1], **choices)
     else:
-        events = text_to_image(sd, *WORDS, size=size, **choices)
+        events = text_to_image(sd, *VERIFY_PROMPTS, size=size, **choices)
     *_, pictures = events
     assert isinstance(pictures, Pictures)
     mine = pictures.latents, bytes_of(decode(sd, pictures.latents))
@@ -294,16 +294,16 @@ def picture_rows(
         told |= {"width": size[0], "height": size[1]}
     pipe = pipe_there(contents, path, variant_file, choices["spacing"], device)
     latents = pipe(
-        WORDS[0],
-        negative_prompt=WORDS[1],
-        num_inference_steps=STEPS,
+        VERIFY_PROMPTS[0],
+        negative_prompt=VERIFY_PROMPTS[1],
+        num_inference_steps=VERIFY_STEPS,
         guidance_scale=variant.guidance,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
         **told,
     ).images
     pixels = bytes_of(pipe.vae.decode(variant.vae.unscaled(latents)).sample)
-    yield Comparison(f"latents after {STEPS} steps", error(mine[0], latents), DRAWN)
+    yield Comparison(f"latents after {VERIFY_STEPS} steps", error(mine[0], latents), LATENT_TOLERANCE)
     yield Comparison("pixels, in 1/255", int(np.abs(mine[1] - pixels).max()), 1 + zero_snr)
 
 

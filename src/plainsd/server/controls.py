@@ -34,7 +34,7 @@ from plainsd.server.limits import Limits
 from plainsd.server.schema import ControlRequest, ImagePromptRequest
 from plainsd.server.uploads import picture, png
 
-KEPT = 2  # nets in memory
+MAX_LOADED_CONTROLS = 2  # nets in memory
 CONTROL, IMAGE_ADAPTER, TOWER = "ControlNet", "IP-Adapter", "image encoder"  # what a folder may hold
 
 
@@ -83,7 +83,7 @@ class ControlNets:
         key = (name, model)
         net = self.loaded.pop(key, None) or load_control(self.path(name), sd)
         self.loaded[key] = net
-        for old in list(self.loaded)[:-KEPT]:
+        for old in list(self.loaded)[:-MAX_LOADED_CONTROLS]:
             del self.loaded[old]
         return net
 

@@ -20,7 +20,7 @@ from plainsd.models.clip import TextEncoder
 from plainsd.pictures.model import StableDiffusion
 from plainsd.server.folders import changed_at, read_cached, readable_files
 
-LARGEST = 16 * 2**20  # bytes; what is larger is something else
+MAX_FILE_BYTES = 16 * 2**20  # bytes; what is larger is something else
 
 
 class Embedding(NamedTuple):
@@ -108,8 +108,8 @@ class Embeddings:
 
 def content_of(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     """The word, where the file tells it, and vectors without numbers. UserError for what is no embedding."""
-    if (size := path.stat().st_size) > LARGEST:
-        raise UserError(f"{path} has {size} bytes, an embedding at most {LARGEST}; it is something else")
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise UserError(f"{path} has {size} bytes, an embedding at most {MAX_FILE_BYTES}; it is something else")
     name, found = parsed_embedding(read_content(path, shapes_only=True))
     if not found or not all(one.ndim in (1, 2) and one.numel() for one in found.values()):
         raise UserError(f"{path} has no vectors of an embedding; it is something else")

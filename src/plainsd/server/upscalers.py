@@ -15,7 +15,7 @@ from plainsd.pictures.upscaling import Upscaler, load_upscaler, spandrel_classes
 from plainsd.server.folders import readable_files
 
 NETWORK_SUFFIXES = (".pth", ".safetensors")
-KEPT = 2  # networks in memory
+MAX_LOADED_UPSCALERS = 2  # networks in memory
 
 
 class Upscalers:
@@ -61,7 +61,7 @@ class Upscalers:
         with self.lock:
             network = self.loaded.pop(name, None) or replace(load_upscaler(path, self.device), name=name)
             self.loaded[name] = network
-            for old in list(self.loaded)[:-KEPT]:
+            for old in list(self.loaded)[:-MAX_LOADED_UPSCALERS]:
                 del self.loaded[old]
         return network
 

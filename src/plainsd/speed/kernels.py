@@ -25,7 +25,7 @@ from plainsd.errors import DiskError
 from plainsd.models.unet import geglu
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
-LONG = 2**16  # queries times keys from which attention in training beats PyTorch's
+MIN_TRAINING_SIZE = 2**16  # queries times keys from which attention in training beats PyTorch's
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 AFTER = {"none": 0, "gelu": 1, "times": 2}
 
@@ -100,12 +100,12 @@ def pays(dtype: torch.dtype, heads: int, n: int, m: int, d: int) -> bool:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
     (batch, heads, n, d), m, out = q.shape, k.shape[2], _empty(q)
-    tensors = [*map(_rows, (q, k, v)), out]
+    tensors = [*map(_as_rows, (q, k, v)), out]
     library().attend(
         BITS[q.dtype],
         *map(_pointer, tensors),
         _pointer(kept),
-        _strides(tensors),
+        _stride_array(tensors),
         batch,
         heads,
         n,
@@ -117,12 +117,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> T
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
+def _as_rows(x: Tensor) -> Tensor:
     """With contiguous rows."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _strides(tensors: list[Tensor]) -> ctypes.Array:
+def _stride_array(tensors: list[Tensor]) -> ctypes.Array:
     """Of batch, head and row."""
     return (ctypes.c_long * (3 * len(tensors)))(*(stride for t in tensors for stride in t.stride()[:3]))
 
@@ -143,7 +143,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v, kept = _rows(q), _rows(k), _rows(v), torch.empty(q.shape[:3])
+        q, k, v, kept = _as_rows(q), _as_rows(k), _as_rows(v), torch.empty(q.shape[:3])
         out = _attention(q, k, v, kept)
         ctx.save_for_backward(q, k, v, out, kept)
         return out
@@ -153,11 +153,11 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:
         q, k, v, out, kept = ctx.saved_tensors
         (batch, heads, n, d), gradients = q.shape, [*map(_empty, (q, k, v))]
-        tensors = [q, k, v, out, _rows(dout.to(q.dtype)), *gradients]
+        tensors = [q, k, v, out, _as_rows(dout.to(q.dtype)), *gradients]
         pointers = (ctypes.c_void_p * 8)(*map(_pointer, tensors))
         library().attend_back(
             pointers,
-            _strides(tensors),
+            _stride_array(tensors),
             _pointer(kept),
             batch,
             heads,
@@ -334,7 +334,7 @@ def trained_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False) -> Tensor:
 def trained_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v; see `attention`."""
     fits = q.is_cpu and q.dtype == torch.bfloat16 and q.shape[3] % 2 == 0 and not is_causal
-    if not fits or q.shape[2] * k.shape[2] < LONG:
+    if not fits or q.shape[2] * k.shape[2] < MIN_TRAINING_SIZE:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     return _Attend.apply(q, k, v)
 
@@ -358,7 +358,7 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise Unavailable(f"no C++ compiler ({os.environ.get('CXX', 'c++')}) is installed")
     try:
-        path = cache_folder() / f"kernels-{_key(source, compiler)}.so"
+        path = cache_folder() / f"kernels-{_build_key(source, compiler)}.so"
         if not path.exists():
             _compile(compiler, source, path)
         made = ctypes.CDLL(str(path))
@@ -381,7 +381,7 @@ def library() -> ctypes.CDLL:
     return made
 
 
-def _key(source: bytes, compiler: str) -> str:
+def _build_key(source: bytes, compiler: str) -> str:
     """A hash of all that the compiled file depends on: machines with other processors may share a home folder."""
     try:
         cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))

@@ -30,7 +30,7 @@ from plainsd.speed.kernels import have_kernels
 from plainsd.speed.packed import PackedCrossAttention, PackedSelfAttention, pack_inside
 
 PIECE = 512  # queries whose attention maps are in memory at once
-LONG = 1024  # queries from which this pays
+MIN_QUERIES = 1024  # queries from which this pays
 
 
 def faster(
@@ -139,7 +139,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
 
     PyTorch's own for few queries and keys.
     """
-    if is_causal or q.shape[2] < LONG or k.shape[2] < LONG:
+    if is_causal or q.shape[2] < MIN_QUERIES or k.shape[2] < MIN_QUERIES:
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     scale, out = q.shape[-1] ** -0.5, torch.empty_like(q)
     for b in range(q.shape[0]):

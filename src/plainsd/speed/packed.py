@@ -214,7 +214,7 @@ class PackedUpsample(OtherForm):
         weight, bias = plain.conv.weight.detach(), plain.conv.bias
         self.form, self.whole, self.channels = (refilled(plain, {}),), PackedConv(plain.conv), len(weight)
         self.kinds = nn.ModuleDict()
-        for row, column in KINDS:
+        for row, column in PARITIES:
             merged = _merged(_merged(weight.float(), 2, row), 3, column).to(weight.dtype)
             conv = refilled(plain.conv, {"weight": merged, "bias": bias})
             conv.kernel_size = (2, 2)
@@ -228,13 +228,13 @@ class PackedUpsample(OtherForm):
         if size is not None and tuple(size) != (2 * height, 2 * width):  # an odd side: not exactly doubled
             return self.whole(nn.functional.interpolate(x, size=size, mode="nearest"))
         out = x.new_empty(len(x), 2 * height, 2 * width, self.channels).permute(0, 3, 1, 2)
-        for row, column in KINDS:
+        for row, column in PARITIES:
             made = self.kinds[f"{row}{column}"](x)  # (B, C, H + 1, W + 1), padded all around
             out[:, :, row::2, column::2] = made[:, :, row : row + height, column : column + width]
         return out
 
 
-KINDS = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows and columns
+PARITIES = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows and columns
 
 
 def _merged(weight: Tensor, dim: int, odd: int) -> Tensor:

@@ -44,7 +44,7 @@ from plainsd.train.trainer import Method
 ENCODED_AT_ONCE = 2**18  # pixels, where pictures are large
 FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers",
         "config", "save_results_every", "save_epochs"}  # fmt: skip
-PARTS = ("cache", "checkpoints", "prior", "results", "samples", "tensorboard", "vae")  # of a run's folder
+RUN_FOLDERS = ("cache", "checkpoints", "prior", "results", "samples", "tensorboard", "vae")  # of a run's folder
 
 
 @dataclass
@@ -98,7 +98,7 @@ class TrainJob:
         place = self.result()
         if self.options.method not in ("full", "scratch"):
             return
-        if self.name in PARTS:
+        if self.name in RUN_FOLDERS:
             raise UserError(
                 f"--out {self.out}: the model gets the folder's name, and {self.name!r} is a part of every run; "
                 "give another"

@@ -15,7 +15,7 @@ from plainsd.diffusion.denoiser import Denoise
 from plainsd.diffusion.step import Noise, Sigmas, Step, ancestral, renoised, slope_share, toward
 
 RTOL, ATOL, FIRST_STEP, SAFETY = 0.05, 0.0078, 0.05, 0.81  # of dpm_adaptive, as in k-diffusion
-NEAR = 1e-5  # in log sigma: closer than this the end is reached
+END_TOLERANCE = 1e-5  # in log sigma: closer than this the end is reached
 
 
 def dpm_solver(
@@ -74,7 +74,7 @@ def dpm_adaptive(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, e
     """
     sigma, low, h, index = float(sigmas[0]), float(sigmas[-1]), FIRST_STEP, 0
     denoised = low_before = x
-    while math.log(sigma / low) > NEAR:
+    while math.log(sigma / low) > END_TOLERANCE:
         sigma_next = max(sigma * math.exp(-h), low)
         sigma_down, sigma_up = with_floor(sigma, sigma_next, eta, low)
         (_, _, denoised), (_, aim, _), (_, aim_3, _) = dpm_solver(denoise, x, sigma, sigma_down, 3)

@@ -29,7 +29,7 @@ from plainsd.pictures.texts.labels import (
     spacing_named,
 )
 
-HASHES = {"model": "Model hash", "vae": "VAE hash"}  # A1111's keys for one ...
+HASH_KEYS = {"model": "Model hash", "vae": "VAE hash"}  # A1111's keys for one ...
 SEVERAL = {"lora:": "Lora hashes", "embed:": "TI hashes"}  # ... and for "name: hash, name: hash"
 OURS = {"Sampler", "Spacing", "Version", *(key for key, *_ in FIELDS)}  # read as fields, never as something other
 ALWAYS = ("seed", "noise")  # written even where they have their default value: for A1111, no RNG is the GPU's
@@ -37,7 +37,7 @@ SECOND = "hires "  # what begins the keys of the second pass
 NEGATIVE = "Negative prompt:"
 ETA_DDIM = ("ddim", "ddim_cfg_pp")  # samplers whose eta A1111 keeps apart, under this key
 PART = ("Inpaint area", "Only masked")  # said beside the padding
-WITHOUT = ("ddim", "plms", "unipc")  # those that had no schedule type when the others were drawn uniformly
+WITHOUT_SCHEDULE_TYPE = ("ddim", "plms", "unipc")  # had none when the others were drawn uniformly
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -64,24 +64,24 @@ def format_settings(settings: Settings) -> str:
     return "\n".join([*parts, ", ".join(f"{key}: {quote(value)}" for key, value in pairs)])
 
 
-def _key(of: str, word: str) -> str:
+def _hash_key(of: str, word: str) -> str:
     return (of + word).capitalize()
 
 
 def _names_written(sampler: str | None, spacing: str | None, of: str = "") -> list[tuple[str, str]]:
     name = sampler_label(sampler) if sampler else ""
     if name and spacing in SUFFIXES:
-        return [(_key(of, "sampler"), f"{name} {spacing_label(spacing)}")]
-    pairs = [(_key(of, "sampler"), name)] if name else []
+        return [(_hash_key(of, "sampler"), f"{name} {spacing_label(spacing)}")]
+    pairs = [(_hash_key(of, "sampler"), name)] if name else []
     if spacing:
-        pairs.append((_key(of, "schedule type"), nearest_label(sampler, spacing)))
-        pairs += [] if spacing in SPACING_LABELS else [(_key(of, "spacing"), spacing)]
+        pairs.append((_hash_key(of, "schedule type"), nearest_label(sampler, spacing)))
+        pairs += [] if spacing in SPACING_LABELS else [(_hash_key(of, "spacing"), spacing)]
     return pairs
 
 
 def _hashes_written(hashes: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     """A1111 parts "name: hash, name: hash" at commas and colons, so that names have none."""
-    pairs = [(key, dict(hashes)[name]) for name, key in HASHES.items() if name in dict(hashes)]
+    pairs = [(key, dict(hashes)[name]) for name, key in HASH_KEYS.items() if name in dict(hashes)]
     for kind, key in SEVERAL.items():
         named = [(name.removeprefix(kind), value) for name, value in hashes if name.startswith(kind)]
         if named:
@@ -129,21 +129,21 @@ def parse_settings(text: str) -> Settings:
 
 def _names_read(said: dict[str, str], of: str = "", *, old: bool = False) -> tuple[str | None, str | None]:
     """ "DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays."""
-    sampler, spacing = both_named(said.pop(_key(of, "sampler"), ""))
-    schedule = said.pop(_key(of, "schedule type"), "Automatic")
-    own = said.pop(_key(of, "spacing"), None)
+    sampler, spacing = both_named(said.pop(_hash_key(of, "sampler"), ""))
+    schedule = said.pop(_hash_key(of, "schedule type"), "Automatic")
+    own = said.pop(_hash_key(of, "spacing"), None)
     if old and schedule in BEFORE_0_2:
         own = BEFORE_0_2[schedule]
     spacing = spacing or spacing_named(schedule)
     if own is None and spacing is None and re.fullmatch(r"[a-z]\w*", schedule):
         own = schedule  # one that is registered here, and that A1111 has no label for
     elif spacing is None and schedule.lower() not in ("automatic", "use same scheduler"):
-        said[_key(of, "schedule type")] = schedule
+        said[_hash_key(of, "schedule type")] = schedule
     return sampler or None, own or spacing
 
 
 def _hashes_read(said: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    found = [(name, said.pop(key)) for name, key in HASHES.items() if key in said]
+    found = [(name, said.pop(key)) for name, key in HASH_KEYS.items() if key in said]
     for kind, key in SEVERAL.items():
         pairs = [pair.rpartition(": ") for pair in said.pop(key, "").split(", ") if ": " in pair]
         found += [(kind + name, value) for name, _, value in pairs]
@@ -160,6 +160,11 @@ def _implied(said: dict[str, str], found: dict[str, Any], old: bool) -> dict[str
         implied["noise"] = "nv"
     if "mask_blur" in found:
         implied["masked"] = True
-    if program == "A1111" and version < (1, 9) and not found["spacing"] and found["sampler"] not in (None, *WITHOUT):
+    if (
+        program == "A1111"
+        and version < (1, 9)
+        and not found["spacing"]
+        and found["sampler"] not in (None, *WITHOUT_SCHEDULE_TYPE)
+    ):
         implied["spacing"] = "uniform"
     return implied

@@ -29,7 +29,9 @@ DECODING = ("VAEDecode", "VAEDecodeTiled")
 SAID_ELSEWHERE = (*DECODING, "VAEEncode", "VAEEncodeTiled", "Reroute", *SAVED)
 MASKING = ("VAEEncodeForInpaint", "SetLatentNoiseMask", "InpaintModelConditioning")
 LATENT = {"bilinear": "latent", "bicubic": "latent-bicubic", "nearest-exact": "latent-nearest-exact"}
-OTHERS = re.compile("Video|Audio|SVD|SD3|Flux|Hunyuan|3D|Zero123|Wan|Mochi|Cosmos|LTX|HiDream|Lumina|AuraFlow|Qwen|DiT")
+OTHER_FAMILIES = re.compile(
+    "Video|Audio|SVD|SD3|Flux|Hunyuan|3D|Zero123|Wan|Mochi|Cosmos|LTX|HiDream|Lumina|AuraFlow|Qwen|DiT"
+)
 NETWORK = "ImageUpscaleWithModel"
 MOST_ENDS = 20  # nodes that save, or samplers, from which the way back is followed
 ENLARGING = ("LatentUpscale", "LatentUpscaleBy", "ImageScale", "ImageScaleBy")
@@ -72,7 +74,7 @@ class Workflow:
         """One pass. UserError where its nodes are of models of other kinds."""
         stage = self.reader.stage(node)
         for kind in (*self.reader.idle, *(one.kind for one in self.way(stage.latent))):
-            if OTHERS.search(kind):
+            if OTHER_FAMILIES.search(kind):
                 raise UserError(f"its {kind} belongs to models of another kind; Stable Diffusion 1, 2 and XL are read")
         return stage
 

@@ -13,7 +13,7 @@ from plainsd.errors import UserError
 from plainsd.json_reader import BadJSON, parsed_json
 from plainsd.pictures.texts.entries import check_length
 
-LONGEST = 2**24  # characters
+LONGEST_WORKFLOW = 2**24  # characters
 NODES = 10_000
 DEEPEST = 8  # subgraphs in subgraphs
 MUTED, BYPASSED = 2, 4
@@ -65,7 +65,7 @@ Link = tuple[str, int]
 
 def read_graph(text: str) -> Graph:
     """A workflow's JSON, in either form. UserError for anything else."""
-    check_length(text, LONGEST)
+    check_length(text, LONGEST_WORKFLOW)
     try:
         whole = parsed_json(text)
     except BadJSON:

@@ -61,7 +61,7 @@ FIELDS = (
     ("Model", "model", str, str),
     ("VAE", "vae", str, str),
     ("Prediction", "prediction", str, str),
-    ("Noise Schedule", "zero_snr", lambda text: text == ZERO_SNR, lambda on: ZERO_SNR if on else "Default"),
+    ("Noise Schedule", "zero_snr", lambda text: text == ZERO_SNR_KEY, lambda on: ZERO_SNR_KEY if on else "Default"),
     ("Denoising strength", "strength", float, plain_number),
     ("Mask", "masked", lambda text: text == "given", lambda masked: "given"),
     ("Mask blur", "mask_blur", float, plain_number),
@@ -99,4 +99,4 @@ FIELDS = (
     ("Embeddings", "embeddings", _words, ", ".join),
     ("Like", "like", str, str),
 )
-ZERO_SNR = "Zero Terminal SNR"  # A1111's word for it
+ZERO_SNR_KEY = "Zero Terminal SNR"  # A1111's word for it

@@ -16,7 +16,7 @@ from plainsd.pictures.texts.labels import (
 from plainsd.server.errors import APIError
 from plainsd.server.pool import Models
 
-WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth")  # what a model's title may end with
+TITLE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")  # what a model's title may end with
 
 
 def known_schedulers() -> dict[str, str]:
@@ -60,7 +60,7 @@ def model_of(title: Any, models: Models) -> str | None:
         raise APIError(422, message, "model", title)
     name = title.partition(" [")[0].strip()
     stem = name.replace("\\", "/").rpartition("/")[2]
-    for suffix in WEIGHTS:
+    for suffix in TITLE_SUFFIXES:
         stem = stem.removesuffix(suffix)
     for one in (title, name, stem):
         if one in models.known:

@@ -15,10 +15,10 @@ from prometheus_client import Histogram
 from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Notifier, Unit
 
-SHARE = 0.5  # of the queue that one client may fill
+CLIENT_SHARE = 0.5  # of the queue that one client may fill
 ATTEMPTS = 3  # ends of the whole server while one job was drawn by itself
 IDLE_AFTER = 30.0  # seconds
-WAITS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)  # seconds, bounds of the buckets
+WAIT_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)  # seconds, bounds of the buckets
 
 
 class Queue:
@@ -32,7 +32,7 @@ class Queue:
         self.ended: Counter[str] = Counter()  # states, since the start
         self.seconds = 0.0  # from arrival to end, of all these
         self.waits = Histogram(
-            "plainsd_queue_wait_seconds", "from a job's arrival to its first batch", buckets=WAITS, registry=None
+            "plainsd_queue_wait_seconds", "from a job's arrival to its first batch", buckets=WAIT_BUCKETS, registry=None
         )
         self.stopping = False
         self.seconds_per_picture = 1.0  # seconds a picture, smoothed
@@ -50,7 +50,7 @@ class Queue:
     def add(self, job: Job) -> None:
         with self.changed:
             mine = sum(other.client == job.client for other in self.jobs.values())
-            if len(self.jobs) >= self.limit or mine >= max(1, self.limit * SHARE):
+            if len(self.jobs) >= self.limit or mine >= max(1, self.limit * CLIENT_SHARE):
                 whose = f"{mine} of them yours" if mine else "none of them yours"
                 wait = max(1, round(self.seconds_per_picture * len(self.jobs) / 4))
                 raise APIError(

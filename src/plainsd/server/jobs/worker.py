@@ -29,9 +29,9 @@ from plainsd.server.limits import Limits
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.uploads import png
 
-PREVIEW_EVERY = 0.25  # seconds
+PREVIEW_SECONDS = 0.25  # seconds
 RETRY = 1.0  # seconds, where the history cannot be written
-STEPS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # seconds, bounds of the buckets
+STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # seconds, bounds of the buckets
 log = logging.getLogger("plainsd.server")
 
 
@@ -50,7 +50,7 @@ class Worker(threading.Thread):
         self.steps = Histogram(
             "plainsd_step_seconds",
             "of one step of a batch; the first with its text and images",
-            buckets=STEPS,
+            buckets=STEP_BUCKETS,
             registry=None,
         )
 
@@ -215,7 +215,7 @@ class ProgressMonitor:
     def __call__(self, event: Step) -> None:
         now, limit = time.monotonic(), self.worker.limits.seconds
         self.worker.steps.observe(now - self.last_step)
-        if now - self.last_preview >= PREVIEW_EVERY:
+        if now - self.last_preview >= PREVIEW_SECONDS:
             self.last_preview = now
             assert self.model.preview is not None  # it is resident
             for unit, rough in zip(self.units, self.model.preview(event.denoised), strict=True):

@@ -152,7 +152,7 @@ def read_source(
             folder, size, bad_share=reading.bad_share, caption=reading.caption, repeats=repeats, known=known, say=say
         )
     else:
-        rows = [(replace(row, repeats=repeats), None) for row in _rows(place, kind, files, cache, reading)]
+        rows = [(replace(row, repeats=repeats), None) for row in _dataset_rows(place, kind, files, cache, reading)]
         if not rows:
             raise UserError(f"{place}: no rows; give a dataset with pictures")
         pictures = PictureSet(scan(rows, place, reading.bad_share, known=known, say=say), size)
@@ -260,7 +260,7 @@ def _named(table, pattern: re.Pattern) -> str | None:
     return next((name for name in table.features if pattern.fullmatch(name)), None)
 
 
-def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> list[DatasetRow]:
+def _dataset_rows(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading) -> list[DatasetRow]:
     table, picture, text = _opened(place, kind, files, cache, reading, stream=False)
     mask, map, count = _named(table, MASK_COLUMN), _named(table, MAP_COLUMN), len(table)
     texts = list(table[text]) if text else [None] * count
@@ -276,7 +276,7 @@ def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: 
             pictures,
             i,
             picture,
-            _texts(texts[i], reading.caption),
+            _captions(texts[i], reading.caption),
             place,
             mask=mask if there[mask][i] else None,
             map=map if there[map][i] else None,
@@ -285,7 +285,7 @@ def _rows(place: str, kind: str | None, files: list[str], cache: Path, reading: 
     ]
 
 
-def _texts(value: Any, caption: str | None) -> tuple[str, ...]:
+def _captions(value: Any, caption: str | None) -> tuple[str, ...]:
     """A caption, a list of them, or a table that has one under a usual name."""
     if isinstance(value, dict):
         value = next((value[name] for name in TEXT_COLUMNS if value.get(name)), None)
@@ -318,7 +318,7 @@ def fetched_rows(place: str, kind: str | None, files: list[str], cache: Path, re
     mask, map, rows = _named(table, MASK_COLUMN), _named(table, MAP_COLUMN), table.skip(done).take(reading.limit - done)
     with open(metadata, "a", encoding="utf-8") as file:
         for number, row in enumerate(tqdm(rows, "fetching pictures", leave=False, disable=None), done):
-            line: dict[str, str | list[str]] = {"text": list(_texts(row[text] if text else None, None))}
+            line: dict[str, str | list[str]] = {"text": list(_captions(row[text] if text else None, None))}
             for key, column, end in (("file_name", picture, ""), ("mask", mask, ".mask"), ("cond", map, ".cond")):
                 if cell := row.get(column):
                     name = f"{number:08d}{end}" + (Path(cell.get("path") or "").suffix or ".png")
