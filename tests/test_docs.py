@@ -22,16 +22,7 @@ ROOT = Path(__file__).parents[1]
 ITS_OWN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 PAGES = sorted([*ROOT.glob("docs/*.md"), *ITS_OWN, *ROOT.glob("recipes/*/README.md")])
 LANGUAGES = {"", "python", "py", "python client", "sh", "sh serve", "json", "toml", "math", "text"}
-WITH_EXERCISES = [  # the chapters that have them
-    "0-two-dimensions.md",
-    "3a-text-encoder.md",
-    "3b-vae.md",
-    "3c-unet.md",
-    "4-checkpoints-and-tokenizer.md",
-    "7-training-from-nothing.md",
-    "8-fine-tuning-and-lora.md",
-    "9-control.md",
-]
+WITH_EXERCISES = sorted(path.name for path in ROOT.glob("docs/[0-9]*.md"))  # the chapters
 EACH = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 COMMAND = re.compile(r"^ *(?:\$ )?(?:\.venv/bin/)?(plainsd (?:.*\\\n)*.*)$", re.MULTILINE)
 

@@ -7,6 +7,7 @@ from base64 import b64decode
 from dataclasses import replace
 from io import BytesIO
 
+import explain_shots
 import numpy as np
 import pytest
 import torch
@@ -380,3 +381,19 @@ def test_the_page_works_by_keyboard_at_three_widths(chromium, written):  # noqa:
     assert written.as_uri() in urls  # and nothing but what is inside it, and the browser's own first page
     assert all(url == written.as_uri() or url.startswith(("data:", "chrome")) for url in urls)
     assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_screenshots_are_shown_and_small():
+    shown = (explain_shots.DOCS / "explain.md").read_text("utf-8")
+    for step in explain_shots.SHOWN:
+        path = explain_shots.DOCS / f"explain-step-{step}.png"
+        assert f"({path.name})" in shown and path.stat().st_size < explain_shots.LARGEST
+
+
+@pytest.mark.full
+@needed
+def test_the_script_takes_the_screenshots_again(tmp_path):
+    first, *others = explain_shots.shots(tmp_path)
+    sizes = {Image.open(path).size for path in (first, *others)}
+    assert sizes == {Image.open(explain_shots.DOCS / first.name).size}
+    assert len({path.read_bytes() for path in (first, *others)}) == len(explain_shots.SHOWN)

@@ -121,7 +121,8 @@ def image_to_image(
     image_prompt: Sequence[ImagePrompt] = (),
     **choices,
 ) -> Events:
-    """Image to image (Meng et al. 2021, "SDEdit"): noise is added to a picture, and the last steps run from there.
+    """Image to image (Meng et al. 2021, "SDEdit", arXiv:2108.01073): noise is added to a picture, and the last
+    steps run from there.
 
     Of the steps, min(int(steps * strength), steps) run; strength None is 0.75. A model that edits pictures
     (InstructPix2Pix, Brooks et al. 2023, arXiv:2211.09800) gets the picture as extra input channels: the prompt says

@@ -6,7 +6,7 @@ trained in variance-preserving ones, x / sqrt(1 + sigma^2), where the sum has un
 `denoiser` hides both, and also what the network predicts:
 
     epsilon       the noise                                      Ho et al. 2020
-    v_prediction  v = sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * x0   Salimans and Ho 2022
+    v_prediction  v = sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * x0   Salimans and Ho 2022, arXiv:2202.00512
     sample        x0 itself
     edm           -v                                             Karras et al. 2022, F of equation 7
 
@@ -217,7 +217,8 @@ def edited(triple: Triple, scale: float, image_scale: float) -> Denoise:
 
 
 def inpainting(denoise: Estimator, known: Tensor, mask: Tensor, noise: Tensor, start: float = math.inf) -> Estimator:
-    """Repaint a picture where the mask is 1, with a model that takes no mask (Lugmayr et al. 2022).
+    """Repaint a picture where the mask is 1, with a model that takes no mask (Lugmayr et al. 2022,
+    arXiv:2201.09865).
 
     Elsewhere the model sees the known latents with the same `noise` at each level, and they replace its estimate. At
     `start` and above it sees x unchanged: diffusers begins a full repaint from pure noise, so pass sigmas[0] to follow

@@ -55,7 +55,7 @@ class NoiseSchedule:
 
     @classmethod
     def cosine(cls, count: int = 1000) -> "NoiseSchedule":
-        """alpha_bar is a squared cosine, beta is capped at 0.999 (Nichol and Dhariwal 2021)."""
+        """alpha_bar is a squared cosine, beta is capped at 0.999 (Nichol and Dhariwal 2021, arXiv:2102.09672)."""
         time = torch.linspace(0, 1, count + 1, dtype=torch.float64)
         alpha_bar = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))

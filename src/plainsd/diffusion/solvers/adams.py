@@ -21,7 +21,8 @@ def plms(
     strides: Strides = (),
 ) -> Iterator[Step]:
     """Adams-Bashforth on the network's output, with the weights for even steps of sigma: fourth order there, second on
-    a table's timesteps (PNDM, Liu et al. 2022, as the original Stable Diffusion uses it, without Runge-Kutta warm-up).
+    a table's timesteps (PNDM, Liu et al. 2022, arXiv:2202.09778, as the original Stable Diffusion uses it, without
+    Runge-Kutta warm-up).
 
     The first step is taken twice: with the output at its start, then with the mean of the outputs at both ends; the
     second time it is one stride that ends where the next step begins (see `renamed`).

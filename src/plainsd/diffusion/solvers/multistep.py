@@ -34,7 +34,8 @@ def dpmpp_2m(
     split: Split = reverse_sde,
     path: Path | None = None,
 ) -> Iterator[Step]:
-    """Second order: the estimate extrapolated from its change over the last step (DPM-Solver++(2M), Lu et al. 2022b).
+    """Second order: the estimate extrapolated from its change over the last step (DPM-Solver++(2M), Lu et al. 2022b,
+    arXiv:2211.01095).
 
     The extrapolation is taken at the middle of the step, or with `heun` integrated over it. With eta = 1 it is
     SDE-DPM-Solver++(2M); with `heun` and the split `ancestral`, second-order RES (Zhang et al. 2023,

@@ -22,7 +22,8 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator
 def ddim(
     denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0, strides: Strides = ()
 ) -> Iterator[Step]:
-    """Song et al. 2020, "Denoising Diffusion Implicit Models", equation 12: from Euler (eta 0) to DDPM (eta 1)."""
+    """Song et al. 2020, "Denoising Diffusion Implicit Models", arXiv:2010.02502, equation 12: from Euler (eta 0) to
+    DDPM (eta 1)."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         end = strides[index].below if strides else sigma_next
