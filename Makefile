@@ -8,8 +8,8 @@
 # make test-isa             the tests of what is fast, as on other processors: AVX2, an old one, no C++ compiler
 # make mutants              do the tests notice faults? runs those of tests/faults.py; longer still
 # make mutants MUTANTS="--only samplers --jobs 4"
-# make torture              mutated files, kills, many clients: an hour, then what was lost, doubled, went wrong
-# make torture TORTURE="--minutes 5 --seed 0"
+# make docs                 the documentation as a site with search and an API reference: build/docs/html/index.html
+# make notebooks            docs/notebooks/, a notebook for each page of docs/ with Python in it
 # No environment needs to be activated: everything runs in .venv, which is made here.
 
 PROMPT ?= a red apple on a yellow background
@@ -18,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo serve lint test test-full test-isa mutants torture
+.PHONY: demo serve lint test test-full test-isa mutants docs notebooks
 
 demo: .venv/installed
 	@.venv/bin/plainsd generate "$$PROMPT"
@@ -48,8 +48,11 @@ test-isa: .venv/installed-test
 mutants: .venv/installed-test
 	.venv/bin/python tests/mutants.py $(MUTANTS)
 
-torture: .venv/installed-test
-	.venv/bin/python tests/torture $(TORTURE)
+docs: .venv/installed-docs
+	.venv/bin/python docs/scripts/website.py
+
+notebooks: .venv/installed-docs
+	.venv/bin/python docs/scripts/notebooks.py
 
 .venv/installed: pyproject.toml constraints.txt | .venv
 	@echo "installing plainsd and what it needs into .venv"
@@ -58,6 +61,10 @@ torture: .venv/installed-test
 .venv/installed-serve: .venv/installed
 	@echo "installing what serving needs into .venv"
 	@$(PIP) --editable ".[serve]" && touch $@
+
+.venv/installed-docs: .venv/installed
+	@echo "installing what the documentation needs into .venv"
+	@$(PIP) --editable ".[docs]" && touch $@
 
 # spandrel without its torchvision, which for PyTorch's CPU build is not on PyPI: the tests stand in for it.
 .venv/installed-test: .venv/installed

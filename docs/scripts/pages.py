@@ -1,10 +1,19 @@
-"""What a page of the documentation consists of: fenced blocks, and answers to exercises."""
+"""What a page of the documentation consists of: fenced blocks, answers to exercises, links.
+
+The tests, the notebooks and the site all read the pages through these functions, so that they agree on what is code.
+"""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+GITHUB = "https://github.com/plainsd/plainsd"
 OPENING = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<info>[^`\n]*)$")
 ANSWER = re.compile(r"^ *<details>\s*<summary>Answer.*?</summary>.*?^ *</details>", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?P<bracket>!?\[(?:[^\[\]]|\[[^\[\]]*\](?:\([^)]*\))?)*\])\((?P<target>[^)\s]+)(?P<title>[^)]*)\)")
 
 
 class Fence(NamedTuple):
@@ -43,3 +52,12 @@ def blocks(text: str, language: str) -> list[str]:
 def answers(text: str) -> list[str]:
     """The folded answers of a chapter's exercises, each with its `<details>` around it."""
     return ANSWER.findall(text)
+
+
+def outside_fences(text: str, change: Callable[[str], str]) -> str:
+    """The page with `change` made to what lies between fenced blocks."""
+    lines, parts, end = text.splitlines(keepends=True), [], 0
+    for fence in fences(text):
+        parts += [change("".join(lines[end : fence.lines.start])), "".join(lines[fence.lines])]
+        end = fence.lines.stop
+    return "".join([*parts, change("".join(lines[end:]))])

@@ -163,7 +163,7 @@ def read_adapter(
 
 @torch.no_grad()
 def redo_start(adapter: LowRank, weight: Tensor, start: str, file: TensorFile, name: str) -> None:
-    """Subtracts the part of the base that initialised a LoRA, B0 A0: s (B A - B0 A0) is s [B, -B0] [A; A0], as PEFT
+    """Subtracts the part of the base that initialised a LoRA, B0 A0: s (B A - B0 A0) is `s [B, -B0] [A; A0]`, as PEFT
     converts such files."""
     if weight.ndim != 2:
         raise UserError(
