@@ -41,18 +41,43 @@ def chromium(tmp_path_factory):
         driver.quit()
 
 
+@pytest.fixture
+def page(chromium, server):
+    """The page of the module's server; nothing has gone wrong on it, and it has asked for nothing from outside."""
+    page = Page(chromium, server)
+    yield page
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    errors = [line["message"] for line in chromium.get_log("browser") if line["level"] == "SEVERE"]
+    expected = ("status of 422", "status of 429", "status of 409", "status of 401")  # answers that the page shows
+    assert [line for line in errors if not any(part in line for part in expected)] == []
+    asked = [
+        line["message"] for line in chromium.get_log("performance") if '"Network.requestWillBeSent"' in line["message"]
+    ]
+    foreign = [line for line in asked if '"url":"http' in line and f'"url":"{server.url}' not in line]
+    assert foreign == []  # no outside requests
+
+
 class Page:
     """The page in the browser, by the names that a reader sees."""
 
     def __init__(self, driver, server):
         self.driver, self.server = driver, server
-        driver.get(server.url)
-        driver.execute_script("localStorage.clear()")
+        kept = {"origin": server.url, "storageTypes": "indexeddb,local_storage"}
+        driver.execute_cdp_cmd("Storage.clearDataForOrigin", kept)
         self.load()
 
     def load(self):
         self.driver.get(self.server.url)
         self.until("document.documentElement.dataset.ready === 'yes'")
+
+    def size(self, width, height=800):
+        """Of the window, until the test ends; a narrow one is a phone's."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def saved(self):
+        """Waits until the form's pictures are in the browser's database."""
+        self.until("!('saving' in document.documentElement.dataset)")
 
     def js(self, code, *arguments):
         return self.driver.execute_script(code, *arguments)

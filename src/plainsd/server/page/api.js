@@ -7,11 +7,20 @@ export class Refused extends Error {
     super(error.message);
     this.status = status;
     this.field = error.field;
+    this.entry = error.entry; // of a field that is a list
   }
 }
 
 // JSON in, JSON out. An error of the server is a Refused; without a valid token the login is shown first.
-export async function call(path, body, method = body === undefined ? "GET" : "POST") {
+export async function call(path, body, method) {
+  const answer = await answered(path, body, method);
+  return answer.status === 204 ? null : answer.json();
+}
+
+// JSON in, a file out.
+export const fileOf = async (path, body) => (await answered(path, body)).blob();
+
+async function answered(path, body, method = body === undefined ? "GET" : "POST") {
   const json = body === undefined ? {} : { headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
   let answer;
   try {
@@ -21,12 +30,11 @@ export async function call(path, body, method = body === undefined ? "GET" : "PO
   }
   if (answer.status === 401 && path !== "/api/login") {
     await login();
-    return call(path, body, method);
+    return answered(path, body, method);
   }
-  if (answer.status === 204) return null;
+  if (answer.ok) return answer;
   const told = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Refused(answer.status, told.error ?? { message: `The server answered ${answer.status}.` });
-  return told;
+  throw new Refused(answer.status, told.error ?? { message: `The server answered ${answer.status}.` });
 }
 
 let open = null;

@@ -4,15 +4,17 @@ import { $, base64Of, call, toast } from "./api.js";
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
 import * as jobs from "./jobs.js";
+import * as keep from "./keep.js";
 import * as paint from "./paint.js";
+import * as units from "./units.js";
 
 async function draw() {
   form.clearErrors();
   $("generate").disabled = true;
   try {
-    const [body, start] = [await form.request(), paint.kept()];
+    const [body, start, controls] = [await form.request(), await paint.kept(), units.kept()];
     const job = await call("/api/jobs", body);
-    if (start) gallery.remember(job.id, start);
+    if (start || controls.length) keep.keepJob(job.id, { start, controls: units.withMaps(controls) });
     jobs.watch(job);
     if (matchMedia("(max-width: 800px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
   } catch (error) {
@@ -26,14 +28,23 @@ async function draw() {
 
 const startFrom = (file) => paint.take(file).catch(() => toast("This is no picture that can be read; use PNG, JPEG or WebP."));
 
+// Where a file dropped or pasted there belongs.
+function taken(place, file, otherwise) {
+  const unit = place?.closest?.(".unit");
+  if (unit) units.take(unit, file);
+  else if (place?.closest?.("#start")) startFrom(file);
+  else otherwise(file);
+}
+
 // A PNG that knows how it was made restores the form; any other picture becomes a start.
 async function dropped(file) {
   try {
-    const { unused, loras, ...settings } = await call("/api/settings", { image: await base64Of(file) });
+    const { unused, loras, controls = [], ...settings } = await call("/api/settings", { image: await base64Of(file) });
     form.fill(settings, loras);
+    const maps = units.fill(controls) ? " Its control maps are not in the file: put them in again." : "";
     $("prompt").focus();
     const without = unused.length ? ` No effect here: ${unused.join(", ")}.` : "";
-    toast(`Settings restored from ${file.name}.${without}`, "Start from the picture", () => startFrom(file));
+    toast(`Settings restored from ${file.name}.${maps}${without}`, "Start from the picture", () => startFrom(file));
   } catch {
     await startFrom(file);
   }
@@ -57,12 +68,11 @@ function wireFiles() {
     $("overlay").hidden = true;
     const file = pictureIn(event.dataTransfer);
     if (!file) return;
-    if (event.target.closest?.("#start")) startFrom(file);
-    else dropped(file);
+    taken(event.target, file, dropped);
   });
   addEventListener("paste", (event) => {
     const file = pictureIn(event.clipboardData);
-    if (file) startFrom(file);
+    if (file) taken(document.activeElement, file, startFrom);
   });
   $("file").onchange = () => $("file").files[0] && startFrom($("file").files[0]);
 }
@@ -93,7 +103,9 @@ async function start() {
   const info = await call("/api/info");
   paint.setUp();
   form.setUp(info);
-  gallery.setUp();
+  await paint.restore();
+  await units.restore();
+  gallery.setUp(info);
   jobs.setUp(() => gallery.load());
   await gallery.load();
   await jobs.resume();

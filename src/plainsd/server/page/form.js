@@ -2,6 +2,7 @@
 
 import { $, element } from "./api.js";
 import * as paint from "./paint.js";
+import * as units from "./units.js";
 
 const NUMBERS = ["steps", "guidance", "image_guidance", "count", "strength", "mask_blur", "mask_grow", "masked_padding", "hires", "variation_strength", "clip_skip", "eta",
   "rescale", "perturbed", "threshold", "apg", "cache", "handover"];
@@ -41,6 +42,7 @@ export function setUp(told) {
     $(`unusable-${kind}`).replaceChildren(...Object.entries(info.unusable[kind]).map(
       ([name, why]) => element("li", { textContent: `${name}: ${why}` })));
   }
+  units.setUp(info);
   takeDefaults();
   restoreDraft();
   wire();
@@ -70,7 +72,9 @@ function wire() {
 
 // What suits the model, in place of what suited the one before.
 function takeDefaults() {
-  const { defaults, ideas, refiners, embeddings, edits } = modelOf($("model").value);
+  const model = modelOf($("model").value);
+  const { defaults, ideas, refiners, embeddings, edits } = model;
+  units.fit(model);
   const { size, steps, guidance, sampler } = defaults;
   $("idea").hidden = ideas.length === 0;
   $("image_guidance").closest(".field").hidden = !edits;
@@ -148,6 +152,8 @@ function grid() {
 
 export async function request() {
   const fields = draft();
+  const controls = await units.request();
+  if (controls.length) fields.controls = controls;
   if (paint.hasPicture()) Object.assign(fields, await paint.pictures(...fields.size));
   else delete fields.outpaint;
   if (!fields.image && !fields.hires) delete fields.strength;
@@ -227,10 +233,11 @@ export function clearErrors() {
   for (const field of document.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
 }
 
-// Beside the field if the error is about one, else below the button.
+// Beside the field if the error is about one, or beside the unit of it; else below the button.
 export function showError(error) {
   clearErrors();
-  const place = error.field && document.querySelector(`[data-field="${CSS.escape(error.field)}"]`);
+  const field = error.field && document.querySelector(`[data-field="${CSS.escape(error.field)}"]`);
+  const place = field?.querySelector(`[data-entry="${error.entry}"]`) ?? field;
   if (!place || place.closest("[hidden]")) {
     $("form-error").textContent = error.message;
     return;

@@ -2,36 +2,67 @@
 
 import { $, call, element, toast } from "./api.js";
 import * as form from "./form.js";
+import * as keep from "./keep.js";
 import * as paint from "./paint.js";
+import * as selection from "./selection.js";
+import * as units from "./units.js";
 
 let shown = []; // pictures, newest first
 let next = null;
 let current = -1;
 let loading = 0;
-const starts = new Map(); // job id -> picture and mask that it was drawn on, for as long as the page is open
-
-export const remember = (job, start) => starts.set(job, start);
 
 export async function load(more = false) {
   const turn = ++loading;
   const query = new URLSearchParams({ search: $("search").value, limit: 48 });
   if (more && next !== null) query.set("before", next);
+  if (onlyFavourites()) query.set("favourites", "true");
   const told = await call(`/api/images?${query}`);
   if (turn !== loading) return; // a later search has overtaken this one
   shown = more ? [...shown, ...told.images] : told.images;
   next = told.next;
-  const tiles = new Map([...$("gallery").children].map((old) => [old.dataset.id, old])); // those that stay do not blink
-  $("gallery").replaceChildren(...shown.map((picture) => tiles.get(picture.id) ?? tile(picture)));
+  arrange();
   $("more").hidden = next === null;
   $("empty").hidden = shown.length > 0;
-  $("empty").textContent = $("search").value ? "No prompt here has all of these words." : "Nothing here yet. Say what to draw, and press Draw.";
+  $("empty").textContent = $("search").value ? "No prompt here has all of these words."
+    : onlyFavourites() ? "No favourites yet. Press the star of a picture." : "Nothing here yet. Say what to draw, and press Draw.";
+}
+
+const onlyFavourites = () => $("favourites").ariaPressed === "true";
+
+// One cell for each picture; those that stay are moved only where they must be, so that the focus stays too.
+function arrange() {
+  const old = new Map(cells().map((cell) => [cell.dataset.id, cell]));
+  const wanted = shown.map((picture) => old.get(picture.id) ?? cellOf(picture));
+  for (const cell of cells()) if (!wanted.includes(cell)) cell.remove();
+  wanted.forEach((cell, i) => {
+    if ($("gallery").children[i] !== cell) $("gallery").insertBefore(cell, $("gallery").children[i] ?? null);
+    starred(cell, shown[i].favourite);
+  });
+  selection.show();
+}
+
+const cells = () => [...$("gallery").children];
+
+function starred(cell, favourite) {
+  cell.classList.toggle("favourite", favourite);
+  cell.querySelector(".star").ariaPressed = String(favourite);
+}
+
+function cellOf(picture) {
+  const name = picture.settings.prompt || "picture without a prompt";
+  const star = element("button", { type: "button", className: "star", textContent: "★", ariaLabel: `Favourite: ${name}`, tabIndex: -1 });
+  const pick = element("input", { type: "checkbox", className: "pick", ariaLabel: `Select: ${name}`, tabIndex: -1 });
+  const cell = element("div", { className: "cell" }, tile(picture), pick, star);
+  cell.dataset.id = picture.id;
+  return cell;
 }
 
 function tile(picture) {
   const image = element("img", { src: picture.thumbnail, alt: picture.settings.prompt || "picture without a prompt", loading: "lazy" });
   const button = element("button", { type: "button", className: picture.settings.grid ? "tile sheet" : "tile", title: picture.settings.prompt }, image);
   button.dataset.id = picture.id;
-  button.onclick = () => open(picture.id);
+  button.tabIndex = -1;
   return button;
 }
 
@@ -65,14 +96,30 @@ function view(place) {
   const told = (value, plain) => value !== null && value !== undefined && value !== plain && value?.length !== 0;
   const rows = Object.entries(LABELS).filter(([name]) => told(settings[name], PLAIN[name]));
   const loras = picture.loras.map(({ name, strength }) => `${name} ${strength}`).join(", ");
+  const controls = picture.controls.map(({ name, strength }) => `${name} ${strength}`).join(", ");
   $("viewer-settings").replaceChildren(
     ...rows.flatMap(([name, label]) => pair(label, form.worded(name, settings[name]))),
-    ...(loras ? pair("LoRAs", loras) : []), ...pair("Made", new Date(1000 * picture.created).toLocaleString()));
+    ...(loras ? pair("LoRAs", loras) : []), ...(controls ? pair("Control", controls) : []), ...pair("Made", new Date(1000 * picture.created).toLocaleString()));
   $("download").href = picture.url;
   $("download").download = `${picture.id}.png`;
+  $("viewer-favourite").ariaPressed = String(picture.favourite);
+  showMap(picture);
   $("newer").disabled = place === 0;
   $("older").disabled = place === shown.length - 1;
   if (!$("viewer").open) $("viewer").showModal();
+}
+
+// The first control map that it followed, over it, where this browser has drawn it.
+async function showMap(picture) {
+  $("viewer-map").hidden = $("show-map").hidden = true;
+  const map = picture.controls.length ? (await keep.keptJob(picture.job))?.controls?.find((one) => one.map)?.map : null;
+  if (!map) return;
+  const bitmap = await createImageBitmap(map);
+  if (shown[current] !== picture) return;
+  [$("viewer-map").width, $("viewer-map").height] = [picture.width, picture.height]; // the net reads it scaled to these
+  $("viewer-map").getContext("2d").drawImage(bitmap, 0, 0, picture.width, picture.height);
+  $("show-map").hidden = false;
+  $("viewer-map").hidden = $("show-map").ariaPressed !== "true";
 }
 
 const pair = (label, value) => [element("dt", { textContent: label }), element("dd", { textContent: value })];
@@ -81,44 +128,73 @@ function move(by) {
   if (shown[current + by]) view(current + by);
 }
 
-function use(withSeed) {
-  const { settings, loras } = shown[current];
+async function use(withSeed) {
+  const { settings, loras, controls, job } = shown[current];
+  const kept = await keep.keptJob(job);
   form.fill(withSeed ? settings : { ...settings, seed: "" }, loras);
-  const start = starts.get(shown[current].job);
-  if (start) paint.putBack(start);
+  const start = kept?.start;
+  if (start) await paint.putBack(start);
   else paint.remove();
+  const missing = units.fill(kept?.controls ?? controls);
   $("viewer").close();
   $("prompt").focus();
+  if (missing) return toast("Settings restored. Its control maps are not in this browser: put them in again first.");
   if (!start && settings.strength !== null && settings.strength !== undefined && !settings.hires) {
-    return toast("Settings restored. It was drawn on a picture that is not here any more: put that in again first.");
+    return toast("Settings restored. It was drawn on a picture that is not in this browser: put that in again first.");
   }
   toast(withSeed ? "Settings restored, with the seed." : "Settings restored, with a new seed each time.");
 }
 
+const pictureFile = async () => (await fetch(shown[current].url)).blob();
+
+async function useAsMap() {
+  const file = await pictureFile();
+  $("viewer").close();
+  units.addPicture(file);
+}
+
 async function usePicture() {
-  const blob = await (await fetch(shown[current].url)).blob();
+  const blob = await pictureFile();
   await paint.take(blob, Math.sqrt(shown[current].width * shown[current].height));
   $("viewer").close();
   $("start").scrollIntoView({ block: "nearest" });
 }
 
 async function remove() {
-  const picture = shown[current];
-  if (!confirm("Delete this picture and its file?")) return;
-  await call(`/api/images/${picture.id}`, undefined, "DELETE");
+  const { id } = shown[current];
   $("viewer").close();
-  await load();
+  await selection.remove([id]);
 }
 
-export function setUp() {
+async function markOpened() {
+  const { id } = shown[current];
+  const favourite = !shown[current].favourite;
+  await call("/api/images/favourites", { ids: [id], favourite });
+  shown[current].favourite = favourite; // it stays open, also where the gallery is of favourites alone
+  $("viewer-favourite").ariaPressed = String(favourite);
+  starred(cells()[current], favourite);
+}
+
+export function setUp(info) {
+  selection.setUp({ cells, reload: () => load(), open }, info.limits.selection);
+  $("favourites").onclick = () => {
+    $("favourites").ariaPressed = String(!onlyFavourites());
+    load().catch((error) => toast(error.message));
+  };
+  $("viewer-favourite").onclick = () => markOpened().catch((error) => toast(error.message));
+  $("use-map").onclick = useAsMap;
+  $("use-map").hidden = info.controls.length === 0;
+  $("show-map").onclick = () => {
+    $("show-map").ariaPressed = String($("show-map").ariaPressed !== "true");
+    $("viewer-map").hidden = $("show-map").ariaPressed !== "true";
+  };
   let waiting;
   $("search").oninput = () => {
     clearTimeout(waiting);
     waiting = setTimeout(load, 200);
   };
   $("more").onclick = () => load(true);
-  $("use").onclick = () => use(true);
-  $("use-new-seed").onclick = () => use(false);
+  for (const [id, withSeed] of [["use", true], ["use-new-seed", false]]) $(id).onclick = () => use(withSeed).catch((error) => toast(error.message));
   $("use-picture").onclick = usePicture;
   $("delete").onclick = () => remove().catch((error) => toast(error.message));
   $("newer").onclick = () => move(-1);
@@ -128,6 +204,8 @@ export function setUp() {
   $("viewer").onkeydown = (event) => {
     if (event.key === "ArrowLeft") move(-1);
     if (event.key === "ArrowRight") move(1);
+    if (event.key === "f" && !event.ctrlKey && !event.metaKey) $("viewer-favourite").click();
+    if (event.key === "Delete") $("delete").click();
   };
   $("stage").onclick = (event) => event.target.dataset.id && open(event.target.dataset.id);
   $("stage").onkeydown = (event) => {

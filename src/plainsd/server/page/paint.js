@@ -1,10 +1,14 @@
 // The picture to start from, and the brush that marks what is to be drawn anew.
 
 import { $, base64Of } from "./api.js";
+import * as keep from "./keep.js";
 
 const LONGEST = 768; // of the mask's canvas; it is scaled down when it is sent
 const COLOUR = "#ff3d7f";
 let source = null; // ImageBitmap
+let file = null; // that it was read from
+let address = null; // of the file, for others that show it
+let changed = () => {};
 let painted = false;
 let past = [];
 let cursor = null; // of the keyboard, in canvas pixels
@@ -12,35 +16,56 @@ let last = null;
 let native = 512;
 
 export const hasPicture = () => source !== null;
+export const url = () => address;
+export const whenChanged = (act) => (changed = act);
 export const setNative = (side) => (native = side);
 
 // Takes a file. The form's size becomes that of the picture's shape with about as many pixels as the model draws best.
-export async function take(file, side = native) {
-  source = await createImageBitmap(file);
+export async function take(given, side = native) {
+  await setSource(given);
   const ratio = Math.sqrt(source.width / source.height);
   const round = (pixels) => Math.max(8, Math.round(pixels / 8) * 8);
   [$("width").value, $("height").value] = [round(side * ratio), round(side / ratio)];
   show();
+  await save();
+}
+
+async function setSource(given) {
+  source = await createImageBitmap(given); // of a file that is no picture nothing changes
+  file = given;
+  URL.revokeObjectURL(address);
+  address = URL.createObjectURL(given);
 }
 
 // What is there, to be put back as it is; null where there is nothing.
-export function kept() {
-  return source && { source, mask: painted ? drawing().getImageData(0, 0, $("mask").width, $("mask").height) : null };
+export async function kept() {
+  return source && { source: file, mask: painted ? await new Promise((resolve) => $("mask").toBlob(resolve, "image/png")) : null };
 }
 
-export function putBack(start) {
-  source = start.source;
+const save = async () => keep.keepForm("start", await kept());
+
+export async function putBack(start) {
+  await setSource(start.source);
   show();
-  if (start.mask) drawing().putImageData(start.mask, 0, 0);
+  if (start.mask) drawing().drawImage(await createImageBitmap(start.mask), 0, 0);
   painted = start.mask !== null;
+  await save();
+}
+
+export async function restore() {
+  const start = await keep.keptForm("start");
+  if (start) await putBack(start);
 }
 
 export function remove() {
-  source = null;
+  URL.revokeObjectURL(address);
+  source = file = address = null;
   painted = false;
   $("canvas-tools").hidden = true;
   $("drop").hidden = false;
   $("file").value = "";
+  changed();
+  save();
 }
 
 function show() {
@@ -57,6 +82,7 @@ function show() {
   cursor = null;
   $("drop").hidden = true;
   $("canvas-tools").hidden = false;
+  changed();
 }
 
 // The fields of a request: the picture at its size, and the mask where something is painted.
@@ -126,11 +152,15 @@ function keyed(event) {
   if (event.key in moves) {
     const [x, y] = moves[event.key];
     const next = { x: clamp(cursor.x + x, $("mask").width), y: clamp(cursor.y + y, $("mask").height) };
-    if (event.shiftKey) stroke(cursor, next, erasing());
+    if (event.shiftKey) {
+      stroke(cursor, next, erasing());
+      save();
+    }
     cursor = next;
   } else if (event.key === " ") {
     remember();
     stroke(cursor, cursor, erasing());
+    save();
   } else if (event.key.toLowerCase() === "e" && !event.ctrlKey) {
     $("erase").click();
   } else {
@@ -164,6 +194,7 @@ export function setUp() {
   mask.onpointerup = mask.onpointercancel = () => {
     last = null;
     painted = anythingPainted();
+    save();
   };
   mask.oncontextmenu = (event) => event.preventDefault();
   mask.onkeydown = keyed;
@@ -172,11 +203,16 @@ export function setUp() {
     const before = past.pop();
     if (before) drawing().putImageData(before, 0, 0);
     painted = anythingPainted();
+    save();
   };
   $("clear").onclick = () => {
     remember();
     drawing().clearRect(0, 0, mask.width, mask.height);
     painted = false;
+    save();
   };
-  $("remove").onclick = remove;
+  $("remove").onclick = () => {
+    remove();
+    $("file").focus();
+  };
 }
