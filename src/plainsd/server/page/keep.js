@@ -47,7 +47,7 @@ async function write(name, act) {
 
 const read = (name, key) => within(name, "readonly", (store) => store.get(key)).catch(() => undefined);
 
-// A part of the form by its name: "start" or "units".
+// A part of the form by its name: "start", "controls", "prompts".
 export const keepForm = (part, value) => write("form", (store) => store.put(value, part));
 export const keptForm = (part) => read("form", part);
 

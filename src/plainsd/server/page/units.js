@@ -1,6 +1,7 @@
 // Control nets in the form: each with its map, which is seen over the picture, and how strongly and when it acts.
 
-import { $, base64Of, call, element, fileOf } from "./api.js";
+import { $, base64Of, element, fileOf } from "./api.js";
+import { PICTURES, UNREADABLE, button, labelled, number, numbers, options, readable, select, set } from "./fields.js";
 import * as keep from "./keep.js";
 import * as paint from "./paint.js";
 
@@ -28,15 +29,11 @@ export function fit(model) {
 
 function nets(unit, chosen) {
   const names = fitting.includes(chosen) || !chosen ? fitting : [chosen, ...fitting];
-  unit.inputs.name.replaceChildren(...names.map((name) => element("option", { value: name, textContent: fitting.includes(name) ? name : `${name} (does not fit)` })));
+  unit.inputs.name.replaceChildren(...options(names.map((name) => [name, fitting.includes(name) ? name : `${name} (does not fit)`])));
   unit.inputs.name.value = chosen || fitting[0];
 }
 
 // --- one unit -----------------------------------------------------------------------------------------------------
-
-const select = (pairs) => element("select", {}, ...pairs.map(([value, textContent]) => element("option", { value, textContent })));
-const number = (min, max, step) => element("input", { type: "number", min, max, step });
-const labelled = (text, input) => element("label", { className: "unit-field" }, element("span", { textContent: text }), input);
 
 function add(given) {
   const inputs = {
@@ -58,23 +55,21 @@ function add(given) {
   return unit;
 }
 
-const set = (input, value) => (input.type === "checkbox" ? (input.checked = value) : (input.value = value));
-
 function build(unit) {
   const { name, preprocess, mode, strength, start, end, low, high, resolution, kind, guess } = unit.inputs;
-  unit.file = element("input", { type: "file", accept: "image/png,image/jpeg,image/webp" });
+  unit.file = element("input", { type: "file", accept: PICTURES });
   unit.drop = element("label", { className: "drop" }, unit.file, element("span", { textContent: "Drop a map here, paste one, or choose a file" }));
   unit.under = element("img", { className: "under", alt: "The picture that is drawn over", hidden: true });
   unit.map = element("img", { className: "map", alt: "Control map" });
   unit.opacity = element("input", { type: "range", min: 0, max: 100, value: 60 });
   unit.seeing = labelled("Map over the picture", unit.opacity);
   unit.shown = element("div", { className: "map-box", hidden: true }, unit.under, unit.map);
-  unit.other = element("button", { type: "button", className: "small", textContent: "Another map" });
+  unit.other = button("Another map");
   unit.canny = element("div", { className: "trio" }, labelled("Edges from", low), labelled("sure from", high), labelled("Resolution", resolution));
   unit.note = element("p", { className: "hint", textContent: "It reads the picture that is drawn over, and its mask." });
   unit.guess = element("label", { className: "check" }, guess, "Guess mode");
   unit.kind = labelled("Kind of map", kind);
-  const remove = element("button", { type: "button", className: "small", textContent: "Remove" });
+  const remove = button("Remove");
   unit.legend = element("span", {});
   unit.root = element("fieldset", { className: "unit" },
     element("legend", {}, unit.legend), labelled("Net", name), labelled("Preprocessor", preprocess), unit.canny, unit.drop, unit.note, unit.shown,
@@ -130,7 +125,7 @@ async function refresh(unit) {
   let made = null;
   try {
     made = reads || !unit.image ? null : preprocess.value === "none" ? unit.image : await preprocessed(unit);
-    if (made && !(await createImageBitmap(made).catch(() => null))) throw new Error("This is no picture that can be read; use PNG, JPEG or WebP.");
+    if (made && !(await readable(made))) throw new Error(UNREADABLE);
   } catch (error) {
     if (turn === unit.turn) unit.root.append(element("p", { className: "error", role: "alert", textContent: error.message }));
     made = null;
@@ -161,8 +156,6 @@ function showUnder(unit) {
 }
 
 // --- to the server, and back --------------------------------------------------------------------------------------
-
-const numbers = (inputs) => Object.fromEntries(Object.entries(inputs).filter(([, input]) => input.value !== "").map(([name, input]) => [name, Number(input.value)]));
 
 // As it is kept in the browser: fields of a request, and its picture as a Blob.
 function state(unit) {
@@ -202,9 +195,8 @@ export function addPicture(image) {
   unit.inputs.name.focus();
 }
 
-const save = () => keep.keepForm("units", { controls: kept() });
+const save = () => keep.keepForm("controls", kept());
 
 export async function restore() {
-  const given = await keep.keptForm("units");
-  given?.controls?.forEach(add);
+  (await keep.keptForm("controls"))?.forEach(add);
 }

@@ -1,0 +1,18 @@
+// Parts of forms that are made in script.
+
+import { element } from "./api.js";
+
+export const PICTURES = "image/png,image/jpeg,image/webp";
+
+export const options = (pairs) => pairs.map(([value, textContent]) => element("option", { value, textContent }));
+export const select = (pairs) => element("select", {}, ...options(pairs));
+export const number = (min, max, step) => element("input", { type: "number", min, max, step });
+export const button = (textContent, more = {}) => element("button", { type: "button", className: "small", textContent, ...more });
+export const labelled = (text, input) => element("label", { className: "unit-field" }, element("span", { textContent: text }), input);
+export const set = (input, value) => (input.type === "checkbox" ? (input.checked = value) : (input.value = value));
+
+// The values of inputs by name, of those that are not empty.
+export const numbers = (inputs) => Object.fromEntries(Object.entries(inputs).filter(([, input]) => input.value !== "").map(([name, input]) => [name, Number(input.value)]));
+
+export const readable = (file) => createImageBitmap(file).then(() => true, () => false);
+export const UNREADABLE = "This is no picture that can be read; use PNG, JPEG or WebP.";
