@@ -8,8 +8,10 @@ import pytest
 from browser import chromium, needed  # noqa: F401
 from conftest import noise_picture, tiny_sd
 from PIL import Image
+from safetensors.torch import save_file
 from serving import model_folder, open_service, png_bytes, served
 from test_control_pictures import picture_of, tiny_net
+from test_image_prompt import in_a_file, tiny_adapter, tower_of_transformers
 
 import plainsd
 
@@ -31,6 +33,9 @@ def server(tmp_path_factory):
     nets.mkdir()
     plainsd.save_control(tiny_net(sd), nets / "edges.safetensors")
     plainsd.save_control(tiny_net(sd, 1, kinds=3), nets / "many.safetensors")
+    adapter = in_a_file(tiny_adapter(sd.unet))
+    save_file(adapter, nets / "looks.safetensors")
+    tower_of_transformers().save_pretrained(nets / "image_encoder")
     plainsd.save_control(tiny_net(tiny_sd(channels=(32, 32))), nets / "narrow.safetensors")
     (nets / "broken.safetensors").write_bytes(b"no such thing")
     with served(open_service([model_folder(folder)], tmp_path_factory.mktemp("data"), controls=nets)) as server:
@@ -202,6 +207,44 @@ def test_a_picture_of_the_gallery_becomes_a_map(page):
     page.until("document.querySelector('.unit')")
     expected = "canny" if "canny" in page.server.get("/api/info").json()["preprocessors"] else "none"
     assert field(page, "Preprocessor").get_attribute("value") == expected
+
+
+def test_an_image_prompt_comes_back_with_its_picture(page):
+    page.js("document.getElementById('image-prompt-section').open = true")
+    page.find("#add-image-prompt").click()
+    for seed in range(3):
+        page.drop(".unit .drop", f"{seed}.png", png_bytes(noise_picture(48, 48, seed)))
+        page.until(f"document.querySelectorAll('.thumbs img').length === {seed + 1}")
+    page.js("document.querySelectorAll('.thumbs button')[1].click()")
+    assert len(page.all(".thumbs img")) == 2
+    put(page, "Strength", 0.7)
+    put(page, "to", 0.9)
+    page.set("prompt", "as these look")
+    page.set("seed", 8)
+    page.set("steps", 3)
+    job = page.drawn()
+    images = [base64.b64encode(png_bytes(noise_picture(48, 48, seed))).decode() for seed in (0, 2)]
+    unit = {"name": "looks", "images": images, "strength": 0.7, "end": 0.9}
+    same = page.server.drawn(prompt="as these look", seed=8, steps=3, image_prompts=[unit])
+    picture = page.server.picture(job["images"][0]).tobytes()
+    assert picture == page.server.picture(same["images"][0]).tobytes()
+    plain = page.server.drawn(prompt="as these look", seed=8, steps=3)
+    assert picture != page.server.picture(plain["images"][0]).tobytes()
+
+    page.saved()
+    page.load()
+    page.until("document.querySelectorAll('.thumbs img').length === 2")
+    page.js("[...document.querySelectorAll('.unit button')].at(-1).click()")
+    assert not page.all(".unit") and page.driver.switch_to.active_element.get_attribute("id") == "add-image-prompt"
+    page.find(f".cell[data-id='{job['images'][0]}'] .tile").click()
+    assert "looks 0.7" in page.find("#viewer-settings").text
+    page.find("#use").click()
+    page.until("document.querySelectorAll('.thumbs img').length === 2")
+    assert page.server.picture(page.drawn()["images"][0]).tobytes() == picture
+    page.js("for (const button of document.querySelectorAll('.thumbs button')) button.click()")
+    page.js("document.querySelector('.thumbs button')?.click()")
+    page.draw()
+    page.until("document.querySelector('#image-prompts .unit .error')")
 
 
 @pytest.mark.parametrize("width", [360, 800, 1280])

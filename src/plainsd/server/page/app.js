@@ -1,20 +1,22 @@
 // The page: puts the parts together.
 
 import { $, base64Of, call, toast } from "./api.js";
+import { missing } from "./fields.js";
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
 import * as jobs from "./jobs.js";
 import * as keep from "./keep.js";
 import * as paint from "./paint.js";
+import * as prompts from "./prompts.js";
 import * as units from "./units.js";
 
 async function draw() {
   form.clearErrors();
   $("generate").disabled = true;
   try {
-    const [body, start, controls] = [await form.request(), await paint.kept(), units.kept()];
+    const [body, start, controls, images] = [await form.request(), await paint.kept(), units.kept(), prompts.kept()];
     const job = await call("/api/jobs", body);
-    if (start || controls.length) keep.keepJob(job.id, { start, controls: units.withMaps(controls) });
+    if (start || controls.length || images.length) keep.keepJob(job.id, { start, controls: units.withMaps(controls), images });
     jobs.watch(job);
     if (matchMedia("(max-width: 800px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
   } catch (error) {
@@ -31,7 +33,7 @@ const startFrom = (file) => paint.take(file).catch(() => toast("This is no pictu
 // Where a file dropped or pasted there belongs.
 function taken(place, file, otherwise) {
   const unit = place?.closest?.(".unit");
-  if (unit) units.take(unit, file);
+  if (unit) (prompts.owns(unit) ? prompts : units).take(unit, file);
   else if (place?.closest?.("#start")) startFrom(file);
   else otherwise(file);
 }
@@ -39,9 +41,10 @@ function taken(place, file, otherwise) {
 // A PNG that knows how it was made restores the form; any other picture becomes a start.
 async function dropped(file) {
   try {
-    const { unused, loras, controls = [], ...settings } = await call("/api/settings", { image: await base64Of(file) });
+    const { unused, loras, controls = [], image_prompts: images = [], ...settings } = await call("/api/settings", { image: await base64Of(file) });
     form.fill(settings, loras);
-    const maps = units.fill(controls) ? " Its control maps are not in the file: put them in again." : "";
+    const lost = missing(units.fill(controls), prompts.fill(images));
+    const maps = lost && ` Its ${lost} are not in the file: put them in again.`;
     $("prompt").focus();
     const without = unused.length ? ` No effect here: ${unused.join(", ")}.` : "";
     toast(`Settings restored from ${file.name}.${maps}${without}`, "Start from the picture", () => startFrom(file));
@@ -105,6 +108,7 @@ async function start() {
   form.setUp(info);
   await paint.restore();
   await units.restore();
+  await prompts.restore();
   gallery.setUp(info);
   jobs.setUp(() => gallery.load());
   await gallery.load();

@@ -16,3 +16,6 @@ export const numbers = (inputs) => Object.fromEntries(Object.entries(inputs).fil
 
 export const readable = (file) => createImageBitmap(file).then(() => true, () => false);
 export const UNREADABLE = "This is no picture that can be read; use PNG, JPEG or WebP.";
+
+// What a picture was drawn with and is not there, in words; empty where nothing is missing.
+export const missing = (maps, images) => [maps && "control maps", images && "image prompts"].filter(Boolean).join(" and ");

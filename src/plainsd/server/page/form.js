@@ -2,6 +2,7 @@
 
 import { $, element } from "./api.js";
 import * as paint from "./paint.js";
+import * as prompts from "./prompts.js";
 import * as units from "./units.js";
 
 const NUMBERS = ["steps", "guidance", "image_guidance", "count", "strength", "mask_blur", "mask_grow", "masked_padding", "hires", "variation_strength", "clip_skip", "eta",
@@ -43,6 +44,7 @@ export function setUp(told) {
       ([name, why]) => element("li", { textContent: `${name}: ${why}` })));
   }
   units.setUp(info);
+  prompts.setUp(info);
   takeDefaults();
   restoreDraft();
   wire();
@@ -154,6 +156,8 @@ export async function request() {
   const fields = draft();
   const controls = await units.request();
   if (controls.length) fields.controls = controls;
+  const images = await prompts.request();
+  if (images.length) fields.image_prompts = images;
   if (paint.hasPicture()) Object.assign(fields, await paint.pictures(...fields.size));
   else delete fields.outpaint;
   if (!fields.image && !fields.hires) delete fields.strength;

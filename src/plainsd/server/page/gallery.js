@@ -1,9 +1,11 @@
 // Everything made, newest first; and one picture at a time, with what made it.
 
 import { $, call, element, toast } from "./api.js";
+import { missing } from "./fields.js";
 import * as form from "./form.js";
 import * as keep from "./keep.js";
 import * as paint from "./paint.js";
+import * as prompts from "./prompts.js";
 import * as selection from "./selection.js";
 import * as units from "./units.js";
 
@@ -96,10 +98,11 @@ function view(place) {
   const told = (value, plain) => value !== null && value !== undefined && value !== plain && value?.length !== 0;
   const rows = Object.entries(LABELS).filter(([name]) => told(settings[name], PLAIN[name]));
   const loras = picture.loras.map(({ name, strength }) => `${name} ${strength}`).join(", ");
-  const controls = picture.controls.map(({ name, strength }) => `${name} ${strength}`).join(", ");
+  const [controls, images] = [picture.controls, picture.image_prompts].map((each) => each.map(({ name, strength }) => `${name} ${strength}`).join(", "));
   $("viewer-settings").replaceChildren(
     ...rows.flatMap(([name, label]) => pair(label, form.worded(name, settings[name]))),
-    ...(loras ? pair("LoRAs", loras) : []), ...(controls ? pair("Control", controls) : []), ...pair("Made", new Date(1000 * picture.created).toLocaleString()));
+    ...(loras ? pair("LoRAs", loras) : []), ...(controls ? pair("Control", controls) : []), ...(images ? pair("Image prompts", images) : []),
+    ...pair("Made", new Date(1000 * picture.created).toLocaleString()));
   $("download").href = picture.url;
   $("download").download = `${picture.id}.png`;
   $("viewer-favourite").ariaPressed = String(picture.favourite);
@@ -129,16 +132,16 @@ function move(by) {
 }
 
 async function use(withSeed) {
-  const { settings, loras, controls, job } = shown[current];
+  const { settings, loras, controls, image_prompts: images, job } = shown[current];
   const kept = await keep.keptJob(job);
   form.fill(withSeed ? settings : { ...settings, seed: "" }, loras);
   const start = kept?.start;
   if (start) await paint.putBack(start);
   else paint.remove();
-  const missing = units.fill(kept?.controls ?? controls);
+  const lost = missing(units.fill(kept?.controls ?? controls), prompts.fill(kept?.images ?? images));
   $("viewer").close();
   $("prompt").focus();
-  if (missing) return toast("Settings restored. Its control maps are not in this browser: put them in again first.");
+  if (lost) return toast(`Settings restored. Its ${lost} are not in this browser: put them in again first.`);
   if (!start && settings.strength !== null && settings.strength !== undefined && !settings.hires) {
     return toast("Settings restored. It was drawn on a picture that is not in this browser: put that in again first.");
   }

@@ -66,7 +66,7 @@ function build(unit) {
   unit.shown = element("div", { className: "map-box", hidden: true }, unit.under, unit.map);
   unit.other = button("Another map");
   unit.canny = element("div", { className: "trio" }, labelled("Edges from", low), labelled("sure from", high), labelled("Resolution", resolution));
-  unit.note = element("p", { className: "hint", textContent: "It reads the picture that is drawn over, and its mask." });
+  unit.note = element("p", { className: "hint" });
   unit.guess = element("label", { className: "check" }, guess, "Guess mode");
   unit.kind = labelled("Kind of map", kind);
   const remove = button("Remove");
@@ -118,7 +118,6 @@ async function refresh(unit) {
   unit.kind.hidden = net.kinds === 0;
   unit.inputs.kind.max = Math.max(0, net.kinds - 1);
   unit.guess.hidden = net.adapter;
-  unit.note.hidden = !reads;
   unit.drop.hidden = reads || unit.image !== null;
   unit.other.hidden = reads || unit.image === null;
   unit.root.querySelector(".error")?.remove();
@@ -147,6 +146,9 @@ async function preprocessed(unit) {
 // The map alone, or over the picture that is drawn over.
 function showUnder(unit) {
   const under = paint.url();
+  const reads = unit.inputs.preprocess.value === "inpaint";
+  unit.note.hidden = !reads && (unit.image !== null || !under);
+  unit.note.textContent = reads ? "It reads the picture that is drawn over, and its mask." : "Without a map it reads the picture that is drawn over.";
   unit.shown.hidden = !unit.made;
   unit.seeing.hidden = !unit.made || !under;
   unit.under.hidden = !under;
