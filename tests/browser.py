@@ -105,6 +105,11 @@ class Page:
     def value(self, id):
         return self.js("return document.getElementById(arguments[0]).value", id)
 
+    def use(self, button="use"):
+        """Presses "Use these settings" in the viewer, and waits until the form has them."""
+        self.find(f"#{button}").click()
+        self.until("!document.getElementById('viewer').open")
+
     def draw(self):
         self.find("#generate").click()
 

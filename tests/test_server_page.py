@@ -168,7 +168,7 @@ def test_gallery_search_viewer_and_settings_back_in_the_form(page):
     shown = page.find("#viewer-settings").text
     assert "72 × 64" in shown and "Heun" in shown and "Karras" in shown and "77" in shown and "rain" in shown
     assert page.find("#download").get_attribute("href").endswith(".png")
-    page.find("#use").click()
+    page.use()
     got = {
         name: page.value(name)
         for name in (
@@ -197,7 +197,7 @@ def test_gallery_search_viewer_and_settings_back_in_the_form(page):
     page.all(".tile")[0].click()
     page.find("#older").click()
     page.until("!document.getElementById('newer').disabled")
-    page.find("#use-new-seed").click()
+    page.use("use-new-seed")
     assert page.value("seed") == "" and not page.js("return document.getElementById('viewer').open")
 
 
@@ -278,7 +278,7 @@ def test_inpainting_with_the_brush(page):
     assert changed[0] > 300 and changed[1] == 0  # drawn anew under the brush, as it was elsewhere
     page.find("#remove").click()
     page.find(".card .whole").click()
-    page.find("#use").click()  # with its picture and mask
+    page.use()  # with its picture and mask
     again = page.drawn()
     assert page.server.picture(again["images"][0]).tobytes() == picture.tobytes()
     page.saved()
@@ -290,14 +290,14 @@ def test_inpainting_with_the_brush(page):
     page.load()
     assert not page.find("#canvas-tools").is_displayed()
     page.find(".tile").click()
-    page.find("#use").click()
+    page.use()
     page.until("!document.getElementById('canvas-tools').hidden")
     again = page.drawn()
     assert page.server.picture(again["images"][0]).tobytes() == picture.tobytes()
     clear(page, "jobs")  # as in another browser
     page.load()
     page.find(".tile").click()
-    page.find("#use").click()
+    page.use()
     page.until("document.getElementById('toast').textContent.includes('on a picture that is not in this browser')")
 
 
@@ -365,7 +365,7 @@ def test_an_x_y_grid(page):
     page.all(".card .whole")[4].click()
     shown = page.find("#viewer-settings").text
     assert "guidance 1, 4 × sampler Euler, DPM++ 2M" in shown and "Sampler" not in shown
-    page.find("#use").click()
+    page.use()
     axes = [page.value(f"{side}-{part}") for side in "xy" for part in ("name", "values")]
     assert axes == ["guidance", "1, 4", "sampler", "Euler, DPM++ 2M"]
     again = page.drawn()
@@ -397,7 +397,7 @@ def test_what_else_a_picture_is_drawn_with(page):
     page.find("#tiling").click()
     page.set("like", "")
     page.find(".card .whole").click()
-    page.find("#use").click()
+    page.use()
     assert page.js("return document.getElementById('tiling').checked") and page.value("like") == "a1111"
     page.load()
     assert page.js("return document.getElementById('tiling').checked") and page.value("noise") == "cpu"
@@ -421,7 +421,7 @@ def test_loras_are_added_and_come_back_with_their_picture(page):
     assert not page.all(".lora")
     page.find(".card .whole").click()
     assert "paper 0.7" in page.find("#viewer-settings").text
-    page.find("#use").click()
+    page.use()
     row = page.find(".lora")
     assert [row.find_element("css selector", tag).get_attribute("value") for tag in ("select", "input")] == [
         "paper", "0.7"]  # fmt: skip
@@ -437,7 +437,7 @@ def test_an_embedding_is_written_into_the_prompt_and_shown_with_its_picture(page
     assert page.settings(job)["embeddings"] == ["fluffy-one"]
     page.find(".card .whole").click()
     assert "fluffy-one" in page.find("#viewer-settings").text
-    page.find("#use").click()
+    page.use()
     again = page.drawn()
     assert page.server.picture(again["images"][0]).tobytes() == page.server.picture(job["images"][0]).tobytes()
 
@@ -458,7 +458,7 @@ def test_a_refiner_is_chosen_and_comes_back_with_its_picture(page):
     assert page.js("return document.getElementById('refiner').options[1].value") == "tiny"
     page.find(".card .whole").click()
     assert "Refiner" in page.find("#viewer-settings").text
-    page.find("#use").click()
+    page.use()
     assert (page.value("model"), page.value("refiner"), page.value("handover")) == ("tiny", "other", "0.5")
 
 
@@ -476,7 +476,7 @@ def test_a_picture_is_continued_past_its_edges(page):
     assert picture.size == (96, 80) and settings["outpaint"] == [8, 0, 24, 16]
     assert picture.crop((8, 0, 72, 64)).tobytes() == image.tobytes()
     page.find(".card .whole").click()
-    page.find("#use").click()
+    page.use()
     sides = [page.value(f"outpaint-{side}") for side in ("left", "top", "right", "bottom")]
     assert (sides, page.value("width"), page.value("height")) == (["8", "0", "24", "16"], "64", "64")
     again = page.drawn()

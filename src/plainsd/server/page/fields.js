@@ -14,6 +14,14 @@ export const set = (input, value) => (input.type === "checkbox" ? (input.checked
 // The values of inputs by name, of those that are not empty.
 export const numbers = (inputs) => Object.fromEntries(Object.entries(inputs).filter(([, input]) => input.value !== "").map(([name, input]) => [name, Number(input.value)]));
 
+// An image element with a Blob in it, which is let go once it is decoded.
+export function shownOnce(image, blob) {
+  const address = URL.createObjectURL(blob);
+  image.onload = image.onerror = () => URL.revokeObjectURL(address);
+  image.src = address;
+  return image;
+}
+
 export const readable = (file) => createImageBitmap(file).then(() => true, () => false);
 export const UNREADABLE = "This is no picture that can be read; use PNG, JPEG or WebP.";
 

@@ -1,7 +1,7 @@
 // Image prompts in the form: an IP-Adapter each, with its pictures, and how strongly and when it acts.
 
 import { $, base64Of, element, toast } from "./api.js";
-import { PICTURES, UNREADABLE, button, labelled, number, numbers, options, readable, select, set } from "./fields.js";
+import { PICTURES, UNREADABLE, button, labelled, number, numbers, readable, select, set, shownOnce } from "./fields.js";
 import * as keep from "./keep.js";
 
 const MOST = 16; // pictures of one
@@ -85,7 +85,6 @@ export async function take(root, ...files) {
 }
 
 function show(unit) {
-  for (const old of unit.pictures.querySelectorAll("img")) URL.revokeObjectURL(old.src);
   unit.pictures.replaceChildren(...unit.images.map((image, i) => {
     const out = button("×", { ariaLabel: `Remove picture ${i + 1}` });
     out.onclick = () => {
@@ -94,7 +93,7 @@ function show(unit) {
       save();
       (unit.pictures.querySelector("button") ?? unit.file).focus();
     };
-    return element("li", {}, element("img", { src: URL.createObjectURL(image), alt: `Picture ${i + 1} of the prompt` }), out);
+    return element("li", {}, shownOnce(element("img", { alt: `Picture ${i + 1} of the prompt` }), image), out);
   }));
   unit.pictures.hidden = unit.images.length === 0;
 }

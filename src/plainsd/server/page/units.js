@@ -1,7 +1,7 @@
 // Control nets in the form: each with its map, which is seen over the picture, and how strongly and when it acts.
 
 import { $, base64Of, element, fileOf } from "./api.js";
-import { PICTURES, UNREADABLE, button, labelled, number, numbers, options, readable, select, set } from "./fields.js";
+import { PICTURES, UNREADABLE, button, labelled, number, numbers, options, readable, select, set, shownOnce } from "./fields.js";
 import * as keep from "./keep.js";
 import * as paint from "./paint.js";
 
@@ -130,8 +130,7 @@ async function refresh(unit) {
     made = null;
   }
   if (turn !== unit.turn) return; // something was changed meanwhile
-  URL.revokeObjectURL(unit.map.src);
-  if (made) unit.map.src = URL.createObjectURL(made);
+  if (made) shownOnce(unit.map, made);
   else unit.map.removeAttribute("src");
   unit.made = made;
   showUnder(unit);
