@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import TINY_XL
 
+from plainsd import allocator
 from plainsd.checkpoint import load
 from plainsd.cli import main
 from plainsd.commands.bench import timing_table
 from plainsd.errors import UserError
-from plainsd.reports import bench, rivals
+from plainsd.reports import apart, bench, rivals
 
 PLACE = bench.Workbench(None, torch.float32, torch.device("cpu"), 2)
 
@@ -76,6 +77,27 @@ def test_loading_in_new_processes(tmp_path):
     assert [len(seconds) for seconds in row.seconds.values()] == [1, 1]
     weights = sum(file.stat().st_size for file in place.folder.rglob("*.safetensors"))
     assert all(peak > weights for peak in row.peaks.values())  # kept in float16, loaded as float32
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(allocator.glibc() is None, reason="malloc is not glibc's")
+def test_each_side_with_freed_memory_kept_and_without():
+    """In processes that take turns, of which two keep it: those take fewer new pages."""
+    row = bench.ALLOCATOR_BENCHMARKS["decode-memory"](PLACE._replace(folder=load(device="cpu").path, rounds=1), False)
+    assert list(row.seconds) == ["diffusers", "diffusers, memory kept", "plainsd, memory not kept", "plainsd"]
+    assert {len(seconds) for seconds in row.seconds.values()} == {1}
+    assert all(peak > 1e6 for peak in row.peaks.values())
+    assert row.faults["diffusers, memory kept"] <= row.faults["diffusers"]
+    assert row.faults["plainsd"] <= row.faults["plainsd, memory not kept"]
+
+
+def test_a_process_that_ends_is_named():
+    side = apart.SideProcess("diffusers", "no-such-work", PLACE)
+    try:
+        with pytest.raises(UserError, match="diffusers: the process ended .*no-such-work"):
+            side.turn()
+    finally:
+        side.end()
 
 
 def test_an_unknown_row(capsys):

@@ -5,8 +5,14 @@ own error is another one on each kind of processor. What is chosen where: test_p
 """
 
 import copy
+import ctypes
+import errno
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +22,7 @@ from test_speed import assert_as_exact, relative
 
 from plainsd.models.layers import Attention, ResBlock, norm_silu
 from plainsd.models.unet import geglu
-from plainsd.speed import kernels, model, training
+from plainsd.speed import building, kernels, model, training
 from plainsd.speed.packed import PackedResBlock
 
 pytestmark = [
@@ -106,13 +112,10 @@ def test_where_attention_is_pytorchs(case, monkeypatch):
     )
 
 
-def test_torch_compile_knows_attention():
-    torch.library.opcheck(torch.ops.plainsd.attention, tuple(torch.randn(3, 1, 2, 60, 16).unbind(0)))
-
-
 @DTYPES
 @pytest.mark.parametrize(
-    "m, k, n", [(1, 2, 1), (32, 160, 160), (7, 50, 37), (128, 96, 384), (300, 64, 65), (5, 1280, 640)]
+    "m, k, n",
+    [(1, 2, 1), (32, 160, 160), (7, 50, 37), (128, 96, 384), (300, 64, 65), (5, 1280, 640), (13, 34, 15), (6, 2, 129)],
 )
 @pytest.mark.parametrize("after", ["none", "gelu", "times"])
 def test_linear(dtype, m, k, n, after):
@@ -127,6 +130,20 @@ def test_linear(dtype, m, k, n, after):
         assert relative(kernels.linear(x, packed, n, bias, after, other).double(), expected) < allowed
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", [(2, 5, 64), (3, 37), (1, 1), (3, 1, 65), (130, 15)], ids=str)
+def test_layer_norm(dtype, shape):
+    """Means of several times the deviation, as in networks."""
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(shape[-1]).requires_grad_(False)
+    norm.weight.normal_(), norm.bias.normal_()
+    x = (torch.randn(shape) + 10).to(dtype)
+    expected, kept = copy.deepcopy(norm).double()(x.double()), x.clone()
+    for form in (torch.Tensor.clone, lambda x: torch.cat([x, x], -1)[..., : shape[-1]]):
+        assert relative(kernels.layer_norm(norm, form(x)).double(), expected) < rounding(dtype) + 10 * 2**-24
+    assert torch.equal(x, kept)
+
+
 def test_gelu_far_out():
     """Also where its tail is nearly nothing, and where it is nearly x."""
     x = torch.linspace(-12, 12, 2001).reshape(-1, 1).repeat(1, 2)
@@ -137,7 +154,15 @@ def test_gelu_far_out():
 @DTYPES
 @pytest.mark.parametrize(
     "shape, groups",
-    [((2, 96, 8, 8), 16), ((1, 24, 5, 7), 4), ((2, 20, 33, 17), 5), ((1, 128, 40, 64), 32), ((3, 8, 1, 1), 2)],
+    [
+        ((2, 96, 8, 8), 16),
+        ((1, 24, 5, 7), 4),
+        ((2, 20, 33, 17), 5),
+        ((1, 128, 40, 64), 32),
+        ((3, 8, 1, 1), 2),
+        ((3, 35, 1, 257), 7),
+        ((1, 67, 3, 5), 1),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("shifted", [False, True])
@@ -172,7 +197,11 @@ def test_norm_silu_reads_a_strided_shift(dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("shape, groups", [((2, 96, 8, 8), 16), ((3, 20, 33, 17), 5), ((1, 8, 1, 1), 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape, groups",
+    [((2, 96, 8, 8), 16), ((3, 20, 33, 17), 5), ((1, 8, 1, 1), 2), ((3, 35, 1, 257), 7), ((1, 67, 3, 5), 1)],
+    ids=str,
+)
 @pytest.mark.parametrize("silu", [True, False])
 def test_gradients_of_norm_silu(dtype, shape, groups, silu):
     """Also from maps that are not channels last, and means of several times the deviation."""
@@ -191,7 +220,7 @@ def test_gradients_of_norm_silu(dtype, shape, groups, silu):
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [(2, 5, 64), (3, 74)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 64), (3, 74), (1, 3, 2), (7, 30), (3, 1, 66)], ids=str)
 def test_geglu_and_its_gradients(dtype, shape):
     torch.manual_seed(0)
     x, dy = (3 * torch.randn(shape)).to(dtype).requires_grad_(), torch.randn(*shape[:-1], shape[-1] // 2).to(dtype)
@@ -344,7 +373,7 @@ def test_a_model_with_all_of_them_draws_the_same(monkeypatch):
 def test_they_are_compiled_once(own_cache, monkeypatch):
     kernels.library()
     kernels.library.cache_clear()
-    monkeypatch.setattr(kernels, "_compile", None)
+    monkeypatch.setattr(building, "_compile", None)
     kernels.library()
     assert [path.suffix for path in own_cache.iterdir()] == [".so"]
 
@@ -363,15 +392,105 @@ def test_compiled_files_are_told_apart_by_all_that_they_depend_on(tmp_path, monk
         def read_text(self):
             return f"model name : any\nflags : {self.flags}\n"
 
-    monkeypatch.setattr(kernels, "Path", Processor)
+    monkeypatch.setattr(building, "Path", Processor)
     keys = []
     for Processor.flags in ("sse2 avx2", "sse2 avx2 avx512f"):
         for compiler in compilers:
             for source in (b"one", b"two"):
                 for flags in (("-O3",), ("-O2",)):
-                    monkeypatch.setattr(kernels, "FLAGS", flags)
-                    keys += [kernels._build_key(source, str(compiler))] * 2
-    assert len(set(keys)) == 16 and all(a == b for a, b in zip(keys[::2], keys[1::2], strict=True))
+                    for version in ("2.13.0", "2.14.0"):
+                        monkeypatch.setattr(building, "FLAGS", flags)
+                        monkeypatch.setattr(torch, "__version__", version)
+                        keys += [building._build_key(source, str(compiler)) for _ in range(2)]
+    assert len(set(keys)) == 32 and all(a == b for a, b in zip(keys[::2], keys[1::2], strict=True))
+
+
+def test_a_damaged_file_is_compiled_anew(own_cache):
+    source = Path(building.__file__).with_name("kernels.cpp").read_bytes()
+    kept = own_cache / f"kernels-{building._build_key(source, building.compiler_path())}.so"
+    own_cache.mkdir()
+    kept.write_bytes(b"\x7fELF, as far as the disk had room")
+    kernels.library()
+    assert list(own_cache.iterdir()) == [kept] and kept.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("why", ["no folder can be made there", "the folder is read-only"])
+def test_a_home_that_cannot_be_written(own_cache, monkeypatch, why):
+    """The kernels are compiled for this process alone, and one line says so, once; nothing is left behind."""
+    if why.startswith("no"):
+        own_cache.write_text("a file in the folder's place")
+    else:
+        own_cache.mkdir()
+        monkeypatch.setattr(building.tempfile, "TemporaryDirectory", refused_in(own_cache))
+    with pytest.warns(UserWarning, match="compiled anew by each process, since .* cannot be written") as said:
+        assert kernels.have_kernels(torch.float32) and kernels.have_kernels(torch.float32)
+    assert len(said) == 1
+    x, packed = torch.randn(3, 8), kernels.packed_weight(torch.eye(8))
+    assert torch.equal(kernels.linear(x, packed, 8, None), x)
+    assert not own_cache.is_dir() or not list(own_cache.iterdir())
+
+
+def refused_in(folder):
+    """tempfile.TemporaryDirectory on a disk that is read-only in `folder` (root may write wherever modes forbid it)."""
+    made = tempfile.TemporaryDirectory
+
+    def make(*, dir=None, **named):
+        if dir == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+        return made(dir=dir, **named)
+
+    return make
+
+
+def test_a_temporary_folder_that_runs_no_code(own_cache, monkeypatch):
+    """And a home that cannot be written: no kernels, and the reason in one line."""
+    own_cache.write_text("a file in the folder's place")
+    monkeypatch.setattr(building, "_compile", lambda compiler, source, path: path.write_bytes(b"not to be mapped"))
+    with pytest.warns(UserWarning) as said:
+        assert not kernels.have_kernels(torch.float32)
+    assert [str(one.message).split(":")[0] for one in said][
+        -1
+    ] == "slower than it could be, without the kernels in kernels.cpp"
+    assert len(said) == 2
+
+
+BUILD = """
+import sys, warnings
+warnings.simplefilter("error")
+from plainsd.speed import building
+compile = building._compile
+def when_both_are_here(compiler, source, path):
+    print("compiles", flush=True), sys.stdin.readline()
+    compile(compiler, source, path)
+building._compile = when_both_are_here
+print(building.library().knows_bfloat16())
+"""
+
+
+def test_processes_that_compile_at_once(own_cache):
+    """Each begins while the other has not ended; both work, and one file is there."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    both = [subprocess.Popen([sys.executable, "-c", BUILD], **pipes) for _ in range(2)]
+    assert [process.stdout.readline() for process in both] == 2 * ["compiles\n"]
+    ends = [process.communicate("go\n", timeout=120)[0] for process in both]
+    assert ends[0] == ends[1] and ends[0].strip() in "01" and not any(process.returncode for process in both)
+    assert [path.suffix for path in own_cache.iterdir()] == [".so"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "processor, known", [("skylake-avx512", 0), ("cooperlake", 1), ("sapphirerapids", 1), ("znver4", 1)]
+)
+def test_it_compiles_for_other_processors(tmp_path, monkeypatch, processor, known):
+    """With bfloat16 where they have it. What older ones run, this one runs too."""
+    if subprocess.run(["c++", f"-march={processor}", "-E", "-x", "c++", "/dev/null"], capture_output=True).returncode:
+        pytest.skip(f"this compiler does not know {processor}")
+    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS[:1], f"-march={processor}", *building.FLAGS[2:]))
+    source = Path(building.__file__).with_name("kernels.cpp").read_bytes()
+    building._compile("c++", source, tmp_path / "kernels.so")
+    if processor == "skylake-avx512":
+        assert ctypes.CDLL(str(tmp_path / "kernels.so")).knows_bfloat16() == known
 
 
 @pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -64,7 +65,7 @@ def on(own_cache, monkeypatch):
 def test_which_attention(on, monkeypatch, processor, float32, bfloat16):
     on(processor)
     if processor.compiler:
-        monkeypatch.setattr(kernels, "library", lambda: "kernels")
+        monkeypatch.setattr(kernels, "library", lambda: SimpleNamespace(knows_bfloat16=lambda: 1))
     assert model.attention_for(torch.float32) is float32
     assert model.attention_for(torch.bfloat16) is bfloat16
     assert model.attention_for(torch.float64) is PLAIN

@@ -29,7 +29,8 @@ class Bench:
 
     rows: Annotated[Positional[tuple[str, ...]], flag("ROW")] = ()
     """small, unet, decode, picture, load, start; on a GPU also 30 steps of 1 or 8 pictures with random weights: sd1-1,
-    sd1-8, sdxl-1, sdxl-8. Default: all rows for the device"""
+    sd1-8, sdxl-1, sdxl-8. Default: all these rows for the device. decode-memory, small-memory and train-memory compare
+    glibc's own handling of freed memory with keeping it"""
     model: Annotated[Path | None, flag("FOLDER")] = None
     """an SD 1.x model in diffusers layout; random weights of the same shapes if not given"""
     rounds: Annotated[int, flag("N")] = 5
@@ -53,7 +54,7 @@ class Bench:
         from plainsd.device import choose_device, choose_dtype
         from plainsd.reports import bench
 
-        known = bench.BENCHMARKS | bench.GPU_BENCHMARKS
+        known = bench.BENCHMARKS | bench.ALLOCATOR_BENCHMARKS | bench.GPU_BENCHMARKS
         for name in self.rows:
             if name not in known:
                 raise unknown("row", name, known, field="rows")
@@ -62,9 +63,9 @@ class Bench:
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         with tempfile.TemporaryDirectory() as temporary:
-            wanted = self.rows or tuple(bench.BENCHMARKS if device.type == "cpu" else known)
+            wanted = self.rows or tuple(bench.BENCHMARKS | ({} if device.type == "cpu" else bench.GPU_BENCHMARKS))
             rows, folder = [], self.model or Path(temporary) / "sd1"  # shared by the rows
-            if self.model is None and set(wanted) & {"unet", "decode", "picture", "load"}:
+            if self.model is None and set(wanted) & {"unet", "decode", "picture", "load", "decode-memory"}:
                 print("making random weights of SD 1.5", file=sys.stderr)
                 bench.random_folder(folder, dtype)
             workbench = bench.Workbench(folder, dtype, device, self.rounds, Path(temporary))
@@ -91,7 +92,7 @@ def timing_table(rows: list[Timing], about: dict[str, object]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        base = min(row.seconds["diffusers"])
+        base = min(row.seconds.get("diffusers") or next(iter(row.seconds.values())))
         for side, seconds in row.seconds.items():
             error = f"{row.errors[side]:.1e}" if side in row.errors else ""
             peak = f"{row.peaks[side] / 1e9:.2f} GB" if side in row.peaks else ""
@@ -112,6 +113,7 @@ def plot(rows: list[Timing], about: dict[str, object], path: Path) -> None:
     bars = [
         (f"{row.name}: {side}", min(row.seconds["diffusers"]) / min(seconds))
         for row in reversed(rows)
+        if "diffusers" in row.seconds
         for side, seconds in reversed(row.seconds.items())
         if side != "diffusers"
     ]

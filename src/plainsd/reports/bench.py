@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,23 +31,20 @@ from plainsd.generate import final, text_to_image
 from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.pictures.model import StableDiffusion
-from plainsd.reports.rivals import Workbench, diffusers_pipeline, openvino, our_models, random_folder, theirs_compiled
+from plainsd.reports.apart import WORKS, apart_row
+from plainsd.reports.rivals import (
+    Timing,
+    Workbench,
+    diffusers_pipeline,
+    openvino,
+    our_models,
+    random_folder,
+    theirs_compiled,
+)
 
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
 PROMPT = "a red apple on a blue background"
 Sides = dict[str, Callable[[], Any]]
-
-
-@dataclass
-class Timing:
-    """One piece of work: each side's seconds per round, and in the first call; the distance of its result from
-    float32's; and its peak memory in bytes, imports excluded."""
-
-    name: str
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    first: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, int] = field(default_factory=dict)
 
 
 def race(name: str, sides: Sides, rounds: int, first: Sides | None = None) -> Timing:
@@ -262,6 +258,9 @@ BENCHMARKS: dict[str, Callable[[Workbench, bool], Timing]] = {
     "picture": picture_row,
     "load": load_row,
     "start": start_row,
+}
+ALLOCATOR_BENCHMARKS: dict[str, Callable[[Workbench, bool], Timing]] = {  # for a CPU, by name only
+    f"{work}-memory": partial(apart_row, work) for work in WORKS
 }
 GPU_BENCHMARKS: dict[str, Callable[[Workbench, bool], Timing]] = {  # for a GPU; on a CPU they take hours
     f"{name}-{count}": partial(picture_row, family=family, steps=30, count=count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,19 @@ class Workbench(NamedTuple):
     device: torch.device
     rounds: int
     room: Path | None = None  # scratch space for other models
+
+
+@dataclass
+class Timing:
+    """One piece of work: each side's seconds per round, and in the first call; the distance of its result from
+    float32's; and its peak memory in bytes, imports excluded."""
+
+    name: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)  # page faults of the last round, where they were counted
 
 
 def random_folder(folder: Path, dtype: torch.dtype, family: str = "sd1") -> Path:

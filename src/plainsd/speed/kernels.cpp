@@ -1,11 +1,11 @@
-// Kernels for processors with AVX-512, in float32, and in bfloat16 where they multiply it (AVX512_BF16). kernels.py
-// compiles this file and calls what stands at its end.
+// Kernels for processors with AVX-512, in float32, and in bfloat16 where they multiply it (AVX512_BF16). building.py
+// compiles this file; kernels.py calls what stands at its end. First the helpers, then a section for each kernel:
 //
-//     attend      softmax(q k^T * scale) v, in one pass over blocks that stay in the cache; attend_back, its gradients
-//     linear      x W^T + b for few rows, where oneDNN takes longer to start than to multiply
-//     layer_norm  LayerNorm of rows
-//     norm_silu   GroupNorm and SiLU over channels-last maps, in two passes; norm_silu_back, its gradients, in two more
-//     geglu       value * GELU(gate), and its gradients
+//     attend      out = softmax(q k^T scale) v, in one pass over blocks that stay in the cache; attend_back, its gradients
+//     linear      y = x W^T + b, for few rows, where oneDNN takes longer to start than to multiply
+//     layer_norm  y = (x - mean) / sqrt(variance + eps) * weight + bias, of each row
+//     norm_silu   y = z / (1 + e^-z), z = GroupNorm(x + shift), over channels-last maps, in two passes; norm_silu_back
+//     geglu       y = value * gate * Phi(gate), and its gradients
 //
 // A "unit" is 32 bits: one float32, or two neighbouring bfloat16 numbers, which the processor multiplies and adds as a pair.
 // What stands on the right of a product is laid out in units first, so that it is the same loop (`tile`) in either precision.
@@ -20,6 +20,8 @@
 #include <vector>
 
 namespace {
+
+// ---- helpers
 
 constexpr long LANES = 16;                  // units in a register
 constexpr long TILE = 6;                    // queries whose sums are in registers at once, with up to 4 registers each
@@ -75,6 +77,25 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(y, whole);
 }
 
+// The normal distribution and its density: Abramowitz & Stegun 7.1.26, to 1.5 in 10^7.
+inline __m512 normal(__m512 x, __m512& density) {
+    const __m512 one = _mm512_set1_ps(1.0f), z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
+    __m512 y = _mm512_set1_ps(1.061405429f);
+    for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+        y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
+    const __m512 tail = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504f)));     // e^(-x^2 / 2)
+    const __m512 beyond = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), _mm512_mul_ps(y, t)), tail);  // of -|x|
+    density = _mm512_mul_ps(tail, _mm512_set1_ps(0.39894228f));
+    const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mask_sub_ps(beyond, above, one, beyond);
+}
+
+inline __m512 gelu(__m512 x) {
+    __m512 density;
+    return _mm512_mul_ps(x, normal(x, density));
+}
+
 // 16 numbers of either precision, from memory and to it; all, or those in a mask.
 template <bool pairs>
 inline __m512 load(const void* from, __mmask16 which = 0xffff) {
@@ -96,6 +117,7 @@ inline __mmask16 lanes(long left) { return (__mmask16)((1u << std::clamp(left, 0
 
 // ---- attention
 //
+//     out_i = sum_j e^(q_i k_j scale) v_j / sum_j e^(q_i k_j scale)
 // The method is FlashAttention's (Dao et al. 2022, arXiv:2205.14135, algorithm 1): ROWS queries meet COLUMNS keys at a time;
 // beside the output so far stand, for each query, the largest score m and the sum l of exp(score - m). A block with a larger
 // score scales what is there by exp(m - m_new). Keys and values are laid out in units first:
@@ -325,27 +347,11 @@ struct AttentionBack {
 };
 
 // ---- linear
+//
+//     y = x W^T + b, then after it: nothing, y Phi(y) (GELU), or y * other
+// A tile is up to TILE rows of x by GROUP columns of y; its sums stay in registers over all of k.
 
 enum After { NOTHING, GELU, TIMES };        // what happens to the output: GELU(y), y * other
-
-// The normal distribution and its density: Abramowitz & Stegun 7.1.26, to 1.5 in 10^7.
-inline __m512 normal(__m512 x, __m512& density) {
-    const __m512 one = _mm512_set1_ps(1.0f), z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
-    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
-    __m512 y = _mm512_set1_ps(1.061405429f);
-    for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
-        y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
-    const __m512 tail = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504f)));     // e^(-x^2 / 2)
-    const __m512 beyond = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), _mm512_mul_ps(y, t)), tail);  // of -|x|
-    density = _mm512_mul_ps(tail, _mm512_set1_ps(0.39894228f));
-    const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-    return _mm512_mask_sub_ps(beyond, above, one, beyond);
-}
-
-inline __m512 gelu(__m512 x) {
-    __m512 density;
-    return _mm512_mul_ps(x, normal(x, density));
-}
 
 // Rows of x (m, k) -> y (m, n). w: [k units][n filled up to a multiple of 16].
 template <bool pairs>
@@ -389,6 +395,9 @@ struct Linear {
 };
 
 // ---- LayerNorm
+//
+//     mean = sum x / k,  variance = sum (x - mean)^2 / k,  y = (x - mean) / sqrt(variance + eps) * weight + bias
+// in three passes over a row that is in the cache.
 
 // Rows of x (rows, k) -> (x - mean) / deviation * weight + bias; weight and bias (k) are float32.
 template <bool pairs>
@@ -425,6 +434,10 @@ struct LayerNorm {
 };
 
 // ---- GroupNorm and SiLU
+//
+//     h = x + shift,  z = (h - mean) / sqrt(variance + eps) * weight + bias,  y = z / (1 + e^-z)
+// with mean and variance over a group's channels and all positions. As z = scale x + offset, channel by channel, the second
+// pass is one multiplication and addition before the SiLU.
 
 // Maps (batch, positions, channels) -> the same, silu((x + shift - mean) / deviation * weight + bias). weight, bias (channels)
 // are float32; shift (batch, channels) or null; kept (2, batch, channels), or null, takes means and 1 / deviations. Sums and
@@ -607,6 +620,9 @@ struct NormSiluBack {
 };
 
 // ---- GEGLU
+//
+//     y = value * gate Phi(gate);  dvalue = dy gate Phi(gate),  dgate = dy value (Phi(gate) + gate phi(gate))
+// with Phi and phi the normal distribution and its density.
 
 // x (rows, 2 d), values and gates side by side -> value * GELU(gate) (rows, d); given dy (rows, d), the gradient (rows, 2 d).
 template <bool pairs>

@@ -1,37 +1,27 @@
 """The kernels in kernels.cpp: attention and small linear layers, for inference; GroupNorm, SiLU, GEGLU, to train too.
 
-They are compiled with the machine's C++ compiler on first use, in some three seconds, and cached in the user's cache
-folder (XDG_CACHE_HOME or ~/.cache, in plainsd/) for later processes.
+Each is an operator of PyTorch's, torch.ops.plainsd.NAME, which torch.compile and torch.export keep as one node.
+building.py compiles them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
 import warnings
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plainsd.disk import cache_folder, written_whole
-from plainsd.errors import DiskError
 from plainsd.models.unet import geglu
+from plainsd.speed.building import Unavailable, compiler_path, library
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 MIN_TRAINING_SIZE = 2**16  # queries times keys from which attention in training beats PyTorch's
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 AFTER = {"none": 0, "gelu": 1, "times": 2}
-
-
-class Unavailable(Exception):
-    """Why there are no kernels on this machine."""
 
 
 # ---- the processor: what it has, and what PyTorch was told to use of it (ATEN_CPU_CAPABILITY)
@@ -63,10 +53,45 @@ INTEL = _is_intel()  # PyTorch uses MKL and oneDNN, which are tuned for Intel
 def have_kernels(dtype: torch.dtype) -> bool:
     """Whether kernels.cpp works here. If it cannot be compiled, warns once with the reason."""
     try:
-        return suit(dtype) and bool(library())
+        if not suit(dtype):
+            return False
+        if dtype == torch.bfloat16 and not library().knows_bfloat16():
+            raise Unavailable(
+                f"{compiler_path()} does not know this processor's bfloat16 instructions; a newer one does"
+            )
+        return bool(library())
     except Unavailable as error:
         warnings.warn(f"slower than it could be, without the kernels in kernels.cpp: {error}", stacklevel=2)
         return False
+
+
+# ---- operators
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function that runs a kernel an operator of PyTorch's, plainsd::NAME. `fake` makes outputs of the same
+    shapes, strides and dtypes, unfilled, from inputs without numbers.
+
+    A call goes through PyTorch's dispatcher only where it is traced (torch.compile, torch.export, fake tensors): there
+    the operator is one node of the graph. That takes longer than a small kernel does, so other calls skip it.
+    """
+
+    def registered(run: Callable[..., Any]) -> Callable[..., Any]:
+        name = f"plainsd::{run.__name__.strip('_')}"
+        traced = torch.library.custom_op(name, run, mutates_args=(), device_types="cpu", schema=schema)
+        traced.register_fake(fake)
+
+        @functools.wraps(run)
+        def call(*arguments: Any) -> Any:
+            return (traced if is_traced(arguments[0]) else run)(*arguments)
+
+        return call
+
+    return registered
+
+
+def is_traced(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
 
 
 # ---- attention
@@ -83,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tenso
     fits = q.is_cpu and q.dtype in BITS and d * BITS[q.dtype] % 32 == 0 and not is_causal
     if not fits or not pays(q.dtype, heads, n, m, d) or q.requires_grad or k.requires_grad or v.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    return (_compiled_attention if torch.compiler.is_compiling() else _attention)(q, k, v)
+    return _attention(q, k, v)
 
 
 def pays(dtype: torch.dtype, heads: int, n: int, m: int, d: int) -> bool:
@@ -98,7 +123,28 @@ def pays(dtype: torch.dtype, heads: int, n: int, m: int, d: int) -> bool:
     return heads * n * m * d >= {torch.float32: 2**24, torch.bfloat16: 2**18}[dtype]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
+def _empty(q: Tensor, *_: Tensor) -> Tensor:
+    """An output in the layout of the next linear layer: the heads of a position are contiguous."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+
+
+@operator("(Tensor q, Tensor k, Tensor v) -> Tensor", _empty)
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attend(q, k, v, None)
+
+
+@operator("(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", lambda q, k, v: (_empty(q), _per_query(q)))
+def _attention_kept(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention, and for its gradients log2 of each query's sum of exponentials: (B, heads, N)."""
+    kept = _per_query(q)
+    return _attend(q, k, v, kept), kept
+
+
+def _per_query(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
     (batch, heads, n, d), m, out = q.shape, k.shape[2], _empty(q)
     tensors = [*map(_as_rows, (q, k, v)), out]
     library().attend(
@@ -117,6 +163,21 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> T
     return out
 
 
+@operator(
+    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor dout) -> (Tensor, Tensor, Tensor)",
+    lambda q, k, v, *_: tuple(map(_empty, (q, k, v))),
+)
+def _attention_back(q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    (batch, heads, n, d), m = q.shape, k.shape[2]
+    gradients = tuple(map(_empty, (q, k, v)))
+    tensors = [*map(_as_rows, (q, k, v, out, dout.to(q.dtype))), *gradients]
+    pointers = (ctypes.c_void_p * 8)(*map(_pointer, tensors))
+    library().attend_back(
+        pointers, _stride_array(tensors), kept.data_ptr(), batch, heads, n, m, d, d**-0.5, torch.get_num_threads()
+    )
+    return gradients
+
+
 def _as_rows(x: Tensor) -> Tensor:
     """With contiguous rows."""
     return x if x.stride(3) == 1 else x.contiguous()
@@ -127,47 +188,19 @@ def _stride_array(tensors: list[Tensor]) -> ctypes.Array:
     return (ctypes.c_long * (3 * len(tensors)))(*(stride for t in tensors for stride in t.stride()[:3]))
 
 
-def _empty(q: Tensor, *_: Tensor) -> Tensor:
-    """An output in the layout of the next linear layer: the heads of a position are contiguous."""
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-
-
-_compiled_attention = torch.library.custom_op(
-    "plainsd::attention", _attention, mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor"
-)
-_compiled_attention.register_fake(_empty)
-
-
 class _Attend(torch.autograd.Function):
     """Attention in bfloat16, with gradients."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v, kept = _as_rows(q), _as_rows(k), _as_rows(v), torch.empty(q.shape[:3])
-        out = _attention(q, k, v, kept)
+        out, kept = _attention_kept(q, k, v)
         ctx.save_for_backward(q, k, v, out, kept)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, out, kept = ctx.saved_tensors
-        (batch, heads, n, d), gradients = q.shape, [*map(_empty, (q, k, v))]
-        tensors = [q, k, v, out, _as_rows(dout.to(q.dtype)), *gradients]
-        pointers = (ctypes.c_void_p * 8)(*map(_pointer, tensors))
-        library().attend_back(
-            pointers,
-            _stride_array(tensors),
-            _pointer(kept),
-            batch,
-            heads,
-            n,
-            k.shape[2],
-            d,
-            d**-0.5,
-            torch.get_num_threads(),
-        )
-        return tuple(gradients)
+        return _attention_back(*ctx.saved_tensors, dout)
 
 
 # ---- linear layers
@@ -185,6 +218,14 @@ def linear(
     x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str = "none", other: Tensor | None = None
 ) -> Tensor:
     """x W^T + bias, then its GELU, or `times` another tensor. x (..., k), other (..., n) -> (..., n)."""
+    return _linear(x, packed, n, bias, after, other)
+
+
+@operator(
+    "(Tensor x, Tensor packed, int n, Tensor? bias, str after, Tensor? other) -> Tensor",
+    lambda x, packed, n, bias, after, other: x.new_empty(*x.shape[:-1], n),
+)
+def _linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str, other: Tensor | None) -> Tensor:
     x, k = x.contiguous(), x.shape[-1]
     out = x.new_empty(*x.shape[:-1], n)
     if other is not None:
@@ -210,17 +251,22 @@ def linear(
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x), whose weight and bias are float32. (..., k) -> (..., k)."""
+    return _layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+@operator("(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", lambda x, *_: _filled(x))
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
-    out, k = torch.empty_like(x), x.shape[-1]
+    out, k = _filled(x), x.shape[-1]
     library().layer_norm(
         BITS[x.dtype],
         x.data_ptr(),
-        norm.weight.data_ptr(),
-        norm.bias.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
         out.data_ptr(),
         x.numel() // k,
         k,
-        norm.eps,
+        eps,
         torch.get_num_threads(),
     )
     return out
@@ -228,14 +274,28 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """norm(x), whose weight and bias are float32. (B, C, H, W) -> the same, channels last."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    return _norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, False)
+    return _norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, False, None)
 
 
 def fused_norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, over: bool = False) -> Tensor:
-    """silu(norm(x + shift)). x (B, C, H, W), shift (B, C) -> (B, C, H, W), channels last. `over`: into x."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    return _norm(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, True, shift, x if over else None)
+    """silu(norm(x + shift)). x (B, C, H, W), shift (B, C) -> (B, C, H, W), channels last. `over`: into x, if it is
+    channels last."""
+    weight, bias = norm.weight.float(), norm.bias.float()
+    if over and not is_traced(x):
+        x = _channels_last(x)
+        return _norm(x, weight, bias, norm.num_groups, norm.eps, True, shift, x)
+    return _norm_silu(x, weight, bias, norm.num_groups, norm.eps, True, shift)
+
+
+@operator(
+    "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor? shift) -> Tensor",
+    lambda x, *_: _map(x),
+)
+def _norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None
+) -> Tensor:
+    x = _channels_last(x)
+    return _norm(x, weight, bias, groups, eps, silu, shift, _map(x))
 
 
 def _norm(
@@ -245,11 +305,10 @@ def _norm(
     groups: int,
     eps: float,
     silu: bool,
-    shift: Tensor | None = None,
-    out: Tensor | None = None,
+    shift: Tensor | None,
+    out: Tensor,
     kept: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty_like(x) if out is None else out
     if shift is not None:
         shift = shift.contiguous()
     library().norm_silu(
@@ -271,8 +330,55 @@ def _norm(
     return out
 
 
+def _filled(x: Tensor) -> Tensor:
+    """For an output of x's shape, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _map(x: Tensor) -> Tensor:
+    """Likewise, channels last."""
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+@operator(
+    "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> (Tensor, Tensor)",
+    lambda x, *_: (_map(x), _norm_moments(x)),
+)
+def _norm_silu_kept(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """And for its gradients means and 1 / standard deviations: (2, B, C)."""
+    x = _channels_last(x)
+    out, kept = _map(x), _norm_moments(x)
+    return _norm(x, weight, bias, groups, eps, silu, None, out, kept), kept
+
+
+def _norm_moments(x: Tensor) -> Tensor:
+    return x.new_empty(2, *x.shape[:2], dtype=torch.float32)
+
+
+@operator(
+    "(Tensor x, Tensor dy, Tensor weight, Tensor bias, Tensor kept, int groups, bool silu) -> (Tensor, Tensor, Tensor)",
+    lambda x, dy, weight, bias, *_: (_map(x), _filled(weight), _filled(bias)),
+)
+def _norm_silu_back(
+    x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, kept: Tensor, groups: int, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, dy = _channels_last(x), _channels_last(dy.to(x.dtype))
+    dx, dweight, dbias = _map(x), _filled(weight), _filled(bias)
+    pointers = (tensor.data_ptr() for tensor in (x, dy, weight, bias, kept, dx, dweight, dbias))
+    library().norm_silu_back(
+        BITS[x.dtype], *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], groups, silu, torch.get_num_threads()
+    )
+    return dx, dweight, dbias
 
 
 class _Norm(torch.autograd.Function):
@@ -280,43 +386,46 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-        kept = torch.empty(2, len(x), x.shape[1])  # means and 1 / standard deviations
-        ctx.how = groups, silu
+        out, kept = _norm_silu_kept(x, weight, bias, groups, eps, silu)
+        ctx.groups, ctx.silu = groups, silu
         ctx.save_for_backward(x, weight, bias, kept)
-        return _norm(x, weight, bias, groups, eps, silu, kept=kept)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, kept = ctx.saved_tensors
-        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        pointers = (tensor.data_ptr() for tensor in (x, dy, weight, bias, kept, dx, dweight, dbias))
-        library().norm_silu_back(
-            BITS[x.dtype], *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], *ctx.how, torch.get_num_threads()
-        )
-        return dx, dweight, dbias, None, None, None
+        return *_norm_silu_back(x, dy, weight, bias, kept, ctx.groups, ctx.silu), None, None, None
+
+
+@operator("(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+def _geglu(x: Tensor) -> Tensor:
+    return _gated(x.contiguous(), None, x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+
+
+@operator("(Tensor x, Tensor dy) -> Tensor", lambda x, dy: _filled(x))
+def _geglu_back(x: Tensor, dy: Tensor) -> Tensor:
+    return _gated(x.contiguous(), dy.to(x.dtype).contiguous(), _filled(x))
+
+
+def _gated(x: Tensor, dy: Tensor | None, out: Tensor) -> Tensor:
+    d = x.shape[-1] // 2
+    library().geglu(
+        BITS[x.dtype], x.data_ptr(), _pointer(dy), out.data_ptr(), x.numel() // (2 * d), d, torch.get_num_threads()
+    )
+    return out
 
 
 class _Geglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _Geglu.run(x, None, x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+        return _geglu(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return _Geglu.run(x, dy.to(x.dtype).contiguous(), torch.empty_like(x))
-
-    @staticmethod
-    def run(x: Tensor, dy: Tensor | None, out: Tensor) -> Tensor:
-        d = x.shape[-1] // 2
-        library().geglu(
-            BITS[x.dtype], x.data_ptr(), _pointer(dy), out.data_ptr(), x.numel() // (2 * d), d, torch.get_num_threads()
-        )
-        return out
+        return _geglu_back(*ctx.saved_tensors, dy)
 
 
 # For training. On other devices and for other dtypes than float32 and bfloat16 they fall back to PyTorch's.
@@ -327,7 +436,6 @@ def trained_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False) -> Tensor:
     if x.dtype not in BITS or not x.is_cpu:
         x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return F.silu(x) if silu else x
-    x = x.contiguous(memory_format=torch.channels_last)
     return _Norm.apply(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, silu)
 
 
@@ -344,57 +452,4 @@ trained_norm_silu = functools.partial(trained_norm, silu=True)
 
 def trained_geglu(x: Tensor) -> Tensor:
     """value * GELU(gate) of values and gates side by side: (..., 2 D) -> (..., D)."""
-    return _Geglu.apply(x.contiguous()) if x.dtype in BITS and x.is_cpu else geglu(x)
-
-
-# ---- compiling
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """kernels.cpp, compiled and loaded. Errors: Unavailable, with the compiler's first error."""
-    source = files("plainsd.speed").joinpath("kernels.cpp").read_bytes()
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise Unavailable(f"no C++ compiler ({os.environ.get('CXX', 'c++')}) is installed")
-    try:
-        path = cache_folder() / f"kernels-{_build_key(source, compiler)}.so"
-        if not path.exists():
-            _compile(compiler, source, path)
-        made = ctypes.CDLL(str(path))
-    except (OSError, DiskError, RuntimeError) as error:
-        raise Unavailable(str(error)) from None
-    if suit(torch.bfloat16) and not made.knows_bfloat16():
-        raise Unavailable(f"{compiler} does not know this processor's bfloat16 instructions; a newer one does")
-    kind, number, place, real = ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_double
-    for name, arguments in {
-        "attend": [kind, *6 * [place], *5 * [number], real, number],
-        "attend_back": [*3 * [place], *5 * [number], real, number],
-        "pack": [kind, *2 * [place], *2 * [number]],
-        "linear": [kind, *5 * [place], *3 * [number], kind, number],
-        "layer_norm": [kind, *4 * [place], *2 * [number], real, number],
-        "norm_silu": [kind, *6 * [place], *4 * [number], real, kind, number],
-        "norm_silu_back": [kind, *8 * [place], *4 * [number], kind, number],
-        "geglu": [kind, *3 * [place], *3 * [number]],
-    }.items():
-        getattr(made, name).argtypes, getattr(made, name).restype = arguments, None
-    return made
-
-
-def _build_key(source: bytes, compiler: str) -> str:
-    """A hash of all that the compiled file depends on: machines with other processors may share a home folder."""
-    try:
-        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        cpu = torch.backends.cpu.get_cpu_capability()
-    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
-    return hashlib.sha256(b"\0".join([source, version, cpu.encode(), *map(str.encode, FLAGS)])).hexdigest()[:16]
-
-
-def _compile(compiler: str, source: bytes, path: Path) -> None:
-    with written_whole(path) as made:
-        done = subprocess.run([compiler, *FLAGS, "-x", "c++", "-", "-o", made], input=source, capture_output=True)
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").splitlines()
-            complaint = next((line for line in said if "error" in line), f"exit {done.returncode}")
-            raise RuntimeError(f"{compiler}: {complaint}")
+    return _Geglu.apply(x) if x.dtype in BITS and x.is_cpu else geglu(x)

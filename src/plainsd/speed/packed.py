@@ -321,13 +321,20 @@ class PackedCrossAttention(OtherForm):
         return attention_of(self.form[0], self.attend, self.q.plain(), k, v, self.out.plain())
 
     def forward(self, x: Tensor, context: Tensor, beside: Sequence[Beside] = ()) -> Tensor:
-        if context is not self.seen:
-            self.seen, self.kept = context, [t.contiguous() for t in split_heads(self.kv(context), 2, self.heads)]
         (q,) = split_heads(self.q(x), 1, self.heads)
-        x = self.attend(q, *self.kept)
+        x = self.attend(q, *self.keys_and_values(context))
         for more in beside:
             x = x + found_beside(more, q, self.attend)
         return self.out(x.transpose(1, 2).flatten(2))
+
+    def keys_and_values(self, context: Tensor) -> list[Tensor]:
+        traced = kernels.is_traced(context)  # a graph makes them at each call
+        if not traced and context is self.seen:
+            return self.kept
+        made = [t.contiguous() for t in split_heads(self.kv(context), 2, self.heads)]
+        if not traced:
+            self.seen, self.kept = context, made
+        return made
 
     def k(self, context: Tensor) -> Tensor:
         return self.kv(context).chunk(2, dim=-1)[0]
