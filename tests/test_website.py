@@ -26,6 +26,8 @@ def test_formulas_become_mathml():
     made = website.formulas_as_mathml(text)
     assert made.count("<math") == 2 and 'display="block"' in made and "<msqrt>" in made
     assert "arithmatex" not in made and "\\" not in made
+    made = website.formulas_as_mathml(r'<span class="arithmatex">\(\mathbb E, \mathbb R, \mathcal N, \log s\)</span>')
+    assert all(f"<mi>{letter}</mi>" in made for letter in "\U0001d53c\u211d\U0001d4a9") and "<mspace" in made
 
 
 def test_broken_links_are_seen(tmp_path):

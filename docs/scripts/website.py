@@ -7,12 +7,14 @@ docstrings. The pages are written for GitHub; `page_for_site` turns what Python-
 become MathML, which browsers draw by themselves. A warning or a link that leads nowhere fails the build.
 """
 
+import contextlib
 import html
 import os
 import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -110,9 +112,19 @@ def formulas_as_mathml(text: str) -> str:
 
     def mathml(found: re.Match) -> str:
         formula, block = html.unescape(found[3]), found[2] == "["
-        return convert(formula.strip(), display="block" if block else "inline")
+        made = convert(formula.strip(), display="block" if block else "inline")
+        made = re.sub(r'<mi mathvariant="(double-struck|script)">([A-Z])</mi>', _letter, made)
+        return re.sub(r"(<mi>(?:log|exp|sin|cos)</mi>)(?=<m(?!o))", r'\1<mspace width="0.17em"/>', made)
 
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', mathml, text, flags=re.DOTALL)
+
+
+def _letter(found: re.Match) -> str:
+    """MathML Core knows no alphabets but those of Unicode: E in double-struck is U+1D53C, R is U+211D."""
+    for name in (f"MATHEMATICAL {found[1]} CAPITAL {found[2]}", f"{found[1]} CAPITAL {found[2]}"):
+        with contextlib.suppress(KeyError):
+            return f"<mi>{unicodedata.lookup(name.upper())}</mi>"
+    return found[0]
 
 
 class Links(HTMLParser):
