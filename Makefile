@@ -10,6 +10,8 @@
 # make mutants MUTANTS="--only samplers --jobs 4"
 # make docs                 the documentation as a site with search and an API reference: build/docs/html/index.html
 # make notebooks            docs/notebooks/, a notebook for each page of docs/ with Python in it
+# make torture              mutated files, kills, many clients: an hour, then what was lost, doubled, went wrong
+# make torture TORTURE="--minutes 5 --seed 0"
 # No environment needs to be activated: everything runs in .venv, which is made here.
 
 PROMPT ?= a red apple on a yellow background
@@ -18,7 +20,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo serve lint test test-full test-isa mutants docs notebooks
+.PHONY: demo serve lint test test-full test-isa mutants docs notebooks torture
 
 demo: .venv/installed
 	@.venv/bin/plainsd generate "$$PROMPT"
@@ -53,6 +55,9 @@ docs: .venv/installed-docs
 
 notebooks: .venv/installed-docs
 	.venv/bin/python docs/scripts/notebooks.py
+
+torture: .venv/installed-test
+	.venv/bin/python tests/torture $(TORTURE)
 
 .venv/installed: pyproject.toml constraints.txt | .venv
 	@echo "installing plainsd and what it needs into .venv"

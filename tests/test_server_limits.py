@@ -1,6 +1,7 @@
 """What a hostile or mistaken request could cost: numbers that are none, texts without end, silent connections."""
 
 import base64
+import json
 import socket
 import time
 from contextlib import suppress
@@ -122,6 +123,13 @@ def test_a_text_that_a_picture_carries_is_bounded(server):
     assert told.status_code == 422 and "at most 65536 are read" in told.text
     told = server.post("/sdapi/v1/txt2img", {"infotext": "a" * 70_000})
     assert told.status_code == 422 and "70000 characters" in told.text
+
+
+def test_a_body_holds_no_more_values_than_a_request_needs(server):
+    told = sent(server, "/api/jobs", '{"prompt": "p", "x": [' + "[]," * 60_000 + "1]}")
+    assert told.status_code == 413 and "more than 100000 values" in told.text
+    told = sent(server, "/api/jobs", json.dumps({"prompt": "[,{" * 60_000}))
+    assert told.status_code == 422 and "180000 characters" in told.text  # which are one value
 
 
 def test_a_large_body_is_looked_through_at_the_speed_of_memory():

@@ -45,19 +45,19 @@ def parsed_json(text: str | bytes, *, longest: int = LONGEST_JSON, most: int = M
     return content
 
 
-def check_values(text: str | bytes, most: int = MOST_VALUES) -> None:
+def check_values(text: str | bytes | bytearray, most: int = MOST_VALUES) -> None:
     """BadJSON for a text of more values than `most`. It need not be JSON; it is looked through, not parsed."""
     if _count_signs(text) > most:
-        bare = STRINGS_IN_BYTES.sub(b"", text) if isinstance(text, bytes) else STRINGS.sub("", text)
+        bare = STRINGS.sub("", text) if isinstance(text, str) else STRINGS_IN_BYTES.sub(b"", text)
         if _count_signs(bare) > most:  # what strings hold is no value
             raise BadJSON(f"it holds more than {most} values")
 
 
-def _count_signs(text: str | bytes) -> int:
+def _count_signs(text: str | bytes | bytearray) -> int:
     """At least the number of values: each but the first has a sign of these before it."""
-    if isinstance(text, bytes):
-        return sum(text.count(sign) for sign in (b",", b"[", b"{"))
-    return sum(text.count(sign) for sign in ",[{")
+    if isinstance(text, str):
+        return sum(text.count(sign) for sign in ",[{")
+    return sum(text.count(sign) for sign in (b",", b"[", b"{"))
 
 
 def _integer(digits: str) -> int:

@@ -322,5 +322,8 @@ def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
                 f"<{kind}:{content}> is not a LoRA with one strength; write it as <lora:name:0.8>", field="prompt"
             )
         loras.append((name.strip(), float(strengths[0]) if strengths else 1.0))
-        check_weight(loras[-1][1], f"<{kind}:{content}>")
+        if not abs(loras[-1][1]) < MOST_WEIGHT:
+            raise UserError(
+                f"LoRA strength {loras[-1][1]:g} is out of bounds; most are between 0 and 1", field="prompt"
+            )
     return LORA_TAG.sub("", prompt), loras

@@ -20,6 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from plainsd.json_reader import BadJSON, check_values
 from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
 
@@ -27,6 +28,7 @@ log = logging.getLogger("plainsd.server")
 COOKIE = "plainsd_session"
 PUBLIC_PATHS = ("/", "/healthz", "/api/login")  # answered without the token; so is everything below /page/
 FORM_PATHS = ("/v1/images/edits",)  # the one thing that comes as a form, not as JSON
+MOST_IN_BODY = 100_000  # values in the JSON of a request
 BODY_SECONDS = 120  # within which a body must have come
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -209,6 +211,11 @@ class SecurityMiddleware:
         wanted = "multipart/form-data" if scope["path"] in FORM_PATHS else "application/json"
         if body and kind != wanted:
             raise APIError(415, f"content type {kind or 'none'!r} is not read here; send {wanted}")
+        if kind == "application/json":
+            try:
+                check_values(body, MOST_IN_BODY)
+            except BadJSON as error:
+                raise APIError(413, f"the request is too large: {error}; send less at once") from None
         return bytes(body)
 
 
