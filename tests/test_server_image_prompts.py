@@ -18,6 +18,7 @@ import plainsd
 from plainsd.cli import main
 from plainsd.generate import final, image_to_image, inpaint, text_to_image
 from plainsd.pictures.images import open_picture, read_settings
+from plainsd.pictures.preprocess import preprocessed
 from plainsd.pictures.settings import ControlNote, ImagePromptNote, Resolved
 from plainsd.server.api.a1111_control import unit_of, units_of
 from plainsd.server.errors import APIError
@@ -312,6 +313,28 @@ def test_units_that_are_not_supported_are_named(unit, says):
         unit_of({"model": "plus", "image": "eA=="} | unit)
     with pytest.raises(APIError, match="^script 'controlnet', unit 1: "):
         units_of({"controlnet": {"args": [{"model": "x", "image": "eA=="}, {"model": "plus", "image": "eA=="} | unit]}})
+
+
+def test_the_extensions_routes(server, nets):
+    assert server.get("/controlnet/version").json() == {"version": 2}
+    listed = server.get("/controlnet/model_list").json()["model_list"]
+    assert [one.split(" [")[0] for one in listed] == ["base", "depth", "fill", "other", "plus", "xl"]
+    modules = server.get("/controlnet/module_list").json()
+    assert (
+        {"none", "canny", "inpaint_only", "ip-adapter-auto"} <= {*modules["module_list"]} == {*modules["module_detail"]}
+    )
+    unit = {"module": "none", "model": listed[1], "image": base64_of(PHOTO)}  # as it is listed
+    assert asked(server, [unit]).status_code == 200
+    pytest.importorskip("cv2")
+    body = {"controlnet_module": "canny", "controlnet_input_images": [base64_of(IMAGES[0])],
+            "controlnet_processor_res": 96,
+            "controlnet_threshold_a": 20, "controlnet_threshold_b": -1}  # fmt: skip
+    (made,) = server.post("/controlnet/detect", body).json()["images"]
+    assert from_base64(made).tobytes() == preprocessed(IMAGES[0], "canny", (20, 200), 96).tobytes()
+    for change, says in (({"controlnet_module": "hed"}, "unknown preprocessor 'hed'"),
+                         ({"controlnet_input_images": ["eA=="]}, "controlnet_input_images is no PNG")):  # fmt: skip
+        answer = server.post("/controlnet/detect", body | change)
+        assert answer.status_code == 422 and says in answer.json()["detail"]
 
 
 # --- plainsd generate --server ---------------------------------------------------------------------------------------

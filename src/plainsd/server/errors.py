@@ -45,7 +45,7 @@ class APIError(Exception):
             kind = OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
             code = "model_not_found" if (self.status, self.field) == (404, "model") else None
             return {"error": {"message": self.message, "type": kind, "param": self.field, "code": code}}
-        if path.startswith("/sdapi/"):
+        if path.startswith(("/sdapi/", "/controlnet/")):
             return {"error": "HTTPException", "detail": self.message, "body": "", "errors": self.message}
         error = {"message": self.message, "what": what, "value": self.value, "remedy": remedy or None}
         return {"error": error | {"field": self.field, "entry": self.entry}}

@@ -20,6 +20,7 @@ from plainsd.pictures.preprocess import INPAINT, PREPROCESSORS
 from plainsd.pictures.settings import CONTROL_MODES, LIKE, MASKED_CONTENTS, NOISE_OF, RANGES, UPSCALERS
 from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
+from plainsd.server.api.a1111_controlnet import controlnet_routes
 from plainsd.server.api.errors import add_errors
 from plainsd.server.api.pictures import add_pictures
 from plainsd.server.api.security import Hosts, SecurityMiddleware
@@ -80,6 +81,7 @@ def create_app(service: Service, hosts: Hosts, token: str | None = None, on_star
 
     app.include_router(openai.routes(service))
     app.include_router(a1111.routes(service))
+    app.include_router(controlnet_routes(service))
     app.add_middleware(SecurityMiddleware, hosts=hosts, token=token, limits=service.limits)
     return app
 
