@@ -229,6 +229,20 @@ def test_edges_of_the_picture_that_is_drawn_over(server, sd, nets):
     assert difference(pictures[0], pictures[1]) == 0 and difference(pictures[0], pictures[2]) > 0
 
 
+def test_maps_are_no_larger_than_pictures(server):
+    """A strip of 2000x2 pixels, whose shorter side is to be 512."""
+    strip = base64_of(Image.new("RGB", (2000, 2)))
+    unit = {"name": "depth", "image": strip, "preprocess": "canny", "resolution": 512}
+    detect = {"controlnet_module": "canny", "controlnet_input_images": [strip], "controlnet_processor_res": 512}
+    for path, body in (
+        ("/api/jobs", {"prompt": "a", "controls": [unit]}),
+        ("/api/preprocess", {name: value for name, value in unit.items() if name != "name"}),
+        ("/controlnet/detect", detect),
+    ):
+        answer = server.post(path, body)
+        assert answer.status_code == 422 and "resolution 512000x512 is out of range" in answer.text, answer.text
+
+
 # --- A1111 -----------------------------------------------------------------------------------------------------------
 
 TEXT = {"prompt": "a red apple", "seed": 3, "steps": 4, "width": 64, "height": 64, "sampler_name": "DDIM",

@@ -32,7 +32,7 @@ from plainsd.server.folders import changed_at, named_files, printable_name, read
 from plainsd.server.jobs.job import ControlInput
 from plainsd.server.limits import Limits
 from plainsd.server.schema import ControlRequest, ImagePromptRequest
-from plainsd.server.uploads import picture, png
+from plainsd.server.uploads import check_pixels, picture, png
 
 MAX_LOADED_CONTROLS = 2  # nets in memory
 CONTROL, IMAGE_ADAPTER, TOWER = "ControlNet", "IP-Adapter", "image encoder"  # what a folder may hold
@@ -215,7 +215,18 @@ def map_of_unit(unit: ControlRequest, limits: Limits, base: InitImages | None) -
         return None
     else:
         given = base.image
-    return preprocessed(given, unit.preprocess, (unit.low, unit.high), unit.resolution)
+    return map_within(limits, given, unit.preprocess, (unit.low, unit.high), unit.resolution)
+
+
+def map_within(
+    limits: Limits, image: Image.Image, name: str, thresholds: tuple[float, float], resolution: int | None
+) -> Image.Image:
+    """A preprocessor's map. APIError where it would be larger than the pictures that this server draws: `resolution` is
+    that of the shorter side."""
+    if resolution:
+        width, height = (max(8, round(side * resolution / min(image.size))) for side in image.size)
+        check_pixels((width, height), limits, "resolution")
+    return preprocessed(image, name, thresholds, resolution)
 
 
 def as_control(

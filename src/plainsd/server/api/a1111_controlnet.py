@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.errors import UserError
 from plainsd.pictures.control import control_name
-from plainsd.pictures.preprocess import PREPROCESSORS, THRESHOLDS, preprocessed
+from plainsd.pictures.preprocess import PREPROCESSORS, THRESHOLDS
 from plainsd.pictures.texts.controls import IMAGE_MODULES, INPAINT_MODULES
+from plainsd.server.controls import map_within
 from plainsd.server.errors import APIError
 from plainsd.server.schema import Text
 from plainsd.server.service import Service
@@ -60,7 +61,7 @@ def controlnet_routes(service: Service) -> APIRouter:
         for image in body.controlnet_input_images:
             given = picture(image, "controlnet_input_images", service.limits, "black")
             try:
-                made = preprocessed(given, body.controlnet_module.lower(), thresholds, resolution)
+                made = map_within(service.limits, given, body.controlnet_module.lower(), thresholds, resolution)
             except UserError as error:
                 raise APIError(422, str(error), "controlnet_module", body.controlnet_module) from None
             maps.append(base64.b64encode(png(made)).decode())

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
 
 from plainsd.errors import UserError
-from plainsd.pictures.preprocess import preprocessed
+from plainsd.server.controls import map_within
 from plainsd.server.errors import APIError
 from plainsd.server.restore import picture_as_json, settings_in_file
 from plainsd.server.schema import MapRequest, Text
@@ -95,7 +95,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         """The control map that a job would make of a picture, as a PNG."""
         given = picture(body.image, "image", service.limits, "black")
         try:
-            made = preprocessed(given, body.preprocess, (body.low, body.high), body.resolution)
+            made = map_within(service.limits, given, body.preprocess, (body.low, body.high), body.resolution)
         except UserError as error:
             raise APIError(422, str(error), "preprocess", body.preprocess) from None
         return Response(png(made), media_type="image/png")
