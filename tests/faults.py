@@ -313,7 +313,18 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("write_safetensors(draft, tensors, metadata)", "write_safetensors(target, tensors, metadata)",
          "test_disk.py::test_where_the_last_step_fails_what_was_there_stays[single_file]"),
     ],
+    "server/pool.py": [
+        ("            make_plain(network)", "            pass",
+         "test_server_jobs.py::test_a_model_with_loras_has_the_bits_of_the_command_line"),
+        ("model.loras != tuple(loras):", "True:",
+         "test_server_jobs.py::test_a_model_with_loras_has_the_bits_of_the_command_line"),
+    ],
+    "commands/generate.py": [
+        ("            if not self.plain:", "            if self.compile:", "test_speed.py::test_plain_draws_the_same_picture"),
+    ],
     "files/stored.py": [
+        ("form = torch.channels_last if weight.ndim == 4 else", "form = torch.contiguous_format if weight.ndim == 4 else",
+         "test_checkpoint.py::test_convolutions_are_loaded_channels_last"),
         ("if missing or unexpected:", "if missing:", "test_bad_models.py::test_bad_folders"),
         ("if stored.shape not in either:", "if len(stored.shape) not in map(len, either):",
          "test_bad_models.py::test_bad_folders"),
@@ -569,8 +580,6 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_speed.py::test_a_faster_model_draws_the_same"),
         ("(rows, columns), padding = self.padding, [0, 0]", "(columns, rows), padding = self.padding, self.padding",
          "test_seamless.py::test_packed_layers_see_past_an_edge_too"),
-        ("if self.suits != (*x.shape[2:], *padding):", "if self.suits is None:",
-         "test_speed.py::test_a_packed_convolution_at_one_size_after_another"),
         ("type(block.norm1) is type(block.norm2) is nn.GroupNorm and have_kernels", "have_kernels",
          "test_speed.py::test_layers_with_a_lora_stay_and_keep_it"),
         ("up = together(self.value.plain(), self.gate.plain())", "up = together(self.gate.plain(), self.value.plain())",

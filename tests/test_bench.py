@@ -53,9 +53,9 @@ def test_the_command_on_the_embedded_model(tmp_path, capsys):
     assert (
         main(["bench", "small", "--rounds", "1", "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path)]) == 0
     )
-    assert "plainsd --fast" in capsys.readouterr().out
+    assert "plainsd --plain" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert list(row["seconds"]) == ["diffusers", "plainsd", "plainsd --fast"]
+    assert list(row["seconds"]) == ["diffusers", "plainsd --plain", "plainsd"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -66,7 +66,7 @@ def test_many_pictures_of_another_model(tmp_path, monkeypatch):
     monkeypatch.setitem(rivals.VARIANTS, "sdxl-base", replace(TINY_XL, text=texts))
     row = bench.GPU_BENCHMARKS["sdxl-8"](PLACE._replace(room=tmp_path, rounds=1), False, steps=2)
     assert row.name == "8 pictures of sdxl-base, 64 px, 2 steps of DPM++ 2M"
-    assert list(row.seconds) == list(row.first) == ["diffusers", "plainsd", "plainsd --fast"]
+    assert list(row.seconds) == list(row.first) == ["diffusers", "plainsd --plain", "plainsd"]
     assert {len(seconds) for seconds in row.seconds.values()} == {1}
 
 

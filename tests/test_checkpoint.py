@@ -146,6 +146,17 @@ def test_types_are_kept_or_cast(tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "own.safetensors").values()} == {torch.bfloat16}
 
 
+def test_convolutions_are_loaded_channels_last():
+    sd = load(device="cpu", dtype="float32")
+    found = [
+        module.weight
+        for network in (sd.unet, sd.vae)
+        for module in network.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    assert found and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in found)
+
+
 def test_loras_at_load(tmp_path):
     """With their strengths, and an error where they do not fit."""
     sd = model("sd1")

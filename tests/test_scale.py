@@ -75,6 +75,7 @@ def test_flags_of_memory_and_speed_draw(flags, tmp_path, capsys):
     assert read_settings(tmp_path / "x.png").cache == (2 if "--cache" in flags else None)
 
 
-def test_int8_and_fast_do_not_go_together(capsys):
-    assert main(["generate", "a", "--int8", "--fast"]) == 2
-    assert "--int8 cannot be combined with --fast or --compile" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--int8", "--plain"])
+def test_what_does_not_go_together_with_compile(flag, capsys):
+    assert main(["generate", "a", flag, "--compile"]) == 2
+    assert f"{flag} cannot be combined with --compile; leave one of them out" in capsys.readouterr().err

@@ -15,7 +15,9 @@ from serving import Brake, alike, base64_of, lora_file, model_folder, open_servi
 
 import plainsd
 from plainsd.errors import UserError
+from plainsd.models.forms import OtherForm
 from plainsd.pictures.images import read_settings
+from plainsd.server import pool
 from plainsd.server.errors import APIError
 from plainsd.server.jobs import migrations
 from plainsd.server.jobs import worker as worker_module
@@ -25,6 +27,7 @@ from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.restore import picture_as_json, settings_in_file
 from plainsd.server.schema import JobRequest
+from plainsd.speed.model import can_pack, faster
 
 
 @pytest.fixture(scope="module")
@@ -623,15 +626,17 @@ def test_states_are_written_before_they_are_told(opened, brake):
     assert service.store.job(job.id).state == DONE and service.store.job(job.id).done == {0}
 
 
-def test_a_fast_server_draws_the_same(opened, folder, tmp_path):
-    service = opened(fast=True)
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_server_packs_its_models_and_draws_as_the_command_line(opened, folder, plain):
+    service = opened(plain=plain)
     job = ended(ask(service, seed=3))
     sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32")
+    if not plain:
+        faster(sd)
     drawn = Image.open(service.store.path(service.store.picture(job.picture_id(0))))
-    assert alike(drawn, plainsd.final(plainsd.text_to_image(sd, "a red apple", seed=3))[0])
-    assert "Packed" in repr(service.models.known["tiny"].sd.unet)
-    with pytest.raises(UserError, match="leave out --fast or --loras"):
-        open_service([model_folder(folder)], tmp_path / "other", fast=True, loras=tmp_path)
+    assert drawn.tobytes() == plainsd.final(plainsd.text_to_image(sd, "a red apple", seed=3))[0].tobytes()
+    packed = any(isinstance(module, OtherForm) for module in service.models.known["tiny"].sd.unet.modules())
+    assert packed == (not plain and can_pack(torch.float32))
 
 
 # --- LoRAs -----------------------------------------------------------------------------------------------------------
@@ -659,6 +664,26 @@ def test_loras_come_and_go_with_their_jobs(opened, folder, tmp_path):
     told = settings_in_file(service.store.path(rows[4]).read_bytes(), service.limits, service.models)
     assert told["prompt"] == "a boat" and told["loras"] == [{"name": "paper", "strength": 0.8}]
     assert "<lora:paper:0.8>" in pictures[4].info["parameters"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_model_with_loras_has_the_bits_of_the_command_line(opened, folder, tmp_path, monkeypatch, plain):
+    """Whatever was on it before, and packed in between. Only another set of LoRAs costs unpacking."""
+    (tmp_path / "loras").mkdir()
+    for seed, name in enumerate(("paper", "ink")):
+        lora_file(model_folder(folder), tmp_path / "loras" / f"{name}.safetensors", seed)
+    service, forms, make_plain = opened(loras=tmp_path / "loras", plain=plain), [], pool.make_plain
+    monkeypatch.setattr(pool, "make_plain", lambda network: forms.append(make_plain(network)))
+    for loras, adapted in ((["paper"], 1), (["ink", "paper"], 2), ([], 3), ([], 3), (["paper"], 4)):
+        job = ended(ask(service, "a boat", seed=3, loras=[{"name": name, "strength": 0.8} for name in loras]))
+        assert job.state == DONE, job.error
+        drawn = Image.open(service.store.path(service.store.picture(job.picture_id(0))))
+        sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32",
+                          loras=[(service.models.lora(name), 0.8) for name in loras])  # fmt: skip
+        if not plain:
+            faster(sd)
+        assert drawn.tobytes() == plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3))[0].tobytes()
+        assert len(forms) == 2 * adapted  # UNet and text encoder
 
 
 def test_a_lora_that_is_not_there_or_does_not_fit_is_refused_at_the_door(opened, folder, tmp_path):

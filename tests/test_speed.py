@@ -395,12 +395,14 @@ def test_no_step_waits_for_a_gpu(choices):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_flag_draws_the_same_picture(tmp_path):
+def test_plain_draws_the_same_picture(tmp_path, monkeypatch, capsys):
     import plainsd
     from plainsd.cli import main
     from plainsd.pictures.images import open_picture, read_settings
 
     plainsd.save(tiny_sd(), tmp_path / "model")
+    packed, faster = [], model.faster
+    monkeypatch.setattr(model, "faster", lambda sd, **more: packed.append(1) or faster(sd, **more))
     command = [
         "generate",
         "a red apple",
@@ -417,7 +419,13 @@ def test_the_flag_draws_the_same_picture(tmp_path):
         "cpu",
         "--out",
     ]
-    for name, flags in (("plain.png", []), ("fast.png", ["--fast"])):
-        assert main([*command, str(tmp_path / name), *flags]) == 0
-    assert difference(open_picture(tmp_path / "plain.png"), open_picture(tmp_path / "fast.png")) <= 1
-    assert read_settings(tmp_path / "plain.png") == read_settings(tmp_path / "fast.png")
+    for name, flags, times in (("plain", ["--plain"], 0), ("fast", [], 1), ("again", ["--fast"], 2)):
+        assert main([*command, str(tmp_path / f"{name}.png"), *flags]) == 0
+        said = capsys.readouterr().err
+        assert len(packed) == times and said.count("--fast is the default now") == (name == "again")
+    plain, fast, again = (tmp_path / f"{name}.png" for name in ("plain", "fast", "again"))
+    assert difference(open_picture(plain), open_picture(fast)) <= 1
+    assert fast.read_bytes() == again.read_bytes()
+    assert read_settings(plain) == read_settings(fast)
+    if model.can_pack(torch.float32):
+        assert plain.read_bytes() != fast.read_bytes()  # or the flag would do nothing

@@ -100,6 +100,9 @@ def run(arguments: list[str]) -> int:
         from plainsd.train.config import with_config
 
         rest = with_config(rest, kind)
+    if name in ("generate", "serve") and "--fast" in rest:
+        print("note: --fast is the default now, and --plain turns it off; leave --fast out", file=sys.stderr)
+        rest = [argument for argument in rest if argument != "--fast"]
     command = parsed(kind, name, rest)
     if command is None:
         return 0

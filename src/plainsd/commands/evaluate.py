@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional
 
+from plainsd.arguments import Switch
 from plainsd.commands.flags import flag
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
@@ -59,6 +60,8 @@ class Evaluate:
     """override whether the model has zero terminal SNR"""
     device: str = "auto"
     dtype: str = "auto"
+    plain: Switch = False
+    """do not pack the weights for the processor, as `plainsd generate --plain`"""
 
     def run(self) -> None:
         seed = read_seed(self.seed)
@@ -101,9 +104,11 @@ class Evaluate:
     def loaded(self) -> StableDiffusion:
         from plainsd.checkpoint import load
         from plainsd.files.predicted import on_or_off
+        from plainsd.speed.model import faster
 
         noise: dict[str, Any] = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
-        return load(self.model, device=self.device, dtype=self.dtype, **noise)
+        sd = load(self.model, device=self.device, dtype=self.dtype, **noise)
+        return sd if self.plain else faster(sd)
 
     def concepts_of(self, sd: StableDiffusion) -> dict:
         from plainsd.disk import read_json

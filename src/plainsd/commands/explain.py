@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
+from plainsd.arguments import Switch
 from plainsd.commands.flags import flag
 from plainsd.commands.output import check_writable
 from plainsd.errors import UserError, unknown
@@ -48,6 +49,8 @@ class Explain:
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16"""
+    plain: Switch = False
+    """do not pack the weights for the processor, as `plainsd generate --plain`"""
 
     def run(self) -> None:
         if self.out.suffix.lower() not in (".html", ".htm"):
@@ -69,8 +72,11 @@ class Explain:
         from plainsd.disk import written_whole
         from plainsd.reports.explain import explain
         from plainsd.reports.explain_page import page
+        from plainsd.speed.model import faster
 
         sd, seen = load(self.model, device=self.device, dtype=self.dtype), []
+        if not self.plain:
+            faster(sd)
         with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
             for choices in drawings:
                 seen.append(explain(sd, **choices, show=lambda step: bar.update()))

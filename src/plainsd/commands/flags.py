@@ -198,8 +198,8 @@ class GenerateFlags:
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16"""
-    fast: Switch = False
-    """pack the weights for the processor: takes a second at the start, speeds up every step; equal up to rounding"""
+    plain: Switch = False
+    """do not pack the weights for the processor: slower, the plain forward passes; equal up to rounding"""
     compile: Switch = False
     """use torch.compile too, which takes minutes for each new size"""
     int8: Switch = False

@@ -47,8 +47,9 @@ class Generate(GenerateFlags):
         share = share_of_torchrun()
         if not share.alone and (self.server or self.grid):
             raise UserError(f"{'--server' if self.server else '--grid'} runs in one process; start it without torchrun")
-        if self.int8 and (self.fast or self.compile):
-            raise UserError("--int8 cannot be combined with --fast or --compile; leave one of them out")
+        for name in ("int8", "plain"):
+            if self.compile and getattr(self, name):
+                raise UserError(f"--{name} cannot be combined with --compile; leave one of them out", field=name)
         if self.server:
             from plainsd.commands import remote
 
@@ -101,7 +102,7 @@ class Generate(GenerateFlags):
                 from plainsd.speed.int8 import int8
 
                 int8(sd)
-            if self.fast or self.compile:
+            if not self.plain:
                 from plainsd.speed.model import faster
 
                 faster(sd, compiled=self.compile, tell=partial(tqdm.write, file=sys.stderr))

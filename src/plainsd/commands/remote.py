@@ -36,7 +36,7 @@ NOT_SENT = (
     "lora_partial",
     "device",
     "dtype",
-    "fast",
+    "plain",
     "compile",
     "int8",
     "low_memory",

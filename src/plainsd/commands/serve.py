@@ -68,8 +68,8 @@ class Serve:
     """maximum pictures per job"""
     max_seconds: Annotated[float, flag("S")] = 3600
     """time limit per job, in seconds"""
-    fast: Switch = False
-    """pack the weights for the processor, as `plainsd generate --fast`; not with --loras"""
+    plain: Switch = False
+    """do not pack the weights for the processor, as `plainsd generate --plain`"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
@@ -103,7 +103,7 @@ class Serve:
             device=self.device,
             dtype=self.dtype,
             memory=None if self.memory is None else self.memory * 1e9,
-            fast=self.fast,
+            plain=self.plain,
             loras=self.loras,
             embeddings=self.embeddings,
             controls=self.controls,
@@ -126,7 +126,7 @@ class Serve:
     def check(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and field.name not in ("port", "memory", "fast") and not value >= 1:
+            if isinstance(value, (int, float)) and field.name not in ("port", "memory", "plain") and not value >= 1:
                 raise UserError(
                     f"{field.name.replace('_', ' ')} {value} is out of range; give 1 or more", field=field.name
                 )

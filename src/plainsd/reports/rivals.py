@@ -89,7 +89,7 @@ def ours(place: Workbench, *, fast: bool, compiled: bool = False) -> StableDiffu
 
 
 def our_models(place: Workbench, compiled: bool) -> dict[str, StableDiffusion]:
-    models = {"plainsd": ours(place, fast=False), "plainsd --fast": ours(place, fast=True)}
+    models = {"plainsd --plain": ours(place, fast=False), "plainsd": ours(place, fast=True)}
     return models | ({"plainsd --compile": ours(place, fast=True, compiled=True)} if compiled else {})
 
 

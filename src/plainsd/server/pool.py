@@ -14,6 +14,7 @@ import torch
 
 from plainsd.adapters.embeddings import bundled
 from plainsd.adapters.lora import add_lora, attached, check_strengths
+from plainsd.adapters.names import adaptable_networks
 from plainsd.adapters.reading import open_lora, tensors_by_module
 from plainsd.allocator import release_freed_memory
 from plainsd.checkpoint import load, load_vae
@@ -26,6 +27,7 @@ from plainsd.files.predicted import asked
 from plainsd.files.stored import empties
 from plainsd.files.tokenizers import tokenizers
 from plainsd.json_reader import parsed_json
+from plainsd.models.forms import make_plain
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures.defaults import check_refiner, model_name
 from plainsd.pictures.model import StableDiffusion, assemble
@@ -51,7 +53,7 @@ class PoolOptions:
     device: str = "auto"
     dtype: str = "auto"
     memory: float | None = None  # bytes for models; None: `budget_of` the device
-    fast: bool = False  # weights packed for the processor; not together with LoRAs
+    plain: bool = False  # weights are not packed for the processor
     loras: Path | None = None  # folder
     embeddings: Path | None = None  # folder
     controls: Path | None = None  # folder
@@ -75,8 +77,6 @@ class PoolOptions:
 
     def check(self, models: int) -> None:
         """UserError where these cannot go together, or not with so many models."""
-        if self.fast and self.loras is not None:
-            raise UserError("--fast packs the weights, and LoRAs need them plain; leave out --fast or --loras")
         if models > 1 and (self.prediction, self.zero_snr) != (None, None):
             raise UserError(
                 "--prediction and --zero-snr apply to a single model; leave them out, or serve that model alone"
@@ -187,20 +187,27 @@ class Models:
                 self.unload(oldest)
             sd = load(model.source, device=self.device, dtype=self.dtype, vae=self.options.vae, **model.noise)
             preview, digest = previewer(sd, self.tiny_vae(sd)), weights_hash(sd.path, "unet")
-            if self.options.fast:
-                faster(sd)
-            release_freed_memory()  # what loading took and needs no more
             with self.lock:
-                model.sd, model.preview, model.loras, model.hash = sd, preview, (), digest
+                model.sd, model.preview, model.loras, model.hash = sd, preview, None, digest
                 self.loads += 1
         if model.loras != tuple(loras):
-            for lora in attached(model.sd):
-                lora.remove()
-            model.loras = model.embedded = None  # neither the old nor the new, should one of these fail
-            for file, strength in loras:
-                add_lora(model.sd, self.lora(file), strength)
-            model.loras = tuple(loras)
+            self.adapt(model, model.sd, loras)
         return model
+
+    def adapt(self, model: ServedModel, sd: StableDiffusion, loras: NamedLoras) -> None:
+        """Puts just these LoRAs on the model, and packs what is not packed. For that, networks that can have LoRAs are
+        made plain first; a model that stays without pays nothing."""
+        for network in adaptable_networks(sd).values():
+            make_plain(network)
+        for lora in attached(sd):
+            lora.remove()
+        model.loras = model.embedded = None  # neither the old nor the new, should one of these fail
+        for file, strength in loras:
+            add_lora(sd, self.lora(file), strength)
+        if not self.options.plain:
+            faster(sd)
+        release_freed_memory()  # what loading and packing took and need no more
+        model.loras = tuple(loras)
 
     def tiny_vae(self, sd: StableDiffusion) -> AnyVAE | None:
         """TAESD for the model's previews, where it is wanted."""
