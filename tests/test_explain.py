@@ -312,9 +312,15 @@ def written(tmp_path_factory):
     return out
 
 
-def test_the_command_writes_the_page(written, explained):
+def test_the_command_writes_the_page(written, explained, tmp_path):
+    """Of the packed model; with --plain, of the plain one."""
     first, second = told(written.read_text("utf-8"))
-    assert first == told(explain_page.page([explained]))[0]
+    packed = faster(plainsd.load(device="cpu", dtype="float32"))
+    assert first == told(explain_page.page([plainsd.explain(packed, PROMPT, seed=7, steps=4)]))[0]
+    arguments = [PROMPT, "--seed", "7", "--steps", "4", "--device", "cpu", "--dtype", "float32", "--plain"]
+    assert main(["explain", *arguments, "--out", str(tmp_path / "plain.html")]) == 0
+    (plain,) = told((tmp_path / "plain.html").read_text("utf-8"))
+    assert plain == told(explain_page.page([explained]))[0]
     assert second["settings"] == "seed 7, 2 steps of dpmpp_2m (trailing spacing), guidance 1, 64x64"
     assert second["difference"] is None and len(second["timesteps"]) == 2
 

@@ -55,36 +55,46 @@ def own_bias(layer: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
 
 
 class PackedLinear(OtherForm):
-    """A Linear whose weight is packed for oneDNN, or for small products our kernel."""
+    """A Linear whose weight is packed for oneDNN, or for small products our kernel. A layer that has the kernel's form
+    is packed for oneDNN when a larger product comes, if ever: in a small model that is most of packing's time."""
 
     def __init__(self, plain: nn.Linear):
         super().__init__()
         weight = plain.weight.detach()
         self.form, self.bias = (refilled(plain, {}),), own_bias(plain)
         self.n, k = weight.shape
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self.weight = weight
         small = weight.numel() <= SMALL and k % 2 == 0 and have_kernels(weight.dtype)
         self.small = kernels.packed_weight(weight) if small else None
+        if not small:
+            self.packed()
 
     def plain(self) -> nn.Linear:
-        return refilled(self.form[0], {"weight": self.weight.to_dense(), "bias": self.bias})
+        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        return refilled(self.form[0], {"weight": weight, "bias": self.bias})
+
+    def packed(self) -> Tensor:
+        """The weight for oneDNN."""
+        if not self.weight.is_mkldnn:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), None)
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.short(x):
             return kernels.linear(x, self.small, self.n, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed(), self.bias, "none", [], "")
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU of the output, before it leaves the cache."""
         if self.short(x):
             return kernels.linear(x, self.small, self.n, self.bias, "gelu")
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed(), self.bias, "gelu", [], "none")
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """The output times another tensor, fused likewise."""
         if self.short(x):
             return kernels.linear(x, self.small, self.n, self.bias, "times", other)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed(), self.bias, "mul")
 
     def short(self, x: Tensor) -> bool:
         return self.small is not None and x.numel() * self.n <= SHORT
