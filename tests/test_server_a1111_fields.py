@@ -253,7 +253,7 @@ def test_models_by_title_file_and_hash(server):
     for title in ("other", "other.safetensors", "other.safetensors [0123abcd45]", "sd/other.ckpt", "0123abcd45"):
         assert model_of(title, models) == "other", title
     assert model_of(None, models) is None and model_of("none such.safetensors", models) == "none such.safetensors"
-    with pytest.raises(APIError, match="no name"):
+    with pytest.raises(APIError, match="not a name"):
         model_of(3, models)
 
 
@@ -266,5 +266,5 @@ def test_options_are_refused_with_what_they_may_be():
     assert known_options({"CLIP_stop_at_last_layers": 2, "sd_vae": "None", "js_modal_lightbox": False}) == {
         "CLIP_stop_at_last_layers": 2
     }
-    with pytest.raises(APIError, match="option s_noise 0 is not had here; make it 1, or leave it out"):
+    with pytest.raises(APIError, match="option s_noise 0 is not supported; set it to 1, or leave it out"):
         known_options({"s_noise": 0})

@@ -188,7 +188,7 @@ def test_a_server_that_stops_lets_its_listeners_go_and_keeps_their_jobs(model, t
         threading.Thread(target=lambda: (until(lambda: service.queue.stopping), brake.off())).start()
     assert "end" not in [name for name, _ in told]
     waiting.join(30)
-    assert answers[0].status_code == 503 and "is drawn when it is there again" in answers[0].text
+    assert answers[0].status_code == 503 and "resumes when it runs again" in answers[0].text
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
     again = open_service([model], tmp_path)
     assert {job.settings[0].prompt for job in again.queue.jobs.values()} == {"listened to", "waited for"}
@@ -214,7 +214,7 @@ def test_cancel_and_the_list_of_jobs(server, brake):
     assert server.post(f"/api/jobs/{queued[0]['id']}/cancel").json()["state"] == "cancelled"
     assert server.post(f"/api/jobs/{running['id']}/cancel").json()["state"] == "cancelled"
     again = server.post(f"/api/jobs/{running['id']}/cancel")
-    assert again.status_code == 409 and "is cancelled already" in again.json()["error"]["what"]
+    assert again.status_code == 409 and "is already cancelled" in again.json()["error"]["what"]
     brake.off()
     assert server.wait(queued[1]["id"])["state"] == "done"
     assert server.get("/api/jobs").json()["ended"][-1]["id"] == queued[1]["id"]
@@ -364,7 +364,7 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
         ({"prompt": "half \ud800"}, 422, "prompt", "broken Unicode"),
         ({"prompt": "<lora:x>"}, 422, "loras", "start the server with --loras"),
         ({"prompt": "<lora:x:y>"}, 422, "prompt", "is not a LoRA with one strength"),
-        ({"loras": [{"name": "../x"}]}, 422, "loras", "none called '../x'"),
+        ({"loras": [{"name": "../x"}]}, 422, "loras", "there is no LoRA '../x'"),
         ({"promt": "typo"}, 422, "promt", "not permitted"),
         ({"strength": 0.5}, 422, "strength", "without an image"),
         ({"mask": "AAAA"}, 422, "mask", "without an image"),
@@ -377,7 +377,7 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
         ({"handover": 0.5}, 422, "handover", "without a refiner"),
         ({"refiner": "none"}, 404, "refiner", "unknown refiner 'none'"),
         ({"embeddings": ["none"]}, 422, "embeddings", "start the server with --embeddings"),
-        ({"image": "https://example.com/a.png"}, 422, "image", "is an address; send the picture itself"),
+        ({"image": "https://example.com/a.png"}, 422, "image", "is a URL; send the picture itself"),
         ({"image": "file:///etc/passwd"}, 422, "image", "is an address"),
         ({"image": "!!!"}, 422, "image", "is not base64"),
         ({"image": "AAAA"}, 422, "image", "no PNG, JPEG or WebP"),
@@ -429,7 +429,7 @@ def test_only_png_jpeg_and_webp_are_decoded(server, drawing, kind):
     text = base64.b64encode(buffer.getvalue()).decode()
     for body in ({"image": text}, {"image": base64_of(drawing), "mask": text, "strength": 0.5}):
         answer = server.post("/api/jobs", {"prompt": "p"} | body)
-        assert answer.status_code == 422 and "is no PNG, JPEG or WebP picture" in answer.json()["error"]["message"]
+        assert answer.status_code == 422 and "is not a PNG, JPEG or WebP picture" in answer.json()["error"]["message"]
     for kind in ("PNG", "JPEG", "WEBP"):
         buffer = BytesIO()
         drawing.save(buffer, format=kind)

@@ -139,7 +139,7 @@ def test_a1111s_units(server):
 @pytest.mark.parametrize(
     "unit, says",
     [
-        ({"module": "openpose_full"}, "module 'openpose_full' is not had here"),
+        ({"module": "openpose_full"}, "module 'openpose_full' is not supported"),
         ({"image": None}, "a unit has no image"),
         ({"control_mode": "Strict"}, "control_mode 'Strict' is none"),
         ({"weight": -3}, "strength"),

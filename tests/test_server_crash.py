@@ -91,7 +91,7 @@ def test_killed_at_random_moments_again_and_again(model, tmp_path):
     ended = [last.server.wait(job["id"], 300) for job in jobs]
     last.end(signal.SIGTERM)
     whole = {job["id"] for job in ended if job["state"] == "done"}
-    assert all("ended 3 times" in job["error"] for job in ended if job["id"] not in whole)
+    assert all("crashed 3 times" in job["error"] for job in ended if job["id"] not in whole)
     files = list(tmp_path.rglob("pictures/*/*.png"))
     for path in files:
         Image.open(path).load()

@@ -163,7 +163,7 @@ WRONG = {  # the unit, and what the message says
     "family": ({"name": "xl"}, "does not fit the model"),
     "no encoder": ({"name": "other"}, "needs its image encoder"),
     "encoder": ({"encoder": "eys"}, "unknown image encoder 'eys'; did you mean 'eyes'"),
-    "picture": ({"images": ["eA=="]}, "images is no PNG"),
+    "picture": ({"images": ["eA=="]}, "images is not a PNG"),
     "none": ({"images": []}, "image_prompts"),
     "masks": ({"masks": [base64_of(MASK)] * 3}, "has 3 masks and 2 pictures"),
     "steps": ({"start": 0.9, "end": 0.1}, "act from 0.9 to 0.1"),
@@ -185,7 +185,7 @@ def test_wrong_image_prompts_are_refused_with_field_and_index(server, case):
 
 @pytest.mark.parametrize("unit, says", [
     ({"name": "depht"}, "controls[1]: unknown ControlNet 'depht'; did you mean 'depth'"),
-    ({"image": "eA=="}, "controls[1]: image is no PNG"),
+    ({"image": "eA=="}, "controls[1]: image is not a PNG"),
     ({"preprocess": "hed", "image": base64_of(PHOTO)}, "controls[1]: unknown preprocessor 'hed'"),
     ({"image": None}, "controls[1]: a control without an image reads the picture that is drawn over"),
 ], ids=str)  # fmt: skip
@@ -346,7 +346,7 @@ def test_the_extensions_routes(server, nets):
     (made,) = server.post("/controlnet/detect", body).json()["images"]
     assert from_base64(made).tobytes() == preprocessed(IMAGES[0], "canny", (20, 200), 96).tobytes()
     for change, says in (({"controlnet_module": "hed"}, "unknown preprocessor 'hed'"),
-                         ({"controlnet_input_images": ["eA=="]}, "controlnet_input_images is no PNG")):  # fmt: skip
+                         ({"controlnet_input_images": ["eA=="]}, "controlnet_input_images is not a PNG")):  # fmt: skip
         answer = server.post("/controlnet/detect", body | change)
         assert answer.status_code == 422 and says in answer.json()["detail"]
 

@@ -224,7 +224,7 @@ def test_cancel_while_queued_and_while_running(opened, brake):
     until(lambda: not running.drawing or service.queue.waiting() == [])
     assert [row.id for row in service.store.pictures()] == [running.picture_id(0)]
     assert service.store.job(running.id).state == CANCELLED
-    with pytest.raises(APIError, match="is cancelled already") as refused:
+    with pytest.raises(APIError, match="is already cancelled") as refused:
         service.queue.cancel(running.id)
     assert refused.value.status == 409 and service.queue.cancel("nobody") is None
     assert ended(ask(service)).state == DONE  # the worker goes on
@@ -415,7 +415,7 @@ def test_a_job_that_ends_the_server_again_and_again_is_given_up(opened):
         stop(service)
         service = opened(start=False)
     found = service.store.job(job.id)
-    assert found.state == FAILED and "ended 3 times" in found.error and not service.queue.jobs
+    assert found.state == FAILED and "crashed 3 times" in found.error and not service.queue.jobs
 
 
 def test_only_drawing_alone_counts_as_the_cause_of_an_end(opened, brake):

@@ -148,7 +148,7 @@ def test_extras_mix_two_and_keep_the_settings(server, tmp_path):
     ({"upscale_by": 2}, "unknown field 'upscale_by'"),
     ({"upscaling_resize": 0}, "upscaling_resize"),
     ({"resize_mode": 2}, "resize_mode"),
-    ({"image": "AAAA"}, "image is no PNG"),
+    ({"image": "AAAA"}, "image is not a PNG"),
     ({"upscaling_resize": 16, "upscaler_1": "Lanczos"}, "pixels on the way; at most 524288"),
     ({"upscaling_resize": 4}, "pixels on the way; at most 524288"),
 ])  # fmt: skip

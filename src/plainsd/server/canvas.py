@@ -1,4 +1,4 @@
-"""What a request is drawn on: its picture, mask and margins, checked, decoded, at the size at which they are drawn."""
+"""The input images of a request: picture, mask and outpainting margins, decoded, checked and resized."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from plainsd.server.uploads import check_pixels, picture, png, size_mismatch
 
 @dataclass(frozen=True)
 class InitImages:
-    """Pictures to draw on, ready: see `Source`."""
+    """Decoded input images, see `Source`."""
 
     image: Image.Image
     hole: Image.Image | None = None
@@ -29,7 +29,7 @@ class InitImages:
     box: Box | None = None
 
     def as_source(self) -> tuple[Source, dict[str, bytes]]:
-        """The names under which they will lie among the inputs, and their files."""
+        """Their file names among the inputs, and the contents of the files."""
         files = {name: png(image) for name in ("image", "hole", "base", "alpha") if (image := getattr(self, name))}
         names: dict[str, Any] = {
             name: f"{hashlib.sha256(content).hexdigest()[:32]}.png" for name, content in files.items()
@@ -38,7 +38,7 @@ class InitImages:
 
 
 def init_images_of(request: JobRequest, limits: Limits) -> InitImages | None:
-    """The pictures of a request, decoded, at the size at which they are drawn on."""
+    """Decodes and resizes the input images of a request; None if it has none."""
     if request.image is None:
         if request.mask is not None:
             raise APIError(422, "mask without an image; send the picture that it belongs to", "mask")
@@ -70,14 +70,14 @@ def init_images_of(request: JobRequest, limits: Limits) -> InitImages | None:
 
 
 def refuse_mask_options(request: JobRequest) -> None:
-    """Where there is no mask."""
+    """APIError if a mask option is set without a mask."""
     for name in MASK_OPTIONS:
         if (value := getattr(request, name)) not in (None, DEFAULTS[name]):
             raise APIError(422, f"{name} {value} without a mask; send one, or leave {name} out", name, value)
 
 
 def outpainted(request: JobRequest, sides: Box, image: Image.Image, limits: Limits) -> tuple[Image.Image, Image.Image]:
-    """The picture on its larger canvas, and the mask of what is new."""
+    """The picture on its enlarged canvas, and the mask of the new area."""
     left, top, right, bottom = sides
     if request.mask is not None:
         raise APIError(422, "outpaint and a mask do not go together; leave one of them out", "outpaint", list(sides))

@@ -1,4 +1,4 @@
-"""The other end: jobs sent to a running server, pictures brought home. Only the standard library, and no torch."""
+"""Client of a running server: submits jobs and downloads their pictures. Standard library only, without torch."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 from plainsd.errors import UserError
 from plainsd.json_reader import BadJSON, parsed_json
 
-TIMEOUT = 60.0  # seconds without any sign of life; the server sends one every 15
+TIMEOUT = 60.0  # seconds without data; the server sends a keep-alive every 15
 
 
 class Progress(NamedTuple):
@@ -42,14 +42,14 @@ class Remote:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"server {self.url!r} is no address; write it as http://127.0.0.1:7860")
+            raise UserError(f"server {self.url!r} is not a URL; write it as http://127.0.0.1:7860")
         self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         self.token = self.token or dict(parse_qsl(parts.query)).get("token")
-        if parts.hostname in ("localhost", "127.0.0.1", "::1"):  # a proxy is of no use there
+        if parts.hostname in ("localhost", "127.0.0.1", "::1"):  # no proxy for loopback
             self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def draw(self, **fields: Any) -> Iterator[Progress | Finished]:
-        """One job and all that follows. Whoever stops listening cancels it."""
+        """Submits a job and follows it. Closing the generator cancels the job."""
         id = self.submit(**fields)
         try:
             yield from self.follow(id)
@@ -57,11 +57,11 @@ class Remote:
             self.cancel(id)
 
     def submit(self, **fields: Any) -> str:
-        """POST /api/jobs: its id."""
+        """POST /api/jobs. Returns the id."""
         return self.call("/api/jobs", fields)["id"]
 
     def follow(self, id: str) -> Iterator[Progress | Finished]:
-        """Until it has ended; then its pictures. UserError where there are none."""
+        """Progress until the job ends, then its pictures. UserError if it failed or was cancelled."""
         name = ""
         job: dict[str, Any] = {}
         for name, job in self.events(id):
@@ -69,20 +69,22 @@ class Remote:
                 rough = {int(index): base64.b64decode(url.partition(",")[2]) for index, url in job["previews"].items()}
                 yield Progress(job["step"], job["steps"], job["progress"], job["position"], rough)
         if name != "end":
-            raise UserError(f"{self.url} broke off; job {id} goes on when the server is there again, in its gallery")
+            raise UserError(
+                f"lost the connection to {self.url}; job {id} resumes when the server runs again; see its gallery"
+            )
         if job["state"] != "done":
-            raise UserError(f"the server's job {id} {job['state']}: {job['error'] or 'somebody cancelled it'}")
+            raise UserError(f"the server's job {id} {job['state']}: {job['error'] or 'it was cancelled'}")
         for picture in job["images"]:
             png, details = self.bytes(f"/api/images/{picture}.png"), self.call(f"/api/images/{picture}")
             yield Finished(picture, png, details["settings"])
 
     def cancel(self, id: str) -> None:
-        """Nothing, where it has ended already or the server is gone."""
+        """Cancels the job; no effect if it has ended or the server is not reachable."""
         with suppress(UserError):
             self.call(f"/api/jobs/{id}/cancel", {})
 
     def events(self, id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What the server tells of a job, until it ends or the connection does."""
+        """Server-sent events of a job, until it ends or the connection does."""
         name = ""
         with self.open(f"/api/jobs/{id}/events") as stream, suppress(OSError, HTTPException):
             for line in stream:

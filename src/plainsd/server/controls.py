@@ -1,4 +1,4 @@
-"""ControlNets by name out of the server's folder, and the maps of a request."""
+"""ControlNets from the server's folder, by name, and the control maps of a request."""
 
 from __future__ import annotations
 
@@ -39,21 +39,19 @@ CONTROL, IMAGE_ADAPTER, TOWER = "ControlNet", "IP-Adapter", "image encoder"  # w
 
 
 class ControlNets:
-    """Those in a folder, looked for anew each time: files, and folders in diffusers' layout. The worker's thread alone
-    loads them."""
+    """The ControlNets of a folder, scanned at each access: files, and folders in diffusers' layout. Only the worker
+    thread loads them."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
         self.unusable: dict[str, str] = {}
-        self.loaded: dict[
-            tuple[str, str], ControlNet | T2IAdapter
-        ] = {}  # by name and model, the one used last at the end
+        self.loaded: dict[tuple[str, str], ControlNet | T2IAdapter] = {}  # by name and model, most recently used last
 
     def known(self) -> dict[str, Path]:
         return of_kind(CONTROL, self.folder, self.unusable)
 
     def path(self, name: str) -> Path:
-        """By name, with or without the digits behind it that A1111's clients send."""
+        """By name, with or without the hash that A1111's clients append."""
         return found_by_name(name, CONTROL, self.known(), self.unusable, self.folder)
 
     def bare(self, name: str) -> ControlNet | T2IAdapter:
@@ -79,7 +77,7 @@ class ControlNets:
         return [name for name, net in self.usable().items() if mismatch(net, sd) is None]
 
     def net(self, name: str, model: str, sd: StableDiffusion) -> ControlNet | T2IAdapter:
-        """Loaded beside the model, for files that are changes to one."""
+        """Loads a net for a model, which files of differences need."""
         key = (name, model)
         net = self.loaded.pop(key, None) or load_control(self.path(name), sd)
         self.loaded[key] = net
@@ -182,7 +180,7 @@ def of_unit(field: str, units: Sequence[ControlRequest | ImagePromptRequest], nu
 def controls_of(
     units: list[ControlRequest], nets: ControlNets, limits: Limits, base: InitImages | None
 ) -> tuple[list[Control], list[ControlInput], dict[str, bytes]]:
-    """What the tasks check, what the job keeps, and its files by their names among the inputs."""
+    """Controls for checking, their records in the job, and the contents of their input files."""
     controls, control_inputs, files = [], [], {}
     for number, unit in enumerate(units):
         with of_unit("controls", units, number):
@@ -240,6 +238,6 @@ def as_control(
 def control_at(
     entry: ControlInput, model: str, sd: StableDiffusion, map: Image.Image | None, nets: ControlNets
 ) -> Control:
-    """For the drawing: the net with its weights."""
+    """For sampling: the net with its weights."""
     with torch.inference_mode():
         return as_control(entry, nets.net(entry.net, model, sd), map, nets)

@@ -1,7 +1,7 @@
-"""Embeddings (textual inversion) that the server knows: files of one folder, each of them a word for prompts.
+"""Embeddings (textual inversion): the files of one folder, each with a trigger word.
 
-A word is used where a prompt or negative prompt has it, as in A1111. A request may also name those that it relies on,
-by word or by file: then one that is not there, or does not fit the model, is an error and not a plain word.
+An embedding is used if its word occurs in the prompt or negative prompt, as in A1111. A request may also list the
+embeddings that it needs, by word or file name: one that is missing or does not fit the model is then an error.
 """
 
 import re
@@ -20,36 +20,36 @@ from plainsd.models.clip import TextEncoder
 from plainsd.pictures.model import StableDiffusion
 from plainsd.server.folders import changed_at, read_cached, readable_files
 
-MAX_FILE_BYTES = 16 * 2**20  # bytes; what is larger is something else
+MAX_FILE_BYTES = 16 * 2**20  # bytes
 
 
 class Embedding(NamedTuple):
-    name: str  # the file's, or its place below the folder
-    text: str  # what is written in prompts
+    name: str  # of the file, or its path below the folder
+    text: str  # the trigger word
     path: Path
     changed: int  # when, in nanoseconds
 
     def within(self, prompt: str) -> bool:
-        """Whether the tokenizer will find it there: in any case, and a name of letters only as a whole word."""
+        """Whether the tokenizer finds it in the prompt: case-insensitively, words of letters as whole words only."""
         start, end = (r"\b" if sign.isalnum() else "" for sign in (self.text[0], self.text[-1]))
         return re.search(f"{start}{re.escape(self.text.lower())}{end}", prompt.lower()) is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the file's names; none where the file is gone."""
+        """Its tensors by name; empty if the file no longer exists."""
         held, _ = read_cached(content_of, self.path, self.changed)
         return held[1] if held else {}
 
     def vectors(self) -> list[Tensor]:
-        """(N, D) for each text encoder, without their numbers."""
+        """(N, D) for each text encoder, shapes only."""
         return list(self.tensors().values())
 
 
 class Embeddings:
-    """Those in the folder, looked for anew each time. Safetensors only."""
+    """The embeddings of a folder, scanned at each access. Safetensors only."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
-        self.unusable: dict[str, str] = {}  # files that are passed over, and why; as of the last look
+        self.unusable: dict[str, str] = {}  # files that were skipped, and why, as of the last scan
 
     def known(self) -> list[Embedding]:
         found: dict[str, Embedding] = {}
@@ -57,14 +57,14 @@ class Embeddings:
         for name, (path, (text, _)) in readable_files(content_of, self.folder, unusable).items():
             text = text or path.stem
             if text in found:
-                unusable[name] = f"{text!r} is the word of {found[text].name!r} already; take one of them away"
+                unusable[name] = f"{text!r} is already the word of {found[text].name!r}; remove one of them"
             else:
                 found[text] = Embedding(name, text, path, changed_at(path))
         self.unusable = unusable
         return list(found.values())
 
     def get(self, wanted: str) -> Embedding:
-        """By its word, or by its file's name."""
+        """By its word or file name."""
         known = self.known()
         for embedding in known:
             if wanted in (embedding.text, embedding.name):
@@ -74,12 +74,12 @@ class Embeddings:
             raise UserError(what, field="embeddings", value=wanted)
         if self.folder is None:
             raise UserError(
-                f"embeddings: there is none called {wanted!r}; start the server with --embeddings FOLDER",
+                f"embeddings: there is no embedding {wanted!r}; start the server with --embeddings FOLDER",
                 field="embeddings",
             )
         if not known:
             raise UserError(
-                f"embeddings: there is none called {wanted!r}; put .safetensors files into the folder of --embeddings",
+                f"embeddings: there is no embedding {wanted!r}; put .safetensors files into the folder of --embeddings",
                 field="embeddings",
             )
         raise UserError(
@@ -87,11 +87,11 @@ class Embeddings:
         )
 
     def fitting(self, bare: StableDiffusion) -> list[Embedding]:
-        """Those made for this kind of model."""
+        """Those that fit this model."""
         return [embedding for embedding in self.known() if incompatibility(bare, embedding) is None]
 
     def used(self, bare: StableDiffusion, wanted: Sequence[str], prompt: str, negative: str) -> list[Embedding]:
-        """What these prompts use. UserError where one that is wanted is not there, or does not fit the model."""
+        """Those used by these prompts. UserError if a required one is missing or does not fit the model."""
         texts = f"{prompt}\n{negative}"
         requested = [self.get(one) for one in wanted]
         for embedding in requested:
@@ -107,12 +107,12 @@ class Embeddings:
 
 
 def content_of(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """The word, where the file tells it, and vectors without numbers. UserError for what is no embedding."""
+    """The word, if the file has it, and the shapes of its vectors. UserError if it is not an embedding."""
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise UserError(f"{path} has {size} bytes, an embedding at most {MAX_FILE_BYTES}; it is something else")
+        raise UserError(f"{path} has {size} bytes, an embedding at most {MAX_FILE_BYTES}; it is not an embedding")
     name, found = parsed_embedding(read_content(path, shapes_only=True))
     if not found or not all(one.ndim in (1, 2) and one.numel() for one in found.values()):
-        raise UserError(f"{path} has no vectors of an embedding; it is something else")
+        raise UserError(f"{path} has no vectors of an embedding; it is not an embedding")
     text = path.stem if name is None else name
     if text.strip() != text or text == "" or not text.isprintable() or "," in text:  # a comma parts them
         raise UserError(f"{path} is for the word {text!r}, which cannot be written in a prompt; rename it")
@@ -120,7 +120,7 @@ def content_of(path: Path) -> tuple[str | None, dict[str, Tensor]]:
 
 
 def incompatibility(bare: StableDiffusion, embedding: Embedding) -> str | None:
-    """Why a model cannot learn this word; None where it can. Clients need not know where its file lies."""
+    """Why a model cannot use this embedding, or None. The message does not reveal the path of its file."""
     try:
         vectors = fitting(bare, embedding.path, embedding.tensors())
     except UserError as error:
@@ -134,8 +134,7 @@ def incompatibility(bare: StableDiffusion, embedding: Embedding) -> str | None:
 
 
 def with_embeddings(sd: StableDiffusion, embeddings: Sequence[Embedding]) -> StableDiffusion:
-    """The model with these words, and no others; the one given stays as it is. They share all but the tables of
-    tokens."""
+    """A copy of the model with just these embeddings; all but the token tables is shared."""
     if not embeddings:
         return sd
     learned = replace(

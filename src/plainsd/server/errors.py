@@ -1,4 +1,4 @@
-"""What a client did wrong, as one JSON error: what, which value, what to do. Each API has its own form of it."""
+"""API errors: what is wrong, which value, what to do, in the JSON form of each API."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class APIError(Exception):
-    """A request that is answered with an error. The message is one line: what, which value; what to do."""
+    """An error response. The message is one line: what, which value; what to do."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class APIError(Exception):
 
     @classmethod
     def from_user_error(cls, error: UserError, values: dict[str, Any] | None = None) -> "APIError":
-        """With the field that the error names; the value is what the request had there, else the error's own."""
+        """With the field of the error; the value is that of the request, else that of the error."""
         value = (values or {}).get(error.field) if error.field else None
         return cls(422, str(error), error.field, error.value if value is None else value, entry=error.entry)
 
     def body(self, path: str) -> dict:
-        """The error as the API of that path puts it."""
+        """The JSON body, in the form of the API of that path."""
         what, _, remedy = self.message.partition("; ")
         if path.startswith("/v1/"):
             kind = OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -52,12 +52,12 @@ class APIError(Exception):
 
 
 def printable(text: str) -> str:
-    """One line of sound Unicode, however hostile the input that it quotes."""
+    """One line of valid Unicode, whatever input it quotes."""
     return " ".join(text.encode("utf-8", "replace").decode().split())[:MAX_MESSAGE]
 
 
 def json_value(value: Any) -> Any:
-    """A value as it can stand in JSON."""
+    """A value that can be encoded in JSON."""
     if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, (list, tuple)) and len(value) <= 16:

@@ -1,4 +1,4 @@
-"""Folders of adapters: files by name, and by nothing else. One that cannot be used is passed over, and named once."""
+"""Folders of adapters, whose files are selected by name. Unusable files are skipped, and logged once."""
 
 import logging
 from collections import Counter
@@ -15,7 +15,7 @@ log = logging.getLogger("plainsd.server")
 
 
 def named_files(folder: Path | None, suffixes: tuple[str, ...] = (".safetensors",)) -> dict[str, Path]:
-    """The files of these kinds in a folder by their names, or by their places below it where two have one name."""
+    """Files with these suffixes by stem, or by path below the folder if a stem occurs twice."""
     if folder is None:
         return {}
     paths = [path for path in files_below(folder) if suffix_of(path) in suffixes and path.is_file()]
@@ -25,7 +25,7 @@ def named_files(folder: Path | None, suffixes: tuple[str, ...] = (".safetensors"
 
 
 def changed_at(path: Path) -> int:
-    """When, in nanoseconds; 0 where it is gone meanwhile."""
+    """Modification time in nanoseconds; 0 if the file no longer exists."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -38,7 +38,7 @@ def readable_files(
     unusable: dict[str, str],
     suffixes: tuple[str, ...] = (".safetensors",),
 ) -> dict[str, tuple[Path, Content]]:
-    """What `read` makes of each file in a folder, by name; `unusable` is told which it can make nothing of, and why."""
+    """The result of `read` for each file of a folder, by name; failures go to `unusable`, with the reason."""
     found: dict[str, tuple[Path, Content]] = {}
     unusable.clear()
     for name, path in named_files(folder, suffixes).items():
@@ -52,7 +52,7 @@ def readable_files(
 
 @lru_cache(4096)
 def read_cached(read: Callable[[Path], Content], path: Path, _: int) -> tuple[Content | None, str]:
-    """Read once for each time that the file was changed; None with why it is passed over."""
+    """Reads a file once per modification time. None with the reason if it cannot be used."""
     if not path.name.isprintable():
         why = "its name has characters that cannot be shown; rename it"
     else:
@@ -60,10 +60,10 @@ def read_cached(read: Callable[[Path], Content], path: Path, _: int) -> tuple[Co
             return read(path), ""
         except UserError as error:
             why = str(error)
-        except Exception as error:  # what others wrote is damaged in every way
+        except Exception as error:  # foreign files fail in many ways
             why = f"it cannot be read ({type(error).__name__}: {error})"
     why = printable_name(why)[:300]
-    log.warning("%s is passed over: %s", printable_name(str(path)), why)
+    log.warning("skipped %s: %s", printable_name(str(path)), why)
     return None, why
 
 

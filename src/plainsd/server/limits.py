@@ -1,4 +1,4 @@
-"""How much one request may ask for."""
+"""Limits of a request."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for; checked before anything is queued."""
+    """Limits of one request, checked before anything is queued."""
 
     pixels: int = 2048 * 2048  # of one picture, after enlarging
     steps: int = 150
     count: int = 64  # pictures of one job
     prompt: int = 4000  # characters
-    nesting: int = 64  # brackets inside each other, in a prompt
+    nesting: int = 64  # nesting depth of brackets in a prompt
     text: int = 65536  # characters of settings, as a picture carries them
     upload: int = 32 * 2**20  # bytes of one request
     upload_pixels: int = 40_000_000  # of one picture that is sent

@@ -1,4 +1,4 @@
-"""The models that the server knows by name: loaded when a job wants them, kept as long as memory allows."""
+"""The served models, by name: loaded on demand, kept while memory allows."""
 
 import os
 import threading
@@ -48,7 +48,7 @@ NamedLoras = Sequence[tuple[str, float]]
 
 @dataclass(frozen=True)
 class PoolOptions:
-    """How models are loaded, and what stands beside them."""
+    """How models are loaded, and the folders of adapters."""
 
     device: str = "auto"
     dtype: str = "auto"
@@ -85,24 +85,26 @@ class PoolOptions:
 
 @dataclass
 class ServedModel:
-    """One model; its networks are there while it is resident."""
+    """A served model; its networks exist while it is resident."""
 
     name: str
     source: str | None  # None: the embedded one
-    bare: StableDiffusion  # all of it but the weights: enough to check a request
+    bare: StableDiffusion  # without weights: enough to check a request
     bytes: int  # in memory
     noise: dict[str, Any]  # arguments for `load`: what its network predicts, where the file does not say
     hash: str | None = None  # of its weights, once they were loaded
     sd: StableDiffusion | None = None
     preview: Previewer | None = None
     loras: tuple[tuple[str, float], ...] | None = None  # those on it
-    embedded: tuple[tuple[Embedding, ...], StableDiffusion] | None = None  # words learned last, and the model with them
-    example_prompts: list[str] = field(default_factory=list)  # prompts that it was trained for, where it says so
+    embedded: tuple[tuple[Embedding, ...], StableDiffusion] | None = (
+        None  # last embeddings used, and the model with them
+    )
+    example_prompts: list[str] = field(default_factory=list)  # from the model's concepts.json
     used: float = field(default_factory=time.monotonic)
 
 
 class Models:
-    """All models by name; the first is the default. Only the worker's thread loads and drops."""
+    """All models by name; the first is the default. Only the worker thread loads and unloads."""
 
     def __init__(self, sources: Sequence[str | None], options: PoolOptions = PoolOptions()):
         options.check(len(sources))
@@ -115,7 +117,7 @@ class Models:
         self.dtype = choose_dtype(options.dtype, self.device)
         self.budget = budget_of(self.device) if options.memory is None else options.memory
         self.lock, self.loads = threading.Lock(), 0
-        self.unusable_loras: dict[str, str] = {}  # files that are passed over, and why; as of the last look
+        self.unusable_loras: dict[str, str] = {}  # files that were skipped, and why, as of the last scan
         self.known: dict[str, ServedModel] = {}
         for source in sources or [None]:
             model = self.described(source)
@@ -125,7 +127,7 @@ class Models:
         self.default = next(iter(self.known))
 
     def described(self, source: str | None) -> ServedModel:
-        """What a model is, without reading its weights."""
+        """Inspects a model without reading its weights."""
         path = find(source)
         contents = read(path, vae=self.options.vae, **self.options.noise, ask=False)
         certain, contents = contents.certain, asked(contents, path)
@@ -139,7 +141,7 @@ class Models:
         )
 
     def __getitem__(self, name: str | None) -> ServedModel:
-        """By name; None is the default. 404 where there is none such."""
+        """By name; None is the default. APIError 404 if unknown."""
         name = self.default if name is None else name
         if name not in self.known:
             raise APIError(404, str(unknown("model", name, self.known)), "model", name)
@@ -172,8 +174,8 @@ class Models:
         )
 
     def resident(self, name: str, loras: NamedLoras = (), beside: ServedModel | None = None) -> ServedModel:
-        """The model with its networks, and just these LoRAs on it. What is not loaded is; others make room for it, the
-        least recently used first, but not the one that is needed beside it."""
+        """The model with its networks, and just these LoRAs. It is loaded if necessary; others are unloaded for it, least
+        recently used first, except `beside`."""
         if name not in self.known:
             raise UserError(
                 f"model {name!r} is not served any more; start the server with --model for it",
@@ -201,7 +203,7 @@ class Models:
             make_plain(network)
         for lora in attached(sd):
             lora.remove()
-        model.loras = model.embedded = None  # neither the old nor the new, should one of these fail
+        model.loras = model.embedded = None  # in case one of these fails
         for file, strength in loras:
             add_lora(sd, self.lora(file), strength)
         if not self.options.plain:
@@ -210,7 +212,7 @@ class Models:
         model.loras = tuple(loras)
 
     def tiny_vae(self, sd: StableDiffusion) -> AnyVAE | None:
-        """TAESD for the model's previews, where it is wanted."""
+        """TAESD for previews, if configured."""
         if self.options.preview_vae is None:
             return None
         return load_vae(self.options.preview_vae, device=self.device, dtype=sd.dtype, like=sd.vae.config)
@@ -218,7 +220,7 @@ class Models:
     # --- LoRAs -------------------------------------------------------------------------------------------------------
 
     def loras(self) -> dict[str, Path]:
-        """Those in their folder, looked for anew each time, by the name that a `<lora:name:1>` tag has for them."""
+        """The LoRAs of the folder, scanned at each access, by their name in a `<lora:name:1>` tag."""
         unusable: dict[str, str] = {}
         files = {name: path for name, (path, _) in readable_files(has_adapter, self.options.loras, unusable).items()}
         written = {name for name in files if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
@@ -233,18 +235,16 @@ class Models:
         if name in self.unusable_loras:
             raise UserError(f"loras: {name!r} cannot be used: {self.unusable_loras[name]}", field="loras")
         if self.options.loras is None:
-            raise UserError(
-                f"loras: there is none called {name!r}; start the server with --loras FOLDER", field="loras"
-            )
+            raise UserError(f"loras: there is no LoRA {name!r}; start the server with --loras FOLDER", field="loras")
         if not known:
             raise UserError(
-                f"loras: there is none called {name!r}; put .safetensors files into the folder of --loras",
+                f"loras: there is no LoRA {name!r}; put .safetensors files into the folder of --loras",
                 field="loras",
             )
         raise UserError(f"loras: {unknown('LoRA', name, known)}", field="loras")
 
     def check_loras(self, model: ServedModel, wanted: NamedLoras) -> None:
-        """UserError where one is not there, or was made for another kind of model."""
+        """UserError if one is missing or does not fit the model."""
         for name, strength in wanted:
             try:
                 check_strengths(strength)
@@ -255,13 +255,13 @@ class Models:
                 file = open_lora(path)
                 tensors_by_module(file, model.bare, partial=False)
                 bundled(model.bare, file)
-            except UserError as error:  # clients need not know where it lies
+            except UserError as error:  # does not reveal the path
                 raise UserError(f"loras: {str(error).replace(str(path), name)}", field="loras") from None
 
     # --- refiners ----------------------------------------------------------------------------------------------------
 
     def refined(self, model: ServedModel, refiner: str | None) -> StableDiffusion:
-        """The model without weights, with its refiner, which is another of those served. APIError if it cannot."""
+        """The model without weights, with its refiner, another served model. APIError if they do not fit."""
         if refiner is None:
             return model.bare
         if refiner not in self.known:
@@ -280,7 +280,7 @@ class Models:
         return refined
 
     def refiners(self, model: ServedModel) -> list[str]:
-        """Those of the others that can refine what it draws."""
+        """Names of the models that can be its refiner."""
         return [name for name in self.known if self.can_refine(name, model)]
 
     def can_refine(self, name: str, model: ServedModel) -> bool:
@@ -303,17 +303,17 @@ class Models:
         release_freed_memory()
 
     def bytes(self) -> int:
-        """What the resident ones take."""
+        """Memory of the resident models."""
         return sum(model.bytes for model in self.known.values() if model.sd is not None)
 
 
 def has_adapter(path: Path) -> bool:
-    """Whether a file has one; UserError where it does not. Of the file nothing is kept."""
+    """Whether a file holds a LoRA; UserError if not. The file is not kept open."""
     return bool(open_lora(path).tensors)
 
 
 def example_prompts(path: Path) -> list[str]:
-    """Prompts out of the `concepts.json` that lies beside a model trained by recipes/emoji; none for other models."""
+    """Prompts from the `concepts.json` of a model trained by recipes/emoji; empty for other models."""
     try:
         data = parsed_json((path / "concepts.json").read_text("utf-8-sig"))
         phrases, colours = [concept["phrase"] for concept in data["concepts"]], list(data["backgrounds"])
@@ -324,7 +324,7 @@ def example_prompts(path: Path) -> list[str]:
 
 
 def budget_of(device: torch.device) -> float:
-    """Bytes for models where none is given: three quarters of a GPU's memory, half of the machine's."""
+    """Default memory for models: three quarters of a GPU's memory, or half of the RAM."""
     if device.type == "cuda":
         return 0.75 * torch.cuda.get_device_properties(device).total_memory
     return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

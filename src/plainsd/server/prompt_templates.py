@@ -1,4 +1,4 @@
-"""What prompts are made with: styles around them, and choices, which each picture's seed settles."""
+"""Prompt templates: styles, wildcards and choices, resolved by each picture's seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plainsd.text.wildcards import settled
 
 @dataclass(frozen=True)
 class PromptTemplates:
-    """The server's wildcards and styles, read anew each time."""
+    """The server's wildcards and styles, read at each access."""
 
     wildcards: Path | None = None  # folder
     styles: Path | None = None  # file
@@ -21,18 +21,17 @@ class PromptTemplates:
         return {} if self.styles is None else read_styles(self.styles)
 
     def styled(self, prompt: str, negative: str, names: list[str]) -> tuple[str, str]:
-        """Both with these styles around them. UserError for one that is not there."""
+        """Applies styles to prompt and negative prompt. UserError if one does not exist."""
         if names and self.styles is None:
             raise UserError(
-                f"styles {names[0]!r}: there are none here; start the server with --styles FILE",
+                f"there is no style {names[0]!r}; start the server with --styles FILE",
                 field="styles",
                 value=names[0],
             )
         return styled(prompt, negative, names, self.known_styles()) if names else (prompt, negative)
 
     def settled(self, name: str, text: str, seed: int) -> str:
-        """A text with every choice made, by the picture's seed. UserError, about the field of that name, where one
-        cannot be read."""
+        """Resolves choices and wildcards by the picture's seed. UserError with that field if the text is invalid."""
         try:
             return settled(text, seed, self.wildcards)
         except UserError as error:

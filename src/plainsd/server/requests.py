@@ -1,4 +1,4 @@
-"""From a request to a job. It is checked at the door by the functions that will draw, on a model without weights."""
+"""Turns a request into a job. The functions that will run it check it first, on a model without weights."""
 
 import re
 import time
@@ -33,7 +33,7 @@ from plainsd.text.prompts import Weighted, compose, schedule
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
                 "hires_negative", "seed_resize", "batch_index", "batch_size", *MASK_OPTIONS)  # fmt: skip
-CANVAS_OPTIONS = tuple(name for name in MASK_OPTIONS if name != "soft_mask")  # what was done as the canvas was made
+CANVAS_OPTIONS = tuple(name for name in MASK_OPTIONS if name != "soft_mask")  # applied when the canvas was made
 UNIT_FIELDS = {
     "control": "controls",
     "image_prompt": "image_prompts",
@@ -44,7 +44,7 @@ CELLS += ["sampler", "spacing"]
 
 
 def job_request(**fields: Any) -> JobRequest:
-    """For the other APIs, whose fields have been given other names already."""
+    """A JobRequest from the fields of another API, already renamed. APIError if one is invalid."""
     try:
         return JobRequest(**fields)
     except ValidationError as error:
@@ -63,7 +63,7 @@ def resolved_settings(
     negatives: list[str],
     **cell: Any,
 ) -> list[Resolved]:
-    """The settings of each picture, nothing left open. UserError where the model cannot do it."""
+    """The resolved settings of each picture. UserError if the model does not support them."""
     choices = request.choices() | cell | {"control": control, "image_prompt": image_prompt}
     if init is None:
         if "strength" in choices and "hires" not in choices:
@@ -83,7 +83,7 @@ def resolved_settings(
 
 
 def cells(request: JobRequest) -> list[dict[str, Any]]:
-    """The settings in which the pictures of a grid differ, row by row; one empty set without a grid."""
+    """The varying settings of the cells of a grid, row by row; one empty dict without a grid."""
     readers = {name: read for _, name, read, _ in FIELDS}
     readers |= {"sampler": lambda text: sampler_named(text) or text, "spacing": spacing_from}
     readers |= dict.fromkeys(SEEDS, read_seed)
@@ -101,7 +101,7 @@ def cells(request: JobRequest) -> list[dict[str, Any]]:
 
 
 def spacing_from(text: str) -> str:
-    """By our name, or by the one that people see."""
+    """By internal name or label."""
     return text if text in SPACINGS else spacing_named(text) or text
 
 
@@ -131,7 +131,7 @@ def check_prompt_size(asked: JobRequest | Settings, limits: Limits) -> None:
 
 
 def nesting(prompt: str) -> int:
-    """How many brackets are open at once, at most."""
+    """Maximum nesting depth of brackets."""
     deepest = depth = 0
     for character in re.findall(r"\\.|[()\[\]]", prompt):
         depth = depth + 1 if character in "([" else max(0, depth - 1) if character in ")]" else depth
@@ -140,7 +140,7 @@ def nesting(prompt: str) -> int:
 
 
 def check_numbers(request: JobRequest) -> None:
-    """UserError for the first that is none, or out of its range, in the request and in the cells of its grid."""
+    """UserError for the first number out of range, in the request or the cells of its grid."""
     for cell in cells(request):
         settings_of_cell(request, cell).check()
 
@@ -151,7 +151,7 @@ def settings_of_cell(request: JobRequest, cell: dict[str, Any]) -> Settings:
 
 
 def seeds_of(request: JobRequest, cell: dict[str, Any]) -> list[int]:
-    """Of each picture: they go up, unless something else does."""
+    """The seed of each picture: consecutive, unless another setting counts up."""
     one = settings_of_cell(request, cell)
     return [one.seed + index * (one.counted == "seed") for index in range(request.count)]
 
@@ -166,7 +166,7 @@ def check_work(settings: list[Resolved], limits: Limits) -> None:
 def new_job(
     request: JobRequest, models: Models, limits: Limits, client: str, api: str, init: InitImages | None = None
 ) -> Job:
-    """A request, checked to the last field, as a job; it is not in the queue yet. APIError where something is wrong."""
+    """A fully checked job, not yet queued. APIError if anything is wrong."""
     model = models[request.model]
     check_limits(request, limits)
     random_seeds = [
@@ -186,7 +186,7 @@ def new_job(
         init = init or init_images_of(request, limits)
         control, control_inputs, maps = controls_of(request.controls, models.controls, limits, init)
         image_prompt, shown, files = image_prompts_of(request.image_prompts, models.image_adapters, limits)
-        resolve_choices = api == "jobs" or models.templates.wildcards is not None  # elsewhere an extension does it
+        resolve_choices = api == "jobs" or models.templates.wildcards is not None  # in A1111 this takes an extension
         settings: list[Resolved] = []
         shared: NamedLoras | None = None
         for cell in cells(request):
@@ -231,8 +231,8 @@ def new_job(
 def texts_of(
     request: JobRequest, templates: PromptTemplates, seeds: list[int], resolve_choices: bool
 ) -> list[dict[str, str]]:
-    """Of each picture by its seed, with styles around them and choices made: prompt, negative prompt, and those of the
-    second pass where it has its own."""
+    """Prompt, negative prompt and those of the second pass, if any, for each picture: styles applied, choices resolved
+    by its seed."""
     prompt, negative = templates.styled(request.prompt, request.negative, request.styles)
     texts = {"prompt": prompt, "negative": negative}
     texts |= {name: text for name in ("hires_prompt", "hires_negative") if (text := getattr(request, name))}
@@ -246,7 +246,7 @@ def of_second_pass(texts: dict[str, str]) -> dict[str, Any]:
 
 
 def without_loras(prompts: list[str], before: NamedLoras | None) -> tuple[list[str], list[tuple[str, float]]]:
-    """The prompts without the tags of LoRAs, and these, which all pictures of a job share."""
+    """The prompts without LoRA tags, and the LoRAs, which all pictures of a job share."""
     pairs = [without_tags(prompt) for prompt in prompts]
     shared = pairs[0][1] if before is None else list(before)
     if any(loras != shared for _, loras in pairs):
@@ -256,7 +256,7 @@ def without_loras(prompts: list[str], before: NamedLoras | None) -> tuple[list[s
 
 
 def scaled_maps(control: list[Control], size: tuple[int, int]) -> list[str]:
-    """What a user should know of maps of another size."""
+    """Notes about maps of another size than the picture."""
     return [
         f"the map of {one.name} is {image.width}x{image.height} and the picture {size[0]}x{size[1]}: it is scaled"
         for one in control
@@ -266,7 +266,7 @@ def scaled_maps(control: list[Control], size: tuple[int, int]) -> list[str]:
 
 
 def note_settings(request: JobRequest, cell: dict[str, Any]) -> dict[str, Any]:
-    """What `notes` looks at."""
+    """The settings that `notes` examines."""
     return {name: getattr(request, name) for name in (*SEEDS, "guidance", "like", "noise")} | {
         name: value for name, value in cell.items() if name in (*SEEDS, "guidance", "noise")
     }
@@ -284,7 +284,7 @@ def check_clip_skip(bare: StableDiffusion, settings: list[Resolved]) -> None:
 
 
 def check_prompts(settings: list[Resolved], limits: Limits) -> None:
-    """Every text that the prompts become on the way, by the functions that will read them."""
+    """Parses every text that the prompts become during sampling."""
     distinct = dict.fromkeys((one.prompt, one.negative, one.steps) for one in settings)
     reading = sum((len(prompt) + len(negative)) * steps for prompt, negative, steps in distinct)
     if reading > limits.reading:

@@ -1,4 +1,4 @@
-"""Settings on their way back into a request: those of the history, and those that a file carries."""
+"""Settings as fields of a request again: those of the history, and those read from a file."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,13 +17,13 @@ from plainsd.server.pool import Models
 from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import NamedBytes, opened, without_tags
 
-REQUEST_FIELDS = JobRequest.model_fields.keys()  # what stands in a file beside these has no effect here
+REQUEST_FIELDS = JobRequest.model_fields.keys()  # other settings of a file are ignored
 
 SECOND_PASS_PROMPTS = ("hires_prompt", "hires_negative")  # of the second pass; LoRAs are those of the prompt
 
 
 def picture_as_json(row: Picture) -> dict[str, Any]:
-    """A picture of the history as JSON: what it is, and the settings that make it again."""
+    """A picture of the history as JSON, with the settings that reproduce it."""
     settings = row.settings
     fields = {name: value for name, value in vars(settings).items() if name in REQUEST_FIELDS}
     fields |= exact_seeds(settings)
@@ -42,7 +42,7 @@ def picture_as_json(row: Picture) -> dict[str, Any]:
 
 
 def controls_as_json(notes: tuple[ControlNote, ...]) -> list[dict[str, Any]]:
-    """As a request has them, without their maps."""
+    """In the form of a request, without their maps."""
     return [
         {"name": note.model.rpartition(" [")[0] or note.model, "strength": note.weight, "start": note.start,
          "end": note.end, "guess": note.guess, "mode": note.mode, "preprocess": note.module, "kind": list(note.kinds)}
@@ -60,7 +60,7 @@ def image_prompts_as_json(notes: tuple[ImagePromptNote, ...]) -> list[dict[str, 
 
 
 def grid_in(settings: Settings) -> list[dict[str, Any]]:
-    """The axes of a sheet, as a request has them."""
+    """The axes of a sheet, in the form of a request."""
     axes = [text.partition(": ") for side, text in settings.other if side in GRID_SIDES]
     return [{"name": name.replace(" ", "_"), "values": values.split(", ")} for name, _, values in axes]
 
@@ -101,7 +101,7 @@ def settings_in_file(content: bytes, limits: Limits, models: Models) -> dict:
 
 
 def unavailable_fields(settings: Settings, models: Models) -> set[str]:
-    """The fields that name what this server does not have."""
+    """Fields whose value is not available on this server."""
     embeddings = {embedding.text for embedding in models.embeddings.known()}
     available = {
         "model": settings.model in models.known, "sampler": settings.sampler in SAMPLERS,

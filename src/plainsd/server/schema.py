@@ -1,4 +1,4 @@
-"""What a client may ask for, field by field."""
+"""The request models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNSOUND = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # surrogates 
 
 
 def clean(text: str) -> str:
-    """Text that can be written anywhere: no lone surrogates, no control characters but line breaks and tabs."""
+    """Valid text: no lone surrogates, no control characters except line breaks and tabs."""
     if UNSOUND.search(text):
         raise ValueError("has control characters or broken Unicode; take them out")
     return text
@@ -27,7 +27,7 @@ Side = Annotated[int, Field(ge=0, le=65536)]
 
 
 class LoRA(BaseModel):
-    """An adapter out of the server's folder, and how strongly it acts."""
+    """A LoRA from the server's folder, and its strength."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     name: Text
@@ -60,8 +60,8 @@ class UnitRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     name: Text = Field(description="of a file or folder in the server's folder")
     strength: float = Field(1.0, ge=0, le=10)
-    start: float = Field(0.0, ge=0, le=1, description="of the steps, the share from which it acts ...")
-    end: float = Field(1.0, ge=0, le=1, description="... and to which")
+    start: float = Field(0.0, ge=0, le=1, description="start, as a fraction of the steps")
+    end: float = Field(1.0, ge=0, le=1, description="end, as a fraction of the steps")
     _label: str | None = PrivateAttr(None)
 
     @property
@@ -105,26 +105,24 @@ class Axis(BaseModel):
 
 
 class JobRequest(BaseModel):
-    """Pictures to be drawn. What is left out takes the model's own default."""
+    """Pictures to generate. Omitted fields take the model's defaults."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a red apple", "count": 2}]})
 
     prompt: Text = Field(
-        "", description="what to draw; {red|blue} and __wildcards__ are settled for each picture by its seed"
+        "", description="the prompt; {red|blue} and __wildcards__ are resolved for each picture by its seed"
     )
-    negative: Text = Field("", description="what to keep away from")
-    styles: list[Text] = Field([], max_length=32, description="laid around prompt and negative, by name")
+    negative: Text = Field("", description="negative prompt")
+    styles: list[Text] = Field([], max_length=32, description="names of styles to apply to prompt and negative prompt")
     model: Text | None = Field(None, description="one of GET /api/models")
     size: tuple[int, int] | None = Field(None, description="width and height in pixels, multiples of 8")
     steps: int | None = None
     guidance: float | None = Field(
-        None, description="how strictly the prompt is followed; 1, and 0 too, is plainly, without the negative prompt"
+        None, description="guidance scale (CFG); 1, and 0 too, turns it off, without the negative prompt"
     )
-    image_guidance: float | None = Field(
-        None, description="how much of the image stays, with a model that edits pictures"
-    )
+    image_guidance: float | None = Field(None, description="image guidance scale, of editing models (InstructPix2Pix)")
     like: Text | None = Field(
-        None, description="diffusers, a1111 or comfyui: draw what that program draws of the same settings"
+        None, description="diffusers, a1111 or comfyui: reproduce what that program makes of the same settings"
     )
     sampler: Text | None = None
     spacing: Text | None = Field(None, description="of the noise levels")
@@ -147,33 +145,33 @@ class JobRequest(BaseModel):
     controls: list[ControlRequest] = Field([], max_length=4, description="maps to follow")
     image_prompts: list[ImagePromptRequest] = Field([], max_length=4, description="pictures used as prompts")
     embeddings: list[Text] = Field(
-        [], max_length=32, description="words of GET /api/models that the prompts rely on; others are found anyway"
+        [],
+        max_length=32,
+        description="embeddings that the prompts require, by word; others are used if their word occurs",
     )
-    refiner: Text | None = Field(None, description="another model, which draws the last part")
-    handover: float | None = Field(None, description="the share of the timesteps after which it does")
-    image: Text | None = Field(None, description="a PNG, JPEG or WebP file in base64, to draw over")
-    strength: float | None = Field(None, description="how far from the picture: the share of the steps that run")
-    mask: Text | None = Field(
-        None, description="a picture of the same size in base64; only its light part is drawn anew"
-    )
+    refiner: Text | None = Field(None, description="another model, for the last steps")
+    handover: float | None = Field(None, description="fraction of the timesteps after which the refiner takes over")
+    image: Text | None = Field(None, description="a PNG, JPEG or WebP file in base64, for image to image")
+    strength: float | None = Field(None, description="denoising strength: fraction of the steps that run")
+    mask: Text | None = Field(None, description="a picture of the same size in base64; its light part is repainted")
     outpaint: tuple[Side, Side, Side, Side] | None = Field(
-        None, description="so many pixels are added to the picture at its left, top, right, bottom"
+        None, description="pixels to add to the picture at its left, top, right and bottom"
     )
-    mask_blur: float = Field(0, ge=0, le=64, allow_inf_nan=False, description="softness of the mask's edge, in pixels")
-    mask_grow: int | None = Field(None, description="pixels by which it is widened; below 0 it is narrowed")
+    mask_blur: float = Field(0, ge=0, le=64, allow_inf_nan=False, description="blurs the mask's edge, in pixels")
+    mask_grow: int | None = Field(None, description="grows the mask by this many pixels; a negative value shrinks it")
     masked_padding: int | None = Field(
-        None, description="the masked part alone is drawn, at the whole size, with so many pixels around it"
+        None, description="inpaints only the masked area plus this margin, at the full size"
     )
     masked_content: Text | None = Field(
-        None, description="what lies under the mask at the start: original, fill, noise or nothing"
+        None, description="initial content under the mask: original, fill, noise or nothing"
     )
-    soft_mask: bool = Field(False, description="the mask's grey levels say how early each place begins to change")
-    hires: float | None = Field(None, description="a second pass on the picture enlarged so many times")
-    upscaler: Text | None = Field(None, description="how it is enlarged, one of `upscalers` in GET /api/info")
+    soft_mask: bool = Field(False, description="grey levels of the mask set how early each pixel starts to change")
+    hires: float | None = Field(None, description="hires fix: a second pass on the picture enlarged by this factor")
+    upscaler: Text | None = Field(None, description="upscaler of the hires pass, one of `upscalers` in GET /api/info")
     hires_steps: int | None = Field(
-        None, description="of the second pass, all of which run; none: the share `strength`"
+        None, description="steps of the second pass, all of which run; none: `strength` times `steps`"
     )
-    hires_sampler: Text | None = Field(None, description="another sampler for the second pass; likewise the following")
+    hires_sampler: Text | None = Field(None, description="sampler of the second pass; likewise the following")
     hires_spacing: Text | None = None
     hires_prompt: Text | None = None
     hires_negative: Text | None = None
@@ -189,14 +187,17 @@ class JobRequest(BaseModel):
     apg: float | None = None
     apg_parallel: float | None = None
     apg_momentum: float | None = None
-    tiling: bool | None = Field(None, description="the picture repeats without a seam")
-    cache: int | None = Field(None, description="deep layers run at every so many-th step only: faster, less exact")
+    tiling: bool | None = Field(None, description="seamless tiling")
+    cache: int | None = Field(None, description="DeepCache: run deep layers only every N steps; faster, less exact")
     grid: list[Axis] | None = Field(
-        None, min_length=1, max_length=2, description="one picture for each pair of values, and a sheet of them all"
+        None,
+        min_length=1,
+        max_length=2,
+        description="X/Y grid: one picture for each combination of values, and a labelled sheet",
     )
 
     def choices(self) -> dict[str, Any]:
-        """What is not left open of the settings that the tasks know."""
+        """The given settings that the tasks know."""
         names = ("size", "steps", "guidance", "image_guidance", "sampler", "spacing", "seed", "strength", "hires",
                  "upscaler", "variation_seed", "variation_strength", "clip_skip", "eta", "rescale", "interval",
                  "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "tiling", "cache", "handover",

@@ -1,4 +1,4 @@
-"""What every route works on: models, store, queue, worker, limits; and how a job is told to a client."""
+"""What all routes share: models, store, queue, worker, limits, and jobs as JSON."""
 
 import asyncio
 import base64
@@ -29,9 +29,9 @@ from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
 
 log = logging.getLogger("plainsd.server")
-HEARTBEAT = 15.0  # seconds between signs of life on an event stream
+HEARTBEAT = 15.0  # seconds between keep-alives of an event stream
 TRASH_ROUND = 15.0  # seconds between looks at what is in the trash
-LAST_STEP = 30.0  # seconds that a stopping server waits for the step under way
+LAST_STEP = 30.0  # seconds that shutdown waits for the current step
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Service:
         *,
         batch: int = 4,
     ) -> "Service":
-        """All of it, with nothing drawn yet. UserError where a model or the data folder cannot be used."""
+        """Opens everything without starting the worker. UserError if a model or the data folder cannot be used."""
         models = Models(sources, options)
         store = Store(data)
         try:
@@ -63,7 +63,7 @@ class Service:
         except sqlite3.Error as error:
             store.close()
             what = f"cannot read the database in '{data}' ({error})"
-            raise UserError(f"{what}; mend it or move it away, or choose another place with --data") from None
+            raise UserError(f"{what}; repair it or move it away, or choose another folder with --data") from None
         return cls(models, store, queue, Worker(queue, models, store, limits, batch), limits)
 
     def start(self) -> None:
@@ -81,13 +81,13 @@ class Service:
                 log.warning("the trash cannot be emptied (%s); it is tried again", error)
 
     def stop(self) -> None:
-        """The worker stops after the step under way, and whoever listens or waits is let go."""
+        """Stops the worker after the current step, and ends all event streams and waits."""
         self.queue.stop()
         for job in list(self.queue.jobs.values()):
             job.notifier.notify()
 
     def close(self) -> None:
-        """What was running is queued again for the next start."""
+        """Stops, and queues running jobs again for the next start."""
         self.stop()
         if self.worker.is_alive():
             self.worker.join(LAST_STEP)
@@ -98,7 +98,7 @@ class Service:
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     async def submit(self, request: JobRequest, client: str, api: str, init: InitImages | None = None) -> Job:
-        """Checked, written down, queued."""
+        """Checks, stores and queues a request."""
 
         def create() -> Job:
             job = new_job(request, self.models, self.limits, client, api, init)
@@ -108,7 +108,7 @@ class Service:
         return await run_in_threadpool(create)
 
     async def wait_for_end(self, job: Job, request: Request) -> Job:
-        """Waits for the end of a job, or of the server. It is cancelled when the client hangs up: nobody waits."""
+        """Waits for the end of a job, or of the server. If the client disconnects, the job is cancelled."""
         seen = 0
         while job.active and not self.queue.stopping:
             seen = await job.notifier.wait(seen, 0.5)
@@ -117,14 +117,14 @@ class Service:
         return job
 
     def abandon(self, job: Job) -> None:
-        """Its client is gone. A server that stops keeps it all the same."""
+        """Cancels a job whose client has disconnected, unless the server is stopping."""
         if not self.queue.stopping:
             with suppress(APIError):  # it has ended meanwhile
                 self.queue.cancel(job.id)
 
     def as_json(self, job: Job) -> dict[str, Any]:
         """A job as JSON."""
-        with self.queue.changed:  # between two changes, never amid one
+        with self.queue.changed:  # a consistent state
             return {
                 "id": job.id, "state": job.state, "api": job.api, "model": job.model, "prompt": job.settings[0].prompt,
                 "count": len(job.indices), "done": len(job.done), "progress": round(job.progress(), 4),
@@ -137,8 +137,8 @@ class Service:
             }  # fmt: skip
 
     async def events(self, job: Job) -> AsyncIterator[tuple[str, dict]]:
-        """`progress` whenever something has changed, `beat` where nothing has for long, `end` at the job's end. When
-        the server stops, nothing ends but the stream: a browser asks again by itself."""
+        """`progress` after each change, `beat` as a keep-alive, `end` at the end of the job. When the server stops,
+        only the stream ends: browsers reconnect by themselves."""
         seen = -1
         shown: dict[int, bytes] = {}
         while not self.queue.stopping:
@@ -152,7 +152,7 @@ class Service:
             while (count := await job.notifier.wait(seen, HEARTBEAT)) == seen:
                 yield "beat", {}
             seen = count
-            await asyncio.sleep(0.05)  # steps that come faster are told together
+            await asyncio.sleep(0.05)  # faster steps share one event
 
     # --- pictures ----------------------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Service:
         return [*dict.fromkeys(ids)]
 
     def files(self, job: Job) -> list[tuple[Picture, bytes]]:
-        """The pictures of a job that is done, with their files, in order."""
+        """The finished pictures of a job with the contents of their files, in order."""
         rows = sorted(self.store.pictures(job=job.id, limit=len(job.indices)), key=lambda row: row.index)
         return [(row, self.store.path(row).read_bytes()) for row in rows]
 
@@ -184,18 +184,18 @@ def data_url(png: bytes) -> str:
 
 
 def failure_of(job: Job) -> APIError | None:
-    """For APIs that wait: the error in place of pictures."""
+    """For blocking APIs: the error to answer with, or None if the job is done."""
     if job.state == DONE:
         return None
     if job.state == FAILED:
         return APIError(422 if job.bad_request else 500, str(job.error))
     if job.active:
-        return APIError(503, f"the server is stopping; job {job.id} is drawn when it is there again")
-    return APIError(409, f"job {job.id} was {job.state}; ask again")
+        return APIError(503, f"the server is stopping; job {job.id} resumes when it runs again")
+    return APIError(409, f"job {job.id} was {job.state}; submit it again")
 
 
 def client_of(request: Request, user: str | None = None) -> str:
-    """Whose turn it is counted as: the address, and the user that a program behind it names."""
+    """Identifies the client for fair scheduling: its address, and the user name that it sends."""
     address = request.client.host if request.client else "unknown"
     return f"{address}/{user}" if user else address
 

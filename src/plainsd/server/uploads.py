@@ -1,6 +1,6 @@
-"""Pictures that come in: checked before they are decoded, and made ready for drawing on.
+"""Uploaded pictures: checked before they are decoded.
 
-Only PNG, JPEG and WebP are decoded. A picture is never fetched from an address.
+Only PNG, JPEG and WebP are decoded. Pictures are never downloaded from a URL.
 """
 
 import binascii
@@ -21,7 +21,7 @@ DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=-]+)*;base64,")
 
 
 class NamedBytes(BytesIO):
-    """Bytes whose name in an error message is that of their field."""
+    """Bytes that error messages refer to by the name of their field."""
 
     def __init__(self, content: bytes, name: str):
         super().__init__(content)
@@ -32,31 +32,31 @@ class NamedBytes(BytesIO):
 
 
 def decoded(text: str, field: str) -> bytes:
-    """Base64, bare or as a data: address."""
+    """Decodes base64, plain or as a data: URL."""
     if re.match(r"\s*(?:https?|file|ftp):", text):
-        raise APIError(422, f"{field} {text[:60]!r} is an address; send the picture itself, in base64", field)
+        raise APIError(422, f"{field} {text[:60]!r} is a URL; send the picture itself, in base64", field)
     found = DATA_URL.match(text)
     try:
         return b64decode("".join(text[found.end() if found else 0 :].split()), validate=True)
     except (binascii.Error, ValueError):
-        raise APIError(
-            422, f"{field} {text[:20]!r}... is not base64; send the bytes of a PNG, JPEG or WebP file so", field
-        ) from None
+        raise APIError(422, f"{field} {text[:20]!r}... is not base64; encode a PNG, JPEG or WebP file", field) from None
 
 
 def opened(content: bytes, field: str, limits: Limits, background: str | None = "white") -> Image.Image:
-    """The bytes of a file -> a picture, RGB; with no background, RGBA."""
+    """Decodes a picture file to RGB, or RGBA without a background."""
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as file:
             width, height = file.size
     except Image.UnidentifiedImageError:
-        raise APIError(422, f"{field} is no PNG, JPEG or WebP picture; save it as one of them", field) from None
+        raise APIError(422, f"{field} is not a PNG, JPEG or WebP picture; save it as one of these", field) from None
     except Image.DecompressionBombError:
         width = height = 10**6
-    except Exception as error:  # decoders meet hostile bytes with errors of every kind
+    except Exception as error:  # decoders raise errors of every kind on hostile bytes
         raise APIError(422, f"{field} is broken ({error}); save it again", field) from None
     if width * height > limits.upload_pixels:
-        raise APIError(413, f"{field} has {width}x{height} pixels; scale it below {limits.upload_pixels} in all", field)
+        raise APIError(
+            413, f"{field} has {width}x{height} pixels; scale it down to {limits.upload_pixels} in total", field
+        )
     try:
         image = open_picture(NamedBytes(content, field), background or "white")
     except UserError as error:
@@ -72,7 +72,7 @@ def picture(text: str, field: str, limits: Limits, background: str | None = "whi
 
 
 def without_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """The prompt that is left when its LoRAs are taken out, and these."""
+    """The prompt without LoRA tags, and the LoRAs."""
     rest, loras = lora_tags(prompt)
     return (rest.strip() if loras else prompt), loras
 
@@ -89,11 +89,11 @@ def size_mismatch(mask: Image.Image, image: Image.Image) -> APIError:
 
 
 def check_pixels(size: tuple[int, int], limits: Limits, field: str = "size") -> None:
-    """APIError for a picture that is larger than this server draws, or none at all."""
+    """APIError if a size is below 8x8 or above the limit."""
     width, height = size
     if min(size) < 8 or width * height > limits.pixels:
         raise APIError(422, f"{field} {width}x{height} is out of range; choose a size from 8x8 to {limits.pixels} "
-                      "pixels in all", field, [width, height])  # fmt: skip
+                      "pixels in total", field, [width, height])  # fmt: skip
 
 
 def png(image: Image.Image) -> bytes:

@@ -1,4 +1,4 @@
-"""Networks that enlarge pictures, by name out of the server's folder: for second passes, and by themselves."""
+"""Upscalers from the server's folder, by name: for hires passes, and on their own."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ MAX_LOADED_UPSCALERS = 2  # networks in memory
 
 
 class Upscalers:
-    """Those in a folder, looked for anew each time."""
+    """The upscalers of a folder, scanned at each access."""
 
     def __init__(self, folder: Path | None, device: torch.device):
         self.folder, self.device = folder, device
         self.unusable: dict[str, str] = {}
-        self.lock = threading.Lock()  # the worker draws with them, and others enlarge pictures
+        self.lock = threading.Lock()  # used by the worker and by requests
         self.loaded: dict[str, Upscaler] = {}  # the one used last at the end
         if folder is not None:
-            spandrel_classes()  # says at once where it is not installed
+            spandrel_classes()  # fails early if it is not installed
 
     def known(self) -> dict[str, tuple[Path, int]]:
-        """Files by name, and how often each enlarges."""
+        """Files by name, and their scale factors."""
         return readable_files(scale_of, self.folder, self.unusable, NETWORK_SUFFIXES)
 
     def found(self, wanted: str) -> tuple[str, Path, int]:
-        """By name, in any case, as a text may have it. UserError where there is none such."""
+        """By name, case-insensitively, as settings texts may write it. UserError if unknown."""
         known = self.known()
         names = [wanted] if wanted in known else [name for name in known if name.lower() == wanted.lower()]
         if names:
@@ -67,5 +67,5 @@ class Upscalers:
 
 
 def scale_of(path: Path) -> int:
-    """How often a file's network enlarges; UserError where it holds none."""
+    """The scale factor of an upscaler file; UserError if it is not one."""
     return load_upscaler(path).scale

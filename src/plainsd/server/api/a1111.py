@@ -1,4 +1,4 @@
-"""The API of AUTOMATIC1111's web UI, with its names and meanings, so that its clients draw here unchanged."""
+"""The API of AUTOMATIC1111's web UI, compatible with its clients."""
 
 import base64
 import json
@@ -33,8 +33,8 @@ from plainsd.server.schema import JobRequest, clean
 from plainsd.server.service import Service, client_of, failure_of
 from plainsd.server.uploads import decoded, opened
 
-NOT_ECHOED = ("override_settings", "alwayson_scripts")  # of a request, in its answer ...
-INPUT_IMAGES = ("init_images", "mask")  # ... nor these, unless include_init_images asks for them
+NOT_ECHOED = ("override_settings", "alwayson_scripts")  # fields that `parameters` of the response leave out
+INPUT_IMAGES = ("init_images", "mask")  # likewise, unless include_init_images is set
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/interrupt")
     @router.post("/skip")
     def interrupt(request: Request) -> dict:
-        """Ends what is drawn for this client through this API."""
+        """Cancels this client's current job of this API."""
         if (job := running(service, request)) is not None:
             service.abandon(job)
         return {}
@@ -96,7 +96,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/options")
     def set_options(body: dict[str, Any]) -> dict:
-        """For requests through this API, until the server ends."""
+        """Applies to requests of this API until the server ends."""
         given = known_options(body, "options")
         asked = Common.model_validate({"override_settings": given}).job_fields({}, service.models)
         check_numbers(job_request(**{name: asked.get(name) for name in ("clip_skip", "tiling", "noise", "ensd")}))
@@ -144,7 +144,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/embeddings")
     def embeddings() -> dict:
-        """Those that fit the model of the options, and those that do not."""
+        """Those that fit the current model, and those that do not."""
         known, bare = service.models.embeddings.known(), service.models[options["sd_model_checkpoint"]].bare
         checked = [(incompatibility(bare, embedding) is None, embedding) for embedding in known]
         return {
@@ -153,7 +153,7 @@ def routes(service: Service) -> APIRouter:
         }
 
     def nothing(request: Request) -> Any:
-        """None are had here."""
+        """An empty list: not supported."""
         return EMPTY_RESPONSES[request.url.path.rpartition("/")[2]]
 
     add_extras(router, service)
@@ -164,7 +164,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/refresh-loras")
     @router.post("/refresh-embeddings")
     def refresh() -> None:
-        """Models are named at the start; LoRAs and embeddings are looked for anew each time."""
+        """No effect: models are given at startup, LoRAs and embeddings are scanned at each access."""
 
     return router
 
@@ -173,7 +173,7 @@ def routes(service: Service) -> APIRouter:
 
 
 class ParsedRequest(NamedTuple):
-    """A request, understood."""
+    """A request, parsed."""
 
     asked: Common
     job: JobRequest
@@ -184,7 +184,7 @@ class ParsedRequest(NamedTuple):
 def parse_request(
     body: CommonT, options: dict[str, Any], service: Service
 ) -> tuple[CommonT, dict[str, Any], list[str]]:
-    """The request with its infotext, and its fields of a JobRequest. APIError for what is not had here."""
+    """The request with its infotext applied, and the fields of a JobRequest. APIError for unsupported fields."""
     asked, more, notes = with_infotext(body, service.models, service.limits)
     asked.reject_unsupported()
     return asked, more | asked.job_fields(options, service.models), notes
@@ -202,7 +202,7 @@ async def submit_and_wait(service: Service, wanted: ParsedRequest, request: Requ
 
 
 def response_of(service: Service, asked: Common, job: Job) -> dict:
-    """The pictures; after an interrupt those that were finished, and the one under way as far as it had come."""
+    """The pictures; after an interrupt the finished ones, and the last preview of the current one."""
     files = [content for _, content in service.files(job)]
     if job.state == CANCELLED and len(files) < len(job.settings):
         files += [enlarged(rough, job.settings[index].size) for index, rough in sorted(job.previews.items())]
@@ -253,7 +253,7 @@ def enlarged(png: bytes, size: tuple[int, int]) -> bytes:
 
 
 def running(service: Service, request: Request) -> Job | None:
-    """What is drawn for this client through this API; else the first of its jobs that waits."""
+    """This client's running job of this API, else its first waiting one."""
     with service.queue.changed:
         mine = [job for job in service.queue.jobs.values() if job.api == "a1111" and job.client == client_of(request)]
     return min(mine, key=lambda job: (job.state != "running", job.number), default=None)
@@ -282,7 +282,7 @@ def progress_as_json(service: Service, job: Job | None, with_image: bool) -> dic
 
 
 def png_info_as_json(content: bytes, service: Service) -> dict:
-    """The text in a picture's file, and what it says. Empty, not an error, where there is none."""
+    """The settings text of a picture file, and its fields. Empty, not an error, if there is none."""
     opened(content, "image", service.limits)
     with Image.open(BytesIO(content)) as image:
         image.load()

@@ -34,13 +34,13 @@ INSTEAD = {  # modules that are not supported: how their names begin, why, and w
 
 
 def units_of(scripts: dict[str, Any], init_images: list[str] | None = None) -> dict[str, list]:
-    """As `controls` and `image_prompts` of a JobRequest. A unit without an image reads that of img2img. APIError, by
-    name, for what would act and is not supported."""
+    """As `controls` and `image_prompts` of a JobRequest. A unit without an image reads that of img2img.
+    APIError for fields that are active and not supported."""
     given = next((name for name in scripts if name.lower() == "controlnet"), "")
     script = scripts.get(given)
     args = script.get("args", []) if isinstance(script, dict) else script or []
     if not isinstance(args, list):
-        raise APIError(422, f"script {given!r}: args is no list of units", FIELD)
+        raise APIError(422, f"script {given!r}: args is not a list of units", FIELD)
     found: dict[str, list] = {"controls": [], "image_prompts": []}
     units = [(number, one) for number, one in enumerate(args) if isinstance(one, dict) and one]
     units = [(number, one) for number, one in units if one.get("enabled", True) not in (False, 0)]
@@ -64,10 +64,10 @@ def unit_of(unit: dict[str, Any], init_images: list[str] | None = None) -> Contr
         if name in ACTING or name in IDLE_FIELDS or (name == REGION and module in IMAGE_MODULES):
             continue
         if name not in IDLE or value not in IDLE[name]:
-            raise APIError(422, f"{name} {str(value)[:40]!r} is not had here; leave it out", FIELD, name)
+            raise APIError(422, f"{name} {str(value)[:40]!r} is not supported; leave it out", FIELD, name)
     mode = unit.get("control_mode", "Balanced")
     if mode not in UNIT_MODES:
-        raise APIError(422, f"control_mode {mode!r} is none; choose one of {', '.join(CONTROL_MODES.values())}", FIELD)
+        raise APIError(422, f"unknown control_mode {mode!r}; choose one of {', '.join(CONTROL_MODES.values())}", FIELD)
     fields: dict[str, Any] = {
         "name": str(unit.get("model") or ""), "strength": unit.get("weight"), "start": unit.get("guidance_start"),
         "end": unit.get("guidance_end"),
@@ -91,7 +91,7 @@ def map_fields(unit: dict[str, Any], module: str, mode: str, init_images: list[s
             raise APIError(422, f"module {module!r} reads the image of img2img and its mask; leave image out", FIELD)
         return {"preprocess": INPAINT, "mode": mode}
     if module not in PREPROCESSORS:
-        raise APIError(422, f"module {module!r} is not had here; send the finished map, or choose canny", FIELD)
+        raise APIError(422, f"module {module!r} is not supported; send the control map itself, or choose canny", FIELD)
     return {
         "image": image_of(unit.get("image"), init_images), "preprocess": module, "mode": mode,
         "low": positive(unit, "threshold_a"), "high": positive(unit, "threshold_b"),
@@ -111,7 +111,7 @@ def image_fields(unit: dict[str, Any], mode: str, init_images: list[str] | None)
 
 
 def positive(unit: dict[str, Any], name: str) -> Any:
-    """Below 0, as clients send it: the preprocessor's own."""
+    """None, the preprocessor's default, for the negative values that clients send."""
     value = unit.get(name)
     return None if isinstance(value, int | float) and value < 0 else value
 
@@ -120,7 +120,7 @@ def image_of(value: Any, init_images: list[str] | None) -> str | None:
     """A picture in base64, alone or beside a mask that there is none of; None: that of img2img."""
     if isinstance(value, dict):
         if value.get("mask"):
-            raise APIError(422, "a mask beside the image is not had here; leave it out", FIELD)
+            raise APIError(422, "a mask beside the image is not supported; leave it out", FIELD)
         value = value.get("image")
     if not value and init_images:
         return None

@@ -40,7 +40,7 @@ def controlnet_routes(service: Service) -> APIRouter:
 
     @router.get("/model_list")
     def model_list() -> dict[str, list[str]]:
-        """Control nets, T2I-Adapters and IP-Adapters, with their hashes."""
+        """ControlNets, T2I-Adapters and IP-Adapters, with their hashes."""
         models = service.models
         paths = [*models.controls.known().values(), *models.image_adapters.known().values()]
         return {"model_list": sorted(control_name(path) for path in paths)}

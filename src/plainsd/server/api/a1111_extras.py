@@ -1,4 +1,4 @@
-"""A1111's "Extras": pictures enlarged by themselves, at once, beside the queue."""
+"""A1111's "Extras": upscales single pictures at once, outside the queue."""
 
 import asyncio
 import base64
@@ -48,7 +48,7 @@ class Enlarge(BaseModel):
     extras_upscaler_2_visibility: float | None = Field(0, ge=0, le=1)
 
     def check(self, upscalers: Upscalers) -> None:
-        """APIError for what would change the picture and is not had here, and for unknown upscalers."""
+        """APIError for unsupported fields and unknown upscalers."""
         for name, value in (self.model_extra or {}).items():
             if name in FACES and value not in (0, *EMPTY_VALUES):
                 raise APIError(422, f"{name} {value!r}: faces are not restored here; leave it out", name, value)
@@ -61,7 +61,7 @@ class Enlarge(BaseModel):
                 raise APIError(422, str(unknown("upscaler", name, known)), field, name)
 
     def times(self, image: Image.Image) -> float:
-        """How often as large; to a size, as often as both sides of it are filled."""
+        """The scale factor; with a target size, the one that fills both sides."""
         if self.resize_mode == 1:
             return max((self.upscaling_resize_w or 512) / image.width, (self.upscaling_resize_h or 512) / image.height)
         return self.upscaling_resize or 2
@@ -106,7 +106,7 @@ def extras_response(body: Enlarge, upscalers: Upscalers, limits: Limits) -> dict
 
 
 def enlarged_by(image: Image.Image, name: str, times: float, upscalers: Upscalers, limits: Limits) -> Image.Image:
-    """So often as large, both sides rounded down to eights, as there; a network's result is scaled to that."""
+    """Upscales by a factor, both sides rounded down to multiples of 8, as in A1111; results of networks are resized."""
     size = max(8, int(image.width * times) // 8 * 8), max(8, int(image.height * times) // 8 * 8)
     check_upscaled_size(size, limits)
     if name in RESAMPLED:
@@ -126,18 +126,18 @@ def enlarged_by(image: Image.Image, name: str, times: float, upscalers: Upscaler
 def check_upscaled_size(size: tuple[int, int], limits: Limits) -> None:
     if size[0] * size[1] > limits.upload_pixels:
         what = f"image would have {size[0]}x{size[1]} pixels on the way"
-        raise APIError(422, f"{what}; at most {limits.upload_pixels} in all are made here", "image", list(size))
+        raise APIError(422, f"{what}; the limit is {limits.upload_pixels}", "image", list(size))
 
 
 def cropped_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Its middle, of exactly that size, as there: on black where it is smaller by the rounding to eights."""
+    """Centre crop of exactly that size, as in A1111; padded with black where rounding made it smaller."""
     whole = Image.new("RGB", size)
     whole.paste(image, (size[0] // 2 - image.width // 2, size[1] // 2 - image.height // 2))
     return whole
 
 
 def settings_of_file(content: bytes) -> Settings:
-    """Those that the picture's file carries, or none."""
+    """The settings embedded in a file, or the defaults."""
     try:
         return read_settings(NamedBytes(content, "image"))
     except UserError:
@@ -145,7 +145,7 @@ def settings_of_file(content: bytes) -> Settings:
 
 
 def with_text(image: Image.Image, settings: Settings) -> bytes:
-    """A PNG file that keeps its settings."""
+    """A PNG file with embedded settings."""
     buffer, info = BytesIO(), PngInfo()
     info.add_text("parameters", format_settings(settings))
     image.save(buffer, format="PNG", pnginfo=info)

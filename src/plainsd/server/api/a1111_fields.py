@@ -1,7 +1,7 @@
-"""What clients of AUTOMATIC1111's web UI say, and what it means here: the fields that act.
+"""A1111's request fields that are supported, and their translation to a JobRequest.
 
 What a client leaves out takes the model's own defaults (there 512x512, 50 steps, Euler, scale 7). What would change the
-picture and is not had here (scripts, face restoration, ...) is refused: a1111_table.py.
+picture and is not supported (scripts, face restoration, ...) is refused: a1111_table.py.
 """
 
 import secrets
@@ -31,9 +31,9 @@ EMPTY_RESPONSES: dict[str, Any] = {         # what clients ask for at their star
 
 
 class Common(BaseModel):
-    """What txt2img and img2img share."""
+    """Fields of both txt2img and img2img."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)  # extras: looked through for what is not had
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)  # extras: checked by reject_unsupported
 
     prompt: Text | None = ""
     negative_prompt: Text | None = ""

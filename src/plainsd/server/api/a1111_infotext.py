@@ -1,4 +1,4 @@
-"""A1111's `infotext`: settings as they stand in a picture, where a request says nothing itself."""
+"""A1111's `infotext`: settings in text form, overridden by the request's own fields."""
 
 import re
 from typing import Any, TypeVar
@@ -67,7 +67,7 @@ def with_infotext(body: CommonT, models: Models, limits: Limits) -> tuple[Common
 
 
 def read_infotext(settings: Settings, other: dict[str, str], models: Models) -> tuple[dict[str, Any], list[str]]:
-    """The settings by A1111's fields, and the entries that mean nothing here."""
+    """The settings as A1111's fields, and the entries without effect."""
     width, height = settings.size or (None, None)
     fields = {
         "prompt": settings.prompt, "negative_prompt": settings.negative, "seed": settings.seed, "width": width,
@@ -93,7 +93,7 @@ def read_infotext(settings: Settings, other: dict[str, str], models: Models) -> 
     }  # fmt: skip
     options: dict[str, Any] = {
         "CLIP_stop_at_last_layers": settings.clip_skip,
-        "randn_source": "CPU" if settings.noise == "cpu" else "NV",  # not told is a GPU's there
+        "randn_source": "CPU" if settings.noise == "cpu" else "NV",  # the default in A1111 is GPU noise
         "eta_noise_seed_delta": settings.ensd or 0,
     }
     if settings.seed_resize:
@@ -123,7 +123,7 @@ def sides_of(text: str) -> dict[str, int]:
 
 
 def value_of(text: str) -> Any:
-    """As the option has it: a number, a truth, or a word."""
+    """The value of an option: a number, a boolean or a string."""
     try:
         return BOOLEANS[text] if text in BOOLEANS else float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A1111's names for samplers, schedules, upscalers and models, and ours."""
+"""Translates A1111's names of samplers, schedulers, upscalers and models."""
 
 from collections.abc import Collection
 from typing import Any
@@ -56,7 +56,7 @@ def model_of(title: Any, models: Models) -> str | None:
     if title is None or title == "":
         return None
     if not isinstance(title, str):
-        message = f"sd_model_checkpoint {title!r} is no name; GET /sdapi/v1/sd-models lists them"
+        message = f"sd_model_checkpoint {title!r} is not a name; GET /sdapi/v1/sd-models lists them"
         raise APIError(422, message, "model", title)
     name = title.partition(" [")[0].strip()
     stem = name.replace("\\", "/").rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""The pictures and masks of A1111's img2img, as it reads them."""
+"""Input images and masks of A1111's img2img."""
 
 from PIL import Image
 
@@ -22,7 +22,7 @@ def prepare_init_images(body: Image2Image, limits: Limits) -> InitImages:
     size = check_size((body.width or image.width - image.width % 8, body.height or image.height - image.height % 8))
     check_pixels(size, limits)
     if body.resize_mode == 3:
-        raise APIError(422, "resize_mode 3 is not had here; choose 0, 1 or 2", "resize_mode", 3)
+        raise APIError(422, "resize_mode 3 is not supported; choose 0, 1 or 2", "resize_mode", 3)
     how = RESIZE[body.resize_mode or 0]
     if not body.mask:
         return InitImages(resized(image, size, how))
@@ -45,7 +45,7 @@ def prepare_init_images(body: Image2Image, limits: Limits) -> InitImages:
 
 
 def painted_area(mask: str, limits: Limits) -> Image.Image:
-    """What was painted over: where it is opaque, if it is not so everywhere; else where it is light."""
+    """The mask: its alpha channel, or the grey levels if it is fully opaque."""
     image = opened(decoded(mask, "mask"), "mask", limits, None)
     alpha = image.getchannel("A")
     return alpha if alpha.getextrema() != (255, 255) else image.convert("L")

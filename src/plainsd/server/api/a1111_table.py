@@ -1,8 +1,8 @@
-"""What A1111's fields and options do here. Each of them acts, or has no part in the picture, or is refused.
+"""A1111's fields and options: each is supported, has no effect on the picture, or is refused.
 
 Those that act are the fields that a1111_fields.py declares. Of the rest this file has one row each, from the web UI's
 version 1.10 (modules/api/models.py, processing.py, shared_options.py) and Forge's additions. What would change the
-picture and is not had here is refused with 422, unless its value changes nothing there either. Names that stand
+picture and is not supported is refused with 422, unless its value changes nothing there either. Names that stand
 nowhere are refused too: a misspelt field would otherwise be passed over.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from plainsd.errors import unknown
 from plainsd.server.errors import APIError, json_value
 
-RequestFields = dict[str, Any]  # the whole request, by its fields
+RequestFields = dict[str, Any]  # all fields of the request
 Predicate = Callable[[Any, RequestFields], bool]  # whether a value, in such a request, would change the picture
 EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})  # of any field
 
@@ -25,7 +25,7 @@ def unless(*neutral: Any) -> Predicate:
 
 
 def with_hires(*neutral: Any) -> Predicate:
-    """Only where a second pass is asked for."""
+    """Only with a hires pass."""
     return lambda value, asked: bool(asked.get("enable_hr")) and value not in neutral
 
 
@@ -66,21 +66,21 @@ def reject_unsupported(extras: RequestFields, asked: RequestFields, known: Itera
             names = (*known, *WITHOUT_EFFECT, *REFUSED)
             raise APIError(422, f"{unknown('field', name, names).what}; see /docs for what it takes", name, value)
         if REFUSED[name](value, asked):
-            raise APIError(422, f"{name} {json_value(value)!r} is not had here; leave it out", name, value)
+            raise APIError(422, f"{name} {json_value(value)!r} is not supported; leave it out", name, value)
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
 
 
 def check_scripts(scripts: dict[str, Any]) -> None:
-    """APIError for a script that would act and is not had; units that are switched off would not."""
+    """APIError for a script that is active and not supported; units that are switched off would not."""
     for name, script in scripts.items():
         if name.lower() != "controlnet" and is_active(script):
-            raise APIError(422, f"script {name!r} is not had here; leave it out", "alwayson_scripts", name)
+            raise APIError(422, f"script {name!r} is not supported; leave it out", "alwayson_scripts", name)
 
 
 def is_active(script: Any) -> bool:
-    """By the ways in which scripts are switched off: no arguments, a leading False, units that are not enabled."""
+    """Whether a script is switched on: not without arguments, with a leading False, or with all units disabled."""
     args = script.get("args") if isinstance(script, dict) else script
     if not isinstance(args, list):
         return args not in EMPTY_VALUES
@@ -143,14 +143,14 @@ OF_FILES_AND_PAGES = (  # how options begin that are about files, memory, traini
 
 
 def known_options(given: dict[str, Any], field: str = "override_settings") -> dict[str, Any]:
-    """Of A1111's many options those that act here. One that would change the picture and is not had is refused."""
+    """The supported ones of A1111's options. APIError for one that would change the picture and is not supported."""
     for name, value in given.items():
         if name in FIXED:
             if value not in (*FIXED[name], *EMPTY_VALUES):
-                what = f"option {name} {json_value(value)!r} is not had here"
+                what = f"option {name} {json_value(value)!r} is not supported"
                 leave = f" {FIXED[name][0]!r}, or" if FIXED[name] else ""
                 raise APIError(
-                    422, f"{what}; make it{leave} leave it out" if leave else f"{what}; leave it out", field, name
+                    422, f"{what}; set it to{leave} leave it out" if leave else f"{what}; leave it out", field, name
                 )
         elif name not in OPTIONS and not name.startswith(OF_FILES_AND_PAGES) and value not in EMPTY_VALUES:
             raise APIError(422, str(unknown("option", name, (*OPTIONS, *FIXED)))[:300], field, name)

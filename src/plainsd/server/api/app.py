@@ -45,7 +45,7 @@ class Login(BaseModel):
 
 
 def create_app(service: Service, hosts: Hosts, token: str | None = None, on_start=lambda: None) -> FastAPI:
-    """The whole server as an ASGI application; its worker lives as long as it does."""
+    """The server as an ASGI application, which starts and stops its worker."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -72,7 +72,7 @@ def create_app(service: Service, hosts: Hosts, token: str | None = None, on_star
 
     @app.post("/api/login", tags=["page"], status_code=204)
     def login(body: Login) -> Response:
-        """The token for a cookie, which only this page can use."""
+        """Exchange the token for a session cookie."""
         answer = Response(status_code=204)
         if token is not None:
             security.check_equal(body.token)
@@ -97,14 +97,14 @@ def add_jobs(app: FastAPI, service: Service) -> None:
         response: Response,
         x_client: Annotated[Text | None, Header(max_length=64)] = None,
     ) -> dict:
-        """Queue pictures. Clients take turns; X-Client tells several behind one address apart."""
+        """Queue pictures. Clients take turns; X-Client distinguishes clients behind one address."""
         job = await service.submit(body, client_of(request, x_client), "jobs")
         response.headers["Location"] = f"/api/jobs/{job.id}"
         return await run_in_threadpool(service.as_json, job)
 
     @app.get("/api/jobs", tags=["jobs"])
     def all_jobs(limit: Annotated[int, Query(ge=0, le=500)] = 50) -> dict:
-        """What waits and runs, oldest first; and what ended last."""
+        """Waiting and running jobs, oldest first, and the last ones that ended."""
         with service.queue.changed:
             active = [service.as_json(job) for job in service.queue.jobs.values()]
         ended = service.store.jobs((DONE, FAILED, CANCELLED), limit)
@@ -129,7 +129,7 @@ def add_jobs(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/jobs/{id}/cancel", tags=["jobs"])
     def cancel(id: Text) -> dict:
-        """At once, whether it waits or runs. Pictures that are finished stay."""
+        """Cancel a waiting or running job. Finished pictures are kept."""
         job = service.queue.cancel(id)
         return service.as_json(job or found(id))
 
@@ -165,7 +165,7 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/info", tags=["models"])
     def info() -> dict:
-        """All that a form needs: models, LoRAs, samplers, spacings, limits."""
+        """Everything that a form needs: models, LoRAs, samplers, spacings, limits."""
         return models() | {
             "version": __version__, "samplers": {name: sampler_label(name) for name in SAMPLERS},
             "spacings": {name: spacing_label(name) for name in shared_spacings()},
@@ -193,7 +193,7 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", tags=["service"], response_class=PlainTextResponse)
     def prometheus() -> PlainTextResponse:
-        """Prometheus' text form."""
+        """Metrics in Prometheus' text format."""
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 

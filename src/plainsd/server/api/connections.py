@@ -1,7 +1,7 @@
-"""Connections, before there is a request: who is silent is let go, and nobody takes all of them.
+"""Limits of connections: a timeout for request heads, and a maximum number per address.
 
-uvicorn ends a connection that stays idle after an answer, but waits without end for the first words of a new one, and
-for the rest of a head that was begun; and where its own limit is reached, it is reached for everybody.
+uvicorn closes a connection that stays idle after a response, but waits without a limit for the first bytes of a new
+one, and for the rest of an incomplete head; and its own limit of connections is shared by all clients.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from plainsd.server.api.security import HEADERS
 
-HEAD_SECONDS = 20.0  # within which the head of a request must have come
+HEAD_SECONDS = 20.0  # timeout for the head of a request
 CONNECTIONS = 1000  # open at once
 OF_ONE_ADDRESS = 250  # of these
 
 
 def closing_response(status: int, reason: str, text: str) -> bytes:
-    """A whole answer, after which the connection ends."""
+    """A complete response, after which the connection is closed."""
     body = (text + "\n").encode()
     headers = HEADERS | {"Content-Type": "text/plain; charset=utf-8", "Connection": "close"}
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers.items())]
@@ -29,11 +29,11 @@ def closing_response(status: int, reason: str, text: str) -> bytes:
 TOO_MANY_CONNECTIONS = closing_response(
     503, "Service Unavailable", "too many connections are open; close some, and try again"
 )
-NO_REQUEST = closing_response(408, "Request Timeout", f"no request came within {HEAD_SECONDS:g} s; send it at once")
+NO_REQUEST = closing_response(408, "Request Timeout", f"no request arrived within {HEAD_SECONDS:g} s; send it at once")
 
 
 class Connection(H11Protocol):
-    """uvicorn's own, with a time limit for heads, a limit for each address, and our headers on its own answers."""
+    """uvicorn's protocol with a timeout for heads, a limit per address, and our headers on its own responses."""
 
     waiting: asyncio.TimerHandle | None = None
 
@@ -69,7 +69,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def expect_head(self) -> None:
-        """From the first of its bytes on, or from the beginning of the connection."""
+        """Starts the timeout for the next head, unless it is running."""
         if self.waiting is None:
             self.waiting = self.loop.call_later(HEAD_SECONDS, self.end, NO_REQUEST)
 

@@ -1,4 +1,4 @@
-"""Errors as answers: each API has its own form of them."""
+"""Exception handlers: errors in the form of each API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plainsd.server.errors import APIError
 
 
 def add_errors(app: FastAPI) -> None:
-    """Every error in the one form of its API."""
+    """Installs the exception handlers."""
 
     @app.exception_handler(APIError)
     def refused(request: Request, error: APIError) -> JSONResponse:
@@ -39,8 +39,8 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def plain(request: Request, error: HTTPException) -> JSONResponse:
-        says = {404: f"there is no {request.url.path}; see /docs for what there is",
-                405: f"{request.method} is not for {request.url.path}; see /docs for what is"}  # fmt: skip
+        says = {404: f"there is no route {request.url.path}; see /docs",
+                405: f"method {request.method} is not allowed for {request.url.path}; see /docs"}  # fmt: skip
         message = says.get(error.status_code, f"{error.detail}; see /docs")
         return refused(request, APIError(error.status_code, message, headers=dict(error.headers or {})))
 

@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus: a registry for each server, nothing global."""
+"""Prometheus metrics of `/metrics`: one registry per server, nothing global."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ def registry_of(service: Service) -> CollectorRegistry:
 
 
 class ServiceCollector(Collector):
-    """What the parts of the server count anyway, read as it is asked for."""
+    """Collects the counters that the parts of the server keep."""
 
     def __init__(self, service: Service):
         self.service = service

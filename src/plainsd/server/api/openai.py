@@ -1,4 +1,4 @@
-"""OpenAI's images API, so that its own clients, and the many programs that speak it, draw here.
+"""OpenAI's images API, compatible with its clients.
 
 https://platform.openai.com/docs/api-reference/images. Beside OpenAI's fields the settings of POST /api/jobs are taken
 (in Python's client: `extra_body={"steps": 30, "seed": 7}`).
@@ -51,11 +51,11 @@ class ImagesRequest(BaseModel):
     background: Literal["auto", "opaque"] | None = None
     stream: bool | None = False
     partial_images: int | None = Field(None, ge=0, le=3)
-    quality: Text | None = Field(None, description="taken, and without effect: say steps")
-    style: Text | None = Field(None, description="taken, and without effect: say it in the prompt")
-    moderation: Text | None = Field(None, description="taken, and without effect")
-    input_fidelity: Text | None = Field(None, description="of edits; taken, and without effect: say strength")
-    user: Text | None = Field(None, max_length=256, description="whose turn it counts as")
+    quality: Text | None = Field(None, description="accepted without effect; use steps")
+    style: Text | None = Field(None, description="accepted without effect; use the prompt")
+    moderation: Text | None = Field(None, description="accepted without effect")
+    input_fidelity: Text | None = Field(None, description="of edits; accepted without effect; use strength")
+    user: Text | None = Field(None, max_length=256, description="client name for fair scheduling")
     negative: Text | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -99,7 +99,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/images/edits", responses=STREAM, response_model=None, openapi_extra=FORM)
     async def edits(request: Request) -> JSONResponse | EventSourceResponse:
-        """A picture drawn over; with a mask only its transparent part (or the picture's own)."""
+        """Image to image, or inpainting of the transparent part of the mask (or of the picture)."""
         async with request.form(max_files=4, max_fields=40) as form:
             body, content, mask = await edit_of(form)
         wanted = body.job(service.models)
@@ -109,7 +109,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/models")
     def models() -> dict:
-        """Those served, and OpenAI's names, which mean the default."""
+        """The served models, and OpenAI's names as aliases of the default."""
         known = service.models.known
         names = (*known, *(alias for alias in ALIASES if alias not in known))
         return {"object": "list", "data": [openai_model(name, service.models) for name in names]}
@@ -122,7 +122,7 @@ def routes(service: Service) -> APIRouter:
 
 
 def served_model(name: str | None, models: Models) -> ServedModel:
-    """By its name; a name of OpenAI's that no model has here is the default: many programs send no other."""
+    """By name; OpenAI's names, which many programs hard-code, select the default."""
     return models[None if name and name.startswith(OPENAI_PREFIXES) and name not in models.known else name]
 
 
@@ -136,7 +136,7 @@ def openai_model(name: str, models: Models) -> dict:
 
 
 async def edit_of(form: Any) -> tuple[ImagesRequest, bytes, bytes | None]:
-    """The fields of the form, the picture's bytes and the mask's."""
+    """The form's fields, the picture's bytes and the mask's."""
     images = [part for name in ("image", "image[]") for part in form.getlist(name)]
     masks = form.getlist("mask")
     if len(images) != 1 or len(masks) > 1 or not all(isinstance(part, UploadFile) for part in images + masks):
@@ -155,7 +155,7 @@ async def edit_of(form: Any) -> tuple[ImagesRequest, bytes, bytes | None]:
 
 
 def edit_canvas(wanted: JobRequest, content: bytes, mask: bytes | None, service: Service) -> InitImages:
-    """What is transparent, in the mask or else in the picture, is drawn anew; if nothing is, all is drawn over."""
+    """Inpaints the transparent part of the mask or else of the picture; without any, image to image."""
     image = opened(content, "image", service.limits, None)
     window = opened(mask, "mask", service.limits, None) if mask is not None else image
     if window.size != image.size:
@@ -204,7 +204,7 @@ def image_as_json(row: Picture, content: bytes, body: ImagesRequest, url: str) -
 
 
 def recoded(png: bytes, body: ImagesRequest) -> bytes:
-    """In the format that is asked for, with the same settings inside where they fit."""
+    """In the requested format, with the settings embedded if they fit."""
     if body.output_format in (None, "png"):
         return png
     buffer = BytesIO()
@@ -217,7 +217,7 @@ def recoded(png: bytes, body: ImagesRequest) -> bytes:
 
 
 async def sse_stream(service: Service, job: Job, body: ImagesRequest, kind: str) -> AsyncIterator[bytes]:
-    """Partial pictures while they are drawn, then the whole ones."""
+    """Partial pictures, then the final ones."""
     wanted, sent, rough = body.partial_images or 0, 0, None
     try:
         async for name, data in service.events(job):

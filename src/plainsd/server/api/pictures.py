@@ -1,4 +1,4 @@
-"""Routes of the history: pictures one by one and several at once, and what lies in the files that people send."""
+"""Routes of the history: pictures one by one and several at once, and the settings embedded in uploaded files."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who may ask, and how much at once. All of it happens before a route is looked up.
+"""Access control and body limits, applied before routing.
 
 A server on a person's own machine is open to every web page that person visits: the page's scripts can send requests to
 127.0.0.1, and, with a DNS name that changes its address ("rebinding"), read the answers. So the Host must be one of
@@ -27,9 +27,9 @@ from plainsd.server.limits import Limits
 log = logging.getLogger("plainsd.server")
 COOKIE = "plainsd_session"
 PUBLIC_PATHS = ("/", "/healthz", "/api/login")  # answered without the token; so is everything below /page/
-FORM_PATHS = ("/v1/images/edits",)  # the one thing that comes as a form, not as JSON
+FORM_PATHS = ("/v1/images/edits",)  # multipart forms; everything else is JSON
 MOST_IN_BODY = 100_000  # values in the JSON of a request
-BODY_SECONDS = 120  # within which a body must have come
+BODY_SECONDS = 120  # timeout for a body
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
@@ -59,7 +59,7 @@ def is_address(host: str) -> bool:
 
 
 class Hosts:
-    """The names under which the server may be called.
+    """The host names that the server accepts.
 
     A rebinding attack needs a name that somebody else controls, so bare addresses are safe where the server listens on
     all of them.
@@ -82,12 +82,12 @@ class Hosts:
 
 
 def session_of(token: str) -> str:
-    """What the cookie holds: it proves that the token was known, and does not give it away."""
+    """The cookie's value: proves knowledge of the token without revealing it."""
     return hmac.new(token.encode(), b"plainsd session", hashlib.sha256).hexdigest()
 
 
 class SecurityMiddleware:
-    """ASGI middleware: host, origin, token, content type, size; security headers on every answer."""
+    """ASGI middleware: checks host, origin, token, content type and size; adds security headers to every response."""
 
     def __init__(self, app: ASGIApp, hosts: Hosts, token: str | None, limits: Limits):
         self.app, self.hosts, self.token, self.limits = app, hosts, token, limits
@@ -120,7 +120,7 @@ class SecurityMiddleware:
             body = await self.body(scope, headers, receive)
             await self.app(scope, replay(body, receive), send_with_headers)
         except Exception as error:
-            if started:  # it is too late for another answer
+            if started:  # too late for an error response
                 raise
             refused = error if isinstance(error, APIError) else internal_error(scope, error)
             answer = JSONResponse(refused.body(scope["path"]), refused.status, refused.headers)
@@ -139,14 +139,14 @@ class SecurityMiddleware:
     def check_origin(self, scope: Scope, headers: Headers) -> None:
         for origin in headers.getlist("origin"):
             if netloc(origin) != headers.get("host", "").lower():
-                raise APIError(403, f"origin {origin!r} is foreign; open the page of this server itself")
+                raise APIError(403, f"origin {origin!r} is not allowed; use this server's own page")
         site = headers.get("sec-fetch-site", "none")
         opened = (scope["method"], scope["path"], headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
         if site not in ("none", "same-origin") and opened != ("GET", "/", "navigate", "document"):
             raise APIError(403, f"the browser calls this request {site!r}; only the server's own page may send it")
 
     def login_link(self, scope: Scope) -> RedirectResponse | None:
-        """`/?token=T`, as printed at the start: a cookie, and the token leaves the address bar."""
+        """`/?token=T`, as printed at startup: sets the cookie and redirects, so that the token leaves the address bar."""
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token")
         if not (self.token and given and scope["method"] == "GET" and scope["path"] == "/"):
             return None
@@ -179,14 +179,14 @@ class SecurityMiddleware:
             return
         raise APIError(
             401,
-            "a token is needed; send it as 'Authorization: Bearer TOKEN'",
+            "a token is required; send it as 'Authorization: Bearer TOKEN'",
             "token",
             None,
             {"WWW-Authenticate": "Bearer"},
         )
 
     async def body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
-        """The whole body, which is never longer than the limit."""
+        """Reads the whole body, up to the limit."""
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return b""
         too_long = APIError(413, f"the request has more than {self.limits.upload} bytes; send smaller pictures")
@@ -200,7 +200,7 @@ class SecurityMiddleware:
                 while more:
                     message = await receive()
                     if message["type"] != "http.request":
-                        raise APIError(400, "the request was cut short; send it again")
+                        raise APIError(400, "the request was incomplete; send it again")
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self.limits.upload:
@@ -210,7 +210,7 @@ class SecurityMiddleware:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         wanted = "multipart/form-data" if scope["path"] in FORM_PATHS else "application/json"
         if body and kind != wanted:
-            raise APIError(415, f"content type {kind or 'none'!r} is not read here; send {wanted}")
+            raise APIError(415, f"content type {kind or 'none'!r} is not accepted; send {wanted}")
         if kind == "application/json":
             try:
                 check_values(body, MOST_IN_BODY)
@@ -220,7 +220,7 @@ class SecurityMiddleware:
 
 
 def netloc(origin: str) -> str:
-    """Host and port of an Origin; empty where it cannot be read."""
+    """Host and port of an Origin; empty if it is malformed."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -228,7 +228,7 @@ def netloc(origin: str) -> str:
 
 
 def internal_error(scope: Scope, error: Exception) -> APIError:
-    """A fault of ours. The log has all of it, the client only its kind."""
+    """An internal error: logged in full; the client sees only its type."""
     log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
     return APIError(500, f"the server failed on this request ({type(error).__name__}); see its log")
 
@@ -242,7 +242,7 @@ def cookie(headers: Headers) -> str:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """`receive` once more from the start; after the body comes what comes, which is the client hanging up."""
+    """A `receive` that returns the body again, then passes on later messages, such as a disconnect."""
     pending = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:

@@ -1,4 +1,4 @@
-"""The queue, and the one thread that draws: jobs, their order, their database and their pictures.
+"""The job queue and its worker thread: jobs, scheduling, database and pictures.
 
-Knows nothing of HTTP.
+Independent of HTTP.
 """

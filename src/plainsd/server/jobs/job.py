@@ -1,4 +1,4 @@
-"""Jobs: what was asked for, how far it has come, and a bell that rings when something changes.
+"""Jobs: their settings, their state and progress, and a notifier of changes.
 
 A job is a list of pictures. The unit of work is one picture.
 """
@@ -63,7 +63,7 @@ class Source:
 
 
 def source_from(data: dict[str, Any]) -> Source:
-    """What `asdict` and JSON made of one, back."""
+    """The inverse of `asdict` and JSON."""
     controls = tuple(ControlInput(**{**one, "kinds": tuple(one["kinds"])}) for one in data.get("controls", ()))
     prompts = tuple(
         ImagePromptInput(**{**one, "images": tuple(one["images"]), "masks": tuple(one["masks"])})
@@ -85,14 +85,14 @@ class Sheet:
     axes: list[tuple[str, list[str]]] = field(default_factory=list)  # settings and their values, across and down
 
     def shared_settings(self, first: Resolved) -> Resolved:
-        """What all its pictures share, from the first of them, and in which they differ."""
+        """The settings recorded for the sheet: those of its first picture, with the axes of the grid."""
         sides = zip(GRID_SIDES, self.axes, strict=False)
         differing = [(side, f"{name}: {', '.join(values)}") for side, (name, values) in sides]
         return replace(first, other=(*first.other, *differing))
 
 
 class Notifier:
-    """Wakes coroutines from any thread."""
+    """Wakes waiting coroutines, from any thread."""
 
     def __init__(self):
         self.count, self.lock, self.waiting = 0, threading.Lock(), []
@@ -106,7 +106,7 @@ class Notifier:
                 loop.call_soon_threadsafe(event.set)
 
     async def wait(self, seen: int, seconds: float) -> int:
-        """Until it has rung more than `seen` times, or so long; how often it has rung."""
+        """Waits until `count` differs from `seen`, at most so many seconds. Returns the count."""
         event = asyncio.Event()
         with self.lock:
             if self.count == seen:
@@ -125,7 +125,7 @@ class Notifier:
 
 @dataclass(eq=False)
 class Job:
-    """One request. The first half is written down; the second lives as long as the run."""
+    """One request. The first half of the fields is stored in the database; the second exists in memory only."""
 
     id: str
     client: str
@@ -141,25 +141,25 @@ class Job:
     number: int = 0
     state: str = QUEUED
     error: str | None = None
-    attempts: int = 0  # that ended the server while it was drawn by itself
+    attempts: int = 0  # server crashes while it was processed alone
     started: float | None = None
     finished: float | None = None
     done: set[int] = field(default_factory=set)  # pictures in the history
 
     problem: str | None = None  # why its row cannot be read
-    notes: list[str] = field(default_factory=list)  # what a choice does that it does not seem to do
+    notes: list[str] = field(default_factory=list)  # settings with an unexpected effect, for the client
     drawing: set[int] = field(default_factory=set)
     step: int = 0  # of the batch under way ...
-    steps: int = 0  # ... of so many
+    steps: int = 0  # ... of this many
     previews: dict[int, bytes] = field(default_factory=dict)  # rough PNGs
     seconds: float = 0.0  # of drawing so far
-    alone: bool = False  # after a failure together with others
-    bad_request: bool = True  # whether a failure was in the request
+    alone: bool = False  # not to be batched, after a failure in a batch
+    bad_request: bool = True  # whether a failure was caused by the request
     notifier: Notifier = field(default_factory=Notifier)
 
     @property
     def indices(self) -> set[int]:
-        """The numbers of its pictures; a sheet is the last."""
+        """The indices of its pictures; a sheet is the last."""
         return set(range(len(self.settings) + (self.sheet is not None)))
 
     @property
@@ -167,7 +167,7 @@ class Job:
         return self.state in ACTIVE
 
     def pending(self) -> list[int]:
-        """What can be drawn now: a sheet only when its pictures are there."""
+        """Indices that can be processed now: a sheet only when its pictures are done."""
         left = sorted(self.indices - self.done - self.drawing)
         ready = not self.drawing and len(self.done) == len(self.settings)
         return [index for index in left if index < len(self.settings) or ready]
@@ -181,12 +181,12 @@ class Job:
         return f"{self.id}-{index}"
 
     def progress(self) -> float:
-        """0 to 1, by pictures and their steps."""
+        """Fraction done, 0 to 1, counted in pictures and their steps."""
         begun = len(self.drawing) * self.step / self.steps if self.steps else 0
         return (len(self.done) + begun) / len(self.indices)
 
     def seconds_left(self) -> float | None:
-        """By the time it has taken since it began; None before there is something to go by."""
+        """Estimated from the time since it started; None while there is too little to go by."""
         share = self.progress()
         if self.state != RUNNING or self.started is None or share < 0.02:
             return None
@@ -194,8 +194,8 @@ class Job:
 
     @cached_property
     def batch_keys(self) -> list[Resolved]:
-        """What pictures must have in common to be drawn together: all but prompts, seeds, and the scale of guidance,
-        where there is any."""
+        """For each picture the settings that must be equal within a batch: all but prompts, seeds and the guidance
+        scale (but whether there is guidance)."""
         own: dict[str, Any] = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None, "hashes": ()}
         own |= {"batch_index": 0, "batch_size": None}
         return [replace(one, **own, guidance=float(one.guidance == 1)) for one in self.settings]
@@ -216,7 +216,7 @@ class Unit(NamedTuple):
         return self.index == len(self.job.settings)
 
     def batch_key(self) -> tuple:
-        """Pictures of one kind may be drawn in one batch."""
+        """Pictures with equal keys may share a batch."""
         if self.is_sheet or self.job.alone:
             return (self.job.id, self.index)
         return (self.job.model, tuple(self.job.loras), self.job.source, self.job.batch_keys[self.index])

@@ -1,4 +1,4 @@
-"""Pictures of the history: their rows, their names, their settings in the forms that outlive a process."""
+"""Pictures of the history: rows, file names, and (de)serialized settings."""
 
 import json
 import re
@@ -17,7 +17,7 @@ SAFE_INTEGER = 2**53 - 1  # JavaScript's
 class Picture:
     """One row of the history."""
 
-    number: int  # rises; the newest has the highest
+    number: int  # increasing; the newest has the highest
     id: str
     job: str
     index: int  # in its job
@@ -37,8 +37,8 @@ SETTINGS = {field.name for field in fields(Resolved)}
 
 
 def settings_from(data: dict, *, strict: bool = False) -> Resolved:
-    """What `asdict` and JSON made of them, back. Fields of another version stand under `other`; where strict, they are
-    an error, because what they say would not be drawn. Raises one of UNREADABLE."""
+    """The inverse of `asdict` and JSON. Fields unknown to this version go to `other`; if strict, they are an error,
+    because they would have no effect. Raises one of UNREADABLE."""
     tuples = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
     pairs = {name: tuple(map(tuple, data.get(name, ()))) for name in ("hashes", "other")}
     foreign = {name: value for name, value in data.items() if name not in SETTINGS}
@@ -50,12 +50,12 @@ def settings_from(data: dict, *, strict: bool = False) -> Resolved:
     settings = Resolved(**{name: value for name, value in {**data, **tuples, **pairs}.items() if name in SETTINGS})
     for name in ("prompt", "negative", "sampler", "spacing"):
         if not isinstance(getattr(settings, name), str):
-            raise TypeError(f"{name} is no text")
+            raise TypeError(f"{name} is not a text")
     for name in RANGES:
         value = getattr(settings, name)
         for one in value if isinstance(value, tuple) else (value,):
             if not isinstance(one, (int, float, NoneType)):
-                raise TypeError(f"{name} is no number")
+                raise TypeError(f"{name} is not a number")
     return settings
 
 
@@ -68,7 +68,7 @@ def error_summary(error: Exception) -> str:
 
 
 def with_lora_tags(settings: Resolved, loras: list[tuple[str, float]]) -> Resolved:
-    """As it is written into a picture: with its LoRAs in the prompt, where every program looks for them."""
+    """As written into a picture: LoRAs as tags in the prompt, where other programs expect them."""
     tags = [f"<lora:{name}:{plain_number(strength)}>" for name, strength in loras]
     return replace(settings, prompt=" ".join(filter(None, [settings.prompt, *tags])))
 
@@ -78,12 +78,12 @@ def new_id() -> str:
 
 
 def new_path_prefix(prompt: str, id: str, created: float) -> str:
-    """`2026-05-14/153012-a-red-apple-1f0c...`: nothing of a prompt reaches a file's name but letters and digits."""
+    """`2026-05-14/153012-a-red-apple-1f0c...`: only letters and digits of the prompt are used."""
     when = time.localtime(created)
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower().encode("ascii", "ignore").decode())[:40].strip("-")
     return "-".join(part for part in (time.strftime("%Y-%m-%d/%H%M%S", when), slug, id) if part)
 
 
 def json_seed(seed: int) -> int | str:
-    """A seed that JavaScript could not hold goes as a string."""
+    """A seed beyond JavaScript's safe integers is sent as a string."""
     return seed if seed <= SAFE_INTEGER else str(seed)

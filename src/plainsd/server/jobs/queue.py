@@ -1,8 +1,8 @@
-"""The jobs that wait and run: bounded, fair to every client, cut into batches that agree.
+"""The queue of waiting and running jobs: bounded, fair to clients, and split into batches.
 
-A batch takes pictures from one job, or from several whose settings differ in nothing but prompts, seeds and scale of
-guidance. Clients take turns picture by picture, so that somebody who asks for one waits for one batch, not for
-another's hundred.
+A batch takes pictures from one job, or from several whose settings differ only in prompts, seeds and guidance scale.
+Clients take turns picture by picture, so that a request for one picture waits for one batch, not for a job of a
+hundred.
 """
 
 import threading
@@ -15,35 +15,37 @@ from prometheus_client import Histogram
 from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Notifier, Unit
 
-CLIENT_SHARE = 0.5  # of the queue that one client may fill
-ATTEMPTS = 3  # ends of the whole server while one job was drawn by itself
+CLIENT_SHARE = 0.5  # maximum fraction of the queue for one client
+ATTEMPTS = 3  # server crashes while one job was processed alone
 IDLE_AFTER = 30.0  # seconds
 WAIT_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)  # seconds, bounds of the buckets
 
 
 class Queue:
-    """The jobs that wait and run. Every change is in the store before anybody is told."""
+    """The waiting and running jobs. Every change is stored before anyone is notified."""
 
     def __init__(self, store, limit: int):
         self.store, self.limit = store, limit
         self.changed, self.notifier = threading.Condition(threading.RLock()), Notifier()
         self.jobs: dict[str, Job] = {}  # oldest first
-        self.served: Counter[str] = Counter()  # pictures begun for each client, as long as it has jobs
+        self.served: Counter[str] = Counter()  # pictures started for each client, as long as it has jobs
         self.ended: Counter[str] = Counter()  # states, since the start
         self.seconds = 0.0  # from arrival to end, of all these
         self.waits = Histogram(
             "plainsd_queue_wait_seconds", "from a job's arrival to its first batch", buckets=WAIT_BUCKETS, registry=None
         )
         self.stopping = False
-        self.seconds_per_picture = 1.0  # seconds a picture, smoothed
+        self.seconds_per_picture = 1.0  # moving average
         for job in store.unfinished():
-            job.alone = job.state == RUNNING or job.attempts > 0  # when the server ended: it may have been the cause
+            job.alone = job.state == RUNNING or job.attempts > 0  # at the time of the crash: it may have caused it
             job.state = QUEUED
             self.jobs[job.id] = job
             if job.problem:
-                self.end(job, FAILED, f"{job.problem}; ask for it again")
+                self.end(job, FAILED, f"{job.problem}; submit it again")
             elif job.attempts >= ATTEMPTS:
-                self.end(job, FAILED, f"the server ended {job.attempts} times while drawing this; try it smaller")
+                self.end(
+                    job, FAILED, f"the server crashed {job.attempts} times while drawing this job; try smaller pictures"
+                )
 
     # --- from clients ------------------------------------------------------------------------------------------------
 
@@ -59,7 +61,7 @@ class Queue:
                     headers={"Retry-After": str(wait)},
                 )
             self.store.add(job)
-            if not mine:  # a newcomer starts level with those who wait, not ahead of them
+            if not mine:  # a new client starts level with the others, not ahead of them
                 self.served[job.client] = min((self.served[other.client] for other in self.jobs.values()), default=0)
             self.jobs[job.id] = job
             self.changed.notify_all()
@@ -70,17 +72,17 @@ class Queue:
             return self.jobs.get(id) or self.store.job(id)
 
     def position(self, job: Job) -> int:
-        """How many jobs wait before it."""
+        """How many jobs are ahead of it."""
         with self.changed:
             return sum(other.number < job.number and other.state == QUEUED for other in self.jobs.values())
 
     def cancel(self, id: str) -> Job | None:
-        """At once, whether it waits or runs; what it has finished stays. None: there is no such job."""
+        """Cancels a waiting or running job at once; its finished pictures are kept. None if there is no such job."""
         with self.changed:
             job = self.get(id)
             if job is not None:
                 if not job.active:
-                    raise APIError(409, f"job {id} is {job.state} already; there is nothing to cancel")
+                    raise APIError(409, f"job {id} is already {job.state}; there is nothing to cancel")
                 self.end(job, CANCELLED)
             return job
 
@@ -113,14 +115,14 @@ class Queue:
                 job.notifier.notify()
             for unit in batch:
                 unit.job.drawing.add(unit.index)
-                unit.job.step = unit.job.steps = 0  # those of the batch before say nothing about this one
+                unit.job.step = unit.job.steps = 0  # discard those of the previous batch
             return batch
 
     def waiting(self) -> list[Unit]:
         return [Unit(job, index) for job in self.jobs.values() for index in job.pending()]
 
     def add_picture(self, unit: Unit, file: str, size: tuple[int, int]) -> bool:
-        """A picture's file is written: its row too, unless its job was cancelled meanwhile."""
+        """Stores the row of a picture whose file is written. False if its job was cancelled meanwhile."""
         job = unit.job
         with self.changed:
             if not job.active:
@@ -136,7 +138,7 @@ class Queue:
             return True
 
     def requeue(self, units: list[Unit], *, alone: bool = False) -> None:
-        """A batch was given up; its pictures wait again."""
+        """Returns the pictures of an abandoned batch to the queue."""
         with self.changed:
             for job, index in units:
                 job.drawing.discard(index)
@@ -167,7 +169,7 @@ class Queue:
             self.changed.notify_all()
 
     def wait_for_stop(self, seconds: float) -> bool:
-        """Whether the server stops within that time."""
+        """Waits at most so long; whether the server is stopping."""
         with self.changed:
             return self.changed.wait_for(lambda: self.stopping, seconds)
 

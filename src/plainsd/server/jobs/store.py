@@ -1,12 +1,12 @@
-"""The data folder: what outlives a crash.
+"""The data folder: everything that survives a crash.
 
     plainsd.sqlite     jobs, and the history of pictures
     pictures/          one folder a day, ordinary PNG files
-    inputs/            what unfinished jobs draw on, named by content
-    thumbnails/        made when first asked for
+    inputs/            input images of unfinished jobs, named by content
+    thumbnails/        made on first request
 
-A picture is in the history when its row is written, in the same transaction as the end of its job; its file lies there
-before. Ids and file names follow from the job, so a job that runs again writes the same files and the same rows.
+A picture is in the history once its row is written, for the last one in the same transaction as the end of its job; its
+file is written before. Ids and file names follow from the job, so a job that runs again writes the same files and rows.
 """
 
 import json
@@ -44,7 +44,7 @@ THUMBNAIL = 320  # pixels, the longer side
 
 
 class Store:
-    """All that is written. One connection, which also keeps a second server off the same folder."""
+    """All writes to the data folder. Its one exclusive connection also locks out a second server."""
 
     def __init__(self, folder: Path):
         self.folder, self.lock = folder.absolute(), threading.RLock()
@@ -69,7 +69,7 @@ class Store:
             raise UserError(f"cannot use the data folder '{folder}': {why} choose another place with --data") from None
 
     def remove_drafts(self) -> None:
-        """Removes what a server that was killed had not finished writing; nobody else writes into this folder."""
+        """Removes partly written files of a killed server; nothing else writes into this folder."""
         for name in ("pictures", "inputs", "thumbnails"):
             for parent, _, files in os.walk(self.folder / name):
                 for file in files:
@@ -110,12 +110,12 @@ class Store:
             db.execute("UPDATE jobs SET state = ?, started = ? WHERE id = ?", (RUNNING, when, job.id))
 
     def mark_alone(self, job: Job, is_alone: bool) -> None:
-        """Whether it is the only one that is drawn: a server that ends meanwhile was ended by it."""
+        """Records whether it is processed alone: if the server crashes meanwhile, this job caused it."""
         with self.transaction() as db:
             db.execute("UPDATE jobs SET alone = ? WHERE id = ?", (is_alone, job.id))
 
     def mark_ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
-        """Its last state. What it was drawn on is no longer kept, unless another job needs it."""
+        """Stores its final state, and deletes its input images unless another job needs them."""
         with self.transaction() as db:
             db.execute(
                 "UPDATE jobs SET state = ?, error = ?, finished = ?, alone = 0 WHERE id = ?",
@@ -125,7 +125,7 @@ class Store:
             self.remove_unused_inputs(job.source.files())
 
     def requeue_running(self) -> None:
-        """The server stops as it should: what was running is queued again, and no attempt is counted."""
+        """On a regular shutdown: running jobs are queued again, without counting an attempt."""
         with self.transaction() as db:
             db.execute("UPDATE jobs SET state = ?, alone = 0 WHERE state = ?", (QUEUED, RUNNING))
 
@@ -144,13 +144,13 @@ class Store:
         return [self._job(row) for row in reversed(rows)]
 
     def unfinished(self) -> list[Job]:
-        """What a crash or a stop left: queued, and running. Also clears inputs that nobody needs."""
+        """Jobs left queued or running by a crash or a shutdown. Also deletes unused input images."""
         jobs = self.jobs((QUEUED, RUNNING))
         self.remove_unused_inputs({path.name for path in (self.folder / "inputs").iterdir()})
         return jobs
 
     def _job(self, row: sqlite3.Row) -> Job:
-        """One row. What cannot be read of it is told in `problem`."""
+        """A row as an object; `problem` says what cannot be read."""
         with self.lock:
             done = self.db.execute(
                 "SELECT place FROM images WHERE job = ? AND deleted IS NULL", (row["id"],)
@@ -180,7 +180,7 @@ class Store:
         with self.lock:
             return dict(self.db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
 
-    # --- what jobs draw on -------------------------------------------------------------------------------------------
+    # --- input images -------------------------------------------------------------------------------------------
 
     def input(self, name: str) -> Image.Image:
         with Image.open(self.folder / "inputs" / name) as image:
@@ -188,7 +188,7 @@ class Store:
             return image
 
     def remove_unused_inputs(self, names: set[str]) -> None:
-        """Removes those of these inputs that no unfinished job draws on."""
+        """Deletes those of these inputs that no unfinished job uses."""
         with self.lock:
             rows = self.db.execute(
                 "SELECT source FROM jobs WHERE source NOT NULL AND state IN (?, ?)", (QUEUED, RUNNING)
@@ -200,13 +200,13 @@ class Store:
     # --- pictures ----------------------------------------------------------------------------------------------------
 
     def write(self, job: Job, index: int, image: Image.Image) -> str:
-        """The PNG file of one picture; its path below the data folder."""
+        """Writes the PNG file of one picture. Returns its path below the data folder."""
         file = f"pictures/{job.path_prefix}-{index}.png"
         write_png(image, self.folder / file, with_lora_tags(job.settings_of(index), job.loras))
         return file
 
     def add_picture(self, job: Job, index: int, file: str, size: tuple[int, int]) -> None:
-        """The row of a picture whose file is written; with the last one the job is done."""
+        """Stores the row of a picture whose file is written; with the last one the job is done."""
         settings = job.settings_of(index)
         search = f"{settings.prompt}\n{settings.negative}\n{job.model}\nseed {settings.seed}".casefold()
         row = (job.picture_id(index), job.id, index, file, *size, json.dumps(asdict(settings)), json.dumps(job.loras),
@@ -234,7 +234,7 @@ class Store:
         job: str | None = None,
         favourites: bool = False,
     ) -> list[Picture]:
-        """Newest first. Every word of `search` must be found in prompt, negative prompt, model or seed."""
+        """Newest first. Each word of `search` must occur in prompt, negative prompt, model or seed."""
         where = ["number < ?", "deleted IS NULL"]
         values: list[int | str] = [before if before is not None else 2**62]
         for word in search.casefold().split():
@@ -252,7 +252,7 @@ class Store:
         return [self._picture(row) for row in rows]
 
     def _picture(self, row: sqlite3.Row) -> Picture:
-        """One row. What cannot be read of it is told in `problem`."""
+        """A row as an object; `problem` says what cannot be read."""
         known = {name: row[name] for name in ("number", "id", "job", "file", "width", "height", "created")}
         known["index"] = row["place"]
         known["favourite"] = bool(row["favourite"])
@@ -264,7 +264,7 @@ class Store:
         return Picture(**known, settings=settings, loras=loras)
 
     def path(self, picture: Picture) -> Path:
-        """Where its file lies: below `pictures`, whatever the database says. That, or a day in it, may be a link."""
+        """Its file, always below `pictures`, whatever the database says. That folder or a day in it may be a symlink."""
         path = Path(picture.file)
         if path.is_absolute() or path.parts[:1] != ("pictures",) or ".." in path.parts:
             raise FileNotFoundError(path)

@@ -1,4 +1,4 @@
-"""The one thread that owns the models and the device: takes batches, draws them, keeps what comes out."""
+"""The worker thread, which owns the models and the device: takes batches, samples them, stores the pictures."""
 
 import logging
 import sqlite3
@@ -36,11 +36,11 @@ log = logging.getLogger("plainsd.server")
 
 
 class Stopped(Exception):
-    """The server stops; the batch is given up and will be drawn again."""
+    """The server is stopping; the batch is abandoned and will run again."""
 
 
 class Worker(threading.Thread):
-    """Draws until the queue is stopped. An error ends a job, never the thread."""
+    """Processes batches until the queue is stopped. An error ends a job, never the thread."""
 
     def __init__(self, queue: Queue, models: Models, store: Store, limits: Limits, size: int):
         super().__init__(name="plainsd-worker", daemon=True)
@@ -62,7 +62,7 @@ class Worker(threading.Thread):
                 if not units:
                     return
                 self.process(units)
-            except sqlite3.Error as error:  # the disk is full: nothing can be written, so nothing is lost
+            except sqlite3.Error as error:  # disk full: the batch is retried
                 log.error("cannot write to the data folder (%s); trying again", error)
                 self.queue.requeue(units)
                 time.sleep(RETRY)
@@ -99,7 +99,7 @@ class Worker(threading.Thread):
 
     @contextmanager
     def recording_attempt(self, jobs: set[Job]) -> Iterator[None]:
-        """While one job is drawn by itself, it is on record: should the server end now, it was the cause."""
+        """While one job is processed alone, records that: if the server crashes now, this job caused it."""
         if len(jobs) > 1:
             yield
             return
@@ -108,13 +108,13 @@ class Worker(threading.Thread):
         try:
             yield
         finally:
-            if job.active and not self.queue.stopping:  # a proper stop takes it off by itself
+            if job.active and not self.queue.stopping:  # a regular shutdown resets it
                 self.store.mark_alone(job, False)
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
     def sample_batch(self, model: ServedModel, sd: StableDiffusion, units: list[Unit]) -> Pictures | None:
-        """Runs the batch as long as anybody wants it."""
+        """Samples the batch; None once all its jobs are cancelled."""
         source = units[0].job.source
         image = self.store.input(source.image) if source and source.image else None
         hole = self.store.input(source.hole) if source and source.hole else None
@@ -127,7 +127,7 @@ class Worker(threading.Thread):
             image_prompt_at(one, sd, self.store.input, self.models.image_adapters)
             for one in (source.image_prompts if source else ())
         ]
-        here = source is None or source.base is None  # else `composited` puts it into its place
+        here = source is None or source.base is None  # else `composited` pastes it
         events = batch(sd, [unit.settings for unit in units], image, hole, control, prompts, composed=here)
         watch = ProgressMonitor(self, model, units, events.steps)
         with closing(events):
@@ -144,15 +144,15 @@ class Worker(threading.Thread):
     # --- keeping -----------------------------------------------------------------------------------------------------
 
     def composited(self, job: Job, image: Image.Image) -> Image.Image:
-        """As it is shown: pasted into the old picture where the job says so."""
+        """The final picture: pasted into the original if the job says so."""
         source = job.source
         if source is None or source.base is None or source.alpha is None:
             return image
         return pasted(image, self.store.input(source.base), self.store.input(source.alpha), source.box)
 
     def sheet(self, job: Job) -> Image.Image:
-        """The X/Y grid, from the files of its pictures."""
-        assert job.sheet is not None  # else it has no such place
+        """The X/Y grid, read from the files of its pictures."""
+        assert job.sheet is not None  # else it has no such index
         images = []
         for index in range(len(job.settings)):
             row = self.store.picture(job.picture_id(index))
@@ -172,14 +172,13 @@ class Worker(threading.Thread):
             (self.store.folder / file).unlink(missing_ok=True)
 
     def write_with_retries(self, unit: Unit, image: Image.Image) -> str | None:
-        """The picture's file. Where the disk refuses it, it is tried again until there is room; None where its job was
-        cancelled meanwhile."""
+        """Writes the picture's file, and retries while the disk is full. None if its job was cancelled meanwhile."""
         while unit.job.active:
             try:
                 return self.store.write(unit.job, unit.index, image)
             except DiskError as error:
                 log.error("cannot write to the data folder (%s); trying again", error.reason)
-                waits = f"the disk refuses a picture ({error.reason}); it is written as soon as there is room"
+                waits = f"a picture cannot be written ({error.reason}); it is retried until there is space"
                 if waits not in unit.job.notes:
                     unit.job.notes.append(waits)
                     unit.job.notifier.notify()
@@ -188,12 +187,12 @@ class Worker(threading.Thread):
         return None
 
     def handle_error(self, units: list[Unit], error: Exception) -> None:
-        """One job alone has failed; of several, each is tried again by itself, so that nobody pays for a neighbour."""
+        """Fails a job that ran alone; the jobs of a mixed batch are retried one by one."""
         jobs = dict.fromkeys(unit.job for unit in units)
         if len(units) > 1:
             return self.queue.requeue(units, alone=True)
         self.failures += 1
-        asked = isinstance(error, UserError) and not isinstance(error, DiskError)  # wrongly, and not our trouble
+        asked = isinstance(error, UserError) and not isinstance(error, DiskError)  # the client's error
         if not asked:
             log.error("job %s failed", units[0].job.id, exc_info=error)
         for job in jobs:
@@ -203,7 +202,7 @@ class Worker(threading.Thread):
 
 
 class ProgressMonitor:
-    """Sees each step of a batch: progress, a preview now and then, and the time that each job has used."""
+    """Called after each step of a batch: updates progress, previews and the time used by each job."""
 
     def __init__(self, worker: Worker, model: ServedModel, units: list[Unit], steps: int):
         self.worker, self.model, self.units = worker, model, units
