@@ -85,7 +85,7 @@ def test_errors_are_one_line(server):
     assert "the token is wrong" in said(Remote(server.url, "wrong"))
     assert "weight 1e+09" in said(Remote(server.url, TOKEN), negative="(a:1000000000)")
     assert "is `plainsd serve` running there?" in said(Remote("127.0.0.1:1"))
-    with pytest.raises(UserError, match="is no address"):
+    with pytest.raises(UserError, match="is not a URL"):
         Remote("ftp://x")
     assert Remote("localhost:7860/some/path").url == "http://localhost:7860"
     assert Remote("http://localhost:7860/?token=abc").token == "abc"

@@ -169,7 +169,7 @@ def test_errors_are_those_that_the_client_knows(client, server, brake):
         with pytest.raises(openai.UnprocessableEntityError) as refused:
             client.images.generate(prompt="p", **more)
         assert refused.value.param == {"n": "count"}.get(field, field), refused.value
-    with pytest.raises(openai.UnprocessableEntityError, match="no PNG, JPEG or WebP"):
+    with pytest.raises(openai.UnprocessableEntityError, match="is not a PNG, JPEG or WebP"):
         client.images.edit(image=("a.svg", b"<svg/>"), prompt="p")
     with pytest.raises(openai.UnprocessableEntityError, match="0 files were sent|2 files were sent"):
         client.images.edit(image=[("a.png", png_bytes(Image.new("L", (8, 8))))] * 2, prompt="p")

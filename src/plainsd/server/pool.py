@@ -174,8 +174,8 @@ class Models:
         )
 
     def resident(self, name: str, loras: NamedLoras = (), beside: ServedModel | None = None) -> ServedModel:
-        """The model with its networks, and just these LoRAs. It is loaded if necessary; others are unloaded for it, least
-        recently used first, except `beside`."""
+        """The model with its networks, and just these LoRAs. It is loaded if necessary; others are unloaded for it,
+        least recently used first, except `beside`."""
         if name not in self.known:
             raise UserError(
                 f"model {name!r} is not served any more; start the server with --model for it",

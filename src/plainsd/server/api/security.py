@@ -146,7 +146,7 @@ class SecurityMiddleware:
             raise APIError(403, f"the browser calls this request {site!r}; only the server's own page may send it")
 
     def login_link(self, scope: Scope) -> RedirectResponse | None:
-        """`/?token=T`, as printed at startup: sets the cookie and redirects, so that the token leaves the address bar."""
+        """`/?token=T`, as printed at startup: sets the cookie, and removes the token from the address bar."""
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token")
         if not (self.token and given and scope["method"] == "GET" and scope["path"] == "/"):
             return None

@@ -264,7 +264,7 @@ class Store:
         return Picture(**known, settings=settings, loras=loras)
 
     def path(self, picture: Picture) -> Path:
-        """Its file, always below `pictures`, whatever the database says. That folder or a day in it may be a symlink."""
+        """Its file, always below `pictures`, whatever the database says. That folder or a day in it may be a link."""
         path = Path(picture.file)
         if path.is_absolute() or path.parts[:1] != ("pictures",) or ".." in path.parts:
             raise FileNotFoundError(path)
