@@ -112,6 +112,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_other_samplers.py::test_ends_where_the_published_code_ends"),
     ],
     "diffusion/solvers/adams.py": [
+        ("aim = denoised - (gamma - 1) * sigma * (slope - before)", "aim = denoised + (gamma - 1) * sigma * (slope - before)",
+         "test_docs.py::test_python_runs_and_prints_what_it_says[docs/2-samplers.md]"),
         ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -59 / 24, 37 / 24, 9 / 24)",
          "test_samplers.py::test_whole_trajectory_equals_diffusers[plms-leading]"),
         ("slopes = [(x - denoised) / sigma, *slopes[:3]]\n        weights =",
@@ -447,6 +449,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_noise.py::test_seed_resize_by_hand"),
     ],
     "pictures/sampling.py": [
+        ("y = run(deepcopy(sd.vae).float(), x.to(sd.device)).float()", "pass",
+         "test_docs.py::test_python_runs_and_prints_what_it_says[docs/symptoms.md]"),
         ("yield step._replace(index=done + step.index)", "yield step",
          "test_generate.py::test_the_refiner_takes_over_below_the_timestep_of_its_share"),
         ("clean = known.mask * clean + (1 - known.mask) * known.latents", "pass",
