@@ -30,6 +30,7 @@ PICTURES = (".png", ".svg", ".jpg", ".webp")
 CSS = """[data-md-color-scheme=slate] img[src$=".svg"] { background: #fff; border-radius: 4px }
 math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3em 0 }
 .md-typeset table:not([class]) { font-size: .68rem }
+.md-typeset table:not([class]) th:empty { min-width: 0 }
 """
 
 
