@@ -415,23 +415,3 @@ def test_in_a_grid_over_models_each_net_is_made_of_its_own_model(generate, sd, m
         assert code == 0, err
     (one, two), (first,), (second,) = sheets
     assert one.tobytes() == first.tobytes() and two.tobytes() == second.tobytes() != one.tobytes()
-
-
-# --- torch.compile ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.full
-def test_compiled_a_net_draws_the_same(generate, sd, tmp_path):
-    """A net for the first half of the steps, so that the UNet is called with residuals and without."""
-    from plainsd.pictures.images import open_picture
-
-    plainsd.save_control(tiny_net(sd), tmp_path / "net.safetensors")
-    picture_of(0).save(tmp_path / "map.png")
-    flags = ("a", "--control", tmp_path / "net.safetensors", "--control-image", tmp_path / "map.png", "--steps", 4,
-             "--control-range", 0, 0.5)  # fmt: skip
-    pictures = []
-    for more in ((), ("--compile",)):
-        code, out, err = generate(*flags, *more)
-        assert code == 0, err
-        pictures.append(torch.frombuffer(bytearray(open_picture(out.strip()).tobytes()), dtype=torch.uint8).int())
-    assert "compiled in" in err and (pictures[0] - pictures[1]).abs().max() <= 1

@@ -279,18 +279,3 @@ def test_a_grid_over_models_refuses_an_adapter_that_does_not_fit_one(generate, s
     plainsd.save(tiny_sd(TINY_XL), files / "xl")
     code, out, err = generate("a", *ONE, "--grid", "model=model.safetensors,xl")
     assert code == 2 and "grid model=xl: image prompt 'base [" in err and err.count("\n") == 1 and not out
-
-
-@pytest.mark.full
-def test_compiled_an_adapter_draws_the_same(generate, files):
-    """For half of the steps, under a mask."""
-    from PIL import Image
-
-    flags = ("a", "--image-prompt", files / "plus.safetensors", "--image-prompt-image", files / "0.png", "--steps", 4,
-             "--image-prompt-mask", files / "1.png", "--image-prompt-range", 0, 0.5)  # fmt: skip
-    pictures = []
-    for more in ((), ("--compile",)):
-        code, out, err = generate(*flags, *more)
-        assert code == 0, err
-        pictures.append(torch.frombuffer(bytearray(Image.open(out.strip()).tobytes()), dtype=torch.uint8).int())
-    assert "compiled in" in err and (pictures[0] - pictures[1]).abs().max() <= 1
