@@ -23,7 +23,7 @@ def kind_of(name: str) -> tuple[str, str]:
 
 
 def draw() -> str:
-    sd = names_of("8-fine-tuning-and-lora.md", "save_lora")["sd"]
+    sd = names_of("8-fine-tuning-and-lora.md", "save_lora", steps="40", batch="4")["sd"]
     (lora,) = attached(sd)
     order = [name for name, _ in sd.unet.named_modules()]
     found = sorted(lora.adapters.items(), key=lambda item: order.index(item[0][1]))
