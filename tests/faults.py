@@ -749,7 +749,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ('raise APIError(422, f"{where}: {error}", field, error.value, entry=number)',
          'raise APIError(422, f"{where}: {error}", field, error.value)',
          "test_server_control.py::test_wrong_units_are_refused_at_the_door"),
-        ("            found.pop(name, None)", "            pass",
+        ("            unusable.pop(printable_name(name), None)", "            pass",
          "test_server_control.py::test_what_is_there_is_told"),
         ('check_pixels((width, height), limits, "resolution")', "pass",
          "test_server_image_prompts.py::test_maps_are_no_larger_than_pictures"),
