@@ -105,14 +105,20 @@ def take_turns(side: str, work: str, folder: str, dtype: str) -> None:
 
     import torch
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = status_bytes("VmRSS")
     ready = READY[work](side, Path(folder), getattr(torch, dtype))
     with torch.inference_mode(work != "train"):
         for _ in sys.stdin:
             began, faults = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             ready()
             seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
-            print(seconds, after.ru_minflt - faults, (after.ru_maxrss - before) * 1024, flush=True)
+            print(seconds, after.ru_minflt - faults, status_bytes("VmHWM") - before, flush=True)
+
+
+def status_bytes(name: str) -> int:
+    """Of /proc/self/status. Not getrusage's maximum, which begins with that of the parent process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
 
 
 def decode_work(side: str, folder: Path, dtype) -> Callable[[], object]:
