@@ -868,7 +868,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "adapters/patterns.py": [
         ("        if self.work > MOST_WORK:", "        if False:",
          "test_hostile_files.py::test_the_patterns_of_a_file_have_a_budget"),
-        ("if number >= low:", "if number > low:", "test_hostile_files.py::test_patterns_fit_what_pythons_fit"),
+        ("[*+?]|\\{", "[*+]|\\{", "test_hostile_files.py::test_patterns_fit_what_pythons_fit"),
+        (' and "|" not in pattern', "", "test_hostile_files.py::test_patterns_fit_what_pythons_fit"),
     ],
     "errors.py": [
         ("super().__init__(shortened(message, most))", "super().__init__(message)",

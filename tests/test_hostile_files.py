@@ -4,7 +4,6 @@ import json
 import random
 import re
 import struct
-import time
 
 import pytest
 import torch
@@ -216,7 +215,8 @@ def test_tokenizers_of_wrong_types(texts, kind):
 # --- patterns --------------------------------------------------------------------------------------------------------
 
 NAMES = ["down_blocks.1.resnets.0.conv1", "mid_block.attentions.0.to_q", "to_q", "", "a.b", "ab.ab", "x" * 30]
-ATOMS = ["a", "b", r"\.", ".", "[ab]", "[^a.]", r"\d", r"\w", "(a|b)", "(?:ab)", "to_q", r"\.\d+\.", "(down|mid)_block"]
+ATOMS = ["a", "b", r"\.", ".", "[ab]", "[^a.]", r"\d", r"\w", "to_q"]
+GROUPS = ["(a|b)", "(?:ab)", r"(\.\d+\.)", "(down|mid)_block"]
 COUNTS = ["", "", "", "*", "+", "?", "{2}", "{1,3}", "{0,2}", "*?", "{2,}", "{,2}"]
 
 
@@ -224,9 +224,14 @@ def some_pattern(chance: random.Random) -> str:
     if chance.random() < 0.2:
         name = chance.choice(["to_q", "resnets.0.conv1", r"resnets\.0\.conv1", "down_blocks.1", "a.b"])
         return chance.choice(["", "^"]) + name + chance.choice(["", "$"])
-    found = "".join(chance.choice(ATOMS) + chance.choice(COUNTS) for _ in range(chance.randint(1, 5)))
+    found = "".join(
+        chance.choice(GROUPS) + chance.choice(["", "?"])
+        if chance.random() < 0.25
+        else chance.choice(ATOMS) + chance.choice(COUNTS)
+        for _ in range(chance.randint(1, 5))
+    )
     found += f"|{chance.choice(ATOMS)}" if chance.random() < 0.3 else ""
-    found = f"({found}){chance.choice(COUNTS)}" if chance.random() < 0.2 else found
+    found = f"({found}){chance.choice(['', '?'])}" if chance.random() < 0.2 else found
     return chance.choice(["", "", "^"]) + found + chance.choice(["", "", "$"])
 
 
@@ -244,27 +249,26 @@ def test_patterns_fit_what_pythons_fit(seed):
         assert Patterns().fits_end(pattern, name) == bool(wanted.match(name)), (pattern, name)
 
 
-@pytest.mark.parametrize("pattern", ["(a*)*b", "(a|a)*b", "(a?){25}a{25}b", "((a+)+)+b", "(.*a){15}b"])
-def test_no_pattern_runs_away(pattern):
-    """With Python's matcher these take longer than anyone waits."""
-    began = time.process_time()
-    assert not Patterns().fits_end(pattern, "a" * 200)
-    assert time.process_time() - began < 20  # what runs away takes years
+NO_PATTERNS = ["(", "a)", "[", "*", "a**", "(?=a)", r"\1", r"\Z", "a{300}", "a{2,1}", "^*", "[b-a]", "a" * 1001 + "+"]
+REPEATED_GROUPS = ["(a*)*b", "(a|a)*b", "((a+)+)+b", "(.*a){15}b"]
 
 
-NO_PATTERNS = ["(", "a)", "[", "*", "a**", "(?=a)", r"\1", r"\Z", "a{3000}", "a{2,1}", "^*", "[b-a]",
-               "(" * 60 + ")" * 60, "a" * 1001 + "+", "(((a{99}){99}){99})", "(" * 40 + "a" + "){9}" * 40]  # fmt: skip
-
-
-@pytest.mark.parametrize("pattern", NO_PATTERNS)
+@pytest.mark.parametrize("pattern", [*NO_PATTERNS, *REPEATED_GROUPS])
 def test_what_is_no_pattern_here(pattern):
     with pytest.raises(BadPattern):
         Patterns().fits_end(pattern, "a")
+
+
+@pytest.mark.parametrize("pattern", ["a?" * 40 + "b", "(a|a)" * 40 + "b", ".*a" * 8 + "b", "a{2,9}" * 8 + "b"])
+def test_patterns_that_can_be_tried_in_too_many_ways(pattern):
+    """With Python's matcher these take longer than anyone waits."""
+    with pytest.raises(BadPattern, match="too long"):
+        Patterns().fits_end(pattern, "a" * 200)
 
 
 def test_the_patterns_of_a_file_have_a_budget():
     patterns = Patterns()
     with pytest.raises(BadPattern, match="too long"):
         for number in range(1000):
-            patterns.fits_end("(a?){150}" + "(b|c)" * (number % 50), "a" * 900)
+            patterns.fits_end(rf".*attn{number}.*to_q.*", "down_blocks." + "a" * 150)
     assert Patterns().fits_end(r"(.*\.)?to_q", "x" * 5000 + ".to_q") is False  # no module has such a name
