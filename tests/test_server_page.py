@@ -298,7 +298,7 @@ def test_inpainting_with_the_brush(page):
     page.load()
     page.find(".tile").click()
     page.use()
-    page.until("document.getElementById('toast').textContent.includes('on a picture that is not in this browser')")
+    page.until("document.getElementById('toast').textContent.includes('start picture is not in this browser')")
 
 
 def test_the_brush_works_from_the_keyboard(page):

@@ -58,7 +58,7 @@ def put(page, label, value, unit=0):
 
 def add(page, map=MAP, unit=0):
     page.js("document.getElementById('control-section').open = true")
-    page.js("document.getElementById('add-control').click()")  # on a phone it may be under the Draw button
+    page.js("document.getElementById('add-control').click()")  # on a phone it may be under the Generate button
     if map:
         page.drop(f".unit[data-entry='{unit}'] .drop", "map.png", map)
         page.until(f"document.querySelector('.unit[data-entry=\"{unit}\"] .map').naturalWidth")

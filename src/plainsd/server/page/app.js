@@ -28,7 +28,7 @@ async function draw() {
 
 // --- files dropped, pasted or chosen ------------------------------------------------------------------------------
 
-const startFrom = (file) => paint.take(file).catch(() => toast("This is no picture that can be read; use PNG, JPEG or WebP."));
+const startFrom = (file) => paint.take(file).catch(() => toast("This picture cannot be read; use PNG, JPEG or WebP."));
 
 // Where a file dropped or pasted there belongs.
 function taken(place, file, otherwise) {

@@ -23,7 +23,7 @@ export function shownOnce(image, blob) {
 }
 
 export const readable = (file) => createImageBitmap(file).then(() => true, () => false);
-export const UNREADABLE = "This is no picture that can be read; use PNG, JPEG or WebP.";
+export const UNREADABLE = "This picture cannot be read; use PNG, JPEG or WebP.";
 
 // What a picture was drawn with and is not there, in words; empty where nothing is missing.
 export const missing = (maps, images) => [maps && "control maps", images && "image prompts"].filter(Boolean).join(" and ");

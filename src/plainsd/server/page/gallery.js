@@ -26,8 +26,8 @@ export async function load(more = false) {
   arrange();
   $("more").hidden = next === null;
   $("empty").hidden = shown.length > 0;
-  $("empty").textContent = $("search").value ? "No prompt here has all of these words."
-    : onlyFavourites() ? "No favourites yet. Press the star of a picture." : "Nothing here yet. Say what to draw, and press Draw.";
+  $("empty").textContent = $("search").value ? "No prompt contains all of these words."
+    : onlyFavourites() ? "No favourites yet. Press the star of a picture." : "No pictures yet. Write a prompt and press Generate.";
 }
 
 const onlyFavourites = () => $("favourites").ariaPressed === "true";
@@ -77,13 +77,13 @@ export function open(id) {
 
 const LABELS = {
   model: "Model", size: "Size", steps: "Steps", sampler: "Sampler", spacing: "Spacing", guidance: "Guidance", seed: "Seed",
-  strength: "Strength", negative: "Without", clip_skip: "Clip skip", eta: "Eta", hires: "Enlarged", upscaler: "By",
-  variation_seed: "Variation seed", variation_strength: "Variation", rescale: "Rescale", interval: "Guidance from, to",
-  perturbed: "Perturbed", threshold: "Threshold", apg: "Projected",
-  apg_parallel: "Projected, along", apg_momentum: "Projected, momentum", cache: "Deep cache", refiner: "Refiner", handover: "Refiner from", embeddings: "Embeddings",
-  outpaint: "Continued", grid: "Compared", image_guidance: "Of the picture", mask_blur: "Soft edge", mask_grow: "Mask widened",
-  masked_padding: "Around the mask", masked_content: "Mask starts from", soft_mask: "Soft mask", tiling: "Seamless",
-  like: "As drawn by", noise: "Random numbers",
+  strength: "Denoising strength", negative: "Negative prompt", clip_skip: "Clip skip", eta: "Eta", hires: "Hires upscale",
+  upscaler: "Upscaler", variation_seed: "Variation seed", variation_strength: "Variation strength", rescale: "Guidance rescale",
+  interval: "Guidance interval", perturbed: "Perturbed-attention guidance", threshold: "Dynamic threshold",
+  apg: "Projected guidance", apg_parallel: "Projected, parallel share", apg_momentum: "Projected, momentum", cache: "DeepCache",
+  refiner: "Refiner", handover: "Refiner switch", embeddings: "Embeddings", outpaint: "Outpaint", grid: "X/Y grid",
+  image_guidance: "Image guidance", mask_blur: "Mask blur", mask_grow: "Mask grow", masked_padding: "Only masked, padding",
+  masked_content: "Masked content", soft_mask: "Soft mask", tiling: "Seamless", like: "Compatible with", noise: "Noise source",
 };
 const PLAIN = { clip_skip: 1, upscaler: "latent", variation_strength: 0, rescale: 0, perturbed: 0, apg: 0, apg_parallel: 0, apg_momentum: -0.5,
   negative: "", mask_blur: 0, mask_grow: 0, masked_content: "original", soft_mask: false, tiling: false };
@@ -102,7 +102,7 @@ function view(place) {
   $("viewer-settings").replaceChildren(
     ...rows.flatMap(([name, label]) => pair(label, form.worded(name, settings[name]))),
     ...(loras ? pair("LoRAs", loras) : []), ...(controls ? pair("Control", controls) : []), ...(images ? pair("Image prompts", images) : []),
-    ...pair("Made", new Date(1000 * picture.created).toLocaleString()));
+    ...pair("Created", new Date(1000 * picture.created).toLocaleString()));
   $("download").href = picture.url;
   $("download").download = `${picture.id}.png`;
   $("viewer-favourite").ariaPressed = String(picture.favourite);
@@ -141,9 +141,9 @@ async function use(withSeed) {
   const lost = missing(units.fill(kept?.controls ?? controls), prompts.fill(kept?.images ?? images));
   $("viewer").close();
   $("prompt").focus();
-  if (lost) return toast(`Settings restored. Its ${lost} are not in this browser: put them in again first.`);
+  if (lost) return toast(`Settings restored. Its ${lost} are not in this browser; add them again first.`);
   if (!start && settings.strength !== null && settings.strength !== undefined && !settings.hires) {
-    return toast("Settings restored. It was drawn on a picture that is not in this browser: put that in again first.");
+    return toast("Settings restored. Its start picture is not in this browser; add it again first.");
   }
   toast(withSeed ? "Settings restored, with the seed." : "Settings restored, with a new seed each time.");
 }

@@ -24,7 +24,7 @@ export function watch(job) {
   const events = new EventSource(`/api/jobs/${job.id}/events`);
   events.addEventListener("progress", (event) => progress(card, JSON.parse(event.data)));
   events.onerror = () => {
-    if (events.readyState === EventSource.CONNECTING) card.status.textContent = "The server is away; waiting for it";
+    if (events.readyState === EventSource.CONNECTING) card.status.textContent = "The server cannot be reached; waiting for it";
     else lost(card);
   };
   events.addEventListener("end", (event) => {
@@ -98,7 +98,7 @@ function lost(card) {
   card.root.classList.add("over");
   card.bar.remove();
   card.cancel.remove();
-  card.status.textContent = "The server says no more of this; load the page again.";
+  card.status.textContent = "The connection was lost; reload the page.";
 }
 
 const ENDS = { done: "Done", cancelled: "Cancelled", failed: "Failed" };

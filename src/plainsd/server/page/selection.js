@@ -138,7 +138,7 @@ export async function mark(marked) {
   const favourite = !marked.every((id) => cellOf(id)?.classList.contains("favourite"));
   await call("/api/images/favourites", { ids: marked, favourite });
   await reload();
-  say(favourite ? "Favourite" : "No favourite any more");
+  say(favourite ? "Added to favourites" : "Removed from favourites");
 }
 
 // Deletes, and offers to undo it. The focus goes to what is next to them.

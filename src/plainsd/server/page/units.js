@@ -45,7 +45,7 @@ function add(given) {
   nets(unit, given.name);
   for (const [name, value] of Object.entries(DEFAULTS)) set(inputs[name], given[name] ?? value);
   inputs.kind.value = given.kind?.[0] ?? 0;
-  inputs.resolution.placeholder = "as it is";
+  inputs.resolution.placeholder = "unchanged";
   build(unit);
   units.push(unit);
   $("controls").append(unit.root);
@@ -147,7 +147,7 @@ function showUnder(unit) {
   const under = paint.url();
   const reads = unit.inputs.preprocess.value === "inpaint";
   unit.note.hidden = !reads && (unit.image !== null || !under);
-  unit.note.textContent = reads ? "It reads the picture that is drawn over, and its mask." : "Without a map it reads the picture that is drawn over.";
+  unit.note.textContent = reads ? "It reads the start picture and its mask." : "Without a map it reads the start picture.";
   unit.shown.hidden = !unit.made;
   unit.seeing.hidden = !unit.made || !under;
   unit.under.hidden = !under;
