@@ -113,7 +113,7 @@ def test_several_units_come_back_with_their_picture(page):
     put(page, "Net", "many", 1)
     assert field(page, "Kind of map", 1).is_displayed() and not field(page, "Kind of map", 0).is_displayed()
     put(page, "Kind of map", 2, 1)
-    put(page, "More important", "control", 1)
+    put(page, "Control mode", "control", 1)
     page.set("prompt", "two maps")
     page.set("seed", 4)
     job = page.drawn()

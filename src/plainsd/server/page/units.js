@@ -74,7 +74,7 @@ function build(unit) {
   unit.root = element("fieldset", { className: "unit" },
     element("legend", {}, unit.legend), labelled("Net", name), labelled("Preprocessor", preprocess), unit.canny, unit.drop, unit.note, unit.shown,
     unit.seeing, element("div", { className: "trio" }, labelled("Strength", strength), labelled("From", start), labelled("to", end)),
-    element("div", { className: "pair" }, labelled("More important", mode), unit.kind), unit.guess, element("div", { className: "tools" }, unit.other, remove));
+    element("div", { className: "pair" }, labelled("Control mode", mode), unit.kind), unit.guess, element("div", { className: "tools" }, unit.other, remove));
   unit.file.onchange = () => unit.file.files[0] && take(unit.root, unit.file.files[0]);
   unit.other.onclick = () => unit.file.click();
   unit.opacity.oninput = () => showUnder(unit);
