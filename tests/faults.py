@@ -325,8 +325,6 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("            if not self.plain:", "            if self.compile:", "test_speed.py::test_plain_draws_the_same_picture"),
     ],
     "files/stored.py": [
-        ("form = torch.channels_last if weight.ndim == 4 else", "form = torch.contiguous_format if weight.ndim == 4 else",
-         "test_checkpoint.py::test_convolutions_are_loaded_channels_last"),
         ("if missing or unexpected:", "if missing:", "test_bad_models.py::test_bad_folders"),
         ("if stored.shape not in either:", "if len(stored.shape) not in map(len, either):",
          "test_bad_models.py::test_bad_folders"),

@@ -212,12 +212,12 @@ def test_a_server_gives_memory_back_when_a_model_goes_and_when_it_is_idle(tmp_pa
     monkeypatch.setattr(worker, "release_freed_memory", idle.set)
     service = open_service([model_folder(tmp_path)], tmp_path / "data")
     try:
-        monkeypatch.setattr(pool, "release_freed_memory", lambda: calls.append(model.sd is None))
+        monkeypatch.setattr(pool, "release_freed_memory", lambda: calls.append(model.sd is not None))
         model = service.models[None]
         service.models.resident(model.name)
-        assert calls == [True]  # after loading, what loading took
-        service.models.drop(model)
-        assert calls == [True, True]  # after the networks are gone
+        assert calls == [True]  # after loading and packing, what they took
+        service.models.unload(model)
+        assert calls == [True, False]  # after the networks are gone
         service.worker.start()
         assert idle.wait(30)
     finally:

@@ -994,9 +994,9 @@ def test_partial(sd, tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ("not JSON", "no table in JSON"), ("[1]", "no table in JSON"),
+    ("not JSON", "not a JSON table"), ("[1]", "not a JSON table"),
     (json.dumps({"unet.lora_alpha": "high"}), "'high' as an alpha"),
-    (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(to_k|to_q": 2}}), "invalid pattern"),
+    (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(to_k|to_q": 2}}), "which cannot be read"),
     (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}), "alpha_pattern that is not a table"),
     (json.dumps({"unet.lora_alpha": 1, "unet.init_lora_weights": "corda"}), "'corda', and does not tell how"),
     (json.dumps({"unet.lora_alpha": 1, "unet.init_lora_weights": "pissa_niter_4"}), "'pissa_niter_4', and does not"),

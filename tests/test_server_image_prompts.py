@@ -25,6 +25,7 @@ from plainsd.server.errors import APIError
 from plainsd.server.jobs.pictures import settings_from
 from plainsd.server.requests import new_job
 from plainsd.server.schema import ControlRequest, ImagePromptRequest, JobRequest
+from plainsd.speed import faster
 
 CPU = {"device": "cpu", "dtype": "float32"}
 IMAGES = [picture_of(0), picture_of(1)]
@@ -72,7 +73,7 @@ def server(model, nets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sd(model):
-    return plainsd.load(model, **CPU)
+    return faster(plainsd.load(model, **CPU))  # as the server does
 
 
 def prompt_of(nets: Path, name: str = "plus", *rest, **more) -> plainsd.ImagePrompt:

@@ -130,7 +130,7 @@ def test_what_is_no_upscaler_is_one_line(network, tmp_path, monkeypatch):
     for name, says in (
         ("a.pth", "is not an upscaler that spandrel knows"),
         ("list.pth", "holds no tensors by name"),
-        ("text.pth", "is no PyTorch file"),
+        ("text.pth", "is neither a PyTorch nor a safetensors file"),
         ("none.pth", "there is no file"),
     ):
         with pytest.raises(UserError, match=says) as caught:

@@ -98,7 +98,7 @@ def test_what_the_folder_lacks_is_one_line(folder):
         ("../colours", "unknown wildcard '../colours'"),
         ("loop", "is one of them in its own lines?"),
         ("empty", "has no lines; write a choice a line into empty.txt"),
-        ("latin", "latin.txt is no UTF-8"),
+        ("latin", "latin.txt is not UTF-8"),
     ):
         for make in (lambda prompt: settled(prompt, 0, folder), lambda prompt: combinations(prompt, folder)):
             with pytest.raises(UserError, match=None) as caught:

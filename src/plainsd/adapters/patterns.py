@@ -15,7 +15,7 @@ from functools import lru_cache
 LONGEST_PATTERN, LONGEST_NAME = 1000, 1000  # characters
 MOST_WORK = 10**9  # ways to try in all, for all matches of one file; ordinary files have some millions
 PLAIN_PATTERN = re.compile(r"[\w.-]+")
-TOKEN = re.compile(
+PATTERN_TOKEN = re.compile(
     r"(?:\\[dDwWsS]|\\[^a-zA-Z0-9]|\[\^?\]?[^\]\\]*\]|[^\\\[\](){}*+?|^$])"  # what reads one character, ...
     r"(?P<count>(?:[*+?]|\{\d{1,2}(?:,\d{0,2})?\}|\{,\d{1,2}\})\??)?"  # ... repeated
     r"|\((?:\?:)?|\)\??|[|^$]"
@@ -34,7 +34,7 @@ def checked(pattern: str) -> tuple[re.Pattern[str], float, int]:
         raise BadPattern(f"it has {len(pattern)} characters, and at most {LONGEST_PATTERN} are read")
     at, power, factor, open_groups = 0, 0, 1.0, [1]  # alternatives of each
     while at < len(pattern):
-        token = TOKEN.match(pattern, at)
+        token = PATTERN_TOKEN.match(pattern, at)
         if token is None:
             raise BadPattern(f"{pattern[at : at + 10]!r} is not read here, such as a repeated group")
         at, text, count = token.end(), token[0], token["count"]

@@ -133,7 +133,9 @@ class PeftSettings:
             return any((self.patterns.fits_end if behind else self.patterns.fits)(pattern, one) for one in each)
         except BadPattern as error:
             what = shortened(pattern, 60)
-            raise damaged(self.path, f"PEFT's settings have the pattern {what!r}, which is not one ({error})") from None
+            raise damaged(
+                self.path, f"PEFT's settings have the pattern {what!r}, which cannot be read ({error})"
+            ) from None
 
 
 def module_names(name: str) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from plainsd.errors import UserError, unknown
+from plainsd.errors import WITH_CHOICES, UserError, unknown
 
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 WIDEST, MOST = 2**20, 100  # limits of widths; of layers, levels and blocks
@@ -26,7 +26,8 @@ def read_fields(kind: type, value: Any, where: str, at: str = "") -> Any:
         raise wrong(where, at or "the whole", value, "a table of settings")
     hints, start = typing.get_type_hints(kind), f"{at}." if at else ""
     if strange := next((name for name in value if name not in hints), None):
-        raise UserError(f"{where}: {unknown('setting', start + strange, [start + name for name in hints])}")
+        raise UserError(f"{where}: {unknown('setting', start + strange, [start + name for name in hints])}",
+                        most=WITH_CHOICES)  # fmt: skip
     for field in fields(kind):
         if field.name not in value and field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{where}: the setting {start + field.name!r} is missing; give it")

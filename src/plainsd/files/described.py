@@ -7,7 +7,7 @@ from plainsd.diffusion.denoiser import KNOWN, PREDICTIONS
 from plainsd.diffusion.samplers import check_names
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.disk import read_json
-from plainsd.errors import UserError, unknown
+from plainsd.errors import WITH_CHOICES, UserError, unknown
 from plainsd.files.checked import read_fields, wrong
 from plainsd.files.config_noise import CURVES
 from plainsd.files.configs import read_variant
@@ -47,13 +47,13 @@ def check_variant(variant: Variant, where: str) -> None:
         choices.append(("schedule.curve", noise.curve, tuple(CURVES.values())))
     for name, value, known in choices:
         if value not in known:
-            raise UserError(f"{where}: {unknown(name, value, known)}")
+            raise UserError(f"{where}: {unknown(name, value, known)}", most=WITH_CHOICES)
     try:
         check_names(variant.sampler, variant.spacing)
         files = {path: json.loads(text) for path, text in write_variant(variant).items()}
         read_variant(files.__getitem__, "as a folder")  # so that the trained model can be saved and loaded
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}", most=WITH_CHOICES) from None
 
 
 def check_unet(unet: UNetConfig, where: str) -> None:

@@ -35,17 +35,11 @@ class StoredNetwork:
     extras: dict[str, Stored] = field(default_factory=dict)  # other tensors of its file, by their names there
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network with its weights, those of convolutions channels last. Each tensor is cast while it is read."""
+        """The network with its weights. Each tensor is cast while it is read."""
         network = _shelf.pop((self.kind, self.config), None) or empty(self.kind, self.config)
-        weights = {name: laid_out(stored.read(dtype).to(device)) for name, stored in self.tensors.items()}
+        weights = {name: stored.read(dtype).to(device).contiguous() for name, stored in self.tensors.items()}
         network.load_state_dict(weights, assign=True)
         return network
-
-
-def laid_out(weight: torch.Tensor) -> torch.Tensor:
-    """As layers read it fastest."""
-    form = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-    return weight.contiguous(memory_format=form)
 
 
 @dataclass(frozen=True)

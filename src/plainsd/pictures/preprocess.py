@@ -36,14 +36,14 @@ def preprocessed(
 def canny(image: Image.Image, low: float = THRESHOLDS[0], high: float = THRESHOLDS[1]) -> Image.Image:
     """White edges on black (Canny 1986), by OpenCV: an edge starts where the gradient of the 8-bit pixels is above
     `high`, and continues while it is above `low`."""
+    if not 0 <= low <= high:
+        raise UserError(
+            f"canny thresholds {low} and {high}: give two numbers from 0 up, the lower one first", field="control"
+        )
     try:
         import cv2
     except ImportError:
         raise UserError(
             "canny edges need OpenCV; pip install 'plainsd[control]' (60 MB), or give a finished map", field="control"
         ) from None
-    if not 0 <= low <= high:
-        raise UserError(
-            f"canny thresholds {low} and {high}: give two numbers from 0 up, the lower one first", field="control"
-        )
     return Image.fromarray(cv2.Canny(np.asarray(to_rgb(image)), low, high)).convert("RGB")

@@ -19,7 +19,7 @@ from plainsd.adapters.reading import open_lora, tensors_by_module
 from plainsd.allocator import release_freed_memory
 from plainsd.checkpoint import load, load_vae
 from plainsd.device import choose_device, choose_dtype
-from plainsd.errors import UserError, unknown
+from plainsd.errors import WITH_CHOICES, UserError, unknown
 from plainsd.files.convert import read
 from plainsd.files.hashes import Hashes, hashes, weights_hash
 from plainsd.files.hub import find
@@ -241,7 +241,7 @@ class Models:
                 f"loras: there is no LoRA {name!r}; put .safetensors files into the folder of --loras",
                 field="loras",
             )
-        raise UserError(f"loras: {unknown('LoRA', name, known)}", field="loras")
+        raise UserError(f"loras: {unknown('LoRA', name, known)}", field="loras", most=WITH_CHOICES)
 
     def check_loras(self, model: ServedModel, wanted: NamedLoras) -> None:
         """UserError if one is missing or does not fit the model."""
@@ -249,7 +249,7 @@ class Models:
             try:
                 check_strengths(strength)
             except UserError as error:
-                raise UserError(f"loras: {error}", field="loras") from None
+                raise UserError(f"loras: {error}", field="loras", most=WITH_CHOICES) from None
             path = self.lora(name)
             try:
                 file = open_lora(path)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from plainsd.disk import cache_folder, flush
+from plainsd.disk import cache_folder, written_whole
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 
@@ -79,10 +79,10 @@ def _from_cache(path: Path, source: bytes, compiler: str) -> ctypes.CDLL | None:
         )
         return None
     with room as folder:
-        draft = Path(folder) / "kernels.so"
-        _compile(compiler, source, draft)
-        flush(draft)
-        os.replace(draft, path)
+        compiled = Path(folder) / "kernels.so"
+        _compile(compiler, source, compiled)
+        with written_whole(path) as draft:
+            shutil.copyfile(compiled, draft)
     return ctypes.CDLL(str(path))
 
 

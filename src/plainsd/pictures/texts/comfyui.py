@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from plainsd.errors import UserError
+from plainsd.errors import WITH_CHOICES, UserError
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.comfyui_graph import Node, read_graph
 from plainsd.pictures.texts.comfyui_nodes import SAMPLING, GraphReader, SamplerPass, stem, tag
@@ -43,7 +43,7 @@ def parse_workflow(text: str) -> Settings:
     try:
         return Workflow(text).settings()
     except UserError as error:
-        raise UserError(f"ComfyUI's workflow: {error}") from None
+        raise UserError(f"ComfyUI's workflow: {error}", most=WITH_CHOICES) from None
 
 
 class Workflow:
