@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 import plainsd
@@ -20,6 +21,8 @@ from plainsd.speed import kernels
 from plainsd.text.tokenizer import WORD_END, Tokenizer, byte_symbols
 
 os.environ["PLAINSD_KEEP_MEMORY"] = "0"  # commands that tests run in this process leave its allocator alone
+settings.register_profile("plainsd", deadline=None)  # tests hold on any machine, however slow
+settings.load_profile("plainsd")
 
 BYTES = byte_symbols()
 VOCABULARY = [*BYTES, *(symbol + WORD_END for symbol in BYTES), "<|startoftext|>", "<|endoftext|>"]
