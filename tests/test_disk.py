@@ -358,15 +358,17 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path, monkeypa
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     here = machine_tag()
-    gone = [f".a.png.{here}-{ended.pid}.part", f".m.{here}-{ended.pid}.part", ".b.0123abcd-1.part", ".c.77.part",
+    gone = [f".a.png.{here}-{ended.pid}.part", f".m.{here}-{ended.pid}.part", ".b.0123abcd-1.part",
             f".mine.{here}-{os.getpid()}.part", f".m.{here}-{ended.pid}.old"]  # fmt: skip
-    kept = [f".d.{here}-{os.getppid()}.part", ".e.0123abcd-1.part", ".note.part", "f.part", f"a.{here}-1.part", "m"]
+    persons = [".c.77.part", ".zshrc.20240101.old", ".vimrc.20240101.old", "vimrc"]
+    kept = [f".d.{here}-{os.getppid()}.part", ".e.0123abcd-1.part", ".note.part", "f.part", f"a.{here}-1.part", "m",
+            *persons]  # fmt: skip
     for name in (*gone, *kept):
         if name.startswith(".m."):
             (tmp_path / name / "unet").mkdir(parents=True)
         else:
             (tmp_path / name).write_text("x")
-    for name in (".b.0123abcd-1.part", ".c.77.part"):  # of another machine, and long ago
+    for name in (".b.0123abcd-1.part", *persons):  # of another machine, and long ago
         os.utime(tmp_path / name, (1e9, 1e9))
     disk.swept.clear()
     with written_whole(tmp_path / "new") as draft:
@@ -377,6 +379,17 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path, monkeypa
     with written_whole(tmp_path / "newer") as draft:
         draft.write_text("x")
     assert left.exists()
+
+
+def test_a_draft_under_way_is_safe_from_a_write_to_the_same_folder_by_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with written_whole(tmp_path / "real" / "a") as draft:
+        draft.write_text("a")
+        for folder in (tmp_path / "link", tmp_path / "real" / ".." / "real"):
+            with written_whole(folder / "b") as other:
+                other.write_text("b")
+    assert {path.name: path.read_text() for path in (tmp_path / "real").iterdir()} == {"a": "a", "b": "b"}
 
 
 def test_an_old_folder_gets_its_name_back_and_no_living_process_loses_its_own(tmp_path):

@@ -54,7 +54,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 # --- what killed processes leave
 
-DRAFT = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-)?(\d{1,9})\.(?:part|old)")
+DRAFT = re.compile(r"\.(.+)\.([0-9a-f]{8})-(\d{1,9})\.(?:part|old)")  # not `.bashrc.20240101.old`, which is a person's
 FORGOTTEN = 86_400  # seconds after which a draft of another machine is believed to be nobody's
 swept: set[tuple[int, Path]] = set()  # (process, folder): each looks into a folder once, before its first draft there
 sweeping = threading.Lock()
@@ -75,7 +75,7 @@ def machine_tag() -> str:
 def sweep_drafts(folder: Path) -> None:
     """Removes the drafts of killed processes; and where one was killed between two renames, gives the old folder its
     name back. Drafts of a process that lives stay, and so do another machine's unless they have lain for a day."""
-    here = os.getpid(), folder.absolute()
+    here = os.getpid(), Path(os.path.realpath(folder))  # by a link it is no other folder
     with sweeping:  # so that another thread's first draft comes after it
         if here in swept:
             return
