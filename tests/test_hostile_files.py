@@ -14,7 +14,7 @@ from plainsd.adapters.embeddings import read_vectors
 from plainsd.adapters.patterns import BadPattern, Patterns
 from plainsd.errors import UserError
 from plainsd.files.tensorfile import open_pickle, open_safetensors
-from plainsd.json_reader import MOST_VALUES, BadJSON, parsed_json
+from plainsd.json_reader import MOST_VALUES, BadJSON, check_values, parsed_json
 from plainsd.text.tokenizer import Tokenizer
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -54,6 +54,21 @@ def test_what_is_within_the_bounds_is_read():
     assert parsed_json(commas) == json.loads(commas)
     with pytest.raises(BadJSON, match="utf-8"):
         parsed_json(b'"\xff"')
+
+
+def test_a_string_that_never_ends_is_looked_through_once():
+    from test_linear import grows_with_the_length
+
+    for start in ('"', '"' + "a" * 9 + "\\"):
+        assert grows_with_the_length(
+            lambda text: refused(text, most=3), lambda length, start=start: "[[[[" + start + '\\"' * (length // 2)
+        )
+
+
+def refused(text: str, most: int) -> None:
+    for form in (text, text.encode()):
+        with pytest.raises(BadJSON, match="more than 3 values"):
+            check_values(form, most)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
