@@ -117,6 +117,23 @@ def test_a_server_that_stops_empties_the_trash(tmp_path, killed):
         assert not path.exists() and store.restore(["a-0"]) == []
 
 
+def test_what_the_disk_refuses_to_delete_stays_in_the_trash_and_is_tried_again(tmp_path):
+    with closing(Store(tmp_path)) as store:
+        for id in ("a-0", "a-1"):
+            path = tmp_path / "pictures" / f"{id}.png"
+            path.mkdir() if id == "a-0" else path.write_bytes(b"png")  # a folder cannot be unlinked, whoever asks
+            with store.transaction() as db:
+                db.execute(ENTERED, (id, "a", int(id[2]), f"pictures/{id}.png", *ROW[4:]))
+        store.trash(store.pictures())
+        with pytest.raises(OSError, match="a-0"):
+            store.empty_trash()
+        assert not path.exists() and [*store.db.execute("SELECT id FROM images").fetchone()] == ["a-0"]
+    with closing(Store(tmp_path)) as store:
+        (tmp_path / "pictures" / "a-0.png").rmdir()
+        store.empty_trash()
+        assert store.db.execute("SELECT id FROM images").fetchall() == []
+
+
 def test_a_picture_of_a_job_that_has_ended_is_not_named_any_more(server):
     job = server.drawn(prompt="several", steps=1, count=2)
     server.post("/api/images/delete", {"ids": [job["images"][0]]})

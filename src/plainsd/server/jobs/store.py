@@ -62,7 +62,8 @@ class Store:
             )  # of one that was killed
             self.db.commit()
             self.remove_drafts()
-            self.empty_trash()
+            with suppress(OSError):  # a file that the disk refuses to delete: it is tried again
+                self.empty_trash()
         except (sqlite3.Error, OSError) as error:
             busy = "is locked" in str(error)
             why = "another server uses it; stop that one, or" if busy else f"{error};"
@@ -309,10 +310,18 @@ class Store:
                 self.delete([self._picture(row) for row in rows])
 
     def delete(self, pictures: list[Picture]) -> None:
-        """For good: their rows, all of them or none; then their files."""
-        with self.transaction() as db:
-            db.executemany("DELETE FROM images WHERE id = ?", [(picture.id,) for picture in pictures])
+        """For good: their files, then the rows of those whose files are gone. OSError, afterwards, where the disk
+        refuses one: its row stays."""
+        gone, refused = [], None
         for picture in pictures:
-            with suppress(FileNotFoundError):  # of a row that does not name a file of ours
-                self.path(picture).unlink()
-            (self.folder / "thumbnails" / f"{picture.id}.webp").unlink(missing_ok=True)
+            try:
+                with suppress(FileNotFoundError):  # of a row that does not name a file of ours
+                    self.path(picture).unlink()
+                (self.folder / "thumbnails" / f"{picture.id}.webp").unlink(missing_ok=True)
+                gone.append((picture.id,))
+            except OSError as error:
+                refused = error
+        with self.transaction() as db:
+            db.executemany("DELETE FROM images WHERE id = ?", gone)
+        if refused is not None:
+            raise refused
