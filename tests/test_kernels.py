@@ -131,6 +131,15 @@ def test_linear(dtype, m, k, n, after):
 
 
 @DTYPES
+def test_linear_reads_nothing_beside_its_weight(dtype):
+    packed = kernels.packed_weight(torch.randn(24, 64).to(dtype))
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
+    for x in (torch.randn(2, 64, dtype=other), torch.randn(2, 62).to(dtype), torch.randn(2, 64).half()):
+        with pytest.raises(RuntimeError, match="does not fit the packed weight"):
+            kernels.linear(x, packed, 24, None)
+
+
+@DTYPES
 @pytest.mark.parametrize("shape", [(2, 5, 64), (3, 37), (1, 1), (3, 1, 65), (130, 15)], ids=str)
 def test_layer_norm(dtype, shape):
     """Means of several times the deviation, as in networks."""

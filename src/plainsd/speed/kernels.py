@@ -227,6 +227,8 @@ def linear(
 )
 def _linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str, other: Tensor | None) -> Tensor:
     x, k = x.contiguous(), x.shape[-1]
+    if len(packed) * 32 != k * BITS.get(x.dtype, 0):  # the kernel would read what lies beside the weight
+        raise RuntimeError(f"an input of width {k} in {x.dtype} does not fit the packed weight")
     out = x.new_empty(*x.shape[:-1], n)
     if other is not None:
         other = other.contiguous()
