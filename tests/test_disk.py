@@ -392,6 +392,16 @@ def test_a_draft_under_way_is_safe_from_a_write_to_the_same_folder_by_a_link(tmp
     assert {path.name: path.read_text() for path in (tmp_path / "real").iterdir()} == {"a": "a", "b": "b"}
 
 
+def test_a_folder_that_is_a_link_is_written_where_it_leads(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "m").symlink_to("real")
+    for text in ("first", "second"):
+        with whole_folder(tmp_path / "m") as draft:
+            (draft / "model_index.json").write_text(text)
+        assert (tmp_path / "m").is_symlink() and (tmp_path / "real" / "model_index.json").read_text() == text
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "real"]
+
+
 def test_an_old_folder_gets_its_name_back_and_no_living_process_loses_its_own(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

@@ -231,6 +231,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     DiskError if the disk refuses any of this; then `target` is unchanged.
     """
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target  # the link stays
     sweep_drafts(target.parent)
     ours = ("model_index.json", "config.json")  # the folder of a model or a part may be replaced
     empty = target.is_dir() and not any(target.iterdir())
