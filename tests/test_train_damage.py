@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_finetune import write_pictures
 
 import plainsd
 from plainsd.cli import main
-from plainsd.train.checkpoints import checkpoints
+from plainsd.train.checkpoints import checkpoints, restore
 from plainsd.train.log import read_log
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-every", "1", "--rank", "1", "--seed", "0"]
@@ -223,3 +224,13 @@ def test_step_0_is_validated_once(place, go_on):
     steps = [line["step"] for line in read_log(log) if "validation" in line]
     assert steps.count(0) == 1 and steps[-1] == 3
     assert [line["step"] for line in read_log(log) if "loss" in line] == [1, 2, 3]
+
+
+def test_a_full_gpu_is_no_damage(tmp_path):
+    def full(state):
+        raise torch.OutOfMemoryError("full")
+
+    (tmp_path / "step-00000001").mkdir()
+    torch.save({}, tmp_path / "step-00000001" / "state.pt")
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        restore(SimpleNamespace(world=SimpleNamespace(sharded=False), load_state=full), tmp_path)

@@ -125,7 +125,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         trainer.load_state(state)
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):  # the latter says nothing of the file
         raise
     except Exception as error:  # a damaged file can raise anything, and so can one that holds something else
         what = shortened(f"{type(error).__name__}: {error}", 100)
