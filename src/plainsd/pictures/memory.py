@@ -50,8 +50,8 @@ def free(device: torch.device) -> float:
 
 
 def _free_for(needed: float, device: torch.device) -> float:
-    """Bytes of free memory. Where `needed` of them would be more than SHARE, the process first gives back what it has
-    freed and kept."""
+    """Bytes of free memory. Where `needed` of them would be more than MEMORY_SHARE, the process first gives back
+    what it has freed and kept."""
     had = free(device)
     if device.type == "cpu" and needed > MEMORY_SHARE * had and release_freed_memory():
         had = free(device)
