@@ -11,7 +11,9 @@ from conftest import noise_picture
 from serving import model_folder, open_service, png_bytes, served, until
 
 from plainsd.pictures.images import read_settings
+from plainsd.pictures.settings import Resolved
 from plainsd.server import zips
+from plainsd.server.jobs.job import Job
 from plainsd.server.jobs.migrations import MIGRATIONS
 from plainsd.server.jobs.store import Store
 from plainsd.server.limits import Limits
@@ -132,6 +134,17 @@ def test_what_the_disk_refuses_to_delete_stays_in_the_trash_and_is_tried_again(t
         (tmp_path / "pictures" / "a-0.png").rmdir()
         store.empty_trash()
         assert store.db.execute("SELECT id FROM images").fetchall() == []
+
+
+def test_a_picture_in_the_trash_that_is_drawn_again_is_there_again(tmp_path):
+    one = Resolved(size=(8, 8), steps=1, guidance=1.0, sampler="euler", spacing="leading")
+    with closing(Store(tmp_path)) as store:
+        job = Job("a", "c", "jobs", "m", [one, one], "d/a", created=1.0)
+        store.add(job)
+        for _ in range(2):
+            store.add_picture(job, 0, "pictures/d/a-0.png", (8, 8))
+            assert [picture.id for picture in store.pictures()] == ["a-0"]
+            store.trash(store.pictures())
 
 
 def test_a_picture_of_a_job_that_has_ended_is_not_named_any_more(server):

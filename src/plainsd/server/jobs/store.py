@@ -214,7 +214,8 @@ class Store:
                search, time.time())  # fmt: skip
         with self.transaction() as db:
             db.execute(
-                "INSERT INTO images (id, job, place, file, width, height, settings, loras, search, created) "
+                "INSERT OR REPLACE INTO images "  # of one in the trash that is drawn again after a restart
+                "(id, job, place, file, width, height, settings, loras, search, created) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
