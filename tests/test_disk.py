@@ -358,17 +358,18 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path, monkeypa
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     here = machine_tag()
-    gone = [f".a.png.{here}-{ended.pid}.part", f".m.{here}-{ended.pid}.part", ".b.0123abcd-1.part",
-            f".mine.{here}-{os.getpid()}.part", f".m.{here}-{ended.pid}.old"]  # fmt: skip
-    persons = [".c.77.part", ".zshrc.20240101.old", ".vimrc.20240101.old", "vimrc"]
-    kept = [f".d.{here}-{os.getppid()}.part", ".e.0123abcd-1.part", ".note.part", "f.part", f"a.{here}-1.part", "m",
-            *persons]  # fmt: skip
+    ours, gone_ours = f"plainsd-{here}", f"plainsd-{here}-{ended.pid}"
+    gone = [f".a.png.{gone_ours}.part", f".m.{gone_ours}.part", ".b.plainsd-0123abcd-1.part",
+            f".mine.{ours}-{os.getpid()}.part", f".m.{gone_ours}.old"]  # fmt: skip
+    persons = [".c.77.part", ".zshrc.20240101.old", ".vimrc.20240101.old", ".notes.20240101-12.old", "vimrc"]
+    kept = [f".d.plainsd-{here}-{os.getppid()}.part", ".e.plainsd-0123abcd-1.part", ".note.part", "f.part",
+            f"a.plainsd-{here}-1.part", "m", *persons]  # fmt: skip
     for name in (*gone, *kept):
         if name.startswith(".m."):
             (tmp_path / name / "unet").mkdir(parents=True)
         else:
             (tmp_path / name).write_text("x")
-    for name in (".b.0123abcd-1.part", *persons):  # of another machine, and long ago
+    for name in (".b.plainsd-0123abcd-1.part", *persons):  # of another machine, and long ago
         os.utime(tmp_path / name, (1e9, 1e9))
     disk.swept.clear()
     with written_whole(tmp_path / "new") as draft:
@@ -406,8 +407,8 @@ def test_an_old_folder_gets_its_name_back_and_no_living_process_loses_its_own(tm
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for name, process in (("m", ended.pid), ("n", os.getppid()), ("o", os.getpid())):
-        (tmp_path / f".{name}.{machine_tag()}-{process}.old").mkdir()
-        (tmp_path / f".{name}.{machine_tag()}-{process}.old" / "model_index.json").write_text("{}")
+        (tmp_path / f".{name}.plainsd-{machine_tag()}-{process}.old").mkdir()
+        (tmp_path / f".{name}.plainsd-{machine_tag()}-{process}.old" / "model_index.json").write_text("{}")
     assert find(str(tmp_path / "m")) == tmp_path / "m"
     for name in "no":
         with pytest.raises(UserError, match="there is no model"):

@@ -445,7 +445,10 @@ def test_what_a_killed_server_had_not_finished_writing_is_swept(opened, tmp_path
     day = tmp_path / "data" / "pictures" / "2026-05-14"
     day.mkdir(parents=True)
     (tmp_path / "data" / "inputs").mkdir()
-    drafts = [day / ".153012-a-0.png.4711.part", tmp_path / "data" / "inputs" / ".ab.png.1.part"]
+    drafts = [
+        day / ".153012-a-0.png.plainsd-0123abcd-4711.part",
+        tmp_path / "data" / "inputs" / ".ab.png.plainsd-0123abcd-1.part",
+    ]
     kept = [day / "a.png", day / ".note.part", day / "b.part"]
     for path in drafts + kept:
         path.write_bytes(b"x")

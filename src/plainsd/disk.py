@@ -54,21 +54,23 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 # --- what killed processes leave
 
-DRAFT = re.compile(r"\.(.+)\.([0-9a-f]{8})-(\d{1,9})\.(?:part|old)")  # not `.bashrc.20240101.old`, which is a person's
+DRAFT = re.compile(r"\.(.+)\.plainsd-([0-9a-f]{8})-(\d{1,9})\.(?:part|old)")  # a name that nobody else gives
 FORGOTTEN = 86_400  # seconds after which a draft of another machine is believed to be nobody's
 swept: set[tuple[int, Path]] = set()  # (process, folder): each looks into a folder once, before its first draft there
 sweeping = threading.Lock()
 
 
 def draft_name(path: Path, end: str = "part") -> Path:
-    """`.NAME.MACHINE-PROCESS.part`."""
-    return path.with_name(f".{path.name}.{machine_tag()}-{os.getpid()}.{end}")
+    """`.NAME.plainsd-MACHINE-PROCESS.part`."""
+    return path.with_name(f".{path.name}.plainsd-{machine_tag()}-{os.getpid()}.{end}")
 
 
 @cache
 def machine_tag() -> str:
     """Eight hexadecimal digits of this machine, or container: where its process numbers mean something."""
-    space = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
+    space = str(os.stat("/proc/self/ns/pid").st_ino) if os.path.exists("/proc/self/ns/pid") else ""
+    with suppress(OSError):  # hosts may share a name
+        space = f"{space} {Path('/etc/machine-id').read_text('utf-8')}"
     return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
 
 

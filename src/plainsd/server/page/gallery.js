@@ -14,9 +14,9 @@ let next = null;
 let current = -1;
 let loading = 0;
 
-export async function load(more = false) {
+export async function load(more = false, limit = 48) {
   const turn = ++loading;
-  const query = new URLSearchParams({ search: $("search").value, limit: 48 });
+  const query = new URLSearchParams({ search: $("search").value, limit });
   if (more && next !== null) query.set("before", next);
   if (onlyFavourites()) query.set("favourites", "true");
   const told = await call(`/api/images?${query}`);
@@ -179,7 +179,7 @@ async function markOpened() {
 }
 
 export function setUp(info) {
-  selection.setUp({ cells, reload: () => load(), open }, info.limits.selection);
+  selection.setUp({ cells, reload: () => load(false, Math.min(200, Math.max(48, shown.length))), open }, info.limits.selection);
   $("favourites").onclick = () => {
     $("favourites").ariaPressed = String(!onlyFavourites());
     load().catch((error) => toast(error.message));
