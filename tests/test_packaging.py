@@ -1,8 +1,10 @@
 """What is built of the sources: a wheel with every file of the package, links that lead on, bounds that are proven."""
 
+import ast
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 import zipfile
 from email import message_from_bytes
@@ -92,3 +94,25 @@ def test_lower_bounds_are_those_that_were_proven():
     assert {name: release(bound) for name, bound in claimed.items()} == {
         name: release(bound) for name, bound in proven.items() if name in claimed
     }
+
+
+DISTRIBUTIONS = {"PIL": "Pillow", "cv2": "opencv-python-headless", "prometheus_client": "prometheus-client",
+                 "python_multipart": "python-multipart"}  # fmt: skip
+BROUGHT = {"starlette": "fastapi", "h11": "uvicorn", "fsspec": "datasets"}  # by which of ours it is always installed
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield node.module.partition(".")[0]
+
+
+def test_all_that_is_imported_is_declared():
+    """As a dependency, or in an extra that users install: what only the tests install is not there."""
+    extras = [one for name, found in PROJECT["optional-dependencies"].items() if name != "test" for one in found]
+    declared = lower_bounds([*PROJECT["dependencies"], *extras]).keys()
+    for path in (ROOT / "src").rglob("*.py"):
+        for name in set(imported(path)) - set(sys.stdlib_module_names) - {"plainsd"}:
+            assert DISTRIBUTIONS.get(name, BROUGHT.get(name, name)) in declared, f"{path} imports {name}"

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
+from plainsd.files.tensorfile import stored, write_safetensors
 from plainsd.listing import files_below, suffix_of
 from plainsd.pictures.clip_score import Clip
 from plainsd.pictures.images import open_picture
@@ -106,4 +106,5 @@ def write_embeddings(path: Path, names: Sequence[str], embeddings: np.ndarray) -
             with draft.open("wb") as file:  # by name, numpy would add a suffix
                 np.savez(file, files=np.array(names), embeddings=embeddings)
         else:
-            save_file({"embeddings": torch.from_numpy(embeddings)}, draft, {"files": json.dumps(list(names))})
+            tensors = {"embeddings": stored(torch.from_numpy(embeddings))}
+            write_safetensors(draft, tensors, {"files": json.dumps(list(names))})
