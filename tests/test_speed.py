@@ -155,6 +155,19 @@ def test_a_packed_model_is_saved_as_the_plain_one(tmp_path):
         assert path.read_bytes() == (tmp_path / "packed" / path.relative_to(tmp_path / "plain")).read_bytes(), path
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_are_not_loaded_into_a_packed_model(strict):
+    """Without strict, its biases alone would be replaced."""
+    packed, other = model.faster(tiny_sd()), tiny_sd(seed=1)
+    before = latents(packed)
+    with pytest.raises(RuntimeError, match="plain_again"):
+        packed.unet.load_state_dict(other.unet.state_dict(), strict=strict)
+    assert torch.equal(latents(packed), before)
+    model.plain_again(packed)
+    packed.unet.load_state_dict(other.unet.state_dict())
+    assert not torch.equal(latents(packed), before)
+
+
 def test_the_refiner_is_made_faster_too():
     sd = tiny_sd()
     sd.refiner = tiny_sd(seed=1)

@@ -16,6 +16,7 @@ class OtherForm(nn.Module):
     """A layer made from a plain one, `kind(plain)`, that gives it back by `plain()`, with the same numbers.
 
     Its state is the plain layer's. To copy, move or cast it is to do so with the plain layer, and to make it anew.
+    Weights are loaded into plain layers only.
     """
 
     def plain(self) -> nn.Module:
@@ -23,6 +24,9 @@ class OtherForm(nn.Module):
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         return self.plain().state_dict(*args, **options)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise RuntimeError("weights cannot be loaded into a packed model; call plainsd.speed.plain_again first")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.__dict__.update(type(self)(self.plain()._apply(fn, recurse)).__dict__)

@@ -151,9 +151,6 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
     return out
 
 
-# ---- training
-
-
 # ---- torch.compile
 
 

@@ -157,8 +157,8 @@ class PackedNorm(OtherForm):
 
     def take(self, plain: nn.LayerNorm | nn.GroupNorm) -> None:
         self.form, self.kind = (refilled(plain, {}),), plain.weight.dtype
-        self.load_state_dict(plain.state_dict())
-        self.requires_grad_(False)
+        for name, weight in plain.named_parameters():
+            setattr(self, name, nn.Parameter(weight.detach().float().clone(), requires_grad=False))
 
     def plain(self) -> nn.Module:
         return refilled(self.form[0], {name: weight.to(self.kind) for name, weight in self.named_parameters()})
