@@ -755,8 +755,6 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_control.py::test_what_is_there_is_told"),
         ('check_pixels((width, height), limits, "resolution")', "pass",
          "test_server_image_prompts.py::test_maps_are_no_larger_than_pictures"),
-        ("module = INPAINT if map is None else unit.preprocess", "module = unit.preprocess",
-         "test_server_image_prompts.py::test_an_inpainting_net_reads_picture_and_mask"),
     ],
     "server/jobs/worker.py": [
         ("(self.store.folder / file).unlink(missing_ok=True)", "pass",

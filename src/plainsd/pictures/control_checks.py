@@ -65,12 +65,7 @@ def _check_source(control: Control, which: str, over: str | None) -> None:
 
 
 def _check_numbers(control: Control, which: str) -> None:
-    if not 0 <= control.strength <= STRONGEST:
-        raise UserError(
-            f"{which}: strength {control.strength} is out of range; choose 0 to {STRONGEST:g}",
-            field="control",
-            value=control.strength,
-        )
+    check_strength(control.strength, which, "control")
     check_range(control.start, control.end, which, "control")
     if control.mode not in CONTROL_MODES:
         raise unknown("control mode", control.mode, CONTROL_MODES, field="control")
@@ -79,6 +74,13 @@ def _check_numbers(control: Control, which: str) -> None:
     if control.guess and isinstance(control.net, T2IAdapter):
         raise UserError(
             f"{which}: guess mode is for ControlNets, and this is a T2I-Adapter; leave it out", field="control"
+        )
+
+
+def check_strength(strength: float, which: str, field: str) -> None:
+    if not 0 <= strength <= STRONGEST:
+        raise UserError(
+            f"{which}: strength {strength} is out of range; choose 0 to {STRONGEST:g}", field=field, value=strength
         )
 
 

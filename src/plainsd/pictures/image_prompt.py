@@ -24,8 +24,8 @@ from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig, attent
 from plainsd.models.layers import Beside
 from plainsd.models.unet import EachBeside, UNet
 from plainsd.models.vision import VisionConfig, VisionTower
-from plainsd.pictures.control import STRONGEST, acts_between
-from plainsd.pictures.control_checks import check_range, family
+from plainsd.pictures.control import acts_between
+from plainsd.pictures.control_checks import check_range, check_strength, family
 from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import ImagePromptNote
@@ -128,7 +128,7 @@ def clip_pixels(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(normal).permute(2, 0, 1)[None].float()
 
 
-# --- at the door -----------------------------------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_image_prompts(sd: StableDiffusion, prompts: Sequence[ImagePrompt]) -> tuple[ImagePromptNote, ...]:
@@ -144,12 +144,7 @@ def check_image_prompts(sd: StableDiffusion, prompts: Sequence[ImagePrompt]) -> 
 
 
 def _check_image_prompt(sd: StableDiffusion, prompt: ImagePrompt, which: str) -> None:
-    if not 0 <= prompt.strength <= STRONGEST:
-        raise UserError(
-            f"{which}: strength {prompt.strength} is out of range; choose 0 to {STRONGEST:g}",
-            field="image_prompt",
-            value=prompt.strength,
-        )
+    check_strength(prompt.strength, which, "image_prompt")
     check_range(prompt.start, prompt.end, which, "image_prompt")
     if not prompt.images:
         raise UserError(f"{which} has no picture; give one or more", field="image_prompt")

@@ -189,9 +189,8 @@ def controls_of(
                 content = png(map)
                 file = input_name(content)
                 files[file] = content
-            module = INPAINT if map is None else unit.preprocess
             entry = ControlInput(unit.name, file, unit.strength, unit.start, unit.end, unit.guess, unit.mode,
-                            tuple(unit.kind), module)  # fmt: skip
+                            tuple(unit.kind), unit.preprocess)  # fmt: skip
             controls.append(as_control(entry, nets.bare(unit.name), map, nets))
             control_inputs.append(entry)
     return controls, control_inputs, files

@@ -22,6 +22,14 @@ export function shownOnce(image, blob) {
   return image;
 }
 
+// Units of a list, such as "Control 1", by their place in it.
+export function numbered(units, word) {
+  units.forEach((unit, i) => {
+    unit.legend.textContent = `${word} ${i + 1}`;
+    unit.root.dataset.entry = i;
+  });
+}
+
 export const readable = (file) => createImageBitmap(file).then(() => true, () => false);
 export const UNREADABLE = "This picture cannot be read; use PNG, JPEG or WebP.";
 

@@ -1,6 +1,7 @@
 // The form: from fields to a request and back, and errors beside the field they are about.
 
 import { $, element } from "./api.js";
+import { options } from "./fields.js";
 import * as paint from "./paint.js";
 import * as prompts from "./prompts.js";
 import * as units from "./units.js";
@@ -17,7 +18,6 @@ let info;
 let lastSeed = null;
 
 const modelOf = (name) => info.models.find((model) => model.name === name) ?? info.models[0];
-const options = (pairs) => pairs.map(([value, text]) => element("option", { value, textContent: text }));
 
 export function setUp(told) {
   info = told;

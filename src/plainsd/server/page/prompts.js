@@ -1,7 +1,7 @@
 // Image prompts in the form: an IP-Adapter each, with its pictures, and how strongly and when it acts.
 
 import { $, base64Of, element, toast } from "./api.js";
-import { PICTURES, UNREADABLE, button, labelled, number, numbers, readable, select, set, shownOnce } from "./fields.js";
+import { PICTURES, UNREADABLE, button, labelled, number, numbered, numbers, readable, select, set, shownOnce } from "./fields.js";
 import * as keep from "./keep.js";
 
 const MOST = 16; // pictures of one
@@ -32,7 +32,7 @@ function add(given) {
   units.push(unit);
   $("image-prompts").append(unit.root);
   $("image-prompt-section").open = true;
-  numbered();
+  numbered(units, "Image prompt");
   show(unit);
   return unit;
 }
@@ -57,17 +57,10 @@ function build(unit) {
   remove.onclick = () => {
     units = units.filter((one) => one !== unit);
     unit.root.remove();
-    numbered();
+    numbered(units, "Image prompt");
     save();
     $("add-image-prompt").focus();
   };
-}
-
-function numbered() {
-  units.forEach((unit, i) => {
-    unit.legend.textContent = `Image prompt ${i + 1}`;
-    unit.root.dataset.entry = i;
-  });
 }
 
 export const owns = (root) => units.some((unit) => unit.root === root);

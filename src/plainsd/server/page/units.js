@@ -1,7 +1,7 @@
 // Control nets in the form: each with its map, which is seen over the picture, and how strongly and when it acts.
 
 import { $, base64Of, element, fileOf } from "./api.js";
-import { PICTURES, UNREADABLE, button, labelled, number, numbers, options, readable, select, set, shownOnce } from "./fields.js";
+import { PICTURES, UNREADABLE, button, labelled, number, numbered, numbers, options, readable, select, set, shownOnce } from "./fields.js";
 import * as keep from "./keep.js";
 import * as paint from "./paint.js";
 
@@ -50,7 +50,7 @@ function add(given) {
   units.push(unit);
   $("controls").append(unit.root);
   $("control-section").open = true;
-  numbered();
+  numbered(units, "Control");
   refresh(unit);
   return unit;
 }
@@ -86,17 +86,10 @@ function build(unit) {
   remove.onclick = () => {
     units = units.filter((one) => one !== unit);
     unit.root.remove();
-    numbered();
+    numbered(units, "Control");
     save();
     $("add-control").focus();
   };
-}
-
-function numbered() {
-  units.forEach((unit, i) => {
-    unit.legend.textContent = `Control ${i + 1}`;
-    unit.root.dataset.entry = i;
-  });
 }
 
 // A file for the unit that this element is.
