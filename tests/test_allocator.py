@@ -207,9 +207,15 @@ def test_a_server_gives_memory_back_when_a_model_goes_and_when_it_is_idle(tmp_pa
     from plainsd.server import pool
     from plainsd.server.jobs import queue, worker
 
-    calls, idle = [], threading.Event()
+    calls, idle, asked = [], threading.Event(), threading.Event()
+
+    def release():
+        threading.Thread(target=lambda: (service.queue.counts(), asked.set())).start()
+        assert asked.wait(30)  # others have the queue meanwhile
+        idle.set()
+
     monkeypatch.setattr(queue, "IDLE_AFTER", 0.05)
-    monkeypatch.setattr(worker, "release_freed_memory", idle.set)
+    monkeypatch.setattr(worker, "release_freed_memory", release)
     service = open_service([model_folder(tmp_path)], tmp_path / "data")
     try:
         monkeypatch.setattr(pool, "release_freed_memory", lambda: calls.append(model.sd is not None))

@@ -199,7 +199,7 @@ def test_strange_lines_of_a_log_are_left_out_and_counted(place, go_on, capsys):
     with open(log, "ab") as file:
         file.write(b'garbage\n{"step": "x"}\n{"loss": 1}\n[1]\n{"step": 1, "loss": [2]}\n\xff\n{"step": 2, "los')
     assert main(command(place, 3)) == 0
-    assert "log.jsonl: 6 lines are none of a log; they are left out" in capsys.readouterr().err
+    assert "log.jsonl: 6 lines cannot be read; they are left out" in capsys.readouterr().err
     lines = read_log(log)
     assert lines[: len(before)] == before and lines[-1]["step"] == 3
     assert all(json.loads(line) for line in log.read_text().splitlines())

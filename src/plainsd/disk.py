@@ -55,7 +55,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 # --- what killed processes leave
 
 DRAFT = re.compile(r"\.(.+)\.plainsd-([0-9a-f]{8})-(\d{1,9})\.(?:part|old)")  # a name that nobody else gives
-FORGOTTEN = 86_400  # seconds after which a draft of another machine is believed to be nobody's
+FORGOTTEN = 86_400  # seconds after which a draft of another machine counts as abandoned
 swept: set[tuple[int, Path]] = set()  # (process, folder): each looks into a folder once, before its first draft there
 sweeping = threading.Lock()
 

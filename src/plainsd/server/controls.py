@@ -109,7 +109,7 @@ def of_kind(kind: str, folder: Path | None, unusable: dict[str, str]) -> dict[st
 
 
 def kind_of_folder(path: Path) -> str:
-    """Likewise of a folder with a config.json; "" where it is for something else."""
+    """What a folder with a config.json holds; "" for anything else. UserError where that cannot be read."""
     if is_control(path) or is_t2i_adapter(path):
         bare_at(path)
         return CONTROL
@@ -120,7 +120,7 @@ def kind_of_folder(path: Path) -> str:
 
 
 def kind_of_file(path: Path) -> str:
-    """UserError where it is of no kind. Of the file nothing is kept."""
+    """What a file holds. UserError where it is none of these. Nothing of the file is kept."""
     names = open_tensors(path).tensors
     if holds_image_adapter(names):
         open_image_adapter(path)

@@ -33,7 +33,7 @@ class SaveError(OSError):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first; what else lies there is none."""
+    """All checkpoints, oldest first. Other entries of the folder are ignored."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
 
 

@@ -10,7 +10,7 @@ from plainsd.json_reader import BadJSON, parsed_json
 
 
 class Log:
-    """JSON lines. On resume, lines of steps after the checkpoint are dropped, and what is no line of a log."""
+    """JSON lines. On resume, lines of steps after the checkpoint are dropped, and so is what cannot be read."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -36,7 +36,7 @@ def read_log(path: Path, *, warn: bool = False) -> list[dict]:
     lines = path.read_text("utf-8", errors="replace").split("\n")
     found = [one for line in lines if (one := read_line(line)) is not None]
     if warn and (strange := sum(bool(line.strip()) for line in lines[:-1]) - len(found)) > 0:
-        print(f"{path}: {strange} lines are none of a log; they are left out", file=sys.stderr)
+        print(f"{path}: {strange} lines cannot be read; they are left out", file=sys.stderr)
     return found
 
 

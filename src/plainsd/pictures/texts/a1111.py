@@ -64,18 +64,18 @@ def format_settings(settings: Settings) -> str:
     return "\n".join([*parts, ", ".join(f"{key}: {quote(value)}" for key, value in pairs)])
 
 
-def _hash_key(of: str, word: str) -> str:
+def _key_of(of: str, word: str) -> str:
     return (of + word).capitalize()
 
 
 def _names_written(sampler: str | None, spacing: str | None, of: str = "") -> list[tuple[str, str]]:
     name = sampler_label(sampler) if sampler else ""
     if name and spacing in SUFFIXES:
-        return [(_hash_key(of, "sampler"), f"{name} {spacing_label(spacing)}")]
-    pairs = [(_hash_key(of, "sampler"), name)] if name else []
+        return [(_key_of(of, "sampler"), f"{name} {spacing_label(spacing)}")]
+    pairs = [(_key_of(of, "sampler"), name)] if name else []
     if spacing:
-        pairs.append((_hash_key(of, "schedule type"), nearest_label(sampler, spacing)))
-        pairs += [] if spacing in SPACING_LABELS else [(_hash_key(of, "spacing"), spacing)]
+        pairs.append((_key_of(of, "schedule type"), nearest_label(sampler, spacing)))
+        pairs += [] if spacing in SPACING_LABELS else [(_key_of(of, "spacing"), spacing)]
     return pairs
 
 
@@ -129,16 +129,16 @@ def parse_settings(text: str) -> Settings:
 
 def _names_read(said: dict[str, str], of: str = "", *, old: bool = False) -> tuple[str | None, str | None]:
     """ "DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays."""
-    sampler, spacing = both_named(said.pop(_hash_key(of, "sampler"), ""))
-    schedule = said.pop(_hash_key(of, "schedule type"), "Automatic")
-    own = said.pop(_hash_key(of, "spacing"), None)
+    sampler, spacing = both_named(said.pop(_key_of(of, "sampler"), ""))
+    schedule = said.pop(_key_of(of, "schedule type"), "Automatic")
+    own = said.pop(_key_of(of, "spacing"), None)
     if old and schedule in BEFORE_0_2:
         own = BEFORE_0_2[schedule]
     spacing = spacing or spacing_named(schedule)
     if own is None and spacing is None and re.fullmatch(r"[a-z]\w*", schedule):
         own = schedule  # one that is registered here, and that A1111 has no label for
     elif spacing is None and schedule.lower() not in ("automatic", "use same scheduler"):
-        said[_hash_key(of, "schedule type")] = schedule
+        said[_key_of(of, "schedule type")] = schedule
     return sampler or None, own or spacing
 
 

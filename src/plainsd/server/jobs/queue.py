@@ -90,13 +90,17 @@ class Queue:
 
     def next_batch(self, size: int, idle: Callable[[], object] = bool) -> list[Unit]:
         """The next batch, waiting for one; empty when the server stops. `idle` is called once if none comes for
-        IDLE_AFTER seconds."""
+        IDLE_AFTER seconds; it may take long, and others have the queue meanwhile."""
         with self.changed:
             rest: float | None = IDLE_AFTER
             while not self.stopping and not (waiting := self.waiting()):
                 if not self.changed.wait(rest):
                     rest = None
-                    idle()
+                    self.changed.release()
+                    try:
+                        idle()
+                    finally:
+                        self.changed.acquire()
             if self.stopping:
                 return []
             batch: list[Unit] = []
