@@ -269,6 +269,24 @@ def test_no_model_there(name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "found, chosen",
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, torch.float32),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.float32),
+        ({"architecture": "arm64", "bf16": True}, torch.bfloat16),
+        ({"architecture": "arm64"}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_faster_dtype_of_each_processor(monkeypatch, found, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert choose_dtype("auto", torch.device("cpu")) == chosen
+    assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
 def test_devices_and_types():
     assert choose_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
     assert choose_dtype("float16", torch.device("cpu")) == torch.float16

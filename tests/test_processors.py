@@ -39,6 +39,7 @@ KINDS = {
     "AVX2": (Processor(), PLAIN, BLOCKED),
     "AVX-512": (Processor((torch.float32,), intel=True), OURS, BLOCKED),
     "AVX512_BF16": (Processor(BOTH), OURS, OURS),
+    "AVX512_BF16, Intel": (Processor(BOTH, intel=True), OURS, OURS),
     "AVX512_BF16, no compiler": (Processor(BOTH, compiler=False), PLAIN, BLOCKED),
     "AMX": (Processor(BOTH, amx=True, intel=True), OURS, PLAIN),
     "AMX, no compiler": (Processor(BOTH, amx=True, intel=True, compiler=False), PLAIN, PLAIN),

@@ -36,7 +36,8 @@ class Train(options.TrainOptions):
         filled = replace(self, pace=options.with_defaults(self.method, self.pace))
         options.check_telling(self.telling)
         device = choose_device(self.pace.device)
-        dtype = choose_dtype(self.pace.dtype, device)
+        by_default = "bfloat16" if self.lora.half_base else "auto"
+        dtype = choose_dtype(by_default if self.pace.dtype == "auto" else self.pace.dtype, device)
         with world_of_torchrun(device, self.pace.shard) as world, locked(self.out, world):
             try:
                 job = TrainJob(filled, world, dtype)

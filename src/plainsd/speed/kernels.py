@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plainsd.device import made_by_intel
 from plainsd.models.unet import geglu
 from plainsd.speed.building import Unavailable, compiler_path, library
 
@@ -38,15 +39,7 @@ def amx() -> bool:
     return suit(torch.bfloat16) and torch.cpu._is_amx_tile_supported()
 
 
-def _is_intel() -> bool:
-    try:
-        with open("/proc/cpuinfo") as facts:
-            return "GenuineIntel" in facts.read(1000)
-    except OSError:
-        return False
-
-
-INTEL = _is_intel()  # PyTorch uses MKL and oneDNN, which are tuned for Intel
+INTEL = made_by_intel()  # PyTorch uses MKL and oneDNN, which are tuned for Intel
 
 
 @functools.cache
