@@ -46,10 +46,14 @@ def prepare(folder: Path) -> None:
     from plainsd.reports.rivals import random_folder
 
     random_folder(folder / "model", torch.float16)
+    make_pictures(folder)
+
+
+def make_pictures(folder: Path, size: int = SIZE) -> None:
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for i in range(2):
-        pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
         (folder / "pictures" / f"{i}.txt").write_text(CAPTION)
 
@@ -59,7 +63,7 @@ def train_ours(folder: Path, device: str, options: tuple[str, ...]) -> float:
     from plainsd.cli import main as plainsd
     from plainsd.train.log import read_log
 
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, Image.open(folder / "pictures" / "0.png") as picture:
         code = plainsd(
             [
                 "train",
@@ -71,7 +75,7 @@ def train_ours(folder: Path, device: str, options: tuple[str, ...]) -> float:
                 "--out",
                 out,
                 "--size",
-                str(SIZE),
+                str(picture.width),
                 "--steps",
                 str(STEPS),
                 "--accumulate",

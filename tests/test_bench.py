@@ -1,8 +1,11 @@
 """The benchmark takes turns, does the same work on both sides, and refuses to compare what differs."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,3 +110,24 @@ def test_an_unknown_row(capsys):
 def test_no_rounds(capsys):
     assert main(["bench", "--rounds", "0"]) == 2
     assert "rounds 0" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_the_gpu_script_rehearsed_with_tiny_networks(tmp_path):
+    script = [sys.executable, "bench/gpu.py", "parity", "waiting", "sd1-1", "sdxl-8", "train"]
+    command = [*script, "--device", "cpu", "--dtype", "float32", "--tiny", "--rounds", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*.json")
+    parts = {name: result["found"] for name, result in json.loads(file.read_text())["parts"].items()}
+    assert max(error for family in parts["parity"].values() for error in family.values()) < 1e-4
+    assert set(parts["sdxl-8"]["seconds"]) == {"diffusers", "plainsd --plain", "plainsd"}
+    assert len(parts["train"]) == 5 and all(case["seconds"] > 0 for case in parts["train"].values())
+
+
+def test_the_gpu_script_says_what_it_left_out(tmp_path):
+    command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--tiny", "--seconds", "0", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 1 and "sdxl-8: left out: no time was left" in done.stdout, done.stderr
+    (file,) = tmp_path.glob("*.json")
+    assert {"left out": "no time was left"} in json.loads(file.read_text())["parts"].values()
