@@ -1,0 +1,102 @@
+"""Grow an autoencoder by one level: the same latents for pictures of twice the side.
+
+    python recipes/emoji/grow.py OLD_MODEL OUT --data FOLDER
+
+A level as wide as the outermost one is put before the encoder's first and after the decoder's last. Its residual blocks
+begin as identities, and the two convolutions that join it to the old networks by least squares on pictures of the
+data: the encoder's downsampling gives what the old first convolution gives for the halved picture, and the decoder's
+last convolution gives the picture. So training (`plainsd train --method vae --base OUT`) begins near the old
+autoencoder, and a UNet of the old latents is near one of the new. Growing as in Karras et al. 2017 (arXiv:1710.10196)
+and Chen et al. 2015 (arXiv:1511.05641).
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plainsd.checkpoint import load_vae, save_vae
+from plainsd.errors import UserError
+from plainsd.files.described import read_description
+from plainsd.models.vae import VAE
+from plainsd.train.data.pictures import read_pictures
+
+
+def grown(old: VAE, pixels: Tensor) -> VAE:
+    """`old` with one more level; `pixels`: pictures (B, 3, H, W) in [-1, 1], at the new size, to fit the joins on."""
+    new = VAE(replace(old.config, channels=(old.config.channels[0], *old.config.channels)))
+    names = new.state_dict()
+    for name, weight in old.state_dict().items():
+        part, *rest = name.split(".")
+        if part == "encoder" and rest[0] == "levels":
+            name = ".".join([part, "levels", str(int(rest[1]) + 1), *rest[2:]])
+        if name.startswith("encoder.conv_in"):
+            continue  # it works at half the size: `Downsample` stands for it
+        names[name] = weight
+    new.load_state_dict(names)
+    for level in (new.encoder.levels[0], new.decoder.levels[-1]):
+        for block in level.res:
+            nn.init.zeros_(block.conv2.weight)
+            nn.init.zeros_(block.conv2.bias)
+    down, up = new.encoder.levels[0].resample.conv, new.decoder.levels[-2].resample.conv
+    nn.init.dirac_(up.weight)
+    nn.init.zeros_(up.bias)
+    nn.init.kaiming_normal_(new.encoder.conv_in.weight, nonlinearity="linear")
+    nn.init.zeros_(new.encoder.conv_in.bias)
+    halved = F.avg_pool2d(pixels, 2)
+    fit(down, F.pad(new.encoder.conv_in(pixels), (0, 1, 0, 1)), old.encoder.conv_in(halved))
+    latents = old.post_quant(old.encode(halved).mean)
+    features = new.decoder.mid(new.decoder.conv_in(latents))
+    for level in new.decoder.levels:
+        features = level(features)
+    fit(new.decoder.conv_out, F.pad(F.silu(new.decoder.norm(features)), (1, 1, 1, 1)), pixels)
+    return new
+
+
+def fit(conv: nn.Conv2d, x: Tensor, wanted: Tensor) -> None:
+    """Sets a convolution's weight and bias by least squares: `x` (B, C, H, W) is already padded."""
+    columns = F.unfold(x, conv.kernel_size, stride=conv.stride).transpose(1, 2).flatten(0, 1)  # (B*N, C*k*k)
+    columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1).double()
+    target = wanted.flatten(2).transpose(1, 2).flatten(0, 1).double()  # (B*N, C')
+    square = columns.T @ columns
+    square += 1e-6 * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+    solved = torch.linalg.solve(square, columns.T @ target)
+    conv.weight.copy_(solved[:-1].T.reshape(conv.weight.shape))
+    conv.bias.copy_(solved[-1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="folder of the model whose autoencoder is grown")
+    parser.add_argument("out", type=Path, help="folder for the new autoencoder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--count", type=int, default=64, help="how many pictures the joins are fitted on")
+    parser.add_argument("--description", type=Path, required=True, help="JSON file that describes the new model")
+    options = parser.parse_args(argv)
+    try:
+        variant = read_description(options.description)
+        old = load_vae(options.model, device="cpu", dtype="float32")
+        pictures = read_pictures(options.data, options.size)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            step = max(len(pictures) // options.count, 1)
+            new = grown(old, pictures.pixels(range(0, step * options.count, step)))
+        if replace(new.config, scaling_factor=variant.vae.scaling_factor) != variant.vae:
+            raise UserError(
+                f"the grown autoencoder has channels {new.config.channels}, {new.config.layers} ResBlocks a level and "
+                f"latents of {new.config.latent_channels}: {options.description} describes another one"
+            )
+        save_vae(new, options.out, variant)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""recipes/emoji/grow.py: an autoencoder with one more level, near the old one from the start."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from plainsd.checkpoint import load_vae
+from plainsd.pictures.images import to_pil
+from plainsd.train.methods.vae import psnr
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
+spec = importlib.util.spec_from_file_location("grow", RECIPE / "grow.py")
+grow = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(grow)
+EMBEDDED = Path(grow.__file__).parents[2] / "src" / "plainsd" / "assets" / "emoji"
+
+
+def pictures(count: int, seed: int, side: int = 128) -> torch.Tensor:
+    """Discs of one colour on another, with soft edges: (count, 3, side, side) in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.rand(shape, generator=generator)  # noqa: E731
+    y, x = torch.meshgrid(*2 * [torch.linspace(0, 1, side)], indexing="ij")
+    centres, radii = 0.3 + 0.4 * draw(count, 2, 1, 1), 0.1 + 0.2 * draw(count, 1, 1)
+    away = ((x - centres[:, 0]) ** 2 + (y - centres[:, 1]) ** 2).sqrt()
+    disc = torch.sigmoid((radii - away) * side)[:, None]
+    front, back = draw(2, count, 3, 1, 1) * 2 - 1
+    return disc * front + (1 - disc) * back
+
+
+@pytest.fixture(scope="module")
+def old():
+    return load_vae(EMBEDDED, device="cpu", dtype="float32")
+
+
+@torch.no_grad()
+def test_it_begins_near_the_old_one(old):
+    torch.manual_seed(0)
+    new, seen = grow.grown(old, pictures(8, seed=0)), pictures(8, seed=1)
+    assert new.config == replace(old.config, channels=(16, *old.config.channels))
+    halved = F.avg_pool2d(seen, 2)
+    latents = old.encode(halved).mean
+    assert (new.encode(seen).mean - latents).norm() < 0.1 * latents.norm()
+    enlarged = F.interpolate(old.decode(latents), scale_factor=2, mode="bicubic")
+    assert psnr(new.decode(latents), seen).mean() > psnr(enlarged, seen).mean() - 1
+    assert psnr(new.decode(new.encode(seen).mean), seen).mean() > psnr(enlarged, seen).mean() - 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_is_found_again(stride):
+    torch.manual_seed(0)
+    known, found = (nn.Conv2d(3, 5, 3, stride=stride).double() for _ in range(2))
+    x = torch.randn(4, 3, 16, 16).double()
+    grow.fit(found, x, known(x))
+    torch.testing.assert_close(found.weight, known.weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.bias, known.bias, rtol=0, atol=1e-5)
+
+
+def test_the_command(tmp_path, old, capsys):
+    (tmp_path / "data").mkdir()
+    for number, picture in enumerate(to_pil(pictures(4, seed=2))):
+        picture.save(tmp_path / "data" / f"{number}.png")
+        (tmp_path / "data" / f"{number}.txt").write_text("a disc")
+    asked = [str(EMBEDDED), str(tmp_path / "vae"), "--data", str(tmp_path / "data"), "--count", "4", "--description"]
+    assert grow.main([*asked, str(RECIPE / "model128-grown.json")]) == 0
+    written = load_vae(tmp_path / "vae", device="cpu", dtype="float32")
+    assert written.config.channels == (16, *old.config.channels)
+    assert written.config.scaling_factor == old.config.scaling_factor  # the UNet's latents are the same
+    assert grow.main([*asked, str(RECIPE / "model.json")]) == 2
+    assert "the grown autoencoder has channels (16, 16, 32, 64, 128)" in capsys.readouterr().err
+    assert grow.main([str(tmp_path / "nothing"), *asked[1:], str(RECIPE / "model128-grown.json")]) == 2
+
+
+def test_its_description_is_the_embedded_models_but_for_the_autoencoder():
+    new, now = (json.loads((RECIPE / name).read_text()) for name in ("model128-grown.json", "model.json"))
+    assert new.pop("size") == 2 * now.pop("size")
+    assert new["vae"].pop("channels") == [16, *now["vae"].pop("channels")]
+    assert new == now
