@@ -56,8 +56,9 @@ def open_service(models: list[str], data: Path, limits: Limits = Limits(), batch
 class Server:
     """A running server, and requests to it."""
 
-    def __init__(self, service: Service, url: str):
+    def __init__(self, service: Service, url: str, on_signal=None):
         self.service, self.url, self.session = service, url, requests.Session()
+        self.on_signal = on_signal  # as the process gets it: (signal, frame)
         self.session.trust_env = False
 
     def get(self, path: str, **more) -> requests.Response:
@@ -89,14 +90,14 @@ class Server:
 
 
 @contextmanager
-def served(service: Service, token: str | None = None, hosts: Hosts | None = None, port: int = 0):
+def served(service: Service, token: str | None = None, hosts: Hosts | None = None, port: int = 0, drain: float = 0):
     sock = listening_socket("127.0.0.1", port)
     app = create_app(service, hosts or Hosts("127.0.0.1"), token)
-    server = server_of(app, 1)
+    server = server_of(app, 1, drain)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:
-        yield Server(service, f"http://127.0.0.1:{sock.getsockname()[1]}")
+        yield Server(service, f"http://127.0.0.1:{sock.getsockname()[1]}", server.handle_exit)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
+import signal
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +19,7 @@ from plainsd.errors import UserError
 from plainsd.text.styles import read_styles
 
 MIN_TOKEN_LENGTH = 12
+UNCHECKED = ("port", "memory", "drain_seconds", "plain")  # by the rule that numbers are 1 or more
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Serve:
     """maximum pictures per job"""
     max_seconds: Annotated[float, flag("S")] = 3600
     """time limit per job, in seconds"""
+    drain_seconds: Annotated[float, flag("S")] = 20
+    """time for the pictures under way at SIGTERM, in seconds; what is not finished is drawn after the next start"""
     plain: Switch = False
     """do not pack the weights for the processor, as `plainsd generate --plain`"""
     device: str = "auto"
@@ -121,18 +126,23 @@ class Serve:
         app = create_app(
             service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
         )
-        server_of(app).run(sockets=[sock])
+        server_of(app, drain=self.drain_seconds).run(sockets=[sock])
 
     def check(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and field.name not in ("port", "memory", "plain") and not value >= 1:
+            if isinstance(value, (int, float)) and field.name not in UNCHECKED and not value >= 1:
                 raise UserError(
                     f"{field.name.replace('_', ' ')} {value} is out of range; give 1 or more", field=field.name
                 )
         if self.memory is not None and not self.memory >= 0:
             raise UserError(
                 f"memory {self.memory} is out of range; give gigabytes, 0 for one model at a time", field="memory"
+            )
+        if not 0 <= self.drain_seconds < math.inf:
+            raise UserError(
+                f"drain_seconds {self.drain_seconds} is out of range; give seconds, 0 to stop at the next step",
+                field="drain_seconds",
             )
         if not 0 <= self.port < 65536:
             raise UserError(
@@ -193,13 +203,33 @@ def own_address() -> str:
             return socket.gethostname()
 
 
-def server_of(app, grace: int = 5):
-    """The uvicorn server. On shutdown, event streams end; other connections are closed after `grace` seconds."""
+def server_of(app, grace: int = 5, drain: float = 0):
+    """The uvicorn server. The first SIGTERM lets the batches under way end, for at most `drain` seconds, in which it
+    answers as before, but takes no jobs; a second one, or SIGINT, stops after the current step. On shutdown, event
+    streams end; other connections are closed after `grace` seconds."""
     import uvicorn
 
     from plainsd.server.api.connections import Connection
 
     class Server(uvicorn.Server):
+        asked_to_drain = draining = False
+
+        def handle_exit(self, sig, frame) -> None:
+            if sig == signal.SIGTERM and drain and not self.asked_to_drain:
+                self.asked_to_drain = True
+                self._captured_signals.append(sig)
+            else:
+                super().handle_exit(sig, frame)
+
+        async def on_tick(self, counter: int) -> bool:
+            service = app.state.service
+            if self.asked_to_drain and not self.draining:
+                self.draining = True
+                service.queue.drain(drain)
+            if self.draining and service.queue.drained():
+                self.should_exit = True
+            return await super().on_tick(counter)
+
         async def shutdown(self, sockets=None) -> None:
             app.state.service.stop()
             await super().shutdown(sockets)

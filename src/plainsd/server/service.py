@@ -131,7 +131,7 @@ class Service:
                 "step": job.step, "steps": job.steps, "seconds_left": job.seconds_left(),
                 "position": self.queue.position(job) if job.state == QUEUED else None,
                 "seeds": [json_seed(one.seed) for one in job.settings], "notes": job.notes,
-                "images": [job.picture_id(index) for index in sorted(job.done)],
+                "images": [job.picture_id(index) for index in job.kept()],
                 "error": job.error or job.problem,
                 "created": job.created, "started": job.started, "finished": job.finished,
             }  # fmt: skip
@@ -161,6 +161,22 @@ class Service:
         if found is None:
             raise APIError(404, f"there is no picture {id!r}; GET /api/images lists them")
         return found
+
+    def trash(self, pictures: list[Picture]) -> None:
+        """Out of the history; `restore` brings them back for `limits.undo` seconds."""
+        self.store.trash(pictures)
+        self.queue.forget(pictures)
+
+    def delete(self, picture: Picture) -> None:
+        """For good, at once."""
+        self.store.delete([picture])
+        self.queue.forget([picture])
+
+    def restore(self, ids: list[str]) -> list[str]:
+        """Back into the history; the ids of those that were in the trash."""
+        restored = self.store.restore(ids)
+        self.queue.remember(restored)
+        return restored
 
     def selected(self, ids: list[str], field: str) -> list[Picture]:
         """Those of these that are there, in this order, each once."""

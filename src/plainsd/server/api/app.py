@@ -27,6 +27,7 @@ from plainsd.server.api.security import Hosts, SecurityMiddleware
 from plainsd.server.errors import ERRORS, APIError
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, Job
 from plainsd.server.pool import Models, ServedModel
+from plainsd.server.readiness import Readiness
 from plainsd.server.requests import CELLS
 from plainsd.server.schema import JobRequest, Text
 from plainsd.server.service import Service, client_of
@@ -188,6 +189,14 @@ def add_page(app: FastAPI, service: Service) -> None:
         return JSONResponse(
             {"status": "ok" if alive else "the worker has ended; restart the server"}, 200 if alive else 503
         )
+
+    readiness = Readiness(service)
+
+    @app.get("/readyz", tags=["service"])
+    def readyz() -> JSONResponse:
+        """Whether jobs may be sent here: the worker lives, the data folder can be written, and no stop is ahead."""
+        why = readiness.problem()
+        return JSONResponse({"status": why or "ok"}, 503 if why else 200)
 
     registry = metrics.registry_of(service)
 

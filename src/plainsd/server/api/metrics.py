@@ -14,7 +14,7 @@ from plainsd.server.service import Service
 
 def registry_of(service: Service) -> CollectorRegistry:
     registry = CollectorRegistry()
-    for collector in (ServiceCollector(service), service.queue.waits, service.worker.steps):
+    for collector in (ServiceCollector(service), service.queue.measures.waits, service.queue.measures.steps):
         registry.register(collector)
     return registry
 

@@ -77,7 +77,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
     @app.delete("/api/images/{id}", tags=["pictures"], status_code=204)
     def delete(id: Text) -> Response:
         """For good, at once."""
-        service.store.delete([service.picture(id)])
+        service.delete(service.picture(id))
         return Response(status_code=204)
 
     @app.post("/api/settings", tags=["pictures"])
@@ -116,14 +116,14 @@ def add_selections(app: FastAPI, service: Service) -> None:
         """Delete pictures and their files. For `limits.undo` seconds (GET /api/info), or until the server stops, they
         can be restored. The answer has the ids of those that were there."""
         found = service.selected(body.ids, "ids")
-        service.store.trash(found)
+        service.trash(found)
         return {"ids": [one.id for one in found]}
 
     @app.post("/api/images/restore", tags=["pictures"])
     def restore(body: Selection) -> dict:
         """Restore pictures that were deleted a moment ago. The answer has the ids of those that it was still possible
         for."""
-        return {"ids": service.store.restore(service.selection(body.ids, "ids"))}
+        return {"ids": service.restore(service.selection(body.ids, "ids"))}
 
     @app.get(
         "/api/images.zip",

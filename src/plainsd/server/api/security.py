@@ -26,7 +26,8 @@ from plainsd.server.limits import Limits
 
 log = logging.getLogger("plainsd.server")
 COOKIE = "plainsd_session"
-PUBLIC_PATHS = ("/", "/healthz", "/api/login")  # answered without the token; so is everything below /page/
+PROBES = ("/healthz", "/readyz")  # answered under any host name
+PUBLIC_PATHS = ("/", *PROBES, "/api/login")  # answered without the token; so is everything below /page/
 FORM_PATHS = ("/v1/images/edits",)  # multipart forms; everything else is JSON
 MOST_IN_BODY = 100_000  # values in the JSON of a request
 BODY_SECONDS = 120  # timeout for a body
@@ -128,7 +129,7 @@ class SecurityMiddleware:
 
     def check_host(self, scope: Scope, headers: Headers) -> None:
         hosts = headers.getlist("host")
-        if scope["path"] == "/healthz":
+        if scope["path"] in PROBES:
             return
         if len(hosts) != 1 or hosts[0] not in self.hosts:
             said = ", ".join(hosts) or "none"

@@ -144,7 +144,8 @@ class Job:
     attempts: int = 0  # server crashes while it was processed alone
     started: float | None = None
     finished: float | None = None
-    done: set[int] = field(default_factory=set)  # pictures in the history
+    done: set[int] = field(default_factory=set)  # pictures that are drawn ...
+    deleted: set[int] = field(default_factory=set)  # ... of which these have been deleted, or are in the trash
 
     problem: str | None = None  # why its row cannot be read
     notes: list[str] = field(default_factory=list)  # settings with an unexpected effect, for the client
@@ -171,6 +172,10 @@ class Job:
         left = sorted(self.indices - self.done - self.drawing)
         ready = not self.drawing and len(self.done) == len(self.settings)
         return [index for index in left if index < len(self.settings) or ready]
+
+    def kept(self) -> list[int]:
+        """Indices of its pictures in the history, in order."""
+        return sorted(self.done - self.deleted)
 
     def settings_of(self, index: int) -> Resolved:
         if self.sheet is not None and index == len(self.settings):

@@ -30,6 +30,10 @@ ALTER TABLE jobs ADD COLUMN alone INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE images ADD COLUMN favourite INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE images ADD COLUMN deleted REAL;
 """,
+    # what was drawn and then deleted for good: an unfinished job does not draw it again
+    """
+CREATE TABLE removed (job TEXT NOT NULL, place INTEGER NOT NULL, PRIMARY KEY (job, place)) WITHOUT ROWID;
+""",
 )
 
 

@@ -10,15 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from prometheus_client import Histogram
-
 from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Notifier, Unit
+from plainsd.server.jobs.measures import Measures
+from plainsd.server.jobs.pictures import Picture
 
 CLIENT_SHARE = 0.5  # maximum fraction of the queue for one client
 ATTEMPTS = 3  # server crashes while one job was processed alone
 IDLE_AFTER = 30.0  # seconds
-WAIT_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)  # seconds, bounds of the buckets
+RESTART = 5  # seconds that a stop and the next start may take
 
 
 class Queue:
@@ -31,10 +31,9 @@ class Queue:
         self.served: Counter[str] = Counter()  # pictures started for each client, as long as it has jobs
         self.ended: Counter[str] = Counter()  # states, since the start
         self.seconds = 0.0  # from arrival to end, of all these
-        self.waits = Histogram(
-            "plainsd_queue_wait_seconds", "from a job's arrival to its first batch", buckets=WAIT_BUCKETS, registry=None
-        )
+        self.measures = Measures()
         self.stopping = False
+        self.closes: float | None = None  # while it drains: when the server stops at the latest, as time.monotonic()
         self.seconds_per_picture = 1.0  # moving average
         for job in store.unfinished():
             job.alone = job.state == RUNNING or job.attempts > 0  # at the time of the crash: it may have caused it
@@ -51,6 +50,7 @@ class Queue:
 
     def add(self, job: Job) -> None:
         with self.changed:
+            self.check_open()
             mine = sum(other.client == job.client for other in self.jobs.values())
             if len(self.jobs) >= self.limit or mine >= max(1, self.limit * CLIENT_SHARE):
                 whose = f"{mine} of them yours" if mine else "none of them yours"
@@ -66,6 +66,15 @@ class Queue:
             self.jobs[job.id] = job
             self.changed.notify_all()
         self.notifier.notify()
+
+    def check_open(self) -> None:
+        """APIError while the server drains or stops: what it took now would wait for the next start."""
+        if self.stopping or self.closes is not None:
+            left = 0.0 if self.stopping or self.closes is None else max(0.0, self.closes - time.monotonic())
+            wait = round(left) + RESTART
+            raise APIError(
+                503, f"the server is about to stop; try again in {wait} s", headers={"Retry-After": str(wait)}
+            )
 
     def get(self, id: str) -> Job | None:
         with self.changed:
@@ -86,11 +95,27 @@ class Queue:
                 self.end(job, CANCELLED)
             return job
 
+    def forget(self, pictures: list[Picture]) -> None:
+        """Pictures that were deleted: their jobs, if they are unfinished, no longer name them."""
+        self._mark_deleted([(picture.job, picture.index) for picture in pictures], True)
+
+    def remember(self, ids: list[str]) -> None:
+        """Pictures that were restored, by their ids."""
+        places = [(job, int(index)) for job, _, index in (id.rpartition("-") for id in ids)]
+        self._mark_deleted(places, False)
+
+    def _mark_deleted(self, places: list[tuple[str, int]], is_deleted: bool) -> None:
+        with self.changed:
+            for id, index in places:
+                if (job := self.jobs.get(id)) is not None:
+                    job.deleted.add(index) if is_deleted else job.deleted.discard(index)
+                    job.notifier.notify()
+
     # --- from the worker ---------------------------------------------------------------------------------------------
 
-    def next_batch(self, size: int, idle: Callable[[], object] = bool) -> list[Unit]:
-        """The next batch, waiting for one; empty when the server stops. `idle` is called once if none comes for
-        IDLE_AFTER seconds; it may take long, and others have the queue meanwhile."""
+    def next_batch(self, size: int, idle: Callable[[], object] = bool, worker: str = "worker-0") -> list[Unit]:
+        """The next batch for this worker, waiting for one; empty when the server stops. `idle` is called once if none
+        comes for IDLE_AFTER seconds; it may take long, and others have the queue meanwhile."""
         with self.changed:
             rest: float | None = IDLE_AFTER
             while not self.stopping and not (waiting := self.waiting()):
@@ -114,7 +139,7 @@ class Queue:
                     now = time.time()
                     self.store.mark_started(job, now)
                     if job.started is None:  # not one that a stopped server had begun
-                        self.waits.observe(now - job.created)
+                        self.measures.waits.labels(job.model, worker).observe(now - job.created)
                     job.state, job.started = RUNNING, now
                 job.notifier.notify()
             for unit in batch:
@@ -123,6 +148,9 @@ class Queue:
             return batch
 
     def waiting(self) -> list[Unit]:
+        """What may be drawn now; nothing more while the server drains."""
+        if self.closes is not None:
+            return []
         return [Unit(job, index) for job in self.jobs.values() for index in job.pending()]
 
     def add_picture(self, unit: Unit, file: str, size: tuple[int, int]) -> bool:
@@ -166,6 +194,18 @@ class Queue:
             self.changed.notify_all()
         job.notifier.notify()
         self.notifier.notify()
+
+    def drain(self, seconds: float) -> None:
+        """Takes no more jobs and starts no more batches; the server stops within so many seconds."""
+        with self.changed:
+            self.closes = time.monotonic() + seconds
+            self.changed.notify_all()
+
+    def drained(self) -> bool:
+        """Whether no batch is drawn any more, or the time for it is over."""
+        with self.changed:
+            over = self.closes is not None and time.monotonic() >= self.closes
+            return over or not any(job.drawing for job in self.jobs.values())
 
     def stop(self) -> None:
         with self.changed:

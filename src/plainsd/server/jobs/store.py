@@ -6,7 +6,8 @@
     thumbnails/        made on first request
 
 A picture is in the history once its row is written, for the last one in the same transaction as the end of its job; its
-file is written before. Ids and file names follow from the job, so a job that runs again writes the same files and rows.
+file is written before. Ids and file names follow from the job, so a job that runs again writes the same files and rows;
+what was deleted of it meanwhile is not drawn again.
 """
 
 import json
@@ -40,6 +41,10 @@ from plainsd.server.jobs.pictures import (
 
 INPUT = re.compile(r"[0-9a-f]{32}\.png")  # names of `canvas.InitImages.as_source`
 TRASHED = "SELECT 1 FROM images WHERE id = ? AND deleted IS NOT NULL"
+DRAWN = (  # the places of a job's pictures that were drawn, and whether they have been deleted since
+    "SELECT place, deleted NOT NULL FROM images WHERE job = :job UNION SELECT place, 1 FROM removed WHERE job = :job"
+)
+REMOVED = "INSERT OR IGNORE INTO removed (job, place) SELECT job, place FROM images WHERE id = ?"
 THUMBNAIL = 320  # pixels, the longer side
 
 
@@ -153,14 +158,13 @@ class Store:
     def _job(self, row: sqlite3.Row) -> Job:
         """A row as an object; `problem` says what cannot be read."""
         with self.lock:
-            done = self.db.execute(
-                "SELECT place FROM images WHERE job = ? AND deleted IS NULL", (row["id"],)
-            ).fetchall()
+            drawn = self.db.execute(DRAWN, {"job": row["id"]}).fetchall()
         names = ("id", "number", "client", "api", "model", "state", "error", "attempts", "created", "started",
                  "finished")  # fmt: skip
         known = {name: row[name] for name in names} | {
             "path_prefix": row["place"],
-            "done": {index for (index,) in done},
+            "done": {index for index, _ in drawn},
+            "deleted": {index for index, is_deleted in drawn if is_deleted},
         }
         try:
             source, sheet = (parsed_json(row[name]) if row[name] else None for name in ("source", "sheet"))
@@ -223,9 +227,12 @@ class Store:
                 ended = (DONE, time.time(), job.id)
                 db.execute("UPDATE jobs SET state = ?, finished = ?, alone = 0 WHERE id = ?", ended)
 
-    def picture(self, id: str) -> Picture | None:
+    def picture(self, id: str, *, trash: bool = False) -> Picture | None:
+        """Of the history; with `trash`, also one that can still be restored."""
         with self.lock:
-            row = self.db.execute("SELECT * FROM images WHERE id = ? AND deleted IS NULL", (id,)).fetchone()
+            row = self.db.execute(
+                "SELECT * FROM images WHERE id = ? AND (? OR deleted IS NULL)", (id, trash)
+            ).fetchone()
         return self._picture(row) if row else None
 
     def pictures(
@@ -323,6 +330,7 @@ class Store:
             except OSError as error:
                 refused = error
         with self.transaction() as db:
+            db.executemany(REMOVED, gone)
             db.executemany("DELETE FROM images WHERE id = ?", gone)
         if refused is not None:
             raise refused

@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from PIL import Image
-from prometheus_client import Histogram
 
 from plainsd.allocator import release_freed_memory
 from plainsd.diffusion.samplers import Step
@@ -31,7 +30,6 @@ from plainsd.server.uploads import png
 
 PREVIEW_SECONDS = 0.25  # seconds
 RETRY = 1.0  # seconds, where the history cannot be written
-STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # seconds, bounds of the buckets
 log = logging.getLogger("plainsd.server")
 
 
@@ -42,23 +40,17 @@ class Stopped(Exception):
 class Worker(threading.Thread):
     """Processes batches until the queue is stopped. An error ends a job, never the thread."""
 
-    def __init__(self, queue: Queue, models: Models, store: Store, limits: Limits, size: int):
-        super().__init__(name="plainsd-worker", daemon=True)
+    def __init__(self, queue: Queue, models: Models, store: Store, limits: Limits, size: int, name: str = "worker-0"):
+        super().__init__(name=name, daemon=True)
         self.queue, self.models, self.store, self.limits, self.size = queue, models, store, limits, size
         self.pictures, self.failures, self.seconds = 0, 0, 0.0
         self.batches: Counter[int] = Counter()  # by their size
-        self.steps = Histogram(
-            "plainsd_step_seconds",
-            "of one step of a batch; the first with its text and images",
-            buckets=STEP_BUCKETS,
-            registry=None,
-        )
 
     def run(self) -> None:
         while True:
             units: list[Unit] = []
             try:
-                units = self.queue.next_batch(self.size, idle=release_freed_memory)
+                units = self.queue.next_batch(self.size, idle=release_freed_memory, worker=self.name)
                 if not units:
                     return
                 self.process(units)
@@ -151,15 +143,17 @@ class Worker(threading.Thread):
         return pasted(image, self.store.input(source.base), self.store.input(source.alpha), source.box)
 
     def sheet(self, job: Job) -> Image.Image:
-        """The X/Y grid, read from the files of its pictures."""
+        """The X/Y grid, read from the files of its pictures, also of those in the trash. The cell of one that has been
+        deleted for good is blank."""
         assert job.sheet is not None  # else it has no such index
         images = []
-        for index in range(len(job.settings)):
-            row = self.store.picture(job.picture_id(index))
-            if row is None:
-                raise UserError("a picture of the grid was deleted before its sheet was made; draw the grid again")
-            with Image.open(self.store.path(row)) as image:
-                images.append(image.convert("RGB"))
+        for index, settings in enumerate(job.settings):
+            row = self.store.picture(job.picture_id(index), trash=True)
+            try:
+                with Image.open(self.store.path(row) if row else "") as image:
+                    images.append(image.convert("RGB"))
+            except FileNotFoundError:
+                images.append(Image.new("RGB", settings.size, "white"))
         return grid(images, len(job.sheet.across), job.sheet.across, job.sheet.down)
 
     def save(self, unit: Unit, image: Image.Image) -> None:
@@ -207,13 +201,14 @@ class ProgressMonitor:
     def __init__(self, worker: Worker, model: ServedModel, units: list[Unit], steps: int):
         self.worker, self.model, self.units = worker, model, units
         self.jobs = Counter(unit.job for unit in units)
+        self.step_seconds = worker.queue.measures.steps.labels(model.name, worker.name)
         self.last_preview, self.last_step = 0.0, time.monotonic()
         for job in self.jobs:
             job.step, job.steps = 0, steps
 
     def __call__(self, event: Step) -> None:
         now, limit = time.monotonic(), self.worker.limits.seconds
-        self.worker.steps.observe(now - self.last_step)
+        self.step_seconds.observe(now - self.last_step)
         if now - self.last_preview >= PREVIEW_SECONDS:
             self.last_preview = now
             assert self.model.preview is not None  # it is resident
