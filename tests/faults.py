@@ -715,9 +715,9 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("if not error < 0.2:", "if error > 2:", "test_bench.py::test_other_work_is_not_compared"),
     ],
     "server/api/a1111.py": [
-        (" and job.client == client_of(request)]", "]",
+        ("if job.client == client]", "]",
          "test_server_a1111.py::test_an_interrupt_reaches_only_this_clients_jobs_of_this_api"),
-        ('if job.api == "a1111" and job.client', "if job.client",
+        ('if job.api == "a1111" and job.owner', "if job.owner",
          "test_server_a1111.py::test_an_interrupt_reaches_only_this_clients_jobs_of_this_api"),
     ],
     "server/jobs/store.py": [
@@ -764,7 +764,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_jobs.py::test_a_job_has_a_time_limit"),
     ],
     "server/jobs/queue.py": [
-        ("mine >= max(1, self.limit * CLIENT_SHARE)", "mine > max(1, self.limit * CLIENT_SHARE)",
+        ("mine >= max(1, self.limit * self.share)", "mine > max(1, self.limit * self.share)",
          "test_server_jobs.py::test_the_queue_is_bounded_and_no_client_fills_it_alone"),
         ("self.served[unit.job.client] += 1", "pass",
          "test_server_jobs.py::test_clients_take_turns_picture_by_picture"),

@@ -90,9 +90,16 @@ class Server:
 
 
 @contextmanager
-def served(service: Service, token: str | None = None, hosts: Hosts | None = None, port: int = 0, drain: float = 0):
+def served(
+    service: Service,
+    token: str | None = None,
+    hosts: Hosts | None = None,
+    port: int = 0,
+    drain: float = 0,
+    tokens: Path | None = None,
+):
     sock = listening_socket("127.0.0.1", port)
-    app = create_app(service, hosts or Hosts("127.0.0.1"), token)
+    app = create_app(service, hosts or Hosts("127.0.0.1"), token, tokens=tokens)
     server = server_of(app, 1, drain)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

@@ -18,7 +18,6 @@ from plainsd.commands.flags import flag
 from plainsd.errors import UserError
 from plainsd.text.styles import read_styles
 
-MIN_TOKEN_LENGTH = 12
 UNCHECKED = ("port", "memory", "drain_seconds", "plain")  # by the rule that numbers are 1 or more
 
 
@@ -39,6 +38,9 @@ class Serve:
     """where to store jobs and pictures"""
     token: Annotated[str | None, flag("T")] = None
     """access token for clients; default $PLAINSD_TOKEN, or a generated one if one is required"""
+    tokens: Annotated[Path | None, flag("FILE")] = None
+    """file of names and their tokens, `name token` on each line: everyone has a gallery and a share of the queue of
+    their own; read again when it changes"""
     allow_host: Annotated[UseAppendAction[tuple[str, ...]], flag("NAME")] = ()
     """additional host name to accept, such as that of a reverse proxy; repeatable"""
     loras: Annotated[Path | None, flag("FOLDER")] = None
@@ -124,7 +126,11 @@ class Serve:
         print("inspecting the models ...", file=sys.stderr)
         service = Service.open(self.model, self.data, limits, options, batch=self.batch)
         app = create_app(
-            service, Hosts(self.host, self.allow_host), token, lambda: self.greet(service, sock.getsockname()[1], token)
+            service,
+            Hosts(self.host, self.allow_host),
+            token,
+            lambda: self.greet(service, sock.getsockname()[1], token),
+            self.tokens,
         )
         server_of(app, drain=self.drain_seconds).run(sockets=[sock])
 
@@ -153,21 +159,22 @@ class Serve:
                 raise UserError(f"--{name} '{folder}': no such folder; create it, or leave --{name} out", field=name)
         if self.styles is not None:
             read_styles(self.styles)
+        if self.tokens is not None:
+            from plainsd.server.users import read_tokens
+
+            read_tokens(self.tokens)
 
     def checked_token(self) -> str | None:
-        """The token of --token or $PLAINSD_TOKEN, or a generated one if the address is not a loopback one."""
+        """The admin's token, of --token or $PLAINSD_TOKEN; or a generated one if others need one, or the address is
+        not a loopback one."""
         from plainsd.server.api.security import is_loopback
+        from plainsd.server.users import TOKEN_RULE, is_token
 
         token = self.token or os.environ.get("PLAINSD_TOKEN") or None
-        if token is not None and (
-            len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token
-        ):
-            raise UserError(
-                f"the token must be {MIN_TOKEN_LENGTH} or more ASCII characters without spaces; "
-                "choose another, or give none to have one generated",
-                field="token",
-            )
-        return token if token is not None or is_loopback(self.host) else secrets.token_urlsafe(18)
+        if token is not None and not is_token(token):
+            raise UserError(f"the token {TOKEN_RULE}, or give none to have one generated", field="token")
+        open_to_all = is_loopback(self.host) and self.tokens is None
+        return token if token is not None or open_to_all else secrets.token_urlsafe(18)
 
     def greet(self, service, port: int, token: str | None) -> None:
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening on all addresses: one for the URL

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from plainsd.errors import UserError
@@ -27,6 +27,7 @@ from plainsd.server.limits import Limits
 from plainsd.server.pool import Models, PoolOptions
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
+from plainsd.server.users import User
 
 log = logging.getLogger("plainsd.server")
 HEARTBEAT = 15.0  # seconds between keep-alives of an event stream
@@ -97,15 +98,25 @@ class Service:
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    async def submit(self, request: JobRequest, client: str, api: str, init: InitImages | None = None) -> Job:
+    async def submit(
+        self, request: JobRequest, client: str, api: str, init: InitImages | None = None, *, owner: str
+    ) -> Job:
         """Checks, stores and queues a request."""
 
         def create() -> Job:
             job = new_job(request, self.models, self.limits, client, api, init)
+            job.owner = owner
             self.queue.add(job)
             return job
 
         return await run_in_threadpool(create)
+
+    def job(self, id: str, user: User) -> Job:
+        """APIError if there is none, or it is somebody else's."""
+        job = self.queue.get(id)
+        if job is None or not user.sees(job.owner):
+            raise APIError(404, f"there is no job {id!r}; GET /api/jobs lists them")
+        return job
 
     async def wait_for_end(self, job: Job, request: Request) -> Job:
         """Waits for the end of a job, or of the server. If the client disconnects, the job is cancelled."""
@@ -156,8 +167,9 @@ class Service:
 
     # --- pictures ----------------------------------------------------------------------------------------------------
 
-    def picture(self, id: str) -> Picture:
-        found = self.store.picture(id)
+    def picture(self, id: str, user: User) -> Picture:
+        """APIError if there is none, or it is somebody else's."""
+        found = self.store.picture(id, owner=user.scope)
         if found is None:
             raise APIError(404, f"there is no picture {id!r}; GET /api/images lists them")
         return found
@@ -172,15 +184,16 @@ class Service:
         self.store.delete([picture])
         self.queue.forget([picture])
 
-    def restore(self, ids: list[str]) -> list[str]:
+    def restore(self, ids: list[str], user: User) -> list[str]:
         """Back into the history; the ids of those that were in the trash."""
-        restored = self.store.restore(ids)
+        restored = self.store.restore(ids, user.scope)
         self.queue.remember(restored)
         return restored
 
-    def selected(self, ids: list[str], field: str) -> list[Picture]:
-        """Those of these that are there, in this order, each once."""
-        return [found for id in self.selection(ids, field) if (found := self.store.picture(id))]
+    def selected(self, ids: list[str], field: str, user: User) -> list[Picture]:
+        """Those of these that are there for this user, in this order, each once."""
+        ids = self.selection(ids, field)
+        return [found for id in ids if (found := self.store.picture(id, owner=user.scope))]
 
     def selection(self, ids: list[str], field: str) -> list[str]:
         """Each once; APIError where they are too many, or none."""
@@ -210,10 +223,21 @@ def failure_of(job: Job) -> APIError | None:
     return APIError(409, f"job {job.id} was {job.state}; submit it again")
 
 
-def client_of(request: Request, user: str | None = None) -> str:
-    """Identifies the client for fair scheduling: its address, and the user name that it sends."""
+def user_of(request: Request) -> User:
+    """As `SecurityMiddleware` has found."""
+    return request.scope["user"]
+
+
+CurrentUser = Annotated[User, Depends(user_of)]
+
+
+def client_of(request: Request, said: str | None = None) -> str:
+    """Identifies the client for fair scheduling: by the name of its token; else by its address, and the name that it
+    says it has."""
+    if name := user_of(request).name:
+        return name
     address = request.client.host if request.client else "unknown"
-    return f"{address}/{user}" if user else address
+    return f"{address}/{said}" if said else address
 
 
 def now() -> int:

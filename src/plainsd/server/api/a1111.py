@@ -3,10 +3,11 @@
 import base64
 import json
 import time
+from collections import defaultdict
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
@@ -30,7 +31,7 @@ from plainsd.server.jobs.job import CANCELLED, Job
 from plainsd.server.jobs.pictures import json_seed, with_lora_tags
 from plainsd.server.requests import check_numbers, job_request
 from plainsd.server.schema import JobRequest, clean
-from plainsd.server.service import Service, client_of, failure_of
+from plainsd.server.service import CurrentUser, Service, client_of, failure_of, user_of
 from plainsd.server.uploads import decoded, opened
 
 NOT_ECHOED = ("override_settings", "alwayson_scripts")  # fields that `parameters` of the response leave out
@@ -42,15 +43,22 @@ INPUT_IMAGES = ("init_images", "mask")  # likewise, unless include_init_images i
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
-    options: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "sd_model_checkpoint": service.models.default,
         "CLIP_stop_at_last_layers": 1,
         "tiling": False, "randn_source": "GPU",
         "eta_noise_seed_delta": 0,
     }  # fmt: skip
+    options_by_owner: dict[str, dict[str, Any]] = defaultdict(defaults.copy)
+
+    def options_of(user: CurrentUser) -> dict[str, Any]:
+        """What this user's `POST /options` has set."""
+        return options_by_owner[user.owner]
+
+    Options = Annotated[dict[str, Any], Depends(options_of)]
 
     @router.post("/txt2img")
-    async def txt2img(body: Text2Image, request: Request) -> dict:
+    async def txt2img(body: Text2Image, request: Request, options: Options) -> dict:
         def wanted() -> ParsedRequest:
             asked, fields, notes = parse_request(body, options, service)
             native = service.models[fields["model"]].bare.variant.size
@@ -61,7 +69,7 @@ def routes(service: Service) -> APIRouter:
         return await submit_and_wait(service, await run_in_threadpool(wanted), request, options)
 
     @router.post("/img2img")
-    async def img2img(body: Image2Image, request: Request) -> dict:
+    async def img2img(body: Image2Image, request: Request, options: Options) -> dict:
         def wanted() -> ParsedRequest:
             asked, fields, notes = parse_request(body, options, service)
             fields["strength"] = 0.75 if asked.denoising_strength is None else asked.denoising_strength
@@ -91,11 +99,11 @@ def routes(service: Service) -> APIRouter:
         return png_info_as_json(decoded(body.image, "image"), service)
 
     @router.get("/options")
-    def get_options() -> dict:
+    def get_options(options: Options) -> dict:
         return options | {"samples_format": "png", "sd_checkpoint_hash": None}
 
     @router.post("/options")
-    def set_options(body: dict[str, Any]) -> dict:
+    def set_options(body: dict[str, Any], options: Options) -> dict:
         """Applies to requests of this API until the server ends."""
         given = known_options(body, "options")
         asked = Common.model_validate({"override_settings": given}).job_fields({}, service.models)
@@ -143,7 +151,7 @@ def routes(service: Service) -> APIRouter:
         return [{"name": UPSCALER_LABELS[name]} for name in LATENT_MODES]
 
     @router.get("/embeddings")
-    def embeddings() -> dict:
+    def embeddings(options: Options) -> dict:
         """Those that fit the current model, and those that do not."""
         known, bare = service.models.embeddings.known(), service.models[options["sd_model_checkpoint"]].bare
         checked = [(incompatibility(bare, embedding) is None, embedding) for embedding in known]
@@ -191,7 +199,7 @@ def parse_request(
 
 
 async def submit_and_wait(service: Service, wanted: ParsedRequest, request: Request, options: dict[str, Any]) -> dict:
-    job = await service.submit(wanted.job, client_of(request), "a1111", wanted.init)
+    job = await service.submit(wanted.job, client_of(request), "a1111", wanted.init, owner=user_of(request).owner)
     job.notes += wanted.notes
     if wanted.asked.override_settings_restore_afterwards is False:
         options.update(known_options(wanted.asked.override_settings or {}))
@@ -254,8 +262,10 @@ def enlarged(png: bytes, size: tuple[int, int]) -> bytes:
 
 def running(service: Service, request: Request) -> Job | None:
     """This client's running job of this API, else its first waiting one."""
+    client, owner = client_of(request), user_of(request).owner
     with service.queue.changed:
-        mine = [job for job in service.queue.jobs.values() if job.api == "a1111" and job.client == client_of(request)]
+        jobs = [job for job in service.queue.jobs.values() if job.api == "a1111" and job.owner == owner]
+    mine = [job for job in jobs if job.client == client]
     return min(mine, key=lambda job: (job.state != "running", job.number), default=None)
 
 

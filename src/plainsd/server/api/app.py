@@ -23,14 +23,15 @@ from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.a1111_controlnet import controlnet_routes
 from plainsd.server.api.errors import add_errors
 from plainsd.server.api.pictures import add_pictures
-from plainsd.server.api.security import Hosts, SecurityMiddleware
+from plainsd.server.api.security import Hosts, SecurityMiddleware, log_in
 from plainsd.server.errors import ERRORS, APIError
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, Job
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.readiness import Readiness
 from plainsd.server.requests import CELLS
 from plainsd.server.schema import JobRequest, Text
-from plainsd.server.service import Service, client_of
+from plainsd.server.service import CurrentUser, Service, client_of, user_of
+from plainsd.server.users import Access
 
 PAGE = Path(str(files("plainsd.server") / "page"))
 TYPES = {
@@ -45,8 +46,11 @@ class Login(BaseModel):
     token: Text
 
 
-def create_app(service: Service, hosts: Hosts, token: str | None = None, on_start=lambda: None) -> FastAPI:
-    """The server as an ASGI application, which starts and stops its worker."""
+def create_app(
+    service: Service, hosts: Hosts, token: str | None = None, on_start=lambda: None, tokens: Path | None = None
+) -> FastAPI:
+    """The server as an ASGI application, which starts and stops its worker. `tokens` is the file of named ones."""
+    access = Access(token, tokens, service.queue.set_names)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -69,21 +73,19 @@ def create_app(service: Service, hosts: Hosts, token: str | None = None, on_star
     add_jobs(app, service)
     add_pictures(app, service)
     add_page(app, service)
-    security = SecurityMiddleware(app, hosts, token, service.limits)
 
     @app.post("/api/login", tags=["page"], status_code=204)
     def login(body: Login) -> Response:
         """Exchange the token for a session cookie."""
         answer = Response(status_code=204)
-        if token is not None:
-            security.check_equal(body.token)
-            security.set_cookie(answer)
+        if access.required:
+            log_in(answer, access, body.token)
         return answer
 
     app.include_router(openai.routes(service))
     app.include_router(a1111.routes(service))
     app.include_router(controlnet_routes(service))
-    app.add_middleware(SecurityMiddleware, hosts=hosts, token=token, limits=service.limits)
+    app.add_middleware(SecurityMiddleware, hosts=hosts, access=access, limits=service.limits)
     return app
 
 
@@ -99,40 +101,38 @@ def add_jobs(app: FastAPI, service: Service) -> None:
         x_client: Annotated[Text | None, Header(max_length=64)] = None,
     ) -> dict:
         """Queue pictures. Clients take turns; X-Client distinguishes clients behind one address."""
-        job = await service.submit(body, client_of(request, x_client), "jobs")
+        job = await service.submit(body, client_of(request, x_client), "jobs", owner=user_of(request).owner)
         response.headers["Location"] = f"/api/jobs/{job.id}"
         return await run_in_threadpool(service.as_json, job)
 
     @app.get("/api/jobs", tags=["jobs"])
-    def all_jobs(limit: Annotated[int, Query(ge=0, le=500)] = 50) -> dict:
+    def all_jobs(user: CurrentUser, limit: Annotated[int, Query(ge=0, le=500)] = 50) -> dict:
         """Waiting and running jobs, oldest first, and the last ones that ended."""
         with service.queue.changed:
-            active = [service.as_json(job) for job in service.queue.jobs.values()]
-        ended = service.store.jobs((DONE, FAILED, CANCELLED), limit)
+            active = [service.as_json(job) for job in service.queue.jobs.values() if user.sees(job.owner)]
+        ended = service.store.jobs((DONE, FAILED, CANCELLED), limit, user.scope)
         return {"active": active, "ended": [service.as_json(job) for job in ended]}
 
-    def found(id: Text) -> Job:
-        job = service.queue.get(id)
-        if job is None:
-            raise APIError(404, f"there is no job {id!r}; GET /api/jobs lists them")
-        return job
+    def found(id: Text, user: CurrentUser) -> Job:
+        return service.job(id, user)
+
+    FoundJob = Annotated[Job, Depends(found)]
 
     @app.get("/api/jobs/{id}", tags=["jobs"])
-    def one_job(id: Text) -> dict:
-        return service.as_json(found(id))
+    def one_job(job: FoundJob) -> dict:
+        return service.as_json(job)
 
     @app.get("/api/jobs/{id}/events", tags=["jobs"], response_class=EventSourceResponse)
-    async def events(job: Annotated[Job, Depends(found)]) -> AsyncIterator[ServerSentEvent]:
+    async def events(job: FoundJob) -> AsyncIterator[ServerSentEvent]:
         """Server-sent events: `progress` with previews, then `end`."""
         async for name, data in service.events(job):
             if name != "beat":  # FastAPI has its own
                 yield ServerSentEvent(event=name, data=data)
 
     @app.post("/api/jobs/{id}/cancel", tags=["jobs"])
-    def cancel(id: Text) -> dict:
+    def cancel(job: FoundJob) -> dict:
         """Cancel a waiting or running job. Finished pictures are kept."""
-        job = service.queue.cancel(id)
-        return service.as_json(job or found(id))
+        return service.as_json(service.queue.cancel(job.id) or job)
 
 
 # --- the page, and what it needs to know -----------------------------------------------------------------------------
@@ -165,10 +165,10 @@ def add_page(app: FastAPI, service: Service) -> None:
         }
 
     @app.get("/api/info", tags=["models"])
-    def info() -> dict:
-        """Everything that a form needs: models, LoRAs, samplers, spacings, limits."""
+    def info(user: CurrentUser) -> dict:
+        """Everything that a form needs: models, LoRAs, samplers, spacings, limits; and whose token it is."""
         return models() | {
-            "version": __version__, "samplers": {name: sampler_label(name) for name in SAMPLERS},
+            "version": __version__, "user": user.name, "samplers": {name: sampler_label(name) for name in SAMPLERS},
             "spacings": {name: spacing_label(name) for name in shared_spacings()},
             "upscalers": (*UPSCALERS, *sorted(service.models.upscalers.known())),
             "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),

@@ -28,7 +28,7 @@ from plainsd.server.jobs.pictures import Picture, json_seed
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.requests import job_request
 from plainsd.server.schema import JobRequest, Text
-from plainsd.server.service import Service, client_of, failure_of, now
+from plainsd.server.service import Service, client_of, failure_of, now, user_of
 from plainsd.server.uploads import check_pixels, opened, size_mismatch
 
 ALIASES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "chatgpt-image-latest", "dall-e-2", "dall-e-3")
@@ -94,7 +94,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/images/generations", responses=STREAM, response_model=None)
     async def generations(body: ImagesRequest, request: Request) -> JSONResponse | EventSourceResponse:
-        job = await service.submit(body.job(service.models), client_of(request, body.user), "openai")
+        job = await service.submit(
+            body.job(service.models), client_of(request, body.user), "openai", owner=user_of(request).owner
+        )
         return await images_response(service, job, body, request, "image_generation")
 
     @router.post("/images/edits", responses=STREAM, response_model=None, openapi_extra=FORM)
@@ -104,7 +106,7 @@ def routes(service: Service) -> APIRouter:
             body, content, mask = await edit_of(form)
         wanted = body.job(service.models)
         init = await run_in_threadpool(edit_canvas, wanted, content, mask, service)
-        job = await service.submit(wanted, client_of(request, body.user), "openai", init)
+        job = await service.submit(wanted, client_of(request, body.user), "openai", init, owner=user_of(request).owner)
         return await images_response(service, job, body, request, "image_edit")
 
     @router.get("/models")

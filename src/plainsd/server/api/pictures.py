@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import FastAPI, Query, Response
+from fastapi import Depends, FastAPI, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
@@ -12,9 +12,10 @@ from starlette.background import BackgroundTask
 from plainsd.errors import UserError
 from plainsd.server.controls import map_within
 from plainsd.server.errors import APIError
+from plainsd.server.jobs.pictures import Picture
 from plainsd.server.restore import picture_as_json, settings_in_file
 from plainsd.server.schema import MapRequest, Text
-from plainsd.server.service import Service
+from plainsd.server.service import CurrentUser, Service
 from plainsd.server.uploads import decoded, picture, png
 from plainsd.server.zips import zipped
 
@@ -37,15 +38,21 @@ class Marking(Selection):
 
 
 def add_pictures(app: FastAPI, service: Service) -> None:
+    def found(id: Text, user: CurrentUser) -> Picture:
+        return service.picture(id, user)
+
+    FoundPicture = Annotated[Picture, Depends(found)]
+
     @app.get("/api/images", tags=["pictures"])
     def images(
+        user: CurrentUser,
         search: Annotated[Text, Query(max_length=500)] = "",
         before: Annotated[int | None, Query(ge=0, lt=2**62)] = None,
         limit: Annotated[int, Query(ge=1, le=200)] = 48,
         favourites: bool = False,
     ) -> dict:
         """The history, newest first. `before` is the `next` of the answer before."""
-        rows = service.store.pictures(search, before, limit, favourites=favourites)
+        rows = service.store.pictures(search, before, limit, favourites=favourites, owner=user.scope)
         return {
             "images": [picture_as_json(row) for row in rows],
             "next": rows[-1].number if len(rows) == limit else None,
@@ -57,8 +64,8 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         response_class=FileResponse,
         responses={200: {"content": {"image/png": {}}}},
     )
-    def image(id: Text) -> FileResponse:
-        return sent(service.store.path(service.picture(id)), "image/png")
+    def image(row: FoundPicture) -> FileResponse:
+        return sent(service.store.path(row), "image/png")
 
     @app.get(
         "/api/images/{id}/thumbnail",
@@ -66,18 +73,18 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         response_class=FileResponse,
         responses={200: {"content": {"image/png": {}, "image/webp": {}}}},
     )
-    def thumbnail(id: Text) -> FileResponse:
-        path = service.store.thumbnail(service.picture(id))
+    def thumbnail(row: FoundPicture) -> FileResponse:
+        path = service.store.thumbnail(row)
         return sent(path, "image/webp" if path.suffix == ".webp" else "image/png")
 
     @app.get("/api/images/{id}", tags=["pictures"])
-    def image_settings(id: Text) -> dict:
-        return picture_as_json(service.picture(id))
+    def image_settings(row: FoundPicture) -> dict:
+        return picture_as_json(row)
 
     @app.delete("/api/images/{id}", tags=["pictures"], status_code=204)
-    def delete(id: Text) -> Response:
+    def delete(row: FoundPicture) -> Response:
         """For good, at once."""
-        service.delete(service.picture(id))
+        service.delete(row)
         return Response(status_code=204)
 
     @app.post("/api/settings", tags=["pictures"])
@@ -105,25 +112,25 @@ def add_pictures(app: FastAPI, service: Service) -> None:
 
 def add_selections(app: FastAPI, service: Service) -> None:
     @app.post("/api/images/favourites", tags=["pictures"])
-    def mark(body: Marking) -> dict:
+    def mark(body: Marking, user: CurrentUser) -> dict:
         """Mark pictures as favourites, or no longer. The answer has the ids of those that are there."""
-        found = service.selected(body.ids, "ids")
+        found = service.selected(body.ids, "ids", user)
         service.store.mark(found, body.favourite)
         return {"ids": [one.id for one in found]}
 
     @app.post("/api/images/delete", tags=["pictures"])
-    def delete_selected(body: Selection) -> dict:
+    def delete_selected(body: Selection, user: CurrentUser) -> dict:
         """Delete pictures and their files. For `limits.undo` seconds (GET /api/info), or until the server stops, they
         can be restored. The answer has the ids of those that were there."""
-        found = service.selected(body.ids, "ids")
+        found = service.selected(body.ids, "ids", user)
         service.trash(found)
         return {"ids": [one.id for one in found]}
 
     @app.post("/api/images/restore", tags=["pictures"])
-    def restore(body: Selection) -> dict:
+    def restore(body: Selection, user: CurrentUser) -> dict:
         """Restore pictures that were deleted a moment ago. The answer has the ids of those that it was still possible
         for."""
-        return {"ids": service.restore(service.selection(body.ids, "ids"))}
+        return {"ids": service.restore(service.selection(body.ids, "ids"), user)}
 
     @app.get(
         "/api/images.zip",
@@ -131,10 +138,10 @@ def add_selections(app: FastAPI, service: Service) -> None:
         response_class=StreamingResponse,
         responses={200: {"content": {"application/zip": {}}}},
     )
-    def download(id: Annotated[list[Text], Query()]) -> StreamingResponse:
+    def download(id: Annotated[list[Text], Query()], user: CurrentUser) -> StreamingResponse:
         """The files of these pictures (`?id=A&id=B`) in one zip, each under its own name and with its settings inside.
         It is written while it is sent."""
-        found = service.selected(id, "id")
+        found = service.selected(id, "id", user)
         if missing := set(id) - {one.id for one in found}:
             raise APIError(404, f"there is no picture {min(missing)!r}; GET /api/images lists them", "id", min(missing))
         files = [(service.store.path(one), one.created) for one in found]

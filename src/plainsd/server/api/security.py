@@ -6,8 +6,6 @@ ours, a foreign Origin is refused, and so is whatever the browser itself calls c
 """
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import logging
 import socket
@@ -23,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from plainsd.json_reader import BadJSON, check_values
 from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
+from plainsd.server.users import Access, User, session_of
 
 log = logging.getLogger("plainsd.server")
 COOKIE = "plainsd_session"
@@ -82,16 +81,12 @@ class Hosts:
 # --- the gate --------------------------------------------------------------------------------------------------------
 
 
-def session_of(token: str) -> str:
-    """The cookie's value: proves knowledge of the token without revealing it."""
-    return hmac.new(token.encode(), b"plainsd session", hashlib.sha256).hexdigest()
-
-
 class SecurityMiddleware:
-    """ASGI middleware: checks host, origin, token, content type and size; adds security headers to every response."""
+    """ASGI middleware: checks host, origin, token, content type and size; adds security headers to every response.
+    The scope's `user` is a `User` from here on."""
 
-    def __init__(self, app: ASGIApp, hosts: Hosts, token: str | None, limits: Limits):
-        self.app, self.hosts, self.token, self.limits = app, hosts, token, limits
+    def __init__(self, app: ASGIApp, hosts: Hosts, access: Access, limits: Limits):
+        self.app, self.hosts, self.access, self.limits = app, hosts, access, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -117,7 +112,8 @@ class SecurityMiddleware:
             self.check_origin(scope, headers)
             if (login := self.login_link(scope)) is not None:
                 return await login(scope, receive, send_with_headers)
-            self.check_token(scope, headers)
+            if not is_public(scope["path"]):
+                scope["user"] = self.user(headers)
             body = await self.body(scope, headers, receive)
             await self.app(scope, replay(body, receive), send_with_headers)
         except Exception as error:
@@ -149,35 +145,27 @@ class SecurityMiddleware:
     def login_link(self, scope: Scope) -> RedirectResponse | None:
         """`/?token=T`, as printed at startup: sets the cookie, and removes the token from the address bar."""
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token")
-        if not (self.token and given and scope["method"] == "GET" and scope["path"] == "/"):
+        if not (self.access.required and given and scope["method"] == "GET" and scope["path"] == "/"):
             return None
-        self.check_equal(given[0])
         answer = RedirectResponse("/", 303)
-        self.set_cookie(answer)
+        log_in(answer, self.access, given[0])
         return answer
 
-    def set_cookie(self, answer: Response) -> None:
-        assert self.token  # it was just given
-        answer.set_cookie(COOKIE, session_of(self.token), max_age=30 * 86400, httponly=True, samesite="strict")
-
-    def check_equal(self, given: str) -> None:
-        if not hmac.compare_digest(given.encode(), (self.token or "").encode()):
-            raise APIError(401, "the token is wrong; it was printed when the server started", "token")
-
-    def check_token(self, scope: Scope, headers: Headers) -> None:
-        """Bearer (OpenAI's clients), Basic with any user name (A1111's), or the page's cookie."""
-        if self.token is None or scope["path"] in PUBLIC_PATHS or scope["path"].startswith("/page/"):
-            return
+    def user(self, headers: Headers) -> User:
+        """By Bearer (OpenAI's clients), Basic with any user name (A1111's), or the page's cookie."""
+        if not self.access.required:
+            return User()
+        self.access.refresh()
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
-            return self.check_equal(given.strip())
+            return user_of_token(self.access, given.strip())
         if kind.lower() == "basic":
             try:
-                return self.check_equal(b64decode(given).decode().partition(":")[2])
+                return user_of_token(self.access, b64decode(given).decode().partition(":")[2])
             except ValueError:
                 raise APIError(401, "the Authorization header cannot be read; send 'Bearer TOKEN'", "token") from None
-        if hmac.compare_digest(cookie(headers).encode(), session_of(self.token).encode()):
-            return
+        if (found := self.access.user_of_session(cookie(headers))) is not None:
+            return found
         raise APIError(
             401,
             "a token is required; send it as 'Authorization: Bearer TOKEN'",
@@ -218,6 +206,23 @@ class SecurityMiddleware:
             except BadJSON as error:
                 raise APIError(413, f"the request is too large: {error}; send less at once") from None
         return bytes(body)
+
+
+def is_public(path: str) -> bool:
+    return path in PUBLIC_PATHS or path.startswith("/page/")
+
+
+def user_of_token(access: Access, given: str) -> User:
+    if (found := access.user_of_token(given)) is None:
+        raise APIError(401, "the token is wrong; it was printed when the server started, or is yours alone", "token")
+    return found
+
+
+def log_in(answer: Response, access: Access, given: str) -> None:
+    """Sets the cookie of a token; APIError if it is wrong."""
+    access.refresh()
+    user_of_token(access, given)
+    answer.set_cookie(COOKIE, session_of(given), max_age=30 * 86400, httponly=True, samesite="strict")
 
 
 def netloc(origin: str) -> str:

@@ -138,6 +138,7 @@ class Job:
     source: Source | None = None
     inputs: dict[str, bytes] = field(default_factory=dict)  # its files, until they are written
     sheet: Sheet | None = None
+    owner: str = ""  # the name of the token that it came with; empty: the admin's, or nobody's
     number: int = 0
     state: str = QUEUED
     error: str | None = None

@@ -34,6 +34,12 @@ ALTER TABLE images ADD COLUMN deleted REAL;
     """
 CREATE TABLE removed (job TEXT NOT NULL, place INTEGER NOT NULL, PRIMARY KEY (job, place)) WITHOUT ROWID;
 """,
+    # whose a job and its pictures are, by the name of a token; empty: the admin's
+    """
+ALTER TABLE jobs ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+ALTER TABLE images ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+CREATE INDEX images_by_owner ON images (owner, number);
+""",
 )
 
 

@@ -15,7 +15,7 @@ from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUN
 from plainsd.server.jobs.measures import Measures
 from plainsd.server.jobs.pictures import Picture
 
-CLIENT_SHARE = 0.5  # maximum fraction of the queue for one client
+CLIENT_SHARE = 0.5  # maximum fraction of the queue for one client; with named ones, an equal share
 ATTEMPTS = 3  # server crashes while one job was processed alone
 IDLE_AFTER = 30.0  # seconds
 RESTART = 5  # seconds that a stop and the next start may take
@@ -32,6 +32,7 @@ class Queue:
         self.ended: Counter[str] = Counter()  # states, since the start
         self.seconds = 0.0  # from arrival to end, of all these
         self.measures = Measures()
+        self.share = CLIENT_SHARE
         self.stopping = False
         self.closes: float | None = None  # while it drains: when the server stops at the latest, as time.monotonic()
         self.seconds_per_picture = 1.0  # moving average
@@ -52,7 +53,7 @@ class Queue:
         with self.changed:
             self.check_open()
             mine = sum(other.client == job.client for other in self.jobs.values())
-            if len(self.jobs) >= self.limit or mine >= max(1, self.limit * CLIENT_SHARE):
+            if len(self.jobs) >= self.limit or mine >= max(1, self.limit * self.share):
                 whose = f"{mine} of them yours" if mine else "none of them yours"
                 wait = max(1, round(self.seconds_per_picture * len(self.jobs) / 4))
                 raise APIError(
@@ -66,6 +67,10 @@ class Queue:
             self.jobs[job.id] = job
             self.changed.notify_all()
         self.notifier.notify()
+
+    def set_names(self, count: int) -> None:
+        """How many clients have names: however full it is, there is room for each of them, and for one more."""
+        self.share = min(CLIENT_SHARE, 1 / (count + 1))
 
     def check_open(self) -> None:
         """APIError while the server drains or stops: what it took now would wait for the next start."""

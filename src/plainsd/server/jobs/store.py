@@ -40,7 +40,7 @@ from plainsd.server.jobs.pictures import (
 )
 
 INPUT = re.compile(r"[0-9a-f]{32}\.png")  # names of `canvas.InitImages.as_source`
-TRASHED = "SELECT 1 FROM images WHERE id = ? AND deleted IS NOT NULL"
+TRASHED = "SELECT 1 FROM images WHERE id = ? AND deleted IS NOT NULL AND owner = coalesce(?, owner)"
 DRAWN = (  # the places of a job's pictures that were drawn, and whether they have been deleted since
     "SELECT place, deleted NOT NULL FROM images WHERE job = :job UNION SELECT place, 1 FROM removed WHERE job = :job"
 )
@@ -101,6 +101,7 @@ class Store:
             "pictures": json.dumps([asdict(one) for one in job.settings]), "place": job.path_prefix, "state": job.state,
             "source": json.dumps(asdict(job.source)) if job.source else None,
             "sheet": json.dumps(asdict(job.sheet)) if job.sheet else None, "created": job.created,
+            "owner": job.owner,
         }  # fmt: skip
         names = ", ".join(values)
         with self.transaction() as db:
@@ -140,12 +141,14 @@ class Store:
             row = self.db.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
         return self._job(row) if row else None
 
-    def jobs(self, states: tuple[str, ...], limit: int = -1) -> list[Job]:
-        """Oldest first; with a limit, the newest of them."""
+    def jobs(self, states: tuple[str, ...], limit: int = -1, owner: str | None = None) -> list[Job]:
+        """Oldest first; with a limit, the newest of them. None: everybody's."""
         placeholders = ", ".join("?" * len(states))
         with self.lock:
             rows = self.db.execute(
-                f"SELECT * FROM jobs WHERE state IN ({placeholders}) ORDER BY number DESC LIMIT ?", (*states, limit)
+                f"SELECT * FROM jobs WHERE state IN ({placeholders}) AND owner = coalesce(?, owner) "
+                "ORDER BY number DESC LIMIT ?",
+                (*states, owner, limit),
             ).fetchall()
         return [self._job(row) for row in reversed(rows)]
 
@@ -160,7 +163,7 @@ class Store:
         with self.lock:
             drawn = self.db.execute(DRAWN, {"job": row["id"]}).fetchall()
         names = ("id", "number", "client", "api", "model", "state", "error", "attempts", "created", "started",
-                 "finished")  # fmt: skip
+                 "finished", "owner")  # fmt: skip
         known = {name: row[name] for name in names} | {
             "path_prefix": row["place"],
             "done": {index for index, _ in drawn},
@@ -215,23 +218,24 @@ class Store:
         settings = job.settings_of(index)
         search = f"{settings.prompt}\n{settings.negative}\n{job.model}\nseed {settings.seed}".casefold()
         row = (job.picture_id(index), job.id, index, file, *size, json.dumps(asdict(settings)), json.dumps(job.loras),
-               search, time.time())  # fmt: skip
+               search, time.time(), job.owner)  # fmt: skip
         with self.transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO images "  # of one in the trash that is drawn again after a restart
-                "(id, job, place, file, width, height, settings, loras, search, created) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "(id, job, place, file, width, height, settings, loras, search, created, owner) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
             if job.done | {index} == job.indices:
                 ended = (DONE, time.time(), job.id)
                 db.execute("UPDATE jobs SET state = ?, finished = ?, alone = 0 WHERE id = ?", ended)
 
-    def picture(self, id: str, *, trash: bool = False) -> Picture | None:
-        """Of the history; with `trash`, also one that can still be restored."""
+    def picture(self, id: str, *, trash: bool = False, owner: str | None = None) -> Picture | None:
+        """Of the history, if it is this owner's (None: anybody's); with `trash`, also one that can be restored."""
         with self.lock:
             row = self.db.execute(
-                "SELECT * FROM images WHERE id = ? AND (? OR deleted IS NULL)", (id, trash)
+                "SELECT * FROM images WHERE id = ? AND (? OR deleted IS NULL) AND owner = coalesce(?, owner)",
+                (id, trash, owner),
             ).fetchone()
         return self._picture(row) if row else None
 
@@ -242,6 +246,7 @@ class Store:
         limit: int = 50,
         job: str | None = None,
         favourites: bool = False,
+        owner: str | None = None,
     ) -> list[Picture]:
         """Newest first. Each word of `search` must occur in prompt, negative prompt, model or seed."""
         where = ["number < ?", "deleted IS NULL"]
@@ -252,6 +257,9 @@ class Store:
         if job is not None:
             where.append("job = ?")
             values.append(job)
+        if owner is not None:
+            where.append("owner = ?")
+            values.append(owner)
         if favourites:
             where.append("favourite")
         with self.lock:
@@ -303,10 +311,10 @@ class Store:
             rows = [(time.time(), picture.id) for picture in pictures]
             db.executemany("UPDATE images SET deleted = ? WHERE id = ?", rows)
 
-    def restore(self, ids: list[str]) -> list[str]:
-        """Back into the history; the ids of those that were in the trash."""
+    def restore(self, ids: list[str], owner: str | None = None) -> list[str]:
+        """Back into the history; the ids of those that were in the trash of this owner (None: of anybody)."""
         with self.transaction() as db:
-            found = [id for id in ids if db.execute(TRASHED, (id,)).fetchone()]
+            found = [id for id in ids if db.execute(TRASHED, (id, owner)).fetchone()]
             db.executemany("UPDATE images SET deleted = NULL WHERE id = ?", [(id,) for id in found])
         return found
 
