@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -9,7 +10,7 @@ import signal
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import UseAppendAction
 
@@ -75,6 +76,11 @@ class Serve:
     """time limit per job, in seconds"""
     drain_seconds: Annotated[float, flag("S")] = 20
     """time for the pictures under way at SIGTERM, in seconds; what is not finished is drawn after the next start"""
+    log_format: Literal["text", "json"] = "text"
+    """how log lines are written to stderr; json: one object a line, with jobs, clients and models as fields"""
+    log_level: Literal["debug", "info", "warning", "error"] | None = None
+    """from which level on; info has a line for each request and each change of a job (default: info for json, else
+    warning)"""
     plain: Switch = False
     """do not pack the weights for the processor, as `plainsd generate --plain`"""
     device: str = "auto"
@@ -94,6 +100,7 @@ class Serve:
         from plainsd.server.api.app import create_app
         from plainsd.server.api.security import Hosts
         from plainsd.server.limits import Limits
+        from plainsd.server.logs import configure
         from plainsd.server.pool import PoolOptions
         from plainsd.server.service import Service
 
@@ -123,7 +130,8 @@ class Serve:
             zero_snr=on_or_off(self.zero_snr),
         )
         sock = listening_socket(self.host, self.port)
-        print("inspecting the models ...", file=sys.stderr)
+        configure(self.log_format, self.log_level)
+        self.say("inspecting the models ...")
         service = Service.open(self.model, self.data, limits, options, batch=self.batch)
         app = create_app(
             service,
@@ -180,16 +188,29 @@ class Serve:
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening on all addresses: one for the URL
         host = loopback.get(self.host, self.host)
         models = service.models
-        print(
-            f"models: {', '.join(models.known)} ({models.device}, {str(models.dtype).removeprefix('torch.')})",
-            file=sys.stderr,
-        )
-        print(f"pictures are stored in {service.store.folder / 'pictures'}", file=sys.stderr)
+        self.say(f"models: {', '.join(models.known)} ({models.device}, {str(models.dtype).removeprefix('torch.')})")
+        self.say(f"pictures are stored in {service.store.folder / 'pictures'}")
         if waiting := sum(service.queue.counts().values()):
-            print(f"resuming {waiting} unfinished jobs", file=sys.stderr)
+            self.say(f"resuming {waiting} unfinished jobs")
         if self.host in loopback:
-            print(f"from other machines: {url(own_address(), port, token)}", file=sys.stderr)
-        print(url(host, port, token), flush=True)
+            self.say(f"from other machines: {url(own_address(), port, self.shown(token))}")
+        if self.log_format == "json":
+            self.say(f"listening on {url(host, port, self.shown(token))}")
+        else:
+            print(url(host, port, token), flush=True)
+
+    def say(self, message: str) -> None:
+        """On stderr, in the form of the log, whatever its level."""
+        if self.log_format == "json":
+            log = logging.getLogger("plainsd")
+            log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, message, (), None))
+        else:
+            print(message, file=sys.stderr)
+
+    def shown(self, token: str | None) -> str | None:
+        """The token in an address that is printed; in a log, which others may read, only one that was generated."""
+        given = self.token or os.environ.get("PLAINSD_TOKEN")
+        return None if self.log_format == "json" and given else token
 
 
 def url(host: str, port: int, token: str | None) -> str:

@@ -24,6 +24,7 @@ from plainsd.server.jobs.queue import Queue
 from plainsd.server.jobs.store import Store
 from plainsd.server.jobs.worker import Worker
 from plainsd.server.limits import Limits
+from plainsd.server.logs import about, note
 from plainsd.server.pool import Models, PoolOptions
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
@@ -106,6 +107,7 @@ class Service:
         def create() -> Job:
             job = new_job(request, self.models, self.limits, client, api, init)
             job.owner = owner
+            note(**about(job))
             self.queue.add(job)
             return job
 
@@ -116,6 +118,7 @@ class Service:
         job = self.queue.get(id)
         if job is None or not user.sees(job.owner):
             raise APIError(404, f"there is no job {id!r}; GET /api/jobs lists them")
+        note(**about(job))
         return job
 
     async def wait_for_end(self, job: Job, request: Request) -> Job:

@@ -88,7 +88,7 @@ class Access:
         self.stamp = stamp
         try:
             self.take(read_tokens(self.file))
-            log.info("tokens were read again")
+            log.info("the file of tokens was read again")
         except UserError as error:
             log.error("%s; the tokens before are still in use", error)
 

@@ -26,6 +26,7 @@ from plainsd.server.api.pictures import add_pictures
 from plainsd.server.api.security import Hosts, SecurityMiddleware, log_in
 from plainsd.server.errors import ERRORS, APIError
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, Job
+from plainsd.server.logs import AccessLog
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.readiness import Readiness
 from plainsd.server.requests import CELLS
@@ -86,6 +87,7 @@ def create_app(
     app.include_router(a1111.routes(service))
     app.include_router(controlnet_routes(service))
     app.add_middleware(SecurityMiddleware, hosts=hosts, access=access, limits=service.limits)
+    app.add_middleware(AccessLog)
     return app
 
 

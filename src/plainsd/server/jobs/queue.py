@@ -5,6 +5,7 @@ Clients take turns picture by picture, so that a request for one picture waits f
 hundred.
 """
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,9 @@ from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Notifier, Unit
 from plainsd.server.jobs.measures import Measures
 from plainsd.server.jobs.pictures import Picture
+from plainsd.server.logs import about
 
+log = logging.getLogger("plainsd.server")
 CLIENT_SHARE = 0.5  # maximum fraction of the queue for one client; with named ones, an equal share
 ATTEMPTS = 3  # server crashes while one job was processed alone
 IDLE_AFTER = 30.0  # seconds
@@ -66,6 +69,7 @@ class Queue:
                 self.served[job.client] = min((self.served[other.client] for other in self.jobs.values()), default=0)
             self.jobs[job.id] = job
             self.changed.notify_all()
+        log.info("job queued", extra=about(job) | {"pictures": len(job.indices)})
         self.notifier.notify()
 
     def set_names(self, count: int) -> None:
@@ -146,6 +150,9 @@ class Queue:
                     if job.started is None:  # not one that a stopped server had begun
                         self.measures.waits.labels(job.model, worker).observe(now - job.created)
                     job.state, job.started = RUNNING, now
+                    log.info(
+                        "job started", extra=about(job) | {"worker": worker, "waited": round(now - job.created, 3)}
+                    )
                 job.notifier.notify()
             for unit in batch:
                 unit.job.drawing.add(unit.index)
@@ -166,6 +173,7 @@ class Queue:
                 return False
             self.store.add_picture(job, unit.index, file, size)
             job.done.add(unit.index)
+            log.info("picture finished", extra=about(job) | {"picture": job.picture_id(unit.index)})
             job.drawing.discard(unit.index)
             job.previews.pop(unit.index, None)
             if job.done == job.indices:
@@ -197,6 +205,8 @@ class Queue:
             self.ended[state] += 1
             self.seconds += job.finished - job.created
             self.changed.notify_all()
+        ending = {"state": state, "seconds": round(finished - job.created, 3)} | ({"error": error} if error else {})
+        log.info("job ended", extra=about(job) | ending)
         job.notifier.notify()
         self.notifier.notify()
 

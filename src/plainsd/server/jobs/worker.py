@@ -25,6 +25,7 @@ from plainsd.server.jobs.job import FAILED, Job, Unit
 from plainsd.server.jobs.queue import Queue
 from plainsd.server.jobs.store import Store
 from plainsd.server.limits import Limits
+from plainsd.server.logs import about, log_fields
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.uploads import png
 
@@ -55,19 +56,21 @@ class Worker(threading.Thread):
                     return
                 self.process(units)
             except sqlite3.Error as error:  # disk full: the batch is retried
-                log.error("cannot write to the data folder (%s); trying again", error)
+                jobs = about(*dict.fromkeys(unit.job for unit in units)) if units else {}
+                log.error("cannot write to the data folder (%s); trying again", error, extra=jobs)
                 self.queue.requeue(units)
                 time.sleep(RETRY)
 
     def process(self, units: list[Unit]) -> None:
         began = time.monotonic()
         self.batches[len(units)] += 1
-        try:
-            self.draw(units)
-        except Stopped:
-            self.queue.requeue(units)
-        except Exception as error:
-            self.handle_error(units, error)
+        with log_fields(**about(*dict.fromkeys(unit.job for unit in units)), worker=self.name):
+            try:
+                self.draw(units)
+            except Stopped:
+                self.queue.requeue(units)
+            except Exception as error:
+                self.handle_error(units, error)
         self.seconds += time.monotonic() - began
 
     def draw(self, units: list[Unit]) -> None:
@@ -171,7 +174,7 @@ class Worker(threading.Thread):
             try:
                 return self.store.write(unit.job, unit.index, image)
             except DiskError as error:
-                log.error("cannot write to the data folder (%s); trying again", error.reason)
+                log.error("cannot write to the data folder (%s); trying again", error.reason, extra=about(unit.job))
                 waits = f"a picture cannot be written ({error.reason}); it is retried until there is space"
                 if waits not in unit.job.notes:
                     unit.job.notes.append(waits)
@@ -188,7 +191,7 @@ class Worker(threading.Thread):
         self.failures += 1
         asked = isinstance(error, UserError) and not isinstance(error, DiskError)  # the client's error
         if not asked:
-            log.error("job %s failed", units[0].job.id, exc_info=error)
+            log.error("job %s failed", units[0].job.id, exc_info=error, extra=about(units[0].job))
         for job in jobs:
             why = error.reason if isinstance(error, DiskError) else error
             message = f"drawing failed ({type(error).__name__}: {why}); see the server's log"
