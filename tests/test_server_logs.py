@@ -7,16 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
-from serving import Brake, Server, model_folder, open_service, served, until
+from serving import Server, model_folder, open_service, served, until
 
 from plainsd.cli import main
 from plainsd.commands.serve import Serve
 from plainsd.server import logs
 from plainsd.server.jobs import worker
 from plainsd.server.logs import JSONLines, TextLines, access_log, log_fields, note
+from plainsd.server.requests import new_job
+from plainsd.server.schema import JobRequest
 
 TOKEN = "a-token-that-no-log-shows"
 
@@ -116,29 +118,24 @@ def test_a_failure_and_its_traceback_are_one_line(model, tmp_path, monkeypatch):
 
 
 def test_a_line_about_a_batch_names_all_its_jobs(model, tmp_path, monkeypatch):
-    brake = Brake(monkeypatch)
-    with written(JSONLines()) as stream, served(open_service([model], tmp_path)) as server:
-        first = server.job(prompt="first", steps=1)
-        brake.wait()
-        ids = [
-            server.post("/api/jobs", {"prompt": "p", "steps": 2}, headers={"X-Client": name}).json()["id"]
-            for name in ("anna", "bert")
-        ]
-        brake.step(2)
-        assert brake.wait() == 2
-        logging.getLogger("plainsd.server").warning("not in the batch")
-        monkeypatch.setattr(server.service.queue, "seconds_per_picture", property)  # its arithmetic breaks
-        brake.off()
-        server.wait(first["id"])
-        for id in ids:
-            server.wait(id)
-        until(lambda: not server.service.queue.jobs)
-    said = objects(stream)
-    assert "jobs" not in next(line for line in said if line["message"] == "not in the batch")
-    with written(JSONLines()) as stream, log_fields(**logs.about(*(server.service.store.job(id) for id in ids))):
-        logging.getLogger("plainsd.server").warning("in it")
-    (line,) = objects(stream)
-    assert (line["jobs"], line["clients"]) == (ids, ["127.0.0.1/anna", "127.0.0.1/bert"]) and "model" in line
+    original = worker.batch
+
+    def telling(*args, **more):
+        logging.getLogger("plainsd.server").warning("drawing")
+        return original(*args, **more)
+
+    monkeypatch.setattr(worker, "batch", telling)
+    service = open_service([model], tmp_path)
+    wanted = JobRequest(prompt="p", steps=1)
+    jobs = [new_job(wanted, service.models, service.limits, name, "jobs") for name in ("anna", "bert")]
+    with written(JSONLines()) as stream, closing(service):
+        for job in jobs:
+            service.queue.add(job)
+        service.worker.start()
+        until(lambda: not service.queue.jobs)
+    (line,) = [line for line in objects(stream) if line["message"] == "drawing"]
+    assert (line["jobs"], line["clients"]) == ([job.id for job in jobs], ["anna", "bert"])
+    assert line["model"] == jobs[0].model and "job" not in line
 
 
 def test_fields_end_with_their_request():
