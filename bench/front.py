@@ -1,0 +1,90 @@
+"""What the front of a server can do without drawing: the real queue and its database, from job to finished picture.
+
+    python bench/front.py [--queued 64,256,1024] [--workers 8] [--files] [--data FOLDER]
+
+For each number of jobs: so many are added, then threads take batches and store their pictures at once, as workers do
+that need no time to draw. With `--files` each picture is also written as a PNG file of 512x512 noise, flushed to the
+disk. Everything that one process does for a picture is in it but HTTP: `--workers` threads share its lock.
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from plainsd.pictures.settings import Resolved
+from plainsd.server.jobs.job import Job
+from plainsd.server.jobs.queue import Queue
+from plainsd.server.jobs.store import Store
+
+SETTINGS = Resolved(size=(512, 512), steps=20, guidance=7.0, sampler="dpmpp_2m", spacing="karras", prompt="a red apple")
+CLIENTS = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--queued", default="64,256,1024,4096")
+    parser.add_argument("--pictures", type=int, default=1, help="of each job")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--files", action="store_true")
+    parser.add_argument("--data", type=Path, help="on the disk that is to be measured (default: a temporary folder)")
+    asked = parser.parse_args()
+    files = "PNG files of 512x512" if asked.files else "rows alone"
+    print(f"{asked.pictures} pictures a job, batches of {asked.batch}, {asked.workers} workers, {files}; "
+          f"{platform.machine()}, Python {platform.python_version()}, median of {asked.rounds}\n")  # fmt: skip
+    print("| jobs in the queue | jobs added a second | pictures finished a second | ms a picture |\n|---|---|---|---|")
+    for count in map(int, asked.queued.split(",")):
+        rounds = [measured(count, asked) for _ in range(asked.rounds)]
+        added, finished = (statistics.median(one[i] for one in rounds) for i in range(2))
+        print(f"| {count} | {added:.0f} | {finished:.0f} | {1000 / finished:.2f} |", flush=True)
+
+
+def measured(count: int, asked: argparse.Namespace) -> tuple[float, float]:
+    """Jobs added, and pictures finished, a second."""
+    with tempfile.TemporaryDirectory(dir=asked.data) as folder:
+        store = Store(Path(folder))
+        queue = Queue(store, limit=2 * count + 2)
+        jobs = [
+            Job(f"{i:016x}", f"client-{i % CLIENTS}", "jobs", "m", [SETTINGS] * asked.pictures, f"day/{i}", time.time())
+            for i in range(count)
+        ]
+        began = time.perf_counter()
+        for job in jobs:
+            queue.add(job)
+        added = time.perf_counter() - began
+        threads = [threading.Thread(target=finish, args=(queue, store, asked)) for _ in range(asked.workers)]
+        began = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        with queue.changed:
+            queue.changed.wait_for(lambda: not queue.jobs)
+        finished = time.perf_counter() - began
+        queue.stop()
+        for thread in threads:
+            thread.join()
+        assert len(store.pictures(limit=10**9)) == count * asked.pictures
+        store.close()
+    return count / added, count * asked.pictures / finished
+
+
+def finish(queue: Queue, store: Store, asked: argparse.Namespace) -> None:
+    """As a worker that draws in no time."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
+    while units := queue.next_batch(asked.batch):
+        for unit in units:
+            file = f"pictures/{unit.job.path_prefix}-{unit.index}.png"
+            if asked.files:
+                file = store.write(unit.job, unit.index, noise)
+            queue.add_picture(unit, file, (512, 512))
+
+
+if __name__ == "__main__":
+    main()
