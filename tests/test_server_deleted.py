@@ -13,6 +13,7 @@ from plainsd.server.jobs.job import DONE, QUEUED, Job, Sheet
 from plainsd.server.jobs.store import Store
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
+from plainsd.server.users import User
 
 ONE = Resolved(size=(8, 8), steps=1, guidance=1.0, sampler="euler", spacing="leading")
 
@@ -98,10 +99,10 @@ def test_a_running_job_names_what_is_there(model, tmp_path):
         job.done.add(0)
         named = [job.picture_id(0)]
         assert service.as_json(job)["images"] == named
-        service.trash([service.picture(named[0])])
+        service.trash([service.picture(named[0], User())])
         assert service.as_json(job)["images"] == [] and service.as_json(job)["done"] == 1
-        assert service.restore(named) == named and service.as_json(job)["images"] == named
-        service.delete(service.picture(named[0]))
+        assert service.restore(named, User()) == named and service.as_json(job)["images"] == named
+        service.delete(service.picture(named[0], User()))
         assert service.as_json(job)["images"] == [] and job.pending() == [1] and job.state == QUEUED
 
 

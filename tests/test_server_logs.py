@@ -50,7 +50,7 @@ def objects(stream):
 
 def test_every_line_about_a_job_says_which_and_whose(model, tmp_path):
     with written(JSONLines()) as stream, served(open_service([model], tmp_path), TOKEN) as server:
-        server.session.get(f"{server.url}/?token={TOKEN}")
+        server.session.get(f"{server.url}/?token={TOKEN}", allow_redirects=False)
         answer = server.post("/api/jobs", {"prompt": "p", "count": 2, "steps": 1}, headers={"X-Client": "anna"})
         id = answer.json()["id"]
         server.wait(id)
@@ -178,14 +178,15 @@ def test_the_command_writes_nothing_but_objects(model, tmp_path, flags, level):
     assert [line["message"].split()[0] for line in lines[:3]] == ["inspecting", "models:", "pictures"]
 
 
-def test_a_token_is_shown_where_it_was_given_by_nobody(monkeypatch, tmp_path, caplog, capsys):
+def test_a_token_is_shown_where_it_was_given_by_nobody(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("PLAINSD_TOKEN", raising=False)
     service = open_service([], tmp_path)
-    with caplog.at_level(logging.ERROR, "plainsd"):
+    with written(JSONLines(), logging.ERROR) as stream:  # whatever the level
         Serve(log_format="json").greet(service, 7860, "made-up-by-us")
         Serve(log_format="json", token=TOKEN).greet(service, 7860, TOKEN)
     service.close()
-    assert "http://127.0.0.1:7860/?token=made-up-by-us" in caplog.text and TOKEN not in caplog.text
+    messages = [line["message"] for line in objects(stream)]
+    assert "listening on http://127.0.0.1:7860/?token=made-up-by-us" in messages and TOKEN not in stream.getvalue()
     assert capsys.readouterr().out == ""
 
 

@@ -556,4 +556,11 @@ def test_a_token_is_asked_for_once(chromium, tmp_path, server):  # noqa: F811
         page.until("document.documentElement.dataset.ready === 'yes'")
         assert page.driver.switch_to.active_element.get_attribute("id") == "prompt"
         page.load()  # the cookie is kept
+        assert page.find("#user").text == ""
+    (tmp_path / "tokens").write_text(f"anna {token}\n")
+    with served(open_service([str(folder)], tmp_path / "hers"), tokens=tmp_path / "tokens") as named:
+        page.server = named
+        chromium.get(f"{named.url}/?token={token}")
+        page.until("document.documentElement.dataset.ready === 'yes'")
+        assert page.find("#user").text == "anna"
     chromium.get_log("browser"), chromium.get_log("performance")

@@ -17,6 +17,7 @@ from plainsd.server.jobs.job import Job
 from plainsd.server.jobs.migrations import MIGRATIONS
 from plainsd.server.jobs.store import Store
 from plainsd.server.limits import Limits
+from plainsd.server.users import User
 
 ROW = ("a-0", "a", 0, "pictures/d/a-0.png", 8, 8, "{}", "[]", "", 1.0)
 ENTERED = (
@@ -67,7 +68,7 @@ def test_a_database_of_before_gets_its_column(tmp_path):
         assert picture.favourite is False
         store.mark([picture], True)
         assert store.picture("a-0").favourite is True
-        assert store.db.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS) == 3
+        assert store.db.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS) == 5
 
 
 # --- deletion --------------------------------------------------------------------------------------------------------
@@ -97,12 +98,12 @@ def test_the_trash_is_emptied_in_time(tmp_path):
     service = open_service([model_folder(tmp_path)], tmp_path / "data", Limits(undo=0.2))
     with served(service) as server:
         kept, gone = drawn(server, 2)
-        path = service.store.path(service.picture(gone))
+        path = service.store.path(service.picture(gone, User()))
         server.post("/api/images/delete", {"ids": [gone]})
         assert path.is_file() or service.store.restore([gone]) == []
         until(lambda: not path.exists())
         assert server.post("/api/images/restore", {"ids": [gone]}).json() == {"ids": []}
-        assert listed(server) == {kept} and service.store.path(service.picture(kept)).is_file()
+        assert listed(server) == {kept} and service.store.path(service.picture(kept, User())).is_file()
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -150,7 +151,9 @@ def test_a_picture_in_the_trash_that_is_drawn_again_is_there_again(tmp_path):
 def test_a_picture_of_a_job_that_has_ended_is_not_named_any_more(server):
     job = server.drawn(prompt="several", steps=1, count=2)
     server.post("/api/images/delete", {"ids": [job["images"][0]]})
-    assert server.service.store.job(job["id"]).done == {1}
+    ended = server.service.store.job(job["id"])
+    assert (ended.done, ended.kept()) == ({0, 1}, [1])
+    assert server.get(f"/api/jobs/{job['id']}").json()["images"] == job["images"][1:]
 
 
 @pytest.mark.parametrize("path", ["/api/images/delete", "/api/images/favourites", "/api/images/restore"])
@@ -171,7 +174,7 @@ def test_a_zip_has_the_files_as_they_are(server):
     assert answer.headers["X-Content-Type-Options"] == "nosniff" and answer.headers["Cache-Control"] == "no-store"
     archive = zipfile.ZipFile(BytesIO(answer.content))
     assert archive.testzip() is None
-    paths = [server.service.store.path(server.service.picture(id)) for id in ids]
+    paths = [server.service.store.path(server.service.picture(id, User())) for id in ids]
     assert archive.namelist() == [path.name for path in paths]
     assert [archive.read(path.name) for path in paths] == [path.read_bytes() for path in paths]
     assert read_settings(BytesIO(archive.read(paths[1].name))).seed == 6
@@ -184,7 +187,7 @@ def test_a_zip_of_nothing_of_too_many_of_strangers(server):
     assert (error["message"], error["field"]) == ("there is no picture 'nobody'; GET /api/images lists them", "id")
     assert packed(server, ["a"] * 5).json()["error"]["message"] == "id names 5 pictures; give 1 to 4"
     assert server.get("/api/images.zip").status_code == 422
-    path = server.service.store.path(server.service.picture(id))
+    path = server.service.store.path(server.service.picture(id, User()))
     path.unlink()
     answer = packed(server, [id])
     assert answer.status_code == 404 and "is gone; delete its picture" in answer.json()["error"]["message"]

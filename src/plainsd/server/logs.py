@@ -22,11 +22,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 if TYPE_CHECKING:
     from plainsd.server.jobs.job import Job
 
-FORMATS, LEVELS = ("text", "json"), ("debug", "info", "warning", "error")
 DEFAULT_LEVELS = {"text": "warning", "json": "info"}
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}  # not an `extra`
 QUIET_PATHS = ("/healthz", "/readyz", "/metrics")  # asked every few seconds: their lines are for debugging
-FIELDS: ContextVar[dict[str, Any] | None] = ContextVar("plainsd_log_fields", default=None)
+LINE_FIELDS: ContextVar[dict[str, Any] | None] = ContextVar("plainsd_log_fields", default=None)
 access_log = logging.getLogger("plainsd.access")
 
 
@@ -40,16 +39,16 @@ def about(*jobs: Job) -> dict[str, Any]:
 @contextmanager
 def log_fields(**fields: Any) -> Iterator[dict[str, Any]]:
     """Lines written inside, in this thread or request, have these fields."""
-    token = FIELDS.set(fields)
+    token = LINE_FIELDS.set(fields)
     try:
         yield fields
     finally:
-        FIELDS.reset(token)
+        LINE_FIELDS.reset(token)
 
 
 def note(**fields: Any) -> None:
     """More fields for the lines of this request, its access line too."""
-    if (known := FIELDS.get()) is not None:
+    if (known := LINE_FIELDS.get()) is not None:
         known.update(fields)
 
 
@@ -58,7 +57,7 @@ def note(**fields: Any) -> None:
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     own = {name: value for name, value in vars(record).items() if name not in STANDARD}
-    return {**(FIELDS.get() or {}), **own}
+    return {**(LINE_FIELDS.get() or {}), **own}
 
 
 class JSONLines(logging.Formatter):

@@ -17,8 +17,8 @@ from plainsd.json_reader import BadJSON, parsed_json
 
 log = logging.getLogger("plainsd.server")
 MIN_TOKEN_LENGTH = 12
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")  # never an address, by which clients without a name are known
-LONGEST_FILE = 1_000_000  # characters
+USER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")  # never an address, by which clients without a name are known
+LONGEST_TOKEN_FILE = 1_000_000  # characters
 LOOK_SECONDS = 1.0  # between looks at whether the file has changed
 
 
@@ -41,7 +41,7 @@ class User(NamedTuple):
         return self.scope is None or self.scope == owner
 
 
-class Entry(NamedTuple):
+class KnownToken(NamedTuple):
     """A token, as it is compared."""
 
     digest: bytes
@@ -59,7 +59,7 @@ class Access:
     def __init__(self, token: str | None, file: Path | None = None, on_names: Callable[[int], None] = lambda _: None):
         self.token, self.file, self.on_names = token, file, on_names
         self.key = secrets.token_bytes(32)
-        self.entries: list[Entry] = []
+        self.entries: list[KnownToken] = []
         self.stamp: tuple | None = stamp_of(file)
         self.looked = time.monotonic()
         self.take(read_tokens(file) if file else [])
@@ -74,7 +74,7 @@ class Access:
         if any(token == self.token for _, token in named):
             raise UserError(f"a token in '{self.file}' is the admin's too; give each one of its own", field="tokens")
         self.entries = [
-            Entry(self.digest(token), session_of(token), User(name or None)) for name, token in (*admin, *named)
+            KnownToken(self.digest(token), session_of(token), User(name or None)) for name, token in (*admin, *named)
         ]
         self.on_names(len({name for name, _ in named}))
 
@@ -134,12 +134,12 @@ def read_tokens(file: Path) -> list[tuple[str, str]]:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"cannot read the tokens in '{file}' ({why}); choose another file", field="tokens") from None
-    if len(text) > LONGEST_FILE:
-        raise UserError(f"'{file}' has {len(text)} characters; at most {LONGEST_FILE} are read", field="tokens")
+    if len(text) > LONGEST_TOKEN_FILE:
+        raise UserError(f"'{file}' has {len(text)} characters; at most {LONGEST_TOKEN_FILE} are read", field="tokens")
     pairs = list(json_pairs(text, file) if text.lstrip().startswith("{") else line_pairs(text, file))
     seen: set[str] = set()
     for where, name, token in pairs:
-        if not NAME.fullmatch(name):
+        if not USER_NAME.fullmatch(name):
             rule = "start with a letter, and go on with letters, digits, '.', '_' and '-', 64 at most"
             raise UserError(f"{where}: name {name[:80]!r} is not allowed; {rule}", field="tokens")
         if not is_token(token):
@@ -166,7 +166,8 @@ def line_pairs(text: str, file: Path) -> Iterator[tuple[str, str, str]]:
         if len(words) != 2:
             what = f"'{file}', line {number} has {len(words)} words"
             raise UserError(f"{what}; write a name and its token, with a space between them", field="tokens")
-        yield f"'{file}', line {number}", *words
+        name, token = words
+        yield f"'{file}', line {number}", name, token
 
 
 def json_pairs(text: str, file: Path) -> Iterator[tuple[str, str, str]]:

@@ -104,6 +104,7 @@ async function start() {
     }
   });
   const info = await call("/api/info");
+  $("user").textContent = info.user ?? "";
   paint.setUp();
   form.setUp(info);
   await paint.restore();
