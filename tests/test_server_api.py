@@ -496,7 +496,9 @@ def test_metrics_are_prometheus_and_count(server):
     def values():
         families = text_string_to_metric_families(server.get("/metrics").text)
         return {
-            (sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples
+            (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
         }
 
     before = defaultdict(float, values())
@@ -511,7 +513,7 @@ def test_metrics_are_prometheus_and_count(server):
     of = (server.service.models.default, "worker-0")
     for count, name in ((1, "plainsd_queue_wait_seconds"), (1, "plainsd_step_seconds")):
         assert after[(f"{name}_count", *of)] == before[(f"{name}_count", *of)] + count
-        assert after[(f"{name}_bucket", *of, "+Inf")] == after[(f"{name}_count", *of)]
+        assert after[(f"{name}_bucket", "+Inf", *of)] == after[(f"{name}_count", *of)]
         assert before[(f"{name}_sum", *of)] < after[(f"{name}_sum", *of)] < before[(f"{name}_sum", *of)] + 60
 
 
