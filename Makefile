@@ -6,6 +6,7 @@
 # make lint                 ruff's rules and its format, and mypy; seconds
 # make test-full            all tests that this machine can run; longer
 # make test-isa             the tests of what is fast, as on other processors: AVX2, an old one, no C++ compiler
+# make test-isa ISA_TESTS=tests     the whole suite so; or some of its files
 # make mutants              do the tests notice faults? runs those of tests/faults.py; longer still
 # make mutants MUTANTS="--only samplers --jobs 4"
 # make docs                 the documentation as a site with search and an API reference: build/docs/html/index.html
@@ -39,8 +40,8 @@ test: lint
 test-full: .venv/installed-test
 	.venv/bin/python -m pytest
 
-ISA := .venv/bin/python -m pytest -m "not full and not gpu" -k "not step_waits" \
-	tests/test_kernels.py tests/test_processors.py tests/test_speed.py
+ISA_TESTS ?= tests/test_kernels.py tests/test_processors.py tests/test_speed.py
+ISA := .venv/bin/python -m pytest -m "not full and not gpu" -k "not step_waits" $(ISA_TESTS)
 test-isa: .venv/installed-test
 	$(ISA)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(ISA)

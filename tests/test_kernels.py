@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -387,6 +388,28 @@ def test_they_are_compiled_once(own_cache, monkeypatch):
     assert [path.suffix for path in own_cache.iterdir()] == [".so"]
 
 
+def test_it_is_told_before_they_are_compiled(own_cache, monkeypatch):
+    """`faster` tells it, once on a machine; not where no compiler is, and not for a dtype without kernels."""
+    said = []
+    faster = partial(model.faster, tell=lambda line: said.append((line, own_cache.exists())))
+    faster(tiny_sd().to(dtype=torch.float64))
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="slower"):
+        patch.setenv("CXX", "no-such-compiler")
+        faster(tiny_sd())
+    for path in own_cache.iterdir():
+        path.unlink()
+    own_cache.rmdir()
+    kernels.have_kernels.cache_clear()
+    assert said == []
+    faster(tiny_sd())
+    line = "compiling the kernels for this processor; takes some seconds, the first time only"
+    assert said == [(line, False)]
+    faster(tiny_sd())
+    kernels.library.cache_clear()  # as another process
+    faster(tiny_sd())
+    assert len(said) == 1
+
+
 def test_compiled_files_are_told_apart_by_all_that_they_depend_on(tmp_path, monkeypatch):
     """A home folder may be shared by machines with other processors."""
     compilers = [tmp_path / "one", tmp_path / "two"]
@@ -492,10 +515,12 @@ def test_processes_that_compile_at_once(own_cache):
     "processor, known", [("skylake-avx512", 0), ("cooperlake", 1), ("sapphirerapids", 1), ("znver4", 1)]
 )
 def test_it_compiles_for_other_processors(tmp_path, monkeypatch, processor, known):
-    """With bfloat16 where they have it. What older ones run, this one runs too."""
+    """With bfloat16 where they have it, and without a warning. What older ones run, this one runs too."""
     if subprocess.run(["c++", f"-march={processor}", "-E", "-x", "c++", "/dev/null"], capture_output=True).returncode:
         pytest.skip(f"this compiler does not know {processor}")
-    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS[:1], f"-march={processor}", *building.FLAGS[2:]))
+    assert building.FLAGS[1] == "-march=native"
+    strict = ("-Wall", "-Wextra", "-Werror")
+    monkeypatch.setattr(building, "FLAGS", (*strict, building.FLAGS[0], f"-march={processor}", *building.FLAGS[2:]))
     source = Path(building.__file__).with_name("kernels.cpp").read_bytes()
     building._compile("c++", source, tmp_path / "kernels.so")
     if processor == "skylake-avx512":

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -142,7 +143,34 @@ def test_without_a_compiler_that_is_said(own_cache, monkeypatch, dtype, compiler
         model.faster(sd)
     assert len(said) == 1
     assert latents(sd).isfinite().all()
-    assert not own_cache.exists() or not list(own_cache.iterdir())
+    assert [path.suffix for path in own_cache.iterdir()] == [".txt"]  # that it was said; no half of a kernel
+
+
+def reasons(monkeypatch, compiler):
+    """What a process with this compiler says about missing kernels."""
+    monkeypatch.setattr(kernels, "suit", lambda asked: asked in BOTH)
+    monkeypatch.setenv("CXX", compiler)
+    for cached in (kernels.library, kernels.have_kernels):
+        cached.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not kernels.have_kernels(torch.float32)
+    return [str(one.message).split(": ")[1] for one in said]
+
+
+def test_each_reason_is_said_once_on_a_machine(own_cache, monkeypatch):
+    assert reasons(monkeypatch, "no-such-compiler") and reasons(monkeypatch, "no-such-compiler") == []
+    assert reasons(monkeypatch, "false") and reasons(monkeypatch, "false") == []
+    monkeypatch.setattr("socket.gethostname", lambda: "another machine with the same home")
+    assert reasons(monkeypatch, "no-such-compiler")
+    for path in own_cache.iterdir():
+        path.unlink()
+    assert reasons(monkeypatch, "no-such-compiler")
+
+
+def test_each_process_says_it_where_nothing_can_be_kept(own_cache, monkeypatch):
+    own_cache.write_text("a file in the folder's place")
+    assert reasons(monkeypatch, "no-such-compiler") and reasons(monkeypatch, "no-such-compiler")
 
 
 # ---- a PyTorch that was told to be on an older processor

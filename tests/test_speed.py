@@ -1,9 +1,7 @@
 """What is faster gives the same pictures but for rounding."""
 
 import copy
-import os
 import pickle
-import shutil
 
 import pytest
 import torch
@@ -35,8 +33,8 @@ from plainsd.speed.packed import (
 PROMPT = {"prompt": "a red apple", "steps": 3, "seed": 7, "guidance": 4.0, "size": 64}
 
 
-def latents(sd):
-    *_, last = text_to_image(sd, **PROMPT)
+def latents(sd, **more):
+    *_, last = text_to_image(sd, **PROMPT | more)
     return last.latents
 
 
@@ -49,11 +47,12 @@ def needs_onednn_in(dtype):
         pytest.skip(f"oneDNN has no {dtype} on this processor")
 
 
-def assert_as_exact(fast, make):
-    """The fast model's latents are as far from float64's as sums in float32 make them, within a factor of 2."""
-    exact = latents(make().to(dtype=torch.float64))
-    allowed = 2 * relative(latents(with_errors_of_float32(make().to(dtype=torch.float64))), exact)
-    assert allowed < 1e-4 and relative(latents(fast).double(), exact) < allowed
+def assert_as_exact(fast, make, **more):
+    """The fast model's latents are as far from float64's as sums in float32 make them, within a factor of 2. `more`:
+    of the task."""
+    exact = latents(make().to(dtype=torch.float64), **more)
+    allowed = 2 * relative(latents(with_errors_of_float32(make().to(dtype=torch.float64)), **more), exact)
+    assert allowed < 1e-4 and relative(latents(fast, **more).double(), exact) < allowed
 
 
 def with_errors_of_float32(sd):
@@ -301,20 +300,6 @@ def test_blocked_attention_is_attention(shape, keys, strided):
 def test_packing_what_cannot_be_packed():
     with pytest.raises(UserError, match="float64"):
         model.pack(tiny_sd().to(dtype=torch.float64))
-
-
-@pytest.mark.full
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_model_draws_the_same():
-    said = []
-    assert_as_exact(model.faster(tiny_sd(), compiled=True, tell=said.append), tiny_sd)
-    assert [line.split()[0] for line in said] == ["compiling", "compiled"]  # one shape, once
-
-
-@pytest.mark.gpu
-def test_a_compiled_model_draws_the_same_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions in float32 itself
-    assert_as_exact(model.faster(tiny_sd().to("cuda"), compiled=True), lambda: tiny_sd().to("cuda"))
 
 
 # ---- nothing in the loop waits for a GPU, which then always has work

@@ -200,6 +200,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
 
 
+def first_time(message: str) -> bool:
+    """Whether this user has not had this message on this machine before; a file in the cache folder keeps that. Always
+    True where the folder cannot be written."""
+    told = f"{socket.gethostname()}\n{message}\n"
+    path = cache_folder() / f"told-{hashlib.sha256(told.encode()).hexdigest()[:16]}.txt"
+    try:
+        if path.exists():
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(told, encoding="utf-8")
+    except OSError:
+        pass
+    return True
+
+
 def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
     """The table in a JSON file. UserError, which ends with the remedy, for anything else."""
     text = read_text_file(path, remedy)

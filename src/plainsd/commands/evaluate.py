@@ -108,7 +108,7 @@ class Evaluate:
 
         noise: dict[str, Any] = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         sd = load(self.model, device=self.device, dtype=self.dtype, **noise)
-        return sd if self.plain else faster(sd)
+        return sd if self.plain else faster(sd, tell=partial(print, file=sys.stderr))
 
     def concepts_of(self, sd: StableDiffusion) -> dict:
         from plainsd.disk import read_json

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +78,7 @@ class Explain:
 
         sd, seen = load(self.model, device=self.device, dtype=self.dtype), []
         if not self.plain:
-            faster(sd)
+            faster(sd, tell=partial(print, file=sys.stderr))
         with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
             for choices in drawings:
                 seen.append(explain(sd, **choices, show=lambda step: bar.update()))

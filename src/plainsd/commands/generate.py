@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from plainsd.pictures.model import StableDiffusion
 
+NOT_COMPILED = ("cache", "perturbed")  # settings that change what the UNet computes from call to call
 COMMENTED = (*SEEDS, "guidance")  # the settings that `notes` may comment on
 
 
@@ -67,6 +68,9 @@ class Generate(GenerateFlags):
                 "a grid takes one or two axes and a single prompt; leave out --count, or give fewer --grid",
                 field="grid",
             )
+        for name in NOT_COMPILED if self.compile else ():
+            if choices.get(name) or any(one.name == name for one in axes):
+                raise UserError(f"--{name} cannot be combined with --compile; leave one of them out", field=name)
         noise = noise_flags(self, choices)
         like: dict[str, Any] = {name: choices.get(name) for name in ("noise", "like")}
         say_notes(Settings(**like | {one.name: value}) for one in axes for value in one.values if one.name in COMMENTED)

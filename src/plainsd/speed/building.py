@@ -32,9 +32,9 @@ class Unavailable(Exception):
 @functools.cache
 def library() -> ctypes.CDLL:
     """kernels.cpp, compiled and loaded. Errors: Unavailable, with the compiler's first error."""
-    source, compiler = files("plainsd.speed").joinpath("kernels.cpp").read_bytes(), compiler_path()
+    source, compiler = source_code(), compiler_path()
     try:
-        kept = _from_cache(cache_folder() / f"kernels-{_build_key(source, compiler)}.so", source, compiler)
+        kept = _from_cache(kept_file(source, compiler), source, compiler)
         made = kept or _loaded_for_now(source, compiler)
     except OSError as error:
         raise Unavailable(str(error)) from None
@@ -51,6 +51,20 @@ def library() -> ctypes.CDLL:
     }.items():
         getattr(made, name).argtypes, getattr(made, name).restype = arguments, None
     return made
+
+
+def is_compiled() -> bool:
+    """Whether `library` need not compile. Errors: Unavailable if there is no compiler."""
+    return library.cache_info().currsize > 0 or kept_file(source_code(), compiler_path()).exists()
+
+
+def source_code() -> bytes:
+    return files("plainsd.speed").joinpath("kernels.cpp").read_bytes()
+
+
+def kept_file(source: bytes, compiler: str) -> Path:
+    """Where the compiled file is, or will be."""
+    return cache_folder() / f"kernels-{_build_key(source, compiler)}.so"
 
 
 def compiler_path() -> str:
@@ -100,9 +114,13 @@ def _build_key(source: bytes, compiler: str) -> str:
         cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         cpu = torch.backends.cpu.get_cpu_capability()
-    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
-    parts = [source, version, cpu.encode(), torch.__version__.encode(), *map(str.encode, FLAGS)]
+    parts = [source, _version(compiler), cpu.encode(), torch.__version__.encode(), *map(str.encode, FLAGS)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+@functools.cache
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], capture_output=True).stdout
 
 
 def _compile(compiler: str, source: bytes, path: Path) -> None:

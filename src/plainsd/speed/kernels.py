@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plainsd.device import made_by_intel
+from plainsd.disk import first_time
 from plainsd.models.unet import geglu
-from plainsd.speed.building import Unavailable, compiler_path, library
+from plainsd.speed.building import Unavailable, compiler_path, is_compiled, library
 
 MIN_TRAINING_SIZE = 2**16  # queries times keys from which attention in training beats PyTorch's
 BITS = {torch.float32: 32, torch.bfloat16: 16}
@@ -44,7 +45,7 @@ INTEL = made_by_intel()  # PyTorch uses MKL and oneDNN, which are tuned for Inte
 
 @functools.cache
 def have_kernels(dtype: torch.dtype) -> bool:
-    """Whether kernels.cpp works here. If it cannot be compiled, warns once with the reason."""
+    """Whether kernels.cpp works here. If it cannot be compiled, warns with the reason, once on a machine."""
     try:
         if not suit(dtype):
             return False
@@ -54,7 +55,17 @@ def have_kernels(dtype: torch.dtype) -> bool:
             )
         return bool(library())
     except Unavailable as error:
-        warnings.warn(f"slower than it could be, without the kernels in kernels.cpp: {error}", stacklevel=2)
+        message = f"slower than it could be, without the kernels in kernels.cpp: {error} (not repeated on this machine)"
+        if first_time(message):
+            warnings.warn(message, stacklevel=2)
+        return False
+
+
+def to_be_compiled(dtype: torch.dtype) -> bool:
+    """Whether `have_kernels` will compile kernels.cpp first, which takes seconds."""
+    try:
+        return suit(dtype) and not is_compiled()
+    except Unavailable:
         return False
 
 

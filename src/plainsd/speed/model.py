@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,15 @@ MIN_QUERIES = 1024  # queries from which this pays
 def faster(
     sd: StableDiffusion, *, compiled: bool = False, tell: Callable[[str], None] = lambda line: None
 ) -> StableDiffusion:
-    """Speeds the model up in place, with what pays on its device. `compiled`: torch.compile too; `tell` is called with
-    a line when it compiles, and with the time it took."""
+    """Speeds the model up in place, with what pays on its device. `compiled`: torch.compile too. `tell` is called with
+    a line before anything is compiled: the kernels, once on a machine, and the UNet; and then with the time it took."""
     if sd.refiner is not None:
         faster(sd.refiner, compiled=compiled, tell=tell)
     for network in networks_of(sd):
         channels_last(network)
     if sd.device.type == "cpu":
+        if kernels.to_be_compiled(sd.dtype):
+            tell("compiling the kernels for this processor; takes some seconds, the first time only")
         attend_faster(sd)
         if can_pack(sd.dtype):
             pack(sd, unet=not compiled)
@@ -153,36 +156,45 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
 
 # ---- torch.compile
 
+JOINS = {"residuals": "ControlNets", "features": "T2I-Adapters", "beside": "image prompts"}  # arguments of the UNet
+
 
 def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
-    """Compiles the UNet for each input shape: on a GPU with CUDA graphs, on a CPU with frozen weights.
+    """Compiles the UNet for each set of input shapes: on a GPU with CUDA graphs, on a CPU with frozen weights. What
+    joins it (ControlNets, T2I-Adapters, image prompts) are inputs too; its absence is a set of its own.
 
-    The first step of each shape takes a minute or two; later processes reuse most of it from torch's cache.
+    The first step of each takes a minute or two; later processes reuse most of it from torch's cache.
     """
     met = set()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     compiled = torch.compile(sd.unet.forward, dynamic=False, options=compiler_options(sd.device))
 
-    def forward(
-        x: Tensor, timestep: Tensor | float, context: Tensor, *rest: Tensor | None, **named: Tensor | None
-    ) -> Tensor:
+    def forward(x: Tensor, timestep: Tensor | float, context: Tensor, *rest: Any, **named: Any) -> Tensor:
         if not isinstance(timestep, Tensor):  # a float would be a constant, recompiled at each step
             timestep = x.new_full((), timestep, dtype=torch.float32)
-        shape, began = (x.shape, context.shape), time.perf_counter()
-        if new := shape not in met:
+        shapes, began = shapes_of([x, context, *rest, *named.items()]), time.perf_counter()
+        if new := shapes not in met:
+            joined = " and ".join(words for name, words in JOINS.items() if named.get(name) is not None)
             tell(
-                f"compiling the UNet for {len(x)} rows of {x.shape[3]}x{x.shape[2]} latents; the first time takes "
-                "minutes"
+                f"compiling the UNet for {len(x)} rows of {x.shape[3]}x{x.shape[2]} latents"
+                f"{joined and ' with '}{joined}; the first time takes minutes"
             )
         out = compiled(x, timestep, context, *rest, **named)
         if sd.device.type == "cuda":  # a CUDA graph's output is overwritten when it runs again
             out = out.clone()
         if new:
-            met.add(shape)
+            met.add(shapes)
             tell(f"compiled in {time.perf_counter() - began:.0f} s")
         return out
 
     sd.unet.forward = forward  # type: ignore[method-assign]  # an instance's own, as torch.compile's in-place form
+
+
+def shapes_of(value: Any) -> Any:
+    """The same tuples and lists, as tuples, with the shapes of tensors in their places."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return tuple(map(shapes_of, value)) if isinstance(value, (list, tuple)) else value
 
 
 def compiler_options(device: torch.device) -> dict[str, bool]:

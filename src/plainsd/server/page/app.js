@@ -33,7 +33,8 @@ const startFrom = (file) => paint.take(file).catch(() => toast("This picture can
 // Where a file dropped or pasted there belongs.
 function taken(place, file, otherwise) {
   const unit = place?.closest?.(".unit");
-  if (unit) (prompts.owns(unit) ? prompts : units).take(unit, file);
+  if (unit && prompts.owns(unit)) prompts.take(unit, place, file);
+  else if (unit) units.take(unit, file);
   else if (place?.closest?.("#start")) startFrom(file);
   else otherwise(file);
 }

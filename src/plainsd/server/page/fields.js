@@ -34,4 +34,4 @@ export const readable = (file) => createImageBitmap(file).then(() => true, () =>
 export const UNREADABLE = "This picture cannot be read; use PNG, JPEG or WebP.";
 
 // What a picture was drawn with and is not there, in words; empty where nothing is missing.
-export const missing = (maps, images) => [maps && "control maps", images && "image prompts"].filter(Boolean).join(" and ");
+export const missing = (maps, images) => [maps && "control maps", images && "image prompts (pictures, masks)"].filter(Boolean).join(" and ");

@@ -8,7 +8,7 @@ const COLOUR = "#ff3d7f";
 let source = null; // ImageBitmap
 let file = null; // that it was read from
 let address = null; // of the file, for others that show it
-let changed = () => {};
+const watching = []; // called when there is another picture, or none
 let painted = false;
 let past = [];
 let cursor = null; // of the keyboard, in canvas pixels
@@ -17,7 +17,8 @@ let native = 512;
 
 export const hasPicture = () => source !== null;
 export const url = () => address;
-export const whenChanged = (act) => (changed = act);
+export const whenChanged = (act) => watching.push(act);
+const changed = () => watching.forEach((act) => act());
 export const setNative = (side) => (native = side);
 
 // Takes a file. The form's size becomes that of the picture's shape with about as many pixels as the model draws best.
@@ -88,18 +89,22 @@ function show() {
 // The fields of a request: the picture at its size, and the mask where something is painted.
 export async function pictures(width, height) {
   const fields = { image: await base64Of(await scaled(width, height, (context) => context.drawImage(source, 0, 0, width, height))) };
-  if (painted) {
-    fields.mask = await base64Of(await scaled(width, height, (context) => {
-      context.drawImage($("mask"), 0, 0, width, height);
-      const pixels = context.getImageData(0, 0, width, height);
-      for (let i = 0; i < pixels.data.length; i += 4) {
-        pixels.data.fill(pixels.data[i + 3] >= 96 ? 255 : 0, i, i + 3);
-        pixels.data[i + 3] = 255;
-      }
-      context.putImageData(pixels, 0, 0);
-    }));
-  }
+  if (painted) fields.mask = await base64Of(await mask(width, height));
   return fields;
+}
+
+// What is painted, white on black, as a file; null where nothing is.
+export async function mask(width = $("mask").width, height = $("mask").height) {
+  if (!painted) return null;
+  return scaled(width, height, (context) => {
+    context.drawImage($("mask"), 0, 0, width, height);
+    const pixels = context.getImageData(0, 0, width, height);
+    for (let i = 0; i < pixels.data.length; i += 4) {
+      pixels.data.fill(pixels.data[i + 3] >= 96 ? 255 : 0, i, i + 3);
+      pixels.data[i + 3] = 255;
+    }
+    context.putImageData(pixels, 0, 0);
+  });
 }
 
 function scaled(width, height, draw) {

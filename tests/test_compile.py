@@ -1,0 +1,159 @@
+"""A compiled UNet draws the same, with what joins it too: ControlNets, T2I-Adapters, image prompts. Most tests trace it
+and run the trace plainly, which takes seconds; those marked `full` and `gpu` compile."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_sd
+from PIL import Image
+from test_control_pictures import picture_of, tiny_net
+from test_image_prompt import TOWER, tiny_adapter
+from test_speed import assert_as_exact, latents, relative
+
+from plainsd import Control, ImagePrompt
+from plainsd.adapters.lora import inject
+from plainsd.cli import main
+from plainsd.models.t2i_adapter import AdapterConfig, T2IAdapter
+from plainsd.models.vision import VisionConfig, VisionTower
+from plainsd.pictures.image_prompt import ImageReader
+from plainsd.speed import model
+
+
+def net(**choices):
+    return {"control": [Control(tiny_net(tiny_sd()), picture_of(0), **choices)]}
+
+
+def t2i_adapter():
+    torch.manual_seed(0)
+    adapter = T2IAdapter(AdapterConfig(channels=tiny_sd().unet.config.channels, factor=8)).eval()
+    for parameter in adapter.parameters():
+        parameter.data *= 2
+    return {"control": [Control(adapter, picture_of(0))]}
+
+
+def image_prompt(**choices):
+    torch.manual_seed(0)
+    tower = VisionTower(VisionConfig(width=32, layers=2, heads=2, mlp=64, size=28, projection=TOWER["projection_dim"]))
+    reader = ImageReader(tiny_adapter(tiny_sd().unet), tower.eval())
+    return {"image_prompt": [ImagePrompt(reader, picture_of(1), **choices)]}
+
+
+def half() -> Image.Image:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    return mask
+
+
+CASES = {  # what joins, and what the lines say: one for each set of shapes
+    "ControlNet": (lambda: net(), ["with ControlNets"]),
+    "its first two steps of three": (lambda: net(end=0.7), ["with ControlNets", "latents"]),
+    "guess mode": (lambda: net(guess=True), ["with ControlNets"]),
+    "T2I-Adapter": (t2i_adapter, ["with T2I-Adapters"]),
+    "image prompt": (lambda: image_prompt(), ["with image prompts"]),
+    "image prompt with a mask": (lambda: image_prompt(mask=half()), ["with image prompts"]),
+    "both": (lambda: net() | image_prompt(), ["with ControlNets and image prompts"]),
+}
+EACH = pytest.mark.parametrize("make, words", CASES.values(), ids=CASES)
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The UNet is traced, into one graph, and run as it was traced; its traces."""
+    found, compile = [], torch.compile
+
+    def kept(graph, example):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda run, *, dynamic, options: compile(run, dynamic=dynamic, fullgraph=True, backend=kept)
+    )
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+def compiled_for(said):
+    """What the lines "compiling ..." and "compiled ..." name, in order."""
+    assert [line.split()[0] for line in said] == ["compiling", "compiled"] * (len(said) // 2)
+    return [line.split(";")[0].split("8x8 ")[1].removeprefix("latents ") for line in said[::2]]
+
+
+@EACH
+def test_what_joins_a_compiled_unet_is_one_of_its_inputs(traces, make, words):
+    """It acts as in the plain UNet, and is traced once for each set of shapes; so say the lines."""
+    said, joins = [], make()
+    fast = model.faster(tiny_sd(), compiled=True, tell=said.append)
+    assert_as_exact(fast, tiny_sd, **joins)
+    assert relative(latents(fast, **joins), latents(tiny_sd())) > 0.01
+    latents(fast, **joins, seed=8)
+    assert compiled_for(said) == words and len(traces) == len(words)
+
+
+def test_a_model_is_traced_anew_with_another_control_and_without(traces):
+    said, fast = [], None
+    fast = model.faster(tiny_sd(), compiled=True, tell=said.append)
+    for joins in ({}, net(), image_prompt(), {}):
+        assert_as_exact(fast, tiny_sd, **joins)
+    assert compiled_for(said) == ["latents", "with ControlNets", "with image prompts"] and len(traces) == 3
+
+
+def test_tiling_and_the_strength_of_a_lora_are_seen(traces):
+    """What changes the UNet between two pictures is not lost in a trace of the first."""
+
+    def with_lora(strength):
+        sd = tiny_sd()
+        lora = inject(sd.unet, rank=2, generator=torch.Generator().manual_seed(0))
+        for name, parameter in lora.named_parameters():
+            if name.endswith("up"):
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        lora.set_strength(strength)
+        return sd, lora
+
+    fast, lora = with_lora(1.0)
+    model.faster(fast, compiled=True)
+    for strength, tiling in ((1.0, False), (0.3, False), (0.3, True), (1.0, False)):
+        lora.set_strength(strength)
+        assert_as_exact(fast, lambda strength=strength: with_lora(strength)[0], tiling=tiling)
+
+
+@pytest.mark.parametrize("flags", [["--cache", "2"], ["--perturbed", "3"], ["--grid", "cache=1,2"]], ids=" ".join)
+def test_settings_that_a_compiled_unet_cannot_follow(flags, capsys, tmp_path):
+    assert main(["generate", "a", *flags, "--compile", "--out", str(tmp_path / "x.png")]) == 2
+    name = flags[0] if flags[0] != "--grid" else "--cache"
+    assert f"{name} cannot be combined with --compile; leave one of them out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ---- compiled
+
+
+WITH_COMPILER = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="torch.compile needs a C++ compiler"
+)
+
+
+@pytest.mark.full
+@WITH_COMPILER
+def test_a_compiled_model_draws_the_same():
+    said = []
+    assert_as_exact(model.faster(tiny_sd(), compiled=True, tell=said.append), tiny_sd)
+    assert compiled_for(said) == ["latents"]  # one set of shapes, once
+
+
+@pytest.mark.full
+@WITH_COMPILER
+@EACH
+def test_a_compiled_model_with_control_draws_the_same(make, words):
+    said, joins = [], make()
+    assert_as_exact(model.faster(tiny_sd(), compiled=True, tell=said.append), tiny_sd, **joins)
+    assert compiled_for(said) == words
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [dict, *(make for make, _ in CASES.values())], ids=["alone", *CASES])
+def test_a_compiled_model_draws_the_same_on_a_gpu(monkeypatch, make):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions in float32 itself
+    assert_as_exact(model.faster(tiny_sd().to("cuda"), compiled=True), lambda: tiny_sd().to("cuda"), **make())
