@@ -47,11 +47,11 @@ def needs_onednn_in(dtype):
         pytest.skip(f"oneDNN has no {dtype} on this processor")
 
 
-def assert_as_exact(fast, make, **more):
-    """The fast model's latents are as far from float64's as sums in float32 make them, within a factor of 2. `more`:
-    of the task."""
+def assert_as_exact(fast, make, within=2, **more):
+    """The fast model's latents are as far from float64's as sums in float32 make them, within a factor. `more`: of the
+    task."""
     exact = latents(make().to(dtype=torch.float64), **more)
-    allowed = 2 * relative(latents(with_errors_of_float32(make().to(dtype=torch.float64)), **more), exact)
+    allowed = within * relative(latents(with_errors_of_float32(make().to(dtype=torch.float64)), **more), exact)
     assert allowed < 1e-4 and relative(latents(fast, **more).double(), exact) < allowed
 
 

@@ -169,7 +169,7 @@ def broken_links(site: Path) -> list[str]:
 def main() -> None:
     stage()
     site = BUILD / "html"
-    command = [str(Path(sys.executable).with_name("zensical")), "build", "--strict", "--clean"]
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     subprocess.run(command, cwd=BUILD, check=True)
     for page in site.rglob("*.html"):
         page.write_text(formulas_as_mathml(page.read_text("utf-8")), "utf-8")

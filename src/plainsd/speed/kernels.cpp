@@ -175,7 +175,7 @@ struct Attention {
     long heads, n, m, d;
     float scale;                                                                // of the exponent in base 2
     long depth = d / STEP, width = up(d, LANES), keys = up(m, GROUP);
-    std::vector<uint32_t> packed_k, packed_v;                                   // of all heads
+    std::vector<uint32_t> packed_k{}, packed_v{};                               // of all heads
 
     char* at(const View& x, long which, long row) const {
         return x.data + (which / heads * x.batch + which % heads * x.head + row * x.row) * SIZE;
