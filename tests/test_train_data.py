@@ -354,6 +354,15 @@ def test_a_new_picture_costs_one_encoding(folder, tmp_path, monkeypatch):
     assert sum(seen) == 18  # another autoencoder: all
 
 
+def test_another_crop_of_the_same_size_is_another_cache(folder, tmp_path):
+    vae, random_crop = tiny_vae(), framed(folder, crop="random", places=1)
+    centre = cache_latents(vae, framed(folder), tmp_path / "cache")
+    after_it = cache_latents(vae, random_crop, tmp_path / "cache")
+    alone = cache_latents(vae, random_crop, tmp_path / "other")
+    assert torch.equal(after_it.data, alone.data)
+    assert centre.data.shape == alone.data.shape and not torch.equal(centre.data, alone.data)
+
+
 def test_masks_lie_beside_the_latents(folder, tmp_path):
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (0, 0, 8, 16))
