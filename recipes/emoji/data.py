@@ -10,6 +10,11 @@
 
 Picture i is a pure function of (seed, i): its pair is entry i of the seen pairs, taken round and round, and its size
 and place are drawn from the text "seed:picture:i". Which emoji, and how they are drawn: `plainsd.emoji.drawing`.
+
+    python recipes/emoji/data.py runs/emoji128/set --set
+
+writes no pictures: only tokenizer/ and concepts.json, which describes scenes of one to four of all emoji, drawn when
+they are wanted (`plainsd train --data emoji:OUT/concepts.json`, see `plainsd.emoji.scenes`).
 """
 
 import argparse
@@ -23,8 +28,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from plainsd.disk import written_whole
 from plainsd.emoji import drawing
+from plainsd.emoji.captions import captions_of
+from plainsd.emoji.scenes import SceneSet, describe_set, make_scene
+from plainsd.emoji.words import COLOURS, every_noun
 from plainsd.errors import UserError
 
+PICTURES, SCENES = 57_600, 100_000
+VOCABULARY, SCENE_VOCABULARY = 2000, 4096
+TOKENIZER_SCENES = 20_000  # scenes whose captions the tokenizer is made of
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # how CLIP cuts text before the merges
 
@@ -154,16 +165,56 @@ def describe(concepts: list[drawing.Concept], heldout: list[tuple[int, int]], op
     }
 
 
+def wanted_names(path: Path, known: list[str]) -> set[str]:
+    """The names in a file, one a line."""
+    wanted = {line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()}
+    if strangers := sorted(wanted.difference(known)):
+        raise UserError(f"{path}: {strangers[0]!r} is not among the {len(known)} emoji of the set; take it out")
+    return wanted
+
+
 def restricted(
     concepts: list[drawing.Concept], seen: list[tuple[int, int]], heldout: list[tuple[int, int]], path: Path
 ) -> tuple[list[drawing.Concept], list[tuple[int, int]], list[tuple[int, int]]]:
     """Only the emoji named in a file, one a line, and their pairs."""
-    wanted = {line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()}
-    if strangers := sorted(wanted - {concept.name for concept in concepts}):
-        raise UserError(f"{path}: {strangers[0]!r} is not among the {len(concepts)} emoji of the set; take it out")
+    wanted = wanted_names(path, [concept.name for concept in concepts])
     new = {old: i for i, old in enumerate(i for i, concept in enumerate(concepts) if concept.name in wanted)}
     pairs = [[(new[concept], background) for concept, background in some if concept in new] for some in (seen, heldout)]
     return [concepts[old] for old in new], *pairs
+
+
+def build_set(options: argparse.Namespace) -> None:
+    """concepts.json of scenes, and the tokenizer of their captions."""
+    nouns = every_noun(drawing.open_font(options.font))
+    _, held = drawing.split_pairs(len(nouns), len(COLOURS), options.heldout_share, options.seed)
+    if options.names:  # the held-out pairs stay those of all emoji
+        wanted = wanted_names(options.names, [noun.name for noun in nouns])
+        new = {old: i for i, old in enumerate(i for i, noun in enumerate(nouns) if noun.name in wanted)}
+        nouns, held = [nouns[old] for old in new], [(new[old], colour) for old, colour in held if old in new]
+    names = list(COLOURS)
+    made_of = SceneSet(
+        nouns=tuple(nouns),
+        colours=COLOURS,
+        heldout=frozenset((concept, names[colour]) for concept, colour in held),
+        share=options.heldout_share,
+        size=options.size,
+        seed=options.seed,
+        count=options.count or SCENES,
+        heldout_count=options.heldout_count,
+        font=drawing.font_identity(options.font),
+    )
+    texts = [
+        text
+        for i in range(TOKENIZER_SCENES)
+        for text in captions_of(made_of, make_scene(made_of, "train", i), "train", i)
+    ]
+    entries = write_tokenizer(options.out / "tokenizer", texts, options.vocabulary or SCENE_VOCABULARY)
+    text = json.dumps(describe_set(made_of), ensure_ascii=False, separators=(",", ":")) + "\n"
+    write_whole(options.out / "concepts.json", text)
+    print(
+        f"{options.out}: {len(nouns)} emoji, {len(COLOURS)} colours, {len(held)} pairs of them held out, and "
+        f"{options.heldout_share:.0%} of the pairs of emoji; {entries} tokens"
+    )
 
 
 def build(options: argparse.Namespace) -> None:
@@ -177,7 +228,7 @@ def build(options: argparse.Namespace) -> None:
         for background in drawing.BACKGROUNDS
         for template in drawing.TEMPLATES
     ]
-    entries = write_tokenizer(options.out / "tokenizer", captions, options.vocabulary)
+    entries = write_tokenizer(options.out / "tokenizer", captions, options.vocabulary or VOCABULARY)
     if options.names:  # the vocabulary and the split stay those of the whole set
         concepts, seen, heldout = restricted(concepts, seen, heldout, options.names)
     write_whole(
@@ -186,9 +237,10 @@ def build(options: argparse.Namespace) -> None:
     )
     if heldout:
         write_pictures(options.out / "heldout", "heldout", options.heldout_count, heldout, concepts, options)
-    write_pictures(options.out, "picture", options.count, seen, concepts, options)
+    count = options.count or PICTURES
+    write_pictures(options.out, "picture", count, seen, concepts, options)
     print(
-        f"{options.out}: {options.count} pictures of {len(seen)} pairs, {len(heldout)} pairs held out, "
+        f"{options.out}: {count} pictures of {len(seen)} pairs, {len(heldout)} pairs held out, "
         f"{len(concepts)} emoji, {entries} tokens"
     )
 
@@ -196,18 +248,22 @@ def build(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=57_600, help="training pictures")
+    parser.add_argument("--set", action="store_true", help="scenes of all emoji, described and not drawn")
+    parser.add_argument("--count", type=int, help=f"training pictures ({PICTURES}), or scenes an epoch ({SCENES})")
     parser.add_argument("--heldout-count", type=int, default=500, help="pictures of held-out pairs")
     parser.add_argument("--heldout-share", type=float, default=0.1, help="share of the pairs that is held out")
-    parser.add_argument("--emoji", type=int, default=400, help="how many emoji")
+    parser.add_argument("--emoji", type=int, default=400, help="how many emoji; with --set all")
     parser.add_argument("--names", type=Path, help="file of the emoji to draw, one name a line; all if not given")
     parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
-    parser.add_argument("--vocabulary", type=int, default=2000, help="most entries in the tokenizer")
+    parser.add_argument(
+        "--vocabulary", type=int, help=f"most entries in the tokenizer ({VOCABULARY}, of scenes {SCENE_VOCABULARY})"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--font", type=Path, default=drawing.FONT)
+    parser.add_argument("--font", type=Path, help=f"by default {drawing.FONT}, or {drawing.FONT_VARIABLE}")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     try:
-        build(parser.parse_args(argv))
+        options = parser.parse_args(argv)
+        build_set(options) if options.set else build(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -32,8 +32,8 @@ class Evaluate:
     """folder of a model with its concepts.json; the embedded model if not given"""
     concepts: Annotated[Path | None, flag("FILE")] = None
     """concepts.json, if it is not in the model's folder"""
-    prompts: int = 512
-    """number of prompts; 500 or more for meaningful scores"""
+    prompts: int = 1024
+    """number of prompts, half of them of held-out combinations; 1000 or more for narrow intervals"""
     steps: int = 20
     guidance: Annotated[float | None, flag("SCALE")] = None
     sampler: Annotated[str | None, flag("NAME")] = None
@@ -52,6 +52,8 @@ class Evaluate:
     """seed of the first picture; random or -1 picks one"""
     out: Annotated[Path | None, flag("FOLDER")] = None
     """folder for scores.json, scores.txt and contact-sheet.png"""
+    sheet: Annotated[Path | None, flag("FILE.png")] = None
+    """file for the first 64 pictures, 8 by 8 at the model's size, failures in red frames"""
     font: Annotated[Path | None, flag("FILE")] = None
     """the Noto Color Emoji font, if not at Debian's path"""
     prediction: Annotated[str | None, flag("NAME")] = None
@@ -69,6 +71,8 @@ class Evaluate:
         seed = drawn_seed() if seed == RANDOM else seed
         if self.clip_score is not None:
             return self.score_by_clip(seed)
+        if self.sheet is not None and self.sheet.suffix.lower() != ".png":
+            raise UserError(f"--sheet {self.sheet} is a PNG; call it {self.sheet.stem}.png", field="sheet")
         for name in ("pictures", "prompt_file"):
             if getattr(self, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
@@ -97,6 +101,7 @@ class Evaluate:
                 seed=seed,
                 out=self.out,
                 font=self.font,
+                sheet=self.sheet,
                 progress=progress,
             )
         print(score_table(result), end="")

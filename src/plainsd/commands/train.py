@@ -33,6 +33,11 @@ class Train(options.TrainOptions):
                 f"--prediction and --zero-snr describe the UNet of --base, which method {self.method} does not use; "
                 "leave them out"
             )
+        if self.reading.live_latents and self.method != "scratch":
+            raise UserError(
+                f"--live-latents is for method scratch; method {self.method} encodes each picture once",
+                field="live_latents",
+            )
         filled = replace(self, pace=options.with_defaults(self.method, self.pace))
         options.check_telling(self.telling)
         device = choose_device(self.pace.device)

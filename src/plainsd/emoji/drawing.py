@@ -15,6 +15,7 @@ The emoji are chosen by this rule, which has no randomness:
 """
 
 import hashlib
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from plainsd.errors import UserError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+FONT_VARIABLE = "PLAINSD_EMOJI_FONT"  # of the environment: another path
 STRIKE = 109  # the only size of the font's bitmaps, in Pillow's units
 SMALLEST_SCALE, LARGEST_SCALE = 0.80, 0.95  # longer side of the visible part, as a share of the picture's side
 DUPLICATE_DISTANCE = 0.13  # two glyphs nearer than this are near duplicates
@@ -135,9 +137,14 @@ def caption(template: str, concept: Concept, background: str) -> str:
     )
 
 
+def font_path(path: Path | str | None = None) -> Path:
+    """The given path, or that in the environment, or Debian's."""
+    return Path(path or os.environ.get(FONT_VARIABLE) or FONT)
+
+
 def open_font(path: Path | str | None = None) -> ImageFont.FreeTypeFont:
-    """The colour bitmap font; None means Debian's path."""
-    path = Path(path or FONT)
+    """The colour bitmap font; None: see `font_path`."""
+    path = font_path(path)
     if not path.is_file():
         raise UserError(f"no emoji font at {path}; apt-get install fonts-noto-color-emoji, or give --font FILE")
     try:
@@ -150,7 +157,7 @@ def open_font(path: Path | str | None = None) -> ImageFont.FreeTypeFont:
 
 
 def font_identity(path: Path | str | None = None) -> dict[str, str]:
-    path = Path(path or FONT)
+    path = font_path(path)
     return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 

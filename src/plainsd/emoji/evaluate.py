@@ -3,7 +3,8 @@
 Prompts are made from concepts.json, half from training pairs and half from held-out pairs. scorer.py recognizes what
 the pictures show, without any learned part, so the font and concepts.json are enough to reproduce the scores.
 The same scorer runs on freshly drawn pictures (it must find nearly all) and on those after the VAE's encode and decode
-(the most that any denoiser could reach).
+(the most that any denoiser could reach). A concepts.json that describes scenes is scored as protocol.py says, by the
+objects that spotting.py finds.
 """
 
 import json
@@ -14,15 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from plainsd import generate
-from plainsd.disk import written_whole
-from plainsd.emoji import drawing
+from plainsd.emoji import drawing, protocol
+from plainsd.emoji.measures import compared
+from plainsd.emoji.painting import Painter
+from plainsd.emoji.scenes import moved_scene, set_of
 from plainsd.emoji.scorer import Score, Scorer
+from plainsd.emoji.spotting import Spotter
+from plainsd.emoji.tables import framed_sheet, labelled_sheet, score_table, write_file
 from plainsd.errors import UserError
-from plainsd.pictures.images import to_pil, to_tensor, write_png
+from plainsd.pictures.images import to_pil, to_tensor
 
 OnProgress = Callable[[str, int, int], None]  # the row's name, pictures of it scored so far, pictures in all
 BATCH = 32  # pictures generated, or sent through the VAE, at once
@@ -84,13 +90,14 @@ def draw_all(concepts: dict, font: Path | None) -> list[Image.Image]:
 
 
 def real_pictures(
-    asked: Sequence[Question], glyphs: Sequence[Image.Image], concepts: dict, seed: int
+    asked: Sequence[Question], glyphs: Sequence[Image.Image], concepts: dict, seed: int, kind: str = "evaluate"
 ) -> list[Image.Image]:
-    """The right answer to each question, drawn as in training but at places and sizes not seen in training."""
+    """The right answer to each question, drawn as in training but at places and sizes not seen in training; other ones
+    for another `kind`."""
     size, pictures = concepts["size"], []
     for k, question in enumerate(asked):
         glyph = glyphs[question.concept]
-        place = drawing.random_place(f"{seed}:evaluate:{k}", glyph.size, size)
+        place = drawing.random_place(f"{seed}:{kind}:{k}", glyph.size, size)
         pictures.append(drawing.draw_picture(glyph, tuple(concepts["backgrounds"][question.background]), size, place))
     return pictures
 
@@ -99,7 +106,7 @@ def real_pictures(
 def reconstructed(sd: generate.StableDiffusion, pictures: Sequence[Image.Image]) -> Iterable[Image.Image]:
     """Scales to the model's size, as for training; encodes to the mean and decodes."""
     weight, side = next(sd.vae.parameters()), sd.variant.size
-    pictures = [picture.resize((side, side), Image.Resampling.LANCZOS) for picture in pictures]
+    pictures = [to_side(picture, side) for picture in pictures]
     for start in range(0, len(pictures), BATCH):
         pixels = torch.cat([to_tensor(picture) for picture in pictures[start : start + BATCH]]).to(weight)
         yield from to_pil(sd.vae.decode(sd.vae.encode(pixels).mean))
@@ -112,6 +119,57 @@ def generated(sd: generate.StableDiffusion, asked: Sequence[Question], seed: int
         yield from generate.final(generate.text_to_image(sd, prompts, seed=seed + start, **options))
 
 
+# ---- the two exams ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions, their right answers, and how answers are judged."""
+
+    asked: Sequence[Any]  # of Question or SceneQuestion
+    real: list[Image.Image]  # the right answers
+    again: list[Image.Image]  # the same with other sizes and places: a second sample of what is right
+    judge: Callable[[Image.Image], Any]
+    summary: Callable[[Sequence[Any]], dict]
+    wrong: Callable[[Any, Any], str]  # of a question and what was judged: what was seen, if wrong
+
+
+def single_exam(concepts: dict, count: int, seed: int, font: Path | None) -> Exam:
+    """Single emoji on flat backgrounds."""
+    glyphs, asked = draw_all(concepts, font), questions(concepts, count, seed)
+    names = [concept.name for concept in read_concepts(concepts)]
+
+    def wrong(question: Question, score: Score) -> str:
+        right = score.objects[0] == question.concept and score.background == question.background
+        return "" if right else f"{names[score.objects[0]]}, {score.background}"
+
+    return Exam(
+        asked,
+        real_pictures(asked, glyphs, concepts, seed),
+        real_pictures(asked, glyphs, concepts, seed, "again"),
+        Scorer(glyphs, concepts["backgrounds"], concepts["size"]),
+        lambda scores: summary(asked, scores),
+        wrong,
+    )
+
+
+def scene_exam(concepts: dict, count: int, seed: int, font: Path | None) -> Exam:
+    made_of = set_of(concepts)
+    painter, asked = Painter(made_of, font), protocol.scene_questions(made_of, count, seed)
+
+    def wrong(question: protocol.SceneQuestion, found: Any) -> str:
+        return protocol.spotted_text(made_of, found) if protocol.is_failure(question, found, made_of.size) else ""
+
+    return Exam(
+        asked,
+        [painter(question.scene) for question in asked],
+        [painter(moved_scene(made_of, question.scene, f"again {seed}", k)) for k, question in enumerate(asked)],
+        Spotter(painter),
+        lambda found: protocol.scene_summary(asked, found, made_of.size),
+        wrong,
+    )
+
+
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -119,58 +177,84 @@ def evaluate(
     sd: generate.StableDiffusion,
     concepts: dict,
     *,
-    prompts: int = 512,
+    prompts: int = 1024,
     steps: int = 20,
     guidance: float | None = None,
     seed: int = 0,
     sampler: str | None = None,
     out: Path | None = None,
     font: Path | None = None,
+    sheet: Path | None = None,
     progress: OnProgress = lambda row, done, count: None,
 ) -> dict:
     """Accuracies, 0 to 1: on real pictures (the scorer's ceiling), after the VAE, and of the model without and with
-    guidance.
+    guidance. Of scenes, the numbers that are right, and the model with guidance alone. Under "quality", how the
+    pictures of each row differ from true ones as a whole.
 
     None takes the variant's default guidance and sampler. With a folder `out`, `scores.json`, `scores.txt` and
-    `contact-sheet.png` (of the last row) are written there.
+    `contact-sheet.png` (of the last row) are written there; `sheet` is a file for the same pictures without prompts.
     """
     if prompts < 2:
         raise UserError(f"prompts is {prompts}; ask for at least 2, one of a seen and one of a held-out pair")
-    guidance = sd.variant.guidance if guidance is None else guidance
-    glyphs = draw_all(concepts, font)
-    asked = questions(concepts, prompts, seed)
-    real = real_pictures(asked, glyphs, concepts, seed)
+    guidance, side = sd.variant.guidance if guidance is None else guidance, sd.variant.size
+    scenes = "scenes" in concepts
+    exam = (scene_exam if scenes else single_exam)(concepts, prompts, seed, font)
     options: dict[str, Any] = {"seed": seed, "steps": steps, "sampler": sampler}
     rows: dict[str, Iterable[Image.Image]] = {
-        "real pictures": real,
-        "real pictures through the VAE": reconstructed(sd, real),
-        "generated, no guidance": generated(sd, asked, guidance=1.0, **options),
+        "real pictures": exam.real,
+        "real pictures through the VAE": reconstructed(sd, exam.real),
     }
+    if not scenes or guidance in (0, 1):
+        rows["generated, no guidance"] = generated(sd, exam.asked, guidance=1.0, **options)
     if guidance not in (0, 1):
-        rows[f"generated, guidance {guidance:g}"] = generated(sd, asked, guidance=guidance, **options)
-    scorer, measured = Scorer(glyphs, concepts["backgrounds"], concepts["size"]), {}
+        rows[f"generated, guidance {guidance:g}"] = generated(sd, exam.asked, guidance=guidance, **options)
+    true, measured, quality = [to_side(picture, side) for picture in exam.real], {}, {}
     for name, pictures in rows.items():
         kept, scores = [], []
         for picture in pictures:
             kept.append(picture)
-            scores.append(scorer(picture))
+            scores.append(exam.judge(picture))
             progress(name, len(scores), prompts)
-        measured[name] = summary(asked, scores)
+        measured[name] = exam.summary(scores)
+        beside = [to_side(picture, side) for picture in exam.again] if name == "real pictures" else kept
+        quality[name] = compared(beside, true)
+        if name == "real pictures through the VAE":
+            quality[name] |= mean_psnr(kept, true, exam.asked)
     used = drawing.font_identity(font)
     result = {
         "prompts": prompts,
         "guidance": guidance,
         **options,
-        "emoji": len(glyphs),
+        "emoji": len(concepts["concepts"]),
         "font": used,
         "same_font": used["sha256"] == concepts.get("font", {}).get("sha256"),
+        "scenes": scenes,
         "rows": measured,
+        "quality": quality,
     }
+    wrong = [exam.wrong(question, score) for question, score in zip(exam.asked, scores, strict=True)]
+    if sheet is not None:
+        write_file(framed_sheet(kept, [bool(seen) for seen in wrong]), sheet)
     if out is not None:
-        write_file(contact_sheet(kept, asked, scores, concepts), Path(out) / "contact-sheet.png")
+        labelled = labelled_sheet(kept, [question.prompt for question in exam.asked], wrong, concepts["size"])
+        write_file(labelled, Path(out) / "contact-sheet.png")
         write_file(json.dumps(result, indent=1) + "\n", Path(out) / "scores.json")
         write_file(score_table(result), Path(out) / "scores.txt")
     return result
+
+
+def to_side(picture: Image.Image, side: int) -> Image.Image:
+    """Scaled to the model's size, as for training."""
+    return picture if picture.width == side else picture.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def mean_psnr(drawn: Sequence[Image.Image], true: Sequence[Image.Image], asked: Sequence[Any]) -> dict[str, float]:
+    """Means of the peak signal to noise ratio in dB, of seen and of held-out combinations; at most 100 a picture."""
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for one, other, question in zip(drawn, true, asked, strict=True):
+        error = (np.asarray(one, np.float64) - np.asarray(other, np.float64)) / 255
+        found[question.seen].append(-10 * math.log10(max(float((error**2).mean()), 1e-10)))
+    return {name: sum(found[seen]) / len(found[seen]) for name, seen in (("psnr", True), ("heldout_psnr", False))}
 
 
 def summary(asked: Sequence[Question], scores: Sequence[Score]) -> dict[str, dict[str, float]]:
@@ -185,71 +269,3 @@ def summary(asked: Sequence[Question], scores: Sequence[Score]) -> dict[str, dic
             "top5": sum(q.concept in s.objects[:5] for q, s in both) / len(both),
         }
     return parts
-
-
-def score_table(result: dict) -> str:
-    """The scores as a Markdown table, in per cent."""
-    sampler = result["sampler"] or "the model's own sampler"
-    lines = [
-        f"{result['prompts']} prompts, {result['emoji']} emoji, {result['steps']} steps of {sampler}, "
-        f"seed {result['seed']}; per cent right, seen pairs / held-out pairs",
-        "",
-        "| pictures | background | object, top 1 | object, top 5 |",
-        "|---|---|---|---|",
-    ]
-    for name, parts in result["rows"].items():
-        cells = [
-            " / ".join(f"{100 * parts[part][key]:.1f}" for part in ("seen", "heldout"))
-            for key in ("background", "top1", "top5")
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    if not result["same_font"]:
-        lines += ["", "The font here is not the file that the model was trained on: its drawings may differ."]
-    return "\n".join(lines) + "\n"
-
-
-def contact_sheet(
-    pictures: Sequence[Image.Image],
-    asked: Sequence[Question],
-    scores: Sequence[Score],
-    concepts: dict,
-    columns: int = 8,
-    most: int = 64,
-) -> Image.Image:
-    """The first pictures with their prompts; under a wrong one, in red, what the scorer saw."""
-    names, font = [concept.name for concept in read_concepts(concepts)], ImageFont.load_default(11)
-    pictures, side = pictures[:most], max(128, concepts["size"])
-    cell_width, cell_height = side + 12, side + 48
-    sheet = Image.new("RGB", (columns * cell_width, math.ceil(len(pictures) / columns) * cell_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, (picture, question, score) in enumerate(zip(pictures, asked, scores, strict=False)):
-        left, top = k % columns * cell_width + 6, k // columns * cell_height + 4
-        sheet.paste(picture.resize((side, side)), (left, top))
-        wrong = score.objects[0] != question.concept or score.background != question.background
-        lines = wrapped(question.prompt, font, side)
-        draw.multiline_text((left, top + side + 2), "\n".join(lines[:2]), "black", font, spacing=2)
-        if wrong:
-            seen = f"{names[score.objects[0]]}, {score.background}"
-            draw.text((left, top + side + 29), wrapped(seen, font, side)[0], "red", font)
-    return sheet
-
-
-def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text wrapped to a width in pixels."""
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-def write_file(content: str | Image.Image, path: Path) -> None:
-    """Writes a text or a PNG atomically."""
-    if isinstance(content, Image.Image):
-        write_png(content, path)
-    else:
-        with written_whole(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")

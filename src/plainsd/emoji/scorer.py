@@ -9,7 +9,7 @@ Shape letters: K drawn emoji (each at several sizes), G side of the search grid.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -127,6 +127,6 @@ def border_colour(pixels: np.ndarray) -> np.ndarray:
     return np.median(edge, 0).astype(np.float32)
 
 
-def nearest_name(colour: np.ndarray, backgrounds: dict[str, Sequence[int]]) -> str:
+def nearest_name(colour: np.ndarray, backgrounds: Mapping[str, Sequence[int]]) -> str:
     """The name of the nearest colour; `colour` in 0..1, the table in 0..255."""
     return min(backgrounds, key=lambda name: float(((colour * 255 - np.asarray(backgrounds[name])) ** 2).sum()))

@@ -1,6 +1,7 @@
 """Jobs of the methods that can train from scratch: `vae`, then `scratch` with the resulting autoencoder."""
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def train_vae(job: TrainJob) -> None:
         save_vae(vae, job.out / "vae" if mark is None else job.result(mark), variant)
 
     check = (lambda: validate(vae, heldout)) if heldout else None
-    with trained_faster(vae):
+    with job.pixels(pictures) as method.pixels, trained_faster(vae):
         done = job.train(method, pictures, check, sample, save=write)
     if not done or not job.world.first:
         return
@@ -111,12 +112,7 @@ def train_scratch(job: TrainJob) -> None:
     pictures, heldout = job.pictures(variant.size)
     vae.requires_grad_(False)
     job.count_long_captions(sd, pictures)
-    method = full(
-        sd, job.examples(vae, pictures), text_encoder=True, objective=job.objective(), chunks=job.options.reading.chunks
-    )
     held = job.examples(vae, heldout) if heldout else None
-    parts = job.spread(sd)
-    check = (lambda: method.validate(held, 64)) if held else None
 
     def write(mark: str | None) -> None:
         save(sd, job.result(mark), dtype=job.save_dtype)
@@ -124,7 +120,15 @@ def train_scratch(job: TrainJob) -> None:
             with written_whole(job.result(mark) / file.name) as draft:
                 shutil.copyfile(file, draft)
 
-    with trained_faster(sd.unet):
+    with ExitStack() as stack:
+        if job.options.reading.live_latents:
+            examples = job.live_examples(vae, pictures, stack.enter_context(job.pixels(pictures)))
+        else:
+            examples = job.examples(vae, pictures)
+        method = full(sd, examples, text_encoder=True, objective=job.objective(), chunks=job.options.reading.chunks)
+        parts = job.spread(sd)
+        check = (lambda: method.validate(held, 64)) if held else None
+        stack.enter_context(trained_faster(sd.unet))
         done = job.train(method, pictures, check, job.sampler(sd), save=write)
     if not done:
         return

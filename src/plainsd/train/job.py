@@ -3,7 +3,8 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from dataclasses import field as made_by
 from fractions import Fraction
@@ -25,13 +26,16 @@ from plainsd.pictures.settings import RANDOM, drawn_seed
 from plainsd.train import config
 from plainsd.train.checkpoints import checkpoints, saving
 from plainsd.train.claim import CONFIG_FILE, OPTIONS_FILE, claim
+from plainsd.train.data.ahead import PixelsOf, pictures_ahead
 from plainsd.train.data.captions import cut_captions
 from plainsd.train.data.crops import Framing
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.heldout import of_run
 from plainsd.train.data.latents import Latents, cache_latents
-from plainsd.train.data.pictures import PictureSet, described, joined_sets
+from plainsd.train.data.live import LiveLatents
+from plainsd.train.data.pictures import PictureSet, described, joined_sets, some_texts
 from plainsd.train.data.record import changes, picture_digests, record
+from plainsd.train.data.scenes import PREFIX
 from plainsd.train.data.sources import Reading, parse_source, read_source
 from plainsd.train.objective import Objective
 from plainsd.train.options import FitOptions, TrainOptions, given
@@ -142,11 +146,14 @@ class TrainJob:
         sources = [Path(parse_source(source)[0]) for source in self.options.data]
         found = joined_sets(self.read(source, size, data.heldout, prior) for source in self.options.data)
         pictures = PictureSet(found.items, size, framing, data.shuffle_tags)
+        if framing != Framing() and any(item.computed for item in pictures.items):
+            raise UserError("captions of emoji scenes say where things are; leave out --buckets, --crop and --flip")
         heldout = None
         if data.heldout:
-            found = self.read(str(data.heldout), size, *sources, prior)
+            found = self.read(str(data.heldout), size, *sources, prior, heldout=True)
             heldout = PictureSet(found.items, size, Framing(data.buckets))
-            if data.heldout.resolve() in [source.resolve() for source in sources]:
+            scenes = str(data.heldout).startswith(PREFIX)  # the same file has both
+            if not scenes and data.heldout.resolve() in [source.resolve() for source in sources]:
                 self.say(f"--heldout {data.heldout} is trained on too: what is measured with it is not validation")
         elif data.hold_out:
             pictures, heldout = pictures.split(data.hold_out, self._held(pictures))
@@ -164,7 +171,7 @@ class TrainJob:
         if checkpoints(self.out / "checkpoints") and (what := changes(self.trained_on, self.out)):
             self.say(f"the pictures are not those that {self.out} was trained on so far: {what}; it goes on with these")
 
-    def read(self, source: str, size: int, *others: Path | None) -> PictureSet:
+    def read(self, source: str, size: int, *others: Path | None, heldout: bool = False) -> PictureSet:
         """One source, without other sources and the run's folder, which may lie inside it."""
         data = self.options.reading
         without = (*filter(None, others), self.out)
@@ -180,6 +187,7 @@ class TrainJob:
             data.stream,
             data.limit,
             data.bad_share,
+            heldout,
             without,
         )
         with self.world.first_goes_ahead():
@@ -191,11 +199,23 @@ class TrainJob:
         with self.world.first_goes_ahead(), saving("what is held out"):
             return of_run(pictures.items, share, self.out, begun=begun, writes=self.world.first, say=self.say)
 
+    @contextmanager
+    def pixels(self, pictures: PictureSet) -> Iterator[PixelsOf]:
+        """What gives the pixels of picks: scenes are drawn ahead of them, by other processes."""
+        with pictures_ahead(pictures, self.order(pictures), self.options.reading.workers) as pixels:
+            yield pixels
+
     def latents(self, vae: "VAE", pictures: PictureSet, *, batch: int = 64) -> Latents:
         with self.world.first_goes_ahead(), saving("the cached latents"):
             return cache_latents(
                 vae, pictures, self.out / "cache", batch=batch, dtype=self.dtype, workers=self.options.reading.workers
             )
+
+    def live_examples(self, vae: "VAE", pictures: PictureSet, pixels: PixelsOf) -> Examples:
+        """Without cached latents."""
+        loss = self.options.loss
+        latents = LiveLatents(vae, pictures, pixels, self.dtype)
+        return Examples(pictures, latents, loss.dropout, loss.timestep_power)
 
     def examples(self, vae: "VAE", pictures: PictureSet) -> Examples:
         batch = max(1, min(64, ENCODED_AT_ONCE // pictures.size**2)) if pictures.size > 128 else 64
@@ -204,7 +224,7 @@ class TrainJob:
 
     def count_long_captions(self, sd: "StableDiffusion", pictures: PictureSet) -> None:
         """Reports how many captions are truncated, if any."""
-        captions, chunks = {text for item in pictures.items for text in item.texts}, self.options.reading.chunks
+        (captions, _), chunks = some_texts(pictures.items), self.options.reading.chunks
         if count := cut_captions(sd, sorted(captions), chunks):
             room = min(encoder.config.positions - 2 for encoder in sd.text_encoders) * chunks
             self.say(

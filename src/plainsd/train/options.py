@@ -39,7 +39,7 @@ class Data:
     """How pictures are read, cut and captioned."""
 
     heldout: Path | None = None
-    """folder of captioned pictures for validation only; it may be inside --data"""
+    """folder of captioned pictures for validation only; it may be inside --data. emoji:SET.json: the held-out scenes"""
     hold_out: float = 0.0
     """share of the data to hold out for validation instead; the same pictures throughout a run"""
     size: int | None = None
@@ -71,7 +71,9 @@ class Data:
     bad_share: float = 0.01
     """tolerated share of broken pictures and empty captions, which are skipped and counted; more is an error"""
     workers: int = 2
-    """threads that load pictures while others are encoded"""
+    """threads that load pictures while others are encoded, and processes that draw scenes (emoji:SET.json) ahead"""
+    live_latents: Switch = False
+    """scratch: encode pictures at every step instead of once; no disk, for scenes and fast GPUs"""
 
 
 @dataclass
@@ -246,7 +248,7 @@ class TrainOptions:
     controlnet: a net that reads a map beside each picture (name.cond.png)"""
     data: tuple[str, ...]
     """folders of captioned pictures (metadata.jsonl, or pairs name.png and name.txt), parquet files, tar shards, or
-    datasets on the hub (owner/name); cats:10 repeats cats ten times an epoch"""
+    datasets on the hub (owner/name); cats:10 repeats cats ten times an epoch; emoji:SET.json draws scenes of emoji"""
     out: Path
     """folder of the run: log, curve, samples, checkpoints, and the result, which has the folder's name"""
     config: Path | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from plainsd.train.data.latents import Latents
+from plainsd.train.data.live import LiveLatents
 from plainsd.train.data.pictures import PictureSet
 from plainsd.train.objective import (
     PLAIN_OBJECTIVE,
@@ -44,7 +45,7 @@ class Examples:
     """Captioned pictures as latents."""
 
     pictures: PictureSet
-    latents: Latents
+    latents: Latents | LiveLatents
     dropout: float = 0.1  # share of captions left empty
     timestep_power: float = 1.0  # timesteps are count * chance ** power: below 1, noisy ones come more often
 

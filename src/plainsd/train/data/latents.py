@@ -62,9 +62,7 @@ class Latents:
     def draw(self, picks: Sequence[Pick], views: Sequence[int] | None = None) -> Tensor:
         """A scaled latent of each pick, (B, L, h, w) float32. All must be of one shape."""
         moments = self._stacked(picks, views)
-        mean, std = moments[:, : self.channels // 2 * 2].chunk(2, dim=1)
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=p.generator) for p in picks])
-        return (mean + std * noise) * self.scaling_factor
+        return drawn_latents(moments[:, : self.channels // 2 * 2], picks, self.scaling_factor)
 
     def masks(self, picks: Sequence[Pick], views: Sequence[int] | None = None) -> Tensor | None:
         """The loss weight of each position, 0 to 1: (B, 1, h, w)."""
@@ -73,6 +71,13 @@ class Latents:
     def _stacked(self, picks: Sequence[Pick], views: Sequence[int] | None) -> Tensor:
         views = views or [0] * len(picks)
         return torch.stack([self.moments(p.index, v).float() for p, v in zip(picks, views, strict=True)])
+
+
+def drawn_latents(moments: Tensor, picks: Sequence[Pick], scaling_factor: float) -> Tensor:
+    """Means and standard deviations (B, 2 L, h, w) -> a scaled latent of each pick, by its own generator."""
+    mean, std = moments.chunk(2, dim=1)
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=p.generator) for p in picks])
+    return (mean + std * noise) * scaling_factor
 
 
 def cache_latents(

@@ -24,6 +24,7 @@ from plainsd.train.data.crops import Framing, View, cut_out, view_of
 from plainsd.train.data.folders import found_in
 from plainsd.train.data.heldout import chosen_pictures, digests
 
+SOME_COMPUTED = 2000  # pictures whose captions stand for those of all computed ones
 SMALLEST = 8  # pixels of a picture's shorter side
 
 
@@ -49,6 +50,10 @@ class Entry(Protocol):
     @property
     def mapped(self) -> bool:
         """Whether it has a map, for a ControlNet."""
+
+    @property
+    def computed(self) -> bool:
+        """Whether picture and texts are a function of `mark`, so that there is nothing to check."""
 
     @property
     def name(self) -> str: ...
@@ -80,6 +85,10 @@ class Item:
     size: Size | None = None
     mask: Path | None = None
     map: Path | None = None
+
+    @property
+    def computed(self) -> bool:
+        return False
 
     @property
     def name(self) -> str:
@@ -274,17 +283,26 @@ def described(pictures: PictureSet) -> str:
     """A summary of a scan, in a line or two."""
     sides = [min(item.size) for item in pictures.items if item.size]
     small = sum(side < pictures.size for side in sides)
-    texts = {text for item in pictures.items for text in item.texts}
+    texts, more = some_texts(pictures.items)
     repeated = sum(item.repeats for item in pictures.items)
+    captions = f"{len(texts)}{' or more' if more else ''} captions"
     lines = [
-        f"{len(pictures)} pictures{f', {repeated} an epoch' if repeated != len(pictures) else ''}, {len(texts)} "
-        f"captions; shorter sides {min(sides)} to {max(sides)} px, median {statistics.median(sides):g}"
+        f"{len(pictures)} pictures{f', {repeated} an epoch' if repeated != len(pictures) else ''}, "
+        f"{captions}; shorter sides {min(sides)} to {max(sides)} px, median {statistics.median(sides):g}"
         f"{f'; {small} are enlarged to {pictures.size}' if small else ''}"
     ]
     if pictures.framing.buckets:
         sizes = Counter(pictures.views(i)[0].size for i in range(len(pictures)))
         lines.append("sizes: " + ", ".join(f"{w}x{h} {count}" for (w, h), count in sizes.most_common()))
     return "\n".join(lines)
+
+
+def some_texts(items: Sequence[Entry]) -> tuple[set[str], bool]:
+    """Their captions, of computed ones those of the first SOME_COMPUTED; and whether there are others."""
+    read = [item for item in items if not item.computed]
+    computed = [item for item in items if item.computed]
+    texts = {text for item in (*read, *computed[:SOME_COMPUTED]) for text in item.texts}
+    return texts, len(computed) > SOME_COMPUTED
 
 
 def joined_sets(parts: Iterable[PictureSet]) -> PictureSet:

@@ -6,6 +6,7 @@
     shards/ or one.tar       tar files in the webdataset form                    } these need the `datasets` library
     pictures/                pictures with metadata.csv or metadata.parquet      }
     owner/name[@revision]    a dataset on the hub                                }
+    emoji:SET.json           scenes of emoji, drawn when they are wanted: see plainsd.emoji.scenes
 
 A picture column is one of that type, or with one of the names in PICTURE_COLUMNS; a text column has a caption, a list
 of them, or (tar) a table with one; a column `mask` holds pictures whose dark parts do not
@@ -31,6 +32,7 @@ from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture
 from plainsd.train.data.folders import MAPS, METADATA, is_picture, refused, spoken
 from plainsd.train.data.pictures import PictureSet, read_pictures, scan
+from plainsd.train.data.scenes import PREFIX, read_scenes
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")
@@ -51,6 +53,7 @@ class Reading:
     stream: bool = False
     limit: int | None = None  # only the first so many pictures
     bad_share: float = 0.01
+    heldout: bool = False  # of scenes, those that training never sees
     without: tuple[Path, ...] = ()  # files and folders inside a source that are for something else
 
 
@@ -86,6 +89,10 @@ class DatasetRow:
     @property
     def mapped(self) -> bool:
         return self.map is not None
+
+    @property
+    def computed(self) -> bool:
+        return False
 
     @property
     def name(self) -> str:
@@ -127,6 +134,8 @@ def read_source(
 ) -> PictureSet:
     """The pictures of one source, checked. `cache` is a folder for downloads, conversions and scans."""
     place, repeats = parse_source(source)
+    if place.startswith(PREFIX):
+        return PictureSet(read_scenes(place, heldout=reading.heldout, limit=reading.limit, repeats=repeats), size)
     path, known = Path(place), cache / "scanned.json"
     kind, files = source_kind(path, reading.without)
     if kind is None and not path.exists() and not HUB_NAME.fullmatch(place):

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from plainsd.models.layers import ResBlock
 from plainsd.models.vae import VAE
+from plainsd.train.data.ahead import PixelsOf
 from plainsd.train.data.pictures import PictureSet
 from plainsd.train.order import Pick
 
@@ -68,6 +69,7 @@ class VaeMethod:
     kl_weight: float = 1e-4  # of the mean over latent numbers, in nats
     patch_weight: float = 0.0  # 0: no discriminator
     patch_after: int = 0  # pictures seen before it starts
+    pixels: PixelsOf | None = None  # what reads the picks' pictures; None: `pictures`, when they are wanted
     modules: nn.ModuleDict = field(init=False)
 
     def __post_init__(self):
@@ -77,7 +79,8 @@ class VaeMethod:
 
     def loss(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.vae.parameters()).device
-        real = self.pictures.pixels([p.index for p in picks]).to(device)
+        real = self.pixels(picks) if self.pixels else self.pictures.pixels([p.index for p in picks])
+        real = real.to(device)
         real = real.contiguous(memory_format=torch.channels_last)
         latents = self.vae.encode(real)
         shape = latents.mean.shape[1:]

@@ -1,0 +1,291 @@
+"""Scenes of one to four emoji on a background: what is where. Scene `index` is a pure function of (seed, kind, index).
+
+    one     one object: anywhere; on the left or right, at the top or bottom, in the middle; small or big
+    two     two different objects, one left of, right of, above or below the other
+    count   two, three or four of the same object
+    many    three or four different objects
+
+A background has one colour, or two: a gradient, stripes or dots. Two rules say what training never sees: pairs of an
+object and a colour, listed in the set; and pairs of objects in one scene, by a hash of their names. Every scene of the
+kind "heldout" breaks one of the two: `one` and `count` the first, `two` and `many` the second. No other scene breaks
+any.
+
+A set is a JSON file, which is the concepts.json of the models trained on it: see `describe_set`.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from plainsd.disk import read_json
+from plainsd.emoji import drawing
+from plainsd.emoji.words import Noun, phrase_of
+from plainsd.errors import UserError
+
+PATTERNS = ("plain", "gradient", "stripes", "dots")
+SIDES = ("left", "right", "top", "bottom")
+RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}  # and their converses
+TASKS = {"one": 0.4, "two": 0.3, "count": 0.2, "many": 0.1}  # shares
+PLAIN_SHARE = 0.5  # of backgrounds
+SIZES = {
+    "small": (0.25, 0.38),
+    "big": (0.75, 0.92),
+    "usual": (0.55, 0.92),
+    "placed": (0.28, 0.44),
+    "cell": (0.26, 0.43),
+}
+ATTEMPTS = 10_000
+Draw = Callable[[], float]
+Cell = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """An emoji in a square: its longer side fills it, and the other is centred. In pixels."""
+
+    concept: int
+    left: int
+    top: int
+    side: int
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        return self.left + self.side / 2, self.top + self.side / 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`said`, for captions: of `one`, a side, "middle", "small" or "big"; of `two`, where the first object is, seen
+    from the second; None where captions leave it open."""
+
+    task: str
+    objects: tuple[SceneObject, ...]
+    pattern: str
+    colours: tuple[str, ...]  # one, or two; names
+    said: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SceneSet:
+    """What scenes are made of."""
+
+    nouns: tuple[Noun, ...]
+    colours: dict[str, tuple[int, int, int]]
+    heldout: frozenset[tuple[int, str]]  # (object, colour)
+    share: float  # of the pairs of objects that is held out
+    size: int  # pixels of a side
+    seed: int
+    count: int  # scenes of an epoch
+    heldout_count: int
+    font: dict[str, str]  # the file's name and SHA-256
+    templates: tuple[str, ...] = drawing.TEMPLATES
+    digest: str = ""
+    held_list: tuple[tuple[int, str], ...] = field(default=(), repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "held_list", tuple(sorted(self.heldout)))
+
+    def held_together(self, a: int, b: int) -> bool:
+        """Whether two objects are never in one scene of training."""
+        first, second = sorted((self.nouns[a].name, self.nouns[b].name))
+        digest = hashlib.sha256(f"{self.seed}:objects:{first}:{second}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") < self.share * 2**32
+
+
+# ---- making a scene --------------------------------------------------------------------------------------------------
+
+
+def moved_scene(made_of: SceneSet, scene: Scene, kind: str, index: int) -> Scene:
+    """The same scene with other sizes and places, as far as captions leave them open."""
+    draw = random.Random(f"{made_of.seed}:{kind}:{index}").random
+    for _ in range(ATTEMPTS):
+        said, cells, sizes = arranged(draw, scene.task, len(scene.objects), made_of.size)
+        if said == scene.said:
+            break
+    places = zip(scene.objects, cells, strict=True)
+    return replace(scene, objects=tuple(put_into(draw, one.concept, cell, sizes, made_of.size) for one, cell in places))
+
+
+def make_scene(
+    made_of: SceneSet, kind: str, index: int, *, heldout: bool | None = None, task: str | None = None
+) -> Scene:
+    """Scene `index` of a kind, such as "train", "heldout" or "question". `heldout`: whether it breaks a rule of holding
+    out, by default if that is its kind; `task`: one of TASKS instead of a random one."""
+    draw = random.Random(f"{made_of.seed}:{kind}:{index}").random
+    heldout = kind == "heldout" if heldout is None else heldout
+    task = task or chosen_task(draw())
+    count = {"one": 1, "two": 2, "count": 2 + int(draw() * 3), "many": 3 + int(draw() * 2)}[task]
+    colour = None
+    if heldout and task in ("one", "count"):
+        first, colour = made_of.held_list[int(draw() * len(made_of.held_list))]
+        concepts = [first]
+    else:
+        concepts = drawn_objects(made_of, draw, count if task in ("two", "many") else 1, heldout)
+    pattern = PATTERNS[0] if draw() < PLAIN_SHARE else PATTERNS[1 + int(draw() * (len(PATTERNS) - 1))]
+    colours = drawn_colours(made_of, draw, concepts, 1 if pattern == "plain" else 2, colour)
+    said, cells, sizes = arranged(draw, task, count, made_of.size)
+    objects = tuple(
+        put_into(draw, concept, cell, sizes, made_of.size)
+        for concept, cell in zip(concepts * count if task == "count" else concepts, cells, strict=True)
+    )
+    return Scene(task, objects, pattern, colours, said)
+
+
+def chosen_task(chance: float) -> str:
+    for task, share in TASKS.items():
+        if chance < share:
+            return task
+        chance -= share
+    return next(iter(TASKS))
+
+
+def drawn_objects(made_of: SceneSet, draw: Draw, count: int, heldout: bool) -> list[int]:
+    """Different objects. With `heldout` the first two are a held-out pair; else no two are."""
+    for _ in range(ATTEMPTS):
+        concepts = [int(draw() * len(made_of.nouns)) for _ in range(count)]
+        if len(set(concepts)) < count:
+            continue
+        held = [made_of.held_together(a, b) for i, a in enumerate(concepts) for b in concepts[:i]]
+        if count == 1 or (held[0] if heldout else not any(held)):
+            return concepts
+    what = "held-out pair of objects" if heldout else f"group of {count} objects whose pairs are trained on"
+    raise UserError(
+        f"among {len(made_of.nouns)} emoji there is no {what}; take more, or another share of held-out pairs"
+    )
+
+
+def drawn_colours(
+    made_of: SceneSet, draw: Draw, concepts: Sequence[int], count: int, first: str | None
+) -> tuple[str, ...]:
+    """Different colours; but for `first`, none that is held out with one of the objects."""
+    names = list(made_of.colours)
+    colours = [first] if first else []
+    for _ in range(ATTEMPTS):
+        if len(colours) == count:
+            return tuple(colours)
+        name = names[int(draw() * len(names))]
+        if name not in colours and not any((concept, name) in made_of.heldout for concept in concepts):
+            colours.append(name)
+    raise UserError(
+        f"of {len(names)} colours, fewer than {count} are trained on with these emoji; hold out fewer pairs"
+    )
+
+
+def arranged(draw: Draw, task: str, count: int, size: int) -> tuple[str | None, list[Cell], tuple[float, float]]:
+    """What captions say of the places; a cell for each object; the range of their sizes, as a share of the side."""
+    margin, half = max(1, size // 40), size // 2
+    edge = size - margin
+    whole = (margin, margin, edge, edge)
+    halves = {
+        "left": (margin, margin, half - margin, edge),
+        "right": (half + margin, margin, edge, edge),
+        "top": (margin, margin, edge, half - margin),
+        "bottom": (margin, half + margin, edge, edge),
+    }
+    if task == "one":
+        kinds = (None, None, "small", "big", "middle", *SIDES)
+        said = kinds[int(draw() * len(kinds))]
+        if said in SIDES:
+            return said, [halves[said]], SIZES["placed"]
+        if said == "middle":
+            room = round(0.26 * size)
+            return said, [(half - room, half - room, half + room, half + room)], SIZES["placed"]
+        return said, [whole], SIZES[said or "usual"]
+    if task == "two":
+        where = tuple(RELATIONS)[int(draw() * len(RELATIONS))]
+        names = {"above": "top", "below": "bottom"}
+        cells = [halves[names.get(place, place)] for place in (where, RELATIONS[where])]
+        return where if draw() < 0.8 else None, cells, SIZES["cell"]
+    if count == 2:
+        pair = ("left", "right") if draw() < 0.5 else ("top", "bottom")
+        return None, [halves[name] for name in pair], SIZES["cell"]
+    quarters = [(*(halves[x][0], halves[y][1]), *(halves[x][2], halves[y][3])) for y in SIDES[2:] for x in SIDES[:2]]
+    spare = int(draw() * 4)
+    return None, [cell for i, cell in enumerate(quarters) if count == 4 or i != spare], SIZES["cell"]
+
+
+def put_into(draw: Draw, concept: int, cell: Cell, sizes: tuple[float, float], size: int) -> SceneObject:
+    """An object of a random size at a random place in its cell."""
+    room = min(cell[2] - cell[0], cell[3] - cell[1])
+    side = min(room, round(size * (sizes[0] + (sizes[1] - sizes[0]) * draw())))
+    left = cell[0] + int(draw() * (cell[2] - cell[0] - side + 1))
+    top = cell[1] + int(draw() * (cell[3] - cell[1] - side + 1))
+    return SceneObject(concept, left, top, side)
+
+
+# ---- the set as a file -----------------------------------------------------------------------------------------------
+
+
+def describe_set(made_of: SceneSet) -> dict[str, Any]:
+    """The content of concepts.json: what a scorer needs of single objects, and under "scenes" what scenes need."""
+    return {
+        "concepts": [
+            {"name": noun.name, "character": noun.character, "phrase": phrase_of(noun.name)}
+            | ({"synonyms": list(noun.synonyms)} if noun.synonyms else {})
+            for noun in made_of.nouns
+        ],
+        "backgrounds": {name: list(colour) for name, colour in made_of.colours.items()},
+        "templates": list(made_of.templates),
+        "heldout": [[made_of.nouns[concept].name, colour] for concept, colour in made_of.held_list],
+        "size": made_of.size,
+        "seed": made_of.seed,
+        "font": made_of.font,
+        "scenes": {
+            "patterns": list(PATTERNS),
+            "tasks": TASKS,
+            "heldout_objects": made_of.share,
+            "count": made_of.count,
+            "heldout_count": made_of.heldout_count,
+        },
+    }
+
+
+REMEDY = "write it with recipes/emoji/data.py --set"
+
+
+def read_set(path: Path) -> SceneSet:
+    return set_of(read_json(path, REMEDY), str(path))
+
+
+def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
+    """The set that a concepts.json describes; UserError for one without scenes, or with other ones than this version
+    makes."""
+    scenes = content.get("scenes")
+    if not isinstance(scenes, dict):
+        raise UserError(f"{where} describes no scenes; {REMEDY}")
+    if tuple(scenes.get("patterns", ())) != PATTERNS or scenes.get("tasks") != TASKS:
+        raise UserError(f"{where} describes scenes of another version of plainsd; {REMEDY}")
+    try:
+        nouns = tuple(
+            Noun(entry["name"], entry["character"], tuple(entry.get("synonyms", ()))) for entry in content["concepts"]
+        )
+        number = {noun.name: i for i, noun in enumerate(nouns)}
+        made_of = SceneSet(
+            nouns=nouns,
+            colours={name: tuple(colour) for name, colour in content["backgrounds"].items()},
+            heldout=frozenset((number[name], colour) for name, colour in content["heldout"]),
+            share=float(scenes["heldout_objects"]),
+            size=int(content["size"]),
+            seed=int(content["seed"]),
+            count=int(scenes["count"]),
+            heldout_count=int(scenes["heldout_count"]),
+            font={"file": str(content["font"]["file"]), "sha256": str(content["font"]["sha256"])},
+            templates=tuple(content["templates"]),
+            digest=digest_of(content),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where} is damaged: {type(error).__name__} {error}; {REMEDY}") from error
+    if made_of.size < 16 or made_of.count < 1 or not made_of.nouns or not made_of.heldout:
+        raise UserError(f"{where} is damaged: it has no emoji, no held-out pairs, or a size below 16; {REMEDY}")
+    return made_of
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits that change with any scene or caption of the set, and not with their number."""
+    scenes = {name: value for name, value in content["scenes"].items() if not name.endswith("count")}
+    text = json.dumps(content | {"scenes": scenes}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
