@@ -669,7 +669,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_train_data.py::test_a_new_picture_costs_one_encoding"),
         ('    _add_weights(base, vae)\n', "",
          "test_train.py::test_latents_are_cached_once_and_anew_for_another_autoencoder"),
-        ("return (mean + std * noise) * self.scaling_factor", "return (mean + std * noise)",
+        ("return (mean + std * noise) * scaling_factor", "return (mean + std * noise)",
          "test_train.py::test_cached_latents_are_the_autoencoders"),
         ("if pictures.framing != Framing():", "if False:",
          "test_train_data.py::test_another_crop_of_the_same_size_is_another_cache"),

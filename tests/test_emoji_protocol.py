@@ -16,7 +16,15 @@ from plainsd.cli import main
 from plainsd.emoji import drawing, evaluate, protocol
 from plainsd.emoji.painting import Painter, background_pixels
 from plainsd.emoji.scenes import PATTERNS, TASKS, SceneObject, describe_set, make_scene, moved_scene, read_set
-from plainsd.emoji.spotting import Box, Spotted, Spotter, averaged, connected_parts, fitted_background, opened
+from plainsd.emoji.spotting import (
+    PartBox,
+    Spotted,
+    Spotter,
+    averaged,
+    connected_parts,
+    fitted_background,
+    without_lines,
+)
 from plainsd.emoji.tables import framed_sheet, score_table
 from plainsd.emoji.words import COLOURS
 
@@ -40,9 +48,12 @@ def test_the_background_is_found_at_the_border(pattern, size):
 def test_connected_parts_are_boxes_to_the_pixel():
     mask = np.zeros((128, 128), bool)
     mask[10:31, 20:50], mask[60:64, 60:90], mask[64:100, 90:95], mask[120, 5] = True, True, True, True
-    assert set(connected_parts(mask)) == {Box(20, 10, 50, 31), Box(60, 60, 95, 100)}  # corners touch; a dot is noise
-    assert Box(0, 0, 4, 4).gap(Box(9, 2, 12, 5)) == 5 and Box(0, 0, 4, 4).gap(Box(2, 2, 12, 5)) < 0
-    assert Box(0, 3, 4, 4).around(Box(2, 1, 9, 2)) == Box(0, 1, 9, 4)
+    assert set(connected_parts(mask)) == {
+        PartBox(20, 10, 50, 31),
+        PartBox(60, 60, 95, 100),
+    }  # corners touch; a dot is noise
+    assert PartBox(0, 0, 4, 4).gap(PartBox(9, 2, 12, 5)) == 5 and PartBox(0, 0, 4, 4).gap(PartBox(2, 2, 12, 5)) < 0
+    assert PartBox(0, 3, 4, 4).around(PartBox(2, 1, 9, 2)) == PartBox(0, 1, 9, 4)
 
 
 def test_opening_takes_thin_lines_and_leaves_the_rest():
@@ -50,7 +61,7 @@ def test_opening_takes_thin_lines_and_leaves_the_rest():
     mask[:, 2:4], mask[6:12, 8:15] = True, True
     kept = np.zeros_like(mask)
     kept[6:12, 8:15] = True
-    assert (opened(mask) == kept).all()
+    assert (without_lines(mask) == kept).all()
 
 
 def test_boxes_are_averaged_exactly():

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from plainsd.emoji import drawing
 from plainsd.emoji.captions import captions_of, ground_of, subject_of
-from plainsd.emoji.painting import Painter, background_pixels, fitted, pattern_shares, put_over, scaled_to
+from plainsd.emoji.painting import Painter, background_pixels, fitted_size, pattern_shares, put_over, scaled_to
 from plainsd.emoji.scenes import (
     PATTERNS,
     RELATIONS,
@@ -260,7 +260,7 @@ def test_a_glyph_is_put_over_as_pillow_does():
     theirs.alpha_composite(glyph.resize((60, 48), Image.Resampling.LANCZOS), (30, 26))
     assert np.abs(mine.astype(int) - np.asarray(theirs.convert("RGB"))).max() <= 3  # roundings
     assert (mine[:26] == ground[:26]).all() and (mine[74:] == ground[74:]).all() and (mine != ground).any()
-    assert fitted((100, 80), 60) == (60, 48) and fitted((1, 200), 20) == (1, 20)
+    assert fitted_size((100, 80), 60) == (60, 48) and fitted_size((1, 200), 20) == (1, 20)
 
 
 def test_backgrounds_blend_their_two_colours():

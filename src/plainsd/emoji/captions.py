@@ -12,8 +12,8 @@ import random
 from collections.abc import Sequence
 
 from plainsd.emoji.drawing import with_article
-from plainsd.emoji.scenes import RELATIONS, Draw, Scene, SceneSet
-from plainsd.emoji.words import NUMBERS, phrase_of, plural_of
+from plainsd.emoji.scenes import RELATIONS, DrawNumber, Scene, SceneSet
+from plainsd.emoji.words import COUNT_WORDS, phrase_of, plural_of
 
 FORMS = (
     "{subject} on {ground}",
@@ -56,12 +56,12 @@ def captions_of(made_of: SceneSet, scene: Scene, kind: str, index: int) -> tuple
     )
 
 
-def free_caption(made_of: SceneSet, scene: Scene, draw: Draw) -> str:
+def free_caption(made_of: SceneSet, scene: Scene, draw: DrawNumber) -> str:
     form = chosen(FORMS[: 3 if scene.said or scene.task != "one" else 4], draw)
     return form.format(subject=free_subject(made_of, scene, draw), ground=ground_of(scene, draw))
 
 
-def free_subject(made_of: SceneSet, scene: Scene, draw: Draw) -> str:
+def free_subject(made_of: SceneSet, scene: Scene, draw: DrawNumber) -> str:
     """With any of the objects' names."""
     same = scene.task == "count"
     nouns = [made_of.nouns[one.concept] for one in (scene.objects[:1] if same else scene.objects)]
@@ -69,11 +69,11 @@ def free_subject(made_of: SceneSet, scene: Scene, draw: Draw) -> str:
     return subject_of(scene, names, draw)
 
 
-def subject_of(scene: Scene, names: Sequence[str], draw: Draw | None = None) -> str:
+def subject_of(scene: Scene, names: Sequence[str], draw: DrawNumber | None = None) -> str:
     """`names` of the objects. Without `draw`, in the first form."""
     if scene.task == "count":
         number = len(scene.objects)
-        return f"{chosen((NUMBERS[number], str(number)), draw)} {plural_of(names[0])}"
+        return f"{chosen((COUNT_WORDS[number], str(number)), draw)} {plural_of(names[0])}"
     if scene.task == "one" and scene.said in ADJECTIVES:
         return phrase_of(names[0], chosen(ADJECTIVES[scene.said], draw))
     phrases = [phrase_of(name) for name in names]
@@ -88,11 +88,11 @@ def subject_of(scene: Scene, names: Sequence[str], draw: Draw | None = None) -> 
     return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def ground_of(scene: Scene, draw: Draw | None = None) -> str:
+def ground_of(scene: Scene, draw: DrawNumber | None = None) -> str:
     a, b = scene.colours[0], scene.colours[-1]
     return chosen(GROUNDS[scene.pattern], draw).format(a=a, b=b, article=with_article(a))
 
 
-def chosen(forms: Sequence[str], draw: Draw | None) -> str:
+def chosen(forms: Sequence[str], draw: DrawNumber | None) -> str:
     """One of them; without `draw` the first."""
     return forms[int(draw() * len(forms))] if draw else forms[0]

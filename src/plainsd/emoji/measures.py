@@ -38,7 +38,7 @@ def gradient_energy(picture: Image.Image) -> float:
 
 def features_of(picture: Image.Image) -> np.ndarray:
     """On a grid of GRID x GRID cells, the mean colour, and the mean size of detail in each of BANDS octaves, the finest
-    that of the picture's own pixels: 48 + 64 numbers. Detail is what a picture loses when halved and enlarged again.
+    that of the picture's own pixels: 48 + 64 numbers. Detail is what a picture loses when half_of and enlarged again.
 
     A side that is no multiple of GRID * 2 ** (BANDS - 1), 32 pixels, is scaled to the nearest one.
     """
@@ -48,14 +48,14 @@ def features_of(picture: Image.Image) -> np.ndarray:
     pixels = np.asarray(picture, np.float64) / 255
     found = [cell_means(pixels).ravel()]
     for _ in range(BANDS):
-        half = halved(pixels)
+        half = half_of(pixels)
         detail = np.abs(pixels - half.repeat(2, 0).repeat(2, 1)).mean(-1, keepdims=True)
         found.append(cell_means(detail).ravel())
         pixels = half
     return np.concatenate(found)
 
 
-def halved(pixels: np.ndarray) -> np.ndarray:
+def half_of(pixels: np.ndarray) -> np.ndarray:
     """(H, W, C) -> (H / 2, W / 2, C), means of four."""
     height, width, channels = pixels.shape
     return pixels.reshape(height // 2, 2, width // 2, 2, channels).mean((1, 3))

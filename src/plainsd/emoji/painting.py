@@ -82,7 +82,7 @@ class Painter:
 
 def scaled_to(glyph: Image.Image, side: int) -> np.ndarray:
     """A premultiplied glyph with its longer side at `side` pixels: (h, w, 4) uint16."""
-    return np.asarray(glyph.resize(fitted(glyph.size, side), Image.Resampling.LANCZOS), np.uint16)
+    return np.asarray(glyph.resize(fitted_size(glyph.size, side), Image.Resampling.LANCZOS), np.uint16)
 
 
 def put_over(pixels: np.ndarray, scaled: np.ndarray, one: SceneObject) -> None:
@@ -93,7 +93,7 @@ def put_over(pixels: np.ndarray, scaled: np.ndarray, one: SceneObject) -> None:
     part[...] = np.minimum(scaled[..., :3] + (part * (255 - scaled[..., 3:]) + 127) // 255, 255)
 
 
-def fitted(glyph_size: tuple[int, int], side: int) -> tuple[int, int]:
+def fitted_size(glyph_size: tuple[int, int], side: int) -> tuple[int, int]:
     """Width and height of a glyph whose longer side is `side`."""
     longer = max(glyph_size)
     return max(1, round(glyph_size[0] * side / longer)), max(1, round(glyph_size[1] * side / longer))

@@ -12,7 +12,7 @@ from typing import Any
 
 from plainsd.emoji.captions import captions_of
 from plainsd.emoji.measures import wilson
-from plainsd.emoji.scenes import SIDES, Scene, SceneSet, make_scene
+from plainsd.emoji.scenes import EDGES, Scene, SceneSet, make_scene
 from plainsd.emoji.spotting import Spotted
 
 ORDER = ("one", "two", "count", "one", "two", "count", "two", "many")  # of the tasks, round and round
@@ -92,7 +92,7 @@ RULES: tuple[Rule, ...] = (
     ("single object", lambda scene: scene.task == "one", objects_right),
     ("two objects, both right", lambda scene: scene.task == "two", objects_right),
     ("position of two objects", lambda scene: scene.task == "two" and scene.said is not None, place_right),
-    ("place of one object", lambda scene: scene.task == "one" and scene.said in (*SIDES, "middle"), place_right),
+    ("place of one object", lambda scene: scene.task == "one" and scene.said in (*EDGES, "middle"), place_right),
     ("size of one object", lambda scene: scene.task == "one" and scene.said in SIZE_LIMITS, place_right),
     ("counts 1 to 4", lambda scene: scene.task in ("one", "count"), number_right),
     ("counting, object and number right", lambda scene: scene.task == "count", objects_right),

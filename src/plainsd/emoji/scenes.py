@@ -27,19 +27,19 @@ from plainsd.emoji.words import Noun, phrase_of
 from plainsd.errors import UserError
 
 PATTERNS = ("plain", "gradient", "stripes", "dots")
-SIDES = ("left", "right", "top", "bottom")
+EDGES = ("left", "right", "top", "bottom")
 RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}  # and their converses
 TASKS = {"one": 0.4, "two": 0.3, "count": 0.2, "many": 0.1}  # shares
 PLAIN_SHARE = 0.5  # of backgrounds
-SIZES = {
+SIZE_RANGES = {
     "small": (0.25, 0.38),
     "big": (0.75, 0.92),
     "usual": (0.55, 0.92),
     "placed": (0.28, 0.44),
     "cell": (0.26, 0.43),
 }
-ATTEMPTS = 10_000
-Draw = Callable[[], float]
+MOST_DRAWS = 10_000
+DrawNumber = Callable[[], float]
 Cell = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
@@ -102,7 +102,7 @@ class SceneSet:
 def moved_scene(made_of: SceneSet, scene: Scene, kind: str, index: int) -> Scene:
     """The same scene with other sizes and places, as far as captions leave them open."""
     draw = random.Random(f"{made_of.seed}:{kind}:{index}").random
-    for _ in range(ATTEMPTS):
+    for _ in range(MOST_DRAWS):
         said, cells, sizes = arranged(draw, scene.task, len(scene.objects), made_of.size)
         if said == scene.said:
             break
@@ -143,9 +143,9 @@ def chosen_task(chance: float) -> str:
     return next(iter(TASKS))
 
 
-def drawn_objects(made_of: SceneSet, draw: Draw, count: int, heldout: bool) -> list[int]:
+def drawn_objects(made_of: SceneSet, draw: DrawNumber, count: int, heldout: bool) -> list[int]:
     """Different objects. With `heldout` the first two are a held-out pair; else no two are."""
-    for _ in range(ATTEMPTS):
+    for _ in range(MOST_DRAWS):
         concepts = [int(draw() * len(made_of.nouns)) for _ in range(count)]
         if len(set(concepts)) < count:
             continue
@@ -159,12 +159,12 @@ def drawn_objects(made_of: SceneSet, draw: Draw, count: int, heldout: bool) -> l
 
 
 def drawn_colours(
-    made_of: SceneSet, draw: Draw, concepts: Sequence[int], count: int, first: str | None
+    made_of: SceneSet, draw: DrawNumber, concepts: Sequence[int], count: int, first: str | None
 ) -> tuple[str, ...]:
     """Different colours; but for `first`, none that is held out with one of the objects."""
     names = list(made_of.colours)
     colours = [first] if first else []
-    for _ in range(ATTEMPTS):
+    for _ in range(MOST_DRAWS):
         if len(colours) == count:
             return tuple(colours)
         name = names[int(draw() * len(names))]
@@ -175,7 +175,7 @@ def drawn_colours(
     )
 
 
-def arranged(draw: Draw, task: str, count: int, size: int) -> tuple[str | None, list[Cell], tuple[float, float]]:
+def arranged(draw: DrawNumber, task: str, count: int, size: int) -> tuple[str | None, list[Cell], tuple[float, float]]:
     """What captions say of the places; a cell for each object; the range of their sizes, as a share of the side."""
     margin, half = max(1, size // 40), size // 2
     edge = size - margin
@@ -187,28 +187,28 @@ def arranged(draw: Draw, task: str, count: int, size: int) -> tuple[str | None, 
         "bottom": (margin, half + margin, edge, edge),
     }
     if task == "one":
-        kinds = (None, None, "small", "big", "middle", *SIDES)
+        kinds = (None, None, "small", "big", "middle", *EDGES)
         said = kinds[int(draw() * len(kinds))]
-        if said in SIDES:
-            return said, [halves[said]], SIZES["placed"]
+        if said in EDGES:
+            return said, [halves[said]], SIZE_RANGES["placed"]
         if said == "middle":
             room = round(0.26 * size)
-            return said, [(half - room, half - room, half + room, half + room)], SIZES["placed"]
-        return said, [whole], SIZES[said or "usual"]
+            return said, [(half - room, half - room, half + room, half + room)], SIZE_RANGES["placed"]
+        return said, [whole], SIZE_RANGES[said or "usual"]
     if task == "two":
         where = tuple(RELATIONS)[int(draw() * len(RELATIONS))]
         names = {"above": "top", "below": "bottom"}
         cells = [halves[names.get(place, place)] for place in (where, RELATIONS[where])]
-        return where if draw() < 0.8 else None, cells, SIZES["cell"]
+        return where if draw() < 0.8 else None, cells, SIZE_RANGES["cell"]
     if count == 2:
         pair = ("left", "right") if draw() < 0.5 else ("top", "bottom")
-        return None, [halves[name] for name in pair], SIZES["cell"]
-    quarters = [(*(halves[x][0], halves[y][1]), *(halves[x][2], halves[y][3])) for y in SIDES[2:] for x in SIDES[:2]]
+        return None, [halves[name] for name in pair], SIZE_RANGES["cell"]
+    quarters = [(*(halves[x][0], halves[y][1]), *(halves[x][2], halves[y][3])) for y in EDGES[2:] for x in EDGES[:2]]
     spare = int(draw() * 4)
-    return None, [cell for i, cell in enumerate(quarters) if count == 4 or i != spare], SIZES["cell"]
+    return None, [cell for i, cell in enumerate(quarters) if count == 4 or i != spare], SIZE_RANGES["cell"]
 
 
-def put_into(draw: Draw, concept: int, cell: Cell, sizes: tuple[float, float], size: int) -> SceneObject:
+def put_into(draw: DrawNumber, concept: int, cell: Cell, sizes: tuple[float, float], size: int) -> SceneObject:
     """An object of a random size at a random place in its cell."""
     room = min(cell[2] - cell[0], cell[3] - cell[1])
     side = min(room, round(size * (sizes[0] + (sizes[1] - sizes[0]) * draw())))
@@ -244,11 +244,11 @@ def describe_set(made_of: SceneSet) -> dict[str, Any]:
     }
 
 
-REMEDY = "write it with recipes/emoji/data.py --set"
+SET_REMEDY = "write it with recipes/emoji/data.py --set"
 
 
 def read_set(path: Path) -> SceneSet:
-    return set_of(read_json(path, REMEDY), str(path))
+    return set_of(read_json(path, SET_REMEDY), str(path))
 
 
 def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
@@ -256,9 +256,9 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
     makes."""
     scenes = content.get("scenes")
     if not isinstance(scenes, dict):
-        raise UserError(f"{where} describes no scenes; {REMEDY}")
+        raise UserError(f"{where} describes no scenes; {SET_REMEDY}")
     if tuple(scenes.get("patterns", ())) != PATTERNS or scenes.get("tasks") != TASKS:
-        raise UserError(f"{where} describes scenes of another version of plainsd; {REMEDY}")
+        raise UserError(f"{where} describes scenes of another version of plainsd; {SET_REMEDY}")
     try:
         nouns = tuple(
             Noun(entry["name"], entry["character"], tuple(entry.get("synonyms", ()))) for entry in content["concepts"]
@@ -278,9 +278,9 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
             digest=digest_of(content),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where} is damaged: {type(error).__name__} {error}; {REMEDY}") from error
+        raise UserError(f"{where} is damaged: {type(error).__name__} {error}; {SET_REMEDY}") from error
     if made_of.size < 16 or made_of.count < 1 or not made_of.nouns or not made_of.heldout:
-        raise UserError(f"{where} is damaged: it has no emoji, no held-out pairs, or a size below 16; {REMEDY}")
+        raise UserError(f"{where} is damaged: it has no emoji, no held-out pairs, or a size below 16; {SET_REMEDY}")
     return made_of
 
 

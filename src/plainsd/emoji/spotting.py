@@ -18,14 +18,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from plainsd.emoji.painting import Painter, background_pixels, fitted, pattern_shares, put_over, scaled_to
+from plainsd.emoji.painting import Painter, background_pixels, fitted_size, pattern_shares, put_over, scaled_to
 from plainsd.emoji.scenes import PATTERNS, SceneObject
 from plainsd.emoji.scorer import nearest_name
 
-CANVAS, SQUARE = 24, 16  # G, Q
+CANVAS, SQUARE_SIDE = 24, 16  # G, Q
 DIFFERENT = 26  # of 255: a pixel is not background if a channel is off by more
-KEPT_BORDER = 0.8  # share of the border's pixels, the best ones, that the background is fitted to
-CELLS = 64  # side of the grid on which connected parts are found
+KEPT_BORDER = 0.8  # share of the border's pixels, the best ones, that the background is fitted_size to
+GRID_CELLS = 64  # side of the grid on which connected parts are found
 SMALLEST_PART, MOST_PARTS = 0.0012, 9  # share of the picture; smaller ones are noise
 FARTHEST = 0.22  # of the side: parts farther apart are not one emoji
 PART_COST = 6.0  # squared error, colours in 0..1, that joining two parts may cost for being simpler
@@ -35,17 +35,17 @@ GOOD = 1.0  # squared error: a part that is explained so well is not half an emo
 ASPECT_WEIGHT = 0.03  # of the squared difference of the logarithms of two shapes, width by height
 
 
-class Box(NamedTuple):
+class PartBox(NamedTuple):
     left: int
     top: int
     right: int
     bottom: int
 
-    def around(self, other: "Box") -> "Box":
+    def around(self, other: "PartBox") -> "PartBox":
         low, high = (min(a, b) for a, b in zip(self[:2], other[:2], strict=True)), zip(self[2:], other[2:], strict=True)
-        return Box(*low, *(max(a, b) for a, b in high))
+        return PartBox(*low, *(max(a, b) for a, b in high))
 
-    def gap(self, other: "Box") -> int:
+    def gap(self, other: "PartBox") -> int:
         return max(self.left - other.right, other.left - self.right, self.top - other.bottom, other.top - self.bottom)
 
 
@@ -82,7 +82,7 @@ class Spotter:
 
     def _canvas(self, concept: int) -> np.ndarray:
         glyph = self.painter.glyph(concept)
-        width, height = fitted(glyph.size, CANVAS)
+        width, height = fitted_size(glyph.size, CANVAS)
         canvas: np.ndarray = np.zeros((CANVAS, CANVAS, 4), np.float32)
         left, top = (CANVAS - width) // 2, (CANVAS - height) // 2
         scaled = np.asarray(glyph.resize((width, height), Image.Resampling.LANCZOS), np.float32)
@@ -113,16 +113,16 @@ class Spotter:
         ground = background_pixels(pattern, a, b, self.size)
         different = np.abs(pixels.astype(np.int16) - ground).max(-1) > DIFFERENT
         if pattern in ("stripes", "dots"):
-            different = opened(different)  # soft edges of the pattern are no objects
+            different = without_lines(different)  # soft edges of the pattern are no objects
         parts = connected_parts(different)
         found = [self._explained(pixels, ground, different, box) for box in parts]
         self._join(pixels, ground, different, parts, found)
         order = sorted(range(len(found)), key=lambda i: (found[i][0].top, found[i][0].left))
         return Spotted(pattern, names, tuple(found[i][0] for i in order), tuple(found[i][1] for i in order))
 
-    def _join(self, pixels, ground, different, parts: list[Box], found: list[tuple[SceneObject, float]]) -> None:
+    def _join(self, pixels, ground, different, parts: list[PartBox], found: list[tuple[SceneObject, float]]) -> None:
         """Joins parts, nearest first, for as long as that explains the picture better."""
-        tried: set[frozenset[Box]] = set()
+        tried: set[frozenset[PartBox]] = set()
         while True:
             pairs = [(parts[i].gap(parts[j]), i, j) for i in range(len(parts)) for j in range(i)]
             near = [
@@ -144,7 +144,7 @@ class Spotter:
                 parts.append(both)
                 found.append(together)
 
-    def _explained(self, pixels, ground, different, box: Box) -> tuple[SceneObject, float]:
+    def _explained(self, pixels, ground, different, box: PartBox) -> tuple[SceneObject, float]:
         """The emoji that explains a part best, and the squared error that it leaves in the part and a little around."""
         here = (slice(box.top, box.bottom), slice(box.left, box.right))
         mean = ground[here].reshape(-1, 3).mean(0)
@@ -160,7 +160,7 @@ class Spotter:
         drawn = [one for one in drawn if drawn[0][1] >= CLEAR * one[1] or one is drawn[0]]
         return min((self._refined(pixels, ground, box, one) for one in drawn), key=lambda one: one[1])
 
-    def _implied(self, concept: int, look: np.ndarray, box: Box) -> SceneObject:
+    def _implied(self, concept: int, look: np.ndarray, box: PartBox) -> SceneObject:
         """Where the emoji's square lies if its visible part fills the box."""
         scale = ((box.right - box.left) * (box.bottom - box.top) / ((look[2] - look[0]) * (look[3] - look[1]))) ** 0.5
         side = max(4, min(self.size, round(CANVAS * scale)))
@@ -168,7 +168,7 @@ class Spotter:
         left, top = (min(max(0, round(middle - side / 2)), self.size - side) for middle in centre)
         return SceneObject(concept, left, top, side)
 
-    def _drawn(self, pixels, ground, box: Box, one: SceneObject) -> tuple[SceneObject, float]:
+    def _drawn(self, pixels, ground, box: PartBox, one: SceneObject) -> tuple[SceneObject, float]:
         """With the squared error in the box and 3 % of the side around it, colours in 0..1."""
         reach = max(2, self.size // 32)
         here = (
@@ -179,7 +179,7 @@ class Spotter:
         put_over(canvas, self.scaled(one.concept, one.side), one)
         return one, float(((canvas[here].astype(np.float32) - pixels[here]) ** 2).sum()) / 255**2
 
-    def _refined(self, pixels, ground, box: Box, one: tuple[SceneObject, float]) -> tuple[SceneObject, float]:
+    def _refined(self, pixels, ground, box: PartBox, one: tuple[SceneObject, float]) -> tuple[SceneObject, float]:
         """The best nearby size and place: steps of a pixel that make the error less, until none does."""
         for _ in range(8):
             better = min(
@@ -234,7 +234,7 @@ def border_fit(shares: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, floa
 # ---- connected parts -------------------------------------------------------------------------------------------------
 
 
-def opened(mask: np.ndarray) -> np.ndarray:
+def without_lines(mask: np.ndarray) -> np.ndarray:
     """Without what is thinner than three pixels: erosion, then dilation, by 3 x 3."""
 
     def grown(mask: np.ndarray) -> np.ndarray:
@@ -245,14 +245,14 @@ def opened(mask: np.ndarray) -> np.ndarray:
     return grown(~grown(~mask))
 
 
-def connected_parts(mask: np.ndarray) -> list[Box]:
-    """The boxes, in pixels, of the connected parts of (S, S), the largest ones, on a grid of at most CELLS a side."""
+def connected_parts(mask: np.ndarray) -> list[PartBox]:
+    """The boxes, in pixels, of the largest connected parts of (S, S), on a grid of at most GRID_CELLS a side."""
     size = len(mask)
-    cell = max(1, size // CELLS)
+    cell = max(1, size // GRID_CELLS)
     side = size // cell
     cells = mask[: side * cell, : side * cell].reshape(side, cell, side, cell).any((1, 3))
     left = {(int(y), int(x)) for y, x in zip(*np.nonzero(cells), strict=True)}
-    parts: list[tuple[int, Box]] = []
+    parts: list[tuple[int, PartBox]] = []
     while left:
         waiting = [left.pop()]
         part = []
@@ -270,7 +270,7 @@ def connected_parts(mask: np.ndarray) -> list[Box]:
         here = mask[inside]  # to the pixel
         ys, xs = np.nonzero(here.any(1))[0], np.nonzero(here.any(0))[0]
         top, first = inside[0].start, inside[1].start
-        box = Box(first + int(xs[0]), top + int(ys[0]), first + int(xs[-1]) + 1, top + int(ys[-1]) + 1)
+        box = PartBox(first + int(xs[0]), top + int(ys[0]), first + int(xs[-1]) + 1, top + int(ys[-1]) + 1)
         parts.append((len(part), box))
     parts = [one for one in sorted(parts, reverse=True) if one[0] >= SMALLEST_PART * side * side]
     return [box for _, box in parts[:MOST_PARTS]]
@@ -281,9 +281,9 @@ def connected_parts(mask: np.ndarray) -> list[Box]:
 
 def seen_boxes(visible: np.ndarray) -> np.ndarray:
     """Left, top, right and bottom of what is true in each of (K, G, G): (K, 4)."""
-    size, across, down = visible.shape[1], visible.any(1), visible.any(2)
-    first, last = [one.argmax(1) for one in (across, down)], [one[:, ::-1].argmax(1) for one in (across, down)]
-    return np.stack([*first, *(size - one for one in last)], 1)
+    sides: list[np.ndarray] = [visible.any(1), visible.any(2)]  # across, down
+    first, last = [one.argmax(1) for one in sides], [one[:, ::-1].argmax(1) for one in sides]
+    return np.stack([*first, *(visible.shape[1] - one for one in last)], 1)
 
 
 def stretched(pictures: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -296,9 +296,9 @@ def averaged(rows: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarra
     """Means of Q equal parts of rows `first` to `last` of each (K, N, ...), by differences of the cumulated sum: parts
     of rows count."""
     total = np.concatenate([np.zeros_like(rows[:, :1]), rows.cumsum(1)], 1)  # (K, N + 1, ...)
-    at = first[:, None] + (last - first)[:, None] * np.arange(SQUARE + 1) / SQUARE  # (K, Q + 1)
+    at = first[:, None] + (last - first)[:, None] * np.arange(SQUARE_SIDE + 1) / SQUARE_SIDE  # (K, Q + 1)
     low = np.minimum(at.astype(int), rows.shape[1] - 1)
     each = np.arange(len(rows))[:, None]
     share = (at - low).astype(rows.dtype)[..., None, None]
     sums = total[each, low] * (1 - share) + total[each, low + 1] * share
-    return np.diff(sums, axis=1) * (SQUARE / (last - first)).astype(rows.dtype)[:, None, None, None]
+    return np.diff(sums, axis=1) * (SQUARE_SIDE / (last - first)).astype(rows.dtype)[:, None, None, None]

@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = drawing.BACKGROUNDS | {
 SYNONYM = re.compile(r"[a-z][a-z' -]+[a-z]")
 LONGEST_SYNONYM = 4  # words
 SIZE_WORDS = frozenset("small little tiny big large huge".split())
-NUMBERS = {2: "two", 3: "three", 4: "four"}
+COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 # The head of a name, which takes article and plural, ends before one of these, or before a participle.
 AFTER_HEAD = frozenset("of with in on at over and for from to under without behind pointed".split())
 DOERS = frozenset("person man woman men women people face cat leaf index globe flower hand".split())

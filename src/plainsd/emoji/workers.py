@@ -70,10 +70,10 @@ def end_with_parent() -> None:
 
 def drawn_by_worker(wanted: Sequence[Wanted]) -> np.ndarray:
     """(B, side, side, 3) uint8."""
-    return np.stack([resized(sources[number].pixels(index), side) for number, index in wanted])
+    return np.stack([to_pixels(sources[number].pixels(index), side) for number, index in wanted])
 
 
-def resized(pixels: np.ndarray, side: int) -> np.ndarray:
+def to_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
     if len(pixels) == side:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS))

@@ -35,7 +35,7 @@ from plainsd.train.data.latents import Latents, cache_latents
 from plainsd.train.data.live import LiveLatents
 from plainsd.train.data.pictures import PictureSet, described, joined_sets, some_texts
 from plainsd.train.data.record import changes, picture_digests, record
-from plainsd.train.data.scenes import PREFIX
+from plainsd.train.data.scenes import SCENE_PREFIX
 from plainsd.train.data.sources import Reading, parse_source, read_source
 from plainsd.train.objective import Objective
 from plainsd.train.options import FitOptions, TrainOptions, given
@@ -152,7 +152,7 @@ class TrainJob:
         if data.heldout:
             found = self.read(str(data.heldout), size, *sources, prior, heldout=True)
             heldout = PictureSet(found.items, size, Framing(data.buckets))
-            scenes = str(data.heldout).startswith(PREFIX)  # the same file has both
+            scenes = str(data.heldout).startswith(SCENE_PREFIX)  # the same file has both
             if not scenes and data.heldout.resolve() in [source.resolve() for source in sources]:
                 self.say(f"--heldout {data.heldout} is trained on too: what is measured with it is not validation")
         elif data.hold_out:

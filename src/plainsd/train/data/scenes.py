@@ -12,7 +12,7 @@ from plainsd.emoji.scenes import read_set
 from plainsd.emoji.workers import SceneSource
 from plainsd.pictures.conditioning import Size
 
-PREFIX = "emoji:"
+SCENE_PREFIX = "emoji:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class SceneEntry:
 
 def read_scenes(place: str, *, heldout: bool, limit: int | None = None, repeats: int = 1) -> tuple[SceneEntry, ...]:
     """The scenes of `emoji:SET.json`: as many as the set says, or `limit`."""
-    made_of = read_set(Path(place.removeprefix(PREFIX)))
+    made_of = read_set(Path(place.removeprefix(SCENE_PREFIX)))
     source = SceneSource(made_of, "heldout" if heldout else "train")
     source.painter  # noqa: B018  # a font that is missing, or another one, is said at once
     count = limit or (made_of.heldout_count if heldout else made_of.count)

@@ -32,7 +32,7 @@ from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture
 from plainsd.train.data.folders import MAPS, METADATA, is_picture, refused, spoken
 from plainsd.train.data.pictures import PictureSet, read_pictures, scan
-from plainsd.train.data.scenes import PREFIX, read_scenes
+from plainsd.train.data.scenes import SCENE_PREFIX, read_scenes
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")
@@ -134,7 +134,7 @@ def read_source(
 ) -> PictureSet:
     """The pictures of one source, checked. `cache` is a folder for downloads, conversions and scans."""
     place, repeats = parse_source(source)
-    if place.startswith(PREFIX):
+    if place.startswith(SCENE_PREFIX):
         return PictureSet(read_scenes(place, heldout=reading.heldout, limit=reading.limit, repeats=repeats), size)
     path, known = Path(place), cache / "scanned.json"
     kind, files = source_kind(path, reading.without)
