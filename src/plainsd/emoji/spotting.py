@@ -281,7 +281,7 @@ def connected_parts(mask: np.ndarray) -> list[PartBox]:
 
 def seen_boxes(visible: np.ndarray) -> np.ndarray:
     """Left, top, right and bottom of what is true in each of (K, G, G): (K, 4)."""
-    sides: list[np.ndarray] = [visible.any(1), visible.any(2)]  # across, down
+    sides = [np.asarray(visible.any(axis)) for axis in (1, 2)]  # across, down
     first, last = [one.argmax(1) for one in sides], [one[:, ::-1].argmax(1) for one in sides]
     return np.stack([*first, *(visible.shape[1] - one for one in last)], 1)
 
