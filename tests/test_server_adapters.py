@@ -277,6 +277,13 @@ BAD = {
 }  # fmt: skip
 
 
+def test_any_error_is_one_of_the_file_alone(tmp_path):
+    def read(path):
+        raise RuntimeError("odd")
+
+    assert read_cached(read, tmp_path / "odd.safetensors", 0) == (None, "it cannot be read (RuntimeError: odd)")
+
+
 def test_a_bad_file_is_passed_over_named_once_and_shown(folder, tmp_path, caplog):
     """Whatever is wrong with one file, the others are there, and so is the page."""
     (loras := tmp_path / "loras").mkdir()
