@@ -16,6 +16,7 @@ from webuiapi import WebUIApi
 import plainsd
 from plainsd.files.hashes import weights_hash
 from plainsd.pictures.images import read_settings
+from plainsd.server.folders import read_cached
 
 
 @pytest.fixture(scope="module")
