@@ -324,7 +324,12 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "commands/generate.py": [
         ('NOT_COMPILED = ("cache", "perturbed")', 'NOT_COMPILED = ("cache",)',
          "test_compile.py::test_settings_that_a_compiled_unet_cannot_follow"),
-        ("            if not self.plain:", "            if self.compile:", "test_speed.py::test_plain_draws_the_same_picture"),
+    ],
+    "commands/generate_cluster.py": [
+        ("if not same:", "if False:", "test_cluster.py::test_a_list_is_that_of_one_process_and_goes_on_where_it_stopped"),
+    ],
+    "commands/setup.py": [
+        ("        if not command.plain:", "        if command.compile:", "test_speed.py::test_plain_draws_the_same_picture"),
     ],
     "files/stored.py": [
         ("if missing or unexpected:", "if missing:", "test_bad_models.py::test_bad_folders"),
@@ -775,7 +780,22 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ('check_pixels((width, height), limits, "resolution")', "pass",
          "test_server_image_prompts.py::test_maps_are_no_larger_than_pictures"),
     ],
+    "cluster/host.py": [
+        ("if self.stopped >= number:", "if self.stopped > number:",
+         "test_cluster.py::test_a_host_runs_a_task_to_its_end_its_failure_or_its_stop"),
+        (" and not isinstance(error, DiskError)", "",
+         "test_cluster.py::test_what_is_no_fault_of_the_task_is_no_input_error"),
+    ],
+    "cluster/lists.py": [
+        ("self.out.put(OfTask(task, Again()))", "pass", "test_cluster.py::test_a_list_outlives_its_workers"),
+    ],
+    "server/cluster.py": [
+        ("waiting = Advanced([*waiting.seconds, *event.seconds],", "waiting = Advanced([*event.seconds],",
+         "test_cluster.py::test_quick_steps_share_an_event_and_none_is_lost"),
+    ],
     "server/jobs/worker.py": [
+        ("if len(jobs) == 1 and lost.stage != LostWhile.WAITING:", "if lost.stage != LostWhile.WAITING:",
+         "test_server_workers.py::test_a_job_that_ends_its_worker_three_times_fails_and_the_others_do_not"),
         ("(self.store.folder / file).unlink(missing_ok=True)", "pass",
          "test_server_jobs.py::test_a_picture_that_is_written_while_its_job_is_cancelled_leaves_no_file"),
         ('if len(units) > 1:\n', 'if False:\n', "test_server_jobs.py::test_a_failure_is_the_failure_of_one"),
@@ -783,13 +803,19 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_jobs.py::test_a_job_has_a_time_limit"),
     ],
     "server/jobs/queue.py": [
+        ("if job.model not in others or index == len(job.settings)", "if True",
+         "test_server_workers.py::test_work_goes_where_its_model_is_loaded"),
+        ("for name in other.models} - place.models", "for name in other.models}",
+         "test_server_workers.py::test_one_of_two_that_have_it_loaded_takes_it"),
+        ("size = min(size, -(-len(fitting) // len(self.idle)))", "pass",
+         "test_server_workers.py::test_idle_workers_share_a_job"),
         ("        if self.closes is not None:\n            return []", "        if False:\n            return []",
          "test_server_drain.py::test_the_batch_under_way_ends_and_the_rest_waits"),
         ("            self.check_open()\n", "",
          "test_server_drain.py::test_the_batch_under_way_ends_and_the_rest_waits"),
         ("self.share = min(CLIENT_SHARE, 1 / (count + 1))", "self.share = CLIENT_SHARE",
          "test_server_users.py::test_there_is_room_for_every_name"),
-        ("waits.labels(job.model, worker)", "waits.labels(worker, job.model)",
+        ("waits.labels(job.model, place.name)", "waits.labels(place.name, job.model)",
          "test_server_api.py::test_histograms_are_by_model_and_worker"),
         ("mine >= max(1, self.limit * self.share)", "mine > max(1, self.limit * self.share)",
          "test_server_jobs.py::test_the_queue_is_bounded_and_no_client_fills_it_alone"),

@@ -20,7 +20,7 @@ from plainsd.commands.serve import listening_socket, server_of
 from plainsd.models.variants import Variant
 from plainsd.server.api.app import create_app
 from plainsd.server.api.security import Hosts
-from plainsd.server.jobs import worker
+from plainsd.server.jobs import drawing
 from plainsd.server.limits import Limits
 from plainsd.server.pool import PoolOptions
 from plainsd.server.service import Service
@@ -117,7 +117,7 @@ class Brake:
 
     def __init__(self, monkeypatch):
         self.steps, self.batches, self.free = queue.Queue(), [], threading.Event()
-        self.began, original = queue.Queue(), worker.batch
+        self.began, original = queue.Queue(), drawing.batch
 
         def slowed(sd, each, *pictures, **more):
             events = original(sd, each, *pictures, **more)
@@ -125,7 +125,7 @@ class Brake:
             self.began.put(len(each))
             return Slowed(self, events)
 
-        monkeypatch.setattr(worker, "batch", slowed)
+        monkeypatch.setattr(drawing, "batch", slowed)
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):

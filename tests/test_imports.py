@@ -31,6 +31,7 @@ ORDER = (  # lowest first: a file imports from its own room and from those above
     "emoji",
     "train",
     "reports",
+    "cluster",
     "server",
     "commands",
     "cli",

@@ -19,10 +19,11 @@ from plainsd.models.forms import OtherForm
 from plainsd.pictures.images import read_settings
 from plainsd.server import pool
 from plainsd.server.errors import APIError
-from plainsd.server.jobs import migrations
+from plainsd.server.jobs import drawing, migrations
 from plainsd.server.jobs import worker as worker_module
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING
 from plainsd.server.jobs.migrations import MIGRATIONS
+from plainsd.server.jobs.queue import Place
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.restore import picture_as_json, settings_in_file
@@ -221,7 +222,7 @@ def test_cancel_while_queued_and_while_running(opened, brake):
     brake.step()
     assert service.queue.cancel(running.id).state == CANCELLED
     brake.off()
-    until(lambda: not running.drawing or service.queue.waiting() == [])
+    until(lambda: not running.drawing or service.queue.waiting(Place()) == [])
     assert [row.id for row in service.store.pictures()] == [running.picture_id(0)]
     assert service.store.job(running.id).state == CANCELLED
     with pytest.raises(APIError, match="is already cancelled") as refused:
@@ -244,14 +245,14 @@ def test_one_job_of_a_batch_is_cancelled_and_the_others_are_not(opened, brake):
 
 
 def test_a_failure_is_the_failure_of_one(opened, monkeypatch):
-    batch = worker_module.batch
+    batch = drawing.batch
 
     def failing(sd, each, *more, **named):
         if any(one.prompt == "bad" for one in each):
             raise UserError("the picture is not finite")
         return batch(sd, each, *more, **named)
 
-    monkeypatch.setattr(worker_module, "batch", failing)
+    monkeypatch.setattr(drawing, "batch", failing)
     service = opened(start=False)
     good, bad, fine = ask(service, seed=1), ask(service, "bad"), ask(service, "fine", seed=2)
     service.worker.start()

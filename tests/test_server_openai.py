@@ -14,7 +14,7 @@ from serving import Brake, alike, from_base64, model_folder, open_service, png_b
 
 import plainsd
 from plainsd.errors import UserError
-from plainsd.server.jobs import worker
+from plainsd.server.jobs import drawing
 from plainsd.server.limits import Limits
 
 TOKEN = "a-token-for-openai"
@@ -141,7 +141,7 @@ def test_whose_fault_a_failure_is_shows_in_its_status(client, server, monkeypatc
         raise UserError("the picture is not finite")
 
     with monkeypatch.context() as patched, pytest.raises(openai.UnprocessableEntityError, match="not finite") as asked:
-        patched.setattr(worker, "batch", wrong)
+        patched.setattr(drawing, "batch", wrong)
         client.images.generate(prompt="p", size="64x64")
     assert asked.value.status_code == 422
 

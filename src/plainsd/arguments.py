@@ -10,6 +10,16 @@ from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 Switch = Annotated[bool, arg(help_behavior_hint="")]  # off unless given, which help does not repeat
+
+
+def flag(metavar: str, name: str | None = None):
+    return arg(metavar=metavar, name=name, help_behavior_hint=default_hint)
+
+
+def default_hint(default: str) -> str:
+    return "" if default in ("", "None", "''") else f"(default: {default})"
+
+
 NUMBERS = {int: "a whole number", float: "a number"}
 
 

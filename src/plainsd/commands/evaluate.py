@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
-from plainsd.arguments import Switch
-from plainsd.commands.flags import flag
+from plainsd.arguments import Switch, flag
+from plainsd.commands.cluster import ClusterFlags
+from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
 from plainsd.pictures.settings import RANDOM, Settings, drawn_seed, read_seed
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from plainsd.commands.generate_cluster import ListRun
     from plainsd.pictures.model import StableDiffusion
+    from plainsd.reports.clip_score import Captioned
 
 
 @dataclass
@@ -64,8 +72,10 @@ class Evaluate:
     dtype: str = "auto"
     plain: Switch = False
     """do not pack the weights for the processor, as `plainsd generate --plain`"""
+    ray: OmitArgPrefixes[ClusterFlags] = ClusterFlags()
 
     def run(self) -> None:
+        self.ray.check()
         seed = read_seed(self.seed)
         Settings(steps=self.steps, guidance=self.guidance, sampler=self.sampler, seed=seed).check()
         seed = drawn_seed() if seed == RANDOM else seed
@@ -83,7 +93,8 @@ class Evaluate:
 
         sd = self.loaded()
         concepts = self.concepts_of(sd)
-        with tqdm(unit="picture", disable=None, dynamic_ncols=True) as bar:
+        drawing: AbstractContextManager = nullcontext({}) if self.ray.cluster is None else self.rows_of_cluster()
+        with drawing as by, tqdm(unit="picture", disable=None, dynamic_ncols=True) as bar:
 
             def progress(row: str, done: int, count: int) -> None:
                 if done < bar.n or not bar.n:  # another row begins
@@ -103,8 +114,46 @@ class Evaluate:
                 font=self.font,
                 sheet=self.sheet,
                 progress=progress,
+                **by,
             )
         print(score_table(result), end="")
+
+    @contextmanager
+    def rows_of_cluster(self) -> Iterator[dict[str, Any]]:
+        """The argument of `evaluate` for pictures that a cluster draws. They are kept until all are scored."""
+        from plainsd.emoji.evaluate import BATCH
+        from plainsd.pictures.images import open_picture
+
+        with self.place_for_pictures() as folder:
+
+            def draw(sd: StableDiffusion, asked: Sequence[Any], scales: Sequence[float], options: dict) -> list:
+                prompts = [question.prompt for question in asked]
+                run = self.rows_by_cluster(prompts, scales, options["seed"], BATCH, folder)
+                starts = range(0, len(run.paths), len(prompts))
+                return [map(open_picture, run.paths[start : start + len(prompts)]) for start in starts]
+
+            yield {"draw": draw}
+            shutil.rmtree(folder)
+
+    @contextmanager
+    def place_for_pictures(self) -> Iterator[Path]:
+        """In --out, where they outlive a stop, or a temporary folder."""
+        if self.out:
+            yield self.out / "drawn"
+            return
+        with TemporaryDirectory(prefix="plainsd-eval-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+
+    def rows_by_cluster(
+        self, prompts: list[str], scales: Sequence[float | None], seed: int, batch: int, folder: Path
+    ) -> ListRun:
+        """Draws the prompts once for each guidance scale."""
+        from plainsd.commands.generate_cluster import draw_rows
+
+        names = ("model", "prediction", "zero_snr", "device", "dtype", "plain", "ray")
+        command = GenerateFlags(**{name: getattr(self, name) for name in names})
+        rows = [{"guidance": scale, "steps": self.steps, "sampler": self.sampler} for scale in scales]
+        return draw_rows(command, prompts, rows, seed, batch, folder)
 
     def loaded(self) -> StableDiffusion:
         from plainsd.checkpoint import load
@@ -157,8 +206,12 @@ class Evaluate:
             sd = self.loaded()
             if prompts is None:
                 prompts = [asked.prompt for asked in questions(self.concepts_of(sd), self.prompts, seed)]
+            total = len(prompts)
             options = {"steps": self.steps, "guidance": self.guidance, "sampler": self.sampler}
-            pictures, total = drawn(sd, prompts, seed, self.batch, self.out, **options), len(prompts)
+            if self.ray.cluster is None:
+                pictures = drawn(sd, prompts, seed, self.batch, self.out, **options)
+            else:
+                pictures = self.drawn_by_cluster(prompts, seed)
         clip = load_clip(self.clip_score or "", self.device)
         with tqdm(total=total, unit="picture", disable=None, dynamic_ncols=True) as bar:
             scored = score_all(clip, pictures, self.clip_prefix, bar.update)
@@ -170,3 +223,12 @@ class Evaluate:
         print(score_text(result), end="")
         if self.out:
             write_scores(result, self.out)
+
+    def drawn_by_cluster(self, prompts: list[str], seed: int) -> Iterator[Captioned]:
+        """The same pictures, all drawn before the first comes; in --out they outlive a stop."""
+        from plainsd.reports.clip_score import read_back
+
+        with nullcontext(self.out) if self.out else TemporaryDirectory(prefix="plainsd-eval-") as place:
+            run = self.rows_by_cluster(prompts, [self.guidance], seed, self.batch, Path(place))
+            yield from map(read_back, run.paths)
+            run.finish()

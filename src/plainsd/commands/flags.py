@@ -1,4 +1,4 @@
-"""The flags of `plainsd generate` as a dataclass, which tyro parses, and helpers for such dataclasses."""
+"""The flags of `plainsd generate` as a dataclass, which tyro parses."""
 
 from __future__ import annotations
 
@@ -6,17 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
-from plainsd.arguments import Switch
-
-
-def flag(metavar: str, name: str | None = None):
-    return arg(metavar=metavar, name=name, help_behavior_hint=default_hint)
-
-
-def default_hint(default: str) -> str:
-    return "" if default in ("", "None", "''") else f"(default: {default})"
+from plainsd.arguments import Switch, flag
+from plainsd.commands.cluster import ClusterFlags
 
 
 @dataclass
@@ -206,3 +199,4 @@ class GenerateFlags:
     """8-bit UNet weights: less memory, slightly different pictures; needs torchao"""
     low_memory: Switch = False
     """use the least memory, at the cost of time; switched on by itself, with a note, if memory is short"""
+    ray: OmitArgPrefixes[ClusterFlags] = ClusterFlags()

@@ -11,25 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plainsd.commands.adapters import chosen_loras, embedding_from_flag, prompts_and_loras
-from plainsd.commands.control import check_control_flags, chosen_controls
+from plainsd.commands.control import check_control_flags
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.grid import axis, by_setup, cell_by_cell, check_models, grid_cells, sheet
-from plainsd.commands.image_prompt import check_image_prompt_flags, chosen_image_prompts
+from plainsd.commands.image_prompt import check_image_prompt_flags
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_flags, recorded, say_unused, with_notes
+from plainsd.commands.setup import DrawingSetup, note_unused_embeddings, upscaler_file
 from plainsd.commands.tasks import tasks_of
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
-from plainsd.listing import read_prompts, suffix_of
+from plainsd.listing import read_prompts
 from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
 from plainsd.text.styles import read_styles, styled
 from plainsd.text.wildcards import combinations, settled
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
-
-    from plainsd.pictures.model import StableDiffusion
 
 NOT_COMPILED = ("cache", "perturbed")  # settings that change what the UNet computes from call to call
 COMMENTED = (*SEEDS, "guidance")  # the settings that `notes` may comment on
@@ -48,6 +46,7 @@ class Generate(GenerateFlags):
         share = share_of_torchrun()
         if not share.alone and (self.server or self.grid):
             raise UserError(f"{'--server' if self.server else '--grid'} runs in one process; start it without torchrun")
+        self.check_cluster()
         for name in ("int8", "plain"):
             if self.compile and getattr(self, name):
                 raise UserError(f"--{name} cannot be combined with --compile; leave one of them out", field=name)
@@ -89,45 +88,27 @@ class Generate(GenerateFlags):
 
         from tqdm import tqdm
 
-        from plainsd.adapters.embeddings import add_embedding
-        from plainsd.device import choose_device
-        from plainsd.pictures.memory import placed
-
         began = time.perf_counter()
-        loras = chosen_loras(self.lora, tags, self.lora_folder)
-        files = [embedding_from_flag(text) for text in self.embedding]
-        device = choose_device(share.device(self.device))
-
-        def ready(model: str | None) -> tuple[StableDiffusion, dict[str, Path]]:
-            """The model with its LoRAs, refiner and upscaler, and the words of the embeddings added to it."""
-            sd = placed(partial(self.loaded, model, device, loras, noise), device, self.low_memory)
-            words = {add_embedding(sd, file, word or None): file for file, word in files}
-            if self.int8:
-                from plainsd.speed.int8 import int8
-
-                int8(sd)
-            if not self.plain:
-                from plainsd.speed.model import faster
-
-                faster(sd, compiled=self.compile, tell=partial(tqdm.write, file=sys.stderr))
-            return sd, words
-
+        setup = DrawingSetup(
+            self,
+            device=share.device(self.device),
+            loras=chosen_loras(self.lora, tags, self.lora_folder),
+            embeddings=[embedding_from_flag(text) for text in self.embedding],
+            noise=noise,
+            controls=recorded_controls,
+            image_prompts=recorded_prompts,
+        )
+        if self.ray.cluster is not None:
+            say_unused(besides)
+            return self.run_on_cluster(setup, tasks, prompts, choices, target)
         cells = list(grid_cells(prompts[0], choices, axes)) if axes else []
         setups = by_setup(cells)
         first = next(iter(setups))[0] if axes else None
-        sd, words = ready(first or self.model)
+        sd, words = setup.ready(first or self.model)
         note_unused_embeddings(words, [*prompts, choices.get("negative") or ""])
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
-
-        def joins_of(sd: StableDiffusion) -> dict[str, Any]:
-            """The ControlNets and image prompts for a model."""
-            return {
-                "control": chosen_controls(self, sd, recorded_controls),
-                "image_prompt": chosen_image_prompts(self, sd, recorded_prompts),
-            }
-
-        joins = joins_of(sd)
+        joins = setup.joins(sd)
         choices |= joins
         if self.control or self.image_prompt:
             check_models([model for model, _ in setups if model not in (None, first)], joins, self.vae)
@@ -139,7 +120,7 @@ class Generate(GenerateFlags):
         show = Preview(sd, self.preview, self.preview_vae) if self.preview and not share.rank else None
         if axes:
             for pictures in cell_by_cell(
-                cells, setups, sd, lambda model: ready(model)[0], partial(draw, show=show), tasks[0], joins_of
+                cells, setups, sd, lambda model: setup.ready(model)[0], partial(draw, show=show), tasks[0], setup.joins
             ):
                 images += pictures.images
             say(str(target.write(sheet(images, axes), None)))
@@ -148,7 +129,7 @@ class Generate(GenerateFlags):
             for pictures in (one for task in tasks for one in draw(sd, task, batches, show, hidden=share.rank > 0)):
                 images += pictures.images
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
-                    say(str(target.write(image, with_notes(settings, sd, loras, words, self.vae, noise))))
+                    say(str(target.write(image, with_notes(settings, sd, setup.loras, words, self.vae, noise))))
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
         print(
             f"{len(images)} picture{'s' * (len(images) > 1)} in {time.perf_counter() - loaded:.1f} s ({steps} steps of "
@@ -156,22 +137,37 @@ class Generate(GenerateFlags):
             file=sys.stderr,
         )
 
-    def loaded(
-        self, model: str | None, device: torch.device, loras: list, noise: dict, place: torch.device
-    ) -> StableDiffusion:
-        """The model with refiner and upscaler, loaded on `place`, in the precision for `device`, where it computes."""
-        from plainsd.checkpoint import load
-        from plainsd.device import choose_dtype
+    def run_on_cluster(
+        self, setup: DrawingSetup, tasks: list, prompts: list[str], choices: dict, target: Target
+    ) -> None:
+        from tqdm import tqdm
 
-        where = {"device": place, "dtype": choose_dtype(self.dtype, device)}
-        sd = load(model, vae=self.vae, loras=loras, lora_partial=self.lora_partial, **noise, **where)
-        if self.refiner:
-            sd.refiner = load(self.refiner, **where)
-        if network := self.network():
-            from plainsd.pictures.upscaling import load_upscaler
+        from plainsd.commands.generate_cluster import ListRun, digest_of, generate_on_cluster
 
-            sd.upscaler = load_upscaler(network, place)
-        return sd
+        began, count = time.perf_counter(), len(prompts)
+        self.ray.join()
+        drawn = {name: value for name, value in choices.items() if name not in ELSEWHERE}
+        batches = list(prompt_batches(prompts, drawn, self.batch, range(count)))
+        one = Settings(**drawn)
+        seeds = [one.seed + (index if one.counted == "seed" else 0) for index in range(count)]
+        run = ListRun.begin(target, digest_of(setup, prompts, choices), seeds * len(tasks))
+        written = 0
+        for path in generate_on_cluster(setup, tasks, prompts, choices, batches, run):
+            tqdm.write(str(path), file=sys.stdout)
+            written += 1
+        run.finish()
+        seconds, plural = time.perf_counter() - began, "s" * (written != 1)
+        print(f"{written} picture{plural} in {seconds:.1f} s by {self.ray.workers} workers", file=sys.stderr)
+
+    def check_cluster(self) -> None:
+        self.ray.check()
+        if self.ray.cluster is None:
+            return
+        for name in ("server", "grid", "preview"):
+            if getattr(self, name):
+                raise UserError(f"--{name} does not go with --cluster; leave one of them out", field=name)
+        if not share_of_torchrun().alone:
+            raise UserError("--cluster starts its own processes; start it without torchrun", field="cluster")
 
     # --- prompts and settings ---------------------------------------------------------------------------------------
 
@@ -208,13 +204,13 @@ class Generate(GenerateFlags):
                 f"'{self.from_}' was made with a mask; give picture and mask with --image and --mask", field="mask"
             )
         choices |= given | self.seeds()
-        if self.network():
+        if upscaler_file(self):
             choices["upscaler"] = Path(self.upscaler or "").stem
         if self.style:
             prompts, choices["negative"] = self.in_style(prompts, choices.get("negative") or "")
         settings = Settings(**choices)
         settings.check()
-        if self.network() and not settings.hires:
+        if upscaler_file(self) and not settings.hires:
             raise UserError(
                 f"--upscaler {self.upscaler} needs --hires; give that too, or use plainsd upscale", field="upscaler"
             )
@@ -231,14 +227,6 @@ class Generate(GenerateFlags):
             check_names(choices.get("sampler"), choices.get("spacing"))
         say_notes([settings])
         return prompts, choices
-
-    def network(self) -> Path | None:
-        """The file in --upscaler; None if that is a built-in upscaler."""
-        return (
-            Path(self.upscaler)
-            if self.upscaler and suffix_of(Path(self.upscaler)) in (".pth", ".safetensors")
-            else None
-        )
 
     def in_style(self, prompts: list[str], negative: str) -> tuple[list[str], str]:
         styles = read_styles(self.styles)
@@ -265,12 +253,6 @@ class Generate(GenerateFlags):
             found[name] = drawn_seed()
             print(f"{name.replace('_', ' ')} {found[name]}", file=sys.stderr)
         return found
-
-
-def note_unused_embeddings(words: dict[str, Path], texts: list[str]) -> None:
-    for word, file in words.items():
-        if not any(word.lower() in text.lower() for text in texts):
-            print(f"note: the embedding {file} has no effect: no prompt has its word {word!r}", file=sys.stderr)
 
 
 def say_notes(settings: Iterable[Settings]) -> None:

@@ -72,8 +72,12 @@ class Target:
 
         number = self.next_number() if self.number is None else self.number
         self.number = None if self.number is None else number + 1
-        path = self.file or self.folder / f"{number:05d}-{settings.seed if settings else 'grid'}{self.suffix}"
+        path = self.file or self.path_of(number, settings.seed if settings else "grid")
         return write_new_picture(image, path, settings)
+
+    def path_of(self, number: int, what: int | str) -> Path:
+        """Of a file in the folder."""
+        return self.folder / f"{number:05d}-{what}{self.suffix}"
 
     def next_number(self) -> int:
         found = self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*")

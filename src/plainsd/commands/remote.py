@@ -41,6 +41,7 @@ NOT_SENT = (
     "int8",
     "low_memory",
     "batch",
+    "ray",
 )
 NOT_FIELDS = (
     "embeddings",

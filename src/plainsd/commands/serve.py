@@ -10,14 +10,20 @@ import signal
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import UseAppendAction
+from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from plainsd.arguments import Switch
+from plainsd.commands.cluster import ClusterFlags
 from plainsd.commands.flags import flag
 from plainsd.errors import UserError
 from plainsd.text.styles import read_styles
+
+if TYPE_CHECKING:
+    from plainsd.server.limits import Limits
+    from plainsd.server.pool import PoolOptions
+    from plainsd.server.service import Service
 
 UNCHECKED = ("port", "memory", "drain_seconds", "plain")  # by the rule that numbers are 1 or more
 
@@ -87,6 +93,7 @@ class Serve:
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16"""
+    ray: OmitArgPrefixes[ClusterFlags] = ClusterFlags()
 
     def run(self) -> None:
         try:
@@ -102,7 +109,6 @@ class Serve:
         from plainsd.server.limits import Limits
         from plainsd.server.logs import configure
         from plainsd.server.pool import PoolOptions
-        from plainsd.server.service import Service
 
         self.check()
         token = self.checked_token()
@@ -132,7 +138,7 @@ class Serve:
         sock = listening_socket(self.host, self.port)
         configure(self.log_format, self.log_level)
         self.say("inspecting the models ...")
-        service = Service.open(self.model, self.data, limits, options, batch=self.batch)
+        service = self.opened(limits, options)
         app = create_app(
             service,
             Hosts(self.host, self.allow_host),
@@ -142,7 +148,19 @@ class Serve:
         )
         server_of(app, drain=self.drain_seconds).run(sockets=[sock])
 
+    def opened(self, limits: Limits, options: PoolOptions) -> Service:
+        from plainsd.server.service import Service
+
+        if self.ray.address is None:
+            return Service.open(self.model, self.data, limits, options, batch=self.batch)
+        from plainsd.server.cluster import Cluster
+
+        cluster = Cluster(self.ray.join(), self.ray.workers or 1)
+        self.say(f"starting {cluster.workers} workers of {cluster.share} each ...")
+        return Service.open(self.model, self.data, limits, options, batch=self.batch, drawers=cluster.drawers)
+
     def check(self) -> None:
+        self.ray.check()
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and field.name not in UNCHECKED and not value >= 1:
@@ -188,7 +206,7 @@ class Serve:
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening on all addresses: one for the URL
         host = loopback.get(self.host, self.host)
         models = service.models
-        self.say(f"models: {', '.join(models.known)} ({models.device}, {str(models.dtype).removeprefix('torch.')})")
+        self.say(f"models: {', '.join(models.known)} ({self.drawn_by(service)})")
         self.say(f"pictures are stored in {service.store.folder / 'pictures'}")
         if waiting := sum(service.queue.counts().values()):
             self.say(f"resuming {waiting} unfinished jobs")
@@ -211,6 +229,11 @@ class Serve:
         """The token in an address that is printed; in a log, which others may read, only one that was generated."""
         given = self.token or os.environ.get("PLAINSD_TOKEN")
         return None if self.log_format == "json" and given else token
+
+    def drawn_by(self, service: Service) -> str:
+        if self.ray.address is None:
+            return f"{service.models.device}, {str(service.models.dtype).removeprefix('torch.')}"
+        return f"{sum(worker.drawer.ready for worker in service.workers)} of {len(service.workers)} workers are ready"
 
 
 def url(host: str, port: int, token: str | None) -> str:

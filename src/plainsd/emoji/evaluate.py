@@ -119,6 +119,18 @@ def generated(sd: generate.StableDiffusion, asked: Sequence[Question], seed: int
         yield from generate.final(generate.text_to_image(sd, prompts, seed=seed + start, **options))
 
 
+def generated_rows(
+    sd: generate.StableDiffusion, asked: Sequence[Any], scales: Sequence[float], options: dict[str, Any]
+) -> list[Iterable[Image.Image]]:
+    """The pictures of all questions, once for each guidance scale."""
+    return [generated(sd, asked, guidance=scale, **options) for scale in scales]
+
+
+DrawRows = Callable[
+    [generate.StableDiffusion, Sequence[Any], Sequence[float], dict[str, Any]], Sequence[Iterable[Image.Image]]
+]
+
+
 # ---- the two exams ---------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +198,7 @@ def evaluate(
     font: Path | None = None,
     sheet: Path | None = None,
     progress: OnProgress = lambda row, done, count: None,
+    draw: DrawRows = generated_rows,
 ) -> dict:
     """Accuracies, 0 to 1: on real pictures (the scorer's ceiling), after the VAE, and of the model without and with
     guidance. Of scenes, the numbers that are right, and the model with guidance alone. Under "quality", how the
@@ -193,6 +206,7 @@ def evaluate(
 
     None takes the variant's default guidance and sampler. With a folder `out`, `scores.json`, `scores.txt` and
     `contact-sheet.png` (of the last row) are written there; `sheet` is a file for the same pictures without prompts.
+    `draw` draws the pictures, as `generated_rows` does.
     """
     if prompts < 2:
         raise UserError(f"prompts is {prompts}; ask for at least 2, one of a seen and one of a held-out pair")
@@ -204,10 +218,9 @@ def evaluate(
         "real pictures": exam.real,
         "real pictures through the VAE": reconstructed(sd, exam.real),
     }
-    if not scenes or guidance in (0, 1):
-        rows["generated, no guidance"] = generated(sd, exam.asked, guidance=1.0, **options)
-    if guidance not in (0, 1):
-        rows[f"generated, guidance {guidance:g}"] = generated(sd, exam.asked, guidance=guidance, **options)
+    scales = ([] if scenes and guidance not in (0, 1) else [1.0]) + ([] if guidance in (0, 1) else [guidance])
+    for scale, pictures in zip(scales, draw(sd, exam.asked, scales, options), strict=True):
+        rows["generated, no guidance" if scale == 1 else f"generated, guidance {scale:g}"] = pictures
     true, measured, quality = [to_side(picture, side) for picture in exam.real], {}, {}
     for name, pictures in rows.items():
         kept, scores = [], []

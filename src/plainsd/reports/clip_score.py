@@ -82,6 +82,14 @@ def drawn(
             yield Captioned(name, image.copy, (text,))
 
 
+def read_back(path: Path) -> Captioned:
+    """A picture that `write_png` wrote with its settings."""
+    settings = read_settings(path)
+    assert settings.steps is not None  # of a picture that was drawn
+    text = plain_text(settings.prompt, settings.steps)
+    return Captioned(path.name, partial(open_picture, path), (text,))
+
+
 def score_all(
     clip: Clip,
     pictures: Iterable[Captioned],

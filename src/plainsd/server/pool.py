@@ -302,6 +302,10 @@ class Models:
             torch.accelerator.empty_cache()
         release_freed_memory()
 
+    def resident_names(self) -> frozenset[str]:
+        """Names of the models that are loaded."""
+        return frozenset(name for name, model in self.known.items() if model.sd is not None)
+
     def bytes(self) -> int:
         """Memory of the resident models."""
         return sum(model.bytes for model in self.known.values() if model.sd is not None)

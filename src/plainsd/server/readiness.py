@@ -25,8 +25,10 @@ class Readiness:
         queue = self.service.queue
         if queue.stopping or queue.closes is not None:
             return "the server is about to stop"
-        if not self.service.worker.is_alive():
+        if not all(worker.is_alive() for worker in self.service.workers):
             return "the worker has ended; restart the server"
+        if not any(worker.drawer.ready for worker in self.service.workers):
+            return "no worker is ready yet; they are being started"
         if time.monotonic() - self.when >= PROBE_SECONDS:
             self.found, self.when = unwritable(self.service.store), time.monotonic()
         return self.found

@@ -1,4 +1,4 @@
-"""What all routes share: models, store, queue, worker, limits, and jobs as JSON."""
+"""What all routes share: models, store, queue, workers, limits, and jobs as JSON."""
 
 import asyncio
 import base64
@@ -6,7 +6,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from plainsd.errors import UserError
 from plainsd.server.canvas import InitImages
 from plainsd.server.errors import APIError
+from plainsd.server.jobs.drawing import Drawer, LocalDrawer
 from plainsd.server.jobs.job import DONE, FAILED, QUEUED, Job
 from plainsd.server.jobs.pictures import Picture, json_seed
 from plainsd.server.jobs.queue import Queue
@@ -43,7 +44,7 @@ class Service:
     models: Models
     store: Store
     queue: Queue
-    worker: Worker
+    workers: list[Worker]
     limits: Limits
     closing: threading.Event = field(default_factory=threading.Event)
 
@@ -56,8 +57,10 @@ class Service:
         options: PoolOptions = PoolOptions(),
         *,
         batch: int = 4,
+        drawers: Callable[[Models, Queue], Sequence[Drawer]] = lambda models, queue: [LocalDrawer(models)],
     ) -> "Service":
-        """Opens everything without starting the worker. UserError if a model or the data folder cannot be used."""
+        """Opens everything without starting the workers, one for each of `drawers`; by default there is one, and it
+        draws in this process. UserError if a model or the data folder cannot be used."""
         models = Models(sources, options)
         store = Store(data)
         try:
@@ -66,11 +69,28 @@ class Service:
             store.close()
             what = f"cannot read the database in '{data}' ({error})"
             raise UserError(f"{what}; repair it or move it away, or choose another folder with --data") from None
-        return cls(models, store, queue, Worker(queue, models, store, limits, batch), limits)
+        try:
+            made = drawers(models, queue)
+        except BaseException:
+            queue.stop()
+            store.close()
+            raise
+        workers = [Worker(queue, one, store, limits, options, batch) for one in made]
+        return cls(models, store, queue, workers, limits)
+
+    @property
+    def worker(self) -> Worker:
+        """The first, and often the only one."""
+        return self.workers[0]
+
+    def resident(self, name: str) -> bool:
+        """Whether a model is loaded, here or in a worker's process."""
+        return self.models.known[name].sd is not None or any(name in one.drawer.place.models for one in self.workers)
 
     def start(self) -> None:
         """Draws what waits, and empties the trash from time to time."""
-        self.worker.start()
+        for worker in self.workers:
+            worker.start()
         threading.Thread(target=self.keep_trash, name="trash", daemon=True).start()
 
     def keep_trash(self) -> None:
@@ -83,7 +103,7 @@ class Service:
                 log.warning("the trash cannot be emptied (%s); it is tried again", error)
 
     def stop(self) -> None:
-        """Stops the worker after the current step, and ends all event streams and waits."""
+        """Stops the workers after the current step, and ends all event streams and waits."""
         self.queue.stop()
         for job in list(self.queue.jobs.values()):
             job.notifier.notify()
@@ -91,8 +111,11 @@ class Service:
     def close(self) -> None:
         """Stops, and queues running jobs again for the next start."""
         self.stop()
-        if self.worker.is_alive():
-            self.worker.join(LAST_STEP)
+        end = time.monotonic() + LAST_STEP
+        for worker in self.workers:
+            if worker.is_alive():
+                worker.join(max(0.0, end - time.monotonic()))
+            worker.drawer.close()
         self.store.requeue_running()
         self.closing.set()
         self.store.close()

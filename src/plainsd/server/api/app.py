@@ -27,7 +27,7 @@ from plainsd.server.api.security import Hosts, SecurityMiddleware, log_in
 from plainsd.server.errors import ERRORS, APIError
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, Job
 from plainsd.server.logs import AccessLog
-from plainsd.server.pool import Models, ServedModel
+from plainsd.server.pool import ServedModel
 from plainsd.server.readiness import Readiness
 from plainsd.server.requests import CELLS
 from plainsd.server.schema import JobRequest, Text
@@ -162,7 +162,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     @app.get("/api/models", tags=["models"])
     def models() -> dict:
         return {
-            "models": [described_model(model, service.models) for model in service.models.known.values()],
+            "models": [described_model(model, service) for model in service.models.known.values()],
             "default": service.models.default,
         }
 
@@ -187,7 +187,7 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     @app.get("/healthz", tags=["service"])
     def healthz() -> JSONResponse:
-        alive = service.worker.is_alive()
+        alive = all(worker.is_alive() for worker in service.workers)
         return JSONResponse(
             {"status": "ok" if alive else "the worker has ended; restart the server"}, 200 if alive else 503
         )
@@ -208,10 +208,10 @@ def add_page(app: FastAPI, service: Service) -> None:
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def described_model(model: ServedModel, models: Models) -> dict:
-    variant = model.bare.variant
+def described_model(model: ServedModel, service: Service) -> dict:
+    models, variant = service.models, model.bare.variant
     return {
-        "name": model.name, "kind": variant.name, "resident": model.sd is not None, "bytes": model.bytes,
+        "name": model.name, "kind": variant.name, "resident": service.resident(model.name), "bytes": model.bytes,
         "ideas": model.example_prompts, "refiners": models.refiners(model),
         "embeddings": [embedding.text for embedding in models.embeddings.fitting(model.bare)],
         "controls": models.controls.fitting(model.bare),

@@ -1,5 +1,6 @@
 """Prometheus metrics of `/metrics`: one registry per server, nothing global."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
@@ -26,20 +27,26 @@ class ServiceCollector(Collector):
         self.service = service
 
     def collect(self) -> Iterator[Metric]:
-        queue, worker, models = self.service.queue, self.service.worker, self.service.models
+        queue, workers, models = self.service.queue, self.service.workers, self.service.models
         counts = queue.counts()
         with queue.changed:
             ended = {state: queue.ended[state] for state in (DONE, FAILED, CANCELLED)}
             seconds, finished = queue.seconds, sum(queue.ended.values())
-        batches = {str(size): count for size, count in sorted(worker.batches.items())}
+        sizes = sum((worker.batches for worker in workers), Counter())
+        batches = {str(size): count for size, count in sorted(sizes.items())}
         yield GaugeMetricFamily("plainsd_queue_length", "jobs that wait", counts["queued"])
         yield GaugeMetricFamily("plainsd_jobs_running", "jobs that are drawn", counts["running"])
         yield by_label("plainsd_jobs_ended", "jobs by how they ended", "state", ended)
         yield SummaryMetricFamily("plainsd_job_seconds", "from a job's arrival to its end", finished, seconds)
-        yield CounterMetricFamily("plainsd_drawing_seconds", "time of the worker in batches", worker.seconds)
+        yield CounterMetricFamily(
+            "plainsd_drawing_seconds", "time of the workers in batches", sum(one.seconds for one in workers)
+        )
         yield by_label("plainsd_batches", "batches by their number of pictures", "pictures", batches)
-        yield CounterMetricFamily("plainsd_pictures", "pictures finished", worker.pictures)
-        yield CounterMetricFamily("plainsd_failures", "pictures that could not be drawn", worker.failures)
+        yield CounterMetricFamily("plainsd_pictures", "pictures finished", sum(one.pictures for one in workers))
+        failures, losses = sum(one.failures for one in workers), sum(one.losses for one in workers)
+        yield CounterMetricFamily("plainsd_failures", "pictures that could not be drawn", failures)
+        yield CounterMetricFamily("plainsd_workers_lost", "processes of workers that ended by themselves", losses)
+        yield GaugeMetricFamily("plainsd_workers", "workers that are ready", sum(one.drawer.ready for one in workers))
         yield CounterMetricFamily("plainsd_model_loads", "times that a model was loaded", models.loads)
         yield GaugeMetricFamily("plainsd_model_bytes", "memory of the models that are loaded", models.bytes())
         version = GaugeMetricFamily("plainsd_info", "this version", labels=["version"])

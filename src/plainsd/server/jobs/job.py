@@ -123,6 +123,14 @@ class Notifier:
         return self.count
 
 
+@dataclass
+class BatchProgress:
+    """Steps of one batch."""
+
+    step: int = 0  # done ...
+    steps: int = 0  # ... of so many
+
+
 @dataclass(eq=False)
 class Job:
     """One request. The first half of the fields is stored in the database; the second exists in memory only."""
@@ -151,11 +159,11 @@ class Job:
     problem: str | None = None  # why its row cannot be read
     notes: list[str] = field(default_factory=list)  # settings with an unexpected effect, for the client
     drawing: set[int] = field(default_factory=set)
-    step: int = 0  # of the batch under way ...
-    steps: int = 0  # ... of this many
+    batches: dict[int, BatchProgress] = field(default_factory=dict)  # under way, by the first index of each
     previews: dict[int, bytes] = field(default_factory=dict)  # rough PNGs
     seconds: float = 0.0  # of drawing so far
     alone: bool = False  # not to be batched, after a failure in a batch
+    losses: int = 0  # workers that ended while they loaded what it needs
     bad_request: bool = True  # whether a failure was caused by the request
     notifier: Notifier = field(default_factory=Notifier)
 
@@ -163,6 +171,16 @@ class Job:
     def indices(self) -> set[int]:
         """The indices of its pictures; a sheet is the last."""
         return set(range(len(self.settings) + (self.sheet is not None)))
+
+    @property
+    def step(self) -> int:
+        """Steps done, of all its batches under way."""
+        return sum(batch.step for batch in self.batches.values())
+
+    @property
+    def steps(self) -> int:
+        """Steps that these take together."""
+        return sum(batch.steps for batch in self.batches.values())
 
     @property
     def active(self) -> bool:

@@ -9,10 +9,23 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from plainsd.server.errors import APIError
-from plainsd.server.jobs.job import ACTIVE, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Notifier, Unit
+from plainsd.server.jobs.job import (
+    ACTIVE,
+    CANCELLED,
+    DONE,
+    FAILED,
+    QUEUED,
+    RUNNING,
+    BatchProgress,
+    Job,
+    Notifier,
+    Unit,
+)
 from plainsd.server.jobs.measures import Measures
 from plainsd.server.jobs.pictures import Picture
 from plainsd.server.logs import about
@@ -22,6 +35,16 @@ CLIENT_SHARE = 0.5  # maximum fraction of the queue for one client; with named o
 ATTEMPTS = 3  # server crashes while one job was processed alone
 IDLE_AFTER = 30.0  # seconds
 RESTART = 5  # seconds that a stop and the next start may take
+
+
+@dataclass(eq=False)
+class Place:
+    """A worker as the queue sees it: the models that it has loaded, to choose by (none, where they do not matter), and
+    whether its process has ended."""
+
+    name: str = "worker-0"
+    models: frozenset[str] = frozenset()
+    lost: bool = False
 
 
 class Queue:
@@ -36,6 +59,7 @@ class Queue:
         self.seconds = 0.0  # from arrival to end, of all these
         self.measures = Measures()
         self.share = CLIENT_SHARE
+        self.idle: list[Place] = []  # of workers that wait for a batch
         self.stopping = False
         self.closes: float | None = None  # while it drains: when the server stops at the latest, as time.monotonic()
         self.seconds_per_picture = 1.0  # moving average
@@ -122,12 +146,13 @@ class Queue:
 
     # --- from the worker ---------------------------------------------------------------------------------------------
 
-    def next_batch(self, size: int, idle: Callable[[], object] = bool, worker: str = "worker-0") -> list[Unit]:
-        """The next batch for this worker, waiting for one; empty when the server stops. `idle` is called once if none
-        comes for IDLE_AFTER seconds; it may take long, and others have the queue meanwhile."""
-        with self.changed:
+    def next_batch(self, size: int, place: Place, idle: Callable[[], object] = bool) -> list[Unit]:
+        """The next batch for the worker at this place, waiting for one; empty when the server stops or that worker is
+        lost. `idle` is called once if none comes for IDLE_AFTER seconds; it may take long, and others have the queue
+        meanwhile."""
+        with self.changed, self.waiting_at(place):
             rest: float | None = IDLE_AFTER
-            while not self.stopping and not (waiting := self.waiting()):
+            while not (self.stopping or place.lost) and not (waiting := self.waiting(place)):
                 if not self.changed.wait(rest):
                     rest = None
                     self.changed.release()
@@ -135,35 +160,75 @@ class Queue:
                         idle()
                     finally:
                         self.changed.acquire()
-            if self.stopping:
+            if self.stopping or place.lost:
                 return []
+            first = self.first_of(waiting, place)
+            fitting = [unit for unit in waiting if unit.batch_key() == first.batch_key()]
+            size = min(size, -(-len(fitting) // len(self.idle)))  # other idle workers have their share
             batch: list[Unit] = []
-            while waiting and len(batch) < size:
-                unit = min(waiting, key=lambda unit: (self.served[unit.job.client], unit.job.number, unit.index))
+            while fitting and len(batch) < size:
+                unit = first if not batch else min(fitting, key=self.turn)
                 batch.append(unit)
                 self.served[unit.job.client] += 1
-                waiting = [other for other in waiting if other != unit and other.batch_key() == unit.batch_key()]
+                fitting.remove(unit)
             for job in dict.fromkeys(unit.job for unit in batch):
                 if job.state == QUEUED:
                     now = time.time()
                     self.store.mark_started(job, now)
                     if job.started is None:  # not one that a stopped server had begun
-                        self.measures.waits.labels(job.model, worker).observe(now - job.created)
+                        self.measures.waits.labels(job.model, place.name).observe(now - job.created)
                     job.state, job.started = RUNNING, now
                     log.info(
-                        "job started", extra=about(job) | {"worker": worker, "waited": round(now - job.created, 3)}
+                        "job started", extra=about(job) | {"worker": place.name, "waited": round(now - job.created, 3)}
                     )
+                under_way = {index: one for index, one in job.batches.items() if index in job.drawing}
+                job.batches = under_way | {min(unit.index for unit in batch if unit.job is job): BatchProgress()}
                 job.notifier.notify()
             for unit in batch:
                 unit.job.drawing.add(unit.index)
-                unit.job.step = unit.job.steps = 0  # discard those of the previous batch
             return batch
 
-    def waiting(self) -> list[Unit]:
-        """What may be drawn now; nothing more while the server drains."""
+    @contextmanager
+    def waiting_at(self, place: Place) -> Iterator[None]:
+        """Meanwhile the worker at this place counts as idle."""
+        self.idle.append(place)
+        try:
+            yield
+        finally:
+            self.idle.remove(place)
+            if self.idle:  # what was left to this worker may be theirs now
+                self.changed.notify_all()
+
+    def waiting(self, place: Place) -> list[Unit]:
+        """What the worker at this place may take: pictures whose model is loaded in another idle worker, and not in
+        this one, are left to that one. Nothing more while the server drains."""
         if self.closes is not None:
             return []
-        return [Unit(job, index) for job in self.jobs.values() for index in job.pending()]
+        others = {name for other in self.idle if not other.lost for name in other.models} - place.models
+        return [
+            Unit(job, index)
+            for job in self.jobs.values()
+            for index in job.pending()
+            if job.model not in others or index == len(job.settings)
+        ]
+
+    def first_of(self, waiting: list[Unit], place: Place) -> Unit:
+        """Clients take turns; between those who had equally many, the one whose next picture needs no loading."""
+        heads: dict[str, Unit] = {}
+        for unit in sorted(waiting, key=lambda unit: (unit.job.number, unit.index)):
+            heads.setdefault(unit.job.client, unit)
+        loads = bool(place.models)  # else nothing is known, or nothing is loaded
+        return min(
+            heads.values(),
+            key=lambda unit: (
+                self.served[unit.job.client],
+                loads and unit.job.model not in place.models,
+                unit.job.number,
+            ),
+        )
+
+    def turn(self, unit: Unit) -> tuple[int, int, int]:
+        return self.served[unit.job.client], unit.job.number, unit.index
 
     def add_picture(self, unit: Unit, file: str, size: tuple[int, int]) -> bool:
         """Stores the row of a picture whose file is written. False if its job was cancelled meanwhile."""
@@ -187,9 +252,20 @@ class Queue:
         with self.changed:
             for job, index in units:
                 job.drawing.discard(index)
-                job.step = job.steps = 0
+                job.batches.pop(index, None)
                 job.alone = job.alone or alone
             self.changed.notify_all()
+
+    def count_loss(self, job: Job, *, drawing: bool) -> int:
+        """Counts a worker that ended while it processed this job alone: drawing, which is stored, or loading. Returns
+        how many did so."""
+        with self.changed:
+            if not drawing:
+                job.losses += 1
+                return job.losses
+            self.store.count_attempt(job)
+            job.attempts += 1
+            return job.attempts
 
     def end(self, job: Job, state: str, error: str | None = None, *, bad_request: bool = True) -> None:
         with self.changed:

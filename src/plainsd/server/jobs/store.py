@@ -121,6 +121,11 @@ class Store:
         with self.transaction() as db:
             db.execute("UPDATE jobs SET alone = ? WHERE id = ?", (is_alone, job.id))
 
+    def count_attempt(self, job: Job) -> None:
+        """Of a job that ended the worker which processed it alone."""
+        with self.transaction() as db:
+            db.execute("UPDATE jobs SET attempts = attempts + 1 WHERE id = ?", (job.id,))
+
     def mark_ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
         """Stores its final state, and deletes its input images unless another job needs them."""
         with self.transaction() as db:
@@ -194,6 +199,9 @@ class Store:
         with Image.open(self.folder / "inputs" / name) as image:
             image.load()
             return image
+
+    def input_bytes(self, name: str) -> bytes:
+        return (self.folder / "inputs" / name).read_bytes()
 
     def remove_unused_inputs(self, names: set[str]) -> None:
         """Deletes those of these inputs that no unfinished job uses."""

@@ -1,60 +1,61 @@
-"""The worker thread, which owns the models and the device: takes batches, samples them, stores the pictures."""
+"""A worker thread: takes batches, has them drawn, stores the pictures."""
 
 import logging
 import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from PIL import Image
 
-from plainsd.allocator import release_freed_memory
-from plainsd.diffusion.samplers import Step
 from plainsd.errors import DiskError, UserError
-from plainsd.generate import batch
-from plainsd.pictures.drawing import Pictures
 from plainsd.pictures.images import grid
 from plainsd.pictures.masks import pasted
-from plainsd.pictures.model import StableDiffusion
-from plainsd.server.controls import control_at
-from plainsd.server.image_prompts import image_prompt_at
-from plainsd.server.jobs.job import FAILED, Job, Unit
-from plainsd.server.jobs.queue import Queue
+from plainsd.server.jobs.drawing import (
+    Advanced,
+    Begun,
+    Drawer,
+    DrawnBatch,
+    Event,
+    LostWhile,
+    RemoteError,
+    Stopped,
+    Work,
+    WorkerLost,
+)
+from plainsd.server.jobs.job import FAILED, Job, Source, Unit
+from plainsd.server.jobs.queue import ATTEMPTS, Queue
 from plainsd.server.jobs.store import Store
 from plainsd.server.limits import Limits
 from plainsd.server.logs import about, log_fields
-from plainsd.server.pool import Models, ServedModel
-from plainsd.server.uploads import png
+from plainsd.server.pool import PoolOptions
 
-PREVIEW_SECONDS = 0.25  # seconds
 RETRY = 1.0  # seconds, where the history cannot be written
 log = logging.getLogger("plainsd.server")
-
-
-class Stopped(Exception):
-    """The server is stopping; the batch is abandoned and will run again."""
 
 
 class Worker(threading.Thread):
     """Processes batches until the queue is stopped. An error ends a job, never the thread."""
 
-    def __init__(self, queue: Queue, models: Models, store: Store, limits: Limits, size: int, name: str = "worker-0"):
-        super().__init__(name=name, daemon=True)
-        self.queue, self.models, self.store, self.limits, self.size = queue, models, store, limits, size
-        self.pictures, self.failures, self.seconds = 0, 0, 0.0
+    def __init__(self, queue: Queue, drawer: Drawer, store: Store, limits: Limits, options: PoolOptions, size: int):
+        super().__init__(name=drawer.place.name, daemon=True)
+        self.queue, self.drawer, self.store, self.limits = queue, drawer, store, limits
+        self.options, self.size = options, size
+        self.pictures, self.failures, self.losses, self.seconds = 0, 0, 0, 0.0
         self.batches: Counter[int] = Counter()  # by their size
 
     def run(self) -> None:
-        while True:
+        while self.drawer.open():
             units: list[Unit] = []
             try:
-                units = self.queue.next_batch(self.size, idle=release_freed_memory, worker=self.name)
-                if not units:
+                units = self.queue.next_batch(self.size, self.drawer.place, idle=self.drawer.idle)
+                if units:
+                    self.process(units)
+                elif self.queue.stopping:
                     return
-                self.process(units)
             except sqlite3.Error as error:  # disk full: the batch is retried
                 jobs = about(*dict.fromkeys(unit.job for unit in units)) if units else {}
                 log.error("cannot write to the data folder (%s); trying again", error, extra=jobs)
@@ -69,6 +70,8 @@ class Worker(threading.Thread):
                 self.draw(units)
             except Stopped:
                 self.queue.requeue(units)
+            except WorkerLost as lost:
+                self.handle_loss(units, lost)
             except Exception as error:
                 self.handle_error(units, error)
         self.seconds += time.monotonic() - began
@@ -76,17 +79,18 @@ class Worker(threading.Thread):
     def draw(self, units: list[Unit]) -> None:
         if units[0].is_sheet:
             return self.save(units[0], self.sheet(units[0].job))
-        model, sd = self.models.prepare(units[0].job.model, units[0].job.loras, units[0].settings)
-        began = time.monotonic()
-        with self.recording_attempt({unit.job for unit in units}):
-            pictures = self.sample_batch(model, sd, units)
-        if pictures is None:
+        events = self.drawer.draw(self.work_of(units))
+        with closing(events):
+            next(events)  # `Prepared`
+            began = time.monotonic()
+            with self.recording_attempt({unit.job for unit in units}):
+                drawn = self.follow(events, units)
+        if drawn is None:
             return
-        files = self.models.hashes(model, units[0].job.loras, units[0].settings)
-        for unit, image in zip(units, pictures.images, strict=True):
+        for unit, image in zip(units, drawn.images, strict=True):
             if unit.job.active:
-                recorded = self.models.options.recorded
-                unit.job.settings[unit.index] = replace(unit.settings, hashes=files, **recorded)
+                recorded = self.options.recorded
+                unit.job.settings[unit.index] = replace(unit.settings, hashes=drawn.hashes, **recorded)
                 self.save(unit, self.composited(unit.job, image))
         self.queue.seconds_per_picture += 0.2 * (
             (time.monotonic() - began) / len(units) - self.queue.seconds_per_picture
@@ -94,8 +98,9 @@ class Worker(threading.Thread):
 
     @contextmanager
     def recording_attempt(self, jobs: set[Job]) -> Iterator[None]:
-        """While one job is processed alone, records that: if the server crashes now, this job caused it."""
-        if len(jobs) > 1:
+        """While one job is processed alone in this process, records that: if it crashes now, this job caused it. The
+        end of another process is seen: see `handle_loss`."""
+        if len(jobs) > 1 or self.drawer.remote:
             yield
             return
         (job,) = jobs
@@ -108,27 +113,21 @@ class Worker(threading.Thread):
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
-    def sample_batch(self, model: ServedModel, sd: StableDiffusion, units: list[Unit]) -> Pictures | None:
+    def work_of(self, units: list[Unit]) -> Work:
+        job = units[0].job
+        source = job.source or Source()
+        inputs = {name: self.store.input_bytes(name) for name in source.files() - {source.base, source.alpha}}
+        return Work(job.model, job.loras, [unit.settings for unit in units], source, inputs)
+
+    def follow(self, events: Generator[Event], units: list[Unit]) -> DrawnBatch | None:
         """Samples the batch; None once all its jobs are cancelled."""
-        source = units[0].job.source
-        image = self.store.input(source.image) if source and source.image else None
-        hole = self.store.input(source.hole) if source and source.hole else None
-        nets, name = self.models.controls, units[0].job.model
-        control = [
-            control_at(one, name, sd, self.store.input(one.map) if one.map else None, nets)
-            for one in (source.controls if source else ())
-        ]
-        prompts = [
-            image_prompt_at(one, sd, self.store.input, self.models.image_adapters)
-            for one in (source.image_prompts if source else ())
-        ]
-        here = source is None or source.base is None  # else `composited` pastes it
-        events = batch(sd, [unit.settings for unit in units], image, hole, control, prompts, composed=here)
-        watch = ProgressMonitor(self, model, units, events.steps)
-        with closing(events):
-            for event in events:
-                if isinstance(event, Pictures):
-                    return event
+        watch = ProgressMonitor(self, units)
+        for event in events:
+            if isinstance(event, DrawnBatch):
+                return event
+            if isinstance(event, Begun):
+                watch.begin(event.steps)
+            elif isinstance(event, Advanced):
                 watch(event)
                 if self.queue.stopping:
                     raise Stopped
@@ -194,35 +193,52 @@ class Worker(threading.Thread):
             log.error("job %s failed", units[0].job.id, exc_info=error, extra=about(units[0].job))
         for job in jobs:
             why = error.reason if isinstance(error, DiskError) else error
-            message = f"drawing failed ({type(error).__name__}: {why}); see the server's log"
+            what = why if isinstance(error, RemoteError) else f"{type(error).__name__}: {why}"
+            message = f"drawing failed ({what}); see the server's log"
             self.queue.end(job, FAILED, str(error) if asked else message, bad_request=asked)
+
+    def handle_loss(self, units: list[Unit], lost: WorkerLost) -> None:
+        """The process that drew has ended. Its pictures are queued again; a job that was alone in it counts as the
+        cause, and fails at the third time."""
+        self.losses += 1
+        jobs = dict.fromkeys(unit.job for unit in units)
+        log.warning("%s was lost while %s (%s); its pictures are queued again", self.name, lost.stage, lost)
+        if len(jobs) == 1 and lost.stage != LostWhile.WAITING:
+            (job,) = jobs
+            if self.queue.count_loss(job, drawing=lost.stage == LostWhile.DRAWING) >= ATTEMPTS:
+                self.failures += 1
+                why = "drawing this job; try smaller pictures"
+                if lost.stage == LostWhile.LOADING:
+                    why = "loading the model for this job; give workers more memory"
+                self.queue.end(job, FAILED, f"{ATTEMPTS} workers ended while {why}", bad_request=False)
+        self.queue.requeue(units, alone=lost.stage != LostWhile.WAITING and len(units) > 1)
 
 
 class ProgressMonitor:
-    """Called after each step of a batch: updates progress, previews and the time used by each job."""
+    """Called after steps of a batch: updates progress, previews and the time used by each job."""
 
-    def __init__(self, worker: Worker, model: ServedModel, units: list[Unit], steps: int):
-        self.worker, self.model, self.units = worker, model, units
+    def __init__(self, worker: Worker, units: list[Unit]):
+        self.worker, self.units = worker, units
         self.jobs = Counter(unit.job for unit in units)
-        self.step_seconds = worker.queue.measures.steps.labels(model.name, worker.name)
-        self.last_preview, self.last_step = 0.0, time.monotonic()
-        for job in self.jobs:
-            job.step, job.steps = 0, steps
+        self.batches = {job: job.batches[min(unit.index for unit in units if unit.job is job)] for job in self.jobs}
+        self.steps = worker.queue.measures.steps.labels(units[0].job.model, worker.name)
 
-    def __call__(self, event: Step) -> None:
-        now, limit = time.monotonic(), self.worker.limits.seconds
-        self.step_seconds.observe(now - self.last_step)
-        if now - self.last_preview >= PREVIEW_SECONDS:
-            self.last_preview = now
-            assert self.model.preview is not None  # it is resident
-            for unit, rough in zip(self.units, self.model.preview(event.denoised), strict=True):
-                unit.job.previews[unit.index] = png(rough)
+    def begin(self, steps: int) -> None:
+        for batch in self.batches.values():
+            batch.step, batch.steps = 0, steps
+
+    def __call__(self, event: Advanced) -> None:
+        limit = self.worker.limits.seconds
+        for seconds in event.seconds:
+            self.steps.observe(seconds)
+        for unit, preview in zip(self.units, event.previews, strict=False):
+            unit.job.previews[unit.index] = preview
         for job, count in self.jobs.items():
-            job.step += 1
-            job.seconds += (now - self.last_step) * count / len(self.units)
+            self.batches[job].step += len(event.seconds)
+            with self.worker.queue.changed:  # other workers may draw of this job too
+                job.seconds += sum(event.seconds) * count / len(self.units)
             if job.seconds > limit:
                 self.worker.queue.end(
                     job, FAILED, f"drawing took longer than {limit:g} s; ask for fewer steps, fewer or smaller pictures"
                 )
             job.notifier.notify()
-        self.last_step = now

@@ -1,0 +1,118 @@
+"""What drawing in worker processes costs and brings: the server's queue with one process, and with workers by Ray.
+
+    python bench/cluster.py [--model FOLDER] [--pictures 40] [--steps 20] [--rounds 3]
+
+- a picture on one worker of one thread, against the same in the server's process with one thread: the cost of the way;
+- all pictures on two workers of one thread each, against one process of two threads: the throughput;
+- a task that does nothing, from the call to its first event: how soon an idle worker has work.
+
+Sides take turns, and the least time of the rounds counts.
+"""
+
+import argparse
+import logging
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+import torch
+
+from plainsd import __version__
+from plainsd.cluster.connect import Share, connect
+from plainsd.cluster.worker import RemoteWorker
+from plainsd.reports.bench import processor
+from plainsd.server.cluster import Cluster
+from plainsd.server.limits import Limits
+from plainsd.server.pool import PoolOptions
+from plainsd.server.requests import new_job
+from plainsd.server.schema import JobRequest
+from plainsd.server.service import Service
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--pictures", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    connect("local", cpus=4)
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {
+            "one process, 1 thread": (opened(asked, Path(folder, "a")), 1),
+            "one worker, 1 thread": (opened(asked, Path(folder, "b"), workers=1), 1),
+            "one process, 2 threads": (opened(asked, Path(folder, "c")), 2),
+            "two workers, 1 thread each": (opened(asked, Path(folder, "d"), workers=2), 1),
+        }
+        least = dict.fromkeys(sides, float("inf"))
+        for turn in range(asked.rounds + 1):  # the first round loads the models, and does not count
+            for name, (service, threads) in sides.items():
+                seconds = drawn(service, asked, threads)
+                if turn:
+                    least[name] = min(least[name], seconds)
+        for service, _ in sides.values():
+            service.close()
+    versions = f"plainsd {__version__}, ray {ray.__version__}, torch {torch.__version__}"
+    print(f"{versions}, Python {platform.python_version()}")
+    print(f"{processor()}; {asked.pictures} pictures of {asked.steps} steps, least of {asked.rounds} rounds")
+    for name, seconds in least.items():
+        print(f"  {name:<28} {seconds:6.2f} s  {seconds / asked.pictures:.4f} s a picture")
+    alone, remote, threads, workers = least.values()
+    extra = (remote - alone) / asked.pictures
+    print(f"cost of the way: {1000 * extra:.1f} ms a picture, {100 * (remote / alone - 1):+.1f} %")
+    print(f"two workers against two threads: {threads / workers:.2f} times the pictures")
+    print(f"an idle worker has begun with a task after {1000 * latency():.1f} ms (median of 200)")
+    ray.shutdown()
+
+
+def opened(asked, data: Path, workers: int = 0) -> Service:
+    options = PoolOptions("cpu", "float32")
+    more = {"drawers": Cluster(Share(1), workers).drawers} if workers else {}
+    service = Service.open([asked.model], data, Limits(queue=100_000), options, **more)
+    service.start()
+    return service
+
+
+def drawn(service: Service, asked, threads: int) -> float:
+    """Seconds from the first job to the last picture. Threads of this process; workers have their own."""
+    torch.set_num_threads(threads)
+    fields = {"prompt": "a red apple on a blue background", "steps": asked.steps}
+    fields |= {"size": [asked.size, asked.size]} if asked.size else {}
+    requests = [JobRequest(seed=seed, **fields) for seed in range(asked.pictures)]
+    jobs = [new_job(request, service.models, service.limits, "bench", "jobs") for request in requests]
+    began = time.perf_counter()
+    for job in jobs:
+        service.queue.add(job)
+    while any(job.active for job in jobs):
+        time.sleep(0.005)
+    assert all(job.state == "done" for job in jobs), [job.error for job in jobs]
+    return time.perf_counter() - began
+
+
+def latency() -> float:
+    def make():
+        def tool(task):
+            yield task
+
+        return tool
+
+    worker = RemoteWorker("latency", make, Share(1))
+    worker.start()
+    seconds = []
+    for _ in range(200):
+        began = time.perf_counter()
+        events = worker.run(None)
+        next(events)
+        seconds.append(time.perf_counter() - began)
+        list(events)
+    worker.end()
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()

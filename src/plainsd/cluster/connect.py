@@ -1,0 +1,129 @@
+"""Connecting to a Ray cluster, or starting one on this machine alone; what its machines have room for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from types import ModuleType
+
+from plainsd.errors import UserError
+
+LOCAL = "local"  # Ray's word for a cluster of this process, on this machine
+CONNECT_SECONDS = 5.0  # for the look whether anything listens at the address
+OBJECTS = 2**29  # bytes of Ray's store for pictures on their way, in a cluster of this process
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker has of a machine."""
+
+    cpus: int
+    gpus: float = 0.0
+
+    def __str__(self) -> str:
+        gpus = f" and {self.gpus:g} GPU{'s' * (self.gpus > 1)}" if self.gpus else ""
+        return f"{self.cpus} CPU{'s' * (self.cpus > 1)}{gpus}"
+
+
+def imported_ray() -> ModuleType:
+    """UserError if it is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    try:
+        import ray
+    except ImportError:
+        raise UserError(
+            "--cluster needs ray, which is not installed; pip install 'plainsd[cluster]'", field="cluster"
+        ) from None
+    return ray
+
+
+def connect(address: str = "", *, cpus: int | None = None) -> str:
+    """Connects this process to the cluster at this address, HOST:PORT of its head or `auto`; without one to that of
+    $RAY_ADDRESS or, if there is none, to one of this process alone, which ends with it and has `cpus` CPUs. Returns the
+    address. UserError where that cannot be done."""
+    address = address or os.environ.get("RAY_ADDRESS", "") or LOCAL
+    if address == LOCAL and "RAY_AUTH_MODE" not in os.environ:  # its ports answer this process and its workers alone
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    ray = imported_ray()
+    check_address(address)
+    if ray.is_initialized():
+        return ray.get_runtime_context().gcs_address
+    options: dict = {"address": address, "log_to_driver": False, "logging_level": logging.WARNING}
+    if address == LOCAL:
+        options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECTS}
+    try:
+        ray.init(**options)
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"cannot join the Ray cluster at {address!r} ({first_line(error)}); give --cluster the address of one that "
+            "runs, HOST:PORT, and start this on one of its machines (ray start --address=HOST:PORT)",
+            field="cluster",
+            value=address,
+        ) from None
+    return address
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160].rstrip(".")
+
+
+def check_address(address: str) -> None:
+    """UserError for one that can be none, or where nothing listens: Ray itself tries for a minute."""
+    if address in (LOCAL, "auto"):
+        return
+    if "://" in address:
+        raise UserError(
+            f"--cluster {address}: Ray's client protocol cannot be used; give HOST:PORT of the cluster's head, and "
+            "start this on one of its machines",
+            field="cluster",
+            value=address,
+        )
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(
+            f"--cluster {address!r} is no address; give HOST:PORT of the head, such as 10.0.0.5:6379, or auto",
+            field="cluster",
+            value=address,
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"--cluster {address}: nothing answers there ({error.strerror or error}); start the cluster's head with "
+            f"ray start --head --port={port}, or give another address",
+            field="cluster",
+            value=address,
+        ) from None
+
+
+# --- room ------------------------------------------------------------------------------------------------------------
+
+
+def share_of(workers: int, cpus: int | None, gpus: float | None) -> Share:
+    """What each of so many workers has, where nothing is said: one GPU if the cluster has any, and an equal part of
+    its CPUs, or with a GPU one CPU."""
+    resources = imported_ray().cluster_resources()
+    if gpus is None:
+        gpus = 1.0 if resources.get("GPU") else 0.0
+    if cpus is None:
+        cpus = 1 if gpus else max(1, int(resources.get("CPU", 1)) // workers)
+    return Share(cpus, gpus)
+
+
+def check_room(share: Share) -> None:
+    """UserError if no machine of the cluster has room for even one worker."""
+    machines = [node["Resources"] for node in imported_ray().nodes() if node["Alive"]]
+    if any(one.get("CPU", 0) >= share.cpus and one.get("GPU", 0) >= share.gpus for one in machines):
+        return
+    largest = Share(
+        int(max((one.get("CPU", 0) for one in machines), default=0)),
+        max((one.get("GPU", 0) for one in machines), default=0),
+    )
+    raise UserError(
+        f"a worker needs {share}, and no machine of the cluster has more than {largest}; give less with "
+        "--cpus-per-worker and --gpus-per-worker, or add a machine",
+        field="cluster",
+    )

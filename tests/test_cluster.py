@@ -1,0 +1,524 @@
+"""Workers by Ray, on this machine: the pictures of one process, by several that may end at any moment."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import noise_picture
+from PIL import Image
+from serving import Server, base64_of, lora_file, model_folder, open_service, served, until
+
+from plainsd.cli import main
+from plainsd.cluster import host as host_module
+from plainsd.cluster import worker as worker_module
+from plainsd.cluster.connect import Share, check_room, connect, share_of
+from plainsd.cluster.host import Host, Taken, versions
+from plainsd.cluster.lists import Again, TaskList
+from plainsd.cluster.worker import RemoteWorker
+from plainsd.commands.generate_cluster import RUN_RECORD, ListRun
+from plainsd.errors import DiskError, UserError
+from plainsd.server.cluster import Cluster, merged
+from plainsd.server.jobs.drawing import Advanced, Begun, Prepared
+from plainsd.server.limits import Limits
+from plainsd.server.pool import PoolOptions
+from plainsd.server.requests import new_job
+from plainsd.server.schema import JobRequest
+from plainsd.server.service import Service
+
+WORKERS = 2
+BY_CLUSTER = ["--cluster", "--workers", str(WORKERS), "--cpus-per-worker", "1"]
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One Ray for all tests here."""
+    connect("", cpus=4)
+    import ray
+
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    found = [model_folder(folder, name, seed) for seed, name in enumerate(("one", "two"))]
+    (folder / "loras").mkdir()
+    lora_file(found[0], folder / "loras" / "style.safetensors", 3)
+    return found
+
+
+def options_of(models):
+    return PoolOptions(
+        "cpu", "float32", loras=os.path.dirname(models[0]) and __import__("pathlib").Path(models[0]).parent / "loras"
+    )
+
+
+def clustered(models, data):
+    cluster = Cluster(Share(1), WORKERS)
+    return Service.open(models, data, Limits(), options_of(models), drawers=cluster.drawers)
+
+
+@pytest.fixture(scope="module")
+def server(ray, models, tmp_path_factory):
+    with served(clustered(models, tmp_path_factory.mktemp("data"))) as running:
+        yield running
+
+
+def drawers(server):
+    return [worker.drawer for worker in server.service.workers]
+
+
+def until_drawing(server, id):
+    until(lambda: server.get(f"/api/jobs/{id}").json()["step"] > 0, 60)
+
+
+# --- a server's workers ----------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_those_of_one_process(server, models, tmp_path):
+    """To the last bit, settings and hashes too: from text, with a LoRA, from a picture, with a mask, and a sheet."""
+    photo, mask = noise_picture(64, 64), Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 40, 48))
+    bodies = [
+        {"prompt": "a red apple", "seed": 3},
+        {"prompt": "styled", "seed": 4, "loras": [{"name": "style", "strength": 0.7}]},
+        {"prompt": "other", "model": "two", "seed": 5},
+        {"prompt": "from a picture", "seed": 6, "image": base64_of(photo), "strength": 0.6},
+        {"prompt": "into a hole", "seed": 7, "image": base64_of(photo), "mask": base64_of(mask)},
+        {"prompt": "compared", "seed": 8, "grid": [{"name": "guidance", "values": [1, 3]}]},
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with served(open_service(models, tmp_path, batch=1, loras=options_of(models).loras)) as alone:
+            for body in bodies:
+                ours, theirs = (one.drawn(**body) for one in (server, alone))
+                assert len(ours["images"]) == len(theirs["images"])
+                for a, b in zip(ours["images"], theirs["images"], strict=True):
+                    files = [one.get(f"/api/images/{id}.png").content for one, id in ((server, a), (alone, b))]
+                    assert files[0] == files[1], body["prompt"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_previews_and_steps_arrive(server):
+    id = server.job(prompt="slow", steps=100)["id"]
+    job = server.service.queue.get(id)
+    until(lambda: job.previews and job.step > 1, 60)
+    assert job.steps == 100 and Image.open(BytesIO(job.previews[0])).size == (8, 8)
+    assert server.wait(id)["state"] == "done"
+    resident = {model["name"]: model["resident"] for model in server.get("/api/models").json()["models"]}
+    assert resident["one"]
+
+
+def test_a_cancelled_job_ends_in_its_worker_too(server):
+    before = [worker.pictures for worker in server.service.workers]
+    id = server.job(prompt="cancelled", steps=150, count=8)["id"]
+    until_drawing(server, id)
+    server.post(f"/api/jobs/{id}/cancel")
+    assert server.drawn(prompt="next", steps=2)["state"] == "done"
+    job = server.service.store.job(id)
+    assert job.state == "cancelled"
+    assert sum(worker.pictures for worker in server.service.workers) == sum(before) + len(job.done) + 1
+    assert all(drawer.ready for drawer in drawers(server))
+
+
+def test_a_worker_that_is_killed_gives_its_pictures_back_and_is_replaced(server):
+    processes = {drawer.worker.process for drawer in drawers(server)}
+    jobs = [server.job(prompt="to be killed", steps=150, seed=seed, count=3)["id"] for seed in (100, 200)]
+    until_drawing(server, jobs[0])
+    victim = drawers(server)[0].worker.process
+    os.kill(victim, signal.SIGKILL)
+    ended = [server.wait(id, 120) for id in jobs]
+    assert [job["state"] for job in ended] == ["done", "done"]
+    rows = [row.id for row in server.service.store.pictures("to be killed", limit=100)]
+    assert sorted(rows) == sorted(f"{id}-{index}" for id in jobs for index in range(3))
+    until(lambda: all(drawer.ready for drawer in drawers(server)), 60)
+    assert victim not in {drawer.worker.process for drawer in drawers(server)}
+    assert len(processes & {drawer.worker.process for drawer in drawers(server)}) == WORKERS - 1
+    assert server.service.workers[0].losses == 1 and "plainsd_workers_lost_total 1.0" in server.get("/metrics").text
+
+
+def test_a_worker_that_is_killed_while_it_waits_is_replaced_at_once(server):
+    drawer = drawers(server)[1]
+    victim = drawer.worker.process
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: drawer.ready and drawer.worker.process != victim, 60)
+    assert server.drawn(prompt="after", steps=1)["state"] == "done"
+
+
+def test_an_error_in_a_worker_is_the_error_of_its_job(server, models):
+    """A LoRA that is gone since it was checked: the client's error, with its message."""
+    path = options_of(models).loras / "gone.safetensors"
+    path.write_bytes((path.parent / "style.safetensors").read_bytes())
+    service = server.service
+    request = JobRequest(prompt="p", loras=[{"name": "gone"}])
+    job = new_job(request, service.models, service.limits, "me", "jobs")
+    path.unlink()
+    service.queue.add(job)
+    until(lambda: not job.active, 60)
+    assert job.state == "failed" and job.bad_request and "unknown LoRA 'gone'" in job.error
+
+
+@pytest.mark.full
+def test_a_front_that_stops_ends_its_workers_and_draws_the_rest_at_its_next_start(ray, models, tmp_path):
+    service = clustered(models[:1], tmp_path)
+    processes = [worker.drawer.worker.process for worker in service.workers]
+    with served(service) as first:
+        id = first.job(prompt="unfinished", steps=150, count=4)["id"]
+        until_drawing(first, id)
+    until(lambda: not any(map(alive, processes)), 30)
+    with served(clustered(models[:1], tmp_path)) as second:
+        assert second.wait(id, 120)["state"] == "done"
+        assert len(second.get("/api/images").json()["images"]) == 4
+        assert second.service.store.job(id).attempts == 0
+
+
+def alive(process):
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# --- what cannot work is one line ------------------------------------------------------------------------------------
+
+
+def test_wrong_flags_are_one_line(tmp_path, capsys):
+    for flags, says in (
+        (["--workers", "2"], "--workers needs --cluster"), (["--cluster"], "--cluster needs --workers"),
+        (["--cluster", "--workers", "0"], "workers 0 is out of range"),
+        (["--cluster", "a:1", "b:2", "--workers", "1"], "takes one address"),
+        (["--cluster", "--workers", "1", "--gpus-per-worker", "1.5"], "a whole number, or a fraction below 1"),
+        (["--cluster", "ray://head:10001", "--workers", "1"], "Ray's client protocol"),
+        (["--cluster", "head", "--workers", "1"], "is no address"),
+        (["--cluster", f"127.0.0.1:{free_port()}", "--workers", "1"], "nothing answers there"),
+    ):  # fmt: skip
+        assert main(["serve", "--data", str(tmp_path / "data"), "--port", "0", *flags]) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("plainsd:") == 1, err
+    assert main(["generate", "p", "--server", "http://127.0.0.1:1", "--cluster", "--workers", "1"]) == 2
+    assert "--server does not go with --cluster" in capsys.readouterr().err
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_without_ray_the_extra_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["generate", "p", "--cluster", "--workers", "1", "--out", str(tmp_path)]) == 2
+    assert "pip install 'plainsd[cluster]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_that_has_no_room_is_named(ray):
+    with pytest.raises(UserError, match="a worker needs 4000 CPUs, and no machine of the cluster has more than 4 CPUs"):
+        check_room(Share(4000))
+    assert share_of(2, None, None) == Share(2) and share_of(8, None, None) == Share(1)
+
+
+def test_other_versions_are_refused(ray, monkeypatch):
+    monkeypatch.setattr(worker_module, "versions", lambda: versions() | {"plainsd": "9.9"})
+    worker = RemoteWorker("1", list, Share(1))
+    with pytest.raises(UserError, match=r"other versions: plainsd .* there, 9\.9 here; install the same"):
+        worker.start()
+    worker.end()
+
+
+def test_a_worker_without_the_model_is_named(ray, models, tmp_path):
+    """The front has it, that machine has not: here a name that leads nowhere in the worker."""
+
+    def make():
+        raise UserError("there is no model at 'x'; give a model's folder")
+
+    worker = RemoteWorker("1", make, Share(1))
+    with pytest.raises(UserError, match=r"the worker on .*: there is no model at 'x'; give"):
+        worker.start()
+    worker.end()
+
+
+# --- a host, without Ray ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def host_of(monkeypatch):
+    monkeypatch.setattr(host_module, "keep_freed_memory", lambda: None)
+
+    def make(tool):
+        host = Host()
+        assert host.build(lambda: tool, torch.get_num_threads(), os.getcwd()) is None
+        return host
+
+    return make
+
+
+def test_a_host_runs_a_task_to_its_end_its_failure_or_its_stop(host_of):
+    closed = []
+
+    def tool(task):
+        try:
+            yield from range(task)
+            if task == 2:
+                raise UserError("wrong", field="seed")
+        finally:
+            closed.append(task)
+
+    host = host_of(tool)
+    assert list(host.run(0, 1)) == [Taken(), 0]
+    *events, failure = host.run(1, 2)
+    assert events == [Taken(), 0, 1]
+    assert (failure.message, failure.kind, failure.asked, failure.field) == ("wrong", "UserError", True, "seed")
+    running = host.run(2, 3)
+    assert [next(running), next(running)] == [Taken(), 0]
+    host.stop(2)
+    assert list(running) == []
+    assert list(host.run(3, 1)) == [Taken(), 0]  # the next is not stopped
+    assert closed == [1, 2, 3, 1]
+
+
+def test_what_is_no_fault_of_the_task_is_no_input_error(host_of):
+    def tool(task):
+        yield 1
+        raise task
+
+    host = host_of(tool)
+    for error in (KeyError("x"), DiskError(Path("x"), "full")):
+        failure = list(host.run(0, error))[-1]
+        assert not failure.asked and failure.kind == type(error).__name__ and "Traceback" in failure.trace
+
+
+def test_what_cannot_be_made_is_a_failure_too():
+    def make():
+        raise UserError("there is no model")
+
+    assert Host.build(object.__new__(Host), make, torch.get_num_threads(), "/no/such/folder").asked
+
+
+def test_quick_steps_share_an_event_and_none_is_lost():
+    def events():
+        yield Prepared(frozenset())
+        yield Begun(200)
+        for step in range(200):
+            yield Advanced([0.5], [b"preview"] if step == 100 else [])
+        yield "the end"
+
+    found = list(merged(events()))
+    steps = [event for event in found if isinstance(event, Advanced)]
+    assert isinstance(found[0], Prepared) and isinstance(found[1], Begun) and found[-1] == "the end"
+    assert sum(len(event.seconds) for event in steps) == 200 and len(steps) < 200
+    assert [preview for event in steps for preview in event.previews] == [b"preview"]
+
+
+# --- plainsd generate, plainsd eval ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"prompt {number}\n" for number in range(7)))
+    return file
+
+
+def test_a_list_is_that_of_one_process_and_goes_on_where_it_stopped(ray, models, prompts, tmp_path, monkeypatch):
+    flags = [
+        "generate",
+        "--prompts",
+        prompts,
+        "--model",
+        models[0],
+        "--batch",
+        2,
+        "--steps",
+        3,
+        "--seed",
+        5,
+        "--device",
+        "cpu",
+    ]
+    flags = [str(flag) for flag in flags]
+    by_cluster = [*flags, "--out", str(tmp_path / "cluster"), *BY_CLUSTER]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*flags, "--out", str(tmp_path / "alone")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    write, written = ListRun.write, []
+
+    def killed(run, number, *more):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(number)
+        return write(run, number, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ListRun, "write", killed)
+        assert main(by_cluster) == 130
+    assert len(list((tmp_path / "cluster").glob("*.png"))) == 3 and (tmp_path / "cluster" / RUN_RECORD).exists()
+    assert main([*by_cluster, "--steps", "4"]) == 2  # another run
+    assert main(by_cluster) == 0
+    alone, ours = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("alone", "cluster")
+    )
+    assert ours == alone and len(ours) == 7
+    assert main(by_cluster) == 0  # a run that has ended is not resumed: the next one has numbers of its own
+    assert len(list((tmp_path / "cluster").glob("*.png"))) == 14
+
+
+def test_a_list_outlives_its_workers(ray, models, prompts, tmp_path):
+    def make():
+        def tool(task):
+            number, file = task
+            yield number
+            with open(file, "a") as calls:
+                calls.write(f"{number}\n")
+            if number == 1 and open(file).read().split().count("1") < 3:
+                os._exit(1)
+            yield -number
+
+        return tool
+
+    file = str(tmp_path / "calls")
+    events = list(TaskList(make, Share(1), WORKERS, [(number, file) for number in range(3)]).events())
+    last = {task: [event for of, event in events if of == task] for task in range(3)}
+    assert last[0] == [0, 0] and last[2] == [2, -2]
+    assert last[1].count(Again()) == 2 and last[1][-3:] == [Again(), 1, -1]
+
+
+@pytest.mark.full
+def test_eval_by_a_cluster_scores_the_same(ray, tmp_path):
+    flags = ["eval", "--prompts", "4", "--steps", "2", "--device", "cpu"]
+    if main([*flags, "--out", str(tmp_path / "alone")]) != 0:
+        pytest.skip("needs the Noto Color Emoji font")
+    assert main([*flags, "--out", str(tmp_path / "cluster"), *BY_CLUSTER]) == 0
+    found = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("alone", "cluster")]
+    assert found[0] == found[1] and sorted(path.name for path in (tmp_path / "cluster").iterdir()) == [
+        "contact-sheet.png", "scores.json", "scores.txt"]  # fmt: skip
+
+
+# --- longer ones -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_two_hundred_jobs_of_32_clients_while_workers_are_killed(server):
+    ids: list[str] = []
+    lock = threading.Lock()
+
+    def client(number):
+        own = Server(None, server.url)
+        for job in range(number, 200, 32):
+            id = own.job(prompt=f"load {number}", seed=job, steps=10, model=("one", "two")[job % 2])["id"]
+            with lock:
+                ids.append(id)
+            own.wait(id, 300)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    killed = 0
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(3)
+        ready = [drawer for drawer in drawers(server) if drawer.ready]
+        if ready and killed < 6:
+            os.kill(ready[killed % len(ready)].worker.process, signal.SIGKILL)
+            killed += 1
+    jobs = [server.get(f"/api/jobs/{id}").json() for id in ids]
+    assert len(jobs) == 200 and {job["state"] for job in jobs} == {"done"} and killed >= 2
+    rows = server.service.store.pictures("load", limit=1000)
+    assert sorted(row.id for row in rows) == sorted(f"{id}-0" for id in ids)
+    assert all(server.service.store.path(row).is_file() for row in rows)
+
+
+FRONT = ["-m", "plainsd", "serve", "--port", "0", *BY_CLUSTER]
+
+
+@pytest.mark.full
+def test_a_front_that_is_killed_takes_its_workers_with_it_and_loses_nothing(models, tmp_path):
+    def front():
+        command = [sys.executable, *FRONT, "--model", models[0], "--data", str(tmp_path), "--device", "cpu"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
+        return process, Server(None, process.stdout.readline().strip().rstrip("/"))
+
+    process, server = front()
+    ids = [server.job(prompt="killed", steps=100, count=4, seed=seed)["id"] for seed in (1, 100)]
+    until_drawing(server, ids[0])
+    below = children(process.pid)
+    assert len(below) > WORKERS
+    process.kill()
+    process.wait()
+    until(lambda: not any(map(alive, below)), 60)
+    process, server = front()
+    assert [server.wait(id, 120)["state"] for id in ids] == ["done", "done"]
+    rows = [row["id"] for row in server.get("/api/images?limit=100").json()["images"]]
+    assert sorted(rows) == sorted(f"{id}-{index}" for id in ids for index in range(4))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.full
+def test_machines_come_and_go(models, tmp_path):
+    """A cluster of three: one with the front, and two with a worker each, whose raylets are killed, one after the
+    other, while the second has been replaced."""
+    from ray.cluster_utils import Cluster as Machines
+
+    machines = Machines(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [machines.add_node(num_cpus=1) for _ in range(WORKERS)]
+    command = [sys.executable, *FRONT, "--model", models[0], "--data", str(tmp_path), "--device", "cpu"]
+    command.insert(command.index("--cluster") + 1, machines.address)
+    front = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        server = Server(None, front.stdout.readline().strip().rstrip("/"))
+        ids = [server.job(prompt="machines", steps=150, count=4, seed=seed)["id"] for seed in (1, 100)]
+        until_drawing(server, ids[0])
+        machines.remove_node(nodes[0], allow_graceful=False)
+        until(lambda: "plainsd_workers_lost_total 1.0" in server.get("/metrics").text, 60)
+        machines.add_node(num_cpus=1)
+        until(lambda: "plainsd_workers 2.0" in server.get("/metrics").text, 60)
+        machines.remove_node(nodes[1], allow_graceful=False)
+        assert [server.wait(id, 120)["state"] for id in ids] == ["done", "done"]
+        rows = [row["id"] for row in server.get("/api/images?limit=100").json()["images"]]
+        assert sorted(rows) == sorted(f"{id}-{index}" for id in ids for index in range(4))
+        front.send_signal(signal.SIGTERM)
+        front.wait(60)
+    finally:
+        front.kill()
+        machines.shutdown()
+
+
+def children(process):
+    """All processes below this one."""
+    found = [
+        int(one) for one in subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split()
+    ]
+    return found + [deeper for one in found for deeper in children(one)]
+
+
+@pytest.mark.full
+def test_a_worker_that_hangs_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(worker_module, "SILENCE", 2.0)
+    monkeypatch.setattr(worker_module, "ANSWER", 2.0)
+    id = server.job(prompt="hangs", steps=150, count=2)["id"]
+    until_drawing(server, id)
+    victim = next(drawer for drawer in drawers(server) if server.service.queue.get(id) and drawer.ready)
+    process = victim.worker.process
+    os.kill(process, signal.SIGSTOP)
+    try:
+        assert server.wait(id, 120)["state"] == "done"
+        until(lambda: victim.ready and victim.worker.process != process, 120)
+    finally:
+        if alive(process):
+            os.kill(process, signal.SIGCONT)
