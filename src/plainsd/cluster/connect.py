@@ -31,6 +31,9 @@ class Share:
 def imported_ray() -> ModuleType:
     """UserError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed"
+    )  # it would go to stdout; we log it
     try:
         import ray
     except ImportError:

@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 class Host:
     """One worker's process."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         keep_freed_memory()
         self.tool: Tool | None = None
         self.stopped = -1  # the number of the last task that is to stop
