@@ -22,8 +22,6 @@ from plainsd.listing import read_prompts
 from plainsd.pictures.settings import RANDOM, Settings, drawn_seed, read_seed
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from plainsd.commands.generate_cluster import ListRun
     from plainsd.pictures.model import StableDiffusion
     from plainsd.reports.clip_score import Captioned
