@@ -142,7 +142,7 @@ class Generate(GenerateFlags):
     ) -> None:
         from tqdm import tqdm
 
-        from plainsd.commands.generate_cluster import ListRun, digest_of, generate_on_cluster
+        from plainsd.commands.generate_cluster import ListRun, digest_of_run, generate_on_cluster
 
         began, count = time.perf_counter(), len(prompts)
         self.ray.join()
@@ -150,7 +150,7 @@ class Generate(GenerateFlags):
         batches = list(prompt_batches(prompts, drawn, self.batch, range(count)))
         one = Settings(**drawn)
         seeds = [one.seed + (index if one.counted == "seed" else 0) for index in range(count)]
-        run = ListRun.begin(target, digest_of(setup, prompts, choices), seeds * len(tasks))
+        run = ListRun.begin(target, digest_of_run(setup, prompts, choices), seeds * len(tasks))
         written = 0
         for path in generate_on_cluster(setup, tasks, prompts, choices, batches, run):
             tqdm.write(str(path), file=sys.stdout)

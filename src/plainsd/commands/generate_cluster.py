@@ -181,7 +181,7 @@ def first_of_record(record: Path, digest: str) -> int:
     return first
 
 
-def digest_of(setup: DrawingSetup, prompts: list[str], choices: dict[str, Any]) -> str:
+def digest_of_run(setup: DrawingSetup, prompts: list[str], choices: dict[str, Any]) -> str:
     """Of all that decides how the pictures look."""
     command = {name: value for name, value in asdict(setup.command).items() if name not in NOT_COMPARED}
     files = [setup.loras, setup.embeddings, setup.noise, setup.controls, setup.image_prompts]
@@ -225,7 +225,7 @@ def draw_rows(
         for start in range(0, len(prompts), batch)
     ]
     names = [f"{index:05d}{f'-{row}' if row else ''}.png" for row in range(len(rows)) for index in range(len(prompts))]
-    run = ListRun.named(folder, digest_of(setup, prompts, {"rows": rows, "seed": seed}), names)
+    run = ListRun.named(folder, digest_of_run(setup, prompts, {"rows": rows, "seed": seed}), names)
     for _ in generate_on_cluster(setup, [text_to_image], prompts, {}, batches, run):
         pass
     return run
