@@ -16,6 +16,8 @@ from serving import Brake, alike, base64_of, from_base64, model_folder, open_ser
 
 import plainsd
 from plainsd.pictures.texts.a1111 import parse_settings
+from plainsd.server.jobs.drawing import LocalDrawer
+from plainsd.server.jobs.queue import Place
 from plainsd.server.jobs.worker import Worker
 from plainsd.server.limits import Limits
 from plainsd.server.uploads import opened
@@ -521,7 +523,8 @@ def test_histograms_are_by_model_and_worker(model, tmp_path):
     """Two models, two workers on one queue: each wait and each step is counted where it was."""
     other = model_folder(tmp_path, "other", 1)
     service = open_service([model, other], tmp_path / "data")
-    second = Worker(service.queue, service.models, service.store, service.limits, 4, name="worker-1")
+    drawer = LocalDrawer(service.models, Place("worker-1"))
+    second = Worker(service.queue, drawer, service.store, service.limits, service.models.options, 4)
     with served(service) as server:
         names = [*service.models.known]
         for steps, name in enumerate(names, 2):

@@ -14,6 +14,7 @@ import tyro
 from PIL import Image
 from serving import embedding_file, model_folder, open_service, served, until
 
+from plainsd.commands.cluster import ClusterFlags
 from plainsd.commands.serve import Serve
 from plainsd.server.api import connections
 from plainsd.server.limits import Limits
@@ -101,7 +102,9 @@ def test_limits_and_flags_are_as_told():
         "seconds for the head of a request, and for its body": connections.HEAD_SECONDS,
         "connections, in all and of one address": connections.CONNECTIONS,
     }  # fmt: skip
-    known = {f"--{name.replace('_', '-')}" for name in Serve.__dataclass_fields__}
+    known = {
+        f"--{name.replace('_', '-')}" for name in (*Serve.__dataclass_fields__, *ClusterFlags.__dataclass_fields__)
+    }
     assert set(re.findall(r"`(--[a-z-]+)`", TEXT)) <= known
 
 

@@ -116,7 +116,8 @@ class Worker(threading.Thread):
     def work_of(self, units: list[Unit]) -> Work:
         job = units[0].job
         source = job.source or Source()
-        inputs = {name: self.store.input_bytes(name) for name in source.files() - {source.base, source.alpha}}
+        needed = replace(source, base=None, alpha=None).files()  # what is pasted into is needed here alone
+        inputs = {name: self.store.input_bytes(name) for name in needed}
         return Work(job.model, job.loras, [unit.settings for unit in units], source, inputs)
 
     def follow(self, events: Generator[Event], units: list[Unit]) -> DrawnBatch | None:
