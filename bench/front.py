@@ -3,11 +3,13 @@
     python bench/front.py [--queued 64,256,1024] [--workers 8] [--files] [--data FOLDER]
 
 For each number of jobs: so many are added, then threads take batches and store their pictures at once, as workers do
-that need no time to draw. With `--files` each picture is also written as a PNG file of 512x512 noise, flushed to the
-disk. Everything that one process does for a picture is in it but HTTP: `--workers` threads share its lock.
+that need no time to draw. With `--files` each picture is also written as a PNG file of 512x512 (soft shapes with the
+grain of a photograph), flushed to the disk. Everything that one process does for a picture is in it but HTTP:
+`--workers` threads share its lock. The time of a flush says how much of it is the disk's.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import tempfile
@@ -20,7 +22,7 @@ from PIL import Image
 
 from plainsd.pictures.settings import Resolved
 from plainsd.server.jobs.job import Job
-from plainsd.server.jobs.queue import Queue
+from plainsd.server.jobs.queue import Place, Queue
 from plainsd.server.jobs.store import Store
 
 SETTINGS = Resolved(size=(512, 512), steps=20, guidance=7.0, sampler="dpmpp_2m", spacing="karras", prompt="a red apple")
@@ -39,7 +41,8 @@ def main() -> None:
     asked = parser.parse_args()
     files = "PNG files of 512x512" if asked.files else "rows alone"
     print(f"{asked.pictures} pictures a job, batches of {asked.batch}, {asked.workers} workers, {files}; "
-          f"{platform.machine()}, Python {platform.python_version()}, median of {asked.rounds}\n")  # fmt: skip
+          f"{platform.machine()}, Python {platform.python_version()}, median of {asked.rounds}; "
+          f"a flush takes {1000 * flush_seconds(asked.data):.1f} ms\n")  # fmt: skip
     print("| jobs in the queue | jobs added a second | pictures finished a second | ms a picture |\n|---|---|---|---|")
     for count in map(int, asked.queued.split(",")):
         rounds = [measured(count, asked) for _ in range(asked.rounds)]
@@ -77,13 +80,35 @@ def measured(count: int, asked: argparse.Namespace) -> tuple[float, float]:
 
 def finish(queue: Queue, store: Store, asked: argparse.Namespace) -> None:
     """As a worker that draws in no time."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
-    while units := queue.next_batch(asked.batch):
+    place = Place()
+    picture = photograph() if asked.files else None
+    while units := queue.next_batch(asked.batch, place):
         for unit in units:
             file = f"pictures/{unit.job.path_prefix}-{unit.index}.png"
-            if asked.files:
-                file = store.write(unit.job, unit.index, noise)
+            if picture is not None:
+                file = store.write(unit.job, unit.index, picture)
             queue.add_picture(unit, file, (512, 512))
+
+
+def photograph() -> Image.Image:
+    """Of about the size of a photograph's PNG: 1.3 bytes a pixel."""
+    random = np.random.default_rng(0)
+    shapes = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((512, 512), Image.BICUBIC)
+    grain = random.normal(0, 2, (512, 512, 3))
+    return Image.fromarray((np.asarray(shapes) + grain).clip(0, 255).astype(np.uint8))
+
+
+def flush_seconds(folder: Path | None, rounds: int = 50) -> float:
+    """Of 4 KB that are written and flushed to the disk: the median."""
+    took = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(rounds):
+            began = time.perf_counter()
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+            took.append(time.perf_counter() - began)
+    return statistics.median(took)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from plainsd.commands.serve import Serve
 from plainsd.errors import UserError
 from plainsd.server import users
 from plainsd.server.api.security import PROBES, PUBLIC_PATHS, Hosts
+from plainsd.server.jobs.queue import Place
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
@@ -304,7 +305,7 @@ def test_names_take_turns_whatever_they_say_and_wherever_they_are(model, tmp_pat
             assert answer.status_code == 202
         bert.job(prompt="p", count=3)
         assert [job.client for job in service.queue.jobs.values()] == ["anna"] * 3 + ["bert"]
-        drawn = [service.queue.next_batch(1)[0].job.client for _ in range(6)]
+        drawn = [service.queue.next_batch(1, Place())[0].job.client for _ in range(6)]
         assert drawn == ["anna", "bert"] * 3
         start()
         service.queue.stop()

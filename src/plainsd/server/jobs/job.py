@@ -188,6 +188,8 @@ class Job:
 
     def pending(self) -> list[int]:
         """Indices that can be processed now: a sheet only when its pictures are done."""
+        if len(self.done) + len(self.drawing) == len(self.settings) + (self.sheet is not None):
+            return []  # of many running jobs, nearly all
         left = sorted(self.indices - self.done - self.drawing)
         ready = not self.drawing and len(self.done) == len(self.settings)
         return [index for index in left if index < len(self.settings) or ready]
