@@ -28,6 +28,8 @@ def test_formulas_become_mathml():
     assert "arithmatex" not in made and "\\" not in made
     made = website.formulas_as_mathml(r'<span class="arithmatex">\(\mathbb E, \mathbb R, \mathcal N, \log s\)</span>')
     assert all(f"<mi>{letter}</mi>" in made for letter in "\U0001d53c\u211d\U0001d4a9") and "<mspace" in made
+    made = website.formulas_as_mathml(r'<span class="arithmatex">\(\operatorname{Var}\!\left(x\right), \max x\)</span>')
+    assert "<mi>Var</mi>" in made and "<mi>max</mi>" in made and 'width="-0.167em"' in made
 
 
 def test_broken_links_are_seen(tmp_path):

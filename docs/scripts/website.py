@@ -28,6 +28,7 @@ REFERENCE = ("glossary", "symptoms", "papers", "lesson")  # pages that are looke
 FOLDERS = ("diffusion", "models", "text", "files", "pictures", "adapters", "speed", "train", "reports")
 PICTURES = (".png", ".svg", ".jpg", ".webp")
 CSS = """[data-md-color-scheme=slate] img[src$=".svg"] { background: #fff; border-radius: 4px }
+math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", "DejaVu Math TeX Gyre", math }
 math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3em 0 }
 .md-typeset table:not([class]) { font-size: .68rem }
 .md-typeset table:not([class]) th:empty { min-width: 0 }
@@ -115,6 +116,8 @@ def formulas_as_mathml(text: str) -> str:
         formula, block = html.unescape(found[3]), found[2] == "["
         made = convert(formula.strip(), display="block" if block else "inline")
         made = re.sub(r'<mi mathvariant="(double-struck|script)">([A-Z])</mi>', _letter, made)
+        made = re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", made)  # names of functions: no operator's space
+        made = made.replace('"negativethinmathspace"', '"-0.167em"')  # MathML Core knows lengths only
         return re.sub(r"(<mi>(?:log|exp|sin|cos)</mi>)(?=<m(?!o))", r'\1<mspace width="0.17em"/>', made)
 
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', mathml, text, flags=re.DOTALL)
