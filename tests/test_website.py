@@ -30,6 +30,11 @@ def test_formulas_become_mathml():
     assert all(f"<mi>{letter}</mi>" in made for letter in "\U0001d53c\u211d\U0001d4a9") and "<mspace" in made
     made = website.formulas_as_mathml(r'<span class="arithmatex">\(\operatorname{Var}\!\left(x\right), \max x\)</span>')
     assert "<mi>Var</mi>" in made and "<mi>max</mi>" in made and 'width="-0.167em"' in made
+    made = website.formulas_as_mathml(r'<span class="arithmatex">\(\lVert x_i\rVert = -\infty, [-3], a - b\)</span>')
+    assert made.count('<mo stretchy="false">&#x02016;</mo>') == 2 and "<mi>&#x0221E;</mi>" in made
+    assert made.count('<mo form="prefix">&#x02212;</mo>') == 2 and made.count("<mo>&#x02212;</mo>") == 1
+    made = website.formulas_as_mathml(r'<span class="arithmatex">\(\log_{10} x, \cos^2 x, z \sim p, \log x\)</span>')
+    assert made.count("<mspace") == 1 and "<mo>&#x0223C;</mo>" in made  # a base and a power are one of two parts
 
 
 def test_broken_links_are_seen(tmp_path):

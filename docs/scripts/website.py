@@ -109,6 +109,17 @@ def stage() -> None:
     (BUILD / "zensical.toml").write_text(f"[project]\n{navigation(pages)}{config}", "utf-8")
 
 
+TIDIER = (  # what latex2mathml writes, and what browsers draw as TeX would
+    (r"<mo>([A-Za-z]{2,}|&#x0221E;|&#x02202;)</mo>", r"<mi>\1</mi>"),  # functions, infinity, d: no operator's space
+    (r"<mo>(&#x02016;|&#x0007C;)</mo>", r'<mo stretchy="false">\1</mo>'),  # bars of a norm
+    (r"<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>"),  # "is distributed as"
+    (r"(<mo[^>]*>(?:&#x00028;|\[|&#x0003D;|&#x0002C;|&#x02248;)</mo>)<mo>&#x02212;</mo>",
+     r'\1<mo form="prefix">&#x02212;</mo>'),
+    (r'"negativethinmathspace"', '"-0.167em"'),  # MathML Core knows lengths only
+    (r"(?<!<msub>)(?<!<msup>)(<mi>(?:log|exp|sin|cos)</mi>)(?=<m(?!o))", r'\1<mspace width="0.17em"/>'),
+)  # fmt: skip
+
+
 def formulas_as_mathml(text: str) -> str:
     r"""An HTML page with what arithmatex marks, \(...\) and \[...\], as MathML."""
 
@@ -116,9 +127,9 @@ def formulas_as_mathml(text: str) -> str:
         formula, block = html.unescape(found[3]), found[2] == "["
         made = convert(formula.strip(), display="block" if block else "inline")
         made = re.sub(r'<mi mathvariant="(double-struck|script)">([A-Z])</mi>', _letter, made)
-        made = re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", made)  # names of functions: no operator's space
-        made = made.replace('"negativethinmathspace"', '"-0.167em"')  # MathML Core knows lengths only
-        return re.sub(r"(<mi>(?:log|exp|sin|cos)</mi>)(?=<m(?!o))", r'\1<mspace width="0.17em"/>', made)
+        for pattern, better in TIDIER:
+            made = re.sub(pattern, better, made)
+        return made
 
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', mathml, text, flags=re.DOTALL)
 
