@@ -166,6 +166,17 @@ def test_a_compiled_model_draws_the_same():
 
 @pytest.mark.full
 @WITH_COMPILER
+def test_models_of_one_shape_keep_their_own_weights():
+    """Weights are frozen into what is compiled, and that is kept in caches, in memory and on the disk."""
+    makers = [lambda seed=seed: tiny_sd(channels=(32,), depth=(1,), heads=(2,), seed=seed) for seed in (0, 1)]
+    fast = [model.faster(make(), compiled=True) for make in makers]
+    for number in (0, 1, 0):
+        assert_as_exact(fast[number], makers[number])
+    assert_as_exact(model.faster(makers[1](), compiled=True), makers[1])
+
+
+@pytest.mark.full
+@WITH_COMPILER
 @EACH
 def test_a_compiled_model_with_control_draws_the_same(make, words):
     said = []
