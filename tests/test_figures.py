@@ -15,12 +15,16 @@ FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 
 SCRIPTS = [path for path in sorted(FOLDER.glob("*.py")) if "def draw()" in path.read_text("utf-8")]
 NAMES = [path.stem for path in SCRIPTS]
-SLOW = {path.stem for path in SCRIPTS if "\nSLOW = True\n" in path.read_text("utf-8")}
+SLOW = {path.stem for path in SCRIPTS if re.search(r"^SLOW = True\b", path.read_text("utf-8"), re.MULTILINE)}
 DRAWN = [pytest.param(name, marks=pytest.mark.full if name in SLOW else ()) for name in NAMES]
 
 
 def drawn(name: str) -> str:
     return (FOLDER / f"{name}.svg").read_text("utf-8")
+
+
+def test_every_script_that_says_it_is_slow_is_marked():
+    assert SLOW == {path.stem for path in SCRIPTS if "SLOW" in path.read_text("utf-8")}
 
 
 @pytest.mark.parametrize("name", DRAWN)
