@@ -215,6 +215,7 @@ def test_a_run_goes_on_bit_for_bit_and_says_when_the_set_is_another(vae, made, m
     "method, more, message",
     [
         ("scratch", ("--flip",), "captions of emoji scenes say where things are"),
+        ("scratch", ("--caption", "a cat"), "scenes are drawn with their captions"),
         ("lora", ("--live-latents",), "--live-latents is for method scratch"),
     ],
 )

@@ -24,6 +24,7 @@ from plainsd.emoji.scorer import nearest_name
 
 CANVAS, SQUARE_SIDE = 24, 16  # G, Q
 DIFFERENT = 26  # of 255: a pixel is not background if a channel is off by more
+SOFT = 1.5  # of 255: mean error of the border from which a pattern's edges count as soft
 KEPT_BORDER = 0.8  # share of the border's pixels, the best ones, that the background is fitted_size to
 GRID_CELLS = 64  # side of the grid on which connected parts are found
 SMALLEST_PART, MOST_PARTS = 0.0012, 9  # share of the picture; smaller ones are noise
@@ -105,14 +106,14 @@ class Spotter:
     def __call__(self, picture: Image.Image) -> Spotted:
         picture = picture.convert("RGB").resize((self.size, self.size), Image.Resampling.LANCZOS)
         pixels = np.asarray(picture)
-        pattern, a, b = fitted_background(pixels)
+        pattern, a, b, error = fitted_background(pixels)
         names = tuple(
             nearest_name(np.asarray(colour) / 255, self.made_of.colours)
             for colour in ([a] if pattern == "plain" else [a, b])
         )
         ground = background_pixels(pattern, a, b, self.size)
         different = np.abs(pixels.astype(np.int16) - ground).max(-1) > DIFFERENT
-        if pattern in ("stripes", "dots"):
+        if pattern in ("stripes", "dots") and error > SOFT:
             different = without_lines(different)  # soft edges of the pattern are no objects
         parts = connected_parts(different)
         found = [self._explained(pixels, ground, different, box) for box in parts]
@@ -201,8 +202,9 @@ class Spotter:
 # ---- the background --------------------------------------------------------------------------------------------------
 
 
-def fitted_background(pixels: np.ndarray) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Pattern and colours of the border of (S, S, 3): plain unless another pattern fits clearly better."""
+def fitted_background(pixels: np.ndarray) -> tuple[str, tuple[int, ...], tuple[int, ...], float]:
+    """Pattern and colours of the border of (S, S, 3), and their mean error: plain unless another pattern fits clearly
+    better."""
     size = len(pixels)
     border: np.ndarray = np.ones((size, size), bool)
     width = max(1, size // 40)
@@ -213,7 +215,7 @@ def fitted_background(pixels: np.ndarray) -> tuple[str, tuple[int, ...], tuple[i
     if fits["plain"][1] <= 1.2 * fits[best][1] + 2:
         best = "plain"
     a, b = (tuple(int(value) for value in np.clip(colour.round(), 0, 255)) for colour in fits[best][0])
-    return best, a, b
+    return best, a, b, fits[best][1]
 
 
 def border_fit(shares: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, float]:

@@ -135,6 +135,11 @@ def read_source(
     """The pictures of one source, checked. `cache` is a folder for downloads, conversions and scans."""
     place, repeats = parse_source(source)
     if place.startswith(SCENE_PREFIX):
+        if reading.caption or reading.stream or reading.text_column or reading.picture_column:
+            raise UserError(
+                f"{place}: scenes are drawn with their captions; leave out --caption, --stream, --text-column and "
+                "--picture-column"
+            )
         return PictureSet(read_scenes(place, heldout=reading.heldout, limit=reading.limit, repeats=repeats), size)
     path, known = Path(place), cache / "scanned.json"
     kind, files = source_kind(path, reading.without)
