@@ -10,6 +10,7 @@ import yaml
 from plainsd.commands.parsing import parsed
 from plainsd.commands.serve import Serve
 from plainsd.server.api.security import PROBES
+from plainsd.server.limits import Limits
 from plainsd.server.service import LAST_STEP
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,21 @@ def test_the_compose_file_of_a_cluster():
     shared = {volume for volume in front["volumes"] if not volume.startswith("data:")}
     assert shared == set(worker["volumes"]) and f"{asked.loras}" in " ".join(shared)
     assert set(front["networks"]) == set(worker["networks"]) == set(content["networks"])
+
+
+def test_the_commands_of_the_page_on_scale():
+    """What docs/scale.md starts is read by the parser, by host names that its proxy passes on."""
+    text = (ROOT / "docs" / "scale.md").read_text("utf-8")
+    (shown,) = re.findall(r"^```sh serve\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (proxy,) = re.findall(r"^```nginx\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    fronts = dict(re.findall(r"^    (\S+\.org) +127\.0\.0\.1:(\d+);$", proxy, re.MULTILINE))
+    commands = [shlex.split(line) for line in shown.replace("\\\n", " ").splitlines()]
+    asked = [served_by(words) for words in commands]
+    assert {one.allow_host[0]: str(one.port) for one in asked} == fronts and len(fronts) == 2
+    assert len({one.data for one in asked}) == 2
+    assert f"client_max_body_size {Limits().upload // 2**20}m;" in proxy
+    for script in re.findall(r"python (bench/\w+\.py)", text):
+        assert (ROOT / script).exists()
 
 
 @pytest.fixture(scope="module")

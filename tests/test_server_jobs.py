@@ -406,6 +406,18 @@ def test_the_last_row_and_the_end_of_its_job_are_one_transaction(opened):
     assert (found.state, found.done) == (DONE, {0, 1}) and found.finished >= found.created
 
 
+def test_a_picture_costs_three_flushes_of_the_disk(opened, monkeypatch):
+    """One each as its job comes, starts, and ends with its picture: they are what limits a front."""
+    service, transactions = opened(start=False), []
+    whole = service.store.transaction
+    monkeypatch.setattr(service.store, "transaction", lambda: transactions.append(1) or whole())
+    jobs = [ask(service, client=name) for name in "ab"]
+    service.worker.start()
+    assert [ended(job).state for job in jobs] == [DONE, DONE] and service.worker.batches == {2: 1}
+    assert len(transactions) == 6
+    assert [service.store.job(job.id).state for job in jobs] == [DONE, DONE]
+
+
 def test_a_job_that_ends_the_server_again_and_again_is_given_up(opened):
     service = opened(start=False)
     job = ask(service)

@@ -127,12 +127,14 @@ class Store:
             db.execute("UPDATE jobs SET attempts = attempts + 1 WHERE id = ?", (job.id,))
 
     def mark_ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
-        """Stores its final state, and deletes its input images unless another job needs them."""
-        with self.transaction() as db:
-            db.execute(
-                "UPDATE jobs SET state = ?, error = ?, finished = ?, alone = 0 WHERE id = ?",
-                (state, error, finished, job.id),
-            )
+        """Stores its final state, unless it is DONE, which `add_picture` has stored; and deletes its input images unless
+        another job needs them."""
+        if state != DONE:
+            with self.transaction() as db:
+                db.execute(
+                    "UPDATE jobs SET state = ?, error = ?, finished = ?, alone = 0 WHERE id = ?",
+                    (state, error, finished, job.id),
+                )
         if job.source:
             self.remove_unused_inputs(job.source.files())
 
