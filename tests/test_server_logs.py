@@ -15,7 +15,7 @@ from serving import Server, model_folder, open_service, served, until
 from plainsd.cli import main
 from plainsd.commands.serve import Serve
 from plainsd.server import logs
-from plainsd.server.jobs import worker
+from plainsd.server.jobs import drawing
 from plainsd.server.logs import JSONLines, TextLines, access_log, log_fields, note
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
@@ -101,7 +101,7 @@ def test_a_failure_and_its_traceback_are_one_line(model, tmp_path, monkeypatch):
         logging.getLogger("plainsd.server").warning("about to break")
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(worker, "batch", broken)
+    monkeypatch.setattr(drawing, "batch", broken)
     with written(JSONLines()) as stream, served(open_service([model], tmp_path)) as server:
         job = server.wait(server.job(prompt="p")["id"])
         assert job["state"] == "failed"
@@ -118,13 +118,13 @@ def test_a_failure_and_its_traceback_are_one_line(model, tmp_path, monkeypatch):
 
 
 def test_a_line_about_a_batch_names_all_its_jobs(model, tmp_path, monkeypatch):
-    original = worker.batch
+    original = drawing.batch
 
     def telling(*args, **more):
         logging.getLogger("plainsd.server").warning("drawing")
         return original(*args, **more)
 
-    monkeypatch.setattr(worker, "batch", telling)
+    monkeypatch.setattr(drawing, "batch", telling)
     service = open_service([model], tmp_path)
     wanted = JobRequest(prompt="p", steps=1)
     jobs = [new_job(wanted, service.models, service.limits, name, "jobs") for name in ("anna", "bert")]

@@ -127,7 +127,7 @@ class Store:
             db.execute("UPDATE jobs SET attempts = attempts + 1 WHERE id = ?", (job.id,))
 
     def mark_ended(self, job: Job, state: str, error: str | None, finished: float) -> None:
-        """Stores its final state, unless it is DONE, which `add_picture` has stored; and deletes its input images unless
+        """Stores its final state, unless it is DONE, which `add_picture` has stored. Deletes its input images unless
         another job needs them."""
         if state != DONE:
             with self.transaction() as db:
