@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import ray
 import torch
 
 from plainsd import __version__
@@ -42,6 +41,8 @@ def main() -> None:
     asked = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     connect("local", cpus=4)
+    import ray
+
     with tempfile.TemporaryDirectory() as folder:
         sides = {
             "one process, 1 thread": (opened(asked, Path(folder, "a")), 1),

@@ -18,6 +18,7 @@ from PIL import Image
 from serving import Server, base64_of, lora_file, model_folder, open_service, served, until
 
 from plainsd.cli import main
+from plainsd.cluster import connect as connecting
 from plainsd.cluster import host as host_module
 from plainsd.cluster import worker as worker_module
 from plainsd.cluster.connect import Share, check_room, connect, share_of
@@ -223,6 +224,15 @@ def test_without_ray_the_extra_is_named(monkeypatch, capsys, tmp_path):
     assert main(["generate", "p", "--cluster", "--workers", "1", "--out", str(tmp_path)]) == 2
     assert "pip install 'plainsd[cluster]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_listens_but_is_no_head_is_named(monkeypatch):
+    monkeypatch.setattr(connecting, "CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        connecting.check_address(address)
+        with pytest.raises(UserError, match="is not the head of a Ray cluster; give the address"):
+            connecting.check_head(address)
 
 
 def test_a_worker_that_has_no_room_is_named(ray):
@@ -460,7 +470,7 @@ def test_a_front_that_is_killed_takes_its_workers_with_it_and_loses_nothing(mode
     assert len(below) > WORKERS
     process.kill()
     process.wait()
-    until(lambda: not any(map(alive, below)), 60)
+    until(lambda: not any(map(alive, below)), 150)  # the last of them are Ray's agents, which look for its head first
     process, server = front()
     assert [server.wait(id, 120)["state"] for id in ids] == ["done", "done"]
     rows = [row["id"] for row in server.get("/api/images?limit=100").json()["images"]]

@@ -98,7 +98,12 @@ def test_lower_bounds_are_those_that_were_proven():
 
 DISTRIBUTIONS = {"PIL": "Pillow", "cv2": "opencv-python-headless", "prometheus_client": "prometheus-client",
                  "python_multipart": "python-multipart"}  # fmt: skip
-BROUGHT = {"starlette": "fastapi", "h11": "uvicorn", "fsspec": "datasets"}  # by which of ours it is always installed
+BROUGHT = {
+    "starlette": "fastapi",
+    "h11": "uvicorn",
+    "fsspec": "datasets",
+    "grpc": "ray",
+}  # by which of ours it is always installed
 
 
 def imported(path):

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -48,10 +49,12 @@ def connect(address: str = "", *, cpus: int | None = None) -> str:
     $RAY_ADDRESS or, if there is none, to one of this process alone, which ends with it and has `cpus` CPUs. Returns the
     address. UserError where that cannot be done."""
     address = address or os.environ.get("RAY_ADDRESS", "") or LOCAL
-    if address == LOCAL and "RAY_AUTH_MODE" not in os.environ:  # its ports answer this process and its workers alone
+    if address == LOCAL and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:  # which reads these once
+        # its ports answer this process and its workers alone
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray = imported_ray()
     check_address(address)
+    check_head(address)
     if ray.is_initialized():
         return ray.get_runtime_context().gcs_address
     options: dict = {"address": address, "log_to_driver": False, "logging_level": logging.WARNING}
@@ -100,6 +103,24 @@ def check_address(address: str) -> None:
             field="cluster",
             value=address,
         ) from None
+
+
+def check_head(address: str) -> None:
+    """UserError if what listens there is no head of a Ray cluster, or nothing like it: Ray would wait for one."""
+    if address in (LOCAL, "auto") or os.environ.get("RAY_USE_TLS") == "1":
+        return
+    import grpc
+
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise UserError(
+                f"--cluster {address}: what listens there is not the head of a Ray cluster; give the address that "
+                "ray start --head prints, usually with port 6379",
+                field="cluster",
+                value=address,
+            ) from None
 
 
 # --- room ------------------------------------------------------------------------------------------------------------
