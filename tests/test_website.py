@@ -35,6 +35,8 @@ def test_formulas_become_mathml():
     assert made.count('<mo form="prefix">&#x02212;</mo>') == 2 and made.count("<mo>&#x02212;</mo>") == 1
     made = website.formulas_as_mathml(r'<span class="arithmatex">\(\log_{10} x, \cos^2 x, z \sim p, \log x\)</span>')
     assert made.count("<mspace") == 1 and "<mo>&#x0223C;</mo>" in made  # a base and a power are one of two parts
+    made = website.formulas_as_mathml(r'<span class="arithmatex">\(\cos a \cos b\)</span>')
+    assert made.count("<mspace") == 3
 
 
 def test_broken_links_are_seen(tmp_path):

@@ -116,6 +116,7 @@ TIDIER = (  # what latex2mathml writes, and what browsers draw as TeX would
     (r"(<mo[^>]*>(?:&#x00028;|\[|&#x0003D;|&#x0002C;|&#x02248;)</mo>)<mo>&#x02212;</mo>",
      r'\1<mo form="prefix">&#x02212;</mo>'),
     (r'"negativethinmathspace"', '"-0.167em"'),  # MathML Core knows lengths only
+    (r"(</m(?:i|n|sub|sup)>)(?=<mi>(?:log|exp|sin|cos)</mi>)", r'\1<mspace width="0.17em"/>'),
     (r"(?<!<msub>)(?<!<msup>)(<mi>(?:log|exp|sin|cos)</mi>)(?=<m(?!o))", r'\1<mspace width="0.17em"/>'),
 )  # fmt: skip
 
