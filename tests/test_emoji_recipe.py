@@ -127,7 +127,7 @@ def test_the_machine_is_said(recipe, monkeypatch):
         monkeypatch.setattr("plainsd.speed.kernels.amx", lambda has=has: has)
         assert recipe.machine_text("cpu").startswith(f"cpu, {word}")
     monkeypatch.setattr("plainsd.device.choose_dtype", lambda name, device: torch.float32)
-    assert recipe.machine_text("cpu").startswith("cpu, float32, ")
+    assert recipe.machine_text("cpu").startswith("cpu, float32 (no AMX")
 
 
 @needs_font

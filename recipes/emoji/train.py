@@ -234,13 +234,13 @@ def pictures_a_second(folder: Path) -> float:
 
 
 def machine_text(device: str) -> str:
-    """`cpu, bfloat16 (AVX512_BF16, no AMX), 2 cores`."""
+    """`cpu, bfloat16 (AMX), 2 cores`."""
     from plainsd.device import choose_device, choose_dtype
     from plainsd.speed.kernels import amx
 
     chosen = choose_device(device)
     dtype = str(choose_dtype("auto", chosen)).removeprefix("torch.")
-    if chosen.type == "cpu" and dtype == "bfloat16":
+    if chosen.type == "cpu":
         dtype += " (AMX)" if amx() else " (no AMX: several times slower than with it)"
     return f"{chosen}, {dtype}, {CORES} cores"
 
