@@ -54,6 +54,8 @@ def test_every_line_about_a_job_says_which_and_whose(model, tmp_path):
         answer = server.post("/api/jobs", {"prompt": "p", "count": 2, "steps": 1}, headers={"X-Client": "anna"})
         id = answer.json()["id"]
         server.wait(id)
+        server.service.queue.limit = 0
+        server.post("/api/jobs", {"prompt": "p"})
         server.get("/api/images/nobody")
         until(lambda: '"job ended"' in stream.getvalue() and "nobody" in stream.getvalue())
     lines = objects(stream)
@@ -67,6 +69,7 @@ def test_every_line_about_a_job_says_which_and_whose(model, tmp_path):
     assert of["job started"]["waited"] >= 0 and of["picture finished"]["picture"] == f"{id}-1"
     assert of["job ended"]["state"] == "done" and of["job ended"]["seconds"] >= of["job started"]["waited"]
     (post,) = [line for line in mine if line.get("method") == "POST"]
+    assert ["job" in line for line in lines if line.get("status") == 429] == [False]  # there is none
     assert post["message"] == "POST /api/jobs 202" and post["status"] == 202 and post["address"] == "127.0.0.1"
     assert post["seconds"] >= 0 and post["logger"] == "plainsd.access" and post["level"] == "info"
     assert [line["status"] for line in lines if line.get("path") == "/api/images/nobody"] == [404]

@@ -130,8 +130,8 @@ class Service:
         def create() -> Job:
             job = new_job(request, self.models, self.limits, client, api, init)
             job.owner = owner
-            note(**about(job))
             self.queue.add(job)
+            note(**about(job))
             return job
 
         return await run_in_threadpool(create)
