@@ -205,7 +205,7 @@ print(json.dumps("unchanged"))
 
 def test_a_server_gives_memory_back_when_a_model_goes_and_when_it_is_idle(tmp_path, monkeypatch):
     from plainsd.server import pool
-    from plainsd.server.jobs import queue, worker
+    from plainsd.server.jobs import drawing, queue
 
     calls, idle, asked = [], threading.Event(), threading.Event()
 
@@ -215,7 +215,7 @@ def test_a_server_gives_memory_back_when_a_model_goes_and_when_it_is_idle(tmp_pa
         idle.set()
 
     monkeypatch.setattr(queue, "IDLE_AFTER", 0.05)
-    monkeypatch.setattr(worker, "release_freed_memory", release)
+    monkeypatch.setattr(drawing, "release_freed_memory", release)
     service = open_service([model_folder(tmp_path)], tmp_path / "data")
     try:
         monkeypatch.setattr(pool, "release_freed_memory", lambda: calls.append(model.sd is not None))

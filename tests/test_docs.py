@@ -21,7 +21,7 @@ from plainsd.models.variants import VARIANTS
 ROOT = Path(__file__).parents[1]
 ITS_OWN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 PAGES = sorted([*ROOT.glob("docs/*.md"), *ITS_OWN, *ROOT.glob("recipes/*/README.md")])
-LANGUAGES = {"", "python", "py", "python client", "sh", "sh serve", "json", "toml", "math", "text"}
+LANGUAGES = {"", "python", "py", "python client", "sh", "sh serve", "json", "toml", "math", "nginx", "text"}
 WITH_EXERCISES = sorted(path.name for path in ROOT.glob("docs/[0-9]*.md"))  # the chapters
 EACH = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 COMMAND = re.compile(r"^ *(?:\$ )?(?:\.venv/bin/)?(plainsd (?:.*\\\n)*.*)$", re.MULTILINE)

@@ -24,7 +24,7 @@ from plainsd.emoji.scorer import nearest_name
 
 CANVAS, SQUARE_SIDE = 24, 16  # G, Q
 DIFFERENT = 26  # of 255: a pixel is not background if a channel is off by more
-SOFT = 1.5  # of 255: mean error of the border from which a pattern's edges count as soft
+SOFT_EDGES = 1.5  # of 255: mean error of the border from which a pattern's edges count as soft
 KEPT_BORDER = 0.8  # share of the border's pixels, the best ones, that the background is fitted_size to
 GRID_CELLS = 64  # side of the grid on which connected parts are found
 SMALLEST_PART, MOST_PARTS = 0.0012, 9  # share of the picture; smaller ones are noise
@@ -113,7 +113,7 @@ class Spotter:
         )
         ground = background_pixels(pattern, a, b, self.size)
         different = np.abs(pixels.astype(np.int16) - ground).max(-1) > DIFFERENT
-        if pattern in ("stripes", "dots") and error > SOFT:
+        if pattern in ("stripes", "dots") and error > SOFT_EDGES:
             different = without_lines(different)  # soft edges of the pattern are no objects
         parts = connected_parts(different)
         found = [self._explained(pixels, ground, different, box) for box in parts]

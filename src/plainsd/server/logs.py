@@ -56,7 +56,8 @@ def note(**fields: Any) -> None:
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    own = {name: value for name, value in vars(record).items() if name not in STANDARD}
+    """Ray puts a time of its own into every record of its process, `_ray_timestamp_ns`: names like it are left out."""
+    own = {name: value for name, value in vars(record).items() if name not in STANDARD and not name.startswith("_")}
     return {**(LINE_FIELDS.get() or {}), **own}
 
 
