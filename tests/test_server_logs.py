@@ -154,7 +154,7 @@ def test_fields_end_with_their_request():
 
 def test_a_line_of_text_stays_one_line():
     with written(TextLines()) as stream, log_fields(client="anna\nerror: x"):
-        extra = {"_ray_timestamp_ns": 1}  # Ray gives it to every record
+        extra = {"_private": 1}  # such as Ray's, which it gives to every record once it is imported
         logging.getLogger("plainsd.server").warning("said \x1b[31m\r\n%s", "ünï", extra=extra)
     (line,) = stream.getvalue().splitlines()
     assert line[8:] == " warning: said \\x1b[31m\\r\\nünï (client=anna\\nerror: x)"
