@@ -43,6 +43,7 @@ def main() -> None:
     print(f"{asked.pictures} pictures a job, batches of {asked.batch}, {asked.workers} workers, {files}; "
           f"{platform.machine()}, Python {platform.python_version()}, median of {asked.rounds}; "
           f"a flush takes {1000 * flush_seconds(asked.data):.1f} ms\n")  # fmt: skip
+    print(f"a PNG file of 512x512 takes {1000 * png_seconds():.0f} ms of a core\n")
     print("| jobs in the queue | jobs added a second | pictures finished a second | ms a picture |\n|---|---|---|---|")
     for count in map(int, asked.queued.split(",")):
         rounds = [measured(count, asked) for _ in range(asked.rounds)]
@@ -96,6 +97,20 @@ def photograph() -> Image.Image:
     shapes = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((512, 512), Image.BICUBIC)
     grain = random.normal(0, 2, (512, 512, 3))
     return Image.fromarray((np.asarray(shapes) + grain).clip(0, 255).astype(np.uint8))
+
+
+def png_seconds(rounds: int = 10) -> float:
+    """Of one core, to write a picture's file: the median."""
+    picture, took = photograph(), []
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        job = Job("0" * 16, "client", "jobs", "m", [SETTINGS], "day/0", time.time())
+        for _ in range(rounds):
+            began = time.thread_time()
+            (store.folder / store.write(job, 0, picture)).unlink()
+            took.append(time.thread_time() - began)
+        store.close()
+    return statistics.median(took)
 
 
 def flush_seconds(folder: Path | None, rounds: int = 50) -> float:

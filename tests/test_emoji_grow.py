@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,8 +68,12 @@ def test_the_command(tmp_path, old, capsys):
     for number, picture in enumerate(to_pil(pictures(4, seed=2))):
         picture.save(tmp_path / "data" / f"{number}.png")
         (tmp_path / "data" / f"{number}.txt").write_text("a disc")
-    asked = [str(EMBEDDED), str(tmp_path / "vae"), "--data", str(tmp_path / "data"), "--count", "4", "--description"]
-    assert grow.main([*asked, str(RECIPE / "model128-grown.json")]) == 0
+    folder = str(tmp_path / "data")
+    asked = [str(EMBEDDED), str(tmp_path / "vae"), "--data", folder, "--count", "4", "--description"]
+    assert grow.main([*asked, str(RECIPE / "model128-grown.json"), "--heldout", folder]) == 0
+    said = re.fullmatch(r"latents (.*)% from .*; (.*) dB, .* (.*) dB\n", capsys.readouterr().out)
+    apart, after, before = map(float, said.groups())
+    assert apart < 10 and after > before - 2  # the numbers of the test above
     written = load_vae(tmp_path / "vae", device="cpu", dtype="float32")
     assert written.config.channels == (16, *old.config.channels)
     assert written.config.scaling_factor == old.config.scaling_factor  # the UNet's latents are the same

@@ -24,6 +24,7 @@ from plainsd.errors import UserError
 from plainsd.files.described import read_description
 from plainsd.models.vae import VAE
 from plainsd.train.data.pictures import read_pictures
+from plainsd.train.methods.vae import psnr
 
 
 def grown(old: VAE, pixels: Tensor) -> VAE:
@@ -57,6 +58,16 @@ def grown(old: VAE, pixels: Tensor) -> VAE:
     return new
 
 
+@torch.no_grad()
+def nearness(old: VAE, new: VAE, pixels: Tensor) -> str:
+    """On pictures at the new size: how far the latents are from the old ones, and the PSNR of both reconstructions."""
+    latents, own = old.encode(F.avg_pool2d(pixels, 2)).mean, new.encode(pixels).mean
+    enlarged = F.interpolate(old.decode(latents), scale_factor=2, mode="bicubic")
+    apart = ((own - latents).norm() / latents.norm()).item()
+    before, after = (psnr(rebuilt, pixels).mean().item() for rebuilt in (enlarged, new.decode(own)))
+    return f"latents {apart:.1%} from the old ones; {after:.2f} dB, the old one's pictures enlarged {before:.2f} dB"
+
+
 def fit(conv: nn.Conv2d, x: Tensor, wanted: Tensor) -> None:
     """Sets a convolution's weight and bias by least squares: `x` (B, C, H, W) is already padded."""
     columns = F.unfold(x, conv.kernel_size, stride=conv.stride).transpose(1, 2).flatten(0, 1)  # (B*N, C*k*k)
@@ -74,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="folder of the model whose autoencoder is grown")
     parser.add_argument("out", type=Path, help="folder for the new autoencoder")
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
+    parser.add_argument("--heldout", type=Path, help="folder of other pictures: prints how near the new one is on them")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--count", type=int, default=64, help="how many pictures the joins are fitted on")
     parser.add_argument("--description", type=Path, required=True, help="JSON file that describes the new model")
@@ -92,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"latents of {new.config.latent_channels}: {options.description} describes another one"
             )
         save_vae(new, options.out, variant)
+        if options.heldout:
+            print(nearness(old, new, read_pictures(options.heldout, options.size).pixels(range(options.count))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -48,7 +48,7 @@ class ListedBatch(NamedTuple):
     numbers: range
 
 
-class Told(NamedTuple):
+class Loaded(NamedTuple):
     """What loading printed, and the steps of the batch that follows."""
 
     text: str
@@ -72,19 +72,19 @@ class ListDrawer:
 
     def __init__(self, setup: DrawingSetup, draws: list[Callable], prompts: list[str], choices: dict[str, Any]):
         self.setup, self.draws = setup, draws
-        with redirect_stderr(io.StringIO()) as told:
+        with redirect_stderr(io.StringIO()) as said:
             self.sd, self.words = setup.ready(setup.command.model)
             note_unused_embeddings(self.words, [*prompts, choices.get("negative") or ""])
             check_recorded(setup.command, self.sd, prompts, self.words, choices)
             self.joins = setup.joins(self.sd)
-        self.told = told.getvalue()
+        self.said = said.getvalue()
 
-    def __call__(self, task: ListedBatch) -> Iterator[Told | Stepped | FinishedBatch]:
+    def __call__(self, task: ListedBatch) -> Iterator[Loaded | Stepped | FinishedBatch]:
         from plainsd.diffusion.samplers import Step
 
         setup, (prompts, choices) = self.setup, task.batch
         run = self.draws[task.draw](self.sd, prompts, **choices | self.joins)
-        yield Told(self.told, run.steps)
+        yield Loaded(self.said, run.steps)
         last, count = time.monotonic(), 0
         for event in run:
             if isinstance(event, Step):
@@ -248,14 +248,14 @@ def drawn_on_cluster(
     if not tasks:
         return
     share = flags.join()
-    told: set[str] = set()
-    steps = [Told("", 0)] * len(tasks)
+    shown: set[str] = set()
+    steps = [Loaded("", 0)] * len(tasks)
     done = [0] * len(tasks)
     for task, event in TaskList(make, share, flags.workers or 1, tasks).events():
-        if isinstance(event, Told):
+        if isinstance(event, Loaded):
             steps[task] = event
-            if event.text and event.text not in told:
-                told.add(event.text)
+            if event.text and event.text not in shown:
+                shown.add(event.text)
                 print(event.text, end="", file=sys.stderr)
             bar.total = sum(one.steps for one in steps) * len(tasks) // sum(one.steps > 0 for one in steps)
         elif isinstance(event, Stepped):
