@@ -59,9 +59,7 @@ def models(tmp_path_factory):
 
 
 def options_of(models):
-    return PoolOptions(
-        "cpu", "float32", loras=os.path.dirname(models[0]) and __import__("pathlib").Path(models[0]).parent / "loras"
-    )
+    return PoolOptions("cpu", "float32", loras=Path(models[0]).parent / "loras")
 
 
 def clustered(models, data):
@@ -344,22 +342,8 @@ def prompts(tmp_path):
 
 
 def test_a_list_is_that_of_one_process_and_goes_on_where_it_stopped(ray, models, prompts, tmp_path, monkeypatch):
-    flags = [
-        "generate",
-        "--prompts",
-        prompts,
-        "--model",
-        models[0],
-        "--batch",
-        2,
-        "--steps",
-        3,
-        "--seed",
-        5,
-        "--device",
-        "cpu",
-    ]
-    flags = [str(flag) for flag in flags]
+    flags = ["generate", "--prompts", str(prompts), "--model", str(models[0]), "--device", "cpu"]
+    flags += ["--batch", "2", "--steps", "3", "--seed", "5"]
     by_cluster = [*flags, "--out", str(tmp_path / "cluster"), *BY_CLUSTER]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
