@@ -26,11 +26,11 @@ from plainsd.reports.explain import Explanation, explain
 COLUMNS = ("object, box", "object, shape", "background, box", "background, shape")
 
 
-def laid(glyph, picture) -> tuple[np.ndarray, np.ndarray]:
+def laid(glyph, picture, scales) -> tuple[np.ndarray, np.ndarray]:
     """Box and alpha of the glyph where it differs least from the picture: (H, W) of 0 to 1 each."""
     pixels, side = np.asarray(picture.convert("RGB"), np.float32) / 255, picture.width
     ground, best = border_colour(pixels), (np.inf, None, None)
-    for longer in range(round(drawing.SMALLEST_SCALE * side), round(drawing.LARGEST_SCALE * side) + 1):
+    for longer in range(round(scales[0] * side), round(scales[1] * side) + 1):
         drawn = np.asarray(drawing.scaled_glyph(glyph, longer), np.float32) / 255
         height, width = drawn.shape[:2]
         alpha = drawn[..., 3:]
@@ -71,10 +71,12 @@ def main() -> None:
     sd = load(asked.model, device="cpu", dtype="float32")
     concepts = read_json(sd.path / "concepts.json")
     glyphs, names = draw_all(concepts, asked.font), read_concepts(concepts)
-    scorer = Scorer(glyphs, concepts["backgrounds"], concepts["size"])
+    scorer = Scorer(glyphs, concepts["backgrounds"], concepts["size"], concepts.get("cells"))
+    scales = drawing.scale_range(concepts.get("cells"))
     found, right = [], []
     for k, question in list(enumerate(questions(concepts, asked.prompts, asked.seed)))[asked.skip :]:
-        found.append(measured(sd, question, names[question.concept].name, glyphs, asked.seed + k, asked.steps))
+        name = names[question.concept].name
+        found.append(measured(sd, question, name, glyphs, scales, asked.seed + k, asked.steps))
         right.append(scorer(found[-1][1]).objects[0] == question.concept)
     ratios, right = np.array([ratio for ratio, _ in found]), np.array(right)
     print(f"{len(right)} prompts, {asked.steps} steps; the scorer sees the right object in {right.sum()}")
@@ -84,10 +86,10 @@ def main() -> None:
         print(f"{column:20}{100 * on.mean():6.1f} % /{100 * on[right].mean():6.1f} %   {np.median(ratio):.2f}")
 
 
-def measured(sd, question: Question, name: str, glyphs, seed: int, steps: int):
+def measured(sd, question: Question, name: str, glyphs, scales, seed: int, steps: int):
     seen = explain(sd, question.prompt, seed=seed, steps=steps, decoded=False)
     size = seen.image.height, seen.image.width
-    regions = laid(glyphs[question.concept], seen.image)
+    regions = laid(glyphs[question.concept], seen.image, scales)
     heats = [seen.heat(places(seen, words), size).numpy() for words in (name, question.background)]
     return [contrast(heat, region) for heat in heats for region in regions], seen.image
 

@@ -523,7 +523,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("around = encode(sd, pixels * (1 - light_padded), draw, ", "around = encode(sd, pixels, draw, ",
          "test_generate.py::test_inpainting_is_diffusers_picture"),
         ("first_pass=one.steps, ", "", "test_generate.py::test_the_second_pass_counts_its_steps_on_from_the_first"),
-        ("(0, -width % MULTIPLE, 0, -height % MULTIPLE)", "(0, -height % MULTIPLE, 0, -width % MULTIPLE)",
+        ("(0, -width % multiple, 0, -height % multiple)", "(0, -height % multiple, 0, -width % multiple)",
          "test_generate.py::test_pictures_of_any_size_keep_it"),
     ],
     "adapters/layers.py": [

@@ -111,6 +111,20 @@ def test_places_lie_inside_and_depend_on_the_key_alone():
     assert len(set(places)) > 450
 
 
+def test_places_in_cells_are_whole_cells():
+    """Squares of 6, 7 and 8 cells of 16 pixels, less 4 pixels on each side, the glyph in their middle."""
+    places = {drawing.random_place(f"0:picture:{i}", (120, 60), 128, 8) for i in range(500)}
+    expected = {
+        drawing.GlyphBox(4 + 16 * x, 4 + 16 * y + side // 4, side, side // 2)
+        for side, spare in ((120, 0), (104, 1), (88, 2))
+        for x in range(spare + 1)
+        for y in range(spare + 1)
+    }
+    assert places == expected
+    assert drawing.scale_range(8) == (88 / 128, 120 / 128)
+    assert {drawing.random_place(str(i), (10, 10), 8, 1).width for i in range(20)} == {4}  # one cell: one size
+
+
 # ---- the scorer ------------------------------------------------------------------------------------------------------
 
 

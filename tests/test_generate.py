@@ -14,7 +14,9 @@ from plainsd.diffusion.noise import slerp
 from plainsd.diffusion.samplers import SAMPLERS, Step
 from plainsd.errors import UserError
 from plainsd.generate import final, image_to_image, inpaint, outpaint, text_to_image
+from plainsd.models.control import ControlConfig, control_of, hint_widths
 from plainsd.pictures import guidance
+from plainsd.pictures.control import Control
 from plainsd.pictures.images import to_mask, to_tensor
 from plainsd.pictures.model import StableDiffusion
 
@@ -444,6 +446,35 @@ def test_pictures_of_any_size_keep_it(sd):
     assert (drawn != np.asarray(image)).any(axis=-1).sum() <= 1
     wide = np.asarray(final(outpaint(sd, "x", image, left=5, bottom=9))[0])
     assert wide.shape == (46, 56, 3) and (wide[:37, 5:] == np.asarray(image)).all()
+
+
+def test_a_vae_of_more_than_8_pixels_a_latent_sets_the_sizes(photo, mask):
+    """Sizes of pictures from text are multiples of its 16 pixels; given pictures are padded to them."""
+    sd = tiny_sd(replace(TINY, vae=replace(TINY.vae, channels=(8, 8, 16, 16, 16))))
+    assert sd.vae.config.factor == 16
+    *steps, drawn = text_to_image(sd, "x", size=(48, 80))
+    assert drawn.images[0].size == (48, 80) and {step.x.shape[2:] for step in steps} == {(5, 3)}
+    with pytest.raises(UserError, match="size 40x72: both sides must be multiples of 16 from 16 to 4096; try 32x64"):
+        text_to_image(sd, "x", size=(40, 72))
+    *steps, drawn = text_to_image(sd, "x", hires=1.4)
+    assert drawn.images[0].size == (96, 96)  # 89.6
+    image = photo.crop((0, 0, 40, 24))
+    *steps, drawn = image_to_image(sd, "x", image)
+    assert drawn.images[0].size == (40, 24) and {step.x.shape[2:] for step in steps} == {(2, 3)}
+    repainted = np.asarray(final(inpaint(sd, "x", image, mask.crop((0, 0, 40, 24))))[0])
+    outside = np.asarray(mask.crop((0, 0, 40, 24))) == 0
+    assert (repainted[outside] == np.asarray(image)[outside]).all() and (repainted != np.asarray(image)).any()
+    net = control_of(sd.unet, hint_widths(16)).eval()
+    torch.nn.init.normal_(net.zero[0].weight)
+    control = [Control(net, image)]
+    assert np.asarray(final(image_to_image(sd, "x", image, control=control))[0]).shape == (24, 40, 3)
+
+
+@pytest.mark.parametrize(
+    ("factor", "widths"), [(4, (16, 32, 96)), (8, (16, 32, 96, 256)), (32, (16, 32, 96, *[256] * 3))]
+)
+def test_a_new_control_net_reads_maps_of_the_vaes_factor(factor, widths):
+    assert hint_widths(factor) == widths and ControlConfig(hint=hint_widths(factor)).factor == factor
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "euler"])

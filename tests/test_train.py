@@ -31,7 +31,7 @@ from plainsd.train.log import Log, read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.full import full
 from plainsd.train.methods.scratch import from_scratch
-from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, psnr, validate
+from plainsd.train.methods.vae import VaeMethod, disturbed, init_vae, measure_scaling, psnr, validate
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Order, Pick, random
 from plainsd.train.run import Diary, Rhythm, run_training
@@ -478,6 +478,24 @@ def test_the_autoencoder_learns(folder, patch_weight):
     reports = list(fit(method, 12, FitOptions(steps=60, batch=12, lr=1e-2, warmup=5)))
     assert validate(vae, pictures)["psnr"] > before + 3
     assert ("catch" in reports[-1].metrics) == bool(patch_weight)
+
+
+def test_latents_are_disturbed_by_each_pictures_own_strength(folder):
+    latents, picks = 3 * torch.randn(400, 4, 8, 8), [Pick(i, i, random(0, 2, i)) for i in range(400)]
+    again = [Pick(i, i, random(0, 2, i)) for i in range(7, 9)]
+    found = disturbed(latents, picks, 0.2)
+    torch.testing.assert_close(found[7:9], disturbed(latents[7:9], again, 0.2))  # whatever the batch
+    shares = ((found - latents).std((1, 2, 3)) / latents.std((1, 2, 3))).double()
+    assert shares.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.1)  # strengths are |N(0, 0.2^2)|
+    assert shares.min() < 0.01 and shares.max() > 0.4
+    assert disturbed(latents, picks, 0.0) is latents
+    torch.manual_seed(0)
+    vae, pictures = VAE(TINY_VAE), read_pictures(folder, 16)
+    losses = [
+        VaeMethod(vae, pictures, latent_noise=share).loss([Pick(i, i, random(0, 2, i)) for i in range(4)])[1]
+        for share in (0.0, 1.0)
+    ]
+    assert losses[0]["kl"] == losses[1]["kl"] and losses[0]["l1"] != losses[1]["l1"]
 
 
 def test_the_discriminator_is_fooled_and_taught_by_one_sum(folder):

@@ -49,18 +49,18 @@ def write_whole(path: Path, text: str) -> None:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def start_worker(font_path: Path, concepts: list[drawing.Concept], size: int) -> None:
+def start_worker(font_path: Path, concepts: list[drawing.Concept], size: int, in_cells: int | None) -> None:
     """Each process draws the glyphs once."""
-    global glyphs, side
+    global glyphs, side, cells
     os.nice(10)
     font = drawing.open_font(font_path)
-    glyphs, side = [drawing.draw_glyph(font, concept.character) for concept in concepts], size
+    glyphs, side, cells = [drawing.draw_glyph(font, concept.character) for concept in concepts], size, in_cells
 
 
 def make_picture(job: tuple[str, int, tuple[int, int, int], Path]) -> drawing.GlyphBox:
     """Compose and write one picture; where the glyph lies in it."""
     key, concept, colour, path = job
-    place = drawing.random_place(key, glyphs[concept].size, side)
+    place = drawing.random_place(key, glyphs[concept].size, side, cells)
     drawing.draw_picture(glyphs[concept], colour, side, place).save(path, compress_level=1)
     return place
 
@@ -85,7 +85,9 @@ def write_pictures(
         jobs.append((f"{options.seed}:{kind}:{i}", concept, colour, folder / file_name))
         captions = [drawing.caption(template, concepts[concept], name) for template in drawing.TEMPLATES]
         lines.append({"file_name": file_name, "text": captions, "concept": concepts[concept].name, "background": name})
-    with multiprocessing.Pool(options.workers, start_worker, (options.font, concepts, options.size)) as pool:
+    with multiprocessing.Pool(
+        options.workers, start_worker, (options.font, concepts, options.size, options.cells)
+    ) as pool:
         for i, place in enumerate(pool.imap(make_picture, jobs, chunksize=64)):
             lines[i] |= {"left": place.left, "top": place.top, "width": place.width, "height": place.height}
             if (i + 1) % 5000 == 0:
@@ -160,6 +162,7 @@ def describe(concepts: list[drawing.Concept], heldout: list[tuple[int, int]], op
         "templates": list(drawing.TEMPLATES),
         "heldout": [[concepts[i].name, names[j]] for i, j in heldout],
         "size": options.size,
+        **({"cells": options.cells} if options.cells else {}),
         "seed": options.seed,
         "font": drawing.font_identity(options.font),
     }
@@ -255,6 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--emoji", type=int, default=400, help="how many emoji; with --set all")
     parser.add_argument("--names", type=Path, help="file of the emoji to draw, one name a line; all if not given")
     parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
+    parser.add_argument(
+        "--cells", type=int, help="cells of a side: sizes and places are whole cells; by default any size and place"
+    )
     parser.add_argument(
         "--vocabulary", type=int, help=f"most entries in the tokenizer ({VOCABULARY}, of scenes {SCENE_VOCABULARY})"
     )

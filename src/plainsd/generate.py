@@ -18,7 +18,7 @@ from plainsd.errors import UserError
 from plainsd.models.variants import edits
 from plainsd.pictures.control import Control
 from plainsd.pictures.control_checks import check_control
-from plainsd.pictures.defaults import check_size, enlarged_size, resolved, settings_of_each
+from plainsd.pictures.defaults import check_size, enlarged_size, resolved, settings_of_each, size_multiple
 from plainsd.pictures.drawing import Pictures, from_picture, from_text, repainted, side_by_side
 from plainsd.pictures.image_prompt import ImagePrompt, check_image_prompts
 from plainsd.pictures.images import continued, to_rgb
@@ -78,9 +78,9 @@ def text_to_image(
 ) -> Events:
     """Pictures from a prompt, `count` of each; picture i has seed + i. None takes the model's default.
 
-    Seed -1 draws a random one; guidance 0 turns it off, as 1 does. `size` is (width, height) in pixels, multiples of 8.
-    `more`: the other fields of `Settings`. With `hires`, a second pass runs on the enlarged picture, and its steps
-    follow those of the first. `control` and `image_prompt` act in both passes.
+    Seed -1 draws a random one; guidance 0 turns it off, as 1 does. `size` is (width, height) in pixels, multiples of 8,
+    or of the VAE's factor if that is more. `more`: the other fields of `Settings`. With `hires`, a second pass runs on
+    the enlarged picture, and its steps follow those of the first. `control` and `image_prompt` act in both passes.
     """
     if sd.unet.config.in_channels != sd.vae.config.latent_channels:
         if edits(sd.unet.config, sd.vae.config):
@@ -88,7 +88,8 @@ def text_to_image(
         raise UserError(
             "this is an inpainting model; it needs a picture and a mask (inpaint, or --image and --mask)", field="image"
         )
-    size = check_size((size, size) if isinstance(size, int) else size or (sd.variant.size, sd.variant.size))
+    multiple = size_multiple(sd.vae.config)
+    size = check_size((size, size) if isinstance(size, int) else size or (sd.variant.size, sd.variant.size), multiple)
     settings = Settings(
         size=size,
         steps=steps,
@@ -101,7 +102,7 @@ def text_to_image(
         **more,
     )
     if settings.hires:
-        check_size(enlarged_size(size, settings.hires))
+        check_size(enlarged_size(size, settings.hires, multiple), multiple)
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
     each = settings_of_each(one, prompt, negative, count)

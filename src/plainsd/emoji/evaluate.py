@@ -69,6 +69,9 @@ def read_concepts(concepts: dict) -> list[drawing.Concept]:
     missing = [key for key in ("concepts", "backgrounds", "templates", "heldout", "size") if key not in concepts]
     if missing:
         raise UserError(f"concepts.json lacks {', '.join(missing)}; write it with recipes/emoji/data.py")
+    cells = concepts.get("cells")
+    if cells is not None and (type(cells) is not int or not 1 <= cells <= 64):
+        raise UserError(f"concepts.json: cells {cells!r}: write a whole number from 1 to 64, or leave it out")
     return [drawing.Concept(entry["name"], entry["character"]) for entry in concepts["concepts"]]
 
 
@@ -92,12 +95,12 @@ def draw_all(concepts: dict, font: Path | None) -> list[Image.Image]:
 def real_pictures(
     asked: Sequence[Question], glyphs: Sequence[Image.Image], concepts: dict, seed: int, kind: str = "evaluate"
 ) -> list[Image.Image]:
-    """The right answer to each question, drawn as in training but at places and sizes not seen in training; other ones
-    for another `kind`."""
+    """The right answer to each question, drawn as in training but at places and sizes not seen in training, unless all
+    are whole cells; other ones for another `kind`."""
     size, pictures = concepts["size"], []
     for k, question in enumerate(asked):
         glyph = glyphs[question.concept]
-        place = drawing.random_place(f"{seed}:{kind}:{k}", glyph.size, size)
+        place = drawing.random_place(f"{seed}:{kind}:{k}", glyph.size, size, concepts.get("cells"))
         pictures.append(drawing.draw_picture(glyph, tuple(concepts["backgrounds"][question.background]), size, place))
     return pictures
 
@@ -159,7 +162,7 @@ def single_exam(concepts: dict, count: int, seed: int, font: Path | None) -> Exa
         asked,
         real_pictures(asked, glyphs, concepts, seed),
         real_pictures(asked, glyphs, concepts, seed, "again"),
-        Scorer(glyphs, concepts["backgrounds"], concepts["size"]),
+        Scorer(glyphs, concepts["backgrounds"], concepts["size"], concepts.get("cells")),
         lambda scores: summary(asked, scores),
         wrong,
     )

@@ -45,11 +45,18 @@ class Score:
 
 
 class Scorer:
-    """Recognizes background and object of pictures `size` pixels wide, among the given glyphs."""
+    """Recognizes background and object of pictures `size` pixels wide, among the given glyphs. `cells`: of the set's
+    pictures, if its sizes and places are multiples of a cell."""
 
-    def __init__(self, glyphs: Sequence[Image.Image], backgrounds: dict[str, Sequence[int]], size: int):
+    def __init__(
+        self,
+        glyphs: Sequence[Image.Image],
+        backgrounds: dict[str, Sequence[int]],
+        size: int,
+        cells: int | None = None,
+    ):
         self.glyphs, self.backgrounds, self.size = list(glyphs), backgrounds, size
-        smallest, largest = drawing.SMALLEST_SCALE * size, drawing.LARGEST_SCALE * size
+        smallest, largest = self.range = [scale * size for scale in drawing.scale_range(cells)]
         self.step = (largest - smallest) / (COARSE_SIZES - 1)
         self.sizes = [smallest + i * self.step for i in range(COARSE_SIZES)]
         each = [self.draw(glyph, round(longer), COARSE) for glyph in self.glyphs for longer in self.sizes]
@@ -85,7 +92,7 @@ class Scorer:
 
     def fine_error(self, difference: Tensor, colour: Tensor, concept: int, longer: float) -> float:
         """The least error of one emoji at sizes one fine cell apart, around the coarse search's best."""
-        low, high = math.ceil(drawing.SMALLEST_SCALE * self.size), math.floor(drawing.LARGEST_SCALE * self.size)
+        low, high = math.ceil(self.range[0]), math.floor(self.range[1])
         reach, step = round(self.step), max(1, self.size // FINE)
         sizes = {min(max(round(longer) + offset, low), high) for offset in range(-reach, reach + 1, step)}
         drawn = gathered([self.draw_fine(concept, size) for size in sorted(sizes)])

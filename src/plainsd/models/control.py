@@ -145,6 +145,12 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
+def hint_widths(factor: int) -> tuple[int, ...]:
+    """Widths of the convolutions that bring a map down by a VAE's factor: SD's, the last one again and again beyond."""
+    widths, halvings = ControlConfig.hint, factor.bit_length() - 1
+    return (widths + widths[-1:] * halvings)[: halvings + 1]
+
+
 def control_of(unet: UNet, hint: Sequence[int] = ControlConfig.hint) -> ControlNet:
     """A new net for a UNet, which does not change it yet: the weights of its way down and middle are copied."""
     if unet.config.in_channels != unet.config.out_channels:

@@ -14,7 +14,7 @@ from plainsd.diffusion.samplers import SAMPLERS, check_names
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError, unknown
 from plainsd.listing import suffix_of
-from plainsd.models.tiny_vae import TinyVAEConfig
+from plainsd.models.tiny_vae import AnyVAEConfig, TinyVAEConfig
 from plainsd.models.variants import edits
 from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
@@ -36,7 +36,7 @@ from plainsd.text.prompts import lora_tags
 
 IMAGE_GUIDANCE = 1.5  # default, for models that edit a picture
 HANDOVER = 0.8  # default: where a refiner takes over
-MULTIPLE = 8  # of the sides of pictures, in pixels, even if the VAE's factor is less
+MULTIPLE = 8  # of the sides of pictures, in pixels, unless the VAE's factor is more
 
 
 def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
@@ -190,19 +190,24 @@ def settings_of_each(
     return each
 
 
-def check_size(size: tuple[int, int]) -> tuple[int, int]:
-    if any(side % MULTIPLE or not SIZES[0] <= side <= SIZES[1] for side in size):
-        width, height = (min(max(round(side / MULTIPLE), 1), SIZES[1] // MULTIPLE) * MULTIPLE for side in size)
+def size_multiple(vae: AnyVAEConfig) -> int:
+    """What the sides of pictures are multiples of, in pixels: latents are whole."""
+    return max(MULTIPLE, vae.factor)
+
+
+def check_size(size: tuple[int, int], multiple: int = MULTIPLE) -> tuple[int, int]:
+    if any(side % multiple or not SIZES[0] <= side <= SIZES[1] for side in size):
+        width, height = (min(max(round(side / multiple), 1), SIZES[1] // multiple) * multiple for side in size)
         raise UserError(
-            f"size {size[0]}x{size[1]}: both sides must be multiples of {MULTIPLE} from {SIZES[0]} to {SIZES[1]}; "
-            f"try {width}x{height}",
+            f"size {size[0]}x{size[1]}: both sides must be multiples of {multiple} from {max(SIZES[0], multiple)} to "
+            f"{SIZES[1]}; try {width}x{height}",
             field="size",
             value=size,
         )
     return size
 
 
-def enlarged_size(size: tuple[int, int], times: float) -> tuple[int, int]:
-    """The size of the second pass, in multiples of 8."""
-    width, height = (round(side * times / MULTIPLE) * MULTIPLE for side in size)
+def enlarged_size(size: tuple[int, int], times: float, multiple: int = MULTIPLE) -> tuple[int, int]:
+    """The size of the second pass."""
+    width, height = (round(side * times / multiple) * multiple for side in size)
     return width, height

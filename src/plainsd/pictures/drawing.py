@@ -17,7 +17,7 @@ from torch import Tensor
 from plainsd.diffusion.samplers import SAMPLERS, Step
 from plainsd.models.variants import edits
 from plainsd.pictures.control import Control, fitted
-from plainsd.pictures.defaults import MULTIPLE, enlarged_size
+from plainsd.pictures.defaults import enlarged_size, size_multiple
 from plainsd.pictures.image_prompt import ImagePrompt
 from plainsd.pictures.images import to_pil, to_tensor
 from plainsd.pictures.masks import Canvas
@@ -44,7 +44,7 @@ def from_text(
     maps = fitted(control, one.size)
     latents = yield from sample(sd, each, one.size, noise, draw, control=maps, image_prompt=image_prompt)
     if one.hires:
-        size = enlarged_size(one.size, one.hires)
+        size = enlarged_size(one.size, one.hires, size_multiple(sd.vae.config))
         known = Known(_enlarged(sd, latents, size, one, draw))
         again, maps = [second_pass(one) for one in each], fitted(control, size)
         draw = draw.anew(again)
@@ -75,7 +75,7 @@ def from_picture(
     control: Sequence[Control],
     image_prompt: Sequence[ImagePrompt],
 ) -> Generator[Step | Pictures]:
-    draw, pixels = NoiseOfEach(each, sd.device), _padded(to_tensor(image))
+    draw, pixels = NoiseOfEach(each, sd.device), _padded(sd, to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
     editing = edits(sd.unet.config, sd.vae.config)
     latents = None if editing and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
@@ -86,10 +86,10 @@ def from_picture(
     yield Pictures([picture.crop((0, 0, *image.size)) for picture in drawn], each, latents)
 
 
-def _padded(pixels: Tensor) -> Tensor:
-    """Its last row and column repeated until both sides are multiples of 8."""
-    height, width = pixels.shape[2:]
-    return F.pad(pixels, (0, -width % MULTIPLE, 0, -height % MULTIPLE), mode="replicate")
+def _padded(sd: StableDiffusion, pixels: Tensor) -> Tensor:
+    """Its last row and column repeated until latents are whole."""
+    (height, width), multiple = pixels.shape[2:], size_multiple(sd.vae.config)
+    return F.pad(pixels, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
 def repainted(
@@ -102,7 +102,7 @@ def repainted(
     one, image = each[0], canvas.image
     levels = torch.from_numpy(np.array(canvas.hole))[None, None] / 255.0  # (1, 1, H, W)
     light = (levels > 0).float()
-    draw, pixels, light_padded = NoiseOfEach(each, sd.device), _padded(to_tensor(image)), _padded(light)
+    draw, pixels, light_padded = NoiseOfEach(each, sd.device), _padded(sd, to_tensor(image)), _padded(sd, light)
     size = (pixels.shape[3], pixels.shape[2])
     mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is masked if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
@@ -114,7 +114,7 @@ def repainted(
         around = encode(sd, pixels * (1 - light_padded), draw, tiling=one.tiling)  # the hole is mid-grey
         known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))
     elif one.soft_mask:
-        known = Known(latents, mask, F.avg_pool2d(_padded(levels), sd.vae.config.factor).to(sd.device))
+        known = Known(latents, mask, F.avg_pool2d(_padded(sd, levels), sd.vae.config.factor).to(sd.device))
     else:
         known = Known(latents, mask)
     maps = fitted(control, image.size, image, canvas.hole)

@@ -71,7 +71,9 @@ def train_vae(job: TrainJob) -> None:
         raise UserError("method vae trains on middle squares; leave out --buckets, --crop and --flip")
     for part in (vae.encoder, vae.quant) if own.decoder_only else ():
         part.requires_grad_(False)
-    method = VaeMethod(vae, pictures, own.edge_weight, own.kl_weight, own.patch_weight, own.patch_after)
+    method = VaeMethod(
+        vae, pictures, own.edge_weight, own.kl_weight, own.patch_weight, own.patch_after, own.latent_noise
+    )
     shown = heldout or pictures
 
     def sample(path: Path) -> None:

@@ -234,6 +234,9 @@ class FromScratch:
     """vae: weight of the patch discriminator"""
     patch_after: int = 0
     """vae: pictures seen before the discriminator starts"""
+    latent_noise: float = 0.0
+    """vae: noise in the latents that the decoder reads, about this share of their standard deviation: it then forgives
+    a UNet's errors; 0.15 suits a small UNet"""
     decoder_only: Switch = False
     """vae: freeze the encoder of --base, so that its UNets still fit"""
 

@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from plainsd import __version__
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.models.variants import edits
+from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.preprocess import INPAINT, PREPROCESSORS
 from plainsd.pictures.settings import CONTROL_MODES, LIKE, MASKED_CONTENTS, NOISE_OF, RANGES, UPSCALERS
 from plainsd.pictures.texts.labels import sampler_label, spacing_label
@@ -216,7 +217,7 @@ def described_model(model: ServedModel, service: Service) -> dict:
         "embeddings": [embedding.text for embedding in models.embeddings.fitting(model.bare)],
         "controls": models.controls.fitting(model.bare),
         "inpainting_only": variant.unet.in_channels == 2 * variant.vae.latent_channels + 1,
-        "edits": edits(variant.unet, variant.vae),
+        "edits": edits(variant.unet, variant.vae), "size_multiple": size_multiple(variant.vae),
         "defaults": {"size": [variant.size, variant.size], "steps": variant.steps, "guidance": variant.guidance,
                      "sampler": variant.sampler, "spacing": variant.spacing},
     }  # fmt: skip

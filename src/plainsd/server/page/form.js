@@ -81,6 +81,7 @@ function takeDefaults() {
   $("idea").hidden = ideas.length === 0;
   $("image_guidance").closest(".field").hidden = !edits;
   [$("width").value, $("height").value] = size;
+  for (const side of [$("width"), $("height")]) side.min = side.step = model.size_multiple;
   paint.setNative(size[0]);
   set("steps", steps);
   set("guidance", guidance);

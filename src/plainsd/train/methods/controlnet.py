@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plainsd.errors import UserError
-from plainsd.models.control import ControlNet, control_of
+from plainsd.models.control import ControlNet, control_of, hint_widths
 from plainsd.models.unet import UNet
 from plainsd.pictures.control_checks import mismatch
 from plainsd.pictures.model import StableDiffusion
@@ -39,7 +39,7 @@ def controlnet(
     if net is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = control_of(sd.unet).float()
+            net = control_of(sd.unet, hint_widths(sd.vae.config.factor)).float()
     elif reason := mismatch(net, sd):
         raise UserError(f"the ControlNet to go on from does not fit the model: {reason}")
     elif net.control.kinds:

@@ -5,6 +5,7 @@ squared error of pixels, the absolute error of their differences (edges), a smal
 patch discriminator (Isola et al. 2016, arXiv:1611.07004; hinge loss, Lim and Ye 2017, arXiv:1705.02894).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +70,7 @@ class VaeMethod:
     kl_weight: float = 1e-4  # of the mean over latent numbers, in nats
     patch_weight: float = 0.0  # 0: no discriminator
     patch_after: int = 0  # pictures seen before it starts
+    latent_noise: float = 0.0  # t, as a share of the latents' standard deviation: see `disturbed`
     pixels: PixelsOf | None = None  # what reads the picks' pictures; None: `pictures`, when they are wanted
     modules: nn.ModuleDict = field(init=False)
 
@@ -85,7 +87,7 @@ class VaeMethod:
         latents = self.vae.encode(real)
         shape = latents.mean.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=p.generator) for p in picks]).to(latents.mean)
-        fake = self.vae.decode(latents.sample(noise)).float()
+        fake = self.vae.decode(disturbed(latents.sample(noise), picks, self.latent_noise)).float()
         l1, l2, edge = F.l1_loss(fake, real), F.mse_loss(fake, real), edges(fake, real)
         kl = latents.kl().float().mean() / shape.numel()
         loss = l1 + l2 + self.edge_weight * edge + self.kl_weight * kl
@@ -108,6 +110,20 @@ class VaeMethod:
         catch = F.relu(1 - judge(real).float()).mean() + F.relu(1 + judge(fake.detach()).float()).mean()
         numbers |= {"fool": fool.detach(), "catch": catch.detach()}
         return self.patch_weight * fool * joined + catch
+
+
+def disturbed(latents: Tensor, picks: Sequence[Pick], most: float) -> Tensor:
+    """Latents (B, C, h, w) with noise in each picture: the absolute value of a normal number, times `most`, times the
+    standard deviation of its latents.
+
+    A UNet's latents are never quite right; a decoder that has learned from such latents forgives it (noise-augmented
+    decoding, Zheng et al. 2025, arXiv:2510.11690).
+    """
+    if not most:
+        return latents
+    strengths = torch.stack([torch.randn(1, 1, 1, generator=pick.generator).abs() for pick in picks])
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=pick.generator) for pick in picks])
+    return latents + most * latents.detach().std((1, 2, 3), keepdim=True) * (strengths * noise).to(latents)
 
 
 @torch.no_grad()
