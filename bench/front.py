@@ -4,7 +4,8 @@
 
 For each number of jobs: so many are added, then threads take batches and store their pictures at once, as workers do
 that need no time to draw. With `--files` each picture is also written as a PNG file of 512x512 (soft shapes with the
-grain of a photograph), flushed to the disk. Everything that one process does for a picture is in it but HTTP:
+grain of a photograph), flushed to the disk: encoded already, as a worker of a cluster sends it, or with `--encode`
+here, as in a server of one process. Everything that one process does for a picture is in it but HTTP:
 `--workers` threads share its lock. The time of a flush says how much of it is the disk's.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from plainsd.pictures.images import PictureFile
 from plainsd.pictures.settings import Resolved
 from plainsd.server.jobs.job import Job
 from plainsd.server.jobs.queue import Place, Queue
@@ -37,9 +39,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--files", action="store_true")
+    parser.add_argument("--encode", action="store_true", help="with --files: the front makes the PNG files")
     parser.add_argument("--data", type=Path, help="on the disk that is to be measured (default: a temporary folder)")
     asked = parser.parse_args()
-    files = "PNG files of 512x512" if asked.files else "rows alone"
+    files = f"PNG files of 512x512{', encoded here' if asked.encode else ''}" if asked.files else "rows alone"
     print(f"{asked.pictures} pictures a job, batches of {asked.batch}, {asked.workers} workers, {files}; "
           f"{platform.machine()}, Python {platform.python_version()}, median of {asked.rounds}; "
           f"a flush takes {1000 * flush_seconds(asked.data):.1f} ms\n")  # fmt: skip
@@ -83,6 +86,8 @@ def finish(queue: Queue, store: Store, asked: argparse.Namespace) -> None:
     """As a worker that draws in no time."""
     place = Place()
     picture = photograph() if asked.files else None
+    if picture is not None and not asked.encode:
+        picture = PictureFile.of(picture, ".png", SETTINGS)
     while units := queue.next_batch(asked.batch, place):
         for unit in units:
             file = f"pictures/{unit.job.path_prefix}-{unit.index}.png"

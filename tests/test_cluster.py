@@ -27,8 +27,11 @@ from plainsd.cluster.lists import Again, TaskList
 from plainsd.cluster.worker import RemoteWorker
 from plainsd.commands.generate_cluster import RUN_RECORD, ListRun
 from plainsd.errors import DiskError, UserError
-from plainsd.server.cluster import Cluster, merged
-from plainsd.server.jobs.drawing import Advanced, Begun, Prepared
+from plainsd.pictures.images import read_settings
+from plainsd.pictures.settings import Resolved
+from plainsd.server.cluster import Batches, Cluster, RemoteDrawer, merged
+from plainsd.server.jobs.drawing import Advanced, Begun, Prepared, Work
+from plainsd.server.jobs.job import Source
 from plainsd.server.limits import Limits
 from plainsd.server.pool import PoolOptions
 from plainsd.server.requests import new_job
@@ -108,6 +111,20 @@ def test_pictures_are_those_of_one_process(server, models, tmp_path):
                     assert files[0] == files[1], body["prompt"]
     finally:
         torch.set_num_threads(threads)
+
+
+def test_pictures_come_as_files_but_those_to_paste(models):
+    """As one process writes them, so that the front encodes none."""
+    batches = Batches(models[:1], options_of(models), Share(1))
+    one = batches.models.known["one"]
+    settings = Resolved(size=(32, 32), steps=1, guidance=2.0, sampler="ddim", spacing="trailing", prompt="a boat")
+    *_, drawn = batches(Work(one.name, [], [settings], Source(), {}))
+    (file,) = drawn.images
+    with Image.open(BytesIO(file.content)) as image:
+        assert image.size == file.size == (32, 32)
+    assert read_settings(BytesIO(file.content)).hashes == drawn.hashes != ()
+    *_, drawn = batches(Work(one.name, [], [settings], Source(base="x.png", alpha="y.png"), {}))
+    assert isinstance(drawn.images[0], Image.Image)
 
 
 def test_previews_and_steps_arrive(server):
@@ -257,6 +274,17 @@ def test_a_worker_without_the_model_is_named(ray, models, tmp_path):
     with pytest.raises(UserError, match=r"the worker on .*: there is no model at 'x'; give"):
         worker.start()
     worker.end()
+
+
+def test_where_this_machine_is_of_no_cluster_any_more_nothing_waits_for_ever(ray, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker_module, "own_node_lives", lambda: False)
+    with pytest.raises(UserError, match=r"Ray's own process on this machine \(raylet\) has ended; start this again"):
+        list(TaskList(list, Share(1), 1, ["x"]).events())
+    service = open_service(models[:1], tmp_path)
+    drawer = RemoteDrawer("worker-0", list, Share(1), service.queue)
+    assert not drawer.open() and service.queue.failure.startswith("Ray's own process")
+    drawer.close()
+    service.close()
 
 
 # --- a host, without Ray ---------------------------------------------------------------------------------------------
@@ -461,6 +489,34 @@ def test_a_front_that_is_killed_takes_its_workers_with_it_and_loses_nothing(mode
     assert sorted(rows) == sorted(f"{id}-{index}" for id in ids for index in range(4))
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) in (0, signal.SIGTERM, -signal.SIGTERM)  # Ray exits with the number of the signal
+
+
+@pytest.mark.full
+def test_a_front_whose_own_raylet_dies_ends_and_draws_the_rest_at_its_next_start(models, tmp_path):
+    """Ray itself would wait for ever. Whoever watches over the front, such as Docker, starts it again."""
+
+    def front():
+        command = [sys.executable, *FRONT, "--model", models[0], "--data", str(tmp_path), "--device", "cpu"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
+        return process, Server(None, process.stdout.readline().strip().rstrip("/"))
+
+    process, server = front()
+    try:
+        ids = [server.job(prompt="raylet", steps=100, count=4, seed=seed)["id"] for seed in (1, 100)]
+        until_drawing(server, ids[0])
+        below = children(process.pid)
+        names = {one: Path(f"/proc/{one}/comm").read_text().strip() for one in below}
+        (raylet,) = [one for one, name in names.items() if name == "raylet"]
+        os.kill(raylet, signal.SIGKILL)
+        assert process.wait(120) != 0
+        until(lambda: not any(map(alive, below)), 150)
+        process, server = front()
+        assert [server.wait(id, 120)["state"] for id in ids] == ["done", "done"]
+        rows = [row["id"] for row in server.get("/api/images?limit=100").json()["images"]]
+        assert sorted(rows) == sorted(f"{id}-{index}" for id in ids for index in range(4))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
 
 
 @pytest.mark.full

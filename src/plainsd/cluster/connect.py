@@ -123,6 +123,13 @@ def check_head(address: str) -> None:
             ) from None
 
 
+def own_node_lives() -> bool:
+    """Whether this machine is still part of the cluster. If not, Ray waits for ever where a process is started."""
+    ray = imported_ray()
+    own = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == own and node["Alive"] for node in ray.nodes())
+
+
 # --- room ------------------------------------------------------------------------------------------------------------
 
 

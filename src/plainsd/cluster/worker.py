@@ -9,11 +9,12 @@ from collections.abc import Callable, Generator, Sequence
 from itertools import count
 from typing import Any
 
-from plainsd.cluster.connect import Share, first_line, imported_ray
+from plainsd.cluster.connect import Share, first_line, imported_ray, own_node_lives
 from plainsd.cluster.host import Failure, Host, Taken, Tool, versions
 from plainsd.errors import UserError
 
 POLL = 0.2  # seconds between looks at whether the front stops
+NODE_SECONDS = 5.0  # between looks at whether Ray's own process on this machine lives
 SILENCE = 60.0  # seconds without an event after which a worker is asked whether it is there ...
 ANSWER = 30.0  # ... and has to answer
 THREADS = {"control": 1, "life": 1}  # of the actor: for `stop` and `answer`, and for `live`
@@ -31,6 +32,15 @@ class WorkerEnded(Exception):
 
 class Stopping(Exception):
     """The front stops."""
+
+
+class NodeLost(UserError):
+    """Ray's own process on this machine, the raylet, has ended: nothing can be started any more."""
+
+    def __init__(self):
+        super().__init__(
+            "Ray's own process on this machine (raylet) has ended; start this again, and it goes on where it stopped"
+        )
 
 
 class TaskError(Exception):
@@ -55,10 +65,11 @@ class RemoteWorker:
         self.life: Any = None  # of the process that is ready; its result is its end
         self.where, self.process = "", 0  # the machine's name, and the process's number there
         self.numbers = count()
+        self.looked = 0.0  # when it last saw that this machine is still of the cluster
 
     def start(self) -> None:
-        """Starts its process, after ending one that it has. UserError where that cannot work, WorkerEnded where the
-        process ends, Stopping."""
+        """Starts its process, after ending one that it has. UserError where that cannot work, NodeLost, WorkerEnded
+        where the process ends, Stopping."""
         self.end()
         kind = self.ray.remote(concurrency_groups=THREADS, num_cpus=self.share.cpus, num_gpus=self.share.gpus)(Host)
         actor = self.actor = kind.options(max_restarts=0, max_task_retries=0).remote()
@@ -83,6 +94,7 @@ class RemoteWorker:
         while not self.ray.wait([ref], timeout=POLL)[0]:
             if self.stopping():
                 raise Stopping
+            self.check_node()
         try:
             return self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
@@ -94,11 +106,17 @@ class RemoteWorker:
                 ) from None
             raise WorkerEnded(first_line(error)) from None
 
+    def check_node(self) -> None:
+        if time.monotonic() - self.looked > NODE_SECONDS:
+            if not own_node_lives():
+                raise NodeLost
+            self.looked = time.monotonic()
+
     # --- tasks -------------------------------------------------------------------------------------------------------
 
     def run(self, task: Any) -> Generator[Any]:
         """The events of a task. Closing this stops it at its next event. WorkerEnded, UserError, TaskError; Stopping
-        while it waits for an event."""
+        and NodeLost while it waits for an event."""
         number, taken, whole = next(self.numbers), False, False
         exceptions = self.ray.exceptions
         stream = self.actor.run.options(num_returns="streaming").remote(number, task)
@@ -130,6 +148,7 @@ class RemoteWorker:
         while not self.ray.wait([stream], timeout=POLL)[0]:
             if self.stopping():
                 raise Stopping
+            self.check_node()
             if time.monotonic() - since > SILENCE:
                 answer = self.actor.answer.options(concurrency_group="control").remote()
                 if not self.ray.wait([answer], timeout=ANSWER)[0]:

@@ -30,9 +30,7 @@ from plainsd.errors import UserError
 from plainsd.json_reader import parsed_json
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from plainsd.pictures.settings import Settings
+    from plainsd.pictures.images import PictureFile
 
 RUN_RECORD = "unfinished.json"
 NOT_COMPARED = ("out", "batch", "device", "ray", "low_memory")  # flags that change no picture
@@ -60,8 +58,7 @@ class Stepped(NamedTuple):
 
 
 class FinishedBatch(NamedTuple):
-    images: list[Image.Image]
-    settings: list[Settings]
+    pictures: list[PictureFile]
 
 
 # --- in the worker's process -----------------------------------------------------------------------------------------
@@ -70,8 +67,10 @@ class FinishedBatch(NamedTuple):
 class ListDrawer:
     """Draws batches of a list."""
 
-    def __init__(self, setup: DrawingSetup, draws: list[Callable], prompts: list[str], choices: dict[str, Any]):
-        self.setup, self.draws = setup, draws
+    def __init__(
+        self, setup: DrawingSetup, draws: list[Callable], prompts: list[str], choices: dict[str, Any], suffix: str
+    ):
+        self.setup, self.draws, self.suffix = setup, draws, suffix
         with redirect_stderr(io.StringIO()) as said:
             self.sd, self.words = setup.ready(setup.command.model)
             note_unused_embeddings(self.words, [*prompts, choices.get("negative") or ""])
@@ -81,6 +80,7 @@ class ListDrawer:
 
     def __call__(self, task: ListedBatch) -> Iterator[Loaded | Stepped | FinishedBatch]:
         from plainsd.diffusion.samplers import Step
+        from plainsd.pictures.images import PictureFile
 
         setup, (prompts, choices) = self.setup, task.batch
         run = self.draws[task.draw](self.sd, prompts, **choices | self.joins)
@@ -97,7 +97,8 @@ class ListDrawer:
             settings = [
                 with_notes(one, self.sd, setup.loras, self.words, command.vae, setup.noise) for one in event.settings
             ]
-            yield FinishedBatch(event.images, settings)
+            pairs = zip(event.images, settings, strict=True)
+            yield FinishedBatch([PictureFile.of(image, self.suffix, one) for image, one in pairs])
 
 
 # --- in this process -------------------------------------------------------------------------------------------------
@@ -146,14 +147,14 @@ class ListRun:
             return list(batches)
         return [batch for batch in batches if not all(self.paths[number].exists() for number in batch.numbers)]
 
-    def write(self, number: int, image: Image.Image, settings: Settings) -> Path | None:
+    def write(self, number: int, picture: PictureFile) -> Path | None:
         """The file of a picture; None if it is there already."""
-        from plainsd.pictures.images import write_new_picture
+        from plainsd.pictures.images import write_new_file
 
         path = self.paths[number]
         if not self.target.file and path.exists():
             return None
-        return write_new_picture(image, path, settings)
+        return write_new_file(picture, path)
 
     def finish(self) -> None:
         if not self.target.file:
@@ -202,11 +203,11 @@ def generate_on_cluster(
     from tqdm import tqdm
 
     left = run.left(listed_batches(len(draws), batches))
-    make = partial(ListDrawer, setup, draws, prompts, choices)
+    make = partial(ListDrawer, setup, draws, prompts, choices, run.paths[0].suffix)
     with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
         for batch, finished in drawn_on_cluster(setup.command.ray, make, left, bar):
-            for number, image, settings in zip(batch.numbers, finished.images, finished.settings, strict=True):
-                if (path := run.write(number, image, settings)) is not None:
+            for number, picture in zip(batch.numbers, finished.pictures, strict=True):
+                if (path := run.write(number, picture)) is not None:
                     yield path
 
 

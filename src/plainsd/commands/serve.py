@@ -147,6 +147,9 @@ class Serve:
             self.tokens,
         )
         server_of(app, drain=self.drain_seconds).run(sockets=[sock])
+        if service.queue.failure:
+            self.say(f"plainsd: {service.queue.failure}")
+            raise SystemExit(1)
 
     def opened(self, limits: Limits, options: PoolOptions) -> Service:
         from plainsd.server.service import Service
@@ -277,7 +280,7 @@ def server_of(app, grace: int = 5, drain: float = 0):
             if self.asked_to_drain and not self.draining:
                 self.draining = True
                 service.queue.drain(drain)
-            if self.draining and service.queue.drained():
+            if service.queue.failure or (self.draining and service.queue.drained()):
                 self.should_exit = True
             return await super().on_tick(counter)
 

@@ -6,6 +6,7 @@ Pixels as tensors are float32 in [-1, 1], (B, 3, H, W).
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -151,6 +152,20 @@ def _settings_alone(path: Path) -> Settings:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+class PictureFile(NamedTuple):
+    """A picture as a file's content, with its settings in it: encoding takes longer than sending or writing it."""
+
+    content: bytes
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, image: Image.Image, suffix: str, settings: Settings | None = None) -> "PictureFile":
+        """The content that `write_png` and `write_new_picture` write."""
+        buffer = BytesIO()
+        _save(image, buffer, WRITTEN_AS[suffix.lower()], settings)
+        return cls(buffer.getvalue(), image.size)
+
+
 def write_png(image: Image.Image, path: str | Path, settings: Settings | None = None) -> None:
     """Writes the picture with its settings as `parameters`, atomically; an existing file is replaced."""
     with written_whole(Path(path)) as temporary:
@@ -160,12 +175,17 @@ def write_png(image: Image.Image, path: str | Path, settings: Settings | None = 
 def write_new_picture(image: Image.Image, path: Path, settings: Settings | None = None) -> Path:
     """Writes PNG, JPEG or WebP by the suffix, with the settings, never over an existing file: under the first free name
     of `x.png`, `x-2.png`, `x-3.png`, ..."""
+    return write_new_file(PictureFile.of(image, path.suffix, settings), path)
+
+
+def write_new_file(picture: PictureFile, path: Path) -> Path:
+    """As `write_new_picture`."""
     with draft_of(path) as draft:
-        _save(image, draft, WRITTEN_AS[path.suffix.lower()], settings)
+        draft.write_bytes(picture.content)
         return under_free_name(draft, path)
 
 
-def _save(image: Image.Image, path: Path, kind: str, settings: Settings | None) -> None:
+def _save(image: Image.Image, path: Path | BytesIO, kind: str, settings: Settings | None) -> None:
     if settings is None:
         return image.save(path, format=kind, **LOSSY[kind])
     text = format_settings(settings)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from plainsd.cluster.connect import Share
-from plainsd.cluster.worker import RemoteWorker, Stopping, TaskError, WorkerEnded, watch
+from plainsd.cluster.worker import NodeLost, RemoteWorker, Stopping, TaskError, WorkerEnded, watch
 from plainsd.errors import UserError
 from plainsd.server.jobs.drawing import (
     Advanced,
+    DrawnBatch,
     Event,
     LostWhile,
     Prepared,
@@ -23,6 +24,7 @@ from plainsd.server.jobs.drawing import (
     Stopped,
     Work,
     WorkerLost,
+    as_files,
     batch_events,
 )
 from plainsd.server.jobs.queue import Place, Queue
@@ -47,10 +49,13 @@ class Batches:
             self.models.budget = budget_of(self.models.device) * min(1.0, part)
 
     def __call__(self, work: Work) -> Iterator[Event]:
-        return merged(batch_events(self.models, work))
+        recorded = self.models.options.recorded
+        with closing(merged(batch_events(self.models, work))) as events:
+            for event in events:
+                yield as_files(event, work, recorded) if isinstance(event, DrawnBatch) else event
 
 
-def merged(events: Generator[Event]) -> Iterator[Event]:
+def merged(events: Generator[Event]) -> Generator[Event]:
     """The same events, but steps that follow each other quickly are one: each event costs a message."""
     waiting, last = Advanced([]), 0.0
     with closing(events):
@@ -105,6 +110,9 @@ class RemoteDrawer:
                 self.start()
             except Stopping:
                 return False
+            except NodeLost as error:
+                self.queue.fail(str(error))
+                return False
             except (UserError, WorkerEnded) as error:
                 log.error("%s cannot be started (%s); trying again", self.place.name, error)
                 if self.queue.wait_for_stop(wait):
@@ -127,6 +135,9 @@ class RemoteDrawer:
             raise WorkerLost(str(ended), stage if ended.taken else LostWhile.WAITING) from None
         except TaskError as error:
             raise RemoteError(str(error)) from None
+        except NodeLost as error:
+            self.queue.fail(str(error))
+            raise Stopped from None
         except Stopping:
             raise Stopped from None
 

@@ -5,12 +5,12 @@ A worker thread hands `Work` to a `Drawer` and reads events: `Prepared`, `Begun`
 """
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from io import BytesIO
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -18,10 +18,12 @@ from plainsd.allocator import release_freed_memory
 from plainsd.files.hashes import Hashes
 from plainsd.generate import batch
 from plainsd.pictures.drawing import Pictures
+from plainsd.pictures.images import PictureFile
 from plainsd.pictures.settings import Resolved
 from plainsd.server.controls import control_at
 from plainsd.server.image_prompts import image_prompt_at
 from plainsd.server.jobs.job import Source
+from plainsd.server.jobs.pictures import with_lora_tags
 from plainsd.server.jobs.queue import Place
 from plainsd.server.pool import Models, NamedLoras
 from plainsd.server.uploads import png
@@ -61,8 +63,25 @@ class Advanced(NamedTuple):
 class DrawnBatch(NamedTuple):
     """The pictures, and the hashes of the files that drew them."""
 
-    images: list[Image.Image]
+    images: Sequence[Image.Image | PictureFile]  # files: by another process, and of pictures that are whole
     hashes: Hashes
+
+
+def as_files(drawn: DrawnBatch, work: Work, recorded: Mapping[str, Any]) -> DrawnBatch:
+    """The pictures as the files that are written. Those that are yet to be pasted into others stay as they are."""
+    if work.source.base:
+        return drawn
+    files = []
+    for image, settings in zip(drawn.images, work.settings, strict=True):
+        assert isinstance(image, Image.Image)
+        settings = with_record(settings, drawn.hashes, recorded)
+        files.append(PictureFile.of(image, ".png", with_lora_tags(settings, work.loras)))
+    return drawn._replace(images=files)
+
+
+def with_record(settings: Resolved, hashes: Hashes, recorded: Mapping[str, Any]) -> Resolved:
+    """With what is known once a picture is drawn. `recorded`: that of `PoolOptions`."""
+    return replace(settings, hashes=hashes, **recorded)
 
 
 Event = Prepared | Begun | Advanced | DrawnBatch

@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from types import NoneType
 
@@ -67,7 +68,7 @@ def error_summary(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
 
-def with_lora_tags(settings: Resolved, loras: list[tuple[str, float]]) -> Resolved:
+def with_lora_tags(settings: Resolved, loras: Sequence[tuple[str, float]]) -> Resolved:
     """As written into a picture: LoRAs as tags in the prompt, where other programs expect them."""
     tags = [f"<lora:{name}:{plain_number(strength)}>" for name, strength in loras]
     return replace(settings, prompt=" ".join(filter(None, [settings.prompt, *tags])))

@@ -61,6 +61,7 @@ class Queue:
         self.share = CLIENT_SHARE
         self.idle: list[Place] = []  # of workers that wait for a batch
         self.stopping = False
+        self.failure: str | None = None  # why the server cannot go on, and ends
         self.closes: float | None = None  # while it drains: when the server stops at the latest, as time.monotonic()
         self.seconds_per_picture = 1.0  # moving average
         for job in store.unfinished():
@@ -302,6 +303,12 @@ class Queue:
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
+
+    def fail(self, why: str) -> None:
+        """Stops, as the server cannot go on; it ends, and says why."""
+        with self.changed:
+            self.failure = self.failure or why
+            self.stop()
 
     def wait_for_stop(self, seconds: float) -> bool:
         """Waits at most so long; whether the server is stopping."""

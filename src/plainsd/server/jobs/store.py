@@ -26,7 +26,7 @@ from PIL import Image
 from plainsd.disk import DRAFT, written_whole
 from plainsd.errors import UserError
 from plainsd.json_reader import parsed_json
-from plainsd.pictures.images import write_png
+from plainsd.pictures.images import PictureFile
 from plainsd.server.jobs.job import ACTIVE, DONE, QUEUED, RUNNING, Job, Sheet, source_from
 from plainsd.server.jobs.migrations import migrate
 from plainsd.server.jobs.pictures import (
@@ -217,10 +217,13 @@ class Store:
 
     # --- pictures ----------------------------------------------------------------------------------------------------
 
-    def write(self, job: Job, index: int, image: Image.Image) -> str:
+    def write(self, job: Job, index: int, picture: Image.Image | PictureFile) -> str:
         """Writes the PNG file of one picture. Returns its path below the data folder."""
         file = f"pictures/{job.path_prefix}-{index}.png"
-        write_png(image, self.folder / file, with_lora_tags(job.settings_of(index), job.loras))
+        if isinstance(picture, Image.Image):
+            picture = PictureFile.of(picture, ".png", with_lora_tags(job.settings_of(index), job.loras))
+        with written_whole(self.folder / file) as draft:
+            draft.write_bytes(picture.content)
         return file
 
     def add_picture(self, job: Job, index: int, file: str, size: tuple[int, int]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from PIL import Image
 
 from plainsd.errors import DiskError, UserError
-from plainsd.pictures.images import grid
+from plainsd.pictures.images import PictureFile, grid
 from plainsd.pictures.masks import pasted
 from plainsd.server.jobs.drawing import (
     Advanced,
@@ -25,6 +25,7 @@ from plainsd.server.jobs.drawing import (
     Stopped,
     Work,
     WorkerLost,
+    with_record,
 )
 from plainsd.server.jobs.job import FAILED, Job, Source, Unit
 from plainsd.server.jobs.queue import ATTEMPTS, Queue
@@ -90,7 +91,7 @@ class Worker(threading.Thread):
         for unit, image in zip(units, drawn.images, strict=True):
             if unit.job.active:
                 recorded = self.options.recorded
-                unit.job.settings[unit.index] = replace(unit.settings, hashes=drawn.hashes, **recorded)
+                unit.job.settings[unit.index] = with_record(unit.settings, drawn.hashes, recorded)
                 self.save(unit, self.composited(unit.job, image))
         self.queue.seconds_per_picture += 0.2 * (
             (time.monotonic() - began) / len(units) - self.queue.seconds_per_picture
@@ -138,10 +139,10 @@ class Worker(threading.Thread):
 
     # --- keeping -----------------------------------------------------------------------------------------------------
 
-    def composited(self, job: Job, image: Image.Image) -> Image.Image:
+    def composited(self, job: Job, image: Image.Image | PictureFile) -> Image.Image | PictureFile:
         """The final picture: pasted into the original if the job says so."""
         source = job.source
-        if source is None or source.base is None or source.alpha is None:
+        if source is None or source.base is None or source.alpha is None or isinstance(image, PictureFile):
             return image
         return pasted(image, self.store.input(source.base), self.store.input(source.alpha), source.box)
 
@@ -159,7 +160,7 @@ class Worker(threading.Thread):
                 images.append(Image.new("RGB", settings.size, "white"))
         return grid(images, len(job.sheet.across), job.sheet.across, job.sheet.down)
 
-    def save(self, unit: Unit, image: Image.Image) -> None:
+    def save(self, unit: Unit, image: Image.Image | PictureFile) -> None:
         file = self.write_with_retries(unit, image)
         if file is None:
             return
@@ -168,7 +169,7 @@ class Worker(threading.Thread):
         else:  # cancelled while it was written
             (self.store.folder / file).unlink(missing_ok=True)
 
-    def write_with_retries(self, unit: Unit, image: Image.Image) -> str | None:
+    def write_with_retries(self, unit: Unit, image: Image.Image | PictureFile) -> str | None:
         """Writes the picture's file, and retries while the disk is full. None if its job was cancelled meanwhile."""
         while unit.job.active:
             try:
