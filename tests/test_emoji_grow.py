@@ -22,7 +22,7 @@ spec.loader.exec_module(grow)
 EMBEDDED = Path(grow.__file__).parents[2] / "src" / "plainsd" / "assets" / "emoji"
 
 
-def pictures(count: int, seed: int, side: int = 128) -> torch.Tensor:
+def pictures(count: int, seed: int, side: int = 256) -> torch.Tensor:
     """Discs of one colour on another, with soft edges: (count, 3, side, side) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.rand(shape, generator=generator)  # noqa: E731
@@ -69,20 +69,23 @@ def test_the_command(tmp_path, old, capsys):
         picture.save(tmp_path / "data" / f"{number}.png")
         (tmp_path / "data" / f"{number}.txt").write_text("a disc")
     folder = str(tmp_path / "data")
-    asked = [str(EMBEDDED), str(tmp_path / "vae"), "--data", folder, "--count", "4", "--description"]
-    assert grow.main([*asked, str(RECIPE / "model128-grown.json"), "--heldout", folder]) == 0
+    described = json.loads((RECIPE / "model128-grown.json").read_text()) | {"size": 256}
+    described["vae"]["channels"].insert(0, 16)
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    asked = [str(EMBEDDED), str(tmp_path / "vae"), "--data", folder, "--size", "256", "--count", "4", "--description"]
+    assert grow.main([*asked, str(tmp_path / "model.json"), "--heldout", folder]) == 0
     said = re.fullmatch(r"latents (.*)% from .*; (.*) dB, .* (.*) dB\n", capsys.readouterr().out)
     apart, after, before = map(float, said.groups())
     assert apart < 10 and after > before - 2  # the numbers of the test above
     written = load_vae(tmp_path / "vae", device="cpu", dtype="float32")
     assert written.config.channels == (16, *old.config.channels)
     assert written.config.scaling_factor == old.config.scaling_factor  # the UNet's latents are the same
-    assert grow.main([*asked, str(RECIPE / "model.json")]) == 2
-    assert "the grown autoencoder has channels (16, 16, 32, 64, 128)" in capsys.readouterr().err
-    assert grow.main([str(tmp_path / "nothing"), *asked[1:], str(RECIPE / "model128-grown.json")]) == 2
+    assert grow.main([*asked, str(RECIPE / "model128-grown.json")]) == 2
+    assert "the grown autoencoder has channels (16, 16, 16, 32, 64, 128)" in capsys.readouterr().err
+    assert grow.main([str(tmp_path / "nothing"), *asked[1:], str(tmp_path / "model.json")]) == 2
 
 
-def test_its_description_is_the_embedded_models_but_for_the_autoencoder():
+def test_its_description_is_the_first_stages_but_for_the_autoencoder():
     new, now = (json.loads((RECIPE / name).read_text()) for name in ("model128-grown.json", "model.json"))
     assert new.pop("size") == 2 * now.pop("size")
     assert new["vae"].pop("channels") == [16, *now["vae"].pop("channels")]

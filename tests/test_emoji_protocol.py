@@ -279,7 +279,7 @@ def test_the_embedded_model_keeps_its_table(tmp_path, capsys):
         "| real pictures | 100.0 / 100.0 | 100.0 / 100.0 | 100.0 / 100.0 |",
     ]
     assert "| real pictures | 20.7 to 100.0 / 20.7 to 100.0 |" in "\n".join(lines)
-    assert Image.open(sheet).size == (8 * 70, 70)
+    assert Image.open(sheet).size == (8 * 134, 134)
 
 
 def test_a_sheet_is_a_png(capsys):

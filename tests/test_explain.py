@@ -233,7 +233,8 @@ def test_the_page_holds_the_maps(explained):
     )
     assert np.sum(one["histograms"]["noisy"][0]) * 0.2 == pytest.approx(1, abs=1e-2)
     picture = Image.open(BytesIO(b64decode(one["picture"].partition(",")[2])))
-    assert np.array_equal(np.asarray(picture), np.asarray(explained.image))
+    drawn = np.asarray(explained.image).astype(int)  # WebP keeps it nearly
+    assert picture.size == explained.image.size and np.abs(np.asarray(picture) - drawn).mean() < 8
 
 
 def test_the_page_asks_nobody(explained):
@@ -321,7 +322,7 @@ def test_the_command_writes_the_page(written, explained, tmp_path):
     assert main(["explain", *arguments, "--out", str(tmp_path / "plain.html")]) == 0
     (plain,) = told((tmp_path / "plain.html").read_text("utf-8"))
     assert plain == told(explain_page.page([explained]))[0]
-    assert second["settings"] == "seed 7, 2 steps of dpmpp_2m (trailing spacing), guidance 1, 64x64"
+    assert second["settings"] == "seed 7, 2 steps of dpmpp_2m (trailing spacing), guidance 1, 128x128"
     assert second["difference"] is None and len(second["timesteps"]) == 2
 
 

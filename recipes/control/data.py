@@ -2,7 +2,7 @@
 
     python recipes/control/data.py runs/control/data
 
-    OUT/000000.png, .txt, .cond.png    a picture of 64x64 pixels, its captions, its edges (`--preprocess canny`)
+    OUT/000000.png, .txt, .cond.png    a picture of 128x128 pixels, its captions, its edges (`--preprocess canny`)
     OUT/heldout/                       likewise of (emoji, background) pairs that neither the model nor the net sees
 
 Needs the font of recipes/emoji and `pip install '.[control]'`. Picture i is a pure function of its number.
@@ -21,9 +21,9 @@ from plainsd.errors import UserError
 from plainsd.files.hub import find
 from plainsd.pictures.preprocess import canny
 
-SIDE = 64  # the embedded model's own
+SIDE = 128  # the embedded model's own
 SMALLEST, LARGEST = 0.5, 0.95  # longer side of an emoji, as a share of the picture's side
-LARGE = 2 * SIDE  # pictures are drawn at this size, as those of recipes/emoji, and scaled
+LARGE = 2 * SIDE  # pictures are drawn at this size, and scaled
 
 
 def placed(key: str, glyph: Image.Image) -> tuple[Image.Image, drawing.GlyphBox]:
