@@ -401,6 +401,8 @@ def test_screenshots_are_shown_and_small():
 @needed
 def test_the_script_takes_the_screenshots_again(tmp_path):
     first, *others = explain_shots.shots(tmp_path)
+    others, large = others[:2], others[2:]
+    assert [path.stem for path in large] == list(explain_shots.WHOLE)
     sizes = {Image.open(path).size for path in (first, *others)}
     assert sizes == {Image.open(explain_shots.DOCS / first.name).size}
     assert len({path.read_bytes() for path in (first, *others)}) == len(explain_shots.SHOWN)
