@@ -477,6 +477,7 @@ def test_what_there_is_not(server):
 
 def test_info_is_what_a_form_needs(server):
     info = server.get("/api/info").json()
+    assert info["models"][0]["size_multiple"] == 8
     assert info["default"] == "tiny" and info["models"][0]["defaults"] == {
         "size": [64, 64],
         "steps": 4,

@@ -59,6 +59,7 @@ def photographed(page, name, tmp_path):
 
 def test_while_it_draws(page, monkeypatch, tmp_path):
     size(page, 1280, 880)
+    assert page.find("#width").get_attribute("step") == "16"  # pixels a latent of this model
     brake = Brake(monkeypatch)
     page.set("prompt", PROMPT)
     page.set("count", 4)
