@@ -468,14 +468,16 @@ def test_two_hundred_jobs_of_32_clients_while_workers_are_killed(server):
 FRONT = ["-m", "plainsd", "serve", "--port", "0", *BY_CLUSTER]
 
 
+def started_front(models, data):
+    """A server with workers of its own Ray, in a process."""
+    command = [sys.executable, *FRONT, "--model", models[0], "--data", str(data), "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
+    return process, Server(None, process.stdout.readline().strip().rstrip("/"))
+
+
 @pytest.mark.full
 def test_a_front_that_is_killed_takes_its_workers_with_it_and_loses_nothing(models, tmp_path):
-    def front():
-        command = [sys.executable, *FRONT, "--model", models[0], "--data", str(tmp_path), "--device", "cpu"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
-        return process, Server(None, process.stdout.readline().strip().rstrip("/"))
-
-    process, server = front()
+    process, server = started_front(models, tmp_path)
     ids = [server.job(prompt="killed", steps=100, count=4, seed=seed)["id"] for seed in (1, 100)]
     until_drawing(server, ids[0])
     below = children(process.pid)
@@ -483,7 +485,7 @@ def test_a_front_that_is_killed_takes_its_workers_with_it_and_loses_nothing(mode
     process.kill()
     process.wait()
     until(lambda: not any(map(alive, below)), 150)  # the last of them are Ray's agents, which look for its head first
-    process, server = front()
+    process, server = started_front(models, tmp_path)
     assert [server.wait(id, 120)["state"] for id in ids] == ["done", "done"]
     rows = [row["id"] for row in server.get("/api/images?limit=100").json()["images"]]
     assert sorted(rows) == sorted(f"{id}-{index}" for id in ids for index in range(4))
@@ -495,12 +497,7 @@ def test_a_front_that_is_killed_takes_its_workers_with_it_and_loses_nothing(mode
 def test_a_front_whose_own_raylet_dies_ends_and_draws_the_rest_at_its_next_start(models, tmp_path):
     """Ray itself would wait for ever. Whoever watches over the front, such as Docker, starts it again."""
 
-    def front():
-        command = [sys.executable, *FRONT, "--model", models[0], "--data", str(tmp_path), "--device", "cpu"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
-        return process, Server(None, process.stdout.readline().strip().rstrip("/"))
-
-    process, server = front()
+    process, server = started_front(models, tmp_path)
     try:
         ids = [server.job(prompt="raylet", steps=100, count=4, seed=seed)["id"] for seed in (1, 100)]
         until_drawing(server, ids[0])
@@ -510,7 +507,7 @@ def test_a_front_whose_own_raylet_dies_ends_and_draws_the_rest_at_its_next_start
         os.kill(raylet, signal.SIGKILL)
         assert process.wait(120) != 0
         until(lambda: not any(map(alive, below)), 150)
-        process, server = front()
+        process, server = started_front(models, tmp_path)
         assert [server.wait(id, 120)["state"] for id in ids] == ["done", "done"]
         rows = [row["id"] for row in server.get("/api/images?limit=100").json()["images"]]
         assert sorted(rows) == sorted(f"{id}-{index}" for id in ids for index in range(4))
