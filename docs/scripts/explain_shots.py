@@ -78,11 +78,11 @@ def steps(driver, html: Path, folder: Path) -> Iterator[Path]:
 
 def whole(driver, pages: list[Path], folder: Path) -> Iterator[Path]:
     for name, (width, height, scale, count, dark) in WHOLE.items():
+        driver.get(pages[count - 1].as_uri())
         metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 500}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        driver.get(pages[count - 1].as_uri())
         yield photographed(driver, folder / f"{name}.png", (round(width * scale), round(height * scale)))
 
 
