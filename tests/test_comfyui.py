@@ -1,6 +1,7 @@
 """ComfyUI's workflows, in both of its forms: what is read out of them, and what is refused, in one line."""
 
 import json
+import math
 import time
 
 import pytest
@@ -302,6 +303,13 @@ def test_nodes_of_wrong_kinds_are_named():
     two = graph(large=node("LatentUpscaleBy", scale_by=2, upscale_method="bilinear", samples=["sampler", 0]), **again())
     first = node("KSampler", **two["sampler"]["inputs"])
     assert "two passes are the most" in refused(changed(two, "sampler", latent_image=["first", 0]) | {"first": first})
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["steps", "seed", "cfg", "denoise"])
+def test_numbers_without_end_are_named(name, number):
+    """Python's JSON has NaN and Infinity."""
+    assert f"{name!r} is '{number}'; give it as a number" in refused(changed(graph(), "sampler", **{name: number}))
 
 
 def test_circles_end():

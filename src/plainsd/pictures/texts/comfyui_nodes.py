@@ -90,10 +90,11 @@ class GraphReader:
             value = next((holder.inputs[key] for key in VALUE if key in holder.inputs), None)
         if value is None and default is not None:
             return default
-        if kind is int and isinstance(value, float) and value == math.floor(value):
+        if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         wanted = (int, float) if kind is float else kind
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        endless = isinstance(value, float) and not math.isfinite(value)  # JSON of Python has NaN and Infinity
+        if not isinstance(value, wanted) or isinstance(value, bool) or endless:
             what = "comes from a node that is not read here" if value is None else f"is {str(value)[:40]!r}"
             raise UserError(f"{node}: {name!r} {what}; give it as a {'text' if kind is str else 'number'}")
         return kind(value)
