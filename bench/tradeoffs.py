@@ -82,10 +82,8 @@ def main() -> None:
         f"{asked.prompts} prompts of {asked.steps} steps, batches of {asked.batch}\n"
     )
     print("| | time | PSNR | background | object, top 1 | object, top 5 |\n|---|---|---|---|---|---|")
-    scorer, exact = (
-        Scorer(draw_all(concepts, None), concepts["backgrounds"], concepts["size"], concepts.get("cells")),
-        ways[0],
-    )
+    scorer = Scorer(draw_all(concepts, None), concepts["backgrounds"], concepts["size"], concepts.get("cells"))
+    exact = ways[0]
     for way in ways:
         share = statistics.median(a / b for a, b in zip(way.seconds, exact.seconds, strict=True))
         near = statistics.mean(psnr(a, b) for a, b in zip(way.pictures, exact.pictures, strict=True))

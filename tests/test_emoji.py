@@ -125,6 +125,12 @@ def test_places_in_cells_are_whole_cells():
     assert {drawing.random_place(str(i), (10, 10), 8, 1).width for i in range(20)} == {4}  # one cell: one size
 
 
+@pytest.mark.parametrize("cells", [0, -1, 65, 8.0, True, "8"])
+def test_cells_that_are_none_are_refused(cells):
+    with pytest.raises(UserError, match="write a whole number from 1 to 64, or leave it out"):
+        evaluate.read_concepts(CONCEPTS | {"cells": cells})
+
+
 # ---- the scorer ------------------------------------------------------------------------------------------------------
 
 

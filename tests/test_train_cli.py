@@ -325,7 +325,14 @@ def test_vae_and_scratch(pictures, base, tmp_path, capsys):
         "2",
         *FAST,
     ]
+    assert main(["train", "--method", "vae", "--out", str(tmp_path / "no"), *shared, "--latent-noise", "-1"]) == 2
+    assert "latent_noise -1.0 is out of range; give 0 or more" in capsys.readouterr().err
+    noisy = ["train", "--method", "vae", "--out", str(tmp_path / "noisy"), *shared, "--latent-noise", "0.5"]
+    assert main(noisy) == 0
     assert main(["train", "--method", "vae", "--out", str(tmp_path / "vae"), *shared]) == 0
+    same = [read_log(tmp_path / run / "log.jsonl")[0]["kl"] for run in ("vae", "noisy")]
+    first = [read_log(tmp_path / run / "log.jsonl")[0]["l1"] for run in ("vae", "noisy")]
+    assert same[0] == pytest.approx(same[1], rel=1e-3) and first[0] != first[1]  # the decoder reads other latents
     assert (
         main(
             [

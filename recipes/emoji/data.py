@@ -221,6 +221,7 @@ def build_set(options: argparse.Namespace) -> None:
 
 
 def build(options: argparse.Namespace) -> None:
+    drawing.check_cells(options.cells)
     font = drawing.open_font(options.font)
     concepts = drawing.choose(font, options.emoji)
     seen, heldout = drawing.split_pairs(len(concepts), len(drawing.BACKGROUNDS), options.heldout_share, options.seed)

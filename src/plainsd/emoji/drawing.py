@@ -32,6 +32,7 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_VARIABLE = "PLAINSD_EMOJI_FONT"  # of the environment: another path
 STRIKE = 109  # the only size of the font's bitmaps, in Pillow's units
 SMALLEST_SCALE, LARGEST_SCALE = 0.80, 0.95  # longer side of the visible part, as a share of the picture's side
+MOST_CELLS = 64  # of a picture's side
 SPARE_CELLS = 2  # in a picture of cells, rows and columns that the largest square leaves free, at most
 DUPLICATE_DISTANCE = 0.13  # two glyphs nearer than this are near duplicates
 
@@ -185,6 +186,12 @@ def draw_picture(glyph: Image.Image, colour: tuple[int, int, int], size: int, pl
     scaled = glyph.resize((place.width, place.height), Image.Resampling.LANCZOS)
     picture.alpha_composite(scaled, (place.left, place.top))
     return picture.convert("RGB")
+
+
+def check_cells(cells: object) -> None:
+    """UserError if these are no cells of a picture's side; None is any size and place."""
+    if cells is not None and (type(cells) is not int or not 1 <= cells <= MOST_CELLS):
+        raise UserError(f"cells {cells!r}: write a whole number from 1 to {MOST_CELLS}, or leave it out", field="cells")
 
 
 def scale_range(cells: int | None = None) -> tuple[float, float]:

@@ -69,9 +69,7 @@ def read_concepts(concepts: dict) -> list[drawing.Concept]:
     missing = [key for key in ("concepts", "backgrounds", "templates", "heldout", "size") if key not in concepts]
     if missing:
         raise UserError(f"concepts.json lacks {', '.join(missing)}; write it with recipes/emoji/data.py")
-    cells = concepts.get("cells")
-    if cells is not None and (type(cells) is not int or not 1 <= cells <= 64):
-        raise UserError(f"concepts.json: cells {cells!r}: write a whole number from 1 to 64, or leave it out")
+    drawing.check_cells(concepts.get("cells"))
     return [drawing.Concept(entry["name"], entry["character"]) for entry in concepts["concepts"]]
 
 

@@ -13,6 +13,7 @@ from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
 from plainsd.pictures.conditioning import as_weighted
 from plainsd.pictures.control import Control
+from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.image_prompt import ImagePrompt
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import MASK_OPTIONS, RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
@@ -156,9 +157,9 @@ def seeds_of(request: JobRequest, cell: dict[str, Any]) -> list[int]:
     return [one.seed + index * (one.counted == "seed") for index in range(request.count)]
 
 
-def check_work(settings: list[Resolved], limits: Limits) -> None:
+def check_work(settings: list[Resolved], limits: Limits, multiple: int) -> None:
     for one in settings:
-        check_pixels(enlarged_size(one.size, one.hires) if one.hires else one.size, limits)
+        check_pixels(enlarged_size(one.size, one.hires, multiple) if one.hires else one.size, limits)
         if one.steps > limits.steps:
             raise APIError(422, f"steps {one.steps} is out of range; choose 1 to {limits.steps}", "steps", one.steps)
 
@@ -207,7 +208,7 @@ def new_job(
         messages = [note for cell in cells(request) for note in notes(Settings(**note_settings(request, cell)))]
         messages += scaled_maps(control, settings[0].size)
         check_clip_skip(bare, settings)
-        check_work(settings, limits)
+        check_work(settings, limits, size_multiple(bare.variant.vae))
         check_prompts(settings, limits)
     except UserError as error:
         if error.field in {axis.name.strip().replace(" ", "_") for axis in request.grid or []}:
