@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -147,3 +148,22 @@ def test_presets_say_what_their_time_is_for(recipe):
         assert sum(preset.shares) <= 0.95 and preset.workers >= 1
         assert preset.vae[0] == preset.scratch[0] == "--batch"  # read by position
     assert recipe.PRESETS["gpu"].minutes == 12 and "--live-latents" in recipe.PRESETS["gpu"].scratch
+
+
+@needs_font
+def test_models_are_compared_at_the_same_sizes(capsys):
+    found = importlib.util.spec_from_file_location("emoji_compare", FOLDER / "compare.py")
+    compare = importlib.util.module_from_spec(found)
+    found.loader.exec_module(compare)
+    emoji = Path(plainsd.__file__).parent / "assets" / "emoji"
+    assert compare.main([str(emoji), "--prompts", "4", "--sides", "32,128"]) == 0
+    first, *rows = capsys.readouterr().out.splitlines()
+    ratios = [float(number) for number in re.findall(r"([\d.]+) at", first)]
+    assert ratios == sorted(ratios, reverse=True) and ratios[0] > 20 and ratios[-1] > 10
+    assert 0.1 < float(first.split()[-1]) < 0.6  # noise has 1
+    assert [row.split(":")[0].strip() for row in rows] == [
+        "autoencoder, 32 pixels", "autoencoder, 128 pixels", "guidance 4, 32 pixels", "guidance 4, 128 pixels",
+    ]  # fmt: skip
+    sharp = [float(re.search(r"sharpness ([\d.]+)", row)[1]) for row in rows]
+    assert sharp[0] > sharp[1] and sharp[2] > sharp[3]  # blur shows at the larger size
+    assert compare.main(["/no/such/folder"]) == 2
