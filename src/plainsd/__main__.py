@@ -2,6 +2,6 @@
 
 import sys
 
-from plainsd.cli import main
+from plainsd.cli import process
 
-sys.exit(main())
+sys.exit(process())
