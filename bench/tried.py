@@ -55,7 +55,8 @@ def attention(dtype: torch.dtype) -> None:
             "blocked, all heads": lambda: all_heads(*contiguous),
         }
         if kernels.have_kernels(dtype):
-            forms["our kernel"] = lambda: kernels._attention(q, k, v)
+            name = "our kernel, by AMX" if dtype == torch.bfloat16 and kernels.attend_by_amx() else "our kernel"
+            forms[name] = lambda: kernels._attention(q, k, v)
         contiguous = [t.contiguous() for t in (q, k, v)]
         tell(f"attention {b}x{heads} heads, {n} x {m}, {d} wide", dtype, forms)
 

@@ -7,6 +7,7 @@ own error is another one on each kind of processor. What is chosen where: test_p
 import copy
 import ctypes
 import errno
+import math
 import os
 import shutil
 import subprocess
@@ -50,8 +51,7 @@ def strided(x):
     return torch.cat(3 * [x.transpose(1, 2)], dim=2)[:, :, : x.shape[1]].transpose(1, 2)
 
 
-@DTYPES
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
     "batch, heads, n, m, d",
     [
         (2, 3, 96, 512, 40),
@@ -64,6 +64,10 @@ def strided(x):
         (2, 1, 7, 2000, 512),
     ],
 )
+
+
+@DTYPES
+@SHAPES
 def test_attention(dtype, batch, heads, n, m, d):
     """Lengths and widths that fill their blocks and that do not; scores up to +-100, so that blocks are scaled anew. As
     far from float64 as its formula in float32, each sum in order, within a quarter."""
@@ -76,6 +80,53 @@ def test_attention(dtype, batch, heads, n, m, d):
     for form in (torch.Tensor.clone, strided, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
         found = kernels._attention(*(form(t) for t in (q, k, v)))
         assert found.shape == q.shape and relative(found.double(), expected) < allowed
+
+
+STRICT = ("-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized")  # GCC 12's own immintrin.h
+
+
+@pytest.fixture(scope="module")
+def emulated_amx(tmp_path_factory):
+    """kernels.cpp for a processor with AMX, whose instructions are loops here."""
+    path = tmp_path_factory.mktemp("amx") / "kernels.so"
+    include = ("-include", str(Path(__file__).with_name("amx_emulated.h")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "FLAGS", (*STRICT, *building.FLAGS, *include))
+        building._compile(building.compiler_path(), building.source_code(), path)
+    return building.typed(ctypes.CDLL(str(path)))
+
+
+@pytest.fixture
+def by_amx(emulated_amx, monkeypatch):
+    assert emulated_amx.knows_amx() == 1
+    monkeypatch.setattr(kernels, "library", lambda: emulated_amx)
+    monkeypatch.setattr(kernels, "attend_by_amx", lambda: True)
+
+
+@pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")
+@SHAPES
+def test_attention_by_amx(by_amx, batch, heads, n, m, d):
+    if d % 2:
+        pytest.skip("PyTorch's, by `attention`")
+    test_attention(torch.bfloat16, batch, heads, n, m, d)
+
+
+@pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")
+def test_attention_by_amx_keeps_what_its_gradients_need(by_amx):
+    q, k, v = torch.randn(3, 1, 2, 100, 40).bfloat16().unbind(0)
+    out, kept = kernels._attention_kept(q, k, v)
+    scores = q.double() @ k.double().transpose(2, 3) * 40**-0.5
+    assert torch.allclose(kept.double(), scores.logsumexp(-1) / math.log(2), atol=1e-5)
+    assert torch.equal(out, kernels._attention(q, k, v))
+
+
+@pytest.mark.full  # the first run of these instructions on a processor that has them: in a process of its own
+@pytest.mark.skipif(not kernels.amx(), reason="a processor without AMX")
+def test_attention_by_amx_itself():
+    here = f"{__file__}::test_attention"
+    environment = os.environ | {"PLAINSD_AMX_ATTENTION": "1"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", here], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def attention_in_order(q, k, v):
@@ -519,10 +570,11 @@ def test_it_compiles_for_other_processors(tmp_path, monkeypatch, processor, know
     if subprocess.run(["c++", f"-march={processor}", "-E", "-x", "c++", "/dev/null"], capture_output=True).returncode:
         pytest.skip(f"this compiler does not know {processor}")
     assert building.FLAGS[1] == "-march=native"
-    strict = ("-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized")  # GCC 12 warns of that in its own immintrin.h
-    monkeypatch.setattr(building, "FLAGS", (*strict, building.FLAGS[0], f"-march={processor}", *building.FLAGS[2:]))
+    monkeypatch.setattr(building, "FLAGS", (*STRICT, building.FLAGS[0], f"-march={processor}", *building.FLAGS[2:]))
     source = Path(building.__file__).with_name("kernels.cpp").read_bytes()
     building._compile("c++", source, tmp_path / "kernels.so")
+    tilerelease = bytes.fromhex("c4e27849c0")
+    assert (tilerelease in (tmp_path / "kernels.so").read_bytes()) == (processor == "sapphirerapids")
     if processor == "skylake-avx512":
         assert ctypes.CDLL(str(tmp_path / "kernels.so")).knows_bfloat16() == known
 

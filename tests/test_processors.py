@@ -96,6 +96,26 @@ def test_what_is_chosen_there_draws_the_same_here(on, monkeypatch, processor, fl
         assert relative(latents(fast), exact) < allowed * relative(plain, exact)
 
 
+@pytest.mark.parametrize("asked, compiled, allowed", [("1", 1, True), (None, 1, True), ("1", 0, True), ("1", 1, False)])
+def test_attention_by_amx_is_asked_for(on, monkeypatch, asked, compiled, allowed):
+    """And the compiler must know it, and the system allow it."""
+    on(Processor(BOTH, amx=True, intel=True))
+    knows = SimpleNamespace(knows_bfloat16=lambda: 1, knows_amx=lambda: compiled)
+    monkeypatch.setattr(kernels, "library", lambda: knows)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: allowed)
+    monkeypatch.delenv("PLAINSD_AMX_ATTENTION", raising=False)
+    if asked:
+        monkeypatch.setenv("PLAINSD_AMX_ATTENTION", asked)
+    kernels.attend_by_amx.cache_clear()
+    try:
+        ours = bool(asked and compiled and allowed)
+        assert model.attention_for(torch.bfloat16) is (OURS if ours else PLAIN)
+        assert kernels.pays(torch.bfloat16, 10, 1024, 1024, 64) == ours
+        assert not kernels.pays(torch.float32, 10, 1024, 1024, 64)
+    finally:
+        kernels.attend_by_amx.cache_clear()
+
+
 def kernels_here():
     try:
         return bool(kernels.library())

@@ -38,9 +38,14 @@ def library() -> ctypes.CDLL:
         made = kept or _loaded_for_now(source, compiler)
     except OSError as error:
         raise Unavailable(str(error)) from None
+    return typed(made)
+
+
+def typed(made: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions' arguments."""
     kind, number, place, real = ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_double
     for name, arguments in {
-        "attend": [kind, *6 * [place], *5 * [number], real, number],
+        "attend": [kind, kind, *6 * [place], *5 * [number], real, number],
         "attend_back": [*3 * [place], *5 * [number], real, number],
         "pack": [kind, *2 * [place], *2 * [number]],
         "linear": [kind, *5 * [place], *3 * [number], kind, number],

@@ -1,5 +1,6 @@
 // Kernels for processors with AVX-512, in float32, and in bfloat16 where they multiply it (AVX512_BF16). building.py
-// compiles this file; kernels.py calls what stands at its end. First the helpers, then a section for each kernel:
+// compiles this file; kernels.py calls what stands at its end. Attention can multiply by AMX (AMX_BF16). First the helpers, then
+// a section for each kernel:
 //
 //     attend      out = softmax(q k^T scale) v, in one pass over blocks that stay in the cache; attend_back, its gradients
 //     linear      y = x W^T + b, for few rows, where oneDNN takes longer to start than to multiply
@@ -17,7 +18,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define HAS_AMX
+#endif
 
 namespace {
 
@@ -25,7 +31,6 @@ namespace {
 
 constexpr long LANES = 16;                  // units in a register
 constexpr long TILE = 6;                    // queries whose sums are in registers at once, with up to 4 registers each
-constexpr long ROWS = 8 * TILE;             // queries in a block
 constexpr long GROUP = 4 * LANES;           // keys in a tile
 constexpr long COLUMNS = 8 * GROUP;         // keys in a block
 constexpr long MUCH = 1 << 20;              // multiplications from which on a second thread pays
@@ -66,6 +71,78 @@ auto tile_for(long left) {
            : left == 2 ? tile<pairs, 2, rows>
                        : tile<pairs, 1, rows>;
 }
+
+// The same for any number of rows and columns (a multiple of 16), and with room after the last row for a whole tile.
+template <bool pairs>
+void product(const uint32_t* a, long a_stride, const uint32_t* b, long b_stride, long depth, float* out, long out_stride,
+             long rows, long columns, bool add) {
+    for (long c = 0; c < columns; c += GROUP)
+        for (long i = 0; i < rows; i += TILE)
+            tile_for<pairs, TILE>((columns - c) / LANES)(a + i * a_stride, a_stride, b + c, b_stride, depth,
+                                                         out + i * out_stride + c, out_stride, add);
+}
+
+#ifdef HAS_AMX
+// By AMX, in bfloat16: eight registers of 16 rows of 16 units, here 0 to 3 for sums, 4 and 5 for rows of a, 6 and 7 for columns
+// of b. depth is a multiple of 16, and there is room for 32 rows. A thread has a `Tiles` while it multiplies.
+struct Tiles {
+    Tiles() {
+        alignas(64) static const uint8_t all_of_16_by_64_bytes[64] = {
+            1, 0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,
+            0, 0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16};
+        _tile_loadconfig(all_of_16_by_64_bytes);
+    }
+    ~Tiles() { _tile_release(); }
+};
+
+template <bool wide>
+void four_tiles(const uint32_t* a, long a_stride, const uint32_t* b, long b_stride, long depth, float* out, long out_stride,
+                bool add) {
+    const long a_bytes = 4 * a_stride, b_bytes = 4 * b_stride, out_bytes = 4 * out_stride;
+    float* below = out + LANES * out_stride;
+    asm volatile("" ::: "memory");                          // GCC's intrinsics do not say that they read memory
+    if (add) {
+        _tile_loadd(0, out, out_bytes);
+        _tile_loadd(2, below, out_bytes);
+        if constexpr (wide) {
+            _tile_loadd(1, out + LANES, out_bytes);
+            _tile_loadd(3, below + LANES, out_bytes);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long t = 0; t < depth; t += LANES) {
+        _tile_loadd(4, a + t, a_bytes);
+        _tile_loadd(5, a + LANES * a_stride + t, a_bytes);
+        _tile_loadd(6, b + t * b_stride, b_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (wide) {
+            _tile_loadd(7, b + t * b_stride + LANES, b_bytes);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, out, out_bytes);
+    _tile_stored(2, below, out_bytes);
+    if constexpr (wide) {
+        _tile_stored(1, out + LANES, out_bytes);
+        _tile_stored(3, below + LANES, out_bytes);
+    }
+}
+
+void product_by_amx(const uint32_t* a, long a_stride, const uint32_t* b, long b_stride, long depth, float* out, long out_stride,
+                    long rows, long columns, bool add) {
+    for (long c = 0; c < columns; c += 2 * LANES)
+        for (long i = 0; i < rows; i += 2 * LANES) {
+            const auto some = columns - c >= 2 * LANES ? four_tiles<true> : four_tiles<false>;
+            some(a + i * a_stride, a_stride, b + c, b_stride, depth, out + i * out_stride + c, out_stride, add);
+        }
+}
+#endif
 
 // 2^x, to 2 in 10^7: 2^round(x) times a polynomial of the rest, in [-1/2, 1/2] (the Taylor series of e^(x ln 2)).
 inline __m512 exp2(__m512 x) {
@@ -153,10 +230,10 @@ struct View {
     long batch, head, row;
 };
 
-// Row j of a matrix, of `depth` units, as column j: [64 rows][unit][j].
-inline void to_column(const char* row, long j, long depth, uint32_t* to) {
+// Row j of a matrix, of so many units, as column j: [64 rows][unit, filled up to depth][j].
+inline void to_column(const char* row, long j, long units, long depth, uint32_t* to) {
     uint32_t* column = to + j / GROUP * depth * GROUP + j % GROUP;
-    for (long t = 0; t < depth; t++) std::memcpy(column + t * GROUP, row + 4 * t, 4);
+    for (long t = 0; t < units; t++) std::memcpy(column + t * GROUP, row + 4 * t, 4);
 }
 
 // Row j, of d numbers, as one of the `step` that make a row of units: [j / step][number].
@@ -166,15 +243,16 @@ inline void to_row(const char* row, long j, long d, long step, long width, uint3
     for (long c = 0; c < d; c++) std::memcpy(at + 4 * c, row + size * c, size);
 }
 
-template <bool pairs>
+template <bool pairs, bool amx = false>
 struct Attention {
     static constexpr long SIZE = pairs ? 2 : 4, STEP = pairs ? 2 : 1;            // bytes of a number, numbers in a unit
+    static constexpr long STRIP = amx ? 2 * LANES : TILE, ROWS = (amx ? 2 : 8) * STRIP;  // queries in a product, in a block
 
     View q, k, v, out;
     float* kept;                                                                // (B, heads, n) or null: log2 of the sums
     long heads, n, m, d;
     float scale;                                                                // of the exponent in base 2
-    long depth = d / STEP, width = up(d, LANES), keys = up(m, GROUP);
+    long units = d / STEP, depth = up(units, amx ? LANES : 1), width = up(d, LANES), keys = up(m, GROUP);
     std::vector<uint32_t> packed_k{}, packed_v{};                               // of all heads
 
     char* at(const View& x, long which, long row) const {
@@ -185,7 +263,7 @@ struct Attention {
 
     void pack(long which) {
         for (long j = 0; j < m; j++) {
-            to_column(at(k, which, j), j, depth, k_of(which));
+            to_column(at(k, which, j), j, units, depth, k_of(which));
             to_row(at(v, which, j), j, d, STEP, width, v_of(which));
         }
     }
@@ -200,22 +278,25 @@ struct Attention {
         for (long i = 0; i < ROWS; i++) largest[i] = std::numeric_limits<float>::lowest();
         for (long i = 0; i < rows; i++) std::memcpy(&queries[i * depth], at(q, which, first + i), d * SIZE);
 
+#ifdef HAS_AMX
+        const auto multiply = amx ? product_by_amx : product<pairs>;
+        const std::conditional_t<amx, Tiles, int> tiles{};
+        (void)tiles;
+#else
+        const auto multiply = product<pairs>;
+#endif
         for (long start = 0; start < m; start += COLUMNS) {
             const long count = std::min(COLUMNS, keys - start), real = std::min(count, m - start);
             for (long j = 0; j < count; j += GROUP)
-                for (long i = 0; i < rows; i += TILE)
-                    tile<pairs, 4, TILE>(&queries[i * depth], depth, k_of(which) + (start + j) * depth, GROUP, depth,
-                                         &scores[i * COLUMNS + j], COLUMNS, false);
-            for (long i = 0; i < up(rows, TILE); i++) {
+                multiply(queries.data(), depth, k_of(which) + (start + j) * depth, GROUP, depth, &scores[j], COLUMNS, rows,
+                         GROUP, false);
+            for (long i = 0; i < up(rows, STRIP); i++) {
                 for (long j = real; j < count; j++) scores[i * COLUMNS + j] = -std::numeric_limits<float>::infinity();
                 exponentials<pairs>(&scores[i * COLUMNS], &weights[i * COLUMNS / STEP], count, scale, largest[i], sums[i],
                                     &sofar[i * width], width);
             }
-            for (long c = 0; c < width; c += GROUP)
-                for (long i = 0; i < rows; i += TILE)
-                    tile_for<pairs, TILE>((width - c) / LANES)((uint32_t*)&weights[i * COLUMNS / STEP], COLUMNS / STEP,
-                                                               v_of(which) + start / STEP * width + c, width, count / STEP,
-                                                               &sofar[i * width + c], width, true);
+            multiply((uint32_t*)weights.data(), COLUMNS / STEP, v_of(which) + start / STEP * width, width, count / STEP,
+                     sofar.data(), width, rows, width, true);
         }
         for (long i = 0; i < rows; i++) {
             if (kept) kept[which * n + first + i] = largest[i] * scale + std::log2(sums[i]);
@@ -290,7 +371,7 @@ struct AttentionBack {
             dv_sums(KEYS * width);                                               // 2^-10000: a query that is none has no weight
         for (long i = 0; i < n; i++) {
             const char *query = at(q, which, i), *up = at(dout, which, i), *y = at(out, which, i);
-            to_column(query, i, depth, q_columns.data()), to_column(up, i, depth, do_columns.data());
+            to_column(query, i, depth, depth, q_columns.data()), to_column(up, i, depth, depth, do_columns.data());
             to_row(query, i, d, 2, width, q_rows.data()), to_row(up, i, d, 2, width, do_rows.data());
             __m512 sum = _mm512_setzero_ps();
             for (long c = 0; c < d; c += LANES)
@@ -669,14 +750,27 @@ extern "C" int knows_bfloat16() {
 #endif
 }
 
+// Likewise AMX's; `attend` by AMX is for processors that have it, after the process asked the system for its registers.
+extern "C" int knows_amx() {
+#ifdef HAS_AMX
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // strides: batch, head and row of q, k, v and out. kept (batch, heads, n) or null takes what attend_back needs.
-extern "C" void attend(int bits, char* q, char* k, char* v, char* out, float* kept, const long* strides, long batch, long heads,
-                       long n, long m, long d, double scale, long threads) {
+extern "C" void attend(int bits, [[maybe_unused]] int amx, char* q, char* k, char* v, char* out, float* kept,
+                       const long* strides, long batch, long heads, long n, long m, long d, double scale, long threads) {
     const auto view = [&](char* data, int i) { return View{data, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
     const auto run = [&](auto work) { work.run(batch, threads); };
     const float in_base_2 = (float)(scale * 1.4426950408889634);
     if (bits == 32)
         run(Attention<false>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
+#ifdef HAS_AMX
+    else if (amx)
+        run(Attention<true, true>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
+#endif
     else
         run(Attention<true>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
 }

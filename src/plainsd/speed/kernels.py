@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +37,17 @@ def suit(dtype: torch.dtype) -> bool:
 
 
 def amx() -> bool:
-    """Whether PyTorch uses AMX for bfloat16 products; the kernels do not."""
+    """Whether PyTorch uses AMX for bfloat16 products."""
     return suit(torch.bfloat16) and torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def attend_by_amx() -> bool:
+    """Whether `attention` uses AMX too, in bfloat16: only if PLAINSD_AMX_ATTENTION=1. Its instructions were tested in
+    emulation, and are not yet measured."""
+    if os.environ.get("PLAINSD_AMX_ATTENTION") != "1" or not amx() or not have_kernels(torch.bfloat16):
+        return False
+    return bool(library().knows_amx()) and torch.cpu._init_amx()  # which asks Linux for the registers
 
 
 INTEL = made_by_intel()  # PyTorch uses MKL and oneDNN, which are tuned for Intel
@@ -122,6 +132,8 @@ def pays(dtype: torch.dtype, heads: int, n: int, m: int, d: int) -> bool:
     0.64 to 0.83 times at 512 wide, and 0.86 to 1.01 times at 1,024 x 1,024. Elsewhere from so many multiplications of q
     k^T on.
     """
+    if dtype == torch.bfloat16 and attend_by_amx():
+        return n * m >= 2**20
     if INTEL:
         return n * m >= 2**24 and d <= 64
     return heads * n * m * d >= {torch.float32: 2**24, torch.bfloat16: 2**18}[dtype]
@@ -153,6 +165,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
     tensors = [*map(_as_rows, (q, k, v)), out]
     library().attend(
         BITS[q.dtype],
+        attend_by_amx(),
         *map(_pointer, tensors),
         _pointer(kept),
         _stride_array(tensors),

@@ -120,9 +120,11 @@ def attention_for(dtype: torch.dtype) -> Callable[..., Tensor]:
                               with kernels.cpp    without
         float32               our kernel          PyTorch's
         bfloat16, no AMX      our kernel          blocked_attention
-        bfloat16 by AMX       PyTorch's           PyTorch's
+        bfloat16 by AMX       PyTorch's (1)       PyTorch's
+
+    (1) With PLAINSD_AMX_ATTENTION=1 our kernel by AMX.
     """
-    if dtype == torch.bfloat16 and kernels.amx():
+    if dtype == torch.bfloat16 and kernels.amx() and not kernels.attend_by_amx():
         return nn.functional.scaled_dot_product_attention
     if have_kernels(dtype):
         return kernels.attention
