@@ -44,7 +44,7 @@ ISA_TESTS ?= tests/test_kernels.py tests/test_processors.py tests/test_speed.py
 ISA := .venv/bin/python -m pytest -m "not full and not gpu" -k "not step_waits" $(ISA_TESTS)
 test-isa: .venv/installed-test
 	$(ISA)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(ISA)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(ISA)
 	ATEN_CPU_CAPABILITY=default $(ISA)
 	CXX=no-compiler $(ISA)
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_XL
+from PIL import Image
 
 from plainsd import allocator
 from plainsd.checkpoint import load
 from plainsd.cli import main
 from plainsd.commands.bench import timing_table
 from plainsd.errors import UserError
-from plainsd.reports import apart, bench, rivals
+from plainsd.reports import apart, bench, processes, rivals
 
 PLACE = bench.Workbench(None, torch.float32, torch.device("cpu"), 2)
 
@@ -71,6 +72,25 @@ def test_many_pictures_of_another_model(tmp_path, monkeypatch):
     assert row.name == "8 pictures of sdxl-base, 64 px, 2 steps of DPM++ 2M"
     assert list(row.seconds) == list(row.first) == ["diffusers", "plainsd --plain", "plainsd"]
     assert {len(seconds) for seconds in row.seconds.values()} == {1}
+
+
+@pytest.mark.full  # eight processes that import torch
+@pytest.mark.filterwarnings("ignore")
+def test_from_the_shell_to_a_picture(monkeypatch):
+    written, run = [], processes.subprocess.run
+
+    def watched(command, **options):
+        run(command, **options)
+        path = Path(command[-1] if "--plain" not in command else command[-2])
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                written.append(picture.size)
+            path.unlink()
+
+    monkeypatch.setattr(processes.subprocess, "run", watched)
+    row = bench.first_row(PLACE._replace(rounds=1), False)
+    assert list(row.seconds) == ["import torch", "diffusers", "plainsd --plain", "plainsd"]
+    assert written == 6 * [(128, 128)]
 
 
 @pytest.mark.filterwarnings("ignore")

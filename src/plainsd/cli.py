@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def process() -> int:
-    """`main` of a process that ends after it. What is left then is not searched for cycles, which with torch takes 0.3 s."""
+    """`main` of a process that ends then: without a last search for reference cycles, which takes torch 0.3 s."""
     code = main()
     gc.freeze()
     return code

@@ -28,9 +28,9 @@ class Bench:
     """
 
     rows: Annotated[Positional[tuple[str, ...]], flag("ROW")] = ()
-    """small, unet, decode, picture, load, start; on a GPU also 30 steps of 1 or 8 pictures with random weights: sd1-1,
-    sd1-8, sdxl-1, sdxl-8. Default: all these rows for the device. decode-memory, small-memory and train-memory compare
-    glibc's own handling of freed memory with keeping it"""
+    """small, unet, decode, picture, load, start, first; on a GPU also 30 steps of 1 or 8 pictures with random weights:
+    sd1-1, sd1-8, sdxl-1, sdxl-8. Default: all these rows for the device. decode-memory, small-memory and train-memory
+    compare glibc's own handling of freed memory with keeping it"""
     model: Annotated[Path | None, flag("FOLDER")] = None
     """an SD 1.x model in diffusers layout; random weights of the same shapes if not given"""
     rounds: Annotated[int, flag("N")] = 5

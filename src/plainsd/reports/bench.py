@@ -13,10 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,47 +21,28 @@ from typing import Any
 import torch
 from PIL import Image
 
-from plainsd.checkpoint import load, save
+from plainsd.checkpoint import load
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.pictures.model import StableDiffusion
 from plainsd.reports.apart import WORKS, apart_row
+from plainsd.reports.processes import first_row, load_row, start_row
 from plainsd.reports.rivals import (
+    PROMPT,
+    Sides,
     Timing,
     Workbench,
     diffusers_pipeline,
     openvino,
     our_models,
+    race,
     random_folder,
     theirs_compiled,
 )
 
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
-PROMPT = "a red apple on a blue background"
-Sides = dict[str, Callable[[], Any]]
-
-
-def race(name: str, sides: Sides, rounds: int, first: Sides | None = None) -> Timing:
-    """Times `sides` in turns. `first`: cheaper warm-up calls, if they need not be the whole work."""
-    row = Timing(name, {side: [] for side in sides})
-    with torch.inference_mode():
-        for side, work in (first or sides).items():
-            row.first[side] = timed(work)
-        for _ in range(rounds):
-            for side, work in sides.items():
-                row.seconds[side].append(timed(work))
-    return row
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds until the work is done, with GPUs synchronized."""
-    began = time.perf_counter()
-    work()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - began
 
 
 def with_distances(row: Timing, sides: Sides, exact: torch.Tensor) -> Timing:
@@ -191,66 +168,6 @@ def small_row(place: Workbench, compiled: bool) -> Timing:
     return race(f"embedded model, {size} px, 20 steps of DPM++ 2M", sides, 3 * place.rounds)
 
 
-def start_row(place: Workbench, compiled: bool) -> Timing:
-    """Start-up of a new process, until it can take work."""
-
-    def process(*arguments: str) -> Callable[[], object]:
-        return lambda: subprocess.run(
-            [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
-    return race(
-        "start of a process",
-        {
-            "import torch": process("-c", "import torch"),
-            "diffusers": process("-c", "from diffusers import StableDiffusionPipeline"),
-            "plainsd": process("-c", "import plainsd; plainsd.load"),
-            "plainsd --help": process("-m", "plainsd", "--help"),
-        },
-        place.rounds,
-    )
-
-
-LOADING = """
-import re, sys, time, torch
-from {module} import {name} as kind
-def resident(name): return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-before, began = resident("VmRSS"), time.perf_counter()
-model = {call}
-print(time.perf_counter() - began, resident("VmHWM") - before)
-"""
-LOADERS = {
-    "diffusers": LOADING.format(
-        module="diffusers",
-        name="StableDiffusionPipeline",
-        call=(
-            "kind.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]), safety_checker=None, "
-            "requires_safety_checker=False).to(sys.argv[3])"
-        ),
-    ),
-    "plainsd": LOADING.format(
-        module="plainsd.checkpoint", name="load", call=("kind(sys.argv[1], dtype=sys.argv[2], device=sys.argv[3])")
-    ),
-}
-
-
-def load_row(place: Workbench, compiled: bool) -> Timing:
-    """The model from float32 files, each time in a new process, after the imports; the files are in the page cache."""
-    kept, row = str(place.dtype).removeprefix("torch."), Timing("", {side: [] for side in LOADERS})
-    row.name = f"loading float32 files as {kept}"
-    with tempfile.TemporaryDirectory() as folder:
-        save(load(place.folder, device="cpu", dtype="float32"), Path(folder) / "model")
-        for number in range(place.rounds + 1):
-            for side, code in LOADERS.items():
-                command = [sys.executable, "-c", code, str(Path(folder) / "model"), kept, str(place.device)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                seconds, peak = done.stdout.split()[-2:]
-                if number:  # the first turn does not count
-                    row.seconds[side].append(float(seconds))
-                    row.peaks[side] = max(row.peaks.get(side, 0), int(peak))
-    return row
-
-
 BENCHMARKS: dict[str, Callable[[Workbench, bool], Timing]] = {
     "small": small_row,
     "unet": unet_row,
@@ -258,6 +175,7 @@ BENCHMARKS: dict[str, Callable[[Workbench, bool], Timing]] = {
     "picture": picture_row,
     "load": load_row,
     "start": start_row,
+    "first": first_row,
 }
 ALLOCATOR_BENCHMARKS: dict[str, Callable[[Workbench, bool], Timing]] = {  # for a CPU, by name only
     f"{work}-memory": partial(apart_row, work) for work in WORKS

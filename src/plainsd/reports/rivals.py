@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +21,8 @@ from plainsd.models.variants import VARIANTS
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed.model import compiler_options, faster
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
+
+PROMPT = "a red apple on a blue background"
 
 
 class Workbench(NamedTuple):
@@ -43,6 +46,30 @@ class Timing:
     errors: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     faults: dict[str, int] = field(default_factory=dict)  # page faults of the last round, where they were counted
+
+
+Sides = dict[str, Callable[[], Any]]  # name: what does the work
+
+
+def race(name: str, sides: Sides, rounds: int, first: Sides | None = None) -> Timing:
+    """Times `sides` in turns. `first`: cheaper warm-up calls, if they need not be the whole work."""
+    row = Timing(name, {side: [] for side in sides})
+    with torch.inference_mode():
+        for side, work in (first or sides).items():
+            row.first[side] = timed(work)
+        for _ in range(rounds):
+            for side, work in sides.items():
+                row.seconds[side].append(timed(work))
+    return row
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds until the work is done, with GPUs synchronized."""
+    began = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
 
 
 def random_folder(folder: Path, dtype: torch.dtype, family: str = "sd1") -> Path:
