@@ -52,6 +52,13 @@ def test_the_table_and_its_ratios():
     assert f"torch {version('torch')}" in text and "threads" in text
 
 
+def test_figures_say_what_limited_the_processor(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    about = bench.machine(PLACE)
+    assert about["ATEN_CPU_CAPABILITY"] == "avx2" and "ONEDNN_MAX_CPU_ISA" not in about
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_on_the_embedded_model(tmp_path, capsys):
     assert (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 from collections.abc import Callable
 from functools import partial
@@ -42,6 +43,7 @@ from plainsd.reports.rivals import (
     theirs_compiled,
 )
 
+SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "CXX")  # what limits a processor
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
 
 
@@ -202,6 +204,7 @@ def machine(place: Workbench) -> dict[str, object]:
         "rounds": place.rounds,
         **{name: version(name) for name in LIBRARIES},
         "python": platform.python_version(),
+        **{name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
 
 
