@@ -23,17 +23,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def torture_clients(place: Path, seconds: float, clients: int = 64) -> dict[str, int]:
     """Clients who wait, cancel, hang up and stop listening."""
+    from kept import drafts_in, outcome
     from serving import model_folder, open_service, served
     from test_server_load import Client
 
-    from plainsd.server.jobs.job import CANCELLED, DONE, FAILED
     from plainsd.server.limits import Limits
 
     service = open_service([model_folder(place)], place / "clients", Limits(queue=4 * clients), batch=8)
-    found = {"clients": clients, "jobs": 0, "lost": 0, "doubled": 0, "wrong": 0}
+    wrong, expected = 0, {}
     with served(service) as server:
-        began = time.monotonic()
-        while time.monotonic() - began < seconds:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
             threads = [Client(server.url, number, 2) for number in range(clients)]
             for thread in threads:
                 thread.start()
@@ -41,19 +41,15 @@ def torture_clients(place: Path, seconds: float, clients: int = 64) -> dict[str,
                 thread.join(600)
             for thread in threads:
                 if thread.problem or thread.is_alive():
-                    found["wrong"] += 1
+                    wrong += 1
                     print(f"  wrong: client {thread.number}: {thread.problem!r}", flush=True)
-            while service.queue.jobs:
+                expected |= thread.expected
+            patience = time.monotonic() + 600
+            while service.queue.jobs and time.monotonic() < patience:
                 time.sleep(0.1)
-            jobs = {job.id: job for job in service.store.jobs((DONE, FAILED, CANCELLED))}
-            rows = [row.job for row in service.store.pictures(limit=10**6)]
-            expected = {id: state for thread in threads for id, state in thread.expected.items()}
-            found["jobs"] = len(jobs)
-            found["lost"] += sum(id not in jobs or jobs[id].state != state for id, state in expected.items())
-            found["lost"] += len({id for id, job in jobs.items() if job.state == DONE} - set(rows))
-            found["doubled"] += len(rows) - len(set(rows))
-            found["wrong"] += sum(job.state == FAILED for job in jobs.values())
-    return found
+        found = outcome(service.store, expected)
+        wrong += found["failed"] + len(drafts_in(service.store.folder))
+    return found | {"clients": clients, "wrong": wrong}
 
 
 def main() -> int:
@@ -65,6 +61,7 @@ def main() -> int:
     asked = parser.parse_args()
 
     from files import torture_files
+    from kept import summary
     from kills import torture_server, torture_training
 
     share = 60 * asked.minutes / 8
@@ -76,23 +73,9 @@ def main() -> int:
         training = torture_training(Path(place) / "training", asked.seed, 2 * share)
         server = torture_server(Path(place) / "server", asked.seed, share)
         clients = torture_clients(Path(place) / "clients", share)
-    every = (training, server, clients)
-    wrong = files.files["wrong"] + sum(one["wrong"] for one in every)
-    lost, doubled = (sum(one.get(name, 0) for one in every) for name in ("lost", "doubled"))
-    read, refused = files.files["read"], files.files["refused"]
-    print(f"files mutated     {files.files.total()} ({read} read, {refused} refused in one line)")
-    print(f"longest load      {files.seconds:.1f} s")
-    print(f"most memory       {files.peak / 1e9:.2f} GB, of a process that reads files")
-    print(
-        f"kills             {training['kills']} of training in {training['runs']} runs, {server['kills']} of the server"
-    )
-    print(f"clients           {clients['clients']}")
-    print(f"jobs              {server['jobs'] + clients['jobs']}")
-    print(f"lost              {lost}")
-    print(f"doubled           {doubled}")
-    print(f"wrong exceptions  {wrong}")
-    sys.stdout.flush()
-    return int(bool(wrong or lost or doubled))
+    text, sound = summary(files, training, server, clients)
+    print(text, flush=True)
+    return 0 if sound else 1
 
 
 if __name__ == "__main__":

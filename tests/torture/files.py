@@ -155,7 +155,11 @@ def torture_files(seed: int, seconds: float, most: int, jobs: int) -> Figures:
         def work() -> None:
             loader = Loader(Path(place))
             while (task := tasks.get()) is not None:
-                figures.note(*task, *loader.load(*task))
+                try:
+                    figures.note(*task, *loader.load(*task))
+                except (OSError, RuntimeError) as error:  # its process cannot be started, or has gone since
+                    figures.note(*task, f"the process that reads: {error}", 0.0, 0)
+                    loader.end()
             loader.end()
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
