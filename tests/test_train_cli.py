@@ -698,6 +698,23 @@ def test_a_file_of_options_that_is_not_there(tmp_path, capsys):
     assert "is not a TOML file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("data = " + "[" * 2000 + "]" * 2000, "has lists too deep inside each other; write lines such as rank = 8"),
+        ("a" + ".a" * 2**15 + " = 1", "has more than 65536 bytes; give --config a TOML file"),
+        ("seed = " + "9" * 5000, "is not a TOML file"),
+        ("rank = 8\nrank = 9", "is not a TOML file"),
+    ],
+    ids=["deep", "long", "digits", "twice"],
+)
+def test_a_config_that_asks_for_too_much_is_one_line(tmp_path, capsys, text, why):
+    (tmp_path / "run.toml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "run.toml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run.toml" in line and why in line and len(line) < 330
+
+
 def test_random_and_wrong_seeds(train, tmp_path, capsys):
     more = ["--steps", "1", "--rank", "1"]
     assert train("lora", "--seed", "random", *more) == (0, [])

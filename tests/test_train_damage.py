@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_sd
 from PIL import Image
 from test_finetune import write_pictures
+from test_pickles import program
 
 import plainsd
 from plainsd.cli import main
@@ -87,6 +88,11 @@ def test_the_remedy_helps(place, go_on):
     assert read_log(place / "run" / "log.jsonl")[-1]["step"] == 3
 
 
+def too_many(path) -> None:
+    """A state that asks for two million bytes, and no more: the bound is one million."""
+    program(path, b"c__builtin__\nbytearray\nJ\x80\x84\x1e\x00\x85R.", old=True)
+
+
 STATES = {
     "a sum that is none": lambda state: (state / "sums-0.json").write_text("{"),
     "sums of other files": lambda state: (state / "sums-0.json").write_text('{"state.pt": 1, "more": 2}'),
@@ -94,6 +100,7 @@ STATES = {
     "another thing": lambda state: torch.save([1], state / "state.pt") or (state / "sums-0.json").unlink(),
     "parts missing": lambda state: torch.save({"ema": None}, state / "state.pt") or (state / "sums-0.json").unlink(),
     "no file of PyTorch's": lambda s: (s / "state.pt").write_bytes(b"x" * 99) or (s / "sums-0.json").unlink(),
+    "too many objects": lambda state: too_many(state / "state.pt") or (state / "sums-0.json").unlink(),
     "an empty file": lambda state: (state / "state.pt").write_bytes(b"") or (state / "sums-0.json").unlink(),
 }
 
@@ -103,6 +110,7 @@ def test_a_state_that_is_none_is_one_line(place, go_on, kind):
     STATES[kind](checkpoints(place / "run" / "checkpoints")[-1])
     code, _, errors = go_on()
     assert code == 2 and len(errors) == 1 and "remove" in errors[0] and len(errors[0]) < 320
+    assert ("would build more than" in errors[0]) == (kind == "too many objects")
 
 
 def test_a_state_without_sums_is_read(place, go_on):
@@ -163,6 +171,64 @@ def test_a_run_whose_pictures_are_the_same_says_nothing(place, go_on):
     (place / "run" / "data.json").unlink()  # as of an older version
     code, lines, _ = go_on(4)
     assert code == 0 and not [line for line in lines if "trained on so far" in line]
+
+
+@pytest.fixture(scope="module")
+def fed(begun, tmp_path_factory):
+    """A run with held-out pictures, prior pictures and prompts."""
+    place = tmp_path_factory.mktemp("fed")
+    for name in ("data", "held", "prior"):
+        write_pictures(place / name, count=2)
+    (place / "prompts.txt").write_text("colour 1\ncolour 2\n")
+    shutil.copytree(begun / "base", place / "base")
+    assert main(fed_command(place, 2)) == 0
+    return place
+
+
+def fed_command(place, steps: int) -> list[str]:
+    kept = [one for one in command(place, steps) if one not in ("--hold-out", "0.25")]
+    own = {"--heldout": "held", "--prior": "prior", "--prompts": "prompts.txt"}
+    return [*kept, *(text for flag, name in own.items() for text in (flag, str(place / name))), "--sample-every", "99"]
+
+
+def recaption(folder) -> None:
+    (next(iter(sorted(folder.glob("*.txt"))))).write_text("another caption")
+
+
+def test_a_run_says_that_what_else_it_reads_has_changed(fed, capsys):
+    def lines(steps: int) -> list[str]:
+        capsys.readouterr()
+        assert main(fed_command(fed, steps)) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if str(fed / "run") in line]
+
+    assert not [line for line in lines(3) if " so far: " in line or "not known" in line]
+    recaption(fed / "held")
+    recaption(fed / "prior")
+    (fed / "prompts.txt").write_text("colour 1\ncolour 3\ncolour 4\n")
+    goes_on = "it goes on with these"
+    changed = "1 new or with another caption or mask, 1 gone or changed"
+    assert [line for line in lines(4) if "not those that" in line] == [
+        f"the held-out pictures are not those that {fed / 'run'} was validated on so far: {changed}; {goes_on}",
+        f"the prior pictures are not those that {fed / 'run'} was trained on so far: {changed}; {goes_on}",
+        f"the prompts are not those that {fed / 'run'} drew so far: 2 new, 1 gone; {goes_on}",
+    ]
+    assert not [line for line in lines(5) if " so far: " in line]
+    record = fed / "run" / "data.json"
+    record.write_text(json.dumps({"pictures": json.loads(record.read_text())["pictures"]}))  # as of an older version
+    unknown = "as of an older version: whether they have changed is not known"
+    assert [line for line in lines(6) if "not known" in line] == [
+        f"{fed / 'run'} did not write down its {what}, {unknown}"
+        for what in ("held-out pictures", "prior pictures", "prompts")
+    ]
+
+
+def test_a_flipped_byte_of_a_runs_latents_is_made_good(place, go_on):
+    assert go_on()[0] == 0  # the pictures lie in another place than those of `begun`, so there are new latents
+    for file in (place / "run" / "cache").glob("*.f16"):
+        flip(file, file.stat().st_size // 2)
+    code, lines, errors = go_on(4)
+    assert code == 0 and errors == []
+    assert len([line for line in lines if ".f16 is damaged: 1 of" in line and "they are made again" in line]) == 2
 
 
 # --- everything else in the folder -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -352,6 +353,74 @@ def test_a_new_picture_costs_one_encoding(folder, tmp_path, monkeypatch):
     assert sum(seen) == 12  # the mirrored ones alone
     cache_latents(tiny_vae(1), framed(folder), tmp_path)
     assert sum(seen) == 18  # another autoencoder: all
+
+
+@pytest.fixture
+def cached(folder, tmp_path, monkeypatch):
+    """Latents of five pictures in a file; and the same again, with what it says and how many pictures it encodes."""
+    place, encode, seen, said = tmp_path / "cache", VAE.encode, [], []
+    monkeypatch.setattr(VAE, "encode", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels))
+
+    def again(**options):
+        seen.clear()
+        said.clear()
+        return (
+            cache_latents(tiny_vae(), framed(folder, **options), place, say=said.append).data.clone(),
+            said,
+            sum(seen),
+        )
+
+    first, *_ = again()
+    (file,) = place.glob("*.f16")
+    return SimpleNamespace(first=first, file=file, keys=file.with_suffix(".keys"), again=again, place=place)
+
+
+def flip(path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_latents_that_are_as_they_were_written_are_not_made_again(cached):
+    data, said, encoded = cached.again()
+    assert torch.equal(data, cached.first) and (said, encoded) == ([], 0)
+
+
+def test_a_flipped_byte_of_cached_latents_is_noticed_and_mended(cached):
+    size = cached.file.stat().st_size
+    for at in (0, size // 2, size - 1):
+        flip(cached.file, at)
+        data, said, encoded = cached.again()
+        assert torch.equal(data, cached.first) and encoded == 1
+        assert said == [f"{cached.file} is damaged: 1 of 5 latents are not as they were written; they are made again"]
+    assert cached.again()[1] == []
+
+
+def test_damaged_latents_are_not_copied_into_another_file(cached):
+    flip(cached.file, cached.file.stat().st_size // 2)
+    data, said, encoded = cached.again(flip=True)  # each picture as it is, and mirrored
+    assert encoded == 6 and said == []
+    assert torch.equal(data.view(5, 2, -1)[:, 0], cached.first.view(5, -1))
+
+
+def test_latents_of_older_versions_get_checksums(cached):
+    cached.keys.write_text("".join(line[: line.rindex(" ")] + "\n" for line in cached.keys.read_text().splitlines()))
+    data, said, encoded = cached.again()
+    assert torch.equal(data, cached.first) and encoded == 0
+    assert said == [
+        f"{cached.file} has no checksums, as older versions wrote it; it is taken as it is, and gets them now"
+    ]
+    assert cached.again()[1] == []
+    flip(cached.file, 7)
+    assert cached.again()[2] == 1
+
+
+@pytest.mark.parametrize("at", [3, -3])  # in the first picture's key, and in the last one's sum
+def test_a_flipped_byte_among_the_checksums(cached, at):
+    flip(cached.keys, at)
+    data, said, encoded = cached.again()
+    assert torch.equal(data, cached.first) and encoded == 1 and "is damaged: 1 of 5" in said[0]
+    assert cached.again()[1:] == ([], 0)
 
 
 def test_another_crop_of_the_same_size_is_another_cache(folder, tmp_path):

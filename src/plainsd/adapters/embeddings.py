@@ -28,7 +28,8 @@ from plainsd.adapters.names import BUNDLE
 from plainsd.disk import written_whole
 from plainsd.errors import UserError, unknown
 from plainsd.files.detect import EMBEDDING, seems
-from plainsd.files.tensorfile import TensorFile, open_safetensors, stored, unpickled, write_safetensors
+from plainsd.files.pickles import unpickled
+from plainsd.files.tensorfile import TensorFile, open_safetensors, stored, write_safetensors
 from plainsd.listing import suffix_of
 from plainsd.models.clip import TextEncoder
 from plainsd.models.variants import encoder_names

@@ -14,7 +14,8 @@ from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
 from plainsd.adapters.names import split_name
 from plainsd.adapters.peft import REMEDY, PeftSettings, start_of
 from plainsd.errors import WITH_NAMES, UserError
-from plainsd.files.tensorfile import TensorFile, damaged
+from plainsd.files.tensorfile import TensorFile
+from plainsd.files.unusable import damaged
 
 SIDE_PARTS = ("alpha", "dora_scale", "magnitude", "rescale", "diff_b", "on_input")  # parts that do not identify a kind
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from plainsd.adapters.patterns import BadPattern, Patterns
 from plainsd.errors import UserError, shortened
-from plainsd.files.tensorfile import TensorFile, damaged
+from plainsd.files.tensorfile import TensorFile
+from plainsd.files.unusable import damaged
 from plainsd.json_reader import parsed_json
 
 METADATA_KEY = "lora_adapter_metadata"  # in the metadata of diffusers' files: PEFT's settings, as JSON

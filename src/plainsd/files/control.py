@@ -28,7 +28,8 @@ from plainsd.files.configs_out import write_control
 from plainsd.files.folder import STEMS, open_part, read_network
 from plainsd.files.names import TensorPlace, places
 from plainsd.files.stored import StoredNetwork, blueprint, packed_tensors, places_of
-from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, write_safetensors
+from plainsd.files.tensorfile import Stored, TensorFile, open_tensors, write_safetensors
+from plainsd.files.unusable import damaged
 from plainsd.json_reader import parsed_json
 from plainsd.listing import suffix_of
 from plainsd.models.control import ControlConfig, ControlNet, way_down

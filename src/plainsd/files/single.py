@@ -32,7 +32,8 @@ from plainsd.files.stored import (
     places_of,
     unpack,
 )
-from plainsd.files.tensorfile import Stored, TensorFile, damaged, open_tensors, stored, write_safetensors
+from plainsd.files.tensorfile import Stored, TensorFile, open_tensors, stored, write_safetensors
+from plainsd.files.unusable import damaged
 from plainsd.json_reader import BadJSON, parsed_json
 from plainsd.listing import suffix_of
 from plainsd.models.variants import Variant

@@ -1,4 +1,4 @@
-"""Files of named tensors: safetensors read and written one tensor at a time, and PyTorch pickles read safely.
+"""Files of named tensors: safetensors read and written one tensor at a time, and the tensors of PyTorch's pickles.
 
 A safetensors file is eight bytes with the length of a header, the header (JSON: name -> dtype, shape, two offsets), and
 the tensors' bytes. Our own reader keeps a few tensors in memory; the library's memory map counts as the whole file.
@@ -8,12 +8,8 @@ import json
 import math
 import mmap
 import os
-import pickle
-import re
 import struct
 import warnings
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +20,8 @@ import torch
 from torch import Tensor
 
 from plainsd.errors import UserError, shortened
+from plainsd.files.pickles import unpickled
+from plainsd.files.unusable import check_kind, damaged
 from plainsd.json_reader import LONGEST_JSON, BadJSON, parsed_json
 from plainsd.listing import suffix_of
 
@@ -68,24 +66,6 @@ class TensorFile:
     path: Path
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
-
-
-NOT_WEIGHTS = {  # first bytes of files that are no weights, and what to do
-    b"version https://git-lfs": "is a Git LFS pointer and holds no weights; run `git lfs pull` there, or download it",
-    b"gguf": "is a GGUF file, whose weights are quantised for other programs; give the model as .safetensors",
-    b"<!doctype html": "is a web page, not a model; the download went wrong, or asks for a login: download it again",
-    b"<html": "is a web page, not a model; the download went wrong, or asks for a login: download it again",
-}
-
-
-def check_kind(path: Path, head: bytes) -> None:
-    """UserError for files that are neither safetensors nor PyTorch's, by their first bytes."""
-    if what := next((what for begins, what in NOT_WEIGHTS.items() if head.lstrip().lower().startswith(begins)), None):
-        raise UserError(f"{path} {what}")
-
-
-def damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged: {what}; download or save it again")
 
 
 def read_header(path: Path) -> tuple[dict, int]:
@@ -225,130 +205,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
                 file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
 
 
-class Ignored:
-    """Stands in for a class that training code left in a checkpoint, with any arguments."""
-
-    def __init__(self, *args: object, **named: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class IgnoredTable:
-    """Likewise for dict-like classes."""
-
-    def __new__(cls, *args: object, **named: object) -> Any:
-        return OrderedDict()
-
-
-# What training programs leave in checkpoints besides tensors: numbers, paths, settings, callbacks. The unpickler gets
-# an inert stand-in for these names; the module is never imported.
-HARMLESS = re.compile(
-    r"(numpy|pytorch_lightning|lightning|lightning_fabric|omegaconf|pathlib|datetime|typing)(\.\w+)+"
-    r"|argparse\.Namespace|collections\.defaultdict"
-)
-MOST_NAMES = 200
 MOST_WRAPPERS = 8  # state_dict inside state_dict
-PICKLE_LIMIT = 2**27  # bytes without the tensors'
-
-
-def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
-    """The contents of a PyTorch pickle, if they are plain data and tensors; other classes only if they are in
-    `stand_ins`, which maps names to classes of ours, or match HARMLESS."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64)
-        check_kind(path, start)
-        if start[:2] != b"PK" and start[:1] != b"\x80":
-            raise UserError(f"{path} is neither a PyTorch nor a safetensors file; give a model's file or folder")
-        zipped = start[:2] == b"PK"
-        if zipped:
-            check_zip(path)
-        content = _loaded(path, list(stand_ins), mapped=zipped)  # only the newer, zipped files can be mapped
-        check_tensors(path, content)
-        return content
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # a broken file can raise anything
-        asked = re.search(r"GLOBAL (\S+)|nsupported operand \d+", str(error))
-        if isinstance(error, pickle.UnpicklingError) and asked:
-            name = f" asks for {asked[1]} and" if asked[1] else ""
-            raise UserError(
-                f"{path} is a pickle that{name} could run code; it is not opened; look for a .safetensors "
-                "file of the model"
-            ) from error
-        raise damaged(path, f"it is not a PyTorch file ({type(error).__name__})") from error
-
-
-def _loaded(path: Path, allowed: list[tuple[type, str]], *, mapped: bool) -> object:
-    """torch.load with weights_only, allowing harmless names as it asks for them."""
-    while True:
-        try:
-            with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
-                return torch.load(path, mmap=mapped, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            asked = re.search(r"GLOBAL (\S+)", str(error))
-            if not asked or not HARMLESS.fullmatch(asked[1]) or len(allowed) > MOST_NAMES:
-                raise
-            allowed = [*allowed, (IgnoredTable if "dict" in asked[1].lower() else Ignored, asked[1])]
-
-
-def check_zip(path: Path) -> None:
-    """UserError where a zipped file holds more than its own size, or a pickle of more than PICKLE_LIMIT: that pickle is
-    read as a whole, and its objects take many times its length."""
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise damaged(path, "it is compressed, as PyTorch's files never are")
-    if (total := sum(record.file_size for record in records)) > size:
-        raise damaged(path, f"it has {size} bytes and claims records of {total}")
-    for record in records:
-        if record.filename.endswith(".pkl") and record.file_size > PICKLE_LIMIT:
-            raise damaged(path, f"its pickle has {record.file_size} bytes, and at most {PICKLE_LIMIT} are read")
-
-
-def check_tensors(path: Path, content: object) -> None:
-    """Every tensor in a pickle's contents: UserError for kinds that are not plain numbers, and for one that shows more
-    numbers than its storage holds. Together their storages are no larger than the file. Nothing is read here, and
-    containers may hold themselves."""
-    seen, storages, total, size = set(), set(), 0, path.stat().st_size
-    waiting: list[tuple[str, object]] = [("", content)]
-    while waiting:
-        name, one = waiting.pop()
-        if id(one) in seen:
-            continue
-        if isinstance(one, Tensor):
-            seen.add(id(one))
-            if kind := strange_kind(one):
-                raise UserError(f"{path}: {name!r} is {kind}, which is not supported; save it as an ordinary tensor")
-            storage = one.untyped_storage()
-            total += 0 if storage.data_ptr() in storages else storage.nbytes()
-            storages.add(storage.data_ptr())
-            if one.numel() * one.element_size() > storage.nbytes():
-                raise damaged(path, f"{name!r} of shape {list(one.shape)} shows more numbers than are stored")
-            if total > size:
-                raise damaged(path, f"up to {name!r} its tensors need more bytes than it has (cut short)")
-        elif isinstance(one, dict | list | tuple | set):
-            seen.add(id(one))
-            inside: Iterable[tuple[Any, Any]] = one.items() if isinstance(one, dict) else enumerate(one)
-            waiting += [(shortened(f"{name}.{key}".strip("."), 90), value) for key, value in inside]
-        elif isinstance(kept := getattr(one, "tensors", None), dict):  # a stand-in's
-            waiting.append((name, kept))
-
-
-def strange_kind(tensor: Tensor) -> str | None:
-    """What a tensor is, if not a plain array of a known type in this machine's memory."""
-    if tensor.is_quantized:
-        return "a quantised tensor"
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return "a sparse or nested tensor"
-    if tensor.device.type != "cpu":
-        return f"a tensor without numbers (device {tensor.device.type})"
-    return None
+LONGEST_TENSOR_NAME = 1000  # characters of a tensor's
 
 
 def open_pickle(path: Path) -> TensorFile:
@@ -358,12 +216,12 @@ def open_pickle(path: Path) -> TensorFile:
     for _ in range(MOST_WRAPPERS):  # a dict may hold itself
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
-    table = content.items() if isinstance(content, dict) else ()
-    tensors = {str(name): stored(value) for name, value in table if isinstance(value, Tensor)}
-    if not tensors:
-        groups = [(name, value) for name, value in table if isinstance(value, dict)]
-        inside = [(f"{group}.{name}", value) for group, named in groups for name, value in named.items()]
-        tensors = {name: stored(value) for name, value in inside if isinstance(value, Tensor)}
+    table = content if isinstance(content, dict) else {}
+    tensors = tensors_by_name(path, table)
+    for group, inside in table.items() if not tensors else ():
+        if isinstance(inside, dict) and (named := tensors_by_name(path, inside)):
+            group = readable_name(path, group)
+            tensors |= {f"{group}.{name}": tensor for name, tensor in named.items()}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; it is not a checkpoint")
     if unknown := next(((name, one.dtype) for name, one in tensors.items() if one.dtype not in DTYPE_NAMES), None):
@@ -371,6 +229,18 @@ def open_pickle(path: Path) -> TensorFile:
         raise UserError(f"{path}: {shortened(name, 90)!r} has the type {kind}, which is not supported; "
                         "give the model in another precision")  # fmt: skip
     return TensorFile(path, tensors, {})
+
+
+def tensors_by_name(path: Path, table: Mapping[Any, object]) -> dict[str, Stored]:
+    found = ((name, value) for name, value in table.items() if isinstance(value, Tensor))
+    return {readable_name(path, name): stored(value) for name, value in found}
+
+
+def readable_name(path: Path, key: object) -> str:
+    name = str(key)
+    if len(name) > LONGEST_TENSOR_NAME:
+        raise damaged(path, f"it has a name of {len(name)} characters")
+    return name
 
 
 def stored(tensor: Tensor) -> Stored:

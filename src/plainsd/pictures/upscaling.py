@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from plainsd.errors import UserError
-from plainsd.files.tensorfile import TensorFile, open_safetensors, unpickled
+from plainsd.files.pickles import unpickled
+from plainsd.files.tensorfile import TensorFile, open_safetensors
 from plainsd.listing import suffix_of
 from plainsd.pictures.images import to_pil, to_tensor
 from plainsd.pictures.settings import plain_number

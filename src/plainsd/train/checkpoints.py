@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from plainsd.disk import flush, flush_folder, read_json
 from plainsd.errors import UserError, shortened
+from plainsd.files.pickles import check_pickle
+from plainsd.train.shard_reader import SafePlanner, SafeReader
 from plainsd.train.trainer import Trainer
 
 UNFINISHED, UNWANTED = ".saving-", ".removing-"
@@ -123,6 +125,10 @@ def restore(trainer: Trainer, folder: Path) -> None:
         return load_shards(trainer, found[-1])
     file = found[-1] / "state.pt"
     try:
+        check_pickle(file)
+    except UserError as error:
+        raise UserError(f"{error.what}; remove {found[-1]} to go on from the state before") from error
+    try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         trainer.load_state(state)
     except (UserError, torch.OutOfMemoryError):  # the latter says nothing of the file
@@ -165,7 +171,7 @@ def load_shards(trainer: Trainer, folder: Path) -> None:
     """Into the trainer's own tensors."""
     state = _state(trainer) | {"skipped": 0}
     try:
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
     except CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise UserError(

@@ -19,6 +19,7 @@ from plainsd.errors import UserError, unknown
 
 OPTION = "--config"
 EITHER = ("--steps", "--epochs")  # one given as a flag replaces the other in the file
+LARGEST_CONFIG = 2**16  # bytes; tomllib takes time with the square of a dotted name's length
 
 
 def with_config(arguments: list[str], kind: type) -> list[str]:
@@ -53,9 +54,15 @@ def flags_of(path: Path, kind: type, given: list[str]) -> list[str]:
 
 def read_config(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise UserError(f"{path} has more than {LARGEST_CONFIG} bytes; give {OPTION} a TOML file of options")
         return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give {OPTION} a TOML file of options") from error
+    except RecursionError as error:
+        raise UserError(f"{path} has lists too deep inside each other; write lines such as rank = 8") from error
+    except UserError:
+        raise
     except ValueError as error:  # no UTF-8, or no TOML
         raise UserError(f"{path} is not a TOML file: {error}; write lines such as rank = 8") from error
 

@@ -216,4 +216,5 @@ def prior_set(job: TrainJob, sd: StableDiffusion, size: int) -> Examples | None:
         known, sources = job.out / "cache" / "scanned.json", [Path(parse_source(one)[0]) for one in job.options.data]
         without = (*sources, *filter(None, [job.options.reading.heldout]), job.out)
         pictures = read_pictures(folder, size, caption=own.prior_prompt, known=known, without=without, say=job.say)
+    job.compare_pictures("prior", pictures)
     return job.examples(sd.vae, pictures)

@@ -34,7 +34,7 @@ from plainsd.train.data.heldout import of_run
 from plainsd.train.data.latents import Latents, cache_latents
 from plainsd.train.data.live import LiveLatents
 from plainsd.train.data.pictures import PictureSet, described, joined_sets, some_texts
-from plainsd.train.data.record import changes, picture_digests, record
+from plainsd.train.data.record import changes, picture_digests, record, text_digests
 from plainsd.train.data.scenes import SCENE_PREFIX
 from plainsd.train.data.sources import Reading, parse_source, read_source
 from plainsd.train.objective import Objective
@@ -59,7 +59,7 @@ class TrainJob:
     world: World
     dtype: torch.dtype  # of the arithmetic
     identity: dict[str, str] = made_by(default_factory=dict)  # as checked by `check_options`
-    trained_on: list[str] = made_by(default_factory=list)  # digests of the pictures, see data/record.py
+    reads: dict[str, list[str]] = made_by(default_factory=dict)  # digests of the pictures, see data/record.py
 
     @property
     def out(self) -> Path:
@@ -133,7 +133,7 @@ class TrainJob:
         if self.world.first:
             says = f"plainsd train --config {self.out / CONFIG_FILE}\nPaths are as they were given, in {Path.cwd()}."
             with saving("what is trained on"):
-                record(self.trained_on, self.out)
+                record(self.reads, self.out)
             claim(self.out, self.identity, config.config_text(self.options, says))
 
     # ---- pictures
@@ -159,17 +159,22 @@ class TrainJob:
             pictures, heldout = pictures.split(data.hold_out, self._held(pictures))
             heldout = PictureSet(heldout.items, size, Framing(data.buckets))
         self.say(described(pictures))
-        self.compare(pictures)
+        self.compare_pictures("pictures", pictures)
+        if heldout:
+            self.compare_pictures("heldout", heldout)
         return pictures, heldout
 
-    def compare(self, pictures: PictureSet) -> None:
-        """Says whether the pictures are those of the run's last start."""
-        if not self.world.first:
-            return
-        with saving("what is trained on"):
-            self.trained_on = picture_digests(pictures.items, self.out / "cache")
-        if checkpoints(self.out / "checkpoints") and (what := changes(self.trained_on, self.out)):
-            self.say(f"the pictures are not those that {self.out} was trained on so far: {what}; it goes on with these")
+    def compare_pictures(self, part: str, pictures: PictureSet) -> None:
+        if self.world.first:
+            with saving("what is trained on"):
+                digests = picture_digests(pictures.items, self.out / "cache")
+            self.compare(part, digests)
+
+    def compare(self, part: str, digests: list[str]) -> None:
+        """Says whether a part of what the run reads is that of its last start; see data/record.py."""
+        self.reads[part] = digests
+        if checkpoints(self.out / "checkpoints") and (line := changes(digests, self.out, part)):
+            self.say(line)
 
     def read(self, source: str, size: int, *others: Path | None, heldout: bool = False) -> PictureSet:
         """One source, without other sources and the run's folder, which may lie inside it."""
@@ -208,7 +213,14 @@ class TrainJob:
     def latents(self, vae: "VAE", pictures: PictureSet, *, batch: int = 64) -> Latents:
         with self.world.first_goes_ahead(), saving("the cached latents"):
             return cache_latents(
-                vae, pictures, self.out / "cache", batch=batch, dtype=self.dtype, workers=self.options.reading.workers
+                vae,
+                pictures,
+                self.out / "cache",
+                batch=batch,
+                dtype=self.dtype,
+                workers=self.options.reading.workers,
+                check=self.world.first,
+                say=self.say,
             )
 
     def live_examples(self, vae: "VAE", pictures: PictureSet, pixels: PixelsOf) -> Examples:
@@ -349,6 +361,8 @@ class TrainJob:
         if file is None:
             return None
         prompts = read_prompts(file)
+        if self.world.first:
+            self.compare("prompts", text_digests(prompts))
 
         def sample(path: Path) -> None:
             from plainsd.generate import final, text_to_image

@@ -1,14 +1,16 @@
 """The latent cache: a frozen autoencoder gives the same latents every epoch.
 
-One file per set of pictures: the Gaussians of all views in float16, concatenated. A second file has one key per view, a
-digest of picture, view and autoencoder: latents found in another set's file in the same folder are copied, so that only
-new pictures are encoded.
+One file per set of pictures: the Gaussians of all views in float16, concatenated. A second file has a line per view:
+its key, a digest of picture, view and autoencoder; its place; and the CRC-32 of its latents. Latents found in another
+set's file in the same folder are copied, so that only new pictures are encoded; those whose sum is another are encoded
+again.
 """
 
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +31,7 @@ from plainsd.train.data.crops import Framing, View, cut_out
 from plainsd.train.data.pictures import PictureSet
 from plainsd.train.order import Pick
 
-KEY_LINE = re.compile(r"^([0-9a-f]{16}) (\d{1,15}) (\d{1,15})$", re.MULTILINE)
+KEY_LINE = re.compile(r"^([0-9a-f]{16}) (\d{1,15}) (\d{1,15})(?: ([0-9a-f]{8}))?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,13 @@ def cache_latents(
     batch: int = 64,
     dtype: torch.dtype = torch.float32,
     workers: int = 0,
+    check: bool = True,
+    say: Callable[[str], None] = print,
 ) -> Latents:
     """Encodes every view of every picture once, into a file of `folder` that is named after them and the VAE.
 
-    `workers` threads read pictures ahead. Their number changes nothing else.
+    `workers` threads read pictures ahead. Their number changes nothing else. `check`: latents that are there already
+    are read and compared with their sums.
     """
     config, count = vae.config, pictures.framing.count
     if config.latents_mean is not None:
@@ -106,21 +111,24 @@ def cache_latents(
     sizes = [channels * h * w for h, w in shapes]  # of one view, in numbers
     starts = [0, *itertools.accumulate(size * count for size in sizes)]
     path = folder / f"latents-{fingerprint(vae, pictures)}.f16"
-    if not path.is_file() or path.stat().st_size != 2 * starts[-1]:
-        folder.mkdir(parents=True, exist_ok=True)
+    there = path.is_file() and path.stat().st_size == 2 * starts[-1]
+    if check or not there:
         wanted = [
             WantedView(i, view, starts[i] + n * sizes[i], sizes[i])
             for i, row in enumerate(views)
             for n, view in enumerate(row)
         ]
         keys = view_keys(vae, pictures, wanted, masked)
-        with written_whole(path) as unfinished, open(unfinished, "wb") as file:
-            file.truncate(2 * starts[-1])
-            for start, numbers in _made(vae, pictures, wanted, keys, folder, masked, batch, dtype, workers):
-                file.seek(2 * start)
-                file.write(numbers)
-        with written_whole(path.with_suffix(".keys")) as unfinished:
-            unfinished.write_text("".join(f"{key} {w.start} {w.size}\n" for key, w in zip(keys, wanted, strict=True)))
+        if not there or not is_whole(path, wanted, keys, say):
+            folder.mkdir(parents=True, exist_ok=True)
+            sums = dict.fromkeys((want.start for want in wanted), 0)
+            with written_whole(path) as unfinished, open(unfinished, "wb") as file:
+                file.truncate(2 * starts[-1])
+                for start, numbers in _made(vae, pictures, wanted, keys, folder, masked, batch, dtype, workers):
+                    file.seek(2 * start)
+                    file.write(numbers)
+                    sums[start] = zlib.crc32(numbers)
+                write_keys(path, wanted, keys, list(sums.values()))
     data = torch.from_file(str(path), shared=False, size=starts[-1], dtype=torch.float16)
     return Latents(data, shapes, starts[:-1], channels, count, config.scaling_factor, masked)
 
@@ -148,11 +156,8 @@ def _made(
     """(start, float16 bytes) of every view: copied from another file of the folder, or encoded."""
     kept, missing = _kept(folder), []
     for key, want in zip(keys, wanted, strict=True):
-        if key in kept and kept[key][2] == want.size:
-            file, start, size = kept[key]
-            with open(file, "rb") as source:
-                source.seek(2 * start)
-                yield want.start, source.read(2 * size)
+        if key in kept and kept[key].size == want.size and (numbers := kept[key].read()) is not None:
+            yield want.start, numbers
         else:
             missing.append(want)
     by_shape: dict[Size, list[WantedView]] = {}
@@ -225,14 +230,61 @@ def _add_weights(digest, vae: VAE) -> None:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
 
 
-def _kept(folder: Path) -> dict[str, tuple[Path, int, int]]:
-    """The latents in the files of a folder: key -> file, start, size."""
-    kept: dict[str, tuple[Path, int, int]] = {}
-    for keys in sorted(folder.glob("latents-*.keys")):
-        file = keys.with_suffix(".f16")
-        if file.is_file():
-            lines = KEY_LINE.findall(keys.read_text("utf-8", errors="replace"))
-            there = file.stat().st_size // 2
-            found = ((key, int(start), int(size)) for key, start, size in lines)
-            kept |= {key: (file, start, size) for key, start, size in found if start + size <= there}
-    return kept
+# ---- what is kept
+
+
+class KeptView(NamedTuple):
+    """The latents of one view in a file. `crc`: None in files of older versions."""
+
+    file: Path
+    start: int
+    size: int
+    crc: int | None
+
+    def read(self) -> bytes | None:
+        """float16; None if they are not as they were written."""
+        with open(self.file, "rb") as source:
+            source.seek(2 * self.start)
+            numbers = source.read(2 * self.size)
+        return numbers if self.crc is None or zlib.crc32(numbers) == self.crc else None
+
+
+def _kept(folder: Path) -> dict[str, KeptView]:
+    """The latents in the files of a folder, by their keys."""
+    return {key: view for file in sorted(folder.glob("latents-*.f16")) for key, view in kept_in(file)}
+
+
+def kept_in(file: Path) -> Iterator[tuple[str, KeptView]]:
+    """Key and latents of each view that lies in a file."""
+    keys = file.with_suffix(".keys")
+    if keys.is_file() and file.is_file():
+        there = file.stat().st_size // 2
+        for key, start, size, crc in KEY_LINE.findall(keys.read_text("utf-8", errors="replace")):
+            view = KeptView(file, int(start), int(size), int(crc, 16) if crc else None)
+            if view.start + view.size <= there:
+                yield key, view
+
+
+def write_keys(file: Path, wanted: Sequence[WantedView], keys: Sequence[str], sums: Sequence[int]) -> None:
+    with written_whole(file.with_suffix(".keys")) as unfinished:
+        lines = (f"{key} {w.start} {w.size} {crc:08x}\n" for key, w, crc in zip(keys, wanted, sums, strict=True))
+        unfinished.write_text("".join(lines))
+
+
+def is_whole(file: Path, wanted: Sequence[WantedView], keys: Sequence[str], say: Callable[[str], None]) -> bool:
+    """Whether all latents in a file are as they were written. Those of older versions get their sums now."""
+    known = {(key, view.start): view for key, view in kept_in(file)}
+    sums, unknown, bad = [], 0, 0
+    with open(file, "rb") as source:
+        for key, want in zip(keys, wanted, strict=True):
+            source.seek(2 * want.start)
+            sums.append(zlib.crc32(source.read(2 * want.size)))
+            written = known.get((key, want.start))
+            unknown += written is None or written.crc is None
+            bad += written is not None and written.crc not in (None, sums[-1])
+    if unknown == len(wanted):
+        say(f"{file} has no checksums, as older versions wrote it; it is taken as it is, and gets them now")
+        write_keys(file, wanted, keys, sums)
+    elif bad := bad + unknown:
+        say(f"{file} is damaged: {bad} of {len(wanted)} latents are not as they were written; they are made again")
+    return not bad

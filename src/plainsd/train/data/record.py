@@ -1,13 +1,14 @@
-"""What a run is trained on, in `RUN/data.json`: a digest of each picture with its captions, repeats, mask and map.
+"""What a run reads, in `RUN/data.json`: a digest of each picture with its captions, repeats, mask and map; of those it
+is trained on, those held out, those of the prior set; and of each prompt of its sample grids.
 
 A run that goes on with other pictures is allowed, as data sets grow; but it is no longer the run that was begun, bit
-for bit, so it says what has changed.
+for bit, or its validation and its grids cannot be compared with those before. So it says what has changed.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from plainsd.disk import read_cache, read_json, written_whole
@@ -16,6 +17,12 @@ from plainsd.train.data.heldout import digests
 from plainsd.train.data.pictures import Entry
 
 RECORD = "data.json"
+RECORDED = {  # of the record: what they are, and what a run does with them
+    "pictures": ("pictures", "was trained on"),
+    "heldout": ("held-out pictures", "was validated on"),
+    "prior": ("prior pictures", "was trained on"),
+    "prompts": ("prompts", "drew"),
+}
 
 
 def picture_digests(items: Sequence[Entry], cache: Path) -> list[str]:
@@ -46,21 +53,30 @@ def mask_digests(items: Sequence[Entry], known: Path) -> list[str]:
     return [made[item.mark()] for item in items]
 
 
-def changes(now: Sequence[str], run: Path) -> str | None:
-    """What is other than at the run's last start, in words; None if nothing is, or if the run is older than this
-    record."""
-    if not (run / RECORD).is_file():
-        return None
+def text_digests(texts: Iterable[str]) -> list[str]:
+    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+
+
+def changes(now: Sequence[str], run: Path, part: str) -> str | None:
+    """A line that says what is other than at the run's last start; None if nothing is. `part`: a key of RECORDED."""
+    what, how = RECORDED[part]
     remedy = f"remove it, and {run} goes on without knowing whether its pictures have changed"
-    before = read_json(run / RECORD, remedy).get("pictures")
+    before = read_json(run / RECORD, remedy).get(part) if (run / RECORD).is_file() else None
+    if before is None:
+        return f"{run} did not write down its {what}, as of an older version: whether they have changed is not known"
     if not isinstance(before, list) or not all(isinstance(one, str) for one in before):
-        raise UserError(f"{run / RECORD} is damaged: it lists no pictures; {remedy}")
+        raise UserError(f"{run / RECORD} is damaged: it lists no {what}; {remedy}")
     came, went = Counter(now) - Counter(before), Counter(before) - Counter(now)
-    if came or went:
-        return f"{came.total()} new or with another caption or mask, {went.total()} gone or changed"
-    return None if list(now) == before else "they come in another order"
+    if list(now) == before:
+        return None
+    changed = f"{came.total()} new or with another caption or mask, {went.total()} gone or changed"
+    if part == "prompts":
+        changed = f"{came.total()} new, {went.total()} gone"
+    elif not came and not went:
+        changed = "they come in another order"
+    return f"the {what} are not those that {run} {how} so far: {changed}; it goes on with these"
 
 
-def record(now: Sequence[str], run: Path) -> None:
+def record(now: Mapping[str, Sequence[str]], run: Path) -> None:
     with written_whole(run / RECORD) as unfinished:
-        unfinished.write_text(json.dumps({"pictures": list(now)}), encoding="utf-8")
+        unfinished.write_text(json.dumps({part: list(digests) for part, digests in now.items()}), encoding="utf-8")
