@@ -2,6 +2,6 @@
 
 import sys
 
-from plainsd.cli import process
+from plainsd.cli import entry
 
-sys.exit(process())
+sys.exit(entry())

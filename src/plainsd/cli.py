@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return broken_pipe()
 
 
-def process() -> int:
+def entry() -> int:
     """`main` of a process that ends then: without a last search for reference cycles, which takes torch 0.3 s."""
     code = main()
     gc.freeze()

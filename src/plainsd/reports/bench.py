@@ -43,7 +43,7 @@ from plainsd.reports.rivals import (
     theirs_compiled,
 )
 
-SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "CXX")  # what limits a processor
+CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "CXX")  # what limits a processor
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
 
 
@@ -204,7 +204,7 @@ def machine(place: Workbench) -> dict[str, object]:
         "rounds": place.rounds,
         **{name: version(name) for name in LIBRARIES},
         "python": platform.python_version(),
-        **{name: os.environ[name] for name in SETTINGS if name in os.environ},
+        **{name: os.environ[name] for name in CPU_LIMITS if name in os.environ},
     }
 
 

@@ -33,7 +33,7 @@ def start_row(place: Workbench, compiled: bool) -> Timing:
     )
 
 
-FIRST = """
+FIRST_PICTURE = """
 import sys, torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 folder, prompt, size, steps, guidance, dtype, device, out = sys.argv[1:]
@@ -58,7 +58,7 @@ def first_row(place: Workbench, compiled: bool) -> Timing:
         ours += ["--sampler", "dpmpp_2m", "--dtype", kept, "--device", str(place.device), "--out", out]
         sides = {
             "import torch": process("-c", "import torch"),
-            "diffusers": process("-c", FIRST, *theirs),
+            "diffusers": process("-c", FIRST_PICTURE, *theirs),
             "plainsd --plain": process(*ours, "--plain"),
             "plainsd": process(*ours),
         }
