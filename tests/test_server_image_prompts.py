@@ -22,7 +22,7 @@ from plainsd.pictures.preprocess import preprocessed
 from plainsd.pictures.settings import ControlNote, ImagePromptNote, Resolved
 from plainsd.server.api.a1111_control import unit_of, units_of
 from plainsd.server.errors import APIError
-from plainsd.server.jobs.pictures import settings_from
+from plainsd.server.jobs.rows import settings_from
 from plainsd.server.requests import new_job
 from plainsd.server.schema import ControlRequest, ImagePromptRequest, JobRequest
 from plainsd.speed import faster

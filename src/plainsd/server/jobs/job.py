@@ -6,6 +6,7 @@ A job is a list of pictures. The unit of work is one picture.
 import asyncio
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -60,17 +61,6 @@ class Source:
         more = [one.map for one in self.controls]
         more += [name for one in self.image_prompts for name in (*one.images, *one.masks)]
         return {name for name in (self.image, self.hole, self.base, self.alpha, *more) if name}
-
-
-def source_from(data: dict[str, Any]) -> Source:
-    """The inverse of `asdict` and JSON."""
-    controls = tuple(ControlInput(**{**one, "kinds": tuple(one["kinds"])}) for one in data.get("controls", ()))
-    prompts = tuple(
-        ImagePromptInput(**{**one, "images": tuple(one["images"]), "masks": tuple(one["masks"])})
-        for one in data.get("image_prompts", ())
-    )
-    box = data["box"] and tuple(data["box"])
-    return Source(**{**data, "box": box, "controls": controls, "image_prompts": prompts})
 
 
 GRID_SIDES = ("Grid across", "Grid down")  # in a sheet's text
@@ -163,7 +153,7 @@ class Job:
     previews: dict[int, bytes] = field(default_factory=dict)  # rough PNGs
     seconds: float = 0.0  # of drawing so far
     alone: bool = False  # not to be batched, after a failure in a batch
-    losses: int = 0  # workers that ended while they loaded what it needs
+    losses: Counter[int] = field(default_factory=Counter)  # workers that ended while they loaded what a picture needs
     bad_request: bool = True  # whether a failure was caused by the request
     notifier: Notifier = field(default_factory=Notifier)
 

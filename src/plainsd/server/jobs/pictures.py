@@ -1,15 +1,12 @@
-"""Pictures of the history: rows, file names, and (de)serialized settings."""
+"""Pictures of the history, their ids, and the names of their files."""
 
-import json
 import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from types import NoneType
+from dataclasses import dataclass, replace
 
-from plainsd.json_reader import parsed_json
-from plainsd.pictures.settings import RANGES, ControlNote, ImagePromptNote, Resolved, plain_number
+from plainsd.pictures.settings import Resolved, plain_number
 
 SAFE_INTEGER = 2**53 - 1  # JavaScript's
 
@@ -29,43 +26,7 @@ class Picture:
     loras: list[tuple[str, float]]
     created: float
     favourite: bool = False
-    problem: str | None = None  # why its settings cannot be read
-
-
-UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)  # what a damaged row may raise
-NO_SETTINGS = Resolved(size=(8, 8), steps=1, guidance=1.0, sampler="", spacing="")  # where they cannot be read
-SETTINGS = {field.name for field in fields(Resolved)}
-
-
-def settings_from(data: dict, *, strict: bool = False) -> Resolved:
-    """The inverse of `asdict` and JSON. Fields unknown to this version go to `other`; if strict, they are an error,
-    because they would have no effect. Raises one of UNREADABLE."""
-    tuples = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
-    pairs = {name: tuple(map(tuple, data.get(name, ()))) for name in ("hashes", "other")}
-    foreign = {name: value for name, value in data.items() if name not in SETTINGS}
-    if foreign and strict:
-        raise ValueError(f"it is of another version, which knows {next(iter(foreign))!r}")
-    pairs["control"] = tuple(ControlNote(*one)._replace(kinds=tuple(one[-1])) for one in data.get("control", ()))
-    pairs["image_prompt"] = tuple(ImagePromptNote(*one) for one in data.get("image_prompt", ()))
-    pairs["other"] += tuple((name, json.dumps(value)) for name, value in foreign.items())
-    settings = Resolved(**{name: value for name, value in {**data, **tuples, **pairs}.items() if name in SETTINGS})
-    for name in ("prompt", "negative", "sampler", "spacing"):
-        if not isinstance(getattr(settings, name), str):
-            raise TypeError(f"{name} is not a text")
-    for name in RANGES:
-        value = getattr(settings, name)
-        for one in value if isinstance(value, tuple) else (value,):
-            if not isinstance(one, (int, float, NoneType)):
-                raise TypeError(f"{name} is not a number")
-    return settings
-
-
-def loras_from(text: str) -> list[tuple[str, float]]:
-    return [(str(name), float(strength)) for name, strength in parsed_json(text)]
-
-
-def error_summary(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+    problem: str | None = None  # why its row cannot be read
 
 
 def with_lora_tags(settings: Resolved, loras: Sequence[tuple[str, float]]) -> Resolved:

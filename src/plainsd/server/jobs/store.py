@@ -25,26 +25,18 @@ from PIL import Image
 
 from plainsd.disk import DRAFT, written_whole
 from plainsd.errors import UserError
-from plainsd.json_reader import parsed_json
 from plainsd.pictures.images import PictureFile
-from plainsd.server.jobs.job import ACTIVE, DONE, QUEUED, RUNNING, Job, Sheet, source_from
+from plainsd.server.jobs.job import DONE, QUEUED, RUNNING, Job
 from plainsd.server.jobs.migrations import migrate
-from plainsd.server.jobs.pictures import (
-    NO_SETTINGS,
-    UNREADABLE,
-    Picture,
-    error_summary,
-    loras_from,
-    settings_from,
-    with_lora_tags,
-)
+from plainsd.server.jobs.pictures import Picture, with_lora_tags
+from plainsd.server.jobs.rows import job_of, picture_of
 
 INPUT = re.compile(r"[0-9a-f]{32}\.png")  # names of `canvas.InitImages.as_source`
 TRASHED = "SELECT 1 FROM images WHERE id = ? AND deleted IS NOT NULL AND owner = coalesce(?, owner)"
 DRAWN = (  # the places of a job's pictures that were drawn, and whether they have been deleted since
     "SELECT place, deleted NOT NULL FROM images WHERE job = :job UNION SELECT place, 1 FROM removed WHERE job = :job"
 )
-REMOVED = "INSERT OR IGNORE INTO removed (job, place) SELECT job, place FROM images WHERE id = ?"
+REMOVED = "INSERT OR IGNORE INTO removed (job, place) SELECT job, place FROM images WHERE number = ?"
 THUMBNAIL = 320  # pixels, the longer side
 
 
@@ -132,8 +124,8 @@ class Store:
         if state != DONE:
             with self.transaction() as db:
                 db.execute(
-                    "UPDATE jobs SET state = ?, error = ?, finished = ?, alone = 0 WHERE id = ?",
-                    (state, error, finished, job.id),
+                    "UPDATE jobs SET state = ?, error = ?, finished = ?, alone = 0 WHERE number = ?",
+                    (state, error, finished, job.number),
                 )
         if job.source:
             self.remove_unused_inputs(job.source.files())
@@ -162,34 +154,13 @@ class Store:
     def unfinished(self) -> list[Job]:
         """Jobs left queued or running by a crash or a shutdown. Also deletes unused input images."""
         jobs = self.jobs((QUEUED, RUNNING))
-        self.remove_unused_inputs({path.name for path in (self.folder / "inputs").iterdir()})
+        names = {path.name for path in (self.folder / "inputs").iterdir()}
+        self.remove_unused_inputs({name for name in names if INPUT.fullmatch(name)})
         return jobs
 
     def _job(self, row: sqlite3.Row) -> Job:
-        """A row as an object; `problem` says what cannot be read."""
         with self.lock:
-            drawn = self.db.execute(DRAWN, {"job": row["id"]}).fetchall()
-        names = ("id", "number", "client", "api", "model", "state", "error", "attempts", "created", "started",
-                 "finished", "owner")  # fmt: skip
-        known = {name: row[name] for name in names} | {
-            "path_prefix": row["place"],
-            "done": {index for index, _ in drawn},
-            "deleted": {index for index, is_deleted in drawn if is_deleted},
-        }
-        try:
-            source, sheet = (parsed_json(row[name]) if row[name] else None for name in ("source", "sheet"))
-            settings = [settings_from(one, strict=row["state"] in ACTIVE) for one in parsed_json(row["pictures"])]
-            return Job(
-                **known, settings=settings or [NO_SETTINGS], loras=loras_from(row["loras"]),
-                source=source_from(source) if source else None,
-                sheet=Sheet(**sheet) if sheet else None,
-            )  # fmt: skip
-        except UNREADABLE as error:
-            return Job(
-                **known,
-                settings=[NO_SETTINGS],
-                problem=f"its row in the database cannot be read ({error_summary(error)})",
-            )
+            return job_of(row, self.db.execute(DRAWN, {"job": row["id"]}).fetchall())
 
     def counts(self) -> dict[str, int]:
         with self.lock:
@@ -206,14 +177,16 @@ class Store:
         return (self.folder / "inputs" / name).read_bytes()
 
     def remove_unused_inputs(self, names: set[str]) -> None:
-        """Deletes those of these inputs that no unfinished job uses."""
+        """Deletes those of these inputs that no unfinished job uses. What the disk refuses to delete is left to the
+        next start."""
         with self.lock:
             rows = self.db.execute(
                 "SELECT source FROM jobs WHERE source NOT NULL AND state IN (?, ?)", (QUEUED, RUNNING)
             )
-            needed = {name for (source,) in rows for name in INPUT.findall(source)}
+            needed = {name for (source,) in rows for name in INPUT.findall(str(source))}
             for name in names - needed:
-                (self.folder / "inputs" / name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self.folder / "inputs" / name).unlink()
 
     # --- pictures ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +223,7 @@ class Store:
                 "SELECT * FROM images WHERE id = ? AND (? OR deleted IS NULL) AND owner = coalesce(?, owner)",
                 (id, trash, owner),
             ).fetchone()
-        return self._picture(row) if row else None
+        return picture_of(row) if row else None
 
     def pictures(
         self,
@@ -279,24 +252,12 @@ class Store:
             rows = self.db.execute(
                 f"SELECT * FROM images WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?", (*values, limit)
             ).fetchall()
-        return [self._picture(row) for row in rows]
-
-    def _picture(self, row: sqlite3.Row) -> Picture:
-        """A row as an object; `problem` says what cannot be read."""
-        known = {name: row[name] for name in ("number", "id", "job", "file", "width", "height", "created")}
-        known["index"] = row["place"]
-        known["favourite"] = bool(row["favourite"])
-        try:
-            settings, loras = settings_from(parsed_json(row["settings"])), loras_from(row["loras"])
-        except UNREADABLE as error:
-            why = f"its settings in the database cannot be read ({error_summary(error)})"
-            return Picture(**known, settings=NO_SETTINGS, loras=[], problem=why)
-        return Picture(**known, settings=settings, loras=loras)
+        return [picture_of(row) for row in rows]
 
     def path(self, picture: Picture) -> Path:
         """Its file, always below `pictures`, whatever the database says. That folder or a day in it may be a link."""
         path = Path(picture.file)
-        if path.is_absolute() or path.parts[:1] != ("pictures",) or ".." in path.parts:
+        if path.is_absolute() or path.parts[:1] != ("pictures",) or ".." in path.parts or "\0" in picture.file:
             raise FileNotFoundError(path)
         return self.folder / path
 
@@ -336,7 +297,7 @@ class Store:
         with self.lock:
             rows = self.db.execute("SELECT * FROM images WHERE deleted <= ?", (time.time() - seconds,)).fetchall()
             if rows:
-                self.delete([self._picture(row) for row in rows])
+                self.delete([picture_of(row) for row in rows])
 
     def delete(self, pictures: list[Picture]) -> None:
         """For good: their files, then the rows of those whose files are gone. OSError, afterwards, where the disk
@@ -347,11 +308,11 @@ class Store:
                 with suppress(FileNotFoundError):  # of a row that does not name a file of ours
                     self.path(picture).unlink()
                 (self.folder / "thumbnails" / f"{picture.id}.webp").unlink(missing_ok=True)
-                gone.append((picture.id,))
+                gone.append((picture.number,))
             except OSError as error:
                 refused = error
         with self.transaction() as db:
             db.executemany(REMOVED, gone)
-            db.executemany("DELETE FROM images WHERE id = ?", gone)
+            db.executemany("DELETE FROM images WHERE number = ?", gone)
         if refused is not None:
             raise refused
