@@ -4,7 +4,10 @@
 
 - a picture on one worker of one thread, against the same in the server's process with one thread: the cost of the way;
 - all pictures on two workers of one thread each, against one process of two threads: the throughput;
-- a task that does nothing, from the call to its first event: how soon an idle worker has work.
+- a job for an idle worker that has its model, from the call that queues it to the worker's first event: both flushes of
+  the database are in it, and so is the way to the worker and back;
+- jobs that wait for one worker: how long its process has nothing to do between two, while the front stores a picture;
+- a task that does nothing, from the call to its first event: Ray's part of this.
 
 Sides take turns, and the least time of the rounds counts.
 """
@@ -15,6 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -24,6 +28,8 @@ from plainsd.cluster.connect import Share, connect
 from plainsd.cluster.worker import RemoteWorker
 from plainsd.reports.bench import processor
 from plainsd.server.cluster import Cluster
+from plainsd.server.jobs.drawing import DrawnBatch
+from plainsd.server.jobs.job import Job
 from plainsd.server.limits import Limits
 from plainsd.server.pool import PoolOptions
 from plainsd.server.requests import new_job
@@ -67,14 +73,24 @@ def main() -> None:
     extra = (remote - alone) / asked.pictures
     print(f"cost of the way: {1000 * extra:.1f} ms a picture, {100 * (remote / alone - 1):+.1f} %")
     print(f"two workers against two threads: {threads / workers:.2f} times the pictures")
-    print(f"an idle worker has begun with a task after {1000 * latency():.1f} ms (median of 200)")
+    with tempfile.TemporaryDirectory() as folder:
+        idle, between = gaps(opened(asked, Path(folder), workers=1, batch=1), asked)
+    print(f"an idle worker has begun with a job after {in_ms(idle)}")
+    print(f"between two batches its process waits {in_ms(between)}")
+    print(f"a task without work begins after {in_ms(latencies())}")
     ray.shutdown()
 
 
-def opened(asked, data: Path, workers: int = 0) -> Service:
+def in_ms(seconds: list[float]) -> str:
+    return (
+        f"{1000 * statistics.median(seconds):.1f} ms (median of {len(seconds)}; at most {1000 * max(seconds):.1f} ms)"
+    )
+
+
+def opened(asked, data: Path, workers: int = 0, batch: int = 4) -> Service:
     options = PoolOptions("cpu", "float32")
     more = {"drawers": Cluster(Share(1), workers).drawers} if workers else {}
-    service = Service.open([asked.model], data, Limits(queue=100_000), options, **more)
+    service = Service.open([asked.model], data, Limits(queue=100_000), options, batch=batch, **more)
     service.start()
     return service
 
@@ -82,20 +98,64 @@ def opened(asked, data: Path, workers: int = 0) -> Service:
 def drawn(service: Service, asked, threads: int) -> float:
     """Seconds from the first job to the last picture. Threads of this process; workers have their own."""
     torch.set_num_threads(threads)
-    fields = {"prompt": "a red apple on a blue background", "steps": asked.steps}
-    fields |= {"size": [asked.size, asked.size]} if asked.size else {}
-    requests = [JobRequest(seed=seed, **fields) for seed in range(asked.pictures)]
-    jobs = [new_job(request, service.models, service.limits, "bench", "jobs") for request in requests]
+    jobs = jobs_of(service, asked, asked.pictures)
     began = time.perf_counter()
     for job in jobs:
         service.queue.add(job)
-    while any(job.active for job in jobs):
-        time.sleep(0.005)
-    assert all(job.state == "done" for job in jobs), [job.error for job in jobs]
+    wait_for(jobs)
     return time.perf_counter() - began
 
 
-def latency() -> float:
+def jobs_of(service: Service, asked, count: int) -> list[Job]:
+    fields = {"prompt": "a red apple on a blue background", "steps": asked.steps}
+    fields |= {"size": [asked.size, asked.size]} if asked.size else {}
+    requests = [JobRequest(seed=seed, **fields) for seed in range(count)]
+    return [new_job(request, service.models, service.limits, "bench", "jobs") for request in requests]
+
+
+def wait_for(jobs: list[Job]) -> None:
+    while any(job.active for job in jobs):
+        time.sleep(0.005)
+    assert all(job.state == "done" for job in jobs), [job.error for job in jobs]
+
+
+def gaps(service: Service, asked) -> tuple[list[float], list[float]]:
+    """Seconds from queueing a job to the first event of its idle worker; and, of jobs that wait, from the last event of
+    one to the first of the next."""
+    worker = service.worker.drawer.worker
+    run, first, last = worker.run, [], []
+
+    def timed(work):
+        with closing(run(work)) as events:
+            for number, event in enumerate(events):
+                if not number:
+                    first.append(time.perf_counter())
+                elif isinstance(event, DrawnBatch):
+                    last.append(time.perf_counter())
+                yield event
+
+    wait_for(added(service, jobs_of(service, asked, 1)))  # loads the model
+    worker.run = timed
+    queued = []
+    for job in jobs_of(service, asked, 30):
+        while not service.queue.idle:
+            time.sleep(0.005)
+        queued.append(time.perf_counter())
+        wait_for(added(service, [job]))
+    idle = [b - a for a, b in zip(queued, first, strict=True)]
+    first.clear(), last.clear()
+    wait_for(added(service, jobs_of(service, asked, 30)))
+    service.close()
+    return idle, [b - a for a, b in zip(last, first[1:], strict=False)]
+
+
+def added(service: Service, jobs: list[Job]) -> list[Job]:
+    for job in jobs:
+        service.queue.add(job)
+    return jobs
+
+
+def latencies() -> list[float]:
     def make():
         def tool(task):
             yield task
@@ -112,7 +172,7 @@ def latency() -> float:
         seconds.append(time.perf_counter() - began)
         list(events)
     worker.end()
-    return statistics.median(seconds)
+    return seconds
 
 
 if __name__ == "__main__":

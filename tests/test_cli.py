@@ -17,8 +17,10 @@ from PIL.PngImagePlugin import PngInfo
 import plainsd
 from plainsd.cli import COMMANDS, main
 from plainsd.commands.adapters import chosen_loras, embedding_from_flag, from_flag
+from plainsd.commands.output import Target
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
+from plainsd.pictures.settings import Settings
 
 
 @pytest.fixture
@@ -63,6 +65,20 @@ def test_numbers_go_on_behind_the_highest(generate, tmp_path):
     assert generate("x", "--seed", "1", "--count", "2", "--steps", "1")[0] == 0
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == ["00003-5.png", "00007-5.png", "00008-1.png", "00009-2.png", "picture.png"]
+
+
+def test_a_folder_is_listed_once_for_a_run_and_again_where_others_write_into_it(tmp_path, monkeypatch):
+    """Else a run of many pictures would take time with their square."""
+    listed, glob = [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *given: listed.append(1) or glob(*given))
+    target, names = Target(tmp_path / "out"), []
+    for seed in range(3):
+        names.append(target.write(Image.new("RGB", (8, 8)), Settings(seed=seed)).name)
+    assert names == ["00001-0.png", "00002-1.png", "00003-2.png"] and len(listed) == 1
+    before = (tmp_path / "out").stat().st_mtime_ns
+    (tmp_path / "out" / "00009-5.png").write_bytes(b"")  # another program
+    os.utime(tmp_path / "out", ns=(before, before + 1))
+    assert target.write(Image.new("RGB", (8, 8)), Settings(seed=7)).name == "00010-7.png" and len(listed) == 2
 
 
 def test_pictures_are_numbered_and_made_again(generate, tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -24,16 +26,17 @@ from plainsd.cluster import worker as worker_module
 from plainsd.cluster.connect import Share, check_room, connect, share_of
 from plainsd.cluster.host import Host, Taken, versions
 from plainsd.cluster.lists import Again, TaskList
-from plainsd.cluster.worker import RemoteWorker
-from plainsd.commands.generate_cluster import RUN_RECORD, ListRun
+from plainsd.cluster.worker import RemoteWorker, Stopping, check_modules
+from plainsd.commands.generate_cluster import RUN_RECORD, ListRun, digest_of_run
 from plainsd.errors import DiskError, UserError
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.settings import Resolved
+from plainsd.server import cluster as cluster_module
 from plainsd.server.cluster import Batches, Cluster, RemoteDrawer, merged
 from plainsd.server.jobs.drawing import Advanced, Begun, Prepared, Work
 from plainsd.server.jobs.job import Source
 from plainsd.server.limits import Limits
-from plainsd.server.pool import PoolOptions
+from plainsd.server.pool import PoolOptions, budget_of
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
 from plainsd.server.service import Service
@@ -125,6 +128,38 @@ def test_pictures_come_as_files_but_those_to_paste(models):
     assert read_settings(BytesIO(file.content)).hashes == drawn.hashes != ()
     *_, drawn = batches(Work(one.name, [], [settings], Source(base="x.png", alpha="y.png"), {}))
     assert isinstance(drawn.images[0], Image.Image)
+
+
+def test_a_worker_has_its_part_of_the_machines_memory(models, monkeypatch):
+    """For models: of the default, the part that its CPUs are of all; what --memory says is for each."""
+    whole = budget_of(torch.device("cpu"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    parts = [Batches(models[:1], options_of(models), Share(cpus)).models.budget / whole for cpus in (1, 3, 8)]
+    assert parts == [0.25, 0.75, 1.0]
+    given = replace(options_of(models), memory=12345.0)
+    assert Batches(models[:1], given, Share(1)).models.budget == 12345.0
+
+
+def test_metrics_count_the_models_of_workers(server):
+    """In its process, and no longer when that has ended."""
+    assert server.drawn(prompt="counted", steps=1)["state"] == "done"
+    values = metrics_of(server)
+    places = [drawer.place for drawer in drawers(server)]
+    assert values["plainsd_model_loads_total"] == sum(place.loads for place in places) >= 1
+    assert values["plainsd_model_bytes"] == sum(place.bytes for place in places) > 100_000
+    assert {bool(place.models) for place in places if place.bytes} == {True}
+    loaded = next(drawer for drawer in drawers(server) if drawer.place.bytes)
+    had, process = loaded.place.bytes, loaded.worker.process
+    os.kill(process, signal.SIGKILL)
+    until(lambda: loaded.ready and loaded.worker.process != process, 60)
+    after = metrics_of(server)
+    assert after["plainsd_model_bytes"] == values["plainsd_model_bytes"] - had
+    assert after["plainsd_model_loads_total"] == values["plainsd_model_loads_total"]
+
+
+def metrics_of(server):
+    lines = [line.split() for line in server.get("/metrics").text.splitlines() if line[0] != "#"]
+    return {line[0]: float(line[1]) for line in lines if len(line) == 2}
 
 
 def test_previews_and_steps_arrive(server):
@@ -274,6 +309,96 @@ def test_a_worker_without_the_model_is_named(ray, models, tmp_path):
     with pytest.raises(UserError, match=r"the worker on .*: there is no model at 'x'; give"):
         worker.start()
     worker.end()
+
+
+def test_a_server_whose_workers_have_not_its_model_says_so(ray, models, tmp_path, monkeypatch):
+    """By what really runs there: a folder that the front has, and the machine of the worker has not."""
+    moved = Path(models[0]).with_name("moved")
+
+    def elsewhere(service_models, queue):
+        Path(models[0]).rename(moved)
+        try:
+            return Cluster(Share(1), 1).drawers(service_models, queue)
+        finally:
+            moved.rename(models[0])
+
+    with pytest.raises(UserError, match=r"the worker on .*: there is no model at '.*one'; give a model's folder"):
+        Service.open(models[:1], tmp_path, Limits(), options_of(models), drawers=elsewhere)
+
+
+def test_a_package_that_a_worker_lacks_is_named(ray, monkeypatch):
+    """The extra of the server, for instance, on a machine that was set up for lists."""
+    with pytest.raises(UserError, match="a machine of the cluster has no plainsd, or an older one.*pip install"):
+        check_modules("ray.exceptions.RaySystemError: No module named 'plainsd.server'")
+
+    def make():
+        import starlette_is_missing  # noqa: F401
+
+    worker = RemoteWorker("1", make, Share(1))
+    with pytest.raises(UserError, match=r"no package 'starlette_is_missing'; .* 'plainsd\[serve,cluster\]'"):
+        worker.start()
+    worker.end()
+
+
+def test_where_there_is_no_free_room_that_is_said(ray, monkeypatch, caplog):
+    """A CPU belongs to others, who may keep it for as long as they like, and each worker needs all."""
+    monkeypatch.setattr(worker_module, "LATE", (0.3, 1e9))
+    monkeypatch.setattr(RemoteWorker, "said_late", -float("inf"))
+    holder = ray.remote(num_cpus=1)(Host).remote()
+    ray.get(holder.answer.remote())
+    stop = threading.Event()
+    workers = [RemoteWorker(f"worker-{number}", list, Share(4), stopping=stop.is_set) for number in range(2)]
+    threads = [threading.Thread(target=starting, args=(worker,), daemon=True) for worker in workers]
+    try:
+        for thread in threads:
+            thread.start()
+        until(lambda: caplog.messages, 60)
+        time.sleep(1)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        for worker in workers:
+            worker.end()
+        ray.kill(holder)
+    (said,) = [message for message in caplog.messages if "has not begun" in message]  # of both one line
+    assert re.search(
+        r"needs 4 CPUs of one machine, and of the cluster's there are [123] of 4 CPUs free; it waits", said
+    )
+
+
+def starting(worker):
+    with pytest.raises(Stopping):
+        worker.start()
+
+
+def test_a_worker_that_cannot_even_be_asked_for_is_an_error(ray, models, tmp_path):
+    """What is to be sent cannot be: no server starts that has no worker."""
+    service = open_service(models[:1], tmp_path)
+    lock = threading.Lock()
+    drawer = RemoteDrawer("worker-0", lambda: lock, Share(1), service.queue)
+    with pytest.raises(TypeError, match="pickle|serialize"):
+        Cluster(Share(1), 1).start([drawer])
+    service.close()
+
+
+def test_an_open_drawer_is_tried_again_whatever_is_wrong(ray, models, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cluster_module, "RETRY_SECONDS", (0.01, 0.01))
+    service = open_service(models[:1], tmp_path)
+    drawer, failed = RemoteDrawer("worker-0", list, Share(1), service.queue), []
+
+    def start():
+        if len(failed) == 2:
+            drawer.worker.life = object()
+            return
+        failed.append(1)
+        raise KeyError("strange")
+
+    monkeypatch.setattr(drawer.worker, "start", start)
+    assert drawer.open() and len(failed) == 2
+    assert sum("cannot be started ('strange'); trying again" in message for message in caplog.messages) == 2
+    drawer.worker.life = None
+    service.close()
 
 
 def test_where_this_machine_is_of_no_cluster_any_more_nothing_waits_for_ever(ray, models, tmp_path, monkeypatch):
@@ -432,6 +557,81 @@ def test_eval_by_a_cluster_scores_the_same(ray, tmp_path):
         "contact-sheet.png", "scores.json", "scores.txt"]  # fmt: skip
 
 
+@pytest.mark.full
+def test_eval_by_a_cluster_goes_on_where_it_stopped(ray, tmp_path, monkeypatch):
+    """Pictures that were drawn before it was interrupted are not drawn again, and the scores are those of one run."""
+    flags = ["eval", "--prompts", "4", "--steps", "2", "--device", "cpu", *BY_CLUSTER]
+    if main([*flags, "--out", str(tmp_path / "whole")]) != 0:
+        pytest.skip("needs the Noto Color Emoji font")
+    write, written = ListRun.write, []
+
+    def killed(run, number, *more):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(run.paths[number])
+        return write(run, number, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ListRun, "write", killed)
+        assert main([*flags, "--out", str(tmp_path / "twice")]) == 130
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "twice" / "drawn").glob("*.png")}
+    assert set(kept) == set(written) and len(kept) == 5
+    seen = []
+    monkeypatch.setattr(ListRun, "finish", lambda run: None)
+    monkeypatch.setattr("plainsd.commands.evaluate.shutil.rmtree", seen.append)
+    assert main([*flags, "--out", str(tmp_path / "twice")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept and seen == [tmp_path / "twice" / "drawn"]
+    found = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("whole", "twice")]
+    assert found[0] == found[1]
+
+
+@pytest.mark.full
+def test_clip_scores_of_a_cluster_are_those_of_one_process(ray, models, prompts, tmp_path):
+    from test_clip_score import clip_of_transformers
+
+    clip_of_transformers().save_pretrained(tmp_path / "clip")
+    flags = ["eval", "--clip-score", str(tmp_path / "clip"), models[0], "--prompt-file", str(prompts)]
+    flags += ["--steps", "2", "--batch", "2", "--seed", "5", "--device", "cpu"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*flags, "--out", str(tmp_path / "alone")]) == 0
+        assert main([*flags, "--out", str(tmp_path / "cluster"), *BY_CLUSTER]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("alone", "cluster")]
+    assert names[0] == names[1] and len(names[0]) > 7
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (tmp_path / "cluster" / path.name).read_bytes(), path.name
+
+
+def test_a_run_knows_the_files_that_it_read(models, tmp_path):
+    """Their contents have changed where their times have: a folder that was replaced is another model."""
+    from plainsd.commands.flags import GenerateFlags
+    from plainsd.commands.setup import DrawingSetup
+
+    model, lora, net = tmp_path / "model", tmp_path / "style.safetensors", tmp_path / "net.safetensors"
+    (model / "unet").mkdir(parents=True)
+    for path in (model / "unet" / "weights.safetensors", lora, net):
+        path.write_bytes(b"x")
+    command = GenerateFlags(model=str(model), control=(f"{net}:0.5",), image=net)
+    setup = DrawingSetup(command, "cpu", [(lora, 1.0)], [], {}, (), ())
+    first = digest_of_run(setup, ["p"], {})
+    assert digest_of_run(setup, ["p"], {}) == first
+    for path in (model / "unet" / "weights.safetensors", lora, net):
+        old = path.stat()
+        path.write_bytes(b"xy")
+        assert digest_of_run(setup, ["p"], {}) != first, path
+        path.write_bytes(b"y")
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+        assert digest_of_run(setup, ["p"], {}) != first, path
+        path.write_bytes(b"x")
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+        assert digest_of_run(setup, ["p"], {}) == first, path
+    embedded, hub = (DrawingSetup(GenerateFlags(model=name), "cpu", [], [], {}, (), ()) for name in (None, "a/b"))
+    assert digest_of_run(embedded, ["p"], {}) != digest_of_run(hub, ["p"], {})
+
+
 # --- longer ones -----------------------------------------------------------------------------------------------------
 
 
@@ -543,6 +743,39 @@ def test_machines_come_and_go(models, tmp_path):
         front.wait(60)
     finally:
         front.kill()
+        machines.shutdown()
+
+
+@pytest.mark.full
+def test_a_front_that_is_killed_frees_what_it_had_of_a_cluster_of_others(models, tmp_path):
+    """The cluster lives on, the workers of the front do not; the next one has room for its own, and draws the rest."""
+    from ray.cluster_utils import Cluster as Machines
+
+    machines = Machines(initialize_head=True, head_node_args={"num_cpus": WORKERS, "include_dashboard": False})
+    command = [sys.executable, *FRONT, "--model", models[0], "--data", str(tmp_path), "--device", "cpu"]
+    command.insert(command.index("--cluster") + 1, machines.address)
+    fronts = []
+
+    def front():
+        fronts.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return Server(None, fronts[-1].stdout.readline().strip().rstrip("/"))
+
+    try:
+        server = front()
+        ids = [server.job(prompt="killed", steps=100, count=4, seed=seed)["id"] for seed in (1, 100)]
+        until_drawing(server, ids[0])
+        fronts[0].kill()
+        fronts[0].wait()
+        server = front()
+        assert [server.wait(id, 120)["state"] for id in ids] == ["done", "done"]
+        until(lambda: "plainsd_workers 2.0" in server.get("/metrics").text, 120)
+        rows = [row["id"] for row in server.get("/api/images?limit=100").json()["images"]]
+        assert sorted(rows) == sorted(f"{id}-{index}" for id in ids for index in range(4))
+        fronts[1].send_signal(signal.SIGTERM)
+        fronts[1].wait(60)
+    finally:
+        for one in fronts:
+            one.kill()
         machines.shutdown()
 
 

@@ -20,7 +20,7 @@ from plainsd.server.jobs.drawing import (
     batch_events,
 )
 from plainsd.server.jobs.job import DONE, FAILED, Job, Source
-from plainsd.server.jobs.queue import Place, Queue
+from plainsd.server.jobs.queue import LOADS, Place, Queue
 from plainsd.server.jobs.store import Store
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models, PoolOptions
@@ -209,26 +209,54 @@ def ended(job):
     return job
 
 
-@pytest.mark.parametrize("stage", [LostWhile.LOADING, LostWhile.DRAWING])
-def test_a_job_that_ends_its_worker_three_times_fails_and_the_others_do_not(mortal, stage):
+def test_a_job_that_ends_its_worker_three_times_fails_and_the_others_do_not(mortal):
     deaths = []
 
     def death(work):
         if any(one.prompt == "bad" for one in work.settings):
             deaths.append([one.prompt for one in work.settings])
-            return stage
+            return LostWhile.DRAWING
         return None
 
     service = mortal(death)
     jobs = [add(service.queue, service.models), new_bad(service), add(service.queue, service.models, seed=5)]
     service.start()
     assert [ended(job).state for job in jobs] == [DONE, FAILED, DONE]
-    assert "3 workers ended while" in jobs[1].error and not jobs[1].bad_request
-    assert ("drawing this job" if stage == LostWhile.DRAWING else "loading the model") in jobs[1].error
+    assert "3 workers ended while drawing this job" in jobs[1].error and not jobs[1].bad_request
     assert [len(prompts) for prompts in deaths] == [3, 1, 1, 1]  # together, which says nothing, then alone
     assert service.worker.losses == 4 and service.worker.drawer.opened > 4
-    stored = service.store.job(jobs[1].id)
-    assert stored.attempts == (3 if stage == LostWhile.DRAWING else 0)
+    assert service.store.job(jobs[1].id).attempts == 3
+
+
+def test_losses_while_loading_do_not_count_against_a_job_but_come_to_an_end(mortal):
+    """Nine in a row, and again nine after it was loaded once, are no fault of the job; ten in a row are its end."""
+    good = [*[LostWhile.LOADING] * (LOADS - 1), LostWhile.DRAWING, *[LostWhile.LOADING] * (LOADS - 1), None]
+    bad = []
+
+    def death(work):
+        if work.settings[0].prompt == "bad":
+            bad.append(1)
+            return LostWhile.LOADING
+        return good.pop(0)
+
+    service = mortal(death)
+    job = add(service.queue, service.models)
+    service.start()
+    assert ended(job).state == DONE and job.attempts == 1 and not job.losses
+    other = ended(new_bad(service))
+    assert other.state == FAILED and not other.bad_request and len(bad) == LOADS
+    assert f"{LOADS} workers in a row ended while loading the model" in other.error
+    assert service.store.job(other.id).attempts == 0
+
+
+def test_workers_that_are_lost_together_while_loading_are_one_loss_of_each_picture(queue, models):
+    """Machines that go at once take all batches of a job with them."""
+    job = add(queue, models, count=LOADS)
+    batches = [queue.next_batch(1, Place(str(number))) for number in range(LOADS)]
+    assert [queue.count_losses(batch) for batch in batches] == [1] * LOADS
+    for batch in batches:
+        queue.requeue(batch)
+    assert job.active and queue.count_losses(queue.next_batch(1, Place())) == 2
 
 
 def new_bad(service):
@@ -242,7 +270,7 @@ def test_workers_that_end_while_they_wait_count_for_no_job(mortal):
     service = mortal(lambda work: left.pop() if left else None)
     job = add(service.queue, service.models)
     service.start()
-    assert ended(job).state == DONE and job.attempts == job.losses == 0 and service.worker.losses == 5
+    assert ended(job).state == DONE and not job.attempts and not job.losses and service.worker.losses == 5
 
 
 def test_attempts_are_kept_when_the_front_restarts(mortal):

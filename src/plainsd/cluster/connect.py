@@ -158,3 +158,12 @@ def check_room(share: Share) -> None:
         "--cpus-per-worker and --gpus-per-worker, or add a machine",
         field="cluster",
     )
+
+
+def free_room() -> str:
+    """What of the cluster's CPUs and GPUs nobody has, in words."""
+    ray = imported_ray()
+    free, whole = ray.available_resources(), ray.cluster_resources()
+    return " and ".join(
+        f"{free.get(kind, 0):g} of {whole[kind]:g} {kind}s" for kind in ("CPU", "GPU") if whole.get(kind)
+    )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Generator, Sequence
 from itertools import count
 from typing import Any
 
-from plainsd.cluster.connect import Share, first_line, imported_ray, own_node_lives
+from plainsd.cluster.connect import Share, first_line, free_room, imported_ray, own_node_lives
 from plainsd.cluster.host import Failure, Host, Taken, Tool, versions
 from plainsd.errors import UserError
 
@@ -18,7 +20,8 @@ NODE_SECONDS = 5.0  # between looks at whether Ray's own process on this machine
 SILENCE = 60.0  # seconds without an event after which a worker is asked whether it is there ...
 ANSWER = 30.0  # ... and has to answer
 THREADS = {"control": 1, "life": 1}  # of the actor: for `stop` and `answer`, and for `live`
-NOT_THERE = "No module named 'plainsd"
+LATE = (20.0, 300.0)  # seconds after which a process that has not begun is named, and between such lines
+NOT_THERE = re.compile(r"No module named '([\w.]+)'")
 log = logging.getLogger("plainsd.cluster")
 
 
@@ -50,6 +53,8 @@ class TaskError(Exception):
 class RemoteWorker:
     """One worker: a process at a time, which ends with this one. Its tool is made there, by `make`."""
 
+    said_late = -math.inf  # when one of them was named last that waits for room
+
     def __init__(
         self,
         name: str,
@@ -73,7 +78,7 @@ class RemoteWorker:
         self.end()
         kind = self.ray.remote(concurrency_groups=THREADS, num_cpus=self.share.cpus, num_gpus=self.share.gpus)(Host)
         actor = self.actor = kind.options(max_restarts=0, max_task_retries=0).remote()
-        self.where, self.process, found = self.result(actor.about.remote())
+        self.where, self.process, found = self.result(actor.about.remote(), say_late=True)
         if found != (wanted := versions()):
             differ = "; ".join(
                 f"{name} {found[name]} there, {wanted[name]} here" for name in wanted if found[name] != wanted[name]
@@ -86,25 +91,36 @@ class RemoteWorker:
         if failure is not None:
             if failure.asked:
                 raise UserError(f"the worker on {self.where}: {failure.message}", field=failure.field)
+            check_modules(failure.message)
             log.error("%s cannot be made:\n%s", self.name, failure.trace)
             raise WorkerEnded(f"{failure.kind}: {failure.message}")
         self.life = actor.live.options(concurrency_group="life").remote()
 
-    def result(self, ref: Any) -> Any:
+    def result(self, ref: Any, *, say_late: bool = False) -> Any:
+        """What a call returns; while it waits for room, that is said. WorkerEnded, UserError, NodeLost, Stopping."""
+        began = time.monotonic()
         while not self.ray.wait([ref], timeout=POLL)[0]:
             if self.stopping():
                 raise Stopping
             self.check_node()
+            if say_late:
+                self.say_late(time.monotonic() - began)
         try:
             return self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
-            if NOT_THERE in str(error):
-                raise UserError(
-                    "a machine of the cluster has no plainsd, or an older one without clusters; install this version "
-                    "on all machines, with pip install 'plainsd[serve,cluster]'",
-                    field="cluster",
-                ) from None
+            check_modules(str(error))
             raise WorkerEnded(first_line(error)) from None
+
+    def say_late(self, seconds: float) -> None:
+        """That its process has not begun, where that takes long; of all workers of this process one line at a time."""
+        now = time.monotonic()
+        if seconds > LATE[0] and now - RemoteWorker.said_late > LATE[1]:
+            RemoteWorker.said_late = now
+            log.warning(
+                "%s has not begun after %d s: it needs %s of one machine, and of the cluster's there are %s free; it "
+                "waits. End what has the others, add a machine, or give fewer --workers or --cpus-per-worker",
+                self.name, seconds, self.share, free_room(),
+            )  # fmt: skip
 
     def check_node(self) -> None:
         if time.monotonic() - self.looked > NODE_SECONDS:
@@ -176,6 +192,18 @@ class RemoteWorker:
         """Called when its process has ended by itself."""
         self.life = None
         self.on_end()
+
+
+def check_modules(message: str) -> None:
+    """UserError if an error of a worker is that a part of plainsd, or a package that it needs, is not there."""
+    if lacks := NOT_THERE.search(message):
+        name = lacks[1].partition(".")[0]
+        what = "no plainsd, or an older one without clusters" if name == "plainsd" else f"no package {name!r}"
+        raise UserError(
+            f"a machine of the cluster has {what}; install this version on all machines, with "
+            "pip install 'plainsd[serve,cluster]'",
+            field="cluster",
+        ) from None
 
 
 def watch(workers: Sequence[RemoteWorker], stopping: Callable[[], bool]) -> None:

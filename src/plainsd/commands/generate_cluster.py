@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plainsd.cluster.host import Tool
 from plainsd.cluster.lists import Again, TaskList
+from plainsd.commands.adapters import from_flag
 from plainsd.commands.cluster import ClusterFlags
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.output import PromptBatch, Target
 from plainsd.commands.recorded import check_recorded, noise_flags, with_notes
-from plainsd.commands.setup import DrawingSetup, note_unused_embeddings
+from plainsd.commands.setup import DrawingSetup, note_unused_embeddings, upscaler_file
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
+from plainsd.files.hub import find
 from plainsd.json_reader import parsed_json
 
 if TYPE_CHECKING:
@@ -183,12 +185,30 @@ def first_of_record(record: Path, digest: str) -> int:
 
 
 def digest_of_run(setup: DrawingSetup, prompts: list[str], choices: dict[str, Any]) -> str:
-    """Of all that decides how the pictures look."""
+    """Of all that decides how the pictures look. Files count by their names, sizes and times."""
     command = {name: value for name, value in asdict(setup.command).items() if name not in NOT_COMPARED}
-    files = [setup.loras, setup.embeddings, setup.noise, setup.controls, setup.image_prompts]
-    drawn_over = [path for path in (setup.command.image, setup.command.mask) if path]
-    files += [path.stat().st_mtime_ns for given in drawn_over for path in (given, *sorted(given.glob("*")))]
-    return hashlib.sha256(repr((command, prompts, sorted(choices.items()), files)).encode()).hexdigest()
+    names = [setup.loras, setup.embeddings, setup.noise, setup.controls, setup.image_prompts]
+    files = [stamp(path) for path in files_read(setup)]
+    return hashlib.sha256(repr((command, prompts, sorted(choices.items()), names, files)).encode()).hexdigest()
+
+
+def files_read(setup: DrawingSetup) -> list[Path]:
+    """The files and folders of models, adapters and pictures, those that are on this machine; a model of the Hub has
+    its name alone."""
+    command = setup.command
+    named: list[Any] = [command.model or find(None), command.vae, command.refiner, upscaler_file(command)]
+    named += [path for path, _ in (*setup.loras, *setup.embeddings)]
+    named += [from_flag(text, "control")[0] for text in command.control]
+    named += [from_flag(text, "image-prompt")[0] for text in command.image_prompt]
+    named += [*command.image_encoder, *command.control_image, *command.image_prompt_image, *command.image_prompt_mask]
+    named += [command.image, command.mask]
+    return [Path(name) for name in named if name and Path(name).exists()]
+
+
+def stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of all those in a folder."""
+    found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [(str(file), stat.st_size, stat.st_mtime_ns) for file in found for stat in [file.stat()]]
 
 
 def generate_on_cluster(

@@ -65,24 +65,41 @@ class Target:
         self.suffix = f".{format or 'png'}"
         self.folder = out.parent if self.file else out
         self.number: int | None = None  # of the next file, if other processes write numbered files too
+        self.listed: tuple[int, int] | None = (
+            None  # the folder's time when it was listed or written to, and its highest number
+        )
         check_writable(self.folder)
 
     def write(self, image: Image.Image, settings: Settings | None) -> Path:
         from plainsd.pictures.images import write_new_picture
 
-        number = self.next_number() if self.number is None else self.number
+        number = self.number if self.number is not None else 0 if self.file else self.next_number()
         self.number = None if self.number is None else number + 1
         path = self.file or self.path_of(number, settings.seed if settings else "grid")
-        return write_new_picture(image, path, settings)
+        written = write_new_picture(image, path, settings)
+        self.listed = self.changed(), number
+        return written
 
     def path_of(self, number: int, what: int | str) -> Path:
         """Of a file in the folder."""
         return self.folder / f"{number:05d}-{what}{self.suffix}"
 
     def next_number(self) -> int:
-        found = self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*")
-        numbers = [int(path.name[:5]) for path in found if path.suffix in PICTURE_FILES]
-        return max(numbers, default=0) + 1
+        """One more than the highest in the folder. It is listed again only where somebody else has written into it
+        since: else a run of many pictures would take time with their square."""
+        changed = self.changed()
+        if self.listed is None or self.listed[0] != changed:
+            found = self.folder.glob("[0-9][0-9][0-9][0-9][0-9]-*")
+            numbers = [int(path.name[:5]) for path in found if path.suffix in PICTURE_FILES]
+            self.listed = changed, max(numbers, default=0)
+        return self.listed[1] + 1
+
+    def changed(self) -> int:
+        """When the folder was written to last, in ns; -1 where there is none yet."""
+        try:
+            return self.folder.stat().st_mtime_ns
+        except OSError:
+            return -1
 
 
 def check_writable(folder: Path) -> None:

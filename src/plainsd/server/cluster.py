@@ -93,13 +93,15 @@ class RemoteDrawer:
         with self.starting:
             if not self.ready:
                 self.worker.start()
-                with self.queue.changed:
-                    self.place.models, self.place.lost = frozenset(), False
+                self.forget_models(lost=False)
 
     def lose(self) -> None:
         """Its process has ended: where its thread waits for a batch, it gets none, but starts another process."""
+        self.forget_models(lost=True)
+
+    def forget_models(self, *, lost: bool) -> None:
         with self.queue.changed:
-            self.place.models, self.place.lost = frozenset(), True
+            self.place.models, self.place.bytes, self.place.lost = frozenset(), 0, lost
             self.queue.changed.notify_all()
 
     def open(self) -> bool:
@@ -113,8 +115,12 @@ class RemoteDrawer:
             except NodeLost as error:
                 self.queue.fail(str(error))
                 return False
-            except (UserError, WorkerEnded) as error:
-                log.error("%s cannot be started (%s); trying again", self.place.name, error)
+            except Exception as error:
+                expected = isinstance(error, (UserError, WorkerEnded))
+                log.error(
+                    "%s cannot be started (%s); trying again",
+                    self.place.name, error, exc_info=None if expected else error,
+                )  # fmt: skip
                 if self.queue.wait_for_stop(wait):
                     return False
                 wait = min(2 * wait, longest)
@@ -128,7 +134,8 @@ class RemoteDrawer:
                     if isinstance(event, Prepared):
                         stage = LostWhile.DRAWING
                         with self.queue.changed:
-                            self.place.models = event.resident
+                            self.place.models, self.place.bytes = event.resident, event.bytes
+                            self.place.loads += event.loads
                     yield event
         except WorkerEnded as ended:
             self.lose()
@@ -172,7 +179,7 @@ class Cluster:
         def begin(drawer: RemoteDrawer) -> None:
             try:
                 drawer.start()
-            except (UserError, WorkerEnded, Stopping) as error:
+            except Exception as error:
                 errors.append(error)
 
         threads = [threading.Thread(target=begin, args=(drawer,), daemon=True) for drawer in drawers]
@@ -186,5 +193,8 @@ class Cluster:
         if errors:
             for drawer in drawers:
                 drawer.close()
-            why = errors[0] if isinstance(errors[0], UserError) else f"a worker ended as it was started: {errors[0]}"
+            first = errors[0]
+            if not isinstance(first, (UserError, WorkerEnded, Stopping)):
+                raise first
+            why = first if isinstance(first, UserError) else f"a worker ended as it was started: {first}"
             raise UserError(str(why), field="cluster") from None

@@ -47,8 +47,10 @@ class ServiceCollector(Collector):
         yield CounterMetricFamily("plainsd_failures", "pictures that could not be drawn", failures)
         yield CounterMetricFamily("plainsd_workers_lost", "processes of workers that ended by themselves", losses)
         yield GaugeMetricFamily("plainsd_workers", "workers that are ready", sum(one.drawer.ready for one in workers))
-        yield CounterMetricFamily("plainsd_model_loads", "times that a model was loaded", models.loads)
-        yield GaugeMetricFamily("plainsd_model_bytes", "memory of the models that are loaded", models.bytes())
+        places = [one.drawer.place for one in workers]  # of processes of their own; else they count nothing
+        loads, size = models.loads + sum(one.loads for one in places), models.bytes() + sum(one.bytes for one in places)
+        yield CounterMetricFamily("plainsd_model_loads", "times that a model was loaded", loads)
+        yield GaugeMetricFamily("plainsd_model_bytes", "memory of the models that are loaded", size)
         version = GaugeMetricFamily("plainsd_info", "this version", labels=["version"])
         version.add_metric([__version__], 1)
         yield version

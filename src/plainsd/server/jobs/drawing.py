@@ -44,7 +44,9 @@ class Work(NamedTuple):
 class Prepared(NamedTuple):
     """The model is loaded, with its LoRAs."""
 
-    resident: frozenset[str]  # the models that are loaded there now
+    resident: frozenset[str]  # the models that are loaded there now ...
+    bytes: int = 0  # ... and their memory
+    loads: int = 0  # models that were loaded for this batch
 
 
 class Begun(NamedTuple):
@@ -89,9 +91,9 @@ Event = Prepared | Begun | Advanced | DrawnBatch
 
 def batch_events(models: Models, work: Work) -> Generator[Event]:
     """Draws a batch. Closing the generator ends it after the current step."""
-    one, source = work.settings[0], work.source
+    one, source, loads = work.settings[0], work.source, models.loads
     model, sd = models.prepare(work.model, work.loras, one)
-    yield Prepared(models.resident_names())
+    yield Prepared(models.resident_names(), models.bytes(), models.loads - loads)
 
     def read(name: str) -> Image.Image:
         with Image.open(BytesIO(work.inputs[name])) as image:

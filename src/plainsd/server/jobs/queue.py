@@ -8,6 +8,7 @@ hundred.
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,17 +34,22 @@ from plainsd.server.logs import about
 log = logging.getLogger("plainsd.server")
 CLIENT_SHARE = 0.5  # maximum fraction of the queue for one client; with named ones, an equal share
 ATTEMPTS = 3  # server crashes while one job was processed alone
+LOADS = (
+    10  # workers that may end one after the other while they load what a picture needs; one that does not ends the row
+)
 IDLE_AFTER = 30.0  # seconds
 RESTART = 5  # seconds that a stop and the next start may take
 
 
 @dataclass(eq=False)
 class Place:
-    """A worker as the queue sees it: the models that it has loaded, to choose by (none, where they do not matter), and
-    whether its process has ended."""
+    """A worker as the queue sees it: the models that it has loaded, to choose by, and whether its process has ended.
+    Where it draws in this process, its models do not matter, and are not counted here."""
 
     name: str = "worker-0"
     models: frozenset[str] = frozenset()
+    bytes: int = 0  # their memory
+    loads: int = 0  # models that were loaded, since the start, by all its processes
     lost: bool = False
 
 
@@ -54,6 +60,7 @@ class Queue:
         self.store, self.limit = store, limit
         self.changed, self.notifier = threading.Condition(threading.RLock()), Notifier()
         self.jobs: dict[str, Job] = {}  # oldest first
+        self.queued: list[int] = []  # the numbers of those that have not started, in order
         self.served: Counter[str] = Counter()  # pictures started for each client, as long as it has jobs
         self.ended: Counter[str] = Counter()  # states, since the start
         self.seconds = 0.0  # from arrival to end, of all these
@@ -68,6 +75,7 @@ class Queue:
             job.alone = job.state == RUNNING or job.attempts > 0  # at the time of the crash: it may have caused it
             job.state = QUEUED
             self.jobs[job.id] = job
+            self.queued.append(job.number)
             if job.problem:
                 self.end(job, FAILED, f"{job.problem}; submit it again")
             elif job.attempts >= ATTEMPTS:
@@ -93,6 +101,7 @@ class Queue:
             if not mine:  # a new client starts level with the others, not ahead of them
                 self.served[job.client] = min((self.served[other.client] for other in self.jobs.values()), default=0)
             self.jobs[job.id] = job
+            self.queued.append(job.number)  # the highest yet
             self.changed.notify_all()
         log.info("job queued", extra=about(job) | {"pictures": len(job.indices)})
         self.notifier.notify()
@@ -117,7 +126,13 @@ class Queue:
     def position(self, job: Job) -> int:
         """How many jobs are ahead of it."""
         with self.changed:
-            return sum(other.number < job.number and other.state == QUEUED for other in self.jobs.values())
+            return bisect_left(self.queued, job.number)
+
+    def leave_queued(self, job: Job) -> None:
+        """It has started, or ended before it did."""
+        place = bisect_left(self.queued, job.number)
+        if self.queued[place : place + 1] == [job.number]:
+            del self.queued[place]
 
     def cancel(self, id: str) -> Job | None:
         """Cancels a waiting or running job at once; its finished pictures are kept. None if there is no such job."""
@@ -135,7 +150,7 @@ class Queue:
 
     def remember(self, ids: list[str]) -> None:
         """Pictures that were restored, by their ids."""
-        places = [(job, int(index)) for job, _, index in (id.rpartition("-") for id in ids)]
+        places = [(job, int(index)) for job, _, index in (id.rpartition("-") for id in ids) if index.isdecimal()]
         self._mark_deleted(places, False)
 
     def _mark_deleted(self, places: list[tuple[str, int]], is_deleted: bool) -> None:
@@ -179,6 +194,7 @@ class Queue:
                     if job.started is None:  # not one that a stopped server had begun
                         self.measures.waits.labels(job.model, place.name).observe(now - job.created)
                     job.state, job.started = RUNNING, now
+                    self.leave_queued(job)
                     log.info(
                         "job started", extra=about(job) | {"worker": place.name, "waited": round(now - job.created, 3)}
                     )
@@ -257,16 +273,27 @@ class Queue:
                 job.alone = job.alone or alone
             self.changed.notify_all()
 
-    def count_loss(self, job: Job, *, drawing: bool) -> int:
-        """Counts a worker that ended while it processed this job alone: drawing, which is stored, or loading. Returns
-        how many did so."""
+    def count_attempt(self, job: Job) -> int:
+        """Counts a worker that ended while it drew this job alone, also for the next starts. Returns how many did."""
         with self.changed:
-            if not drawing:
-                job.losses += 1
-                return job.losses
             self.store.count_attempt(job)
             job.attempts += 1
             return job.attempts
+
+    def count_losses(self, units: list[Unit]) -> int:
+        """Counts a worker that ended while it loaded what these pictures of one job need. Returns how many did so one
+        after the other for one of them; those of other batches of the job, lost at the same time, are not among
+        them."""
+        with self.changed:
+            for job, index in units:
+                job.losses[index] += 1
+            return max(job.losses[index] for job, index in units)
+
+    def forget_losses(self, units: list[Unit]) -> None:
+        """What these pictures need has been loaded."""
+        with self.changed:
+            for job, index in units:
+                job.losses.pop(index, None)
 
     def end(self, job: Job, state: str, error: str | None = None, *, bad_request: bool = True) -> None:
         with self.changed:
@@ -277,6 +304,7 @@ class Queue:
             job.error, job.finished, job.bad_request = error, finished, bad_request
             job.state = state
             del self.jobs[job.id]
+            self.leave_queued(job)
             if all(other.client != job.client for other in self.jobs.values()):
                 del self.served[job.client]
             self.ended[state] += 1

@@ -28,13 +28,13 @@ from plainsd.server.jobs.drawing import (
     with_record,
 )
 from plainsd.server.jobs.job import FAILED, Job, Source, Unit
-from plainsd.server.jobs.queue import ATTEMPTS, Queue
+from plainsd.server.jobs.queue import ATTEMPTS, LOADS, Queue
 from plainsd.server.jobs.store import Store
 from plainsd.server.limits import Limits
 from plainsd.server.logs import about, log_fields
 from plainsd.server.pool import PoolOptions
 
-RETRY = 1.0  # seconds, where the history cannot be written
+RETRY = 1.0  # seconds, where the history cannot be written, or something else is wrong that is no job's error
 log = logging.getLogger("plainsd.server")
 
 
@@ -49,19 +49,23 @@ class Worker(threading.Thread):
         self.batches: Counter[int] = Counter()  # by their size
 
     def run(self) -> None:
-        while self.drawer.open():
-            units: list[Unit] = []
+        units: list[Unit] = []
+        while not self.queue.stopping:
             try:
+                units = []
+                if not self.drawer.open():
+                    return
                 units = self.queue.next_batch(self.size, self.drawer.place, idle=self.drawer.idle)
                 if units:
                     self.process(units)
-                elif self.queue.stopping:
-                    return
-            except sqlite3.Error as error:  # disk full: the batch is retried
+            except Exception as error:  # disk full: the batch is retried
                 jobs = about(*dict.fromkeys(unit.job for unit in units)) if units else {}
-                log.error("cannot write to the data folder (%s); trying again", error, extra=jobs)
+                if isinstance(error, sqlite3.Error):
+                    log.error("cannot write to the data folder (%s); trying again", error, extra=jobs)
+                else:
+                    log.error("%s cannot go on; trying again", self.name, exc_info=error, extra=jobs)
                 self.queue.requeue(units)
-                time.sleep(RETRY)
+                self.queue.wait_for_stop(RETRY)
 
     def process(self, units: list[Unit]) -> None:
         began = time.monotonic()
@@ -83,6 +87,7 @@ class Worker(threading.Thread):
         events = self.drawer.draw(self.work_of(units))
         with closing(events):
             next(events)  # `Prepared`
+            self.queue.forget_losses(units)
             began = time.monotonic()
             with self.recording_attempt({unit.job for unit in units}):
                 drawn = self.follow(events, units)
@@ -200,19 +205,22 @@ class Worker(threading.Thread):
             self.queue.end(job, FAILED, str(error) if asked else message, bad_request=asked)
 
     def handle_loss(self, units: list[Unit], lost: WorkerLost) -> None:
-        """The process that drew has ended. Its pictures are queued again; a job that was alone in it counts as the
-        cause, and fails at the third time."""
+        """The process that drew has ended. Its pictures are queued again; a job that was drawn alone in it counts as
+        the cause, and fails at the third time. While something is loaded the job may well not be the cause, but there
+        is an end to that too, see LOADS."""
         self.losses += 1
         jobs = dict.fromkeys(unit.job for unit in units)
         log.warning("%s was lost while %s (%s); its pictures are queued again", self.name, lost.stage, lost)
         if len(jobs) == 1 and lost.stage != LostWhile.WAITING:
             (job,) = jobs
-            if self.queue.count_loss(job, drawing=lost.stage == LostWhile.DRAWING) >= ATTEMPTS:
+            why = None
+            if lost.stage == LostWhile.DRAWING and self.queue.count_attempt(job) >= ATTEMPTS:
+                why = f"{ATTEMPTS} workers ended while drawing this job; try smaller pictures"
+            if lost.stage == LostWhile.LOADING and self.queue.count_losses(units) >= LOADS:
+                why = f"{LOADS} workers in a row ended while loading the model for this job; give workers more memory"
+            if why:
                 self.failures += 1
-                why = "drawing this job; try smaller pictures"
-                if lost.stage == LostWhile.LOADING:
-                    why = "loading the model for this job; give workers more memory"
-                self.queue.end(job, FAILED, f"{ATTEMPTS} workers ended while {why}", bad_request=False)
+                self.queue.end(job, FAILED, why, bad_request=False)
         self.queue.requeue(units, alone=lost.stage != LostWhile.WAITING and len(units) > 1)
 
 
