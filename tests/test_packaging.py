@@ -99,6 +99,7 @@ def test_lower_bounds_are_those_that_were_proven():
 DISTRIBUTIONS = {"PIL": "Pillow", "cv2": "opencv-python-headless", "prometheus_client": "prometheus-client",
                  "python_multipart": "python-multipart"}  # fmt: skip
 BROUGHT = {
+    "anyio": "fastapi",
     "starlette": "fastapi",
     "h11": "uvicorn",
     "fsspec": "datasets",

@@ -13,7 +13,7 @@ from serving import model_folder, open_service, png_bytes, served, until
 
 from plainsd.server.api import connections
 from plainsd.server.limits import Limits
-from plainsd.server.requests import nesting
+from plainsd.server.prompt_checks import nesting
 from plainsd.server.schema import clean
 
 LONG = "9" * 4000

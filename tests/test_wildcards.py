@@ -1,6 +1,7 @@
 """Choices and wildcards in prompts, beside what the dynamicprompts library makes of them."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
+from plainsd.text import wildcard_files
 from plainsd.text.prompts import Weighted, parse
 from plainsd.text.styles import read_styles, styled
+from plainsd.text.wildcard_files import Wildcards
 from plainsd.text.wildcards import MOST_COMBINATIONS, combinations, has_choices, settled, template_of
 
 # what CombinatorialPromptGenerator of dynamicprompts 0.31.0 makes of them
@@ -65,6 +68,14 @@ def test_weights_are_chances():
     assert pairs[1] / 1000 > 0.95  # 1 - 2/12 * 1/11
 
 
+@pytest.mark.parametrize(("prompt", "becomes"), [
+    ("{0::a|b}", {"b"}), ("{2$$0::a|b|c}", {"b,c", "c,b"}), ("{3$$0::a|b}", {"b"}), ("{0-2$$0::a|b}", {"", "b"}),
+    ("{1000000000::a|1000000000::b}", {"a", "b"}), ("{." + "0" * 400 + "1::a|b}", {"b"}),
+])  # fmt: skip
+def test_an_option_of_weight_0_is_none(prompt, becomes):
+    assert {*combinations(prompt)} == {settled(prompt, seed) for seed in range(50)} == becomes
+
+
 def test_signs_stand_for_themselves():
     prompt = r"a \{smile\} [b|c] \| __ _x_ a__b (d:1.2)"
     assert not has_choices(prompt) and settled(prompt, 0) == prompt and combinations(prompt) == [prompt]
@@ -80,6 +91,9 @@ def test_signs_stand_for_themselves():
         ("{@a|b}", "leave '@' out"),
         ("__colors__", "__colors__ is a wildcard, and there is no folder"),
         ("{" * 30 + "}" * 30, "choices are more than 20 deep"),
+        ("{" + "9" * 400 + "::a|b}", "the weight inf of an option is out of bounds; choose 0 to 1e+09"),
+        ("{a|1e308::b|2000000000::c}", "the weight 2e+09 of an option is out of bounds"),
+        ("{0::a|0.0::b}", "every option of a choice has weight 0"),
         ("{a|b|c|d|e|f|g|h|i|j}" * 5, f"more than {MOST_COMBINATIONS} combinations"),
     ],
 )
@@ -106,11 +120,59 @@ def test_what_the_folder_lacks_is_one_line(folder):
             assert says in str(caught.value)
 
 
+def test_weights_in_a_file_are_checked_too(folder):
+    (folder / "heavy.txt").write_text("{" + "9" * 400 + "::a|b}\n", encoding="utf-8")
+    for make in (lambda: settled("__heavy__", 1, folder), lambda: combinations("__heavy__", folder)):
+        with pytest.raises(UserError, match="the weight inf of an option is out of bounds"):
+            make()
+
+
+def test_a_file_is_read_once_for_all_prompts_of_a_request(folder, monkeypatch):
+    read, original = [], wildcard_files.content_of_wildcard
+    monkeypatch.setattr(wildcard_files, "content_of_wildcard", lambda path: (read.append(path.name), original(path))[1])
+    shared, prompt = Wildcards(folder), "__colours__ __colours__ __clothes/*__"
+    made = [settled(prompt, seed, shared) for seed in range(9)]
+    assert sorted(read) == ["coats.txt", "colours.txt", "hats.txt"]
+    assert made == [settled(prompt, seed, folder) for seed in range(9)] and len({*made}) > 3
+
+
+@pytest.mark.parametrize("prompt", [
+    "__long__" * 12, "__wide__", "{99$$" + " " * 9000 + "$$" + "a|" * 2000 + "}" , "{999$$" + "|" * 3000 + "}",
+    "__branch__",
+])  # fmt: skip
+def test_choices_and_wildcards_have_a_budget(folder, prompt, monkeypatch):
+    """Lines, files, joined options, draws of options, and lines that name each other."""
+    monkeypatch.setattr(wildcard_files, "WILDCARD_WORK", 100_000)
+    (folder / "long.txt").write_text("a " * 5000, encoding="utf-8")
+    (folder / "wide.txt").write_text("a\n" * 60_000, encoding="utf-8")
+    (folder / "branch.txt").write_text("__leaf__ " * 3000, encoding="utf-8")
+    (folder / "leaf.txt").write_text("{a|b}" * 10, encoding="utf-8")
+    with pytest.raises(UserError, match="take more than 100000 characters; use fewer or shorter ones") as caught:
+        settled(prompt, 1, folder)
+    assert caught.value.field == "prompt"
+    shared = Wildcards(folder)
+    with pytest.raises(UserError, match="take more than"):  # together, where one alone may
+        for seed in range(9):
+            settled("__long__" * 2, seed, shared)
+    assert settled("__long__" * 2, 1, folder)
+
+
+def test_a_wildcard_that_cannot_be_read_is_one_line(folder, monkeypatch):
+    def refused(path, **more):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(UserError, match=r"^cannot read colours.txt \(Permission denied\); make it readable"):
+        settled("__colours__", 1, folder)
+    with pytest.raises(UserError, match="unknown wildcard"):
+        settled("__" + "\u00e9" * 200 + "__", 1, folder)  # longer than a file's name can be
+
+
 @given(st.text(alphabet="ab{}|$_:2\\ ", max_size=60))
 def test_any_text_is_read_or_refused(text):
     try:
         template_of(text)
-        assert settled(text, 1) in {*combinations(text)} or "$$" in text or "::" in text
+        assert settled(text, 1) in {*combinations(text)} or "$$" in text
     except UserError as error:
         assert "\n" not in str(error).replace(repr(text), "")
 

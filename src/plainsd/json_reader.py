@@ -17,6 +17,7 @@ MOST_DIGITS = 40  # of an integer
 STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)'  # one that never ends too: else each quote in it would be tried
 STRINGS = re.compile(STRING, re.DOTALL)
 STRINGS_IN_BYTES = re.compile(STRING.encode(), re.DOTALL)
+STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -51,6 +52,46 @@ def check_values(text: str | bytes | bytearray, most: int = MOST_VALUES) -> None
         bare = STRINGS.sub("", text) if isinstance(text, str) else STRINGS_IN_BYTES.sub(b"", text)
         if _count_signs(bare) > most:  # what strings hold is no value
             raise BadJSON(f"it holds more than {most} values")
+
+
+class ValueCounter:
+    """Counts the values of a JSON text that arrives in pieces, so that a long one is never looked through at once.
+
+    The text need not be JSON. Work is bounded, too: with so many values a text has at most twice as many strings.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.values, self.strings = most, 0, 0
+        self.in_string = self.escaped = False  # where the last piece ended
+
+    def add(self, piece: bytes) -> None:
+        """BadJSON once there are more values than `most`."""
+        at = 0
+        if piece and self.escaped:
+            at, self.escaped = 1, False
+        while at < len(piece):
+            if self.in_string:
+                at = self._after_string(piece, at)
+            else:
+                at = self._after_signs(piece, at)
+            if self.values > self.most or self.strings > 2 * self.most + 2:
+                raise BadJSON(f"it holds more than {self.most} values")
+
+    def _after_signs(self, piece: bytes, at: int) -> int:
+        end = piece.find(b'"', at)
+        self.in_string = end >= 0
+        end = end if self.in_string else len(piece)
+        self.strings += self.in_string
+        self.values += sum(piece.count(sign, at, end) for sign in (b",", b"[", b"{"))
+        return end + 1
+
+    def _after_string(self, piece: bytes, at: int) -> int:
+        found = STRING_REST.match(piece, at)
+        assert found is not None  # it matches nothing, too
+        end = found.end()
+        if end < len(piece):
+            self.in_string, self.escaped = piece[end : end + 1] != b'"', piece[end : end + 1] == b"\\"
+        return end + 1
 
 
 def _count_signs(text: str | bytes | bytearray) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
 import secrets
 import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -263,7 +266,9 @@ def server_of(app, grace: int = 5, drain: float = 0):
     streams end; other connections are closed after `grace` seconds."""
     import uvicorn
 
-    from plainsd.server.api.connections import Connection
+    from plainsd.server.api.connections import Connection, raise_file_limit
+
+    raise_file_limit()
 
     class Server(uvicorn.Server):
         asked_to_drain = draining = False
@@ -275,17 +280,24 @@ def server_of(app, grace: int = 5, drain: float = 0):
             else:
                 super().handle_exit(sig, frame)
 
+        def drain_queue(self) -> None:
+            """In a thread of its own: the queue's lock may be held while the disk is written."""
+            queue = app.state.service.queue
+            queue.drain(drain)
+            while not queue.drained():
+                time.sleep(0.1)
+            self.should_exit = True
+
         async def on_tick(self, counter: int) -> bool:
-            service = app.state.service
             if self.asked_to_drain and not self.draining:
                 self.draining = True
-                service.queue.drain(drain)
-            if service.queue.failure or (self.draining and service.queue.drained()):
+                threading.Thread(target=self.drain_queue, name="drain", daemon=True).start()
+            if app.state.service.queue.failure:
                 self.should_exit = True
             return await super().on_tick(counter)
 
         async def shutdown(self, sockets=None) -> None:
-            app.state.service.stop()
+            await asyncio.to_thread(app.state.service.stop)
             await super().shutdown(sockets)
 
     return Server(uvicorn.Config(

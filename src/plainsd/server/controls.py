@@ -48,7 +48,8 @@ class ControlNets:
         self.loaded: dict[tuple[str, str], ControlNet | T2IAdapter] = {}  # by name and model, most recently used last
 
     def known(self) -> dict[str, Path]:
-        return of_kind(CONTROL, self.folder, self.unusable)
+        found, self.unusable = of_kind(CONTROL, self.folder)
+        return found
 
     def path(self, name: str) -> Path:
         """By name, with or without the hash that A1111's clients append."""
@@ -89,23 +90,24 @@ class ControlNets:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def of_kind(kind: str, folder: Path | None, unusable: dict[str, str]) -> dict[str, Path]:
-    """Files and folders of one kind by name; `unusable` is filled with those that are of none."""
+def of_kind(kind: str, folder: Path | None) -> tuple[dict[str, Path], dict[str, str]]:
+    """Files and folders of one kind by name; and those that are of none, with the reason."""
+    unusable: dict[str, str] = {}
     if folder is None:
-        return {}
+        return {}, unusable
     found = {name: path for name, (path, its) in readable_files(kind_of_file, folder, unusable).items() if its == kind}
     for name, path in named_files(folder).items():
         if path.parent != folder and (path.parent / "config.json").is_file():  # it goes by its folder's name
             found.pop(name, None)
             unusable.pop(printable_name(name), None)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("*")):  # none if the folder is gone
         if (config := path / "config.json").is_file() and not hidden(path.name):
             its, why = read_cached(kind_of_folder, path, changed_at(config))
             if its == kind:
                 found[path.name] = path
             elif why:
                 unusable[printable_name(path.name)] = why.replace(str(path), path.name)
-    return found
+    return found, unusable
 
 
 def kind_of_folder(path: Path) -> str:

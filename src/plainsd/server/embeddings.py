@@ -90,9 +90,8 @@ class Embeddings:
         """Those that fit this model."""
         return [embedding for embedding in self.known() if incompatibility(bare, embedding) is None]
 
-    def used(self, bare: StableDiffusion, wanted: Sequence[str], prompt: str, negative: str) -> list[Embedding]:
+    def used(self, bare: StableDiffusion, wanted: Sequence[str], prompts: str) -> list[Embedding]:
         """Those used by these prompts. UserError if a required one is missing or does not fit the model."""
-        texts = f"{prompt}\n{negative}"
         requested = [self.get(one) for one in wanted]
         for embedding in requested:
             if (why := incompatibility(bare, embedding)) is not None:
@@ -100,7 +99,7 @@ class Embeddings:
         embeddings = [
             embedding
             for embedding in self.known()
-            if embedding.within(texts) and (embedding in requested or incompatibility(bare, embedding) is None)
+            if embedding.within(prompts) and (embedding in requested or incompatibility(bare, embedding) is None)
         ]
         with_embeddings(bare, embeddings)
         return embeddings

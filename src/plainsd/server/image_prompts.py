@@ -39,10 +39,12 @@ class ImageAdapters:
         self.loaded: dict[tuple[Path, Path], ImageReader] = {}  # by their files, the one used last at the end
 
     def known(self) -> dict[str, Path]:
-        return of_kind(IMAGE_ADAPTER, self.folder, self.unusable)
+        found, self.unusable = of_kind(IMAGE_ADAPTER, self.folder)
+        return found
 
     def towers(self) -> dict[str, Path]:
-        return of_kind(TOWER, self.folder, self.unusable)
+        found, self.unusable = of_kind(TOWER, self.folder)
+        return found
 
     def path(self, name: str) -> Path:
         return found_by_name(name, IMAGE_ADAPTER, self.known(), self.unusable, self.folder)

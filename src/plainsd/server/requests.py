@@ -1,6 +1,5 @@
 """Turns a request into a job. The functions that will run it check it first, on a model without weights."""
 
-import re
 import time
 from dataclasses import replace
 from itertools import product
@@ -11,7 +10,6 @@ from pydantic import ValidationError
 from plainsd.diffusion.schedule import SPACINGS
 from plainsd.errors import UserError, unknown
 from plainsd.generate import enlarged_size, image_to_image, inpaint, text_to_image
-from plainsd.pictures.conditioning import as_weighted
 from plainsd.pictures.control import Control
 from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.image_prompt import ImagePrompt
@@ -27,13 +25,15 @@ from plainsd.server.jobs.job import Job, Sheet, Source
 from plainsd.server.jobs.pictures import new_id, new_path_prefix
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models, NamedLoras
-from plainsd.server.prompt_templates import PromptTemplates
+from plainsd.server.prompt_checks import check_prompt_sizes, check_prompts, prompts_in
+from plainsd.server.prompt_templates import PromptTemplates, settled_field
 from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import check_pixels, without_tags
-from plainsd.text.prompts import Weighted, compose, schedule
+from plainsd.text.wildcard_files import Wildcards
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
                 "hires_negative", "seed_resize", "batch_index", "batch_size", *MASK_OPTIONS)  # fmt: skip
+OF_SECOND_PASS = [name for name in JobRequest.model_fields if name.startswith("hires_")]
 CANVAS_OPTIONS = tuple(name for name in MASK_OPTIONS if name != "soft_mask")  # applied when the canvas was made
 UNIT_FIELDS = {
     "control": "controls",
@@ -107,7 +107,7 @@ def spacing_from(text: str) -> str:
 
 
 def check_limits(request: JobRequest, limits: Limits) -> None:
-    check_prompt_size(request, limits)
+    check_prompt_sizes(prompts_in(request), limits)
     pictures = request.count
     for axis in request.grid or []:
         pictures *= len(axis.values)
@@ -121,29 +121,18 @@ def check_limits(request: JobRequest, limits: Limits) -> None:
         raise APIError(422, f"count {request.count} with a grid; leave count out", "count", request.count)
 
 
-def check_prompt_size(asked: JobRequest | Settings, limits: Limits) -> None:
-    for name in ("prompt", "negative"):
-        length = len(getattr(asked, name))
-        if length > limits.prompt:
-            raise APIError(422, f"{name} has {length} characters; at most {limits.prompt} are taken", name, length)
-        if (depth := nesting(getattr(asked, name))) > limits.nesting:
-            message = f"{name} has {depth} brackets inside each other; at most {limits.nesting} are read"
-            raise APIError(422, message, name, depth)
-
-
-def nesting(prompt: str) -> int:
-    """Maximum nesting depth of brackets."""
-    deepest = depth = 0
-    for character in re.findall(r"\\.|[()\[\]]", prompt):
-        depth = depth + 1 if character in "([" else max(0, depth - 1) if character in ")]" else depth
-        deepest = max(deepest, depth)
-    return deepest
-
-
 def check_numbers(request: JobRequest) -> None:
-    """UserError for the first number out of range, in the request or the cells of its grid."""
+    """UserError for the first number out of range or without effect, in the request or the cells of its grid."""
     for cell in cells(request):
-        settings_of_cell(request, cell).check()
+        one = settings_of_cell(request, cell)
+        one.check()
+        given = [name for name in OF_SECOND_PASS if getattr(one, name) is not None]
+        if given and not one.hires:
+            raise UserError(
+                f"{given[0]} without a second pass; give hires, its scale factor, or leave {given[0]} out",
+                field=given[0],
+                value=getattr(one, given[0]),
+            )
 
 
 def settings_of_cell(request: JobRequest, cell: dict[str, Any]) -> Settings:
@@ -160,8 +149,10 @@ def seeds_of(request: JobRequest, cell: dict[str, Any]) -> list[int]:
 def check_work(settings: list[Resolved], limits: Limits, multiple: int) -> None:
     for one in settings:
         check_pixels(enlarged_size(one.size, one.hires, multiple) if one.hires else one.size, limits)
-        if one.steps > limits.steps:
-            raise APIError(422, f"steps {one.steps} is out of range; choose 1 to {limits.steps}", "steps", one.steps)
+        for name in ("steps", "hires_steps"):
+            if (steps := getattr(one, name) or 0) > limits.steps:
+                what = f"{name.replace('_', ' ')} {steps} is out of range"
+                raise APIError(422, f"{what}; choose 1 to {limits.steps}", name, steps)
 
 
 def new_job(
@@ -190,20 +181,23 @@ def new_job(
         resolve_choices = api == "jobs" or models.templates.wildcards is not None  # in A1111 this takes an extension
         settings: list[Resolved] = []
         shared: NamedLoras | None = None
+        texts = texts_of(request, models.templates)
+        check_prompt_sizes(texts, limits)
+        wildcards = Wildcards(models.templates.wildcards) if resolve_choices else None
         for cell in cells(request):
-            texts = texts_of(request, models.templates, seeds_of(request, cell), resolve_choices)
-            prompts, shared = without_loras([one["prompt"] for one in texts], shared)
+            each = settled_texts(texts, seeds_of(request, cell), wildcards)
+            prompts, shared = without_loras([one["prompt"] for one in each], shared)
             found = resolved_settings(
-                bare, request, init, control, image_prompt, prompts, [one["negative"] for one in texts], **cell
+                bare, request, init, control, image_prompt, prompts, [one["negative"] for one in each], **cell
             )
-            settings += [replace(one, **of_second_pass(text)) for one, text in zip(found, texts, strict=True)]
+            settings += [replace(one, **of_second_pass(text)) for one, text in zip(found, each, strict=True)]
         loras = list(shared or [])
         loras += [(lora.name, lora.strength) for lora in request.loras]
         models.check_loras(model, loras)
         for one in settings:
-            check_prompt_size(one, limits)
-        whole = ["\n".join(dict.fromkeys(getattr(one, name) for one in settings)) for name in ("prompt", "negative")]
-        embeddings = tuple(embedding.text for embedding in models.embeddings.used(bare, request.embeddings, *whole))
+            check_prompt_sizes(prompts_in(one), limits)
+        whole = "\n".join(dict.fromkeys(text for one in settings for text in prompts_in(one).values()))
+        embeddings = tuple(embedding.text for embedding in models.embeddings.used(bare, request.embeddings, whole))
         settings = [replace(one, embeddings=embeddings) for one in settings]
         messages = [note for cell in cells(request) for note in notes(Settings(**note_settings(request, cell)))]
         messages += scaled_maps(control, settings[0].size)
@@ -229,21 +223,22 @@ def new_job(
     )  # fmt: skip
 
 
-def texts_of(
-    request: JobRequest, templates: PromptTemplates, seeds: list[int], resolve_choices: bool
-) -> list[dict[str, str]]:
-    """Prompt, negative prompt and those of the second pass, if any, for each picture: styles applied, choices resolved
-    by its seed."""
-    prompt, negative = templates.styled(request.prompt, request.negative, request.styles)
-    texts = {"prompt": prompt, "negative": negative}
-    texts |= {name: text for name in ("hires_prompt", "hires_negative") if (text := getattr(request, name))}
-    if not resolve_choices:
+def texts_of(request: JobRequest, templates: PromptTemplates) -> dict[str, str]:
+    """The prompts by their fields, those of the second pass too if it has its own, with styles applied."""
+    texts = prompts_in(request)
+    texts["prompt"], texts["negative"] = templates.styled(texts["prompt"], texts["negative"], request.styles)
+    return texts
+
+
+def settled_texts(texts: dict[str, str], seeds: list[int], wildcards: Wildcards | None) -> list[dict[str, str]]:
+    """Those of each picture: with its choices made by its seed, unless there are no `wildcards`."""
+    if wildcards is None:
         return [texts] * len(seeds)
-    return [{name: templates.settled(name, text, seed) for name, text in texts.items()} for seed in seeds]
+    return [{name: settled_field(name, text, seed, wildcards) for name, text in texts.items()} for seed in seeds]
 
 
 def of_second_pass(texts: dict[str, str]) -> dict[str, Any]:
-    return {name: text for name, text in texts.items() if name.startswith("hires")}
+    return {name: text for name, text in texts.items() if name in OF_SECOND_PASS}
 
 
 def without_loras(prompts: list[str], before: NamedLoras | None) -> tuple[list[str], list[tuple[str, float]]]:
@@ -282,24 +277,6 @@ def check_clip_skip(bare: StableDiffusion, settings: list[Resolved]) -> None:
                 field="clip_skip",
                 value=one.clip_skip,
             )
-
-
-def check_prompts(settings: list[Resolved], limits: Limits) -> None:
-    """Parses every text that the prompts become during sampling."""
-    distinct = dict.fromkeys((one.prompt, one.negative, one.steps) for one in settings)
-    reading = sum((len(prompt) + len(negative)) * steps for prompt, negative, steps in distinct)
-    if reading > limits.reading:
-        message = f"prompts of {reading} characters, each counted once a step; at most {limits.reading} are read for "
-        raise APIError(422, f"{message}one job: write shorter ones, or fewer cells of a grid", "prompt", reading)
-    for prompt, negative, steps in distinct:
-        for name, whole, parts in (("prompt", prompt, compose(prompt)), ("negative", negative, [(negative, 1.0)])):
-            try:
-                for part, weight in parts:
-                    as_weighted([Weighted(part, weight)])  # of the whole part, beside others
-                for text in {text for part, _ in parts for _, text in schedule(part, steps)}:
-                    as_weighted(text)
-            except UserError as error:
-                raise APIError(422, f"{name}: {error}", name, whole) from None
 
 
 def sheet_of(request: JobRequest) -> Sheet | None:

@@ -19,8 +19,9 @@ def clean(text: str) -> str:
     return text
 
 
+MAX_NAME = 1000  # characters; a name may be a path below a folder
 Text = Annotated[str, AfterValidator(clean)]
-
+Name = Annotated[str, Field(max_length=MAX_NAME), AfterValidator(clean)]
 
 Seed = Annotated[int, BeforeValidator(lambda value: RANDOM if value == "random" else value)]
 Side = Annotated[int, Field(ge=0, le=65536)]
@@ -30,7 +31,7 @@ class LoRA(BaseModel):
     """A LoRA from the server's folder, and its strength."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    name: Text
+    name: Name
     strength: float = Field(1.0, ge=-10, le=10)
 
 
@@ -38,7 +39,7 @@ class Preprocessing(BaseModel):
     """How a control map is made of a picture."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    preprocess: Text = Field(
+    preprocess: Name = Field(
         "none",
         description="none, canny or inpaint: of the image drawn over, -1 under its mask. With a mask, and no image "
         "here, none is inpaint",
@@ -58,7 +59,7 @@ class UnitRequest(BaseModel):
     """What controls and image prompts share."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    name: Text = Field(description="of a file or folder in the server's folder")
+    name: Name = Field(description="of a file or folder in the server's folder")
     strength: float = Field(1.0, ge=0, le=10)
     start: float = Field(0.0, ge=0, le=1, description="start, as a fraction of the steps")
     end: float = Field(1.0, ge=0, le=1, description="end, as a fraction of the steps")
@@ -82,7 +83,7 @@ class ControlRequest(UnitRequest, Preprocessing):
         description="a picture in base64: the map, or what `preprocess` makes one of; none: the image drawn over",
     )
     guess: bool = Field(False, description="prompted rows only, less for finer parts")
-    mode: Text = Field("balanced", description="balanced, prompt or control: which is more important, as in A1111")
+    mode: Name = Field("balanced", description="balanced, prompt or control: which is more important, as in A1111")
     kind: list[int] = Field([], max_length=1, description="of the map, for a net of several kinds (union), from 0")
 
 
@@ -93,15 +94,15 @@ class ImagePromptRequest(UnitRequest):
     masks: list[Text] = Field(
         [], max_length=16, description="in base64; a picture acts where its mask is light. One for all, or one for each"
     )
-    encoder: Text | None = Field(None, description="its image encoder, by name; none: the first that fits")
+    encoder: Name | None = Field(None, description="its image encoder, by name; none: the first that fits")
 
 
 class Axis(BaseModel):
     """One side of an X/Y grid."""
 
     model_config = ConfigDict(extra="forbid")
-    name: Text = Field(description="a setting, such as guidance, steps, seed or sampler")
-    values: list[int | float | Text] = Field(min_length=1)
+    name: Name = Field(description="a setting, such as guidance, steps, seed or sampler")
+    values: list[int | float | Name] = Field(min_length=1)
 
 
 class JobRequest(BaseModel):
@@ -113,25 +114,25 @@ class JobRequest(BaseModel):
         "", description="the prompt; {red|blue} and __wildcards__ are resolved for each picture by its seed"
     )
     negative: Text = Field("", description="negative prompt")
-    styles: list[Text] = Field([], max_length=32, description="names of styles to apply to prompt and negative prompt")
-    model: Text | None = Field(None, description="one of GET /api/models")
+    styles: list[Name] = Field([], max_length=32, description="names of styles to apply to prompt and negative prompt")
+    model: Name | None = Field(None, description="one of GET /api/models")
     size: tuple[int, int] | None = Field(None, description="width and height in pixels, multiples of 8")
     steps: int | None = None
     guidance: float | None = Field(
         None, description="guidance scale (CFG); 1, and 0 too, turns it off, without the negative prompt"
     )
     image_guidance: float | None = Field(None, description="image guidance scale, of editing models (InstructPix2Pix)")
-    like: Text | None = Field(
+    like: Name | None = Field(
         None, description="diffusers, a1111 or comfyui: reproduce what that program makes of the same settings"
     )
-    sampler: Text | None = None
-    spacing: Text | None = Field(None, description="of the noise levels")
+    sampler: Name | None = None
+    spacing: Name | None = Field(None, description="of the noise levels")
     seed: Seed | None = Field(
         None,
         description="of the first picture, the following have the next; none, -1 or random: any. Of one above "
         "2**32 - 1 the low 32 bits count",
     )
-    noise: Text | None = Field(
+    noise: Name | None = Field(
         None, description="whose random numbers: cpu (PyTorch's), nv (an NVIDIA GPU's, on any device), comfyui"
     )
     ensd: int | None = Field(None, description="A1111's eta noise seed delta: added to the seed for noise on the way")
@@ -144,12 +145,12 @@ class JobRequest(BaseModel):
     loras: list[LoRA] = Field([], max_length=32)
     controls: list[ControlRequest] = Field([], max_length=4, description="maps to follow")
     image_prompts: list[ImagePromptRequest] = Field([], max_length=4, description="pictures used as prompts")
-    embeddings: list[Text] = Field(
+    embeddings: list[Name] = Field(
         [],
         max_length=32,
         description="embeddings that the prompts require, by word; others are used if their word occurs",
     )
-    refiner: Text | None = Field(None, description="another model, for the last steps")
+    refiner: Name | None = Field(None, description="another model, for the last steps")
     handover: float | None = Field(None, description="fraction of the timesteps after which the refiner takes over")
     image: Text | None = Field(None, description="a PNG, JPEG or WebP file in base64, for image to image")
     strength: float | None = Field(None, description="denoising strength: fraction of the steps that run")
@@ -162,17 +163,17 @@ class JobRequest(BaseModel):
     masked_padding: int | None = Field(
         None, description="inpaints only the masked area plus this margin, at the full size"
     )
-    masked_content: Text | None = Field(
+    masked_content: Name | None = Field(
         None, description="initial content under the mask: original, fill, noise or nothing"
     )
     soft_mask: bool = Field(False, description="grey levels of the mask set how early each pixel starts to change")
     hires: float | None = Field(None, description="hires fix: a second pass on the picture enlarged by this factor")
-    upscaler: Text | None = Field(None, description="upscaler of the hires pass, one of `upscalers` in GET /api/info")
+    upscaler: Name | None = Field(None, description="upscaler of the hires pass, one of `upscalers` in GET /api/info")
     hires_steps: int | None = Field(
         None, description="steps of the second pass, all of which run; none: `strength` times `steps`"
     )
-    hires_sampler: Text | None = Field(None, description="sampler of the second pass; likewise the following")
-    hires_spacing: Text | None = None
+    hires_sampler: Name | None = Field(None, description="sampler of the second pass; likewise the following")
+    hires_spacing: Name | None = None
     hires_prompt: Text | None = None
     hires_negative: Text | None = None
     hires_guidance: float | None = None

@@ -150,7 +150,7 @@ class Service:
         while job.active and not self.queue.stopping:
             seen = await job.notifier.wait(seen, 0.5)
             if await request.is_disconnected():
-                self.abandon(job)
+                await run_in_threadpool(self.abandon, job)
         return job
 
     def abandon(self, job: Job) -> None:

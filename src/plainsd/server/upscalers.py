@@ -31,7 +31,10 @@ class Upscalers:
 
     def known(self) -> dict[str, tuple[Path, int]]:
         """Files by name, and their scale factors."""
-        return readable_files(scale_of, self.folder, self.unusable, NETWORK_SUFFIXES)
+        unusable: dict[str, str] = {}
+        found = readable_files(scale_of, self.folder, unusable, NETWORK_SUFFIXES)
+        self.unusable = unusable
+        return found
 
     def found(self, wanted: str) -> tuple[str, Path, int]:
         """By name, case-insensitively, as settings texts may write it. UserError if unknown."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plainsd.errors import UserError, unknown
-from plainsd.text.wildcards import LONGEST_FILE
+from plainsd.text.wildcard_files import LONGEST_FILE
 
 PLACE = "{prompt}"
 COLUMNS = ("name", "prompt", "negative_prompt")

@@ -20,14 +20,14 @@ from itertools import islice, permutations, product
 from pathlib import Path
 from random import Random
 
-from plainsd.errors import UserError, unknown
+from plainsd.errors import UserError
+from plainsd.text.wildcard_files import Wildcards
 
 TOKEN = re.compile(r"\\.|[{}|]|__(?!_)([^\s{}|\\]{1,200}?)__|\\|_+|[^\\{}|_]+", re.DOTALL)
 COUNT = re.compile(r"(?:(\d{1,3})?(-)?(\d{1,3})?\$\$)(?:([^{}|$]*)\$\$)?")
 WEIGHT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)::")
-WILDCARD_NAME = re.compile(r"[\w*][\w*. -]*(?:/[\w*][\w*. -]*)*")
 DEEPEST_CHOICE = 20  # choices inside each other, and wildcards inside wildcards
-LONGEST_FILE = 10**6  # bytes
+HEAVIEST_OPTION = 1e9
 MOST_COMBINATIONS = 10_000  # combinations of one prompt
 
 
@@ -124,7 +124,11 @@ def choice_of(options: list[list]) -> Choice:
             raise UserError(f"{{{found[0]}...}} asks for {low} to {high} of its options; correct it", field="prompt")
     if options[0]:
         options = [[start, *options[0][1:]] if isinstance(options[0][0], str) else options[0], *options[1:]]
-    return Choice(tuple(weighed(option) for option in options), min(low, len(options)), min(high, len(options)), joiner)
+    weighted = tuple(weighed(option) for option in options)
+    possible = sum(weight > 0 for weight, _ in weighted)
+    if not possible:
+        raise UserError("every option of a choice has weight 0; give one of them a larger weight", field="prompt")
+    return Choice(weighted, min(low, possible), min(high, possible), joiner)
 
 
 def weighed(option: list) -> tuple[float, Template]:
@@ -132,46 +136,17 @@ def weighed(option: list) -> tuple[float, Template]:
     weight = 1.0
     if option and isinstance(option[0], str) and (found := WEIGHT.match(option[0])):
         weight, option = float(found[1]), [option[0][found.end() :], *option[1:]]
+        if weight > HEAVIEST_OPTION:
+            raise UserError(
+                f"the weight {weight:g} of an option is out of bounds; choose 0 to {HEAVIEST_OPTION:g}",
+                field="prompt",
+                value=weight,
+            )
     if option and isinstance(option[0], str):
         option = [option[0].lstrip(), *option[1:]]
     if option and isinstance(option[-1], str):
         option = [*option[:-1], option[-1].rstrip()]
     return weight, tuple(option)
-
-
-# --- a folder of wildcards -------------------------------------------------------------------------------------------
-
-
-def wildcard_lines(name: str, folder: Path | None) -> list[str]:
-    """The choices that a wildcard stands for. UserError where it has none."""
-    if folder is None:
-        raise UserError(
-            f"__{name}__ is a wildcard, and there is no folder of them; give one with --wildcards, or take it out",
-            field="prompt",
-            value=name,
-        )
-    files = []
-    if WILDCARD_NAME.fullmatch(name) and ".." not in name:
-        files = sorted(path for path in folder.glob(f"{name}.txt") if path.is_file())
-    if not files:
-        known = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.txt"))
-        raise unknown("wildcard", name, known[:50] or ["none: the folder holds no .txt file"], field="prompt")
-    found = [line for path in files for line in choices_in(path)]
-    if not found:
-        raise UserError(
-            f"the wildcard {name!r} has no lines; write a choice a line into {files[0].name}", field="prompt"
-        )
-    return found
-
-
-def choices_in(path: Path) -> list[str]:
-    if path.stat().st_size > LONGEST_FILE:
-        raise UserError(f"{path.name} has more than {LONGEST_FILE} bytes; make several wildcards of it")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path.name} is not UTF-8 text; save it as UTF-8") from None
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
 # --- what they become ------------------------------------------------------------------------------------------------
@@ -181,60 +156,71 @@ def has_choices(prompt: str) -> bool:
     return any(not isinstance(part, str) for part in template_of(prompt))
 
 
-def settled(prompt: str, seed: int, folder: Path | None = None) -> str:
-    """The prompt with every choice made, the same for the same seed and the same files."""
-    return _drawn(template_of(prompt), Random(seed), folder, 0)
+def settled(prompt: str, seed: int, wildcards: Wildcards | Path | None = None) -> str:
+    """The prompt with every choice made, the same for the same seed and the same files. `wildcards`: a folder, or one
+    that several prompts share."""
+    return _drawn(template_of(prompt), Random(seed), as_wildcards(wildcards), 0)
 
 
-def _drawn(template: Template, random: Random, folder: Path | None, depth: int) -> str:
+def as_wildcards(wildcards: Wildcards | Path | None) -> Wildcards:
+    return wildcards if isinstance(wildcards, Wildcards) else Wildcards(wildcards)
+
+
+def line_template(line: str, wildcards: Wildcards) -> Template:
+    """Of a line of a wildcard's file."""
+    wildcards.spend(len(line))
+    return template_of(line)
+
+
+def _drawn(template: Template, random: Random, wildcards: Wildcards, depth: int) -> str:
     check_depth(depth)
     texts = []
     for part in template:
         if isinstance(part, Choice):
             count = random.randint(part.low, part.high)
+            wildcards.spend(count * (len(part.options) + len(part.joiner)))
             chosen = _sampled(part.options, count, random)
-            texts.append(part.joiner.join(_drawn(option, random, folder, depth + 1) for option in chosen))
+            texts.append(part.joiner.join(_drawn(option, random, wildcards, depth + 1) for option in chosen))
         elif isinstance(part, Wildcard):
-            line = random.choice(wildcard_lines(part.name, folder))
-            texts.append(_drawn(template_of(line), random, folder, depth + 1))
+            line = random.choice(wildcards.lines(part.name))
+            texts.append(_drawn(line_template(line, wildcards), random, wildcards, depth + 1))
         else:
             texts.append(part)
     return "".join(texts)
 
 
 def _sampled(options: Sequence[tuple[float, Template]], count: int, random: Random) -> list[Template]:
-    """Different ones, each with the chance that its weight has among those that are left."""
+    """Different ones, each with the chance that its weight has among those that are left; at least `count` of them have
+    weights above 0."""
     left, chosen = list(options), []
     for _ in range(count):
         weights = [weight for weight, _ in left]
-        if not any(weights):
-            break
         chosen.append(left.pop(random.choices(range(len(left)), weights)[0])[1])
     return chosen
 
 
-def combinations(prompt: str, folder: Path | None = None) -> list[str]:
+def combinations(prompt: str, wildcards: Wildcards | Path | None = None) -> list[str]:
     """Every prompt that it may become, the last choice changing fastest; each once. UserError for more than
     MOST_COMBINATIONS."""
-    return _all(template_of(prompt), folder, 0)
+    return _all(template_of(prompt), as_wildcards(wildcards), 0)
 
 
-def _all(template: Template, folder: Path | None, depth: int) -> list[str]:
+def _all(template: Template, wildcards: Wildcards, depth: int) -> list[str]:
     check_depth(depth)
-    each = [_of_part(part, folder, depth) for part in template]
+    each = [_of_part(part, wildcards, depth) for part in template]
     return distinct_texts("".join(texts) for texts in product(*each))
 
 
-def _of_part(part: str | Choice | Wildcard, folder: Path | None, depth: int) -> list[str]:
+def _of_part(part: str | Choice | Wildcard, wildcards: Wildcards, depth: int) -> list[str]:
     if isinstance(part, str):
         return [part]
     if isinstance(part, Wildcard):
-        lines = map(template_of, wildcard_lines(part.name, folder))
-        return distinct_texts(text for line in lines for text in _all(line, folder, depth + 1))
-    options = [_all(option, folder, depth + 1) for weight, option in part.options if weight]
+        templates = (line_template(line, wildcards) for line in wildcards.lines(part.name))
+        return distinct_texts(text for template in templates for text in _all(template, wildcards, depth + 1))
+    options = [_all(option, wildcards, depth + 1) for weight, option in part.options if weight]
     return distinct_texts(
         part.joiner.join(texts)
-        for count in range(part.low, min(part.high, len(options)) + 1)
+        for count in range(part.low, part.high + 1)
         for order in permutations(options, count)
         for texts in product(*order)
     )

@@ -82,9 +82,8 @@ def routes(service: Service) -> APIRouter:
         return await submit_and_wait(service, await run_in_threadpool(wanted), request, options)
 
     @router.get("/progress")
-    async def progress(request: Request, skip_current_image: bool = False) -> dict:
-        job = running(service, request)
-        return await run_in_threadpool(progress_as_json, service, job, not skip_current_image)
+    def progress(request: Request, skip_current_image: bool = False) -> dict:
+        return progress_as_json(service, running(service, request), not skip_current_image)
 
     @router.post("/interrupt")
     @router.post("/skip")

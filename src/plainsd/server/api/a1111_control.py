@@ -66,7 +66,7 @@ def unit_of(unit: dict[str, Any], init_images: list[str] | None = None) -> Contr
         if name not in IDLE or value not in IDLE[name]:
             raise APIError(422, f"{name} {str(value)[:40]!r} is not supported; leave it out", FIELD, name)
     mode = unit.get("control_mode", "Balanced")
-    if mode not in UNIT_MODES:
+    if not isinstance(mode, str | int) or mode not in UNIT_MODES:
         raise APIError(422, f"unknown control_mode {mode!r}; choose one of {', '.join(CONTROL_MODES.values())}", FIELD)
     fields: dict[str, Any] = {
         "name": str(unit.get("model") or ""), "strength": unit.get("weight"), "start": unit.get("guidance_start"),

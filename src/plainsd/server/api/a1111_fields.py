@@ -17,7 +17,7 @@ from plainsd.server.api.a1111_names import model_of, sampler_of, upscaler_of
 from plainsd.server.api.a1111_table import EMPTY_VALUES, check_scripts, known_options, reject_unsupported
 from plainsd.server.errors import APIError
 from plainsd.server.pool import Models
-from plainsd.server.schema import Text
+from plainsd.server.schema import Name, Text
 from plainsd.text.prompts import lora_tags
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
@@ -37,15 +37,15 @@ class Common(BaseModel):
 
     prompt: Text | None = ""
     negative_prompt: Text | None = ""
-    styles: list[Text] | None = None
+    styles: list[Name] | None = None
     seed: int | None = Field(-1, description="-1: a random one")
     subseed: int | None = Field(-1, ge=-1, lt=2**64)
     subseed_strength: float | None = Field(0.0, ge=0, le=1)
     seed_resize_from_w: int | None = Field(-1, ge=-1, le=65536, description="the first noise is of this width ...")
     seed_resize_from_h: int | None = Field(-1, ge=-1, le=65536, description="... and this height, both given")
-    sampler_name: Text | None = None
-    sampler_index: Text | None = Field(None, description="older name of sampler_name")
-    scheduler: Text | None = None
+    sampler_name: Name | None = None
+    sampler_index: Name | None = Field(None, description="older name of sampler_name")
+    scheduler: Name | None = None
     batch_size: int | None = Field(1, ge=1, le=10_000)
     n_iter: int | None = Field(1, ge=1, le=10_000)
     steps: int | None = None
@@ -58,7 +58,7 @@ class Common(BaseModel):
     override_settings: dict[str, Any] | None = None
     override_settings_restore_afterwards: bool | None = Field(True, description="false: they stay as options")
     alwayson_scripts: dict[str, Any] | None = None
-    refiner_checkpoint: Text | None = None
+    refiner_checkpoint: Name | None = None
     refiner_switch_at: float | None = Field(None, ge=0, le=1)
     disable_extra_networks: bool | None = Field(False, description="LoRAs in the prompt do not act")
     infotext: Text | None = Field(None, description="settings as a picture has them; the other fields go before it")
@@ -96,7 +96,7 @@ class Common(BaseModel):
         """What is said of the random numbers; where nothing is, they are a GPU's, as there."""
         fields: dict[str, Any] = {}
         if source := options.get("randn_source"):
-            if source not in NOISE_SOURCES:
+            if not isinstance(source, str) or source not in NOISE_SOURCES:
                 raise APIError(422, str(unknown("randn_source", source, NOISE_SOURCES)), "override_settings", source)
             fields["noise"] = NOISE_SOURCES[source]
         if ensd := options.get("eta_noise_seed_delta"):
@@ -121,10 +121,10 @@ class Text2Image(Common):
     hr_scale: float | None = Field(2.0, ge=0, le=64)
     hr_resize_x: int | None = Field(0, ge=0, le=65536, description="the width wanted, in place of hr_scale")
     hr_resize_y: int | None = Field(0, ge=0, le=65536, description="the height wanted")
-    hr_upscaler: Text | None = None
+    hr_upscaler: Name | None = None
     hr_second_pass_steps: int | None = Field(0, description="all of which run; 0: as many as of the first pass")
-    hr_sampler_name: Text | None = Field(None, description="of the second pass, where it is another; likewise:")
-    hr_scheduler: Text | None = None
+    hr_sampler_name: Name | None = Field(None, description="of the second pass, where it is another; likewise:")
+    hr_scheduler: Name | None = None
     hr_prompt: Text | None = Field("", description="its LoRAs are those of prompt")
     hr_negative_prompt: Text | None = ""
     hr_cfg: float | None = Field(None, description="Forge's")

@@ -183,11 +183,12 @@ def add_page(app: FastAPI, service: Service) -> None:
             "image_encoders": sorted(service.models.image_adapters.towers()),
             "unusable": {"loras": service.models.unusable_loras, "embeddings": service.models.embeddings.unusable,
                          "controls": service.models.controls.unusable,
-                         "upscalers": service.models.upscalers.unusable},
+                         "upscalers": service.models.upscalers.unusable,
+                         "styles": service.models.templates.unusable()},
         }  # fmt: skip
 
     @app.get("/healthz", tags=["service"])
-    def healthz() -> JSONResponse:
+    async def healthz() -> JSONResponse:  # on the event loop: it answers while all threads are busy, and takes no lock
         alive = all(worker.is_alive() for worker in service.workers)
         return JSONResponse(
             {"status": "ok" if alive else "the worker has ended; restart the server"}, 200 if alive else 503

@@ -2,11 +2,15 @@
 
 uvicorn closes a connection that stays idle after a response, but waits without a limit for the first bytes of a new
 one, and for the rest of an incomplete head; and its own limit of connections is shared by all clients.
+
+An address is an IPv4 address or an IPv6 network of 64 bits: that is what one client has, to choose its addresses from.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+from contextlib import suppress
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -16,6 +20,8 @@ from plainsd.server.api.security import HEADERS
 HEAD_SECONDS = 20.0  # timeout for the head of a request
 CONNECTIONS = 1000  # open at once
 OF_ONE_ADDRESS = 250  # of these
+MOST_FILES = 4096  # open at once, connections included, if the system lets us
+OTHER_FILES = 256  # open at once that are no connections: models, pictures, the database
 
 
 def closing_response(status: int, reason: str, text: str) -> bytes:
@@ -36,19 +42,17 @@ class Connection(H11Protocol):
     """uvicorn's protocol with a timeout for heads, a limit per address, and our headers on its own responses."""
 
     waiting: asyncio.TimerHandle | None = None
+    address = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.address = network_of(self.client[0] if self.client else "")
         everyone = [other for other in self.connections if isinstance(other, Connection)]
         mine = sum(other.address == self.address for other in everyone)
-        if len(everyone) > CONNECTIONS or mine > OF_ONE_ADDRESS:
+        if len(everyone) > most_connections() or mine > OF_ONE_ADDRESS:
             self.end(TOO_MANY_CONNECTIONS)
         else:
             self.expect_head()
-
-    @property
-    def address(self) -> str:
-        return self.client[0] if self.client else ""
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -86,3 +90,35 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         self.end(closing_response(400, "Bad Request", msg))
+
+
+def network_of(address: str) -> str:
+    """Of an IPv6 address its first 64 bits; an IPv4 address as it is, also one written as IPv6."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    return str(parsed.ipv4_mapped or ipaddress.IPv6Address(int(parsed) >> 64 << 64))
+
+
+def raise_file_limit() -> None:
+    """Raises this process's limit of open files to MOST_FILES, as far as the system allows it."""
+    with suppress(ImportError, OSError, ValueError):  # no such limit on Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def most_connections() -> int:
+    """CONNECTIONS, or fewer if the process may not open so many files."""
+    try:
+        import resource
+    except ImportError:
+        return CONNECTIONS
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS if soft == resource.RLIM_INFINITY else min(CONNECTIONS, max(1, soft - OTHER_FILES))

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from io import BytesIO
 from typing import Any, Literal
 
+from anyio import CancelScope
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
@@ -27,7 +28,7 @@ from plainsd.server.jobs.job import Job
 from plainsd.server.jobs.pictures import Picture, json_seed
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.requests import job_request
-from plainsd.server.schema import JobRequest, Text
+from plainsd.server.schema import JobRequest, Name, Text
 from plainsd.server.service import Service, client_of, failure_of, now, user_of
 from plainsd.server.uploads import check_pixels, opened, size_mismatch
 
@@ -42,25 +43,25 @@ class ImagesRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a red apple", "n": 1}]})
 
     prompt: Text = Field(min_length=1)
-    model: Text | None = None
+    model: Name | None = None
     n: int | None = 1
-    size: Text | None = Field(None, description="such as 512x512; auto: the model's own")
+    size: Name | None = Field(None, description="such as 512x512; auto: the model's own")
     response_format: Literal["url", "b64_json"] | None = Field(None, description="none: both")
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
     background: Literal["auto", "opaque"] | None = None
     stream: bool | None = False
     partial_images: int | None = Field(None, ge=0, le=3)
-    quality: Text | None = Field(None, description="accepted without effect; use steps")
-    style: Text | None = Field(None, description="accepted without effect; use the prompt")
-    moderation: Text | None = Field(None, description="accepted without effect")
-    input_fidelity: Text | None = Field(None, description="of edits; accepted without effect; use strength")
+    quality: Name | None = Field(None, description="accepted without effect; use steps")
+    style: Name | None = Field(None, description="accepted without effect; use the prompt")
+    moderation: Name | None = Field(None, description="accepted without effect")
+    input_fidelity: Name | None = Field(None, description="of edits; accepted without effect; use strength")
     user: Text | None = Field(None, max_length=256, description="client name for fair scheduling")
     negative: Text | None = None
     steps: int | None = None
     guidance: float | None = None
-    sampler: Text | None = None
-    spacing: Text | None = None
+    sampler: Name | None = None
+    spacing: Name | None = None
     seed: int | None = None
     strength: float | None = Field(None, description="of edits without a mask, 0 to 1")
 
@@ -241,8 +242,9 @@ async def sse_stream(service: Service, job: Job, body: ImagesRequest, kind: str)
                 f"{kind}.completed", body, whole, size=f"{row.width}x{row.height}", seed=json_seed(row.settings.seed)
             )
     finally:
-        if job.active:  # the client hung up
-            service.abandon(job)
+        if job.active:  # the client hung up, so that this task is being cancelled
+            with CancelScope(shield=True):
+                await run_in_threadpool(service.abandon, job)
 
 
 def event(name: str, body: ImagesRequest, picture: str, **more: Any) -> bytes:

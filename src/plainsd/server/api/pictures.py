@@ -9,10 +9,11 @@ from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
 
-from plainsd.errors import UserError
+from plainsd.errors import DiskError, UserError
 from plainsd.server.controls import map_within
 from plainsd.server.errors import APIError
 from plainsd.server.jobs.pictures import Picture
+from plainsd.server.jobs.store import thumbnail_bytes
 from plainsd.server.restore import picture_as_json, settings_in_file
 from plainsd.server.schema import MapRequest, Text
 from plainsd.server.service import CurrentUser, Service
@@ -73,8 +74,12 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         response_class=FileResponse,
         responses={200: {"content": {"image/png": {}, "image/webp": {}}}},
     )
-    def thumbnail(row: FoundPicture) -> FileResponse:
-        path = service.store.thumbnail(row)
+    def thumbnail(row: FoundPicture) -> Response:
+        try:
+            path = service.store.thumbnail(row)
+        except DiskError:  # it is not kept then
+            content = thumbnail_bytes(service.store.path(row))
+            return Response(content, media_type="image/webp", headers=PICTURE_HEADERS)
         return sent(path, "image/webp" if path.suffix == ".webp" else "image/png")
 
     @app.get("/api/images/{id}", tags=["pictures"])

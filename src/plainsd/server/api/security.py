@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from plainsd.json_reader import BadJSON, check_values
+from plainsd.json_reader import BadJSON, ValueCounter
 from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
 from plainsd.server.users import Access, User, session_of
@@ -30,6 +30,8 @@ PUBLIC_PATHS = ("/", *PROBES, "/api/login")  # answered without the token; so is
 FORM_PATHS = ("/v1/images/edits",)  # multipart forms; everything else is JSON
 MOST_IN_BODY = 100_000  # values in the JSON of a request
 BODY_SECONDS = 120  # timeout for a body
+PUBLIC_BODY = 2**16  # bytes of a body on public paths
+BODY_PIECE = 2**14  # bytes of a body that are looked through at once, before other requests have their turn
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
@@ -178,11 +180,13 @@ class SecurityMiddleware:
         """Reads the whole body, up to the limit."""
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return b""
-        too_long = APIError(413, f"the request has more than {self.limits.upload} bytes; send smaller pictures")
+        most, less = (PUBLIC_BODY, "less") if is_public(scope["path"]) else (self.limits.upload, "smaller pictures")
+        too_long = APIError(413, f"the request has more than {most} bytes; send {less}")
         said = headers.get("content-length", "0")
-        if not said.isdecimal() or len(said) > 15 or int(said) > self.limits.upload:
+        if not said.isdecimal() or len(said) > 15 or int(said) > most:
             raise too_long
-        body = bytearray()
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        body, counter = bytearray(), ValueCounter(MOST_IN_BODY)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 more = True
@@ -192,20 +196,24 @@ class SecurityMiddleware:
                         raise APIError(400, "the request was incomplete; send it again")
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
-                    if len(body) > self.limits.upload:
+                    if len(body) > most:
                         raise too_long
+                    if kind == "application/json":
+                        await count_values(counter, message.get("body", b""))
         except TimeoutError:
             raise APIError(408, f"the request took longer than {BODY_SECONDS} s to come; send it again") from None
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        except BadJSON as error:
+            raise APIError(413, f"the request is too large: {error}; send less at once") from None
         wanted = "multipart/form-data" if scope["path"] in FORM_PATHS else "application/json"
         if body and kind != wanted:
             raise APIError(415, f"content type {kind or 'none'!r} is not accepted; send {wanted}")
-        if kind == "application/json":
-            try:
-                check_values(body, MOST_IN_BODY)
-            except BadJSON as error:
-                raise APIError(413, f"the request is too large: {error}; send less at once") from None
         return bytes(body)
+
+
+async def count_values(counter: ValueCounter, body: bytes) -> None:
+    for start in range(0, len(body), BODY_PIECE):
+        counter.add(body[start : start + BODY_PIECE])
+        await asyncio.sleep(0)
 
 
 def is_public(path: str) -> bool:
@@ -248,10 +256,17 @@ def cookie(headers: Headers) -> str:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns the body again, then passes on later messages, such as a disconnect."""
-    pending = [{"type": "http.request", "body": body, "more_body": False}]
+    """A `receive` that returns the body again, in pieces, then passes on later messages, such as a disconnect."""
+    starts = iter(range(0, max(1, len(body)), BODY_PIECE))
 
     async def again() -> Message:
-        return pending.pop() if pending else await receive()
+        if (start := next(starts, None)) is None:
+            return await receive()
+        await asyncio.sleep(0)
+        return {
+            "type": "http.request",
+            "body": body[start : start + BODY_PIECE],
+            "more_body": start + BODY_PIECE < len(body),
+        }
 
     return again

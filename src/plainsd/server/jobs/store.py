@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -38,6 +39,15 @@ DRAWN = (  # the places of a job's pictures that were drawn, and whether they ha
 )
 REMOVED = "INSERT OR IGNORE INTO removed (job, place) SELECT job, place FROM images WHERE number = ?"
 THUMBNAIL = 320  # pixels, the longer side
+
+
+def thumbnail_bytes(picture: Path) -> bytes:
+    """A picture of at most 320 pixels, as WebP."""
+    buffer = BytesIO()
+    with Image.open(picture) as image:
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        image.save(buffer, format="WEBP", quality=85)
+    return buffer.getvalue()
 
 
 class Store:
@@ -267,10 +277,9 @@ class Store:
             return self.path(picture)
         path = self.folder / "thumbnails" / f"{picture.id}.webp"
         if not path.exists():
-            with Image.open(self.path(picture)) as image:
-                image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-                with self.lock, written_whole(path) as temporary:
-                    image.save(temporary, format="WEBP", quality=85)
+            content = thumbnail_bytes(self.path(picture))
+            with self.lock, written_whole(path) as temporary:
+                temporary.write_bytes(content)
         return path
 
     def mark(self, pictures: list[Picture], favourite: bool) -> None:

@@ -30,7 +30,7 @@ export function setUp(told) {
   $("like").replaceChildren(...options([["", "plainsd"], ...info.like.map((name) => [name, name])]));
   $("noise").replaceChildren(...options([["", "as it draws"], ...info.noises.map((name) => [name, name])]));
   $("styles").replaceChildren(...options(info.styles.map((name) => [name, name])));
-  $("styles-field").hidden = info.styles.length === 0;
+  $("styles-field").hidden = info.styles.length === 0 && Object.keys(info.unusable.styles).length === 0;
   for (const side of ["x", "y"]) {
     $(`${side}-name`).replaceChildren(...options([["", "–"], ...info.grid.map((name) => [name, name.replaceAll("_", " ")])]));
   }
@@ -39,7 +39,7 @@ export function setUp(told) {
   $("steps-range").max = Math.min(60, info.limits.steps);
   $("no-loras").hidden = info.loras.length > 0;
   $("add-lora").hidden = info.loras.length === 0;
-  for (const kind of ["loras", "embeddings"]) {
+  for (const kind of ["loras", "embeddings", "upscalers", "styles"]) {
     $(`unusable-${kind}`).replaceChildren(...Object.entries(info.unusable[kind]).map(
       ([name, why]) => element("li", { textContent: `${name}: ${why}` })));
   }
