@@ -14,7 +14,7 @@ from plainsd.adapters.embeddings import read_vectors
 from plainsd.adapters.patterns import BadPattern, Patterns
 from plainsd.errors import UserError
 from plainsd.files.tensorfile import open_pickle, open_safetensors
-from plainsd.json_reader import MOST_VALUES, BadJSON, check_values, parsed_json
+from plainsd.json_reader import MOST_VALUES, BadJSON, ValueCounter, check_values, parsed_json
 from plainsd.text.tokenizer import Tokenizer
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -63,6 +63,38 @@ def test_a_string_that_never_ends_is_looked_through_once():
         assert grows_with_the_length(
             lambda text: refused(text, most=3), lambda length, start=start: "[[[[" + start + '\\"' * (length // 2)
         )
+
+
+@given(
+    strategies.lists(
+        strategies.sampled_from(['"', "\\", ",", "[", "{", "a", '\\"', '"a",', "\\\\", '{"a": [']), max_size=60
+    ),
+    strategies.lists(strategies.integers(1, 9), min_size=1),
+    strategies.integers(0, 40),
+)
+def test_a_text_in_pieces_holds_as_many_values_as_whole(parts, lengths, most):
+    text, counter, at = "".join(parts).encode(), ValueCounter(most), 0
+    try:
+        for length in [*lengths, len(text)]:
+            counter.add(text[at : at + length])
+            at += length
+        within = True
+    except BadJSON as error:
+        within = False
+        assert f"more than {most} values" in str(error)
+    try:
+        check_values(text, most)
+        assert within or text.count(b'"') > 2 * most + 2
+    except BadJSON:
+        assert not within
+
+
+def test_a_text_of_many_strings_is_given_up():
+    """Which are no values, as no JSON has them without signs between."""
+    counter = ValueCounter(3)
+    with pytest.raises(BadJSON, match="more than 3 values"):
+        counter.add(b'""' * 9)
+    ValueCounter(3).add(b'{"a": "b", "c": "d", "e": "f"}')
 
 
 def refused(text: str, most: int) -> None:

@@ -1,8 +1,12 @@
 """What a hostile or mistaken request could cost: numbers that are none, texts without end, silent connections."""
 
+import asyncio
 import base64
 import json
+import resource
 import socket
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from http.client import HTTPResponse
@@ -11,10 +15,13 @@ import pytest
 from PIL import Image, PngImagePlugin
 from serving import model_folder, open_service, png_bytes, served, until
 
-from plainsd.server.api import connections
+from plainsd.server.api import connections, security
+from plainsd.server.api.connections import network_of
+from plainsd.server.api.security import Hosts, SecurityMiddleware
 from plainsd.server.limits import Limits
 from plainsd.server.prompt_checks import nesting
 from plainsd.server.schema import clean
+from plainsd.server.users import Access
 
 LONG = "9" * 4000
 LIMITS = Limits(pixels=128 * 128, steps=20, prompt=2000)
@@ -132,6 +139,75 @@ def test_a_body_holds_no_more_values_than_a_request_needs(server):
     assert told.status_code == 422 and "180000 characters" in told.text  # which are one value
 
 
+def loop_turns_of(body, app):
+    """How often other tasks had their turn until the gate answered a request with this body, or `app` did."""
+
+    async def count():
+        turns, done, sent = 0, False, []
+
+        async def others():
+            nonlocal turns
+            while not done:
+                turns += 1
+                await asyncio.sleep(0)
+
+        async def receive():
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        gate = SecurityMiddleware(app, Hosts("127.0.0.1"), Access(None), Limits())
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/api/jobs", "headers": headers, "query_string": b""}
+        other = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        await gate(scope, receive, send)
+        done = True
+        await other
+        return turns, sent
+
+    return asyncio.run(count())
+
+
+def test_a_body_is_looked_through_in_pieces_and_others_have_their_turn():
+    async def never(scope, receive, send):
+        raise AssertionError("the request is refused before")
+
+    body = b"[" + b'"",' * 400_000 + b"1]"
+    turns, sent = loop_turns_of(body, never)
+    assert sent[0]["status"] == 413 and b"more than 100000 values" in sent[1]["body"]
+    refused_at = 3 * 100_000  # bytes
+    assert refused_at // security.BODY_PIECE <= turns < len(body) // security.BODY_PIECE
+
+    async def reading(scope, receive, send):
+        whole = b"".join([message["body"] async for message in messages(receive)])
+        await send({"type": "http.response.start", "status": 200 if whole == body else 400, "headers": []})
+
+    async def messages(receive):
+        more = True
+        while more:
+            message = await receive()
+            assert len(message["body"]) <= security.BODY_PIECE
+            yield message
+            more = message["more_body"]
+
+    for body in (b"", b'"' + b"a" * 1_000_000 + b'"'):
+        turns, sent = loop_turns_of(body, reading)
+        assert sent[0]["status"] == 200 and turns >= 2 * len(body) // security.BODY_PIECE
+
+
+def test_what_anybody_may_send_is_small(server):
+    """And refused by its size, before it is read."""
+    with connected(server) as connection:
+        head = "POST /api/login HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {security.PUBLIC_BODY + 1}\r\n\r\n".encode())
+        assert answer_of(connection) == 413
+    told = sent(server, "/api/login", '{"token": "' + "a" * security.PUBLIC_BODY + '"}')
+    assert told.status_code == 413 and f"more than {security.PUBLIC_BODY} bytes" in told.text
+    assert sent(server, "/api/login", '{"token": "' + "a" * 1000 + '"}').status_code == 204
+
+
 def test_a_large_body_is_looked_through_at_the_speed_of_memory():
     """`clean` runs on the event loop: a picture in base64 must not hold up the others."""
     text = "A" * 30_000_000
@@ -207,6 +283,49 @@ def test_no_address_takes_all_connections(server, monkeypatch):
     for connection in (*crowd, other):
         connection.close()
     until(lambda: server.get("/healthz").status_code == 200)
+
+
+def test_a_client_has_one_ipv6_network(server, monkeypatch):
+    assert network_of("2001:db8:1:2:3:4:5:6") == network_of("2001:db8:1:2::9") == "2001:db8:1:2::"
+    assert network_of("2001:db8:1:3::9") != network_of("2001:db8:1:2::9")
+    assert network_of("fe80::1%eth0") == network_of("fe80::2%eth0") and network_of("::ffff:10.0.0.7") == "10.0.0.7"
+    assert network_of("10.0.0.7") == "10.0.0.7" and network_of("") == "" and network_of("unix") == "unix"
+    monkeypatch.setattr(connections, "OF_ONE_ADDRESS", 2)
+    monkeypatch.setattr(connections, "network_of", lambda address: "one")
+    server.session.close()
+    until(lambda: healthy_from(server, "127.0.0.1") == 200)
+    with connected(server) as first, connected(server) as second:
+        assert healthy(first) == healthy(second) == 200 and healthy_from(server, "127.0.0.2") == 503
+    until(lambda: healthy_from(server, "127.0.0.2") == 200)
+
+
+def healthy_from(server, address):
+    with socket.socket() as connection:
+        connection.bind((address, 0))
+        connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        return healthy(connection)
+
+
+def test_there_are_no_more_connections_than_files(server, monkeypatch):
+    for soft, most in ((300, 44), (100, 1), (4096, connections.CONNECTIONS)):
+        with monkeypatch.context() as patch:
+            patch.setattr(resource, "getrlimit", lambda which, soft=soft: (soft, soft))
+            assert connections.most_connections() == most
+    server.session.close()
+    until(lambda: healthy_from(server, "127.0.0.1") == 200)
+    monkeypatch.setattr(connections, "most_connections", lambda: 2)
+    with connected(server) as first, connected(server) as second:
+        assert healthy(first) == healthy(second) == 200 and healthy_from(server, "127.0.0.2") == 503
+
+
+def test_the_server_raises_the_limit_of_files():
+    code = (
+        "import resource; from plainsd.server.api import connections; kind = resource.RLIMIT_NOFILE;"
+        "hard = resource.getrlimit(kind)[1]; resource.setrlimit(kind, (64, hard)); connections.raise_file_limit();"
+        "most = connections.MOST_FILES; wanted = most if hard < 0 else min(most, hard);"
+        "assert resource.getrlimit(kind) == (wanted, hard), resource.getrlimit(kind)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_answers_to_what_is_no_http_have_the_headers(server):
