@@ -509,6 +509,9 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("stride=2, padding=1, bias=False", "stride=2, padding=1", "test_tiny_vae.py::test_published_sizes"),
     ],
     "text/wildcards.py": [
+        ("if weight > HEAVIEST_OPTION:", "if False:", "test_wildcards.py::test_what_cannot_be_read_is_one_line"),
+        ("wildcards.spend(count * (len(part.options) + len(part.joiner)))", "pass",
+         "test_wildcards.py::test_choices_and_wildcards_have_a_budget"),
         ("random.choices(range(len(left)), weights)[0]", "random.choices(range(len(left)))[0]",
          "test_wildcards.py::test_weights_are_chances"),
         ("Random(seed)", "Random()", "test_wildcards.py::test_the_seed_settles_the_prompt"),
@@ -898,7 +901,15 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("if self.is_sheet or self.job.alone:", "if self.is_sheet:",
          "test_server_jobs.py::test_a_failure_is_the_failure_of_one"),
     ],
+    "server/prompt_checks.py": [
+        ('PROMPTS = ("prompt", "negative", "hires_prompt", "hires_negative")', 'PROMPTS = ("prompt", "negative")',
+         "test_server_prompts.py::test_every_prompt_has_the_same_bounds"),
+        ("        passes.append((second_pass(one), one.steps))", "        pass",
+         "test_server_prompts.py::test_the_second_pass_is_read_as_it_will_be_drawn"),
+    ],
     "server/api/security.py": [
+        ("        await asyncio.sleep(0)\n\n\ndef is_public", "\n\ndef is_public",
+         "test_server_limits.py::test_a_body_is_looked_through_in_pieces_and_others_have_their_turn"),
         ("async with asyncio.timeout(BODY_SECONDS):", "async with asyncio.timeout(None):",
          "test_server_security.py::test_a_body_that_does_not_come_in_time_is_refused"),
         ('    "X-Frame-Options": "DENY",\n', "",
@@ -913,6 +924,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_security.py::test_what_a_browser_calls_cross_site_is_refused"),
     ],
     "server/api/connections.py": [
+        ("self.address = network_of(", "self.address = str(",
+         "test_server_limits.py::test_a_client_has_one_ipv6_network"),
         ("mine > OF_ONE_ADDRESS", "False", "test_server_limits.py::test_no_address_takes_all_connections"),
         ("and self.conn.trailing_data[0]:", "and False:",
          "test_server_limits.py::test_silent_connections_are_let_go"),
