@@ -180,7 +180,12 @@ def test_shards_variants_and_pickles_in_a_folder(tmp_path):
     save_file({key: tensors[key] for key in [*shards[second], names[0]]}, unet.parent / second)
     with pytest.raises(UserError, match=f"'{names[0]}' is in another file of the same model too"):
         load(tmp_path / "m", **CPU)
-    save_file({key: tensors[key] for key in shards[second]}, unet.parent / second)
+    for shard in (first, second):
+        save_file({key: tensors[key] for key in shards[shard]} | {"": torch.zeros(1)}, unet.parent / shard)
+    with pytest.raises(UserError, match="'' is in another file of the same model too"):
+        load(tmp_path / "m", **CPU)
+    for shard in (first, second):
+        save_file({key: tensors[key] for key in shards[shard]}, unet.parent / shard)
     vae = tmp_path / "m" / "vae" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(vae), vae.with_suffix(".bin"))
     vae.unlink()

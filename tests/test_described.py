@@ -60,6 +60,8 @@ WRONG = [
     (("unet", "layers"), 2.0, "unet.layers is 2.0, and must be a whole number"),
     (("unet", "layers"), 101, "unet.layers is 101, and must be a whole number from 1 to 100"),
     (("unet", "layer"), 2, "unknown setting 'unet.layer'; did you mean 'unet.layers'?"),
+    (("unet", ""), 2, "unknown setting 'unet.'; did you mean 'unet.heads'? choose from unet."),
+    (("",), 2, "unknown setting ''; choose from name, "),
     (("unet", "depth", 1), "one", "unet.depth[1] is 'one', and must be a whole number"),
     (("unet", "depth"), 1, "unet.depth is 1, and must be a list"),
     (("unet", "depth"), [1], "unet.depth is (1,), and must be a list of one entry a level; unet.channels has 2"),

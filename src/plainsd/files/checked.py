@@ -25,7 +25,7 @@ def read_fields(kind: type, value: Any, where: str, at: str = "") -> Any:
     if not isinstance(value, Mapping):
         raise wrong(where, at or "the whole", value, "a table of settings")
     hints, start = typing.get_type_hints(kind), f"{at}." if at else ""
-    if strange := next((name for name in value if name not in hints), None):
+    if (strange := next((name for name in value if name not in hints), None)) is not None:  # it may be ""
         raise UserError(f"{where}: {unknown('setting', start + strange, [start + name for name in hints])}",
                         most=WITH_CHOICES)  # fmt: skip
     for field in fields(kind):

@@ -263,7 +263,7 @@ def joined_files(files: Iterable[TensorFile]) -> TensorFile:
     files = list(files)
     tensors: dict[str, Stored] = {}
     for file in files:
-        if twice := next((name for name in file.tensors if name in tensors), None):
+        if (twice := next((name for name in file.tensors if name in tensors), None)) is not None:
             raise UserError(f"{file.path}: {twice!r} is in another file of the same model too; download them again")
         tensors |= file.tensors
     return TensorFile(files[0].path, tensors, files[0].metadata)
