@@ -21,7 +21,8 @@ def drafts_in(folder: Path) -> list[str]:
 
 
 def outcome(store: Store, asked: dict[str, str]) -> dict[str, int]:
-    """Counts over a whole folder. `asked`: ids of jobs, and the state in which each was to end.
+    """Counts over a whole folder; what is not as it should be is printed by its name. `asked`: ids of jobs, and the
+    state in which each was to end.
 
     lost      jobs that are not there, have not ended, or ended in another state, unless they were given up; pictures
               of jobs that are done without their row or file; files of other rows
@@ -36,13 +37,22 @@ def outcome(store: Store, asked: dict[str, str]) -> dict[str, int]:
     ended = {id: job for id, job in jobs.items() if job.state not in ACTIVE}
     given_up = {id for id, job in ended.items() if is_given_up(job)}
     wanted = dict.fromkeys(set(jobs) - set(ended), DONE) | asked
-    lost = sum(id not in ended or ended[id].state != state for id, state in wanted.items() if id not in given_up)
+    lost = [
+        f"job {id}, {jobs[id].state if id in jobs else 'not there'}, which was to be {state}"
+        for id, state in wanted.items()
+        if id not in given_up and (id not in ended or ended[id].state != state)
+    ]
     due = {(id, index) for id, job in ended.items() if job.state == DONE for index in job.indices}
-    lost += len((due | set(places)) - whole)
+    lost += [f"picture {index} of job {id}" for id, index in sorted((due | set(places)) - whole)]
     kept = {place for place in files if place in due or place in places or place[0] in given_up}
-    doubled = sum(files.values()) - len(kept) + sum(places.values()) - len(places)
-    failed = sum(job.state == FAILED for job in ended.values()) - len(given_up)
-    return {"jobs": len(jobs), "lost": lost, "doubled": doubled, "given up": len(given_up), "failed": failed}
+    doubled = [f"file of picture {index} of job {id}" for id, index in (files - Counter(kept)).elements()]
+    doubled += [f"row of picture {index} of job {id}" for id, index in (places - Counter(set(places))).elements()]
+    failed = [f"job {id}: {job.error}" for id, job in ended.items() if job.state == FAILED and id not in given_up]
+    for what, names in (("lost", lost), ("doubled", doubled), ("failed", failed)):
+        for name in names:
+            print(f"  {what}: {name}", flush=True)
+    return {"jobs": len(jobs), "lost": len(lost), "doubled": len(doubled), "given up": len(given_up),
+            "failed": len(failed)}  # fmt: skip
 
 
 def picture_of(path: Path) -> tuple[str, int]:
