@@ -1,5 +1,6 @@
 """Two processes equal one with the same global batch: gloo on the CPU, started as torchrun starts them."""
 
+import json
 import os
 import shutil
 import socket
@@ -180,7 +181,7 @@ def test_the_command_on_two_processes(place, tmp_path, method, batch, more):
         codes, outputs = finished(started([*arguments, *more, "--save-every", "2", "--out", str(tmp_path / "two")], 2))
         assert codes == [0, 0], outputs
         last = checkpoints(tmp_path / "two" / "checkpoints")[-1]
-        assert not (last / "state.pt").exists()
+        assert not (last / "state.pt").exists() and ".metadata" in json.loads((last / "sums-0.json").read_text())
         shutil.rmtree(last)
     codes, outputs = finished(started([*arguments, *more, "--save-every", "2", "--out", str(tmp_path / "two")], 2))
     assert codes == [0, 0], outputs

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
                 save_shards(trainer, unfinished)
             else:
                 save_whole(trainer, unfinished / "state.pt")
-            write_sums(unfinished, "*" if not world.sharded else f"__{world.rank}_*", f"sums-{world.rank}.json")
+            own = (f"__{world.rank}_*", *((".metadata",) if world.first else ())) if world.sharded else ("*",)
+            write_sums(unfinished, own, f"sums-{world.rank}.json")
             if world.sharded:
                 world.wait()
             if world.first:
@@ -80,9 +81,10 @@ def save_whole(trainer: Trainer, path: Path) -> None:
     flush(path)
 
 
-def write_sums(folder: Path, pattern: str, name: str) -> None:
+def write_sums(folder: Path, patterns: Sequence[str], name: str) -> None:
     """The CRC-32 of each file that was just written, beside them."""
-    sums = {path.name: checksum(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    sums = {path.name: checksum(path) for path in files}
     with open(folder / name, "w", encoding="utf-8") as file:
         file.write(json.dumps(sums))
     flush(folder / name)
