@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Brake, alike, base64_of, from_base64, model_folder, open_service, png_bytes, served, until
 
 import plainsd
+from plainsd.errors import DiskError
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.server.jobs.drawing import LocalDrawer
 from plainsd.server.jobs.queue import Place
@@ -290,7 +291,7 @@ def test_a_large_picture_is_deleted_with_its_thumbnail(server):
     assert not store.path(row).exists() and list(store.folder.glob(f"thumbnails/{id}*")) == []
 
 
-def test_large_pictures_have_small_ones_for_the_gallery(server):
+def test_large_pictures_have_small_ones_for_the_gallery(server, monkeypatch):
     store = server.service.store
     id = server.drawn(prompt="large", steps=1)["images"][0]
     Image.new("RGB", (900, 600), "red").save(store.path(store.picture(id)))
@@ -299,6 +300,19 @@ def test_large_pictures_have_small_ones_for_the_gallery(server):
     answer = server.get(f"/api/images/{id}/thumbnail")
     assert answer.headers["content-type"] == "image/webp"
     assert from_base64(base64.b64encode(answer.content)).size == (320, 213)
+    (store.folder / "thumbnails" / f"{id}.webp").unlink()
+
+    def full(path):
+        raise DiskError(path, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("plainsd.server.jobs.store.written_whole", full)
+        shown = server.get(f"/api/images/{id}/thumbnail")
+    assert shown.status_code == 200 and shown.headers["content-type"] == "image/webp"
+    assert shown.content == answer.content and list(store.folder.glob(f"thumbnails/{id}*")) == []
+    store.path(store.picture(id)).write_bytes(b"no picture")
+    broken = server.get(f"/api/images/{id}/thumbnail")
+    assert broken.status_code == 500 and "is broken" in broken.json()["error"]["message"]
     store.path(store.picture(id)).unlink()
     gone = server.get(f"/api/images/{id}.png")
     assert gone.status_code == 404 and "is gone; delete it" in gone.json()["error"]["message"]

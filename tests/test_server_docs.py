@@ -18,6 +18,8 @@ from plainsd.commands.cluster import ClusterFlags
 from plainsd.commands.serve import Serve
 from plainsd.server.api import connections
 from plainsd.server.limits import Limits
+from plainsd.server.schema import MAX_NAME
+from plainsd.text.wildcard_files import WILDCARD_WORK
 
 CHAPTER = Path(__file__).parents[1] / "docs" / "serving.md"
 TEXT = CHAPTER.read_text(encoding="utf-8")
@@ -100,7 +102,9 @@ def test_limits_and_flags_are_as_told():
         "characters of prompts times steps, all cells of a grid together": limits.reading,
         "characters of settings, in a picture or as `infotext`": limits.text,
         "seconds for the head of a request, and for its body": connections.HEAD_SECONDS,
-        "connections, in all and of one address": connections.CONNECTIONS,
+        "connections, in all and of one address (an IPv6 network of 64 bits counts as one)": connections.CONNECTIONS,
+        "characters of a name": MAX_NAME,
+        "characters that choices and wildcards of a request take: files, lines, options": WILDCARD_WORK,
     }  # fmt: skip
     known = {
         f"--{name.replace('_', '-')}" for name in (*Serve.__dataclass_fields__, *ClusterFlags.__dataclass_fields__)

@@ -13,6 +13,7 @@ from serving import Brake, embedding_file, lora_file, model_folder, open_service
 import plainsd
 from plainsd.pictures.images import write_png
 from plainsd.server.limits import Limits
+from plainsd.server.prompt_templates import PromptTemplates
 from plainsd.server.schema import JobRequest
 
 pytestmark = needed
@@ -425,6 +426,19 @@ def test_loras_are_added_and_come_back_with_their_picture(page):
     row = page.find(".lora")
     assert [row.find_element("css selector", tag).get_attribute("value") for tag in ("select", "input")] == [
         "paper", "0.7"]  # fmt: skip
+
+
+def test_files_that_cannot_be_used_are_listed(page, tmp_path, monkeypatch):
+    (tmp_path / "styles.csv").write_text("what,ever\n")
+    models = page.server.service.models
+    monkeypatch.setattr(models, "templates", PromptTemplates(styles=tmp_path / "styles.csv"))
+    monkeypatch.setattr(models.upscalers, "known", dict)
+    monkeypatch.setattr(models.upscalers, "unusable", {"odd": "it is not an upscaler"})
+    page.load()
+    text = "return document.getElementById(`unusable-${arguments[0]}`).textContent"
+    assert page.js(text, "upscalers") == "odd: it is not an upscaler"
+    assert "styles.csv: styles.csv is not a styles file" in page.js(text, "styles")
+    assert page.find("#unusable-styles").is_displayed()
 
 
 def test_an_embedding_is_written_into_the_prompt_and_shown_with_its_picture(page):

@@ -50,5 +50,8 @@ def add_errors(app: FastAPI) -> None:
     def disk(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, FileNotFoundError):
             return refused(request, APIError(404, "the file of a picture is gone; delete it from the history"))
+        if isinstance(error, OSError) and error.errno is None:  # of Pillow, not of the system
+            message = f"the file of a picture is broken ({error}); restore it, or delete it from the history"
+            return refused(request, APIError(500, message))
         why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         return refused(request, APIError(507, f"the server cannot write ({why}); make room in its data folder"))
