@@ -322,6 +322,14 @@ def test_a_pickle_that_would_run_code(tmp_path, save):
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+def test_a_function_that_a_pickle_only_names(tmp_path, old):
+    """It is called nowhere in the file; PyTorch's reader refuses the name."""
+    torch.save({"a": TENSORS["half"], "b": os.system}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not old)
+    with pytest.raises(UserError, match="asks for posix.system and could run code; it is not opened"):
+        open_tensors(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
 def test_a_pickle_where_safetensors_is_expected(tmp_path, old):
     torch.save(TENSORS, tmp_path / "x.safetensors", _use_new_zipfile_serialization=not old)
     with pytest.raises(UserError, match="is a pickle, not safetensors") as error:
