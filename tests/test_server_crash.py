@@ -95,4 +95,5 @@ def test_killed_at_random_moments_again_and_again(model, tmp_path):
     files = list(tmp_path.rglob("pictures/*/*.png"))
     for path in files:
         Image.open(path).load()
-    assert len({path.name for path in files}) == len(files) >= 4 * len(whole)
+    names = ["-".join(path.stem.split("-")[-2:]) for path in files]  # of the pictures: job and index
+    assert len(set(names)) == len(names) and set(names) >= {f"{id}-{index}" for id in whole for index in range(4)}
