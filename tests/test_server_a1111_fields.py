@@ -69,6 +69,7 @@ HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}
     ("restore_faces", {"restore_faces": True}), ("styles", {"styles": ["s"]}),
     ("script_name", {"script_name": "x/y/z plot"}), ("s_min_uncond", {"s_min_uncond": 0.5}),
     ("randn_source", {"override_settings": {"randn_source": "TPU"}}),
+    ("randn_source", {"override_settings": {"randn_source": ["CPU"]}}),
     ("ensd -1", {"override_settings": {"eta_noise_seed_delta": -1}}),
     ("s_churn", {"s_churn": 1.5, "sampler_name": "Euler"}), ("s_noise", {"s_noise": 1.1, "sampler_name": "DPM2 a"}),
     ("firstphase_width", {"firstphase_width": 32}), ("firstpass_image", {**HIRES, "firstpass_image": "AAAA"}),

@@ -142,6 +142,7 @@ def test_a1111s_units(server):
         ({"module": "openpose_full"}, "module 'openpose_full' is not supported"),
         ({"image": None}, "a unit has no image"),
         ({"control_mode": "Strict"}, "unknown control_mode 'Strict'"),
+        ({"control_mode": [1]}, r"unknown control_mode \[1\]"),
         ({"weight": -3}, "strength"),
         ({"advanced_weighting": [1.0]}, "advanced_weighting"),
         ({"resize_mode": "Resize and Fill"}, "resize_mode"),
