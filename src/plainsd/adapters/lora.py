@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from plainsd.adapters.embeddings import bundled, learn
-from plainsd.adapters.layers import Adapted, Adapter, attach, detach
+from plainsd.adapters.layers import UNADAPTED, WITH, Adapted, Adapter, attach, detach
 from plainsd.adapters.making import read_adapter
 from plainsd.adapters.names import Adaptable, ModulePlace, adaptable_networks
 from plainsd.adapters.new import NEW, TARGETS, new_adapter, targeted
@@ -71,6 +72,22 @@ class Lora:
         for base in bases(self.model).values():
             if self.name in base.adapters:
                 detach(base, self.name)
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """In this context the model computes as if the LoRA had been removed, to the bit. Strength 0 would leave a
+        DoRA's norms, and the work."""
+        whole = [(base, base.adapters) for base in bases(self.model).values() if self.name in base.adapters]
+        for base, adapters in whole:
+            base.adapters = nn.ModuleDict({name: one for name, one in adapters.items() if name != self.name})
+            if not base.adapters:
+                base.__class__ = UNADAPTED[type(base)]
+        try:
+            yield
+        finally:
+            for base, adapters in whole:
+                base.__class__ = WITH.get(type(base), type(base))
+                base.adapters = adapters
 
     def merge(self) -> None:
         """Merges it into the weights at its current strength."""

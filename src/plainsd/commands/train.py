@@ -38,7 +38,8 @@ class Train(options.TrainOptions):
                 f"--live-latents is for method scratch; method {self.method} encodes each picture once",
                 field="live_latents",
             )
-        filled = replace(self, pace=options.with_defaults(self.method, self.pace))
+        loss = options.with_loss_defaults(self)
+        filled = replace(self, pace=options.with_defaults(self.method, self.pace), loss=loss)
         options.check_telling(self.telling)
         device = choose_device(self.pace.device)
         by_default = "bfloat16" if self.lora.half_base else "auto"

@@ -154,11 +154,13 @@ def write_text(text: TextConfig) -> dict[str, Any]:
 
 
 def write_schedule(variant: Variant) -> dict[str, Any]:
-    """As a DDIMScheduler, which has every setting; diffusers' other schedulers read the same file."""
+    """As a DDIMScheduler, which has every setting, or for a consistency model as an LCMScheduler; diffusers' other
+    schedulers read the same file."""
     schedule = variant.schedule
     if isinstance(schedule, EDMSchedule):
         return write_edm(variant, schedule)
     spacing = variant.spacing if variant.spacing in ("leading", "trailing", "linspace") else "leading"
+    consistency = {"_class_name": "LCMScheduler", "original_inference_steps": 50}
     return {
         "_class_name": "DDIMScheduler",
         "beta_end": schedule.beta_end,
@@ -172,7 +174,7 @@ def write_schedule(variant: Variant) -> dict[str, Any]:
         "steps_offset": 1,
         "timestep_spacing": spacing,
         "trained_betas": None,
-    }
+    } | (consistency if variant.sampler == "lcm" else {})
 
 
 def write_edm(variant: Variant, schedule: EDMSchedule) -> dict[str, Any]:

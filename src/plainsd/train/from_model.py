@@ -19,6 +19,7 @@ from plainsd.files.hub import find
 from plainsd.files.predicted import on_or_off
 from plainsd.files.tokenizers import tokenizers
 from plainsd.models.control import ControlNet
+from plainsd.models.unet import UNet
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
@@ -35,13 +36,16 @@ from plainsd.train.methods.inversion import inversion, settle, written_down
 from plainsd.train.methods.lora import lora
 from plainsd.train.shard import gather
 
+HINT = "--sampler lcm --steps 4 --guidance 1"
 Make = Callable[[StableDiffusion, Examples, dict], FineTune]
 Write = Callable[[StableDiffusion, str | None], None]  # the result; with a mark, an intermediate one
 
 
 def train_full(job: TrainJob) -> None:
+    distill = job.distill()
+
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
-        return full(sd, examples, text_encoder=job.options.lora.text_encoder, **shared)
+        return full(sd, examples, text_encoder=job.options.lora.text_encoder, distill=distill, **shared)
 
     def write(sd: StableDiffusion, mark: str | None) -> None:
         save(sd, job.result(mark), dtype=job.save_dtype)
@@ -53,7 +57,7 @@ def train_full(job: TrainJob) -> None:
 
 
 def train_lora(job: TrainJob) -> None:
-    own = job.options.lora
+    own, distill = job.options.lora, job.distill()
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         return lora(
@@ -68,9 +72,11 @@ def train_lora(job: TrainJob) -> None:
             factor=own.factor,
             text_encoder=own.text_encoder,
             seed=job.options.pace.seed,
+            distill=distill,
             **shared,
         )
 
+    notes = {"modelspec.title": f"{job.name} (LCM-LoRA)", "modelspec.usage_hint": HINT} if distill else {}
     endings = {"kohya": ".safetensors", "peft": "-peft.safetensors"}
     if own.kind != "lora":  # diffusers reads no other kind
         del endings["peft"]
@@ -78,13 +84,15 @@ def train_lora(job: TrainJob) -> None:
     def write(sd: StableDiffusion, mark: str | None) -> None:
         place = job.result(mark)
         for naming, ending in endings.items():
-            save_lora(sd, place.with_name(place.name + ending), naming, dtype=job.save_dtype)
+            save_lora(sd, place.with_name(place.name + ending), naming, notes, dtype=job.save_dtype)
 
     if sd := tuned(job, make, write):
         with saving("the LoRA"):
             write(sd, None)
         also = f" and {job.name}-peft.safetensors (diffusers')" if "peft" in endings else ""
         job.say(f"LoRA in {job.result()}.safetensors (kohya's names){also}")
+        if distill:
+            job.say(f"it makes the model a latent consistency model: draw with {HINT}")
 
 
 def train_inversion(job: TrainJob) -> None:
@@ -176,8 +184,9 @@ def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
     parts = job.spread(sd)
     check = (lambda: method.validate(held)) if held else None
     nets = [module for module in method.modules.values() if isinstance(module, ControlNet)]
+    copies = [method.teacher] if isinstance(method.teacher, UNet) else []
     with ExitStack() as stack:
-        for network in (sd.unet, *nets):
+        for network in (sd.unet, *nets, *copies):
             stack.enter_context(trained_faster(network))
             stack.enter_context(checkpointing(network, job.options.pace.checkpointing))
         save_it, sample = partial(write, sd), job.sampler(sd, *nets, pictures=pictures)

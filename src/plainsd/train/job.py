@@ -26,6 +26,7 @@ from plainsd.pictures.settings import RANDOM, drawn_seed
 from plainsd.train import config
 from plainsd.train.checkpoints import checkpoints, saving
 from plainsd.train.claim import CONFIG_FILE, OPTIONS_FILE, claim
+from plainsd.train.consistency import Distill
 from plainsd.train.data.ahead import PixelsOf, pictures_ahead
 from plainsd.train.data.captions import cut_captions
 from plainsd.train.data.crops import Framing
@@ -37,7 +38,7 @@ from plainsd.train.data.pictures import PictureSet, described, joined_sets, some
 from plainsd.train.data.record import changes, picture_digests, record, text_digests
 from plainsd.train.data.scenes import SCENE_PREFIX
 from plainsd.train.data.sources import Reading, parse_source, read_source
-from plainsd.train.objective import Objective
+from plainsd.train.objective import PLAIN_OBJECTIVE, Objective
 from plainsd.train.options import FitOptions, TrainOptions, given
 from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.processes import World
@@ -227,12 +228,12 @@ class TrainJob:
         """Without cached latents."""
         loss = self.options.loss
         latents = LiveLatents(vae, pictures, pixels, self.dtype)
-        return Examples(pictures, latents, loss.dropout, loss.timestep_power)
+        return Examples(pictures, latents, given(loss.dropout), loss.timestep_power)
 
     def examples(self, vae: "VAE", pictures: PictureSet) -> Examples:
         batch = max(1, min(64, ENCODED_AT_ONCE // pictures.size**2)) if pictures.size > 128 else 64
         loss = self.options.loss
-        return Examples(pictures, self.latents(vae, pictures, batch=batch), loss.dropout, loss.timestep_power)
+        return Examples(pictures, self.latents(vae, pictures, batch=batch), given(loss.dropout), loss.timestep_power)
 
     def count_long_captions(self, sd: "StableDiffusion", pictures: PictureSet) -> None:
         """Reports how many captions are truncated, if any."""
@@ -246,7 +247,15 @@ class TrainJob:
 
     def objective(self) -> Objective:
         loss = self.options.loss
-        return Objective(loss.min_snr, loss.offset_noise, loss.perturbation, loss.huber)
+        return (
+            PLAIN_OBJECTIVE
+            if self.distill()
+            else Objective(loss.min_snr, loss.offset_noise, loss.perturbation, loss.huber)
+        )
+
+    def distill(self) -> Distill | None:
+        own = self.options.lora
+        return None if own.distill is None else Distill(own.distill, own.distill_steps, given(self.options.loss.huber))
 
     # ---- the run
 

@@ -143,8 +143,8 @@ class Telling:
 class LossOptions:
     """Options of the loss."""
 
-    dropout: float = 0.1
-    """caption dropout: share of empty captions, for classifier-free guidance"""
+    dropout: float | None = None
+    """caption dropout: share of empty captions, for classifier-free guidance (0.1; with --distill 0)"""
     timestep_power: float = 1.0
     """below 1, noisy timesteps are sampled more often; there the caption matters most"""
     min_snr: float | None = None
@@ -154,7 +154,7 @@ class LossOptions:
     perturbation: float = 0.0
     """input perturbation: extra noise in the input; 0.1 is usual"""
     huber: float | None = None
-    """Huber loss: errors beyond this size count linearly"""
+    """Huber loss: errors beyond this size count linearly (with --distill 0.001)"""
 
 
 @dataclass
@@ -191,6 +191,11 @@ class LoraOptions:
     """weight-decomposed (DoRA)"""
     half_base: Switch = False
     """keep frozen weights in bfloat16: half the memory"""
+    distill: float | None = None
+    """latent consistency distillation, for 4 steps of the lcm sampler without guidance (an LCM-LoRA, or with method
+    full a whole model): the guidance scale to imitate, such as 7.5"""
+    distill_steps: int = 50
+    """with --distill: steps of the teacher from noise to picture; lcm visits some of 50"""
 
 
 @dataclass
@@ -292,6 +297,25 @@ def with_defaults(method: str, steps: Steps) -> Steps:
         usual = METHOD_DEFAULTS[method]["lr"]
         raise UserError(f"--lr {filled.lr:g} is out of range; give a number above 0, such as {usual:g}")
     return filled
+
+
+def with_loss_defaults(options: TrainOptions) -> LossOptions:
+    """Fills in what depends on --distill, and checks what goes with it."""
+    loss, distilling = options.loss, options.lora.distill is not None
+    if distilling and options.method not in ("full", "lora"):
+        raise UserError(f"--distill is for methods full and lora; method {options.method} learns from pictures alone")
+    unfit = {
+        "--min-snr": loss.min_snr is not None,
+        "--offset-noise": loss.offset_noise != 0,
+        "--perturbation": loss.perturbation != 0,
+        "--text-encoder": options.lora.text_encoder,
+        "--prior": options.prior.prior is not None or options.prior.prior_prompt is not None,
+        "--shard": options.pace.shard,
+    }
+    if distilling and (given_too := [flag for flag, there in unfit.items() if there]):
+        raise UserError(f"--distill imitates the model as it is, and has no {given_too[0]}; leave one of them out")
+    defaults = {"dropout": 0.0, "huber": 0.001} if distilling else {"dropout": 0.1}
+    return replace(loss, **{name: value for name, value in defaults.items() if getattr(loss, name) is None})
 
 
 T = TypeVar("T")

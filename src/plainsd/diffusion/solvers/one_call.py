@@ -36,7 +36,7 @@ def ddim(
 def lcm(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
     """Jump to the estimate and renoise, for latent consistency models (Luo et al. 2023).
 
-    Their c_skip, 7e-6 at the lowest timestep they are trained on and less above, is omitted.
+    Their c_skip (diffusion/consistency.py), 7e-6 at the lowest timestep they are trained on and less above, is omitted.
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)

@@ -1,5 +1,5 @@
 """Fine-tuning a loaded model: the loss of the methods `full`, `lora`, `inversion`, `controlnet`. They differ in what
-moves.
+moves. With a teacher the loss is that of train/consistency.py instead.
 
 The VAE is frozen and has encoded every picture once; text encoders are frozen, and in eval, unless they are what
 learns. With a prior set (DreamBooth, Ruiz et al. 2022, arXiv:2208.12242, equation 2) each picture comes with one of the
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.pictures.model import StableDiffusion
+from plainsd.train.consistency import Distill, Network, consistency_errors
 from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import ExampleBatch, Examples
 from plainsd.train.objective import PLAIN_OBJECTIVE, Objective, errors
@@ -35,9 +36,16 @@ class FineTune:
     network: Callable[[Tensor | None], Callable[..., Tensor]] | None = (
         None  # from maps to what is called as the UNet is
     )
+    distill: Distill | None = None  # consistency distillation; timesteps are then the steps of it
+    teacher: Network | None = None  # of the distillation
+
+    @property
+    def timesteps(self) -> int:
+        """How many there are to draw from."""
+        return self.distill.steps if self.distill else len(self.sd.schedule)
 
     def loss(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
-        steps = len(self.sd.schedule)
+        steps = self.timesteps
         loss = self.errors(self.examples.draw(picks, steps, self.objective), self.objective).mean()
         if self.prior is None:
             return loss, {}
@@ -52,6 +60,20 @@ class FineTune:
         """The error of each picture's prediction: (B,)."""
         assert isinstance(self.sd.schedule, NoiseSchedule)  # `frozen` takes no other
         context, vector = self.reader(batch.captions, batch.sizes)
+        if self.distill and self.teacher:
+            return consistency_errors(
+                self.sd.unet,
+                self.teacher,
+                self.sd.schedule,
+                self.sd.prediction,
+                batch.x0,
+                batch.noise.target,
+                batch.timesteps,
+                (context, vector),
+                self.reader([""] * len(batch.captions), batch.sizes),
+                distill=self.distill,
+                mask=batch.mask,
+            )
         return errors(
             self.network(batch.maps) if self.network else self.sd.unet,
             self.sd.schedule,
@@ -67,8 +89,11 @@ class FineTune:
 
     @torch.no_grad()
     def validate(self, held_out: Examples, batch: int = 8) -> dict[str, float]:
-        """The plain loss on held-out pictures, always with the same noise and the same timesteps, spread evenly."""
-        found = [self.errors(fixed).cpu() for fixed in held_out.fixed(len(self.sd.schedule), batch)]
+        """The plain loss, or the distillation's, on held-out pictures, always with the same noise and the same
+        timesteps, spread evenly."""
+        half = self.sd.dtype == torch.bfloat16  # a frozen base in half precision
+        with torch.autocast(self.sd.device.type, torch.bfloat16, enabled=half):
+            found = [self.errors(fixed).cpu() for fixed in held_out.fixed(self.timesteps, batch)]
         return {"validation": torch.cat(found).mean().item()}
 
 

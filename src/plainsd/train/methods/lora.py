@@ -2,12 +2,15 @@
 LoKr; adapters/layers.py has the formulas."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plainsd.adapters.lora import inject
 from plainsd.pictures.model import StableDiffusion
+from plainsd.train.consistency import Distill, to_student
 from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import Examples
 from plainsd.train.methods.finetune import FineTune, frozen
@@ -31,10 +34,15 @@ def lora(
     chunks: int = 1,
     prior: Examples | None = None,
     prior_weight: float = 1.0,
+    distill: Distill | None = None,
 ) -> FineTune:
-    """The model gets a new LoRA, "trained"; `plainsd.adapters.lora.save_lora` writes it. The model may be bfloat16."""
+    """The model gets a new LoRA, "trained"; `plainsd.adapters.lora.save_lora` writes it. The model may be bfloat16.
+    With `distill` it becomes an LCM-LoRA: the teacher is the model without it."""
+    frozen(sd)
+    if distill:
+        to_student(sd, distill, objective, text_encoder=text_encoder)
     added = inject(
-        frozen(sd),
+        sd,
         rank,
         alpha,
         targets,
@@ -47,4 +55,10 @@ def lora(
     )
     modules = nn.ModuleDict({"lora": nn.ModuleList(added.adapters.values())})
     reader = Reader(sd, learns=text_encoder, chunks=chunks)
-    return FineTune(sd, examples, modules, reader, objective, prior, prior_weight)
+
+    def teacher(*inputs: Any) -> Tensor:
+        with added.switched_off():
+            return sd.unet(*inputs)
+
+    method = FineTune(sd, examples, modules, reader, objective, prior, prior_weight)
+    return replace(method, distill=distill, teacher=teacher) if distill else method
