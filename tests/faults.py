@@ -68,7 +68,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_denoiser.py::test_the_network_is_told_the_level_or_what_the_sampler_says"),
         ("+ perturbed_scale * (cond - blurred)", "+ perturbed_scale * (uncond - blurred)",
          "test_denoiser.py::test_perturbed_is_the_formula_on_the_prediction"),
-        ("- output * (sigma / math.sqrt(1 + level**2))", "+ output * (sigma / math.sqrt(1 + level**2))",
+        ("return x / square - output * (sigma /", "return x / square + output * (sigma /",
          "test_denoiser.py::test_a_perfect_network_gives_back_the_clean_latent"),
         ("(math.sqrt(1 + level**2) / sigma)", "math.sqrt(1 + level**2)",
          "test_denoiser.py::test_output_from_is_the_inverse"),
@@ -753,6 +753,19 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_train_cli.py::test_the_seed_is_that_of_first_weights_order_and_noise"),
         ("initial=own.initial, seed=job.options.pace.seed,", "initial=own.initial,",
          "test_train_cli.py::test_the_seed_is_that_of_first_weights_order_and_noise"),
+    ],
+    "train/consistency.py": [
+        ("guided = without + distill.guidance * (guided - without)",
+         "guided = guided + distill.guidance * (guided - without)",
+         "test_consistency.py::test_the_loss_is_the_papers"),
+        ("start = (numbers + 1) * stride - 1", "start = (numbers + 1) * stride - stride",
+         "test_consistency.py::test_the_loss_is_the_papers"),
+        ("torch.where(numbers > 0, schedule.sigmas[end], 0.0)", "schedule.sigmas[end]",
+         "test_consistency.py::test_the_loss_is_the_papers"),
+    ],
+    "train/methods/lora.py": [
+        ("        with added.switched_off():\n            return sd.unet(*inputs)", "        return sd.unet(*inputs)",
+         "test_consistency.py::test_the_teacher_is_the_model_without_the_lora"),
     ],
     "train/objective.py": [
         ("each = 2 * F.huber_loss(", "each = F.huber_loss(",

@@ -36,7 +36,7 @@ from plainsd.train.methods.inversion import inversion, settle, written_down
 from plainsd.train.methods.lora import lora
 from plainsd.train.shard import gather
 
-HINT = "--sampler lcm --steps 4 --guidance 1"
+LCM_FLAGS = "--sampler lcm --steps 4 --guidance 1"
 Make = Callable[[StableDiffusion, Examples, dict], FineTune]
 Write = Callable[[StableDiffusion, str | None], None]  # the result; with a mark, an intermediate one
 
@@ -76,7 +76,7 @@ def train_lora(job: TrainJob) -> None:
             **shared,
         )
 
-    notes = {"modelspec.title": f"{job.name} (LCM-LoRA)", "modelspec.usage_hint": HINT} if distill else {}
+    notes = {"modelspec.title": f"{job.name} (LCM-LoRA)", "modelspec.usage_hint": LCM_FLAGS} if distill else {}
     endings = {"kohya": ".safetensors", "peft": "-peft.safetensors"}
     if own.kind != "lora":  # diffusers reads no other kind
         del endings["peft"]
@@ -92,7 +92,7 @@ def train_lora(job: TrainJob) -> None:
         also = f" and {job.name}-peft.safetensors (diffusers')" if "peft" in endings else ""
         job.say(f"LoRA in {job.result()}.safetensors (kohya's names){also}")
         if distill:
-            job.say(f"it makes the model a latent consistency model: draw with {HINT}")
+            job.say(f"it makes the model a latent consistency model: draw with {LCM_FLAGS}")
 
 
 def train_inversion(job: TrainJob) -> None:
