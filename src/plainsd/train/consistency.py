@@ -28,7 +28,7 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.train.objective import PLAIN_OBJECTIVE, Objective
 
 Network = Callable[..., Tensor]  # called as the UNet is
-TextStates = tuple[Tensor, Tensor | None]  # context (B, M, D) and SDXL's vector (B, V)
+CaptionStates = tuple[Tensor, Tensor | None]  # context (B, M, D) and SDXL's vector (B, V)
 
 STUDENT = LCM | {"guidance": 1.0, "spacing": None}  # how a student is drawn: lcm, 4 steps, no unconditional pass
 
@@ -85,8 +85,8 @@ def consistency_errors(
     x0: Tensor,
     noise: Tensor,
     numbers: Tensor,
-    cond: TextStates,
-    uncond: TextStates,
+    cond: CaptionStates,
+    uncond: CaptionStates,
     *,
     distill: Distill,
     mask: Tensor | None = None,
@@ -103,7 +103,7 @@ def consistency_errors(
     def per_sample(values: Tensor) -> Tensor:
         return values.to(device, x0.dtype).view(-1, 1, 1, 1)
 
-    def output(network: Network, x: Tensor, sigma: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+    def output(network: Network, x: Tensor, sigma: Tensor, timesteps: Tensor, text: CaptionStates) -> Tensor:
         z = (x / (1 + sigma**2).sqrt()).contiguous(memory_format=torch.channels_last)
         return network(z, timesteps.to(device), *text).to(x.dtype)
 
