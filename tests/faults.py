@@ -68,7 +68,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_denoiser.py::test_the_network_is_told_the_level_or_what_the_sampler_says"),
         ("+ perturbed_scale * (cond - blurred)", "+ perturbed_scale * (uncond - blurred)",
          "test_denoiser.py::test_perturbed_is_the_formula_on_the_prediction"),
-        ("return x / square - output * (sigma /", "return x / square + output * (sigma /",
+        ("- output * (sigma / math.sqrt(1 + level**2))", "+ output * (sigma / math.sqrt(1 + level**2))",
          "test_denoiser.py::test_a_perfect_network_gives_back_the_clean_latent"),
         ("(math.sqrt(1 + level**2) / sigma)", "math.sqrt(1 + level**2)",
          "test_denoiser.py::test_output_from_is_the_inverse"),

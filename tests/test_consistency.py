@@ -191,7 +191,7 @@ def test_the_student_moves_and_its_teacher_stays(examples):  # noqa: F811
 
 
 def test_bfloat16_keeps_the_gradients(examples):  # noqa: F811
-    """Autocast keeps the weights that a pass without gradients has cast, and the next pass would use them."""
+    """Passes with gradients and without take turns in one autocast, which keeps the weights that it has cast."""
     found = []
     for enabled in (False, True):
         method = full(tiny_sd(), examples, distill=Distill(4.0, huber=1.0))  # smooth, so that roundings stay small

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from plainsd import __version__
@@ -148,6 +148,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False, min_value=0)
         ).map(tuple),
     )
 )
+@example(Settings(prompt="a\r", negative="\r", noise="cpu"))
 def test_whatever_is_written_comes_back(made):
     """But for the kind of line breaks in the prompts, which is not written."""
     wanted = {name: lines(getattr(made, name)) for name in ("prompt", "negative")}

@@ -10,6 +10,7 @@ z is the network's input, and x0 the estimate that its output implies, whatever 
 Shapes: x, output (B, L, h, w); sigma, timestep (B, 1, 1, 1).
 """
 
+import torch
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import x0_from
@@ -29,4 +30,10 @@ def boundary_scalings(timestep: Tensor) -> tuple[Tensor, Tensor]:
 def jump(prediction: str, x: Tensor, output: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
     """f, of x = x0 + sigma * noise and the network's output for it."""
     c_skip, c_out = boundary_scalings(timestep)
-    return c_skip * (x / (1 + sigma**2).sqrt()) + c_out * x0_from(prediction, x, output, sigma)
+    return c_skip * (x / (1 + sigma**2).sqrt()) + c_out * clean_estimate(prediction, x, output, sigma)
+
+
+def clean_estimate(prediction: str, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
+    """`x0_from`, each sample at its own level."""
+    samples = zip(x.split(1), output.split(1), sigma.flatten().tolist(), strict=True)
+    return torch.cat([x0_from(prediction, *sample) for sample in samples])

@@ -44,8 +44,8 @@ KNOWN = (*PREDICTIONS, "edm")
 # What networks predict.
 
 
-def x0_from(prediction: str, x: Tensor, output: Tensor, sigma: float | Tensor, sigma_data: float = 1.0) -> Tensor:
-    """The clean latent implied by a network's output for x at level sigma; in training (B, 1, 1, 1), each its own.
+def x0_from(prediction: str, x: Tensor, output: Tensor, sigma: float, sigma_data: float = 1.0) -> Tensor:
+    """The clean latent implied by a network's output for x at level sigma.
 
     The form for v never subtracts large numbers, so it stays exact at sigma 4096, where x is almost pure noise.
     """
@@ -53,8 +53,7 @@ def x0_from(prediction: str, x: Tensor, output: Tensor, sigma: float | Tensor, s
         return x - sigma * output
     if prediction == "v_prediction":
         level = sigma / sigma_data
-        square = 1 + level**2
-        return x / square - output * (sigma / (square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)))
+        return x / (1 + level**2) - output * (sigma / math.sqrt(1 + level**2))
     if prediction == "sample":
         return output
     if prediction == "edm":

@@ -43,7 +43,7 @@ Split = Callable[[float, float, float], tuple[float, float]]  # (sigma, sigma_ne
 Strides = Sequence[Stride]  # one per step, or empty
 
 
-def toward(x: Tensor, denoised: Tensor, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
+def toward(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """Move x along the line to `denoised`: scale its noise part from level sigma down to sigma_next."""
     return denoised + (x - denoised) * (sigma_next / sigma)
 

@@ -18,10 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from plainsd.diffusion.consistency import jump
-from plainsd.diffusion.denoiser import x0_from
+from plainsd.diffusion.consistency import clean_estimate, jump
 from plainsd.diffusion.schedule import TERMINAL_ALPHA_BAR, NoiseSchedule
-from plainsd.diffusion.step import toward
 from plainsd.errors import UserError
 from plainsd.models.variants import LCM
 from plainsd.pictures.model import StableDiffusion
@@ -109,14 +107,14 @@ def consistency_errors(
 
     sigma, sigma_next = per_sample(schedule.sigmas[start]), per_sample(sigma_end)
     x = x0.to(device) + sigma * noise.to(device)
-    # The student's pass with gradients is the first: autocast keeps weights as they were cast, without gradients if so.
     found = jump(prediction, x, output(student, x, sigma, start, cond), sigma, per_sample(start))
     with torch.no_grad():
         guided = output(teacher, x, sigma, start, cond)
         if distill.guidance != 1:
             without = output(teacher, x, sigma, start, uncond)
             guided = without + distill.guidance * (guided - without)
-        x = toward(x, x0_from(prediction, x, guided, sigma), sigma, sigma_next)
+        clean = clean_estimate(prediction, x, guided, sigma)
+        x = clean + (x - clean) * (sigma_next / sigma)
         target = jump(prediction, x, output(student, x, sigma_next, end, cond), sigma_next, per_sample(end))
     each = ((found - target) ** 2 + distill.huber**2).sqrt() - distill.huber
     if mask is not None:

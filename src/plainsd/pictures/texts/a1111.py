@@ -59,9 +59,14 @@ def format_settings(settings: Settings) -> str:
     known = OURS | {key for key, _ in pairs}
     pairs += [pair for pair in settings.other if pair[0] not in known]
     pairs.append(("Version", f"plainsd {__version__}"))
-    parts = [settings.prompt] if settings.prompt else []
-    parts += [f"{NEGATIVE} {settings.negative}"] if settings.negative else []
+    parts = [_with_newlines(settings.prompt)] if settings.prompt else []
+    parts += [f"{NEGATIVE} {_with_newlines(settings.negative)}"] if settings.negative else []
     return "\n".join([*parts, ", ".join(f"{key}: {quote(value)}" for key, value in pairs)])
+
+
+def _with_newlines(text: str) -> str:
+    """Its line breaks as newlines: a last carriage return would be one with the newline after it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _key_of(of: str, word: str) -> str:
@@ -96,7 +101,7 @@ def parse_settings(text: str) -> Settings:
     """A1111's text, or one of its dialects' -> Settings; what has no meaning here is kept in `other`. UserError where
     this is no such text."""
     check_length(text)
-    *lines, last = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    *lines, last = _with_newlines(text).rstrip("\n").split("\n")
     said = dict(entries(last))
     if len(said) < 3:  # A1111's own rule: fewer, and the line belongs to the prompt
         raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: 20, Sampler: ...'")
