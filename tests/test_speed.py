@@ -1,6 +1,7 @@
 """What is faster gives the same pictures but for rounding."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -151,7 +152,13 @@ def test_a_packed_model_is_saved_as_the_plain_one(tmp_path):
     for name, sd in (("plain", tiny_sd()), ("packed", model.faster(tiny_sd()))):
         plainsd.save(sd, tmp_path / name)
     for path in (tmp_path / "plain").rglob("*.*"):
-        assert path.read_bytes() == (tmp_path / "packed" / path.relative_to(tmp_path / "plain")).read_bytes(), path
+        other = tmp_path / "packed" / path.relative_to(tmp_path / "plain")
+        if path.name == "preview.json":  # fitted to what the decoder draws, which differs by rounding
+            fits = [json.loads(file.read_text())["latent_rgb"] for file in (path, other)]
+            for part in ("matrix", "bias"):
+                assert torch.allclose(*(torch.tensor(fit[part]) for fit in fits), atol=1e-4)
+        else:
+            assert path.read_bytes() == other.read_bytes(), path
 
 
 @pytest.mark.parametrize("strict", [True, False])
