@@ -157,8 +157,8 @@ def test_the_teacher_is_the_model_without_the_lora(examples, dora):  # noqa: F81
             p += 0.1 * normal(*p.shape).float()
         changed, names = sd.unet(*inputs), [list(module.adapters) for module in bases(sd).values()]
         assert (changed - before).abs().max() > 0.05
-        assert torch.equal(method.teacher(*inputs), before)
-        assert torch.equal(sd.unet(*inputs), changed)
+        assert torch.allclose(method.teacher(*inputs), before, atol=1e-4)  # MKL rounds as memory happens to lie
+        assert torch.allclose(sd.unet(*inputs), changed, atol=1e-4)
     assert [list(module.adapters) for module in bases(sd).values()] == names
 
 

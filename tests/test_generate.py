@@ -358,10 +358,10 @@ def test_prompts_that_change_on_the_way(sd):
         p: x_of(text_to_image(sd, p, seed=1, steps=6, sampler="euler"))
         for p in ("[ab:xy:0.5]", "ab", "[ab|xy]", "[ab:xy:1]")
     }
-    edited, plain, alternating, early = steps.values()
-    assert [torch.allclose(a, b, atol=1e-4) for a, b in zip(edited, plain, strict=True)] == [True] * 3 + [False] * 3
-    assert torch.allclose(alternating[0], plain[0], atol=1e-4)
-    assert torch.allclose(alternating[1], early[1], atol=1e-4)  # the second step reads the other text
+    edited, plain, alternating, early = steps.values()  # up to 60; texts of other batches are rounded otherwise
+    assert [torch.allclose(a, b, atol=2e-3) for a, b in zip(edited, plain, strict=True)] == [True] * 3 + [False] * 3
+    assert torch.allclose(alternating[0], plain[0], atol=2e-3)
+    assert torch.allclose(alternating[1], early[1], atol=2e-3)  # the second step reads the other text
     assert (alternating[1] - plain[1]).abs().max() > 1e-2
 
 
@@ -421,7 +421,7 @@ def test_the_second_pass_counts_its_steps_on_from_the_first(sd):
         return x_of(events)[5:]
 
     edited, before = second("[ab:xy:7]"), second("ab")
-    assert [torch.allclose(a, b, atol=1e-5) for a, b in zip(edited, before, strict=True)] == [True] * 2 + [False] * 3
+    assert [torch.allclose(a, b, atol=2e-3) for a, b in zip(edited, before, strict=True)] == [True] * 2 + [False] * 3
 
 
 @pytest.mark.parametrize("spacing", [None, "trailing"])
