@@ -65,9 +65,7 @@ class Target:
         self.suffix = f".{format or 'png'}"
         self.folder = out.parent if self.file else out
         self.number: int | None = None  # of the next file, if other processes write numbered files too
-        self.listed: tuple[int, int] | None = (
-            None  # the folder's time when it was listed or written to, and its highest number
-        )
+        self.listed: tuple[int, int] | None = None  # when the folder was last listed or written to; highest number
         check_writable(self.folder)
 
     def write(self, image: Image.Image, settings: Settings | None) -> Path:

@@ -34,9 +34,7 @@ from plainsd.server.logs import about
 log = logging.getLogger("plainsd.server")
 CLIENT_SHARE = 0.5  # maximum fraction of the queue for one client; with named ones, an equal share
 ATTEMPTS = 3  # server crashes while one job was processed alone
-LOADS = (
-    10  # workers that may end one after the other while they load what a picture needs; one that does not ends the row
-)
+LOADS = 10  # workers in a row that ended while they loaded what a picture needs
 IDLE_AFTER = 30.0  # seconds
 RESTART = 5  # seconds that a stop and the next start may take
 
