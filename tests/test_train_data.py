@@ -375,6 +375,11 @@ def cached(folder, tmp_path, monkeypatch):
     return SimpleNamespace(first=first, file=file, keys=file.with_suffix(".keys"), again=again, place=place)
 
 
+def same(latents: torch.Tensor, first: torch.Tensor) -> bool:
+    """But for rounding: one picture encoded again, and not five at once."""
+    return torch.allclose(latents.float(), first.float(), rtol=2e-3, atol=1e-3)
+
+
 def flip(path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -391,7 +396,7 @@ def test_a_flipped_byte_of_cached_latents_is_noticed_and_mended(cached):
     for at in (0, size // 2, size - 1):
         flip(cached.file, at)
         data, said, encoded = cached.again()
-        assert torch.equal(data, cached.first) and encoded == 1
+        assert same(data, cached.first) and encoded == 1
         assert said == [f"{cached.file} is damaged: 1 of 5 latents are not as they were written; they are made again"]
     assert cached.again()[1] == []
 
@@ -400,7 +405,7 @@ def test_damaged_latents_are_not_copied_into_another_file(cached):
     flip(cached.file, cached.file.stat().st_size // 2)
     data, said, encoded = cached.again(flip=True)  # each picture as it is, and mirrored
     assert encoded == 6 and said == []
-    assert torch.equal(data.view(5, 2, -1)[:, 0], cached.first.view(5, -1))
+    assert same(data.view(5, 2, -1)[:, 0], cached.first.view(5, -1))
 
 
 def test_latents_of_older_versions_get_checksums(cached):
@@ -419,7 +424,7 @@ def test_latents_of_older_versions_get_checksums(cached):
 def test_a_flipped_byte_among_the_checksums(cached, at):
     flip(cached.keys, at)
     data, said, encoded = cached.again()
-    assert torch.equal(data, cached.first) and encoded == 1 and "is damaged: 1 of 5" in said[0]
+    assert same(data, cached.first) and encoded == 1 and "is damaged: 1 of 5" in said[0]
     assert cached.again()[1:] == ([], 0)
 
 

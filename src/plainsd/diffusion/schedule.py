@@ -102,8 +102,8 @@ class NoiseSchedule:
         return float(np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self))))
 
     def nearest(self, sigma: float) -> float:
-        """The integer timestep with the nearest log sigma. Halfway between two, float32 decides, as elsewhere: sigma is
-        exp of its logarithm, taken again; ties go to the lower entry."""
+        """The integer timestep with the nearest log sigma. Halfway between two, this processor's float32 decides, as
+        elsewhere: sigma is exp of its logarithm, taken again; ties go to the lower entry."""
         timestep = self.timestep(sigma)
         low = math.floor(timestep)
         if abs(timestep - low - 0.5) > 1e-6:
