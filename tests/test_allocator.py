@@ -173,7 +173,7 @@ def test_nothing_happens_without_glibc(elsewhere, system):
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_commands_that_draw_keep_it(monkeypatch, name):
+def test_commands_that_compute_keep_it(monkeypatch, name):
     """Before they begin, and the others not at all."""
     called = []
 
@@ -184,8 +184,8 @@ def test_commands_that_draw_keep_it(monkeypatch, name):
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: called.append("keeps"))
     monkeypatch.setattr(cli, "parsed", lambda *arguments: Command())
     assert cli.main([name]) == 0
-    drawing = name in ("generate", "upscale", "explain", "eval", "serve")
-    assert called == (["keeps", "runs"] if drawing else ["runs"])
+    keeping = name in ("generate", "upscale", "explain", "eval", "train", "serve")
+    assert called == (["keeps", "runs"] if keeping else ["runs"])
 
 
 @pytest.mark.parametrize("statement", ["import plainsd; plainsd.load(device='cpu')", "import plainsd.cli"])

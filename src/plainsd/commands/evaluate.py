@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from plainsd.arguments import Switch, flag
 from plainsd.commands.cluster import ClusterFlags
@@ -43,6 +43,8 @@ class Evaluate:
     steps: int = 20
     guidance: Annotated[float | None, flag("SCALE")] = None
     sampler: Annotated[str | None, flag("NAME")] = None
+    lora: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
+    """LoRA on the model, as `plainsd generate --lora`; repeatable"""
     clip_score: Annotated[str | None, flag("CLIP")] = None
     """CLIPScore by this CLIP: folder, file or Hub id, such as openai/clip-vit-base-patch32"""
     pictures: Annotated[Path | None, flag("FOLDER")] = None
@@ -148,18 +150,20 @@ class Evaluate:
         """Draws the prompts once for each guidance scale."""
         from plainsd.commands.generate_cluster import draw_rows
 
-        names = ("model", "prediction", "zero_snr", "device", "dtype", "plain", "ray")
+        names = ("model", "lora", "prediction", "zero_snr", "device", "dtype", "plain", "ray")
         command = GenerateFlags(**{name: getattr(self, name) for name in names})
         rows = [{"guidance": scale, "steps": self.steps, "sampler": self.sampler} for scale in scales]
         return draw_rows(command, prompts, rows, seed, batch, folder)
 
     def loaded(self) -> StableDiffusion:
         from plainsd.checkpoint import load
+        from plainsd.commands.adapters import chosen_loras
         from plainsd.files.predicted import on_or_off
         from plainsd.speed.model import faster
 
+        loras = chosen_loras(self.lora, {}, None)
         noise: dict[str, Any] = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
-        sd = load(self.model, device=self.device, dtype=self.dtype, **noise)
+        sd = load(self.model, loras=loras, device=self.device, dtype=self.dtype, **noise)
         return sd if self.plain else faster(sd, tell=partial(print, file=sys.stderr))
 
     def concepts_of(self, sd: StableDiffusion) -> dict:

@@ -44,6 +44,8 @@ from plainsd.speed.model import faster
 from plainsd.text.prompts import lora_tags
 
 NamedLoras = Sequence[tuple[str, float]]
+QUICK = {"steps": 4, "guidance": 2.0}  # of the embedded model: as many objects are right as in 20 steps, less sharp
+FEW_STEPS = 8  # models that are drawn in so few by default are quick as they are
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,13 @@ class ServedModel:
     )
     example_prompts: list[str] = field(default_factory=list)  # from the model's concepts.json
     used: float = field(default_factory=time.monotonic)
+
+    @property
+    def quick(self) -> dict[str, float] | None:
+        """Settings in which it draws while one types; None where it takes too many steps for that."""
+        if self.source is None:
+            return QUICK
+        return {} if self.bare.variant.steps <= FEW_STEPS else None
 
 
 class Models:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from plainsd.allocator import release_freed_memory
 from plainsd.device import DTYPES
 from plainsd.disk import read_json
 from plainsd.errors import UserError
@@ -213,7 +214,7 @@ class TrainJob:
 
     def latents(self, vae: "VAE", pictures: PictureSet, *, batch: int = 64) -> Latents:
         with self.world.first_goes_ahead(), saving("the cached latents"):
-            return cache_latents(
+            cached = cache_latents(
                 vae,
                 pictures,
                 self.out / "cache",
@@ -223,6 +224,8 @@ class TrainJob:
                 check=self.world.first,
                 say=self.say,
             )
+        release_freed_memory()  # the feature maps of encoding
+        return cached
 
     def live_examples(self, vae: "VAE", pictures: PictureSet, pixels: PixelsOf) -> Examples:
         """Without cached latents."""

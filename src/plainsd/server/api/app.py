@@ -215,6 +215,7 @@ def described_model(model: ServedModel, service: Service) -> dict:
     return {
         "name": model.name, "kind": variant.name, "resident": service.resident(model.name), "bytes": model.bytes,
         "ideas": model.example_prompts, "refiners": models.refiners(model),
+        "quick": model.quick,
         "embeddings": [embedding.text for embedding in models.embeddings.fitting(model.bare)],
         "controls": models.controls.fitting(model.bare),
         "inpainting_only": variant.unet.in_channels == 2 * variant.vae.latent_channels + 1,

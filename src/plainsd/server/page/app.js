@@ -8,6 +8,7 @@ import * as jobs from "./jobs.js";
 import * as keep from "./keep.js";
 import * as paint from "./paint.js";
 import * as prompts from "./prompts.js";
+import * as typing from "./typing.js";
 import * as units from "./units.js";
 
 async function draw() {
@@ -113,6 +114,7 @@ async function start() {
   await prompts.restore();
   gallery.setUp(info);
   jobs.setUp(() => gallery.load());
+  typing.setUp(info, form.request, () => gallery.load());
   await gallery.load();
   await jobs.resume();
   document.documentElement.dataset.ready = "yes";

@@ -1,0 +1,109 @@
+// Draws while the form is edited, with models that draw in few steps. A picture that the next one replaces is deleted,
+// unless it was kept.
+
+import { $, call, element, toast } from "./api.js";
+
+const WAIT = 120; // milliseconds without another letter
+let info, request, keptOne;
+let card = null; // while it is on
+let seed = null; // of all pictures, where the form has none: only what is typed changes them
+let last = null; // the picture that is shown
+let wanted = null; // the timer of the next one, also when it has run out while one is drawn
+let busy = false;
+
+const quick = () => (info.models.find((model) => model.name === $("model").value) ?? info.models[0]).quick;
+
+export function setUp(told, requestOf, whenKept) {
+  [info, request, keptOne] = [told, requestOf, whenKept];
+  const fit = () => {
+    $("typing").closest("label").hidden = !quick();
+    if (!quick() && card) off();
+  };
+  $("typing").onchange = () => ($("typing").checked ? on() : off());
+  for (const kind of ["input", "change"]) $("form").addEventListener(kind, (event) => event.target !== $("typing") && card && soon());
+  $("model").addEventListener("change", fit);
+  fit();
+}
+
+function on() {
+  seed = Math.floor(Math.random() * 2 ** 32);
+  const keep = element("button", { type: "button", className: "small", textContent: "Keep", disabled: true });
+  const image = element("img", { alt: "" });
+  const status = element("span", { className: "status", textContent: "Write a prompt" });
+  const root = element("article", { className: "card typed" },
+    element("div", { className: "tiles" }, image), element("div", { className: "card-foot" }, status, keep));
+  keep.onclick = () => {
+    last = null;
+    keep.disabled = true;
+    keptOne();
+  };
+  card = { root, image, status, keep };
+  $("stage").prepend(root);
+  soon();
+}
+
+async function off() {
+  $("typing").checked = false;
+  clearTimeout(wanted);
+  wanted = null;
+  card.root.remove();
+  card = null;
+  await replaceBy(null);
+}
+
+function soon() {
+  clearTimeout(wanted);
+  wanted = setTimeout(draw, WAIT);
+}
+
+async function draw() {
+  if (busy || !card || !$("prompt").value.trim()) return;
+  [busy, wanted] = [true, null];
+  try {
+    const job = await call("/api/jobs", await few());
+    const told = await ended(job.id);
+    if (told.error) throw new Error(told.error);
+    await replaceBy(told.images[0] ?? null);
+    if (!card) await replaceBy(null); // turned off meanwhile
+    else if (last) show(told);
+  } catch (error) {
+    if (card) card.status.textContent = error.message;
+  } finally {
+    busy = false;
+  }
+  if (wanted && card) soon();
+}
+
+// What the form asks for, as one picture in few steps.
+async function few() {
+  const body = await request();
+  for (const name of ["grid", "hires"]) delete body[name];
+  return { ...body, ...quick(), seed: body.seed ?? String(seed), count: 1 };
+}
+
+function ended(id) {
+  return new Promise((resolve, reject) => {
+    const events = new EventSource(`/api/jobs/${id}/events`);
+    events.addEventListener("end", (event) => {
+      events.close();
+      resolve(JSON.parse(event.data));
+    });
+    events.onerror = () => {
+      events.close();
+      reject(new Error("The connection was lost; write on to try again"));
+    };
+  });
+}
+
+async function replaceBy(id) {
+  const old = last;
+  last = id;
+  if (old) await call(`/api/images/${old}`, undefined, "DELETE").catch((error) => error.status !== 404 && toast(error.message));
+}
+
+function show(told) {
+  card.image.src = `/api/images/${last}.png`;
+  card.image.alt = told.prompt;
+  card.keep.disabled = false;
+  card.status.textContent = `${Math.max(1, Math.round(1000 * (told.finished - told.started)))} ms · seed ${told.seeds[0]}`;
+}
