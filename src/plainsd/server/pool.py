@@ -45,7 +45,7 @@ from plainsd.text.prompts import lora_tags
 
 NamedLoras = Sequence[tuple[str, float]]
 QUICK = {"steps": 4, "guidance": 2.0}  # of the embedded model: as many objects are right as in 20 steps, less sharp
-FEW_STEPS = 8  # models that are drawn in so few by default are quick as they are
+QUICK_STEPS = 8  # models that are drawn in so few by default are quick as they are
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ServedModel:
         """Settings in which it draws while one types; None where it takes too many steps for that."""
         if self.source is None:
             return QUICK
-        return {} if self.bare.variant.steps <= FEW_STEPS else None
+        return {} if self.bare.variant.steps <= QUICK_STEPS else None
 
 
 class Models:
