@@ -36,7 +36,7 @@ COMMANDS = {                          # name: module, class, what it does
     "serve": ("plainsd.commands.serve", "Serve", "serve a web page and three HTTP APIs"),
 }  # fmt: skip
 HELP = ("-h", "--help")
-KEEPING = ("generate", "upscale", "explain", "eval", "train", "serve")  # gain from keeping freed memory
+KEEPS_MEMORY = ("generate", "upscale", "explain", "eval", "train", "serve")  # gain from keeping freed memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +114,7 @@ def run(arguments: list[str]) -> int:
     command = parsed(kind, name, rest)
     if command is None:
         return 0
-    if name in KEEPING:
+    if name in KEEPS_MEMORY:
         from plainsd.allocator import keep_freed_memory
 
         keep_freed_memory()
