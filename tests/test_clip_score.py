@@ -209,7 +209,7 @@ def test_prompts_of_concepts_are_scored(folder, tmp_path, capsys):
     (["--prompt-file", "x"], "--prompt-file needs --clip-score"),
     (["--clip-score", "CLIP", "--pictures", "none"], "no folder 'none'"),
     (["--clip-score", "CLIP", "--pictures", "."], "no pictures with captions or settings"),
-    (["emoji", "--clip-score", "CLIP", "--pictures", "."], "leave MODEL and --prompt-file out"),
+    (["emoji", "--clip-score", "CLIP", "--pictures", "."], "leave MODEL, --prompt-file and --lora out"),
     (["--clip-score", "none", "--pictures", "."], "there is no model at 'none'"),
     (["--clip-score", "CLIP", "--prompt-file", "none.txt"], "cannot read the prompts in 'none.txt'"),
     (["--clip-score", "CLIP", "--batch", "0"], "batch 0 is out of range"),

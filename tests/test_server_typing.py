@@ -10,6 +10,7 @@ from conftest import TINY
 from serving import model_folder, open_service, served, until
 
 import plainsd
+from plainsd.adapters.layers import Adapter
 from plainsd.cli import main
 from plainsd.server.pool import QUICK
 
@@ -40,7 +41,11 @@ def test_four_steps_draw_what_twenty_draw():
     assert list(apart.argmin(axis=1)) == [0, 1, 2, 3]
 
 
-def test_eval_scores_a_model_with_a_lora(monkeypatch, tmp_path):
+def adapters_of(network):
+    return [module for module in network.modules() if isinstance(module, Adapter)]
+
+
+def test_eval_scores_a_model_with_a_lora(monkeypatch, tmp_path, capsys):
     from plainsd.adapters.lora import attached, inject
     from plainsd.emoji import evaluate
 
@@ -50,7 +55,10 @@ def test_eval_scores_a_model_with_a_lora(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "evaluate", lambda sd, concepts, **options: seen.append(sd))
     monkeypatch.setattr(evaluate, "score_table", lambda result: "")
     assert main(["eval", "--lora", f"{tmp_path / 'ink.safetensors'}:0.5"]) == 0
-    assert [lora.name for lora in attached(seen[0])] == ["lora_ink"]
+    (ink,) = attached(seen[0])
+    assert ink.name == "lora_ink" and {one.strength for one in adapters_of(seen[0].unet)} == {0.5}
+    assert main(["eval", "--clip-score", "clip", "--pictures", str(tmp_path), "--lora", "ink.safetensors"]) == 2
+    assert "leave MODEL, --prompt-file and --lora out" in capsys.readouterr().err
 
 
 def test_models_of_few_steps_are_quick(server, tmp_path):
@@ -93,6 +101,8 @@ def test_what_is_wrong_while_one_types_is_told_there(page):
     page.set("seed", "seven")
     page.until("document.querySelector('.typed .status').textContent.startsWith('seed: ')")
     page.set("seed", "7")
+    page.set("hires", "2")  # as the strength of its second pass, left out of quick pictures
+    page.set("strength", "0.5")
     page.until("document.querySelector('.typed img').naturalWidth === 128")
     page.find("#typing").click()
     until(lambda: page.server.get("/api/images").json()["images"] == [])

@@ -376,8 +376,9 @@ def cached(folder, tmp_path, monkeypatch):
 
 
 def same(latents: torch.Tensor, first: torch.Tensor) -> bool:
-    """But for rounding: one picture encoded again, and not five at once."""
-    return torch.allclose(latents.float(), first.float(), rtol=2e-3, atol=1e-3)
+    """All of five bit for bit but one, which was encoded again, by itself and not with the others: its rounding."""
+    apart = sum(not torch.equal(a, b) for a, b in zip(latents.view(5, -1), first.view(5, -1), strict=True))
+    return apart <= 1 and torch.allclose(latents.float(), first.float(), rtol=2e-3, atol=1e-3)
 
 
 def flip(path, at: int) -> None:
@@ -405,7 +406,7 @@ def test_damaged_latents_are_not_copied_into_another_file(cached):
     flip(cached.file, cached.file.stat().st_size // 2)
     data, said, encoded = cached.again(flip=True)  # each picture as it is, and mirrored
     assert encoded == 6 and said == []
-    assert same(data.view(5, 2, -1)[:, 0], cached.first.view(5, -1))
+    assert same(data.view(5, 2, -1)[:, 0].flatten(), cached.first)
 
 
 def test_latents_of_older_versions_get_checksums(cached):

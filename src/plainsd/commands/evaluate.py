@@ -184,9 +184,9 @@ class Evaluate:
 
     def score_by_clip(self, seed: int) -> None:
         """Prints the score, and writes it to --out; drawn pictures are written there too."""
-        if self.pictures and (self.model or self.prompt_file):
+        if self.pictures and (self.model or self.prompt_file or self.lora):
             raise UserError(
-                "--pictures scores pictures that are there; leave MODEL and --prompt-file out", field="pictures"
+                "--pictures scores pictures that are there; leave MODEL, --prompt-file and --lora out", field="pictures"
             )
         if self.batch < 1:
             raise UserError(f"batch {self.batch} is out of range; give 1 or more", field="batch", value=self.batch)

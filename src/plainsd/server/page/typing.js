@@ -47,8 +47,9 @@ async function off() {
   clearTimeout(wanted);
   wanted = null;
   card.root.remove();
-  card = null;
-  await replaceBy(null);
+  const old = last;
+  card = last = null;
+  await remove(old);
 }
 
 function soon() {
@@ -57,15 +58,18 @@ function soon() {
 }
 
 async function draw() {
-  if (busy || !card || !$("prompt").value.trim()) return;
+  if (!card || busy) return;
+  if (!quick()) return off(); // the form was filled with settings of a slower model
+  if (!$("prompt").value.trim()) return;
   [busy, wanted] = [true, null];
   try {
     const job = await call("/api/jobs", await few());
     const told = await ended(job.id);
     if (told.error) throw new Error(told.error);
-    await replaceBy(told.images[0] ?? null);
-    if (!card) await replaceBy(null); // turned off meanwhile
-    else if (last) show(told);
+    const [old, made] = [last, told.images[0] ?? null];
+    last = card && made; // it may have been turned off meanwhile
+    if (last) show(told);
+    await remove(card ? old : made);
   } catch (error) {
     if (card) card.status.textContent = error.message;
   } finally {
@@ -78,6 +82,7 @@ async function draw() {
 async function few() {
   const body = await request();
   for (const name of ["grid", "hires"]) delete body[name];
+  if (!body.image) delete body.strength;
   return { ...body, ...quick(), seed: body.seed ?? String(seed), count: 1 };
 }
 
@@ -89,16 +94,14 @@ function ended(id) {
       resolve(JSON.parse(event.data));
     });
     events.onerror = () => {
-      events.close();
-      reject(new Error("The connection was lost; write on to try again"));
+      if (events.readyState === EventSource.CLOSED) reject(new Error("The connection was lost; write on to try again."));
+      else if (card) card.status.textContent = "The server cannot be reached; waiting for it";
     };
   });
 }
 
-async function replaceBy(id) {
-  const old = last;
-  last = id;
-  if (old) await call(`/api/images/${old}`, undefined, "DELETE").catch((error) => error.status !== 404 && toast(error.message));
+async function remove(id) {
+  if (id) await call(`/api/images/${id}`, undefined, "DELETE").catch((error) => error.status !== 404 && toast(error.message));
 }
 
 function show(told) {
