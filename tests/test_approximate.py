@@ -1,6 +1,9 @@
 """What trades exactness for speed or memory: exact where it can be, near where it cannot, and never unasked."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from plainsd.models.unet import UNet, UNetConfig
 from plainsd.pictures.model import Saving
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
-from plainsd.speed.int8 import int8
+from plainsd.speed.int8 import exact_products, int8
 
 OPTIONS = {"size": 64, "steps": 6, "guidance": 4.0, "seed": 5}
 CONFIG = UNetConfig(channels=(16, 32, 32), depth=(1, 1, 0), heads=(2, 2, 2), layers=2, context=8, groups=8)
@@ -119,6 +122,10 @@ def test_the_picture_tells_of_its_cache():
 @pytest.mark.parametrize("activations", [False, True])
 def test_8_bits_are_near_and_take_less(activations):
     pytest.importorskip("torchao")
+    if activations and not exact_products():
+        with pytest.raises(UserError, match="8-bit products overflow on this processor"):
+            int8(tiny_sd(), activations=True)
+        return
     sd = tiny_sd()
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, TINY.unet.context)
     plain, size = sd.unet(x, 500.0, context), linear_bytes(sd.unet)
@@ -126,6 +133,27 @@ def test_8_bits_are_near_and_take_less(activations):
     error = (sd.unet(x, 500.0, context) - plain).norm() / plain.norm()
     assert 0 < error < 0.05
     assert linear_bytes(sd.unet) < 0.35 * size  # a quarter, and a scale for each row
+
+
+def test_products_that_overflow_are_found_and_refused():
+    """With oneDNN kept to AVX2, as on processors without VNNI; weights alone in 8 bits work there."""
+    pytest.importorskip("torchao")
+    script = """
+import torch
+from conftest import tiny_sd
+from plainsd.errors import UserError
+from plainsd.speed.int8 import exact_products, int8
+sd = tiny_sd()
+before = {name: type(weight) for name, weight in sd.unet.named_parameters()}
+try:
+    int8(sd, activations=True)
+except UserError as error:
+    print(exact_products(), "no VNNI" in str(error), before == {n: type(w) for n, w in sd.unet.named_parameters()})
+int8(sd)
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False True True\n"
 
 
 def linear_bytes(unet) -> int:

@@ -13,6 +13,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from plainsd.errors import UserError
 from plainsd.pictures.model import StableDiffusion
 
@@ -21,8 +23,14 @@ def int8(sd: StableDiffusion, *, activations: bool = False) -> StableDiffusion:
     """Quantizes the UNet's Linear weights to int8 in place, with one scale per row; needs torchao.
 
     `activations`: quantizes activations too, for int8 matrix products. Apply it after adapters and before
-    torch.compile. A quantized model can be neither trained nor saved.
+    torch.compile. A quantized model can be neither trained nor saved. UserError for `activations` on a processor whose
+    8-bit products are wrong (`exact_products`).
     """
+    if activations and next(sd.unet.parameters()).device.type == "cpu" and not exact_products():
+        raise UserError(
+            "activations=True: 8-bit products overflow on this processor, which has no VNNI; leave it out, and weights"
+            " alone are in 8 bits"
+        )
     with _quiet():
         try:
             from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
@@ -33,6 +41,15 @@ def int8(sd: StableDiffusion, *, activations: bool = False) -> StableDiffusion:
         if model is not None:
             quantize_(model.unet, way)
     return sd
+
+
+def exact_products() -> bool:
+    """Whether the CPU multiplies 8-bit numbers without overflow. oneDNN, without the instructions of VNNI, adds two
+    products of 8 bits in 16, which saturate: at full range the sum is wrong by a fifth.
+    """
+    rows, columns = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 32), 127, dtype=torch.int8)
+    rows[:, ::3] = -127  # what oneDNN adds to make them positive makes them overflow
+    return torch.equal(torch._int_mm(rows, columns).double(), rows.double() @ columns.double())
 
 
 @contextmanager

@@ -63,20 +63,21 @@ class PackedLinear(OtherForm):
         weight = plain.weight.detach()
         self.form, self.bias = (refilled(plain, {}),), own_bias(plain)
         self.n, k = weight.shape
-        self.weight = weight
+        self.weight, self.laid_out = weight, False
         small = weight.numel() <= SMALL and k % 2 == 0 and have_kernels(weight.dtype)
         self.small = kernels.packed_weight(weight) if small else None
         if not small:
             self.packed()
 
     def plain(self) -> nn.Linear:
-        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        weight = self.weight.to_dense() if self.laid_out else self.weight
         return refilled(self.form[0], {"weight": weight, "bias": self.bias})
 
     def packed(self) -> Tensor:
         """The weight for oneDNN."""
-        if not self.weight.is_mkldnn:
+        if not self.laid_out:  # a graph cannot ask the tensor
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), None)
+            self.laid_out = True
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,6 +95,8 @@ class PackedLinear(OtherForm):
         """The output times another tensor, fused likewise."""
         if self.short(x):
             return kernels.linear(x, self.small, self.n, self.bias, "times", other)
+        if kernels.is_traced(x):  # PyTorch has no fake implementation of the fused one
+            return self(x) * other
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed(), self.bias, "mul")
 
     def short(self, x: Tensor) -> bool:
