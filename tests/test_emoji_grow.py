@@ -85,6 +85,27 @@ def test_the_command(tmp_path, old, capsys):
     assert grow.main([str(tmp_path / "nothing"), *asked[1:], str(tmp_path / "model.json")]) == 2
 
 
+@torch.no_grad()
+def test_wider_latents_begin_with_the_same_pictures(tmp_path, old, capsys):
+    """The old channels are as before, the new ones carry something that the decoder can learn from."""
+    described = json.loads((RECIPE / "model128-grown.json").read_text())
+    described["vae"]["latent_channels"] = described["unet"]["in_channels"] = described["unet"]["out_channels"] = 12
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    asked = [str(EMBEDDED), str(tmp_path / "vae"), "--latents", "12", "--description"]
+    assert grow.main([*asked, str(tmp_path / "model.json")]) == 0
+    new, seen = load_vae(tmp_path / "vae", device="cpu", dtype="float32"), pictures(4, seed=3, side=128)
+    before, after = old.encode(seen), new.encode(seen)
+    torch.testing.assert_close(after.mean[:, :8], before.mean)
+    torch.testing.assert_close(after.logvar[:, :8], before.logvar)
+    torch.testing.assert_close(new.decode(after.mean), old.decode(before.mean))
+    added = after.mean[:, 8:]
+    assert added.std((0, 2, 3)).min() > 2 * after.logvar[:, 8:].max().mul(0.5).exp()  # above its noise
+    assert grow.main([*asked, str(RECIPE / "model128-grown.json")]) == 2
+    assert "latents of 12: " in capsys.readouterr().err
+    assert grow.main([*asked[:2], "--description", str(tmp_path / "model.json")]) == 2
+    assert "--data is missing" in capsys.readouterr().err
+
+
 def test_its_description_is_the_first_stages_but_for_the_autoencoder():
     new, now = (json.loads((RECIPE / name).read_text()) for name in ("model128-grown.json", "model.json"))
     assert new.pop("size") == 2 * now.pop("size")

@@ -77,6 +77,32 @@ def test_objects_lie_inside_and_apart(size):
             assert max(across, down) >= 2 * max(1, size // 40)
 
 
+def test_in_a_set_of_cells_objects_fill_whole_ones():
+    """Squares of 3 to 7 of 8 cells of 16 pixels, less 4 pixels on each side; where they lie and how large they are is
+    said as without cells."""
+    made_of, sizes, places = replace(small_set(), cells=8), {}, set()
+    for i in range(2000):
+        scene = make_scene(made_of, "train", i)
+        grown = [(one.left - 4, one.top - 4, one.side + 8) for one in scene.objects]
+        assert all(number % 16 == 0 for square in grown for number in square)
+        assert all(min(x, y) >= 0 and max(x, y) + side <= 128 for x, y, side in grown)
+        for a, b in combinations(scene.objects, 2):
+            assert max(abs(a.left - b.left), abs(a.top - b.top)) >= a.side + 8
+        sizes.setdefault(scene.said or scene.task, set()).update(side // 16 for _, _, side in grown)
+        places.update((x // 16, y // 16) for x, y, _ in grown)
+    free = {"count": {3}, "two": {3}, "many": {3}, "above": {3}, "below": {3}}
+    assert sizes == free | {
+        "one": {5, 6, 7}, "small": {3}, "big": {7}, "middle": {3, 4},
+        "top": {3, 4}, "bottom": {3, 4}, "left": {3, 4}, "right": {3, 4},
+    }  # fmt: skip
+    assert places == {(x, y) for x in range(6) for y in range(6)}
+    with_cells, without = made_of, small_set()
+    plain = [make_scene(without, "train", i) for i in range(200)]
+    for a, b in zip(plain, (make_scene(with_cells, "train", i) for i in range(200)), strict=True):
+        assert (a.task, a.pattern, a.colours, a.said) == (b.task, b.pattern, b.colours, b.said)
+        assert [one.concept for one in a.objects] == [one.concept for one in b.objects]
+
+
 def test_objects_are_where_the_scene_says():
     seen = set()
     for scene in made("train", 1500):

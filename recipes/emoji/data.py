@@ -188,6 +188,7 @@ def restricted(
 
 def build_set(options: argparse.Namespace) -> None:
     """concepts.json of scenes, and the tokenizer of their captions."""
+    drawing.check_cells(options.cells)
     nouns = every_noun(drawing.open_font(options.font))
     _, held = drawing.split_pairs(len(nouns), len(COLOURS), options.heldout_share, options.seed)
     if options.names:  # the held-out pairs stay those of all emoji
@@ -201,6 +202,7 @@ def build_set(options: argparse.Namespace) -> None:
         heldout=frozenset((concept, names[colour]) for concept, colour in held),
         share=options.heldout_share,
         size=options.size,
+        cells=options.cells,
         seed=options.seed,
         count=options.count or SCENES,
         heldout_count=options.heldout_count,

@@ -1,6 +1,7 @@
-"""Grow an autoencoder by one level: the same latents for pictures of twice the side.
+"""Grow an autoencoder by one level, the same latents for pictures of twice the side; or widen its latents.
 
-    python recipes/emoji/grow.py OLD_MODEL OUT --data FOLDER
+    python recipes/emoji/grow.py OLD_MODEL OUT --data FOLDER --description MODEL.json
+    python recipes/emoji/grow.py OLD_MODEL OUT --description MODEL.json --latents 24
 
 A level as wide as the outermost one is put before the encoder's first and after the decoder's last. Its residual blocks
 begin as identities, and the two convolutions that join it to the old networks by least squares on pictures of the
@@ -8,6 +9,8 @@ data: the encoder's downsampling gives what the old first convolution gives for 
 last convolution gives the picture. So training (`plainsd train --method vae --base OUT`) begins near the old
 autoencoder, and a UNet of the old latents is near one of the new. Growing as in Karras et al. 2017 (arXiv:1710.10196)
 and Chen et al. 2015 (arXiv:1511.05641).
+
+With --latents the levels stay, and new latent channels are put behind the old ones (`widened`).
 """
 
 import argparse
@@ -59,6 +62,38 @@ def grown(old: VAE, pixels: Tensor) -> VAE:
 
 
 @torch.no_grad()
+def widened(old: VAE, latents: int) -> VAE:
+    """`old` with more latent channels. It decodes to the same pictures: the new channels are random mixtures of what
+    the encoder has, and the decoder's weights for them are zero."""
+    before = old.config.latent_channels
+    new = VAE(replace(old.config, latent_channels=latents, latents_mean=None, latents_std=None))
+    weights = new.state_dict()
+    same = {name: weight for name, weight in old.state_dict().items() if weight.shape == weights[name].shape}
+    new.load_state_dict(same, strict=False)
+    for conv in (new.quant, new.post_quant):
+        nn.init.dirac_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    nn.init.kaiming_normal_(new.encoder.conv_out.weight, nonlinearity="linear")
+    nn.init.zeros_(new.encoder.conv_out.bias)
+    new.encoder.conv_out.weight[latents:] = 0
+    new.quant.bias[latents:] = old.quant.bias[before:].mean()
+    both = [*range(before), *range(latents, latents + before)]  # means and log variances
+    width = old.config.channels[-1]
+    put_part(new.encoder.conv_out, old.encoder.conv_out, both, list(range(width)))
+    put_part(new.quant, old.quant, both, both)
+    put_part(new.post_quant, old.post_quant, both[:before], both[:before])
+    put_part(new.decoder.conv_in, old.decoder.conv_in, list(range(width)), both[:before])
+    return new
+
+
+def put_part(new: nn.Conv2d, old: nn.Conv2d, outputs: list[int], inputs: list[int]) -> None:
+    """Makes these outputs of a convolution what the old one gives for these inputs."""
+    new.weight[outputs] = 0
+    new.weight[torch.tensor(outputs)[:, None], torch.tensor(inputs)] = old.weight
+    new.bias[outputs] = old.bias
+
+
+@torch.no_grad()
 def nearness(old: VAE, new: VAE, pixels: Tensor) -> str:
     """On pictures at the new size: how far the latents are from the old ones, and the PSNR of both reconstructions."""
     latents, own = old.encode(F.avg_pool2d(pixels, 2)).mean, new.encode(pixels).mean
@@ -80,31 +115,38 @@ def fit(conv: nn.Conv2d, x: Tensor, wanted: Tensor) -> None:
     conv.bias.copy_(solved[-1])
 
 
+def with_level(old: VAE, options: argparse.Namespace) -> VAE:
+    if not options.data:
+        raise UserError("--data is missing: a new level is fitted on pictures")
+    pictures = read_pictures(options.data, options.size)
+    step = max(len(pictures) // options.count, 1)
+    with torch.no_grad():
+        return grown(old, pictures.pixels(range(0, step * options.count, step)))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="folder of the model whose autoencoder is grown")
     parser.add_argument("out", type=Path, help="folder for the new autoencoder")
-    parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
+    parser.add_argument("--data", type=Path, help="folder of pictures, for a new level")
     parser.add_argument("--heldout", type=Path, help="folder of other pictures: prints how near the new one is on them")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--count", type=int, default=64, help="how many pictures the joins are fitted on")
+    parser.add_argument("--latents", type=int, help="widen the latents to so many channels, and keep the levels")
     parser.add_argument("--description", type=Path, required=True, help="JSON file that describes the new model")
     options = parser.parse_args(argv)
     try:
         variant = read_description(options.description)
         old = load_vae(options.model, device="cpu", dtype="float32")
-        pictures = read_pictures(options.data, options.size)
         torch.manual_seed(0)
-        with torch.no_grad():
-            step = max(len(pictures) // options.count, 1)
-            new = grown(old, pictures.pixels(range(0, step * options.count, step)))
+        new = widened(old, options.latents) if options.latents else with_level(old, options)
         if replace(new.config, scaling_factor=variant.vae.scaling_factor) != variant.vae:
             raise UserError(
                 f"the grown autoencoder has channels {new.config.channels}, {new.config.layers} ResBlocks a level and "
                 f"latents of {new.config.latent_channels}: {options.description} describes another one"
             )
         save_vae(new, options.out, variant)
-        if options.heldout:
+        if options.heldout and not options.latents:
             print(nearness(old, new, read_pictures(options.heldout, options.size).pixels(range(options.count))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,8 @@
     count   two, three or four of the same object
     many    three or four different objects
 
+In a set with cells, sizes and places are whole cells, as in `drawing.place_in_cells`.
+
 A background has one colour, or two: a gradient, stripes or dots. Two rules say what training never sees: pairs of an
 object and a colour, listed in the set; and pairs of objects in one scene, by a hash of their names. Every scene of the
 kind "heldout" breaks one of the two: `one` and `count` the first, `two` and `many` the second. No other scene breaks
@@ -15,6 +17,7 @@ A set is a JSON file, which is the concepts.json of the models trained on it: se
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,11 +39,11 @@ SIZE_RANGES = {
     "big": (0.75, 0.92),
     "usual": (0.55, 0.92),
     "placed": (0.28, 0.44),
-    "cell": (0.26, 0.43),
+    "shared": (0.26, 0.43),
 }
 MOST_DRAWS = 10_000
 DrawNumber = Callable[[], float]
-Cell = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Area = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class SceneSet:
     heldout_count: int
     font: dict[str, str]  # the file's name and SHA-256
     templates: tuple[str, ...] = drawing.TEMPLATES
+    cells: int | None = None  # of a side, that sizes and places are multiples of; None: any size and place
     digest: str = ""
     held_list: tuple[tuple[int, str], ...] = field(default=(), repr=False)
 
@@ -103,11 +107,11 @@ def moved_scene(made_of: SceneSet, scene: Scene, kind: str, index: int) -> Scene
     """The same scene with other sizes and places, as far as captions leave them open."""
     draw = random.Random(f"{made_of.seed}:{kind}:{index}").random
     for _ in range(MOST_DRAWS):
-        said, cells, sizes = arranged(draw, scene.task, len(scene.objects), made_of.size)
+        said, areas, sizes = arranged(draw, scene.task, len(scene.objects), made_of.size)
         if said == scene.said:
             break
-    places = zip(scene.objects, cells, strict=True)
-    return replace(scene, objects=tuple(put_into(draw, one.concept, cell, sizes, made_of.size) for one, cell in places))
+    places = zip(scene.objects, areas, strict=True)
+    return replace(scene, objects=tuple(put_into(draw, one.concept, area, sizes, made_of) for one, area in places))
 
 
 def make_scene(
@@ -127,10 +131,10 @@ def make_scene(
         concepts = drawn_objects(made_of, draw, count if task in ("two", "many") else 1, heldout)
     pattern = PATTERNS[0] if draw() < PLAIN_SHARE else PATTERNS[1 + int(draw() * (len(PATTERNS) - 1))]
     colours = drawn_colours(made_of, draw, concepts, 1 if pattern == "plain" else 2, colour)
-    said, cells, sizes = arranged(draw, task, count, made_of.size)
+    said, areas, sizes = arranged(draw, task, count, made_of.size)
     objects = tuple(
-        put_into(draw, concept, cell, sizes, made_of.size)
-        for concept, cell in zip(concepts * count if task == "count" else concepts, cells, strict=True)
+        put_into(draw, concept, area, sizes, made_of)
+        for concept, area in zip(concepts * count if task == "count" else concepts, areas, strict=True)
     )
     return Scene(task, objects, pattern, colours, said)
 
@@ -175,8 +179,8 @@ def drawn_colours(
     )
 
 
-def arranged(draw: DrawNumber, task: str, count: int, size: int) -> tuple[str | None, list[Cell], tuple[float, float]]:
-    """What captions say of the places; a cell for each object; the range of their sizes, as a share of the side."""
+def arranged(draw: DrawNumber, task: str, count: int, size: int) -> tuple[str | None, list[Area], tuple[float, float]]:
+    """What captions say of the places; an area for each object; the range of their sizes, as a share of the side."""
     margin, half = max(1, size // 40), size // 2
     edge = size - margin
     whole = (margin, margin, edge, edge)
@@ -198,23 +202,40 @@ def arranged(draw: DrawNumber, task: str, count: int, size: int) -> tuple[str | 
     if task == "two":
         where = tuple(RELATIONS)[int(draw() * len(RELATIONS))]
         names = {"above": "top", "below": "bottom"}
-        cells = [halves[names.get(place, place)] for place in (where, RELATIONS[where])]
-        return where if draw() < 0.8 else None, cells, SIZE_RANGES["cell"]
+        areas = [halves[names.get(place, place)] for place in (where, RELATIONS[where])]
+        return where if draw() < 0.8 else None, areas, SIZE_RANGES["shared"]
     if count == 2:
         pair = ("left", "right") if draw() < 0.5 else ("top", "bottom")
-        return None, [halves[name] for name in pair], SIZE_RANGES["cell"]
+        return None, [halves[name] for name in pair], SIZE_RANGES["shared"]
     quarters = [(*(halves[x][0], halves[y][1]), *(halves[x][2], halves[y][3])) for y in EDGES[2:] for x in EDGES[:2]]
     spare = int(draw() * 4)
-    return None, [cell for i, cell in enumerate(quarters) if count == 4 or i != spare], SIZE_RANGES["cell"]
+    return None, [area for i, area in enumerate(quarters) if count == 4 or i != spare], SIZE_RANGES["shared"]
 
 
-def put_into(draw: DrawNumber, concept: int, cell: Cell, sizes: tuple[float, float], size: int) -> SceneObject:
-    """An object of a random size at a random place in its cell."""
-    room = min(cell[2] - cell[0], cell[3] - cell[1])
-    side = min(room, round(size * (sizes[0] + (sizes[1] - sizes[0]) * draw())))
-    left = cell[0] + int(draw() * (cell[2] - cell[0] - side + 1))
-    top = cell[1] + int(draw() * (cell[3] - cell[1] - side + 1))
+def put_into(draw: DrawNumber, concept: int, area: Area, sizes: tuple[float, float], made_of: SceneSet) -> SceneObject:
+    """An object of a random size at a random place in its area."""
+    room = min(area[2] - area[0], area[3] - area[1])
+    if made_of.cells:
+        return put_into_cells(draw, concept, area, sizes, made_of.size, made_of.cells)
+    side = min(room, round(made_of.size * (sizes[0] + (sizes[1] - sizes[0]) * draw())))
+    left = area[0] + int(draw() * (area[2] - area[0] - side + 1))
+    top = area[1] + int(draw() * (area[3] - area[1] - side + 1))
     return SceneObject(concept, left, top, side)
+
+
+def put_into_cells(
+    draw: DrawNumber, concept: int, area: Area, sizes: tuple[float, float], size: int, cells: int
+) -> SceneObject:
+    """The same on whole cells: the object's square is of whole cells, less a quarter of one on each side."""
+    first_x, first_y, last_x, last_y = (round(edge * cells / size) for edge in area)
+    room = min(last_x - first_x, last_y - first_y)
+    least, most = math.ceil(sizes[0] * cells + 0.5), math.floor(sizes[1] * cells + 0.5)
+    least, most = min(least, room), min(max(least, most), room)
+    taken = least + int(draw() * (most - least + 1))
+    left = first_x + int(draw() * (last_x - first_x - taken + 1))
+    top = first_y + int(draw() * (last_y - first_y - taken + 1))
+    cell = size / cells
+    return SceneObject(concept, round((left + 0.25) * cell), round((top + 0.25) * cell), round((taken - 0.5) * cell))
 
 
 # ---- the set as a file -----------------------------------------------------------------------------------------------
@@ -232,6 +253,7 @@ def describe_set(made_of: SceneSet) -> dict[str, Any]:
         "templates": list(made_of.templates),
         "heldout": [[made_of.nouns[concept].name, colour] for concept, colour in made_of.held_list],
         "size": made_of.size,
+        **({"cells": made_of.cells} if made_of.cells else {}),
         "seed": made_of.seed,
         "font": made_of.font,
         "scenes": {
@@ -275,10 +297,12 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
             heldout_count=int(scenes["heldout_count"]),
             font={"file": str(content["font"]["file"]), "sha256": str(content["font"]["sha256"])},
             templates=tuple(content["templates"]),
+            cells=content.get("cells"),
             digest=digest_of(content),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is damaged: {type(error).__name__} {error}; {SET_REMEDY}") from error
+    drawing.check_cells(made_of.cells)
     if made_of.size < 16 or made_of.count < 1 or not made_of.nouns or not made_of.heldout:
         raise UserError(f"{where} is damaged: it has no emoji, no held-out pairs, or a size below 16; {SET_REMEDY}")
     return made_of
