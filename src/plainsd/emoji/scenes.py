@@ -41,6 +41,13 @@ SIZE_RANGES = {
     "placed": (0.28, 0.44),
     "shared": (0.26, 0.43),
 }
+CELL_RANGES = {  # the same in a set with cells: of an object's square, as a share of the side
+    "small": (0.3, 0.4),
+    "big": (0.85, 1.0),
+    "usual": (0.7, 1.0),
+    "placed": (0.3, 0.5),
+    "shared": (0.3, 0.5),
+}
 MOST_DRAWS = 10_000
 DrawNumber = Callable[[], float]
 Area = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -179,8 +186,8 @@ def drawn_colours(
     )
 
 
-def arranged(draw: DrawNumber, task: str, count: int, size: int) -> tuple[str | None, list[Area], tuple[float, float]]:
-    """What captions say of the places; an area for each object; the range of their sizes, as a share of the side."""
+def arranged(draw: DrawNumber, task: str, count: int, size: int) -> tuple[str | None, list[Area], str]:
+    """What captions say of the places; an area for each object; the name of their range of sizes."""
     margin, half = max(1, size // 40), size // 2
     edge = size - margin
     whole = (margin, margin, edge, edge)
@@ -194,43 +201,42 @@ def arranged(draw: DrawNumber, task: str, count: int, size: int) -> tuple[str | 
         kinds = (None, None, "small", "big", "middle", *EDGES)
         said = kinds[int(draw() * len(kinds))]
         if said in EDGES:
-            return said, [halves[said]], SIZE_RANGES["placed"]
+            return said, [halves[said]], "placed"
         if said == "middle":
             room = round(0.26 * size)
-            return said, [(half - room, half - room, half + room, half + room)], SIZE_RANGES["placed"]
-        return said, [whole], SIZE_RANGES[said or "usual"]
+            return said, [(half - room, half - room, half + room, half + room)], "placed"
+        return said, [whole], said or "usual"
     if task == "two":
         where = tuple(RELATIONS)[int(draw() * len(RELATIONS))]
         names = {"above": "top", "below": "bottom"}
         areas = [halves[names.get(place, place)] for place in (where, RELATIONS[where])]
-        return where if draw() < 0.8 else None, areas, SIZE_RANGES["shared"]
+        return where if draw() < 0.8 else None, areas, "shared"
     if count == 2:
         pair = ("left", "right") if draw() < 0.5 else ("top", "bottom")
-        return None, [halves[name] for name in pair], SIZE_RANGES["shared"]
+        return None, [halves[name] for name in pair], "shared"
     quarters = [(*(halves[x][0], halves[y][1]), *(halves[x][2], halves[y][3])) for y in EDGES[2:] for x in EDGES[:2]]
     spare = int(draw() * 4)
-    return None, [area for i, area in enumerate(quarters) if count == 4 or i != spare], SIZE_RANGES["shared"]
+    return None, [area for i, area in enumerate(quarters) if count == 4 or i != spare], "shared"
 
 
-def put_into(draw: DrawNumber, concept: int, area: Area, sizes: tuple[float, float], made_of: SceneSet) -> SceneObject:
+def put_into(draw: DrawNumber, concept: int, area: Area, sizes: str, made_of: SceneSet) -> SceneObject:
     """An object of a random size at a random place in its area."""
-    room = min(area[2] - area[0], area[3] - area[1])
     if made_of.cells:
         return put_into_cells(draw, concept, area, sizes, made_of.size, made_of.cells)
-    side = min(room, round(made_of.size * (sizes[0] + (sizes[1] - sizes[0]) * draw())))
+    low, high = SIZE_RANGES[sizes]
+    side = min(area[2] - area[0], area[3] - area[1], round(made_of.size * (low + (high - low) * draw())))
     left = area[0] + int(draw() * (area[2] - area[0] - side + 1))
     top = area[1] + int(draw() * (area[3] - area[1] - side + 1))
     return SceneObject(concept, left, top, side)
 
 
-def put_into_cells(
-    draw: DrawNumber, concept: int, area: Area, sizes: tuple[float, float], size: int, cells: int
-) -> SceneObject:
+def put_into_cells(draw: DrawNumber, concept: int, area: Area, sizes: str, size: int, cells: int) -> SceneObject:
     """The same on whole cells: the object's square is of whole cells, less a quarter of one on each side."""
     first_x, first_y, last_x, last_y = (round(edge * cells / size) for edge in area)
     room = min(last_x - first_x, last_y - first_y)
-    least, most = math.ceil(sizes[0] * cells + 0.5), math.floor(sizes[1] * cells + 0.5)
-    least, most = min(least, room), min(max(least, most), room)
+    low, high = CELL_RANGES[sizes]
+    most = min(room, max(1, math.floor(high * cells)))
+    least = min(most, math.ceil(low * cells))
     taken = least + int(draw() * (most - least + 1))
     left = first_x + int(draw() * (last_x - first_x - taken + 1))
     top = first_y + int(draw() * (last_y - first_y - taken + 1))
