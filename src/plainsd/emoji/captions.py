@@ -15,14 +15,16 @@ from plainsd.emoji.drawing import with_article
 from plainsd.emoji.scenes import RELATIONS, DrawNumber, Scene, SceneSet
 from plainsd.emoji.words import COUNT_WORDS, phrase_of, plural_of
 
-FORMS = (
-    "{subject} on {ground}",
-    "{subject}, {ground}",
-    "a picture of {subject} on {ground}",
+FORMS = ("{subject} on {ground}", "{subject}, {ground}", "a picture of {subject} on {ground}")
+PLAIN_FORMS = ("{ground} with {subject}",)  # of backgrounds of one colour
+FORMS_OF_ONE = (  # of an object whose place and size are left open; {name} has no article
     "{subject} emoji on {ground}",
+    "an emoji of {subject} on {ground}",
+    "{name} on {ground}",
+    "{name}, {ground}",
 )
 GROUNDS = {  # {a}, {b}: the colours; {article}: the first one with its article
-    "plain": ("{article} background", "{a}"),
+    "plain": ("{article} background", "{a}", "{a} background"),
     "gradient": ("a gradient from {a} to {b}", "{article} to {b} gradient"),
     "stripes": ("{a} and {b} stripes", "a background of {a} and {b} stripes"),
     "dots": ("{article} background with {b} dots", "{a} with {b} dots"),
@@ -57,16 +59,22 @@ def captions_of(made_of: SceneSet, scene: Scene, kind: str, index: int) -> tuple
 
 
 def free_caption(made_of: SceneSet, scene: Scene, draw: DrawNumber) -> str:
-    form = chosen(FORMS[: 3 if scene.said or scene.task != "one" else 4], draw)
-    return form.format(subject=free_subject(made_of, scene, draw), ground=ground_of(scene, draw))
+    forms = FORMS + (PLAIN_FORMS if scene.pattern == "plain" else ())
+    forms += FORMS_OF_ONE if scene.task == "one" and not scene.said else ()
+    names = free_names(made_of, scene, draw)
+    subject = subject_of(scene, names, draw)
+    return chosen(forms, draw).format(subject=subject, name=names[0], ground=ground_of(scene, draw))
 
 
 def free_subject(made_of: SceneSet, scene: Scene, draw: DrawNumber) -> str:
-    """With any of the objects' names."""
-    same = scene.task == "count"
-    nouns = [made_of.nouns[one.concept] for one in (scene.objects[:1] if same else scene.objects)]
-    names = [chosen((noun.name, *noun.synonyms), draw) for noun in nouns]
-    return subject_of(scene, names, draw)
+    return subject_of(scene, free_names(made_of, scene, draw), draw)
+
+
+def free_names(made_of: SceneSet, scene: Scene, draw: DrawNumber) -> list[str]:
+    """Any of each object's names; of objects of the same kind, one."""
+    objects = scene.objects[:1] if scene.task == "count" else scene.objects
+    nouns = [made_of.nouns[one.concept] for one in objects]
+    return [chosen((noun.name, *noun.synonyms), draw) for noun in nouns]
 
 
 def subject_of(scene: Scene, names: Sequence[str], draw: DrawNumber | None = None) -> str:
