@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import plainsd
 from plainsd.checkpoint import load_vae
 from plainsd.pictures.images import to_pil
 from plainsd.train.methods.vae import psnr
@@ -104,6 +106,45 @@ def test_wider_latents_begin_with_the_same_pictures(tmp_path, old, capsys):
     assert "latents of 12: " in capsys.readouterr().err
     assert grow.main([*asked[:2], "--description", str(tmp_path / "model.json")]) == 2
     assert "--data is missing" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_model_on_wider_latents_begins_as_the_old_one(tmp_path, capsys):
+    """The old channels' prediction, and what a text means, are as before, under other token numbers; a new token is the
+    mean of the old ones that its text had."""
+    before = plainsd.load(EMBEDDED, device="cpu", dtype="float32")
+    described = json.loads((RECIPE / "model128-grown.json").read_text())
+    described["vae"]["latent_channels"] = described["unet"]["in_channels"] = described["unet"]["out_channels"] = 12
+    described["text"][0]["positions"] = 20
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    shutil.copytree(EMBEDDED / "tokenizer", tmp_path / "tokenizer")
+    symbols = ["redgreen</w>", *before.tokenizers[0].vocabulary]
+    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
+    described = ["--description", str(tmp_path / "model.json")]
+    assert grow.main([str(EMBEDDED), str(tmp_path / "vae"), "--latents", "12", *described]) == 0
+    asked = [str(EMBEDDED), str(tmp_path / "new"), "--vae", str(tmp_path / "vae"), *described]
+    assert grow.main(asked) == 2 and "belong together" in capsys.readouterr().err
+    assert grow.main([*asked, "--tokenizer", str(tmp_path / "tokenizer")]) == 0
+    after = plainsd.load(tmp_path / "new", device="cpu", dtype="float32")
+    assert after.text_encoders[0].config.positions == 20
+    (a, b), text = (sd.tokenizers[0] for sd in (before, after)), "a red apple on a yellow background"
+    ids = [[t.start, *t.encode(text), t.end] for t in (a, b)]
+    assert ids[0] != ids[1]
+    contexts = [sd.text_encoders[0](torch.tensor([each])).final for sd, each in zip((before, after), ids, strict=True)]
+    torch.testing.assert_close(*contexts)
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 8, 8)
+    predicted = after.unet(x, torch.tensor(500.0), contexts[1].expand(2, -1, -1))
+    expected = before.unet(x[:, :8], torch.tensor(500.0), contexts[0].expand(2, -1, -1))
+    torch.testing.assert_close(predicted[:, :8], expected)
+    assert not predicted[:, 8:].any()
+    rows = [sd.text_encoders[0].token.weight for sd in (before, after)]
+    torch.testing.assert_close(rows[1][b.vocabulary["redgreen</w>"]], rows[0][a.encode("redgreen")].mean(0))
+    described = json.loads((tmp_path / "model.json").read_text())
+    described["unet"]["channels"] = [96, 240]
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    assert grow.main([*asked, "--tokenizer", str(tmp_path / "tokenizer")]) == 2
+    assert "another one than the old model's in more than its latents" in capsys.readouterr().err
 
 
 def test_its_description_is_the_first_stages_but_for_the_autoencoder():

@@ -1,7 +1,9 @@
-"""Grow an autoencoder by one level, the same latents for pictures of twice the side; or widen its latents.
+"""Grow an autoencoder by one level, the same latents for pictures of twice the side; or widen its latents; or make a
+model on wider latents that begins as an old one.
 
-    python recipes/emoji/grow.py OLD_MODEL OUT --data FOLDER --description MODEL.json
+    python recipes/emoji/grow.py OLD_MODEL OUT --description MODEL.json --data FOLDER
     python recipes/emoji/grow.py OLD_MODEL OUT --description MODEL.json --latents 24
+    python recipes/emoji/grow.py OLD_MODEL OUT --description MODEL.json --vae FOLDER --tokenizer FOLDER
 
 A level as wide as the outermost one is put before the encoder's first and after the decoder's last. Its residual blocks
 begin as identities, and the two convolutions that join it to the old networks by least squares on pictures of the
@@ -10,7 +12,8 @@ last convolution gives the picture. So training (`plainsd train --method vae --b
 autoencoder, and a UNet of the old latents is near one of the new. Growing as in Karras et al. 2017 (arXiv:1710.10196)
 and Chen et al. 2015 (arXiv:1511.05641).
 
-With --latents the levels stay, and new latent channels are put behind the old ones (`widened`).
+With --latents the levels stay, and new latent channels are put behind the old ones (`widened`). With --vae, which is
+such an autoencoder trained on, and --tokenizer, OUT is a whole model: see `carried_over`.
 """
 
 import argparse
@@ -22,11 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plainsd.checkpoint import load_vae, save_vae
+from plainsd.checkpoint import load, load_vae, save, save_vae
 from plainsd.errors import UserError
 from plainsd.files.described import read_description
+from plainsd.models.clip import TextEncoder
 from plainsd.models.vae import VAE
+from plainsd.models.variants import Variant
+from plainsd.pictures.model import StableDiffusion
+from plainsd.text.tokenizer import Tokenizer
 from plainsd.train.data.pictures import read_pictures
+from plainsd.train.methods.scratch import from_scratch
 from plainsd.train.methods.vae import psnr
 
 
@@ -115,6 +123,42 @@ def fit(conv: nn.Conv2d, x: Tensor, wanted: Tensor) -> None:
     conv.bias.copy_(solved[-1])
 
 
+@torch.no_grad()
+def carried_over(old: StableDiffusion, vae: VAE, tokenizer: Tokenizer, variant: Variant) -> StableDiffusion:
+    """A model on wider latents and another vocabulary that begins as the old one: it knows nothing of the new channels,
+    and a new token is the mean of the old tokens that its text had."""
+    new = from_scratch(variant, vae, tokenizer)
+    weights = new.unet.state_dict()
+    given = {name: weight for name, weight in old.unet.state_dict().items() if weight.shape == weights[name].shape}
+    missing = new.unet.load_state_dict(given, strict=False).missing_keys
+    if set(missing) != {"conv_in.weight", "conv_out.weight", "conv_out.bias"}:
+        raise UserError(f"the UNet is another one than the old model's in more than its latents: {missing[0]}")
+    before = old.vae.config.latent_channels
+    for conv in (new.unet.conv_in, new.unet.conv_out):
+        nn.init.zeros_(conv.weight)
+    new.unet.conv_in.bias.copy_(old.unet.conv_in.bias)
+    nn.init.zeros_(new.unet.conv_out.bias)
+    put_part(new.unet.conv_in, old.unet.conv_in, list(range(len(new.unet.conv_in.weight))), list(range(before)))
+    width = new.unet.conv_out.weight.shape[1]
+    put_part(new.unet.conv_out, old.unet.conv_out, list(range(before)), list(range(width)))
+    take_text(new.text_encoders[0], old.text_encoders[0], tokenizer, old.tokenizers[0])
+    return new
+
+
+def take_text(new: TextEncoder, old: TextEncoder, tokenizer: Tokenizer, before: Tokenizer) -> None:
+    """The old text encoder with a token table for another vocabulary, and more positions, which begin as the last."""
+    table, places = new.token.weight, new.position.weight
+    for symbol, row in tokenizer.vocabulary.items():
+        if symbol in before.vocabulary:
+            table[row] = old.token.weight[before.vocabulary[symbol]]
+        elif pieces := before.encode(symbol.removesuffix("</w>")):
+            table[row] = old.token.weight[pieces].mean(0)
+    for i in range(len(places)):
+        places[i] = old.position.weight[min(i, len(old.position.weight) - 1)]
+    kept = new.state_dict().keys() - {"token.weight", "position.weight"}
+    new.load_state_dict({name: old.state_dict()[name] for name in kept}, strict=False)
+
+
 def with_level(old: VAE, options: argparse.Namespace) -> VAE:
     if not options.data:
         raise UserError("--data is missing: a new level is fitted on pictures")
@@ -122,6 +166,15 @@ def with_level(old: VAE, options: argparse.Namespace) -> VAE:
     step = max(len(pictures) // options.count, 1)
     with torch.no_grad():
         return grown(old, pictures.pixels(range(0, step * options.count, step)))
+
+
+def save_model_on(variant: Variant, options: argparse.Namespace) -> None:
+    if not (options.vae and options.tokenizer):
+        raise UserError("--vae and --tokenizer belong together: both are parts of the new model")
+    torch.manual_seed(0)
+    old = load(options.model, device="cpu", dtype="float32")
+    vae = load_vae(options.vae, device="cpu", dtype="float32")
+    save(carried_over(old, vae, Tokenizer.from_folder(options.tokenizer), variant), options.out)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,11 +185,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heldout", type=Path, help="folder of other pictures: prints how near the new one is on them")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--count", type=int, default=64, help="how many pictures the joins are fitted on")
+    parser.add_argument("--vae", type=Path, help="an autoencoder with wider latents: makes a model on them")
+    parser.add_argument("--tokenizer", type=Path, help="folder of that model's tokenizer")
     parser.add_argument("--latents", type=int, help="widen the latents to so many channels, and keep the levels")
     parser.add_argument("--description", type=Path, required=True, help="JSON file that describes the new model")
     options = parser.parse_args(argv)
     try:
         variant = read_description(options.description)
+        if options.vae or options.tokenizer:
+            save_model_on(variant, options)
+            return 0
         old = load_vae(options.model, device="cpu", dtype="float32")
         torch.manual_seed(0)
         new = widened(old, options.latents) if options.latents else with_level(old, options)

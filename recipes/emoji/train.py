@@ -28,6 +28,7 @@ from plainsd.disk import read_json, written_whole
 from plainsd.errors import UserError
 
 HERE = Path(__file__).parent
+CELLS = 16  # of a side: sizes and places are multiples of a latent's width at 128 pixels
 PROBE = 60  # steps that are timed, by the last LOG of them
 LOG = 20
 TINY = {
@@ -128,6 +129,8 @@ def make_set(recipe: Recipe) -> None:
         "--set",
         "--size",
         str(preset.size),
+        "--cells",
+        str(CELLS),
         "--count",
         str(preset.scenes),
         "--heldout-count",
