@@ -143,6 +143,20 @@ def spotted(*objects: tuple[int, int, int], pattern="plain", colours=("red",)) -
 DOTTED = scene_of("one", (3,), None, "dots", ("red", "blue"))
 
 
+def test_a_single_set_is_asked_for_single_objects():
+    made_of = replace(small_set(), single=True, cells=8)
+    asked = protocol.scene_questions(made_of, 32)
+    assert {q.scene.task for q in asked} == {"one"} and sum(q.seen for q in asked) == 16
+    right = [Spotted(q.scene.pattern, q.scene.colours, q.scene.objects, (0.0,)) for q in asked]
+    lines = protocol.scene_table({"all": protocol.scene_summary(asked, right, made_of.size)})
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        f"| {name}, {part}"
+        for name in ("single object", "counts 1 to 4", "background, colours and pattern")
+        for part in ("seen", "held out")
+    ]
+    assert all("| 100.0 (" in line for line in lines[2:])
+
+
 @pytest.mark.parametrize(
     "scene, found, right",
     [

@@ -103,6 +103,23 @@ def test_in_a_set_of_cells_objects_fill_whole_ones():
         assert [one.concept for one in a.objects] == [one.concept for one in b.objects]
 
 
+def test_scenes_of_a_single_set_are_one_object_on_one_colour():
+    made_of = replace(small_set(), single=True, cells=8)
+    scenes = {kind: [make_scene(made_of, kind, i) for i in range(300)] for kind in ("train", "heldout")}
+    for kind, made_scenes in scenes.items():
+        assert {(scene.task, scene.said, scene.pattern, len(scene.objects)) for scene in made_scenes} == {
+            ("one", None, "plain", 1)
+        }
+        assert {scene.objects[0].side for scene in made_scenes} == {88, 104, 120}
+        held = [(scene.objects[0].concept, scene.colours[0]) in made_of.heldout for scene in made_scenes]
+        assert all(held) if kind == "heldout" else not any(held)
+    content = describe_set(made_of)
+    assert set_of(content).single and describe_set(set_of(content)) == content
+    content["scenes"]["single"] = False
+    with pytest.raises(UserError, match="another version"):
+        set_of(content)
+
+
 def test_objects_are_where_the_scene_says():
     seen = set()
     for scene in made("train", 1500):

@@ -203,6 +203,7 @@ def build_set(options: argparse.Namespace) -> None:
         share=options.heldout_share,
         size=options.size,
         cells=options.cells,
+        single=options.single,
         seed=options.seed,
         count=options.count or SCENES,
         heldout_count=options.heldout_count,
@@ -255,6 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--set", action="store_true", help="scenes of all emoji, described and not drawn")
+    parser.add_argument("--single", action="store_true", help="with --set: one object on one colour in every scene")
     parser.add_argument("--count", type=int, help=f"training pictures ({PICTURES}), or scenes an epoch ({SCENES})")
     parser.add_argument("--heldout-count", type=int, default=500, help="pictures of held-out pairs")
     parser.add_argument("--heldout-share", type=float, default=0.1, help="share of the pairs that is held out")

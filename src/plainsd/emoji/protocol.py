@@ -35,8 +35,9 @@ class SceneQuestion:
 def scene_questions(made_of: SceneSet, count: int, seed: int = 0) -> list[SceneQuestion]:
     """`count` prompts, every other one held out, spread over the tasks; each is a first caption, which says all."""
     asked, kind = [], f"question {seed}"
+    order = [task for task in ORDER if task in made_of.tasks]
     for k in range(count):
-        task = ORDER[k // 2 % len(ORDER)]
+        task = order[k // 2 % len(order)]
         scene = make_scene(made_of, kind, k, heldout=k % 2 == 1, task=task)
         asked.append(SceneQuestion(captions_of(made_of, scene, kind, k)[0], scene, seen=k % 2 == 0))
     return asked
@@ -125,9 +126,12 @@ def spotted_text(made_of: SceneSet, spotted: Spotted) -> str:
 
 
 def scene_table(rows: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """Lines of a Markdown table, a line a rule, a column a row of pictures: per cent with Wilson intervals."""
+    """Lines of a Markdown table, a line a rule that counts any, a column a row of pictures: per cent with Wilson
+    intervals."""
     lines = [f"| {' | '.join(['', *rows])} |", "|---" * (len(rows) + 1) + "|"]
     for name, *_ in RULES:
+        if not any(counted["count"] for row in rows.values() for counted in row[name].values()):
+            continue
         for part, word in (("seen", "seen"), ("heldout", "held out")):
             cells = [share_text(row[name][part]["right"], row[name][part]["count"]) for row in rows.values()]
             lines.append(f"| {name}, {word} | {' | '.join(cells)} |")

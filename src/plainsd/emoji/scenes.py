@@ -5,7 +5,8 @@
     count   two, three or four of the same object
     many    three or four different objects
 
-In a set with cells, sizes and places are whole cells, as in `drawing.place_in_cells`.
+In a set with cells, sizes and places are whole cells, as in `drawing.place_in_cells`. In a single set every scene is
+one object of usual size, anywhere, on one colour.
 
 A background has one colour, or two: a gradient, stripes or dots. Two rules say what training never sees: pairs of an
 object and a colour, listed in the set; and pairs of objects in one scene, by a hash of their names. Every scene of the
@@ -94,11 +95,20 @@ class SceneSet:
     font: dict[str, str]  # the file's name and SHA-256
     templates: tuple[str, ...] = drawing.TEMPLATES
     cells: int | None = None  # of a side, that sizes and places are multiples of; None: any size and place
+    single: bool = False  # only `one`, its place and size left open, and plain backgrounds
     digest: str = ""
     held_list: tuple[tuple[int, str], ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "held_list", tuple(sorted(self.heldout)))
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        return {"one": 1.0} if self.single else TASKS
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return PATTERNS[:1] if self.single else PATTERNS
 
     def held_together(self, a: int, b: int) -> bool:
         """Whether two objects are never in one scene of training."""
@@ -114,7 +124,7 @@ def moved_scene(made_of: SceneSet, scene: Scene, kind: str, index: int) -> Scene
     """The same scene with other sizes and places, as far as captions leave them open."""
     draw = random.Random(f"{made_of.seed}:{kind}:{index}").random
     for _ in range(MOST_DRAWS):
-        said, areas, sizes = arranged(draw, scene.task, len(scene.objects), made_of.size)
+        said, areas, sizes = arranged(draw, scene.task, len(scene.objects), made_of)
         if said == scene.said:
             break
     places = zip(scene.objects, areas, strict=True)
@@ -128,7 +138,7 @@ def make_scene(
     out, by default if that is its kind; `task`: one of TASKS instead of a random one."""
     draw = random.Random(f"{made_of.seed}:{kind}:{index}").random
     heldout = kind == "heldout" if heldout is None else heldout
-    task = task or chosen_task(draw())
+    task = task or chosen_task(made_of.tasks, draw())
     count = {"one": 1, "two": 2, "count": 2 + int(draw() * 3), "many": 3 + int(draw() * 2)}[task]
     colour = None
     if heldout and task in ("one", "count"):
@@ -136,9 +146,11 @@ def make_scene(
         concepts = [first]
     else:
         concepts = drawn_objects(made_of, draw, count if task in ("two", "many") else 1, heldout)
-    pattern = PATTERNS[0] if draw() < PLAIN_SHARE else PATTERNS[1 + int(draw() * (len(PATTERNS) - 1))]
+    pattern, *others = made_of.patterns
+    if others and draw() >= PLAIN_SHARE:
+        pattern = others[int(draw() * len(others))]
     colours = drawn_colours(made_of, draw, concepts, 1 if pattern == "plain" else 2, colour)
-    said, areas, sizes = arranged(draw, task, count, made_of.size)
+    said, areas, sizes = arranged(draw, task, count, made_of)
     objects = tuple(
         put_into(draw, concept, area, sizes, made_of)
         for concept, area in zip(concepts * count if task == "count" else concepts, areas, strict=True)
@@ -146,12 +158,12 @@ def make_scene(
     return Scene(task, objects, pattern, colours, said)
 
 
-def chosen_task(chance: float) -> str:
-    for task, share in TASKS.items():
+def chosen_task(shares: dict[str, float], chance: float) -> str:
+    for task, share in shares.items():
         if chance < share:
             return task
         chance -= share
-    return next(iter(TASKS))
+    return next(iter(shares))
 
 
 def drawn_objects(made_of: SceneSet, draw: DrawNumber, count: int, heldout: bool) -> list[int]:
@@ -186,8 +198,9 @@ def drawn_colours(
     )
 
 
-def arranged(draw: DrawNumber, task: str, count: int, size: int) -> tuple[str | None, list[Area], str]:
+def arranged(draw: DrawNumber, task: str, count: int, made_of: SceneSet) -> tuple[str | None, list[Area], str]:
     """What captions say of the places; an area for each object; the name of their range of sizes."""
+    size = made_of.size
     margin, half = max(1, size // 40), size // 2
     edge = size - margin
     whole = (margin, margin, edge, edge)
@@ -199,7 +212,7 @@ def arranged(draw: DrawNumber, task: str, count: int, size: int) -> tuple[str | 
     }
     if task == "one":
         kinds = (None, None, "small", "big", "middle", *EDGES)
-        said = kinds[int(draw() * len(kinds))]
+        said = None if made_of.single else kinds[int(draw() * len(kinds))]
         if said in EDGES:
             return said, [halves[said]], "placed"
         if said == "middle":
@@ -263,8 +276,9 @@ def describe_set(made_of: SceneSet) -> dict[str, Any]:
         "seed": made_of.seed,
         "font": made_of.font,
         "scenes": {
-            "patterns": list(PATTERNS),
-            "tasks": TASKS,
+            "patterns": list(made_of.patterns),
+            "tasks": made_of.tasks,
+            **({"single": True} if made_of.single else {}),
             "heldout_objects": made_of.share,
             "count": made_of.count,
             "heldout_count": made_of.heldout_count,
@@ -285,8 +299,6 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
     scenes = content.get("scenes")
     if not isinstance(scenes, dict):
         raise UserError(f"{where} describes no scenes; {SET_REMEDY}")
-    if tuple(scenes.get("patterns", ())) != PATTERNS or scenes.get("tasks") != TASKS:
-        raise UserError(f"{where} describes scenes of another version of plainsd; {SET_REMEDY}")
     try:
         nouns = tuple(
             Noun(entry["name"], entry["character"], tuple(entry.get("synonyms", ()))) for entry in content["concepts"]
@@ -304,10 +316,13 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
             font={"file": str(content["font"]["file"]), "sha256": str(content["font"]["sha256"])},
             templates=tuple(content["templates"]),
             cells=content.get("cells"),
+            single=scenes.get("single", False) is True,
             digest=digest_of(content),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is damaged: {type(error).__name__} {error}; {SET_REMEDY}") from error
+    if (scenes.get("patterns"), scenes.get("tasks")) != (list(made_of.patterns), made_of.tasks):
+        raise UserError(f"{where} describes scenes of another version of plainsd; {SET_REMEDY}")
     drawing.check_cells(made_of.cells)
     if made_of.size < 16 or made_of.count < 1 or not made_of.nouns or not made_of.heldout:
         raise UserError(f"{where} is damaged: it has no emoji, no held-out pairs, or a size below 16; {SET_REMEDY}")
