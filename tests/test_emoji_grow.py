@@ -116,6 +116,7 @@ def test_a_model_on_wider_latents_begins_as_the_old_one(tmp_path, capsys):
     described = json.loads((RECIPE / "model128-grown.json").read_text())
     described["vae"]["latent_channels"] = described["unet"]["in_channels"] = described["unet"]["out_channels"] = 12
     described["text"][0]["positions"] = 20
+    described["unet"] |= {"depth": [1, 2], "mid_depth": 2}
     (tmp_path / "model.json").write_text(json.dumps(described))
     shutil.copytree(EMBEDDED / "tokenizer", tmp_path / "tokenizer")
     symbols = ["redgreen</w>", *before.tokenizers[0].vocabulary]
@@ -144,7 +145,7 @@ def test_a_model_on_wider_latents_begins_as_the_old_one(tmp_path, capsys):
     described["unet"]["channels"] = [96, 240]
     (tmp_path / "model.json").write_text(json.dumps(described))
     assert grow.main([*asked, "--tokenizer", str(tmp_path / "tokenizer")]) == 2
-    assert "another one than the old model's in more than its latents" in capsys.readouterr().err
+    assert "differs from the old model's in more than its latents and depth: " in capsys.readouterr().err
 
 
 def test_its_description_is_the_first_stages_but_for_the_autoencoder():

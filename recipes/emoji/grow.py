@@ -123,24 +123,30 @@ def fit(conv: nn.Conv2d, x: Tensor, wanted: Tensor) -> None:
     conv.bias.copy_(solved[-1])
 
 
+ON_LATENTS = {"conv_in.weight", "conv_out.weight", "conv_out.bias"}
+
+
 @torch.no_grad()
 def carried_over(old: StableDiffusion, vae: VAE, tokenizer: Tokenizer, variant: Variant) -> StableDiffusion:
     """A model on wider latents and another vocabulary that begins as the old one: it knows nothing of the new channels,
-    and a new token is the mean of the old tokens that its text had."""
+    a new token is the mean of the old tokens that its text had, and further transformer blocks add nothing yet."""
     new = from_scratch(variant, vae, tokenizer)
-    weights = new.unet.state_dict()
-    given = {name: weight for name, weight in old.unet.state_dict().items() if weight.shape == weights[name].shape}
-    missing = new.unet.load_state_dict(given, strict=False).missing_keys
-    if set(missing) != {"conv_in.weight", "conv_out.weight", "conv_out.bias"}:
-        raise UserError(f"the UNet is another one than the old model's in more than its latents: {missing[0]}")
-    before = old.vae.config.latent_channels
+    weights, before = new.unet.state_dict(), old.unet.state_dict()
+    given = {name: weight for name, weight in before.items() if weight.shape == getattr(weights.get(name), "shape", 0)}
+    new.unet.load_state_dict(given, strict=False)
+    for name in sorted((weights.keys() | before.keys()) - given.keys() - ON_LATENTS):
+        if name in before or ".blocks." not in name:
+            raise UserError(f"the UNet differs from the old model's in more than its latents and depth: {name}")
+        if name.rpartition(".")[0].endswith((".self_attn.out", ".cross_attn.out", ".ff.down")):
+            nn.init.zeros_(new.unet.get_parameter(name))
+    channels = list(range(old.vae.config.latent_channels))
     for conv in (new.unet.conv_in, new.unet.conv_out):
         nn.init.zeros_(conv.weight)
     new.unet.conv_in.bias.copy_(old.unet.conv_in.bias)
     nn.init.zeros_(new.unet.conv_out.bias)
-    put_part(new.unet.conv_in, old.unet.conv_in, list(range(len(new.unet.conv_in.weight))), list(range(before)))
-    width = new.unet.conv_out.weight.shape[1]
-    put_part(new.unet.conv_out, old.unet.conv_out, list(range(before)), list(range(width)))
+    width = list(range(len(new.unet.conv_in.weight)))
+    put_part(new.unet.conv_in, old.unet.conv_in, width, channels)
+    put_part(new.unet.conv_out, old.unet.conv_out, channels, width)
     take_text(new.text_encoders[0], old.text_encoders[0], tokenizer, old.tokenizers[0])
     return new
 
