@@ -3,7 +3,7 @@ model on wider latents that begins as an old one.
 
     python recipes/emoji/grow.py OLD_MODEL OUT --description MODEL.json --data FOLDER
     python recipes/emoji/grow.py OLD_MODEL OUT --description MODEL.json --latents 24
-    python recipes/emoji/grow.py OLD_MODEL OUT --description MODEL.json --vae FOLDER --tokenizer FOLDER
+    python recipes/emoji/grow.py OLD_MODEL OUT --description MODEL.json --data FOLDER --vae FOLDER --tokenizer FOLDER
 
 A level as wide as the outermost one is put before the encoder's first and after the decoder's last. Its residual blocks
 begin as identities, and the two convolutions that join it to the old networks by least squares on pictures of the
@@ -33,7 +33,8 @@ from plainsd.models.vae import VAE
 from plainsd.models.variants import Variant
 from plainsd.pictures.model import StableDiffusion
 from plainsd.text.tokenizer import Tokenizer
-from plainsd.train.data.pictures import read_pictures
+from plainsd.train.data.pictures import PictureSet, read_pictures
+from plainsd.train.data.scenes import SCENE_PREFIX, read_scenes
 from plainsd.train.methods.scratch import from_scratch
 from plainsd.train.methods.vae import psnr
 
@@ -127,9 +128,12 @@ ON_LATENTS = {"conv_in.weight", "conv_out.weight", "conv_out.bias"}
 
 
 @torch.no_grad()
-def carried_over(old: StableDiffusion, vae: VAE, tokenizer: Tokenizer, variant: Variant) -> StableDiffusion:
-    """A model on wider latents and another vocabulary that begins as the old one: it knows nothing of the new channels,
-    a new token is the mean of the old tokens that its text had, and further transformer blocks add nothing yet."""
+def carried_over(
+    old: StableDiffusion, vae: VAE, tokenizer: Tokenizer, variant: Variant, pixels: Tensor
+) -> StableDiffusion:
+    """A model on wider latents and another vocabulary that begins near the old one: its UNet reads and writes what, of
+    these pictures (B, 3, H, W), is linear in both models' latents; a new token is the mean of the old tokens that its
+    text had; and further transformer blocks add nothing yet."""
     new = from_scratch(variant, vae, tokenizer)
     weights, before = new.unet.state_dict(), old.unet.state_dict()
     given = {name: weight for name, weight in before.items() if weight.shape == getattr(weights.get(name), "shape", 0)}
@@ -139,16 +143,20 @@ def carried_over(old: StableDiffusion, vae: VAE, tokenizer: Tokenizer, variant: 
             raise UserError(f"the UNet differs from the old model's in more than its latents and depth: {name}")
         if name.rpartition(".")[0].endswith((".self_attn.out", ".cross_attn.out", ".ff.down")):
             nn.init.zeros_(new.unet.get_parameter(name))
-    channels = list(range(old.vae.config.latent_channels))
-    for conv in (new.unet.conv_in, new.unet.conv_out):
-        nn.init.zeros_(conv.weight)
+    latents = [sd.vae.config.scaled(sd.vae.encode(pixels).mean).movedim(1, -1).flatten(0, -2) for sd in (old, new)]
+    inward, outward = linear_map(latents[1], latents[0]), linear_map(latents[0], latents[1])
+    new.unet.conv_in.weight.copy_(torch.einsum("oikl,in->onkl", old.unet.conv_in.weight, inward))
     new.unet.conv_in.bias.copy_(old.unet.conv_in.bias)
-    nn.init.zeros_(new.unet.conv_out.bias)
-    width = list(range(len(new.unet.conv_in.weight)))
-    put_part(new.unet.conv_in, old.unet.conv_in, width, channels)
-    put_part(new.unet.conv_out, old.unet.conv_out, channels, width)
+    new.unet.conv_out.weight.copy_(torch.einsum("no,oikl->nikl", outward, old.unet.conv_out.weight))
+    new.unet.conv_out.bias.copy_(outward @ old.unet.conv_out.bias)
     take_text(new.text_encoders[0], old.text_encoders[0], tokenizer, old.tokenizers[0])
     return new
+
+
+def linear_map(x: Tensor, y: Tensor) -> Tensor:
+    """The matrix (M, N) of the affine map that takes rows x (B, N) nearest to rows y (B, M)."""
+    x, y = (x - x.mean(0)).double(), (y - y.mean(0)).double()
+    return torch.linalg.lstsq(x, y).solution.T.float()
 
 
 def take_text(new: TextEncoder, old: TextEncoder, tokenizer: Tokenizer, before: Tokenizer) -> None:
@@ -168,26 +176,34 @@ def take_text(new: TextEncoder, old: TextEncoder, tokenizer: Tokenizer, before: 
 def with_level(old: VAE, options: argparse.Namespace) -> VAE:
     if not options.data:
         raise UserError("--data is missing: a new level is fitted on pictures")
-    pictures = read_pictures(options.data, options.size)
-    step = max(len(pictures) // options.count, 1)
     with torch.no_grad():
-        return grown(old, pictures.pixels(range(0, step * options.count, step)))
+        return grown(old, some_pixels(options))
+
+
+def some_pixels(options: argparse.Namespace) -> Tensor:
+    if options.data.startswith(SCENE_PREFIX):
+        pictures = PictureSet(read_scenes(options.data, heldout=False), options.size)
+    else:
+        pictures = read_pictures(options.data, options.size)
+    step = max(len(pictures) // options.count, 1)
+    return pictures.pixels(range(0, step * options.count, step))
 
 
 def save_model_on(variant: Variant, options: argparse.Namespace) -> None:
-    if not (options.vae and options.tokenizer):
-        raise UserError("--vae and --tokenizer belong together: both are parts of the new model")
+    if not (options.vae and options.tokenizer and options.data):
+        raise UserError("--vae, --tokenizer and --data belong together: a model on other latents needs all three")
     torch.manual_seed(0)
     old = load(options.model, device="cpu", dtype="float32")
     vae = load_vae(options.vae, device="cpu", dtype="float32")
-    save(carried_over(old, vae, Tokenizer.from_folder(options.tokenizer), variant), options.out)
+    tokenizer = Tokenizer.from_folder(options.tokenizer)
+    save(carried_over(old, vae, tokenizer, variant, some_pixels(options)), options.out)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="folder of the model whose autoencoder is grown")
     parser.add_argument("out", type=Path, help="folder for the new autoencoder")
-    parser.add_argument("--data", type=Path, help="folder of pictures, for a new level")
+    parser.add_argument("--data", help="folder of pictures, or emoji:SET.json, for a new level or a model")
     parser.add_argument("--heldout", type=Path, help="folder of other pictures: prints how near the new one is on them")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--count", type=int, default=64, help="how many pictures the joins are fitted on")
