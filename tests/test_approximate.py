@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, TINY_XL, difference, tiny_sd
 
+import plainsd
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.models.deep_cache import DeepCache
@@ -151,7 +152,8 @@ except UserError as error:
     print(exact_products(), "no VNNI" in str(error), before == {n: type(w) for n, w in sd.unet.named_parameters()})
 int8(sd)
 """
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(Path(__file__).parent)}
+    places = [Path(__file__).parent, Path(plainsd.__file__).parents[1]]
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(map(str, places))}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "False True True\n"
 

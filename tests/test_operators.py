@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from plainsd.models.layers import Attention, ResBlock
 from plainsd.models.unet import FeedForward
-from plainsd.speed import kernels, model, training
+from plainsd.speed import kernels, model, packed, training
 
 WITH_KERNELS = pytest.mark.skipif(
     not kernels.suit(torch.float32) or shutil.which(os.environ.get("CXX", "c++")) is None,
@@ -30,13 +30,13 @@ def cases(dtype):
     """Arguments for each operator: shapes that fill no register, layouts other than the kernel's own."""
     maps, dy = torch.randn(3, 20, 5, 7).to(dtype), torch.randn(3, 20, 5, 7).to(dtype)
     weight, bias, x = torch.randn(20), torch.randn(20), torch.randn(3, 5, 74).to(dtype)
-    packed = kernels.packed_weight(torch.randn(37, 74).to(dtype)) if kernels.have_kernels(dtype) else None
+    weights = kernels.packed_weight(torch.randn(37, 74).to(dtype)) if kernels.have_kernels(dtype) else None
     q, k, v = heads(50, 63, 63, dtype=dtype)
     yield "attention", (q, k, v)
     yield "attention", (q.contiguous(), k.contiguous(), v.contiguous())
     for after, other in (("none", None), ("gelu", None), ("times", torch.randn(3, 5, 37).to(dtype))):
-        yield "linear", (x, packed, 37, torch.randn(37).to(dtype), after, other)
-    yield "linear", (x.transpose(0, 1), packed, 37, None, "none", None)
+        yield "linear", (x, weights, 37, torch.randn(37).to(dtype), after, other)
+    yield "linear", (x.transpose(0, 1), weights, 37, None, "none", None)
     yield "layer_norm", (x, torch.randn(74), torch.randn(74), 1e-5)
     yield "layer_norm", (x.transpose(0, 1), torch.randn(74), torch.randn(74), 1e-5)
     for form in (torch.channels_last, torch.contiguous_format):
@@ -100,10 +100,13 @@ def inputs(rows=2, seed=0):
     return x, torch.tensor(500.0), context
 
 
-@pytest.fixture
-def packed_unet(monkeypatch):
+@pytest.fixture(params=["with kernels", "without"])
+def packed_unet(request, monkeypatch):
     """Its convolutions are laid out for maps of 8x8: another size lays them out anew, which no graph can."""
     monkeypatch.setattr(kernels, "pays", lambda *shape: True)
+    if request.param == "without":  # as on a processor without AVX-512, or without a compiler
+        for place in (kernels, packed, model):
+            monkeypatch.setattr(place, "have_kernels", lambda dtype: False)
     unet = model.faster(tiny_sd()).unet
     with torch.no_grad():
         unet(*inputs())
