@@ -805,6 +805,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_train_data.py::test_sizes_are_told_as_sdxl_wants_them"),
     ],
     "train/optimizer.py": [
+        ('check_can_compile(parameters[0].device, "--adam8bit")', "pass",
+         "test_compile.py::test_without_a_compiler_one_line_says_so"),
         ('{"params": plain, "weight_decay": 0.0}', '{"params": plain, "weight_decay": options.weight_decay}',
          "test_train.py::test_the_weight_decay_pulls_matrices_and_no_rows_of_numbers"),
     ],

@@ -12,13 +12,18 @@ from test_control_pictures import picture_of, tiny_net
 from test_image_prompt import TOWER, tiny_adapter
 from test_speed import assert_as_exact, latents, relative
 
+import plainsd
 from plainsd import Control, ImagePrompt
 from plainsd.adapters.lora import inject
 from plainsd.cli import main
+from plainsd.device import check_can_compile
+from plainsd.errors import UserError
 from plainsd.models.t2i_adapter import AdapterConfig, T2IAdapter
 from plainsd.models.vision import VisionConfig, VisionTower
 from plainsd.pictures.image_prompt import ImageReader
 from plainsd.speed import model
+from plainsd.train.optimizer import make_optimizer
+from plainsd.train.options import FitOptions
 
 
 def small_sd():
@@ -72,6 +77,7 @@ def traces(monkeypatch):
         found.append(graph)
         return graph.forward
 
+    monkeypatch.setattr(model, "check_can_compile", lambda device, what: None)  # none is needed
     monkeypatch.setattr(
         torch, "compile", lambda run, *, dynamic, options: compile(run, dynamic=dynamic, fullgraph=True, backend=kept)
     )
@@ -84,6 +90,7 @@ def untraced(make, *each):
     """Latents of the same model, without a trace, with each of these arguments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda run, **_: run)
+        patch.setattr(model, "check_can_compile", lambda device, what: None)
         sd = model.faster(make(), compiled=True)
     return [latents(sd, **more) for more in each]
 
@@ -115,6 +122,29 @@ def test_a_model_is_traced_anew_with_another_control_and_without(traces):
     for joins, expected in zip(each, untraced(small_sd, *each), strict=True):
         assert torch.equal(latents(fast, **joins), expected)
     assert compiled_for(said) == ["latents", "with ControlNets", "with image prompts"] and len(traces) == 3
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """As on a machine without one; PyTorch reads $CXX when it is imported."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-compiler"))
+
+
+def test_without_a_compiler_one_line_says_so(no_compiler, tmp_path, capsys, monkeypatch):
+    with pytest.raises(UserError, match=r"^--compile needs a C\+\+ compiler \(\$CXX, or g\+\+\), and none works here"):
+        model.faster(small_sd(), compiled=True)
+    asked = FitOptions(steps=1, batch=1, adam8bit=True)
+    with pytest.raises(UserError, match=r"^--adam8bit needs a C\+\+ compiler"):
+        make_optimizer([torch.nn.Parameter(torch.zeros(4, 4))], asked)
+    monkeypatch.setattr("plainsd.device.has_triton", lambda: False)
+    with pytest.raises(UserError, match=r"^--compile needs Triton, which is not installed; pip install triton"):
+        check_can_compile(torch.device("cuda"), "--compile")
+    plainsd.save(tiny_sd(), tmp_path / "model")
+    assert main(["generate", "a", "--model", str(tmp_path / "model"), "--compile", "--out", str(tmp_path)]) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if "needs a C++" in line]
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.full

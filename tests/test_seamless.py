@@ -105,4 +105,4 @@ def test_packed_layers_see_past_an_edge_too(cache):
     factor = fast.vae.config.factor
     with torch.no_grad():
         whole, shifted = decode(fast, latents, tiling=True), decode(fast, latents.roll((4, 6), (2, 3)), tiling=True)
-    assert (shifted - whole.roll((4 * factor, 6 * factor), (2, 3))).abs().max() < 1e-5
+    assert (shifted - whole.roll((4 * factor, 6 * factor), (2, 3))).abs().max() < 1e-4

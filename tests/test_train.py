@@ -15,6 +15,7 @@ from conftest import VOCABULARY
 from PIL import Image
 from torch import nn
 
+from plainsd.device import check_can_compile
 from plainsd.errors import UserError
 from plainsd.models.clip import TextConfig
 from plainsd.models.layers import Attention
@@ -328,6 +329,10 @@ class Wide:
 
 def test_moments_in_8_bits(tmp_path):
     pytest.importorskip("torchao")
+    try:
+        check_can_compile(torch.device("cpu"), "--adam8bit")
+    except UserError:
+        pytest.skip("its step is compiled, and this machine has no compiler")
     options = FitOptions(steps=60, batch=8, lr=0.02, warmup=0, cosine=False, adam8bit=True, save_every=30)
     whole, parts, plain = Wide(), Wide(), Wide()
     trainer = Trainer(whole, options)

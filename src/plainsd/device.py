@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._triton import has_triton
 
 from plainsd.errors import UserError, unknown
 
@@ -59,3 +60,19 @@ def bfloat16_pays() -> bool:
 
 def made_by_intel() -> bool:
     return "Intel" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
+
+
+def check_can_compile(device: torch.device, what: str) -> None:
+    """UserError where torch.compile would fail: for a CPU it writes C++, for a GPU Triton's language."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError(
+                f"{what} needs a C++ compiler ($CXX, or g++), and none works here; install one, or leave it out"
+            ) from None
+    elif device.type == "cuda" and not has_triton():
+        raise UserError(f"{what} needs Triton, which is not installed; pip install triton, or leave it out")

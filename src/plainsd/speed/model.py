@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plainsd.device import check_can_compile
 from plainsd.errors import UserError
 from plainsd.models import forms
 from plainsd.models.layers import Attention
@@ -165,8 +166,10 @@ def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
     """Compiles the UNet for each set of input shapes: on a GPU with CUDA graphs, on a CPU with frozen weights. What
     joins it (ControlNets, T2I-Adapters, image prompts) are inputs too; its absence is a set of its own.
 
-    The first step of each takes a minute or two; later processes reuse most of it from torch's cache.
+    The first step of each takes a minute or two; later processes reuse most of it from torch's cache. UserError without
+    a compiler.
     """
+    check_can_compile(sd.device, "--compile")
     met = set()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     compiled = torch.compile(sd.unet.forward, dynamic=False, options=compiler_options(sd.device))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from plainsd.device import check_can_compile
 from plainsd.errors import UserError
 from plainsd.train.options import FitOptions
 
@@ -21,6 +22,7 @@ def make_optimizer(parameters: list[nn.Parameter], options: FitOptions) -> torch
     groups = [group for group in groups if group["params"]] if options.adam8bit else groups
     numbers = {"lr": options.lr, "betas": options.betas, "eps": options.eps}
     if options.adam8bit:
+        check_can_compile(parameters[0].device, "--adam8bit")  # its step is one kernel
         return adam8bit()(groups, **numbers)
     return torch.optim.AdamW(groups, **numbers, fused=not any(isinstance(p, DTensor) for p in parameters))
 
