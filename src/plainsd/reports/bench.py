@@ -28,6 +28,7 @@ from plainsd.generate import final, text_to_image
 from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.sampling import through_vae
 from plainsd.reports.apart import WORKS, apart_row
 from plainsd.reports.processes import first_row, load_row, start_row
 from plainsd.reports.rivals import (
@@ -116,7 +117,7 @@ def decode_row(place: Workbench, compiled: bool) -> Timing:
     if work := openvino(place, Theirs, z):
         sides["OpenVINO"] = work
     for side, sd in our_models(place, False).items():
-        sides[side] = partial(sd.vae.decode, z)
+        sides[side] = partial(through_vae, sd, lambda vae, z: vae.decode(z), z)  # as the pipeline does
     return with_distances(race(name, sides, place.rounds), sides, exact)
 
 
