@@ -330,7 +330,9 @@ class Wide:
 def test_moments_in_8_bits(tmp_path):
     pytest.importorskip("torchao")
     if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
-        pytest.skip("PyTorch 2.13 writes C++ for this processor's vectors under this setting, and has no headers for it")
+        pytest.skip(
+            "PyTorch 2.13 writes C++ for this processor's vectors under this setting, and has no headers for it"
+        )
     try:
         check_can_compile(torch.device("cpu"), "--adam8bit")
     except UserError:
