@@ -109,6 +109,9 @@ def test_wider_latents_begin_with_the_same_pictures(tmp_path, old, capsys):
     assert added.std((0, 2, 3)).min() > 2 * after.logvar[:, 8:].max().mul(0.5).exp()  # above its noise
     assert grow.main([*asked, str(RECIPE / "model128-grown.json")]) == 2
     assert "latents of 12: " in capsys.readouterr().err
+    for few in ("8", "0"):
+        assert grow.main([*asked[:3], few, *asked[4:], str(tmp_path / "model.json")]) == 2
+        assert f"--latents {few} is no more than the 8 channels" in capsys.readouterr().err
     assert grow.main([*asked[:2], "--description", str(tmp_path / "model.json")]) == 2
     assert "--data is missing" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from plainsd.models.forms import OtherForm
 from plainsd.models.layers import Upsample
 from plainsd.models.unet import FeedForward
 from plainsd.pictures.noise import NoiseOfEach
+from plainsd.pictures.sampling import decode, moments_of
 from plainsd.speed import model
 from plainsd.speed.packed import (
     PACKED,
@@ -80,6 +82,19 @@ def test_a_faster_model_draws_the_same(variant):
     assert not kinds & {torch.nn.Linear, torch.nn.Conv2d, FeedForward, Upsample}
     assert_as_exact(fast, lambda: tiny_sd(**variant))
     assert difference(final(text_to_image(fast, **PROMPT))[0], final(text_to_image(plain, **PROMPT))[0]) <= 1
+
+
+@pytest.mark.parametrize("banded", [False, True])
+def test_the_maps_of_a_plain_vae_lie_channels_last(banded):
+    """So diffusers has them; its weights stay as they are in the file."""
+    sd, seen = tiny_sd(), []
+    for conv in (sd.vae.encoder.levels[0].res[0].conv1, sd.vae.decoder.levels[0].res[0].conv1):
+        conv.register_forward_pre_hook(lambda conv, args: seen.append(args[0]))
+    sd.saving = replace(sd.saving, bands=banded)
+    latents = moments_of(sd, torch.rand(1, 3, 64, 64) * 2 - 1)[0]
+    decode(sd, latents)
+    assert len(seen) >= 2 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert all(p.is_contiguous() for p in sd.vae.parameters())
 
 
 def test_faster_in_bfloat16_is_no_less_exact():

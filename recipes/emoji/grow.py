@@ -75,6 +75,8 @@ def widened(old: VAE, latents: int) -> VAE:
     """`old` with more latent channels. It decodes to the same pictures: the new channels are random mixtures of what
     the encoder has, and the decoder's weights for them are zero."""
     before = old.config.latent_channels
+    if latents <= before:
+        raise UserError(f"--latents {latents} is no more than the {before} channels that there are; give more")
     new = VAE(replace(old.config, latent_channels=latents, latents_mean=None, latents_std=None))
     weights = new.state_dict()
     same = {name: weight for name, weight in old.state_dict().items() if weight.shape == weights[name].shape}
@@ -219,14 +221,14 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         old = load_vae(options.model, device="cpu", dtype="float32")
         torch.manual_seed(0)
-        new = widened(old, options.latents) if options.latents else with_level(old, options)
+        new = widened(old, options.latents) if options.latents is not None else with_level(old, options)
         if replace(new.config, scaling_factor=variant.vae.scaling_factor) != variant.vae:
             raise UserError(
                 f"the grown autoencoder has channels {new.config.channels}, {new.config.layers} ResBlocks a level and "
                 f"latents of {new.config.latent_channels}: {options.description} describes another one"
             )
         save_vae(new, options.out, variant)
-        if options.heldout and not options.latents:
+        if options.heldout and options.latents is None:
             print(nearness(old, new, read_pictures(options.heldout, options.size).pixels(range(options.count))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -48,10 +48,13 @@ DECODED_AT_ONCE = 2**18  # pixels: one picture of 512x512, which takes about 2 G
 def through_vae(sd: StableDiffusion, run: Callable[[AnyVAE, Tensor], Tensor], x: Tensor) -> Tensor:
     """`run` of the VAE on x, in the VAE's dtype; float32 outside. On overflow it runs again in float32.
 
-    Maps lie channels last: oneDNN's convolutions take a fifth less time so, whatever the weights' layout.
+    On a CPU maps lie channels last: oneDNN's convolutions take a fifth less time so, whatever the weights' layout.
     """
-    vae, weight = on_stage(sd, sd.vae), next(sd.vae.parameters())
-    y = run(vae, x.to(weight).contiguous(memory_format=torch.channels_last)).float()
+    vae = on_stage(sd, sd.vae)
+    given = x.to(next(vae.parameters()))
+    if given.device.type == "cpu":
+        given = given.contiguous(memory_format=torch.channels_last)
+    y = run(vae, given).float()
     if y.isfinite().all():
         return y
     if x.isfinite().all():
