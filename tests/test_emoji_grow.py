@@ -162,6 +162,11 @@ def test_a_model_on_wider_latents_begins_as_the_old_one(tmp_path, capsys):
     (tmp_path / "model.json").write_text(json.dumps(described))
     assert grow.main([*asked, "--tokenizer", str(tmp_path / "tokenizer")]) == 2
     assert "differs from the old model's in more than its latents and depth: " in capsys.readouterr().err
+    described["unet"]["channels"] = [96, 160]
+    described["text"][0]["layers"] = 2
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    assert grow.main([*asked, "--tokenizer", str(tmp_path / "tokenizer")]) == 2
+    assert "differs from the old model's in more than its vocabulary and positions" in capsys.readouterr().err
 
 
 def test_its_description_is_the_first_stages_but_for_the_autoencoder():

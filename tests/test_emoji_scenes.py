@@ -446,5 +446,36 @@ def test_names_of_a_set_keep_their_held_out_pairs(all_emoji, tmp_path):
     assert len(few.nouns) == 4 and pairs(few) == {pair for pair in pairs(everything) if pair[0] in few_names(few)}
 
 
+def test_cells_and_single_objects_are_options_of_a_set(all_emoji, tmp_path, capsys):
+    build, names = runpy.run_path(str(RECIPE))["main"], tmp_path / "names.txt"
+    names.write_text("owl\nfox\nred apple\nrocket\n")
+    asked = [str(tmp_path / "set"), "--set", "--names", str(names), "--single", "--cells"]
+    assert build([*asked, "4"]) == 0
+    made_of = read_set(tmp_path / "set" / "concepts.json")
+    assert (made_of.single, made_of.cells) == (True, 4)
+    for wrong, message in (
+        ([*asked, "0"], "cells 0"),
+        ([word for word in asked if word != "--single"] + ["1"], "cells 1: two objects need two cells"),
+        ([str(tmp_path / "none"), "--single"], "--single is a kind of --set"),
+    ):
+        assert build(wrong) == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("cells", [0, "8", 1])
+def test_a_file_with_wrong_cells_is_one_line(cells):
+    with pytest.raises(UserError, match=rf"^set.json: cells {cells!r}: "):
+        set_of(describe_set(small_set()) | {"cells": cells}, "set.json")
+
+
+@pytest.mark.parametrize("cells", [2, 3, 5, 16, 64])
+def test_scenes_fit_into_any_number_of_cells(cells):
+    made_of = replace(small_set(), cells=cells)
+    for i in range(300):
+        for one in make_scene(made_of, "train", i).objects:
+            assert one.side >= 128 // cells // 2 and min(one.left, one.top) >= 0
+            assert max(one.left, one.top) + one.side <= 128
+
+
 def few_names(made_of: SceneSet) -> set[str]:
     return {noun.name for noun in made_of.nouns}

@@ -188,7 +188,6 @@ def restricted(
 
 def build_set(options: argparse.Namespace) -> None:
     """concepts.json of scenes, and the tokenizer of their captions."""
-    drawing.check_cells(options.cells)
     nouns = every_noun(drawing.open_font(options.font))
     _, held = drawing.split_pairs(len(nouns), len(COLOURS), options.heldout_share, options.seed)
     if options.names:  # the held-out pairs stay those of all emoji
@@ -274,6 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     try:
         options = parser.parse_args(argv)
+        if options.single and not options.set:
+            raise UserError("--single is a kind of --set; without that there is one object in every picture")
         build_set(options) if options.set else build(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -138,7 +138,7 @@ def carried_over(
     text had; and further transformer blocks add nothing yet."""
     new = from_scratch(variant, vae, tokenizer)
     weights, before = new.unet.state_dict(), old.unet.state_dict()
-    given = {name: weight for name, weight in before.items() if weight.shape == getattr(weights.get(name), "shape", 0)}
+    given = {name: w for name, w in before.items() if name in weights and w.shape == weights[name].shape}
     new.unet.load_state_dict(given, strict=False)
     for name in sorted((weights.keys() | before.keys()) - given.keys() - ON_LATENTS):
         if name in before or ".blocks." not in name:
@@ -163,6 +163,9 @@ def linear_map(x: Tensor, y: Tensor) -> Tensor:
 
 def take_text(new: TextEncoder, old: TextEncoder, tokenizer: Tokenizer, before: Tokenizer) -> None:
     """The old text encoder with a token table for another vocabulary, and more positions, which begin as the last."""
+    free = {"vocab": 0, "eos": 0, "positions": 0}
+    if replace(new.config, **free) != replace(old.config, **free):
+        raise UserError("the text encoder differs from the old model's in more than its vocabulary and positions")
     table, places = new.token.weight, new.position.weight
     for symbol, row in tokenizer.vocabulary.items():
         if symbol in before.vocabulary:
@@ -172,7 +175,7 @@ def take_text(new: TextEncoder, old: TextEncoder, tokenizer: Tokenizer, before: 
     for i in range(len(places)):
         places[i] = old.position.weight[min(i, len(old.position.weight) - 1)]
     kept = new.state_dict().keys() - {"token.weight", "position.weight"}
-    new.load_state_dict({name: old.state_dict()[name] for name in kept}, strict=False)
+    new.load_state_dict({name: old.state_dict()[name] for name in kept}, strict=False)  # without the two tables
 
 
 def with_level(old: VAE, options: argparse.Namespace) -> VAE:
@@ -188,7 +191,7 @@ def some_pixels(options: argparse.Namespace) -> Tensor:
     else:
         pictures = read_pictures(options.data, options.size)
     step = max(len(pictures) // options.count, 1)
-    return pictures.pixels(range(0, step * options.count, step))
+    return pictures.pixels(range(0, len(pictures), step)[: options.count])
 
 
 def save_model_on(variant: Variant, options: argparse.Namespace) -> None:

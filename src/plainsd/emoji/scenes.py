@@ -100,6 +100,10 @@ class SceneSet:
     held_list: tuple[tuple[int, str], ...] = field(default=(), repr=False)
 
     def __post_init__(self):
+        """UserError for cells that no scene of this set fits into."""
+        drawing.check_cells(self.cells)
+        if self.cells == 1 and not self.single:
+            raise UserError("cells 1: two objects need two cells of a side; give 2 or more, or a single set")
         object.__setattr__(self, "held_list", tuple(sorted(self.heldout)))
 
     @property
@@ -319,11 +323,12 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
             single=scenes.get("single", False) is True,
             digest=digest_of(content),
         )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is damaged: {type(error).__name__} {error}; {SET_REMEDY}") from error
     if (scenes.get("patterns"), scenes.get("tasks")) != (list(made_of.patterns), made_of.tasks):
         raise UserError(f"{where} describes scenes of another version of plainsd; {SET_REMEDY}")
-    drawing.check_cells(made_of.cells)
     if made_of.size < 16 or made_of.count < 1 or not made_of.nouns or not made_of.heldout:
         raise UserError(f"{where} is damaged: it has no emoji, no held-out pairs, or a size below 16; {SET_REMEDY}")
     return made_of

@@ -26,7 +26,7 @@ def int8(sd: StableDiffusion, *, activations: bool = False) -> StableDiffusion:
     torch.compile. A quantized model can be neither trained nor saved. UserError for `activations` on a processor whose
     8-bit products are wrong (`exact_products`).
     """
-    if activations and next(sd.unet.parameters()).device.type == "cpu" and not exact_products():
+    if activations and sd.device.type == "cpu" and not exact_products():
         raise UserError(
             "activations=True: 8-bit products overflow on this processor, which has no VNNI; leave it out, and weights"
             " alone are in 8 bits"
