@@ -15,6 +15,7 @@ from conftest import VOCABULARY
 from PIL import Image
 from torch import nn
 
+import plainsd
 from plainsd.device import check_can_compile
 from plainsd.errors import UserError
 from plainsd.models.clip import TextConfig
@@ -23,7 +24,7 @@ from plainsd.models.unet import UNetConfig
 from plainsd.models.vae import VAE, VAEConfig
 from plainsd.models.variants import ScheduleConfig, Variant
 from plainsd.speed.training import autocast
-from plainsd.text.tokenizer import Tokenizer
+from plainsd.text.tokenizer import END, Tokenizer
 from plainsd.train.checkpoints import checkpoints, save_checkpoint
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
@@ -68,6 +69,29 @@ def make_scratch(folder, tmp_path, seed=0):
 
 def weights(method):
     return torch.cat([p.detach().flatten() for p in method.modules.parameters()])
+
+
+def untrained(end):
+    """A model for a vocabulary whose end token has this id."""
+    words = [word for word in VOCABULARY if word != END]
+    words.insert(end, END)
+    variant = Variant("tiny", TINY_UNET, TINY_VAE, (TINY_TEXT,))
+    return from_scratch(variant, VAE(TINY_VAE), Tokenizer({word: i for i, word in enumerate(words)}, []))
+
+
+@pytest.mark.parametrize("end", [0, 1, 3])
+def test_an_end_token_of_any_id_survives_saving(tmp_path, end):
+    sd = untrained(end)
+    plainsd.save(sd, tmp_path / "model")
+    again = plainsd.load(tmp_path / "model", dtype="float32")
+    assert again.text_encoders[0].config.eos == again.tokenizers[0].end == end
+    ids = torch.tensor([[5, 6, end, 7]])
+    assert torch.equal(again.text_encoders[0](ids).pooled, sd.text_encoders[0](ids).pooled)
+
+
+def test_an_end_token_that_config_json_cannot_say_is_refused_before_training():
+    with pytest.raises(UserError, match="id 2, which CLIP's config.json reads as the largest id of all"):
+        untrained(2)
 
 
 # ---- data

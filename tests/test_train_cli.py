@@ -165,6 +165,12 @@ def test_lora(train, base, tmp_path):
     assert len([line for line in read_log(tmp_path / "run" / "log.jsonl") if "validation" in line]) == 2
 
 
+@pytest.mark.parametrize("method", ["lora", "vae"])
+def test_pixels_that_are_no_whole_latents_are_refused(train, tmp_path, method):
+    code, lines = train(method, "--steps", "1", "--size", "21")
+    assert code == 2 and lines == ["plainsd: --size 21 is no multiple of 8, the pixels of one latent; take 16 or 24"]
+
+
 @pytest.mark.parametrize("kind", [["loha"], ["lokr", "--factor", "4"]], ids=["loha", "lokr"])
 def test_lycoris(train, base, tmp_path, kind):
     """Trained, stopped and resumed as a LoRA is; one file, for diffusers reads no other kind than LoRA."""

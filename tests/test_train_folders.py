@@ -513,6 +513,16 @@ def test_a_box_of_exactly_the_wanted_shape_exists(size):
     assert all(w % 8 == 0 == h % 8 and 0.6 * size**2 < w * h <= size**2 for w, h in boxes(size))
 
 
+@pytest.mark.parametrize("size", [64, 96, 112, 128, 192, 320, 528])
+def test_boxes_are_whole_latents_of_16_pixels_too(size):
+    """An autoencoder of five levels has one latent for 16 x 16 pixels; half a latent's pixels would go unseen."""
+    found = boxes(size, 16)
+    assert (size, size) in found and len(found) >= 3
+    assert all(w % 16 == 0 == h % 16 and 0.5 * size**2 < w * h <= size**2 for w, h in found)
+    framing = Framing(buckets=True, multiple=16)
+    assert framing.views("a.png", (300, 200), size)[0].size == nearest_box((300, 200), size, 16)
+
+
 def test_nothing_is_cut_off_a_square(tmp_path):
     pair(tmp_path, "a", size=(568, 568))
     pictures = PictureSet(read_pictures(tmp_path, 568).items, 568, Framing(buckets=True))

@@ -23,10 +23,12 @@ def setting(config: Config, name: str, where: str, default: Any = None) -> Any:
     return value
 
 
-def whole_number(config: Config, name: str, where: str, default: int | None = None, most: int = WIDEST) -> int:
+def whole_number(
+    config: Config, name: str, where: str, default: int | None = None, most: int = WIDEST, least: int = 1
+) -> int:
     value = setting(config, name, where, default)
-    if type(value) is not int or not 0 < value <= most:
-        raise UserError(f"{where}: {name} is {value!r}, and must be a whole number from 1 to {most}")
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(f"{where}: {name} is {value!r}, and must be a whole number from {least} to {most}")
     return value
 
 

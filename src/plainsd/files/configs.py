@@ -174,7 +174,8 @@ def middle_depth(config: Config, where: str) -> int:
 
 
 def read_text(config: Config, where: str) -> TextConfig:
-    vocab, eos = whole_number(config, "vocab_size", where, 49_408), whole_number(config, "eos_token_id", where, 49_407)
+    vocab = whole_number(config, "vocab_size", where, 49_408)
+    eos = whole_number(config, "eos_token_id", where, 49_407, least=0)
     projected = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
     text = TextConfig(
         vocab=vocab,
@@ -190,6 +191,15 @@ def read_text(config: Config, where: str) -> TextConfig:
     )
     divides(text.heads, (text.width,), "attention heads", where)
     return text
+
+
+def check_end(eos: int) -> None:
+    """UserError where a config.json cannot say this end token."""
+    if eos == LEGACY_EOS:
+        raise UserError(
+            f"the tokenizer's end token has the id {LEGACY_EOS}, which CLIP's config.json reads as the largest id of "
+            "all; give the end token another id"
+        )
 
 
 # --- a whole model ---------------------------------------------------------------------------------------------------

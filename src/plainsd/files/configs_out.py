@@ -8,7 +8,7 @@ from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.config_noise import OF_LEVELS
 from plainsd.files.config_vae import TINY
-from plainsd.files.configs import MIDDLES, NOTE, NOTED
+from plainsd.files.configs import MIDDLES, NOTE, NOTED, check_end
 from plainsd.models.clip import TextConfig
 from plainsd.models.control import ControlConfig
 from plainsd.models.tiny_vae import TinyVAEConfig
@@ -134,9 +134,10 @@ def write_vae(variant: Variant) -> dict[str, Any]:
 
 
 def write_text(text: TextConfig) -> dict[str, Any]:
+    check_end(text.eos)
     return {
         "architectures": ["CLIPTextModelWithProjection" if text.projection else "CLIPTextModel"],
-        "bos_token_id": text.eos - 1,
+        "bos_token_id": max(0, text.eos - 1),
         "eos_token_id": text.eos,
         "hidden_act": text.activation,
         "hidden_size": text.width,

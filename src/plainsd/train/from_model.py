@@ -169,7 +169,7 @@ def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
     network: nn.Module
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)
-    pictures, heldout = job.pictures(sd.variant.size)
+    pictures, heldout = job.pictures(sd.variant.size, sd.vae.config)
     examples, held = job.examples(sd.vae, pictures), job.examples(sd.vae, heldout) if heldout else None
     job.count_long_captions(sd, pictures)
     shared = {

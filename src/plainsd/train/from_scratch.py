@@ -69,7 +69,7 @@ def train_vae(job: TrainJob) -> None:
         raise UserError(f"latent_noise {own.latent_noise} is out of range; give 0 or more", field="latent_noise")
     torch.manual_seed(job.options.pace.seed)  # the networks' first weights
     variant, vae = first_vae(job)
-    pictures, heldout = job.pictures(variant.size)
+    pictures, heldout = job.pictures(variant.size, vae.config)
     if pictures.framing != Framing():
         raise UserError("method vae trains on middle squares; leave out --buckets, --crop and --flip")
     for part in (vae.encoder, vae.quant) if own.decoder_only else ():
@@ -114,7 +114,7 @@ def train_scratch(job: TrainJob) -> None:
     for network in (sd.unet, *sd.text_encoders):
         job.on_device(network)
     job.check_options(vae_weights=weights_digest(vae), first_weights=weights_digest(sd.unet, *sd.text_encoders))
-    pictures, heldout = job.pictures(variant.size)
+    pictures, heldout = job.pictures(variant.size, vae.config)
     vae.requires_grad_(False)
     job.count_long_captions(sd, pictures)
     held = job.examples(vae, heldout) if heldout else None

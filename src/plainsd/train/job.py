@@ -19,8 +19,10 @@ from plainsd.disk import read_json
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
 from plainsd.models.control import ControlNet
+from plainsd.models.tiny_vae import AnyVAEConfig
 from plainsd.models.vae import VAE
 from plainsd.pictures.control import Control
+from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.images import grid, write_png
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import RANDOM, drawn_seed
@@ -30,7 +32,7 @@ from plainsd.train.claim import CONFIG_FILE, OPTIONS_FILE, claim
 from plainsd.train.consistency import Distill
 from plainsd.train.data.ahead import PixelsOf, pictures_ahead
 from plainsd.train.data.captions import cut_captions
-from plainsd.train.data.crops import Framing
+from plainsd.train.data.crops import Framing, check_whole_latents
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.heldout import of_run
 from plainsd.train.data.latents import Latents, cache_latents
@@ -140,11 +142,13 @@ class TrainJob:
 
     # ---- pictures
 
-    def pictures(self, size: int) -> tuple[PictureSet, PictureSet | None]:
-        """Training pictures, and held-out pictures."""
+    def pictures(self, size: int, vae: AnyVAEConfig) -> tuple[PictureSet, PictureSet | None]:
+        """Training pictures, and held-out pictures, of the model's `size` where --size does not say another."""
         data = self.options.reading
-        framing = Framing(data.buckets, data.crop, data.places, data.flip)
         size, prior = data.size or size, self.options.prior.prior
+        check_whole_latents(size, vae.factor)
+        shape = Framing(data.buckets, multiple=size_multiple(vae)) if data.buckets else Framing()
+        framing = replace(shape, crop=data.crop, places=data.places, flip=data.flip)
         sources = [Path(parse_source(source)[0]) for source in self.options.data]
         found = joined_sets(self.read(source, size, data.heldout, prior) for source in self.options.data)
         pictures = PictureSet(found.items, size, framing, data.shuffle_tags)
@@ -153,13 +157,13 @@ class TrainJob:
         heldout = None
         if data.heldout:
             found = self.read(str(data.heldout), size, *sources, prior, heldout=True)
-            heldout = PictureSet(found.items, size, Framing(data.buckets))
+            heldout = PictureSet(found.items, size, shape)
             scenes = str(data.heldout).startswith(SCENE_PREFIX)  # the same file has both
             if not scenes and data.heldout.resolve() in [source.resolve() for source in sources]:
                 self.say(f"--heldout {data.heldout} is trained on too: what is measured with it is not validation")
         elif data.hold_out:
             pictures, heldout = pictures.split(data.hold_out, self._held(pictures))
-            heldout = PictureSet(heldout.items, size, Framing(data.buckets))
+            heldout = PictureSet(heldout.items, size, shape)
         self.say(described(pictures))
         self.compare_pictures("pictures", pictures)
         if heldout:

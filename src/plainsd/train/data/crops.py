@@ -55,6 +55,7 @@ class Framing:
     crop: Literal["centre", "random"] = "centre"
     places: int = 4  # random crops per picture
     flip: bool = False  # each also mirrored
+    multiple: int = MULTIPLE  # of the sides of buckets, in pixels
 
     def __post_init__(self):
         if self.crop not in ("centre", "random"):
@@ -69,7 +70,7 @@ class Framing:
 
     def views(self, name: str, original: Size, size: int) -> list[View]:
         """All views of a picture. Random positions are seeded by its name, so that they are the same in every run."""
-        box = nearest_box(original, size) if self.buckets else (size, size)
+        box = nearest_box(original, size, self.multiple) if self.buckets else (size, size)
         places = [(0.5, 0.5)]
         if self.crop == "random":
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -78,12 +79,22 @@ class Framing:
         return [view_of(original, box, *place, mirrored) for place in places for mirrored in flips]
 
 
+def check_whole_latents(size: int, factor: int) -> None:
+    """UserError unless a side of `size` pixels is a whole number of latents of `factor` pixels."""
+    if size % factor:
+        near = sorted({max(1, size // factor) * factor, (size // factor + 1) * factor})
+        raise UserError(
+            f"--size {size} is no multiple of {factor}, the pixels of one latent; take {' or '.join(map(str, near))}"
+        )
+
+
 @lru_cache
-def boxes(size: int) -> list[Size]:
-    """The boxes of about size x size pixels, from half as wide to twice as wide, none larger in area; the square too,
-    where it lies between the steps of the others."""
+def boxes(size: int, multiple: int = MULTIPLE) -> list[Size]:
+    """The boxes of about size x size pixels, from half as wide to twice as wide, none larger in area, all
+    sides multiples of `multiple`; the square too, where it lies between the steps of the others."""
     step = 64 if size >= 512 else max(MULTIPLE, size // 64 * MULTIPLE)
-    square = max(MULTIPLE, size // MULTIPLE * MULTIPLE)
+    step = -(-step // multiple) * multiple
+    square = max(multiple, size // multiple * multiple)
     found = {(square, square)}
     for side in range(max(step, size // 2 // step * step), 2 * size + 1, step):
         other = size * size // side // step * step
@@ -92,7 +103,7 @@ def boxes(size: int) -> list[Size]:
     return sorted(found)
 
 
-def nearest_box(original: Size, size: int) -> Size:
+def nearest_box(original: Size, size: int, multiple: int = MULTIPLE) -> Size:
     """The box whose shape is nearest to the picture's; of equals, the larger."""
     shape = math.log(original[0] / original[1])
-    return min(boxes(size), key=lambda box: (abs(math.log(box[0] / box[1]) - shape), -box[0] * box[1]))
+    return min(boxes(size, multiple), key=lambda box: (abs(math.log(box[0] / box[1]) - shape), -box[0] * box[1]))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from plainsd.errors import UserError
+from plainsd.files.configs import check_end
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
@@ -22,6 +23,7 @@ def from_scratch(variant: Variant, vae: VAE, tokenizer: Tokenizer) -> StableDiff
     numbers come from PyTorch's global generator: seed it first."""
     if len(variant.text) != 1:
         raise UserError(f"the model has {len(variant.text)} text encoders, and method scratch trains one; describe one")
+    check_end(tokenizer.end)  # now, and not when hours later the model is saved
     text = replace(variant.text[0], vocab=len(tokenizer), eos=tokenizer.end)
     tokenizer.max_length = text.positions
     variant = replace(variant, vae=vae.config, text=(text,))
