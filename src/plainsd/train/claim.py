@@ -7,19 +7,24 @@
 A refused start writes none of these.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import nn
 
-from plainsd.disk import written_whole
+from plainsd.disk import read_json, written_whole
 from plainsd.errors import UserError
 from plainsd.train.checkpoints import saving
 from plainsd.train.processes import World
 
 OPTIONS_FILE, CONFIG_FILE, LOCK_FILE = "options.json", "run.toml", ".lock"
+DAMAGED = "put it back from a copy, or give another --out"
 
 
 @contextmanager
@@ -53,3 +58,38 @@ def claim(folder: Path, identity: Mapping[str, str], config: str) -> None:
         for name, text in ((OPTIONS_FILE, json.dumps(identity, indent=1)), (CONFIG_FILE, config)):
             with written_whole(folder / name) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
+
+
+def longer(old: object, now: str) -> bool:
+    """Of two numbers of steps or epochs as text, None among them."""
+    return isinstance(old, str) and old.isdecimal() and now.isdecimal() and int(now) > int(old[:20])
+
+
+def recorded_seed(file: Path) -> int:
+    """Of the run with these options."""
+    seed = read_json(file, DAMAGED).get("seed", "0")
+    if not (isinstance(seed, str) and re.fullmatch(r"\d{1,20}", seed)):
+        raise UserError(f"{file} is damaged: it has the seed {seed!r}; {DAMAGED}")
+    return int(seed)
+
+
+def flat(options) -> dict[str, str]:
+    """Every option by its own name, as text."""
+    found: dict[str, str] = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            found |= {name: str(entry) for name, entry in asdict(value).items()}
+        else:
+            found[field.name] = " ".join(value) if field.name == "data" else str(value)
+    return found
+
+
+def weights_digest(*networks: nn.Module) -> str:
+    """Sixteen hexadecimal digits that other weights do not have: of up to 16 numbers of each tensor."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            some = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -23,11 +23,12 @@ from plainsd.models.unet import UNet
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
+from plainsd.train.claim import weights_digest
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.pictures import read_pictures
 from plainsd.train.data.sources import parse_source
 from plainsd.train.gradient_checkpointing import checkpointing
-from plainsd.train.job import TrainJob, weights_digest
+from plainsd.train.job import TrainJob
 from plainsd.train.methods.controlnet import controlnet
 from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.methods.finetune import FineTune
@@ -169,9 +170,9 @@ def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
     network: nn.Module
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)
-    pictures, heldout = job.pictures(sd.variant.size, sd.vae.config)
-    examples, held = job.examples(sd.vae, pictures), job.examples(sd.vae, heldout) if heldout else None
-    job.count_long_captions(sd, pictures)
+    pictures, heldout = job.data.pictures(sd.variant.size, sd.vae.config)
+    examples, held = job.data.examples(sd.vae, pictures), job.data.examples(sd.vae, heldout) if heldout else None
+    job.data.count_long_captions(sd, pictures)
     shared = {
         "objective": job.objective(),
         "chunks": job.options.reading.chunks,
@@ -225,5 +226,5 @@ def prior_set(job: TrainJob, sd: StableDiffusion, size: int) -> Examples | None:
         known, sources = job.out / "cache" / "scanned.json", [Path(parse_source(one)[0]) for one in job.options.data]
         without = (*sources, *filter(None, [job.options.reading.heldout]), job.out)
         pictures = read_pictures(folder, size, caption=own.prior_prompt, known=known, without=without, say=job.say)
-    job.compare_pictures("prior", pictures)
-    return job.examples(sd.vae, pictures)
+    job.data.compare_pictures("prior", pictures)
+    return job.data.examples(sd.vae, pictures)

@@ -20,8 +20,9 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.speed.training import trained_faster
 from plainsd.text.tokenizer import Tokenizer
 from plainsd.train.checkpoints import saving
+from plainsd.train.claim import weights_digest
 from plainsd.train.data.crops import Framing
-from plainsd.train.job import TrainJob, weights_digest
+from plainsd.train.job import TrainJob
 from plainsd.train.methods.full import full
 from plainsd.train.methods.scratch import from_scratch
 from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, validate
@@ -69,7 +70,7 @@ def train_vae(job: TrainJob) -> None:
         raise UserError(f"latent_noise {own.latent_noise} is out of range; give 0 or more", field="latent_noise")
     torch.manual_seed(job.options.pace.seed)  # the networks' first weights
     variant, vae = first_vae(job)
-    pictures, heldout = job.pictures(variant.size, vae.config)
+    pictures, heldout = job.data.pictures(variant.size, vae.config)
     if pictures.framing != Framing():
         raise UserError("method vae trains on middle squares; leave out --buckets, --crop and --flip")
     for part in (vae.encoder, vae.quant) if own.decoder_only else ():
@@ -91,7 +92,7 @@ def train_vae(job: TrainJob) -> None:
         save_vae(vae, job.out / "vae" if mark is None else job.result(mark), variant)
 
     check = (lambda: validate(vae, heldout)) if heldout else None
-    with job.pixels(pictures) as method.pixels, trained_faster(vae):
+    with job.data.pixels(pictures) as method.pixels, trained_faster(vae):
         done = job.train(method, pictures, check, sample, save=write)
     if not done or not job.world.first:
         return
@@ -114,10 +115,10 @@ def train_scratch(job: TrainJob) -> None:
     for network in (sd.unet, *sd.text_encoders):
         job.on_device(network)
     job.check_options(vae_weights=weights_digest(vae), first_weights=weights_digest(sd.unet, *sd.text_encoders))
-    pictures, heldout = job.pictures(variant.size, vae.config)
+    pictures, heldout = job.data.pictures(variant.size, vae.config)
     vae.requires_grad_(False)
-    job.count_long_captions(sd, pictures)
-    held = job.examples(vae, heldout) if heldout else None
+    job.data.count_long_captions(sd, pictures)
+    held = job.data.examples(vae, heldout) if heldout else None
 
     def write(mark: str | None) -> None:
         save(sd, job.result(mark), dtype=job.save_dtype)
@@ -127,9 +128,9 @@ def train_scratch(job: TrainJob) -> None:
 
     with ExitStack() as stack:
         if job.options.reading.live_latents:
-            examples = job.live_examples(vae, pictures, stack.enter_context(job.pixels(pictures)))
+            examples = job.data.live_examples(vae, pictures, stack.enter_context(job.data.pixels(pictures)))
         else:
-            examples = job.examples(vae, pictures)
+            examples = job.data.examples(vae, pictures)
         method = full(sd, examples, text_encoder=True, objective=job.objective(), chunks=job.options.reading.chunks)
         parts = job.spread(sd)
         check = (lambda: method.validate(held, 64)) if held else None

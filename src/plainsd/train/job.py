@@ -1,11 +1,8 @@
-"""What all methods of `plainsd train` share between options and loop: pictures, the run's folder, the run."""
+"""What all methods of `plainsd train` share between options and loop: the run's folder, the run."""
 
-import hashlib
 import math
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from dataclasses import field as made_by
 from fractions import Fraction
 from pathlib import Path
@@ -13,43 +10,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from plainsd.allocator import release_freed_memory
 from plainsd.device import DTYPES
 from plainsd.disk import read_json
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
 from plainsd.models.control import ControlNet
-from plainsd.models.tiny_vae import AnyVAEConfig
-from plainsd.models.vae import VAE
 from plainsd.pictures.control import Control
-from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.images import grid, write_png
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import RANDOM, drawn_seed
 from plainsd.train import config
-from plainsd.train.checkpoints import checkpoints, saving
-from plainsd.train.claim import CONFIG_FILE, OPTIONS_FILE, claim
+from plainsd.train.checkpoints import saving
+from plainsd.train.claim import CONFIG_FILE, DAMAGED, OPTIONS_FILE, claim, flat, longer, recorded_seed
 from plainsd.train.consistency import Distill
-from plainsd.train.data.ahead import PixelsOf, pictures_ahead
-from plainsd.train.data.captions import cut_captions
-from plainsd.train.data.crops import Framing, check_whole_latents
-from plainsd.train.data.examples import Examples
-from plainsd.train.data.heldout import of_run
-from plainsd.train.data.latents import Latents, cache_latents
-from plainsd.train.data.live import LiveLatents
-from plainsd.train.data.pictures import PictureSet, described, joined_sets, some_texts
-from plainsd.train.data.record import changes, picture_digests, record, text_digests
-from plainsd.train.data.scenes import SCENE_PREFIX
-from plainsd.train.data.sources import Reading, parse_source, read_source
+from plainsd.train.data.pictures import PictureSet
+from plainsd.train.data.record import record, text_digests
+from plainsd.train.data.run_data import RunData
 from plainsd.train.objective import PLAIN_OBJECTIVE, Objective
 from plainsd.train.options import FitOptions, TrainOptions, given
-from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.processes import World
 from plainsd.train.run import Interrupted, Rhythm, run_training
 from plainsd.train.shard import shard
 from plainsd.train.trainer import Method
 
-ENCODED_AT_ONCE = 2**18  # pixels, where pictures are large
 FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers",
         "config", "save_results_every", "save_epochs"}  # fmt: skip
 RUN_FOLDERS = ("cache", "checkpoints", "prior", "results", "samples", "tensorboard", "vae")  # of a run's folder
@@ -83,8 +66,11 @@ class TrainJob:
         return DTYPES[self.options.telling.save_dtype]
 
     def say(self, text: str) -> None:
-        if self.world.first:
-            print(text, flush=True)
+        self.world.say(text)
+
+    @property
+    def data(self) -> RunData:
+        return RunData(self.options, self.world, self.dtype, self.reads)
 
     def on_device(self, network: nn.Module) -> nn.Module:
         return network.to(self.world.device).to(memory_format=torch.channels_last)
@@ -140,117 +126,7 @@ class TrainJob:
                 record(self.reads, self.out)
             claim(self.out, self.identity, config.config_text(self.options, says))
 
-    # ---- pictures
-
-    def pictures(self, size: int, vae: AnyVAEConfig) -> tuple[PictureSet, PictureSet | None]:
-        """Training pictures, and held-out pictures, of the model's `size` where --size does not say another."""
-        data = self.options.reading
-        size, prior = data.size or size, self.options.prior.prior
-        check_whole_latents(size, vae.factor)
-        shape = Framing(data.buckets, multiple=size_multiple(vae)) if data.buckets else Framing()
-        framing = replace(shape, crop=data.crop, places=data.places, flip=data.flip)
-        sources = [Path(parse_source(source)[0]) for source in self.options.data]
-        found = joined_sets(self.read(source, size, data.heldout, prior) for source in self.options.data)
-        pictures = PictureSet(found.items, size, framing, data.shuffle_tags)
-        if framing != Framing() and any(item.computed for item in pictures.items):
-            raise UserError("captions of emoji scenes say where things are; leave out --buckets, --crop and --flip")
-        heldout = None
-        if data.heldout:
-            found = self.read(str(data.heldout), size, *sources, prior, heldout=True)
-            heldout = PictureSet(found.items, size, shape)
-            scenes = str(data.heldout).startswith(SCENE_PREFIX)  # the same file has both
-            if not scenes and data.heldout.resolve() in [source.resolve() for source in sources]:
-                self.say(f"--heldout {data.heldout} is trained on too: what is measured with it is not validation")
-        elif data.hold_out:
-            pictures, heldout = pictures.split(data.hold_out, self._held(pictures))
-            heldout = PictureSet(heldout.items, size, shape)
-        self.say(described(pictures))
-        self.compare_pictures("pictures", pictures)
-        if heldout:
-            self.compare_pictures("heldout", heldout)
-        return pictures, heldout
-
-    def compare_pictures(self, part: str, pictures: PictureSet) -> None:
-        if self.world.first:
-            with saving("what is trained on"):
-                digests = picture_digests(pictures.items, self.out / "cache")
-            self.compare(part, digests)
-
-    def compare(self, part: str, digests: list[str]) -> None:
-        """Says whether a part of what the run reads is that of its last start; see data/record.py."""
-        self.reads[part] = digests
-        if checkpoints(self.out / "checkpoints") and (line := changes(digests, self.out, part)):
-            self.say(line)
-
-    def read(self, source: str, size: int, *others: Path | None, heldout: bool = False) -> PictureSet:
-        """One source, without other sources and the run's folder, which may lie inside it."""
-        data = self.options.reading
-        without = (*filter(None, others), self.out)
-        place = Path(parse_source(source)[0]).resolve()
-        for other in without:
-            if other.exists() and place in other.resolve().parents:
-                self.say(f"{other} lies in {source}, and is not taken for a part of it")
-        reading = Reading(
-            data.caption,
-            data.picture_column,
-            data.text_column,
-            data.split,
-            data.stream,
-            data.limit,
-            data.bad_share,
-            heldout,
-            without,
-        )
-        with self.world.first_goes_ahead():
-            return read_source(source, size, self.out / "cache", reading, self.say)
-
-    def _held(self, pictures: PictureSet) -> set[int]:
-        """The numbers of the pictures that this run holds out."""
-        begun, share = bool(checkpoints(self.out / "checkpoints")), self.options.reading.hold_out
-        with self.world.first_goes_ahead(), saving("what is held out"):
-            return of_run(pictures.items, share, self.out, begun=begun, writes=self.world.first, say=self.say)
-
-    @contextmanager
-    def pixels(self, pictures: PictureSet) -> Iterator[PixelsOf]:
-        """What gives the pixels of picks: scenes are drawn ahead of them, by other processes."""
-        with pictures_ahead(pictures, self.order(pictures), self.options.reading.workers) as pixels:
-            yield pixels
-
-    def latents(self, vae: "VAE", pictures: PictureSet, *, batch: int = 64) -> Latents:
-        with self.world.first_goes_ahead(), saving("the cached latents"):
-            cached = cache_latents(
-                vae,
-                pictures,
-                self.out / "cache",
-                batch=batch,
-                dtype=self.dtype,
-                workers=self.options.reading.workers,
-                check=self.world.first,
-                say=self.say,
-            )
-        release_freed_memory()  # the feature maps of encoding
-        return cached
-
-    def live_examples(self, vae: "VAE", pictures: PictureSet, pixels: PixelsOf) -> Examples:
-        """Without cached latents."""
-        loss = self.options.loss
-        latents = LiveLatents(vae, pictures, pixels, self.dtype)
-        return Examples(pictures, latents, given(loss.dropout), loss.timestep_power)
-
-    def examples(self, vae: "VAE", pictures: PictureSet) -> Examples:
-        batch = max(1, min(64, ENCODED_AT_ONCE // pictures.size**2)) if pictures.size > 128 else 64
-        loss = self.options.loss
-        return Examples(pictures, self.latents(vae, pictures, batch=batch), given(loss.dropout), loss.timestep_power)
-
-    def count_long_captions(self, sd: "StableDiffusion", pictures: PictureSet) -> None:
-        """Reports how many captions are truncated, if any."""
-        (captions, _), chunks = some_texts(pictures.items), self.options.reading.chunks
-        if count := cut_captions(sd, sorted(captions), chunks):
-            room = min(encoder.config.positions - 2 for encoder in sd.text_encoders) * chunks
-            self.say(
-                f"{count} of {len(captions)} captions are longer than what is read of them ({room} tokens); raise "
-                "--chunks to read more"
-            )
+    # ---- the run
 
     def objective(self) -> Objective:
         loss = self.options.loss
@@ -264,8 +140,6 @@ class TrainJob:
         own = self.options.lora
         return None if own.distill is None else Distill(own.distill, own.distill_steps, given(self.options.loss.huber))
 
-    # ---- the run
-
     def spread(self, sd: "StableDiffusion") -> list[nn.Module]:
         """With --shard, spreads the networks that have something to learn over the processes, and the UNet always."""
         if not self.world.sharded:
@@ -274,17 +148,6 @@ class TrainJob:
         for network in (sd.unet, *learning):
             shard(network)
         return [sd.unet, *learning]
-
-    def order(self, pictures: PictureSet) -> Repeated | Bucketed:
-        repeats, pace = [item.repeats for item in pictures.items], self.options.pace
-        if not pictures.framing.buckets:
-            return Repeated(repeats, pace.seed)
-        order = Bucketed(
-            [pictures.views(i)[0].size for i in range(len(pictures))], repeats, given(pace.batch), pace.seed
-        )
-        if order.surplus:
-            self.say(f"{order.surplus} pictures an epoch are shown once more, to fill up micro-batches of one shape")
-        return order
 
     def fit_options(self, epoch: int, size: int = 0) -> FitOptions:
         """`epoch`: positions in one; `size`: of the pictures."""
@@ -333,7 +196,7 @@ class TrainJob:
     ) -> bool:
         """To the end, with the averaged weights in place then; False where SIGTERM stopped it before. `save` writes the
         result; with a mark one on the way to it, see `result`."""
-        telling, order = self.options.telling, self.order(pictures)
+        telling, order = self.options.telling, self.data.order(pictures)
         if self.world.sharded and (telling.save_results_every or telling.save_epochs):
             raise UserError("results on the way need whole weights, and --shard keeps them in parts; leave out "
                             "--save-results-every and --save-epochs, or --shard")  # fmt: skip
@@ -378,7 +241,7 @@ class TrainJob:
             return None
         prompts = read_prompts(file)
         if self.world.first:
-            self.compare("prompts", text_digests(prompts))
+            self.data.compare("prompts", text_digests(prompts))
 
         def sample(path: Path) -> None:
             from plainsd.generate import final, text_to_image
@@ -395,41 +258,3 @@ class TrainJob:
                 write_png(grid(images, min(8, len(images))), path)
 
         return sample
-
-
-def longer(old: object, now: str) -> bool:
-    """Of two numbers of steps or epochs as text, None among them."""
-    return isinstance(old, str) and old.isdecimal() and now.isdecimal() and int(now) > int(old[:20])
-
-
-DAMAGED = "put it back from a copy, or give another --out"
-
-
-def recorded_seed(file: Path) -> int:
-    """Of the run with these options."""
-    seed = read_json(file, DAMAGED).get("seed", "0")
-    if not (isinstance(seed, str) and re.fullmatch(r"\d{1,20}", seed)):
-        raise UserError(f"{file} is damaged: it has the seed {seed!r}; {DAMAGED}")
-    return int(seed)
-
-
-def flat(options) -> dict[str, str]:
-    """Every option by its own name, as text."""
-    found: dict[str, str] = {}
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if is_dataclass(value) and not isinstance(value, type):
-            found |= {name: str(entry) for name, entry in asdict(value).items()}
-        else:
-            found[field.name] = " ".join(value) if field.name == "data" else str(value)
-    return found
-
-
-def weights_digest(*networks: nn.Module) -> str:
-    """Sixteen hexadecimal digits that other weights do not have: of up to 16 numbers of each tensor."""
-    digest = hashlib.sha256()
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            some = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

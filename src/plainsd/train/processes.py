@@ -32,6 +32,10 @@ class World(NamedTuple):
         """Whether this is the process that writes."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text, flush=True)
+
     def check(self, batch: int, accumulate: int) -> None:
         if accumulate % self.size and batch % self.size:
             raise UserError(
