@@ -346,6 +346,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("        if not command.plain:", "        if command.compile:", "test_speed.py::test_plain_draws_the_same_picture"),
     ],
     "files/stored.py": [
+        ("if dtype == torch.float16 and stored.dtype in WIDER_THAN_HALF and not tensor.isfinite().all():", "if False:",
+         "test_convert.py::test_numbers_beyond_float16_are_refused_and_nothing_is_written"),
         ("if missing or unexpected:", "if missing:", "test_bad_models.py::test_bad_folders"),
         ("if stored.shape not in either:", "if len(stored.shape) not in map(len, either):",
          "test_bad_models.py::test_bad_folders"),
@@ -766,6 +768,10 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("seed=pace.seed,", "", "test_train_cli.py::test_the_seed_is_that_of_first_weights_order_and_noise"),
         ('name in ("steps", "epochs") and longer(old.get(name), now[name])', 'name in ("steps", "epochs")',
          "test_train_cli.py::test_a_run_may_be_made_longer"),
+    ],
+    "files/tokenizers.py": [
+        ("if numbers[0] != numbers[1]:", "if False:",
+         "test_convert.py::test_a_tokenizer_that_no_stand_in_equals_is_kept"),
     ],
     "train/data/run_data.py": [
         ("return Repeated(repeats, pace.seed)", "return Repeated(repeats, 0)",

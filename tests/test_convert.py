@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_sd
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from small_models import BIG, CPU, EACH, FAMILIES, QUICK, model, same_networks, same_tensors, weights
 
 from plainsd.checkpoint import load, load_vae, save, save_vae
 from plainsd.cli import main
 from plainsd.errors import UserError
-from plainsd.files.convert import convert
+from plainsd.files.convert import convert, read
 from plainsd.files.folder import file_variant
 from plainsd.files.tensorfile import open_tensors
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
@@ -330,3 +330,78 @@ def test_convert_with_another_vae(tmp_path):
         assert same_networks(again, replace(sd, vae=other.vae)) and again.variant.vae.scaling_factor == 0.5
     (tmp_path / "m" / "vae" / "diffusion_pytorch_model.safetensors").unlink()  # not wanted, so it may be missing
     assert main([*command[:3], "--vae", str(tmp_path / "o")]) == 0
+
+
+# --- what a single file has to keep ----------------------------------------------------------------------------------
+
+
+CLIP_SD1 = (replace(QUICK, vocab=49_408, eos=49_407),)
+
+
+def shifted(tokenizer):
+    """CLIP's tokenizer with all ids moved on by two, start and end first."""
+    last = ("<|startoftext|>", "<|endoftext|>")
+    words = [*last, *(word for word in sorted(tokenizer.vocabulary, key=tokenizer.vocabulary.get) if word not in last)]
+    return Tokenizer({word: number for number, word in enumerate(words)}, tokenizer.merges)
+
+
+@pytest.mark.parametrize("case", ["other ids", "other padding", "another length"])
+def test_a_tokenizer_that_no_stand_in_equals_is_kept(tmp_path, case):
+    own = Tokenizer.from_vocabulary(find_vocabulary(), pad="!" if case == "other padding" else "<|endoftext|>")
+    own = shifted(own) if case == "other ids" else own
+    own.max_length = 40 if case == "another length" else 77
+    sd = tiny_sd(replace(FAMILIES["sd1"], text=(replace(CLIP_SD1[0], eos=own.end),)))
+    sd.tokenizers = [own]
+    save(sd, tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b")
+    for again in (load(tmp_path / name, **CPU).tokenizers[0] for name in ("a.safetensors", "b")):
+        assert again.encode("a red apple") == own.encode("a red apple")
+        assert (again.start, again.end, again.pad, again.max_length) == (own.start, own.end, own.pad, own.max_length)
+
+
+def test_numbers_beyond_float16_are_refused_and_nothing_is_written(tmp_path, capsys):
+    sd = model("sd1")
+    with torch.no_grad():
+        sd.unet.conv_in.weight[0, 0, 0, 0] = 1e5
+    save(sd, tmp_path / "a")
+    save(sd, tmp_path / "a.safetensors")
+    before = sorted(tmp_path.iterdir())
+    for source in ("a", "a.safetensors"):
+        for target in ("b", "b.safetensors"):
+            assert main(["convert", str(tmp_path / source), str(tmp_path / target), "--dtype", "float16"]) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and ".weight has numbers that float16 cannot hold" in said
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(
+        UserError, match="has numbers that float16 cannot hold"
+    ):  # loading, which a CPU does not in float16
+        read(tmp_path / "a").networks["unet"].build(torch.device("cpu"), torch.float16)
+
+
+def test_the_index_names_the_class_of_another_vae(tmp_path):
+    tiny = tmp_path / "tiny"
+    save(model("sd1"), tmp_path / "m")
+    sizes = {f"{way}_block_out_channels": (8, 8) for way in ("encoder", "decoder")}
+    sizes |= {f"num_{way}_blocks": (1, 1) for way in ("encoder", "decoder")}
+    AutoencoderTiny(latent_channels=4, **sizes).save_pretrained(tiny)
+    convert(tmp_path / "m", tmp_path / "n", vae=tiny)
+    index, config = (
+        json.loads((tmp_path / "n" / name).read_text()) for name in ("model_index.json", "vae/config.json")
+    )
+    assert index["vae"] == ["diffusers", config["_class_name"]] == ["diffusers", "AutoencoderTiny"]
+
+
+@pytest.mark.parametrize(
+    "option, named",
+    [({"vae": "nowhere"}, "--vae"), ({"prediction": "epsilon"}, "--prediction"), ({"change": lambda c: c}, "--lora")],
+)
+def test_options_of_whole_models_are_refused_for_a_controlnet(tmp_path, option, named):
+    net = ControlNetModel(
+        block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), conditioning_embedding_out_channels=(8, 8, 8, 8),
+    )  # fmt: skip
+    net.save_pretrained(tmp_path / "net")
+    with pytest.raises(UserError, match=f"is a ControlNet, and {named} change"):
+        convert(tmp_path / "net", tmp_path / "other", **option)
+    assert not (tmp_path / "other").exists()

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import plainsd
-from plainsd.adapters.embeddings import add_embedding, add_word, save_embedding, vectors_of
+from plainsd.adapters.embeddings import add_embedding, add_word, embedding_in, save_embedding, vectors_of
 from plainsd.errors import UserError
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.reports.info import info
@@ -164,6 +164,20 @@ def test_a_word_is_saved_with_the_model(tmp_path):
     assert torch.equal(vectors_of(again, "<kitty>")[1], vectors(2, seed=2))
 
 
+def test_words_that_would_be_read_as_one_are_not_saved(tmp_path):
+    """In a folder the vectors of a word are its name, name_1, name_2, ..."""
+    sd = tiny_sd()
+    add_word(sd, "ink", [vectors(1)])
+    add_word(sd, "ink_1", [vectors(1, seed=1)])
+    with pytest.raises(UserError, match="the word 'ink_1' would be read as a vector of 'ink'; rename one of them"):
+        plainsd.save(sd, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_file_of_one_number_is_no_embedding_to_info(tmp_path):
+    assert embedding_in(write(tmp_path / "a.safetensors", {"emb_params": torch.zeros(())})) is None
+
+
 def test_words_keep_the_others_vectors_and_precision():
     sd = tiny_sd().to(dtype=torch.bfloat16)
     encoder = sd.text_encoders[0]
@@ -201,6 +215,13 @@ BAD = {
     ),
     "no vectors": (".safetensors", {"emb_params": torch.zeros(0, 32)}, "has 0 vectors"),
     "too many": (".safetensors", {"emb_params": torch.zeros(76, 32)}, "has 76 vectors.*1 to 75"),
+    "no numbers": (".safetensors", {"emb_params": torch.zeros(0, 0)}, "no usable vectors"),
+    "a single number": (".safetensors", {"emb_params": torch.zeros(())}, "no usable vectors"),
+    "not a number of 8 bits": (
+        ".safetensors",
+        {"emb_params": torch.full((1, 32), float("nan")).to(torch.float8_e4m3fn)},
+        "no usable vectors",
+    ),
     "three sides": (".safetensors", {"emb_params": torch.zeros(1, 2, 32)}, "no usable vectors"),
     "not a number": (".safetensors", {"emb_params": torch.full((1, 32), float("nan"))}, "no usable vectors"),
     "whole numbers": (".safetensors", {"emb_params": torch.zeros(1, 32, dtype=torch.int64)}, "no usable vectors"),

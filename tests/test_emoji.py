@@ -208,6 +208,29 @@ def test_questions_refuse_a_set_without_held_out_pairs():
         evaluate.questions({key: value for key, value in CONCEPTS.items() if key != "templates"}, 4)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"templates": []},
+        {"templates": ["{name}"]},
+        {"templates": ["{thing} on {background}"]},
+        {"concepts": []},
+        {"concepts": [{"character": "?"}]},
+        {"concepts": ["owl"]},
+        {"size": "64"},
+        {"font": None},
+        {"backgrounds": ["red"]},
+        {"heldout": ["owl"]},
+        {"heldout": [["owl", "no colour"]]},
+    ],
+    ids=str,
+)
+def test_a_damaged_concepts_json_is_one_line(change):
+    with pytest.raises(UserError, match="concepts.json is damaged: .*write it with recipes/emoji/data.py") as caught:
+        evaluate.questions(CONCEPTS | change, 4)
+    assert "\n" not in str(caught.value)
+
+
 class LosslessVAE(torch.nn.Module):
     """Stands for a VAE that keeps everything."""
 
@@ -376,3 +399,24 @@ def test_recipe_says_what_is_missing(tmp_path, capsys):
     assert main([str(tmp_path / "out"), "--font", str(tmp_path / "none.ttf")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "fonts-noto-color-emoji" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--heldout-share", "1"], "--heldout-share 1 is out of range; give a share from 0 up to below 1"),
+        (["--heldout-share", "nan"], "--heldout-share nan is out of range"),
+        (["--count", "-3"], "--count -3 is out of range; give 1 or more"),
+        (["--workers", "0"], "--workers 0 is out of range"),
+        (["--size", "8"], "--size 8 is out of range; give 16 or more"),
+        (["--set", "--names", "missing.txt"], "cannot read --names missing.txt"),
+        (["--set", "--heldout-share", "0"], "the set has no held-out pairs of emoji and colour"),
+    ],
+)
+@needs_font
+def test_recipe_refuses_numbers_out_of_range_before_it_writes(tmp_path, capsys, flags, said):
+    pytest.importorskip("emoji", reason="the emoji package gives the names")
+    main = runpy.run_path(str(RECIPE))["main"]
+    assert main([str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error and not (tmp_path / "out").exists()

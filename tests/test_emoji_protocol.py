@@ -296,6 +296,20 @@ def test_the_embedded_model_keeps_its_table(tmp_path, capsys):
     assert Image.open(sheet).size == (8 * 134, 134)
 
 
-def test_a_sheet_is_a_png(capsys):
+def test_eval_refuses_flags_before_it_draws(tmp_path, capsys):
     assert main(["eval", "--sheet", "sheet.jpg"]) == 2
-    assert "--sheet sheet.jpg is a PNG; call it sheet.png" in capsys.readouterr().err
+    assert "call it sheet.png" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    for flags in (["--out", tmp_path / "file"], ["--sheet", tmp_path / "file" / "sheet.png"]):
+        assert main(["eval", *map(str, flags), "--prompts", "1000000"]) == 2
+        assert "cannot write into" in capsys.readouterr().err
+    by_clip = ["--clip-score", "clip"]
+    for flags, said in (
+        ([*by_clip, "--sheet", "sheet.png"], "--sheet is for scores of emoji"),
+        ([*by_clip, "--font", "font.ttf"], "--font is for scores of emoji"),
+        ([*by_clip, "--pictures", "x", "--concepts", "c.json"], "--concepts is for scores of emoji"),
+        ([*by_clip, "--prompts", "0"], "0 prompts; give at least 1"),
+        (["--batch", "3"], "--batch needs --clip-score"),
+        (["--clip-prefix", "X"], "--clip-prefix needs --clip-score"),
+    ):
+        assert main(["eval", *flags]) == 2 and said in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import re
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ from plainsd.adapters.extracting import extract_lora, low_rank
 from plainsd.adapters.lora import add_lora, inject, merge, save_lora
 from plainsd.checkpoint import load, save
 from plainsd.cli import main
+from plainsd.errors import UserError
 from plainsd.files.convert import convert
 from plainsd.files.hashes import file_hash
 from plainsd.files.merging import merge_models
-from plainsd.files.tensorfile import _Pages
+from plainsd.files.tensorfile import _Pages, open_tensors
 
 
 def run(capsys, *arguments):
@@ -313,6 +315,49 @@ def test_wrong_merges(zoo, tmp_path, capsys, case):
     code, _, err = run(capsys, "merge", *(text.format(**zoo) for text in arguments), "--out", tmp_path / "out")
     assert code == 2 and err.count("\n") == 1 and re.search(said, err), err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_is_of_models_that_read_the_same(tmp_path):
+    plain, inpainting = FAMILIES["sd1"], replace(FAMILIES["sd1"], unet=replace(FAMILIES["sd1"].unet, in_channels=9))
+    for name, variant in (("a", inpainting), ("b", inpainting), ("c", plain)):
+        save(tiny_sd(variant), tmp_path / name)
+    for others in ("bc", "cb"):
+        with pytest.raises(UserError, match="take the difference of two inpainting models, or of two that are none"):
+            merge_models([tmp_path / name for name in "a" + others], tmp_path / "out", 1.0, difference=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["merged", "baked"])
+def test_weights_of_8_bits_are_read(tmp_path, what):
+    """As ComfyUI's float8 checkpoints have them."""
+    sd = tiny_sd()
+    save(sd, tmp_path / "b")
+    save(sd, tmp_path / "a.safetensors", layout="single-file")
+    file = open_tensors(tmp_path / "a.safetensors")
+    eight = {name: stored.read() for name, stored in file.tensors.items()}
+    eight = {name: t.to(torch.float8_e4m3fn) if "diffusion_model" in name else t for name, t in eight.items()}
+    save_file(eight, tmp_path / "a.safetensors", dict(file.metadata))
+    if what == "merged":
+        merge_models([tmp_path / "a.safetensors", tmp_path / "b"], tmp_path / "out", 0.5, dtype="float32")
+    else:
+        lora = moved(sd, tmp_path / "l.safetensors")
+        convert(
+            tmp_path / "a.safetensors", tmp_path / "out", dtype="float32", change=partial(baked, loras=[(lora, 1.0)])
+        )
+    found, own = load(tmp_path / "out", **CPU), load(tmp_path / "b", **CPU)
+    pairs = list(zip(found.unet.parameters(), own.unet.parameters(), strict=True))
+    assert all(p.isfinite().all() for p, _ in pairs) and any((p != q).any() for p, q in pairs)
+
+
+def test_the_same_lora_twice_is_in_the_recipe_twice(tmp_path):
+    sd = tiny_sd()
+    save(sd, tmp_path / "a")
+    lora = moved(sd, tmp_path / "l.safetensors")
+    convert(tmp_path / "a", tmp_path / "b", change=partial(baked, loras=[(lora, 0.5), (lora, 0.3)]))
+    assert json.loads((tmp_path / "b" / "model_index.json").read_text())["_plainsd"]["recipe"]["loras"] == [
+        "l:0.5",
+        "l:0.3",
+    ]
 
 
 # --- extracting ------------------------------------------------------------------------------------------------------

@@ -170,7 +170,11 @@ def describe(concepts: list[drawing.Concept], heldout: list[tuple[int, int]], op
 
 def wanted_names(path: Path, known: list[str]) -> set[str]:
     """The names in a file, one a line."""
-    wanted = {line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()}
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --names {path}: {error}; give a text file in UTF-8") from error
+    wanted = {line.strip() for line in text.split("\n") if line.strip()}
     if strangers := sorted(wanted.difference(known)):
         raise UserError(f"{path}: {strangers[0]!r} is not among the {len(known)} emoji of the set; take it out")
     return wanted
@@ -251,6 +255,15 @@ def build(options: argparse.Namespace) -> None:
     )
 
 
+def check_numbers(options: argparse.Namespace) -> None:
+    for name, least in (("count", 1), ("heldout_count", 1), ("emoji", 1), ("size", 16), ("workers", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give {least} or more")
+    if not 0 <= options.heldout_share < 1:  # NaN included
+        raise UserError(f"--heldout-share {options.heldout_share:g} is out of range; give a share from 0 up to below 1")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
@@ -275,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         options = parser.parse_args(argv)
         if options.single and not options.set:
             raise UserError("--single is a kind of --set; without that there is one object in every picture")
+        check_numbers(options)
         build_set(options) if options.set else build(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

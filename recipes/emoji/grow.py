@@ -218,6 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--description", type=Path, required=True, help="JSON file that describes the new model")
     options = parser.parse_args(argv)
     try:
+        if options.count < 1:
+            raise UserError(f"--count {options.count}: give at least 1")
         variant = read_description(options.description)
         if options.vae or options.tokenizer:
             save_model_on(variant, options)
@@ -232,7 +234,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         save_vae(new, options.out, variant)
         if options.heldout and options.latents is None:
-            print(nearness(old, new, read_pictures(options.heldout, options.size).pixels(range(options.count))))
+            pictures = read_pictures(options.heldout, options.size)
+            print(nearness(old, new, pictures.pixels(range(min(options.count, len(pictures))))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from plainsd.adapters.reading import open_lora, tensors_by_module
 from plainsd.errors import UserError
 from plainsd.files.hashes import file_hash
 from plainsd.files.recipe import narrowed, with_recipe
-from plainsd.files.stored import Contents, StoredNetwork, empties, empty
+from plainsd.files.stored import Contents, StoredNetwork, at_least_single, empties, empty
 from plainsd.files.tensorfile import Stored, TensorFile
 from plainsd.pictures.model import StableDiffusion, assemble
 
@@ -36,12 +36,14 @@ class FoundLora(NamedTuple):
 def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, partial_fit: bool = False) -> Contents:
     """The contents with LoRAs merged in, in the order given, as by `add_lora` and `merge`. `partial_fit`: ignore names
     that fit no module."""
-    bare, names = without_weights(contents), {}
+    bare, names, used = without_weights(contents), {}, []
     found: dict[ModulePlace, list[FoundLora]] = {}
     for path, strength in loras:
         check_strengths(strength)
         file = open_lora(Path(path))
-        settings, names[file_hash(file.path)] = PeftSettings(file), f"{Path(path).stem}:{strength:g}"
+        settings = PeftSettings(file)
+        used.append(f"{Path(path).stem}:{strength:g}")
+        names[file_hash(file.path)] = used[-1]
         if any(name.startswith(BUNDLE) for name in file.tensors) and not partial_fit:
             raise UserError(
                 f"{path} brings words along, which a checkpoint cannot hold; to bake in the rest of it, accept that "
@@ -54,7 +56,7 @@ def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, part
         own = {module: entries for (at, module), entries in found.items() if at == part}
         if own:
             networks[part] = with_adapters(network, part, own)
-    recipe = {"type": "plainsd", "loras": list(names.values())}
+    recipe = {"type": "plainsd", "loras": used}
     return with_recipe(replace(contents, networks=networks), recipe, names)
 
 
@@ -87,7 +89,7 @@ def changed(bare: nn.Module, name: str, tensors: dict[str, Stored], found: Seque
     layer, state = deepcopy(bare).requires_grad_(False), {}
     for leaf in layer.state_dict():
         stored = tensors[f"{name}.{leaf}"]
-        state[leaf] = stored.read(torch.promote_types(stored.dtype, torch.float32))
+        state[leaf] = stored.read(at_least_single(stored.dtype))
     layer.load_state_dict(state, assign=True)
     for number, (file, names, settings, strength) in enumerate(found):
         attach(layer, f"lora_{number}", read_adapter(file, names, settings, layer, strength))

@@ -170,7 +170,8 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
 def usable(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The vectors as (N, D)."""
     for vectors in found.values():
-        if vectors.ndim not in (1, 2) or not vectors.is_floating_point() or not vectors.isfinite().all():
+        whole = vectors.ndim in (1, 2) and vectors.shape[-1] > 0 and vectors.is_floating_point()
+        if not whole or not vectors.float().isfinite().all():
             raise UserError(
                 f"{path} holds no usable vectors: shape {list(vectors.shape)}, {vectors.dtype}, or values "
                 "that are not finite; download it again"
@@ -202,6 +203,8 @@ def embedding_in(path: Path) -> tuple[str, str] | None:
         return None
     word, tensors = parsed_embedding(content)
     found = [vectors for _, vectors in sorted(tensors.items(), reverse=True)]  # clip_l first
+    if not all(vectors.ndim for vectors in found):
+        return None
     widths, counts = tuple(v.shape[-1] for v in found), {v.shape[0] if v.ndim > 1 else 1 for v in found}
     family = f", {FAMILIES[widths]}" if widths in FAMILIES else ""
     vectors = f"{' and '.join(map(str, counts))} vectors of {' and '.join(map(str, widths))} numbers{family}"

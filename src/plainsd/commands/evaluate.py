@@ -74,19 +74,34 @@ class Evaluate:
     """do not pack the weights for the processor, as `plainsd generate --plain`"""
     ray: OmitArgPrefixes[ClusterFlags] = ClusterFlags()
 
+    def check_kind(self) -> None:
+        """UserError for options of the other kind of score."""
+        names: tuple[str, ...] = ("pictures", "prompt_file", "batch", "clip_prefix")
+        says = "needs --clip-score, the CLIP to score with; give both"
+        if self.clip_score is not None:
+            says = "is for scores of emoji; leave it or --clip-score out"
+            names = ("sheet", "font", "concepts") if self.pictures or self.prompt_file else ("sheet", "font")
+        for name in names:
+            if getattr(self, name) != getattr(Evaluate, name):
+                raise UserError(f"--{name.replace('_', '-')} {says}", field=name)
+
     def run(self) -> None:
         self.ray.check()
         seed = read_seed(self.seed)
         Settings(steps=self.steps, guidance=self.guidance, sampler=self.sampler, seed=seed).check()
         seed = drawn_seed() if seed == RANDOM else seed
+        from plainsd.commands.output import check_writable
+
+        for place in (self.out, None if self.sheet is None else self.sheet.parent):
+            if place is not None:
+                check_writable(place)
+        if self.prompts < 1:
+            raise UserError(f"{self.prompts} prompts; give at least 1", field="prompts")
+        self.check_kind()
         if self.clip_score is not None:
             return self.score_by_clip(seed)
         if self.sheet is not None and self.sheet.suffix.lower() != ".png":
             raise UserError(f"--sheet {self.sheet} is a PNG; call it {self.sheet.stem}.png", field="sheet")
-        for name in ("pictures", "prompt_file"):
-            if getattr(self, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} needs --clip-score, the CLIP to score with; give both", field=name)
         from tqdm import tqdm
 
         from plainsd.emoji.evaluate import evaluate, score_table
@@ -193,12 +208,9 @@ class Evaluate:
         from tqdm import tqdm
 
         from plainsd.checkpoint import load_clip
-        from plainsd.commands.output import check_writable
         from plainsd.emoji.evaluate import questions
         from plainsd.reports.clip_score import captioned_in, drawn, score_all, score_summary, score_text, write_scores
 
-        if self.out:
-            check_writable(self.out)
         say = partial(print, file=sys.stderr)
         if self.pictures:
             pictures: Iterable = captioned_in(self.pictures, say)

@@ -56,7 +56,7 @@ def questions(concepts: dict, count: int, seed: int = 0) -> list[Question]:
     kinds = [[p for p in pairs if ((table[p[0]].name, p[1]) in heldout) != seen] for seen in (True, False)]
     if not all(kinds):
         raise UserError("concepts.json has no held-out pairs; make the data with a held-out share above 0")
-    templates = [t for t in concepts["templates"] if "{background}" in t or "{ground}" in t]
+    templates = [t for t in concepts["templates"] if names_background(t)]
     asked = []
     for k in range(count):
         concept, background = kinds[k % 2][k // 2 % len(kinds[k % 2])]
@@ -70,7 +70,32 @@ def read_concepts(concepts: dict) -> list[drawing.Concept]:
     if missing:
         raise UserError(f"concepts.json lacks {', '.join(missing)}; write it with recipes/emoji/data.py")
     drawing.check_cells(concepts.get("cells"))
-    return [drawing.Concept(entry["name"], entry["character"]) for entry in concepts["concepts"]]
+    try:
+        table = [drawing.Concept(str(entry["name"]), str(entry["character"])) for entry in concepts["concepts"]]
+        grounds = [tuple(map(int, colour)) for colour in dict(concepts["backgrounds"]).values()]
+        templates = [t for t in concepts["templates"] if names_background(t)]
+        pairs = [(name, colour) for name, colour in concepts["heldout"]]
+        whole = (
+            table and templates and all(len(colour) == 3 for colour in grounds) and isinstance(concepts["size"], int)
+        )
+        known = all(name in {one.name for one in table} and colour in concepts["backgrounds"] for name, colour in pairs)
+        font = concepts.get("font", {})["sha256"] if "font" in concepts else ""
+        for template in templates:
+            drawing.caption(template, table[0], next(iter(concepts["backgrounds"])))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
+        raise UserError(
+            f"concepts.json is damaged: {type(error).__name__} {error}; write it with recipes/emoji/data.py"
+        ) from error
+    if not (whole and known and isinstance(font, str)):
+        raise UserError(
+            "concepts.json is damaged: it needs emoji, backgrounds of three numbers, templates that name the "
+            "background, held-out pairs of both, and a size; write it with recipes/emoji/data.py"
+        )
+    return table
+
+
+def names_background(template: str) -> bool:
+    return "{background}" in template or "{ground}" in template
 
 
 def draw_all(concepts: dict, font: Path | None) -> list[Image.Image]:

@@ -49,6 +49,7 @@ CELL_RANGES = {  # the same in a set with cells: of an object's square, as a sha
     "placed": (0.3, 0.5),
     "shared": (0.3, 0.5),
 }
+ANOTHER = "make another with recipes/emoji/data.py --set"
 MOST_DRAWS = 10_000
 DrawNumber = Callable[[], float]
 Area = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -102,6 +103,14 @@ class SceneSet:
     def __post_init__(self):
         """UserError for cells that no scene of this set fits into."""
         drawing.check_cells(self.cells)
+        missing = {
+            "no emoji": not self.nouns,
+            "no held-out pairs of emoji and colour": not self.heldout,
+            f"{self.size} pixels a side, where 16 are the least": self.size < 16,
+            "no scenes of one kind": min(self.count, self.heldout_count) < 1,
+        }
+        if any(missing.values()):
+            raise UserError(f"the set has {' and '.join(what for what, so in missing.items() if so)}; {ANOTHER}")
         if self.cells == 1 and not self.single:
             raise UserError("cells 1: two objects need two cells of a side; give 2 or more, or a single set")
         object.__setattr__(self, "held_list", tuple(sorted(self.heldout)))
@@ -329,8 +338,6 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
         raise UserError(f"{where} is damaged: {type(error).__name__} {error}; {SET_REMEDY}") from error
     if (scenes.get("patterns"), scenes.get("tasks")) != (list(made_of.patterns), made_of.tasks):
         raise UserError(f"{where} describes scenes of another version of plainsd; {SET_REMEDY}")
-    if made_of.size < 16 or made_of.count < 1 or not made_of.nouns or not made_of.heldout:
-        raise UserError(f"{where} is damaged: it has no emoji, no held-out pairs, or a size below 16; {SET_REMEDY}")
     return made_of
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,8 @@ from plainsd.files.single import FILES_KEY, read_single, variant_in, write_singl
 from plainsd.files.stored import Contents, StoredNetwork, parts
 from plainsd.files.tensorfile import TensorFile, open_tensors
 from plainsd.files.tiny_vae import check_tiny_layout, read_tiny_vae_file, seems_tiny
-from plainsd.files.tokenizers import is_clip, read_tokenizers, tokenizer_texts, tokenizers
+from plainsd.files.tokenizers import is_stand_in, read_tokenizers, tokenizer_texts, tokenizers
+from plainsd.json_reader import parsed_json
 from plainsd.listing import suffix_of
 from plainsd.models.tiny_vae import AnyVAEConfig, TinyVAEConfig, check_same_latents, vae_class
 from plainsd.models.vae import VAE
@@ -43,17 +45,21 @@ def convert(
     vae: str | Path | None = None,
     prediction: str | None = None,
     zero_snr: bool | None = None,
-    change: Callable[[Contents], Contents] = lambda contents: contents,
+    change: Callable[[Contents], Contents] | None = None,
 ) -> None:
     """Converts between layouts, a tensor at a time. A round trip is bit-identical, names included. `layout` None is
     inferred from the target's name, as in `save`. `change` transforms the contents; the other arguments are those of
     `load`."""
     path = find(source, variant_file)
     if is_control(path):
+        told = {"family": family, "vae": vae, "prediction": prediction, "zero_snr": zero_snr, "lora": change}
+        if useless := [f"--{name.replace('_', '-')}" for name, value in told.items() if value is not None]:
+            raise UserError(f"{path} is a ControlNet, and {' and '.join(useless)} change whole models; leave it out")
         control = open_control(path, variant_file)
         cast_to = dtype and choose_dtype(dtype, torch.device("cpu"))
         return write_control_net(control.network(), Path(target), layout, control.conv, cast_to)
-    contents = change(read(path, variant_file, family, vae=vae, prediction=prediction, zero_snr=zero_snr))
+    contents = read(path, variant_file, family, vae=vae, prediction=prediction, zero_snr=zero_snr)
+    contents = change(contents) if change else contents
     if not any(name.startswith("tokenizer") for name in contents.texts):
         texts = tokenizer_texts(tokenizers(contents, path), contents.variant)
         contents = replace(contents, texts=contents.texts | texts)
@@ -95,7 +101,11 @@ def with_vae(contents: Contents, vae: StoredNetwork) -> Contents:
     """The contents with another autoencoder, and without the preview projection of the model's own."""
     variant = replace(contents.variant, vae=vae.config)
     texts = {name: text for name, text in contents.texts.items() if name != PREVIEW}
-    texts["vae/config.json"] = write_variant(variant)["vae/config.json"]
+    written = write_variant(variant)
+    texts["vae/config.json"] = written["vae/config.json"]
+    index = parsed_json(texts["model_index.json"])
+    index["vae"] = parsed_json(written["model_index.json"])["vae"]
+    texts["model_index.json"] = json.dumps(index, indent=2, sort_keys=True) + "\n"
     networks = {name: vae if name == "vae" else contents.networks[name] for name in parts(variant)}
     return replace(contents, variant=variant, texts=texts, networks=networks)
 
@@ -148,6 +158,7 @@ def write(contents: Contents, target: Path, layout: str | None, dtype: torch.dty
     if layout == "diffusers":
         return write_folder(contents, target, dtype)
     own = {path: text for path, text in contents.texts.items() if path.startswith("tokenizer")}
-    if all(is_clip(tokenizer) for tokenizer in read_tokenizers(own, contents.variant)):
+    pairs = zip(read_tokenizers(own, contents.variant), contents.variant.text, strict=True)
+    if all(is_stand_in(tokenizer, text) for tokenizer, text in pairs):
         contents = replace(contents, texts={path: text for path, text in contents.texts.items() if path not in own})
     return write_single(contents, target, dtype)

@@ -18,7 +18,7 @@ from plainsd.errors import UserError
 from plainsd.files.convert import convert, read
 from plainsd.files.hub import find
 from plainsd.files.recipe import digits_of, narrowed, with_recipe
-from plainsd.files.stored import Contents, parts
+from plainsd.files.stored import Contents, at_least_single, parts
 from plainsd.files.tensorfile import Stored
 
 MERGE_HASH_KEYS = ("primary_model_hash", "secondary_model_hash", "tertiary_model_hash")
@@ -66,6 +66,12 @@ def merged_models(first: Contents, others: Sequence[tuple[str, Contents]], share
     """The first model with the others (one: B; two: B and C) merged into it. `names` are for error messages."""
     for name, other in others:
         check_alike(first, other, name, inpainting=True)
+    (_, b), (name, c) = others[0], others[-1]
+    if b.variant.unet.in_channels != c.variant.unet.in_channels:
+        raise UserError(
+            f"{name}: its UNet reads {c.variant.unet.in_channels} channels and B's {b.variant.unet.in_channels}; "
+            "take the difference of two inpainting models, or of two that are none"
+        )
     networks = {}
     for part, network in first.networks.items():
         if part != "vae":
@@ -83,7 +89,7 @@ def mixed(name: str, first: Stored, others: Sequence[Stored], share: float) -> S
     """One merged tensor, computed when it is read."""
 
     def whole(dtype: torch.dtype | None = None) -> torch.Tensor:
-        wide = torch.promote_types(first.dtype, torch.float32)
+        wide = at_least_single(first.dtype)
         out = first.read(wide)
         part = out[:, : others[0].shape[1]] if others[0].shape != first.shape else out  # of conv_in, without the mask's
         if len(others) == 1:

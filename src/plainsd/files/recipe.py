@@ -41,7 +41,7 @@ def digits_of(path: Path) -> str:
 def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Cast to the dtype of the file. UserError where values overflow it."""
     narrow = tensor.to(dtype)
-    if not narrow.isfinite().all():
+    if not narrow.float().isfinite().all():  # float8 has no isfinite
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"{name} would hold numbers that {kind} cannot, or none at all; write it with --dtype float32")
     return narrow

@@ -22,6 +22,7 @@ from plainsd.models.tiny_vae import vae_class
 from plainsd.models.unet import UNet
 from plainsd.models.variants import Variant, encoder_names
 
+WIDER_THAN_HALF = (torch.float32, torch.float64, torch.bfloat16)
 POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, 2, ...: a buffer that older text encoders carry
 
 
@@ -37,7 +38,7 @@ class StoredNetwork:
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The network with its weights. Each tensor is cast while it is read."""
         network = _shelf.pop((self.kind, self.config), None) or empty(self.kind, self.config)
-        weights = {name: stored.read(dtype).to(device).contiguous() for name, stored in self.tensors.items()}
+        weights = {name: cast(name, stored, dtype).to(device).contiguous() for name, stored in self.tensors.items()}
         network.load_state_dict(weights, assign=True)
         return network
 
@@ -164,14 +165,27 @@ def packed_tensors(
     for place in places(bare, layout, conv=conv):
         sources = [network.tensors[name] for name in place.ours]
         kind = dtype or sources[0].dtype
-        read = partial(whole_of, place, sources, kind)
+        read = partial(whole_of, place, sources, kind, respelled(prefix + place.name, spelling))
         packed[respelled(prefix + place.name, spelling)] = Stored(kind, tuple(place_shape(place, shapes)), read)
     return packed
 
 
-def whole_of(place: TensorPlace, sources: list[Stored], kind: torch.dtype) -> torch.Tensor:
+def whole_of(place: TensorPlace, sources: list[Stored], kind: torch.dtype, name: str) -> torch.Tensor:
     """A tensor of the file from ours."""
-    return place.to_theirs([stored.read(kind) for stored in sources])
+    return place.to_theirs([cast(name, stored, kind) for stored in sources])
+
+
+def cast(name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor as `dtype`. UserError where its numbers overflow float16, which ends at 65,504."""
+    tensor = stored.read(dtype)
+    if dtype == torch.float16 and stored.dtype in WIDER_THAN_HALF and not tensor.isfinite().all():
+        raise UserError(f"{name} has numbers that float16 cannot hold, or none at all; take float32 (--dtype float32)")
+    return tensor
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a file are computed with: float32, or float64 where they are that."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def place_shape(place: TensorPlace, shapes: Mapping[str, torch.Size]) -> torch.Size:

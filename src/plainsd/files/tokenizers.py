@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 from plainsd.files.stored import Contents
+from plainsd.models.clip import TextConfig
 from plainsd.models.variants import Variant, encoder_names
 from plainsd.text.tokenizer import CLIP, Tokenizer, find_vocabulary
-
-CLIP_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # SHA-256 of CLIP's, one a line
 
 
 def tokenizer_names(variant: Variant) -> list[str]:
@@ -24,8 +23,12 @@ def tokenizers(contents: Contents, path: Path) -> list[Tokenizer]:
     vocabulary = find_vocabulary(path)
     stand_in = "CLIP's own" if vocabulary == CLIP else f"{vocabulary}, which is beside it,"
     warnings.warn(f"{path} has no tokenizer: {stand_in} stands in", stacklevel=2)
-    pads = ["<|endoftext|>" if text.activation == "quick_gelu" else "!" for text in contents.variant.text]
-    return [Tokenizer.from_vocabulary(vocabulary, pad=pad) for pad in pads]
+    return [stand_in_for(text, vocabulary) for text in contents.variant.text]
+
+
+def stand_in_for(text: TextConfig, vocabulary: Path = CLIP) -> Tokenizer:
+    """OpenAI's text encoder was trained with end tokens behind a text, OpenCLIP's with `!`, whose id is 0."""
+    return Tokenizer.from_vocabulary(vocabulary, pad="<|endoftext|>" if text.activation == "quick_gelu" else "!")
 
 
 def read_tokenizers(texts: dict[str, str], variant: Variant, where: str | Path = "the model") -> list[Tokenizer]:
@@ -43,7 +46,15 @@ def tokenizer_texts(tokenizers: list[Tokenizer], variant: Variant) -> dict[str, 
     return {f"{name}/{path}": text for name, one in named for path, text in sorted(one.to_texts().items())}
 
 
-def is_clip(tokenizer: Tokenizer) -> bool:
-    """Whether its tokens are exactly CLIP's, so that a single file needs no vocabulary."""
-    merges = "\n".join(" ".join(pair) for pair in tokenizer.merges)
-    return len(tokenizer) == 49_408 and hashlib.sha256(merges.encode()).hexdigest() == CLIP_MERGES
+def is_stand_in(tokenizer: Tokenizer, text: TextConfig) -> bool:
+    """Whether it reads every text as the one that stands in for it, so that a single file needs no tokenizer."""
+    other = known_stand_in(text.activation)
+    numbers = [(one.start, one.end, one.pad, one.max_length, len(one)) for one in (tokenizer, other)]
+    if numbers[0] != numbers[1]:
+        return False
+    return tokenizer.merges == other.merges and tokenizer.vocabulary == other.vocabulary
+
+
+@lru_cache
+def known_stand_in(activation: str) -> Tokenizer:
+    return stand_in_for(TextConfig(activation=activation))

@@ -189,6 +189,10 @@ class Tokenizer:
 
     def to_texts(self) -> dict[str, str]:
         """The texts of `vocab.json`, `merges.txt`, `special_tokens_map.json` and `tokenizer_config.json`."""
+        for key, run in self._find_runs().items():  # as whoever reads the files finds them
+            if self._runs.get(key) != run:
+                first, last = (self._backend.id_to_token(one) for one in (run[0], run[-1]))
+                raise UserError(f"saved, the word {last!r} would be read as a vector of {first!r}; rename one of them")
         special = {role: str(token) for role, token in self.special.items()}
         added = sorted(self._backend.get_added_tokens_decoder().items())
         config = {
