@@ -1,5 +1,6 @@
 """One step of fine-tuning equals the same step taken with diffusers, transformers and peft, in float64 to 1e-10."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from plainsd.adapters.lora import save_lora
 from plainsd.diffusion.denoiser import min_snr_weight
 from plainsd.files.folder import read_network
 from plainsd.files.tensorfile import TensorFile, stored
+from plainsd.speed.training import autocast
 from plainsd.train.data.examples import ExampleBatch
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.methods.full import full
@@ -232,13 +234,22 @@ def test_inversion(tmp_path):
     assert torch.equal(sd.text_encoders[0].token.weight[: len(table)], table)
 
 
+@pytest.mark.parametrize("arithmetic", ["plain", "float32", "bfloat16", "flash"])
 @pytest.mark.parametrize("variant", [TINY, TINY_XL], ids=["sd1", "sdxl"])
-def test_checkpointing_changes_no_gradient(variant):
+def test_checkpointing_changes_no_gradient(variant, arithmetic):
+    """In the trainer's arithmetic too, where attention is another function."""
     found = []
     for wanted in (False, True):
-        sd = model(variant)
-        method = full(sd, Given())
-        with checkpointing(sd.unet, wanted):
+        sd = model(variant) if arithmetic == "plain" else tiny_sd(variant)
+        given = Given()
+        if arithmetic != "plain":
+            noise = given.batch.noise.target.float()
+            given.batch = given.batch._replace(x0=given.x0.float(), noise=NoisyLatents(noise, noise))
+        method = full(sd, given)
+        with ExitStack() as stack:
+            stack.enter_context(checkpointing(sd.unet, wanted))
+            if arithmetic != "plain":
+                stack.enter_context(autocast("cpu", arithmetic == "bfloat16", long_attention=arithmetic == "flash"))
             method.loss([None] * 3)[0].backward()
         found.append(torch.cat([p.grad.flatten() for p in sd.unet.parameters()]))
     assert torch.equal(*found) and found[0].norm() > 0

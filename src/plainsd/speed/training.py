@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from plainsd.models.layers import Attention, ResBlock
 from plainsd.models.unet import FeedForward
@@ -40,6 +40,13 @@ class WrittenOut(TorchFunctionMode):
         q, k, v = args
         maps = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)  # (B, heads, N, M)
         return maps.to(v.dtype) @ v
+
+
+def same_attention() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """The `context_fn` of `torch.utils.checkpoint.checkpoint`: PyTorch leaves WrittenOut for the backward pass, where
+    blocks are recomputed, and they must be as they were."""
+    written_out = any(isinstance(mode, WrittenOut) for mode in _get_current_function_mode_stack())
+    return nullcontext(), WrittenOut() if written_out else nullcontext()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from functools import partial
 from torch.utils.checkpoint import checkpoint
 
 from plainsd.models.unet import UNet, WayDown
+from plainsd.speed.training import same_attention
 
 
 @contextmanager
@@ -15,8 +16,9 @@ def checkpointing(network: WayDown, wanted: bool = True) -> Iterator[None]:
     arXiv:1604.06174). Gradients are the same."""
     up = network.up if isinstance(network, UNet) else ()
     blocks = [*network.down, network.mid, *up] if wanted else []
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=same_attention)
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(again, block.forward)
     try:
         yield
     finally:
