@@ -12,6 +12,7 @@ from plainsd.pictures.sampling import second_pass, steps_to_run
 from plainsd.pictures.settings import LATENT_MODES, UPSCALERS, Settings
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.labels import UPSCALER_LABELS
+from plainsd.pictures.upscaling import Upscaler
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,16 @@ def test_the_names_are_a1111s():
     for name, label in UPSCALER_LABELS.items():
         for text in (label, label.upper(), name):
             assert parse_settings(f"x\nSteps: 3, Hires upscale: 2, Hires upscaler: {text}, Seed: 1").upscaler == name
+
+
+@pytest.mark.parametrize(("typed", "name"), [("Lanczos", "lanczos"), ("Latent-Nearest", "latent-nearest"),
+                                             ("2X_own", "2x_Own")])  # fmt: skip
+def test_an_upscaler_is_found_in_any_capitals_and_recorded_by_its_own_name(typed, name, monkeypatch):
+    sd = tiny_sd()
+    sd.upscaler = Upscaler("2x_Own", 2, None)
+    monkeypatch.setattr("plainsd.pictures.drawing.upscaled", lambda image, upscaler, size: image.resize(size))
+    *_, pictures = text_to_image(sd, "x", steps=1, hires=1.5, strength=1.0, upscaler=typed)
+    assert pictures.settings[0].upscaler == name and pictures.images[0].size == (96, 96)
 
 
 @pytest.mark.parametrize(("steps", "strength", "whole"), [(4, 0.5, 8), (3, 0.7, 4), (5, 1.0, 5), (2, 0.999, 2)])

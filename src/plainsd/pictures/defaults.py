@@ -42,6 +42,7 @@ MULTIPLE = 8  # of the sides of pictures, in pixels, unless the VAE's factor is 
 def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     """Settings with the model's defaults in place of None. UserError for invalid values."""
     settings.check()
+    settings = replace(settings, upscaler=upscaler_named(sd, settings.upscaler))
     check_guidance(sd, settings)
     refined = check_refiner(sd, settings)
     variant = sd.variant
@@ -61,7 +62,6 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
             field="eta",
             value=settings.eta,
         )
-    check_upscaler(sd, settings.upscaler)
     check_mask_options(settings)
     if (
         not encodes(sd)
@@ -131,12 +131,15 @@ def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
     return {"refiner": model_name(sd.refiner), "handover": HANDOVER if settings.handover is None else settings.handover}
 
 
-def check_upscaler(sd: StableDiffusion, name: str) -> None:
+def upscaler_named(sd: StableDiffusion, name: str) -> str:
+    """The upscaler's own name, whatever the capitals of this one. UserError for an unknown one."""
     own = [] if sd.upscaler is None else [sd.upscaler.name]
-    if name.lower() not in (*UPSCALERS, *(one.lower() for one in own)):
+    names = {one.lower(): one for one in (*own, *UPSCALERS)}
+    if name.lower() not in names:
         raise unknown(
             "upscaler", name, [*UPSCALERS, *own, "or give a network's file with --upscaler"], field="upscaler"
         )
+    return names[name.lower()]
 
 
 def check_mask_options(settings: Settings) -> None:
