@@ -9,7 +9,7 @@ from plainsd.diffusion.samplers import Levels, Step, sampler_levels
 from plainsd.errors import UserError
 from plainsd.generate import text_to_image
 from plainsd.pictures.sampling import second_pass, steps_to_run
-from plainsd.pictures.settings import LATENT_MODES, UPSCALERS, Settings
+from plainsd.pictures.settings import LATENT_MODES, UPSCALERS, Settings, notes
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.labels import UPSCALER_LABELS
 from plainsd.pictures.upscaling import Upscaler
@@ -95,6 +95,18 @@ def test_what_it_draws_with(sd, again, same):
     for changes, equal in ((again, False), (same, True)):
         other, changed, _ = drawn(sd, strength=0.7, guidance=7.0, **changes)
         assert torch.equal(first, other) and torch.equal(plain[-1], changed[-1]) == equal
+
+
+def test_a_guidance_of_0_is_off_in_it_too(sd):
+    off, one, formula = (
+        text_to_image(sd, "x", "y", steps=4, hires=1.5, **choices)
+        for choices in ({"hires_guidance": 0.0}, {"hires_guidance": 1.0}, {"hires_guidance": 0.0, "like": "a1111"})
+    )
+    assert off.settings[0].hires_guidance == second_pass(off.settings[0]).guidance == 1
+    assert formula.settings[0].hires_guidance == 0
+    (*_, a), (*_, b) = off, one
+    assert torch.equal(a.latents, b.latents)
+    assert notes(Settings(hires_guidance=0.0))[0].startswith("hires guidance 0 is off")
 
 
 @pytest.mark.parametrize(

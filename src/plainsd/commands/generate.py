@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 NOT_COMPILED = ("cache", "perturbed")  # settings that change what the UNet computes from call to call
-COMMENTED = (*SEEDS, "guidance")  # the settings that `notes` may comment on
+COMMENTED = (*SEEDS, "guidance", "hires_guidance")  # the settings that `notes` may comment on
 
 
 @dataclass

@@ -104,7 +104,8 @@ def with_second_pass(sd: StableDiffusion, settings: Settings, whole: Resolved) -
     again = resolved(sd, replace(second_pass(whole), **wanted))
     levels_of(sd, again, on_picture=True, second_pass=True)  # raises likewise
     own = settings.hires_sampler or settings.hires_spacing
-    return replace(whole, hires_spacing=again.spacing if own else None)
+    guidance = None if settings.hires_guidance is None else again.guidance
+    return replace(whole, hires_spacing=again.spacing if own else None, hires_guidance=guidance)
 
 
 def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:

@@ -226,10 +226,13 @@ def notes(settings: Settings) -> list[str]:
         for name in SEEDS
         if (value := getattr(settings, name)) is not None and value >= 2**32 and noise_of(settings) != "nv"
     ]
-    if settings.guidance == 0 and settings.like in (None, "diffusers"):
-        found.append(
-            "guidance 0 is off, as 1 is: the prompt is followed plainly, and the negative prompt has no effect"
-        )
+    if settings.like in (None, "diffusers"):
+        found += [
+            f"{name.replace('_', ' ')} 0 is off, as 1 is: the prompt is followed plainly, and the negative prompt has "
+            "no effect"
+            for name in ("guidance", "hires_guidance")
+            if getattr(settings, name) == 0
+        ]
     return found
 
 
