@@ -37,7 +37,7 @@ def settings(**more) -> Resolved:
 
 
 def noise(*each: Resolved) -> NoiseOfEach:
-    return NoiseOfEach(each, CPU)
+    return NoiseOfEach(each, CPU, 8)
 
 
 def near(tensor, *expected):
@@ -143,6 +143,21 @@ def test_seed_resize_by_hand(resize, height, width):
     rest = stream("nv", 3)
     rest((4, height, width))
     assert torch.equal(drawn((4, height, width))[0], rest((4, height, width)))
+
+
+def test_seed_resize_counts_in_latents_of_the_vae(sd):
+    """Of 16 pixels here; the picture's own size changes nothing, even where it is padded to whole latents."""
+    wide = tiny_sd(replace(sd.variant, vae=replace(sd.variant.vae, channels=(8, 8, 16, 16, 16))))
+    choices = {"size": (64, 48), "steps": 1, "seed": 3, "sampler": "euler"}
+    plain = final(text_to_image(wide, "x", **choices))[0]
+    same = final(text_to_image(wide, "x", **choices, seed_resize=(64, 48)))[0]
+    assert same.tobytes() == plain.tobytes()
+    drawn = NoiseOfEach([settings(seed=3, seed_resize=(32, 48))], CPU, 16).first((4, 4, 4))[0]
+    assert torch.equal(drawn[:, :3, 1:3], stream("cpu", 3)((4, 3, 2)))
+    padded = settings(size=(40, 24), seed=3, seed_resize=(40, 24))
+    assert torch.equal(NoiseOfEach([padded], CPU, 16).first((4, 2, 3))[0], stream("cpu", 3)((4, 2, 3)))
+    with pytest.raises(UserError, match="seed resize 64x8 holds no latent of this model; both sides must be 16"):
+        text_to_image(wide, "x", **choices, seed_resize=(64, 8))
 
 
 # --- one path over the levels ----------------------------------------------------------------------------------------

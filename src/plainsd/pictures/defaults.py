@@ -63,6 +63,7 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
             value=settings.eta,
         )
     check_mask_options(settings)
+    check_seed_resize(settings.seed_resize, sd.vae.config.factor)
     if (
         not encodes(sd)
         and settings.strength is not None
@@ -150,6 +151,12 @@ def check_mask_options(settings: Settings) -> None:
             raise UserError(
                 f"{name.replace('_', ' ')} {value} without a mask; give one, or leave it out", field=name, value=value
             )
+
+
+def check_seed_resize(size: tuple[int, int] | None, factor: int) -> None:
+    if size is not None and min(size) < factor:
+        what = f"seed resize {size[0]}x{size[1]} holds no latent of this model"
+        raise UserError(f"{what}; both sides must be {factor} or more", field="seed_resize", value=size)
 
 
 def encodes(sd: StableDiffusion) -> bool:

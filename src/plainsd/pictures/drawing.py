@@ -39,7 +39,7 @@ class Pictures(NamedTuple):
 def from_text(
     sd: StableDiffusion, each: list[Resolved], control: Sequence[Control], image_prompt: Sequence[ImagePrompt]
 ) -> Generator[Step | Pictures]:
-    one, draw = each[0], NoiseOfEach(each, sd.device)
+    one, draw = each[0], NoiseOfEach(each, sd.device, sd.vae.config.factor)
     noise = prepare_latents(sd, one.size, draw)
     maps = fitted(control, one.size)
     latents = yield from sample(sd, each, one.size, noise, draw, control=maps, image_prompt=image_prompt)
@@ -75,7 +75,7 @@ def from_picture(
     control: Sequence[Control],
     image_prompt: Sequence[ImagePrompt],
 ) -> Generator[Step | Pictures]:
-    draw, pixels = NoiseOfEach(each, sd.device), _padded(sd, to_tensor(image))
+    draw, pixels = NoiseOfEach(each, sd.device, sd.vae.config.factor), _padded(sd, to_tensor(image))
     size = (pixels.shape[3], pixels.shape[2])
     editing = edits(sd.unet.config, sd.vae.config)
     latents = None if editing and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
@@ -102,7 +102,8 @@ def repainted(
     one, image = each[0], canvas.image
     levels = torch.from_numpy(np.array(canvas.hole))[None, None] / 255.0  # (1, 1, H, W)
     light = (levels > 0).float()
-    draw, pixels, light_padded = NoiseOfEach(each, sd.device), _padded(sd, to_tensor(image)), _padded(sd, light)
+    draw = NoiseOfEach(each, sd.device, sd.vae.config.factor)
+    pixels, light_padded = _padded(sd, to_tensor(image)), _padded(sd, light)
     size = (pixels.shape[3], pixels.shape[2])
     mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is masked if any of its pixels is
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels

@@ -17,15 +17,15 @@ from torch import Tensor
 from plainsd.diffusion.noise import BrownianTree, Path, Shape, Stream, slerp, slerp_columns, stream
 from plainsd.pictures.settings import Resolved, noise_of
 
-EIGHTH = 8  # pixels per latent, for `seed_resize`
 Draw = Callable[[Shape], Tensor]  # shape (L, h, w) -> unit noise (B, L, h, w)
 
 
 class NoiseOfEach:
     """Called with a shape (L, h, w), draws the next noise of each picture, (B, L, h, w)."""
 
-    def __init__(self, each: Sequence[Resolved], device: torch.device):
-        self.each, self.device, kind = each, device, noise_of(each[0])
+    def __init__(self, each: Sequence[Resolved], device: torch.device, factor: int):
+        """`factor`: the VAE's pixels per latent, for `seed_resize`."""
+        self.each, self.device, self.factor, kind = each, device, factor, noise_of(each[0])
         like = "comfyui" if kind == "comfyui" else each[0].like
         self.like = None if like == "diffusers" else like
         self.generator = "nv" if kind == "nv" else "cpu"
@@ -46,7 +46,7 @@ class NoiseOfEach:
 
     def anew(self, each: Sequence[Resolved]) -> NoiseOfEach:
         """The noise of the hires pass. A1111 and ComfyUI restart the generators for it."""
-        return NoiseOfEach(each, self.device) if self.like else self
+        return NoiseOfEach(each, self.device, self.factor) if self.like else self
 
     def encoder(self, shape: Shape) -> Tensor:
         """The noise that samples the encoder's distribution. A1111 and ComfyUI draw it unseeded; for them it is zero,
@@ -72,14 +72,21 @@ class NoiseOfEach:
     # --- within ------------------------------------------------------------------------------------------------------
 
     def _first(self, shape: Shape) -> Tensor:
-        one = self.each[0]
-        resized = (shape[0], *(side // EIGHTH for side in reversed(one.seed_resize))) if one.seed_resize else shape
+        one, resized = self.each[0], self._resized(shape)
         noise = (self._draws(self._seeds()) if resized != shape else self.draw)(resized)
         if one.variation_strength:
             mix = slerp_columns if self.like == "a1111" else slerp
             other = self._draws([s.variation_seed or 0 for s in self.each])(resized)
             noise = torch.stack([mix(a, b, one.variation_strength) for a, b in zip(noise, other, strict=True)])
         return noise if resized == shape else _centred(noise, self.draw(shape))
+
+    def _resized(self, shape: Shape) -> Shape:
+        """That of `seed_resize` in whole latents; `shape` itself where it is the picture's own size, padded or not."""
+        one = self.each[0]
+        own = (shape[0], *(-(-side // self.factor) for side in reversed(one.size)))
+        if one.seed_resize is None or (one.seed_resize == one.size and shape == own):
+            return shape
+        return (shape[0], *(side // self.factor for side in reversed(one.seed_resize)))
 
     def _draws(self, seeds: Sequence[int]) -> Draw:
         streams: dict[tuple[int, int], Stream] = {key: stream(self.generator, key[0]) for key in self._keys(seeds)}
