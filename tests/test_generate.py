@@ -90,6 +90,9 @@ def test_guidance_0_and_long_seeds_are_as_in_diffusers(sd, folders, scale, seed)
 def test_seeds_from_python(sd):
     (one,), (other,) = (text_to_image(sd, "x", seed=-1).settings for _ in range(2))
     assert one.seed != other.seed and 0 <= min(one.seed, other.seed) and max(one.seed, other.seed) < 2**32
+    (drawn,) = text_to_image(sd, "x", seed=None).settings
+    (whole,) = text_to_image(sd, "x", seed=7.0, steps=2.0, size=[64.0, 64], interval=[0.0, 9.0]).settings
+    assert drawn.seed >= 0 and (whole.seed, whole.steps, whole.size) == (7, 2, (64, 64))
     for seed, says in ((1.5, "not a whole number; choose 1"), (-2, "out of range"), (2**64, "out of range")):
         with pytest.raises(UserError, match=says):
             text_to_image(sd, "x", seed=seed)

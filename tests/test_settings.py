@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from plainsd import __version__
 from plainsd.errors import UserError
-from plainsd.pictures.settings import LIKE, SEEDS, UPSCALERS, Settings
+from plainsd.pictures.settings import LIKE, RANDOM, SEEDS, UPSCALERS, Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.labels import NEAREST_LABELS, SAMPLER_LABELS, SPACING_LABELS, nearest_label
 
@@ -73,6 +73,20 @@ def test_sizes_and_intervals_have_their_ranges():
         with pytest.raises(UserError, match=says):
             Settings(interval=interval).check()
     Settings(size=(8, 4096), interval=(0, 1)).check()
+
+
+def test_numbers_and_pairs_as_python_and_json_have_them():
+    made = Settings(
+        size=[64.0, 32], steps=4.0, seed=7.0, variation_seed=5.0, interval=[0, 1.5], outpaint=[8.0, 0, 0, 0]
+    )
+    assert (made.size, made.interval, made.outpaint) == ((64, 32), (0, 1.5), (8, 0, 0, 0))
+    assert (made.steps, made.seed, made.variation_seed) == (4, 7, 5)
+    assert all(type(number) is int for number in (*made.size, *made.outpaint, made.steps, made.seed))
+    assert Settings(seed=None).seed == RANDOM and made.hires_steps is None
+    made.check()
+    for wrong in ({"steps": 4.5}, {"seed_resize": (64, 64.5)}):
+        with pytest.raises(UserError, match=r"4\.5 is not a whole number; choose"):
+            Settings(**wrong).check()
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_LABELS)

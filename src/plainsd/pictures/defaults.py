@@ -215,7 +215,7 @@ def check_size(size: tuple[int, int], multiple: int = MULTIPLE) -> tuple[int, in
             field="size",
             value=size,
         )
-    return size
+    return int(size[0]), int(size[1])
 
 
 def enlarged_size(size: tuple[int, int], times: float, multiple: int = MULTIPLE) -> tuple[int, int]:

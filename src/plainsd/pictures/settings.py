@@ -5,7 +5,7 @@ This module does not import torch, so that the command line can read settings be
 
 import os
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from plainsd.errors import UserError, unknown
 
@@ -51,7 +51,7 @@ class Settings:
     guidance: float | None = None  # 1: no uncond pass, and the negative prompt has no effect; 0 is the same, see `like`
     sampler: str | None = None
     spacing: str | None = None
-    seed: int = 0  # RANDOM: one is drawn. PyTorch's CPU generator uses its low 32 bits
+    seed: int = 0  # RANDOM or None: one is drawn. PyTorch's CPU generator uses its low 32 bits
     noise: str | None = None  # whose random numbers: "cpu", "nv" (a GPU's, on any device), "comfyui"; see `noise_of`
     ensd: int | None = None  # A1111's eta noise seed delta: added to the seed for ancestral noise
     seed_resize: tuple[int, int] | None = None  # the initial noise of this size, in the middle of the picture's
@@ -100,6 +100,15 @@ class Settings:
     hashes: tuple[tuple[str, str], ...] = ()  # of the files of model, vae, lora:name, embed:word, for the metadata
     other: tuple[tuple[str, str], ...] = ()  # other fields of a text that was read; without effect
 
+    def __post_init__(self) -> None:
+        """Takes numbers and pairs as Python and JSON have them: 4.0 is 4, [8, 64] is (8, 64), seed None is RANDOM."""
+        for name, value in list(vars(self).items()):
+            if isinstance(value, list):
+                value = tuple(value)
+            if name in WHOLE_NUMBERS:
+                value = tuple(map(whole, value)) if isinstance(value, tuple) else whole(value)
+            object.__setattr__(self, name, RANDOM if name == "seed" and value is None else value)
+
     def __eq__(self, other: object) -> bool:
         """Compares the fields, resolved or not."""
         return isinstance(other, Settings) and vars(self) == vars(other)
@@ -114,9 +123,11 @@ class Settings:
                     more = f", or {RANDOM} for a random one" if name in SEEDS else ""
                     raise UserError(f"{what}; choose {low} to {high}{more}", field=name, value=entry)
         for name in WHOLE_NUMBERS:
-            if (value := getattr(self, name)) is not None and value != int(value):
-                what = f"{name.replace('_', ' ')} {value} is not a whole number"
-                raise UserError(f"{what}; choose {int(value)}", field=name, value=value)
+            value = getattr(self, name)
+            for entry in value if isinstance(value, tuple) else (value,):
+                if entry is not None and entry != int(entry):
+                    what = f"{name.replace('_', ' ')} {entry} is not a whole number"
+                    raise UserError(f"{what}; choose {int(entry)}", field=name, value=entry)
         if self.interval is not None and self.interval[0] >= self.interval[1]:
             raise UserError(
                 f"interval {self.interval} is empty; give its lower sigma first", field="interval", value=self.interval
@@ -187,7 +198,7 @@ RANGES = {
 }  # fmt: skip
 WHOLE_NUMBERS = (  # fields that must be whole numbers
     "steps", "hires_steps", "seed", "clip_skip", "variation_seed", "cache",
-    "ensd", "batch_index", "batch_size", "mask_grow", "masked_padding",
+    "ensd", "batch_index", "batch_size", "mask_grow", "masked_padding", "size", "seed_resize", "outpaint",
 )  # fmt: skip
 SEEDS = ("seed", "variation_seed")
 RANDOM = -1  # as a seed
@@ -234,6 +245,11 @@ def notes(settings: Settings) -> list[str]:
             if getattr(settings, name) == 0
         ]
     return found
+
+
+def whole(value: Any) -> Any:
+    """4.0 -> 4; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def plain_number(value: float) -> str:
