@@ -334,6 +334,9 @@ def test_tokens_and_info_and_convert(model, tmp_path, capsys):
     assert main(["tokens", "(ab:1.5)", "--model", model]) == 0
     said = capsys.readouterr().out
     assert "chunk 1 of 1" in said and "1.500" in said
+    for steps in (0, 1001):
+        assert main(["tokens", "[a:b:0.5]", "--model", model, "--steps", str(steps)]) == 2
+        assert capsys.readouterr().err == f"plainsd: steps {steps} is out of range; choose 1 to 1000\n"
     assert main(["info", model]) == 0
     assert "diffusers folder" in capsys.readouterr().out
     assert main(["convert", model, str(tmp_path / "copy"), "--layout", "diffusers"]) == 0

@@ -96,7 +96,9 @@ class Tokens:
         from plainsd.files.stored import empties
         from plainsd.files.tokenizers import tokenizers
         from plainsd.pictures.model import assemble
+        from plainsd.pictures.settings import Settings
 
+        Settings(steps=self.steps).check()
         path = find(self.model)
         contents = read(path, ask=False)
         sd = assemble(contents.variant, empties(contents.variant), tokenizers(contents, path), path)  # reads no weights
