@@ -16,6 +16,7 @@ from plainsd.cli import main
 from plainsd.errors import UserError
 from plainsd.files.convert import convert, read
 from plainsd.files.folder import file_variant
+from plainsd.files.recipe import with_recipe
 from plainsd.files.tensorfile import open_tensors
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
@@ -405,3 +406,32 @@ def test_options_of_whole_models_are_refused_for_a_controlnet(tmp_path, option, 
     with pytest.raises(UserError, match=f"is a ControlNet, and {named} change"):
         convert(tmp_path / "net", tmp_path / "other", **option)
     assert not (tmp_path / "other").exists()
+
+
+def test_what_other_programs_noted_stays(tmp_path):
+    save(model("sd1"), tmp_path / "a.safetensors")
+    tensors, own = load_file(tmp_path / "a.safetensors"), dict(open_tensors(tmp_path / "a.safetensors").metadata)
+    said = {
+        "modelspec.title": "Owls",
+        "modelspec.license": "MIT",
+        "sd_merge_recipe": "{}",
+        "modelspec.hash_sha256": "0x1",
+    }
+    save_file(tensors, tmp_path / "a.safetensors", own | said)
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="bfloat16")
+    found = open_tensors(tmp_path / "b.safetensors").metadata
+    assert {name: found.get(name) for name in said} == said | {"modelspec.hash_sha256": None}
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", change=lambda c: with_recipe(c, {"type": "x"}, {}))
+    changed = open_tensors(tmp_path / "c.safetensors").metadata
+    assert "modelspec.title" not in changed and json.loads(changed["sd_merge_recipe"]) == {"type": "x"}
+
+
+def test_zero_snr_is_read_with_the_family_told_too(tmp_path, small_families):
+    """`ztsnr` counts for v-prediction, whoever says that it is v."""
+    save(model("sdxl-base"), tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors") | {"ztsnr": torch.empty(0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    for family in (None, "sdxl-base"):
+        variant = read(tmp_path / "a.safetensors", None, family, prediction="v_prediction").variant
+        assert variant.prediction == "v_prediction" and variant.schedule.zero_terminal_snr, family
+        assert variant.spacing == "trailing"

@@ -30,7 +30,10 @@ def with_recipe(contents: Contents, recipe: Mapping[str, Any], models: Mapping[s
         "sd_merge_models": json.dumps({digits: {"name": name} for digits, name in models.items()}),
     }
     leftovers = {name: stored for name, stored in contents.leftovers.items() if not name.startswith(AVERAGED)}
-    return replace(contents, texts=texts, notes=contents.notes | notes, leftovers=leftovers)
+    kept = {
+        name: text for name, text in contents.notes.items() if not name.startswith("modelspec.")
+    }  # of the old model
+    return replace(contents, texts=texts, notes=kept | notes, leftovers=leftovers)
 
 
 def digits_of(path: Path) -> str:

@@ -16,7 +16,7 @@ from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.files.configs import read_variant
 from plainsd.files.configs_out import write_variant
-from plainsd.files.detect import MARKS, UNET_PREFIX, detect, predicting, seems
+from plainsd.files.detect import MARKS, UNET_PREFIX, ZERO_SNR_SETTINGS, detect, predicting, seems
 from plainsd.files.distilled import with_distilled_settings
 from plainsd.files.folder import spelling
 from plainsd.files.names import TensorPlace
@@ -40,6 +40,13 @@ from plainsd.models.variants import Variant
 
 FILES_KEY = "plainsd.files"  # in the metadata, as JSON: the settings files of a folder
 SPELLINGS_KEY = "plainsd.spellings"  # and how its tensor names differ from the tables
+OWN_NOTES = {
+    FILES_KEY,
+    SPELLINGS_KEY,
+    "format",
+    "modelspec.prediction_type",
+    "modelspec.hash_sha256",
+}  # written anew
 Note = TypeVar("Note", dict, list)
 LEFTOVER_PREFIX = "leftovers."  # prefix of a folder's tensors that single files do not have
 
@@ -106,7 +113,10 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True, pred
         found = fragments(blueprint(network.kind, network.config), layout, file.tensors, prefix)
         spellings += [f"single-file {part} {fragment}" for fragment in found]
     texts = texts or write_variant(variant)
-    return Contents(variant, networks, texts, leftovers, tuple(spellings), remarks=tuple(remarks), certain=certain)
+    notes = {name: text for name, text in file.metadata.items() if name not in OWN_NOTES}
+    return Contents(
+        variant, networks, texts, leftovers, tuple(spellings), notes, remarks=tuple(remarks), certain=certain
+    )
 
 
 def by_name(file: TensorFile, variant: Variant) -> tuple[Variant, str | None]:
@@ -129,6 +139,10 @@ def variant_in(file: TensorFile, family: str | None = None, prediction: str | No
     variant, certain = (read_variant(get, str(file.path)), True) if texts else detect(file, family)
     if not certain and prediction is not None:
         variant, certain = predicting(variant, prediction, "ztsnr" in file.tensors), True
+    elif (
+        prediction == "v_prediction" and not texts and "ztsnr" in file.tensors
+    ):  # the family is told, and keeps its size
+        variant = replace(variant, prediction=prediction, **ZERO_SNR_SETTINGS)
     return replace(variant, conv_projections=has_convolutions(file)), certain
 
 
