@@ -1,7 +1,7 @@
 """Training a ControlNet: gradients equal to diffusers', data with maps, resuming, the command."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from plainsd.train.data.sources import Reading, read_source
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.loop import fit
 from plainsd.train.methods.controlnet import controlnet
+from plainsd.train.methods.full import full
 from plainsd.train.objective import NoisyLatents, Objective
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick
@@ -32,10 +33,13 @@ SIZES = torch.tensor([[64.0, 80, 0, 8, 64, 64], [64, 64, 0, 0, 64, 64], [500, 30
 OPTIONS = FitOptions(steps=6, batch=2, lr=1e-3, warmup=0, cosine=False, ema=0.9, save_every=3)
 
 
+@dataclass
 class Given:
     """Instead of examples drawn at random, these."""
 
-    def __init__(self):
+    mapped: bool = False
+
+    def __post_init__(self):
         generator = torch.Generator().manual_seed(7)
         draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
         x0, noise, maps = draw(3, 4, 8, 8), draw(3, 4, 8, 8), draw(3, 3, 64, 64).sigmoid()
@@ -263,6 +267,31 @@ def test_wrong_options_are_one_line(model, folder, tmp_path, capsys, flags, says
                  *flags])  # fmt: skip
     err = capsys.readouterr().err
     assert code == 2 and says in err and not (tmp_path / "o" / "o").exists()
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["data", "heldout"])
+def test_pictures_without_a_map_are_refused_before_a_folder_is_claimed(model, folder, tmp_path, capsys, held):
+    plain = write_pictures(tmp_path / "plain", 3)
+    (plain / "1.cond.png").unlink()
+    data, more = (folder, ["--heldout", str(plain)]) if held else (plain, [])
+    code = main(["train", "--method", "controlnet", "--base", model, "--data", str(data), "--out", str(tmp_path / "o"),
+                 "--size", "64", "--device", "cpu", "--dtype", "float32", "--steps", "1", *more])  # fmt: skip
+    said = f"1 of 3 {'held-out pictures' if held else 'pictures'} have no map; put one beside each"
+    assert code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "o" / "options.json").exists() and not list(tmp_path.glob("o/cache/latents-*"))
+
+
+@pytest.mark.parametrize("bare", [0, 1, 2])
+def test_maps_are_read_only_for_what_wants_them(tmp_path, bare):
+    """Other methods take pictures with and without a map, whichever comes first."""
+    place = write_pictures(tmp_path / "x", 3)
+    (place / f"{bare}.cond.png").unlink()
+    pictures = read_pictures(place, 64)
+    examples = Examples(pictures, cache_latents(tiny_sd().vae, pictures, tmp_path / "cache"))
+    method = full(tiny_sd(), examples)
+    picks = [Pick(i, i, torch.Generator().manual_seed(i)) for i in range(3)]
+    assert examples.draw(picks, 1000).maps is None and method.loss(picks)[0].isfinite()
+    assert np.isfinite(method.validate(examples)["validation"])
 
 
 def test_trainer_counts_only_the_net(examples):

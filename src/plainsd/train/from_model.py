@@ -29,7 +29,7 @@ from plainsd.train.data.pictures import read_pictures
 from plainsd.train.data.sources import parse_source
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob
-from plainsd.train.methods.controlnet import controlnet
+from plainsd.train.methods.controlnet import check_maps, controlnet
 from plainsd.train.methods.dreambooth import make_prior
 from plainsd.train.methods.finetune import FineTune
 from plainsd.train.methods.full import full
@@ -171,6 +171,10 @@ def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)
     pictures, heldout = job.data.pictures(sd.variant.size, sd.vae.config)
+    if job.options.method == "controlnet":
+        check_maps(pictures)
+        if heldout:
+            check_maps(heldout, "held-out pictures")
     examples, held = job.data.examples(sd.vae, pictures), job.data.examples(sd.vae, heldout) if heldout else None
     job.data.count_long_captions(sd, pictures)
     shared = {

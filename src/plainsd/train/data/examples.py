@@ -48,6 +48,7 @@ class Examples:
     latents: Latents | LiveLatents
     dropout: float = 0.1  # share of captions left empty
     timestep_power: float = 1.0  # timesteps are count * chance ** power: below 1, noisy ones come more often
+    mapped: bool = False  # batches have the pictures' maps; every picture must have one
 
     def draw(self, picks: Sequence[Pick], steps: int, objective: Objective = PLAIN_OBJECTIVE) -> ExampleBatch:
         """The batch of these picks, each at one of `steps` timesteps."""
@@ -66,7 +67,7 @@ class Examples:
     ) -> ExampleBatch:
         x0 = self.latents.draw(picks, views)
         noise = draw_noise(picks, x0.shape[1:], objective)
-        maps = self.pictures.maps([p.index for p in picks], views)
+        maps = self.pictures.maps([p.index for p in picks], views) if self.mapped else None
         masks, sizes = self.latents.masks(picks, views), self._sizes(picks, views)
         return ExampleBatch(captions, timesteps, x0, noise, masks, sizes, maps)
 

@@ -150,10 +150,8 @@ class PictureSet:
         """The first view of each, of the same size all of them: (B, 3, H, W) in [-1, 1]."""
         return torch.cat([self._first(self.items[i].open(), self.items[i].name) for i in indices])
 
-    def maps(self, indices: Sequence[int], views: Sequence[int]) -> Tensor | None:
-        """Of each picture's view the map, cut alike: (B, 3, H, W), 0 to 1. None where pictures have none."""
-        if not self.items[0].mapped:
-            return None
+    def maps(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        """Of each picture's view the map, cut alike: (B, 3, H, W), 0 to 1. All must have one."""
         cut = [self.map(index, view) for index, view in zip(indices, views, strict=True)]
         return torch.cat([(to_tensor(map) + 1) / 2 for map in cut])
 

@@ -3,6 +3,7 @@
 own loss."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from plainsd.pictures.control_checks import mismatch
 from plainsd.pictures.model import StableDiffusion
 from plainsd.train.data.captions import Reader
 from plainsd.train.data.examples import Examples
+from plainsd.train.data.pictures import PictureSet
 from plainsd.train.methods.finetune import FineTune, frozen
 from plainsd.train.objective import PLAIN_OBJECTIVE, Objective
 
@@ -30,11 +32,7 @@ def controlnet(
 ) -> FineTune:
     """`modules["net"]` is the net; `plainsd.save_control` writes it. `net`: one to go on from, changed in place; None:
     a new one."""
-    if bare := sum(not item.mapped for item in examples.pictures.items):
-        raise UserError(
-            f"{bare} of {len(examples.pictures)} pictures have no map; put one beside each, cat.cond.png for cat.png, "
-            "or name it in a column `cond`"
-        )
+    check_maps(examples.pictures)
     frozen(sd)
     if net is None:
         with torch.random.fork_rng(devices=[]):
@@ -46,7 +44,17 @@ def controlnet(
         raise UserError("a union net is for several kinds of maps, and training knows those for one; give another")
     modules = nn.ModuleDict({"net": net}).to(sd.device).requires_grad_(True).train()
     reader = Reader(sd, chunks=chunks)
+    examples = replace(examples, mapped=True)
     return FineTune(sd, examples, modules, reader, objective, network=partial(followed, sd.unet, net))
+
+
+def check_maps(pictures: PictureSet, kind: str = "pictures") -> None:
+    """A UserError where some have no map. `kind`: what they are called there."""
+    if bare := sum(not item.mapped for item in pictures.items):
+        raise UserError(
+            f"{bare} of {len(pictures.items)} {kind} have no map; put one beside each, cat.cond.png for cat.png, or "
+            "name it in a column `cond`"
+        )
 
 
 def followed(unet: UNet, net: ControlNet, maps: Tensor | None) -> Callable[..., Tensor]:

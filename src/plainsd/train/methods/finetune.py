@@ -7,7 +7,7 @@ prior's, which reminds the model of what it knew.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ class FineTune:
         """The plain loss, or the distillation's, on held-out pictures, always with the same noise and the same
         timesteps, spread evenly."""
         half = self.sd.dtype == torch.bfloat16  # a frozen base in half precision
+        held_out = replace(held_out, mapped=self.examples.mapped)
         with torch.autocast(self.sd.device.type, torch.bfloat16, enabled=half):
             found = [self.errors(fixed).cpu() for fixed in held_out.fixed(self.timesteps, batch)]
         return {"validation": torch.cat(found).mean().item()}
