@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import noise_picture, tiny_sd
 from diffusers import DDIMScheduler
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 import plainsd
 from plainsd.diffusion.denoiser import differential
