@@ -75,7 +75,7 @@ def hard(levels: Image.Image) -> Image.Image:
 
 
 def grown(levels: Image.Image, pixels: int) -> Image.Image:
-    """The mask dilated by so many pixels, or eroded if below 0: the most, or least, of a square around each pixel, first
+    """The mask dilated by so many pixels, or eroded if below 0: the most, or least, of a square around a pixel, first
     along columns, then along rows. Windows that overlap make a wider one, so that the width costs its logarithm."""
     further, window = np.maximum if pixels > 0 else np.minimum, 2 * abs(pixels) + 1
     found = np.pad(np.asarray(levels), abs(pixels), mode="edge")
