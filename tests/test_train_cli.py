@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tomllib
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import read_settings
 from plainsd.server.embeddings import Embeddings
 from plainsd.train.checkpoints import checkpoints
+from plainsd.train.checks import OPTION_RANGES
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.pictures import read_pictures
@@ -35,10 +36,23 @@ from plainsd.train.log import read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.lora import lora
 from plainsd.train.methods.vae import measure_scaling
-from plainsd.train.options import FitOptions, Steps, with_defaults
+from plainsd.train.options import (
+    Data,
+    FitOptions,
+    FromScratch,
+    Inversion,
+    LoraOptions,
+    LossOptions,
+    Prior,
+    Steps,
+    Telling,
+    TrainOptions,
+    with_defaults,
+)
 from plainsd.train.order import Repeated
 from plainsd.train.run import Look
 
+GROUPS = (Data, Steps, Telling, LossOptions, LoraOptions, Inversion, Prior, FromScratch)
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
 
 
@@ -332,7 +346,7 @@ def test_vae_and_scratch(pictures, base, tmp_path, capsys):
         *FAST,
     ]
     assert main(["train", "--method", "vae", "--out", str(tmp_path / "no"), *shared, "--latent-noise", "-1"]) == 2
-    assert "latent_noise -1.0 is out of range; give 0 or more" in capsys.readouterr().err
+    assert "--latent-noise -1 is out of range; give 0 or more" in capsys.readouterr().err
     noisy = ["train", "--method", "vae", "--out", str(tmp_path / "noisy"), *shared, "--latent-noise", "0.5"]
     assert main(noisy) == 0
     assert main(["train", "--method", "vae", "--out", str(tmp_path / "vae"), *shared]) == 0
@@ -829,6 +843,57 @@ def test_pictures_that_cannot_be_used(base, tmp_path, capsys, kind, message):
 def test_numbers_that_cannot_be(steps, message):
     with pytest.raises(plainsd.UserError, match=message):
         with_defaults("full", steps)
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        (["--clip", "0"], "a number above 0; with inf nothing is clipped"),
+        (["--clip", "-1"], "a number above 0; with inf nothing is clipped"),
+        (["--clip", "nan"], "a number above 0; with inf nothing is clipped"),
+        (["--prior-weight", "-1"], "0 or more"),
+        (["--prior-count", "0"], "1 or more"),
+        (["--ema", "-1"], "0 or more, and below 1"),
+        (["--ema", "1"], "0 or more, and below 1"),
+        (["--weight-decay", "-1"], "0 or more"),
+        (["--weight-decay", "inf"], "0 or more"),
+        (["--warmup", "-1"], "0 or more"),
+        (["--beta2", "1"], "0 or more, and below 1"),
+        (["--dropout", "1.5"], "0 to 1"),
+        (["--dropout", "-0.1"], "0 to 1"),
+        (["--dropout", "nan"], "0 to 1"),
+        (["--shuffle-tags", "-1"], "0 or more"),
+        (["--limit", "0"], "1 or more"),
+        (["--limit", "-1"], "1 or more"),
+        (["--size", "0"], "1 or more"),
+        (["--size", "-64"], "1 or more"),
+        (["--timestep-power", "0"], "a number above 0"),
+        (["--timestep-power", "-1"], "a number above 0"),
+        (["--workers", "-1"], "0 or more"),
+        (["--hold-out", "1"], "0 or more, and below 1"),
+        (["--hold-out", "-0.1"], "0 or more, and below 1"),
+        (["--bad-share", "2"], "0 to 1"),
+        (["--rank", "0"], "1 or more"),
+    ],
+    ids=" ".join,
+)
+def test_numbers_out_of_range_are_one_line(train, tmp_path, flags, wanted):
+    code, said = train("lora", "--steps", "1", *flags)
+    assert code == 2 and said == [f"plainsd: {' '.join(flags)} is out of range; give {wanted}"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_number_of_a_range_is_an_option():
+    groups = [*fields(TrainOptions), *(entry for group in GROUPS for entry in fields(group))]
+    assert set(OPTION_RANGES) <= {entry.name for entry in groups}
+
+
+@pytest.mark.parametrize("method", ["full", "vae"])
+def test_a_source_that_comes_no_times_is_refused(base, pictures, tmp_path, capsys, method):
+    flags = ["--method", method, "--base", str(base), "--size", "64", "--steps", "1", "--out", str(tmp_path / "run")]
+    assert main(["train", *flags, "--data", f"{pictures}:0", *FAST]) == 2
+    assert "repeats its pictures 0 times; give 1 or more, or leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_original_recipe_is_the_default():

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from plainsd.errors import UserError
 from plainsd.train import options
+from plainsd.train.checks import check_ranges
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Train(options.TrainOptions):
             )
         loss = options.with_loss_defaults(self)
         filled = replace(self, pace=options.with_defaults(self.method, self.pace), loss=loss)
-        options.check_telling(self.telling)
+        check_ranges(self.reading, self.loss, self.lora, self.inversion, self.prior, self.telling, self.from_scratch)
         device = choose_device(self.pace.device)
         by_default = "bfloat16" if self.lora.half_base else "auto"
         dtype = choose_dtype(by_default if self.pace.dtype == "auto" else self.pace.dtype, device)

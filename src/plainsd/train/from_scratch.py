@@ -1,6 +1,5 @@
 """Jobs of the methods that can train from scratch: `vae`, then `scratch` with the resulting autoencoder."""
 
-import math
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
@@ -66,8 +65,6 @@ def train_vae(job: TrainJob) -> None:
     own = job.options.from_scratch
     if job.world.sharded:
         raise UserError("method vae has no --shard: an autoencoder fits on one GPU")
-    if not 0 <= own.latent_noise < math.inf:
-        raise UserError(f"latent_noise {own.latent_noise} is out of range; give 0 or more", field="latent_noise")
     torch.manual_seed(job.options.pace.seed)  # the networks' first weights
     variant, vae = first_vae(job)
     pictures, heldout = job.data.pictures(variant.size, vae.config)

@@ -3,7 +3,7 @@
 Options with a default that depends on the method are None here; METHOD_DEFAULTS has the values.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,6 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from plainsd.arguments import Switch
 from plainsd.errors import UserError
 from plainsd.pictures.settings import Settings, read_seed
+from plainsd.train.checks import check_ranges
 
 FROM_SCRATCH = {"steps": 10_000, "batch": 64, "accumulate": 1, "lr": 1e-3, "warmup": 200, "decline": "cosine"}
 RECIPE = {"batch": 1, "accumulate": 4, "warmup": 0, "decline": "constant"}
@@ -99,7 +100,7 @@ class Steps:
     beta2: float = 0.999
     """beta2 of AdamW; 0.99 suits short runs"""
     clip: float = 1.0
-    """gradient clipping: largest norm"""
+    """gradient clipping: largest norm; inf: no clipping"""
     ema: float = 0.999
     """EMA decay; the averaged weights are saved. 0: no EMA"""
     seed: Annotated[
@@ -288,10 +289,7 @@ def with_defaults(method: str, steps: Steps) -> Steps:
     if steps.steps is not None or steps.epochs is not None:
         own = {name: value for name, value in own.items() if name not in ("steps", "epochs")}
     filled = replace(steps, **own)
-    for name in (entry.name for entry in fields(filled)):
-        value = getattr(filled, name)
-        if name in ("steps", "epochs", "batch", "accumulate") and value is not None and value < 1:
-            raise UserError(f"--{name} {value} is out of range; give 1 or more")
+    check_ranges(filled)
     Settings(seed=filled.seed).check()
     if not 0 < given(filled.lr) < float("inf"):
         usual = METHOD_DEFAULTS[method]["lr"]
@@ -325,13 +323,6 @@ def given(value: T | None) -> T:
     """An option that `with_defaults` has filled in."""
     assert value is not None
     return value
-
-
-def check_telling(telling: Telling) -> None:
-    for name in (entry.name for entry in fields(telling)):
-        value = getattr(telling, name)
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give 1 or more")
 
 
 @dataclass(frozen=True)

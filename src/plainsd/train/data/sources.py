@@ -176,7 +176,12 @@ def read_source(
 def parse_source(source: str) -> tuple[str, int]:
     """A source's path or name, and its repeats per epoch."""
     found = None if Path(source).exists() else SOURCE.fullmatch(source)
-    return (found[1], int(found[2] or 1)) if found else (source, 1)
+    if not found:
+        return source, 1
+    repeats = int(found[2] or 1)
+    if repeats < 1:
+        raise UserError(f"--data {source} repeats its pictures {repeats} times; give 1 or more, or leave it out")
+    return found[1], repeats
 
 
 def source_kind(path: Path, without: Iterable[Path] = ()) -> tuple[str | None, list[str]]:
