@@ -269,6 +269,17 @@ def test_wrong_options_are_one_line(model, folder, tmp_path, capsys, flags, says
     assert code == 2 and says in err and not (tmp_path / "o" / "o").exists()
 
 
+@pytest.mark.parametrize("name", ["cache", "results", "samples"])
+def test_a_net_is_not_called_as_a_part_of_a_run(model, folder, tmp_path, capsys, name):
+    flags = ["--base", model, "--data", str(folder), "--size", "64", "--device", "cpu", "--steps", "1", "--out"]
+    assert main(["train", "--method", "controlnet", *flags, str(tmp_path / name)]) == 2
+    assert f"{name!r} is a part of every run; give another" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+    (tmp_path / "o" / "o").mkdir(parents=True)
+    assert main(["train", "--method", "controlnet", *flags, str(tmp_path / "o")]) == 2
+    assert "is in the way: the result is to be written there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("held", [False, True], ids=["data", "heldout"])
 def test_pictures_without_a_map_are_refused_before_a_folder_is_claimed(model, folder, tmp_path, capsys, held):
     plain = write_pictures(tmp_path / "plain", 3)

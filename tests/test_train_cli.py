@@ -438,6 +438,8 @@ def test_scratch_goes_on_from_a_base(train, base, tmp_path):
     save_vae(vae, tmp_path / "vae", before.variant)
     code, said = train("scratch", "--steps", "1", "--lr", "1e-9", *more)
     assert code == 2 and "a model with other weights" in said[0]
+    code, said = train("scratch", "--steps", "1", *more, "--carry", "nowhere.json", out=tmp_path / "bare")
+    assert code == 2 and "--carry nowhere.json: there is no such file" in said[0] and not (tmp_path / "bare").exists()
     shapes["unet"] |= {"channels": [64, 32]}
     (tmp_path / "model.json").write_text(json.dumps(shapes))
     code, said = train("scratch", "--steps", "1", *more, out=tmp_path / "other")
@@ -650,7 +652,7 @@ def test_a_result_is_called_as_its_run(train, tmp_path, capsys):
     assert code == 2 and "'cache' is a part of every run" in said[0] and not (tmp_path / "cache").exists()
     (tmp_path / "taken" / "taken").mkdir(parents=True)
     code, said = train("full", "--steps", "1", out=tmp_path / "taken")
-    assert code == 2 and "is in the way: the model is to be written there" in said[0]
+    assert code == 2 and "is in the way: the result is to be written there" in said[0]
 
 
 # ---- options from a file

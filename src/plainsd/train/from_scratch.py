@@ -104,6 +104,8 @@ def train_scratch(job: TrainJob) -> None:
     variant, own = described_variant(job), job.options.from_scratch
     if not own.vae or not own.tokenizer:
         raise UserError("method scratch needs --vae and --tokenizer: train the first with --method vae")
+    if missing := [str(file) for file in own.carry if not file.is_file()]:
+        raise UserError(f"--carry {missing[0]}: there is no such file; leave it out, or give one that is there")
     torch.manual_seed(job.options.pace.seed)  # the networks' first weights
     vae = job.on_device(load_vae(own.vae, device=job.world.device, dtype=torch.float32))
     sd = from_scratch(variant, vae, Tokenizer.from_folder(own.tokenizer))

@@ -36,6 +36,7 @@ from plainsd.train.trainer import Method
 FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers",
         "config", "save_results_every", "save_epochs"}  # fmt: skip
 RUN_FOLDERS = ("cache", "checkpoints", "prior", "results", "samples", "tensorboard", "vae")  # of a run's folder
+RESULT_FOLDERS = {"full": "model_index.json", "scratch": "model_index.json", "controlnet": "config.json"}  # a file each
 
 
 @dataclass
@@ -88,18 +89,18 @@ class TrainJob:
         self.options = replace(self.options, pace=replace(self.options.pace, seed=seed))
 
     def check_name(self) -> None:
-        """A whole model is a folder inside the run's, under the same name."""
-        place = self.result()
-        if self.options.method not in ("full", "scratch"):
+        """A whole model is a folder inside the run's, under the same name, and so is a ControlNet."""
+        place, marker = self.result(), RESULT_FOLDERS.get(self.options.method)
+        if marker is None:
             return
         if self.name in RUN_FOLDERS:
             raise UserError(
-                f"--out {self.out}: the model gets the folder's name, and {self.name!r} is a part of every run; "
+                f"--out {self.out}: the result gets the folder's name, and {self.name!r} is a part of every run; "
                 "give another"
             )
-        if place.exists() and not (place / "model_index.json").is_file():
+        if place.exists() and not (place / marker).is_file():
             raise UserError(
-                f"{place} is in the way: the model is to be written there; remove it, or give another --out"
+                f"{place} is in the way: the result is to be written there; remove it, or give another --out"
             )
 
     def check_options(self, **more: str) -> None:
