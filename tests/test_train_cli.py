@@ -32,6 +32,7 @@ from plainsd.train.checks import OPTION_RANGES
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.pictures import read_pictures
+from plainsd.train.from_scratch import size_around
 from plainsd.train.log import read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.lora import lora
@@ -400,6 +401,25 @@ def test_vae_goes_on_from_a_base(train, base, pictures, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(shapes))
     code, said = train("vae", "--steps", "2", "--model", str(tmp_path / "model.json"), out=tmp_path / "other")
     assert code == 2 and "has other sizes than" in said[0] and not (tmp_path / "other" / "vae").exists()
+
+
+def test_an_autoencoder_is_trained_at_its_models_size(train, base, tmp_path):
+    assert train("vae", "--steps", "1", "--batch", "1") == (0, [])
+    assert read_json(tmp_path / "run" / "vae" / "config.json")["sample_size"] == 64
+    whole = tmp_path / "whole.safetensors"
+    plainsd.save(tiny_sd(), whole)
+    assert [size_around(str(path), 8) for path in (base, whole, tmp_path / "run" / "vae")] == [64, 64, 64]
+    alone = tmp_path / "vae"
+    shutil.copytree(base / "vae", alone)
+    config = read_json(alone / "config.json")
+    (alone / "config.json").write_text(json.dumps(config | {"sample_size": 96}))
+    assert size_around(str(alone), 8) == 96
+    (alone / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "sample_size"}))
+    for path in (alone, alone / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(plainsd.UserError, match="does not say how large its pictures are; give --size"):
+            size_around(str(path), 8)
+    code, said = train("vae", "--steps", "1", "--base", str(alone), out=tmp_path / "none")
+    assert code == 2 and "give --size" in said[0] and not (tmp_path / "none").exists()
 
 
 def described(base) -> dict:

@@ -9,9 +9,13 @@ import torch
 from torch import nn
 
 from plainsd.checkpoint import load, load_vae, save, save_vae
-from plainsd.disk import written_whole
+from plainsd.disk import read_json, written_whole
 from plainsd.errors import UserError
 from plainsd.files.described import read_description
+from plainsd.files.detect import UNET_PREFIX
+from plainsd.files.hub import find
+from plainsd.files.single import read_single
+from plainsd.files.tensorfile import open_tensors
 from plainsd.models.vae import VAE, VAEConfig
 from plainsd.models.variants import SD1, Variant
 from plainsd.pictures.images import grid, to_pil, write_png
@@ -53,12 +57,27 @@ def first_vae(job: TrainJob) -> tuple[Variant, VAE]:
         raise UserError(
             f"--base {base} is TAESD, which is not trained here; give an autoencoder such as SD's", field="base"
         )
-    variant = described_variant(job) if own.model else replace(SD1, size=job.options.reading.size or SD1.size)
+    size = job.options.reading.size
+    variant = described_variant(job) if own.model else replace(SD1, size=size or size_around(base, vae.config.factor))
     same = isinstance(variant.vae, VAEConfig) and replace(variant.vae, scaling_factor=vae.config.scaling_factor)
     if own.model and same != vae.config:
         raise UserError(f"the autoencoder of --base {base} has other sizes than {own.model} says; leave --model out")
     job.check_options(base_weights=weights_digest(vae))
     return variant, vae
+
+
+def size_around(base: str, factor: int) -> int:
+    """The size in pixels of the model that an autoencoder is taken from, or that its own settings say. UserError where
+    nothing says it."""
+    path = find(base)
+    if path.is_file():
+        if any(name.startswith(UNET_PREFIX) for name in open_tensors(path).tensors):
+            return read_single(path, None, vae=False).variant.size
+    for name, scale in (("unet/config.json", factor), ("vae/config.json", 1), ("config.json", 1)):
+        side = read_json(path / name).get("sample_size") if (path / name).is_file() else None
+        if type(side) is int and side > 0:
+            return side * scale
+    raise UserError(f"--base {base} does not say how large its pictures are; give --size", field="size")
 
 
 def train_vae(job: TrainJob) -> None:
