@@ -17,7 +17,8 @@ from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.diffusion.solvers.stochastic import restarted
 from plainsd.generate import text_to_image
 from plainsd.pictures.guidance import COND, PERTURBED, UNCOND, guided_denoise, guided_pair
-from plainsd.pictures.settings import Resolved
+from plainsd.pictures.sampling import second_pass
+from plainsd.pictures.settings import Resolved, Settings, notes
 
 START = torch.tensor([3.0, -9.0, 0.5], dtype=torch.float64)
 LOW, HIGH = 0.03, 14.6
@@ -165,7 +166,31 @@ def test_the_pair_is_one_pass_and_the_estimate_that_guidance_gives(choices):
     guided, plain = guided_pair(estimate, each, "epsilon", **wrappers)(x, 2.0)
     assert len(ASKED) == 1
     torch.testing.assert_close(guided, expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(plain, torch.cos(x))
+    assert torch.equal(plain, guided if "interval" in choices else torch.cos(x))
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+def test_cfg_pp_without_guidance_is_the_sampler_of_the_same_name(name):
+    """At 0 and outside the interval, in the second pass too; 1 is guidance like any other."""
+    sd, ends = tiny_sd(), []
+    for sampler, negative, choices in (
+        (name, "", {"guidance": 1.0}),
+        (f"{name}_cfg_pp", "y", {"guidance": 0.0}),
+        (f"{name}_cfg_pp", "y", {"guidance": 7.0, "interval": (1000, 2000)}),
+        (f"{name}_cfg_pp", "y", {"guidance": 1.0}),
+    ):
+        *_, last = text_to_image(sd, "x", negative, size=32, steps=3, sampler=sampler, spacing="karras", **choices)
+        ends.append(last.latents)
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2]) and not torch.allclose(ends[0], ends[3])
+    either = [f"{name}_cfg_pp", name]
+    for first, second in (either, either[::-1]):
+        choices = {"sampler": first, "hires_sampler": second, "hires": 1.5, "guidance": 0.0, "size": 32, "steps": 3}
+        a, b = (text_to_image(sd, "x", negative, **choices) for negative in ("", "y"))
+        (*_, a), (*_, b) = a, b
+        assert torch.equal(a.latents, b.latents)
+        again = second_pass(a.settings[0])
+        assert (a.settings[0].guidance, again.guidance) == ((0, 1) if first == either[0] else (1, 0))
+    assert notes(Settings(guidance=0, sampler=f"{name}_cfg_pp"))[0].startswith("guidance 0 is off: ")
 
 
 def test_the_network_is_asked_once_a_step_and_the_scale_of_ddim_is_a_twelfth():

@@ -186,8 +186,8 @@ def projected(pair: Pair, scale: float, limit: float, parallel: float = 0.0, mom
     return denoise
 
 
-def interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
-    """One `Denoise` at levels in (low, high], another elsewhere: guidance only where it helps (Kynkäänniemi et al.
+def interval(inside: Estimator, outside: Estimator, low: float, high: float) -> Estimator:
+    """One estimator at levels in (low, high], another elsewhere: guidance only where it helps (Kynkäänniemi et al.
     2024). Outside, the cond estimate alone costs one pass instead of two."""
     return lambda x, sigma: (inside if low < sigma <= high else outside)(x, sigma)
 

@@ -42,7 +42,7 @@ MULTIPLE = 8  # of the sides of pictures, in pixels, unless the VAE's factor is 
 def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     """Settings with the model's defaults in place of None. UserError for invalid values."""
     settings.check()
-    settings = replace(settings, upscaler=upscaler_named(sd, settings.upscaler))
+    settings = replace(settings, upscaler=own_upscaler_name(sd, settings.upscaler))
     check_guidance(sd, settings)
     refined = check_refiner(sd, settings)
     variant = sd.variant
@@ -82,8 +82,8 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
             value=settings.variation_strength,
         )
     guidance = variant.guidance if settings.guidance is None else settings.guidance
-    if guidance == 0 and not convention(like).guidance_zero:
-        guidance = 1  # off, as in diffusers and on the model cards of Turbo models
+    if guidance == 0 and not convention(like).guidance_zero and "pair" not in SAMPLERS[sampler].takes:
+        guidance = 1  # off, as in diffusers and on the model cards of Turbo models; CFG++ at 1 is on
     choices: dict[str, Any] = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": float(guidance)}
     choices["like"] = like
     seeds = {name: drawn_seed() for name in SEEDS if getattr(settings, name) == RANDOM}
@@ -101,12 +101,13 @@ def with_second_pass(sd: StableDiffusion, settings: Settings, whole: Resolved) -
         "handover": None,
         "eta": None,
         "spacing": settings.hires_spacing or settings.spacing,
+        "guidance": settings.guidance if settings.hires_guidance is None else settings.hires_guidance,
     }
     again = resolved(sd, replace(second_pass(whole), **wanted))
     levels_of(sd, again, on_picture=True, second_pass=True)  # raises likewise
     own = settings.hires_sampler or settings.hires_spacing
-    guidance = None if settings.hires_guidance is None else again.guidance
-    return replace(whole, hires_spacing=again.spacing if own else None, hires_guidance=guidance)
+    kept = settings.hires_guidance is None and again.guidance == whole.guidance
+    return replace(whole, hires_spacing=again.spacing if own else None, hires_guidance=None if kept else again.guidance)
 
 
 def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
@@ -133,7 +134,7 @@ def check_refiner(sd: StableDiffusion, settings: Settings) -> dict:
     return {"refiner": model_name(sd.refiner), "handover": HANDOVER if settings.handover is None else settings.handover}
 
 
-def upscaler_named(sd: StableDiffusion, name: str) -> str:
+def own_upscaler_name(sd: StableDiffusion, name: str) -> str:
     """The upscaler's own name, whatever the capitals of this one. UserError for an unknown one."""
     own = [] if sd.upscaler is None else [sd.upscaler.name]
     names = {one.lower(): one for one in (*own, *UPSCALERS)}

@@ -63,7 +63,7 @@ def _enlarged(sd: StableDiffusion, latents: Tensor, size: tuple[int, int], one: 
     if one.upscaler in UPSCALERS:
         pictures = [image.resize(size, Image.Resampling.LANCZOS) for image in decoded]
     else:
-        assert sd.upscaler is not None  # `upscaler_named` sees to it
+        assert sd.upscaler is not None  # `own_upscaler_name` sees to it
         pictures = [upscaled(image, sd.upscaler, size) for image in decoded]
     return encode(sd, torch.cat([to_tensor(picture) for picture in pictures]), draw, tiling=one.tiling)
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from plainsd.diffusion.conventions import convention
 from plainsd.diffusion.denoiser import (
     Denoise,
     Pair,
@@ -35,6 +36,7 @@ from plainsd.diffusion.denoiser import (
     thresholded,
 )
 from plainsd.diffusion.samplers import SAMPLERS
+from plainsd.diffusion.solvers.cfg_pp import both
 from plainsd.errors import UserError
 from plainsd.models.unet import UNet
 from plainsd.models.variants import edits
@@ -244,8 +246,7 @@ def guided_denoise(
     if len(set(scales)) > 1:
         scale = torch.tensor(scales, device=device).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
 
-    def cond(x: Tensor, sigma: float) -> Tensor:
-        return estimate(x, sigma, COND, UNCOND)[0] if composed else estimate(x, sigma, COND)[0]
+    cond = prompted(estimate, composed)
 
     def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         return tuple(estimate(x, sigma, COND, UNCOND))
@@ -276,7 +277,12 @@ def guided_denoise(
 
 
 def guided_pair(estimate: Estimate, each: Sequence[Resolved], *args: Any, composed: bool, **options: Any) -> Pair:
-    """`guided_denoise` and the uncond estimate of the same forward pass, for CFG++."""
+    """`guided_denoise` and the uncond estimate of the same forward pass, for CFG++. Without guidance, at 0 and outside
+    the interval, both are the cond estimate: the ordinary step."""
+    settings, unit = each[0], SAMPLERS[each[0].sampler].guidance_unit
+    if switched_off(settings):
+        plain = [replace(one, guidance=1 / unit) for one in each]
+        return both(guided_denoise(estimate, plain, *args, composed=composed, **options))
     found: dict[int, Tensor] = {}  # of the last pass
 
     def keeping(x: Tensor, sigma: float, *kinds: int) -> list[Tensor]:
@@ -284,9 +290,24 @@ def guided_pair(estimate: Estimate, each: Sequence[Resolved], *args: Any, compos
         found.update(zip(kinds, estimates, strict=True))
         return estimates
 
-    denoise = guided_denoise(keeping, each, *args, composed=True, **options)
+    always = [replace(one, interval=None) for one in each]
+    denoise = guided_denoise(keeping, always, *args, composed=True, **options)
 
     def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         return denoise(x, sigma), found[UNCOND]
 
-    return pair
+    return interval(pair, both(prompted(estimate, composed)), *settings.interval) if settings.interval else pair
+
+
+def prompted(estimate: Estimate, composed: bool) -> Denoise:
+    """The cond estimate alone."""
+
+    def cond(x: Tensor, sigma: float) -> Tensor:
+        return estimate(x, sigma, COND, UNCOND)[0] if composed else estimate(x, sigma, COND)[0]
+
+    return cond
+
+
+def switched_off(one: Resolved) -> bool:
+    """Whether guidance is off at 0, and does not follow its formula to the uncond estimate as in A1111 and ComfyUI."""
+    return one.guidance == 0 and not convention(one.like).guidance_zero

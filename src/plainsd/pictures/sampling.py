@@ -30,7 +30,7 @@ from plainsd.models import vae_bands
 from plainsd.models.deep_cache import DeepCache
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures.control import Controls, Fitted
-from plainsd.pictures.guidance import Estimates, Join, UNetCall, guided_denoise, guided_pair
+from plainsd.pictures.guidance import Estimates, Join, UNetCall, guided_denoise, guided_pair, switched_off
 from plainsd.pictures.image_prompt import ImagePrompt, ImagePrompts
 from plainsd.pictures.memory import in_bands, on_stage
 from plainsd.pictures.model import StableDiffusion
@@ -298,7 +298,8 @@ def _denoise(
     network: UNetCall = DeepCache(sd.unet, one.cache) if one.cache else sd.unet
     if one.tiling:
         network = seamless(sd.unet, network)
-    estimates = Estimates(sd, plans, concat, levels.sigmas, [s.guidance for s in each], network, joins, calls)
+    scales = [1.0 if switched_off(s) else s.guidance for s in each]
+    estimates = Estimates(sd, plans, concat, levels.sigmas, scales, network, joins, calls)
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
     guide = guided_pair if "pair" in SAMPLERS[one.sampler].takes else guided_denoise

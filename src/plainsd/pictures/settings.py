@@ -48,7 +48,7 @@ class Settings:
     negative: str = ""
     size: tuple[int, int] | None = None  # width, height in pixels; with a picture given, the picture's own
     steps: int | None = None
-    guidance: float | None = None  # 1: no uncond pass, and the negative prompt has no effect; 0 is the same, see `like`
+    guidance: float | None = None  # 0: off, see `like`; 1 likewise, without CFG++: the negative prompt has no effect
     sampler: str | None = None
     spacing: str | None = None
     seed: int = 0  # RANDOM or None: one is drawn. PyTorch's CPU generator uses its low 32 bits
@@ -106,7 +106,7 @@ class Settings:
             if isinstance(value, list):
                 value = tuple(value)
             if name in WHOLE_NUMBERS:
-                value = tuple(map(whole, value)) if isinstance(value, tuple) else whole(value)
+                value = tuple(map(as_whole, value)) if isinstance(value, tuple) else as_whole(value)
             object.__setattr__(self, name, RANDOM if name == "seed" and value is None else value)
 
     def __eq__(self, other: object) -> bool:
@@ -238,16 +238,20 @@ def notes(settings: Settings) -> list[str]:
         if (value := getattr(settings, name)) is not None and value >= 2**32 and noise_of(settings) != "nv"
     ]
     if settings.like in (None, "diffusers"):
-        found += [
-            f"{name.replace('_', ' ')} 0 is off, as 1 is: the prompt is followed plainly, and the negative prompt has "
-            "no effect"
-            for name in ("guidance", "hires_guidance")
-            if getattr(settings, name) == 0
-        ]
+        for name, sampler in (
+            ("guidance", settings.sampler),
+            ("hires_guidance", settings.hires_sampler or settings.sampler),
+        ):
+            if getattr(settings, name) == 0:
+                same = "" if "cfg_pp" in str(sampler) else ", as 1 is"
+                found.append(
+                    f"{name.replace('_', ' ')} 0 is off{same}: the prompt is followed plainly, and the negative prompt "
+                    "has no effect"
+                )
     return found
 
 
-def whole(value: Any) -> Any:
+def as_whole(value: Any) -> Any:
     """4.0 -> 4; anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

@@ -214,7 +214,7 @@ class Job:
         scale (but whether there is guidance)."""
         own: dict[str, Any] = {"prompt": "", "negative": "", "seed": 0, "variation_seed": None, "hashes": ()}
         own |= {"batch_index": 0, "batch_size": None}
-        return [replace(one, **own, guidance=float(one.guidance == 1)) for one in self.settings]
+        return [replace(one, **own, guidance=one.guidance if one.guidance in (0, 1) else -1) for one in self.settings]
 
 
 class Unit(NamedTuple):
