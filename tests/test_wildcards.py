@@ -224,6 +224,29 @@ def test_a_picture_of_a_settled_prompt_comes_back(generate, tmp_path):
     assert again.read_bytes() == first.read_bytes()
 
 
+def test_the_command_line_settles_each_text_of_each_picture(generate, tmp_path):
+    texts = dict.fromkeys(("negative", "hires_prompt", "hires_negative"), "{red|blue|green} {car|cat}")
+    flags = [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]
+    assert generate("x", *flags, "--steps", 2, "--hires", 1.5, "--count", 4, "--seed", 4)[0] == 0
+    made = [read_settings(path) for path in sorted((tmp_path / "out").glob("*.png"))]
+    assert len({one.negative for one in made}) > 1
+    for one in made:
+        assert {getattr(one, name) for name in texts} == {settled(texts["negative"], one.seed)}
+    assert generate("x", *flags, "--steps", 2, "--hires", 1.5, "--seed", 6)[0] == 0
+    assert read_settings(max((tmp_path / "out").glob("*.png"))).negative == made[2].negative
+
+
+def test_choices_in_a_style_are_made_around_the_texts_of_a_picture(generate, tmp_path):
+    path = tmp_path / "styles.csv"
+    path.write_text('name,prompt,negative_prompt\nink,"{prompt}, {red|blue} ink",{pale|dull}\n', "utf-8")
+    assert generate(r"\{a|b\}", "--steps", 1, "--negative", "c")[0] == 0
+    (first,) = (tmp_path / "out").glob("*.png")
+    assert generate("--from", first, "--style", "ink", "--styles", path, "--seed", 5)[0] == 0
+    one = read_settings(max((tmp_path / "out").glob("*.png")))
+    assert one.prompt in (rf"\{{a|b\}}, {colour} ink" for colour in ("red", "blue"))
+    assert one.negative in ("c, pale", "c, dull")
+
+
 def test_the_command_line_says_what_is_missing(generate):
     for arguments, says in (
         (("a __colours__",), "give one with --wildcards"),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,12 @@ from plainsd.commands.output import Preview, PromptBatch, Target, check_writable
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_flags, recorded, say_unused, with_notes
 from plainsd.commands.setup import DrawingSetup, note_unused_embeddings, upscaler_file
 from plainsd.commands.tasks import tasks_of
+from plainsd.commands.texts import TEXTS_BESIDE, in_styles, texts_of_each
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
 from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
-from plainsd.text.styles import read_styles, styled
-from plainsd.text.wildcards import combinations, settled
+from plainsd.text.styles import Style, read_styles, styled
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +42,7 @@ class Generate(GenerateFlags):
     """
 
     def run(self) -> None:
-        prompts, choices = self.prompts_and_choices()
+        prompts, choices, each = self.prompts_and_choices()
         besides = [key for key, _ in choices.get("other", ())]
         share = share_of_torchrun()
         if not share.alone and (self.server or self.grid):
@@ -54,7 +55,7 @@ class Generate(GenerateFlags):
             from plainsd.commands import remote
 
             say_unused(besides)
-            return remote.generate_remotely(self, prompts, choices)
+            return remote.generate_remotely(self, prompts, choices, each)
         prompts, tags = prompts_and_loras(prompts)
         target = Target(self.out, self.format)  # UserError if it is not writable
         if self.preview:
@@ -100,8 +101,8 @@ class Generate(GenerateFlags):
         )
         if self.ray.cluster is not None:
             say_unused(besides)
-            return self.run_on_cluster(setup, tasks, prompts, choices, target)
-        cells = list(grid_cells(prompts[0], choices, axes)) if axes else []
+            return self.run_on_cluster(setup, tasks, prompts, choices, each, target)
+        cells = list(grid_cells(prompts[0], choices | each[0], axes)) if axes else []
         setups = by_setup(cells)
         first = next(iter(setups))[0] if axes else None
         sd, words = setup.ready(first or self.model)
@@ -125,7 +126,7 @@ class Generate(GenerateFlags):
                 images += pictures.images
             say(str(target.write(sheet(images, axes), None)))
         else:
-            batches = list(prompt_batches(prompts, choices, self.batch, part))
+            batches = list(prompt_batches(prompts, choices, each, self.batch, part))
             for pictures in (one for task in tasks for one in draw(sd, task, batches, show, hidden=share.rank > 0)):
                 images += pictures.images
                 for image, settings in zip(pictures.images, pictures.settings, strict=True):
@@ -138,7 +139,7 @@ class Generate(GenerateFlags):
         )
 
     def run_on_cluster(
-        self, setup: DrawingSetup, tasks: list, prompts: list[str], choices: dict, target: Target
+        self, setup: DrawingSetup, tasks: list, prompts: list[str], choices: dict, each: list[dict], target: Target
     ) -> None:
         from tqdm import tqdm
 
@@ -147,10 +148,10 @@ class Generate(GenerateFlags):
         began, count = time.perf_counter(), len(prompts)
         self.ray.join()
         drawn = {name: value for name, value in choices.items() if name not in ELSEWHERE}
-        batches = list(prompt_batches(prompts, drawn, self.batch, range(count)))
+        batches = list(prompt_batches(prompts, drawn, each, self.batch, range(count)))
         one = Settings(**drawn)
         seeds = [one.seed + (index if one.counted == "seed" else 0) for index in range(count)]
-        run = ListRun.begin(target, digest_of_run(setup, prompts, choices), seeds * len(tasks))
+        run = ListRun.begin(target, digest_of_run(setup, prompts, choices | {"texts": each}), seeds * len(tasks))
         written = 0
         for path in generate_on_cluster(setup, tasks, prompts, choices, batches, run):
             tqdm.write(str(path), file=sys.stdout)
@@ -171,8 +172,9 @@ class Generate(GenerateFlags):
 
     # --- prompts and settings ---------------------------------------------------------------------------------------
 
-    def prompts_and_choices(self) -> tuple[list[str], dict]:
-        """The prompts, and all other settings: of --from, overridden by flags. `other` holds those without effect."""
+    def prompts_and_choices(self) -> tuple[list[str], dict, list[dict[str, str]]]:
+        """The prompts, and all other settings: of --from, overridden by flags; and of each picture the texts beside its
+        prompt. `other` holds settings without effect."""
         choices: dict = {}
         prompts = [self.prompt] if self.prompt else []
         if self.from_:
@@ -206,44 +208,38 @@ class Generate(GenerateFlags):
         choices |= given | self.seeds()
         if upscaler_file(self):
             choices["upscaler"] = Path(self.upscaler or "").stem
-        if self.style:
-            prompts, choices["negative"] = self.in_style(prompts, choices.get("negative") or "")
+        styles = self.chosen_styles()
+        beside = {
+            name: choices[name] for name in TEXTS_BESIDE if choices.get(name) or (name in choices and name in given)
+        }
+        if styles:
+            beside = {"negative": ""} | beside
+            choices["negative"] = in_styles("negative", beside["negative"], styles)
         settings = Settings(**choices)
         settings.check()
         if upscaler_file(self) and not settings.hires:
             raise UserError(
                 f"--upscaler {self.upscaler} needs --hires; give that too, or use plainsd upscale", field="upscaler"
             )
-        if self.prompt or self.prompts:  # the choices in a prompt of --from are made already
-            prompts = self.settled_prompts(prompts, choices.get(settings.counted) or 0)
-            if "negative" in given or self.style:
-                choices["negative"] = settled(choices.get("negative") or "", choices.get("seed") or 0, self.wildcards)
-        else:
-            prompts = [prompt for prompt in prompts for _ in range(self.count)]
+        made = {name for name in TEXTS_BESIDE if name not in given}  # of --from
+        if not (self.prompt or self.prompts):
+            made.add("prompt")
+        first = choices.get(settings.counted) or 0
+        texts = {"seed": first, "count": self.count, "every": self.combinations}
+        prompts, each = texts_of_each(prompts, beside, made, styles, self.wildcards, **texts)
         settings.check_count(len(prompts))
         if not self.server and (choices.keys() & {"sampler", "spacing"}):
             from plainsd.diffusion.samplers import check_names
 
             check_names(choices.get("sampler"), choices.get("spacing"))
         say_notes([settings])
-        return prompts, choices
+        return prompts, choices, each
 
-    def in_style(self, prompts: list[str], negative: str) -> tuple[list[str], str]:
-        styles = read_styles(self.styles)
-        return [styled(prompt, "", self.style, styles)[0] for prompt in prompts], styled(
-            "", negative, self.style, styles
-        )[1]
-
-    def settled_prompts(self, prompts: list[str], seed: int) -> list[str]:
-        """One prompt per picture, with every choice made: by the picture's seed, or all combinations."""
-        if self.wildcards is not None and not self.wildcards.is_dir():
-            raise UserError(f"--wildcards '{self.wildcards}': no such folder; give one of text files")
-        if self.combinations:
-            prompts = [text for prompt in prompts for text in combinations(prompt, self.wildcards)]
-        repeated = [prompt for prompt in prompts for _ in range(self.count)]
-        if self.combinations:
-            return repeated
-        return [settled(prompt, seed + index, self.wildcards) for index, prompt in enumerate(repeated)]
+    def chosen_styles(self) -> dict[str, Style]:
+        """The styles asked for, the inmost first."""
+        styles = read_styles(self.styles) if self.style else {}
+        styled("", "", self.style, styles)  # raises for a name that is not there
+        return {name: styles[name] for name in self.style}
 
     def seeds(self) -> dict[str, int]:
         """The given seeds as numbers. Random ones are picked here, and printed."""
@@ -260,10 +256,18 @@ def say_notes(settings: Iterable[Settings]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def prompt_batches(prompts: list[str], choices: dict, size: int, part: range) -> Iterator[PromptBatch]:
-    """Batches of at most `size` of the prompts in `part`. The seed increases by one from prompt to prompt."""
+def prompt_batches(
+    prompts: list[str], choices: dict, each: list[dict[str, str]], size: int, part: range
+) -> Iterator[PromptBatch]:
+    """Batches of at most `size` of the prompts in `part`, alike in the texts of the hires pass. The seed increases by
+    one from prompt to prompt."""
     counted = Settings(**choices).counted
     first = choices.get(counted, 0)
+    whole = {"batch_size": choices.get("batch_size") or first + len(prompts)} if counted == "batch_index" else {}
     for start in part[::size]:
-        whole = {"batch_size": choices.get("batch_size") or first + len(prompts)} if counted == "batch_index" else {}
-        yield prompts[start : min(start + size, part.stop)], choices | whole | {counted: first + start}
+        indices = range(start, min(start + size, part.stop))
+        for again, group in groupby(indices, lambda index: {**each[index], "negative": ""}):
+            alike = list(group)
+            negatives = [each[index].get("negative", "") for index in alike]
+            texts = again | {"negative": negatives, counted: first + alike[0]}
+            yield [prompts[index] for index in alike], choices | whole | texts

@@ -57,13 +57,15 @@ EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".bin")
 
 
-def generate_remotely(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> None:
+def generate_remotely(
+    command: GenerateFlags, prompts: list[str], choices: dict[str, Any], each: list[dict[str, str]]
+) -> None:
     """Sends the prompts and settings of `Generate.prompts_and_choices` as jobs, and writes the pictures."""
     from plainsd.commands.output import Target, check_writable
 
     assert command.server is not None
     check_sent(command, choices)
-    jobs = list(jobs_of(command, prompts, choices))
+    jobs = list(jobs_of(command, prompts, choices, each))
     target, remote = Target(command.out, command.format), Remote(command.server, os.environ.get("PLAINSD_TOKEN"))
     if command.preview:
         check_writable(command.preview.parent)
@@ -100,8 +102,11 @@ def check_sent(command: GenerateFlags, choices: dict[str, Any]) -> None:
         )
 
 
-def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The bodies of POST /api/jobs, one per prompt. Seeds increase from picture to picture, as without a server."""
+def jobs_of(
+    command: GenerateFlags, prompts: list[str], choices: dict[str, Any], each: list[dict[str, str]]
+) -> Iterator[dict[str, Any]]:
+    """The bodies of POST /api/jobs, one for neighbours of the same texts. Seeds increase from picture to picture, as
+    without a server."""
     from plainsd.commands.adapters import from_flag
     from plainsd.commands.grid import axis
 
@@ -126,9 +131,9 @@ def jobs_of(command: GenerateFlags, prompts: list[str], choices: dict[str, Any])
     shared, first = {"seed": 0} | shared, choices.get(counted) or 0
     if counted == "batch_index":
         shared = {"batch_size": first + len(prompts)} | shared
-    for prompt, group in groupby(prompts):
+    for texts, group in groupby({**beside, "prompt": prompt} for prompt, beside in zip(prompts, each, strict=True)):
         count = len(list(group))
-        yield shared | {"prompt": prompt, "count": count, counted: first}
+        yield shared | texts | {"count": count, counted: first}
         first += count
 
 
