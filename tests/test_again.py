@@ -174,6 +174,11 @@ def test_a1111s_second_pass(made, theirs, how):
     assert pixels(second).shape == (96, 96, 3) and (settings.hires, settings.strength) == (1.5, 0.5)
 
 
+def test_what_they_record_of_no_second_pass_is_left_out(made, theirs):
+    alone = read_settings(made("--from", theirs(more="Hires steps: 4, Hires prompt: y, ")))
+    assert (alone.hires, alone.hires_steps, alone.hires_prompt) == (None, None, None)
+
+
 def test_what_a1111_has_and_we_have_not(generate, made, refused, theirs):
     assert "unknown sampler 'Euler z'" in refused("--from", theirs("Euler z"))
     assert read_settings(made("--from", theirs("Euler z"), "--sampler", "euler")).sampler == "euler"

@@ -109,6 +109,16 @@ def test_a_guidance_of_0_is_off_in_it_too(sd):
     assert notes(Settings(hires_guidance=0.0))[0].startswith("hires guidance 0 is off")
 
 
+def test_what_needs_it_is_refused_without_it(sd):
+    for choices, says in (
+        ({"hires_steps": 3}, "hires steps has no effect without hires"),
+        ({"hires_guidance": 2.0}, "hires guidance has no effect without hires"),
+        ({"strength": 0.5}, "strength 0.5 needs a picture, or hires"),
+    ):
+        with pytest.raises(UserError, match=says):
+            text_to_image(sd, "x", **choices)
+
+
 @pytest.mark.parametrize(
     ("choices", "says"),
     [

@@ -101,6 +101,12 @@ def text_to_image(
         image_prompt=check_image_prompts(sd, image_prompt),
         **more,
     )
+    if settings.strength is not None and not settings.hires:
+        raise UserError(
+            f"strength {settings.strength} needs a picture, or hires; leave it out",
+            field="strength",
+            value=settings.strength,
+        )
     if settings.hires:
         check_size(enlarged_size(size, settings.hires, multiple), multiple)
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from plainsd.commands.adapters import chosen_loras, embedding_from_flag, prompts_and_loras
 from plainsd.commands.control import check_control_flags
 from plainsd.commands.flags import GenerateFlags
-from plainsd.commands.grid import axis, by_setup, cell_by_cell, check_models, grid_cells, sheet
+from plainsd.commands.grid import axis, axis_names, by_setup, cell_by_cell, check_models, grid_cells, sheet
 from plainsd.commands.image_prompt import check_image_prompt_flags
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_flags, recorded, say_unused, with_notes
@@ -24,7 +24,17 @@ from plainsd.commands.texts import TEXTS_BESIDE, in_styles, texts_of_each
 from plainsd.commands.torchrun import share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
-from plainsd.pictures.settings import DEFAULTS, RANDOM, SEEDS, Settings, drawn_seed, notes, read_seed
+from plainsd.pictures.settings import (
+    DEFAULTS,
+    NEEDS,
+    RANDOM,
+    SEEDS,
+    Settings,
+    check_needs,
+    drawn_seed,
+    notes,
+    read_seed,
+)
 from plainsd.text.styles import Style, read_styles, styled
 
 if TYPE_CHECKING:
@@ -206,6 +216,9 @@ class Generate(GenerateFlags):
                 f"'{self.from_}' was made with a mask; give picture and mask with --image and --mask", field="mask"
             )
         choices |= given | self.seeds()
+        if self.from_ and not (choices.get("hires") or "hires" in axis_names(self.grid)):
+            for name in [name for name, need in NEEDS.items() if need == "hires" and name not in given]:
+                choices.pop(name, None)  # of other programs' texts
         if upscaler_file(self):
             choices["upscaler"] = Path(self.upscaler or "").stem
         styles = self.chosen_styles()
@@ -221,6 +234,7 @@ class Generate(GenerateFlags):
             raise UserError(
                 f"--upscaler {self.upscaler} needs --hires; give that too, or use plainsd upscale", field="upscaler"
             )
+        check_needs(given, {*choices, *axis_names(self.grid)})
         made = {name for name in TEXTS_BESIDE if name not in given}  # of --from
         if not (self.prompt or self.prompts):
             made.add("prompt")

@@ -65,6 +65,11 @@ def axis(text: str) -> GridAxis:
     return GridAxis(name, parsed)
 
 
+def axis_names(texts: Sequence[str]) -> set[str]:
+    """What the axes of --grid are of."""
+    return {text.partition("=")[0].strip().replace("-", "_") for text in texts}
+
+
 def grid_cells(prompt: str, choices: dict, axes: list[GridAxis]) -> Iterator[tuple[list[str], dict]]:
     """The prompt and the settings of each cell, row by row: the first axis gives the columns, the second the rows."""
     for values in product(*(one.values for one in reversed(axes))):

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from plainsd.commands.flags import GenerateFlags
+from plainsd.commands.grid import axis_names
 from plainsd.errors import UserError
 from plainsd.listing import hidden, suffix_of
 
@@ -23,8 +24,12 @@ def tasks_of(command: GenerateFlags, choices: dict) -> list[Callable]:
         raise UserError(
             f"{'--mask' if command.mask else 'outpainting'} needs a picture; give it with --image", field="image"
         )
-    if not command.image and choices.get("strength") is not None and not choices.get("hires"):
-        raise UserError(f"strength {choices['strength']} needs a picture; give it with --image", field="strength")
+    axes = axis_names(command.grid)
+    if not (command.image or choices.get("hires") or "hires" in axes):
+        if choices.get("strength") is not None or "strength" in axes:
+            raise UserError(
+                "strength needs a picture; give it with --image, or --hires for a second pass", field="strength"
+            )
 
     from plainsd.generate import image_to_image, inpaint, outpaint, text_to_image
     from plainsd.pictures.images import open_picture

@@ -23,12 +23,14 @@ from plainsd.pictures.settings import (
     DEFAULTS,
     LATENT_MODES,
     MASK_OPTIONS,
+    NEEDS,
     RANDOM,
     SEEDS,
     SIZES,
     UPSCALERS,
     Resolved,
     Settings,
+    check_needs,
     drawn_seed,
     noise_of,
 )
@@ -36,12 +38,14 @@ from plainsd.text.prompts import lora_tags
 
 IMAGE_GUIDANCE = 1.5  # default, for models that edit a picture
 HANDOVER = 0.8  # default: where a refiner takes over
+OF_HIRES = [name for name in NEEDS if name.startswith("hires_")]
 MULTIPLE = 8  # of the sides of pictures, in pixels, unless the VAE's factor is more
 
 
 def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     """Settings with the model's defaults in place of None. UserError for invalid values."""
     settings.check()
+    check_needs([name for name in OF_HIRES if getattr(settings, name) is not None], ["hires"] if settings.hires else [])
     settings = replace(settings, upscaler=own_upscaler_name(sd, settings.upscaler))
     check_guidance(sd, settings)
     refined = check_refiner(sd, settings)
@@ -97,7 +101,7 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
 def with_second_pass(sd: StableDiffusion, settings: Settings, whole: Resolved) -> Resolved:
     """Resolves the hires pass: another sampler gets its own default spacing. UserError for steps that do not fit."""
     wanted: dict[str, Any] = {
-        "hires": None,
+        **dict.fromkeys(("hires", *OF_HIRES)),
         "handover": None,
         "eta": None,
         "spacing": settings.hires_spacing or settings.spacing,

@@ -4,6 +4,7 @@ This module does not import torch, so that the command line can read settings be
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -201,6 +202,11 @@ WHOLE_NUMBERS = (  # fields that must be whole numbers
     "ensd", "batch_index", "batch_size", "mask_grow", "masked_padding", "size", "seed_resize", "outpaint",
 )  # fmt: skip
 SEEDS = ("seed", "variation_seed")
+NEEDS = {  # settings without effect, unless another is there too
+    **dict.fromkeys(("hires_steps", "hires_sampler", "hires_spacing", "hires_prompt", "hires_negative",
+                     "hires_guidance", "upscaler"), "hires"),
+    "variation_seed": "variation_strength", "apg_parallel": "apg",
+}  # fmt: skip
 RANDOM = -1  # as a seed
 
 
@@ -210,6 +216,14 @@ RANDOM = -1  # as a seed
 def noise_of(settings: Settings) -> str:
     """The kind of random numbers: as set, or those of the program in `like` (A1111 draws on the GPU)."""
     return settings.noise or NOISE_OF[settings.like]
+
+
+def check_needs(given: Collection[str], has: Collection[str]) -> None:
+    """UserError for the first of the `given` settings whose need is not among those that a picture `has`."""
+    for name, need in NEEDS.items():
+        if name in given and need not in has:
+            first, second = (one.replace("_", " ") for one in (name, need))
+            raise UserError(f"{first} has no effect without {second}; give both, or leave it out", field=name)
 
 
 def drawn_seed() -> int:
