@@ -269,6 +269,20 @@ def test_wrong_options_are_one_line(model, folder, tmp_path, capsys, flags, says
     assert code == 2 and says in err and not (tmp_path / "o" / "o").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--checkpointing"]], ids=["plain", "checkpointing"])
+def test_samples_on_half_a_base_leave_the_net_in_float32(model, folder, tmp_path, capsys, more):
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    out = tmp_path / "edges"
+    flags = ["train", "--method", "controlnet", "--base", model, "--data", str(folder), "--out", str(out), "--size",
+             "64", "--device", "cpu", "--half-base", "--batch", "2", "--accumulate", "1", "--lr", "1e-3", "--prompts",
+             str(tmp_path / "prompts.txt"), "--sample-every", "1", "--save-dtype", "float32", "--ema", "0",
+             "--steps", "2", *more]  # fmt: skip
+    assert main(flags) == 0, capsys.readouterr().err
+    assert len(list((out / "samples").iterdir())) == 3
+    net = plainsd.load_control(out / "edges", device="cpu", dtype="float32")
+    assert any((p != p.bfloat16()).any() for p in net.parameters())
+
+
 @pytest.mark.parametrize("name", ["cache", "results", "samples"])
 def test_a_net_is_not_called_as_a_part_of_a_run(model, folder, tmp_path, capsys, name):
     flags = ["--base", model, "--data", str(folder), "--size", "64", "--device", "cpu", "--steps", "1", "--out"]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from dataclasses import field as made_by
 from fractions import Fraction
@@ -251,8 +252,9 @@ class TrainJob:
                 images = final(text_to_image(sd, prompts, seed=0, size=self.options.reading.size))
             else:
                 maps = [pictures.map(i % len(pictures)) for i in range(len(prompts))]
+                shown = deepcopy(net) if next(net.parameters()).dtype != sd.dtype else net  # drawing converts it
                 images = [
-                    final(text_to_image(sd, prompt, seed=0, size=map.size, control=[Control(net, map)]))[0]
+                    final(text_to_image(sd, prompt, seed=0, size=map.size, control=[Control(shown, map)]))[0]
                     for prompt, map in zip(prompts, maps, strict=True)
                 ]
             if self.world.first:
