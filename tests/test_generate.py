@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -393,6 +394,20 @@ def test_variations_lead_from_one_seed_to_the_other(sd):
     nearer = [np.abs(np.asarray(picture(seed=1, variation_seed=2, variation_strength=s)).astype(int) - start).mean()
               for s in (0.1, 0.3, 0.6)]  # fmt: skip
     assert 0 < nearer[0] < nearer[1] < nearer[2]
+
+
+@pytest.mark.parametrize("more", [{"image": True}, {"hires": 1.5}, {"hires": 1.5, "upscaler": "lanczos"}], ids=str)
+def test_variations_in_image_to_image_and_in_the_second_pass(sd, photo, more):
+    """Strength 1 is the picture of the other seed, and the seed itself no variation."""
+    draw = partial(image_to_image, image=photo) if "image" in more else partial(text_to_image, **more)
+
+    def picture(**seeds):
+        return final(draw(sd, "x", sampler="euler", **seeds))[0]
+
+    start, end = picture(seed=1), picture(seed=2)
+    assert difference(picture(seed=1, variation_seed=2, variation_strength=1), end) <= 1
+    assert difference(picture(seed=1, variation_seed=1, variation_strength=0.5), start) <= 1
+    assert difference(start, end) > 9
 
 
 def test_slerp_keeps_the_length_of_noise():

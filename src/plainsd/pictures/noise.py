@@ -32,9 +32,11 @@ class NoiseOfEach:
         # ComfyUI draws a whole batch at once, one row per picture; elsewhere each picture is a batch of its own
         self.places = [(one.batch_index, one.batch_size or 1) if kind == "comfyui" else (0, 1) for one in each]
         self.draw = self._draws([one.seed for one in each])
+        seeds = [one.variation_seed or 0 for one in each]
+        self.other = self._draws(seeds) if each[0].variation_strength else None  # keeps step with `draw`
 
     def __call__(self, shape: Shape) -> Tensor:
-        return self._there(self.draw(shape))
+        return self._there(self._next(shape))
 
     def first(self, shape: Shape) -> Tensor:
         """The initial noise. Later noise comes from the same generators, or with `ensd` from others; in ComfyUI, on a
@@ -42,6 +44,8 @@ class NoiseOfEach:
         noise = self._first(shape)
         if ahead := (self.each[0].ensd or 0) + (self.like == "comfyui"):
             self.draw = self._draws([one.seed + ahead for one in self.each])
+            if self.other is not None:
+                self.other = self._draws([(one.variation_seed or 0) + ahead for one in self.each])
         return self._there(noise)
 
     def anew(self, each: Sequence[Resolved]) -> NoiseOfEach:
@@ -51,7 +55,9 @@ class NoiseOfEach:
     def encoder(self, shape: Shape) -> Tensor:
         """The noise that samples the encoder's distribution. A1111 and ComfyUI draw it unseeded; for them it is zero,
         the mean."""
-        return torch.zeros(len(self.each), *shape, device=self.device) if self.like else self(shape)
+        if self.like:
+            return torch.zeros(len(self.each), *shape, device=self.device)
+        return self._there(self._varied(shape))
 
     def path(self, shape: Shape, schedule: Sequence[float], visited: Sequence[float]) -> Path | None:
         """The Brownian path over the levels that A1111 (over those of the whole schedule) and ComfyUI (over the visited
@@ -72,13 +78,23 @@ class NoiseOfEach:
     # --- within ------------------------------------------------------------------------------------------------------
 
     def _first(self, shape: Shape) -> Tensor:
-        one, resized = self.each[0], self._resized(shape)
-        noise = (self._draws(self._seeds()) if resized != shape else self.draw)(resized)
-        if one.variation_strength:
-            mix = slerp_columns if self.like == "a1111" else slerp
-            other = self._draws([s.variation_seed or 0 for s in self.each])(resized)
-            noise = torch.stack([mix(a, b, one.variation_strength) for a, b in zip(noise, other, strict=True)])
-        return noise if resized == shape else _centred(noise, self.draw(shape))
+        if (resized := self._resized(shape)) == shape:
+            return self._varied(shape)
+        anew = NoiseOfEach(self.each, self.device, self.factor)
+        return _centred(anew._varied(resized), self._next(shape))
+
+    def _varied(self, shape: Shape) -> Tensor:
+        """The next noise, interpolated towards that of the variation seeds."""
+        noise = self.draw(shape)
+        if self.other is None:
+            return noise
+        mix, share = slerp_columns if self.like == "a1111" else slerp, self.each[0].variation_strength
+        return torch.stack([mix(a, b, share) for a, b in zip(noise, self.other(shape), strict=True)])
+
+    def _next(self, shape: Shape) -> Tensor:
+        if self.other is not None:
+            self.other(shape)
+        return self.draw(shape)
 
     def _resized(self, shape: Shape) -> Shape:
         """That of `seed_resize` in whole latents; `shape` itself where it is the picture's own size, padded or not."""
