@@ -110,6 +110,30 @@ def test_a_cache_in_a_batch_and_in_two_calls_gives_the_same_picture():
     assert difference(alone, final(text_to_image(sd, "a", cache=2, **OPTIONS))[0]) <= 1
 
 
+def test_a_cache_of_named_rows_is_of_each_row_alone(unet):
+    """Rows that come or are elsewhere in the batch change nothing for the others."""
+    (x, context), (later, _) = inputs(), inputs()
+    one, both = DeepCache(unet, every=3), DeepCache(unet, every=3)
+    one(x[:1], 900.0, context[:1], rows="a")
+    both(x[:1], 900.0, context[:1], rows="a")
+    for timestep, order in ((800.0, [1, 0]), (700.0, [0, 1]), (600.0, [1, 0])):
+        alone = one(later[:1], timestep, context[:1], rows="a")
+        names = ["ab"[place] for place in order]
+        together = both(later[order], timestep, context[order], rows=names)
+        torch.testing.assert_close(together[[names.index("a")]], alone, rtol=1e-4, atol=1e-5)
+        if timestep == 800.0:
+            own = unet(later[1:], timestep, context[1:])
+            torch.testing.assert_close(together[[names.index("b")]], own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cached_picture_does_not_depend_on_its_neighbours():
+    """Whose prompt becomes longer at a step that is not due, so that its rows go elsewhere."""
+    sd, long = tiny_sd(), "[a:" + "b " * 60 + ":2]"
+    options = {"steps": 6, "size": 64, "guidance": 4.0, "cache": 3, "sampler": "euler"}
+    alone = final(text_to_image(sd, "a", **options))[0]
+    assert difference(alone, final(text_to_image(sd, ["a", long], **options))[0]) <= 1
+
+
 def test_the_picture_tells_of_its_cache():
     made = Settings("x", steps=5, sampler="euler", cache=3, noise="cpu")
     assert "Deep cache: 3" in format_settings(made) and parse_settings(format_settings(made)) == made

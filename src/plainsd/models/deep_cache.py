@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,17 @@ class DeepCache:
 
     Ma et al. 2023, "DeepCache" (arXiv:2312.00858), section 3.2, with uniform strides: from one step to the next the
     deep features change slowly. `shallow` is the number of blocks at either end that always run. One object serves one
-    picture or batch, from first step to last. Each of several calls at the same timestep (cond and uncond, when they
-    are not batched) has its own cache.
+    picture or batch, from first step to last. Each row of a batch has its own cache, and runs through all layers where
+    the last timestep had no such row. `rows` names them, so that a picture's are the same in any batch and in any order
+    of calls; without it a row is its place in a batch of this size. Several calls at the same timestep are kept apart.
     """
 
     def __init__(self, unet: UNet, every: int, shallow: int = 1):
         self.unet, self.every, self.shallow = unet, every, min(shallow, len(unet.down))
-        self.turn, self.place = -1, 0
+        self.turn = -1
         self.timestep: float | None = None
-        self.deep: list[Tensor] = []  # one for each call of a step
+        self.deep: dict[tuple[Hashable, int], Tensor] = {}  # by row and by how often it was at this timestep before
+        self.seen: Counter[Hashable] = Counter()  # rows at this timestep
 
     def __call__(
         self,
@@ -36,9 +39,12 @@ class DeepCache:
         residuals: Sequence[Tensor] | None = None,
         features: Sequence[Tensor | None] | None = None,
         beside: Sequence[EachBeside | None] | None = None,
+        rows: Sequence[Hashable] | None = None,
     ) -> Tensor:
         unet, split = self.unet, len(self.unet.up) - 1 - self.shallow
-        fresh = self.advance(timestep, len(x))
+        keys = self.advance(timestep, [(len(x), place) for place in range(len(x))] if rows is None else rows)
+        due = self.turn % self.every == 0
+        fresh = due or not self.deep.keys() >= set(keys)
         emb = unet.embed(timestep, x, vector, guidance)
         added = iter(features or [None] * (len(unet.down) + 2))
         more = beside or [None] * (len(unet.down) + 1 + len(unet.up))
@@ -51,23 +57,25 @@ class DeepCache:
         skips = [plus(*pair) for pair in zip(skips, residuals or [None] * len(skips), strict=False)]
         for place, block in enumerate(unet.up):
             if place == split:
-                x = self.kept(x, fresh)
+                x = self.kept(x if fresh else None, keys, due)
             if fresh or place >= split:
                 x = torch.cat([x, skips.pop()], dim=1)
                 size = skips[-1].shape[-2:] if block.resample is not None else None
                 x = block(x, emb, context, more[len(unet.down) + 1 + place], size)
         return unet.conv_out(F.silu(unet.norm_out(x)))
 
-    def advance(self, timestep: float, rows: int) -> bool:
-        """Whether this call runs all layers: it is due, or the cache has no entry of this batch size."""
-        if timestep == self.timestep:
-            self.place += 1
-        else:
-            self.timestep, self.place, self.turn = timestep, 0, self.turn + 1
-        return self.turn % self.every == 0 or [len(x) for x in self.deep[self.place :][:1]] != [rows]
+    def advance(self, timestep: float, rows: Sequence[Hashable]) -> list[tuple[Hashable, int]]:
+        """The keys of these rows. At a new timestep, forgets those that the last one had not."""
+        if timestep != self.timestep:
+            self.timestep, self.turn = timestep, self.turn + 1
+            self.deep = {key: x for key, x in self.deep.items() if key[1] < self.seen[key[0]]}
+            self.seen.clear()
+        keys = [(row, self.seen[row]) for row in rows]
+        self.seen.update(rows)
+        return keys
 
-    def kept(self, x: Tensor, fresh: bool) -> Tensor:
-        """The output of the deep layers: fresh, or from the cache."""
-        if fresh:
-            self.deep[self.place : self.place + 1] = [x]
-        return self.deep[self.place]
+    def kept(self, x: Tensor | None, keys: Sequence[tuple[Hashable, int]], due: bool) -> Tensor:
+        """The output of the deep layers: of each row from the cache, unless it is due or has none there."""
+        if x is not None:
+            self.deep |= {key: row for key, row in zip(keys, x.split(1), strict=True) if due or key not in self.deep}
+        return torch.cat([self.deep[key] for key in keys])

@@ -59,6 +59,7 @@ class BatchRow(NamedTuple):
     picture: int  # index in the batch
     conditioning: Conditioning  # one row
     weight: float  # of this part of the prompt
+    part: int = 0  # its index
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -133,11 +134,12 @@ class Estimates:
         network: UNetCall,
         joins: Sequence[Join] = (),
         calls: Iterator[int] | None = None,
+        name_rows: bool = False,
     ):
         """A plan, a `concat` row and a guidance scale per picture; the levels of the whole run; the UNet or a
-        replacement; sources of its extra arguments."""
+        replacement; sources of its extra arguments. `name_rows`: it takes the names of its rows, see `DeepCache`."""
         self.sd, self.plans, self.concat, self.guidances, self.network = sd, plans, concat, guidances, network
-        self.joins, self.calls = joins, calls
+        self.joins, self.calls, self.name_rows = joins, calls, name_rows
         self.rising = [-sigma for sigma in sigmas]
         self.rows_at_once: dict[int, int] = {}  # by number of rows; the free memory is read only once
         self.batches: dict[tuple, Conditioning] = {}  # conditioning of the same rows, batched once for all steps
@@ -152,7 +154,10 @@ class Estimates:
         found: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
         for rows in self.split(calls.values(), x):
             inputs = torch.cat([x[row.picture : row.picture + 1] for row in rows])  # (R, C, H, W)
-            joins = [partial(join, step) for join in self.joins]
+            joins: list[Join] = [partial(join, step) for join in self.joins]
+            if self.name_rows:
+                names = [(row.kind, row.picture, row.part) for row in rows]
+                joins.append(lambda *_, names=names: {"rows": names})
             call = partial(predict, self.sd, self.network, rows, self.batch(rows), self.guidances, joins)
             estimates = denoiser(call, self.sd.schedule, self.sd.prediction)(inputs, sigma)
             for row, x0 in zip(rows, estimates.split(1), strict=True):
@@ -164,11 +169,11 @@ class Estimates:
 
     def rows(self, kind: int, step: int) -> Iterator[BatchRow]:
         for picture, plan in enumerate(self.plans):
-            for conditioning, weight in self.parts(plan, kind, step):
+            for part, (conditioning, weight) in enumerate(self.parts(plan, kind, step)):
                 if self.concat is not None:
                     beside = self.concat[picture : picture + 1] * (kind != BLANK)
                     conditioning = replace(conditioning, concat=beside)
-                yield BatchRow(kind, picture, conditioning, weight)
+                yield BatchRow(kind, picture, conditioning, weight, part)
 
     def parts(self, plan: PromptPlan, kind: int, step: int) -> Sequence[tuple[Conditioning, float]]:
         return [(plan.negative(step), 1.0)] if kind in (UNCOND, BLANK) else plan.positive(step)

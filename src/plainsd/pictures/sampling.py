@@ -299,7 +299,7 @@ def _denoise(
     if one.tiling:
         network = seamless(sd.unet, network)
     scales = [1.0 if switched_off(s) else s.guidance for s in each]
-    estimates = Estimates(sd, plans, concat, levels.sigmas, scales, network, joins, calls)
+    estimates = Estimates(sd, plans, concat, levels.sigmas, scales, network, joins, calls, bool(one.cache))
     composed = any(len(plan.parts) > 1 for plan in plans)
     distilled = sd.unet.config.guidance_dim is not None
     guide = guided_pair if "pair" in SAMPLERS[one.sampler].takes else guided_denoise
