@@ -313,8 +313,14 @@ def test_a_prior_set_is_made_once(tmp_path, monkeypatch):
     (tmp_path / "00005.txt").unlink()  # as a kill would leave it
     make_prior(sd, tmp_path, "a dog", 6, say=lambda _: None)
     assert (tmp_path / "00005.png").read_bytes() == content
+    make_prior(sd, tmp_path, "a dog", 7, say=lambda _: None)
+    assert len(read_pictures(tmp_path, 64)) == 7
     monkeypatch.setattr("plainsd.train.methods.dreambooth.text_to_image", None)
-    make_prior(sd, tmp_path, "a dog", 6)
+    make_prior(sd, tmp_path, "a dog", 7)
+    (tmp_path / "prior.json").unlink()  # as older versions left it
+    with pytest.raises(UserError, match="another --prior-prompt"):
+        make_prior(sd, tmp_path, "a cat", 7)
+    make_prior(sd, tmp_path, "a dog", 7)
 
 
 def test_an_inpainting_model_is_refused(examples):

@@ -318,10 +318,41 @@ def test_dreambooth_makes_its_prior(train, tmp_path):
     )
     assert code == 0
     assert sorted(p.name for p in (tmp_path / "run" / "prior").iterdir()) == [
-        f"{i:05d}.{ending}" for i in range(3) for ending in ("png", "txt")
+        *(f"{i:05d}.{ending}" for i in range(3) for ending in ("png", "txt")),
+        "prior.json",
     ]
     (line,) = read_log(tmp_path / "run" / "log.jsonl")
     assert line["loss"] == pytest.approx(line["own"] + 0.5 * line["prior"])
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["out", "prior"])
+def test_a_prior_set_that_was_cut_short_goes_on_as_the_same_or_not_at_all(train, tmp_path, monkeypatch, own):
+    folder = tmp_path / ("dogs" if own else "run/prior")
+    flags = ["--steps", "1", "--rank", "1", *(["--prior", str(folder)] if own else []), "--prior-prompt"]
+
+    def cut_short(*_, seed, **__):
+        if seed:
+            raise KeyboardInterrupt
+        return [[Image.new("RGB", (64, 64))] * 4]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("plainsd.train.methods.dreambooth.text_to_image", cut_short)
+        patched.setattr("plainsd.train.methods.dreambooth.final", lambda events: events[0])
+        assert train("lora", *flags, "a dog", "--prior-count", "6")[0] == 130
+    assert len(list(folder.glob("*.png"))) == 4
+    for more, says in (
+        (["a cat", "--prior-count", "6"], "another --prior-prompt ('a dog', now 'a cat'); remove it, or give another"),
+        (["a dog", "--prior-count", "5"], "another --prior-count (6, now 5)"),
+        (["a dog", "--prior-count", "6", "--size", "32"], "another --size (64, now 32)"),
+        (["a dog", "--prior-count", "6", "--half-base", "--dtype", "bfloat16"], "a model with other weights"),
+    ):
+        code, said = train("lora", *flags, *more)
+        assert code == 2 and f"{folder} holds a prior set of {says}" in said[0]
+    assert train("lora", *flags, "a dog", "--prior-count", "6") == (0, [])
+    assert len(list(folder.glob("*.png"))) == 6
+    (folder / "prior.json").write_text("{")
+    code, said = train("lora", *flags, "a dog", "--prior-count", "6", out=tmp_path / "run")
+    assert code == 2 and "remove the folder, and the pictures are made again" in said[0]
 
 
 def test_vae_and_scratch(pictures, base, tmp_path, capsys):

@@ -30,7 +30,7 @@ from plainsd.train.data.sources import parse_source
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob
 from plainsd.train.methods.controlnet import check_maps, controlnet
-from plainsd.train.methods.dreambooth import make_prior
+from plainsd.train.methods.dreambooth import PRIOR_FILE, make_prior
 from plainsd.train.methods.finetune import FineTune
 from plainsd.train.methods.full import full
 from plainsd.train.methods.inversion import inversion, settle, written_down
@@ -223,7 +223,8 @@ def prior_set(job: TrainJob, sd: StableDiffusion, size: int) -> Examples | None:
         return None
     folder = own.prior or job.out / "prior"
     with job.world.first_goes_ahead():
-        if own.prior is None or not own.prior.is_dir():
+        begun = own.prior_prompt is not None and (folder / PRIOR_FILE).is_file()
+        if own.prior is None or not own.prior.is_dir() or begun:
             if own.prior_prompt is None:
                 raise UserError(f"no folder {str(own.prior)!r}; give --prior-prompt, and the model makes the pictures")
             make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
