@@ -17,6 +17,7 @@ from plainsd.models.control import ControlConfig, ControlNet, control_of
 from plainsd.models.unet import UNet
 from plainsd.pictures.control import fitted
 from plainsd.pictures.drawing import Pictures
+from plainsd.pictures.masks import MaskOptions, canvas_of
 
 HINT = (4, 4, 8, 8)
 OPTIONS = {"sampler": "ddim", "spacing": "leading", "steps": 6, "seed": 3, "guidance": 4.0}
@@ -176,6 +177,31 @@ def test_inpainting(sd, folders, nets, model):
                        controlnet_conditioning_scale=1.0)  # fmt: skip  # 0.5 where none is given
     events = inpaint(sd, "a red apple", photo, mask, control=[Control(nets[0], map)], **OPTIONS)
     close(sd, events, reference)
+
+
+def test_a_map_and_a_mask_lie_under_the_part_that_is_drawn():
+    """Of the whole picture, whatever their sizes."""
+    photo, mask = smooth_picture(96), Image.new("L", (96, 96))
+    mask.paste(255, (48, 40, 60, 52))
+    canvas = canvas_of(photo, mask, (64, 64), MaskOptions(padding=10))
+    assert canvas.box == (38, 30, 70, 62)
+    part = smooth_picture(96).crop(canvas.box).resize((64, 64), Image.Resampling.LANCZOS)
+    assert difference(canvas.part_of(photo), part) <= 4 and canvas.part_of(mask.convert("P")).size == (64, 64)
+    twice = photo.resize((192, 192), Image.Resampling.LANCZOS)
+    assert difference(canvas.part_of(twice), part) <= 8
+    assert canvas_of(photo, mask, (64, 64), MaskOptions()).part_of(twice) is twice
+
+
+def test_with_padding_the_map_follows_the_part(sd, nets, monkeypatch):
+    photo, mask, seen = smooth_picture(96), Image.new("L", (96, 96)), []
+    mask.paste(255, (48, 40, 60, 52))
+    monkeypatch.setattr("plainsd.pictures.drawing.fitted", lambda control, *_: seen.extend(control) or [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the map has the picture's size
+        final(inpaint(sd, "a", photo, mask, size=(64, 64), masked_padding=10, steps=1,
+                      control=[Control(nets[0], photo), Control(nets[0])]))  # fmt: skip
+    canvas = canvas_of(photo, mask, (64, 64), MaskOptions(padding=10))
+    assert seen[0].images[0].tobytes() == canvas.part_of(photo).tobytes() and seen[1].image is None
 
 
 @pytest.mark.parametrize("size", [(64, 64), (72, 64)], ids=str)

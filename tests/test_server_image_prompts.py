@@ -219,6 +219,16 @@ def test_an_inpainting_net_reads_picture_and_mask(server, sd, nets):
     assert "needs a picture and a mask" in error["error"]["message"] and error["error"]["field"] == "controls"
 
 
+def test_maps_and_masks_lie_under_the_part_that_is_drawn(server, sd, nets):
+    net = plainsd.load_control(nets / "depth", sd)
+    control = {"controls": [{"name": "depth", "image": base64_of(PHOTO)}]}
+    over = {"image": base64_of(PHOTO), "mask": base64_of(MASK), "prompt": "a cat", "masked_padding": 2, **OPTIONS}
+    job = server.drawn(**over, **control)
+    expected = final(inpaint(sd, "a cat", PHOTO, MASK, size=PHOTO.size, control=[plainsd.Control(net, PHOTO)],
+                             masked_padding=2, **OPTIONS))[0]  # fmt: skip
+    assert difference(server.picture(job["images"][0]), expected) <= 1
+
+
 def test_edges_of_the_picture_that_is_drawn_over(server, sd, nets):
     pytest.importorskip("cv2")
     over = {"image": base64_of(IMAGES[0].resize((64, 64))), "prompt": "a", **OPTIONS}

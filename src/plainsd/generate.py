@@ -215,7 +215,7 @@ def inpaint(
     canvas = canvas_of(_fitted(image, None), mask, _fitted_size(image, size), how)
     notes = {
         "masked": "outpaint" not in choices,
-        "control": check_control(sd, control, canvas.image.size, "mask"),
+        "control": check_control(sd, control, canvas.image.size if canvas.box is None else image.size, "mask"),
         "image_prompt": check_image_prompts(sd, image_prompt),
     }
     settings, steps = _with_picture(sd, canvas.image, strength, notes | choices)

@@ -6,6 +6,7 @@ Shape letters: B pictures at once, L latent channels, H W height and width in pi
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,6 +119,9 @@ def repainted(
         known = Known(latents, mask, F.avg_pool2d(_padded(sd, levels), sd.vae.config.factor).to(sd.device))
     else:
         known = Known(latents, mask)
+    if canvas.box is not None:
+        control = [replace(c, image=c.image and [*map(canvas.part_of, c.images)]) for c in control]
+        image_prompt = [replace(p, mask=p.mask and [*map(canvas.part_of, p.masks)]) for p in image_prompt]
     maps = fitted(control, image.size, image, canvas.hole)
     latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
     drawn = to_pil(decode(sd, latents, tiling=one.tiling))

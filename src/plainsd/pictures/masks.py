@@ -36,6 +36,12 @@ class Canvas:
     alpha: Image.Image | None = None  # ... with this opacity, of its size
     box: Box | None = None  # ... in this part of it
 
+    def part_of(self, picture: Image.Image) -> Image.Image:
+        """What lies under this canvas, at its size, of a picture that covers the whole one, of any mode and size."""
+        if self.whole is None or self.box is None:
+            return picture
+        return part_in_box(picture, self.whole.size, self.box, self.image.size)
+
     def finished(self, drawn: Image.Image) -> Image.Image:
         """The new picture in its place."""
         if self.whole is not None and self.alpha is not None:
@@ -140,6 +146,13 @@ def widened(start: int, end: int, length: int, room: int) -> tuple[int, int]:
     length = min(max(length, end - start), room)
     start = min(max(0, (start + end - length) // 2), room - length)
     return start, start + length
+
+
+def part_in_box(picture: Image.Image, whole: tuple[int, int], box: Box, size: tuple[int, int]) -> Image.Image:
+    """The part of a picture of any mode and size that lies in `box` once it is scaled to `whole`; itself at `size`."""
+    across, down = picture.width / whole[0], picture.height / whole[1]
+    own = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+    return to_rgb(picture, background="black").resize(size, Image.Resampling.LANCZOS, own)
 
 
 def resized(image: Image.Image, size: tuple[int, int], how: str = "stretch") -> Image.Image:

@@ -187,6 +187,8 @@ def controls_of(
     for number, unit in enumerate(units):
         with of_unit("controls", units, number):
             map, file = map_of_unit(unit, limits, base), None
+            if map is not None and unit.image is not None and base is not None:
+                map = base.part_of(map)
             if map is not None:
                 content = png(map)
                 file = input_name(content)

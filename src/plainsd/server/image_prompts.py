@@ -21,6 +21,7 @@ from plainsd.models.vision import VisionTower
 from plainsd.pictures.control import control_name
 from plainsd.pictures.image_prompt import ImagePrompt, ImageReader, encoder_of, tower_fits
 from plainsd.pictures.model import StableDiffusion
+from plainsd.server.canvas import InitImages
 from plainsd.server.controls import IMAGE_ADAPTER, TOWER, found_by_name, input_name, of_kind, of_unit
 from plainsd.server.jobs.job import ImagePromptInput
 from plainsd.server.limits import Limits
@@ -86,7 +87,7 @@ class ImageAdapters:
 
 
 def image_prompts_of(
-    units: list[ImagePromptRequest], adapters: ImageAdapters, limits: Limits
+    units: list[ImagePromptRequest], adapters: ImageAdapters, limits: Limits, base: InitImages | None = None
 ) -> tuple[list[ImagePrompt], list[ImagePromptInput], dict[str, bytes]]:
     """What the tasks check, what the job keeps, and its files by their names among the inputs."""
     prompts, stored, files = [], [], {}
@@ -94,6 +95,8 @@ def image_prompts_of(
         with of_unit("image_prompts", units, number):
             images = [picture(image, "images", limits) for image in unit.images]
             masks = [picture(mask, "masks", limits, "black") for mask in unit.masks]
+            if base is not None:
+                masks = [base.part_of(mask) for mask in masks]
             names: list[str] = []
             for image in (*images, *masks):
                 content = png(image)

@@ -177,7 +177,7 @@ def new_job(
         bare = models.upscalers.bare(bare, request.upscaler)
         init = init or init_images_of(request, limits)
         control, control_inputs, maps = controls_of(request.controls, models.controls, limits, init)
-        image_prompt, shown, files = image_prompts_of(request.image_prompts, models.image_adapters, limits)
+        image_prompt, shown, files = image_prompts_of(request.image_prompts, models.image_adapters, limits, init)
         resolve_choices = api == "jobs" or models.templates.wildcards is not None  # in A1111 this takes an extension
         settings: list[Resolved] = []
         shared: NamedLoras | None = None
