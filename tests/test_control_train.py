@@ -251,7 +251,10 @@ def test_the_command(model, folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--prior-prompt", "a dog"], "which a prior set has not"),
+        (
+            ["--prior-prompt", "a dog"],
+            "--prior-prompt is for methods full, lora and inversion, and method controlnet does",
+        ),
         (["--control", "nowhere"], "there is no model at 'nowhere'"),
         (["--control", "OTHER"], "the ControlNet to go on from does not fit the model"),
     ],

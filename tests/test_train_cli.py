@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tomllib
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from test_finetune import write_pictures
+from torch.utils.checkpoint import checkpoint
 
 import plainsd
 from plainsd.adapters.embeddings import add_embedding, vectors_of
@@ -28,7 +30,7 @@ from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import read_settings
 from plainsd.server.embeddings import Embeddings
 from plainsd.train.checkpoints import checkpoints
-from plainsd.train.checks import OPTION_RANGES
+from plainsd.train.checks import METHODS_OF, OPTION_RANGES, check_methods, each_option
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.pictures import read_pictures
@@ -37,23 +39,10 @@ from plainsd.train.log import read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.lora import lora
 from plainsd.train.methods.vae import measure_scaling
-from plainsd.train.options import (
-    Data,
-    FitOptions,
-    FromScratch,
-    Inversion,
-    LoraOptions,
-    LossOptions,
-    Prior,
-    Steps,
-    Telling,
-    TrainOptions,
-    with_defaults,
-)
+from plainsd.train.options import METHOD_DEFAULTS, FitOptions, Steps, TrainOptions, with_defaults
 from plainsd.train.order import Repeated
 from plainsd.train.run import Look
 
-GROUPS = (Data, Steps, Telling, LossOptions, LoraOptions, Inversion, Prior, FromScratch)
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
 
 
@@ -499,6 +488,25 @@ def test_scratch_goes_on_from_a_base(train, base, tmp_path):
     )
 
 
+def test_scratch_has_checkpointing(train, base, tmp_path, monkeypatch):
+    (tmp_path / "model.json").write_text(json.dumps(described(base)))
+    given = {"--model": tmp_path / "model.json", "--vae": base / "vae", "--tokenizer": base / "tokenizer"}
+    shared = ["--steps", "1", "--batch", "2", *(str(text) for pair in given.items() for text in pair)]
+    blocks = []
+
+    def counted(forward, *inputs, **options):
+        blocks.append(forward)
+        return checkpoint(forward, *inputs, **options)
+
+    monkeypatch.setattr("plainsd.train.gradient_checkpointing.checkpoint", counted)
+    losses = []
+    for name, more in (("plain", []), ("less", ["--checkpointing"])):
+        assert train("scratch", *shared, *more, out=tmp_path / name) == (0, [])
+        losses.append([(line["loss"], line["grad_norm"]) for line in read_log(tmp_path / name / "log.jsonl")])
+        assert bool(blocks) == bool(more)
+    assert losses[0] == losses[1]
+
+
 # ---- going on, and what stands against it
 
 
@@ -936,9 +944,57 @@ def test_numbers_out_of_range_are_one_line(train, tmp_path, flags, wanted):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "method, flags, methods",
+    [
+        ("full", ["--rank", "8"], "method lora"),
+        ("full", ["--dora"], "method lora"),
+        ("full", ["--kind", "loha"], "method lora"),
+        ("full", ["--targets", "all"], "method lora"),
+        ("full", ["--half-base"], "methods lora, inversion and controlnet"),
+        ("lora", ["--token", "<cat>"], "method inversion"),
+        ("lora", ["--kl-weight", "1"], "method vae"),
+        ("lora", ["--control", "x"], "method controlnet"),
+        ("inversion", ["--text-encoder"], "methods full and lora"),
+        ("vae", ["--vae", "x"], "methods scratch, full, lora, inversion and controlnet"),
+        ("vae", ["--checkpointing"], "methods scratch, full, lora, inversion and controlnet"),
+        ("vae", ["--prior-prompt", "a dog"], "methods full, lora and inversion"),
+        ("scratch", ["--prior-prompt", "a dog"], "methods full, lora and inversion"),
+        ("scratch", ["--rank", "8"], "method lora"),
+        ("lora", ["--carry", "x"], "method scratch"),
+        ("full", ["--model", "x"], "methods vae and scratch"),
+    ],
+    ids=str,
+)
+def test_options_of_other_methods_are_refused(train, tmp_path, method, flags, methods):
+    code, said = train(method, "--steps", "1", *flags)
+    line = f"plainsd: {flags[0]} is for {methods}, and method {method} does not use it; leave it out"
+    assert code == 2 and said == [line] and not (tmp_path / "run").exists()
+
+
+def test_every_method_of_an_option_is_one():
+    options = TrainOptions("lora", ("x",), Path("y"))
+    assert set(METHODS_OF) <= {entry.name for entry, _ in each_option(options)}
+    assert {method for methods in METHODS_OF.values() for method in methods} == set(METHOD_DEFAULTS)
+    for method in METHOD_DEFAULTS:
+        check_methods(replace(options, method=method))
+
+
+def test_float16_is_no_precision_to_train_in(train, tmp_path):
+    code, said = train("lora", "--steps", "1", "--dtype", "float16")
+    assert code == 2 and "give bfloat16, float32, or auto" in said[0] and not (tmp_path / "run").exists()
+
+
+def test_a_word_to_begin_from_has_no_more_tokens_than_the_new_one(train, tmp_path):
+    flags = ["--steps", "1", "--token", "colour", "--initial", "x y"]
+    code, said = train("inversion", *flags)
+    assert code == 2 and "the word 'x y' to begin from is 2 tokens, and the new word 1; give --vectors 2" in said[0]
+    assert train("inversion", *flags, "--vectors", "2") == (0, [])
+
+
 def test_every_number_of_a_range_is_an_option():
-    groups = [*fields(TrainOptions), *(entry for group in GROUPS for entry in fields(group))]
-    assert set(OPTION_RANGES) <= {entry.name for entry in groups}
+    options = TrainOptions("lora", ("x",), Path("y"))
+    assert set(OPTION_RANGES) <= {entry.name for entry, _ in each_option(options)}
 
 
 @pytest.mark.parametrize("method", ["full", "vae"])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from plainsd.errors import UserError
 from plainsd.train import options
-from plainsd.train.checks import check_ranges
+from plainsd.train.checks import check_methods, check_ranges
 
 
 @dataclass
@@ -34,11 +34,11 @@ class Train(options.TrainOptions):
                 f"--prediction and --zero-snr describe the UNet of --base, which method {self.method} does not use; "
                 "leave them out"
             )
-        if self.reading.live_latents and self.method != "scratch":
+        if self.pace.dtype == "float16":
             raise UserError(
-                f"--live-latents is for method scratch; method {self.method} encodes each picture once",
-                field="live_latents",
+                "--dtype float16 is too narrow for gradients; give bfloat16, float32, or auto", field="dtype"
             )
+        check_methods(self)
         loss = options.with_loss_defaults(self)
         filled = replace(self, pace=options.with_defaults(self.method, self.pace), loss=loss)
         check_ranges(self.reading, self.loss, self.lora, self.inversion, self.prior, self.telling, self.from_scratch)

@@ -1,9 +1,9 @@
-"""What can be said of a run's options by themselves: numbers out of range."""
+"""What can be said of a run's options by themselves: numbers out of range, and options of other methods."""
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import Field, fields, is_dataclass
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from plainsd.errors import UserError
 
@@ -55,6 +55,23 @@ OPTION_RANGES = {
     "latent_noise": NO_LESS_THAN_0,
 }
 
+TUNING, TAUGHT = ("full", "lora", "inversion"), ("scratch", "full", "lora", "inversion", "controlnet")
+METHODS_OF = {  # an option's methods, where not all have it
+    **dict.fromkeys(("model",), ("vae", "scratch")),
+    **dict.fromkeys(("tokenizer", "carry", "live_latents"), ("scratch",)),
+    **dict.fromkeys(
+        ("kl_weight", "edge_weight", "patch_weight", "patch_after", "latent_noise", "decoder_only"), ("vae",)
+    ),
+    **dict.fromkeys(("vae", "checkpointing", "prompts", "chunks", "shuffle_tags"), TAUGHT),
+    **dict.fromkeys(("timestep_power", "min_snr", "offset_noise", "perturbation"), TAUGHT),
+    **dict.fromkeys(("prior", "prior_prompt", "prior_weight", "prior_count"), TUNING),
+    **dict.fromkeys(("text_encoder", "distill_steps"), ("full", "lora")),
+    **dict.fromkeys(("kind", "rank", "alpha", "factor", "targets", "conv", "dora"), ("lora",)),
+    **dict.fromkeys(("half_base",), ("lora", "inversion", "controlnet")),
+    **dict.fromkeys(("token", "vectors", "initial"), ("inversion",)),
+    **dict.fromkeys(("control",), ("controlnet",)),
+}
+
 
 def as_flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
@@ -69,3 +86,27 @@ def check_ranges(*groups: object) -> None:
                 raise UserError(
                     f"{as_flag(name)} {value:g} is out of range; give {wanted.words}", field=name, value=value
                 )
+
+
+def check_methods(options: Any) -> None:
+    """A UserError for the first option that the run's method does not have. At their defaults all are let pass, as a
+    file of options has them."""
+    for entry, value in each_option(options):
+        methods = METHODS_OF.get(entry.name)
+        if methods and options.method not in methods and value != entry.default:
+            *others, last = methods
+            names = f"methods {', '.join(others)} and {last}" if others else f"method {last}"
+            raise UserError(
+                f"{as_flag(entry.name)} is for {names}, and method {options.method} does not use it; leave it out",
+                field=entry.name,
+            )
+
+
+def each_option(options: Any) -> Iterator[tuple[Field, Any]]:
+    """Every option with its value, those of the groups too."""
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        if is_dataclass(value):
+            yield from each_option(value)
+        else:
+            yield entry, value

@@ -136,8 +136,6 @@ def train_inversion(job: TrainJob) -> None:
 def train_controlnet(job: TrainJob) -> None:
     if job.world.sharded:
         raise UserError("method controlnet does not go with --shard; leave it out")
-    if job.options.prior.prior or job.options.prior.prior_prompt:
-        raise UserError("method controlnet reads a map beside each picture, which a prior set has not; leave it out")
     found: list[ControlNet] = []
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
@@ -204,10 +202,8 @@ def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
 def base_model(job: TrainJob) -> StableDiffusion:
     """The base model in float32; with --half-base its UNet is loaded in bfloat16, never held in float32."""
     half, path = job.options.lora.half_base, find(job.options.base)
-    if half and (job.options.method == "full" or job.dtype != torch.bfloat16):
-        raise UserError(
-            "--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16, and not with method full"
-        )
+    if half and job.dtype != torch.bfloat16:
+        raise UserError("--half-base keeps frozen weights in bfloat16: it goes with --dtype bfloat16")
     zero_snr = on_or_off(job.options.zero_snr)
     contents = read(path, vae=job.options.from_scratch.vae, prediction=job.options.prediction, zero_snr=zero_snr)
     networks = {}

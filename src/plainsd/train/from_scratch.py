@@ -25,6 +25,7 @@ from plainsd.text.tokenizer import Tokenizer
 from plainsd.train.checkpoints import saving
 from plainsd.train.claim import weights_digest
 from plainsd.train.data.crops import Framing
+from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob
 from plainsd.train.methods.full import full
 from plainsd.train.methods.scratch import from_scratch
@@ -153,6 +154,7 @@ def train_scratch(job: TrainJob) -> None:
         parts = job.spread(sd)
         check = (lambda: method.validate(held, 64)) if held else None
         stack.enter_context(trained_faster(sd.unet))
+        stack.enter_context(checkpointing(sd.unet, job.options.pace.checkpointing))
         done = job.train(method, pictures, check, job.sampler(sd), save=write)
     if not done:
         return

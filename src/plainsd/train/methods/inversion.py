@@ -69,6 +69,11 @@ def first_rows(sd: StableDiffusion, initial: str | None, vectors: int, seed: int
         ids = tokenizer.encode(initial)
         if not ids:
             raise UserError(f"the word {initial!r} to begin from is empty; give one such as 'cat', or leave it out")
+        if len(ids) > vectors:
+            raise UserError(
+                f"the word {initial!r} to begin from is {len(ids)} tokens, and the new word {vectors}; give "
+                f"--vectors {len(ids)}, or a word of {vectors}"
+            )
         found.append(table[[ids[i % len(ids)] for i in range(vectors)]])
     return found
 
