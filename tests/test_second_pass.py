@@ -8,8 +8,9 @@ from conftest import tiny_sd
 from plainsd.diffusion.samplers import Levels, Step, sampler_levels
 from plainsd.errors import UserError
 from plainsd.generate import text_to_image
+from plainsd.pictures.defaults import enlarged_size
 from plainsd.pictures.sampling import second_pass, steps_to_run
-from plainsd.pictures.settings import LATENT_MODES, UPSCALERS, Settings, notes
+from plainsd.pictures.settings import LATENT_MODES, UPSCALERS, Settings, notes, ratio_to
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.labels import UPSCALER_LABELS
 from plainsd.pictures.upscaling import Upscaler
@@ -133,6 +134,20 @@ def test_what_needs_it_is_refused_without_it(sd):
 def test_what_cannot_be_is_said_before_anything_is_drawn(sd, choices, says):
     with pytest.raises(UserError, match=says):
         text_to_image(sd, "x", hires=1.5, **choices)
+
+
+def test_a1111s_size_is_cut_to_whole_latents(sd):
+    assert enlarged_size((360, 512), 1.4) == (504, 720)
+    assert enlarged_size((360, 512), 1.4, like="a1111") == (496, 712)  # 360 * 1.4 is a little less than 504
+    for like, side in (("a1111", 72), ("comfyui", 80), (None, 80)):
+        *_, pictures = text_to_image(sd, "x", steps=2, hires=1.2, strength=1.0, sampler="euler", like=like)
+        assert pictures.images[0].size == (side, side)
+
+
+def test_a_size_that_a_float_falls_short_of_is_reached():
+    for side in range(256, 1025, 8):
+        for wanted in range(side, 2049, 8):
+            assert enlarged_size((side, 8), ratio_to((wanted, 0), (side, 8)), like="a1111")[0] == wanted
 
 
 def test_a1111s_words_for_it():

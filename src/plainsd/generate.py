@@ -108,7 +108,7 @@ def text_to_image(
             value=settings.strength,
         )
     if settings.hires:
-        check_size(enlarged_size(size, settings.hires, multiple), multiple)
+        check_size(enlarged_size(size, settings.hires, multiple, settings.like), multiple)
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
     each = settings_of_each(one, prompt, negative, count)

@@ -38,6 +38,7 @@ class Convention:
     refines_midway: bool = False  # the refiner takes over inside the sampler, which keeps its history
     prompts: str = "pieces"  # how prompts are read, a name in pictures/conditioning.py: pieces, batches or words
     second_order: tuple[str, ...] = ()  # samplers whose steps count twice for prompt editing
+    second_size_floored: bool = False  # sides of the second pass are cut to whole latents, not rounded
     ends_only: tuple[str, ...] = ()  # samplers that get the first level and the last above 0, and choose the others
 
 
@@ -55,6 +56,7 @@ CONVENTIONS = {
         ends_only=("dpm_fast", "dpm_adaptive"),
         solvers={"unipc": {"order": 3, "bh1": True}},
         second_pass_whole=True,
+        second_size_floored=True,
         image_keeps=True,
         guidance_zero=True,
         refines_midway=True,

@@ -223,7 +223,12 @@ def check_size(size: tuple[int, int], multiple: int = MULTIPLE) -> tuple[int, in
     return int(size[0]), int(size[1])
 
 
-def enlarged_size(size: tuple[int, int], times: float, multiple: int = MULTIPLE) -> tuple[int, int]:
-    """The size of the second pass."""
-    width, height = (round(side * times / multiple) * multiple for side in size)
+def enlarged_size(
+    size: tuple[int, int], times: float, multiple: int = MULTIPLE, like: str | None = None
+) -> tuple[int, int]:
+    """The size of the second pass: the nearest in whole latents; in A1111, int(side * times) cut to them."""
+    if convention(like).second_size_floored:
+        width, height = (int(side * times) // multiple * multiple for side in size)
+    else:
+        width, height = (round(side * times / multiple) * multiple for side in size)
     return width, height

@@ -45,7 +45,7 @@ def from_text(
     maps = fitted(control, one.size)
     latents = yield from sample(sd, each, one.size, noise, draw, control=maps, image_prompt=image_prompt)
     if one.hires:
-        size = enlarged_size(one.size, one.hires, size_multiple(sd.vae.config))
+        size = enlarged_size(one.size, one.hires, size_multiple(sd.vae.config), one.like)
         known = Known(_enlarged(sd, latents, size, one, draw))
         again, maps = [second_pass(one) for one in each], fitted(control, size)
         draw = draw.anew(again)

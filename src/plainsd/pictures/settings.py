@@ -3,6 +3,7 @@
 This module does not import torch, so that the command line can read settings before anything heavy is loaded.
 """
 
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -268,6 +269,17 @@ def notes(settings: Settings) -> list[str]:
 def as_whole(value: Any) -> Any:
     """4.0 -> 4; anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def ratio_to(wanted: tuple[int, int], size: tuple[int, int]) -> float | None:
+    """How many times `size` is enlarged to the wanted one, a side of which may be 0: any. None where the shapes differ.
+    A float may fall short of a wanted side in its last digit, and is then the next one."""
+    pairs = [(large, small) for large, small in zip(wanted, size, strict=True) if large and small]
+    ratios = {large / small for large, small in pairs}
+    if len(ratios) != 1:
+        return None
+    times = ratios.pop()
+    return times if all(int(small * times) == large for large, small in pairs) else math.nextafter(times, math.inf)
 
 
 def plain_number(value: float) -> str:

@@ -148,7 +148,7 @@ def seeds_of(request: JobRequest, cell: dict[str, Any]) -> list[int]:
 
 def check_work(settings: list[Resolved], limits: Limits, multiple: int) -> None:
     for one in settings:
-        check_pixels(enlarged_size(one.size, one.hires, multiple) if one.hires else one.size, limits)
+        check_pixels(enlarged_size(one.size, one.hires, multiple, one.like) if one.hires else one.size, limits)
         for name in ("steps", "hires_steps"):
             if (steps := getattr(one, name) or 0) > limits.steps:
                 what = f"{name.replace('_', ' ')} {steps} is out of range"

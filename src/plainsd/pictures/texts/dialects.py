@@ -3,7 +3,7 @@
 import re
 from pathlib import PurePosixPath
 
-from plainsd.pictures.settings import plain_number
+from plainsd.pictures.settings import plain_number, ratio_to
 from plainsd.pictures.texts.entries import entries
 from plainsd.pictures.texts.fields import read_size
 from plainsd.pictures.texts.labels import UPSCALER_NAMES, folded
@@ -94,11 +94,9 @@ def _first_pass(said: dict[str, str]) -> None:
 def _resized(said: dict[str, str]) -> None:
     """A1111's "Hires resize: 1024x1024", one side perhaps 0, as the times that the picture is enlarged."""
     try:
-        ratios = {
-            to / side for to, side in zip(*map(read_size, (said["Hires resize"], said["Size"])), strict=True) if to
-        }
-    except (KeyError, ValueError, ZeroDivisionError):
+        times = ratio_to(*map(read_size, (said["Hires resize"], said["Size"])))
+    except (KeyError, ValueError):
         return
-    if len(ratios) == 1:  # another shape stays among what has no meaning here
-        said["Hires upscale"] = plain_number(ratios.pop())
+    if times is not None:  # another shape stays among what has no meaning here
+        said["Hires upscale"] = plain_number(times)
         del said["Hires resize"]

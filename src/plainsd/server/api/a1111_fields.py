@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.errors import unknown
-from plainsd.pictures.settings import RANDOM
+from plainsd.pictures.settings import RANDOM, ratio_to
 from plainsd.server.api.a1111_control import units_of
 from plainsd.server.api.a1111_names import model_of, sampler_of, upscaler_of
 from plainsd.server.api.a1111_table import EMPTY_VALUES, check_scripts, known_options, reject_unsupported
@@ -134,8 +134,8 @@ class Text2Image(Common):
         if not self.enable_hr:
             return {}
         wanted = (self.hr_resize_x or 0, self.hr_resize_y or 0)
-        scales = {large / small for large, small in zip(wanted, size, strict=True) if large and small}
-        if len(scales) > 1:
+        times = ratio_to(wanted, size) if any(wanted) else self.hr_scale or 2.0
+        if times is None:
             raise APIError(
                 422,
                 f"hr_resize {wanted[0]}x{wanted[1]} has another shape than {size[0]}x{size[1]}; leave "
@@ -143,9 +143,8 @@ class Text2Image(Common):
                 "hr_resize_x",
                 list(wanted),
             )
-        scale = scales.pop() if scales else self.hr_scale or 2.0
         upscaler = upscaler_of(self.hr_upscaler, networks)
-        return {"hires": scale, "upscaler": upscaler, "strength": self.denoising_strength} | self.hires_overrides()
+        return {"hires": times, "upscaler": upscaler, "strength": self.denoising_strength} | self.hires_overrides()
 
     def hires_overrides(self) -> dict[str, Any]:
         """What the second pass draws with, where that is not what the first does."""
