@@ -239,8 +239,8 @@ class Generate(GenerateFlags):
         if not (self.prompt or self.prompts):
             made.add("prompt")
         first = choices.get(settings.counted) or 0
-        texts = {"seed": first, "count": self.count, "every": self.combinations}
-        prompts, each = texts_of_each(prompts, beside, made, styles, self.wildcards, **texts)
+        how = {"seed": first, "count": self.count}
+        prompts, each = texts_of_each(prompts, beside, made, styles, self.wildcards, self.combinations, **how)
         settings.check_count(len(prompts))
         if not self.server and (choices.keys() & {"sampler", "spacing"}):
             from plainsd.diffusion.samplers import check_names

@@ -131,9 +131,10 @@ def jobs_of(
     shared, first = {"seed": 0} | shared, choices.get(counted) or 0
     if counted == "batch_index":
         shared = {"batch_size": first + len(prompts)} | shared
-    for texts, group in groupby({**beside, "prompt": prompt} for prompt, beside in zip(prompts, each, strict=True)):
+    own = ({**beside, "prompt": prompt} for prompt, beside in zip(prompts, each, strict=True))
+    for fields, group in groupby(own):
         count = len(list(group))
-        yield shared | texts | {"count": count, counted: first}
+        yield shared | fields | {"count": count, counted: first}
         first += count
 
 

@@ -18,10 +18,10 @@ def texts_of_each(
     made: Collection[str],
     styles: Mapping[str, Style],
     wildcards: Path | None,
+    every: bool,
     *,
     seed: int,
     count: int,
-    every: bool,
 ) -> tuple[list[str], list[dict[str, str]]]:
     """The prompt of each picture, and its other texts by their fields: each prompt `count` times, seeds from `seed` on.
 
