@@ -87,9 +87,9 @@ def test_hires_draws_on_what_it_makes(network):
     sd = tiny_sd()
     sd.upscaler = load_upscaler(network)
     choices = {"steps": 2, "hires": 1.5, "size": 64}
-    events = plainsd.text_to_image(sd, "a", upscaler="2x_tiny", **choices)  # small letters, as a text may have it
+    events = plainsd.text_to_image(sd, "a", upscaler="2x_tiny", **choices)  # in any capitals, as a text may have it
     images, settings = plainsd.final(events), events.settings
-    assert images[0].size == (96, 96) and settings[0].upscaler == "2x_tiny"
+    assert images[0].size == (96, 96) and settings[0].upscaler == "2x_Tiny"
     other = plainsd.final(plainsd.text_to_image(sd, "a", upscaler="lanczos", **choices))
     assert images[0].tobytes() != other[0].tobytes()
     with pytest.raises(UserError, match="unknown upscaler '4x'; choose .* 2x_Tiny") as caught:
