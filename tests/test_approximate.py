@@ -127,11 +127,12 @@ def test_a_cache_of_named_rows_is_of_each_row_alone(unet):
 
 
 def test_a_cached_picture_does_not_depend_on_its_neighbours():
-    """Whose prompt becomes longer at a step that is not due, so that its rows go elsewhere."""
-    sd, long = tiny_sd(), "[a:" + "b " * 60 + ":2]"
-    options = {"steps": 6, "size": 64, "guidance": 4.0, "cache": 3, "sampler": "euler"}
-    alone = final(text_to_image(sd, "a", **options))[0]
-    assert difference(alone, final(text_to_image(sd, ["a", long], **options))[0]) <= 1
+    """Whose prompt becomes longer at a step that is not due, so that its rows go elsewhere. The embedded model's
+    pictures show it; those of random weights hardly change from step to step."""
+    sd, long = plainsd.load(device="cpu", dtype="float32"), "[a cat:" + "a cat on a red background and " * 4 + ":0.3]"
+    options = {"steps": 8, "cache": 3, "sampler": "euler"}
+    alone = final(text_to_image(sd, "an owl", **options))[0]
+    assert difference(alone, final(text_to_image(sd, ["an owl", long], **options))[0]) <= 2
 
 
 def test_the_picture_tells_of_its_cache():

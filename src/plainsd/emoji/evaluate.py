@@ -78,7 +78,8 @@ def read_concepts(concepts: dict) -> list[drawing.Concept]:
         whole = (
             table and templates and all(len(colour) == 3 for colour in grounds) and isinstance(concepts["size"], int)
         )
-        known = all(name in {one.name for one in table} and colour in concepts["backgrounds"] for name, colour in pairs)
+        names = {one.name for one in table}
+        known = all(name in names and colour in concepts["backgrounds"] for name, colour in pairs)
         font = concepts.get("font", {})["sha256"] if "font" in concepts else ""
         for template in templates:
             drawing.caption(template, table[0], next(iter(concepts["backgrounds"])))

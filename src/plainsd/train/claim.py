@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,6 +20,7 @@ from torch import nn
 from plainsd.disk import read_json, written_whole
 from plainsd.errors import UserError
 from plainsd.train.checkpoints import saving
+from plainsd.train.checks import each_option
 from plainsd.train.processes import World
 
 OPTIONS_FILE, CONFIG_FILE, LOCK_FILE = "options.json", "run.toml", ".lock"
@@ -75,14 +75,9 @@ def recorded_seed(file: Path) -> int:
 
 def flat(options) -> dict[str, str]:
     """Every option by its own name, as text."""
-    found: dict[str, str] = {}
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if is_dataclass(value) and not isinstance(value, type):
-            found |= {name: str(entry) for name, entry in asdict(value).items()}
-        else:
-            found[field.name] = " ".join(value) if field.name == "data" else str(value)
-    return found
+    return {
+        entry.name: " ".join(value) if entry.name == "data" else str(value) for entry, value in each_option(options)
+    }
 
 
 def weights_digest(*networks: nn.Module) -> str:
