@@ -1023,6 +1023,7 @@ def test_bad_calls(sd, tmp_path):
         "alpha nan": lambda: inject(sd, 4, float("nan")),
         "did you mean 'attention'": lambda: inject(sd, 4, targets="attentoin"),
         "no module of the model fits": lambda: inject(sd, 4, targets="*.nothing"),
+        "no module of the text encoders fits": lambda: inject(sd, 4, targets="mid.*cross_attn.k", text=True),
         "0 LoRAs": lambda: save_lora(sd, tmp_path / "out.safetensors"),
     }
     for message, call in calls.items():

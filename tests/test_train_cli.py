@@ -344,6 +344,42 @@ def test_a_prior_set_that_was_cut_short_goes_on_as_the_same_or_not_at_all(train,
     assert code == 2 and "remove the folder, and the pictures are made again" in said[0]
 
 
+def test_a_given_prior_set_is_whole(train, tmp_path):
+    folder = tmp_path / "dogs"
+    folder.mkdir()
+    (folder / "prior.json").write_text('{"prompt": "a dog", "count": 3, "size": 64}')
+    for number in range(3):
+        Image.new("RGB", (64, 64)).save(folder / f"{number:05d}.png")
+        (folder / f"{number:05d}.txt").write_text("a dog")
+    flags = ["--steps", "1", "--rank", "1", "--prior", str(folder)]
+    assert train("lora", *flags, out=tmp_path / "whole") == (0, [])
+    (folder / "00002.txt").unlink()
+    code, said = train("lora", *flags)
+    assert (
+        code == 2 and f"{folder} has 2 of the 3 pictures of 'a dog' that were to be made; give --prior-pro" in said[0]
+    )
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "method, flags, says",
+    [
+        ("lora", ["--targets", "blocks.9*"], "no module of the model fits the LoRA targets 'blocks.9*'"),
+        ("lora", ["--targets", "attentoin"], "unknown LoRA targets 'attentoin'; did you mean 'attention'"),
+        ("lora", ["--alpha", "0"], "alpha above 0"),
+        ("lora", ["--factor", "8"], "it is for lokr alone"),
+        ("inversion", ["--token", "square"], "captions do not have the word 'square'"),
+        ("inversion", ["--token", "o"], "the vocabulary has 'o' already"),
+        ("inversion", ["--token", "colour", "--initial", ""], "is empty; give one such as 'cat'"),
+        ("inversion", ["--token", "colour", "--vectors", "76"], "has 76 vectors"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, list) else None,
+)
+def test_what_does_not_fit_is_said_before_a_prior_set_is_made(train, tmp_path, method, flags, says):
+    code, said = train(method, "--steps", "1", *flags, "--prior-prompt", "a dog", "--prior-count", "1")
+    assert code == 2 and says in said[0] and not (tmp_path / "run" / "prior").exists()
+
+
 def test_vae_and_scratch(pictures, base, tmp_path, capsys):
     model = {
         "name": "tiny",
@@ -963,6 +999,9 @@ def test_numbers_out_of_range_are_one_line(train, tmp_path, flags, wanted):
         ("scratch", ["--rank", "8"], "method lora"),
         ("lora", ["--carry", "x"], "method scratch"),
         ("full", ["--model", "x"], "methods vae and scratch"),
+        ("vae", ["--dropout", "0.2"], "methods scratch, full, lora, inversion and controlnet"),
+        ("vae", ["--save-dtype", "bfloat16"], "methods scratch, full, lora and controlnet"),
+        ("inversion", ["--save-dtype", "bfloat16"], "methods scratch, full, lora and controlnet"),
     ],
     ids=str,
 )

@@ -59,6 +59,15 @@ def add_embedding(sd: StableDiffusion, path: str | Path, token: str | None = Non
 
 def add_word(sd: StableDiffusion, token: str, vectors: Sequence[Tensor]) -> list[int]:
     """A new word with these vectors, (N, D) for each text encoder; returns the ids of its N tokens."""
+    check_word(sd, token, vectors)
+    for tokenizer, encoder, rows in zip(sd.tokenizers, sd.text_encoders, vectors, strict=True):
+        ids = tokenizer.add(token, len(rows))
+        write_rows(encoder, ids, rows)
+    return ids
+
+
+def check_word(sd: StableDiffusion, token: str, vectors: Sequence[Tensor]) -> None:
+    """A UserError where `add_word` cannot add this word."""
     counts = {len(rows) for rows in vectors}
     room = min(encoder.config.positions for encoder in sd.text_encoders) - 2
     if len(counts) != 1 or not 1 <= min(counts) <= room:
@@ -72,10 +81,8 @@ def add_word(sd: StableDiffusion, token: str, vectors: Sequence[Tensor]) -> list
                 f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
                 f"{len(encoder.token.weight)}; they belong to different models"
             )
-    for tokenizer, encoder, rows in zip(sd.tokenizers, sd.text_encoders, vectors, strict=True):
-        ids = tokenizer.add(token, len(rows))
-        write_rows(encoder, ids, rows)
-    return ids
+    for tokenizer, rows in zip(sd.tokenizers, vectors, strict=True):
+        tokenizer.new_names(token, len(rows))
 
 
 @torch.no_grad()

@@ -230,25 +230,45 @@ def inject(
     "lokr", is the largest side of its smaller matrix. alpha None is the rank. Parameters are at least float32. Freezing
     the model's other parameters is up to the caller.
     """
-    alpha = float(rank if alpha is None else alpha)
+    alpha, made = float(rank if alpha is None else alpha), {}
+    for part, module in to_adapt(model, rank, alpha, targets, conv=conv, text=text, kind=kind, factor=factor):
+        base = adaptable_networks(model)[part].get_submodule(module)
+        made[part, module] = new_adapter(kind, base, rank, alpha, factor, dora=dora, generator=generator)
+    return put(model, name, made)
+
+
+def to_adapt(
+    model: Adaptable,
+    rank: int,
+    alpha: float,
+    targets: str | Sequence[str],
+    *,
+    conv: bool = False,
+    text: bool = False,
+    kind: str = "lora",
+    factor: int | None = None,
+) -> list[ModulePlace]:
+    """The modules that get a LoRA by `inject`, which has the options; a UserError where they do not fit the model."""
     if rank < 1 or not 0 < alpha < math.inf:
         raise UserError(f"LoRA rank {rank} and alpha {alpha:g}: the rank must be 1 or more, and alpha above 0")
     if kind not in NEW:
         raise unknown("kind of LoRA", kind, NEW)
     if factor is not None and (factor < 1 or kind != "lokr"):
         raise UserError(f"factor {factor} for a {kind}: it is for lokr alone, and 1 or more; leave it out, or give 8")
-    made = {}
-    for part, network in adaptable_networks(model).items():
-        if part == "unet" or text or network is model:
-            for module in targeted(network, targets, conv=conv):
-                base = network.get_submodule(module)
-                made[part, module] = new_adapter(kind, base, rank, alpha, factor, dora=dora, generator=generator)
-    if not made:
-        raise UserError(
-            f"no module of the model fits the LoRA targets {targets!r}; choose from {', '.join(TARGETS)}, "
-            "or give patterns such as '*.cross_attn.*'"
-        )
-    return put(model, name, made)
+    networks = adaptable_networks(model)
+    found = {
+        part: targeted(network, targets, conv=conv)
+        for part, network in networks.items()
+        if part == "unet" or text or network is model
+    }
+    of_text = [names for part, names in found.items() if part != "unet"]
+    for what, fitting in (("model", [*found.values()]), ("text encoders", of_text)):
+        if fitting and not any(fitting):
+            raise UserError(
+                f"no module of the {what} fits the LoRA targets {targets!r}; choose from {', '.join(TARGETS)}, "
+                "or give patterns such as '*attn.*'"
+            )
+    return [(part, name) for part, names in found.items() for name in names]
 
 
 def lora_state(model: Adaptable, lora: Lora | None = None) -> dict[str, Tensor]:

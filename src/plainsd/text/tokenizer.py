@@ -167,6 +167,15 @@ class Tokenizer:
 
         A name such as `<cat>` matches anywhere in a text, a name of letters and digits only as a whole word.
         """
+        names = self.new_names(token, count)
+        whole = token[0].isalnum() and token[-1].isalnum()
+        self._backend.add_tokens([AddedToken(name, single_word=whole, normalized=True) for name in names])
+        ids = [self._id_of(name) for name in names]
+        self._runs[ids[0]] = ids
+        return ids
+
+    def new_names(self, token: str, count: int) -> list[str]:
+        """What `add` calls the `count` tokens of a new word. A UserError where there is such a word."""
         names = [token, *(f"{token}_{index}" for index in range(1, count))]
         if not token.strip() or count < 1:
             raise UserError(f"cannot learn {count} vectors as {token!r}; give a name and at least one vector")
@@ -175,11 +184,7 @@ class Tokenizer:
                 f"cannot learn the token {token!r}: the vocabulary has {taken[0]!r} already; "
                 f"choose another name, such as '<my-{token.strip('<> ')}>'"
             )
-        whole = token[0].isalnum() and token[-1].isalnum()
-        self._backend.add_tokens([AddedToken(name, single_word=whole, normalized=True) for name in names])
-        ids = [self._id_of(name) for name in names]
-        self._runs[ids[0]] = ids
-        return ids
+        return names
 
     def save(self, folder: str | Path) -> None:
         """Writes its files into a folder, see `to_texts`; each is whole or absent."""

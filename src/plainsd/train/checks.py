@@ -63,14 +63,16 @@ METHODS_OF = {  # an option's methods, where not all have it
         ("kl_weight", "edge_weight", "patch_weight", "patch_after", "latent_noise", "decoder_only"), ("vae",)
     ),
     **dict.fromkeys(("vae", "checkpointing", "prompts", "chunks", "shuffle_tags"), TAUGHT),
-    **dict.fromkeys(("timestep_power", "min_snr", "offset_noise", "perturbation"), TAUGHT),
+    **dict.fromkeys(("dropout", "timestep_power", "min_snr", "offset_noise", "perturbation"), TAUGHT),
     **dict.fromkeys(("prior", "prior_prompt", "prior_weight", "prior_count"), TUNING),
     **dict.fromkeys(("text_encoder", "distill_steps"), ("full", "lora")),
     **dict.fromkeys(("kind", "rank", "alpha", "factor", "targets", "conv", "dora"), ("lora",)),
     **dict.fromkeys(("half_base",), ("lora", "inversion", "controlnet")),
     **dict.fromkeys(("token", "vectors", "initial"), ("inversion",)),
     **dict.fromkeys(("control",), ("controlnet",)),
+    **dict.fromkeys(("save_dtype",), ("scratch", "full", "lora", "controlnet")),
 }
+DONE_ANYWAY = {"save_dtype": "float32"}  # what methods without the option do: they may be told it
 
 
 def as_flag(name: str) -> str:
@@ -93,7 +95,8 @@ def check_methods(options: Any) -> None:
     file of options has them."""
     for entry, value in each_option(options):
         methods = METHODS_OF.get(entry.name)
-        if methods and options.method not in methods and value != entry.default:
+        idle = value in (entry.default, DONE_ANYWAY.get(entry.name))
+        if methods and options.method not in methods and not idle:
             *others, last = methods
             names = f"methods {', '.join(others)} and {last}" if others else f"method {last}"
             raise UserError(

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from plainsd.adapters.embeddings import save_embedding
-from plainsd.adapters.lora import save_lora
+from plainsd.adapters.embeddings import check_word, save_embedding
+from plainsd.adapters.lora import save_lora, to_adapt
 from plainsd.checkpoint import load_control, save, save_control
 from plainsd.errors import UserError
 from plainsd.files.convert import read
@@ -25,19 +25,20 @@ from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
 from plainsd.train.claim import weights_digest
 from plainsd.train.data.examples import Examples
-from plainsd.train.data.pictures import read_pictures
+from plainsd.train.data.pictures import PictureSet, read_pictures
 from plainsd.train.data.sources import parse_source
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob
 from plainsd.train.methods.controlnet import check_maps, controlnet
-from plainsd.train.methods.dreambooth import PRIOR_FILE, make_prior
+from plainsd.train.methods.dreambooth import PRIOR_FILE, check_whole_set, make_prior
 from plainsd.train.methods.finetune import FineTune
 from plainsd.train.methods.full import full
-from plainsd.train.methods.inversion import inversion, settle, written_down
+from plainsd.train.methods.inversion import first_rows, inversion, settle, written_down
 from plainsd.train.methods.lora import lora
 from plainsd.train.shard import gather
 
 LCM_FLAGS = "--sampler lcm --steps 4 --guidance 1"
+Check = Callable[[StableDiffusion, PictureSet], None]  # before anything takes long
 Make = Callable[[StableDiffusion, Examples, dict], FineTune]
 Write = Callable[[StableDiffusion, str | None], None]  # the result; with a mark, an intermediate one
 
@@ -59,6 +60,10 @@ def train_full(job: TrainJob) -> None:
 
 def train_lora(job: TrainJob) -> None:
     own, distill = job.options.lora, job.distill()
+    where: dict[str, Any] = {"targets": own.targets, "conv": own.conv, "kind": own.kind, "factor": own.factor}
+
+    def check(sd: StableDiffusion, pictures: PictureSet) -> None:
+        to_adapt(sd, own.rank, own.rank if own.alpha is None else own.alpha, text=own.text_encoder, **where)
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         return lora(
@@ -66,14 +71,11 @@ def train_lora(job: TrainJob) -> None:
             examples,
             rank=own.rank,
             alpha=own.alpha,
-            targets=own.targets,
-            conv=own.conv,
             dora=own.dora,
-            kind=own.kind,
-            factor=own.factor,
             text_encoder=own.text_encoder,
             seed=job.options.pace.seed,
             distill=distill,
+            **where,
             **shared,
         )
 
@@ -87,7 +89,7 @@ def train_lora(job: TrainJob) -> None:
         for naming, ending in endings.items():
             save_lora(sd, place.with_name(place.name + ending), naming, notes, dtype=job.save_dtype)
 
-    if sd := tuned(job, make, write):
+    if sd := tuned(job, make, write, check):
         with saving("the LoRA"):
             write(sd, None)
         also = f" and {job.name}-peft.safetensors (diffusers')" if "peft" in endings else ""
@@ -105,14 +107,17 @@ def train_inversion(job: TrainJob) -> None:
         raise UserError("method inversion needs --token, the new word that the captions use, such as '<cat>'")
     plain = re.sub(r"[^\w.-]+", "-", token).strip("-.") or "word"
 
-    def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
-        texts = [text for item in examples.pictures.items for text in item.texts]
+    def check(sd: StableDiffusion, pictures: PictureSet) -> None:
+        texts = [text for item in pictures.items for text in item.texts]
         without = sum(token.lower() not in text.lower() for text in texts)
         if without:
             raise UserError(
                 f"{without} of {len(texts)} captions do not have the word {token!r}; write it into "
                 f'them, or give --caption "a photo of {token}" and pictures without captions'
             )
+        check_word(sd, token, first_rows(sd, own.initial, own.vectors, job.options.pace.seed))
+
+    def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         return inversion(
             sd, examples, token, vectors=own.vectors, initial=own.initial, seed=job.options.pace.seed, **shared
         )
@@ -123,7 +128,7 @@ def train_inversion(job: TrainJob) -> None:
         for dialect, name in (("a1111", plain), ("diffusers", "learned_embeds")):
             save_embedding(sd, token, folder / f"{name}{end}.safetensors", dialect)
 
-    if sd := tuned(job, make, write):
+    if sd := tuned(job, make, write, check):
         settle(sd)
         with saving("the word"):
             write(sd, None)
@@ -137,6 +142,9 @@ def train_controlnet(job: TrainJob) -> None:
     if job.world.sharded:
         raise UserError("method controlnet does not go with --shard; leave it out")
     found: list[ControlNet] = []
+
+    def check(sd: StableDiffusion, pictures: PictureSet) -> None:
+        check_maps(pictures)
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         own = job.options.control.control
@@ -155,13 +163,13 @@ def train_controlnet(job: TrainJob) -> None:
         save_control(found[0], place.with_name(f"{place.name}.safetensors"), dtype=job.save_dtype)
         save_control(found[0], place, dtype=job.save_dtype)
 
-    if sd := tuned(job, make, write):
+    if sd := tuned(job, make, write, check):
         with saving("the ControlNet"):
             write(sd, None)
         job.say(f"ControlNet in {job.result()}.safetensors (the original's names) and {job.result()} (diffusers')")
 
 
-def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
+def tuned(job: TrainJob, make: Make, write: Write, check_it: Check | None = None) -> StableDiffusion | None:
     """The trained model; None if the run was stopped early, or if another process saves it."""
     sd = base_model(job)
     job.check_options(base_weights=weights_digest(sd.unet, sd.vae, *sd.text_encoders))
@@ -169,10 +177,10 @@ def tuned(job: TrainJob, make: Make, write: Write) -> StableDiffusion | None:
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)
     pictures, heldout = job.data.pictures(sd.variant.size, sd.vae.config)
-    if job.options.method == "controlnet":
-        check_maps(pictures)
-        if heldout:
-            check_maps(heldout, "held-out pictures")
+    if check_it:
+        check_it(sd, pictures)
+    if job.options.method == "controlnet" and heldout:
+        check_maps(heldout, "held-out pictures")
     examples, held = job.data.examples(sd.vae, pictures), job.data.examples(sd.vae, heldout) if heldout else None
     job.data.count_long_captions(sd, pictures)
     shared = {
@@ -224,6 +232,8 @@ def prior_set(job: TrainJob, sd: StableDiffusion, size: int) -> Examples | None:
             if own.prior_prompt is None:
                 raise UserError(f"no folder {str(own.prior)!r}; give --prior-prompt, and the model makes the pictures")
             make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
+        else:
+            check_whole_set(folder)
         known, sources = job.out / "cache" / "scanned.json", [Path(parse_source(one)[0]) for one in job.options.data]
         without = (*sources, *filter(None, [job.options.reading.heldout]), job.out)
         pictures = read_pictures(folder, size, caption=own.prior_prompt, known=known, without=without, say=job.say)

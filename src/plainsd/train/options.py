@@ -137,7 +137,7 @@ class Telling:
     tensorboard: Switch = False
     """also log for TensorBoard"""
     save_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """dtype of the saved result"""
+    """dtype of the saved result (vae and inversion: always float32)"""
 
 
 @dataclass

@@ -52,6 +52,18 @@ def make_prior(
                     draft.write_text(prompt, encoding="utf-8")
 
 
+def check_whole_set(folder: Path) -> None:
+    """A UserError where a folder has a part of a set that `make_prior` began. Other pictures are let pass."""
+    begun = begun_set(folder)
+    prompt, count = begun["prompt"] if begun else None, begun.get("count")
+    there = sum((folder / f"{number:05d}.txt").is_file() for number in range(count)) if isinstance(count, int) else None
+    if there is not None and there != count:
+        raise UserError(
+            f"{folder} has {there} of the {count} pictures of {prompt!r} that were to be made; "
+            f"give --prior-prompt {prompt!r} --prior-count {count} to make the rest, or remove {folder / PRIOR_FILE}"
+        )
+
+
 def begun_set(folder: Path) -> dict[str, object]:
     """What is known of the set in a folder: of one of older versions the prompt, which lies beside each picture."""
     record, first = folder / PRIOR_FILE, folder / "00000.txt"
