@@ -16,9 +16,10 @@ from plainsd.cli import main
 from plainsd.errors import UserError
 from plainsd.models.control import ControlConfig, ControlNet
 from plainsd.train.data.examples import ExampleBatch, Examples
+from plainsd.train.data.folders import Reading
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.pictures import read_pictures
-from plainsd.train.data.sources import Reading, read_source
+from plainsd.train.data.sources import read_source
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.loop import fit
 from plainsd.train.methods.controlnet import controlnet

@@ -15,9 +15,10 @@ from plainsd.errors import UserError
 from plainsd.models.vae import VAE, VAEConfig
 from plainsd.train.data.crops import Framing, boxes, cut_out, nearest_box, view_of
 from plainsd.train.data.examples import Examples
+from plainsd.train.data.folders import Reading
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.pictures import Item, PictureSet, described, read_pictures, shuffled
-from plainsd.train.data.sources import Reading, read_source
+from plainsd.train.data.sources import read_source
 from plainsd.train.order import Bucketed, Pick, Repeated, random
 
 SIZES = [(24, 16), (16, 24), (16, 16), (40, 20), (17, 16)]
@@ -109,7 +110,7 @@ def test_a_stream_keeps_the_first_rows_and_goes_on_where_it_was(folder, tmp_path
     (kept / "metadata.jsonl").write_text("".join(lines[:2]) + lines[2][:9])  # as a kill would leave it
     (kept / "00000003.png").unlink()
     assert torch.equal(read_source(source, 16, cache, reading).pixels(range(4)), first.pixels(range(4)))
-    monkeypatch.setattr("plainsd.train.data.sources._opened", None)  # whole: nothing is opened any more
+    monkeypatch.setattr("plainsd.train.data.tables._opened", None)  # whole: nothing is opened any more
     assert len(read_source(source, 16, cache, reading)) == 4
     with pytest.raises(UserError, match="streaming needs --limit"):
         read_source(source, 16, tmp_path / "other", Reading(stream=True))

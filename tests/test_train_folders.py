@@ -16,10 +16,11 @@ from plainsd.errors import UserError
 from plainsd.listing import files_below, read_prompts
 from plainsd.models.vae import VAE
 from plainsd.train.data.crops import Framing, boxes, nearest_box
+from plainsd.train.data.folders import Reading
 from plainsd.train.data.heldout import chosen_before, chosen_pictures, digests, of_run
 from plainsd.train.data.latents import WantedView, _add_weights, cache_latents, view_keys
 from plainsd.train.data.pictures import PictureSet, read_pictures
-from plainsd.train.data.sources import Reading, read_source
+from plainsd.train.data.sources import read_source
 from plainsd.train.order import Pick, random
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"

@@ -17,11 +17,12 @@ from plainsd.cli import main
 from plainsd.emoji import drawing
 from plainsd.errors import UserError
 from plainsd.train.data.ahead import DEPTH, Ahead, pictures_ahead
+from plainsd.train.data.folders import Reading
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.live import LiveLatents
 from plainsd.train.data.pictures import described, some_texts
 from plainsd.train.data.record import picture_digests
-from plainsd.train.data.sources import Reading, read_source
+from plainsd.train.data.sources import read_source
 from plainsd.train.log import read_log
 from plainsd.train.order import Order, Pick, random
 

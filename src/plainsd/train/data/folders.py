@@ -10,6 +10,7 @@ Suffixes are case-insensitive, and a mask or a map may have any picture suffix. 
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,24 @@ UNREAD = (
     ".raf",
     ".rw2",
 )  # reported
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read."""
+
+    caption: str | None = None  # for pictures without one
+    picture_column: str | None = None
+    text_column: str | None = None
+    split: str = "train"
+    stream: bool = False
+    limit: int | None = None  # only the first so many pictures
+    bad_share: float = 0.01
+    heldout: bool = False  # of scenes, those that training never sees
+    without: tuple[Path, ...] = ()  # files and folders inside a source that are for something else
+
+
+PLAIN_READING = Reading()
 
 
 class FoundPicture(NamedTuple):

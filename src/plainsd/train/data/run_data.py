@@ -18,13 +18,14 @@ from plainsd.train.data.ahead import PixelsOf, pictures_ahead
 from plainsd.train.data.captions import cut_captions
 from plainsd.train.data.crops import Framing, check_whole_latents
 from plainsd.train.data.examples import Examples
+from plainsd.train.data.folders import Reading
 from plainsd.train.data.heldout import of_run
 from plainsd.train.data.latents import Latents, cache_latents
 from plainsd.train.data.live import LiveLatents
 from plainsd.train.data.pictures import PictureSet, described, joined_sets, some_texts
 from plainsd.train.data.record import changes, picture_digests
 from plainsd.train.data.scenes import SCENE_PREFIX
-from plainsd.train.data.sources import Reading, parse_source, read_source
+from plainsd.train.data.sources import parse_source, read_source
 from plainsd.train.options import TrainOptions, given
 from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.processes import World
