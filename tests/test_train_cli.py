@@ -1011,6 +1011,22 @@ def test_options_of_other_methods_are_refused(train, tmp_path, method, flags, me
     assert code == 2 and said == [line] and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stream", "--limit", "2"],
+        ["--split", "test"],
+        ["--picture-column", "photo"],
+        ["--text-column", "words"],
+    ],
+    ids=" ".join,
+)
+def test_options_of_tables_want_one(train, tmp_path, flags):
+    code, said = train("lora", "--steps", "1", *flags)
+    assert code == 2 and said[0].startswith(f"plainsd: {flags[0]} is for parquet files, tar shards and datasets on the")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
 def test_every_method_of_an_option_is_one():
     options = TrainOptions("lora", ("x",), Path("y"))
     assert set(METHODS_OF) <= {entry.name for entry, _ in each_option(options)}

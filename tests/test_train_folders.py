@@ -249,6 +249,97 @@ def test_metadata_that_is_no_text_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_captions_under_other_names(tmp_path):
+    """Of metadata.jsonl; diffusers' scripts have `--caption_column`."""
+    for name in "abc":
+        picture(ord(name), (16, 16)).save(tmp_path / f"{name}.png")
+    rows = [
+        {"file_name": "a.png", "prompt": "one", "style": "ink"},
+        {"file_name": "b.png", "text": "two", "prompt": "not this", "style": ["oil", "wax"]},
+        {"file_name": "c.png", "caption": ["three", "iii"], "style": ""},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def texts(**more):
+        return [item.texts for item in read_pictures(tmp_path, 16, say=quiet, bad_share=0.5, **more).items]
+
+    assert texts() == [("one",), ("two",), ("three", "iii")]
+    assert texts(text_column="style") == [("ink",), ("oil", "wax")]
+    assert texts(text_column="style", caption="plain") == [("ink",), ("oil", "wax"), ("plain",)]
+    with pytest.raises(UserError, match=r"metadata.jsonl: no line has 'stile'; name another with --text-column"):
+        texts(text_column="stile")
+    reading = Reading(text_column="style", bad_share=0.5)
+    assert read_source(str(tmp_path), 16, tmp_path / "cache", reading, quiet).items[1].texts == ("oil", "wax")
+
+
+def test_captions_in_caption_files(pairs):
+    """kohya's --caption_extension is .caption if nothing else is said."""
+    (pairs / "a.txt").rename(pairs / "a.CAPTION")
+    (pairs / "b.caption").write_text("another")
+    said = []
+    found = read_pictures(pairs, 16, say=said.append).items
+    assert [sorted(item.texts) for item in found] == [["a caption"], ["a caption", "another"], ["a caption"]]
+    assert said == [
+        "1 pictures have captions in several files (b.caption and b.txt); one is picked at random each time"
+    ]
+
+
+# ---- kohya's folders
+
+
+@pytest.fixture
+def dogs(tmp_path):
+    """As sd-scripts wants its --train_data_dir."""
+    place = tmp_path / "dogs"
+    pair(place / "10_sks dog", "a", "a dog on grass")
+    pair(place / "10_sks dog", "b").with_suffix(".txt").unlink()
+    pair(place / "2_dog_of clay", "c").with_suffix(".txt").unlink()
+    return place
+
+
+def read(source, tmp_path, **more):
+    said = []
+    found = read_source(source, 16, tmp_path / "cache", Reading(**more), said.append).items
+    return [(item.path.name, item.texts, item.repeats) for item in found], said
+
+
+def test_kohyas_folders(dogs, tmp_path):
+    """sd-scripts, config_util.py: repeats before the first `_`; the class after it, for pictures without a caption."""
+    wanted = [("a.png", ("a dog on grass",), 10), ("b.png", ("sks dog",), 10), ("c.png", ("dog_of clay",), 2)]
+    assert read(f"kohya:{dogs}", tmp_path) == (wanted, [])
+    assert [one[2] for one in read(f"kohya:{dogs}:3", tmp_path)[0]] == [30, 30, 6]
+    assert [one[1] for one in read(f"kohya:{dogs}", tmp_path, caption="it")[0]] == [
+        ("a dog on grass",),
+        ("it",),
+        ("it",),
+    ]
+    found, _ = read(f"kohya:{dogs}", tmp_path, without=(dogs / "2_dog_of clay",))
+    assert found == wanted[:2]
+
+
+def test_what_kohya_leaves_out_is_named(dogs, tmp_path):
+    pair(dogs, "loose")
+    pair(dogs / "0_off", "never")
+    pair(dogs / "plain", "odd")
+    (dogs / "3_").mkdir()
+    found, (said,) = read(f"kohya:{dogs}", tmp_path)
+    assert len(found) == 3
+    assert "3 not used, outside of folders such as '10_sks dog': 0_off/never.png, loose.png, plain/odd.png" in said
+
+
+def test_a_plain_source_of_kohyas_folders_says_so(dogs, tmp_path):
+    found, said = read(str(dogs), tmp_path, caption="it")
+    assert {repeats for *_, repeats in found} == {1}
+    assert said == [f"{dogs}: '10_sks dog' is read like any folder; with --data 'kohya:{dogs}' its name counts"]
+
+
+def test_folders_that_are_not_kohyas(pairs, tmp_path):
+    with pytest.raises(UserError, match="has no folders such as '10_sks dog'.*leave kohya: out"):
+        read(f"kohya:{pairs}", tmp_path)
+    with pytest.raises(UserError, match="no folder .*nowhere"):
+        read(f"kohya:{tmp_path / 'nowhere'}", tmp_path)
+
+
 def test_a_stream_keeps_every_picture(tmp_path):
     import pyarrow
     import pyarrow.parquet

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,7 +25,7 @@ from plainsd.train.checkpoints import saving
 from plainsd.train.claim import weights_digest
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.pictures import PictureSet, read_pictures
-from plainsd.train.data.sources import parse_source
+from plainsd.train.data.sources import folder_of
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob
 from plainsd.train.methods.controlnet import check_maps, controlnet
@@ -234,7 +233,7 @@ def prior_set(job: TrainJob, sd: StableDiffusion, size: int) -> Examples | None:
             make_prior(sd, folder, own.prior_prompt, own.prior_count, size, job.say)
         else:
             check_whole_set(folder)
-        known, sources = job.out / "cache" / "scanned.json", [Path(parse_source(one)[0]) for one in job.options.data]
+        known, sources = job.out / "cache" / "scanned.json", [folder_of(one) for one in job.options.data]
         without = (*sources, *filter(None, [job.options.reading.heldout]), job.out)
         pictures = read_pictures(folder, size, caption=own.prior_prompt, known=known, without=without, say=job.say)
     job.data.compare_pictures("prior", pictures)

@@ -62,7 +62,7 @@ class Data:
     picture_column: str | None = None
     """column of the pictures in parquet files and datasets, if its name is unusual"""
     text_column: str | None = None
-    """likewise"""
+    """likewise, of captions; in metadata.jsonl too"""
     split: str = "train"
     """split of a dataset on the hub"""
     stream: Switch = False
@@ -257,7 +257,8 @@ class TrainOptions:
     controlnet: a net that reads a map beside each picture (name.cond.png)"""
     data: tuple[str, ...]
     """folders of captioned pictures (metadata.jsonl, or pairs name.png and name.txt), parquet files, tar shards, or
-    datasets on the hub (owner/name); cats:10 repeats cats ten times an epoch; emoji:SET.json draws scenes of emoji"""
+    datasets on the hub (owner/name); cats:10 repeats cats ten times an epoch; kohya:dogs reads folders such as "10_sks
+    dog" in dogs; emoji:SET.json draws scenes of emoji"""
     out: Path
     """folder of the run: log, curve, samples, checkpoints, and the result, which has the folder's name"""
     config: Path | None = None

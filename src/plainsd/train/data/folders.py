@@ -1,14 +1,17 @@
 """Finds the pictures of a folder, with their captions and masks.
 
-    metadata.jsonl         one line a picture: `file_name`, and `text`: a caption or a list of them; perhaps `mask`
-                           and `cond`
-    cat.png + cat.txt      or pairs, one caption a line; cat.mask.png is the mask, and cat.cond.png the map that a
-                           ControlNet reads. Subfolders count
+    metadata.jsonl         one line a picture: `file_name`, and `text` (or another of TEXT_COLUMNS): a caption or a
+                           list of them; perhaps `mask` and `cond`
+    cat.png + cat.txt      or pairs, one caption a line, in cat.txt or cat.caption; cat.mask.png is the mask, and
+                           cat.cond.png the map that a ControlNet reads. Subfolders count
+    10_sks dog/            with `kohya:`, a subfolder that is read 10 times an epoch, and whose pictures without a
+                           caption have "sks dog"
 
 Suffixes are case-insensitive, and a mask or a map may have any picture suffix. Pictures that are not used are reported.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,9 +22,12 @@ from PIL import Image
 
 from plainsd.errors import UserError
 from plainsd.json_reader import parsed_json
-from plainsd.listing import file_named, files_below, lies_in, lines_of, others, suffix_of
+from plainsd.listing import file_named, files_below, hidden, lies_in, lines_of, others, suffix_of
 
 METADATA = "metadata.jsonl"
+TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")
+CAPTIONS = (".txt", ".caption")
+KOHYA_NAME = re.compile(r"(\d+)_(.*\S)")  # repeats and class
 MAPS = ("cond", "conditioning_image")  # keys and columns with maps; the second is diffusers' word
 PICTURES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
@@ -72,14 +78,17 @@ class FoundPicture(NamedTuple):
     fault: str | None = None
 
 
-def found_in(folder: Path, without: Iterable[Path], say: Callable[[str], None]) -> list[FoundPicture]:
-    """All pictures of a folder. `without`: files and folders to skip."""
+def found_in(
+    folder: Path, without: Iterable[Path], say: Callable[[str], None], text_column: str | None = None
+) -> list[FoundPicture]:
+    """All pictures of a folder. `without`: files and folders to skip. `text_column`: the key of captions in its
+    metadata.jsonl, if it is unusual."""
     if not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r}; --data wants a folder of captioned pictures")
     without = list(without)
     files = files_below(folder, without, refused)
     metadata = file_named(folder, METADATA)
-    found = list(of_metadata(metadata, others(folder, without)) if metadata else of_pairs(files))
+    found = list(of_metadata(metadata, others(folder, without), text_column) if metadata else of_pairs(files, say))
     used = {os.path.abspath(path) for one in found for path in (one.path, one.mask, one.map) if path}
     bare = {path.with_suffix("") for path in files if is_picture(path) and not is_beside(path)}
     rest = [path for path in files if os.path.abspath(path) not in used]
@@ -94,8 +103,15 @@ def found_in(folder: Path, without: Iterable[Path], say: Callable[[str], None]) 
     return found
 
 
-def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[FoundPicture]:
-    folder = file.parent
+def kohya_folders(folder: Path) -> list[tuple[Path, int, str]]:
+    """Its folders whose names have repeats and a class, as kohya's trainer (sd-scripts) wants them, with both."""
+    there = [path for path in sorted(folder.iterdir()) if path.is_dir() and not hidden(path.name)]
+    named = [(path, KOHYA_NAME.fullmatch(path.name)) for path in there]
+    return [(path, int(name[1]), name[2].strip()) for path, name in named if name and int(name[1])]
+
+
+def of_metadata(file: Path, without: Sequence[Path] = (), text_column: str | None = None) -> Iterator[FoundPicture]:
+    folder, keys, seen = file.parent, (text_column,) if text_column else TEXT_COLUMNS, False
     try:
         lines = lines_of(file)
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +121,8 @@ def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[FoundPictu
             continue
         try:
             row = parsed_json(line)
-            texts = row.get("text", ())
+            seen = seen or text_column in row
+            texts = next((row[key] for key in keys if row.get(key)), ())
             texts = texts if isinstance(texts, list) else [texts] if texts else []
             mask = folder / row["mask"] if row.get("mask") else None
             map = next((folder / row[key] for key in MAPS if row.get(key)), None)
@@ -114,17 +131,23 @@ def of_metadata(file: Path, without: Sequence[Path] = ()) -> Iterator[FoundPictu
             one = FoundPicture(folder / f"{file.name} line {number}", fault='not {"file_name": ..., "text": ...}')
         if not lies_in(one.path.resolve(), without):
             yield one
+    if text_column and not seen:
+        raise UserError(f"{file}: no line has {text_column!r}; name another with --text-column, or leave it out")
 
 
-def of_pairs(files: Sequence[Path]) -> Iterator[FoundPicture]:
+def of_pairs(files: Sequence[Path], say: Callable[[str], None]) -> Iterator[FoundPicture]:
     captions: dict[Path, list[Path]] = {}
     beside: dict[tuple[Path, bool], list[Path]] = {}  # a picture's masks, and its maps
     for path in files:
-        if suffix_of(path) == ".txt":
+        if suffix_of(path) in CAPTIONS:
             captions.setdefault(path.with_suffix(""), []).append(path)
         elif is_beside(path):
             beside.setdefault((masked(path), is_map(path)), []).append(path)
-    for path in (p for p in files if is_picture(p) and not is_beside(p)):
+    pictures = [path for path in files if is_picture(path) and not is_beside(path)]
+    if several := [these for p in pictures if len(these := captions.get(p.with_suffix(""), [])) > 1]:
+        names = " and ".join(path.name for path in several[0])
+        say(f"{len(several)} pictures have captions in several files ({names}); one is picked at random each time")
+    for path in pictures:
         bare = path.with_suffix("")
         masks, maps = beside.get((bare, False), []), beside.get((bare, True), [])
         for what, these in (("masks", masks), ("maps", maps)):

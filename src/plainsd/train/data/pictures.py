@@ -196,6 +196,7 @@ def read_pictures(
     bad_share: float = 0.01,
     check: bool = True,
     caption: str | None = None,
+    text_column: str | None = None,
     repeats: int = 1,
     limit: int | None = None,
     known: Path | None = None,
@@ -205,10 +206,11 @@ def read_pictures(
     """All captioned pictures of a folder. Broken pictures and empty captions are left out, counted and listed.
 
     More than `bad_share` of them is a UserError: then the folder itself is wrong. `caption` is for pictures without
-    one. `known`: a cache file of checked pictures. `without`: files and folders to skip.
+    one; `text_column` is the key of captions in metadata.jsonl. `known`: a cache file of checked pictures. `without`:
+    files and folders to skip.
     """
     folder = Path(folder)
-    found = found_in(folder, without, say)
+    found = found_in(folder, without, say, text_column)
     if not found:
         raise UserError(f"{folder}: no pictures; put metadata.jsonl there, or pairs such as cat.png and cat.txt")
     spare = (caption,) if caption else ()

@@ -14,6 +14,7 @@ from plainsd.models.vae import VAE
 from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.model import StableDiffusion
 from plainsd.train.checkpoints import checkpoints, saving
+from plainsd.train.checks import as_flag
 from plainsd.train.data.ahead import PixelsOf, pictures_ahead
 from plainsd.train.data.captions import cut_captions
 from plainsd.train.data.crops import Framing, check_whole_latents
@@ -25,8 +26,8 @@ from plainsd.train.data.live import LiveLatents
 from plainsd.train.data.pictures import PictureSet, described, joined_sets, some_texts
 from plainsd.train.data.record import changes, picture_digests
 from plainsd.train.data.scenes import SCENE_PREFIX
-from plainsd.train.data.sources import parse_source, read_source
-from plainsd.train.options import TrainOptions, given
+from plainsd.train.data.sources import folder_of, is_listed, is_table, read_source
+from plainsd.train.options import Data, TrainOptions, given
 from plainsd.train.order import Bucketed, Repeated
 from plainsd.train.processes import World
 
@@ -49,7 +50,8 @@ class RunData:
         check_whole_latents(size, vae.factor)
         shape = Framing(data.buckets, multiple=size_multiple(vae)) if data.buckets else Framing()
         framing = replace(shape, crop=data.crop, places=data.places, flip=data.flip)
-        sources = [Path(parse_source(source)[0]) for source in self.options.data]
+        sources = [folder_of(source) for source in self.options.data]
+        self._check_columns()
         found = joined_sets(self._read(source, size, data.heldout, prior) for source in self.options.data)
         pictures = PictureSet(found.items, size, framing, data.shuffle_tags)
         if framing != Framing() and any(item.computed for item in pictures.items):
@@ -84,11 +86,31 @@ class RunData:
         if checkpoints(self.options.out / "checkpoints") and (line := changes(digests, self.options.out, part)):
             self.world.say(line)
 
+    def _check_columns(self) -> None:
+        """A UserError for options of tables where none is read."""
+        data, sources = self.options.reading, [*self.options.data]
+        if data.heldout:
+            sources.append(str(data.heldout))
+        names = [
+            name
+            for name in ("text_column", "picture_column", "split", "stream")
+            if getattr(data, name) != getattr(Data, name)
+        ]
+        if not names or any(is_table(source, [self.options.out]) for source in sources):
+            return
+        if names == ["text_column"] and any(is_listed(source) for source in sources):
+            return
+        raise UserError(
+            f"{as_flag(names[-1])} is for parquet files, tar shards and datasets on the hub, and there is none in "
+            f"--data {' '.join(sources)}; leave it out",
+            field=names[-1],
+        )
+
     def _read(self, source: str, size: int, *others: Path | None, heldout: bool = False) -> PictureSet:
         """One source, without other sources and the run's folder, which may lie inside it."""
         data = self.options.reading
         without = (*filter(None, others), self.options.out)
-        place = Path(parse_source(source)[0]).resolve()
+        place = folder_of(source).resolve()
         for other in without:
             if other.exists() and place in other.resolve().parents:
                 self.world.say(f"{other} lies in {source}, and is not taken for a part of it")

@@ -1,12 +1,15 @@
 """Captioned pictures from any source: a folder, parquet files, tar shards, a dataset on the hub.
 
-cats                     a folder with metadata.jsonl, or with name.png + name.txt pairs; needs nothing else
-cats:10                  any source: ten times an epoch
-shards/ or one.parquet   parquet files with a picture and a text column      }
-shards/ or one.tar       tar files in the webdataset form                    } these need the `datasets` library,
-pictures/                pictures with metadata.csv or metadata.parquet      } see tables.py
-owner/name[@revision]    a dataset on the hub                                }
-emoji:SET.json           scenes of emoji, drawn when they are wanted: see plainsd.emoji.scenes
+    cats                     a folder with metadata.jsonl, or with name.png + name.txt pairs; needs nothing else
+    kohya:dogs               a folder of folders such as `10_sks dog`, as kohya's trainer (sd-scripts) reads it
+    cats:10                  any source: ten times an epoch
+    shards/ or one.parquet   parquet files with a picture and a text column      }
+    shards/ or one.tar       tar files in the webdataset form                    } these need the
+    pictures/                pictures with metadata.csv or metadata.parquet      } `datasets` library
+    owner/name[@revision]    a dataset on the hub                                }
+    emoji:SET.json           scenes of emoji, drawn when they are wanted: see plainsd.emoji.scenes
+
+What a folder may hold is said in folders.py, what a row in tables.py.
 """
 
 import re
@@ -15,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from plainsd.errors import UserError
-from plainsd.listing import file_named, files_below, suffix_of
-from plainsd.train.data.folders import METADATA, PLAIN_READING, Reading, is_picture, refused
-from plainsd.train.data.pictures import PictureSet, read_pictures, scan
+from plainsd.listing import file_named, files_below, lies_in, others, suffix_of
+from plainsd.train.data.folders import METADATA, PLAIN_READING, Reading, first_few, is_picture, kohya_folders, refused
+from plainsd.train.data.pictures import PictureSet, joined_sets, read_pictures, scan
 from plainsd.train.data.scenes import SCENE_PREFIX, read_scenes
 from plainsd.train.data.tables import dataset_rows, fetched_rows
 
+KOHYA_PREFIX = "kohya:"
 SOURCE = re.compile(r"(.+?)(?::(\d+))?")  # with a number of repeats
 HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -29,7 +33,13 @@ def read_source(
     source: str, size: int, cache: Path, reading: Reading = PLAIN_READING, say: Callable[[str], None] = print
 ) -> PictureSet:
     """The pictures of one source, checked. `cache` is a folder for downloads, conversions and scans."""
-    place, repeats = parse_source(source)
+    return read_place(*parse_source(source), size, cache, reading, say)
+
+
+def read_place(
+    place: str, repeats: int, size: int, cache: Path, reading: Reading, say: Callable[[str], None]
+) -> PictureSet:
+    """A source without the number of repeats, and that number."""
     if place.startswith(SCENE_PREFIX):
         if reading.caption or reading.stream or reading.text_column or reading.picture_column:
             raise UserError(
@@ -37,7 +47,13 @@ def read_source(
                 "--picture-column"
             )
         return PictureSet(read_scenes(place, heldout=reading.heldout, limit=reading.limit, repeats=repeats), size)
-    path, known = Path(place), cache / "scanned.json"
+    path, known = Path(place.removeprefix(KOHYA_PREFIX)), cache / "scanned.json"
+    if place.startswith(KOHYA_PREFIX):
+        parts = kohya_parts(path, reading, say)
+        return joined_sets(
+            read_place(str(part), repeats * times, size, cache, replace(reading, caption=caption), say)
+            for part, times, caption in parts
+        )
     kind, files = source_kind(path, reading.without)
     if kind is None and not path.exists() and not HUB_NAME.fullmatch(place):
         raise UserError(
@@ -45,11 +61,14 @@ def read_source(
             "tar files, or a dataset on the hub such as owner/name"
         )
     if kind == "folder":
+        for named, _, _ in [] if file_named(path, METADATA) else kohya_folders(path)[:1]:
+            say(f"{path}: {named.name!r} is read like any folder; with --data 'kohya:{path}' its name counts")
         pictures = read_pictures(
             path,
             size,
             bad_share=reading.bad_share,
             caption=reading.caption,
+            text_column=reading.text_column,
             repeats=repeats,
             known=known,
             limit=reading.limit,
@@ -67,6 +86,42 @@ def read_source(
             raise UserError(f"{place}: no rows; give a dataset with pictures")
         pictures = PictureSet(scan(rows, place, reading.bad_share, known=known, say=say), size)
     return pictures
+
+
+def kohya_parts(folder: Path, reading: Reading, say: Callable[[str], None]) -> list[tuple[Path, int, str]]:
+    """Of each folder `10_sks dog` in a folder the path, the repeats, and the caption of pictures without one: the
+    class, if --caption does not say another. Pictures beside those folders are reported."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {str(folder)!r}; {KOHYA_PREFIX} wants one with folders such as '10_sks dog'")
+    parts = [
+        (path, repeats, reading.caption or words)
+        for path, repeats, words in kohya_folders(folder)
+        if not lies_in(path.resolve(), others(folder, reading.without))
+    ]
+    if not parts:
+        raise UserError(f"{folder} has no folders such as '10_sks dog' (repeats and class); leave {KOHYA_PREFIX} out")
+    files = files_below(folder, [*reading.without, *(path for path, _, _ in parts)], refused)
+    if rest := [path.relative_to(folder) for path in files if is_picture(path)]:
+        say(f"{folder}: {len(rest)} not used, outside of folders such as '10_sks dog': {first_few(rest)}")
+    return parts
+
+
+def is_table(source: str, without: Iterable[Path] = ()) -> bool:
+    """Whether a source has columns and splits."""
+    place, _ = parse_source(source)
+    return not place.startswith((SCENE_PREFIX, KOHYA_PREFIX)) and source_kind(Path(place), without)[0] != "folder"
+
+
+def is_listed(source: str) -> bool:
+    """Whether a source has a metadata.jsonl."""
+    folder = folder_of(source)
+    parts = [path for path, _, _ in kohya_folders(folder)] if source.startswith(KOHYA_PREFIX) else []
+    return any(path.is_dir() and file_named(path, METADATA) is not None for path in (folder, *parts))
+
+
+def folder_of(source: str) -> Path:
+    """Where a source's files lie."""
+    return Path(parse_source(source)[0].removeprefix(KOHYA_PREFIX))
 
 
 def parse_source(source: str) -> tuple[str, int]:

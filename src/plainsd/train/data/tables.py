@@ -23,10 +23,9 @@ from plainsd.errors import UserError
 from plainsd.listing import lies_in, others
 from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture
-from plainsd.train.data.folders import MAPS, Reading, spoken
+from plainsd.train.data.folders import MAPS, TEXT_COLUMNS, Reading, spoken
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
-TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description", "json")
 MAP_COLUMN = re.compile(rf"({'|'.join(MAPS)})(\.\w+)?", re.IGNORECASE)
 MASK_COLUMN = re.compile(r"mask(\.\w+)?", re.IGNORECASE)  # in tar files with the ending: 0.mask.png
 
