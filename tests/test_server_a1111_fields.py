@@ -250,7 +250,7 @@ def test_masks_are_blurred_across_and_down_and_may_be_painted_in_alpha(server):
 
 def test_models_by_title_file_and_hash(server):
     models = server.service.models
-    models.known["other"].hash = "0123abcd45"
+    models.known["other"].hashes = (("model", "0123abcd45"),)
     for title in ("other", "other.safetensors", "other.safetensors [0123abcd45]", "sd/other.ckpt", "0123abcd45"):
         assert model_of(title, models) == "other", title
     assert model_of(None, models) is None and model_of("none such.safetensors", models) == "none such.safetensors"

@@ -8,13 +8,17 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
+import torch
+from conftest import TINY, TINY_REFINER, TINY_XL, noise_picture, tiny_sd
 from PIL import Image
-from serving import Brake, alike, embedding_file, lora_file, model_folder, open_service, served, until
+from safetensors.torch import save_file
+from serving import Brake, alike, base64_of, embedding_file, lora_file, model_folder, open_service, served, until
+from test_control_pictures import tiny_net
 from webuiapi import WebUIApi
 
 import plainsd
 from plainsd.files.hashes import weights_hash
+from plainsd.pictures.control import Control
 from plainsd.pictures.images import read_settings
 from plainsd.server.folders import read_cached
 
@@ -94,6 +98,76 @@ def test_a_picture_names_its_weights(server, folder):
     assert hashes["model"] == weights_hash(Path(model_folder(folder)), "unet")
     models = {row["title"]: row["hash"] for row in server.get("/sdapi/v1/sd-models").json()}
     assert hashes["model"] in models.values()
+
+
+# --- files that change -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changing(tmp_path):
+    """A server whose files may be overwritten, and its folder."""
+    model = model_folder(tmp_path)
+    for place in ("loras", "words", "nets", "upscalers"):
+        (tmp_path / place).mkdir()
+    lora_file(model, tmp_path / "loras" / "ink.safetensors", 0)
+    plainsd.save_control(tiny_net(tiny_sd()), tmp_path / "nets" / "edges.safetensors")
+    service = open_service(
+        [model], tmp_path / "data", loras=tmp_path / "loras", embeddings=tmp_path / "words", controls=tmp_path / "nets"
+    )
+    with served(service) as server:
+        yield server, tmp_path
+
+
+@pytest.mark.parametrize("what", ["lora", "control", "model"])
+def test_a_file_that_was_replaced_is_read_again(changing, what):
+    """Otherwise a picture is the old file's, and its text has the hash of the new one."""
+    server, folder = changing
+    ask: dict = {"prompt": "a boat"}
+    if what == "lora":
+        ask["loras"] = [{"name": "ink", "strength": 1}]
+    elif what == "control":
+        ask["controls"] = [{"name": "edges", "image": base64_of(noise_picture(64, 64))}]
+    before, _ = picture_of(server, **ask)
+    assert alike(before, picture_of(server, **ask)[0], 0)
+    if what == "lora":
+        lora_file(folder / "tiny", folder / "loras" / "ink.safetensors", 5)
+    elif what == "control":
+        plainsd.save_control(tiny_net(tiny_sd(), 1), folder / "nets" / "edges.safetensors")
+    else:
+        plainsd.save(tiny_sd(seed=7), folder / "tiny")
+    after, told = picture_of(server, **ask)
+    assert not alike(before, after)
+    hashes = dict(read_settings(picture_file(server, told)).hashes)
+    sd = plainsd.load(folder / "tiny", device="cpu", dtype="float32")
+    if what == "lora":
+        plainsd.add_lora(sd, folder / "loras" / "ink.safetensors")
+    net = plainsd.load_control(folder / "nets" / "edges.safetensors", sd)
+    more = {"control": [Control(net, noise_picture(64, 64))]} if what == "control" else {}
+    assert alike(after, plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3, steps=3, **more))[0])
+    assert hashes["model"] == weights_hash(folder / "tiny", "unet")
+    (folder / "tiny").rename(folder / "gone")
+    assert alike(after, picture_of(server, **ask)[0], 0)  # what is in memory draws on
+
+
+def test_words_that_a_lora_brings_along_go_with_it(changing):
+    server, folder = changing
+    for name, count in (("cat", 2), ("cat3", 3)):
+        key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+        none = {f"{key}.lora_down.weight": torch.zeros(4, 32), f"{key}.lora_up.weight": torch.zeros(32, 4)}
+        rows = torch.randn(count, 32, generator=torch.Generator().manual_seed(count)) * 3
+        save_file(none | {"bundle_emb.<mycat>.clip_l": rows}, folder / "loras" / f"{name}.safetensors")
+    plain, _ = picture_of(server, prompt="a <mycat>")
+    two, _ = picture_of(server, prompt="a <mycat>", loras=[{"name": "cat"}])
+    assert not alike(plain, two)
+    assert alike(picture_of(server, prompt="a <mycat>")[0], plain, 0)
+    three, _ = picture_of(server, prompt="a <mycat>", loras=[{"name": "cat3"}, {"name": "ink"}])
+    assert not alike(three, two)
+    assert alike(picture_of(server, prompt="a <mycat>", loras=[{"name": "cat"}])[0], two, 0)
+    embedding_file(folder / "words" / "own.safetensors", 9, "<mycat>")
+    own, told = picture_of(server, prompt="a <mycat>")
+    assert told["settings"]["embeddings"] == ["<mycat>"] and not alike(own, two)
+    (folder / "words" / "own.safetensors").unlink()
+    assert alike(picture_of(server, prompt="a <mycat>")[0], plain, 0)
 
 
 def test_another_autoencoder_for_all_models(folder, tmp_path):

@@ -28,7 +28,7 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.preprocess import INPAINT, preprocessed
 from plainsd.server.canvas import InitImages
 from plainsd.server.errors import APIError
-from plainsd.server.folders import changed_at, named_files, printable_name, read_cached, readable_files
+from plainsd.server.folders import changed_at, changed_below, named_files, printable_name, read_cached, readable_files
 from plainsd.server.jobs.job import ControlInput
 from plainsd.server.limits import Limits
 from plainsd.server.schema import ControlRequest, ImagePromptRequest
@@ -45,7 +45,8 @@ class ControlNets:
     def __init__(self, folder: Path | None):
         self.folder = folder
         self.unusable: dict[str, str] = {}
-        self.loaded: dict[tuple[str, str], ControlNet | T2IAdapter] = {}  # by name and model, most recently used last
+        self.loaded: dict[tuple[Path, int, str], ControlNet | T2IAdapter] = {}
+        """by file, the time of its last change, and model; most recently used last"""
 
     def known(self) -> dict[str, Path]:
         found, self.unusable = of_kind(CONTROL, self.folder)
@@ -79,8 +80,9 @@ class ControlNets:
 
     def net(self, name: str, model: str, sd: StableDiffusion) -> ControlNet | T2IAdapter:
         """Loads a net for a model, which files of differences need."""
-        key = (name, model)
-        net = self.loaded.pop(key, None) or load_control(self.path(name), sd)
+        path = self.path(name)
+        key = (path, changed_below(path), model)
+        net = self.loaded.pop(key, None) or load_control(path, sd)
         self.loaded[key] = net
         for old in list(self.loaded)[:-MAX_LOADED_CONTROLS]:
             del self.loaded[old]

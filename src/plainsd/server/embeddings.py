@@ -136,11 +136,7 @@ def with_embeddings(sd: StableDiffusion, embeddings: Sequence[Embedding]) -> Sta
     """A copy of the model with just these embeddings; all but the token tables is shared."""
     if not embeddings:
         return sd
-    learned = replace(
-        sd,
-        tokenizers=[deepcopy(one) for one in sd.tokenizers],
-        text_encoders=[with_own_table(one) for one in sd.text_encoders],
-    )
+    learned = with_own_words(sd)
     for embedding in embeddings:
         try:
             add_embedding(learned, embedding.path, embedding.text)
@@ -151,9 +147,19 @@ def with_embeddings(sd: StableDiffusion, embeddings: Sequence[Embedding]) -> Sta
     return learned
 
 
+def with_own_words(sd: StableDiffusion) -> StableDiffusion:
+    """A copy that can learn words for itself: it has its own tokenizers and token tables, and shares the rest."""
+    return replace(
+        sd,
+        tokenizers=[deepcopy(one) for one in sd.tokenizers],
+        text_encoders=[with_own_table(one) for one in sd.text_encoders],
+    )
+
+
 def with_own_table(encoder: TextEncoder) -> TextEncoder:
     twin = copy(encoder)
     twin._modules = dict(encoder._modules)
-    twin.token = copy(encoder.token)  # and its adapters, which they share
+    twin.token = copy(encoder.token)
+    twin.token._modules = dict(encoder.token._modules)  # its adapters: those that it has now are shared
     twin.token._parameters = {"weight": nn.Parameter(encoder.token.weight.detach().clone(), requires_grad=False)}
     return twin

@@ -57,6 +57,11 @@ def changed_at(path: Path) -> int:
     return max(found.st_mtime_ns, found.st_ctime_ns)
 
 
+def changed_below(path: Path) -> int:
+    """When a file, or anything in a folder, was changed."""
+    return max(map(changed_at, [path, *path.rglob("*")])) if path.is_dir() else changed_at(path)
+
+
 def readable_files(
     read: Callable[[Path], Content],
     folder: Path | None,

@@ -23,6 +23,7 @@ from plainsd.pictures.image_prompt import ImagePrompt, ImageReader, encoder_of, 
 from plainsd.pictures.model import StableDiffusion
 from plainsd.server.canvas import InitImages
 from plainsd.server.controls import IMAGE_ADAPTER, TOWER, found_by_name, input_name, of_kind, of_unit
+from plainsd.server.folders import changed_below
 from plainsd.server.jobs.job import ImagePromptInput
 from plainsd.server.limits import Limits
 from plainsd.server.schema import ImagePromptRequest
@@ -37,7 +38,8 @@ class ImageAdapters:
     def __init__(self, folder: Path | None):
         self.folder = folder
         self.unusable: dict[str, str] = {}
-        self.loaded: dict[tuple[Path, Path], ImageReader] = {}  # by their files, the one used last at the end
+        self.loaded: dict[tuple[Path, Path, int, int], ImageReader] = {}
+        """by their files and the times of their last changes, the one used last at the end"""
 
     def known(self) -> dict[str, Path]:
         found, self.unusable = of_kind(IMAGE_ADAPTER, self.folder)
@@ -75,8 +77,9 @@ class ImageAdapters:
 
     def reader(self, name: str, encoder: str | None, sd: StableDiffusion) -> ImageReader:
         path = self.path(name)
-        key = (path, self.tower(path, encoder))
-        reader = self.loaded.pop(key, None) or load_image_prompt(*key, device=sd.device, dtype=sd.dtype)
+        tower = self.tower(path, encoder)
+        key = (path, tower, changed_below(path), changed_below(tower))
+        reader = self.loaded.pop(key, None) or load_image_prompt(path, tower, device=sd.device, dtype=sd.dtype)
         self.loaded[key] = reader
         for old in list(self.loaded)[:-KEPT]:
             del self.loaded[old]

@@ -1,5 +1,6 @@
 """The served models, by name: loaded on demand, kept while memory allows."""
 
+import logging
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from plainsd.checkpoint import load, load_vae
 from plainsd.device import choose_device, choose_dtype
 from plainsd.errors import WITH_CHOICES, UserError, unknown
 from plainsd.files.convert import read
-from plainsd.files.hashes import Hashes, hashes, weights_hash
+from plainsd.files.hashes import Hashes, hashes
 from plainsd.files.hub import find
 from plainsd.files.predicted import asked
 from plainsd.files.stored import empties
@@ -34,14 +35,16 @@ from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.pictures.previews import Previewer, previewer
 from plainsd.pictures.settings import UPSCALERS, Settings
 from plainsd.server.controls import ControlNets
-from plainsd.server.embeddings import Embedding, Embeddings, with_embeddings
+from plainsd.server.embeddings import Embedding, Embeddings, with_embeddings, with_own_words
 from plainsd.server.errors import APIError
-from plainsd.server.folders import readable_files
+from plainsd.server.folders import changed_at, changed_below, readable_files
 from plainsd.server.image_prompts import ImageAdapters
 from plainsd.server.prompt_templates import PromptTemplates
 from plainsd.server.upscalers import Upscalers
 from plainsd.speed.model import faster
 from plainsd.text.prompts import lora_tags
+
+log = logging.getLogger("plainsd.server")
 
 NamedLoras = Sequence[tuple[str, float]]
 QUICK = {"steps": 4, "guidance": 2.0}  # of the embedded model: as many objects are right as in 20 steps, less sharp
@@ -94,15 +97,21 @@ class ServedModel:
     bare: StableDiffusion  # without weights: enough to check a request
     bytes: int  # in memory
     noise: dict[str, Any]  # arguments for `load`: what its network predicts, where the file does not say
-    hash: str | None = None  # of its weights, once they were loaded
+    hashes: Hashes = ()  # of its weights and the autoencoder that all models get, as they were when loaded
     sd: StableDiffusion | None = None
+    changed: int = 0  # when its files were, as of loading
     preview: Previewer | None = None
-    loras: tuple[tuple[str, float], ...] | None = None  # those on it
+    loras: tuple[tuple[Path, float, int], ...] | None = None  # those on it, and when their files were changed
+    adapted: StableDiffusion | None = None  # the model with them: itself, or a copy with words that they bring along
     embedded: tuple[tuple[Embedding, ...], StableDiffusion] | None = (
-        None  # last embeddings used, and the model with them
+        None  # last embeddings used, and the adapted model with them
     )
     example_prompts: list[str] = field(default_factory=list)  # from the model's concepts.json
     used: float = field(default_factory=time.monotonic)
+
+    @property
+    def hash(self) -> str | None:
+        return dict(self.hashes).get("model")
 
     @property
     def quick(self) -> dict[str, float] | None:
@@ -160,13 +169,13 @@ class Models:
         """A model, and all that draws a picture of these settings: its networks with just these LoRAs, the words that
         the prompts use, the refiner, the upscaler."""
         model = self.resident(name, loras)
-        assert model.sd is not None  # it is resident
+        assert model.adapted is not None  # it is resident
         embeddings = tuple(self.embeddings.get(text) for text in one.embeddings)
         if model.embedded is None or model.embedded[0] != embeddings:
-            model.embedded = embeddings, with_embeddings(model.sd, embeddings)
+            model.embedded = embeddings, with_embeddings(model.adapted, embeddings)
         sd = model.embedded[1]
         if one.refiner is not None:
-            sd = replace(sd, refiner=self.resident(one.refiner, beside=model).sd)
+            sd = replace(sd, refiner=self.resident(one.refiner, beside=model).adapted)
         if one.hires and one.upscaler not in UPSCALERS:
             sd = replace(sd, upscaler=self.upscalers.network(one.upscaler))
         return model, sd
@@ -174,13 +183,8 @@ class Models:
     def hashes(self, model: ServedModel, loras: NamedLoras, one: Settings) -> Hashes:
         """Of the files that drew a picture of these settings."""
         embeddings = {embedding.text: embedding.path for embedding in map(self.embeddings.get, one.embeddings)}
-        assert model.sd is not None  # it has just drawn
-        return hashes(
-            model.sd.path,
-            self.options.vae,
-            loras=[(name, self.lora(name)) for name, _ in loras],
-            words=embeddings.items(),
-        )
+        adapters = hashes(None, loras=[(name, self.lora(name)) for name, _ in loras], words=embeddings.items())
+        return model.hashes + adapters
 
     def resident(self, name: str, loras: NamedLoras = (), beside: ServedModel | None = None) -> ServedModel:
         """The model with its networks, and just these LoRAs. It is loaded if necessary; others are unloaded for it,
@@ -193,32 +197,47 @@ class Models:
             )
         model = self.known[name]
         model.used = time.monotonic()
+        if model.sd is not None and (now := self.changed(model.sd.path)) and now != model.changed:
+            log.info("model %s was changed on disk and is loaded again", name)
+            self.unload(model)
+            fresh = self.described(model.source)
+            model.bare, model.bytes, model.noise = fresh.bare, fresh.bytes, fresh.noise
         if model.sd is None:
             while self.bytes() + model.bytes > self.budget and (oldest := self.least_recently_used(beside)) is not None:
                 self.unload(oldest)
+            changed = self.changed(find(model.source))
             sd = load(model.source, device=self.device, dtype=self.dtype, vae=self.options.vae, **model.noise)
-            preview, digest = previewer(sd, self.tiny_vae(sd)), weights_hash(sd.path, "unet")
+            preview, known = previewer(sd, self.tiny_vae(sd)), hashes(sd.path, self.options.vae)
             with self.lock:
-                model.sd, model.preview, model.loras, model.hash = sd, preview, None, digest
+                model.sd, model.preview, model.loras, model.hashes, model.changed = sd, preview, None, known, changed
                 self.loads += 1
-        if model.loras != tuple(loras):
-            self.adapt(model, model.sd, loras)
+        files = [(self.lora(file), strength) for file, strength in loras]
+        wanted = tuple((path, strength, changed_at(path)) for path, strength in files)
+        if model.loras != wanted:
+            self.adapt(model, model.sd, wanted)
         return model
 
-    def adapt(self, model: ServedModel, sd: StableDiffusion, loras: NamedLoras) -> None:
+    def changed(self, path: Path | None) -> int:
+        """When a model's files were, and those of the autoencoder that all models get; 0 if they are gone."""
+        times = [changed_below(one) for one in (path, self.options.vae) if one]
+        return max(times) if all(times) else 0
+
+    def adapt(self, model: ServedModel, sd: StableDiffusion, loras: Sequence[tuple[Path, float, int]]) -> None:
         """Puts just these LoRAs on the model, and packs what is not packed. For that, networks that can have LoRAs are
-        made plain first; a model that stays without pays nothing."""
+        made plain first; a model that stays without pays nothing. Words that a LoRA brings along are those of a copy,
+        which shares the networks but for their token tables, and goes with it."""
         for network in adaptable_networks(sd).values():
             make_plain(network)
         for lora in attached(sd):
             lora.remove()
-        model.loras = model.embedded = None  # in case one of these fails
-        for file, strength in loras:
-            add_lora(sd, self.lora(file), strength)
+        model.loras = model.adapted = model.embedded = None  # in case one of these fails
+        adapted = with_own_words(sd) if any(bundled(sd, open_lora(path)) for path, _, _ in loras) else sd
+        for path, strength, _ in loras:
+            add_lora(adapted, path, strength)
         if not self.options.plain:
-            faster(sd)
+            faster(adapted)
         release_freed_memory()  # what loading and packing took and need no more
-        model.loras = tuple(loras)
+        model.loras, model.adapted = tuple(loras), adapted
 
     def tiny_vae(self, sd: StableDiffusion) -> AnyVAE | None:
         """TAESD for previews, if configured."""
@@ -306,7 +325,7 @@ class Models:
 
     def unload(self, model: ServedModel) -> None:
         with self.lock:
-            model.sd = model.preview = model.loras = model.embedded = None
+            model.sd = model.preview = model.loras = model.adapted = model.embedded = None
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
         release_freed_memory()

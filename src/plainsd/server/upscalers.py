@@ -12,7 +12,7 @@ from plainsd.errors import UserError, unknown
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import UPSCALERS
 from plainsd.pictures.upscaling import Upscaler, load_upscaler, spandrel_classes
-from plainsd.server.folders import readable_files
+from plainsd.server.folders import changed_at, readable_files
 
 NETWORK_SUFFIXES = (".pth", ".safetensors")
 MAX_LOADED_UPSCALERS = 2  # networks in memory
@@ -25,7 +25,8 @@ class Upscalers:
         self.folder, self.device = folder, device
         self.unusable: dict[str, str] = {}
         self.lock = threading.Lock()  # used by the worker and by requests
-        self.loaded: dict[str, Upscaler] = {}  # the one used last at the end
+        self.loaded: dict[tuple[Path, int], Upscaler] = {}
+        """by file and the time of its last change, the one used last at the end"""
         if folder is not None:
             spandrel_classes()  # fails early if it is not installed
 
@@ -61,9 +62,10 @@ class Upscalers:
 
     def network(self, wanted: str) -> Upscaler:
         name, path, _ = self.found(wanted)
+        key = (path, changed_at(path))
         with self.lock:
-            network = self.loaded.pop(name, None) or replace(load_upscaler(path, self.device), name=name)
-            self.loaded[name] = network
+            network = self.loaded.pop(key, None) or replace(load_upscaler(path, self.device), name=name)
+            self.loaded[key] = network
             for old in list(self.loaded)[:-MAX_LOADED_UPSCALERS]:
                 del self.loaded[old]
         return network
