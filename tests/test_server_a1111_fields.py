@@ -1,5 +1,7 @@
 """A1111's requests field by field: each acts, or has no part in the picture, or is refused by its name."""
 
+import json
+
 import pytest
 from conftest import noise_picture
 from PIL import Image
@@ -182,6 +184,41 @@ def test_infotext_speaks_where_the_request_does_not(server, sd):
     assert alike(first(over), plainsd.final(expected)[0])
 
 
+def test_a_picture_of_ours_comes_again_from_its_text(server):
+    """Whatever it was drawn like. A1111's own texts are drawn as there."""
+    for like in ({"like": "comfyui"}, {"like": "a1111"}, {}, {"noise": "comfyui"}, {"noise": "nv"}):
+        job = server.drawn(prompt="p", seed=5, steps=2, sampler="euler_a", **like)
+        text = server.get(f"/api/images/{job['images'][0]}").json()["parameters"]
+        again = server.post("/sdapi/v1/txt2img", {"infotext": text}).json()
+        assert json.loads(again["info"])["notes"] == []
+        assert alike(first(again), server.picture(job["images"][0]), 0)
+        cpu = server.post("/sdapi/v1/txt2img", {"infotext": text, "override_settings": {"randn_source": "CPU"}}).json()
+        assert "RNG: CPU" in json.loads(cpu["info"])["infotexts"][0]
+
+
+@pytest.mark.parametrize(("path", "entries"), [
+    ("img2img", ["Hires upscale: 2", "Hires upscaler: Lanczos", "Hires steps: 3", "Hires prompt: else",
+                 "Outpaint: 8 0 8 0"]),
+    ("txt2img", ["Outpaint: 8 0 8 0", "Mask blur: 4", "Masked area padding: 8", "Image CFG scale: 2"]),
+])  # fmt: skip
+def test_entries_of_the_other_request_are_noted(server, path, entries):
+    text = f"p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, {', '.join(entries)}"
+    fields = {"init_images": [base64_of(noise_picture(64, 64))]} if path == "img2img" else {}
+    answer = server.post(f"/sdapi/v1/{path}", {"infotext": text, **fields})
+    assert answer.status_code == 200, answer.text
+    notes = json.loads(answer.json()["info"])["notes"]
+    assert {f"infotext: {entry} has no effect here" for entry in entries} <= {*notes}
+
+
+def test_a_lora_of_the_second_pass_alone_is_noted(server):
+    body = {"enable_hr": True, "hr_scale": 1.5, "hr_prompt": "else <lora:paper:0.5>", "denoising_strength": 0.6}
+    said = "hr_prompt: <lora:paper:0.5> has no effect; the second pass has the LoRAs of prompt"
+    assert said in json.loads(asked(server, **body)["info"])["notes"]
+    same = asked(server, **body | {"prompt": "p <lora:paper:0.5>"})
+    assert json.loads(same["info"])["notes"] == []
+    assert json.loads(asked(server, **body | {"enable_hr": False})["info"])["notes"] == []
+
+
 def test_infotext_brings_a_second_pass_and_a_variation(server, sd):
     text = (
         "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, Denoising strength: 0.6, "
@@ -226,6 +263,26 @@ def test_options_stay_where_a_request_says_so(server):
         assert server.get("/sdapi/v1/options").json()["CLIP_stop_at_last_layers"] == 2
     finally:
         server.post("/sdapi/v1/options", {"CLIP_stop_at_last_layers": 1})
+
+
+def test_a_model_that_stays_is_known_by_its_served_name(server):
+    title = {"sd_model_checkpoint": "other.safetensors [0123]"}
+    try:
+        asked(server, override_settings=title, override_settings_restore_afterwards=False)
+        assert server.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "other"
+        assert server.get("/sdapi/v1/embeddings").status_code == 200
+    finally:
+        server.post("/sdapi/v1/options", {"sd_model_checkpoint": "tiny"})
+
+
+@pytest.mark.parametrize(("scripts", "says"), [
+    ({"controlnet": {"args": ["edges"]}}, "script 'controlnet', unit 0: 'edges' is not an object of fields"),
+    ({"controlnet": {"args": [{}, ["edges"]]}}, "script 'controlnet', unit 1: \"['edges']\" is not an object"),
+    ({"controlnet": {"args": []}, "ControlNet": {"args": []}}, "'controlnet' and 'ControlNet' are the same one"),
+])  # fmt: skip
+def test_units_that_would_be_left_out_are_refused(server, scripts, says):
+    answer = server.post("/sdapi/v1/txt2img", SMALL | {"alwayson_scripts": scripts})
+    assert answer.status_code == 422 and says in answer.json()["detail"]
 
 
 def test_masks_are_blurred_across_and_down_and_may_be_painted_in_alpha(server):

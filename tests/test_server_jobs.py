@@ -29,6 +29,7 @@ from plainsd.server.requests import new_job
 from plainsd.server.restore import picture_as_json, settings_in_file
 from plainsd.server.schema import JobRequest
 from plainsd.speed.model import can_pack, faster
+from plainsd.text.wildcards import settled
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,33 @@ def test_a_grid_is_its_cells_and_a_sheet(opened):
     left = sheet.width - wide + (wide - 64) // 2
     cell = sheet.crop((left, sheet.height - 64, left + 64, sheet.height))
     assert alike(cell, Image.open(service.store.path(rows[5])), 0)
+
+
+def test_a_sheet_of_samplers_comes_again(opened):
+    """Of the spacing that belongs to each sampler the sheet says nothing: it is not one for all."""
+    service = opened()
+    grid = [{"name": "sampler", "values": ["ddim", "dpmpp_2m"]}]
+    job = ended(ask(service, seed=4, grid=grid))
+    assert len({job.settings_of(index).spacing for index in range(2)}) == 2
+    row = next(row for row in service.store.pictures(job=job.id) if row.index == 2)
+    told = picture_as_json(row)["settings"]
+    assert told.get("spacing") is None and told["grid"] == grid
+    kept = ("prompt", "seed", "steps", "guidance", "spacing", "noise", "grid")
+    again = ended(ask(service, **{name: told[name] for name in kept if told.get(name) is not None}))
+    assert [one.spacing for one in again.settings] == [one.spacing for one in job.settings]
+    same = ended(ask(service, seed=4, grid=[{"name": "steps", "values": [1, 2]}]))
+    assert same.settings_of(2).spacing == same.settings_of(0).spacing
+
+
+def test_random_seeds_of_a_grid_are_written_as_drawn(opened):
+    service = opened()
+    grid = [{"name": "seed", "values": ["random", -1, 7]}, {"name": "steps", "values": [1, 2]}]
+    job = ended(ask(service, "{red|green|blue|black|white} boat", grid=grid))
+    seeds = [one.seed for one in job.settings]
+    assert seeds[:3] == seeds[3:] and seeds[2] == 7 and seeds[0] != seeds[1] and min(seeds) >= 0
+    assert job.sheet.across == [f"seed {seed}" for seed in seeds[:3]]
+    prompts = [one.prompt for one in job.settings]
+    assert prompts == [settled("{red|green|blue|black|white} boat", seed) for seed in seeds]
 
 
 def test_names_of_files_come_from_nothing_dangerous(opened):

@@ -105,9 +105,24 @@ def test_what_is_read_in_comfyuis_notation_is_checked_in_it(server, refused):
 ])  # fmt: skip
 def test_settings_of_a_second_pass_need_one(server, refused, name, value):
     error = refused("/api/jobs", {"prompt": "p", name: value})["error"]
-    assert error["field"] == name and error["message"].startswith(f"{name} without a second pass; give hires")
+    said = f"{name.replace('_', ' ')} has no effect without hires; give both, or leave it out"
+    assert error["field"] == name and error["message"] == said
     grid = {"prompt": "p", name: value, "size": [32, 32], "strength": 0.5, "steps": 4}
     assert server.drawn(**grid, grid=[{"name": "hires", "values": [2]}])["state"] == "done"
+
+
+@pytest.mark.parametrize(("name", "value", "need"), [
+    ("upscaler", "lanczos", "hires"), ("variation_seed", 9, "variation_strength"), ("apg_parallel", 0.5, "apg"),
+    ("apg_momentum", 0.1, "apg"),
+])  # fmt: skip
+def test_settings_without_what_they_belong_to_are_refused(server, refused, name, value, need):
+    """Otherwise they would stand in the picture's text, and have had no part in it."""
+    error = refused("/api/jobs", {"prompt": "p", name: value})["error"]
+    assert error["field"] == name
+    assert error["message"] == f"{name.replace('_', ' ')} has no effect without {need.replace('_', ' ')}; give both, " \
+                               "or leave it out"  # fmt: skip
+    with_need = {"prompt": "p", name: value, need: 1.5 if need == "hires" else 0.5, "size": [32, 32], "steps": 4}
+    assert server.drawn(**with_need)["state"] == "done"
 
 
 def test_steps_of_the_second_pass_are_bounded(refused):

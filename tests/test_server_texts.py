@@ -17,7 +17,9 @@ def folder(tmp_path_factory):
     (folder / "wildcards").mkdir()
     (folder / "wildcards" / "colours.txt").write_text("red\ngreen\nblue\n")
     (folder / "wildcards" / "inked.txt").write_text("plain\n<lora:ink:0.5> drawn\n")
-    (folder / "styles.csv").write_text("name,prompt,negative_prompt\nfilm,a still of {prompt},text\noil,in oil,\n")
+    (folder / "styles.csv").write_text(
+        "name,prompt,negative_prompt\nfilm,a still of {prompt},text\noil,in oil,\ninked,<lora:ink:0.5> in ink,\n"
+    )
     lora_file(model_folder(folder), folder / "loras" / "ink.safetensors", 0)
     return folder
 
@@ -101,12 +103,35 @@ def test_styles_lie_around_the_prompt(server):
     assert prompts(server, job, "negative") == ["rain, text"]
     again = server.drawn(prompt="a", hires=1.5, hires_prompt="{b}", strength=1, seed=1, steps=2)
     assert prompts(server, again, "hires_prompt") == ["b"]
-    assert server.get("/api/info").json()["styles"] == ["film", "oil"]
+    assert server.get("/api/info").json()["styles"] == ["film", "oil", "inked"]
     listed = server.get("/sdapi/v1/prompt-styles").json()
     assert listed[0] == {"name": "film", "prompt": "a still of {prompt}", "negative_prompt": "text"}
     body = {"prompt": "a boat", "styles": ["oil"], "seed": 1, "steps": 4}
     info = json.loads(server.post("/sdapi/v1/txt2img", body).json()["info"])
     assert info["prompt"] == "a boat, in oil" and info["styles"] == ["oil"]
+
+
+def test_styles_lie_around_the_prompts_of_a_second_pass_too(server):
+    """A1111: StableDiffusionProcessingTxt2Img.setup_prompts of 1.10."""
+    second = {"hires": 1.5, "hires_prompt": "a ship", "strength": 1, "seed": 1, "steps": 2}
+    job = server.drawn(prompt="a boat", styles=["film", "inked"], **second)
+    assert prompts(server, job, "hires_prompt") == ["a still of a ship,  in ink"]
+    told = server.get(f"/api/images/{job['images'][0]}").json()
+    assert told["loras"] == [{"name": "ink", "strength": 0.5}] and told["settings"]["hires_negative"] is None
+    job = server.drawn(prompt="a boat", styles=["film"], hires_negative="rain", **second)
+    assert prompts(server, job, "hires_negative") == ["rain, text"]
+    plain = server.drawn(prompt="a boat", styles=["film"], hires=1.5, strength=1, seed=1, steps=2)
+    assert prompts(server, plain, "hires_prompt") == [None]  # that of the first pass, which has them
+
+
+def test_loras_that_are_switched_off_are_those_of_styles_too(server):
+    body = {"prompt": "a boat", "styles": ["inked"], "seed": 1, "steps": 4, "width": 64, "height": 64}
+    with_it, off = (
+        server.post("/sdapi/v1/txt2img", body | more).json() for more in ({}, {"disable_extra_networks": 1})
+    )
+    plain = server.post("/sdapi/v1/txt2img", body | {"styles": [], "prompt": "a boat,  in ink"}).json()
+    assert off["images"] == plain["images"] != with_it["images"]
+    assert json.loads(off["info"])["prompt"] == "a boat,  in ink" and json.loads(off["info"])["styles"] == ["inked"]
 
 
 def test_other_apis_read_choices_where_there_is_a_folder(server, plain):

@@ -206,7 +206,7 @@ SEEDS = ("seed", "variation_seed")
 NEEDS = {  # settings without effect, unless another is there too
     **dict.fromkeys(("hires_steps", "hires_sampler", "hires_spacing", "hires_prompt", "hires_negative",
                      "hires_guidance", "upscaler"), "hires"),
-    "variation_seed": "variation_strength", "apg_parallel": "apg",
+    "variation_seed": "variation_strength", "apg_parallel": "apg", "apg_momentum": "apg",
 }  # fmt: skip
 RANDOM = -1  # as a seed
 

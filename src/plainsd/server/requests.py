@@ -14,7 +14,17 @@ from plainsd.pictures.control import Control
 from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.image_prompt import ImagePrompt
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.settings import MASK_OPTIONS, RANDOM, SEEDS, Resolved, Settings, drawn_seed, notes, read_seed
+from plainsd.pictures.settings import (
+    MASK_OPTIONS,
+    RANDOM,
+    SEEDS,
+    Resolved,
+    Settings,
+    check_needs,
+    drawn_seed,
+    notes,
+    read_seed,
+)
 from plainsd.pictures.texts.fields import FIELDS
 from plainsd.pictures.texts.labels import sampler_named, spacing_named
 from plainsd.server.canvas import InitImages, init_images_of
@@ -27,13 +37,15 @@ from plainsd.server.limits import Limits
 from plainsd.server.pool import Models, NamedLoras
 from plainsd.server.prompt_checks import check_prompt_sizes, check_prompts, prompts_in
 from plainsd.server.prompt_templates import PromptTemplates, settled_field
-from plainsd.server.schema import JobRequest
+from plainsd.server.schema import Axis, JobRequest
 from plainsd.server.uploads import check_pixels, without_tags
+from plainsd.text.prompts import lora_tags
 from plainsd.text.wildcard_files import Wildcards
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
                 "hires_negative", "seed_resize", "batch_index", "batch_size", *MASK_OPTIONS)  # fmt: skip
 OF_SECOND_PASS = [name for name in JobRequest.model_fields if name.startswith("hires_")]
+PROMPT_PAIRS = (("prompt", "negative"), ("hires_prompt", "hires_negative"))
 CANVAS_OPTIONS = tuple(name for name in MASK_OPTIONS if name != "soft_mask")  # applied when the canvas was made
 UNIT_FIELDS = {
     "control": "controls",
@@ -101,6 +113,18 @@ def cells(request: JobRequest) -> list[dict[str, Any]]:
     return [dict(pairs) for pairs in product(*reversed(axes))]
 
 
+def with_drawn_seeds(grid: list[Axis] | None) -> list[Axis] | None:
+    """The grid with a seed in place of each random one: its labels say it, and cells draw with it."""
+    return grid and [
+        axis.model_copy(
+            update={"values": [drawn_seed() if str(v).strip().lower() in ("random", "-1") else v for v in axis.values]}
+        )
+        if axis.name.strip().replace(" ", "_") in SEEDS
+        else axis
+        for axis in grid
+    ]
+
+
 def spacing_from(text: str) -> str:
     """By internal name or label."""
     return text if text in SPACINGS else spacing_named(text) or text
@@ -124,15 +148,9 @@ def check_limits(request: JobRequest, limits: Limits) -> None:
 def check_numbers(request: JobRequest) -> None:
     """UserError for the first number out of range or without effect, in the request or the cells of its grid."""
     for cell in cells(request):
-        one = settings_of_cell(request, cell)
-        one.check()
-        given = [name for name in OF_SECOND_PASS if getattr(one, name) is not None]
-        if given and not one.hires:
-            raise UserError(
-                f"{given[0]} without a second pass; give hires, its scale factor, or leave {given[0]} out",
-                field=given[0],
-                value=getattr(one, given[0]),
-            )
+        settings_of_cell(request, cell).check()
+        given = request.choices() | cell
+        check_needs(given.keys(), given.keys())
 
 
 def settings_of_cell(request: JobRequest, cell: dict[str, Any]) -> Settings:
@@ -164,7 +182,8 @@ def new_job(
     random_seeds = [
         name for name in SEEDS if getattr(request, name) == RANDOM or (name == "seed" and request.seed is None)
     ]
-    request = request.model_copy(update={name: drawn_seed() for name in random_seeds})
+    drawn: dict[str, Any] = {name: drawn_seed() for name in random_seeds}
+    request = request.model_copy(update=drawn | {"grid": with_drawn_seeds(request.grid)})
     try:
         check_numbers(request)
         bare = models.refined(model, request.refiner)
@@ -224,9 +243,15 @@ def new_job(
 
 
 def texts_of(request: JobRequest, templates: PromptTemplates) -> dict[str, str]:
-    """The prompts by their fields, those of the second pass too if it has its own, with styles applied."""
+    """The prompts by their fields, those of the second pass too if it has its own, with styles applied (as in A1111).
+    LoRAs of the styles are the first pass's, and act in both."""
     texts = prompts_in(request)
-    texts["prompt"], texts["negative"] = templates.styled(texts["prompt"], texts["negative"], request.styles)
+    for names in PROMPT_PAIRS:
+        own = [texts.get(name, "") for name in names]
+        styled = templates.styled(own[0], own[1], request.styles)
+        for name, text, before in zip(names, styled, own, strict=True):
+            if name in texts:
+                texts[name] = text if name == "prompt" or lora_tags(before)[1] else lora_tags(text)[0]
     return texts
 
 

@@ -26,7 +26,7 @@ def picture_as_json(row: Picture) -> dict[str, Any]:
     """A picture of the history as JSON, with the settings that reproduce it."""
     settings = row.settings
     fields = {name: value for name, value in vars(settings).items() if name in REQUEST_FIELDS}
-    fields |= exact_seeds(settings)
+    fields |= exact_seeds(settings) | {"spacing": settings.spacing or None}
     if grid := grid_in(settings):
         fields = {name: value for name, value in fields.items() if name not in {one["name"] for one in grid}}
         fields["grid"] = grid

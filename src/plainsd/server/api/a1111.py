@@ -29,6 +29,7 @@ from plainsd.server.embeddings import Embedding, incompatibility
 from plainsd.server.errors import APIError, printable
 from plainsd.server.jobs.job import CANCELLED, Job
 from plainsd.server.jobs.pictures import json_seed, with_lora_tags
+from plainsd.server.pool import Models
 from plainsd.server.requests import check_numbers, job_request
 from plainsd.server.schema import JobRequest, clean
 from plainsd.server.service import CurrentUser, Service, client_of, failure_of, user_of
@@ -64,6 +65,7 @@ def routes(service: Service) -> APIRouter:
             native = service.models[fields["model"]].bare.variant.size
             size = (asked.width or native, asked.height or native)
             again = asked.second_pass(size, service.models.upscalers.known())
+            notes += asked.idle_loras() if again else []
             return ParsedRequest(asked, job_request(**fields | {"size": size} | again), notes)
 
         return await submit_and_wait(service, await run_in_threadpool(wanted), request, options)
@@ -107,9 +109,7 @@ def routes(service: Service) -> APIRouter:
         given = known_options(body, "options")
         asked = Common.model_validate({"override_settings": given}).job_fields({}, service.models)
         check_numbers(job_request(**{name: asked.get(name) for name in ("clip_skip", "tiling", "noise", "ensd")}))
-        if "sd_model_checkpoint" in given:
-            given["sd_model_checkpoint"] = service.models[model_of(given["sd_model_checkpoint"], service.models)].name
-        options.update(given)
+        options.update(with_model_name(given, service.models))
         return {}
 
     @router.get("/samplers")
@@ -194,14 +194,20 @@ def parse_request(
     """The request with its infotext applied, and the fields of a JobRequest. APIError for unsupported fields."""
     asked, more, notes = with_infotext(body, service.models, service.limits)
     asked.reject_unsupported()
-    return asked, more | asked.job_fields(options, service.models), notes
+    return asked, asked.job_fields(options, service.models) | more, notes
+
+
+def with_model_name(options: dict[str, Any], models: Models) -> dict[str, Any]:
+    """The options with the served name of their model, which may be said in other ways."""
+    title = options.get("sd_model_checkpoint")
+    return options if title is None else options | {"sd_model_checkpoint": models[model_of(title, models)].name}
 
 
 async def submit_and_wait(service: Service, wanted: ParsedRequest, request: Request, options: dict[str, Any]) -> dict:
     job = await service.submit(wanted.job, client_of(request), "a1111", wanted.init, owner=user_of(request).owner)
     job.notes += wanted.notes
     if wanted.asked.override_settings_restore_afterwards is False:
-        options.update(known_options(wanted.asked.override_settings or {}))
+        options.update(with_model_name(known_options(wanted.asked.override_settings or {}), service.models))
     await service.wait_for_end(job, request)
     if job.state != CANCELLED and (refused := failure_of(job)) is not None:
         raise refused

@@ -36,13 +36,19 @@ INSTEAD = {  # modules that are not supported: how their names begin, why, and w
 def units_of(scripts: dict[str, Any], init_images: list[str] | None = None) -> dict[str, list]:
     """As `controls` and `image_prompts` of a JobRequest. A unit without an image reads that of img2img.
     APIError for fields that are active and not supported."""
-    given = next((name for name in scripts if name.lower() == "controlnet"), "")
+    named = [name for name in scripts if name.lower() == "controlnet"]
+    if len(named) > 1:
+        raise APIError(422, f"scripts {' and '.join(map(repr, named))} are the same one; send all units in one", FIELD)
+    given = named[0] if named else ""
     script = scripts.get(given)
     args = script.get("args", []) if isinstance(script, dict) else script or []
     if not isinstance(args, list):
         raise APIError(422, f"script {given!r}: args is not a list of units", FIELD)
     found: dict[str, list] = {"controls": [], "image_prompts": []}
-    units = [(number, one) for number, one in enumerate(args) if isinstance(one, dict) and one]
+    for number, one in enumerate(args):
+        if one is not None and not isinstance(one, dict):
+            raise APIError(422, f"script {given!r}, unit {number}: {str(one)[:40]!r} is not an object of fields", FIELD)
+    units = [(number, one) for number, one in enumerate(args) if one]
     units = [(number, one) for number, one in units if one.get("enabled", True) not in (False, 0)]
     for number, one in units:
         label = f"script {given!r}, unit {number}" if len(args) > 1 else f"script {given!r}"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.errors import unknown
-from plainsd.pictures.settings import RANDOM, ratio_to
+from plainsd.pictures.settings import RANDOM, plain_number, ratio_to
 from plainsd.server.api.a1111_control import units_of
 from plainsd.server.api.a1111_names import model_of, sampler_of, upscaler_of
 from plainsd.server.api.a1111_table import EMPTY_VALUES, check_scripts, known_options, reject_unsupported
@@ -81,8 +81,10 @@ class Common(BaseModel):
             "styles": self.styles or [],
         } | self.noise_fields(options)  # fmt: skip
         fields |= units_of(self.alwayson_scripts or {}, getattr(self, "init_images", None))
-        if self.disable_extra_networks:
-            fields["prompt"] = lora_tags(self.prompt or "")[0]
+        if self.disable_extra_networks:  # those of styles too
+            styled = models.templates.styled(self.prompt or "", self.negative_prompt or "", self.styles or [])
+            prompt, negative = (lora_tags(text)[0] for text in styled)
+            fields |= {"prompt": prompt, "negative": negative, "styles": []}
         if self.refiner_checkpoint not in (*EMPTY_VALUES, "None", "none"):
             refiner = model_of(self.refiner_checkpoint, models)
             if refiner != fields["model"]:  # there, too, a model does not refine itself
@@ -145,6 +147,17 @@ class Text2Image(Common):
             )
         upscaler = upscaler_of(self.hr_upscaler, networks)
         return {"hires": times, "upscaler": upscaler, "strength": self.denoising_strength} | self.hires_overrides()
+
+    def idle_loras(self) -> list[str]:
+        """Notes on LoRAs that only a prompt of the second pass has."""
+        wanted = lora_tags(self.prompt or "")[1]
+        return [
+            f"{field}: {tag} has no effect; the second pass has the LoRAs of prompt"
+            for field in ("hr_prompt", "hr_negative_prompt")
+            for name, strength in lora_tags(getattr(self, field) or "")[1]
+            if (name, strength) not in wanted
+            for tag in [f"<lora:{name}:{plain_number(strength)}>"]
+        ]
 
     def hires_overrides(self) -> dict[str, Any]:
         """What the second pass draws with, where that is not what the first does."""

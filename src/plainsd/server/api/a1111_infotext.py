@@ -1,14 +1,15 @@
 """A1111's `infotext`: settings in text form, overridden by the request's own fields."""
 
 import re
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.settings import DEFAULTS, Settings, noise_of
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.controls import controls_written
 from plainsd.pictures.texts.fields import FIELDS
-from plainsd.server.api.a1111_fields import FILLS, Common
+from plainsd.server.api.a1111_fields import FILLS, Common, Image2Image, Text2Image
 from plainsd.server.api.a1111_names import model_of
 from plainsd.server.api.a1111_table import known_options
 from plainsd.server.errors import APIError
@@ -18,9 +19,13 @@ from plainsd.server.schema import JobRequest, clean
 
 CommonT = TypeVar("CommonT", bound=Common)
 WITHOUT_A1111_FIELD = (  # settings that requests have no field for there
-    "rescale", "interval", "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "cache",
-    "noise", "ensd", "seed_resize", "batch_index", "batch_size",
+    "rescale", "interval", "perturbed", "threshold", "apg", "apg_parallel", "apg_momentum", "cache", "batch_index",
+    "batch_size",
 )  # fmt: skip
+OF_THE_OTHER_TASK = {  # settings that one of the two requests has no field for
+    Text2Image: ("mask_blur", "masked_padding", "masked_content", "image_guidance"),
+    Image2Image: ("hires", "upscaler", *(name for name in JobRequest.model_fields if name.startswith("hires_"))),
+}
 BY_OPTION = {  # labels of options, whose value is checked as that of the option
     "Face restoration": "face_restoration", "Token merging ratio": "token_merging_ratio",
     "Token merging ratio hr": "token_merging_ratio_hr", "Conditional mask weight": "inpainting_mask_weight",
@@ -63,6 +68,11 @@ def with_infotext(body: CommonT, models: Models, limits: Limits) -> tuple[Common
     said = {name: value for name, value in said.items() if name in known and name not in given}
     body = body.model_copy(update={**said, "override_settings": options})
     more = {name: value for name in WITHOUT_A1111_FIELD if (value := getattr(settings, name)) != DEFAULTS[name]}
+    more["like"] = settings.like or "diffusers"
+    if noise_of(settings) == "comfyui" and "randn_source" not in given.get("override_settings", {}):
+        more["noise"] = "comfyui"
+    without = next((names for kind, names in OF_THE_OTHER_TASK.items() if isinstance(body, kind)), ())
+    idle += written(settings, ("outpaint", *without))
     return body, more, [f"infotext: {entry} has no effect here" for entry in idle]
 
 
@@ -93,7 +103,7 @@ def read_infotext(settings: Settings, other: dict[str, str], models: Models) -> 
     }  # fmt: skip
     options: dict[str, Any] = {
         "CLIP_stop_at_last_layers": settings.clip_skip,
-        "randn_source": "CPU" if settings.noise == "cpu" else "NV",  # the default in A1111 is GPU noise
+        "randn_source": "CPU" if noise_of(settings) == "cpu" else "NV",
         "eta_noise_seed_delta": settings.ensd or 0,
     }
     if settings.seed_resize:
@@ -102,16 +112,20 @@ def read_infotext(settings: Settings, other: dict[str, str], models: Models) -> 
     model = model_of(settings.model, models) or model_of(dict(settings.hashes).get("model"), models)
     if model in models.known:
         options["sd_model_checkpoint"] = model
-    unread = [
-        (key, show(value))
-        for key, name, _, show in FIELDS
-        if (name not in JobRequest.model_fields or name in ("mask_grow", "soft_mask"))
-        and (value := getattr(settings, name)) != DEFAULTS[name]
-    ]
-    unread += controls_written(settings.control, settings.image_prompt)
+    idle += written(settings, ({*DEFAULTS} - JobRequest.model_fields.keys()) | {"mask_grow", "soft_mask"})
+    unread = controls_written(settings.control, settings.image_prompt)
     unread += [("Model", settings.model)] if settings.model and model not in models.known else []
     idle += [f"{key}: {text}" for key, text in unread]
     return {name: value for name, value in fields.items() if value is not None} | {"override_settings": options}, idle
+
+
+def written(settings: Settings, names: Collection[str]) -> list[str]:
+    """Those that are set, as the text has them."""
+    return [
+        f"{key}: {show(value)}"
+        for key, name, _, show in FIELDS
+        if name in names and (value := getattr(settings, name)) != DEFAULTS[name]
+    ]
 
 
 def sides_of(text: str) -> dict[str, int]:

@@ -7,6 +7,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -63,6 +64,8 @@ class Source:
         return {name for name in (self.image, self.hole, self.base, self.alpha, *more) if name}
 
 
+FOLLOWING: dict[str, Any] = {"spacing": "", "eta": None, "hires_spacing": None, "hires_guidance": None}
+"""settings that follow from others where nothing is said, and what says nothing"""
 GRID_SIDES = ("Grid across", "Grid down")  # in a sheet's text
 
 
@@ -74,11 +77,15 @@ class Sheet:
     down: list[str]
     axes: list[tuple[str, list[str]]] = field(default_factory=list)  # settings and their values, across and down
 
-    def shared_settings(self, first: Resolved) -> Resolved:
-        """The settings recorded for the sheet: those of its first picture, with the axes of the grid."""
+    def shared_settings(self, cells: Sequence[Resolved]) -> Resolved:
+        """The settings recorded for the sheet: those of its first picture, with the axes of the grid. Of what follows
+        from another setting, such as a sampler's spacing, only what is the same in all cells."""
+        first, named = cells[0], {name.strip().replace(" ", "_") for name, _ in self.axes}
+        differing = [name for name in FOLLOWING if name not in named and len({getattr(c, name) for c in cells}) > 1]
+        first = replace(first, **{name: FOLLOWING[name] for name in differing})
         sides = zip(GRID_SIDES, self.axes, strict=False)
-        differing = [(side, f"{name}: {', '.join(values)}") for side, (name, values) in sides]
-        return replace(first, other=(*first.other, *differing))
+        axes = [(side, f"{name}: {', '.join(values)}") for side, (name, values) in sides]
+        return replace(first, other=(*first.other, *axes))
 
 
 class Notifier:
@@ -190,7 +197,7 @@ class Job:
 
     def settings_of(self, index: int) -> Resolved:
         if self.sheet is not None and index == len(self.settings):
-            return self.sheet.shared_settings(self.settings[0])
+            return self.sheet.shared_settings(self.settings)
         return self.settings[min(index, len(self.settings) - 1)]
 
     def picture_id(self, index: int) -> str:
