@@ -1,16 +1,20 @@
 """ControlNets in files: every form there and back, told by contents, and what is wrong in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_XL, tiny_sd
 from diffusers import ControlNetModel, ControlNetUnionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_control_pictures import HINT, picture_of, tiny_net
 
 import plainsd
 from plainsd.cli import main
+from plainsd.commands.control import asked_controls, map_of
+from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
 from plainsd.files.control import XL_MID, XL_SMALL, is_control, known_unets, open_control
 from plainsd.files.names import places
@@ -319,6 +323,25 @@ def test_the_extensions_text_is_read():
     text = f"a\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512x512, {EXTENSION}, Version: v1.10.1"
     (note,) = parse_settings(text).control
     assert note == ControlNote("canny", "control_v11p_sd15_canny [d14c016b]", 0.75, 0.1, 0.9, "control")
+    text = text.replace("Pixel Perfect: True", "Pixel Perfect: False").replace("A: 100.0", "A: 30.0")
+    (own,) = parse_settings(text).control
+    assert own == note._replace(thresholds=(30.0, 200.0), resolution=512)
+    (none,) = parse_settings(text.replace("Module: canny", "Module: none")).control
+    assert (none.thresholds, none.resolution) == (None, None)
+
+
+@pytest.mark.parametrize("module", ["canny", "none"])
+def test_a_map_is_made_again_as_it_was(monkeypatch, module):
+    """With the thresholds and the resolution that a text has, unless another preprocessor is asked for."""
+    seen = []
+    monkeypatch.setattr("plainsd.pictures.preprocess.canny", lambda image, *levels: seen.append((image.size, levels)))
+    recorded = [ControlNote("canny", thresholds=(30.0, 60.0), resolution=128)]
+    asked = () if module == "canny" else ("none",)
+    flags = GenerateFlags(control=("net",), control_image=(Path("map.png"),), preprocess=asked)
+    ((_, _, note),) = asked_controls(flags, recorded)
+    monkeypatch.setattr("plainsd.pictures.images.open_picture", lambda *_, **__: Image.new("RGB", (64, 96)))
+    map = map_of(Path("map.png"), note)
+    assert seen == ([((128, 192), (30.0, 60.0))] if module == "canny" else []) and (map is None or map.size == (64, 96))
 
 
 NOTES = (
@@ -326,6 +349,8 @@ NOTES = (
     ControlNote("canny", "net [01234567]", 0.3, 0.25, 0.5, "prompt"),
     ControlNote(guess=True, model="x"),
     ControlNote(kinds=(0, 3), model="union [89abcdef]"),
+    ControlNote("canny", "net [01234567]", thresholds=(30.0, 60.5), resolution=128),
+    ControlNote("canny", "net [01234567]", thresholds=(0.0, 60.0)),
 )
 
 

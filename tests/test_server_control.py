@@ -121,6 +121,20 @@ def test_a_map_is_made_before_anything_is_drawn(server):
         assert error["field"] == field and error["remedy"]
 
 
+def test_how_a_map_was_made_is_written_and_comes_again(server, monkeypatch):
+    monkeypatch.setattr("plainsd.pictures.preprocess.canny", lambda image, *_: image)
+    unit = {"name": "edges", "image": encoded(MAP), "preprocess": "canny", "low": 30, "high": 60, "resolution": 128}
+    job = server.drawn(prompt="a", seed=3, steps=2, controls=[unit])
+    told = server.get(f"/api/images/{job['images'][0]}").json()
+    assert "Processor Res: 128, Threshold A: 30.0, Threshold B: 60.0" in told["parameters"]
+    (again,) = told["controls"]
+    assert {name: again[name] for name in ("low", "high", "resolution")} == {"low": 30, "high": 60, "resolution": 128}
+    usual = server.drawn(prompt="a", seed=3, steps=2, controls=[unit | {"low": 100, "high": 200, "resolution": None}])
+    told = server.get(f"/api/images/{usual['images'][0]}").json()
+    assert "Processor Res: -1, Threshold A: -1.0, Threshold B: -1.0" in told["parameters"]
+    assert not {"low", "resolution"} & told["controls"][0].keys()
+
+
 def test_a1111s_units(server):
     unit = {"enabled": True, "input_image": encoded(MAP), "model": "edges [01234567]", "module": "none", "weight": 0.8,
             "guidance_end": 0.7, "control_mode": "Balanced", "processor_res": 512, "pixel_perfect": False}  # fmt: skip

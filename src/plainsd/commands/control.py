@@ -67,7 +67,7 @@ def chosen_controls(command: GenerateFlags, sd: StableDiffusion, recorded: Seque
     return [
         Control(
             load_control(path, sd),
-            None if map is None else map_of(map, note.module),
+            None if map is None else map_of(map, note),
             note.weight,
             note.start,
             note.end,
@@ -76,6 +76,8 @@ def chosen_controls(command: GenerateFlags, sd: StableDiffusion, recorded: Seque
             kind=note.kinds or None,
             name=control_name(find(path)),
             module=note.module,
+            thresholds=note.thresholds,
+            resolution=note.resolution,
         )
         for path, map, note in asked_controls(command, recorded)
     ]
@@ -99,6 +101,8 @@ def asked_controls(
             mode=command.control_mode or (before.mode if not command.guess else "balanced"),
             guess=command.guess or (before.guess and not command.control_mode),
             kinds=before.kinds if kind is None else (kind,),
+            thresholds=before.thresholds if module == before.module else None,
+            resolution=before.resolution if module == before.module else None,
         )
         yield path, None if module == INPAINT else next(maps, None), note
 
@@ -117,8 +121,10 @@ def nth(given: Sequence[Each], number: int, default: Each) -> Each:
     return given[number if len(given) > 1 else 0] if given else default
 
 
-def map_of(path: Path, module: str) -> Image.Image:
+def map_of(path: Path, note: ControlNote) -> Image.Image:
     from plainsd.pictures.images import open_picture
     from plainsd.pictures.preprocess import preprocessed
+    from plainsd.pictures.settings import THRESHOLDS
 
-    return preprocessed(open_picture(path, background="black"), module)
+    picture = open_picture(path, background="black")
+    return preprocessed(picture, note.module, note.thresholds or THRESHOLDS, note.resolution)

@@ -63,6 +63,8 @@ class Control:
     kind: int | Sequence[int] | None = None  # for a union net: the type of the map, or of each, from 0
     name: str = "control"  # of the net, for the metadata
     module: str = "none"  # the preprocessor, likewise; where there is no map, it makes one of the picture drawn over
+    thresholds: tuple[float, float] | None = None  # its own, likewise ...
+    resolution: int | None = None  # ... and that at which it read the picture
 
     @property
     def images(self) -> list[Image.Image]:
@@ -76,7 +78,7 @@ class Control:
     @property
     def note(self) -> ControlNote:
         values = (self.module, self.name, float(self.strength), float(self.start), float(self.end), self.mode)
-        return ControlNote(*values, self.guess, self.kinds)
+        return ControlNote(*values, self.guess, self.kinds, self.thresholds, self.resolution)
 
     @property
     def prompted_only(self) -> bool:

@@ -12,8 +12,8 @@ from plainsd.models.unet import UNetConfig
 from plainsd.models.variants import VARIANTS
 from plainsd.pictures.control import STRONGEST, Control, with_module
 from plainsd.pictures.model import StableDiffusion
-from plainsd.pictures.preprocess import INPAINT, PREPROCESSORS
-from plainsd.pictures.settings import CONTROL_MODES, ControlNote
+from plainsd.pictures.preprocess import INPAINT
+from plainsd.pictures.settings import CONTROL_MODES, PREPROCESSORS, ControlNote
 
 
 def check_control(

@@ -10,10 +10,7 @@ from PIL import Image
 
 from plainsd.errors import UserError, unknown
 from plainsd.pictures.images import to_rgb
-from plainsd.pictures.settings import INPAINT
-
-PREPROCESSORS = ("none", "canny")
-THRESHOLDS = (100, 200)
+from plainsd.pictures.settings import INPAINT, PREPROCESSORS, THRESHOLDS
 
 
 def preprocessed(

@@ -25,6 +25,8 @@ class ControlNote(NamedTuple):
     mode: str = "balanced"
     guess: bool = False
     kinds: tuple[int, ...] = ()  # types of the maps, for a union net
+    thresholds: tuple[float, float] | None = None  # canny's; None: the usual ones
+    resolution: int | None = None  # of the shorter side, to which the picture is scaled first; None: not at all
 
 
 class ImagePromptNote(NamedTuple):
@@ -38,6 +40,8 @@ class ImagePromptNote(NamedTuple):
     end: float = 1.0
 
 
+PREPROCESSORS = ("none", "canny")  # what makes control maps: see pictures/preprocess.py
+THRESHOLDS = (100, 200)  # canny's
 CONTROL_MODES = {"balanced": "Balanced", "prompt": "My prompt is more important",
                  "control": "ControlNet is more important"}  # fmt: skip
 

@@ -26,6 +26,7 @@ from plainsd.pictures.control import Control, control_name
 from plainsd.pictures.control_checks import mismatch
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.preprocess import INPAINT, preprocessed
+from plainsd.pictures.settings import PREPROCESSORS, THRESHOLDS
 from plainsd.server.canvas import InitImages
 from plainsd.server.errors import APIError
 from plainsd.server.folders import changed_at, changed_below, named_files, printable_name, read_cached, readable_files
@@ -195,8 +196,11 @@ def controls_of(
                 content = png(map)
                 file = input_name(content)
                 files[file] = content
+            made = unit.preprocess in PREPROCESSORS and unit.preprocess != "none"
+            thresholds = (unit.low, unit.high) if made and (unit.low, unit.high) != THRESHOLDS else None
             entry = ControlInput(unit.name, file, unit.strength, unit.start, unit.end, unit.guess, unit.mode,
-                            tuple(unit.kind), unit.preprocess)  # fmt: skip
+                                 tuple(unit.kind), unit.preprocess, thresholds,
+                                 unit.resolution if made else None)  # fmt: skip
             controls.append(as_control(entry, nets.bare(unit.name), map, nets))
             control_inputs.append(entry)
     return controls, control_inputs, files
@@ -237,7 +241,7 @@ def as_control(
 ) -> Control:
     name = control_name(nets.path(entry.net))
     return Control(net, map, entry.strength, entry.start, entry.end, entry.guess, entry.mode, entry.kinds or None, name,
-                   entry.preprocess)  # fmt: skip
+                   entry.preprocess, entry.thresholds, entry.resolution)  # fmt: skip
 
 
 def control_at(

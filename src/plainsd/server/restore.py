@@ -45,7 +45,9 @@ def controls_as_json(notes: tuple[ControlNote, ...]) -> list[dict[str, Any]]:
     """In the form of a request, without their maps."""
     return [
         {"name": note.model.rpartition(" [")[0] or note.model, "strength": note.weight, "start": note.start,
-         "end": note.end, "guess": note.guess, "mode": note.mode, "preprocess": note.module, "kind": list(note.kinds)}
+         "end": note.end, "guess": note.guess, "mode": note.mode, "preprocess": note.module, "kind": list(note.kinds),
+         **(dict(zip(("low", "high"), note.thresholds, strict=True)) if note.thresholds else {}),
+         **({"resolution": note.resolution} if note.resolution else {})}
         for note in notes
     ]  # fmt: skip
 

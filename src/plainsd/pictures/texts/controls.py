@@ -13,8 +13,9 @@ import re
 from collections.abc import Mapping
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import CONTROL_MODES, ControlNote, ImagePromptNote
+from plainsd.pictures.settings import CONTROL_MODES, PREPROCESSORS, THRESHOLDS, ControlNote, ImagePromptNote
 
+THRESHOLD_KEYS = ("Threshold A", "Threshold B")
 UNIT_KEY = re.compile(r"ControlNet \d{1,3}")
 MODES = {label: name for name, label in CONTROL_MODES.items()}
 IMAGE_MODULES = ("ip-adapter-auto", "ip-adapter_clip_sd15", "ip-adapter_clip_h", "ip-adapter_clip_sdxl",
@@ -33,6 +34,9 @@ def controls_written(
 def unit_text(note: ControlNote) -> str:
     more: dict[str, object] = {"Guess Mode": True} if note.guess else {}
     more |= {"Union Kinds": " ".join(map(str, note.kinds))} if note.kinds else {}
+    if note.thresholds:
+        more |= dict(zip(THRESHOLD_KEYS, map(float, note.thresholds), strict=True))
+    more |= {"Processor Res": note.resolution} if note.resolution else {}
     return pairs_text(INPAINT_MODULES[0] if note.module == INPAINT_MODULES[1] else note.module, note, note.mode, more)
 
 
@@ -49,8 +53,7 @@ def pairs_text(module: str, note: ControlNote | ImagePromptNote, mode: str, more
         "Weight": note.weight,
         "Resize Mode": "Just Resize",
         "Processor Res": -1,
-        "Threshold A": -1.0,
-        "Threshold B": -1.0,
+        **dict.fromkeys(THRESHOLD_KEYS, -1.0),
         "Guidance Start": note.start,
         "Guidance End": note.end,
         "Pixel Perfect": False,
@@ -84,6 +87,9 @@ def read_unit(key: str, text: str) -> ControlNote | ImagePromptNote:
                 float(pairs.get("Guidance Start", 0.0)),
                 float(pairs.get("Guidance End", 1.0)),
             )
+        acts = module in PREPROCESSORS and module != "none"
+        low, high = (float(pairs.get(key, -1)) for key in THRESHOLD_KEYS)
+        resolution = int(float(pairs.get("Processor Res", -1)))
         return ControlNote(
             module=INPAINT_MODULES[1] if module in INPAINT_MODULES else module,
             model=pairs.get("Model", "None"),
@@ -93,6 +99,8 @@ def read_unit(key: str, text: str) -> ControlNote | ImagePromptNote:
             mode=MODES[pairs.get("Control Mode", "Balanced")],
             guess=pairs.get("Guess Mode") == "True",
             kinds=tuple(map(int, pairs.get("Union Kinds", "").split())),
+            thresholds=(low, high) if acts and min(low, high) >= 0 and (low, high) != THRESHOLDS else None,
+            resolution=resolution if acts and resolution > 0 and pairs.get("Pixel Perfect") != "True" else None,
         )
     except (ValueError, KeyError) as error:
         raise UserError(f"settings text: {key!r} has a value that cannot be read ({error})") from None

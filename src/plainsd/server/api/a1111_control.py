@@ -3,8 +3,8 @@ prompts."""
 
 from typing import Any
 
-from plainsd.pictures.preprocess import INPAINT, PREPROCESSORS
-from plainsd.pictures.settings import CONTROL_MODES
+from plainsd.pictures.preprocess import INPAINT
+from plainsd.pictures.settings import CONTROL_MODES, PREPROCESSORS
 from plainsd.pictures.texts.controls import IMAGE_MODULES, INPAINT_MODULES
 from plainsd.server.errors import APIError
 from plainsd.server.schema import ControlRequest, ImagePromptRequest

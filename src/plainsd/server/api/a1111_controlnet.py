@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.errors import UserError
 from plainsd.pictures.control import control_name
-from plainsd.pictures.preprocess import PREPROCESSORS, THRESHOLDS
+from plainsd.pictures.settings import PREPROCESSORS, THRESHOLDS
 from plainsd.pictures.texts.controls import IMAGE_MODULES, INPAINT_MODULES
 from plainsd.server.controls import map_within
 from plainsd.server.errors import APIError

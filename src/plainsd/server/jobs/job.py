@@ -30,7 +30,9 @@ class ControlInput:
     guess: bool
     mode: str
     kinds: tuple[int, ...]
-    preprocess: str  # what has made it, for the text
+    preprocess: str  # what has made it, for the text ...
+    thresholds: tuple[float, float] | None = None  # ... and how
+    resolution: int | None = None
 
 
 @dataclass(frozen=True)
