@@ -314,6 +314,19 @@ def test_the_brush_works_from_the_keyboard(page):
     mask.send_keys("e", Keys.SPACE)
     assert page.find("#erase").get_attribute("aria-pressed") == "true"
     assert page.js("return document.getElementById('mask').getContext('2d').getImageData(360, 360, 1, 1).data[3]") == 0
+    page.set("prompt", "nothing is left to redraw alone")
+    assert page.settings(page.drawn())["strength"] == 0.75  # all of it is redrawn
+
+
+def test_lines_drawn_from_the_keyboard_are_undone(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.drop("#drop", "grey.png", png_bytes(Image.new("RGB", (64, 64), "grey")))
+    page.until("!document.getElementById('canvas-tools').hidden")
+    page.find("#mask").send_keys(Keys.SHIFT, Keys.ARROW_LEFT)
+    assert page.js(PAINTED)
+    page.find("#undo").click()
+    assert not page.js(PAINTED)
 
 
 def test_an_error_stands_beside_its_field(page):
@@ -337,8 +350,7 @@ def test_every_field_has_its_place_for_errors(page):
     page.drop("#drop", "grey.png", png_bytes(Image.new("RGB", (64, 64), "grey")))
     page.until("!document.getElementById('canvas-tools').hidden")
     page.find("#mask").send_keys(" ")
-    page.find("#erase").click()
-    page.find("#mask").send_keys(" ")  # painted, and nothing is left of it
+    page.set("mask_grow", -256)  # nothing is left of it
     page.draw()
     page.until("document.querySelector('[data-field=mask] .error')")
     assert "the mask is dark everywhere" in page.find("[data-field=mask] .error").text

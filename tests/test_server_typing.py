@@ -103,6 +103,9 @@ def test_what_is_wrong_while_one_types_is_told_there(page):
     page.set("seed", "7")
     page.set("hires", "2")  # as the strength of its second pass, left out of quick pictures
     page.set("strength", "0.5")
+    page.set("upscaler", "lanczos")
     page.until("document.querySelector('.typed img').naturalWidth === 128")
+    page.until("!document.querySelector('.typed .card-foot button').disabled")
+    assert page.server.get("/api/images").json()["images"][0]["settings"]["upscaler"] == "latent"
     page.find("#typing").click()
     until(lambda: page.server.get("/api/images").json()["images"] == [])

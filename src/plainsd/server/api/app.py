@@ -17,12 +17,13 @@ from plainsd import __version__
 from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.models.variants import edits
 from plainsd.pictures.defaults import size_multiple
-from plainsd.pictures.preprocess import INPAINT, PREPROCESSORS
-from plainsd.pictures.settings import CONTROL_MODES, LIKE, MASKED_CONTENTS, NOISE_OF, RANGES, UPSCALERS
+from plainsd.pictures.preprocess import INPAINT
+from plainsd.pictures.settings import CONTROL_MODES, LIKE, MASKED_CONTENTS, NOISE_OF, PREPROCESSORS, RANGES, UPSCALERS
 from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.a1111_controlnet import controlnet_routes
 from plainsd.server.api.errors import add_errors
+from plainsd.server.api.events import interleaved
 from plainsd.server.api.pictures import add_pictures
 from plainsd.server.api.security import Hosts, SecurityMiddleware, log_in
 from plainsd.server.errors import ERRORS, APIError
@@ -36,6 +37,7 @@ from plainsd.server.service import CurrentUser, Service, client_of, user_of
 from plainsd.server.users import Access
 
 PAGE = Path(str(files("plainsd.server") / "page"))
+MOST_JOBS = 500  # in one answer, or in one stream of events
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -109,7 +111,7 @@ def add_jobs(app: FastAPI, service: Service) -> None:
         return await run_in_threadpool(service.as_json, job)
 
     @app.get("/api/jobs", tags=["jobs"])
-    def all_jobs(user: CurrentUser, limit: Annotated[int, Query(ge=0, le=500)] = 50) -> dict:
+    def all_jobs(user: CurrentUser, limit: Annotated[int, Query(ge=0, le=MOST_JOBS)] = 50) -> dict:
         """Waiting and running jobs, oldest first, and the last ones that ended."""
         with service.queue.changed:
             active = [service.as_json(job) for job in service.queue.jobs.values() if user.sees(job.owner)]
@@ -130,6 +132,16 @@ def add_jobs(app: FastAPI, service: Service) -> None:
         """Server-sent events: `progress` with previews, then `end`."""
         async for name, data in service.events(job):
             if name != "beat":  # FastAPI has its own
+                yield ServerSentEvent(event=name, data=data)
+
+    def all_found(id: Annotated[list[Text], Query(min_length=1, max_length=MOST_JOBS)], user: CurrentUser) -> list[Job]:
+        return [service.job(one, user) for one in dict.fromkeys(id)]
+
+    @app.get("/api/events", tags=["jobs"], response_class=EventSourceResponse)
+    async def events_of_several(jobs: Annotated[list[Job], Depends(all_found)]) -> AsyncIterator[ServerSentEvent]:
+        """The events of several jobs (`?id=A&id=B`) on one connection, until the last of them has ended."""
+        async for name, data in interleaved([service.events(job) for job in jobs]):
+            if name != "beat":
                 yield ServerSentEvent(event=name, data=data)
 
     @app.post("/api/jobs/{id}/cancel", tags=["jobs"])

@@ -1,7 +1,8 @@
 // The page: puts the parts together.
 
 import { $, base64Of, call, toast } from "./api.js";
-import { missing } from "./fields.js";
+import { clearErrors, showError } from "./errors.js";
+import { absent, missing } from "./fields.js";
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
 import * as jobs from "./jobs.js";
@@ -12,7 +13,7 @@ import * as typing from "./typing.js";
 import * as units from "./units.js";
 
 async function draw() {
-  form.clearErrors();
+  clearErrors();
   $("generate").disabled = true;
   try {
     const [body, start, controls, images] = [await form.request(), await paint.kept(), units.kept(), prompts.kept()];
@@ -21,7 +22,7 @@ async function draw() {
     jobs.watch(job);
     if (matchMedia("(max-width: 800px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
   } catch (error) {
-    form.showError(error);
+    showError(error);
   } finally {
     $("generate").disabled = false;
   }
@@ -44,12 +45,18 @@ function taken(place, file, otherwise) {
 async function dropped(file) {
   try {
     const { unused, loras, controls = [], image_prompts: images = [], ...settings } = await call("/api/settings", { image: await base64Of(file) });
-    form.fill(settings, loras);
+    const over = form.onPicture(settings);
+    if (!over) paint.remove();
+    const gone = form.fill(settings, loras);
     const lost = missing(units.fill(controls), prompts.fill(images));
-    const maps = lost && ` Its ${lost} are not in the file: put them in again.`;
     $("prompt").focus();
-    const without = unused.length ? ` No effect here: ${unused.join(", ")}.` : "";
-    toast(`Settings restored from ${file.name}.${maps}${without}`, "Start from the picture", () => startFrom(file));
+    toast([
+      `Settings restored from ${file.name}.`,
+      over && !paint.hasPicture() && "Its start picture is not in the file: put it in again.",
+      lost && `Its ${lost} are not in the file: put them in again.`,
+      gone.length && absent(gone),
+      unused.length && `No effect here: ${unused.join(", ")}.`,
+    ].filter(Boolean).join(" "), "Start from the picture", () => startFrom(file));
   } catch {
     await startFrom(file);
   }
@@ -113,11 +120,11 @@ async function start() {
   await units.restore();
   await prompts.restore();
   gallery.setUp(info);
-  jobs.setUp(() => gallery.load());
-  typing.setUp(info, form.request, () => gallery.load());
+  jobs.setUp(gallery.reload);
+  typing.setUp(info, form.request, gallery.reload);
   await gallery.load();
   await jobs.resume();
   document.documentElement.dataset.ready = "yes";
 }
 
-start().catch((error) => form.showError(error));
+start().catch(showError);

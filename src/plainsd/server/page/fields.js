@@ -35,3 +35,6 @@ export const UNREADABLE = "This picture cannot be read; use PNG, JPEG or WebP.";
 
 // What a picture was drawn with and is not there, in words; empty where nothing is missing.
 export const missing = (maps, images) => [maps && "control maps", images && "image prompts (pictures, masks)"].filter(Boolean).join(" and ");
+
+// Likewise what the server does not have any more.
+export const absent = (names) => `Not on this server: ${names.join(", ")}.`;

@@ -1,9 +1,13 @@
-// The form: from fields to a request and back, and errors beside the field they are about.
+// The form: from fields to a request and back.
 
-import { $, element } from "./api.js";
-import { options } from "./fields.js";
+import { $, element, toast } from "./api.js";
+import { clearErrors } from "./errors.js";
+import { absent, options } from "./fields.js";
+import * as kept from "./kept.js";
+import * as loras from "./loras.js";
 import * as paint from "./paint.js";
 import * as prompts from "./prompts.js";
+import { effective, interval } from "./rules.js";
 import * as units from "./units.js";
 
 const NUMBERS = ["steps", "guidance", "image_guidance", "count", "strength", "mask_blur", "mask_grow", "masked_padding", "hires", "variation_strength", "clip_skip", "eta",
@@ -12,7 +16,6 @@ const TEXTS = ["prompt", "negative", "model", "sampler", "spacing", "seed", "ups
 const CHECKS = ["tiling", "soft_mask"];
 const SIDES = ["left", "top", "right", "bottom"].map((side) => `outpaint-${side}`);
 const OF_MASK = ["mask_blur", "mask_grow", "masked_padding", "masked_content", "soft_mask"];
-const WITH_PICTURE = ["strength", ...OF_MASK];
 const DRAFT = "plainsd.draft";
 let info;
 let lastSeed = null;
@@ -37,14 +40,14 @@ export function setUp(told) {
   $("count").max = info.limits.count;
   $("steps").max = info.limits.steps;
   $("steps-range").max = Math.min(60, info.limits.steps);
-  $("no-loras").hidden = info.loras.length > 0;
-  $("add-lora").hidden = info.loras.length === 0;
   for (const kind of ["loras", "embeddings", "upscalers", "styles"]) {
     $(`unusable-${kind}`).replaceChildren(...Object.entries(info.unusable[kind]).map(
       ([name, why]) => element("li", { textContent: `${name}: ${why}` })));
   }
   units.setUp(info);
   prompts.setUp(info);
+  kept.setUp(edited);
+  loras.setUp(info, edited);
   takeDefaults();
   restoreDraft();
   wire();
@@ -58,18 +61,44 @@ function wire() {
   $("model").onchange = takeDefaults;
   $("idea").onclick = () => {
     const { ideas } = modelOf($("model").value);
-    $("prompt").value = ideas[Math.floor(Math.random() * ideas.length)];
-    $("prompt").dispatchEvent(new Event("input", { bubbles: true }));
+    put("prompt", ideas[Math.floor(Math.random() * ideas.length)]);
     $("prompt").focus();
   };
-  $("swap").onclick = () => ([$("width").value, $("height").value] = [$("height").value, $("width").value]);
-  $("random-seed").onclick = () => ($("seed").value = "");
-  $("last-seed").onclick = () => ($("seed").value = lastSeed);
-  $("add-lora").onclick = () => addLora(info.loras[0], 1);
-  $("form").addEventListener("input", () => {
-    clearErrors();
-    localStorage.setItem(DRAFT, JSON.stringify(draft()));
-  });
+  $("swap").onclick = () => {
+    const { value } = $("width");
+    $("width").value = $("height").value;
+    put("height", value);
+  };
+  $("random-seed").onclick = () => put("seed", "");
+  $("last-seed").onclick = () => put("seed", lastSeed);
+  $("form").addEventListener("input", clearErrors);
+  for (const kind of ["input", "change"]) $("form").addEventListener(kind, save);
+  paint.whenChanged(save);
+}
+
+// The form as it is, for the next time; and what it shows of it.
+function save() {
+  localStorage.setItem(DRAFT, JSON.stringify(draft()));
+  placeStrength();
+}
+
+const edited = (field = $("form")) => field.dispatchEvent(new Event("input", { bubbles: true }));
+
+// By a button, as if it were typed.
+function put(name, value) {
+  $(name).value = value;
+  edited($(name));
+}
+
+// Of the start picture, or of the second pass: beside what it belongs to.
+function placeStrength() {
+  const field = $("strength").closest(".field");
+  const ofHires = !paint.hasPicture() && (Number($("hires").value) > 0 || grid().some((axis) => axis.name === "hires"));
+  const place = ofHires ? $("upscaler") : $("mask_blur");
+  if (ofHires && field.hidden) $("more-section").open = true;
+  field.hidden = !ofHires && !paint.hasPicture();
+  if (ofHires !== $("more-section").contains(field)) place.closest(".field").before(field);
+  $("strength").placeholder = ofHires ? "0.7" : "0.75; mask: 1";
 }
 
 // What suits the model, in place of what suited the one before.
@@ -80,9 +109,9 @@ function takeDefaults() {
   const { size, steps, guidance, sampler } = defaults;
   $("idea").hidden = ideas.length === 0;
   $("image_guidance").closest(".field").hidden = !edits;
-  [$("width").value, $("height").value] = size;
   for (const side of [$("width"), $("height")]) side.min = side.step = model.size_multiple;
-  paint.setNative(size[0]);
+  paint.setNative(size[0], model.size_multiple);
+  [$("width").value, $("height").value] = paint.hasPicture() ? paint.size() : size;
   set("steps", steps);
   set("guidance", guidance);
   const names = Object.entries(info.samplers).map(([name, label]) => [name, label]);
@@ -99,8 +128,7 @@ function takeDefaults() {
 
 // A learned word, at the end of the prompt.
 function write(word) {
-  $("prompt").value = `${$("prompt").value.trimEnd()} ${word}`.trimStart();
-  $("prompt").dispatchEvent(new Event("input", { bubbles: true }));
+  put("prompt", `${$("prompt").value.trimEnd()} ${word}`.trimStart());
   $("prompt").focus();
 }
 
@@ -111,8 +139,8 @@ function set(name, value) {
 
 // A setting as a reader sees it.
 export function worded(name, value) {
-  if (name === "size") return value.join(" × ");
-  const labels = { sampler: info.samplers, spacing: info.spacings }[name] ?? {};
+  if (["size", "seed_resize"].includes(name)) return value.join(" × ");
+  const labels = { sampler: info.samplers, spacing: info.spacings }[name.replace("hires_", "")] ?? {};
   if (name === "grid") return value.map((axis) => `${axis.name.replaceAll("_", " ")} ${axis.values.map((one) => worded(axis.name, one)).join(", ")}`).join(" × ");
   if (typeof value === "boolean") return value ? "yes" : "no";
   return labels[value] ?? [value].flat().join(", ");
@@ -133,16 +161,15 @@ function draft() {
   for (const name of CHECKS) if ($(name).checked) fields[name] = true;
   const styles = [...$("styles").selectedOptions].map((one) => one.value);
   if (styles.length) fields.styles = styles;
-  const [low, high] = $("interval").value.split(",").map((part) => part.trim());
-  if (low && high) fields.interval = [low, high];
+  if ($("interval").value.trim() !== "") fields.interval = $("interval").value;
   fields.size = [Number($("width").value), Number($("height").value)];
   const sides = SIDES.map((id) => Number($(id).value));
   if (sides.some(Boolean)) fields.outpaint = sides;
-  const loras = [...$("loras").children].map((row) => ({
-    name: row.querySelector("select").value, strength: Number(row.querySelector("input").value),
-  }));
-  if (loras.length) fields.loras = loras;
-  return fields;
+  const rows = loras.fields();
+  if (rows.length) fields.loras = rows;
+  const axes = grid();
+  if (axes.length) fields.grid = axes;
+  return { ...fields, ...kept.fields() };
 }
 
 function grid() {
@@ -159,30 +186,37 @@ export async function request() {
   if (controls.length) fields.controls = controls;
   const images = await prompts.request();
   if (images.length) fields.image_prompts = images;
-  if (paint.hasPicture()) Object.assign(fields, await paint.pictures(...fields.size));
+  if (fields.interval) fields.interval = interval(fields.interval);
+  const onlyMasked = fields.masked_padding !== undefined && !fields.outpaint;
+  if (paint.hasPicture()) Object.assign(fields, await paint.pictures(fields.size, onlyMasked));
   else delete fields.outpaint;
-  if (!fields.image && !fields.hires) delete fields.strength;
   if (!fields.mask && !fields.outpaint) for (const name of OF_MASK) delete fields[name];
   if ($("image_guidance").closest(".field").hidden) delete fields.image_guidance;
   if (fields.outpaint) delete fields.size; // the picture's own, and what is added
-  if (!fields.refiner) delete fields.handover;
-  const axes = grid();
-  if (axes.length) {
-    fields.grid = axes;
-    delete fields.count;
-  }
-  return fields;
+  if (fields.grid) delete fields.count;
+  return effective(fields);
 }
 
 // --- back into the form -------------------------------------------------------------------------------------------
 
-export function fill(settings, loras = []) {
+// The settings of a picture, whose size is with what is added at its sides. What is not on this server is returned, in words.
+export function fill(settings, named) {
+  const [left, top, right, bottom] = settings.outpaint ?? [0, 0, 0, 0];
+  const size = settings.size && [settings.size[0] - left - right, settings.size[1] - top - bottom];
+  return apply({ ...settings, size }, named);
+}
+
+// Whether a picture with these settings was drawn over another.
+export const onPicture = ({ strength, hires }) => (strength ?? null) !== null && !hires;
+
+// Settings as the form has them.
+function apply(settings, named = []) {
   const known = modelOf(settings.model);
   if ($("model").value !== known.name) $("model").value = known.name;
   takeDefaults();
   for (const name of [...TEXTS, ...NUMBERS]) {
     if (name in settings) set(name, settings[name]);
-    else if (!["model", "steps", "guidance", "count", ...WITH_PICTURE].includes(name)) set(name, "");
+    else if (!["model", "steps", "guidance", "count"].includes(name)) set(name, "");
   }
   $("model").value = known.name;
   if (!info.samplers[$("sampler").value]) $("sampler").value = "";
@@ -191,67 +225,35 @@ export function fill(settings, loras = []) {
     if (settings[name] === none) set(name, "");
   }
   for (const [name, none] of [["mask_blur", 0], ["mask_grow", 0], ["masked_content", "original"]]) if (settings[name] === none) set(name, "");
-  for (const name of CHECKS) if (name in settings || !WITH_PICTURE.includes(name)) $(name).checked = settings[name] === true;
+  for (const name of CHECKS) $(name).checked = settings[name] === true;
   for (const one of $("styles").options) one.selected = (settings.styles ?? []).includes(one.value);
-  $("interval").value = settings.interval?.join(", ") ?? "";
-  const sides = settings.outpaint ?? ["", "", "", ""];
-  SIDES.forEach((id, i) => set(id, sides[i]));
-  if (settings.size) [$("width").value, $("height").value] = [settings.size[0] - sides[0] - sides[2], settings.size[1] - sides[1] - sides[3]];
-  $("loras").replaceChildren();
-  for (const { name, strength } of loras) addLora(name, strength);
-  $("lora-section").open = loras.length > 0;
+  $("interval").value = [settings.interval ?? []].flat().join(", ");
+  SIDES.forEach((id, i) => set(id, settings.outpaint?.[i]));
+  if (settings.size) [$("width").value, $("height").value] = settings.size;
+  kept.fill(settings, worded);
+  loras.fill(named);
   ["x", "y"].forEach((side, i) => {
     $(`${side}-name`).value = settings.grid?.[i]?.name ?? "";
     $(`${side}-values`).value = settings.grid?.[i]?.values.map((value) => worded(settings.grid[i].name, value)).join(", ") ?? "";
   });
   $("grid-section").open = Boolean(settings.grid);
   clearErrors();
-  localStorage.setItem(DRAFT, JSON.stringify(draft()));
-}
-
-function addLora(name, strength) {
-  const names = info.loras.includes(name) ? info.loras : [name, ...info.loras];
-  const choice = element("select", { ariaLabel: "LoRA" }, ...options(names.map((one) => [one, one])));
-  choice.value = name;
-  const amount = element("input", { type: "number", step: "0.1", min: "-10", max: "10", value: strength, ariaLabel: "Strength" });
-  const remove = element("button", { type: "button", className: "small", textContent: "×", ariaLabel: "Remove this LoRA" });
-  const row = element("div", { className: "lora" }, choice, amount, remove);
-  remove.onclick = () => row.remove();
-  $("loras").append(row);
+  save();
+  const lost = (name) => settings[name] && !$(name).value;
+  return [
+    settings.model && known.name !== settings.model && `model ${settings.model} (${known.name} instead)`,
+    settings.hires && settings.upscaler !== "latent" && lost("upscaler") && `upscaler ${settings.upscaler} (latent instead)`,
+    lost("refiner") && `refiner ${settings.refiner}`,
+    ...(settings.embeddings ?? []).map((word) => !known.embeddings.includes(word) && `embedding ${word}`),
+  ].filter(Boolean);
 }
 
 function restoreDraft() {
   try {
-    const kept = JSON.parse(localStorage.getItem(DRAFT));
-    if (kept) fill(kept, kept.loras);
-    if (kept) [$("width").value, $("height").value] = kept.size;
+    const old = JSON.parse(localStorage.getItem(DRAFT));
+    const gone = old ? apply(old, old.loras) : [];
+    if (gone.length) toast(absent(gone));
   } catch {
     localStorage.removeItem(DRAFT);
   }
-}
-
-// --- errors -------------------------------------------------------------------------------------------------------
-
-export function clearErrors() {
-  $("form-error").textContent = "";
-  for (const old of document.querySelectorAll("[data-field] .error")) old.remove();
-  for (const field of document.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
-}
-
-// Beside the field if the error is about one, or beside the unit of it; else below the button.
-export function showError(error) {
-  clearErrors();
-  const field = error.field && document.querySelector(`[data-field="${CSS.escape(error.field)}"]`);
-  const place = field?.querySelector(`[data-entry="${error.entry}"]`) ?? field;
-  if (!place || place.closest("[hidden]")) {
-    $("form-error").textContent = error.message;
-    return;
-  }
-  for (let inside = place; inside; inside = inside.parentElement) if (inside.tagName === "DETAILS") inside.open = true;
-  const id = `error-${error.field}`;
-  place.append(element("p", { className: "error", id, textContent: error.message, role: "alert" }));
-  const input = place.querySelector("input:not([type=file]), textarea, select");
-  input?.setAttribute("aria-invalid", "true");
-  input?.setAttribute("aria-describedby", id);
-  input?.focus();
 }

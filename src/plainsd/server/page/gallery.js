@@ -1,29 +1,57 @@
 // Everything made, newest first; and one picture at a time, with what made it.
 
 import { $, call, element, toast } from "./api.js";
-import { missing } from "./fields.js";
+import { absent, missing } from "./fields.js";
 import * as form from "./form.js";
 import * as keep from "./keep.js";
+import * as kept from "./kept.js";
 import * as paint from "./paint.js";
 import * as prompts from "./prompts.js";
 import * as selection from "./selection.js";
 import * as units from "./units.js";
 
+const AT_ONCE = 48;
+const MOST = 200; // in one answer
 let shown = []; // pictures, newest first
 let next = null;
-let current = -1;
+let opened = null; // the picture in the viewer
 let loading = 0;
 
-export async function load(more = false, limit = 48) {
+// The newest; or, with `more`, the next ones after those that are there.
+export async function load(more = false) {
   const turn = ++loading;
+  const told = await answer(more ? next : null, AT_ONCE);
+  if (turn === loading) show(more ? [...shown, ...told.images] : told.images, told.next); // else a later search has overtaken this one
+}
+
+// As many as there were, and all that are selected or open: whatever is new, these stay.
+export async function reload() {
+  const turn = ++loading;
+  const length = Math.max(AT_ONCE, shown.length);
+  const oldest = Math.min(...shown.filter(({ id }) => selection.isChosen(id) || id === opened?.id).map(({ number }) => number));
+  const images = [];
+  let before = null;
+  do {
+    const told = await answer(before, Math.min(MOST, Math.max(AT_ONCE, length - images.length)));
+    if (turn !== loading) return;
+    images.push(...told.images);
+    before = told.next;
+  } while (before !== null && (images.length < length || before > oldest));
+  const staying = images.filter(({ number }, i) => i < length || number >= oldest);
+  show(staying, staying.length < images.length ? staying.at(-1).number : before);
+}
+
+function answer(before, limit) {
   const query = new URLSearchParams({ search: $("search").value, limit });
-  if (more && next !== null) query.set("before", next);
+  if (before !== null) query.set("before", before);
   if (onlyFavourites()) query.set("favourites", "true");
-  const told = await call(`/api/images?${query}`);
-  if (turn !== loading) return; // a later search has overtaken this one
-  shown = more ? [...shown, ...told.images] : told.images;
-  next = told.next;
+  return call(`/api/images?${query}`);
+}
+
+function show(images, after) {
+  [shown, next] = [images, after];
   arrange();
+  if (opened) around();
   $("more").hidden = next === null;
   $("empty").hidden = shown.length > 0;
   $("empty").textContent = $("search").value ? "No prompt contains all of these words."
@@ -69,8 +97,8 @@ function tile(picture) {
 }
 
 export function open(id) {
-  const place = shown.findIndex((picture) => picture.id === id);
-  if (place >= 0) view(place);
+  const picture = shown.find((one) => one.id === id);
+  if (picture) view(picture);
 }
 
 // --- one picture --------------------------------------------------------------------------------------------------
@@ -80,17 +108,17 @@ const LABELS = {
   strength: "Denoising strength", negative: "Negative prompt", clip_skip: "Clip skip", eta: "Eta", hires: "Hires upscale",
   upscaler: "Upscaler", variation_seed: "Variation seed", variation_strength: "Variation strength", rescale: "Guidance rescale",
   interval: "Guidance interval", perturbed: "Perturbed-attention guidance", threshold: "Dynamic threshold",
-  apg: "Projected guidance", apg_parallel: "Projected, parallel share", apg_momentum: "Projected, momentum", cache: "DeepCache",
+  apg: "Projected guidance", cache: "DeepCache",
   refiner: "Refiner", handover: "Refiner switch", embeddings: "Embeddings", outpaint: "Outpaint", grid: "X/Y grid",
   image_guidance: "Image guidance", mask_blur: "Mask blur", mask_grow: "Mask grow", masked_padding: "Only masked, padding",
   masked_content: "Masked content", soft_mask: "Soft mask", tiling: "Seamless", like: "Compatible with", noise: "Noise source",
+  ...kept.LABELS,
 };
-const PLAIN = { clip_skip: 1, upscaler: "latent", variation_strength: 0, rescale: 0, perturbed: 0, apg: 0, apg_parallel: 0, apg_momentum: -0.5,
+const PLAIN = { ...kept.PLAIN, clip_skip: 1, upscaler: "latent", variation_strength: 0, rescale: 0, perturbed: 0, apg: 0,
   negative: "", mask_blur: 0, mask_grow: 0, masked_content: "original", soft_mask: false, tiling: false };
 
-function view(place) {
-  current = place;
-  const picture = shown[place];
+function view(picture) {
+  opened = picture;
   const { settings } = picture;
   $("viewer-image").src = picture.url;
   $("viewer-image").alt = settings.prompt;
@@ -107,9 +135,16 @@ function view(place) {
   $("download").download = `${picture.id}.png`;
   $("viewer-favourite").ariaPressed = String(picture.favourite);
   showMap(picture);
-  $("newer").disabled = place === 0;
-  $("older").disabled = place === shown.length - 1;
+  around();
   if (!$("viewer").open) $("viewer").showModal();
+}
+
+// Pictures come and go while one is open, so its place is looked up.
+const place = () => shown.findIndex(({ id }) => id === opened.id);
+
+function around() {
+  $("newer").disabled = place() <= 0;
+  $("older").disabled = [-1, shown.length - 1].includes(place());
 }
 
 // The first control map that it followed, over it, where this browser has drawn it.
@@ -118,7 +153,7 @@ async function showMap(picture) {
   const map = picture.controls.length ? (await keep.keptJob(picture.job))?.controls?.find((one) => one.map)?.map : null;
   if (!map) return;
   const bitmap = await createImageBitmap(map);
-  if (shown[current] !== picture) return;
+  if (opened !== picture) return;
   [$("viewer-map").width, $("viewer-map").height] = [picture.width, picture.height]; // the net reads it scaled to these
   $("viewer-map").getContext("2d").drawImage(bitmap, 0, 0, picture.width, picture.height);
   $("show-map").hidden = false;
@@ -128,27 +163,28 @@ async function showMap(picture) {
 const pair = (label, value) => [element("dt", { textContent: label }), element("dd", { textContent: value })];
 
 function move(by) {
-  if (shown[current + by]) view(current + by);
+  if (place() >= 0 && shown[place() + by]) view(shown[place() + by]);
 }
 
 async function use(withSeed) {
-  const { settings, loras, controls, image_prompts: images, job } = shown[current];
-  const kept = await keep.keptJob(job);
-  form.fill(withSeed ? settings : { ...settings, seed: "" }, loras);
-  const start = kept?.start;
+  const { settings, loras, controls, image_prompts: images, job } = opened;
+  const inputs = await keep.keptJob(job);
+  const gone = form.fill(withSeed ? settings : { ...settings, seed: "" }, loras);
+  const start = inputs?.start;
   if (start) await paint.putBack(start);
   else paint.remove();
-  const lost = missing(units.fill(kept?.controls ?? controls), prompts.fill(kept?.images ?? images));
+  const lost = missing(units.fill(inputs?.controls ?? controls), prompts.fill(inputs?.images ?? images));
   $("viewer").close();
   $("prompt").focus();
-  if (lost) return toast(`Settings restored. Its ${lost} are not in this browser; add them again first.`);
-  if (!start && settings.strength !== null && settings.strength !== undefined && !settings.hires) {
-    return toast("Settings restored. Its start picture is not in this browser; add it again first.");
-  }
-  toast(withSeed ? "Settings restored, with the seed." : "Settings restored, with a new seed each time.");
+  toast([
+    withSeed ? "Settings restored, with the seed." : "Settings restored, with a new seed each time.",
+    !start && form.onPicture(settings) && "Its start picture is not in this browser; add it again first.",
+    lost && `Its ${lost} are not in this browser; add them again first.`,
+    gone.length && absent(gone),
+  ].filter(Boolean).join(" "));
 }
 
-const pictureFile = async () => (await fetch(shown[current].url)).blob();
+const pictureFile = async () => (await fetch(opened.url)).blob();
 
 async function useAsMap() {
   const file = await pictureFile();
@@ -157,29 +193,28 @@ async function useAsMap() {
 }
 
 async function usePicture() {
-  const blob = await pictureFile();
-  await paint.take(blob, Math.sqrt(shown[current].width * shown[current].height));
+  const { width, height } = opened;
+  await paint.take(await pictureFile(), Math.sqrt(width * height));
   $("viewer").close();
   $("start").scrollIntoView({ block: "nearest" });
 }
 
 async function remove() {
-  const { id } = shown[current];
+  const { id } = opened;
   $("viewer").close();
   await selection.remove([id]);
 }
 
 async function markOpened() {
-  const { id } = shown[current];
-  const favourite = !shown[current].favourite;
-  await call("/api/images/favourites", { ids: [id], favourite });
-  shown[current].favourite = favourite; // it stays open, also where the gallery is of favourites alone
-  $("viewer-favourite").ariaPressed = String(favourite);
-  starred(cells()[current], favourite);
+  const [picture, favourite] = [opened, !opened.favourite];
+  await call("/api/images/favourites", { ids: [picture.id], favourite });
+  for (const one of [picture, ...shown]) if (one.id === picture.id) one.favourite = favourite;
+  if (opened === picture) $("viewer-favourite").ariaPressed = String(favourite);
+  for (const cell of cells()) if (cell.dataset.id === picture.id) starred(cell, favourite); // it stays, also where all are favourites
 }
 
 export function setUp(info) {
-  selection.setUp({ cells, reload: () => load(false, Math.min(200, Math.max(48, shown.length))), open }, info.limits.selection);
+  selection.setUp({ cells, reload, open }, info.limits.selection);
   $("favourites").onclick = () => {
     $("favourites").ariaPressed = String(!onlyFavourites());
     load().catch((error) => toast(error.message));
@@ -203,6 +238,7 @@ export function setUp(info) {
   $("newer").onclick = () => move(-1);
   $("older").onclick = () => move(1);
   $("close").onclick = () => $("viewer").close();
+  $("viewer").onclose = () => (opened = null);
   $("viewer").onclick = (event) => event.target === $("viewer") && $("viewer").close();
   $("viewer").onkeydown = (event) => {
     if (event.key === "ArrowLeft") move(-1);

@@ -2,8 +2,9 @@
 
 import { $, call, element, say, toast } from "./api.js";
 import { usedSeed } from "./form.js";
+import { follow } from "./stream.js";
 
-const watched = new Map(); // job id -> card
+const watched = new Set(); // ids of the jobs that have a card
 let finished = () => {};
 
 export function setUp(whenFinished) {
@@ -19,18 +20,16 @@ export function watch(job) {
   if (watched.has(job.id)) return;
   for (const old of document.querySelectorAll(".card.over")) old.remove();
   const card = makeCard(job);
-  watched.set(job.id, card);
+  watched.add(job.id);
   $("stage").prepend(card.root);
-  const events = new EventSource(`/api/jobs/${job.id}/events`);
-  events.addEventListener("progress", (event) => progress(card, JSON.parse(event.data)));
-  events.onerror = () => {
-    if (events.readyState === EventSource.CONNECTING) card.status.textContent = "The server cannot be reached; waiting for it";
-    else lost(card);
-  };
-  events.addEventListener("end", (event) => {
-    events.close();
-    watched.delete(job.id);
-    end(card, JSON.parse(event.data));
+  follow(job.id, {
+    progress: (told) => progress(card, told),
+    end: (told) => {
+      watched.delete(job.id);
+      end(card, told);
+    },
+    waiting: () => (card.status.textContent = "The server cannot be reached; waiting for it"),
+    lost: () => lost(card),
   });
 }
 
@@ -92,13 +91,13 @@ function showFinished(card, job) {
   }
 }
 
-// The server is there, and does not know the job or the reader any more.
+// The server is there, and does not know the job any more.
 function lost(card) {
   watched.delete(card.job.id);
   card.root.classList.add("over");
   card.bar.remove();
   card.cancel.remove();
-  card.status.textContent = "The connection was lost; reload the page.";
+  card.status.textContent = "The server does not know this job any more.";
 }
 
 const ENDS = { done: "Done", cancelled: "Cancelled", failed: "Failed" };

@@ -1,10 +1,12 @@
 // The picture to start from, and the brush that marks what is to be drawn anew.
 
 import { $, base64Of } from "./api.js";
+import { PICTURES } from "./fields.js";
 import * as keep from "./keep.js";
 
 const LONGEST = 768; // of the mask's canvas; it is scaled down when it is sent
 const COLOUR = "#ff3d7f";
+const OPAQUE = 96; // of 255, from which a pixel counts as painted
 let source = null; // ImageBitmap
 let file = null; // that it was read from
 let address = null; // of the file, for others that show it
@@ -14,19 +16,24 @@ let past = [];
 let cursor = null; // of the keyboard, in canvas pixels
 let last = null;
 let native = 512;
+let multiple = 8; // of the sides' pixels
 
 export const hasPicture = () => source !== null;
 export const url = () => address;
 export const whenChanged = (act) => watching.push(act);
 const changed = () => watching.forEach((act) => act());
-export const setNative = (side) => (native = side);
+export const setNative = (...given) => ([native, multiple] = given);
 
-// Takes a file. The form's size becomes that of the picture's shape with about as many pixels as the model draws best.
+// Of the picture's shape, with about as many pixels as the model draws best.
+export function size(side = native) {
+  const ratio = Math.sqrt(source.width / source.height);
+  return [side * ratio, side / ratio].map((pixels) => multiple * Math.max(1, Math.round(pixels / multiple)));
+}
+
+// Takes a file, and gives the form its size.
 export async function take(given, side = native) {
   await setSource(given);
-  const ratio = Math.sqrt(source.width / source.height);
-  const round = (pixels) => Math.max(8, Math.round(pixels / 8) * 8);
-  [$("width").value, $("height").value] = [round(side * ratio), round(side / ratio)];
+  [$("width").value, $("height").value] = size(side);
   show();
   await save();
 }
@@ -86,11 +93,14 @@ function show() {
   changed();
 }
 
-// The fields of a request: the picture at its size, and the mask where something is painted.
-export async function pictures(width, height) {
-  const fields = { image: await base64Of(await scaled(width, height, (context) => context.drawImage(source, 0, 0, width, height))) };
-  if (painted) fields.mask = await base64Of(await mask(width, height));
-  return fields;
+// The fields of a request: the picture at the size that is drawn, and the mask where something is painted. With `onlyMasked` the
+// part under the mask is drawn at that size, and the picture stays as it is.
+export async function pictures(drawn, onlyMasked) {
+  const whole = onlyMasked && painted;
+  const [width, height] = whole ? [source.width, source.height] : drawn;
+  const asItIs = whole && PICTURES.split(",").includes(file.type);
+  const image = asItIs ? file : await scaled(width, height, (context) => context.drawImage(source, 0, 0, width, height));
+  return { image: await base64Of(image), ...(painted ? { mask: await base64Of(await mask(width, height)) } : {}) };
 }
 
 // What is painted, white on black, as a file; null where nothing is.
@@ -100,7 +110,7 @@ export async function mask(width = $("mask").width, height = $("mask").height) {
     context.drawImage($("mask"), 0, 0, width, height);
     const pixels = context.getImageData(0, 0, width, height);
     for (let i = 0; i < pixels.data.length; i += 4) {
-      pixels.data.fill(pixels.data[i + 3] >= 96 ? 255 : 0, i, i + 3);
+      pixels.data.fill(pixels.data[i + 3] >= OPAQUE ? 255 : 0, i, i + 3);
       pixels.data[i + 3] = 255;
     }
     context.putImageData(pixels, 0, 0);
@@ -146,7 +156,7 @@ function place(event) {
 
 function anythingPainted() {
   const { data } = drawing().getImageData(0, 0, $("mask").width, $("mask").height);
-  for (let i = 3; i < data.length; i += 4) if (data[i]) return true;
+  for (let i = 3; i < data.length; i += 4) if (data[i] >= OPAQUE) return true;
   return false;
 }
 
@@ -157,15 +167,10 @@ function keyed(event) {
   if (event.key in moves) {
     const [x, y] = moves[event.key];
     const next = { x: clamp(cursor.x + x, $("mask").width), y: clamp(cursor.y + y, $("mask").height) };
-    if (event.shiftKey) {
-      stroke(cursor, next, erasing());
-      save();
-    }
+    if (event.shiftKey) paintTo(next);
     cursor = next;
   } else if (event.key === " ") {
-    remember();
-    stroke(cursor, cursor, erasing());
-    save();
+    paintTo(cursor);
   } else if (event.key.toLowerCase() === "e" && !event.ctrlKey) {
     $("erase").click();
   } else {
@@ -175,6 +180,13 @@ function keyed(event) {
   const share = (value, whole) => `${Math.round((100 * value) / whole)}%`;
   $("canvas-hint").textContent =
     `Brush at ${share(cursor.x, $("mask").width)} across, ${share(cursor.y, $("mask").height)} down. Space paints; shift and arrows draw a line.`;
+}
+
+function paintTo(next) {
+  remember();
+  stroke(cursor, next, erasing());
+  painted = anythingPainted();
+  save();
 }
 
 const clamp = (value, most) => Math.min(Math.max(0, value), most);

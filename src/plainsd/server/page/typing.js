@@ -2,6 +2,8 @@
 // unless it was kept.
 
 import { $, call, element, toast } from "./api.js";
+import { effective } from "./rules.js";
+import { follow } from "./stream.js";
 
 const WAIT = 120; // milliseconds without another letter
 let info, request, keptOne;
@@ -82,22 +84,16 @@ async function draw() {
 async function few() {
   const body = await request();
   for (const name of ["grid", "hires"]) delete body[name];
-  if (!body.image) delete body.strength;
-  return { ...body, ...quick(), seed: body.seed ?? String(seed), count: 1 };
+  return { ...effective(body), ...quick(), seed: body.seed ?? String(seed), count: 1 };
 }
 
 function ended(id) {
-  return new Promise((resolve, reject) => {
-    const events = new EventSource(`/api/jobs/${id}/events`);
-    events.addEventListener("end", (event) => {
-      events.close();
-      resolve(JSON.parse(event.data));
-    });
-    events.onerror = () => {
-      if (events.readyState === EventSource.CLOSED) reject(new Error("The connection was lost; write on to try again."));
-      else if (card) card.status.textContent = "The server cannot be reached; waiting for it";
-    };
-  });
+  return new Promise((resolve, reject) => follow(id, {
+    progress: () => {},
+    end: resolve,
+    waiting: () => card && (card.status.textContent = "The server cannot be reached; waiting for it"),
+    lost: () => reject(new Error("The server does not know this job any more; write on to try again.")),
+  }));
 }
 
 async function remove(id) {

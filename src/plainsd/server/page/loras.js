@@ -1,0 +1,42 @@
+// LoRAs in the form: a row each.
+
+import { $, element } from "./api.js";
+import { options } from "./fields.js";
+
+let known = [];
+let changed = () => {};
+
+export function setUp(info, whenChanged) {
+  [known, changed] = [info.loras, whenChanged];
+  $("no-loras").hidden = known.length > 0;
+  $("add-lora").hidden = known.length === 0;
+  $("add-lora").onclick = () => {
+    add(known[0], 1);
+    changed();
+  };
+}
+
+function add(name, strength) {
+  const names = known.includes(name) ? known : [name, ...known];
+  const choice = element("select", { ariaLabel: "LoRA" }, ...options(names.map((one) => [one, one])));
+  choice.value = name;
+  const amount = element("input", { type: "number", step: "0.1", min: "-10", max: "10", value: strength, ariaLabel: "Strength" });
+  const remove = element("button", { type: "button", className: "small", textContent: "×", ariaLabel: "Remove this LoRA" });
+  const row = element("div", { className: "lora" }, choice, amount, remove);
+  remove.onclick = () => {
+    row.remove();
+    changed();
+  };
+  $("loras").append(row);
+}
+
+// In place of what is there.
+export function fill(loras) {
+  $("loras").replaceChildren();
+  for (const { name, strength } of loras) add(name, strength);
+  $("lora-section").open = loras.length > 0;
+}
+
+export const fields = () => [...$("loras").children].map((row) => ({
+  name: row.querySelector("select").value, strength: Number(row.querySelector("input").value),
+}));
