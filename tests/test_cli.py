@@ -1,5 +1,6 @@
 """The command line, in this process: what is written, what is said, and the exit codes."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,14 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_REFINER, TINY_XL, pixels, tiny_sd
 from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 import plainsd
 from plainsd.cli import COMMANDS, main
-from plainsd.commands.adapters import chosen_loras, embedding_from_flag, from_flag
+from plainsd.commands.adapters import LoraStrengths, chosen_loras, embedding_from_flag, from_flag
+from plainsd.commands.generate import Generate
 from plainsd.commands.output import Target
+from plainsd.commands.recorded import check_recorded, with_notes
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.settings import Settings
@@ -256,6 +260,51 @@ def test_loras_by_flag_and_by_tag(generate, model, tmp_path):
         assert np.abs(pixels(again) - pixels(styled)).max() <= 1
         assert read_settings(again) == read_settings(styled)
     assert "names the LoRA 'style'" in generate("--from", styled)[2]
+
+
+def test_two_strengths_of_a_lora(generate, model, tmp_path):
+    """One on the text encoders, one on the UNet: drawn as add_lora's two, and recorded."""
+    import torch
+
+    from plainsd.adapters.lora import inject, save_lora
+
+    (tmp_path / "loras").mkdir()
+    sd = plainsd.load(model, device="cpu", dtype="float32")
+    lora = inject(sd, rank=2, alpha=2, text=True, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter += 0.3
+    save_lora(sd, tmp_path / "loras" / "style.safetensors")
+    lora.set_strength(0.25, 0.75)
+    (expected,) = plainsd.final(plainsd.text_to_image(sd, "x", steps=2))
+
+    def made(*arguments):
+        code, out, err = generate(*arguments)
+        assert code == 0, err
+        return Path(out.strip())
+
+    place = ["--lora-folder", tmp_path / "loras"]
+    drawn = made("x <lora:style:te=0.75:unet=0.25>", *place)
+    assert read_settings(drawn).prompt == "x <lora:style:0.75:0.25>"
+    assert np.abs(pixels(drawn) - np.asarray(expected).astype(int)).max() <= 1
+    assert np.abs(pixels(made("x <lora:style:0.25>", *place)) - pixels(drawn)).max() > 5
+    again = made("--from", drawn, "--lora", tmp_path / "loras" / "style.safetensors")
+    assert read_settings(again) == read_settings(drawn) and np.abs(pixels(again) - pixels(drawn)).max() <= 1
+    assert "is not a LoRA with one strength or two ('dyn=4')" in generate("x <lora:style:1:dyn=4>", *place)[2]
+
+
+def test_what_a_workflow_says_without_effect_is_told(generate, tmp_path):
+    def node(kind, **inputs):
+        return {"class_type": kind, "inputs": inputs}
+
+    text = {"text_g": "x", "text_l": "x", "width": 4096, "height": 64}
+    (tmp_path / "flow.json").write_text(json.dumps({
+        "text": node("CLIPTextEncodeSDXL", **text), "empty": node("EmptyLatentImage", width=64, height=64),
+        "sampler": node("KSampler", seed=5, steps=2, cfg=7, sampler_name="euler", scheduler="normal",
+                        positive=["text", 0], latent_image=["empty", 0]),
+    }))  # fmt: skip
+    code, _, err = generate("--from", tmp_path / "flow.json")
+    assert code == 0 and "no effect here: ComfyUI nodes (CLIPTextEncodeSDXL's width 4096)\n" in err
 
 
 def test_embeddings_by_flag(generate, model, tmp_path):
@@ -570,8 +619,85 @@ def test_an_adapter_flag_that_cannot_be_read_names_its_field():
         (partial(from_flag, "a.safetensors:high", "control"), "control"),
         (partial(from_flag, "a.safetensors:high", "image-prompt"), "image_prompt"),
         (partial(embedding_from_flag, "none.pt:<cat>"), "embeddings"),
-        (partial(chosen_loras, [], {"ink": 1.0}, None), "loras"),
+        (partial(chosen_loras, [], {"ink": LoraStrengths(1.0, 1.0)}, None), "loras"),
     ):
         with pytest.raises(UserError) as caught:
             call()
         assert caught.value.field == field
+
+
+# --- words and LoRAs that other programs' texts name -----------------------------------------------------------------
+
+BY_A1111 = "Steps: 2, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, Model: x, {}Version: v1.10.1\n"
+
+
+def embedding_named(path):
+    from safetensors.torch import save_file
+
+    save_file({"emb_params": torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) * 3}, path)
+    return path
+
+
+@pytest.mark.parametrize("negative", ["EasyNegative", "easynegative, bad"])
+def test_embeddings_of_a1111s_texts_are_asked_for(generate, tmp_path, negative):
+    text = tmp_path / "theirs.txt"
+    text.write_text(
+        f"a cat\nNegative prompt: {negative}\n" + BY_A1111.format('TI hashes: "EasyNegative: c74b4e810b03", ')
+    )
+    code, out, err = generate("--from", text)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "made with the embedding 'EasyNegative'; give it with --embedding FILE:EasyNegative" in err
+    file = embedding_named(tmp_path / "EasyNegative.safetensors")
+    code, out, err = generate("--from", text, "--embedding", file)
+    assert code == 0 and read_settings(out.strip()).embeddings == ("EasyNegative",)
+    assert "embedding 'EasyNegative' of the hash c74b4e810b03, and that of" in err
+    now = dict(read_settings(out.strip()).hashes)["embed:EasyNegative"]
+    text.write_text(text.read_text().replace("c74b4e810b03", now))
+    assert "of the hash" not in generate("--from", text, "--embedding", f"{file}:easyNegative")[2]
+    code, _, err = generate("a dog", "--from", text, "--negative", "")  # which have no use for it
+    assert code == 0 and "embedding" not in err
+
+
+def test_loras_of_a_hires_prompt_are_named(generate, tmp_path, model):
+    from serving import lora_file
+
+    text = tmp_path / "theirs.txt"
+    hires = (
+        'Denoising strength: 0.5, Hires prompt: "a dog <lora:two:0.5>", Hires upscale: 1.5, Hires upscaler: Latent, '
+    )
+    text.write_text("a cat <lora:one:0.8>\n" + BY_A1111.format(hires))
+    lora_file(model, tmp_path / "one.safetensors", 1)
+    code, out, err = generate("--from", text, "--lora", tmp_path / "one.safetensors")
+    assert code == 0 and err.count("hires pass") == 1
+    assert f"note: the hires pass of '{text}' was drawn with the LoRAs <lora:two:0.5>" in err
+    assert "no effect here" not in err
+    again = read_settings(out.strip())
+    assert (again.prompt, again.hires_prompt, again.other) == ("a cat <lora:one:0.8>", "a dog ", ())
+    assert "hires pass" not in generate("--from", out.strip(), "--lora", tmp_path / "one.safetensors")[2]
+
+
+@pytest.mark.parametrize(
+    ("texts", "used"),
+    [
+        ({"negative": "EASYNEGATIVE"}, True),
+        ({"prompt": "easynegative, a cat"}, True),
+        ({"hires": 2.0, "hires_prompt": "a (EasyNegative:1.2) cat"}, True),
+        ({"hires": 2.0, "hires_negative": "easynegative"}, True),
+        ({"prompt": "uneasynegatives", "negative": "EasyNegative_2"}, False),
+    ],
+)
+def test_embeddings_are_recorded_where_the_tokenizer_finds_them(tmp_path, texts, used):
+    file = embedding_named(tmp_path / "EasyNegative.safetensors")
+    sd, settings = tiny_sd(), Settings(**{"prompt": "a", **texts})
+    word = plainsd.add_embedding(sd, file)
+    units = [sd.tokenizers[0].units(text) for text in texts.values() if isinstance(text, str)]
+    assert used == any(len(unit) == 2 for text in units for unit in text)
+    found = with_notes(settings, sd, [], {word: file}, None, {})
+    assert found.embeddings == ((word,) if used else ()) and len(found.hashes) == used
+    choices = vars(settings) | {"embeddings": (word,), "model": None, "hashes": ()}
+    command = Generate(from_=tmp_path / "x.png")
+    if used:
+        with pytest.raises(UserError, match="made with the embedding 'EasyNegative'"):
+            check_recorded(command, sd, [settings.prompt], {}, dict(choices))
+    else:
+        check_recorded(command, sd, [settings.prompt], {}, dict(choices))

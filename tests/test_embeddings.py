@@ -8,7 +8,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import plainsd
-from plainsd.adapters.embeddings import add_embedding, add_word, embedding_in, save_embedding, vectors_of
+from plainsd.adapters.embeddings import (
+    add_embedding,
+    add_word,
+    embedding_in,
+    occurs_in,
+    save_embedding,
+    vectors_of,
+)
 from plainsd.errors import UserError
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.reports.info import info
@@ -280,3 +287,19 @@ def test_bad_calls(tmp_path):
     sd.text_encoders[0].token.weight = nn.Parameter(torch.zeros(9, 32))
     with pytest.raises(UserError, match="belong to different models"):
         add_word(sd, "<dog>", [vectors(1)])
+
+
+WORDS = ("kitty", "<kitty>", "bad-hands-5", "Größe", "two words", "k_1", "<k", "k>", "猫", "Cafe\u0301")
+PROMPTS = ("{}", "a {} b", "a{}b", "{}s", "({}:1.2), c", "{}_2", "{}-2", "-{}-", "{}\u0301", "{}½", "a\n{}",
+           "[a:{}:0.5]", "s{} {}", "ab")  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_occurs_where_the_tokenizer_finds_it(word):
+    tokenizer = tiny_sd().tokenizers[0]
+    added = tokenizer.add(word, 1)
+    for prompt in PROMPTS:
+        for form in (word, word.upper(), word.lower(), word.replace(" ", "\n ")):
+            text = prompt.replace("{}", form)
+            assert occurs_in(word, text) == (added in tokenizer.units(text)), text
+    assert not occurs_in("", "a")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import plainsd
+from plainsd.adapters.embeddings import vectors_of
 from plainsd.adapters.layers import LoraConv, LoraLinear, LowRank, attach
 from plainsd.adapters.lora import (
     TARGETS,
@@ -34,6 +35,7 @@ from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.variants import SD2_UNET, VARIANTS, VIT_BIGG, VIT_L, XL_UNET
 from plainsd.pictures.conditioning import size_vector
+from plainsd.reports.info import info
 
 SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
 
@@ -1041,3 +1043,24 @@ def test_bad_calls(sd, tmp_path):
     with pytest.raises(UserError, match="cannot tell"):
         save_lora(sd, tmp_path / "out.safetensors", "peft", lora=first)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "good.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "word", ["lily_cole", "miss_fortune", "road_style", "poly_art", "lora_E", "hra_u", "double_blocks", "lora_te2_x"]
+)
+def test_any_word_may_come_along(tmp_path, word):
+    """Words in a file are no names of adapters."""
+    sd = tiny_sd()
+    o, i = sd.unet.get_submodule("mid.attn.blocks.0.cross_attn.q").weight.shape
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
+    rows = randn(2, sd.text_encoders[0].config.width).float()
+    factors = {f"{module}.lora_down.weight": torch.zeros(2, i), f"{module}.lora_up.weight": torch.zeros(o, 2)}
+    save_file(factors | {f"bundle_emb.{word}.emb_params": rows}, tmp_path / "a.safetensors")
+    assert len(add_lora(sd, tmp_path / "a.safetensors").adapters) == 1
+    assert torch.equal(vectors_of(sd, word)[0], rows)
+    assert "not supported" not in info(tmp_path / "a.safetensors")
+    wrong = {name.replace("to_q", "to_x"): tensor for name, tensor in factors.items()}
+    save_file(wrong | {f"bundle_emb.{word}.emb_params": rows}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="does not fit this model") as caught:
+        add_lora(sd, tmp_path / "b.safetensors")
+    assert "made for" not in str(caught.value)

@@ -225,6 +225,23 @@ def test_the_ends_are_the_models(tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("noted", [True, False], ids=["with our notes", "a stranger's"])
+def test_only_the_first_needs_an_autoencoder(tmp_path, small_families, noted):
+    paths = three(tmp_path, layouts=SINGLES)
+    merge_models(paths, tmp_path / "whole.safetensors", 0.4, difference=True)
+    for path in paths[1:]:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata() if noted else None
+        save_file(
+            {key: t for key, t in load_file(path).items() if not key.startswith("first_stage_model.")}, path, notes
+        )
+    merge_models(paths, tmp_path / "out.safetensors", 0.4, difference=True)
+    whole, out = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "out.safetensors")
+    assert whole.keys() == out.keys() and all(torch.equal(tensor, out[key]) for key, tensor in whole.items())
+    with pytest.raises(UserError, match="holds no autoencoder"):
+        merge_models(paths[1:], tmp_path / "none.safetensors", 0.4)
+
+
 def test_an_inpainting_model_takes_up_a_difference(tmp_path, capsys):
     """As people make them: A inpaints, B is a tuned model, C its base. The first convolution's surplus inputs stay."""
     (a,), (_, b, c) = three(tmp_path / "i", "sd1-inpainting", ("diffusers",)), three(tmp_path / "p")

@@ -3,13 +3,14 @@
 import copy
 import json
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 from conftest import tiny_sd
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -278,3 +279,51 @@ def test_other_kinds_are_refused_by_name(tmp_path, name):
         assert "\n" not in str(caught.value)
         assert f"not supported, {name}" in info(tmp_path)
         (tmp_path / "adapter_config.json").unlink(missing_ok=True)
+
+
+# --- without settings ------------------------------------------------------------------------------------------------
+
+SCALED = {
+    "LoRA": LoraConfig(r=4, lora_alpha=7, target_modules=["to_q"], init_lora_weights=False),
+    "LoHa": peft.LoHaConfig(r=4, alpha=7, target_modules=["to_q"], init_weights=False),
+    "LoKr": peft.LoKrConfig(r=64, alpha=7, target_modules=["to_q"], init_weights=False),  # whole factors
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_an_alpha_that_is_assumed_is_said(unet, sd, tmp_path, kind):
+    saved(unet, SCALED[kind], tmp_path)
+    with warnings.catch_warnings(action="error"):
+        assert {adapter.alpha for adapter in add_lora(sd, tmp_path).adapters.values()} == {7.0}
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.warns(UserWarning, match="taken to be its rank.*put the adapter_config.json that came with it") as said:
+        lora = add_lora(sd, tmp_path)
+    assert len({str(one.message) for one in said}) == 1
+    assert {adapter.scale for adapter in lora.adapters.values()} == {1.0}
+
+
+def test_no_alpha_is_missed_in_the_files_of_others(unet, sd, tmp_path):
+    """Old ones of diffusers have none, as it is the rank; its new ones have settings, kohya's the alphas themselves."""
+    saved(unet, SCALED["LoRA"], tmp_path / "peft")
+    unet = copy.deepcopy(unet)
+    unet.add_adapter(SCALED["LoRA"])
+    layers = get_peft_model_state_dict(unet)
+    unet.save_lora_adapter(tmp_path / "network")
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "pipeline", unet_lora_layers=layers)
+    old = {f"unet.{name.replace('lora_A', 'lora.down').replace('lora_B', 'lora.up')}": t for name, t in layers.items()}
+    save_file(old, tmp_path / "old.safetensors")
+    ours = add_lora(sd, tmp_path / "peft")
+    for naming in ("kohya", "peft", "diffusers"):
+        plainsd.save_lora(sd, tmp_path / f"{naming}.safetensors", naming, lora=ours)
+    theirs = load_file(tmp_path / "peft/adapter_model.safetensors")
+    alphas = {f"{name.removesuffix('.lora_A.weight')}.alpha": torch.tensor(7.0) for name in theirs if "lora_A" in name}
+    save_file(theirs | alphas, tmp_path / "alphas.safetensors")
+    places = (
+        "network",
+        "pipeline",
+        *(f"{name}.safetensors" for name in ("old", "kohya", "peft", "diffusers", "alphas")),
+    )
+    with warnings.catch_warnings(action="error"):
+        found = [add_lora(sd, tmp_path / name) for name in places]
+    alphas = [{adapter.alpha for adapter in one.adapters.values()} for one in found]
+    assert alphas == [{7.0}, {4.0}, {4.0}, {7.0}, {7.0}, {4.0}, {7.0}]

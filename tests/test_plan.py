@@ -1,9 +1,13 @@
 """Prompts as A1111 and ComfyUI read them, against their published formulas on a small random encoder."""
 
+import json
+
 import pytest
 import torch
-from conftest import tiny_sd
+from conftest import TINY_XL, tiny_sd
+from diffusers import StableDiffusionXLPipeline
 
+import plainsd
 from plainsd.errors import UserError
 from plainsd.pictures.conditioning import encode_prompts
 from plainsd.pictures.plan import chunked_by_stretch, encode_prompt, weigh_from_empty, weigh_together
@@ -92,7 +96,7 @@ def test_comfyui_knows_no_edits(sd):
         ("(a:b) (c:)", [("a:b", 1.1), (" ", 1), ("c:", 1.1)]),
         ("(a", [("(a", 1)]),
         ("a) (b)", [("a) (b)", 1)]),
-        ("a embedding:cat, b", [("a", 1), ("cat, b", 1)]),
+        ("a embedding:cat, b", [("a", 1), ("cat", 1), (", b", 1)]),
         ("a BREAK b", [("a BREAK b", 1)]),
         ("", [("", 1)]),
     ],
@@ -123,3 +127,36 @@ def test_short_stretches_are_not_parted():
     assert chunks("abcdef", "ghijklmn") == ["abcdefghij", "klmn"]  # 8 are parted
     assert chunks("a" * 25) == ["a" * 10, "a" * 10, "a" * 5]
     assert chunks() == [""]
+    parted = chunked_by_stretch(Letters(), [Weighted("ab"), BREAK, BREAK, Weighted("BREAK")], room=10)
+    assert [len(chunk) for chunk in parted] == [2, 0, 5]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("zeros", [True, False, None])
+def test_an_empty_negative_of_sdxl_is_what_its_folder_says(tmp_path, zeros):
+    """As in diffusers, whose default is zeros. A1111 and ComfyUI do not look."""
+    plainsd.save(tiny_sd(TINY_XL), tmp_path / "xl")
+    index = json.loads((tmp_path / "xl/model_index.json").read_text())
+    assert index.pop("force_zeros_for_empty_prompt") is True
+    index |= {} if zeros is None else {"force_zeros_for_empty_prompt": zeros}
+    (tmp_path / "xl/model_index.json").write_text(json.dumps(index))
+    _, theirs, _, pooled = StableDiffusionXLPipeline.from_pretrained(tmp_path / "xl").encode_prompt("a")
+    sd = plainsd.load(tmp_path / "xl", device="cpu", dtype="float32")
+    ours = encode_prompt(sd, "a", "", 2).negative(0)
+    assert bool(theirs.any()) is bool(ours.context.any()) is (zeros is False)
+    torch.testing.assert_close(ours.context, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.vector[:, :16], pooled, rtol=1e-5, atol=1e-5)
+    assert not encode_prompt(sd, "a", "", 2, like="a1111").negative(0).context.any()
+    assert encode_prompt(sd, "a", "", 2, like="comfyui").negative(0).context.any()
+    for name in ("again", "again.safetensors"):
+        plainsd.save(sd, tmp_path / name)
+        again = plainsd.load(tmp_path / name, device="cpu", dtype="float32")
+        assert again.variant.force_zeros is (zeros is not False) and again.variant == sd.variant
+
+
+def test_a_flag_that_is_none(tmp_path):
+    plainsd.save(tiny_sd(TINY_XL), tmp_path / "xl")
+    index = json.loads((tmp_path / "xl/model_index.json").read_text()) | {"force_zeros_for_empty_prompt": "no"}
+    (tmp_path / "xl/model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="force_zeros_for_empty_prompt is 'no', and must be true or false"):
+        plainsd.load(tmp_path / "xl")

@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plainsd.diffusion.conventions import planned_levels, schedule_like, told_timestep, whole_row
 from plainsd.diffusion.samplers import SAMPLERS, sampler_levels, shared_spacings
 from plainsd.diffusion.schedule import (
     TERMINAL_ALPHA_BAR,
+    EDMSchedule,
+    Level,
     NoiseSchedule,
     distilled,
     karras,
@@ -155,3 +158,34 @@ def test_too_many_steps_are_refused_with_the_limit():
         distilled(1000, 51)
     with pytest.raises(UserError, match="steps 201 is out of range; choose 1 to 200"):
         sampler_levels(NoiseSchedule.scaled_linear(count=200), "ddpm", 201)
+
+
+@pytest.mark.parametrize(
+    ("like", "last"),
+    [
+        (None, 2.0**-24),
+        ("diffusers", 2.0**-24),
+        ("a1111", 4.8973451890853435e-08),
+        ("comfyui", 4.8973451890853435e-08),
+    ],
+)
+def test_each_program_ends_a_zero_snr_table_in_its_own_way(like, last):
+    """ComfyUI's rescale_zero_terminal_snr_sigmas and A1111's rescale_zero_terminal_snr_abar set this last alpha_bar."""
+    bent, highest = SD.zero_terminal_snr(), ((1 - last) / last) ** 0.5
+    assert highest == pytest.approx(4096 if last == 2.0**-24 else 4518.76, rel=2e-6)
+    found = planned_levels(bent, "euler", 20, "karras", like)
+    np.testing.assert_allclose(found.sigmas[:-1], karras(bent.sigma_min, highest, 20), rtol=1e-12)
+    assert found.timesteps[0] == 999
+    assert whole_row(bent, "euler", 20, "karras", like, 0.5)[0] == pytest.approx(highest, rel=1e-12)
+    between = (bent.sigmas[998].item() * highest) ** 0.5
+    told = told_timestep(bent, "dpm2", like)
+    if last == 2.0**-24:
+        assert told is None and bent.timestep(between) == pytest.approx(998.5)
+    elif like == "a1111":
+        assert told(between) == pytest.approx(998.5) and told(Level(between, 7.0)) == 7.0
+        assert told_timestep(SD, "dpm2", like) is None
+    else:
+        assert (told(between * 0.99), told(between * 1.01)) == (998, 999)
+    assert bent.sigma_max == pytest.approx(4096, rel=1e-6), "the model's own table has changed"
+    for other in (SD, NoiseSchedule.cosine(), EDMSchedule()):
+        assert schedule_like(other, like) is other

@@ -258,3 +258,40 @@ def test_numbers_that_are_none_are_named(key, value):
         parse_settings(f"x\nAa: 1, Bb: 2, Cc: 3, {key}: {value}").check()
     said = str(caught.value)
     assert "\n" not in said and len(said) < 300 and (repr(key) in said or said.startswith(FIELD[key])), said
+
+
+THEIRS = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, Model: x, "
+A1111S = "Version: v1.10.1"
+
+
+def test_embeddings_are_those_that_a1111_has_hashes_of():
+    text = "a cat\nNegative prompt: EasyNegative, <bad>\n" + THEIRS + 'TI hashes: "EasyNegative: c74b4e810b03", '
+    read = parse_settings(text + A1111S)
+    assert (read.embeddings, read.hashes) == (("EasyNegative",), (("embed:EasyNegative", "c74b4e810b03"),))
+    assert parse_settings(format_settings(read)).embeddings == ("EasyNegative",)
+    more = parse_settings(text.replace("b03", "b03, <bad>: 1a2b3c") + "Version: f2.0.1v1.10.1")
+    assert more.embeddings == ("EasyNegative", "<bad>")
+    assert parse_settings("x\n" + THEIRS + 'Lora hashes: "ink: 1a2b3c", ' + A1111S).embeddings == ()
+    assert parse_settings(text + "Version: plainsd 0.2.0").embeddings == ()  # which names them itself
+
+
+@pytest.mark.parametrize(
+    ("prompt", "again", "said"),
+    [
+        ("a <lora:one:0.8>", "b <lora:two:0.5>", "<lora:two:0.5>"),
+        ("a <lora:one:0.8>", "b <lora:one:0.5>", "<lora:one:0.5>"),
+        ("a", "b <lora:two:0.5> <lora:three:1>", "<lora:two:0.5> <lora:three:1>"),
+        ("a <lora:one:0.8>", "b", "none"),
+        ("a <lora:one:0.8> <lora:two:1>", "<lora:two:1> b <lora:one:0.8>", None),
+        ("a", "b", None),
+    ],
+)
+def test_other_loras_of_a_hires_prompt(prompt, again, said):
+    """A1111 draws the second pass with those of the hires prompt alone."""
+    text = f'{prompt}\n{THEIRS}Denoising strength: 0.5, Hires prompt: "{again}", '
+    read = parse_settings(f"{text}Hires upscale: 2, {A1111S}")
+    assert read.hires_prompt == again and read.other == ((("Hires LoRAs", said),) if said else ())
+    assert parse_settings(format_settings(read)).other == read.other
+    assert parse_settings(text + A1111S).other == ()  # no second pass
+    ours = parse_settings(f"{text}Hires upscale: 2, Version: plainsd 0.2.0")
+    assert ours.other == ()  # whose hires prompts have none: the second pass has those of the prompt

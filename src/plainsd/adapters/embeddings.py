@@ -16,6 +16,7 @@ Shape letters: N vectors of one word, D width of a text encoder.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,23 @@ def vectors_of(sd: StableDiffusion, token: str) -> list[Tensor]:
             raise UserError(f"{token!r} is not a learned word of this model; add it, or train it, first")
         found.append(encoder.token.weight[units[0]].detach().clone())
     return found
+
+
+def occurs_in(word: str, prompt: str) -> bool:
+    """Whether a tokenizer that has learned the word finds it in the prompt: in any case, and one that begins and ends
+    with letters or digits only as a whole word, see `Tokenizer.add` (tokenizers 0.23, `AddedVocabulary`)."""
+    whole = word[:1].isalnum() and word[-1:].isalnum()
+    word, prompt = (re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).lower() for text in (word, prompt))
+    places = re.finditer(re.escape(word), prompt) if word else ()
+    return any(not (whole and (_of_word(prompt, at.start() - 1) or _of_word(prompt, at.end()))) for at in places)
+
+
+def _of_word(text: str, place: int) -> bool:
+    """Whether there is a letter, a mark on one, a digit or a low line."""
+    return 0 <= place < len(text) and unicodedata.category(text[place]) in OF_WORDS
+
+
+OF_WORDS = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}  # categories of signs
 
 
 # --- words that come with a LoRA -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from plainsd.adapters.kinds import TERMS, Butterfly, Difference, Gains, Global, InputButterfly, InputRotation, Rotation
 from plainsd.adapters.layers import Adapter, Hadamard, Kronecker, LowRank
 from plainsd.adapters.names import split_name
-from plainsd.adapters.peft import REMEDY, PeftSettings, start_of
+from plainsd.adapters.peft import OWN, REMEDY, SETTINGS_FILE, PeftSettings, start_of
 from plainsd.errors import WITH_NAMES, UserError
 from plainsd.files.tensorfile import TensorFile
 from plainsd.files.unusable import damaged
@@ -47,6 +48,7 @@ KINDS_BY_PARTS: list[tuple[tuple[str, ...], type[Adapter]]] = [  # which parts i
 ]
 
 
+SCALED = (LowRank, Hadamard, Kronecker)  # kinds whose change is times alpha / rank
 PREFIXES: dict[Callable[..., Adapter], str] = {Hadamard: "hada_", Kronecker: "lokr_"}
 
 
@@ -145,6 +147,12 @@ def read_adapter(
         adapter.alpha = float(alpha)
     elif kind is not Rotation:
         told = settings.alpha(name, adapter.rank)
+        if kind in SCALED and not settings.values and OWN in next(iter(parts.values())):
+            warnings.warn(
+                f"{file.path} has PEFT's names, and neither PEFT's settings nor an alpha: the alpha of each module is "
+                f"taken to be its rank, so that the scale is 1; put the {SETTINGS_FILE} that came with it beside it",
+                stacklevel=3,
+            )
         adapter.alpha = float(adapter.rank or 1) if told is None else told
     if kind is LowRank and settings.beside and settings.rank(name) not in (None, adapter.rank):
         raise UserError(

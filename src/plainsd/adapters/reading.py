@@ -54,14 +54,21 @@ XL_ONLY = re.compile(r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|(i
 # --- what a file is --------------------------------------------------------------------------------------------------
 
 
+def names_beside_words(file: TensorFile) -> list[str]:
+    """The names of a file's tensors without those of words that it brings along, which may be any text."""
+    return [name for name in file.tensors if not name.startswith(BUNDLE)]
+
+
 def foreign(file: TensorFile) -> str:
-    return next((what for pattern, what in FOREIGN if any(re.search(pattern, name) for name in file.tensors)), "")
+    names = names_beside_words(file)
+    return next((what for pattern, what in FOREIGN if any(re.search(pattern, name) for name in names)), "")
 
 
 def unsupported(file: TensorFile) -> str:
     """The kind of adapter in a file, if it is not supported."""
+    names = names_beside_words(file)
     for pattern, what in UNSUPPORTED:
-        for name in file.tensors:
+        for name in names:
             if match := re.search(pattern, name):
                 return what.format(*match.groups())
     return ""
@@ -71,7 +78,7 @@ def made_for(file: TensorFile) -> str:
     """The kind of model that a LoRA was made for, by its names, shapes and metadata. Empty: unknown."""
     if found := foreign(file):
         return found
-    pairs = [(split_name(name), stored) for name, stored in file.tensors.items()]
+    pairs = [(split_name(name), file.tensors[name]) for name in names_beside_words(file)]
     widths = {
         stored.shape[1]
         for pair, stored in pairs
@@ -80,7 +87,7 @@ def made_for(file: TensorFile) -> str:
     if len(widths) == 1:
         (width,) = widths
         return FAMILY_BY_WIDTH.get(width, f"a model whose text is {width} wide")
-    if any(XL_ONLY.search(name) for name in file.tensors):
+    if any(XL_ONLY.search(name) for name in names_beside_words(file)):
         return "SDXL"
     return file.metadata.get("ss_base_model_version", "")
 
@@ -117,7 +124,7 @@ def open_lora(path: Path) -> TensorFile:
 
 
 def holds_adapter(file: TensorFile) -> bool:
-    pairs = [pair for name in file.tensors if (pair := split_name(name))]
+    pairs = [pair for name in names_beside_words(file) if (pair := split_name(name))]
     return any(part not in (*SIDE_PARTS, "gain") for _, part in pairs) or any(
         adapter_kind(found) for found in by_module(pairs)
     )
@@ -139,7 +146,7 @@ def tensors_by_module(file: TensorFile, model: Adaptable, *, partial: bool) -> d
     """
     known = known_names(model)
     found: dict[ModulePlace, dict[str, str]] = {}
-    names = [name for name in file.tensors if not (name.startswith(BUNDLE) or UNUSED.match(name))]
+    names = [name for name in names_beside_words(file) if not UNUSED.match(name)]
     for name in names:
         module, part = split_name(name) or ("", "")
         if module in known:

@@ -7,7 +7,7 @@ that was made with them, flags must give the files.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from plainsd.commands.adapters import LoraFiles, tags_of
 from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
+from plainsd.pictures.texts.a1111 import SECOND_LORAS
 from plainsd.text.prompts import lora_tags
 
 if TYPE_CHECKING:
@@ -31,22 +32,33 @@ ELSEWHERE = (
     "image_prompt",
 )  # recorded by name; flags give the files
 NOISE = ("prediction", "zero_snr")  # how to read the model: recorded, and overridden by flags
+PROMPTS_BESIDE = ("negative", "hires_prompt", "hires_negative")
 
 
 def recorded(path: Path) -> dict:
-    """The recorded settings that differ from the defaults."""
+    """The recorded settings that differ from the defaults. LoRAs of a hires prompt are named, and left out."""
     from plainsd.pictures.images import read_settings
 
     found = {name: value for name, value in asdict(read_settings(path)).items() if value != DEFAULTS[name]}
     for name in found.keys() & {"hires_prompt", "hires_negative"}:
         found[name] = lora_tags(found[name])[0]  # the hires pass uses the LoRAs of the prompt
-    return found
+    other = found.pop("other", ())
+    if own := dict(other).get(SECOND_LORAS):
+        which = "without LoRAs" if own == "none" else f"with the LoRAs {own}"
+        print(
+            f"note: the hires pass of '{path}' was drawn {which}, and is drawn with those of the prompt here: the "
+            "picture will differ",
+            file=sys.stderr,
+        )
+    rest = tuple(pair for pair in other if pair[0] != SECOND_LORAS)
+    return found | ({"other": rest} if rest else {})
 
 
 def check_recorded(
-    command: GenerateFlags, sd: StableDiffusion, prompts: list[str], words: Collection[str], choices: dict
+    command: GenerateFlags, sd: StableDiffusion, prompts: list[str], words: Mapping[str, Path], choices: dict
 ) -> None:
-    """UserError if the picture of --from needs files that flags do not give. Removes their names from `choices`."""
+    """UserError if the picture of --from needs files that flags do not give. Removes their names from `choices`.
+    `words`: the embeddings that flags give."""
     from plainsd.files.hashes import weights_hash
     from plainsd.pictures.defaults import model_name
 
@@ -58,8 +70,9 @@ def check_recorded(
         raise UserError(f"{made} refiner {refiner!r}; give it with --refiner", field="refiner")
     if vae and command.vae is None:
         raise UserError(f"{made} VAE {vae!r}; give it with --vae", field="vae")
-    texts = " ".join([*prompts, choices.get("negative", "")])
-    if missing := [word for word in embeddings or () if word in texts and word not in words]:
+    used = words_in([*prompts, *(choices.get(name) for name in PROMPTS_BESIDE)], embeddings or ())
+    files = {word.lower(): file for word, file in words.items()}  # prompts and other programs differ in case
+    if missing := [word for word in used if word.lower() not in files]:
         raise UserError(
             f"{made} embedding {missing[0]!r}; give it with --embedding FILE:{missing[0]}", field="embeddings"
         )
@@ -69,6 +82,29 @@ def check_recorded(
             f"note: {made} weights {was}, and those of {model_name(sd)} are {now}: the picture will differ",
             file=sys.stderr,
         )
+    note_other_embeddings(made, {word: files[word.lower()] for word in used}, dict(hashes or ()))
+
+
+def note_other_embeddings(made: str, used: Mapping[str, Path], hashes: Mapping[str, str]) -> None:
+    """Prints the words whose files are not those of the recorded hashes."""
+    from plainsd.files.hashes import file_hash, weights_of
+
+    for word, file in used.items():
+        was = hashes.get(f"embed:{word}", "").lower()
+        if not (now := file_hash(weights_of(file)[0])).startswith(was):
+            print(
+                f"note: {made} embedding {word!r} of the hash {was}, and that of {file} is {now[: len(was)]}: the "
+                "picture will differ",
+                file=sys.stderr,
+            )
+
+
+def words_in(texts: Iterable[str | None], words: Iterable[str]) -> list[str]:
+    """The learned words that occur in any of these texts."""
+    from plainsd.adapters.embeddings import occurs_in
+
+    given = [text for text in texts if text]
+    return [word for word in words if any(occurs_in(word, text) for text in given)]
 
 
 def noise_flags(command: GenerateFlags, choices: dict) -> dict:
@@ -94,8 +130,8 @@ def with_notes(
     """The settings to write: with LoRAs, embeddings and VAE from flags, and the hashes of all files."""
     from plainsd.files.hashes import hashes
 
-    used = {word: path for word, path in words.items() if word in settings.prompt or word in settings.negative}
-    files = hashes(sd.path, vae, [(path.stem, path) for path, _ in loras], used.items())
+    used = words_in([settings.prompt, *(getattr(settings, name) for name in PROMPTS_BESIDE)], words)
+    files = hashes(sd.path, vae, [(path.stem, path) for path, _ in loras], [(word, words[word]) for word in used])
     return replace(
         settings,
         prompt=settings.prompt + tags_of(loras),

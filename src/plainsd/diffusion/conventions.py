@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 
 from plainsd.diffusion.samplers import SAMPLERS, Levels, check_names, sampler_levels
-from plainsd.diffusion.schedule import SPACINGS, EDMSchedule, Level, NoiseSchedule, exponential, spaced
+from plainsd.diffusion.schedule import (
+    SPACINGS,
+    TERMINAL_ALPHA_BAR,
+    EDMSchedule,
+    Level,
+    NoiseSchedule,
+    exponential,
+    spaced,
+)
 from plainsd.diffusion.spacings import ddim_uniform
 from plainsd.errors import UserError, unknown
 
@@ -40,8 +48,10 @@ class Convention:
     second_order: tuple[str, ...] = ()  # samplers whose steps count twice for prompt editing
     second_size_floored: bool = False  # sides of the second pass are cut to whole latents, not rounded
     ends_only: tuple[str, ...] = ()  # samplers that get the first level and the last above 0, and choose the others
+    terminal_alpha_bar: float = TERMINAL_ALPHA_BAR  # the last entry of zero-terminal-SNR tables, instead of 0
 
 
+OTHER_TERMINAL_ALPHA_BAR = 4.8973451890853435e-08  # of A1111 and ComfyUI: sigma is 4518.76, not 4096
 A1111_KARRAS = ("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a", "restart")
 A1111_EXPONENTIAL = ("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 
@@ -62,6 +72,7 @@ CONVENTIONS = {
         refines_midway=True,
         prompts="batches",
         taught={"lcm": 50},
+        terminal_alpha_bar=OTHER_TERMINAL_ALPHA_BAR,
         second_order=("heun", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "restart"),
     ),
     "comfyui": Convention(
@@ -76,6 +87,7 @@ CONVENTIONS = {
         image_keeps=True,
         guidance_zero=True,
         prompts="words",
+        terminal_alpha_bar=OTHER_TERMINAL_ALPHA_BAR,
     ),
 }
 
@@ -99,6 +111,15 @@ def automatic_spacing(like: str | None, sampler: str, model: str | None, asked: 
     return rules.automatic.get(sampler) or rules.otherwise or model or own
 
 
+def schedule_like(schedule: NoiseSchedule | EDMSchedule, like: str | None) -> NoiseSchedule | EDMSchedule:
+    """The schedule as that program has it: its zero-terminal-SNR tables may end elsewhere (`ModelSamplingDiscrete` of
+    ComfyUI 0.8.0, `rescale_zero_terminal_snr_abar` of A1111 1.10.1)."""
+    last = convention(like).terminal_alpha_bar
+    if isinstance(schedule, EDMSchedule) or not schedule.zero_snr or last == TERMINAL_ALPHA_BAR:
+        return schedule
+    return schedule.ending_at(last)
+
+
 def planned_levels(
     schedule: NoiseSchedule | EDMSchedule,
     sampler: str,
@@ -114,7 +135,7 @@ def planned_levels(
     With `all_run` the strength only sets where it begins: all `steps` run, the last ones of a longer schedule (always
     so in ComfyUI). UserError for a strength that leaves no step to run.
     """
-    rules = convention(like)
+    rules, schedule = convention(like), schedule_like(schedule, like)
     check_names(sampler, spacing)
     if not rules.plain_levels:
         running = None if strength is None else steps if all_run else steps_of_strength(steps, strength)
@@ -162,15 +183,20 @@ def whole_row(
 def told_timestep(
     schedule: NoiseSchedule | EDMSchedule, sampler: str, like: str | None
 ) -> Callable[[float], float] | None:
-    """Level -> the timestep that the network gets, where it only gets some; None: the level's own."""
-    rules = convention(like)
-    if isinstance(schedule, EDMSchedule):
+    """Level -> the timestep that the network gets, where it only gets some, or the table is another than the model's;
+    None: the level's own."""
+    rules, table = convention(like), schedule_like(schedule, like)
+    if isinstance(table, EDMSchedule):
         return None
     if sampler in rules.taught:
-        few = _every(schedule, rules.taught[sampler])
-        stride = len(schedule) // len(few)
+        few = _every(table, rules.taught[sampler])
+        stride = len(table) // len(few)
         return lambda sigma: few.nearest(sigma) * stride + stride - 1
-    return schedule.nearest if rules.whole_timesteps else None
+    if rules.whole_timesteps:
+        return table.nearest
+    if table is schedule:
+        return None
+    return lambda sigma: sigma.timestep if isinstance(sigma, Level) else table.timestep(sigma)
 
 
 def _every(schedule: NoiseSchedule, count: int) -> NoiseSchedule:

@@ -70,6 +70,17 @@ class NoiseSchedule:
         bent[-1] = TERMINAL_ALPHA_BAR
         return NoiseSchedule(bent)
 
+    @property
+    def zero_snr(self) -> bool:
+        """Whether it is a table of `zero_terminal_snr`."""
+        return self.alphas_cumprod[-1].item() == TERMINAL_ALPHA_BAR
+
+    def ending_at(self, alpha_bar: float) -> "NoiseSchedule":
+        """The same table with another last entry."""
+        table = self.alphas_cumprod.clone()
+        table[-1] = alpha_bar
+        return NoiseSchedule(table)
+
     @cached_property
     def sigmas(self) -> Tensor:
         """Noise level of each timestep, (T,) float64, rising."""

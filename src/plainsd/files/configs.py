@@ -19,6 +19,7 @@ from plainsd.models.unet import UNetConfig
 from plainsd.models.variants import Variant, check_reads, edits, encoder_names, nearest
 
 NOTE = "_plainsd"  # our entry in model_index.json; diffusers ignores names that begin with _
+FORCE_ZEROS = "force_zeros_for_empty_prompt"  # in model_index.json of SDXL; diffusers' default is true
 NOTED = ("name", "context", "size", "guidance", "sampler", "steps", "spacing")  # the fields of a Variant kept there
 
 UNET_FIXED = {  # settings with one supported value; a missing one means that value
@@ -229,6 +230,7 @@ def read_variant(get: Callable[[str], Config], where: str) -> Variant:
         context="penultimate" if unet.vector else "final",
         conv_projections=conv,
         size=max(side) * vae.factor,
+        force_zeros=force_zeros(index, where) if unet.vector and len(texts) == 2 else True,
         **noise,
     )
     if list(classes) != encoder_names(variant):
@@ -237,6 +239,10 @@ def read_variant(get: Callable[[str], Config], where: str) -> Variant:
         variant = replace(variant, name=known.name, guidance=known.guidance, steps=known.steps)
         variant = replace(variant, sampler=noise.get("sampler", known.sampler))
     return replace(variant, **our_notes(index, where))
+
+
+def force_zeros(index: Config, where: str) -> bool:
+    return read_value(bool, index.get(FORCE_ZEROS, True), f"{where}: model_index.json", FORCE_ZEROS)
 
 
 def scheduler_class(index: Config) -> str:

@@ -8,7 +8,7 @@ from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.config_noise import OF_LEVELS
 from plainsd.files.config_vae import TINY
-from plainsd.files.configs import MIDDLES, NOTE, NOTED, check_end
+from plainsd.files.configs import FORCE_ZEROS, MIDDLES, NOTE, NOTED, check_end
 from plainsd.models.clip import TextConfig
 from plainsd.models.control import ControlConfig
 from plainsd.models.tiny_vae import TinyVAEConfig
@@ -209,8 +209,10 @@ def write_variant(variant: Variant) -> dict[str, str]:
             "text_encoder": [None, None],
             "tokenizer": [None, None],
             "requires_aesthetics_score": True,
-            "force_zeros_for_empty_prompt": False,
+            FORCE_ZEROS: False,
         }
+    else:
+        index[FORCE_ZEROS] = variant.force_zeros
     if edits(variant.unet, variant.vae) and isinstance(variant.schedule, EDMSchedule):
         index["is_cosxl_edit"] = True
     files = {

@@ -36,10 +36,14 @@ def merge_models(
     variant_file: str | None = None,
     family: str | None = None,
 ) -> None:
-    """Writes A (1 - share) + B share, or with `difference` A + share (B - C). `layout`, `dtype`: as in `convert`."""
+    """Writes A (1 - share) + B share, or with `difference` A + share (B - C). `layout`, `dtype`: as in `convert`. B and
+    C need no autoencoder."""
     check_recipe(len(models), share, difference=difference)
     paths = [find(model, variant_file) for model in models]
-    others = [(str(model), read(path, variant_file, family)) for model, path in zip(models, paths, strict=True)][1:]
+    others = [
+        (str(model), read(path, variant_file, family, vae=False))
+        for model, path in zip(models[1:], paths[1:], strict=True)
+    ]
 
     def change(contents: Contents) -> Contents:
         made = merged_models(contents, others, share)

@@ -51,6 +51,7 @@ class Variant:
     sampler: str = "dpmpp_2m"
     steps: int = 20
     spacing: str | None = None  # None: the sampler's own
+    force_zeros: bool = True  # an empty negative prompt is all zeros; only of SDXL's base model
 
 
 # --- the parts that models share -------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ def encode_prompt(
     """A prompt with editing, alternation and AND, and a negative prompt without AND, encoded for `steps` steps.
 
     `sizes` are `size`, `original` and `crop` of `encode_prompts`; `scores` the refiner's for prompt and negative.
-    For SDXL's base model an empty negative prompt is all zeros, as it was trained (not in ComfyUI).
+    For SDXL's base model an empty negative prompt is all zeros, as it was trained: in diffusers unless the model says
+    otherwise (`Variant.force_zeros`), in A1111 always, in ComfyUI never.
     """
     how = convention(like).prompts
     composed = [(prompt, 1.0)] if how == "words" else compose(prompt)
@@ -86,7 +87,8 @@ def encode_prompt(
     rows = [rows_of(text, steps, first_pass) for text, _ in composed]
     wanted, unwanted = ENCODERS[how](sd, rows, rows_of(negative, steps, first_pass), clip_skip)
     negatives = texts_of(negative, steps, first_pass)
-    if how != "words" and sd.unet.config.vector is not None and "" in unwanted and is_base(sd, unwanted[""][1]):
+    zeroed = how == "batches" or (how == "pieces" and sd.variant.force_zeros)
+    if zeroed and sd.unet.config.vector is not None and "" in unwanted and is_base(sd, unwanted[""][1]):
         unwanted[""] = (torch.zeros_like(unwanted[""][0]), torch.zeros_like(unwanted[""][1]))
 
     def conditioned(encoded: dict[str, Encoded], score: float) -> dict[str, Conditioning]:

@@ -4,7 +4,6 @@ An embedding is used if its word occurs in the prompt or negative prompt, as in 
 embeddings that it needs, by word or file name: one that is missing or does not fit the model is then an error.
 """
 
-import re
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from plainsd.adapters.embeddings import add_embedding, fitting, parsed_embedding
+from plainsd.adapters.embeddings import add_embedding, fitting, occurs_in, parsed_embedding
 from plainsd.adapters.embeddings import embedding_content as read_content
 from plainsd.errors import UserError, unknown
 from plainsd.models.clip import TextEncoder
@@ -30,9 +29,8 @@ class Embedding(NamedTuple):
     changed: int  # when, in nanoseconds
 
     def within(self, prompt: str) -> bool:
-        """Whether the tokenizer finds it in the prompt: case-insensitively, words of letters as whole words only."""
-        start, end = (r"\b" if sign.isalnum() else "" for sign in (self.text[0], self.text[-1]))
-        return re.search(f"{start}{re.escape(self.text.lower())}{end}", prompt.lower()) is not None
+        """Whether the tokenizer finds it in the prompt."""
+        return occurs_in(self.text, prompt)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name; empty if the file no longer exists."""
@@ -66,9 +64,10 @@ class Embeddings:
     def get(self, wanted: str) -> Embedding:
         """By its word or file name."""
         known = self.known()
-        for embedding in known:
-            if wanted in (embedding.text, embedding.name):
-                return embedding
+        for same in (str, str.lower):  # A1111's texts have the case of the file's name
+            for embedding in known:
+                if same(wanted) in (same(embedding.text), same(embedding.name)):
+                    return embedding
         if wanted in self.unusable:
             what = f"embeddings: {wanted!r} cannot be used: {self.unusable[wanted]}"
             raise UserError(what, field="embeddings", value=wanted)

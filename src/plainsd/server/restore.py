@@ -104,12 +104,13 @@ def settings_in_file(content: bytes, limits: Limits, models: Models) -> dict:
 
 def unavailable_fields(settings: Settings, models: Models) -> set[str]:
     """Fields whose value is not available on this server."""
-    embeddings = {embedding.text for embedding in models.embeddings.known()}
+    embeddings = {embedding.text.lower() for embedding in models.embeddings.known()}
     available = {
         "model": settings.model in models.known, "sampler": settings.sampler in SAMPLERS,
         "hires_sampler": settings.hires_sampler in SAMPLERS,
         "upscaler": settings.upscaler in (*UPSCALERS, *models.upscalers.known()),
         "refiner": settings.refiner in models.known,
-        "handover": settings.refiner in models.known, "embeddings": embeddings.issuperset(settings.embeddings),
+        "handover": settings.refiner in models.known,
+        "embeddings": embeddings.issuperset(map(str.lower, settings.embeddings)),
     }  # fmt: skip
     return {name for name, is_available in available.items() if not is_available}

@@ -28,6 +28,7 @@ from plainsd.pictures.texts.labels import (
     spacing_label,
     spacing_named,
 )
+from plainsd.text.prompts import LORA_TAG
 
 HASH_KEYS = {"model": "Model hash", "vae": "VAE hash"}  # A1111's keys for one ...
 SEVERAL = {"lora:": "Lora hashes", "embed:": "TI hashes"}  # ... and for "name: hash, name: hash"
@@ -37,6 +38,7 @@ SECOND = "hires "  # what begins the keys of the second pass
 NEGATIVE = "Negative prompt:"
 ETA_DDIM = ("ddim", "ddim_cfg_pp")  # samplers whose eta A1111 keeps apart, under this key
 PART = ("Inpaint area", "Only masked")  # said beside the padding
+SECOND_LORAS = "Hires LoRAs"  # our key, in `other`: the tags of a hires prompt that names other LoRAs than the prompt
 WITHOUT_SCHEDULE_TYPE = ("ddim", "plms", "unipc")  # had none when the others were drawn uniformly
 
 
@@ -129,6 +131,8 @@ def parse_settings(text: str) -> Settings:
     if "masked_padding" in found and (PART[0], said.get(PART[0])) == PART:
         del said[PART[0]]
     found |= _implied(said, found, old)
+    if written_by(said)[0] != "plainsd":
+        said |= _loras_of_second_pass(found)
     return Settings(**found, other=tuple((k, v) for k, v in said.items() if k != "Version"))
 
 
@@ -155,12 +159,26 @@ def _hashes_read(said: dict[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def _loras_of_second_pass(found: dict[str, Any]) -> dict[str, str]:
+    """In A1111 a hires prompt has LoRAs of its own, or none (processing.py, 1.10.1); here the second pass has those of
+    the prompt."""
+    if not (found.get("hires") and found.get("hires_prompt")):
+        return {}
+    first, second = ({tag[0]: None for tag in LORA_TAG.finditer(found[name])} for name in ("prompt", "hires_prompt"))
+    if first.keys() == second.keys():
+        return {}
+    return {SECOND_LORAS: " ".join(" ".join(second).split()) or "none"}  # on one line
+
+
 def _implied(said: dict[str, str], found: dict[str, Any], old: bool) -> dict[str, Any]:
-    """What a text means without saying it: by whose conventions the picture was drawn."""
+    """What a text means without saying it: by whose conventions the picture was drawn, and with which embeddings."""
     program, version = written_by(said)
     if program == "plainsd":
         return {"like": "a1111"} if old and found.get("guidance") == 0 else {}  # off was written as 1
     implied: dict[str, Any] = {"like": "a1111"} if program != "SD.Next" else {}
+    if "embeddings" not in found:  # A1111 has hashes for those that the prompts use
+        names = [name for name, _ in found["hashes"]]
+        implied["embeddings"] = tuple(name.removeprefix("embed:") for name in names if name.startswith("embed:"))
     if "noise" not in found:
         implied["noise"] = "nv"
     if "mask_blur" in found:

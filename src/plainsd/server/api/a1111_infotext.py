@@ -113,6 +113,8 @@ def read_infotext(settings: Settings, other: dict[str, str], models: Models) -> 
     if model in models.known:
         options["sd_model_checkpoint"] = model
     idle += written(settings, ({*DEFAULTS} - JobRequest.model_fields.keys()) | {"mask_grow", "soft_mask"})
+    words = {embedding.text.lower() for embedding in models.embeddings.known()}
+    idle += [f"Embeddings: {word}" for word in settings.embeddings if word.lower() not in words]
     unread = controls_written(settings.control, settings.image_prompt)
     unread += [("Model", settings.model)] if settings.model and model not in models.known else []
     idle += [f"{key}: {text}" for key, text in unread]
