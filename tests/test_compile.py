@@ -137,7 +137,7 @@ def test_without_a_compiler_one_line_says_so(no_compiler, tmp_path, capsys, monk
         model.faster(small_sd(), compiled=True)
     asked = FitOptions(steps=1, batch=1, adam8bit=True)
     with pytest.raises(UserError, match=r"^--adam8bit needs a C\+\+ compiler"):
-        make_optimizer([torch.nn.Parameter(torch.zeros(4, 4))], asked)
+        make_optimizer(torch.nn.Linear(4, 4), asked)
     monkeypatch.setattr("plainsd.device.has_triton", lambda: False)
     with pytest.raises(UserError, match=r"^--compile needs Triton, which is not installed; pip install triton"):
         check_can_compile(torch.device("cuda"), "--compile")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, tiny_sd
 from PIL import Image
 from torch import nn
 
@@ -34,6 +34,7 @@ from plainsd.train.loop import fit
 from plainsd.train.methods.full import full
 from plainsd.train.methods.scratch import from_scratch
 from plainsd.train.methods.vae import VaeMethod, disturbed, init_vae, measure_scaling, psnr, validate
+from plainsd.train.optimizer import hidden_matrices, make_optimizer, orthogonal
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Order, Pick, random
 from plainsd.train.run import Diary, Rhythm, run_training
@@ -374,6 +375,80 @@ def test_moments_in_8_bits(tmp_path):
     list(fit(plain, 8, replace(options, adam8bit=False)))
     off = (weights(whole) - weights(plain)).norm() / (weights(plain) - weights(Wide())).norm()
     assert 0 < off < 0.1
+
+
+# ---- Muon
+
+
+def test_orthogonalized_matrices_keep_their_directions():
+    """U V^T of U S V^T, with singular values near 1; also where matrices are wide or tall, or have no full rank."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 24, 24), (3, 12, 40), (1, 40, 12)):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        found = orthogonal(x)
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        sizes = (u.mT @ found @ v.mT).diagonal(dim1=1, dim2=2)
+        assert found.shape == x.shape and 0.6 < sizes.min() and sizes.max() < 1.3
+        assert (u.mT @ found @ v.mT - torch.diag_embed(sizes)).abs().max() < 1e-6  # the same singular vectors
+    assert orthogonal(torch.zeros(1, 4, 4)).abs().max() == 0
+
+
+def test_a_linear_layers_steps_are_those_of_pytorchs_muon():
+    ours, theirs = nn.Linear(40, 24), nn.Linear(40, 24)
+    theirs.load_state_dict(ours.state_dict())
+    start = ours.weight.detach().clone()
+    numbers = {"lr": 0.01, "weight_decay": 0.1}
+    mine = make_optimizer(ours, FitOptions(steps=1, muon=True, bf16=True, **numbers))
+    pytorchs = torch.optim.Muon([theirs.weight], **numbers, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for seed in range(3):
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(seed))
+        for layer, optimizer in ((ours, mine), (theirs, pytorchs)):
+            (layer(x) ** 2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            layer.zero_grad()
+            nn.init.zeros_(layer.bias)
+    moved = (theirs.weight - start).norm()
+    assert moved > 0.1 and (ours.weight - theirs.weight).norm() < 0.02 * moved  # both in bfloat16
+
+
+def test_a_convolution_is_the_matrix_of_its_outputs():
+    """Whatever the layout of its memory."""
+    layers = [nn.Conv2d(6, 8, 3), nn.Conv2d(6, 8, 3).to(memory_format=torch.channels_last), nn.Linear(54, 8)]
+    generator = torch.Generator().manual_seed(0)
+    first, gradient = (torch.randn(8, 54, generator=generator) for _ in range(2))
+    for layer in layers:
+        layer.weight.data.copy_(first.view(layer.weight.shape))
+        layer.weight.grad = torch.empty_like(layer.weight).copy_(gradient.view(layer.weight.shape))
+        make_optimizer(layer, FitOptions(steps=1, muon=True, lr=0.1)).step()
+    found = [layer.weight.detach().reshape(8, 54) for layer in layers]
+    assert torch.equal(found[0], found[1]) and torch.allclose(found[0], found[2], atol=1e-6)
+    assert not torch.equal(found[0], first)
+
+
+def test_the_matrices_of_hidden_layers():
+    sd = tiny_sd()
+    modules = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoders[0]})
+    found = {id(p) for p in hidden_matrices(modules)}
+    names = {name for name, p in modules.named_parameters() if id(p) in found}
+    rest = {name for name, p in modules.named_parameters() if id(p) not in found and p.ndim > 1}
+    assert "unet.mid.attn.blocks.0.cross_attn.k.weight" in names and "unet.mid.res1.conv1.weight" in names
+    assert rest == {"unet.conv_in.weight", "unet.conv_out.weight", "text.token.weight", "text.position.weight"}
+    sd.unet.requires_grad_(False)
+    assert {name.partition(".")[0] for name, p in modules.named_parameters() if p.requires_grad} == {"text"}
+    assert all(p.requires_grad for p in hidden_matrices(modules))
+
+
+def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path):
+    options = FitOptions(steps=60, batch=8, lr=0.02, warmup=0, cosine=False, muon=True, save_every=30)
+    whole, parts, plain = Wide(), Wide(), Wide()
+    losses = [report.loss for report in fit(whole, 8, options)]
+    assert losses[-1] < 0.6 * losses[0]
+    list(fit(parts, 8, replace(options, steps=30), tmp_path))
+    list(fit(parts, 8, options, tmp_path))
+    assert torch.equal(weights(whole), weights(parts))
+    list(fit(plain, 8, replace(options, muon=False)))
+    assert not torch.allclose(weights(whole), weights(plain))
 
 
 # ---- a run in a folder

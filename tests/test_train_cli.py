@@ -999,6 +999,7 @@ def test_numbers_out_of_range_are_one_line(train, tmp_path, flags, wanted):
         ("scratch", ["--rank", "8"], "method lora"),
         ("lora", ["--carry", "x"], "method scratch"),
         ("full", ["--model", "x"], "methods vae and scratch"),
+        ("lora", ["--optimizer", "muon"], "methods vae, scratch and full"),
         ("vae", ["--dropout", "0.2"], "methods scratch, full, lora, inversion and controlnet"),
         ("vae", ["--save-dtype", "bfloat16"], "methods scratch, full, lora and controlnet"),
         ("inversion", ["--save-dtype", "bfloat16"], "methods scratch, full, lora and controlnet"),
@@ -1025,6 +1026,13 @@ def test_options_of_tables_want_one(train, tmp_path, flags):
     code, said = train("lora", "--steps", "1", *flags)
     assert code == 2 and said[0].startswith(f"plainsd: {flags[0]} is for parquet files, tar shards and datasets on the")
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("other", ["--adam8bit", "--shard"])
+def test_muon_goes_alone(train, tmp_path, other):
+    code, said = train("full", "--steps", "1", "--optimizer", "muon", other)
+    assert code == 2 and said == [f"plainsd: --optimizer muon does not go with {other}; leave one of them out"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_method_of_an_option_is_one():

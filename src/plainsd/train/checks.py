@@ -66,6 +66,7 @@ METHODS_OF = {  # an option's methods, where not all have it
     **dict.fromkeys(("dropout", "timestep_power", "min_snr", "offset_noise", "perturbation"), TAUGHT),
     **dict.fromkeys(("prior", "prior_prompt", "prior_weight", "prior_count"), TUNING),
     **dict.fromkeys(("text_encoder", "distill_steps"), ("full", "lora")),
+    **dict.fromkeys(("optimizer",), ("vae", "scratch", "full")),
     **dict.fromkeys(("kind", "rank", "alpha", "factor", "targets", "conv", "dora"), ("lora",)),
     **dict.fromkeys(("half_base",), ("lora", "inversion", "controlnet")),
     **dict.fromkeys(("token", "vectors", "initial"), ("inversion",)),

@@ -171,6 +171,7 @@ class TrainJob:
             keep=telling.keep,
             bf16=self.dtype == torch.bfloat16,
             adam8bit=pace.adam8bit,
+            muon=pace.optimizer == "muon",
             long_attention=size >= 384,
         )
 

@@ -112,6 +112,8 @@ class Steps:
     """precision: bfloat16 (autocast, float32 weights) or float32; auto: whichever suits the device"""
     checkpointing: Switch = False
     """gradient checkpointing: less memory, a third more time"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: momentum, orthogonalized, for the matrices of hidden layers, and AdamW for the rest, at AdamW's rates"""
     adam8bit: Switch = False
     """8-bit AdamW; needs torchao, and on a CPU a C++ compiler"""
     shard: Switch = False
@@ -290,6 +292,8 @@ def with_defaults(method: str, steps: Steps) -> Steps:
     if steps.steps is not None or steps.epochs is not None:
         own = {name: value for name, value in own.items() if name not in ("steps", "epochs")}
     filled = replace(steps, **own)
+    if filled.optimizer == "muon" and (other := "--adam8bit" if filled.adam8bit else "--shard" if filled.shard else ""):
+        raise UserError(f"--optimizer muon does not go with {other}; leave one of them out", field="optimizer")
     check_ranges(filled)
     Settings(seed=filled.seed).check()
     if not 0 < given(filled.lr) < float("inf"):
@@ -341,6 +345,7 @@ class FitOptions:
     ema: float = 0.999  # decay; 0: no EMA
     bf16: bool = False  # autocast; weights and updates stay float32
     adam8bit: bool = False  # 8-bit AdamW, by torchao
+    muon: bool = False  # for the matrices of hidden layers; AdamW for the rest
     long_attention: bool = False  # on a CPU: memory-efficient attention, for large pictures
     seed: int = 0
     save_every: int = 1000

@@ -98,7 +98,7 @@ class Trainer:
         world.check(options.batch, options.accumulate)
         self.method, self.options, self.world = method, options, world
         self.parameters = [p for p in method.modules.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, options)
+        self.optimizer = make_optimizer(method.modules, options)
         self.loss = world.replicated(Loss(method))
         self.ema = Ema(self.parameters, options.ema) if options.ema else None
         self.step = self.skipped = 0
