@@ -439,6 +439,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_conditioning.py::test_sdxl_equals_diffusers"),
     ],
     "pictures/plan.py": [
+        ("clip_skip = clip_skip_like(sd, clip_skip, like)", "pass",
+         "test_conditioning.py::test_clip_skip_as_each_program_counts_it"),
         ('(torch.zeros_like(unwanted[""][0]), torch.zeros_like(unwanted[""][1]))',
          '(torch.zeros_like(unwanted[""][0]), unwanted[""][1])',
          "test_conditioning.py::test_sdxl_base_reads_zeros_for_an_empty_negative"),

@@ -198,7 +198,8 @@ def test_loras_of_a1111s_prompts(refused, theirs, tmp_path):
     assert "names the LoRA 'style'; give it with --lora FILE or --lora-folder FOLDER" in refused("--from", tagged)
     assert "style" in refused("--from", tagged, "--lora-folder", tmp_path / "loras")
     assert "hypernetworks are not supported" in refused("--from", theirs(prompt="<hypernet:anime:1> "))
-    assert "with one strength" in refused("--from", theirs(prompt="<lora:style:0.8:0.5> "))
+    assert "with one strength or two" in refused("--from", theirs(prompt="<lora:style:0.8:0.5:lbw=MIDD> "))
+    assert "names the LoRA 'style'" in refused("--from", theirs(prompt="<lora:style:0.8:0.5> "))
 
 
 # --- hashes: which weights, beyond doubt -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plainsd.errors import UserError
+from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.comfyui import parse_workflow, share
 from plainsd.pictures.texts.comfyui_graph import NODES
 
@@ -85,27 +86,138 @@ def test_loras_words_layers_and_another_vae():
     nodes = changed(nodes, "words", clip=["layer", 0], text="a (boat:1.2) of embedding:kitty.pt, yes")
     nodes = changed(nodes, "decode", vae=["vae", 0])
     one = read(changed(nodes, "sampler", model=["v", 0]))
-    assert one.prompt == "a (boat:1.2) of kitty, yes <lora:style:0.8> <lora:ink:-1>"
+    assert one.prompt == "a (boat:1.2) of embedding:kitty.pt, yes <lora:style:1:0.8> <lora:ink:0:-1>"
     assert (one.embeddings, one.clip_skip, one.vae) == (("kitty",), 2, "sharp.safetensors")
     assert (one.rescale, one.perturbed, one.prediction, one.zero_snr) == (0.7, 3.0, "v_prediction", True)
-    assert one.other == (("ComfyUI nodes", "FreeU_V2"),)
+    idle = "FreeU_V2, LoRAs or layers of one text alone"  # the negative prompt is encoded without style and layer
+    assert one.other == (("ComfyUI nodes", idle),)
 
 
-def test_sdxls_two_texts():
-    large = node("CLIPTextEncodeSDXL", text_g="a boat", text_l="a boat", width=4, height=4, clip=["model", 1])
-    assert read(graph(words=large)).prompt == "a boat" and read(graph(words=large)).other == ()
-    large["inputs"]["text_l"] = "watercolour"
-    assert read(graph(words=large)).other == (("ComfyUI nodes", "CLIPTextEncodeSDXL's text_l"),)
+def unused(nodes):
+    """What is said to have no effect."""
+    return dict(read(nodes).other).get("ComfyUI nodes", "")
+
+
+def with_loras(*loaders, model=None, words=None, against=None):
+    """The loaders one behind the other; which of them the sampler and the texts are plugged into."""
+    nodes, before = graph(), "model"
+    for number, (kind, name, *strengths) in enumerate(loaders):
+        said = dict(zip(("strength_model", "strength_clip"), strengths, strict=False))
+        nodes[f"lora{number}"] = node(kind, lora_name=name, **said, model=[before, 0], clip=[before, 1])
+        before = f"lora{number}"
+    nodes = changed(nodes, "sampler", model=[model or before, 0])
+    nodes = changed(nodes, "words", clip=[words or before, 1])
+    return changed(nodes, "against", clip=[against or words or before, 1])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tags"),
+    [
+        (with_loras(("LoraLoader", "s", 0.8, 0.8)), " <lora:s:0.8>"),
+        (with_loras(("LoraLoader", "s", 0.8, 0.0)), " <lora:s:0:0.8>"),
+        (with_loras(("LoraLoader", "s", 0.8, 0.5)), " <lora:s:0.5:0.8>"),
+        (with_loras(("LoraLoaderModelOnly", "s", 0.8), words="model"), " <lora:s:0:0.8>"),
+        (with_loras(("LoraLoader", "s", 0.8, 0.8), words="model"), " <lora:s:0:0.8>"),  # CLIP is wired past it
+        (with_loras(("LoraLoader", "s", 0.8, 0.8), model="model"), " <lora:s:0.8:0>"),
+        (with_loras(("LoraLoader", "s", 0.0, 0.0)), ""),
+        (with_loras(("LoraLoader", "s", 0.5, 0.25), ("LoraLoader", "b/t.pt", -1, 1), ("LoraLoader", "s", 0.25, 0)),
+         " <lora:s:0.25:0.75> <lora:t:1:-1>"),
+        (with_loras(("LoraLoader", "s", 1, 1), ("LoraLoader", "t", 1, 1), model="lora0"), " <lora:s:1> <lora:t:1:0>"),
+    ],
+)  # fmt: skip
+def test_strengths_of_loras_on_either_way(nodes, tags):
+    """The one on the text encoders first, as A1111 writes it."""
+    one = read(nodes)
+    assert (one.prompt, one.other) == (f"a boat{tags}", ())
+
+
+def test_texts_of_different_clips_are_told():
+    assert unused(with_loras(("LoraLoader", "s", 1, 1), against="model")) == "LoRAs or layers of one text alone"
+    assert unused(with_loras(("LoraLoader", "s", 1, 0), against="model")) == ""
+    nodes = graph(patch=node("CLIPPatch", clip=["model", 1]), other=node("CheckpointLoaderSimple", ckpt_name="x.ckpt"))
+    assert unused(changed(changed(nodes, "words", clip=["patch", 0]), "against", clip=["patch", 0])) == "CLIPPatch"
+    nodes = changed(changed(nodes, "words", clip=["other", 1]), "against", clip=["other", 1])
+    assert unused(nodes) == "the text encoder of another checkpoint"
+
+
+def test_the_layer_that_is_read():
+    def skipped(*layers):
+        nodes, before = graph(), ["model", 1]
+        for number, layer in enumerate(layers):
+            nodes[f"layer{number}"] = node("CLIPSetLastLayer", stop_at_clip_layer=layer, clip=before)
+            before = [f"layer{number}", 0]
+        nodes = changed(changed(nodes, "words", clip=before), "against", clip=before)
+        return read(nodes).clip_skip, unused(nodes)
+
+    assert skipped(-2) == (2, "") and skipped(-2, -3) == (3, "") and skipped() == (1, "")
+    assert skipped(-1) == (1, "CLIPSetLastLayer -1 of SD 2 and SDXL")  # of SD 1 it is read anyway
+
+
+def xl_text(**more):
+    """Sizes as those of the latents."""
+    sizes = {"width": 512, "height": 768, "crop_w": 0, "crop_h": 0, "target_width": 512, "target_height": 768}
+    return node("CLIPTextEncodeSDXL", **(sizes | {"text_g": "a boat", "text_l": "a boat", "clip": ["model", 1]} | more))
+
+
+@pytest.mark.parametrize(
+    ("large", "small", "prompt", "says"),
+    [
+        ("a boat", "a boat", "a boat", ""),
+        ("a boat", "ink", "a boat", "CLIPTextEncodeSDXL's text_l"),
+        ("a boat", "", "a boat", "CLIPTextEncodeSDXL's text_l"),
+        ("", "ink", "ink", "CLIPTextEncodeSDXL's text_g"),
+    ],
+)
+def test_sdxls_two_texts(large, small, prompt, says):
+    nodes = graph(words=xl_text(text_g=large, text_l=small))
+    assert (read(nodes).prompt, unused(nodes)) == (prompt, says)
+
+
+def test_sdxls_sizes_and_scores_are_told_where_they_differ():
+    kind = "CLIPTextEncodeSDXL"
+    told = unused(graph(words=xl_text(width=4096, crop_h=512), against=xl_text(target_height=["x", 0])))
+    assert told == f"{kind}'s width 4096, {kind}'s crop_h 512, {kind}'s target_height"
+    for score, says in ((6.0, ""), (9, "CLIPTextEncodeSDXLRefiner's ascore 9")):
+        sizes = {"width": 512, "height": 768, "clip": ["model", 1]}
+        refined = node("CLIPTextEncodeSDXLRefiner", ascore=score, text="a boat", **sizes)
+        unwanted = node("CLIPTextEncodeSDXLRefiner", ascore=2.5, text="rain", **sizes)
+        assert unused(graph(words=refined, against=unwanted)) == says
+    photo = {"photo": node("LoadImage", image="x.png"), "empty": node("VAEEncode", pixels=["photo", 0])}
+    assert unused(graph(words=xl_text(), **photo)).count(kind) == 4  # the picture's size is not known
+    large = node("LatentUpscaleBy", upscale_method="bilinear", scale_by=1.5, samples=["sampler", 0])
+    sizes = {"width": 768, "height": 1152, "target_width": 768, "target_height": 1152}
+    own = again(positive=["more", 0], negative=["more", 0])
+    assert unused(graph(words=xl_text(), large=large, more=xl_text(**sizes), **own)) == ""
+    assert unused(graph(words=xl_text(), large=large, more=xl_text(), **own)).count(kind) == 4
 
 
 def test_joined_prompts():
     more = {"more": node("CLIPTextEncode", text="at sea", clip=["model", 1])}
     concat = node("ConditioningConcat", conditioning_to=["words", 0], conditioning_from=["more", 0])
     one = read(changed(graph(**more, both=concat), "sampler", positive=["both", 0]))
-    assert (one.prompt, one.other) == ("a boat BREAK at sea", ())
+    assert (one.prompt, one.other) == ("a boat <concat> at sea", ())
+    assert parse_settings(format_settings(one)) == one
+    three = node("ConditioningConcat", conditioning_to=["both", 0], conditioning_from=["words", 0])
+    area = node("ConditioningSetArea", conditioning=["three", 0])
+    nodes = changed(graph(**more, both=concat, three=three, area=area), "sampler", positive=["area", 0])
+    one = read(changed(nodes, "sampler", negative=["both", 0]))
+    assert (one.prompt, one.negative) == ("a boat <concat> at sea <concat> a boat", "a boat <concat> at sea")
+    assert one.other == (("ComfyUI nodes", "ConditioningSetArea"),)
+    lost = node("ConditioningConcat", conditioning_to=["words", 0], conditioning_from=["empty", 0])
+    one = read(changed(graph(both=lost), "sampler", positive=["both", 0]))
+    assert (one.prompt, one.other) == ("a boat", (("ComfyUI nodes", "EmptyLatentImage, ConditioningConcat"),))
+    circle = node("ConditioningConcat", conditioning_to=["both", 0], conditioning_from=["words", 0])
+    assert "more than 100 texts are joined" in refused(changed(graph(both=circle), "sampler", positive=["both", 0]))
     combine = node("ConditioningCombine", conditioning_1=["words", 0], conditioning_2=["more", 0])
     one = read(changed(graph(**more, both=combine), "sampler", positive=["both", 0]))
     assert (one.prompt, one.other) == ("a boat", (("ComfyUI nodes", "ConditioningCombine"),))
+
+
+def test_words_that_would_be_read_as_signs_are_told():
+    assert unused(changed(graph(), "words", text="a <lora:ink:1> <concat> b")) == (
+        "<lora:ink:1> as a text, <concat> as a text"
+    )
+    assert read(changed(graph(), "words", text="a BREAK b")).prompt == "a BREAK b"
 
 
 def test_values_may_come_from_nodes_that_hold_them():
@@ -190,10 +302,11 @@ def test_a_network_between_two_passes_is_the_upscaler():
 
 def test_what_the_second_pass_has_of_its_own():
     large = node("LatentUpscaleBy", upscale_method="bilinear", scale_by=2, samples=["sampler", 0])
-    more = node("CLIPTextEncode", text="a large boat", clip=["model", 1])
+    more = node("CLIPTextEncode", text="a large embedding:boat", clip=["model", 1])
     other = again(positive=["more", 0], cfg=5, sampler_name="dpmpp_2m", scheduler="karras", seed=6)
     one = read(graph(large=large, more=more, **other))
-    assert (one.hires_prompt, one.hires_negative, one.hires_guidance) == ("a large boat", None, 5.0)
+    assert (one.hires_prompt, one.hires_negative, one.hires_guidance) == ("a large embedding:boat", None, 5.0)
+    assert one.embeddings == ("boat",)
     assert (one.hires_sampler, one.hires_spacing, one.seed) == ("dpmpp_2m", "karras", 5)
     assert one.other == (("Hires seed", "6"),)
 
@@ -247,7 +360,7 @@ def edited(**more):
 
 def test_the_editors_form():
     one = read(edited())
-    assert (one.prompt, one.negative, one.size) == ("a boat <lora:style:0.5>", "rain", (512, 768))
+    assert (one.prompt, one.negative, one.size) == ("a boat <lora:style:0:0.5>", "rain", (512, 768))
     assert (one.seed, one.steps, one.guidance, one.sampler, one.spacing) == (5, 20, 7.0, "euler", "karras")
     assert (one.model, one.other) == ("boats", ())
 

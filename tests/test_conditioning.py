@@ -1,5 +1,6 @@
 """Prompts to tensors: equal to diffusers' pipelines below 77 tokens, and by A1111's rules for what those lack."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -75,7 +76,8 @@ def tokenizers(tmp_path_factory):
 
 def parts(tokenizers, encoders, context="final", vector=None):
     """As much of a StableDiffusion as conditioning looks at."""
-    variant, unet = SimpleNamespace(context=context, size=64), SimpleNamespace(config=UNetConfig(vector=vector))
+    variant = SimpleNamespace(context=context, size=64, force_zeros=True)
+    unet = SimpleNamespace(config=UNetConfig(vector=vector))
     return SimpleNamespace(tokenizers=tokenizers, text_encoders=encoders, variant=variant, unet=unet, stage=None)
 
 
@@ -374,6 +376,84 @@ def test_plan_of_a_second_pass(sd1):
     planned = encode_prompt(sd1[0], "[a:b:1.5]", "x AND y", LATE_STEPS, first_pass=20)
     assert planned.parts == ((1.0, ("a",) * 5 + ("b",) * 5),)
     assert set(planned.negatives) == {"x AND y"}  # a negative prompt has no parts
+
+
+# --- as other programs read them -------------------------------------------------------------------------------------
+
+
+def positive(sd, prompt, like, **options):
+    return encode_prompt(sd, prompt, "", 4, like=like, **options).positive(0)[0][0]
+
+
+@torch.no_grad()
+def test_joined_texts_are_encoded_apart(sdxl):
+    """ComfyUI's ConditioningConcat: along the tokens, with the vector of the first; each text weighs by itself."""
+    sd, _ = sdxl
+    texts = ["a (boat:1.4), " + "a " * 80, "(at:0.5) sea", "BREAK"]
+    whole = positive(sd, " <concat> ".join(texts), "comfyui")
+    alone = [positive(sd, text, "comfyui") for text in texts]
+    close(whole.context, torch.cat([one.context for one in alone], dim=1))
+    close(whole.vector, alone[0].vector)
+    assert whole.context.shape[1] == 4 * 77 and positive(sd, "a BREAK b", "comfyui").context.shape[1] == 77
+    assert positive(sd, "a <concat> b", "a1111").context.shape[1] == 77
+    assert describe(sd, "a <concat> b BREAK", like="comfyui").splitlines() == [
+        "chunk 1 of 2: 1 of 75 tokens", "   1.000  a</w>", "chunk 2 of 2: 2 of 75 tokens", "   1.000  b</w> break</w>"
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_the_exclamation_mark_is_a_word_in_a1111_and_comfyui(sdxl, monkeypatch):
+    sd, _ = sdxl
+    seen = []
+    forward = TextEncoder.forward
+    monkeypatch.setattr(
+        TextEncoder, "forward", lambda self, ids: seen.append(ids[0, :5].tolist()) or forward(self, ids)
+    )
+    for like, mark in (("a1111", 256), ("comfyui", 256), ("diffusers", 0), (None, 0)):
+        seen.clear()
+        positive(sd, "wow!", like)
+        assert seen[:2] == [[START, 2781, 256, END, END], [START, 2781, mark, END, 0]]  # padded as ever
+    monkeypatch.undo()
+    for like in ("a1111", "comfyui"):
+        assert describe(sd, "go!", like=like).splitlines() == ["chunk 1 of 1: 2 of 75 tokens", "   1.000  go</w> !</w>"]
+
+
+@torch.no_grad()
+def test_clip_skip_as_each_program_counts_it(sd1, sdxl, tokenizers):
+    """A1111 skips layers of OpenAI's encoder alone; ComfyUI counts the last layer of SD 2's, which is not stored."""
+    sd2 = parts([tokenizers[1][0]], [text_pair(16, 3, activation="gelu")[1]])
+    refiner = parts([tokenizers[1][0]], [text_pair(24, 4, 20, "gelu")[1]], "penultimate", 20 + 5 * 256)
+
+    def context(sd, like, skip):
+        return positive(sd, "a cat", like, clip_skip=skip).context
+
+    own = [{skip: context(sd, None, skip) for skip in (1, 2, 3)} for sd in (sd1[0], sd2, sdxl[0], refiner)]
+    assert all((layers[3] - layers[1]).abs().max() > 0.1 for layers in own)  # so that one could not pass for the other
+    expected = {  # the skips of diffusers' that 1, 2 and 3 are
+        "a1111": [(1, 2, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1)],
+        "comfyui": [(1, 2, 3), (1, 1, 2), (1, 2, 3), (1, 2, 3)],
+    }
+    for like, skips in expected.items():
+        for sd, layers, same in zip((sd1[0], sd2, sdxl[0], refiner), own, skips, strict=True):
+            for skip, ours in enumerate(same, 1):
+                close(context(sd, like, skip), layers[ours])
+
+
+@torch.no_grad()
+def test_a_learned_word_by_its_file(sd1):
+    tokenizer = Tokenizer.from_vocabulary(find_vocabulary())
+    encoder = spread(TextEncoder(TextConfig(vocab=49410, width=8, layers=1, heads=1, mlp=8)))
+    sd = parts([tokenizer], [encoder])
+    tokenizer.add("mykitty", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [positive(sd, f"a embedding:{name}, b", "comfyui").context
+                 for name in ("mykitty", "mykitty.pt", "sub/MyKitty.safetensors")]  # fmt: skip
+    assert all(torch.equal(one, found[0]) for one in found)
+    close(found[0], encode_prompts(sd, ["a mykitty, b"]).context)
+    with pytest.warns(UserWarning, match="the model has no embedding 'dog', and the prompt is read without it"):
+        without = positive(sd, "a (embedding:dog.pt:1.3) b", "comfyui").context
+    close(without, encode_prompts(sd, ["a b"]).context)
 
 
 # --- what `plainsd tokens` prints ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from plainsd.pictures.plan import chunked_by_stretch
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.pictures.texts.comfyui import parse_workflow
 from plainsd.pictures.texts.entries import entries, quote
-from plainsd.text.prompts import Weighted, alternates, compose, lora_tags, parse, parse_words, schedule
+from plainsd.text.prompts import Weighted, alternates, compose, parse, parse_words, schedule, tagged_loras
 from plainsd.text.styles import Style, styled
 from plainsd.text.tokenizer import CLIP, Tokenizer
 from plainsd.text.wildcards import MOST_COMBINATIONS, combinations, settled
@@ -33,7 +33,7 @@ READERS = {
     "parse_words": parse_words,
     "schedule": lambda text: schedule(text, 4),
     "alternates": alternates,
-    "lora_tags": lora_tags,
+    "tagged_loras": tagged_loras,
     "settled": lambda text: settled(text, 1),
     "styled": lambda text: styled(text, text, ["a"], {"a": Style("{prompt} x {prompt}", text)}),
     "entries": entries,
@@ -114,7 +114,7 @@ SLOW = {  # what took longest before
     "parse": (parse, lambda n: " " * n), "parse of brackets": (parse, lambda n: "(b" * 60 + ")b" * n),
     "parse of digits": (parse, lambda n: ":" + "1" * n), "compose": (compose, lambda n: "a AND b" + " " * n + "x"),
     "schedule": (lambda text: schedule(text, 4), lambda n: "[" + "|" * n + "]"),
-    "lora_tags": (lora_tags, lambda n: "<lora:a:" + "1" * n + "x>"),
+    "tagged_loras": (tagged_loras, lambda n: "<lora:a:" + "1" * n + "x>"),
     "settings": (parse_settings, lambda n: "a" * n + f"\n{LAST}, " + "b" * n + ": c"),
 }  # fmt: skip
 

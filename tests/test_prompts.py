@@ -6,15 +6,17 @@ from hypothesis import given, settings, strategies
 from plainsd.errors import UserError
 from plainsd.text.prompts import (
     BREAK,
+    CONCAT,
     DEEPEST_BRACKET,
+    LoraTag,
     Weighted,
     alternates,
     compose,
     escape,
-    lora_tags,
     parse,
     parse_words,
     schedule,
+    tagged_loras,
 )
 
 MARKS = [*"ab 1.5:,()[]|\\\n", " BREAK ", ":1.2)", ":0.5]"]
@@ -125,7 +127,7 @@ def test_nesting_has_an_end(opened, closed):
 
 @pytest.mark.parametrize("number", ["9" * 400, "10000", "-99999"])
 def test_infinite_weights_are_refused(number):
-    for reader, prompt in ((compose, f"a AND b:{number}"), (lora_tags, f"<lora:x:{number}>")):
+    for reader, prompt in ((compose, f"a AND b:{number}"), (tagged_loras, f"<lora:x:{number}>")):
         with pytest.raises(UserError, match="out of bounds") as error:
             reader(prompt)
         assert error.value.field == "prompt" and len(str(error.value)) < 300
@@ -149,16 +151,85 @@ def test_composition(prompt, expected):
 
 
 def test_lora_tags():
-    prompt, loras = lora_tags("a cat <lora:my style-v1.2:0.8>, <lora:b> dog<lyco:c:-1><other:d:1>")
+    prompt, loras = tagged_loras("a cat <lora:my style-v1.2:0.8>, <lora:b> dog<lyco:c:-1><other:d:1>")
     assert prompt == "a cat ,  dog<other:d:1>"
-    assert loras == [("my style-v1.2", 0.8), ("b", 1.0), ("c", -1.0)]
-    assert lora_tags("<lora:x:1") == ("<lora:x:1", [])
+    assert loras == [("my style-v1.2", 0.8, 0.8), ("b", 1.0, 1.0), ("c", -1.0, -1.0)]
+    assert tagged_loras("<lora:x:1") == ("<lora:x:1", [])
 
 
-@pytest.mark.parametrize("tag", ["<lora::1>", "<lora:a:strong>", "<lora:a:1:0.5>", "<lora:>", "<hypernet:a:1>"])
+@pytest.mark.parametrize(
+    "tag, strength, text_strength",  # A1111's order is the text encoders, then the UNet
+    [
+        ("<lora:a:0.5>", 0.5, 0.5),
+        ("<lora:a:0.5:0.8>", 0.8, 0.5),
+        ("<lora:a:te=0.5:unet=0.8>", 0.8, 0.5),
+        ("<lora:a: unet = -1 >", -1, 1),
+        ("<lora:a:te=0.5>", 0.5, 0.5),
+        ("<lora:a:0:unet=.8>", 0.8, 0),
+        ("<lora:a:unet=1e-05:0.5>", 1e-05, 0.5),
+    ],
+)
+def test_two_strengths_of_a_lora(tag, strength, text_strength):
+    found = tagged_loras(f"a {tag}b")
+    assert found == ("a b", [("a", strength, text_strength)])
+    assert tagged_loras(f"a {found[1][0]}b") == found
+    assert strength != text_strength or str(found[1][0]) == f"<lora:a:{strength}>"
+
+
+def test_a_tag_as_it_is_written():
+    assert [str(LoraTag("ink", *both)) for both in ((1, 1), (0.1, 0.1), (0.8, 0), (-1, 0.25))] == [
+        "<lora:ink:1>", "<lora:ink:0.1>", "<lora:ink:0:0.8>", "<lora:ink:0.25:-1>"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["<lora::1>", "<lora:a:strong>", "<lora:a:1:0.5:4>", "<lora:>", "<hypernet:a:1>", "<lora:a:1:dyn=4>", "<lora:a:>",
+     "<lora:a:0.5:lbw=MIDD>", "<lora:a:0.5:te=0.3>", "<lora:a:te=x>"],
+)  # fmt: skip
 def test_tags_that_cannot_be_followed(tag):
-    with pytest.raises(UserError, match="lora|hypernet"):
-        lora_tags(f"a {tag} b")
+    with pytest.raises(UserError, match="lora|hypernet") as error:
+        tagged_loras(f"a {tag} b")
+    assert tag in str(error.value)
+
+
+# --- ComfyUI's -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kitty", "kitty.pt", "sub/kitty.safetensors", "sub\\kitty.bin"])
+def test_a_learned_word_is_called_by_its_file(name):
+    assert parse_words(f"a embedding:{name}, b  c") == [
+        Weighted("a"), Weighted("kitty", learned=True), Weighted(", b  c")]  # fmt: skip
+    assert parse_words(f"(embedding:{name}:1.2)") == [Weighted("kitty", 1.2, learned=True)]
+    assert parse_words(f"embedding:{name} embedding:v1.5") == [
+        Weighted("kitty", learned=True), Weighted("v1.5", learned=True)]  # fmt: skip
+
+
+def test_what_calls_no_learned_word():
+    for text in ("an,embedding:kitty", "Embedding:kitty", "embedding", "embedding:", "embedding: ", "embedding:,"):
+        assert not any(piece.learned for piece in parse_words(text))
+    assert parse_words("embedding:") == [Weighted("")]
+
+
+def test_texts_joined_by_their_encodings():
+    joined = CONCAT.join(["a (boat:1.2)", "BREAK", "", "at  sea "])
+    found = parse_words(joined)
+    assert found == [
+        Weighted("a "),
+        Weighted("boat", 1.2),
+        BREAK,
+        Weighted("BREAK"),
+        BREAK,
+        BREAK,
+        Weighted("at  sea "),
+    ]
+    assert [piece is BREAK for piece in found] == [False, False, True, False, True, True, False]
+    assert parse_words("a(b<concat>c:2)") == [
+        Weighted("a"),
+        Weighted("(b"),
+        BREAK,
+        Weighted("c:2)"),
+    ]  # none goes across
+    assert parse_words("a BREAK b") == [Weighted("a BREAK b")]
 
 
 @settings(derandomize=True)

@@ -14,6 +14,7 @@ from PIL import Image, ImageFont
 from serving import Brake, alike, base64_of, lora_file, model_folder, open_service, until
 
 import plainsd
+from plainsd.adapters.lora import inject, save_lora
 from plainsd.errors import UserError
 from plainsd.models.forms import OtherForm
 from plainsd.pictures.images import read_settings
@@ -703,11 +704,37 @@ def test_loras_come_and_go_with_their_jobs(opened, folder, tmp_path):
     for (_, loras), picture, row in zip(wanted, pictures, rows, strict=False):
         sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32",
                           loras=[(service.models.lora(name), strength) for name, strength in loras])  # fmt: skip
-        assert alike(picture, plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3))[0]) and row.loras == loras
+        assert alike(picture, plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3))[0])
+        assert row.loras == [(name, strength, strength) for name, strength in loras]
     assert not alike(pictures[0], pictures[1], 8) and alike(pictures[1], pictures[4])
     told = settings_in_file(service.store.path(rows[4]).read_bytes(), service.limits, service.models)
     assert told["prompt"] == "a boat" and told["loras"] == [{"name": "paper", "strength": 0.8}]
     assert "<lora:paper:0.8>" in pictures[4].info["parameters"]
+
+
+def test_two_strengths_of_a_lora(opened, folder, tmp_path):
+    """On UNet and text encoders: in a tag, in a list, in the picture's text and back."""
+    (tmp_path / "loras").mkdir()
+    made = plainsd.load(model_folder(folder), device="cpu", dtype="float32")
+    lora = inject(made, rank=2, text=True, generator=torch.Generator().manual_seed(0))
+    for parameter in lora.parameters():
+        parameter.data += 0.3
+    save_lora(made, tmp_path / "loras" / "ink.safetensors")
+    service = opened(loras=tmp_path / "loras")
+    tagged = ended(ask(service, "a boat <lora:ink:0.25:0.75>", seed=3))
+    listed = ended(ask(service, "a boat", seed=3, loras=[{"name": "ink", "strength": 0.75, "text_strength": 0.25}]))
+    one = ended(ask(service, "a boat", seed=3, loras=[{"name": "ink", "strength": 0.75}]))
+    rows = [service.store.picture(job.picture_id(0)) for job in (tagged, listed, one)]
+    pictures = [Image.open(service.store.path(row)) for row in rows]
+    sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32")
+    plainsd.add_lora(sd, tmp_path / "loras" / "ink.safetensors", 0.75, 0.25)
+    expected = plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3))[0]
+    assert alike(pictures[0], expected) and alike(pictures[0], pictures[1], 0) and not alike(pictures[0], pictures[2])
+    entry = {"name": "ink", "strength": 0.75, "text_strength": 0.25}
+    assert picture_as_json(rows[0])["loras"] == [entry]
+    assert "<lora:ink:0.25:0.75>" in pictures[0].info["parameters"]
+    told = settings_in_file(service.store.path(rows[0]).read_bytes(), service.limits, service.models)
+    assert told["prompt"] == "a boat" and told["loras"] == [entry]
 
 
 @pytest.mark.parametrize("plain", [False, True])

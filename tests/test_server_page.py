@@ -435,9 +435,15 @@ def test_loras_are_added_and_come_back_with_their_picture(page):
     page.find(".card .whole").click()
     assert "paper 0.7" in page.find("#viewer-settings").text
     page.use()
-    row = page.find(".lora")
-    assert [row.find_element("css selector", tag).get_attribute("value") for tag in ("select", "input")] == [
-        "paper", "0.7"]  # fmt: skip
+    values = "return [...document.querySelectorAll('.lora select, .lora input')].map((one) => one.value)"
+    assert page.js(values) == ["paper", "0.7", ""]
+    page.js("document.querySelectorAll('.lora input')[1].value = 0.2")
+    told = page.server.get(f"/api/images/{page.drawn()['images'][0]}").json()
+    assert told["loras"] == [{"name": "paper", "strength": 0.7, "text_strength": 0.2}]
+    page.find(".card .whole").click()
+    assert "paper 0.7 0.2" in page.find("#viewer-settings").text
+    page.use()
+    assert page.js(values) == ["paper", "0.7", "0.2"]
 
 
 def test_files_that_cannot_be_used_are_listed(page, tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from serving import model_folder, open_service, served
 from plainsd.pictures.settings import ControlNote, ImagePromptNote, Resolved
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, ControlInput, ImagePromptInput, Job, Sheet, Source
 from plainsd.server.jobs.queue import Place, Queue
-from plainsd.server.jobs.rows import settings_from
+from plainsd.server.jobs.rows import loras_from, settings_from
 from plainsd.server.jobs.store import Store
 from plainsd.server.jobs.worker import Worker
+from plainsd.text.prompts import LoraTag
 
 SETTINGS = {  # a field of a picture's settings, and JSON that has no meaning there
     "seed": "null", "like": '"forge"', "interval": "[1]", "size": "[64]", "outpaint": "5", "embeddings": "[1]",
@@ -161,7 +162,9 @@ def test_everything_that_is_stored_comes_back(tmp_path):
     prompts = (ImagePromptInput("plus", ("0.png",), (), 1, 0.0, 1, None),)
     source = Source("0.png", None, "1.png", "2.png", (1, 2, 3, 4), controls, prompts)
     sheet = Sheet(["steps 1", "steps 2"], [], [("steps", ["1", "2"])])
-    job = asked("a", loras=[("style", 0.5), ("other", 1)], source=source, sheet=sheet, owner="anna")
+    job = asked(
+        "a", loras=[LoraTag("style", 0.5, 0.5), LoraTag("other", 1, 0.25)], source=source, sheet=sheet, owner="anna"
+    )
     notes = {"control": (ControlNote(kinds=(3,)),), "image_prompt": (ImagePromptNote("y", 0.5, 2),)}
     more = {"interval": (0.5, 2), "hashes": (("model", "ab"),), "other": (("x", "y"),), "seed": 2**64 - 1}
     settings = Resolved(size=(8, 8), steps=1, guidance=7, sampler="ddim", spacing="leading", **more, **notes)
@@ -172,6 +175,7 @@ def test_everything_that_is_stored_comes_back(tmp_path):
         assert found.problem is None and found.settings == job.settings and found.source == source
         assert found.sheet.axes == sheet.axes and found.loras == job.loras and found.owner == "anna"
     assert settings_from(json.loads(json.dumps(asdict(settings))), strict=True) == settings
+    assert loras_from('[["style", 0.5], ["other", 1, 0.25]]') == job.loras  # older versions had one strength
 
 
 @pytest.mark.parametrize("where", ["open", "next_batch", "process"])

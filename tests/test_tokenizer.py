@@ -190,6 +190,24 @@ def test_padding_with_the_exclamation_mark(clip, tmp_path):
     assert_same_ids(second, theirs, generated(800, seed=2))
 
 
+def test_the_exclamation_mark_as_a_word(clip, tmp_path):
+    """As A1111 and ComfyUI read texts for the encoders that pad with it: by the first encoder's tokenizer."""
+    texts = ["wow!", "no!!!", "a!b", "!", START, *generated(800, seed=3)]
+    for second in (Tokenizer.from_vocabulary(find_vocabulary(), pad="!"),
+                   Tokenizer.from_folder(write_folder(clip, tmp_path, "sdxl second"))):  # fmt: skip
+        plain = second.reading_pad_as_word()
+        assert (second.encode("wow!"), plain.encode("wow!")) == ([2781, 0], [2781, 256])
+        assert [plain.encode(text) for text in texts] == [clip.encode(text) for text in texts]
+        assert (plain.start, plain.end, plain.pad, len(plain)) == (49406, 49407, 0, len(second))
+        assert second.reading_pad_as_word() is plain
+        ids = second.add("<wow>", 2)
+        assert second.reading_pad_as_word().units("a <wow>!") == [[320], ids, [256]]
+        assert second.units("a <wow>!") == [[320], ids, [0]] and second.has_learned("<WOW>")
+        (key,) = second.add("<oh!>")
+        assert second.reading_pad_as_word().units("<oh!> <wow>") == [[key], ids]
+    assert clip.reading_pad_as_word() is clip and not clip.has_learned("wow") and not clip.has_learned("")
+
+
 def test_saved_files_come_back_the_same(clip, tmp_path):
     clip.save(tmp_path / "one")
     Tokenizer.from_folder(tmp_path / "one").save(tmp_path / "two")

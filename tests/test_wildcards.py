@@ -11,7 +11,7 @@ from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.text import wildcard_files
 from plainsd.text.prompts import Weighted, parse
-from plainsd.text.styles import read_styles, styled
+from plainsd.text.styles import read_styles, styled, without_style_loras
 from plainsd.text.wildcard_files import Wildcards
 from plainsd.text.wildcards import MOST_COMBINATIONS, combinations, has_choices, settled, template_of
 
@@ -234,6 +234,19 @@ def test_the_command_line_settles_each_text_of_each_picture(generate, tmp_path):
         assert {getattr(one, name) for name in texts} == {settled(texts["negative"], one.seed)}
     assert generate("x", *flags, "--steps", 2, "--hires", 1.5, "--seed", 6)[0] == 0
     assert read_settings(max((tmp_path / "out").glob("*.png"))).negative == made[2].negative
+
+
+def test_styles_lie_around_the_texts_of_the_second_pass(generate, tmp_path, styles):
+    flags = ("--style", "ink", "--styles", styles, "--steps", 2, "--hires", 1.5)
+    assert generate("a cat", *flags, "--hires-prompt", "a dog", "--hires-negative", "bad")[0] == 0
+    (path,) = (tmp_path / "out").glob("*.png")
+    one = read_settings(path)
+    assert (one.hires_prompt, one.hires_negative) == ("a dog, ink drawing", "bad, colour")
+    assert generate("a cat", *flags)[0] == 0
+    one = read_settings(max((tmp_path / "out").glob("*.png")))
+    assert (one.hires_prompt, one.hires_negative) == (None, None)  # those of the first pass, which have it
+    assert without_style_loras("a dog <lora:ink:1>", "a dog") == "a dog "
+    assert without_style_loras("a <lora:a:1> dog <lora:ink:1>", "a <lora:a:1> dog") == "a <lora:a:1> dog <lora:ink:1>"
 
 
 def test_choices_in_a_style_are_made_around_the_texts_of_a_picture(generate, tmp_path):

@@ -1,33 +1,43 @@
-"""Adapters on the command line: `--lora FILE:0.8`, A1111's `<lora:name:0.8>` in a prompt, `--embedding FILE:word`.
+"""Adapters on the command line: `--lora FILE:0.8`, A1111's `<lora:name:0.8>` in a prompt, also with a strength for the
+text encoders and one for the UNet, `<lora:name:0.5:0.8>`; `--embedding FILE:word`.
 
 LoRAs are recorded in a picture's settings as `<lora:...>` tags, however they were given, so that --from finds them
 again. So are the embeddings that its prompts use, so that --from can ask for them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import plain_number
-from plainsd.text.prompts import lora_tags
+from plainsd.text.prompts import LoraTag, tagged_loras
 
 FLAG_FIELDS = {"lora": "loras", "control": "control", "image-prompt": "image_prompt"}  # flag: field of the settings
-LoraFiles = list[tuple[Path, float]]  # files and strengths
 
 
-def prompts_and_loras(prompts: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+class LoraStrengths(NamedTuple):
+    """Of one LoRA on a model, as `add_lora` takes them."""
+
+    strength: float  # on the UNet
+    text_strength: float  # on the text encoders
+
+
+LoraFiles = list[tuple[Path, LoraStrengths]]
+
+
+def prompts_and_loras(prompts: Sequence[str]) -> tuple[list[str], dict[str, LoraStrengths]]:
     """The prompts without LoRA tags, and the LoRAs they name, with strengths. UserError if prompts differ in them."""
-    texts, tags = zip(*map(lora_tags, prompts), strict=True)
+    texts, tags = zip(*map(tagged_loras, prompts), strict=True)
     if any(one != tags[0] for one in tags):
         raise UserError(
             "the prompts name different LoRAs, and all prompts of a run share one set; run them separately",
             field="prompt",
         )
-    return [text.rstrip() for text in texts], dict(tags[0])
+    return [text.rstrip() for text in texts], {name: LoraStrengths(*strengths) for name, *strengths in tags[0]}
 
 
 def tags_of(loras: LoraFiles) -> str:
-    return "".join(f" <lora:{path.stem}:{plain_number(strength)}>" for path, strength in loras)
+    return "".join(f" {LoraTag(path.stem, *strengths)}" for path, strengths in loras)
 
 
 def from_flag(text: str, flag: str = "lora") -> tuple[Path, float | None]:
@@ -53,13 +63,17 @@ def embedding_from_flag(text: str) -> tuple[Path, str]:
     return file, word
 
 
-def chosen_loras(flags: Sequence[str], tags: dict[str, float], folder: Path | None) -> LoraFiles:
-    """The LoRAs of --lora, then those that only tags name, found in `folder`. A flag's strength overrides a tag's."""
+def chosen_loras(flags: Sequence[str], tags: Mapping[str, LoraStrengths], folder: Path | None) -> LoraFiles:
+    """The LoRAs of --lora, then those that only tags name, found in `folder`. A flag's strength overrides a tag's, on
+    all networks."""
     from plainsd.adapters.lora import find_lora
 
     given = [from_flag(text) for text in flags]
-    loras = [(path, tags.get(path.stem, 1.0) if strength is None else strength) for path, strength in given]
-    for name, strength in tags.items():
+    loras = [
+        (path, tags.get(path.stem, LoraStrengths(1.0, 1.0)) if number is None else LoraStrengths(number, number))
+        for path, number in given
+    ]
+    for name, strengths in tags.items():
         if not any(path.stem == Path(name).name for path, _ in loras):
             if folder is None:
                 raise UserError(
@@ -67,5 +81,5 @@ def chosen_loras(flags: Sequence[str], tags: dict[str, float], folder: Path | No
                     field="loras",
                     value=name,
                 )
-            loras.append((find_lora(folder, name), strength))
+            loras.append((find_lora(folder, name), strengths))
     return loras

@@ -176,7 +176,7 @@ class Evaluate:
         from plainsd.files.predicted import on_or_off
         from plainsd.speed.model import faster
 
-        loras = chosen_loras(self.lora, {}, None)
+        loras = [(file, one.strength) for file, one in chosen_loras(self.lora, {}, None)]
         noise: dict[str, Any] = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         sd = load(self.model, loras=loras, device=self.device, dtype=self.dtype, **noise)
         return sd if self.plain else faster(sd, tell=partial(print, file=sys.stderr))

@@ -35,6 +35,7 @@ from plainsd.pictures.settings import (
     notes,
     read_seed,
 )
+from plainsd.pictures.texts.comfyui import PASSED_BY
 from plainsd.text.styles import Style, read_styles, styled
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Generate(GenerateFlags):
 
     def run(self) -> None:
         prompts, choices, each = self.prompts_and_choices()
-        besides = [key for key, _ in choices.get("other", ())]
+        besides = [f"{key} ({what})" if key == PASSED_BY else key for key, what in choices.get("other", ())]
         share = share_of_torchrun()
         if not share.alone and (self.server or self.grid):
             raise UserError(f"{'--server' if self.server else '--grid'} runs in one process; start it without torchrun")
@@ -116,7 +117,7 @@ class Generate(GenerateFlags):
         setups = by_setup(cells)
         first = next(iter(setups))[0] if axes else None
         sd, words = setup.ready(first or self.model)
-        note_unused_embeddings(words, [*prompts, choices.get("negative") or ""])
+        note_unused_embeddings(words, [*prompts, *map(choices.get, TEXTS_BESIDE)])
         check_recorded(self, sd, prompts, words, choices)
         say_unused(besides)
         joins = setup.joins(sd)

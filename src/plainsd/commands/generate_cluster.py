@@ -26,6 +26,7 @@ from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.output import PromptBatch, Target
 from plainsd.commands.recorded import check_recorded, noise_flags, with_notes
 from plainsd.commands.setup import DrawingSetup, note_unused_embeddings, upscaler_file
+from plainsd.commands.texts import TEXTS_BESIDE
 from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.files.hub import find
@@ -75,7 +76,7 @@ class ListDrawer:
         self.setup, self.draws, self.suffix = setup, draws, suffix
         with redirect_stderr(io.StringIO()) as said:
             self.sd, self.words = setup.ready(setup.command.model)
-            note_unused_embeddings(self.words, [*prompts, choices.get("negative") or ""])
+            note_unused_embeddings(self.words, [*prompts, *map(choices.get, TEXTS_BESIDE)])
             check_recorded(setup.command, self.sd, prompts, self.words, choices)
             self.joins = setup.joins(self.sd)
         self.said = said.getvalue()

@@ -72,7 +72,8 @@ class Convert:
         where: dict[str, Any] = {"variant_file": self.variant_file, "family": self.family, "vae": self.vae}
         where |= {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         if self.lora:
-            where["change"] = partial(baked, loras=chosen_loras(self.lora, {}, None), partial_fit=self.lora_partial)
+            loras = [(file, one.strength) for file, one in chosen_loras(self.lora, {}, None)]
+            where["change"] = partial(baked, loras=loras, partial_fit=self.lora_partial)
         convert(self.source, self.target, self.layout, dtype=self.dtype, **where)
         print(self.target)
 

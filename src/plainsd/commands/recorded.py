@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from plainsd.commands.adapters import LoraFiles, tags_of
 from plainsd.commands.flags import GenerateFlags
+from plainsd.commands.texts import TEXTS_BESIDE
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
 from plainsd.pictures.texts.a1111 import SECOND_LORAS
-from plainsd.text.prompts import lora_tags
+from plainsd.text.prompts import tagged_loras
 
 if TYPE_CHECKING:
     from plainsd.pictures.model import StableDiffusion
@@ -32,7 +33,6 @@ ELSEWHERE = (
     "image_prompt",
 )  # recorded by name; flags give the files
 NOISE = ("prediction", "zero_snr")  # how to read the model: recorded, and overridden by flags
-PROMPTS_BESIDE = ("negative", "hires_prompt", "hires_negative")
 
 
 def recorded(path: Path) -> dict:
@@ -41,7 +41,7 @@ def recorded(path: Path) -> dict:
 
     found = {name: value for name, value in asdict(read_settings(path)).items() if value != DEFAULTS[name]}
     for name in found.keys() & {"hires_prompt", "hires_negative"}:
-        found[name] = lora_tags(found[name])[0]  # the hires pass uses the LoRAs of the prompt
+        found[name] = tagged_loras(found[name])[0]  # the hires pass uses the LoRAs of the prompt
     other = found.pop("other", ())
     if own := dict(other).get(SECOND_LORAS):
         which = "without LoRAs" if own == "none" else f"with the LoRAs {own}"
@@ -70,7 +70,7 @@ def check_recorded(
         raise UserError(f"{made} refiner {refiner!r}; give it with --refiner", field="refiner")
     if vae and command.vae is None:
         raise UserError(f"{made} VAE {vae!r}; give it with --vae", field="vae")
-    used = words_in([*prompts, *(choices.get(name) for name in PROMPTS_BESIDE)], embeddings or ())
+    used = words_in([*prompts, *(choices.get(name) for name in TEXTS_BESIDE)], embeddings or ())
     files = {word.lower(): file for word, file in words.items()}  # prompts and other programs differ in case
     if missing := [word for word in used if word.lower() not in files]:
         raise UserError(
@@ -130,7 +130,7 @@ def with_notes(
     """The settings to write: with LoRAs, embeddings and VAE from flags, and the hashes of all files."""
     from plainsd.files.hashes import hashes
 
-    used = words_in([settings.prompt, *(getattr(settings, name) for name in PROMPTS_BESIDE)], words)
+    used = words_in([settings.prompt, *(getattr(settings, name) for name in TEXTS_BESIDE)], words)
     files = hashes(sd.path, vae, [(path.stem, path) for path, _ in loras], [(word, words[word]) for word in used])
     return replace(
         settings,

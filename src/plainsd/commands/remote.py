@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from plainsd.commands.control import asked_controls, check_control_flags
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.image_prompt import asked_image_prompts, check_image_prompt_flags
-from plainsd.commands.recorded import NOISE
+from plainsd.commands.recorded import NOISE, words_in
+from plainsd.commands.texts import TEXTS_BESIDE
 from plainsd.errors import UserError
 from plainsd.listing import suffix_of
 from plainsd.pictures.settings import ControlNote, ImagePromptNote, Settings
@@ -121,8 +122,7 @@ def jobs_of(
     loras = [from_flag(text) for text in command.lora]
     shared["loras"] = [{"name": path.stem if suffix_of(path) == ".safetensors" else str(path),
                         "strength": 1.0 if strength is None else strength} for path, strength in loras]  # fmt: skip
-    texts = " ".join([*prompts, choices.get("negative", "")])
-    recorded = [word for word in choices.get("embeddings", ()) if word in texts]
+    recorded = words_in([*prompts, *map(choices.get, TEXTS_BESIDE)], choices.get("embeddings", ()))
     shared["embeddings"] = [*dict.fromkeys([*map(embedding_of, command.embedding), *recorded])]
     axes = [axis(text) for text in command.grid]
     if axes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from plainsd.commands.adapters import LoraFiles
 from plainsd.commands.control import chosen_controls
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.image_prompt import chosen_image_prompts
+from plainsd.commands.recorded import words_in
 from plainsd.listing import suffix_of
 
 if TYPE_CHECKING:
@@ -55,12 +57,15 @@ class DrawingSetup:
 
     def loaded(self, model: str | None, device: torch.device, place: torch.device) -> StableDiffusion:
         """The model with refiner and upscaler, loaded on `place`, in the precision for `device`, where it computes."""
+        from plainsd.adapters.lora import add_lora
         from plainsd.checkpoint import load
         from plainsd.device import choose_dtype
 
         command = self.command
         where = {"device": place, "dtype": choose_dtype(command.dtype, device)}
-        sd = load(model, vae=command.vae, loras=self.loras, lora_partial=command.lora_partial, **self.noise, **where)
+        sd = load(model, vae=command.vae, **self.noise, **where)
+        for file, strengths in self.loras:
+            add_lora(sd, file, *strengths, partial=command.lora_partial)
         if command.refiner:
             sd.refiner = load(command.refiner, **where)
         if network := upscaler_file(command):
@@ -83,7 +88,8 @@ def upscaler_file(command: GenerateFlags) -> Path | None:
     return Path(named) if named and suffix_of(Path(named)) in (".pth", ".safetensors") else None
 
 
-def note_unused_embeddings(words: dict[str, Path], texts: list[str]) -> None:
+def note_unused_embeddings(words: dict[str, Path], texts: Iterable[str | None]) -> None:
+    used = words_in(texts, words)
     for word, file in words.items():
-        if not any(word.lower() in text.lower() for text in texts):
+        if word not in used:
             print(f"note: the embedding {file} has no effect: no prompt has its word {word!r}", file=sys.stderr)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from plainsd.errors import UserError
-from plainsd.text.styles import PLACE, Style, styled
+from plainsd.text.styles import PLACE, Style, styled, without_style_loras
 from plainsd.text.wildcards import combinations, settled
 
 TEXTS_BESIDE = ("negative", "hires_prompt", "hires_negative")  # a picture's texts beside its prompt
@@ -26,7 +26,7 @@ def texts_of_each(
     """The prompt of each picture, and its other texts by their fields: each prompt `count` times, seeds from `seed` on.
 
     `made`: the fields whose choices are made already, as a picture records them; only those of the `styles`, which lie
-    around prompt and negative prompt in this order, are then left. `every`: a prompt stands for all its combinations.
+    around the texts in this order, are then left. `every`: a prompt stands for all its combinations.
     """
     if wildcards is not None and not wildcards.is_dir():
         raise UserError(f"--wildcards '{wildcards}': no such folder; give one of text files")
@@ -45,8 +45,10 @@ def texts_of_each(
 
 
 def in_styles(name: str, text: str, styles: Mapping[str, Style]) -> str:
-    """Styles lie around prompt and negative prompt alone."""
-    return dict(zip(("prompt", "negative"), styled(text, text, styles, styles), strict=True)).get(name, text)
+    """A text in its styles; the second pass's as those of the first, as in A1111."""
+    prompt, negative = styled(text, text, styles, styles)
+    found = negative if name in ("negative", "hires_negative") else prompt
+    return without_style_loras(found, text) if name.startswith("hires_") else found
 
 
 def settled_styles(styles: Mapping[str, Style], seed: int, wildcards: Path | None) -> dict[str, Style]:

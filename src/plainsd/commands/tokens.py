@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from plainsd.diffusion.conventions import convention
-from plainsd.pictures.conditioning import as_weighted, chunked
+from plainsd.pictures.conditioning import as_weighted, chunked, cut
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.plan import READERS, chunked_by_stretch
-from plainsd.text.prompts import compose, lora_tags, parse_words
+from plainsd.text.prompts import LoraTag, compose, parse_words, tagged_loras
 
 
 def describe(sd: StableDiffusion, prompt: str, steps: int = 20, like: str | None = None) -> str:
@@ -15,8 +15,8 @@ def describe(sd: StableDiffusion, prompt: str, steps: int = 20, like: str | None
     `like`: the program whose syntax to use, see diffusion/conventions.py. UserError for an unknown one.
     """
     how = convention(like).prompts
-    prompt, loras = lora_tags(prompt)
-    lines = [f"LoRA {name}, strength {strength:g}" for name, strength in loras]
+    prompt, loras = tagged_loras(prompt)
+    lines = [f"LoRA {lora.name}, strength {_strengths(lora)}" for lora in loras]
     parts = [(prompt, 1.0)] if how == "words" else compose(prompt)
     for number, (part, weight) in enumerate(parts, 1):
         if len(parts) > 1:
@@ -29,6 +29,11 @@ def describe(sd: StableDiffusion, prompt: str, steps: int = 20, like: str | None
     return "\n".join(lines)
 
 
+def _strengths(lora: LoraTag) -> str:
+    own = "" if lora.text_strength == lora.strength else f", {lora.text_strength:g} on the text encoders"
+    return f"{lora.strength:g}{own}"
+
+
 def _spans(steps: list[int]) -> str:
     """[1, 2, 3, 5] -> '1-3, 5'"""
     starts = [step for step in steps if step - 1 not in steps]
@@ -39,12 +44,10 @@ def _spans(steps: list[int]) -> str:
 def _chunk_lines(sd: StableDiffusion, text: str, how: str) -> list[str]:
     """A line per chunk, then a line per run of equal weight; for both of SDXL's tokenizers if they differ."""
     views = []
-    for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True):
+    pieces = as_weighted(parse_words(text) if how == "words" else text)
+    cuts = cut(sd, [pieces], chunked_by_stretch if how == "words" else chunked, pad_is_word=how != "pieces")
+    for tokenizer, encoder, (chunks,) in zip(sd.tokenizers, sd.text_encoders, cuts, strict=True):
         room = encoder.config.positions - 2
-        if how == "words":
-            chunks = chunked_by_stretch(tokenizer, as_weighted(parse_words(text)), room)
-        else:
-            chunks = chunked(tokenizer, as_weighted(text), room)
         lines = []
         for number, chunk in enumerate(chunks, 1):
             lines.append(f"chunk {number} of {len(chunks)}: {len(chunk)} of {room} tokens")

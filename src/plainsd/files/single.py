@@ -182,7 +182,9 @@ def known_beside(file: TensorFile, variant: Variant) -> list[str]:
 
 def lacking(file: TensorFile, name: str) -> UserError:
     if name == "vae":
-        return UserError(f"{file.path} holds no autoencoder (VAE); give one with --vae")
+        return UserError(
+            f"{file.path} holds no autoencoder (VAE); give one with --vae, or put one in by plainsd convert --vae"
+        )
     what = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}[name]
     return UserError(
         f"{file.path} holds no {what}, and seems to be {seems(file.tensors)}; give a whole checkpoint, or a folder in "

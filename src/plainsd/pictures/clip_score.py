@@ -16,7 +16,7 @@ from torch import Tensor
 from plainsd.models.clip import TextEncoder
 from plainsd.models.vision import VisionTower
 from plainsd.pictures.image_prompt import clip_pixels
-from plainsd.text.prompts import BREAK, compose, lora_tags, parse, schedule
+from plainsd.text.prompts import BREAK, compose, parse, schedule, tagged_loras
 from plainsd.text.tokenizer import Tokenizer
 
 SCORE_WEIGHT = 2.5  # w of equation 1
@@ -61,7 +61,7 @@ def clip_scores(
 
 def plain_text(prompt: str, steps: int = 20) -> str:
     """What a prompt says without its syntax: no LoRAs, no weights, of prompt editing the last text."""
-    parts = [part for part, _ in compose(lora_tags(prompt)[0])]
+    parts = [part for part, _ in compose(tagged_loras(prompt)[0])]
     last = [schedule(part, steps)[-1][1] for part in parts]
     said = ["".join(" " if piece is BREAK else piece.text for piece in parse(text)) for text in last]
     return " ".join(" ".join(said).split())

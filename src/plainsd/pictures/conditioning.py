@@ -10,13 +10,14 @@ P width of the pooled state, V = P + 256 * (5 or 6) width of the vector.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from plainsd.errors import UserError
+from plainsd.errors import UserError, shortened
 from plainsd.models.clip import TextEncoder
 from plainsd.models.layers import timestep_embedding
 from plainsd.pictures.memory import on_stage
@@ -150,12 +151,32 @@ def _encode(sd: StableDiffusion, prompts: list[Sequence[Weighted]], clip_skip: i
     return encode_chunks(sd, cut(sd, prompts), clip_skip)
 
 
-def cut(sd: StableDiffusion, prompts: Sequence[Sequence[Weighted]], cutting=chunked) -> list[list[list[Chunk]]]:
-    """Chunks by text encoder and prompt."""
-    parts = zip(sd.tokenizers, sd.text_encoders, strict=True)
+def cut(
+    sd: StableDiffusion, prompts: Sequence[Sequence[Weighted]], cutting=chunked, *, pad_is_word: bool = False
+) -> list[list[list[Chunk]]]:
+    """Chunks by text encoder and prompt. `pad_is_word`: see `Tokenizer.reading_pad_as_word`."""
+    tokenizers = [one.reading_pad_as_word() for one in sd.tokenizers] if pad_is_word else sd.tokenizers
+    prompts = [without_unknown(tokenizers, prompt) for prompt in prompts]
+    parts = zip(tokenizers, sd.text_encoders, strict=True)
     return [
         [cutting(tokenizer, prompt, encoder.config.positions - 2) for prompt in prompts] for tokenizer, encoder in parts
     ]
+
+
+def without_unknown(tokenizers: Sequence[Tokenizer], pieces: Sequence[Weighted]) -> list[Weighted]:
+    """A prompt's pieces but for learned words that a model has not, which ComfyUI leaves out with a warning."""
+    found = []
+    for piece in pieces:
+        if not piece.learned or all(tokenizer.has_learned(piece.text) for tokenizer in tokenizers):
+            found.append(piece)
+            continue
+        word = shortened(piece.text, 60)
+        warnings.warn(
+            f"the model has no embedding {word!r}, and the prompt is read without it; add it with --embedding "
+            f"FILE:{word}, or add_embedding",
+            stacklevel=2,
+        )
+    return found
 
 
 def encode_chunks(
@@ -179,6 +200,20 @@ def encode_chunks(
         contexts.append(hidden.unflatten(0, (size, count)).flatten(1, 2))  # (B, M, D)
         pooled = states.pooled.unflatten(0, (size, count))[:, 0]  # (B, P)
     return torch.cat(contexts, dim=-1), pooled
+
+
+def clip_skip_like(sd: StableDiffusion, clip_skip: int, like: str | None) -> int:
+    """The clip skip, as counted here, that another program's means for this model.
+
+    A1111 skips layers of OpenAI's encoder alone, and reads SD 2.x and SDXL at the layer that they were trained with
+    (modules/sd_hijack_open_clip.py, sd_hijack_clip.py, 1.10.1). ComfyUI counts from the last layer of SD 2's encoder,
+    which is not stored here (comfy/text_encoders/sd2_clip.py, 0.8).
+    """
+    if sd.text_encoders[-1].config.activation == "quick_gelu":  # OpenAI's
+        return clip_skip
+    if like == "a1111":
+        return 1
+    return max(clip_skip - 1, 1) if like == "comfyui" and sd.variant.context == "final" else clip_skip
 
 
 def _layer(sd: StableDiffusion, encoder: TextEncoder, states, clip_skip: int) -> Tensor:

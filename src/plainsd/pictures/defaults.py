@@ -34,7 +34,7 @@ from plainsd.pictures.settings import (
     drawn_seed,
     noise_of,
 )
-from plainsd.text.prompts import lora_tags
+from plainsd.text.prompts import tagged_loras
 
 IMAGE_GUIDANCE = 1.5  # default, for models that edit a picture
 HANDOVER = 0.8  # default: where a refiner takes over
@@ -190,7 +190,7 @@ def settings_of_each(
         raise UserError(f"{counts}; give at least one, and as many of both", field="negative")
     again = [text for text in (settings.hires_prompt, settings.hires_negative) if text]
     for text in (*prompts, *negatives, *again):
-        if loras := lora_tags(text)[1]:
+        if loras := tagged_loras(text)[1]:
             raise UserError(
                 f"<lora:{loras[0][0]}> in the prompt: take the tag out, and load the LoRA with the model",
                 field="prompt",

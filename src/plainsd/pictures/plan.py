@@ -19,9 +19,18 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.conventions import convention
-from plainsd.pictures.conditioning import Chunk, Conditioning, as_weighted, cut, encode_chunks, is_base, vector_of
+from plainsd.pictures.conditioning import (
+    Chunk,
+    Conditioning,
+    as_weighted,
+    clip_skip_like,
+    cut,
+    encode_chunks,
+    is_base,
+    vector_of,
+)
 from plainsd.pictures.model import StableDiffusion
-from plainsd.text.prompts import alternates, compose, parse_words, schedule
+from plainsd.text.prompts import BREAK, alternates, compose, parse_words, schedule
 from plainsd.text.tokenizer import Tokenizer
 
 WHOLE_BELOW = 8  # tokens; ComfyUI does not split shorter segments between two chunks
@@ -85,6 +94,7 @@ def encode_prompt(
     texts_of, rows_of = READERS[how]
     parts = tuple((weight, texts_of(text, steps, first_pass)) for text, weight in composed)
     rows = [rows_of(text, steps, first_pass) for text, _ in composed]
+    clip_skip = clip_skip_like(sd, clip_skip, like)
     wanted, unwanted = ENCODERS[how](sd, rows, rows_of(negative, steps, first_pass), clip_skip)
     negatives = texts_of(negative, steps, first_pass)
     zeroed = how == "batches" or (how == "pieces" and sd.variant.force_zeros)
@@ -151,7 +161,8 @@ def _encode_batches(sd: StableDiffusion, parts: Sequence[Texts], negatives: Text
     """A batch for each part, and one for the negative prompt."""
 
     def together(texts: Texts) -> dict[str, Encoded]:
-        contexts, pooled = encode_chunks(sd, cut(sd, [as_weighted(text) for text in texts]), clip_skip, weigh_together)
+        cuts = cut(sd, [as_weighted(text) for text in texts], pad_is_word=True)
+        contexts, pooled = encode_chunks(sd, cuts, clip_skip, weigh_together)
         return {text: (contexts[i : i + 1], pooled[i : i + 1]) for i, text in enumerate(texts)}
 
     first: dict[str, Encoded] = {}
@@ -177,8 +188,9 @@ def _encode_words(sd: StableDiffusion, parts: Sequence[Texts], negatives: Texts,
     """Prompt and negative prompt, each in a batch with an empty text."""
     tables = []
     for text in (parts[0][0], negatives[0]):
+        pieces = as_weighted(parse_words(text))
         cuts: list[list[list[Chunk]]] = [
-            [chunks, [[]]] for (chunks,) in cut(sd, [as_weighted(parse_words(text))], chunked_by_stretch)
+            [chunks, [[]]] for (chunks,) in cut(sd, [pieces], chunked_by_stretch, pad_is_word=True)
         ]
         contexts, pooled = encode_chunks(sd, cuts, clip_skip, weigh_from_empty)
         tables.append({text: (contexts[:1], pooled[:1])})
@@ -195,10 +207,15 @@ def weigh_from_empty(states: Tensor, weights: Sequence[Sequence[float]], count: 
 
 def chunked_by_stretch(tokenizer: Tokenizer, pieces: Sequence, room: int = 75) -> list[Chunk]:
     """A prompt's tokens in chunks of at most `room`, as ComfyUI cuts them: a segment of equal weight, or an embedding,
-    of fewer than 8 tokens moves whole to the next chunk if it does not fit; longer ones are split at a chunk's end."""
+    of fewer than 8 tokens moves whole to the next chunk if it does not fit; longer ones are split at a chunk's end.
+    A BREAK ends a chunk."""
     done: list[Chunk] = []
     chunk: Chunk = []
     for piece in pieces:
+        if piece is BREAK:
+            done.append(chunk)
+            chunk = []
+            continue
         stretch = [(key, piece.weight) for unit in tokenizer.units(piece.text) for key in unit]
         large = len(stretch) >= min(WHOLE_BELOW, room)
         at = 0

@@ -158,8 +158,10 @@ class Settings:
         return "variation_seed" if self.variation_strength and self.variation_seed is not None else "seed"
 
     def check_count(self, count: int) -> None:
-        """UserError if the seed of the last of `count` pictures would be too large."""
+        """UserError if the seed, or the place in a batch, of the last of `count` pictures would be too large."""
         first, (_, largest) = getattr(self, self.counted), RANGES[self.counted]
+        if self.counted == "batch_index" and self.batch_size is not None:
+            largest = self.batch_size - 1
         if first + count - 1 > largest:
             raise UserError(
                 f"{self.counted.replace('_', ' ')} {first} and the {count - 1} after it pass {largest}; choose a lower "

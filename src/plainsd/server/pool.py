@@ -42,11 +42,11 @@ from plainsd.server.image_prompts import ImageAdapters
 from plainsd.server.prompt_templates import PromptTemplates
 from plainsd.server.upscalers import Upscalers
 from plainsd.speed.model import faster
-from plainsd.text.prompts import lora_tags
+from plainsd.text.prompts import LoraTag, tagged_loras
 
 log = logging.getLogger("plainsd.server")
 
-NamedLoras = Sequence[tuple[str, float]]
+NamedLoras = Sequence[LoraTag]
 QUICK = {"steps": 4, "guidance": 2.0}  # of the embedded model: as many objects are right as in 20 steps, less sharp
 QUICK_STEPS = 8  # models that are drawn in so few by default are quick as they are
 
@@ -101,7 +101,7 @@ class ServedModel:
     sd: StableDiffusion | None = None
     changed: int = 0  # when its files were, as of loading
     preview: Previewer | None = None
-    loras: tuple[tuple[Path, float, int], ...] | None = None  # those on it, and when their files were changed
+    loras: tuple[tuple[Path, LoraTag, int], ...] | None = None  # those on it, and when their files were changed
     adapted: StableDiffusion | None = None  # the model with them: itself, or a copy with words that they bring along
     embedded: tuple[tuple[Embedding, ...], StableDiffusion] | None = (
         None  # last embeddings used, and the adapted model with them
@@ -183,7 +183,8 @@ class Models:
     def hashes(self, model: ServedModel, loras: NamedLoras, one: Settings) -> Hashes:
         """Of the files that drew a picture of these settings."""
         embeddings = {embedding.text: embedding.path for embedding in map(self.embeddings.get, one.embeddings)}
-        adapters = hashes(None, loras=[(name, self.lora(name)) for name, _ in loras], words=embeddings.items())
+        files = [(one.name, self.lora(one.name)) for one in loras]
+        adapters = hashes(None, loras=files, words=embeddings.items())
         return model.hashes + adapters
 
     def resident(self, name: str, loras: NamedLoras = (), beside: ServedModel | None = None) -> ServedModel:
@@ -211,8 +212,8 @@ class Models:
             with self.lock:
                 model.sd, model.preview, model.loras, model.hashes, model.changed = sd, preview, None, known, changed
                 self.loads += 1
-        files = [(self.lora(file), strength) for file, strength in loras]
-        wanted = tuple((path, strength, changed_at(path)) for path, strength in files)
+        files = [(self.lora(one.name), one) for one in loras]
+        wanted = tuple((path, one, changed_at(path)) for path, one in files)
         if model.loras != wanted:
             self.adapt(model, model.sd, wanted)
         return model
@@ -222,7 +223,7 @@ class Models:
         times = [changed_below(one) for one in (path, self.options.vae) if one]
         return max(times) if all(times) else 0
 
-    def adapt(self, model: ServedModel, sd: StableDiffusion, loras: Sequence[tuple[Path, float, int]]) -> None:
+    def adapt(self, model: ServedModel, sd: StableDiffusion, loras: Sequence[tuple[Path, LoraTag, int]]) -> None:
         """Puts just these LoRAs on the model, and packs what is not packed. For that, networks that can have LoRAs are
         made plain first; a model that stays without pays nothing. Words that a LoRA brings along are those of a copy,
         which shares the networks but for their token tables, and goes with it."""
@@ -232,8 +233,8 @@ class Models:
             lora.remove()
         model.loras = model.adapted = model.embedded = None  # in case one of these fails
         adapted = with_own_words(sd) if any(bundled(sd, open_lora(path)) for path, _, _ in loras) else sd
-        for path, strength, _ in loras:
-            add_lora(adapted, path, strength)
+        for path, one, _ in loras:
+            add_lora(adapted, path, one.strength, one.text_strength)
         if not self.options.plain:
             faster(adapted)
         release_freed_memory()  # what loading and packing took and need no more
@@ -251,7 +252,7 @@ class Models:
         """The LoRAs of the folder, scanned at each access, by their name in a `<lora:name:1>` tag."""
         unusable: dict[str, str] = {}
         files = {name: path for name, (path, _) in readable_files(has_adapter, self.options.loras, unusable).items()}
-        written = {name for name in files if lora_tags(f"<lora:{name}:1>") == ("", [(name, 1.0)])}
+        written = {name for name in files if tagged_loras(f"<lora:{name}:1>") == ("", [LoraTag(name)])}
         unusable |= dict.fromkeys(files.keys() - written, "its name cannot be written in a prompt; rename it")
         self.unusable_loras = unusable
         return {name: path for name, path in files.items() if name in written}
@@ -273,9 +274,9 @@ class Models:
 
     def check_loras(self, model: ServedModel, wanted: NamedLoras) -> None:
         """UserError if one is missing or does not fit the model."""
-        for name, strength in wanted:
+        for name, *strengths in wanted:
             try:
-                check_strengths(strength)
+                check_strengths(*strengths)
             except UserError as error:
                 raise UserError(f"loras: {error}", field="loras", most=WITH_CHOICES) from None
             path = self.lora(name)

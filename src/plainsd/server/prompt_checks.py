@@ -14,7 +14,7 @@ from plainsd.pictures.settings import Resolved, Settings
 from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
 from plainsd.server.schema import JobRequest
-from plainsd.text.prompts import Weighted, compose, lora_tags, parse_words, schedule
+from plainsd.text.prompts import Weighted, compose, parse_words, schedule, tagged_loras
 
 PROMPTS = ("prompt", "negative", "hires_prompt", "hires_negative")
 
@@ -85,8 +85,8 @@ def check_prompts(settings: list[Resolved], limits: Limits) -> None:
 
 def check_reading(reading: PromptReading) -> None:
     """UserError for a weight out of bounds, in the text of any step, and for a LoRA in a text that loads none."""
-    if loras := lora_tags(reading.text)[1]:
-        raise UserError(f"<lora:{loras[0][0]}> has no effect there; write it into the prompt, or list it in loras")
+    if loras := tagged_loras(reading.text)[1]:
+        raise UserError(f"<lora:{loras[0].name}> has no effect there; write it into the prompt, or list it in loras")
     if reading.notation == "words":
         as_weighted(parse_words(reading.text))
         return

@@ -15,6 +15,7 @@ from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.image_prompt import ImagePrompt
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import (
+    DEFAULTS,
     MASK_OPTIONS,
     RANDOM,
     SEEDS,
@@ -39,7 +40,8 @@ from plainsd.server.prompt_checks import check_prompt_sizes, check_prompts, prom
 from plainsd.server.prompt_templates import PromptTemplates, settled_field
 from plainsd.server.schema import Axis, JobRequest
 from plainsd.server.uploads import check_pixels, without_tags
-from plainsd.text.prompts import lora_tags
+from plainsd.text.prompts import LoraTag
+from plainsd.text.styles import without_style_loras
 from plainsd.text.wildcard_files import Wildcards
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
@@ -150,7 +152,7 @@ def check_numbers(request: JobRequest) -> None:
     for cell in cells(request):
         settings_of_cell(request, cell).check()
         given = request.choices() | cell
-        check_needs(given.keys(), given.keys())
+        check_needs([name for name, value in given.items() if value != DEFAULTS.get(name)], given.keys())
 
 
 def settings_of_cell(request: JobRequest, cell: dict[str, Any]) -> Settings:
@@ -211,7 +213,7 @@ def new_job(
             )
             settings += [replace(one, **of_second_pass(text)) for one, text in zip(found, each, strict=True)]
         loras = list(shared or [])
-        loras += [(lora.name, lora.strength) for lora in request.loras]
+        loras += [lora.as_tag() for lora in request.loras]
         models.check_loras(model, loras)
         for one in settings:
             check_prompt_sizes(prompts_in(one), limits)
@@ -251,7 +253,7 @@ def texts_of(request: JobRequest, templates: PromptTemplates) -> dict[str, str]:
         styled = templates.styled(own[0], own[1], request.styles)
         for name, text, before in zip(names, styled, own, strict=True):
             if name in texts:
-                texts[name] = text if name == "prompt" or lora_tags(before)[1] else lora_tags(text)[0]
+                texts[name] = without_style_loras(text, before) if name.startswith("hires_") else text
     return texts
 
 
@@ -266,7 +268,7 @@ def of_second_pass(texts: dict[str, str]) -> dict[str, Any]:
     return {name: text for name, text in texts.items() if name in OF_SECOND_PASS}
 
 
-def without_loras(prompts: list[str], before: NamedLoras | None) -> tuple[list[str], list[tuple[str, float]]]:
+def without_loras(prompts: list[str], before: NamedLoras | None) -> tuple[list[str], list[LoraTag]]:
     """The prompts without LoRA tags, and the LoRAs, which all pictures of a job share."""
     pairs = [without_tags(prompt) for prompt in prompts]
     shared = pairs[0][1] if before is None else list(before)

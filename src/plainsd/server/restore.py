@@ -1,5 +1,6 @@
 """Settings as fields of a request again: those of the history, and those read from a file."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from plainsd.server.limits import Limits
 from plainsd.server.pool import Models
 from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import NamedBytes, opened, without_tags
+from plainsd.text.prompts import LoraTag
 
 REQUEST_FIELDS = JobRequest.model_fields.keys()  # other settings of a file are ignored
 
@@ -35,10 +37,19 @@ def picture_as_json(row: Picture) -> dict[str, Any]:
         "thumbnail": f"/api/images/{row.id}/thumbnail", "width": row.width, "height": row.height,
         "created": row.created,
         "favourite": row.favourite,
-        "settings": fields, "loras": [{"name": name, "strength": strength} for name, strength in row.loras],
+        "settings": fields, "loras": loras_as_json(row.loras),
         "controls": controls_as_json(settings.control), "image_prompts": image_prompts_as_json(settings.image_prompt),
         "parameters": format_settings(with_lora_tags(settings, row.loras)), "problem": row.problem,
     }  # fmt: skip
+
+
+def loras_as_json(loras: Sequence[LoraTag]) -> list[dict[str, Any]]:
+    """In the form of a request."""
+    return [
+        {"name": one.name, "strength": one.strength}
+        | ({"text_strength": one.text_strength} if one.text_strength != one.strength else {})
+        for one in loras
+    ]
 
 
 def controls_as_json(notes: tuple[ControlNote, ...]) -> list[dict[str, Any]]:
@@ -95,7 +106,7 @@ def settings_in_file(content: bytes, limits: Limits, models: Models) -> dict:
     return {
         "prompt": prompt,
         **fields,
-        "loras": [{"name": name, "strength": strength} for name, strength in loras],
+        "loras": loras_as_json(loras),
         **({"controls": controls_as_json(settings.control)} if settings.control else {}),
         **({"image_prompts": image_prompts_as_json(settings.image_prompt)} if settings.image_prompt else {}),
         "unused": [f"{key}: {value}" for key, value in (*unused, *settings.other)],

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from plainsd.pictures.settings import MASK_OPTIONS, RANDOM
+from plainsd.text.prompts import LoraTag
 
 UNSOUND = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # surrogates stand alone in Python's strings
 
@@ -28,11 +29,15 @@ Side = Annotated[int, Field(ge=0, le=65536)]
 
 
 class LoRA(BaseModel):
-    """A LoRA from the server's folder, and its strength."""
+    """A LoRA from the server's folder, and its strengths."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     name: Name
     strength: float = Field(1.0, ge=-10, le=10)
+    text_strength: float | None = Field(None, ge=-10, le=10, description="on the text encoders; none: the same")
+
+    def as_tag(self) -> LoraTag:
+        return LoraTag(self.name, self.strength, self.strength if self.text_strength is None else self.text_strength)
 
 
 class Preprocessing(BaseModel):

@@ -14,7 +14,7 @@ from plainsd.errors import UserError
 from plainsd.pictures.images import open_picture
 from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
-from plainsd.text.prompts import lora_tags
+from plainsd.text.prompts import LoraTag, tagged_loras
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=-]+)*;base64,")
@@ -71,9 +71,9 @@ def picture(text: str, field: str, limits: Limits, background: str | None = "whi
     return opened(decoded(text, field), field, limits, background)
 
 
-def without_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+def without_tags(prompt: str) -> tuple[str, list[LoraTag]]:
     """The prompt without LoRA tags, and the LoRAs."""
-    rest, loras = lora_tags(prompt)
+    rest, loras = tagged_loras(prompt)
     return (rest.strip() if loras else prompt), loras
 
 

@@ -8,8 +8,9 @@
     [a|b|c]                   alternation: the next one at each step
     a AND b:1.2               composition: each is denoised separately, with its weight
     <lora:name:0.8>           a LoRA with its strength
+    <lora:name:0.5:0.8>       0.5 on the text encoders, 0.8 on the UNet; also <lora:name:te=0.5:unet=0.8>
 
-The order of parsing is `lora_tags`, `compose`, `schedule`, then `parse` for each resulting text. Unbalanced brackets
+The order of parsing is `tagged_loras`, `compose`, `schedule`, then `parse` for each resulting text. Unbalanced brackets
 are handled as in A1111: an unclosed edit or alternation is plain text, an unclosed opening bracket still weights what
 follows it, a stray closing one is plain text. A few quirks of A1111 are not reproduced: it drops a lone backslash,
 treats BREAK inside weighted brackets as a word, may fail to parse an edit next to a stray bracket or `|`, and reads a
@@ -22,6 +23,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from plainsd.errors import UserError
 
@@ -30,8 +32,12 @@ MOST_WEIGHT = 1e4  # weights below this
 NUMBER = r"[+-]?(?:\d++(?:\.\d*+)?|\.\d++)"  # no digit is looked at twice
 PIECES = re.compile(rf"\\[()\[\]{{}}|\\]|:\s*({NUMBER})\s*\)|[()\[\]:\\]|[^()\[\]:\\]+")
 SIGNS = re.compile(r"\\.|[()\[\]:|\\]|[^()\[\]:|\\]+", re.DOTALL)
-WHEN = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?\d+)?)\s*")
+ALONE = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?\d+)?)\s*")
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
+LORA_STRENGTHS = ("te", "unet")  # in A1111's order
+CONCAT = " <concat> "  # joins the encodings of two texts, as ComfyUI's ConditioningConcat
+LEARNED_WORD = "embedding:"  # ComfyUI's, before the name of a learned word
+WORD_ENDING = re.compile(r"\.(safetensors|pt|bin)$")
 ROUND, SQUARE = 1.1, 1 / 1.1  # weight of a pair of brackets
 
 
@@ -41,6 +47,7 @@ class Weighted:
 
     text: str
     weight: float = 1.0
+    learned: bool = False  # the name of a learned word, which is left out if there is none
 
 
 BREAK = Weighted("BREAK", 0.0)  # compared by `is`
@@ -110,14 +117,32 @@ def _between_breaks(text: str) -> list[str]:
 def parse_words(prompt: str) -> list[Weighted]:
     """ComfyUI's notation: (a) weighs 1.1 times what is around it, (a:1.3) 1.3 whatever is around it; brackets behind a
     backslash are text, and so is all else, [a], BREAK and AND too; `embedding:name` is the learned word of this name.
+
+    CONCAT stands between texts that ComfyUI's ConditioningConcat joins: there is a `BREAK` in its place.
     """
-    hidden = prompt.replace(r"\)", "\0\1").replace(r"\(", "\0\2")
-    pieces = []
-    for text, weight in _inner_weights(hidden, 1.0):
-        text = text.replace("\0\1", ")").replace("\0\2", "(")
-        first, *learned = re.split(r"[ \n]embedding:", text.removeprefix("embedding:"))
-        pieces += [Weighted(part, weight) for part in (first, *learned) if part]
+    pieces: list[Weighted] = []
+    for number, text in enumerate(re.split(f" ?{CONCAT.strip()} ?", prompt)):
+        pieces += [BREAK] if number else []
+        hidden = text.replace(r"\)", "\0\1").replace(r"\(", "\0\2")
+        for part, weight in _inner_weights(hidden, 1.0):
+            pieces += _words_apart(part.replace("\0\1", ")").replace("\0\2", "("), weight)
     return pieces or [Weighted("")]
+
+
+def _words_apart(text: str, weight: float) -> list[Weighted]:
+    """A text's learned words, and what is around them. ComfyUI calls a word by its file, up to a blank, with or without
+    folder and ending (comfy/sd1_clip.py, 0.8)."""
+    first, *behind = re.split(rf"[ \n]{LEARNED_WORD}", f" {text}" if text.startswith(LEARNED_WORD) else text)
+    pieces = [Weighted(first, weight)]
+    for part in behind:
+        called, *rest = part.split(maxsplit=1) or [""]
+        name = called.rstrip(",")
+        word = WORD_ENDING.sub("", re.split(r"[/\\]", name)[-1])
+        pieces += [
+            Weighted(word, weight, learned=True),
+            Weighted(" ".join([called[len(name) :], *rest]).strip(), weight),
+        ]
+    return [piece for piece in pieces if piece.text]
 
 
 def _inner_weights(text: str, weight: float, depth: int = 0) -> list[tuple[str, float]]:
@@ -244,7 +269,7 @@ class _Group:
             return [Alternate(tuple(map(tuple, self.parts)))]
         *texts, when = self.parts
         if self.bracket == "[" and self.separators in ([":"], [":", ":"]) and all(isinstance(one, str) for one in when):
-            if number := WHEN.fullmatch("".join(when)):
+            if number := ALONE.fullmatch("".join(when)):
                 before = texts[0] if len(texts) == 2 else ()
                 return [Edit(tuple(before), tuple(texts[-1]), number[1])]
         return None
@@ -308,22 +333,47 @@ def check_weight(weight: float, text: str) -> None:
         raise UserError(f"{what}; most are between 0 and 2", field="prompt", value=weight)
 
 
-def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """The prompt without its `<lora:name:strength>` tags, and the LoRAs that they name; the default strength is 1."""
-    loras = []
-    for kind, content in LORA_TAG.findall(prompt):
-        name, *strengths = content.split(":")
-        if kind == "hypernet":
+class LoraTag(NamedTuple):
+    """A LoRA as a prompt names it."""
+
+    name: str
+    strength: float = 1.0  # on the UNet
+    text_strength: float = 1.0  # on the text encoders
+
+    def __str__(self) -> str:
+        """The tag, with one strength where both are equal."""
+        both = [self.text_strength, self.strength][self.strength == self.text_strength :]
+        return f"<lora:{':'.join([self.name, *(repr(float(one)).removesuffix('.0') for one in both)])}>"
+
+
+def tagged_loras(prompt: str) -> tuple[str, list[LoraTag]]:
+    """The prompt without its LoRA tags, and the LoRAs that they name."""
+    return LORA_TAG.sub("", prompt), [_read_tag(*found) for found in LORA_TAG.findall(prompt)]
+
+
+def _read_tag(kind: str, content: str) -> LoraTag:
+    """A1111's order: the text encoders' strength, then the UNet's, by default the same; `te=` and `unet=` name them
+    (extensions-builtin/Lora/extra_networks_lora.py, 1.10.1)."""
+    if kind == "hypernet":
+        raise UserError(
+            f"<hypernet:{content}>: hypernetworks are not supported; remove the tag from the prompt", field="prompt"
+        )
+    name, *parts = (part.strip() for part in content.split(":"))
+    found: dict[str, float] = {}
+    unnamed = iter(LORA_STRENGTHS)
+    for part in parts:
+        key, named, number = part.rpartition("=")
+        key = key.strip() if named else next(unnamed, "")
+        if key not in LORA_STRENGTHS or key in found or not ALONE.fullmatch(number):
             raise UserError(
-                f"<hypernet:{content}>: hypernetworks are not supported; remove the tag from the prompt", field="prompt"
+                f"<{kind}:{content}> is not a LoRA with one strength or two ({part!r}); write it as <lora:name:0.8>, "
+                "or for text encoders and UNet as <lora:name:0.5:0.8>",
+                field="prompt",
             )
-        if not name.strip() or len(strengths) > 1 or not all(re.fullmatch(rf"\s*{NUMBER}\s*", s) for s in strengths):
-            raise UserError(
-                f"<{kind}:{content}> is not a LoRA with one strength; write it as <lora:name:0.8>", field="prompt"
-            )
-        loras.append((name.strip(), float(strengths[0]) if strengths else 1.0))
-        if not abs(loras[-1][1]) < MOST_WEIGHT:
-            raise UserError(
-                f"LoRA strength {loras[-1][1]:g} is out of bounds; most are between 0 and 1", field="prompt"
-            )
-    return LORA_TAG.sub("", prompt), loras
+        found[key] = float(number)
+        if not abs(found[key]) < MOST_WEIGHT:
+            raise UserError(f"LoRA strength {found[key]:g} is out of bounds; most are between 0 and 1", field="prompt")
+    if not name:
+        raise UserError(f"<{kind}:{content}> names no LoRA; write it as <lora:name:0.8>", field="prompt")
+    text_strength = found.get("te", 1.0)
+    return LoraTag(name, found.get("unet", text_strength), text_strength)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plainsd.errors import UserError, unknown
+from plainsd.text.prompts import tagged_loras
 from plainsd.text.wildcard_files import LONGEST_FILE
 
 PLACE = "{prompt}"
@@ -47,6 +48,12 @@ def styled(prompt: str, negative: str, names: Iterable[str], styles: Mapping[str
             raise unknown("style", name, styles or ["none: there is no styles file"], field="styles")
         prompt, negative = _around(prompt, styles[name].prompt), _around(negative, styles[name].negative)
     return prompt, negative
+
+
+def without_style_loras(text: str, own: str) -> str:
+    """A prompt of the second pass in its styles, without the LoRAs that they bring along: those of the first pass act.
+    `own`: the prompt before; LoRAs that it has are left, to be told."""
+    return text if tagged_loras(own)[1] else tagged_loras(text)[0]
 
 
 def _around(own: str, style: str) -> str:

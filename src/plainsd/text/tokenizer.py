@@ -8,12 +8,13 @@ The ids are those of transformers' CLIPTokenizer 5.23. Two older behaviours diff
 OpenAI's own code (and the old "slow" class with ftfy installed) first repaired garbled text and HTML entities (`&amp;`
 to `&`, curly quotes to straight ones), and the old class without ftfy split around Chinese characters and dropped
 control characters. As in transformers, the padding token `!` of SD 2 and of SDXL's second encoder is a special token,
-so a `!` in a prompt has the padding's id 0, not the id of the word `!`.
+so a `!` in a prompt has the padding's id 0, not the id of the word `!`; `reading_pad_as_word` is without this.
 """
 
 import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from importlib.resources import files
 from pathlib import Path
 
@@ -66,6 +67,7 @@ class Tokenizer:
             self._id_of(str(self.special[role])) for role in ("bos_token", "eos_token", "pad_token")
         )
         self._runs = self._find_runs()  # first id of a learned token -> the ids of all its vectors
+        self._plain: Tokenizer | None = None  # see `reading_pad_as_word`
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -157,6 +159,26 @@ class Tokenizer:
         except (TypeError, UnicodeError) as error:
             raise UserError(f"the prompt {text!r} is not valid text; write it in UTF-8", field="prompt") from error
         return [self._runs.get(key, [key]) for key in ids]
+
+    def has_learned(self, word: str) -> bool:
+        """Whether the text is one learned token."""
+        units = self.units(word)
+        return len(units) == 1 and min(units[0]) >= len(self.vocabulary)
+
+    def reading_pad_as_word(self) -> "Tokenizer":
+        """The same, but that a padding token such as `!` in a text is a word, as for SD 2 and SDXL in A1111
+        (modules/sd_hijack_open_clip.py, 1.10.1) and ComfyUI (comfy/sd1_clip.py, 0.8). For reading only."""
+        pad = str(self.special["pad_token"])
+        if self.pad in (self.start, self.end) or pad not in self.vocabulary:
+            return self
+        if self._plain is None or len(self._plain) != len(self):  # a word was learned since
+            plain = copy(self)
+            plain._plain, plain._backend = None, _backend(self.vocabulary, self.merges, str(self.special["unk_token"]))
+            for _, token in sorted(self._backend.get_added_tokens_decoder().items()):
+                if token.content != pad:
+                    (plain._backend.add_special_tokens if token.special else plain._backend.add_tokens)([token])
+            self._plain = plain
+        return self._plain
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The tokens as readable text, `</w>` at the end of a word; bytes of an incomplete character as `\\xf0`."""

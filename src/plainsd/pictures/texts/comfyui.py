@@ -11,7 +11,9 @@ from typing import Any
 from plainsd.errors import WITH_CHOICES, UserError
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.comfyui_graph import Node, read_graph
-from plainsd.pictures.texts.comfyui_nodes import SAMPLING, GraphReader, SamplerPass, stem, tag
+from plainsd.pictures.texts.comfyui_nodes import SAMPLING, GraphReader, SamplerPass
+from plainsd.pictures.texts.comfyui_prompts import note_sizes
+from plainsd.pictures.texts.comfyui_walk import stem
 
 SAVED = ("SaveImage", "SaveImageWebsocket", "SaveAnimatedWEBP", "SaveAnimatedPNG", "PreviewImage")  # this one last
 IMAGE_INPUTS = (
@@ -33,6 +35,7 @@ OTHER_FAMILIES = re.compile(
     "Video|Audio|SVD|SD3|Flux|Hunyuan|3D|Zero123|Wan|Mochi|Cosmos|LTX|HiDream|Lumina|AuraFlow|Qwen|DiT"
 )
 NETWORK = "ImageUpscaleWithModel"
+PASSED_BY = "ComfyUI nodes"  # the key of those that have no meaning here
 MOST_ENDS = 20  # nodes that save, or samplers, from which the way back is followed
 ENLARGING = ("LatentUpscale", "LatentUpscaleBy", "ImageScale", "ImageScaleBy")
 
@@ -64,9 +67,12 @@ class Workflow:
             if way and way[-1].kind in SAMPLING:
                 raise UserError(f"{way[-1]} draws before {before} and {last.node}; two passes are the most here")
             said = self.base(first) | self.source(first, way) | self.second(first, last, between)
+            said["embeddings"] = tuple(dict.fromkeys([*first.texts.words, *last.texts.words]))
+            note_sizes(self.reader, first.texts, said.get("size"))
+        note_sizes(self.reader, last.texts, drawn_size(said))
         said["vae"] = self.vae(last)
         if self.reader.idle:
-            self.other.append(("ComfyUI nodes", ", ".join(self.reader.idle)))
+            self.other.append((PASSED_BY, ", ".join(self.reader.idle)))
         known = {name: value for name, value in said.items() if value is not None}
         return Settings(**known, like="comfyui", noise="comfyui", other=tuple(self.other))
 
@@ -117,10 +123,10 @@ class Workflow:
 
     def base(self, stage: SamplerPass) -> dict[str, Any]:
         return stage.model | {
-            "prompt": stage.prompt + "".join(tag(*lora) for lora in stage.loras),
-            "negative": stage.negative, "seed": stage.seed, "steps": stage.steps, "guidance": stage.guidance,
+            "prompt": stage.texts.prompt + "".join(f" {lora}" for lora in stage.loras),
+            "negative": stage.texts.negative, "seed": stage.seed, "steps": stage.steps, "guidance": stage.guidance,
             "sampler": stage.sampler, "spacing": stage.spacing, "eta": stage.eta,
-            "embeddings": tuple(dict.fromkeys(stage.words)),
+            "embeddings": tuple(dict.fromkeys(stage.texts.words)),
         }  # fmt: skip
 
     def source(self, stage: SamplerPass, way: list[Node]) -> dict[str, Any]:
@@ -155,8 +161,8 @@ class Workflow:
             "hires": 1.0, "strength": last.denoise, "hires_steps": last.steps,
             "hires_sampler": last.sampler if last.sampler != first.sampler else None,
             "hires_spacing": last.spacing if last.spacing != first.spacing else None,
-            "hires_prompt": last.prompt if last.prompt != first.prompt else None,
-            "hires_negative": last.negative if last.negative != first.negative else None,
+            "hires_prompt": last.texts.prompt if last.texts.prompt != first.texts.prompt else None,
+            "hires_negative": last.texts.negative if last.texts.negative != first.texts.negative else None,
             "hires_guidance": last.guidance if last.guidance != first.guidance else None,
         }  # fmt: skip
         if last.first and last.steps:
@@ -165,7 +171,8 @@ class Workflow:
         if last.seed != first.seed:
             self.other.append(("Hires seed", str(last.seed)))
         for key, ours, theirs in (("model", last.model.get("model"), first.model.get("model")),
-                                  ("LoRAs", last.loras, first.loras)):  # fmt: skip
+                                  ("LoRAs", last.loras, first.loras),
+                                  ("clip skip", last.texts.clip.skip, first.texts.clip.skip)):  # fmt: skip
             if ours != theirs:
                 self.reader.idle[f"another {key} of the second sampler"] = None
         for one in between:
@@ -197,6 +204,12 @@ class Workflow:
                 return {"hires": ratios.pop(), "upscaler": upscaler}
         self.other.append(("Hires resize", f"{width}x{height}"))
         return {"upscaler": upscaler}
+
+
+def drawn_size(said: dict[str, Any]) -> tuple[int, int] | None:
+    """Of the last pass, where it is known."""
+    size, times = said.get("size"), said.get("hires", 1.0)
+    return size if size is None or times == 1 else (round(size[0] * times / 8) * 8, round(size[1] * times / 8) * 8)
 
 
 def share(running: int, steps: int) -> float:

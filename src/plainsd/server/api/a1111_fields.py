@@ -11,14 +11,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from plainsd.errors import unknown
-from plainsd.pictures.settings import RANDOM, plain_number, ratio_to
+from plainsd.pictures.settings import RANDOM, ratio_to
 from plainsd.server.api.a1111_control import units_of
 from plainsd.server.api.a1111_names import model_of, sampler_of, upscaler_of
 from plainsd.server.api.a1111_table import EMPTY_VALUES, check_scripts, known_options, reject_unsupported
 from plainsd.server.errors import APIError
 from plainsd.server.pool import Models
 from plainsd.server.schema import Name, Text
-from plainsd.text.prompts import lora_tags
+from plainsd.text.prompts import tagged_loras
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
 NOISE_SOURCES = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}  # randn_source
@@ -83,7 +83,7 @@ class Common(BaseModel):
         fields |= units_of(self.alwayson_scripts or {}, getattr(self, "init_images", None))
         if self.disable_extra_networks:  # those of styles too
             styled = models.templates.styled(self.prompt or "", self.negative_prompt or "", self.styles or [])
-            prompt, negative = (lora_tags(text)[0] for text in styled)
+            prompt, negative = (tagged_loras(text)[0] for text in styled)
             fields |= {"prompt": prompt, "negative": negative, "styles": []}
         if self.refiner_checkpoint not in (*EMPTY_VALUES, "None", "none"):
             refiner = model_of(self.refiner_checkpoint, models)
@@ -150,13 +150,12 @@ class Text2Image(Common):
 
     def idle_loras(self) -> list[str]:
         """Notes on LoRAs that only a prompt of the second pass has."""
-        wanted = lora_tags(self.prompt or "")[1]
+        wanted = tagged_loras(self.prompt or "")[1]
         return [
-            f"{field}: {tag} has no effect; the second pass has the LoRAs of prompt"
+            f"{field}: {lora} has no effect; the second pass has the LoRAs of prompt"
             for field in ("hr_prompt", "hr_negative_prompt")
-            for name, strength in lora_tags(getattr(self, field) or "")[1]
-            if (name, strength) not in wanted
-            for tag in [f"<lora:{name}:{plain_number(strength)}>"]
+            for lora in tagged_loras(getattr(self, field) or "")[1]
+            if lora not in wanted
         ]
 
     def hires_overrides(self) -> dict[str, Any]:
@@ -166,8 +165,8 @@ class Text2Image(Common):
         sampler, spacing = sampler_of(sampler, schedule)
         fields = {
             "hires_steps": self.hr_second_pass_steps, "hires_sampler": sampler, "hires_spacing": spacing,
-            "hires_prompt": lora_tags(self.hr_prompt or "")[0], "hires_guidance": self.hr_cfg,
-            "hires_negative": lora_tags(self.hr_negative_prompt or "")[0],
+            "hires_prompt": tagged_loras(self.hr_prompt or "")[0], "hires_guidance": self.hr_cfg,
+            "hires_negative": tagged_loras(self.hr_negative_prompt or "")[0],
         }  # fmt: skip
         return {name: value for name, value in fields.items() if value}
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from plainsd.pictures.settings import Resolved
+from plainsd.text.prompts import LoraTag
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 ACTIVE = (QUEUED, RUNNING)
@@ -141,7 +142,7 @@ class Job:
     settings: list[Resolved]
     path_prefix: str  # of its files, below pictures/
     created: float
-    loras: list[tuple[str, float]] = field(default_factory=list)
+    loras: list[LoraTag] = field(default_factory=list)
     source: Source | None = None
     inputs: dict[str, bytes] = field(default_factory=dict)  # its files, until they are written
     sheet: Sheet | None = None

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from plainsd.pictures.settings import Resolved, plain_number
+from plainsd.pictures.settings import Resolved
+from plainsd.text.prompts import LoraTag
 
 SAFE_INTEGER = 2**53 - 1  # JavaScript's
 
@@ -23,16 +24,15 @@ class Picture:
     width: int
     height: int
     settings: Resolved
-    loras: list[tuple[str, float]]
+    loras: list[LoraTag]
     created: float
     favourite: bool = False
     problem: str | None = None  # why its row cannot be read
 
 
-def with_lora_tags(settings: Resolved, loras: Sequence[tuple[str, float]]) -> Resolved:
+def with_lora_tags(settings: Resolved, loras: Sequence[LoraTag]) -> Resolved:
     """As written into a picture: LoRAs as tags in the prompt, where other programs expect them."""
-    tags = [f"<lora:{name}:{plain_number(strength)}>" for name, strength in loras]
-    return replace(settings, prompt=" ".join(filter(None, [settings.prompt, *tags])))
+    return replace(settings, prompt=" ".join(filter(None, [settings.prompt, *map(str, loras)])))
 
 
 def new_id() -> str:

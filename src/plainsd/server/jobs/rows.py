@@ -18,6 +18,7 @@ from plainsd.pictures.settings import Resolved
 from plainsd.pictures.texts.a1111 import format_settings
 from plainsd.server.jobs.job import ACTIVE, FAILED, Job, Sheet, Source
 from plainsd.server.jobs.pictures import Picture, with_lora_tags
+from plainsd.text.prompts import LoraTag
 
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)  # what a damaged row may raise
 NO_SETTINGS = Resolved(size=(8, 8), steps=1, guidance=1.0, sampler="", spacing="")  # where they cannot be read
@@ -26,7 +27,7 @@ SETTING_NAMES = {field.name for field in fields(Resolved)}
 TYPED = ConfigDict(strict=True, allow_inf_nan=False, validate_default=True)  # the types, and nothing like them
 COMPLETE = ConfigDict(**TYPED, extra="forbid")
 STORED_SETTINGS = TypeAdapter(list[Resolved], config=TYPED)
-STORED_LORAS = TypeAdapter(list[tuple[str, float]], config=TYPED)
+STORED_LORAS = TypeAdapter(list[tuple[str, float, float] | tuple[str, float]], config=TYPED)
 STORED_SOURCES = TypeAdapter(list[Source], config=COMPLETE)
 STORED_SHEETS = TypeAdapter(list[Sheet], config=COMPLETE)
 
@@ -59,7 +60,7 @@ def job_of(row: sqlite3.Row, drawn: Iterable[tuple[Any, Any]]) -> Job:
             format_settings(one)  # as it is written into its picture
         more = {
             "settings": settings,
-            "loras": as_typed(STORED_LORAS, parsed_json(row["loras"])),
+            "loras": loras_from(row["loras"]),
             "source": as_typed(STORED_SOURCES, [parsed_json(row["source"])])[0] if row["source"] else None,
             "sheet": as_typed(STORED_SHEETS, [parsed_json(row["sheet"])])[0] if row["sheet"] else None,
         }
@@ -79,7 +80,7 @@ def picture_of(row: sqlite3.Row) -> Picture:
     settings, loras = NO_SETTINGS, []
     try:
         found = settings_from(parsed_json(row["settings"]))
-        tags = as_typed(STORED_LORAS, parsed_json(row["loras"]))
+        tags = loras_from(row["loras"])
         format_settings(with_lora_tags(found, tags))  # as the lists show it
         settings, loras = found, tags
     except UNREADABLE as error:
@@ -107,6 +108,11 @@ def columns_of(row: sqlite3.Row, columns: dict[str, tuple[Any, Any]]) -> tuple[d
 def as_typed(reader: TypeAdapter, value: Any) -> Any:
     """A value of JSON in its type, its lists as tuples where the type has them. ValidationError."""
     return reader.validate_json(json.dumps(value))
+
+
+def loras_from(text: str) -> list[LoraTag]:
+    """Older versions had one strength. Raises one of UNREADABLE."""
+    return [LoraTag(name, both[0], both[-1]) for name, *both in as_typed(STORED_LORAS, parsed_json(text))]
 
 
 def settings_from(data: dict, *, strict: bool = False) -> Resolved:

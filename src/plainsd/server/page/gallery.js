@@ -125,7 +125,7 @@ function view(picture) {
   $("viewer-prompt").textContent = settings.prompt || "(no prompt)";
   const told = (value, plain) => value !== null && value !== undefined && value !== plain && value?.length !== 0;
   const rows = Object.entries(LABELS).filter(([name]) => told(settings[name], PLAIN[name]));
-  const loras = picture.loras.map(({ name, strength }) => `${name} ${strength}`).join(", ");
+  const loras = picture.loras.map(({ name, strength, text_strength }) => [name, strength, text_strength].filter((one) => one !== undefined).join(" ")).join(", ");
   const [controls, images] = [picture.controls, picture.image_prompts].map((each) => each.map(({ name, strength }) => `${name} ${strength}`).join(", "));
   $("viewer-settings").replaceChildren(
     ...rows.flatMap(([name, label]) => pair(label, form.worded(name, settings[name]))),

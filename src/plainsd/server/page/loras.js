@@ -11,18 +11,22 @@ export function setUp(info, whenChanged) {
   $("no-loras").hidden = known.length > 0;
   $("add-lora").hidden = known.length === 0;
   $("add-lora").onclick = () => {
-    add(known[0], 1);
+    add({ name: known[0], strength: 1 });
     changed();
   };
 }
 
-function add(name, strength) {
+function add({ name, strength, text_strength }) {
   const names = known.includes(name) ? known : [name, ...known];
   const choice = element("select", { ariaLabel: "LoRA" }, ...options(names.map((one) => [one, one])));
   choice.value = name;
   const amount = element("input", { type: "number", step: "0.1", min: "-10", max: "10", value: strength, ariaLabel: "Strength" });
+  const text = element("input", {
+    type: "number", step: "0.1", min: "-10", max: "10", value: text_strength ?? "", placeholder: "text",
+    ariaLabel: "Strength on the text encoders", title: "Strength on the text encoders; the same if empty",
+  });
   const remove = element("button", { type: "button", className: "small", textContent: "×", ariaLabel: "Remove this LoRA" });
-  const row = element("div", { className: "lora" }, choice, amount, remove);
+  const row = element("div", { className: "lora" }, choice, amount, text, remove);
   remove.onclick = () => {
     row.remove();
     changed();
@@ -33,10 +37,12 @@ function add(name, strength) {
 // In place of what is there.
 export function fill(loras) {
   $("loras").replaceChildren();
-  for (const { name, strength } of loras) add(name, strength);
+  for (const lora of loras) add(lora);
   $("lora-section").open = loras.length > 0;
 }
 
-export const fields = () => [...$("loras").children].map((row) => ({
-  name: row.querySelector("select").value, strength: Number(row.querySelector("input").value),
-}));
+export const fields = () => [...$("loras").children].map((row) => {
+  const [amount, text] = row.querySelectorAll("input");
+  const own = text.value === "" ? {} : { text_strength: Number(text.value) };
+  return { name: row.querySelector("select").value, strength: Number(amount.value), ...own };
+});
