@@ -626,7 +626,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_operators.py::test_a_packed_unet_can_be_exported"),
         ("if not self.laid_out:  # a graph", "if not self.weight.is_mkldnn:  # a graph",
          "test_operators.py::test_a_packed_unet_is_one_graph"),
-        ("if not traced and context is self.seen:", "if not traced and self.seen is not None:",
+        ("if not traced and context is seen:", "if not traced and seen is not None:",
          "test_speed.py::test_a_text_that_changes_on_the_way"),
         ("plain = self.weight if self.suits is None else self.weight.to_dense()", "plain = self.weight",
          "test_speed.py::test_a_packed_convolution_at_one_size_after_another"),

@@ -18,6 +18,7 @@ from plainsd.models.unet import UNet
 from plainsd.pictures.control import fitted
 from plainsd.pictures.drawing import Pictures
 from plainsd.pictures.masks import MaskOptions, canvas_of
+from plainsd.pictures.model import moved
 
 HINT = (4, 4, 8, 8)
 OPTIONS = {"sampler": "ddim", "spacing": "leading", "steps": 6, "seed": 3, "guidance": 4.0}
@@ -420,3 +421,15 @@ def test_what_a_map_alone_makes_is_made_once(sd, control, monkeypatch):
     monkeypatch.setattr(ControlNet, "read", lambda *rest: (made.append(1), read(*rest))[1])
     final(text_to_image(sd, "a", size=64, control=control, **OPTIONS))
     assert len(made) == 1
+
+
+def test_networks_that_a_drawing_has_moved_can_be_trained():
+    """Weights that are made in inference mode cannot: PyTorch refuses to give them gradients."""
+    sd = tiny_sd().to(dtype=torch.bfloat16)
+    net = tiny_net(tiny_sd())
+    final(text_to_image(sd, "a", steps=1, control=[Control(net, picture_of(0))]))
+    assert net.conv_in.weight.dtype == torch.bfloat16 and not any(p.is_inference() for p in net.parameters())
+    net.requires_grad_(True)
+    with torch.inference_mode():
+        assert not any(p.is_inference() for p in moved(sd.unet, "cpu", torch.float32).parameters())
+        assert all(p.is_inference() for p in sd.vae.to(dtype=torch.float32).parameters())  # what is avoided

@@ -235,6 +235,16 @@ def test_two_adapters_and_several_pictures(sd, folder):
     close(sd, text_to_image(sd, "a red apple", size=(72, 64), image_prompt=prompts, **OPTIONS), reference)
 
 
+def test_an_image_prompt_goes_from_model_to_model(folder):
+    """Its tokens are kept by dtype, and the adapter that projects them has to follow (rounded to bfloat16 then)."""
+    prompt, drawn = ImagePrompt(reader_of(folder, "sd-base"), picture_of(0), 0.6), []
+    models = {dtype: tiny_sd().to(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        drawn += final(text_to_image(models[dtype], "a", steps=2, seed=3, image_prompt=[prompt]))
+    first, last = (np.asarray(drawn[place], dtype=int) for place in (0, 2))
+    assert np.abs(first - last).max() <= 3
+
+
 def test_the_steps_that_it_acts_in(sd, folder):
     """What diffusers draws when its strength is set to 0 after half of the steps; and two adapters, one after the
     other, are not both at once."""

@@ -53,6 +53,17 @@ def test_bands_are_the_whole_picture(narrow, size, form):
     torch.testing.assert_close(vae_bands.decode_in_bands(vae, whole.mean), vae.decode(whole.mean), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_moments_of_groups_are_those_of_the_processors_group_norm(dtype):
+    """On other devices GroupNorm takes no float32 weights beside bfloat16 maps."""
+    x = (torch.randn(2, 12, 7, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1).to(dtype)
+    for ours, its in zip(vae_bands.moments_of_groups(x, 4, 1e-6), vae_bands._moments(x, 4, 1e-6), strict=True):
+        assert ours.dtype == torch.float32 and ours.shape == (2, 3)
+        torch.testing.assert_close(ours, its, rtol=1e-5, atol=1e-5)
+    asked = x.to("meta")
+    assert vae_bands._moments(asked, 4, 1e-6)[0].shape == (2, 3)
+
+
 @torch.no_grad()
 def test_bands_agree_to_1_in_255_in_bfloat16(narrow):
     """Where each rounding goes on to the next layer, nothing but the same numbers would."""

@@ -8,6 +8,8 @@ from PIL import Image
 from torch import nn
 
 import plainsd
+from plainsd.adapters.lora import inject
+from plainsd.pictures import sampling
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.sampling import decode
 from plainsd.pictures.seamless import seamless
@@ -35,6 +37,37 @@ def test_a_shifted_latent_gives_a_shifted_picture():
         eps, moved = network(latents, 500.0, context), network(latents.roll(8, 3), 500.0, context)
         assert (moved - eps.roll(8, 3)).abs().max() < 1e-5
     assert modes(sd.unet) == modes(sd.vae) == {"zeros"}
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"kind": "loha"}, {"kind": "lokr"}], ids=str)
+def test_adapters_of_convolutions_see_past_the_edge_too(options):
+    sd, generator = tiny_sd(), torch.Generator().manual_seed(0)
+    lora = inject(sd.unet, 2, conv=True, generator=generator, **options)
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        latents = torch.randn(1, 4, 16, 16, generator=generator)
+        context = torch.randn(1, 5, sd.unet.config.context, generator=generator)
+        network = seamless(sd.unet, sd.unet)
+        eps, moved = network(latents, 500.0, context), network(latents.roll(8, 3), 500.0, context)
+        assert (moved - eps.roll(8, 3)).abs().max() < 1e-5
+        lora.merge()
+        assert (network(latents, 500.0, context) - eps).abs().max() < 1e-4
+
+
+def test_a_picture_to_edit_is_encoded_without_edges(monkeypatch):
+    sd, seen, real = tiny_sd(in_channels=8), [], sampling.moments_of
+
+    def watched(*given, tiling=False):
+        seen.append(tiling)
+        return real(*given, tiling=tiling)
+
+    monkeypatch.setattr(sampling, "moments_of", watched)
+    for tiling in (True, False):
+        seen.clear()
+        picture = Image.new("RGB", (64, 64), "red")
+        plainsd.final(plainsd.image_to_image(sd, "x", picture, 0.5, steps=2, tiling=tiling))
+        assert len(seen) == 2 and {*seen} == {tiling}
 
 
 def test_as_diffusers_with_circular_convolutions(tmp_path):

@@ -114,7 +114,10 @@ class LowRank(Adapter):
         """alpha/r * B A x"""
         if isinstance(base, nn.Linear):
             return F.linear(F.linear(x, self.down) * self.scale, self.up)
-        moves = (None, base.stride, base.padding, base.dilation)
+        padding = base.padding
+        if base.padding_mode != "zeros":  # seamless tiling
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        moves = (None, base.stride, padding, base.dilation)
         h = F.conv2d(x, self.down, *moves) if self.mid is None else F.conv2d(F.conv2d(x, self.down), self.mid, *moves)
         return F.conv2d(h * self.scale, self.up)
 

@@ -84,10 +84,18 @@ def activated(norm: nn.GroupNorm, x: Tensor) -> Run:
 
 def _moments(x: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / deviation of each group of `width` channels, float32: (B, channels / width)."""
+    if x.device.type != "cpu":  # whose GroupNorm alone takes float32 weights beside half-precision maps
+        return moments_of_groups(x, width, eps)
     count, channels, height, columns = x.shape
     unit = x.new_ones(channels, dtype=torch.float32)  # float32 weights: moments come in float32
     groups = channels // width
     return torch.native_group_norm(x, unit, 0 * unit, count, channels, height * columns, groups, eps)[1:]
+
+
+def moments_of_groups(x: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The same by their definition, on any device."""
+    variance, mean = torch.var_mean(x.unflatten(1, (-1, width)).float(), (2, 3, 4), correction=0)
+    return mean, (variance + eps).rsqrt()
 
 
 def resblock(block: ResBlock, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from plainsd.models.t2i_adapter import T2IAdapter, as_features
 from plainsd.models.unet import plus
 from plainsd.pictures.conditioning import Conditioning
 from plainsd.pictures.images import to_rgb
-from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.model import StableDiffusion, moved
 from plainsd.pictures.preprocess import INPAINT, preprocessed
 from plainsd.pictures.settings import ControlNote
 
@@ -192,7 +192,7 @@ class Controls:
         self.steps, self.controls = steps, [one.control for one in each]
         self.hints: list[Any] = []  # a tensor, of a T2I-Adapter all its features
         for control, maps in each:
-            net = control.net.to(sd.device, sd.dtype)
+            net = moved(control.net, sd.device, sd.dtype)
             maps = [one.to(sd.device, sd.dtype) for one in maps]
             if isinstance(net, T2IAdapter):
                 features = net(maps[0])

@@ -80,7 +80,9 @@ def from_picture(
     size = (pixels.shape[3], pixels.shape[2])
     editing = edits(sd.unet.config, sd.vae.config)
     latents = None if editing and from_nothing(each[0]) else encode(sd, pixels, draw, tiling=each[0].tiling)
-    known = Known(latents, concat=to_edit(sd, pixels).expand(len(each), -1, -1, -1) if editing else None)
+    tiling = each[0].tiling
+    shown = to_edit(sd, pixels, tiling=tiling).expand(len(each), -1, -1, -1) if editing else None
+    known = Known(latents, concat=shown)
     noise, maps = prepare_latents(sd, size, draw), fitted(control, image.size, image)
     latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
     drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))

@@ -27,7 +27,7 @@ from plainsd.models.vision import VisionConfig, VisionTower
 from plainsd.pictures.control import acts_between
 from plainsd.pictures.control_checks import check_range, check_strength, family
 from plainsd.pictures.images import to_rgb
-from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.model import StableDiffusion, moved
 from plainsd.pictures.settings import ImagePromptNote
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -106,8 +106,9 @@ class ImagePrompt:
 
     def tokens(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(2, K, M, T): uncond tokens, and those of each picture. Moves adapter and tower there, in place."""
+        adapter = moved(self.adapter.adapter, device, dtype)  # it projects the tokens, also those read before
         if (device, dtype) not in self._read:
-            adapter, tower = (network.to(device, dtype) for network in (self.adapter.adapter, self.adapter.tower))
+            tower = moved(self.adapter.tower, device, dtype)
             pixels = torch.cat([clip_pixels(image, tower.config.size) for image in self.images]).to(device, dtype)
             states = tower(pixels)
             black = tower(torch.zeros_like(pixels[:1])) if adapter.config.kind != "base" else states

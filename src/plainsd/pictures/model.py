@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from plainsd.models.unet import UNet
 from plainsd.models.variants import Variant, encoder_names
 from plainsd.pictures.upscaling import Upscaler
 from plainsd.text.tokenizer import Tokenizer
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,15 @@ class Stage:
     def call(self, network: nn.Module) -> None:
         for other in self.networks:
             if other is not network:
-                other.to("cpu")
-        network.to(self.device)
+                moved(other, "cpu")
+        moved(network, self.device)
+
+
+def moved(network: NetworkT, device: torch.device | str, dtype: torch.dtype | None = None) -> NetworkT:
+    """Moves and casts a network in place, also while something is drawn: its weights can be trained afterwards, as
+    those that are made in inference mode cannot."""
+    with torch.inference_mode(False):
+        return network.to(device=device, dtype=dtype)
 
 
 @dataclass

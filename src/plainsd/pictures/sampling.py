@@ -86,10 +86,10 @@ def moments_of(sd: StableDiffusion, pixels: Tensor, *, tiling: bool = False) -> 
     return torch.cat(pieces, dim=1)
 
 
-def to_edit(sd: StableDiffusion, pixels: Tensor) -> Tensor:
+def to_edit(sd: StableDiffusion, pixels: Tensor, *, tiling: bool = False) -> Tensor:
     """Pictures (B, 3, H, W) as inputs of a model that edits them: the encoder's mean, (B, L, h, w), unscaled except for
     EDM models (CosXL)."""
-    mean = moments_of(sd, pixels)[0]
+    mean = moments_of(sd, pixels, tiling=tiling)[0]
     return sd.vae.config.scaled(mean) if isinstance(sd.schedule, EDMSchedule) else mean
 
 

@@ -326,8 +326,7 @@ class PackedCrossAttention(OtherForm):
         self.form, self.heads, self.attend = (refilled(plain, {}),), plain.heads, plain.attend
         self.q, self.out = PackedLinear(plain.q), PackedLinear(plain.out)
         self.kv = PackedLinear(together(plain.k, plain.v))
-        self.seen: Tensor | None = None
-        self.kept: list[Tensor] = []
+        self.kept: tuple[Tensor | None, list[Tensor]] = (None, [])  # the context seen last, and what was made of it
 
     def plain(self) -> Attention:
         k, v = linears(self.kv.plain(), 2)
@@ -342,11 +341,12 @@ class PackedCrossAttention(OtherForm):
 
     def keys_and_values(self, context: Tensor) -> list[Tensor]:
         traced = kernels.is_traced(context)  # a graph makes them at each call
-        if not traced and context is self.seen:
-            return self.kept
+        seen, kept = self.kept  # together: another thread may draw with the same layer
+        if not traced and context is seen:
+            return kept
         made = [t.contiguous() for t in split_heads(self.kv(context), 2, self.heads)]
         if not traced:
-            self.seen, self.kept = context, made
+            self.kept = (context, made)
         return made
 
     def k(self, context: Tensor) -> Tensor:
