@@ -2,6 +2,9 @@
 
 Every task checks its input at once and returns a generator: a `Step` for each step of the sampler, and at the end
 `Pictures`. pictures/drawing.py is what each of them does, pictures/sampling.py the loop that they share.
+
+A model may have several of these begun, in one thread. Two threads that draw at once need a model each: tiling and
+perturbed guidance change a network's layers for the time of a call.
 """
 
 from __future__ import annotations
