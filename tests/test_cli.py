@@ -20,6 +20,7 @@ import plainsd
 from plainsd.cli import COMMANDS, main
 from plainsd.commands.adapters import LoraStrengths, chosen_loras, embedding_from_flag, from_flag
 from plainsd.commands.generate import Generate
+from plainsd.commands.grid import axis
 from plainsd.commands.output import Target
 from plainsd.commands.recorded import check_recorded, with_notes
 from plainsd.errors import UserError
@@ -125,6 +126,45 @@ def test_random_seeds_of_a_batch_and_of_a_grid(generate):
     sheet = np.asarray(Image.open(out.strip()).convert("RGB")).astype(int)[-64:]
     cells = [sheet[:, start : start + 64] for start in range(sheet.shape[1] - 192, sheet.shape[1], 64)]
     assert code == 0 and all(np.abs(a - b).max() > 5 for a, b in zip(cells, cells[1:], strict=False))
+
+
+@pytest.mark.parametrize("name", ["seed", "variation_seed"])
+def test_random_seeds_of_a_grid_are_told(name):
+    seeds = axis(f"{name}=1,random,-1").values
+    assert seeds[0] == 1 and all(0 <= seed < 2**32 for seed in seeds) and len(set(seeds)) == 3
+
+
+def test_switches_of_a_grid():
+    for name in ("tiling", "soft_mask", "soft-mask"):
+        assert axis(f"{name}=true,False,ON,off").values == [True, False, True, False]
+
+
+def torchrun(monkeypatch, rank):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("plainsd.commands.torchrun.ProcessShare.agreed", lambda share, number: 1)
+
+
+def test_processes_number_the_pictures_of_a_folder_as_one_does(generate, photo, tmp_path, monkeypatch):
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(photo.read_bytes())
+    for rank in (0, 1):
+        torchrun(monkeypatch, rank)
+        asked = ("x", "--count", 3, "--image", tmp_path / "photos", "--strength", 0.5)
+        assert generate(*asked)[0] == 0
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == [f"{number + 1:05d}-{number % 3}.png" for number in range(9)]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--seed", "random"], ["--variation-seed", "random", "--variation-strength", "0.5"],
+], ids=" ".join)  # fmt: skip
+def test_processes_do_not_draw_seeds(generate, monkeypatch, flags):
+    torchrun(monkeypatch, 1)
+    code, out, err = generate("x", *flags, "--count", 2)
+    assert code == 2 and not out and err.count("\n") == 1
+    assert "seed random would differ from process to process under torchrun; give a number" in err
 
 
 def test_of_a_long_seed_the_low_bits_count_and_this_is_said(generate):
@@ -427,6 +467,9 @@ WRONG = {
     ),
     "variation seed": (["x", "--variation-seed", "rand"], "variation seed 'rand' is not a whole number"),
     "seeds past the last": (["x", "--seed", str(2**64 - 2), "--count", "3"], "and the 2 after it pass"),
+    "a switch of a grid": (["x", "--grid", "tiling=true,maybe"], "grid 'tiling=true,maybe' has a value that cannot be"),
+    "a grid of the hires pass": (["x", "--grid", "upscaler=latent,lanczos"], "upscaler has no effect without hires"),
+    "a grid of variations": (["x", "--grid", "variation_seed=1,2"], "variation seed has no effect without variation"),
     "a seed of a grid": (["x", "--grid", "seed=1,2.5"], "grid 'seed=1,2.5' has a value that cannot be read"),
     "guidance": (["x", "--guidance", "nan"], "guidance nan is out of range"),
     "count": (["x", "--count", "0"], "count 0"),

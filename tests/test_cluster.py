@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ from plainsd.cluster import connect as connecting
 from plainsd.cluster import host as host_module
 from plainsd.cluster import worker as worker_module
 from plainsd.cluster.connect import Share, check_room, connect, share_of
-from plainsd.cluster.host import Host, Taken, versions
-from plainsd.cluster.lists import Again, TaskList
+from plainsd.cluster.host import Host, Taken, as_failure, versions
+from plainsd.cluster.lists import Again, OfTask, TaskList
 from plainsd.cluster.worker import RemoteWorker, Stopping, check_modules
 from plainsd.commands.generate_cluster import RUN_RECORD, ListRun, digest_of_run
 from plainsd.errors import DiskError, UserError
@@ -636,6 +637,103 @@ def test_a_run_knows_the_files_that_it_read(models, tmp_path):
         assert digest_of_run(setup, ["p"], {}) == first, path
     embedded, hub = (DrawingSetup(GenerateFlags(model=name), "cpu", [], [], {}, (), ()) for name in (None, "a/b"))
     assert digest_of_run(embedded, ["p"], {}) != digest_of_run(hub, ["p"], {})
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Workers without Ray: what `plainsd generate --cluster` does besides."""
+
+    class Tasks:
+        def __init__(self, make, share, workers, tasks):
+            self.make, self.tasks = make, tasks
+
+        def events(self):
+            tool = self.make()
+            for number, task in enumerate(self.tasks):
+                try:
+                    yield from (OfTask(number, event) for event in tool(task))
+                except Exception as error:
+                    raise RemoteWorker.error_of(SimpleNamespace(name="worker-0"), as_failure(error)) from None
+
+    monkeypatch.setattr("plainsd.commands.generate_cluster.TaskList", Tasks)
+    monkeypatch.setattr("plainsd.commands.cluster.ClusterFlags.join", lambda flags: Share(1))
+
+
+def list_of(models, prompts, out):
+    flags = ["generate", "--prompts", str(prompts), "--model", str(models[0]), "--device", "cpu", "--steps", "1"]
+    return [*flags, "--batch", "2", "--out", str(out), *BY_CLUSTER]
+
+
+def test_a_list_of_random_seeds_goes_on_with_its_own(in_this_process, models, prompts, tmp_path, monkeypatch, capsys):
+    command = list_of(models, prompts, tmp_path / "out")
+    command += ["--seed", "random", "--variation-seed", "-1", "--variation-strength", "0.5"]
+    write = ListRun.write
+
+    def killed(run, number, *more):
+        if number == 3:
+            raise KeyboardInterrupt
+        return write(run, number, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ListRun, "write", killed)
+        assert main(command) == 130
+    said = re.findall(r"seed \d+", capsys.readouterr().err)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    assert len(said) == 2 and len(kept) == 3
+    assert main(command) == 0
+    assert re.findall(r"seed \d+", capsys.readouterr().err) == said
+    found = sorted((tmp_path / "out").iterdir())
+    seed, first = (int(one.split()[1]) for one in said)
+    assert [path.name for path in found] == [f"{k + 1:05d}-{seed}.png" for k in range(7)]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert [read_settings(path).variation_seed for path in found] == [first + k for k in range(7)]
+
+
+@pytest.mark.parametrize("error, says", [
+    (torch.OutOfMemoryError("no room"), "out of memory on a batch of 2 pictures; try a smaller --batch\n"),
+    (KeyError("x"), "a worker failed (KeyError: 'x'); repeat the command, and in the same folder it goes on"),
+], ids=["memory", "other"])  # fmt: skip
+def test_a_batch_that_fails_is_one_line(in_this_process, models, prompts, tmp_path, monkeypatch, capsys, error, says):
+    def fails(*given, **choices):
+        raise error
+
+    command = list_of(models, prompts, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr("plainsd.generate.text_to_image", fails)
+        assert main(command) == 2
+    err = capsys.readouterr().err
+    assert f"\nplainsd: {says}" in f"\n{err}"
+    assert main(command) == 0 and len(list((tmp_path / "out").glob("*.png"))) == 7
+
+
+def test_eval_by_a_cluster_draws_with_its_loras(models, tmp_path, monkeypatch, capsys):
+    from plainsd.commands.evaluate import Evaluate
+    from plainsd.commands.generate_cluster import files_read
+
+    lora, setups = tmp_path / "style.safetensors", []
+    lora_file(models[0], lora, 1)
+
+    def stub(setup, *given):
+        setups.append(setup)
+        return iter(())
+
+    monkeypatch.setattr("plainsd.commands.cluster.ClusterFlags.join", lambda flags: Share(1))
+    monkeypatch.setattr("plainsd.commands.generate_cluster.generate_on_cluster", stub)
+    command = Evaluate(model=str(models[0]), lora=(f"{lora}:0.5",))
+    command.rows_by_cluster(["p"], [1.0], 3, 2, tmp_path / "drawn")
+    (setup,) = setups
+    assert setup.loras == [(lora, (0.5, 0.5))] and lora in files_read(setup)
+    record = json.loads((tmp_path / "drawn" / RUN_RECORD).read_text())
+    assert record["seeds"] == {"seed": 3}
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Evaluate, "loaded", stop)
+    assert main(["eval", "--seed", "random", "--out", str(tmp_path), *BY_CLUSTER]) == 130  # goes on with that seed
+    assert main(["eval", "--seed", "random", "--out", str(tmp_path / "new")]) == 130
+    own, other = re.findall(r"^seed (\d+)$", capsys.readouterr().err, re.M)
+    assert own == "3" != other
 
 
 # --- longer ones -----------------------------------------------------------------------------------------------------

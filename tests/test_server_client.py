@@ -23,7 +23,7 @@ from serving import (
 import plainsd
 from plainsd.cli import main
 from plainsd.commands.generate import Generate
-from plainsd.commands.remote import NOT_SENT
+from plainsd.commands.remote import NOT_SENT, remote_pictures
 from plainsd.errors import UserError
 from plainsd.server.client import Finished, Progress, Remote
 from plainsd.server.schema import JobRequest
@@ -159,6 +159,26 @@ def test_a_lora_a_preview_and_from(generate, server, tmp_path, brake):
     assert alike(Image.open(again), Image.open(path), 0)
 
 
+@pytest.mark.parametrize("prompt, strength", [
+    ("a boat <lora:paper:0.2:0.7>", ""),  # the tag's strengths, of text encoders and UNet
+    ("a boat <lora:paper:0.7>", ":0.4"),  # the flag's
+    ("a boat", ""),
+    ("a boat", ":0.4"),
+])  # fmt: skip
+def test_a_lora_by_flag_and_by_tag_is_there_once(generate, server, tmp_path, prompt, strength):
+    """As here: a picture's tags, beside the flag that gives the file."""
+    lora_file(server.service.models.known["tiny"].source, tmp_path / "paper.safetensors", 1)
+    flag = ("--lora", f"{tmp_path / 'paper.safetensors'}{strength}")
+    code, (first,), err = generate(prompt, *flag, "--steps", 2)
+    assert code == 0, err
+    for asked in ((prompt, *flag, "--steps", 2), ("--from", first, *flag)):
+        (code, (there,), err), (_, (here,), _) = generate(*asked), generate(*asked, here=True)
+        assert code == 0, err
+        with Image.open(there) as image, Image.open(here) as expected:
+            assert alike(image, expected) and image.info["parameters"] == expected.info["parameters"]
+            assert image.info["parameters"].count("<lora:paper") == 1
+
+
 def test_from_asks_for_the_same_words_refiner_and_margins(generate, tmp_path):
     noise_picture(64, 64).save(tmp_path / "photo.png")
     drawing = ("--image", tmp_path / "photo.png", "--outpaint", 8, 8, 0, 0)
@@ -192,6 +212,24 @@ def test_every_flag_is_sent_or_refused():
     sent |= {"image_prompt", "image_prompt_image", "image_prompt_mask", "image_prompt_range", "image_encoder"}
     here = {"out", "format", "preview", "server", "wildcards", "combinations", "style"}  # settled before it is sent
     assert {field.name for field in fields(Generate)} - sent - here == set(NOT_SENT)
+
+
+def test_a_job_that_is_refused_cancels_those_before_it():
+    sent, cancelled = [], []
+
+    class Stub:
+        def submit(self, prompt):
+            if prompt == "three":
+                raise UserError("refused; try another")
+            sent.append(prompt)
+            return prompt
+
+        def cancel(self, id):
+            cancelled.append(id)
+
+    with pytest.raises(UserError, match="refused"):
+        list(remote_pictures(Stub(), [{"prompt": prompt} for prompt in ("one", "two", "three")], None))
+    assert cancelled == sent == ["one", "two"]
 
 
 def test_an_interrupt_cancels_what_was_sent(generate, server, brake, monkeypatch, tmp_path):

@@ -185,6 +185,14 @@ def test_a_sheet_of_samplers_comes_again(opened):
     assert same.settings_of(2).spacing == same.settings_of(0).spacing
 
 
+def test_switches_of_a_grid(opened):
+    service = opened(start=False)
+    job = ask(service, grid=[{"name": "tiling", "values": ["true", "Off", "on"]}])
+    assert [one.tiling for one in job.settings] == [True, False, True]
+    with pytest.raises(APIError, match="grid tiling has a value that cannot be read"):
+        ask(service, grid=[{"name": "tiling", "values": ["maybe"]}])
+
+
 def test_random_seeds_of_a_grid_are_written_as_drawn(opened):
     service = opened()
     grid = [{"name": "seed", "values": ["random", -1, 7]}, {"name": "steps", "values": [1, 2]}]

@@ -69,8 +69,9 @@ def chosen_loras(flags: Sequence[str], tags: Mapping[str, LoraStrengths], folder
     from plainsd.adapters.lora import find_lora
 
     given = [from_flag(text) for text in flags]
+    tagged = {Path(name).name: strengths for name, strengths in tags.items()}
     loras = [
-        (path, tags.get(path.stem, LoraStrengths(1.0, 1.0)) if number is None else LoraStrengths(number, number))
+        (path, tagged.get(path.stem, LoraStrengths(1.0, 1.0)) if number is None else LoraStrengths(number, number))
         for path, number in given
     ]
     for name, strengths in tags.items():

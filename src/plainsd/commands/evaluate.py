@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from plainsd.reports.clip_score import Captioned
 
 
+DRAWN_FOLDER = "drawn"  # folder in --out for the pictures of a cluster, until they are scored
+OF_DRAWING = ("prompts", "steps", "guidance", "sampler", "seed", "batch", "prediction",
+              "zero_snr", "dtype", "plain", "ray")  # fmt: skip
+
+
 @dataclass
 class Evaluate:
     """Generates pictures for trained and held-out pairs of object and background, and scores both.
@@ -84,12 +89,16 @@ class Evaluate:
         for name in names:
             if getattr(self, name) != getattr(Evaluate, name):
                 raise UserError(f"--{name.replace('_', '-')} {says}", field=name)
+        if self.prompt_file and self.prompts != Evaluate.prompts:
+            raise UserError(
+                f"--prompts {self.prompts} is a number of prompts of concepts.json; leave it or --prompt-file out",
+                field="prompts",
+            )
 
     def run(self) -> None:
         self.ray.check()
         seed = read_seed(self.seed)
         Settings(steps=self.steps, guidance=self.guidance, sampler=self.sampler, seed=seed).check()
-        seed = drawn_seed() if seed == RANDOM else seed
         from plainsd.commands.output import check_writable
 
         for place in (self.out, None if self.sheet is None else self.sheet.parent):
@@ -98,6 +107,11 @@ class Evaluate:
         if self.prompts < 1:
             raise UserError(f"{self.prompts} prompts; give at least 1", field="prompts")
         self.check_kind()
+        if self.pictures:
+            self.check_pictures()
+        if seed == RANDOM:
+            seed = self.random_seed()
+            print(f"seed {seed}", file=sys.stderr)
         if self.clip_score is not None:
             return self.score_by_clip(seed)
         if self.sheet is not None and self.sheet.suffix.lower() != ".png":
@@ -133,6 +147,15 @@ class Evaluate:
             )
         print(score_table(result), end="")
 
+    def random_seed(self) -> int:
+        """That of the run on a cluster that stopped in --out, if there is one."""
+        from plainsd.commands.generate_cluster import seed_of_record
+
+        if self.ray.cluster is None or self.out is None:
+            return drawn_seed()
+        before = seed_of_record(self.out if self.clip_score is not None else self.out / DRAWN_FOLDER, "seed")
+        return drawn_seed() if before is None else before
+
     @contextmanager
     def rows_of_cluster(self) -> Iterator[dict[str, Any]]:
         """The argument of `evaluate` for pictures that a cluster draws. They are kept until all are scored."""
@@ -154,7 +177,7 @@ class Evaluate:
     def place_for_pictures(self) -> Iterator[Path]:
         """In --out, where they outlive a stop, or a temporary folder."""
         if self.out:
-            yield self.out / "drawn"
+            yield self.out / DRAWN_FOLDER
             return
         with TemporaryDirectory(prefix="plainsd-eval-", ignore_cleanup_errors=True) as folder:
             yield Path(folder)
@@ -197,12 +220,18 @@ class Evaluate:
 
     # --- CLIPScore ---------------------------------------------------------------------------------------------------
 
+    def check_pictures(self) -> None:
+        """UserError for what says how pictures are drawn, where they are there."""
+        says = "--pictures scores pictures that are there; leave"
+        if self.model or self.prompt_file or self.lora:
+            raise UserError(f"{says} MODEL, --prompt-file and --lora out", field="pictures")
+        given = [name for name in OF_DRAWING if getattr(self, name) != getattr(Evaluate, name)]
+        if given:
+            names = ", ".join("--cluster" if name == "ray" else f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"{says} out {names}", field="pictures")
+
     def score_by_clip(self, seed: int) -> None:
         """Prints the score, and writes it to --out; drawn pictures are written there too."""
-        if self.pictures and (self.model or self.prompt_file or self.lora):
-            raise UserError(
-                "--pictures scores pictures that are there; leave MODEL, --prompt-file and --lora out", field="pictures"
-            )
         if self.batch < 1:
             raise UserError(f"batch {self.batch} is out of range; give 1 or more", field="batch", value=self.batch)
         from tqdm import tqdm

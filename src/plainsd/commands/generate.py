@@ -94,7 +94,7 @@ class Generate(GenerateFlags):
             raise UserError(
                 "a grid takes one picture, and --image is a folder of several; give one file", field="image"
             )
-        target.number = None if share.alone else share.agreed(target.next_number()) + part.start
+        first_number = None if share.alone else share.agreed(target.next_number())
         if not part:
             return
 
@@ -138,10 +138,13 @@ class Generate(GenerateFlags):
             say(str(target.write(sheet(images, axes), None)))
         else:
             batches = list(prompt_batches(prompts, choices, each, self.batch, part))
-            for pictures in (one for task in tasks for one in draw(sd, task, batches, show, hidden=share.rank > 0)):
-                images += pictures.images
-                for image, settings in zip(pictures.images, pictures.settings, strict=True):
-                    say(str(target.write(image, with_notes(settings, sd, setup.loras, words, self.vae, noise))))
+            for index, task in enumerate(tasks):
+                if first_number is not None:
+                    target.number = first_number + index * len(prompts) + part.start
+                for pictures in draw(sd, task, batches, show, hidden=share.rank > 0):
+                    images += pictures.images
+                    for image, settings in zip(pictures.images, pictures.settings, strict=True):
+                        say(str(target.write(image, with_notes(settings, sd, setup.loras, words, self.vae, noise))))
         steps, sampler = pictures.settings[0].steps, pictures.settings[0].sampler
         print(
             f"{len(images)} picture{'s' * (len(images) > 1)} in {time.perf_counter() - loaded:.1f} s ({steps} steps of "
@@ -162,7 +165,9 @@ class Generate(GenerateFlags):
         batches = list(prompt_batches(prompts, drawn, each, self.batch, range(count)))
         one = Settings(**drawn)
         seeds = [one.seed + (index if one.counted == "seed" else 0) for index in range(count)]
-        run = ListRun.begin(target, digest_of_run(setup, prompts, choices | {"texts": each}), seeds * len(tasks))
+        drawn_seeds = {name: choices[name] for name in SEEDS if choices.get(name) is not None}
+        digest = digest_of_run(setup, prompts, choices | {"texts": each})
+        run = ListRun.begin(target, digest, seeds * len(tasks), drawn_seeds)
         written = 0
         for path in generate_on_cluster(setup, tasks, prompts, choices, batches, run):
             tqdm.write(str(path), file=sys.stdout)
@@ -235,7 +240,8 @@ class Generate(GenerateFlags):
             raise UserError(
                 f"--upscaler {self.upscaler} needs --hires; give that too, or use plainsd upscale", field="upscaler"
             )
-        check_needs(given, {*choices, *axis_names(self.grid)})
+        axes = axis_names(self.grid)
+        check_needs({*given, *axes}, {*choices, *axes})
         made = {name for name in TEXTS_BESIDE if name not in given}  # of --from
         if not (self.prompt or self.prompts):
             made.add("prompt")
@@ -257,13 +263,26 @@ class Generate(GenerateFlags):
         return {name: styles[name] for name in self.style}
 
     def seeds(self) -> dict[str, int]:
-        """The given seeds as numbers. Random ones are picked here, and printed."""
+        """The given seeds as numbers. Random ones are picked here, and printed; those of a run on a cluster that
+        stopped are its own again."""
         texts = {name: text for name in SEEDS if (text := getattr(self, name)) is not None}
         found = {name: read_seed(text, name.replace("_", " ")) for name, text in texts.items()}
         for name in [name for name, seed in found.items() if seed == RANDOM]:
-            found[name] = drawn_seed()
-            print(f"{name.replace('_', ' ')} {found[name]}", file=sys.stderr)
+            said = name.replace("_", " ")
+            if not share_of_torchrun().alone:
+                raise UserError(
+                    f"{said} {texts[name]} would differ from process to process under torchrun; give a number",
+                    field=name,
+                )
+            found[name] = drawn_seed() if self.ray.cluster is None else self.seed_of_cluster(name)
+            print(f"{said} {found[name]}", file=sys.stderr)
         return found
+
+    def seed_of_cluster(self, name: str) -> int:
+        from plainsd.commands.generate_cluster import seed_of_record
+
+        before = seed_of_record(self.out, name)
+        return drawn_seed() if before is None else before
 
 
 def say_notes(settings: Iterable[Settings]) -> None:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plainsd.cluster.host import Tool
 from plainsd.cluster.lists import Again, TaskList
-from plainsd.commands.adapters import from_flag
+from plainsd.cluster.worker import TaskError
+from plainsd.commands.adapters import chosen_loras, from_flag
 from plainsd.commands.cluster import ClusterFlags
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.output import PromptBatch, Target
@@ -31,12 +32,20 @@ from plainsd.disk import written_whole
 from plainsd.errors import UserError
 from plainsd.files.hub import find
 from plainsd.json_reader import parsed_json
+from plainsd.pictures.settings import SEEDS
 
 if TYPE_CHECKING:
     from plainsd.pictures.images import PictureFile
 
 RUN_RECORD = "unfinished.json"
-NOT_COMPARED = ("out", "batch", "device", "ray", "low_memory")  # flags that change no picture
+NOT_COMPARED = (  # flags that change no picture, and seeds as typed: those drawn are among the settings
+    "out",
+    "batch",
+    "device",
+    "ray",
+    "low_memory",
+    *SEEDS,
+)
 EVENT_EVERY = 0.1  # seconds between messages about steps
 
 
@@ -82,6 +91,15 @@ class ListDrawer:
         self.said = said.getvalue()
 
     def __call__(self, task: ListedBatch) -> Iterator[Loaded | Stepped | FinishedBatch]:
+        import torch
+
+        try:
+            yield from self.drawn(task)
+        except torch.OutOfMemoryError:
+            many = len(task.numbers)
+            raise UserError(f"out of memory on a batch of {many} pictures; try a smaller --batch") from None
+
+    def drawn(self, task: ListedBatch) -> Iterator[Loaded | Stepped | FinishedBatch]:
         from plainsd.diffusion.samplers import Step
         from plainsd.pictures.images import PictureFile
 
@@ -115,8 +133,9 @@ class ListRun:
     paths: list[Path]  # of each picture
 
     @classmethod
-    def begin(cls, target: Target, digest: str, seeds: list[int]) -> ListRun:
-        """A new run, or the one that stopped in this folder. UserError if that was of something else."""
+    def begin(cls, target: Target, digest: str, seeds: list[int], drawn: dict[str, int]) -> ListRun:
+        """A new run, or the one that stopped in this folder. UserError if that was of something else. `seeds`: in the
+        files' names; `drawn`: those of the whole run, by their names."""
         if target.file:
             if len(seeds) > 1:
                 raise UserError(
@@ -129,11 +148,11 @@ class ListRun:
             first = first_of_record(record, digest)
         else:
             first = target.next_number()
-            write_record(record, digest, first, len(seeds))
+            write_record(record, digest, first, len(seeds), drawn)
         return cls(target, [target.path_of(first + index, seed) for index, seed in enumerate(seeds)])
 
     @classmethod
-    def named(cls, folder: Path, digest: str, names: list[str]) -> ListRun:
+    def named(cls, folder: Path, digest: str, names: list[str], drawn: dict[str, int]) -> ListRun:
         """As `begin`, with files of these names. A new run removes those of an older one."""
         record, paths = folder / RUN_RECORD, [folder / name for name in names]
         if record.exists():
@@ -141,7 +160,7 @@ class ListRun:
         else:
             for path in paths:
                 path.unlink(missing_ok=True)
-            write_record(record, digest, 0, len(paths))
+            write_record(record, digest, 0, len(paths), drawn)
         return cls(Target(folder), paths)
 
     def left(self, batches: Sequence[ListedBatch]) -> list[ListedBatch]:
@@ -164,9 +183,18 @@ class ListRun:
             (self.target.folder / RUN_RECORD).unlink(missing_ok=True)
 
 
-def write_record(record: Path, digest: str, first: int, pictures: int) -> None:
+def write_record(record: Path, digest: str, first: int, pictures: int, seeds: dict[str, int]) -> None:
     with written_whole(record) as draft:
-        draft.write_text(json.dumps({"digest": digest, "first": first, "pictures": pictures}) + "\n", "utf-8")
+        data = {"digest": digest, "first": first, "pictures": pictures, "seeds": seeds}
+        draft.write_text(json.dumps(data) + "\n", "utf-8")
+
+
+def seed_of_record(folder: Path, name: str) -> int | None:
+    """Of the run that stopped in this folder: what `--seed random` was there. None if there is no such run."""
+    try:
+        return int(parsed_json((folder / RUN_RECORD).read_text("utf-8"))["seeds"][name])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # a record that cannot be read is named by `begin`
 
 
 def first_of_record(record: Path, digest: str) -> int:
@@ -225,11 +253,16 @@ def generate_on_cluster(
 
     left = run.left(listed_batches(len(draws), batches))
     make = partial(ListDrawer, setup, draws, prompts, choices, run.paths[0].suffix)
-    with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
-        for batch, finished in drawn_on_cluster(setup.command.ray, make, left, bar):
-            for number, picture in zip(batch.numbers, finished.pictures, strict=True):
-                if (path := run.write(number, picture)) is not None:
-                    yield path
+    try:
+        with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
+            for batch, finished in drawn_on_cluster(setup.command.ray, make, left, bar):
+                for number, picture in zip(batch.numbers, finished.pictures, strict=True):
+                    if (path := run.write(number, picture)) is not None:
+                        yield path
+    except TaskError as error:
+        raise UserError(
+            f"a worker failed ({error}); repeat the command, and in the same folder it goes on where it stopped"
+        ) from None
 
 
 def draw_rows(
@@ -240,14 +273,15 @@ def draw_rows(
     from plainsd.generate import text_to_image
 
     command.ray.join()
-    setup = DrawingSetup(command, command.device, [], [], noise_flags(command, {}), (), ())
+    loras = chosen_loras(command.lora, {}, None)
+    setup = DrawingSetup(command, command.device, loras, [], noise_flags(command, {}), (), ())
     batches = [
         (prompts[start : start + batch], row | {"seed": seed + start})
         for row in rows
         for start in range(0, len(prompts), batch)
     ]
     names = [f"{index:05d}{f'-{row}' if row else ''}.png" for row in range(len(rows)) for index in range(len(prompts))]
-    run = ListRun.named(folder, digest_of_run(setup, prompts, {"rows": rows, "seed": seed}), names)
+    run = ListRun.named(folder, digest_of_run(setup, prompts, {"rows": rows, "seed": seed}), names, {"seed": seed})
     for _ in generate_on_cluster(setup, [text_to_image], prompts, {}, batches, run):
         pass
     return run

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plainsd.errors import UserError, unknown
-from plainsd.pictures.settings import SEEDS, read_seed
-from plainsd.pictures.texts.fields import FIELDS
+from plainsd.pictures.settings import RANDOM, SEEDS, drawn_seed, read_seed
+from plainsd.pictures.texts.fields import FIELDS, read_switch
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +36,7 @@ NOT_GRIDDABLE = (  # they change the sheet's cell size, or come from other flags
     "batch_index",
     "batch_size",
 )
+SWITCHES = ("soft_mask", "tiling")
 PROMPT_AXIS, MODEL, LORA_AXIS = "prompt", "model", "lora:"
 
 
@@ -48,7 +49,8 @@ class GridAxis:
 def axis(text: str) -> GridAxis:
     """`guidance=3,5,7` -> the setting and its values."""
     readers = {name: read for _, name, read, _ in FIELDS if name not in NOT_GRIDDABLE}
-    readers |= dict.fromkeys(("sampler", "spacing", PROMPT_AXIS, MODEL), str) | dict.fromkeys(SEEDS, read_seed)
+    readers |= dict.fromkeys(("sampler", "spacing", PROMPT_AXIS, MODEL), str) | dict.fromkeys(SEEDS, settled_seed)
+    readers |= dict.fromkeys(SWITCHES, read_switch)
     key, equals, values = text.partition("=")
     name = key.strip() if key.strip().startswith(LORA_AXIS) else key.strip().replace("-", "_")
     readers |= {name: float} if name.startswith(LORA_AXIS) else {}
@@ -63,6 +65,12 @@ def axis(text: str) -> GridAxis:
     if not equals or not values:
         raise UserError(f"grid {text!r} has no values; write it as guidance=3,5,7", field="grid", value=text)
     return GridAxis(name, parsed)
+
+
+def settled_seed(text: str) -> int:
+    """A number in place of a random one, so that the sheet's labels say it."""
+    seed = read_seed(text)
+    return drawn_seed() if seed == RANDOM else seed
 
 
 def axis_names(texts: Sequence[str]) -> set[str]:

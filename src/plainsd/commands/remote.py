@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from plainsd.errors import UserError
 from plainsd.listing import suffix_of
 from plainsd.pictures.settings import ControlNote, ImagePromptNote, Settings
 from plainsd.server.client import Finished, Progress, Remote
+from plainsd.text.prompts import LORA_TAG, LoraTag, tagged_loras
 
 if TYPE_CHECKING:
     from plainsd.commands.output import Target
@@ -119,9 +121,8 @@ def jobs_of(
             shared[name] = encoded_file(path)
     shared["controls"] = list(control_fields(command, choices.get("control", ())))
     shared["image_prompts"] = list(image_prompt_fields(command, choices.get("image_prompt", ())))
-    loras = [from_flag(text) for text in command.lora]
-    shared["loras"] = [{"name": path.stem if suffix_of(path) == ".safetensors" else str(path),
-                        "strength": 1.0 if strength is None else strength} for path, strength in loras]  # fmt: skip
+    flags = [from_flag(text) for text in command.lora]
+    loras = [(path.stem if suffix_of(path) == ".safetensors" else str(path), strength) for path, strength in flags]
     recorded = words_in([*prompts, *map(choices.get, TEXTS_BESIDE)], choices.get("embeddings", ()))
     shared["embeddings"] = [*dict.fromkeys([*map(embedding_of, command.embedding), *recorded])]
     axes = [axis(text) for text in command.grid]
@@ -131,11 +132,31 @@ def jobs_of(
     shared, first = {"seed": 0} | shared, choices.get(counted) or 0
     if counted == "batch_index":
         shared = {"batch_size": first + len(prompts)} | shared
-    own = ({**beside, "prompt": prompt} for prompt, beside in zip(prompts, each, strict=True))
+    own = ({**beside, **prompt_and_loras(prompt, loras)} for prompt, beside in zip(prompts, each, strict=True))
     for fields, group in groupby(own):
         count = len(list(group))
         yield shared | fields | {"count": count, counted: first}
         first += count
+
+
+def prompt_and_loras(prompt: str, loras: Sequence[tuple[str, float | None]]) -> dict[str, Any]:
+    """`prompt` and `loras` of POST /api/jobs. As without a server, a LoRA of --lora has the strength of the flag, or
+    else those of its tag in the prompt, which is taken out."""
+    names = {Path(name).name for name, _ in loras}
+    tags: dict[str, LoraTag] = {}
+
+    def kept(found: re.Match[str]) -> str:
+        _, (tag,) = tagged_loras(found[0])
+        tags[Path(tag.name).name] = tag
+        return "" if Path(tag.name).name in names else found[0]
+
+    text = LORA_TAG.sub(kept, prompt)
+    fields = []
+    for name, number in loras:
+        tag = tags.get(Path(name).name, LoraTag(name)) if number is None else LoraTag(name, number, number)
+        own = {} if tag.text_strength == tag.strength else {"text_strength": tag.text_strength}
+        fields.append({"name": name, "strength": tag.strength, **own})
+    return {"prompt": text if text == prompt else text.rstrip(), "loras": fields}
 
 
 def control_fields(command: GenerateFlags, recorded: Sequence[ControlNote]) -> Iterator[dict[str, Any]]:
@@ -198,7 +219,8 @@ def remote_pictures(remote: Remote, jobs: list[dict[str, Any]], preview: Path | 
     try:
         with tqdm(total=100 * len(jobs), unit="%", disable=None, dynamic_ncols=True) as bar:
             for i in range(len(jobs)):
-                sent += [remote.submit(**fields) for fields in jobs[i + len(sent) : i + AHEAD]]
+                for fields in jobs[i + len(sent) : i + AHEAD]:
+                    sent.append(remote.submit(**fields))  # one at a time: a later one may be refused
                 pictures: list[Finished] = []
                 for event in remote.follow(sent[0]):
                     if isinstance(event, Finished):

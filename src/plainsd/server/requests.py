@@ -26,7 +26,7 @@ from plainsd.pictures.settings import (
     notes,
     read_seed,
 )
-from plainsd.pictures.texts.fields import FIELDS
+from plainsd.pictures.texts.fields import FIELDS, read_switch
 from plainsd.pictures.texts.labels import sampler_named, spacing_named
 from plainsd.server.canvas import InitImages, init_images_of
 from plainsd.server.controls import controls_of
@@ -101,7 +101,7 @@ def cells(request: JobRequest) -> list[dict[str, Any]]:
     """The varying settings of the cells of a grid, row by row; one empty dict without a grid."""
     readers = {name: read for _, name, read, _ in FIELDS}
     readers |= {"sampler": lambda text: sampler_named(text) or text, "spacing": spacing_from}
-    readers |= dict.fromkeys(SEEDS, read_seed)
+    readers |= dict.fromkeys(SEEDS, read_seed) | {"tiling": read_switch}
     axes = []
     for axis in request.grid or []:
         name = axis.name.strip().replace(" ", "_")

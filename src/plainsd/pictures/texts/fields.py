@@ -31,6 +31,13 @@ def _sides(text: str) -> tuple[int, ...]:
     return int(left), int(top), int(right), int(bottom)
 
 
+def read_switch(text: str) -> bool:
+    """As typed: true, on, false or off. (In the text of a picture, anything but True is off.)"""
+    if text.lower() not in ("true", "on", "false", "off"):
+        raise ValueError(f"{text[:25]!r} is not true or false")
+    return text.lower() in ("true", "on")
+
+
 NOISE_LABELS = {"cpu": "CPU", "nv": "NV", "comfyui": "ComfyUI"}
 
 
