@@ -46,7 +46,7 @@ def moved(network: NetworkT, device: torch.device | str, dtype: torch.dtype | No
     """Moves and casts a network in place, also while something is drawn: its weights can be trained afterwards, as
     those that are made in inference mode cannot."""
     with torch.inference_mode(False):
-        return network.to(device=device, dtype=dtype)
+        return network.to(device) if dtype is None else network.to(device, dtype)
 
 
 @dataclass
