@@ -771,6 +771,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_train_data.py::test_orders_have_their_seed"),
     ],
     "train/job.py": [
+        ('muon=pace.optimizer == "muon"', "muon=False",
+         "test_train_cli.py::test_the_optimizer_is_the_one_that_is_asked_for"),
         ("seed=pace.seed,", "", "test_train_cli.py::test_the_seed_is_that_of_first_weights_order_and_noise"),
         ('name in ("steps", "epochs") and longer(old.get(name), now[name])', 'name in ("steps", "epochs")',
          "test_train_cli.py::test_a_run_may_be_made_longer"),
@@ -825,6 +827,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_train_data.py::test_sizes_are_told_as_sdxl_wants_them"),
     ],
     "train/optimizer.py": [
+        ("ahead = gradient.lerp(momentum, MOMENTUM).flatten(1)", "ahead = momentum.flatten(1)",
+         "test_train.py::test_a_linear_layers_steps_are_those_of_pytorchs_muon"),
         ('check_can_compile(parameters[0].device, "--adam8bit")', "pass",
          "test_compile.py::test_without_a_compiler_one_line_says_so"),
         ('{"params": plain, "weight_decay": 0.0}', '{"params": plain, "weight_decay": options.weight_decay}',

@@ -1028,6 +1028,25 @@ def test_options_of_tables_want_one(train, tmp_path, flags):
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
+def test_the_optimizer_is_the_one_that_is_asked_for(train, tmp_path):
+    flags = ["--steps", "2", "--lr", "1e-3", "--seed", "1"]
+    models = []
+    for name, more in (("usual", []), ("adamw", ["--optimizer", "adamw"]), ("muon", ["--optimizer", "muon"])):
+        assert train("full", *flags, *more, out=tmp_path / name) == (0, [])
+        models.append(plainsd.load(tmp_path / name / name, device="cpu", dtype="float32"))
+    usual, adamw, muon = (model.unet for model in models)
+    assert farthest(usual, adamw) == 0 and farthest(usual, muon) > 1e-4
+
+
+def test_data_as_kohyas_trainer_wants_it(train, tmp_path):
+    folder = tmp_path / "dogs" / "3_sks dog"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    code = main(["train", "--method", "lora", "--data", f"kohya:{tmp_path / 'dogs'}", "--out", str(tmp_path / "run"),
+                 *FAST, "--steps", "1", "--rank", "1", "--prior-prompt", "dog", "--prior-count", "1"])  # fmt: skip
+    assert code == 0 and (tmp_path / "run" / "run.safetensors").is_file()
+
+
 @pytest.mark.parametrize("other", ["--adam8bit", "--shard"])
 def test_muon_goes_alone(train, tmp_path, other):
     code, said = train("full", "--steps", "1", "--optimizer", "muon", other)

@@ -180,10 +180,10 @@ class Models:
             sd = replace(sd, upscaler=self.upscalers.network(one.upscaler))
         return model, sd
 
-    def hashes(self, model: ServedModel, loras: NamedLoras, one: Settings) -> Hashes:
-        """Of the files that drew a picture of these settings."""
+    def hashes(self, model: ServedModel, one: Settings) -> Hashes:
+        """Of the files that have just drawn a picture of these settings."""
         embeddings = {embedding.text: embedding.path for embedding in map(self.embeddings.get, one.embeddings)}
-        files = [(one.name, self.lora(one.name)) for one in loras]
+        files = [(lora.name, path) for path, lora, _ in model.loras or ()]
         adapters = hashes(None, loras=files, words=embeddings.items())
         return model.hashes + adapters
 

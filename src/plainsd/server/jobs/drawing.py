@@ -114,7 +114,7 @@ def batch_events(models: Models, work: Work) -> Generator[Event]:
     with closing(events):
         for event in events:
             if isinstance(event, Pictures):
-                yield DrawnBatch(event.images, models.hashes(model, work.loras, one))
+                yield DrawnBatch(event.images, models.hashes(model, one))
                 return
             now, previews = time.monotonic(), []
             if now - last_preview >= PREVIEW_SECONDS:
