@@ -159,7 +159,7 @@ def test_hires_and_variations(api, sd):
 def test_a_lora_in_the_prompt(api, server):
     result = api.txt2img(prompt="a boat <lora:paper:0.5>", seed=3, width=64, height=64)
     assert "a boat <lora:paper:0.5>" in result.info["infotexts"][0]
-    files = [(server.service.models.lora("paper"), 0.5)]
+    files = [(server.service.models.loras.path("paper"), 0.5)]
     sd = plainsd.load(server.service.models.known["tiny"].source, device="cpu", dtype="float32", loras=files)
     expected = text_to_image(sd, "a boat", seed=3, steps=3, guidance=7, sampler="euler_a")
     assert alike(result.image, plainsd.final(expected)[0])

@@ -393,4 +393,4 @@ def test_a_bad_file_is_passed_over_named_once_and_shown(folder, tmp_path, caplog
     assert len(named) == len(set(named)) == 2 * len(BAD) + 4
     (loras / "cut.safetensors").unlink()
     lora_file(model_folder(folder), loras / "cut.safetensors", 2)
-    assert set(service.models.loras()) == {"cut", "paper"}  # it is read again when it was changed
+    assert set(service.models.loras.known()) == {"cut", "paper"}  # it is read again when it was changed

@@ -700,7 +700,7 @@ def test_loras_come_and_go_with_their_jobs(opened, folder, tmp_path):
     for seed, name in enumerate(("paper", "sub/ink")):
         lora_file(model_folder(folder), tmp_path / "loras" / f"{name}.safetensors", seed)
     service = opened(loras=tmp_path / "loras", start=False)
-    assert sorted(service.models.loras()) == ["ink", "paper"]
+    assert sorted(service.models.loras.known()) == ["ink", "paper"]
     wanted = [("", []), ("<lora:paper:0.8>", [("paper", 0.8)]), ("<lora:ink>", [("ink", 1.0)]), ("", [])]
     jobs = [ask(service, f"a boat {tags}", seed=3) for tags, _ in wanted]
     jobs.append(ask(service, "a boat", seed=3, loras=[{"name": "paper", "strength": 0.8}]))
@@ -711,7 +711,7 @@ def test_loras_come_and_go_with_their_jobs(opened, folder, tmp_path):
     pictures = [Image.open(service.store.path(row)) for row in rows]
     for (_, loras), picture, row in zip(wanted, pictures, rows, strict=False):
         sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32",
-                          loras=[(service.models.lora(name), strength) for name, strength in loras])  # fmt: skip
+                          loras=[(service.models.loras.path(name), strength) for name, strength in loras])  # fmt: skip
         assert alike(picture, plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3))[0])
         assert row.loras == [(name, strength, strength) for name, strength in loras]
     assert not alike(pictures[0], pictures[1], 8) and alike(pictures[1], pictures[4])
@@ -758,7 +758,7 @@ def test_a_model_with_loras_has_the_bits_of_the_command_line(opened, folder, tmp
         assert job.state == DONE, job.error
         drawn = Image.open(service.store.path(service.store.picture(job.picture_id(0))))
         sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32",
-                          loras=[(service.models.lora(name), 0.8) for name in loras])  # fmt: skip
+                          loras=[(service.models.loras.path(name), 0.8) for name in loras])  # fmt: skip
         if not plain:
             faster(sd)
         assert drawn.tobytes() == plainsd.final(plainsd.text_to_image(sd, "a boat", seed=3))[0].tobytes()

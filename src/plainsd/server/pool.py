@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from plainsd.adapters.embeddings import bundled
-from plainsd.adapters.lora import add_lora, attached, check_strengths
+from plainsd.adapters.lora import add_lora, attached
 from plainsd.adapters.names import adaptable_networks
-from plainsd.adapters.reading import open_lora, tensors_by_module
+from plainsd.adapters.reading import open_lora
 from plainsd.allocator import release_freed_memory
 from plainsd.checkpoint import load, load_vae
 from plainsd.device import choose_device, choose_dtype
-from plainsd.errors import WITH_CHOICES, UserError, unknown
+from plainsd.errors import UserError, unknown
 from plainsd.files.convert import read
 from plainsd.files.hashes import Hashes, hashes
 from plainsd.files.hub import find
@@ -37,16 +37,16 @@ from plainsd.pictures.settings import UPSCALERS, Settings
 from plainsd.server.controls import ControlNets
 from plainsd.server.embeddings import Embedding, Embeddings, with_embeddings, with_own_words
 from plainsd.server.errors import APIError
-from plainsd.server.folders import changed_at, changed_below, readable_files
+from plainsd.server.folders import changed_at, changed_below
 from plainsd.server.image_prompts import ImageAdapters
+from plainsd.server.loras import Loras, NamedLoras
 from plainsd.server.prompt_templates import PromptTemplates
 from plainsd.server.upscalers import Upscalers
 from plainsd.speed.model import faster
-from plainsd.text.prompts import LoraTag, tagged_loras
+from plainsd.text.prompts import LoraTag
 
 log = logging.getLogger("plainsd.server")
 
-NamedLoras = Sequence[LoraTag]
 QUICK = {"steps": 4, "guidance": 2.0}  # of the embedded model: as many objects are right as in 20 steps, less sharp
 QUICK_STEPS = 8  # models that are drawn in so few by default are quick as they are
 
@@ -127,6 +127,7 @@ class Models:
     def __init__(self, sources: Sequence[str | None], options: PoolOptions = PoolOptions()):
         options.check(len(sources))
         self.options, self.embeddings = options, Embeddings(options.embeddings)
+        self.loras = Loras(options.loras)
         self.controls = ControlNets(options.controls)
         self.templates = PromptTemplates(options.wildcards, options.styles)
         self.image_adapters = ImageAdapters(options.controls)
@@ -135,7 +136,6 @@ class Models:
         self.dtype = choose_dtype(options.dtype, self.device)
         self.budget = budget_of(self.device) if options.memory is None else options.memory
         self.lock, self.loads = threading.Lock(), 0
-        self.unusable_loras: dict[str, str] = {}  # files that were skipped, and why, as of the last scan
         self.known: dict[str, ServedModel] = {}
         for source in sources or [None]:
             model = self.described(source)
@@ -212,7 +212,7 @@ class Models:
             with self.lock:
                 model.sd, model.preview, model.loras, model.hashes, model.changed = sd, preview, None, known, changed
                 self.loads += 1
-        files = [(self.lora(one.name), one) for one in loras]
+        files = [(self.loras.path(one.name), one) for one in loras]
         wanted = tuple((path, one, changed_at(path)) for path, one in files)
         if model.loras != wanted:
             self.adapt(model, model.sd, wanted)
@@ -245,47 +245,6 @@ class Models:
         if self.options.preview_vae is None:
             return None
         return load_vae(self.options.preview_vae, device=self.device, dtype=sd.dtype, like=sd.vae.config)
-
-    # --- LoRAs -------------------------------------------------------------------------------------------------------
-
-    def loras(self) -> dict[str, Path]:
-        """The LoRAs of the folder, scanned at each access, by their name in a `<lora:name:1>` tag."""
-        unusable: dict[str, str] = {}
-        files = {name: path for name, (path, _) in readable_files(has_adapter, self.options.loras, unusable).items()}
-        written = {name for name in files if tagged_loras(f"<lora:{name}:1>") == ("", [LoraTag(name)])}
-        unusable |= dict.fromkeys(files.keys() - written, "its name cannot be written in a prompt; rename it")
-        self.unusable_loras = unusable
-        return {name: path for name, path in files.items() if name in written}
-
-    def lora(self, name: str) -> Path:
-        known = self.loras()
-        if name in known:
-            return known[name]
-        if name in self.unusable_loras:
-            raise UserError(f"loras: {name!r} cannot be used: {self.unusable_loras[name]}", field="loras")
-        if self.options.loras is None:
-            raise UserError(f"loras: there is no LoRA {name!r}; start the server with --loras FOLDER", field="loras")
-        if not known:
-            raise UserError(
-                f"loras: there is no LoRA {name!r}; put .safetensors files into the folder of --loras",
-                field="loras",
-            )
-        raise UserError(f"loras: {unknown('LoRA', name, known)}", field="loras", most=WITH_CHOICES)
-
-    def check_loras(self, model: ServedModel, wanted: NamedLoras) -> None:
-        """UserError if one is missing or does not fit the model."""
-        for name, *strengths in wanted:
-            try:
-                check_strengths(*strengths)
-            except UserError as error:
-                raise UserError(f"loras: {error}", field="loras", most=WITH_CHOICES) from None
-            path = self.lora(name)
-            try:
-                file = open_lora(path)
-                tensors_by_module(file, model.bare, partial=False)
-                bundled(model.bare, file)
-            except UserError as error:  # does not reveal the path
-                raise UserError(f"loras: {str(error).replace(str(path), name)}", field="loras") from None
 
     # --- refiners ----------------------------------------------------------------------------------------------------
 
@@ -338,11 +297,6 @@ class Models:
     def bytes(self) -> int:
         """Memory of the resident models."""
         return sum(model.bytes for model in self.known.values() if model.sd is not None)
-
-
-def has_adapter(path: Path) -> bool:
-    """Whether a file holds a LoRA; UserError if not. The file is not kept open."""
-    return bool(open_lora(path).tensors)
 
 
 def example_prompts(path: Path) -> list[str]:

@@ -35,7 +35,8 @@ from plainsd.server.image_prompts import image_prompts_of
 from plainsd.server.jobs.job import Job, Sheet, Source
 from plainsd.server.jobs.pictures import new_id, new_path_prefix
 from plainsd.server.limits import Limits
-from plainsd.server.pool import Models, NamedLoras
+from plainsd.server.loras import NamedLoras
+from plainsd.server.pool import Models
 from plainsd.server.prompt_checks import check_prompt_sizes, check_prompts, prompts_in
 from plainsd.server.prompt_templates import PromptTemplates, settled_field
 from plainsd.server.schema import Axis, JobRequest
@@ -214,7 +215,7 @@ def new_job(
             settings += [replace(one, **of_second_pass(text)) for one, text in zip(found, each, strict=True)]
         loras = list(shared or [])
         loras += [lora.as_tag() for lora in request.loras]
-        models.check_loras(model, loras)
+        models.loras.check(model.bare, loras)
         for one in settings:
             check_prompt_sizes(prompts_in(one), limits)
         whole = "\n".join(dict.fromkeys(text for one in settings for text in prompts_in(one).values()))

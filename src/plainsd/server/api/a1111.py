@@ -135,7 +135,7 @@ def routes(service: Service) -> APIRouter:
     def loras() -> list:
         return [
             {"name": name, "alias": name, "path": path.name, "metadata": {}}
-            for name, path in service.models.loras().items()
+            for name, path in service.models.loras.known().items()
         ]
 
     @router.get("/prompt-styles")

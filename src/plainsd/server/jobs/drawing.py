@@ -25,7 +25,8 @@ from plainsd.server.image_prompts import image_prompt_at
 from plainsd.server.jobs.job import Source
 from plainsd.server.jobs.pictures import with_lora_tags
 from plainsd.server.jobs.queue import Place
-from plainsd.server.pool import Models, NamedLoras
+from plainsd.server.loras import NamedLoras
+from plainsd.server.pool import Models
 from plainsd.server.uploads import png
 
 PREVIEW_SECONDS = 0.25  # seconds
