@@ -18,7 +18,16 @@ from plainsd.diffusion.samplers import SAMPLERS, shared_spacings
 from plainsd.models.variants import edits
 from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.preprocess import INPAINT
-from plainsd.pictures.settings import CONTROL_MODES, LIKE, MASKED_CONTENTS, NOISE_OF, PREPROCESSORS, RANGES, UPSCALERS
+from plainsd.pictures.settings import (
+    CONTROL_MODES,
+    LIKE,
+    MASKED_CONTENTS,
+    NEEDS,
+    NOISE_OF,
+    PREPROCESSORS,
+    RANGES,
+    UPSCALERS,
+)
 from plainsd.pictures.texts.labels import sampler_label, spacing_label
 from plainsd.server.api import a1111, metrics, openai
 from plainsd.server.api.a1111_controlnet import controlnet_routes
@@ -186,7 +195,7 @@ def add_page(app: FastAPI, service: Service) -> None:
             "version": __version__, "user": user.name, "samplers": {name: sampler_label(name) for name in SAMPLERS},
             "spacings": {name: spacing_label(name) for name in shared_spacings()},
             "upscalers": (*UPSCALERS, *sorted(service.models.upscalers.known())),
-            "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits),
+            "grid": CELLS, "ranges": RANGES, "limits": vars(service.limits), "needs": NEEDS | {"handover": "refiner"},
             "loras": sorted(service.models.loras.known()), "styles": [*service.models.templates.known_styles()],
             "masked_contents": MASKED_CONTENTS, "like": LIKE, "noises": sorted({*NOISE_OF.values()}),
             "controls": sorted(service.models.controls.known()),

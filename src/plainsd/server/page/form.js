@@ -7,7 +7,7 @@ import * as kept from "./kept.js";
 import * as loras from "./loras.js";
 import * as paint from "./paint.js";
 import * as prompts from "./prompts.js";
-import { effective, interval } from "./rules.js";
+import * as rules from "./rules.js";
 import * as units from "./units.js";
 
 const NUMBERS = ["steps", "guidance", "image_guidance", "count", "strength", "mask_blur", "mask_grow", "masked_padding", "hires", "variation_strength", "clip_skip", "eta",
@@ -48,6 +48,7 @@ export function setUp(told) {
   prompts.setUp(info);
   kept.setUp(edited);
   loras.setUp(info, edited);
+  rules.setUp(info);
   takeDefaults();
   restoreDraft();
   wire();
@@ -186,7 +187,7 @@ export async function request() {
   if (controls.length) fields.controls = controls;
   const images = await prompts.request();
   if (images.length) fields.image_prompts = images;
-  if (fields.interval) fields.interval = interval(fields.interval);
+  if (fields.interval) fields.interval = rules.interval(fields.interval);
   const onlyMasked = fields.masked_padding !== undefined && !fields.outpaint;
   if (paint.hasPicture()) Object.assign(fields, await paint.pictures(fields.size, onlyMasked));
   else delete fields.outpaint;
@@ -194,7 +195,7 @@ export async function request() {
   if ($("image_guidance").closest(".field").hidden) delete fields.image_guidance;
   if (fields.outpaint) delete fields.size; // the picture's own, and what is added
   if (fields.grid) delete fields.count;
-  return effective(fields);
+  return rules.effective(fields);
 }
 
 // --- back into the form -------------------------------------------------------------------------------------------
