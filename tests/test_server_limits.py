@@ -99,7 +99,7 @@ def test_a_fault_of_ours_has_the_headers_and_the_form_of_its_api(server, monkeyp
     def broken(*given):
         raise ArithmeticError("private")
 
-    monkeypatch.setattr(server.service.models, "loras", broken)
+    monkeypatch.setattr(server.service.models.loras, "known", broken)
     monkeypatch.setattr(type(server.service.models), "known", property(broken), raising=False)
     answer = server.get(path)
     assert answer.status_code == 500 and answer.headers["x-frame-options"] == "DENY"
