@@ -1,5 +1,7 @@
 """Pictures that repeat: the networks see past an edge, and are as before afterwards."""
 
+import threading
+
 import pytest
 import torch
 from conftest import difference, tiny_sd
@@ -139,3 +141,32 @@ def test_packed_layers_see_past_an_edge_too(cache):
     with torch.no_grad():
         whole, shifted = decode(fast, latents, tiling=True), decode(fast, latents.roll((4, 6), (2, 3)), tiling=True)
     assert (shifted - whole.roll((4 * factor, 6 * factor), (2, 3))).abs().max() < 1e-4
+
+
+def test_another_thread_of_the_same_model_waits_for_the_step():
+    """While one thread's network has wrapped edges, another's picture must not be drawn with it."""
+    sd, inside, done = tiny_sd(), threading.Event(), threading.Event()
+    drawn: dict[bool, Image.Image] = {}
+
+    def draw(tiling: bool) -> None:
+        (drawn[tiling],) = plainsd.final(plainsd.text_to_image(sd, "a cat", steps=2, size=64, tiling=tiling))
+
+    def hold(module, args):
+        if module.padding_mode == "circular" and not inside.is_set():
+            inside.set()
+            done.wait(1)  # enough for the other thread, if nothing keeps it
+
+    alone = []
+    for tiling in (False, True):
+        draw(tiling)
+        alone.append(drawn[tiling])
+    with_hook = sd.unet.conv_in.register_forward_pre_hook(hold)
+    tiled = threading.Thread(target=draw, args=(True,))
+    tiled.start()
+    assert inside.wait(30)
+    draw(False)
+    done.set()
+    tiled.join()
+    with_hook.remove()
+    assert [difference(drawn[tiling], one) for tiling, one in zip((False, True), alone, strict=True)] == [0, 0]
+    assert modes(sd.unet) == modes(sd.vae) == {"zeros"}

@@ -3,8 +3,8 @@
 Every task checks its input at once and returns a generator: a `Step` for each step of the sampler, and at the end
 `Pictures`. pictures/drawing.py is what each of them does, pictures/sampling.py the loop that they share.
 
-A model may have several of these begun, in one thread. Two threads that draw at once need a model each: tiling and
-perturbed guidance change a network's layers for the time of a call.
+A model may have several of these begun, in one thread or in several: each step has the model to itself. For threads
+that draw at the same time give each a model of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from plainsd.pictures.drawing import Pictures, from_picture, from_text, repainte
 from plainsd.pictures.image_prompt import ImagePrompt, check_image_prompts
 from plainsd.pictures.images import continued, to_rgb
 from plainsd.pictures.masks import MaskOptions, canvas_of
-from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.model import StableDiffusion, alone
 from plainsd.pictures.sampling import steps_to_run
 from plainsd.pictures.settings import MASK_OPTIONS, SIZES, Resolved, Settings
 
@@ -37,14 +37,14 @@ HIRES_STRENGTH = 0.7  # default for the hires pass
 class Events:
     """A running task: an iterator over its events. Only its own code runs in inference mode, not the caller's."""
 
-    def __init__(self, events: Generator[Step | Pictures], settings: list[Resolved], steps: int):
-        self._events, self.settings, self.steps = events, settings, steps  # steps: their total number
+    def __init__(self, sd: StableDiffusion, events: Generator[Step | Pictures], settings: list[Resolved], steps: int):
+        self._sd, self._events, self.settings, self.steps = sd, events, settings, steps  # steps: their total number
 
     def __iter__(self) -> Events:
         return self
 
     def __next__(self) -> Step | Pictures:
-        with torch.inference_mode():
+        with alone(self._sd), torch.inference_mode():
             return next(self._events)
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ def text_to_image(
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
     each = settings_of_each(one, prompt, negative, count)
-    return Events(side_by_side(from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
+    return Events(sd, side_by_side(from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
 
 
 def image_to_image(
@@ -150,7 +150,7 @@ def image_to_image(
     }
     settings, steps = _with_picture(sd, image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(side_by_side(from_picture, sd, each, image, control, image_prompt), each, steps)
+    return Events(sd, side_by_side(from_picture, sd, each, image, control, image_prompt), each, steps)
 
 
 def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> tuple[Resolved, int]:
@@ -223,7 +223,7 @@ def inpaint(
     }
     settings, steps = _with_picture(sd, canvas.image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(side_by_side(repainted, sd, each, canvas, control, image_prompt), each, steps)
+    return Events(sd, side_by_side(repainted, sd, each, canvas, control, image_prompt), each, steps)
 
 
 def mask_options(choices: Mapping[str, Any]) -> MaskOptions:
@@ -273,11 +273,11 @@ def batch(
     """
     each, one = list(each), each[0]
     if image is None:
-        return Events(side_by_side(from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
+        return Events(sd, side_by_side(from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
     steps = steps_to_run(sd, one, on_picture=True)
     if mask is None:
-        return Events(side_by_side(from_picture, sd, each, image, control, image_prompt), each, steps)
+        return Events(sd, side_by_side(from_picture, sd, each, image, control, image_prompt), each, steps)
     canvas = canvas_of(image, mask, image.size, MaskOptions(soft=one.soft_mask))
     if not composed:
         canvas = replace(canvas, whole=image, alpha=Image.new("L", image.size, 255))
-    return Events(side_by_side(repainted, sd, each, canvas, control, image_prompt), each, steps)
+    return Events(sd, side_by_side(repainted, sd, each, canvas, control, image_prompt), each, steps)

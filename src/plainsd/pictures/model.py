@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +50,24 @@ def moved(network: NetworkT, device: torch.device | str, dtype: torch.dtype | No
     those that are made in inference mode cannot."""
     with torch.inference_mode(False):
         return network.to(device) if dtype is None else network.to(device, dtype)
+
+
+LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+MAKING = threading.Lock()
+
+
+@contextmanager
+def alone(sd: StableDiffusion) -> Iterator[None]:
+    """Keeps other threads from a model's networks, which may be those of several models: tiling, perturbed guidance and
+    offloading change them for the time of a call."""
+    models = [sd] if sd.refiner is None else [sd, sd.refiner]
+    networks = {network for one in models for network in (*one.text_encoders, one.unet, one.vae)}
+    with ExitStack() as held:
+        for network in sorted(networks, key=id):  # in one order, so that no two threads wait for each other
+            with MAKING:
+                lock = LOCKS.setdefault(network, threading.RLock())
+            held.enter_context(lock)
+        yield
 
 
 @dataclass
