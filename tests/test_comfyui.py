@@ -389,6 +389,132 @@ def test_subgraphs_are_unfolded():
     refused(json.dumps(whole).replace('"KSampler"', '"Other"'))
 
 
+def framed(frame, ins=(), **inside_values):
+    """The sampler and its text in a subgraph, whose frame shows seed, text and, of a subgraph in it, the steps: inputs
+    are listed there only as far as they are linked, by name, and `frame` are its values."""
+    whole = edited()
+    sampler, words = (next(one for one in whole["nodes"] if one["id"] == number) for number in (5, 2))
+    against = next(one for one in whole["nodes"] if one["id"] == 3)
+    widget = [("seed", 40), ("steps", 42)]
+    sampler["inputs"] += [{"name": name, "link": link, "widget": {"name": name}} for name, link in widget]
+    words["inputs"].append({"name": "text", "link": 41, "widget": {"name": "text"}})
+    steps = {"id": 8, "type": "PrimitiveInt", "widgets_values": [20, "fixed"], "outputs": [{"type": "INT"}],
+             "inputs": [{"name": "value", "link": 50, "widget": {"name": "value"}}]}  # fmt: skip
+    nested = {
+        "id": "nested", "nodes": [steps], "inputs": [{"name": "value"}],
+        "links": [[50, -10, 0, 8, 0, "INT"], [51, 8, 0, -20, 0, "INT"]],
+    }  # fmt: skip
+    ring = {"id": 9, "type": "nested", "outputs": [{"type": "INT"}], "widgets_values": [20],
+            "inputs": [{"name": "value", "link": 43, "widget": {"name": "value"}}]}  # fmt: skip
+    ends = ((40, 0, 5, 4), (41, 1, 2, 1), (19, 2, 5, 0), (15, 3, 5, 3), (11, 4, 2, 0), (12, 4, 3, 0), (43, 5, 9, 0))
+    links = [one for one in whole["links"] if one[0] in (13, 14)] + [
+        [42, 9, 0, 5, 5, "INT"],
+        [16, 5, 0, -20, 0, "LATENT"],
+    ]
+    links += [[number, -10, slot, target, place, "*"] for number, slot, target, place in ends]
+    names = ("seed", "text", "model", "latents", "clip", "value")
+    inside = {"id": "box", "nodes": [sampler, words, against, ring], "links": links,
+              "inputs": [{"name": name} for name in names]}  # fmt: skip
+    shown = [{"name": "latents", "link": 15}, {"name": "clip", "link": 11}, {"name": "model", "link": 19}, *ins]
+    box = {"id": 30, "type": "box", "inputs": shown, "outputs": [{"type": "LATENT"}], "widgets_values": frame}
+    whole["nodes"] = [one for one in whole["nodes"] if one["id"] not in (2, 3, 5)] + [box]
+    whole["links"] = [one for one in whole["links"] if one[0] in (10, 17, 18, 20)] + [
+        [19, 9, 0, 30, 2, "MODEL"], [15, 4, 0, 30, 0, "LATENT"], [11, 1, 1, 30, 1, "CLIP"], [16, 30, 0, 6, 0, "LATENT"]
+    ]  # fmt: skip
+    whole["definitions"] = {"subgraphs": [inside, nested]}
+    return whole
+
+
+def test_what_stands_on_the_frame_of_a_subgraph_counts():
+    """The nodes inside keep the values that they had before."""
+    one = read(framed([77, "a ship", 31]))
+    assert (one.seed, one.prompt, one.steps) == (77, "a ship <lora:style:0:0.5>", 31)
+    assert (one.negative, one.guidance, one.size, one.model) == ("rain", 7.0, (512, 768), "boats")
+    one = read(framed([None, "a ship", None]))
+    assert (one.seed, one.prompt, one.steps) == (5, "a ship <lora:style:0:0.5>", 20)
+    for old in ([], None, [77, "a ship"], {"seed": 3}):  # that shows nothing, or what is not known
+        assert read(framed(old)).seed == 5 and read(framed(old)).prompt == "a boat <lora:style:0:0.5>"
+
+
+def test_a_link_to_the_frame_counts_more_than_its_value():
+    whole = framed([77, "a ship", 31], [{"name": "seed", "link": 60, "widget": {"name": "seed"}}])
+    whole["nodes"].append({"id": 10, "type": "SeedNode", "widgets_values": [99, "randomize"]})
+    whole["links"].append([60, 10, 0, 30, 3, "INT"])
+    assert read(whole).seed == 99
+
+
+# --- nodes that choose or compute ------------------------------------------------------------------------------------
+
+
+def test_a_switch_hands_on_one_side():
+    for switch, steps, model in ((False, 20, "boats"), (True, 4, "fast")):
+        nodes = graph(
+            fast=node("CheckpointLoaderSimple", ckpt_name="fast.safetensors"),
+            quick=node("PrimitiveBoolean", value=switch),
+            many=node("PrimitiveInt", value=20),
+            steps=node("ComfySwitchNode", switch=["quick", 0], on_false=["many", 0], on_true=4),
+            which=node("ComfySwitchNode", switch=["quick", 0], on_false=["model", 0], on_true=["fast", 0]),
+        )  # fmt: skip
+        one = read(changed(nodes, "sampler", steps=["steps", 0], model=["which", 0]))
+        assert (one.steps, one.model) == (steps, model)
+
+
+def test_of_a_switch_with_one_side_the_one():
+    nodes = graph(steps=node("ComfySoftSwitchNode", switch=True, on_false=33))
+    assert read(changed(nodes, "sampler", steps=["steps", 0])).steps == 33
+
+
+def test_texts_are_joined_and_shown():
+    nodes = graph(
+        style=node("PrimitiveString", value="in ink"),
+        both=node("StringConcatenate", string_a="a ship", string_b=["style", 0], delimiter=", "),
+        shown=node("PreviewAny", source=["both", 0]),
+    )
+    assert read(changed(nodes, "words", text=["shown", 0])).prompt == "a ship, in ink"
+
+
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [({"aspect_ratio": "16:9 (Widescreen)", "megapixels": 1.0}, (1368, 768)),
+     ({"aspect_ratio": "1:1 (Square)", "megapixels": 1}, (1024, 1024)),
+     ({"aspect_ratio": "2:3 (Portrait Photo)", "megapixels": 0.5, "multiple": 64}, (576, 896))],
+)  # fmt: skip
+def test_a_size_by_its_ratio(said, size):
+    """1 MP is 1024 * 1024; each side is rounded by itself: sqrt(2**20 * 16 / 9) = 1365.3, and 768."""
+    nodes = graph(size=node("ResolutionSelector", **said))
+    assert read(changed(nodes, "empty", width=["size", 0], height=["size", 1])).size == size
+
+
+@pytest.mark.parametrize(
+    "said",
+    [node("ResolutionSelector", aspect_ratio="5:4", megapixels=1.0),
+     node("ResolutionSelector", aspect_ratio="1:1 (Square)", megapixels="1"),
+     node("ResolutionSelector", aspect_ratio="1:1 (Square)", megapixels=0.01, minimum=256),
+     node("ComfySwitchNode", switch="yes", on_false=1, on_true=2), node("ComfySwitchNode", switch=True),
+     node("ComfySwitchNode", switch=True, on_true=["value", 0]), node("PreviewAny", source=5)],
+)  # fmt: skip
+def test_what_such_a_node_says_is_not_guessed(said):
+    assert "comes from a node that is not read" in refused(changed(graph(value=said), "sampler", steps=["value", 0]))
+
+
+def test_such_nodes_in_endless_rows_and_circles():
+    """Each text twice as long as the one before, and each of them twice."""
+    nodes = graph(t0=node("PrimitiveString", value="boats"))
+    for number in range(1, 3000):
+        nodes[f"t{number}"] = node("StringConcatenate", string_a=[f"t{number - 1}", 0], string_b=[f"t{number - 1}", 0])
+    refused(changed(nodes, "words", text=["t2999", 0]))
+    assert read(changed(nodes, "words", text=["t3", 0])).prompt == "boats" * 8
+    nodes = graph(a=node("StringConcatenate", string_a=["b", 0], string_b=["b", 0]),
+                  b=node("StringConcatenate", string_a=["a", 0], string_b=["a", 0]))  # fmt: skip
+    refused(changed(nodes, "words", text=["a", 0]))
+
+
+def test_zeros_in_place_of_a_text_are_not_that_text():
+    """Two samplers' negative prompts are often the prompt's encoding, with zeros."""
+    nodes = changed(graph(zero=node("ConditioningZeroOut", conditioning=["words", 0])), "sampler", negative=["zero", 0])
+    assert (read(nodes).prompt, read(nodes).negative, unused(nodes)) == ("a boat", "", "ConditioningZeroOut")
+
+
 # --- what cannot be read ---------------------------------------------------------------------------------------------
 
 

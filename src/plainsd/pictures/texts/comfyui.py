@@ -10,7 +10,8 @@ from typing import Any
 
 from plainsd.errors import WITH_CHOICES, UserError
 from plainsd.pictures.settings import Settings
-from plainsd.pictures.texts.comfyui_graph import Node, read_graph
+from plainsd.pictures.texts.comfyui_forms import read_graph
+from plainsd.pictures.texts.comfyui_graph import Node
 from plainsd.pictures.texts.comfyui_nodes import SAMPLING, GraphReader, SamplerPass
 from plainsd.pictures.texts.comfyui_prompts import note_sizes
 from plainsd.pictures.texts.comfyui_walk import stem

@@ -1,52 +1,22 @@
-"""ComfyUI's workflows as a graph of nodes with named inputs, from either of the two forms in which it writes them.
+"""A ComfyUI workflow as a graph: nodes with named inputs, which are values or links to outputs of other nodes.
 
-The API's form is that already, and what ran: {"3": {"class_type": "KSampler", "inputs": {"seed": 5, "model": ["4", 0],
-...}}}; a list of two is a link, to an output of another node. The editor's form lists nodes, with the values of their
-widgets in the order of the screen, and links apart; parts of it may be folded into subgraphs, muted or bypassed.
+Nodes that only choose or compute a value (a switch, two texts joined, a size from a ratio) are settled at once, so that
+a walk along the links meets none of them.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from plainsd.errors import UserError
-from plainsd.json_reader import BadJSON, parsed_json
-from plainsd.pictures.texts.entries import check_length
 
-LONGEST_WORKFLOW = 2**24  # characters
 NODES = 10_000
-DEEPEST = 8  # subgraphs in subgraphs
-MUTED, BYPASSED = 2, 4
-FROM_OUTSIDE, TO_OUTSIDE = -10, -20  # the ends of links that leave a subgraph
-
-# The widgets of the nodes that are understood, in the order of the screen; of others no value is read.
-WIDGETS = {
-    "KSampler": "seed after steps cfg sampler_name scheduler denoise",
-    "KSamplerAdvanced": "add_noise noise_seed after steps cfg sampler_name scheduler start_at_step end_at_step "
-    "return_with_leftover_noise",
-    "SamplerCustom": "add_noise noise_seed after cfg", "RandomNoise": "noise_seed after",
-    "BasicScheduler": "scheduler steps denoise", "KSamplerSelect": "sampler_name", "CFGGuider": "cfg",
-    "KarrasScheduler": "steps sigma_max sigma_min rho", "ExponentialScheduler": "steps sigma_max sigma_min",
-    "PolyexponentialScheduler": "steps sigma_max sigma_min rho", "SDTurboScheduler": "steps denoise",
-    "AlignYourStepsScheduler": "model_type steps denoise", "BetaSamplingScheduler": "steps alpha beta",
-    "SamplerEulerAncestral": "eta s_noise", "SamplerDPMPP_2M_SDE": "solver_type eta s_noise noise_device",
-    "SamplerDPMPP_SDE": "eta s_noise r noise_device", "SamplerDPMPP_3M_SDE": "eta s_noise noise_device",
-    "SamplerDPMPP_2S_Ancestral": "eta s_noise",
-    "CheckpointLoaderSimple": "ckpt_name", "CheckpointLoader": "config_name ckpt_name",
-    "unCLIPCheckpointLoader": "ckpt_name", "UNETLoader": "unet_name weight_dtype", "VAELoader": "vae_name",
-    "LoraLoader": "lora_name strength_model strength_clip", "LoraLoaderModelOnly": "lora_name strength_model",
-    "CLIPLoader": "clip_name type device", "DualCLIPLoader": "clip_name1 clip_name2 type device",
-    "CLIPTextEncode": "text", "CLIPSetLastLayer": "stop_at_clip_layer",
-    "CLIPTextEncodeSDXL": "width height crop_w crop_h target_width target_height text_g text_l",
-    "CLIPTextEncodeSDXLRefiner": "ascore width height text",
-    "EmptyLatentImage": "width height batch_size", "LatentUpscale": "upscale_method width height crop",
-    "LatentUpscaleBy": "upscale_method scale_by", "ImageScale": "upscale_method width height crop",
-    "ImageScaleBy": "upscale_method scale_by", "LoadImage": "image upload",
-    "UpscaleModelLoader": "model_name",
-    "PerturbedAttentionGuidance": "scale", "RescaleCFG": "multiplier", "ModelSamplingDiscrete": "sampling zsnr",
-    "PrimitiveNode": "value", "PrimitiveInt": "value", "PrimitiveFloat": "value", "PrimitiveString": "value",
-    "PrimitiveStringMultiline": "value", "PrimitiveBoolean": "value",
-}  # fmt: skip
+DEEPEST_CHOICE = 100  # nodes that choose or compute, one behind the other
+RATIOS = {"1:1": (1, 1), "3:2": (3, 2), "4:3": (4, 3), "16:9": (16, 9), "21:9": (21, 9), "2:3": (2, 3), "3:4": (3, 4),
+          "9:16": (9, 16)}  # fmt: skip
+LONGEST_JOINED = 2**20  # characters
+VALUE = ("value", "seed", "text", "string", "int", "float", "Value", "Text", "String")  # of nodes that only hold one
 
 
 @dataclass
@@ -61,33 +31,6 @@ class Node:
 
 Graph = dict[str, Node]
 Link = tuple[str, int]
-
-
-def read_graph(text: str) -> Graph:
-    """A workflow's JSON, in either form. UserError for anything else."""
-    check_length(text, LONGEST_WORKFLOW)
-    try:
-        whole = parsed_json(text)
-    except BadJSON:
-        raise UserError("this is not a workflow: its JSON is broken; save it again in ComfyUI") from None
-    if isinstance(whole, dict) and isinstance(whole.get("prompt"), dict):
-        whole = whole["prompt"]  # as it is sent to ComfyUI's server
-    if not isinstance(whole, dict):
-        raise UserError("this is not a workflow of ComfyUI; give what its Save or Export (API) writes")
-    graph = Editor(whole).graph() if isinstance(whole.get("nodes"), list) else from_api(whole)
-    if not graph:
-        raise UserError("this is not a workflow of ComfyUI: it has no nodes; give what its Save or Export (API) writes")
-    return graph
-
-
-def from_api(whole: dict[str, Any]) -> Graph:
-    graph: Graph = {}
-    for name, one in whole.items():
-        if isinstance(one, dict) and isinstance(one.get("class_type"), str) and isinstance(one.get("inputs"), dict):
-            inputs = {key: link_of(value) or value for key, value in one["inputs"].items()}
-            graph[name] = Node(name, one["class_type"], inputs)
-    check_nodes(len(graph))
-    return graph
 
 
 def link_of(value: Any) -> Link | None:
@@ -105,101 +48,83 @@ def check_nodes(count: int) -> None:
         raise UserError(f"a workflow of {count} nodes is too large; {NODES} are the most that is read")
 
 
-class Editor:
-    """The editor's form. Links of subgraphs and of what is bypassed are followed to the nodes that ran."""
+# --- nodes that choose or compute ------------------------------------------------------------------------------------
 
-    def __init__(self, whole: dict[str, Any]):
-        definitions = whole.get("definitions")
-        folded = definitions.get("subgraphs") if isinstance(definitions, dict) else None
-        self.subgraphs = {one["id"]: one for one in dicts(folded) if isinstance(one.get("id"), str)}
-        self.raw: dict[str, dict[str, Any]] = {}  # each node by its whole name, "7:3" being node 3 of the subgraph 7
-        self.ends: dict[tuple[str, Any], tuple[Any, Any]] = {}  # (where, link) -> origin and its output
-        self.outputs: dict[tuple[str, int], Any] = {}  # (a subgraph's node, its output) -> the link inside it
-        self.firsts: dict[str, dict[str, Any]] = {}  # of a bypassed node: its first link of each type
-        self._unfold(whole, "", 0)
 
-    def _unfold(self, part: dict[str, Any], where: str, depth: int) -> None:
-        links = part.get("links")
-        for link in links if isinstance(links, list) else []:
-            if isinstance(link, list) and len(link) >= 5:
-                number, origin, slot, target, place = link[:5]
-            elif isinstance(link, dict):
-                names = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
-                number, origin, slot, target, place = map(link.get, names)
-            else:
-                continue
-            if not all(isinstance(one, (int, str)) for one in (number, origin, slot, target, place)):
-                continue
-            self.ends[where, number] = (origin, slot)
-            if target == TO_OUTSIDE and is_slot(place):
-                self.outputs[where.removesuffix(":"), place] = number
-        for node in dicts(part.get("nodes")):
-            name = f"{where}{node.get('id')}"
-            self.raw[name] = node
-            check_nodes(len(self.raw))
-            runs = node.get("mode") not in (MUTED, BYPASSED)
-            if runs and depth < DEEPEST and isinstance(node.get("type"), str) and node["type"] in self.subgraphs:
-                self._unfold(self.subgraphs[node["type"]], f"{name}:", depth + 1)
+def settled(graph: Graph) -> Graph:
+    """The graph with each input that comes from such a node replaced by what that node hands on: a value, or a link.
+    Where its own inputs are not known, the link to it stays."""
+    settling = Settling(graph)
+    return {name: Node(name, node.kind, {key: settling.behind(value) for key, value in node.inputs.items()})
+            for name, node in graph.items()}  # fmt: skip
 
-    def graph(self) -> Graph:
-        return {name: self._node(name, raw) for name, raw in self.raw.items() if raw.get("mode") != MUTED
-                and raw.get("mode") != BYPASSED and raw.get("type") not in self.subgraphs}  # fmt: skip
 
-    def _node(self, name: str, raw: dict[str, Any]) -> Node:
-        kind = str(raw.get("type"))
-        values = raw.get("widgets_values")
-        if isinstance(values, dict):
-            inputs = dict(values)
-        else:
-            names = WIDGETS.get(kind, "").split()
-            inputs = dict(zip(names, values if isinstance(values, list) else [], strict=False))
-        where = name.rpartition(":")[0]
-        for one in dicts(raw.get("inputs")):
-            if (link := self._origin(f"{where}:" if where else "", one.get("link"))) is not None:
-                inputs[str(one.get("name"))] = link
-        return Node(name, kind, inputs)
+class Settling:
+    def __init__(self, graph: Graph):
+        self.graph, self.depth = graph, 0
+        self.known: dict[Link, Any] = {}  # what such nodes hand on, by their outputs
 
-    def _origin(self, where: str, number: Any) -> Link | None:
-        """The output that a link comes from, through subgraphs, and past nodes that are bypassed."""
-        for _ in range(100):
-            if not isinstance(number, (int, str)) or (where, number) not in self.ends:
+    def behind(self, value: Any) -> Any:
+        """What an input's value stands for: another link, a value, or itself."""
+        node = self.graph.get(value[0]) if isinstance(value, tuple) else None
+        if node is None or node.kind not in CHOOSING or self.depth > DEEPEST_CHOICE:
+            return value
+        if value not in self.known:
+            self.known[value] = value  # where a circle comes back to
+            self.depth += 1
+            found = CHOOSING[node.kind](self, node, value[1])
+            self.depth -= 1
+            self.known[value] = value if found is None else found
+        return self.known[value]
+
+    def held(self, node: Node, name: str) -> Any:
+        """An input's value, also through nodes that only hold one; None where it is not known."""
+        value, seen = self.behind(node.inputs.get(name)), set()
+        while isinstance(value, tuple):
+            if value in seen or value[0] not in self.graph:
                 return None
-            origin, slot = self.ends[where, number]
-            if origin == FROM_OUTSIDE:
-                folder = where.removesuffix(":")
-                where, number = f"{folder.rpartition(':')[0]}:".lstrip(":"), self._input(folder, slot)
-                continue
-            name = f"{where}{origin}"
-            raw = self.raw.get(name)
-            if raw is None or not is_slot(slot) or raw.get("mode") == MUTED:
-                return None
-            if raw.get("mode") == BYPASSED:
-                number = self._past(name, slot)
-            elif (name, slot) in self.outputs:
-                where, number = f"{name}:", self.outputs[name, slot]
-            else:
-                return name, slot
-        return None
+            seen.add(value)
+            value = self.behind(value_held(self.graph[value[0]]))
+        return value
 
-    def _input(self, name: str, slot: Any) -> Any:
-        one = table_at(self.raw.get(name, {}).get("inputs"), slot)
-        return one and one.get("link")
+    def chosen(self, node: Node, slot: int) -> Any:
+        """Of a switch whose one side is empty, the other."""
+        switch = self.held(node, "switch")
+        names = ("on_true", "on_false") if switch else ("on_false", "on_true")
+        sides = (self.behind(node.inputs[name]) for name in names if node.inputs.get(name) is not None)
+        return next(sides, None) if isinstance(switch, bool) else None
 
-    def _past(self, name: str, slot: int) -> Any:
-        """Of a bypassed node's inputs, the first of the same type as its output."""
-        raw = self.raw[name]
-        if name not in self.firsts:
-            inputs = reversed([*dicts(raw.get("inputs"))])
-            self.firsts[name] = {str(one.get("type")): one.get("link") for one in inputs}
-        one = table_at(raw.get("outputs"), slot)
-        return one and self.firsts[name].get(str(one.get("type")))
+    def shown(self, node: Node, slot: int) -> Any:
+        """A text that is shown on its way; a number shown is a text only there."""
+        text = self.held(node, "source")
+        return text if isinstance(text, str) else None
+
+    def joined(self, node: Node, slot: int) -> Any:
+        first, second = self.held(node, "string_a"), self.held(node, "string_b")
+        between = self.held(node, "delimiter") if "delimiter" in node.inputs else ""
+        if not all(isinstance(one, str) and len(one) <= LONGEST_JOINED for one in (first, second, between)):
+            return None
+        return f"{first}{between}{second}"
+
+    def side(self, node: Node, slot: int) -> Any:
+        """Width and height of so many pixels in a ratio (ComfyUI's nodes_resolution.py)."""
+        ratio, megapixels = self.held(node, "aspect_ratio"), self.held(node, "megapixels")
+        multiple, least = self.held(node, "multiple") or 8, self.held(node, "minimum") or 0
+        numbers = all(is_slot(one) or isinstance(one, float) for one in (megapixels, multiple, least))
+        sides = RATIOS.get(str(ratio).partition(" ")[0])
+        if not numbers or sides is None or slot not in (0, 1) or not (0 < megapixels <= 100 and 0 < multiple <= 4096):
+            return None
+        scale = math.sqrt(megapixels * 1024 * 1024 / math.prod(sides))
+        found = [round(side * scale / multiple) * multiple for side in sides]
+        return found[slot] if min(found) >= least else None
 
 
-def table_at(values: Any, place: Any) -> dict[str, Any] | None:
-    """Of a list the table at this place."""
-    there = isinstance(values, list) and is_slot(place) and 0 <= place < len(values)
-    return values[place] if there and isinstance(values[place], dict) else None
+def value_held(node: Node) -> Any:
+    """Of a node that only holds a value."""
+    return next((node.inputs[key] for key in VALUE if key in node.inputs), None)
 
 
-def dicts(value: Any) -> Iterator[dict[str, Any]]:
-    return (one for one in value if isinstance(one, dict)) if isinstance(value, list) else iter(())
+CHOOSING: dict[str, Callable[[Settling, Node, int], Any]] = {
+    "ComfySwitchNode": Settling.chosen, "ComfySoftSwitchNode": Settling.chosen, "PreviewAny": Settling.shown,
+    "StringConcatenate": Settling.joined, "ResolutionSelector": Settling.side,
+}  # fmt: skip

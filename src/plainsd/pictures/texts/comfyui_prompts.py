@@ -13,6 +13,7 @@ from plainsd.text.prompts import CONCAT, LORA_TAG, parse_words
 XL_TEXT, REFINER_TEXT = "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner"
 TEXT_NODES = ("CLIPTextEncode", XL_TEXT, REFINER_TEXT)
 JOINING = "ConditioningConcat"
+ZEROS = "ConditioningZeroOut"  # an encoding of nothing but zeros, whatever the text
 CONDITIONING = ("conditioning", "conditioning_1", "conditioning_to", "positive")  # inputs, followed back
 MOST_JOINED = 100  # texts in one prompt
 CLIP_TYPES = (None, "stable_diffusion", "sdxl")  # types of text encoders that are loaded apart
@@ -65,13 +66,15 @@ def joined_text(walk: GraphWalk, texts: PassTexts, start: Node | None, side: str
         if not left:
             return CONCAT.join(found)
         node, joining = left.pop()
-        way = walk.back(node, side, *CONDITIONING, until=lambda one: one.kind in (*TEXT_NODES, JOINING))
+        way = walk.back(node, side, *CONDITIONING, until=lambda one: one.kind in (*TEXT_NODES, JOINING, ZEROS))
         end = way[-1] if way else None
         for one in way:
             if one.kind not in (*TEXT_NODES, JOINING):
                 walk.pass_by(one)
         if end is not None and end.kind == JOINING:
             left += [(walk.next(end, name), end) for name in ("conditioning_from", "conditioning_to")]
+        elif end is not None and end.kind == ZEROS:
+            found.append("")
         elif end is not None and end.kind in TEXT_NODES:
             found.append(encoded_text(walk, texts, end, side))
         else:

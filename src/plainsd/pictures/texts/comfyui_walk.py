@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from plainsd.errors import UserError
-from plainsd.pictures.texts.comfyui_graph import Graph, Node
+from plainsd.pictures.texts.comfyui_graph import Graph, Node, value_held
 
 LONGEST_WAY = 1000  # nodes, one behind the other
-VALUE = ("value", "seed", "text", "string", "int", "float", "Value", "Text", "String")  # of nodes that only hold one
 MODELS = {"CheckpointLoaderSimple": "ckpt_name", "CheckpointLoader": "ckpt_name",
           "unCLIPCheckpointLoader": "ckpt_name", "UNETLoader": "unet_name"}  # fmt: skip
 Type = TypeVar("Type", int, float, str)
@@ -48,7 +47,7 @@ class GraphWalk:
                 break
             seen.add(holder.name)
             holder = self.graph[value[0]]
-            value = next((holder.inputs[key] for key in VALUE if key in holder.inputs), None)
+            value = value_held(holder)
         if value is None and default is not None:
             return default
         if kind is int and isinstance(value, float) and value.is_integer():
