@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from plainsd.errors import UserError
 from plainsd.json_reader import BadJSON, parsed_json
-from plainsd.pictures.texts.comfyui_graph import Graph, Link, Node, check_nodes, is_slot, link_of, settled
+from plainsd.pictures.texts.comfyui_graph import Graph, Link, Node, check_nodes, is_slot, link_of, with_chosen
 from plainsd.pictures.texts.entries import check_length
 
 LONGEST_WORKFLOW = 2**24  # characters
@@ -65,7 +65,7 @@ def read_graph(text: str) -> Graph:
     graph = Editor(whole).graph() if isinstance(whole.get("nodes"), list) else from_api(whole)
     if not graph:
         raise UserError("this is not a workflow of ComfyUI: it has no nodes; give what its Save or Export (API) writes")
-    return settled(graph)
+    return with_chosen(graph)
 
 
 def from_api(whole: dict[str, Any]) -> Graph:

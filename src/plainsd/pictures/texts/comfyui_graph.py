@@ -12,7 +12,7 @@ from typing import Any
 from plainsd.errors import UserError
 
 NODES = 10_000
-DEEPEST_CHOICE = 100  # nodes that choose or compute, one behind the other
+LONGEST_ROW = 100  # nodes that choose or compute, one behind the other
 RATIOS = {"1:1": (1, 1), "3:2": (3, 2), "4:3": (4, 3), "16:9": (16, 9), "21:9": (21, 9), "2:3": (2, 3), "3:4": (3, 4),
           "9:16": (9, 16)}  # fmt: skip
 LONGEST_JOINED = 2**20  # characters
@@ -51,7 +51,7 @@ def check_nodes(count: int) -> None:
 # --- nodes that choose or compute ------------------------------------------------------------------------------------
 
 
-def settled(graph: Graph) -> Graph:
+def with_chosen(graph: Graph) -> Graph:
     """The graph with each input that comes from such a node replaced by what that node hands on: a value, or a link.
     Where its own inputs are not known, the link to it stays."""
     settling = Settling(graph)
@@ -67,7 +67,7 @@ class Settling:
     def behind(self, value: Any) -> Any:
         """What an input's value stands for: another link, a value, or itself."""
         node = self.graph.get(value[0]) if isinstance(value, tuple) else None
-        if node is None or node.kind not in CHOOSING or self.depth > DEEPEST_CHOICE:
+        if node is None or node.kind not in CHOOSING or self.depth > LONGEST_ROW:
             return value
         if value not in self.known:
             self.known[value] = value  # where a circle comes back to
