@@ -579,7 +579,7 @@ def test_eval_by_a_cluster_goes_on_where_it_stopped(ray, tmp_path, monkeypatch):
     assert set(kept) == set(written) and len(kept) == 5
     seen = []
     monkeypatch.setattr(ListRun, "finish", lambda run: None)
-    monkeypatch.setattr("plainsd.commands.evaluate.shutil.rmtree", seen.append)
+    monkeypatch.setattr(ListRun, "remove", lambda run: seen.append(run.target.folder))
     assert main([*flags, "--out", str(tmp_path / "twice")]) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept and seen == [tmp_path / "twice" / "drawn"]
     found = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("whole", "twice")]
@@ -704,6 +704,19 @@ def test_a_batch_that_fails_is_one_line(in_this_process, models, prompts, tmp_pa
     err = capsys.readouterr().err
     assert f"\nplainsd: {says}" in f"\n{err}"
     assert main(command) == 0 and len(list((tmp_path / "out").glob("*.png"))) == 7
+
+
+def test_of_a_folder_of_drawn_pictures_only_those_are_removed(tmp_path):
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("kept")
+    run = ListRun.named(folder, "digest", ["00000.png", "00001.png"], {"seed": 3})
+    run.paths[0].write_bytes(b"drawn")
+    run.remove()
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    (folder / "mine.txt").unlink()
+    ListRun.named(folder, "digest", ["00000.png"], {"seed": 3}).remove()
+    assert not folder.exists()
 
 
 def test_eval_by_a_cluster_draws_with_its_loras(models, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from collections import Counter
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -201,6 +202,15 @@ def test_questions_are_half_held_out_and_name_both():
     assert sum(one == two for one, two in zip(asked, other, strict=True)) < 20
 
 
+def test_no_question_comes_twice_before_every_template_was_asked():
+    """Of 162 pairs of the embedded model's set, six templates each name the background."""
+    folder = resources.files("plainsd") / "assets" / "emoji"
+    concepts = json.loads((folder / "concepts.json").read_text("utf-8"))
+    asked = evaluate.questions(concepts, 2 * 162 * 6 + 2)
+    heldout = [question.prompt for question in asked if not question.seen]
+    assert len(concepts["heldout"]) == 162 and len(set(heldout[:-1])) == 162 * 6 and heldout[-1] == heldout[0]
+
+
 def test_questions_refuse_a_set_without_held_out_pairs():
     with pytest.raises(UserError, match="no held-out pairs"):
         evaluate.questions(CONCEPTS | {"heldout": []}, 4)
@@ -218,6 +228,11 @@ def test_questions_refuse_a_set_without_held_out_pairs():
         {"concepts": [{"character": "?"}]},
         {"concepts": ["owl"]},
         {"size": "64"},
+        {"size": 0},
+        {"size": True},
+        {"backgrounds": {"red": [1, 2]}},
+        {"backgrounds": {"red": [1, 2, 999]}},
+        {"backgrounds": {"red": "red"}},
         {"font": None},
         {"backgrounds": ["red"]},
         {"heldout": ["owl"]},
@@ -261,7 +276,7 @@ def test_evaluate_writes_rows_table_and_sheet(monkeypatch, tmp_path):
     monkeypatch.setattr(drawing, "font_identity", lambda font: {"file": "none", "sha256": "0"})
     monkeypatch.setattr(generate, "text_to_image", paint, raising=False)
     monkeypatch.setattr(generate, "final", lambda events: events, raising=False)
-    model = SimpleNamespace(vae=LosslessVAE(), variant=SimpleNamespace(guidance=3.0, size=64))
+    model = SimpleNamespace(vae=LosslessVAE(), variant=SimpleNamespace(guidance=3.0, size=64, sampler="ddim"))
     told = []
     result = evaluate.evaluate(model, CONCEPTS, prompts=70, out=tmp_path, progress=lambda *news: told.append(news))
     rows = result["rows"]
@@ -274,13 +289,35 @@ def test_evaluate_writes_rows_table_and_sheet(monkeypatch, tmp_path):
     assert rows["real pictures"] == rows["real pictures through the VAE"] == rows["generated, guidance 3"]
     assert rows["real pictures"]["heldout"]["background"] == rows["generated, no guidance"]["seen"]["background"] == 1
     assert rows["generated, no guidance"]["seen"]["top1"] < 0.5 < rows["real pictures"]["seen"]["top1"]
-    assert calls == [(32, 0, 1.0), (32, 32, 1.0), (6, 64, 1.0), (32, 0, 3.0), (32, 32, 3.0), (6, 64, 3.0)]
+    assert calls == [(32, 0, 0.0), (32, 32, 0.0), (6, 64, 0.0), (32, 0, 3.0), (32, 32, 3.0), (6, 64, 3.0)]
     assert told[-1] == ("generated, guidance 3", 70, 70)
     assert json.loads((tmp_path / "scores.json").read_text()) == result
     text = (tmp_path / "scores.txt").read_text()
-    assert text == evaluate.score_table(result) and "| real pictures | 100.0 / 100.0 |" in text and "may differ" in text
+    assert text == evaluate.score_table(result) and "| real pictures | 100.0 / 100.0 |" in text
+    assert "may differ" not in text and "may differ" in evaluate.score_table(result | {"same_font": False})
     assert Image.open(tmp_path / "contact-sheet.png").size == (8 * 140, 8 * 176)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["contact-sheet.png", "scores.json", "scores.txt"]
+    assert [one["prompt"] for one in result["answers"]] == [question.prompt for question in asked]
+    assert all(one["right"] and "shown" not in one for one in result["answers"])
+    assert "| - | - |" not in text and "| - | - |" in evaluate.score_table(result | {"prompts": 55})
+
+    calls.clear()  # with CFG++ guidance 1 is not off
+    several = evaluate.evaluate(model, CONCEPTS, prompts=4, sampler="euler_cfg_pp", guidance=1.0, about={"model": "m"})
+    assert list(several["rows"])[2:] == ["generated, no guidance", "generated, guidance 1"] and several["model"] == "m"
+    assert [scale for _, _, scale in calls] == [0.0, 1.0]
+    assert several["answers"][0]["shown"].endswith(f", {asked[0].background}")
+
+    def full(content, path):
+        if path.suffix == ".png":
+            raise OSError("no space left on device")
+        return write_file(content, path)
+
+    write_file = evaluate.write_file
+    monkeypatch.setattr(evaluate, "write_file", full)
+    with pytest.raises(OSError, match="no space"):
+        evaluate.evaluate(model, CONCEPTS, prompts=4, out=tmp_path / "full")
+    kept = ["scores.json", "scores.txt"]
+    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == kept
 
 
 def test_evaluate_refuses_one_prompt_and_an_unwritable_place(tmp_path):

@@ -143,6 +143,14 @@ def spotted(*objects: tuple[int, int, int], pattern="plain", colours=("red",)) -
 DOTTED = scene_of("one", (3,), None, "dots", ("red", "blue"))
 
 
+def test_a_set_is_asked_for_what_it_describes():
+    """CLIPScore's prompts too are those of scenes."""
+    content = describe_set(small_set())
+    assert evaluate.asked_of(content, 8, 3) == protocol.scene_questions(small_set(), 8, 3)
+    single = {key: value for key, value in content.items() if key != "scenes"}
+    assert evaluate.asked_of(single, 8, 3) == evaluate.questions(content, 8, 3)
+
+
 def test_a_single_set_is_asked_for_single_objects():
     made_of = replace(small_set(), single=True, cells=8)
     asked = protocol.scene_questions(made_of, 32)
@@ -252,7 +260,7 @@ def test_evaluate_scores_scenes(monkeypatch, tmp_path):
 
     monkeypatch.setattr(generate, "text_to_image", paint, raising=False)
     monkeypatch.setattr(generate, "final", lambda events: events, raising=False)
-    model = SimpleNamespace(vae=LosslessVAE(), variant=SimpleNamespace(guidance=3.0, size=128))
+    model = SimpleNamespace(vae=LosslessVAE(), variant=SimpleNamespace(guidance=3.0, size=128, sampler="ddim"))
     result = evaluate.evaluate(model, content, prompts=32, out=tmp_path, sheet=tmp_path / "sheet.png")
     rows = result["rows"]
     assert list(rows) == ["real pictures", "real pictures through the VAE", "generated, guidance 3"]
@@ -300,6 +308,9 @@ def test_eval_refuses_flags_before_it_draws(tmp_path, capsys):
     assert main(["eval", "--sheet", "sheet.jpg"]) == 2
     assert "call it sheet.png" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
+    (tmp_path / "sheet.png").mkdir()
+    assert main(["eval", "--sheet", str(tmp_path / "sheet.png"), "--prompts", "1000000"]) == 2
+    assert "is a folder; give a file in it" in capsys.readouterr().err
     for flags in (["--out", tmp_path / "file"], ["--sheet", tmp_path / "file" / "sheet.png"]):
         assert main(["eval", *map(str, flags), "--prompts", "1000000"]) == 2
         assert "cannot write into" in capsys.readouterr().err

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from plainsd.emoji import drawing
-from plainsd.emoji.captions import captions_of, ground_of, subject_of
+from plainsd.emoji.captions import ADJECTIVES, captions_of, ground_of, subject_of
 from plainsd.emoji.painting import Painter, background_pixels, fitted_size, pattern_shares, put_over, scaled_to
+from plainsd.emoji.protocol import place_right
 from plainsd.emoji.scenes import (
     EDGES,
     PATTERNS,
@@ -27,7 +28,8 @@ from plainsd.emoji.scenes import (
     read_set,
     set_of,
 )
-from plainsd.emoji.words import COLOURS, Noun, is_countable, phrase_of, plural_of, unambiguous
+from plainsd.emoji.spotting import Spotted
+from plainsd.emoji.words import COLOURS, COUNT_WORDS, Noun, is_countable, phrase_of, plural_of, unambiguous
 from plainsd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -241,6 +243,28 @@ def test_a_synonym_has_one_meaning():
         "C": ("tangerine", ["orange", "tangerine fruit"]),
     }
     assert unambiguous(found) == {"A": ("hound",), "B": ("kitty",), "C": ("tangerine fruit",)}
+    found = {"A": ("red heart", ["heart", "love"]), "B": ("two hearts", ["pair of hearts"])}
+    assert unambiguous(found) == {"A": ("love",), "B": ("pair of hearts",)}
+
+
+@needs_font
+def test_no_two_captions_of_all_emoji_mean_different_things(all_emoji):
+    """With an adjective, or counted, nothing has another emoji's name."""
+    made_of = read_set(all_emoji / "concepts.json")
+    nouns = range(len(made_of.nouns))
+    meant: dict[str, set[tuple]] = {}
+    for concept in nouns:
+        noun = made_of.nouns[concept]
+        for name in (noun.name, *noun.synonyms):
+            for said in (None, *ADJECTIVES):
+                draws = [None, *((lambda value=value: value) for value in (0.01, 0.5, 0.99))]
+                for draw in draws:
+                    text = subject_of(scene_of("one", (concept,), said), [name], draw, made_of.words)
+                    meant.setdefault(text, set()).add((concept, said, 1))
+            for count in COUNT_WORDS:
+                text = subject_of(scene_of("count", (concept,) * count), [name])
+                meant.setdefault(text, set()).add((concept, None, count))
+    assert {text: found for text, found in meant.items() if len(found) > 1} == {}
 
 
 def scene_of(task: str, concepts: tuple[int, ...], said=None, pattern="plain", colours=("red",)) -> Scene:
@@ -362,7 +386,15 @@ def test_the_digest_changes_with_scenes_and_not_with_their_number():
         (lambda content: content["scenes"].update(patterns=["plain"]), "another version of plainsd"),
         (lambda content: content["scenes"].update(tasks={"one": 1.0}), "another version of plainsd"),
         (lambda content: content.pop("font"), "is damaged"),
-        (lambda content: content.update(size="large"), "is damaged"),
+        (lambda content: content.update(size="large"), "large pixels a side, where 16 to 4096 are possible"),
+        (lambda content: content.update(size=100_000), "100000 pixels a side"),
+        (lambda content: content["backgrounds"].update(red=[9, 9]), "three numbers from 0 to 255"),
+        (lambda content: content["backgrounds"].update(red="red"), "three numbers from 0 to 255"),
+        (lambda content: content["backgrounds"].update(red=[1, 2, 999]), "three numbers from 0 to 255"),
+        (lambda content: content["concepts"][0].update(character=None), "without a name or a character"),
+        (lambda content: content["concepts"][0].update(synonyms=[""]), "without a name or a character"),
+        (lambda content: content["concepts"][0].update(synonyms="bird"), "is damaged: TypeError 'bird' is no list"),
+        (lambda content: content["heldout"].append(["owl", "void"]), "held-out pairs of other colours"),
         (lambda content: content["heldout"].append(["nobody", "red"]), "is damaged: KeyError"),
         (lambda content: content.update(heldout=[]), "no held-out pairs"),
     ],
@@ -468,13 +500,18 @@ def test_a_file_with_wrong_cells_is_one_line(cells):
         set_of(describe_set(small_set()) | {"cells": cells}, "set.json")
 
 
-@pytest.mark.parametrize("cells", [2, 3, 5, 16, 64])
-def test_scenes_fit_into_any_number_of_cells(cells):
-    made_of = replace(small_set(), cells=cells)
+@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize("cells", [2, 3, 5, 6, 10, 16, 64])
+def test_scenes_fit_into_any_number_of_cells(size, cells):
+    made_of = replace(small_set(), cells=cells, size=size)
     for i in range(300):
-        for one in make_scene(made_of, "train", i).objects:
-            assert one.side >= 128 // cells // 2 and min(one.left, one.top) >= 0
-            assert max(one.left, one.top) + one.side <= 128
+        scene = make_scene(made_of, "train", i)
+        for one in scene.objects:
+            assert one.side >= min(1, size // cells // 2) and min(one.left, one.top) >= 0
+            assert max(one.left, one.top) + one.side <= size
+        if scene.said == "middle":
+            (one,) = scene.objects
+            assert place_right(scene, Spotted(scene.pattern, scene.colours, (one,), (0.0,)), size)
 
 
 def few_names(made_of: SceneSet) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -89,6 +88,8 @@ class Evaluate:
         for name in names:
             if getattr(self, name) != getattr(Evaluate, name):
                 raise UserError(f"--{name.replace('_', '-')} {says}", field=name)
+        if self.sheet is not None and self.sheet.is_dir():
+            raise UserError(f"--sheet '{self.sheet}' is a folder; give a file in it", field="sheet")
         if self.prompt_file and self.prompts != Evaluate.prompts:
             raise UserError(
                 f"--prompts {self.prompts} is a number of prompts of concepts.json; leave it or --prompt-file out",
@@ -142,6 +143,7 @@ class Evaluate:
                 out=self.out,
                 font=self.font,
                 sheet=self.sheet,
+                about=self.about(sd),
                 progress=progress,
                 **by,
             )
@@ -163,15 +165,18 @@ class Evaluate:
         from plainsd.pictures.images import open_picture
 
         with self.place_for_pictures() as folder:
+            runs: list[ListRun] = []
 
             def draw(sd: StableDiffusion, asked: Sequence[Any], scales: Sequence[float], options: dict) -> list:
                 prompts = [question.prompt for question in asked]
                 run = self.rows_by_cluster(prompts, scales, options["seed"], BATCH, folder)
+                runs.append(run)
                 starts = range(0, len(run.paths), len(prompts))
                 return [map(open_picture, run.paths[start : start + len(prompts)]) for start in starts]
 
             yield {"draw": draw}
-            shutil.rmtree(folder)
+            for run in runs:
+                run.remove()
 
     @contextmanager
     def place_for_pictures(self) -> Iterator[Path]:
@@ -203,6 +208,17 @@ class Evaluate:
         noise: dict[str, Any] = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
         sd = load(self.model, loras=loras, device=self.device, dtype=self.dtype, **noise)
         return sd if self.plain else faster(sd, tell=partial(print, file=sys.stderr))
+
+    def about(self, sd: StableDiffusion) -> dict[str, Any]:
+        """What scores.json says of the model, and of what drew."""
+        import torch
+
+        from plainsd import __version__
+
+        return {
+            "model": str(sd.path), "loras": [*self.lora], "prediction": sd.prediction, "device": str(sd.device),
+            "dtype": str(sd.dtype).removeprefix("torch."), "plainsd": __version__, "torch": torch.__version__,
+        }  # fmt: skip
 
     def concepts_of(self, sd: StableDiffusion) -> dict:
         from plainsd.disk import read_json
@@ -237,7 +253,7 @@ class Evaluate:
         from tqdm import tqdm
 
         from plainsd.checkpoint import load_clip
-        from plainsd.emoji.evaluate import questions
+        from plainsd.emoji.evaluate import asked_of
         from plainsd.reports.clip_score import captioned_in, drawn, score_all, score_summary, score_text, write_scores
 
         say = partial(print, file=sys.stderr)
@@ -248,7 +264,7 @@ class Evaluate:
             prompts = read_prompts(self.prompt_file) if self.prompt_file else None
             sd = self.loaded()
             if prompts is None:
-                prompts = [asked.prompt for asked in questions(self.concepts_of(sd), self.prompts, seed)]
+                prompts = [asked.prompt for asked in asked_of(self.concepts_of(sd), self.prompts, seed)]
             total = len(prompts)
             options = {"steps": self.steps, "guidance": self.guidance, "sampler": self.sampler}
             if self.ray.cluster is None:

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -181,6 +181,14 @@ class ListRun:
     def finish(self) -> None:
         if not self.target.file:
             (self.target.folder / RUN_RECORD).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Its pictures and its record, and the folder if nothing else is in it."""
+        for path in self.paths:
+            path.unlink(missing_ok=True)
+        self.finish()
+        with suppress(OSError):
+            self.target.folder.rmdir()
 
 
 def write_record(record: Path, digest: str, first: int, pictures: int, seeds: dict[str, int]) -> None:

@@ -9,7 +9,7 @@ their form and synonyms from a stream of their own, and the last leaves the back
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from plainsd.emoji.drawing import with_article
 from plainsd.emoji.scenes import RELATIONS, DrawNumber, Scene, SceneSet
@@ -48,7 +48,7 @@ BETWEEN = {
 def captions_of(made_of: SceneSet, scene: Scene, kind: str, index: int) -> tuple[str, str, str, str]:
     """The captions of scene `index` of a kind: a pure function of (seed, kind, index)."""
     names = [made_of.nouns[one.concept].name for one in scene.objects]
-    full = FORMS[0].format(subject=subject_of(scene, names), ground=ground_of(scene))
+    full = FORMS[0].format(subject=subject_of(scene, names, words=made_of.words), ground=ground_of(scene))
     draw = random.Random(f"{made_of.seed}:{kind}:{index}:captions").random
     return (
         full,
@@ -62,12 +62,12 @@ def free_caption(made_of: SceneSet, scene: Scene, draw: DrawNumber) -> str:
     forms = FORMS + (PLAIN_FORMS if scene.pattern == "plain" else ())
     forms += FORMS_OF_ONE if scene.task == "one" and not scene.said else ()
     names = free_names(made_of, scene, draw)
-    subject = subject_of(scene, names, draw)
+    subject = subject_of(scene, names, draw, made_of.words)
     return chosen(forms, draw).format(subject=subject, name=names[0], ground=ground_of(scene, draw))
 
 
 def free_subject(made_of: SceneSet, scene: Scene, draw: DrawNumber) -> str:
-    return subject_of(scene, free_names(made_of, scene, draw), draw)
+    return subject_of(scene, free_names(made_of, scene, draw), draw, made_of.words)
 
 
 def free_names(made_of: SceneSet, scene: Scene, draw: DrawNumber) -> list[str]:
@@ -77,13 +77,15 @@ def free_names(made_of: SceneSet, scene: Scene, draw: DrawNumber) -> list[str]:
     return [chosen((noun.name, *noun.synonyms), draw) for noun in nouns]
 
 
-def subject_of(scene: Scene, names: Sequence[str], draw: DrawNumber | None = None) -> str:
-    """`names` of the objects. Without `draw`, in the first form."""
+def subject_of(scene: Scene, names: Sequence[str], draw: DrawNumber | None = None, words: Container[str] = ()) -> str:
+    """`names` of the objects. Without `draw`, in the first form. `words`: what emoji are called, so that none of them
+    comes out by an adjective: a little airplane, where there is a `small airplane`."""
     if scene.task == "count":
         number = len(scene.objects)
         return f"{chosen((COUNT_WORDS[number], str(number)), draw)} {plural_of(names[0])}"
     if scene.task == "one" and scene.said in ADJECTIVES:
-        return phrase_of(names[0], chosen(ADJECTIVES[scene.said], draw))
+        clear = [word for word in ADJECTIVES[scene.said] if f"{word} {names[0]}" not in words]
+        return phrase_of(names[0], chosen(clear or ADJECTIVES[scene.said], draw))
     phrases = [phrase_of(name) for name in names]
     if scene.task == "one":
         return f"{phrases[0]} {chosen(WHERE[scene.said], draw)}" if scene.said else phrases[0]

@@ -33,6 +33,7 @@ FONT_VARIABLE = "PLAINSD_EMOJI_FONT"  # of the environment: another path
 STRIKE = 109  # the only size of the font's bitmaps, in Pillow's units
 SMALLEST_SCALE, LARGEST_SCALE = 0.80, 0.95  # longer side of the visible part, as a share of the picture's side
 MOST_CELLS = 64  # of a picture's side
+LEAST_SIDE, MOST_SIDE = 16, 4096  # of a picture, in pixels
 SPARE_CELLS = 2  # in a picture of cells, rows and columns that the largest square leaves free, at most
 DUPLICATE_DISTANCE = 0.13  # two glyphs nearer than this are near duplicates
 
@@ -194,6 +195,16 @@ def check_cells(cells: object) -> None:
         raise UserError(f"cells {cells!r}: write a whole number from 1 to {MOST_CELLS}, or leave it out", field="cells")
 
 
+def is_colour(value: object) -> bool:
+    """Red, green and blue, from 0 to 255."""
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(type(n) is int and 0 <= n <= 255 for n in value)
+
+
+def is_side(value: object) -> bool:
+    """Of a picture, in pixels."""
+    return type(value) is int and LEAST_SIDE <= value <= MOST_SIDE
+
+
 def scale_range(cells: int | None = None) -> tuple[float, float]:
     """The least and the largest longer side of a glyph, as shares of the picture's side."""
     if not cells:
@@ -229,7 +240,8 @@ def random_place(key: str, glyph_size: tuple[int, int], size: int, cells: int | 
 def split_pairs(
     concepts: int, backgrounds: int, share: float = 0.1, seed: int = 0
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """All (concept, background) index pairs as (seen, held out): every concept and background is among the seen ones.
+    """All (concept, background) index pairs as (seen, held out): every concept and background is among the seen ones,
+    unless nearly all are held out.
 
     The held-out pairs cycle through shuffled concepts and backgrounds together, so both are covered evenly. Both lists
     are shuffled, so any slice of them is a fair sample.

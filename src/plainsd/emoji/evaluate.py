@@ -10,7 +10,7 @@ objects that spotting.py finds.
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from plainsd import generate
+from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.emoji import drawing, protocol
 from plainsd.emoji.measures import compared
 from plainsd.emoji.painting import Painter
@@ -32,6 +33,7 @@ from plainsd.pictures.images import to_pil, to_tensor
 
 OnProgress = Callable[[str, int, int], None]  # the row's name, pictures of it scored so far, pictures in all
 BATCH = 32  # pictures generated, or sent through the VAE, at once
+TAKING_PAIRS = {name for name, sampler in SAMPLERS.items() if "pair" in sampler.takes}  # guided at scale 1 too
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -48,7 +50,8 @@ class Question:
 
 
 def questions(concepts: dict, count: int, seed: int = 0) -> list[Question]:
-    """`count` prompts, every other one of a held-out pair, spread over pairs and templates; fixed by the seed."""
+    """`count` prompts, every other one of a held-out pair, spread over pairs and templates; fixed by the seed. None
+    comes twice before every pair has been asked in every template that names the background."""
     table = read_concepts(concepts)
     heldout = {tuple(pair) for pair in concepts["heldout"]}
     pairs = [(i, name) for i in range(len(table)) for name in concepts["backgrounds"]]
@@ -59,8 +62,9 @@ def questions(concepts: dict, count: int, seed: int = 0) -> list[Question]:
     templates = [t for t in concepts["templates"] if names_background(t)]
     asked = []
     for k in range(count):
-        concept, background = kinds[k % 2][k // 2 % len(kinds[k % 2])]
-        prompt = drawing.caption(templates[k // 2 % len(templates)], table[concept], background)
+        (rounds, place), known = divmod(k // 2, len(kinds[k % 2])), len(templates)
+        concept, background = kinds[k % 2][place]
+        prompt = drawing.caption(templates[(place + rounds) % known], table[concept], background)
         asked.append(Question(prompt, concept, background, seen=k % 2 == 0))
     return asked
 
@@ -72,12 +76,10 @@ def read_concepts(concepts: dict) -> list[drawing.Concept]:
     drawing.check_cells(concepts.get("cells"))
     try:
         table = [drawing.Concept(str(entry["name"]), str(entry["character"])) for entry in concepts["concepts"]]
-        grounds = [tuple(map(int, colour)) for colour in dict(concepts["backgrounds"]).values()]
+        grounds = list(dict(concepts["backgrounds"]).values())
         templates = [t for t in concepts["templates"] if names_background(t)]
         pairs = [(name, colour) for name, colour in concepts["heldout"]]
-        whole = (
-            table and templates and all(len(colour) == 3 for colour in grounds) and isinstance(concepts["size"], int)
-        )
+        whole = table and templates and all(map(drawing.is_colour, grounds)) and drawing.is_side(concepts["size"])
         names = {one.name for one in table}
         known = all(name in names and colour in concepts["backgrounds"] for name, colour in pairs)
         font = concepts.get("font", {})["sha256"] if "font" in concepts else ""
@@ -89,8 +91,9 @@ def read_concepts(concepts: dict) -> list[drawing.Concept]:
         ) from error
     if not (whole and known and isinstance(font, str)):
         raise UserError(
-            "concepts.json is damaged: it needs emoji, backgrounds of three numbers, templates that name the "
-            "background, held-out pairs of both, and a size; write it with recipes/emoji/data.py"
+            "concepts.json is damaged: it needs emoji, backgrounds of three numbers from 0 to 255, templates that name "
+            f"the background, held-out pairs of both, and a size from {drawing.LEAST_SIDE} to {drawing.MOST_SIDE}; "
+            "write it with recipes/emoji/data.py"
         )
     return table
 
@@ -192,9 +195,20 @@ def single_exam(concepts: dict, count: int, seed: int, font: Path | None) -> Exa
     )
 
 
+def asked_of(concepts: dict, count: int, seed: int) -> Sequence[Any]:
+    """The questions to a model: scenes, if its set describes any, else single emoji."""
+    if "scenes" in concepts:
+        return protocol.scene_questions(set_of(concepts), count, seed)
+    return questions(concepts, count, seed)
+
+
+def exam_of(concepts: dict, count: int, seed: int, font: Path | None = None) -> Exam:
+    return (scene_exam if "scenes" in concepts else single_exam)(concepts, count, seed, font)
+
+
 def scene_exam(concepts: dict, count: int, seed: int, font: Path | None) -> Exam:
-    made_of = set_of(concepts)
-    painter, asked = Painter(made_of, font), protocol.scene_questions(made_of, count, seed)
+    made_of, asked = set_of(concepts), asked_of(concepts, count, seed)
+    painter = Painter(made_of, font)
 
     def wrong(question: protocol.SceneQuestion, found: Any) -> str:
         return protocol.spotted_text(made_of, found) if protocol.is_failure(question, found, made_of.size) else ""
@@ -224,6 +238,7 @@ def evaluate(
     out: Path | None = None,
     font: Path | None = None,
     sheet: Path | None = None,
+    about: Mapping[str, Any] | None = None,
     progress: OnProgress = lambda row, done, count: None,
     draw: DrawRows = generated_rows,
 ) -> dict:
@@ -233,21 +248,24 @@ def evaluate(
 
     None takes the variant's default guidance and sampler. With a folder `out`, `scores.json`, `scores.txt` and
     `contact-sheet.png` (of the last row) are written there; `sheet` is a file for the same pictures without prompts.
-    `draw` draws the pictures, as `generated_rows` does.
+    `about` is what scores.json says of the model; under "answers" it has each prompt of the last row, whether it was
+    right, and what was shown instead. `draw` draws the pictures, as `generated_rows` does.
     """
     if prompts < 2:
         raise UserError(f"prompts is {prompts}; ask for at least 2, one of a seen and one of a held-out pair")
     guidance, side = sd.variant.guidance if guidance is None else guidance, sd.variant.size
     scenes = "scenes" in concepts
-    exam = (scene_exam if scenes else single_exam)(concepts, prompts, seed, font)
+    exam = exam_of(concepts, prompts, seed, font)
     options: dict[str, Any] = {"seed": seed, "steps": steps, "sampler": sampler}
     rows: dict[str, Iterable[Image.Image]] = {
         "real pictures": exam.real,
         "real pictures through the VAE": reconstructed(sd, exam.real),
     }
-    scales = ([] if scenes and guidance not in (0, 1) else [1.0]) + ([] if guidance in (0, 1) else [guidance])
+    plain_sampler = (sampler or sd.variant.sampler) not in TAKING_PAIRS
+    off = guidance == 0 or guidance == 1 and plain_sampler
+    scales = [0.0] if off else [guidance] if scenes else [0.0, guidance]
     for scale, pictures in zip(scales, draw(sd, exam.asked, scales, options), strict=True):
-        rows["generated, no guidance" if scale == 1 else f"generated, guidance {scale:g}"] = pictures
+        rows["generated, no guidance" if scale == 0 else f"generated, guidance {scale:g}"] = pictures
     true, measured, quality = [to_side(picture, side) for picture in exam.real], {}, {}
     for name, pictures in rows.items():
         kept, scores = [], []
@@ -260,26 +278,31 @@ def evaluate(
         quality[name] = compared(beside, true)
         if name == "real pictures through the VAE":
             quality[name] |= mean_psnr(kept, true, exam.asked)
-    used = drawing.font_identity(font)
+    used, wanted = drawing.font_identity(font), concepts.get("font", {}).get("sha256")
+    wrong = [exam.wrong(question, score) for question, score in zip(exam.asked, scores, strict=True)]
     result = {
+        **(about or {}),
         "prompts": prompts,
         "guidance": guidance,
         **options,
         "emoji": len(concepts["concepts"]),
         "font": used,
-        "same_font": used["sha256"] == concepts.get("font", {}).get("sha256"),
+        "same_font": wanted is None or used["sha256"] == wanted,
         "scenes": scenes,
         "rows": measured,
         "quality": quality,
+        "answers": [
+            {"prompt": question.prompt, "seen": question.seen, "right": not shown} | ({"shown": shown} if shown else {})
+            for question, shown in zip(exam.asked, wrong, strict=True)
+        ],
     }
-    wrong = [exam.wrong(question, score) for question, score in zip(exam.asked, scores, strict=True)]
-    if sheet is not None:
-        write_file(framed_sheet(kept, [bool(seen) for seen in wrong]), sheet)
-    if out is not None:
+    if out is not None:  # numbers first: pictures may not fit onto the disk
+        write_file(score_table(result), Path(out) / "scores.txt")
+        write_file(json.dumps(result, indent=1) + "\n", Path(out) / "scores.json")
         labelled = labelled_sheet(kept, [question.prompt for question in exam.asked], wrong, concepts["size"])
         write_file(labelled, Path(out) / "contact-sheet.png")
-        write_file(json.dumps(result, indent=1) + "\n", Path(out) / "scores.json")
-        write_file(score_table(result), Path(out) / "scores.txt")
+    if sheet is not None:
+        write_file(framed_sheet(kept, [bool(seen) for seen in wrong]), sheet)
     return result
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from plainsd.emoji.captions import captions_of
 from plainsd.emoji.measures import wilson
-from plainsd.emoji.scenes import EDGES, Scene, SceneSet, make_scene
+from plainsd.emoji.scenes import EDGES, MIDDLE, Scene, SceneSet, make_scene
 from plainsd.emoji.spotting import Spotted
 
 ORDER = ("one", "two", "count", "one", "two", "count", "two", "many")  # of the tasks, round and round
-MIDDLE = 0.15  # of the side: farther from the centre is not "in the middle"
 SIZE_LIMITS = {"small": (0.0, 0.5), "big": (0.6, 1.0)}  # of the side
 
 # name, the scenes that it counts, and whether a picture is right
@@ -49,11 +48,6 @@ def scene_questions(made_of: SceneSet, count: int, seed: int = 0) -> list[SceneQ
 def objects_right(scene: Scene, spotted: Spotted, size: int) -> bool:
     """Those that were asked for, and no others."""
     return sorted(one.concept for one in scene.objects) == sorted(one.concept for one in spotted.objects)
-
-
-def kinds_right(scene: Scene, spotted: Spotted, size: int) -> bool:
-    """The object that was asked for, however often, and no other."""
-    return {one.concept for one in scene.objects} == {one.concept for one in spotted.objects}
 
 
 def number_right(scene: Scene, spotted: Spotted, size: int) -> bool:

@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ PATTERNS = ("plain", "gradient", "stripes", "dots")
 EDGES = ("left", "right", "top", "bottom")
 RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}  # and their converses
 TASKS = {"one": 0.4, "two": 0.3, "count": 0.2, "many": 0.1}  # shares
+MIDDLE = 0.15  # of the side: farther from the centre is not "in the middle"
 PLAIN_SHARE = 0.5  # of backgrounds
 SIZE_RANGES = {
     "small": (0.25, 0.38),
@@ -99,6 +100,7 @@ class SceneSet:
     single: bool = False  # only `one`, its place and size left open, and plain backgrounds
     digest: str = ""
     held_list: tuple[tuple[int, str], ...] = field(default=(), repr=False)
+    words: frozenset[str] = field(default=frozenset(), repr=False)  # names and synonyms
 
     def __post_init__(self):
         """UserError for cells that no scene of this set fits into."""
@@ -106,7 +108,16 @@ class SceneSet:
         missing = {
             "no emoji": not self.nouns,
             "no held-out pairs of emoji and colour": not self.heldout,
-            f"{self.size} pixels a side, where 16 are the least": self.size < 16,
+            f"{self.size} pixels a side, where {drawing.LEAST_SIDE} to {drawing.MOST_SIDE} are possible": not (
+                drawing.is_side(self.size)
+            ),
+            "emoji without a name or a character": not all(
+                isinstance(text, str) and text
+                for one in self.nouns
+                for text in (one.name, one.character, *one.synonyms)
+            ),
+            "colours that are not three numbers from 0 to 255": not all(map(drawing.is_colour, self.colours.values())),
+            "held-out pairs of other colours": any(colour not in self.colours for _, colour in self.heldout),
             "no scenes of one kind": min(self.count, self.heldout_count) < 1,
         }
         if any(missing.values()):
@@ -114,6 +125,8 @@ class SceneSet:
         if self.cells == 1 and not self.single:
             raise UserError("cells 1: two objects need two cells of a side; give 2 or more, or a single set")
         object.__setattr__(self, "held_list", tuple(sorted(self.heldout)))
+        words = frozenset(word for noun in self.nouns for word in (noun.name, *noun.synonyms))
+        object.__setattr__(self, "words", words)
 
     @property
     def tasks(self) -> dict[str, float]:
@@ -141,7 +154,8 @@ def moved_scene(made_of: SceneSet, scene: Scene, kind: str, index: int) -> Scene
         if said == scene.said:
             break
     places = zip(scene.objects, areas, strict=True)
-    return replace(scene, objects=tuple(put_into(draw, one.concept, area, sizes, made_of) for one, area in places))
+    moved = (put_into(draw, one.concept, area, sizes, made_of, scene.said) for one, area in places)
+    return replace(scene, objects=tuple(moved))
 
 
 def make_scene(
@@ -165,7 +179,7 @@ def make_scene(
     colours = drawn_colours(made_of, draw, concepts, 1 if pattern == "plain" else 2, colour)
     said, areas, sizes = arranged(draw, task, count, made_of)
     objects = tuple(
-        put_into(draw, concept, area, sizes, made_of)
+        put_into(draw, concept, area, sizes, made_of, said)
         for concept, area in zip(concepts * count if task == "count" else concepts, areas, strict=True)
     )
     return Scene(task, objects, pattern, colours, said)
@@ -245,10 +259,12 @@ def arranged(draw: DrawNumber, task: str, count: int, made_of: SceneSet) -> tupl
     return None, [area for i, area in enumerate(quarters) if count == 4 or i != spare], "shared"
 
 
-def put_into(draw: DrawNumber, concept: int, area: Area, sizes: str, made_of: SceneSet) -> SceneObject:
+def put_into(
+    draw: DrawNumber, concept: int, area: Area, sizes: str, made_of: SceneSet, said: str | None
+) -> SceneObject:
     """An object of a random size at a random place in its area."""
     if made_of.cells:
-        return put_into_cells(draw, concept, area, sizes, made_of.size, made_of.cells)
+        return put_into_cells(draw, concept, area, sizes, made_of.size, made_of.cells, said == "middle")
     low, high = SIZE_RANGES[sizes]
     side = min(area[2] - area[0], area[3] - area[1], round(made_of.size * (low + (high - low) * draw())))
     left = area[0] + int(draw() * (area[2] - area[0] - side + 1))
@@ -256,18 +272,32 @@ def put_into(draw: DrawNumber, concept: int, area: Area, sizes: str, made_of: Sc
     return SceneObject(concept, left, top, side)
 
 
-def put_into_cells(draw: DrawNumber, concept: int, area: Area, sizes: str, size: int, cells: int) -> SceneObject:
-    """The same on whole cells: the object's square is of whole cells, less a quarter of one on each side."""
+def put_into_cells(
+    draw: DrawNumber, concept: int, area: Area, sizes: str, size: int, cells: int, middle: bool
+) -> SceneObject:
+    """The same on whole cells: the object's square is of whole cells, less a quarter of one on each side. In the
+    `middle` it is larger where so few cells have none in their middle."""
     first_x, first_y, last_x, last_y = (round(edge * cells / size) for edge in area)
     room = min(last_x - first_x, last_y - first_y)
     low, high = CELL_RANGES[sizes]
     most = min(room, max(1, math.floor(high * cells)))
     least = min(most, math.ceil(low * cells))
     taken = least + int(draw() * (most - least + 1))
-    left = first_x + int(draw() * (last_x - first_x - taken + 1))
-    top = first_y + int(draw() * (last_y - first_y - taken + 1))
+    columns, rows = [*range(first_x, last_x - taken + 1)], [*range(first_y, last_y - taken + 1)]
+    if middle:
+        columns, rows = (in_the_middle(places, taken, size, cells) for places in (columns, rows))
+        if not columns or not rows:
+            taken += 1
+            columns = rows = [(cells - taken) // 2]
+    left = columns[int(draw() * len(columns))]
+    top = rows[int(draw() * len(rows))]
     cell = size / cells
     return SceneObject(concept, round((left + 0.25) * cell), round((top + 0.25) * cell), round((taken - 0.5) * cell))
+
+
+def in_the_middle(places: Iterable[int], taken: int, size: int, cells: int) -> list[int]:
+    """Those at which a square of so many cells has its centre near the picture's, whole pixels or not."""
+    return [place for place in places if abs(place + (taken - cells) / 2) * size / cells + 1 <= MIDDLE * size]
 
 
 # ---- the set as a file -----------------------------------------------------------------------------------------------
@@ -314,7 +344,8 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
         raise UserError(f"{where} describes no scenes; {SET_REMEDY}")
     try:
         nouns = tuple(
-            Noun(entry["name"], entry["character"], tuple(entry.get("synonyms", ()))) for entry in content["concepts"]
+            Noun(entry["name"], entry["character"], tuple(listed(entry.get("synonyms", []))))
+            for entry in content["concepts"]
         )
         number = {noun.name: i for i, noun in enumerate(nouns)}
         made_of = SceneSet(
@@ -322,7 +353,7 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
             colours={name: tuple(colour) for name, colour in content["backgrounds"].items()},
             heldout=frozenset((number[name], colour) for name, colour in content["heldout"]),
             share=float(scenes["heldout_objects"]),
-            size=int(content["size"]),
+            size=content["size"],
             seed=int(content["seed"]),
             count=int(scenes["count"]),
             heldout_count=int(scenes["heldout_count"]),
@@ -339,6 +370,13 @@ def set_of(content: dict[str, Any], where: str = "concepts.json") -> SceneSet:
     if (scenes.get("patterns"), scenes.get("tasks")) != (list(made_of.patterns), made_of.tasks):
         raise UserError(f"{where} describes scenes of another version of plainsd; {SET_REMEDY}")
     return made_of
+
+
+def listed(value: Any) -> list[Any]:
+    """TypeError for anything but a list, such as a text, which is a row of letters too."""
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return value
 
 
 def digest_of(content: dict[str, Any]) -> str:

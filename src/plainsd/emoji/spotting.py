@@ -1,6 +1,6 @@
 """Find the background and all objects of a scene, without any learned part and without its prompt.
 
-1. The background is the pattern and the two colours that fit the picture's border best, which no object touches.
+1. The background is the pattern and the two colours that fit the picture's border best, of which objects cover little.
 2. What differs from it falls into connected parts. Emoji such as sparkles have several, so parts are joined where one
    emoji explains them better together than two do apart.
 3. Each part is compared with all emoji over that background, both stretched to the same small square; the likeliest are

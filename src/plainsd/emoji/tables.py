@@ -13,6 +13,7 @@ from plainsd.pictures.images import write_png
 
 FRAME = 3  # pixels
 PARTS = ("seen", "heldout")
+ENOUGH = 56  # pictures, two for each of the features of FD and KID
 
 
 def score_table(result: dict) -> str:
@@ -58,15 +59,19 @@ def quality_lines(result: dict) -> list[str]:
     """How the pictures of each row differ from true ones."""
     lines = [
         "",
-        "Sharpness (gradient energy, drawn / true), Frechet distance (FD) and KID of the scorer's features, beside "
-        "true pictures of the same prompts. The first row is a second sample of true pictures: what chance gives.",
+        "Sharpness (gradient energy, drawn / true), Frechet distance (FD) and KID of fixed features (plainsd.emoji."
+        "measures), beside true pictures of the same prompts. The first row is a second sample of true pictures: what "
+        "chance gives.",
         "",
         "| pictures | sharpness | FD | KID | PSNR in dB, seen / held out |",
         "|---|---|---|---|---|",
     ]
     for name, row in result["quality"].items():
         psnr = f"{row['psnr']:.2f} / {row['heldout_psnr']:.2f}" if "psnr" in row else ""
-        lines.append(f"| {name} | {row['sharpness']:.3f} | {row['fd']:.2f} | {row['kid']:.4f} | {psnr} |")
+        distances = f"{row['fd']:.2f} | {row['kid']:.4f}" if result["prompts"] >= ENOUGH else "- | -"
+        lines.append(f"| {name} | {row['sharpness']:.3f} | {distances} | {psnr} |")
+    if result["prompts"] < ENOUGH:
+        lines += ["", f"FD and KID say nothing of fewer than {ENOUGH} pictures; give more prompts."]
     return lines
 
 

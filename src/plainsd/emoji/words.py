@@ -1,7 +1,8 @@
 """What captions call emoji and colours: names and synonyms, articles and plurals.
 
 Names and synonyms are those of the `emoji` package. A synonym that means two emoji, is the name of another one or of a
-colour, or begins with a size, is left out, so that captions have one meaning.
+colour, begins with a size, or of which two are another emoji ("two hearts"), is left out, so that captions have one
+meaning.
 """
 
 import re
@@ -156,6 +157,7 @@ def unambiguous(found: dict[str, tuple[str, list[str]]]) -> dict[str, tuple[str,
         for word in others:
             short = len(word.split(" ")) <= LONGEST_SYNONYM
             clear = meant[letters(word)] == {character} and word not in COLOURS and word.split(" ")[0] not in SIZE_WORDS
+            clear = clear and not any(letters(f"{count} {plural_of(word)}") in meant for count in COUNT_WORDS.values())
             if short and clear and SYNONYM.fullmatch(word):
                 usable.setdefault(letters(word), word)
         kept[character] = tuple(usable.values())[1:]
