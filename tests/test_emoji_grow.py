@@ -169,6 +169,27 @@ def test_a_model_on_wider_latents_begins_as_the_old_one(tmp_path, capsys):
     assert "differs from the old model's in more than its vocabulary and positions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--latents", "12", "--data", "pictures"], "--data has no effect with --latents; leave it out"),
+        (["--latents", "12", "--heldout", "pictures"], "--heldout has no effect with --latents"),
+        (
+            ["--vae", "vae", "--tokenizer", "words", "--data", "x", "--heldout", "y"],
+            "--heldout has no effect with --vae",
+        ),
+        (
+            ["--vae", "vae", "--tokenizer", "words", "--data", "x", "--latents", "9"],
+            "--latents has no effect with --vae",
+        ),
+    ],
+)
+def test_what_it_would_not_use_is_refused(tmp_path, capsys, flags, said):
+    described = ["--description", str(RECIPE / "model128-grown.json")]
+    assert grow.main([str(tmp_path / "none"), str(tmp_path / "out"), *described, *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_its_description_is_the_first_stages_but_for_the_autoencoder():
     new, now = (json.loads((RECIPE / name).read_text()) for name in ("model128-grown.json", "model.json"))
     assert new.pop("size") == 2 * now.pop("size")

@@ -149,6 +149,8 @@ def test_a_set_is_asked_for_what_it_describes():
     assert evaluate.asked_of(content, 8, 3) == protocol.scene_questions(small_set(), 8, 3)
     single = {key: value for key, value in content.items() if key != "scenes"}
     assert evaluate.asked_of(single, 8, 3) == evaluate.questions(content, 8, 3)
+    one_each = describe_set(replace(small_set(), single=True))  # is judged as the embedded model is
+    assert evaluate.asked_of(one_each, 8, 3) == evaluate.questions(content, 8, 3)
 
 
 def test_a_single_set_is_asked_for_single_objects():

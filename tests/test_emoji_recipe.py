@@ -1,7 +1,9 @@
-"""recipes/emoji/train.py: stages, plan, shards; and the whole way at 32 pixels."""
+"""recipes/emoji/train.py: stages, plan, shards; and the whole way at 32 pixels. And of data.py, compare.py and
+recipes/control what they refuse, and what a second run leaves."""
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,16 +20,23 @@ from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
 from plainsd.models.vae import VAE
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "emoji"
+RECIPES = Path(__file__).parents[1] / "recipes"
+FOLDER = RECIPES / "emoji"
+
+
+def script(name: str):
+    """A recipe as a module: `emoji/train`."""
+    known = name.replace("/", "_")
+    found = importlib.util.spec_from_file_location(known, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[known] = module  # dataclasses look themselves up
+    found.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    found = importlib.util.spec_from_file_location("emoji_train", FOLDER / "train.py")
-    module = importlib.util.module_from_spec(found)
-    sys.modules["emoji_train"] = module  # dataclasses look themselves up
-    found.loader.exec_module(module)
-    return module
+    return script("emoji/train")
 
 
 @pytest.mark.parametrize("file, factor", [("model128.json", 8), ("model-all.json", 16)])
@@ -59,9 +68,10 @@ def test_shards_are_small_and_read_as_the_whole(recipe, tmp_path):
     assert sorted((tmp_path / "model" / "unet").glob("*")) == files
 
 
-def fake_run(recipe, monkeypatch, rate: float, stops: bool = False):
-    """plainsd train that writes a log and a result; the steps that were asked for."""
-    asked = []
+def fake_run(recipe, monkeypatch, rate: float, stops: bool = False, unwritten: int | None = None):
+    """plainsd train that writes a log and a result; the steps that were asked for. `unwritten`: the exit code of a run
+    that is stopped after its last step, before its result; not of a probe."""
+    asked, written = [], []
 
     def command(options):
         if options[0] == "eval":
@@ -76,10 +86,14 @@ def fake_run(recipe, monkeypatch, rate: float, stops: bool = False):
         out.mkdir(parents=True, exist_ok=True)
         done = 7 if stops else steps
         (out / "log.jsonl").write_text(json.dumps({"step": done, "loss": 1.0, "samples_per_s": rate}) + "\n")
+        if unwritten is not None and steps > recipe.PROBE:
+            return unwritten
         if not stops:
             result = out / ("vae/config.json" if method == "vae" else f"{out.name}/model_index.json")
             result.parent.mkdir(exist_ok=True)
             result.write_text("{}")
+            written.append(steps)
+            os.utime(result, (len(written), len(written)))  # each later than the one before, however fast this is
         return 0
 
     monkeypatch.setattr(recipe, "plainsd", command)
@@ -98,8 +112,59 @@ def test_steps_fill_the_share_of_the_time_and_stages_are_done_once(recipe, monke
     asked.clear()
     assert recipe.main(options) == 0 and asked == []
     assert capsys.readouterr().out.count("done before") == 4
-    (tmp_path / "out" / "vae" / "log.jsonl").write_text('{"step": 60, "loss": 1.0}\n')  # killed after the probe
-    assert recipe.main(options) == 0 and asked == [("vae", round(vae))]
+    plan = {"vae": round(vae), "scratch": round(scratch)}  # killed after the probe; or finished, by an older version
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(plan))
+    assert recipe.main(options) == 0 and asked == [*plan.items()]
+    asked.clear()
+    assert recipe.main(options) == 0 and asked == []
+
+
+@pytest.mark.parametrize("code", [130, 0], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stage_that_is_stopped_at_its_very_end_is_not_done(recipe, monkeypatch, tmp_path, capsys, code):
+    """Its log has the last step, and there is a result: the probe's."""
+    options = ["--preset", "cpu", "--minutes", "100", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    vae = ("vae", round(40 * 60 * 25 / 16))
+    asked = fake_run(recipe, monkeypatch, rate=40.0, unwritten=code)
+    assert recipe.main(options) == 130 and recipe.main(options) == 130
+    assert asked == [("vae", 60), vae, vae]
+    said = capsys.readouterr().out
+    assert "done before" not in said.partition("set: done before")[2]
+    assert said.count("autoencoder: stopped; the same command goes on from there") == (0 if code else 2)
+    asked = fake_run(recipe, monkeypatch, rate=40.0)
+    assert recipe.main(options) == 0 and asked[0] == vae and asked[-1] == "eval"
+
+
+def test_other_minutes_do_not_change_a_plan_and_that_is_said(recipe, monkeypatch, tmp_path, capsys):
+    options = ["--preset", "cpu", "--out", str(tmp_path / "out"), "--device", "cpu", "--minutes"]
+    fake_run(recipe, monkeypatch, rate=40.0, unwritten=130)
+    assert recipe.main([*options, "100"]) == 130
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == {"vae": 3750, "minutes": {"vae": 100}}
+    capsys.readouterr()
+    asked = fake_run(recipe, monkeypatch, rate=40.0)
+    assert recipe.main([*options, "50"]) == 0
+    assert asked == [("vae", 3750), ("scratch", 60), ("scratch", round(40 * 60 * 34 / 64)), "eval"]
+    assert "vae: 3750 steps, as planned with --minutes 100, not 50\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--minutes", "0"], "--minutes 0 is out of range; give a number above 0"),
+        (["--minutes", "nan"], "--minutes nan is out of range"),
+        (["--minutes", "inf"], "--minutes inf is out of range"),
+        (["--shards", "-1"], "--shards -1 is out of range; give a number above 0"),
+        (["--shards", "0"], "--shards 0 is out of range"),
+        (["--workers", "-1"], "--workers -1 is out of range; give 0 or more"),
+        (["--prompts", "1"], "--prompts 1 is out of range; give at least 2"),
+        (["--preset", "tiny", "--minutes", "5"], "--minutes 5: --preset tiny counts steps, not time; leave it out"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_at_the_door(recipe, monkeypatch, tmp_path, capsys, flags, said):
+    asked = fake_run(recipe, monkeypatch, rate=40.0)
+    assert recipe.main(["--preset", "cpu", "--out", str(tmp_path / "out"), "--device", "cpu", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+    assert asked == [] and not (tmp_path / "out").exists()
 
 
 def test_a_stopped_stage_is_said_and_goes_on(recipe, monkeypatch, tmp_path, capsys):
@@ -116,7 +181,6 @@ def test_a_folder_belongs_to_one_preset(recipe, monkeypatch, tmp_path, capsys):
     assert recipe.main(["--preset", "cpu", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert recipe.main(["--preset", "gpu", "--out", str(tmp_path / "out")]) == 2
     assert "was begun with --preset cpu; give that again" in capsys.readouterr().err
-    assert recipe.main(["--preset", "cpu", "--out", str(tmp_path / "two"), "--minutes", "0"]) == 2
 
 
 def test_the_machine_is_said(recipe, monkeypatch):
@@ -149,9 +213,7 @@ def test_presets_say_what_their_time_is_for(recipe):
 
 @needs_font
 def test_models_are_compared_at_the_same_sizes(capsys):
-    found = importlib.util.spec_from_file_location("emoji_compare", FOLDER / "compare.py")
-    compare = importlib.util.module_from_spec(found)
-    found.loader.exec_module(compare)
+    compare = script("emoji/compare")
     emoji = Path(plainsd.__file__).parent / "assets" / "emoji"
     assert compare.main([str(emoji), "--prompts", "4", "--sides", "32,128"]) == 0
     first, *rows = capsys.readouterr().out.splitlines()
@@ -164,3 +226,204 @@ def test_models_are_compared_at_the_same_sizes(capsys):
     sharp = [float(re.search(r"sharpness ([\d.]+)", row)[1]) for row in rows]
     assert sharp[0] > sharp[1] and sharp[2] > sharp[3]  # blur shows at the larger size
     assert compare.main(["/no/such/folder"]) == 2
+
+
+def test_one_picture_is_no_set_to_compare(monkeypatch, capsys):
+    compare = script("emoji/compare")
+    monkeypatch.setattr(compare, "report", lambda *_: print("KID nan"))
+    assert compare.main(["some/model", "--prompts", "1"]) == 2
+    assert "--prompts 1 is out of range; give at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, asked, function",
+    [
+        ("emoji/train", ["--preset", "cpu"], "make"),
+        ("emoji/data", ["out"], "build"),
+        ("emoji/compare", ["model"], "report"),
+        ("emoji/grow", ["model", "out", "--description", "model.json"], "read_description"),
+        ("finetune/data", ["out"], "build"),
+        ("finetune/picture", ["out.png", "run"], "read_prompts"),
+        ("control/data", ["out"], "build"),
+        ("control/measure", ["data", "--control", "net"], "measure"),
+    ],
+)
+def test_what_the_disk_refuses_is_one_line(name, asked, function, monkeypatch, tmp_path, capsys):
+    def refused(*_):
+        raise OSError(28, "No space left on device", "out/x")
+
+    module = script(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, function, refused)
+    assert module.main(asked) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No space left on device: 'out/x'; choose another path" in error
+
+
+# ---- data.py ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(monkeypatch):
+    """The recipe, whose pictures are empty files."""
+    module = script("emoji/data")
+
+    def write_pictures(folder, kind, count, pairs, *_):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            (folder / "images" / f"{i:06d}.png").write_text(kind)
+        (folder / "metadata.jsonl").write_text(f"{len(pairs)}\n")
+
+    monkeypatch.setattr(module, "write_pictures", write_pictures)
+    return module
+
+
+FEW = ["--emoji", "5", "--count", "3", "--heldout-count", "2"]
+
+
+@needs_font
+def test_a_second_set_in_a_folder_leaves_nothing_of_the_first(data, monkeypatch, tmp_path):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    assert data.main([str(out), *FEW]) == 0
+    assert len(list(out.rglob("metadata.jsonl"))) == 2 and len(list(out.rglob("*.png"))) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_tokenizer", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            data.main([str(out), *FEW])
+    assert not list(out.rglob("metadata.jsonl"))  # it does not look whole
+    assert data.main([str(out), *FEW]) == 0 and (out / "heldout" / "metadata.jsonl").is_file()
+    assert data.main([str(out), *FEW, "--heldout-share", "0"]) == 0
+    assert (out / "metadata.jsonl").is_file() and not (out / "heldout").exists()
+    assert data.main([str(out), *FEW]) == 0
+    (out / "heldout" / "own.txt").write_text("mine")
+    assert data.main([str(out), *FEW, "--heldout-share", "0"]) == 0
+    assert [path.name for path in (out / "heldout").iterdir()] == ["own.txt"]
+
+
+@needs_font
+def test_a_set_of_scenes_that_cannot_be_scored_is_refused(data, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("owl\nfox\nred apple\nrocket\n")
+    assert data.main([str(tmp_path / "set"), "--set", "--names", str(tmp_path / "names.txt")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "among 4 emoji there is no held-out pair of objects; take more" in error
+    assert not (tmp_path / "set").exists()
+
+
+@needs_font
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--names", "empty.txt"], "empty.txt names no emoji; write one name a line"),
+        (["--heldout-share", ".995"], "--heldout-share 0.995 leaves no pair of emoji and background to train on"),
+        (["--vocabulary", "513"], "--vocabulary 513 is out of range; give 514 or more"),
+        (["--vocabulary", "0"], "--vocabulary 0 is out of range"),
+        (["--vocabulary", "-1"], "--vocabulary -1 is out of range"),
+    ],
+)
+def test_sets_out_of_range_are_refused_before_anything_is_written(data, monkeypatch, tmp_path, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    assert data.main(["out", *FEW, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error and not Path("out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--workers", "--emoji"])
+def test_options_of_drawn_pictures_are_refused_with_scenes(data, monkeypatch, tmp_path, capsys, flag):
+    monkeypatch.setattr(data, "build_set", lambda options: None)
+    assert data.main([str(tmp_path / "out"), "--set", flag, "2"]) == 2
+    assert f"{flag} 2 has no effect with --set, " in capsys.readouterr().err
+
+
+@needs_font
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_file_in_the_way_is_one_line(data, monkeypatch, tmp_path, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    assert data.main([out, *FEW]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{out!r}; choose another path" in error
+
+
+# ---- recipes/control -------------------------------------------------------------------------------------------------
+
+
+KNOWN = {
+    "concepts": [{"name": "owl", "character": "\U0001f989"}],
+    "backgrounds": {"navy": [16, 24, 96], "red": [214, 40, 40]},
+    "templates": ["{name} over {background}"],
+    "heldout": [["owl", "red"]],
+    "size": 64,
+}
+
+
+@pytest.fixture
+def edges(monkeypatch, tmp_path):
+    """The recipe with maps that need no OpenCV: `edges(flags, ...)` runs it for a model of one emoji on two colours."""
+    module = script("control/data")
+    monkeypatch.setattr(module, "canny", lambda image: image)
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+
+    def run(*flags, out="out", **changes):
+        Path("model", "concepts.json").write_text(json.dumps(KNOWN | changes))
+        return module.main([out, "--model", "model", "--count", "2", "--heldout", "1", *flags])
+
+    return run
+
+
+@needs_font
+def test_maps_have_the_colours_and_captions_of_the_model(edges):
+    assert edges() == 0
+    assert sorted(path.name for path in Path("out").glob("*.*")) == [
+        f"00000{i}.{end}" for i in (0, 1) for end in ("cond.png", "png", "txt")
+    ]
+    assert Path("out/000001.txt").read_text("utf-8") == "owl over navy\n"
+    assert Path("out/heldout/000000.txt").read_text("utf-8") == "owl over red\n"
+    for place, colour in (("out", (16, 24, 96)), ("out/heldout", (214, 40, 40))):
+        picture = Image.open(f"{place}/000000.png")
+        assert max(picture.getcolors(2**14))[1] == colour
+
+
+@needs_font
+@pytest.mark.parametrize(
+    "flags, changes, said",
+    [
+        ([], {"heldout": []}, "the model has no held-out pairs of emoji and background; give --heldout 0"),
+        ([], {"heldout": [["owl", "red"], ["owl", "navy"]]}, "the model has no pairs of emoji and background to train"),
+        (["--count", "0"], {}, "--count 0 is out of range; give 1 or more"),
+        (["--heldout", "-1"], {}, "--heldout -1 is out of range; give 0 or more"),
+        ([], {"concepts": [{"name": "owl", "character": "\U0010fffe"}]}, "the font has no picture of 'owl'"),
+        ([], {"heldout": None}, "concepts.json is damaged"),
+    ],
+)
+def test_maps_that_cannot_be_made_are_one_line(edges, capsys, flags, changes, said):
+    assert edges(*flags, **changes) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error and not Path("out").exists()
+
+
+@needs_font
+def test_maps_without_held_out_pairs_can_be_had(edges):
+    assert edges("--heldout", "0", heldout=[]) == 0
+    assert len(list(Path("out").rglob("*.png"))) == 4
+
+
+@needs_font
+def test_maps_are_not_mixed_with_what_is_there(edges, capsys):
+    assert edges() == 0 and edges("--count", "1") == 2
+    assert "out is not empty; remove it, or give another folder" in capsys.readouterr().err
+    assert len(list(Path("out").glob("*.txt"))) == 2
+    for place in ("out/000000.txt", "out/000000.txt/below"):
+        assert edges(out=place) == 2
+        assert f"{place!r}; choose another path" in capsys.readouterr().err
+
+
+@needs_font
+def test_a_lack_of_opencv_is_said_before_anything_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert script("control/data").main([str(tmp_path / "out")]) == 2
+    assert "pip install 'plainsd[control]'" in capsys.readouterr().err and not (tmp_path / "out").exists()

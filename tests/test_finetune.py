@@ -1,5 +1,7 @@
-"""Fine-tuning: objectives, text states, methods, resuming after a kill, the command."""
+"""Fine-tuning: objectives, text states, methods, resuming after a kill, the command; what its recipe refuses."""
 
+import importlib.util
+import json
 import multiprocessing
 import os
 import signal
@@ -431,3 +433,96 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, moment):
         [(line["step"], line["loss"]) for line in read_log(tmp_path / name / "log.jsonl")] for name in ("run", "whole")
     ]
     assert logs[0] == logs[1]
+
+
+# ---- the recipe: what it refuses, and what a second run leaves
+
+
+def recipe(name):
+    path = Path(__file__).parents[1] / "recipes" / "finetune" / f"{name}.py"
+    found = importlib.util.spec_from_file_location(f"line_{name}", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """recipes/finetune/data.py for a model that knows four things."""
+    data = recipe("data")
+    if not data.FONT.is_file():
+        pytest.skip("needs Debian's fonts-symbola")
+    things = {"octopus": "\U0001f419", "red apple": "\U0001f34e", "cat": "\U0001f408", "key": "\U0001f511"}
+    rows = [{"name": name, "character": character} for name, character in things.items()]
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model/concepts.json").write_text(json.dumps({"concepts": rows}))
+    return lambda *flags: data.main(["out", "--model", "model", "--heldout-share", "0", "--views", "2", *flags])
+
+
+def test_drawings_made_again_are_the_same_and_none_is_left_of_others(draw):
+    def files():
+        return {str(path.relative_to("out")): path.read_bytes() for path in Path("out").rglob("*.*")}
+
+    assert draw() == 0
+    once = files()
+    assert len(once) == 2 * (3 * 2 + 1) and draw() == 0 and files() == once
+    Path("out/drawings/own-1.txt").write_text("mine")
+    Path("out/drawings/own.png").write_text("mine")
+    assert draw("--views", "1", "--heldout-share", "0.5") == 0
+    names = {Path(name).stem for name in files()}
+    held = {path.stem for path in Path("out/heldout").glob("*.png")}
+    assert names == {"octopus-0", "red-apple-0", "cat-0", "key-0", "own-1", "own"} and len(held) in (2, 3)
+    assert not held & {path.stem for path in Path("out/drawings").glob("*.png")}
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--font", "words.txt"], "words.txt is not a font of outlines (unknown file format); apt-get install"),
+        (["--heldout-share", "2"], "--heldout-share 2 is out of range; give a share from 0 up to below 1"),
+        (["--heldout-share", "nan"], "--heldout-share nan is out of range"),
+        (["--heldout-share", "0.9"], "--heldout-share 0.9 leaves nothing to train on; give a smaller one"),
+        (["--views", "0"], "--views 0 is out of range; give 1 or more"),
+    ],
+)
+def test_drawings_that_cannot_be_made_are_one_line(draw, capsys, flags, said):
+    Path("words.txt").write_text("no font")
+    assert draw(*flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error and not Path("out").exists()
+
+
+def test_a_font_of_bitmaps_is_one_line(draw, capsys):
+    noto = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+    if not noto.is_file():
+        pytest.skip("needs Debian's fonts-noto-color-emoji")
+    assert draw("--font", str(noto)) == 2
+    assert "NotoColorEmoji.ttf is not a font of outlines" in capsys.readouterr().err and not Path("out").exists()
+
+
+@pytest.fixture
+def picture(tmp_path, monkeypatch):
+    """recipes/finetune/picture.py without models."""
+    module = recipe("picture")
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("colour 1\n")
+    monkeypatch.setattr(module.plainsd, "load", lambda *_, **__: None)
+    monkeypatch.setattr(module, "trained", lambda *_: None)
+    monkeypatch.setattr(module, "drawn", lambda sd, prompts, guidance: [Image.new("RGB", (8, 8)) for _ in prompts])
+    return lambda *runs: module.main(["out.png", *runs, "--prompts", "prompts.txt"])
+
+
+def test_a_run_without_validation_has_a_row_and_no_loss(picture, capsys):
+    for name, line in (("with", {"step": 0, "validation": 0.5}), ("without", {"step": 3, "loss": 1})):
+        Path(name).mkdir()
+        Path(name, "log.jsonl").write_text(json.dumps(line) + "\n")
+    assert picture("with", "without") == 0 and Path("out.png").is_file()
+    assert capsys.readouterr().out == "with: validation loss 0.5000 at step 0, 0.5000 at step 0\n"
+
+
+@pytest.mark.parametrize("runs", [("a/full", "b/full"), ("a/before",)])
+def test_two_rows_of_one_name_are_refused(picture, capsys, runs):
+    assert picture(*runs) == 2 and not Path("out.png").exists()
+    name = Path(runs[0]).name
+    assert f"two rows would have the name {name!r}; rename the folder {runs[-1]}" in capsys.readouterr().err

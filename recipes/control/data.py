@@ -66,7 +66,7 @@ def build(options: argparse.Namespace) -> None:
     print(f"{options.count} pictures in {options.out}, {options.heldout} in {options.out / 'heldout'}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=6000)
@@ -74,7 +74,7 @@ def main() -> int:
     parser.add_argument("--model", help="the model whose concepts are drawn; the embedded one if not given")
     parser.add_argument("--font", type=Path)
     try:
-        build(parser.parse_args())
+        build(parser.parse_args(argv))
     except UserError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2

@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> None:
         write_png(grid(shown, min(SHOWN, len(maps)), down=("map", "without", "with", "original")), options.sheet)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--control", required=True)
@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--sheet", type=Path)
     try:
-        measure(parser.parse_args())
+        measure(parser.parse_args(argv))
     except UserError as error:
         print(f"measure.py: {error}", file=sys.stderr)
         return 2

@@ -3,8 +3,8 @@
 Prompts are made from concepts.json, half from training pairs and half from held-out pairs. scorer.py recognizes what
 the pictures show, without any learned part, so the font and concepts.json are enough to reproduce the scores.
 The same scorer runs on freshly drawn pictures (it must find nearly all) and on those after the VAE's encode and decode
-(the most that any denoiser could reach). A concepts.json that describes scenes is scored as protocol.py says, by the
-objects that spotting.py finds.
+(the most that any denoiser could reach). A concepts.json that describes scenes of more than one emoji is scored as
+protocol.py says, by the objects that spotting.py finds.
 """
 
 import json
@@ -195,15 +195,20 @@ def single_exam(concepts: dict, count: int, seed: int, font: Path | None) -> Exa
     )
 
 
+def has_scenes(concepts: dict) -> bool:
+    """Whether a set's pictures show more than one emoji of usual size on one colour."""
+    return "scenes" in concepts and not set_of(concepts).single
+
+
 def asked_of(concepts: dict, count: int, seed: int) -> Sequence[Any]:
-    """The questions to a model: scenes, if its set describes any, else single emoji."""
-    if "scenes" in concepts:
+    """The questions to a model: scenes, if its set has any, else single emoji."""
+    if has_scenes(concepts):
         return protocol.scene_questions(set_of(concepts), count, seed)
     return questions(concepts, count, seed)
 
 
 def exam_of(concepts: dict, count: int, seed: int, font: Path | None = None) -> Exam:
-    return (scene_exam if "scenes" in concepts else single_exam)(concepts, count, seed, font)
+    return (scene_exam if has_scenes(concepts) else single_exam)(concepts, count, seed, font)
 
 
 def scene_exam(concepts: dict, count: int, seed: int, font: Path | None) -> Exam:
@@ -254,7 +259,7 @@ def evaluate(
     if prompts < 2:
         raise UserError(f"prompts is {prompts}; ask for at least 2, one of a seen and one of a held-out pair")
     guidance, side = sd.variant.guidance if guidance is None else guidance, sd.variant.size
-    scenes = "scenes" in concepts
+    scenes = has_scenes(concepts)
     exam = exam_of(concepts, prompts, seed, font)
     options: dict[str, Any] = {"seed": seed, "steps": steps, "sampler": sampler}
     rows: dict[str, Iterable[Image.Image]] = {
