@@ -8,6 +8,7 @@ from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
+import flags
 import pytest
 import torch
 from pages import answers, blocks, fences
@@ -46,6 +47,17 @@ def promised(code: str) -> list[str]:
 def test_the_readme_counts_the_samplers():
     (count,) = re.findall(r"(\d+) samplers, guidance", (ROOT / "README.md").read_text("utf-8"))
     assert int(count) == len(SAMPLERS)
+
+
+def test_every_flag_is_told():
+    """docs/flags.md has the flags of each command as its help has them, and calls none by a name that is none."""
+    text = flags.PAGE.read_text("utf-8")
+    assert flags.updated(text) == text, "run python docs/scripts/flags.py"
+    head, _, tables = text.partition(flags.MARK)
+    of_generate = tables.split("## plainsd ")[1]
+    assert of_generate.startswith("generate") and of_generate.count("\n| `--") > 80
+    named = set(re.findall(r"`(--[a-z-]+)", head))
+    assert len(named) > 50 and {name for name in named if f"| `{name}" not in of_generate} == set()
 
 
 @EACH

@@ -24,7 +24,7 @@ from pages import ANSWER, DOCS, GITHUB, LINK, ROOT, outside_fences
 
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "docs"
-REFERENCE = ("glossary", "symptoms", "papers", "lesson")  # pages that are looked up, not read through
+REFERENCE = ("flags", "glossary", "symptoms", "papers", "lesson")  # pages that are looked up, not read through
 FOLDERS = ("diffusion", "models", "text", "files", "pictures", "adapters", "speed", "train", "reports")
 PICTURES = (".png", ".svg", ".jpg", ".webp")
 CSS = """[data-md-color-scheme=slate] img[src$=".svg"] { background: #fff; border-radius: 4px }

@@ -36,7 +36,7 @@ class Explain:
     negative: Annotated[str, flag("TEXT")] = ""
     """negative prompt"""
     size: Annotated[tuple[int, int] | None, flag("W H")] = None
-    """in pixels, multiples of 8"""
+    """in pixels, multiples of 8 (16 for the embedded model)"""
     steps: Annotated[int | None, flag("N")] = None
     """sampling steps"""
     guidance: Annotated[float | None, flag("SCALE")] = None

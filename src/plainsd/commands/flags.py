@@ -76,7 +76,7 @@ class GenerateFlags:
     styles: Annotated[Path, flag("FILE")] = Path("styles.csv")
     """CSV file of styles, in A1111's format: name,prompt,negative_prompt"""
     size: Annotated[tuple[int, int] | None, flag("W H")] = None
-    """in pixels, multiples of 8; with --image any size, the picture is scaled to it"""
+    """in pixels, multiples of 8 (16 for the embedded model); with --image any size, the picture is scaled to it"""
     steps: Annotated[int | None, flag("N")] = None
     """sampling steps"""
     guidance: Annotated[float | None, flag("SCALE")] = None
@@ -119,7 +119,8 @@ class GenerateFlags:
     image: Annotated[Path | None, flag("FILE")] = None
     """a picture to start from (image-to-image), or a folder of them"""
     strength: Annotated[float | None, flag("FRACTION")] = None
-    """denoising strength: fraction of the steps that run (default 0.75; 1 with a mask)"""
+    """denoising strength: fraction of the steps that run (default 0.75; 0.7 with --hires; 1 with a mask, and for models
+    that edit pictures)"""
     mask: Annotated[Path | None, flag("FILE")] = None
     """inpainting mask, of the size of --image; its light part is repainted"""
     mask_blur: Annotated[float | None, flag("PIXELS")] = None

@@ -80,7 +80,7 @@ class Convert:
 
 @dataclass
 class Tokens:
-    """Shows a prompt's tokens in chunks of 75, with the weight of each token."""
+    """Shows a prompt's tokens, with their weights, in the chunks that the text encoder reads (75 in CLIP)."""
 
     prompt: Annotated[Positional[str], flag("PROMPT")]
     model: Annotated[str | None, flag("MODEL")] = None

@@ -121,7 +121,9 @@ class JobRequest(BaseModel):
     negative: Text = Field("", description="negative prompt")
     styles: list[Name] = Field([], max_length=32, description="names of styles to apply to prompt and negative prompt")
     model: Name | None = Field(None, description="one of GET /api/models")
-    size: tuple[int, int] | None = Field(None, description="width and height in pixels, multiples of 8")
+    size: tuple[int, int] | None = Field(
+        None, description="width and height in pixels, multiples of 8 (16 for the embedded model)"
+    )
     steps: int | None = None
     guidance: float | None = Field(
         None, description="guidance scale (CFG); 1, and 0 too, turns it off, without the negative prompt"

@@ -84,13 +84,13 @@ class Steps:
     steps: int | None = None
     """optimizer steps (vae and scratch: 10,000)"""
     epochs: int | None = None
-    """epochs, instead of steps (full: 400; lora and inversion: 100)"""
+    """epochs, instead of steps (full: 400; lora and inversion: 100; controlnet: 10)"""
     batch: int | None = None
     """pictures per micro-batch (vae and scratch: 64; else 1)"""
     accumulate: int | None = None
     """gradient accumulation: micro-batches per step, over all processes (vae and scratch: 1; else 4)"""
     lr: float | None = None
-    """learning rate (vae and scratch: 1e-3; full: 1e-5; lora: 1e-4; inversion: 5e-3)"""
+    """learning rate (vae and scratch: 1e-3; full and controlnet: 1e-5; lora: 1e-4; inversion: 5e-3)"""
     warmup: int | None = None
     """steps of linear learning-rate warm-up (vae and scratch: 200; else 0)"""
     decline: Literal["cosine", "constant"] | None = None
@@ -111,7 +111,7 @@ class Steps:
     dtype: str = "auto"
     """precision: bfloat16 (autocast, float32 weights) or float32; auto: whichever suits the device"""
     checkpointing: Switch = False
-    """gradient checkpointing: less memory, a third more time"""
+    """gradient checkpointing: less memory, 30 to 55 % more time"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: momentum, orthogonalized, for the matrices of hidden layers, and AdamW for the rest, at AdamW's rates"""
     adam8bit: Switch = False
