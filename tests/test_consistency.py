@@ -143,6 +143,18 @@ def test_a_consistent_teacher_is_not_corrected(prediction):
 # ---- methods
 
 
+def test_a_lora_that_comes_while_another_is_off_stays():
+    sd = tiny_sd()
+    first = inject(sd.unet, 2, generator=torch.Generator().manual_seed(0))
+    with first.switched_off():
+        second = inject(sd.unet, 2, generator=torch.Generator().manual_seed(1))
+        assert [one.name for one in attached(sd)] == [second.name]
+    assert {one.name for one in attached(sd)} == {first.name, second.name}
+    with first.switched_off():
+        second.remove()
+    assert [one.name for one in attached(sd)] == [first.name]
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_the_teacher_is_the_model_without_the_lora(examples, dora):  # noqa: F811
     sd = tiny_sd()

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from plainsd.errors import UserError
 from plainsd.generate import batch, final, image_to_image, inpaint, outpaint, text_to_image
 from plainsd.models.control import ControlConfig, ControlNet, control_of
 from plainsd.models.unet import UNet
+from plainsd.pictures import preprocess
 from plainsd.pictures.control import fitted
 from plainsd.pictures.drawing import Pictures
 from plainsd.pictures.masks import MaskOptions, canvas_of
@@ -423,13 +425,45 @@ def test_what_a_map_alone_makes_is_made_once(sd, control, monkeypatch):
     assert len(made) == 1
 
 
+def test_a_net_keeps_its_numbers_among_models_of_other_dtypes(sd):
+    """Two drawings that take turns, and one before and after another model's."""
+    net, half = tiny_net(sd), tiny_sd().to(dtype=torch.bfloat16)
+    control, options = [Control(net, picture_of(0))], {"steps": 2, "size": 64}
+    before = ours(text_to_image(sd, "a", control=control, **options))
+    drawings = [text_to_image(one, "a", control=control, **options) for one in (sd, half)]
+    assert all(type(one) is type(other) for one, other in zip(*drawings, strict=True))
+    assert next(net.parameters()).dtype == torch.float32
+    assert torch.equal(ours(text_to_image(sd, "a", control=control, **options)), before)
+    rounded = tiny_net(sd).to(torch.bfloat16)
+    final(text_to_image(sd, "a", control=[Control(rounded, picture_of(0))], **options))
+    assert next(rounded.parameters()).dtype == torch.bfloat16
+
+
+def test_a_map_of_what_is_drawn_over_is_made_as_asked(sd, nets, monkeypatch):
+    seen = []
+    monkeypatch.setattr(preprocess, "canny", lambda image, *limits: seen.append((image.size, limits)) or image)
+    photo, plain = picture_of(3, (48, 32)), Control(nets[0], None, module="canny")
+    for control in (replace(plain, thresholds=(30, 60), resolution=64), plain):
+        final(image_to_image(sd, "a", photo, 0.5, steps=2, control=[control]))
+    assert seen == [((96, 64), (30, 60)), ((48, 32), (100, 200))]
+
+
+def test_tiling_reaches_the_nets(sd, nets):
+    seen = []
+    handle = nets[0].conv_in.register_forward_pre_hook(lambda module, args: seen.append(module.padding_mode))
+    for tiling in (True, False):
+        final(text_to_image(sd, "a", steps=1, size=64, tiling=tiling, control=[Control(nets[0], picture_of(0))]))
+    handle.remove()
+    assert seen == ["circular", "zeros"]
+
+
 def test_networks_that_a_drawing_has_moved_can_be_trained():
     """Weights that are made in inference mode cannot: PyTorch refuses to give them gradients."""
     sd = tiny_sd().to(dtype=torch.bfloat16)
     net = tiny_net(tiny_sd())
     final(text_to_image(sd, "a", steps=1, control=[Control(net, picture_of(0))]))
-    assert net.conv_in.weight.dtype == torch.bfloat16 and not any(p.is_inference() for p in net.parameters())
+    assert not any(p.is_inference() for p in net.parameters())
     net.requires_grad_(True)
     with torch.inference_mode():
-        assert not any(p.is_inference() for p in moved(sd.unet, "cpu", torch.float32).parameters())
+        assert not any(p.is_inference() for p in moved(sd.unet, "meta").parameters())
         assert all(p.is_inference() for p in sd.vae.to(dtype=torch.float32).parameters())  # what is avoided

@@ -6,14 +6,25 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_REFINER, TINY_XL, difference, tiny_sd
+from PIL import Image
+from test_edm import TINY_PLAYGROUND
 
 import plainsd
-from plainsd.diffusion.conventions import CONVENTIONS, automatic_spacing, convention, planned_levels, told_timestep
-from plainsd.diffusion.denoiser import denoiser
+from plainsd.diffusion.conventions import (
+    CONVENTIONS,
+    automatic_spacing,
+    convention,
+    planned_levels,
+    told_timestep,
+    whole_row,
+)
+from plainsd.diffusion.denoiser import denoiser, inpainting_clean
 from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
 from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule, karras
 from plainsd.errors import UserError
 from plainsd.generate import image_to_image, text_to_image
+from plainsd.pictures import sampling
 from plainsd.pictures.defaults import resolved
 from plainsd.pictures.guidance import COND, UNCOND, Estimates
 from plainsd.pictures.images import to_pil
@@ -322,3 +333,77 @@ def test_a1111_hands_over_at_the_nearest_timestep():
     middle = (TABLE[199] + TABLE[200]) / 2
     assert [either(None, sigma) for sigma in (14.0, TABLE[200], middle + 1e-6, middle - 1e-6, TABLE[199], 0.05)] == [
         "model", "model", "model", "refiner", "refiner", "refiner"]  # fmt: skip
+    assert either(None, 14.0) == "refiner"  # also where a sampler goes back up, as restart does
+
+
+def test_of_two_passes_a1111_refines_the_second():
+    """`hires_fix_refiner_pass` is "second pass" unless somebody chose another."""
+    sd, calls = tiny_sd(TINY_XL), []
+    sd.refiner = tiny_sd(TINY_REFINER)
+    for letter, unet in (("b", sd.unet), ("R", sd.refiner.unet)):
+        unet.register_forward_pre_hook(lambda *_, letter=letter: calls.append(letter))
+    options = {"steps": 6, "guidance": 1, "sampler": "euler", "handover": 0.5, "size": 32, "like": "a1111"}
+    plainsd.final(text_to_image(sd, "a", **options))
+    one, calls[:] = "".join(calls), []
+    plainsd.final(text_to_image(sd, "a", hires=2.0, **options))
+    first, second = "".join(calls)[:6], "".join(calls)[6:]
+    assert one == "bbbRRR" and first == "bbbbbb" and second.lstrip("b").strip("R") == "" and "R" in second
+
+
+@pytest.mark.parametrize(
+    ("like", "sampler", "shown"),
+    [("a1111", "euler_a", 0.0), ("a1111", "ddim", "clean"), ("comfyui", "euler_a", math.inf), (None, "ddim", math.inf)],
+)
+def test_what_the_network_sees_outside_a_mask(monkeypatch, like, sampler, shown):
+    """A1111 blends the known latents into the estimate alone, but into the input of samplers of timesteps."""
+    seen, real = [], (sampling.inpainting, sampling.inpainting_clean)
+    monkeypatch.setattr(sampling, "inpainting", lambda *args, start: seen.append(start) or real[0](*args, start=start))
+    monkeypatch.setattr(sampling, "inpainting_clean", lambda *args: seen.append("clean") or real[1](*args))
+    photo, mask = to_pil(torch.zeros(1, 3, 64, 64))[0], Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    options = {"steps": 4, "sampler": sampler, "like": like, "guidance": 1, "strength": 0.75}
+    (drawn,) = plainsd.final(plainsd.inpaint(tiny_sd(), "a", photo, mask, **options))
+    assert seen == [shown] and difference(Image.composite(photo, drawn, mask), photo) == 0
+
+
+def test_clean_latents_are_shown_as_a1111_shows_them():
+    """In its own coordinates, x scaled by sqrt(alpha_bar): the kept part of the network's input is the known latent,
+    and the noise it finds there and x give the estimate."""
+    generator, sigma = torch.Generator().manual_seed(0), 2.5
+    x, known = (torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = (torch.rand(1, 1, 8, 8, generator=generator) > 0.5).double()
+    alpha, noise = 1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2)
+
+    def network(scaled):
+        return torch.tanh(1.7 * scaled) + 0.1 * scaled.roll(1, -1)
+
+    shown = (x * alpha) * mask + known * (1 - mask)
+    expected = (x * alpha - noise * network(shown)) / alpha
+    found = inpainting_clean(lambda z, s: z - s * network(z * alpha), known, mask)(x, sigma)
+    assert (found - expected).abs().max() < 1e-12
+
+
+# --- rows that are too long, models without timesteps -----------------------------------------------------------------
+
+
+def test_a_row_longer_than_the_table_is_said_by_its_strength():
+    for like, more in (("comfyui", {}), ("a1111", {"all_run": True}), (None, {"all_run": True})):
+        with pytest.raises(UserError, match="20 steps at strength 0.015 .* 1333, .* strength of at least 0.02"):
+            levels("euler", 20, "karras", like, 0.015, **more)
+        assert len(levels("euler", 20, "karras", like, 0.02, **more).sigmas) >= 21
+    for like in (None, "comfyui", "a1111"):
+        whole = whole_row(SD, "dpmpp_2m_sde", 20, "karras", like, 0.5, all_run=True)
+        assert whole[0] == pytest.approx(max(levels("dpmpp_2m_sde", 40, "karras", like).sigmas))
+    assert len(whole_row(SD, "dpmpp_2m_sde", 1000 - 1, "karras", None, 1.0, all_run=True)) == 1000
+    with pytest.raises(UserError, match="leaves none to run"):
+        levels("euler", 300, "beta", "a1111", 0.005)  # beta has no level twice
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "unipc", "ddim_cfg_pp"])
+def test_edm_models_have_no_timesteps_to_choose_among(sampler):
+    sd = tiny_sd(TINY_PLAYGROUND)
+    assert resolved(sd, Settings(sampler=sampler, like="a1111")).spacing == "karras"
+    assert resolved(sd, Settings(sampler=sampler, like="a1111", spacing="exponential")).spacing == "exponential"
+    with pytest.raises(UserError, match="sa_solver adds noise between timesteps 200 and 800"):
+        resolved(sd, Settings(sampler="sa_solver", eta=0.5))
+    assert resolved(sd, Settings(sampler="sa_solver")).eta is None

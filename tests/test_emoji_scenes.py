@@ -468,14 +468,14 @@ def test_another_font_is_one_line(all_emoji, tmp_path, monkeypatch):
 @needs_font
 def test_names_of_a_set_keep_their_held_out_pairs(all_emoji, tmp_path):
     build = runpy.run_path(str(RECIPE))["main"]
-    (tmp_path / "names.txt").write_text("owl\nfox\nred apple\nrocket\n")
+    (tmp_path / "names.txt").write_text("owl\nfox\nred apple\nrocket\nkey\n")
     assert build([str(tmp_path / "few"), "--set", "--size", "64", "--names", str(tmp_path / "names.txt")]) == 0
     few, everything = (read_set(folder / "concepts.json") for folder in (tmp_path / "few", all_emoji))
 
     def pairs(made_of):
         return {(made_of.nouns[concept].name, colour) for concept, colour in made_of.heldout}
 
-    assert len(few.nouns) == 4 and pairs(few) == {pair for pair in pairs(everything) if pair[0] in few_names(few)}
+    assert len(few.nouns) == 5 and pairs(few) == {pair for pair in pairs(everything) if pair[0] in few_names(few)}
 
 
 def test_cells_and_single_objects_are_options_of_a_set(all_emoji, tmp_path, capsys):

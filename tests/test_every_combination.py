@@ -233,7 +233,8 @@ def test_inpainting_is_diffusers_picture(models, pipe, monkeypatch, family, name
 # heun, dpm2 and dpm2_a are left out: diffusers' base pipeline counts their two calls a step one by one, and may stop
 # between them.
 
-HANDED_OVER = ("ddpm", "ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+HANDED_OVER = ("ddpm", "ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis",
+               "sa_solver", "tcd")  # fmt: skip
 
 
 @pytest.mark.parametrize("handover", [0.4, 0.7])

@@ -181,6 +181,27 @@ def test_the_refiner_is_diffusers_picture(folders, photo):
     assert difference(ours, theirs) <= 1 and difference(ours, photo) > 50
 
 
+def test_perturbed_guidance_needs_attention_in_the_refiner_too():
+    sd = tiny_sd(TINY_XL)
+    sd.refiner = tiny_sd(replace(TINY_REFINER, unet=replace(TINY_REFINER.unet, mid_depth=0)))
+    with pytest.raises(UserError, match="in the UNet's middle, which its refiner lacks"):
+        text_to_image(sd, "x", perturbed=3.0)
+
+
+def test_a_task_gives_its_pictures_once(sd):
+    events = text_to_image(sd, "x", steps=1, size=32)
+    assert len(final(events)) == 1
+    with pytest.raises(UserError, match="has ended before"):
+        final(events)
+
+
+def test_a_network_that_takes_the_scale_has_one_row_with_cfg_pp_too():
+    sd, rows = tiny_sd(guidance_dim=12), []
+    sd.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    drawn = [final(text_to_image(sd, "a cat", steps=2, size=32, sampler=name)) for name in ("euler", "euler_cfg_pp")]
+    assert rows == [1, 1, 1, 1] and difference(*(pictures[0] for pictures in drawn)) == 0
+
+
 # --- repeatable -------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig
 from plainsd.models.layers import Beside
 from plainsd.models.unet import UNet
 from plainsd.models.vision import VISION_TOWERS, VisionTower
-from plainsd.pictures.image_prompt import ImageReader, by_block, clip_pixels, widths_of
+from plainsd.pictures.image_prompt import ImagePrompts, ImageReader, by_block, clip_pixels, widths_of
 from plainsd.pictures.sampling import decode
 
 CPU = {"device": "cpu", "dtype": "float32"}
@@ -236,13 +236,26 @@ def test_two_adapters_and_several_pictures(sd, folder):
 
 
 def test_an_image_prompt_goes_from_model_to_model(folder):
-    """Its tokens are kept by dtype, and the adapter that projects them has to follow (rounded to bfloat16 then)."""
+    """Adapter and tower keep their own numbers."""
     prompt, drawn = ImagePrompt(reader_of(folder, "sd-base"), picture_of(0), 0.6), []
     models = {dtype: tiny_sd().to(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         drawn += final(text_to_image(models[dtype], "a", steps=2, seed=3, image_prompt=[prompt]))
-    first, last = (np.asarray(drawn[place], dtype=int) for place in (0, 2))
-    assert np.abs(first - last).max() <= 3
+    assert difference(drawn[0], drawn[2]) == 0 and 0 < difference(drawn[0], drawn[1]) < 100
+
+
+def test_a_mask_is_padded_as_its_picture_is(sd, folder):
+    """36 pixels are drawn as 40: a mask that is light from column 18 on acts from there."""
+    prompt = ImagePrompt(reader_of(folder, "sd-base"), picture_of(0), 0.6)
+    half, wider = Image.new("L", (36, 36)), Image.new("L", (40, 40))
+    half.paste(255, (18, 0, 36, 36))
+    wider.paste(255, (18, 0, 40, 40))
+    found = [
+        ImagePrompts(sd, [replace(prompt, mask=mask)], (40, 40), 4, shown).each[0]
+        for mask, shown in ((half, (36, 36)), (wider, None))
+    ]
+    for (one,), (other,) in zip(*found, strict=True):
+        assert torch.equal(one.where, other.where) and 0 < one.where.mean() < 1
 
 
 def test_the_steps_that_it_acts_in(sd, folder):

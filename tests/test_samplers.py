@@ -319,6 +319,55 @@ def test_lcm_without_c_skip_equals_diffusers_to_the_last_digits(in_double, monke
     assert relative(run_ours(SD, "lcm", "epsilon", 8, None, noises), expected) < 1e-12
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_a_single_step_of_plms_equals_diffusers(in_double, spacing, prediction):
+    """It is one call, and no mean with the other end."""
+    module = in_double("pndm")
+    scheduler = build(module, "plms", SD, prediction, spacing)
+    expected = run_theirs(module, scheduler, SD, "plms", prediction, 1, draws(1))
+    assert relative(run_ours(SD, "plms", prediction, 1, spacing, draws(1)), expected) < 1e-10
+
+
+@pytest.mark.parametrize(("steps", "start", "stop"), [(20, 10, 20), (14, 5, 14), (20, 0, 12), (12, 0, 7), (20, 12, 20)])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "deis", "sa_solver", "tcd", "unipc", "unipc_bh2"])
+def test_a_part_of_the_row_equals_diffusers(in_double, monkeypatch, name, start, stop, steps):
+    """On a picture the last steps run, and before a refiner the first; orders and noise are those of the whole row."""
+    module = in_double(SCHEDULERS[name][0])
+    monkeypatch.setattr(module, "randn_tensor", None, raising=False)
+    spacing = None if name == "tcd" else "trailing"
+    scheduler = build(module, name, SD, "epsilon", spacing)
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(start)
+    noises, predict = draws(stop - start + 1), network(SD, "epsilon")
+    x, rest = noises[0], iter(noises[1:])
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "randn_tensor", lambda *_, **__: next(rest), raising=False)
+        for timestep in scheduler.timesteps[start:stop]:
+            x = scheduler.step(predict(x, timestep), timestep, x).prev_sample
+    levels = sampler_levels(SD, name, steps, spacing)
+    part, again = levels.part(start, stop), iter(noises[1:])
+    assert part.around == (start, steps - stop) and levels.part(2).part(1, 4).around == (3, steps - 6)
+    options = {"around": part.around} if "around" in SAMPLERS[name].takes else {}
+    if name == "tcd":
+        options["sigma_at"] = SD.sigma
+    first = noises[0] * math.sqrt(1 + part.sigmas[0] ** 2)
+    denoise = denoiser(predict, SD, "epsilon")
+    *_, last = SAMPLERS[name].run(denoise, first, part.sigmas, lambda: next(again), **options)
+    assert relative(last.x / math.sqrt(1 + last.sigma**2), x) < 1e-9
+
+
+@pytest.mark.parametrize("name", OF_ITS_OWN)
+def test_where_the_row_goes_on_x_is_at_its_level(name):
+    """It is clean only at the end of the row."""
+    part = sampler_levels(SD, name, 12, "karras").part(0, 6)
+    run = partial(SAMPLERS[name].run, denoiser(network(SD, "epsilon"), SD, "epsilon"), draws(1)[0], part.sigmas)
+    *_, last = run(lambda: torch.zeros(SHAPE), eta=0.0, around=part.around)
+    assert last.sigma == pytest.approx(part.sigmas[-1]) and last.sigma > 0
+    *_, alone = run(lambda: torch.zeros(SHAPE), eta=0.0)
+    assert alone.sigma == 0 and torch.equal(alone.x, last.x)
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_deis_of_third_order_equals_diffusers(in_double, spacing):
     module = in_double("deis_multistep")

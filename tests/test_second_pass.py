@@ -126,7 +126,7 @@ def test_what_needs_it_is_refused_without_it(sd):
         ({"hires_sampler": "eular"}, "unknown sampler 'eular'"),
         ({"hires_spacing": "x"}, "unknown spacing 'x'"),
         ({"hires_steps": 0}, "hires steps 0 is out of range"),
-        ({"hires_steps": 500, "strength": 0.1}, "steps 5000 is out of range"),
+        ({"hires_steps": 500, "strength": 0.1}, "500 steps at strength 0.1 are the last ones of 5000"),
         ({"hires_guidance": 101.0}, "hires guidance 101.0 is out of range"),
         ({"hires_prompt": "a <lora:b:1>"}, "take the tag out"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 from dataclasses import replace
 
@@ -159,6 +160,17 @@ def test_a_packed_model_changes_its_precision():
         sd.to(dtype=torch.float32)
     assert_equal_weights(packed, plain)
     assert relative(latents(packed), latents(plain)) < 1e-4
+
+
+def test_a_lora_that_cannot_be_read_leaves_a_model_packed(tmp_path):
+    import plainsd
+
+    needs_onednn_in(torch.bfloat16)
+    packed = model.faster(tiny_sd().to(dtype=torch.bfloat16))
+    for strength, file in ((1.0, tmp_path / "none.safetensors"), (math.nan, tmp_path)):
+        with pytest.raises(UserError):
+            plainsd.add_lora(packed, file, strength)
+    assert any(isinstance(module, OtherForm) for module in packed.unet.modules())
 
 
 def test_a_packed_model_is_saved_as_the_plain_one(tmp_path):

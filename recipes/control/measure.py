@@ -85,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"measure.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"measure.py: {error}; choose another path, or free disk space", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -44,14 +44,14 @@ def robustness(vae: VAE, pixels: torch.Tensor) -> tuple[list[float], float]:
 def report(folder: str, sides: list[int], count: int, guidance: float) -> None:
     sd = plainsd.load(folder, device="cpu", dtype="float32")
     concepts = read_json(Path(folder) / "concepts.json")
-    asked, glyphs = evaluate.questions(concepts, count), evaluate.draw_all(concepts, None)
-    true = evaluate.real_pictures(asked, glyphs, concepts, 0)
+    exam = evaluate.exam_of(concepts, count, 0)
+    true = [evaluate.to_side(picture, sd.variant.size) for picture in exam.real]
     ratios, rough = robustness(sd.vae, torch.cat([to_tensor(one) for one in at_side(true[:64], sd.variant.size)]))
     noisy = ", ".join(f"{ratio:.1f} at {share:g}" for share, ratio in zip(NOISES, ratios, strict=True))
     print(f"{folder}: PSNR in dB by the noise on latents {noisy}; roughness {rough:.2f}", flush=True)
     sets = {
         "autoencoder": list(evaluate.reconstructed(sd, true)),
-        f"guidance {guidance:g}": list(evaluate.generated(sd, asked, 0, guidance=guidance)),
+        f"guidance {guidance:g}": list(evaluate.generated(sd, exam.asked, 0, guidance=guidance)),
     }
     for name, pictures in sets.items():
         for side in sides:
@@ -68,10 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=4.0)
     options = parser.parse_args(argv)
     try:
+        if options.prompts < 2:
+            raise UserError(f"--prompts {options.prompts} is out of range; give at least 2, as sets are compared")
         for folder in options.models:
             report(folder, [int(side) for side in options.sides.split(",")], options.prompts, options.guidance)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
         return 2
     return 0
 

@@ -9,7 +9,8 @@
     OUT/concepts.json    names, characters, colours, templates and held-out pairs: what a scorer needs
 
 Picture i is a pure function of (seed, i): its pair is entry i of the seen pairs, taken round and round, and its size
-and place are drawn from the text "seed:picture:i". Which emoji, and how they are drawn: `plainsd.emoji.drawing`.
+and place are drawn from the text "seed:picture:i". Which emoji, and how they are drawn: `plainsd.emoji.drawing`. In a
+folder that was written before, the new set takes the place of the old one.
 
     python recipes/emoji/data.py runs/emoji128/set --set
 
@@ -22,6 +23,7 @@ import json
 import multiprocessing
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -29,13 +31,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from plainsd.disk import written_whole
 from plainsd.emoji import drawing
 from plainsd.emoji.captions import captions_of
+from plainsd.emoji.protocol import scene_questions
 from plainsd.emoji.scenes import SceneSet, describe_set, make_scene
 from plainsd.emoji.words import COLOURS, every_noun
 from plainsd.errors import UserError
 
 PICTURES, SCENES = 57_600, 100_000
+EMOJI = 400
 VOCABULARY, SCENE_VOCABULARY = 2000, 4096
+LEAST = {"count": 1, "heldout_count": 1, "emoji": 1, "workers": 1, "size": 16, "vocabulary": 514}  # two tokens a byte
 TOKENIZER_SCENES = 20_000  # scenes whose captions the tokenizer is made of
+QUESTIONS = 1024  # scenes that `plainsd eval` asks for
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # how CLIP cuts text before the merges
 
@@ -75,7 +81,6 @@ def write_pictures(
 ) -> None:
     """`count` pictures of the pairs, taken round and round, and their metadata.jsonl, last."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").unlink(missing_ok=True)
     colours = list(drawing.BACKGROUNDS.items())
     jobs, lines = [], []
     for i in range(count):
@@ -93,6 +98,16 @@ def write_pictures(
             if (i + 1) % 5000 == 0:
                 print(f"{kind}: {i + 1} of {count} pictures", file=sys.stderr, flush=True)
     write_whole(folder / "metadata.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def remove_heldout(folder: Path) -> None:
+    """What `write_pictures` wrote there before."""
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    for path in list((folder / "images").glob("[0-9]" * 6 + ".png")):
+        path.unlink()
+    for place in (folder / "images", folder):
+        with suppress(OSError):  # there is none, or something else in it
+            place.rmdir()
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
@@ -175,6 +190,8 @@ def wanted_names(path: Path, known: list[str]) -> set[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --names {path}: {error}; give a text file in UTF-8") from error
     wanted = {line.strip() for line in text.split("\n") if line.strip()}
+    if not wanted:
+        raise UserError(f"{path} names no emoji; write one name a line")
     if strangers := sorted(wanted.difference(known)):
         raise UserError(f"{path}: {strangers[0]!r} is not among the {len(known)} emoji of the set; take it out")
     return wanted
@@ -212,6 +229,7 @@ def build_set(options: argparse.Namespace) -> None:
         heldout_count=options.heldout_count,
         font=drawing.font_identity(options.font),
     )
+    scene_questions(made_of, QUESTIONS)  # an error says which scenes it is too small for
     texts = [
         text
         for i in range(TOKENIZER_SCENES)
@@ -229,18 +247,25 @@ def build_set(options: argparse.Namespace) -> None:
 def build(options: argparse.Namespace) -> None:
     drawing.check_cells(options.cells)
     font = drawing.open_font(options.font)
-    concepts = drawing.choose(font, options.emoji)
+    concepts = drawing.choose(font, options.emoji or EMOJI)
     seen, heldout = drawing.split_pairs(len(concepts), len(drawing.BACKGROUNDS), options.heldout_share, options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
     captions = [
         drawing.caption(template, concept, background)
         for concept in concepts
         for background in drawing.BACKGROUNDS
         for template in drawing.TEMPLATES
     ]
-    entries = write_tokenizer(options.out / "tokenizer", captions, options.vocabulary or VOCABULARY)
     if options.names:  # the vocabulary and the split stay those of the whole set
         concepts, seen, heldout = restricted(concepts, seen, heldout, options.names)
+    if not seen:
+        raise UserError(
+            f"--heldout-share {options.heldout_share:g} leaves no pair of emoji and background to train on; give a "
+            "smaller one"
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "metadata.jsonl").unlink(missing_ok=True)  # first, so that a run stopped here leaves no whole set
+    remove_heldout(options.out / "heldout")
+    entries = write_tokenizer(options.out / "tokenizer", captions, options.vocabulary or VOCABULARY)
     write_whole(
         options.out / "concepts.json",
         json.dumps(describe(concepts, heldout, options), ensure_ascii=False, indent=1) + "\n",
@@ -256,7 +281,7 @@ def build(options: argparse.Namespace) -> None:
 
 
 def check_numbers(options: argparse.Namespace) -> None:
-    for name, least in (("count", 1), ("heldout_count", 1), ("emoji", 1), ("size", 16), ("workers", 1)):
+    for name, least in LEAST.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give {least} or more")
@@ -272,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, help=f"training pictures ({PICTURES}), or scenes an epoch ({SCENES})")
     parser.add_argument("--heldout-count", type=int, default=500, help="pictures of held-out pairs")
     parser.add_argument("--heldout-share", type=float, default=0.1, help="share of the pairs that is held out")
-    parser.add_argument("--emoji", type=int, default=400, help="how many emoji; with --set all")
+    parser.add_argument("--emoji", type=int, help=f"how many emoji ({EMOJI}); --set has all")
     parser.add_argument("--names", type=Path, help="file of the emoji to draw, one name a line; all if not given")
     parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
     parser.add_argument(
@@ -283,15 +308,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--font", type=Path, help=f"by default {drawing.FONT}, or {drawing.FONT_VARIABLE}")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, help="processes that draw, by default one a core")
     try:
         options = parser.parse_args(argv)
         if options.single and not options.set:
             raise UserError("--single is a kind of --set; without that there is one object in every picture")
+        for name in ("workers", "emoji") if options.set else ():
+            if getattr(options, name) is not None:
+                raise UserError(
+                    f"--{name} has no effect with --set, which draws nothing and takes all emoji; leave it out"
+                )
         check_numbers(options)
         build_set(options) if options.set else build(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
         return 2
     return 0
 

@@ -204,6 +204,15 @@ def save_model_on(variant: Variant, options: argparse.Namespace) -> None:
     save(carried_over(old, vae, tokenizer, variant, some_pixels(options)), options.out)
 
 
+def check_use(options: argparse.Namespace) -> None:
+    """UserError for what would be ignored."""
+    kinds = {"vae": ("latents", "heldout"), "tokenizer": ("latents", "heldout"), "latents": ("data", "heldout")}
+    for kind, others in kinds.items():
+        for other in others if getattr(options, kind) is not None else ():
+            if getattr(options, other) is not None:
+                raise UserError(f"--{other} has no effect with --{kind}; leave it out")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="folder of the model whose autoencoder is grown")
@@ -220,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.count < 1:
             raise UserError(f"--count {options.count}: give at least 1")
+        check_use(options)
         variant = read_description(options.description)
         if options.vae or options.tokenizer:
             save_model_on(variant, options)
@@ -238,6 +248,9 @@ def main(argv: list[str] | None = None) -> int:
             print(nearness(old, new, pictures.pixels(range(min(options.count, len(pictures))))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
         return 2
     return 0
 

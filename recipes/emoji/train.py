@@ -10,12 +10,13 @@
     OUT/scores/   what `plainsd eval` says, and its sheets
 
 A stage that is done is skipped, and one that was interrupted goes on where it was. How many steps a stage takes is
-measured: it begins with a few, and the rest of its share of --minutes is divided by the time that those took. The
-answer is kept in OUT/plan.json.
+measured: it begins with a few, and its share of --minutes is divided by the time that each of those took. The answer
+is kept in OUT/plan.json with these minutes, and other ones do not change it later.
 """
 
 import argparse
 import json
+import math
 import os
 import runpy
 import sys
@@ -31,6 +32,7 @@ HERE = Path(__file__).parent
 CELLS = 16  # of a side: sizes and places are multiples of a latent's width at 128 pixels
 PROBE = 60  # steps that are timed, by the last LOG of them
 LOG = 20
+RESULTS = {"vae": "vae/vae/config.json", "scratch": "emoji/emoji/model_index.json"}  # in OUT; a run writes them last
 TINY = {
     "name": "tiny",
     "size": 32,
@@ -148,23 +150,38 @@ def make_set(recipe: Recipe) -> None:
 def train(recipe: Recipe, method: str) -> None:
     """To the end of its share of the time; the steps are those of the plan, or found by a probe."""
     number, folder = (0, "vae") if method == "vae" else (1, "emoji")
-    plan = read_json(recipe.out / "plan.json") if (recipe.out / "plan.json").is_file() else {}
+    plan, minutes = read_plan(recipe), recipe.preset.minutes
     if recipe.preset.steps:
         plan[method] = recipe.preset.steps[number]
     elif method not in plan:
-        run_training(recipe, method, folder, PROBE)
-        if last_step(recipe.out / folder) < PROBE:
+        if not run_training(recipe, method, folder, PROBE):
             return  # a signal stopped it
         rate = pictures_a_second(recipe.out / folder)
         batch = int(getattr(recipe.preset, method)[1])
-        seconds = 60 * recipe.preset.minutes * recipe.preset.shares[number]
+        seconds = 60 * minutes * recipe.preset.shares[number]
         plan[method] = max(PROBE, round(rate * seconds / batch))
+        plan["minutes"] = plan.get("minutes", {}) | {method: minutes}
         print(f"{method}: {rate:.1f} pictures a second, {plan[method]} steps in {seconds / 60:.1f} minutes", flush=True)
+    elif (planned := plan.get("minutes", {}).get(method, minutes)) != minutes:
+        print(f"{method}: {plan[method]} steps, as planned with --minutes {planned:g}, not {minutes:g}", flush=True)
+    write_plan(recipe, plan)
+    if run_training(recipe, method, folder, plan[method]):
+        write_plan(recipe, plan | {"done": sorted({*plan.get("done", []), method})})
+
+
+def read_plan(recipe: Recipe) -> dict:
+    """The steps of each method; under "minutes" what they were found for, under "done" the methods at their end."""
+    path = recipe.out / "plan.json"
+    return read_json(path, "remove it, and the steps are measured again") if path.is_file() else {}
+
+
+def write_plan(recipe: Recipe, plan: dict) -> None:
     write(recipe.out / "plan.json", json.dumps(plan) + "\n")
-    run_training(recipe, method, folder, plan[method])
 
 
-def run_training(recipe: Recipe, method: str, folder: str, steps: int) -> None:
+def run_training(recipe: Recipe, method: str, folder: str, steps: int) -> bool:
+    """Whether it wrote its result; where a signal stops it, it does not, though its exit code may be 0."""
+    before = written_at(recipe.out / RESULTS[method])
     preset, data = recipe.preset, f"emoji:{recipe.concepts}"
     options = ["train", "--method", method, "--data", data, "--heldout", data, "--out", str(recipe.out / folder)]
     options += ["--model", str(recipe.network), "--workers", str(preset.workers), "--steps", str(steps)]
@@ -174,6 +191,12 @@ def run_training(recipe: Recipe, method: str, folder: str, steps: int) -> None:
         options += ["--vae", str(recipe.out / "vae" / "vae"), "--tokenizer", str(recipe.out / "set" / "tokenizer")]
         options += ["--carry", str(recipe.concepts)]
     checked(plainsd(options))
+    return written_at(recipe.out / RESULTS[method]) not in (None, before)
+
+
+def written_at(path: Path) -> int | None:
+    """In nanoseconds; None where there is no such file."""
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def score(recipe: Recipe) -> None:
@@ -190,8 +213,8 @@ def make(recipe: Recipe) -> int:
     print(machine_text(recipe.device), flush=True)
     stages = (
         ("set", recipe.network, lambda: make_set(recipe)),
-        ("autoencoder", recipe.out / "vae" / "vae" / "config.json", lambda: train(recipe, "vae")),
-        ("UNet and text encoder", recipe.model / "model_index.json", lambda: train(recipe, "scratch")),
+        ("autoencoder", recipe.out / RESULTS["vae"], lambda: train(recipe, "vae")),
+        ("UNet and text encoder", recipe.out / RESULTS["scratch"], lambda: train(recipe, "scratch")),
         ("scores", recipe.out / "scores" / "scores.json", lambda: score(recipe)),
     )
     for name, result, run in stages:
@@ -208,15 +231,9 @@ def make(recipe: Recipe) -> int:
 
 
 def is_done(recipe: Recipe, name: str, result: Path) -> bool:
-    """Whether a stage's result is there, and is not that of a probe alone."""
-    if not result.is_file():
-        return False
+    """Whether a stage's result is there, and is that of its end: a probe writes one too."""
     method = {"autoencoder": "vae", "UNet and text encoder": "scratch"}.get(name)
-    if method is None:
-        return True
-    plan = read_json(recipe.out / "plan.json") if (recipe.out / "plan.json").is_file() else {}
-    folder = result.parents[1]
-    return method in plan and last_step(folder) >= plan[method]
+    return result.is_file() and (method is None or method in read_plan(recipe).get("done", []))
 
 
 # ---- what a run's log says -------------------------------------------------------------------------------------------
@@ -226,10 +243,6 @@ def log_lines(folder: Path) -> list[dict]:
     from plainsd.train.log import read_log
 
     return read_log(folder / "log.jsonl")
-
-
-def last_step(folder: Path) -> int:
-    return max((line["step"] for line in log_lines(folder)), default=0)
 
 
 def pictures_a_second(folder: Path) -> float:
@@ -312,11 +325,12 @@ def main(argv: list[str] | None = None) -> int:
     preset = replace(PRESETS[options.preset], **{name: value for name, value in changes.items() if value is not None})
     recipe = Recipe(options.preset, preset, options.out, options.font, options.device)
     try:
+        check_numbers(options)
         if options.font:
             os.environ["PLAINSD_EMOJI_FONT"] = str(options.font)
         check_preset(recipe)
         code = make(recipe)
-        if code == 0 and options.shards:
+        if code == 0 and options.shards is not None:
             shard_weights(recipe.model, int(options.shards * 2**20))
         return code
     except Stopped as stopped:
@@ -324,6 +338,26 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
+        return 2
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """At the door, not after hours."""
+    for name, is_right, remedy in (
+        ("minutes", lambda number: 0 < number < math.inf, "give a number above 0"),  # NaN is refused too
+        ("shards", lambda number: 0 < number < math.inf, "give a number above 0"),
+        ("workers", lambda number: number >= 0, "give 0 or more"),
+        ("prompts", lambda number: number >= 2, "give at least 2, one of a seen and one of a held-out pair"),
+    ):
+        value = getattr(options, name)
+        if value is not None and not is_right(value):
+            raise UserError(f"--{name} {value:g} is out of range; {remedy}")
+    if options.minutes is not None and PRESETS[options.preset].steps:
+        raise UserError(
+            f"--minutes {options.minutes:g}: --preset {options.preset} counts steps, not time; leave it out"
+        )
 
 
 def check_preset(recipe: Recipe) -> None:
@@ -332,8 +366,6 @@ def check_preset(recipe: Recipe) -> None:
     before = path.read_text("utf-8").strip() if path.is_file() else recipe.name
     if before != recipe.name:
         raise UserError(f"{recipe.out} was begun with --preset {before}; give that again, or another --out")
-    if recipe.preset.minutes <= 0 or recipe.preset.workers < 0:
-        raise UserError("--minutes must be above 0, and --workers 0 or more")
     write(path, recipe.name + "\n")
 
 

@@ -6,11 +6,13 @@
     OUT/heldout/                     things that training never sees drawn: to measure with, and to ask for afterwards
 
 Which things: those of the model's concepts.json that the font has. Sizes, places and what is held out are pure
-functions of the names, so the same command with the same font writes the same files.
+functions of the names, so the same command with the same font writes the same files. In a folder that was written
+before, they take the place of its drawings.
 """
 
 import argparse
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +27,7 @@ FONT = Path("/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf")
 DRAWN, SIDE = 400, 128  # pixels: the font's size, and a picture's side (training scales it)
 NOWHERE = "\U0010ffff"  # no font has this, so it shows what a font draws for what it lacks
 CAPTIONS = ("{phrase}, line drawing", "a line drawing of {phrase}")
+OURS = re.compile(r".+-\d+\.(png|txt)")  # the names of the files
 UNSEEN = ("octopus", "rocket", "guitar")  # in prompts.txt; held out in any case
 
 
@@ -48,21 +51,41 @@ def write_drawings(folder: Path, concept: drawing.Concept, glyph: Image.Image, v
         path = folder / f"{concept.name.replace(' ', '-')}-{view}.png"
         drawing.draw_picture(glyph, (255, 255, 255), SIDE, place).save(path)
         lines = [caption.format(phrase=concept.phrase) + "\n" for caption in CAPTIONS]
-        path.with_suffix(".txt").write_text("".join(lines))
+        path.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+
+
+def open_outlines(path: Path) -> ImageFont.FreeTypeFont:
+    if not path.is_file():
+        raise UserError(f"no font at {path}; apt-get install fonts-symbola, or give --font FILE")
+    try:
+        return ImageFont.truetype(str(path), DRAWN)
+    except OSError as error:
+        raise UserError(
+            f"{path} is not a font of outlines ({error}); apt-get install fonts-symbola, or give another --font FILE"
+        ) from None
 
 
 def build(options: argparse.Namespace) -> None:
-    if not options.font.is_file():
-        raise UserError(f"no font at {options.font}; apt-get install fonts-symbola, or give --font FILE")
-    font = ImageFont.truetype(str(options.font), DRAWN)
+    if options.views < 1:
+        raise UserError(f"--views {options.views} is out of range; give 1 or more")
+    if not 0 <= options.heldout_share < 1:  # NaN included
+        raise UserError(f"--heldout-share {options.heldout_share:g} is out of range; give a share from 0 up to below 1")
+    font = open_outlines(options.font)
     rows = read_json(find(options.model) / "concepts.json")["concepts"]
     concepts = [drawing.Concept(row["name"], row["character"]) for row in rows]
     drawings = {concept: drawn for concept in concepts if (drawn := glyph(font, concept.character))}
     by_chance = sorted(drawings, key=lambda concept: random.Random(f"held out:{concept.name}").random())
     count = round(options.heldout_share * len(drawings))
     heldout = {concept for concept in drawings if concept.name in UNSEEN} | set(by_chance[:count])
+    if len(heldout) == len(drawings):
+        raise UserError(
+            f"--heldout-share {options.heldout_share:g} leaves nothing to train on; give a smaller one, or another font"
+        )
     for name in ("drawings", "heldout"):
-        (options.out / name).mkdir(parents=True)
+        (options.out / name).mkdir(parents=True, exist_ok=True)
+        for path in list((options.out / name).iterdir()):
+            if OURS.fullmatch(path.name):
+                path.unlink()
     for concept, drawn in drawings.items():
         place, views = ("heldout", 1) if concept in heldout else ("drawings", options.views)
         write_drawings(options.out / place, concept, drawn, views)
@@ -83,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
         build(parser.parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,5 @@
-"""Draw the prompts before and after fine-tuning, one labelled picture; print the validation loss of each run likewise.
+"""Draw the prompts before and after fine-tuning, one labelled picture; print the validation loss of each run likewise,
+if it has any.
 
     python recipes/finetune/picture.py docs/finetune.png runs/finetune/full runs/finetune/lora
 
@@ -24,6 +25,7 @@ PROMPTS = Path(__file__).with_name("prompts.txt")
 SHOWN, GAP = 128, 8  # pixels: side of a shown picture, gaps
 LABEL, LEFT = 44, 70  # pixels: height of the prompts, width of the rows' names
 LETTERS = 18  # of a prompt, on a line
+BEFORE = "before"  # the name of the first row
 
 
 def trained(run: Path, base: str | None) -> plainsd.StableDiffusion:
@@ -59,6 +61,14 @@ def labelled(rows: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Im
     return picture
 
 
+def check_rows(runs: list[Path]) -> None:
+    """UserError for a row that would take another one's place."""
+    names = [BEFORE, *(run.name for run in runs)]
+    for i, run in enumerate(runs, 1):
+        if run.name in names[:i]:
+            raise UserError(f"two rows would have the name {run.name!r}; rename {run}, and the result in it")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
@@ -68,19 +78,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, help="the model's own if not given")
     options = parser.parse_args(argv)
     try:
+        check_rows(options.runs)
         prompts = read_prompts(options.prompts)
         base = plainsd.load(options.base, device="cpu", dtype="float32")
-        rows = {"before": drawn(base, prompts, options.guidance)}
+        rows = {BEFORE: drawn(base, prompts, options.guidance)}
         for run in options.runs:
             rows[run.name] = drawn(trained(run, options.base), prompts, options.guidance)
             found = [line for line in read_log(run / "log.jsonl") if line.get("validation") is not None]
-            print(
-                f"{run.name}: validation loss {found[0]['validation']:.4f} at step {found[0]['step']}, "
-                f"{found[-1]['validation']:.4f} at step {found[-1]['step']}"
-            )
+            if found:  # a run without --heldout has none
+                print(
+                    f"{run.name}: validation loss {found[0]['validation']:.4f} at step {found[0]['step']}, "
+                    f"{found[-1]['validation']:.4f} at step {found[-1]['step']}"
+                )
         write_png(labelled(rows, prompts), options.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
         return 2
     return 0
 

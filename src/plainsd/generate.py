@@ -48,15 +48,18 @@ class Events:
             return next(self._events)
 
     def close(self) -> None:
-        """Stops the task; nothing more comes."""
-        self._events.close()
+        """Stops the task after the step that is running; nothing more comes."""
+        with alone(self._sd):
+            self._events.close()
 
 
 def final(events: Iterable[Step | Pictures]) -> list[Image.Image]:
     """Runs a task to its end, and returns the pictures."""
+    last: Step | Pictures | None = None
     for event in events:
         last = event
-    assert isinstance(last, Pictures)
+    if not isinstance(last, Pictures):
+        raise UserError("this task has ended before, and gives its pictures once; begin another")
     return last.images
 
 

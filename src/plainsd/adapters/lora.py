@@ -86,8 +86,10 @@ class Lora:
             yield
         finally:
             for base, adapters in whole:
+                meanwhile = base.adapters if isinstance(base, Adapted) else nn.ModuleDict()
                 base.__class__ = WITH.get(type(base), type(base))
-                base.adapters = adapters
+                left = {name: one for name, one in adapters.items() if name == self.name or name in meanwhile}
+                base.adapters = nn.ModuleDict(left | dict(meanwhile.items()))
 
     def merge(self) -> None:
         """Merges it into the weights at its current strength."""
@@ -156,12 +158,12 @@ def add_lora(
     """Adds a file's LoRA to a model, on top of others. Names that fit no module are an error, or, if `partial`,
     ignored. Adapters have the device and dtype of the weights. Words in the file are added to the model, and stay when
     the LoRA is removed. Networks that `faster` has packed are unpacked, with a warning."""
-    unpacked = [make_plain(network) for network in adaptable_networks(sd).values()]  # all of them
-    if any(unpacked):
-        warnings.warn("the model was packed, and LoRAs need plain layers: call faster again after them", stacklevel=2)
     file = open_lora(Path(path))
     text_strength = strength if text_strength is None else text_strength
     check_strengths(strength, text_strength)
+    unpacked = [make_plain(network) for network in adaptable_networks(sd).values()]  # all of them
+    if any(unpacked):
+        warnings.warn("the model was packed, and LoRAs need plain layers: call faster again after them", stacklevel=2)
     found, settings, parts = tensors_by_module(file, sd, partial=partial), PeftSettings(file), adaptable_networks(sd)
     made, words = {}, bundled(sd, file)
     for place, names in found.items():

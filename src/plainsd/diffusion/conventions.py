@@ -44,6 +44,8 @@ class Convention:
     image_keeps: bool = False  # even at strength 1 noise is added to the picture instead of replacing it
     guidance_zero: bool = False  # guidance 0 follows the formula: the uncond estimate
     refines_midway: bool = False  # the refiner takes over inside the sampler, which keeps its history
+    refines_second_pass: bool = False  # of two passes the refiner acts in the second alone
+    keeps_own: bool = False  # outside a mask the network sees the sampler's latents (of `by_timesteps` the clean ones)
     prompts: str = "pieces"  # how prompts are read, a name in pictures/conditioning.py: pieces, batches or words
     second_order: tuple[str, ...] = ()  # samplers whose steps count twice for prompt editing
     second_size_floored: bool = False  # sides of the second pass are cut to whole latents, not rounded
@@ -70,6 +72,8 @@ CONVENTIONS = {
         image_keeps=True,
         guidance_zero=True,
         refines_midway=True,
+        refines_second_pass=True,
+        keeps_own=True,
         prompts="batches",
         taught={"lcm": 50},
         terminal_alpha_bar=OTHER_TERMINAL_ALPHA_BAR,
@@ -99,10 +103,13 @@ def convention(like: str | None) -> Convention:
     return CONVENTIONS[like or "diffusers"]
 
 
-def automatic_spacing(like: str | None, sampler: str, model: str | None, asked: str | None = None) -> str:
-    """The spacing of a sampler, where `asked` may be None; `model` is the model's own, if it has one."""
+def automatic_spacing(
+    like: str | None, sampler: str, model: str | None, asked: str | None = None, *, timesteps: bool = True
+) -> str:
+    """The spacing of a sampler, where `asked` may be None; `model` is the model's own, if it has one. `timesteps`: EDM
+    models have none."""
     rules, own = convention(like), SAMPLERS[sampler].spacing
-    if sampler in rules.by_timesteps:
+    if sampler in rules.by_timesteps and timesteps:
         return rules.by_timesteps[sampler]
     if asked is not None:
         return asked
@@ -139,19 +146,17 @@ def planned_levels(
     check_names(sampler, spacing)
     if not rules.plain_levels:
         running = None if strength is None else steps if all_run else steps_of_strength(steps, strength)
-        total = max(steps, int(steps / _above_zero(steps, strength))) if strength is not None and all_run else steps
-        levels = sampler_levels(schedule, sampler, total, spacing)
+        levels = sampler_levels(schedule, sampler, row_length(schedule, steps, like, strength, all_run), spacing)
         last = len(levels.sigmas) - 1
         return levels if running is None else levels.part(last - min(running, last))
     if like == "comfyui":
-        share = 1.0 if strength is None or strength > 0.9999 else _above_zero(steps, strength)
-        sigmas = _plain(rules, schedule, sampler, int(steps / share), spacing)
-        sigmas = sigmas if share == 1 else sigmas[-(steps + 1) :]
+        total = row_length(schedule, steps, like, strength, all_run)
+        sigmas = _plain(rules, schedule, sampler, total, spacing)
+        sigmas = sigmas if strength is None or strength > WHOLE else sigmas[-(steps + 1) :]
         return _between(rules, schedule, sampler, sigmas, (sigmas[-2], sigmas[0]), len(sigmas))
-    total, before = steps, None
+    total, before = row_length(schedule, steps, like, strength, all_run), None
     if strength is not None:
-        share = min(_above_zero(steps, strength), 0.999)
-        total, before = (int(steps / share), steps - 1) if all_run else (steps, int(share * steps))
+        before = steps - 1 if all_run else int(min(_above_zero(steps, strength), 0.999) * steps)
     if sampler in rules.by_timesteps and isinstance(schedule, NoiseSchedule):
         return _by_timesteps(schedule, sampler, total, before)
     if sampler in rules.taught and isinstance(schedule, NoiseSchedule):
@@ -161,6 +166,8 @@ def planned_levels(
         sigmas = _plain(rules, schedule, sampler, total, spacing)
     if before is not None:
         sigmas = sigmas[total - before - 1 :]
+        if len(sigmas) < 2:  # a spacing without repeated timesteps may have fewer levels
+            raise _nothing_runs(steps, strength or 0.0, 1 / steps)
     ends = (schedule.sigma_min, schedule.sigma_max) if before is None else (sigmas[-2], sigmas[0])
     return _between(rules, schedule, sampler, sigmas, ends, steps + 1 if before is None else len(sigmas))
 
@@ -176,8 +183,36 @@ def whole_row(
     all_run: bool = False,
 ) -> tuple[Level, ...]:
     """The full schedule, of which `planned_levels` gives the last part for a picture of this strength."""
-    total = int(steps / min(strength, 0.999)) if strength and all_run else steps
+    if like == "comfyui" and not all_run:
+        strength = None
+    total = row_length(schedule, steps, like, strength, all_run)
     return planned_levels(schedule, sampler, total, spacing, like).sigmas
+
+
+WHOLE = 0.9999  # ComfyUI's strength from which on all steps of a row run
+
+
+def row_length(
+    schedule: NoiseSchedule | EDMSchedule, steps: int, like: str | None, strength: float | None, all_run: bool
+) -> int:
+    """The steps of the whole row, of which `steps` run at this strength, if all do. UserError for more than the table
+    has."""
+    if strength is None or not (all_run or like == "comfyui"):
+        return steps
+    share = _above_zero(steps, strength)
+    if like == "a1111":
+        share = min(share, 0.999)
+    elif like == "comfyui" and share > WHOLE:
+        return steps
+    total = max(steps, int(steps / share))
+    if total > len(schedule):
+        raise UserError(
+            f"{steps} steps at strength {strength} are the last ones of {total}, and the most are {len(schedule)}; "
+            f"choose a strength of at least {math.ceil(1000 * steps / len(schedule)) / 1000:g}, or fewer steps",
+            field="strength",
+            value=strength,
+        )
+    return total
 
 
 def told_timestep(

@@ -236,6 +236,19 @@ def inpainting(denoise: Estimator, known: Tensor, mask: Tensor, noise: Tensor, s
     return repaint
 
 
+def inpainting_clean(denoise: Estimator, known: Tensor, mask: Tensor) -> Estimator:
+    """The same as A1111 has it for its samplers of timesteps (`mask_before_denoising` in sd_samplers_cfg_denoiser.py,
+    1.10.1): outside the mask the network sees the known latents without noise, and the noise that it finds is taken for
+    that of x. The known latents are to be put back at the end."""
+
+    def repaint(x: Tensor, sigma: float) -> Any:
+        seen = mask * x + (1 - mask) * known * math.sqrt(1 + sigma**2)  # clean in the network's coordinates
+        found = denoise(seen, sigma)
+        return tuple(x0 + x - seen for x0 in found) if isinstance(found, tuple) else found + x - seen
+
+    return repaint
+
+
 def differential(denoise: Estimator, known: Tensor, change: Tensor, sigmas: Sequence[float]) -> Estimator:
     """Repaint each position from its own step on: with `change` 1 from the first, with 0.3 in the last 30% of the steps
     and one before, with 0 never (Levin and Fried 2023, "Differential Diffusion", algorithm 1).

@@ -46,7 +46,7 @@ class Sampler:
     unit_first: bool = False  # initial noise is scaled by sqrt(1 + sigma^2), not sigma
     rounding: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # spacing -> rounding of timesteps
     spare: Mapping[str, int] = field(default_factory=dict)  # spacing -> points dropped at the clean end
-    takes: tuple[str, ...] = ()  # from "eta", "strides", "prediction", "sigma_data", "sigma_at", "pair", "path"
+    takes: tuple[str, ...] = ()  # from eta, strides, prediction, sigma_data, sigma_at, pair, path, around
     batched: bool = True  # a picture in a batch is the same as alone
     guidance_unit: float = 1.0  # factor on the guidance scale
 
@@ -88,28 +88,28 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m_sde": Sampler(partial(dpmpp_2m, eta=1.0), **SOLVER, takes=("eta", "path")),
     "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, **SOLVER, takes=("eta", "path")),
     "lms": Sampler(lms),
-    "unipc": Sampler(unipc, **SOLVER),
+    "unipc": Sampler(unipc, **SOLVER, takes=("around",)),
     "lcm": Sampler(lcm, "distilled", unit_first=True),
     "dpmpp_2m_sde_heun": Sampler(partial(dpmpp_2m, eta=1.0, heun=True), **SOLVER, takes=("eta", "path")),
     "restart": Sampler(restart),
-    "dpm_fast": Sampler(partial(dpm_fast, eta=1.0), ends_at_zero=False, takes=("eta",)),  # eta 1 is A1111's
-    "dpm_adaptive": Sampler(partial(dpm_adaptive, eta=1.0), ends_at_zero=False, takes=("eta",), batched=False),
+    "dpm_fast": Sampler(partial(dpm_fast, eta=1.0), ends_at_zero=False, takes=("eta", "around")),  # eta 1 is A1111's
+    "dpm_adaptive": Sampler(partial(dpm_adaptive, eta=1.0), ends_at_zero=False, takes=("eta", "around"), batched=False),
     "ddim_cfg_pp": Sampler(  # A1111's unit: the scale that others take means about the same here
         euler_cfg_pp, "leading", **TO_FIRST, takes=("eta", "strides", "pair"), guidance_unit=1 / 12.5
     ),
     "euler_cfg_pp": Sampler(euler_cfg_pp, takes=("pair",)),
     "euler_a_cfg_pp": Sampler(partial(euler_cfg_pp, eta=1.0), takes=("eta", "pair")),
     "dpmpp_2m_cfg_pp": Sampler(dpmpp_2m_cfg_pp, takes=("pair",)),
-    "tcd": Sampler(tcd, "distilled", ends_at_zero=False, unit_first=True, takes=("eta", "sigma_at")),
+    "tcd": Sampler(tcd, "distilled", ends_at_zero=False, unit_first=True, takes=("eta", "sigma_at", "around")),
     "res_multistep": Sampler(partial(dpmpp_2m, heun=True)),
     "res_multistep_a": Sampler(partial(dpmpp_2m, eta=1.0, heun=True, split=ancestral), takes=("eta",)),
     "gradient_estimation": Sampler(gradient_estimation),
-    "deis": Sampler(deis, **SOLVER_TO_FIRST),
+    "deis": Sampler(deis, **SOLVER_TO_FIRST, takes=("around",)),
     "ipndm": Sampler(ipndm),
     "er_sde": Sampler(er_sde),
-    "sa_solver": Sampler(sa_solver, **SOLVER_TO_FIRST, takes=("eta",)),
+    "sa_solver": Sampler(sa_solver, **SOLVER_TO_FIRST, takes=("eta", "around")),
     "heunpp2": Sampler(heunpp2),
-    "unipc_bh2": Sampler(partial(unipc, order=3), **SOLVER),  # ComfyUI's name
+    "unipc_bh2": Sampler(partial(unipc, order=3), **SOLVER, takes=("around",)),  # ComfyUI's name
 }
 
 
@@ -123,6 +123,7 @@ class Levels:
     added: float | None = None  # level of the noise added to a picture; None: the first level
     picture_scale: float = 1.0  # initial latent = the noised picture times this
     last_scale: float | None = None  # clean latent = the last x times this; None: 1 / sqrt(1 + sigma^2)
+    around: tuple[int, int] = (0, 0)  # steps of the whole row before these, and after them
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """The initial latent of text to image, from unit noise."""
@@ -143,8 +144,10 @@ class Levels:
 
     def part(self, start: int, stop: int | None = None) -> "Levels":
         """The steps from `start` up to `stop` only."""
-        stop = len(self.sigmas) - 1 if stop is None else stop
-        return replace(self, sigmas=self.sigmas[start : stop + 1], strides=self.strides[start : stop + 1])
+        steps, (before, after) = len(self.sigmas) - 1, self.around
+        stop = steps if stop is None else stop
+        around, own = (before + start, after + steps - stop), slice(start, stop + 1)
+        return replace(self, sigmas=self.sigmas[own], strides=self.strides[own], around=around)
 
 
 def sampler_levels(schedule: NoiseSchedule | EDMSchedule, name: str, steps: int, spacing: str | None = None) -> Levels:

@@ -41,6 +41,7 @@ class Stride(NamedTuple):
 
 Split = Callable[[float, float, float], tuple[float, float]]  # (sigma, sigma_next, eta) -> (sigma_down, sigma_up)
 Strides = Sequence[Stride]  # one per step, or empty
+Around = tuple[int, int]  # steps of the row before and after those of a run on a part of it
 
 
 def toward(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:

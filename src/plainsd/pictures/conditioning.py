@@ -39,7 +39,7 @@ class Conditioning:
 
     context: Tensor  # (B, M, D)
     vector: Tensor | None = None  # (B, V), SDXL
-    concat: Tensor | None = None  # (B, 5, H, W), inpainting models
+    concat: Tensor | None = None  # (B, 1 + L, h, w) of inpainting models, (B, L, h, w) of those that edit
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """Applies `change` to every tensor that is not None."""

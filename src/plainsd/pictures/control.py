@@ -23,6 +23,7 @@ Shape letters: R rows of the batch, C channels, H W height and width in pixels, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from plainsd.files.hashes import legacy_hash
 from plainsd.models.control import ControlNet
@@ -41,7 +42,8 @@ from plainsd.pictures.conditioning import Conditioning
 from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion, moved
 from plainsd.pictures.preprocess import INPAINT, preprocessed
-from plainsd.pictures.settings import ControlNote
+from plainsd.pictures.seamless import wrapped_edges
+from plainsd.pictures.settings import THRESHOLDS, ControlNote
 
 PADDED_TO = 8  # maps are padded to multiples of this, as pictures are
 SOFT = 0.825  # A1111's ratio from one residual to the next
@@ -153,7 +155,8 @@ def maps_of(
         return [as_map(image, size, control.net) for image in control.images]
     assert source is not None  # `_check_source` sees to it
     if control.module != INPAINT:
-        return [as_map(preprocessed(source, control.module), size, control.net)]
+        made = preprocessed(source, control.module, control.thresholds or THRESHOLDS, control.resolution)
+        return [as_map(made, size, control.net)]
     assert hole is not None
     return [inpaint_map(source, hole, control)]
 
@@ -184,22 +187,34 @@ def as_map(image: Image.Image, size: tuple[int, int], net: ControlNet | T2IAdapt
 # --- at each step ----------------------------------------------------------------------------------------------------
 
 
-class Controls:
-    """All controls of one run. What a net computes from its map alone is computed once, for all steps."""
+def dtype_of(net: nn.Module) -> torch.dtype:
+    return next(net.parameters()).dtype
 
-    def __init__(self, sd: StableDiffusion, each: Sequence[Fitted], steps: int):
-        """Moves the nets to the model's device and dtype, in place."""
-        self.steps, self.controls = steps, [one.control for one in each]
+
+class Controls:
+    """All controls of one run. What a net computes from its map alone is computed once, for all steps.
+
+    A net computes in its own dtype, which models of others may share; it is moved to the model's device, in place.
+    """
+
+    def __init__(self, sd: StableDiffusion, each: Sequence[Fitted], steps: int, *, tiling: bool = False):
+        self.steps, self.device, self.controls = steps, sd.device, [one.control for one in each]
+        self.tiling = tiling  # see seamless.py
         self.hints: list[Any] = []  # a tensor, of a T2I-Adapter all its features
         for control, maps in each:
-            net = moved(control.net, sd.device, sd.dtype)
-            maps = [one.to(sd.device, sd.dtype) for one in maps]
-            if isinstance(net, T2IAdapter):
-                features = net(maps[0])
-                weighted = [weight * one for weight, one in zip(control.weights(len(features)), features, strict=True)]
-                self.hints.append(as_features(sd.unet, weighted))
-            else:
-                self.hints.append(net.read(maps, control.kinds, control.strength if len(maps) > 1 else 1.0))
+            net = moved(control.net, sd.device)
+            maps = [one.to(sd.device, dtype_of(net)) for one in maps]
+            with self._edges(net):
+                if isinstance(net, T2IAdapter):
+                    features = [one.to(sd.dtype) for one in net(maps[0])]
+                    weights = control.weights(len(features))
+                    weighted = [weight * one for weight, one in zip(weights, features, strict=True)]
+                    self.hints.append(as_features(sd.unet, weighted))
+                else:
+                    self.hints.append(net.read(maps, control.kinds, control.strength if len(maps) > 1 else 1.0))
+
+    def _edges(self, net: nn.Module) -> AbstractContextManager[None]:
+        return wrapped_edges(net) if self.tiling else nullcontext()
 
     def __call__(
         self, step: int, prompted: Sequence[bool], x: Tensor, timestep: float, conditioning: Conditioning
@@ -231,10 +246,12 @@ class Controls:
     ) -> list[Tensor]:
         """One net's residuals for some of the rows; the others get zeros."""
         assert isinstance(control.net, ControlNet)
+        net, own = moved(control.net, self.device), dtype_of(control.net)
         some = rows if len(rows) < len(x) else slice(None)
-        vector = None if conditioning.vector is None else conditioning.vector[some]
-        found = control.net(x[some], timestep, conditioning.context[some], hint, vector, control.kinds)
-        found = [weight * one for weight, one in zip(control.weights(len(found)), found, strict=True)]
+        vector = None if conditioning.vector is None else conditioning.vector[some].to(own)
+        with self._edges(net):
+            found = net(x[some].to(own), timestep, conditioning.context[some].to(own), hint, vector, control.kinds)
+        found = [weight * one.to(x) for weight, one in zip(control.weights(len(found)), found, strict=True)]
         if len(rows) == len(x):
             return found
         return [

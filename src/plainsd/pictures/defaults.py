@@ -53,8 +53,9 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     sampler = settings.sampler or variant.sampler
     check_names(sampler, settings.spacing)
     like = None if settings.like == "diffusers" else settings.like
-    spacing = automatic_spacing(like, sampler, variant.spacing, settings.spacing)
-    if spacing == "uniform" and settings.spacing is None and isinstance(sd.schedule, EDMSchedule):
+    edm = isinstance(sd.schedule, EDMSchedule)
+    spacing = automatic_spacing(like, sampler, variant.spacing, settings.spacing, timesteps=not edm)
+    if spacing == "uniform" and settings.spacing is None and edm:
         spacing = variant.spacing or "karras"  # EDM models have no table of timesteps
     if spacing == "align_your_steps" and sd.unet.config.vector is not None:
         spacing = "align_your_steps_xl"
@@ -63,6 +64,13 @@ def resolved(sd: StableDiffusion, settings: Settings) -> Resolved:
     if settings.eta is not None and "eta" not in SAMPLERS[sampler].takes:
         raise UserError(
             f"sampler {sampler!r} has no eta; leave eta out, or choose one such as 'ddim'",
+            field="eta",
+            value=settings.eta,
+        )
+    if settings.eta is not None and sampler == "sa_solver" and edm:
+        raise UserError(
+            "sa_solver adds noise between timesteps 200 and 800, and this model was trained at all noise levels (EDM); "
+            "leave eta out, or choose another sampler",
             field="eta",
             value=settings.eta,
         )

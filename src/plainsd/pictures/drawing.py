@@ -84,7 +84,8 @@ def from_picture(
     shown = to_edit(sd, pixels, tiling=tiling).expand(len(each), -1, -1, -1) if editing else None
     known = Known(latents, concat=shown)
     noise, maps = prepare_latents(sd, size, draw), fitted(control, image.size, image)
-    latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
+    joins: dict[str, Any] = {"control": maps, "image_prompt": image_prompt, "shown": image.size}
+    latents = yield from sample(sd, each, size, noise, draw, known, **joins)
     drawn = to_pil(decode(sd, latents, tiling=each[0].tiling))
     yield Pictures([picture.crop((0, 0, *image.size)) for picture in drawn], each, latents)
 
@@ -125,7 +126,8 @@ def repainted(
         control = [replace(c, image=c.image and [*map(canvas.part_of, c.images)]) for c in control]
         image_prompt = [replace(p, mask=p.mask and [*map(canvas.part_of, p.masks)]) for p in image_prompt]
     maps = fitted(control, image.size, image, canvas.hole)
-    latents = yield from sample(sd, each, size, noise, draw, known, control=maps, image_prompt=image_prompt)
+    joins: dict[str, Any] = {"control": maps, "image_prompt": image_prompt, "shown": image.size}
+    latents = yield from sample(sd, each, size, noise, draw, known, **joins)
     drawn = to_pil(decode(sd, latents, tiling=one.tiling))
     yield Pictures([canvas.finished(picture.crop((0, 0, *image.size))) for picture in drawn], each, latents)
 

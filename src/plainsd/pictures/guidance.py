@@ -222,9 +222,12 @@ def check_guidance(sd: StableDiffusion, settings: Settings) -> None:
         raise UserError("a refiner does not go with a model that edits pictures; leave it out", field="refiner")
     if chosen and editing:
         raise UserError(f"{chosen[0]} does not go with a model that edits pictures; leave it out", field=chosen[0])
-    if settings.perturbed and sd.unet.mid.attn is None:
+    lacking = [
+        name for name, one in (("this model", sd), ("its refiner", sd.refiner)) if one and one.unet.mid.attn is None
+    ]
+    if settings.perturbed and lacking:
         raise UserError(
-            "perturbed guidance needs attention in the UNet's middle, which this model lacks; leave it out",
+            f"perturbed guidance needs attention in the UNet's middle, which {lacking[0]} lacks; leave it out",
             field="perturbed",
             value=settings.perturbed,
         )
@@ -281,11 +284,14 @@ def guided_denoise(
     return interval(denoise, cond, *settings.interval) if settings.interval else denoise
 
 
-def guided_pair(estimate: Estimate, each: Sequence[Resolved], *args: Any, composed: bool, **options: Any) -> Pair:
+def guided_pair(
+    estimate: Estimate, each: Sequence[Resolved], *args: Any, composed: bool, distilled: bool, **options: Any
+) -> Pair:
     """`guided_denoise` and the uncond estimate of the same forward pass, for CFG++. Without guidance, at 0 and outside
-    the interval, both are the cond estimate: the ordinary step."""
+    the interval, and of networks that take the scale as an input, both are the cond estimate: the ordinary step."""
     settings, unit = each[0], SAMPLERS[each[0].sampler].guidance_unit
-    if switched_off(settings):
+    options["distilled"] = distilled
+    if switched_off(settings) or distilled:
         plain = [replace(one, guidance=1 / unit) for one in each]
         return both(guided_denoise(estimate, plain, *args, composed=composed, **options))
     found: dict[int, Tensor] = {}  # of the last pass

@@ -23,8 +23,8 @@ from plainsd.errors import UserError
 from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig, attentions_of
 from plainsd.models.layers import Beside
 from plainsd.models.unet import EachBeside, UNet
-from plainsd.models.vision import VisionConfig, VisionTower
-from plainsd.pictures.control import acts_between
+from plainsd.models.vision import VisionConfig, VisionStates, VisionTower
+from plainsd.pictures.control import acts_between, dtype_of
 from plainsd.pictures.control_checks import check_range, check_strength, family
 from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion, moved
@@ -104,17 +104,24 @@ class ImagePrompt:
     def acts(self, step: int, steps: int) -> bool:
         return acts_between(self.start, self.end, step, steps)
 
-    def tokens(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(2, K, M, T): uncond tokens, and those of each picture. Moves adapter and tower there, in place."""
-        adapter = moved(self.adapter.adapter, device, dtype)  # it projects the tokens, also those read before
-        if (device, dtype) not in self._read:
-            tower = moved(self.adapter.tower, device, dtype)
-            pixels = torch.cat([clip_pixels(image, tower.config.size) for image in self.images]).to(device, dtype)
-            states = tower(pixels)
-            black = tower(torch.zeros_like(pixels[:1])) if adapter.config.kind != "base" else states
+    def tokens(self, device: torch.device) -> Tensor:
+        """(2, K, M, T): uncond tokens, and those of each picture, in the adapter's dtype. Moves both networks to the
+        device, in place."""
+        adapter = moved(self.adapter.adapter, device)  # it projects the tokens, also those read before
+        own = dtype_of(adapter)
+        if (device, own) not in self._read:
+            tower = moved(self.adapter.tower, device)
+            pixels = torch.cat([clip_pixels(image, tower.config.size) for image in self.images])
+            pixels = pixels.to(device, dtype_of(tower))
+            states = as_dtype(tower(pixels), own)
+            black = as_dtype(tower(torch.zeros_like(pixels[:1])), own) if adapter.config.kind != "base" else states
             nothing = adapter.nothing(states, black).expand(len(pixels), -1, -1)
-            self._read[device, dtype] = torch.stack([nothing, adapter.read(states)])
-        return self._read[device, dtype]
+            self._read[device, own] = torch.stack([nothing, adapter.read(states)])
+        return self._read[device, own]
+
+
+def as_dtype(states: VisionStates, dtype: torch.dtype) -> VisionStates:
+    return VisionStates([state.to(dtype) for state in states.hidden], states.embeds.to(dtype))
 
 
 def clip_pixels(image: Image.Image, size: int) -> Tensor:
@@ -181,29 +188,44 @@ def widths_of(unet: UNet) -> tuple[int, ...]:
 class ImagePrompts:
     """All image prompts of one run. Keys and values are computed once, for all steps."""
 
-    def __init__(self, sd: StableDiffusion, prompts: Sequence[ImagePrompt], size: tuple[int, int], steps: int):
-        """`size`: width and height of the result, in pixels."""
-        self.unet, self.steps = sd.unet, steps
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        prompts: Sequence[ImagePrompt],
+        size: tuple[int, int],
+        steps: int,
+        shown: tuple[int, int] | None = None,
+    ):
+        """`size`: width and height in pixels of what is drawn; `shown`: of the picture that is cut out of it, if not
+        all."""
+        self.unet, self.steps, self.dtype = sd.unet, steps, sd.dtype
         places = level_sizes(sd.unet, (size[1] // sd.vae.config.factor, size[0] // sd.vae.config.factor))
         self.prompts = [prompt for prompt in prompts if prompt.strength]
-        self.each = [self.read(prompt, prompt.tokens(sd.device, sd.dtype), places, size) for prompt in self.prompts]
+        self.each = [self.read(p, p.tokens(sd.device), places, size, shown or size) for p in self.prompts]
         self.batches: dict[tuple[tuple[bool, ...], tuple[bool, ...]], list[EachBeside]] = {}
 
     def read(
-        self, prompt: ImagePrompt, tokens: Tensor, places: list[tuple[int, int]], size: tuple[int, int]
+        self,
+        prompt: ImagePrompt,
+        tokens: Tensor,
+        places: list[tuple[int, int]],
+        size: tuple[int, int],
+        shown: tuple[int, int],
     ) -> list[list[Beside]]:
         """Keys and values for each cross-attention, in the order of an adapter's file.
 
         Pictures without masks, or with one mask for all, are attended to together; else one by one, as in diffusers'
         pipelines."""
-        masks = [light(mask, size).to(tokens) for mask in prompt.masks]
+        around = (0, size[0] - shown[0], 0, size[1] - shown[1])
+        masks = [F.pad(light(mask, shown), around, mode="replicate").to(tokens) for mask in prompt.masks]
         layers: list[list[Beside]] = [[] for _ in places]
         each = len(masks) > 1
         for number in range(len(prompt.images) if each else 1):
             some = tokens[:, number] if each else tokens.flatten(1, 2)  # (2, M, T) or (2, K M, T)
             where = masks[number] if masks else None
             for layer, place, (k, v) in zip(layers, places, prompt.adapter.adapter(some), strict=True):
-                layer.append(Beside(k, v * prompt.strength, None if where is None else shrunk(where, place)))
+                acts = None if where is None else shrunk(where, place).to(self.dtype)
+                layer.append(Beside(k.to(self.dtype), (v * prompt.strength).to(self.dtype), acts))
         return layers
 
     def __call__(self, step: int, prompted: Sequence[bool], *rest) -> dict[str, list[EachBeside]]:

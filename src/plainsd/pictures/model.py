@@ -45,11 +45,11 @@ class Stage:
         moved(network, self.device)
 
 
-def moved(network: NetworkT, device: torch.device | str, dtype: torch.dtype | None = None) -> NetworkT:
-    """Moves and casts a network in place, also while something is drawn: its weights can be trained afterwards, as
-    those that are made in inference mode cannot."""
+def moved(network: NetworkT, device: torch.device | str) -> NetworkT:
+    """Moves a network in place, also while something is drawn: its weights can be trained afterwards, as those that are
+    made in inference mode cannot."""
     with torch.inference_mode(False):
-        return network.to(device) if dtype is None else network.to(device, dtype)
+        return network.to(device)
 
 
 LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -79,7 +79,7 @@ class StableDiffusion:
     unet: UNet
     vae: AnyVAE
     schedule: NoiseSchedule | EDMSchedule
-    prediction: str  # what the network predicts: "epsilon" or "v_prediction"
+    prediction: str  # what the network predicts: "epsilon", "v_prediction", "sample" (x0), or "edm", see denoiser.py
     variant: Variant
     path: Path | None = None  # where it was loaded from
     refiner: StableDiffusion | None = None  # samples the lowest noise levels, see `sampling.turns`

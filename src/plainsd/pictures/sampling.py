@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.conventions import convention, planned_levels, told_timestep, whole_row
-from plainsd.diffusion.denoiser import Denoise, Pair, differential, inpainting, spread_of, with_timesteps
+from plainsd.diffusion.denoiser import (
+    Denoise,
+    Pair,
+    differential,
+    inpainting,
+    inpainting_clean,
+    spread_of,
+    with_timesteps,
+)
 from plainsd.diffusion.noise import Path
 from plainsd.diffusion.samplers import SAMPLERS, Levels, Step
 from plainsd.diffusion.schedule import EDMSchedule, Level, NoiseSchedule
@@ -122,7 +130,7 @@ class Known:
     latents: Tensor | None  # (B, L, h, w), clean; None: sampling starts from pure noise
     mask: Tensor | None = None  # (1, 1, h, w), 1 where to repaint; elsewhere the latents are kept
     change: Tensor | None = None  # (1, 1, h, w), 0 to 1: how early each position begins to change, see `differential`
-    concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture, for inpainting models
+    concat: Tensor | None = None  # (B, 1 + L, h, w): mask and masked picture; (B, L, h, w): a picture to edit
 
 
 def levels_of(sd: StableDiffusion, one: Resolved, *, on_picture: bool = False, second_pass: bool = False) -> Levels:
@@ -177,12 +185,14 @@ def sample(
     first_pass: int | None = None,
     control: Sequence[Fitted] = (),
     image_prompt: Sequence[ImagePrompt] = (),
+    shown: tuple[int, int] | None = None,
 ) -> Generator[Step, None, Tensor]:
     """Yields the sampler's steps; returns clean latents (B, L, h, w).
 
     `each` differ in prompts, seeds and guidance scale only; `size` is the picture's, for SDXL's conditioning; `noise`
     is the initial noise, and `draw` gives more; `first_pass` is the number of steps of an earlier pass, for prompt
-    editing; `control` and `image_prompt` do not act on a refiner.
+    editing; `control` and `image_prompt` do not act on a refiner; `shown` is the size of the picture that is cut out of
+    this one, if not all.
     """
     one, shape = each[0], noise.shape[1:]
     again = first_pass is not None
@@ -201,9 +211,10 @@ def sample(
         path = draw.path(shape, row, levels.sigmas)
     calls = count() if convention(one.like).prompts == "batches" else None
     concat, done = known.concat if known else None, 0
-    joins: list[Join] = [Controls(sd, control, len(levels.sigmas) - 1)] if control else []
-    joins += [ImagePrompts(sd, image_prompt, size, len(levels.sigmas) - 1)] if image_prompt else []
-    for models, own in turns(sd, one, levels):
+    count_run = len(levels.sigmas) - 1
+    joins: list[Join] = [Controls(sd, control, count_run, tiling=one.tiling)] if control else []
+    joins += [ImagePrompts(sd, image_prompt, size, count_run, shown)] if image_prompt else []
+    for models, own in turns(sd, one, levels, second=again):
         denoise, *later = (
             _denoise(model, each, size, levels, concat, first_pass, joins if model is sd else [], calls)
             for model in models
@@ -215,7 +226,7 @@ def sample(
         if known is not None and known.change is not None:
             denoise = differential(denoise, known.latents, known.change, levels.sigmas)
         elif known is not None and known.mask is not None:
-            denoise = inpainting(denoise, known.latents, known.mask, noise, start=start)
+            denoise = _masked(denoise, known, noise, start, sd.schedule, one)
         options = sampler_options(models[0], one, own, path, denoise)
         for step in SAMPLERS[one.sampler].run(denoise, x, own.sigmas, lambda: draw(shape), **options):
             yield step._replace(index=done + step.index)
@@ -226,11 +237,30 @@ def sample(
     return clean
 
 
-def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[list[StableDiffusion], Levels]]:
+def _masked(
+    denoise: Denoise | Pair,
+    known: Known,
+    noise: Tensor,
+    start: float,
+    schedule: NoiseSchedule | EDMSchedule,
+    one: Resolved,
+) -> Denoise | Pair:
+    """The network, and outside the mask what is known: as it is shown to the network by this program."""
+    rules = convention(one.like)
+    if not rules.keeps_own:
+        return inpainting(denoise, known.latents, known.mask, noise, start=start)
+    if one.sampler in rules.by_timesteps and isinstance(schedule, NoiseSchedule):
+        return inpainting_clean(denoise, known.latents, known.mask)
+    return inpainting(denoise, known.latents, known.mask, noise, start=0.0)
+
+
+def turns(
+    sd: StableDiffusion, one: Resolved, levels: Levels, *, second: bool = False
+) -> list[tuple[list[StableDiffusion], Levels]]:
     """Which model samples which levels: the base model, and after the fraction `handover` of the timesteps its refiner,
     if any (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each starts the sampler afresh, as two pipelines would;
-    if the handover is inside the sampler, both are listed for all levels."""
-    if sd.refiner is None:
+    if the handover is inside the sampler, both are listed for all levels. `second`: in the second pass of hires."""
+    if sd.refiner is None or (one.hires and not second and convention(one.like).refines_second_pass):
         return [([sd], levels)]
     if convention(one.like).refines_midway:
         return [([sd, sd.refiner], levels)]
@@ -245,13 +275,16 @@ def turns(sd: StableDiffusion, one: Resolved, levels: Levels) -> list[tuple[list
 def handed_over(
     denoise: Denoise, refined: Denoise, schedule: NoiseSchedule | EDMSchedule, handover: float | None
 ) -> Denoise:
-    """The first model, and the second one after the fraction `handover` of the table's timesteps."""
+    """The first model, and from the first call after the fraction `handover` of the table's timesteps on the second
+    one, also where a sampler goes back up."""
     assert isinstance(schedule, NoiseSchedule) and handover is not None  # ensured by `check_refiner`
-    table = schedule.sigmas
+    table, switched = schedule.sigmas, False
 
     def either(x: Tensor, sigma: float) -> Tensor:
+        nonlocal switched
         nearest = int((table - sigma).abs().argmin())
-        return (refined if (len(table) - 1 - nearest) / len(table) >= handover else denoise)(x, sigma)
+        switched = switched or (len(table) - 1 - nearest) / len(table) >= handover
+        return (refined if switched else denoise)(x, sigma)
 
     return either
 
@@ -268,6 +301,7 @@ def sampler_options(
         "path": path,
         "sigma_at": sd.schedule.sigma if isinstance(sd.schedule, NoiseSchedule) else None,
         "pair": pair,
+        "around": None if convention(one.like).plain_levels else levels.around,  # the others cut their rows
     }
     taken = {name: options[name] for name in SAMPLERS[one.sampler].takes if options[name] is not None}
     return {**convention(one.like).solvers.get(one.sampler, {}), **taken}

@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise, output_from, x0_from
-from plainsd.diffusion.step import Noise, Sigmas, Step, Strides, newest_first, renamed, toward, weighted
+from plainsd.diffusion.step import Around, Noise, Sigmas, Step, Strides, newest_first, renamed, toward, weighted
 
 
 def plms(
@@ -25,7 +25,8 @@ def plms(
     Runge-Kutta warm-up).
 
     The first step is taken twice: with the output at its start, then with the mean of the outputs at both ends; the
-    second time it is one stride that ends where the next step begins (see `renamed`).
+    second time it is one stride that ends where the next step begins (see `renamed`). A single step of a table's
+    timesteps is taken once, as in diffusers.
     `prediction` says which output is extrapolated. The original always extrapolates epsilon; diffusers extrapolates v
     if the network predicts v, which is only first order.
     """
@@ -34,7 +35,7 @@ def plms(
         denoised = denoise(x, sigma)
         outputs = [output_from(prediction, x, denoised, sigma, sigma_data), *outputs[:3]]
         start, end = sigma, strides[index].below if strides else sigma_next
-        if index == 0:
+        if index == 0 and (len(sigmas) > 2 or not strides):
             trial = renamed(toward(x, denoised, start, end), end, sigma_next)
             at_end = output_from(prediction, trial, denoise(trial, sigma_next), sigma_next, sigma_data)
             mean = (outputs[0] + at_end) / 2
@@ -47,7 +48,8 @@ def plms(
         yield Step(index, sigma_next, x, denoised)
 
 
-ADAMS_BASHFORTH = {  # number of known outputs, newest first -> their weights
+ADAMS_BASHFORTH: dict[int, tuple[float, ...]] = {  # number of known outputs, newest first -> their weights
+    1: (1.0,),
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
@@ -104,16 +106,18 @@ def gradient_estimation(
 FEW_STEPS = 15  # below this DEIS ends with lower orders
 
 
-def deis(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, most: int = 2) -> Iterator[Step]:
+def deis(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, most: int = 2, around: Around = (0, 0)
+) -> Iterator[Step]:
     """Second order: a line in log sigma through the last two slopes, integrated over sigma (log-rho DEIS, Zhang and
-    Chen 2022, arXiv:2204.13902); with `most` = 3 a parabola. The first steps, and of few steps the last ones, are of
-    lower order."""
-    steps = len(sigmas) - 1
+    Chen 2022, arXiv:2204.13902); with `most` = 3 a parabola. The first steps, and of a row of few steps the last ones,
+    are of lower order."""
+    steps = len(sigmas) - 1 + around[1]  # to the end of the row
     slopes: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = aim = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: most - 1]]
-        order = min(len(slopes), steps - index if steps < FEW_STEPS else most)
+        order = min(len(slopes), steps - index if around[0] + steps < FEW_STEPS else most)
         if order > 1 and 0 < sigma_next < sigma:
             weights = _log_means(newest_first(sigmas, index, order), sigma, sigma_next)
             aim = _mixed(denoised, sigma, slopes[:order], weights)

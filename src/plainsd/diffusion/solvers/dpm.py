@@ -1,6 +1,7 @@
 """DPM-Solvers that choose their own steps (Lu et al. 2022a, arXiv:2206.00927), by number of calls or by error.
 
-Both go from sigmas[0] to sigmas[-1] at levels of their own, and treat the result there as clean, as k-diffusion does.
+Both go from sigmas[0] to sigmas[-1] at levels of their own, and treat the result there as clean, as k-diffusion does,
+unless the row goes on.
 They still yield one step for each of `sigmas`, so that progress means the same as elsewhere.
 """
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise
-from plainsd.diffusion.step import Noise, Sigmas, Step, ancestral, renoised, slope_share, toward
+from plainsd.diffusion.step import Around, Noise, Sigmas, Step, ancestral, renoised, slope_share, toward
 
 RTOL, ATOL, FIRST_STEP, SAFETY = 0.05, 0.0078, 0.05, 0.81  # of dpm_adaptive, as in k-diffusion
 END_TOLERANCE = 1e-5  # in log sigma: closer than this the end is reached
@@ -46,7 +47,9 @@ def with_floor(sigma: float, sigma_next: float, eta: float, floor: float) -> tup
     return sigma_down, sigma_up
 
 
-def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
+def dpm_fast(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0, around: Around = (0, 0)
+) -> Iterator[Step]:
     """One call for each step of `sigmas`: DPM-Solver-3, three calls to a step, evenly spaced in log sigma.
 
     Yields after each call; in the middle of a step x is the input of the next call.
@@ -61,12 +64,14 @@ def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: 
             there = toward(x, aim, sigma, level)
             if call == order:
                 level, there = sigma_next, renoised(there, noise, sigma_up)
-            yield Step(index, level if index + 1 < calls else 0.0, there, denoised)
+            yield Step(index, level if index + 1 < calls or around[1] else 0.0, there, denoised)
             index += 1
         x = there
 
 
-def dpm_adaptive(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
+def dpm_adaptive(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 0.0, around: Around = (0, 0)
+) -> Iterator[Step]:
     """DPM-Solver-3 with adaptive steps of three calls each, as long as its difference to DPM-Solver-2 allows.
 
     Only the ends of `sigmas` affect the result. Each of its steps is yielded once its level is passed, with the current
@@ -92,4 +97,4 @@ def dpm_adaptive(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, e
             yield Step(index, sigma, x, denoised)
             index += 1
     for place in range(index, len(sigmas) - 1):
-        yield Step(place, 0.0, x, denoised)
+        yield Step(place, low if around[1] else 0.0, x, denoised)

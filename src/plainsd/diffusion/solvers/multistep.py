@@ -10,6 +10,7 @@ from torch import Tensor
 from plainsd.diffusion.denoiser import Denoise
 from plainsd.diffusion.noise import Path
 from plainsd.diffusion.step import (
+    Around,
     Noise,
     Sigmas,
     Split,
@@ -80,13 +81,20 @@ def dpmpp_3m_sde(
 
 
 def unipc(
-    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, order: int = 2, bh1: bool = False
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    order: int = 2,
+    bh1: bool = False,
+    around: Around = (0, 0),
 ) -> Iterator[Step]:
     """A predictor through the last `order` estimates, and a corrector that repeats each step once the estimate at its
     end is known, without another call (UniPC with B(h) = exp(h) - 1, or with `bh1` B(h) = h, Zhao et al. 2023,
-    arXiv:2302.04867): one order above the predictor. The first steps use fewer estimates. So do the last ones, down to
-    one, for order 3, as published, and for every order before level 0."""
-    falling = order > 2 or sigmas[-1] == 0
+    arXiv:2302.04867): one order above the predictor. The first steps use fewer estimates. So do the last ones of
+    a row, down to one, for order 3, as published, and for every order before level 0."""
+    falling, steps = order > 2 or sigmas[-1] == 0, len(sigmas) - 1 + around[1]
     start = x  # of the previous step
     estimates: list[Tensor] = []  # newest first
     used = 0  # number of estimates in the previous step
@@ -97,7 +105,7 @@ def unipc(
         if index > 0:
             aim = _united(estimates[1 : used + 1], known[1 : used + 1], sigma, bh1, end=denoised)
             x = toward(start, aim, sigmas[index - 1], sigma)
-        used = min(order, index + 1, len(sigmas) - 1 - index if falling else order)
+        used = min(order, index + 1, steps - index if falling else order)
         aim = _united(estimates[:used], known[:used], sigma_next, bh1)
         start, x = x, toward(x, aim, sigma, sigma_next)
         yield Step(index, sigma_next, x, denoised)

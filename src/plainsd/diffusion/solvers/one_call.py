@@ -8,7 +8,7 @@ from torch import Tensor
 
 from plainsd.diffusion.denoiser import Denoise
 from plainsd.diffusion.schedule import Level
-from plainsd.diffusion.step import Noise, Sigmas, Step, Strides, ancestral, renamed, renoised, toward
+from plainsd.diffusion.step import Around, Noise, Sigmas, Step, Strides, ancestral, renamed, renoised, toward
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise) -> Iterator[Step]:
@@ -52,6 +52,7 @@ def tcd(
     *,
     eta: float = 0.3,
     sigma_at: Callable[[float], float] | None = None,
+    around: Around = (0, 0),
 ) -> Iterator[Step]:
     """Trajectory consistency (Zheng et al. 2024, arXiv:2402.19159, algorithm 4): go to timestep (1 - eta) t' and add
     noise back up to t', where the next step begins. For models distilled so; eta is the paper's gamma.
@@ -60,7 +61,7 @@ def tcd(
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        if eta == 0 or index == len(sigmas) - 2:  # no noise is added in the last step
+        if eta == 0 or index == len(sigmas) - 2 + around[1]:  # no noise is added in the last step of a row
             sigma_down = float(sigma_next)
         elif sigma_at is not None and isinstance(sigma_next, Level):
             sigma_down = sigma_at(math.floor((1 - eta) * sigma_next.timestep))

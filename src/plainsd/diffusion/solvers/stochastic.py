@@ -9,7 +9,7 @@ from torch import Tensor
 from plainsd.diffusion.denoiser import Denoise
 from plainsd.diffusion.schedule import Level, karras
 from plainsd.diffusion.solvers.two_calls import heun_step
-from plainsd.diffusion.step import Noise, Sigmas, Step, renoised, reverse_sde, toward
+from plainsd.diffusion.step import Around, Noise, Sigmas, Step, renoised, reverse_sde, toward
 
 RESTART_FROM, RESTART_AT = 2.0, 0.1  # sigmas, for latents of unit variance
 
@@ -86,12 +86,14 @@ def _er_integrals(sigma: float, sigma_next: float, points: int = 200) -> tuple[f
 NOISY = (200, 800)  # timesteps between which sa_solver adds noise
 
 
-def sa_solver(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
+def sa_solver(
+    denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, around: Around = (0, 0)
+) -> Iterator[Step]:
     """A stochastic Adams method: `dpmpp_2m`, with each step corrected, with the same noise, once the estimate at its
     end is known (SA-Solver, Xue et al. 2023, arXiv:2309.05019, orders 2 and 2, weights of its appendix D).
 
-    eta is the paper's tau between timesteps 200 and 800, for levels with a timestep; 0 outside. The last step is first
-    order. Noise is drawn at each step, used or not, as in diffusers.
+    eta is the paper's tau between timesteps 200 and 800, for levels with a timestep; 0 outside. The last step of a row
+    is first order. Noise is drawn at each step, used or not, as in diffusers.
     """
     start, fresh, previous, before = x, x, None, (0.0, 0.0)  # of the previous step; `before` is its split
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -102,7 +104,7 @@ def sa_solver(denoise: Denoise, x: Tensor, sigmas: Sigmas, noise: Noise, *, eta:
             x = toward(start, corrected, sigmas[index - 1], before[0]) + before[1] * fresh
         tau = eta if not isinstance(sigma, Level) or NOISY[0] <= sigma.timestep <= NOISY[1] else 0.0
         split = sigma_down, sigma_up = reverse_sde(sigma, sigma_next, tau**2)
-        if previous is not None and index < len(sigmas) - 2:
+        if previous is not None and index < len(sigmas) - 2 + around[1]:
             stride, stride_before = math.log(sigma / sigma_next), math.log(sigmas[index - 1] / sigma)
             reach = math.log(sigma / sigma_down)
             aim = denoised + (denoised - previous) * (stride / stride_before * reach / 2 / -math.expm1(-reach))
