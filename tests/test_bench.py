@@ -5,17 +5,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_XL
+from conftest import TINY, TINY_XL, tiny_sd
 from PIL import Image
 
+import plainsd
 from plainsd import allocator
 from plainsd.checkpoint import load
 from plainsd.cli import main
-from plainsd.commands.bench import timing_table
+from plainsd.commands.bench import bars_of, timing_table
 from plainsd.errors import UserError
 from plainsd.reports import apart, bench, processes, rivals
 
@@ -46,10 +48,38 @@ def test_the_table_and_its_ratios():
         {"plainsd": 0.01},
         {"diffusers": 3 * 10**9},
     )
-    text = timing_table([row], bench.machine(PLACE))
+    other = bench.Timing("training", {"plainsd, memory not kept": [2.0], "plainsd": [1.0]})
+    text = timing_table([row, other], bench.machine(PLACE))
+    assert "| training | plainsd | 1.000 | 1.000 |  |  |  |  |" in text  # no ratio to diffusers without it
+    assert bars_of([row, other]) == [("work: plainsd", 2.0)] and bars_of([other]) == []
     assert "| work | diffusers | 2.000 | 2.500 |  | 1.00 |  | 3.00 GB |" in text
     assert "| work | plainsd | 1.000 | 1.250 | 60.0 | 2.00 | 1.0e-02 |  |" in text
     assert f"torch {version('torch')}" in text and "threads" in text
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is(tmp_path, capsys):
+    """And any device has a name."""
+    assert bench.machine(PLACE._replace(device=torch.device("mps")))["device"].startswith("mps of ")
+    with pytest.raises(UserError, match="decode-memory is about a CPU's memory; give --device cpu"):
+        bench.apart_row("decode", PLACE._replace(device=torch.device("cuda")), False)
+    for name, variant in (("xl", TINY_XL), ("nine", replace(TINY, unet=replace(TINY.unet, in_channels=9)))):
+        plainsd.save(tiny_sd(variant), tmp_path / name)
+        assert main(["bench", "unet", "--model", str(tmp_path / name), "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert "is of another kind" in error and "timing" not in error
+
+
+@pytest.mark.parametrize("side", ["diffusers", "plainsd"])
+def test_memory_is_measured_beyond_imports(side, monkeypatch, capsys):
+    """What the work itself imports was there before."""
+    began = []
+    monkeypatch.setattr(apart, "status_bytes", lambda name: began.append(set(sys.modules)) or 0)
+    monkeypatch.setitem(apart.READY, "decode", lambda *told: lambda: None)
+    monkeypatch.setattr(apart, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(sys, "stdin", StringIO(""))
+    apart.take_turns(side, "decode", ".", "float32")
+    wanted = {"plainsd.checkpoint", "plainsd.reports.rivals", "plainsd.speed.model"}
+    assert began[0] >= wanted | ({"diffusers", "transformers"} if side == "diffusers" else set())
 
 
 def test_figures_say_what_limited_the_processor(monkeypatch):

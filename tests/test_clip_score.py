@@ -264,6 +264,13 @@ def test_embeddings_are_written_and_duplicates_listed(folder, clip, pictures, tm
     assert embeddings.dtype == np.float32 and np.abs(embeddings - expected).max() < 1e-5
 
 
+def test_the_same_vector_twice_is_a_duplicate_at_any_threshold():
+    vectors = np.random.default_rng(0).normal(size=(200, 512)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = near_duplicates(np.repeat(vectors, 2, axis=0), 1.0)
+    assert [(one.picture, one.like) for one in found] == [(2 * i + 1, 2 * i) for i in range(200)]
+
+
 def test_near_duplicates_by_hand(monkeypatch):
     """Of a set the first is kept; a chain is not one set: what is near to a duplicate alone is kept."""
     monkeypatch.setattr("plainsd.reports.embeddings.ROWS", 2)

@@ -292,6 +292,7 @@ def test_single_file_without_vae(tmp_path, small_families, monkeypatch):
     save_vae(sd.vae, tmp_path / "vae", sd.variant)
     tensors = {key: t for key, t in _single(sd, sd.vae, tmp_path).items() if not key.startswith("first_stage_model.")}
     save_file(tensors, tmp_path / "a.safetensors")
+    assert main(["tokens", "a", "--model", str(tmp_path / "a.safetensors")]) == 0  # which reads no weights
     with pytest.raises(UserError, match=r"a.safetensors holds no autoencoder \(VAE\); give one with --vae, or put"):
         load(tmp_path / "a.safetensors", **CPU)
     assert same_networks(load(tmp_path / "a.safetensors", vae=tmp_path / "vae", **CPU), sd)

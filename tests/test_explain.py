@@ -15,6 +15,7 @@ from browser import chromium, needed  # noqa: F401
 from conftest import TINY, TINY_REFINER, TINY_XL, tiny_sd
 from PIL import Image
 from serving import until
+from test_edm import TINY_PLAYGROUND
 
 import plainsd
 from plainsd.cli import main
@@ -28,6 +29,7 @@ from plainsd.pictures.drawing import Pictures
 from plainsd.reports import explain_page, watching
 from plainsd.reports.explain import Token, read_prompt
 from plainsd.speed import faster
+from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
 PROMPT = "a red apple"
 
@@ -140,6 +142,7 @@ def test_a_words_heat_is_that_of_its_tokens(explained):
         for size, maps in seen.cross_attention.items()
     ) / sum(seen.layers.values())
     torch.testing.assert_close(seen.heat("apple", steps=2), by_hand[0, 0])
+    assert torch.equal(seen.heat("apple", steps=-1), seen.heat("apple", steps=len(seen.timesteps) - 1))
     with pytest.raises(UserError, match="unknown word 'aple'; did you mean 'apple'"):
         seen.heat("aple")
 
@@ -342,7 +345,53 @@ def test_wrong_requests_are_one_line(arguments, said, tmp_path, monkeypatch, cap
     assert said in error and error.count("plainsd: ") == 1 and not list(tmp_path.iterdir())
 
 
+def test_words_are_whole_characters(embedded):
+    """Bytes of one character are spread over tokens, which one by one say nothing."""
+    for text in ("🍎", "größe", "кот", "猫", "🫠"):
+        for model in (embedded, tiny_clip()):
+            tokens, words = read_prompt(model, f"a {text}", 4)
+            assert words == ["a", text] and {token.word for token in tokens} == {None, 0, 1}
+    seen = plainsd.explain(embedded, "a 🍎", steps=1, decoded=False)
+    assert seen.heat("🍎").shape == (8, 8)
+
+
+def tiny_clip():
+    """Any model whose tokenizer is CLIP's."""
+    sd = tiny_sd()
+    sd.tokenizers = [Tokenizer.from_vocabulary(find_vocabulary())]
+    return sd
+
+
+def test_the_latents_of_models_of_another_spread_are_shown_as_the_network_sees_them():
+    """EDM models divide by sqrt(sigma_data^2 + sigma^2)."""
+    sd, shown = tiny_sd(TINY_PLAYGROUND), []
+    handle = sd.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0][:1].clone()))
+    seen = plainsd.explain(sd, "a", steps=4, size=32, decoded=False)
+    handle.remove()
+    assert seen.spread == 0.5 and len(shown) == 4
+    torch.testing.assert_close(explain_page.on_unit_scale(seen), torch.cat(shown), atol=1e-4, rtol=1e-4)
+
+
+def test_maps_of_layers_are_added_up_and_not_kept(monkeypatch):
+    """Of SDXL at 1024 pixels those of one step would be 250 MB."""
+    sd, kept = tiny_sd(TINY_XL), []
+    take = watching.Watcher.take
+    monkeypatch.setattr(watching.Watcher, "take", lambda watch: kept.append(take(watch)) or kept[-1])
+    seen = plainsd.explain(sd, "a", steps=2, size=64, decoded=False)
+    for one in kept:
+        assert {size: maps.ndim for size, maps in one.self.items()} == dict.fromkeys(one.self, 2)
+        assert {size: maps.ndim for size, maps in one.cross.items()} == dict.fromkeys(one.cross, 3)
+    assert max(seen.layers.values()) > 1
+    for maps, axis in ((seen.self_attention, 2), (seen.cross_attention, 1)):
+        assert all((each.sum(axis) - 1).abs().max() < 1e-4 for each in maps.values())
+
+
 def test_beside_is_a_prompt_or_settings():
+    assert read_beside("negative=blurry, ugly") == {"negative": "blurry, ugly"}
+    assert read_beside("negative=blurry, ugly,steps=3") == {"negative": "blurry, ugly", "steps": 3}
+    for wrong in ("steps=10,", "steps=10, red"):
+        with pytest.raises(UserError, match="is not NAME=VALUE, as what precedes it is"):
+            read_beside(wrong)
     assert read_beside("a green apple, shiny") == {"prompt": "a green apple, shiny"}
     assert read_beside("guidance=1, sampler=euler") == {"guidance": 1.0, "sampler": "euler"}
 

@@ -67,6 +67,16 @@ def test_a_tower_equals_transformers(tmp_path, act, dtype):
         assert error(own, theirs) < TOLERANCE[dtype]
 
 
+def test_of_a_strip_only_what_is_seen_is_scaled(monkeypatch):
+    sizes, real = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, size, *more: sizes.append(size) or real(image, size, *more)
+    )
+    for shape in ((1, 50_000), (50_000, 2), (64, 1), (2, 128)):
+        assert clip_pixels(Image.new("RGB", shape, "red"), 28).shape == (1, 3, 28, 28)
+    assert max(max(size) for size in sizes) == 64 * 28
+
+
 @pytest.mark.parametrize("size", [(224, 224), (300, 200), (123, 457), (28, 31), (17, 90)], ids=str)
 @pytest.mark.parametrize("side", [28, 224])
 def test_pixels_are_those_of_transformers(size, side):

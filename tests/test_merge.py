@@ -477,6 +477,7 @@ def test_wrong_extractions(zoo, tmp_path, capsys, monkeypatch):
         ([zoo["a"], zoo["xl"], "--rank", 4], "does not match the first model"),
         ([zoo["a"], zoo["b"], "--rank", 0], "--rank 0 is out of range"),
         ([zoo["a"], zoo["b"], "--rank", 4, "--out", "x.bin"], "give it that ending"),
+        ([zoo["a"], zoo["a"], "--rank", 4, "--out", "x.bin"], "give it that ending"),  # before the models are compared
     ):
         code, _, err = run(capsys, "extract-lora", *arguments)
         assert code == 2 and said in err and err.count("\n") == 1, err

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,7 +15,7 @@ import plainsd
 from plainsd.cli import main
 from plainsd.errors import UserError
 from plainsd.pictures import upscaling
-from plainsd.pictures.images import read_settings, to_tensor
+from plainsd.pictures.images import PictureFile, read_settings, to_tensor
 from plainsd.pictures.upscaling import load_upscaler, spans, upscaled
 
 
@@ -121,6 +122,29 @@ def test_on_the_command_line(network, generate, tmp_path, capsys):
     assert Image.open(small).size == (before.width * 3 // 2, before.height * 3 // 2)
     assert main([*command[:2], str(made), *command[2:]]) == 2
     assert "one file for 2 pictures" in capsys.readouterr().err
+
+
+def test_what_would_be_too_large_is_said_before_any_work(network, tmp_path, monkeypatch, capsys):
+    """And a photo that is enlarged gets no settings of a drawing."""
+    upscaler = load_upscaler(network)
+    with pytest.raises(UserError, match="4000x1 enlarged to 64000x16 is larger than 16384 on a side"):
+        upscaled(Image.new("RGB", (4000, 1)), upscaler, (64000, 16))
+    for name, side in (("x.webp", 16_384), ("x.jpg", 65_501)):
+        with pytest.raises(UserError, match="write a .png"):
+            PictureFile.of(Image.new("RGB", (side, 1)), Path(name).suffix)
+    Image.new("RGB", (8192, 1)).save(tmp_path / "long.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    command = ["upscale", str(tmp_path / "photo.png"), str(tmp_path / "long.png"), "--with", str(network), "--out"]
+    with monkeypatch.context() as patched:
+        patched.setattr("plainsd.pictures.upscaling.upscaled", lambda *more: pytest.fail("it began"))
+        assert main([*command, str(tmp_path / "out"), "--times", "4"]) == 2
+    assert "8192x1 enlarged to 32768x4" in capsys.readouterr().err
+    assert (
+        main(["upscale", str(tmp_path / "photo.png"), "--with", str(network), "--out", str(tmp_path / "big.png")]) == 0
+    )
+    assert (
+        Image.open(tmp_path / "big.png").size == (16, 16) and "parameters" not in Image.open(tmp_path / "big.png").info
+    )
 
 
 def test_what_is_no_upscaler_is_one_line(network, tmp_path, monkeypatch):

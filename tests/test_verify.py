@@ -1,15 +1,19 @@
 """`plainsd verify`: every family passes beside diffusers, in both layouts; a changed weight, token or setting fails."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import TINY, tiny_sd
 from small_models import FAMILIES, model, without_notes
 
+import plainsd
 from plainsd.checkpoint import save
 from plainsd.cli import main
 from plainsd.files.stored import StoredNetwork
-from plainsd.reports.verify import Comparison, error, lines, verify
+from plainsd.models.tiny_vae import TinyVAE, TinyVAEConfig
+from plainsd.reports.verify import Comparison, error, lines, picture_size, verify
 from plainsd.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,6 +45,26 @@ def test_every_family_as_a_folder(tmp_path, name):
     assert found.keys() == names_of(name)
     assert all(row.passed for row in found.values()), found
     assert found["unet"].error < 1e-5 and found["vae, decode"].error < 5e-5  # flat maps make rounding larger
+
+
+@pytest.mark.parametrize("factor", [8, 16, 32])
+@pytest.mark.parametrize("size", [32, 96, 128, 160, 224])
+def test_the_picture_is_of_whole_latents(size, factor):
+    channels = (8,) * (factor.bit_length())
+    variant = replace(TINY, size=size, vae=replace(TINY.vae, channels=channels))
+    assert variant.vae.factor == factor
+    width, height = picture_size(variant)
+    assert width % factor == height % factor == 0 < height <= width <= max(size, factor)
+
+
+def test_a_model_with_taesd_is_compared_with_diffusers_tiny_autoencoder(tmp_path):
+    sd = tiny_sd()
+    torch.manual_seed(0)
+    sd.vae = TinyVAE(TinyVAEConfig(16, (1, 1, 1, 1), (1, 1, 1, 1))).eval()
+    sd.variant = replace(sd.variant, vae=sd.vae.config)
+    plainsd.save(sd, tmp_path / "model")
+    found = {row.name: row for row in verify(tmp_path / "model", device="cpu")}
+    assert {"vae, encode", "vae, decode"} <= found.keys() and all(row.passed for row in found.values())
 
 
 def test_a_wrong_epsilon_in_the_autoencoder_is_found(monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor
 from plainsd.adapters.baking import without_weights
 from plainsd.adapters.layers import LowRank
 from plainsd.adapters.names import adaptable_networks, modules_of
-from plainsd.adapters.writing import write_lora
+from plainsd.adapters.writing import check_lora_file, write_lora
 from plainsd.errors import UserError
 from plainsd.files.convert import read
 from plainsd.files.hub import find
@@ -60,6 +60,7 @@ def extract_lora(
     """
     if rank < 1:
         raise UserError(f"--rank {rank} is out of range; give 1 or more, such as 32")
+    check_lora_file(Path(target))
     theirs, ours = (
         read(find(model, variant_file), variant_file, family, vae=False, ask=False) for model in (base, tuned)
     )

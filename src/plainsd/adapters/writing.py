@@ -43,6 +43,11 @@ ARCHITECTURES = {
 }
 
 
+def check_lora_file(path: Path) -> None:
+    if suffix_of(path) != ".safetensors":
+        raise UserError(f"{path}: a LoRA is written as .safetensors; give it that ending")
+
+
 def write_lora(
     sd: StableDiffusion,
     adapters: Mapping[ModulePlace, Adapter],
@@ -55,8 +60,7 @@ def write_lora(
     has none, so alpha/r goes into B. `metadata` is added to our own; `dtype` None keeps each tensor's dtype."""
     if naming not in NAMINGS:
         raise unknown("LoRA naming", naming, NAMINGS)
-    if suffix_of(path) != ".safetensors":
-        raise UserError(f"{path}: a LoRA is written as .safetensors; give it that ending")
+    check_lora_file(path)
     if strange := [type(adapter).__name__ for adapter in adapters.values() if type(adapter) not in ALGORITHMS]:
         raise UserError(f"an adapter of the kind {strange[0]} is only read here; keep its own file, or bake it in")
     if naming != "kohya" and any(only_kohya(adapter) for adapter in adapters.values()):

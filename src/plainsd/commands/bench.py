@@ -60,63 +60,90 @@ class Bench:
                 raise unknown("row", name, known, field="rows")
         if self.out:
             check_writable(self.out)
+            check_charts()
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
+        if self.model is not None:
+            bench.check_model(self.model)
         with tempfile.TemporaryDirectory() as temporary:
-            wanted = self.rows or tuple(bench.BENCHMARKS | ({} if device.type == "cpu" else bench.GPU_BENCHMARKS))
+            all_rows = bench.BENCHMARKS | ({} if device.type == "cpu" else bench.GPU_BENCHMARKS)
+            left_out = () if Path("/proc/self/status").exists() else ("load",)  # it reads its memory there
+            wanted = self.rows or tuple(name for name in all_rows if name not in left_out)
             rows, folder = [], self.model or Path(temporary) / "sd1"  # shared by the rows
             if self.model is None and set(wanted) & {"unet", "decode", "picture", "load", "decode-memory"}:
                 print("making random weights of SD 1.5", file=sys.stderr)
                 bench.random_folder(folder, dtype)
             workbench = bench.Workbench(folder, dtype, device, self.rounds, Path(temporary))
+            about = bench.machine(workbench)
+            print(table_head(about), flush=True)
             for name in wanted:
                 print(f"timing {name}", file=sys.stderr)
                 rows.append(known[name](workbench, self.compile))
-        about = bench.machine(workbench)
-        print(timing_table(rows, about), end="")
+                print(table_row(rows[-1]), flush=True)  # at once: a later row may fail
         if self.out:
             from plainsd.disk import written_whole
 
             with written_whole(self.out / "bench.json") as path:
                 path.write_text(as_json(rows, about), encoding="utf-8")
-            with written_whole(self.out / "bench.png") as path:
-                plot(rows, about, path)
+            if bars := bars_of(rows):
+                with written_whole(self.out / "bench.png") as path:
+                    plot(bars, about, path)
 
 
-def timing_table(rows: list[Timing], about: dict[str, object]) -> str:
-    """The timings as a Markdown table."""
+def table_head(about: dict[str, object]) -> str:
+    """Of a Markdown table: what was measured on, and the names of the columns."""
     lines = [
         ", ".join(f"{name} {value}" for name, value in about.items()),
         "",
         "| work | by | least s | median s | first s | diffusers / this | relative error | peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        base = min(row.seconds.get("diffusers") or next(iter(row.seconds.values())))
-        for side, seconds in row.seconds.items():
-            error = f"{row.errors[side]:.1e}" if side in row.errors else ""
-            peak = f"{row.peaks[side] / 1e9:.2f} GB" if side in row.peaks else ""
-            first = f"{row.first[side]:.1f}" if side in row.first else ""
-            lines.append(
-                f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | {first} | "
-                f"{base / min(seconds):.2f} | {error} | {peak} |"
-            )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def plot(rows: list[Timing], about: dict[str, object], path: Path) -> None:
-    """Bar chart of speed relative to diffusers, as a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the bar chart needs matplotlib; pip install 'plainsd[bench]'") from None
-    bars = [
+def table_row(row: Timing) -> str:
+    """Its sides, a line each. The ratio is to diffusers; empty without."""
+    lines, base = [], row.seconds.get("diffusers")
+    for side, seconds in row.seconds.items():
+        error = f"{row.errors[side]:.1e}" if side in row.errors else ""
+        peak = f"{row.peaks[side] / 1e9:.2f} GB" if side in row.peaks else ""
+        first = f"{row.first[side]:.1f}" if side in row.first else ""
+        ratio = f"{min(base) / min(seconds):.2f}" if base else ""
+        lines.append(
+            f"| {row.name} | {side} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | {first} | "
+            f"{ratio} | {error} | {peak} |"
+        )
+    return "\n".join(lines)
+
+
+def timing_table(rows: list[Timing], about: dict[str, object]) -> str:
+    """The timings as a Markdown table."""
+    return "\n".join([table_head(about), *map(table_row, rows)]) + "\n"
+
+
+def check_charts() -> None:
+    """UserError without matplotlib."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the bar chart of --out needs matplotlib; pip install 'plainsd[bench]'")
+
+
+def bars_of(rows: list[Timing]) -> list[tuple[str, float]]:
+    """Names and speeds relative to diffusers, of the rows that it has a side in; the last first."""
+    return [
         (f"{row.name}: {side}", min(row.seconds["diffusers"]) / min(seconds))
         for row in reversed(rows)
         if "diffusers" in row.seconds
         for side, seconds in reversed(row.seconds.items())
         if side != "diffusers"
     ]
+
+
+def plot(bars: list[tuple[str, float]], about: dict[str, object], path: Path) -> None:
+    """Bar chart of speed relative to diffusers, as a PNG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])

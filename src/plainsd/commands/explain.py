@@ -89,12 +89,21 @@ class Explain:
 
 
 def read_beside(text: str) -> dict[str, Any]:
-    """What --beside changes: settings if the text is NAME=VALUE, ...; else the prompt."""
-    pairs = [PAIR.fullmatch(part) for part in text.split(",")]
-    if not all(pairs):
-        return {"prompt": text}
+    """What --beside changes: settings if the text is NAME=VALUE, ...; else the prompt. Commas in a value of `negative`
+    are part of it."""
+    pairs: list[tuple[str, str]] = []
+    for part in text.split(","):
+        if pair := PAIR.fullmatch(part):
+            pairs.append((pair[1], pair[2]))
+        elif pairs and pairs[-1][0] == "negative":
+            pairs[-1] = "negative", f"{pairs[-1][1]},{part}"
+        elif pairs and pairs[0][0] in BESIDE_FIELDS:
+            raise UserError(f"--beside: {part.strip()!r} is not NAME=VALUE, as what precedes it is; write it so",
+                            field="beside")  # fmt: skip
+        else:
+            return {"prompt": text}
     found: dict[str, Any] = {}
-    for name, value in (pair.groups() for pair in pairs if pair):
+    for name, value in pairs:
         if name not in BESIDE_FIELDS:
             raise unknown("setting", name, BESIDE_FIELDS, field="beside")
         try:

@@ -101,7 +101,7 @@ class Tokens:
 
         Settings(steps=self.steps).check()
         path = find(self.model)
-        contents = read(path, ask=False)
+        contents = read(path, vae=False, ask=False)
         sd = assemble(contents.variant, empties(contents.variant), tokenizers(contents, path), path)  # reads no weights
         print(describe(sd, self.prompt, self.steps, self.like))
 

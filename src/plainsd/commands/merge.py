@@ -79,10 +79,12 @@ class ExtractLora:
 
     def run(self) -> None:
         from plainsd.adapters.extracting import extract_lora
+        from plainsd.commands.output import check_writable
         from plainsd.device import DTYPES
 
         check_family(self.family)
         out = self.out or Path(f"{Path(self.tuned).name.removesuffix('.safetensors')}-lora.safetensors")
+        check_writable(out.parent)
         shares = extract_lora(
             self.tuned,
             self.base,

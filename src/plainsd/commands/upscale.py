@@ -41,24 +41,27 @@ class Upscale:
             )
 
         from plainsd.device import choose_device
-        from plainsd.pictures.images import open_picture
-        from plainsd.pictures.upscaling import load_upscaler, upscaled
+        from plainsd.pictures.images import check_side, open_picture
+        from plainsd.pictures.upscaling import check_enlarged, load_upscaler, upscaled
 
         images = [open_picture(path) for path in self.pictures]
         upscaler = load_upscaler(self.with_, choose_device(self.device))
-        for path, image in zip(self.pictures, images, strict=True):
-            times = upscaler.scale if self.times is None else self.times
-            size = round(image.width * times), round(image.height * times)
+        times = upscaler.scale if self.times is None else self.times
+        sizes = [(round(image.width * times), round(image.height * times)) for image in images]
+        for image, size in zip(images, sizes, strict=True):  # before any of them takes its time
+            check_enlarged(image, upscaler, size)
+            check_side(size, target.file.suffix if target.file else target.suffix)
+        for path, image, size in zip(self.pictures, images, sizes, strict=True):
             print(target.write(upscaled(image, upscaler, size), upscaled_settings(path, times, upscaler.name)))
 
 
-def upscaled_settings(path: Path, times: float, name: str) -> Settings:
-    """The picture's recorded settings, if any, plus the upscaling, in A1111's notation."""
+def upscaled_settings(path: Path, times: float, name: str) -> Settings | None:
+    """The picture's recorded settings plus the upscaling, in A1111's notation; None where it has none, as a photo."""
     from plainsd.pictures.images import read_settings
     from plainsd.pictures.upscaling import enlarged_notes
 
     try:
         settings = read_settings(path)
-    except UserError:  # it has none
-        settings = Settings()
+    except UserError:
+        return None
     return replace(settings, other=(*settings.other, *enlarged_notes(times, name)))

@@ -37,7 +37,7 @@ def merge_models(
     family: str | None = None,
 ) -> None:
     """Writes A (1 - share) + B share, or with `difference` A + share (B - C). `layout`, `dtype`: as in `convert`. B and
-    C need no autoencoder."""
+    C need no autoencoder if they are single files."""
     check_recipe(len(models), share, difference=difference)
     paths = [find(model, variant_file) for model in models]
     others = [

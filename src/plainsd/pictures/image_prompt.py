@@ -30,6 +30,7 @@ from plainsd.pictures.images import to_rgb
 from plainsd.pictures.model import StableDiffusion, moved
 from plainsd.pictures.settings import ImagePromptNote
 
+LONGEST = 64  # times the shorter side: what is longer is not scaled whole, only to be cut to a square
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -128,6 +129,10 @@ def clip_pixels(image: Image.Image, size: int) -> Tensor:
     """CLIP's image preprocessing: shorter side scaled to `size`, centre crop, normalised. (1, 3, size, size)."""
     image = to_rgb(image)
     short, long = sorted(image.size)
+    if long > LONGEST * short:  # the rest of a strip is cut off below
+        left, top = ((side - min(side, LONGEST * short)) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
+        short, long = sorted(image.size)
     wider = int(size * long / short)
     image = image.resize((wider, size) if image.width >= image.height else (size, wider), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2

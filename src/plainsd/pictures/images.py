@@ -161,9 +161,20 @@ class PictureFile(NamedTuple):
     @classmethod
     def of(cls, image: Image.Image, suffix: str, settings: Settings | None = None) -> "PictureFile":
         """The content that `write_png` and `write_new_picture` write."""
+        check_side(image.size, suffix)
         buffer = BytesIO()
         _save(image, buffer, WRITTEN_AS[suffix.lower()], settings)
         return cls(buffer.getvalue(), image.size)
+
+
+MOST_PIXELS = {"JPEG": 65_500, "WEBP": 16_383}  # on a side, by the format
+
+
+def check_side(size: tuple[int, int], suffix: str) -> None:
+    """UserError for a picture that is too long for its format."""
+    most = MOST_PIXELS.get(WRITTEN_AS[suffix.lower()])
+    if most is not None and max(size) > most:
+        raise UserError(f"{size[0]}x{size[1]} is more than the {most} pixels of a {suffix.lower()} file; write a .png")
 
 
 def write_png(image: Image.Image, path: str | Path, settings: Settings | None = None) -> None:

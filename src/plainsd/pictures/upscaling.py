@@ -83,15 +83,21 @@ def scaled_up(weights: Tensor, scale: int) -> Tensor:
 
 def upscaled(image: Image.Image, upscaler: Upscaler, size: tuple[int, int] | None = None) -> Image.Image:
     """A picture upscaled by the network, then resized to `size` (width, height) if given."""
-    if max(image.size) * upscaler.scale > LARGEST_SIDE:
-        raise UserError(
-            f"{image.width}x{image.height} times {upscaler.scale} is larger than {LARGEST_SIDE} on a side; scale the "
-            "picture down first",
-            field="image",
-        )
+    check_enlarged(image, upscaler, size)
     with torch.inference_mode():
         (large,) = to_pil(upscaler(to_tensor(image)))
     return large if size in (None, large.size) else large.resize(size, Image.Resampling.LANCZOS)
+
+
+def check_enlarged(image: Image.Image, upscaler: Upscaler, size: tuple[int, int] | None = None) -> None:
+    """UserError where the network's result, or the picture of that size, is too large."""
+    for wide, high in ((image.width * upscaler.scale, image.height * upscaler.scale), size or (1, 1)):
+        if max(wide, high) > LARGEST_SIDE:
+            raise UserError(
+                f"{image.width}x{image.height} enlarged to {wide}x{high} is larger than {LARGEST_SIDE} on a side; "
+                "scale the picture down first, or enlarge it less",
+                field="image",
+            )
 
 
 def enlarged_notes(times: float, name: str) -> tuple[tuple[str, str], ...]:

@@ -78,6 +78,8 @@ def apart_row(work: str, place: Workbench, compiled: bool) -> Timing:
     """A row of the benchmark, on a CPU. Training has no side of diffusers' here; see bench/train_speed.py."""
     from plainsd.reports.rivals import Timing
 
+    if place.device.type != "cpu":
+        raise UserError(f"{work}-memory is about a CPU's memory; give --device cpu", field="device")
     names = [name for name in SIDES if work != "train" or name.startswith("plainsd")]
     row = Timing(f"{WORKS[work]}, each side its own process", {name: [] for name in names})
     with ExitStack() as stack:
@@ -105,6 +107,13 @@ def take_turns(side: str, work: str, folder: str, dtype: str) -> None:
 
     import torch
 
+    if side != "plainsd":
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    from plainsd import checkpoint, generate  # noqa: F401
+    from plainsd.reports import rivals  # noqa: F401
+    from plainsd.speed import model, training  # noqa: F401
+
     before = status_bytes("VmRSS")
     ready = READY[work](side, Path(folder), getattr(torch, dtype))
     with torch.inference_mode(work != "train"):
@@ -125,16 +134,16 @@ def decode_work(side: str, folder: Path, dtype) -> Callable[[], object]:
     import torch
 
     from plainsd.checkpoint import load
+    from plainsd.files.convert import read
     from plainsd.reports.rivals import Workbench, diffusers_pipeline
     from plainsd.speed.model import faster
 
-    sd = load(folder, device="cpu", dtype=dtype)
-    pixels = sd.variant.size // sd.vae.config.factor
-    z = torch.randn(1, sd.vae.config.latent_channels, pixels, pixels).to(dtype)
+    variant = read(folder, ask=False).variant  # no weights
+    pixels = variant.size // variant.vae.factor
+    z = torch.randn(1, variant.vae.latent_channels, pixels, pixels).to(dtype)
     if side == "plainsd":
-        vae = faster(sd).vae
+        vae = faster(load(folder, device="cpu", dtype=dtype)).vae
         return lambda: vae.decode(z)
-    del sd
     theirs = diffusers_pipeline(Workbench(folder, dtype, torch.device("cpu"), 1)).vae
     return lambda: theirs.decode(z, return_dict=False)[0]
 
@@ -143,16 +152,18 @@ def small_work(side: str, folder: Path, dtype) -> Callable[[], object]:
     import torch
 
     from plainsd.checkpoint import load
+    from plainsd.files.convert import read
+    from plainsd.files.hub import find
     from plainsd.generate import final, text_to_image
     from plainsd.reports.rivals import Workbench, diffusers_pipeline
     from plainsd.speed.model import faster
 
-    sd, prompt = load(device="cpu", dtype=dtype), "a red apple on a blue background"
+    prompt = "a red apple on a blue background"
     if side == "plainsd":
-        faster(sd)
+        sd = faster(load(device="cpu", dtype=dtype))
         return lambda: final(text_to_image(sd, prompt, steps=20, guidance=2.0, sampler="dpmpp_2m"))
-    assert sd.path is not None  # set by load
-    pipe, size = diffusers_pipeline(Workbench(sd.path, dtype, torch.device("cpu"), 1)), sd.variant.size
+    embedded = find(None)
+    pipe, size = diffusers_pipeline(Workbench(embedded, dtype, torch.device("cpu"), 1)), read(embedded).variant.size
     return lambda: pipe(prompt, num_inference_steps=20, guidance_scale=2.0, height=size, width=size)
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from plainsd.checkpoint import load
 from plainsd.errors import UserError
+from plainsd.files.convert import read
 from plainsd.generate import final, text_to_image
 from plainsd.models.unet import UNet
 from plainsd.pictures.conditioning import encode_prompts
@@ -46,6 +47,16 @@ from plainsd.reports.rivals import (
 
 CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "CXX")  # what limits a processor
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
+
+
+def check_model(folder: Path) -> None:
+    """UserError for a model that the rows cannot ask: they know the inputs of SD 1.x."""
+    variant = read(folder, ask=False).variant
+    if variant.unet.vector is not None or variant.unet.in_channels != variant.vae.latent_channels:
+        raise UserError(
+            f"{folder} is of another kind ({variant.name}); give a folder of SD 1.x or 2.x for text to image",
+            field="model",
+        )
 
 
 def with_distances(row: Timing, sides: Sides, exact: torch.Tensor) -> Timing:
@@ -197,9 +208,9 @@ def machine(place: Workbench) -> dict[str, object]:
     def version(name: str) -> str | None:
         return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
 
-    on_cpu = place.device.type == "cpu"
+    names = {"cpu": processor, "cuda": lambda: torch.cuda.get_device_name(place.device)}
     return {
-        "device": processor() if on_cpu else torch.cuda.get_device_name(place.device),
+        "device": names.get(place.device.type, lambda: f"{place.device.type} of {processor()}")(),
         "threads": torch.get_num_threads(),
         "dtype": str(place.dtype).removeprefix("torch."),
         "rounds": place.rounds,

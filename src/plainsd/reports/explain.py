@@ -64,6 +64,7 @@ class Explanation:
     latent_rgb       (L + 1, 3) rough colours of a latent, see pictures/previews.py
     schedule         (T,) all levels of the noise table, rising; empty for models without a table
     decoded          "denoised", "cond", "uncond" -> S pictures; empty where they were not asked for
+    spread           standard deviation of clean latents: the network is shown x / sqrt(spread^2 + sigma^2)
     """
 
     settings: Resolved
@@ -82,6 +83,7 @@ class Explanation:
     latent_rgb: Tensor
     schedule: Tensor
     decoded: dict[str, list[Image.Image]]
+    spread: float = 1.0
 
     def positions(self, word: str) -> list[int]:
         """Where the word's tokens stand, at each of its places in the prompt. UserError for a word not in it."""
@@ -95,7 +97,10 @@ class Explanation:
         """DAAM's heat map of a word, or of the tokens at these positions: (height, width) of `size`, the latents' if
         none is given. Maps of all sizes are enlarged and averaged over layers and steps; a word's tokens are added."""
         at = self.positions(positions) if isinstance(positions, str) else list(positions)
-        size, steps = size or self.noisy.shape[-2:], slice(steps, steps + 1) if isinstance(steps, int) else steps
+        size, steps = (
+            size or self.noisy.shape[-2:],
+            slice(steps, steps + 1 or None) if isinstance(steps, int) else steps,
+        )
         total = torch.zeros(size)
         for place, maps in self.cross_attention.items():
             mean = maps[steps][:, at].sum(1).mean(0)  # (height, width)
@@ -164,17 +169,18 @@ def read_prompt(sd: StableDiffusion, prompt: str, steps: int) -> tuple[list[Toke
     tokens: list[Token] = []
     words: list[str] = []
     for number, chunk in enumerate(zip(*rows, strict=True)):
-        inside, begun = len(cuts[0][number]) if number < len(cuts[0]) else 0, ""
+        inside, begun = len(cuts[0][number]) if number < len(cuts[0]) else 0, list[int]()
         for at, places in enumerate(zip(*chunk, strict=True)):
             ids = tuple(key for key, _ in places)
             piece = tokenizer.pieces(ids[:1])[0]
             spoken = 1 <= at <= inside
             tokens.append(Token(piece, ids, places[0][1], len(words) if spoken else None))
             if spoken:
-                begun += piece.removesuffix(WORD_END)
-                if piece.endswith(WORD_END) or ids[0] not in plain or at == inside:
-                    words.append(begun)
-                    begun = ""
+                begun.append(ids[0])
+                text, whole = tokenizer.text_of(begun)
+                if (whole and (piece.endswith(WORD_END) or ids[0] not in plain)) or at == inside:
+                    words.append(text)
+                    begun = []
     return tokens, words
 
 
@@ -213,15 +219,16 @@ def explanation_of(
         denoised=latents["denoised"].cpu(),
         cond=latents["cond"].cpu(),
         uncond=latents["uncond"].cpu() if "uncond" in latents else None,
-        cross_attention=over_steps([one.cross for one in seen]),
-        self_attention=over_steps([one.self for one in seen]),
-        layers={size: len(maps) for size, maps in seen[0].cross.items()},
+        cross_attention=over_steps([one.means("cross") for one in seen]),
+        self_attention=over_steps([one.means("self") for one in seen]),
+        layers={size: seen[0].layers["cross", size] for size in seen[0].cross},
+        spread=spread,
         latent_rgb=latent_rgb(sd).float().cpu(),
         schedule=sd.schedule.sigmas if isinstance(sd.schedule, NoiseSchedule) else torch.empty(0),
         decoded=shown,
     )
 
 
-def over_steps(steps: Sequence[dict[MapSize, list[Tensor]]]) -> dict[MapSize, Tensor]:
-    """Maps of each layer -> their mean, all steps in one tensor."""
-    return {size: torch.stack([torch.stack(one[size]).mean(0) for one in steps]).cpu() for size in steps[0]}
+def over_steps(steps: Sequence[dict[MapSize, Tensor]]) -> dict[MapSize, Tensor]:
+    """The maps of all steps in one tensor."""
+    return {size: torch.stack([one[size] for one in steps]) for size in steps[0]}

@@ -111,8 +111,8 @@ def groups_of(one: Explanation) -> list[tuple[str, bool, list[int]]]:
 
 
 def on_unit_scale(one: Explanation) -> Tensor:
-    """Latents at each level but the last as the network is shown them, x / sqrt(1 + sigma^2): (S, L, h, w)."""
-    scales = torch.tensor([math.sqrt(1 + sigma**2) for sigma in one.sigmas[:-1]])
+    """Latents at each level but the last as the network is shown them, x / sqrt(spread^2 + sigma^2): (S, L, h, w)."""
+    scales = torch.tensor([math.sqrt(one.spread**2 + sigma**2) for sigma in one.sigmas[:-1]])
     return one.noisy[:-1] / scales.view(-1, 1, 1, 1)
 
 

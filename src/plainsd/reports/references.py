@@ -22,6 +22,7 @@ from plainsd.files.single import known_beside, prefixes
 from plainsd.files.stored import Contents
 from plainsd.files.tensorfile import open_tensors
 from plainsd.files.tokenizers import tokenizer_names, tokenizer_texts, tokenizers
+from plainsd.models.tiny_vae import TinyVAEConfig
 from plainsd.models.variants import Variant, encoder_names
 
 
@@ -49,7 +50,9 @@ def kind_there(name: str, variant: Variant) -> type[nn.Module]:
     import transformers
 
     if name in ("unet", "vae"):
-        return {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[name]
+        tiny = isinstance(variant.vae, TinyVAEConfig)
+        vae = diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL
+        return diffusers.UNet2DConditionModel if name == "unet" else vae
     text = variant.text[encoder_names(variant).index(name)]
     return transformers.CLIPTextModelWithProjection if text.projection else transformers.CLIPTextModel
 

@@ -33,8 +33,10 @@ from plainsd.files.stored import Contents
 from plainsd.files.tokenizers import tokenizer_names, tokenizers
 from plainsd.generate import image_to_image, inpaint, text_to_image
 from plainsd.models.clip import TextEncoder
+from plainsd.models.tiny_vae import TinyVAEConfig
 from plainsd.models.variants import VARIANTS, Variant, encoder_names
 from plainsd.pictures.conditioning import SINUSOID, size_vector
+from plainsd.pictures.defaults import size_multiple
 from plainsd.pictures.drawing import Pictures
 from plainsd.pictures.images import to_pil, to_tensor
 from plainsd.pictures.sampling import decode
@@ -154,9 +156,10 @@ def numbers(device: torch.device, *shape: int) -> Tensor:
 
 
 def picture_size(variant: Variant) -> tuple[int, int]:
-    """Not square, so that height and width cannot be mistaken for each other."""
-    side = min(variant.size, MAX_SIDE)
-    return side, max(side * 3 // 4 // 8, 1) * 8
+    """Not square, so that height and width cannot be mistaken for each other; of whole latents."""
+    multiple = size_multiple(variant.vae)
+    side = max(min(variant.size, MAX_SIDE) // multiple, 1) * multiple
+    return side, max(side * 3 // 4 // multiple, 1) * multiple
 
 
 def compare_text(
@@ -192,11 +195,16 @@ def compare_vae(
     noise = numbers(device, 1, vae.latent_channels, height // vae.factor, width // vae.factor) / vae.scaling_factor
     pixels, latents = (torch.cat([one, torch.zeros_like(one)]) for one in (busy, noise))
 
+    tiny = isinstance(vae, TinyVAEConfig)  # encodes without a distribution
+
     def ours(vae: nn.Module) -> list[Tensor]:
         gaussian = vae.encode(pixels)
-        return [*gaussian.mean.split(1), *gaussian.logvar.split(1), *vae.decode(latents).split(1)]
+        logvar = [] if tiny else [*gaussian.logvar.split(1)]
+        return [*gaussian.mean.split(1), *logvar, *vae.decode(latents).split(1)]
 
     def there(vae: nn.Module) -> list[Tensor]:
+        if tiny:
+            return [*vae.encode(pixels).latents.split(1), *vae.decode(latents).sample.split(1)]
         gaussian = vae.encode(pixels).latent_dist
         return [*gaussian.mean.split(1), *gaussian.logvar.split(1), *vae.decode(latents).sample.split(1)]
 

@@ -9,7 +9,7 @@ Shape letters: C L channels in and out, h w latent height and width, M tokens, N
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,10 +34,13 @@ class Seen:
     x: Tensor  # (1, C, h, w), as the network is shown it
     timestep: float
     outputs: list[Tensor] = field(default_factory=list)  # (1, L, h, w) each: with the prompt, then without
-    cross: dict[MapSize, list[Tensor]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # a layer each: (M, height, width)
-    self: dict[MapSize, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # a layer each: (N, N)
+    cross: dict[MapSize, Tensor] = field(default_factory=dict)  # (M, height, width), added up over layers
+    self: dict[MapSize, Tensor] = field(default_factory=dict)  # (N, N), likewise: of each layer they would fill memory
+    layers: Counter[tuple[str, MapSize]] = field(default_factory=Counter)  # how many layers, of "cross" and "self"
+
+    def means(self, kind: str) -> dict[MapSize, Tensor]:
+        """The maps' mean over layers."""
+        return {size: total / self.layers[kind, size] for size, total in getattr(self, kind).items()}
 
 
 class Watcher:
@@ -52,8 +55,11 @@ class Watcher:
         self.size: MapSize = (0, 0)  # of the map that is being computed
 
     def take(self) -> Seen:
+        """What was seen since the last call; its maps on the CPU."""
         assert self.first is not None  # every step asks the network
         seen, self.first, self.now = self.first, None, None
+        for maps in (seen.cross, seen.self):
+            maps.update({size: total.cpu() for size, total in maps.items()})
         return seen
 
     def asked(self, unet: UNet, args: tuple) -> None:
@@ -78,7 +84,10 @@ class Watcher:
         if kind == "self" and context.shape[1] > SELF_POSITIONS:
             return
         maps = attention_map(attention, args[0][:1], context[:1])  # (N, M or N)
-        getattr(self.now, kind)[self.size].append(maps.T.unflatten(1, self.size) if kind == "cross" else maps)
+        maps = maps.T.unflatten(1, self.size) if kind == "cross" else maps
+        sums = getattr(self.now, kind)
+        sums[self.size] = sums[self.size] + maps if self.size in sums else maps
+        self.now.layers[kind, self.size] += 1
 
 
 def attention_map(attention: Attention, x: Tensor, context: Tensor) -> Tensor:

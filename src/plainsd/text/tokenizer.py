@@ -184,6 +184,23 @@ class Tokenizer:
         """The tokens as readable text, `</w>` at the end of a word; bytes of an incomplete character as `\\xf0`."""
         return [self._readable(key) for key in ids]
 
+    def text_of(self, ids: Iterable[int]) -> tuple[str, bool]:
+        """What the tokens of a word say together, without `</w>`, and whether it ends with a whole character: the bytes
+        of one may be spread over several tokens. Bytes that are none yet as `\\xf0`."""
+        text, data = "", b""
+        for key in ids:
+            piece = self._backend.id_to_token(key)
+            assert piece is not None, key
+            word = piece.removesuffix(WORD_END)
+            if SYMBOL_BYTES.keys() >= set(word):
+                data += bytes(SYMBOL_BYTES[symbol] for symbol in word)
+            else:  # a learned token may have any name
+                text, data = text + data.decode("utf-8", errors="backslashreplace") + word, b""
+        try:
+            return text + data.decode("utf-8"), True
+        except UnicodeDecodeError:
+            return text + data.decode("utf-8", errors="backslashreplace"), False
+
     def add(self, token: str, count: int = 1) -> list[int]:
         """Add `token` with `count` new ids at the end of the vocabulary, for textual inversion.
 
