@@ -1,13 +1,14 @@
 """What tests share: tiny models with random weights, diffusers' pipelines over them, marks for what a machine lacks."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import plainsd
@@ -21,8 +22,14 @@ from plainsd.speed import kernels
 from plainsd.text.tokenizer import WORD_END, Tokenizer, byte_symbols
 
 os.environ["PLAINSD_KEEP_MEMORY"] = "0"  # commands that tests run in this process leave its allocator alone
-settings.register_profile("plainsd", deadline=None)  # tests hold on any machine, however slow
+settings.register_profile(  # tests hold on any machine, however slow
+    "plainsd", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("plainsd")
+
+MEANT = ("PLAINSD_KEEP_MEMORY", "PLAINSD_PICTURES")  # of the environment: what tests set and read
+STRAY = ("RAY_ADDRESS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
+LOCAL = "127.0.0.1,localhost,::1"
 
 BYTES = byte_symbols()
 VOCABULARY = [*BYTES, *(symbol + WORD_END for symbol in BYTES), "<|startoftext|>", "<|endoftext|>"]
@@ -119,6 +126,17 @@ def model(tmp_path_factory) -> str:
     return str(path)
 
 
+def with_variant(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """A model's folder with plain files and, of other weights, those of the variant fp16; and one with these alone, as
+    plain files."""
+    both, alone = folder / f"both-{seed}", folder / f"alone-{seed}"
+    plainsd.save(tiny_sd(seed=seed), both)
+    plainsd.save(tiny_sd(seed=seed + 100), alone, dtype="float16")
+    for path in alone.glob("*/*.safetensors"):
+        shutil.copy(path, (both / path.relative_to(alone)).with_suffix(".fp16.safetensors"))
+    return both, alone
+
+
 @pytest.fixture
 def small_families(monkeypatch):
     """The table of known models, in sizes for a test: for files without notes of ours."""
@@ -160,6 +178,16 @@ def photo(tmp_path) -> Path:
 
 def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
+
+
+def pytest_configure():
+    """What a shell has set for plainsd, Ray or torchrun is not for tests, and no proxy stands before their servers. Not
+    at import: processes under torchrun import this module too."""
+    for name in [*os.environ]:
+        if name in STRAY or (name.startswith("PLAINSD_") and name not in MEANT):
+            del os.environ[name]
+    direct = {os.environ.get(name) for name in ("NO_PROXY", "no_proxy")} - {None, "", LOCAL}
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join([*sorted(direct), LOCAL])
 
 
 def pytest_collection_modifyitems(items):

@@ -847,7 +847,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("each = 2 * F.huber_loss(", "each = F.huber_loss(",
          "test_finetune.py::test_huber_is_plain_for_small_errors_and_linear_for_large_ones"),
         ("return NoisyLatents(noise, noise + objective.perturbation * normal(*shape))",
-         "return Noise(noise + objective.perturbation * normal(*shape), noise)",
+         "return NoisyLatents(noise + objective.perturbation * normal(*shape), noise)",
          "test_finetune.py::test_input_perturbation_is_not_to_be_found"),
         ("normal(shape[0], 1, 1)", "normal(1, 1, 1)", "test_finetune.py::test_offset_noise_shifts_whole_channels"),
         ("int(count * chance**power)", "int((count - 1) * chance**power)",

@@ -1,10 +1,12 @@
 """What the server's tests share: a model's folder, a server in a thread, and a brake on its worker."""
 
 import base64
+import json
 import queue
 import threading
 import time
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from io import BytesIO
 from pathlib import Path
 
@@ -66,6 +68,13 @@ class Server:
 
     def post(self, path: str, body=None, **more) -> requests.Response:
         return self.session.post(self.url + path, json=body, timeout=60, **more)
+
+    def asking(self, path: str, body: dict, token: str = "") -> HTTPConnection:
+        """A request, sent by a connection of its own: `getresponse` waits for the answer, `close` hangs up."""
+        connection = HTTPConnection(self.url.removeprefix("http://"), timeout=60)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+        connection.request("POST", path, json.dumps(body), headers)
+        return connection
 
     def job(self, **body) -> dict:
         answer = self.post("/api/jobs", body)

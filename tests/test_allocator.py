@@ -17,6 +17,7 @@ from plainsd import allocator, cli
 from plainsd.pictures import memory
 
 GLIBC = pytest.mark.skipif(allocator.glibc() is None, reason="malloc is not glibc's")
+SMALL_PAGES = pytest.mark.skipif(os.sysconf("SC_PAGE_SIZE") != 4096, reason="counts pages of 4 kB")
 MINE = ("MALLOC_", "GLIBC_TUNABLES", allocator.VARIABLE)  # variables that a user sets
 
 
@@ -69,6 +70,7 @@ else:
 
 
 @GLIBC
+@SMALL_PAGES
 @pytest.mark.parametrize("thread", ["main", "other"])
 def test_a_decode_takes_no_new_pages(thread):
     """By default each of its maps is 16,000 new pages; kept, their pages are there from the decode before. What is
@@ -102,7 +104,7 @@ print(json.dumps([full, kept, resident() - before]))
 
 
 @GLIBC
-@pytest.mark.skipif(os.sysconf("SC_PAGE_SIZE") != 4096, reason="counts pages of 4 kB")
+@SMALL_PAGES
 def test_memory_below_a_block_in_use_is_given_back():
     full, kept, released = process(FREED)
     assert full > 300e6 and kept > 300e6 and released < 5e6

@@ -23,6 +23,7 @@ from plainsd.commands.generate import Generate
 from plainsd.commands.grid import axis
 from plainsd.commands.output import Target
 from plainsd.commands.recorded import check_recorded, with_notes
+from plainsd.commands.tokens import describe
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.settings import Settings
@@ -433,6 +434,17 @@ def test_tokens_and_info_and_convert(model, tmp_path, capsys):
     assert (tmp_path / "copy" / weights).read_bytes() == (Path(model) / weights).read_bytes()
 
 
+def test_tokens_as_another_program_reads_them(model, capsys):
+    sd, prompt, told = plainsd.load(model, device="cpu", dtype="float32"), "(a:1.5) [b:c:0.5] d AND e", []
+    for like in ("diffusers", "a1111", "comfyui"):
+        assert main(["tokens", prompt, "--model", model, "--steps", "8", "--like", like]) == 0
+        told.append(capsys.readouterr().out)
+        assert told[-1] == describe(sd, prompt, 8, like) + "\n"
+    assert told[2] not in told[:2]
+    assert main(["tokens", prompt, "--model", model, "--like", "comfy"]) == 2
+    assert "did you mean 'comfyui'?" in capsys.readouterr().err
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 WRONG = {
@@ -565,6 +577,24 @@ def test_convert_takes_the_layout_from_the_name(model, tmp_path):
 def test_eval_of_a_model_without_concepts(model, capsys):
     assert main(["eval", model]) == 2
     assert "concepts.json" in capsys.readouterr().err
+
+
+def test_the_flags_of_eval_arrive(model, tmp_path, monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(
+        "plainsd.emoji.evaluate.evaluate", lambda sd, concepts, **more: asked.update(more, concepts=concepts)
+    )
+    monkeypatch.setattr("plainsd.emoji.evaluate.score_table", lambda result: "its scores\n")
+    (tmp_path / "concepts.json").write_text('{"size": 64}')
+    flags = {
+        "prompts": 5, "steps": 7, "guidance": 3.5, "sampler": "euler", "seed": 11, "out": tmp_path / "out",
+        "font": tmp_path / "font.ttf", "sheet": tmp_path / "sheet.png", "concepts": tmp_path / "concepts.json",
+    }  # fmt: skip
+    arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    assert main(["eval", model, *arguments, "--device", "cpu", "--dtype", "float32", "--plain"]) == 0
+    assert capsys.readouterr().out == "its scores\n"
+    assert asked.pop("about")["model"] == model and callable(asked.pop("progress"))
+    assert asked == flags | {"concepts": {"size": 64}}
 
 
 def test_debug_shows_the_traceback(generate, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_sd
+from conftest import tiny_sd, with_variant
 from diffusers import AutoencoderTiny, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from small_models import BIG, CPU, EACH, FAMILIES, QUICK, model, same_networks, same_tensors, weights
@@ -244,6 +244,18 @@ def test_diffusers_draws_with_a_half_folder_that_it_is_told_nothing_of(tmp_path,
 )
 def test_variants_by_the_names_of_files(name, kind):
     assert file_variant(name) == kind
+
+
+def test_the_files_of_a_variant(tmp_path, monkeypatch):
+    both, alone = with_variant(tmp_path)
+    assert main(["convert", str(both), str(tmp_path / "half"), "--variant-file", "fp16"]) == 0
+    assert same_tensors(weights(tmp_path / "half"), weights(alone))
+    assert main(["convert", str(both), str(tmp_path / "plain")]) == 0
+    assert same_networks(load(tmp_path / "plain", **CPU), tiny_sd())
+    verified = []
+    monkeypatch.setattr("plainsd.reports.verify.verify", lambda *given, **named: verified.append((given, named)) or ())
+    assert main(["verify", str(both), "--variant-file", "fp16"]) == 0
+    assert verified[0][0] == (str(both),) and verified[0][1]["variant_file"] == "fp16"
 
 
 def test_parts_that_are_not_written_are_not_named(tmp_path):

@@ -322,6 +322,7 @@ def test_eval_refuses_flags_before_it_draws(tmp_path, capsys):
         ([*by_clip, "--font", "font.ttf"], "--font is for scores of emoji"),
         ([*by_clip, "--pictures", "x", "--concepts", "c.json"], "--concepts is for scores of emoji"),
         ([*by_clip, "--prompts", "0"], "0 prompts; give at least 1"),
+        (["--prompts", "1"], "1 prompts; give at least 2"),
         (["--batch", "3"], "--batch needs --clip-score"),
         (["--clip-prefix", "X"], "--clip-prefix needs --clip-score"),
     ):

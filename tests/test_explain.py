@@ -455,3 +455,16 @@ def test_the_script_takes_the_screenshots_again(tmp_path):
     sizes = {Image.open(path).size for path in (first, *others)}
     assert sizes == {Image.open(explain_shots.DOCS / first.name).size}
     assert len({path.read_bytes() for path in (first, *others)}) == len(explain_shots.SHOWN)
+
+
+def test_every_setting_of_the_command_line_arrives(model, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("plainsd.reports.explain.explain", lambda sd, **choices: asked.append(choices))
+    monkeypatch.setattr(explain_page, "page", lambda seen: "")
+    settings = ["--negative", "blurry, dark", "--size", "96", "64", "--steps", "3", "--guidance", "2.5"]
+    settings += ["--sampler", "euler", "--spacing", "karras", "--seed", "9", "--beside", "a pear"]
+    arguments = [PROMPT, *settings, "--model", model, "--device", "cpu", "--dtype", "float32", "--plain"]
+    assert main(["explain", *arguments, "--out", str(tmp_path / "x.html")]) == 0
+    given = dict(negative="blurry, dark", size=(96, 64), steps=3, guidance=2.5, sampler="euler", spacing="karras")
+    for prompt, choices in zip((PROMPT, "a pear"), asked, strict=True):
+        assert choices.pop("show") and choices == {"prompt": prompt, "seed": 9, **given}

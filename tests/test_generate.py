@@ -580,7 +580,12 @@ def test_wrong_calls_fail_at_once(sd, photo, mask):
 
 
 def test_the_public_face():
+    assert sorted(plainsd.__all__) == [
+        "Control", "ImagePrompt", "Pictures", "Settings", "StableDiffusion", "Step", "UserError", "add_embedding",
+        "add_lora", "explain", "final", "image_to_image", "inpaint", "load", "load_control", "load_image_prompt",
+        "outpaint", "save", "save_control", "save_embedding", "save_lora", "text_to_image",
+    ]  # fmt: skip
     assert set(plainsd.__all__) <= set(dir(plainsd))
-    assert all(callable(getattr(plainsd, name)) for name in plainsd.__all__)
+    assert [getattr(plainsd, name).__name__ for name in plainsd.__all__] == plainsd.__all__
     with pytest.raises(AttributeError, match="no attribute 'text2image'"):
         plainsd.text2image  # noqa: B018

@@ -1,13 +1,16 @@
 """What `plainsd info` says, and that it reads no weights to say it."""
 
 import json
+import re
 
 import pytest
 import torch
+from conftest import with_variant
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, model
 
 from plainsd.checkpoint import save, save_vae
+from plainsd.cli import main
 from plainsd.errors import UserError
 from plainsd.files import tensorfile
 from plainsd.reports.info import info
@@ -156,3 +159,10 @@ def test_lycoris(tmp_path, kind, factors, rank):
     save_file({f"{key}.{name}": torch.zeros(shape) for name, shape in factors.items()}, tmp_path / "l.safetensors")
     table = {line[2:17].strip(): line[18:] for line in info(tmp_path / "l.safetensors").splitlines()[1:]}
     assert (table["kind"], table["rank"], table["unet"]) == (kind, rank, "1 linear layers")
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--variant-file", "fp16"], "float16")])
+def test_the_files_of_a_variant(tmp_path, capsys, flags, dtype):
+    both, _ = with_variant(tmp_path)
+    assert main(["info", str(both), *flags]) == 0
+    assert set(re.findall(r"float\d+", capsys.readouterr().out)) == {dtype}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, TINY_XL, pixels, tiny_sd
+from conftest import TINY, TINY_XL, pixels, tiny_sd, with_variant
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import CPU, FAMILIES, model, weights
+from small_models import CPU, FAMILIES, model, same_tensors, weights
 from test_lora import differ, ours, randn, same, theirs
 
 from plainsd.adapters.baking import baked
@@ -484,3 +484,15 @@ def test_wrong_extractions(zoo, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
     assert run(capsys, "extract-lora", zoo["b"], zoo["a"], "--rank", 2)[1].splitlines()[-1] == "1-lora.safetensors"
     assert Path("1-lora.safetensors").is_file()
+
+
+def test_the_files_of_a_variant(tmp_path, capsys):
+    (a, a_alone), (b, b_alone) = with_variant(tmp_path), with_variant(tmp_path, 1)
+    of_these = ("--variant-file", "fp16")
+    assert run(capsys, "merge", a, b, "--share", 0.25, "--out", tmp_path / "ours", *of_these)[0] == 0
+    merge_models([a_alone, b_alone], tmp_path / "wanted", 0.25)
+    assert same_tensors(weights(tmp_path / "ours"), weights(tmp_path / "wanted"))
+    ours, wanted = tmp_path / "ours.safetensors", tmp_path / "wanted.safetensors"
+    assert run(capsys, "extract-lora", b, a, "--rank", 2, "--out", ours, *of_these)[0] == 0
+    extract_lora(b_alone, a_alone, wanted, 2)
+    assert same_tensors(load_file(ours), load_file(wanted))

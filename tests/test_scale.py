@@ -7,9 +7,13 @@ import pytest
 from PIL import Image, ImageChops
 
 from plainsd.cli import main
+from plainsd.commands.setup import DrawingSetup
 from plainsd.commands.torchrun import ProcessShare, share_of_torchrun
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
+from plainsd.pictures.memory import LEAST
+from plainsd.pictures.model import Saving
+from plainsd.speed.int8 import int8
 
 PROMPTS = ["a red apple", "a blue fish", "a green tree", "a dog", "a sun"]
 OPTIONS = ["--steps", "2", "--seed", "3", "--device", "cpu", "--dtype", "float32", "--batch", "2"]
@@ -68,11 +72,23 @@ def test_what_is_for_one_process_says_so(flag, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--low-memory"], ["--cache", "2"], ["--int8"]])
-def test_flags_of_memory_and_speed_draw(flags, tmp_path, capsys):
+def test_flags_of_memory_and_speed_draw(flags, tmp_path, monkeypatch):
     if flags == ["--int8"]:
         pytest.importorskip("torchao")
+    ready, drawing, quantized = DrawingSetup.ready, [], []
+
+    def watched(setup, model):
+        found = ready(setup, model)
+        drawing.append(found[0])
+        return found
+
+    monkeypatch.setattr(DrawingSetup, "ready", watched)
+    monkeypatch.setattr("plainsd.speed.int8.int8", lambda sd: quantized.append(int8(sd)))
     assert main(["generate", "a red apple", *OPTIONS, *flags, "--out", str(tmp_path / "x.png")]) == 0
     assert read_settings(tmp_path / "x.png").cache == (2 if "--cache" in flags else None)
+    (sd,) = drawing
+    assert sd.saving == (LEAST if "--low-memory" in flags else Saving())
+    assert quantized == ([sd] if "--int8" in flags else [])
 
 
 @pytest.mark.parametrize("flag", ["--int8", "--plain"])

@@ -325,6 +325,15 @@ def test_lists_and_options(api, server):
     }
 
 
+def test_small_answers(server):
+    modes = [one["name"] for one in server.get("/sdapi/v1/latent-upscale-modes").json()]
+    assert modes == ["Latent", "Latent (antialiased)", "Latent (bicubic)", "Latent (bicubic antialiased)",
+                     "Latent (nearest)", "Latent (nearest-exact)"]  # fmt: skip
+    for what in ("checkpoints", "loras", "embeddings"):
+        answer = server.post(f"/sdapi/v1/refresh-{what}")
+        assert (answer.status_code, answer.json()) == (200, None)
+
+
 @pytest.mark.parametrize(("name", "scheduler", "ours"), [
     ("Euler a", None, ("euler_a", None)), ("euler_a", "Automatic", ("euler_a", None)),
     ("k_euler_a", "automatic", ("euler_a", None)),

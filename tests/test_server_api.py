@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Brake, alike, base64_of, from_base64, model_folder, open_service, png_bytes, served, until
 
 import plainsd
-from plainsd.errors import DiskError
+from plainsd.errors import DiskError, UserError
 from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.server.jobs.drawing import LocalDrawer
 from plainsd.server.jobs.queue import Place
@@ -509,19 +509,21 @@ def test_info_is_what_a_form_needs(server):
     assert parse_settings(text).prompt == "last"
 
 
-def test_metrics_are_prometheus_and_count(server):
-    def values():
-        families = text_string_to_metric_families(server.get("/metrics").text)
-        return {
-            (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
-            for family in families
-            for sample in family.samples
-        }
+def metrics(server):
+    """The values of `/metrics`, by name and labels."""
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
 
-    before = defaultdict(float, values())
+
+def test_metrics_are_prometheus_and_count(server):
+    before = defaultdict(float, metrics(server))
     server.drawn(prompt="counted", count=2, steps=1)
-    until(lambda: values()["plainsd_pictures_total",] == before["plainsd_pictures_total",] + 2)
-    after = values()
+    until(lambda: metrics(server)["plainsd_pictures_total",] == before["plainsd_pictures_total",] + 2)
+    after = metrics(server)
     assert after["plainsd_jobs_ended_total", "done"] == before["plainsd_jobs_ended_total", "done"] + 1
     assert after["plainsd_job_seconds_count",] == before["plainsd_job_seconds_count",] + 1
     assert after["plainsd_job_seconds_sum",] > before["plainsd_job_seconds_sum",]
@@ -532,6 +534,30 @@ def test_metrics_are_prometheus_and_count(server):
         assert after[(f"{name}_count", *of)] == before[(f"{name}_count", *of)] + count
         assert after[(f"{name}_bucket", "+Inf", *of)] == after[(f"{name}_count", *of)]
         assert before[(f"{name}_sum", *of)] < after[(f"{name}_sum", *of)] < before[(f"{name}_sum", *of)] + 60
+
+
+def test_metrics_of_what_waits_and_of_what_fails(model, tmp_path, brake, monkeypatch):
+    with served(open_service([model], tmp_path)) as server:
+        jobs = [server.job(prompt="p", steps=2, count=3)["id"]]
+        assert brake.wait() == 3
+        jobs += [server.job(prompt="p", steps=steps)["id"] for steps in (3, 4)]
+        during = metrics(server)
+        brake.off()
+        assert {server.wait(id)["state"] for id in jobs} == {"done"}
+
+        def wrong(*_, **__):
+            raise UserError("the picture is not finite")
+
+        monkeypatch.setattr("plainsd.server.jobs.drawing.batch", wrong)
+        assert server.wait(server.job(prompt="p")["id"])["state"] == "failed"
+        after = metrics(server)
+    assert (during["plainsd_queue_length",], during["plainsd_jobs_running",]) == (2, 1)
+    assert (after["plainsd_queue_length",], after["plainsd_jobs_running",]) == (0, 0)
+    assert (during["plainsd_failures_total",], after["plainsd_failures_total",]) == (0, 1)
+    assert [after["plainsd_jobs_ended_total", state] for state in ("done", "failed", "cancelled")] == [3, 1, 0]
+    batches = {name[1]: value for name, value in after.items() if name[0] == "plainsd_batches_total"}
+    assert batches == {"1": 3, "3": 1}  # that which failed too
+    assert after["plainsd_workers",] == after["plainsd_model_loads_total",] == 1
 
 
 def test_histograms_are_by_model_and_worker(model, tmp_path):

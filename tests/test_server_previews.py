@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from io import BytesIO
 
 import pytest
 import torch
 from conftest import tiny_sd
-from serving import model_folder, open_service
+from diffusers import AutoencoderTiny
+from PIL import Image
+from serving import Brake, model_folder, open_service, served, until
 
 import plainsd
 from plainsd.checkpoint import add_preview
@@ -78,3 +81,22 @@ def test_a_vae_that_overflows_in_half_precision_is_fitted_in_float32():
     vae.decoder.conv_in.weight.data *= 3e5
     vae.decoder.conv_in.bias.data *= 3e5  # a normalisation follows, which undoes it in float32
     assert fit_latent_rgb(vae.half()).isfinite().all() and expected.isfinite().all()
+
+
+@pytest.mark.parametrize(("taesd", "size"), [(False, (8, 8)), (True, (64, 64))], ids=["projection", "taesd"])
+def test_previews_of_a_job(tmp_path, monkeypatch, taesd, size):
+    brake = Brake(monkeypatch)
+    AutoencoderTiny().save_pretrained(tmp_path / "taesd")
+    service = open_service(
+        [model_folder(tmp_path)], tmp_path / "data", preview_vae=tmp_path / "taesd" if taesd else None
+    )
+    with served(service) as server:
+        id = server.job(prompt="a", steps=3)["id"]
+        brake.wait()
+        brake.step()
+        job = service.queue.jobs[id]
+        until(lambda: job.previews)
+        shown = Image.open(BytesIO(job.previews[0]))
+        brake.off()
+        server.wait(id)
+    assert shown.size == size

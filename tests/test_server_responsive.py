@@ -3,7 +3,7 @@
 import signal
 import socket
 import threading
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 import requests
@@ -85,16 +85,13 @@ def test_a_client_that_hangs_up_holds_up_nobody(model, tmp_path, monkeypatch, pa
     with served(open_service([model], tmp_path)) as server:
         noticed = called(monkeypatch, server.service, "abandon")
 
-        def hang_up():
-            with suppress(requests.exceptions.RequestException):
-                requests.post(server.url + path, json={"prompt": "a", "steps": 4} | more, timeout=1)
-
-        client = threading.Thread(target=hang_up)
-        client.start()
-        brake.wait()
-        with held(server):
-            client.join()
-            assert noticed.wait(SECONDS) and answers(server)
+        with closing(server.asking(path, {"prompt": "a", "steps": 4} | more)) as client:
+            brake.wait()
+            (job,) = server.service.queue.jobs.values()
+            until(lambda: job.notifier.waiting)  # its news are told, which takes the queue too
+            with held(server):
+                client.close()
+                assert noticed.wait(SECONDS) and answers(server)
         until(lambda: server.service.store.counts().get("cancelled") == 1)
         brake.off()
 

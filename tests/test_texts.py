@@ -1,11 +1,11 @@
 """Texts of other programs, and of earlier versions of ours: what each of them means here. All texts are made up."""
 
-import time
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_linear import grows_with_the_length, reading
 
 from plainsd.errors import UserError
 from plainsd.pictures.settings import Settings
@@ -225,21 +225,8 @@ HARD = {
 @pytest.mark.parametrize("name", HARD)
 def test_time_grows_with_the_length_and_no_more(name):
     """Twice the length takes twice the time; a square would take four times."""
-
-    def seconds(n):
-        text = f"x\nSteps: 3, Seed: 1, CFG scale: 7, {HARD[name](n)}"
-        best = float("inf")
-        for _ in range(5):
-            began = time.process_time()
-            try:
-                parse_settings(text)
-            except UserError:
-                pass
-            best = min(best, time.process_time() - began)
-        return best
-
-    few, many = seconds(20_000), seconds(80_000)
-    assert many < 0.02 or many <= 2.5**2 * few, (few, many)
+    read = reading(parse_settings)
+    assert grows_with_the_length(read, lambda n: f"x\nSteps: 3, Seed: 1, CFG scale: 7, {HARD[name](n)}", most=8000)
 
 
 def test_longer_texts_than_any_program_writes_are_refused():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_sd
+from conftest import difference, seeded, tiny_sd
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
@@ -168,12 +168,12 @@ def test_what_does_not_fit_is_one_line(files, tmp_path):
 
 def test_previews_are_its_pictures(files, oracle):
     sd = plainsd.load(files / "model", **CPU)
-    latents = torch.randn(2, 4, 8, 8)
+    latents = torch.randn(2, 4, 8, 8, generator=seeded(0))
     shown = previewer(sd, load_vae(files / "alone.safetensors", device="cpu", dtype="float32"))(latents)
     with torch.no_grad():
         expected = (oracle.decode(latents).sample / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
     assert [image.size for image in shown] == [(64, 64)] * 2
-    assert shown[1].tobytes() == expected[1].permute(1, 2, 0).contiguous().numpy().tobytes()
+    assert difference(shown[1], Image.fromarray(expected[1].permute(1, 2, 0).numpy())) <= 1
     assert previewer(sd)(latents)[0].size == (8, 8)  # by the projection
     own = plainsd.load(files / "model", vae=files / "folder", **CPU)
     assert previewer(own)(latents)[0].tobytes() == shown[0].tobytes()

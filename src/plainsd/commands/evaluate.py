@@ -105,8 +105,9 @@ class Evaluate:
         for place in (self.out, None if self.sheet is None else self.sheet.parent):
             if place is not None:
                 check_writable(place)
-        if self.prompts < 1:
-            raise UserError(f"{self.prompts} prompts; give at least 1", field="prompts")
+        least = 2 if self.clip_score is None else 1  # one of a seen and one of a held-out pair
+        if self.prompts < least:
+            raise UserError(f"{self.prompts} prompts; give at least {least}", field="prompts")
         self.check_kind()
         if self.pictures:
             self.check_pictures()

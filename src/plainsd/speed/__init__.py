@@ -18,5 +18,5 @@ __all__ = list(_HOME)
 
 def __getattr__(name: str):
     if name not in _HOME:
-        raise AttributeError(f"module 'plainsd.speed.model' has no attribute {name!r}")
+        raise AttributeError(f"module 'plainsd.speed' has no attribute {name!r}")
     return getattr(import_module(f"plainsd.speed.{_HOME[name]}"), name)

@@ -89,7 +89,8 @@ class Queue:
             mine = sum(other.client == job.client for other in self.jobs.values())
             if len(self.jobs) >= self.limit or mine >= max(1, self.limit * self.share):
                 whose = f"{mine} of them yours" if mine else "none of them yours"
-                wait = max(1, round(self.seconds_per_picture * len(self.jobs) / 4))
+                left = sum(len(other.indices - other.done) for other in self.jobs.values())
+                wait = max(1, round(self.seconds_per_picture * left / 4))  # until a quarter of them is drawn
                 raise APIError(
                     429,
                     f"the queue is full with {len(self.jobs)} jobs, {whose}; try again in {wait} s",
