@@ -725,6 +725,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_emoji_protocol.py::test_right_and_wrong"),
     ],
     "train/data/ahead.py": [
+        ("except BrokenProcessPool:", "except ZeroDivisionError:",
+         "test_train_scenes.py::test_a_process_that_dies_costs_time_alone"),
         ("stride = first - self.last if 0 <= self.last < first else count", "stride = count",
          "test_train_scenes.py::test_what_follows_is_drawn_before_it_is_asked_for"),
     ],
@@ -748,7 +750,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_train.py::test_learning_rate_warms_up_and_follows_a_cosine"),
         ("finite = math.isfinite(total) and math.isfinite(norm)", "finite = math.isfinite(norm)",
          "test_train.py::test_the_loss_and_the_gradient_must_both_be_finite"),
-        ('self.optimizer.load_state_dict(state["optimizer"])', "pass",
+        ('self.optimizer.load_state_dict(in_groups(state["optimizer"], self.optimizer, self.method.modules))', "pass",
          "test_train.py::test_twenty_steps_equal_ten_and_ten_bit_for_bit"),
     ],
     "train/loop.py": [
@@ -843,6 +845,10 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("        with added.switched_off():\n            return sd.unet(*inputs)", "        return sd.unet(*inputs)",
          "test_consistency.py::test_the_teacher_is_the_model_without_the_lora"),
     ],
+    "train/data/captions.py": [
+        ("autocast(self.sd.device.type, False)", "torch.autocast(self.sd.device.type, enabled=False)",
+         "test_finetune.py::test_remembered_states_do_not_depend_on_autocast"),
+    ],
     "train/objective.py": [
         ("each = 2 * F.huber_loss(", "each = F.huber_loss(",
          "test_finetune.py::test_huber_is_plain_for_small_errors_and_linear_for_large_ones"),
@@ -929,6 +935,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_selection.py::test_a_database_of_before_gets_its_column"),
     ],
     "train/methods/vae.py": [
+        ("(self.patch_weight * fool + catch) * joined", "self.patch_weight * fool * joined + catch",
+         "test_train.py::test_a_discriminator_rests_until_it_starts"),
         ("std((1, 2, 3), keepdim=True) * (strengths * noise)", "std() * (strengths * noise)",
          "test_train.py::test_latents_are_disturbed_by_each_pictures_own_strength"),
     ],

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from plainsd.diffusion.denoiser import min_snr_weight
 from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.pictures.conditioning import encode_prompts
+from plainsd.speed.training import autocast
 from plainsd.text.prompts import Weighted
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.data.captions import Reader, cut_captions
@@ -33,6 +35,7 @@ from plainsd.train.methods.full import full
 from plainsd.train.methods.inversion import inversion, settle
 from plainsd.train.methods.lora import lora
 from plainsd.train.objective import NoisyLatents, Objective, draw_noise, draw_timesteps, errors
+from plainsd.train.optimizer import make_optimizer
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick, random
 from plainsd.train.run import Rhythm, run_training
@@ -63,6 +66,60 @@ def examples(folder, tmp_path_factory):
 
 def weights(module):
     return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+# ---- what decays
+
+
+def test_weights_of_one_row_decay_too(examples):
+    """Of rank 1, or of a word of one vector; norms, biases and a DoRA's lengths do not."""
+    for method in (
+        lora(tiny_sd(), examples, rank=1, targets="all", conv=True, dora=True),
+        inversion(tiny_sd(), examples, "<cat>"),
+        full(tiny_sd(), examples, text_encoder=True),
+    ):
+        norms = [m for m in method.modules.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
+        bare = {id(p) for norm in norms for p in norm.parameters()}
+        bare |= {id(p) for n, p in method.modules.named_parameters() if n.endswith((".bias", ".magnitude"))}
+        groups = make_optimizer(method.modules, FitOptions(steps=1, weight_decay=0.5)).param_groups
+        found = [{id(p) for p in group["params"]} for group in groups]
+        assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and found[1] == bare
+        assert found[0] == {id(p) for p in method.modules.parameters() if p.requires_grad} - bare
+
+
+def as_before(optimizer, parameters, matrices=None):
+    """The state of an optimizer in the groups of older versions, which went by shape."""
+    kinds = [(p.ndim == 0 or p.numel() == max(p.shape), matrices is not None and id(p) in matrices) for p in parameters]
+    order = sorted(range(len(parameters)), key=lambda i: kinds[i])
+    groups = [(bare, matrix) for bare in (False, True) for matrix in ((False,) if matrices is None else (False, True))]
+    same = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    return {
+        "state": {
+            place: optimizer.state[parameters[i]] for place, i in enumerate(order) if parameters[i] in optimizer.state
+        },
+        "param_groups": [
+            same
+            | {"params": [place for place, i in enumerate(order) if kinds[i] == kind], "weight_decay": 0.0}
+            | ({} if matrices is None else {"matrix": kind[1]})
+            for kind in groups
+        ],
+    }
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_older_states_are_sorted_into_the_groups_of_now(examples, dora):
+    options = FitOptions(steps=2, batch=2, lr=1e-3, warmup=0, cosine=False, weight_decay=0.1)
+    trainer, again = (Trainer(lora(tiny_sd(), examples, rank=1, dora=dora), options) for _ in range(2))
+    list(fit(trainer.method, 6, options, trainer=trainer))
+    state = trainer.state() | {"optimizer": as_before(trainer.optimizer, trainer.parameters)}
+    again.load_state(deepcopy(state))
+    assert [group["weight_decay"] for group in again.optimizer.param_groups] == [0.1, 0.0]
+    for p, q in zip(trainer.parameters, again.parameters, strict=True):
+        kept = trainer.optimizer.state[p]
+        assert kept and all(torch.equal(kept[name], again.optimizer.state[q][name]) for name in kept)
+    for one in (trainer, again):
+        one.update([Pick(i, i, random(0, 2, i)) for i in range(2)])
+    assert torch.equal(weights(trainer.method.modules), weights(again.method.modules))
 
 
 # ---- objectives
@@ -172,7 +229,8 @@ def test_states_are_those_of_the_prompt_and_made_once(monkeypatch):
     assert asked == [1, 1] and vector is None  # each caption once, and alone
     reader(["a (red) cat"], SIZES)
     assert asked == [1, 1]
-    expected = encode_prompts(sd, [[Weighted("a (red) cat")]]).context
+    with autocast("cpu", False):  # attention as in a step
+        expected = encode_prompts(sd, [[Weighted("a (red) cat")]]).context
     assert torch.equal(context[:1], expected) and torch.equal(context[2:], expected)
     noted = encode_prompts(sd, ["a (red) cat"]).context
     assert (expected - noted).abs().max() > 0.1  # notation has no meaning here
@@ -181,6 +239,9 @@ def test_states_are_those_of_the_prompt_and_made_once(monkeypatch):
 def test_remembered_states_do_not_depend_on_autocast():
     sd = tiny_sd()
     with torch.autocast("cpu", torch.bfloat16):
+        early = Reader(sd)(["x"], SIZES)[0]
+    assert torch.equal(early, Reader(sd)(["x"], SIZES)[0])
+    with autocast("cpu", False):  # as in a step, which has its own form of attention
         early = Reader(sd)(["x"], SIZES)[0]
     assert torch.equal(early, Reader(sd)(["x"], SIZES)[0])
 
@@ -209,7 +270,8 @@ def test_sdxl_is_told_the_sizes(variant):
     sd = tiny_sd(variant)
     sizes = torch.tensor([[80.0, 96, 8, 16, 64, 64]])
     context, vector = Reader(sd)(["a cat"], sizes)
-    expected = encode_prompts(sd, [[Weighted("a cat")]], size=(64, 64), original=(96, 80), crop=(16, 8))
+    with autocast("cpu", False):  # attention as in a step
+        expected = encode_prompts(sd, [[Weighted("a cat")]], size=(64, 64), original=(96, 80), crop=(16, 8))
     assert torch.equal(context, expected.context) and torch.equal(vector, expected.vector)
 
 

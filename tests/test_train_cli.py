@@ -25,12 +25,22 @@ from plainsd.adapters.embeddings import add_embedding, vectors_of
 from plainsd.adapters.lora import add_lora, save_lora
 from plainsd.checkpoint import load_vae, save_vae
 from plainsd.cli import main
+from plainsd.commands.parsing import parsed
+from plainsd.commands.train import Train
 from plainsd.disk import read_json
 from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import read_settings
 from plainsd.server.embeddings import Embeddings
 from plainsd.train.checkpoints import checkpoints
-from plainsd.train.checks import METHODS_OF, OPTION_RANGES, check_methods, each_option
+from plainsd.train.checks import (
+    METHODS_OF,
+    OPTION_RANGES,
+    check_methods,
+    check_together,
+    each_option,
+    without_effect,
+)
+from plainsd.train.config import config_text, with_config
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.pictures import read_pictures
@@ -39,9 +49,10 @@ from plainsd.train.log import read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.lora import lora
 from plainsd.train.methods.vae import measure_scaling
-from plainsd.train.options import METHOD_DEFAULTS, FitOptions, Steps, TrainOptions, with_defaults
+from plainsd.train.options import METHOD_DEFAULTS, FitOptions, Steps, TrainOptions, with_defaults, with_loss_defaults
 from plainsd.train.order import Repeated
 from plainsd.train.run import Look
+from plainsd.train.trainer import Trainer
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
 
@@ -369,6 +380,7 @@ def test_a_given_prior_set_is_whole(train, tmp_path):
         ("lora", ["--alpha", "0"], "alpha above 0"),
         ("lora", ["--factor", "8"], "it is for lokr alone"),
         ("inversion", ["--token", "square"], "captions do not have the word 'square'"),
+        ("inversion", ["--token", "colo"], "4 of 4 captions do not have the word 'colo'"),  # a part of another word
         ("inversion", ["--token", "o"], "the vocabulary has 'o' already"),
         ("inversion", ["--token", "colour", "--initial", ""], "is empty; give one such as 'cat'"),
         ("inversion", ["--token", "colour", "--vectors", "76"], "has 76 vectors"),
@@ -522,6 +534,59 @@ def test_scratch_goes_on_from_a_base(train, base, tmp_path):
     assert (
         code == 2 and "has other networks than --model describes: conv_in.bias is (32,), and should be (64,)" in said[0]
     )
+
+
+def test_a_description_that_was_edited_is_another_model(train, base, tmp_path):
+    """A run of an older version, which did not write these down, goes on."""
+    shapes, file = described(base), tmp_path / "model.json"
+    file.write_text(json.dumps(shapes))
+    given = {"--model": file, "--vae": base / "vae", "--tokenizer": base / "tokenizer", "--batch": 2, "--steps": 1}
+    more = [str(text) for pair in given.items() for text in pair]
+    assert train("scratch", *more) == (0, [])
+    for other, what in (
+        ({"prediction": "v_prediction"}, "another prediction (epsilon, now v_prediction)"),
+        ({"schedule": {"beta_end": 0.02}}, "another noise schedule"),
+        ({"size": 128}, "another size (64, now 128)"),
+    ):
+        file.write_text(json.dumps(shapes | other))
+        code, said = train("scratch", *more)
+        assert code == 2 and len(said) == 1 and f"holds a run with a model of {what}" in said[0]
+    options = tmp_path / "run" / "options.json"
+    known = read_json(options)
+    for name in ("model_prediction", "model_schedule", "model_size"):
+        known.pop(name)
+    options.write_text(json.dumps(known))
+    file.write_text(json.dumps(shapes))
+    assert train("scratch", *more) == (0, []) and "model_schedule" in read_json(options)
+
+
+def test_an_older_run_may_have_options_that_did_nothing(train, tmp_path):
+    assert train("vae", "--steps", "1", "--batch", "2") == (0, [])
+    options = tmp_path / "run" / "options.json"
+    known = read_json(options)
+    assert (known["dropout"], known["huber"], known["prior_count"]) == ("None", "None", "200")
+    options.write_text(json.dumps(known | {"dropout": "0.1", "huber": "-3", "patch_after": "99", "places": "9"}))
+    assert train("vae", "--steps", "1", "--batch", "2") == (0, [])
+
+
+def test_what_lies_where_an_autoencoder_is_to_be_written_is_told_at_once(train, tmp_path):
+    (tmp_path / "run" / "vae").mkdir(parents=True)
+    (tmp_path / "run" / "vae" / "notes.txt").write_text("mine")
+    code, said = train("vae", "--steps", "1", "--batch", "2")
+    assert code == 2 and "vae is in the way: the result is to be written there" in said[0]
+    assert train("vae", "--steps", "1", "--batch", "2", out=tmp_path / "vae") == (0, [])
+    assert train("vae", "--steps", "1", "--batch", "2", out=tmp_path / "vae") == (0, [])
+
+
+@pytest.mark.parametrize("method", ["lora", "scratch"])
+def test_prompts_that_cannot_be_drawn_are_refused_before_training(train, base, tmp_path, method):
+    (tmp_path / "model.json").write_text(json.dumps(described(base)))
+    (tmp_path / "prompts.txt").write_text("a cat\na cat <lora:ink:1>\n")
+    given = {"--model": tmp_path / "model.json", "--vae": base / "vae", "--tokenizer": base / "tokenizer"}
+    more = [str(text) for pair in given.items() for text in pair] if method == "scratch" else []
+    code, said = train(method, "--steps", "1", "--batch", "2", "--prompts", str(tmp_path / "prompts.txt"), *more)
+    assert code == 2 and "<lora:ink> in the prompt" in said[0]
+    assert not (tmp_path / "run" / "log.jsonl").exists() and not (tmp_path / "run" / "run.toml").exists()
 
 
 def test_scratch_has_checkpointing(train, base, tmp_path, monkeypatch):
@@ -783,6 +848,17 @@ def test_a_run_holds_a_file_that_starts_it_again(train, tmp_path, capsys):
     assert "epochs" not in text and text["seed"] == tomllib.loads(config.read_text())["seed"]
 
 
+@pytest.mark.parametrize("method", METHOD_DEFAULTS)
+def test_a_runs_own_file_is_accepted(tmp_path, method):
+    options = TrainOptions(method, ("x",), Path("y"))
+    filled = replace(options, pace=with_defaults(method, options.pace), loss=with_loss_defaults(options))
+    (tmp_path / "run.toml").write_text(config_text(filled, "a run"))
+    read = parsed(Train, "train", with_config(["--config", str(tmp_path / "run.toml")], Train))
+    check_methods(read)
+    check_together(read)
+    assert (read.loss, read.pace) == (filled.loss, filled.pace)
+
+
 CONFIGS = {
     "rnk = 8": "unknown option 'rnk'; did you mean 'rank'?",
     "config = 'x'": "unknown option 'config'",
@@ -873,6 +949,24 @@ def test_a_full_disk_leaves_the_last_good_state(train, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert train("lora", "--steps", "5", "--rank", "1", "--save-every", "1")[0] == 0
     assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_out_of_memory_is_one_line(train, tmp_path, monkeypatch):
+    update = Trainer.update
+
+    def full(self, picks):
+        if self.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return update(self, picks)
+
+    monkeypatch.setattr(Trainer, "update", full)
+    code, said = train("lora", "--steps", "5", "--rank", "1", "--save-every", "1")
+    assert code == 2 and said == [
+        "plainsd: out of memory; try --batch 1, --checkpointing, --half-base or --adam8bit, with another --out; the "
+        f"last state is {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}"
+    ]
+    code, said = train("vae", "--steps", "5", "--batch", "2", "--save-every", "9", out=tmp_path / "vae")
+    assert said == ["plainsd: out of memory; try --batch 1 or --adam8bit, with another --out; there is no checkpoint"]
 
 
 def test_a_full_disk_when_the_result_is_written(train, tmp_path, monkeypatch):
@@ -1001,6 +1095,7 @@ def test_numbers_out_of_range_are_one_line(train, tmp_path, flags, wanted):
         ("full", ["--model", "x"], "methods vae and scratch"),
         ("lora", ["--optimizer", "muon"], "methods vae, scratch and full"),
         ("vae", ["--dropout", "0.2"], "methods scratch, full, lora, inversion and controlnet"),
+        ("vae", ["--huber", "-3"], "methods scratch, full, lora, inversion and controlnet"),
         ("vae", ["--save-dtype", "bfloat16"], "methods scratch, full, lora and controlnet"),
         ("inversion", ["--save-dtype", "bfloat16"], "methods scratch, full, lora and controlnet"),
     ],
@@ -1010,6 +1105,36 @@ def test_options_of_other_methods_are_refused(train, tmp_path, method, flags, me
     code, said = train(method, "--steps", "1", *flags)
     line = f"plainsd: {flags[0]} is for {methods}, and method {method} does not use it; leave it out"
     assert code == 2 and said == [line] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "method, flags, says",
+    [
+        ("lora", ["--places", "8"], "without --crop random; give that too, or leave it out"),
+        ("lora", ["--prior-weight", "0.5"], "without --prior or --prior-prompt; give that too, or leave it out"),
+        ("lora", ["--prior-count", "9"], "without --prior-prompt; give that too, or leave it out"),
+        ("lora", ["--prior-count", "9", "--prior", "x"], "without --prior-prompt; give that too, or leave it out"),
+        ("full", ["--distill-steps", "25"], "without --distill; give that too, or leave it out"),
+        ("vae", ["--patch-after", "9"], "without --patch-weight; give that too, or leave it out"),
+        ("vae", ["--kl-weight", "9", "--decoder-only"], "with --decoder-only; leave one of them out"),
+        ("lora", ["--hold-out", "0.2", "--heldout", "x"], "with --heldout; leave one of them out"),
+    ],
+    ids=str,
+)
+def test_options_that_have_no_effect_are_refused(train, tmp_path, method, flags, says):
+    code, said = train(method, "--steps", "1", *flags)
+    assert code == 2 and said == [f"plainsd: {flags[0]} has no effect {says}"] and not (tmp_path / "run").exists()
+
+
+def test_options_that_have_one_are_not():
+    options = TrainOptions("vae", ("x",), Path("y"))
+    reading, own = replace(options.reading, crop="random", places=8), options.from_scratch
+    check_together(replace(options, reading=reading, from_scratch=replace(own, patch_weight=0.1, patch_after=9)))
+    check_together(replace(options, method="lora", prior=replace(options.prior, prior=Path("x"), prior_weight=0.5)))
+    check_together(replace(options, from_scratch=replace(own, decoder_only=True)))
+    assert without_effect(options) == {"places", "patch_after"} | {
+        name for name, methods in METHODS_OF.items() if "vae" not in methods
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from test_pickles import program
 
 import plainsd
 from plainsd.cli import main
-from plainsd.train.checkpoints import checkpoints, restore
+from plainsd.errors import DiskError, UserError
+from plainsd.pictures.images import open_picture
+from plainsd.train.checkpoints import SaveError, checkpoints, restore, saving
+from plainsd.train.data.pictures import Item
 from plainsd.train.log import read_log
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-every", "1", "--rank", "1", "--seed", "0"]
@@ -126,6 +129,20 @@ def test_what_else_lies_among_the_states_is_passed_over(place, go_on):
     (states / "step-backup-7").mkdir()
     (states / "note.txt").write_text("x")
     assert go_on()[0] == 0 and (states / "step-99999999").is_file()
+
+
+def test_a_picture_that_cannot_be_read_is_no_full_disk(tmp_path):
+    with pytest.raises(UserError, match="none.png' does not exist"), saving("x"):
+        open_picture(tmp_path / "none.png")
+    with pytest.raises(UserError, match="cannot read"), saving("x"):
+        Item(tmp_path / "none.png", ("a",)).content()
+    with pytest.raises(SaveError, match="cannot write x: no space"), saving("x"):
+        raise DiskError(tmp_path, "no space")
+    with pytest.raises(SaveError, match="cannot write x: no space"), saving("x"):
+        try:
+            raise OSError(28, "no space")
+        except OSError:
+            raise RuntimeError("a wrapper")  # noqa: B904
 
 
 # --- the data --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from plainsd.train.data.crops import Framing, boxes, cut_out, nearest_box, view_
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.folders import Reading
 from plainsd.train.data.latents import cache_latents
+from plainsd.train.data.live import LiveLatents
 from plainsd.train.data.pictures import Item, PictureSet, described, read_pictures, shuffled
 from plainsd.train.data.sources import read_source
 from plainsd.train.order import Bucketed, Pick, Repeated, random
@@ -131,6 +133,41 @@ def test_columns_by_name_and_captions_for_all(tmp_path):
     assert [item.texts for item in found.items] == [("one", "two"), ("three",), ("four",)]
     found = read_source(str(file), 16, tmp_path / "cache", Reading("a cat", picture_column="photo", limit=2))
     assert [item.texts for item in found.items] == [("a cat",)] * 2
+
+
+def test_a_stream_of_other_columns_is_another(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {"image": [png(0, (16, 16))] * 2, "photo": [png(1, (16, 16))] * 2, "text": ["a", "b"], "words": ["c", "d"]}
+    file, cache = tmp_path / "a.parquet", tmp_path / "cache"
+    pyarrow.parquet.write_table(pyarrow.table(table), file)
+    reading = Reading(stream=True, limit=2)
+    found = read_source(str(file), 16, cache, reading)
+    words = read_source(str(file), 16, cache, replace(reading, text_column="words"))
+    assert [item.texts for item in (*found.items, *words.items)] == [("a",), ("b",), ("c",), ("d",)]
+    photos = read_source(str(file), 16, cache, replace(reading, picture_column="photo"))
+    assert not torch.equal(photos.pixels([0]), found.pixels([0])) and photos.items[0].texts == ("a",)
+
+
+def test_a_caption_that_is_no_utf8_is_none(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {"image": [png(i, (16, 16)) for i in range(2)], "text": [b"\xc3\xa4", b"\xff"]}
+    file, told = tmp_path / "a.parquet", []
+    pyarrow.parquet.write_table(pyarrow.table(table), file)
+    with pytest.raises(UserError, match=r"1 of 2 pictures cannot be used, .*row 2: no caption"):
+        read_source(str(file), 16, tmp_path / "cache")
+    found = read_source(str(file), 16, tmp_path / "cache", Reading("a cat", bad_share=0.5), told.append)
+    assert [item.texts for item in found.items] == [("ä",)] and "left out 1 of 2" in told[0]
+
+
+def test_latents_with_means_are_not_trained_on_live_either(folder):
+    vae, pictures = tiny_vae(), read_pictures(folder, 16)
+    vae.config = replace(vae.config, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+    with pytest.raises(UserError, match="normalised channel by channel"):
+        LiveLatents(vae, pictures, lambda picks: torch.zeros(1, 3, 16, 16), torch.float32)
 
 
 def test_a_hub_name_is_fetched_by_the_library(folder, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 import os
 import runpy
 import signal
-import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ from test_emoji_scenes import needs_font
 import plainsd
 from plainsd.cli import main
 from plainsd.emoji import drawing
-from plainsd.errors import UserError
 from plainsd.train.data.ahead import DEPTH, Ahead, pictures_ahead
 from plainsd.train.data.folders import Reading
 from plainsd.train.data.latents import cache_latents
@@ -110,16 +109,24 @@ def test_what_follows_is_drawn_before_it_is_asked_for(made, tmp_path):
         assert [key for key in sorted(ahead.coming) if key[0] > 20] == [(24 + 8 * i, 4) for i in range(DEPTH)]
 
 
-def test_a_process_that_dies_is_one_line(made, tmp_path):
+@pytest.mark.parametrize("when", ["between calls", "in a call"])
+def test_a_process_that_dies_costs_time_alone(made, tmp_path, when):
+    """This process draws the batch, others the next ones."""
     pictures, order = read_source(source(made), 32, tmp_path, Reading()), Order(40, seed=3)
-    with Ahead(pictures, order, 1) as ahead:
+    with Ahead(pictures, order, 1) as ahead, pictures_ahead(pictures, order, 0) as plain:
         ahead(picks_at(order, range(2)))
-        for process in list(ahead.pool._processes.values()):
-            os.kill(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        with pytest.raises(UserError, match="a process that draws pictures has ended"):
-            while time.monotonic() < deadline:
-                ahead(picks_at(order, range(2)))
+        dead = ahead.pool
+        ending = dead.submit(os._exit, 1)
+        if when == "between calls":
+            with pytest.raises(BrokenProcessPool):
+                ending.result(timeout=60)
+        with pytest.warns(UserWarning, match="a process that draws pictures has ended, .* fewer --workers"):
+            for start in (2, 30, 4):  # what was drawn before is there still; the others are not
+                picks = picks_at(order, range(start, start + 2))
+                assert torch.equal(ahead(picks), plain(picks))
+        assert ahead.pool is not dead
+        picks = picks_at(order, range(6, 8))
+        assert torch.equal(ahead(picks), plain(picks)) and ahead.coming
 
 
 def test_live_latents_are_the_cached_ones(made, tmp_path):
@@ -188,6 +195,26 @@ def test_a_model_learns_from_scenes_with_cached_and_with_live_latents(vae, made,
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0] != losses[1]
     assert "are longer than what is read" not in capsys.readouterr().out
     assert plainsd.load(tmp_path / "live" / "live", device="cpu").variant.size == 32
+
+
+def test_a_signal_to_all_processes_saves(made, model, tmp_path, monkeypatch):
+    """As a shell or a cluster sends it: those that draw end at once, the one that trains after its step."""
+    draw, calls = Ahead.__call__, []
+
+    def ended(self, picks):
+        calls.append(picks)
+        if len(calls) == 2:
+            others = list(self.pool._processes.values())
+            for number in (os.getpid(), *(process.pid for process in others)):
+                os.kill(number, signal.SIGTERM)
+            for process in others:
+                process.join()
+        return draw(self, picks)
+
+    monkeypatch.setattr(Ahead, "__call__", ended)
+    assert run(made, model, "vae", tmp_path / "run", "--steps", "4", "--workers", "1") == 0
+    assert [place.name for place in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert run(made, model, "vae", tmp_path / "run", "--steps", "4", "--workers", "1") == 0 and len(calls) == 4
 
 
 def test_a_run_goes_on_bit_for_bit_and_says_when_the_set_is_another(vae, made, model, tmp_path, capsys):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from plainsd.errors import UserError
 from plainsd.train import options
-from plainsd.train.checks import check_methods, check_ranges
+from plainsd.train.checks import METHODS_OF, as_flag, check_methods, check_ranges, check_together
 
 
 @dataclass
@@ -13,6 +13,8 @@ class Train(options.TrainOptions):
     """Trains on captioned pictures. Run again with the same --out, it resumes."""
 
     def run(self) -> int:
+        import torch
+
         from plainsd.device import choose_device, choose_dtype
         from plainsd.train.checkpoints import SaveError, checkpoints
         from plainsd.train.claim import locked
@@ -42,6 +44,7 @@ class Train(options.TrainOptions):
         loss = options.with_loss_defaults(self)
         filled = replace(self, pace=options.with_defaults(self.method, self.pace), loss=loss)
         check_ranges(self.reading, self.loss, self.lora, self.inversion, self.prior, self.telling, self.from_scratch)
+        check_together(self)
         device = choose_device(self.pace.device)
         by_default = "bfloat16" if self.lora.half_base else "auto"
         dtype = choose_dtype(by_default if self.pace.dtype == "auto" else self.pace.dtype, device)
@@ -63,4 +66,15 @@ class Train(options.TrainOptions):
                     file=sys.stderr,
                 )
                 return 1
+            except torch.OutOfMemoryError:
+                states = checkpoints(self.out / "checkpoints")
+                kept = f"the last state is {states[-1]}" if states else "there is no checkpoint"
+                raise UserError(f"out of memory; try {less_memory(self.method)}, with another --out; {kept}") from None
         return 0
+
+
+def less_memory(method: str) -> str:
+    """What a method can do with less memory."""
+    names = ("checkpointing", "half_base", "adam8bit")
+    *others, last = ["--batch 1", *(as_flag(name) for name in names if method in METHODS_OF.get(name, (method,)))]
+    return f"{', '.join(others)} or {last}"

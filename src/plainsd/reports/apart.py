@@ -107,13 +107,12 @@ def take_turns(side: str, work: str, folder: str, dtype: str) -> None:
 
     import torch
 
-    if side != "plainsd":
-        import diffusers  # noqa: F401
-        import transformers  # noqa: F401
     from plainsd import checkpoint, generate  # noqa: F401
-    from plainsd.reports import rivals  # noqa: F401
+    from plainsd.reports import rivals
     from plainsd.speed import model, training  # noqa: F401
 
+    if side != "plainsd":
+        rivals.import_diffusers()
     before = status_bytes("VmRSS")
     ready = READY[work](side, Path(folder), getattr(torch, dtype))
     with torch.inference_mode(work != "train"):

@@ -72,6 +72,12 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def import_diffusers() -> None:
+    """And what its pipelines import."""
+    import diffusers.pipelines.stable_diffusion  # noqa: F401
+    import transformers  # noqa: F401
+
+
 def random_folder(folder: Path, dtype: torch.dtype, family: str = "sd1") -> Path:
     """A model of the family's shape with random weights, as a diffusers folder."""
     torch.manual_seed(0)

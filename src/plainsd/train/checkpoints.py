@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from plainsd.disk import flush, flush_folder, read_json
-from plainsd.errors import UserError, shortened
+from plainsd.errors import DiskError, UserError, shortened
 from plainsd.files.pickles import check_pickle
 from plainsd.train.shard_reader import SafePlanner, SafeReader
 from plainsd.train.trainer import Trainer
@@ -149,12 +149,14 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def saving(what: str) -> Iterator[None]:
-    """Turns errors of the disk into SaveError."""
+    """Turns errors of the disk into SaveError. What is wrong with a file that is read meanwhile stays what it is."""
     try:
         yield
     except (SaveError, BrokenPipeError):  # the latter comes from the progress bar, not from a file
         raise
-    except (OSError, RuntimeError, UserError) as error:  # torch and others wrap the disk's own error
+    except DiskError as error:
+        raise SaveError(f"cannot write {what}: {error.reason}") from error
+    except (OSError, RuntimeError) as error:  # torch and others wrap the disk's own error
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
         if cause is None:
             raise

@@ -1,4 +1,5 @@
-"""What can be said of a run's options by themselves: numbers out of range, and options of other methods."""
+"""What can be said of a run's options by themselves: numbers out of range, options of other methods, and those that do
+nothing beside the others."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass
@@ -63,7 +64,7 @@ METHODS_OF = {  # an option's methods, where not all have it
         ("kl_weight", "edge_weight", "patch_weight", "patch_after", "latent_noise", "decoder_only"), ("vae",)
     ),
     **dict.fromkeys(("vae", "checkpointing", "prompts", "chunks", "shuffle_tags"), TAUGHT),
-    **dict.fromkeys(("dropout", "timestep_power", "min_snr", "offset_noise", "perturbation"), TAUGHT),
+    **dict.fromkeys(("dropout", "timestep_power", "min_snr", "offset_noise", "perturbation", "huber"), TAUGHT),
     **dict.fromkeys(("prior", "prior_prompt", "prior_weight", "prior_count"), TUNING),
     **dict.fromkeys(("text_encoder", "distill_steps"), ("full", "lora")),
     **dict.fromkeys(("optimizer",), ("vae", "scratch", "full")),
@@ -74,6 +75,14 @@ METHODS_OF = {  # an option's methods, where not all have it
     **dict.fromkeys(("save_dtype",), ("scratch", "full", "lora", "controlnet")),
 }
 DONE_ANYWAY = {"save_dtype": "float32"}  # what methods without the option do: they may be told it
+ONLY_WITH = {  # an option's others, without all of which it does nothing
+    "places": ("--crop random",),
+    "prior_weight": ("--prior", "--prior-prompt"),
+    "prior_count": ("--prior-prompt",),
+    "distill_steps": ("--distill",),
+    "patch_after": ("--patch-weight",),
+}
+OVERRULED = {"hold_out": "--heldout", "kl_weight": "--decoder-only"}  # an option's other, beside which it does nothing
 
 
 def as_flag(name: str) -> str:
@@ -104,6 +113,38 @@ def check_methods(options: Any) -> None:
                 f"{as_flag(entry.name)} is for {names}, and method {options.method} does not use it; leave it out",
                 field=entry.name,
             )
+
+
+def check_together(options: Any) -> None:
+    """A UserError for the first option that the others leave without effect. At their defaults all are let pass."""
+    there = given_flags(options)
+    for name, others in ONLY_WITH.items():
+        if as_flag(name) in there and idle_beside(name, there):
+            wanted = " or ".join(others)
+            raise UserError(
+                f"{as_flag(name)} has no effect without {wanted}; give that too, or leave it out", field=name
+            )
+    for name, other in OVERRULED.items():
+        if as_flag(name) in there and idle_beside(name, there):
+            raise UserError(f"{as_flag(name)} has no effect with {other}; leave one of them out", field=name)
+
+
+def without_effect(options: Any) -> set[str]:
+    """The options that change nothing about a run with these ones."""
+    there = given_flags(options)
+    idle = {name for name in (*ONLY_WITH, *OVERRULED) if idle_beside(name, there)}
+    return idle | {name for name, methods in METHODS_OF.items() if options.method not in methods}
+
+
+def given_flags(options: Any) -> set[str]:
+    """The flags of the options that are not at their defaults."""
+    return {as_flag(entry.name) for entry, value in each_option(options) if value != entry.default}
+
+
+def idle_beside(name: str, there: set[str]) -> bool:
+    """Whether an option does nothing where these flags are given."""
+    needed = {flag.split()[0] for flag in ONLY_WITH.get(name, ())}
+    return bool(needed and not needed & there) or OVERRULED.get(name) in there
 
 
 def each_option(options: Any) -> Iterator[tuple[Field, Any]]:

@@ -17,8 +17,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import nn
 
+from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.disk import read_json, written_whole
 from plainsd.errors import UserError
+from plainsd.pictures.model import StableDiffusion
 from plainsd.train.checkpoints import saving
 from plainsd.train.checks import each_option
 from plainsd.train.processes import World
@@ -88,3 +90,15 @@ def weights_digest(*networks: nn.Module) -> str:
             some = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def model_identity(sd: StableDiffusion, size: int | None) -> dict[str, str]:
+    """What a model's settings say of its training, beside its weights. `size`: of the pictures, if not the model's."""
+    schedule = sd.schedule
+    table = schedule.alphas_cumprod.tolist() if isinstance(schedule, NoiseSchedule) else [repr(schedule)]
+    told = " ".join(f"{entry:.6g}" if isinstance(entry, float) else entry for entry in table)  # on any processor
+    return {
+        "model_prediction": sd.prediction,
+        "model_schedule": hashlib.sha256(told.encode()).hexdigest()[:16],
+        "model_size": str(size or sd.variant.size),
+    }

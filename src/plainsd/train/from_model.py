@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from plainsd.adapters.embeddings import check_word, save_embedding
+from plainsd.adapters.embeddings import check_word, occurs_in, save_embedding
 from plainsd.adapters.lora import save_lora, to_adapt
 from plainsd.checkpoint import load_control, save, save_control
 from plainsd.errors import UserError
@@ -22,7 +22,7 @@ from plainsd.models.unet import UNet
 from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
-from plainsd.train.claim import weights_digest
+from plainsd.train.claim import model_identity, weights_digest
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.pictures import PictureSet, read_pictures
 from plainsd.train.data.sources import folder_of
@@ -107,14 +107,14 @@ def train_inversion(job: TrainJob) -> None:
     plain = re.sub(r"[^\w.-]+", "-", token).strip("-.") or "word"
 
     def check(sd: StableDiffusion, pictures: PictureSet) -> None:
+        check_word(sd, token, first_rows(sd, own.initial, own.vectors, job.options.pace.seed))
         texts = [text for item in pictures.items for text in item.texts]
-        without = sum(token.lower() not in text.lower() for text in texts)
+        without = sum(not occurs_in(token, text) for text in texts)
         if without:
             raise UserError(
                 f"{without} of {len(texts)} captions do not have the word {token!r}; write it into "
                 f'them, or give --caption "a photo of {token}" and pictures without captions'
             )
-        check_word(sd, token, first_rows(sd, own.initial, own.vectors, job.options.pace.seed))
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         return inversion(
@@ -171,7 +171,8 @@ def train_controlnet(job: TrainJob) -> None:
 def tuned(job: TrainJob, make: Make, write: Write, check_it: Check | None = None) -> StableDiffusion | None:
     """The trained model; None if the run was stopped early, or if another process saves it."""
     sd = base_model(job)
-    job.check_options(base_weights=weights_digest(sd.unet, sd.vae, *sd.text_encoders))
+    weights = weights_digest(sd.unet, sd.vae, *sd.text_encoders)
+    job.check_options(base_weights=weights, **model_identity(sd, job.options.reading.size))
     network: nn.Module
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.speed.training import trained_faster
 from plainsd.text.tokenizer import Tokenizer
 from plainsd.train.checkpoints import saving
-from plainsd.train.claim import weights_digest
+from plainsd.train.claim import model_identity, weights_digest
 from plainsd.train.data.crops import Framing
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob
@@ -51,7 +51,7 @@ def first_vae(job: TrainJob) -> tuple[Variant, VAE]:
         assert isinstance(variant.vae, VAEConfig)  # `read_description` sees to it
         vae = job.on_device(VAE(variant.vae))
         init_vae(vae)
-        job.check_options()
+        job.check_options(model_size=str(variant.size))
         return variant, vae
     vae = job.on_device(load_vae(base, device=job.world.device, dtype=torch.float32))
     if not isinstance(vae, VAE):
@@ -63,7 +63,7 @@ def first_vae(job: TrainJob) -> tuple[Variant, VAE]:
     same = isinstance(variant.vae, VAEConfig) and replace(variant.vae, scaling_factor=vae.config.scaling_factor)
     if own.model and same != vae.config:
         raise UserError(f"the autoencoder of --base {base} has other sizes than {own.model} says; leave --model out")
-    job.check_options(base_weights=weights_digest(vae))
+    job.check_options(base_weights=weights_digest(vae), model_size=str(variant.size))
     return variant, vae
 
 
@@ -133,7 +133,8 @@ def train_scratch(job: TrainJob) -> None:
         begin_as(sd, job.options.base)
     for network in (sd.unet, *sd.text_encoders):
         job.on_device(network)
-    job.check_options(vae_weights=weights_digest(vae), first_weights=weights_digest(sd.unet, *sd.text_encoders))
+    weights = {"vae_weights": weights_digest(vae), "first_weights": weights_digest(sd.unet, *sd.text_encoders)}
+    job.check_options(**weights, **model_identity(sd, job.options.reading.size))
     pictures, heldout = job.data.pictures(variant.size, vae.config)
     vae.requires_grad_(False)
     job.data.count_long_captions(sd, pictures)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from dataclasses import field as made_by
 from fractions import Fraction
@@ -22,6 +21,7 @@ from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.settings import RANDOM, drawn_seed
 from plainsd.train import config
 from plainsd.train.checkpoints import saving
+from plainsd.train.checks import without_effect
 from plainsd.train.claim import CONFIG_FILE, DAMAGED, OPTIONS_FILE, claim, flat, longer, recorded_seed
 from plainsd.train.consistency import Distill
 from plainsd.train.data.pictures import PictureSet
@@ -37,7 +37,17 @@ from plainsd.train.trainer import Method
 FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers",
         "config", "save_results_every", "save_epochs"}  # fmt: skip
 RUN_FOLDERS = ("cache", "checkpoints", "prior", "results", "samples", "tensorboard", "vae")  # of a run's folder
-RESULT_FOLDERS = {"full": "model_index.json", "scratch": "model_index.json", "controlnet": "config.json"}  # a file each
+RESULT_FOLDERS = {  # a file each
+    "full": "model_index.json",
+    "scratch": "model_index.json",
+    "controlnet": "config.json",
+    "vae": "config.json",
+}
+OTHER_MODELS = {  # else it has other weights
+    "model_prediction": "another prediction",
+    "model_schedule": "another noise schedule",
+    "model_size": "another size",
+}
 
 
 @dataclass
@@ -90,11 +100,13 @@ class TrainJob:
         self.options = replace(self.options, pace=replace(self.options.pace, seed=seed))
 
     def check_name(self) -> None:
-        """A whole model is a folder inside the run's, under the same name, and so is a ControlNet."""
-        place, marker = self.result(), RESULT_FOLDERS.get(self.options.method)
+        """A whole model is a folder inside the run's, under the same name, and so is a ControlNet; an autoencoder is
+        the folder `vae`."""
+        alone, marker = self.options.method == "vae", RESULT_FOLDERS.get(self.options.method)
+        place = self.out / "vae" if alone else self.result()
         if marker is None:
             return
-        if self.name in RUN_FOLDERS:
+        if self.name in RUN_FOLDERS and not alone:
             raise UserError(
                 f"--out {self.out}: the result gets the folder's name, and {self.name!r} is a part of every run; "
                 "give another"
@@ -109,11 +121,13 @@ class TrainJob:
         epochs. With cosine decay, more steps change the learning rate from here on."""
         path, now = self.out / OPTIONS_FILE, flat(self.options) | more
         old = read_json(path, DAMAGED) if path.is_file() else {}
+        idle = without_effect(self.options)  # older versions wrote down what did nothing
         for name in now if old else ():
             if name in ("steps", "epochs") and longer(old.get(name), now[name]):
                 self.say(f"{self.out} was to end after {old[name]} {name}; it goes on to {now[name]}")
-            elif name not in FREE and old.get(name, now[name]) != now[name]:
-                what = f"another --{name.replace('_', '-')}" if name not in more else "a model with other weights"
+            elif name not in FREE | idle and old.get(name, now[name]) != now[name]:
+                model = f"a model of {OTHER_MODELS[name]}" if name in OTHER_MODELS else "a model with other weights"
+                what = model if name in more else f"another --{name.replace('_', '-')}"
                 raise UserError(
                     f"{self.out} holds a run with {what} ({old[name]}, now {now[name]}); give the same "
                     "options to resume, or another --out"
@@ -238,26 +252,29 @@ class TrainJob:
         self, sd: "StableDiffusion", net: ControlNet | None = None, *, pictures: PictureSet | None = None
     ) -> Callable[[Path], None] | None:
         """Draws a grid of the prompts, always with the same noise; with a ControlNet each after the map of one of the
-        pictures, the first, the second, ..."""
+        pictures, the first, the second, ... A UserError now for what cannot be drawn."""
         file = self.options.telling.prompts
         if file is None:
             return None
+        from plainsd.generate import Events, final, text_to_image
+
         prompts = read_prompts(file)
         if self.world.first:
             self.data.compare("prompts", text_digests(prompts))
 
-        def sample(path: Path) -> None:
-            from plainsd.generate import final, text_to_image
-
+        def begun() -> list[Events]:
             if net is None or pictures is None:
-                images = final(text_to_image(sd, prompts, seed=0, size=self.options.reading.size))
-            else:
-                maps = [pictures.map(i % len(pictures)) for i in range(len(prompts))]
-                shown = deepcopy(net) if next(net.parameters()).dtype != sd.dtype else net  # drawing converts it
-                images = [
-                    final(text_to_image(sd, prompt, seed=0, size=map.size, control=[Control(shown, map)]))[0]
-                    for prompt, map in zip(prompts, maps, strict=True)
-                ]
+                return [text_to_image(sd, prompts, seed=0, size=self.options.reading.size)]
+            maps = [pictures.map(i % len(pictures)) for i in range(len(prompts))]
+            return [
+                text_to_image(sd, prompt, seed=0, size=map.size, control=[Control(net, map)])
+                for prompt, map in zip(prompts, maps, strict=True)
+            ]
+
+        begun()  # checks prompts and size
+
+        def sample(path: Path) -> None:
+            images = [image for events in begun() for image in final(events)]
             if self.world.first:
                 write_png(grid(images, min(8, len(images))), path)
 

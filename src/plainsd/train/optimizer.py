@@ -15,19 +15,21 @@ from plainsd.errors import UserError
 from plainsd.train.options import FitOptions
 
 OUTER = ("conv_in", "conv_out")  # first and last layers
+JUDGES = ("discriminator.convs.0", "discriminator.out")  # likewise
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's coefficients of x, (x x^T) x and (x x^T)^2 x
 ROUNDS = 5
 MOMENTUM = 0.95
 
 
 def make_optimizer(modules: nn.Module, options: FitOptions) -> torch.optim.Optimizer:
-    """For the parameters that require gradients. No weight decay for norms, biases and DoRA's magnitudes (all
-    one-dimensional).
+    """For the parameters that require gradients. No weight decay for norms and biases, which are one-dimensional, and
+    for DoRA's magnitudes.
 
     PyTorch's fused step reads each tensor once; it does not support sharded weights.
     """
-    parameters = [p for p in modules.parameters() if p.requires_grad]
-    plain = [p for p in parameters if p.ndim == 0 or p.numel() == max(p.shape)]
+    named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    plain = [p for name, p in named if p.ndim < 2 or name.endswith(".magnitude")]
     decayed = [p for p in parameters if not any(p is other for other in plain)]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     numbers: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "eps": options.eps}
@@ -40,14 +42,42 @@ def make_optimizer(modules: nn.Module, options: FitOptions) -> torch.optim.Optim
     return torch.optim.AdamW(groups, **numbers)
 
 
-def hidden_matrices(modules: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(modules: nn.Module, judges: Collection[str] = JUDGES) -> list[nn.Parameter]:
     """The weights of linear layers and convolutions, but for first and last layers; a shared one once."""
     found = {
         id(module.weight): module.weight
         for name, module in modules.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and name.rpartition(".")[2] not in OUTER
+        if isinstance(module, nn.Linear | nn.Conv2d) and not (name.rpartition(".")[2] in OUTER or name in judges)
     }
-    return [weight for weight in found.values() if weight.requires_grad and weight.numel() != max(weight.shape)]
+    return [weight for weight in found.values() if weight.requires_grad and not is_narrow(weight)]
+
+
+def is_narrow(p: nn.Parameter) -> bool:
+    """Whether it has one row or column at most."""
+    return p.ndim == 0 or p.numel() == max(p.shape)
+
+
+def in_groups(saved: dict[str, Any], optimizer: torch.optim.Optimizer, modules: nn.Module) -> dict[str, Any]:
+    """A saved state in the optimizer's own groups. Older versions took narrow matrices for vectors, which do not decay,
+    and a discriminator's first and last layers for hidden ones: those, which have no moments of AdamW, begin anew."""
+    own = optimizer.param_groups
+    if [len(group["params"]) for group in saved["param_groups"]] == [len(group["params"]) for group in own]:
+        return saved
+    muon = isinstance(optimizer, Muon)
+    matrices = {id(p) for p in hidden_matrices(modules, ())} if muon else set()
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    before = sorted(parameters, key=lambda p: (is_narrow(p), id(p) in matrices))
+    if sum(len(group["params"]) for group in saved["param_groups"]) != len(before):
+        return saved  # another model's, which PyTorch says
+    states = {id(p): saved["state"].get(place, {}) for place, p in enumerate(before)}
+    kept: dict[int, Any] = {}
+    place = 0
+    for group in own:
+        for p in group["params"]:
+            if states[id(p)] and ("momentum" in states[id(p)]) == group.get("matrix", False):
+                kept[place] = states[id(p)]
+            place += 1
+    return {"state": kept, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 class Muon(torch.optim.AdamW):

@@ -13,7 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from plainsd.arguments import Switch
 from plainsd.errors import UserError
 from plainsd.pictures.settings import Settings, read_seed
-from plainsd.train.checks import check_ranges
+from plainsd.train.checks import METHODS_OF, check_ranges
 
 FROM_SCRATCH = {"steps": 10_000, "batch": 64, "accumulate": 1, "lr": 1e-3, "warmup": 200, "decline": "cosine"}
 RECIPE = {"batch": 1, "accumulate": 4, "warmup": 0, "decline": "constant"}
@@ -318,7 +318,8 @@ def with_loss_defaults(options: TrainOptions) -> LossOptions:
     if distilling and (given_too := [flag for flag, there in unfit.items() if there]):
         raise UserError(f"--distill imitates the model as it is, and has no {given_too[0]}; leave one of them out")
     defaults = {"dropout": 0.0, "huber": 0.001} if distilling else {"dropout": 0.1}
-    return replace(loss, **{name: value for name, value in defaults.items() if getattr(loss, name) is None})
+    own = {name: value for name, value in defaults.items() if options.method in METHODS_OF[name]}
+    return replace(loss, **{name: value for name, value in own.items() if getattr(loss, name) is None})
 
 
 T = TypeVar("T")

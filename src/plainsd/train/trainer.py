@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plainsd.errors import UserError
 from plainsd.speed.training import autocast
-from plainsd.train.optimizer import make_optimizer, set_rate
+from plainsd.train.optimizer import in_groups, make_optimizer, set_rate
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick
 from plainsd.train.processes import World
@@ -123,7 +123,7 @@ class Trainer:
             if self.ema:
                 for p, value in zip(self.ema.values, state["ema"], strict=True):
                     p.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(in_groups(state["optimizer"], self.optimizer, self.method.modules))
         self.step, self.skipped = state["step"], state["skipped"]
 
     def update(self, picks: list[Pick]) -> tuple[float, dict[str, float], float] | None:

@@ -4,6 +4,7 @@ The picture at each position of a run is known before, see plainsd.train.order, 
 ahead: the batches that follow at the distance of the last two. Guesses that were wrong cost time, and change nothing.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from plainsd.emoji.workers import SceneSource, Wanted, drawn_by_worker, start_worker
-from plainsd.errors import UserError
 from plainsd.train.data.crops import Framing
 from plainsd.train.data.pictures import PictureSet
 from plainsd.train.data.scenes import SceneEntry
@@ -40,16 +40,17 @@ def pictures_ahead(pictures: PictureSet, order: Callable[[int], int], workers: i
 
 
 class Ahead:
-    """Processes that draw scenes. Called with picks at successive positions."""
+    """Processes that draw scenes. Called with picks at successive positions. Where one has ended, by a signal or for
+    lack of memory, this process draws the batch, and others the next ones."""
 
     def __init__(self, pictures: PictureSet, order: Callable[[int], int], workers: int):
+        self.pictures, self.workers = pictures, workers
         self.items: Sequence[SceneEntry] = pictures.items  # type: ignore[assignment]  # see pictures_ahead
         self.order = order
         sources: dict[int, SceneSource] = {id(item.source): item.source for item in self.items}
         self.numbers = {key: number for number, key in enumerate(sources)}
-        self.pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), start_worker, (list(sources.values()), pictures.size)
-        )
+        self.sources = list(sources.values())
+        self.pool = self._started()
         self.coming: dict[tuple[int, int], list[Future[np.ndarray]]] = {}  # by first position and count
         self.last = -1
 
@@ -60,6 +61,23 @@ class Ahead:
         self.pool.shutdown(cancel_futures=True)
 
     def __call__(self, picks: Sequence[Pick]) -> Tensor:
+        try:
+            pixels = self._drawn(picks)
+        except BrokenProcessPool:
+            warnings.warn(
+                "a process that draws pictures has ended, perhaps for lack of memory; others take its "
+                "place; where that happens again, give fewer --workers, or 0",
+                stacklevel=2,
+            )
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool, self.coming = self._started(), {}
+            return self.pictures.pixels([pick.index for pick in picks])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def _started(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(self.workers, get_context("spawn"), start_worker, (self.sources, self.pictures.size))
+
+    def _drawn(self, picks: Sequence[Pick]) -> np.ndarray:
         first, count = picks[0].position, len(picks)
         wanted = self.coming.pop((first, count), None) or self._submit([pick.index for pick in picks])
         stride = first - self.last if 0 <= self.last < first else count
@@ -69,14 +87,7 @@ class Ahead:
             if (start, count) not in self.coming:
                 indices = [self.order(position) for position in range(start, start + count)]
                 self.coming[start, count] = self._submit(indices)
-        try:
-            pixels = np.concatenate([drawn.result() for drawn in wanted])
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that draws pictures has ended, perhaps for lack of memory; give fewer --workers, or 0",
-                field="workers",
-            ) from None
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return np.concatenate([drawn.result() for drawn in wanted])
 
     def _submit(self, indices: Sequence[int]) -> list[Future[np.ndarray]]:
         entries = [self.items[index] for index in indices]

@@ -17,6 +17,7 @@ from torch import Tensor
 from plainsd.errors import UserError
 from plainsd.pictures.conditioning import SINUSOID, chunked, encode_prompts, size_vector
 from plainsd.pictures.model import StableDiffusion
+from plainsd.speed.training import autocast
 from plainsd.text.prompts import Weighted
 
 SCORE = 6.0  # the aesthetic score that SDXL's refiner is conditioned on
@@ -53,7 +54,7 @@ class Reader:
         if caption in self._known:
             self._known.move_to_end(caption)
             return self._known[caption]
-        with torch.no_grad(), torch.autocast(self.sd.device.type, enabled=False):
+        with torch.no_grad(), autocast(self.sd.device.type, False):  # one form of attention, in steps and between them
             context, pooled = self._encode([caption])
             states = context.cpu(), None if pooled is None else pooled.cpu()
         self._known[caption] = states

@@ -82,6 +82,15 @@ def drawn_latents(moments: Tensor, picks: Sequence[Pick], scaling_factor: float)
     return (mean + std * noise) * scaling_factor
 
 
+def check_latents(vae: VAE) -> None:
+    """A UserError for an autoencoder whose latents are not scaled by one number."""
+    if vae.config.latents_mean is not None:
+        raise UserError(
+            "this autoencoder's latents are normalised channel by channel (latents_mean), as Playground 2.5's are, and "
+            "training does not know that; choose another base"
+        )
+
+
 def cache_latents(
     vae: VAE,
     pictures: PictureSet,
@@ -99,11 +108,7 @@ def cache_latents(
     are read and compared with their sums.
     """
     config, count = vae.config, pictures.framing.count
-    if config.latents_mean is not None:
-        raise UserError(
-            "this autoencoder's latents are normalised channel by channel (latents_mean), as Playground 2.5's are, and "
-            "training does not know that; choose another base"
-        )
+    check_latents(vae)
     views = [pictures.views(i) for i in range(len(pictures))]
     masked = any(item.masked for item in pictures.items)
     channels = 2 * config.latent_channels + masked

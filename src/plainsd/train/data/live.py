@@ -14,7 +14,7 @@ from plainsd.errors import UserError
 from plainsd.models.vae import VAE
 from plainsd.train.data.ahead import PixelsOf
 from plainsd.train.data.crops import Framing
-from plainsd.train.data.latents import drawn_latents, vae_moments
+from plainsd.train.data.latents import check_latents, drawn_latents, vae_moments
 from plainsd.train.data.pictures import PictureSet
 from plainsd.train.order import Pick
 
@@ -29,6 +29,7 @@ class LiveLatents:
     dtype: torch.dtype
 
     def __post_init__(self):
+        check_latents(self.vae)
         if self.pictures.framing != Framing() or any(item.masked for item in self.pictures.items):
             raise UserError(
                 "--live-latents encodes one square of each picture, without mask; leave it out, or leave out "

@@ -111,7 +111,12 @@ class Item:
         return " ".join([file_mark(self.path), *(f"{name} {file_mark(path)}" for name, path in beside.items() if path)])
 
     def content(self) -> bytes:
-        return self.path.read_bytes()
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"cannot read picture '{self.path}': {error.strerror}; put it back, or remove its caption"
+            ) from error
 
     def open(self) -> Image.Image:
         return open_picture(self.path)

@@ -201,11 +201,14 @@ def dataset_rows(place: str, kind: str | None, files: list[str], cache: Path, re
 
 
 def _captions(value: Any, caption: str | None) -> tuple[str, ...]:
-    """A caption, a list of them, or a table that has one under a usual name."""
+    """A caption, a list of them, or a table that has one under a usual name. None of bytes that are not UTF-8."""
     if isinstance(value, dict):
         value = next((value[name] for name in TEXT_COLUMNS if value.get(name)), None)
     if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="strict")
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            return ()
     values = value if isinstance(value, list) else [value]
     found = spoken(text.removeprefix("\ufeff") for text in values if isinstance(text, str))
     return found or ((caption,) if caption else ())
@@ -218,7 +221,9 @@ def fetched_rows(place: str, kind: str | None, files: list[str], cache: Path, re
     """The first rows of a dataset as a folder with metadata.jsonl. An interrupted one is continued."""
     if not reading.limit:
         raise UserError("streaming needs --limit, the number of pictures to take from the dataset")
-    name = re.sub(r"[^\w.-]", "_", f"{place}-{reading.split}-{reading.limit}")
+    columns = {"picture": reading.picture_column, "text": reading.text_column}
+    asked = "".join(f"-{what}-{name}" for what, name in columns.items() if name)
+    name = re.sub(r"[^\w.-]", "_", f"{place}-{reading.split}-{reading.limit}{asked}")
     folder = cache / f"stream-{name}"
     if (folder / "whole").is_file():
         return folder

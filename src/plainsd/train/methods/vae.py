@@ -6,6 +6,7 @@ patch discriminator (Isola et al. 2016, arXiv:1611.07004; hinge loss, Lim and Ye
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -103,13 +104,14 @@ class VaeMethod:
 
     def _adversarial(self, real: Tensor, fake: Tensor, numbers: dict[str, Tensor], joined: bool) -> Tensor:
         """The losses of generator and discriminator in one sum, each with the other's weights detached, for one
-        optimizer."""
+        optimizer; until they have `joined` 0, without gradients."""
         judge = self.modules["discriminator"]
         fixed = {name: p.detach() for name, p in judge.named_parameters()}
-        fool = -functional_call(judge, fixed, (fake,)).float().mean()
-        catch = F.relu(1 - judge(real).float()).mean() + F.relu(1 + judge(fake.detach()).float()).mean()
+        with nullcontext() if joined else torch.no_grad():
+            fool = -functional_call(judge, fixed, (fake,)).float().mean()
+            catch = F.relu(1 - judge(real).float()).mean() + F.relu(1 + judge(fake.detach()).float()).mean()
         numbers |= {"fool": fool.detach(), "catch": catch.detach()}
-        return self.patch_weight * fool * joined + catch
+        return (self.patch_weight * fool + catch) * joined
 
 
 def disturbed(latents: Tensor, picks: Sequence[Pick], most: float) -> Tensor:
