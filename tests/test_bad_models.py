@@ -12,7 +12,7 @@ from small_models import CPU, FAMILIES, model, without_notes
 
 from plainsd.checkpoint import load, save
 from plainsd.cli import main
-from plainsd.disk import whole_folder
+from plainsd.disk import whole_folder, written_whole
 from plainsd.errors import UserError
 from plainsd.files.configs import read_variant
 from plainsd.files.configs_out import write_variant
@@ -263,6 +263,41 @@ def test_places_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="unknown layout 'difusers'; did you mean 'diffusers'"):
         save(sd, tmp_path / "m", layout="difusers")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other"]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"architectures": ["LlamaForCausalLM"]}', "[1]", "{"])
+def test_another_programs_folder_is_not_replaced(tmp_path, content):
+    """Many have a config.json."""
+    app = tmp_path / "app"
+    (app / "src").mkdir(parents=True)
+    (app / "config.json").write_text(content)
+    (app / "src" / "a.py").write_text("1")
+    with pytest.raises(UserError, match="exists and is not a model folder"), whole_folder(app):
+        pass
+    assert (app / "src" / "a.py").read_text() == "1" and sorted(tmp_path.iterdir()) == [app]
+
+
+def test_what_lies_beside_a_model_is_kept_when_it_is_saved_again(tmp_path):
+    sd, place = model("sd1"), tmp_path / "m"
+    save(sd, place)
+    (place / "notes").mkdir()
+    (place / "notes" / "a.txt").write_text("mine")
+    (place / "README.md").write_text("of this model")
+    (place / "unet" / "old.txt").write_text("of the old one")
+    (place / "link").symlink_to("README.md")
+    save(sd, place)
+    assert (place / "notes" / "a.txt").read_text() == "mine" and (place / "link").read_text() == "of this model"
+    assert (place / "link").is_symlink() and not (place / "unet" / "old.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_file_behind_a_link_is_written_there(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "real" / "a.json")
+    for text in ("1", "2"):  # where there is no file yet, too
+        with written_whole(tmp_path / "link.json") as draft:
+            draft.write_text(text)
+        assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real" / "a.json").read_text() == text
 
 
 def test_an_interrupted_folder_vanishes(tmp_path):

@@ -262,6 +262,30 @@ def test_of_a_repository_one_kind_of_weights_is_fetched(tmp_path, monkeypatch, m
     assert len(asked) == [".", "", ".fp16", ".bf16"].index(middle) * 2 - (ending == "safetensors")
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
+def test_of_a_repository_that_is_one_part_that_is_fetched(tmp_path, monkeypatch, weights):
+    """A CLIP, a ControlNet, a VAE: its files lie at the top. Whole checkpoints there are left."""
+    there = [
+        weights,
+        "config.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.json",
+        "v1-5-pruned.safetensors",
+        "tf_model.h5",
+    ]
+
+    def fetch(name, allow_patterns):
+        for path in there:
+            if any(fnmatch(path, pattern) for pattern in allow_patterns):
+                (tmp_path / path).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert snapshot("a/b", None) == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == {*there[:5]}
+
+
 @pytest.mark.parametrize("name", ["no-such-folder", "a/b/c", "/no/such/place", "../x/y", "what ever/it is"])
 def test_no_model_there(name):
     with pytest.raises(UserError, match="there is no model at") as error:

@@ -323,6 +323,25 @@ def test_a_refiner_goes_on_where_the_model_ended():
         decode=node("VAEDecode", samples=["again", 0]),
     ))  # fmt: skip
     assert (one.model, one.refiner, one.handover, one.seed, one.steps) == ("boats", "refiner", 0.8, 3, 25)
+    assert one.other == (("ComfyUI nodes", "the text encoder of another checkpoint"),)
+
+
+def test_what_a_pass_that_goes_on_has_of_its_own_is_named():
+    shared = {"positive": ["words", 0], "negative": ["against", 0], "model": ["model", 0], "scheduler": "normal"}
+    first = node("KSamplerAdvanced", add_noise="enable", noise_seed=3, steps=20, cfg=8, sampler_name="euler",
+                 start_at_step=0, end_at_step=12, return_with_leftover_noise="enable", latent_image=["empty", 0],
+                 **shared)  # fmt: skip
+    assert unused(graph(sampler=first)) == "the end at step 12 of 20"
+    again = node("KSamplerAdvanced", add_noise="disable", noise_seed=0, steps=20, cfg=2, sampler_name="dpmpp_2m",
+                 start_at_step=15, end_at_step=18, return_with_leftover_noise="disable", latent_image=["sampler", 0],
+                 **shared | {"scheduler": "karras", "positive": ["dog", 0]})  # fmt: skip
+    nodes = graph(sampler=first, again=again, dog=node("CLIPTextEncode", text="a dog", clip=["model", 1]),
+                  decode=node("VAEDecode", samples=["again", 0]))  # fmt: skip
+    said = unused(nodes)
+    for what in ("sampler", "scheduler", "cfg", "prompt"):
+        assert f"another {what} of the second sampler" in said
+    assert "steps from 12 to 15 that no sampler runs" in said and "the end at step 18 of 20" in said
+    assert "negative" not in said and "LoRAs" not in said
 
 
 # --- the editor's form -----------------------------------------------------------------------------------------------

@@ -176,6 +176,11 @@ def test_sdxl_base_reads_zeros_for_an_empty_negative(sdxl):
     close(planned.vector[:, :20], negative_pooled)
     assert not negative.any() and encode_prompt(sd, PROMPT, "blurry", 4).negative(0).context.any()
     assert encode_prompt(sd, "", "", 4).positive(0)[0][0].context.any()
+    edited = encode_prompt(sd, PROMPT, "[:ugly:0.5]", 4, like="a1111")  # which looks at all its texts at once
+    assert (
+        edited.negative(0).context.any()
+        and not encode_prompt(sd, PROMPT, "", 4, like="a1111").negative(0).context.any()
+    )
 
 
 @torch.no_grad()

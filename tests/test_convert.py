@@ -312,6 +312,14 @@ def test_single_file_without_vae(tmp_path, small_families, monkeypatch):
         load(tmp_path / "a.safetensors", vae=tmp_path / "a.safetensors", **CPU)
 
 
+def test_a_copy_beside_a_tokenizers_files_is_left(tmp_path):
+    """A file manager's `vocab copy.json` has no name in a single file."""
+    save(tiny_sd(), tmp_path / "m")
+    (tmp_path / "m" / "tokenizer" / "vocab copy.json").write_text("{}")
+    assert main(["convert", str(tmp_path / "m"), str(tmp_path / "m.safetensors")]) == 0
+    assert same_networks(load(tmp_path / "m.safetensors", **CPU), load(tmp_path / "m", **CPU))
+
+
 def test_a_whole_checkpoint_as_vae(tmp_path):
     """Its own autoencoder is used; where the file notes a scaling factor, with that."""
     sd, other = model("sd1"), model("sd1")

@@ -20,7 +20,7 @@ from plainsd import disk
 from plainsd.adapters.embeddings import add_word, save_embedding
 from plainsd.adapters.lora import inject, save_lora
 from plainsd.checkpoint import add_preview, save_vae
-from plainsd.disk import draft_name, draft_of, machine_tag, under_free_name, whole_folder, written_whole
+from plainsd.disk import draft_name, draft_of, machine_tag, read_json, under_free_name, whole_folder, written_whole
 from plainsd.errors import DiskError, UserError
 from plainsd.files.hub import find
 from plainsd.pictures.images import write_png
@@ -318,7 +318,7 @@ disk.machine_tag()
 sys.addaudithook(audit)
 with disk.whole_folder(target) as draft:
     for name in ("model_index.json", "b"):
-        (draft / name).write_text("new")
+        (draft / name).write_text('{"_class_name": "new"}')
 print(calls)
 """
 
@@ -336,13 +336,13 @@ def test_a_model_that_is_replaced_is_there_whenever_its_writer_is_killed(tmp_pat
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
         for name in ("model_index.json", "b"):
-            (target / name).write_text("old")
+            (target / name).write_text('{"_class_name": "old"}')
         ran = killed_at(target, how, at)
         assert ran.returncode in (0, -9), ran.stderr
         if how == "exchanges" and disk.exchanged(target, target):
             assert (target / "b").is_file()
         assert find(str(target)) == target
-        found = {path.name: path.read_text() for path in target.iterdir()}
+        found = {path.name: read_json(path)["_class_name"] for path in target.iterdir()}
         assert found in ({"model_index.json": "old", "b": "old"}, {"model_index.json": "new", "b": "new"})
         ends.append(found["b"])
         with whole_folder(target) as draft:  # the next one that writes there sweeps
@@ -396,7 +396,7 @@ def test_a_draft_under_way_is_safe_from_a_write_to_the_same_folder_by_a_link(tmp
 def test_a_folder_that_is_a_link_is_written_where_it_leads(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "m").symlink_to("real")
-    for text in ("first", "second"):
+    for text in ('{"_class_name": "first"}', '{"_class_name": "second"}'):
         with whole_folder(tmp_path / "m") as draft:
             (draft / "model_index.json").write_text(text)
         assert (tmp_path / "m").is_symlink() and (tmp_path / "real" / "model_index.json").read_text() == text

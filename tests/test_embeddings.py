@@ -122,9 +122,13 @@ def test_other_forms(tmp_path):
         torch.save(content, tmp_path / f"{name}word.pt")
         assert add_embedding(sd, tmp_path / f"{name}word.pt") == f"{name}word"
         assert torch.equal(vectors_of(sd, f"{name}word")[0], wanted)
+    for number, key in enumerate(("clip_l", "clip_h")):  # one encoder, whatever the file calls it
+        write(tmp_path / f"doggy{number}.safetensors", {key: rows})
+        assert add_embedding(sd, tmp_path / f"doggy{number}.safetensors") == f"doggy{number}"
+        assert torch.equal(vectors_of(sd, f"doggy{number}")[0], rows)
     write(tmp_path / "learned_embeds.safetensors", {"<a>": rows})
     assert add_embedding(sd, tmp_path) == "<a>" and add_embedding(sd, tmp_path, "<b>") == "<b>"
-    assert sd.text_encoders[0].config.vocab == len(sd.text_encoders[0].token.weight) == TINY.text[0].vocab + 9
+    assert sd.text_encoders[0].config.vocab == len(sd.text_encoders[0].token.weight) == TINY.text[0].vocab + 13
 
 
 @pytest.mark.parametrize("variant", [TINY, TINY_XL, TINY_REFINER], ids=lambda variant: variant.name)

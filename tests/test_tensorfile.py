@@ -371,3 +371,9 @@ def test_all_types_are_named_as_in_the_format(tmp_path):
         save_file({"x": torch.zeros(2).to(dtype)}, tmp_path / f"{name}.safetensors")
         with open(tmp_path / f"{name}.safetensors", "rb") as file:
             assert f'"dtype":"{name}"' in file.read(200).decode("utf-8", "replace")
+
+
+def test_no_metadata_may_be_written_as_null(tmp_path):
+    """As the safetensors library reads it."""
+    (tmp_path / "a.safetensors").write_bytes(header({"__metadata__": None, "a": entry([1], 0, 4)}, b"x" * 4))
+    assert list(open_tensors(tmp_path / "a.safetensors").tensors) == ["a"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
 from test_linear import grows_with_the_length, reading
 
 from plainsd.errors import UserError
@@ -282,3 +283,52 @@ def test_other_loras_of_a_hires_prompt(prompt, again, said):
     assert parse_settings(text + A1111S).other == ()  # no second pass
     ours = parse_settings(f"{text}Hires upscale: 2, Version: plainsd 0.2.0")
     assert ours.other == ()  # whose hires prompts have none: the second pass has those of the prompt
+
+
+# --- old texts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_without_version_or_schedule_is_of_before_schedule_types():
+    """A1111 writes `Schedule type` since 1.9; before, Karras was a part of the sampler's name."""
+    line = "Steps: 20, Sampler: DPM++ 2M, CFG scale: 7, Seed: 5, Size: 512x512"
+    assert parse_settings(line).spacing == parse_settings(f"{line}, Version: v1.4.0").spacing == "uniform"
+    assert parse_settings(line.replace("2M", "2M Karras")).spacing == "karras"
+    assert parse_settings(f"{line}, Schedule type: Automatic").spacing is None
+    assert parse_settings(f"{line} \n  ").size == (512, 512)  # blanks at the end
+
+
+def test_what_a1111s_api_wrote_for_nothing_is_nothing(generate, tmp_path):
+    text = "a\nSteps: 2, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x64, Seed resize from: -1x-1"
+    old = parse_settings(f"{text}, Denoising strength: 0, Version: v1.4.0")
+    assert old.seed_resize is None and old.strength == 0
+    assert parse_settings(text.replace("-1x-1", "32x48")).seed_resize == (32, 48)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", f"{text}, Denoising strength: 0, Version: v1.4.0")
+    Image.new("RGB", (64, 64)).save(tmp_path / "old.png", pnginfo=info)
+    assert generate("--from", tmp_path / "old.png")[0] == 0
+
+
+def test_units_of_the_middle_of_2023():
+    unit = ("preprocessor: canny, model: control_v11p_sd15_canny [d14c016b], weight: 0.6, starting/ending: (0.1, 0.8), "
+            "resize mode: Crop and Resize, pixel perfect: False, control mode: Balanced, "
+            "preprocessor params: (512, 50, 150)")  # fmt: skip
+    line = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x512"
+    (note,) = parse_settings(f'{line}, ControlNet 0: "{unit}"').control
+    assert (note.module, note.model) == ("canny", "control_v11p_sd15_canny [d14c016b]")
+    assert (note.weight, note.start, note.end) == (0.6, 0.1, 0.8)
+    assert (note.thresholds, note.resolution) == ((50, 150), 512)
+    with pytest.raises(UserError, match="'ControlNet 0' has a value that cannot be read"):
+        parse_settings(f'{line}, ControlNet 0: "weight: 0.6, strange: 1"')
+
+
+def test_old_editing_in_two_passes_is_named():
+    line = (
+        "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x512, Denoising strength: 0.5, Hires upscale: 2"
+    )
+    for version, prompt, told in (
+        ("v1.5.2", "[a:b:0.5]", True),
+        ("v1.6.0", "[a:b:0.5]", False),
+        ("v1.5.2", "a", False),
+    ):
+        other = dict(parse_settings(f"{prompt}\n{line}, Version: {version}").other)
+        assert ("Old prompt editing timelines" in other) == told

@@ -196,6 +196,16 @@ def test_styles_lie_around_the_prompt(styles):
         styled("a", "", ["inc"], found)
 
 
+@pytest.mark.parametrize("text", [
+    'name, prompt, negative_prompt\nfoo, "a, b", "c, d"\n#off, x, y\n',
+    'name,text,negative_prompt\nfoo,"a, b","c, d"\n',
+])  # fmt: skip
+def test_styles_are_read_as_a1111_reads_them(tmp_path, text):
+    """Blanks after commas, the first name of the column, comments."""
+    (tmp_path / "a.csv").write_text(text, "utf-8")
+    assert read_styles(tmp_path / "a.csv") == {"foo": ("a, b", "c, d")}
+
+
 def test_bad_files_of_styles_are_one_line(tmp_path):
     (tmp_path / "a.csv").write_text("what,ever\n1,2\n", "utf-8")
     (tmp_path / "b.csv").write_bytes(b"name,prompt\n\xff,x\n")

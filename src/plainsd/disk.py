@@ -32,6 +32,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Parent folders are created. DiskError if the disk refuses any of this; then `path` is unchanged.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # the link stays
     with draft_of(path) as draft:
         yield draft
         flush(draft)
@@ -244,15 +245,16 @@ def read_cache(path: Path | None, say: Callable[[str], None] = print) -> dict[st
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which replaces `target` on success, and is deleted on an error.
+    """A temporary folder to write into, which replaces `target` on success, and is deleted on an error. What lies in a
+    model's folder and is no part of one, such as notes, is kept.
 
-    DiskError if the disk refuses any of this; then `target` is unchanged.
+    UserError where `target` is not the folder of a model or a part; DiskError if the disk refuses any of this; then
+    `target` is unchanged.
     """
     target = Path(os.path.realpath(target)) if target.is_symlink() else target  # the link stays
     sweep_drafts(target.parent)
-    ours = ("model_index.json", "config.json")  # the folder of a model or a part may be replaced
     empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not empty and not any((target / name).is_file() for name in ours):
+    if target.exists() and not empty and not is_model_folder(target):
         raise UserError(f"{target} exists and is not a model folder; choose another place")
     draft, old = draft_name(target), draft_name(target, "old")
     try:
@@ -262,6 +264,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
             for path in draft.rglob("*"):
                 if path.is_file():
                     flush(path)
+            for path in target.iterdir() if target.exists() else ():
+                if not OF_MODELS.fullmatch(path.name) and not (draft / path.name).exists():
+                    linked_copy(path, draft / path.name)
             if not (target.exists() and exchanged(draft, target)):
                 if target.exists():
                     os.replace(target, old)  # a kill here leaves no folder of that name: see `recover`
@@ -273,6 +278,41 @@ def whole_folder(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+OF_MODELS = re.compile(  # names in folders of models and parts
+    r"unet|vae|scheduler|controlnet|safety_checker|feature_extractor|image_encoder|(text_encoder|tokenizer)(_\d)?"
+    r"|(model_index|config|preview|(tokenizer|preprocessor|added_tokens|special_tokens|vocab|merges)\w*)\.(json|txt)"
+    r"|(diffusion_pytorch_|pytorch_)?model.*\.(safetensors|bin|json)"
+)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a model, or a part of one, lies there in diffusers' or transformers' layout. Other programs have a
+    config.json too."""
+    for name, marks in (("model_index.json", ("_class_name", "unet")), ("config.json", ("_class_name",))):
+        try:
+            content = parsed_json((folder / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and any(mark in content for mark in marks):
+            return True
+    return False
+
+
+def linked_copy(path: Path, copy: Path) -> None:
+    """The same file or folder under another name, without its bytes where the disk can."""
+
+    def same(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, copy, symlinks=True, copy_function=same)
+    else:
+        same(str(path), str(copy))
 
 
 def exchanged(a: Path, b: Path) -> bool:

@@ -257,12 +257,14 @@ def parsed_embedding(content: object) -> tuple[str | None, dict[str, Tensor]]:
     if len(tensors) != 1:
         return None, {}
     ((key, vectors),) = tensors.items()
-    return word or (None if key in ("emb_params", "*") else key), {ONLY: vectors}
+    return word or (None if key in ("emb_params", "*", "clip_h") else key), {ONLY: vectors}
 
 
 def fitting(sd: StableDiffusion, path: Path, found: Mapping[str, Tensor]) -> list[Tensor]:
     """The vectors for each of the model's text encoders. UserError where the file is for another kind of model."""
     names, xl = encoder_names(sd.variant), sd.unet.config.vector is not None
+    if len(names) == len(found) == 1:  # whatever the file calls the encoder
+        found = {ONLY: next(iter(found.values()))}
     keys = [XL_KEYS[name] if xl and ONLY not in found else ONLY for name in names]
     wanted = tuple(encoder.config.width for encoder in sd.text_encoders)
     has = {key: vectors.shape[1] for key, vectors in sorted(found.items(), reverse=True)}  # clip_l first

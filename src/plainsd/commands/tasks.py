@@ -25,6 +25,8 @@ def tasks_of(command: GenerateFlags, choices: dict) -> list[Callable]:
             f"{'--mask' if command.mask else 'outpainting'} needs a picture; give it with --image", field="image"
         )
     axes = axis_names(command.grid)
+    if not command.image and command.strength is None and choices.get("strength") == 0:
+        del choices["strength"]  # of a text by A1111's API before 1.6, which wrote its default
     if not (command.image or choices.get("hires") or "hires" in axes):
         if choices.get("strength") is not None or "strength" in axes:
             raise UserError(

@@ -27,7 +27,6 @@ from plainsd.files.stored import (
 )
 from plainsd.files.tensorfile import TensorFile, joined_files, open_tensors, write_safetensors
 from plainsd.json_reader import parsed_json
-from plainsd.listing import hidden, suffix_of
 from plainsd.models.clip import TextEncoder
 
 PREVIEW = "preview.json"  # latents to rough RGB, see pictures/previews.py
@@ -92,6 +91,9 @@ def read_network(file: TensorFile, kind: type, config: Any, *, conv: bool, layou
     return StoredNetwork(kind, config, unpack(file, wanted, shapes), extras)
 
 
+TEXT_NAME = re.compile(r"\w[\w.-]*\.(json|txt)")  # not `vocab copy.json`, which a single file has no name for
+
+
 def read_texts(folder: Path, names: dict) -> dict[str, str]:
     """The folder's settings and tokenizers, unparsed."""
     paths = ["model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in names)]
@@ -101,7 +103,7 @@ def read_texts(folder: Path, names: dict) -> dict[str, str]:
         paths += [
             f"{tokenizer}/{path.name}"
             for path in sorted((folder / tokenizer).iterdir())
-            if suffix_of(path) in (".json", ".txt") and not hidden(path.name)
+            if TEXT_NAME.fullmatch(path.name)
         ]
     paths += [PREVIEW] if (folder / PREVIEW).is_file() else []
     return {path: read_text_file(folder / path) for path in paths}

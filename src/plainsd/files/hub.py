@@ -12,6 +12,15 @@ from plainsd.disk import recover
 from plainsd.errors import UserError
 
 SETTINGS_PATTERNS = ("model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*", "*.index*.json")
+PART_SETTINGS = (
+    "config.json",
+    "preprocessor_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+)  # of a repository that is one part: a CLIP, a VAE, a ControlNet
+PART_WEIGHTS = ("model", "diffusion_pytorch_model", "pytorch_model")  # whole checkpoints lie beside models, too
 MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?i:safetensors|ckpt))")
@@ -51,9 +60,10 @@ def snapshot(name: str, variant_file: str | None) -> Path:
                 f"{part}/*model{middle}{shard}.{ending}" for part in MODEL_PARTS for shard in ("", "-?????-of-?????")
             ]
             weights += [f"{part}/*model-?????-of-?????{middle}.{ending}" for part in MODEL_PARTS if middle]
-            patterns = [*SETTINGS_PATTERNS, *weights]
+            alone = [f"{part}{middle}{shard}.{ending}" for part in PART_WEIGHTS for shard in ("", "-?????-of-?????")]
+            patterns = [*SETTINGS_PATTERNS, *PART_SETTINGS, *weights, *alone]
             folder = Path(fetched(name, partial(snapshot_download, name, allow_patterns=patterns)))
-            if any(folder.glob(f"unet/*.{ending}")):
+            if any(any(folder.glob(pattern)) for pattern in (f"unet/*.{ending}", *alone)):
                 return folder
     return folder
 

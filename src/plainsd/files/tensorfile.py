@@ -127,7 +127,8 @@ def unread(path: Path, name: str, kind: str, pages: "_Pages", start: int, size: 
 def open_safetensors(path: Path) -> TensorFile:
     """Reads and checks the header: all tensors lie inside the file, do not overlap, and cover every byte."""
     header, base = read_header(path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict):
         raise damaged(path, "its metadata is not a table of names")
     entries = {name: check_entry(path, name, entry) for name, entry in header.items()}

@@ -97,7 +97,8 @@ def encode_prompt(
     clip_skip = clip_skip_like(sd, clip_skip, like)
     wanted, unwanted = ENCODERS[how](sd, rows, rows_of(negative, steps, first_pass), clip_skip)
     negatives = texts_of(negative, steps, first_pass)
-    zeroed = how == "batches" or (how == "pieces" and sd.variant.force_zeros)
+    whole = how == "batches" and unwanted.keys() == {""}  # A1111 looks at all of its texts at once
+    zeroed = whole or (how == "pieces" and sd.variant.force_zeros)
     if zeroed and sd.unet.config.vector is not None and "" in unwanted and is_base(sd, unwanted[""][1]):
         unwanted[""] = (torch.zeros_like(unwanted[""][0]), torch.zeros_like(unwanted[""][1]))
 

@@ -28,11 +28,14 @@ def read_styles(path: Path) -> dict[str, Style]:
         if path.stat().st_size > LONGEST_FILE:
             raise UserError(f"{path} has more than {LONGEST_FILE} bytes; give a file of styles")
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            if not {"name", "prompt"} <= {*(rows.fieldnames or ())}:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            prompt = "prompt" if "prompt" in (rows.fieldnames or ()) else "text"  # as it was called at first
+            if not {"name", prompt} <= {*(rows.fieldnames or ())}:
                 raise UserError(f"{path} is not a styles file: its first line should read {','.join(COLUMNS)}")
             styles = {
-                row["name"]: Style(row["prompt"] or "", row.get("negative_prompt") or "") for row in rows if row["name"]
+                row["name"]: Style(row[prompt] or "", row.get("negative_prompt") or "")
+                for row in rows
+                if row["name"] and not row["name"].startswith("#")  # a comment
             }
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a file of styles") from None

@@ -103,7 +103,7 @@ def parse_settings(text: str) -> Settings:
     """A1111's text, or one of its dialects' -> Settings; what has no meaning here is kept in `other`. UserError where
     this is no such text."""
     check_length(text)
-    *lines, last = _with_newlines(text).rstrip("\n").split("\n")
+    *lines, last = _with_newlines(text).rstrip().split("\n")
     said = dict(entries(last))
     if len(said) < 3:  # A1111's own rule: fewer, and the line belongs to the prompt
         raise UserError(f"no settings in the text {last[:60]!r}; its last line should read 'Steps: 20, Sampler: ...'")
@@ -114,6 +114,7 @@ def parse_settings(text: str) -> Settings:
         "prompt": "\n".join(lines[:negative]),
         "negative": "\n".join(lines[negative:]).removeprefix(NEGATIVE).removeprefix(" "),
     }
+    named = "Schedule type" in said
     found["sampler"], found["spacing"] = _names_read(said, old=old)
     found["hires_sampler"], found["hires_spacing"] = _names_read(said, SECOND)
     found["hashes"] = _hashes_read(said)
@@ -130,7 +131,7 @@ def parse_settings(text: str) -> Settings:
                 ) from None
     if "masked_padding" in found and (PART[0], said.get(PART[0])) == PART:
         del said[PART[0]]
-    found |= _implied(said, found, old)
+    found |= _implied(said, found, old, named)
     if written_by(said)[0] != "plainsd":
         said |= _loras_of_second_pass(found)
     return Settings(**found, other=tuple((k, v) for k, v in said.items() if k != "Version"))
@@ -170,8 +171,9 @@ def _loras_of_second_pass(found: dict[str, Any]) -> dict[str, str]:
     return {SECOND_LORAS: " ".join(" ".join(second).split()) or "none"}  # on one line
 
 
-def _implied(said: dict[str, str], found: dict[str, Any], old: bool) -> dict[str, Any]:
-    """What a text means without saying it: by whose conventions the picture was drawn, and with which embeddings."""
+def _implied(said: dict[str, str], found: dict[str, Any], old: bool, named: bool) -> dict[str, Any]:
+    """What a text means without saying it: by whose conventions the picture was drawn, and with which embeddings.
+    `named`: whether it names the schedule, as A1111's do from 1.9 on."""
     program, version = written_by(said)
     if program == "plainsd":
         return {"like": "a1111"} if old and found.get("guidance") == 0 else {}  # off was written as 1
@@ -183,11 +185,9 @@ def _implied(said: dict[str, str], found: dict[str, Any], old: bool) -> dict[str
         implied["noise"] = "nv"
     if "mask_blur" in found:
         implied["masked"] = True
-    if (
-        program == "A1111"
-        and version < (1, 9)
-        and not found["spacing"]
-        and found["sampler"] not in (None, *WITHOUT_SCHEDULE_TYPE)
-    ):
+    if program == "A1111" and version < (1, 6) and found.get("hires") and "[" in found["prompt"] + found["negative"]:
+        said["Old prompt editing timelines"] = "True"  # the second pass began them anew
+    before = program == "A1111" and version < (1, 9) or program == "unknown" and not named and "Version" not in said
+    if before and not found["spacing"] and found["sampler"] not in (None, *WITHOUT_SCHEDULE_TYPE):
         implied["spacing"] = "uniform"
     return implied

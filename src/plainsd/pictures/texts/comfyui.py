@@ -71,6 +71,8 @@ class Workflow:
             said["embeddings"] = tuple(dict.fromkeys([*first.texts.words, *last.texts.words]))
             note_sizes(self.reader, first.texts, said.get("size"))
         note_sizes(self.reader, last.texts, drawn_size(said))
+        if last.last is not None:
+            self.reader.idle[f"the end at step {last.last} of {last.steps}"] = None
         said["vae"] = self.vae(last)
         if self.reader.idle:
             self.other.append((PASSED_BY, ", ".join(self.reader.idle)))
@@ -154,6 +156,7 @@ class Workflow:
     def second(self, first: SamplerPass, last: SamplerPass, between: list[Node]) -> dict[str, Any]:
         """A second pass: it goes on where the first ended, or draws over what was enlarged."""
         if last.first and not last.noisy:
+            self.continued(first, last)
             if not first.steps or last.model.get("model") == first.model.get("model"):
                 return {}
             refiner = last.model.get("model")
@@ -184,6 +187,18 @@ class Workflow:
         if loader is not None and loader.kind == "UpscaleModelLoader":
             changes["upscaler"] = stem(self.reader.value(loader, "model_name", str))
         return changes
+
+    def continued(self, first: SamplerPass, last: SamplerPass) -> None:
+        """Names what a pass that goes on where the first ended has of its own, which has no place here."""
+        for key, ours, theirs in (("sampler", last.sampler, first.sampler), ("scheduler", last.spacing, first.spacing),
+                                  ("cfg", last.guidance, first.guidance), ("steps", last.steps, first.steps),
+                                  ("prompt", last.texts.prompt, first.texts.prompt),
+                                  ("negative prompt", last.texts.negative, first.texts.negative),
+                                  ("LoRAs", last.loras, first.loras)):  # fmt: skip
+            if ours != theirs:
+                self.reader.idle[f"another {key} of the second sampler"] = None
+        if first.last != last.first:
+            self.reader.idle[f"steps from {first.last or first.steps} to {last.first} that no sampler runs"] = None
 
     def enlarged(self, node: Node, first: SamplerPass) -> dict[str, Any]:
         """How, and how many times. Of a picture that a network enlarged, only its size counts."""

@@ -74,10 +74,23 @@ def unit_number(key: str) -> int:
     return int(key.split()[1])
 
 
+def as_now(pairs: dict[str, str]) -> dict[str, str]:
+    """A unit as the extension wrote it in the middle of 2023."""
+    start, end = pairs["starting/ending"].strip("()").split(",")
+    resolution, low, high = pairs.get("preprocessor params", "(-1, -1, -1)").strip("()").split(",")
+    return {
+        "Module": pairs["preprocessor"], "Model": pairs.get("model", "None"), "Weight": pairs.get("weight", "1"),
+        "Guidance Start": start, "Guidance End": end, "Control Mode": pairs.get("control mode", "Balanced"),
+        "Pixel Perfect": pairs.get("pixel perfect", "False"), "Processor Res": resolution,
+        **dict(zip(THRESHOLD_KEYS, (low, high), strict=True)),
+    }  # fmt: skip
+
+
 def read_unit(key: str, text: str) -> ControlNote | ImagePromptNote:
-    pairs = dict(entry.strip().partition(": ")[::2] for entry in text.split(","))
-    module = pairs.get("Module", "none")
+    pairs = dict(entry.strip().partition(": ")[::2] for entry in re.split(r",(?![^(]*\))", text))
     try:
+        pairs = as_now(pairs) if "preprocessor" in pairs else pairs
+        module = pairs["Module"]
         if module in IMAGE_MODULES:
             return ImagePromptNote(
                 pairs.get("Model", "None"),

@@ -45,6 +45,8 @@ def as_a1111(said: dict[str, str], line: str) -> dict[str, str]:
     for key in ("Hires prompt", "Hires negative prompt"):  # likewise
         if said.get(key) == "":
             del said[key]
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", said.get("Seed resize from", "1x1")):
+        del said["Seed resize from"]  # "-1x-1", which A1111's API wrote for none
     if said.get("RNG") == "GPU":
         said["RNG"] = "NV"
     if "Refiner" in said:
