@@ -280,12 +280,11 @@ def test_png_info(api, server, drawing):
     assert api.png_info(drawing).info == ""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "no settings at all")
-    assert (
-        server.post(
-            "/sdapi/v1/png-info", {"image": base64.b64encode(png_bytes(drawing, pnginfo=info)).decode()}
-        ).json()["info"]
-        == ""
-    )
+    info.add_text("workflow", "{}")
+    sent = {"image": base64.b64encode(png_bytes(drawing, pnginfo=info)).decode()}
+    items = {"parameters": "no settings at all", "workflow": "{}"}
+    told = server.post("/sdapi/v1/png-info", sent).json()
+    assert told == {"info": "no settings at all", "items": items, "parameters": {}}
 
 
 def test_lists_and_options(api, server):

@@ -102,6 +102,8 @@ def test_what_would_change_the_picture_and_is_not_had_is_refused_by_its_name(ser
     {"seed_resize_from_h": -1, "seed_resize_from_w": 64, "hr_prompt": "else", "hr_second_pass_steps": 20},
     {"alwayson_scripts": {"ControlNet": {"args": [{"enabled": False, "model": "canny"}]}, "Refiner": {"args": []},
                           "ADetailer": {"args": [False, False, {"ad_model": "face"}]}, "Seed": {}}},
+    {"alwayson_scripts": {"Sampler": {"args": [20, "DPM++ 2M", "Automatic"]}, "Refiner": {"args": [False, "", 0.8]},
+                          "seed": {"args": [-1, False, -1, 0, 0, 0]}}},
     {"override_settings": {"eta_noise_seed_delta": 0, "sd_vae": "Automatic", "samples_format": "jpg",
                            "return_grid": False, "show_progress_every_n_steps": 3}},
 ])  # fmt: skip

@@ -1,5 +1,6 @@
 """The other end of the API: what `plainsd generate --server` uses."""
 
+import socket
 import threading
 from dataclasses import fields
 from io import BytesIO
@@ -22,10 +23,12 @@ from serving import (
 
 import plainsd
 from plainsd.cli import main
+from plainsd.commands import remote as remote_module
 from plainsd.commands.generate import Generate
 from plainsd.commands.remote import NOT_SENT, remote_pictures
 from plainsd.errors import UserError
-from plainsd.server.client import Finished, Progress, Remote
+from plainsd.server.client import Busy, Finished, Progress, Remote
+from plainsd.server.limits import Limits
 from plainsd.server.schema import JobRequest
 
 TOKEN = "a-token-for-clients"
@@ -85,10 +88,31 @@ def test_errors_are_one_line(server):
     assert "the token is wrong" in said(Remote(server.url, "wrong"))
     assert "weight 1e+09" in said(Remote(server.url, TOKEN), negative="(a:1000000000)")
     assert "is `plainsd serve` running there?" in said(Remote("127.0.0.1:1"))
-    with pytest.raises(UserError, match="is not a URL"):
-        Remote("ftp://x")
+    for address in ("ftp://x", "http://localhost:abc", "http://localhost:99999", "http://[::1", "http://"):
+        with pytest.raises(UserError, match="is not a URL"):
+            Remote(address)
     assert Remote("localhost:7860/some/path").url == "http://localhost:7860"
     assert Remote("http://localhost:7860/?token=abc").token == "abc"
+
+
+@pytest.mark.parametrize("answer, says", [
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "is `plainsd serve` running there?"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "lost the connection to"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{\n", "answered what is not JSON"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "answered what is not a job"),
+    (b"HTTP/1.1 404 Not Found\r\nContent-Length: 99\r\n\r\n{", "it answered 404; is this a plainsd server?"),
+])  # fmt: skip
+def test_what_something_else_answers_is_one_line(answer, says):
+    def answered():
+        with listening.accept()[0] as connection:
+            connection.recv(65536)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answered).start()
+        with pytest.raises(UserError) as refused:
+            Remote(f"127.0.0.1:{listening.getsockname()[1]}").submit(prompt="p")
+    assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
 # --- plainsd generate --server ---------------------------------------------------------------------------------------
@@ -230,6 +254,51 @@ def test_a_job_that_is_refused_cancels_those_before_it():
     with pytest.raises(UserError, match="refused"):
         list(remote_pictures(Stub(), [{"prompt": prompt} for prompt in ("one", "two", "three")], None))
     assert cancelled == sent == ["one", "two"]
+
+
+class FullQueue:
+    """A server that takes one job at a time, and refuses so many tries before."""
+
+    def __init__(self, refusals=0):
+        self.waiting, self.drawn, self.cancelled, self.refusals = [], [], [], refusals
+
+    def submit(self, prompt):
+        if self.waiting or self.refusals:
+            self.refusals -= not self.waiting
+            raise Busy("the queue is full with 1 jobs; try again in 5 s", seconds=5)
+        self.waiting.append(prompt)
+        return prompt
+
+    def follow(self, id):
+        self.waiting.remove(id)
+        self.drawn.append(id)
+        return iter([Finished(id, b"", {})])
+
+    def cancel(self, id):
+        self.cancelled.append(id)
+
+
+def test_a_full_queue_cancels_nothing(monkeypatch):
+    slept = []
+    monkeypatch.setattr(remote_module.time, "sleep", slept.append)
+    jobs = [{"prompt": prompt} for prompt in ("one", "two", "three")]
+    server = FullQueue(refusals=2)
+    assert len(list(remote_pictures(server, jobs, None))) == 3
+    assert server.drawn == ["one", "two", "three"] and server.cancelled == [] and slept == [5, 5]
+    with pytest.raises(Busy, match="the queue is full"):
+        list(remote_pictures(FullQueue(refusals=1000), jobs, None))
+    assert len(slept) == 2 + remote_module.MOST_WAITS
+
+
+def test_a_server_says_when_its_queue_has_room(tmp_path):
+    service = open_service([model_folder(tmp_path)], tmp_path / "data", Limits(queue=1))
+    service.start = lambda: None  # nothing is drawn
+    with served(service) as server:
+        remote = Remote(server.url)
+        remote.submit(prompt="p")
+        with pytest.raises(Busy, match="the queue is full") as busy:
+            remote.submit(prompt="p")
+        assert busy.value.seconds >= 1
 
 
 def test_an_interrupt_cancels_what_was_sent(generate, server, brake, monkeypatch, tmp_path):

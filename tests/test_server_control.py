@@ -1,7 +1,9 @@
 """Maps to follow on the server: nets by name, checked before queueing, in all three ways in."""
 
 import base64
+import os
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ import plainsd
 from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.preprocess import preprocessed
+from plainsd.server import controls
 from plainsd.server.api.a1111_control import unit_of
+from plainsd.server.controls import ControlNets, filling_resolution
 from plainsd.server.errors import APIError
 
 
@@ -174,3 +178,47 @@ def test_modes_and_thresholds_of_units():
             "threshold_a": 50, "threshold_b": -1}  # fmt: skip
     found = unit_of(unit)
     assert (found.mode, found.resolution, found.low, found.high) == ("control", 512, 50, 200)
+    for res in (None, -1, -0.5):
+        assert unit_of(unit | {"processor_res": res}).resolution == 512
+    assert unit_of({name: value for name, value in unit.items() if name != "processor_res"}).resolution == 512
+    assert unit_of(unit | {"module": "none"}).resolution is None
+    assert not found.pixel_perfect and unit_of(unit | {"pixel_perfect": True}).pixel_perfect
+
+
+@pytest.mark.parametrize("image, target, resolution", [
+    ((512, 512), (96, 64), 96), ((1024, 512), (512, 512), 512), ((512, 1024), (640, 512), 640),
+    ((300, 200), (96, 64), 64), ((9000, 8), (96, 64), 64),
+])  # fmt: skip
+def test_a_pixel_perfect_map_fills_the_picture(image, target, resolution):
+    """As `pixel_perfect_resolution` of the extension."""
+    assert filling_resolution(image, target) == resolution
+
+
+@pytest.mark.parametrize("task", ["txt2img", "img2img"])
+def test_a_pixel_perfect_unit_is_recorded_with_its_resolution(server, monkeypatch, task):
+    asked = []
+    monkeypatch.setattr(controls, "preprocessed", lambda image, *how: asked.append((image.size, how)) or image)
+    unit = {"image": encoded(MAP.resize((200, 100))), "model": "edges", "module": "canny", "pixel_perfect": True,
+            "processor_res": 512}  # fmt: skip
+    body = {"prompt": "a", "seed": 3, "steps": 4, "width": 96, "height": 64, "init_images": [encoded(MAP)]}
+    if task == "txt2img":
+        del body["init_images"]
+    answer = server.post(f"/sdapi/v1/{task}", body | {"alwayson_scripts": {"controlnet": {"args": [unit]}}})
+    assert answer.status_code == 200, answer.text
+    (note,) = read_settings(BytesIO(base64.b64decode(answer.json()["images"][0]))).control
+    assert note.resolution == 64 and asked == [((200, 100), ("canny", (100, 200), 64))]
+
+
+def test_a_net_is_loaded_again_when_its_model_was_changed(tmp_path, monkeypatch):
+    """Nets of differences are made from the model's weights."""
+    (tmp_path / "net.safetensors").touch()
+    sd = SimpleNamespace(path=tmp_path / "model")
+    sd.path.mkdir()
+    (sd.path / "unet").touch()
+    nets, loaded = ControlNets(tmp_path), []
+    monkeypatch.setattr(ControlNets, "path", lambda self, name: tmp_path / "net.safetensors")
+    monkeypatch.setattr(controls, "load_control", lambda path, sd: loaded.append(path) or object())
+    first = nets.net("net", "tiny", sd)
+    assert nets.net("net", "tiny", sd) is first
+    os.utime(sd.path / "unet", ns=(2**62, 2**62))
+    assert nets.net("net", "tiny", sd) is not first and len(loaded) == 2

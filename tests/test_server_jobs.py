@@ -187,6 +187,20 @@ def test_a_sheet_of_samplers_comes_again(opened):
     assert same.settings_of(2).spacing == same.settings_of(0).spacing
 
 
+def test_a_sheet_that_could_not_be_opened_is_refused(opened):
+    service = opened(start=False, limits=Limits(pixels=2**24))
+    sides = [{"name": "guidance", "values": [1, 3, 5]}, {"name": "steps", "values": [2, 3, 4, 5]}]
+    with pytest.raises(APIError, match=r"would have \d+x\d+ pixels; at most 178956970 can"):
+        ask(service, size=(4096, 4096), grid=sides)
+    assert ask(service, size=(4096, 2048), grid=sides).sheet
+
+
+def test_long_labels_of_a_sheet_are_cut(opened):
+    service = opened(start=False)
+    job = ask(service, grid=[{"name": "guidance", "values": ["2." + "0" * 50, 3]}])
+    assert job.sheet.across == ["guidance 2." + "0" * 26 + "...", "guidance 3"] and job.settings[0].guidance == 2
+
+
 def test_switches_of_a_grid(opened):
     service = opened(start=False)
     job = ask(service, grid=[{"name": "tiling", "values": ["true", "Off", "on"]}])
@@ -393,6 +407,26 @@ def test_a_history_that_cannot_be_written_holds_the_worker_up_and_loses_nothing(
     assert ended(job).state == DONE
 
 
+@pytest.mark.parametrize("write", ["add_picture", "mark_alone"])
+def test_a_row_that_cannot_be_written_holds_a_picture_up_and_draws_it_once(opened, monkeypatch, brake, write):
+    monkeypatch.setattr(worker_module, "RETRY", 0.01)
+    brake.off()
+    service = opened(start=False)
+    job, refusals, written = ask(service), [], getattr(service.store, write)
+
+    def full(*given):
+        if len(refusals) < 2:
+            refusals.append(1)
+            raise sqlite3.OperationalError("database or disk is full")
+        return written(*given)
+
+    monkeypatch.setattr(service.store, write, full)
+    service.worker.start()
+    assert ended(job).state == DONE and len(refusals) == 2 and len(brake.batches) == 1
+    (note,) = job.notes
+    assert "database or disk is full" in note and service.worker.pictures == 1
+
+
 def test_a_job_has_a_time_limit(opened, brake):
     service = opened(limits=Limits(seconds=0.2))
     job = ask(service)
@@ -492,6 +526,24 @@ def test_a_job_that_ends_the_server_again_and_again_is_given_up(opened):
         service = opened(start=False)
     found = service.store.job(job.id)
     assert found.state == FAILED and "crashed 3 times" in found.error and not service.queue.jobs
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_sheet_that_ends_the_server_counts_against_its_job(opened, monkeypatch, remote):
+    """Whoever draws its pictures: the sheet is made in this process."""
+    service, alone = opened(start=False), []
+    service.worker.drawer.remote = remote
+    job = ask(service, grid=[{"name": "steps", "values": [1, 2]}])
+    grid = worker_module.grid
+
+    def look(*given):
+        alone.append(service.store.db.execute("SELECT alone FROM jobs").fetchone()[0])
+        return grid(*given)
+
+    monkeypatch.setattr(worker_module, "grid", look)
+    service.worker.start()
+    assert ended(job).state == DONE and alone == [1]
+    assert service.store.db.execute("SELECT alone, attempts FROM jobs").fetchone()[:] == (0, 0)
 
 
 def test_only_drawing_alone_counts_as_the_cause_of_an_end(opened, brake):

@@ -3,6 +3,7 @@
 import base64
 import errno
 import json
+import threading
 from contextlib import ExitStack, closing
 from functools import partial
 from io import BytesIO
@@ -102,6 +103,13 @@ def test_edit_inside_the_transparent_part(client, sd):
         image=("a.png", png_bytes(image)), prompt="a hat", extra_body={"seed": 4, "strength": 0.5}
     ).data[0]
     assert alike(from_base64(whole.b64_json), plainsd.final(plainsd.image_to_image(sd, "a hat", image, 0.5, seed=4))[0])
+
+
+def test_strength_0_of_an_edit_is_not_1(client, sd):
+    picture = Image.new("RGBA", (64, 64), "red")
+    picture.paste((0, 0, 0, 0), (16, 16, 48, 48))
+    with pytest.raises(openai.UnprocessableEntityError, match="strength 0"):
+        client.images.edit(image=("a.png", png_bytes(picture)), prompt="p", extra_body={"strength": 0})
 
 
 def test_streaming_with_partial_pictures(client, server, brake):
@@ -211,7 +219,7 @@ def test_whose_fault_a_failure_is_shows_in_its_status(client, server, monkeypatc
     with monkeypatch.context() as patched, pytest.raises(openai.UnprocessableEntityError, match="not finite") as asked:
         patched.setattr(drawing, "batch", wrong)
         client.images.generate(prompt="p", size="64x64")
-    assert asked.value.status_code == 422
+    assert asked.value.status_code == 422 and "x-should-retry" not in asked.value.response.headers
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -219,7 +227,18 @@ def test_whose_fault_a_failure_is_shows_in_its_status(client, server, monkeypatc
     monkeypatch.setattr(server.service.store, "write", full)
     with pytest.raises(openai.InternalServerError, match="No space left on device") as failed:
         client.images.generate(prompt="p", size="64x64")
-    assert failed.value.status_code == 500
+    assert failed.value.status_code == 500 and failed.value.response.headers["x-should-retry"] == "false"
+
+
+def test_a_cancelled_job_is_not_asked_for_again(client, server, brake):
+    def cancel():
+        brake.wait()
+        server.service.queue.cancel(next(iter(server.service.queue.jobs)))
+
+    threading.Thread(target=cancel).start()
+    with pytest.raises(openai.ConflictError, match="was cancelled") as cancelled:
+        client.images.generate(prompt="p", size="64x64")
+    assert cancelled.value.response.headers["x-should-retry"] == "false"
 
 
 def test_errors_are_those_that_the_client_knows(client, server, brake):
@@ -236,7 +255,7 @@ def test_errors_are_those_that_the_client_knows(client, server, brake):
     for field, more in wrong.items():
         with pytest.raises(openai.UnprocessableEntityError) as refused:
             client.images.generate(prompt="p", **more)
-        assert refused.value.param == {"n": "count"}.get(field, field), refused.value
+        assert refused.value.param == field and (field != "n" or "n 99 is out of range" in str(refused.value))
     with pytest.raises(openai.UnprocessableEntityError, match="is not a PNG, JPEG or WebP"):
         client.images.edit(image=("a.svg", b"<svg/>"), prompt="p")
     with pytest.raises(openai.UnprocessableEntityError, match="0 files were sent|2 files were sent"):

@@ -8,7 +8,7 @@ import pytest
 from browser import Page, chromium, needed  # noqa: F401
 from conftest import noise_picture
 from PIL import Image
-from serving import Brake, embedding_file, lora_file, model_folder, open_service, png_bytes, served, until
+from serving import Brake, base64_of, embedding_file, lora_file, model_folder, open_service, png_bytes, served, until
 
 import plainsd
 from plainsd.pictures.images import write_png
@@ -571,7 +571,59 @@ def test_the_api_page_lists_and_tries_routes(page):
     page.until("document.querySelector('.route[open] pre').textContent.includes('\"default\": \"tiny\"')")
 
 
+PASTE = """
+const [target, content, text] = arguments;
+const bytes = Uint8Array.from(atob(content), (sign) => sign.charCodeAt(0));
+const transfer = new DataTransfer();
+transfer.items.add(new File([bytes], "a.png", { type: "image/png" }));
+if (text) transfer.setData("text/plain", text);
+target.focus();
+target.dispatchEvent(new ClipboardEvent("paste", { bubbles: true, cancelable: true, clipboardData: transfer }));
+"""
+
+
+def test_text_that_is_pasted_with_a_picture_of_it_is_text(page):
+    picture = base64_of(noise_picture(64, 64))
+    page.js(PASTE, page.find("#prompt"), picture, "a boat")
+    page.driver.execute_async_script("setTimeout(arguments[0], 300)")
+    assert not page.find("#canvas-tools").is_displayed()
+    page.js(PASTE, page.find("#prompt"), picture)
+    page.until("!document.getElementById('canvas-tools').hidden")
+    page.js("document.getElementById('remove')?.click()")
+
+
+BLOCKED = """
+Object.defineProperty(window, "localStorage", { get() { throw new DOMException("blocked", "SecurityError"); } });
+"""
+
+
+def test_the_page_works_where_the_browser_keeps_nothing(page):
+    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": BLOCKED})
+    try:
+        page.load()
+        page.set("prompt", "a boat")
+        page.set("steps", 1)
+        page.drawn()
+        page.find("#theme").click()
+        assert page.js("return document.documentElement.dataset.theme") in ("dark", "light")
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def test_a_picture_that_is_gone_is_said(page):
+    page.server.drawn(prompt="gone", steps=1)
+    page.load()
+    page.find(".tile").click()
+    gone = '{"error": {"message": "the file of a picture is gone"}}'
+    page.js("window.fetch = async () => new Response(arguments[0], { status: 404 })", gone)
+    page.find("#use-picture").click()
+    page.until("document.getElementById('toast').textContent.includes('the file of a picture is gone')", 9)
+    assert not page.find("#canvas-tools").is_displayed()
+
+
 def test_a_token_is_asked_for_once(chromium, tmp_path, server):  # noqa: F811
+    from selenium.webdriver.common.keys import Keys
+
     token = "a-token-for-the-page"
     folder = Path(server.service.models.known["tiny"].source)
     with served(open_service([str(folder)], tmp_path / "data"), token) as guarded:
@@ -579,6 +631,9 @@ def test_a_token_is_asked_for_once(chromium, tmp_path, server):  # noqa: F811
         page = Page.__new__(Page)
         page.driver, page.server = chromium, guarded
         page.until("document.getElementById('login').open")
+        for _ in range(3):  # it stays, whatever is pressed
+            chromium.switch_to.active_element.send_keys(Keys.ESCAPE)
+            page.until("document.getElementById('login').open", 9)
         page.find("#token").send_keys("wrong-token-here")
         page.find("#login-form button").click()
         page.until("document.getElementById('login-error').textContent.includes('wrong')")

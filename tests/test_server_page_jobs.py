@@ -179,6 +179,21 @@ def test_a_long_gallery_is_loaded_again_in_pieces(page):
 
 
 @needed
+def test_older_pictures_and_a_reload_do_not_cancel_each_other(page):
+    page.server.drawn(prompt="old", steps=1, count=60)
+    page.load()
+    page.server.drawn(prompt="meanwhile", steps=1)
+    page.js("document.getElementById('more').click()"
+            "; import('/page/gallery.js').then((gallery) => gallery.reload())")  # fmt: skip
+    page.until(
+        "document.querySelector('.tile').title === 'meanwhile' && document.querySelectorAll('.cell').length >= 60", 9
+    )
+    ids = [one["id"] for one in page.server.get("/api/images", params={"limit": 200}).json()["images"]]
+    shown = page.js("return [...document.querySelectorAll('.cell')].map((cell) => cell.dataset.id)")
+    assert shown == ids[: len(shown)]
+
+
+@needed
 def test_the_gallery_stays_as_it_is_when_a_job_ends(page):
     page.server.drawn(prompt="old", steps=1, count=60)
     page.load()

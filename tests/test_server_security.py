@@ -182,6 +182,21 @@ def test_the_page_logs_in_with_a_link_or_a_form(guarded):
     assert browser.get(guarded.url + "/api/info").status_code == 200
 
 
+def test_two_servers_of_one_host_do_not_log_each_other_out(guarded):
+    """Browsers send a host's cookies to all its ports; requests do, too."""
+    port = guarded.url.rpartition(":")[2]
+    browser = requests.Session()
+    browser.trust_env = False
+    browser.post(guarded.url + "/api/login", json={"token": TOKEN})
+    assert browser.cookies.keys() == [f"{COOKIE}_{port}"]
+    for name in (COOKIE, f"{COOKIE}_{int(port) + 1}"):  # of a server before, and of another one
+        browser.cookies.set(name, "another", domain="127.0.0.1")
+    assert browser.get(guarded.url + "/api/info").status_code == 200
+    session = browser.cookies[f"{COOKIE}_{port}"]
+    assert guarded.get("/api/info", cookies={COOKIE: session}).status_code == 200  # it goes on being read
+    assert guarded.get("/api/info", cookies={COOKIE: "another"}).status_code == 401
+
+
 def test_beyond_this_machine_a_token_is_required(model, tmp_path):
     assert [is_loopback(host) for host in ("localhost", "127.0.0.1", "127.8.8.8", "::1")] == [True] * 4
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "192.168.1.7", "example.org"))

@@ -22,13 +22,14 @@ from plainsd.commands.texts import TEXTS_BESIDE
 from plainsd.errors import UserError
 from plainsd.listing import suffix_of
 from plainsd.pictures.settings import ControlNote, ImagePromptNote, Settings
-from plainsd.server.client import Finished, Progress, Remote
+from plainsd.server.client import Busy, Finished, Progress, Remote
 from plainsd.text.prompts import LORA_TAG, LoraTag, tagged_loras
 
 if TYPE_CHECKING:
     from plainsd.commands.output import Target
 
 AHEAD = 4  # jobs in flight, so that the server can batch them
+MOST_WAITS, LONGEST_WAIT = 20, 60.0  # for room in the server's queue, and the seconds of each
 PREVIEW_SCALE, SMALL_PREVIEW = 8, 256  # previews with sides below 256 pixels are enlarged 8 times
 NOT_SENT = (
     "vae",
@@ -220,7 +221,12 @@ def remote_pictures(remote: Remote, jobs: list[dict[str, Any]], preview: Path | 
         with tqdm(total=100 * len(jobs), unit="%", disable=None, dynamic_ncols=True) as bar:
             for i in range(len(jobs)):
                 for fields in jobs[i + len(sent) : i + AHEAD]:
-                    sent.append(remote.submit(**fields))  # one at a time: a later one may be refused
+                    try:
+                        sent.append(submitted(remote, fields, is_first=not sent))  # one at a time: one may be refused
+                    except Busy:
+                        if not sent:
+                            raise
+                        break  # until one of them has ended
                 pictures: list[Finished] = []
                 for event in remote.follow(sent[0]):
                     if isinstance(event, Finished):
@@ -235,6 +241,17 @@ def remote_pictures(remote: Remote, jobs: list[dict[str, Any]], preview: Path | 
     finally:
         for id in sent:
             remote.cancel(id)
+
+
+def submitted(remote: Remote, fields: dict[str, Any], *, is_first: bool) -> str:
+    """The id of the job. While the queue is full, the only one in flight waits; Busy for another, or at last."""
+    for _ in range(MOST_WAITS if is_first else 0):
+        try:
+            return remote.submit(**fields)
+        except Busy as busy:
+            print(f"{busy.what}; waiting", file=sys.stderr)
+            time.sleep(min(busy.seconds, LONGEST_WAIT))
+    return remote.submit(**fields)
 
 
 def show(event: Progress, path: Path) -> None:

@@ -9,12 +9,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from plainsd.errors import UserError
 from plainsd.json_reader import BadJSON, parsed_json
 
 TIMEOUT = 60.0  # seconds without data; the server sends a keep-alive every 15
+RETRY_AFTER = 5.0  # seconds, where a full queue does not say
+
+
+class Busy(UserError):
+    """The server's queue is full; it says for how many seconds."""
+
+    def __init__(self, message: str, seconds: float):
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class Progress(NamedTuple):
@@ -40,9 +49,7 @@ class Remote:
     opener: urllib.request.OpenerDirector = field(default_factory=urllib.request.build_opener, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"server {self.url!r} is not a URL; write it as http://127.0.0.1:7860")
+        parts = address_parts(self.url)
         self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         self.token = self.token or dict(parse_qsl(parts.query)).get("token")
         if parts.hostname in ("localhost", "127.0.0.1", "::1"):  # no proxy for loopback
@@ -57,8 +64,11 @@ class Remote:
             self.cancel(id)
 
     def submit(self, **fields: Any) -> str:
-        """POST /api/jobs. Returns the id."""
-        return self.call("/api/jobs", fields)["id"]
+        """POST /api/jobs. Returns the id. Busy if the queue is full."""
+        job = self.call("/api/jobs", fields)
+        if not isinstance(job, dict) or not isinstance(job.get("id"), str):
+            raise UserError(f"{self.url} answered what is not a job; is this a plainsd server?")
+        return job["id"]
 
     def follow(self, id: str) -> Iterator[Progress | Finished]:
         """Progress until the job ends, then its pictures. UserError if it failed or was cancelled."""
@@ -88,21 +98,27 @@ class Remote:
         name = ""
         with self.open(f"/api/jobs/{id}/events") as stream, suppress(OSError, HTTPException):
             for line in stream:
-                key, _, value = line.decode().rstrip("\n").partition(": ")
-                if key == "event":
-                    name = value
-                elif key == "data":
-                    yield name, parsed_json(value)
+                key, _, value = line.rstrip(b"\n").partition(b": ")
+                if key == b"event":
+                    name = value.decode("utf-8", "replace")
+                elif key == b"data":
+                    yield name, self.parsed(value)
 
     def call(self, path: str, body: Any = None) -> dict[str, Any]:
+        return self.parsed(self.bytes(path, body))
+
+    def parsed(self, answer: bytes) -> Any:
         try:
-            return parsed_json(self.bytes(path, body))
+            return parsed_json(answer)
         except BadJSON as error:
             raise UserError(f"{self.url} answered what is not JSON ({error}); is this a plainsd server?") from None
 
     def bytes(self, path: str, body: Any = None) -> bytes:
         with self.open(path, body) as answer:
-            return answer.read()
+            try:
+                return answer.read()
+            except (OSError, HTTPException) as error:
+                raise UserError(f"lost the connection to {self.url} ({error!r}); try again") from None
 
     def open(self, path: str, body: Any = None):
         headers = {"Content-Type": "application/json"} if body is not None else {}
@@ -111,15 +127,33 @@ class Remote:
         try:
             return self.opener.open(urllib.request.Request(self.url + path, data, headers), timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
-            raise UserError(f"{self.url}: {message_of(error)}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot reach {self.url} ({getattr(error, 'reason', error)}); is `plainsd serve` running there?"
-            ) from None
+            message = f"{self.url}: {message_of(error)}"
+            if error.code == 429:
+                raise Busy(message, seconds_of(error.headers.get("Retry-After", ""))) from None
+            raise UserError(message) from None
+        except (OSError, ValueError, HTTPException) as error:
+            why = repr(error) if isinstance(error, HTTPException) else getattr(error, "reason", error)
+            raise UserError(f"cannot reach {self.url} ({why}); is `plainsd serve` running there?") from None
+
+
+def address_parts(url: str) -> SplitResult:
+    """UserError if it is not an address of a server."""
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:  # of the port or the brackets
+        pass
+    raise UserError(f"server {url!r} is not a URL; write it as http://127.0.0.1:7860")
+
+
+def seconds_of(text: str) -> float:
+    """Of Retry-After."""
+    return float(text) if text.isdecimal() and len(text) < 9 else RETRY_AFTER
 
 
 def message_of(error: urllib.error.HTTPError) -> str:
     try:
         return parsed_json(error.read())["error"]["message"]
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, HTTPException):
         return f"it answered {error.code}; is this a plainsd server?"

@@ -46,8 +46,8 @@ class ControlNets:
     def __init__(self, folder: Path | None):
         self.folder = folder
         self.unusable: dict[str, str] = {}
-        self.loaded: dict[tuple[Path, int, str], ControlNet | T2IAdapter] = {}
-        """by file, the time of its last change, and model; most recently used last"""
+        self.loaded: dict[tuple[Path, int, str, int], ControlNet | T2IAdapter] = {}
+        """by file, the time of its last change, model, and that of its own; most recently used last"""
 
     def known(self) -> dict[str, Path]:
         found, self.unusable = of_kind(CONTROL, self.folder)
@@ -82,7 +82,7 @@ class ControlNets:
     def net(self, name: str, model: str, sd: StableDiffusion) -> ControlNet | T2IAdapter:
         """Loads a net for a model, which files of differences need."""
         path = self.path(name)
-        key = (path, changed_below(path), model)
+        key = (path, changed_below(path), model, changed_below(sd.path) if sd.path else 0)
         net = self.loaded.pop(key, None) or load_control(path, sd)
         self.loaded[key] = net
         for old in list(self.loaded)[:-MAX_LOADED_CONTROLS]:
@@ -183,13 +183,19 @@ def of_unit(field: str, units: Sequence[ControlRequest | ImagePromptRequest], nu
 
 
 def controls_of(
-    units: list[ControlRequest], nets: ControlNets, limits: Limits, base: InitImages | None
+    units: list[ControlRequest],
+    nets: ControlNets,
+    limits: Limits,
+    base: InitImages | None,
+    size: tuple[int, int] | None = None,
 ) -> tuple[list[Control], list[ControlInput], dict[str, bytes]]:
-    """Controls for checking, their records in the job, and the contents of their input files."""
+    """Controls for checking, their records in the job, and the contents of their input files. `size` is the picture's,
+    where it is not that of `base`."""
     controls, control_inputs, files = [], [], {}
+    size = base.image.size if base is not None else size
     for number, unit in enumerate(units):
         with of_unit("controls", units, number):
-            map, file = map_of_unit(unit, limits, base), None
+            map, file = map_of_unit(unit, limits, base, size), None
             if map is not None and unit.image is not None and base is not None:
                 map = base.part_of(map)
             if map is not None:
@@ -211,8 +217,11 @@ def input_name(content: bytes) -> str:
     return f"{hashlib.sha256(content).hexdigest()[:32]}.png"
 
 
-def map_of_unit(unit: ControlRequest, limits: Limits, base: InitImages | None) -> Image.Image | None:
-    """The unit's map; None for the inpainting map, which is made of the picture that is drawn over and its mask."""
+def map_of_unit(
+    unit: ControlRequest, limits: Limits, base: InitImages | None, size: tuple[int, int] | None
+) -> Image.Image | None:
+    """The unit's map; None for the inpainting map, which is made of the picture that is drawn over and its mask. A
+    pixel-perfect unit gets its resolution here."""
     if unit.image is not None:
         given = picture(unit.image, "image", limits, "black")
     elif base is None:
@@ -222,7 +231,16 @@ def map_of_unit(unit: ControlRequest, limits: Limits, base: InitImages | None) -
         return None
     else:
         given = base.image
+    if unit.pixel_perfect and size is not None:
+        unit.resolution = filling_resolution(given.size, size)
     return map_within(limits, given, unit.preprocess, (unit.low, unit.high), unit.resolution)
+
+
+def filling_resolution(size: tuple[int, int], target: tuple[int, int]) -> int:
+    """The shorter side of a picture of this size, scaled until it covers the target: what A1111's extension calls
+    pixel perfect."""
+    scale = max(there / here for here, there in zip(size, target, strict=True))
+    return round(scale * min(size))
 
 
 def map_within(

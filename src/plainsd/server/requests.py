@@ -32,7 +32,7 @@ from plainsd.server.canvas import InitImages, init_images_of
 from plainsd.server.controls import controls_of
 from plainsd.server.errors import APIError
 from plainsd.server.image_prompts import image_prompts_of
-from plainsd.server.jobs.job import Job, Sheet, Source
+from plainsd.server.jobs.job import Job, Source
 from plainsd.server.jobs.pictures import new_id, new_path_prefix
 from plainsd.server.limits import Limits
 from plainsd.server.loras import NamedLoras
@@ -40,6 +40,7 @@ from plainsd.server.pool import Models
 from plainsd.server.prompt_checks import check_prompt_sizes, check_prompts, prompts_in
 from plainsd.server.prompt_templates import PromptTemplates, settled_field
 from plainsd.server.schema import Axis, JobRequest
+from plainsd.server.sheets import check_sheet, sheet_of
 from plainsd.server.uploads import check_pixels, without_tags
 from plainsd.text.prompts import LoraTag
 from plainsd.text.styles import without_style_loras
@@ -167,9 +168,20 @@ def seeds_of(request: JobRequest, cell: dict[str, Any]) -> list[int]:
     return [one.seed + index * (one.counted == "seed") for index in range(request.count)]
 
 
+def finished_size(one: Resolved, multiple: int) -> tuple[int, int]:
+    """After enlarging."""
+    return enlarged_size(one.size, one.hires, multiple, one.like) if one.hires else one.size
+
+
+def finished_sizes(settings: list[Resolved], init: InitImages | None, multiple: int) -> list[tuple[int, int]]:
+    """Of the finished pictures: pasted into another, they have its size."""
+    whole = init.base.size if init and init.base else None
+    return [whole or finished_size(one, multiple) for one in settings]
+
+
 def check_work(settings: list[Resolved], limits: Limits, multiple: int) -> None:
     for one in settings:
-        check_pixels(enlarged_size(one.size, one.hires, multiple, one.like) if one.hires else one.size, limits)
+        check_pixels(finished_size(one, multiple), limits)
         for name in ("steps", "hires_steps"):
             if (steps := getattr(one, name) or 0) > limits.steps:
                 what = f"{name.replace('_', ' ')} {steps} is out of range"
@@ -198,7 +210,7 @@ def new_job(
             )
         bare = models.upscalers.bare(bare, request.upscaler)
         init = init or init_images_of(request, limits)
-        control, control_inputs, maps = controls_of(request.controls, models.controls, limits, init)
+        control, control_inputs, maps = controls_of(request.controls, models.controls, limits, init, request.size)
         image_prompt, shown, files = image_prompts_of(request.image_prompts, models.image_adapters, limits, init)
         resolve_choices = api == "jobs" or models.templates.wildcards is not None  # in A1111 this takes an extension
         settings: list[Resolved] = []
@@ -225,6 +237,9 @@ def new_job(
         messages += scaled_maps(control, settings[0].size)
         check_clip_skip(bare, settings)
         check_work(settings, limits, size_multiple(bare.variant.vae))
+        sheet = sheet_of(request)
+        if sheet is not None:
+            check_sheet(sheet, finished_sizes(settings, init, size_multiple(bare.variant.vae)))
         check_prompts(settings, limits)
     except UserError as error:
         if error.field in {axis.name.strip().replace(" ", "_") for axis in request.grid or []}:
@@ -241,7 +256,7 @@ def new_job(
     return Job(
         id=id, client=client, api=api, model=model.name, loras=loras, created=created, settings=settings,
         path_prefix=new_path_prefix(settings[0].prompt, id, created),
-        source=source, inputs=inputs, sheet=sheet_of(request), notes=list(dict.fromkeys(messages)),
+        source=source, inputs=inputs, sheet=sheet, notes=list(dict.fromkeys(messages)),
     )  # fmt: skip
 
 
@@ -305,11 +320,3 @@ def check_clip_skip(bare: StableDiffusion, settings: list[Resolved]) -> None:
                 field="clip_skip",
                 value=one.clip_skip,
             )
-
-
-def sheet_of(request: JobRequest) -> Sheet | None:
-    if not request.grid:
-        return None
-    labels = [[f"{axis.name.replace('_', ' ')} {value}" for value in axis.values] for axis in request.grid]
-    axes = [(axis.name, [str(value) for value in axis.values]) for axis in request.grid]
-    return Sheet(labels[0], labels[1] if len(labels) > 1 else [], axes)

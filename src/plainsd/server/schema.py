@@ -90,6 +90,16 @@ class ControlRequest(UnitRequest, Preprocessing):
     guess: bool = Field(False, description="prompted rows only, less for finer parts")
     mode: Name = Field("balanced", description="balanced, prompt or control: which is more important, as in A1111")
     kind: list[int] = Field([], max_length=1, description="of the map, for a net of several kinds (union), from 0")
+    _pixel_perfect: bool = PrivateAttr(False)
+
+    @property
+    def pixel_perfect(self) -> bool:
+        """Of A1111's units: `resolution` follows from the picture that is drawn."""
+        return self._pixel_perfect
+
+    @pixel_perfect.setter
+    def pixel_perfect(self, is_it: bool) -> None:
+        self._pixel_perfect = is_it
 
 
 class ImagePromptRequest(UnitRequest):

@@ -35,6 +35,7 @@ log = logging.getLogger("plainsd.server")
 HEARTBEAT = 15.0  # seconds between keep-alives of an event stream
 TRASH_ROUND = 15.0  # seconds between looks at what is in the trash
 LAST_STEP = 30.0  # seconds that shutdown waits for the current step
+ENDED = {"x-should-retry": "false"}  # for OpenAI's clients, which else send a 409 or 500 again: the job has ended
 
 
 @dataclass
@@ -243,10 +244,10 @@ def failure_of(job: Job) -> APIError | None:
     if job.state == DONE:
         return None
     if job.state == FAILED:
-        return APIError(422 if job.bad_request else 500, str(job.error))
+        return APIError(422 if job.bad_request else 500, str(job.error), headers={} if job.bad_request else ENDED)
     if job.active:
         return APIError(503, f"the server is stopping; job {job.id} resumes when it runs again")
-    return APIError(409, f"job {job.id} was {job.state}; submit it again")
+    return APIError(409, f"job {job.id} was {job.state}; submit it again", headers=ENDED)
 
 
 def user_of(request: Request) -> User:

@@ -297,7 +297,7 @@ def progress_as_json(service: Service, job: Job | None, with_image: bool) -> dic
 
 
 def png_info_as_json(content: bytes, service: Service) -> dict:
-    """The settings text of a picture file, and its fields. Empty, not an error, if there is none."""
+    """The settings text of a picture file, its text chunks, and the fields: none, not an error, if it is not read."""
     opened(content, "image", service.limits)
     with Image.open(BytesIO(content)) as image:
         image.load()
@@ -306,11 +306,11 @@ def png_info_as_json(content: bytes, service: Service) -> dict:
     if len(text) > service.limits.text:
         raise APIError(422, f"image carries {len(text)} characters of settings; at most {service.limits.text} are read",
                       "image", len(text))  # fmt: skip
-    items["parameters"] = text
+    items |= {"parameters": text} if text else {}
     try:
         settings = parse_settings(clean(text))
     except ValueError:
-        return {"info": "", "items": {}, "parameters": {}}
+        return {"info": text, "items": items, "parameters": {}}
     said = dict(entries(text.rstrip("\n").rpartition("\n")[2]))
     width, height = settings.size or (0, 0)
     prompts = {"Prompt": settings.prompt, "Negative prompt": settings.negative, "Size-1": width, "Size-2": height}

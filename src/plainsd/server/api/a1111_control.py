@@ -10,6 +10,7 @@ from plainsd.server.errors import APIError
 from plainsd.server.schema import ControlRequest, ImagePromptRequest
 
 FIELD = "alwayson_scripts"
+RESOLUTION = 512  # of preprocessors, where a unit names none
 OLDER_NAMES = {"input_image": "image", "guidance": "guidance_end", "lowvram": "low_vram"}  # older names
 UNIT_MODES = {label: name for name, label in CONTROL_MODES.items()} | dict(enumerate(CONTROL_MODES))
 ACTING = ("image", "module", "model", "weight", "processor_res", "threshold_a", "threshold_b", "guidance_start",
@@ -84,9 +85,12 @@ def unit_of(unit: dict[str, Any], init_images: list[str] | None = None) -> Contr
     else:
         kind, more = ControlRequest, map_fields(unit, module, UNIT_MODES[mode], init_images)
     try:
-        return kind(**{name: value for name, value in (fields | more).items() if value is not None})
+        made = kind(**{name: value for name, value in (fields | more).items() if value is not None})
     except ValueError as error:
         raise APIError(422, f"{' '.join(str(error).split())[:200]}", FIELD) from None
+    if isinstance(made, ControlRequest) and module != "none":
+        made.pixel_perfect = bool(unit.get("pixel_perfect"))
+    return made
 
 
 def map_fields(unit: dict[str, Any], module: str, mode: str, init_images: list[str] | None) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def map_fields(unit: dict[str, Any], module: str, mode: str, init_images: list[s
     return {
         "image": image_of(unit.get("image"), init_images), "preprocess": module, "mode": mode,
         "low": positive(unit, "threshold_a"), "high": positive(unit, "threshold_b"),
-        "resolution": positive(unit, "processor_res") if module != "none" else None,
+        "resolution": resolution_of(unit) if module != "none" else None,
     }  # fmt: skip
 
 
@@ -114,6 +118,12 @@ def image_fields(unit: dict[str, Any], mode: str, init_images: list[str] | None)
     images = [image_of(one, init_images) for one in (given if isinstance(given, list) else [given])]
     masks = [unit[REGION]] if unit.get(REGION) else []
     return {"images": [image or (init_images or [""])[0] for image in images], "masks": masks}
+
+
+def resolution_of(unit: dict[str, Any]) -> Any:
+    """Of a pixel-perfect unit it follows from the picture that is drawn, see `filling_resolution`."""
+    given = None if unit.get("pixel_perfect") else positive(unit, "processor_res")
+    return RESOLUTION if given is None else given
 
 
 def positive(unit: dict[str, Any], name: str) -> Any:

@@ -72,10 +72,13 @@ def reject_unsupported(extras: RequestFields, asked: RequestFields, known: Itera
 # --- scripts ---------------------------------------------------------------------------------------------------------
 
 
+BUILT_IN = ("sampler", "seed", "refiner")  # sections of the web UI's own page, which its API passes over
+
+
 def check_scripts(scripts: dict[str, Any]) -> None:
     """APIError for a script that is active and not supported; units that are switched off would not."""
     for name, script in scripts.items():
-        if name.lower() != "controlnet" and is_active(script):
+        if name.lower() not in ("controlnet", *BUILT_IN) and is_active(script):
             raise APIError(422, f"script {name!r} is not supported; leave it out", "alwayson_scripts", name)
 
 

@@ -88,11 +88,11 @@ def create_app(
     add_page(app, service)
 
     @app.post("/api/login", tags=["page"], status_code=204)
-    def login(body: Login) -> Response:
+    def login(body: Login, request: Request) -> Response:
         """Exchange the token for a session cookie."""
         answer = Response(status_code=204)
         if access.required:
-            log_in(answer, access, body.token)
+            log_in(answer, access, body.token, request.headers)
         return answer
 
     app.include_router(openai.routes(service))

@@ -26,6 +26,7 @@ from plainsd.server.canvas import InitImages
 from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import Job
 from plainsd.server.jobs.pictures import Picture, json_seed
+from plainsd.server.limits import Limits
 from plainsd.server.pool import Models, ServedModel
 from plainsd.server.requests import job_request
 from plainsd.server.schema import JobRequest, Name, Text
@@ -65,12 +66,12 @@ class ImagesRequest(BaseModel):
     seed: int | None = None
     strength: float | None = Field(None, description="of edits without a mask, 0 to 1")
 
-    def job(self, models: Models) -> JobRequest:
-        model = served_model(self.model, models).name
+    def job(self, models: Models, limits: Limits) -> JobRequest:
+        model, count = served_model(self.model, models).name, 1 if self.n is None else self.n
+        if not 1 <= count <= limits.count:
+            raise APIError(422, f"n {count} is out of range; choose 1 to {limits.count}", "n", count)
         given = {name: value for name in EXTRA_FIELDS if (value := getattr(self, name)) is not None}
-        return job_request(
-            prompt=self.prompt, model=model, count=1 if self.n is None else self.n, size=self.pixels(), **given
-        )
+        return job_request(prompt=self.prompt, model=model, count=count, size=self.pixels(), **given)
 
     def pixels(self) -> tuple[int, int] | None:
         if self.size in (None, "auto"):
@@ -95,9 +96,8 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/images/generations", responses=STREAM, response_model=None)
     async def generations(body: ImagesRequest, request: Request) -> JSONResponse | EventSourceResponse:
-        job = await service.submit(
-            body.job(service.models), client_of(request, body.user), "openai", owner=user_of(request).owner
-        )
+        wanted = body.job(service.models, service.limits)
+        job = await service.submit(wanted, client_of(request, body.user), "openai", owner=user_of(request).owner)
         return await images_response(service, job, body, request, "image_generation")
 
     @router.post("/images/edits", responses=STREAM, response_model=None, openapi_extra=FORM)
@@ -105,7 +105,7 @@ def routes(service: Service) -> APIRouter:
         """Image to image, or inpainting of the transparent part of the mask (or of the picture)."""
         async with request.form(max_files=4, max_fields=40) as form:
             body, content, mask = await edit_of(form)
-        wanted = body.job(service.models)
+        wanted = body.job(service.models, service.limits)
         init = await run_in_threadpool(edit_canvas, wanted, content, mask, service)
         job = await service.submit(wanted, client_of(request, body.user), "openai", init, owner=user_of(request).owner)
         return await images_response(service, job, body, request, "image_edit")
@@ -172,7 +172,7 @@ def edit_canvas(wanted: JobRequest, content: bytes, mask: bytes | None, service:
             raise APIError(422, "mask has no transparent part, so nothing would be drawn; make it transparent where "
                           "the picture is to change", "mask")  # fmt: skip
         return InitImages(whole)
-    wanted.strength = wanted.strength or 1.0
+    wanted.strength = 1.0 if wanted.strength is None else wanted.strength
     return InitImages(whole, hole.resize(size))
 
 

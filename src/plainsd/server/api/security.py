@@ -150,7 +150,7 @@ class SecurityMiddleware:
         if not (self.access.required and given and scope["method"] == "GET" and scope["path"] == "/"):
             return None
         answer = RedirectResponse("/", 303)
-        log_in(answer, self.access, given[0])
+        log_in(answer, self.access, given[0], Headers(scope=scope))
         return answer
 
     def user(self, headers: Headers) -> User:
@@ -226,11 +226,11 @@ def user_of_token(access: Access, given: str) -> User:
     return found
 
 
-def log_in(answer: Response, access: Access, given: str) -> None:
+def log_in(answer: Response, access: Access, given: str, headers: Headers) -> None:
     """Sets the cookie of a token; APIError if it is wrong."""
     access.refresh()
     user_of_token(access, given)
-    answer.set_cookie(COOKIE, session_of(given), max_age=30 * 86400, httponly=True, samesite="strict")
+    answer.set_cookie(cookie_name(headers), session_of(given), max_age=30 * 86400, httponly=True, samesite="strict")
 
 
 def netloc(origin: str) -> str:
@@ -247,11 +247,22 @@ def internal_error(scope: Scope, error: Exception) -> APIError:
     return APIError(500, f"the server failed on this request ({type(error).__name__}); see its log")
 
 
-def cookie(headers: Headers) -> str:
+def cookie_name(headers: Headers) -> str:
+    """With the port that the browser asks: it sends a host's cookies to all the servers there."""
     try:
-        found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        port = urlsplit(f"//{headers.get('host', '')}").port
+    except ValueError:
+        port = None
+    return f"{COOKIE}_{port}" if port else COOKIE
+
+
+def cookie(headers: Headers) -> str:
+    """The session; also by its older name, without a port."""
+    try:
+        cookies = SimpleCookie(headers.get("cookie", ""))
     except CookieError:
         return ""
+    found = cookies.get(cookie_name(headers)) or cookies.get(COOKIE)
     return found.value if found else ""
 
 

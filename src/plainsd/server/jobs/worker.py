@@ -5,9 +5,10 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from PIL import Image
 
@@ -35,6 +36,7 @@ from plainsd.server.logs import about, log_fields
 from plainsd.server.pool import PoolOptions
 
 RETRY = 1.0  # seconds, where the history cannot be written, or something else is wrong that is no job's error
+Written = TypeVar("Written")
 log = logging.getLogger("plainsd.server")
 
 
@@ -83,13 +85,15 @@ class Worker(threading.Thread):
 
     def draw(self, units: list[Unit]) -> None:
         if units[0].is_sheet:
-            return self.save(units[0], self.sheet(units[0].job))
+            with self.recording_attempt({units[0].job}, here=True):
+                sheet = self.sheet(units[0].job)
+            return self.save(units[0], sheet)
         events = self.drawer.draw(self.work_of(units))
         with closing(events):
             next(events)  # `Prepared`
             self.queue.forget_losses(units)
             began = time.monotonic()
-            with self.recording_attempt({unit.job for unit in units}):
+            with self.recording_attempt({unit.job for unit in units}, here=not self.drawer.remote):
                 drawn = self.follow(events, units)
         if drawn is None:
             return
@@ -103,19 +107,19 @@ class Worker(threading.Thread):
         )
 
     @contextmanager
-    def recording_attempt(self, jobs: set[Job]) -> Iterator[None]:
+    def recording_attempt(self, jobs: set[Job], *, here: bool) -> Iterator[None]:
         """While one job is processed alone in this process, records that: if it crashes now, this job caused it. The
         end of another process is seen: see `handle_loss`."""
-        if len(jobs) > 1 or self.drawer.remote:
+        if len(jobs) > 1 or not here:
             yield
             return
         (job,) = jobs
-        self.store.mark_alone(job, True)
+        self.with_retries(job, lambda: self.store.mark_alone(job, True))
         try:
             yield
         finally:
             if job.active and not self.queue.stopping:  # a regular shutdown resets it
-                self.store.mark_alone(job, False)
+                self.with_retries(job, lambda: self.store.mark_alone(job, False))
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
@@ -166,25 +170,26 @@ class Worker(threading.Thread):
         return grid(images, len(job.sheet.across), job.sheet.across, job.sheet.down)
 
     def save(self, unit: Unit, image: Image.Image | PictureFile) -> None:
-        file = self.write_with_retries(unit, image)
+        file = self.with_retries(unit.job, lambda: self.store.write(unit.job, unit.index, image))
         if file is None:
             return
-        if self.queue.add_picture(unit, file, image.size):
+        if self.with_retries(unit.job, lambda: self.queue.add_picture(unit, file, image.size)):
             self.pictures += 1
         else:  # cancelled while it was written
             (self.store.folder / file).unlink(missing_ok=True)
 
-    def write_with_retries(self, unit: Unit, image: Image.Image | PictureFile) -> str | None:
-        """Writes the picture's file, and retries while the disk is full. None if its job was cancelled meanwhile."""
-        while unit.job.active:
+    def with_retries(self, job: Job, write: Callable[[], Written]) -> Written | None:
+        """Writes a file or a row of a job, and retries while the disk is full. None if it was cancelled meanwhile."""
+        while job.active:
             try:
-                return self.store.write(unit.job, unit.index, image)
-            except DiskError as error:
-                log.error("cannot write to the data folder (%s); trying again", error.reason, extra=about(unit.job))
-                waits = f"a picture cannot be written ({error.reason}); it is retried until there is space"
-                if waits not in unit.job.notes:
-                    unit.job.notes.append(waits)
-                    unit.job.notifier.notify()
+                return write()
+            except (DiskError, sqlite3.OperationalError) as error:
+                why = error.reason if isinstance(error, DiskError) else error
+                log.error("cannot write to the data folder (%s); trying again", why, extra=about(job))
+                waits = f"a picture cannot be written ({why}); it is retried until there is space"
+                if waits not in job.notes:
+                    job.notes.append(waits)
+                    job.notifier.notify()
                 if self.queue.wait_for_stop(RETRY):
                     raise Stopped from None
         return None

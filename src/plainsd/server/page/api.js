@@ -43,6 +43,7 @@ function login() {
   open ??= new Promise((resolve) => {
     $("login").showModal();
     $("login").oncancel = (event) => event.preventDefault();
+    $("login").onclose = () => open && !$("login").open && $("login").showModal(); // Chromium closes it at a second Escape
     $("login-form").onsubmit = async (event) => {
       event.preventDefault();
       try {

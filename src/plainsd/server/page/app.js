@@ -9,6 +9,7 @@ import * as jobs from "./jobs.js";
 import * as keep from "./keep.js";
 import * as paint from "./paint.js";
 import * as prompts from "./prompts.js";
+import * as storage from "./storage.js";
 import * as typing from "./typing.js";
 import * as units from "./units.js";
 
@@ -64,6 +65,9 @@ async function dropped(file) {
 
 const pictureIn = (transfer) => [...(transfer?.files ?? [])].find((file) => file.type.startsWith("image/"));
 
+// Office programs copy text with a picture of it.
+const isText = ({ target, clipboardData }) => clipboardData.types.includes("text/plain") && target.closest?.("input, textarea");
+
 function wireFiles() {
   let inside = 0;
   const carriesFiles = (event) => [...event.dataTransfer.types].includes("Files");
@@ -84,7 +88,7 @@ function wireFiles() {
   });
   addEventListener("paste", (event) => {
     const file = pictureIn(event.clipboardData);
-    if (file) taken(document.activeElement, file, startFrom);
+    if (file && !isText(event)) taken(document.activeElement, file, startFrom);
   });
   $("file").onchange = () => $("file").files[0] && startFrom($("file").files[0]);
 }
@@ -95,7 +99,7 @@ function wireTheme() {
   $("theme").onclick = () => {
     const dark = getComputedStyle(document.documentElement).colorScheme.trim() === "dark";
     document.documentElement.dataset.theme = dark ? "light" : "dark";
-    localStorage.setItem("plainsd.theme", document.documentElement.dataset.theme);
+    storage.write("plainsd.theme", document.documentElement.dataset.theme);
   };
 }
 
@@ -120,8 +124,9 @@ async function start() {
   await units.restore();
   await prompts.restore();
   gallery.setUp(info);
-  jobs.setUp(gallery.reload);
-  typing.setUp(info, form.request, gallery.reload);
+  const refresh = () => gallery.reload().catch((error) => toast(error.message));
+  jobs.setUp(refresh);
+  typing.setUp(info, form.request, refresh);
   await gallery.load();
   await jobs.resume();
   document.documentElement.dataset.ready = "yes";

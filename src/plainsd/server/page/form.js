@@ -8,6 +8,7 @@ import * as loras from "./loras.js";
 import * as paint from "./paint.js";
 import * as prompts from "./prompts.js";
 import * as rules from "./rules.js";
+import * as storage from "./storage.js";
 import * as units from "./units.js";
 
 const NUMBERS = ["steps", "guidance", "image_guidance", "count", "strength", "mask_blur", "mask_grow", "masked_padding", "hires", "variation_strength", "clip_skip", "eta",
@@ -79,7 +80,7 @@ function wire() {
 
 // The form as it is, for the next time; and what it shows of it.
 function save() {
-  localStorage.setItem(DRAFT, JSON.stringify(draft()));
+  storage.write(DRAFT, JSON.stringify(draft()));
   placeStrength();
 }
 
@@ -251,10 +252,10 @@ function apply(settings, named = []) {
 
 function restoreDraft() {
   try {
-    const old = JSON.parse(localStorage.getItem(DRAFT));
+    const old = JSON.parse(storage.read(DRAFT));
     const gone = old ? apply(old, old.loras) : [];
     if (gone.length) toast(absent(gone));
   } catch {
-    localStorage.removeItem(DRAFT);
+    storage.write(DRAFT, "null");
   }
 }

@@ -1,6 +1,6 @@
 // Everything made, newest first; and one picture at a time, with what made it.
 
-import { $, call, element, toast } from "./api.js";
+import { $, call, element, fileOf, toast } from "./api.js";
 import { absent, missing } from "./fields.js";
 import * as form from "./form.js";
 import * as keep from "./keep.js";
@@ -15,31 +15,48 @@ const MOST = 200; // in one answer
 let shown = []; // pictures, newest first
 let next = null;
 let opened = null; // the picture in the viewer
-let loading = 0;
+let searches = 0; // how many there were: the latest overtakes what was asked before
+let last = Promise.resolve(); // the loading that was begun last
 
-// The newest; or, with `more`, the next ones after those that are there.
-export async function load(more = false) {
-  const turn = ++loading;
-  const told = await answer(more ? next : null, AT_ONCE);
-  if (turn === loading) show(more ? [...shown, ...told.images] : told.images, told.next); // else a later search has overtaken this one
+const failed = (error) => toast(error.message);
+
+// After the loading that was begun last, so that neither undoes what the other shows.
+function inTurn(act) {
+  last = last.catch(() => {}).then(act);
+  return last;
 }
 
+// The newest.
+export function load() {
+  const turn = ++searches;
+  last = answer(null, AT_ONCE).then((told) => turn === searches && show(told.images, told.next));
+  return last;
+}
+
+// The next ones after those that are there.
+const older = () => inTurn(async () => {
+  const turn = searches;
+  if (next === null) return;
+  const told = await answer(next, AT_ONCE);
+  if (turn === searches) show([...shown, ...told.images], told.next);
+});
+
 // As many as there were, and all that are selected or open: whatever is new, these stay.
-export async function reload() {
-  const turn = ++loading;
+export const reload = () => inTurn(async () => {
+  const turn = searches;
   const length = Math.max(AT_ONCE, shown.length);
   const oldest = Math.min(...shown.filter(({ id }) => selection.isChosen(id) || id === opened?.id).map(({ number }) => number));
   const images = [];
   let before = null;
   do {
     const told = await answer(before, Math.min(MOST, Math.max(AT_ONCE, length - images.length)));
-    if (turn !== loading) return;
+    if (turn !== searches) return;
     images.push(...told.images);
     before = told.next;
   } while (before !== null && (images.length < length || before > oldest));
   const staying = images.filter(({ number }, i) => i < length || number >= oldest);
   show(staying, staying.length < images.length ? staying.at(-1).number : before);
-}
+});
 
 function answer(before, limit) {
   const query = new URLSearchParams({ search: $("search").value, limit });
@@ -184,7 +201,7 @@ async function use(withSeed) {
   ].filter(Boolean).join(" "));
 }
 
-const pictureFile = async () => (await fetch(opened.url)).blob();
+const pictureFile = () => fileOf(opened.url);
 
 async function useAsMap() {
   const file = await pictureFile();
@@ -217,10 +234,10 @@ export function setUp(info) {
   selection.setUp({ cells, reload, open }, info.limits.selection);
   $("favourites").onclick = () => {
     $("favourites").ariaPressed = String(!onlyFavourites());
-    load().catch((error) => toast(error.message));
+    load().catch(failed);
   };
-  $("viewer-favourite").onclick = () => markOpened().catch((error) => toast(error.message));
-  $("use-map").onclick = useAsMap;
+  $("viewer-favourite").onclick = () => markOpened().catch(failed);
+  $("use-map").onclick = () => useAsMap().catch(failed);
   $("use-map").hidden = info.controls.length === 0;
   $("show-map").onclick = () => {
     $("show-map").ariaPressed = String($("show-map").ariaPressed !== "true");
@@ -229,12 +246,12 @@ export function setUp(info) {
   let waiting;
   $("search").oninput = () => {
     clearTimeout(waiting);
-    waiting = setTimeout(load, 200);
+    waiting = setTimeout(() => load().catch(failed), 200);
   };
-  $("more").onclick = () => load(true);
-  for (const [id, withSeed] of [["use", true], ["use-new-seed", false]]) $(id).onclick = () => use(withSeed).catch((error) => toast(error.message));
-  $("use-picture").onclick = usePicture;
-  $("delete").onclick = () => remove().catch((error) => toast(error.message));
+  $("more").onclick = () => older().catch(failed);
+  for (const [id, withSeed] of [["use", true], ["use-new-seed", false]]) $(id).onclick = () => use(withSeed).catch(failed);
+  $("use-picture").onclick = () => usePicture().catch(failed);
+  $("delete").onclick = () => remove().catch(failed);
   $("newer").onclick = () => move(-1);
   $("older").onclick = () => move(1);
   $("close").onclick = () => $("viewer").close();
