@@ -19,6 +19,7 @@ from plainsd.commands.serve import Serve
 from plainsd.server.api import connections
 from plainsd.server.limits import Limits
 from plainsd.server.schema import MAX_NAME
+from plainsd.server.sheets import SHEET_PIXELS
 from plainsd.text.wildcard_files import WILDCARD_WORK
 
 CHAPTER = Path(__file__).parents[1] / "docs" / "serving.md"
@@ -94,6 +95,7 @@ def test_limits_and_flags_are_as_told():
     limits = Limits()
     assert told == {
         "pixels of a picture, after enlarging": limits.pixels, "steps": limits.steps, "pictures of a job": limits.count,
+        "pixels of a grid's sheet; characters of its labels (longer ones are cut)": SHEET_PIXELS,
         "seconds of drawing, for a job": limits.seconds, "jobs that wait or run": limits.queue,
         "pictures marked, deleted or packed at once": limits.selection,
         "seconds for which deleted pictures can be restored": limits.undo,
