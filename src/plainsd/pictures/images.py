@@ -213,18 +213,37 @@ def _save(image: Image.Image, path: Path | BytesIO, kind: str, settings: Setting
 # --- grids -----------------------------------------------------------------------------------------------------------
 
 
-def grid(
-    images: Sequence[Image.Image], columns: int, across: Sequence[str] = (), down: Sequence[str] = ()
-) -> Image.Image:
-    """A sheet of pictures, row by row, with labels above the columns (`across`) and left of the rows (`down`). Columns
-    are as wide as their pictures and labels."""
-    width, height = (max(size) for size in zip(*(image.size for image in images), strict=True))
-    rows = -(-len(images) // columns)
+class SheetLayout(NamedTuple):
+    """Where things stand on a sheet, in pixels: the cell of one picture, the room left of and above the cells, and the
+    size of all."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+    size: tuple[int, int]
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+def sheet_layout(
+    sizes: Sequence[tuple[int, int]], columns: int, rows: int, across: Sequence[str] = (), down: Sequence[str] = ()
+) -> SheetLayout:
+    """The layout of `grid` for pictures of these (width, height). Columns are as wide as their pictures and labels."""
+    width, height = (max(sides) for sides in zip(*sizes, strict=True))
     font = ImageFont.load_default(max(12, height // 24))
     width = max(width, *(round(font.getlength(label)) + 12 for label in across), 0)
     left = max((round(font.getlength(label)) + 16 for label in down), default=0)
-    top = font.getbbox("Ag")[3] + 12 if across else 0
-    sheet = Image.new("RGB", (left + columns * width, top + rows * height), "white")
+    top = round(font.getbbox("Ag")[3]) + 12 if across else 0
+    return SheetLayout(width, height, left, top, (left + columns * width, top + rows * height), font)
+
+
+def grid(
+    images: Sequence[Image.Image], columns: int, across: Sequence[str] = (), down: Sequence[str] = ()
+) -> Image.Image:
+    """A sheet of pictures, row by row, with labels above the columns (`across`) and left of the rows (`down`)."""
+    rows = -(-len(images) // columns)
+    width, height, left, top, size, font = sheet_layout([image.size for image in images], columns, rows, across, down)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, label in enumerate(across):
         draw.text((left + (i + 0.5) * width, top / 2), label, "black", font, anchor="mm")

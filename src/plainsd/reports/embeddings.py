@@ -74,12 +74,12 @@ def embedded(
     return read, np.concatenate(rows)
 
 
-UNSURE = 1e-6
+COSINE_ROUNDING = 1e-6
 
 
 def near_duplicates(embeddings: np.ndarray, threshold: float) -> list[Duplicate]:
     """By the order of the pictures. `embeddings` (N, P) of length 1. In float32 the cosine of a vector with itself is 1
-    but for UNSURE."""
+    but for COSINE_ROUNDING."""
     kept: np.ndarray = np.zeros(len(embeddings), dtype=bool)
     found: list[Duplicate] = []
     for start in range(0, len(embeddings), ROWS):
@@ -88,7 +88,7 @@ def near_duplicates(embeddings: np.ndarray, threshold: float) -> list[Duplicate]
         for row, number in enumerate(range(start, start + len(block))):
             before = np.where(kept[:number], cosines[row, :number], -np.inf)
             nearest = int(before.argmax()) if number else 0
-            if number and before[nearest] >= threshold - UNSURE:
+            if number and before[nearest] >= threshold - COSINE_ROUNDING:
                 found.append(Duplicate(number, nearest, min(float(before[nearest]), 1.0)))
             else:
                 kept[number] = True

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from PIL import ImageFont
-
+from plainsd.pictures.images import sheet_layout
 from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import Sheet
 from plainsd.server.schema import JobRequest
@@ -25,13 +24,8 @@ def short_label(text: str) -> str:
 
 
 def check_sheet(sheet: Sheet, sizes: list[tuple[int, int]]) -> None:
-    """APIError if the sheet of pictures of these sizes could not be opened. As `grid` in pictures/images.py, with as
-    much room for labels as they may take there."""
-    width, height = (max(sides) for sides in zip(*sizes, strict=True))
-    font = ImageFont.load_default(max(12, height // 24))
-    across, down = ([font.getlength(label) + 16 for label in labels] for labels in (sheet.across, sheet.down))
-    top = round(font.getbbox("Ag")[3]) + 12
-    whole = round(len(across) * max(width, *across) + max(down, default=0)), top + max(1, len(down)) * height
+    """APIError if the sheet of pictures of these sizes could not be opened."""
+    whole = sheet_layout(sizes, len(sheet.across), max(1, len(sheet.down)), sheet.across, sheet.down).size
     if whole[0] * whole[1] > SHEET_PIXELS:
         what = f"the sheet of this grid would have {whole[0]}x{whole[1]} pixels"
         why = f"at most {SHEET_PIXELS} can be opened, so ask for fewer or smaller pictures"
