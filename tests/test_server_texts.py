@@ -107,7 +107,9 @@ def test_styles_lie_around_the_prompt(server):
     listed = server.get("/sdapi/v1/prompt-styles").json()
     assert listed[0] == {"name": "film", "prompt": "a still of {prompt}", "negative_prompt": "text"}
     body = {"prompt": "a boat", "styles": ["oil"], "seed": 1, "steps": 4}
-    info = json.loads(server.post("/sdapi/v1/txt2img", body).json()["info"])
+    answer = server.post("/sdapi/v1/txt2img", body)
+    assert answer.status_code == 200, answer.text
+    info = json.loads(answer.json()["info"])
     assert info["prompt"] == "a boat, in oil" and info["styles"] == ["oil"]
 
 
@@ -132,6 +134,39 @@ def test_loras_that_are_switched_off_are_those_of_styles_too(server):
     plain = server.post("/sdapi/v1/txt2img", body | {"styles": [], "prompt": "a boat,  in ink"}).json()
     assert off["images"] == plain["images"] != with_it["images"]
     assert json.loads(off["info"])["prompt"] == "a boat,  in ink" and json.loads(off["info"])["styles"] == ["inked"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "drawn"),
+    [
+        ("# a draft\na boat # <lora:ink:0.5>\nat sea#\n", {}, "a boat \nat sea\n"),
+        ("a boat # at sea", {"styles": ["oil"]}, "a boat "),  # the style is behind the sign
+        ("a boat", {"styles": ["oil"], "negative_prompt": "#rain"}, "a boat, in oil"),
+        ("boat #3", {"override_settings": {"enable_prompt_comments": False}}, "boat #3"),
+        ("a", {"hr_prompt": "a boat # at sea", "enable_hr": True, "hr_scale": 1.5, "styles": ["film"]}, "a still of a"),
+    ],
+)
+def test_comments_in_a1111s_prompts(server, prompt, more, drawn):
+    body = {"prompt": prompt, "seed": 1, "steps": 4, "width": 64, "height": 64} | more
+    answer = server.post("/sdapi/v1/txt2img", body)
+    assert answer.status_code == 200, answer.text
+    info = json.loads(answer.json()["info"])
+    assert info["prompt"] == drawn and "#" not in info["negative_prompt"]
+    written = info["infotexts"][0]
+    assert "<lora" not in written and ("a still of a boat" in written) == ("hr_prompt" in more)
+
+
+def test_a_read_text_has_no_comments(server):
+    """A number in a text that A1111 wrote with comments switched off, or that another program wrote."""
+    text = "boat #3\nSteps: 1, Sampler: Euler a, Seed: 1, Size: 64x64"
+    info = json.loads(server.post("/sdapi/v1/txt2img", {"infotext": text}).json()["info"])
+    assert info["prompt"] == "boat #3"
+    refused = server.post("/sdapi/v1/options", {"enable_prompt_comments": "no"})
+    assert refused.status_code == 422 and "true or false" in refused.text
+    server.post("/sdapi/v1/options", {"enable_prompt_comments": False})
+    kept = server.post("/sdapi/v1/txt2img", {"prompt": "boat #4", "seed": 1, "steps": 4}).json()
+    server.post("/sdapi/v1/options", {"enable_prompt_comments": True})
+    assert json.loads(kept["info"])["prompt"] == "boat #4"
 
 
 def test_other_apis_read_choices_where_there_is_a_folder(server, plain):

@@ -193,6 +193,11 @@ def _joined(pieces: Sequence[tuple[str, float] | None]) -> list[Weighted]:
     return result or [Weighted("")]
 
 
+def without_comments(prompt: str) -> str:
+    """A prompt without A1111's comments: from each # to the end of its line; a line with nothing else goes too."""
+    return re.sub(r"(?m)^#.*\n?|#.*", "", prompt)
+
+
 def escape(text: str) -> str:
     """The prompt that means this text literally (apart from BREAK and AND)."""
     return re.sub(r"([()\[\]\\])", r"\\\1", text)

@@ -48,7 +48,7 @@ def routes(service: Service) -> APIRouter:
         "sd_model_checkpoint": service.models.default,
         "CLIP_stop_at_last_layers": 1,
         "tiling": False, "randn_source": "GPU",
-        "eta_noise_seed_delta": 0,
+        "eta_noise_seed_delta": 0, "enable_prompt_comments": True,
     }  # fmt: skip
     options_by_owner: dict[str, dict[str, Any]] = defaultdict(defaults.copy)
 
@@ -64,7 +64,7 @@ def routes(service: Service) -> APIRouter:
             asked, fields, notes = parse_request(body, options, service)
             native = service.models[fields["model"]].bare.variant.size
             size = (asked.width or native, asked.height or native)
-            again = asked.second_pass(size, service.models.upscalers.known())
+            again = asked.second_pass(size, options, service.models)
             notes += asked.idle_loras() if again else []
             return ParsedRequest(asked, job_request(**fields | {"size": size} | again), notes)
 

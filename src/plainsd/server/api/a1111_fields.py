@@ -5,7 +5,6 @@ picture and is not supported (scripts, face restoration, ...) is refused: a1111_
 """
 
 import secrets
-from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +17,7 @@ from plainsd.server.api.a1111_table import EMPTY_VALUES, check_scripts, known_op
 from plainsd.server.errors import APIError
 from plainsd.server.pool import Models
 from plainsd.server.schema import Name, Text
-from plainsd.text.prompts import tagged_loras
+from plainsd.text.prompts import tagged_loras, without_comments
 
 WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
 NOISE_SOURCES = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}  # randn_source
@@ -66,10 +65,13 @@ class Common(BaseModel):
 
     def job_fields(self, options: dict[str, Any], models: Models) -> dict[str, Any]:
         """As fields of a JobRequest."""
-        options = options | known_options(self.override_settings or {})
+        options = self.options_over(options)
         sampler, spacing = sampler_of(self.sampler_name or self.sampler_index, self.scheduler)
+        prompt, negative = self.drawn_texts(self.prompt, self.negative_prompt, options, models)
+        if self.disable_extra_networks:  # those of styles too
+            prompt, negative = (tagged_loras(text)[0] for text in (prompt, negative))
         fields = {
-            "prompt": self.prompt or "", "negative": self.negative_prompt or "",
+            "prompt": prompt, "negative": negative,
             "model": model_of(options.get("sd_model_checkpoint"), models),
             "count": (self.batch_size or 1) * (self.n_iter or 1),
             "steps": self.steps, "guidance": self.cfg_scale, "sampler": sampler, "spacing": spacing,
@@ -78,13 +80,8 @@ class Common(BaseModel):
             "eta": self.eta if sampler in WITH_ETA else None,
             "tiling": (options.get("tiling") if self.tiling is None else self.tiling) or None,
             "like": "a1111",
-            "styles": self.styles or [],
         } | self.noise_fields(options)  # fmt: skip
         fields |= units_of(self.alwayson_scripts or {}, getattr(self, "init_images", None))
-        if self.disable_extra_networks:  # those of styles too
-            styled = models.templates.styled(self.prompt or "", self.negative_prompt or "", self.styles or [])
-            prompt, negative = (tagged_loras(text)[0] for text in styled)
-            fields |= {"prompt": prompt, "negative": negative, "styles": []}
         if self.refiner_checkpoint not in (*EMPTY_VALUES, "None", "none"):
             refiner = model_of(self.refiner_checkpoint, models)
             if refiner != fields["model"]:  # there, too, a model does not refine itself
@@ -93,6 +90,20 @@ class Common(BaseModel):
             varied = secrets.randbelow(2**32) if self.subseed in (None, -1) else self.subseed
             fields |= {"variation_strength": self.subseed_strength, "variation_seed": varied}
         return fields
+
+    def options_over(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, and over them those of this request."""
+        return options | known_options(self.override_settings or {})
+
+    def drawn_texts(
+        self, prompt: str | None, negative: str | None, options: dict[str, Any], models: Models
+    ) -> tuple[str, str]:
+        """A pair of prompts in the request's styles, and after that without comments: there, too, one at the end of a
+        prompt takes a style behind it along."""
+        prompt, negative = models.templates.styled(prompt or "", negative or "", self.styles or [])
+        if options.get("enable_prompt_comments", True):
+            prompt, negative = without_comments(prompt), without_comments(negative)
+        return prompt, negative
 
     def noise_fields(self, options: dict[str, Any]) -> dict[str, Any]:
         """What is said of the random numbers; where nothing is, they are a GPU's, as there."""
@@ -131,8 +142,8 @@ class Text2Image(Common):
     hr_negative_prompt: Text | None = ""
     hr_cfg: float | None = Field(None, description="Forge's")
 
-    def second_pass(self, size: tuple[int, int], networks: Collection[str]) -> dict[str, Any]:
-        """Its fields of a JobRequest; none where none is wanted. `networks`: upscalers in the server's folder."""
+    def second_pass(self, size: tuple[int, int], options: dict[str, Any], models: Models) -> dict[str, Any]:
+        """Its fields of a JobRequest; none where none is wanted."""
         if not self.enable_hr:
             return {}
         wanted = (self.hr_resize_x or 0, self.hr_resize_y or 0)
@@ -145,8 +156,11 @@ class Text2Image(Common):
                 "hr_resize_x",
                 list(wanted),
             )
-        upscaler = upscaler_of(self.hr_upscaler, networks)
-        return {"hires": times, "upscaler": upscaler, "strength": self.denoising_strength} | self.hires_overrides()
+        fields = {
+            "hires": times, "strength": self.denoising_strength,
+            "upscaler": upscaler_of(self.hr_upscaler, models.upscalers.known()),
+        }  # fmt: skip
+        return fields | self.hires_overrides(self.options_over(options), models)
 
     def idle_loras(self) -> list[str]:
         """Notes on LoRAs that only a prompt of the second pass has."""
@@ -158,15 +172,17 @@ class Text2Image(Common):
             if lora not in wanted
         ]
 
-    def hires_overrides(self) -> dict[str, Any]:
+    def hires_overrides(self, options: dict[str, Any], models: Models) -> dict[str, Any]:
         """What the second pass draws with, where that is not what the first does."""
         sampler = None if self.hr_sampler_name == "Use same sampler" else self.hr_sampler_name
         schedule = None if self.hr_scheduler == "Use same scheduler" else self.hr_scheduler
         sampler, spacing = sampler_of(sampler, schedule)
-        fields = {
+        own = {"hires_prompt": self.hr_prompt, "hires_negative": self.hr_negative_prompt}  # the prompt's where empty
+        styled = self.drawn_texts(self.hr_prompt, self.hr_negative_prompt, options, models)
+        texts = {name: tagged_loras(text)[0] for name, text in zip(own, styled, strict=True) if own[name]}
+        fields = texts | {
             "hires_steps": self.hr_second_pass_steps, "hires_sampler": sampler, "hires_spacing": spacing,
-            "hires_prompt": tagged_loras(self.hr_prompt or "")[0], "hires_guidance": self.hr_cfg,
-            "hires_negative": tagged_loras(self.hr_negative_prompt or "")[0],
+            "hires_guidance": self.hr_cfg,
         }  # fmt: skip
         return {name: value for name, value in fields.items() if value}
 

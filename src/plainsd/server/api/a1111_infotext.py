@@ -63,7 +63,8 @@ def with_infotext(body: CommonT, models: Models, limits: Limits) -> tuple[Common
     known_options({BY_OPTION[key]: value_of(text) for key, text in other.items() if key in BY_OPTION}, "infotext")
     said, idle = read_infotext(settings, other, models)
     given = body.model_dump(exclude_unset=True, exclude_none=True)
-    options = said.pop("override_settings") | given.get("override_settings", {})
+    read = {} if "prompt" in given else {"enable_prompt_comments": False}  # a text has prompts as they were drawn
+    options = said.pop("override_settings") | read | given.get("override_settings", {})
     known = {*type(body).model_fields, "hr_checkpoint_name"}  # which is refused where it would act
     said = {name: value for name, value in said.items() if name in known and name not in given}
     body = body.model_copy(update={**said, "override_settings": options})

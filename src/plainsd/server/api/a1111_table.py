@@ -99,6 +99,7 @@ def is_active(script: Any) -> bool:
 
 OPTIONS = (  # those that act
     "sd_model_checkpoint", "CLIP_stop_at_last_layers", "tiling", "randn_source", "eta_noise_seed_delta",
+    "enable_prompt_comments",
 )  # fmt: skip
 FIXED: dict[str, tuple[Any, ...]] = {  # options that would change the picture, and their values that are as here
     "sd_vae": ("Automatic", "None"), "sd_unet": ("Automatic", "None"), "sd_hypernetwork": ("None",),
@@ -155,6 +156,8 @@ def known_options(given: dict[str, Any], field: str = "override_settings") -> di
                 raise APIError(
                     422, f"{what}; set it to{leave} leave it out" if leave else f"{what}; leave it out", field, name
                 )
+        elif name == "enable_prompt_comments" and value not in (True, False, None):
+            raise APIError(422, f"option {name} {json_value(value)!r}; set it to true or false", field, name)
         elif name not in OPTIONS and not name.startswith(OF_FILES_AND_PAGES) and value not in EMPTY_VALUES:
             raise APIError(422, str(unknown("option", name, (*OPTIONS, *FIXED)))[:300], field, name)
     return {name: value for name, value in given.items() if name in OPTIONS and value is not None}
