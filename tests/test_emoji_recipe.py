@@ -260,7 +260,7 @@ def test_what_the_disk_refuses_is_one_line(name, asked, function, monkeypatch, t
     monkeypatch.setattr(module, function, refused)
     assert module.main(asked) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "No space left on device: 'out/x'; choose another path" in error
+    assert error.count("\n") == 1 and "out/x: No space left on device; choose another path" in error
 
 
 # ---- data.py ---------------------------------------------------------------------------------------------------------
@@ -295,8 +295,7 @@ def test_a_second_set_in_a_folder_leaves_nothing_of_the_first(data, monkeypatch,
     assert len(list(out.rglob("metadata.jsonl"))) == 2 and len(list(out.rglob("*.png"))) == 5
     with monkeypatch.context() as patch:
         patch.setattr(data, "write_tokenizer", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            data.main([str(out), *FEW])
+        assert data.main([str(out), *FEW]) == 130
     assert not list(out.rglob("metadata.jsonl"))  # it does not look whole
     assert data.main([str(out), *FEW]) == 0 and (out / "heldout" / "metadata.jsonl").is_file()
     assert data.main([str(out), *FEW, "--heldout-share", "0"]) == 0
@@ -349,7 +348,7 @@ def test_a_file_in_the_way_is_one_line(data, monkeypatch, tmp_path, capsys, out)
     Path("file").write_text("")
     assert data.main([out, *FEW]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{out!r}; choose another path" in error
+    assert error.count("\n") == 1 and error.startswith(f"data.py: {out}: ")
 
 
 # ---- recipes/control -------------------------------------------------------------------------------------------------
@@ -423,7 +422,7 @@ def test_maps_are_not_mixed_with_what_is_there(edges, capsys):
     assert len(list(Path("out").glob("*.txt"))) == 2
     for place in ("out/000000.txt", "out/000000.txt/below"):
         assert edges(out=place) == 2
-        assert f"{place!r}; choose another path" in capsys.readouterr().err
+        assert capsys.readouterr().err.startswith(f"data.py: {place}: ")
 
 
 @needs_font

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from plainsd.cli import exit_code
 from plainsd.disk import read_json
 from plainsd.emoji import drawing
 from plainsd.emoji.evaluate import draw_all, read_concepts
@@ -84,15 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heldout", type=int, default=162)
     parser.add_argument("--model", help="the model whose concepts are drawn; the embedded one if not given")
     parser.add_argument("--font", type=Path)
-    try:
-        build(parser.parse_args(argv))
-    except UserError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"data.py: {error}; choose another path, or free disk space", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(argv)
+    return exit_code(lambda: build(options), "data.py")
 
 
 if __name__ == "__main__":

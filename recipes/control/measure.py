@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import plainsd
+from plainsd.cli import exit_code
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import grid, write_png
@@ -80,15 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--sheet", type=Path)
-    try:
-        measure(parser.parse_args(argv))
-    except UserError as error:
-        print(f"measure.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"measure.py: {error}; choose another path, or free disk space", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(argv)
+    return exit_code(lambda: measure(options), "measure.py")
 
 
 if __name__ == "__main__":

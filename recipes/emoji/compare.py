@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import plainsd
+from plainsd.cli import exit_code
 from plainsd.disk import read_json
 from plainsd.emoji import evaluate
 from plainsd.emoji.measures import compared
@@ -41,7 +42,7 @@ def robustness(vae: VAE, pixels: torch.Tensor) -> tuple[list[float], float]:
     return ratios, (latents.diff(dim=-1).square().mean() / (2 * latents.var())).item()
 
 
-def report(folder: str, sides: list[int], count: int, guidance: float) -> None:
+def report(folder: str, widths: list[int], count: int, guidance: float) -> None:
     sd = plainsd.load(folder, device="cpu", dtype="float32")
     concepts = read_json(Path(folder) / "concepts.json")
     exam = evaluate.exam_of(concepts, count, 0)
@@ -54,32 +55,35 @@ def report(folder: str, sides: list[int], count: int, guidance: float) -> None:
         f"guidance {guidance:g}": list(evaluate.generated(sd, exam.asked, 0, guidance=guidance)),
     }
     for name, pictures in sets.items():
-        for side in sides:
+        for side in widths:
             found = compared(at_side(pictures, side), at_side(true, side))
             numbers = ", ".join(f"{key} {value:.2f}" for key, value in found.items())
             print(f"  {name}, {side} pixels: {numbers}", flush=True)
 
 
+def sides(text: str) -> list[int]:
+    found = [int(side) for side in text.split(",")]
+    if any(side % 16 or side < 16 for side in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: give multiples of 16, as in 64,128")
+    return found
+
+
+def compare(options: argparse.Namespace) -> None:
+    if options.prompts < 2:
+        raise UserError(f"--prompts {options.prompts} is out of range; give at least 2, as sets are compared")
+    for folder in options.models:
+        report(folder, options.sides, options.prompts, options.guidance)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a model with its concepts.json")
-    parser.add_argument("--sides", default="64,128", help="sides in pixels, multiples of 16")
+    parser.add_argument("--sides", type=sides, default=[64, 128], help="sides in pixels, multiples of 16")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--guidance", type=float, default=4.0)
     options = parser.parse_args(argv)
-    try:
-        if options.prompts < 2:
-            raise UserError(f"--prompts {options.prompts} is out of range; give at least 2, as sets are compared")
-        for folder in options.models:
-            report(folder, [int(side) for side in options.sides.split(",")], options.prompts, options.guidance)
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: compare(options), "compare.py")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

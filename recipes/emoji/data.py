@@ -28,6 +28,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from plainsd.cli import exit_code
 from plainsd.disk import written_whole
 from plainsd.emoji import drawing
 from plainsd.emoji.captions import captions_of
@@ -289,6 +290,16 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise UserError(f"--heldout-share {options.heldout_share:g} is out of range; give a share from 0 up to below 1")
 
 
+def make(options: argparse.Namespace) -> None:
+    if options.single and not options.set:
+        raise UserError("--single is a kind of --set; without that there is one object in every picture")
+    for name in ("workers", "emoji") if options.set else ():
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} has no effect with --set, which draws nothing and takes all emoji; leave it out")
+    check_numbers(options)
+    build_set(options) if options.set else build(options)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
@@ -309,25 +320,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--font", type=Path, help=f"by default {drawing.FONT}, or {drawing.FONT_VARIABLE}")
     parser.add_argument("--workers", type=int, help="processes that draw, by default one a core")
-    try:
-        options = parser.parse_args(argv)
-        if options.single and not options.set:
-            raise UserError("--single is a kind of --set; without that there is one object in every picture")
-        for name in ("workers", "emoji") if options.set else ():
-            if getattr(options, name) is not None:
-                raise UserError(
-                    f"--{name} has no effect with --set, which draws nothing and takes all emoji; leave it out"
-                )
-        check_numbers(options)
-        build_set(options) if options.set else build(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(argv)
+    return exit_code(lambda: make(options), "data.py")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plainsd.checkpoint import load, load_vae, save, save_vae
+from plainsd.cli import exit_code
 from plainsd.errors import UserError
 from plainsd.files.described import read_description
 from plainsd.models.clip import TextEncoder
@@ -213,6 +214,28 @@ def check_use(options: argparse.Namespace) -> None:
                 raise UserError(f"--{other} has no effect with --{kind}; leave it out")
 
 
+def grow(options: argparse.Namespace) -> None:
+    if options.count < 1:
+        raise UserError(f"--count {options.count}: give at least 1")
+    check_use(options)
+    variant = read_description(options.description)
+    if options.vae or options.tokenizer:
+        save_model_on(variant, options)
+        return
+    old = load_vae(options.model, device="cpu", dtype="float32")
+    torch.manual_seed(0)
+    new = widened(old, options.latents) if options.latents is not None else with_level(old, options)
+    if replace(new.config, scaling_factor=variant.vae.scaling_factor) != variant.vae:
+        raise UserError(
+            f"the grown autoencoder has channels {new.config.channels}, {new.config.layers} ResBlocks a level and "
+            f"latents of {new.config.latent_channels}: {options.description} describes another one"
+        )
+    save_vae(new, options.out, variant)
+    if options.heldout and options.latents is None:
+        pictures = read_pictures(options.heldout, options.size)
+        print(nearness(old, new, pictures.pixels(range(min(options.count, len(pictures))))))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="folder of the model whose autoencoder is grown")
@@ -226,34 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--latents", type=int, help="widen the latents to so many channels, and keep the levels")
     parser.add_argument("--description", type=Path, required=True, help="JSON file that describes the new model")
     options = parser.parse_args(argv)
-    try:
-        if options.count < 1:
-            raise UserError(f"--count {options.count}: give at least 1")
-        check_use(options)
-        variant = read_description(options.description)
-        if options.vae or options.tokenizer:
-            save_model_on(variant, options)
-            return 0
-        old = load_vae(options.model, device="cpu", dtype="float32")
-        torch.manual_seed(0)
-        new = widened(old, options.latents) if options.latents is not None else with_level(old, options)
-        if replace(new.config, scaling_factor=variant.vae.scaling_factor) != variant.vae:
-            raise UserError(
-                f"the grown autoencoder has channels {new.config.channels}, {new.config.layers} ResBlocks a level and "
-                f"latents of {new.config.latent_channels}: {options.description} describes another one"
-            )
-        save_vae(new, options.out, variant)
-        if options.heldout and options.latents is None:
-            pictures = read_pictures(options.heldout, options.size)
-            print(nearness(old, new, pictures.pixels(range(min(options.count, len(pictures))))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: grow(options), "grow.py")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

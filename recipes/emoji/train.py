@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from plainsd.cli import exit_code
 from plainsd.cli import main as plainsd
 from plainsd.disk import read_json, written_whole
 from plainsd.errors import UserError
@@ -321,26 +322,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--font", type=Path, help="the Noto Color Emoji font, if not at Debian's path")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
+    return exit_code(lambda: run(options), "train.py")
+
+
+def run(options: argparse.Namespace) -> int:
     changes = {name: getattr(options, name) for name in ("minutes", "workers", "prompts")}
     preset = replace(PRESETS[options.preset], **{name: value for name, value in changes.items() if value is not None})
     recipe = Recipe(options.preset, preset, options.out, options.font, options.device)
+    check_numbers(options)
+    if options.font:
+        os.environ["PLAINSD_EMOJI_FONT"] = str(options.font)
+    check_preset(recipe)
     try:
-        check_numbers(options)
-        if options.font:
-            os.environ["PLAINSD_EMOJI_FONT"] = str(options.font)
-        check_preset(recipe)
         code = make(recipe)
-        if code == 0 and options.shards is not None:
-            shard_weights(recipe.model, int(options.shards * 2**20))
-        return code
     except Stopped as stopped:
         return int(str(stopped))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
-        return 2
+    if code == 0 and options.shards is not None:
+        shard_weights(recipe.model, int(options.shards * 2**20))
+    return code
 
 
 def check_numbers(options: argparse.Namespace) -> None:
@@ -370,4 +369,4 @@ def check_preset(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from plainsd.cli import exit_code
 from plainsd.disk import read_json
 from plainsd.emoji import drawing
 from plainsd.errors import UserError
@@ -102,16 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--views", type=int, default=4, help="how often each thing is drawn")
     parser.add_argument("--heldout-share", type=float, default=0.1, help="share of the things that is held out")
     parser.add_argument("--font", type=Path, default=FONT)
-    try:
-        build(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(argv)
+    return exit_code(lambda: build(options), "data.py")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

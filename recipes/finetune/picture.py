@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import plainsd
 from plainsd.adapters.lora import add_lora
+from plainsd.cli import exit_code
 from plainsd.errors import UserError
 from plainsd.listing import read_prompts
 from plainsd.pictures.images import write_png
@@ -69,6 +70,22 @@ def check_rows(runs: list[Path]) -> None:
             raise UserError(f"two rows would have the name {run.name!r}; rename {run}, and the result in it")
 
 
+def draw(options: argparse.Namespace) -> None:
+    check_rows(options.runs)
+    prompts = read_prompts(options.prompts)
+    base = plainsd.load(options.base, device="cpu", dtype="float32")
+    rows = {BEFORE: drawn(base, prompts, options.guidance)}
+    for run in options.runs:
+        rows[run.name] = drawn(trained(run, options.base), prompts, options.guidance)
+        found = [line for line in read_log(run / "log.jsonl") if line.get("validation") is not None]
+        if found:  # a run without --heldout has none
+            print(
+                f"{run.name}: validation loss {found[0]['validation']:.4f} at step {found[0]['step']}, "
+                f"{found[-1]['validation']:.4f} at step {found[-1]['step']}"
+            )
+    write_png(labelled(rows, prompts), options.out)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
@@ -77,28 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
     parser.add_argument("--guidance", type=float, help="the model's own if not given")
     options = parser.parse_args(argv)
-    try:
-        check_rows(options.runs)
-        prompts = read_prompts(options.prompts)
-        base = plainsd.load(options.base, device="cpu", dtype="float32")
-        rows = {BEFORE: drawn(base, prompts, options.guidance)}
-        for run in options.runs:
-            rows[run.name] = drawn(trained(run, options.base), prompts, options.guidance)
-            found = [line for line in read_log(run / "log.jsonl") if line.get("validation") is not None]
-            if found:  # a run without --heldout has none
-                print(
-                    f"{run.name}: validation loss {found[0]['validation']:.4f} at step {found[0]['step']}, "
-                    f"{found[-1]['validation']:.4f} at step {found[-1]['step']}"
-                )
-        write_png(labelled(rows, prompts), options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; choose another path, or free disk space", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: draw(options), "picture.py")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from plainsd import __version__
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *args, **kwargs: print(f"plainsd: {message}", file=sys.stderr)
         try:
-            code = exit_code(arguments)
+            code = exit_code(lambda: run(arguments))
             sys.stdout.flush()  # a closed pipe shows here, not when Python exits
             return code
         except BrokenPipeError:
@@ -59,18 +59,19 @@ def entry() -> int:
     return code
 
 
-def exit_code(arguments: list[str]) -> int:
+def exit_code(action: Callable[[], int | None], program: str = "plainsd") -> int:
+    """What `action` returns, or the code of its error, which becomes one line that begins with `program`."""
     try:
-        return run(arguments)
+        return action() or 0
     except UserError as error:
-        return complain(str(error))
+        return complain(str(error), program)
     except BrokenPipeError:
         raise
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
-        return complain(f"{path}{error.strerror or error}; choose another path, or free disk space")
+        return complain(f"{path}{error.strerror or error}; choose another path, or free disk space", program)
     except KeyboardInterrupt:
-        print("plainsd: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
 
 
@@ -85,14 +86,14 @@ def broken_pipe() -> int:
     return 141  # 128 + SIGPIPE, by convention
 
 
-def complain(message: str) -> int:
+def complain(message: str, program: str) -> int:
     if os.environ.get("PLAINSD_DEBUG") == "1":
         traceback.print_exc()
-    print(f"plainsd: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str]) -> int | None:
     name, *rest = arguments or ["--help"]
     if name in HELP:
         print(overview())
@@ -118,7 +119,7 @@ def run(arguments: list[str]) -> int:
         from plainsd.allocator import keep_freed_memory
 
         keep_freed_memory()
-    return command.run() or 0
+    return command.run()
 
 
 def overview() -> str:
